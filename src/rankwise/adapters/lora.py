@@ -1,0 +1,69 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685, section 4.1):  y = W x + b + s B A drop(x)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rankwise.adapters.base_layer import dense_weight, features
+from rankwise.adapters.fused import Parts, low_rank_product, to_blocks
+from rankwise.adapters.low_rank import init_low_rank_, merged_weight
+
+
+class Lora(nn.Module):
+    """The low-rank pair of one linear layer. It never owns the layer; ``forward`` and ``merge`` are given it.
+
+    lora_A (r, in) and lora_B (out, r); with ``parts`` as in ``adapters.fused``.
+    """
+
+    magnitude: None = None
+
+    def __init__(
+        self,
+        base: nn.Module,
+        r: int,
+        scaling: float,
+        *,
+        dropout: float = 0.0,
+        parts: Parts | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.r, self.scaling, self.dropout, self.parts = r, scaling, dropout, parts
+        self.lora_A, self.lora_B = empty_pair(base, r, parts, dtype, device)
+
+    def reset_parameters(self, *, zero_b: bool = True) -> None:
+        init_low_rank_(self.lora_A, self.lora_B, zero_b=zero_b)
+
+    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        return torch.add(base(x), self.low_rank(x), alpha=self.scaling)
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        """``B A drop(x)``: (..., out)."""
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return low_rank_product(x, self.lora_A, self.lora_B, self.parts)
+
+    def merge(self, base: nn.Module) -> Tensor:
+        """``W + s B A`` as a new tensor (out, in) in the base's dtype."""
+        return merged_weight(dense_weight(base), self.lora_A.detach(), self.full_B(), self.scaling)
+
+    def full_B(self) -> Tensor:
+        """B as (out, rank of the whole update)."""
+        return to_blocks(self.lora_B.detach(), self.parts)
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+
+def empty_pair(
+    base: nn.Module, r: int, parts: Parts | None, dtype: torch.dtype, device: torch.device | str | None
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """Uninitialised A (r, in) and B (out, r), or A (n r, in) and B (n out/len(parts), r) for n enabled parts."""
+    in_features, out_features = features(base)
+    count = 1 if parts is None else sum(parts)
+    rows = out_features if parts is None else count * (out_features // len(parts))
+    A = torch.empty(count * r, in_features, dtype=dtype, device=device)
+    B = torch.empty(rows, r, dtype=dtype, device=device)
+    return nn.Parameter(A), nn.Parameter(B)

@@ -1,0 +1,62 @@
+"""The algebra that LoRA and DoRA share (DESIGN 4), as functions of plain tensors.
+
+Shapes: x (..., in), W (out, in), A (r, in), B (out, r), m (out,), g (out,).  Scale: s = lora_alpha / r.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+# Rows of W that are held in float32 at a time while a norm or a merge is computed.
+CHUNK_ELEMENTS = 1 << 24
+
+
+def init_low_rank_(A: Tensor, B: Tensor, *, zero_b: bool = True) -> None:
+    """``A ~ U(-1/sqrt(in), 1/sqrt(in))`` (Kaiming-uniform, a = sqrt(5)) and ``B = 0``, so that ``B A = 0``."""
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    if zero_b:
+        nn.init.zeros_(B)
+    else:
+        nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+
+
+def merged_weight(W: Tensor, A: Tensor, B: Tensor, s: float, m: Tensor | None = None) -> Tensor:
+    """``W + s B A``, or DoRA's ``g * (W + s B A)`` where m is given; computed in float32, returned in W's dtype.
+
+    A pure function: no argument changes.
+    """
+    merged = torch.empty_like(W, memory_format=torch.contiguous_format)
+    A32 = A.float()
+    for rows in row_chunks(W):
+        dense = W[rows].float() + s * (B[rows].float() @ A32)
+        if m is not None:
+            dense *= (m[rows].float() / dense.norm(dim=1))[:, None]
+        merged[rows] = dense.to(W.dtype)
+    return merged
+
+
+def row_norms_squared(W: Tensor) -> Tensor:
+    """``||W||^2`` per row in float32: (out,)."""
+    return torch.cat([W[rows].float().square().sum(dim=1) for rows in row_chunks(W)])
+
+
+def adapted_row_norms(W: Tensor, W_squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """``||W + s B A||`` per row without the dense sum, in float32: (out,).
+
+    ``||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>``, each inner product over the rank. ``W_squared`` is
+    ``row_norms_squared(W)``, constant while the base is frozen.
+    """
+    A32, B32 = A.float(), B.float()
+    cross = torch.cat([((W[rows].float() @ A32.T) * B32[rows]).sum(dim=1) for rows in row_chunks(W)])
+    update = ((B32 @ (A32 @ A32.T)) * B32).sum(dim=1)
+    # Rounding can leave a hair below zero where the update cancels a row.
+    return (W_squared + 2 * s * cross + s * s * update).clamp_min(0).sqrt()
+
+
+def row_chunks(W: Tensor) -> list[slice]:
+    """Slices over the rows of W, each of at most CHUNK_ELEMENTS elements (one row at the least)."""
+    rows = max(1, CHUNK_ELEMENTS // max(1, W.shape[1]))
+    return [slice(start, start + rows) for start in range(0, W.shape[0], rows)] or [slice(0, 0)]

@@ -1,0 +1,70 @@
+"""Merge an adapter into plain layers, and take it back out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankwise.adapters.base_layer import with_weight
+from rankwise.adapters.inject import (
+    AdapterState,
+    adapter_state,
+    enable_adapter,
+    inner_module,
+    state_and_name,
+    untie_head,
+    wrappers,
+)
+from rankwise.adapters.layer import AdaptedLayer, TrainedCopy
+from rankwise.errors import AdapterError
+
+
+@torch.no_grad()
+def merge_adapter(model: nn.Module, *, reversible: bool = True) -> None:
+    """Fold the active adapter into the weights, in place: plain layers again, no inference cost.
+
+    A 4-bit layer becomes a 16-bit one. ``reversible`` keeps the wrapped layers, with the base's original weights,
+    for ``unmerge_adapter`` (which is then exact); without it they are freed. Other loaded adapters go with the layers.
+    Raises AdapterError: RW407 no adapter, RW408 already merged.
+    """
+    state, _ = state_and_name(model, None)
+    if state.merged is not None:
+        raise AdapterError("RW408", "the adapter is already merged; unmerge it first.")
+    enable_adapter(model)
+    wrapped = list(wrappers(model))
+    changes_tied = _touches_tied_weight(model, wrapped)
+    for path, module in wrapped:
+        model.set_submodule(path, _merged(module))
+    if changes_tied:
+        untie_head(model)
+    state.merged = wrapped if reversible else None
+    if not reversible:
+        del model.rankwise_adapters
+
+
+def unmerge_adapter(model: nn.Module) -> None:
+    """Undo ``merge_adapter``, to the bit. Raises AdapterError (RW408) when nothing reversible was merged."""
+    state: AdapterState = adapter_state(model)
+    if state.merged is None:
+        raise AdapterError("RW408", "nothing to unmerge: no adapter was merged with reversible=True.")
+    for path, module in state.merged:
+        model.set_submodule(path, module)
+    state.merged = None
+
+
+def _merged(module: AdaptedLayer | TrainedCopy) -> nn.Module:
+    if module.active is None:
+        return inner_module(module)
+    if isinstance(module, TrainedCopy):
+        return module.chosen()
+    adapter: Any = module.adapters[module.active]
+    return with_weight(module.base_layer, adapter.merge(module.base_layer))
+
+
+def _touches_tied_weight(model: nn.Module, wrapped: list[tuple[str, AdaptedLayer | TrainedCopy]]) -> bool:
+    """Whether merging gives the output head or the embedding a weight of its own."""
+    finders: list[Any] = [getattr(model, name, None) for name in ("get_output_embeddings", "get_input_embeddings")]
+    ends = [find() for find in finders if find is not None]
+    return any(module is end for _, module in wrapped for end in ends)

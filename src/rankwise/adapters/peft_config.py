@@ -1,0 +1,117 @@
+"""``adapter_config.json``: PEFT's fields from a LoraConfig and back.
+
+Unknown fields that only say how an adapter was made are ignored; those that would change what it computes are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.config import LoraConfig
+from rankwise.errors import AdapterError, ConfigError
+
+CONFIG_FILE = "adapter_config.json"
+CONFIG_BYTES_LIMIT = 4 << 20
+
+_SHARED_FIELDS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "bias",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "use_dora",
+    "use_rslora",
+)
+
+# What PEFT writes besides; a value other than this one changes the result, so reading refuses it.
+_FIXED_FIELDS: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "layer_replication": None,
+    "lora_bias": False,
+    "megatron_config": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_qalora": False,
+    "velora_config": None,
+}
+
+# Other initialisations (pissa, olora, corda, lora_ga, loftq, ...) change the base's weights too.
+_HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def to_peft(config: LoraConfig, targets: str | Sequence[str], base_model: str | None, conv1d: bool) -> dict[str, Any]:
+    """The JSON document. ``targets`` replaces "all-linear", which only makes sense beside the model."""
+    fields: dict[str, Any] = {name: getattr(config, name) for name in _SHARED_FIELDS}
+    fields |= {
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "lora_alpha": _whole(config.lora_alpha),
+        "alpha_pattern": {key: _whole(value) for key, value in config.alpha_pattern.items()},
+        "rank_pattern": dict(config.rank_pattern),
+        "base_model_name_or_path": base_model,
+        "fan_in_fan_out": conv1d,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+    }
+    return dict(sorted({**_FIXED_FIELDS, **fields}.items()))
+
+
+def from_peft(document: Mapping[str, Any], source: Path) -> LoraConfig:
+    """The configuration in a PEFT document. Raises AdapterError (RW410) naming every field that cannot be honoured."""
+    kind = document.get("peft_type")
+    if kind != "LORA":
+        raise AdapterError("RW410", f"{source} is of peft_type {kind!r}; rankwise reads LoRA and DoRA adapters (LORA).")
+    refused = [
+        name for name, harmless in _FIXED_FIELDS.items() if document.get(name) not in (harmless, None, False, [])
+    ]
+    init = document.get("init_lora_weights", True)
+    if init not in _HARMLESS_INITS:
+        refused.append("init_lora_weights")
+    if refused:
+        shown = ", ".join(f"{name}={document[name]!r}" for name in refused)
+        raise AdapterError(
+            "RW410",
+            f"{source} sets {shown}, which changes what the adapter computes and is not supported; use PEFT.",
+        )
+    try:
+        return LoraConfig(**{name: document[name] for name in _SHARED_FIELDS if document.get(name) is not None})
+    except (ConfigError, TypeError, ValueError) as error:
+        raise AdapterError("RW410", f"{source} is no valid LoRA configuration: {error}") from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The JSON document of an adapter folder. Raises AdapterError (RW409) when it is missing or no JSON object."""
+    path = folder / CONFIG_FILE
+    try:
+        if path.stat().st_size > CONFIG_BYTES_LIMIT:
+            raise AdapterError("RW409", f"{path} has {path.stat().st_size:,} bytes, too many for a configuration.")
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError("RW409", f"{folder} holds no {CONFIG_FILE}; give the folder of an adapter.") from None
+    except (OSError, ValueError) as error:
+        raise AdapterError("RW409", f"{path} cannot be read as JSON: {error}.") from None
+    if not isinstance(document, dict):
+        raise AdapterError("RW409", f"{path} holds a {type(document).__name__} and should hold an object.")
+    return document
+
+
+def scaled_alpha(config: LoraConfig) -> Callable[[float, int], float]:
+    """How lora_alpha grows when n parts of rank r become one LoRA of rank n r at the same scale."""
+    return (lambda alpha, n: alpha * n**0.5) if config.use_rslora else (lambda alpha, n: alpha * n)
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value

@@ -1,0 +1,1 @@
+"""The command line: one short file per verb. Imports everything, imported by nothing."""

@@ -1,0 +1,141 @@
+"""``rankwise``: the verbs, and the one place where every error becomes one line and an exit code.
+
+0 done, 2 a mistake in the input, 1 a fault of ours, 130 interrupted. Nothing here imports torch: a verb does when it runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+from typer.main import get_command
+
+from rankwise.cli import generate, inspect, merge, preview, train
+from rankwise.cli.help import verb_command, verb_group
+from rankwise.cli.options import Verb, command_of
+from rankwise.cli.output import (
+    DEBUG_VARIABLE,
+    Output,
+    debugging,
+    only_our_messages,
+    print_document,
+    print_message,
+    stdout_for_the_document,
+)
+from rankwise.config import Settings
+from rankwise.errors import ConfigError, InternalError, Interrupted, RankwiseError, RunError
+
+VERBS: tuple[Verb, ...] = (preview.VERB, train.VERB, generate.VERB, merge.VERB, inspect.VERB)
+SUMMARY = "Fine-tune a language model with low-rank adapters, wisely: LoRA and DoRA from one command."
+EXAMPLES = (
+    "rankwise preview  --model demo --data rows.jsonl",
+    "rankwise train    --model demo --data rows.jsonl --method lora --output runs/first",
+    'rankwise generate --adapter runs/first --prompt "Hello" --compare',
+    "rankwise merge    --adapter runs/first --output merged",
+)
+LIBRARIES = ("rankwise", "torch", "transformers", "trl", "datasets", "safetensors")
+# Errors of the file system that the user can mend: permissions, a full or read-only disk, a missing folder.
+FILE_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.ENOTDIR}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code; every error has been reported by then."""
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    as_json = "--json" in arguments
+    try:
+        with only_our_messages():
+            code = get_command(build_app()).main(args=arguments, prog_name="rankwise", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:
+        return _reader_has_gone()
+    except Exception as error:  # noqa: BLE001  the last net: whatever comes becomes one line
+        return _report(_as_ours(error), error, as_json=as_json)
+
+
+def build_app(verbs: Sequence[Verb] = VERBS) -> typer.Typer:
+    app = typer.Typer(
+        cls=verb_group(tuple(verbs), SUMMARY, EXAMPLES),
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for verb in verbs:
+        command = command_of(verb, lambda settings, as_json, verb=verb: _invoke(verb, settings, as_json=as_json))
+        app.command(verb.name, cls=verb_command(verb), help=verb.summary)(command)
+    return app
+
+
+def _root(version: Annotated[bool, typer.Option("--version", is_eager=True)] = False) -> None:
+    if version:
+        print("  ".join(f"{name} {_version(name)}" for name in LIBRARIES))
+        raise typer.Exit
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _invoke(verb: Verb, settings: Settings, *, as_json: bool) -> None:
+    try:
+        with stdout_for_the_document(as_json=as_json):
+            document = verb.run(settings, Output(as_json=as_json))
+    except KeyboardInterrupt:
+        raise Interrupted("RW113", f"{verb.name} was stopped from the keyboard.") from None
+    if as_json:
+        print_document(document)
+
+
+def _report(error: RankwiseError, cause: BaseException, *, as_json: bool) -> int:
+    if debugging():
+        traceback.print_exception(cause, file=sys.stderr)
+    print_message("interrupted" if isinstance(error, Interrupted) else "error", error.code, error.message)
+    if as_json:
+        print_document({"error": {"code": error.code, "message": error.message}})
+    return error.exit_code
+
+
+def _as_ours(error: Exception) -> RankwiseError:
+    """The error that the user reads. Ours pass; usage, memory and file-system errors get a code and a remedy."""
+    if isinstance(error, RankwiseError):
+        return error
+    if hasattr(error, "format_message"):
+        return ConfigError("RW110", _usage_sentence(error))
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        remedy = "lower --batch-size or --max-length, or switch on --gradient-checkpointing"
+        return RunError("RW111", f"the memory of the device is full ({_first_line(error)}); {remedy}.")
+    if isinstance(error, OSError) and error.errno in FILE_ERRORS and error.filename:
+        return RunError("RW112", f"{error.filename}: {(error.strerror or 'cannot be used').lower()}.")
+    advice = "please report it with the text that RANKWISE_DEBUG=1 prints".replace("RANKWISE_DEBUG", DEBUG_VARIABLE)
+    return InternalError("RW900", f"a fault of rankwise: {type(error).__name__}: {_first_line(error)}; {advice}.")
+
+
+def _usage_sentence(error: Any) -> str:
+    """What the parser of the command line says, and where the options are listed."""
+    sentence = " ".join(error.format_message().split()).rstrip(".")
+    path = error.ctx.command_path if getattr(error, "ctx", None) else "rankwise"
+    return f"{sentence[0].lower()}{sentence[1:]}; `{path} --help` lists what there is."
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".;:") if lines else "no message"
+
+
+def _reader_has_gone() -> int:
+    """``rankwise ... | head``: what cannot be written any more must not raise again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

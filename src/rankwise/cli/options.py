@@ -1,0 +1,159 @@
+"""Command-line options from a settings table: option, YAML key and default are defined once, in the table.
+
+Every option is text here and is checked by pydantic, so the command line and the YAML file get the same messages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from rankwise.cli.output import Output
+from rankwise.config import Settings, read_settings
+
+OTHER_PANEL = "Options"
+METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """One word of the command line and what it needs before it runs; importing it loads no heavy library."""
+
+    name: str
+    settings: type[Settings]
+    run: Callable[[Any, Output], Mapping[str, Any]]
+    summary: str
+    examples: Sequence[str]
+    panels: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    # Heading in the help -> fields under it; fields not named here stand under "Options".
+    metavars: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A field of a settings table as the command line sees it."""
+
+    field: str
+    flag: str
+    metavar: str
+    help: str
+    kind: Literal["switch", "value", "repeated", "argument"]
+    is_list: bool
+
+    @property
+    def label(self) -> str:
+        if self.kind == "argument":
+            return self.metavar
+        if self.kind == "switch":
+            return f"--[no-]{self.flag}"
+        return f"--{self.flag} {self.metavar}"
+
+
+def options_of(verb: Verb) -> list[Option]:
+    """The options of a verb, in the order of its settings table."""
+    return [_option(verb, name, field) for name, field in verb.settings.model_fields.items()]
+
+
+def panels_of(verb: Verb) -> dict[str, list[Option]]:
+    """Heading -> options under it, in the order of the help."""
+    heading = {name: title for title, names in verb.panels.items() for name in names}
+    panels: dict[str, list[Option]] = {title: [] for title in verb.panels}
+    for option in options_of(verb):
+        panels.setdefault(heading.get(option.field, OTHER_PANEL), []).append(option)
+    return {title: options for title, options in panels.items() if options}
+
+
+def command_of(verb: Verb, invoke: Callable[[Settings, bool], None]) -> Callable[..., None]:
+    """A function whose signature typer turns into the verb's options. It calls ``invoke(settings, as_json)``."""
+    options = {option.field: option for option in options_of(verb)}
+
+    def command(**given: Any) -> None:
+        as_json, config = given.pop("json"), given.pop("config")
+        values = {name: _parse(options[name], value) for name, value in given.items()}
+        settings = read_settings(verb.settings, Path(config) if config else None, values)
+        invoke(settings, as_json)
+
+    parameters = [_parameter(option) for option in options.values()]
+    command.__signature__ = inspect.Signature([*parameters, *_common_parameters()])  # type: ignore[attr-defined]
+    command.__annotations__ = {}
+    return command
+
+
+def _option(verb: Verb, name: str, field: FieldInfo) -> Option:
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    types_ = _plain_types(field.annotation)
+    if extra.get("argument"):
+        kind: Literal["switch", "value", "repeated", "argument"] = "argument"
+    elif extra.get("repeated"):
+        kind = "repeated"
+    else:
+        kind = "switch" if bool in types_ else "value"
+    flag = name.replace("_", "-")
+    metavar = verb.metavars.get(name) or _metavar(types_)
+    return Option(name, flag, metavar, _help(field), kind, tuple in types_)
+
+
+def _plain_types(annotation: Any) -> list[Any]:
+    """``str | tuple[str, ...] | None`` -> [str, tuple]; a Literal stays as it is."""
+    if get_origin(annotation) in (typing.Union, types.UnionType):
+        return [kind for part in get_args(annotation) for kind in _plain_types(part)]
+    if get_origin(annotation) is Literal:
+        return [annotation]
+    kind = get_origin(annotation) or annotation
+    return [] if kind is type(None) else [kind]
+
+
+def _metavar(kinds: Sequence[Any]) -> str:
+    if tuple in kinds:
+        return "NAME,..."
+    if get_origin(kinds[0]) is Literal:
+        return "|".join(str(choice) for choice in get_args(kinds[0]))
+    return METAVARS.get(kinds[0], "TEXT")
+
+
+def _help(field: FieldInfo) -> str:
+    text = field.description or ""
+    if field.is_required():
+        return f"{text} (required)"
+    if field.default in (None, False, (), ""):
+        return text
+    default = "on" if field.default is True else field.default
+    return f"{text} (default: {default:g})" if isinstance(default, float) else f"{text} (default: {default})"
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    if option.kind == "argument":
+        annotation: Any = Annotated[str, typer.Argument(metavar=option.metavar)]
+        return inspect.Parameter(option.field, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+    flag = f"--{option.flag}/--no-{option.flag}" if option.kind == "switch" else f"--{option.flag}"
+    kind: Any = {"switch": bool, "repeated": list[str]}.get(option.kind, str)
+    annotation = Annotated[kind | None, typer.Option(flag, metavar=option.metavar)]
+    return inspect.Parameter(option.field, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _common_parameters() -> list[inspect.Parameter]:
+    def common(name: str, kind: Any, default: Any) -> inspect.Parameter:
+        annotation = Annotated[kind, typer.Option(f"--{name}")]
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+    return [common("config", str | None, None), common("json", bool, False)]
+
+
+def _parse(option: Option, value: Any) -> Any:
+    """A comma makes a list, and so does a bare module name: as a regular expression it would match almost nothing."""
+    if option.kind == "repeated":
+        return tuple(value) or None if value is not None else None
+    if not option.is_list or value is None or value == "all-linear":
+        return value
+    if "," in value or re.fullmatch(r"\w+", value):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value

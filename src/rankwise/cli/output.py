@@ -1,0 +1,116 @@
+"""Where a verb writes: people read the console, programs read the one document of ``--json``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+
+from rankwise.errors import RankwiseWarning
+
+DEBUG_VARIABLE = "RANKWISE_DEBUG"
+
+# Read when the libraries are imported, which is after the command line has been parsed.
+QUIET_ENVIRONMENT = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+}
+
+
+class Output:
+    """``console`` is stdout, or stderr with ``--json``, so that stdout then holds the document alone."""
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self.console = Console(stderr=as_json, highlight=False)
+
+    @property
+    def is_terminal(self) -> bool:
+        """A terminal that can be drawn on; otherwise plain lines."""
+        return self.console.is_terminal and not self.console.is_dumb_terminal
+
+    def line(self, text: str = "", style: str | None = None) -> None:
+        """Print a line as it is: no markup, no wrapping that would break a path."""
+        self.console.print(text, style=style, markup=False, soft_wrap=True)
+
+
+def debugging() -> bool:
+    return os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
+
+
+def print_document(document: Mapping[str, Any], stream: TextIO | None = None) -> None:
+    """The one JSON document of ``--json``. A figure that is not a number is null: JSON has no NaN."""
+    text = json.dumps(_without_nan(document), indent=2, ensure_ascii=False, allow_nan=False, default=str)
+    print(text, file=stream or sys.stdout, flush=True)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return value
+
+
+def print_message(kind: str, code: str, text: str) -> None:
+    """``error RW104: ...  [docs/errors.md#rw104]`` as one line on stderr."""
+    colour = {"error": "bold red", "warning": "bold yellow"}.get(kind, "bold")
+    line = " ".join(part.strip() for part in text.splitlines())
+    Console(stderr=True, highlight=False).print(
+        f"[{colour}]{kind} {code}[/]: {escape(line)}  [dim]\\[docs/errors.md#{code.lower()}][/]", soft_wrap=True
+    )
+
+
+@contextlib.contextmanager
+def stdout_for_the_document(*, as_json: bool) -> Iterator[None]:
+    """With ``--json``, whatever a library prints to stdout goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def only_our_messages() -> Iterator[None]:
+    """Print each RankwiseWarning once; keep other libraries' logs, warnings and progress bars silent."""
+    seen: set[str] = set()
+
+    def show(message: Warning | str, *rest: Any, **named: Any) -> None:
+        if not isinstance(message, RankwiseWarning):
+            before(message, *rest, **named)
+        elif str(message) not in seen:
+            seen.add(str(message))
+            print_message("warning", message.code, message.message)
+
+    with warnings.catch_warnings(), _silence() if not debugging() else contextlib.nullcontext():
+        before = warnings.showwarning
+        warnings.showwarning = show
+        if not debugging():
+            warnings.simplefilter("ignore")
+        warnings.simplefilter("always", RankwiseWarning)
+        yield
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Restores the level of logging; the environment stays, it is read once by each library."""
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

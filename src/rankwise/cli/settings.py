@@ -1,0 +1,69 @@
+"""Settings tables of the verbs other than ``train``, which has its own in ``rankwise.config``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from rankwise.config import Settings
+
+MODEL = "Hub id, folder, .gguf file, or `demo`."
+DATA = "Hub id, folder, or .jsonl/.json/.csv/.parquet file (also .gz)."
+REMOTE_CODE = "Run Python code that comes with a hub repository."
+REVISION = "Branch, tag or commit of a hub model."
+
+
+class PreviewSettings(Settings):
+    """The options of ``rankwise preview``."""
+
+    model: str = Field(description=MODEL)
+    data: str = Field(description=DATA)
+    row: int = Field(1, ge=1, description="Row to show, counted from 1.")
+    max_length: int = Field(1024, ge=2, description="Tokens per row; longer rows are cut and counted.")
+    chat_template: Path | None = Field(None, description="Jinja file that overrides the tokenizer's template.")
+    prompt_column: str | None = Field(None, description="Column with the prompt, for tables of other names.")
+    completion_column: str | None = Field(None, description="Column with the completion.")
+    trust_remote_code: bool = Field(False, description=REMOTE_CODE)
+    revision: str | None = Field(None, description=REVISION)
+
+
+class GenerateSettings(Settings):
+    """The options of ``rankwise generate``."""
+
+    prompt: tuple[str, ...] = Field(
+        min_length=1, description="Text to answer; may be given several times.", json_schema_extra={"repeated": True}
+    )
+    adapter: Path | None = Field(None, description="Run folder or PEFT adapter folder.")
+    model: str | None = Field(None, description=f"{MODEL} With --adapter: the base it was trained on.")
+    compare: bool = Field(False, description="Show base and tuned model side by side.")
+    max_new_tokens: int = Field(128, ge=1, description="Longest answer, in tokens.")
+    temperature: float = Field(0.0, ge=0, description="0 always takes the likeliest token; above 0 it samples.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens that make up this share.")
+    seed: int = Field(0, ge=0, description="Seed of the sampling.")
+    raw: bool = Field(False, description="Give the prompt as it is, without a chat template.")
+    chat_template: Path | None = Field(None, description="Jinja file that overrides the tokenizer's template.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Dtype of the base; auto: as the adapter was trained, else what suits the device."
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Device; auto takes the fastest.")
+    trust_remote_code: bool = Field(False, description=REMOTE_CODE)
+    revision: str | None = Field(None, description=REVISION)
+
+
+class MergeSettings(Settings):
+    """The options of ``rankwise merge``."""
+
+    adapter: Path = Field(description="Run folder or PEFT adapter folder.")
+    output: Path = Field(description="Folder to write the merged model to; must not exist or be empty.")
+    model: str | None = Field(None, description="Base model; default: the one named by the adapter.")
+
+
+class InspectSettings(Settings):
+    """The options of ``rankwise inspect``."""
+
+    folder: Path = Field(
+        description="Adapter, run or model folder.", json_schema_extra={"argument": True}
+    )
+    model: str | None = Field(None, description="Base model; say whether the adapter fits it.")

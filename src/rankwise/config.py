@@ -1,0 +1,219 @@
+"""What a user can set: the adapter and the training run. Imports no torch.
+
+``LoraConfig`` speaks PEFT's names. ``TrainSettings`` is the command line of ``rankwise train`` and the keys of
+its YAML file; it stops at ``training.run``, inner functions take plain arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from rankwise.errors import ConfigError
+
+Bias = Literal["none", "all", "lora_only"]
+AdapterDtype = Literal["float32", "base"]
+Method = Literal["lora", "qlora", "dora", "qdora", "full"]
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """LoRA (Hu et al. 2021) or, with ``use_dora``, DoRA (Liu et al. 2024). Field names and meanings are PEFT's.
+
+    Raises ConfigError (RW101) with every wrong field in one message.
+    """
+
+    r: int = 16
+    # Rank of the update: A is (r, in), B is (out, r).
+    lora_alpha: float = 32
+    # The update is scaled by s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
+    lora_dropout: float = 0.0
+    # Dropout on the input of the low-rank path; the frozen product never sees it.
+    target_modules: str | Sequence[str] | None = ALL_LINEAR
+    # A list matches a module's whole name or its end after a dot; a string is a full-match regular expression;
+    # "all-linear" is every linear layer but the output head.
+    use_dora: bool = False
+    # Train a magnitude per output row besides A and B.
+    use_rslora: bool = False
+    # Scale by lora_alpha / sqrt(r) (Kalajdzievski 2023).
+    exclude_modules: str | Sequence[str] | None = None
+    # Matched like target_modules; what it matches is left alone.
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    # Another r for some modules; a key matches as the regular expression (.*\.)?(KEY)$.
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    # Another lora_alpha for some modules, matched like rank_pattern.
+    bias: Bias = "none"
+    # Which biases of the base train: none, all of the model's, or those of adapted layers.
+    modules_to_save: Sequence[str] | None = None
+    # Modules trained whole and saved with the adapter (a new output head, for example). A tied head is untied.
+    layers_to_transform: int | Sequence[int] | None = None
+    # Only these layer indices are adapted; goes with a list of target_modules.
+    layers_pattern: str | Sequence[str] | None = None
+    # Name of the module list that layers_to_transform counts in, where it is not the first in the path.
+    enable_lora: Mapping[str, Sequence[bool]] = dataclasses.field(default_factory=dict)
+    # Fused projections of which only some equal parts adapt, as in loralib's MergedLinear:
+    # {"c_attn": [True, False, True]} adapts q and v of GPT-2 and freezes k. Keys match like target_modules.
+    init_lora_weights: bool = True
+    # True: A Kaiming-uniform, B zero, so that training starts at the base model. False: B random too (for tests).
+    adapter_dtype: AdapterDtype = "float32"
+    # float32 keeps A, B and m in full precision and rounds them to the layer's dtype in the product; base stores
+    # them in the base's dtype (half the adapter's memory, and small updates are lost to rounding).
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
+        problems = list(_lora_problems(self))
+        if problems:
+            raise ConfigError("RW101", "; ".join(problems) + ".")
+
+    def scaling(self, r: int, lora_alpha: float) -> float:
+        """``s = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with rsLoRA."""
+        return float(lora_alpha / r**0.5 if self.use_rslora else lora_alpha / r)
+
+
+def _lora_problems(config: LoraConfig) -> Sequence[str]:
+    problems = []
+    ranks = {"r": config.r, **{f"rank_pattern[{key!r}]": value for key, value in config.rank_pattern.items()}}
+    for name, rank in ranks.items():
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            problems.append(f"{name} is {rank!r} and must be a whole number of 1 or more")
+    if not 0 <= config.lora_dropout < 1:
+        problems.append(f"lora_dropout is {config.lora_dropout!r} and must lie in [0, 1)")
+    if config.bias not in get_args(Bias):
+        problems.append(f"bias is {config.bias!r} and must be one of {', '.join(get_args(Bias))}")
+    if config.adapter_dtype not in get_args(AdapterDtype):
+        problems.append(f"adapter_dtype is {config.adapter_dtype!r} and must be float32 or base")
+    if config.target_modules is not None and len(config.target_modules) == 0:
+        problems.append('target_modules is empty; give a list of names, a regular expression, or "all-linear"')
+    if config.layers_to_transform is not None and isinstance(config.target_modules, str):
+        problems.append(
+            "layers_to_transform goes with a list of target_modules, and target_modules is "
+            f"{config.target_modules!r}; give the module names as a list"
+        )
+    for key, parts in config.enable_lora.items():
+        if not any(parts):
+            problems.append(f"enable_lora[{key!r}] is {list(parts)} and must enable at least one part")
+    return problems
+
+
+class Settings(BaseModel):
+    """Base of every settings table: unknown keys are refused, and keys may be spelled with hyphens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+class TrainSettings(Settings):
+    """The options of ``rankwise train``, and the keys of its ``--config`` file."""
+
+    model: str = Field(description="Hub id, folder, .gguf file, or `demo`.")
+    data: str = Field(description="Training data: hub id, folder, or .jsonl/.json/.csv/.parquet file (also .gz).")
+    output: Path = Field(description="Run folder to write.")
+    eval_data: str | None = Field(None, description="Evaluation data, in any of the same forms.")
+    method: Method = Field("lora", description="lora, qlora, dora, qdora or full.")
+
+    r: int = Field(16, ge=1, description="Rank of the adapter.")
+    lora_alpha: float = Field(32, gt=0, description="Scale of the adapter: the update is multiplied by alpha / r.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the low-rank path.")
+    target_modules: str | tuple[str, ...] = Field(
+        ALL_LINEAR, description='Module names, comma-separated; or a regular expression; or "all-linear".'
+    )
+    exclude_modules: str | tuple[str, ...] | None = Field(None, description="Module names to leave alone.")
+    modules_to_save: tuple[str, ...] | None = Field(None, description="Modules to train whole, comma-separated.")
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r).")
+    adapter_dtype: AdapterDtype = Field("float32", description="float32, or base for the base model's dtype.")
+
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides --epochs.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the training data.")
+    batch_size: int = Field(8, ge=1, description="Rows per micro-batch.")
+    gradient_accumulation: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
+    max_length: int = Field(1024, ge=2, description="Tokens per row; longer rows are cut, counted and reported.")
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    lr_scheduler_type: str = Field("linear", description="Schedule: linear, cosine, constant, ... (transformers).")
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from 0.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 switches it off.")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing.")
+    optimizer: str = Field("adamw_torch", description="Optimizer, by transformers' name.")
+    seed: int = Field(0, ge=0, description="Seed of the adapter, the data order and dropout.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Dtype of the base: auto is bfloat16 where the device has it."
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Device; auto takes the fastest.")
+    packing: bool = Field(False, description="Fill every row with several examples that do not see each other.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
+    chat_template: Path | None = Field(None, description="Jinja file that overrides the tokenizer's template.")
+    prompt_column: str | None = Field(None, description="Column with the prompt, for tables of other names.")
+    completion_column: str | None = Field(None, description="Column with the completion.")
+
+    save_steps: int | None = Field(None, ge=1, description="Checkpoint every N steps; default: at each evaluation.")
+    save_total_limit: int = Field(2, ge=1, description="Checkpoints kept, the best one besides.")
+    eval_steps: int | None = Field(None, ge=1, description="Evaluate every N steps; default: a tenth of the run.")
+    eval_limit: int | None = Field(None, ge=1, description="Evaluate on the first N rows only.")
+    logging_steps: int = Field(10, ge=1, description="Log every N steps.")
+    early_stopping: int | None = Field(None, ge=1, description="Stop after N evaluations without a better loss.")
+    sample_prompt: str | None = Field(None, description="Answered again at every evaluation.")
+    tensorboard: bool = Field(False, description="Write TensorBoard events too (extra `tensorboard`).")
+
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with a hub repository.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    resume: bool = Field(False, description="Continue the run in --output from its last checkpoint.")
+    overwrite: bool = Field(False, description="Replace the run in --output.")
+
+
+def read_settings(kind: type[SettingsT], file: Path | None, given: Mapping[str, Any]) -> SettingsT:
+    """Settings from a YAML ``file`` (keys are the long options) overridden by what the command line ``given``.
+
+    Raises ConfigError: RW102 the file cannot be read, RW103 with every wrong or unknown key in one message.
+    """
+    merged = {
+        **(_read_yaml(file) if file else {}),
+        **{key: value for key, value in given.items() if value is not None},
+    }
+    try:
+        return kind.model_validate({key.replace("-", "_"): value for key, value in merged.items()})
+    except pydantic.ValidationError as error:
+        raise ConfigError("RW103", _one_sentence(error, kind)) from None
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError("RW102", f"cannot read the settings file {file}: {reason}.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise ConfigError("RW102", f"the settings file {file} holds a {kind}; write one `option: value` a line.")
+    return {str(key): value for key, value in content.items()}
+
+
+def _one_sentence(error: pydantic.ValidationError, kind: type[Settings]) -> str:
+    problems = []
+    for item in error.errors():
+        name = "--" + ".".join(str(part) for part in item["loc"][:1]).replace("_", "-")
+        if item["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(str(item["loc"][0]), kind.model_fields, n=1)
+            hint = f" (did you mean --{close[0].replace('_', '-')}?)" if close else ""
+            problems.append(f"{name} is no option{hint}")
+        elif item["type"] == "missing":
+            problems.append(f"{name} is missing")
+        else:
+            problems.append(f"{name} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+    return "; ".join(dict.fromkeys(problems)) + "."

@@ -1,0 +1,227 @@
+"""One file on disk to ``(line, record)`` pairs: JSON lines, JSON, CSV, TSV, parquet, text; each plain or gzipped."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import gzip
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from rankwise.data.formats import E2E_LINES, TEXT, BadRow, Format, Record
+from rankwise.errors import DataError
+
+Numbered = Iterator[tuple[int, Record | BadRow]]
+# The csv module's own limit of 128 KiB is too short for documents in a table.
+LONGEST_FIELD_BYTES = 1 << 30
+LINE_SEPARATOR = "||"
+
+
+@dataclasses.dataclass(frozen=True)
+class FileContent:
+    """A parsed file. ``only`` is the format that the kind of file alone decides (text files), else None."""
+
+    records: Sequence[tuple[int, Record | BadRow]]
+    sha256: str
+    only: Format | None = None
+
+
+def kind_of(path: Path) -> str | None:
+    """The extension that decides how ``path`` is read, ``.gz`` aside; None for a kind that is not read."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in KINDS else None
+
+
+def read_file(path: Path) -> FileContent:
+    """All records of ``path`` with the lines they start at.
+
+    Raises DataError: RW201 cannot be opened, RW202 unknown extension, RW205 not UTF-8, RW206 damaged.
+    """
+    kind = kind_of(path)
+    if kind is None:
+        found = path.suffix or "no extension"
+        kinds = ", ".join(KINDS)
+        raise DataError("RW202", f"cannot read {path}: {found} is no kind of data file; give {kinds} (also .gz).")
+    try:
+        stored = path.read_bytes()
+    except OSError as error:
+        raise DataError("RW201", f"cannot open {path}: {error.strerror or error}.") from None
+    content = _unpacked(path, stored)
+    records = list(KINDS[kind](path, content))
+    only = None
+    if kind == ".txt":
+        pairs = bool(records) and all("context" in record for _, record in records if not isinstance(record, BadRow))
+        only = E2E_LINES if pairs else TEXT
+    return FileContent(records, hashlib.sha256(stored).hexdigest(), only)
+
+
+def _unpacked(path: Path, stored: bytes) -> bytes:
+    if path.suffix.lower() != ".gz":
+        return stored
+    try:
+        return gzip.decompress(stored)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError("RW206", f"cannot unpack {path}: {error}; the file is cut short or no gzip file.") from None
+
+
+def _decoded(path: Path, content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+        encoding = "utf-16" if wide else "latin1"
+        guess = "it is UTF-16" if wide else "if it is Latin-1 (Western European)"
+        raise DataError(
+            "RW205",
+            f"{path} is not UTF-8: byte 0x{content[error.start]:02x} in line {line}; {guess}, "
+            f"convert it with `iconv -f {encoding} -t utf-8 {path.name} > utf8-{path.name}`.",
+        ) from None
+
+
+def _json_lines(path: Path, content: bytes) -> Numbered:
+    for number, line in enumerate(_decoded(path, content).split("\n"), 1):
+        if line.strip():
+            yield number, _json_record(line)
+
+
+def _json_record(line: str) -> Record | BadRow:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        return BadRow(f"expected one JSON object a line, found invalid JSON ({error.msg} at column {error.colno})")
+    except RecursionError:
+        return BadRow("expected one JSON object a line, found JSON nested too deeply")
+    return _as_record(record)
+
+
+def _as_record(record: object) -> Record | BadRow:
+    if isinstance(record, dict):
+        return record
+    return BadRow(f"expected a JSON object with named fields, found {json.dumps(record, ensure_ascii=False)[:40]}")
+
+
+def _json(path: Path, content: bytes) -> Numbered:
+    """A JSON array of objects, or objects one a line as many ``.json`` files hold."""
+    text = _decoded(path, content)
+    start = _skip(text, 0)
+    if start == len(text):
+        return
+    if text[start] != "[":
+        yield from _json_lines(path, content)
+        return
+    yield from _json_array(path, text, start)
+
+
+_BLANK = re.compile(r"[ \t\r\n]*")
+
+
+def _skip(text: str, position: int) -> int:
+    match = _BLANK.match(text, position)
+    return match.end() if match else position
+
+
+def _json_array(path: Path, text: str, start: int) -> Numbered:
+    # Element by element, because json.loads does not say on which line an element starts.
+    decode = json.JSONDecoder().raw_decode
+    position, line, counted = _skip(text, start + 1), 1, 0
+    if text[position : position + 1] == "]":
+        return
+    while True:
+        line += text.count("\n", counted, position)
+        counted = position
+        try:
+            element, position = decode(text, position)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                "RW206", f"{path}, line {error.lineno}: expected a JSON array of objects, found invalid JSON "
+                f"({error.msg} at column {error.colno})."
+            ) from None
+        except RecursionError:
+            raise DataError("RW206", f"{path}, line {line}: JSON nested too deeply.") from None
+        yield line, _as_record(element)
+        position = _skip(text, position)
+        mark = text[position : position + 1]
+        if mark == "]":
+            return
+        if mark != ",":
+            at = text.count("\n", 0, position) + 1
+            found = repr(mark) if mark else "the end of the file"
+            raise DataError("RW206", f"{path}, line {at}: expected `,` or `]` in the JSON array, found {found}.")
+        position = _skip(text, position + 1)
+
+
+def _table(delimiter: str) -> Callable[[Path, bytes], Numbered]:
+    def read(path: Path, content: bytes) -> Numbered:
+        reader = csv.reader(io.StringIO(_decoded(path, content), newline=""), delimiter=delimiter, strict=True)
+        previous_limit = csv.field_size_limit(LONGEST_FIELD_BYTES)
+        try:
+            yield from _table_rows(reader)
+        except csv.Error as error:
+            raise DataError(
+                "RW206", f"{path}, line {reader.line_num}: broken table ({error}); check the quotes up to there."
+            ) from None
+        finally:
+            csv.field_size_limit(previous_limit)
+
+    return read
+
+
+def _table_rows(reader: csv._reader) -> Numbered:  # type: ignore[name-defined]
+    header: list[str] | None = None
+    start = 1
+    for values in reader:
+        if not values:
+            pass
+        elif header is None:
+            header = [name.strip() for name in values]
+        elif len(values) != len(header):
+            yield start, BadRow(f"expected {len(header)} columns ({', '.join(header)}), found {len(values)}")
+        else:
+            yield start, dict(zip(header, values))
+        # A quoted field may span lines: the next row starts after all of them.
+        start = reader.line_num + 1
+
+
+def _parquet(path: Path, content: bytes) -> Numbered:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(io.BytesIO(content))
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError("RW206", f"cannot read {path} as parquet: {reason}.") from None
+    yield from enumerate(table.to_pylist(), 1)
+
+
+def _text_lines(path: Path, content: bytes) -> Numbered:
+    lines = [(number, line) for number, line in enumerate(_decoded(path, content).split("\n"), 1) if line.strip()]
+    pairs = [line.count(LINE_SEPARATOR) == 1 for _, line in lines]
+    # One line with the separator may be prose; where most lines have it, one without it is a mistake.
+    paired = sum(pairs) * 2 > len(lines)
+    for (number, line), is_pair in zip(lines, pairs):
+        if not paired:
+            yield number, {"text": line.rstrip("\r")}
+        elif is_pair:
+            context, reference = line.split(LINE_SEPARATOR)
+            yield number, {"context": context, "reference": reference}
+        else:
+            yield number, BadRow(f"expected context{LINE_SEPARATOR}reference, found {line[:40]!r}")
+
+
+KINDS: dict[str, Callable[[Path, bytes], Numbered]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": _table(","),
+    ".tsv": _table("\t"),
+    ".parquet": _parquet,
+    ".txt": _text_lines,
+}

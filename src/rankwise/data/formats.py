@@ -1,0 +1,296 @@
+"""The layouts of training data, told apart by their columns, and the checks of a row.
+
+``detect`` picks a ``Format`` from the first record; ``rows_from_records`` turns every record into a ``Row`` and
+raises once, with the places of the bad ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from rankwise.data.rows import Kind, Message, Row, Rows, content_sha256
+from rankwise.errors import DataError
+
+Record = Mapping[str, Any]
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
+BAD_ROWS_NAMED = 3
+
+
+class BadRow(ValueError):
+    """What one record should have held, and what it holds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One layout: the columns it needs and how a record becomes the fields of a ``Row``."""
+
+    name: str
+    kind: Kind
+    columns: tuple[str, ...]
+    fields: Callable[[Record], dict[str, Any]]
+    # Raises BadRow.
+    uses_template: bool = True
+    separator: str = ""
+
+
+def detect(record: Record, source: str, prompt_column: str | None, completion_column: str | None) -> Format:
+    """The format of ``record``. Raises DataError RW207 when its columns fit none."""
+    if prompt_column or completion_column:
+        return _named_columns(record, source, prompt_column, completion_column)
+    if isinstance(record.get("prompt"), list) and "completion" in record:
+        return PROMPT_MESSAGES
+    for known in FORMATS:
+        if all(column in record for column in known.columns):
+            return known
+    layouts = "; ".join("/".join(known.columns) for known in FORMATS)
+    raise DataError(
+        "RW207",
+        f"{source} has the columns {_listed(record)}, which is no known layout ({layouts}); "
+        "name two of them with --prompt-column and --completion-column.",
+    )
+
+
+def _named_columns(record: Record, source: str, prompt: str | None, completion: str | None) -> Format:
+    if not prompt or not completion:
+        raise DataError("RW207", "--prompt-column and --completion-column go together; give both.")
+    missing = [column for column in (prompt, completion) if column not in record]
+    if missing:
+        raise DataError(
+            "RW207", f"{source} has no column {_listed(missing)}; its columns are {_listed(record)}."
+        )
+    return Format(f"columns ({prompt}, {completion})", "prompt", (prompt, completion), _pair(prompt, completion))
+
+
+def rows_from_records(
+    records: Iterable[tuple[int, Record | BadRow]],
+    source: str,
+    *,
+    sha256: str | None = None,
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+    only: Format | None = None,
+) -> Rows:
+    """Rows from ``(line, record)`` pairs, in the format ``only`` or the one that the first record shows.
+
+    Raises DataError: RW203 naming the bad rows, RW204 when there is none, RW207 for unknown columns.
+    """
+    records = list(records)
+    if not records:
+        raise DataError("RW204", f"{source} holds no rows; give a file with at least one example.")
+    first = next((record for _, record in records if isinstance(record, Mapping)), None)
+    layout = only or (detect(first, source, prompt_column, completion_column) if first is not None else None)
+    rows, problems = _convert(records, source, layout)
+    if problems or layout is None:
+        raise DataError("RW203", _bad_rows(source, problems, len(records)))
+    return Rows(
+        items=rows,
+        kind=layout.kind,
+        source=source,
+        sha256=sha256 or content_sha256(record for _, record in records),
+        format=layout.name,
+        uses_template=layout.uses_template,
+        separator=layout.separator,
+    )
+
+
+def _convert(
+    records: Sequence[tuple[int, Record | BadRow]], source: str, layout: Format | None
+) -> tuple[list[Row], list[tuple[int, str]]]:
+    rows, problems = [], []
+    for line, record in records:
+        try:
+            if isinstance(record, BadRow):
+                raise record
+            if layout is not None:
+                rows.append(Row(layout.kind, source, line, **layout.fields(record)))
+        except BadRow as bad:
+            problems.append((line, str(bad)))
+    return rows, problems
+
+
+def _bad_rows(source: str, problems: Sequence[tuple[int, str]], total: int) -> str:
+    named = "; ".join(f"line {line}: {problem}" for line, problem in problems[:BAD_ROWS_NAMED])
+    more = len(problems) - BAD_ROWS_NAMED
+    rest = f"; and {more} more of {total} rows" if more > 0 else ""
+    return f"{source}, {named}{rest}. Mend or remove these rows."
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def text_field(record: Record, column: str) -> str:
+    """A string that is not blank. Raises BadRow."""
+    value = record.get(column)
+    if isinstance(value, str) and value.strip():
+        return value
+    raise BadRow(f"expected text in `{column}`, found {_found(record, column)}")
+
+
+def _found(record: Record, column: str) -> str:
+    if column not in record:
+        return f"no such field (fields: {_listed(record) or 'none'})"
+    value = record[column]
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return "an empty string" if not value else "only white space"
+    return f"{_type_name(value)} {str(value)[:40]!r}"
+
+
+def _type_name(value: object) -> str:
+    if isinstance(value, bool):
+        return "the truth value"
+    names: dict[type, str] = {int: "the number", float: "the number", list: "the list", dict: "the object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _pair(prompt: str, completion: str) -> Callable[[Record], dict[str, Any]]:
+    def fields(record: Record) -> dict[str, Any]:
+        return {"prompt": text_field(record, prompt), "completion": text_field(record, completion)}
+
+    return fields
+
+
+def _alpaca(context: str, answer: str) -> Callable[[Record], dict[str, Any]]:
+    def fields(record: Record) -> dict[str, Any]:
+        prompt = text_field(record, "instruction")
+        extra = record.get(context)
+        if extra is not None and not isinstance(extra, str):
+            raise BadRow(f"expected text or nothing in `{context}`, found {_found(record, context)}")
+        if extra and extra.strip():
+            prompt = f"{prompt}\n\n{extra}"
+        return {"prompt": prompt, "completion": text_field(record, answer)}
+
+    return fields
+
+
+def _line_pair(prompt: str, completion: str) -> Callable[[Record], dict[str, Any]]:
+    """Data-to-text: the prompt is one line, ended by a newline."""
+
+    def fields(record: Record) -> dict[str, Any]:
+        return {
+            "prompt": text_field(record, prompt).strip() + "\n",
+            "completion": text_field(record, completion).strip(),
+        }
+
+    return fields
+
+
+def _text(record: Record) -> dict[str, Any]:
+    return {"text": text_field(record, "text")}
+
+
+def _messages(record: Record) -> dict[str, Any]:
+    messages = _message_list(record, "messages")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BadRow("expected at least one `assistant` message in `messages`, found none to train on")
+    return {"messages": messages, "tools": _tools(record)}
+
+
+def _sharegpt(record: Record) -> dict[str, Any]:
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise BadRow(f"expected a list of turns in `conversations`, found {_found(record, 'conversations')}")
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("from"), str):
+            raise BadRow(f"expected `from` and `value` in turn {number} of `conversations`, found {str(turn)[:60]!r}")
+        role = SHAREGPT_ROLES.get(turn["from"], turn["from"])
+        messages.append({"role": role, "content": turn.get("value")})
+    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    return _messages({"messages": system + messages, "tools": record.get("tools")})
+
+
+def _prompt_messages(record: Record) -> dict[str, Any]:
+    prompt = _message_list(record, "prompt")
+    if isinstance(record.get("completion"), str):
+        answer: tuple[Message, ...] = ({"role": "assistant", "content": text_field(record, "completion")},)
+    else:
+        answer = _message_list(record, "completion")
+    if not any(message["role"] == "assistant" for message in answer):
+        raise BadRow("expected an `assistant` message in `completion`, found none to train on")
+    return {"messages": prompt + answer, "tools": _tools(record), "first_trained": len(prompt)}
+
+
+def _message_list(record: Record, column: str) -> tuple[Message, ...]:
+    messages = record.get(column)
+    if not isinstance(messages, list) or not messages:
+        raise BadRow(f"expected a list of messages in `{column}`, found {_found(record, column)}")
+    return tuple(_message(message, f"message {number} of `{column}`") for number, message in enumerate(messages, 1))
+
+
+def _message(message: object, place: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise BadRow(f"expected an object with `role` and `content` as {place}, found {str(message)[:40]!r}")
+    if message.get("role") not in ROLES:
+        raise BadRow(f"expected one of {', '.join(ROLES)} as `role` of {place}, found {message.get('role')!r}")
+    content = _content(message.get("content"), place)
+    calls = message.get("tool_calls")
+    if not content and not calls and message["role"] == "assistant":
+        raise BadRow(f"expected text in `content` of {place}, found {_found(message, 'content')}")
+    return {**{key: value for key, value in message.items() if value is not None}, "content": content}
+
+
+def _content(content: object, place: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content if content.strip() else ""
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    if len(texts) != len(parts) or not all(isinstance(text, str) for text in texts):
+        raise BadRow(f"expected text in `content` of {place}, found {str(content)[:40]!r}")
+    return "".join(str(text) for text in texts)
+
+
+def _tools(record: Record) -> tuple[Mapping[str, Any], ...] | None:
+    tools = record.get("tools")
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadRow(f"expected a list of objects in `tools`, found {_found(record, 'tools')}")
+    return tuple(tools)
+
+
+PROMPT_MESSAGES = Format(
+    "chat (prompt, completion as messages)", "chat", ("prompt", "completion"), _prompt_messages
+)
+E2E_LINES = Format(
+    "data-to-text lines (context||reference)",
+    "prompt",
+    ("context", "reference"),
+    _line_pair("context", "reference"),
+    uses_template=False,
+)
+TEXT = Format("text (text)", "text", ("text",), _text, uses_template=False)
+# In order: a table with the columns of several takes the first.
+FORMATS: Collection[Format] = (
+    Format("chat (messages)", "chat", ("messages",), _messages),
+    Format("chat (conversations)", "chat", ("conversations",), _sharegpt),
+    Format("prompt and completion", "prompt", ("prompt", "completion"), _pair("prompt", "completion")),
+    Format("prompt and response", "prompt", ("prompt", "response"), _pair("prompt", "response")),
+    Format(
+        "Alpaca (instruction, input, output)", "prompt", ("instruction", "output"), _alpaca("input", "output"), separator="\n"
+    ),
+    Format(
+        "Dolly (instruction, context, response)",
+        "prompt",
+        ("instruction", "response"),
+        _alpaca("context", "response"),
+        separator="\n",
+    ),
+    Format("question and answer", "prompt", ("question", "answer"), _pair("question", "answer"), separator="\n"),
+    Format("E2E (mr, ref)", "prompt", ("mr", "ref"), _line_pair("mr", "ref"), uses_template=False),
+    TEXT,
+)

@@ -1,0 +1,158 @@
+"""``read_rows``: a file, a folder, a hub id or the demo set, as ``Rows``."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankwise.data.files import KINDS, kind_of, read_file
+from rankwise.data.formats import rows_from_records
+from rankwise.data.rows import Row, Rows
+from rankwise.data.stdlib import STDLIB, stdlib_rows
+from rankwise.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+SPLIT_WORDS = {
+    "train": ("train",),
+    "validation": ("valid", "val", "dev", "eval"),
+    "test": ("test",),
+}
+
+
+def read_rows(
+    source: str | Path,
+    *,
+    split: str = "train",
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+) -> Rows:
+    """All rows of ``source``, checked.
+
+    ``source`` is a .jsonl, .json, .csv, .tsv, .parquet or .txt file (also .gz); a folder of such files or one that
+    ``datasets`` saved; a hub id, with ``:name`` for one of its configurations; or ``stdlib``, the demo set.
+    ``split`` chooses among a folder's or hub data set's parts; a single file is read whole.
+    The layout is told by the columns (see ``docs/data.md``) unless both column names are given.
+
+    Raises DataError: RW201 nothing there, RW202 unknown extension, RW203 bad rows by line, RW204 no rows,
+    RW205 not UTF-8, RW206 damaged file, RW207 unknown columns, RW208 hub or split not available,
+    RW209 files of different layouts in one folder.
+    """
+    columns = {"prompt_column": prompt_column, "completion_column": completion_column}
+    if str(source) == STDLIB:
+        return stdlib_rows(split=split)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _read_folder(path, split, columns)
+    if path.exists():
+        return _read_path(path, path.name, columns)
+    if _looks_like_a_path(str(source)):
+        raise DataError("RW201", f"there is no file or folder {source}; check the path.")
+    return _read_hub(str(source), split, columns)
+
+
+def _looks_like_a_path(source: str) -> bool:
+    return kind_of(Path(source)) is not None or source.endswith(".gz") or not HUB_ID.fullmatch(source)
+
+
+def _read_path(path: Path, name: str, columns: dict[str, Any]) -> Rows:
+    content = read_file(path)
+    only = None if any(columns.values()) else content.only
+    return rows_from_records(content.records, name, sha256=content.sha256, only=only, **columns)
+
+
+def _read_folder(folder: Path, split: str, columns: dict[str, Any]) -> Rows:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return _read_saved(folder, split, columns)
+    files = _files_of_split(folder, split)
+    parts = [_read_path(file, str(file.relative_to(folder)), columns) for file in files]
+    formats = {part.format: part.source for part in parts}
+    if len(formats) > 1:
+        found = "; ".join(f"{source} is {name}" for name, source in formats.items())
+        raise DataError("RW209", f"the files in {folder} have different layouts: {found}. Give one of them.")
+    names_and_hashes = "\n".join(f"{part.source} {part.sha256}" for part in parts)
+    rows: list[Row] = [row for part in parts for row in part]
+    first = parts[0]
+    return Rows(
+        items=rows,
+        kind=first.kind,
+        source=folder.name,
+        sha256=hashlib.sha256(names_and_hashes.encode()).hexdigest(),
+        format=first.format,
+        uses_template=first.uses_template,
+        separator=first.separator,
+    )
+
+
+def _files_of_split(folder: Path, split: str) -> Sequence[Path]:
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file() and kind_of(file) and not file.relative_to(folder).parts[0].startswith(".")
+    )
+    if not files:
+        raise DataError("RW204", f"{folder} holds no data file ({', '.join(KINDS)}, also .gz).")
+    by_split = {file: _split_of(file.name) for file in files}
+    if not any(by_split.values()):
+        return files
+    chosen = [file for file, name in by_split.items() if name == _split_of(split)]
+    if not chosen:
+        names = ", ".join(str(file.relative_to(folder)) for file in files[:10])
+        raise DataError("RW208", f"no file in {folder} is named after the split {split!r}; it holds {names}.")
+    return chosen
+
+
+def _split_of(name: str) -> str | None:
+    """The split a file name speaks of: ``trainset.csv`` is train, ``dev.jsonl`` is validation."""
+    for split, words in SPLIT_WORDS.items():
+        if re.search(rf"(^|[^a-z])({'|'.join(words)})", name.lower()):
+            return split
+    return None
+
+
+def _read_saved(folder: Path, split: str, columns: dict[str, Any]) -> Rows:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError("RW206", f"cannot read {folder} as a saved data set: {_one_line(error)}.") from None
+    if isinstance(loaded, datasets.DatasetDict):
+        loaded = _chosen_split(loaded, split, str(folder))
+    return _from_dataset(loaded, folder.name, columns)
+
+
+def _chosen_split(parts: Any, split: str, source: str) -> Dataset:
+    if split not in parts:
+        raise DataError("RW208", f"{source} has no split {split!r}; it has {', '.join(parts)}.")
+    return parts[split]
+
+
+def _read_hub(source: str, split: str, columns: dict[str, Any]) -> Rows:
+    """``datasets`` 4 and later run no code of a repository; older loading scripts are refused by it."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    name, _, configuration = source.partition(":")
+    try:
+        loaded = datasets.load_dataset(name, configuration or None, split=split)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise DataError(
+            "RW208",
+            f"{source!r} is no file or folder here, and the hub does not give its split {split!r}: "
+            f"{_one_line(error)}. Check the name and the network, or give a local file.",
+        ) from None
+    return _from_dataset(loaded, source, columns)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+
+
+def _from_dataset(dataset: Dataset, source: str, columns: dict[str, Any]) -> Rows:
+    return rows_from_records(enumerate(dataset.to_list(), 1), source, **columns)

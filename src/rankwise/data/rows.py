@@ -1,0 +1,81 @@
+"""What every reader gives and every encoder takes: rows of one kind, each with the place it came from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, overload
+
+Kind = Literal["chat", "prompt", "text"]
+Message = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
+    """One example. ``chat`` fills messages, ``prompt`` fills prompt and completion, ``text`` fills text."""
+
+    kind: Kind
+    source: str
+    # Name of the file, hub data set or demo set.
+    line: int
+    # 1-based; the line where the row starts in a text file, its number in parquet and hub data.
+    messages: tuple[Message, ...] = ()
+    prompt: str = ""
+    completion: str = ""
+    text: str = ""
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    # Functions a chat row offers; handed to the chat template.
+    first_trained: int = 0
+    # Assistant messages before this index belong to the prompt.
+
+    @property
+    def place(self) -> str:
+        """``train.csv, line 12``: how an error names this row."""
+        return f"{self.source}, line {self.line}"
+
+    def content(self) -> str:
+        """All text of the row, for hashing and for comparing rows."""
+        turns = [f"{message['role']}\n{message.get('content') or ''}" for message in self.messages]
+        return "\n".join([*turns, self.prompt + self.completion, self.text]).strip()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rows(Sequence[Row]):
+    """Rows of one source, all of one kind. A slice is again ``Rows``."""
+
+    items: Sequence[Row]
+    kind: Kind
+    source: str
+    sha256: str
+    # Of the file's bytes; for a folder of its files' names and hashes; for hub and demo data of the rows.
+    format: str
+    # The columns that were recognised, for people: "Alpaca (instruction, input, output)".
+    uses_template: bool = True
+    # False: prompt and completion are written one after the other even where the tokenizer has a chat template.
+    separator: str = ""
+    # Stands between prompt and completion where no chat template does.
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Rows: ...
+    def __getitem__(self, index: int | slice) -> Row | Rows:
+        if isinstance(index, slice):
+            return dataclasses.replace(self, items=self.items[index])
+        return self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.items)
+
+
+def content_sha256(records: Iterable[Any]) -> str:
+    """sha256 over the records' JSON, for data that is no file."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps(record, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,80 @@
+"""Every message that stops or warns, as one tree.
+
+    RankwiseError                   code, message, exit_code
+    ├── InputError                  exit 2: the user can mend it
+    │   ├── ConfigError             RW1xx  settings, options, YAML
+    │   ├── DataError               RW2xx  rows, files, templates, tokens
+    │   ├── ModelError              RW3xx  base models: folders, GGUF, weights, devices
+    │   ├── AdapterError            RW4xx  targets, adapter files, merging
+    │   ├── RunError                RW5xx  output folders, checkpoints, preflight checks
+    │   └── QuantizationError       RW6xx  4-bit formats and kernels
+    ├── InternalError               exit 1: a fault of ours
+    └── Interrupted                 exit 130: stopped by the user, saved
+    RankwiseWarning                 the same codes, and the work goes on
+
+A code is stable and has a section of its own in ``docs/errors.md``.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+
+class RankwiseError(Exception):
+    """One sentence that says what happened, what was found, and what to do."""
+
+    exit_code = 1
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}"
+
+
+class InputError(RankwiseError):
+    exit_code = 2
+
+
+class ConfigError(InputError): ...
+
+
+class DataError(InputError): ...
+
+
+class ModelError(InputError): ...
+
+
+class AdapterError(InputError): ...
+
+
+class RunError(InputError): ...
+
+
+class QuantizationError(InputError): ...
+
+
+class InternalError(RankwiseError): ...
+
+
+class Interrupted(RankwiseError):
+    exit_code = 130
+
+
+class RankwiseWarning(UserWarning):
+    """A warning with the same kind of code as an error."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}"
+
+
+def warn(code: str, message: str, *, stacklevel: int = 2) -> None:
+    """Say something that does not stop the work. The command line prints it; Python code can filter it."""
+    warnings.warn(RankwiseWarning(code, message), stacklevel=stacklevel + 1)

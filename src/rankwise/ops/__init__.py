@@ -1,0 +1,24 @@
+"""Operators with shape and dtype contracts. `reference` is the specification; `implementation` says what runs."""
+
+from rankwise.ops.four_bit import (
+    dequantize_4bit,
+    dequantize_absmax,
+    linear_4bit,
+    quantize_4bit,
+    quantize_absmax,
+    row_norms_4bit,
+)
+from rankwise.ops.reference import packed_shape
+from rankwise.ops.selection import implementation, set_implementation
+
+__all__ = [
+    "dequantize_4bit",
+    "dequantize_absmax",
+    "implementation",
+    "linear_4bit",
+    "packed_shape",
+    "quantize_4bit",
+    "quantize_absmax",
+    "row_norms_4bit",
+    "set_implementation",
+]

@@ -1,0 +1,128 @@
+"""What must hold before a kernel gets a pointer: types, dtypes, shapes and buffer sizes.
+
+Legend: K = in features, N = out features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rankwise.errors import QuantizationError
+from rankwise.ops.codes import NESTED_BLOCK, QUANT_TYPES
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_type(quant_type: str, block_size: int) -> None:
+    """Raise QuantizationError RW601 or RW602 for a format that does not exist."""
+    if quant_type not in QUANT_TYPES:
+        raise QuantizationError("RW601", f"there is no 4-bit type {quant_type!r}: use one of {', '.join(QUANT_TYPES)}.")
+    if block_size not in BLOCK_SIZES:
+        raise QuantizationError(
+            "RW602",
+            f"a block cannot have {block_size!r} elements: use a power of two from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]} "
+            "(64 is usual).",
+        )
+
+
+def check_dtype(dtype: torch.dtype, what: str) -> None:
+    """Raise QuantizationError RW605 unless ``dtype`` is one that the kernels compute in."""
+    if dtype not in DTYPES:
+        raise QuantizationError("RW605", f"{what} is {dtype}: convert it to float32, bfloat16 or float16 first.")
+
+
+def check_weight(
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    quant_type: str,
+    block_size: int,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+) -> None:
+    """Raise QuantizationError RW604, all mismatches at once, unless the buffers hold a weight of ``shape``."""
+    check_type(quant_type, block_size)
+    n = math.prod(shape)
+    blocks = -(-n // block_size)
+    good = packed.dtype is torch.uint8 and packed.numel() == (n + 1) // 2 and absmax.numel() == blocks
+    if nested_absmax is None and offset is None:
+        good = good and absmax.dtype is torch.float32
+    elif nested_absmax is not None and offset is not None:
+        good = good and absmax.dtype is torch.uint8 and offset.numel() == 1 and offset.dtype is torch.float32
+        good = good and nested_absmax.dtype is torch.float32 and nested_absmax.numel() == -(-blocks // NESTED_BLOCK)
+    else:
+        good = False
+    if not good or not _one_device(packed, absmax, nested_absmax, offset):
+        raise _mismatch(packed, absmax, shape, block_size, nested_absmax, offset)
+
+
+def check_matrix(shape: Sequence[int]) -> None:
+    """Raise QuantizationError RW606 unless ``shape`` is (N, K)."""
+    if len(shape) != 2:
+        raise QuantizationError("RW606", f"the weight has shape {tuple(shape)}: a product needs two dimensions, (out, in).")
+
+
+def check_rows(x: Tensor, shape: Sequence[int], dimension: int, device: torch.device) -> None:
+    """Raise QuantizationError RW606 unless the last dimension of ``x`` is ``shape[dimension]`` of a (N, K) weight."""
+    check_matrix(shape)
+    check_dtype(x.dtype, "the input of a 4-bit product")
+    if x.dim() == 0 or x.shape[-1] != shape[dimension] or x.device != device:
+        raise QuantizationError(
+            "RW606",
+            f"an input of shape {tuple(x.shape)} on {x.device} does not fit a weight of shape {tuple(shape)} on {device}: "
+            f"its last dimension must be {shape[dimension]}, on the same device.",
+        )
+
+
+def check_bias(bias: Tensor | None, x: Tensor, shape: Sequence[int]) -> None:
+    """Raise QuantizationError RW606 unless ``bias`` is absent or (N,) of the dtype and device of ``x``."""
+    if bias is None or (bias.shape == (shape[0],) and bias.dtype == x.dtype and bias.device == x.device):
+        return
+    raise QuantizationError(
+        "RW606",
+        f"a bias of shape {tuple(bias.shape)}, {bias.dtype} on {bias.device} does not fit: "
+        f"it must be ({shape[0]},), {x.dtype} on {x.device}.",
+    )
+
+
+def _one_device(first: Tensor, *others: Tensor | None) -> bool:
+    return all(other is None or other.device == first.device for other in others)
+
+
+def _mismatch(
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    block_size: int,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+) -> QuantizationError:
+    n = math.prod(shape)
+    blocks = -(-n // block_size)
+    nested = nested_absmax is not None or offset is not None
+    wanted = {"packed": ((n + 1) // 2, torch.uint8), "absmax": (blocks, torch.uint8 if nested else torch.float32)}
+    if nested:
+        wanted |= {"nested_absmax": (-(-blocks // NESTED_BLOCK), torch.float32), "offset": (1, torch.float32)}
+    found = {"packed": packed, "absmax": absmax, "nested_absmax": nested_absmax, "offset": offset}
+    faults = [
+        f"{name} should hold {count} elements of {dtype} and {_describe(found[name])}"
+        for name, (count, dtype) in wanted.items()
+        if _describe(found[name]) != f"holds {count} of {dtype}"
+    ]
+    devices = {str(tensor.device) for tensor in found.values() if tensor is not None}
+    if len(devices) > 1:
+        faults.append(f"the buffers are on different devices ({', '.join(sorted(devices))})")
+    return QuantizationError(
+        "RW604",
+        f"the buffers do not hold a 4-bit weight of shape {tuple(shape)} in blocks of {block_size}: "
+        f"{'; '.join(faults)}. The checkpoint is truncated or its parts belong to different weights.",
+    )
+
+
+def _describe(tensor: Tensor | None) -> str:
+    return "is missing" if tensor is None else f"holds {tensor.numel()} of {tensor.dtype}"

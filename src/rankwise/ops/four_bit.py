@@ -1,0 +1,114 @@
+"""The public 4-bit functions.
+
+Legend: T = rows of x, K = in features, N = out features, n = N K; blocks = ceil(n / block_size).
+
+A 4-bit weight is ``packed`` uint8 plus either ``absmax`` float32 (blocks,), or, double-quantized, ``absmax`` uint8 (blocks,) with
+``nested_absmax`` float32 (ceil(blocks / 256),) and ``offset`` float32 ().
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rankwise.ops import library as _library  # noqa: F401  (defines torch.ops.rankwise)
+
+_ops = torch.ops.rankwise
+
+
+def quantize_4bit(w: Tensor, quant_type: str = "nf4", block_size: int = 64) -> tuple[Tensor, Tensor]:
+    """Blocks of 4-bit codes and one scale per block (QLoRA, section 3, equal to bitsandbytes to the bit).
+
+    Args:
+        w: any shape, float32, bfloat16 or float16.
+        quant_type: ``"nf4"`` or ``"fp4"``.
+        block_size: elements per block along the row-major flattening, a power of two from 32 to 4096.
+
+    Returns:
+        packed uint8, first element in the high nibble: (N, K / 2) when w is (N, K) and K a multiple of the block,
+        else (ceil(n / 2), 1); and absmax float32 (blocks,).
+
+    Raises:
+        QuantizationError: RW601 unknown type, RW602 bad block size, RW603 NaN or Inf in w, RW605 bad dtype.
+    """
+    return _ops.quantize_4bit(w, quant_type, block_size)
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    *,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """value[code] * absmax in float32, rounded to ``dtype``; a tensor of ``shape``.
+
+    Raises:
+        QuantizationError: RW601, RW602, RW605, and RW604 when the buffers do not hold a weight of that shape.
+    """
+    return _ops.dequantize_4bit(packed, absmax, shape, dtype, quant_type, block_size, nested_absmax, offset)
+
+
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Double quantization: absmax float32 (blocks,) -> codes uint8 (blocks,), nested_absmax float32, offset float32 ().
+
+    absmax' = dynamic_map[codes] * nested_absmax + offset, with one nested_absmax per 256 blocks (QLoRA, section 3).
+    """
+    return _ops.quantize_absmax(absmax)
+
+
+def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
+    """The float32 (blocks,) scales of a double-quantized weight."""
+    return _ops.dequantize_absmax(codes, nested_absmax, offset)
+
+
+def linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    bias: Tensor | None = None,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    *,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """y = x W'^T + b with W' = dequantize_4bit(..., dtype=x.dtype). x (..., K) -> y (..., N), in the dtype of x.
+
+    Differentiable in x and bias; backward keeps the packed buffers and no dense weight. Under autocast x is cast as for
+    ``functional.linear``. A bias of another dtype is cast to that of x.
+
+    Raises:
+        QuantizationError: RW601, RW602, RW604, RW605, and RW606 when x, bias and weight do not fit together.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if bias is not None and bias.dtype is not x.dtype:
+        bias = bias.to(x.dtype)
+    return _ops.linear_4bit(x, packed, absmax, shape, bias, quant_type, block_size, nested_absmax, offset)
+
+
+def row_norms_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    *,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """||W'_n|| over K, float32 (N,), of the weight dequantized to ``dtype``; the sum is kept in float32.
+
+    Raises:
+        QuantizationError: RW601, RW602, RW604, RW605, and RW606 when ``shape`` is not (N, K).
+    """
+    return _ops.row_norms_4bit(packed, absmax, shape, quant_type, block_size, nested_absmax, offset, dtype)

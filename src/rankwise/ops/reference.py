@@ -1,0 +1,202 @@
+"""Four bits in plain PyTorch: the specification that every other implementation equals.
+
+Legend: w weight, n its elements in row-major order; b a block of ``block_size`` consecutive elements (the last may be shorter);
+K = in features, N = out features, T = rows of x.
+
+    absmax_b = max |w_i|, i in b
+    code_i   = the nearest of 16 values to w_i / absmax_b       ties to the lower value
+    packed_j = code_2j << 4 | code_2j+1
+    w'_i     = value[code_i] * absmax_b                          in float32, then rounded to the dtype asked for
+
+Double quantization stores absmax itself in 8 bits: offset = mean(absmax), and per block of 256
+nested_absmax = max |absmax - offset|, so that absmax' = dynamic_map[code] * nested_absmax + offset.
+
+Equal to bitsandbytes 0.50 on CPU to the bit, and right where its dequantization is not (last dimension no multiple of the block).
+Arguments are checked by the public functions in ``rankwise.ops``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rankwise.errors import QuantizationError
+from rankwise.ops.codes import (
+    DYNAMIC_BINS,
+    NESTED_BLOCK,
+    code_bounds,
+    code_order,
+    code_table,
+    code_values,
+    dynamic_bins,
+    dynamic_map,
+)
+
+# Elements worked on at once: a multiple of every block size, so temporaries stay at a few MB whatever the weight.
+_CHUNK = 1 << 20
+
+# The least absmax that is inverted; the partial last block stores it too, as bitsandbytes does.
+_TINY = 1e-38
+
+
+def quantize_4bit(w: Tensor, quant_type: str = "nf4", block_size: int = 64) -> tuple[Tensor, Tensor]:
+    """w, any shape -> packed uint8 (`rankwise.ops.packed_shape`), absmax float32 (blocks,)."""
+    flat, n = w.detach().reshape(-1), w.numel()
+    packed = torch.empty(math.ceil(n / 2), dtype=torch.uint8, device=w.device)
+    absmax = torch.empty(math.ceil(n / block_size), dtype=torch.float32, device=w.device)
+    for start in range(0, n, _CHUNK):
+        chunk = flat[start : start + _CHUNK].float()
+        codes, scales = _quantize_chunk(chunk, quant_type, block_size, start)
+        packed[start // 2 : start // 2 + codes.numel() // 2] = (codes[::2] << 4) | codes[1::2]
+        absmax[start // block_size : start // block_size + scales.numel()] = scales
+    return packed.view(packed_shape(w.shape, block_size)), absmax
+
+
+def _quantize_chunk(w: Tensor, quant_type: str, block_size: int, start: int) -> tuple[Tensor, Tensor]:
+    if not w.isfinite().all():
+        raise not_finite(w, start)
+    full = w.numel() // block_size * block_size
+    blocks, rest = w[:full].view(-1, block_size), w[full:]
+    absmax = blocks.abs().amax(dim=1)
+    # bitsandbytes multiplies by the reciprocal in full blocks and divides in the last, partial one.
+    normal = (blocks * (1.0 / absmax.clamp(min=_TINY)).unsqueeze(1)).view(-1)
+    if rest.numel():
+        last = rest.abs().amax().clamp(min=_TINY)
+        absmax, normal = torch.cat([absmax, last.view(1)]), torch.cat([normal, rest / last])
+    if normal.numel() % 2:
+        normal = functional.pad(normal, (0, 1))
+    below = torch.bucketize(normal, code_bounds(quant_type, w.device), out_int32=True)
+    return code_order(quant_type, w.device)[below], absmax
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """w' = value[code] * absmax, of ``shape`` and ``dtype``."""
+    n, values = math.prod(shape), code_values(quant_type, packed.device)
+    scales = _scales(absmax, nested_absmax, offset)
+    out, flat = torch.empty(n, dtype=dtype, device=packed.device), packed.reshape(-1)
+    for start in range(0, n, _CHUNK):
+        count = min(_CHUNK, n - start)
+        pairs = flat[start // 2 : (start + count + 1) // 2]
+        codes = torch.stack([pairs >> 4, pairs & 15], dim=1).view(-1)[:count]
+        first = start // block_size
+        per_element = scales[first : first + math.ceil(count / block_size)].repeat_interleave(block_size)[:count]
+        out[start : start + count] = values[codes.int()] * per_element
+    return out.view(tuple(shape))
+
+
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """absmax float32 (blocks,) -> codes uint8 (blocks,), nested_absmax float32 (ceil(blocks / 256),), offset float32 ().
+
+    The nearest 8-bit value is found through 65536 equal bins of [-1, 1], as bitsandbytes does on a CPU.
+    """
+    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    count, blocks = absmax.numel(), math.ceil(absmax.numel() / NESTED_BLOCK)
+    centred = functional.pad(absmax - offset, (0, blocks * NESTED_BLOCK - count)).view(blocks, NESTED_BLOCK)
+    nested_absmax = centred.abs().amax(dim=1)
+    normal = (centred * (1.0 / nested_absmax).unsqueeze(1)).clamp(-1, 1)
+    bins = ((normal + 1.0) * 0.5 * (DYNAMIC_BINS - 1) + 0.5).nan_to_num(0.0).int()
+    codes = dynamic_bins(absmax.device)[bins]
+    codes[nested_absmax == 0.0] = 0
+    return codes.view(-1)[:count].contiguous(), nested_absmax, offset
+
+
+def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
+    """absmax' = dynamic_map[codes] * nested_absmax + offset, float32 (blocks,)."""
+    per_block = nested_absmax.repeat_interleave(NESTED_BLOCK)[: codes.numel()]
+    return dynamic_map(codes.device)[codes.int()] * per_block + offset
+
+
+def linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    bias: Tensor | None = None,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """y = x W'^T + b, with W' rounded to the dtype of x. x (..., K) -> y (..., N)."""
+    weight = dequantize_4bit(packed, absmax, shape, x.dtype, quant_type, block_size, nested_absmax, offset)
+    return functional.linear(x, weight, bias)
+
+
+def linear_4bit_input_grad(
+    grad: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """dL/dx = dL/dy W'. grad (..., N) -> (..., K)."""
+    return grad @ dequantize_4bit(packed, absmax, shape, grad.dtype, quant_type, block_size, nested_absmax, offset)
+
+
+def row_norms_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """||W'_n||, float32 (N,), of W' rounded to ``dtype`` and accumulated in float32."""
+    weight = dequantize_4bit(packed, absmax, shape, dtype, quant_type, block_size, nested_absmax, offset)
+    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+
+
+def packed_shape(shape: Sequence[int], block_size: int) -> tuple[int, int]:
+    """(N, K / 2) where rows consist of whole blocks, so that a row can be cut out; else (ceil(n / 2), 1), as in bitsandbytes."""
+    if len(shape) == 2 and shape[1] > 0 and shape[1] % block_size == 0:
+        return shape[0], shape[1] // 2
+    return math.ceil(math.prod(shape) / 2), 1
+
+
+def not_finite(w: Tensor, start: int = 0) -> QuantizationError:
+    """The error that names the first NaN or Inf of ``w``, whose elements begin at flat index ``start``."""
+    flat = w.reshape(-1)
+    index = int((~flat.isfinite()).nonzero()[0])
+    return QuantizationError(
+        "RW603",
+        f"the weight holds {flat[index].item()} at flat index {start + index}: 4 bits have no code for NaN or Inf. "
+        "The checkpoint is damaged or the training that made it diverged; use another one.",
+    )
+
+
+def _scales(absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None) -> Tensor:
+    if nested_absmax is None or offset is None:
+        return absmax
+    return dequantize_absmax(absmax, nested_absmax, offset)
+
+
+__all__ = [
+    "code_table",
+    "dequantize_4bit",
+    "dequantize_absmax",
+    "linear_4bit",
+    "linear_4bit_input_grad",
+    "not_finite",
+    "packed_shape",
+    "quantize_4bit",
+    "quantize_absmax",
+    "row_norms_4bit",
+]

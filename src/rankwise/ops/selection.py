@@ -1,0 +1,109 @@
+"""Which implementation runs: plain PyTorch, the native CPU library, or Triton.
+
+``auto`` takes the native library for CPU tensors and Triton for CUDA tensors, and plain PyTorch, said once, where they are missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from rankwise.errors import QuantizationError, warn
+
+_MODULES = {
+    "reference": "rankwise.ops.reference",
+    "native": "rankwise.ops.cpu.four_bit",
+    "triton": "rankwise.ops.triton.four_bit",
+}
+
+_choice: str | None = None
+_modules: dict[str, ModuleType] = {}
+_said: set[str] = set()
+
+
+def set_implementation(name: str) -> None:
+    """Choose for the whole process: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``.
+
+    The environment variable ``RANKWISE_OPS`` does the same before the first use. A forced implementation that cannot run is
+    an error at its first use; nothing else is taken in its place.
+
+    Raises:
+        QuantizationError: RW607, no such name.
+    """
+    global _choice
+    _choice = _known(name)
+    _modules.clear()
+
+
+def implementation(tensor: Tensor) -> str:
+    """The name of the implementation that would run on ``tensor``: ``"reference"``, ``"native"`` or ``"triton"``.
+
+    Raises:
+        QuantizationError: RW607, the forced implementation cannot run here.
+    """
+    return module_for(tensor.device).__name__.replace("rankwise.ops.", "").replace("cpu.", "native.").partition(".")[0]
+
+
+def module_for(device: torch.device) -> ModuleType:
+    """The module whose functions run on tensors of ``device``."""
+    module = _modules.get(device.type)
+    if module is None:
+        module = importlib.import_module(_MODULES[_choose(device.type)])
+        _modules[device.type] = module
+    return module
+
+
+def _choose(device: str) -> str:
+    choice = _choice or _known(os.environ.get("RANKWISE_OPS", "auto"))
+    if choice == "auto":
+        return _automatic(device)
+    obstacle = _obstacle(choice, device)
+    if obstacle is not None:
+        raise QuantizationError("RW607", f"the implementation {choice!r} was forced and cannot run: {obstacle}")
+    return choice
+
+
+def _automatic(device: str) -> str:
+    wanted = {"cpu": "native", "cuda": "triton"}.get(device)
+    if wanted is None:
+        _say_once("RW608", f"there are no 4-bit kernels for {device}: plain PyTorch runs, slowly.")
+        return "reference"
+    obstacle = _obstacle(wanted, device)
+    if obstacle is None:
+        return wanted
+    _say_once("RW608", f"4-bit products run in plain PyTorch, slowly: {obstacle}")
+    return "reference"
+
+
+def _obstacle(choice: str, device: str) -> str | None:
+    """Why ``choice`` cannot run on ``device`` and what to do, or None where it can."""
+    if choice == "native":
+        if device != "cpu":
+            return f"the native library works on CPU tensors, and this one is on {device}."
+        from rankwise.ops.cpu import native
+
+        return native.obstacle()
+    if choice == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed. Install it with: pip install triton"
+        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "triton runs on CUDA tensors (on CPU tensors only with TRITON_INTERPRET=1 in the environment, for tests)."
+    return None
+
+
+def _known(name: str) -> str:
+    if name != "auto" and name not in _MODULES:
+        names = ", ".join(["auto", *_MODULES])
+        raise QuantizationError("RW607", f"there is no implementation {name!r} (set_implementation or RANKWISE_OPS): use {names}.")
+    return name
+
+
+def _say_once(code: str, message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warn(code, message, stacklevel=6)

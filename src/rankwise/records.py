@@ -1,0 +1,107 @@
+"""What a run leaves behind, to and from JSON. Imports no torch.
+
+``run.json`` is one ``RunRecord``; ``metrics.jsonl`` is one object per logged step and one per evaluation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import RunError
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclasses.dataclass
+class RunRecord:
+    """One training run. Times in seconds, memory in bytes; a figure that was not measured is None."""
+
+    method: str
+    seed: int
+    settings: dict[str, Any]
+    # Every option of the run, as given or by default.
+    train_loss: float | None = None
+    initial_eval_loss: float | None = None
+    # Evaluation loss before the first step.
+    eval_loss: float | None = None
+    # Evaluation loss of the adapter that was kept.
+    tokens_per_second: float | None = None
+    # Tokens that are no padding, over the seconds of the training steps.
+    examples_per_second: float | None = None
+    # Training examples over the seconds of the training steps; loading and evaluation are left out.
+    peak_memory_bytes: int | None = None
+    predicted_peak_memory_bytes: int | None = None
+    trainable_parameters: int | None = None
+    total_parameters: int | None = None
+    wall_seconds: float | None = None
+    steps: int | None = None
+    kept_step: int | None = None
+    # Step of the checkpoint that became the final adapter, and why it was chosen.
+    kept_because: str | None = None
+    base_model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # name, revision or file, sha256 of its weights, dtype, quantization.
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # Per file: path, sha256, rows, tokens, trained tokens, truncated and dropped rows.
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    device: dict[str, Any] = dataclasses.field(default_factory=dict)
+    warnings: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    status: str = "running"
+    # running, finished, interrupted or failed.
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / RUN_FILE, self.to_json())
+
+
+def load_record(folder: Path) -> RunRecord:
+    """The record of a run folder. Raises RunError (RW501) when it is missing or cannot be read."""
+    path = folder / RUN_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = {field.name for field in dataclasses.fields(RunRecord)}
+        return RunRecord(**{key: value for key, value in content.items() if key in known})
+    except FileNotFoundError:
+        raise RunError("RW501", f"{folder} holds no {RUN_FILE}; give the folder of a rankwise run.") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RunError("RW501", f"cannot read {path} as the record of a run: {error}.") from None
+
+
+def read_metrics(folder: Path) -> Iterator[Mapping[str, Any]]:
+    """The lines of ``metrics.jsonl``; a last line cut short by a kill is left out."""
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON with indent 2, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name beside ``path``, flush to disk, then rename: readers see the old or the new file."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

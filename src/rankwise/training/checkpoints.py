@@ -1,0 +1,206 @@
+"""Checkpoints that exist whole or not at all.
+
+A checkpoint is written as ``checkpoints/.tmp-step-N-*``; every file and the folder are flushed to disk; the folder is
+renamed to ``checkpoints/step-N``; its parent is flushed; then older ones go. Whatever stops the process at whatever
+moment, the newest ``step-N`` is complete. ``manifest.json`` lists each file with its size and sha256, so that later
+damage is found and named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rankwise.errors import RunError
+from rankwise.records import write_json
+from rankwise.training.state import refuse_pickles
+from rankwise.weights_file import sha256_of
+
+FOLDER = "checkpoints"
+MANIFEST = "manifest.json"
+TEMPORARY = ".tmp-"
+SPARE_BYTES = 16 * 2**20
+# Room for JSON files, logs and the file system's own records.
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Checkpoint:
+    """A finished checkpoint: its optimizer step and its folder."""
+
+    step: int
+    path: Path
+
+
+def save_checkpoint(run_folder: Path, step: int, write: Callable[[Path], None], size_bytes: int = 0) -> Checkpoint:
+    """Let ``write(folder)`` fill a temporary folder, and make it ``checkpoints/step-N`` once all of it is on disk.
+
+    ``size_bytes`` is what will be written, for a look at the free space beforehand. Nothing of a failed attempt
+    remains. Raises RunError: RW513 when the disk is full, RW514 when it cannot be written.
+    """
+    parent = run_folder / FOLDER
+    with _named_errors(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        check_space(parent, size_bytes)
+        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f"{TEMPORARY}step-{step}-"))
+        try:
+            write(temporary)
+            _write_manifest(temporary, step)
+            _flush_tree(temporary)
+            os.chmod(temporary, 0o755)
+            return _put_in_place(temporary, parent / f"step-{step}", step)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def list_checkpoints(run_folder: Path) -> list[Checkpoint]:
+    """Finished checkpoints, oldest first; unfinished ones are not among them. Their content is not looked at."""
+    found = []
+    for path in (run_folder / FOLDER).glob("step-*"):
+        match = re.fullmatch(r"step-(\d+)", path.name)
+        if match and path.is_dir():
+            found.append(Checkpoint(int(match[1]), path))
+    return sorted(found)
+
+
+def check_checkpoint(checkpoint: Checkpoint) -> None:
+    """Compare every file with the manifest.
+
+    Raises RunError: RW512 for pickles, RW515 naming every file that is missing, of another size or changed.
+    """
+    refuse_pickles(checkpoint.path)
+    problems = list(_damage(checkpoint))
+    if problems:
+        raise RunError("RW515", f"the checkpoint {checkpoint.path} is damaged: {'; '.join(problems)}.")
+
+
+def newest_valid(run_folder: Path, on_damage: Callable[[RunError], None]) -> Checkpoint | None:
+    """The newest checkpoint that is undamaged; each damaged newer one is handed to ``on_damage``, never skipped
+    silently. None when there is no checkpoint at all.
+
+    Raises RunError: RW516 when every checkpoint is damaged, RW512 for one with pickles in it.
+    """
+    checkpoints = list_checkpoints(run_folder)
+    for checkpoint in reversed(checkpoints):
+        try:
+            check_checkpoint(checkpoint)
+            return checkpoint
+        except RunError as error:
+            if error.code != "RW515":
+                raise
+            on_damage(error)
+    if checkpoints:
+        raise RunError(
+            "RW516", f"every checkpoint in {run_folder / FOLDER} is damaged; start anew with --overwrite."
+        )
+    return None
+
+
+def remove_old(run_folder: Path, keep: int, best_step: int | None = None) -> list[int]:
+    """Remove all but the newest ``keep`` checkpoints and the best one; gives the steps that went."""
+    checkpoints = list_checkpoints(run_folder)
+    removed = [item for item in checkpoints[: max(0, len(checkpoints) - keep)] if item.step != best_step]
+    for checkpoint in removed:
+        _discard(checkpoint.path)
+    return [checkpoint.step for checkpoint in removed]
+
+
+def remove_unfinished(run_folder: Path) -> None:
+    """Clear away what killed processes left in the checkpoint folder."""
+    for path in (run_folder / FOLDER).glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def check_space(folder: Path, size_bytes: int) -> None:
+    """Raise RunError (RW513) when the disk of ``folder`` has no room for ``size_bytes`` more."""
+    free = shutil.disk_usage(folder).free
+    if free < size_bytes + SPARE_BYTES:
+        raise RunError(
+            "RW513",
+            f"{folder} has {free / 1e9:.2f} GB free and {(size_bytes + SPARE_BYTES) / 1e9:.2f} GB are needed for "
+            "checkpoints; free some space, lower --save-total-limit, or give an --output on another disk.",
+        )
+
+
+class _named_errors:  # noqa: N801  (a context manager)
+    """Turn the operating system's errors into ours."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # safetensors reports a full disk as an error of its own, with the system's text in it.
+        full = "No space left" in str(error)
+        if isinstance(error, OSError) or (full and isinstance(error, Exception)):
+            full = full or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
+            code, advice = ("RW513", "free some space") if full else ("RW514", "check the disk and its permissions")
+            raise RunError(
+                code,
+                f"cannot write a checkpoint in {self.folder}: {error}; {advice} and continue with --resume, earlier "
+                "checkpoints are untouched.",
+            ) from error
+
+
+def _write_manifest(folder: Path, step: int) -> None:
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    write_json(folder / MANIFEST, {"step": step, "files": files})
+
+
+def _damage(checkpoint: Checkpoint) -> Iterator[str]:
+    try:
+        manifest = json.loads((checkpoint.path / MANIFEST).read_text(encoding="utf-8"))
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        yield f"its {MANIFEST} is missing or cannot be read"
+        return
+    for name, (size, digest) in files.items():
+        path = checkpoint.path / name
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif path.stat().st_size != size:
+            yield f"{name} has {path.stat().st_size} bytes and should have {size}"
+        elif sha256_of(path) != digest:
+            yield f"{name} has changed since it was written"
+
+
+def _put_in_place(temporary: Path, target: Path, step: int) -> Checkpoint:
+    if target.exists():
+        # The same step again, after a resume from an earlier one: the new one has the right to the name.
+        _discard(target)
+    os.rename(temporary, target)
+    _flush(target.parent)
+    return Checkpoint(step, target)
+
+
+def _discard(path: Path) -> None:
+    """Remove a checkpoint so that a kill in between leaves no half of one under its name."""
+    doomed = path.parent / f"{TEMPORARY}old-{path.name}-{os.getpid()}"
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _flush_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        _flush(path)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,122 @@
+"""What is measured while training: seconds of the steps, tokens, examples, memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a run has done so far, over all its resumptions; part of every checkpoint."""
+
+    train_seconds: float = 0.0
+    # Inside training steps only: reading data, evaluating and saving are left out.
+    tokens: int = 0
+    # That are no padding.
+    examples: int = 0
+    peak_memory_bytes: int = 0
+    wall_seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.tokens / self.train_seconds if self.train_seconds > 0 else None
+
+    @property
+    def examples_per_second(self) -> float | None:
+        return self.examples / self.train_seconds if self.train_seconds > 0 else None
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class StepClock:
+    """Adds the seconds between ``start`` and ``stop`` to a total, and knows the pace since it was made."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.started: float | None = None
+        self.steps = 0
+        self.seconds = 0.0
+        self._tokens_before = progress.tokens
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        if self.started is None:
+            return
+        seconds = time.perf_counter() - self.started
+        self.started = None
+        self.steps += 1
+        self.seconds += seconds
+        self.progress.train_seconds += seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return (self.progress.tokens - self._tokens_before) / self.seconds if self.seconds > 0 else 0.0
+
+    def seconds_left(self, steps: int) -> float:
+        return steps * self.seconds / self.steps if self.steps else 0.0
+
+
+class MemoryMeter:
+    """Memory in use and its peak, in bytes, on the device that trains.
+
+    CUDA counts for itself. On the CPU a thread looks at the process's anonymous memory (where Linux tells it, else at
+    its resident memory) every 20 ms, since the peak lies inside a step; mapped weight files are not in it.
+    """
+
+    def __init__(self, device_type: str, peak_bytes: int = 0) -> None:
+        self.device_type = device_type
+        self.earlier_peak = peak_bytes
+        self.seen = 0
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> MemoryMeter:
+        if self.device_type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._thread = threading.Thread(target=self._watch, name="memory-meter", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def now(self) -> int:
+        if self.device_type == "cuda":
+            return torch.cuda.memory_allocated()
+        if self.device_type == "mps":
+            return torch.mps.driver_allocated_memory()
+        return anonymous_memory_bytes()
+
+    def peak(self) -> int:
+        current = torch.cuda.max_memory_allocated() if self.device_type == "cuda" else max(self.seen, self.now())
+        return max(self.earlier_peak, current)
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.02):
+            self.seen = max(self.seen, self.now())
+
+
+def anonymous_memory_bytes() -> int:
+    """Anonymous resident memory of this process on Linux, its resident memory elsewhere."""
+    try:
+        status = Path(f"/proc/{os.getpid()}/status").read_text()
+    except OSError:
+        return int(psutil.Process().memory_info().rss)
+    for line in status.splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,60 @@
+"""Who watches a run: the command line shows progress, a notebook may draw it, by default nobody looks. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepInfo:
+    """One finished optimizer step."""
+
+    step: int
+    total: int
+    loss: float
+    # Of this step alone, mean over its trained tokens.
+    tokens_per_second: float
+    # Since the run started or was resumed; tokens that are no padding over the seconds of the training steps.
+    memory_bytes: int
+    # In use now; peak_memory_bytes is the most so far.
+    peak_memory_bytes: int
+    grad_norm: float | None
+    # Before clipping.
+    learning_rate: float
+    b_norm: float | None
+    # 2-norm over all B matrices: how far the adapter has moved. None for a full fine-tuning.
+    seconds_left: float
+
+
+class Observer(Protocol):
+    """What a run tells its watcher. Every call comes from the training thread; keep them short."""
+
+    def phase(self, text: str) -> None:
+        """A new phase begins: ``Reading data``, ``Training``, ..."""
+
+    def step(self, info: StepInfo) -> None:
+        """An optimizer step is done."""
+
+    def evaluation(self, loss: float, best: bool) -> None:
+        """The evaluation loss (mean over tokens), and whether it is the lowest so far."""
+
+    def sample(self, text: str) -> None:
+        """The answer to the fixed sample prompt, after an evaluation."""
+
+    def warning(self, code: str, text: str) -> None:
+        """Something that does not stop the run."""
+
+
+class SilentObserver:
+    """Watches nothing."""
+
+    def phase(self, text: str) -> None: ...
+
+    def step(self, info: StepInfo) -> None: ...
+
+    def evaluation(self, loss: float, best: bool) -> None: ...
+
+    def sample(self, text: str) -> None: ...
+
+    def warning(self, code: str, text: str) -> None: ...

@@ -1,0 +1,164 @@
+"""The states of optimizers, schedules and random generators as safetensors and JSON, exact and without pickle.
+
+A state is a tree of dicts, lists, tuples and scalars with tensors in it. Its tensors go into ``NAME.safetensors``,
+numbered; the rest goes into ``NAME.json``, where a tensor is ``{"$tensor": "0"}`` and what JSON cannot hold as it is
+(tuples, keys that are not text, infinities) stands under a key of its own that starts with ``$``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from rankwise.errors import InternalError, RunError
+
+PICKLES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth", "training_args.bin")
+# What transformers' Trainer leaves in a checkpoint; rng_state_0.pth and pytorch_model.bin fall under the suffixes.
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+
+
+def save_state(folder: Path, name: str, state: Any) -> None:
+    """Write ``state`` as ``folder/name.json`` and, where it holds tensors, ``folder/name.safetensors``.
+
+    Tensors of any device and layout; values and dtypes survive exactly. Raises InternalError (RW590) for a value of
+    any other type, naming its place in the tree.
+    """
+    tensors: dict[str, Tensor] = {}
+    document = _encode(state, tensors, name)
+    if tensors:
+        safetensors.torch.save_file(tensors, folder / f"{name}.safetensors", {"format": "pt"})
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False)
+    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def load_state(folder: Path, name: str) -> Any:
+    """Read what ``save_state`` wrote; tensors come back on the CPU.
+
+    Raises RunError: RW512 for a folder that holds pickles, RW511 for files that are missing, damaged or do not
+    belong together.
+    """
+    refuse_pickles(folder)
+    try:
+        document = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        path = folder / f"{name}.safetensors"
+        tensors = safetensors.torch.load_file(path) if path.exists() else {}
+        return _decode(document, tensors)
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(
+            "RW511", f"cannot read the {name} state in {folder}: {reason}; resume from an older checkpoint."
+        ) from None
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raise RunError (RW512) when a checkpoint folder holds pickles, which are never opened."""
+    found = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLE_SUFFIXES)
+    if found:
+        raise RunError(
+            "RW512",
+            f"{folder} holds pickles ({', '.join(found)}), which can run code when opened and are never loaded; "
+            "resume from a checkpoint that rankwise wrote, or start anew with --overwrite.",
+        )
+
+
+def random_states() -> dict[str, Any]:
+    """The states of every generator that training draws from: Python's, NumPy's, torch's on each device."""
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
+        "cpu": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put every generator back where ``random_states`` found it.
+
+    Raises RunError (RW511) when the states are of another number of CUDA devices.
+    """
+    random.setstate(states["python"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        if len(states["cuda"]) != torch.cuda.device_count():
+            raise RunError(
+                "RW511",
+                f"the checkpoint has the random states of {len(states['cuda'])} CUDA devices and this machine shows "
+                f"{torch.cuda.device_count()}; set CUDA_VISIBLE_DEVICES to as many.",
+            )
+        torch.cuda.set_rng_state_all(states["cuda"])
+    if "mps" in states and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"])
+
+
+@contextmanager
+def undisturbed_random_states() -> Iterator[None]:
+    """Whatever is drawn inside, training goes on as if it had not been: evaluations cannot change a run."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)
+
+
+def _encode(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
+    if isinstance(value, Tensor):
+        key = str(len(tensors))
+        # A copy: safetensors refuses tensors that share memory.
+        tensors[key] = value.detach().to("cpu", copy=True).contiguous()
+        return {"$tensor": key}
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, np.generic):
+        return _encode(value.item(), tensors, place)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if isinstance(value, list):
+        return [_encode(item, tensors, f"{place}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, tuple):
+        return {"$tuple": [_encode(item, tensors, f"{place}[{index}]") for index, item in enumerate(value)]}
+    if isinstance(value, dict):
+        return _encode_dict(value, tensors, place)
+    raise InternalError(
+        "RW590", f"{place} is a {type(value).__name__}, which a checkpoint cannot hold; please report this optimizer."
+    )
+
+
+def _encode_dict(value: dict[Any, Any], tensors: dict[str, Tensor], place: str) -> Any:
+    items = [(key, _encode(item, tensors, f"{place}[{key!r}]")) for key, item in value.items()]
+    if all(isinstance(key, str) and not key.startswith("$") for key, _ in items):
+        return dict(items)
+    return {"$dict": [[_encode(key, tensors, f"{place} key"), item] for key, item in items]}
+
+
+def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "$tensor" in value:
+        return tensors[value["$tensor"]]
+    if "$float" in value:
+        return float(value["$float"])
+    if "$tuple" in value:
+        return tuple(_decode(item, tensors) for item in value["$tuple"])
+    if "$dict" in value:
+        return {_decode(key, tensors): _decode(item, tensors) for key, item in value["$dict"]}
+    return {key: _decode(item, tensors) for key, item in value.items()}

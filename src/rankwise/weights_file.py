@@ -1,0 +1,226 @@
+"""Weights files as hostile input: headers are checked before anything is allocated, and pickles are never opened.
+
+A safetensors file is an unsigned 64-bit length N (little-endian), N bytes of JSON, then the tensors' bytes:
+
+    {"__metadata__": {str: str}, NAME: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
+
+with offsets counted from the end of the JSON. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rankwise.errors import ModelError, RankwiseError
+
+MAX_HEADER_BYTES = 100_000_000
+MAX_ELEMENTS = 2**62
+
+BITS: dict[str, int] = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+}
+# Bits per element of every dtype that the format names.
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+AGAIN = "download it again"
+
+
+class TensorInfo(NamedTuple):
+    """Where one tensor lies: its bytes are [begin, end) of the file's data section."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class WeightsHeader(NamedTuple):
+    """The header of a safetensors file: every tensor by name, and the free-form metadata."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path, *, error: type[RankwiseError] = ModelError, code: str = "RW306") -> WeightsHeader:
+    """The checked header of a safetensors file; no tensor is read.
+
+    Raises ``error(code)`` with one sentence that names the file when it is no safetensors file, is cut short, or its
+    header is not self-consistent: unknown dtypes, shapes that do not fill their bytes, overlaps, gaps, duplicates.
+    """
+    try:
+        return _read_header(Path(path))
+    except _Malformed as problem:
+        raise error(code, f"{path} {problem}.") from None
+    except OSError as problem:
+        reason = problem.strerror or type(problem).__name__
+        raise error(code, f"{path} cannot be read: {reason}.") from None
+
+
+class _Malformed(Exception):
+    """The rest of a sentence that starts with the file's name."""
+
+
+def _read_header(path: Path) -> WeightsHeader:
+    size_bytes = os.path.getsize(path)
+    with open(path, "rb") as file:
+        start = file.read(64)
+        _refuse_other_formats(start)
+        if size_bytes < 8:
+            raise _Malformed(f"is {size_bytes:,} bytes, too short for a safetensors file; {AGAIN}")
+        (header_bytes,) = struct.unpack_from("<Q", start)
+        if header_bytes > MAX_HEADER_BYTES:
+            raise _Malformed(
+                f"claims a header of {header_bytes:,} bytes where at most {MAX_HEADER_BYTES:,} are allowed; "
+                "it is damaged or no safetensors file"
+            )
+        if 8 + header_bytes > size_bytes:
+            raise _Malformed(f"is {size_bytes:,} bytes where its header alone promises {8 + header_bytes:,}; {AGAIN}")
+        file.seek(8)
+        content = _parse(file.read(header_bytes))
+    metadata = _checked_metadata(content.pop("__metadata__", {}))
+    tensors = {name: _checked_tensor(name, entry) for name, entry in content.items()}
+    _check_layout(tensors, data_start=8 + header_bytes, size_bytes=size_bytes)
+    return WeightsHeader(tensors, metadata)
+
+
+def _refuse_other_formats(start: bytes) -> None:
+    if start.startswith(b"version https://git-lfs"):
+        raise _Malformed("is a Git LFS pointer and not the weights; run `git lfs pull` in its repository")
+    is_zip, is_pickle = start.startswith(b"PK\x03\x04"), start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"
+    # The last bytes of a real header length are zero, and byte 8 opens the JSON object.
+    if is_zip or (is_pickle and start[8:9] != b"{"):
+        raise _Malformed(
+            "is a pickle under the name of a safetensors file; it is never loaded, since a pickle can run any code: "
+            "get the safetensors version"
+        )
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as problem:
+        reason = " ".join(str(problem).split())[:120]
+        raise _Malformed(f"has a header that is no valid JSON ({reason}); {AGAIN}") from None
+    if not isinstance(content, dict):
+        raise _Malformed(f"has a header that is a JSON {type(content).__name__} and not an object; {AGAIN}")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} occurs twice")
+    return content
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _checked_metadata(metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _Malformed("has a `__metadata__` that does not map text to text; write the file again")
+    return metadata
+
+
+def _checked_tensor(name: str, entry: Any) -> TensorInfo:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise _Malformed(f"describes the tensor {name!r} without dtype, shape and data_offsets; {AGAIN}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise _Malformed(f"stores {name!r} as {str(dtype)[:40]!r}, which is no safetensors dtype; write it again")
+    if not _are_sizes(shape) or prod(shape) > MAX_ELEMENTS:
+        raise _Malformed(f"gives {name!r} the impossible shape {str(shape)[:80]}; {AGAIN}")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _Malformed(f"gives {name!r} the impossible byte range {str(offsets)[:80]}; {AGAIN}")
+    bits = prod(shape) * BITS[dtype]
+    if bits != 8 * (offsets[1] - offsets[0]):
+        raise _Malformed(
+            f"stores {name!r} in {offsets[1] - offsets[0]:,} bytes where {dtype} of shape {shape} "
+            f"takes {bits / 8:,.15g}; {AGAIN}"
+        )
+    return TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def _are_sizes(values: Any) -> bool:
+    if not isinstance(values, list):
+        return False
+    return all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 for value in values)
+
+
+def _check_layout(tensors: dict[str, TensorInfo], *, data_start: int, size_bytes: int) -> None:
+    """The tensors fill the data section exactly: no overlap, no gap, nothing past the end."""
+    position = 0
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if info.begin < position:
+            raise _Malformed(f"stores {name!r} over another tensor's bytes; it is damaged or hostile, {AGAIN}")
+        if info.begin > position:
+            raise _Malformed(f"has {info.begin - position:,} bytes before {name!r} that belong to no tensor; {AGAIN}")
+        position = info.end
+    promised = data_start + position
+    if size_bytes != promised:
+        raise _Malformed(f"is {size_bytes:,} bytes where its header promises {promised:,}; {AGAIN}")
+
+
+def pickles_in(folder: Path) -> list[Path]:
+    """Files of ``folder`` whose names are those of pickled weights or states, sorted."""
+    files = sorted(file for file in Path(folder).iterdir() if file.is_file())
+    return [file for file in files if file.suffix.lower() in PICKLE_SUFFIXES]
+
+
+def refuse_pickles(folder: Path, *, error: type[RankwiseError] = ModelError, code: str = "RW307") -> None:
+    """Raise ``error(code)`` when ``folder`` offers pickled weights and no safetensors file."""
+    pickles = pickles_in(folder)
+    if pickles and not any(Path(folder).glob("*.safetensors")):
+        names = ", ".join(file.name for file in pickles[:3]) + (", ..." if len(pickles) > 3 else "")
+        raise error(
+            code,
+            f"{folder} offers its weights as pickle only ({names}), which is never loaded, since a pickle can run any "
+            "code; take a version with safetensors, or convert it once where you trust its origin: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER).",
+        )
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_files(paths: Iterable[Path]) -> str:
+    """One hash for several files: of a single file its own, otherwise of the sorted lines ``HASH  NAME``."""
+    hashes = {path.name: sha256_of(path) for path in paths}
+    if len(hashes) == 1:
+        return next(iter(hashes.values()))
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,0 +1,216 @@
+"""What must hold for every adapter on every base in every dtype."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import rankwise as rw
+from conftest import tiny_gpt2, tiny_llama
+
+ADAPTERS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True, "r": 6},
+    "patterns": {"rank_pattern": {"q_proj": 2, "c_attn": 2}, "alpha_pattern": {"v_proj": 4, "c_proj": 4}},
+    "dora_bias": {"use_dora": True, "bias": "lora_only"},
+    "whole_head": {"modules_to_save": ["lm_head"]},
+    "layer_1": {"layers_to_transform": [1]},
+    "fused_lora": {"target_modules": ["c_attn"], "enable_lora": {"c_attn": [True, False, True]}},
+    "fused_dora": {
+        "target_modules": ["c_attn", "c_fc"],
+        "enable_lora": {"c_attn": [False, True, True]},
+        "use_dora": True,
+    },
+    "embedding": {"target_modules": ["q_proj", "c_attn", "embed_tokens", "wte"]},
+    "embedding_dora": {"target_modules": ["q_proj", "c_attn", "embed_tokens", "wte"], "use_dora": True},
+}
+BASES = {
+    "llama": lambda: tiny_llama(attention_bias=True),
+    "llama_tied": lambda: tiny_llama(tie_word_embeddings=True),
+    "gpt2": tiny_gpt2,
+}
+TARGETS = {
+    "llama": ["q_proj", "k_proj", "v_proj", "down_proj"],
+    "llama_tied": ["q_proj", "gate_proj"],
+    "gpt2": ["c_attn", "c_proj"],
+}
+CASES = [
+    pytest.param(adapter, base, dtype, id=f"{adapter}-{base}-{str(dtype).removeprefix('torch.')}")
+    for adapter, base, dtype in itertools.product(ADAPTERS, BASES, (torch.float32, torch.bfloat16))
+    if not (adapter.startswith("fused") and base != "gpt2")
+]
+IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2], [1, 7, 7, 8, 90, 41, 3, 2]])
+
+
+def build(adapter: str, base: str, dtype: torch.dtype, **settings) -> tuple[nn.Module, rw.LoraConfig]:
+    model = BASES[base]().to(dtype)
+    config = rw.LoraConfig(
+        **{"r": 3, "lora_alpha": 8, "target_modules": TARGETS[base], **ADAPTERS[adapter], **settings}
+    )
+    return model, config
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits.float()
+
+
+def step(model: nn.Module, rate: float = 0.1) -> None:
+    """Move every trainable parameter away from where it is."""
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.sign(parameter.grad) * rate + 0.01)
+                parameter.grad = None
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return 1e-4 if dtype == torch.float32 else 0.15
+
+
+@pytest.mark.parametrize(("adapter", "base", "dtype"), CASES)
+def test_identity_at_init(adapter, base, dtype):
+    model, config = build(adapter, base, dtype)
+    before = logits(model)
+    rw.add_adapter(model, config)
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5 if dtype == torch.float32 else 0)
+
+
+@pytest.mark.parametrize(("adapter", "base", "dtype"), CASES)
+def test_only_adapter_parameters_train(adapter, base, dtype):
+    model, config = build(adapter, base, dtype, init_lora_weights=False)
+    report = rw.add_adapter(model, config)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    ours = rw.adapter_parameters(model)
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in ours.values())
+    identities = {id(parameter) for parameter in ours.values()}
+    assert not [name for name, p in model.named_parameters() if p.grad is not None and id(p) not in identities]
+    assert report.trainable_parameters == sum(parameter.numel() for parameter in ours.values())
+
+
+@pytest.mark.parametrize(("adapter", "base", "dtype"), CASES)
+def test_merged_equals_unmerged_and_unmerge_is_exact(adapter, base, dtype):
+    model, config = build(adapter, base, dtype)
+    start = logits(model)
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    rw.add_adapter(model, config)
+    step(model)
+    adapted = logits(model)
+    assert (adapted - start).abs().max() > 0.01
+
+    rw.merge_adapter(model)
+    assert not [module for module in model.modules() if type(module).__name__ in ("AdaptedLayer", "TrainedCopy")]
+    assert (logits(model) - adapted).abs().max() <= tolerance(dtype) * adapted.abs().max()
+
+    rw.unmerge_adapter(model)
+    torch.testing.assert_close(logits(model), adapted, rtol=0, atol=0)
+    rw.disable_adapter(model)
+    torch.testing.assert_close(logits(model), start, rtol=0, atol=0)
+    rw.enable_adapter(model)
+    torch.testing.assert_close(logits(model), adapted, rtol=0, atol=0)
+    rw.remove_adapter(model)
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("adapter", "base", "dtype"), CASES)
+def test_save_and_load_is_exact(adapter, base, dtype, tmp_path):
+    model, config = build(adapter, base, dtype)
+    rw.add_adapter(model, config)
+    step(model)
+    rw.save_adapter(model, tmp_path)
+    other, _ = build(adapter, base, dtype)
+    rw.load_adapter(other, tmp_path)
+    saved, loaded = rw.adapter_parameters(model), rw.adapter_parameters(other)
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(saved[key].detach(), loaded[key].detach()) for key in saved)
+    torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=0)
+    assert all(parameter.requires_grad for parameter in loaded.values())
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_state_dict_keeps_the_names_of_the_plain_model(base):
+    plain, config = build("dora", base, torch.float32)
+    adapted = copy.deepcopy(plain)
+    rw.add_adapter(adapted, config)
+    assert set(plain.state_dict()) <= set(adapted.state_dict())
+    assert all(".adapters." in key for key in set(adapted.state_dict()) - set(plain.state_dict()))
+    missing, unexpected = adapted.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected
+    assert all(".adapters." in key for key in missing)
+
+
+def test_several_adapters_are_switched():
+    model, config = build("lora", "llama", torch.float32)
+    base = logits(model)
+    outputs = {}
+    for name in ("first", "second"):
+        rw.add_adapter(model, config, name=name)
+        step(model, rate=0.1 if name == "first" else 0.2)
+        outputs[name] = logits(model)
+    assert (outputs["first"] - outputs["second"]).abs().max() > 0.01
+    for name, expected in outputs.items():
+        rw.set_adapter(model, name)
+        torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
+        trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+        assert trainable == {id(parameter) for parameter in rw.adapter_parameters(model, name).values()}
+    with rw.adapter_disabled(model):
+        torch.testing.assert_close(logits(model), base, rtol=0, atol=0)
+    rw.remove_adapter(model, "first")
+    torch.testing.assert_close(logits(model), outputs["second"], rtol=0, atol=0)
+
+
+def test_dropout_acts_on_the_low_rank_path_only():
+    model, config = build("lora", "llama", torch.float32, lora_dropout=0.5)
+    before = logits(model)
+    rw.add_adapter(model, config)
+    model.train()
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+    step(model)
+    model.train()
+    assert not torch.equal(logits(model), logits(model))
+    model.eval()
+    torch.testing.assert_close(logits(model), logits(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dora_notices_changes_by_hand(training):
+    model, config = build("dora", "llama", torch.float32)
+    rw.add_adapter(model, config)
+    model.train(training)
+    logits(model)
+    with torch.no_grad():
+        for parameter in rw.adapter_parameters(model).values():
+            parameter.add_(0.05)
+    changed = logits(model)
+    rw.merge_adapter(model)
+    torch.testing.assert_close(changed, logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_adapter_dtype_base_stores_the_pair_in_the_base_dtype():
+    model, config = build("dora", "llama", torch.bfloat16, adapter_dtype="base")
+    rw.add_adapter(model, config)
+    dtypes = {key.rsplit("lora_", 1)[1]: parameter.dtype for key, parameter in rw.adapter_parameters(model).items()}
+    assert dtypes == {
+        "A.weight": torch.bfloat16,
+        "B.weight": torch.bfloat16,
+        "magnitude_vector": torch.float32,
+    }
+
+
+def test_a_trained_head_is_untied():
+    model, config = build("whole_head", "llama_tied", torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    rw.add_adapter(model, config)
+    embedding = model.model.embed_tokens.weight.clone()
+    step(model)
+    rw.merge_adapter(model)
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+    assert not torch.equal(model.lm_head.weight, embedding)
+    assert model.config.tie_word_embeddings is False
