@@ -109,12 +109,18 @@ def adapter_tensors(model: nn.Module, name: str | None = None) -> dict[str, Tens
     return {key: tensors[key].cpu().contiguous() for key in sorted(tensors)}
 
 
-def load_adapter(
-    model: nn.Module, folder: str | Path, *, name: str = DEFAULT_NAME, trainable: bool = True
-) -> AdapterReport:
-    """Lay the adapter of a PEFT folder over the model, in place, and make it the active one.
+@dataclasses.dataclass(frozen=True)
+class AdapterFile:
+    """An adapter folder, read and checked against a model: its configuration, what it adapts, and its tensors."""
 
-    The base is frozen; the adapter trains unless ``trainable`` is False. Nothing changes when it raises.
+    config: LoraConfig
+    planned: list[AdaptedModule]
+    tensors: dict[str, Tensor]
+
+
+def read_adapter(model: nn.Module, folder: str | Path, name: str = DEFAULT_NAME) -> AdapterFile:
+    """Read a PEFT folder for ``model``, which may lie on the meta device and does not change.
+
     Raises AdapterError: RW409 files that cannot be read, RW410 a configuration that cannot be honoured, RW411 with
     every tensor that does not fit this model, RW412 values that are not finite, and those of ``add_adapter``.
     """
@@ -127,9 +133,21 @@ def load_adapter(
     _check_fit(model, config, planned, {key: info.shape for key, info in header.tensors.items()}, folder)
     tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     _check_finite(tensors, folder)
-    attach(model, config, planned, name)
+    return AdapterFile(config, planned, tensors)
+
+
+def load_adapter(
+    model: nn.Module, folder: str | Path, *, name: str = DEFAULT_NAME, trainable: bool = True
+) -> AdapterReport:
+    """Lay the adapter of a PEFT folder over the model, in place, and make it the active one.
+
+    The base is frozen; the adapter trains unless ``trainable`` is False. Nothing changes when it raises, which is
+    for the reasons of ``read_adapter``.
+    """
+    file = read_adapter(model, folder, name)
+    attach(model, file.config, file.planned, name)
     try:
-        load_tensors(model, tensors, name)
+        load_tensors(model, file.tensors, name)
     except BaseException:
         remove_adapter(model, name)
         raise

@@ -94,12 +94,8 @@ class Dora(nn.Module):
     def merge(self, base: nn.Module) -> Tensor:
         """``g * (W + s B A)`` as a new tensor (out, in) in the base's dtype."""
         W, m = dense_weight(base), self.full_magnitude(base)
-        merged = merged_weight(W, self.lora_A.detach(), self.full_B(), self.scaling, m)
-        if self.parts is None:
-            return merged
-        # Frozen rows keep their bits; m / ||W|| could be a rounding away from 1.
-        rows = enabled_rows(self.parts, self._out_features, merged.device)
-        return W.clone(memory_format=torch.contiguous_format).index_copy_(0, rows, merged[rows])
+        rows = None if self.parts is None else enabled_rows(self.parts, self._out_features, W.device)
+        return merged_weight(W, self.lora_A.detach(), self.full_B(), self.scaling, m, rows)
 
     def full_B(self) -> Tensor:
         """B as (out, rank of the whole update)."""

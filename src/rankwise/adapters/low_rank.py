@@ -23,10 +23,13 @@ def init_low_rank_(A: Tensor, B: Tensor, *, zero_b: bool = True) -> None:
         nn.init.kaiming_uniform_(B, a=math.sqrt(5))
 
 
-def merged_weight(W: Tensor, A: Tensor, B: Tensor, s: float, m: Tensor | None = None) -> Tensor:
+def merged_weight(
+    W: Tensor, A: Tensor, B: Tensor, s: float, m: Tensor | None = None, adapted_rows: Tensor | None = None
+) -> Tensor:
     """``W + s B A``, or DoRA's ``g * (W + s B A)`` where m is given; computed in float32, returned in W's dtype.
 
-    A pure function: no argument changes.
+    A pure function: no argument changes. With ``adapted_rows`` (indices) every other row keeps its bits, where a gain
+    of m / ||W|| could be a rounding away from 1.
     """
     merged = torch.empty_like(W, memory_format=torch.contiguous_format)
     A32 = A.float()
@@ -35,7 +38,9 @@ def merged_weight(W: Tensor, A: Tensor, B: Tensor, s: float, m: Tensor | None = 
         if m is not None:
             dense *= (m[rows].float() / dense.norm(dim=1))[:, None]
         merged[rows] = dense.to(W.dtype)
-    return merged
+    if adapted_rows is None:
+        return merged
+    return W.clone(memory_format=torch.contiguous_format).index_copy_(0, adapted_rows, merged[adapted_rows])
 
 
 def row_norms_squared(W: Tensor) -> Tensor:

@@ -16,7 +16,10 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from rankwise.errors import RunError
 from rankwise.records import write_json
@@ -129,25 +132,20 @@ def check_space(folder: Path, size_bytes: int) -> None:
         )
 
 
-class _named_errors:  # noqa: N801  (a context manager)
+@contextmanager
+def _named_errors(folder: Path) -> Iterator[None]:
     """Turn the operating system's errors into ours."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
         # safetensors reports a full disk as an error of its own, with the system's text in it.
-        full = "No space left" in str(error)
-        if isinstance(error, OSError) or (full and isinstance(error, Exception)):
-            full = full or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
-            code, advice = ("RW513", "free some space") if full else ("RW514", "check the disk and its permissions")
-            raise RunError(
-                code,
-                f"cannot write a checkpoint in {self.folder}: {error}; {advice} and continue with --resume, earlier "
-                "checkpoints are untouched.",
-            ) from error
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        code, advice = ("RW513", "free some space") if full else ("RW514", "check the disk and its permissions")
+        raise RunError(
+            code,
+            f"cannot write a checkpoint in {folder}: {error}; {advice} and continue with --resume, earlier "
+            "checkpoints are untouched.",
+        ) from error
 
 
 def _write_manifest(folder: Path, step: int) -> None:

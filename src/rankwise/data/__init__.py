@@ -1,0 +1,30 @@
+"""Training data: reading, checking, writing through a chat template, and tokenizing.
+
+    rows = read_rows("train.jsonl")                             # every row checked, bad ones named by line
+    encoded = encode_rows(rows, tokenizer, max_length=1024)     # input_ids and labels, and a report
+"""
+
+from rankwise.data.encoding import Encoded, EncodingReport, encode_rows
+from rankwise.data.formats import rows_from_records
+from rankwise.data.overlap import overlapping_rows
+from rankwise.data.preview import Preview, preview_row
+from rankwise.data.readers import read_rows
+from rankwise.data.rows import Row, Rows
+from rankwise.data.stdlib import stdlib_rows
+from rankwise.data.templates import Segment, read_template
+
+__all__ = [
+    "Encoded",
+    "EncodingReport",
+    "Preview",
+    "Row",
+    "Rows",
+    "Segment",
+    "encode_rows",
+    "overlapping_rows",
+    "preview_row",
+    "read_rows",
+    "read_template",
+    "rows_from_records",
+    "stdlib_rows",
+]

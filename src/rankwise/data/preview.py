@@ -1,0 +1,90 @@
+"""One row as the model sees it, for ``rankwise preview``."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rankwise.data.encoding import RowEncoder
+from rankwise.data.rows import Rows
+from rankwise.data.templates import Segment
+from rankwise.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """A row after truncation. The texts of ``segments``, joined, are the decoded ``ids``."""
+
+    source: str
+    line: int
+    format: str
+    # The columns that were recognised.
+    template: str
+    # How the row was written.
+    segments: tuple[Segment, ...]
+    ids: tuple[int, ...]
+    tokens: int
+    trained_tokens: int
+    full_tokens: int
+    # Before truncation.
+    stop_token: bool
+    # Whether a stop token is trained on.
+
+    @property
+    def truncated(self) -> bool:
+        return self.full_tokens > self.tokens
+
+    @property
+    def trained_share(self) -> float:
+        return self.trained_tokens / max(self.tokens, 1)
+
+
+def preview_row(
+    rows: Rows,
+    index: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    max_length: int,
+    chat_template: str | None = None,
+) -> Preview:
+    """Row ``index`` (from 0) as ``encode_rows`` would encode it. A row with nothing to train on is shown, too.
+
+    Raises DataError: RW217 there is no such row; otherwise as ``encode_rows``.
+    """
+    if not 0 <= index < len(rows):
+        raise DataError("RW217", f"{rows.source} has no row {index}; its {len(rows)} rows count from 0.")
+    encoder = RowEncoder(rows, tokenizer, chat_template)
+    row = rows[index]
+    [encoded] = encoder.encode([row])
+    ids, trained = encoded.ids[:max_length], encoded.trained[:max_length]
+    labels = {token for token, is_trained in zip(ids, trained) if is_trained}
+    return Preview(
+        source=row.source,
+        line=row.line,
+        format=rows.format,
+        template=encoder.template,
+        segments=_decoded(encoder.tokenizer, ids, trained),
+        ids=tuple(ids),
+        tokens=len(ids),
+        trained_tokens=sum(trained),
+        full_tokens=len(encoded.ids),
+        stop_token=not encoder.stop_ids().isdisjoint(labels),
+    )
+
+
+def _decoded(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], trained: Sequence[bool]
+) -> tuple[Segment, ...]:
+    segments, end, shown = [], 0, ""
+    for is_trained, group in itertools.groupby(trained):
+        end += len(list(group))
+        # Decoding the whole beginning keeps white space that decoding a piece alone would lose.
+        text = tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        segments.append(Segment(text[len(shown) :], is_trained))
+        shown = text
+    return tuple(segments)

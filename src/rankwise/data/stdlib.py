@@ -1,0 +1,94 @@
+"""The demo data set that every machine has: what the standard library's functions, classes and methods do.
+
+Prompt: the signature in a short instruction. Completion: the first sentence of the docstring.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from types import ModuleType
+
+from rankwise.data.formats import Record, rows_from_records
+from rankwise.data.rows import Rows
+from rankwise.errors import DataError
+
+STDLIB = "stdlib"
+SPLITS = {"train": False, "eval": True, "validation": True, "test": True}
+EVAL_BYTES = 26
+# A tenth of the 256 values of a hash's first byte.
+SENTENCE_CHARACTERS = (12, 200)
+SIGNATURE_CHARACTERS = 160
+# Written in Python or always built in, and quiet on import: nothing that opens windows, browsers or sockets, and
+# nothing that a Python may have been built without (ssl, sqlite3, lzma, curses, tkinter).
+MODULES = """
+abc argparse array ast asyncio base64 bdb bisect builtins calendar cmath cmd code codecs codeop collections
+collections.abc colorsys compileall concurrent.futures configparser contextlib contextvars copy copyreg csv
+dataclasses datetime decimal difflib dis doctest email.charset email.header email.headerregistry email.message
+email.mime.base email.policy email.utils enum errno filecmp fileinput fnmatch fractions ftplib functools gc
+getopt getpass gettext glob graphlib hashlib heapq hmac html html.parser http http.client http.cookiejar
+http.cookies http.server imaplib importlib importlib.abc importlib.machinery importlib.metadata
+importlib.resources importlib.util inspect io ipaddress itertools json keyword linecache locale logging
+logging.config logging.handlers mailbox marshal math mimetypes modulefinder multiprocessing.connection
+multiprocessing.managers multiprocessing.pool multiprocessing.queues netrc ntpath numbers operator optparse os
+pathlib pdb pickle pickletools pkgutil platform plistlib poplib posixpath pprint profile pstats py_compile pyclbr
+pydoc queue quopri random re reprlib rlcompleter runpy sched secrets select selectors shelve shlex shutil signal
+smtplib socket socketserver stat statistics string stringprep struct subprocess symtable sys sysconfig tabnanny
+tarfile tempfile textwrap threading time timeit token tokenize trace traceback tracemalloc types typing
+unicodedata unittest unittest.mock urllib.error urllib.parse urllib.request urllib.response urllib.robotparser
+uuid warnings wave weakref wsgiref.handlers wsgiref.headers wsgiref.simple_server wsgiref.util xml.dom.minidom
+xml.dom.pulldom xml.etree.ElementTree xml.sax xml.sax.handler xml.sax.saxutils xml.sax.xmlreader xmlrpc.client
+xmlrpc.server zipapp zipfile zipimport zoneinfo
+""".split()
+
+
+def stdlib_rows(split: str = "train") -> Rows:
+    """A tenth of the rows is ``split="eval"``, the rest ``"train"``; chosen by hash, no sentence is in both.
+
+    The same Python gives the same rows in the same order. Raises DataError: RW208 unknown split, RW204 when Python
+    runs without docstrings (``-OO``).
+    """
+    if split not in SPLITS:
+        raise DataError("RW208", f"the demo data has no split {split!r}; it has train and eval.")
+    records = [
+        (number, record)
+        for number, record in enumerate(_unique(), 1)
+        if _is_eval(record["completion"]) == SPLITS[split]
+    ]
+    return rows_from_records(records, STDLIB)
+
+
+def _is_eval(text: str) -> bool:
+    return hashlib.sha256(text.encode()).digest()[0] < EVAL_BYTES
+
+
+def _unique() -> Iterator[Record]:
+    """The first row of each sentence: a module's twins (posixpath and ntpath) and aliases say the same."""
+    seen = set()
+    for record in (record for name in MODULES for record in _module_records(name)):
+        if record["completion"] not in seen:
+            seen.add(record["completion"])
+            yield record
+
+
+def _module_records(name: str) -> Iterator[Record]:
+    module = importlib.import_module(name)
+    for member, value in sorted(_public(module, module.__dict__)):
+        path = f"{name}.{member}" if name != "builtins" else member
+        if inspect.isclass(value):
+            yield from _records("class", path, value)
+            for method, function in sorted(_public(module, value.__dict__)):
+                yield from _records("method", f"{path}.{method}", function)
+        elif inspect.isroutine(value):
+            yield from _records("function", path, value)
+
+
+def _public(module: ModuleType, members: object) -> Iterator[tuple[str, object]]:
+    ...
+
+
+def _records(kind: str, path: str, value: object) -> Iterator[Record]:
+    ...

@@ -1,0 +1,177 @@
+"""What happens at the events of a run: measuring, logging, watching gradients, sampling, stopping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rankwise.adapters import adapter_parameters, has_adapter
+from rankwise.errors import warn
+from rankwise.training.interrupt import Interrupt
+from rankwise.training.meters import MemoryMeter, StepClock
+from rankwise.training.metrics import MetricsFile
+from rankwise.training.observer import Observer, StepInfo
+from rankwise.training.preflight import GradientCheck
+from rankwise.training.trainer import EvaluationStopped, RankwiseTrainer
+
+LOGGED = {
+    "loss": "loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "epoch": "epoch",
+    "entropy": "entropy",
+    "mean_token_accuracy": "token_accuracy",
+    "aux_loss": "aux_loss",
+}
+# The Trainer's names and ours.
+
+
+class Watch(TrainerCallback):
+    """Measures every step, writes ``metrics.jsonl`` and tells the observer."""
+
+    def __init__(
+        self, trainer: RankwiseTrainer, metrics: MetricsFile, memory: MemoryMeter, observer: Observer
+    ) -> None:
+        self.trainer = trainer
+        self.metrics = metrics
+        self.memory = memory
+        self.observer = observer
+        self.clock = StepClock(trainer.progress)
+        self.rate = 0.0
+        # Of the step in progress.
+        self.best = math.inf
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.best = min((entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry), default=math.inf)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.step_loss = 0.0
+        self.clock.start()
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any) -> None:
+        self.rate = self.trainer._get_learning_rate()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.clock.stop()
+        self.trainer.progress.peak_memory_bytes = self.memory.peak()
+        self.observer.step(self._info(state))
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        if "eval_loss" in logs:
+            self.metrics.append({"step": state.global_step, **_evaluation(logs)})
+        elif "loss" in logs:
+            self.metrics.append({"step": state.global_step, **self._values(logs)})
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **_: Any
+    ) -> None:
+        loss = metrics["eval_loss"]
+        self.observer.evaluation(loss, loss < self.best)
+        self.best = min(self.best, loss)
+
+    def _values(self, logs: dict[str, Any]) -> dict[str, Any]:
+        values = {ours: logs[theirs] for theirs, ours in LOGGED.items() if theirs in logs}
+        progress = self.trainer.progress
+        values |= {
+            "tokens_per_second": round(self.clock.tokens_per_second, 1),
+            "tokens": progress.tokens,
+            "train_seconds": round(progress.train_seconds, 3),
+            "peak_memory_bytes": progress.peak_memory_bytes,
+        }
+        norm = b_norm(self.trainer.model)
+        return values if norm is None else {**values, "b_norm": norm}
+
+    def _info(self, state: TrainerState) -> StepInfo:
+        return StepInfo(
+            step=state.global_step,
+            total=state.max_steps,
+            loss=self.trainer.step_loss,
+            tokens_per_second=self.clock.tokens_per_second,
+            memory_bytes=self.memory.now(),
+            peak_memory_bytes=self.memory.peak(),
+            grad_norm=self.trainer.last_grad_norm,
+            learning_rate=self.rate,
+            b_norm=b_norm(self.trainer.model),
+            seconds_left=self.clock.seconds_left(state.max_steps - state.global_step),
+        )
+
+
+class CheckGradients(TrainerCallback):
+    """Runs the gradient preflight until every adapter tensor has passed it."""
+
+    def __init__(self, check: GradientCheck) -> None:
+        self.check = check
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any) -> None:
+        if not self.check.done:
+            self.check.look(state.global_step + 1)
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Once the user has asked to stop: save at the end of the step, or break off the evaluation."""
+
+    def __init__(self, interrupt: Interrupt) -> None:
+        self.interrupt = interrupt
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any) -> None:
+        if self.interrupt.requested:
+            control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
+
+    def on_prediction_step(self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any) -> None:
+        if self.interrupt.requested:
+            raise EvaluationStopped
+
+
+class EarlyStopping(TrainerCallback):
+    """Stops after ``patience`` evaluations in a row without a lower loss; its memory is the Trainer's own history."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.stopped = False
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        since_best = len(losses) - 1 - min(range(len(losses)), key=losses.__getitem__)
+        if state.global_step > 0 and since_best >= self.patience:
+            control.should_training_stop = self.stopped = True
+
+
+class Sample(TrainerCallback):
+    """Lets the model answer one fixed prompt at every evaluation."""
+
+    def __init__(self, answer: Callable[[], str], observer: Observer, metrics: MetricsFile) -> None:
+        self.answer = answer
+        self.observer = observer
+        self.metrics = metrics
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        text = self.answer()
+        self.metrics.append({"step": state.global_step, "sample": text})
+        self.observer.sample(text)
+
+
+@torch.no_grad()
+def b_norm(model: Any) -> float | None:
+    """2-norm over all B matrices of the active adapter; None without one."""
+    if not has_adapter(model):
+        return None
+    parameters = adapter_parameters(model).items()
+    norms = [value.float().norm() for key, value in parameters if key.endswith((".lora_B.weight", ".lora_embedding_B"))]
+    return torch.stack(norms).norm().item() if norms else None
+
+
+def _evaluation(logs: dict[str, Any]) -> dict[str, Any]:
+    names = {"eval_loss": "eval_loss", "eval_mean_token_accuracy": "eval_token_accuracy", "eval_runtime": "seconds"}
+    return {ours: logs[theirs] for theirs, ours in names.items() if theirs in logs} | {"epoch": logs.get("epoch", 0.0)}
+
+
+def warn_and_tell(observer: Observer, code: str, text: str) -> None:
+    """A warning for Python code and for whoever watches the run."""
+    warn(code, text, stacklevel=3)
+    observer.warning(code, text)

@@ -1,0 +1,46 @@
+"""``metrics.jsonl``: a line per logged step, evaluations in lines of their own. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rankwise.records import METRICS_FILE, read_metrics, write_text
+
+
+class MetricsFile:
+    """Appends lines; each is flushed, so that a killed run leaves at most its last line cut short."""
+
+    def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
+        self.path = folder / METRICS_FILE
+        kept = list(read_metrics(folder)) if resume_step is not None else []
+        kept = [line for line in kept if line.get("step", 0) <= (resume_step or 0)]
+        write_text(self.path, "".join(_line(item) for item in kept))
+
+    def append(self, values: Mapping[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(_line(values))
+
+
+def evaluations(folder: Path) -> dict[int, float]:
+    """{step: evaluation loss} of a run folder."""
+    return {line["step"]: line["eval_loss"] for line in read_metrics(folder) if line.get("eval_loss") is not None}
+
+
+def mean_train_loss(folder: Path) -> float | None:
+    """The mean loss over all steps that were logged; a line's loss is the mean since the line before."""
+    total, last = 0.0, 0
+    for line in read_metrics(folder):
+        if line.get("loss") is not None:
+            total += line["loss"] * (line["step"] - last)
+            last = line["step"]
+    return total / last if last else None
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    # JSON has no NaN: a value that is none becomes null.
+    clean = {key: None if isinstance(item, float) and not math.isfinite(item) else item for key, item in values.items()}
+    return json.dumps(clean) + "\n"

@@ -1,0 +1,124 @@
+"""The run folder before a run: may it be written, what is in it, and does a resumed run still mean the same."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from rankwise.errors import RunError
+from rankwise.records import METRICS_FILE, RUN_FILE, load_record
+from rankwise.training.checkpoints import FOLDER
+
+Mode = Literal["new", "resume", "overwrite"]
+
+MAY_CHANGE = {
+    "output",
+    "resume",
+    "overwrite",
+    "device",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "eval_steps",
+    "early_stopping",
+    "sample_prompt",
+    "tensorboard",
+    "trust_remote_code",
+}
+# Settings that do not touch what is learned.
+COMPARED_BY_CONTENT = {"model", "revision", "data", "eval_data", "chat_template"}
+# Their hashes are compared once they have been read; a path may be written differently.
+LENGTH = {"max_steps", "epochs"}
+CONSTANT = ("constant", "constant_with_warmup")
+
+
+def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
+    """Whether a run may use this folder; nothing is written.
+
+    Raises RunError: RW502 for a run that is there already, RW503 for a folder that cannot be written, RW504 for one
+    with other files in it, RW505 for nothing to resume, RW506 for both options at once.
+    """
+    if resume and overwrite:
+        raise RunError("RW506", "--resume continues the old run and --overwrite replaces it; give one of them.")
+    _check_writable(output)
+    there = holds_run(output)
+    if not there and output.is_dir() and any(output.iterdir()):
+        raise RunError("RW504", f"{output} holds files that are not of a rankwise run; give a new or empty --output.")
+    if resume:
+        if not there:
+            raise RunError("RW505", f"{output} holds no run to resume; leave --resume out to start one.")
+        return "resume"
+    if there and not overwrite:
+        raise RunError(
+            "RW502", f"{output} already holds a run; continue it with --resume, replace it with --overwrite, or give "
+            "another --output."
+        )
+    return "overwrite" if there else "new"
+
+
+def holds_run(output: Path) -> bool:
+    return (output / RUN_FILE).exists() or (output / FOLDER).is_dir()
+
+
+def check_same_run(output: Path, settings: Mapping[str, Any]) -> None:
+    """Raise RunError (RW507) naming every setting by which a resumed run would differ from the run in ``output``.
+
+    A constant schedule may be made longer or shorter: its steps so far are the same.
+    """
+    before = load_record(output).settings
+    free = MAY_CHANGE | COMPARED_BY_CONTENT
+    if settings["lr_scheduler_type"] in CONSTANT:
+        free |= LENGTH
+    changed = [
+        f"--{name.replace('_', '-')} was {before.get(name)!r} and is {value!r}"
+        for name, value in settings.items()
+        if name not in free and before.get(name) != value
+    ]
+    if changed:
+        raise RunError(
+            "RW507",
+            f"the run in {output} was started with other settings: {'; '.join(changed)}; resume with the same "
+            "settings, or start a new run in another folder.",
+        )
+
+
+def check_same_inputs(output: Path, hashes: Mapping[str, str | None]) -> None:
+    """Raise RunError (RW508) naming every input whose content is not that of the run in ``output``.
+
+    ``hashes``: {"data": sha256, "eval_data": ..., "base_model": ..., "chat_template": ...}.
+    """
+    before = load_record(output).data.get("inputs", {})
+    changed = [name for name, digest in hashes.items() if name in before and before[name] != digest]
+    if changed:
+        raise RunError(
+            "RW508",
+            f"the run in {output} was started with other content of: {', '.join(changed)}; resume with the same "
+            "files, or start a new run in another folder.",
+        )
+
+
+def clear_run(output: Path) -> None:
+    """Remove the old run that --overwrite replaces. Its record goes last: a kill leaves a folder that is still ours."""
+    for path in sorted(output.iterdir(), key=lambda item: item.name in (RUN_FILE, METRICS_FILE)):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _check_writable(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise RunError("RW503", f"--output {output} is a file; give a folder.")
+    nearest = output
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise RunError("RW503", f"--output {output} lies below {nearest}, which is a file; give a folder.")
+    # The mode counts for root too, who could write all the same: whoever took the right away meant it.
+    no_writers = not nearest.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
+    if no_writers or not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunError("RW503", f"{nearest} cannot be written; give an --output that can.")

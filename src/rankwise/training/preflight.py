@@ -1,0 +1,134 @@
+"""Checks before the first step, at the first steps and at the end. Each failure is one sentence with its remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.adapters import adapter_parameters, has_adapter, load_adapter, remove_adapter
+from rankwise.errors import RunError, warn
+from rankwise.training.checkpoints import check_space
+from rankwise.training.weights import checkpoint_bytes, trainable_tensors
+
+
+def check_labels(*, tokens: int, trained_tokens: int, stop_rows: int, whole_texts: bool, source: str) -> None:
+    """Labels that would teach nothing, or never to stop.
+
+    ``stop_rows`` counts rows with a stop token in the labels; ``whole_texts`` says that the rows are plain texts,
+    which may go on. Raises RunError: RW521 when nothing is trained, RW525 when no row has a stop token.
+    """
+    if not trained_tokens:
+        raise RunError(
+            "RW521",
+            f"none of the {tokens:,} label tokens in {source} is trained on; raise --max-length so that completions "
+            "are not cut away, or check with `rankwise preview` what the template marks as the answer.",
+        )
+    if stop_rows:
+        return
+    text = (
+        f"no label in {source} is a stop token, so the model would not learn to stop; raise --max-length if rows are "
+        "cut, or use a chat template that trains the end of the turn."
+    )
+    if not whole_texts:
+        raise RunError("RW525", text)
+    warn("RW525", text)
+
+
+def check_trainable(model: nn.Module, method: str) -> None:
+    """Raise RunError (RW522) when nothing trains, or an adapter was asked for and none is attached."""
+    if method != "full" and not has_adapter(model):
+        raise RunError("RW522", f"--method {method} asks for an adapter and none is attached; call add_adapter first.")
+    if not trainable_tensors(model):
+        raise RunError("RW522", "no parameter of the model trains; check --target-modules.")
+
+
+def check_disk(model: nn.Module, output: Path, checkpoints: int) -> None:
+    """Raise RunError (RW513) when ``checkpoints`` checkpoints, the one being written and the result will not fit."""
+    check_space(output, checkpoint_bytes(model) * (checkpoints + 2))
+
+
+class GradientCheck:
+    """Each adapter tensor must receive a finite gradient that is not zero where the method says it should.
+
+    B (and m) at the first step; A only once its B has moved, which with warm-up is a step later, since the first
+    learning rate is 0. An expert that no token was routed to may wait.
+    """
+
+    def __init__(self, model: nn.Module, *, overflow_is_normal: bool = False) -> None:
+        self.waiting = dict(adapter_parameters(model)) if has_adapter(model) else {}
+        self.parameters = dict(self.waiting)
+        self.overflow_is_normal = overflow_is_normal
+
+    @property
+    def done(self) -> bool:
+        return not self.waiting
+
+    def look(self, step: int) -> None:
+        """Look at the gradients of step ``step``, before the optimizer uses them.
+
+        Raises RunError (RW523), naming the tensors that received none.
+        """
+        if any(value.grad is not None and not value.grad.isfinite().all() for value in self.waiting.values()):
+            if self.overflow_is_normal:
+                return
+            raise RunError("RW531", f"a gradient is not finite at step {step}; lower --learning-rate.")
+        silent = [key for key, value in self.waiting.items() if not _has_gradient(value)]
+        wrong = [key for key in silent if not self._may_wait(key)]
+        if wrong:
+            raise RunError(
+                "RW523",
+                f"{len(wrong)} of {len(self.parameters)} adapter tensors received no gradient at step {step}: "
+                f"{_some(wrong)}; aim --target-modules at modules that the model's forward uses.",
+            )
+        self.waiting = {key: self.waiting[key] for key in silent}
+
+    def _may_wait(self, key: str) -> bool:
+        if ".experts." in key:
+            return True
+        for ours, other in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+            partner = key.replace(ours, other) if ours in key else key.replace(other, ours)
+            if partner != key:
+                return partner in self.parameters and not self.parameters[partner].any()
+        return False
+
+
+def check_reload(model: nn.Module, folder: Path, probe: dict[str, Tensor]) -> None:
+    """Load the adapter of ``folder`` into the same base: its logits on ``probe`` must be those of the live adapter.
+
+    ``probe`` holds input_ids (1, L). The model keeps the reloaded adapter. Raises RunError (RW524).
+    """
+    before = probe_logits(model, probe)
+    remove_adapter(model)
+    load_adapter(model, folder)
+    after = probe_logits(model, probe)
+    difference = (before - after).abs().max().item()
+    # On a CPU the bits are the same; elsewhere sums may be taken in another order.
+    exact = before.device.type == "cpu"
+    allowed = 0.0 if exact else 4 * torch.finfo(before.dtype).eps * before.abs().max().item()
+    if not difference <= allowed:
+        raise RunError(
+            "RW524",
+            f"the adapter in {folder} gives other logits after reloading (largest difference {difference:.3g}), so it "
+            "is not what was trained; please report this model and these settings.",
+        )
+
+
+@torch.no_grad()
+def probe_logits(model: Any, probe: dict[str, Tensor]) -> Tensor:
+    """Logits (1, L, V) of the model in evaluation mode."""
+    training = model.training
+    model.eval()
+    logits: Tensor = model(**probe, use_cache=False).logits
+    model.train(training)
+    return logits
+
+
+def _has_gradient(parameter: Tensor) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,278 @@
+"""trl's SFTTrainer with our adapters, our checkpoints and a loss that is right for every head.
+
+What is overridden, and why: saving and loading (the Trainer's own are pickles in folders that can be half-written);
+the loss, where trl's fused head would bypass an adapted output head; evaluation (its loss is the mean over tokens and
+it leaves the random states alone); telemetry and the model card (nothing leaves the machine, and the card is ours).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTTrainer
+
+from rankwise.errors import RunError, warn
+from rankwise.records import write_json
+from rankwise.training.checkpoints import Checkpoint, remove_old, save_checkpoint
+from rankwise.training.loss import LossParts, fused_head_is_right, loss_from_logits, trained_positions
+from rankwise.training.meters import Progress
+from rankwise.training.state import (
+    load_state,
+    random_states,
+    save_state,
+    set_random_states,
+    undisturbed_random_states,
+)
+from rankwise.training.weights import checkpoint_bytes, load_weights, save_weights
+
+PROGRESS_FILE = "progress.json"
+TRAINER_STATE_FILE = "trainer_state.json"
+
+
+class EvaluationStopped(Exception):
+    """The user asked to stop while an evaluation was running."""
+
+
+class RankwiseTrainer(SFTTrainer):
+    """Trains what requires a gradient in ``model`` and keeps whole checkpoints under ``args.output_dir``.
+
+    ``save_total_limit`` newest checkpoints stay, the best by evaluation loss besides. ``label_smoothing`` acts on the
+    training loss only: evaluation losses stay comparable between runs.
+    """
+
+    def __init__(
+        self,
+        *,
+        base_model: str | None = None,
+        label_smoothing: float = 0.0,
+        save_total_limit: int = 2,
+        progress: Progress | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.base_model = base_model
+        self.label_smoothing = label_smoothing
+        self.checkpoint_limit = save_total_limit
+        self.progress = progress or Progress()
+        self.last_saved: int | None = None
+        self.step_loss = 0.0
+        # Summed over the micro-batches of the step in progress; whoever watches sets it back.
+        self.last_grad_norm: float | None = None
+        self._eval_sums: list[Tensor] = []
+        self.remove_callback(PrinterCallback)
+        # Every loss here is normalised by the trained tokens of the whole accumulated batch, whatever the model's
+        # forward accepts, and label i + 1 belongs to position i.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+        self.fused_head = fused_head_is_right(self.model)
+        if not self.fused_head:
+            head = type(self.model.get_output_embeddings()).__name__
+            warn(
+                "RW520",
+                f"the output head is a {head}, which trl's fused loss would bypass; the loss is computed from the "
+                "model's own logits, which takes more memory.",
+            )
+
+    # --- loss ---
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        training = self.model.training
+        smoothing = self.label_smoothing if training else 0.0
+        if return_outputs or (self.fused_head and smoothing == 0):
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        else:
+            loss = self._loss_from_logits(model, inputs, num_items_in_batch, smoothing)
+        if training:
+            self._count(inputs)
+        elif not return_outputs:
+            count = trained_positions(inputs["labels"])
+            self._eval_sums.append(torch.stack([loss.detach().double() * count, count.double()]))
+        return loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise RunError(
+                "RW530",
+                f"the loss is {value} at step {self.state.global_step + 1}; lower --learning-rate"
+                + (", or train with --dtype bfloat16 or float32." if self.args.fp16 else "."),
+            )
+        self.step_loss += value
+        return loss
+
+    def _loss_from_logits(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, smoothing: float
+    ) -> Tensor:
+        inputs["use_cache"] = False
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        parts = loss_from_logits(model, inputs, num_items, smoothing)
+        self._note(parts)
+        if not self.aux_loss_enabled or parts.aux_loss is None:
+            return parts.loss
+        steps = 1 if num_items is None else self.current_gradient_accumulation_steps
+        return parts.loss + self.router_aux_loss_coef * parts.aux_loss / steps
+
+    def _note(self, parts: LossParts) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["entropy"].append(parts.entropy)
+        metrics["mean_token_accuracy"].append(parts.accuracy)
+        if parts.aux_loss is not None and self.aux_loss_enabled:
+            metrics["aux_loss"].append(parts.aux_loss.item())
+
+    def _count(self, inputs: dict[str, Any]) -> None:
+        if "attention_mask" in inputs:
+            self.progress.tokens += int(inputs["attention_mask"].sum())
+            self.progress.examples += len(inputs["input_ids"])
+        else:
+            # Packed: one row, in which each example starts at position 0.
+            self.progress.tokens += inputs["input_ids"].numel()
+            self.progress.examples += int((inputs["position_ids"] == 0).sum())
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        scaler = self.accelerator.scaler
+        self.last_grad_norm = float(norm)
+        if math.isfinite(self.last_grad_norm):
+            return norm
+        if scaler is None:
+            raise RunError(
+                "RW531",
+                f"the gradient norm is {self.last_grad_norm} at step {self.state.global_step + 1}, so the step was not taken; "
+                "lower --learning-rate or --max-grad-norm.",
+            )
+        if scaler.get_scale() < 1:
+            raise RunError(
+                "RW531",
+                f"the gradients overflow float16 at step {self.state.global_step + 1} even at a loss scale below 1; "
+                "lower --learning-rate, or train with --dtype float32.",
+            )
+        # An overflow of the scaled gradients: the scaler skips this step and lowers its scale.
+        return norm
+
+    # --- evaluation ---
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self._eval_sums = []
+        with undisturbed_random_states():
+            output = super().evaluation_loop(*args, **kwargs)
+        if self._eval_sums:
+            # The Trainer averages over batches, so that its loss depends on how rows fall into them.
+            total, count = torch.stack(self._eval_sums).sum(0).tolist()
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics[f"{prefix}_loss"] = total / max(count, 1.0)
+        self._eval_sums = []
+        return output
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        try:
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except EvaluationStopped:
+            self.control.should_evaluate = False
+            self.control.should_training_stop = True
+            self._metrics["eval"].clear()
+            return {"eval_loss": math.nan}
+        if skip_scheduler and self.state.global_step > 0:
+            # An evaluation that was due when the run was interrupted; it may name the best checkpoint.
+            self._determine_best_metric(metrics, trial)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        best = super()._determine_best_metric(metrics, trial)
+        if best:
+            self.control.should_save = True
+        return best
+
+    # --- checkpoints ---
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        if self.last_saved == step:
+            return
+        run_folder = Path(self.args.output_dir)
+        save_checkpoint(run_folder, step, self._write_checkpoint, checkpoint_bytes(self.model))
+        self.last_saved = step
+        remove_old(run_folder, self.checkpoint_limit, self.state.best_global_step)
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        self._save(str(folder))
+        save_state(folder, "optimizer", self.optimizer.state_dict())
+        save_state(folder, "scheduler", self.lr_scheduler.state_dict())
+        if self.accelerator.scaler is not None:
+            save_state(folder, "scaler", self.accelerator.scaler.state_dict())
+        save_state(folder, "random", random_states())
+        self.state.stateful_callbacks = {
+            type(callback).__name__: callback.state()
+            for callback in [*self.callback_handler.callbacks, self.control]
+            if isinstance(callback, ExportableState)
+        }
+        self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
+        write_json(folder / PROGRESS_FILE, self.progress.to_json())
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        save_weights(self.model, Path(output_dir or self.args.output_dir), self.base_model)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(load_state(Path(checkpoint), "optimizer"))
+            self.lr_scheduler.load_state_dict(load_state(Path(checkpoint), "scheduler"))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint), "scaler"))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            set_random_states(load_state(Path(checkpoint), "random"))
+
+    def _load_best_model(self) -> None:
+        step = self.state.best_global_step
+        if step is not None:
+            load_weights(self.model, Path(self.args.output_dir) / "checkpoints" / f"step-{step}")
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Train on from ``checkpoint`` until the run's last step."""
+        self.last_saved = checkpoint.step
+        self.train(resume_from_checkpoint=str(checkpoint.path))
+
+    # --- the loop ---
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        result = super()._init_training_state(max_steps, *args, **kwargs)
+        # A resumed state brings the old cadence with it; the settings of this run count.
+        self.state.compute_steps(self.args, max_steps)
+        return result
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Resumed from the last step, or stopped while evaluating before the first: the Trainer would take one more.
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        # Nobody reads it, and counting parameters at every micro-batch takes time.
+        return 0
+
+    # --- nothing leaves the machine, and the model card is ours ---
+
+    def _send_telemetry(self) -> None: ...
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None: ...

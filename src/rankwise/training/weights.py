@@ -1,0 +1,62 @@
+"""The weights that a run trains, to and from a folder: an adapter in PEFT's format, or a whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from rankwise.adapters import adapter_parameters, has_adapter, load_tensors, save_adapter
+from rankwise.adapters.checkpoint import WEIGHTS_FILE
+from rankwise.errors import RunError
+from rankwise.training.state import refuse_pickles
+
+
+def save_weights(model: nn.Module, folder: Path, base_model: str | None = None) -> None:
+    """Write the active adapter, or the whole model where there is none (method full), as safetensors."""
+    if has_adapter(model):
+        save_adapter(model, folder, base_model=base_model)
+    else:
+        model.save_pretrained(folder)  # type: ignore[operator]
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Copy what ``save_weights`` wrote into the live parameters, exactly.
+
+    Raises RunError: RW512 for pickles, RW517 when the tensors are not those of this model.
+    """
+    refuse_pickles(folder)
+    try:
+        if has_adapter(model):
+            load_tensors(model, safetensors.torch.load_file(folder / WEIGHTS_FILE))
+        else:
+            _load_model(model, folder)
+    except (OSError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError("RW517", f"the weights in {folder} do not fit this run: {reason}.") from None
+
+
+def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{name: parameter} of what trains; names as in the adapter's file where there is an adapter."""
+    named = adapter_parameters(model).items() if has_adapter(model) else model.named_parameters()
+    return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """About what a checkpoint takes: the trained weights and two float32 moments of each."""
+    return sum(value.numel() * (value.element_size() + 8) for value in trainable_tensors(model).values())
+
+
+@torch.no_grad()
+def _load_model(model: Any, folder: Path) -> None:
+    # from_pretrained knows every layout that save_pretrained writes: shards, tied weights, renamed experts.
+    stored = type(model).from_pretrained(folder, dtype="auto", local_files_only=True)
+    values = dict(stored.named_parameters())
+    for name, parameter in model.named_parameters():
+        if values[name].shape != parameter.shape:
+            raise ValueError(f"{name} is {tuple(values[name].shape)} and the model has {tuple(parameter.shape)}")
+        parameter.copy_(values[name])
