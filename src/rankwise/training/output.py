@@ -33,6 +33,25 @@ MAY_CHANGE = {
 COMPARED_BY_CONTENT = {"model", "revision", "data", "eval_data", "chat_template"}
 # Their hashes are compared once they have been read; a path may be written differently.
 LENGTH = {"max_steps", "epochs"}
+WRITTEN = (
+    RUN_FILE,
+    METRICS_FILE,
+    FOLDER,
+    "loss.svg",
+    "README.md",
+    "adapter_*",
+    "model*.safetensors*",
+    "*config.json",
+    "tokenizer*",
+    "*.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "spiece.model",
+    "runs",
+)
+# What a run leaves, whatever the model and its tokenizer.
 CONSTANT = ("constant", "constant_with_warmup")
 
 
@@ -102,8 +121,12 @@ def check_same_inputs(output: Path, hashes: Mapping[str, str | None]) -> None:
 
 
 def clear_run(output: Path) -> None:
-    """Remove the old run that --overwrite replaces. Its record goes last: a kill leaves a folder that is still ours."""
-    for path in sorted(output.iterdir(), key=lambda item: item.name in (RUN_FILE, METRICS_FILE)):
+    """Remove the old run that --overwrite replaces, and nothing that a run does not write.
+
+    Its record goes last, so that a kill in between leaves a folder that is still known as a run.
+    """
+    found = {path for pattern in WRITTEN for path in output.glob(pattern)}
+    for path in sorted(found, key=lambda item: item.name == RUN_FILE):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -1,0 +1,88 @@
+"""The end of a run: which step is kept, the final weights, the proof that they reload, the plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankwise.adapters import has_adapter
+from rankwise.errors import warn
+from rankwise.records import RunRecord, read_metrics, write_text
+from rankwise.reports.loss_plot import loss_svg
+from rankwise.training.checkpoints import FOLDER, Checkpoint, check_checkpoint
+from rankwise.training.metrics import evaluations
+from rankwise.training.preflight import check_reload
+from rankwise.training.weights import load_weights, save_weights
+
+PLOT_FILE = "loss.svg"
+PROBE_TOKENS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """The step whose weights the run keeps."""
+
+    step: int
+    because: str
+    eval_loss: float | None
+
+
+def choose_kept(output: Path, last_step: int, best_step: int | None) -> Kept:
+    """The best step by evaluation loss where there was one, else the last."""
+    losses = evaluations(output)
+    if best_step is None or best_step not in losses:
+        why = "no evaluation data" if not losses else "no evaluation gave a finite loss"
+        return Kept(last_step, f"the last step ({why})", losses.get(last_step))
+    counted = sum(1 for step in losses if step > 0)
+    return Kept(best_step, f"lowest evaluation loss of {counted} evaluations", losses[best_step])
+
+
+def warn_if_worse(initial: float | None, kept: Kept) -> None:
+    """Say so when no step was better than the base model."""
+    if initial is not None and kept.eval_loss is not None and kept.eval_loss >= initial:
+        warn(
+            "RW526",
+            f"the evaluation loss never fell below the base model's ({initial:.4f}; best {kept.eval_loss:.4f}); try "
+            "a lower --learning-rate, or check that the evaluation data is of the same kind.",
+        )
+
+
+def restore_kept(model: Any, output: Path, kept: Kept, last_step: int) -> None:
+    """Put the kept step's weights back into the model, if training went on after it."""
+    if kept.step == last_step:
+        return
+    checkpoint = Checkpoint(kept.step, output / FOLDER / f"step-{kept.step}")
+    check_checkpoint(checkpoint)
+    load_weights(model, checkpoint.path)
+
+
+def write_final(model: Any, tokenizer: Any, output: Path, probe: dict[str, Tensor]) -> None:
+    """Final weights and tokenizer into the run folder; an adapter is loaded back to prove it (RW524)."""
+    model.config.use_cache = True
+    save_weights(model, output)
+    tokenizer.save_pretrained(output)
+    if has_adapter(model):
+        check_reload(model, output, probe)
+
+
+def probe_of(dataset: Any, device: torch.device) -> dict[str, Tensor]:
+    """The first training row, at most 64 tokens: input_ids (1, L)."""
+    ids = list(dataset[0]["input_ids"])[:PROBE_TOKENS]
+    return {"input_ids": torch.tensor([ids], device=device)}
+
+
+def write_plot(output: Path, record: RunRecord) -> Path:
+    """``loss.svg`` from ``metrics.jsonl``."""
+    title = f"{record.settings.get('model', '')}, {record.method}"
+    svg = loss_svg(list(read_metrics(output)), title=title, kept_step=record.kept_step)
+    write_text(output / PLOT_FILE, svg)
+    return output / PLOT_FILE
+
+
+def finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
