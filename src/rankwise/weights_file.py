@@ -200,15 +200,22 @@ def pickles_in(folder: Path) -> list[Path]:
 
 def refuse_pickles(folder: Path, *, error: type[RankwiseError] = ModelError, code: str = "RW307") -> None:
     """Raise ``error(code)`` when ``folder`` offers pickled weights and no safetensors file."""
-    pickles = pickles_in(folder)
+    pickles = [file.name for file in pickles_in(folder)]
     if pickles and not any(Path(folder).glob("*.safetensors")):
-        names = ", ".join(file.name for file in pickles[:3]) + (", ..." if len(pickles) > 3 else "")
-        raise error(
-            code,
-            f"{folder} offers its weights as pickle only ({names}), which is never loaded, since a pickle can run any "
-            "code; take a version with safetensors, or convert it once where you trust its origin: "
-            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER).",
-        )
+        raise pickle_refusal(str(folder), pickles, error=error, code=code)
+
+
+def pickle_refusal(
+    where: str, names: list[str], *, error: type[RankwiseError] = ModelError, code: str = "RW307"
+) -> RankwiseError:
+    """The error that refuses ``names``, the only weights that ``where`` offers."""
+    listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return error(
+        code,
+        f"{where} offers its weights as pickle only ({listed}), which is never loaded, since a pickle can run any "
+        "code; take a version with safetensors, or convert it once where you trust its origin: "
+        "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER).",
+    )
 
 
 def sha256_of(path: Path) -> str:

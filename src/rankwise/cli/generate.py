@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.text import Text
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.settings import GenerateSettings
+from rankwise.cli.words import printable
 from rankwise.errors import ConfigError, ModelError
 from rankwise.records import RUN_FILE, RunRecord, load_record
 
@@ -38,12 +38,22 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Wording:
+    """How a prompt becomes the model's input: through a chat template, or as it is with ``suffix`` behind."""
+
+    chat: bool
+    template: str | None = None
+    # Jinja text instead of the tokenizer's own.
+    suffix: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Speaker:
-    """A loaded model that answers prompts. ``chat``: the prompt goes through the tokenizer's chat template."""
+    """A loaded model that answers prompts."""
 
     model: Any
     tokenizer: Any
-    chat: bool
+    wording: Wording
     adapted: bool
     sampling: Sampling
 
@@ -63,7 +73,7 @@ class Speaker:
         import torch
 
         inputs = self._encode(prompt)
-        chosen = {"do_sample": False}
+        chosen: dict[str, Any] = {"do_sample": False}
         if self.sampling.temperature > 0:
             torch.manual_seed(self.sampling.seed)
             chosen = {"do_sample": True, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
@@ -75,11 +85,14 @@ class Speaker:
 
     def _encode(self, prompt: str) -> Any:
         """(1, length) token ids and their mask, on the model's device."""
-        if not self.chat:
-            return self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
-        messages = [{"role": "user", "content": prompt}]
+        if not self.wording.chat:
+            return self.tokenizer(prompt + self.wording.suffix, return_tensors="pt").to(self.model.device)
         return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            [{"role": "user", "content": prompt}],
+            chat_template=self.wording.template,
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
         ).to(self.model.device)
 
     def _pad_token(self) -> int | None:
@@ -89,11 +102,10 @@ class Speaker:
 
 def run(settings: GenerateSettings, output: Output) -> Mapping[str, Any]:
     if settings.compare and settings.adapter is None:
-        raise ConfigError("RW114", "--compare shows base and tuned model side by side; give --adapter FOLDER too.")
+        raise ConfigError("RW121", "--compare shows base and tuned model side by side; give --adapter FOLDER too.")
     record = record_of(settings.adapter)
-    name = settings.model or base_model_name(settings.adapter, record)
-    waiting = output.console.status(f"loading {name}") if output.is_terminal else contextlib.nullcontext()
-    with waiting:
+    name = settings.model or base_model_name(settings.adapter)
+    with output.waiting(f"loading {name}"):
         speaker, device = _load(settings, name, record)
     answers = []
     for prompt in settings.prompt:
@@ -103,9 +115,56 @@ def run(settings: GenerateSettings, output: Output) -> Mapping[str, Any]:
         "model": name,
         "adapter": str(settings.adapter) if settings.adapter else None,
         "device": device,
-        "chat_template": speaker.chat,
+        "chat_template": speaker.wording.chat,
         "answers": [dataclasses.asdict(answer) for answer in answers],
     }
+
+
+def _load(settings: GenerateSettings, name: str, record: RunRecord | None) -> tuple[Speaker, str]:
+    """The model with its adapter, on its device, and the device in words."""
+    from rankwise.adapters import load_adapter
+    from rankwise.models import choose_device, load_model
+
+    choice = choose_device(settings.device)
+    model, tokenizer = load_model(
+        name,
+        dtype=_dtype(settings, record, choice.dtype),
+        device=str(choice.device),
+        trust_remote_code=settings.trust_remote_code,
+        revision=settings.revision,
+    )
+    if tokenizer is None:
+        raise ModelError(
+            "RW322", f"{name} comes without a tokenizer, so it cannot read a prompt; give one that has it."
+        )
+    if settings.adapter is not None:
+        load_adapter(model, settings.adapter, trainable=False)
+    model.eval()
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
+    wording = _wording(settings, record, tokenizer)
+    return Speaker(model, tokenizer, wording, settings.adapter is not None, sampling), str(choice.device)
+
+
+def _dtype(settings: GenerateSettings, record: RunRecord | None, preferred: Any) -> Any:
+    """As asked; else as the adapter was trained; else what suits the device."""
+    import torch
+
+    trained = record.device.get("dtype") if record is not None else None
+    name = settings.dtype if settings.dtype != "auto" else trained
+    return getattr(torch, name) if name in ("bfloat16", "float16", "float32") else preferred
+
+
+def _wording(settings: GenerateSettings, record: RunRecord | None, tokenizer: Any) -> Wording:
+    """As asked; else as the adapter was trained; else the tokenizer's chat template where it has one."""
+    from rankwise.data import read_template
+
+    trained = record.data.get("train", {}) if record is not None else {}
+    given = settings.chat_template or (record.settings.get("chat_template") if record is not None else None)
+    template = read_template(Path(given)) if given else None
+    plainly = str(trained.get("template", "")).startswith(("no template", "text"))
+    if settings.raw or (plainly and settings.chat_template is None):
+        return Wording(chat=False, suffix="" if settings.raw else str(trained.get("separator") or ""))
+    return Wording(chat=bool(template or tokenizer.chat_template), template=template)
 
 
 def record_of(adapter: Path | None) -> RunRecord | None:
@@ -113,31 +172,50 @@ def record_of(adapter: Path | None) -> RunRecord | None:
     return load_record(adapter) if adapter is not None and (adapter / RUN_FILE).is_file() else None
 
 
-def base_model_name(adapter: Path | None, record: RunRecord | None) -> str:
-    """The base an adapter was trained on, by its run record or its PEFT configuration. Raises ConfigError (RW115)."""
-    if adapter is None:
-        raise ConfigError("RW115", "there is nothing to generate with; give --model M, --adapter FOLDER or both.")
-    if record is not None and isinstance(record.settings.get("model"), str):
-        return str(record.settings["model"])
-    from rankwise.adapters.peft_config import read_config
+def base_model_name(adapter: Path | None) -> str:
+    """The base an adapter was trained on. Raises ConfigError (RW122) without one, AdapterError (RW413) if unnamed."""
+    from rankwise.export.merged import base_model_of
 
-    name = read_config(adapter).get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise ConfigError("RW115", f"the adapter in {adapter} does not name its base model; give --model M.")
-    return name
+    if adapter is None:
+        raise ConfigError("RW122", "there is nothing to generate with; give --model M, --adapter FOLDER or both.")
+    return base_model_of(adapter)
 
 
 def print_answer(output: Output, answer: Answer) -> None:
     """Side by side on a terminal; otherwise a labelled line each, which greps and wraps well."""
-    if answer.base is not None and answer.tuned is not None and output.is_terminal:
-        table = Table(title=Text(answer.prompt), title_justify="left", title_style="bold", expand=True)
-        table.add_column("base", ratio=1, style="dim")
-        table.add_column("tuned", ratio=1)
-        table.add_row(Text(answer.base), Text(answer.tuned))
-        output.console.print(table)
+    if answer.base is not None and answer.tuned is not None:
+        if output.is_terminal:
+            output.console.print(side_by_side(answer))
+        else:
+            output.line(_below_each_other(answer))
         return
-    output.line(answer.prompt, style="bold")
-    for label, text in (("base", answer.base), ("tuned", answer.tuned)):
-        if text is not None:
-            output.line(f"  {label}: {text}" if answer.base and answer.tuned else text)
+    text = answer.tuned if answer.tuned is not None else answer.base
+    output.line(printable(answer.prompt), style="bold")
+    output.line(printable(text or ""))
     output.line()
+
+
+def side_by_side(answer: Answer) -> Table:
+    table = Table(title=Text(printable(answer.prompt)), title_justify="left", title_style="bold", expand=True)
+    table.add_column("base", ratio=1)
+    table.add_column("tuned", ratio=1, style="green")
+    table.add_row(Text(printable(answer.base or "")), Text(printable(answer.tuned or "")))
+    return table
+
+
+def _below_each_other(answer: Answer) -> str:
+    lines = (answer.prompt, f"  base:  {answer.base}", f"  tuned: {answer.tuned}", "")
+    return printable("\n".join(lines))
+
+
+VERB = Verb(
+    name="generate",
+    settings=GenerateSettings,
+    run=run,
+    summary="Answer prompts with a base model, a tuned one, or both side by side.",
+    examples=(
+        'rankwise generate --model demo --prompt "What is a list in Python?"',
+        'rankwise generate --adapter runs/first --prompt "Hello" --prompt "Who are you?" --compare',
+    ),
+    metavars={"model": "M", "adapter": "A", "chat_template": "FILE"},
+)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
@@ -16,7 +18,8 @@ COMMON_OPTIONS = (
     ("--json", "One JSON document on stdout, everything else on stderr."),
     ("--help", "Show this text."),
 )
-WIDEST_LABEL = 34
+# Wider labels put their choices on a line of their own.
+WIDEST_LABEL = 29
 
 
 def verb_command(verb: Verb) -> type[TyperCommand]:
@@ -36,9 +39,9 @@ def verb_group(verbs: tuple[Verb, ...], summary: str, examples: tuple[str, ...])
         def format_help(self, ctx: Any, formatter: Any) -> None:
             console = _console()
             _print_head(console, "rankwise VERB [options]", summary, examples)
-            _print_rows(console, "Verbs", [(verb.name, verb.summary) for verb in verbs])
+            _print_rows(console, "Verbs", [(verb.name, verb.summary) for verb in verbs if not verb.hidden], 11)
             rows = [("VERB --help", "The options of a verb."), ("--version", "Versions of rankwise and what it uses.")]
-            _print_rows(console, "More", rows)
+            _print_rows(console, "More", rows, 11)
 
     return VerbGroup
 
@@ -49,9 +52,11 @@ def print_verb_help(verb: Verb, command_path: str) -> None:
     required = [option.label for options in panels.values() for option in options if "(required)" in option.help]
     usage = " ".join([command_path, *required, "[options]"])
     _print_head(console, usage, verb.summary, verb.examples)
-    for title, options in panels.items():
-        _print_rows(console, title, [(option.label, option.help) for option in options])
-    _print_rows(console, "Every verb", list(COMMON_OPTIONS))
+    rows = {title: [(option.label, option.help) for option in options] for title, options in panels.items()}
+    rows["Every verb"] = list(COMMON_OPTIONS)
+    width = _label_width(label for group in rows.values() for label, _ in group)
+    for title, group in rows.items():
+        _print_rows(console, title, group, width)
 
 
 def _console() -> Console:
@@ -65,14 +70,18 @@ def _print_head(console: Console, usage: str, summary: str, examples: Any) -> No
         console.print(Text(f"  {example}", style="green"), soft_wrap=True)
 
 
-def _print_rows(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
+def _label_width(labels: Iterable[str]) -> int:
+    return max(len(label) for label in labels if len(label) <= WIDEST_LABEL)
+
+
+def _print_rows(console: Console, title: str, rows: list[tuple[str, str]], width: int) -> None:
     console.print(Text(f"\n{title}", style="bold"))
     table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(min_width=min(WIDEST_LABEL, max(len(label) for label, _ in rows)), overflow="fold")
+    table.add_column(min_width=width, max_width=width, overflow="fold")
     table.add_column(ratio=1)
     for label, text in rows:
         _add_row(table, label, text)
-    console.print(_indented(table))
+    console.print(Padding(table, (0, 0, 0, 2)))
 
 
 def _add_row(table: Table, label: str, text: str) -> None:
@@ -83,9 +92,3 @@ def _add_row(table: Table, label: str, text: str) -> None:
         shown = Text.assemble((name, "cyan"))
         text = f"{metavar}\n{text}"
     table.add_row(shown, Text(text))
-
-
-def _indented(table: Table) -> Any:
-    from rich.padding import Padding
-
-    return Padding(table, (0, 0, 0, 2))

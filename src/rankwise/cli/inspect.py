@@ -15,11 +15,12 @@ from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.settings import InspectSettings
 from rankwise.cli.sparkline import sparkline
-from rankwise.cli.words import byte_size, parameter_count
+from rankwise.cli.words import byte_size, parameter_count, plural
 from rankwise.errors import AdapterError, ModelError, RunError
 from rankwise.records import RUN_FILE, load_record
 
 CONFIG_BYTES_LIMIT = 4 << 20
+SHOWN_PROBLEMS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +55,10 @@ def run(settings: InspectSettings, output: Output) -> Mapping[str, Any]:
 
 
 def _describe(folder: Path) -> dict[str, Any]:
-    """What kind of folder it is decides what is said. Raises RunError (RW531) when it is none of them."""
+    """What kind of folder it is decides what is said. Raises RunError (RW560) when it is none of them."""
     if not folder.is_dir():
         state = "is a file" if folder.exists() else "does not exist"
-        raise RunError("RW531", f"{folder} {state}; give the folder of an adapter, a run or a model.")
+        raise RunError("RW560", f"{folder} {state}; give the folder of an adapter, a run or a model.")
     run = {"run": _run(folder)} if (folder / RUN_FILE).is_file() else {}
     if (folder / "adapter_config.json").is_file() or (folder / "adapter_model.safetensors").is_file():
         return {"kind": "adapter"} | _adapter(folder) | run
@@ -67,7 +68,8 @@ def _describe(folder: Path) -> dict[str, Any]:
         return {"kind": "run"} | run
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
     raise RunError(
-        "RW531", f"{folder} holds no adapter, run or model (adapter_config.json, run.json, config.json); it holds {found}."
+        "RW560",
+        f"{folder} holds no adapter, run or model (adapter_config.json, run.json, config.json); it holds {found}.",
     )
 
 
@@ -81,7 +83,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
     from rankwise.adapters.peft_config import CONFIG_FILE, from_peft, read_config
     from rankwise.weights_file import refuse_pickles
 
-    refuse_pickles(folder, AdapterError, "RW409")
+    refuse_pickles(folder, error=AdapterError, code="RW409")
     document = read_config(folder)
     config = from_peft(document, folder / CONFIG_FILE)
     path = folder / "adapter_model.safetensors"
@@ -95,7 +97,9 @@ def _adapter(folder: Path) -> dict[str, Any]:
         "scaling": config.scaling(config.r, config.lora_alpha),
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
-        "target_modules": config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules or ()),
+        "target_modules": config.target_modules
+        if isinstance(config.target_modules, str)
+        else list(config.target_modules or ()),
         "modules_to_save": list(config.modules_to_save or ()),
         "bias": config.bias,
         "adapted_modules": len({name.partition(".lora_")[0] for name in weights.shapes if ".lora_" in name}),
@@ -110,7 +114,7 @@ def _model(folder: Path) -> dict[str, Any]:
     config = _read_json(folder / "config.json")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        refuse_pickles(folder, ModelError, "RW301")
+        refuse_pickles(folder)
         raise ModelError("RW301", f"{folder} holds a config.json and no .safetensors file; its weights are missing.")
     quantization = config.get("quantization_config")
     return {
@@ -131,7 +135,7 @@ def _weights(files: Sequence[Path], kind: Any, code: str) -> Weights:
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
     for path in files:
-        for name, info in read_header(path, kind, code).tensors.items():
+        for name, info in read_header(path, error=kind, code=code).tensors.items():
             shapes[name], dtypes[name] = tuple(info.shape), str(info.dtype)
     return Weights(shapes, dtypes, sum(path.stat().st_size for path in files))
 
@@ -155,3 +159,131 @@ def norms_of_b(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, A
         "zero_layers": [layer for layer, value in layers.items() if value == 0],
         "layers": layers,
     }
+
+
+def _fit(folder: Path, model: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether the adapter fits ``model``; only shapes are compared, on a model without weights."""
+    from rankwise.adapters.checkpoint import read_adapter
+
+    if found["kind"] != "adapter":
+        raise RunError("RW561", f"--model asks whether an adapter fits, and {folder} is a {found['kind']} folder.")
+    try:
+        read_adapter(_skeleton(model), folder)
+    except AdapterError as error:
+        return {"model": model, "fits": False, "code": error.code, "reason": error.message}
+    return {"model": model, "fits": True}
+
+
+def _skeleton(name: str) -> Any:
+    """The model that ``name`` describes, without storage. Raises ModelError as ``fetch_model`` does."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from rankwise.models import fetch_model
+
+    source = fetch_model(name, weights=False)
+    path = Path(str(source.path)).resolve()
+    if source.is_gguf:
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    else:
+        config = AutoConfig.from_pretrained(str(path))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of bounded size. Raises ModelError (RW302)."""
+    try:
+        if path.stat().st_size > CONFIG_BYTES_LIMIT:
+            raise ModelError("RW302", f"{path} has {path.stat().st_size:,} bytes, too many for a configuration.")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError("RW302", f"{path} cannot be read as JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise ModelError("RW302", f"{path} holds a {type(content).__name__} and should hold an object.")
+    return content
+
+
+def _print(output: Output, document: Mapping[str, Any]) -> None:
+    printers = {"adapter": _adapter_rows, "model": _model_rows, "run": lambda _: iter(())}
+    rows = [("folder", document["folder"]), *printers[document["kind"]](document)]
+    rows += _run_rows(document["run"]) if "run" in document else []
+    rows += _fit_rows(document["fits"]) if "fits" in document else []
+    for label, text in rows:
+        output.line(f"{label:<16}{text}")
+
+
+def _adapter_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    root = "sqrt(r)" if found["use_rslora"] else "r"
+    yield "kind", f"{found['method']} adapter in PEFT's format"
+    yield "base model", found["base_model"] or "not named"
+    yield "rank", f"r = {found['r']}, alpha = {found['lora_alpha']:g}, scale alpha / {root} = {found['scaling']:.4g}"
+    for name in ("rank_pattern", "alpha_pattern", "modules_to_save"):
+        if found[name]:
+            yield name.replace("_", " "), str(found[name])
+    targets = found["target_modules"]
+    yield "targets", targets if isinstance(targets, str) else ", ".join(targets)
+    if found["bias"] != "none":
+        yield "biases", found["bias"]
+    yield "size", f"{_size(found)} over {plural(found['adapted_modules'], 'module')}"
+    yield "norm of B", _norm_sentence(found["norm_of_B"])
+
+
+def _norm_sentence(norms: Mapping[str, Any]) -> str:
+    """The norm by layer as a curve, since one layer of 0 says more than the total."""
+    layers = norms["layers"]
+    if not layers or norms["total"] == 0:
+        return "0: this adapter changes nothing yet"
+    low, high = min(layers.values()), max(layers.values())
+    dead = f"; 0 in layers {', '.join(map(str, norms['zero_layers']))}" if norms["zero_layers"] else ""
+    curve = sparkline(list(layers.values()), 40)
+    return f"{norms['total']:.4g}; by layer {low:.3g} to {high:.3g}  {curve}{dead}"
+
+
+def _model_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "kind", f"model: {found['architecture']} ({found['model_type']})"
+    if found["layers"]:
+        yield "layers", f"{found['layers']} of width {found['hidden_size']}"
+    yield "quantization", found["quantization"] or "none"
+    yield "size", _size(found)
+    yield "tokenizer", "present" if found["tokenizer"] else "missing: token ids only, no training on text"
+
+
+def _size(found: Mapping[str, Any]) -> str:
+    dtypes = ", ".join(found["dtypes"])
+    parameters = parameter_count(found["parameters"])
+    return (
+        f"{parameters} parameters in {plural(found['tensors'], 'tensor')}, {dtypes}, {byte_size(found['size_bytes'])}"
+    )
+
+
+def _run_rows(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "run", f"{run['method']}, {run['status']}, seed {run['seed']}"
+    if run["steps"] is not None:
+        kept = f", the adapter is that of step {run['kept_step']}" if run["kept_step"] is not None else ""
+        yield "steps", f"{run['steps']}{kept}"
+    if run["initial_eval_loss"] is not None and run["eval_loss"] is not None:
+        yield "evaluation loss", f"{run['initial_eval_loss']:.4f} -> {run['eval_loss']:.4f}"
+    elif run["train_loss"] is not None:
+        yield "training loss", f"{run['train_loss']:.4f}"
+
+
+def _fit_rows(fit: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if fit["fits"]:
+        yield "fits", f"yes, {fit['model']}"
+        return
+    problems = str(fit["reason"]).split("; ")
+    yield "fits", f"no, not {fit['model']} ({fit['code']})"
+    yield "", "; ".join(problems[:SHOWN_PROBLEMS])
+    if len(problems) > SHOWN_PROBLEMS:
+        yield "", f"... and {len(problems) - SHOWN_PROBLEMS} more, which --json lists"
+
+
+VERB = Verb(
+    name="inspect",
+    settings=InspectSettings,
+    run=run,
+    summary="Say what an adapter, run or model folder holds, and whether an adapter fits a base.",
+    examples=("rankwise inspect runs/first", "rankwise inspect runs/first --model demo"),
+    metavars={"folder": "FOLDER", "model": "M"},
+)

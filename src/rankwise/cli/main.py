@@ -1,11 +1,12 @@
 """``rankwise``: the verbs, and the one place where every error becomes one line and an exit code.
 
-0 done, 2 a mistake in the input, 1 a fault of ours, 130 interrupted. Nothing here imports torch: a verb does when it runs.
+0 done, 2 a mistake in the input, 1 a fault of ours, 130 interrupted. Nothing imports torch before a verb runs.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
 import traceback
@@ -16,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from rankwise.cli import generate, inspect, merge, preview, train
+from rankwise.cli import demo, generate, inspect, merge, preview, train
 from rankwise.cli.help import verb_command, verb_group
 from rankwise.cli.options import Verb, command_of
 from rankwise.cli.output import (
@@ -31,11 +32,11 @@ from rankwise.cli.output import (
 from rankwise.config import Settings
 from rankwise.errors import ConfigError, InternalError, Interrupted, RankwiseError, RunError
 
-VERBS: tuple[Verb, ...] = (preview.VERB, train.VERB, generate.VERB, merge.VERB, inspect.VERB)
+VERBS: tuple[Verb, ...] = (preview.VERB, train.VERB, generate.VERB, merge.VERB, inspect.VERB, demo.VERB)
 SUMMARY = "Fine-tune a language model with low-rank adapters, wisely: LoRA and DoRA from one command."
 EXAMPLES = (
     "rankwise preview  --model demo --data rows.jsonl",
-    "rankwise train    --model demo --data rows.jsonl --method lora --output runs/first",
+    "rankwise train    --model demo --data rows.jsonl --output runs/first",
     'rankwise generate --adapter runs/first --prompt "Hello" --compare',
     "rankwise merge    --adapter runs/first --output merged",
 )
@@ -67,15 +68,21 @@ def build_app(verbs: Sequence[Verb] = VERBS) -> typer.Typer:
     )
     app.callback()(_root)
     for verb in verbs:
-        command = command_of(verb, lambda settings, as_json, verb=verb: _invoke(verb, settings, as_json=as_json))
-        app.command(verb.name, cls=verb_command(verb), help=verb.summary)(command)
+        command = command_of(verb, functools.partial(_invoke, verb))
+        app.command(verb.name, cls=verb_command(verb), help=verb.summary, hidden=verb.hidden)(command)
     return app
 
 
-def _root(version: Annotated[bool, typer.Option("--version", is_eager=True)] = False) -> None:
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         print("  ".join(f"{name} {_version(name)}" for name in LIBRARIES))
         raise typer.Exit
+
+
+def _root(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version)] = False,
+) -> None:
+    """Options that stand before the verb."""
 
 
 def _version(name: str) -> str:
@@ -85,12 +92,12 @@ def _version(name: str) -> str:
         return "(not installed)"
 
 
-def _invoke(verb: Verb, settings: Settings, *, as_json: bool) -> None:
+def _invoke(verb: Verb, settings: Settings, as_json: bool) -> None:
     try:
         with stdout_for_the_document(as_json=as_json):
             document = verb.run(settings, Output(as_json=as_json))
     except KeyboardInterrupt:
-        raise Interrupted("RW113", f"{verb.name} was stopped from the keyboard.") from None
+        raise Interrupted("RW543", f"{verb.name} was stopped from the keyboard.") from None
     if as_json:
         print_document(document)
 
@@ -109,12 +116,12 @@ def _as_ours(error: Exception) -> RankwiseError:
     if isinstance(error, RankwiseError):
         return error
     if hasattr(error, "format_message"):
-        return ConfigError("RW110", _usage_sentence(error))
+        return ConfigError("RW120", _usage_sentence(error))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         remedy = "lower --batch-size or --max-length, or switch on --gradient-checkpointing"
-        return RunError("RW111", f"the memory of the device is full ({_first_line(error)}); {remedy}.")
+        return RunError("RW550", f"the memory of the device is full ({_first_line(error)}); {remedy}.")
     if isinstance(error, OSError) and error.errno in FILE_ERRORS and error.filename:
-        return RunError("RW112", f"{error.filename}: {(error.strerror or 'cannot be used').lower()}.")
+        return RunError("RW551", f"{error.filename}: {(error.strerror or 'cannot be used').lower()}.")
     advice = "please report it with the text that RANKWISE_DEBUG=1 prints".replace("RANKWISE_DEBUG", DEBUG_VARIABLE)
     return InternalError("RW900", f"a fault of rankwise: {type(error).__name__}: {_first_line(error)}; {advice}.")
 
@@ -132,9 +139,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _reader_has_gone() -> int:
-    """``rankwise ... | head``: what cannot be written any more must not raise again at exit."""
+    """``rankwise ... | head``: what cannot be written any more must not raise again at exit. The code is rich's."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return 1
 
 
 if __name__ == "__main__":

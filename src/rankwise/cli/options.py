@@ -36,6 +36,7 @@ class Verb:
     panels: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     # Heading in the help -> fields under it; fields not named here stand under "Options".
     metavars: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    hidden: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _option(verb: Verb, name: str, field: FieldInfo) -> Option:
     else:
         kind = "switch" if bool in types_ else "value"
     flag = name.replace("_", "-")
-    metavar = verb.metavars.get(name) or _metavar(types_)
+    metavar = verb.metavars.get(name) or ("TEXT" if kind == "repeated" else _metavar(types_))
     return Option(name, flag, metavar, _help(field), kind, tuple in types_)
 
 
@@ -124,7 +125,7 @@ def _help(field: FieldInfo) -> str:
     text = field.description or ""
     if field.is_required():
         return f"{text} (required)"
-    if field.default in (None, False, (), ""):
+    if field.default is None or field.default is False:
         return text
     default = "on" if field.default is True else field.default
     return f"{text} (default: {default:g})" if isinstance(default, float) else f"{text} (default: {default})"

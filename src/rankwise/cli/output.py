@@ -41,6 +41,10 @@ class Output:
         """A terminal that can be drawn on; otherwise plain lines."""
         return self.console.is_terminal and not self.console.is_dumb_terminal
 
+    def waiting(self, text: str) -> contextlib.AbstractContextManager[Any]:
+        """A spinner on a terminal, nothing elsewhere."""
+        return self.console.status(text) if self.is_terminal else contextlib.nullcontext()
+
     def line(self, text: str = "", style: str | None = None) -> None:
         """Print a line as it is: no markup, no wrapping that would break a path."""
         self.console.print(text, style=style, markup=False, soft_wrap=True)

@@ -20,7 +20,7 @@ class PreviewSettings(Settings):
 
     model: str = Field(description=MODEL)
     data: str = Field(description=DATA)
-    row: int = Field(1, ge=1, description="Row to show, counted from 1.")
+    row: int = Field(0, ge=0, description="Row to show, counted from 0.")
     max_length: int = Field(1024, ge=2, description="Tokens per row; longer rows are cut and counted.")
     chat_template: Path | None = Field(None, description="Jinja file that overrides the tokenizer's template.")
     prompt_column: str | None = Field(None, description="Column with the prompt, for tables of other names.")
@@ -58,12 +58,11 @@ class MergeSettings(Settings):
     adapter: Path = Field(description="Run folder or PEFT adapter folder.")
     output: Path = Field(description="Folder to write the merged model to; must not exist or be empty.")
     model: str | None = Field(None, description="Base model; default: the one named by the adapter.")
+    trust_remote_code: bool = Field(False, description=REMOTE_CODE)
 
 
 class InspectSettings(Settings):
     """The options of ``rankwise inspect``."""
 
-    folder: Path = Field(
-        description="Adapter, run or model folder.", json_schema_extra={"argument": True}
-    )
+    folder: Path = Field(description="Adapter, run or model folder.", json_schema_extra={"argument": True})
     model: str | None = Field(None, description="Base model; say whether the adapter fits it.")

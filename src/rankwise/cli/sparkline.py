@@ -31,7 +31,7 @@ def _chunks(values: Sequence[float], width: int) -> list[Sequence[float]]:
     groups: list[list[float]] = [[] for _ in range(width)]
     for index, value in enumerate(values):
         groups[position(index, len(values), width)].append(value)
-    return [group for group in groups]
+    return list(groups)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -13,7 +13,7 @@ def duration(seconds: float) -> str:
 def byte_size(count: float) -> str:
     """Decimal units, as disks and GPUs are sold: ``512 B``, ``4.9 MB``, ``2.1 GB``."""
     for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
+        if abs(count) < 999.5:
             return f"{count:.0f} {unit}" if unit == "B" or abs(count) >= 100 else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
@@ -29,3 +29,15 @@ def parameter_count(count: int) -> str:
 
 def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters made visible: foreign text must not steer the terminal."""
+    return "".join(
+        character if character in "\n\t" or character.isprintable() else _visible(character) for character in text
+    )
+
+
+def _visible(character: str) -> str:
+    code = ord(character)
+    return chr(0x2400 + code) if code < 0x20 else f"\\u{code:04x}"

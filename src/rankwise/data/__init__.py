@@ -1,7 +1,7 @@
 """Training data: reading, checking, writing through a chat template, and tokenizing.
 
-    rows = read_rows("train.jsonl")                             # every row checked, bad ones named by line
-    encoded = encode_rows(rows, tokenizer, max_length=1024)     # input_ids and labels, and a report
+rows = read_rows("train.jsonl")                             # every row checked, bad ones named by line
+encoded = encode_rows(rows, tokenizer, max_length=1024)     # input_ids and labels, and a report
 """
 
 from rankwise.data.encoding import Encoded, EncodingReport, encode_rows

@@ -12,7 +12,7 @@ import itertools
 import statistics
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankwise.data.rows import Row, Rows
 from rankwise.data.templates import ChatRenderer, Rendered, Segment, renderer
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-ROWS_PER_BATCH = 1000
+ROWS_PER_BATCH = 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class RowEncoder:
 
     def stop_ids(self) -> set[int]:
         stop = self._render.stop if isinstance(self._render, ChatRenderer) else None
-        token = self.tokenizer.eos_token_id if stop is None else self.tokenizer.convert_tokens_to_ids(stop)
+        token: Any = self.tokenizer.eos_token_id if stop is None else self.tokenizer.convert_tokens_to_ids(stop)
         return {token}
 
     def encode(self, rows: Sequence[Row]) -> list[EncodedRow]:
@@ -102,9 +102,11 @@ class RowEncoder:
         return EncodedRow(ids, trained, split)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )["input_ids"]
+        # Several rows often share a prompt: E2E's are asked eight times each.
+        distinct = list(dict.fromkeys(texts))
+        options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+        ids = dict(zip(distinct, self.tokenizer(distinct, verbose=False, **options)["input_ids"]))
+        return [ids[text] for text in texts]
 
 
 def encode_rows(
@@ -126,8 +128,10 @@ def encode_rows(
     encoder = RowEncoder(rows, tokenizer, chat_template)
     table = _Table(max_length)
     for start in range(0, len(rows), ROWS_PER_BATCH):
-        for row in encoder.encode(rows.items[start : start + ROWS_PER_BATCH]):
-            table.add(row, encoder.stop_ids())
+        encoded = encoder.encode(rows.items[start : start + ROWS_PER_BATCH])
+        stop_ids = encoder.stop_ids()
+        for row in encoded:
+            table.add(row, stop_ids)
     report = table.report(name, encoder.template)
     _complain(report, rows, max_length)
     return Encoded(table.dataset(), report)
@@ -202,9 +206,9 @@ class _Table:
         ends = pyarrow.array(self.ends, type=pyarrow.int32())
         columns = {"input_ids": self.ids, "labels": self.labels}
         lists = {
-            name: pyarrow.ListArray.from_arrays(ends, pyarrow.Array.from_buffers(
-                pyarrow.int32(), len(values), [None, pyarrow.py_buffer(values)]
-            ))
+            name: pyarrow.ListArray.from_arrays(
+                ends, pyarrow.Array.from_buffers(pyarrow.int32(), len(values), [None, pyarrow.py_buffer(values)])
+            )
             for name, values in columns.items()
         }
         return Dataset(pyarrow.table(lists))

@@ -97,8 +97,9 @@ def _json_record(line: str) -> Record | BadRow:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         return BadRow(f"expected one JSON object a line, found invalid JSON ({error.msg} at column {error.colno})")
-    except RecursionError:
-        return BadRow("expected one JSON object a line, found JSON nested too deeply")
+    except (RecursionError, ValueError) as error:
+        # Nested too deeply, or a number of thousands of digits.
+        return BadRow(f"expected one JSON object a line, found JSON that cannot be read ({error})")
     return _as_record(record)
 
 
@@ -141,11 +142,12 @@ def _json_array(path: Path, text: str, start: int) -> Numbered:
             element, position = decode(text, position)
         except json.JSONDecodeError as error:
             raise DataError(
-                "RW206", f"{path}, line {error.lineno}: expected a JSON array of objects, found invalid JSON "
-                f"({error.msg} at column {error.colno})."
+                "RW206",
+                f"{path}, line {error.lineno}: expected a JSON array of objects, found invalid JSON "
+                f"({error.msg} at column {error.colno}).",
             ) from None
-        except RecursionError:
-            raise DataError("RW206", f"{path}, line {line}: JSON nested too deeply.") from None
+        except (RecursionError, ValueError) as error:
+            raise DataError("RW206", f"{path}, line {line}: JSON that cannot be read ({error}).") from None
         yield line, _as_record(element)
         position = _skip(text, position)
         mark = text[position : position + 1]

@@ -65,9 +65,7 @@ def _named_columns(record: Record, source: str, prompt: str | None, completion: 
         raise DataError("RW207", "--prompt-column and --completion-column go together; give both.")
     missing = [column for column in (prompt, completion) if column not in record]
     if missing:
-        raise DataError(
-            "RW207", f"{source} has no column {_listed(missing)}; its columns are {_listed(record)}."
-        )
+        raise DataError("RW207", f"{source} has no column {_listed(missing)}; its columns are {_listed(record)}.")
     return Format(f"columns ({prompt}, {completion})", "prompt", (prompt, completion), _pair(prompt, completion))
 
 
@@ -133,8 +131,18 @@ def text_field(record: Record, column: str) -> str:
     """A string that is not blank. Raises BadRow."""
     value = record.get(column)
     if isinstance(value, str) and value.strip():
-        return value
+        return encodable(value, f"`{column}`")
     raise BadRow(f"expected text in `{column}`, found {_found(record, column)}")
+
+
+def encodable(text: str, place: str) -> str:
+    """``text`` itself. Raises BadRow for half a surrogate pair, which JSON can hold and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise BadRow(f"expected text in {place}, found half a surrogate pair ({half})") from None
+    return text
 
 
 def _found(record: Record, column: str) -> str:
@@ -246,7 +254,7 @@ def _content(content: object, place: str) -> str:
     if content is None:
         return ""
     if isinstance(content, str):
-        return content if content.strip() else ""
+        return encodable(content, f"`content` of {place}") if content.strip() else ""
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
     if len(texts) != len(parts) or not all(isinstance(text, str) for text in texts):
@@ -263,9 +271,7 @@ def _tools(record: Record) -> tuple[Mapping[str, Any], ...] | None:
     return tuple(tools)
 
 
-PROMPT_MESSAGES = Format(
-    "chat (prompt, completion as messages)", "chat", ("prompt", "completion"), _prompt_messages
-)
+PROMPT_MESSAGES = Format("chat (prompt, completion as messages)", "chat", ("prompt", "completion"), _prompt_messages)
 E2E_LINES = Format(
     "data-to-text lines (context||reference)",
     "prompt",
@@ -281,7 +287,11 @@ FORMATS: Collection[Format] = (
     Format("prompt and completion", "prompt", ("prompt", "completion"), _pair("prompt", "completion")),
     Format("prompt and response", "prompt", ("prompt", "response"), _pair("prompt", "response")),
     Format(
-        "Alpaca (instruction, input, output)", "prompt", ("instruction", "output"), _alpaca("input", "output"), separator="\n"
+        "Alpaca (instruction, input, output)",
+        "prompt",
+        ("instruction", "output"),
+        _alpaca("input", "output"),
+        separator="\n",
     ),
     Format(
         "Dolly (instruction, context, response)",

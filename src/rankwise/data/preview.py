@@ -77,14 +77,12 @@ def preview_row(
     )
 
 
-def _decoded(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], trained: Sequence[bool]
-) -> tuple[Segment, ...]:
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], trained: Sequence[bool]) -> tuple[Segment, ...]:
     segments, end, shown = [], 0, ""
     for is_trained, group in itertools.groupby(trained):
         end += len(list(group))
         # Decoding the whole beginning keeps white space that decoding a piece alone would lose.
-        text = tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = str(tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False))
         segments.append(Segment(text[len(shown) :], is_trained))
         shown = text
     return tuple(segments)

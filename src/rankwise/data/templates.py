@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+GENERATION_TAGS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 PROBE_ANSWER = "probed answer"
 Span = tuple[int, int]
 
@@ -50,7 +51,9 @@ def read_template(path: Path) -> str:
 
     try:
         text = path.read_text(encoding="utf-8")
-        jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _GenerationTag]).parse(text)
+        # transformers adds the generation tag to Jinja; for the parse alone it can go.
+        plain = GENERATION_TAGS.sub("", text)
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError("RW211", f"cannot read the chat template {path}: {error}.") from None
     except jinja2.TemplateSyntaxError as error:
@@ -125,6 +128,12 @@ class ChatRenderer:
             {"role": "assistant", "content": PROBE_ANSWER},
         ]
         text = self._render(probe, None, "a sample exchange", generation_prompt=False)
+        if PROBE_ANSWER not in text:
+            raise DataError(
+                "RW212",
+                "the chat template leaves the assistant's text out (those of vision models want another form of "
+                "message); give one for plain text by --chat-template FILE.",
+            )
         added = self.tokenizer.added_tokens_decoder.values()
         specials = {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
         ends = sorted(specials, key=len, reverse=True)
@@ -151,8 +160,8 @@ class ChatRenderer:
         import jinja2
 
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages),
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
                 tools=tools,
                 chat_template=self.chat_template,
                 add_generation_prompt=generation_prompt,
@@ -160,6 +169,7 @@ class ChatRenderer:
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise DataError("RW211", f"{place}: the chat template refuses it: {_one_line(error)}") from None
+        return str(text)
 
     def _marked_spans(
         self, template: str, messages: Sequence[Message], tools: list[Any] | None, row: Row
@@ -168,8 +178,10 @@ class ChatRenderer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, spans = render_jinja_template(
-                [list(messages)],
+            # Annotated as str, but it gives the texts and, with the mask, the marked character spans.
+            render: Any = render_jinja_template
+            texts, spans = render(
+                [[dict(message) for message in messages]],
                 tools=tools,
                 chat_template=template,
                 return_assistant_tokens_mask=True,
@@ -180,9 +192,7 @@ class ChatRenderer:
         start = len(self._before(texts[0], messages, tools, row, row.first_trained)) if row.first_trained else 0
         return texts[0], [span for span in spans[0] if span[1] > start]
 
-    def _grown_spans(
-        self, messages: Sequence[Message], tools: list[Any] | None, row: Row
-    ) -> tuple[str, list[Span]]:
+    def _grown_spans(self, messages: Sequence[Message], tools: list[Any] | None, row: Row) -> tuple[str, list[Span]]:
         text = self._render(messages, tools, row.place, generation_prompt=False)
         spans = []
         for index, message in enumerate(messages):
@@ -191,14 +201,32 @@ class ChatRenderer:
             start = len(self._before(text, messages, tools, row, index))
             end = len(text)
             if index + 1 < len(messages):
-                grown = self._render(messages[: index + 1], tools, row.place, generation_prompt=False)
-                end = len(_prefix(grown, text, row, index))
+                end = self._turn_border(text, start, messages, tools, row, index)
             spans.append((start, end))
         return text, spans
 
-    def _before(
-        self, text: str, messages: Sequence[Message], tools: list[Any] | None, row: Row, index: int
-    ) -> str:
+    def _turn_border(
+        self,
+        text: str,
+        start: int,
+        messages: Sequence[Message],
+        tools: list[Any] | None,
+        row: Row,
+        index: int,
+    ) -> int:
+        """Where the answer ``messages[index]``, which starts at ``start``, ends in ``text``."""
+        grown = self._render(messages[: index + 1], tools, row.place, generation_prompt=False)
+        if text.startswith(grown):
+            return len(grown)
+        # Templates that close a conversation, or drop the reasoning of earlier turns, write the turn differently
+        # when it is the last. Where its own words and the stop token follow each other, they show its end.
+        content, stop = messages[index]["content"].strip(), self.stop
+        end = text.find(content, start) + len(content)
+        if stop and content and end >= start + len(content) and text[end:].lstrip().startswith(stop):
+            return text.index(stop, end) + len(stop)
+        return len(_prefix(grown, text, row, index))
+
+    def _before(self, text: str, messages: Sequence[Message], tools: list[Any] | None, row: Row, index: int) -> str:
         """The text in front of the answer ``messages[index]``, as generation would see it."""
         if index == 0:
             raise DataError(
@@ -232,9 +260,9 @@ def _prefix(part: str, whole: str, row: Row, index: int) -> str:
     at = next((place for place, (a, b) in enumerate(zip(part, whole)) if a != b), min(len(part), len(whole)))
     raise DataError(
         "RW212",
-        f"{row.place}: the chat template writes the messages up to number {index + 1} differently when others "
-        f"follow ({part[at : at + 30]!r} becomes {whole[at : at + 30]!r}), so the assistant's text cannot be told "
-        "apart; give a template with {% generation %} marks by --chat-template FILE.",
+        f"{row.place}: what the chat template writes up to message {index + 1} is not how it begins the whole "
+        f"conversation ({part[at : at + 30]!r} becomes {whole[at : at + 30]!r}), so the assistant's text cannot be "
+        "told apart; give a template with {% generation %} marks by --chat-template FILE.",
     )
 
 

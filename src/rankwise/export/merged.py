@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rankwise.adapters import load_adapter, merge_adapter
@@ -26,7 +25,7 @@ from rankwise.adapters.peft_config import read_config
 from rankwise.errors import AdapterError, ModelError, RunError
 from rankwise.export.safetensors_writer import bytes_of, write_safetensors
 from rankwise.export.shards import INDEX_FILE, ShardedWeights
-from rankwise.models import load_model, resolve_model
+from rankwise.models import fetch_model, load_model, load_skeleton, resolve_model
 from rankwise.records import RUN_FILE, load_record, write_json
 
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -48,20 +47,21 @@ def merge_to_folder(
     """Write the base with the adapter folded in to ``output``, which appears whole or not at all.
 
     ``model`` is the base, by default the one that the adapter names. Raises AdapterError when the adapter does not fit
-    it, ModelError when it cannot be read, RunError (RW530) when ``output`` holds something.
+    it, ModelError when it cannot be read, RunError (RW532) when ``output`` holds something.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunError("RW530", f"{output} is not empty; give a new folder, nothing is overwritten.")
+        raise RunError("RW532", f"{output} is not empty; give a new folder, nothing is overwritten.")
     base = model or base_model_of(adapter)
     source = resolve_model(base)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        if source.kind in ("gguf", "demo"):
+        # A GGUF's tensors have other names and packings; it goes through memory as an ordinary model.
+        if source.is_gguf:
             count = _merge_in_memory(base, adapter, partial)
         else:
-            count = _merge_streamed(source.local_folder(), adapter, partial, trust_remote_code)
+            count = _merge_streamed(base, adapter, partial, trust_remote_code)
         _copy_tokenizer(adapter, partial)
         if output.is_dir():
             output.rmdir()
@@ -69,7 +69,7 @@ def merge_to_folder(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return MergeReport(base, count, streamed=source.kind not in ("gguf", "demo"))
+    return MergeReport(base, count, streamed=not source.is_gguf)
 
 
 def base_model_of(adapter: Path) -> str:
@@ -93,9 +93,16 @@ def _merge_in_memory(base: str, adapter: Path, output: Path) -> int:
     return len(report.modules)
 
 
-def _merge_streamed(folder: Path, adapter: Path, output: Path, trust_remote_code: bool) -> int:
+def _merge_streamed(base: str, adapter: Path, output: Path, trust_remote_code: bool) -> int:
+    source = fetch_model(base, trust_remote_code=trust_remote_code)
+    assert source.path is not None, "a fetched model lies in a folder"
+    folder = source.path
+    skeleton = load_skeleton(source, trust_remote_code=trust_remote_code)
+    if getattr(skeleton.config, "quantization_config", None) is not None:
+        raise ModelError(
+            "RW309", f"{folder} holds quantized weights, and merging needs the original ones; give them with --model."
+        )
     weights = ShardedWeights(folder)
-    skeleton = _skeleton(folder, trust_remote_code)
     file = read_adapter(skeleton, adapter)
     names = _names_in_files(skeleton, weights)
     changes, extra = _changes(skeleton, file, names, weights)
@@ -103,19 +110,6 @@ def _merge_streamed(folder: Path, adapter: Path, output: Path, trust_remote_code
     _write_config(output, untied=bool(extra))
     _write_weights(weights, changes, extra, output)
     return len(file.planned)
-
-
-def _skeleton(folder: Path, trust_remote_code: bool) -> nn.Module:
-    """The model without its weights, to say what is adapted and in which shape."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(
-            "RW309", f"{folder} holds quantized weights, and merging needs the original ones; give them with --model."
-        )
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def _names_in_files(skeleton: nn.Module, weights: ShardedWeights) -> dict[str, str]:
@@ -155,7 +149,7 @@ def _changes(
         extra[head] = (names[embedding], wanted.pop(head, lambda tensor: tensor))
     missing = [parameter for parameter in wanted if parameter not in names]
     if missing:
-        raise ModelError("RW310", f"{weights.folder} holds no tensor for {', '.join(missing)}; give the whole model.")
+        raise ModelError("RW308", f"{weights.folder} holds no tensor for {', '.join(missing)}; give the whole model.")
     return {names[parameter]: change for parameter, change in wanted.items()}, extra
 
 
@@ -209,9 +203,7 @@ def _maker(
     return make
 
 
-def _write_index(
-    weights: ShardedWeights, extra: Mapping[str, tuple[str, Change]], last: str, output: Path
-) -> None:
+def _write_index(weights: ShardedWeights, extra: Mapping[str, tuple[str, Change]], last: str, output: Path) -> None:
     home = {key: file for file, tensors in weights.files.items() for key in tensors} | dict.fromkeys(extra, last)
     infos = [weights.info(key) for key in weights.names()] + [weights.info(origin) for origin, _ in extra.values()]
     total = bytes_of((info.dtype, info.shape) for info in infos)

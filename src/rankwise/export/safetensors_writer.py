@@ -1,4 +1,4 @@
-"""Write a safetensors file tensor by tensor, so that a model larger than memory can be copied and changed on the way."""
+"""Write a safetensors file tensor by tensor, so that a model larger than memory can be changed while it is copied."""
 
 from __future__ import annotations
 

@@ -47,8 +47,8 @@ def _file_names(folder: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError("RW308", f"{index} is no index of weight files: {error}.") from None
+        raise ModelError("RW305", f"{index} is no index of weight files: {error}.") from None
     outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise ModelError("RW308", f"{index} names files outside its folder: {', '.join(outside)}.")
+        raise ModelError("RW305", f"{index} names files outside its folder: {', '.join(outside)}.")
     return names

@@ -46,7 +46,8 @@ def implementation(tensor: Tensor) -> str:
     Raises:
         QuantizationError: RW607, the forced implementation cannot run here.
     """
-    return module_for(tensor.device).__name__.replace("rankwise.ops.", "").replace("cpu.", "native.").partition(".")[0]
+    module = module_for(tensor.device)
+    return next(name for name, path in _MODULES.items() if path == module.__name__)
 
 
 def module_for(device: torch.device) -> ModuleType:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Trainer
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
-from trl import SFTConfig
+from trl.trainer.sft_config import SFTConfig
 
 from rankwise.errors import ConfigError
 
@@ -137,3 +138,14 @@ def _check_name(code: str, option: str, name: str, known: Iterable[str]) -> None
     if name not in names:
         close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
         raise ConfigError(code, f"{option} is {name!r}, which does not exist; the closest are {', '.join(close)}.")
+
+
+def check_optimizer(arguments: SFTConfig, model: Any) -> None:
+    """Raise ConfigError (RW110) for an optimizer whose package is missing or that needs options we do not have."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    except (ImportError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            "RW110", f"--optimizer {OptimizerNames(arguments.optim).value} cannot be used here: {reason}"
+        ) from None

@@ -10,7 +10,6 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.adapters import adapter_parameters, has_adapter
-from rankwise.errors import warn
 from rankwise.training.interrupt import Interrupt
 from rankwise.training.meters import MemoryMeter, StepClock
 from rankwise.training.metrics import MetricsFile
@@ -34,12 +33,19 @@ class Watch(TrainerCallback):
     """Measures every step, writes ``metrics.jsonl`` and tells the observer."""
 
     def __init__(
-        self, trainer: RankwiseTrainer, metrics: MetricsFile, memory: MemoryMeter, observer: Observer
+        self,
+        trainer: RankwiseTrainer,
+        metrics: MetricsFile,
+        memory: MemoryMeter,
+        observer: Observer,
+        tick: Callable[[], None],
     ) -> None:
         self.trainer = trainer
         self.metrics = metrics
         self.memory = memory
         self.observer = observer
+        self.tick = tick
+        # Called at every step, to keep the wall time of the progress.
         self.clock = StepClock(trainer.progress)
         self.rate = 0.0
         # Of the step in progress.
@@ -57,21 +63,19 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.clock.stop()
+        self.tick()
         self.trainer.progress.peak_memory_bytes = self.memory.peak()
         self.observer.step(self._info(state))
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        logs: dict[str, Any] = more["logs"]
         if "eval_loss" in logs:
             self.metrics.append({"step": state.global_step, **_evaluation(logs)})
         elif "loss" in logs:
             self.metrics.append({"step": state.global_step, **self._values(logs)})
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **_: Any
-    ) -> None:
-        loss = metrics["eval_loss"]
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        loss = more["metrics"]["eval_loss"]
         self.observer.evaluation(loss, loss < self.best)
         self.best = min(self.best, loss)
 
@@ -169,9 +173,3 @@ def b_norm(model: Any) -> float | None:
 def _evaluation(logs: dict[str, Any]) -> dict[str, Any]:
     names = {"eval_loss": "eval_loss", "eval_mean_token_accuracy": "eval_token_accuracy", "eval_runtime": "seconds"}
     return {ours: logs[theirs] for theirs, ours in names.items() if theirs in logs} | {"epoch": logs.get("epoch", 0.0)}
-
-
-def warn_and_tell(observer: Observer, code: str, text: str) -> None:
-    """A warning for Python code and for whoever watches the run."""
-    warn(code, text, stacklevel=3)
-    observer.warning(code, text)

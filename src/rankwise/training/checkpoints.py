@@ -100,9 +100,7 @@ def newest_valid(run_folder: Path, on_damage: Callable[[RunError], None]) -> Che
                 raise
             on_damage(error)
     if checkpoints:
-        raise RunError(
-            "RW516", f"every checkpoint in {run_folder / FOLDER} is damaged; start anew with --overwrite."
-        )
+        raise RunError("RW516", f"every checkpoint in {run_folder / FOLDER} is damaged; start anew with --overwrite.")
     return None
 
 
@@ -122,7 +120,9 @@ def remove_unfinished(run_folder: Path) -> None:
 
 
 def check_space(folder: Path, size_bytes: int) -> None:
-    """Raise RunError (RW513) when the disk of ``folder`` has no room for ``size_bytes`` more."""
+    """Raise RunError (RW513) when the disk of ``folder``, which need not exist yet, has no room for so much more."""
+    while not folder.exists():
+        folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < size_bytes + SPARE_BYTES:
         raise RunError(

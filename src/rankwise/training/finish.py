@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from rankwise.adapters import has_adapter
+from rankwise.adapters import has_adapter, report
+from rankwise.adapters.peft_config import CONFIG_FILE
 from rankwise.errors import warn
+from rankwise.export import model_card
 from rankwise.records import RunRecord, read_metrics, write_text
 from rankwise.reports.loss_plot import loss_svg
 from rankwise.training.checkpoints import FOLDER, Checkpoint, check_checkpoint
-from rankwise.training.metrics import evaluations
 from rankwise.training.preflight import check_reload
 from rankwise.training.weights import load_weights, save_weights
 
 PLOT_FILE = "loss.svg"
-PROBE_TOKENS = 64
+CARD_FILE = "README.md"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +33,8 @@ class Kept:
     eval_loss: float | None
 
 
-def choose_kept(output: Path, last_step: int, best_step: int | None) -> Kept:
-    """The best step by evaluation loss where there was one, else the last."""
-    losses = evaluations(output)
+def choose_kept(losses: Mapping[int, float], last_step: int, best_step: int | None) -> Kept:
+    """The best step by evaluation loss where there was one, else the last. ``losses``: {step: evaluation loss}."""
     if best_step is None or best_step not in losses:
         why = "no evaluation data" if not losses else "no evaluation gave a finite loss"
         return Kept(last_step, f"the last step ({why})", losses.get(last_step))
@@ -70,12 +70,6 @@ def write_final(model: Any, tokenizer: Any, output: Path, probe: dict[str, Tenso
         check_reload(model, output, probe)
 
 
-def probe_of(dataset: Any, device: torch.device) -> dict[str, Tensor]:
-    """The first training row, at most 64 tokens: input_ids (1, L)."""
-    ids = list(dataset[0]["input_ids"])[:PROBE_TOKENS]
-    return {"input_ids": torch.tensor([ids], device=device)}
-
-
 def write_plot(output: Path, record: RunRecord) -> Path:
     """``loss.svg`` from ``metrics.jsonl``."""
     title = f"{record.settings.get('model', '')}, {record.method}"
@@ -84,5 +78,9 @@ def write_plot(output: Path, record: RunRecord) -> Path:
     return output / PLOT_FILE
 
 
-def finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def write_card(model: Any, output: Path, record: RunRecord) -> Path:
+    """``README.md``: the model card."""
+    adapted = has_adapter(model)
+    config = json.loads((output / CONFIG_FILE).read_text(encoding="utf-8")) if adapted else None
+    write_text(output / CARD_FILE, model_card(record, config, report(model) if adapted else None))
+    return output / CARD_FILE

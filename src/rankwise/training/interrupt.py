@@ -23,7 +23,7 @@ class Interrupt:
 
 @contextmanager
 def interrupts(interrupt: Interrupt) -> Iterator[Interrupt]:
-    """Within this context the two signals go to ``interrupt``. Signals reach the main thread only; elsewhere a no-op."""
+    """Within this context the two signals go to ``interrupt``; only the main thread receives any."""
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return

@@ -73,8 +73,9 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
         return "resume"
     if there and not overwrite:
         raise RunError(
-            "RW502", f"{output} already holds a run; continue it with --resume, replace it with --overwrite, or give "
-            "another --output."
+            "RW502",
+            f"{output} already holds a run; continue it with --resume, replace it with --overwrite, or give "
+            "another --output.",
         )
     return "overwrite" if there else "new"
 
@@ -105,17 +106,23 @@ def check_same_run(output: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def check_same_inputs(output: Path, hashes: Mapping[str, str | None]) -> None:
+def check_same_inputs(output: Path, data: Mapping[str, Mapping[str, Any]], base_model: Mapping[str, Any]) -> None:
     """Raise RunError (RW508) naming every input whose content is not that of the run in ``output``.
 
-    ``hashes``: {"data": sha256, "eval_data": ..., "base_model": ..., "chat_template": ...}.
+    ``data`` and ``base_model`` as in the record: compared by their sha256.
     """
-    before = load_record(output).data.get("inputs", {})
-    changed = [name for name, digest in hashes.items() if name in before and before[name] != digest]
+    before = load_record(output)
+    pairs = {
+        "--data": (before.data.get("train", {}), data["train"], "sha256"),
+        "--chat-template": (before.data.get("train", {}), data["train"], "chat_template_sha256"),
+        "--eval-data": (before.data.get("eval", {}), data.get("eval", {}), "sha256"),
+        "--model": (before.base_model, base_model, "sha256"),
+    }
+    changed = [name for name, (old, new, key) in pairs.items() if old.get(key) != new.get(key)]
     if changed:
         raise RunError(
             "RW508",
-            f"the run in {output} was started with other content of: {', '.join(changed)}; resume with the same "
+            f"the run in {output} was started with other content of {', '.join(changed)}; resume with the same "
             "files, or start a new run in another folder.",
         )
 

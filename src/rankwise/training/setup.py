@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import set_seed
 
 from rankwise.adapters import add_adapter
 from rankwise.config import LoraConfig
 from rankwise.data import Encoded, Rows, encode_rows, read_rows, read_template
 from rankwise.errors import ConfigError
-from rankwise.models import choose_device, load_model, load_tokenizer
+from rankwise.models import ModelSource, choose_device, fetch_model, load_model
 from rankwise.training.arguments import mixed_precision
 
 ANSWER_TOKENS = 64
+PROBE_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +34,23 @@ class Data:
     rows: Rows
     template: str | None
     # Jinja text of --chat-template.
-    hashes: dict[str, str | None]
-    # sha256 of each input.
+    eval_rows: Rows | None = None
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """{"train": ..., "eval": ...}: where each set came from, its sha256 and what became of its rows."""
+        described = {"train": _described(self.rows, self.train)}
+        if self.template is not None:
+            described["train"]["chat_template_sha256"] = hashlib.sha256(self.template.encode()).hexdigest()
+        if self.evaluation is not None and self.eval_rows is not None:
+            described["eval"] = _described(self.eval_rows, self.evaluation)
+        return described
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
     """A model ready to train, and how."""
 
+    source: ModelSource
     model: Any
     tokenizer: Any
     device: torch.device
@@ -47,7 +59,6 @@ class Loaded:
     precision: str
     # "no", "bf16" or "fp16": the Trainer's mixed precision.
     device_reason: str
-    total_parameters: int
 
 
 def read_data(
@@ -69,20 +80,13 @@ def read_data(
     return rows, eval_rows, None if chat_template is None else read_template(chat_template)
 
 
-def encode_data(
-    rows: Rows, eval_rows: Rows | None, tokenizer: Any, *, max_length: int, template: str | None
-) -> Data:
+def encode_data(rows: Rows, eval_rows: Rows | None, tokenizer: Any, *, max_length: int, template: str | None) -> Data:
     """Token ids and labels of both sets, by the same rules."""
     train = encode_rows(rows, tokenizer, max_length=max_length, chat_template=template, name="train")
     evaluation = None
     if eval_rows is not None:
         evaluation = encode_rows(eval_rows, tokenizer, max_length=max_length, chat_template=template, name="eval")
-    hashes = {
-        "data": rows.sha256,
-        "eval_data": None if eval_rows is None else eval_rows.sha256,
-        "chat_template": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
-    }
-    return Data(train, evaluation, rows, template, hashes)
+    return Data(train, evaluation, rows, template, eval_rows)
 
 
 def load_for_training(
@@ -90,24 +94,20 @@ def load_for_training(
 ) -> Loaded:
     """The base model on its device, in the dtype that the method needs, in training mode."""
     quantization = _quantization(method)
-    choice = choose_device(device)
-    compute = choice.dtype if dtype == "auto" else getattr(torch, dtype)
-    weights, precision = mixed_precision(method, compute, torch.device(choice.device).type)
+    choice = choose_device(device, dtype)
+    where = torch.device(choice.device)
+    weights, precision = mixed_precision(method, choice.dtype, where.type)
+    source = fetch_model(name, revision=revision, trust_remote_code=trust_remote_code)
     model, tokenizer = load_model(
-        name,
+        source,
         dtype=weights,
-        device=str(choice.device),
+        device=choice.device,
         quantization=quantization,
         trust_remote_code=trust_remote_code,
-        revision=revision,
     )
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return Loaded(model, tokenizer, torch.device(choice.device), compute, precision, choice.reason, total)
-
-
-def tokenizer_of(name: str, *, trust_remote_code: bool, revision: str | None) -> Any:
-    """The tokenizer alone, so that rows are checked before weights are loaded."""
-    return load_tokenizer(name, trust_remote_code=trust_remote_code, revision=revision)
+    if tokenizer is None:
+        raise ConfigError("RW115", f"{name} comes without a tokenizer, so text cannot be encoded for it.")
+    return Loaded(source, model, tokenizer, where, choice.dtype, precision, choice.reason)
 
 
 def attach(model: Any, method: str, config: LoraConfig, seed: int) -> int:
@@ -119,9 +119,7 @@ def attach(model: Any, method: str, config: LoraConfig, seed: int) -> int:
     return add_adapter(model, config).trainable_parameters
 
 
-def answerer(
-    model: Any, tokenizer: Any, prompt: str, *, chat: bool, template: str | None
-) -> Callable[[], str]:
+def answerer(model: Any, tokenizer: Any, prompt: str, *, chat: bool, template: str | None) -> Callable[[], str]:
     """A function that lets the model answer ``prompt``, greedily: it draws no random numbers."""
     if chat:
         inputs = tokenizer.apply_chat_template(
@@ -150,11 +148,22 @@ def answerer(
     return answer
 
 
+def probe_of(dataset: Any, device: torch.device) -> dict[str, Tensor]:
+    """The first training row, at most 64 tokens: input_ids (1, L)."""
+    ids = list(dataset[0]["input_ids"])[:PROBE_TOKENS]
+    return {"input_ids": torch.tensor([ids], device=device)}
+
+
+def _described(rows: Rows, encoded: Encoded) -> dict[str, Any]:
+    place = {"source": rows.source, "format": rows.format, "sha256": rows.sha256}
+    return place | {key: value for key, value in dataclasses.asdict(encoded.report).items() if key != "name"}
+
+
 def _quantization(method: str) -> Any:
     if method not in ("qlora", "qdora"):
         return None
     spec = importlib.util.find_spec("rankwise.quantization")
-    four_bit = importlib.import_module("rankwise.quantization") if spec else None
+    four_bit: Any = importlib.import_module("rankwise.quantization") if spec else None
     if not hasattr(four_bit, "Nf4Config"):
         raise ConfigError(
             "RW114", f"--method {method} needs 4-bit layers, which this version does not have; use lora or dora."

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTTrainer
+from trl.trainer.sft_trainer import SFTTrainer
 
 from rankwise.errors import RunError, warn
 from rankwise.records import write_json
@@ -33,7 +32,8 @@ from rankwise.training.state import (
 from rankwise.training.weights import checkpoint_bytes, load_weights, save_weights
 
 PROGRESS_FILE = "progress.json"
-TRAINER_STATE_FILE = "trainer_state.json"
+STATE_FILE = "trainer_state.json"
+# The name under which the Trainer looks for it.
 
 
 class EvaluationStopped(Exception):
@@ -47,6 +47,11 @@ class RankwiseTrainer(SFTTrainer):
     training loss only: evaluation losses stay comparable between runs.
     """
 
+    # transformers declares these optional; all are set while training.
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(
         self,
         *,
@@ -59,6 +64,7 @@ class RankwiseTrainer(SFTTrainer):
         super().__init__(**kwargs)
         self.base_model = base_model
         self.label_smoothing = label_smoothing
+        self.run_folder = Path(str(self.args.output_dir))
         self.checkpoint_limit = save_total_limit
         self.progress = progress or Progress()
         self.last_saved: int | None = None
@@ -152,8 +158,8 @@ class RankwiseTrainer(SFTTrainer):
         if scaler is None:
             raise RunError(
                 "RW531",
-                f"the gradient norm is {self.last_grad_norm} at step {self.state.global_step + 1}, so the step was not taken; "
-                "lower --learning-rate or --max-grad-norm.",
+                f"the gradient norm is {self.last_grad_norm} at step {self.state.global_step + 1}, so that step was "
+                "not taken; lower --learning-rate or --max-grad-norm.",
             )
         if scaler.get_scale() < 1:
             raise RunError(
@@ -174,7 +180,8 @@ class RankwiseTrainer(SFTTrainer):
             # The Trainer averages over batches, so that its loss depends on how rows fall into them.
             total, count = torch.stack(self._eval_sums).sum(0).tolist()
             prefix = kwargs.get("metric_key_prefix", "eval")
-            output.metrics[f"{prefix}_loss"] = total / max(count, 1.0)
+            metrics = output.metrics or {}
+            metrics[f"{prefix}_loss"] = total / max(count, 1.0)
         self._eval_sums = []
         return output
 
@@ -203,10 +210,9 @@ class RankwiseTrainer(SFTTrainer):
         step = self.state.global_step
         if self.last_saved == step:
             return
-        run_folder = Path(self.args.output_dir)
-        save_checkpoint(run_folder, step, self._write_checkpoint, checkpoint_bytes(self.model))
+        save_checkpoint(self.run_folder, step, self._write_checkpoint, checkpoint_bytes(self.model))
         self.last_saved = step
-        remove_old(run_folder, self.checkpoint_limit, self.state.best_global_step)
+        remove_old(self.run_folder, self.checkpoint_limit, self.state.best_global_step)
 
     def _write_checkpoint(self, folder: Path) -> None:
         self._save(str(folder))
@@ -215,16 +221,11 @@ class RankwiseTrainer(SFTTrainer):
         if self.accelerator.scaler is not None:
             save_state(folder, "scaler", self.accelerator.scaler.state_dict())
         save_state(folder, "random", random_states())
-        self.state.stateful_callbacks = {
-            type(callback).__name__: callback.state()
-            for callback in [*self.callback_handler.callbacks, self.control]
-            if isinstance(callback, ExportableState)
-        }
-        self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
+        self.state.save_to_json(str(folder / STATE_FILE))
         write_json(folder / PROGRESS_FILE, self.progress.to_json())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        save_weights(self.model, Path(output_dir or self.args.output_dir), self.base_model)
+        save_weights(self.model, Path(output_dir or self.run_folder), self.base_model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.model, Path(resume_from_checkpoint))
@@ -245,7 +246,7 @@ class RankwiseTrainer(SFTTrainer):
     def _load_best_model(self) -> None:
         step = self.state.best_global_step
         if step is not None:
-            load_weights(self.model, Path(self.args.output_dir) / "checkpoints" / f"step-{step}")
+            load_weights(self.model, self.run_folder / "checkpoints" / f"step-{step}")
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Train on from ``checkpoint`` until the run's last step."""

@@ -1,0 +1,62 @@
+// Codes to weights. A block has only 16 possible weights: value[c] * absmax, rounded to the wanted type once per block and then
+// looked up, so every kernel sees exactly the numbers that dequantization gives.
+#pragma once
+
+#include "convert.hpp"
+
+namespace rankwise {
+
+static inline float block_scale(const rw_weight& weight, int64_t block) {
+    if (!weight.nested_absmax) return static_cast<const float*>(weight.absmax)[block];
+    const uint8_t code = static_cast<const uint8_t*>(weight.absmax)[block];
+    return weight.dynamic_map[code] * weight.nested_absmax[block >> 8] + *weight.offset;
+}
+
+// Elements [first, first + count) of the weight, rounded to D, as Out: float, or uint16_t holding the bits of D.
+// Any range: it may begin and end inside a block and inside a byte.
+template <class Isa, int D, class Out, bool Stream = false>
+static void decode(const rw_weight& weight, int64_t first, int64_t count, Out* out) {
+    const int64_t end = first + count;
+    int64_t i = first, block = first / weight.block_size;
+    while (i < end) {
+        const int64_t block_end = (block + 1) * weight.block_size, stop = block_end < end ? block_end : end;
+        const auto table = Isa::template table<D>(weight.value, block_scale(weight, block), static_cast<Out*>(nullptr));
+        if (i & 1) {
+            *out++ = Isa::entry(table, weight.packed[i / 2] & 15);
+            ++i;
+        }
+        const int64_t bytes = (stop - i) / 2;
+        Isa::template expand<Stream>(table, weight.packed + i / 2, bytes, out);
+        out += 2 * bytes;
+        i += 2 * bytes;
+        if (i < stop) {
+            *out++ = Isa::entry(table, weight.packed[i / 2] >> 4);
+            ++i;
+        }
+        ++block;
+    }
+}
+
+template <class Isa, int D, class Out>
+static void decode_to(const rw_weight& weight, int64_t first, int64_t count, void* out, bool stream) {
+    if (stream) {
+        decode<Isa, D, Out, true>(weight, first, count, static_cast<Out*>(out));
+        Isa::fence();
+    } else {
+        decode<Isa, D, Out, false>(weight, first, count, static_cast<Out*>(out));
+    }
+}
+
+template <class Isa>
+static void dequantize(const rw_weight& weight, int64_t first, int64_t count, int dtype, void* out) {
+    // Beyond the caches, writing past them saves reading each line before it is overwritten.
+    const int64_t bytes = weight.elements * (dtype == RW_FLOAT32 ? 4 : 2);
+    const bool stream = bytes >= Isa::stream_bytes && reinterpret_cast<uintptr_t>(out) % 64 == 0 && first % weight.block_size == 0;
+    switch (dtype) {
+        case RW_FLOAT32: return decode_to<Isa, RW_FLOAT32, float>(weight, first, count, out, stream);
+        case RW_BFLOAT16: return decode_to<Isa, RW_BFLOAT16, uint16_t>(weight, first, count, out, stream);
+        default: return decode_to<Isa, RW_FLOAT16, uint16_t>(weight, first, count, out, stream);
+    }
+}
+
+}  // namespace rankwise

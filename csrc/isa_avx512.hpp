@@ -1,0 +1,199 @@
+// AVX-512 (F, BW, DQ, VL), with products of bfloat16 pairs where the CPU has AVX512_BF16.
+#pragma once
+
+#include <immintrin.h>
+
+#include "convert.hpp"
+#include "kernels.hpp"
+
+namespace rankwise {
+
+template <bool Bfloat16>
+struct Avx512 {
+    static constexpr bool multiplies_bfloat16 = Bfloat16;
+    static constexpr int columns = 6;  // with 4 weight rows: 24 of 32 registers are sums
+    static constexpr int64_t stream_bytes = int64_t{16} << 20;
+
+    struct Table16 {
+        __m512i words;  // the 16 entries twice: an index's fifth bit is then of no account
+    };
+    struct Table32 {
+        __m512 entries;
+    };
+
+    static __m512 products(const float* value, float scale) {
+        return _mm512_mul_ps(_mm512_loadu_ps(value), _mm512_set1_ps(scale));
+    }
+
+    // Not vcvtneps2bf16: that instruction turns subnormal numbers to zero.
+    static __m512i bfloat16_bits(__m512 v) {
+        const __m512i bits = _mm512_castps_si512(v);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i half_up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+        return _mm512_mask_mov_epi32(_mm512_srli_epi32(half_up, 16), nan, _mm512_set1_epi32(0x7fc0));
+    }
+
+    template <int D>
+    static Table16 table(const float* value, float scale, uint16_t*) {
+        const __m512 v = products(value, scale);
+        const __m256i words = D == RW_BFLOAT16 ? _mm512_cvtepi32_epi16(bfloat16_bits(v))
+                                               : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        return {_mm512_broadcast_i64x4(words)};
+    }
+
+    template <int D>
+    static Table32 table(const float* value, float scale, float*) {
+        const __m512 v = products(value, scale);
+        if (D == RW_BFLOAT16) return {_mm512_castsi512_ps(_mm512_slli_epi32(bfloat16_bits(v), 16))};
+        if (D == RW_FLOAT16) return {_mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
+        return {v};
+    }
+
+    static uint16_t entry(const Table16& table, int code) {
+        alignas(64) uint16_t words[32];
+        _mm512_store_si512(words, table.words);
+        return words[code];
+    }
+
+    static float entry(const Table32& table, int code) {
+        alignas(64) float entries[16];
+        _mm512_store_ps(entries, table.entries);
+        return entries[code];
+    }
+
+    // 16 bytes to 32 words: each byte becomes the pair (b >> 4, b) of indices.
+    static __m512i look_up(const Table16& table, __m128i bytes) {
+        const __m512i b = _mm512_cvtepu8_epi32(bytes);
+        return _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(b, 4), _mm512_slli_epi32(b, 16)), table.words);
+    }
+
+    // 8 bytes to 16 floats.
+    static __m512 look_up(const Table32& table, __m128i bytes) {
+        const __m512i b = _mm512_cvtepu8_epi64(bytes);
+        return _mm512_permutexvar_ps(_mm512_or_si512(_mm512_srli_epi64(b, 4), _mm512_slli_epi64(b, 32)), table.entries);
+    }
+
+    template <bool Stream>
+    static void expand(const Table16& table, const uint8_t* packed, int64_t bytes, uint16_t* out) {
+        int64_t j = 0;
+        for (; j + 16 <= bytes; j += 16) {
+            const __m512i words = look_up(table, _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + j)));
+            if (Stream)
+                _mm512_stream_si512(reinterpret_cast<__m512i*>(out + 2 * j), words);
+            else
+                _mm512_storeu_si512(out + 2 * j, words);
+        }
+        if (j < bytes) {
+            const int rest = static_cast<int>(bytes - j);
+            const __m128i some = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << rest) - 1u), packed + j);
+            _mm512_mask_storeu_epi16(out + 2 * j, (1u << 2 * rest) - 1u, look_up(table, some));
+        }
+    }
+
+    template <bool Stream>
+    static void expand(const Table32& table, const uint8_t* packed, int64_t bytes, float* out) {
+        int64_t j = 0;
+        for (; j + 8 <= bytes; j += 8) {
+            const __m512 floats = look_up(table, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + j)));
+            if (Stream)
+                _mm512_stream_ps(out + 2 * j, floats);
+            else
+                _mm512_storeu_ps(out + 2 * j, floats);
+        }
+        if (j < bytes) {
+            const int rest = static_cast<int>(bytes - j);
+            const __m128i some = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << rest) - 1u), packed + j);
+            _mm512_mask_storeu_ps(out + 2 * j, static_cast<__mmask16>((1u << 2 * rest) - 1u), look_up(table, some));
+        }
+    }
+
+    static void fence() { _mm_sfence(); }
+
+    template <int D>
+    static __m512 load16(const void* data, int64_t i) {
+        if (D == RW_FLOAT32) return _mm512_loadu_ps(static_cast<const float*>(data) + i);
+        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(data) + i));
+        if (D == RW_FLOAT16) return _mm512_cvtph_ps(half);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+
+    template <int D>
+    static uint32_t absmax_bits(const void* data, int64_t count) {
+        const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+        __m512i most = _mm512_setzero_si512();
+        int64_t i = 0;
+        for (; i + 16 <= count; i += 16)
+            most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(load16<D>(data, i)), magnitude));
+        uint32_t bits = _mm512_reduce_max_epu32(most);
+        for (; i < count; ++i) {
+            const uint32_t one = bits_of(load_as_float<D>(data, i)) & 0x7fffffffu;
+            bits = one > bits ? one : bits;
+        }
+        return bits;
+    }
+
+    struct Bounds {
+        __m512 bound;
+        __m512i order;
+        explicit Bounds(const QuantizeJob& job)
+            : bound(_mm512_maskz_loadu_ps(0x7fff, job.bound)),
+              order(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(job.order)))) {}
+    };
+
+    // The number of bounds below each value, by bisection: 8, 4, 2, 1.
+    static __m512i count_below(__m512 v, __m512 bound) {
+        const auto bisect = [&](__m512i below, int step) {
+            const __m512 middle = _mm512_permutexvar_ps(_mm512_add_epi32(below, _mm512_set1_epi32(step - 1)), bound);
+            return _mm512_mask_add_epi32(below, _mm512_cmp_ps_mask(v, middle, _CMP_GT_OQ), below, _mm512_set1_epi32(step));
+        };
+        return bisect(bisect(bisect(bisect(_mm512_setzero_si512(), 8), 4), 2), 1);
+    }
+
+    template <int D>
+    static void encode(const void* data, int64_t count, float inverse, const Bounds& bounds, uint8_t* packed) {
+        const __m512 factor = _mm512_set1_ps(inverse);
+        for (int64_t i = 0; i < count; i += 16) {
+            const __m512i below = count_below(_mm512_mul_ps(load16<D>(data, i), factor), bounds.bound);
+            const __m512i code = _mm512_permutexvar_epi32(below, bounds.order);
+            const __m512i pair = _mm512_or_si512(_mm512_slli_epi64(code, 4), _mm512_srli_epi64(code, 32));
+            _mm_storel_epi64(reinterpret_cast<__m128i*>(packed + i / 2), _mm512_cvtepi64_epi8(pair));
+        }
+    }
+
+    struct FloatLane {
+        using Element = float;
+        using Vector = __m512;
+        using Sum = __m512;
+        static constexpr int width = 16;
+        static Sum zero() { return _mm512_setzero_ps(); }
+        static Vector load(const float* p) { return _mm512_loadu_ps(p); }
+        static Vector load_some(const float* p, int count) {
+            return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), p);
+        }
+        static Sum multiply_add(Vector a, Vector b, Sum sum) { return _mm512_fmadd_ps(a, b, sum); }
+        static Sum add(Sum a, Sum b) { return _mm512_add_ps(a, b); }
+        static float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
+    };
+
+#ifdef __AVX512BF16__
+    struct Bfloat16Lane {
+        using Element = uint16_t;
+        using Vector = __m512i;
+        using Sum = __m512;
+        static constexpr int width = 32;
+        static Sum zero() { return _mm512_setzero_ps(); }
+        static Vector load(const uint16_t* p) { return _mm512_loadu_si512(p); }
+        static Vector load_some(const uint16_t* p, int count) {
+            return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1u), p);
+        }
+        static Sum multiply_add(Vector a, Vector b, Sum sum) {
+            return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+        }
+        static Sum add(Sum a, Sum b) { return _mm512_add_ps(a, b); }
+        static float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
+    };
+#endif
+};
+
+}  // namespace rankwise

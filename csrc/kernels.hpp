@@ -1,0 +1,50 @@
+// What one instruction-set level offers: each function works on one thread's share of a larger job.
+#pragma once
+
+#include <cstdint>
+
+#include "rankwise_native.h"
+
+namespace rankwise {
+
+struct QuantizeJob {
+    const void* w;
+    int dtype;
+    int64_t n, block_size;
+    const float* bound;
+    const uint8_t* order;
+    uint8_t* packed;
+    float* absmax;
+};
+
+struct LinearJob {
+    const rw_weight* weight;
+    const void* x;           // T x K of `dtype`
+    const float* x_float;    // T x K widened, where the level has no products of `dtype`
+    int64_t T, N, K;
+    int dtype;
+    const void* bias;
+    void* y;
+};
+
+struct Kernels {
+    // Blocks [first, last); returns the first one with NaN or Inf, or -1.
+    int64_t (*quantize)(const QuantizeJob& job, int64_t first, int64_t last);
+    // Elements [first, first + count) of the weight to out[0 ...].
+    void (*dequantize)(const rw_weight& weight, int64_t first, int64_t count, int dtype, void* out);
+    // Output features [first, last).
+    void (*linear)(const LinearJob& job, int64_t first, int64_t last);
+    void (*row_norms)(const rw_weight& weight, int64_t K, int dtype, int64_t first, int64_t last, float* norms);
+    // count values of `dtype` to float.
+    void (*widen)(const void* in, int dtype, int64_t count, float* out);
+    // Whether `linear` reads bfloat16 x as it is.
+    bool multiplies_bfloat16;
+};
+
+// Null where the compiler could not target the level.
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
+
+}  // namespace rankwise

@@ -1,0 +1,116 @@
+// The C interface: picks the level, cuts the work into tasks.
+#include <atomic>
+#include <cstddef>
+#include <vector>
+
+#include "kernels.hpp"
+#include "parallel.hpp"
+
+namespace {
+
+using rankwise::Kernels;
+
+constexpr int kInterface = 1;
+// Elements of a weight per task: some ten microseconds of work.
+constexpr int64_t kTaskElements = int64_t{1} << 16;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+const Kernels* best_of(int level) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_cpu_init();
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (level == RW_AVX512 && avx512) {
+        const Kernels* with_bf16 = __builtin_cpu_supports("avx512bf16") ? rankwise::avx512_bf16_kernels() : nullptr;
+        return with_bf16 ? with_bf16 : rankwise::avx512_kernels();
+    }
+    if (level == RW_AVX2 && avx2) return rankwise::avx2_kernels();
+#endif
+    return level == RW_PORTABLE ? rankwise::portable_kernels() : nullptr;
+}
+
+std::atomic<int> current_level{RW_PORTABLE};
+std::atomic<const Kernels*> current{nullptr};
+
+const Kernels& kernels() {
+    const Kernels* chosen = current;
+    return chosen ? *chosen : *rankwise::portable_kernels();
+}
+
+// Runs body(first, last) over [0, total) in tasks of `step`.
+template <class Body>
+void split(int64_t total, int64_t step, int threads, const Body& body) {
+    rankwise::parallel(ceil_div(total, step), threads, [&](int64_t task) {
+        const int64_t first = task * step, last = first + step < total ? first + step : total;
+        body(first, last);
+    });
+}
+
+// Rows per task: a multiple of the four that `linear` decodes at once.
+int64_t row_step(int64_t K) { return K >= kTaskElements ? 4 : ceil_div(kTaskElements / (K > 0 ? K : 1), 4) * 4; }
+
+}  // namespace
+
+extern "C" {
+
+int rw_interface(void) { return kInterface; }
+
+int rw_best_level(void) {
+    for (int level : {RW_AVX512, RW_AVX2})
+        if (best_of(level)) return level;
+    return RW_PORTABLE;
+}
+
+int rw_level(void) { return current_level; }
+
+void rw_set_level(int level) {
+    const Kernels* chosen = best_of(level);
+    if (!chosen) return;
+    current_level = level;
+    current = chosen;
+}
+
+void rw_share_threads(void* gomp_parallel) { rankwise::share_threads(gomp_parallel); }
+
+int64_t rw_quantize_4bit(const void* w, int dtype, int64_t n, int64_t block_size, const float* bound, const uint8_t* order,
+                         uint8_t* packed, float* absmax, int threads) {
+    const rankwise::QuantizeJob job = {w, dtype, n, block_size, bound, order, packed, absmax};
+    const int64_t blocks = ceil_div(n, block_size);
+    std::atomic<int64_t> bad{blocks};
+    split(blocks, ceil_div(kTaskElements, block_size), threads, [&](int64_t first, int64_t last) {
+        const int64_t found = kernels().quantize(job, first, last);
+        int64_t least = bad;
+        while (found >= 0 && found < least && !bad.compare_exchange_weak(least, found)) {
+        }
+    });
+    return bad == blocks ? -1 : bad.load();
+}
+
+void rw_dequantize_4bit(const rw_weight* weight, int64_t first, int64_t count, int dtype, void* out, int threads) {
+    const int64_t size = dtype == RW_FLOAT32 ? 4 : 2;
+    split(count, kTaskElements, threads, [&](int64_t begin, int64_t end) {
+        kernels().dequantize(*weight, first + begin, end - begin, dtype, static_cast<char*>(out) + begin * size);
+    });
+}
+
+void rw_linear_4bit(const rw_weight* weight, const void* x, int64_t T, int64_t N, int64_t K, int dtype, const void* bias, void* y,
+                    int threads) {
+    const Kernels& level = kernels();
+    std::vector<float> widened;
+    if (dtype == RW_FLOAT16 || (dtype == RW_BFLOAT16 && !level.multiplies_bfloat16)) {
+        widened.resize(static_cast<std::size_t>(T * K));
+        level.widen(x, dtype, T * K, widened.data());
+    }
+    const rankwise::LinearJob job = {weight, x, widened.data(), T, N, K, dtype, bias, y};
+    split(N, row_step(K), threads, [&](int64_t first, int64_t last) { level.linear(job, first, last); });
+}
+
+void rw_row_norms_4bit(const rw_weight* weight, int64_t N, int64_t K, int dtype, float* norms, int threads) {
+    const Kernels& level = kernels();
+    split(N, row_step(K), threads,
+          [&](int64_t first, int64_t last) { level.row_norms(*weight, K, dtype, first, last, norms); });
+}
+
+}  // extern "C"

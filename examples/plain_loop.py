@@ -1,0 +1,24 @@
+"""LoRA in a plain PyTorch loop: python examples/plain_loop.py [MODEL OUTPUT]"""
+
+import sys
+
+import torch
+
+import rankwise as rw
+from rankwise.data import encode_rows, stdlib_rows
+
+name, output = sys.argv[1:] or ("demo", "runs/plain_loop")
+
+model, tokenizer = rw.load_model(name)
+print(rw.add_adapter(model, rw.LoraConfig(r=8, lora_alpha=16)))
+rows = encode_rows(stdlib_rows()[:64], tokenizer, max_length=128).dataset
+optimizer = torch.optim.AdamW(rw.adapter_parameters(model).values(), lr=5e-4)
+model.train()
+for step, row in enumerate(rows.select(range(10)).with_format("torch"), 1):
+    loss = model(input_ids=row["input_ids"].long()[None], labels=row["labels"].long()[None]).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    print(f"step {step}: loss {loss.item():.4f}")
+rw.save_adapter(model, output)
+print(f"a PEFT adapter is in {output}")

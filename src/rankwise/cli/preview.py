@@ -1,0 +1,87 @@
+"""``rankwise preview``: a row as the model sees it, with the tokens it is trained on marked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from rankwise.cli.options import Verb
+from rankwise.cli.output import Output
+from rankwise.cli.settings import PreviewSettings
+from rankwise.cli.words import plural, printable
+
+if TYPE_CHECKING:
+    from rankwise.data import EncodingReport, Preview
+
+TRAINED_STYLE = "bold green"
+# Where there is no colour, trained text stands between these.
+OPEN, CLOSE = "[[", "]]"
+
+
+def run(settings: PreviewSettings, output: Output) -> Mapping[str, Any]:
+    from rankwise.data import encode_rows, preview_row, read_rows, read_template
+    from rankwise.models import load_tokenizer
+
+    rows = read_rows(settings.data, prompt_column=settings.prompt_column, completion_column=settings.completion_column)
+    template = None if settings.chat_template is None else read_template(settings.chat_template)
+    tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code, revision=settings.revision)
+    limits: dict[str, Any] = {"max_length": settings.max_length, "chat_template": template}
+    preview = preview_row(rows, settings.row, tokenizer, **limits)
+    report = encode_rows(rows, tokenizer, **limits).report
+    _print(output, preview, report, settings)
+    return {
+        "row": dataclasses.asdict(preview) | {"index": settings.row, "truncated": preview.truncated},
+        "data": dataclasses.asdict(report) | {"source": rows.source, "max_length": settings.max_length},
+    }
+
+
+def _print(output: Output, preview: Preview, report: EncodingReport, settings: PreviewSettings) -> None:
+    cut = f", cut from {preview.full_tokens}" if preview.truncated else ""
+    stop = "the stop token included" if preview.stop_token else "NO stop token among them"
+    trained = f"{preview.trained_tokens} trained on ({preview.trained_share:.0%}), {stop}"
+    lengths = f"median {report.median_length:.0f} tokens, longest {report.longest:,}"
+    fate = f"{report.truncated_rows:,} cut and {report.dropped_rows:,} left out at --max-length {settings.max_length}"
+    for label, text in (
+        ("row", f"{preview.source}, line {preview.line}: {plural(preview.tokens, 'token')}{cut}; {trained}"),
+        ("format", preview.format),
+        ("template", preview.template),
+        ("data set", f"{plural(report.rows, 'row')}, {lengths}; {report.trained_share:.0%} of the tokens trained on"),
+        ("truncation", fate),
+    ):
+        output.line(f"{label:<12}{text}")
+    marks = _uses_marks(output)
+    output.line(f"{'trained on':<12}{f'between {OPEN} and {CLOSE}' if marks else 'bold green'}")
+    output.line()
+    output.console.print(rendered(preview, marks=marks), soft_wrap=True)
+
+
+def _uses_marks(output: Output) -> bool:
+    return not output.is_terminal or output.console.no_color
+
+
+def rendered(preview: Preview, *, marks: bool) -> Text:
+    """The row's text; trained pieces green, or between brackets where there is no colour."""
+    text = Text()
+    for segment in preview.segments:
+        piece = printable(segment.text)
+        if not segment.trained:
+            text.append(piece, style="dim")
+        else:
+            text.append(f"{OPEN}{piece}{CLOSE}" if marks else piece, style=TRAINED_STYLE)
+    return text
+
+
+VERB = Verb(
+    name="preview",
+    settings=PreviewSettings,
+    run=run,
+    summary="Show a row as the model sees it: template, trained tokens, lengths, truncation. Trains nothing.",
+    examples=(
+        "rankwise preview --model demo --data rows.jsonl",
+        "rankwise preview --model demo --data rows.jsonl --row 12 --max-length 256",
+    ),
+    metavars={"model": "M", "data": "D", "chat_template": "FILE"},
+)

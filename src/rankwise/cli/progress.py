@@ -1,0 +1,174 @@
+"""Watching a run: a live picture on a terminal, plain lines elsewhere. Both are observers of ``rankwise.training``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from rankwise.cli.output import Output, print_message
+from rankwise.cli.sparkline import position, sparkline
+from rankwise.cli.words import byte_size, duration, printable
+
+if TYPE_CHECKING:
+    from rankwise.training.observer import Observer, StepInfo
+
+
+@dataclasses.dataclass
+class History:
+    """The curve so far."""
+
+    steps: list[int] = dataclasses.field(default_factory=list)
+    losses: list[float] = dataclasses.field(default_factory=list)
+    evaluations: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    latest: StepInfo | None = None
+
+    def add(self, info: StepInfo) -> None:
+        self.steps.append(info.step)
+        self.losses.append(info.loss)
+        self.latest = info
+
+    def add_evaluation(self, loss: float) -> None:
+        self.evaluations.append((self.steps[-1] if self.steps else 0, loss))
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """(step, loss) of the lowest evaluation that is a number."""
+        finite = [item for item in self.evaluations if math.isfinite(item[1])]
+        return min(finite, key=lambda item: item[1]) if finite else None
+
+
+class _Warnings:
+    """Prints each warning once."""
+
+    def __init__(self) -> None:
+        self.seen: set[tuple[str, str]] = set()
+
+    def warning(self, code: str, text: str) -> None:
+        if (code, text) not in self.seen:
+            self.seen.add((code, text))
+            print_message("warning", code, text)
+
+
+class PlainProgress(_Warnings):
+    """A line per phase, per ``every`` steps and per evaluation."""
+
+    def __init__(self, output: Output, every: int) -> None:
+        super().__init__()
+        self.output = output
+        self.every = every
+        self.history = History()
+
+    def phase(self, text: str) -> None:
+        self.output.line(f"{text} ...")
+
+    def step(self, info: StepInfo) -> None:
+        self.history.add(info)
+        if info.step % self.every == 0 or info.step in (1, info.total):
+            self.output.line(f"step {info.step}/{info.total}  loss {info.loss:.4f}  {figures(info)}")
+
+    def evaluation(self, loss: float, best: bool) -> None:
+        self.history.add_evaluation(loss)
+        step = self.history.evaluations[-1][0]
+        self.output.line(f"evaluation at step {step}: loss {loss:.4f}{' (best so far)' if best else ''}")
+
+    def sample(self, text: str) -> None:
+        self.output.line(f"sample: {printable(' '.join(text.split()))}")
+
+
+class LiveProgress(_Warnings):
+    """A picture of a few lines that redraws itself; samples and warnings scroll by above it."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__()
+        self.output = output
+        self.history = History()
+        self.phase_name = "Starting"
+
+    def phase(self, text: str) -> None:
+        self.phase_name = text
+
+    def step(self, info: StepInfo) -> None:
+        self.history.add(info)
+
+    def evaluation(self, loss: float, best: bool) -> None:
+        self.history.add_evaluation(loss)
+
+    def sample(self, text: str) -> None:
+        self.output.line(f"step {self.history.steps[-1] if self.history.steps else 0}: {printable(text)}", style="dim")
+
+    def __rich__(self) -> RenderableType:
+        if self.history.latest is None:
+            return Spinner("dots", Text(self.phase_name))
+        width = min(60, max(10, self.output.console.width - 28))
+        return Group(
+            _bar(self.phase_name, self.history.latest),
+            *curve_lines(self.history, width),
+            _figures_line(self.history.latest),
+        )
+
+
+@contextlib.contextmanager
+def watching(output: Output, *, every: int) -> Iterator[Observer]:
+    """An observer for one run, fit for where it is shown."""
+    if not output.is_terminal:
+        yield PlainProgress(output, every)
+        return
+    live = LiveProgress(output)
+    with Live(live, console=output.console, refresh_per_second=4):
+        yield live
+        live.phase("Done")
+
+
+def figures(info: StepInfo) -> str:
+    """Speed, memory, norms and time left in one line."""
+    parts = [f"{info.tokens_per_second:,.0f} tokens/s", byte_size(info.memory_bytes)]
+    if info.grad_norm is not None:
+        parts.append(f"gradient {info.grad_norm:.3g}")
+    if info.b_norm is not None:
+        parts.append(f"B {info.b_norm:.3g}")
+    return "  ".join([*parts, f"{duration(info.seconds_left)} left"])
+
+
+def curve_lines(history: History, width: int) -> list[Text]:
+    """The loss as a sparkline, and below it where the best evaluation was."""
+    lines = [Text.assemble(f"loss {history.losses[-1]:<9.4f}", (sparkline(history.losses, width), "cyan"))]
+    if history.best is not None:
+        step, loss = history.best
+        index = sum(1 for seen in history.steps if seen < step)
+        column = position(min(index, len(history.steps) - 1), len(history.steps), width)
+        last = history.evaluations[-1][1]
+        label = f"▲ best {loss:.4f} at step {step}"
+        # The label goes left of the mark where the line has no room to its right.
+        if column + len(label) > width:
+            label, column = f"best {loss:.4f} at step {step} ▲", max(0, column + 1 - len(label))
+        lines.append(Text.assemble(f"eval {last:<9.4f}", " " * column, (label, "green")))
+    return lines
+
+
+def _bar(phase: str, info: StepInfo) -> Table:
+    row = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    for ratio in (None, None, 1, None):
+        row.add_column(ratio=ratio, no_wrap=True)
+    bar = ProgressBar(total=info.total, completed=info.step)
+    row.add_row(Text(phase, style="bold"), f"step {info.step}/{info.total}", bar, f"{duration(info.seconds_left)} left")
+    return row
+
+
+def _figures_line(info: StepInfo) -> Text:
+    parts = [f"{info.tokens_per_second:,.0f} tokens/s"]
+    parts.append(f"memory {byte_size(info.memory_bytes)} (peak {byte_size(info.peak_memory_bytes)})")
+    if info.grad_norm is not None:
+        parts.append(f"gradient {info.grad_norm:.3g}")
+    if info.b_norm is not None:
+        parts.append(f"norm of B {info.b_norm:.3g}")
+    return Text("  ".join(parts), style="dim", no_wrap=True, overflow="ellipsis")

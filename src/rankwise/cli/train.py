@@ -1,0 +1,137 @@
+"""``rankwise train``: fine-tune, show how it goes, and say at the end what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rankwise.cli.options import Verb
+from rankwise.cli.output import Output
+from rankwise.cli.progress import watching
+from rankwise.cli.words import byte_size, duration, parameter_count
+from rankwise.config import TrainSettings
+from rankwise.records import RunRecord, read_metrics
+
+PANELS = {
+    "Model and data": (
+        "model",
+        "data",
+        "output",
+        "eval_data",
+        "method",
+        "chat_template",
+        "prompt_column",
+        "completion_column",
+        "max_length",
+        "packing",
+        "trust_remote_code",
+        "revision",
+    ),
+    "Adapter": (
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "modules_to_save",
+        "use_rslora",
+        "adapter_dtype",
+    ),
+    "Training": (
+        "max_steps",
+        "epochs",
+        "batch_size",
+        "gradient_accumulation",
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "label_smoothing",
+        "optimizer",
+        "seed",
+        "early_stopping",
+    ),
+    "Device and memory": ("device", "dtype", "gradient_checkpointing"),
+    "Evaluating, saving, continuing": (
+        "eval_steps",
+        "eval_limit",
+        "sample_prompt",
+        "logging_steps",
+        "save_steps",
+        "save_total_limit",
+        "tensorboard",
+        "resume",
+        "overwrite",
+    ),
+}
+
+
+def run(settings: TrainSettings, output: Output) -> Mapping[str, Any]:
+    from rankwise.training.run import train
+
+    with watching(output, every=settings.logging_steps) as observer:
+        record = train(settings, observer)
+    for label, text in summary(settings.output, record):
+        output.line(f"{label:<12}{text}")
+    return {"output": str(settings.output)} | record.to_json()
+
+
+def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
+    """What a finished run came to, as labelled lines."""
+    yield "loss", loss_sentence(folder, record)
+    if record.kept_step is not None:
+        because = f": {record.kept_because}" if record.kept_because else ""
+        yield "kept", f"step {record.kept_step} of {record.steps}{because}"
+    if record.trainable_parameters is not None and record.total_parameters:
+        share = 100 * record.trainable_parameters / record.total_parameters
+        yield "trained", f"{parameter_count(record.trainable_parameters)} parameters, {share:.2f} % of the model"
+    yield "speed", _speed(record)
+    yield "written", f"{folder}  (curve: {folder / 'loss.svg'})"
+    yield "try", f'rankwise generate --{_as_model(record)} {folder} --prompt "..."' + _compare(record)
+
+
+def loss_sentence(folder: Path, record: RunRecord) -> str:
+    """Evaluation loss before and after; without evaluation data, the first and the last logged training loss."""
+    if record.initial_eval_loss is not None and record.eval_loss is not None:
+        return f"{record.initial_eval_loss:.4f} -> {record.eval_loss:.4f} on the evaluation data"
+    logged = [line["loss"] for line in read_metrics(folder) if line.get("loss") is not None]
+    if not logged:
+        return "not logged"
+    return f"{logged[0]:.4f} -> {logged[-1]:.4f} on the training data (no --eval-data)"
+
+
+def _speed(record: RunRecord) -> str:
+    parts = []
+    if record.tokens_per_second is not None:
+        parts.append(f"{record.tokens_per_second:,.0f} tokens/s")
+    if record.peak_memory_bytes is not None:
+        parts.append(f"peak memory {byte_size(record.peak_memory_bytes)}")
+    if record.wall_seconds is not None:
+        parts.append(f"{duration(record.wall_seconds)} in all")
+    return ", ".join(parts)
+
+
+def _as_model(record: RunRecord) -> str:
+    return "model" if record.method == "full" else "adapter"
+
+
+def _compare(record: RunRecord) -> str:
+    return "" if record.method == "full" else " --compare"
+
+
+VERB = Verb(
+    name="train",
+    settings=TrainSettings,
+    run=run,
+    summary="Fine-tune a model on your data; leaves a run folder with the adapter, its record and the loss curve.",
+    examples=(
+        "rankwise train --model demo --data rows.jsonl --output runs/first",
+        "rankwise train --model demo --data train.csv --eval-data dev.csv --method dora --r 8 \\",
+        "               --max-steps 200 --learning-rate 2e-4 --output runs/dora",
+        "rankwise train --config run.yaml --resume",
+    ),
+    panels=PANELS,
+    metavars={"model": "M", "data": "D", "output": "DIR", "eval_data": "E", "chat_template": "FILE"},
+)

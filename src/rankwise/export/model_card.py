@@ -1,0 +1,262 @@
+"""``README.md`` of a run folder: a model card for the hub and for whoever finds the folder in a year.
+
+Every figure comes from the run's record. Statements about other software carry their date.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any, Protocol
+
+from rankwise.models.source import DEMO, DEMO_HUB_ID
+from rankwise.records import RunRecord
+
+NAMES = {
+    "lora": "LoRA adapter",
+    "qlora": "QLoRA adapter",
+    "dora": "DoRA adapter",
+    "qdora": "QDoRA adapter",
+    "full": "fully fine-tuned model",
+}
+RESULTS = {
+    "train_loss": "training loss",
+    "initial_eval_loss": "evaluation loss before training",
+    "eval_loss": "evaluation loss of the weights kept",
+    "steps": "steps",
+    "kept_step": "step kept",
+    "kept_because": "why that step",
+    "trainable_parameters": "trainable parameters",
+    "total_parameters": "all parameters",
+    "tokens_per_second": "tokens per second",
+    "examples_per_second": "examples per second",
+    "peak_memory_bytes": "peak memory in bytes",
+    "predicted_peak_memory_bytes": "predicted peak memory in bytes",
+    "wall_seconds": "seconds in all",
+}
+# Fields of the record, in the order of the card.
+LOCAL_SETTINGS = ("model", "data", "eval_data", "output", "resume", "overwrite", "chat_template")
+# They name places on one machine, or stand elsewhere on the card.
+
+
+class Module(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def r(self) -> int: ...
+
+
+class Report(Protocol):
+    """What the card takes from ``AdapterReport``."""
+
+    @property
+    def modules(self) -> Sequence[Module]: ...
+
+
+def model_card(record: RunRecord, adapter_config: Mapping[str, Any] | None = None, report: Report | None = None) -> str:
+    """The card as Markdown with YAML front matter.
+
+    ``adapter_config``: the content of ``adapter_config.json``; without it the record's settings say the same.
+    ``report`` adds the table of adapted modules. Raises KeyError for a method that has no name here.
+    """
+    config = adapter_config or _config_by_settings(record)
+    base = _base_model(record, config)
+    sections = [
+        _front_matter(record.method, base, config),
+        f"# {_title(record, base)}",
+        _summary(record, base, config),
+        _section("Results", _table(("what", "value"), _results(record))),
+        _section("Data", _data(record.data)),
+        _section("Settings", _table(("setting", "value"), _settings(record.settings))),
+        _section("Adapted modules", _modules(report)),
+        _section("How to load it", _loading(record, base)),
+        _section("Where it can be served", _serving(record.method, config)),
+        _section("Made with", _table(("what", "version or name"), [*record.versions.items(), *record.device.items()])),
+        _section("Warnings of the run", _warnings(record)),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _config_by_settings(record: RunRecord) -> Mapping[str, Any]:
+    if record.method == "full":
+        return {}
+    return {**record.settings, "use_dora": record.method in ("dora", "qdora")}
+
+
+def _base_model(record: RunRecord, config: Mapping[str, Any]) -> str:
+    facts = record.base_model
+    named = config.get("base_model_name_or_path") or facts.get("base_model") or facts.get("name")
+    name = str(named or record.settings.get("model") or "unknown")
+    return DEMO_HUB_ID if name == DEMO else name
+
+
+def _front_matter(method: str, base: str, config: Mapping[str, Any]) -> str:
+    import yaml
+
+    full = method == "full"
+    tags = ["rankwise", *([] if full else ["lora", f"base_model:adapter:{base}"])]
+    if config.get("use_dora"):
+        tags.insert(2, "dora")
+    content = {
+        "base_model": base,
+        "base_model_relation": "finetune" if full else "adapter",
+        "library_name": "transformers" if full else "peft",
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+    }
+    return "---\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10_000) + "---"
+
+
+def _short(base: str) -> str:
+    return PurePath(base.replace("\\", "/")).name or base
+
+
+def _title(record: RunRecord, base: str) -> str:
+    name = NAMES[record.method]
+    return f"{name[0].upper()}{name[1:]} of {_short(base)}" if record.method == "full" else f"{name} for {_short(base)}"
+
+
+def _summary(record: RunRecord, base: str, config: Mapping[str, Any]) -> str:
+    facts = record.base_model
+    what = f"A {NAMES[record.method]}"
+    if config:
+        scale = "rank-stabilised scale" if config.get("use_rslora") else "scale"
+        what += f" of rank {config.get('r')} and alpha {config.get('lora_alpha')} ({scale})"
+    lines = [
+        f"{what} {'from' if record.method == 'full' else 'for'} `{base}`, trained by rankwise with seed {record.seed}."
+    ]
+    if facts.get("kind") in ("gguf", "demo") or facts.get("name") == DEMO:
+        lines.append(
+            "It was trained on the dequantized weights of a GGUF file, and every figure here is of those weights."
+        )
+    if facts.get("quantization"):
+        lines.append("The base was quantized to 4 bits during training, and every figure here is of that base.")
+    if facts.get("sha256"):
+        lines.append(f"SHA-256 of the base's weights: `{facts['sha256']}`.")
+    if record.status != "finished":
+        lines.append(f"The run's status when this card was written: {record.status}.")
+    return " ".join(lines)
+
+
+def _section(title: str, body: str) -> str:
+    return f"## {title}\n\n{body}" if body else ""
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [_row(row) for row in rows]
+    return "\n".join([_row(head), "|" + " --- |" * len(head), *lines]) if lines else ""
+
+
+def _row(cells: Sequence[Any]) -> str:
+    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(item) for item in value)
+    return " ".join(str(value).split()).replace("\\", "\\\\").replace("|", "\\|")
+
+
+def _results(record: RunRecord) -> list[tuple[str, Any]]:
+    found = ((name, getattr(record, field)) for field, name in RESULTS.items())
+    return [(name, value) for name, value in found if value is not None]
+
+
+def _settings(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in settings.items() if value is not None and name not in LOCAL_SETTINGS]
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    """One column per file where the record keeps several, paths by their last part."""
+    files = {name: facts for name, facts in data.items() if isinstance(facts, Mapping)}
+    if not files:
+        return _table(("what", "value"), [(name, _place(name, value)) for name, value in data.items()])
+    fields = dict.fromkeys(field for facts in files.values() for field in facts)
+    rows = [(field, *(_place(field, facts.get(field, "")) for facts in files.values())) for field in fields]
+    return _table(("what", *files), rows)
+
+
+def _place(field: str, value: Any) -> Any:
+    return _short(str(value)) if field in ("path", "source", "file") and value else value
+
+
+def _modules(report: Report | None) -> str:
+    if report is None:
+        return ""
+    counts = Counter((module.name.rpartition(".")[2], module.r) for module in report.modules)
+    return _table(("module", "rank", "how many"), [(name, r, count) for (name, r), count in counts.items()])
+
+
+def _loading(record: RunRecord, base: str) -> str:
+    ours = record.base_model.get("name") or record.settings.get("model") or base
+    if record.method == "full":
+        theirs = [
+            "from transformers import AutoModelForCausalLM",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
+        ]
+        return _code("In transformers", theirs) + "\n\n" + _code("In rankwise", _ours(["FOLDER"]))
+    theirs = [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{base}")',
+        'model = PeftModel.from_pretrained(model, "FOLDER")',
+    ]
+    return (
+        _code("In PEFT", theirs) + "\n\n" + _code("In rankwise", _ours([str(ours), 'rw.load_adapter(model, "FOLDER")']))
+    )
+
+
+def _ours(parts: Sequence[str]) -> list[str]:
+    model, *rest = parts
+    return ["import rankwise as rw", "", f'model, tokenizer = rw.load_model("{model}")', *rest]
+
+
+def _code(title: str, lines: Sequence[str]) -> str:
+    return f"{title}, with `FOLDER` the folder of this file:\n\n```python\n" + "\n".join(lines) + "\n```"
+
+
+def _serving(method: str, config: Mapping[str, Any]) -> str:
+    """What the adapter's own properties rule out; nothing is promised beyond that."""
+    if method == "full":
+        return "It is an ordinary model of its architecture: whatever serves the base model can be given this folder."
+    merged = "`rankwise merge` writes an ordinary model, which whatever serves the base model can be given."
+    lines = [*_vllm(config), *_llama_cpp(config), f"- Anywhere else: {merged}"]
+    return "As of July 2026, and without warranty:\n\n" + "\n".join(lines)
+
+
+def _vllm(config: Mapping[str, Any]) -> list[str]:
+    if config.get("use_dora"):
+        return ["- vLLM and SGLang reject DoRA adapters: merge first."]
+    ranks = [int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())]
+    lines = [f"- vLLM: `--max-lora-rank` must be at least {max(ranks)} (it takes 1, 8, 16, 32, 64 and up; default 16)."]
+    if config.get("alpha_pattern"):
+        lines.append("- vLLM seems to ignore `alpha_pattern`, which this adapter has: merge first.")
+    return lines
+
+
+def _llama_cpp(config: Mapping[str, Any]) -> list[str]:
+    named = {
+        "DoRA's magnitudes": config.get("use_dora"),
+        "`alpha_pattern`": config.get("alpha_pattern"),
+        "`rank_pattern`": config.get("rank_pattern"),
+        "rsLoRA's scale": config.get("use_rslora"),
+        "`modules_to_save`": config.get("modules_to_save"),
+        "biases": config.get("bias", "none") != "none",
+    }
+    beyond = [name for name, present in named.items() if present]
+    if beyond:
+        return [
+            f"- llama.cpp's LoRA conversion takes only A, B and one alpha, and not {', '.join(beyond)}: merge first."
+        ]
+    return ["- llama.cpp's LoRA conversion takes A, B and one alpha, which is what this adapter has."]
+
+
+def _warnings(record: RunRecord) -> str:
+    return "\n".join(f"- {_cell(item.get('code', ''))}: {_cell(item.get('message', ''))}" for item in record.warnings)

@@ -1,0 +1,24 @@
+"""Base models: where they come from, whether they are sound, how they are loaded, on which device.
+
+Nothing here imports torch or transformers before a function needs it.
+"""
+
+from rankwise.models.describe import model_facts, model_hash
+from rankwise.models.device import DeviceChoice, choose_device
+from rankwise.models.load import load_model, load_tokenizer
+from rankwise.models.skeleton import load_skeleton
+from rankwise.models.source import DEMO_HUB_ID, ModelSource, fetch_model, resolve_model
+
+__all__ = [
+    "DEMO_HUB_ID",
+    "DeviceChoice",
+    "ModelSource",
+    "choose_device",
+    "fetch_model",
+    "load_model",
+    "load_skeleton",
+    "load_tokenizer",
+    "model_facts",
+    "model_hash",
+    "resolve_model",
+]

@@ -1,0 +1,49 @@
+"""The facts about a base model that a run's record keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankwise.models.folder import read_config, weights_names
+from rankwise.models.source import ModelSource, fetch_model
+from rankwise.weights_file import sha256_of_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def model_hash(model: str | ModelSource) -> str:
+    """SHA-256 of the model's weights: of a single file its own, otherwise of the sorted lines ``HASH  NAME``."""
+    return sha256_of_files(weights_files(fetch_model(model)))
+
+
+def weights_files(source: ModelSource) -> list[Path]:
+    """The files whose tensors make up the model, of a source that lies on this machine."""
+    assert source.path is not None
+    if source.is_gguf:
+        return [source.path]
+    return [source.path / name for name in weights_names(source.path, read_config(source.path))]
+
+
+def model_facts(model: PreTrainedModel, source: str | ModelSource) -> dict[str, Any]:
+    """Name, place, hash, architecture, size and dtype of a loaded base model, before an adapter is added.
+
+    ``parameters`` counts tied weights once. Keys: name, kind, base_model, path, revision, sha256, architecture,
+    model_type, parameters, dtype, quantization.
+    """
+    found = fetch_model(source)
+    quantization: Any = getattr(model.config, "quantization_config", None)
+    return {
+        "name": found.name,
+        "kind": found.kind,
+        "base_model": found.base_model,
+        "path": str(found.path),
+        "revision": found.revision,
+        "sha256": model_hash(found),
+        "architecture": type(model).__name__,
+        "model_type": model.config.model_type,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,
+    }

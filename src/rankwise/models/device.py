@@ -1,0 +1,132 @@
+"""Which device and dtype a run uses, and the reason in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING
+
+from rankwise.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceChoice:
+    """A device by torch's name, the base model's dtype there, and why."""
+
+    device: str
+    dtype: torch.dtype
+    reason: str
+
+    @property
+    def needs_loss_scaling(self) -> bool:
+        """float16 gradients underflow unless the loss is scaled up; bfloat16 has float32's range."""
+        return str(self.dtype) == "torch.float16"
+
+
+def choose_device(device: str | None = "auto", dtype: str | torch.dtype | None = "auto") -> DeviceChoice:
+    """The device to run on and the base's dtype there.
+
+    ``device``: auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps. ``dtype``: auto, bfloat16, float16, float32
+    or a torch dtype. Automatic dtypes: bfloat16 where the hardware computes in it, else float16 on CUDA and float32
+    elsewhere. Under torchrun, CUDA is the card of LOCAL_RANK. Raises ModelError (RW312) for what is not there.
+    """
+    chosen, why_device = _device(device or "auto")
+    chosen_dtype, why_dtype = _dtype(dtype or "auto", chosen)
+    return DeviceChoice(chosen, chosen_dtype, f"{why_device}; {why_dtype}")
+
+
+def _device(name: str) -> tuple[str, str]:
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return _cuda("cuda")
+        if torch.backends.mps.is_available():
+            return "mps", "mps: Apple GPU, no CUDA card here"
+        return "cpu", "cpu: no GPU that torch can use"
+    if name == "cpu":
+        return "cpu", "cpu: as asked"
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise ModelError("RW312", "the device mps was asked for, and torch finds no Apple GPU; use cpu or auto.")
+        return "mps", "mps: as asked"
+    if name == "cuda" or (name.startswith("cuda:") and name[5:].isdigit()):
+        return _cuda(name)
+    raise ModelError("RW312", f"there is no device {name!r}; give auto, cpu, cuda, cuda:N or mps.")
+
+
+def _cuda(name: str) -> tuple[str, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        build = "is built without CUDA" if torch.version.cuda is None else "finds no usable CUDA card"
+        raise ModelError(
+            "RW312", f"the device {name} was asked for, and torch {torch.__version__} {build}; use cpu or auto."
+        )
+    index = int(name[5:] or 0) if ":" in name else int(os.environ.get("LOCAL_RANK", "0"))
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise ModelError("RW312", f"the device cuda:{index} was asked for, and this machine has {count} CUDA card(s).")
+    return f"cuda:{index}", f"cuda:{index}: {torch.cuda.get_device_name(index)}"
+
+
+def _dtype(dtype: str | torch.dtype, device: str) -> tuple[torch.dtype, str]:
+    import torch
+
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype == "auto":
+        return _automatic_dtype(device)
+    if dtype not in DTYPES:
+        raise ModelError("RW312", f"there is no training in {dtype!r}; give auto, {', '.join(DTYPES)}.")
+    if dtype == "bfloat16" and device.startswith("cuda") and not _cuda_has_bfloat16():
+        raise ModelError("RW312", f"{device} does not compute in bfloat16; use float16 (with loss scaling) or float32.")
+    return getattr(torch, dtype), f"{dtype}: as asked"
+
+
+def _automatic_dtype(device: str) -> tuple[torch.dtype, str]:
+    import torch
+
+    if device.startswith("cuda"):
+        if _cuda_has_bfloat16():
+            return torch.bfloat16, "bfloat16: the card computes in it"
+        return torch.float16, "float16 with loss scaling: the card has no bfloat16"
+    if device == "mps":
+        if torch.backends.mps.is_macos_or_newer(14, 0):
+            return torch.bfloat16, "bfloat16: macOS 14 or newer has it"
+        return torch.float32, "float32: bfloat16 needs macOS 14"
+    if _cpu_has_bfloat16():
+        return torch.bfloat16, "bfloat16: the processor computes in it"
+    return torch.float32, "float32: the processor has no bfloat16 instructions"
+
+
+def _cuda_has_bfloat16() -> bool:
+    import torch
+
+    # With emulation included, torch says yes for a T4, where it is many times slower.
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _cpu_has_bfloat16() -> bool:
+    import torch
+
+    # Not every torch build has both probes.
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(probe() for probe in probes if probe is not None) or _arm_has_bfloat16()
+
+
+def _arm_has_bfloat16() -> bool:
+    import platform
+
+    if platform.machine() == "arm64" and platform.system() == "Darwin":
+        return False
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            return any(line.startswith("Features") and " bf16" in line for line in file)
+    except OSError:
+        return False

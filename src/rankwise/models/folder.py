@@ -1,0 +1,185 @@
+"""A model folder, checked before transformers sees it: config.json, code, architecture, weights and their headers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rankwise.errors import ModelError, warn
+from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
+
+CONFIG_FILE = "config.json"
+ADAPTER_FILE = "adapter_config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
+MAX_JSON_BYTES = 50_000_000
+
+
+class FolderContent(NamedTuple):
+    """A sound model folder: its config and every weights file with its header."""
+
+    config: dict[str, Any]
+    headers: dict[str, WeightsHeader]
+
+
+def check_folder(folder: Path, *, trust_remote_code: bool = False) -> FolderContent:
+    """What ``folder`` holds, when it holds a causal language model in safetensors.
+
+    Raises ModelError: RW302 no or unreadable config.json, or an adapter; RW303 unknown architecture; RW304 it needs
+    its own code; RW305 no weights or missing shards; RW306 damaged weights; RW307 pickled weights only. Warns RW320
+    when code of its own is left aside.
+    """
+    config = read_config(folder)
+    check_architecture(config, folder, trust_remote_code=trust_remote_code)
+    refuse_pickles(folder)
+    names = weights_names(folder, config)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(
+            "RW305",
+            f"{folder} lacks {len(missing)} of {len(names)} weights files: {_some(missing)}; download it again.",
+        )
+    headers = {name: read_header(folder / name) for name in names}
+    _check_index(folder, headers)
+    return FolderContent(config, headers)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a model folder. Raises ModelError (RW302) that says what the folder is instead."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise ModelError("RW302", f"{folder} {_what_it_is_instead(folder)}.")
+    if (folder / ADAPTER_FILE).is_file():
+        raise ModelError(
+            "RW302",
+            f"{folder} holds a model and an adapter ({ADAPTER_FILE}) at once; move the adapter to a folder of its own.",
+        )
+    return _read_object(folder / CONFIG_FILE)
+
+
+def _what_it_is_instead(folder: Path) -> str:
+    if (folder / ADAPTER_FILE).is_file():
+        base = _read_object(folder / ADAPTER_FILE).get("base_model_name_or_path") or "its base model"
+        return f"is an adapter and no model; give {base} as the model and this folder as --adapter"
+    ggufs = sorted(file.name for file in folder.glob("*.gguf"))
+    if ggufs:
+        return f"holds GGUF files and no {CONFIG_FILE}; give the file itself: {folder / ggufs[0]}"
+    return f"holds no {CONFIG_FILE}, so it is no model folder; give one that save_pretrained wrote or the hub offers"
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ModelError("RW302", f"{path} is larger than {MAX_JSON_BYTES:,} bytes; it is no settings file.")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError("RW302", f"cannot read {path} as JSON ({reason}); download it again.") from None
+    if not isinstance(content, dict):
+        raise ModelError("RW302", f"{path} holds a JSON {type(content).__name__} and not an object; download it again.")
+    return content
+
+
+def check_architecture(config: Mapping[str, Any], folder: Path, *, trust_remote_code: bool) -> None:
+    """Raises ModelError RW303 or RW304 unless transformers can build a causal language model of this config."""
+    has_code = bool(config.get("auto_map"))
+    if has_code and trust_remote_code:
+        return
+    model_type = config.get("model_type")
+    known, is_causal_lm = _known_to_transformers(model_type)
+    if known and is_causal_lm:
+        if has_code:
+            warn("RW320", f"{folder} brings code of its own, which is not run: transformers' own {model_type} is used.")
+        return
+    if has_code:
+        raise ModelError(
+            "RW304",
+            f"{folder} is a {model_type!r} model that runs on Python code of its own; read that code, and allow it "
+            "with --trust-remote-code (trust_remote_code=True).",
+        )
+    import transformers
+
+    if known:
+        raise ModelError(
+            "RW303", f"{folder} is a {model_type!r} model, which is no causal language model; give one that is."
+        )
+    raise ModelError(
+        "RW303",
+        f"{folder}/{CONFIG_FILE} names the model_type {model_type!r}, which transformers "
+        f"{transformers.__version__} does not know; install a newer transformers, or check the file.",
+    )
+
+
+def _known_to_transformers(model_type: Any) -> tuple[bool, bool]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        return False, False
+    return True, CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def weights_names(folder: Path, config: Mapping[str, Any] | None = None) -> list[str]:
+    """Names of the safetensors files that transformers would load, whether or not they exist.
+
+    Raises ModelError (RW305) when there are none, or one lies outside the folder.
+    """
+    named = (config or {}).get("transformers_weights")
+    if named is not None:
+        return _shards(folder, str(named)) if str(named).endswith(".index.json") else [_inside(folder, str(named))]
+    if (folder / WEIGHTS_FILE).is_file():
+        return [WEIGHTS_FILE]
+    if (folder / INDEX_FILE).is_file():
+        return _shards(folder, INDEX_FILE)
+    raise ModelError("RW305", f"{folder} holds no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}; download it again.")
+
+
+def _shards(folder: Path, index: str) -> list[str]:
+    names = _weight_map(folder, _inside(folder, index)).values()
+    return sorted({_inside(folder, name) for name in names})
+
+
+def _weight_map(folder: Path, index: str) -> dict[str, str]:
+    weight_map = _read_object(folder / index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError("RW305", f"{folder / index} maps no tensor to a file; download it again.")
+    return {str(tensor): str(file) for tensor, file in weight_map.items()}
+
+
+def _inside(folder: Path, name: str) -> str:
+    """``name`` when it is a plain file name: a path in a settings file never leaves its folder."""
+    if Path(name).name != name or "\\" in name or not name.endswith((".safetensors", ".safetensors.index.json")):
+        raise ModelError("RW305", f"{folder} names {name!r} as weights, which is no safetensors file of that folder.")
+    return name
+
+
+def _check_index(folder: Path, headers: Mapping[str, WeightsHeader]) -> None:
+    if not (folder / INDEX_FILE).is_file() or WEIGHTS_FILE in headers:
+        return
+    absent = [
+        f"{tensor} in {file}"
+        for tensor, file in _weight_map(folder, INDEX_FILE).items()
+        if file in headers and tensor not in headers[file].tensors
+    ]
+    if absent:
+        raise ModelError(
+            "RW305", f"{folder / INDEX_FILE} promises tensors that are not there: {_some(absent)}; download it again."
+        )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

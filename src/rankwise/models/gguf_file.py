@@ -1,0 +1,153 @@
+"""The header of a GGUF file, checked as hostile input before the readers that trust it are let near.
+
+A GGUF file: b"GGUF", u32 version, u64 tensors, u64 entries; the entries (key, type, value); the tensors (name, dims,
+type, offset); then the tensors' bytes from the next multiple of the alignment. Numbers are little-endian.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rankwise.errors import ModelError
+
+STRING, ARRAY = 8, 9
+FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+MAX_DIMENSIONS = 8
+
+
+class GgufTensor(NamedTuple):
+    """Shape in GGUF's order (fastest first), storage type by ggml's number, byte range in the data section."""
+
+    shape: tuple[int, ...]
+    ggml_type: int
+    begin: int
+    end: int
+
+
+class GgufHeader(NamedTuple):
+    """Scalars and texts of the metadata (arrays as their length), and the tensors."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """The checked header of a GGUF file. Raises ModelError (RW310) with one sentence that names the file."""
+    try:
+        with open(path, "rb") as file:
+            size_bytes = file.seek(0, 2)
+            if size_bytes < 24:
+                raise _Malformed(f"is {size_bytes:,} bytes, too short for a GGUF file; download it again")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                return _Reader(content).header()
+    except _Malformed as problem:
+        raise ModelError("RW310", f"{path} {problem}.") from None
+    except struct.error:
+        raise ModelError("RW310", f"{path} ends inside its header; download it again.") from None
+    except UnicodeDecodeError:
+        raise ModelError("RW310", f"{path} holds text that is no UTF-8; download it again.") from None
+    except OSError as problem:
+        raise ModelError("RW310", f"{path} cannot be read: {problem.strerror}.") from None
+
+
+class _Malformed(Exception):
+    """The rest of a sentence that starts with the file's name."""
+
+
+class _Reader:
+    """Walks a header; every length is held against the bytes that are left."""
+
+    def __init__(self, content: mmap.mmap) -> None:
+        self.content, self.position = content, 0
+
+    def header(self) -> GgufHeader:
+        if self.content[:4] != b"GGUF":
+            raise _Malformed("does not start with GGUF's four letters; give a GGUF file, or the folder of a model")
+        self.position = 4
+        version = self.number("I")
+        if version not in (2, 3):
+            raise _Malformed(f"is of GGUF version {version}, where 2 and 3 can be read; convert it again")
+        tensor_count, entry_count = self.number("Q"), self.number("Q")
+        metadata = dict(self.entry() for _ in range(entry_count))
+        if not isinstance(metadata.get("general.architecture"), str):
+            raise _Malformed("does not name its architecture (general.architecture); convert it again")
+        tensors = [self.tensor() for _ in range(tensor_count)]
+        return GgufHeader(metadata, self.checked(tensors, metadata))
+
+    def number(self, code: str) -> Any:
+        (value,) = struct.unpack_from("<" + code, self.content, self.position)
+        self.position += struct.calcsize("<" + code)
+        return value
+
+    def text(self) -> str:
+        start = self.position + 8
+        self.skip(self.number("Q"))
+        return self.content[start : self.position].decode("utf-8")
+
+    def skip(self, count_bytes: int) -> None:
+        if self.position + count_bytes > len(self.content):
+            raise _Malformed("is cut short inside its header, or claims lengths beyond its end; download it again")
+        self.position += count_bytes
+
+    def entry(self) -> tuple[str, Any]:
+        return self.text(), self.value(self.number("I"))
+
+    def value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self.text()
+        if kind == ARRAY:
+            return self.array(self.number("I"), self.number("Q"))
+        if kind not in FORMATS:
+            raise _Malformed(f"holds a value of the unknown type {kind}; convert it again")
+        return self.number(FORMATS[kind])
+
+    def array(self, kind: int, count: int) -> int:
+        """Steps over an array; its length stands for it."""
+        if kind in FORMATS:
+            self.skip(count * struct.calcsize("<" + FORMATS[kind]))
+        elif kind == STRING:
+            for _ in range(count):
+                self.skip(self.number("Q"))
+        else:
+            raise _Malformed(f"holds an array of the unknown type {kind}; convert it again")
+        return count
+
+    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        name, dimensions = self.text(), self.number("I")
+        if dimensions > MAX_DIMENSIONS:
+            raise _Malformed(f"gives {name!r} {dimensions:,} dimensions; it is damaged, download it again")
+        shape = tuple(self.number("Q") for _ in range(dimensions))
+        return name, shape, self.number("I"), self.number("Q")
+
+    def checked(
+        self, entries: list[tuple[str, tuple[int, ...], int, int]], metadata: dict[str, Any]
+    ) -> dict[str, GgufTensor]:
+        from gguf import GGML_QUANT_SIZES
+
+        sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
+        start, tensors = self.data_start(metadata.get("general.alignment", 32)), {}
+        for name, shape, kind, offset in entries:
+            if name in tensors:
+                raise _Malformed(f"holds the tensor {name!r} twice; convert it again")
+            if kind not in sizes:
+                raise _Malformed(f"stores {name!r} as ggml type {kind}, which the installed gguf package does not know")
+            block, block_bytes = sizes[kind]
+            if (shape[0] if shape else 1) % block:
+                raise _Malformed(f"gives {name!r} rows of {shape[0]}, which is no multiple of its block of {block}")
+            end = offset + prod(shape) // block * block_bytes
+            if start + end > len(self.content):
+                raise _Malformed(
+                    f"is {len(self.content):,} bytes where its header promises {start + end:,} or more; "
+                    "download it again"
+                )
+            tensors[name] = GgufTensor(shape, kind, offset, end)
+        return tensors
+
+    def data_start(self, alignment: Any) -> int:
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise _Malformed(f"has the alignment {alignment!r}, which is no power of two; convert it again")
+        return (self.position + alignment - 1) // alignment * alignment

@@ -1,0 +1,270 @@
+"""Loading a base model: a folder, a hub id, a GGUF file (dequantized into an ordinary model) or the demo model.
+
+A model comes back in evaluation mode, complete (no tensor was made up), and saveable with ``save_pretrained``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankwise.errors import ModelError, warn
+from rankwise.models.device import choose_device
+from rankwise.models.folder import FolderContent, check_folder, has_tokenizer
+from rankwise.models.gguf_file import read_gguf_header
+from rankwise.models.quiet import gguf_read_once, quiet, reason_of
+from rankwise.models.skeleton import load_skeleton
+from rankwise.models.source import ModelSource, fetch_model
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Model = str | os.PathLike[str] | ModelSource
+
+
+def load_model(
+    model: Model,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | None = None,
+    quantization: Any = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A causal language model and its tokenizer (None where there is none).
+
+    ``dtype``: None keeps the stored one (float32 for GGUF), "auto" takes ``choose_device``'s. ``device``: None is the
+    CPU, as in transformers; "auto" takes the fastest. ``quantization``: a transformers quantization config; GGUF
+    weights are dequantized first. Raises ModelError, RW301 to RW317.
+    """
+    source = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code)
+    choice = choose_device(device or "cpu", "auto" if isinstance(dtype, str) and dtype == "auto" else dtype)
+    wanted = None if dtype is None else choice.dtype
+    if source.is_gguf:
+        loaded = _load_gguf(source, wanted, choice.device, quantization)
+    else:
+        loaded = _load_folder(source, wanted, choice.device, quantization, trust_remote_code)
+    _check_finite(loaded, source)
+    # What adapters name as their base: a hub id or an absolute path, never a folder of the cache.
+    loaded.name_or_path = loaded.config._name_or_path = source.base_model
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    if tokenizer is not None:
+        _check_vocabulary(loaded, tokenizer, source)
+    return loaded, tokenizer
+
+
+def load_tokenizer(
+    model: Model, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer, or None where the folder or GGUF file has none. Raises ModelError (RW317)."""
+    source = model
+    if not isinstance(source, ModelSource) or source.path is None:
+        source = fetch_model(source, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+    path = _path(source)
+    if source.is_gguf:
+        return _gguf_tokenizer(path, source)
+    if not has_tokenizer(path):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # Whatever transformers makes of a foreign folder; the cause stays attached.
+        raise ModelError("RW317", f"the tokenizer in {path} cannot be loaded: {reason_of(error)}.") from error
+    tokenizer.name_or_path = source.base_model
+    return tokenizer
+
+
+def _path(source: ModelSource) -> Path:
+    if source.path is None:
+        raise ModelError("RW301", f"{source.name} has not been fetched; use fetch_model first.")
+    return source.path
+
+
+def _load_folder(
+    source: ModelSource, dtype: torch.dtype | None, device: str, quantization: Any, trust_remote_code: bool
+) -> PreTrainedModel:
+    path = _path(source)
+    content = check_folder(path, trust_remote_code=trust_remote_code)
+    _check_shapes(source, content, trust_remote_code)
+    arguments = {} if device == "cpu" else {"device_map": {"": device}}
+    return _from_pretrained(
+        source,
+        str(path),
+        dtype="auto" if dtype is None else dtype,
+        quantization_config=_quantization_for(content, quantization),
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+        **arguments,
+    )
+
+
+def _quantization_for(content: FolderContent, quantization: Any) -> Any:
+    """The quantization config for transformers: the one place where a quantized checkpoint meets a wish for another."""
+    stored = content.config.get("quantization_config")
+    if stored is None or quantization is None:
+        return quantization
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored
+    raise ModelError(
+        "RW316",
+        f"the checkpoint is already quantized ({method}); load it without a quantization, or give the original.",
+    )
+
+
+def _load_gguf(source: ModelSource, dtype: torch.dtype | None, device: str, quantization: Any) -> PreTrainedModel:
+    import torch
+    import transformers
+    from transformers import AutoConfig
+
+    path = _path(source).resolve()
+    header = read_gguf_header(path)
+    if "rope_freqs.weight" in header.tensors:
+        warn(
+            "RW321",
+            f"{path} holds rope_freqs.weight, which transformers ignores: long contexts may be encoded wrongly.",
+        )
+    # Before GgufConfig, transformers 5 always dequantized.
+    has_config = hasattr(transformers, "GgufConfig")
+    dequantized = {"quantization_config": transformers.GgufConfig(dequantize=True)} if has_config else {}
+    # An empty folder, since transformers would pick up an adapter_config.json beside the file.
+    with tempfile.TemporaryDirectory() as nowhere, _explaining(source), quiet(), gguf_read_once():
+        config = AutoConfig.from_pretrained(nowhere, gguf_file=str(path))
+        model = _from_pretrained(
+            source,
+            nowhere,
+            config=config,
+            gguf_file=str(path),
+            dtype=torch.float32 if dtype is None else dtype,
+            **dequantized,
+        )
+    _make_ordinary(model)
+    if device != "cpu":
+        model.to(device)  # type: ignore[arg-type]
+    if quantization is not None:
+        importlib.import_module("rankwise.quantization").quantize(model, quantization)
+    return model
+
+
+def _make_ordinary(model: PreTrainedModel) -> None:
+    """Take off what marks a GGUF model as quantized, so that it trains and saves like any other."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    # A title of the file, which would be written into config.json.
+    model.config.__dict__.pop("_model_name_or_path", None)
+
+
+def _gguf_tokenizer(path: Path, source: ModelSource) -> PreTrainedTokenizerBase | None:
+    from transformers import PreTrainedTokenizerFast
+
+    if "tokenizer.ggml.tokens" not in read_gguf_header(path).metadata:
+        return None
+    try:
+        # The class that AutoTokenizer ends at, without its reading of the whole header (seconds).
+        with tempfile.TemporaryDirectory() as nowhere, quiet():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(nowhere, gguf_file=str(path.resolve()))
+    except Exception as error:
+        raise ModelError("RW317", f"the tokenizer in {path} cannot be loaded: {reason_of(error)}.") from error
+    tokenizer.name_or_path = source.base_model
+    return tokenizer
+
+
+def _from_pretrained(source: ModelSource, folder: str, **arguments: Any) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    with _explaining(source), quiet():
+        # Wrong shapes are gathered and raised below, all at once.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+        )
+    model, info = loaded
+    problems = sorted(f"{name} is missing" for name in info["missing_keys"])
+    problems += sorted(
+        f"{name} is {tuple(got)}, expected {tuple(wanted)}" for name, got, wanted in info["mismatched_keys"]
+    )
+    problems += list(info["error_msgs"])
+    if problems:
+        raise ModelError("RW308", f"the weights of {source.name} do not fit its config: {_some(problems)}.")
+    if info["unexpected_keys"]:
+        warn(
+            "RW318",
+            f"{source.name} holds tensors that the model has no place for: {_some(sorted(info['unexpected_keys']))}.",
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _explaining(source: ModelSource) -> Iterator[None]:
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        # Whatever transformers makes of foreign files; the cause stays attached.
+        raise ModelError("RW316", f"transformers cannot load {source.name}: {reason_of(error)}.") from error
+
+
+def _check_shapes(source: ModelSource, content: FolderContent, trust_remote_code: bool) -> None:
+    """Hold the headers against the config before memory is taken, on a model without storage.
+
+    Only names that both sides know are compared: transformers renames and fuses some tensors while it loads.
+    """
+    if content.config.get("quantization_config") is not None:
+        return
+    stored = {name: info.shape for header in content.headers.values() for name, info in header.tensors.items()}
+    skeleton = load_skeleton(source, trust_remote_code=trust_remote_code)
+    wanted = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    wrong = [
+        f"{name} is {stored[name]}, expected {shape}"
+        for name, shape in wanted.items()
+        if name in stored and stored[name] != shape
+    ]
+    if wrong:
+        raise ModelError("RW308", f"the weights of {source.path} do not fit its config.json: {_some(wrong)}.")
+    held, needed = sum(map(prod, stored.values())), sum(map(prod, wanted.values()))
+    if needed > 2 * held:
+        raise ModelError(
+            "RW308",
+            f"config.json of {source.path} describes {needed:,} parameters, and its weights hold {held:,}; "
+            "get both again.",
+        )
+
+
+def _check_finite(model: PreTrainedModel, source: ModelSource) -> None:
+    """Raises ModelError (RW323) for NaN or infinity in the weights; one pass over them."""
+    import torch
+
+    broken = []
+    for name, parameter in model.named_parameters():
+        # The sum is not finite where an element is not: one cheap pass, and a second one only for suspects.
+        suspicious = parameter.is_floating_point() and not torch.isfinite(parameter.detach().sum())
+        if suspicious and not torch.isfinite(parameter.detach()).all():
+            broken.append(name)
+    if broken:
+        raise ModelError(
+            "RW323", f"the weights of {source.name} hold NaN or infinity in {_some(broken)}; get them again."
+        )
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if len(tokenizer) > rows:
+        warn(
+            "RW319",
+            f"the tokenizer of {source.name} knows {len(tokenizer):,} tokens and the model {rows:,}; the rest fail.",
+        )
+
+
+def _some(items: Iterable[str]) -> str:
+    listed = list(items)
+    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")

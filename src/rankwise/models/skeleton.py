@@ -1,0 +1,56 @@
+"""A model without its weights: shapes and names on torch's meta device, in no memory."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+from rankwise.errors import ModelError
+from rankwise.models.folder import check_architecture, read_config
+from rankwise.models.gguf_file import read_gguf_header
+from rankwise.models.quiet import gguf_read_once, quiet, reason_of
+from rankwise.models.source import ModelSource, fetch_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_skeleton(
+    model: str | os.PathLike[str] | ModelSource, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedModel:
+    """The causal language model that ``model`` describes, on the meta device; its weights need not be there.
+
+    Raises ModelError: as ``fetch_model`` does; RW302 to RW304 and RW310 for a config that describes no such model.
+    """
+    source = model
+    if not isinstance(source, ModelSource) or source.path is None:
+        source = fetch_model(source, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+    assert source.path is not None
+    if not source.is_gguf:
+        check_architecture(read_config(source.path), source.path, trust_remote_code=trust_remote_code)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"), quiet():
+            config = _config(source, trust_remote_code)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ModelError:
+        raise
+    except Exception as error:
+        # Whatever transformers makes of a foreign config; the cause stays attached.
+        raise ModelError(
+            "RW303", f"transformers cannot build the model that {source.path} describes: {reason_of(error)}."
+        ) from error
+
+
+def _config(source: ModelSource, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    assert source.path is not None
+    if not source.is_gguf:
+        return AutoConfig.from_pretrained(str(source.path), trust_remote_code=trust_remote_code)
+    read_gguf_header(source.path)
+    with tempfile.TemporaryDirectory() as nowhere, gguf_read_once():
+        return AutoConfig.from_pretrained(nowhere, gguf_file=str(source.path.resolve()))

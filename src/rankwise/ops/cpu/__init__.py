@@ -1,0 +1,1 @@
+"""The native CPU library: `native` loads it, `four_bit` calls it."""

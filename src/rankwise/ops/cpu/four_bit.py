@@ -1,0 +1,201 @@
+"""Four bits on the native library, with the signatures of `rankwise.ops.reference` and the same results.
+
+Quantized and dequantized values equal the reference to the bit. Products use the same dequantized weight and sum in float32.
+The callers in ``rankwise.ops.library`` have checked types, shapes and buffer sizes.
+
+Legend: T = rows of x, K = in features, N = out features.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import threading
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rankwise.ops.codes import code_table, dynamic_map
+from rankwise.ops.cpu.native import Weight, library
+from rankwise.ops.reference import dequantize_absmax, not_finite, packed_shape, quantize_absmax
+
+_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# Up to so many rows, decoding into registers and caches beats dequantizing the whole weight for a dense product (measured).
+_FEW_ROWS = 32
+
+# A dense weight for larger products is kept between calls up to this size, because fresh pages cost more than dequantizing into them.
+_KEPT_BYTES = 256 << 20
+
+_kept = threading.local()
+
+
+def quantize_4bit(w: Tensor, quant_type: str = "nf4", block_size: int = 64) -> tuple[Tensor, Tensor]:
+    """w, any shape -> packed uint8 (`rankwise.ops.packed_shape`), absmax float32 (blocks,)."""
+    w, n = w.detach().contiguous(), w.numel()
+    packed = torch.empty(packed_shape(w.shape, block_size), dtype=torch.uint8)
+    absmax = torch.empty(math.ceil(n / block_size), dtype=torch.float32)
+    _, bound, order = _tables(quant_type)
+    bad = library().rw_quantize_4bit(
+        w.data_ptr(), _DTYPE[w.dtype], n, block_size, bound, order, packed.data_ptr(), absmax.data_ptr(), _threads()
+    )
+    if bad >= 0:
+        start = bad * block_size
+        raise not_finite(w.view(-1)[start : start + block_size], start)
+    return packed, absmax
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """w' = value[code] * absmax, of ``shape`` and ``dtype``."""
+    out = torch.empty(tuple(shape), dtype=dtype)
+    weight = _NativeWeight(packed, absmax, out.numel(), quant_type, block_size, nested_absmax, offset)
+    weight.dequantize_into(out)
+    return out
+
+
+def linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    bias: Tensor | None = None,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """y = x W'^T + b, with W' rounded to the dtype of x. x (..., K) -> y (..., N)."""
+    N, K = shape
+    weight = _NativeWeight(packed, absmax, N * K, quant_type, block_size, nested_absmax, offset)
+    T = math.prod(x.shape[:-1])
+    if T > _FEW_ROWS:
+        return functional.linear(x, weight.dense(shape, x.dtype), bias)
+    x, y = x.contiguous(), x.new_empty((*x.shape[:-1], N))
+    bias = None if bias is None else bias.contiguous()
+    library().rw_linear_4bit(
+        weight.struct,
+        x.data_ptr(),
+        T,
+        N,
+        K,
+        _DTYPE[x.dtype],
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        _threads(),
+    )
+    return y
+
+
+def linear_4bit_input_grad(
+    grad: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """dL/dx = dL/dy W'. grad (..., N) -> (..., K)."""
+    weight = _NativeWeight(packed, absmax, math.prod(shape), quant_type, block_size, nested_absmax, offset)
+    return grad @ weight.dense(shape, grad.dtype)
+
+
+def row_norms_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """||W'_n||, float32 (N,), of W' rounded to ``dtype`` and accumulated in float32."""
+    N, K = shape
+    weight = _NativeWeight(packed, absmax, N * K, quant_type, block_size, nested_absmax, offset)
+    norms = torch.empty(N, dtype=torch.float32)
+    library().rw_row_norms_4bit(weight.struct, N, K, _DTYPE[dtype], norms.data_ptr(), _threads())
+    return norms
+
+
+class _NativeWeight:
+    """The C view of one weight. It holds the tensors whose memory the C side reads."""
+
+    def __init__(
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        elements: int,
+        quant_type: str,
+        block_size: int,
+        nested_absmax: Tensor | None,
+        offset: Tensor | None,
+    ) -> None:
+        packed, absmax = packed.contiguous(), absmax.contiguous()
+        nested_absmax = None if nested_absmax is None else nested_absmax.contiguous()
+        self.buffers = (packed, absmax, nested_absmax, offset)
+        self.struct = Weight(
+            packed.data_ptr(),
+            absmax.data_ptr(),
+            None if nested_absmax is None else nested_absmax.data_ptr(),
+            None if offset is None else offset.data_ptr(),
+            ctypes.addressof(_tables(quant_type)[0]),
+            None if nested_absmax is None else dynamic_map(packed.device).data_ptr(),
+            elements,
+            block_size,
+        )
+
+    def dequantize_into(self, out: Tensor) -> None:
+        library().rw_dequantize_4bit(self.struct, 0, out.numel(), _DTYPE[out.dtype], out.data_ptr(), _threads())
+
+    def dense(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The dequantized weight, (N, K), valid until the next call on this thread."""
+        out = _kept_buffer(math.prod(shape), dtype).view(tuple(shape))
+        self.dequantize_into(out)
+        return out
+
+
+def _kept_buffer(elements: int, dtype: torch.dtype) -> Tensor:
+    size = elements * dtype.itemsize
+    if size > _KEPT_BYTES:
+        return torch.empty(elements, dtype=dtype)
+    kept = getattr(_kept, "buffer", None)
+    if kept is None or kept.numel() < size:
+        # The old buffer goes first: both together would be the peak.
+        _kept.buffer = kept = None
+        _kept.buffer = kept = torch.empty(size, dtype=torch.uint8)
+    return kept[:size].view(dtype)
+
+
+@cache
+def _tables(quant_type: str) -> tuple[ctypes.Array, ctypes.Array, ctypes.Array]:
+    table = code_table(quant_type)
+    return (ctypes.c_float * 16)(*table.value), (ctypes.c_float * 15)(*table.bound), (ctypes.c_uint8 * 16)(*table.order)
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+__all__ = [
+    "dequantize_4bit",
+    "dequantize_absmax",
+    "linear_4bit",
+    "linear_4bit_input_grad",
+    "quantize_4bit",
+    "quantize_absmax",
+    "row_norms_4bit",
+]

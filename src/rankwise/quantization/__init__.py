@@ -1,0 +1,45 @@
+"""4-bit weights: `Linear4bit`, `quantize`, loading through transformers, and bitsandbytes' checkpoint format.
+
+The names load on first use, so that ``import rankwise.quantization`` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rankwise.quantization.bitsandbytes_format import adopt_bitsandbytes_config, rewrite_bitsandbytes_config
+    from rankwise.quantization.config import FourBitConfig, Fp4Config, Nf4Config
+    from rankwise.quantization.in_place import QuantizationReport, dequantize, quantize
+    from rankwise.quantization.linear import Linear4bit
+
+_HOMES = {
+    "FourBitConfig": "config",
+    "Fp4Config": "config",
+    "Linear4bit": "linear",
+    "Nf4Config": "config",
+    "QuantizationReport": "in_place",
+    "adopt_bitsandbytes_config": "bitsandbytes_format",
+    "dequantize": "in_place",
+    "quantize": "in_place",
+    "rewrite_bitsandbytes_config": "bitsandbytes_format",
+}
+
+__all__ = [
+    "FourBitConfig",
+    "Fp4Config",
+    "Linear4bit",
+    "Nf4Config",
+    "QuantizationReport",
+    "adopt_bitsandbytes_config",
+    "dequantize",
+    "quantize",
+    "rewrite_bitsandbytes_config",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rankwise.quantization' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"rankwise.quantization.{_HOMES[name]}"), name)

@@ -1,0 +1,268 @@
+"""One 4-bit weight as bitsandbytes writes it, to and from the tensors of a `Linear4bit`, equal to the bit.
+
+    NAME                                     uint8 (ceil(n / 2), 1)   codes, first element in the high nibble
+    NAME.absmax                              float32 (blocks,); uint8 when double-quantized
+    NAME.quant_map                           float32 (16,)
+    NAME.nested_absmax, NAME.nested_quant_map  float32 (ceil(blocks / 256),), (256,)   double-quantized only
+    NAME.quant_state.bitsandbytes__nf4       uint8: UTF-8 JSON {quant_type, blocksize, dtype, shape, nested_*}
+
+What is read is foreign: every size is derived from the JSON and compared before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rankwise.errors import QuantizationError
+from rankwise.ops.checks import BLOCK_SIZES
+from rankwise.ops.codes import NESTED_BLOCK, QUANT_TYPES, code_values, dynamic_map
+from rankwise.ops.reference import packed_shape
+
+if TYPE_CHECKING:
+    from rankwise.quantization.config import FourBitConfig
+    from rankwise.quantization.linear import Linear4bit
+
+STATE = "quant_state.bitsandbytes__"
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(STATE + name for name in QUANT_TYPES))
+MAX_STATE_BYTES = 4096
+MAX_ELEMENTS = 2**48
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPE_CODES = {torch.uint8: "U8", torch.float32: "F32"}
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """What the JSON of a stored weight says, and the weight as the tensors of a `Linear4bit` where they were read."""
+
+    quant_type: str
+    block_size: int
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    offset: float | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def double_quant(self) -> bool:
+        return self.offset is not None
+
+    def check_shape(self, name: str, wanted: tuple[int, int]) -> None:
+        """Raise QuantizationError RW611 unless the stored weight has the shape that the model wants, (out, in)."""
+        if self.shape != wanted:
+            raise _broken(name, f"is stored as {self.shape} where the model needs {wanted}")
+
+
+def to_bitsandbytes(layer: Linear4bit) -> dict[str, Tensor]:
+    """The tensors of ``layer`` under bitsandbytes' names, ``weight`` and ``weight.*``; the bias is not among them."""
+    device = layer.weight.device
+    # Tables of one's own: safetensors refuses tensors that share memory.
+    tensors = {
+        "weight": layer.weight.detach().reshape(-1, 1),
+        "weight.absmax": layer.absmax.detach(),
+        "weight.quant_map": code_values(layer.quant_type, device).clone(),
+    }
+    if layer.nested_absmax is not None:
+        tensors["weight.nested_absmax"] = layer.nested_absmax.detach()
+        tensors["weight.nested_quant_map"] = dynamic_map(device).clone()
+    tensors[f"weight.{STATE}{layer.quant_type}"] = torch.tensor(list(_state_json(layer)), dtype=torch.uint8)
+    return tensors
+
+
+def _state_json(layer: Linear4bit) -> bytes:
+    state: dict[str, Any] = {
+        "quant_type": layer.quant_type,
+        "blocksize": layer.block_size,
+        "dtype": str(layer.dtype).removeprefix("torch."),
+        "shape": list(layer.shape),
+    }
+    if layer.offset is not None:
+        offset = layer.offset.item()
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+    return json.dumps(state).encode()
+
+
+def has_parts(state: Mapping[str, Any], prefix: str) -> bool:
+    """Whether ``state`` holds the weight of the layer at ``prefix`` in bitsandbytes' layout, or a part of it."""
+    return any(f"{prefix}weight.{part}" in state for part in PARTS)
+
+
+def part_names(state: Mapping[str, Any], prefix: str) -> list[str]:
+    return [name for part in PARTS if (name := f"{prefix}weight.{part}") in state]
+
+
+def from_bitsandbytes(state: Mapping[str, Tensor], prefix: str = "") -> StoredWeight:
+    """The weight of the layer at ``prefix`` (``""`` or with its dot) in a state dict, checked.
+
+    Raises:
+        QuantizationError: RW611, parts are missing, of the wrong size or contradict each other, or the JSON is broken.
+    """
+    name = f"{prefix}weight"
+    parts = {part: state[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in state}
+    sizes = {part: _size(tensor) for part, tensor in parts.items()}
+    if name in state:
+        sizes[""] = _size(state[name])
+    state_key = state_part(name, sizes)
+    stored = parse_state(name, state_key, bytes(parts[state_key].detach().cpu().tolist()))
+    check_sizes(name, stored, sizes)
+    return _with_tensors(name, stored, state[name].detach(), parts)
+
+
+def _size(tensor: Tensor) -> tuple[str, int]:
+    return _DTYPE_CODES.get(tensor.dtype, str(tensor.dtype)), tensor.numel() * tensor.element_size()
+
+
+def state_part(name: str, sizes: Mapping[str, tuple[str, int]]) -> str:
+    """The name of the part that holds the JSON, of sane dtype and size; ``sizes`` as for ``check_sizes``."""
+    found = [part for part in sizes if part.startswith("quant_state.")]
+    if len(found) != 1:
+        raise _broken(name, f"has {len(found)} quant_state entries where one belongs")
+    dtype, size_bytes = sizes[found[0]]
+    if dtype != "U8" or size_bytes > MAX_STATE_BYTES:
+        raise _broken(
+            name, f"has a quant_state of {size_bytes:,} bytes of {dtype}: up to {MAX_STATE_BYTES} of U8 belong"
+        )
+    return found[0]
+
+
+def parse_state(name: str, part: str, text: bytes) -> StoredWeight:
+    """The JSON of one stored weight. Raises QuantizationError (RW611) that names the weight and the fault."""
+    try:
+        content = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _broken(name, f"has a quant_state that is no JSON ({' '.join(str(error).split())[:80]})") from None
+    if not isinstance(content, dict):
+        raise _broken(name, f"has a quant_state that is a JSON {type(content).__name__} and not an object")
+    quant_type, block_size = content.get("quant_type"), content.get("blocksize")
+    if quant_type not in QUANT_TYPES or part != STATE + quant_type:
+        raise _broken(
+            name, f"has the 4-bit type {_short(quant_type)} under {part}: {' and '.join(QUANT_TYPES)} are known"
+        )
+    if type(block_size) is not int or block_size not in BLOCK_SIZES:
+        raise _broken(name, f"has blocks of {_short(block_size)} elements: a power of two from 32 to 4096 is possible")
+    dtype = content.get("dtype")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise _broken(name, f"was {_short(dtype)} before: {', '.join(_DTYPES)} are possible")
+    return StoredWeight(quant_type, block_size, _DTYPES[dtype], _shape(name, content), _offset(name, content))
+
+
+def _shape(name: str, content: dict[str, Any]) -> tuple[int, int]:
+    shape: Any = content.get("shape")
+    sizes = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size >= 0 for size in shape)
+    if not sizes or math.prod(shape) > MAX_ELEMENTS:
+        raise _broken(name, f"has the shape {_short(shape)} where (out, in) belongs")
+    return shape[0], shape[1]
+
+
+def _offset(name: str, content: dict[str, Any]) -> float | None:
+    nested = {key: content[key] for key in ("nested_blocksize", "nested_dtype", "nested_offset") if key in content}
+    if not nested:
+        return None
+    offset: Any = nested.get("nested_offset")
+    if nested.get("nested_blocksize") != NESTED_BLOCK or nested.get("nested_dtype") != "float32":
+        raise _broken(name, f"is double-quantized as {_short(nested)}: blocks of {NESTED_BLOCK} in float32 are known")
+    if type(offset) not in (int, float) or not math.isfinite(offset) or abs(offset) > torch.finfo(torch.float32).max:
+        raise _broken(name, f"has the nested_offset {_short(offset)}, which is no float32")
+    return float(offset)
+
+
+def check_sizes(name: str, stored: StoredWeight, sizes: Mapping[str, tuple[str, int]]) -> None:
+    """Raise QuantizationError (RW611), all faults at once, unless every part is there and fills its shape.
+
+    ``sizes``: part (``""`` for the codes) -> (dtype as safetensors names it, bytes).
+    """
+    n = math.prod(stored.shape)
+    blocks = math.ceil(n / stored.block_size)
+    wanted = {"absmax": ("U8", blocks) if stored.double_quant else ("F32", 4 * blocks), "quant_map": ("F32", 64)}
+    if stored.double_quant:
+        wanted |= {"nested_absmax": ("F32", 4 * math.ceil(blocks / NESTED_BLOCK)), "nested_quant_map": ("F32", 1024)}
+    # The codes may be stored under any dtype (bnb_4bit_quant_storage); only their bytes count.
+    codes = sizes.get("", ("", -1))
+    faults = [] if codes[1] == (n + 1) // 2 else [f"its codes {_found(codes)} where {(n + 1) // 2:,} bytes belong"]
+    for part, want in wanted.items():
+        found = sizes.get(part, ("", -1))
+        if found != want:
+            faults.append(f"its {part} {_found(found)} where {want[1]:,} bytes of {want[0]} belong")
+    if not stored.double_quant:
+        faults += [f"it has a {part} and no nested_offset" for part in sizes if part.startswith("nested_")]
+    if faults:
+        raise _broken(name, f"of shape {stored.shape} is incomplete: {', '.join(faults)}")
+
+
+def _found(size: tuple[str, int]) -> str:
+    return "are missing" if size[1] < 0 else f"take {size[1]:,} bytes of {size[0]}"
+
+
+def _with_tensors(name: str, stored: StoredWeight, codes: Tensor, parts: dict[str, Tensor]) -> StoredWeight:
+    device = codes.device
+    tensors = {
+        "weight": codes.contiguous().view(torch.uint8).reshape(packed_shape(stored.shape, stored.block_size)),
+        "absmax": parts["absmax"].detach().reshape(-1),
+    }
+    tables = [("quant_map", code_values(stored.quant_type, device))]
+    if stored.offset is not None:
+        tensors["nested_absmax"] = parts["nested_absmax"].detach().reshape(-1)
+        tensors["offset"] = torch.tensor(stored.offset, dtype=torch.float32, device=device)
+        tables.append(("nested_quant_map", dynamic_map(device)))
+    for part, table in tables:
+        if not torch.allclose(parts[part].reshape(-1), table, rtol=0, atol=1e-6):
+            raise _broken(name, f"has a {part} of its own: only the standard tables are known")
+    scales = tensors["absmax"] if stored.offset is None else tensors["nested_absmax"]
+    if not torch.isfinite(scales).all():
+        raise _broken(name, "has scales (absmax) that are NaN or infinite")
+    return StoredWeight(stored.quant_type, stored.block_size, stored.dtype, stored.shape, stored.offset, tensors)
+
+
+def _broken(name: str, fault: str) -> QuantizationError:
+    return QuantizationError("RW611", f"the 4-bit weight {name} {fault}.")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def rewrite_bitsandbytes_config(config: Mapping[str, Any]) -> FourBitConfig | None:
+    """What stands in for the quantization of a bitsandbytes checkpoint, so that it loads into `Linear4bit` layers.
+
+    ``config``: the content of ``config.json``, or its ``quantization_config`` alone. None where it describes no 4-bit
+    checkpoint of bitsandbytes.
+
+    Raises:
+        QuantizationError: RW601 unknown ``bnb_4bit_quant_type``, RW605 unknown ``bnb_4bit_compute_dtype``.
+    """
+    from rankwise.quantization.config import Fp4Config, Nf4Config
+
+    stored = config.get("quantization_config", config)
+    # load_in_4bit decides, as in transformers: old checkpoints have no quant_method.
+    if not isinstance(stored, Mapping) or not (stored.get("load_in_4bit") or stored.get("_load_in_4bit")):
+        return None
+    # transformers' defaults, for what the file leaves out.
+    quant_type = stored.get("bnb_4bit_quant_type", "fp4")
+    if quant_type not in QUANT_TYPES:
+        raise QuantizationError(
+            "RW601", f"the checkpoint's bnb_4bit_quant_type is {_short(quant_type)}: use nf4 or fp4."
+        )
+    kind = {"nf4": Nf4Config, "fp4": Fp4Config}[quant_type]
+    return kind(
+        double_quant=bool(stored.get("bnb_4bit_use_double_quant", False)),
+        modules_to_not_convert=stored.get("llm_int8_skip_modules"),
+        compute_dtype=stored.get("bnb_4bit_compute_dtype", "float32"),
+    )
+
+
+def adopt_bitsandbytes_config(config: Any) -> FourBitConfig | None:
+    """Rewrite the quantization of a transformers config in place: ``from_pretrained(folder, config=config)`` then gives
+    `Linear4bit` layers from a bitsandbytes checkpoint, without bitsandbytes. None, and nothing changes, for others.
+    """
+    stored = getattr(config, "quantization_config", None)
+    ours = rewrite_bitsandbytes_config(stored) if isinstance(stored, Mapping) else None
+    if ours is not None:
+        config.quantization_config = ours.to_loading_dict()
+    return ours

@@ -1,0 +1,75 @@
+"""The 4-bit weights of bitsandbytes' checkpoints, checked by their headers before anything is allocated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from rankwise.errors import QuantizationError
+from rankwise.quantization.bitsandbytes_format import StoredWeight, check_sizes, parse_state, state_part
+from rankwise.weights_file import TensorInfo, read_header
+
+_PART = re.compile(r"(.*\bweight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)", re.DOTALL)
+
+
+def stored_weights(files: Iterable[str | Path]) -> dict[str, StoredWeight]:
+    """Every 4-bit weight of a checkpoint, by the name of its codes; the parts of one may lie in several files.
+
+    Raises:
+        QuantizationError: RW611, a file is damaged, or weights are incomplete or contradictory, all named at once.
+    """
+    tensors: dict[str, tuple[Path, TensorInfo]] = {}
+    for file in map(Path, files):
+        header = read_header(file, error=QuantizationError, code="RW611")
+        tensors |= {name: (file, info) for name, info in header.tensors.items()}
+    found, faults = {}, []
+    for name, sizes in _grouped(tensors).items():
+        try:
+            found[name] = _stored(name, sizes, tensors)
+        except QuantizationError as error:
+            faults.append(error.message.rstrip("."))
+    if faults:
+        raise QuantizationError("RW611", f"{_some(faults)}. The checkpoint is damaged; download or write it again.")
+    return found
+
+
+def _grouped(tensors: Mapping[str, tuple[Path, TensorInfo]]) -> dict[str, dict[str, tuple[str, int]]]:
+    """{weight: {part: (dtype, bytes)}}, with the codes under ``""``."""
+    groups: dict[str, dict[str, tuple[str, int]]] = {}
+    for name, (_, info) in tensors.items():
+        match = _PART.fullmatch(name)
+        if match:
+            groups.setdefault(match[1], {})[match[2]] = _size(info)
+        elif name.endswith("weight") and info.dtype == "U8" and len(info.shape) == 2 and info.shape[1] == 1:
+            # Codes in bitsandbytes' shape: without their scales the group is reported as incomplete.
+            groups.setdefault(name, {})
+    for name, sizes in groups.items():
+        if name in tensors:
+            sizes[""] = _size(tensors[name][1])
+    return groups
+
+
+def _size(info: TensorInfo) -> tuple[str, int]:
+    return info.dtype, info.end - info.begin
+
+
+def _stored(
+    name: str, sizes: dict[str, tuple[str, int]], tensors: Mapping[str, tuple[Path, TensorInfo]]
+) -> StoredWeight:
+    part = state_part(name, sizes)
+    file, info = tensors[f"{name}.{part}"]
+    stored = parse_state(name, part, _read(file, info))
+    check_sizes(name, stored, sizes)
+    return stored
+
+
+def _read(file: Path, info: TensorInfo) -> bytes:
+    with open(file, "rb") as content:
+        header_bytes = int.from_bytes(content.read(8), "little")
+        content.seek(8 + header_bytes + info.begin)
+        return content.read(info.end - info.begin)
+
+
+def _some(faults: list[str]) -> str:
+    return "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")

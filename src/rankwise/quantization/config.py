@@ -1,0 +1,135 @@
+"""How weights become 4 bits, as a transformers quantization config: also what ``from_pretrained`` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from rankwise.errors import QuantizationError
+from rankwise.ops.checks import check_dtype, check_type
+
+METHOD = "rankwise_4bit"
+"""Our name among transformers' quantization methods. It is never written to a file: checkpoints are bitsandbytes'."""
+
+
+@dataclass
+class FourBitConfig(QuantizationConfigMixin):
+    """What `Nf4Config` and `Fp4Config` share; use one of them.
+
+    Raises:
+        QuantizationError: RW602 block size, RW605 compute dtype, RW615 anything else of the wrong kind.
+    """
+
+    quant_type: ClassVar[str] = ""
+
+    quant_method: Any = field(default=METHOD, init=False, repr=False)
+
+    block_size: int = 64
+    # Elements per scale along the row-major flattening: a power of two from 32 to 4096.
+
+    double_quant: bool = False
+    # Keep the scales themselves in 8 bits: 0.37 bits per parameter less (QLoRA, section 3).
+
+    modules_to_not_convert: Sequence[str] | None = None
+    # Modules that stay dense besides the output head: names, their beginnings or ends, or regular expressions.
+
+    compute_dtype: Any = None
+    # The dtype of the products, a torch.dtype or its name; None: that of the activations.
+
+    weights_dtype: torch.dtype | None = field(default=None, init=False, repr=False, compare=False)
+    # The dtype of the weights before, once a model is quantized: the compute dtype written to its config.json.
+
+    dense_modules: list[str] | None = field(default=None, init=False, repr=False, compare=False)
+    # The linear layers left dense, once a model is quantized: written to its config.json.
+
+    def __post_init__(self) -> None:
+        if type(self.block_size) is not int:
+            raise QuantizationError("RW602", f"block_size is {self.block_size!r}: use a whole number, 64 is usual.")
+        check_type(self.quant_type, self.block_size)
+        if type(self.double_quant) is not bool:
+            raise QuantizationError("RW615", f"double_quant is {self.double_quant!r}: use True or False.")
+        self.modules_to_not_convert = _names(self.modules_to_not_convert)
+        self.compute_dtype = _dtype(self.compute_dtype)
+        from rankwise.quantization.transformers_plugin import register
+
+        register()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The config of a ``to_loading_dict``: transformers' way to hand it to the loader."""
+        given = {key: value for key, value in config_dict.items() if key not in ("quant_method", "quant_type")}
+        kinds: dict[Any, type[FourBitConfig]] = {"nf4": Nf4Config, "fp4": Fp4Config}
+        quant_type = config_dict.get("quant_type", cls.quant_type)
+        if quant_type not in kinds:
+            raise QuantizationError("RW601", f"there is no 4-bit type {quant_type!r}: use nf4 or fp4.")
+        config = kinds[quant_type](**given)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_loading_dict(self) -> dict[str, Any]:
+        """What ``from_dict`` takes, JSON only: for a model config whose checkpoint is to load into our layers."""
+        return {
+            "quant_method": METHOD,
+            "quant_type": self.quant_type,
+            "block_size": self.block_size,
+            "double_quant": self.double_quant,
+            "modules_to_not_convert": self.modules_to_not_convert,
+            "compute_dtype": None if self.compute_dtype is None else _name(self.compute_dtype),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into ``config.json``: the description by which transformers + bitsandbytes read the checkpoint."""
+        compute = self.compute_dtype or self.weights_dtype or torch.float32
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": self.quant_type,
+            "bnb_4bit_use_double_quant": self.double_quant,
+            "bnb_4bit_compute_dtype": _name(compute),
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_skip_modules": self.dense_modules or self.modules_to_not_convert,
+            "llm_int8_threshold": 6.0,
+        }
+
+
+@dataclass
+class Nf4Config(FourBitConfig):
+    """4-bit NormalFloat: 16 quantiles of the normal distribution (QLoRA, section 3)."""
+
+    quant_type: ClassVar[str] = "nf4"
+
+
+@dataclass
+class Fp4Config(FourBitConfig):
+    """4-bit floating point: a sign, two bits of exponent, one of mantissa."""
+
+    quant_type: ClassVar[str] = "fp4"
+
+
+def _names(names: Any) -> list[str] | None:
+    if names is None:
+        return None
+    is_list = isinstance(names, list | tuple | set | frozenset)
+    if not is_list or not all(isinstance(name, str) and name for name in names):
+        raise QuantizationError("RW615", f"modules_to_not_convert is {names!r}: give a list of module names.")
+    return sorted(names) if isinstance(names, set | frozenset) else list(names)
+
+
+def _dtype(dtype: Any) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise QuantizationError("RW605", f"compute_dtype is {dtype!r}: use float32, bfloat16 or float16.")
+    check_dtype(found, "compute_dtype")
+    return found
+
+
+def _name(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")

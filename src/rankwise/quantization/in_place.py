@@ -1,0 +1,161 @@
+"""Turn the linear layers of a model in memory into 4-bit ones, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.errors import QuantizationError
+from rankwise.quantization.config import FourBitConfig
+from rankwise.quantization.linear import Linear4bit, is_conv1d
+from rankwise.quantization.targets import (
+    dense_linear_names,
+    expert_tensors,
+    four_bit_layers,
+    target_names,
+    warn_about_experts,
+)
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What ``quantize`` did."""
+
+    layers: tuple[str, ...]
+    # Names of the layers that are 4-bit now.
+
+    dense: tuple[str, ...]
+    # Linear layers that stay dense.
+
+    experts: tuple[str, ...]
+    # Stacked expert tensors, which stay dense.
+
+    bytes_before: int
+    # Bytes of the quantized layers' weights before ...
+
+    bytes_after: int
+    # ... and of codes and scales now.
+
+    def __str__(self) -> str:
+        kept = ", ".join(self.dense[:3]) + (", ..." if len(self.dense) > 3 else "")
+        return (
+            f"{len(self.layers)} layers quantized "
+            f"({self.bytes_before / 1e6:,.1f} MB -> {self.bytes_after / 1e6:,.1f} MB); "
+            f"{len(self.dense)} stay dense{f' ({kept})' if kept else ''}"
+        )
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, config: FourBitConfig) -> QuantizationReport:
+    """Make the linear layers of ``model`` `Linear4bit`, in place, one at a time; each dense weight is freed at once.
+
+    Output head, embeddings and ``modules_to_not_convert`` stay as they are. A transformers model passes for quantized
+    afterwards: it trains with adapters, and ``save_pretrained`` writes bitsandbytes' format. On errors nothing changes.
+
+    Raises:
+        QuantizationError: RW603 NaN or Inf in a weight (named), RW605 a weight of another dtype, RW610 nothing to
+            quantize, or the model is quantized or carries adapters.
+    """
+    _check_model(model, config)
+    targets = target_names(model, config)
+    _check_weights(model, [names[0] for names in targets])
+    bytes_before = bytes_after = 0
+    for names in targets:
+        bytes_before += _weight(model, names[0]).nbytes
+        layer = Linear4bit.from_linear(
+            model.get_submodule(names[0]),
+            quant_type=config.quant_type,
+            block_size=config.block_size,
+            double_quant=config.double_quant,
+            compute_dtype=config.compute_dtype,
+        )
+        bytes_after += layer.weight.nbytes + sum(buffer.nbytes for buffer in layer.buffers())
+        for name in names:
+            _replace(model, name, layer)
+    warn_about_experts(model)
+    _mark(model, config)
+    layers = tuple(names[0] for names in targets)
+    return QuantizationReport(
+        layers, tuple(dense_linear_names(model)), tuple(expert_tensors(model)), bytes_before, bytes_after
+    )
+
+
+@torch.no_grad()
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Make every `Linear4bit` of ``model`` an ``nn.Linear`` with the dequantized weight, in place; returns their count.
+
+    ``dtype``: that of the new layers; None keeps each layer's own.
+    """
+    layers = [name for name, _ in four_bit_layers(model)]
+    for name in layers:
+        layer: Any = model.get_submodule(name)
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        weight = layer.dequantize()
+        dense.weight = nn.Parameter(weight if dtype is None else weight.to(dtype), requires_grad=False)
+        if layer.bias is not None:
+            dense.bias = nn.Parameter(layer.bias.detach().to(dense.weight.dtype), requires_grad=False)
+        _replace(model, name, dense.train(layer.training))
+        del layer
+    return len(layers)
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    layer: Any = model.get_submodule(name)
+    return layer.weight
+
+
+def _check_model(model: nn.Module, config: FourBitConfig) -> None:
+    if not isinstance(config, FourBitConfig) or not config.quant_type:
+        raise QuantizationError(
+            "RW615", f"quantize needs an Nf4Config or Fp4Config, and got a {type(config).__name__}."
+        )
+    if isinstance(model, Linear4bit) or is_conv1d(model) or type(model) is nn.Linear:
+        raise QuantizationError(
+            "RW610", "quantize replaces layers inside a model; use Linear4bit.from_linear for a single layer."
+        )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        method = quantizer.quantization_config.quant_method
+        raise QuantizationError("RW610", f"the model is quantized already ({getattr(method, 'value', method)}).")
+    if getattr(model, "rankwise_adapters", None) is not None:
+        raise QuantizationError("RW610", "the model carries adapters; quantize it first and add them then.")
+
+
+def _check_weights(model: nn.Module, names: list[str]) -> None:
+    broken = [name for name in names if _has_values(weight := _weight(model, name)) and not _is_finite(weight)]
+    if broken:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise QuantizationError(
+            "RW603",
+            f"NaN or infinity in the weights of {', '.join(broken[:5])}{more}: 4 bits have no code for them. "
+            "The checkpoint is damaged or the training that made it diverged; use another one.",
+        )
+
+
+def _has_values(weight: Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return not weight.is_meta and not isinstance(weight, FakeTensor)
+
+
+def _is_finite(weight: Tensor) -> bool:
+    # One cheap pass, and a second one only where the sum itself overflowed or the weight is broken.
+    return bool(weight.sum(dtype=torch.float32).isfinite()) or bool(weight.isfinite().all())
+
+
+def _mark(model: nn.Module, config: FourBitConfig) -> None:
+    """Tell transformers what the model is now: its Trainer, ``save_pretrained`` and ``dequantize`` ask for it."""
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        from rankwise.quantization.transformers_plugin import mark_quantized
+
+        mark_quantized(model, config)

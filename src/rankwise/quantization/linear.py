@@ -1,0 +1,278 @@
+"""A linear layer whose weight is kept in 4 bits:  y = x W'^T + b,  W' = value[code] * absmax (QLoRA, section 3).
+
+Legend: K = in features, N = out features, blocks = ceil(N K / block_size).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise import ops
+from rankwise.errors import QuantizationError
+from rankwise.ops.checks import check_dtype, check_type
+from rankwise.ops.codes import NESTED_BLOCK
+from rankwise.quantization.bitsandbytes_format import from_bitsandbytes, has_parts, part_names
+
+SCALES = ("absmax", "nested_absmax", "offset")
+
+
+class Linear4bit(nn.Module):
+    """A frozen linear layer in NF4 or FP4.
+
+    weight: uint8 parameter, (N, K / 2) where K is a multiple of the block, else (ceil(N K / 2), 1): two-dimensional, so
+    that FSDP2 shards it by row. absmax: float32 (blocks,); double-quantized it is uint8, beside nested_absmax float32
+    (ceil(blocks / 256),) and offset float32 (). bias: (N,) or None.
+
+    ``dtype`` is what ``dequantize`` gives, that of the weight before. The product runs in the dtype of x, or in
+    ``compute_dtype`` where one is set. ``to(torch.float16)`` and its like change ``dtype`` and the bias; the stored
+    codes and scales never change.
+    """
+
+    bias: nn.Parameter | None
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        quant_type: str = "nf4",
+        block_size: int = 64,
+        double_quant: bool = False,
+        dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """An empty layer, as loading needs it; ``from_weight`` and ``from_linear`` make one with content.
+
+        Raises:
+            QuantizationError: RW601 unknown type, RW602 bad block size, RW605 bad dtype.
+        """
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.compute_dtype = compute_dtype
+        self.set_format(quant_type, block_size, double_quant, dtype or torch.get_default_dtype(), device)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=self.dtype, device=device), requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+
+    def set_format(
+        self,
+        quant_type: str,
+        block_size: int,
+        double_quant: bool,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Take this format, with empty buffers for a weight of it."""
+        check_type(quant_type, block_size)
+        check_dtype(dtype, "the dtype of a 4-bit layer")
+        self.quant_type, self.block_size, self.dtype = quant_type, block_size, dtype
+        blocks = math.ceil(self.in_features * self.out_features / block_size)
+        nested = math.ceil(blocks / NESTED_BLOCK)
+        packed = torch.empty(ops.packed_shape(self.shape, block_size), dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        scale_dtype = torch.uint8 if double_quant else torch.float32
+        self.register_buffer("absmax", torch.empty(blocks, dtype=scale_dtype, device=device))
+        self.register_buffer("nested_absmax", torch.empty(nested, device=device).float() if double_quant else None)
+        self.register_buffer("offset", torch.empty((), device=device).float() if double_quant else None)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        quant_type: str = "nf4",
+        block_size: int = 64,
+        double_quant: bool = False,
+        compute_dtype: torch.dtype | None = None,
+    ) -> Linear4bit:
+        """Quantize ``weight`` (N, K), float32, bfloat16 or float16; ``bias`` is taken over as it is.
+
+        Raises:
+            QuantizationError: RW601, RW602, RW603 NaN or Inf in the weight, RW605, RW606 not a matrix.
+        """
+        if weight.dim() != 2:
+            raise QuantizationError("RW606", f"a weight of shape {tuple(weight.shape)} is no matrix (out, in).")
+        layer = cls(
+            weight.shape[1],
+            weight.shape[0],
+            quant_type=quant_type,
+            block_size=block_size,
+            double_quant=double_quant,
+            dtype=weight.dtype,
+            compute_dtype=compute_dtype,
+            device="meta",
+        )
+        layer.take(quantized_tensors(weight, quant_type, block_size, double_quant))
+        if bias is not None:
+            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+        return layer
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, **weight_format: Any) -> Linear4bit:
+        """The 4-bit twin of an ``nn.Linear`` or a transformers ``Conv1D``; keywords and errors of ``from_weight``."""
+        source: Any = linear
+        weight = source.weight.detach()
+        layer = cls.from_weight(weight.T if is_conv1d(linear) else weight, source.bias, **weight_format)
+        return layer.train(linear.training)
+
+    def take(self, tensors: dict[str, Tensor]) -> None:
+        """Take over ``weight`` and the scales by name, in this layer's format."""
+        self.weight = nn.Parameter(tensors["weight"], requires_grad=False)
+        for name in SCALES:
+            setattr(self, name, tensors.get(name))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K), of the weight that the packed one stands for."""
+        return self.out_features, self.in_features
+
+    @property
+    def double_quant(self) -> bool:
+        return self.nested_absmax is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) -> (..., N), in the dtype of x (under autocast in autocast's)."""
+        return self._product(x, self.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        """``x W'^T`` without the bias: (..., N)."""
+        return self._product(x, None)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        compute = self.compute_dtype
+        if compute is None or compute is x.dtype or torch.is_autocast_enabled(x.device.type):
+            return self._linear(x, bias)
+        return self._linear(x.to(compute), bias).to(x.dtype)
+
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return ops.linear_4bit(
+            x,
+            self.weight,
+            self.absmax,
+            self.shape,
+            bias,
+            self.quant_type,
+            self.block_size,
+            nested_absmax=self.nested_absmax,
+            offset=self.offset,
+        )
+
+    @torch.no_grad()
+    def dequantize(self) -> Tensor:
+        """W' as a new tensor (N, K) of ``dtype``."""
+        return ops.dequantize_4bit(
+            self.weight,
+            self.absmax,
+            self.shape,
+            self.dtype,
+            self.quant_type,
+            self.block_size,
+            nested_absmax=self.nested_absmax,
+            offset=self.offset,
+        )
+
+    @torch.no_grad()
+    def row_norms(self) -> Tensor:
+        """||W'_n|| over K, float32 (N,), of W' in ``dtype``."""
+        return ops.row_norms_4bit(
+            self.weight,
+            self.absmax,
+            self.shape,
+            self.quant_type,
+            self.block_size,
+            nested_absmax=self.nested_absmax,
+            offset=self.offset,
+            dtype=self.dtype,
+        )
+
+    def extra_repr(self) -> str:
+        double = ", double_quant=True" if self.double_quant else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"quant_type={self.quant_type}, block_size={self.block_size}{double}, dtype={self.dtype}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
+        scales = {id(scale) for name in SCALES if (scale := getattr(self, name)) is not None}
+
+        def apply(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            # A cast would round the scales and with them every weight; only the move is carried out.
+            return tensor.to(moved.device) if id(tensor) in scales and moved.dtype != tensor.dtype else moved
+
+        cast_to = fn(torch.empty(0, dtype=self.dtype, device=self.absmax.device)).dtype
+        super()._apply(apply, recurse)
+        self.dtype = cast_to
+        return self
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Takes this class's own names or bitsandbytes' (``weight.absmax``, ...); a wrong dtype is an error."""
+        errors: list[str] = arguments[-1]
+        try:
+            if has_parts(state, prefix):
+                self._unpack(state, prefix)
+            self._check_dtypes(state, prefix)
+        except QuantizationError as error:
+            errors.append(str(error))
+            return
+        super()._load_from_state_dict(state, prefix, *arguments)
+
+    def _unpack(self, state: dict[str, Any], prefix: str) -> None:
+        stored = from_bitsandbytes(state, prefix)
+        stored.check_shape(f"{prefix}weight", self.shape)
+        device = self.weight.device
+        self.set_format(stored.quant_type, stored.block_size, stored.double_quant, stored.dtype, device)
+        for name in part_names(state, prefix):
+            del state[name]
+        state.update({prefix + name: tensor for name, tensor in stored.tensors.items()})
+
+    def _check_dtypes(self, state: dict[str, Any], prefix: str) -> None:
+        # copy_ would cast silently, and a cast code or scale is a wrong weight.
+        own = {prefix + name: tensor for name in ("weight", *SCALES) if (tensor := getattr(self, name)) is not None}
+        wrong = [
+            f"{name} is {state[name].dtype} and must be {tensor.dtype}"
+            for name, tensor in own.items()
+            if name in state and state[name].dtype is not tensor.dtype
+        ]
+        if wrong:
+            raise QuantizationError("RW604", f"the state does not fit a 4-bit layer: {'; '.join(wrong)}.")
+
+
+def quantized_tensors(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> dict[str, Tensor]:
+    """``weight`` (N, K) as the tensors of a `Linear4bit`, by name: weight, absmax and, double-quantized, two more."""
+    packed, absmax = ops.quantize_4bit(weight.detach(), quant_type, block_size)
+    if not double_quant:
+        return {"weight": packed, "absmax": absmax}
+    codes, nested_absmax, offset = ops.quantize_absmax(absmax)
+    return {"weight": packed, "absmax": codes, "nested_absmax": nested_absmax, "offset": offset}
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' ``Conv1D``, a linear layer that stores its weight as (in, out)."""
+    # By name, so that a look at a layer does not import transformers.
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_dense_linear(module: nn.Module) -> bool:
+    """Whether `Linear4bit` can stand in for it: subclasses may use their weight in ways of their own."""
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """(in, out) of a dense linear layer."""
+    layer: Any = linear
+    if is_conv1d(linear):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    return layer.in_features, layer.out_features

@@ -1,0 +1,300 @@
+"""transformers' view of our 4-bit models: quantize while shards stream in, read and write bitsandbytes' checkpoints.
+
+``from_pretrained`` builds the model without storage, calls ``_process_model_before_weight_loading`` to put empty layers
+in, then hands over one weight at a time: dense ones to `QuantizeOperation`, the parts of 4-bit ones to
+`DeserializeOperation`. It swallows exceptions of both into a report, so failures are gathered and raised at the end.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
+
+from rankwise.errors import QuantizationError
+from rankwise.quantization.bitsandbytes_format import PARTS, StoredWeight, from_bitsandbytes, to_bitsandbytes
+from rankwise.quantization.checkpoint import stored_weights
+from rankwise.quantization.config import METHOD, FourBitConfig
+from rankwise.quantization.in_place import dequantize
+from rankwise.quantization.linear import Linear4bit, features, is_conv1d, is_dense_linear, quantized_tensors
+from rankwise.quantization.targets import dense_linear_names, four_bit_layers, target_names, warn_about_experts
+
+
+def register() -> None:
+    """Make the method known to transformers; every `Nf4Config` and `Fp4Config` does it."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(FourBitQuantizer)
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(FourBitConfig)
+
+
+def mark_quantized(model: PreTrainedModel, config: FourBitConfig) -> None:
+    """Give a model that ``quantize`` changed the marks that ``from_pretrained`` would have left on it."""
+    marked: Any = model
+    quantizer = FourBitQuantizer(config, pre_quantized=False)
+    marked.is_quantized, marked.quantization_method = True, METHOD
+    marked.hf_quantizer = quantizer
+    model.config.quantization_config = quantizer.quantization_config
+    _assign_is_quantized(model)
+    describe(model, quantizer.quantization_config)
+
+
+def describe(model: nn.Module, config: FourBitConfig) -> None:
+    """Bring what ``config.json`` will say about the layers up to date with the model."""
+    layers = dict(four_bit_layers(model))
+    config.dense_modules = dense_linear_names(model)
+    if layers:
+        first = next(iter(layers.values()))
+        config.weights_dtype, config.double_quant = first.dtype, first.double_quant
+
+
+class FourBitQuantizer(HfQuantizer):
+    """What transformers asks while it loads, trains and saves one of our models."""
+
+    requires_calibration = False
+    quantization_config: FourBitConfig
+    serialized_names = {"weight": ["weight", *(f"weight.{part}" for part in PARTS)]}  # noqa: RUF012  (transformers' own)
+
+    def __init__(self, quantization_config: FourBitConfig, **arguments: Any) -> None:
+        # A copy: what is learnt about this model must not show in the config of another one.
+        super().__init__(copy.copy(quantization_config), **arguments)
+        self.failures: list[QuantizationError] = []
+        self.loaded: set[str] = set()
+        self.transposed: set[str] = set()
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise QuantizationError("RW615", "4-bit layers cannot be offloaded to disk; give a device_map without it.")
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
+        module, leaf = _owner(model, param_name)
+        return leaf == "weight" and isinstance(module, Linear4bit)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        # The Trainer knows adapters of PEFT only, and refuses a quantized model without them unless it hears this.
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return QuantizeOperation(self)
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        return {"deserialize": DeserializeOperation}
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
+        if not self.pre_quantized:
+            for names in target_names(model, self.quantization_config):
+                self._put_empty(model, names)
+        elif checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
+            self._prepare(model, stored_weights(checkpoint_files))
+        return model
+
+    def _prepare(self, model: PreTrainedModel, stored: dict[str, StoredWeight]) -> None:
+        """Empty layers in the stored formats. Weights that transformers renames are met while loading instead."""
+        if not stored:
+            raise QuantizationError("RW611", "config.json calls the checkpoint 4-bit, and it holds no 4-bit weight.")
+        modules = {name: module for name, module in model.named_modules() if is_dense_linear(module)}
+        prefix = f"{model.base_model_prefix}."
+        for weight, content in stored.items():
+            path = weight.removesuffix(".weight")
+            for name in (path, prefix + path, path.removeprefix(prefix)):
+                if name in modules:
+                    in_features, out_features = features(modules[name])
+                    content.check_shape(weight, (out_features, in_features))
+                    self._put_empty(model, [name], content)
+                    break
+
+    def _put_empty(self, model: PreTrainedModel, names: list[str], stored: StoredWeight | None = None) -> Linear4bit:
+        """An empty `Linear4bit` in place of the dense layer; its weight is still to come."""
+        linear: Any = model.get_submodule(names[0])
+        config = self.quantization_config
+        layer = Linear4bit(
+            *features(linear),
+            quant_type=stored.quant_type if stored else config.quant_type,
+            block_size=stored.block_size if stored else config.block_size,
+            double_quant=stored.double_quant if stored else config.double_quant,
+            # The dtype that the model is loaded in: that of a merged layer must fit its neighbours.
+            dtype=linear.weight.dtype,
+            compute_dtype=config.compute_dtype,
+            device="meta",
+        )
+        layer.bias = linear.bias
+        layer.train(linear.training)
+        for name in names:
+            if is_conv1d(linear) and stored is None:
+                self.transposed.add(f"{name}.weight")
+            model.set_submodule(name, layer)
+        return layer
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        self._raise_failures(model)
+        # Its inverse would run while saving, where our own writer is at work.
+        conversions = getattr(model, "_weight_conversions", None) or []
+        marked: Any = model
+        marked._weight_conversions = [item for item in conversions if not _is_ours(item)]
+        describe(model, self.quantization_config)
+        warn_about_experts(model)
+        return model
+
+    def _raise_failures(self, model: PreTrainedModel) -> None:
+        missing = [name for name, layer in four_bit_layers(model) if not self._arrived(name)]
+        if missing and not self.failures:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise QuantizationError(
+                "RW612", f"the checkpoint has no weights for {', '.join(missing[:5])}{more}; it fits another model."
+            )
+        if self.failures:
+            messages = [failure.message.rstrip(".") for failure in self.failures]
+            more = f"; and {len(messages) - 3} more" if len(messages) > 3 else ""
+            raise QuantizationError(self.failures[0].code, f"{'; '.join(messages[:3])}{more}.")
+
+    def _arrived(self, name: str) -> bool:
+        return f"{name}.weight" in self.loaded
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The state in bitsandbytes' layout; called by ``save_pretrained`` before it writes the config."""
+        state = bitsandbytes_state(model)
+        if any(True for _ in four_bit_layers(model)):
+            describe(model, self.quantization_config)
+        else:
+            # Merged: nothing is 4-bit any more.
+            self.remove_quantization_config(model)
+        return state, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        dequantize(model, dtype)
+        return model
+
+
+def bitsandbytes_state(model: nn.Module) -> dict[str, Tensor]:
+    """``model.state_dict()`` with every 4-bit layer under bitsandbytes' names."""
+    state = model.state_dict(keep_vars=True)
+    # By identity: a wrapper around a layer may show it under another name than its path.
+    names = {id(tensor): name for name, tensor in state.items()}
+    for _, layer in four_bit_layers(model):
+        name = names[id(layer.weight)]
+        prefix = name.removesuffix("weight")
+        for own in ("weight", "absmax", "nested_absmax", "offset"):
+            state.pop(prefix + own, None)
+        state.update({prefix + key: tensor for key, tensor in to_bitsandbytes(layer).items()})
+    return {name: tensor.detach() if isinstance(tensor, Tensor) else tensor for name, tensor in state.items()}
+
+
+class QuantizeOperation(ConversionOps):
+    """A dense weight -> codes and scales, the moment it is read."""
+
+    def __init__(self, hf_quantizer: FourBitQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, model: Any = None, **__: Any) -> dict[str, Any]:
+        tensors: dict[str, Any] = {}
+        for name, value in input_dict.items():
+            module, leaf = _owner(model, name)
+            if leaf == "weight" and isinstance(module, Linear4bit):
+                tensors |= self._quantized(name, _single(value), module)
+            else:
+                tensors[name] = value
+        return tensors
+
+    def _quantized(self, name: str, value: Tensor, layer: Linear4bit) -> dict[str, Tensor]:
+        quantizer = self.hf_quantizer
+        weight = value.T if name in quantizer.transposed else value
+        quantizer.loaded.add(name)
+        try:
+            if weight.shape != layer.shape:
+                raise QuantizationError(
+                    "RW612", f"it has shape {tuple(weight.shape)} where the model needs {layer.shape}"
+                )
+            found = quantized_tensors(weight, layer.quant_type, layer.block_size, layer.double_quant)
+        except QuantizationError as error:
+            quantizer.failures.append(QuantizationError(error.code, f"{name}: {error.message}"))
+            # Loading goes on to its end, where the failures are raised.
+            found = {key: torch.empty_like(own, device=value.device) for key, own in layer.state_dict().items()}
+            found.pop("bias", None)
+        return {name.removesuffix("weight") + key: tensor for key, tensor in found.items()}
+
+
+class DeserializeOperation(ConversionOps):
+    """The parts of a stored 4-bit weight -> codes and scales; any other weight passes through, in its dtype."""
+
+    def __init__(self, hf_quantizer: FourBitQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeserializeOperation:
+        # transformers copies the operation for every weight; what it finds must reach the one quantizer.
+        return DeserializeOperation(self.hf_quantizer)
+
+    def convert(
+        self, input_dict: dict[str, Any], *_: Any, model: Any = None, full_layer_name: str = "", **__: Any
+    ) -> dict[str, Any]:
+        parts = {name: _single(value) for name, value in input_dict.items()}
+        if set(parts) == {"weight"} and parts["weight"].is_floating_point():
+            return {full_layer_name: parts["weight"].to(_wanted_dtype(model, full_layer_name))}
+        try:
+            return self._deserialized(parts, model, full_layer_name)
+        except QuantizationError as error:
+            self.hf_quantizer.failures.append(error)
+            return {}
+
+    def _deserialized(self, parts: dict[str, Tensor], model: Any, full_name: str) -> dict[str, Tensor]:
+        prefix = full_name.removesuffix("weight")
+        path = prefix.removesuffix(".")
+        stored = from_bitsandbytes({prefix + name: tensor for name, tensor in parts.items()}, prefix)
+        layer = model.get_submodule(path)
+        if is_dense_linear(layer):
+            layer = self.hf_quantizer._put_empty(model, [path], stored)
+        if not isinstance(layer, Linear4bit):
+            raise QuantizationError(
+                "RW611", f"the 4-bit weight {full_name} belongs to a {type(layer).__name__}, which is no linear layer."
+            )
+        stored.check_shape(full_name, layer.shape)
+        layer.set_format(stored.quant_type, stored.block_size, stored.double_quant, layer.dtype, "meta")
+        self.hf_quantizer.loaded.add(full_name)
+        return {prefix + name: tensor for name, tensor in stored.tensors.items()}
+
+
+def _wanted_dtype(model: Any, name: str) -> torch.dtype:
+    """transformers leaves the dtype of what passes through this operation to it: the model's, or that of its plan."""
+    parameter = model.get_parameter_or_buffer(name)
+    for pattern, dtype in model._get_dtype_plan(model.config.dtype).items():
+        if re.search(pattern.replace("*", ".*"), name):
+            return dtype
+    return parameter.dtype
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _single(value: Any) -> Tensor:
+    return value[0] if isinstance(value, list) else value
+
+
+def _is_ours(conversion: Any) -> bool:
+    return any(isinstance(item, DeserializeOperation) for item in getattr(conversion, "operations", ()))

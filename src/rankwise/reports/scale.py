@@ -1,0 +1,85 @@
+"""From data to pixels: ranges, round ticks, smoothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """The line that takes ``low`` to ``start`` and ``high`` to ``end``."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        span = (self.high - self.low) or 1.0
+        return self.start + (value - self.low) / span * (self.end - self.start)
+
+
+def nice_ticks(low: float, high: float, count: int) -> list[float]:
+    """About ``count`` round numbers (1, 2, 2.5 or 5 times a power of ten) within [low, high]."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / max(count, 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def whole_ticks(high: int, count: int) -> list[int]:
+    """About ``count`` whole round numbers within [0, high]."""
+    return sorted({round(tick) for tick in nice_ticks(0, high, count) if abs(tick - round(tick)) < 1e-9})
+
+
+def tick_label(value: float, ticks: Sequence[float]) -> str:
+    """``value`` with as many decimals as the distance of the ticks needs."""
+    step = min((b - a for a, b in itertools.pairwise(ticks)), default=1.0)
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    if round(step * 10**decimals, 6) % 1:
+        decimals += 1
+    return f"{value:.{decimals}f}"
+
+
+def robust_range(shown: Sequence[float], noisy: Sequence[float]) -> tuple[float, float]:
+    """A range with all of ``shown`` and the middle 98 % of ``noisy`` in it, and a little air."""
+    ordered = sorted(noisy)
+    edge = len(ordered) // 100
+    values = [*shown, *ordered[edge : len(ordered) - edge]]
+    if not values:
+        return 0.0, 1.0
+    low, high = min(values), max(values)
+    air = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
+    return low - air, high + air
+
+
+def smoothed(values: Sequence[float], span: float) -> list[float]:
+    """Exponential moving average over about ``span`` values, without the pull of its start."""
+    keep = 1 - 2 / (max(span, 1.0) + 1)
+    total = weight = 0.0
+    result = []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        result.append(total / weight)
+    return result
+
+
+def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """``positions`` moved apart as little as a top-down pass can, so that labels do not overlap."""
+    order = sorted(range(len(positions)), key=positions.__getitem__)
+    placed = list(positions)
+    floor = low
+    for index in order:
+        placed[index] = max(placed[index], floor)
+        floor = placed[index] + gap
+    ceiling = high
+    for index in reversed(order):
+        placed[index] = min(placed[index], ceiling)
+        ceiling = placed[index] - gap
+    return placed

@@ -1,0 +1,150 @@
+"""The part of a run that writes: train, stop or finish, and leave a run folder that says what happened."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rankwise.errors import Interrupted, warn
+from rankwise.records import RunRecord
+from rankwise.training import callbacks, finish, output
+from rankwise.training.checkpoints import Checkpoint, remove_unfinished
+from rankwise.training.interrupt import Interrupt, interrupts
+from rankwise.training.meters import MemoryMeter
+from rankwise.training.metrics import MetricsFile, evaluations, mean_train_loss
+from rankwise.training.observer import Observer
+from rankwise.training.preflight import GradientCheck
+from rankwise.training.trainer import RankwiseTrainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """What not every run has."""
+
+    early_stopping: int | None
+    answer: Callable[[], str] | None
+    # Answers the sample prompt.
+    probe: dict[str, Tensor]
+    # A row for comparing logits.
+
+
+@dataclasses.dataclass
+class Session:
+    """A checked run: all that is left is to carry it out."""
+
+    folder: Path
+    mode: output.Mode
+    trainer: RankwiseTrainer
+    tokenizer: Any
+    checkpoint: Checkpoint | None
+    record: RunRecord
+    extras: Extras
+    observer: Observer
+
+    def carry_out(self, started: float, told: list[dict[str, str]]) -> RunRecord:
+        """Train to the end and write the results; the record says how it went, also when it fails.
+
+        Raises Interrupted: RW540 saved and stopped, RW541 stopped at once, RW542 stopped before the first step.
+        """
+        self.started = started - self.trainer.progress.wall_seconds
+        self.record.warnings = told
+        self._open_folder()
+        try:
+            stopped = self._train()
+            if stopped is not None:
+                raise stopped
+            self._finish()
+        except Interrupted:
+            self._close("interrupted")
+            raise
+        except KeyboardInterrupt:
+            self._close("interrupted")
+            raise Interrupted(
+                "RW541", f"stopped at once; what {self.folder} has up to its last checkpoint continues with --resume."
+            ) from None
+        except BaseException:
+            self._close("failed")
+            raise
+        self._close("finished")
+        finish.write_card(self.trainer.model, self.folder, self.record)
+        return self.record
+
+    def _open_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.mode == "overwrite":
+            output.clear_run(self.folder)
+        self.record.save(self.folder)
+        remove_unfinished(self.folder)
+        step = self.checkpoint.step if self.checkpoint else None
+        self.metrics = MetricsFile(self.folder, resume_step=step)
+
+    def _train(self) -> Interrupted | None:
+        """Train; what the user's wish to stop came to, if there was one."""
+        device_type = self.trainer.args.device.type
+        interrupt = Interrupt()
+        with MemoryMeter(device_type, self.trainer.progress.peak_memory_bytes) as memory, interrupts(interrupt):
+            self._add_callbacks(memory, interrupt)
+            self.observer.phase("Training")
+            if self.checkpoint is None:
+                self.trainer.train()
+            else:
+                self.trainer.resume(self.checkpoint)
+        state = self.trainer.state
+        if not interrupt.requested or (state.global_step >= state.max_steps and self._is_evaluated()):
+            return None
+        if state.global_step == 0:
+            return Interrupted("RW542", f"stopped before the first step; {self.folder} holds nothing to resume yet.")
+        return Interrupted(
+            "RW540",
+            f"stopped after step {state.global_step} of {state.max_steps} and saved it; give the same command with "
+            "--resume to continue.",
+        )
+
+    def _add_callbacks(self, memory: MemoryMeter, interrupt: Interrupt) -> None:
+        trainer = self.trainer
+        check = GradientCheck(trainer.model, overflow_is_normal=trainer.args.fp16)
+        trainer.add_callback(callbacks.Watch(trainer, self.metrics, memory, self.observer, self._tick))
+        trainer.add_callback(callbacks.CheckGradients(check))
+        if self.extras.answer is not None:
+            trainer.add_callback(callbacks.Sample(self.extras.answer, self.observer, self.metrics))
+        if self.extras.early_stopping is not None:
+            trainer.add_callback(callbacks.EarlyStopping(self.extras.early_stopping))
+        trainer.add_callback(callbacks.StopOnInterrupt(interrupt))
+
+    def _is_evaluated(self) -> bool:
+        return self.trainer.eval_dataset is None or self.trainer.state.global_step in evaluations(self.folder)
+
+    def _tick(self) -> None:
+        self.trainer.progress.wall_seconds = time.monotonic() - self.started
+
+    def _finish(self) -> None:
+        self.observer.phase("Saving")
+        state, record = self.trainer.state, self.record
+        losses = evaluations(self.folder)
+        kept = finish.choose_kept(losses, state.global_step, state.best_global_step)
+        finish.restore_kept(self.trainer.model, self.folder, kept, state.global_step)
+        finish.write_final(self.trainer.model, self.tokenizer, self.folder, self.extras.probe)
+        record.initial_eval_loss, record.eval_loss = losses.get(0), kept.eval_loss
+        record.steps, record.kept_step, record.kept_because = state.global_step, kept.step, kept.because
+        finish.warn_if_worse(record.initial_eval_loss, kept)
+        if state.global_step < state.max_steps:
+            warn("RW527", f"stopped early after step {state.global_step} of {state.max_steps}: no better evaluation.")
+
+    def _close(self, status: str) -> None:
+        """The record as far as the run got, and the plot."""
+        self._tick()
+        record, progress = self.record, self.trainer.progress
+        record.status = status
+        record.train_loss = mean_train_loss(self.folder)
+        record.tokens_per_second = progress.tokens_per_second
+        record.examples_per_second = progress.examples_per_second
+        record.peak_memory_bytes = progress.peak_memory_bytes or None
+        record.wall_seconds = progress.wall_seconds
+        record.steps = self.trainer.state.global_step
+        record.save(self.folder)
+        finish.write_plot(self.folder, record)

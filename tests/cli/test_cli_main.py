@@ -1,0 +1,250 @@
+"""The frame of the command line: help, errors, exit codes, where output goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from rankwise.cli import main as cli
+from rankwise.cli.options import Verb
+from rankwise.config import Settings
+from rankwise.errors import DataError, Interrupted, warn
+
+SOURCE = Path(__file__).parents[2] / "src"
+HELP_LIMIT_SECONDS = 0.5
+
+
+class PlaySettings(Settings):
+    count: int = Field(1, ge=1, description="How many.")
+    names: tuple[str, ...] = Field((), description="Which ones.")
+
+
+def play(run):
+    """The command line with one verb of our own."""
+    return Verb("play", PlaySettings, run, "Play.", ("rankwise play",))
+
+
+def raising(error: BaseException):
+    def run(settings, output):
+        raise error
+
+    return run
+
+
+@pytest.fixture
+def with_verb(monkeypatch, rankwise):
+    build_app = cli.build_app
+
+    def call(run, *arguments):
+        app = build_app([play(run)])
+        monkeypatch.setattr(cli, "build_app", lambda: app)
+        return rankwise("play", *arguments)
+
+    return call
+
+
+def fresh_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=True)
+
+
+def test_help_is_quick():
+    """CPU seconds, so that a busy machine does not decide; on an idle one they are the wall clock's."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    fresh_python("-m", "rankwise.cli.main", "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < HELP_LIMIT_SECONDS
+
+
+@pytest.mark.parametrize("verb", ["", *(verb.name for verb in cli.VERBS)])
+def test_help_imports_no_heavy_library(verb):
+    code = (
+        "import sys; from rankwise.cli.main import main; code = main(sys.argv[1:]); "
+        "heavy = {'torch', 'transformers', 'datasets', 'trl', 'numpy'} & set(sys.modules); "
+        "sys.exit(f'{code} {heavy}' if code or heavy else 0)"
+    )
+    done = fresh_python("-c", code, *([verb] if verb else []), "--help")
+    assert "rankwise" in done.stdout
+
+
+@pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.name)
+def test_help_of_a_verb_has_an_example_and_every_option(verb, rankwise):
+    done = rankwise(verb.name, "--help")
+    assert done.code == 0
+    assert f"  {verb.examples[0]}" in done.stdout
+    for field, info in verb.settings.model_fields.items():
+        extra = info.json_schema_extra or {}
+        shown = "FOLDER" if "argument" in extra else field.replace("_", "-")
+        assert shown in done.stdout
+    assert "--json" in done.stdout
+    assert "--config FILE.yaml" in done.stdout
+
+
+@pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.name)
+def test_help_fits_80_columns(verb, rankwise, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = rankwise(verb.name, "--help").stdout
+    assert all(len(line) <= 80 for line in text.splitlines() if "rankwise" not in line)
+
+
+def test_without_arguments_it_shows_the_verbs(rankwise):
+    done = rankwise()
+    assert done.code == 0
+    for verb in cli.VERBS:
+        assert (f"  {verb.name} " in done.stdout) is not verb.hidden
+
+
+def test_version_names_the_libraries(rankwise):
+    done = rankwise("--version")
+    assert done.code == 0
+    assert done.stdout.startswith("rankwise ")
+    assert "transformers" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "start"),
+    [
+        (DataError("RW203", "line 3 has no prompt."), 2, "error RW203: line 3 has no prompt."),
+        (Interrupted("RW540", "stopped after step 3."), 130, "interrupted RW540: stopped after step 3."),
+        (KeyboardInterrupt(), 130, "interrupted RW543: "),
+        (RuntimeError("boom\nsecond line"), 1, "error RW900: a fault of rankwise: RuntimeError: boom; "),
+        (MemoryError(), 2, "error RW550: "),
+        (PermissionError(13, "Permission denied", "/somewhere"), 2, "error RW551: /somewhere: permission denied"),
+        (OSError(28, "No space left on device", "/full/disk"), 2, "error RW551: /full/disk: no space left on device"),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_code(error, code, start, with_verb):
+    done = with_verb(raising(error))
+    assert done.code == code
+    assert done.stdout == ""
+    assert done.stderr.startswith(start)
+    assert done.stderr.count("\n") == 1
+    assert f"docs/errors.md#{start.split()[1].rstrip(':').lower()}" in done.stderr
+
+
+def test_an_error_of_several_lines_is_joined(with_verb):
+    assert with_verb(raising(DataError("RW203", "one;\n  two."))).stderr.startswith("error RW203: one; two.")
+
+
+def test_markup_in_an_error_is_text(with_verb):
+    assert "[red]x[/red] [" in with_verb(raising(DataError("RW203", "[red]x[/red] ["))).stderr
+
+
+def test_the_traceback_is_shown_on_request_only(with_verb, monkeypatch):
+    assert "Traceback" not in with_verb(raising(RuntimeError("boom"))).stderr
+    monkeypatch.setenv("RANKWISE_DEBUG", "1")
+    shown = with_verb(raising(RuntimeError("boom"))).stderr
+    assert "Traceback" in shown
+    assert "error RW900" in shown
+
+
+def test_with_json_stdout_is_one_document_whatever_is_printed(with_verb):
+    def run(settings, output):
+        print("a library talks")
+        output.line("progress")
+        warn("RW105", "careful.")
+        return {"count": settings.count, "loss": float("nan")}
+
+    done = with_verb(run, "--json", "--count", 3)
+    assert done.code == 0
+    assert done.document == {"count": 3, "loss": None}
+    assert "a library talks" in done.stderr
+    assert "progress" in done.stderr
+    assert "warning RW105: careful." in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [(), ("--count", "many"), ("--bogus",)])
+def test_with_json_an_error_is_a_document_too(arguments, with_verb):
+    done = with_verb(raising(DataError("RW203", "line 3.")), "--json", *arguments)
+    assert done.code == 2
+    assert set(done.document["error"]) == {"code", "message"}
+    assert done.document["error"]["code"] in done.stderr
+
+
+def test_a_warning_is_shown_once_and_others_are_silent(with_verb):
+    import logging
+    import warnings
+
+    def run(settings, output):
+        for _ in range(3):
+            warn("RW105", "careful.")
+        warnings.warn("an old function", FutureWarning, stacklevel=1)
+        logging.getLogger("transformers").warning("chatter")
+        return {}
+
+    done = with_verb(run)
+    assert done.stderr.startswith("warning RW105: careful.")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--conut", "2"), "--count"),
+        (("stray",), "stray"),
+        (("--count",), "--count"),
+        (("--count", "0"), "--count is '0'"),
+        (("--count", "many"), "--count is 'many'"),
+    ],
+)
+def test_a_mistake_in_the_options_exits_2_and_says_which(arguments, said, with_verb):
+    done = with_verb(raising(AssertionError("must not run")), *arguments)
+    assert done.code == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_unknown_verb_names_the_close_one(rankwise):
+    done = rankwise("trian")
+    assert done.code == 2
+    assert "train" in done.stderr
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(with_verb, tmp_path):
+    file = tmp_path / "play.yaml"
+    file.write_text("count: 5\nnames: [a, b]\n", encoding="utf-8")
+
+    def run(settings, output):
+        return settings.model_dump()
+
+    assert with_verb(run, "--json").document == {"count": 1, "names": []}
+    assert with_verb(run, "--json", "--config", file).document == {"count": 5, "names": ["a", "b"]}
+    given = with_verb(run, "--json", "--config", file, "--count", 7, "--names", "c, d").document
+    assert given == {"count": 7, "names": ["c", "d"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("conut: 2", "--conut is no option"), ("- 1", "list"), ("a: [", "cannot read")]
+)
+def test_a_mistake_in_the_file_exits_2(text, said, with_verb, tmp_path):
+    file = tmp_path / "play.yaml"
+    file.write_text(text, encoding="utf-8")
+    done = with_verb(raising(AssertionError("must not run")), "--config", file)
+    assert done.code == 2
+    assert said in done.stderr
+
+
+def test_a_missing_config_file_exits_2(with_verb, tmp_path):
+    done = with_verb(raising(AssertionError("must not run")), "--config", tmp_path / "none.yaml")
+    assert done.code == 2
+    assert "RW102" in done.stderr
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    command = f"{sys.executable} -m rankwise.cli.main train --help | head -1"
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.startswith("Usage: ")
+    assert done.stderr == ""
+
+
+def test_document_is_json(with_verb):
+    done = with_verb(lambda settings, output: {"path": Path("x"), "pair": (1, 2)}, "--json")
+    assert json.loads(done.stdout) == {"path": "x", "pair": [1, 2]}

@@ -1,0 +1,184 @@
+"""Each verb on a tiny model, from the command line to what it leaves and says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rankwise.cli import train
+from rankwise.cli.options import options_of, panels_of
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_every_option_of_train_stands_under_a_heading():
+    named = [name for names in train.PANELS.values() for name in names]
+    assert sorted(named) == sorted(option.field for option in options_of(train.VERB))
+    assert list(panels_of(train.VERB)) == list(train.PANELS)
+
+
+def test_train_says_what_came_of_it(run_folder, model_folder, rows_file, rankwise, tmp_path):
+    output = tmp_path / "run"
+    done = rankwise(
+        *("train", "--model", model_folder, "--data", rows_file, "--eval-data", rows_file, "--output", output),
+        *("--max-steps", 2, "--batch-size", 2, "--r", 2, "--logging-steps", 1, "--learning-rate", "1e-2"),
+    )
+    assert done.code == 0
+    assert done.stderr == ""
+    for said in ("step 2/2", "tokens/s", "evaluation at step 0", "kept", "loss.svg", f"--adapter {output}"):
+        assert said in done.stdout
+    record = json.loads((output / "run.json").read_text())
+    assert f"{record['initial_eval_loss']:.4f} -> {record['eval_loss']:.4f}" in done.stdout
+
+
+def test_train_takes_a_file_and_prints_one_document(model_folder, rows_file, rankwise, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: {model_folder}\ndata: {rows_file}\nmethod: dora\nmax-steps: 3\nr: 2\nbatch-size: 2\n"
+        "target-modules: [q_proj, v_proj]\n",
+        encoding="utf-8",
+    )
+    done = rankwise("train", "--config", file, "--output", tmp_path / "run", "--max-steps", 1, "--json")
+    assert done.code == 0
+    assert done.document["method"] == "dora"
+    assert done.document["steps"] == 1
+    assert done.document["settings"]["target_modules"] == ["q_proj", "v_proj"]
+    assert "step 1/1" in done.stderr
+
+
+@pytest.mark.parametrize(("given", "kept"), [("q_proj,v_proj", ["q_proj", "v_proj"]), ("q_proj", ["q_proj"])])
+def test_a_comma_makes_a_list_and_a_bare_name_too(given, kept, model_folder, rows_file, rankwise, tmp_path):
+    command = ("train", "--model", model_folder, "--data", rows_file, "--output", tmp_path / "run", "--max-steps", 1)
+    done = rankwise(*command, "--r", 2, "--target-modules", given, "--json")
+    assert done.document["settings"]["target_modules"] == kept
+
+
+def test_preview_marks_the_trained_text(model_folder, rows_file, rankwise):
+    done = rankwise("preview", "--model", model_folder, "--data", rows_file, "--row", 3)
+    assert done.code == 0
+    assert "[[It is 3.</s>]]" in done.stdout
+    assert "user: What is 3?" in done.stdout
+    assert "12 rows" in done.stdout
+    assert "rows.jsonl, line 4" in done.stdout
+
+
+def test_preview_as_document(model_folder, rows_file, rankwise):
+    document = rankwise("preview", "--model", model_folder, "--data", rows_file, "--json").document
+    trained = [segment["text"] for segment in document["row"]["segments"] if segment["trained"]]
+    assert trained == ["It is 0.</s>"]
+    assert document["data"]["rows"] == 12
+    assert 0 < document["row"]["trained_tokens"] < document["row"]["tokens"]
+
+
+def test_preview_says_that_rows_are_cut(model_folder, rows_file, rankwise):
+    done = rankwise("preview", "--model", model_folder, "--data", rows_file, "--max-length", 36)
+    assert "12 cut and 0 left out at --max-length 36" in done.stdout
+    assert "NO stop token" in done.stdout
+    assert "warning RW215" in done.stderr
+
+
+def test_preview_shows_control_characters_instead_of_sending_them(model_folder, rankwise, tmp_path):
+    path = tmp_path / "hostile.jsonl"
+    path.write_text(json.dumps({"prompt": "a\x1b[2Jb", "completion": "c"}) + "\n", encoding="utf-8")
+    done = rankwise("preview", "--model", model_folder, "--data", path)
+    assert "\x1b" not in done.stdout
+    assert "a␛[2Jb" in done.stdout
+
+
+def test_generate_needs_only_the_adapter(run_folder, rankwise):
+    prompts = ("--prompt", "What is 1?", "--prompt", "What is 2?", "--max-new-tokens", 5)
+    done = rankwise("generate", "--adapter", run_folder, *prompts, "--compare", "--json")
+    assert done.code == 0
+    assert [answer["prompt"] for answer in done.document["answers"]] == ["What is 1?", "What is 2?"]
+    assert done.document["chat_template"] is True
+    assert all(isinstance(answer["base"], str) for answer in done.document["answers"])
+
+
+def test_generate_base_answers_as_without_the_adapter(run_folder, model_folder, rankwise):
+    rest = ("--prompt", "What is 1?", "--max-new-tokens", 8, "--dtype", "float32", "--json")
+    alone = rankwise("generate", "--model", model_folder, *rest).document["answers"][0]
+    both = rankwise("generate", "--adapter", run_folder, "--compare", *rest).document["answers"][0]
+    assert alone["base"] == both["base"]
+    assert alone["tuned"] is None
+
+
+def test_generate_samples_by_seed(model_folder, rankwise):
+    def text(seed):
+        rest = ("--temperature", 2, "--seed", seed, "--max-new-tokens", 12, "--json")
+        return rankwise("generate", "--model", model_folder, "--prompt", "x", *rest).document["answers"][0]["base"]
+
+    assert text(1) == text(1)
+    assert len({text(seed) for seed in range(4)}) > 1
+
+
+def test_generate_compares_in_plain_lines(run_folder, rankwise):
+    done = rankwise("generate", "--adapter", run_folder, "--prompt", "Hi", "--max-new-tokens", 3, "--compare")
+    assert "  base: " in done.stdout
+    assert "  tuned: " in done.stdout
+
+
+def test_merge_writes_a_model_that_says_the_same(run_folder, rankwise, tmp_path):
+    output = tmp_path / "merged"
+    assert rankwise("merge", "--adapter", run_folder, "--output", output).code == 0
+    rest = ("--prompt", "What is 1?", "--max-new-tokens", 8, "--dtype", "float32", "--json")
+    tuned = rankwise("generate", "--adapter", run_folder, *rest).document["answers"][0]["tuned"]
+    assert rankwise("generate", "--model", output, *rest).document["answers"][0]["base"] == tuned
+
+
+def test_merge_overwrites_nothing(run_folder, rankwise, tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    before = files_of(tmp_path)
+    done = rankwise("merge", "--adapter", run_folder, "--output", tmp_path)
+    assert done.code == 2
+    assert "RW530" in done.stderr
+    assert files_of(tmp_path) == before
+
+
+def test_inspect_an_adapter(run_folder, rankwise):
+    done = rankwise("inspect", run_folder)
+    assert done.code == 0
+    for said in ("LoRA adapter", "r = 2", "norm of B", "evaluation loss", "seed 0"):
+        assert said in done.stdout
+
+
+def test_inspect_counts_what_the_file_holds(run_folder, rankwise):
+    document = rankwise("inspect", run_folder, "--json").document
+    tensors = load_file(run_folder / "adapter_model.safetensors")
+    norm = torch.cat([value.flatten() for key, value in tensors.items() if "lora_B" in key]).norm().item()
+    assert document["tensors"] == len(tensors)
+    assert document["parameters"] == sum(value.numel() for value in tensors.values())
+    assert document["norm_of_B"]["total"] == pytest.approx(norm, rel=1e-5)
+    assert len(document["norm_of_B"]["layers"]) == 2
+
+
+def test_inspect_says_whether_the_adapter_fits(run_folder, model_folder, rankwise, tmp_path):
+    assert rankwise("inspect", run_folder, "--model", model_folder, "--json").document["fits"]["fits"] is True
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"hidden_size": 64, "head_dim": 16}))
+    fit = rankwise("inspect", run_folder, "--model", other, "--json").document["fits"]
+    assert fit["fits"] is False
+    assert fit["code"] == "RW411"
+
+
+def test_inspect_names_the_layer_that_learned_nothing(run_folder, rankwise, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    path = tmp_path / "run" / "adapter_model.safetensors"
+    tensors = {key: value * (0 if ".layers.1." in key else 1) for key, value in load_file(path).items()}
+    save_file(tensors, path)
+    assert "0 in layers 1" in rankwise("inspect", tmp_path / "run").stdout
+
+
+def test_inspect_a_model(model_folder, rankwise):
+    document = rankwise("inspect", model_folder, "--json").document
+    assert document["kind"] == "model"
+    assert document["architecture"] == "LlamaForCausalLM"
+    assert document["tokenizer"] is True

@@ -1,0 +1,125 @@
+"""What a run looks like while it goes on."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from rich.console import Console
+
+from rankwise.cli.output import Output
+from rankwise.cli.progress import LiveProgress, PlainProgress
+from rankwise.cli.sparkline import BARS, sparkline
+from rankwise.cli.words import byte_size, duration, parameter_count, printable
+from rankwise.training.observer import StepInfo
+
+
+def info(step: int, loss: float, total: int = 20) -> StepInfo:
+    return StepInfo(
+        step=step,
+        total=total,
+        loss=loss,
+        tokens_per_second=1234.5,
+        memory_bytes=2_100_000_000,
+        peak_memory_bytes=2_300_000_000,
+        grad_norm=0.84,
+        learning_rate=1e-4,
+        b_norm=0.132,
+        seconds_left=187.0,
+    )
+
+
+def picture(progress: LiveProgress, width: int) -> str:
+    console = Console(width=width, force_terminal=True, color_system=None, highlight=False)
+    progress.output.console = console
+    with console.capture() as captured:
+        console.print(progress)
+    return captured.get()
+
+
+def trained(steps: int, evaluations: dict[int, float]) -> LiveProgress:
+    progress = LiveProgress(Output())
+    progress.phase("Training")
+    best = math.inf
+    for step in range(1, steps + 1):
+        progress.step(info(step, 4 - 2 * step / steps, steps))
+        if step in evaluations:
+            progress.evaluation(evaluations[step], evaluations[step] < best)
+    return progress
+
+
+def test_the_sparkline_falls_with_the_loss():
+    assert sparkline([4, 3, 2, 1], 10)[0] == BARS[-1]
+    assert sparkline([4, 3, 2, 1], 10)[-1] == BARS[0]
+
+
+@pytest.mark.parametrize(("count", "width"), [(1, 10), (10, 10), (11, 10), (99, 10), (1000, 7)])
+def test_the_sparkline_keeps_its_width(count, width):
+    assert len(sparkline([float(n) for n in range(count)], width)) == min(count, width)
+
+
+def test_a_constant_and_a_nan_are_drawn():
+    assert sparkline([2.0, 2.0], 5) == BARS[0] * 2
+    assert sparkline([1.0, math.nan, 2.0], 5) == f"{BARS[0]} {BARS[-1]}"
+    assert sparkline([math.nan], 5) == ""
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("steps", [1, 20, 500])
+def test_the_picture_fits_its_terminal(steps, width):
+    lines = picture(trained(steps, {steps: 2.5}), width).splitlines()
+    assert len(lines) == 4
+    assert all(len(line.rstrip()) <= width for line in lines)
+
+
+@pytest.mark.parametrize("best", [1, 7, 20])
+def test_the_mark_stands_below_the_best_evaluation(best):
+    evaluations = {1: 3.0, 7: 2.9, 20: 2.8} | {best: 1.5}
+    curve, mark = picture(trained(20, evaluations), 120).splitlines()[1:3]
+    assert mark.index("▲") == curve.index(sparkline([4 - 2 * n / 20 for n in range(1, 21)], 60)) + best - 1
+    assert f"best 1.5000 at step {best}" in mark
+
+
+def test_before_the_first_step_it_shows_the_phase():
+    progress = LiveProgress(Output())
+    progress.phase("Loading the model")
+    assert "Loading the model" in picture(progress, 80)
+
+
+def test_plain_lines_come_every_few_steps(capsys):
+    progress = PlainProgress(Output(), every=5)
+    progress.phase("Training")
+    for step in range(1, 13):
+        progress.step(info(step, 3.0, total=12))
+    progress.evaluation(2.0, True)
+    progress.sample("a\nb\x1b")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("step ")] == ["1/12", "5/12", "10/12", "12/12"]
+    assert "evaluation at step 12: loss 2.0000 (best so far)" in lines
+    assert "sample: a b␛" in lines
+    assert "1,234 tokens/s  2.1 GB  gradient 0.84  B 0.132  3:07 left" in lines[1]
+
+
+def test_a_warning_comes_once(capsys):
+    progress = PlainProgress(Output(), every=5)
+    progress.warning("RW215", "cut.")
+    progress.warning("RW215", "cut.")
+    assert capsys.readouterr().err.count("warning RW215: cut.") == 1
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (duration(42), "0:42"),
+        (duration(8100), "2:15:00"),
+        (byte_size(512), "512 B"),
+        (byte_size(999_960), "1.0 MB"),
+        (byte_size(2.1e9), "2.1 GB"),
+        (parameter_count(4_884_480), "4,884,480 (4.88M)"),
+        (parameter_count(8_000_000_000), "8,000,000,000 (8B)"),
+        (parameter_count(4480), "4,480"),
+        (printable("a\tb\n\x07\u202e"), "a\tb\n␇\\u202e"),
+    ],
+)
+def test_numbers_and_texts_as_people_read_them(shown, expected):
+    assert shown == expected

@@ -1,0 +1,314 @@
+"""Every layout and file kind, and what is said about bad ones."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from rankwise.data import overlapping_rows, read_rows, rows_from_records
+from rankwise.errors import DataError
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "messages": (CHAT, {"kind": "chat", "messages": tuple(CHAT["messages"])}),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}], "id": "1"},
+        {"kind": "chat", "messages": tuple(CHAT["messages"])},
+    ),
+    "prompt": ({"prompt": "a", "completion": " b"}, {"kind": "prompt", "prompt": "a", "completion": " b"}),
+    "response": ({"prompt": "a", "response": "b"}, {"kind": "prompt", "prompt": "a", "completion": "b"}),
+    "prompt messages": (
+        {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]},
+        {"kind": "chat", "messages": tuple(CHAT["messages"]), "first_trained": 1},
+    ),
+    "alpaca": (
+        {"instruction": "add", "input": "1 2", "output": "3", "answer": "3"},
+        {"kind": "prompt", "prompt": "add\n\n1 2", "completion": "3"},
+    ),
+    "alpaca without input": (
+        {"instruction": "add", "input": "", "output": "3"},
+        {"prompt": "add", "completion": "3"},
+    ),
+    "dolly": (
+        {"instruction": "add", "context": "1 2", "response": "3", "category": "x"},
+        {"prompt": "add\n\n1 2", "completion": "3"},
+    ),
+    "question": ({"question": "1+2", "answer": "3"}, {"prompt": "1+2", "completion": "3"}),
+    "e2e": ({"mr": "name[A]", "ref": "A it is."}, {"prompt": "name[A]\n", "completion": "A it is."}),
+    "text": ({"text": "once"}, {"kind": "text", "text": "once"}),
+    "messages win": ({**CHAT, "prompt": "hi", "completion": "x"}, {"kind": "chat"}),
+    "parts": (
+        {"messages": [CHAT["messages"][0], {"role": "assistant", "content": [{"type": "text", "text": "hello"}]}]},
+        {"messages": tuple(CHAT["messages"])},
+    ),
+}
+
+
+def jsonl(path: Path, *records: object) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def refusal(source: str | Path, **options: Any) -> str:
+    """The error's text: one line that starts with its code."""
+    with pytest.raises(DataError) as caught:
+        read_rows(source, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_are_told_by_their_columns(tmp_path: Path, layout: str) -> None:
+    record, expected = LAYOUTS[layout]
+    [row] = read_rows(jsonl(tmp_path / "rows.jsonl", record))
+    assert {name: getattr(row, name) for name in expected} == expected
+    assert row.place == "rows.jsonl, line 1"
+
+
+def write(path: Path, records: list[dict[str, str]]) -> None:
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+        content = path.read_bytes()
+    elif kind == "json":
+        content = json.dumps(records, indent=1).encode()
+    elif kind == "jsonl":
+        content = "\n".join(json.dumps(record) for record in records).encode()
+    elif kind == "txt":
+        content = "".join(f"{record['mr']}||{record['ref']}\n" for record in records).encode()
+    else:
+        mark = "," if kind == "csv" else "\t"
+        content = "".join(f"{a}{mark}{b}\n" for a, b in [("mr", "ref"), *(r.values() for r in records)]).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet", "txt"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str, packed: str) -> None:
+    path = tmp_path / f"rows.{kind}{packed}"
+    write(path, [{"mr": "name[A]", "ref": "Ä it is."}, {"mr": "name[B]", "ref": "B."}])
+    rows = read_rows(str(path))
+    assert [(row.prompt, row.completion) for row in rows] == [("name[A]\n", "Ä it is."), ("name[B]\n", "B.")]
+    assert not rows.uses_template
+    assert rows.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_lines_are_the_files_own(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    table.write_text('prompt,completion\n"two\nlines",a\n\nb,c\n"d",\n', encoding="utf-8")
+    assert "rows.csv, line 6: expected text in `completion`, found an empty string" in refusal(table)
+    table.write_text('prompt,completion\n"two\nlines",a\n\nb,c\n', encoding="utf-8")
+    assert [row.line for row in read_rows(table)] == [2, 5]
+    array = tmp_path / "rows.json"
+    array.write_text('[\n {"text": "a"}, {"text": "b"},\n\n {"text":\n "c"},\n {"text": 1}]', encoding="utf-8")
+    assert "rows.json, line 6: expected text in `text`, found the number '1'" in refusal(array)
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        ({"prompt": "a"}, "expected text in `completion`, found no such field (fields: `prompt`)"),
+        ({"prompt": "a", "completion": None}, "found null"),
+        ({"prompt": "a", "completion": " \n"}, "found only white space"),
+        ({"prompt": 5, "completion": "a"}, "expected text in `prompt`, found the number '5'"),
+        ({"prompt": "a", "completion": ["b"]}, "found the list"),
+        (["a"], 'expected a JSON object with named fields, found ["a"]'),
+        ({"prompt": "a", "completion": "b\ud800"}, "found half a surrogate pair (\\ud800)"),
+        ({"text": "of another kind"}, "expected text in `prompt`, found no such field (fields: `text`)"),
+    ],
+)
+def test_a_bad_row_is_named_by_line(tmp_path: Path, record: object, complaint: str) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", {"prompt": "a", "completion": "b"}, record)
+    message = refusal(path)
+    assert message.startswith("RW203: rows.jsonl, line 2: ")
+    assert complaint in message
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        ([], "expected a list of messages in `messages`, found the list '[]'"),
+        ("hi", "expected a list of messages"),
+        (["hi"], "message 1 of `messages`, found 'hi'"),
+        ([{"role": "bot", "content": "x"}], "as `role` of message 1 of `messages`, found 'bot'"),
+        ([{"role": "user", "content": "x"}], "expected at least one `assistant` message"),
+        ([CHAT["messages"][0], {"role": "assistant", "content": ""}], "expected text in `content` of message 2"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "expected text in `content` of message 1"),
+        ([{"role": "user", "content": 3}], "expected text in `content` of message 1"),
+    ],
+)
+def test_a_bad_message_is_named(tmp_path: Path, messages: object, complaint: str) -> None:
+    message = refusal(jsonl(tmp_path / "rows.jsonl", CHAT, {"messages": messages}))
+    assert message.startswith("RW203: rows.jsonl, line 2: ")
+    assert complaint in message
+
+
+def test_a_chat_row_may_call_tools(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    [row] = read_rows(jsonl(tmp_path / "rows.jsonl", {"messages": [CHAT["messages"][0], call], "tools": tools}))
+    assert row.messages[1]["tool_calls"] == call["tool_calls"]
+    assert row.tools == tuple(tools)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"text": ' + "9" * 5000 + "}"])
+def test_json_that_python_gives_up_on(tmp_path: Path, line: str) -> None:
+    for name, code in (("rows.jsonl", "RW203"), ("rows.json", "RW206")):
+        (tmp_path / name).write_text(line if name.endswith("l") else f"[{line}]", encoding="utf-8")
+        message = refusal(tmp_path / name)
+        assert message.startswith(f"{code}: ")
+        assert "line 1" in message
+
+
+def test_many_bad_rows_make_one_message(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"text": }\n' + '{"text": ""}\n' * 5, encoding="utf-8")
+    message = refusal(path)
+    assert "line 2: expected one JSON object a line, found invalid JSON (Expecting value at column 10)" in message
+    assert "line 3: " in message
+    assert "and 3 more of 7 rows" in message
+
+
+BAD_FILES: dict[str, tuple[str, bytes, str, str]] = {
+    "no bytes": ("rows.jsonl", b"", "RW204", "holds no rows"),
+    "an empty array": ("rows.json", b"[]", "RW204", "holds no rows"),
+    "a header only": ("rows.csv", b"mr,ref\n", "RW204", "holds no rows"),
+    "latin-1": ("rows.csv", "mr,ref\nCafé,x\n".encode("latin1"), "RW205", "byte 0xe9 in line 2; if it is Latin-1"),
+    "utf-16": ("rows.csv", "mr,ref\nCafé,x\n".encode("utf-16"), "RW205", "iconv -f utf-16 -t utf-8 rows.csv"),
+    "unknown extension": ("rows.docx", b"x", "RW202", ".docx is no kind of data file"),
+    "no extension": ("rows", b"x", "RW202", "no extension"),
+    "truncated gzip": ("rows.csv.gz", gzip.compress(b"mr,ref\n" * 99)[:-9], "RW206", "cut short or no gzip file"),
+    "no gzip": ("rows.csv.gz", b"mr,ref\na,b\n", "RW206", "cut short or no gzip file"),
+    "no parquet": ("rows.parquet", b"PAR1 not really", "RW206", "as parquet"),
+    "a cut array": ("rows.json", b'[{"text": "a"},\n {"text": "b"}', "RW206", "line 2: expected `,` or `]`"),
+    "a broken array": ("rows.json", b'[{"text": "a"},\n {"text" "b"}]', "RW206", "line 2: expected a JSON array"),
+    "an open quote": ("rows.csv", b'mr,ref\na,"b\nc,d\n', "RW206", "check the quotes"),
+    "too many columns": ("rows.csv", b"mr,ref\na,b\nc,d,e\n", "RW203", "line 3: expected 2 columns (mr, ref), found 3"),
+    "unknown columns": ("rows.csv", b"a,b\n1,2\n", "RW207", "has the columns `a`, `b`"),
+    "one odd text line": ("rows.txt", b"a||b\nc||d\ne\n", "RW203", "line 3: expected context||reference, found 'e'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_makes_one_clear_error(tmp_path: Path, case: str) -> None:
+    name, content, code, complaint = BAD_FILES[case]
+    (tmp_path / name).write_bytes(content)
+    message = refusal(tmp_path / name)
+    assert message.startswith(f"{code}: ")
+    assert complaint in message
+    assert name in message
+
+
+def test_missing_files_are_not_taken_for_hub_names(tmp_path: Path) -> None:
+    for name in ("nothing.csv", "a/b/c", "./nothing", str(tmp_path / "nothing.jsonl.gz")):
+        assert refusal(name).startswith("RW201: there is no file or folder")
+
+
+def test_named_columns(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", {"q": "a", "a": "b", "text": "c"})
+    [row] = read_rows(path, prompt_column="q", completion_column="a")
+    assert (row.kind, row.prompt, row.completion) == ("prompt", "a", "b")
+    assert "give both" in refusal(path, prompt_column="q")
+    assert "has no column `x`; its columns are `q`, `a`, `text`" in refusal(
+        path, prompt_column="q", completion_column="x"
+    )
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("mr,ref\r\na,b\r\n", encoding="utf-8-sig", newline="")
+    assert read_rows(tmp_path / "rows.csv")[0].completion == "b"
+
+
+def test_json_lines_may_be_called_json(tmp_path: Path) -> None:
+    assert len(read_rows(jsonl(tmp_path / "rows.json", {"text": "a"}, {"text": "b"}))) == 2
+
+
+def test_folders_follow_the_split(tmp_path: Path) -> None:
+    for name in ("train-1", "train-2", "valid", "test"):
+        jsonl(tmp_path / f"{name}.jsonl", {"text": name})
+    assert [row.text for row in read_rows(tmp_path)] == ["train-1", "train-2"]
+    assert [row.place for row in read_rows(tmp_path, split="validation")] == ["valid.jsonl, line 1"]
+    assert "no file in" in refusal(tmp_path, split="extra")
+    jsonl(tmp_path / "train-3.jsonl", {"mr": "a", "ref": "b"})
+    assert refusal(tmp_path).startswith("RW209: the files in")
+
+
+def test_a_folder_without_data_says_so(tmp_path: Path) -> None:
+    assert refusal(tmp_path).startswith("RW204: ")
+
+
+def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
+    import datasets
+
+    part = datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
+    part.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": part, "test": part.select([1])}).save_to_disk(tmp_path / "two")
+    assert [row.text for row in read_rows(tmp_path / "one")] == ["a", "b"]
+    assert [row.text for row in read_rows(tmp_path / "two", split="test")] == ["b"]
+    assert "it has train, test" in refusal(tmp_path / "two", split="dev")
+
+
+def test_the_hub_is_asked_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load(name: str, configuration: str | None, *, split: str) -> datasets.Dataset:
+        asked.append((name, configuration, split))
+        if name == "nobody/nothing":
+            raise ConnectionError("Couldn't reach it on the Hub")
+        return datasets.Dataset.from_list([{"question": "a", "answer": "b"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows = read_rows("openai/gsm8k:main", split="test")
+    assert asked == [("openai/gsm8k", "main", "test")]
+    assert rows[0].place == "openai/gsm8k:main, line 1"
+    message = refusal("nobody/nothing")
+    assert message.startswith("RW208: 'nobody/nothing' is no file or folder here")
+    assert "Couldn't reach it" in message
+
+
+def test_a_slice_is_rows_again(tmp_path: Path) -> None:
+    rows = read_rows(jsonl(tmp_path / "rows.jsonl", *({"text": str(n)} for n in range(5))))
+    assert [row.text for row in rows[1:3]] == ["1", "2"]
+    assert rows[:2].sha256 == rows.sha256
+
+
+def test_overlap_ignores_case_and_white_space() -> None:
+    train = rows_from_records([(1, {"prompt": "a", "completion": " b"}), (2, {"prompt": "c", "completion": "d"})], "t")
+    evaluation = rows_from_records(
+        [(1, {"prompt": "A", "completion": "  B"}), (2, {"prompt": "c", "completion": "x"})], "e"
+    )
+    assert overlapping_rows(train, evaluation) == 1
+
+
+def test_all_of_e2e_reads_in_a_second_or_two(shared: Path) -> None:
+    start = time.perf_counter()
+    rows = read_rows(shared / "e2e/trainset.csv")
+    assert len(rows) == 42061
+    assert rows[-1].line == 42064  # two quoted line breaks before it
+    assert time.perf_counter() - start < 4
+
+
+def test_the_shared_files_are_recognised(shared: Path) -> None:
+    expected = {
+        "e2e/testset_w_refs.csv": (4693, "E2E (mr, ref)"),
+        "e2e/lora_format/train.txt.gz": (42061, "data-to-text lines (context||reference)"),
+        "instruction/alpaca_en_demo.json": (999, "Alpaca (instruction, input, output)"),
+        "instruction/dolly_hhrlhf_train_small.jsonl": (1000, "prompt and response"),
+        "instruction/dummy_conversation.json": (500, "chat (conversations)"),
+        "instruction/wikisql": (1000, "text (text)"),
+        "commonsense/boolq": (9427, "Alpaca (instruction, input, output)"),
+        "gsm8k/train.jsonl": (7473, "question and answer"),
+    }
+    for name, (count, layout) in expected.items():
+        rows = read_rows(shared / name)
+        assert (len(rows), rows.format) == (count, layout)

@@ -1,0 +1,114 @@
+"""Merging on disk equals merging in memory, for every adapter and base, sharded or not, tied or not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_gpt2, tiny_llama
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import rankwise as rw
+from rankwise.errors import AdapterError, ModelError, RunError
+from rankwise.export.merged import merge_to_folder
+
+IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
+CASES = {
+    "lora": (tiny_llama, {}),
+    "dora": (tiny_llama, {"use_dora": True}),
+    "patterns": (tiny_llama, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}),
+    "tied_head": (
+        lambda: tiny_llama(tie_word_embeddings=True),
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ),
+    "tied_embedding": (
+        lambda: tiny_llama(tie_word_embeddings=True),
+        {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True},
+    ),
+    "adapted_tied_head": (lambda: tiny_llama(tie_word_embeddings=True), {"target_modules": ["lm_head", "q_proj"]}),
+    "bias": (lambda: tiny_llama(attention_bias=True), {"target_modules": ["q_proj"], "bias": "all"}),
+    "gpt2": (tiny_gpt2, {"use_dora": True}),
+    "gpt2_fused": (
+        tiny_gpt2,
+        {"target_modules": ["c_attn"], "enable_lora": {"c_attn": [True, False, True]}, "use_dora": True},
+    ),
+}
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.fixture
+def trained(tmp_path, request):
+    """(adapter folder, base folder, logits of the adapted model) of one case."""
+    make, settings = CASES[request.param]
+    model = make()
+    model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    rw.add_adapter(model, rw.LoraConfig(**{"r": 3, "init_lora_weights": False, **settings}))
+    with torch.no_grad():
+        for parameter in rw.adapter_parameters(model).values():
+            parameter.add_(0.05)
+    rw.save_adapter(model, tmp_path / "adapter", base_model=str(tmp_path / "base"))
+    return tmp_path / "adapter", tmp_path / "base", logits(model)
+
+
+@pytest.mark.parametrize("trained", CASES, indirect=True)
+def test_merged_on_disk_computes_what_the_adapted_model_does(trained, tmp_path):
+    adapter, base, expected = trained
+    report = merge_to_folder(adapter, tmp_path / "merged")
+    assert report.streamed
+    merged, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=2e-5)
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) == len(list(base.glob("*.safetensors")))
+
+
+@pytest.mark.parametrize("trained", ["dora"], indirect=True)
+def test_every_tensor_keeps_its_dtype_and_the_index_is_right(trained, tmp_path):
+    adapter, base, _ = trained
+    merge_to_folder(adapter, tmp_path / "merged")
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    assert index == json.loads((base / "model.safetensors.index.json").read_text()) | {"metadata": index["metadata"]}
+    for name, file in index["weight_map"].items():
+        with safe_open(tmp_path / "merged" / file, "pt") as ours, safe_open(base / file, "pt") as theirs:
+            assert ours.get_tensor(name).dtype == theirs.get_tensor(name).dtype
+
+
+@pytest.mark.parametrize("trained", ["lora"], indirect=True)
+def test_nothing_is_left_behind_when_it_fails(trained, tmp_path, monkeypatch):
+    adapter, base, _ = trained
+    monkeypatch.setattr("rankwise.export.merged._write_weights", _no_space)
+    with pytest.raises(OSError, match="No space"):
+        merge_to_folder(adapter, tmp_path / "merged")
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base"}
+
+
+def _no_space(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("trained", ["lora"], indirect=True)
+def test_bad_input(trained, tmp_path):
+    adapter, base, _ = trained
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    with pytest.raises(RunError, match="RW532"):
+        merge_to_folder(adapter, tmp_path / "full")
+    tiny_gpt2().save_pretrained(tmp_path / "other")
+    with pytest.raises(AdapterError, match="RW401"):
+        merge_to_folder(adapter, tmp_path / "merged", model=str(tmp_path / "other"))
+    with pytest.raises(ModelError):
+        merge_to_folder(adapter, tmp_path / "merged", model=str(tmp_path / "nowhere"))
+    config = json.loads((base / "config.json").read_text())
+    quantized = config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (base / "config.json").write_text(json.dumps(quantized))
+    with pytest.raises(ModelError, match="RW309"):
+        merge_to_folder(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

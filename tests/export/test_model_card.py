@@ -1,0 +1,156 @@
+"""The model card: valid front matter, figures of the record only, honest words on where it can be served."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import yaml
+
+from rankwise.export import model_card
+from rankwise.records import RunRecord
+
+CONFIG = {"base_model_name_or_path": "org/base", "r": 8, "lora_alpha": 16, "use_dora": False, "bias": "none"}
+
+
+@dataclasses.dataclass
+class Module:
+    name: str
+    r: int
+
+
+@dataclasses.dataclass
+class Report:
+    modules: list[Module]
+
+
+def record(method: str = "lora", **fields: object) -> RunRecord:
+    settings = {
+        "model": "org/base",
+        "method": method,
+        "r": 8,
+        "lora_alpha": 16,
+        "learning_rate": 2e-4,
+        "packing": False,
+    }
+    return RunRecord(method=method, seed=3, settings=settings, status="finished", **fields)
+
+
+def front_matter(card: str) -> dict:
+    assert card.startswith("---\n")
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "qdora"])
+def test_front_matter_of_an_adapter(method: str) -> None:
+    matter = front_matter(model_card(record(method), CONFIG))
+
+    assert matter["base_model"] == "org/base"
+    assert matter["base_model_relation"] == "adapter"
+    assert matter["library_name"] == "peft"
+    assert matter["pipeline_tag"] == "text-generation"
+    assert "base_model:adapter:org/base" in matter["tags"]
+
+
+def test_front_matter_of_full_fine_tuning() -> None:
+    card = model_card(record("full"))
+    matter = front_matter(card)
+
+    assert (matter["base_model_relation"], matter["library_name"]) == ("finetune", "transformers")
+    assert "PeftModel" not in card
+    assert "vLLM" not in card
+
+
+@pytest.mark.parametrize("base", ["a: b", "- x", 'quote " and \\ back', "#hash", "C:\\models\\llama", "ünï/code"])
+def test_awkward_names_stay_valid_yaml(base: str) -> None:
+    assert front_matter(model_card(record(), CONFIG | {"base_model_name_or_path": base}))["base_model"] == base
+
+
+def test_demo_names_the_model_on_the_hub() -> None:
+    card = model_card(record(base_model={"name": "demo", "kind": "demo"}))
+
+    assert front_matter(card)["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert 'rw.load_model("demo")' in card
+    assert 'AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")' in card
+    assert "dequantized weights of a GGUF file" in card
+
+
+def test_every_measured_figure_and_no_other() -> None:
+    known = {"train_loss": 1.25, "initial_eval_loss": 3.5, "eval_loss": 1.75, "steps": 40, "kept_step": 30}
+    card = model_card(record(**known), CONFIG)
+    results = card.split("## Results")[1].split("##")[0]
+
+    assert sorted(map(float, re.findall(r"\| ([\d.]+) \|", results))) == sorted(known.values())
+    assert "## Results" not in model_card(record(), CONFIG)
+
+
+def test_data_settings_and_modules_are_tables() -> None:
+    files = {"train": {"path": "/home/me/rows.jsonl", "rows": 12, "sha256": "ab"}, "eval": {"path": "e.csv", "rows": 3}}
+    report = Report([Module("model.layers.0.q_proj", 8), Module("model.layers.1.q_proj", 8), Module("m.v_proj", 4)])
+    card = model_card(record(data=files), CONFIG, report)
+
+    assert "| what | train | eval |" in card
+    assert "| path | rows.jsonl | e.csv |" in card
+    assert "/home/me" not in card
+    assert "| rows | 12 | 3 |" in card
+    assert "| learning_rate | 0.0002 |" in card
+    assert "| packing | no |" in card
+    assert "| q_proj | 8 | 2 |" in card
+    assert "| v_proj | 4 | 1 |" in card
+
+
+def test_a_bar_in_a_value_does_not_break_the_table() -> None:
+    card = model_card(record(warnings=[{"code": "RW218", "message": "a | b\nc"}], data={"source": "x|y"}), CONFIG)
+
+    assert "x\\|y" in card
+    assert "- RW218: a \\| b c" in card
+
+
+SERVING = {
+    "plain": ({}, ["`--max-lora-rank` must be at least 8", "which is what this adapter has"], ["merge first"]),
+    "dora": (
+        {"use_dora": True},
+        ["vLLM and SGLang reject DoRA", "not DoRA's magnitudes: merge first"],
+        ["max-lora-rank"],
+    ),
+    "rank pattern": ({"rank_pattern": {"q": 64}}, ["must be at least 64", "`rank_pattern`: merge first"], []),
+    "alpha pattern": ({"alpha_pattern": {"q": 64}}, ["vLLM seems to ignore `alpha_pattern`"], []),
+    "rslora": ({"use_rslora": True}, ["rsLoRA's scale: merge first"], []),
+    "modules to save": ({"modules_to_save": ["lm_head"]}, ["`modules_to_save`: merge first"], []),
+}
+
+
+@pytest.mark.parametrize("name", SERVING)
+def test_where_it_can_be_served(name: str) -> None:
+    changes, present, absent = SERVING[name]
+    serving = model_card(record(), CONFIG | changes).split("## Where it can be served")[1]
+
+    for sentence in present:
+        assert sentence in serving
+    for sentence in absent:
+        assert sentence not in serving
+
+
+def test_method_stands_in_for_an_absent_adapter_config() -> None:
+    card = model_card(record("dora"))
+
+    assert "DoRA adapter of rank 8 and alpha 16" in card
+    assert "vLLM and SGLang reject DoRA" in card
+    assert "dora" in front_matter(card)["tags"]
+
+
+def test_snippets_are_valid_python() -> None:
+    for method in ("lora", "full"):
+        snippets = re.findall(r"```python\n(.*?)```", model_card(record(method)), flags=re.DOTALL)
+        assert len(snippets) == 2
+        for snippet in snippets:
+            compile(snippet, "card", "exec")
+
+
+def test_unfinished_run_says_so() -> None:
+    interrupted = record()
+    interrupted.status = "interrupted"
+
+    assert "interrupted" in model_card(interrupted, CONFIG)
+    assert "interrupted" not in model_card(record(), CONFIG)

@@ -1,0 +1,89 @@
+"""Device and dtype are chosen from what is there, and what is not there is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rankwise.errors import ModelError
+from rankwise.models import choose_device
+from rankwise.models import device as device_module
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *, cards: int = 0, bf16: bool = True, mps: bool = False) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cards > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Card {index}")
+    # Emulated bfloat16 counts as present unless it is asked not to, as on a T4.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
+def test_automatic_on_a_card_with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, cards=1)
+    choice = choose_device()
+
+    assert (choice.device, choice.dtype, choice.needs_loss_scaling) == ("cuda:0", torch.bfloat16, False)
+    assert choice.reason == "cuda:0: Card 0; bfloat16: the card computes in it"
+
+
+def test_automatic_on_a_t4_is_float16_with_loss_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, cards=1, bf16=False)
+    choice = choose_device()
+
+    assert (choice.dtype, choice.needs_loss_scaling) == (torch.float16, True)
+    assert "loss scaling" in choice.reason
+    with pytest.raises(ModelError, match="use float16"):
+        choose_device("cuda", "bfloat16")
+
+
+def test_every_process_takes_its_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, cards=4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+
+    assert choose_device().device == choose_device("cuda").device == "cuda:3"
+    assert choose_device("cuda:1").device == "cuda:1"
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_automatic_on_a_processor(has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch)
+    monkeypatch.setattr(device_module, "_cpu_has_bfloat16", lambda: has_bfloat16)
+    choice = choose_device()
+
+    assert choice.device == "cpu"
+    assert choice.dtype == (torch.bfloat16 if has_bfloat16 else torch.float32)
+
+
+@pytest.mark.parametrize("new_macos", [True, False])
+def test_automatic_on_an_apple_gpu(new_macos: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, mps=True)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: new_macos)
+    choice = choose_device()
+
+    assert (choice.device, choice.dtype) == ("mps", torch.bfloat16 if new_macos else torch.float32)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps", "tpu", "cuda:x"])
+def test_a_device_that_is_not_there_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch)
+    with pytest.raises(ModelError) as caught:
+        choose_device(name)
+    assert caught.value.code == "RW312"
+
+
+def test_a_card_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, cards=2)
+    with pytest.raises(ModelError, match=r"cuda:2 was asked for, and this machine has 2"):
+        choose_device("cuda:2")
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.float32])
+def test_a_given_dtype_is_kept(dtype: object) -> None:
+    assert choose_device("cpu", dtype).dtype == torch.float32  # type: ignore[arg-type]
+
+
+def test_an_unknown_dtype_is_refused() -> None:
+    with pytest.raises(ModelError, match="int8"):
+        choose_device("cpu", "int8")

@@ -1,0 +1,108 @@
+"""The plot is valid, self-contained, says what it shows, and survives odd input."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import subprocess
+import sys
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from rankwise.reports import loss_svg
+from rankwise.reports.loss_plot import COLOURS
+from rankwise.reports.scale import nice_ticks, robust_range, smoothed, spread, tick_label, whole_ticks
+
+NAME = "{http://www.w3.org/2000/svg}"
+
+
+def lines(count: int = 20, shift: float = 0.0) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [{"step": 0, "eval_loss": 3.0}]
+    for step in range(1, count + 1):
+        rows.append({"step": step, "loss": 1 + 2 / step + shift, "learning_rate": 1e-4})
+        if step % 5 == 0:
+            rows.append({"step": step, "eval_loss": 1.5 + abs(step - 15) / 20 + shift})
+    return rows
+
+
+def texts(svg: str) -> list[str]:
+    return [element.text or "" for element in ElementTree.fromstring(svg).iter(f"{NAME}text")]
+
+
+def test_one_run_shows_both_losses_and_the_best_step() -> None:
+    svg = loss_svg(lines(), "demo, lora")
+    assert {"demo, lora", "training", "evaluation", "optimizer step", "loss per token"} <= set(texts(svg))
+    assert "kept: step 15, 1.500" in texts(svg)
+    root = ElementTree.fromstring(svg)
+    assert len([circle for circle in root.iter(f"{NAME}circle") if circle.get("class") == "dot f1"]) == 5
+
+
+def test_kept_step_may_be_another_than_the_lowest() -> None:
+    assert "kept: step 20, 1.750" in texts(loss_svg(lines(), "t", kept_step=20))
+
+
+def test_several_runs_are_named_and_told_apart() -> None:
+    svg = loss_svg({"LoRA": lines(), "DoRA": lines(shift=0.2), "a<b & a very long name": lines(shift=0.4)}, "compared")
+    assert {"LoRA", "DoRA", "a<b & a very long…"[:18]} <= {text[:18] for text in texts(svg)}
+    assert all(colour in svg for pair in COLOURS[:3] for colour in pair)
+
+
+def test_it_is_self_contained_and_knows_dark_mode() -> None:
+    svg = loss_svg(lines(), "x")
+    assert "prefers-color-scheme: dark" in svg
+    assert not re.search(r"(href|src|@import|url\()(?!#plot)", svg.replace("http://www.w3.org/2000/svg", ""))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [{"step": 1, "loss": 2.0}],
+        [{"step": 5, "eval_loss": 2.0}],
+        [{"step": 1, "loss": None}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": 1.0}],
+        [{"step": step, "loss": 2.0} for step in range(5)],
+        [{"step": 1, "loss": 1e9}, {"step": 2, "loss": 1e-9}],
+        [{"step": 1, "sample": "text"}, {"loss": 3.0}],
+    ],
+)
+def test_odd_input_gives_a_plot_within_its_frame(rows: list[dict[str, Any]]) -> None:
+    root = ElementTree.fromstring(loss_svg(rows, "<odd> & 'quoted'"))
+    for circle in root.iter(f"{NAME}circle"):
+        assert 0 <= float(circle.get("cx", "")) <= 800
+        assert 0 <= float(circle.get("cy", "")) <= 440
+    assert "nan" not in ElementTree.tostring(root, encoding="unicode").lower().replace("tabular-nums", "")
+
+
+def test_a_spike_does_not_flatten_the_curve() -> None:
+    low, high = robust_range([1.0, 2.0], [*[1.0, 2.0] * 200, 500.0])
+    assert high < 3
+    assert low < 1
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert nice_ticks(0.93, 2.61, 5) == pytest.approx([1.0, 1.5, 2.0, 2.5])
+    assert [tick_label(tick, [1.0, 1.25, 1.5]) for tick in (1.0, 1.25)] == ["1.00", "1.25"]
+    assert [tick_label(tick, [0, 20]) for tick in (0, 20)] == ["0", "20"]
+    assert whole_ticks(3, 6) == [0, 1, 2, 3]
+
+
+def test_smoothing_starts_at_the_first_value_and_follows_a_constant() -> None:
+    assert smoothed([4.0, 4.0, 4.0], 10) == pytest.approx([4.0] * 3)
+    assert smoothed([2.0, 8.0], 5)[0] == 2.0
+
+
+def test_labels_are_moved_apart_within_bounds() -> None:
+    placed = spread([10, 12, 11, 95], 15, 0, 100)
+    ordered = sorted(placed)
+    assert all(b - a >= 15 - 1e-9 for a, b in itertools.pairwise(ordered))
+    assert ordered[-1] <= 100
+    assert placed[0] < placed[2] < placed[1]
+
+
+def test_reports_import_no_torch() -> None:
+    code = "import sys, rankwise.reports; sys.exit('torch' in sys.modules)"
+    environment = {"PYTHONPATH": ":".join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0

@@ -1,0 +1,183 @@
+"""A checkpoint exists whole or not at all: full disks, short writes, errors at every call, kill -9 at any moment."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rankwise.errors import RunError
+from rankwise.training import checkpoints
+from rankwise.training.checkpoints import (
+    check_checkpoint,
+    list_checkpoints,
+    newest_valid,
+    remove_old,
+    remove_unfinished,
+    save_checkpoint,
+)
+from rankwise.training.state import load_state, save_state
+
+
+def write(folder: Path) -> None:
+    save_state(folder, "optimizer", {"step": torch.tensor(3.0), "moment": torch.ones(64)})
+    (folder / "notes.json").write_text("{}")
+
+
+def no_damage(error: RunError) -> None:
+    raise AssertionError(error)
+
+
+def test_saved_checkpoint_is_listed_and_valid(tmp_path: Path) -> None:
+    for step in (2, 10, 9):
+        save_checkpoint(tmp_path, step, write)
+    assert [item.step for item in list_checkpoints(tmp_path)] == [2, 9, 10]
+    newest = newest_valid(tmp_path, no_damage)
+    assert newest is not None
+    assert newest.path.name == "step-10"
+    assert set(json.loads((newest.path / "manifest.json").read_text())["files"]) == {
+        "notes.json",
+        "optimizer.json",
+        "optimizer.safetensors",
+    }
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_an_error_at_any_call_leaves_the_old_checkpoint(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file-system call of a save fails once, in turn, until one save goes through."""
+    save_checkpoint(tmp_path, 1, write)
+    calls = {"seen": 0, "fail_at": 0}
+
+    def failing(real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls["seen"] += 1
+            if calls["seen"] == calls["fail_at"]:
+                raise OSError(number, os.strerror(number))
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("fsync", "rename", "replace", "chmod", "open"):
+        monkeypatch.setattr(checkpoints.os, name, failing(getattr(os, name)))
+    survivors, codes = [], set()
+    for fail_at in range(1, 100):
+        calls.update(seen=0, fail_at=fail_at)
+        try:
+            save_checkpoint(tmp_path, 2, write)
+            break
+        except RunError as error:
+            codes.add(error.code)
+        found = newest_valid(tmp_path, no_damage)
+        assert found is not None
+        survivors.append(found.step)
+        assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+    assert codes == {"RW513" if number == errno.ENOSPC else "RW514"}
+    # Only opening and flushing the parent folder come after the rename.
+    assert survivors[:-2] == [1] * (len(survivors) - 2)
+    assert len(survivors) > 8
+    assert newest_valid(tmp_path, no_damage).step == 2  # type: ignore[union-attr]
+
+
+def test_short_write_is_found_by_the_manifest(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, write)
+    newer = save_checkpoint(tmp_path, 2, write)
+    file = newer.path / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    said: list[str] = []
+    found = newest_valid(tmp_path, lambda error: said.append(error.message))
+    assert found is not None
+    assert found.step == 1
+    assert len(said) == 1
+    assert "optimizer.safetensors has" in said[0]
+
+
+@pytest.mark.parametrize("kind", ["changed", "missing", "no manifest", "broken manifest"])
+def test_damage_is_named(kind: str, tmp_path: Path) -> None:
+    saved = save_checkpoint(tmp_path, 1, write)
+    manifest, file = saved.path / "manifest.json", saved.path / "notes.json"
+    {
+        "changed": lambda: file.write_text("[]"),
+        "missing": file.unlink,
+        "no manifest": manifest.unlink,
+        "broken manifest": lambda: manifest.write_text('{"files": ["x"]}'),
+    }[kind]()
+    with pytest.raises(RunError, match=r"manifest\.json" if "manifest" in kind else r"notes\.json") as caught:
+        check_checkpoint(saved)
+    assert caught.value.code == "RW515"
+    with pytest.raises(RunError, match="--overwrite"):
+        newest_valid(tmp_path, lambda error: None)
+
+
+def test_full_disk_is_said_before_writing(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="GB free") as caught:
+        save_checkpoint(tmp_path, 1, write, size_bytes=10**18)
+    assert caught.value.code == "RW513"
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_old_ones_go_and_the_best_stays(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        save_checkpoint(tmp_path, step, write)
+    assert remove_old(tmp_path, keep=2, best_step=1) == [2, 3]
+    assert [item.step for item in list_checkpoints(tmp_path)] == [1, 4, 5]
+
+
+def test_unfinished_ones_are_not_seen_and_are_cleared(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, write)
+    (tmp_path / "checkpoints" / ".tmp-step-2-abc").mkdir()
+    (tmp_path / "checkpoints" / "step-x").mkdir()
+    assert [item.step for item in list_checkpoints(tmp_path)] == [1]
+    remove_unfinished(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-1", "step-x"]
+
+
+SAVER = """
+import itertools, sys
+from pathlib import Path
+import torch
+from rankwise.training.checkpoints import save_checkpoint, remove_old, list_checkpoints
+from rankwise.training.state import save_state
+folder = Path(sys.argv[1])
+first = max((item.step for item in list_checkpoints(folder)), default=0) + 1
+for step in itertools.count(first):
+    value = torch.full((200_000,), float(step))
+    save_checkpoint(folder, step, lambda path: save_state(path, "optimizer", {"step": step, "value": value}))
+    remove_old(folder, 1)
+    print(step, flush=True)
+"""
+
+
+def test_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path: Path) -> None:
+    """A process that only saves is killed at random moments, again and again."""
+    draw = random.Random(0)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    last = 0
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, env=environment
+        )
+        assert process.stdout is not None
+        for _ in range(draw.randrange(1, 4)):
+            process.stdout.readline()
+        time.sleep(draw.random() * 0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        found = newest_valid(tmp_path, no_damage)
+        assert found is not None
+        state = load_state(found.path, "optimizer")
+        assert state["step"] == found.step > last
+        assert state["value"].eq(found.step).all()
+        last = found.step

@@ -1,0 +1,90 @@
+"""metrics.jsonl survives kills and resumptions; memory and time are measured in what they claim."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rankwise.records import read_metrics
+from rankwise.training.interrupt import Interrupt, interrupts
+from rankwise.training.meters import MemoryMeter, Progress, StepClock
+from rankwise.training.metrics import MetricsFile, evaluations, mean_train_loss
+
+
+def test_lines_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path)
+    file.append({"step": 0, "eval_loss": 3.0})
+    for step in (2, 4, 6):
+        file.append({"step": step, "loss": float(step)})
+    with file.path.open("a") as handle:
+        handle.write('{"step": 8, "lo')
+    MetricsFile(tmp_path, resume_step=4).append({"step": 6, "loss": 1.0})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 2, 4, 6]
+    assert evaluations(tmp_path) == {0: 3.0}
+    assert mean_train_loss(tmp_path) == pytest.approx((2 * 2 + 4 * 2 + 1 * 2) / 6)
+
+
+def test_a_new_run_starts_empty_and_values_that_are_no_numbers_become_null(tmp_path: Path) -> None:
+    MetricsFile(tmp_path).append({"step": 1, "loss": 2.0})
+    file = MetricsFile(tmp_path)
+    file.append({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
+    assert file.path.read_text() == json.dumps({"step": 1, "loss": None, "grad_norm": None}) + "\n"
+    assert mean_train_loss(tmp_path) is None
+
+
+def test_clock_counts_steps_only() -> None:
+    progress = Progress(train_seconds=5.0, tokens=100)
+    clock = StepClock(progress)
+    for _ in range(2):
+        clock.start()
+        time.sleep(0.02)
+        clock.stop()
+        time.sleep(0.05)
+    progress.tokens += 50
+    assert 0.04 <= clock.seconds < 0.09
+    assert progress.train_seconds == pytest.approx(5 + clock.seconds)
+    assert clock.tokens_per_second == pytest.approx(50 / clock.seconds)
+    assert clock.seconds_left(10) == pytest.approx(5 * clock.seconds)
+
+
+def test_memory_meter_sees_a_peak_between_two_looks() -> None:
+    with MemoryMeter("cpu") as meter:
+        before = meter.now()
+        block = np.ones(8_000_000)
+        time.sleep(0.08)
+        del block
+        time.sleep(0.05)
+        assert meter.peak() >= before + 60_000_000
+    assert MemoryMeter("cpu", peak_bytes=10**15).peak() == 10**15
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_asks_and_second_ends(number: int) -> None:
+    before = signal.getsignal(number)
+    interrupt = Interrupt()
+    with pytest.raises(KeyboardInterrupt), interrupts(interrupt):  # noqa: PT012
+        os.kill(os.getpid(), number)
+        assert interrupt.requested
+        os.kill(os.getpid(), number)
+        raise AssertionError("still running")
+    assert signal.getsignal(number) is before
+
+
+def test_interrupts_are_left_alone_outside_the_main_thread() -> None:
+    seen: list[bool] = []
+
+    def work() -> None:
+        with interrupts(Interrupt()) as interrupt:
+            seen.append(interrupt.requested)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]

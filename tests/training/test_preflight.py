@@ -1,0 +1,127 @@
+"""Each check fails on what it is there for, with a remedy, and passes on what is sound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from conftest import small_llama
+from rankwise.adapters import adapter_parameters, add_adapter, save_adapter
+from rankwise.config import LoraConfig
+from rankwise.errors import RankwiseWarning, RunError
+from rankwise.training.preflight import GradientCheck, check_disk, check_labels, check_reload, check_trainable
+
+SOUND = {"tokens": 100, "trained_tokens": 40, "stop_rows": 8, "whole_texts": False, "source": "rows.jsonl"}
+
+
+def test_sound_labels_pass() -> None:
+    check_labels(**SOUND)  # type: ignore[arg-type]
+
+
+def test_masked_labels_and_missing_stop_tokens_are_refused() -> None:
+    with pytest.raises(RunError, match=r"none of the 100 label tokens in rows.jsonl.*--max-length") as caught:
+        check_labels(**{**SOUND, "trained_tokens": 0})  # type: ignore[arg-type]
+    assert caught.value.code == "RW521"
+    with pytest.raises(RunError, match="stop token") as caught:
+        check_labels(**{**SOUND, "stop_rows": 0})  # type: ignore[arg-type]
+    assert caught.value.code == "RW525"
+    with pytest.warns(RankwiseWarning, match="stop token"):
+        check_labels(**{**SOUND, "stop_rows": 0, "whole_texts": True})  # type: ignore[arg-type]
+
+
+def test_something_must_train() -> None:
+    model = small_llama()
+    with pytest.raises(RunError, match="none is attached"):
+        check_trainable(model, "lora")
+    check_trainable(model, "full")
+    with pytest.raises(RunError, match="no parameter"):
+        check_trainable(model.requires_grad_(False), "full")  # type: ignore[arg-type]
+
+
+def test_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_llama()
+    check_disk(model, tmp_path / "not" / "there", 2)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(RunError, match="--save-total-limit") as caught:
+        check_disk(model, tmp_path, 2)
+    assert caught.value.code == "RW513"
+
+
+def backward(model: Any) -> None:
+    model.zero_grad()
+    ids = torch.tensor([[1, 5, 6, 7, 8, 2]])
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_gradient_check_waits_for_a_until_b_has_moved(use_dora: bool) -> None:
+    model = small_llama()
+    add_adapter(model, LoraConfig(r=4, use_dora=use_dora))
+    check = GradientCheck(model)
+    backward(model)
+    check.look(1)
+    assert {key.rpartition(".lora_")[2] for key in check.waiting} == {"A.weight"}
+    # Warm-up: the first learning rate is 0, so B is still zero at step 2.
+    backward(model)
+    check.look(2)
+    assert not check.done
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-2)
+    optimizer.step()
+    backward(model)
+    check.look(3)
+    assert check.done
+
+
+def test_adapter_without_gradient_is_named() -> None:
+    model = small_llama()
+    add_adapter(model, LoraConfig(r=4))
+    check = GradientCheck(model)
+    backward(model)
+    lost = next(key for key in check.parameters if "layers.1.mlp.up_proj.lora_B" in key)
+    check.parameters[lost].grad = None
+    with pytest.raises(RunError, match=r"1 of 28 adapter tensors.*layers\.1\.mlp\.up_proj\.lora_B") as caught:
+        check.look(1)
+    assert caught.value.code == "RW523"
+
+
+def test_a_without_gradient_after_b_moved_is_named() -> None:
+    model = small_llama()
+    add_adapter(model, LoraConfig(r=4, init_lora_weights=False))
+    check = GradientCheck(model)
+    backward(model)
+    lost = next(key for key in check.parameters if "layers.0.self_attn.q_proj.lora_A" in key)
+    check.parameters[lost].grad = torch.zeros_like(check.parameters[lost])
+    with pytest.raises(RunError, match=r"q_proj\.lora_A"):
+        check.look(1)
+
+
+def test_overflow_waits_only_with_loss_scaling() -> None:
+    model = small_llama()
+    add_adapter(model, LoraConfig(r=4))
+    backward(model)
+    next(iter(adapter_parameters(model).values())).grad[0, 0] = float("inf")  # type: ignore[index]
+    scaled = GradientCheck(model, overflow_is_normal=True)
+    scaled.look(1)
+    assert not scaled.done
+    with pytest.raises(RunError, match="not finite"):
+        GradientCheck(model).look(1)
+
+
+def test_reload_check_finds_a_changed_adapter(tmp_path: Path) -> None:
+    model = small_llama()
+    add_adapter(model, LoraConfig(r=4, use_dora=True, init_lora_weights=False))
+    save_adapter(model, tmp_path)
+    probe = {"input_ids": torch.tensor([[1, 5, 6, 7, 2]])}
+    check_reload(model, tmp_path, probe)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    key = next(key for key in tensors if key.endswith("lora_B.weight"))
+    tensors[key] = tensors[key] * 1.01
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(RunError, match="other logits") as caught:
+        check_reload(model, tmp_path, probe)
+    assert caught.value.code == "RW524"

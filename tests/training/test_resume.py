@@ -1,0 +1,91 @@
+"""10 steps, a stop, 10 more: the same bits as 20 straight steps, on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from rankwise.adapters import adapter_parameters, has_adapter
+from rankwise.config import LoraConfig
+from rankwise.training.checkpoints import list_checkpoints
+
+CASES: dict[str, dict[str, Any]] = {
+    "mid-epoch, dropout, accumulation, warm-up, linear": {},
+    "dora": {"lora": LoraConfig(r=4, use_dora=True, lora_dropout=0.1)},
+    "at the end of an epoch": {"rows": 40},
+    "cosine, clipping off, sgd": {"schedule": "cosine", "max_grad_norm": 0.0, "optimizer": "sgd"},
+    "adafactor, constant": {"optimizer": "adafactor", "schedule": "constant", "warmup_steps": 0},
+    "patterns, biases, trained whole": {
+        "lora": LoraConfig(r=4, rank_pattern={"q_proj": 2}, modules_to_save=["lm_head"], lora_dropout=0.1)
+    },
+    "evaluations between": {"eval_rows": 5, "eval_steps": 3},
+    "plateau": {"eval_rows": 5, "eval_steps": 5, "schedule": "reduce_lr_on_plateau", "warmup_steps": 0},
+    "packing": {"packing": True, "rows": 120},
+    "checkpointed activations": {"gradient_checkpointing": True},
+    "full": {"lora": None, "learning_rate": 1e-3},
+    "full, bf16": {"lora": None, "learning_rate": 1e-3, "precision": "bf16"},
+}
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            control.should_training_stop = control.should_save = True
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    named = adapter_parameters(model) if has_adapter(model) else dict(model.named_parameters())
+    return {name: value.detach().clone() for name, value in named.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_resumed_run_is_bit_identical(case: str, tmp_path: Path, make_trainer: Any) -> None:
+    given = CASES[case]
+    straight = make_trainer(tmp_path / "straight", **given)
+    straight.train()
+    before = weights(make_trainer(tmp_path / "untrained", **given).model)
+
+    first = make_trainer(tmp_path / "resumed", **given)
+    first.add_callback(StopAt(10))
+    first.train()
+    checkpoint = list_checkpoints(tmp_path / "resumed")[-1]
+    assert checkpoint.step == 10
+    second = make_trainer(tmp_path / "resumed", **given)
+    second.resume(checkpoint)
+
+    expected, found = weights(straight.model), weights(second.model)
+    assert second.state.global_step == 20
+    assert any(not torch.equal(expected[name], before[name]) for name in expected)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_evaluations_do_not_change_the_training(tmp_path: Path, make_trainer: Any) -> None:
+    plain = make_trainer(tmp_path / "plain")
+    plain.train()
+    watched = make_trainer(tmp_path / "watched", eval_rows=5, eval_steps=3)
+    watched.train()
+    expected, found = weights(plain.model), weights(watched.model)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_resuming_the_last_step_trains_no_further(tmp_path: Path, make_trainer: Any) -> None:
+    make_trainer(tmp_path / "run").train()
+    again = make_trainer(tmp_path / "run")
+    again.resume(list_checkpoints(tmp_path / "run")[-1])
+    assert again.state.global_step == 20
+
+
+def test_resumed_cadence_is_that_of_the_new_settings(tmp_path: Path, make_trainer: Any) -> None:
+    make_trainer(tmp_path / "run", max_steps=10, schedule="constant").train()
+    again = make_trainer(tmp_path / "run", max_steps=16, schedule="constant", save_steps=3, logging_steps=2)
+    again.resume(list_checkpoints(tmp_path / "run")[-1])
+    assert [item.step for item in list_checkpoints(tmp_path / "run")] == [15, 16]
+    assert [entry["step"] for entry in again.state.log_history if "loss" in entry] == [5, 10, 12, 14, 16]

@@ -1,0 +1,380 @@
+"""``train`` from settings to a run folder, on a tiny model in a folder and rows in a file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from conftest import WORDS, small_llama
+from rankwise.adapters import load_adapter
+from rankwise.config import TrainSettings
+from rankwise.errors import ConfigError, DataError, InputError, Interrupted, RankwiseWarning, RunError
+from rankwise.models import load_model
+from rankwise.records import load_record, read_metrics
+from rankwise.training.observer import StepInfo
+from rankwise.training.run import train
+
+pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning", "ignore::UserWarning")
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, tokenizer: Any) -> Path:
+    folder = tmp_path / "base"
+    small_llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, count: int, seed: int = 0) -> Path:
+    """Prompt: two words; completion: the same two words, the other way round."""
+    rows = []
+    for index in range(count):
+        first, second = WORDS[(7 * index + seed) % 90], WORDS[(11 * index + 3 * seed) % 90]
+        rows.append({"prompt": f"{first} {second} ", "completion": f"{second} {first}"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def settings(tmp_path: Path, model_folder: Path) -> Any:
+    def make(**changes: Any) -> TrainSettings:
+        given = {
+            "model": str(model_folder),
+            "data": str(write_rows(tmp_path / "train.jsonl", 40)),
+            "eval_data": str(write_rows(tmp_path / "eval.jsonl", 6, seed=1)),
+            "output": tmp_path / "run",
+            "r": 4,
+            "max_steps": 8,
+            "batch_size": 2,
+            "max_length": 16,
+            "learning_rate": 1e-2,
+            "logging_steps": 2,
+            "eval_steps": 4,
+            "device": "cpu",
+            "dtype": "float32",
+        }
+        return TrainSettings.model_validate({**given, **changes})
+
+    return make
+
+
+class Recorder:
+    """An observer that keeps what it is told, and can send a signal at a step."""
+
+    def __init__(self, stop_at: int | None = None, number: int = signal.SIGINT) -> None:
+        self.phases: list[str] = []
+        self.steps: list[StepInfo] = []
+        self.evaluations: list[tuple[float, bool]] = []
+        self.samples: list[str] = []
+        self.warnings: list[str] = []
+        self.stop_at, self.number = stop_at, number
+
+    def phase(self, text: str) -> None:
+        self.phases.append(text)
+
+    def step(self, info: StepInfo) -> None:
+        self.steps.append(info)
+        if info.step == self.stop_at:
+            os.kill(os.getpid(), self.number)
+
+    def evaluation(self, loss: float, best: bool) -> None:
+        self.evaluations.append((loss, best))
+
+    def sample(self, text: str) -> None:
+        self.samples.append(text)
+
+    def warning(self, code: str, text: str) -> None:
+        self.warnings.append(code)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_run_folder_has_everything_and_no_pickle(method: str, settings: Any, tmp_path: Path) -> None:
+    watcher = Recorder()
+    record = train(settings(method=method, sample_prompt="w1 w2 "), watcher)
+    folder = tmp_path / "run"
+    names = {path.name for path in folder.iterdir()}
+    weights = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    assert {weights, "run.json", "metrics.jsonl", "loss.svg", "README.md", "tokenizer.json", "checkpoints"} <= names
+    assert [p for p in folder.rglob("*") if p.suffix in {".pt", ".pth", ".bin", ".pkl"}] == []
+    assert record == load_record(folder)
+    assert record.status == "finished"
+    assert record.steps == 8
+    assert record.kept_step in (4, 8)
+    assert record.eval_loss is not None
+    assert record.initial_eval_loss is not None
+    assert record.eval_loss < record.initial_eval_loss
+    assert record.peak_memory_bytes
+    assert record.peak_memory_bytes > 10_000_000
+    assert [info.step for info in watcher.steps] == list(range(1, 9))
+    assert len(watcher.evaluations) == len(watcher.samples) == 3
+    lines = list(read_metrics(folder))
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 4, 8]
+
+
+def test_final_adapter_computes_the_recorded_evaluation_loss(settings: Any, tmp_path: Path) -> None:
+    """A later reader, without the trainer, finds the loss that run.json promises."""
+    given = settings()
+    record = train(given)
+    model, tokenizer = load_model(given.model, dtype=torch.float32)
+    load_adapter(model, tmp_path / "run", trainable=False)
+    model.eval()
+    total = count = 0
+    for line in Path(given.eval_data).read_text().splitlines():
+        row = json.loads(line)
+        prompt, completion = (tokenizer(row[key], add_special_tokens=False)["input_ids"] for key in row)
+        ids = torch.tensor([[*prompt, *completion, tokenizer.eos_token_id]])
+        log_p = model(ids).logits[0, :-1].log_softmax(-1)[torch.arange(ids.shape[1] - 1), ids[0, 1:]]
+        total -= log_p[len(prompt) - 1 :].sum().item()
+        count += len(completion) + 1
+    assert record.eval_loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_best_checkpoint_is_kept_and_named(settings: Any, tmp_path: Path) -> None:
+    """Evaluation rows that contradict the training rows: the more it learns, the worse, so an early step is kept."""
+    lines = [json.dumps({"prompt": f"w{i} w{i + 1} ", "completion": "w50 w50 w50"}) + "\n" for i in range(4)]
+    (tmp_path / "other.jsonl").write_text("".join(lines))
+    record = train(settings(eval_data=str(tmp_path / "other.jsonl"), max_steps=20, eval_steps=2, learning_rate=0.03))
+    losses = {line["step"]: line["eval_loss"] for line in read_metrics(tmp_path / "run") if "eval_loss" in line}
+    best = min((step for step in losses if step > 0), key=losses.__getitem__)
+    assert record.kept_step == best != 20
+    assert record.eval_loss == losses[best]
+    kept = safetensors.torch.load_file(tmp_path / "run" / "checkpoints" / f"step-{best}" / "adapter_model.safetensors")
+    final = safetensors.torch.load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert kept.keys() == final.keys()
+    assert all(torch.equal(kept[key], final[key]) for key in kept)
+    assert f"kept: step {best}" in (tmp_path / "run" / "loss.svg").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_resumes_to_the_same_bits(number: int, settings: Any, tmp_path: Path) -> None:
+    train(settings(output=tmp_path / "straight", lora_dropout=0.1))
+    with pytest.raises(Interrupted, match="--resume") as stopped:
+        train(settings(lora_dropout=0.1), Recorder(stop_at=3, number=number))
+    assert stopped.value.exit_code == 130
+    assert load_record(tmp_path / "run").status == "interrupted"
+    record = train(settings(lora_dropout=0.1, resume=True))
+    assert record.status == "finished"
+    one, other = (
+        safetensors.torch.load_file(tmp_path / name / "adapter_model.safetensors") for name in ("straight", "run")
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    figures = [
+        [(line["step"], line.get("eval_loss")) for line in read_metrics(tmp_path / name) if "eval_loss" in line]
+        for name in ("straight", "run")
+    ]
+    assert figures[0] == figures[1]
+
+
+def test_interrupt_at_an_evaluation_step_evaluates_after_resuming(settings: Any, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(settings(), Recorder(stop_at=4))
+    assert 4 not in {line["step"] for line in read_metrics(tmp_path / "run") if "eval_loss" in line}
+    train(settings(resume=True))
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if "eval_loss" in line] == [0, 4, 8]
+
+
+def test_resumed_metrics_have_each_step_once(settings: Any, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(settings(), Recorder(stop_at=5))
+    (tmp_path / "run" / "metrics.jsonl").open("a").write('{"step": 6, "loss": 9.0}\n{"step": 7, "lo')
+    train(settings(resume=True))
+    lines = list(read_metrics(tmp_path / "run"))
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
+    assert all(line["loss"] < 9 for line in lines if "loss" in line)
+
+
+def test_early_stopping_stops(settings: Any) -> None:
+    record = train(
+        settings(learning_rate=0.3, lr_scheduler_type="constant", max_steps=60, eval_steps=2, early_stopping=2)
+    )
+    assert record.steps is not None
+    assert record.steps < 60
+    assert record.kept_step == record.steps - 4
+    assert "RW527" in {warning["code"] for warning in record.warnings}
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+BAD: dict[str, tuple[dict[str, Any], type[InputError], str]] = {
+    "unknown optimizer": ({"optimizer": "adamw_torchh"}, ConfigError, "adamw_torch"),
+    "unknown schedule": ({"lr_scheduler_type": "linaer"}, ConfigError, "linear"),
+    "missing package": ({"optimizer": "lomo"}, ConfigError, "lomo"),
+    "early stopping without evaluation": (
+        {"eval_data": None, "eval_steps": None, "early_stopping": 2},
+        ConfigError,
+        "--eval-data",
+    ),
+    "fp16 on a cpu": ({"dtype": "float16"}, ConfigError, "bfloat16"),
+    "no such data": ({"data": "nowhere.jsonl"}, DataError, "nowhere"),
+    "target matches nothing": ({"target_modules": ("no_proj",)}, InputError, "no_proj"),
+    "no such model": ({"model": "no/such/model.gguf"}, InputError, "no/such"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_bad_input_writes_nothing(case: str, overwrite: bool, settings: Any, tmp_path: Path) -> None:
+    changes, kind, says = BAD[case]
+    if overwrite:
+        train(settings(max_steps=1))
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(kind, match=says) as caught:
+        train(settings(**changes, overwrite=overwrite))
+    assert "\n" not in str(caught.value)
+    assert snapshot(tmp_path / "run") == before
+    assert (tmp_path / "run").exists() == overwrite
+
+
+def test_existing_run_is_refused_then_overwritten(settings: Any, tmp_path: Path) -> None:
+    train(settings(max_steps=2))
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(RunError, match="--resume") as caught:
+        train(settings())
+    assert caught.value.code == "RW502"
+    assert snapshot(tmp_path / "run") == before
+    (tmp_path / "run" / "notes.md").write_text("mine")
+    record = train(settings(overwrite=True, method="dora"))
+    assert record.method == "dora"
+    assert (tmp_path / "run" / "notes.md").read_text() == "mine"
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-4", "step-8"}
+
+
+def test_folder_with_other_files_is_refused(settings: Any, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "README.md").write_text("my project")
+    for overwrite in (False, True):
+        with pytest.raises(RunError) as caught:
+            train(settings(overwrite=overwrite))
+        assert caught.value.code == "RW504"
+
+
+def test_read_only_output_is_refused(settings: Any, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    for folder in (locked, locked / "new" / "run"):
+        with pytest.raises(RunError, match="cannot be written") as caught:
+            train(settings(output=folder))
+        assert caught.value.code == "RW503"
+    locked.chmod(0o755)
+    assert list(locked.iterdir()) == []
+
+
+def test_resume_names_every_changed_setting(settings: Any, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(settings(), Recorder(stop_at=2))
+    with pytest.raises(RunError, match=r"--r was 4 and is 8.*--learning-rate was 0.01 and is 0.02") as caught:
+        train(settings(resume=True, r=8, learning_rate=0.02, logging_steps=1, save_steps=2))
+    assert "logging" not in caught.value.message
+    with pytest.raises(RunError, match="--max-steps was 8 and is 9"):
+        train(settings(resume=True, max_steps=9))
+    write_rows(tmp_path / "other.jsonl", 41)
+    with pytest.raises(RunError, match="--data") as caught:
+        train(settings(resume=True, data=str(tmp_path / "other.jsonl")))
+    assert caught.value.code == "RW508"
+
+
+def test_constant_schedule_may_be_continued(settings: Any, tmp_path: Path) -> None:
+    train(settings(lr_scheduler_type="constant", max_steps=4))
+    record = train(settings(lr_scheduler_type="constant", max_steps=8, resume=True))
+    train(settings(lr_scheduler_type="constant", max_steps=8, output=tmp_path / "straight"))
+    assert record.steps == 8
+    one, other = (
+        safetensors.torch.load_file(tmp_path / name / "checkpoints" / "step-8" / "adapter_model.safetensors")
+        for name in ("straight", "run")
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_resuming_a_finished_run_changes_nothing(settings: Any, tmp_path: Path) -> None:
+    train(settings())
+    before = snapshot(tmp_path / "run")
+    with pytest.warns(RankwiseWarning, match="nothing to resume"):
+        record = train(settings(resume=True))
+    assert record.status == "finished"
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_resume_without_a_run(settings: Any) -> None:
+    with pytest.raises(RunError, match="no run to resume"):
+        train(settings(resume=True))
+
+
+def test_damaged_checkpoint_is_said_and_the_older_one_used(settings: Any, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(settings(save_total_limit=3), Recorder(stop_at=6))
+    damaged = tmp_path / "run" / "checkpoints" / "step-6" / "optimizer.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    watcher = Recorder()
+    train(settings(resume=True, save_total_limit=3), watcher)
+    assert "RW515" in watcher.warnings
+    assert watcher.steps[0].step == 5
+
+
+def test_pickles_in_a_checkpoint_are_refused(settings: Any, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(settings(), Recorder(stop_at=3))
+    (tmp_path / "run" / "checkpoints" / "step-3" / "optimizer.pt").write_bytes(b"\x80\x04N.")
+    with pytest.raises(RunError, match=r"optimizer\.pt") as caught:
+        train(settings(resume=True))
+    assert caught.value.code == "RW512"
+
+
+def test_exploding_loss_stops_with_the_step(settings: Any, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="step") as caught:
+        train(settings(learning_rate=1e30, max_grad_norm=0.0, lr_scheduler_type="constant", optimizer="sgd"))
+    assert caught.value.code in ("RW530", "RW531")
+    assert load_record(tmp_path / "run").status == "failed"
+
+
+def test_half_an_epoch_of_a_table_without_evaluation(settings: Any, tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([["mr", "ref"], *[[f"w{i}", f"w{i + 1} w{i}"] for i in range(12)]])
+    record = train(settings(data=str(table), eval_data=None, eval_steps=None, max_steps=None, epochs=0.5))
+    assert record.steps == 3
+    assert record.kept_step == 3
+    assert record.eval_loss is None
+
+
+def test_second_interrupt_ends_at_once_and_the_last_checkpoint_stays(settings: Any, tmp_path: Path) -> None:
+    class Twice(Recorder):
+        def step(self, info: StepInfo) -> None:
+            if info.step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted) as caught:
+        train(settings(save_steps=2), Twice())
+    assert caught.value.code == "RW541"
+    assert load_record(tmp_path / "run").status == "interrupted"
+    assert train(settings(save_steps=2, resume=True)).status == "finished"
+
+
+def test_interrupt_during_the_first_evaluation_starts_anew_on_resume(settings: Any, tmp_path: Path) -> None:
+    class AtPhase(Recorder):
+        def phase(self, text: str) -> None:
+            if text == "Training":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as caught:
+        train(settings(), AtPhase())
+    assert caught.value.code == "RW542"
+    watcher = Recorder()
+    assert train(settings(resume=True), watcher).status == "finished"
+    assert "RW510" in watcher.warnings
+    assert watcher.steps[0].step == 1
