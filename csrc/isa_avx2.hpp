@@ -11,6 +11,7 @@ namespace rankwise {
 struct Avx2 {
     static constexpr bool multiplies_bfloat16 = false;
     static constexpr int columns = 2;  // with 4 weight rows: 8 of 16 registers are sums
+    static constexpr int64_t fused_rows = 2;
     static constexpr int64_t stream_bytes = int64_t{16} << 20;
 
     struct Table16 {
@@ -46,9 +47,8 @@ struct Avx2 {
     static uint16_t entry(const Table16& table, int code) { return table.words[code]; }
     static float entry(const Table32& table, int code) { return table.entries[code]; }
 
-    // 8 bytes to the 16 codes in element order.
-    static __m128i nibbles(const uint8_t* packed) {
-        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed));
+    // Bytes to codes in element order.
+    static __m128i nibbles(__m128i bytes) {
         const __m128i four_bits = _mm_set1_epi8(15);
         return _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), four_bits), _mm_and_si128(bytes, four_bits));
     }
@@ -65,7 +65,7 @@ struct Avx2 {
     static void expand(const Table16& table, const uint8_t* packed, int64_t bytes, uint16_t* out) {
         int64_t j = 0;
         for (; j + 8 <= bytes; j += 8) {
-            const __m128i codes = nibbles(packed + j);
+            const __m128i codes = nibbles(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + j)));
             const __m128i low = _mm_shuffle_epi8(table.low, codes), high = _mm_shuffle_epi8(table.high, codes);
             store<Stream>(out + 2 * j, _mm_unpacklo_epi8(low, high));
             store<Stream>(out + 2 * j + 8, _mm_unpackhi_epi8(low, high));
@@ -82,6 +82,13 @@ struct Avx2 {
         return _mm256_blendv_ps(lower, upper, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
     }
 
+    // As many weights as a Vector of the lane holds.
+    static __m256 vector(const Table32& table, const uint8_t* packed) {
+        int32_t four;
+        std::memcpy(&four, packed, 4);
+        return look_up(table, nibbles(_mm_cvtsi32_si128(four)));
+    }
+
     template <bool Stream>
     static void store(float* out, __m256 floats) {
         if (Stream)
@@ -94,7 +101,7 @@ struct Avx2 {
     static void expand(const Table32& table, const uint8_t* packed, int64_t bytes, float* out) {
         int64_t j = 0;
         for (; j + 8 <= bytes; j += 8) {
-            const __m128i codes = nibbles(packed + j);
+            const __m128i codes = nibbles(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + j)));
             store<Stream>(out + 2 * j, look_up(table, codes));
             store<Stream>(out + 2 * j + 8, look_up(table, _mm_srli_si128(codes, 8)));
         }

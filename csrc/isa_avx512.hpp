@@ -12,6 +12,7 @@ template <bool Bfloat16>
 struct Avx512 {
     static constexpr bool multiplies_bfloat16 = Bfloat16;
     static constexpr int columns = 6;  // with 4 weight rows: 24 of 32 registers are sums
+    static constexpr int64_t fused_rows = 4;
     static constexpr int64_t stream_bytes = int64_t{16} << 20;
 
     struct Table16 {
@@ -25,29 +26,37 @@ struct Avx512 {
         return _mm512_mul_ps(_mm512_loadu_ps(value), _mm512_set1_ps(scale));
     }
 
-    // Not vcvtneps2bf16: that instruction turns subnormal numbers to zero.
-    static __m512i bfloat16_bits(__m512 v) {
+    // vcvtneps2bf16 rounds as we want but turns subnormal numbers to zero; products of such a scale are none.
+    static bool plain(float scale) {
+        const uint32_t magnitude = bits_of(scale) & 0x7fffffffu;
+        return magnitude - 0x0da24260u < 0x7f800000u - 0x0da24260u;  // 1e-30 <= |scale| < inf
+    }
+
+    template <int D>
+    static __m256i words_of(const float* value, float scale) {
+        const __m512 v = products(value, scale);
+        if (D == RW_FLOAT16) return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#ifdef __AVX512BF16__
+        if (__builtin_expect(plain(scale), 1)) return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+#endif
         const __m512i bits = _mm512_castps_si512(v);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
         const __m512i half_up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
         const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-        return _mm512_mask_mov_epi32(_mm512_srli_epi32(half_up, 16), nan, _mm512_set1_epi32(0x7fc0));
+        return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(half_up, 16), nan, _mm512_set1_epi32(0x7fc0)));
     }
 
     template <int D>
     static Table16 table(const float* value, float scale, uint16_t*) {
-        const __m512 v = products(value, scale);
-        const __m256i words = D == RW_BFLOAT16 ? _mm512_cvtepi32_epi16(bfloat16_bits(v))
-                                               : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        return {_mm512_broadcast_i64x4(words)};
+        return {_mm512_broadcast_i64x4(words_of<D>(value, scale))};
     }
 
     template <int D>
     static Table32 table(const float* value, float scale, float*) {
-        const __m512 v = products(value, scale);
-        if (D == RW_BFLOAT16) return {_mm512_castsi512_ps(_mm512_slli_epi32(bfloat16_bits(v), 16))};
-        if (D == RW_FLOAT16) return {_mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
-        return {v};
+        if (D == RW_FLOAT32) return {products(value, scale)};
+        const __m256i words = words_of<D>(value, scale);
+        if (D == RW_FLOAT16) return {_mm512_cvtph_ps(words)};
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16))};
     }
 
     static uint16_t entry(const Table16& table, int code) {
@@ -74,11 +83,19 @@ struct Avx512 {
         return _mm512_permutexvar_ps(_mm512_or_si512(_mm512_srli_epi64(b, 4), _mm512_slli_epi64(b, 32)), table.entries);
     }
 
+    // As many weights as a Vector of the lane holds.
+    static __m512i vector(const Table16& table, const uint8_t* packed) {
+        return look_up(table, _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+    }
+    static __m512 vector(const Table32& table, const uint8_t* packed) {
+        return look_up(table, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
+    }
+
     template <bool Stream>
     static void expand(const Table16& table, const uint8_t* packed, int64_t bytes, uint16_t* out) {
         int64_t j = 0;
         for (; j + 16 <= bytes; j += 16) {
-            const __m512i words = look_up(table, _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + j)));
+            const __m512i words = vector(table, packed + j);
             if (Stream)
                 _mm512_stream_si512(reinterpret_cast<__m512i*>(out + 2 * j), words);
             else
@@ -95,7 +112,7 @@ struct Avx512 {
     static void expand(const Table32& table, const uint8_t* packed, int64_t bytes, float* out) {
         int64_t j = 0;
         for (; j + 8 <= bytes; j += 8) {
-            const __m512 floats = look_up(table, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + j)));
+            const __m512 floats = vector(table, packed + j);
             if (Stream)
                 _mm512_stream_ps(out + 2 * j, floats);
             else

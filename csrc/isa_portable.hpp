@@ -13,7 +13,37 @@ namespace rankwise {
 struct Portable {
     static constexpr bool multiplies_bfloat16 = false;
     static constexpr int columns = 2;
+    static constexpr int64_t fused_rows = 2;
     static constexpr int64_t stream_bytes = INT64_MAX;
+
+    struct FloatLane {
+        using Element = float;
+        static constexpr int width = 8;
+        struct Vector {
+            float lane[width];
+        };
+        using Sum = Vector;
+        static Sum zero() { return {}; }
+        static Vector load(const float* p) { return load_some(p, width); }
+        static Vector load_some(const float* p, int count) {
+            Vector v = {};
+            for (int i = 0; i < count; ++i) v.lane[i] = p[i];
+            return v;
+        }
+        static Sum multiply_add(const Vector& a, const Vector& b, Sum sum) {
+            for (int i = 0; i < width; ++i) sum.lane[i] += a.lane[i] * b.lane[i];
+            return sum;
+        }
+        static Sum add(Sum a, const Sum& b) {
+            for (int i = 0; i < width; ++i) a.lane[i] += b.lane[i];
+            return a;
+        }
+        static float total(const Sum& sum) {
+            float total = 0;
+            for (float lane : sum.lane) total += lane;
+            return total;
+        }
+    };
 
     template <class Out>
     struct Table {
@@ -37,6 +67,16 @@ struct Portable {
     template <class Out>
     static Out entry(const Table<Out>& table, int code) {
         return table.entries[code];
+    }
+
+    // As many weights as a Vector of the lane holds.
+    static FloatLane::Vector vector(const Table<float>& table, const uint8_t* packed) {
+        FloatLane::Vector v;
+        for (int j = 0; j < FloatLane::width / 2; ++j) {
+            v.lane[2 * j] = table.entries[packed[j] >> 4];
+            v.lane[2 * j + 1] = table.entries[packed[j] & 15];
+        }
+        return v;
     }
 
     template <bool Stream, class Out>
@@ -103,35 +143,6 @@ struct Portable {
                 packed[(i + e) / 2] = static_cast<uint8_t>(bounds.order[below[e]] << 4 | bounds.order[below[e + 1]]);
         }
     }
-
-    struct FloatLane {
-        using Element = float;
-        static constexpr int width = 8;
-        struct Vector {
-            float lane[width];
-        };
-        using Sum = Vector;
-        static Sum zero() { return {}; }
-        static Vector load(const float* p) { return load_some(p, width); }
-        static Vector load_some(const float* p, int count) {
-            Vector v = {};
-            for (int i = 0; i < count; ++i) v.lane[i] = p[i];
-            return v;
-        }
-        static Sum multiply_add(const Vector& a, const Vector& b, Sum sum) {
-            for (int i = 0; i < width; ++i) sum.lane[i] += a.lane[i] * b.lane[i];
-            return sum;
-        }
-        static Sum add(Sum a, const Sum& b) {
-            for (int i = 0; i < width; ++i) a.lane[i] += b.lane[i];
-            return a;
-        }
-        static float total(const Sum& sum) {
-            float total = 0;
-            for (float lane : sum.lane) total += lane;
-            return total;
-        }
-    };
 };
 
 }  // namespace rankwise

@@ -19,8 +19,10 @@ struct QuantizeJob {
 
 struct LinearJob {
     const rw_weight* weight;
-    const void* x;           // T x K of `dtype`
-    const float* x_float;    // T x K widened, where the level has no products of `dtype`
+    // Pieces of `piece` columns (the last may be narrower), each with all T rows: at row stride K they would fall into few sets of
+    // the cache. Floats, or bfloat16 where dtype is that and the level multiplies it. piece = K is plain row-major x.
+    const void* x;
+    int64_t piece;
     int64_t T, N, K;
     int dtype;
     const void* bias;
@@ -35,10 +37,12 @@ struct Kernels {
     // Output features [first, last).
     void (*linear)(const LinearJob& job, int64_t first, int64_t last);
     void (*row_norms)(const rw_weight& weight, int64_t K, int dtype, int64_t first, int64_t last, float* norms);
-    // count values of `dtype` to float.
-    void (*widen)(const void* in, int dtype, int64_t count, float* out);
+    // Columns [k, k + count) of T rows of x, of `dtype`, to the elements that `linear` reads.
+    void (*arrange)(const void* x, int dtype, int64_t T, int64_t K, int64_t k, int64_t count, void* out);
     // Whether `linear` reads bfloat16 x as it is.
     bool multiplies_bfloat16;
+    // Up to so many rows of x, `linear` takes plain row-major x if rows of the weight consist of whole blocks.
+    int64_t fused_rows;
 };
 
 // Null where the compiler could not target the level.

@@ -1,10 +1,15 @@
 // The C interface: picks the level, cuts the work into tasks.
 #include <atomic>
 #include <cstddef>
-#include <vector>
+#include <initializer_list>
 
 #include "kernels.hpp"
 #include "parallel.hpp"
+#include "scratch.hpp"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace {
 
@@ -13,6 +18,8 @@ using rankwise::Kernels;
 constexpr int kInterface = 1;
 // Elements of a weight per task: some ten microseconds of work.
 constexpr int64_t kTaskElements = int64_t{1} << 16;
+// Bytes of each row of x and of the weight that are multiplied while they are in the first-level cache.
+constexpr int64_t kPieceBytes = 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -37,6 +44,20 @@ std::atomic<const Kernels*> current{nullptr};
 const Kernels& kernels() {
     const Kernels* chosen = current;
     return chosen ? *chosen : *rankwise::portable_kernels();
+}
+
+// Asks for huge pages under a large output. Fresh memory otherwise costs more, in page faults of 4 KiB, than filling it.
+void use_huge_pages(void* data, int64_t bytes) {
+#ifdef __linux__
+    constexpr uintptr_t page = 4096;
+    if (bytes < int64_t{4} << 20) return;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / page * page;
+    // A refusal changes the time, not the result.
+    (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
 }
 
 // Runs body(first, last) over [0, total) in tasks of `step`.
@@ -78,6 +99,7 @@ int64_t rw_quantize_4bit(const void* w, int dtype, int64_t n, int64_t block_size
                          uint8_t* packed, float* absmax, int threads) {
     const rankwise::QuantizeJob job = {w, dtype, n, block_size, bound, order, packed, absmax};
     const int64_t blocks = ceil_div(n, block_size);
+    use_huge_pages(packed, ceil_div(n, 2));
     std::atomic<int64_t> bad{blocks};
     split(blocks, ceil_div(kTaskElements, block_size), threads, [&](int64_t first, int64_t last) {
         const int64_t found = kernels().quantize(job, first, last);
@@ -90,6 +112,7 @@ int64_t rw_quantize_4bit(const void* w, int dtype, int64_t n, int64_t block_size
 
 void rw_dequantize_4bit(const rw_weight* weight, int64_t first, int64_t count, int dtype, void* out, int threads) {
     const int64_t size = dtype == RW_FLOAT32 ? 4 : 2;
+    use_huge_pages(out, count * size);
     split(count, kTaskElements, threads, [&](int64_t begin, int64_t end) {
         kernels().dequantize(*weight, first + begin, end - begin, dtype, static_cast<char*>(out) + begin * size);
     });
@@ -98,12 +121,17 @@ void rw_dequantize_4bit(const rw_weight* weight, int64_t first, int64_t count, i
 void rw_linear_4bit(const rw_weight* weight, const void* x, int64_t T, int64_t N, int64_t K, int dtype, const void* bias, void* y,
                     int threads) {
     const Kernels& level = kernels();
-    std::vector<float> widened;
-    if (dtype == RW_FLOAT16 || (dtype == RW_BFLOAT16 && !level.multiplies_bfloat16)) {
-        widened.resize(static_cast<std::size_t>(T * K));
-        level.widen(x, dtype, T * K, widened.data());
+    const bool as_it_is = dtype == RW_FLOAT32 || (dtype == RW_BFLOAT16 && level.multiplies_bfloat16);
+    const bool whole_rows = T <= level.fused_rows && K % weight->block_size == 0;
+    const int64_t size = dtype == RW_BFLOAT16 && as_it_is ? 2 : 4, piece = whole_rows ? K : kPieceBytes / size;
+    if (!(as_it_is && whole_rows)) {
+        char* arranged = rankwise::scratch<Kernels, char, 0>(T * K * size);
+        split(K, piece, T * K < kTaskElements ? 1 : threads, [&](int64_t k, int64_t end) {
+            level.arrange(x, dtype, T, K, k, end - k, arranged + T * k * size);
+        });
+        x = arranged;
     }
-    const rankwise::LinearJob job = {weight, x, widened.data(), T, N, K, dtype, bias, y};
+    const rankwise::LinearJob job = {weight, x, piece, T, N, K, dtype, bias, y};
     split(N, row_step(K), threads, [&](int64_t first, int64_t last) { level.linear(job, first, last); });
 }
 

@@ -1,4 +1,4 @@
-// ||W'_n|| per output row: decode the row, multiply it with itself in float32.
+// ||W'_n|| per output row: decode a piece of the row, multiply it with itself in float32.
 #pragma once
 
 #include "linear.hpp"
@@ -7,12 +7,17 @@ namespace rankwise {
 
 template <class Isa, int D>
 static void norms_of_rows(const rw_weight& weight, int64_t K, int64_t first, int64_t last, float* norms) {
-    float* row = scratch<Isa, float>(K);
+    using Lane = typename Isa::FloatLane;
+    constexpr int64_t piece = 1024;
+    float row[piece];
     for (int64_t n = first; n < last; ++n) {
-        decode<Isa, D>(weight, n * K, K, row);
-        float square;
-        tile<typename Isa::FloatLane, 1, 1>(row, K, row, K, K, &square);
-        norms[n] = __builtin_sqrtf(square);
+        typename Lane::Sum square = Lane::zero();
+        for (int64_t k = 0; k < K; k += piece) {
+            const int64_t count = K - k < piece ? K - k : piece;
+            decode<Isa, D>(weight, n * K + k, count, row);
+            tile<Lane, 1, 1>(row, 0, row, 0, count, &square, 0);
+        }
+        norms[n] = __builtin_sqrtf(Lane::total(square));
     }
 }
 

@@ -137,7 +137,7 @@ def test_merge_overwrites_nothing(run_folder, rankwise, tmp_path):
     before = files_of(tmp_path)
     done = rankwise("merge", "--adapter", run_folder, "--output", tmp_path)
     assert done.code == 2
-    assert "RW530" in done.stderr
+    assert "RW532" in done.stderr
     assert files_of(tmp_path) == before
 
 

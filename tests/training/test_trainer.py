@@ -11,9 +11,10 @@ import torch
 from torch.nn import functional as F
 
 from conftest import encoded_rows, small_llama
+from rankwise.adapters import add_adapter
 from rankwise.config import LoraConfig
 from rankwise.errors import RankwiseWarning, RunError
-from rankwise.training.loss import fused_head_is_right, loss_from_logits
+from rankwise.training.loss import fused_head_is_right, keeps_positions, loss_from_logits
 from rankwise.training.trainer import RankwiseTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -88,10 +89,32 @@ def test_accumulated_step_has_the_gradients_of_one_big_batch(head: str, make_tra
         torch.testing.assert_close(value, grads[1][name], rtol=2e-4, atol=2e-6)
 
 
-def test_fused_head_is_refused_where_it_would_be_wrong(make_trainer: Any) -> None:
-    assert make_trainer(lora=HEADS["untouched"]).fused_head
+@pytest.mark.parametrize("head", ["untouched", "adapted", "adapted, dora"])
+def test_fused_head_is_refused_where_it_would_be_wrong(head: str, make_trainer: Any) -> None:
+    """trl's own loss, forced on: right for the untouched head, wrong for those that are refused."""
+    trainer = make_trainer(lora=HEADS[head], eval_rows=7)
+    model = stirred(trainer.model)
+    trainer.fused_head = True
+    found, expected = trainer.evaluate()["eval_loss"], mean_loss(model, encoded_rows(7, seed=9))
+    assert fused_head_is_right(model) == (head == "untouched")
+    if head == "untouched":
+        assert found == pytest.approx(expected, rel=1e-6)
+    else:
+        assert abs(found - expected) > 1e-3
+
+
+def test_fused_head_is_refused_for_a_trained_copy() -> None:
+    model = small_llama()
+    add_adapter(model, HEADS["trained whole"])
+    assert not fused_head_is_right(model)
+
+
+def test_refusal_of_the_fused_head_is_said(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.TrainingArguments.device", torch.device("cuda"))
+    model = small_llama()
+    monkeypatch.setattr(type(model), "to", lambda self, *_, **__: self)
     with pytest.warns(RankwiseWarning, match="bypass"):
-        assert not make_trainer(lora=HEADS["adapted"]).fused_head
+        assert not make_trainer(model=model, lora=HEADS["adapted"]).fused_head
 
 
 def test_fused_head_and_own_logits_agree() -> None:
@@ -102,6 +125,11 @@ def test_fused_head_and_own_logits_agree() -> None:
     parts = loss_from_logits(model, {"input_ids": ids, "labels": labels}, None)
     assert fused_head_is_right(model)
     torch.testing.assert_close(parts.loss, model(input_ids=ids, labels=labels).loss)
+    assert keeps_positions(model)
+    head = []
+    model.lm_head.register_forward_hook(lambda _, inputs, __: head.append(inputs[0].shape[1]))
+    loss_from_logits(model, {"input_ids": ids, "labels": labels}, None)
+    assert head == [3]
     assert 0 < parts.entropy <= math.log(97)
     assert len(rows) == 3
 

@@ -215,7 +215,7 @@ VERB = Verb(
     summary="Answer prompts with a base model, a tuned one, or both side by side.",
     examples=(
         'rankwise generate --model demo --prompt "What is a list in Python?"',
-        'rankwise generate --adapter runs/first --prompt "Hello" --prompt "Who are you?" --compare',
+        'rankwise generate --adapter runs/first --prompt "Hello" --compare',
     ),
     metavars={"model": "M", "adapter": "A", "chat_template": "FILE"},
 )

@@ -225,7 +225,8 @@ def _adapter_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "targets", targets if isinstance(targets, str) else ", ".join(targets)
     if found["bias"] != "none":
         yield "biases", found["bias"]
-    yield "size", f"{_size(found)} over {plural(found['adapted_modules'], 'module')}"
+    yield "size", _size(found)
+    yield "tensors", f"{found['tensors']:,} over {plural(found['adapted_modules'], 'module')}"
     yield "norm of B", _norm_sentence(found["norm_of_B"])
 
 
@@ -251,10 +252,7 @@ def _model_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _size(found: Mapping[str, Any]) -> str:
     dtypes = ", ".join(found["dtypes"])
-    parameters = parameter_count(found["parameters"])
-    return (
-        f"{parameters} parameters in {plural(found['tensors'], 'tensor')}, {dtypes}, {byte_size(found['size_bytes'])}"
-    )
+    return f"{parameter_count(found['parameters'])} parameters, {dtypes}, {byte_size(found['size_bytes'])}"
 
 
 def _run_rows(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

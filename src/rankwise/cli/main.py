@@ -41,8 +41,8 @@ EXAMPLES = (
     "rankwise merge    --adapter runs/first --output merged",
 )
 LIBRARIES = ("rankwise", "torch", "transformers", "trl", "datasets", "safetensors")
-# Errors of the file system that the user can mend: permissions, a full or read-only disk, a missing folder.
-FILE_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.ENOTDIR}
+# Errors of the file system that the user can mend: permissions, a full or read-only disk.
+FILE_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,8 +121,9 @@ def _as_ours(error: Exception) -> RankwiseError:
         remedy = "lower --batch-size or --max-length, or switch on --gradient-checkpointing"
         return RunError("RW550", f"the memory of the device is full ({_first_line(error)}); {remedy}.")
     if isinstance(error, OSError) and error.errno in FILE_ERRORS and error.filename:
-        return RunError("RW551", f"{error.filename}: {(error.strerror or 'cannot be used').lower()}.")
-    advice = "please report it with the text that RANKWISE_DEBUG=1 prints".replace("RANKWISE_DEBUG", DEBUG_VARIABLE)
+        reason = (error.strerror or "it cannot be used").lower()
+        return RunError("RW551", f"{error.filename}: {reason}; free space there, or use another folder.")
+    advice = f"please report it with what {DEBUG_VARIABLE}=1 prints"
     return InternalError("RW900", f"a fault of rankwise: {type(error).__name__}: {_first_line(error)}; {advice}.")
 
 
@@ -130,7 +131,8 @@ def _usage_sentence(error: Any) -> str:
     """What the parser of the command line says, and where the options are listed."""
     sentence = " ".join(error.format_message().split()).rstrip(".")
     path = error.ctx.command_path if getattr(error, "ctx", None) else "rankwise"
-    return f"{sentence[0].lower()}{sentence[1:]}; `{path} --help` lists what there is."
+    joint = "" if sentence.endswith("?") else ";"
+    return f"{sentence[0].lower()}{sentence[1:]}{joint} `{path} --help` lists what there is."
 
 
 def _first_line(error: BaseException) -> str:

@@ -53,7 +53,9 @@ def _print(output: Output, preview: Preview, report: EncodingReport, settings: P
     ):
         output.line(f"{label:<12}{text}")
     marks = _uses_marks(output)
-    output.line(f"{'trained on':<12}{f'between {OPEN} and {CLOSE}' if marks else 'bold green'}")
+    output.line(
+        f"{'trained on':<12}what stands between {OPEN} and {CLOSE}" if marks else f"{'trained on':<12}what is green"
+    )
     output.line()
     output.console.print(rendered(preview, marks=marks), soft_wrap=True)
 

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from rankwise.cli.output import Output, print_message
 from rankwise.cli.sparkline import position, sparkline
-from rankwise.cli.words import byte_size, duration, printable
+from rankwise.cli.words import byte_size, duration, one_line
 
 if TYPE_CHECKING:
     from rankwise.training.observer import Observer, StepInfo
@@ -82,7 +82,7 @@ class PlainProgress(_Warnings):
         self.output.line(f"evaluation at step {step}: loss {loss:.4f}{' (best so far)' if best else ''}")
 
     def sample(self, text: str) -> None:
-        self.output.line(f"sample: {printable(' '.join(text.split()))}")
+        self.output.line(f"sample: {one_line(text)}")
 
 
 class LiveProgress(_Warnings):
@@ -93,6 +93,7 @@ class LiveProgress(_Warnings):
         self.output = output
         self.history = History()
         self.phase_name = "Starting"
+        self.running = True
 
     def phase(self, text: str) -> None:
         self.phase_name = text
@@ -104,11 +105,13 @@ class LiveProgress(_Warnings):
         self.history.add_evaluation(loss)
 
     def sample(self, text: str) -> None:
-        self.output.line(f"step {self.history.steps[-1] if self.history.steps else 0}: {printable(text)}", style="dim")
+        step = self.history.steps[-1] if self.history.steps else 0
+        self.output.line(f"sample at step {step}: {one_line(text)}", style="dim")
 
     def __rich__(self) -> RenderableType:
         if self.history.latest is None:
-            return Spinner("dots", Text(self.phase_name))
+            # Nothing to leave behind when it ends before the first step.
+            return Text("") if not self.running else Spinner("dots", Text(self.phase_name))
         width = min(60, max(10, self.output.console.width - 28))
         return Group(
             _bar(self.phase_name, self.history.latest),
@@ -125,8 +128,11 @@ def watching(output: Output, *, every: int) -> Iterator[Observer]:
         return
     live = LiveProgress(output)
     with Live(live, console=output.console, refresh_per_second=4):
-        yield live
-        live.phase("Done")
+        try:
+            yield live
+            live.phase("Done")
+        finally:
+            live.running = False
 
 
 def figures(info: StepInfo) -> str:

@@ -128,8 +128,8 @@ VERB = Verb(
     summary="Fine-tune a model on your data; leaves a run folder with the adapter, its record and the loss curve.",
     examples=(
         "rankwise train --model demo --data rows.jsonl --output runs/first",
-        "rankwise train --model demo --data train.csv --eval-data dev.csv --method dora --r 8 \\",
-        "               --max-steps 200 --learning-rate 2e-4 --output runs/dora",
+        "rankwise train --model demo --data train.csv --eval-data dev.csv \\",
+        "    --method dora --r 8 --max-steps 200 --output runs/dora",
         "rankwise train --config run.yaml --resume",
     ),
     panels=PANELS,

@@ -31,6 +31,12 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def one_line(text: str, limit: int = 240) -> str:
+    """``text`` without line breaks and control characters, cut at ``limit`` characters."""
+    joined = printable(" ".join(text.split()))
+    return joined if len(joined) <= limit else f"{joined[: limit - 3]}..."
+
+
 def printable(text: str) -> str:
     """``text`` with control characters made visible: foreign text must not steer the terminal."""
     return "".join(

@@ -11,8 +11,9 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from rankwise.adapters import load_adapter, merge_adapter
@@ -26,42 +27,57 @@ from rankwise.errors import AdapterError, ModelError, RunError
 from rankwise.export.safetensors_writer import bytes_of, write_safetensors
 from rankwise.export.shards import INDEX_FILE, ShardedWeights
 from rankwise.models import fetch_model, load_model, load_skeleton, resolve_model
+from rankwise.quantization.bitsandbytes_format import rewrite_bitsandbytes_config
+from rankwise.quantization.config import FourBitConfig
+from rankwise.quantization.linear import Linear4bit
+from rankwise.quantization.targets import target_names
 from rankwise.records import RUN_FILE, load_record, write_json
 
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 NOT_COPIED = ("adapter_config.json", "run.json", INDEX_FILE, "trainer_state.json")
 
 
+Onto = Literal["original", "quantized"]
+
+
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-    """What was written: layers merged, and whether tensor by tensor or through the whole model in memory."""
+    """What was written: modules merged, onto which weights, and whether tensor by tensor or through memory."""
 
     base_model: str
     merged_modules: int
+    onto: Onto
     streamed: bool
 
 
 def merge_to_folder(
-    adapter: Path, output: Path, *, model: str | None = None, onto: str = "original", trust_remote_code: bool = False
+    adapter: Path,
+    output: Path,
+    *,
+    model: str | None = None,
+    onto: Onto = "original",
+    trust_remote_code: bool = False,
 ) -> MergeReport:
     """Write the base with the adapter folded in to ``output``, which appears whole or not at all.
 
-    ``model`` is the base, by default the one that the adapter names. Raises AdapterError when the adapter does not fit
-    it, ModelError when it cannot be read, RunError (RW532) when ``output`` holds something.
+    ``model`` is the base, by default the one that the adapter names. ``onto="quantized"`` merges into the values that a
+    4-bit run trained on (each 4-bit layer dequantized), "original" into the weights before quantization.
+    Raises AdapterError when the adapter does not fit the base (RW414: it did not train on 4 bits), ModelError when the
+    base cannot be read, RunError (RW532) when ``output`` holds something.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError("RW532", f"{output} is not empty; give a new folder, nothing is overwritten.")
-    base = model or base_model_of(adapter)
-    source = resolve_model(base)
+    quantization = None if onto == "original" else _trained_on(adapter)
+    dtype = None if onto == "original" else trained_dtype(adapter)
+    base = Base(model or base_model_of(adapter), quantization, dtype, trust_remote_code)
+    source = resolve_model(base.name)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         # A GGUF's tensors have other names and packings; it goes through memory as an ordinary model.
-        if source.is_gguf:
-            count = _merge_in_memory(base, adapter, partial)
-        else:
-            count = _merge_streamed(base, adapter, partial, trust_remote_code)
+        merge = _merge_in_memory if source.is_gguf else _merge_streamed
+        count = merge(base, adapter, partial)
         _copy_tokenizer(adapter, partial)
         if output.is_dir():
             output.rmdir()
@@ -69,7 +85,17 @@ def merge_to_folder(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return MergeReport(base, count, streamed=not source.is_gguf)
+    return MergeReport(base.name, count, onto, streamed=not source.is_gguf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The model to merge into; for a merge onto 4-bit values their format, and the dtype that was quantized."""
+
+    name: str
+    quantization: FourBitConfig | None
+    dtype: torch.dtype | None
+    trust_remote_code: bool = False
 
 
 def base_model_of(adapter: Path) -> str:
@@ -83,21 +109,48 @@ def base_model_of(adapter: Path) -> str:
     return named
 
 
-def _merge_in_memory(base: str, adapter: Path, output: Path) -> int:
-    model, tokenizer = load_model(base, device="cpu")
+def quantization_of(adapter: Path) -> FourBitConfig | None:
+    """The 4-bit format of the base that a run trained on, by its record; None for a 16-bit base or without a record."""
+    if not (adapter / RUN_FILE).is_file():
+        return None
+    stored = load_record(adapter).base_model.get("quantization")
+    return rewrite_bitsandbytes_config(stored) if stored else None
+
+
+def trained_dtype(adapter: Path) -> torch.dtype | None:
+    """The dtype of the base that a run trained on, by its record; None without one."""
+    if not (adapter / RUN_FILE).is_file():
+        return None
+    dtype = getattr(torch, str(load_record(adapter).base_model.get("dtype")), None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _trained_on(adapter: Path) -> FourBitConfig:
+    quantization = quantization_of(adapter)
+    if quantization is None:
+        raise AdapterError(
+            "RW414", f"{adapter} has no record of training on a 4-bit base; merge it with --onto original."
+        )
+    return quantization
+
+
+def _merge_in_memory(base: Base, adapter: Path, output: Path) -> int:
+    model, tokenizer = load_model(base.name, dtype=base.dtype, device="cpu", quantization=base.quantization)
     report = load_adapter(model, adapter)
     merge_adapter(model, reversible=False)
+    if base.quantization is not None:
+        model = model.dequantize()
     model.save_pretrained(output)
     if tokenizer is not None:
         tokenizer.save_pretrained(output)
     return len(report.modules)
 
 
-def _merge_streamed(base: str, adapter: Path, output: Path, trust_remote_code: bool) -> int:
-    source = fetch_model(base, trust_remote_code=trust_remote_code)
+def _merge_streamed(base: Base, adapter: Path, output: Path) -> int:
+    source = fetch_model(base.name, trust_remote_code=base.trust_remote_code)
     assert source.path is not None, "a fetched model lies in a folder"
     folder = source.path
-    skeleton = load_skeleton(source, trust_remote_code=trust_remote_code)
+    skeleton = load_skeleton(source, trust_remote_code=base.trust_remote_code)
     if getattr(skeleton.config, "quantization_config", None) is not None:
         raise ModelError(
             "RW309", f"{folder} holds quantized weights, and merging needs the original ones; give them with --model."
@@ -106,6 +159,8 @@ def _merge_streamed(base: str, adapter: Path, output: Path, trust_remote_code: b
     file = read_adapter(skeleton, adapter)
     names = _names_in_files(skeleton, weights)
     changes, extra = _changes(skeleton, file, names, weights)
+    if base.quantization is not None:
+        changes = _after_quantization(skeleton, base, base.quantization, names, changes)
     _copy_files(folder, output)
     _write_config(output, untied=bool(extra))
     _write_weights(weights, changes, extra, output)
@@ -151,6 +206,33 @@ def _changes(
     if missing:
         raise ModelError("RW308", f"{weights.folder} holds no tensor for {', '.join(missing)}; give the whole model.")
     return {names[parameter]: change for parameter, change in wanted.items()}, extra
+
+
+def _after_quantization(
+    skeleton: nn.Module, base: Base, config: FourBitConfig, names: Mapping[str, str], changes: Mapping[str, Change]
+) -> dict[str, Change]:
+    """``changes`` with every layer that is 4-bit in training rounded to 4 bits first, adapted or not."""
+    result = dict(changes)
+    for layer in target_names(skeleton, config):
+        name = names[f"{layer[0]}.weight"]
+        transposed = is_conv1d(skeleton.get_submodule(layer[0]))
+        result[name] = _rounded_then(config, base.dtype, changes.get(name, lambda tensor: tensor), transposed)
+    return result
+
+
+def _rounded_then(config: FourBitConfig, dtype: torch.dtype | None, change: Change, transposed: bool) -> Change:
+    def rounded(stored: Tensor) -> Tensor:
+        W = stored.T.contiguous() if transposed else stored
+        layer = Linear4bit.from_weight(
+            W.to(dtype or W.dtype),
+            quant_type=config.quant_type,
+            block_size=config.block_size,
+            double_quant=config.double_quant,
+        )
+        dense = layer.dequantize().to(W.dtype)
+        return change(dense.T if transposed else dense)
+
+    return rounded
 
 
 def _merged_with(base: nn.Module, item: AdaptedModule, file: AdapterFile) -> Change:

@@ -1,11 +1,12 @@
-"""The loss where trl's fused output head would be wrong, and the tests for when that is.
+"""The loss from the model's own logits, and when trl's fused output head may stand in for it.
 
-B batch, L positions, V vocabulary.
+B batch, L positions, P positions that any row of the batch trains on, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
@@ -38,23 +39,38 @@ def loss_from_logits(
 ) -> LossParts:
     """Sum over trained positions of  (1 - e) nll + e mean_V(-log p),  over ``num_items`` (default: their number).
 
-    One forward through the model's own head. ``inputs`` holds labels (B, L) with -100 where nothing is trained;
-    position i is scored on label i + 1.
+    One forward through the model's own head, at the P positions alone where the model can (logits_to_keep).
+    ``inputs`` holds labels (B, L) with -100 where nothing is trained; position i is scored on label i + 1.
     """
-    labels = inputs["labels"]
-    outputs: Any = model(**{key: value for key, value in inputs.items() if key != "labels"})
-    targets = labels[:, 1:]
-    trained = targets != -100
-    logits, wanted = outputs.logits[:, :-1][trained].float(), targets[trained]
+    trained = inputs["labels"][:, 1:] != -100
+    positions = trained.any(dim=0).nonzero().squeeze(1) if keeps_positions(model) else None
+    outputs: Any = model(**_without_labels(inputs, positions))
+    logits, chosen = outputs.logits, trained
+    if positions is None:
+        logits = logits[:, :-1]
+    else:
+        chosen = trained[:, positions]
+    logits, wanted = logits[chosen].float(), inputs["labels"][:, 1:][trained]
     total = F.cross_entropy(logits, wanted, reduction="sum", label_smoothing=label_smoothing)
     count = trained.sum() if num_items is None else torch.as_tensor(num_items)
     entropy, accuracy = _entropy_and_accuracy(logits.detach(), wanted)
     return LossParts(total / count.clamp(min=1), entropy, accuracy, getattr(outputs, "aux_loss", None))
 
 
+def keeps_positions(model: nn.Module) -> bool:
+    """Whether the model can compute its logits at chosen positions only; the others are never in the loss."""
+    inner = getattr(model, "module", model)
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+
+
 def trained_positions(labels: Tensor) -> Tensor:
     """How many positions of labels (B, L) are scored, a scalar tensor."""
     return (labels[:, 1:] != -100).sum()
+
+
+def _without_labels(inputs: dict[str, Any], positions: Tensor | None) -> dict[str, Any]:
+    bare = {key: value for key, value in inputs.items() if key != "labels"}
+    return bare if positions is None else {**bare, "logits_to_keep": positions}
 
 
 @torch.no_grad()

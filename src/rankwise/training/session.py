@@ -53,6 +53,7 @@ class Session:
         """
         self.started = started - self.trainer.progress.wall_seconds
         self.record.warnings = told
+        self.record.device["loss"] = "fused head" if self.trainer.fused_head else "own logits at trained positions"
         self._open_folder()
         try:
             stopped = self._train()

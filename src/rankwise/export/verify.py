@@ -1,0 +1,128 @@
+"""How much of what was trained survives each way of merging, measured on a text.
+
+The model that trained (adapter over its base, 4-bit or not) is the reference; every variant is compared with it by
+perplexity and by the largest difference of a logit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from rankwise.adapters import load_adapter, merge_adapter
+from rankwise.data import stdlib_rows
+from rankwise.errors import DataError
+from rankwise.export.merged import Onto, quantization_of, trained_dtype
+from rankwise.models import load_model
+from rankwise.quantization.in_place import quantize
+
+REFERENCE = "adapter, as trained"
+MERGED_ONTO: dict[str, Onto] = {"merged onto the original": "original", "merged onto the dequantized": "quantized"}
+REQUANTIZED = "merged, then 4-bit again"
+
+MAX_TOKENS = 1024
+CHUNK_TOKENS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to run the result. The logit difference is to the model as trained, over all tokens and vocabulary."""
+
+    name: str
+    perplexity: float
+    largest_logit_difference: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    variants: tuple[Variant, ...]
+    tokens: int
+    closest: Onto
+    # Of the merges that can be written, the one whose logits stay closest to the model as trained.
+
+
+def verify_merge(
+    adapter: Path, base: str, *, text: str | None = None, dtype: torch.dtype | None = None
+) -> Verification:
+    """Load the base as it was trained and in its original form, merge, and measure. Memory: one model at a time.
+
+    Raises DataError (RW220) for a text that is too short, and what loading model and adapter raises.
+    """
+    quantization, dtype = quantization_of(adapter), trained_dtype(adapter)
+    model, tokenizer = load_model(base, dtype=dtype, device="cpu", quantization=quantization)
+    ids = _chunks(tokenizer, default_text() if text is None else text)
+    load_adapter(model, adapter)
+    measure = _Meter(ids)
+    variants = [measure(REFERENCE, model)]
+    if quantization is not None:
+        merge_adapter(model, reversible=False)
+        model = model.dequantize()
+        variants.append(measure("merged onto the dequantized", model))
+        quantize(model, quantization)
+        variants.append(measure(REQUANTIZED, model))
+    del model
+    variants.insert(1, measure("merged onto the original", _merged_original(adapter, base, dtype)))
+    written = [variant for variant in variants if variant.name in MERGED_ONTO]
+    closest = min(written, key=lambda variant: variant.largest_logit_difference)
+    return Verification(tuple(variants), sum(chunk.numel() for chunk in ids), MERGED_ONTO[closest.name])
+
+
+def default_text() -> str:
+    """Summaries from the standard library's documentation: English that is on every machine."""
+    return "\n".join(f"{row.prompt}\n{row.completion}" for row in stdlib_rows("eval"))
+
+
+def _merged_original(adapter: Path, base: str, dtype: torch.dtype | None) -> Any:
+    model, _ = load_model(base, dtype=dtype, device="cpu")
+    load_adapter(model, adapter)
+    merge_adapter(model, reversible=False)
+    return model
+
+
+def _chunks(tokenizer: Any, text: str) -> list[Tensor]:
+    if tokenizer is None:
+        raise DataError(
+            "RW219", "the base comes without a tokenizer, so a text cannot be encoded to compare merges on."
+        )
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:MAX_TOKENS])
+    chunks = [chunk[None] for chunk in ids.split(CHUNK_TOKENS) if len(chunk) > 1]
+    if not chunks:
+        raise DataError("RW220", f"the text to compare merges on has {len(ids)} tokens; give one of a few sentences.")
+    return chunks
+
+
+class _Meter:
+    """Measures variants; the first one it sees is the reference for the logits of the others."""
+
+    def __init__(self, ids: list[Tensor]) -> None:
+        self.ids = ids
+        self.reference: list[Tensor] = []
+
+    @torch.inference_mode()
+    def __call__(self, name: str, model: Any) -> Variant:
+        model.eval()
+        total, count, largest = 0.0, 0, 0.0
+        seen = []
+        for index, chunk in enumerate(self.ids):
+            logits = model(input_ids=chunk).logits[0].float()
+            total += cross_entropy(logits[:-1], chunk[0, 1:], reduction="sum").item()
+            count += chunk.shape[1] - 1
+            if self.reference:
+                largest = max(largest, (logits - self.reference[index]).abs().max().item())
+            else:
+                seen.append(logits)
+        self.reference = self.reference or seen
+        return Variant(name, math.exp(total / count), largest)
+
+
+def lines(verification: Verification) -> Iterator[tuple[str, str, str]]:
+    """(name, perplexity, largest logit difference) of every variant, as they are printed."""
+    for variant in verification.variants:
+        yield variant.name, f"{variant.perplexity:.3f}", f"{variant.largest_logit_difference:.3f}"

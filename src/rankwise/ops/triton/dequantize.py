@@ -1,0 +1,65 @@
+"""Packed codes to a dense weight, double quantization folded in.
+
+A weight of n elements reads n / 2 bytes of codes and 4 (double-quantized: 1) bytes per block, and writes n elements: for bfloat16
+and blocks of 64, 2.56 bytes per element. The kernel does nothing else, so that this traffic is its time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rankwise.ops.triton.tile import Weight, block_scales, decode, launching_on, round_to
+
+# Elements per program and warps: 16 bytes of codes per thread, the widest load there is.
+_ELEMENTS, _WARPS = 4096, 4
+
+
+@triton.jit
+def dequantize_kernel(
+    packed: tl.tensor,
+    absmax: tl.tensor,
+    nested_absmax: tl.tensor,
+    offset: tl.tensor,
+    values: tl.tensor,
+    dynamic_map: tl.tensor,
+    out: tl.tensor,
+    n: tl.tensor,
+    n_bytes: tl.tensor,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+) -> None:
+    """out.view(-1)[i] = value[code_i] * absmax[i // BLOCK], for the BLOCKS blocks of one program."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    start = block * BLOCK
+    scale = block_scales(block, start < n, absmax, nested_absmax, offset, dynamic_map)
+    byte = (block * (BLOCK // 2))[:, None] + tl.arange(0, BLOCK // 2)[None, :]
+    pairs = tl.load(packed + byte, mask=byte < n_bytes, other=0)
+    first, second = decode(pairs, scale[:, None], values)
+    element = start[:, None] + tl.arange(0, BLOCK)[None, :]
+    tl.store(out + element, round_to(tl.interleave(first, second), out.dtype.element_ty), mask=element < n)
+
+
+def dequantize(weight: Weight, shape: Sequence[int], dtype: torch.dtype, block_size: int) -> Tensor:
+    """w' = value[code] * absmax, of ``shape`` and ``dtype``, equal to the reference to the bit."""
+    out, n = torch.empty(tuple(shape), dtype=dtype, device=weight.packed.device), math.prod(shape)
+    if n == 0:
+        return out
+    with launching_on(out.device):
+        dequantize_kernel[(triton.cdiv(n, _ELEMENTS),)](
+            *weight,
+            out,
+            n,
+            (n + 1) // 2,
+            BLOCK=block_size,
+            BLOCKS=_ELEMENTS // block_size,
+            num_warps=_WARPS,
+            enable_fp_fusion=False,
+        )
+    return out

@@ -1,0 +1,142 @@
+"""What every 4-bit kernel shares: reading codes and scales, rounding, and how kernels are launched.
+
+Legend: a *span* is the run of ``SPAN`` elements that a kernel treats at once under one scale, a block or an equal part of one;
+HALF = SPAN / 2 is its bytes. Element 2j of a span is in the high nibble of byte j, element 2j + 1 in the low one.
+
+Weight offsets are 64-bit: a weight may have more than 2^31 elements. Multiplication and addition are rounded one by one
+(``enable_fp_fusion=False``), as in the reference, and fused only where a kernel says ``tl.fma``: the weights are equal to the bit.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rankwise.errors import QuantizationError
+from rankwise.ops import codes
+
+# Decided where the kernels are decorated: from then on they are either interpreted or compiled.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+NESTED_BLOCK = tl.constexpr(codes.NESTED_BLOCK)
+
+DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def block_scales(block: tl.tensor, inside: tl.tensor, absmax: tl.tensor, nested_absmax: tl.tensor, offset: tl.tensor, dynamic_map: tl.tensor) -> tl.tensor:
+    """absmax[block], or dynamic_map[absmax[block]] * nested_absmax[block // 256] + offset; 0 where not ``inside``."""
+    stored = tl.load(absmax + block, mask=inside, other=0)
+    if nested_absmax is None:
+        scale = stored
+    else:
+        nested = tl.load(nested_absmax + block // NESTED_BLOCK, mask=inside, other=0.0)
+        scale = tl.load(dynamic_map + stored.to(tl.int32)) * nested + tl.load(offset)
+        scale = tl.where(inside, scale, 0.0)
+    return scale
+
+
+@triton.jit
+def decode(pairs: tl.tensor, scale: tl.tensor, values: tl.tensor) -> tl.tensor:
+    """value[code] * scale for both nibbles of each byte, float32; the 16 values stay in the L1 cache."""
+    code = pairs.to(tl.int32)
+    return tl.load(values + (code >> 4)) * scale, tl.load(values + (code & 15)) * scale
+
+
+@triton.jit
+def round_to(w: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """float32 -> DTYPE, to nearest even. The interpreter's own conversion to bfloat16 truncates."""
+    if INTERPRETED:
+        if DTYPE == tl.bfloat16:
+            bits = w.to(tl.uint32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            rounded = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        else:
+            rounded = w.to(DTYPE)
+    else:
+        rounded = w.to(DTYPE)
+    return rounded
+
+
+@triton.jit
+def row_tile(
+    rows: tl.tensor,
+    spans: tl.tensor,
+    N: tl.tensor,
+    row_spans: tl.tensor,
+    packed: tl.tensor,
+    absmax: tl.tensor,
+    nested_absmax: tl.tensor,
+    offset: tl.tensor,
+    values: tl.tensor,
+    dynamic_map: tl.tensor,
+    row_bytes: tl.tensor,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """rows (R,), spans (S,) -> the elements 2j and the elements 2j + 1 of each span, float32 (R, S, HALF); 0 outside the weight.
+
+    Rows consist of whole blocks, so that ``rows * row_spans + spans`` counts the spans of the weight.
+    """
+    rows = rows.to(tl.int64)
+    inside = (rows < N)[:, None] & (spans < row_spans)[None, :]
+    span = rows[:, None] * row_spans + spans[None, :]
+    scale = block_scales(span // (BLOCK // SPAN), inside, absmax, nested_absmax, offset, dynamic_map)
+    column = (spans * (SPAN // 2))[None, :, None] + tl.arange(0, SPAN // 2)[None, None, :]
+    pairs = tl.load(packed + rows[:, None, None] * row_bytes + column, mask=inside[:, :, None], other=0)
+    return decode(pairs, scale[:, :, None], values)
+
+
+class Weight(NamedTuple):
+    """The buffers of one weight and its code tables, as the kernels take them."""
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+    values: Tensor
+    dynamic_map: Tensor | None
+
+
+def weight(
+    packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None, quant_type: str
+) -> Weight:
+    """Contiguous buffers, and the tables on their device."""
+    device = packed.device
+    values = codes.code_values(quant_type, device)
+    if nested_absmax is None:
+        return Weight(packed.contiguous(), absmax.contiguous(), None, None, values, None)
+    table = codes.dynamic_map(device)
+    return Weight(packed.contiguous(), absmax.contiguous(), nested_absmax.contiguous(), offset, values, table)
+
+
+def rows_are_blocks(K: int, block_size: int) -> bool:
+    """Whether rows of K elements consist of whole blocks: then a kernel can walk along them."""
+    return K > 0 and K % block_size == 0
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that is not below ``count`` > 0."""
+    return 1 << (count - 1).bit_length()
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which kernels run on ``device``: Triton launches on the current one, wherever its arguments are.
+
+    Raises:
+        QuantizationError: RW607, a CPU tensor and kernels that were compiled for a card.
+    """
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    if INTERPRETED.value:
+        return nullcontext()
+    raise QuantizationError(
+        "RW607",
+        f"the Triton kernels were given tensors on {device} and are compiled for CUDA: move the model to a CUDA device, choose "
+        "another implementation, or, for tests, set TRITON_INTERPRET=1 before Python starts.",
+    )

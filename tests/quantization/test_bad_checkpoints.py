@@ -1,0 +1,184 @@
+"""Truncated, inconsistent and hostile 4-bit checkpoints: one clear error each, before memory is taken."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from conftest import tiny_llama
+from rankwise.errors import QuantizationError
+from rankwise.quantization import Nf4Config, adopt_bitsandbytes_config, quantize
+from rankwise.quantization.bitsandbytes_format import from_bitsandbytes
+from rankwise.quantization.checkpoint import stored_weights
+
+LAYER = "model.layers.1.mlp.up_proj"
+NAME = f"{LAYER}.weight"
+STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folders = {}
+    for double_quant in (False, True):
+        model = tiny_llama(hidden_size=64, intermediate_size=128)
+        quantize(model, Nf4Config(double_quant=double_quant))
+        folders[double_quant] = tmp_path_factory.mktemp("checkpoint")
+        model.save_pretrained(folders[double_quant])
+    return folders
+
+
+def load(folder):
+    config = AutoConfig.from_pretrained(folder)
+    adopt_bitsandbytes_config(config)
+    return AutoModelForCausalLM.from_pretrained(folder, config=config)
+
+
+def text(content: str) -> torch.Tensor:
+    return torch.tensor(list(content.encode()), dtype=torch.uint8)
+
+
+def state(**changes):
+    def change(tensors):
+        content = json.loads(bytes(tensors[STATE].tolist()))
+        content |= changes
+        tensors[STATE] = text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+
+    return change
+
+
+def put(name, value):
+    return lambda tensors: tensors.update({name: value(tensors[name]) if callable(value) else value})
+
+
+def drop(*names):
+    return lambda tensors: [tensors.pop(name) for name in names]
+
+
+def rename(old, new):
+    return lambda tensors: tensors.update({new: tensors.pop(old)})
+
+
+DAMAGES = {
+    "no absmax": (drop(f"{NAME}.absmax"), "absmax are missing"),
+    "no codes": (drop(NAME), "codes are missing"),
+    "no state": (drop(STATE), "0 quant_state entries"),
+    "no table": (drop(f"{NAME}.quant_map"), "quant_map are missing"),
+    "codes alone": (drop(STATE, f"{NAME}.absmax", f"{NAME}.quant_map"), "0 quant_state entries"),
+    "absmax cut": (put(f"{NAME}.absmax", lambda t: t[:-1].clone()), "absmax take"),
+    "absmax in bfloat16": (put(f"{NAME}.absmax", lambda t: t.bfloat16()), "absmax take"),
+    "codes cut": (put(NAME, lambda t: t[:-1].clone()), "codes take"),
+    "absmax NaN": (put(f"{NAME}.absmax", lambda t: t * float("nan")), "NaN"),
+    "table of its own": (put(f"{NAME}.quant_map", lambda t: t * 2), "quant_map of its own"),
+    "two states": (lambda t: t.update({f"{NAME}.quant_state.bitsandbytes__fp4": t[STATE].clone()}), "2 quant_state"),
+    "unknown type in the name": (rename(STATE, f"{NAME}.quant_state.bitsandbytes__int3"), "nf4 and fp4 are known"),
+    "unknown type in the JSON": (state(quant_type="int3"), "nf4 and fp4 are known"),
+    "types that differ": (state(quant_type="fp4"), "nf4 and fp4 are known"),
+    "type no text": (state(quant_type=["nf4"]), "nf4 and fp4 are known"),
+    "no JSON": (put(STATE, text("{'quant_type'")), "no JSON"),
+    "no UTF-8": (put(STATE, torch.full((20,), 255, dtype=torch.uint8)), "no JSON"),
+    "deep JSON": (put(STATE, text("[" * 4000)), "no JSON"),
+    "JSON list": (put(STATE, text("[1, 2]")), "a JSON list"),
+    "long JSON": (put(STATE, text(" " * 100_000)), "100,000 bytes"),
+    "state of floats": (put(STATE, torch.zeros(20)), "80 bytes of F32"),
+    "odd block": (state(blocksize=48), "blocks of 48"),
+    "other block": (state(blocksize=128), "absmax take"),
+    "huge block": (state(blocksize=2**40), "power of two"),
+    "block no number": (state(blocksize="64"), "power of two"),
+    "block true": (state(blocksize=True), "power of two"),
+    "no block": (state(blocksize=...), "power of two"),
+    "dtype int8": (state(dtype="int8"), "int8"),
+    "dtype no text": (state(dtype=None), "None"),
+    "dtype of torch": (state(dtype="load"), "load"),
+    "other shape": (state(shape=[64, 64]), "codes take"),
+    "swapped shape": (state(shape=[64, 128]), r"\(64, 128\) where the model needs \(128, 64\)"),
+    "negative shape": (state(shape=[-128, -64]), r"\(out, in\) belongs"),
+    "huge shape": (state(shape=[2**40, 2**40]), r"\(out, in\) belongs"),
+    "big shape": (state(shape=[2**20, 2**20]), "codes take"),
+    "flat shape": (state(shape=[8192]), r"\(out, in\) belongs"),
+    "float shape": (state(shape=[128.0, 64.0]), r"\(out, in\) belongs"),
+    "no shape": (state(shape=None), r"\(out, in\) belongs"),
+}
+NESTED_DAMAGES = {
+    "no nested absmax": (drop(f"{NAME}.nested_absmax"), "nested_absmax are missing"),
+    "no nested table": (drop(f"{NAME}.nested_quant_map"), "nested_quant_map are missing"),
+    "nested table cut": (put(f"{NAME}.nested_quant_map", lambda t: t[:100].clone()), "nested_quant_map take"),
+    "nested table of its own": (put(f"{NAME}.nested_quant_map", lambda t: t.flip(0)), "nested_quant_map of its own"),
+    "no offset": (state(nested_offset=...), "nested_offset"),
+    "NaN offset": (state(nested_offset=float("nan")), "nested_offset"),
+    "huge offset": (state(nested_offset=1e300), "nested_offset"),
+    "offset no number": (state(nested_offset="0"), "nested_offset"),
+    "other nested block": (state(nested_blocksize=128), "double-quantized as"),
+    "other nested dtype": (state(nested_dtype="float16"), "double-quantized as"),
+    "nothing nested said": (
+        state(nested_offset=..., nested_blocksize=..., nested_dtype=...),
+        "absmax take.*no nested_offset",
+    ),
+    "infinite nested absmax": (put(f"{NAME}.nested_absmax", lambda t: t * float("inf")), "NaN or infinite"),
+}
+CASES = [pytest.param(False, *damage, id=name) for name, damage in DAMAGES.items()]
+CASES += [pytest.param(True, *damage, id=name) for name, damage in NESTED_DAMAGES.items()]
+
+
+@pytest.mark.parametrize(("double_quant", "change", "message"), CASES)
+def test_it_is_named(double_quant, change, message, checkpoints, tmp_path):
+    tensors = load_file(checkpoints[double_quant] / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((checkpoints[double_quant] / "config.json").read_text())
+    with pytest.raises(QuantizationError, match=f"RW611.*{LAYER}.*{message}") as caught:
+        load(tmp_path)
+    assert str(caught.value).count("RW611") == 1
+
+
+def test_all_faults_are_named_at_once(checkpoints, tmp_path):
+    tensors = load_file(checkpoints[False] / "model.safetensors")
+    for layer in range(2):
+        del tensors[f"model.layers.{layer}.mlp.down_proj.weight.absmax"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(QuantizationError, match=r"layers\.0\.mlp\.down_proj.*layers\.1\.mlp\.down_proj"):
+        stored_weights([tmp_path / "model.safetensors"])
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_a_truncated_file_is_refused(keep, checkpoints, tmp_path):
+    content = (checkpoints[False] / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[:keep])
+    (tmp_path / "config.json").write_text((checkpoints[False] / "config.json").read_text())
+    with pytest.raises((QuantizationError, OSError)):
+        load(tmp_path)
+    with pytest.raises(QuantizationError, match=r"RW611.*model\.safetensors"):
+        stored_weights([tmp_path / "model.safetensors"])
+
+
+def test_a_dense_checkpoint_called_4_bit_is_refused(checkpoints, tmp_path):
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((checkpoints[False] / "config.json").read_text())
+    with pytest.raises(QuantizationError, match=r"RW611.*holds no 4-bit weight"):
+        load(tmp_path)
+
+
+def test_a_4_bit_embedding_has_no_place(checkpoints, tmp_path):
+    tensors = load_file(checkpoints[False] / "model.safetensors")
+    part = "model.embed_tokens.weight"
+    tensors |= {name.replace(NAME, part): tensor.clone() for name, tensor in tensors.items() if name.startswith(NAME)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((checkpoints[False] / "config.json").read_text())
+    with pytest.raises(QuantizationError, match=r"RW611.*embed_tokens.*Embedding"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(("double_quant", "change", "message"), CASES)
+def test_a_state_dict_is_checked_alike(double_quant, change, message, checkpoints):
+    tensors = load_file(checkpoints[double_quant] / "model.safetensors")
+    change(tensors)
+    if message.startswith(r"\(64, 128\)"):
+        stored = from_bitsandbytes(tensors, f"{LAYER}.")
+        with pytest.raises(QuantizationError, match=message):
+            stored.check_shape(NAME, (128, 64))
+        return
+    with pytest.raises(QuantizationError, match=f"RW611.*{LAYER}"):
+        from_bitsandbytes(tensors, f"{LAYER}.")

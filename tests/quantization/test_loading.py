@@ -1,0 +1,250 @@
+"""`from_pretrained(..., quantization_config=Nf4Config(...))`: equal to quantizing afterwards, and sparing of memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import rankwise as rw
+from conftest import tiny_gpt2, tiny_llama
+from rankwise.errors import QuantizationError, RankwiseWarning
+from rankwise.quantization import Fp4Config, Linear4bit, Nf4Config, quantize
+
+IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
+BUILD = {
+    "llama": lambda: tiny_llama(attention_bias=True),
+    "tied": lambda: tiny_llama(tie_word_embeddings=True),
+    "gpt2": tiny_gpt2,
+}
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def states_equal(a: nn.Module, b: nn.Module) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("config", [Nf4Config(), Fp4Config(block_size=32, double_quant=True)], ids=["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("base", BUILD)
+def test_it_equals_quantizing_afterwards(base, dtype, config, tmp_path):
+    BUILD[base]().to(dtype).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    streamed = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, quantization_config=config)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    quantize(plain, config)
+    assert states_equal(streamed, plain)
+    assert torch.equal(logits(streamed), logits(plain))
+    assert streamed.config.quantization_config.to_dict() == plain.config.quantization_config.to_dict()
+    for model in (streamed, plain):
+        assert model.is_quantized
+        assert model.hf_quantizer.is_trainable
+        assert model.hf_quantizer.is_serializable()
+    # Quantized weights in a place that only the whole checkpoint has; nothing is left without storage.
+    assert not any(tensor.is_meta for tensor in streamed.state_dict().values())
+
+
+def test_a_stored_dtype_is_rounded_before_it_is_quantized(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    streamed = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=Nf4Config())
+    plain = tiny_llama().to(torch.bfloat16)
+    quantize(plain, Nf4Config())
+    assert states_equal(streamed, plain)
+    assert streamed.model.layers[0].mlp.up_proj.dtype == torch.bfloat16
+
+
+def test_the_head_of_a_classifier_stays_dense_and_may_be_new(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=Nf4Config(), num_labels=2)
+    assert type(model.score) is nn.Linear
+    assert isinstance(model.model.layers[0].mlp.up_proj, Linear4bit)
+
+
+def test_exclusions_hold_while_loading(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    config = Nf4Config(modules_to_not_convert=["down_proj"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    kinds = {name.rpartition(".")[2]: type(module) for name, module in model.named_modules() if "_proj" in name}
+    assert kinds.pop("down_proj") is nn.Linear
+    assert set(kinds.values()) == {Linear4bit}
+
+
+def test_load_model_passes_the_config_on(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    model, _ = rw.load_model(str(tmp_path), quantization=Nf4Config(double_quant=True))
+    assert model.model.layers[0].mlp.up_proj.double_quant
+    assert not model.training
+
+
+def test_the_trainer_takes_it_with_an_adapter(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=Nf4Config())
+    rw.add_adapter(model, rw.LoraConfig(target_modules="all-linear", use_dora=True))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 4
+    settings = {"max_steps": 2, "report_to": "none", "save_strategy": "no", "learning_rate": 0.01, "use_cpu": True}
+    arguments = TrainingArguments(output_dir=str(tmp_path / "run"), **settings)
+    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(before[name], tensor)}
+    assert changed
+    assert all("lora_" in name or "magnitude" in name for name in changed)
+
+
+def _damage(folder: Path, change) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_nan_is_named(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+
+    def change(tensors):
+        tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+        tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("inf")
+
+    _damage(tmp_path, change)
+    with pytest.raises(QuantizationError, match=r"RW603.*layers\.0\.mlp\.up_proj.*layers\.1\.mlp\.up_proj"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=Nf4Config())
+
+
+def test_a_missing_weight_is_named(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    _damage(tmp_path, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(QuantizationError, match=r"RW612.*layers\.1\.mlp\.up_proj"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=Nf4Config())
+
+
+def test_a_weight_of_another_shape_is_named(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    _damage(tmp_path, lambda tensors: tensors.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(48, 31)}))
+    with pytest.raises(QuantizationError, match=r"RW612.*layers\.1\.mlp\.up_proj.*\(48, 31\).*\(48, 32\)"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=Nf4Config())
+
+
+def test_disk_offload_is_refused(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    with pytest.raises(QuantizationError, match=r"RW615.*disk"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=Nf4Config(), device_map={"": "disk"}, offload_folder=str(tmp_path / "o")
+        )
+
+
+def test_stacked_experts_are_said_while_loading(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=97, num_key_value_heads=2, num_local_experts=2, **settings)
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.warns(RankwiseWarning, match="RW613"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=Nf4Config())
+    model.save_pretrained(tmp_path / "out")
+    again = _load_stored(tmp_path / "out")
+    assert torch.equal(logits(again), logits(model))
+
+
+def _load_stored(folder: Path) -> nn.Module:
+    from rankwise.quantization import adopt_bitsandbytes_config
+
+    config = AutoConfig.from_pretrained(folder)
+    assert adopt_bitsandbytes_config(config) is not None
+    return AutoModelForCausalLM.from_pretrained(folder, config=config)
+
+
+SETTINGS = {
+    "vocab_size": 12000,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+}
+PROBE = """
+import json, sys, threading
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+from rankwise.quantization import Nf4Config
+
+torch.set_num_threads(1)
+logging.disable_progress_bar()
+
+def anonymous_bytes():
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+AutoModelForCausalLM.from_pretrained(sys.argv[2], quantization_config=Nf4Config())  # imports and warms up
+peak = before = anonymous_bytes()
+done = threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, anonymous_bytes())
+
+thread = threading.Thread(target=watch)
+thread.start()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=Nf4Config())
+done.set()
+thread.join()
+size = sum(t.nbytes for t in model.state_dict().values())
+print(json.dumps({"peak": max(peak, anonymous_bytes()) - before, "model": size}))
+"""
+
+
+def _write_shards(folder: Path) -> int:
+    """A model of about 0.36 GB in bfloat16, one shard per layer; returns the bytes of its largest tensor."""
+    hidden, inner, vocabulary = SETTINGS["hidden_size"], SETTINGS["intermediate_size"], SETTINGS["vocab_size"]
+    noise = torch.randn(inner * hidden).mul_(0.02).bfloat16()
+    shapes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+    shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    shards = [
+        {
+            **{f"model.layers.{i}.{name}.weight": noise[: a * b].view(a, b).clone() for name, (a, b) in shapes.items()},
+            f"model.layers.{i}.input_layernorm.weight": torch.ones(hidden).bfloat16(),
+            f"model.layers.{i}.post_attention_layernorm.weight": torch.ones(hidden).bfloat16(),
+        }
+        for i in range(SETTINGS["num_hidden_layers"])
+    ]
+    table = torch.zeros(vocabulary, hidden).bfloat16()
+    ends = {"model.embed_tokens.weight": table, "lm_head.weight": table.clone()}
+    shards.append({**ends, "model.norm.weight": torch.ones(hidden).bfloat16()})
+    weight_map = {}
+    for number, tensors in enumerate(shards):
+        name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(SETTINGS))
+    return table.nbytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from Linux's /proc")
+def test_loading_takes_the_4_bit_model_and_two_tensors_of_memory(tmp_path):
+    (tmp_path / "big").mkdir()
+    largest = _write_shards(tmp_path / "big")
+    tiny_llama().save_pretrained(tmp_path / "small")
+    command = [sys.executable, "-c", PROBE, str(tmp_path / "big"), str(tmp_path / "small")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    measured = json.loads(result.stdout.splitlines()[-1])
+    assert 130e6 < measured["model"] < 150e6
+    assert measured["peak"] <= measured["model"] + 2 * largest, measured

@@ -1,0 +1,131 @@
+"""LoRA and DoRA over 4-bit layers: that is QLoRA and QDoRA."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import rankwise as rw
+from conftest import tiny_gpt2, tiny_llama
+from rankwise.quantization import Fp4Config, Linear4bit, Nf4Config, quantize
+
+IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2], [1, 7, 7, 8, 90, 41, 3, 2]])
+BASES = {"llama": lambda: tiny_llama(attention_bias=True), "gpt2": tiny_gpt2}
+ADAPTERS = {"qlora": {}, "qdora": {"use_dora": True}, "rslora": {"use_rslora": True, "r": 6}}
+CONFIGS = {"nf4": Nf4Config(), "fp4-double": Fp4Config(block_size=32, double_quant=True)}
+DTYPES = (torch.float32, torch.bfloat16)
+CASES = [
+    pytest.param(*case, id="-".join(map(str, case))) for case in itertools.product(ADAPTERS, BASES, CONFIGS, DTYPES)
+]
+every_case = pytest.mark.parametrize(("adapter", "base", "config", "dtype"), CASES)
+
+
+def build(adapter: str, base: str, config: str, dtype: torch.dtype, *, trained: bool) -> nn.Module:
+    model = BASES[base]().to(dtype)
+    quantize(model, CONFIGS[config])
+    torch.manual_seed(1)
+    settings = {"r": 3, "lora_alpha": 8, "target_modules": "all-linear", **ADAPTERS[adapter]}
+    rw.add_adapter(model, rw.LoraConfig(**settings))
+    if trained:
+        with torch.no_grad():
+            for name, parameter in rw.adapter_parameters(model).items():
+                parameter.add_(torch.randn_like(parameter) * (0.02 if "magnitude" in name else 0.05))
+    return model
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits.float()
+
+
+def close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> None:
+    tolerance = 1e-5 if dtype is torch.float32 else 0.05
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()))
+
+
+@every_case
+def test_a_new_adapter_changes_nothing(adapter, base, config, dtype):
+    model = build(adapter, base, config, dtype, trained=False)
+    with rw.adapter_disabled(model):
+        plain = logits(model)
+    close(logits(model), plain, dtype)
+
+
+@every_case
+def test_only_the_adapter_gets_gradients_and_the_codes_never_change(adapter, base, config, dtype):
+    model = build(adapter, base, config, dtype, trained=False)
+    stored = {name: t.clone() for name, t in model.state_dict().items() if "adapters" not in name}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert with_gradient == {name for name, _ in model.named_parameters() if ".adapters." in name}
+    optimizer.step()
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in stored.items())
+
+
+@every_case
+def test_evaluation_agrees_with_training(adapter, base, config, dtype):
+    model = build(adapter, base, config, dtype, trained=True)
+    for module in model.modules():
+        # GPT-2's own dropout is on in training.
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    with_gradients = model.train()(input_ids=IDS).logits.detach().float()
+    assert torch.equal(logits(model), with_gradients)
+    assert torch.equal(logits(model.eval()), with_gradients)
+
+
+@every_case
+def test_merging_gives_plain_layers_that_say_the_same(adapter, base, config, dtype):
+    model = build(adapter, base, config, dtype, trained=True)
+    before = logits(model)
+    rw.merge_adapter(model)
+    layers = [module for name, module in model.named_modules() if name.endswith(("_proj", "c_attn", "c_fc"))]
+    assert layers
+    assert all(type(layer) is nn.Linear and layer.weight.dtype == dtype for layer in layers)
+    close(logits(model), before, dtype)
+    rw.unmerge_adapter(model)
+    assert any(isinstance(module, Linear4bit) for module in model.modules())
+    assert torch.equal(logits(model), before)
+
+
+@every_case
+def test_an_adapter_goes_through_a_file_exactly(adapter, base, config, dtype, tmp_path):
+    model = build(adapter, base, config, dtype, trained=True)
+    rw.save_adapter(model, tmp_path)
+    other = BASES[base]().to(dtype)
+    quantize(other, CONFIGS[config])
+    rw.load_adapter(other, tmp_path)
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        model = build("qdora", "llama", "nf4", torch.float32, trained=True).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append([p.grad for p in rw.adapter_parameters(model).values()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_backward_keeps_no_dense_weight():
+    model = build("qlora", "llama", "nf4", torch.float32, trained=False).train()
+    shapes = {module.shape for module in model.modules() if isinstance(module, Linear4bit)}
+    saved = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append((tuple(tensor.shape), tensor.dtype))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=IDS[:, :7]).logits.sum().backward()
+    dense = {shape for shape, dtype in saved if dtype.is_floating_point}
+    assert not shapes & dense
+    assert any(dtype is torch.uint8 for _, dtype in saved)
