@@ -12,15 +12,27 @@ static inline float block_scale(const rw_weight& weight, int64_t block) {
     return weight.dynamic_map[code] * weight.nested_absmax[block >> 8] + *weight.offset;
 }
 
+// The 16 weights of a block, as Isa keeps a table of Out.
+template <class Isa, int D, class Out>
+static inline auto table_of(const rw_weight& weight, int64_t block) {
+    return Isa::template table<D>(weight.value, block_scale(weight, block), static_cast<Out*>(nullptr));
+}
+
 // Elements [first, first + count) of the weight, rounded to D, as Out: float, or uint16_t holding the bits of D.
 // Any range: it may begin and end inside a block and inside a byte.
 template <class Isa, int D, class Out, bool Stream = false>
 static void decode(const rw_weight& weight, int64_t first, int64_t count, Out* out) {
     const int64_t end = first + count;
     int64_t i = first, block = first / weight.block_size;
+    if (i == block * weight.block_size) {
+        const int64_t half = weight.block_size / 2;
+        const uint8_t* packed = weight.packed + i / 2;
+        for (; i + weight.block_size <= end; i += weight.block_size, packed += half, out += 2 * half, ++block)
+            Isa::template expand_block<Stream>(table_of<Isa, D, Out>(weight, block), packed, half, out);
+    }
     while (i < end) {
         const int64_t block_end = (block + 1) * weight.block_size, stop = block_end < end ? block_end : end;
-        const auto table = Isa::template table<D>(weight.value, block_scale(weight, block), static_cast<Out*>(nullptr));
+        const auto table = table_of<Isa, D, Out>(weight, block);
         if (i & 1) {
             *out++ = Isa::entry(table, weight.packed[i / 2] & 15);
             ++i;

@@ -111,6 +111,11 @@ struct Avx2 {
         }
     }
 
+    template <bool Stream, class Table, class Out>
+    static void expand_block(const Table& table, const uint8_t* packed, int64_t bytes, Out* out) {
+        expand<Stream>(table, packed, bytes, out);
+    }
+
     static void fence() { _mm_sfence(); }
 
     template <int D>
@@ -189,6 +194,9 @@ struct Avx2 {
             const __m128 half = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
             const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
             return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+        }
+        static void totals(const Sum* sum, int64_t stride, float* out) {
+            for (int i = 0; i < 16; ++i) out[i] = total(sum[i * stride]);
         }
     };
 };

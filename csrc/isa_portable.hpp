@@ -43,6 +43,9 @@ struct Portable {
             for (float lane : sum.lane) total += lane;
             return total;
         }
+        static void totals(const Sum* sum, int64_t stride, float* out) {
+            for (int i = 0; i < 16; ++i) out[i] = total(sum[i * stride]);
+        }
     };
 
     template <class Out>
@@ -108,6 +111,11 @@ struct Portable {
         return j;
     }
 #endif
+
+    template <bool Stream, class Out>
+    static void expand_block(const Table<Out>& table, const uint8_t* packed, int64_t bytes, Out* out) {
+        expand<Stream>(table, packed, bytes, out);
+    }
 
     static void fence() {}
 

@@ -62,11 +62,10 @@ static void fused_rows(const LinearJob& job, const typename Lane::Element* x, in
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) sum[r][c] = Lane::zero();
     for (int64_t block = 0; block < blocks; ++block) {
-        decltype(Isa::template table<D>(nullptr, 0.0f, static_cast<Element*>(nullptr))) tables[R];
+        decltype(table_of<Isa, D, Element>(weight, 0)) tables[R];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
-            tables[r] = Isa::template table<D>(weight.value, block_scale(weight, (n + r) * blocks + block),
-                                               static_cast<Element*>(nullptr));
+            tables[r] = table_of<Isa, D, Element>(weight, (n + r) * blocks + block);
         for (int64_t k = block * weight.block_size; k < (block + 1) * weight.block_size; k += Lane::width) {
             typename Lane::Vector column[C];
 #pragma GCC unroll 8
@@ -137,8 +136,15 @@ static void decoded_group(const LinearJob& job, const typename Lane::Element* x,
             piece_of_rows<Isa, Lane, D, kRows>(job, x, n, k, count, w, sum + (n - first) * job.T);
         for (; n < last; ++n) piece_of_rows<Isa, Lane, D, 1>(job, x, n, k, count, w, sum + (n - first) * job.T);
     }
-    for (int64_t n = first; n < last; ++n)
-        for (int64_t t = 0; t < job.T; ++t) store_sum<D>(job, n, t, Lane::total(sum[(n - first) * job.T + t]));
+    for (int64_t t = 0; t < job.T; ++t) {
+        float totals[kGroup];
+        if (last - first == kGroup) {
+            Lane::totals(sum + t, job.T, totals);
+        } else {
+            for (int64_t n = first; n < last; ++n) totals[n - first] = Lane::total(sum[(n - first) * job.T + t]);
+        }
+        for (int64_t n = first; n < last; ++n) store_sum<D>(job, n, t, totals[n - first]);
+    }
 }
 
 template <class Isa, class Lane, int D>

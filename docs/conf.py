@@ -1,7 +1,7 @@
 """Sphinx configuration: the pages are Markdown (myst-parser)."""
 
 project = "rankwise"
-copyright = "the rankwise authors"  # noqa: A001
+copyright = "the rankwise authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
 myst_heading_anchors = 3

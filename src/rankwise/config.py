@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from rankwise.errors import ConfigError
 
@@ -22,6 +23,10 @@ AdapterDtype = Literal["float32", "base"]
 Method = Literal["lora", "qlora", "dora", "qdora", "full"]
 
 ALL_LINEAR = "all-linear"
+
+DEMO = "demo"
+DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# The model that `demo` stands for, and its name on the hub.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +120,13 @@ class Settings(BaseModel):
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
+def module_list(value: Any) -> Any:
+    """A comma makes a list, and so does a bare module name: as a regular expression it would match almost nothing."""
+    if isinstance(value, str) and value != ALL_LINEAR and ("," in value or re.fullmatch(r"\w+", value)):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
 class TrainSettings(Settings):
     """The options of ``rankwise train``, and the keys of its ``--config`` file."""
 
@@ -127,10 +139,12 @@ class TrainSettings(Settings):
     r: int = Field(16, ge=1, description="Rank of the adapter.")
     lora_alpha: float = Field(32, gt=0, description="Scale of the adapter: the update is multiplied by alpha / r.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the low-rank path.")
-    target_modules: str | tuple[str, ...] = Field(
+    target_modules: Annotated[str | tuple[str, ...], BeforeValidator(module_list)] = Field(
         ALL_LINEAR, description='Module names, comma-separated; or a regular expression; or "all-linear".'
     )
-    exclude_modules: str | tuple[str, ...] | None = Field(None, description="Module names to leave alone.")
+    exclude_modules: Annotated[str | tuple[str, ...] | None, BeforeValidator(module_list)] = Field(
+        None, description="Module names to leave alone."
+    )
     modules_to_save: tuple[str, ...] | None = Field(None, description="Modules to train whole, comma-separated.")
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r).")
     adapter_dtype: AdapterDtype = Field("float32", description="float32, or base for the base model's dtype.")

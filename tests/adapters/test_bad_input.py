@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from test_properties import logits
 
 import rankwise as rw
-from conftest import tiny_gpt2, tiny_llama
 from rankwise.errors import AdapterError, ConfigError
+from tiny_models import tiny_gpt2, tiny_llama
 
 
 @pytest.fixture

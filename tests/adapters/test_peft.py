@@ -9,7 +9,7 @@ import torch
 from test_properties import IDS, logits, step
 
 import rankwise as rw
-from conftest import tiny_gpt2, tiny_llama
+from tiny_models import tiny_gpt2, tiny_llama
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle here; install the extra `bench`")
 

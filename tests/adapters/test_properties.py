@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import rankwise as rw
-from conftest import tiny_gpt2, tiny_llama
+from tiny_models import tiny_gpt2, tiny_llama
 
 ADAPTERS = {
     "lora": {},

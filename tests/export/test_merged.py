@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_gpt2, tiny_llama
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import rankwise as rw
 from rankwise.errors import AdapterError, ModelError, RunError
 from rankwise.export.merged import merge_to_folder
+from tiny_models import tiny_gpt2, tiny_llama
 
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
 CASES = {
@@ -83,7 +83,7 @@ def test_every_tensor_keeps_its_dtype_and_the_index_is_right(trained, tmp_path):
 
 @pytest.mark.parametrize("trained", ["lora"], indirect=True)
 def test_nothing_is_left_behind_when_it_fails(trained, tmp_path, monkeypatch):
-    adapter, base, _ = trained
+    adapter, _, _ = trained
     monkeypatch.setattr("rankwise.export.merged._write_weights", _no_space)
     with pytest.raises(OSError, match="No space"):
         merge_to_folder(adapter, tmp_path / "merged")

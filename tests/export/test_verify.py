@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM
 
 import rankwise as rw
@@ -14,6 +13,7 @@ from rankwise.export.verify import REFERENCE, verify_merge
 from rankwise.models import load_model, model_facts, resolve_model
 from rankwise.quantization import Nf4Config
 from rankwise.records import RunRecord
+from tiny_models import tiny_gpt2, tiny_llama
 
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from conftest import tiny_llama
 from rankwise.errors import ModelError
 from rankwise.models import fetch_model, load_model, load_tokenizer, model_facts
+from tiny_models import tiny_llama
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

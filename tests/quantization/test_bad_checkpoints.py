@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import tiny_llama
 from rankwise.errors import QuantizationError
 from rankwise.quantization import Nf4Config, adopt_bitsandbytes_config, quantize
 from rankwise.quantization.bitsandbytes_format import from_bitsandbytes
 from rankwise.quantization.checkpoint import stored_weights
+from tiny_models import tiny_llama
 
 LAYER = "model.layers.1.mlp.up_proj"
 NAME = f"{LAYER}.weight"

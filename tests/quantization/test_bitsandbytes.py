@@ -12,7 +12,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import rankwise as rw
-from conftest import tiny_gpt2, tiny_llama
 from rankwise.errors import QuantizationError
 from rankwise.quantization import (
     Fp4Config,
@@ -22,6 +21,7 @@ from rankwise.quantization import (
     quantize,
     rewrite_bitsandbytes_config,
 )
+from tiny_models import tiny_gpt2, tiny_llama
 
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
 # Every `in` is a multiple of 64: bitsandbytes dequantizes others wrongly on a CPU.

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import rankwise as rw
-from conftest import tiny_gpt2, tiny_llama
 from rankwise.errors import QuantizationError, RankwiseWarning
 from rankwise.quantization import Fp4Config, Linear4bit, Nf4Config, quantize
+from tiny_models import tiny_gpt2, tiny_llama
 
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
 BUILD = {

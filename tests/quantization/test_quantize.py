@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import rankwise as rw
-from conftest import tiny_gpt2, tiny_llama
 from rankwise.errors import QuantizationError, RankwiseWarning
 from rankwise.quantization import Fp4Config, Linear4bit, Nf4Config, dequantize, quantize
+from tiny_models import tiny_gpt2, tiny_llama
 
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
 

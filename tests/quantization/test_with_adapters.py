@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import rankwise as rw
-from conftest import tiny_gpt2, tiny_llama
 from rankwise.quantization import Fp4Config, Linear4bit, Nf4Config, quantize
+from tiny_models import tiny_gpt2, tiny_llama
 
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2], [1, 7, 7, 8, 90, 41, 3, 2]])
 BASES = {"llama": lambda: tiny_llama(attention_bias=True), "gpt2": tiny_gpt2}

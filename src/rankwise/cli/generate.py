@@ -130,6 +130,7 @@ def _load(settings: GenerateSettings, name: str, record: RunRecord | None) -> tu
         name,
         dtype=_dtype(settings, record, choice.dtype),
         device=str(choice.device),
+        quantization=_quantization(settings),
         trust_remote_code=settings.trust_remote_code,
         revision=settings.revision,
     )
@@ -143,6 +144,21 @@ def _load(settings: GenerateSettings, name: str, record: RunRecord | None) -> tu
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
     wording = _wording(settings, record, tokenizer)
     return Speaker(model, tokenizer, wording, settings.adapter is not None, sampling), str(choice.device)
+
+
+def _quantization(settings: GenerateSettings) -> Any:
+    """As asked; else as the adapter was trained."""
+    if settings.quantization == "none":
+        return None
+    if settings.quantization != "auto":
+        from rankwise.quantization import Fp4Config, Nf4Config
+
+        return (Nf4Config if settings.quantization == "nf4" else Fp4Config)(double_quant=True)
+    if settings.adapter is None:
+        return None
+    from rankwise.adapters.trained_base import quantization_of
+
+    return quantization_of(settings.adapter)
 
 
 def _dtype(settings: GenerateSettings, record: RunRecord | None, preferred: Any) -> Any:
@@ -174,7 +190,7 @@ def record_of(adapter: Path | None) -> RunRecord | None:
 
 def base_model_name(adapter: Path | None) -> str:
     """The base an adapter was trained on. Raises ConfigError (RW122) without one, AdapterError (RW413) if unnamed."""
-    from rankwise.export.merged import base_model_of
+    from rankwise.adapters.trained_base import base_model_of
 
     if adapter is None:
         raise ConfigError("RW122", "there is nothing to generate with; give --model M, --adapter FOLDER or both.")

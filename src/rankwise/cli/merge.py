@@ -2,38 +2,70 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
 
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.settings import MergeSettings
 from rankwise.cli.words import byte_size, plural
+from rankwise.records import write_json
+
+if TYPE_CHECKING:
+    from rankwise.export.verify import Verification
+
+RECORD_FILE = "merge.json"
 
 
 def run(settings: MergeSettings, output: Output) -> Mapping[str, Any]:
-    from rankwise.export.merged import merge_to_folder
+    from rankwise.adapters.trained_base import base_model_of
+    from rankwise.export.merged import merge_to_folder, refuse_to_overwrite
 
+    refuse_to_overwrite(settings.output)
+    base = settings.model or base_model_of(settings.adapter)
+    verification = _verify(settings, base, output) if settings.verify else None
+    onto = settings.onto or (verification.closest if verification else "original")
     with output.waiting("merging"):
         report = merge_to_folder(
             settings.adapter,
             settings.output,
-            model=settings.model,
-            onto="original",
+            model=base,
+            onto=onto,
             trust_remote_code=settings.trust_remote_code,
         )
-    size = sum(path.stat().st_size for path in settings.output.rglob("*") if path.is_file())
-    modules = plural(report.merged_modules, "module")
-    output.line(f"{'merged':<12}{settings.adapter} into {report.base_model}: {modules}")
-    output.line(f"{'written':<12}{settings.output}  ({byte_size(size)}, an ordinary transformers model)")
-    output.line(f'{"try":<12}rankwise generate --model {settings.output} --prompt "..."')
-    return {
+    result = {
         "adapter": str(settings.adapter),
         "base_model": report.base_model,
-        "output": str(settings.output),
         "merged_modules": report.merged_modules,
-        "size_bytes": size,
+        "onto": report.onto,
+        "verification": dataclasses.asdict(verification) if verification else None,
     }
+    write_json(settings.output / RECORD_FILE, result)
+    size = sum(path.stat().st_size for path in settings.output.rglob("*") if path.is_file())
+    modules = plural(report.merged_modules, "module")
+    output.line(f"{'merged':<12}{settings.adapter} into {report.base_model}, {report.onto} weights: {modules}")
+    output.line(f"{'written':<12}{settings.output}  ({byte_size(size)}, an ordinary transformers model)")
+    output.line(f'{"try":<12}rankwise generate --model {settings.output} --prompt "..."')
+    return {**result, "output": str(settings.output), "size_bytes": size}
+
+
+def _verify(settings: MergeSettings, base: str, output: Output) -> Verification:
+    from rankwise.export.verify import read_text, verify_merge
+
+    text = None if settings.text is None else read_text(settings.text)
+    with output.waiting("measuring each way of merging"):
+        verification = verify_merge(settings.adapter, base, text=text)
+    table = Table(title=f"on {verification.tokens:,} tokens", title_justify="left")
+    table.add_column("way")
+    table.add_column("perplexity", justify="right")
+    table.add_column("largest logit difference", justify="right")
+    for variant in verification.variants:
+        table.add_row(variant.name, f"{variant.perplexity:.3f}", f"{variant.largest_logit_difference:.3f}")
+    output.console.print(table)
+    return verification
 
 
 VERB = Verb(
@@ -41,6 +73,9 @@ VERB = Verb(
     settings=MergeSettings,
     run=run,
     summary="Fold an adapter into its base: an ordinary model folder, no extra cost at inference.",
-    examples=("rankwise merge --adapter runs/first --output merged",),
-    metavars={"adapter": "A", "output": "DIR", "model": "M"},
+    examples=(
+        "rankwise merge --adapter runs/first --output merged",
+        "rankwise merge --adapter runs/qlora --output merged --verify",
+    ),
+    metavars={"adapter": "A", "output": "DIR", "model": "M", "text": "FILE"},
 )

@@ -47,6 +47,9 @@ class GenerateSettings(Settings):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Dtype of the base; auto: as the adapter was trained, else what suits the device."
     )
+    quantization: Literal["auto", "none", "nf4", "fp4"] = Field(
+        "auto", description="4-bit layers or not; auto: as the adapter was trained."
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Device; auto takes the fastest.")
     trust_remote_code: bool = Field(False, description=REMOTE_CODE)
     revision: str | None = Field(None, description=REVISION)
@@ -58,6 +61,13 @@ class MergeSettings(Settings):
     adapter: Path = Field(description="Run folder or PEFT adapter folder.")
     output: Path = Field(description="Folder to write the merged model to; must not exist or be empty.")
     model: str | None = Field(None, description="Base model; default: the one named by the adapter.")
+    onto: Literal["original", "quantized"] | None = Field(
+        None,
+        description="Weights to merge into: the original ones, or those that a 4-bit run trained on (dequantized). "
+        "Default: original, or with --verify whichever stays closer to the model as trained.",
+    )
+    verify: bool = Field(False, description="Measure how far each way of merging moves the model, and record it.")
+    text: Path | None = Field(None, description="Text file to measure on with --verify; default: a built-in text.")
     trust_remote_code: bool = Field(False, description=REMOTE_CODE)
 
 

@@ -22,16 +22,15 @@ from rankwise.adapters.checkpoint import PREFIX, AdapterFile, read_adapter
 from rankwise.adapters.fused import enabled_rows
 from rankwise.adapters.inject import AdaptedModule
 from rankwise.adapters.low_rank import merged_weight
-from rankwise.adapters.peft_config import read_config
+from rankwise.adapters.trained_base import base_model_of, dtype_of, quantization_of
 from rankwise.errors import AdapterError, ModelError, RunError
 from rankwise.export.safetensors_writer import bytes_of, write_safetensors
 from rankwise.export.shards import INDEX_FILE, ShardedWeights
 from rankwise.models import fetch_model, load_model, load_skeleton, resolve_model
-from rankwise.quantization.bitsandbytes_format import rewrite_bitsandbytes_config
 from rankwise.quantization.config import FourBitConfig
 from rankwise.quantization.linear import Linear4bit
 from rankwise.quantization.targets import target_names
-from rankwise.records import RUN_FILE, load_record, write_json
+from rankwise.records import write_json
 
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 NOT_COPIED = ("adapter_config.json", "run.json", INDEX_FILE, "trainer_state.json")
@@ -65,10 +64,9 @@ def merge_to_folder(
     Raises AdapterError when the adapter does not fit the base (RW414: it did not train on 4 bits), ModelError when the
     base cannot be read, RunError (RW532) when ``output`` holds something.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunError("RW532", f"{output} is not empty; give a new folder, nothing is overwritten.")
+    refuse_to_overwrite(output)
     quantization = None if onto == "original" else _trained_on(adapter)
-    dtype = None if onto == "original" else trained_dtype(adapter)
+    dtype = None if onto == "original" else dtype_of(adapter)
     base = Base(model or base_model_of(adapter), quantization, dtype, trust_remote_code)
     source = resolve_model(base.name)
     partial = output.with_name(f".{output.name}.partial")
@@ -88,6 +86,12 @@ def merge_to_folder(
     return MergeReport(base.name, count, onto, streamed=not source.is_gguf)
 
 
+def refuse_to_overwrite(output: Path) -> None:
+    """Raises RunError (RW532) unless ``output`` is missing or an empty folder."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RunError("RW532", f"{output} is not empty; give a new folder, nothing is overwritten.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Base:
     """The model to merge into; for a merge onto 4-bit values their format, and the dtype that was quantized."""
@@ -96,33 +100,6 @@ class Base:
     quantization: FourBitConfig | None
     dtype: torch.dtype | None
     trust_remote_code: bool = False
-
-
-def base_model_of(adapter: Path) -> str:
-    """The base model that a run folder or a PEFT folder names. Raises AdapterError (RW413) when it names none."""
-    if (adapter / RUN_FILE).is_file():
-        named = load_record(adapter).settings.get("model")
-    else:
-        named = read_config(adapter).get("base_model_name_or_path")
-    if not isinstance(named, str) or not named:
-        raise AdapterError("RW413", f"the adapter in {adapter} does not name its base model; give --model.")
-    return named
-
-
-def quantization_of(adapter: Path) -> FourBitConfig | None:
-    """The 4-bit format of the base that a run trained on, by its record; None for a 16-bit base or without a record."""
-    if not (adapter / RUN_FILE).is_file():
-        return None
-    stored = load_record(adapter).base_model.get("quantization")
-    return rewrite_bitsandbytes_config(stored) if stored else None
-
-
-def trained_dtype(adapter: Path) -> torch.dtype | None:
-    """The dtype of the base that a run trained on, by its record; None without one."""
-    if not (adapter / RUN_FILE).is_file():
-        return None
-    dtype = getattr(torch, str(load_record(adapter).base_model.get("dtype")), None)
-    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def _trained_on(adapter: Path) -> FourBitConfig:

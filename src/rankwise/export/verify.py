@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from rankwise.adapters import load_adapter, merge_adapter
+from rankwise.adapters.trained_base import dtype_of, quantization_of
 from rankwise.data import stdlib_rows
 from rankwise.errors import DataError
-from rankwise.export.merged import Onto, quantization_of, trained_dtype
+from rankwise.export.merged import Onto
 from rankwise.models import load_model
 from rankwise.quantization.in_place import quantize
 
@@ -55,7 +55,7 @@ def verify_merge(
 
     Raises DataError (RW220) for a text that is too short, and what loading model and adapter raises.
     """
-    quantization, dtype = quantization_of(adapter), trained_dtype(adapter)
+    quantization, dtype = quantization_of(adapter), dtype_of(adapter)
     model, tokenizer = load_model(base, dtype=dtype, device="cpu", quantization=quantization)
     ids = _chunks(tokenizer, default_text() if text is None else text)
     load_adapter(model, adapter)
@@ -72,6 +72,16 @@ def verify_merge(
     written = [variant for variant in variants if variant.name in MERGED_ONTO]
     closest = min(written, key=lambda variant: variant.largest_logit_difference)
     return Verification(tuple(variants), sum(chunk.numel() for chunk in ids), MERGED_ONTO[closest.name])
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8. Raises DataError: RW201 it cannot be opened, RW205 another encoding."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError("RW201", f"cannot open {path}: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise DataError("RW205", f"{path} is not UTF-8 (byte {error.start}); convert it with iconv.") from None
 
 
 def default_text() -> str:
@@ -120,9 +130,3 @@ class _Meter:
                 seen.append(logits)
         self.reference = self.reference or seen
         return Variant(name, math.exp(total / count), largest)
-
-
-def lines(verification: Verification) -> Iterator[tuple[str, str, str]]:
-    """(name, perplexity, largest logit difference) of every variant, as they are printed."""
-    for variant in verification.variants:
-        yield variant.name, f"{variant.perplexity:.3f}", f"{variant.largest_logit_difference:.3f}"

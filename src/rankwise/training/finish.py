@@ -13,8 +13,8 @@ from torch import Tensor
 from rankwise.adapters import has_adapter, report
 from rankwise.adapters.peft_config import CONFIG_FILE
 from rankwise.errors import warn
-from rankwise.export import model_card
 from rankwise.records import RunRecord, read_metrics, write_text
+from rankwise.reports import model_card
 from rankwise.reports.loss_plot import loss_svg
 from rankwise.training.checkpoints import FOLDER, Checkpoint, check_checkpoint
 from rankwise.training.preflight import check_reload
@@ -39,7 +39,7 @@ def choose_kept(losses: Mapping[int, float], last_step: int, best_step: int | No
         why = "no evaluation data" if not losses else "no evaluation gave a finite loss"
         return Kept(last_step, f"the last step ({why})", losses.get(last_step))
     counted = sum(1 for step in losses if step > 0)
-    return Kept(best_step, f"lowest evaluation loss of {counted} evaluations", losses[best_step])
+    return Kept(best_step, f"lowest loss of {counted} evaluation{'' if counted == 1 else 's'}", losses[best_step])
 
 
 def warn_if_worse(initial: float | None, kept: Kept) -> None:

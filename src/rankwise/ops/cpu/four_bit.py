@@ -25,7 +25,7 @@ from rankwise.ops.reference import dequantize_absmax, not_finite, packed_shape, 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # Up to so many rows, decoding into registers and caches beats dequantizing the whole weight for a dense product (measured).
-_FEW_ROWS = 32
+_FEW_ROWS = 64
 
 # A dense weight for larger products is kept between calls up to this size, because fresh pages cost more than dequantizing into them.
 _KEPT_BYTES = 256 << 20

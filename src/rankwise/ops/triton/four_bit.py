@@ -1,11 +1,11 @@
 """Four bits on Triton kernels, with the signatures of `rankwise.ops.reference` and the same results.
 
-Quantized and dequantized values equal the reference to the bit. Products use the same dequantized weight and sum in float32.
-The callers in ``rankwise.ops.library`` have checked types, shapes and buffer sizes.
+Quantized and dequantized values equal the reference to the bit. Products use the same dequantized weight and sum in
+float32. The callers in ``rankwise.ops.library`` have checked types, shapes and buffer sizes.
 
-Up to 16 rows, products read the packed weight only. Larger ones dequantize it and leave the product to torch: at their sizes the
-dense weight, which lives for one product, costs less than tensor cores that wait for decoding. So does the input gradient.
-Weights whose rows are not whole blocks always take that way.
+Up to 16 rows, products read the packed weight only. Larger ones dequantize it, for the time of one product, and leave
+the product to torch, which then costs less than tensor cores that wait for decoding. So does the input gradient, which
+dequantizes again: no dense weight is kept for backward. Weights whose rows are not whole blocks always take that way.
 
 Legend: T = rows of x, K = in features, N = out features.
 """
@@ -57,9 +57,7 @@ def dequantize_4bit(
     offset: Tensor | None = None,
 ) -> Tensor:
     """w' = value[code] * absmax, of ``shape`` and ``dtype``."""
-    return dequantize.dequantize(
-        weight(packed, absmax, nested_absmax, offset, quant_type), shape, dtype, block_size
-    )
+    return dequantize.dequantize(weight(packed, absmax, nested_absmax, offset, quant_type), shape, dtype, block_size)
 
 
 def linear_4bit(

@@ -1,15 +1,13 @@
-"""Row norms of the dequantized weight, without the dequantized weight: n / 2 bytes of codes and the scales are read, nothing else."""
+"""Row norms of the dequantized weight, from its n / 2 bytes of codes and its scales: nothing dense is written."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankwise.ops.triton.tile import DTYPE, Weight, launching_on, power_of_two, round_to, row_tile
+from rankwise.ops.triton.tile import DTYPE, Weight, decode, launching_on, power_of_two, round_to, row_tile
 
 # Rows and elements of a row that a program treats at once, and its warps.
 _ROWS, _COLUMNS, _WARPS = 4, 1024, 4
@@ -37,21 +35,11 @@ def row_norms_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((ROWS, SPANS, SPAN // 2), tl.float32)
     for start in range(0, row_spans, SPANS):
-        first, second = row_tile(
-            rows,
-            start + tl.arange(0, SPANS),
-            N,
-            row_spans,
-            packed,
-            absmax,
-            nested_absmax,
-            offset,
-            values,
-            dynamic_map,
-            row_bytes,
-            SPAN,
-            BLOCK,
+        spans = start + tl.arange(0, SPANS)
+        pairs, scale = row_tile(
+            rows, spans, N, row_spans, row_bytes, packed, absmax, nested_absmax, offset, dynamic_map, SPAN, BLOCK
         )
+        first, second = decode(pairs, scale, values)
         first, second = round_to(first, ROUNDED).to(tl.float32), round_to(second, ROUNDED).to(tl.float32)
         total = tl.fma(first, first, tl.fma(second, second, total))
     squares = tl.sum(tl.sum(total, axis=2), axis=1)
@@ -59,7 +47,7 @@ def row_norms_kernel(
 
 
 def row_norms(weight: Weight, N: int, K: int, block_size: int, dtype: torch.dtype) -> Tensor:
-    """||w'_n|| over K, float32 (N,), of w' rounded to ``dtype``. Rows consist of whole blocks (`tile.rows_are_blocks`)."""
+    """||w'_n|| over K, float32 (N,), of w' rounded to ``dtype``. Rows of w' consist of whole blocks."""
     norms = torch.empty(N, dtype=torch.float32, device=weight.packed.device)
     if N == 0:
         return norms

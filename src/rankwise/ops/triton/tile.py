@@ -1,10 +1,11 @@
 """What every 4-bit kernel shares: reading codes and scales, rounding, and how kernels are launched.
 
-Legend: a *span* is the run of ``SPAN`` elements that a kernel treats at once under one scale, a block or an equal part of one;
-HALF = SPAN / 2 is its bytes. Element 2j of a span is in the high nibble of byte j, element 2j + 1 in the low one.
+Legend: a *span* is the run of ``SPAN`` elements that a kernel treats at once under one scale, a block or an equal part
+of one; HALF = SPAN / 2 is its bytes. Element 2j of a span is in the high nibble of byte j, element 2j + 1 in the low one.
 
 Weight offsets are 64-bit: a weight may have more than 2^31 elements. Multiplication and addition are rounded one by one
-(``enable_fp_fusion=False``), as in the reference, and fused only where a kernel says ``tl.fma``: the weights are equal to the bit.
+(``enable_fp_fusion=False``), as in the reference, and fused only where a kernel says ``tl.fma``: that keeps weights
+equal to the bit.
 """
 
 from __future__ import annotations
@@ -29,7 +30,14 @@ DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 
 @triton.jit
-def block_scales(block: tl.tensor, inside: tl.tensor, absmax: tl.tensor, nested_absmax: tl.tensor, offset: tl.tensor, dynamic_map: tl.tensor) -> tl.tensor:
+def block_scales(
+    block: tl.tensor,
+    inside: tl.tensor,
+    absmax: tl.tensor,
+    nested_absmax: tl.tensor,
+    offset: tl.tensor,
+    dynamic_map: tl.tensor,
+) -> tl.tensor:
     """absmax[block], or dynamic_map[absmax[block]] * nested_absmax[block // 256] + offset; 0 where not ``inside``."""
     stored = tl.load(absmax + block, mask=inside, other=0)
     if nested_absmax is None:
@@ -52,7 +60,7 @@ def decode(pairs: tl.tensor, scale: tl.tensor, values: tl.tensor) -> tl.tensor:
 def round_to(w: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
     """float32 -> DTYPE, to nearest even. The interpreter's own conversion to bfloat16 truncates."""
     if INTERPRETED:
-        if DTYPE == tl.bfloat16:
+        if tl.bfloat16 == DTYPE:
             bits = w.to(tl.uint32, bitcast=True)
             bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
             rounded = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -69,27 +77,26 @@ def row_tile(
     spans: tl.tensor,
     N: tl.tensor,
     row_spans: tl.tensor,
+    row_bytes: tl.tensor,
     packed: tl.tensor,
     absmax: tl.tensor,
     nested_absmax: tl.tensor,
     offset: tl.tensor,
-    values: tl.tensor,
     dynamic_map: tl.tensor,
-    row_bytes: tl.tensor,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """rows (R,), spans (S,) -> the elements 2j and the elements 2j + 1 of each span, float32 (R, S, HALF); 0 outside the weight.
+    """rows (R,), spans (S,) -> bytes (R, S, HALF) and scales (R, S, 1); scales are 0 outside the weight.
 
     Rows consist of whole blocks, so that ``rows * row_spans + spans`` counts the spans of the weight.
     """
     rows = rows.to(tl.int64)
     inside = (rows < N)[:, None] & (spans < row_spans)[None, :]
-    span = rows[:, None] * row_spans + spans[None, :]
-    scale = block_scales(span // (BLOCK // SPAN), inside, absmax, nested_absmax, offset, dynamic_map)
     column = (spans * (SPAN // 2))[None, :, None] + tl.arange(0, SPAN // 2)[None, None, :]
     pairs = tl.load(packed + rows[:, None, None] * row_bytes + column, mask=inside[:, :, None], other=0)
-    return decode(pairs, scale[:, :, None], values)
+    span = rows[:, None] * row_spans + spans[None, :]
+    scale = block_scales(span // (BLOCK // SPAN), inside, absmax, nested_absmax, offset, dynamic_map)
+    return pairs, scale[:, :, None]
 
 
 class Weight(NamedTuple):
@@ -137,6 +144,6 @@ def launching_on(device: torch.device) -> AbstractContextManager[Any]:
         return nullcontext()
     raise QuantizationError(
         "RW607",
-        f"the Triton kernels were given tensors on {device} and are compiled for CUDA: move the model to a CUDA device, choose "
-        "another implementation, or, for tests, set TRITON_INTERPRET=1 before Python starts.",
+        f"the Triton kernels run on CUDA tensors and were given some on {device}: move the model to a CUDA device, "
+        "choose another implementation, or, for tests, set TRITON_INTERPRET=1 before Python starts.",
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, Protocol
 
-from rankwise.models.source import DEMO, DEMO_HUB_ID
+from rankwise.config import DEMO, DEMO_HUB_ID
 from rankwise.records import RunRecord
 
 NAMES = {

@@ -8,8 +8,8 @@ import re
 import pytest
 import yaml
 
-from rankwise.export import model_card
 from rankwise.records import RunRecord
+from rankwise.reports import model_card
 
 CONFIG = {"base_model_name_or_path": "org/base", "r": 8, "lora_alpha": 16, "use_dora": False, "bias": "none"}
 

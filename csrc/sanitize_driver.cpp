@@ -1,0 +1,112 @@
+// Runs every function of the native library, at every level of this CPU, over odd shapes in exactly sized buffers, so that the address
+// and undefined-behaviour sanitizers see each access. The sums of what was computed must not depend on the level.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "rankwise_native.h"
+
+namespace {
+
+uint32_t state = 1;
+
+uint32_t next_random() {
+    state = state * 1664525u + 1013904223u;
+    return state >> 8;
+}
+
+float next_float() { return static_cast<float>(next_random()) / 8388608.0f - 1.0f; }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t size_of(int dtype) { return dtype == RW_FLOAT32 ? 4 : 2; }
+
+// Heap memory of exactly so many bytes, aligned as the allocator likes.
+using Bytes = std::unique_ptr<uint8_t[]>;
+Bytes bytes(int64_t count) { return Bytes(new uint8_t[static_cast<size_t>(count)]); }
+
+struct Tables {
+    std::vector<float> value, bound, dynamic_map;
+    std::vector<uint8_t> order;
+    Tables() {
+        for (int c = 0; c < 16; ++c) {
+            value.push_back(static_cast<float>(c) / 7.5f - 1.0f);
+            order.push_back(static_cast<uint8_t>(c));
+        }
+        for (int c = 0; c < 15; ++c) bound.push_back((value[c] + value[c + 1]) / 2);
+        for (int c = 0; c < 256; ++c) dynamic_map.push_back(static_cast<float>(c) / 127.5f - 1.0f);
+    }
+};
+
+void fill(uint8_t* data, int dtype, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        const float value = next_float();
+        uint32_t bits;
+        __builtin_memcpy(&bits, &value, 4);
+        if (dtype == RW_FLOAT32) __builtin_memcpy(data + 4 * i, &bits, 4);
+        const uint16_t half = static_cast<uint16_t>(dtype == RW_BFLOAT16 ? bits >> 16 : next_random() & 0xbbff);
+        if (dtype != RW_FLOAT32) __builtin_memcpy(data + 2 * i, &half, 2);
+    }
+}
+
+double checksum = 0;
+
+void run(const Tables& tables, int64_t N, int64_t K, int64_t block, int64_t T, int dtype, bool nested) {
+    const int64_t n = N * K, blocks = ceil_div(n, block), nested_blocks = ceil_div(blocks, 256);
+    const Bytes w = bytes(n * size_of(dtype)), packed = bytes(ceil_div(n, 2)), x = bytes(T * K * size_of(dtype));
+    const Bytes y = bytes(T * N * size_of(dtype)), bias = bytes(N * size_of(dtype)), codes = bytes(blocks);
+    const Bytes out = bytes(n * 4);
+    fill(w.get(), dtype, n);
+    fill(x.get(), dtype, T * K);
+    fill(bias.get(), dtype, N);
+    std::vector<float> absmax(static_cast<size_t>(blocks)), scales(static_cast<size_t>(nested_blocks), 0.5f), norms(static_cast<size_t>(N));
+    const float offset = 1.0f;
+    if (rw_quantize_4bit(w.get(), dtype, n, block, tables.bound.data(), tables.order.data(), packed.get(), absmax.data(), 2) != -1)
+        std::abort();
+    for (int64_t b = 0; b < blocks; ++b) codes[static_cast<size_t>(b)] = static_cast<uint8_t>(b * 37);
+    const rw_weight plain = {packed.get(), absmax.data(), nullptr, nullptr, tables.value.data(), nullptr, n, block};
+    const rw_weight doubled = {packed.get(),        codes.get(), scales.data(), &offset, tables.value.data(),
+                               tables.dynamic_map.data(), n,           block};
+    const rw_weight* weight = nested ? &doubled : &plain;
+    for (int to : {RW_FLOAT32, RW_BFLOAT16, RW_FLOAT16}) {
+        const Bytes exact = bytes(n * size_of(to));
+        rw_dequantize_4bit(weight, 0, n, to, exact.get(), 2);
+        if (n > 3) rw_dequantize_4bit(weight, 3, n - 3, to, exact.get(), 1);
+    }
+    rw_linear_4bit(weight, x.get(), T, N, K, dtype, nested ? bias.get() : nullptr, y.get(), 2);
+    rw_row_norms_4bit(weight, N, K, dtype, norms.data(), 2);
+    for (float norm : norms) checksum += norm;
+    for (int64_t b = 0; b < blocks; ++b) checksum += absmax[static_cast<size_t>(b)];
+    for (int64_t j = 0; j < ceil_div(n, 2); ++j) checksum += packed[static_cast<size_t>(j)];
+}
+
+double run_all(const Tables& tables) {
+    state = 1;
+    checksum = 0;
+    for (int64_t N : {1, 3, 4, 17})
+        for (int64_t K : {1, 7, 64, 129, 256})
+            for (int64_t block : {32, 64, 4096})
+                for (int64_t T : {1, 2, 4, 5, 13})
+                    for (int dtype : {RW_FLOAT32, RW_BFLOAT16, RW_FLOAT16})
+                        for (bool nested : {false, true}) run(tables, N, K, block, T, dtype, nested);
+    run(tables, 70, 4096, 64, 16, RW_BFLOAT16, true);
+    run(tables, 1030, 8200, 64, 1, RW_BFLOAT16, false);  // large enough to write past the caches
+    return checksum;
+}
+
+}  // namespace
+
+int main() {
+    const Tables tables;
+    rw_set_level(RW_PORTABLE);
+    const double expected = run_all(tables);
+    for (int level = RW_PORTABLE; level <= rw_best_level(); ++level) {
+        rw_set_level(level);
+        const double found = run_all(tables);
+        std::printf("level %d: %.6f\n", level, found);
+        if (std::fabs(found - expected) > 1e-5 * std::fabs(expected)) return 1;
+    }
+    return 0;
+}
