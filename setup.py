@@ -43,7 +43,9 @@ class BuildNative(build_ext):
 
     def _build(self, ext: Extension) -> None:
         if self.compiler.compiler_type != "unix":
-            raise RuntimeError(f"only compilers that take GCC's options are supported, not {self.compiler.compiler_type}")
+            raise RuntimeError(
+                f"only compilers that take GCC's options are supported, not {self.compiler.compiler_type}"
+            )
         with ThreadPoolExecutor() as pool:
             objects = [one for made in pool.map(self._compile, SOURCES) for one in made]
         target = Path(self.get_ext_fullpath(ext.name))

@@ -4,7 +4,7 @@
 
 The weights are random. FOLDER receives about 13 GB of bfloat16 shards, written one at a time, and keeps them for the
 next run. Each phase (load, qlora, qdora) is a process of its own. Memory is RssAnon from /proc/self/status, sampled
-every 2 ms: what the process itself holds. Pages of the mapped checkpoint are the system's and are reported apart (RssFile).
+every 2 ms: what the process itself holds. Pages of the mapped checkpoint are the system's and reported apart (RssFile).
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "rankwise_native.h"
@@ -23,9 +24,12 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t size_of(int dtype) { return dtype == RW_FLOAT32 ? 4 : 2; }
 
-// Heap memory of exactly so many bytes, aligned as the allocator likes.
-using Bytes = std::unique_ptr<uint8_t[]>;
-Bytes bytes(int64_t count) { return Bytes(new uint8_t[static_cast<size_t>(count)]); }
+// Heap memory of exactly so many bytes, aligned as torch's is.
+struct Free {
+    void operator()(uint8_t* data) const { ::operator delete[](data, std::align_val_t{64}); }
+};
+using Bytes = std::unique_ptr<uint8_t[], Free>;
+Bytes bytes(int64_t count) { return Bytes(new (std::align_val_t{64}) uint8_t[static_cast<size_t>(count)]); }
 
 struct Tables {
     std::vector<float> value, bound, dynamic_map;

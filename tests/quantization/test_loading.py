@@ -42,7 +42,10 @@ def states_equal(a: nn.Module, b: nn.Module) -> bool:
 def test_it_equals_quantizing_afterwards(base, dtype, config, tmp_path):
     BUILD[base]().to(dtype).save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    streamed = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, quantization_config=config)
+    streamed, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=dtype, quantization_config=config, output_loading_info=True
+    )
+    assert not any(info.values())
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     quantize(plain, config)
     assert states_equal(streamed, plain)
@@ -52,7 +55,6 @@ def test_it_equals_quantizing_afterwards(base, dtype, config, tmp_path):
         assert model.is_quantized
         assert model.hf_quantizer.is_trainable
         assert model.hf_quantizer.is_serializable()
-    # Quantized weights in a place that only the whole checkpoint has; nothing is left without storage.
     assert not any(tensor.is_meta for tensor in streamed.state_dict().values())
 
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from training_rows import WORDS, encoded_rows
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rankwise.adapters import add_adapter
 from rankwise.config import LoraConfig
 from rankwise.training.arguments import sft_arguments
 from rankwise.training.trainer import RankwiseTrainer
-
-WORDS = [f"w{index}" for index in range(90)]
+from tiny_models import tiny_llama
 
 
 @pytest.fixture(autouse=True)
@@ -41,30 +39,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def encoded_rows(count: int, seed: int = 0) -> Dataset:
-    """Rows of 4 to 12 ids whose first two are the prompt and whose last is the stop token 2."""
-    draw = random.Random(seed)
-    ids = [[1, *(draw.randrange(4, 94) for _ in range(draw.randrange(3, 10))), 2] for _ in range(count)]
-    return Dataset.from_dict({"input_ids": ids, "labels": [[-100, -100, *row[2:]] for row in ids]})
-
-
-def small_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    settings: dict[str, Any] = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**settings, **overrides}))
-
-
 TrainerMaker = Callable[..., RankwiseTrainer]
 
 
@@ -82,7 +56,7 @@ def make_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> TrainerM
         trainer: dict[str, Any] | None = None,
         **arguments: Any,
     ) -> RankwiseTrainer:
-        model = model or small_llama()
+        model = model or tiny_llama()
         torch.manual_seed(7)
         if lora is not None:
             add_adapter(model, lora)

@@ -9,11 +9,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from conftest import small_llama
 from rankwise.adapters import adapter_parameters, add_adapter, save_adapter
 from rankwise.config import LoraConfig
 from rankwise.errors import RankwiseWarning, RunError
 from rankwise.training.preflight import GradientCheck, check_disk, check_labels, check_reload, check_trainable
+from tiny_models import tiny_llama
 
 SOUND = {"tokens": 100, "trained_tokens": 40, "stop_rows": 8, "whole_texts": False, "source": "rows.jsonl"}
 
@@ -34,7 +34,7 @@ def test_masked_labels_and_missing_stop_tokens_are_refused() -> None:
 
 
 def test_something_must_train() -> None:
-    model = small_llama()
+    model = tiny_llama()
     with pytest.raises(RunError, match="none is attached"):
         check_trainable(model, "lora")
     check_trainable(model, "full")
@@ -43,7 +43,7 @@ def test_something_must_train() -> None:
 
 
 def test_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_llama()
+    model = tiny_llama()
     check_disk(model, tmp_path / "not" / "there", 2)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(RunError, match="--save-total-limit") as caught:
@@ -59,7 +59,7 @@ def backward(model: Any) -> None:
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_gradient_check_waits_for_a_until_b_has_moved(use_dora: bool) -> None:
-    model = small_llama()
+    model = tiny_llama()
     add_adapter(model, LoraConfig(r=4, use_dora=use_dora))
     check = GradientCheck(model)
     backward(model)
@@ -77,7 +77,7 @@ def test_gradient_check_waits_for_a_until_b_has_moved(use_dora: bool) -> None:
 
 
 def test_adapter_without_gradient_is_named() -> None:
-    model = small_llama()
+    model = tiny_llama()
     add_adapter(model, LoraConfig(r=4))
     check = GradientCheck(model)
     backward(model)
@@ -89,7 +89,7 @@ def test_adapter_without_gradient_is_named() -> None:
 
 
 def test_a_without_gradient_after_b_moved_is_named() -> None:
-    model = small_llama()
+    model = tiny_llama()
     add_adapter(model, LoraConfig(r=4, init_lora_weights=False))
     check = GradientCheck(model)
     backward(model)
@@ -100,7 +100,7 @@ def test_a_without_gradient_after_b_moved_is_named() -> None:
 
 
 def test_overflow_waits_only_with_loss_scaling() -> None:
-    model = small_llama()
+    model = tiny_llama()
     add_adapter(model, LoraConfig(r=4))
     backward(model)
     next(iter(adapter_parameters(model).values())).grad[0, 0] = float("inf")  # type: ignore[index]
@@ -112,7 +112,7 @@ def test_overflow_waits_only_with_loss_scaling() -> None:
 
 
 def test_reload_check_finds_a_changed_adapter(tmp_path: Path) -> None:
-    model = small_llama()
+    model = tiny_llama()
     add_adapter(model, LoraConfig(r=4, use_dora=True, init_lora_weights=False))
     save_adapter(model, tmp_path)
     probe = {"input_ids": torch.tensor([[1, 5, 6, 7, 2]])}

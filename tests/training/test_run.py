@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from training_rows import WORDS
 
-from conftest import WORDS, small_llama
 from rankwise.adapters import load_adapter
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, DataError, InputError, Interrupted, RankwiseWarning, RunError
@@ -22,6 +22,7 @@ from rankwise.models import load_model
 from rankwise.records import load_record, read_metrics
 from rankwise.training.observer import StepInfo
 from rankwise.training.run import train
+from tiny_models import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning", "ignore::UserWarning")
 
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning
 @pytest.fixture
 def model_folder(tmp_path: Path, tokenizer: Any) -> Path:
     folder = tmp_path / "base"
-    small_llama().save_pretrained(folder)
+    tiny_llama().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from training_rows import encoded_rows
 
-from conftest import encoded_rows, small_llama
 from rankwise.adapters import add_adapter
 from rankwise.config import LoraConfig
 from rankwise.errors import RankwiseWarning, RunError
 from rankwise.training.loss import fused_head_is_right, keeps_positions, loss_from_logits
 from rankwise.training.trainer import RankwiseTrainer
+from tiny_models import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -104,21 +105,21 @@ def test_fused_head_is_refused_where_it_would_be_wrong(head: str, make_trainer: 
 
 
 def test_fused_head_is_refused_for_a_trained_copy() -> None:
-    model = small_llama()
+    model = tiny_llama()
     add_adapter(model, HEADS["trained whole"])
     assert not fused_head_is_right(model)
 
 
 def test_refusal_of_the_fused_head_is_said(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.TrainingArguments.device", torch.device("cuda"))
-    model = small_llama()
+    model = tiny_llama()
     monkeypatch.setattr(type(model), "to", lambda self, *_, **__: self)
     with pytest.warns(RankwiseWarning, match="bypass"):
         assert not make_trainer(model=model, lora=HEADS["adapted"]).fused_head
 
 
 def test_fused_head_and_own_logits_agree() -> None:
-    model = small_llama()
+    model = tiny_llama()
     rows = encoded_rows(3)
     ids = torch.tensor([[1, 5, 6, 7, 2]])
     labels = torch.tensor([[-100, -100, 6, 7, 2]])

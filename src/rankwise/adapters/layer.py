@@ -76,6 +76,10 @@ class TrainedCopy(nn.Module):
     def weight(self) -> Tensor:
         return self.chosen().weight  # type: ignore[return-value]
 
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.chosen(), "bias", None)
+
 
 def _keep_names(wrapper: nn.Module, inner: str) -> None:
     """Hide ``inner.`` in the wrapper's state dict, on the way out and on the way in."""

@@ -86,7 +86,9 @@ class Speaker:
     def _encode(self, prompt: str) -> Any:
         """(1, length) token ids and their mask, on the model's device."""
         if not self.wording.chat:
-            return self.tokenizer(prompt + self.wording.suffix, return_tensors="pt").to(self.model.device)
+            return self.tokenizer(
+                prompt.removesuffix(self.wording.suffix) + self.wording.suffix, return_tensors="pt"
+            ).to(self.model.device)
         return self.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
             chat_template=self.wording.template,
@@ -179,7 +181,7 @@ def _wording(settings: GenerateSettings, record: RunRecord | None, tokenizer: An
     template = read_template(Path(given)) if given else None
     plainly = str(trained.get("template", "")).startswith(("no template", "text"))
     if settings.raw or (plainly and settings.chat_template is None):
-        return Wording(chat=False, suffix="" if settings.raw else str(trained.get("separator") or ""))
+        return Wording(chat=False, suffix="" if settings.raw else str(trained.get("prompt_ending") or ""))
     return Wording(chat=bool(template or tokenizer.chat_template), template=template)
 
 

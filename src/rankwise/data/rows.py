@@ -57,6 +57,11 @@ class Rows(Sequence[Row]):
     separator: str = ""
     # Stands between prompt and completion where no chat template does.
 
+    @property
+    def prompt_ending(self) -> str:
+        """What a prompt given by hand has to end with to look like those in training: E2E rows hold their newline."""
+        return self.separator or ("\n" if self.items and self.items[0].prompt.endswith("\n") else "")
+
     @overload
     def __getitem__(self, index: int) -> Row: ...
     @overload

@@ -62,7 +62,7 @@ def _dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> 
     return module_for(codes.device).dequantize_absmax(codes, nested_absmax, offset)
 
 
-def _linear_4bit(
+def run_linear_4bit(
     x: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -73,6 +73,7 @@ def _linear_4bit(
     nested_absmax: Tensor | None,
     offset: Tensor | None,
 ) -> Tensor:
+    """`rankwise.ops.linear_4bit` without gradients."""
     check_weight(packed, absmax, shape, quant_type, block_size, nested_absmax, offset)
     check_rows(x, shape, 1, packed.device)
     check_bias(bias, x, shape)
@@ -201,7 +202,7 @@ for _name, _run, _fake in (
     ("dequantize_4bit", _dequantize_4bit, _fake_dequantize_4bit),
     ("quantize_absmax", _quantize_absmax, _fake_quantize_absmax),
     ("dequantize_absmax", _dequantize_absmax, _fake_dequantize_absmax),
-    ("linear_4bit", _linear_4bit, _fake_linear_4bit),
+    ("linear_4bit", run_linear_4bit, _fake_linear_4bit),
     ("linear_4bit_input_grad", _linear_4bit_input_grad, _fake_linear_4bit_input_grad),
     ("row_norms_4bit", _row_norms_4bit, _fake_row_norms_4bit),
 ):

@@ -111,6 +111,9 @@ def _prepare(given: TrainSettings, mode: output.Mode, lora: LoraConfig, observer
         revision=given.revision,
     )
     observer.phase("Encoding data")
+    if template is not None:
+        # Saved with the run, so that whoever loads it writes prompts as they were in training.
+        loaded.tokenizer.chat_template = template
     data = setup.encode_data(rows, eval_rows, loaded.tokenizer, max_length=given.max_length, template=template)
     base = model_facts(loaded.model, loaded.source)
     described = data.describe()
@@ -217,7 +220,14 @@ def _answerer(given: TrainSettings, loaded: setup.Loaded, data: setup.Data) -> A
         return None
     has_template = data.template is not None or loaded.tokenizer.chat_template is not None
     chat = has_template and data.rows.kind != "text" and data.rows.uses_template
-    return setup.answerer(loaded.model, loaded.tokenizer, given.sample_prompt, chat=chat, template=data.template)
+    return setup.answerer(
+        loaded.model,
+        loaded.tokenizer,
+        given.sample_prompt,
+        chat=chat,
+        template=data.template,
+        ending=data.rows.prompt_ending,
+    )
 
 
 @contextmanager

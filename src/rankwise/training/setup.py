@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from rankwise.config import LoraConfig
 from rankwise.data import Encoded, Rows, encode_rows, read_rows, read_template
 from rankwise.errors import ConfigError
 from rankwise.models import ModelSource, choose_device, fetch_model, load_model
+from rankwise.quantization.config import Nf4Config
 from rankwise.training.arguments import mixed_precision
 
 ANSWER_TOKENS = 64
@@ -119,8 +118,13 @@ def attach(model: Any, method: str, config: LoraConfig, seed: int) -> int:
     return add_adapter(model, config).trainable_parameters
 
 
-def answerer(model: Any, tokenizer: Any, prompt: str, *, chat: bool, template: str | None) -> Callable[[], str]:
-    """A function that lets the model answer ``prompt``, greedily: it draws no random numbers."""
+def answerer(
+    model: Any, tokenizer: Any, prompt: str, *, chat: bool, template: str | None, ending: str
+) -> Callable[[], str]:
+    """A function that lets the model answer ``prompt``, greedily: it draws no random numbers.
+
+    ``ending`` is what the prompts of the training rows end with where no template writes them.
+    """
     if chat:
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
@@ -130,7 +134,7 @@ def answerer(model: Any, tokenizer: Any, prompt: str, *, chat: bool, template: s
             return_dict=True,
         )
     else:
-        inputs = tokenizer(prompt, return_tensors="pt")
+        inputs = tokenizer(prompt.removesuffix(ending) + ending, return_tensors="pt")
     ids = {key: inputs[key] for key in ("input_ids", "attention_mask")}
 
     @torch.no_grad()
@@ -155,17 +159,15 @@ def probe_of(dataset: Any, device: torch.device) -> dict[str, Tensor]:
 
 
 def _described(rows: Rows, encoded: Encoded) -> dict[str, Any]:
-    place = {"source": rows.source, "format": rows.format, "sha256": rows.sha256}
+    place = {
+        "source": rows.source,
+        "format": rows.format,
+        "prompt_ending": rows.prompt_ending,
+        "sha256": rows.sha256,
+    }
     return place | {key: value for key, value in dataclasses.asdict(encoded.report).items() if key != "name"}
 
 
-def _quantization(method: str) -> Any:
-    if method not in ("qlora", "qdora"):
-        return None
-    spec = importlib.util.find_spec("rankwise.quantization")
-    four_bit: Any = importlib.import_module("rankwise.quantization") if spec else None
-    if not hasattr(four_bit, "Nf4Config"):
-        raise ConfigError(
-            "RW114", f"--method {method} needs 4-bit layers, which this version does not have; use lora or dora."
-        )
-    return four_bit.Nf4Config(double_quant=True)
+def _quantization(method: str) -> Nf4Config | None:
+    """QLoRA's: NF4 with double quantization (section 3 of the paper)."""
+    return Nf4Config(double_quant=True) if method in ("qlora", "qdora") else None

@@ -82,7 +82,7 @@ def linear_4bit(
     T = math.prod(x.shape[:-1])
     if T > _FEW_ROWS:
         return functional.linear(x, weight.dense(shape, x.dtype), bias)
-    x, y = x.contiguous(), x.new_empty((*x.shape[:-1], N))
+    x, y = x.contiguous(), torch.empty((*x.shape[:-1], N), dtype=x.dtype)
     bias = None if bias is None else bias.contiguous()
     library().rw_linear_4bit(
         weight.struct,

@@ -6,7 +6,8 @@ The floor is the weight's way from memory: N K / 2 bytes of codes and 4 (double-
 hardly count. In blocks of 64 that is 0.56 bytes per weight against 2 in bfloat16. For a layer of 4096 x 4096: 9.4 MB,
 2.8 us at an H100's 3.35 TB/s and 9.4 us at an RTX 4090's 1.0 TB/s, against 10 and 33 us.
 
-W' is rounded to the dtype of x, as everywhere, so that decoding gives the logits that training saw; sums are float32. The elements 2j and 2j + 1 of a row are multiplied apart, which spares putting them back in order.
+W' is rounded to the dtype of x, as everywhere, so that decoding gives the logits that training saw; sums are float32.
+The elements 2j and 2j + 1 of a row are multiplied apart, which spares putting them back in order.
 """
 
 from __future__ import annotations
@@ -80,9 +81,9 @@ def one_row_kernel(
 
 
 @triton.jit
-def operand(part: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
-    """``part`` rounded to DTYPE, as ``tl.dot`` takes it. The interpreter multiplies bfloat16 as integers."""
-    rounded = round_to(part, DTYPE)
+def operand(part: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """``part`` rounded to dtype, as ``tl.dot`` takes it. The interpreter multiplies bfloat16 as integers."""
+    rounded = round_to(part, dtype)
     if INTERPRETED:
         rounded = rounded.to(tl.float32)
     return rounded

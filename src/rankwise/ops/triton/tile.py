@@ -1,7 +1,7 @@
 """What every 4-bit kernel shares: reading codes and scales, rounding, and how kernels are launched.
 
 Legend: a *span* is the run of ``SPAN`` elements that a kernel treats at once under one scale, a block or an equal part
-of one; HALF = SPAN / 2 is its bytes. Element 2j of a span is in the high nibble of byte j, element 2j + 1 in the low one.
+of one; HALF = SPAN / 2 is its bytes. Element 2j of a span is the high nibble of byte j, element 2j + 1 the low one.
 
 Weight offsets are 64-bit: a weight may have more than 2^31 elements. Multiplication and addition are rounded one by one
 (``enable_fp_fusion=False``), as in the reference, and fused only where a kernel says ``tl.fma``: that keeps weights
@@ -57,17 +57,17 @@ def decode(pairs: tl.tensor, scale: tl.tensor, values: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def round_to(w: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
-    """float32 -> DTYPE, to nearest even. The interpreter's own conversion to bfloat16 truncates."""
+def round_to(w: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """float32 -> dtype, to nearest even. The interpreter's own conversion to bfloat16 truncates."""
     if INTERPRETED:
-        if tl.bfloat16 == DTYPE:
+        if dtype == tl.bfloat16:
             bits = w.to(tl.uint32, bitcast=True)
             bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
             rounded = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
         else:
-            rounded = w.to(DTYPE)
+            rounded = w.to(dtype)
     else:
-        rounded = w.to(DTYPE)
+        rounded = w.to(dtype)
     return rounded
 
 

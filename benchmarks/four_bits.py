@@ -1,0 +1,217 @@
+"""4-bit kernels beside bitsandbytes and the bf16 layer, alternating in one run.
+
+    python benchmarks/four_bits.py --output docs/results
+
+Each round times every contender of a row once, so that a busy moment of the machine hits all of them; medians are reported.
+Writes four_bits.json and four_bits.md.
+
+Legend: T = rows of x, K = in features, N = out features.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rankwise import ops
+from rankwise.ops.cpu import native
+from rankwise.records import write_json, write_text
+
+# bitsandbytes logs a missing optional package on import.
+logging.disable(logging.WARNING)
+import bitsandbytes  # noqa: E402
+import bitsandbytes.functional  # noqa: E402
+
+Contenders = dict[str, Callable[[], Any]]
+
+
+def milliseconds(contenders: Contenders, rounds: int) -> dict[str, float]:
+    """The median time of each contender over alternating rounds."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for call in contenders.values():
+        call()
+        call()
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+class Layers:
+    """The same weight as a bf16 layer, as bitsandbytes layers in both modes, and as ours."""
+
+    def __init__(self, N: int, K: int) -> None:
+        self.dense = nn.Linear(K, N, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+        self.dense.weight.normal_(generator=torch.Generator().manual_seed(0))
+        self.training, self.evaluating = self._bitsandbytes(N, K).train(), self._bitsandbytes(N, K).eval()
+        self.shape = (N, K)
+        self.packed, self.absmax = ops.quantize_4bit(self.dense.weight)
+
+    def _bitsandbytes(self, N: int, K: int) -> nn.Module:
+        layer = bitsandbytes.nn.Linear4bit(
+            K, N, bias=False, compute_dtype=torch.bfloat16, compress_statistics=False, quant_type="nf4"
+        )
+        layer.weight = bitsandbytes.nn.Params4bit(
+            self.dense.weight.clone(), requires_grad=False, compress_statistics=False, quant_type="nf4"
+        )
+        return layer.to("cpu")
+
+    def ours(self, x: Tensor) -> Tensor:
+        return ops.linear_4bit(x, self.packed, self.absmax, self.shape)
+
+
+def conversions(layers: Layers, rounds: int) -> dict[str, dict[str, float]]:
+    w, (N, K) = layers.dense.weight, layers.shape
+    packed, state = bitsandbytes.functional.quantize_4bit(w, quant_type="nf4")
+    kept = torch.empty_like(w)
+    quantize = {
+        "bitsandbytes": lambda: bitsandbytes.functional.quantize_4bit(w, quant_type="nf4"),
+        "ours": lambda: ops.quantize_4bit(w),
+    }
+    dequantize = {
+        "bitsandbytes": lambda: bitsandbytes.functional.dequantize_4bit(packed, state),
+        "ours": lambda: ops.dequantize_4bit(layers.packed, layers.absmax, (N, K), torch.bfloat16),
+        "copy to fresh memory": w.clone,
+        "copy to kept memory": lambda: kept.copy_(w),
+    }
+    return {
+        "quantize": milliseconds(quantize, max(3, rounds // 10)),
+        "dequantize": milliseconds(dequantize, rounds),
+    }
+
+
+def few_rows(layers: Layers, T: int, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Times without gradients, and the largest error of each product against float64, over the largest result."""
+    x = torch.randn(T, layers.shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
+    contenders = {
+        "bitsandbytes eval": lambda: layers.evaluating(x),
+        "bitsandbytes train": lambda: layers.training(x),
+        "bf16": lambda: layers.dense(x),
+        "ours": lambda: layers.ours(x),
+    }
+    with torch.no_grad():
+        times = milliseconds(contenders, rounds)
+        W = ops.dequantize_4bit(layers.packed, layers.absmax, layers.shape, torch.bfloat16)
+        true = functional.linear(x.double(), W.double())
+        errors = {
+            name: ((contenders[name]().double() - true).abs().max() / true.abs().max()).item()
+            for name in ("bitsandbytes eval", "bitsandbytes train", "ours")
+        }
+    return times, errors
+
+
+def many_rows(layers: Layers, T: int, rounds: int) -> dict[str, float]:
+    """Forward and input gradient."""
+    N, K = layers.shape
+    x = torch.randn(T, K, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+    grad = torch.randn(T, N, generator=torch.Generator().manual_seed(2)).bfloat16()
+
+    def both(forward: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(forward(x), x, grad)
+
+    contenders = {
+        "bitsandbytes train": both(layers.training),
+        "bf16": both(layers.dense),
+        "ours": both(layers.ours),
+    }
+    return milliseconds(contenders, max(5, rounds // 4))
+
+
+def bandwidth_share(times: dict[str, float], N: int, K: int) -> float:
+    """Bytes per second of our dequantization over those of a copy to memory that is kept."""
+    dense = 2 * N * K
+    ours = (dense + N * K / 2 + N * K / 16) / times["ours"]
+    return ours / (2 * dense / times["copy to kept memory"])
+
+
+def measure(N: int, K: int, rounds: int) -> dict[str, Any]:
+    layers = Layers(N, K)
+    rows: dict[str, dict[str, float]] = conversions(layers, rounds)
+    errors = {}
+    for T in (1, 16):
+        rows[f"T={T}"], errors[f"T={T}"] = few_rows(layers, T, rounds)
+    for T in (512, 2048):
+        rows[f"T={T} forward + input gradient"] = many_rows(layers, T, rounds)
+    return {
+        "shape": [N, K],
+        "milliseconds": rows,
+        "largest_relative_error": errors,
+        "dequantize_share_of_copy_bandwidth": bandwidth_share(rows["dequantize"], N, K),
+        "checks": checks(rows),
+        "environment": environment(),
+    }
+
+
+def checks(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float | bool]]:
+    """Each promise as a ratio and the bound that it must keep."""
+    ratios = {
+        "quantize, times faster than bitsandbytes": (rows["quantize"]["bitsandbytes"] / rows["quantize"]["ours"], 50),
+        "dequantize, times faster than bitsandbytes": (rows["dequantize"]["bitsandbytes"] / rows["dequantize"]["ours"], 8),
+        "T=1, times faster than bitsandbytes eval": (rows["T=1"]["bitsandbytes eval"] / rows["T=1"]["ours"], 1),
+        "T=1, times faster than bf16": (rows["T=1"]["bf16"] / rows["T=1"]["ours"], 3),
+        "T=16, times faster than bitsandbytes eval": (rows["T=16"]["bitsandbytes eval"] / rows["T=16"]["ours"], 1),
+        "T=16, times faster than bf16": (rows["T=16"]["bf16"] / rows["T=16"]["ours"], 1),
+    }
+    for name, times in rows.items():
+        if "gradient" in name:
+            ratios[f"{name}, times faster than bf16"] = (times["bf16"] / times["ours"], 1 / 1.05)
+    return {name: {"ratio": ratio, "at_least": bound, "kept": ratio >= bound} for name, (ratio, bound) in ratios.items()}
+
+
+def environment() -> dict[str, Any]:
+    return {
+        "bitsandbytes": version("bitsandbytes"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu_level": native.level(),
+        "threads": torch.get_num_threads(),
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    N, K = result["shape"]
+    facts = ", ".join(f"{name} {value}" for name, value in result["environment"].items())
+    lines = [f"# Four bits, {N} x {K} bf16, NF4 in blocks of 64", "", facts, "", "| | " + "contender | ms |", "|---|---|---|"]
+    for row, times in result["milliseconds"].items():
+        lines += [f"| {row} | {name} | {value:.3f} |" for name, value in times.items()]
+    lines += ["", f"Dequantization moves {100 * result['dequantize_share_of_copy_bandwidth']:.0f} % of the bytes per second of a copy."]
+    lines += ["", "| check | found | wanted | |", "|---|---|---|---|"]
+    for name, check in result["checks"].items():
+        lines.append(f"| {name} | {check['ratio']:.2f} | {check['at_least']:.2f} | {'kept' if check['kept'] else 'missed'} |")
+    lines += ["", "| largest error against float64 | contender | of the largest result |", "|---|---|---|"]
+    for row, errors in result["largest_relative_error"].items():
+        lines += [f"| {row} | {name} | {error:.1e} |" for name, error in errors.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, nargs=2, default=(4096, 4096), metavar=("N", "K"))
+    parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument("--output", type=Path, default=Path("runs/four_bits"))
+    given = parser.parse_args()
+    result = measure(*given.size, given.rounds)
+    given.output.mkdir(parents=True, exist_ok=True)
+    write_json(given.output / "four_bits.json", result)
+    write_text(given.output / "four_bits.md", markdown(result))
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The native library against the specification: equal to the bit where it dequantizes, as exact where it multiplies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from rankwise.errors import QuantizationError
+from rankwise.ops import reference
+from rankwise.ops.cpu import native
+
+if native.obstacle() is not None:
+    pytest.skip(f"no native library: {native.obstacle()}", allow_module_level=True)
+
+from rankwise.ops.cpu import four_bit
+
+MAPS = Path("/proc/self/maps")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LEVELS = native.LEVELS[: native.library().rw_best_level() + 1]
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest):
+    native.set_level(request.param)
+    yield request.param
+    native.set_level(None)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory is full of NaN (0xff in integers), so that an element not written shows."""
+    plain = torch.empty
+
+    def empty(*arguments, **options):
+        made = plain(*arguments, **options)
+        return made.fill_(float("nan") if made.is_floating_point() else 255)
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+def quantized(N: int, K: int, dtype: torch.dtype, quant_type: str, block_size: int, nested: bool, seed: int = 0):
+    w = torch.randn(N, K, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    packed, absmax = reference.quantize_4bit(w, quant_type, block_size)
+    if not nested:
+        return w, (packed, absmax, None, None)
+    codes, nested_absmax, offset = reference.quantize_absmax(absmax)
+    return w, (packed, codes, nested_absmax, offset)
+
+
+def assert_as_exact(found: torch.Tensor, expected: torch.Tensor, x: torch.Tensor, W: torch.Tensor, bias) -> None:
+    """The error against float64 is at most the reference's, plus one rounding of the result and float32's of the sum."""
+    true = functional.linear(x.double(), W.double(), None if bias is None else bias.double())
+    terms = (x.double().abs() @ W.double().abs().T).max() if x.numel() else 0.0
+    tolerance = torch.finfo(x.dtype).eps * true.abs().max() + 1e-6 * terms
+    assert (found.double() - true).abs().max() <= (expected.double() - true).abs().max() + tolerance
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    N=st.integers(1, 40),
+    K=st.one_of(st.integers(1, 300), st.sampled_from([64, 128, 576, 4096])),
+    T=st.integers(1, 20),
+    dtype=st.sampled_from(DTYPES),
+    quant_type=st.sampled_from(["nf4", "fp4"]),
+    block_size=st.sampled_from([32, 64, 128, 256, 512, 1024, 2048, 4096]),
+    nested=st.booleans(),
+    biased=st.booleans(),
+    level=st.sampled_from(LEVELS),
+    seed=st.integers(0, 1 << 16),
+)
+def test_fuzz(N, K, T, dtype, quant_type, block_size, nested, biased, level, seed) -> None:
+    native.set_level(level)
+    w, (packed, absmax, *second) = quantized(N, K, dtype, quant_type, block_size, nested, seed)
+    found_packed, found_absmax = four_bit.quantize_4bit(w, quant_type, block_size)
+    assert torch.equal(found_packed, packed)
+    assert torch.equal(found_absmax, reference.quantize_4bit(w, quant_type, block_size)[1])
+    form = ((N, K), quant_type, block_size, *second)
+    W = reference.dequantize_4bit(packed, absmax, (N, K), dtype, *form[1:])
+    assert torch.equal(four_bit.dequantize_4bit(packed, absmax, (N, K), dtype, *form[1:]), W)
+    norms = four_bit.row_norms_4bit(packed, absmax, *form, dtype)
+    torch.testing.assert_close(norms, reference.row_norms_4bit(packed, absmax, *form, dtype), rtol=1e-5, atol=0)
+    x, bias = torch.randn(T, K).to(dtype), torch.randn(N).to(dtype) if biased else None
+    arguments = (x, packed, absmax, (N, K), bias, *form[1:])
+    assert_as_exact(four_bit.linear_4bit(*arguments), reference.linear_4bit(*arguments), x, W, bias)
+    native.set_level(None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 5, 7, 16, 31, 64, 65])
+@pytest.mark.parametrize("K", [192, 1000, 4096])
+def test_rows_of_x(level: str, poisoned: None, dtype: torch.dtype, T: int, K: int) -> None:
+    _, (packed, absmax, *second) = quantized(39, K, dtype, "nf4", 64, True)
+    arguments = (torch.randn(T, K).to(dtype), packed, absmax, (39, K), torch.randn(39).to(dtype), "nf4", 64, *second)
+    W = reference.dequantize_4bit(packed, absmax, (39, K), dtype, "nf4", 64, *second)
+    y = four_bit.linear_4bit(*arguments)
+    assert y.isfinite().all()
+    assert_as_exact(y, reference.linear_4bit(*arguments), arguments[0], W, arguments[4])
+
+
+def test_every_element_is_written(level: str, poisoned: None) -> None:
+    for N, K in ((1, 1), (3, 31), (5, 64), (2, 4097)):
+        w, (packed, absmax, *_) = quantized(N, K, torch.bfloat16, "nf4", 64, False)
+        assert torch.equal(four_bit.quantize_4bit(w)[0], packed)
+        for dtype in DTYPES:
+            found = four_bit.dequantize_4bit(packed, absmax, (N, K), dtype)
+            assert torch.equal(found, reference.dequantize_4bit(packed, absmax, (N, K), dtype))
+
+
+def test_extreme_scales(level: str) -> None:
+    """Subnormal, zero, huge and non-finite scales round as PyTorch rounds them."""
+    packed = torch.arange(256, dtype=torch.uint8).repeat(16).view(-1, 1)
+    absmax = torch.tensor(
+        [0.0, 1e-45, 1e-41, 1e-38, 2e-30, 1e-20, 6e-8, 65504.0, 65520.0, 1e30, 3.4e38, float("inf"), float("nan"), -0.7]
+    )
+    absmax = absmax.repeat(16)[:128]
+    for dtype in DTYPES:
+        found = four_bit.dequantize_4bit(packed, absmax, (64, 128), dtype)
+        expected = reference.dequantize_4bit(packed, absmax, (64, 128), dtype)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_written_past_the_caches(level: str) -> None:
+    """A weight large enough for streaming stores, with a partial last block."""
+    w, (packed, absmax, *_) = quantized(2100, 4099, torch.bfloat16, "fp4", 64, False)
+    assert torch.equal(four_bit.quantize_4bit(w, "fp4")[0], packed)
+    for dtype in (torch.bfloat16, torch.float32):
+        found = four_bit.dequantize_4bit(packed, absmax, w.shape, dtype, "fp4")
+        assert torch.equal(found, reference.dequantize_4bit(packed, absmax, w.shape, dtype, "fp4"))
+
+
+def test_all_float16_numbers(level: str) -> None:
+    """Each finite float16 as a weight: reading 16-bit numbers is exact."""
+    every = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    w = every[every.isfinite()][:63488].view(-1, 64)
+    found, expected = four_bit.quantize_4bit(w), reference.quantize_4bit(w)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("index", [0, 63, 8000, 8191, 8199])
+def test_bad_numbers_are_found(level: str, value: float, index: int) -> None:
+    w = torch.randn(8200)
+    w[index] = value
+    for run in (four_bit.quantize_4bit, reference.quantize_4bit):
+        with pytest.raises(QuantizationError, match=f"RW603.*{str(value).removeprefix('-')}.*index {index}:"):
+            run(w)
+
+
+def test_unknown_level_is_an_error() -> None:
+    with pytest.raises(QuantizationError, match="RW607"):
+        native.set_level("sse9")
+
+
+def test_one_thread_gives_the_same_bits() -> None:
+    _, (packed, absmax, *_) = quantized(200, 512, torch.bfloat16, "nf4", 64, False)
+    x, threads = torch.randn(3, 512).bfloat16(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = four_bit.linear_4bit(x, packed, absmax, (200, 512))
+        torch.set_num_threads(4)
+        assert torch.equal(four_bit.linear_4bit(x, packed, absmax, (200, 512)), one)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="reads the loaded libraries from /proc")
+def test_threads_are_torchs_own() -> None:
+    """One OpenMP runtime in the process: the library links none and borrows torch's."""
+    mapped = {Path(line.split()[-1]).name for line in MAPS.read_text().splitlines() if "/" in line}
+    runtimes = {name for name in mapped if name.startswith(("libgomp", "libomp", "libiomp"))}
+    assert len(runtimes) <= 1, runtimes

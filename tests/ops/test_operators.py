@@ -1,0 +1,294 @@
+"""The public 4-bit functions: shapes, gradients, PyTorch's own checks, choice of implementation, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+
+from rankwise import ops
+from rankwise.errors import QuantizationError, RankwiseWarning
+from rankwise.ops import reference, selection
+
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.fixture(params=["auto", "reference"])
+def chosen(request: pytest.FixtureRequest):
+    ops.set_implementation(request.param)
+    yield request.param
+    ops.set_implementation("auto")
+
+
+def make(N: int = 6, K: int = 128, nested: bool = True, dtype: torch.dtype = torch.float32):
+    """x (5, K), bias (N,), the buffers of a weight, and the weight itself."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(N, K, generator=generator)
+    packed, absmax = ops.quantize_4bit(w)
+    second = {}
+    if nested:
+        absmax, nested_absmax, offset = ops.quantize_absmax(absmax)
+        second = {"nested_absmax": nested_absmax, "offset": offset}
+    W = ops.dequantize_4bit(packed, absmax, (N, K), dtype, **second)
+    x, bias = torch.randn(5, K, generator=generator).to(dtype), torch.randn(N, generator=generator).to(dtype)
+    return x, bias, (packed, absmax, (N, K)), second, W
+
+
+def test_exported_names() -> None:
+    assert ops.__all__ == [
+        "dequantize_4bit",
+        "dequantize_absmax",
+        "implementation",
+        "linear_4bit",
+        "packed_shape",
+        "quantize_4bit",
+        "quantize_absmax",
+        "row_norms_4bit",
+        "set_implementation",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shape", "block_size", "expected"),
+    [
+        ((8, 128), 64, (8, 64)),
+        ((8, 96), 64, (384, 1)),
+        ((3, 3), 64, (5, 1)),
+        ((2, 2, 64), 64, (128, 1)),
+        ((0, 64), 64, (0, 32)),
+    ],
+)
+def test_packed_shape(chosen: str, shape: tuple[int, ...], block_size: int, expected: tuple[int, int]) -> None:
+    packed, absmax = ops.quantize_4bit(torch.randn(shape), block_size=block_size)
+    assert packed.shape == expected
+    assert absmax.shape == (-(-torch.Size(shape).numel() // block_size),)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("rows", [(), (1,), (5,), (2, 3), (0,), (70,)])
+def test_linear_and_gradients(chosen: str, dtype: torch.dtype, nested: bool, rows: tuple[int, ...]) -> None:
+    _, bias, weight, second, W = make(nested=nested, dtype=dtype)
+    x = torch.randn(*rows, 128).to(dtype).requires_grad_()
+    bias.requires_grad_()
+    y = ops.linear_4bit(x, *weight, bias, **second)
+    expected = functional.linear(x, W, bias)
+    grad = torch.randn_like(expected)
+    found = torch.autograd.grad(y, (x, bias), grad)
+    wanted = torch.autograd.grad(expected, (x, bias), grad)
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 64 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(y, expected, **tolerance)
+    for one, other in zip(found, wanted):
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+def test_second_derivative() -> None:
+    x, bias, weight, second, _ = make(N=3, K=64)
+    x, bias = x.requires_grad_(), bias[:3].clone().requires_grad_()
+    (grad,) = torch.autograd.grad(ops.linear_4bit(x, *weight, bias, **second).square().sum(), x, create_graph=True)
+    assert torch.autograd.grad(grad.sum(), x)[0].isfinite().all()
+
+
+def test_backward_keeps_no_dense_weight() -> None:
+    x, bias, weight, second, W = make(N=64, K=1024)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        ops.linear_4bit(x.requires_grad_(), *weight, None, **second).sum()
+    known = {weight[0].data_ptr(), weight[1].data_ptr(), *(tensor.data_ptr() for tensor in second.values())}
+    assert {tensor.data_ptr() for tensor in kept} <= known
+    assert len(kept) == 4
+
+
+def test_only_needed_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, bias, weight, second, _ = make()
+    monkeypatch.setattr(reference, "linear_4bit_input_grad", None)
+    ops.set_implementation("reference")
+    try:
+        ops.linear_4bit(x, *weight, bias.requires_grad_(), **second).sum().backward()
+    finally:
+        ops.set_implementation("auto")
+    assert bias.grad is not None
+
+
+def test_autocast_and_bias_dtype() -> None:
+    x, bias, weight, second, W = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = ops.linear_4bit(x, *weight, bias, **second)
+        expected = functional.linear(x, W, bias)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.1)
+
+
+def test_inputs_that_are_not_contiguous(chosen: str) -> None:
+    x, bias, (packed, absmax, shape), second, W = make(N=8)
+    wide, spread = torch.randn(128, 5), torch.zeros(16)
+    spread[::2] = bias = torch.randn(8)
+    y = ops.linear_4bit(wide.t(), packed, absmax, shape, spread[::2], **second)
+    torch.testing.assert_close(y, functional.linear(wide.t(), W, bias))
+    transposed = torch.randn(128, 8)
+    assert torch.equal(ops.quantize_4bit(transposed.t())[0], ops.quantize_4bit(transposed.t().contiguous())[0])
+    strided = packed.t().contiguous().t()
+    assert torch.equal(ops.dequantize_4bit(strided, absmax, shape, torch.float32, **second), W)
+
+
+def test_opcheck() -> None:
+    x, bias, (packed, absmax, shape), second, _ = make()
+    buffers, form = (packed, absmax, shape), ("nf4", 64, second["nested_absmax"], second["offset"])
+    operators = torch.ops.rankwise
+    samples = [
+        (operators.quantize_4bit, (torch.randn(4, 96), "fp4", 64)),
+        (operators.dequantize_4bit, (*buffers, torch.bfloat16, *form)),
+        (operators.quantize_absmax, (torch.rand(300),)),
+        (operators.dequantize_absmax, (absmax, second["nested_absmax"], second["offset"])),
+        (operators.linear_4bit, (x.clone().requires_grad_(), *buffers, bias.clone().requires_grad_(), *form)),
+        (operators.linear_4bit_input_grad, (torch.randn(5, 6).requires_grad_(), *buffers, *form)),
+        (operators.row_norms_4bit, (*buffers, *form, torch.float32)),
+    ]
+    for operator, arguments in samples:
+        torch.library.opcheck(operator.default, arguments, test_utils=OPCHECKS)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compile(backend: str) -> None:
+    x, bias, weight, second, _ = make()
+
+    def step(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return ops.linear_4bit(x, *weight, bias, **second).relu() * ops.row_norms_4bit(*weight, **second)
+
+    x, bias = x.requires_grad_(), bias.requires_grad_()
+    found, expected = torch.compile(step, backend=backend, fullgraph=True)(x, bias), step(x, bias)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), x), torch.autograd.grad(expected.sum(), x))
+
+
+def test_fake_tensors() -> None:
+    with FakeTensorMode():
+        packed, absmax = ops.quantize_4bit(torch.empty(4096, 11008, dtype=torch.bfloat16))
+        codes, nested_absmax, offset = ops.quantize_absmax(absmax)
+        x = torch.empty(2, 7, 11008, dtype=torch.bfloat16, requires_grad=True)
+        y = ops.linear_4bit(x, packed, codes, (4096, 11008), nested_absmax=nested_absmax, offset=offset)
+        y.sum().backward()
+        dense = ops.dequantize_4bit(
+            packed, codes, (4096, 11008), torch.float16, nested_absmax=nested_absmax, offset=offset
+        )
+        norms = ops.row_norms_4bit(packed, absmax, (4096, 11008))
+    assert packed.shape == (4096, 5504)
+    assert nested_absmax.shape == (2752,)
+    assert (y.shape, y.dtype) == ((2, 7, 4096), torch.bfloat16)
+    assert x.grad.shape == x.shape
+    assert (dense.shape, dense.dtype) == ((4096, 11008), torch.float16)
+    assert (norms.shape, norms.dtype) == ((4096,), torch.float32)
+
+
+def test_implementations_agree_on_norms(chosen: str) -> None:
+    _, _, weight, second, W = make(N=9, K=320)
+    torch.testing.assert_close(ops.row_norms_4bit(*weight, **second), W.norm(dim=1), rtol=1e-5, atol=0)
+
+
+class TestChoice:
+    @pytest.fixture(autouse=True)
+    def _restore(self):
+        yield
+        selection._said.clear()
+        ops.set_implementation("auto")
+
+    def test_names(self) -> None:
+        ops.set_implementation("reference")
+        assert ops.implementation(torch.empty(1)) == "reference"
+        with pytest.raises(QuantizationError, match="RW607.*'fast'.*auto, reference, native, triton"):
+            ops.set_implementation("fast")
+
+    def test_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(selection, "_choice", None)
+        monkeypatch.setattr(selection, "_modules", {})
+        monkeypatch.setenv("RANKWISE_OPS", "reference")
+        assert ops.implementation(torch.empty(1)) == "reference"
+        monkeypatch.setattr(selection, "_modules", {})
+        monkeypatch.setenv("RANKWISE_OPS", "quick")
+        with pytest.raises(QuantizationError, match="RW607.*quick"):
+            ops.implementation(torch.empty(1))
+
+    def test_a_missing_library_is_said_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("rankwise.ops.cpu.native._library_path", lambda: None)
+        ops.set_implementation("auto")
+        with pytest.warns(RankwiseWarning, match="RW608.*plain PyTorch.*compiler") as said:
+            ops.quantize_4bit(torch.randn(4, 64))
+            ops.set_implementation("auto")
+            ops.quantize_4bit(torch.randn(4, 64))
+        assert len(said) == 1
+        assert ops.implementation(torch.empty(1)) == "reference"
+
+    def test_a_forced_one_is_not_replaced(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("rankwise.ops.cpu.native._library_path", lambda: None)
+        ops.set_implementation("native")
+        with pytest.raises(QuantizationError, match="RW607.*'native' was forced"):
+            ops.quantize_4bit(torch.randn(4, 64))
+
+    def test_a_library_that_does_not_load(self, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+        broken = tmp_path / "_native.so"
+        broken.write_bytes(b"not a library")
+        monkeypatch.setattr("rankwise.ops.cpu.native._library_path", lambda: broken)
+        ops.set_implementation("native")
+        with pytest.raises(QuantizationError, match="RW607.*does not load"):
+            ops.quantize_4bit(torch.randn(4, 64))
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("quant_type", ["nf5", "", "NF4"])
+    def test_type(self, quant_type: str) -> None:
+        with pytest.raises(QuantizationError, match="RW601.*nf4, fp4"):
+            ops.quantize_4bit(torch.randn(4, 64), quant_type)
+
+    @pytest.mark.parametrize("block_size", [0, -64, 16, 48, 65, 8192])
+    def test_block_size(self, block_size: int) -> None:
+        with pytest.raises(QuantizationError, match="RW602.*power of two"):
+            ops.quantize_4bit(torch.randn(4, 64), block_size=block_size)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
+    def test_dtype(self, dtype: torch.dtype) -> None:
+        with pytest.raises(QuantizationError, match=f"RW605.*{dtype}"):
+            ops.quantize_4bit(torch.ones(4, 64, dtype=dtype))
+
+    def test_not_finite(self, chosen: str) -> None:
+        w = torch.randn(4, 100)
+        w[2, 17] = float("nan")
+        with pytest.raises(QuantizationError, match="RW603.*nan at flat index 217"):
+            ops.quantize_4bit(w)
+
+    @pytest.mark.parametrize("fault", ["packed", "absmax", "nested_absmax", "offset", "dtype", "missing"])
+    def test_buffers(self, chosen: str, fault: str) -> None:
+        x, bias, (packed, absmax, shape), second, _ = make()
+        if fault == "packed":
+            packed = packed.view(-1)[:-1]
+        elif fault == "absmax":
+            absmax = absmax[:-1]
+        elif fault == "dtype":
+            absmax = absmax.float()
+        elif fault == "missing":
+            del second["offset"]
+        else:
+            second[fault] = torch.cat([second[fault].view(-1)] * 2)
+        name = {"dtype": "absmax", "missing": "offset"}.get(fault, fault)
+        for call in (
+            lambda: ops.linear_4bit(x, packed, absmax, shape, bias, **second),
+            lambda: ops.dequantize_4bit(packed, absmax, shape, torch.float32, **second),
+            lambda: ops.row_norms_4bit(packed, absmax, shape, **second),
+        ):
+            with pytest.raises(QuantizationError, match=f"RW604.*{name} should hold"):
+                call()
+
+    def test_all_faults_at_once(self) -> None:
+        with pytest.raises(QuantizationError, match=r"RW604.*packed should hold 32 .*absmax should hold 1 "):
+            ops.dequantize_4bit(torch.zeros(3, dtype=torch.uint8), torch.zeros(5), (1, 64), torch.float32)
+
+    def test_products_that_do_not_fit(self, chosen: str) -> None:
+        x, bias, weight, second, _ = make()
+        with pytest.raises(QuantizationError, match=r"RW606.*\(5, 127\).*must be 128"):
+            ops.linear_4bit(x[:, 1:], *weight, **second)
+        with pytest.raises(QuantizationError, match=r"RW606.*bias of shape \(5,\)"):
+            ops.linear_4bit(x, *weight, bias[1:], **second)
+        with pytest.raises(QuantizationError, match="RW606.*two dimensions"):
+            ops.row_norms_4bit(*weight[:2], (2, 3, 128), **second)
+        with pytest.raises(QuantizationError, match="RW605"):
+            ops.linear_4bit(x.double(), *weight, **second)

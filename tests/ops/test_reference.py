@@ -1,0 +1,146 @@
+"""The specification against its oracle, bitsandbytes on a CPU, and against the paper's own numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rankwise.ops import codes, reference
+
+CPU = torch.device("cpu")
+SHAPES = [(64, 256), (7, 33), (3,), (1, 1), (100, 300), (9, 4097), (2, 3, 64), (0, 64)]
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return pytest.importorskip("bitsandbytes.functional")
+
+
+def weight(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Normal numbers with a block of zeros, exact ties and a very small block among them."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(shape, generator=generator)
+    if w.numel() >= 512:
+        flat = w.view(-1)
+        flat[:64] = 0.0
+        flat[64:80] = torch.tensor(codes.code_table("nf4").value)
+        flat[80:95] = torch.tensor(codes.code_table("nf4").bound)
+        flat[128:192] *= 1e-30
+    return w.to(dtype)
+
+
+def test_tables_equal_the_oracles(oracle) -> None:
+    assert torch.equal(codes.dynamic_map(CPU), oracle.create_dynamic_map())
+    for quant_type in codes.QUANT_TYPES:
+        assert torch.equal(codes.code_values(quant_type, CPU), oracle.get_4bit_type(quant_type, device="cpu"))
+
+
+def test_tables_equal_the_shared_ones(shared: Path) -> None:
+    tables = json.loads((shared / "numeric" / "bnb_code_tables.json").read_text())
+    assert codes.dynamic_map(CPU).tolist() == tables["dynamic_map_signed_256"]
+    assert list(codes.code_table("nf4").value) == tables["nf4"]
+    assert list(codes.code_table("fp4").value) == tables["fp4"]
+
+
+def test_shared_layer(shared: Path) -> None:
+    layer = load_file(shared / "numeric" / "linear4bit_nf4_plain.safetensors")
+    packed, absmax = reference.quantize_4bit(layer["reference.original_weight"])
+    assert torch.equal(packed.view(-1, 1), layer["weight"])
+    assert torch.equal(absmax, layer["weight.absmax"])
+    dense = reference.dequantize_4bit(layer["weight"], absmax, (48, 128), torch.float32)
+    assert torch.equal(dense, layer["reference.dequant"])
+    y = reference.linear_4bit(layer["reference.x"], packed, absmax, (48, 128))
+    torch.testing.assert_close(y, layer["reference.y"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("block_size", [32, 64, 256, 4096])
+def test_equals_bitsandbytes(oracle, dtype: torch.dtype, quant_type: str, block_size: int) -> None:
+    for shape in SHAPES[:-1]:
+        w = weight(shape, dtype)
+        packed, absmax = reference.quantize_4bit(w, quant_type, block_size)
+        expected, state = oracle.quantize_4bit(w, blocksize=block_size, quant_type=quant_type)
+        assert torch.equal(packed.view(-1, 1), expected), shape
+        assert torch.equal(absmax, state.absmax), shape
+        dense = reference.dequantize_4bit(packed, absmax, shape, dtype, quant_type, block_size)
+        if shape[-1] % block_size == 0:
+            assert torch.equal(dense, oracle.dequantize_4bit(expected, state)), shape
+
+
+@pytest.mark.parametrize("blocks", [1, 5, 255, 256, 257, 3000])
+def test_double_quantization_equals_bitsandbytes(oracle, blocks: int) -> None:
+    for seed, scale in enumerate((1.0, 1e-4, 30.0)):
+        w = torch.randn(blocks, 64, generator=torch.Generator().manual_seed(seed)) * scale
+        packed, absmax = reference.quantize_4bit(w)
+        found = reference.quantize_absmax(absmax)
+        expected, state = oracle.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
+        for one, other in zip(found, (state.absmax, state.state2.absmax, state.offset)):
+            assert torch.equal(one, other)
+        dense = reference.dequantize_4bit(packed, found[0], (blocks, 64), torch.float32, "nf4", 64, *found[1:])
+        assert torch.equal(dense, oracle.dequantize_4bit(expected, state))
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [(5, 33), (3, 100), (7, 7), (2, 96)])
+def test_ragged_rows_are_right(quant_type: str, shape: tuple[int, int]) -> None:
+    """Where bitsandbytes 0.50.2 reads the scales of the wrong block: an element loop decides."""
+    w = weight(shape, torch.float32)
+    packed, absmax = reference.quantize_4bit(w, quant_type)
+    value, nibbles = codes.code_table(quant_type).value, [n for b in packed.view(-1).tolist() for n in (b >> 4, b & 15)]
+    expected = [torch.tensor(value[nibbles[i]]) * absmax[i // 64] for i in range(w.numel())]
+    assert torch.equal(
+        reference.dequantize_4bit(packed, absmax, shape, torch.float32, quant_type).view(-1), torch.stack(expected)
+    )
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_every_code_is_the_nearest(quant_type: str) -> None:
+    w = torch.linspace(-1, 1, 6401)[:6400].view(100, 64).clone()
+    w[:, 0] = 1.0
+    packed, absmax = reference.quantize_4bit(w, quant_type)
+    found = reference.dequantize_4bit(packed, absmax, w.shape, torch.float32, quant_type)
+    best = (w.unsqueeze(-1) - codes.code_values(quant_type, CPU)).abs().amin(-1)
+    torch.testing.assert_close((w - found).abs(), best, rtol=0, atol=1e-7)
+
+
+def test_ties_go_to_the_lower_value() -> None:
+    for quant_type in codes.QUANT_TYPES:
+        table = codes.code_table(quant_type)
+        w = torch.ones(1, 32)
+        w[0, :15] = torch.tensor(table.bound)
+        packed, _ = reference.quantize_4bit(w, quant_type, 32)
+        found = [n for b in packed.view(-1).tolist() for n in (b >> 4, b & 15)][:15]
+        assert found == list(table.order[:15])
+
+
+def test_mean_error_on_normal_numbers() -> None:
+    w = torch.randn(1 << 21, generator=torch.Generator().manual_seed(0))
+    packed, absmax = reference.quantize_4bit(w)
+    error = (reference.dequantize_4bit(packed, absmax, w.shape, torch.float32) - w).abs().mean().item()
+    assert abs(error - 0.0728) < 0.0002
+
+
+def test_empty_and_odd() -> None:
+    packed, absmax = reference.quantize_4bit(torch.empty(0, 64))
+    assert packed.shape == (0, 32)
+    assert absmax.shape == (0,)
+    codes_8bit, nested_absmax, offset = reference.quantize_absmax(absmax)
+    assert codes_8bit.numel() == nested_absmax.numel() == offset.item() == 0
+    packed, absmax = reference.quantize_4bit(torch.tensor([0.5, -2.0, 1.0]))
+    assert packed.shape == (2, 1)
+    assert packed[1, 0].item() & 15 == codes.code_table("nf4").zero_code
+    assert absmax.item() == 2.0
+
+
+def test_memory_stays_small() -> None:
+    """No n x 16 table of distances: one call of 8M elements adds less than a float copy of its input to the output."""
+    w = torch.randn(1 << 23, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        reference.quantize_4bit(w)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest <= 16 << 20

@@ -1,0 +1,202 @@
+"""The Triton kernels against the reference. `test_triton_four_bit` runs this file in processes of its own.
+
+The device is the CPU where Triton interprets its kernels (TRITON_INTERPRET=1, set before Python starts), else a CUDA card.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from rankwise import ops
+from rankwise.errors import QuantizationError
+from rankwise.ops import reference
+from rankwise.ops.checks import BLOCK_SIZES
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+RAGGED = [(7,), (1, 1), (3, 5, 7), (9, 33), (130,), (2, 96), (5, 65)]
+
+
+@pytest.fixture(autouse=True)
+def triton_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Only Triton may run, and memory comes filled with NaN (bytes: 0xAB), so that what is not written shows."""
+    empty, new_empty = torch.empty, Tensor.new_empty
+
+    def poisoned(tensor: Tensor) -> Tensor:
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 0xAB)
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poisoned(empty(*args, **kwargs)))
+    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: poisoned(new_empty(*args, **kwargs)))
+    ops.set_implementation("triton")
+    torch.manual_seed(0)
+    yield
+    ops.set_implementation("auto")
+
+
+def weight(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=dtype, device=DEVICE)
+
+
+def quantized(w: Tensor, quant_type: str, block_size: int, double: bool) -> tuple[tuple[Tensor, Tensor], dict]:
+    """(packed, absmax) and the keywords of the public functions."""
+    packed, absmax = reference.quantize_4bit(w, quant_type, block_size)
+    how = {"quant_type": quant_type, "block_size": block_size}
+    if double:
+        absmax, how["nested_absmax"], how["offset"] = reference.quantize_absmax(absmax)
+    return (packed, absmax), how
+
+
+def assert_as_good(ours: Tensor, plain: Tensor, truth: Tensor) -> None:
+    """The error of ``ours`` against float64 is not above that of the reference and a rounding of the float32 sum."""
+    assert ours.dtype is plain.dtype
+    assert ours.shape == plain.shape
+    if truth.numel():
+        error, allowed = (ours.double() - truth).abs().max(), (plain.double() - truth).abs().max()
+        assert error <= allowed + 1e-5 * (1 + truth.abs().max())
+
+
+def test_triton_is_what_runs() -> None:
+    assert ops.implementation(torch.ones(1, device=DEVICE)) == "triton"
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize(
+    ("shape", "block_size"),
+    [((4, 3 * block), block) for block in BLOCK_SIZES] + [(shape, 32) for shape in RAGGED] + [((0, 64), 64)],
+)
+def test_codes_scales_and_values_equal_the_reference(shape: tuple[int, ...], block_size: int, quant_type: str) -> None:
+    for dtype in DTYPES:
+        w = weight(shape, dtype)
+        expected, ours = (
+            reference.quantize_4bit(w, quant_type, block_size),
+            ops.quantize_4bit(w, quant_type, block_size),
+        )
+        assert torch.equal(ours[0], expected[0])
+        assert torch.equal(ours[1], expected[1])
+        for double in (False, True):
+            buffers, how = quantized(w, quant_type, block_size, double)
+            found = ops.dequantize_4bit(*buffers, shape, dtype, **how)
+            assert found.dtype is dtype
+            assert torch.equal(found, reference.dequantize_4bit(*buffers, shape, dtype, **how))
+
+
+def test_values_on_the_bounds_between_codes_go_to_the_lower_side() -> None:
+    for quant_type in ("nf4", "fp4"):
+        bound = torch.tensor(reference.code_table(quant_type).bound, device=DEVICE)
+        w = torch.cat([bound, torch.ones(1, device=DEVICE), -bound, -torch.ones(1, device=DEVICE)])
+        assert torch.equal(ops.quantize_4bit(w, quant_type, 32)[0], reference.quantize_4bit(w, quant_type, 32)[0])
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-38, 1e30])
+def test_extreme_scales_equal_the_reference(scale: float) -> None:
+    w = weight((3, 64)) * scale
+    packed, absmax = ops.quantize_4bit(w)
+    assert torch.equal(packed, reference.quantize_4bit(w)[0])
+    for dtype in DTYPES:
+        found = ops.dequantize_4bit(packed, absmax, w.shape, dtype)
+        assert torch.equal(found, reference.dequantize_4bit(packed, absmax, w.shape, dtype))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("index", [3, 70, 140])
+def test_a_weight_that_is_not_finite_is_refused_and_the_place_named(value: float, index: int) -> None:
+    w = weight((150,))
+    w[index] = value
+    with pytest.raises(QuantizationError, match=f"RW603.*flat index {index}:"):
+        ops.quantize_4bit(w)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("N", "K", "block_size"),
+    [(9, 64, 64), (5, 192, 32), (33, 320, 64), (3, 1536, 128), (2, 8192, 4096), (1, 32, 32), (6, 80, 32), (5, 33, 64)],
+)
+def test_products_and_gradients_are_as_good_as_the_reference(
+    N: int, K: int, block_size: int, dtype: torch.dtype, double: bool
+) -> None:
+    buffers, how = quantized(weight((N, K)), "fp4" if N % 2 else "nf4", block_size, double)
+    w = reference.dequantize_4bit(*buffers, (N, K), dtype, **how)
+    for T in (1, 2, 16, 17):
+        x, bias = weight((T, K), dtype).requires_grad_(), weight((N,), dtype).requires_grad_()
+        y = ops.linear_4bit(x, *buffers, (N, K), bias, **how)
+        assert_as_good(y, torch.nn.functional.linear(x, w, bias), x.double() @ w.double().T + bias.double())
+        grad = torch.randn_like(y)
+        y.backward(grad)
+        assert_as_good(x.grad, grad @ w, grad.double() @ w.double())
+        assert_as_good(bias.grad, grad.sum(0), grad.double().sum(0))
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_a_row_of_every_block_size(block_size: int) -> None:
+    N, K = 3, 3 * block_size
+    buffers, how = quantized(weight((N, K)), "nf4", block_size, True)
+    w = reference.dequantize_4bit(*buffers, (N, K), torch.bfloat16, **how)
+    for T in (1, 3):
+        x = weight((T, K), torch.bfloat16)
+        truth = x.double() @ w.double().T
+        assert_as_good(ops.linear_4bit(x, *buffers, (N, K), **how), x @ w.T, truth)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(
+    ("N", "K", "block_size"), [(7, 64, 64), (5, 1152, 128), (2, 8192, 4096), (6, 80, 32), (3, 7, 64), (0, 64, 64)]
+)
+def test_row_norms_are_those_of_the_dequantized_weight(N: int, K: int, block_size: int, double: bool) -> None:
+    for quant_type in ("nf4", "fp4"):
+        buffers, how = quantized(weight((N, K)), quant_type, block_size, double)
+        for dtype in DTYPES:
+            norms = ops.row_norms_4bit(*buffers, (N, K), **how, dtype=dtype)
+            w = reference.dequantize_4bit(*buffers, (N, K), dtype, **how)
+            assert norms.dtype is torch.float32
+            torch.testing.assert_close(norms.double(), w.double().norm(dim=1), rtol=1e-6, atol=0)
+
+
+def test_one_row_in_and_out_keeps_its_leading_dimensions_and_takes_strides() -> None:
+    buffers, how = quantized(weight((6, 128)), "nf4", 64, False)
+    w = reference.dequantize_4bit(*buffers, (6, 128), torch.float32, **how)
+    for x in (weight((128,)), weight((1, 1, 128)), weight((2, 3, 256))[..., ::2], weight((128, 4)).T):
+        found = ops.linear_4bit(x, *buffers, (6, 128), **how)
+        torch.testing.assert_close(found, x @ w.T, rtol=1e-5, atol=1e-5)
+    strided = torch.stack([buffers[0], buffers[0]], dim=-1)[..., 0]
+    assert torch.equal(ops.dequantize_4bit(strided, buffers[1], (6, 128), torch.float32, **how), w)
+
+
+@pytest.mark.parametrize(("T", "N", "K"), [(0, 3, 64), (2, 0, 64), (2, 3, 0), (0, 0, 0)])
+def test_empty_products(T: int, N: int, K: int) -> None:
+    buffers, how = quantized(weight((N, K)), "nf4", 64, False)
+    bias = weight((N,))
+    found = ops.linear_4bit(weight((T, K)), *buffers, (N, K), bias, **how)
+    assert torch.equal(found, bias.expand(T, N))
+
+
+def test_backward_keeps_the_packed_buffers_and_nothing_dense() -> None:
+    kept: list[Tensor] = []
+    buffers, how = quantized(weight((64, 256)), "nf4", 64, False)
+    x = weight((32, 256)).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        ops.linear_4bit(x, *buffers, (64, 256), **how)
+    assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for tensor in buffers}
+
+
+def test_random_shapes_blocks_and_types() -> None:
+    draw = random.Random(0)
+    for _ in range(25):
+        shape = tuple(draw.choice([1, 2, 3, 31, 32, 64, 65, 96]) for _ in range(draw.choice([1, 2, 2, 3])))
+        quant_type, block_size = draw.choice(["nf4", "fp4"]), draw.choice(BLOCK_SIZES)
+        dtype, double = draw.choice(DTYPES), draw.random() < 0.5
+        w = weight(shape, draw.choice(DTYPES))
+        expected, ours = (
+            reference.quantize_4bit(w, quant_type, block_size),
+            ops.quantize_4bit(w, quant_type, block_size),
+        )
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True)), (shape, quant_type, block_size)
+        buffers, how = quantized(w, quant_type, block_size, double)
+        found = ops.dequantize_4bit(*buffers, shape, dtype, **how)
+        assert torch.equal(found, reference.dequantize_4bit(*buffers, shape, dtype, **how)), (shape, how, dtype)
