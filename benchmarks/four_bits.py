@@ -160,7 +160,10 @@ def checks(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float | boo
     """Each promise as a ratio and the bound that it must keep."""
     ratios = {
         "quantize, times faster than bitsandbytes": (rows["quantize"]["bitsandbytes"] / rows["quantize"]["ours"], 50),
-        "dequantize, times faster than bitsandbytes": (rows["dequantize"]["bitsandbytes"] / rows["dequantize"]["ours"], 8),
+        "dequantize, times faster than bitsandbytes": (
+            rows["dequantize"]["bitsandbytes"] / rows["dequantize"]["ours"],
+            8,
+        ),
         "T=1, times faster than bitsandbytes eval": (rows["T=1"]["bitsandbytes eval"] / rows["T=1"]["ours"], 1),
         "T=1, times faster than bf16": (rows["T=1"]["bf16"] / rows["T=1"]["ours"], 3),
         "T=16, times faster than bitsandbytes eval": (rows["T=16"]["bitsandbytes eval"] / rows["T=16"]["ours"], 1),
@@ -169,7 +172,9 @@ def checks(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float | boo
     for name, times in rows.items():
         if "gradient" in name:
             ratios[f"{name}, times faster than bf16"] = (times["bf16"] / times["ours"], 1 / 1.05)
-    return {name: {"ratio": ratio, "at_least": bound, "kept": ratio >= bound} for name, (ratio, bound) in ratios.items()}
+    return {
+        name: {"ratio": ratio, "at_least": bound, "kept": ratio >= bound} for name, (ratio, bound) in ratios.items()
+    }
 
 
 def environment() -> dict[str, Any]:
@@ -187,13 +192,25 @@ def environment() -> dict[str, Any]:
 def markdown(result: dict[str, Any]) -> str:
     N, K = result["shape"]
     facts = ", ".join(f"{name} {value}" for name, value in result["environment"].items())
-    lines = [f"# Four bits, {N} x {K} bf16, NF4 in blocks of 64", "", facts, "", "| | " + "contender | ms |", "|---|---|---|"]
+    lines = [
+        f"# Four bits, {N} x {K} bf16, NF4 in blocks of 64",
+        "",
+        facts,
+        "",
+        "| | " + "contender | ms |",
+        "|---|---|---|",
+    ]
     for row, times in result["milliseconds"].items():
         lines += [f"| {row} | {name} | {value:.3f} |" for name, value in times.items()]
-    lines += ["", f"Dequantization moves {100 * result['dequantize_share_of_copy_bandwidth']:.0f} % of the bytes per second of a copy."]
+    lines += [
+        "",
+        f"Dequantization moves {100 * result['dequantize_share_of_copy_bandwidth']:.0f} % of the bytes per second of a copy.",
+    ]
     lines += ["", "| check | found | wanted | |", "|---|---|---|---|"]
     for name, check in result["checks"].items():
-        lines.append(f"| {name} | {check['ratio']:.2f} | {check['at_least']:.2f} | {'kept' if check['kept'] else 'missed'} |")
+        lines.append(
+            f"| {name} | {check['ratio']:.2f} | {check['at_least']:.2f} | {'kept' if check['kept'] else 'missed'} |"
+        )
     lines += ["", "| largest error against float64 | contender | of the largest result |", "|---|---|---|"]
     for row, errors in result["largest_relative_error"].items():
         lines += [f"| {row} | {name} | {error:.1e} |" for name, error in errors.items()]

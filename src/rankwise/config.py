@@ -175,7 +175,11 @@ class TrainSettings(Settings):
     save_steps: int | None = Field(None, ge=1, description="Checkpoint every N steps; default: at each evaluation.")
     save_total_limit: int = Field(2, ge=1, description="Checkpoints kept, the best one besides.")
     eval_steps: int | None = Field(None, ge=1, description="Evaluate every N steps; default: a tenth of the run.")
-    eval_limit: int | None = Field(None, ge=1, description="Evaluate on the first N rows only.")
+    eval_limit: int | None = Field(
+        None,
+        ge=0,
+        description="Evaluate on the first N rows; 0: on all; default: on 256, spread evenly, where there are more.",
+    )
     logging_steps: int = Field(10, ge=1, description="Log every N steps.")
     early_stopping: int | None = Field(None, ge=1, description="Stop after N evaluations without a better loss.")
     sample_prompt: str | None = Field(None, description="Answered again at every evaluation.")

@@ -1,10 +1,11 @@
-"""Runs `triton_cases` in processes of their own: Triton decides when it is imported whether it interprets its kernels."""
+"""Runs `triton_cases` in other processes: Triton decides when it is imported whether it interprets its kernels."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.fixture
-def automatic(monkeypatch: pytest.MonkeyPatch):
+def automatic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("RANKWISE_OPS", raising=False)
     ops.set_implementation("auto")
     yield

@@ -1,6 +1,6 @@
 """The Triton kernels against the reference. `test_triton_four_bit` runs this file in processes of its own.
 
-The device is the CPU where Triton interprets its kernels (TRITON_INTERPRET=1, set before Python starts), else a CUDA card.
+The device is the CPU where Triton interprets its kernels (TRITON_INTERPRET=1 before Python starts), else a CUDA card.
 """
 
 from __future__ import annotations
@@ -103,6 +103,22 @@ def test_extreme_scales_equal_the_reference(scale: float) -> None:
         assert torch.equal(found, reference.dequantize_4bit(packed, absmax, w.shape, dtype))
 
 
+def test_halves_are_rounded_to_the_even_neighbour() -> None:
+    bits = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x3F817FFF], dtype=torch.int32, device=DEVICE)
+    packed = torch.full((4, 16), 0xFF, dtype=torch.uint8, device=DEVICE)
+    found = ops.dequantize_4bit(packed, bits.view(torch.float32), (4, 32), torch.bfloat16, block_size=32)
+    assert [f"{value:x}" for value in found[:, 0].view(torch.int16).tolist()] == ["3f80", "3f82", "3f81", "3f81"]
+
+
+def test_a_scale_that_is_not_finite_shows() -> None:
+    absmax = torch.tensor([float("nan"), float("inf")], device=DEVICE)
+    packed = torch.full((2, 32), 0xFF, dtype=torch.uint8, device=DEVICE)
+    for dtype in DTYPES:
+        found = ops.dequantize_4bit(packed, absmax, (2, 64), dtype)
+        assert found[0].isnan().all()
+        assert found[1].isinf().all()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("index", [3, 70, 140])
 def test_a_weight_that_is_not_finite_is_refused_and_the_place_named(value: float, index: int) -> None:
@@ -131,6 +147,16 @@ def test_products_and_gradients_are_as_good_as_the_reference(
         y.backward(grad)
         assert_as_good(x.grad, grad @ w, grad.double() @ w.double())
         assert_as_good(bias.grad, grad.sum(0), grad.double().sum(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_of_x_that_is_not_finite_leaves_the_others_alone(dtype: torch.dtype) -> None:
+    buffers, how = quantized(weight((5, 320)), "nf4", 64, False)
+    x = weight((4, 320), dtype)
+    x[1], x[3] = float("nan"), float("inf")
+    y = ops.linear_4bit(x, *buffers, (5, 320), **how)
+    assert y[[0, 2]].isfinite().all()
+    assert not y[[1, 3]].isfinite().any()
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)

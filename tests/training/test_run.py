@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import stat
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -379,3 +380,18 @@ def test_interrupt_during_the_first_evaluation_starts_anew_on_resume(settings: A
     assert train(settings(resume=True), watcher).status == "finished"
     assert "RW510" in watcher.warnings
     assert watcher.steps[0].step == 1
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(None, 256), (0, 1000), (10, 10), (5000, 1000)])
+def test_rows_of_an_evaluation(limit, expected):
+    from rankwise.data import rows_from_records
+    from rankwise.training.setup import limited
+
+    rows = rows_from_records([(line, {"text": f"row {line}"}) for line in range(1, 1001)], "rows")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        chosen = limited(rows, limit)
+    assert len(chosen) == expected
+    assert [item.message.code for item in said] == (["RW528"] if limit is None else [])
+    if limit is None:
+        assert chosen[-1].line > 750

@@ -14,13 +14,14 @@ from transformers import set_seed
 
 from rankwise.adapters import add_adapter
 from rankwise.config import LoraConfig
-from rankwise.data import Encoded, Rows, encode_rows, read_rows, read_template
-from rankwise.errors import ConfigError
+from rankwise.data import Encoded, Rows, encode_rows, overlapping_rows, read_rows, read_template
+from rankwise.errors import ConfigError, warn
 from rankwise.models import ModelSource, choose_device, fetch_model, load_model
 from rankwise.quantization.config import Nf4Config
 from rankwise.training.arguments import mixed_precision
 
 ANSWER_TOKENS = 64
+EVAL_ROWS = 256
 PROBE_TOKENS = 64
 
 
@@ -74,9 +75,35 @@ def read_data(
     """
     rows = read_rows(train, split="train", **columns)
     eval_rows = None if evaluation is None else read_rows(evaluation, split="validation", **columns)
-    if eval_rows is not None and eval_limit is not None:
-        eval_rows = eval_rows[:eval_limit]
+    if eval_rows is not None:
+        eval_rows = limited(eval_rows, eval_limit)
+        _warn_of_overlap(rows, eval_rows)
     return rows, eval_rows, None if chat_template is None else read_template(chat_template)
+
+
+def limited(rows: Rows, limit: int | None) -> Rows:
+    """The first ``limit`` rows (all for 0); by default EVAL_ROWS spread evenly, because files are often sorted."""
+    if limit is not None:
+        return rows[:limit] if limit else rows
+    step = max(1, len(rows) // EVAL_ROWS)
+    sample = rows[: step * EVAL_ROWS : step]
+    if len(sample) < len(rows):
+        warn(
+            "RW528",
+            f"each evaluation takes {len(sample)} of the {len(rows):,} rows of {rows.source}, spread evenly; "
+            "--eval-limit 0 takes all.",
+        )
+    return sample
+
+
+def _warn_of_overlap(rows: Rows, eval_rows: Rows) -> None:
+    count = overlapping_rows(rows, eval_rows)
+    if count:
+        warn(
+            "RW218",
+            f"{count} of {len(eval_rows)} evaluation rows stand in the training data too, word for word; their loss "
+            "says nothing about new text.",
+        )
 
 
 def encode_data(rows: Rows, eval_rows: Rows | None, tokenizer: Any, *, max_length: int, template: str | None) -> Data:
