@@ -1,10 +1,10 @@
 """The 4-bit kernels on a CUDA card: right first, then timed against plain bfloat16 and, where installed, bitsandbytes.
 
-    python benchmarks/gpu.py [--sizes 4096 8192] [--json gpu.json]
+    PYTHONPATH=src python benchmarks/gpu.py [--sizes 4096 8192] [--json gpu.json]
 
 Takes a few minutes and needs torch and triton only. Prints one Markdown table and writes the same numbers as JSON.
-Every timing goes round enough copies of the weight to overflow the second-level cache twice, as a model's layers do. Decoding
-(1 and 16 rows) is timed as a CUDA graph: the card's own time; the column "with launch" is what an eager loop waits for.
+Every timing goes round enough copies of the weight to overflow the second-level cache twice, as a model's layers do.
+Decoding (1 to 16 rows) is timed as a CUDA graph: the card's own time; "with launch" is what an eager loop waits for.
 
 Legend: T = rows of x, K = in features, N = out features.
 """
@@ -16,8 +16,9 @@ import importlib.util
 import itertools
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from rankwise.ops import reference
 from rankwise.records import write_json
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Calls = Sequence[Callable[[], object]]
+Products = Sequence[Callable[[], Tensor]]
+
 SHAPES = [((256, 1024), 64), ((33, 320), 64), ((130, 4096), 4096), ((5, 65), 32), ((9, 33), 64), ((7,), 64)]
 
 
@@ -99,7 +103,7 @@ def assert_as_good(ours: Tensor, plain: Tensor, truth: Tensor, what: str) -> Non
     assert error <= allowed + 1e-5 * (1 + truth.abs().max()), f"{what}: error {error:.3g}, torch's own {allowed:.3g}"
 
 
-def eager_us(calls: list[Callable[[], object]], rounds: int = 7, target_ms: float = 40.0) -> float:
+def eager_us(calls: Calls, rounds: int = 7, target_ms: float = 40.0) -> float:
     """Median over ``rounds`` of the mean time of one call, going round ``calls``."""
     for call in calls:
         call()
@@ -108,8 +112,8 @@ def eager_us(calls: list[Callable[[], object]], rounds: int = 7, target_ms: floa
     return 1e3 * statistics.median(_elapsed_ms(calls, repeats) for _ in range(rounds)) / (repeats * len(calls))
 
 
-def graph_us(calls: list[Callable[[], object]]) -> float | None:
-    """As `eager_us`, with all calls in one CUDA graph: without what Python and the launches take. None: not capturable."""
+def graph_us(calls: Calls) -> float | None:
+    """As `eager_us`, with all calls in one CUDA graph, so without Python and the launches. None: not capturable."""
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -124,7 +128,7 @@ def graph_us(calls: list[Callable[[], object]]) -> float | None:
     return eager_us([graph.replay]) / len(calls)
 
 
-def _elapsed_ms(calls: list[Callable[[], object]], repeats: int) -> float:
+def _elapsed_ms(calls: Calls, repeats: int) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -155,17 +159,17 @@ class Layer:
         self.theirs = _bitsandbytes_weights(self.dense)
         self.packed_bytes = size * size / 2 + 4 * size * size / 64
 
-    def ours_linear(self, x: Tensor) -> list[Callable[[], Tensor]]:
+    def ours_linear(self, x: Tensor) -> Products:
         shape = (self.size, self.size)
-        return [lambda p=packed, a=absmax: ops.linear_4bit(x, p, a, shape) for packed, absmax in self.ours]
+        return [partial(ops.linear_4bit, x, packed, absmax, shape) for packed, absmax in self.ours]
 
-    def dense_linear(self, x: Tensor) -> list[Callable[[], Tensor]]:
-        return [lambda w=w: functional.linear(x, w) for w in self.dense]
+    def dense_linear(self, x: Tensor) -> Products:
+        return [partial(functional.linear, x, w) for w in self.dense]
 
-    def their_linear(self, x: Tensor) -> list[Callable[[], Tensor]]:
+    def their_linear(self, x: Tensor) -> Products:
         import bitsandbytes
 
-        return [lambda p=p, s=s: bitsandbytes.matmul_4bit(x, p.t(), quant_state=s) for p, s in self.theirs]
+        return [partial(bitsandbytes.matmul_4bit, x, p.t(), quant_state=state) for p, state in self.theirs]
 
 
 def _bitsandbytes_weights(dense: list[Tensor]) -> list[tuple[Tensor, Any]]:
@@ -179,20 +183,20 @@ def _bitsandbytes_weights(dense: list[Tensor]) -> list[tuple[Tensor, Any]]:
 def weight_rows(layer: Layer, bandwidth: float) -> Iterator[Row]:
     """Quantize, dequantize, row norms."""
     shape, dense_bytes = (layer.size, layer.size), 2 * layer.size**2
-    theirs: list[Callable[[], object]] = []
+    theirs: Calls = []
+    quantize: Calls = []
     if layer.theirs:
         import bitsandbytes
 
-        theirs = [lambda p=p, s=s: bitsandbytes.functional.dequantize_4bit(p, s) for p, s in layer.theirs]
-        quantize = [
-            lambda w=w: bitsandbytes.functional.quantize_4bit(w, quant_type="nf4", blocksize=64) for w in layer.dense
-        ]
+        theirs = [partial(bitsandbytes.functional.dequantize_4bit, *weight) for weight in layer.theirs]
+        their_quantize = partial(bitsandbytes.functional.quantize_4bit, quant_type="nf4", blocksize=64)
+        quantize = [partial(their_quantize, w) for w in layer.dense]
     floor = (layer.packed_bytes + dense_bytes) / bandwidth * 1e6
-    ours = eager_us([lambda w=w: ops.quantize_4bit(w) for w in layer.dense])
+    ours = eager_us([partial(ops.quantize_4bit, w) for w in layer.dense])
     yield Row(layer.name, "quantize", None, eager_us(quantize) if layer.theirs else None, ours, None, floor)
-    calls = [lambda p=p, a=a: ops.dequantize_4bit(p, a, shape, torch.bfloat16) for p, a in layer.ours]
+    calls = [partial(ops.dequantize_4bit, *weight, shape, torch.bfloat16) for weight in layer.ours]
     yield Row(layer.name, "dequantize", None, eager_us(theirs) if theirs else None, eager_us(calls), None, floor)
-    norms = [lambda p=p, a=a: ops.row_norms_4bit(p, a, shape) for p, a in layer.ours]
+    norms = [partial(ops.row_norms_4bit, *weight, shape) for weight in layer.ours]
     yield Row(layer.name, "row norms", None, None, eager_us(norms), None, layer.packed_bytes / bandwidth * 1e6)
 
 
@@ -214,7 +218,7 @@ def training_row(layer: Layer, T: int) -> Row:
     def step(forward: Callable[[], Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(forward(), x, grad)
 
-    def timed(calls: list[Callable[[], Tensor]]) -> float:
+    def timed(calls: Products) -> float:
         return eager_us([step(call) for call in calls])
 
     theirs = timed(layer.their_linear(x)) if layer.theirs else None
@@ -223,7 +227,8 @@ def training_row(layer: Layer, T: int) -> Row:
 
 
 def measure(sizes: list[int]) -> tuple[list[Row], float]:
-    bandwidth, rows = copy_bytes_per_second(), []
+    bandwidth = copy_bytes_per_second()
+    rows: list[Row] = []
     for size in sizes:
         layer = Layer(size)
         rows += weight_rows(layer, bandwidth)

@@ -25,11 +25,15 @@ if TYPE_CHECKING:
     )
     from rankwise.config import LoraConfig
     from rankwise.models import load_model
+    from rankwise.quantization import Fp4Config, Linear4bit, Nf4Config, quantize
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Fp4Config": "rankwise.quantization",
+    "Linear4bit": "rankwise.quantization",
     "LoraConfig": "rankwise.config",
+    "Nf4Config": "rankwise.quantization",
     "adapter_config": "rankwise.adapters",
     "adapter_disabled": "rankwise.adapters",
     "adapter_parameters": "rankwise.adapters",
@@ -39,6 +43,7 @@ _HOMES = {
     "load_adapter": "rankwise.adapters",
     "load_model": "rankwise.models",
     "merge_adapter": "rankwise.adapters",
+    "quantize": "rankwise.quantization",
     "remove_adapter": "rankwise.adapters",
     "save_adapter": "rankwise.adapters",
     "set_adapter": "rankwise.adapters",
@@ -46,7 +51,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "Fp4Config",
+    "Linear4bit",
     "LoraConfig",
+    "Nf4Config",
     "adapter_config",
     "adapter_disabled",
     "adapter_parameters",
@@ -56,6 +64,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "merge_adapter",
+    "quantize",
     "remove_adapter",
     "save_adapter",
     "set_adapter",

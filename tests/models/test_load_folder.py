@@ -294,3 +294,19 @@ def test_real_model_loads(shared: Path) -> None:
     assert tokenizer is None
     assert model.num_parameters() == 260_032
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("wish", [None, "nf4"])
+def test_a_four_bit_folder_loads_as_it_was_saved(tmp_path, wish):
+    from tiny_models import tiny_llama
+
+    from rankwise.quantization import Linear4bit, Nf4Config, quantize
+
+    model = tiny_llama(hidden_size=64, intermediate_size=128)
+    quantize(model, Nf4Config(double_quant=True))
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[1, 5, 9, 14]])
+    loaded, _ = load_model(str(tmp_path), quantization=None if wish is None else Nf4Config())
+    assert type(loaded.model.layers[0].self_attn.q_proj) is Linear4bit
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=0)

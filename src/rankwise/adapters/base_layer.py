@@ -60,6 +60,8 @@ def frozen_product(base: nn.Module, x: Tensor) -> Tensor:
         return F.linear(x, layer.weight)
     if is_conv1d(base):
         return x @ layer.weight
+    if hasattr(base, "product"):
+        return layer.product(x)
     y = base(x)
     return y if getattr(base, "bias", None) is None else y - layer.bias
 

@@ -24,6 +24,7 @@ from rankwise.adapters.targets import (
 )
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError
+from rankwise.quantization.linear import weight_count
 
 DEFAULT_NAME = "default"
 
@@ -120,7 +121,7 @@ def report(model: nn.Module, name: str | None = None) -> AdapterReport:
         modules.append(AdaptedModule(path, "trained whole", *_whole(copy.original), 0, 0))
     parameters = list(model.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return AdapterReport(name, tuple(modules), trainable, sum(parameter.numel() for parameter in parameters))
+    return AdapterReport(name, tuple(modules), trainable, sum(map(weight_count, parameters)))
 
 
 def has_adapter(model: nn.Module) -> bool:

@@ -32,6 +32,8 @@ def model_facts(model: PreTrainedModel, source: str | ModelSource) -> dict[str, 
     ``parameters`` counts tied weights once. Keys: name, kind, base_model, path, revision, sha256, architecture,
     model_type, parameters, dtype, quantization.
     """
+    from rankwise.quantization.linear import weight_count
+
     found = fetch_model(source)
     quantization: Any = getattr(model.config, "quantization_config", None)
     return {
@@ -43,7 +45,7 @@ def model_facts(model: PreTrainedModel, source: str | ModelSource) -> dict[str, 
         "sha256": model_hash(found),
         "architecture": type(model).__name__,
         "model_type": model.config.model_type,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": sum(map(weight_count, model.parameters())),
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,
     }

@@ -6,7 +6,6 @@ A model comes back in evaluation mode, complete (no tensor was made up), and sav
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -14,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.errors import ModelError, warn
+from rankwise.errors import ModelError, RankwiseError, warn
 from rankwise.models.device import choose_device
 from rankwise.models.folder import FolderContent, check_folder, has_tokenizer
 from rankwise.models.gguf_file import read_gguf_header
@@ -96,28 +95,45 @@ def _load_folder(
     path = _path(source)
     content = check_folder(path, trust_remote_code=trust_remote_code)
     _check_shapes(source, content, trust_remote_code)
-    arguments = {} if device == "cpu" else {"device_map": {"": device}}
+    arguments: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
     return _from_pretrained(
         source,
         str(path),
         dtype="auto" if dtype is None else dtype,
-        quantization_config=_quantization_for(content, quantization),
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
+        **_quantization_arguments(path, content, quantization, trust_remote_code),
         **arguments,
     )
 
 
-def _quantization_for(content: FolderContent, quantization: Any) -> Any:
-    """The quantization config for transformers: the one place where a quantized checkpoint meets a wish for another."""
+def _quantization_arguments(
+    path: Path, content: FolderContent, quantization: Any, trust_remote_code: bool
+) -> dict[str, Any]:
+    """For transformers: the one place where a quantized checkpoint meets a wish for another.
+
+    A checkpoint of bitsandbytes becomes our 4-bit layers; a wish for 4 bits is granted by what it holds.
+    """
     stored = content.config.get("quantization_config")
-    if stored is None or quantization is None:
-        return quantization
-    method = stored.get("quant_method") if isinstance(stored, dict) else stored
-    raise ModelError(
-        "RW316",
-        f"the checkpoint is already quantized ({method}); load it without a quantization, or give the original.",
-    )
+    if stored is None:
+        return {"quantization_config": quantization}
+    from transformers import AutoConfig
+
+    from rankwise.quantization import adopt_bitsandbytes_config
+
+    config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    held = adopt_bitsandbytes_config(config)
+    if held is None and quantization is None:
+        return {}
+    if held is None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored
+        raise ModelError(
+            "RW316",
+            f"the checkpoint is already quantized ({method}); load it without a quantization, or give the original.",
+        )
+    if quantization is not None and quantization.quant_type != held.quant_type:
+        warn("RW324", f"{path} holds {held.quant_type} weights, which are used instead of {quantization.quant_type}.")
+    return {"config": config}
 
 
 def _load_gguf(source: ModelSource, dtype: torch.dtype | None, device: str, quantization: Any) -> PreTrainedModel:
@@ -150,7 +166,9 @@ def _load_gguf(source: ModelSource, dtype: torch.dtype | None, device: str, quan
     if device != "cpu":
         model.to(device)  # type: ignore[arg-type]
     if quantization is not None:
-        importlib.import_module("rankwise.quantization").quantize(model, quantization)
+        from rankwise.quantization import quantize
+
+        quantize(model, quantization)
     return model
 
 
@@ -206,7 +224,7 @@ def _from_pretrained(source: ModelSource, folder: str, **arguments: Any) -> PreT
 def _explaining(source: ModelSource) -> Iterator[None]:
     try:
         yield
-    except ModelError:
+    except RankwiseError:
         raise
     except Exception as error:
         # Whatever transformers makes of foreign files; the cause stays attached.

@@ -276,3 +276,8 @@ def features(linear: nn.Module) -> tuple[int, int]:
     if is_conv1d(linear):
         return layer.weight.shape[0], layer.weight.shape[1]
     return layer.in_features, layer.out_features
+
+
+def weight_count(parameter: Tensor) -> int:
+    """Weights that a parameter holds: two in each byte of a packed one."""
+    return parameter.numel() * (1 if parameter.dtype.is_floating_point else 2)

@@ -19,6 +19,7 @@ import transformers
 from rankwise.config import LoraConfig, TrainSettings
 from rankwise.errors import RankwiseWarning, warn
 from rankwise.models import model_facts
+from rankwise.quantization.linear import weight_count
 from rankwise.records import RunRecord, load_record
 from rankwise.training import output, preflight, setup
 from rankwise.training.arguments import check_combinations, check_names, check_optimizer, sft_arguments
@@ -128,7 +129,7 @@ def _prepare(given: TrainSettings, mode: output.Mode, lora: LoraConfig, observer
         seed=given.seed,
         settings=given.model_dump(mode="json"),
         trainable_parameters=trainable,
-        total_parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
+        total_parameters=sum(map(weight_count, loaded.model.parameters())),
         base_model=base,
         data=described,
         versions=versions(),
