@@ -12,10 +12,16 @@ static inline float block_scale(const rw_weight& weight, int64_t block) {
     return weight.dynamic_map[code] * weight.nested_absmax[block >> 8] + *weight.offset;
 }
 
+// The scales of `count` blocks. True if Isa may make their tables the quick way; here there is none.
+static inline bool scales_one_by_one(const rw_weight& weight, int64_t first, int64_t count, float* scales) {
+    for (int64_t i = 0; i < count; ++i) scales[i] = block_scale(weight, first + i);
+    return true;
+}
+
 // The 16 weights of a block, as Isa keeps a table of Out.
 template <class Isa, int D, class Out>
 static inline auto table_of(const rw_weight& weight, int64_t block) {
-    return Isa::template table<D>(weight.value, block_scale(weight, block), static_cast<Out*>(nullptr));
+    return Isa::template table<D, false>(weight.value, block_scale(weight, block), static_cast<Out*>(nullptr));
 }
 
 // Elements [first, first + count) of the weight, rounded to D, as Out: float, or uint16_t holding the bits of D.

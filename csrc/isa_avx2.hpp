@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "convert.hpp"
+#include "decode.hpp"
 #include "kernels.hpp"
 
 namespace rankwise {
@@ -23,7 +24,7 @@ struct Avx2 {
         float entries[16];
     };
 
-    template <int D>
+    template <int D, bool Plain>
     static Table16 table(const float* value, float scale, uint16_t*) {
         Table16 table;
         for (int c = 0; c < 16; ++c) store_float<D>(table.words, c, value[c] * scale);
@@ -35,7 +36,7 @@ struct Avx2 {
         return table;
     }
 
-    template <int D>
+    template <int D, bool Plain>
     static Table32 table(const float* value, float scale, float*) {
         Table32 table;
         for (int c = 0; c < 16; ++c) table.entries[c] = rounded<D>(value[c] * scale);
@@ -76,17 +77,24 @@ struct Avx2 {
         }
     }
 
-    static __m256 look_up(const Table32& table, __m128i codes) {
-        const __m256i index = _mm256_cvtepu8_epi32(codes);
+    // Three bits of each index choose an entry of either half, the fourth chooses the half; higher ones are ignored.
+    static __m256 look_up(const Table32& table, __m256i index) {
         const __m256 lower = _mm256_permutevar8x32_ps(table.lower, index), upper = _mm256_permutevar8x32_ps(table.upper, index);
         return _mm256_blendv_ps(lower, upper, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
     }
 
-    // As many weights as a Vector of the lane holds.
-    static __m256 vector(const Table32& table, const uint8_t* packed) {
-        int32_t four;
-        std::memcpy(&four, packed, 4);
-        return look_up(table, nibbles(_mm_cvtsi32_si128(four)));
+    struct Pair {
+        __m256 even, odd;
+    };
+
+    // The next two vectors of weights, even and odd elements apart.
+    static Pair pair(const Table32& table, const uint8_t* packed) {
+        const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
+        return {look_up(table, _mm256_srli_epi32(b, 4)), look_up(table, b)};
+    }
+
+    static bool scales(const rw_weight& weight, int64_t first, int64_t count, float* scales) {
+        return scales_one_by_one(weight, first, count, scales);
     }
 
     template <bool Stream>
@@ -102,8 +110,8 @@ struct Avx2 {
         int64_t j = 0;
         for (; j + 8 <= bytes; j += 8) {
             const __m128i codes = nibbles(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + j)));
-            store<Stream>(out + 2 * j, look_up(table, codes));
-            store<Stream>(out + 2 * j + 8, look_up(table, _mm_srli_si128(codes, 8)));
+            store<Stream>(out + 2 * j, look_up(table, _mm256_cvtepu8_epi32(codes)));
+            store<Stream>(out + 2 * j + 8, look_up(table, _mm256_cvtepu8_epi32(_mm_srli_si128(codes, 8))));
         }
         for (; j < bytes; ++j) {
             out[2 * j] = table.entries[packed[j] >> 4];
@@ -188,6 +196,7 @@ struct Avx2 {
             for (int i = 0; i < count; ++i) some[i] = p[i];
             return _mm256_loadu_ps(some);
         }
+        static void store(float* p, Vector v) { _mm256_store_ps(p, v); }
         static Sum multiply_add(Vector a, Vector b, Sum sum) { return _mm256_fmadd_ps(a, b, sum); }
         static Sum add(Sum a, Sum b) { return _mm256_add_ps(a, b); }
         static float total(Sum sum) {

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "convert.hpp"
+#include "decode.hpp"
 #include "kernels.hpp"
 
 namespace rankwise {
@@ -12,7 +13,7 @@ template <bool Bfloat16>
 struct Avx512 {
     static constexpr bool multiplies_bfloat16 = Bfloat16;
     static constexpr int columns = 6;  // with 4 weight rows: 24 of 32 registers are sums
-    static constexpr int64_t fused_rows = 4;
+    static constexpr int64_t fused_rows = 6;
     static constexpr int64_t stream_bytes = int64_t{16} << 20;
 
     struct Table16 {
@@ -32,12 +33,12 @@ struct Avx512 {
         return magnitude - 0x0da24260u < 0x7f800000u - 0x0da24260u;  // 1e-30 <= |scale| < inf
     }
 
-    template <int D>
+    template <int D, bool Plain>
     static __m256i words_of(const float* value, float scale) {
         const __m512 v = products(value, scale);
         if (D == RW_FLOAT16) return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #ifdef __AVX512BF16__
-        if (__builtin_expect(plain(scale), 1)) return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+        if (Plain || __builtin_expect(plain(scale), 1)) return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
 #endif
         const __m512i bits = _mm512_castps_si512(v);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -46,15 +47,15 @@ struct Avx512 {
         return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(half_up, 16), nan, _mm512_set1_epi32(0x7fc0)));
     }
 
-    template <int D>
+    template <int D, bool Plain>
     static Table16 table(const float* value, float scale, uint16_t*) {
-        return {_mm512_broadcast_i64x4(words_of<D>(value, scale))};
+        return {_mm512_broadcast_i64x4(words_of<D, Plain>(value, scale))};
     }
 
-    template <int D>
+    template <int D, bool Plain>
     static Table32 table(const float* value, float scale, float*) {
         if (D == RW_FLOAT32) return {products(value, scale)};
-        const __m256i words = words_of<D>(value, scale);
+        const __m256i words = words_of<D, Plain>(value, scale);
         if (D == RW_FLOAT16) return {_mm512_cvtph_ps(words)};
         return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16))};
     }
@@ -83,12 +84,54 @@ struct Avx512 {
         return _mm512_permutexvar_ps(_mm512_or_si512(_mm512_srli_epi64(b, 4), _mm512_slli_epi64(b, 32)), table.entries);
     }
 
-    // As many weights as a Vector of the lane holds.
+    // The next weights in order, as many as a vector holds.
     static __m512i vector(const Table16& table, const uint8_t* packed) {
         return look_up(table, _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
     }
     static __m512 vector(const Table32& table, const uint8_t* packed) {
         return look_up(table, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
+    }
+
+    template <class Vector>
+    struct Pair {
+        Vector even, odd;
+    };
+
+    // The next two vectors of weights, even and odd elements apart: one code per index, whose upper bits the tables ignore.
+    static Pair<__m512i> pair(const Table16& table, const uint8_t* packed) {
+        const __m512i b = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+        return {_mm512_permutexvar_epi16(_mm512_srli_epi16(b, 4), table.words), _mm512_permutexvar_epi16(b, table.words)};
+    }
+    static Pair<__m512> pair(const Table32& table, const uint8_t* packed) {
+        const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+        return {_mm512_permutexvar_ps(_mm512_srli_epi32(b, 4), table.entries), _mm512_permutexvar_ps(b, table.entries)};
+    }
+
+    // The scales of `count` blocks; whether all are plain.
+    static bool scales(const rw_weight& weight, int64_t first, int64_t count, float* scales) {
+        __mmask16 other = 0;
+        for (int64_t i = 0; i < count; i += 16) {
+            const __mmask16 some = static_cast<__mmask16>(count - i < 16 ? (1u << (count - i)) - 1u : 0xffffu);
+            const __m512 scale = weight.nested_absmax ? nested_scales(weight, first + i, some)
+                                                      : _mm512_maskz_loadu_ps(some, static_cast<const float*>(weight.absmax) + first + i);
+            const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(scale), _mm512_set1_epi32(0x7fffffff));
+            const __m512i above = _mm512_sub_epi32(magnitude, _mm512_set1_epi32(0x0da24260));
+            other |= _mm512_mask_cmpge_epu32_mask(some, above, _mm512_set1_epi32(0x7f800000 - 0x0da24260));
+            _mm512_mask_storeu_ps(scales + i, some, scale);
+        }
+        return other == 0;
+    }
+
+    static __m512 nested_scales(const rw_weight& weight, int64_t block, __mmask16 some) {
+        const __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, static_cast<const uint8_t*>(weight.absmax) + block));
+        const __m512 value = _mm512_i32gather_ps(code, weight.dynamic_map, 4);
+        // 16 blocks lie under one or two second-level scales.
+        const int64_t last = block + 31 - __builtin_clz(static_cast<unsigned>(some));
+        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __mmask16 next = _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(static_cast<int>(256 - (block & 255))));
+        const __m512 lower = _mm512_set1_ps(weight.nested_absmax[block >> 8]);
+        const __m512 scale = _mm512_mask_mov_ps(lower, next, _mm512_set1_ps(weight.nested_absmax[last >> 8]));
+        return _mm512_add_ps(_mm512_mul_ps(value, scale), _mm512_set1_ps(*weight.offset));
     }
 
     template <bool Stream>
@@ -221,6 +264,7 @@ struct Avx512 {
         static Vector load_some(const float* p, int count) {
             return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), p);
         }
+        static void store(float* p, Vector v) { _mm512_store_ps(p, v); }
         static Sum multiply_add(Vector a, Vector b, Sum sum) { return _mm512_fmadd_ps(a, b, sum); }
         static Sum add(Sum a, Sum b) { return _mm512_add_ps(a, b); }
         static float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
@@ -238,6 +282,7 @@ struct Avx512 {
         static Vector load_some(const uint16_t* p, int count) {
             return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1u), p);
         }
+        static void store(uint16_t* p, Vector v) { _mm512_store_si512(p, v); }
         static Sum multiply_add(Vector a, Vector b, Sum sum) {
             return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
         }

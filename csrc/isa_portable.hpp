@@ -2,6 +2,7 @@
 #pragma once
 
 #include "convert.hpp"
+#include "decode.hpp"
 #include "kernels.hpp"
 
 #ifdef __ARM_NEON
@@ -30,6 +31,7 @@ struct Portable {
             for (int i = 0; i < count; ++i) v.lane[i] = p[i];
             return v;
         }
+        static void store(float* p, const Vector& v) { std::memcpy(p, v.lane, sizeof(v.lane)); }
         static Sum multiply_add(const Vector& a, const Vector& b, Sum sum) {
             for (int i = 0; i < width; ++i) sum.lane[i] += a.lane[i] * b.lane[i];
             return sum;
@@ -53,14 +55,14 @@ struct Portable {
         Out entries[16];
     };
 
-    template <int D>
+    template <int D, bool Plain>
     static Table<uint16_t> table(const float* value, float scale, uint16_t*) {
         Table<uint16_t> table;
         for (int c = 0; c < 16; ++c) store_float<D>(table.entries, c, value[c] * scale);
         return table;
     }
 
-    template <int D>
+    template <int D, bool Plain>
     static Table<float> table(const float* value, float scale, float*) {
         Table<float> table;
         for (int c = 0; c < 16; ++c) table.entries[c] = rounded<D>(value[c] * scale);
@@ -72,14 +74,22 @@ struct Portable {
         return table.entries[code];
     }
 
-    // As many weights as a Vector of the lane holds.
-    static FloatLane::Vector vector(const Table<float>& table, const uint8_t* packed) {
-        FloatLane::Vector v;
-        for (int j = 0; j < FloatLane::width / 2; ++j) {
-            v.lane[2 * j] = table.entries[packed[j] >> 4];
-            v.lane[2 * j + 1] = table.entries[packed[j] & 15];
+    struct Pair {
+        FloatLane::Vector even, odd;
+    };
+
+    // The next two vectors of weights, even and odd elements apart.
+    static Pair pair(const Table<float>& table, const uint8_t* packed) {
+        Pair pair;
+        for (int j = 0; j < FloatLane::width; ++j) {
+            pair.even.lane[j] = table.entries[packed[j] >> 4];
+            pair.odd.lane[j] = table.entries[packed[j] & 15];
         }
-        return v;
+        return pair;
+    }
+
+    static bool scales(const rw_weight& weight, int64_t first, int64_t count, float* scales) {
+        return scales_one_by_one(weight, first, count, scales);
     }
 
     template <bool Stream, class Out>

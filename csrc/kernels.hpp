@@ -20,9 +20,11 @@ struct QuantizeJob {
 struct LinearJob {
     const rw_weight* weight;
     // Pieces of `piece` columns (the last may be narrower), each with all T rows: at row stride K they would fall into few sets of
-    // the cache. Floats, or bfloat16 where dtype is that and the level multiplies it. piece = K is plain row-major x.
+    // the cache. Floats, or bfloat16 where dtype is that and the level multiplies it.
     const void* x;
     int64_t piece;
+    bool apart;  // within each group of x, the even elements stand before the odd ones: cheap order to decode codes in
+    bool fused;  // one piece per group, T <= fused_rows
     int64_t T, N, K;
     int dtype;
     const void* bias;
@@ -37,11 +39,14 @@ struct Kernels {
     // Output features [first, last).
     void (*linear)(const LinearJob& job, int64_t first, int64_t last);
     void (*row_norms)(const rw_weight& weight, int64_t K, int dtype, int64_t first, int64_t last, float* norms);
-    // Columns [k, k + count) of T rows of x, of `dtype`, to the elements that `linear` reads.
-    void (*arrange)(const void* x, int dtype, int64_t T, int64_t K, int64_t k, int64_t count, void* out);
+    // Columns [k, k + count) of T rows of x, of `dtype`, to the elements that `linear` reads; in groups of even and odd ones apart, or
+    // with group = 0 in their natural order.
+    void (*arrange)(const void* x, int dtype, int64_t T, int64_t K, int64_t k, int64_t count, int64_t group, void* out);
+    // Elements of x per group of `linear`.
+    int64_t (*group)(int dtype);
     // Whether `linear` reads bfloat16 x as it is.
     bool multiplies_bfloat16;
-    // Up to so many rows of x, `linear` takes plain row-major x if rows of the weight consist of whole blocks.
+    // Up to so many rows of x, `linear` decodes weights into registers.
     int64_t fused_rows;
 };
 

@@ -121,17 +121,14 @@ void rw_dequantize_4bit(const rw_weight* weight, int64_t first, int64_t count, i
 void rw_linear_4bit(const rw_weight* weight, const void* x, int64_t T, int64_t N, int64_t K, int dtype, const void* bias, void* y,
                     int threads) {
     const Kernels& level = kernels();
-    const bool as_it_is = dtype == RW_FLOAT32 || (dtype == RW_BFLOAT16 && level.multiplies_bfloat16);
-    const bool whole_rows = T <= level.fused_rows && K % weight->block_size == 0;
-    const int64_t size = dtype == RW_BFLOAT16 && as_it_is ? 2 : 4, piece = whole_rows ? K : kPieceBytes / size;
-    if (!(as_it_is && whole_rows)) {
-        char* arranged = rankwise::scratch<Kernels, char, 0>(T * K * size);
-        split(K, piece, T * K < kTaskElements ? 1 : threads, [&](int64_t k, int64_t end) {
-            level.arrange(x, dtype, T, K, k, end - k, arranged + T * k * size);
-        });
-        x = arranged;
-    }
-    const rankwise::LinearJob job = {weight, x, piece, T, N, K, dtype, bias, y};
+    const int64_t size = dtype == RW_BFLOAT16 && level.multiplies_bfloat16 ? 2 : 4, group = level.group(dtype);
+    const bool apart = K % weight->block_size == 0 && weight->block_size % group == 0, fused = apart && T <= level.fused_rows;
+    const int64_t piece = fused ? group : kPieceBytes / size;
+    char* arranged = rankwise::scratch<Kernels, char, 0>(T * K * size);
+    split(K, piece, T * K < kTaskElements ? 1 : threads, [&](int64_t k, int64_t end) {
+        level.arrange(x, dtype, T, K, k, end - k, apart ? group : 0, arranged + T * k * size);
+    });
+    const rankwise::LinearJob job = {weight, arranged, piece, apart, fused, T, N, K, dtype, bias, y};
     split(N, row_step(K), threads, [&](int64_t first, int64_t last) { level.linear(job, first, last); });
 }
 

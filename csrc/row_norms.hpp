@@ -1,7 +1,8 @@
 // ||W'_n|| per output row: decode a piece of the row, multiply it with itself in float32.
 #pragma once
 
-#include "linear.hpp"
+#include "decode.hpp"
+#include "tile.hpp"
 
 namespace rankwise {
 

@@ -160,7 +160,9 @@ class TrainSettings(Settings):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 switches it off.")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing.")
-    optimizer: str = Field("adamw_torch", description="Optimizer, by transformers' name.")
+    optimizer: str = Field(
+        "adamw_torch", description="Optimizer, by transformers' name (paged_adamw_8bit, ...), or adamw_offload."
+    )
     seed: int = Field(0, ge=0, description="Seed of the adapter, the data order and dropout.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Dtype of the base: auto is bfloat16 where the device has it."
@@ -168,6 +170,9 @@ class TrainSettings(Settings):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Device; auto takes the fastest.")
     packing: bool = Field(False, description="Fill every row with several examples that do not see each other.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
+    activation_offloading: bool = Field(
+        False, description="Keep activations in CPU memory until the backward pass needs them (accelerators only)."
+    )
     chat_template: Path | None = Field(None, description="Jinja file that overrides the tokenizer's template.")
     prompt_column: str | None = Field(None, description="Column with the prompt, for tables of other names.")
     completion_column: str | None = Field(None, description="Column with the completion.")

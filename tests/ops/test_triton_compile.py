@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -19,7 +21,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from rankwise.ops.triton import dequantize, product, quantize, row_norms  # noqa: E402
+from rankwise.ops.triton import dequantize, four_bit, product, quantize, row_norms  # noqa: E402
 
 CARDS = {"RTX 3090": 86, "RTX 4090": 89, "H100": 90}
 TABLES = {"packed": "*u8", "values": "*fp32"}
@@ -125,3 +127,34 @@ def test_weights_are_multiplied_and_added_in_two_roundings_and_keep_subnormals(n
 
 def test_sums_are_fused_where_the_kernel_says_so() -> None:
     assert "fma.rn.f32" in compiled("one row", "H100").asm["ptx"]
+
+
+class Spy:
+    """Stands for a kernel and keeps the keywords of its launches."""
+
+    def __init__(self) -> None:
+        self.launches: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *buffers, **keywords: self.launches.append(keywords)
+
+
+def test_every_launch_asks_for_what_is_compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    spies = {}
+    for module in (dequantize, product, quantize, row_norms):
+        monkeypatch.setattr(module, "launching_on", lambda device: nullcontext())
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            spies[name] = Spy()
+            monkeypatch.setattr(module, name, spies[name])
+    N, K, w = 16, 4096, torch.ones(16, 4096)
+    packed, absmax = torch.zeros(N, K // 2, dtype=torch.uint8), torch.ones(N * K // 64)
+    four_bit.dequantize_4bit(packed, absmax, (N, K), torch.bfloat16)
+    four_bit.linear_4bit(w[:1], packed, absmax, (N, K))
+    four_bit.linear_4bit(w[:2], packed, absmax, (N, K))
+    four_bit.row_norms_4bit(packed, absmax, (N, K), dtype=torch.bfloat16)
+    quantize.quantize_blocks(w.view(-1), packed, absmax, "nf4", 64)
+    for kernel, _, constants, warps in KERNELS.values():
+        launch = spies[kernel.__name__].launches[0]
+        assert (launch["enable_fp_fusion"], launch["num_warps"]) == (False, warps)
+        if constants.get("BLOCK") == 64:
+            assert constants.items() <= launch.items()

@@ -77,6 +77,7 @@ def make_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> TrainerM
             "packing": False,
             "max_length": 32,
             "gradient_checkpointing": False,
+            "activation_offloading": False,
             "evaluate": eval_rows > 0,
             "eval_steps": 5 if eval_rows else None,
             "eval_on_start": False,

@@ -53,7 +53,7 @@ PANELS = {
         "seed",
         "early_stopping",
     ),
-    "Device and memory": ("device", "dtype", "gradient_checkpointing"),
+    "Device and memory": ("device", "dtype", "gradient_checkpointing", "activation_offloading"),
     "Evaluating, saving, continuing": (
         "eval_steps",
         "eval_limit",

@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 from trl.trainer.sft_config import SFTConfig
 
 from rankwise.errors import ConfigError
+from rankwise.training.memory_savers import OFFLOADED
 
 TENTH = 0.1
 # Of the run: how often it is evaluated and saved where the user does not say.
@@ -25,7 +26,7 @@ SCHEDULES_WITH_PARAMETERS = {"cosine_with_min_lr", "cosine_warmup_with_min_lr", 
 
 def check_names(optimizer: str, schedule: str) -> None:
     """Raise ConfigError: RW110 for an optimizer, RW111 for a schedule that transformers does not have."""
-    _check_name("RW110", "--optimizer", optimizer, (item.value for item in OptimizerNames))
+    _check_name("RW110", "--optimizer", optimizer, [*(item.value for item in OptimizerNames), OFFLOADED])
     schedules = {item.value for item in SchedulerType} - SCHEDULES_WITH_PARAMETERS
     _check_name("RW111", "--lr-scheduler-type", schedule, schedules)
 
@@ -78,6 +79,7 @@ def sft_arguments(
     packing: bool,
     max_length: int,
     gradient_checkpointing: bool,
+    activation_offloading: bool,
     evaluate: bool,
     eval_steps: int | None,
     eval_on_start: bool,
@@ -104,7 +106,7 @@ def sft_arguments(
             warmup_steps=warmup_steps,
             weight_decay=weight_decay,
             max_grad_norm=max_grad_norm,
-            optim=optimizer,
+            optim="adamw_torch" if optimizer == OFFLOADED else optimizer,
             seed=seed,
             data_seed=seed,
             packing=packing,
@@ -112,6 +114,8 @@ def sft_arguments(
             max_length=max_length if packing else None,  # rows were cut, counted and reported when they were encoded
             shuffle_dataset=packing,
             gradient_checkpointing=gradient_checkpointing,
+            activation_offloading=activation_offloading,
+            ddp_broadcast_buffers=False,  # the only buffers are constants, such as the scales of 4-bit layers
             eval_strategy="steps" if evaluate else "no",
             eval_steps=eval_steps or TENTH,
             eval_on_start=eval_on_start,

@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
 
 from rankwise.config import LoraConfig, TrainSettings
 from rankwise.errors import RankwiseWarning, warn
-from rankwise.models import model_facts
+from rankwise.models import choose_device, model_facts
 from rankwise.quantization.linear import weight_count
 from rankwise.records import RunRecord, load_record
 from rankwise.training import output, preflight, setup
 from rankwise.training.arguments import check_combinations, check_names, check_optimizer, sft_arguments
 from rankwise.training.checkpoints import Checkpoint, newest_valid
+from rankwise.training.memory_savers import OFFLOADED, OffloadedAdamW, check_memory_savers
 from rankwise.training.meters import Progress
 from rankwise.training.metrics import evaluations
 from rankwise.training.observer import Observer, SilentObserver
@@ -54,6 +56,8 @@ def train(settings: TrainSettings, observer: Observer | None = None) -> RunRecor
 
 def _check_settings(given: TrainSettings) -> LoraConfig:
     check_names(given.optimizer, given.lr_scheduler_type)
+    device_type = torch.device(choose_device(given.device, given.dtype).device).type
+    check_memory_savers(given.optimizer, device_type, activation_offloading=given.activation_offloading)
     needs_eval = {
         "--early-stopping": given.early_stopping,
         "--eval-steps": given.eval_steps,
@@ -181,6 +185,7 @@ def _trainer(
         packing=given.packing,
         max_length=given.max_length,
         gradient_checkpointing=given.gradient_checkpointing,
+        activation_offloading=given.activation_offloading,
         evaluate=data.evaluation is not None,
         eval_steps=given.eval_steps,
         eval_on_start=data.evaluation is not None and not _is_evaluated(given.output, checkpoint),
@@ -198,7 +203,14 @@ def _trainer(
         label_smoothing=given.label_smoothing,
         save_total_limit=given.save_total_limit,
         progress=_progress_of(checkpoint),
+        optimizer_cls_and_kwargs=_own_optimizer(given),
     )
+
+
+def _own_optimizer(given: TrainSettings) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    if given.optimizer != OFFLOADED:
+        return None
+    return OffloadedAdamW, {"lr": given.learning_rate, "weight_decay": given.weight_decay}
 
 
 def _is_evaluated(folder: Path, checkpoint: Checkpoint | None) -> bool:

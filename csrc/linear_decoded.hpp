@@ -1,0 +1,99 @@
+// y = x W'^T + b for few rows of x: pieces of a few weight rows are decoded into the first-level cache and multiplied with the same
+// piece of every row of x while both are there.
+#pragma once
+
+#include "decode.hpp"
+#include "scratch.hpp"
+#include "tile.hpp"
+
+namespace rankwise {
+
+constexpr int kGroup = 16;  // weight rows whose sums are open at once
+
+// Codes and scales of elements [first, first + count), asked for while earlier ones are being multiplied: the pieces jump from row to
+// row, which the hardware's own prefetching does not follow.
+static inline void prefetch(const rw_weight& weight, int64_t first, int64_t count) {
+    if (first + count > weight.elements) return;
+    for (int64_t i = first / 2; i < (first + count) / 2; i += 64) __builtin_prefetch(weight.packed + i);
+    const int64_t block = first / weight.block_size, size = weight.nested_absmax ? 1 : 4;
+    __builtin_prefetch(static_cast<const char*>(weight.absmax) + block * size);
+}
+
+// Whole blocks, even and odd elements apart as x has them: half the instructions of the natural order.
+template <class Isa, class Lane, int D, bool Plain>
+static void decode_apart(const rw_weight& weight, int64_t first, int64_t count, const float* scales, typename Lane::Element* out) {
+    const uint8_t* packed = weight.packed + first / 2;
+    // Blocks and pieces are powers of two: a piece holds whole blocks or lies in one.
+    const int64_t step = weight.block_size < count ? weight.block_size : count;
+    for (int64_t begin = 0; begin < count; begin += step) {
+        const auto table = Isa::template table<D, Plain>(weight.value, *scales++, static_cast<typename Lane::Element*>(nullptr));
+        for (int64_t done = 0; done < step; done += 2 * Lane::width, packed += Lane::width, out += 2 * Lane::width) {
+            const auto pair = Isa::pair(table, packed);
+            Lane::store(out, pair.even);
+            Lane::store(out + Lane::width, pair.odd);
+        }
+    }
+}
+
+template <class Isa, class Lane, int D>
+static void decode_piece(const LinearJob& job, int64_t first, int64_t count, typename Lane::Element* out) {
+    const rw_weight& weight = *job.weight;
+    if (!job.apart) return decode<Isa, D>(weight, first, count, out);
+    const int64_t blocks = (count + weight.block_size - 1) / weight.block_size;
+    float* scales = scratch<Isa, float, 2>(blocks);
+    if (Isa::scales(weight, first / weight.block_size, blocks, scales)) {
+        decode_apart<Isa, Lane, D, true>(weight, first, count, scales, out);
+    } else {
+        decode_apart<Isa, Lane, D, false>(weight, first, count, scales, out);
+    }
+}
+
+// Elements [k, k + count) of R weight rows from n on, times the same elements of every row of x.
+template <class Isa, class Lane, int D, int R>
+static void piece_of_rows(const LinearJob& job, const typename Lane::Element* x, int64_t n, int64_t k, int64_t count,
+                          typename Lane::Element* w, typename Lane::Sum* sum) {
+    for (int r = 0; r < R; ++r) decode_piece<Isa, Lane, D>(job, (n + r) * job.K + k, count, w + r * count);
+    for (int r = 0; r < R; ++r) prefetch(*job.weight, k + count < job.K ? (n + r) * job.K + k + count : (n + r + kGroup) * job.K, count);
+    for (int64_t t = 0; t < job.T;) {
+        // Tiles of nearly equal width: 16 is 6 + 5 + 5, not 6 + 6 + 4.
+        const int64_t left = job.T - t, tiles = (left + Isa::columns - 1) / Isa::columns;
+        const int columns = static_cast<int>((left + tiles - 1) / tiles);
+        tile_of<Lane, R, Isa::columns>(columns, w, count, x + k * job.T + t * count, count, count, sum + t, job.T);
+        t += columns;
+    }
+}
+
+template <class Isa, class Lane, int D>
+static void decoded_group(const LinearJob& job, const typename Lane::Element* x, int64_t first, int64_t last) {
+    using Element = typename Lane::Element;
+    using Sum = typename Lane::Sum;
+    const int64_t piece = job.piece;
+    Element* w = scratch<Isa, Element, 0>(kRows * piece);
+    Sum* sum = scratch<Isa, Sum, 1>(kGroup * job.T);
+    for (int64_t i = 0; i < (last - first) * job.T; ++i) sum[i] = Lane::zero();
+    for (int64_t k = 0; k < job.K; k += piece) {
+        const int64_t count = job.K - k < piece ? job.K - k : piece;
+        int64_t n = first;
+        for (; n + kRows <= last; n += kRows)
+            piece_of_rows<Isa, Lane, D, kRows>(job, x, n, k, count, w, sum + (n - first) * job.T);
+        for (; n < last; ++n) piece_of_rows<Isa, Lane, D, 1>(job, x, n, k, count, w, sum + (n - first) * job.T);
+    }
+    for (int64_t t = 0; t < job.T; ++t) {
+        float totals[kGroup];
+        if (last - first == kGroup) {
+            Lane::totals(sum + t, job.T, totals);
+        } else {
+            for (int64_t n = first; n < last; ++n) totals[n - first] = Lane::total(sum[(n - first) * job.T + t]);
+        }
+        for (int64_t n = first; n < last; ++n) store_sum<D>(job, n, t, totals[n - first]);
+    }
+}
+
+template <class Isa, class Lane, int D>
+static void decoded(const LinearJob& job, int64_t first, int64_t last) {
+    const auto* x = static_cast<const typename Lane::Element*>(job.x);
+    for (int64_t n = first; n < last; n += kGroup)
+        decoded_group<Isa, Lane, D>(job, x, n, n + kGroup < last ? n + kGroup : last);
+}
+
+}  // namespace rankwise

@@ -1,0 +1,56 @@
+// Sums of products of a few weight rows with a few rows of x.
+#pragma once
+
+#include "convert.hpp"
+#include "kernels.hpp"
+
+namespace rankwise {
+
+constexpr int kRows = 4;  // weight rows multiplied at once
+
+// sum[r * stride + c] += <w_r, x_c> over `count` elements, lane by lane.
+template <class Lane, int R, int C>
+static void tile(const typename Lane::Element* w, int64_t w_stride, const typename Lane::Element* x, int64_t x_stride, int64_t count,
+                 typename Lane::Sum* sum, int64_t stride) {
+    typename Lane::Sum local[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) local[r][c] = sum[r * stride + c];
+    int64_t k = 0;
+    for (; k + Lane::width <= count; k += Lane::width) {
+        typename Lane::Vector row[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) row[r] = Lane::load(w + r * w_stride + k);
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) {
+            const auto column = Lane::load(x + c * x_stride + k);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) local[r][c] = Lane::multiply_add(row[r], column, local[r][c]);
+        }
+    }
+    if (k < count) {
+        const int some = static_cast<int>(count - k);
+        for (int c = 0; c < C; ++c) {
+            const auto column = Lane::load_some(x + c * x_stride + k, some);
+            for (int r = 0; r < R; ++r)
+                local[r][c] = Lane::multiply_add(Lane::load_some(w + r * w_stride + k, some), column, local[r][c]);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) sum[r * stride + c] = local[r][c];
+}
+
+template <int D>
+static void store_sum(const LinearJob& job, int64_t n, int64_t t, float sum) {
+    const float bias = job.bias ? load_as_float<D>(job.bias, n) : 0.0f;
+    store_float<D>(job.y, t * job.N + n, sum + bias);
+}
+
+// The next C of the `left` rows of x, with C found among C, C - 1, ..., 1.
+template <class Lane, int R, int C>
+static void tile_of(int columns, const typename Lane::Element* w, int64_t w_stride, const typename Lane::Element* x, int64_t x_stride,
+                    int64_t count, typename Lane::Sum* sum, int64_t stride) {
+    if (columns == C) return tile<Lane, R, C>(w, w_stride, x, x_stride, count, sum, stride);
+    if constexpr (C > 1) tile_of<Lane, R, C - 1>(columns, w, w_stride, x, x_stride, count, sum, stride);
+}
+
+}  // namespace rankwise
