@@ -13,7 +13,7 @@ template <bool Bfloat16>
 struct Avx512 {
     static constexpr bool multiplies_bfloat16 = Bfloat16;
     static constexpr int columns = 6;  // with 4 weight rows: 24 of 32 registers are sums
-    static constexpr int64_t fused_rows = 6;
+    static constexpr int64_t fused_rows = 4;
     static constexpr int64_t stream_bytes = int64_t{16} << 20;
 
     struct Table16 {
@@ -92,17 +92,19 @@ struct Avx512 {
         return look_up(table, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
     }
 
-    template <class Vector>
-    struct Pair {
-        Vector even, odd;
+    struct Pair16 {
+        __m512i even, odd;
+    };
+    struct Pair32 {
+        __m512 even, odd;
     };
 
     // The next two vectors of weights, even and odd elements apart: one code per index, whose upper bits the tables ignore.
-    static Pair<__m512i> pair(const Table16& table, const uint8_t* packed) {
+    static Pair16 pair(const Table16& table, const uint8_t* packed) {
         const __m512i b = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
         return {_mm512_permutexvar_epi16(_mm512_srli_epi16(b, 4), table.words), _mm512_permutexvar_epi16(b, table.words)};
     }
-    static Pair<__m512> pair(const Table32& table, const uint8_t* packed) {
+    static Pair32 pair(const Table32& table, const uint8_t* packed) {
         const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
         return {_mm512_permutexvar_ps(_mm512_srli_epi32(b, 4), table.entries), _mm512_permutexvar_ps(b, table.entries)};
     }

@@ -19,46 +19,66 @@ static inline void prefetch(const rw_weight& weight, int64_t first, int64_t coun
     __builtin_prefetch(static_cast<const char*>(weight.absmax) + block * size);
 }
 
-// Whole blocks, even and odd elements apart as x has them: half the instructions of the natural order.
-template <class Isa, class Lane, int D, bool Plain>
-static void decode_apart(const rw_weight& weight, int64_t first, int64_t count, const float* scales, typename Lane::Element* out) {
-    const uint8_t* packed = weight.packed + first / 2;
+// Decodes `count` elements of R rows from n and k on, even and odd elements apart as x has them, and multiplies them with the first C
+// rows of x on the way.
+template <class Isa, class Lane, int D, int R, int C, bool Plain>
+static void decode_and_multiply(const LinearJob& job, const typename Lane::Element* x, int64_t n, int64_t k, int64_t count,
+                                const float* scales, typename Lane::Element* w, typename Lane::Sum* sums) {
+    using Element = typename Lane::Element;
+    constexpr int64_t group = 2 * Lane::width;
+    const rw_weight& weight = *job.weight;
+    const int64_t row_bytes = job.K / 2;
+    const uint8_t* packed = weight.packed + (n * job.K + k) / 2;
     // Blocks and pieces are powers of two: a piece holds whole blocks or lies in one.
-    const int64_t step = weight.block_size < count ? weight.block_size : count;
-    for (int64_t begin = 0; begin < count; begin += step) {
-        const auto table = Isa::template table<D, Plain>(weight.value, *scales++, static_cast<typename Lane::Element*>(nullptr));
-        for (int64_t done = 0; done < step; done += 2 * Lane::width, packed += Lane::width, out += 2 * Lane::width) {
-            const auto pair = Isa::pair(table, packed);
-            Lane::store(out, pair.even);
-            Lane::store(out + Lane::width, pair.odd);
-        }
+    const int64_t step = weight.block_size < count ? weight.block_size : count, blocks = count / step;
+    typename Lane::Sum sum[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) sum[r][c] = sums[r * job.T + c];
+    for (int64_t block = 0, done = 0; block < blocks; ++block) {
+        decltype(Isa::template table<D, Plain>(nullptr, 0.0f, static_cast<Element*>(nullptr))) tables[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+            tables[r] = Isa::template table<D, Plain>(weight.value, scales[r * blocks + block], static_cast<Element*>(nullptr));
+        for (const int64_t end = done + step; done < end; done += group, packed += Lane::width)
+            multiply_group<Isa, Lane, R, C>(tables, packed, row_bytes, x + done, count, sum, w + done, count);
     }
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) sums[r * job.T + c] = sum[r][c];
 }
 
-template <class Isa, class Lane, int D>
-static void decode_piece(const LinearJob& job, int64_t first, int64_t count, typename Lane::Element* out) {
+// Leaves elements [k, k + count) of R rows in w; returns the number of rows of x that they have been multiplied with.
+template <class Isa, class Lane, int D, int R>
+static int64_t decode_piece(const LinearJob& job, const typename Lane::Element* x, int64_t n, int64_t k, int64_t count,
+                            typename Lane::Element* w, typename Lane::Sum* sums) {
     const rw_weight& weight = *job.weight;
-    if (!job.apart) return decode<Isa, D>(weight, first, count, out);
-    const int64_t blocks = (count + weight.block_size - 1) / weight.block_size;
-    float* scales = scratch<Isa, float, 2>(blocks);
-    if (Isa::scales(weight, first / weight.block_size, blocks, scales)) {
-        decode_apart<Isa, Lane, D, true>(weight, first, count, scales, out);
-    } else {
-        decode_apart<Isa, Lane, D, false>(weight, first, count, scales, out);
+    if (!job.apart || job.T < Isa::fused_rows) {
+        for (int r = 0; r < R; ++r) decode<Isa, D>(weight, (n + r) * job.K + k, count, w + r * count);
+        return 0;
     }
+    const int64_t blocks = (count + weight.block_size - 1) / weight.block_size;
+    float* scales = scratch<Isa, float, 2>(R * blocks);
+    bool plain = true;
+    for (int r = 0; r < R; ++r)
+        plain = Isa::scales(weight, ((n + r) * job.K + k) / weight.block_size, blocks, scales + r * blocks) && plain;
+    if (plain) {
+        decode_and_multiply<Isa, Lane, D, R, Isa::fused_rows, true>(job, x, n, k, count, scales, w, sums);
+    } else {
+        decode_and_multiply<Isa, Lane, D, R, Isa::fused_rows, false>(job, x, n, k, count, scales, w, sums);
+    }
+    return Isa::fused_rows;
 }
 
 // Elements [k, k + count) of R weight rows from n on, times the same elements of every row of x.
 template <class Isa, class Lane, int D, int R>
 static void piece_of_rows(const LinearJob& job, const typename Lane::Element* x, int64_t n, int64_t k, int64_t count,
                           typename Lane::Element* w, typename Lane::Sum* sum) {
-    for (int r = 0; r < R; ++r) decode_piece<Isa, Lane, D>(job, (n + r) * job.K + k, count, w + r * count);
     for (int r = 0; r < R; ++r) prefetch(*job.weight, k + count < job.K ? (n + r) * job.K + k + count : (n + r + kGroup) * job.K, count);
-    for (int64_t t = 0; t < job.T;) {
+    x += k * job.T;
+    for (int64_t t = decode_piece<Isa, Lane, D, R>(job, x, n, k, count, w, sum); t < job.T;) {
         // Tiles of nearly equal width: 16 is 6 + 5 + 5, not 6 + 6 + 4.
         const int64_t left = job.T - t, tiles = (left + Isa::columns - 1) / Isa::columns;
         const int columns = static_cast<int>((left + tiles - 1) / tiles);
-        tile_of<Lane, R, Isa::columns>(columns, w, count, x + k * job.T + t * count, count, count, sum + t, job.T);
+        tile_of<Lane, R, Isa::columns>(columns, w, count, x + t * count, count, count, sum + t, job.T);
         t += columns;
     }
 }
@@ -68,7 +88,9 @@ static void decoded_group(const LinearJob& job, const typename Lane::Element* x,
     using Element = typename Lane::Element;
     using Sum = typename Lane::Sum;
     const int64_t piece = job.piece;
-    Element* w = scratch<Isa, Element, 0>(kRows * piece);
+    // Half a page away from x, modulo a page: a load that follows a store to the same place in another page waits for it.
+    constexpr int64_t half_page = kPage / 2 / static_cast<int64_t>(sizeof(Element));
+    Element* w = scratch<Isa, Element, 0>(kRows * piece + half_page) + half_page;
     Sum* sum = scratch<Isa, Sum, 1>(kGroup * job.T);
     for (int64_t i = 0; i < (last - first) * job.T; ++i) sum[i] = Lane::zero();
     for (int64_t k = 0; k < job.K; k += piece) {

@@ -29,15 +29,7 @@ static void fused_rows(const LinearJob& job, int64_t n, const float* scales) {
             __builtin_prefetch(packed + (R + r) * row_bytes);
         }
         for (int64_t done = 0; done < weight.block_size; done += group, x += C * group, packed += Lane::width) {
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                const auto pair = Isa::pair(tables[r], packed + r * row_bytes);
-#pragma GCC unroll 8
-                for (int c = 0; c < C; ++c) {
-                    sum[r][c] = Lane::multiply_add(pair.even, Lane::load(x + c * group), sum[r][c]);
-                    sum[r][c] = Lane::multiply_add(pair.odd, Lane::load(x + c * group + Lane::width), sum[r][c]);
-                }
-            }
+            multiply_group<Isa, Lane, R, C>(tables, packed, row_bytes, x, group, sum);
         }
     }
     for (int r = 0; r < R; ++r)

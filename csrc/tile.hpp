@@ -53,4 +53,31 @@ static void tile_of(int columns, const typename Lane::Element* w, int64_t w_stri
     if constexpr (C > 1) tile_of<Lane, R, C - 1>(columns, w, w_stride, x, x_stride, count, sum, stride);
 }
 
+// The next group of elements, two vectors, of R rows of codes with C rows of x. Returns nothing but the grown sums; with `w` it also
+// leaves the decoded weights there, rows at w_stride. Decoding and multiplying use different units of the core: together they take
+// little more than the longer of the two.
+template <class Isa, class Lane, int R, int C, class Table>
+static inline __attribute__((always_inline)) void multiply_group(const Table (&tables)[R], const uint8_t* packed, int64_t row_bytes,
+                                                                 const typename Lane::Element* x, int64_t x_stride,
+                                                                 typename Lane::Sum (&sum)[R][C],
+                                                                 typename Lane::Element* w = nullptr, int64_t w_stride = 0) {
+    typename Lane::Vector even[R], odd[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+        const auto pair = Isa::pair(tables[r], packed + r * row_bytes);
+        even[r] = pair.even;
+        odd[r] = pair.odd;
+        if (w) {
+            Lane::store(w + r * w_stride, even[r]);
+            Lane::store(w + r * w_stride + Lane::width, odd[r]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+        const auto x_even = Lane::load(x + c * x_stride), x_odd = Lane::load(x + c * x_stride + Lane::width);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sum[r][c] = Lane::multiply_add(odd[r], x_odd, Lane::multiply_add(even[r], x_even, sum[r][c]));
+    }
+}
+
 }  // namespace rankwise

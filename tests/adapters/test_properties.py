@@ -179,18 +179,54 @@ def test_dropout_acts_on_the_low_rank_path_only():
     torch.testing.assert_close(logits(model), logits(model), rtol=0, atol=0)
 
 
+def _in_place(parameter: nn.Parameter) -> None:
+    with torch.no_grad():
+        parameter.add_(0.05)
+
+
+def _through_data(parameter: nn.Parameter) -> None:
+    parameter.data.add_(0.05)
+
+
+def _new_storage(parameter: nn.Parameter) -> None:
+    parameter.data = parameter.data + 0.05
+
+
+@pytest.mark.parametrize("change", [_in_place, _through_data, _new_storage])
 @pytest.mark.parametrize("training", [True, False])
-def test_dora_notices_changes_by_hand(training):
+def test_dora_notices_changes_by_hand(training, change):
     model, config = build("dora", "llama", torch.float32)
     rw.add_adapter(model, config)
     model.train(training)
     logits(model)
-    with torch.no_grad():
-        for parameter in rw.adapter_parameters(model).values():
-            parameter.add_(0.05)
+    for parameter in rw.adapter_parameters(model).values():
+        change(parameter)
     changed = logits(model)
     rw.merge_adapter(model)
     torch.testing.assert_close(changed, logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_dora_computes_its_norms_once_per_optimizer_step(monkeypatch):
+    from rankwise.adapters import dora
+
+    calls = []
+    count = dora.adapted_row_norms
+    monkeypatch.setattr(dora, "adapted_row_norms", lambda *args: calls.append(1) or count(*args))
+    model, config = build("dora", "llama", torch.float32)
+    layers = len(rw.add_adapter(model, config).modules)
+    optimizer = torch.optim.SGD(rw.adapter_parameters(model).values(), lr=0.1)
+    model.train()
+    calls.clear()
+    for _ in range(3):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    model.eval()
+    logits(model)
+    # None at all: the norms at initialisation still hold.
+    assert len(calls) == 0
+    optimizer.step()
+    logits(model)
+    logits(model)
+    assert len(calls) == layers
 
 
 def test_adapter_dtype_base_stores_the_pair_in_the_base_dtype():

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rankwise.adapters.freshness import Key, frozen_key
+
 
 def is_adaptable(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or is_linear(module)
@@ -76,15 +78,10 @@ def weight_device(base: nn.Module) -> torch.device:
     return next(base.parameters()).device
 
 
-def weight_key(base: nn.Module) -> tuple[int, int]:
+def weight_key(base: nn.Module) -> Key:
     """Changes whenever the base's weight is replaced or written to."""
     layer: Any = base
-    return tensor_key(layer.weight)
-
-
-def tensor_key(tensor: Tensor) -> tuple[int, int]:
-    """Identity of a tensor's storage and of what was written to it; works on fake tensors too."""
-    return tensor.untyped_storage()._cdata, tensor._version
+    return frozen_key(layer.weight)
 
 
 def with_weight(base: nn.Module, W: Tensor) -> nn.Module:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.adapters.base_layer import dense_weight, features, frozen_product, tensor_key, weight_key
+from rankwise.adapters.base_layer import dense_weight, features, frozen_product, weight_key
+from rankwise.adapters.freshness import trained_key
 from rankwise.adapters.fused import Parts, enabled_rows, low_rank_product, to_blocks
 from rankwise.adapters.lora import empty_pair
 from rankwise.adapters.low_rank import (
@@ -76,10 +77,13 @@ class Dora(nn.Module):
 
     @torch.no_grad()
     def row_norms(self, base: nn.Module) -> Tensor:
-        """``||W + s B A||`` per row of the whole layer, float32 (out,); kept until W, A or B change."""
+        """``||W + s B A||`` per row of the whole layer, float32 (out,); kept until W, A or B change.
+
+        So it is computed once per optimizer step, whatever the micro-batches, recomputations and evaluations.
+        """
         A, B = self.lora_A, self.lora_B
-        key = (tensor_key(A), tensor_key(B), weight_key(base))
-        if not self.training and (hit := self._cached("norms", key)) is not None:
+        key = (trained_key(A), trained_key(B), weight_key(base))
+        if (hit := self._cached("norms", key)) is not None:
             return hit
         W = dense_weight(base)
         squared = self._cached("squared", weight_key(base))
