@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeGuard, TypeVar, get_args
 
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -21,6 +22,7 @@ from rankwise.errors import ConfigError
 Bias = Literal["none", "all", "lora_only"]
 AdapterDtype = Literal["float32", "base"]
 Method = Literal["lora", "qlora", "dora", "qdora", "full"]
+QuantType = Literal["nf4", "fp4"]
 
 ALL_LINEAR = "all-linear"
 
@@ -73,10 +75,15 @@ class LoraConfig:
     # them in the base's dtype (half the adapter's memory, and small updates are lost to rounding).
 
     def __post_init__(self) -> None:
+        if isinstance(self.modules_to_save, str):
+            object.__setattr__(self, "modules_to_save", (self.modules_to_save,))
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
+        if isinstance(self.enable_lora, Mapping):
+            fused = {k: tuple(v) if isinstance(v, Sequence) else v for k, v in self.enable_lora.items()}
+            object.__setattr__(self, "enable_lora", fused)
         problems = list(_lora_problems(self))
         if problems:
             raise ConfigError("RW101", "; ".join(problems) + ".")
@@ -87,28 +94,69 @@ class LoraConfig:
 
 
 def _lora_problems(config: LoraConfig) -> Sequence[str]:
-    problems = []
+    problems = [
+        f"{name} is {getattr(config, name)!r} and must be a mapping from module names"
+        for name in ("rank_pattern", "alpha_pattern", "enable_lora")
+        if not isinstance(getattr(config, name), Mapping)
+    ]
+    problems += _pattern_problems(config)
+    if problems:
+        return problems
     ranks = {"r": config.r, **{f"rank_pattern[{key!r}]": value for key, value in config.rank_pattern.items()}}
+    alphas = {
+        "lora_alpha": config.lora_alpha,
+        **{f"alpha_pattern[{key!r}]": value for key, value in config.alpha_pattern.items()},
+    }
     for name, rank in ranks.items():
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             problems.append(f"{name} is {rank!r} and must be a whole number of 1 or more")
-    if not 0 <= config.lora_dropout < 1:
+    for name, alpha in alphas.items():
+        if not _is_number(alpha) or not 0 < alpha < math.inf:
+            problems.append(f"{name} is {alpha!r} and must be a number above 0")
+    if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
         problems.append(f"lora_dropout is {config.lora_dropout!r} and must lie in [0, 1)")
     if config.bias not in get_args(Bias):
         problems.append(f"bias is {config.bias!r} and must be one of {', '.join(get_args(Bias))}")
     if config.adapter_dtype not in get_args(AdapterDtype):
         problems.append(f"adapter_dtype is {config.adapter_dtype!r} and must be float32 or base")
+    return [*problems, *_target_problems(config)]
+
+
+def _target_problems(config: LoraConfig) -> Iterator[str]:
     if config.target_modules is not None and len(config.target_modules) == 0:
-        problems.append('target_modules is empty; give a list of names, a regular expression, or "all-linear"')
-    if config.layers_to_transform is not None and isinstance(config.target_modules, str):
-        problems.append(
+        yield 'target_modules is empty; give a list of names, a regular expression, or "all-linear"'
+    layers = config.layers_to_transform
+    indices = [layers] if isinstance(layers, int) else layers
+    if indices is not None and (isinstance(indices, str) or not all(type(index) is int for index in indices)):
+        yield f"layers_to_transform is {layers!r} and must be a layer's index or a list of them"
+    elif layers is not None and isinstance(config.target_modules, str):
+        yield (
             "layers_to_transform goes with a list of target_modules, and target_modules is "
             f"{config.target_modules!r}; give the module names as a list"
         )
     for key, parts in config.enable_lora.items():
-        if not any(parts):
-            problems.append(f"enable_lora[{key!r}] is {list(parts)} and must enable at least one part")
-    return problems
+        if not isinstance(parts, Sequence) or not any(parts):
+            yield f"enable_lora[{key!r}] is {parts!r} and must be a list that enables at least one part"
+
+
+def _pattern_problems(config: LoraConfig) -> Iterator[str]:
+    """Regular expressions that do not compile."""
+    patterns = {name: getattr(config, name) for name in ("target_modules", "exclude_modules")}
+    named = [(f"{name} is {value!r}", value) for name, value in patterns.items() if isinstance(value, str)]
+    layers = config.layers_pattern or ()
+    named += [(f"layers_pattern has {value!r}", value) for value in ([layers] if isinstance(layers, str) else layers)]
+    for name in ("rank_pattern", "alpha_pattern"):
+        if isinstance(getattr(config, name), Mapping):
+            named += [(f"{name}[{key!r}] is set", key) for key in getattr(config, name)]
+    for described, pattern in named:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            yield f"{described}, which is no regular expression ({error})"
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Settings(BaseModel):
@@ -120,11 +168,40 @@ class Settings(BaseModel):
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
+def comma_list(value: Any) -> Any:
+    """Text is a list with commas in it, or of one item; anything else is left to the check of its type."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return (value,) if isinstance(value, int) else value
+
+
 def module_list(value: Any) -> Any:
     """A comma makes a list, and so does a bare module name: as a regular expression it would match almost nothing."""
-    if isinstance(value, str) and value != ALL_LINEAR and ("," in value or re.fullmatch(r"\w+", value)):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value
+    is_list = isinstance(value, str) and value != ALL_LINEAR and ("," in value or re.fullmatch(r"\w+", value))
+    return comma_list(value) if is_list else value
+
+
+def text_list(value: Any) -> Any:
+    """One text is a list of one; its commas are its own."""
+    return (value,) if isinstance(value, str) else value
+
+
+def named_values(value: Any) -> Any:
+    """``q_proj=4,v_proj=8`` as a mapping. A name may hold ``=``, a comma only in a YAML mapping."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.rpartition("=") for part in comma_list(value)]
+    if not all(name.strip() and item.strip() for name, _, item in pairs):
+        raise ValueError("write NAME=VALUE, with commas between several")
+    return {name.strip(): item.strip() for name, _, item in pairs}
+
+
+def named_parts(value: Any) -> Any:
+    """``c_attn=1:0:1`` as a mapping to switches."""
+    named = named_values(value)
+    if not isinstance(named, Mapping):
+        return named
+    return {name: tuple(item.split(":")) if isinstance(item, str) else item for name, item in named.items()}
 
 
 class TrainSettings(Settings):
@@ -145,9 +222,28 @@ class TrainSettings(Settings):
     exclude_modules: Annotated[str | tuple[str, ...] | None, BeforeValidator(module_list)] = Field(
         None, description="Module names to leave alone."
     )
-    modules_to_save: tuple[str, ...] | None = Field(None, description="Modules to train whole, comma-separated.")
+    modules_to_save: Annotated[tuple[str, ...] | None, BeforeValidator(comma_list)] = Field(
+        None, description="Modules to train whole, comma-separated."
+    )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r).")
     adapter_dtype: AdapterDtype = Field("float32", description="float32, or base for the base model's dtype.")
+    bias: Bias = Field("none", description="Biases of the base to train: none, all, or those of adapted layers.")
+    layers_to_transform: Annotated[tuple[int, ...] | None, BeforeValidator(comma_list)] = Field(
+        None, description="Adapt only these layers, counted from 0; needs a list of --target-modules."
+    )
+    rank_pattern: Annotated[dict[str, int], BeforeValidator(named_values)] = Field(
+        {}, description="Another rank for some modules: q_proj=4,v_proj=8; a name may be a regular expression."
+    )
+    alpha_pattern: Annotated[dict[str, float], BeforeValidator(named_values)] = Field(
+        {}, description="Another --lora-alpha for some modules, written like --rank-pattern."
+    )
+    enable_lora: Annotated[dict[str, tuple[bool, ...]], BeforeValidator(named_parts)] = Field(
+        {}, description="Adapt only some equal parts of a fused layer: c_attn=1:0:1 leaves out the second of three."
+    )
+
+    quant_type: QuantType = Field("nf4", description="4-bit type of qlora and qdora.")
+    block_size: int = Field(64, description="Weights per 4-bit scale: a power of two from 32 to 4096.")
+    double_quant: bool = Field(True, description="Keep the 4-bit scales in 8 bits.")
 
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides --epochs.")
     epochs: float = Field(1.0, gt=0, description="Passes over the training data.")
@@ -238,5 +334,6 @@ def _one_sentence(error: pydantic.ValidationError, kind: type[Settings]) -> str:
         elif item["type"] == "missing":
             problems.append(f"{name} is missing")
         else:
-            problems.append(f"{name} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+            reason = item["msg"].removeprefix("Value error, ")
+            problems.append(f"{name} is {item['input']!r}: {reason[0].lower()}{reason[1:]}")
     return "; ".join(dict.fromkeys(problems)) + "."

@@ -12,6 +12,7 @@ from test_properties import logits
 
 import rankwise as rw
 from rankwise.errors import AdapterError, ConfigError
+from rankwise.weights_file import read_header
 from tiny_models import tiny_gpt2, tiny_llama
 
 
@@ -78,8 +79,18 @@ def test_targets(settings, code, part):
         ({"bias": "some"}, "none, all, lora_only"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern['q_proj'] is 0"),
         ({"target_modules": []}, "target_modules is empty"),
-        ({"enable_lora": {"c_attn": [False, False]}}, "must enable at least one part"),
+        ({"enable_lora": {"c_attn": [False, False]}}, "must be a list that enables at least one part"),
         ({"layers_to_transform": [0]}, "goes with a list of target_modules"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"lora_alpha": 0}, "lora_alpha is 0"),
+        ({"lora_alpha": "x"}, "lora_alpha is 'x'"),
+        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is ['q_proj']"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern['q_proj'] is 'x'"),
+        ({"layers_to_transform": "x", "target_modules": ["q_proj"]}, "layers_to_transform is 'x'"),
+        ({"enable_lora": 5}, "enable_lora is 5"),
+        ({"target_modules": "(q_proj"}, "target_modules is '(q_proj'"),
+        ({"rank_pattern": {"(q": 2}}, "rank_pattern['(q']"),
+        ({"layers_pattern": "(x"}, "layers_pattern"),
     ],
 )
 def test_settings(settings, part):
@@ -159,6 +170,19 @@ def test_nan_is_refused(folder):
     fails(tiny_llama(), folder, "RW412", key)
 
 
+def test_metadata_that_cannot_be_read(folder):
+    path = folder / "adapter_model.safetensors"
+    for text in ("{", "[]", '{"enable_lora": {"q_proj": [false]}, "rank_pattern": {}, "alpha_pattern": {}}'):
+        save_file(load_file(path), path, metadata={"format": "pt", "rankwise.enable_lora": text})
+        fails(tiny_llama(), folder, "RW409", "rankwise.enable_lora")
+
+
+def test_integers_are_no_weights(folder):
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({key: tensors[key].to(torch.int32)}))
+    fails(tiny_llama(), folder, "RW411", key, "I32")
+
+
 def test_a_fused_file_that_is_not_block_structured(tmp_path):
     model = tiny_gpt2()
     config = rw.LoraConfig(r=2, target_modules=["c_attn"], enable_lora={"c_attn": [True, False, True]})
@@ -167,5 +191,6 @@ def test_a_fused_file_that_is_not_block_structured(tmp_path):
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
     tensors["base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"].fill_(1.0)
-    save_file(tensors, path, metadata={"format": "pt", "rankwise.enable_lora": '{"c_attn": [true, false, true]}'})
+    metadata = dict(read_header(path).metadata)
+    save_file(tensors, path, metadata=metadata)
     fails(tiny_gpt2(), tmp_path, "RW411", "c_attn.lora_B.weight")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import rankwise as rw
+from rankwise.errors import AdapterError
 from tiny_models import tiny_gpt2, tiny_llama
 
 ADAPTERS = {
@@ -192,11 +193,21 @@ def _new_storage(parameter: nn.Parameter) -> None:
     parameter.data = parameter.data + 0.05
 
 
-@pytest.mark.parametrize("change", [_in_place, _through_data, _new_storage])
+def _permuted(parameter: nn.Parameter) -> None:
+    # Same values in another order, and after the constant fill none that a sum or an XOR would notice.
+    parameter.data.copy_(parameter.data.flip(0))
+
+
+def _filled(parameter: nn.Parameter) -> None:
+    parameter.data.fill_(0.3)
+
+
+@pytest.mark.parametrize("change", [_in_place, _through_data, _new_storage, _permuted, _filled])
 @pytest.mark.parametrize("training", [True, False])
 def test_dora_notices_changes_by_hand(training, change):
     model, config = build("dora", "llama", torch.float32)
     rw.add_adapter(model, config)
+    step(model)
     model.train(training)
     logits(model)
     for parameter in rw.adapter_parameters(model).values():
@@ -250,3 +261,169 @@ def test_a_trained_head_is_untied():
     assert torch.equal(model.model.embed_tokens.weight, embedding)
     assert not torch.equal(model.lm_head.weight, embedding)
     assert model.config.tie_word_embeddings is False
+
+
+def test_new_adapters_take_the_mode_of_the_model(tmp_path):
+    model, config = build("lora", "llama", torch.float32, lora_dropout=0.5, init_lora_weights=False)
+    rw.add_adapter(model, config)
+    torch.testing.assert_close(logits(model), logits(model), rtol=0, atol=0)
+    rw.save_adapter(model, tmp_path)
+    other, _ = build("lora", "llama", torch.float32)
+    rw.load_adapter(other, tmp_path, trainable=False)
+    torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=0)
+
+
+def test_an_adapter_for_inference_stays_frozen(tmp_path):
+    model, config = build("dora", "llama", torch.float32)
+    rw.add_adapter(model, config)
+    rw.save_adapter(model, tmp_path)
+    other, _ = build("dora", "llama", torch.float32)
+    rw.load_adapter(other, tmp_path, trainable=False)
+    rw.set_adapter(other, "default")
+    assert not any(parameter.requires_grad for parameter in other.parameters())
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_disabled_or_not_the_adapter_saves_its_own_biases(bias, tmp_path):
+    model, config = build("lora", "llama", torch.float32, bias=bias)
+    rw.add_adapter(model, config)
+    step(model)
+    adapted = logits(model)
+    with rw.adapter_disabled(model):
+        with rw.adapter_disabled(model):
+            base = logits(model)
+        torch.testing.assert_close(logits(model), base, rtol=0, atol=0)
+        rw.save_adapter(model, tmp_path)
+    torch.testing.assert_close(logits(model), adapted, rtol=0, atol=0)
+    other, _ = build("lora", "llama", torch.float32)
+    torch.testing.assert_close(logits(other), base, rtol=0, atol=0)
+    rw.load_adapter(other, tmp_path)
+    torch.testing.assert_close(logits(other), adapted, rtol=0, atol=0)
+
+
+def test_biases_beside_a_module_trained_whole(tmp_path):
+    model, config = build("lora", "gpt2", torch.float32, bias="all", modules_to_save=["ln_f"])
+    rw.add_adapter(model, config)
+    step(model)
+    rw.save_adapter(model, tmp_path)
+    other, _ = build("lora", "gpt2", torch.float32)
+    rw.load_adapter(other, tmp_path)
+    torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("whole", ["norm", "lm_head"])
+def test_a_tied_head_stays_tied_where_nothing_unties_it(whole, tmp_path):
+    model = BASES["llama_tied"]()
+    before = logits(model)
+    rw.add_adapter(model, rw.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[whole]))
+    step(model)
+    adapted = logits(model)
+    rw.merge_adapter(model)
+    model.save_pretrained(tmp_path / "merged")
+    merged = type(model).from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), adapted, rtol=1e-5, atol=1e-5)
+    rw.unmerge_adapter(model)
+    rw.remove_adapter(model)
+    model.save_pretrained(tmp_path / "base")
+    torch.testing.assert_close(logits(type(model).from_pretrained(tmp_path / "base")), before, rtol=0, atol=0)
+
+
+def test_while_merged_nothing_else_can_be_done(tmp_path):
+    model, config = build("lora", "llama", torch.float32)
+    rw.add_adapter(model, config)
+    rw.merge_adapter(model)
+    actions = (
+        lambda: rw.add_adapter(model, config, name="other"),
+        lambda: rw.save_adapter(model, tmp_path / "adapter"),
+        lambda: rw.disable_adapter(model),
+        lambda: rw.set_adapter(model, "default"),
+        lambda: rw.remove_adapter(model),
+        lambda: rw.adapter_parameters(model),
+        lambda: rw.merge_adapter(model),
+    )
+    for action in actions:
+        with pytest.raises(AdapterError, match="RW408"):
+            action()
+    assert not (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_an_adapted_head_shows_its_weight_with_gradients(adapter):
+    model, _ = build(adapter, "llama", torch.float32)
+    settings = {"r": 2, "target_modules": ["lm_head", "q_proj"], "init_lora_weights": False, **ADAPTERS[adapter]}
+    rw.add_adapter(model, rw.LoraConfig(**settings))
+    hidden = model.model(input_ids=IDS).last_hidden_state
+    by_hand = hidden @ model.lm_head.weight.T
+    torch.testing.assert_close(by_hand, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+    by_hand.square().sum().backward()
+    head = {key: p.grad for key, p in rw.adapter_parameters(model).items() if "lm_head" in key}
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in head.values())
+
+
+def test_a_row_of_zeros_stays_zero_under_dora():
+    model, config = build("dora", "llama", torch.float32)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[3] = 0
+    before = logits(model)
+    rw.add_adapter(model, config)
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
+    step(model, rate=0.01)
+    assert logits(model).isfinite().all()
+    rw.merge_adapter(model)
+    assert logits(model).isfinite().all()
+
+
+def test_dora_under_inference_mode_and_compiled():
+    model, config = build("dora", "llama", torch.float32)
+    rw.add_adapter(model, config)
+    step(model)
+    expected = logits(model)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=0, atol=0)
+        made_here, config = build("dora", "llama", torch.float32)
+        rw.add_adapter(made_here, config)
+        assert made_here(input_ids=IDS).logits.isfinite().all()
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_embedding_that_came_with_the_adapter_leaves_with_it(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model, config = build("lora", "llama", torch.float32)
+    base = logits(model)
+    rw.add_adapter(model, config)
+    rw.save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    own_head = torch.randn_like(model.lm_head.weight)
+    tensors = {**load_file(path), "base_model.model.lm_head.weight": own_head}
+    save_file(tensors, path, metadata={"format": "pt"})
+    other, _ = build("lora", "llama", torch.float32)
+    rw.load_adapter(other, tmp_path)
+    assert torch.equal(other.lm_head.weight, own_head)
+    adapted = logits(other)
+    with rw.adapter_disabled(other):
+        torch.testing.assert_close(logits(other), base, rtol=0, atol=0)
+    torch.testing.assert_close(logits(other), adapted, rtol=0, atol=0)
+    rw.save_adapter(other, tmp_path / "again")
+    assert torch.equal(
+        load_file(tmp_path / "again" / "adapter_model.safetensors")["base_model.model.lm_head.weight"], own_head
+    )
+    rw.remove_adapter(other)
+    torch.testing.assert_close(logits(other), base, rtol=0, atol=0)
+
+
+def test_a_fused_projection_with_rank_and_alpha_patterns(tmp_path):
+    settings = {"rank_pattern": {"h.0.attn.c_attn": 2}, "alpha_pattern": {"c_attn": 5}, "use_rslora": True}
+    model, config = build("fused_lora", "gpt2", torch.float32, **settings)
+    rw.add_adapter(model, config)
+    step(model)
+    rw.save_adapter(model, tmp_path)
+    other, _ = build("fused_lora", "gpt2", torch.float32)
+    rw.load_adapter(other, tmp_path)
+    assert dict(rw.adapter_config(other).rank_pattern) == settings["rank_pattern"]
+    torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=0)
+    peft = pytest.importorskip("peft", reason="PEFT is the oracle here; install the extra `bench`")
+    theirs = peft.PeftModel.from_pretrained(tiny_gpt2(), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)

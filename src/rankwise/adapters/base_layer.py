@@ -22,9 +22,12 @@ def is_adaptable(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    if isinstance(module, nn.Linear) or is_conv1d(module):
+    """A linear layer that can be read: another library's packed weights without ``dequantize`` cannot."""
+    if all(hasattr(module, name) for name in ("in_features", "out_features", "dequantize")):
         return True
-    return all(hasattr(module, name) for name in ("in_features", "out_features", "dequantize"))
+    weight = getattr(module, "weight", None)
+    readable = isinstance(weight, Tensor) and weight.is_floating_point()
+    return readable and (isinstance(module, nn.Linear) or is_conv1d(module))
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -79,15 +82,16 @@ def weight_device(base: nn.Module) -> torch.device:
 
 
 def weight_key(base: nn.Module) -> Key:
-    """Changes whenever the base's weight is replaced or written to."""
+    """Changes whenever the base's weight is replaced, written to, moved or read in another dtype."""
     layer: Any = base
-    return frozen_key(layer.weight)
+    return *frozen_key(layer.weight), str(weight_dtype(base)), str(layer.weight.device)
 
 
 def with_weight(base: nn.Module, W: Tensor) -> nn.Module:
     """A plain layer like ``base`` that holds W (out, in): same class (``nn.Linear`` for a quantized one), same bias."""
     if is_quantized(base):
-        return _linear(W, getattr(base, "bias", None))
+        layer: Any = base
+        return layer.dense_layer(W) if hasattr(base, "dense_layer") else _linear(W, getattr(base, "bias", None))
     plain: Any = copy.copy(base)
     plain._parameters = dict(base._parameters)
     transposed = is_conv1d(base) or isinstance(base, nn.Embedding)

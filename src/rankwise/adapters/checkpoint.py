@@ -28,26 +28,34 @@ from rankwise.adapters.inject import (
     AdapterReport,
     adapted_layers,
     attach,
-    base_modules,
-    inner_module,
+    disable_adapter,
+    enable_adapter,
     plan_adapter,
     remove_adapter,
     report,
-    state_and_name,
-    trainable_biases,
     trained_copies,
 )
 from rankwise.adapters.layer import AdaptedLayer, TrainedCopy
 from rankwise.adapters.peft_config import CONFIG_FILE, from_peft, read_config, scaled_alpha, to_peft
+from rankwise.adapters.state import (
+    AdapterState,
+    base_modules,
+    base_parameter,
+    inner_module,
+    replace_parameter,
+    state_and_name,
+)
 from rankwise.adapters.targets import matches, suffixes
 from rankwise.config import LoraConfig
-from rankwise.errors import AdapterError
+from rankwise.errors import AdapterError, ConfigError
 from rankwise.records import write_json
 from rankwise.weights_file import read_header, refuse_pickles
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PARTS_KEY = "rankwise.enable_lora"
+PARTS_FIELDS = ("enable_lora", "rank_pattern", "alpha_pattern")
+# What PEFT's fields cannot say of a fused projection; kept in the metadata.
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
@@ -63,8 +71,12 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
             found[key] = getattr(adapter, attribute)
     for path, copy in trained_copies(model, name):
         found |= {f"{PREFIX}{path}.{key}": value for key, value in copy.adapters[name].named_parameters()}
-    biases = trainable_biases(model, state.configs[name], name)
-    return found | {PREFIX + key: value for key, value in biases.items()}
+    adapted = {path for path, _ in adapted_layers(model, name)}
+    for key in state.replaced.get(name, {}):
+        path, _, leaf = key.rpartition(".")
+        if leaf == "bias":
+            found[f"{PREFIX}{path}{'.base_layer' if path in adapted else ''}.bias"] = base_parameter(model, key)
+    return found
 
 
 def save_adapter(
@@ -87,14 +99,14 @@ def save_adapter(
     )
     metadata = {"format": "pt"}
     if config.enable_lora:
-        metadata[PARTS_KEY] = json.dumps({key: list(parts) for key, parts in config.enable_lora.items()})
+        metadata[PARTS_KEY] = json.dumps({name: _plain(getattr(config, name)) for name in PARTS_FIELDS})
     _write_tensors(folder / WEIGHTS_FILE, adapter_tensors(model, name), metadata)
     write_json(folder / CONFIG_FILE, document)
 
 
 def adapter_tensors(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     """The tensors of an adapter as PEFT's file has them, detached, on the CPU."""
-    _, name = state_and_name(model, name)
+    state, name = state_and_name(model, name)
     tensors: dict[str, Tensor] = {key: value.detach() for key, value in adapter_parameters(model, name).items()}
     for path, layer in adapted_layers(model, name):
         adapter: Any = layer.adapters[name]
@@ -106,7 +118,20 @@ def adapter_tensors(model: nn.Module, name: str | None = None) -> dict[str, Tens
             tensors |= {key: full[attribute] for key, attribute in keys.items() if attribute in full}
     for path, copy in trained_copies(model, name):
         tensors |= {f"{PREFIX}{path}.{key}": value.detach() for key, value in copy.adapters[name].named_buffers()}
+    tensors |= _replaced_tensors(model, state, name)
     return {key: tensors[key].cpu().contiguous() for key in sorted(tensors)}
+
+
+def _replaced_tensors(model: nn.Module, state: AdapterState, name: str) -> dict[str, Tensor]:
+    """The parameters of the base that the adapter replaces, live while it is at work, else as it left them."""
+    adapted = {path for path, _ in adapted_layers(model, name)}
+    at_work = state.active == name and not state.disabled
+    tensors = {}
+    for key, kept in state.replaced.get(name, {}).items():
+        path, _, leaf = key.rpartition(".")
+        value = base_parameter(model, key).detach() if at_work else kept
+        tensors[f"{PREFIX}{path}{'.base_layer' if path in adapted else ''}.{leaf}"] = value
+    return tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +156,7 @@ def read_adapter(model: nn.Module, folder: str | Path, name: str = DEFAULT_NAME)
     config = _with_parts(from_peft(document, folder / CONFIG_FILE), header.metadata)
     planned = plan_adapter(model, config, name)
     _check_fit(model, config, planned, {key: info.shape for key, info in header.tensors.items()}, folder)
+    _check_dtypes({key: info.dtype for key, info in header.tensors.items()}, folder)
     tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     _check_finite(tensors, folder)
     return AdapterFile(config, planned, tensors)
@@ -145,22 +171,19 @@ def load_adapter(
     for the reasons of ``read_adapter``.
     """
     file = read_adapter(model, folder, name)
-    attach(model, file.config, file.planned, name)
+    attach(model, file.config, file.planned, name, trainable=trainable)
     try:
         load_tensors(model, file.tensors, name)
     except BaseException:
         remove_adapter(model, name)
         raise
-    if not trainable:
-        for parameter in adapter_parameters(model, name).values():
-            parameter.requires_grad_(False)
     return report(model, name)
 
 
 @torch.no_grad()
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str | None = None) -> None:
     """Copy tensors, keyed and shaped as in PEFT's file, into an adapter that is already in place."""
-    _, name = state_and_name(model, name)
+    state, name = state_and_name(model, name)
     layers = {PREFIX + path: layer for path, layer in adapted_layers(model, name)}
     for key, parameter in adapter_parameters(model, name).items():
         layer = layers.get(key.partition(".lora_")[0])
@@ -169,10 +192,22 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str | No
         for key, buffer in copy.adapters[name].named_buffers():
             if f"{PREFIX}{path}.{key}" in tensors:
                 buffer.copy_(tensors[f"{PREFIX}{path}.{key}"])
+    _load_end_weights(model, tensors, state, name)
+
+
+def _load_end_weights(model: nn.Module, tensors: Mapping[str, Tensor], state: AdapterState, name: str) -> None:
+    """An embedding or head that came along with the adapter stands in for the base's while the adapter is at work."""
     trained_whole = {f"{PREFIX}{path}.weight" for path, _ in trained_copies(model, name)}
+    at_work = state.active == name and not state.disabled
     for key, weight in _end_weights(model).items():
-        if key in tensors and key not in trained_whole:
-            weight.copy_(tensors[key])
+        if key not in tensors or key in trained_whole or torch.equal(tensors[key].to(weight), weight):
+            continue
+        plain = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        if at_work:
+            disable_adapter(model)
+        replace_parameter(model, state, name, plain, tensors[key])
+        if at_work:
+            enable_adapter(model)
 
 
 def _end_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -229,23 +264,18 @@ def _as_one_lora(config: LoraConfig, modules: list[AdaptedModule]) -> LoraConfig
 
 
 def _with_parts(config: LoraConfig, metadata: Mapping[str, str]) -> LoraConfig:
-    """The inverse of ``_as_one_lora``, by what the file's metadata says."""
+    """The inverse of ``_as_one_lora``, by what the file's metadata says. Raises AdapterError (RW409)."""
     if PARTS_KEY not in metadata:
         return config
     try:
-        enable = {str(key): tuple(bool(on) for on in parts) for key, parts in json.loads(metadata[PARTS_KEY]).items()}
-    except (ValueError, AttributeError, TypeError) as error:
+        stored = json.loads(metadata[PARTS_KEY])
+        return dataclasses.replace(config, **{name: stored[name] for name in PARTS_FIELDS})
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise AdapterError("RW409", f"the metadata {PARTS_KEY} of {WEIGHTS_FILE} cannot be read: {error}.") from None
-    grow = scaled_alpha(config)
-    ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
-    for name in list(ranks):
-        for key, parts in enable.items():
-            if matches(name, [key]):
-                ranks[name] //= sum(parts)
-                alphas[name] /= grow(1.0, sum(parts))
-    ranks = {name: r for name, r in ranks.items() if r != config.r}
-    alphas = {name: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
-    return dataclasses.replace(config, rank_pattern=ranks, alpha_pattern=alphas, enable_lora=enable)
+
+
+def _plain(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in mapping.items()}
 
 
 def _portable_targets(model: nn.Module, config: LoraConfig, modules: list[AdaptedModule]) -> str | list[str]:
@@ -313,6 +343,14 @@ def _expected_biases(
             inner = ".base_layer" if path in adapted else ""
             shapes[f"{PREFIX}{path}{inner}.bias"] = tuple(bias.shape)
     return shapes
+
+
+def _check_dtypes(dtypes: Mapping[str, str], folder: Path) -> None:
+    odd = [f"{key} ({dtype})" for key, dtype in dtypes.items() if dtype not in ("F32", "F16", "BF16", "F64")]
+    if odd:
+        raise AdapterError(
+            "RW411", f"the adapter in {folder} holds tensors that are no floating-point weights: {', '.join(odd)}."
+        )
 
 
 def _check_finite(tensors: Mapping[str, Tensor], folder: Path) -> None:

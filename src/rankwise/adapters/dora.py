@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.adapters.base_layer import dense_weight, features, frozen_product, weight_key
-from rankwise.adapters.freshness import trained_key
+from rankwise.adapters.freshness import Kept
 from rankwise.adapters.fused import Parts, enabled_rows, low_rank_product, to_blocks
 from rankwise.adapters.lora import empty_pair
 from rankwise.adapters.low_rank import (
     adapted_row_norms,
+    gain,
     init_low_rank_,
     merged_weight,
     row_norms_squared,
@@ -45,7 +46,7 @@ class Dora(nn.Module):
         # float32 whatever the base's dtype: bfloat16 would round the gain away from 1 at the first step.
         self.magnitude = nn.Parameter(torch.empty(self.lora_B.shape[0], dtype=torch.float32, device=device))
         self._out_features = features(base)[1]
-        self._norm_cache: dict[str, tuple[object, Tensor]] = {}
+        self._norms, self._squared = Kept(), Kept()
 
     def reset_parameters(self, base: nn.Module, *, zero_b: bool = True) -> None:
         init_low_rank_(self.lora_A, self.lora_B, zero_b=zero_b)
@@ -68,8 +69,7 @@ class Dora(nn.Module):
 
     def gain(self, base: nn.Module) -> Tensor:
         """``g = m / ||W + s B A||`` in float32: (out,); gradients reach m only."""
-        norms = self.enabled(self.row_norms(base))
-        g = self.magnitude / norms
+        g = gain(self.magnitude, self.enabled(self.row_norms(base)))
         if self.parts is None:
             return g
         rows = enabled_rows(self.parts, self._out_features, g.device)
@@ -82,14 +82,16 @@ class Dora(nn.Module):
         So it is computed once per optimizer step, whatever the micro-batches, recomputations and evaluations.
         """
         A, B = self.lora_A, self.lora_B
-        key = (trained_key(A), trained_key(B), weight_key(base))
-        if (hit := self._cached("norms", key)) is not None:
-            return hit
+        if (norms := self._norms.get((A, B), weight_key(base))) is not None:
+            return norms
         W = dense_weight(base)
-        squared = self._cached("squared", weight_key(base))
-        if squared is None:
-            squared = self._keep("squared", weight_key(base), row_norms_squared(W))
-        return self._keep("norms", key, adapted_row_norms(W, squared, A, self.full_B(), self.scaling))
+        norms = adapted_row_norms(W, self._base_norms(base, W), A, self.full_B(), self.scaling)
+        return self._norms.keep((A, B), weight_key(base), norms)
+
+    def _base_norms(self, base: nn.Module, W: Tensor) -> Tensor:
+        """``||W||^2`` per row, kept while the base stays as it is."""
+        kept = self._squared.get((), weight_key(base))
+        return self._squared.keep((), weight_key(base), row_norms_squared(W)) if kept is None else kept
 
     def enabled(self, rows: Tensor) -> Tensor:
         """Of one value per output row, those of the rows that adapt."""
@@ -100,6 +102,12 @@ class Dora(nn.Module):
         W, m = dense_weight(base), self.full_magnitude(base)
         rows = None if self.parts is None else enabled_rows(self.parts, self._out_features, W.device)
         return merged_weight(W, self.lora_A.detach(), self.full_B(), self.scaling, m, rows)
+
+    def effective_weight(self, base: nn.Module) -> Tensor:
+        """``g * (W + s B A)`` with gradients to A, B and m: (out, in) in the base's dtype."""
+        W = dense_weight(base)
+        dense = W + (self.scaling * to_blocks(self.lora_B, self.parts) @ self.lora_A).to(W.dtype)
+        return self.gain(base)[:, None].to(W.dtype) * dense
 
     def full_B(self) -> Tensor:
         """B as (out, rank of the whole update)."""
@@ -115,11 +123,3 @@ class Dora(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"
-
-    def _cached(self, name: str, key: object) -> Tensor | None:
-        kept = self._norm_cache.get(name)
-        return kept[1] if kept is not None and kept[0] == key else None
-
-    def _keep(self, name: str, key: object, value: Tensor) -> Tensor:
-        self._norm_cache[name] = (key, value)
-        return value

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rankwise.adapters.base_layer import dense_weight
 from rankwise.adapters.lora import empty_pair
-from rankwise.adapters.low_rank import adapted_row_norms, merged_weight, row_norms_squared
+from rankwise.adapters.low_rank import adapted_row_norms, gain, merged_weight, row_norms_squared
 
 
 class EmbeddingLora(nn.Module):
@@ -55,7 +55,7 @@ class EmbeddingLora(nn.Module):
         low = low if scale is None else low * scale.to(low.dtype)
         if self.magnitude is None:
             return torch.add(y, low, alpha=self.scaling)
-        g = self.magnitude / self.row_norms(base)
+        g = gain(self.magnitude, self.row_norms(base))
         y = torch.addcmul(y, y, (g - 1).to(y.dtype))
         return torch.addcmul(y, low, (g * self.scaling).to(y.dtype))
 

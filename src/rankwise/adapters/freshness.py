@@ -1,10 +1,10 @@
-"""When a value that was computed from parameters has to be computed anew.
+"""Keep a value that was computed from parameters, and know when it has to be computed anew.
 
 A tensor's version counter sees the in-place operations of PyTorch, and its storage every replacement. Some writers go
 past both: optimizers with kernels of their own (fused AdamW, bitsandbytes), which the hook on every optimizer's step
-catches, and code that writes through ``parameter.data``, which a hash of the values catches on a CPU, where it costs
-microseconds. On an accelerator the hash would force a synchronisation; there such a write counts from the next optimizer
-step on.
+catches, and code that writes through ``parameter.data``. On a CPU those are caught by comparing with a copy of the
+parameters (of rank size); on an accelerator that would force a synchronisation, and such a write counts from the next
+step of an optimizer on. A frozen base that is written to through ``.data`` is not noticed.
 """
 
 from __future__ import annotations
@@ -17,22 +17,51 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-Key = tuple[int, ...]
+Key = tuple[object, ...]
 
 _steps_taken = 0
 
 
+class Kept:
+    """One value, kept while the ``trained`` tensors and the key of what is frozen stay as they are."""
+
+    def __init__(self) -> None:
+        self._key: Key | None = None
+        self._copies: list[Tensor] = []
+        self._value: Tensor | None = None
+
+    def get(self, trained: tuple[Tensor, ...], frozen: Key) -> Tensor | None:
+        """The value, or None where it is out of date or was never kept."""
+        if self._value is None or not _trackable(trained) or self._key != _key(trained, frozen):
+            return None
+        same = all(torch.equal(copy, tensor) for copy, tensor in zip(self._copies, filter(_comparable, trained)))
+        return self._value if same else None
+
+    def keep(self, trained: tuple[Tensor, ...], frozen: Key, value: Tensor) -> Tensor:
+        if _trackable((*trained, value)):
+            self._key, self._value = _key(trained, frozen), value
+            self._copies = [tensor.detach().clone() for tensor in trained if _comparable(tensor)]
+        return value
+
+
 def frozen_key(tensor: Tensor) -> Key:
-    """Identity of a frozen tensor's storage and of what was written to it."""
-    return tensor.untyped_storage()._cdata, tensor._version
+    """Identity of a frozen tensor, of its storage and of what was written to it."""
+    version = 0 if tensor.is_inference() else tensor._version
+    return id(tensor), tensor.untyped_storage()._cdata, version
 
 
-def trained_key(tensor: Tensor) -> Key:
-    """The same for a parameter that trains, with the writers that leave no trace in the tensor."""
+def _key(trained: tuple[Tensor, ...], frozen: Key) -> Key:
     _count_optimizer_steps()
-    readable = tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
-    values = int(torch.hash_tensor(tensor.detach()).item()) if readable else 0
-    return *frozen_key(tensor), _steps_taken, values
+    return (*frozen, _steps_taken if trained else 0, *(frozen_key(tensor) for tensor in trained))
+
+
+def _trackable(tensors: tuple[Tensor, ...]) -> bool:
+    # Tensors made under inference_mode have no version; a compiled graph computes the value itself.
+    return not torch.compiler.is_compiling() and not any(tensor.is_inference() for tensor in tensors)
+
+
+def _comparable(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
 
 
 @functools.cache

@@ -15,6 +15,18 @@ from rankwise.adapters.dora import Dora
 from rankwise.adapters.embedding import EmbeddingLora
 from rankwise.adapters.layer import AdaptedLayer, Adapter, TrainedCopy
 from rankwise.adapters.lora import Lora
+from rankwise.adapters.state import (
+    AdapterState,
+    adapter_state,
+    base_modules,
+    base_parameter,
+    inner_module,
+    put_replaced,
+    replace_parameter,
+    state_and_name,
+    take_replaced,
+    wrappers,
+)
 from rankwise.adapters.targets import (
     check_enable_lora,
     enabled_parts,
@@ -60,21 +72,6 @@ class AdapterReport:
         )
 
 
-@dataclasses.dataclass
-class AdapterState:
-    """What a model knows about its adapters; lives on the model as ``rankwise_adapters``."""
-
-    configs: dict[str, LoraConfig] = dataclasses.field(default_factory=dict)
-    active: str | None = None
-    # None while adapters are disabled.
-    frozen_biases: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    # The base's own values of the biases that train, by parameter name.
-    trained_biases: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    # The trained values, kept here while adapters are disabled.
-    merged: list[tuple[str, AdaptedLayer | TrainedCopy]] | None = None
-    # The wrapped modules that a reversible merge took out, by name.
-
-
 def add_adapter(model: nn.Module, config: LoraConfig, *, name: str = DEFAULT_NAME) -> AdapterReport:
     """Freeze the model and lay a new adapter over its target modules, in place; it becomes the active one.
 
@@ -96,17 +93,25 @@ def plan_adapter(model: nn.Module, config: LoraConfig, name: str = DEFAULT_NAME)
     return planned + [AdaptedModule(item, "trained whole", *_whole(modules[item]), 0, 0) for item in saved]
 
 
-def attach(model: nn.Module, config: LoraConfig, planned: list[AdaptedModule], name: str) -> AdapterReport:
+def attach(
+    model: nn.Module, config: LoraConfig, planned: list[AdaptedModule], name: str, *, trainable: bool = True
+) -> AdapterReport:
     """Carry out a plan: wrap, initialise, activate."""
-    adapter_state(model, create=True).configs[name] = config
+    state = adapter_state(model, create=True)
+    if state.active is not None:
+        disable_adapter(model)
+    state.configs[name] = config
+    if not trainable:
+        state.inference_only.add(name)
     for item in planned:
         if item.kind == "trained whole":
             _wrap(model, item.name, TrainedCopy).add(name)
         else:
             layer = _wrap(model, item.name, AdaptedLayer)
-            layer.adapters[name] = _new_adapter(config, item, layer.base_layer)
-    if any(isinstance(module, TrainedCopy) for module in model.modules()):
-        untie_head(model)
+            layer.adapters[name] = _new_adapter(config, item, layer.base_layer).train(layer.training)
+            layer.is_head = layer.base_layer is _output_head(model)
+    for key, bias in _biases(model, config, name).items():
+        replace_parameter(model, state, name, key, bias)
     set_adapter(model, name)
     return report(model, name)
 
@@ -130,60 +135,73 @@ def has_adapter(model: nn.Module) -> bool:
 
 def adapter_config(model: nn.Module, name: str | None = None) -> LoraConfig:
     """The configuration of an adapter, the active one by default."""
-    state, name = state_and_name(model, name)
+    state, name = state_and_name(model, name, merged=True)
     return state.configs[name]
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
-    """Make ``name`` the active adapter: it computes and trains, the others are frozen and out of the way."""
+    """Make ``name`` the active adapter: it computes and trains, the others are frozen and out of the way.
+
+    An adapter loaded with ``trainable=False`` stays frozen.
+    """
     state, name = state_and_name(model, name)
-    _restore_biases(model, state)
-    state.active = name
+    take_replaced(model, state)
+    state.active, state.disabled = name, False
+    put_replaced(model, state)
     model.requires_grad_(False)
+    trains = name not in state.inference_only
     for _, module in wrappers(model):
         module.active = name if name in module.adapters else None
         if module.active is not None:
-            module.adapters[name].requires_grad_(True)
-    _train_biases(model, state, name)
+            module.adapters[name].requires_grad_(trains)
+    for key in _biases(model, state.configs[name], name):
+        base_parameter(model, key).requires_grad_(trains)
 
 
 def disable_adapter(model: nn.Module) -> None:
     """Let the model compute as its base does, until ``enable_adapter``."""
     state, _ = state_and_name(model, None)
+    take_replaced(model, state)
+    state.disabled = True
     for _, module in wrappers(model):
         module.active = None
-    _swap_biases(model, state.trained_biases, state.frozen_biases)
 
 
 def enable_adapter(model: nn.Module) -> None:
     """Undo ``disable_adapter``."""
     state, name = state_and_name(model, None)
+    if not state.disabled:
+        return
+    state.disabled = False
+    put_replaced(model, state)
     for _, module in wrappers(model):
         module.active = name if name in module.adapters else None
-    _restore_biases(model, state)
 
 
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """Within this context the model computes as its base does."""
+    """Within this context the model computes as its base does; afterwards as before, also when contexts are nested."""
+    was_disabled = state_and_name(model, None)[0].disabled
     disable_adapter(model)
     try:
         yield
     finally:
-        enable_adapter(model)
+        if not was_disabled:
+            enable_adapter(model)
 
 
 def remove_adapter(model: nn.Module, name: str | None = None) -> None:
-    """Take an adapter out; layers that no adapter needs any more are plain again."""
+    """Take an adapter out; layers that no adapter needs any more are plain again. The base is as it was."""
     state, name = state_and_name(model, name)
     disable_adapter(model)
     del state.configs[name]
+    state.replaced.pop(name, None)
+    state.inference_only.discard(name)
     for path, module in list(wrappers(model)):
         if name in module.adapters:
             del module.adapters[name]
         if not module.adapters:
             model.set_submodule(path, inner_module(module))
-    state.frozen_biases, state.trained_biases = {}, {}
     state.active = None
     if state.configs:
         set_adapter(model, next(iter(state.configs)))
@@ -203,47 +221,18 @@ def trained_copies(model: nn.Module, name: str) -> Iterator[tuple[str, TrainedCo
             yield path, module
 
 
-def trainable_biases(model: nn.Module, config: LoraConfig, name: str) -> dict[str, nn.Parameter]:
-    """The base's biases that train with an adapter, by parameter name."""
+def _biases(model: nn.Module, config: LoraConfig, name: str) -> dict[str, nn.Parameter]:
+    """The base's biases that train with an adapter, by the names they have in the plain model."""
     if config.bias == "none":
         return {}
-    layers = {f"{path}.base_layer.bias" for path, _ in adapted_layers(model, name)}
-    return {
-        key: parameter
-        for key, parameter in model.named_parameters()
-        if (key in layers or (config.bias == "all" and key.endswith(".bias"))) and ".adapters." not in key
-    }
-
-
-def inner_module(wrapper: AdaptedLayer | TrainedCopy) -> nn.Module:
-    return wrapper.base_layer if isinstance(wrapper, AdaptedLayer) else wrapper.original
-
-
-def untie_head(model: nn.Module) -> None:
-    """Say on the model that its head and its embedding are no longer one tensor, so that saving writes both."""
-    config: Any = getattr(model, "config", None)
-    if config is not None and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
-        model.all_tied_weights_keys = {}  # type: ignore[assignment]
-
-
-def wrappers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer | TrainedCopy]]:
-    for path, module in model.named_modules():
-        if isinstance(module, AdaptedLayer | TrainedCopy):
-            yield path, module
-
-
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's modules as they were before any wrapping, under the names they had."""
-    hidden: list[str] = []
-    for path, module in model.named_modules():
-        if any(path.startswith(prefix) for prefix in hidden):
-            continue
-        if isinstance(module, AdaptedLayer | TrainedCopy):
-            hidden.append(f"{path}.")
-            yield path, inner_module(module)
-        else:
-            yield path, module
+    adapted = {path for path, _ in adapted_layers(model, name)}
+    whole = tuple(path for path, _ in trained_copies(model, name))
+    found = {}
+    for path, module in base_modules(model):
+        bias = module._parameters.get("bias")
+        if bias is not None and path not in whole and (config.bias == "all" or path in adapted):
+            found[f"{path}.bias"] = bias
+    return found
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
@@ -291,26 +280,11 @@ def _wrap(model: nn.Module, path: str, kind: type[Any]) -> Any:
     return module
 
 
-def adapter_state(model: nn.Module, *, create: bool = False) -> AdapterState:
-    state = getattr(model, "rankwise_adapters", None)
-    if state is None and create:
-        state = model.rankwise_adapters = AdapterState()  # type: ignore[assignment]
-    if not isinstance(state, AdapterState):
-        raise AdapterError("RW407", f"this {type(model).__name__} has no adapter; add or load one first.")
-    return state
-
-
-def state_and_name(model: nn.Module, name: str | None) -> tuple[AdapterState, str]:
-    state = adapter_state(model)
-    name = name or state.active
-    if name not in state.configs:
-        known = ", ".join(state.configs) or "none"
-        raise AdapterError("RW407", f"the model has no adapter {name!r}; it has {known}.")
-    return state, name
-
-
 def _check_name(model: nn.Module, config: LoraConfig, name: str) -> None:
-    configs = getattr(model, "rankwise_adapters", AdapterState()).configs
+    state = getattr(model, "rankwise_adapters", AdapterState())
+    configs = state.configs
+    if state.merged is not None:
+        raise AdapterError("RW408", "an adapter is merged into the weights; call unmerge_adapter(model) first.")
     if not name or "." in name:
         raise AdapterError("RW405", f"{name!r} cannot name an adapter; use a name without dots.")
     if name in configs:
@@ -320,23 +294,3 @@ def _check_name(model: nn.Module, config: LoraConfig, name: str) -> None:
             "RW406",
             'adapters that train biases change the base itself and stand alone; use bias="none" for several.',
         )
-
-
-def _train_biases(model: nn.Module, state: AdapterState, name: str) -> None:
-    for key, parameter in trainable_biases(model, state.configs[name], name).items():
-        parameter.requires_grad_(True)
-        state.frozen_biases.setdefault(key, parameter.detach().clone())
-
-
-def _restore_biases(model: nn.Module, state: AdapterState) -> None:
-    if state.trained_biases:
-        _swap_biases(model, {}, state.trained_biases)
-        state.trained_biases = {}
-
-
-@torch.no_grad()
-def _swap_biases(model: nn.Module, keep: dict[str, Tensor], put: dict[str, Tensor]) -> None:
-    for key, value in put.items():
-        parameter = model.get_parameter(key)
-        keep.setdefault(key, parameter.detach().clone())
-        parameter.copy_(value)

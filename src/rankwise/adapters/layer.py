@@ -27,6 +27,8 @@ class AdaptedLayer(nn.Module):
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
+        self.is_head = False
+        # Fused losses multiply by the output head's weight themselves, past its forward.
         _keep_names(self, "base_layer")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,14 +36,13 @@ class AdaptedLayer(nn.Module):
             return self.base_layer(x)
         return self.adapters[self.active](self.base_layer, x)
 
-    # Models that peek at a layer (T5 at its dtype, fused heads at the weight) find the base's.
     @property
     def weight(self) -> Tensor:
+        """The base's, for models that peek at a layer's dtype; of an output head the adapted one, with gradients."""
+        if self.is_head and self.active is not None:
+            adapter: Any = self.adapters[self.active]
+            return adapter.effective_weight(self.base_layer)
         return self.base_layer.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return getattr(self.base_layer, "bias", None)
 
     @property
     def in_features(self) -> int:
@@ -50,6 +51,12 @@ class AdaptedLayer(nn.Module):
     @property
     def out_features(self) -> int:
         return features(self.base_layer)[1]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
 
 
 class TrainedCopy(nn.Module):
@@ -72,13 +79,11 @@ class TrainedCopy(nn.Module):
     def chosen(self) -> nn.Module:
         return self.original if self.active is None else self.adapters[self.active]
 
-    @property
-    def weight(self) -> Tensor:
-        return self.chosen().weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return getattr(self.chosen(), "bias", None)
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.chosen(), name)
 
 
 def _keep_names(wrapper: nn.Module, inner: str) -> None:
@@ -102,6 +107,7 @@ class _with_prefix:  # noqa: N801
         self.inner = inner
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        for name in getattr(module, self.inner).state_dict():
-            if prefix + name in state:
-                state[f"{prefix}{self.inner}.{name}"] = state.pop(prefix + name)
+        # Whatever the inner module makes of them: a 4-bit layer also reads the parts of bitsandbytes' format.
+        own = (f"{prefix}adapters.", f"{prefix}{self.inner}.")
+        for key in [key for key in state if key.startswith(prefix) and not key.startswith(own)]:
+            state[f"{prefix}{self.inner}.{key.removeprefix(prefix)}"] = state.pop(key)

@@ -49,6 +49,11 @@ class Lora(nn.Module):
         """``W + s B A`` as a new tensor (out, in) in the base's dtype."""
         return merged_weight(dense_weight(base), self.lora_A.detach(), self.full_B(), self.scaling)
 
+    def effective_weight(self, base: nn.Module) -> Tensor:
+        """``W + s B A`` with gradients to A and B: (out, in) in the base's dtype."""
+        W = dense_weight(base)
+        return W + (self.scaling * to_blocks(self.lora_B, self.parts) @ self.lora_A).to(W.dtype)
+
     def full_B(self) -> Tensor:
         """B as (out, rank of the whole update)."""
         return to_blocks(self.lora_B.detach(), self.parts)

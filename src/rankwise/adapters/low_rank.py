@@ -36,11 +36,17 @@ def merged_weight(
     for rows in row_chunks(W):
         dense = W[rows].float() + s * (B[rows].float() @ A32)
         if m is not None:
-            dense *= (m[rows].float() / dense.norm(dim=1))[:, None]
+            dense *= gain(m[rows].float(), dense.norm(dim=1))[:, None]
         merged[rows] = dense.to(W.dtype)
     if adapted_rows is None:
         return merged
     return W.clone(memory_format=torch.contiguous_format).index_copy_(0, adapted_rows, merged[adapted_rows])
+
+
+def gain(m: Tensor, norms: Tensor) -> Tensor:
+    """``g = m / norms``, and 1 for a row of norm 0, which m cannot scale: (out,) in float32."""
+    is_zero = norms == 0
+    return torch.where(is_zero, 1.0, m / torch.where(is_zero, 1.0, norms))
 
 
 def row_norms_squared(W: Tensor) -> Tensor:

@@ -8,16 +8,9 @@ import torch
 from torch import nn
 
 from rankwise.adapters.base_layer import with_weight
-from rankwise.adapters.inject import (
-    AdapterState,
-    adapter_state,
-    enable_adapter,
-    inner_module,
-    state_and_name,
-    untie_head,
-    wrappers,
-)
-from rankwise.adapters.layer import AdaptedLayer, TrainedCopy
+from rankwise.adapters.inject import enable_adapter
+from rankwise.adapters.layer import TrainedCopy
+from rankwise.adapters.state import Wrapper, adapter_state, inner_module, state_and_name, wrappers
 from rankwise.errors import AdapterError
 
 
@@ -30,31 +23,31 @@ def merge_adapter(model: nn.Module, *, reversible: bool = True) -> None:
     Raises AdapterError: RW407 no adapter, RW408 already merged.
     """
     state, _ = state_and_name(model, None)
-    if state.merged is not None:
-        raise AdapterError("RW408", "the adapter is already merged; unmerge it first.")
     enable_adapter(model)
     wrapped = list(wrappers(model))
     changes_tied = _touches_tied_weight(model, wrapped)
     for path, module in wrapped:
         model.set_submodule(path, _merged(module))
     if changes_tied:
-        untie_head(model)
-    state.merged = wrapped if reversible else None
+        state.tied_before_merge = _untie_head(model)
+    state.merged = wrapped
     if not reversible:
         del model.rankwise_adapters
 
 
 def unmerge_adapter(model: nn.Module) -> None:
     """Undo ``merge_adapter``, to the bit. Raises AdapterError (RW408) when nothing reversible was merged."""
-    state: AdapterState = adapter_state(model)
+    state = adapter_state(model)
     if state.merged is None:
         raise AdapterError("RW408", "nothing to unmerge: no adapter was merged with reversible=True.")
     for path, module in state.merged:
         model.set_submodule(path, module)
-    state.merged = None
+    if state.tied_before_merge is not None:
+        _tie_again(model, *state.tied_before_merge)
+    state.merged = state.tied_before_merge = None
 
 
-def _merged(module: AdaptedLayer | TrainedCopy) -> nn.Module:
+def _merged(module: Wrapper) -> nn.Module:
     if module.active is None:
         return inner_module(module)
     if isinstance(module, TrainedCopy):
@@ -63,8 +56,23 @@ def _merged(module: AdaptedLayer | TrainedCopy) -> nn.Module:
     return with_weight(module.base_layer, adapter.merge(module.base_layer))
 
 
-def _touches_tied_weight(model: nn.Module, wrapped: list[tuple[str, AdaptedLayer | TrainedCopy]]) -> bool:
+def _touches_tied_weight(model: nn.Module, wrapped: list[tuple[str, Wrapper]]) -> bool:
     """Whether merging gives the output head or the embedding a weight of its own."""
     finders: list[Any] = [getattr(model, name, None) for name in ("get_output_embeddings", "get_input_embeddings")]
     ends = [find() for find in finders if find is not None]
     return any(module is end for _, module in wrapped for end in ends)
+
+
+def _untie_head(model: nn.Module) -> tuple[bool, dict[str, str]] | None:
+    """Say on the model that its head and its embedding are no longer one tensor, so that saving writes both."""
+    config: Any = getattr(model, "config", None)
+    if config is None or not getattr(config, "tie_word_embeddings", False):
+        return None
+    before = (True, dict(getattr(model, "all_tied_weights_keys", {})))
+    _tie_again(model, False, {})
+    return before
+
+
+def _tie_again(model: Any, tie_word_embeddings: bool, keys: dict[str, str]) -> None:
+    model.config.tie_word_embeddings = tie_word_embeddings
+    model.all_tied_weights_keys = keys

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankwise.adapters.peft_config import read_config
-from rankwise.errors import AdapterError
-from rankwise.records import RUN_FILE, load_record
+from rankwise.config import DEMO
+from rankwise.errors import AdapterError, RunError
+from rankwise.records import RUN_FILE, RunRecord, load_record
 
 if TYPE_CHECKING:
     import torch
@@ -16,31 +18,73 @@ if TYPE_CHECKING:
 
 
 def base_model_of(adapter: Path) -> str:
-    """The base model that the folder names. Raises AdapterError (RW413) when it names none."""
-    if (adapter / RUN_FILE).is_file():
-        named = load_record(adapter).settings.get("model")
-    else:
-        named = read_config(adapter).get("base_model_name_or_path")
+    """The base model that the folder names, findable from any working directory where a record says enough.
+
+    Raises AdapterError (RW413) when it names none.
+    """
+    record = _record(adapter)
+    named = read_config(adapter).get("base_model_name_or_path") if record is None else _named_by(record)
     if not isinstance(named, str) or not named:
         raise AdapterError("RW413", f"the adapter in {adapter} does not name its base model; give --model.")
     return named
 
 
-def quantization_of(adapter: Path) -> FourBitConfig | None:
-    """The 4-bit format of the base that a run trained on, by its record; None for a 16-bit base or without a record."""
-    from rankwise.quantization.bitsandbytes_format import rewrite_bitsandbytes_config
+def revision_of(adapter: Path) -> str | None:
+    """The commit of the hub model that a run trained on, by its record; None for a local base or without a record."""
+    facts = _facts(adapter)
+    revision = facts.get("revision")
+    return revision if facts.get("kind") == "hub" and isinstance(revision, str) else None
 
-    if not (adapter / RUN_FILE).is_file():
+
+def sha256_of_base(adapter: Path) -> str | None:
+    """SHA-256 of the weights that a run trained on, as ``models.model_hash`` gives it; None without a record."""
+    found = _facts(adapter).get("sha256")
+    return found if isinstance(found, str) else None
+
+
+def quantization_of(adapter: Path) -> FourBitConfig | None:
+    """The 4-bit format of the base that a run trained on, by its record; None for a 16-bit base or without a record.
+
+    Raises RunError (RW501) for a description that is none.
+    """
+    stored = _facts(adapter).get("quantization")
+    if not stored:
         return None
-    stored = load_record(adapter).base_model.get("quantization")
-    return rewrite_bitsandbytes_config(stored) if stored else None
+    from rankwise.quantization.bitsandbytes_format import rewrite_bitsandbytes_config
+    from rankwise.quantization.config import METHOD, FourBitConfig
+
+    if not isinstance(stored, Mapping):
+        raise RunError("RW501", f"{adapter / RUN_FILE} describes the 4-bit base as {str(stored)[:60]!r}.")
+    if stored.get("quant_method") == METHOD:
+        found: FourBitConfig = FourBitConfig.from_dict(dict(stored))
+        return found
+    # Older records hold what config.json says, bitsandbytes' description.
+    return rewrite_bitsandbytes_config(stored)
 
 
 def dtype_of(adapter: Path) -> torch.dtype | None:
     """The dtype of the base that a run trained on, by its record; None without one."""
     import torch
 
-    if not (adapter / RUN_FILE).is_file():
-        return None
-    dtype = getattr(torch, str(load_record(adapter).base_model.get("dtype")), None)
+    dtype = getattr(torch, str(_facts(adapter).get("dtype")), None)
     return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _named_by(record: RunRecord) -> Any:
+    """The hub id, ``demo``, or the absolute path of the base; what was typed only where nothing better leads to it."""
+    facts, typed = record.base_model, record.settings.get("model")
+    if facts.get("kind") == "demo":
+        return DEMO
+    if facts.get("kind") == "hub":
+        return facts.get("name") or typed
+    places = [place for place in (facts.get("base_model"), typed) if isinstance(place, str)]
+    return next((place for place in places if Path(place).expanduser().exists()), places[0] if places else None)
+
+
+def _facts(adapter: Path) -> Mapping[str, Any]:
+    record = _record(adapter)
+    return {} if record is None else record.base_model
+
+
+def _record(adapter: Path) -> RunRecord | None:
+    return load_record(adapter) if (adapter / RUN_FILE).is_file() else None

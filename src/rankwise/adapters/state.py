@@ -1,0 +1,115 @@
+"""What a model knows about its adapters, and the parameters of the base itself that an adapter replaces."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.adapters.layer import AdaptedLayer, TrainedCopy
+from rankwise.config import LoraConfig
+from rankwise.errors import AdapterError
+
+Wrapper = AdaptedLayer | TrainedCopy
+
+
+@dataclasses.dataclass
+class AdapterState:
+    """Lives on the model as ``rankwise_adapters``."""
+
+    configs: dict[str, LoraConfig] = dataclasses.field(default_factory=dict)
+    active: str | None = None
+    # The adapter that computes and trains, unless ``disabled``.
+    disabled: bool = False
+    inference_only: set[str] = dataclasses.field(default_factory=set)
+    # Adapters loaded with trainable=False: they stay frozen when they become active.
+    base_values: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    # The base's own values of parameters that some adapter replaces (biases, an embedding that came along).
+    replaced: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
+    # Per adapter its values of those parameters, current while it is not at work.
+    merged: list[tuple[str, Wrapper]] | None = None
+    # The wrapped modules that a reversible merge took out, by name.
+    tied_before_merge: tuple[bool, dict[str, str]] | None = None
+    # What a merge that unties head and embedding changed: config.tie_word_embeddings and all_tied_weights_keys.
+
+
+def adapter_state(model: nn.Module, *, create: bool = False) -> AdapterState:
+    state = getattr(model, "rankwise_adapters", None)
+    if state is None and create:
+        state = model.rankwise_adapters = AdapterState()  # type: ignore[assignment]
+    if not isinstance(state, AdapterState):
+        raise AdapterError("RW407", f"this {type(model).__name__} has no adapter; add or load one first.")
+    return state
+
+
+def state_and_name(model: nn.Module, name: str | None, *, merged: bool = False) -> tuple[AdapterState, str]:
+    """The state and an adapter's name, the active one's by default. Raises RW407, and RW408 while merged."""
+    state = adapter_state(model)
+    name = name or state.active
+    if name not in state.configs:
+        known = ", ".join(state.configs) or "none"
+        raise AdapterError("RW407", f"the model has no adapter {name!r}; it has {known}.")
+    if state.merged is not None and not merged:
+        raise AdapterError(
+            "RW408", f"the adapter {state.active!r} is merged into the weights; call unmerge_adapter(model) first."
+        )
+    return state, name
+
+
+def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
+    for path, module in model.named_modules():
+        if isinstance(module, Wrapper):
+            yield path, module
+
+
+def inner_module(wrapper: Wrapper) -> nn.Module:
+    return wrapper.base_layer if isinstance(wrapper, AdaptedLayer) else wrapper.original
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's modules as they were before any wrapping, under the names they had."""
+    hidden: list[str] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(prefix) for prefix in hidden):
+            continue
+        if isinstance(module, Wrapper):
+            hidden.append(f"{path}.")
+            yield path, inner_module(module)
+        else:
+            yield path, module
+
+
+def base_parameter(model: nn.Module, key: str) -> nn.Parameter:
+    """A parameter of the base by the name it had before any wrapping."""
+    path, _, leaf = key.rpartition(".")
+    parameter = dict(base_modules(model))[path]._parameters[leaf]
+    assert parameter is not None, f"{key} is a parameter"
+    return parameter
+
+
+@torch.no_grad()
+def replace_parameter(model: nn.Module, state: AdapterState, name: str, key: str, value: Tensor) -> None:
+    """Let the adapter ``name``, which must not be at work, replace a parameter of the base while it is."""
+    parameter = base_parameter(model, key)
+    state.base_values.setdefault(key, parameter.detach().clone())
+    state.replaced.setdefault(name, {})[key] = value.detach().clone().to(parameter)
+
+
+@torch.no_grad()
+def put_replaced(model: nn.Module, state: AdapterState) -> None:
+    """The active adapter goes to work: its values into the base."""
+    for key, value in state.replaced.get(state.active or "", {}).items():
+        base_parameter(model, key).copy_(value)
+
+
+@torch.no_grad()
+def take_replaced(model: nn.Module, state: AdapterState) -> None:
+    """The active adapter stops working: its values aside, the base's own back."""
+    if state.disabled:
+        return
+    for key, value in state.replaced.get(state.active or "", {}).items():
+        parameter = base_parameter(model, key)
+        value.copy_(parameter)
+        parameter.copy_(state.base_values[key])
