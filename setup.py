@@ -1,6 +1,7 @@
 """Builds csrc/ into one plain shared library inside the package; everything else is in pyproject.toml.
 
-No torch is needed: the library has a C interface and is called through ctypes, so a wheel serves every Python and every torch.
+No torch is needed: the library has a C interface and is called through ctypes, so a wheel serves every Python and
+every torch.
 Without a compiler the install succeeds, and the first use of the 4-bit functions says that plain PyTorch runs.
 """
 

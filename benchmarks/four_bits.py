@@ -2,8 +2,8 @@
 
     python benchmarks/four_bits.py --output docs/results
 
-Each round times every contender of a row once, so that a busy moment of the machine hits all of them; medians are reported.
-Writes four_bits.json and four_bits.md.
+Each round times every contender of a row once, so that a busy moment of the machine hits all of them; medians are
+reported. Writes four_bits.json and four_bits.md.
 
 Legend: T = rows of x, K = in features, N = out features.
 """
@@ -204,7 +204,7 @@ def markdown(result: dict[str, Any]) -> str:
         lines += [f"| {row} | {name} | {value:.3f} |" for name, value in times.items()]
     lines += [
         "",
-        f"Dequantization moves {100 * result['dequantize_share_of_copy_bandwidth']:.0f} % of the bytes per second of a copy.",
+        f"Dequantization moves bytes at {100 * result['dequantize_share_of_copy_bandwidth']:.0f} % of a copy's rate.",
     ]
     lines += ["", "| check | found | wanted | |", "|---|---|---|---|"]
     for name, check in result["checks"].items():

@@ -21,9 +21,8 @@ static inline float float_of(uint32_t bits) {
 }
 
 static inline uint16_t to_bfloat16(float value) {
-    const uint32_t bits = bits_of(value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
-    return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    const uint32_t bits = bits_of(value), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
 static inline float from_bfloat16(uint16_t half) { return float_of(static_cast<uint32_t>(half) << 16); }

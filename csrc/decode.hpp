@@ -18,6 +18,12 @@ static inline bool scales_one_by_one(const rw_weight& weight, int64_t first, int
     return true;
 }
 
+// Asks for the scales of blocks that come next; past the last one this is harmless.
+static inline void prefetch_scales(const rw_weight& weight, int64_t first, int64_t count) {
+    const int64_t size = weight.nested_absmax ? 1 : 4;
+    for (int64_t i = first * size; i < (first + count) * size; i += 64) __builtin_prefetch(static_cast<const char*>(weight.absmax) + i);
+}
+
 // The 16 weights of a block, as Isa keeps a table of Out.
 template <class Isa, int D, class Out>
 static inline auto table_of(const rw_weight& weight, int64_t block) {

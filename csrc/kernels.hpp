@@ -39,9 +39,8 @@ struct Kernels {
     // Output features [first, last).
     void (*linear)(const LinearJob& job, int64_t first, int64_t last);
     void (*row_norms)(const rw_weight& weight, int64_t K, int dtype, int64_t first, int64_t last, float* norms);
-    // Columns [k, k + count) of T rows of x, of `dtype`, to the elements that `linear` reads; in groups of even and odd ones apart, or
-    // with group = 0 in their natural order.
-    void (*arrange)(const void* x, int dtype, int64_t T, int64_t K, int64_t k, int64_t count, int64_t group, void* out);
+    // Columns [k, k + count) of T rows of x, of `dtype`, to the elements that `linear` reads.
+    void (*arrange)(const void* x, int dtype, int64_t T, int64_t K, int64_t k, int64_t count, bool apart, void* out);
     // Elements of x per group of `linear`.
     int64_t (*group)(int dtype);
     // Whether `linear` reads bfloat16 x as it is.

@@ -16,29 +16,31 @@ static Element as_element(const void* x, int64_t i) {
     }
 }
 
-template <int D, class Element>
-static void arrange_as(const void* x, int64_t T, int64_t K, int64_t k, int64_t count, int64_t group, Element* out) {
+// Lane::width is a constant here, so that the compiler parts even from odd elements with vector instructions.
+template <class Lane, int D>
+static void arrange_as(const void* x, int64_t T, int64_t K, int64_t k, int64_t count, bool apart, void* to) {
+    using Element = typename Lane::Element;
+    auto* out = static_cast<Element*>(to);
     for (int64_t t = 0; t < T; ++t) {
         const int64_t first = t * K + k;
-        if (group == 0) {
+        if (!apart) {
             for (int64_t i = 0; i < count; ++i) *out++ = as_element<D, Element>(x, first + i);
             continue;
         }
-        for (int64_t g = 0; g < count; g += group, out += group)
-            for (int64_t i = 0; i < group / 2; ++i) {
+        for (int64_t g = 0; g < count; g += 2 * Lane::width, out += 2 * Lane::width)
+            for (int i = 0; i < Lane::width; ++i) {
                 out[i] = as_element<D, Element>(x, first + g + 2 * i);
-                out[group / 2 + i] = as_element<D, Element>(x, first + g + 2 * i + 1);
+                out[Lane::width + i] = as_element<D, Element>(x, first + g + 2 * i + 1);
             }
     }
 }
 
 template <class Isa>
-static void arrange(const void* x, int dtype, int64_t T, int64_t K, int64_t k, int64_t count, int64_t group, void* out) {
-    using Bfloat16 = typename decltype(bfloat16_lane<Isa>())::Element;
+static void arrange(const void* x, int dtype, int64_t T, int64_t K, int64_t k, int64_t count, bool apart, void* out) {
     switch (dtype) {
-        case RW_FLOAT32: return arrange_as<RW_FLOAT32>(x, T, K, k, count, group, static_cast<float*>(out));
-        case RW_BFLOAT16: return arrange_as<RW_BFLOAT16>(x, T, K, k, count, group, static_cast<Bfloat16*>(out));
-        default: return arrange_as<RW_FLOAT16>(x, T, K, k, count, group, static_cast<float*>(out));
+        case RW_FLOAT32: return arrange_as<typename Isa::FloatLane, RW_FLOAT32>(x, T, K, k, count, apart, out);
+        case RW_BFLOAT16: return arrange_as<decltype(bfloat16_lane<Isa>()), RW_BFLOAT16>(x, T, K, k, count, apart, out);
+        default: return arrange_as<typename Isa::FloatLane, RW_FLOAT16>(x, T, K, k, count, apart, out);
     }
 }
 

@@ -40,6 +40,7 @@ template <class Isa, class Lane, int D, int R, int C>
 static void fused_at(const LinearJob& job, int64_t n) {
     const int64_t blocks = job.K / job.weight->block_size;
     float* scales = scratch<Isa, float, 2>(R * blocks);
+    prefetch_scales(*job.weight, (n + R) * blocks, R * blocks);
     if (Isa::scales(*job.weight, n * blocks, R * blocks, scales)) {
         fused_rows<Isa, Lane, D, R, C, true>(job, n, scales);
     } else {

@@ -69,8 +69,15 @@ void split(int64_t total, int64_t step, int threads, const Body& body) {
     });
 }
 
-// Rows per task: a multiple of the four that `linear` decodes at once.
-int64_t row_step(int64_t K) { return K >= kTaskElements ? 4 : ceil_div(kTaskElements / (K > 0 ? K : 1), 4) * 4; }
+// Items per task: several tasks per thread, so that a thread that is held up is helped out, but few, so that each walks through
+// memory as long as it can. At least `least`, and a multiple of it.
+int64_t task_step(int64_t total, int64_t least, int threads) {
+    const int64_t step = ceil_div(ceil_div(total, 6 * int64_t{threads > 0 ? threads : 1}), least) * least;
+    return step > least ? step : least;
+}
+
+// The least number of rows per task: a multiple of the 16 whose sums are open at once, unless rows are long.
+int64_t least_rows(int64_t K) { return K >= kTaskElements ? 4 : ceil_div(kTaskElements / (K > 0 ? K : 1), 16) * 16; }
 
 }  // namespace
 
@@ -101,7 +108,7 @@ int64_t rw_quantize_4bit(const void* w, int dtype, int64_t n, int64_t block_size
     const int64_t blocks = ceil_div(n, block_size);
     use_huge_pages(packed, ceil_div(n, 2));
     std::atomic<int64_t> bad{blocks};
-    split(blocks, ceil_div(kTaskElements, block_size), threads, [&](int64_t first, int64_t last) {
+    split(blocks, task_step(blocks, ceil_div(kTaskElements, block_size), threads), threads, [&](int64_t first, int64_t last) {
         const int64_t found = kernels().quantize(job, first, last);
         int64_t least = bad;
         while (found >= 0 && found < least && !bad.compare_exchange_weak(least, found)) {
@@ -113,28 +120,29 @@ int64_t rw_quantize_4bit(const void* w, int dtype, int64_t n, int64_t block_size
 void rw_dequantize_4bit(const rw_weight* weight, int64_t first, int64_t count, int dtype, void* out, int threads) {
     const int64_t size = dtype == RW_FLOAT32 ? 4 : 2;
     use_huge_pages(out, count * size);
-    split(count, kTaskElements, threads, [&](int64_t begin, int64_t end) {
+    split(count, task_step(count, kTaskElements, threads), threads, [&](int64_t begin, int64_t end) {
         kernels().dequantize(*weight, first + begin, end - begin, dtype, static_cast<char*>(out) + begin * size);
     });
 }
 
 void rw_linear_4bit(const rw_weight* weight, const void* x, int64_t T, int64_t N, int64_t K, int dtype, const void* bias, void* y,
                     int threads) {
+    if (T == 0 || N == 0) return;
     const Kernels& level = kernels();
     const int64_t size = dtype == RW_BFLOAT16 && level.multiplies_bfloat16 ? 2 : 4, group = level.group(dtype);
     const bool apart = K % weight->block_size == 0 && weight->block_size % group == 0, fused = apart && T <= level.fused_rows;
     const int64_t piece = fused ? group : kPieceBytes / size;
     char* arranged = rankwise::scratch<Kernels, char, 0>(T * K * size);
-    split(K, piece, T * K < kTaskElements ? 1 : threads, [&](int64_t k, int64_t end) {
-        level.arrange(x, dtype, T, K, k, end - k, apart ? group : 0, arranged + T * k * size);
-    });
+    // A second wake-up of the threads would cost more than this copy.
+    for (int64_t k = 0; k < K; k += piece)
+        level.arrange(x, dtype, T, K, k, K - k < piece ? K - k : piece, apart, arranged + T * k * size);
     const rankwise::LinearJob job = {weight, arranged, piece, apart, fused, T, N, K, dtype, bias, y};
-    split(N, row_step(K), threads, [&](int64_t first, int64_t last) { level.linear(job, first, last); });
+    split(N, task_step(N, least_rows(K), threads), threads, [&](int64_t first, int64_t last) { level.linear(job, first, last); });
 }
 
 void rw_row_norms_4bit(const rw_weight* weight, int64_t N, int64_t K, int dtype, float* norms, int threads) {
     const Kernels& level = kernels();
-    split(N, row_step(K), threads,
+    split(N, task_step(N, least_rows(K), threads), threads,
           [&](int64_t first, int64_t last) { level.row_norms(*weight, K, dtype, first, last, norms); });
 }
 

@@ -45,6 +45,19 @@ static void store_sum(const LinearJob& job, int64_t n, int64_t t, float sum) {
     store_float<D>(job.y, t * job.N + n, sum + bias);
 }
 
+// The same for `count` <= 16 features from n on.
+template <int D>
+static void store_sums(const LinearJob& job, int64_t n, int64_t count, int64_t t, float* sums) {
+    if (job.bias)
+        for (int64_t i = 0; i < count; ++i) sums[i] += load_as_float<D>(job.bias, n + i);
+    // Sixteen at a time whatever the count: a loop of fixed length becomes vector instructions.
+    constexpr int64_t size = D == RW_FLOAT32 ? 4 : 2;
+    alignas(64) char stored[16 * size];
+    for (int64_t i = count; i < 16; ++i) sums[i] = 0.0f;
+    for (int i = 0; i < 16; ++i) store_float<D>(stored, i, sums[i]);
+    std::memcpy(static_cast<char*>(job.y) + (t * job.N + n) * size, stored, static_cast<std::size_t>(count * size));
+}
+
 // The next C of the `left` rows of x, with C found among C, C - 1, ..., 1.
 template <class Lane, int R, int C>
 static void tile_of(int columns, const typename Lane::Element* w, int64_t w_stride, const typename Lane::Element* x, int64_t x_stride,

@@ -52,6 +52,8 @@ class RunRecord:
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     device: dict[str, Any] = dataclasses.field(default_factory=dict)
     warnings: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    files: list[str] = dataclasses.field(default_factory=list)
+    # What the run wrote into its folder besides the files of every run: --overwrite removes these by name.
     status: str = "running"
     # running, finished, interrupted or failed.
 

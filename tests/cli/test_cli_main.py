@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import pytest
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from rankwise.cli import main as cli
 from rankwise.cli.options import Verb
-from rankwise.config import Settings
+from rankwise.config import Settings, comma_list
 from rankwise.errors import DataError, Interrupted, warn
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -23,7 +25,7 @@ HELP_LIMIT_SECONDS = 0.5
 
 class PlaySettings(Settings):
     count: int = Field(1, ge=1, description="How many.")
-    names: tuple[str, ...] = Field((), description="Which ones.")
+    names: Annotated[tuple[str, ...], BeforeValidator(comma_list)] = Field((), description="Which ones.")
 
 
 def play(run):
@@ -218,6 +220,19 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(with_
     assert with_verb(run, "--json", "--config", file).document == {"count": 5, "names": ["a", "b"]}
     given = with_verb(run, "--json", "--config", file, "--count", 7, "--names", "c, d").document
     assert given == {"count": 7, "names": ["c", "d"]}
+
+
+def test_sigterm_ends_a_verb_as_ctrl_c_does(with_verb):
+    def run(settings, output):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("must not go on")
+
+    before = signal.getsignal(signal.SIGTERM)
+    done = with_verb(run)
+    assert done.code == 130
+    assert done.stderr.startswith("interrupted RW543: play was stopped by Ctrl-C or SIGTERM.")
+    assert done.stderr.count("\n") == 1
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from rankwise.cli import train
 from rankwise.cli.options import options_of, panels_of
+from rankwise.training import finish, setup
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -31,7 +34,7 @@ def test_train_says_what_came_of_it(run_folder, model_folder, rows_file, rankwis
         *("--max-steps", 2, "--batch-size", 2, "--r", 2, "--logging-steps", 1, "--learning-rate", "1e-2"),
     )
     assert done.code == 0
-    assert done.stderr == ""
+    assert [line[:13] for line in done.stderr.splitlines()] == ["warning RW218"]
     for said in ("step 2/2", "tokens/s", "evaluation at step 0", "kept", "loss.svg", f"--adapter {output}"):
         assert said in done.stdout
     record = json.loads((output / "run.json").read_text())
@@ -58,6 +61,44 @@ def test_a_comma_makes_a_list_and_a_bare_name_too(given, kept, model_folder, row
     command = ("train", "--model", model_folder, "--data", rows_file, "--output", tmp_path / "run", "--max-steps", 1)
     done = rankwise(*command, "--r", 2, "--target-modules", given, "--json")
     assert done.document["settings"]["target_modules"] == kept
+
+
+def terminating(function):
+    """``function``, but SIGTERM comes when it is called."""
+
+    def call(*arguments, **named):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments, **named)
+
+    return call
+
+
+def test_sigterm_while_loading_leaves_nothing(model_folder, rows_file, rankwise, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "load_for_training", terminating(setup.load_for_training))
+    done = rankwise("train", "--model", model_folder, "--data", rows_file, "--output", tmp_path / "run")
+    assert done.code == 130
+    assert "interrupted RW543" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_while_saving_can_be_resumed(model_folder, rows_file, rankwise, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    command = ("train", "--model", model_folder, "--data", rows_file, "--output", output, "--max-steps", 1, "--r", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(finish, "save_weights", terminating(finish.save_weights))
+        done = rankwise(*command)
+    assert done.code == 130
+    assert "interrupted RW541" in done.stderr
+    assert not list(output.glob("adapter*"))
+    assert rankwise(*command, "--resume").code == 0
+    assert json.loads((output / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_prompt_in_a_file_is_one_text(run_folder, rankwise, tmp_path):
+    file = tmp_path / "ask.yaml"
+    file.write_text(f"adapter: {run_folder}\nprompt: Hello, you, there\nmax-new-tokens: 2\n", encoding="utf-8")
+    answers = rankwise("generate", "--config", file, "--json").document["answers"]
+    assert [answer["prompt"] for answer in answers] == ["Hello, you, there"]
 
 
 def test_preview_marks_the_trained_text(model_folder, rows_file, rankwise):

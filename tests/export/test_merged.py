@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import rankwise as rw
 from rankwise.errors import AdapterError, ModelError, RunError
 from rankwise.export.merged import merge_to_folder
+from rankwise.records import RunRecord
 from tiny_models import tiny_gpt2, tiny_llama
 
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
@@ -112,3 +113,31 @@ def test_bad_input(trained, tmp_path):
     with pytest.raises(ModelError, match="RW309"):
         merge_to_folder(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("trained", ["lora"], indirect=True)
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_the_model_is_copied_only_when_it_is_trusted(trained, trusted, tmp_path):
+    adapter, base, _ = trained
+    (base / "modeling_own.py").write_text("raise SystemExit", encoding="utf-8")
+    merge_to_folder(adapter, tmp_path / "merged", trust_remote_code=trusted)
+    assert (tmp_path / "merged" / "modeling_own.py").exists() is trusted
+
+
+@pytest.mark.parametrize("trained", ["lora"], indirect=True)
+def test_the_recorded_commit_of_a_hub_model_is_fetched(trained, tmp_path, monkeypatch):
+    adapter, base, _ = trained
+    facts = {"kind": "hub", "name": "org/base", "revision": "c0ffee"}
+    RunRecord("lora", 0, {"model": "org/base"}, base_model=facts).save(adapter)
+    asked = []
+
+    def download(repo, *, revision, code, weights):
+        asked.append((repo, revision, code))
+        return base
+
+    monkeypatch.setattr("rankwise.models.hub.download", download)
+    merge_to_folder(adapter, tmp_path / "first", trust_remote_code=True)
+    assert asked[0] == ("org/base", "c0ffee", True)
+    asked.clear()
+    merge_to_folder(adapter, tmp_path / "second", revision="v2")
+    assert asked[0] == ("org/base", "v2", False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -296,17 +297,62 @@ def test_real_model_loads(shared: Path) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("wish", [None, "nf4"])
-def test_a_four_bit_folder_loads_as_it_was_saved(tmp_path, wish):
-    from tiny_models import tiny_llama
-
-    from rankwise.quantization import Linear4bit, Nf4Config, quantize
+@pytest.fixture
+def packed(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
+    """A folder in NF4 with double quantization, and the model it was saved from."""
+    from rankwise.quantization import Nf4Config, quantize
 
     model = tiny_llama(hidden_size=64, intermediate_size=128)
     quantize(model, Nf4Config(double_quant=True))
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "packed")
+    return tmp_path / "packed", model
+
+
+WISHES = {
+    "none": (None, ""),
+    "the same": (("nf4", 64, True), ""),
+    "type": (("fp4", 64, True), "nf4 .* instead of fp4"),
+    "block": (("nf4", 128, True), "blocks of 64, .*blocks of 128"),
+    "double": (("nf4", 64, False), "with double quantization.*without double quantization"),
+}
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_a_four_bit_folder_loads_as_it_was_saved(packed, wish, recwarn):
+    from rankwise.quantization import Fp4Config, Linear4bit, Nf4Config
+
+    folder, model = packed
+    asked, said = WISHES[wish]
+    kinds = {"nf4": Nf4Config, "fp4": Fp4Config}
+    config = None if asked is None else kinds[asked[0]](block_size=asked[1], double_quant=asked[2])
+    loaded, _ = load_model(str(folder), quantization=config)
     ids = torch.tensor([[1, 5, 9, 14]])
-    loaded, _ = load_model(str(tmp_path), quantization=None if wish is None else Nf4Config())
     assert type(loaded.model.layers[0].self_attn.q_proj) is Linear4bit
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=0)
+    warnings = [str(item.message) for item in recwarn if "RW324" in str(item.message)]
+    assert len(warnings) == bool(said)
+    assert all(re.search(said, warning) for warning in warnings)
+
+
+def test_a_config_of_another_library_is_refused_on_a_four_bit_folder(packed):
+    from transformers import BitsAndBytesConfig
+
+    with pytest.raises(ModelError, match=r"RW316.*already quantized \(bitsandbytes\).*BitsAndBytesConfig"):
+        load_model(str(packed[0]), quantization=BitsAndBytesConfig(load_in_4bit=True))
+
+
+def test_a_config_of_another_library_reaches_transformers_on_a_dense_folder(folder: Path, monkeypatch):
+    from transformers import BitsAndBytesConfig
+
+    given = BitsAndBytesConfig(load_in_4bit=True)
+    seen = {}
+
+    def stop(*_: object, **arguments: object) -> None:
+        seen.update(arguments)
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", stop)
+    with pytest.raises(ModelError, match="RW316.*far enough"):
+        load_model(folder, quantization=given)
+    assert seen["quantization_config"] is given

@@ -53,7 +53,8 @@ def quantized(N: int, K: int, dtype: torch.dtype, quant_type: str, block_size: i
 
 
 def assert_as_exact(found: torch.Tensor, expected: torch.Tensor, x: torch.Tensor, W: torch.Tensor, bias) -> None:
-    """The error against float64 is at most the reference's, plus one rounding of the result and float32's of the sum."""
+    """The error against float64 is at most the reference's, plus one rounding of the result and float32's of the
+    sum."""
     true = functional.linear(x.double(), W.double(), None if bias is None else bias.double())
     terms = (x.double().abs() @ W.double().abs().T).max() if x.numel() else 0.0
     tolerance = torch.finfo(x.dtype).eps * true.abs().max() + 1e-6 * terms
@@ -150,6 +151,27 @@ def test_bad_numbers_are_found(level: str, value: float, index: int) -> None:
     for run in (four_bit.quantize_4bit, reference.quantize_4bit):
         with pytest.raises(QuantizationError, match=f"RW603.*{str(value).removeprefix('-')}.*index {index}:"):
             run(w)
+
+
+def test_memory_is_used_again_only_when_dropped() -> None:
+    shape = (1024, 1024)
+    weights = [
+        reference.quantize_4bit(torch.randn(shape, generator=torch.Generator().manual_seed(seed))) for seed in (0, 1)
+    ]
+    first = four_bit.dequantize_4bit(*weights[0], shape, torch.bfloat16)
+    view, copy = first[10:], first[10:].clone()
+    second = four_bit.dequantize_4bit(*weights[1], shape, torch.bfloat16)
+    four_bit.linear_4bit(torch.randn(100, 1024).bfloat16(), *weights[1], shape)
+    assert torch.equal(view, copy)
+    del first
+    four_bit.dequantize_4bit(*weights[1], shape, torch.bfloat16)
+    assert torch.equal(view, copy)
+    assert torch.equal(second, reference.dequantize_4bit(*weights[1], shape, torch.bfloat16))
+    del second, view
+    address = four_bit.dequantize_4bit(*weights[0], shape, torch.bfloat16).data_ptr()
+    again = four_bit.dequantize_4bit(*weights[0], shape, torch.bfloat16)
+    assert again.data_ptr() == address
+    assert again.untyped_storage().nbytes() == again.nbytes
 
 
 def test_unknown_level_is_an_error() -> None:

@@ -44,6 +44,30 @@ def test_kept_step_may_be_another_than_the_lowest() -> None:
     assert "kept: step 20, 1.750" in texts(loss_svg(lines(), "t", kept_step=20))
 
 
+def crossing(step: int, at: float) -> list[dict[str, Any]]:
+    """Evaluations that fall to 1.3 at step 20, and a training curve that passes ``at`` above or below them."""
+    rows = [{"step": at_step, "eval_loss": 1.3 + (20 - at_step) ** 2 / 300} for at_step in range(0, 21, 2)]
+    return [*rows, *({"step": at_step, "loss": 1.3 + at + (20 - at_step) ** 2 / 200} for at_step in range(1, step))]
+
+
+@pytest.mark.parametrize("step", [12, 20, 30])
+@pytest.mark.parametrize("at", [-0.12, -0.06, 0.0, 0.03, 0.06, 0.1, 0.2])
+def test_the_note_of_the_kept_step_lies_on_no_curve(step: int, at: float) -> None:
+    root = ElementTree.fromstring(loss_svg(crossing(step, at), "t", kept_step=20))
+    (note,) = (item for item in root.iter(f"{NAME}text") if "note" in item.get("class", ""))
+    x, baseline = float(note.get("x", "")), float(note.get("y", ""))
+    left = x if note.get("text-anchor") == "start" else x - 7 * len(note.text or "")
+    right = left + 7 * len(note.text or "")
+    assert baseline < 440 - 52
+    points = [
+        tuple(map(float, point.split()))
+        for path in root.iter(f"{NAME}path")
+        for point in path.get("d", "").removeprefix("M").split("L")
+    ]
+    inside = [(px, py) for px, py in points if left <= px <= right and baseline - 10 <= py <= baseline + 2]
+    assert inside == []
+
+
 def test_several_runs_are_named_and_told_apart() -> None:
     svg = loss_svg({"LoRA": lines(), "DoRA": lines(shift=0.2), "a<b & a very long name": lines(shift=0.4)}, "compared")
     assert {"LoRA", "DoRA", "a<b & a very long…"[:18]} <= {text[:18] for text in texts(svg)}

@@ -141,11 +141,64 @@ def test_method_stands_in_for_an_absent_adapter_config() -> None:
 
 
 def test_snippets_are_valid_python() -> None:
-    for method in ("lora", "full"):
+    for method in ("lora", "qdora", "full"):
         snippets = re.findall(r"```python\n(.*?)```", model_card(record(method)), flags=re.DOTALL)
         assert len(snippets) == 2
         for snippet in snippets:
             compile(snippet, "card", "exec")
+
+
+DOUBLE = ("NF4, blocks of 64, double quantization", "rw.Nf4Config(double_quant=True)")
+FORMATS = {
+    "implied by the method": ({}, *DOUBLE, "bfloat16"),
+    "own": (
+        {
+            "dtype": "float16",
+            "quantization": {
+                "quant_method": "rankwise_4bit",
+                "quant_type": "fp4",
+                "block_size": 32,
+                "double_quant": False,
+                "compute_dtype": None,
+            },
+        },
+        "FP4, blocks of 32",
+        "rw.Fp4Config(block_size=32)",
+        "float16",
+    ),
+    "of older records": (
+        {
+            "dtype": "float32",
+            "quantization": {
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True,
+                "bnb_4bit_compute_dtype": "float32",
+            },
+        },
+        *DOUBLE,
+        "float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["qlora", "qdora"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_4_bit_base_is_loaded_in_4_bits(name: str, method: str) -> None:
+    facts, words, ours, dtype = FORMATS[name]
+    card = model_card(record(method, base_model=facts), CONFIG)
+    theirs, own = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+
+    assert f"quantized to 4 bits during training ({words})" in card
+    assert f'rw.load_model("org/base", dtype=torch.{dtype}, quantization={ours})' in own
+    assert f"bnb_4bit_compute_dtype=torch.{dtype}" in theirs
+    assert f"bnb_4bit_use_double_quant={'double' in words}" in theirs
+    assert "quantization_config=quantization" in theirs
+    for snippet in (theirs, own):
+        assert "import torch\n" in snippet
+
+
+def test_a_dense_base_is_loaded_as_it_is() -> None:
+    assert "antization" not in model_card(record("dora"), CONFIG).split("## How to load it")[1].split("##")[0]
 
 
 def test_unfinished_run_says_so() -> None:

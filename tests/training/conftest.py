@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from training_rows import WORDS, encoded_rows
+from training_rows import WORDS, encoded_rows, write_rows
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rankwise.adapters import add_adapter
-from rankwise.config import LoraConfig
+from rankwise.config import LoraConfig, TrainSettings
 from rankwise.training.arguments import sft_arguments
 from rankwise.training.trainer import RankwiseTrainer
 from tiny_models import tiny_llama
@@ -93,5 +93,36 @@ def make_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> TrainerM
             eval_dataset=encoded_rows(eval_rows, seed=9) if eval_rows else None,
             **(trainer or {}),
         )
+
+    return make
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, tokenizer: Any) -> Path:
+    folder = tmp_path / "base"
+    tiny_llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(tmp_path: Path, model_folder: Path) -> Any:
+    def make(**changes: Any) -> TrainSettings:
+        given = {
+            "model": str(model_folder),
+            "data": str(write_rows(tmp_path / "train.jsonl", 40)),
+            "eval_data": str(write_rows(tmp_path / "eval.jsonl", 6, seed=1)),
+            "output": tmp_path / "run",
+            "r": 4,
+            "max_steps": 8,
+            "batch_size": 2,
+            "max_length": 16,
+            "learning_rate": 1e-2,
+            "logging_steps": 2,
+            "eval_steps": 4,
+            "device": "cpu",
+            "dtype": "float32",
+        }
+        return TrainSettings.model_validate({**given, **changes})
 
     return make

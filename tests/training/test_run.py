@@ -14,88 +14,16 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from training_rows import WORDS
+from training_rows import Recorder, snapshot, write_rows
 
 from rankwise.adapters import load_adapter
-from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, DataError, InputError, Interrupted, RankwiseWarning, RunError
 from rankwise.models import load_model
 from rankwise.records import load_record, read_metrics
 from rankwise.training.observer import StepInfo
 from rankwise.training.run import train
-from tiny_models import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning", "ignore::UserWarning")
-
-
-@pytest.fixture
-def model_folder(tmp_path: Path, tokenizer: Any) -> Path:
-    folder = tmp_path / "base"
-    tiny_llama().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def write_rows(path: Path, count: int, seed: int = 0) -> Path:
-    """Prompt: two words; completion: the same two words, the other way round."""
-    rows = []
-    for index in range(count):
-        first, second = WORDS[(7 * index + seed) % 90], WORDS[(11 * index + 3 * seed) % 90]
-        rows.append({"prompt": f"{first} {second} ", "completion": f"{second} {first}"})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture
-def settings(tmp_path: Path, model_folder: Path) -> Any:
-    def make(**changes: Any) -> TrainSettings:
-        given = {
-            "model": str(model_folder),
-            "data": str(write_rows(tmp_path / "train.jsonl", 40)),
-            "eval_data": str(write_rows(tmp_path / "eval.jsonl", 6, seed=1)),
-            "output": tmp_path / "run",
-            "r": 4,
-            "max_steps": 8,
-            "batch_size": 2,
-            "max_length": 16,
-            "learning_rate": 1e-2,
-            "logging_steps": 2,
-            "eval_steps": 4,
-            "device": "cpu",
-            "dtype": "float32",
-        }
-        return TrainSettings.model_validate({**given, **changes})
-
-    return make
-
-
-class Recorder:
-    """An observer that keeps what it is told, and can send a signal at a step."""
-
-    def __init__(self, stop_at: int | None = None, number: int = signal.SIGINT) -> None:
-        self.phases: list[str] = []
-        self.steps: list[StepInfo] = []
-        self.evaluations: list[tuple[float, bool]] = []
-        self.samples: list[str] = []
-        self.warnings: list[str] = []
-        self.stop_at, self.number = stop_at, number
-
-    def phase(self, text: str) -> None:
-        self.phases.append(text)
-
-    def step(self, info: StepInfo) -> None:
-        self.steps.append(info)
-        if info.step == self.stop_at:
-            os.kill(os.getpid(), self.number)
-
-    def evaluation(self, loss: float, best: bool) -> None:
-        self.evaluations.append((loss, best))
-
-    def sample(self, text: str) -> None:
-        self.samples.append(text)
-
-    def warning(self, code: str, text: str) -> None:
-        self.warnings.append(code)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
@@ -203,10 +131,6 @@ def test_early_stopping_stops(settings: Any) -> None:
     assert record.steps < 60
     assert record.kept_step == record.steps - 4
     assert "RW527" in {warning["code"] for warning in record.warnings}
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 BAD: dict[str, tuple[dict[str, Any], type[InputError], str]] = {

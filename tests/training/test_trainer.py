@@ -91,17 +91,13 @@ def test_accumulated_step_has_the_gradients_of_one_big_batch(head: str, make_tra
 
 
 @pytest.mark.parametrize("head", ["untouched", "adapted", "adapted, dora"])
-def test_fused_head_is_refused_where_it_would_be_wrong(head: str, make_trainer: Any) -> None:
-    """trl's own loss, forced on: right for the untouched head, wrong for those that are refused."""
+def test_fused_head_forced_on_reads_the_adapted_weight(head: str, make_trainer: Any) -> None:
+    """trl's own loss without dropout is right for every head; in training only a plain layer is sure to be."""
     trainer = make_trainer(lora=HEADS[head], eval_rows=7)
     model = stirred(trainer.model)
     trainer.fused_head = True
-    found, expected = trainer.evaluate()["eval_loss"], mean_loss(model, encoded_rows(7, seed=9))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(mean_loss(model, encoded_rows(7, seed=9)), rel=1e-6)
     assert fused_head_is_right(model) == (head == "untouched")
-    if head == "untouched":
-        assert found == pytest.approx(expected, rel=1e-6)
-    else:
-        assert abs(found - expected) > 1e-3
 
 
 def test_fused_head_is_refused_for_a_trained_copy() -> None:

@@ -1,10 +1,16 @@
-"""A data set of random ids, small enough to train on in a second, exactly."""
+"""Data small enough to train on in a second, exactly, and what tests of whole runs share."""
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import signal
+from pathlib import Path
 
 from datasets import Dataset
+
+from rankwise.training.observer import StepInfo
 
 WORDS = [f"w{index}" for index in range(90)]
 
@@ -14,3 +20,46 @@ def encoded_rows(count: int, seed: int = 0) -> Dataset:
     draw = random.Random(seed)
     ids = [[1, *(draw.randrange(4, 94) for _ in range(draw.randrange(3, 10))), 2] for _ in range(count)]
     return Dataset.from_dict({"input_ids": ids, "labels": [[-100, -100, *row[2:]] for row in ids]})
+
+
+def write_rows(path: Path, count: int, seed: int = 0) -> Path:
+    """Prompt: two words; completion: the same two words, the other way round."""
+    rows = []
+    for index in range(count):
+        first, second = WORDS[(7 * index + seed) % 90], WORDS[(11 * index + 3 * seed) % 90]
+        rows.append({"prompt": f"{first} {second} ", "completion": f"{second} {first}"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+class Recorder:
+    """An observer that keeps what it is told, and can send a signal at a step."""
+
+    def __init__(self, stop_at: int | None = None, number: int = signal.SIGINT) -> None:
+        self.phases: list[str] = []
+        self.steps: list[StepInfo] = []
+        self.evaluations: list[tuple[float, bool]] = []
+        self.samples: list[str] = []
+        self.warnings: list[str] = []
+        self.stop_at, self.number = stop_at, number
+
+    def phase(self, text: str) -> None:
+        self.phases.append(text)
+
+    def step(self, info: StepInfo) -> None:
+        self.steps.append(info)
+        if info.step == self.stop_at:
+            os.kill(os.getpid(), self.number)
+
+    def evaluation(self, loss: float, best: bool) -> None:
+        self.evaluations.append((loss, best))
+
+    def sample(self, text: str) -> None:
+        self.samples.append(text)
+
+    def warning(self, code: str, text: str) -> None:
+        self.warnings.append(code)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -134,8 +134,11 @@ def _load(settings: GenerateSettings, name: str, record: RunRecord | None) -> tu
         device=str(choice.device),
         quantization=_quantization(settings),
         trust_remote_code=settings.trust_remote_code,
-        revision=settings.revision,
+        revision=_revision(settings),
     )
+    if settings.quantization == "none" and getattr(model, "hf_quantizer", None) is not None:
+        # The files themselves hold 4-bit weights.
+        model = model.dequantize()
     if tokenizer is None:
         raise ModelError(
             "RW322", f"{name} comes without a tokenizer, so it cannot read a prompt; give one that has it."
@@ -146,6 +149,15 @@ def _load(settings: GenerateSettings, name: str, record: RunRecord | None) -> tu
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
     wording = _wording(settings, record, tokenizer)
     return Speaker(model, tokenizer, wording, settings.adapter is not None, sampling), str(choice.device)
+
+
+def _revision(settings: GenerateSettings) -> str | None:
+    """As asked; else, of the base that the adapter names, the commit it was trained on."""
+    if settings.revision is not None or settings.model is not None or settings.adapter is None:
+        return settings.revision
+    from rankwise.adapters.trained_base import revision_of
+
+    return revision_of(settings.adapter)
 
 
 def _quantization(settings: GenerateSettings) -> Any:

@@ -30,10 +30,13 @@ class Weights:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     size_bytes: int
+    packed: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    # Weights in a tensor of 4-bit codes; 0 in its scales and tables, which are no parameters.
 
     @property
     def parameters(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        dense = (math.prod(shape) for name, shape in self.shapes.items() if name not in self.packed)
+        return sum(dense) + sum(self.packed.values())
 
     def describe(self) -> dict[str, Any]:
         """Counts for the report; ``dtypes`` is {dtype: number of tensors}."""
@@ -117,13 +120,16 @@ def _model(folder: Path) -> dict[str, Any]:
         refuse_pickles(folder)
         raise ModelError("RW301", f"{folder} holds a config.json and no .safetensors file; its weights are missing.")
     quantization = config.get("quantization_config")
+    weights = _weights(files, ModelError, "RW302")
+    if isinstance(quantization, dict) and quantization.get("load_in_4bit"):
+        weights = dataclasses.replace(weights, packed=_packed(files))
     return {
         "architecture": ", ".join(str(name) for name in config.get("architectures") or ["unknown"]),
         "model_type": config.get("model_type"),
         "layers": config.get("num_hidden_layers", config.get("n_layer")),
         "hidden_size": config.get("hidden_size", config.get("n_embd")),
         "quantization": quantization.get("quant_method") if isinstance(quantization, dict) else None,
-        **_weights(files, ModelError, "RW302").describe(),
+        **weights.describe(),
         "tokenizer": any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")),
     }
 
@@ -138,6 +144,17 @@ def _weights(files: Sequence[Path], kind: Any, code: str) -> Weights:
         for name, info in read_header(path, error=kind, code=code).tensors.items():
             shapes[name], dtypes[name] = tuple(info.shape), str(info.dtype)
     return Weights(shapes, dtypes, sum(path.stat().st_size for path in files))
+
+
+def _packed(files: Sequence[Path]) -> dict[str, int]:
+    """{tensor of a 4-bit weight: how many weights it holds}. Raises QuantizationError (RW611) for a damaged one."""
+    from rankwise.quantization.bitsandbytes_format import PARTS
+    from rankwise.quantization.checkpoint import stored_weights
+
+    counts: dict[str, int] = {}
+    for name, stored in stored_weights(files).items():
+        counts |= {f"{name}.{part}": 0 for part in PARTS} | {name: math.prod(stored.shape)}
+    return counts
 
 
 def norms_of_b(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -164,31 +181,15 @@ def norms_of_b(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, A
 def _fit(folder: Path, model: str, found: Mapping[str, Any]) -> dict[str, Any]:
     """Whether the adapter fits ``model``; only shapes are compared, on a model without weights."""
     from rankwise.adapters.checkpoint import read_adapter
+    from rankwise.models import load_skeleton
 
     if found["kind"] != "adapter":
         raise RunError("RW561", f"--model asks whether an adapter fits, and {folder} is a {found['kind']} folder.")
     try:
-        read_adapter(_skeleton(model), folder)
+        read_adapter(load_skeleton(model), folder)
     except AdapterError as error:
         return {"model": model, "fits": False, "code": error.code, "reason": error.message}
     return {"model": model, "fits": True}
-
-
-def _skeleton(name: str) -> Any:
-    """The model that ``name`` describes, without storage. Raises ModelError as ``fetch_model`` does."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from rankwise.models import fetch_model
-
-    source = fetch_model(name, weights=False)
-    path = Path(str(source.path)).resolve()
-    if source.is_gguf:
-        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-    else:
-        config = AutoConfig.from_pretrained(str(path))
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

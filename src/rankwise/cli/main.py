@@ -31,6 +31,7 @@ from rankwise.cli.output import (
 )
 from rankwise.config import Settings
 from rankwise.errors import ConfigError, InternalError, Interrupted, RankwiseError, RunError
+from rankwise.training.interrupt import terminable
 
 VERBS: tuple[Verb, ...] = (preview.VERB, train.VERB, generate.VERB, merge.VERB, inspect.VERB, demo.VERB)
 SUMMARY = "Fine-tune a language model with low-rank adapters, wisely: LoRA and DoRA from one command."
@@ -94,10 +95,10 @@ def _version(name: str) -> str:
 
 def _invoke(verb: Verb, settings: Settings, as_json: bool) -> None:
     try:
-        with stdout_for_the_document(as_json=as_json):
+        with terminable(), stdout_for_the_document(as_json=as_json):
             document = verb.run(settings, Output(as_json=as_json))
     except KeyboardInterrupt:
-        raise Interrupted("RW543", f"{verb.name} was stopped from the keyboard.") from None
+        raise Interrupted("RW543", f"{verb.name} was stopped by Ctrl-C or SIGTERM.") from None
     if as_json:
         print_document(document)
 

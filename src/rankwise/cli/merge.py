@@ -21,20 +21,19 @@ RECORD_FILE = "merge.json"
 
 
 def run(settings: MergeSettings, output: Output) -> Mapping[str, Any]:
-    from rankwise.adapters.trained_base import base_model_of
     from rankwise.export.merged import merge_to_folder, refuse_to_overwrite
 
     refuse_to_overwrite(settings.output)
-    base = settings.model or base_model_of(settings.adapter)
-    verification = _verify(settings, base, output) if settings.verify else None
+    verification = _verify(settings, output) if settings.verify else None
     onto = settings.onto or (verification.closest if verification else "original")
     with output.waiting("merging"):
         report = merge_to_folder(
             settings.adapter,
             settings.output,
-            model=base,
+            model=settings.model,
             onto=onto,
             trust_remote_code=settings.trust_remote_code,
+            revision=settings.revision,
         )
     result = {
         "adapter": str(settings.adapter),
@@ -52,12 +51,18 @@ def run(settings: MergeSettings, output: Output) -> Mapping[str, Any]:
     return {**result, "output": str(settings.output), "size_bytes": size}
 
 
-def _verify(settings: MergeSettings, base: str, output: Output) -> Verification:
+def _verify(settings: MergeSettings, output: Output) -> Verification:
     from rankwise.export.verify import read_text, verify_merge
 
     text = None if settings.text is None else read_text(settings.text)
     with output.waiting("measuring each way of merging"):
-        verification = verify_merge(settings.adapter, base, text=text)
+        verification = verify_merge(
+            settings.adapter,
+            settings.model,
+            text=text,
+            trust_remote_code=settings.trust_remote_code,
+            revision=settings.revision,
+        )
     table = Table(title=f"on {verification.tokens:,} tokens", title_justify="left")
     table.add_column("way")
     table.add_column("perplexity", justify="right")

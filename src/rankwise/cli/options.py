@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +47,6 @@ class Option:
     metavar: str
     help: str
     kind: Literal["switch", "value", "repeated", "argument"]
-    is_list: bool
 
     @property
     def label(self) -> str:
@@ -79,7 +77,8 @@ def command_of(verb: Verb, invoke: Callable[[Settings, bool], None]) -> Callable
 
     def command(**given: Any) -> None:
         as_json, config = given.pop("json"), given.pop("config")
-        values = {name: _parse(options[name], value) for name, value in given.items()}
+        # An option that may be repeated comes as an empty list where it is not given.
+        values = {name: tuple(value) or None if isinstance(value, list) else value for name, value in given.items()}
         settings = read_settings(verb.settings, Path(config) if config else None, values)
         invoke(settings, as_json)
 
@@ -100,7 +99,7 @@ def _option(verb: Verb, name: str, field: FieldInfo) -> Option:
         kind = "switch" if bool in types_ else "value"
     flag = name.replace("_", "-")
     metavar = verb.metavars.get(name) or ("TEXT" if kind == "repeated" else _metavar(types_))
-    return Option(name, flag, metavar, _help(field), kind, tuple in types_)
+    return Option(name, flag, metavar, _help(field), kind)
 
 
 def _plain_types(annotation: Any) -> list[Any]:
@@ -116,6 +115,8 @@ def _plain_types(annotation: Any) -> list[Any]:
 def _metavar(kinds: Sequence[Any]) -> str:
     if tuple in kinds:
         return "NAME,..."
+    if dict in kinds:
+        return "NAME=X,..."
     if get_origin(kinds[0]) is Literal:
         return "|".join(str(choice) for choice in get_args(kinds[0]))
     return METAVARS.get(kinds[0], "TEXT")
@@ -125,7 +126,7 @@ def _help(field: FieldInfo) -> str:
     text = field.description or ""
     if field.is_required():
         return f"{text} (required)"
-    if field.default is None or field.default is False:
+    if field.default is None or field.default is False or field.default == {}:
         return text
     default = "on" if field.default is True else field.default
     return f"{text} (default: {default:g})" if isinstance(default, float) else f"{text} (default: {default})"
@@ -147,14 +148,3 @@ def _common_parameters() -> list[inspect.Parameter]:
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
     return [common("config", str | None, None), common("json", bool, False)]
-
-
-def _parse(option: Option, value: Any) -> Any:
-    """A comma makes a list, and so does a bare module name: as a regular expression it would match almost nothing."""
-    if option.kind == "repeated":
-        return tuple(value) or None if value is not None else None
-    if not option.is_list or value is None or value == "all-linear":
-        return value
-    if "," in value or re.fullmatch(r"\w+", value):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from rankwise.config import Settings
+from rankwise.config import Settings, text_list
 
 MODEL = "Hub id, folder, .gguf file, or `demo`."
 DATA = "Hub id, folder, or .jsonl/.json/.csv/.parquet file (also .gz)."
@@ -32,7 +32,7 @@ class PreviewSettings(Settings):
 class GenerateSettings(Settings):
     """The options of ``rankwise generate``."""
 
-    prompt: tuple[str, ...] = Field(
+    prompt: Annotated[tuple[str, ...], BeforeValidator(text_list)] = Field(
         min_length=1, description="Text to answer; may be given several times.", json_schema_extra={"repeated": True}
     )
     adapter: Path | None = Field(None, description="Run folder or PEFT adapter folder.")
@@ -69,6 +69,7 @@ class MergeSettings(Settings):
     verify: bool = Field(False, description="Measure how far each way of merging moves the model, and record it.")
     text: Path | None = Field(None, description="Text file to measure on with --verify; default: a built-in text.")
     trust_remote_code: bool = Field(False, description=REMOTE_CODE)
+    revision: str | None = Field(None, description=f"{REVISION} Default: the one trained on.")
 
 
 class InspectSettings(Settings):

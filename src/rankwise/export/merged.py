@@ -22,17 +22,21 @@ from rankwise.adapters.checkpoint import PREFIX, AdapterFile, read_adapter
 from rankwise.adapters.fused import enabled_rows
 from rankwise.adapters.inject import AdaptedModule
 from rankwise.adapters.low_rank import merged_weight
-from rankwise.adapters.trained_base import base_model_of, dtype_of, quantization_of
-from rankwise.errors import AdapterError, ModelError, RunError
+from rankwise.adapters.trained_base import base_model_of, dtype_of, quantization_of, revision_of, sha256_of_base
+from rankwise.errors import AdapterError, ModelError, RunError, warn
+from rankwise.export.dequantized import DequantizedWeights
 from rankwise.export.safetensors_writer import bytes_of, write_safetensors
 from rankwise.export.shards import INDEX_FILE, ShardedWeights
-from rankwise.models import fetch_model, load_model, load_skeleton, resolve_model
+from rankwise.models import ModelSource, fetch_model, load_model, load_skeleton, model_hash
+from rankwise.models.folder import read_config
+from rankwise.quantization.bitsandbytes_format import rewrite_bitsandbytes_config
 from rankwise.quantization.config import FourBitConfig
 from rankwise.quantization.linear import Linear4bit
 from rankwise.quantization.targets import target_names
 from rankwise.records import write_json
 
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+CODE = "*.py"
 NOT_COPIED = ("adapter_config.json", "run.json", INDEX_FILE, "trainer_state.json")
 
 
@@ -56,19 +60,20 @@ def merge_to_folder(
     model: str | None = None,
     onto: Onto = "original",
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> MergeReport:
     """Write the base with the adapter folded in to ``output``, which appears whole or not at all.
 
-    ``model`` is the base, by default the one that the adapter names. ``onto="quantized"`` merges into the values that a
-    4-bit run trained on (each 4-bit layer dequantized), "original" into the weights before quantization.
-    Raises AdapterError when the adapter does not fit the base (RW414: it did not train on 4 bits), ModelError when the
-    base cannot be read, RunError (RW532) when ``output`` holds something.
+    ``model`` is the base, by default the one that the adapter names, at the commit it was trained on. ``onto`` is
+    "quantized" to merge into the values that a 4-bit run trained on (each 4-bit layer dequantized), "original" into the
+    weights before quantization. Raises AdapterError when the adapter does not fit the base (RW414: it did not train on
+    4 bits), ModelError when the base cannot be read or (RW309) holds no original weights, RunError (RW532) when
+    ``output`` holds something. Warns RW415 when the base's weights are not those of the training.
     """
     refuse_to_overwrite(output)
-    quantization = None if onto == "original" else _trained_on(adapter)
-    dtype = None if onto == "original" else dtype_of(adapter)
-    base = Base(model or base_model_of(adapter), quantization, dtype, trust_remote_code)
-    source = resolve_model(base.name)
+    source = base_source(adapter, model, revision=revision, trust_remote_code=trust_remote_code)
+    base = _base(adapter, source, onto, trust_remote_code)
+    _warn_of_another_base(adapter, source)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -83,7 +88,7 @@ def merge_to_folder(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return MergeReport(base.name, count, onto, streamed=not source.is_gguf)
+    return MergeReport(source.name, count, onto, streamed=not source.is_gguf)
 
 
 def refuse_to_overwrite(output: Path) -> None:
@@ -94,12 +99,73 @@ def refuse_to_overwrite(output: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The model to merge into; for a merge onto 4-bit values their format, and the dtype that was quantized."""
+    """The model to merge into, fetched; for a merge onto 4-bit values their format and the dtype that was quantized."""
 
-    name: str
+    source: ModelSource
     quantization: FourBitConfig | None
     dtype: torch.dtype | None
+    stored: bool = False
+    # The 4-bit values are those of the files, and none are made.
     trust_remote_code: bool = False
+
+    @property
+    def folder(self) -> Path:
+        assert self.source.path is not None, "a fetched model lies on this machine"
+        return self.source.path
+
+
+def base_source(
+    adapter: Path, model: str | None = None, *, revision: str | None = None, trust_remote_code: bool = False
+) -> ModelSource:
+    """The base to merge into, its files on this machine: ``model``, or the one the adapter was trained on."""
+    if model is None:
+        model, revision = base_model_of(adapter), revision or revision_of(adapter)
+    return fetch_model(model, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def stored_quantization(source: ModelSource) -> FourBitConfig | None:
+    """The format of a base whose files hold 4-bit weights (bitsandbytes'); None for one with dense weights.
+
+    Raises ModelError (RW309) for weights that are quantized in another way.
+    """
+    if source.is_gguf:
+        return None
+    assert source.path is not None, "a fetched model lies on this machine"
+    stored = read_config(source.path).get("quantization_config")
+    held = None if stored is None else rewrite_bitsandbytes_config(stored)
+    if stored is not None and held is None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored
+        raise ModelError(
+            "RW309",
+            f"{source.path} holds weights quantized with {method}, which no adapter merges into; give the original "
+            "ones with --model.",
+        )
+    return held
+
+
+def _base(adapter: Path, source: ModelSource, onto: Onto, trust_remote_code: bool) -> Base:
+    stored = stored_quantization(source)
+    if onto == "original":
+        if stored is not None:
+            raise ModelError(
+                "RW309",
+                f"{source.path} holds 4-bit weights and not the original ones; give those with --model, or merge into "
+                "the dequantized values with --onto quantized.",
+            )
+        return Base(source, None, None, trust_remote_code=trust_remote_code)
+    quantization = None if stored is not None else _trained_on(adapter)
+    return Base(source, quantization, dtype_of(adapter), stored is not None, trust_remote_code)
+
+
+def _warn_of_another_base(adapter: Path, source: ModelSource) -> None:
+    trained = sha256_of_base(adapter)
+    if trained is not None and trained != (found := model_hash(source)):
+        warn(
+            "RW415",
+            f"the adapter in {adapter} was trained on weights with SHA-256 {trained[:12]}..., and those of "
+            f"{source.name} have {found[:12]}...; check that this is the base you want to merge into.",
+            stacklevel=3,
+        )
 
 
 def _trained_on(adapter: Path) -> FourBitConfig:
@@ -112,7 +178,13 @@ def _trained_on(adapter: Path) -> FourBitConfig:
 
 
 def _merge_in_memory(base: Base, adapter: Path, output: Path) -> int:
-    model, tokenizer = load_model(base.name, dtype=base.dtype, device="cpu", quantization=base.quantization)
+    model, tokenizer = load_model(
+        base.source,
+        dtype=base.dtype,
+        device="cpu",
+        quantization=base.quantization,
+        trust_remote_code=base.trust_remote_code,
+    )
     report = load_adapter(model, adapter)
     merge_adapter(model, reversible=False)
     if base.quantization is not None:
@@ -124,27 +196,31 @@ def _merge_in_memory(base: Base, adapter: Path, output: Path) -> int:
 
 
 def _merge_streamed(base: Base, adapter: Path, output: Path) -> int:
-    source = fetch_model(base.name, trust_remote_code=base.trust_remote_code)
-    assert source.path is not None, "a fetched model lies in a folder"
-    folder = source.path
-    skeleton = load_skeleton(source, trust_remote_code=base.trust_remote_code)
-    if getattr(skeleton.config, "quantization_config", None) is not None:
-        raise ModelError(
-            "RW309", f"{folder} holds quantized weights, and merging needs the original ones; give them with --model."
-        )
-    weights = ShardedWeights(folder)
+    skeleton = load_skeleton(base.source, trust_remote_code=base.trust_remote_code)
+    weights = _weights(base, skeleton)
     file = read_adapter(skeleton, adapter)
     names = _names_in_files(skeleton, weights)
     changes, extra = _changes(skeleton, file, names, weights)
     if base.quantization is not None:
         changes = _after_quantization(skeleton, base, base.quantization, names, changes)
-    _copy_files(folder, output)
+    _copy_files(base.folder, output, code=base.trust_remote_code)
     _write_config(output, untied=bool(extra))
     _write_weights(weights, changes, extra, output)
     return len(file.planned)
 
 
-def _names_in_files(skeleton: nn.Module, weights: ShardedWeights) -> dict[str, str]:
+Weights = ShardedWeights | DequantizedWeights
+
+
+def _weights(base: Base, skeleton: nn.Module) -> Weights:
+    if not base.stored:
+        return ShardedWeights(base.folder)
+    prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
+    paths = [f"{name}.weight" for name, module in skeleton.named_modules() if is_conv1d(module)]
+    return DequantizedWeights(base.folder, {*paths, *(path.removeprefix(prefix) for path in paths)})
+
+
+def _names_in_files(skeleton: nn.Module, weights: Weights) -> dict[str, str]:
     """{parameter of the model: its name in the files}; some families leave the base model's prefix out on disk."""
     prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
     names = {}
@@ -160,7 +236,7 @@ Change = Callable[[Tensor], Tensor]
 
 
 def _changes(
-    skeleton: nn.Module, file: AdapterFile, names: Mapping[str, str], weights: ShardedWeights
+    skeleton: nn.Module, file: AdapterFile, names: Mapping[str, str], weights: Weights
 ) -> tuple[dict[str, Change], dict[str, tuple[str, Change]]]:
     """What becomes of which tensor in the files, and tensors that are new there: {name: (made from, by)}."""
     wanted: dict[str, Change] = {}
@@ -240,7 +316,7 @@ def _tied_pair(skeleton: nn.Module) -> tuple[str, str] | None:
 
 
 def _write_weights(
-    weights: ShardedWeights, changes: Mapping[str, Change], extra: Mapping[str, tuple[str, Change]], output: Path
+    weights: Weights, changes: Mapping[str, Change], extra: Mapping[str, tuple[str, Change]], output: Path
 ) -> None:
     last = list(weights.files)[-1]
     for name, tensors in weights.files.items():
@@ -253,7 +329,7 @@ def _write_weights(
 
 
 def _maker(
-    weights: ShardedWeights, changes: Mapping[str, Change], extra: Mapping[str, tuple[str, Change]]
+    weights: Weights, changes: Mapping[str, Change], extra: Mapping[str, tuple[str, Change]]
 ) -> Callable[[str], Tensor]:
     def make(name: str) -> Tensor:
         origin, change = extra.get(name) or (name, changes.get(name, lambda tensor: tensor))
@@ -262,15 +338,16 @@ def _maker(
     return make
 
 
-def _write_index(weights: ShardedWeights, extra: Mapping[str, tuple[str, Change]], last: str, output: Path) -> None:
+def _write_index(weights: Weights, extra: Mapping[str, tuple[str, Change]], last: str, output: Path) -> None:
     home = {key: file for file, tensors in weights.files.items() for key in tensors} | dict.fromkeys(extra, last)
     infos = [weights.info(key) for key in weights.names()] + [weights.info(origin) for origin, _ in extra.values()]
     total = bytes_of((info.dtype, info.shape) for info in infos)
     write_json(output / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": home})
 
 
-def _copy_files(folder: Path, output: Path) -> None:
-    for pattern in COPIED:
+def _copy_files(folder: Path, output: Path, *, code: bool) -> None:
+    """Settings and tokenizer, and the model's own Python code where the caller trusts it."""
+    for pattern in (*COPIED, CODE) if code else COPIED:
         for path in folder.glob(pattern):
             if path.name not in NOT_COPIED:
                 shutil.copyfile(path, output / path.name)
@@ -284,6 +361,10 @@ def _copy_tokenizer(adapter: Path, output: Path) -> None:
 
 
 def _write_config(output: Path, *, untied: bool) -> None:
+    path = output / "config.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    changed = {key: value for key, value in stored.items() if key != "quantization_config"}
     if untied:
-        path = output / "config.json"
-        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "tie_word_embeddings": False})
+        changed["tie_word_embeddings"] = False
+    if changed != stored:
+        write_json(path, changed)

@@ -6,8 +6,11 @@ perplexity and by the largest difference of a logit.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,9 @@ from rankwise.adapters import load_adapter, merge_adapter
 from rankwise.adapters.trained_base import dtype_of, quantization_of
 from rankwise.data import stdlib_rows
 from rankwise.errors import DataError
-from rankwise.export.merged import Onto
+from rankwise.export.merged import Onto, base_source, stored_quantization
 from rankwise.models import load_model
+from rankwise.quantization.config import FourBitConfig
 from rankwise.quantization.in_place import quantize
 
 REFERENCE = "adapter, as trained"
@@ -49,26 +53,37 @@ class Verification:
 
 
 def verify_merge(
-    adapter: Path, base: str, *, text: str | None = None, dtype: torch.dtype | None = None
+    adapter: Path,
+    base: str | None = None,
+    *,
+    text: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> Verification:
     """Load the base as it was trained and in its original form, merge, and measure. Memory: one model at a time.
 
+    ``base``: by default the one that the adapter names. A base that is 4-bit on disk has no original form to measure.
     Raises DataError (RW220) for a text that is too short, and what loading model and adapter raises.
     """
-    quantization, dtype = quantization_of(adapter), dtype_of(adapter)
-    model, tokenizer = load_model(base, dtype=dtype, device="cpu", quantization=quantization)
+    source = base_source(adapter, base, revision=revision, trust_remote_code=trust_remote_code)
+    stored, dtype = stored_quantization(source), dtype_of(adapter)
+    quantization = quantization_of(adapter) if stored is None else None
+    load = functools.partial(load_model, source, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
+    model, tokenizer = load(quantization=quantization)
     ids = _chunks(tokenizer, default_text() if text is None else text)
     load_adapter(model, adapter)
     measure = _Meter(ids)
     variants = [measure(REFERENCE, model)]
-    if quantization is not None:
+    four_bit = _format(model)
+    if four_bit is not None:
         merge_adapter(model, reversible=False)
         model = model.dequantize()
         variants.append(measure("merged onto the dequantized", model))
-        quantize(model, quantization)
+        quantize(model, four_bit)
         variants.append(measure(REQUANTIZED, model))
     del model
-    variants.insert(1, measure("merged onto the original", _merged_original(adapter, base, dtype)))
+    if stored is None:
+        variants.insert(1, measure("merged onto the original", _merged_original(adapter, load)))
     written = [variant for variant in variants if variant.name in MERGED_ONTO]
     closest = min(written, key=lambda variant: variant.largest_logit_difference)
     return Verification(tuple(variants), sum(chunk.numel() for chunk in ids), MERGED_ONTO[closest.name])
@@ -89,8 +104,13 @@ def default_text() -> str:
     return "\n".join(f"{row.prompt}\n{row.completion}" for row in stdlib_rows("eval"))
 
 
-def _merged_original(adapter: Path, base: str, dtype: torch.dtype | None) -> Any:
-    model, _ = load_model(base, dtype=dtype, device="cpu")
+def _format(model: Any) -> FourBitConfig | None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    return None if quantizer is None else copy.copy(quantizer.quantization_config)
+
+
+def _merged_original(adapter: Path, load: Callable[[], Any]) -> Any:
+    model, _ = load()
     load_adapter(model, adapter)
     merge_adapter(model, reversible=False)
     return model

@@ -35,17 +35,25 @@ def model_facts(model: PreTrainedModel, source: str | ModelSource) -> dict[str, 
     from rankwise.quantization.linear import weight_count
 
     found = fetch_model(source)
-    quantization: Any = getattr(model.config, "quantization_config", None)
     return {
         "name": found.name,
         "kind": found.kind,
         "base_model": found.base_model,
-        "path": str(found.path),
+        "path": None if found.path is None else str(found.path.resolve()),
         "revision": found.revision,
         "sha256": model_hash(found),
         "architecture": type(model).__name__,
         "model_type": model.config.model_type,
         "parameters": sum(map(weight_count, model.parameters())),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "quantization": quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,
+        "quantization": _quantization(model),
     }
+
+
+def _quantization(model: PreTrainedModel) -> dict[str, Any] | None:
+    """The 4-bit format in full, since config.json's description of it leaves the block size out."""
+    config: Any = getattr(model.config, "quantization_config", None)
+    for method in ("to_loading_dict", "to_dict"):
+        if hasattr(config, method):
+            config = getattr(config, method)()
+    return config

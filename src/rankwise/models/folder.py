@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rankwise.errors import ModelError, warn
+from rankwise.quantization.listing import some_of
 from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
 
 CONFIG_FILE = "config.json"
@@ -48,7 +49,7 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> FolderCont
     if missing:
         raise ModelError(
             "RW305",
-            f"{folder} lacks {len(missing)} of {len(names)} weights files: {_some(missing)}; download it again.",
+            f"{folder} lacks {len(missing)} of {len(names)} weights files: {some_of(missing)}; download it again.",
         )
     headers = {name: read_header(folder / name) for name in names}
     _check_index(folder, headers)
@@ -173,13 +174,9 @@ def _check_index(folder: Path, headers: Mapping[str, WeightsHeader]) -> None:
     ]
     if absent:
         raise ModelError(
-            "RW305", f"{folder / INDEX_FILE} promises tensors that are not there: {_some(absent)}; download it again."
+            "RW305", f"{folder / INDEX_FILE} promises tensors that are not there: {some_of(absent)}; download it again."
         )
 
 
 def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

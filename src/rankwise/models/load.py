@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,13 @@ from rankwise.models.gguf_file import read_gguf_header
 from rankwise.models.quiet import gguf_read_once, quiet, reason_of
 from rankwise.models.skeleton import load_skeleton
 from rankwise.models.source import ModelSource, fetch_model
+from rankwise.quantization.listing import some_of
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rankwise.quantization import FourBitConfig, Linear4bit
 
 Model = str | os.PathLike[str] | ModelSource
 
@@ -96,7 +99,7 @@ def _load_folder(
     content = check_folder(path, trust_remote_code=trust_remote_code)
     _check_shapes(source, content, trust_remote_code)
     arguments: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
-    return _from_pretrained(
+    model = _from_pretrained(
         source,
         str(path),
         dtype="auto" if dtype is None else dtype,
@@ -105,6 +108,9 @@ def _load_folder(
         **_quantization_arguments(path, content, quantization, trust_remote_code),
         **arguments,
     )
+    if quantization is not None and content.config.get("quantization_config") is not None:
+        _warn_of_another_format(model, path, quantization)
+    return model
 
 
 def _quantization_arguments(
@@ -119,21 +125,37 @@ def _quantization_arguments(
         return {"quantization_config": quantization}
     from transformers import AutoConfig
 
-    from rankwise.quantization import adopt_bitsandbytes_config
+    from rankwise.quantization import FourBitConfig, adopt_bitsandbytes_config
 
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     held = adopt_bitsandbytes_config(config)
     if held is None and quantization is None:
         return {}
-    if held is None:
+    if held is None or not isinstance(quantization, FourBitConfig | None):
         method = stored.get("quant_method") if isinstance(stored, dict) else stored
+        asked = "" if held is None else f", and a {type(quantization).__name__} cannot be applied to it"
         raise ModelError(
             "RW316",
-            f"the checkpoint is already quantized ({method}); load it without a quantization, or give the original.",
+            f"the checkpoint in {path} is already quantized ({method}){asked}; "
+            "load it without a quantization, or give the original.",
         )
-    if quantization is not None and quantization.quant_type != held.quant_type:
-        warn("RW324", f"{path} holds {held.quant_type} weights, which are used instead of {quantization.quant_type}.")
     return {"config": config}
+
+
+def _warn_of_another_format(model: PreTrainedModel, path: Path, asked: FourBitConfig) -> None:
+    """Say (RW324) that the layers in the files are not as asked for; config.json alone has no block size."""
+    from rankwise.quantization.targets import four_bit_layers
+
+    wanted = _format_of(asked)
+    for _, layer in four_bit_layers(model):
+        if (held := _format_of(layer)) != wanted:
+            warn("RW324", f"{path} holds weights in {held}, which are used instead of {wanted}.")
+            return
+
+
+def _format_of(source: FourBitConfig | Linear4bit) -> str:
+    double = "with" if source.double_quant else "without"
+    return f"{source.quant_type} (blocks of {source.block_size}, {double} double quantization)"
 
 
 def _load_gguf(source: ModelSource, dtype: torch.dtype | None, device: str, quantization: Any) -> PreTrainedModel:
@@ -211,11 +233,11 @@ def _from_pretrained(source: ModelSource, folder: str, **arguments: Any) -> PreT
     )
     problems += list(info["error_msgs"])
     if problems:
-        raise ModelError("RW308", f"the weights of {source.name} do not fit its config: {_some(problems)}.")
+        raise ModelError("RW308", f"the weights of {source.name} do not fit its config: {some_of(problems)}.")
     if info["unexpected_keys"]:
         warn(
             "RW318",
-            f"{source.name} holds tensors that the model has no place for: {_some(sorted(info['unexpected_keys']))}.",
+            f"{source.name} holds tensors that the model has no place for: {some_of(sorted(info['unexpected_keys']))}.",
         )
     return model
 
@@ -247,7 +269,7 @@ def _check_shapes(source: ModelSource, content: FolderContent, trust_remote_code
         if name in stored and stored[name] != shape
     ]
     if wrong:
-        raise ModelError("RW308", f"the weights of {source.path} do not fit its config.json: {_some(wrong)}.")
+        raise ModelError("RW308", f"the weights of {source.path} do not fit its config.json: {some_of(wrong)}.")
     held, needed = sum(map(prod, stored.values())), sum(map(prod, wanted.values()))
     if needed > 2 * held:
         raise ModelError(
@@ -269,7 +291,7 @@ def _check_finite(model: PreTrainedModel, source: ModelSource) -> None:
             broken.append(name)
     if broken:
         raise ModelError(
-            "RW323", f"the weights of {source.name} hold NaN or infinity in {_some(broken)}; get them again."
+            "RW323", f"the weights of {source.name} hold NaN or infinity in {some_of(broken)}; get them again."
         )
 
 
@@ -281,8 +303,3 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
             "RW319",
             f"the tokenizer of {source.name} knows {len(tokenizer):,} tokens and the model {rows:,}; the rest fail.",
         )
-
-
-def _some(items: Iterable[str]) -> str:
-    listed = list(items)
-    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")

@@ -25,8 +25,8 @@ def check_type(quant_type: str, block_size: int) -> None:
     if block_size not in BLOCK_SIZES:
         raise QuantizationError(
             "RW602",
-            f"a block cannot have {block_size!r} elements: use a power of two from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]} "
-            "(64 is usual).",
+            f"a block cannot have {block_size!r} elements: use a power of two "
+            f"from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]} (64 is usual).",
         )
 
 
@@ -76,8 +76,8 @@ def check_rows(x: Tensor, shape: Sequence[int], dimension: int, device: torch.de
     if x.dim() == 0 or x.shape[-1] != shape[dimension] or x.device != device:
         raise QuantizationError(
             "RW606",
-            f"an input of shape {tuple(x.shape)} on {x.device} does not fit a weight of shape {tuple(shape)} on {device}: "
-            f"its last dimension must be {shape[dimension]}, on the same device.",
+            f"an input of shape {tuple(x.shape)} on {x.device} does not fit a weight of shape {tuple(shape)} "
+            f"on {device}: its last dimension must be {shape[dimension]}, on the same device.",
         )
 
 

@@ -89,7 +89,8 @@ def code_order(quant_type: str, device: torch.device) -> Tensor:
 def dynamic_map(device: torch.device) -> Tensor:
     """(256,) float32: the signed 8-bit dynamic data type, ascending ("8-bit approximations", Dettmers 2016).
 
-    Decade ``i`` of seven, 10^(i-6), holds ``2^i`` midpoints of equal steps from 0.1 to 1, with both signs; 0 and 1 complete it.
+    Decade ``i`` of seven, 10^(i-6), holds ``2^i`` midpoints of equal steps from 0.1 to 1, with both signs; 0 and 1
+    complete it.
     """
     values = [0.0, 1.0]
     for i in range(7):

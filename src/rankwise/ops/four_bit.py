@@ -2,8 +2,8 @@
 
 Legend: T = rows of x, K = in features, N = out features, n = N K; blocks = ceil(n / block_size).
 
-A 4-bit weight is ``packed`` uint8 plus either ``absmax`` float32 (blocks,), or, double-quantized, ``absmax`` uint8 (blocks,) with
-``nested_absmax`` float32 (ceil(blocks / 256),) and ``offset`` float32 ().
+A 4-bit weight is ``packed`` uint8 plus either ``absmax`` float32 (blocks,), or, double-quantized, ``absmax`` uint8
+(blocks,) with ``nested_absmax`` float32 (ceil(blocks / 256),) and ``offset`` float32 ().
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def linear_4bit(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if bias is not None and bias.dtype is not x.dtype:
         bias = bias.to(x.dtype)
-    # The dispatcher and its autograd wrapper take 8 us, a tenth to a half of a single-row product: pass by where neither has work.
+    # The dispatcher and its autograd wrapper take 8 us, a tenth to a half of a single-row product: pass by where
+    # neither has work.
     run = _library.run_linear_4bit if _nothing_watches(x, packed, bias) else _ops.linear_4bit.default
     return run(x, packed, absmax, shape, bias, quant_type, block_size, nested_absmax, offset)
 

@@ -1,7 +1,7 @@
 """The operators as PyTorch sees them: schemas, fake implementations, gradients.
 
-Defined through ``torch.library.Library`` rather than the ``custom_op`` decorator: a single-row product takes about 0.3 ms, and the
-decorator's wrapper costs a tenth of it.
+Defined through ``torch.library.Library`` rather than the ``custom_op`` decorator: a single-row product takes about
+0.3 ms, and the decorator's wrapper costs a tenth of it.
 
 Legend: T = rows of x, K = in features, N = out features.
 """

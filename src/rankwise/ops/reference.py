@@ -1,7 +1,7 @@
 """Four bits in plain PyTorch: the specification that every other implementation equals.
 
-Legend: w weight, n its elements in row-major order; b a block of ``block_size`` consecutive elements (the last may be shorter);
-K = in features, N = out features, T = rows of x.
+Legend: w weight, n its elements in row-major order; b a block of ``block_size`` consecutive elements (the last may be
+shorter); K = in features, N = out features, T = rows of x.
 
     absmax_b = max |w_i|, i in b
     code_i   = the nearest of 16 values to w_i / absmax_b       ties to the lower value
@@ -11,8 +11,8 @@ K = in features, N = out features, T = rows of x.
 Double quantization stores absmax itself in 8 bits: offset = mean(absmax), and per block of 256
 nested_absmax = max |absmax - offset|, so that absmax' = dynamic_map[code] * nested_absmax + offset.
 
-Equal to bitsandbytes 0.50 on CPU to the bit, and right where its dequantization is not (last dimension no multiple of the block).
-Arguments are checked by the public functions in ``rankwise.ops``.
+Equal to bitsandbytes 0.50 on CPU to the bit, and right where its dequantization is not (last dimension no multiple of
+the block). Arguments are checked by the public functions in ``rankwise.ops``.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def dequantize_4bit(
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """absmax float32 (blocks,) -> codes uint8 (blocks,), nested_absmax float32 (ceil(blocks / 256),), offset float32 ().
+    """absmax float32 (blocks,) -> codes uint8 (blocks,), nested_absmax float32 (ceil(blocks / 256),), offset float32
+    ().
 
     The nearest 8-bit value is found through 65536 equal bins of [-1, 1], as bitsandbytes does on a CPU.
     """
@@ -165,7 +166,8 @@ def row_norms_4bit(
 
 
 def packed_shape(shape: Sequence[int], block_size: int) -> tuple[int, int]:
-    """(N, K / 2) where rows consist of whole blocks, so that a row can be cut out; else (ceil(n / 2), 1), as in bitsandbytes."""
+    """(N, K / 2) where rows consist of whole blocks, so that a row can be cut out; else (ceil(n / 2), 1), as in
+    bitsandbytes."""
     if len(shape) == 2 and shape[1] > 0 and shape[1] % block_size == 0:
         return shape[0], shape[1] // 2
     return math.ceil(math.prod(shape) / 2), 1

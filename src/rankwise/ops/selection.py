@@ -1,6 +1,7 @@
 """Which implementation runs: plain PyTorch, the native CPU library, or Triton.
 
-``auto`` takes the native library for CPU tensors and Triton for CUDA tensors, and plain PyTorch, said once, where they are missing.
+``auto`` takes the native library for CPU tensors and Triton for CUDA tensors, and plain PyTorch, said once, where
+they are missing.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ _said: set[str] = set()
 def set_implementation(name: str) -> None:
     """Choose for the whole process: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``.
 
-    The environment variable ``RANKWISE_OPS`` does the same before the first use. A forced implementation that cannot run is
-    an error at its first use; nothing else is taken in its place.
+    The environment variable ``RANKWISE_OPS`` does the same before the first use. A forced implementation that cannot
+    run is an error at its first use; nothing else is taken in its place.
 
     Raises:
         QuantizationError: RW607, no such name.
@@ -93,7 +94,7 @@ def _obstacle(choice: str, device: str) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed. Install it with: pip install triton"
         if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            return "triton runs on CUDA tensors (on CPU tensors only with TRITON_INTERPRET=1 in the environment, for tests)."
+            return "triton runs on CUDA tensors (on CPU tensors only with TRITON_INTERPRET=1 set, for tests)."
     return None
 
 

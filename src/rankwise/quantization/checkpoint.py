@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rankwise.errors import QuantizationError
 from rankwise.quantization.bitsandbytes_format import StoredWeight, check_sizes, parse_state, state_part
+from rankwise.quantization.listing import some_of
 from rankwise.weights_file import TensorInfo, read_header
 
 _PART = re.compile(r"(.*\bweight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)", re.DOTALL)
@@ -30,7 +31,9 @@ def stored_weights(files: Iterable[str | Path]) -> dict[str, StoredWeight]:
         except QuantizationError as error:
             faults.append(error.message.rstrip("."))
     if faults:
-        raise QuantizationError("RW611", f"{_some(faults)}. The checkpoint is damaged; download or write it again.")
+        raise QuantizationError(
+            "RW611", f"{some_of(faults, 3, '; ')}. The checkpoint is damaged; download or write it again."
+        )
     return found
 
 
@@ -69,7 +72,3 @@ def _read(file: Path, info: TensorInfo) -> bytes:
         header_bytes = int.from_bytes(content.read(8), "little")
         content.seek(8 + header_bytes + info.begin)
         return content.read(info.end - info.begin)
-
-
-def _some(faults: list[str]) -> str:
-    return "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -53,7 +53,7 @@ class FourBitConfig(QuantizationConfigMixin):
         if type(self.double_quant) is not bool:
             raise QuantizationError("RW615", f"double_quant is {self.double_quant!r}: use True or False.")
         self.modules_to_not_convert = _names(self.modules_to_not_convert)
-        self.compute_dtype = _dtype(self.compute_dtype)
+        self.compute_dtype = dtype_named(self.compute_dtype, "compute_dtype")
         from rankwise.quantization.transformers_plugin import register
 
         register()
@@ -66,6 +66,9 @@ class FourBitConfig(QuantizationConfigMixin):
         quant_type = config_dict.get("quant_type", cls.quant_type)
         if quant_type not in kinds:
             raise QuantizationError("RW601", f"there is no 4-bit type {quant_type!r}: use nf4 or fp4.")
+        unknown = given.keys() - {item.name for item in fields(cls) if item.init}
+        if unknown:
+            raise QuantizationError("RW615", f"a 4-bit config has no {', '.join(sorted(unknown))}.")
         config = kinds[quant_type](**given)
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -121,13 +124,14 @@ def _names(names: Any) -> list[str] | None:
     return sorted(names) if isinstance(names, set | frozenset) else list(names)
 
 
-def _dtype(dtype: Any) -> torch.dtype | None:
+def dtype_named(dtype: Any, what: str) -> torch.dtype | None:
+    """A torch.dtype given as itself or by name (None stays None). Raises QuantizationError (RW605) naming ``what``."""
     if dtype is None:
         return None
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype):
-        raise QuantizationError("RW605", f"compute_dtype is {dtype!r}: use float32, bfloat16 or float16.")
-    check_dtype(found, "compute_dtype")
+        raise QuantizationError("RW605", f"{what} is {dtype!r}: use float32, bfloat16 or float16.")
+    check_dtype(found, what)
     return found
 
 

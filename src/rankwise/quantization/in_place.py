@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import QuantizationError
-from rankwise.quantization.config import FourBitConfig
+from rankwise.quantization.config import METHOD, FourBitConfig, dtype_named
 from rankwise.quantization.linear import Linear4bit, is_conv1d
+from rankwise.quantization.listing import some_of
 from rankwise.quantization.targets import (
     dense_linear_names,
     expert_tensors,
@@ -84,22 +85,25 @@ def quantize(model: nn.Module, config: FourBitConfig) -> QuantizationReport:
 
 
 @torch.no_grad()
-def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> int:
-    """Make every `Linear4bit` of ``model`` an ``nn.Linear`` with the dequantized weight, in place; returns their count.
+def dequantize(model: nn.Module, dtype: torch.dtype | str | None = None) -> int:
+    """Make every `Linear4bit` of ``model`` the dense layer it was, in place, with weight W'; returns their count.
 
-    ``dtype``: that of the new layers; None keeps each layer's own.
+    ``dtype``: that of the new layers, or its name; None keeps each layer's own. Raises QuantizationError (RW605) for an
+    unknown one.
     """
-    layers = [name for name, _ in four_bit_layers(model)]
-    for name in layers:
-        layer: Any = model.get_submodule(name)
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        weight = layer.dequantize()
-        dense.weight = nn.Parameter(weight if dtype is None else weight.to(dtype), requires_grad=False)
-        if layer.bias is not None:
-            dense.bias = nn.Parameter(layer.bias.detach().to(dense.weight.dtype), requires_grad=False)
-        _replace(model, name, dense.train(layer.training))
+    wanted = dtype_named(dtype, "dtype")
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Linear4bit):
+            places.setdefault(id(module), []).append(name)
+    # By name, so that each layer is freed once it is replaced.
+    for names in places.values():
+        layer: Any = model.get_submodule(names[0])
+        dense = layer.dense_layer(None if wanted is None else layer.dequantize().to(wanted))
+        for name in names:
+            _replace(model, name, dense)
         del layer
-    return len(layers)
+    return len(places)
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -121,21 +125,25 @@ def _check_model(model: nn.Module, config: FourBitConfig) -> None:
         raise QuantizationError(
             "RW610", "quantize replaces layers inside a model; use Linear4bit.from_linear for a single layer."
         )
+    if getattr(getattr(model, "rankwise_adapters", None), "configs", None):
+        raise QuantizationError(
+            "RW610",
+            "the model carries adapters; quantize it first and add them then, or merge them with reversible=False.",
+        )
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        method = quantizer.quantization_config.quant_method
+    if quantizer is None:
+        return
+    method = quantizer.quantization_config.quant_method
+    if method != METHOD or any(four_bit_layers(model)):
         raise QuantizationError("RW610", f"the model is quantized already ({getattr(method, 'value', method)}).")
-    if getattr(model, "rankwise_adapters", None) is not None:
-        raise QuantizationError("RW610", "the model carries adapters; quantize it first and add them then.")
 
 
 def _check_weights(model: nn.Module, names: list[str]) -> None:
     broken = [name for name in names if _has_values(weight := _weight(model, name)) and not _is_finite(weight)]
     if broken:
-        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise QuantizationError(
             "RW603",
-            f"NaN or infinity in the weights of {', '.join(broken[:5])}{more}: 4 bits have no code for them. "
+            f"NaN or infinity in the weights of {some_of(broken)}: 4 bits have no code for them. "
             "The checkpoint is damaged or the training that made it diverged; use another one.",
         )
 

@@ -50,15 +50,18 @@ class Linear4bit(nn.Module):
         dtype: torch.dtype | None = None,
         compute_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        was_conv1d: bool = False,
     ) -> None:
         """An empty layer, as loading needs it; ``from_weight`` and ``from_linear`` make one with content.
+
+        ``was_conv1d``: it stands for a transformers ``Conv1D``, which ``dense_layer`` will give back.
 
         Raises:
             QuantizationError: RW601 unknown type, RW602 bad block size, RW605 bad dtype.
         """
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.was_conv1d = compute_dtype, was_conv1d
         self.set_format(quant_type, block_size, double_quant, dtype or torch.get_default_dtype(), device)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=self.dtype, device=device), requires_grad=False)
@@ -125,6 +128,7 @@ class Linear4bit(nn.Module):
         source: Any = linear
         weight = source.weight.detach()
         layer = cls.from_weight(weight.T if is_conv1d(linear) else weight, source.bias, **weight_format)
+        layer.was_conv1d = is_conv1d(linear)
         return layer.train(linear.training)
 
     def take(self, tensors: dict[str, Tensor]) -> None:
@@ -182,6 +186,22 @@ class Linear4bit(nn.Module):
             nested_absmax=self.nested_absmax,
             offset=self.offset,
         )
+
+    @torch.no_grad()
+    def dense_layer(self, weight: Tensor | None = None) -> nn.Module:
+        """The frozen layer that this one stands for: ``nn.Linear``, or ``Conv1D``, whose weight is (K, N).
+
+        ``weight``: (N, K) of any dtype in place of W', such as a merged one. The bias is this layer's, in that dtype.
+        """
+        W = self.dequantize() if weight is None else weight.detach()
+        bias = None if self.bias is None else nn.Parameter(self.bias.detach().to(W.dtype), requires_grad=False)
+        dense: Any = _empty_conv1d(self.shape) if self.was_conv1d else _empty_linear(self.shape)
+        dense.weight = nn.Parameter(W.T.contiguous() if self.was_conv1d else W, requires_grad=False)
+        if bias is None and self.was_conv1d:
+            bias = nn.Parameter(W.new_zeros(self.out_features), requires_grad=False)
+        dense.bias = bias
+        dense.train(self.training)
+        return dense
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
@@ -257,6 +277,17 @@ def quantized_tensors(weight: Tensor, quant_type: str, block_size: int, double_q
         return {"weight": packed, "absmax": absmax}
     codes, nested_absmax, offset = ops.quantize_absmax(absmax)
     return {"weight": packed, "absmax": codes, "nested_absmax": nested_absmax, "offset": offset}
+
+
+def _empty_linear(shape: tuple[int, int]) -> nn.Module:
+    return nn.Linear(shape[1], shape[0], bias=False, device="meta")
+
+
+def _empty_conv1d(shape: tuple[int, int]) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        return Conv1D(*shape)
 
 
 def is_conv1d(module: nn.Module) -> bool:

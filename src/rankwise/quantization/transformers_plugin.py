@@ -29,6 +29,7 @@ from rankwise.quantization.checkpoint import stored_weights
 from rankwise.quantization.config import METHOD, FourBitConfig
 from rankwise.quantization.in_place import dequantize
 from rankwise.quantization.linear import Linear4bit, features, is_conv1d, is_dense_linear, quantized_tensors
+from rankwise.quantization.listing import some_of
 from rankwise.quantization.targets import dense_linear_names, four_bit_layers, target_names, warn_about_experts
 
 
@@ -57,7 +58,7 @@ def describe(model: nn.Module, config: FourBitConfig) -> None:
     config.dense_modules = dense_linear_names(model)
     if layers:
         first = next(iter(layers.values()))
-        config.weights_dtype, config.double_quant = first.dtype, first.double_quant
+        config.weights_dtype, config.double_quant, config.block_size = first.dtype, first.double_quant, first.block_size
 
 
 class FourBitQuantizer(HfQuantizer):
@@ -142,6 +143,7 @@ class FourBitQuantizer(HfQuantizer):
             dtype=linear.weight.dtype,
             compute_dtype=config.compute_dtype,
             device="meta",
+            was_conv1d=is_conv1d(linear),
         )
         layer.bias = linear.bias
         layer.train(linear.training)
@@ -164,14 +166,12 @@ class FourBitQuantizer(HfQuantizer):
     def _raise_failures(self, model: PreTrainedModel) -> None:
         missing = [name for name, layer in four_bit_layers(model) if not self._arrived(name)]
         if missing and not self.failures:
-            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise QuantizationError(
-                "RW612", f"the checkpoint has no weights for {', '.join(missing[:5])}{more}; it fits another model."
+                "RW612", f"the checkpoint has no weights for {some_of(missing)}; it fits another model."
             )
         if self.failures:
             messages = [failure.message.rstrip(".") for failure in self.failures]
-            more = f"; and {len(messages) - 3} more" if len(messages) > 3 else ""
-            raise QuantizationError(self.failures[0].code, f"{'; '.join(messages[:3])}{more}.")
+            raise QuantizationError(self.failures[0].code, f"{some_of(messages, 3, '; ')}.")
 
     def _arrived(self, name: str) -> bool:
         return f"{name}.weight" in self.loaded
@@ -179,14 +179,15 @@ class FourBitQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state in bitsandbytes' layout; called by ``save_pretrained`` before it writes the config."""
         state = bitsandbytes_state(model)
-        if any(True for _ in four_bit_layers(model)):
+        if any(four_bit_layers(model)):
+            model.config.quantization_config = self.quantization_config
             describe(model, self.quantization_config)
         else:
-            # Merged: nothing is 4-bit any more.
-            self.remove_quantization_config(model)
+            # Merged: config.json must not call it 4-bit. The quantizer stays, since unmerging brings the layers back.
+            model.config.__dict__.pop("quantization_config", None)
         return state, {}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         dequantize(model, dtype)
         return model
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -13,6 +14,11 @@ from rankwise.reports.scale import Scale, nice_ticks, robust_range, smoothed, sp
 WIDTH, HEIGHT = 800, 440
 LEFT, RIGHT, TOP, BOTTOM = 64, 132, 78, 52
 LABEL_GAP = 17
+NOTE_BELOW = 26
+NOTE_PLACES = (NOTE_BELOW, -16, -32, 42, -48)
+# From the ring's centre to the baseline of its note, the better place first.
+NOTE_HEIGHT, NOTE_LETTER, NOTE_GAP = 10, 7.0, 8.0
+# Pixels: of capitals, of a letter on average, and the free space that is enough.
 COLOURS = (
     ("#1f6fb4", "#74b3ee"),
     ("#c4560f", "#f5a15d"),
@@ -85,6 +91,9 @@ class _Frame:
         noisy = [loss for curve in curves for _, loss in curve.training]
         last = max((step for curve in curves for step, _ in [*curve.training, *curve.evaluation]), default=1)
         low, high = robust_range(shown, noisy)
+        if len(curves) == 1 and curves[0].best is not None:
+            share = (NOTE_BELOW + NOTE_GAP) / (HEIGHT - BOTTOM - TOP)
+            low = min(low, (curves[0].best[1] - share * high) / (1 - share))
         return cls(Scale(0, max(last, 1), LEFT, WIDTH - RIGHT), Scale(low, high, HEIGHT - BOTTOM, TOP))
 
     def axes(self) -> str:
@@ -110,6 +119,16 @@ class _Frame:
             "loss per token</text>"
         )
         return "\n".join(parts)
+
+    def heights(self, points: Sequence[Point], left: float, right: float) -> Iterator[float]:
+        """Where the line through ``points`` runs between two x, in pixels, every few pixels."""
+        for (step, loss), (next_step, next_loss) in itertools.pairwise(points):
+            start, end = self.x(step), self.x(next_step)
+            count = max(1, round((end - start) / 4)) if end >= left and start <= right else 0
+            for index in range(count + 1 if count else 0):
+                share = index / count
+                if left <= start + share * (end - start) <= right:
+                    yield self.y(loss + share * (next_loss - loss))
 
     def path(self, points: Sequence[Point]) -> str:
         return "M" + "L".join(f"{self.x(step):.1f} {self.y(loss):.1f}" for step, loss in points)
@@ -145,14 +164,30 @@ def _draw(curve: Curve, frame: _Frame, index: int, several: bool) -> str:
 
 
 def _best_label(curve: Curve, best: Point, frame: _Frame) -> str:
+    """The note beside the ring, where the curves leave it the most room: rather inward, rather below."""
     x, y = frame.x(best[0]), frame.y(best[1])
-    # On the side of the ring where the training curve is not, unless the axis is there; inward at the edges.
-    nearest = min(curve.smooth, key=lambda point: abs(point[0] - best[0]), default=best)
-    above = nearest[1] < best[1] or y + 34 > HEIGHT - BOTTOM
-    y = y - 16 if above else y + 26
-    anchor, x = ("end", x + 6) if x > (LEFT + WIDTH - RIGHT) / 2 else ("start", x - 6)
     text = f"kept: step {best[0]:,.0f}, {best[1]:.3f}"
+    width = NOTE_LETTER * len(text)
+    lines = (curve.smooth, curve.training, curve.evaluation)
+    sides = [("end", x + 6, x + 6 - width), ("start", x - 6, x - 6)]
+    if x < (LEFT + WIDTH - RIGHT) / 2:
+        sides.reverse()
+    places = []
+    for anchor, where, left in sides:
+        heights = [height for line in lines for height in frame.heights(line, left, left + width)]
+        is_inside = left >= LEFT - 6 and left + width <= WIDTH - RIGHT + 6
+        for baseline in (y + offset for offset in NOTE_PLACES):
+            places.append((_room(baseline, heights) if is_inside else -1.0, anchor, where, baseline))
+    _, anchor, x, y = max(places, key=lambda place: place[0])
     return f'<text class="note halo" text-anchor="{anchor}" x="{x:.1f}" y="{y:.1f}">{text}</text>'
+
+
+def _room(baseline: float, heights: Sequence[float]) -> float:
+    """Pixels between a note and the nearest of ``heights``; more than enough counts no more, the axis as none."""
+    if not TOP < baseline < HEIGHT - BOTTOM - NOTE_GAP / 2:
+        return -1.0
+    top, bottom = baseline - NOTE_HEIGHT, baseline + 3
+    return min([NOTE_GAP, *(max(top - height, height - bottom, 0.0) for height in heights)])
 
 
 def _end_labels(curves: Sequence[Curve], frame: _Frame) -> str:

@@ -5,6 +5,7 @@ Every figure comes from the run's record. Statements about other software carry 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
@@ -130,8 +131,10 @@ def _summary(record: RunRecord, base: str, config: Mapping[str, Any]) -> str:
         lines.append(
             "It was trained on the dequantized weights of a GGUF file, and every figure here is of those weights."
         )
-    if facts.get("quantization"):
-        lines.append("The base was quantized to 4 bits during training, and every figure here is of that base.")
+    if (four_bit := _four_bit(record)) is not None:
+        lines.append(
+            f"The base was quantized to 4 bits during training ({four_bit}), and every figure here is of that base."
+        )
     if facts.get("sha256"):
         lines.append(f"SHA-256 of the base's weights: `{facts['sha256']}`.")
     if record.status != "finished":
@@ -192,6 +195,54 @@ def _modules(report: Report | None) -> str:
     return _table(("module", "rank", "how many"), [(name, r, count) for (name, r), count in counts.items()])
 
 
+@dataclasses.dataclass(frozen=True)
+class FourBit:
+    """The 4-bit format of a base, the dtype it was loaded in and that of its products."""
+
+    quant_type: str = "nf4"
+    double_quant: bool = True
+    block_size: int = 64
+    dtype: str = "bfloat16"
+    compute_dtype: str = "bfloat16"
+
+    def __str__(self) -> str:
+        double = ", double quantization" if self.double_quant else ""
+        return f"{self.quant_type.upper()}, blocks of {self.block_size}{double}"
+
+    def in_rankwise(self) -> str:
+        given = ["double_quant=True"] if self.double_quant else []
+        given += [f"block_size={self.block_size}"] if self.block_size != 64 else []
+        kind = "Fp4Config" if self.quant_type == "fp4" else "Nf4Config"
+        return f"rw.{kind}({', '.join(given)})"
+
+    def in_transformers(self) -> list[str]:
+        return [
+            "quantization = BitsAndBytesConfig(",
+            "    load_in_4bit=True,",
+            f'    bnb_4bit_quant_type="{self.quant_type}",',
+            f"    bnb_4bit_use_double_quant={self.double_quant},",
+            f"    bnb_4bit_compute_dtype=torch.{self.compute_dtype},",
+            ")",
+        ]
+
+
+def _four_bit(record: RunRecord) -> FourBit | None:
+    """By the record, in its own form or in bitsandbytes' of older ones; what a method implies where it says nothing."""
+    facts = record.base_model
+    stored = facts.get("quantization")
+    if not stored:
+        return FourBit() if record.method in ("qlora", "qdora") else None
+    compute = stored.get("compute_dtype") or stored.get("bnb_4bit_compute_dtype")
+    dtype = str(facts.get("dtype") or compute or "bfloat16")
+    return FourBit(
+        str(stored.get("quant_type") or stored.get("bnb_4bit_quant_type") or "nf4"),
+        bool(stored.get("double_quant", stored.get("bnb_4bit_use_double_quant"))),
+        int(stored.get("block_size") or 64),
+        dtype,
+        str(compute or dtype),
+    )
+
+
 def _loading(record: RunRecord, base: str) -> str:
     ours = record.base_model.get("name") or record.settings.get("model") or base
     if record.method == "full":
@@ -201,21 +252,46 @@ def _loading(record: RunRecord, base: str) -> str:
             'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
         ]
         return _code("In transformers", theirs) + "\n\n" + _code("In rankwise", _ours(["FOLDER"]))
-    theirs = [
+    four_bit = _four_bit(record)
+    adapted = _ours([str(ours), 'rw.load_adapter(model, "FOLDER")'], four_bit)
+    return _code("In PEFT", _theirs(base, four_bit)) + "\n\n" + _code("In rankwise", adapted)
+
+
+def _theirs(base: str, four_bit: FourBit | None) -> list[str]:
+    adapted = 'model = PeftModel.from_pretrained(model, "FOLDER")'
+    if four_bit is None:
+        return [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{base}")',
+            adapted,
+        ]
+    given = f"dtype=torch.{four_bit.dtype}, quantization_config=quantization"
+    return [
+        "import torch",
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM, BitsAndBytesConfig",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{base}")',
-        'model = PeftModel.from_pretrained(model, "FOLDER")',
+        *four_bit.in_transformers(),
+        f'model = AutoModelForCausalLM.from_pretrained("{base}", {given})',
+        adapted,
     ]
-    return (
-        _code("In PEFT", theirs) + "\n\n" + _code("In rankwise", _ours([str(ours), 'rw.load_adapter(model, "FOLDER")']))
-    )
 
 
-def _ours(parts: Sequence[str]) -> list[str]:
+def _ours(parts: Sequence[str], four_bit: FourBit | None = None) -> list[str]:
     model, *rest = parts
-    return ["import rankwise as rw", "", f'model, tokenizer = rw.load_model("{model}")', *rest]
+    if four_bit is None:
+        return ["import rankwise as rw", "", f'model, tokenizer = rw.load_model("{model}")', *rest]
+    given = f"dtype=torch.{four_bit.dtype}, quantization={four_bit.in_rankwise()}"
+    return [
+        "import torch",
+        "",
+        "import rankwise as rw",
+        "",
+        f'model, tokenizer = rw.load_model("{model}", {given})',
+        *rest,
+    ]
 
 
 def _code(title: str, lines: Sequence[str]) -> str:

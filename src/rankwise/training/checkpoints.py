@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from rankwise.errors import RunError
 from rankwise.records import write_json
-from rankwise.training.state import refuse_pickles
+from rankwise.training.state import check_no_pickles
 from rankwise.weights_file import sha256_of
 
 FOLDER = "checkpoints"
@@ -47,20 +47,29 @@ def save_checkpoint(run_folder: Path, step: int, write: Callable[[Path], None], 
     ``size_bytes`` is what will be written, for a look at the free space beforehand. Nothing of a failed attempt
     remains. Raises RunError: RW513 when the disk is full, RW514 when it cannot be written.
     """
+    with temporary_folder(run_folder, f"step-{step}", size_bytes) as temporary:
+        write(temporary)
+        _write_manifest(temporary, step)
+        flush_tree(temporary)
+        os.chmod(temporary, 0o755)
+        return _put_in_place(temporary, run_folder / FOLDER / f"step-{step}", step)
+
+
+@contextmanager
+def temporary_folder(run_folder: Path, name: str, size_bytes: int = 0) -> Iterator[Path]:
+    """An empty folder beside the checkpoints, for files that are put in place once all of them are whole.
+
+    What is left in it at the end goes. Raises RunError: RW513 when the disk is full, RW514 when it cannot be written.
+    """
     parent = run_folder / FOLDER
     with _named_errors(parent):
         parent.mkdir(parents=True, exist_ok=True)
         check_space(parent, size_bytes)
-        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f"{TEMPORARY}step-{step}-"))
+        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f"{TEMPORARY}{name}-"))
         try:
-            write(temporary)
-            _write_manifest(temporary, step)
-            _flush_tree(temporary)
-            os.chmod(temporary, 0o755)
-            return _put_in_place(temporary, parent / f"step-{step}", step)
-        except BaseException:
+            yield temporary
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise
 
 
 def list_checkpoints(run_folder: Path) -> list[Checkpoint]:
@@ -78,7 +87,7 @@ def check_checkpoint(checkpoint: Checkpoint) -> None:
 
     Raises RunError: RW512 for pickles, RW515 naming every file that is missing, of another size or changed.
     """
-    refuse_pickles(checkpoint.path)
+    check_no_pickles(checkpoint.path)
     problems = list(_damage(checkpoint))
     if problems:
         raise RunError("RW515", f"the checkpoint {checkpoint.path} is damaged: {'; '.join(problems)}.")
@@ -100,7 +109,10 @@ def newest_valid(run_folder: Path, on_damage: Callable[[RunError], None]) -> Che
                 raise
             on_damage(error)
     if checkpoints:
-        raise RunError("RW516", f"every checkpoint in {run_folder / FOLDER} is damaged; start anew with --overwrite.")
+        raise RunError(
+            "RW516",
+            f"every checkpoint in {run_folder / FOLDER} is damaged; start anew with --overwrite, or in another folder.",
+        )
     return None
 
 
@@ -116,7 +128,25 @@ def remove_old(run_folder: Path, keep: int, best_step: int | None = None) -> lis
 def remove_unfinished(run_folder: Path) -> None:
     """Clear away what killed processes left in the checkpoint folder."""
     for path in (run_folder / FOLDER).glob(f"{TEMPORARY}*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if _is_temporary(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def foreign_items(run_folder: Path) -> list[str]:
+    """Names in the checkpoint folder that no run put there: all but unfinished work and ``step-N`` folders whose
+    manifest names every file in them."""
+    folder = run_folder / FOLDER
+    if not folder.is_dir():
+        return [""] if folder.exists() else []
+    return [path.name for path in sorted(folder.iterdir()) if not (_is_temporary(path) or _is_own(path))]
+
+
+def remove_checkpoints(run_folder: Path) -> None:
+    """Remove every checkpoint and all unfinished work; what is foreign stays, and so does the folder."""
+    remove_unfinished(run_folder)
+    for checkpoint in list_checkpoints(run_folder):
+        if _is_own(checkpoint.path):
+            _discard(checkpoint.path)
 
 
 def check_space(folder: Path, size_bytes: int) -> None:
@@ -134,7 +164,7 @@ def check_space(folder: Path, size_bytes: int) -> None:
 
 @contextmanager
 def _named_errors(folder: Path) -> Iterator[None]:
-    """Turn the operating system's errors into ours."""
+    """The operating system's errors as ours."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -143,7 +173,7 @@ def _named_errors(folder: Path) -> Iterator[None]:
         code, advice = ("RW513", "free some space") if full else ("RW514", "check the disk and its permissions")
         raise RunError(
             code,
-            f"cannot write a checkpoint in {folder}: {error}; {advice} and continue with --resume, earlier "
+            f"cannot write the weights in {folder}: {error}; {advice} and continue with --resume, earlier "
             "checkpoints are untouched.",
         ) from error
 
@@ -157,11 +187,31 @@ def _write_manifest(folder: Path, step: int) -> None:
     write_json(folder / MANIFEST, {"step": step, "files": files})
 
 
-def _damage(checkpoint: Checkpoint) -> Iterator[str]:
+def _read_manifest(folder: Path) -> dict[str, tuple[int, str]] | None:
+    """{file: (bytes, sha256)}; None when there is no manifest that can be read."""
     try:
-        manifest = json.loads((checkpoint.path / MANIFEST).read_text(encoding="utf-8"))
-        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _is_temporary(path: Path) -> bool:
+    known = re.fullmatch(rf"{re.escape(TEMPORARY)}((old-)?step-\d+|final)-\w+", path.name)
+    return known is not None and path.is_dir() and not path.is_symlink()
+
+
+def _is_own(path: Path) -> bool:
+    if not re.fullmatch(r"step-\d+", path.name) or path.is_symlink() or not path.is_dir():
+        return False
+    files = _read_manifest(path)
+    found = {item.relative_to(path).as_posix() for item in path.rglob("*") if item.is_symlink() or not item.is_dir()}
+    return files is not None and found <= {*files, MANIFEST}
+
+
+def _damage(checkpoint: Checkpoint) -> Iterator[str]:
+    files = _read_manifest(checkpoint.path)
+    if files is None:
         yield f"its {MANIFEST} is missing or cannot be read"
         return
     for name, (size, digest) in files.items():
@@ -190,7 +240,8 @@ def _discard(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _flush_tree(folder: Path) -> None:
+def flush_tree(folder: Path) -> None:
+    """Have every file and folder in ``folder`` on disk, and ``folder`` itself."""
     for path in sorted(folder.rglob("*"), reverse=True):
         _flush(path)
     _flush(folder)

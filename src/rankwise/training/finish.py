@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rankwise.errors import warn
 from rankwise.records import RunRecord, read_metrics, write_text
 from rankwise.reports import model_card
 from rankwise.reports.loss_plot import loss_svg
-from rankwise.training.checkpoints import FOLDER, Checkpoint, check_checkpoint
+from rankwise.training.checkpoints import FOLDER, Checkpoint, check_checkpoint, flush_tree, temporary_folder
 from rankwise.training.preflight import check_reload
 from rankwise.training.weights import load_weights, save_weights
 
@@ -61,11 +62,23 @@ def restore_kept(model: Any, output: Path, kept: Kept, last_step: int) -> None:
     load_weights(model, checkpoint.path)
 
 
-def write_final(model: Any, tokenizer: Any, output: Path, probe: dict[str, Tensor]) -> None:
-    """Final weights and tokenizer into the run folder; an adapter is loaded back to prove it (RW524)."""
+def write_final(
+    model: Any, tokenizer: Any, output: Path, probe: dict[str, Tensor], announce: Callable[[list[str]], None]
+) -> None:
+    """Final weights and tokenizer into the run folder; an adapter is loaded back to prove it (RW524).
+
+    Each file appears whole or not at all, and only after ``announce`` has been given the names of all.
+    """
     model.config.use_cache = True
-    save_weights(model, output)
-    tokenizer.save_pretrained(output)
+    with temporary_folder(output, "final") as folder:
+        save_weights(model, folder)
+        tokenizer.save_pretrained(folder)
+        flush_tree(folder)
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        announce(names)
+        for name in names:
+            (output / name).parent.mkdir(exist_ok=True)
+            os.replace(folder / name, output / name)
     if has_adapter(model):
         check_reload(model, output, probe)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first lets the step end and saves it, the second ends at once."""
+"""Ctrl-C and SIGTERM: in training the first lets the step end and saves it, the second ends at once."""
 
 from __future__ import annotations
 
@@ -19,6 +19,23 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within this context SIGTERM ends the work as Ctrl-C does, by KeyboardInterrupt: temporary files go."""
+
+    def stop(signal_number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

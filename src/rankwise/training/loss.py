@@ -27,8 +27,8 @@ class LossParts:
 def fused_head_is_right(model: nn.Module) -> bool:
     """Whether ``hidden @ head.weight.T + head.bias`` is what the head computes.
 
-    trl's fused head reads the weight and never calls the module, so that an adapter on the head, a trained copy of it
-    or a quantized head would be left out without a word.
+    trl's fused head reads the weight and never calls the module. The weight of an adapted head is the adapted one, but
+    without dropout, and that of a quantized head is packed: only a plain layer is sure to be what its weight says.
     """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     return type(head) is nn.Linear

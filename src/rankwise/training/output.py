@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from rankwise.errors import RunError
-from rankwise.records import METRICS_FILE, RUN_FILE, load_record
-from rankwise.training.checkpoints import FOLDER
+from rankwise.records import RUN_FILE, load_record
+from rankwise.training.old_run import check_replaceable, read_old_run
 
 Mode = Literal["new", "resume", "overwrite"]
 
@@ -33,25 +32,6 @@ MAY_CHANGE = {
 COMPARED_BY_CONTENT = {"model", "revision", "data", "eval_data", "chat_template"}
 # Their hashes are compared once they have been read; a path may be written differently.
 LENGTH = {"max_steps", "epochs"}
-WRITTEN = (
-    RUN_FILE,
-    METRICS_FILE,
-    FOLDER,
-    "loss.svg",
-    "README.md",
-    "adapter_*",
-    "model*.safetensors*",
-    "*config.json",
-    "tokenizer*",
-    "*.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "spiece.model",
-    "runs",
-)
-# What a run leaves, whatever the model and its tokenizer.
 CONSTANT = ("constant", "constant_with_warmup")
 
 
@@ -59,14 +39,18 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
     """Whether a run may use this folder; nothing is written.
 
     Raises RunError: RW502 for a run that is there already, RW503 for a folder that cannot be written, RW504 for one
-    with other files in it, RW505 for nothing to resume, RW506 for both options at once.
+    without a run and with other files, or where other files stand in the place of the run to overwrite, RW505 for
+    nothing to resume, RW506 for both options at once.
     """
     if resume and overwrite:
         raise RunError("RW506", "--resume continues the old run and --overwrite replaces it; give one of them.")
     _check_writable(output)
     there = holds_run(output)
     if not there and output.is_dir() and any(output.iterdir()):
-        raise RunError("RW504", f"{output} holds files that are not of a rankwise run; give a new or empty --output.")
+        unreadable = f", and its {RUN_FILE} is no record of one" if (output / RUN_FILE).exists() else ""
+        raise RunError(
+            "RW504", f"{output} holds files that are not of a rankwise run{unreadable}; give a new or empty --output."
+        )
     if resume:
         if not there:
             raise RunError("RW505", f"{output} holds no run to resume; leave --resume out to start one.")
@@ -77,19 +61,24 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
             f"{output} already holds a run; continue it with --resume, replace it with --overwrite, or give "
             "another --output.",
         )
-    return "overwrite" if there else "new"
+    if not there:
+        return "new"
+    check_replaceable(output)
+    return "overwrite"
 
 
 def holds_run(output: Path) -> bool:
-    return (output / RUN_FILE).exists() or (output / FOLDER).is_dir()
+    """Whether the record of a run is there; a folder of checkpoints alone may be anybody's."""
+    return read_old_run(output) is not None
 
 
-def check_same_run(output: Path, settings: Mapping[str, Any]) -> None:
+def check_same_run(output: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raise RunError (RW507) naming every setting by which a resumed run would differ from the run in ``output``.
 
-    A constant schedule may be made longer or shorter: its steps so far are the same.
+    A constant schedule may be made longer or shorter: its steps so far are the same. ``defaults`` hold for settings
+    that did not exist when the run was started.
     """
-    before = load_record(output).settings
+    before = {**defaults, **load_record(output).settings}
     free = MAY_CHANGE | COMPARED_BY_CONTENT
     if settings["lr_scheduler_type"] in CONSTANT:
         free |= LENGTH
@@ -125,19 +114,6 @@ def check_same_inputs(output: Path, data: Mapping[str, Mapping[str, Any]], base_
             f"the run in {output} was started with other content of {', '.join(changed)}; resume with the same "
             "files, or start a new run in another folder.",
         )
-
-
-def clear_run(output: Path) -> None:
-    """Remove the old run that --overwrite replaces, and nothing that a run does not write.
-
-    Its record goes last, so that a kill in between leaves a folder that is still known as a run.
-    """
-    found = {path for pattern in WRITTEN for path in output.glob(pattern)}
-    for path in sorted(found, key=lambda item: item.name == RUN_FILE):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def _check_writable(output: Path) -> None:

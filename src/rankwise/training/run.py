@@ -20,6 +20,7 @@ import transformers
 from rankwise.config import LoraConfig, TrainSettings
 from rankwise.errors import RankwiseWarning, warn
 from rankwise.models import choose_device, model_facts
+from rankwise.quantization.config import FourBitConfig, Fp4Config, Nf4Config
 from rankwise.quantization.linear import weight_count
 from rankwise.records import RunRecord, load_record
 from rankwise.training import output, preflight, setup
@@ -32,6 +33,8 @@ from rankwise.training.observer import Observer, SilentObserver
 from rankwise.training.provenance import device_record, versions
 from rankwise.training.session import Extras, Session
 from rankwise.training.trainer import PROGRESS_FILE, STATE_FILE, RankwiseTrainer
+
+FOUR_BITS = ("qlora", "qdora")
 
 
 def train(settings: TrainSettings, observer: Observer | None = None) -> RunRecord:
@@ -47,7 +50,7 @@ def train(settings: TrainSettings, observer: Observer | None = None) -> RunRecor
         mode = output.check_output(settings.output, resume=settings.resume, overwrite=settings.overwrite)
         lora = _check_settings(settings)
         if mode == "resume":
-            output.check_same_run(settings.output, settings.model_dump(mode="json"))
+            output.check_same_run(settings.output, settings.model_dump(mode="json"), _defaults())
             if _is_finished(settings):
                 return load_record(settings.output)
         session = _prepare(settings, mode, lora, observer or SilentObserver())
@@ -70,6 +73,12 @@ def _check_settings(given: TrainSettings) -> LoraConfig:
         schedule=given.lr_scheduler_type,
         tensorboard=given.tensorboard,
     )
+    if given.method not in FOUR_BITS:
+        _warn_of_idle_options(given)
+    return _lora_config(given)
+
+
+def _lora_config(given: TrainSettings) -> LoraConfig:
     return LoraConfig(
         r=given.r,
         lora_alpha=given.lora_alpha,
@@ -80,7 +89,33 @@ def _check_settings(given: TrainSettings) -> LoraConfig:
         use_rslora=given.use_rslora,
         use_dora=given.method in ("dora", "qdora"),
         adapter_dtype=given.adapter_dtype,
+        bias=given.bias,
+        layers_to_transform=given.layers_to_transform,
+        rank_pattern=given.rank_pattern,
+        alpha_pattern=given.alpha_pattern,
+        enable_lora=given.enable_lora,
     )
+
+
+def _quantization(given: TrainSettings) -> FourBitConfig | None:
+    """By default QLoRA's: NF4 with double quantization (section 3 of the paper)."""
+    if given.method not in FOUR_BITS:
+        return None
+    kind = {"nf4": Nf4Config, "fp4": Fp4Config}[given.quant_type]
+    return kind(block_size=given.block_size, double_quant=given.double_quant)
+
+
+def _warn_of_idle_options(given: TrainSettings) -> None:
+    idle = [name for name in ("quant_type", "block_size", "double_quant") if getattr(given, name) != _defaults()[name]]
+    if idle:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        warn("RW529", f"{options}: no effect with --method {given.method}; only qlora and qdora make 4-bit weights.")
+
+
+def _defaults() -> dict[str, Any]:
+    """As ``model_dump(mode="json")`` writes them."""
+    fields = TrainSettings.model_fields.items()
+    return {name: field.get_default() for name, field in fields if not field.is_required()}
 
 
 def _is_finished(given: TrainSettings) -> bool:
@@ -98,6 +133,7 @@ def _is_finished(given: TrainSettings) -> bool:
 
 def _prepare(given: TrainSettings, mode: output.Mode, lora: LoraConfig, observer: Observer) -> Session:
     """Read, load and check everything; nothing is written."""
+    quantization = _quantization(given)
     observer.phase("Reading data")
     rows, eval_rows, template = setup.read_data(
         train=given.data,
@@ -110,6 +146,7 @@ def _prepare(given: TrainSettings, mode: output.Mode, lora: LoraConfig, observer
     loaded = setup.load_for_training(
         given.model,
         method=given.method,
+        quantization=quantization,
         dtype=given.dtype,
         device=given.device,
         trust_remote_code=given.trust_remote_code,

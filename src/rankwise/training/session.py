@@ -11,13 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from rankwise.errors import Interrupted, warn
-from rankwise.records import RunRecord
+from rankwise.records import RunRecord, load_record
 from rankwise.training import callbacks, finish, output
 from rankwise.training.checkpoints import Checkpoint, remove_unfinished
 from rankwise.training.interrupt import Interrupt, interrupts
 from rankwise.training.meters import MemoryMeter
 from rankwise.training.metrics import MetricsFile, evaluations, mean_train_loss
 from rankwise.training.observer import Observer
+from rankwise.training.old_run import clear_run
 from rankwise.training.preflight import GradientCheck
 from rankwise.training.trainer import RankwiseTrainer
 
@@ -60,6 +61,8 @@ class Session:
             if stopped is not None:
                 raise stopped
             self._finish()
+            # Last, so that a record that says finished stands beside a complete folder.
+            self._close("finished")
         except Interrupted:
             self._close("interrupted")
             raise
@@ -71,14 +74,14 @@ class Session:
         except BaseException:
             self._close("failed")
             raise
-        self._close("finished")
-        finish.write_card(self.trainer.model, self.folder, self.record)
         return self.record
 
     def _open_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.mode == "overwrite":
-            output.clear_run(self.folder)
+            clear_run(self.folder)
+        if self.mode == "resume":
+            self.record.files = load_record(self.folder).files
         self.record.save(self.folder)
         remove_unfinished(self.folder)
         step = self.checkpoint.step if self.checkpoint else None
@@ -129,15 +132,19 @@ class Session:
         losses = evaluations(self.folder)
         kept = finish.choose_kept(losses, state.global_step, state.best_global_step)
         finish.restore_kept(self.trainer.model, self.folder, kept, state.global_step)
-        finish.write_final(self.trainer.model, self.tokenizer, self.folder, self.extras.probe)
+        finish.write_final(self.trainer.model, self.tokenizer, self.folder, self.extras.probe, self._announce)
         record.initial_eval_loss, record.eval_loss = losses.get(0), kept.eval_loss
         record.steps, record.kept_step, record.kept_because = state.global_step, kept.step, kept.because
         finish.warn_if_worse(record.initial_eval_loss, kept)
         if state.global_step < state.max_steps:
             warn("RW527", f"stopped early after step {state.global_step} of {state.max_steps}: no better evaluation.")
 
+    def _announce(self, files: list[str]) -> None:
+        self.record.files = sorted({*self.record.files, *files})
+        self.record.save(self.folder)
+
     def _close(self, status: str) -> None:
-        """The record as far as the run got, and the plot."""
+        """The plot, the card of a finished run, and the record as far as the run got."""
         self._tick()
         record, progress = self.record, self.trainer.progress
         record.status = status
@@ -147,5 +154,7 @@ class Session:
         record.peak_memory_bytes = progress.peak_memory_bytes or None
         record.wall_seconds = progress.wall_seconds
         record.steps = self.trainer.state.global_step
-        record.save(self.folder)
         finish.write_plot(self.folder, record)
+        if status == "finished":
+            finish.write_card(self.trainer.model, self.folder, record)
+        record.save(self.folder)

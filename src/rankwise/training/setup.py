@@ -17,7 +17,7 @@ from rankwise.config import LoraConfig
 from rankwise.data import Encoded, Rows, encode_rows, overlapping_rows, read_rows, read_template
 from rankwise.errors import ConfigError, warn
 from rankwise.models import ModelSource, choose_device, fetch_model, load_model
-from rankwise.quantization.config import Nf4Config
+from rankwise.quantization.config import FourBitConfig
 from rankwise.training.arguments import mixed_precision
 
 ANSWER_TOKENS = 64
@@ -116,10 +116,16 @@ def encode_data(rows: Rows, eval_rows: Rows | None, tokenizer: Any, *, max_lengt
 
 
 def load_for_training(
-    name: str, *, method: str, dtype: str, device: str, trust_remote_code: bool, revision: str | None
+    name: str,
+    *,
+    method: str,
+    quantization: FourBitConfig | None,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    revision: str | None,
 ) -> Loaded:
     """The base model on its device, in the dtype that the method needs, in training mode."""
-    quantization = _quantization(method)
     choice = choose_device(device, dtype)
     where = torch.device(choice.device)
     weights, precision = mixed_precision(method, choice.dtype, where.type)
@@ -193,8 +199,3 @@ def _described(rows: Rows, encoded: Encoded) -> dict[str, Any]:
         "sha256": rows.sha256,
     }
     return place | {key: value for key, value in dataclasses.asdict(encoded.report).items() if key != "name"}
-
-
-def _quantization(method: str) -> Nf4Config | None:
-    """QLoRA's: NF4 with double quantization (section 3 of the paper)."""
-    return Nf4Config(double_quant=True) if method in ("qlora", "qdora") else None

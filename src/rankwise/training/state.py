@@ -22,10 +22,7 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import InternalError, RunError
-
-PICKLES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth", "training_args.bin")
-# What transformers' Trainer leaves in a checkpoint; rng_state_0.pth and pytorch_model.bin fall under the suffixes.
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+from rankwise.weights_file import pickles_in
 
 
 def save_state(folder: Path, name: str, state: Any) -> None:
@@ -48,7 +45,7 @@ def load_state(folder: Path, name: str) -> Any:
     Raises RunError: RW512 for a folder that holds pickles, RW511 for files that are missing, damaged or do not
     belong together.
     """
-    refuse_pickles(folder)
+    check_no_pickles(folder)
     try:
         document = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         path = folder / f"{name}.safetensors"
@@ -61,14 +58,14 @@ def load_state(folder: Path, name: str) -> Any:
         ) from None
 
 
-def refuse_pickles(folder: Path) -> None:
-    """Raise RunError (RW512) when a checkpoint folder holds pickles, which are never opened."""
-    found = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLE_SUFFIXES)
+def check_no_pickles(folder: Path) -> None:
+    """Raise RunError (RW512) when a checkpoint folder holds pickles, such as transformers' Trainer leaves."""
+    found = [path.name for path in pickles_in(folder)] if folder.is_dir() else []
     if found:
         raise RunError(
             "RW512",
             f"{folder} holds pickles ({', '.join(found)}), which can run code when opened and are never loaded; "
-            "resume from a checkpoint that rankwise wrote, or start anew with --overwrite.",
+            "resume from a checkpoint that rankwise wrote, or start anew in another folder.",
         )
 
 

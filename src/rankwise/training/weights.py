@@ -13,7 +13,7 @@ from torch import nn
 from rankwise.adapters import adapter_parameters, has_adapter, load_tensors, save_adapter
 from rankwise.adapters.checkpoint import WEIGHTS_FILE
 from rankwise.errors import RunError
-from rankwise.training.state import refuse_pickles
+from rankwise.training.state import check_no_pickles
 
 
 def save_weights(model: nn.Module, folder: Path, base_model: str | None = None) -> None:
@@ -29,7 +29,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
     Raises RunError: RW512 for pickles, RW517 when the tensors are not those of this model.
     """
-    refuse_pickles(folder)
+    check_no_pickles(folder)
     try:
         if has_adapter(model):
             load_tensors(model, safetensors.torch.load_file(folder / WEIGHTS_FILE))

@@ -1,7 +1,7 @@
 """Four bits on the native library, with the signatures of `rankwise.ops.reference` and the same results.
 
-Quantized and dequantized values equal the reference to the bit. Products use the same dequantized weight and sum in float32.
-The callers in ``rankwise.ops.library`` have checked types, shapes and buffer sizes.
+Quantized and dequantized values equal the reference to the bit. Products use the same dequantized weight and sum in
+float32. The callers in ``rankwise.ops.library`` have checked types, shapes and buffer sizes.
 
 Legend: T = rows of x, K = in features, N = out features.
 """
@@ -24,11 +24,13 @@ from rankwise.ops.reference import dequantize_absmax, not_finite, packed_shape, 
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# Up to so many rows, decoding into registers and caches beats dequantizing the whole weight for a dense product (measured).
+# Up to so many rows, decoding into registers and caches beats dequantizing the whole weight for a dense product
+# (measured).
 _FEW_ROWS = 64
 
-# A dense weight for larger products is kept between calls up to this size, because fresh pages cost more than dequantizing into them.
-_KEPT_BYTES = 256 << 20
+# The memory of a dense weight of these sizes is kept for the next one: the page faults of fresh memory cost ten times
+# more than dequantizing into it.
+_LEAST_KEPT_BYTES, _MOST_KEPT_BYTES = 1 << 20, 256 << 20
 
 _kept = threading.local()
 
@@ -59,7 +61,7 @@ def dequantize_4bit(
     offset: Tensor | None = None,
 ) -> Tensor:
     """w' = value[code] * absmax, of ``shape`` and ``dtype``."""
-    out = torch.empty(tuple(shape), dtype=dtype)
+    out = _memory(shape, dtype, exact=True)
     weight = _NativeWeight(packed, absmax, out.numel(), quant_type, block_size, nested_absmax, offset)
     weight.dequantize_into(out)
     return out
@@ -162,22 +164,29 @@ class _NativeWeight:
         library().rw_dequantize_4bit(self.struct, 0, out.numel(), _DTYPE[out.dtype], out.data_ptr(), _threads())
 
     def dense(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The dequantized weight, (N, K), valid until the next call on this thread."""
-        out = _kept_buffer(math.prod(shape), dtype).view(tuple(shape))
+        """The dequantized weight, (N, K), in memory that serves the next call too once this tensor is dropped."""
+        out = _memory(shape, dtype, exact=False)
         self.dequantize_into(out)
         return out
 
 
-def _kept_buffer(elements: int, dtype: torch.dtype) -> Tensor:
-    size = elements * dtype.itemsize
-    if size > _KEPT_BYTES:
-        return torch.empty(elements, dtype=dtype)
-    kept = getattr(_kept, "buffer", None)
-    if kept is None or kept.numel() < size:
-        # The old buffer goes first: both together would be the peak.
-        _kept.buffer = kept = None
-        _kept.buffer = kept = torch.empty(size, dtype=torch.uint8)
-    return kept[:size].view(dtype)
+def _memory(shape: Sequence[int], dtype: torch.dtype, *, exact: bool) -> Tensor:
+    """An uninitialized tensor, where possible in this thread's kept storage. ``exact``: the storage has no spare
+    bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    if not _LEAST_KEPT_BYTES <= size <= _MOST_KEPT_BYTES:
+        return torch.empty(tuple(shape), dtype=dtype)
+    kept: torch.UntypedStorage | None = getattr(_kept, "storage", None)
+    fits = kept is not None and (kept.nbytes() == size or (kept.nbytes() > size and not exact))
+    # A count above one: a tensor handed out earlier still lives in it.
+    if kept is not None and fits and torch._C._storage_Use_Count(kept._cdata) == 1:
+        return torch.empty(0, dtype=dtype).set_(kept)[: math.prod(shape)].view(tuple(shape))
+    # The old storage goes first: both together would be the peak.
+    del kept
+    _kept.storage = None
+    out = torch.empty(tuple(shape), dtype=dtype)
+    _kept.storage = out.untyped_storage()
+    return out
 
 
 @cache

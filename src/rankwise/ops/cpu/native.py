@@ -1,7 +1,7 @@
 """Loader of the native library that the package's build makes from csrc/.
 
-It is a plain shared library with a C interface, so one binary serves every torch. Its loops run on torch's own OpenMP threads: two
-OpenMP runtimes in one process would spin on the same cores.
+It is a plain shared library with a C interface, so one binary serves every torch. Its loops run on torch's own OpenMP
+threads: two OpenMP runtimes in one process would spin on the same cores.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def _declare(loaded: ctypes.CDLL) -> None:
 
 
 def _share_threads(loaded: ctypes.CDLL) -> None:
-    """Hand over the entry point of the OpenMP runtime that torch brought; without one the library starts threads per call."""
+    """Hand over the entry point of the OpenMP runtime that torch brought; without one the library starts threads per
+    call."""
     folder = Path(torch.__file__).parent / "lib"
     names = [str(path) for pattern in ("libgomp*", "libomp*", "libiomp*") for path in sorted(folder.glob(pattern))]
     for name in [*names, "libgomp.so.1", "libomp.so", "libomp.dylib"]:

@@ -1,0 +1,70 @@
+"""What ``--overwrite`` removes: what the old run wrote, by name, and nothing else in its folder."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from rankwise.errors import RunError
+from rankwise.records import METRICS_FILE, RunRecord, load_record
+from rankwise.training.checkpoints import FOLDER, foreign_items, remove_checkpoints
+
+OWN_FILES = (METRICS_FILE, "loss.svg", "README.md", "adapter_config.json", "adapter_model.safetensors")
+# Every run's; what depends on the model and its tokenizer stands by name in the record.
+EVENTS = "runs/*_*-*-*_*/events.out.tfevents.*"
+# TensorBoard's, in the folder of transformers' naming: runs/Jan31_23-59-59_HOST.
+
+
+def read_old_run(output: Path) -> RunRecord | None:
+    """The record of the run in ``output``; None where there is none that can be read as ours."""
+    try:
+        record = load_record(output)
+    except RunError:
+        return None
+    return record if isinstance(record.settings, dict) and isinstance(record.files, list) else None
+
+
+def check_replaceable(output: Path) -> None:
+    """Raise RunError (RW504) naming what stands where the old run's files should be and is not the run's."""
+    foreign = [f"{FOLDER}/{name}" for name in foreign_items(output)]
+    foreign += [path.name for path in _named_files(output) if path.is_dir()]
+    if foreign:
+        raise RunError(
+            "RW504",
+            f"{output} holds things that no rankwise run wrote ({', '.join(foreign[:5])}), and --overwrite removes "
+            "only a run; move them away, or give another --output.",
+        )
+
+
+def clear_run(output: Path) -> None:
+    """Remove the files of the old run but its record, which the new one replaces, and leave everything else.
+
+    Raises RunError (RW504) before anything is removed, as ``check_replaceable`` does.
+    """
+    check_replaceable(output)
+    files = _named_files(output)
+    remove_checkpoints(output)
+    for path in files:
+        path.unlink(missing_ok=True)
+    folders = {output / parent for path in files for parent in path.relative_to(output).parents[:-1]}
+    for folder in sorted(folders, reverse=True):
+        # One that holds something else stays.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _named_files(output: Path) -> list[Path]:
+    """Files that the run wrote outside ``checkpoints``, as far as they exist. A record's names stay in the folder."""
+    record = read_old_run(output)
+    names = {*OWN_FILES, *filter(_is_inside, record.files if record else ())}
+    found = [output / name for name in sorted(names)]
+    if record and record.settings.get("tensorboard"):
+        found += sorted(output.glob(EVENTS))
+    return [path for path in found if path.is_symlink() or path.exists()]
+
+
+def _is_inside(name: object) -> bool:
+    if not isinstance(name, str):
+        return False
+    path = Path(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and path.parts[0] != FOLDER

@@ -1,0 +1,113 @@
+"""Options that go through ``train`` to the adapter and to the 4-bit weights, seen in what the run leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_rows import Recorder
+
+from rankwise import Nf4Config, quantize
+from rankwise.errors import ConfigError, QuantizationError, RunError
+from rankwise.records import RunRecord, load_record
+from rankwise.training.output import check_same_run
+from rankwise.training.run import train
+from tiny_models import tiny_gpt2, tiny_llama
+
+pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning", "ignore::UserWarning")
+
+
+@pytest.fixture
+def gpt2_folder(tmp_path: Path, tokenizer: Any) -> str:
+    tiny_gpt2().save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    return str(tmp_path / "gpt2")
+
+
+def trained(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_ranks_and_layers(settings: Any, tmp_path: Path) -> None:
+    chosen = {"target_modules": "q_proj,v_proj", "layers_to_transform": "1"}
+    train(settings(max_steps=2, eval_steps=2, rank_pattern="v_proj=2", alpha_pattern="v_proj=8", **chosen))
+    shapes = {key: tuple(value.shape) for key, value in trained(tmp_path / "run").items()}
+    layer = "base_model.model.model.layers.1.self_attn"
+    assert {key: shape for key, shape in shapes.items() if "lora_A" in key} == {
+        f"{layer}.q_proj.lora_A.weight": (4, 32),
+        f"{layer}.v_proj.lora_A.weight": (2, 32),
+    }
+    assert '"v_proj": 8' in (tmp_path / "run" / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_biases_and_parts_of_a_fused_layer(bias: str, gpt2_folder: str, settings: Any, tmp_path: Path) -> None:
+    chosen = {"target_modules": "c_attn", "enable_lora": "c_attn=1:0:1", "bias": bias}
+    record = train(settings(model=gpt2_folder, max_steps=2, eval_steps=2, **chosen))
+    tensors = trained(tmp_path / "run")
+    B = tensors["base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"]
+    queries, keys, values = B.chunk(3)
+    assert queries.any()
+    assert not keys.any()
+    assert values.any()
+    biases = {key for key in tensors if key.endswith(".bias")}
+    assert len(biases) == {"none": 0, "lora_only": 2}.get(bias, len(biases))
+    assert (len(biases) > 2) == (bias == "all")
+    assert record.settings["enable_lora"] == {"c_attn": [True, False, True]}
+
+
+def test_layers_need_a_list_of_targets(settings: Any) -> None:
+    with pytest.raises(ConfigError, match="layers_to_transform") as caught:
+        train(settings(layers_to_transform="1"))
+    assert caught.value.code == "RW101"
+
+
+FORMAT = ("quant_type", "block_size", "double_quant")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [({}, ("nf4", 64, True)), ({"quant_type": "fp4", "block_size": 32, "double_quant": False}, ("fp4", 32, False))],
+)
+def test_the_format_of_four_bits(chosen: dict[str, Any], expected: tuple[Any, ...], settings: Any) -> None:
+    stored = train(settings(method="qlora", max_steps=1, **chosen)).base_model["quantization"]
+    assert tuple(stored[name] for name in FORMAT) == expected
+
+
+def test_a_wrong_block_size_is_refused_before_anything_is_read(settings: Any) -> None:
+    watcher = Recorder()
+    with pytest.raises(QuantizationError, match="48"):
+        train(settings(method="qlora", block_size=48), watcher)
+    assert watcher.phases == []
+
+
+def test_four_bit_options_without_four_bits_are_said(settings: Any) -> None:
+    watcher = Recorder()
+    train(settings(max_steps=1, quant_type="fp4", block_size=32), watcher)
+    assert "RW529" in watcher.warnings
+    watcher = Recorder()
+    train(settings(max_steps=1, overwrite=True), watcher)
+    assert "RW529" not in watcher.warnings
+
+
+def test_lora_on_a_checkpoint_of_four_bits_is_recorded(settings: Any, tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny_llama()
+    quantize(model, Nf4Config(double_quant=True))
+    model.save_pretrained(tmp_path / "four-bits")
+    tokenizer.save_pretrained(tmp_path / "four-bits")
+    train(settings(model=str(tmp_path / "four-bits"), method="lora", max_steps=1))
+    record = load_record(tmp_path / "run")
+    assert record.method == "lora"
+    assert record.base_model["quantization"]["quant_type"] == "nf4"
+
+
+def test_a_run_from_before_an_option_existed_resumes_with_its_default(tmp_path: Path) -> None:
+    RunRecord("lora", 0, {"r": 4}).save(tmp_path)
+    given = {"r": 4, "bias": "none", "lr_scheduler_type": "linear"}
+    defaults = {"bias": "none", "lr_scheduler_type": "linear"}
+    check_same_run(tmp_path, given, defaults)
+    with pytest.raises(RunError, match="--bias was 'none' and is 'all'"):
+        check_same_run(tmp_path, given | {"bias": "all"}, defaults)

@@ -1,0 +1,83 @@
+"""Stopped while it writes its results, a run leaves nothing half-written and finishes when it is resumed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from rankwise.errors import Interrupted, RunError
+from rankwise.records import load_record
+from rankwise.training import finish
+from rankwise.training.run import train
+
+pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning", "ignore::UserWarning")
+
+
+def stopping(function: Any, at_call: int, error: BaseException) -> Any:
+    """``function``, but its n-th call raises before it does anything."""
+    calls = 0
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at_call:
+            raise error
+        return function(*args, **kwargs)
+
+    return call
+
+
+PLACES = {
+    "the kept step": ("restore_kept", 1),
+    "weights": ("save_weights", 1),
+    "first file": ("os.replace", 1),
+    "second file": ("os.replace", 2),
+    "reloading": ("check_reload", 1),
+    "plot": ("write_plot", 1),
+    "card": ("write_card", 1),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_interrupted_final_save_is_made_good(
+    place: str, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, at_call = PLACES[place]
+    train(settings(output=tmp_path / "straight"))
+    with monkeypatch.context() as patch:
+        if name == "os.replace":
+            # The first in finish is the first of the final files, all others are records' and checkpoints'.
+            patch.setattr(finish, "os", type("os", (), {"replace": stopping(os.replace, at_call, KeyboardInterrupt())}))
+        else:
+            patch.setattr(finish, name, stopping(getattr(finish, name), at_call, KeyboardInterrupt()))
+        with pytest.raises(Interrupted) as caught:
+            train(settings())
+    assert caught.value.code == "RW541"
+    assert load_record(tmp_path / "run").status == "interrupted"
+    assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
+    for file in (tmp_path / "run").glob("*.safetensors"):
+        safetensors.torch.load_file(file)
+    assert train(settings(resume=True)).status == "finished"
+    straight, run = ({path.name for path in (tmp_path / folder).iterdir()} for folder in ("straight", "run"))
+    assert straight == run
+    one, other = (
+        safetensors.torch.load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("straight", "run")
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_full_disk_at_the_end_is_said_and_made_good(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(finish, "save_weights", stopping(None, 1, OSError(28, "No space left on device")))
+        with pytest.raises(RunError, match="--resume") as caught:
+            train(settings(max_steps=2))
+    assert caught.value.code == "RW513"
+    assert load_record(tmp_path / "run").status == "failed"
+    assert train(settings(max_steps=2, resume=True)).status == "finished"
