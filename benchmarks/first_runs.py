@@ -48,9 +48,9 @@ def opening() -> list[str]:
         "# First runs: E2E",
         "",
         "SmolLM2-135M-Instruct (`demo`, bfloat16) on the E2E restaurant data: 42,061 training rows, 200 steps of 8 "
-        "rows, r = 16 on all linear layers, learning rate 2e-4 falling linearly, seed 0, on two CPU cores. One seed and "
-        "1,600 rows: a check that everything works, not a comparison of methods. Other jobs shared the machine, so no "
-        "speed is quoted.",
+        "rows, r = 16 on all linear layers, learning rate 2e-4 falling linearly, seed 0, on two CPU cores. One seed "
+        "and 1,600 rows: a check that everything works, not a comparison of methods. Other jobs shared the machine, so "
+        "no speed is quoted.",
         "",
         "![training and evaluation loss](first-runs.svg)",
         "",
