@@ -34,7 +34,7 @@ from rankwise.errors import ConfigError, InternalError, Interrupted, RankwiseErr
 from rankwise.training.interrupt import terminable
 
 VERBS: tuple[Verb, ...] = (preview.VERB, train.VERB, generate.VERB, merge.VERB, inspect.VERB, demo.VERB)
-SUMMARY = "Fine-tune a language model with low-rank adapters, wisely: LoRA and DoRA from one command."
+SUMMARY = "Fine-tune a language model with low-rank adapters, wisely: LoRA, QLoRA, DoRA and QDoRA."
 EXAMPLES = (
     "rankwise preview  --model demo --data rows.jsonl",
     "rankwise train    --model demo --data rows.jsonl --output runs/first",
