@@ -7,11 +7,8 @@ parts adapt stands in the metadata.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +45,7 @@ from rankwise.adapters.state import (
 from rankwise.adapters.targets import matches, suffixes
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError, ConfigError
-from rankwise.records import write_json
+from rankwise.records import write_bytes, write_json
 from rankwise.weights_file import read_header, refuse_pickles
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -100,7 +97,7 @@ def save_adapter(
     metadata = {"format": "pt"}
     if config.enable_lora:
         metadata[PARTS_KEY] = json.dumps({name: _plain(getattr(config, name)) for name in PARTS_FIELDS})
-    _write_tensors(folder / WEIGHTS_FILE, adapter_tensors(model, name), metadata)
+    write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(adapter_tensors(model, name), metadata))
     write_json(folder / CONFIG_FILE, document)
 
 
@@ -357,18 +354,3 @@ def _check_finite(tensors: Mapping[str, Tensor], folder: Path) -> None:
     broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise AdapterError("RW412", f"the adapter in {folder} holds NaN or infinity in {', '.join(broken)}.")
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(safetensors.torch.save(tensors, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
