@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import signal
 import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from rankwise.records import read_metrics
@@ -57,10 +57,13 @@ def test_clock_counts_steps_only() -> None:
 def test_memory_meter_sees_a_peak_between_two_looks() -> None:
     with MemoryMeter("cpu") as meter:
         before = meter.now()
-        block = np.ones(8_000_000)
-        time.sleep(0.08)
-        del block
-        time.sleep(0.05)
+        # An anonymous mapping, since an allocation of the heap may lie in pages that were held already.
+        block = mmap.mmap(-1, 64_000_000)
+        block.write(bytes(64_000_000))
+        deadline = time.monotonic() + 10
+        while meter.seen < before + 60_000_000 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        block.close()
         assert meter.peak() >= before + 60_000_000
     assert MemoryMeter("cpu", peak_bytes=10**15).peak() == 10**15
 
