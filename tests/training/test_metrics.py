@@ -46,9 +46,9 @@ def test_clock_counts_steps_only() -> None:
         clock.start()
         time.sleep(0.02)
         clock.stop()
-        time.sleep(0.05)
+        time.sleep(0.4)
     progress.tokens += 50
-    assert 0.04 <= clock.seconds < 0.09
+    assert 0.04 <= clock.seconds < 0.4
     assert progress.train_seconds == pytest.approx(5 + clock.seconds)
     assert clock.tokens_per_second == pytest.approx(50 / clock.seconds)
     assert clock.seconds_left(10) == pytest.approx(5 * clock.seconds)
@@ -58,7 +58,7 @@ def test_memory_meter_sees_a_peak_between_two_looks() -> None:
     with MemoryMeter("cpu") as meter:
         before = meter.now()
         # An anonymous mapping, since an allocation of the heap may lie in pages that were held already.
-        block = mmap.mmap(-1, 64_000_000)
+        block = mmap.mmap(-1, 64_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         block.write(bytes(64_000_000))
         deadline = time.monotonic() + 10
         while meter.seen < before + 60_000_000 and time.monotonic() < deadline:
