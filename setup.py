@@ -1,8 +1,8 @@
 """Builds csrc/ into one plain shared library inside the package; everything else is in pyproject.toml.
 
 No torch is needed: the library has a C interface and is called through ctypes, so a wheel serves every Python and
-every torch.
-Without a compiler the install succeeds, and the first use of the 4-bit functions says that plain PyTorch runs.
+every torch. Without a compiler the install succeeds, and the first use of the 4-bit functions says that plain PyTorch
+runs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 NAME = "rankwise.ops.cpu._native"
 # No contraction of a * b + c: the results equal PyTorch's to the bit.
@@ -58,10 +59,10 @@ class BuildNative(build_ext):
         flags = [*FLAGS, *(LEVEL_FLAGS.get(name, []) if x86 else [])]
         try:
             return self._object(name, flags)
-        except Exception:
+        except CompileError:
             if name != "level_avx512_bf16":
                 raise
-            # An old compiler: the level is then empty, and plain AVX-512 takes its place.
+            self.warn("this compiler has no -mavx512bf16; plain AVX-512 takes that level's place")
             return self._object(name, FLAGS)
 
     def _object(self, name: str, flags: list[str]) -> list[str]:

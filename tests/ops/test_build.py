@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from rankwise.ops.cpu import native
+
 ROOT = Path(__file__).parents[2]
 SANITIZE = ROOT / "csrc" / "sanitize.sh"
 
@@ -49,6 +51,14 @@ def test_with_a_compiler_the_library_lies_in_the_package(tmp_path: Path) -> None
     done = build(tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("src/rankwise/ops/cpu/_native*"))) == 1
+
+
+@needs_source
+def test_where_a_compiler_is_the_library_is_installed() -> None:
+    """The tests of the native library are skipped without one; this one says when that would hide a broken build."""
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    assert native.obstacle() is None
 
 
 @needs_source
