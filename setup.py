@@ -23,8 +23,11 @@ NAME = "rankwise.ops.cpu._native"
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-g0"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-LEVEL_FLAGS = {"level_avx2": AVX2, "level_avx512": AVX512, "level_avx512_bf16": [*AVX512, "-mavx512bf16"]}
-SOURCES = ["native", "parallel", "level_portable", *LEVEL_FLAGS]
+LEVELS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+FAMILIES = ("level", "training")
+LEVEL_FLAGS = {f"{family}_{level}": flags for family in FAMILIES for level, flags in LEVELS.items()}
+LEVEL_FLAGS["attention_avx512_bf16"] = LEVELS["avx512_bf16"]
+SOURCES = ["native", "attention", "parallel", "training", "level_portable", "training_portable", *LEVEL_FLAGS]
 
 
 class BuildNative(build_ext):
@@ -60,7 +63,7 @@ class BuildNative(build_ext):
         try:
             return self._object(name, flags)
         except CompileError:
-            if name != "level_avx512_bf16":
+            if not name.endswith("_avx512_bf16"):
                 raise
             self.warn("this compiler has no -mavx512bf16; plain AVX-512 takes that level's place")
             return self._object(name, FLAGS)

@@ -55,6 +55,69 @@ RW_EXPORT void rw_linear_4bit(const rw_weight* weight, const void* x, int64_t T,
 // ||W'_n|| of W' rounded to dtype, sums in float32.
 RW_EXPORT void rw_row_norms_4bit(const rw_weight* weight, int64_t N, int64_t K, int dtype, float* norms, int threads);
 
+// A bfloat16 tensor (B, L, heads, D) whose last stride is 1; the others in elements.
+typedef struct rw_heads {
+    const void* data;
+    int64_t batch, token, head;
+} rw_heads;
+
+// Query i of batch b sees the keys j with start[b, i] <= j < end[b, i]; null: start 0, end i + 1 + Lk - Lq.
+typedef struct rw_attention {
+    int64_t B, Lq, Lk, H, Hkv, D;  // H a multiple of Hkv; D a multiple of 16, at most 256
+    rw_heads q, k, v;
+    const int32_t* start;  // (B, Lq), or null
+    const int32_t* end;    // (B, Lq), or null
+    float scale;           // positive
+} rw_attention;
+
+// Whether the current level has attention; the two functions below must not be called where it has not.
+RW_EXPORT int rw_attention_available(void);
+
+// out (B, Lq, H, D) = softmax(scale q k^T) v; lse float (B, H, Lq), the logarithm of the sum of exponentials. A query that sees no key
+// gets zeros and -inf.
+RW_EXPORT void rw_attention_forward(const rw_attention* attention, void* out, float* lse, int threads);
+
+// Contiguous dq (B, Lq, H, D), dk and dv (B, Lk, Hkv, D) of grad (B, Lq, H, D), given the results of the forward function.
+RW_EXPORT void rw_attention_backward(const rw_attention* attention, const void* out, const float* lse, const rw_heads* grad, void* dq,
+                                     void* dk, void* dv, int threads);
+
+// The element-wise parts of a training step, in float32 or bfloat16; strides of rows in elements, rows dense. What each computes stands
+// in src/rankwise/ops/reference_training.py.
+enum rw_activation { RW_SILU = 0, RW_GELU_TANH = 1, RW_GELU = 2 };
+
+// y (T, N) <- g * (y + scale * u B^T) + bias; u (T, R), B (N, R), g and bias (N) or null.
+RW_EXPORT void rw_low_rank_add(void* y, int64_t y_stride, const void* u, int64_t u_stride, const void* B, float scale, const float* g,
+                               const float* bias, int64_t T, int64_t N, int64_t R, int dtype, int threads);
+
+// dz = dy * g, and dot = sum_T dy * y unless y is null.
+RW_EXPORT void rw_scaled_grad(const void* dy, int64_t dy_stride, const void* y, int64_t y_stride, const float* g, void* dz, float* dot,
+                              int64_t T, int64_t N, int dtype, int threads);
+
+RW_EXPORT void rw_rms_norm(const void* x, int64_t x_stride, const void* w, float eps, int offset, int cast_first, void* y, float* rstd,
+                           int64_t T, int64_t D, int dtype, int threads);
+
+// residual may be null.
+RW_EXPORT void rw_rms_norm_backward(const void* dy, int64_t dy_stride, const void* x, int64_t x_stride, const void* w, const float* rstd,
+                                    int offset, const void* residual, int64_t residual_stride, void* dx, int64_t T, int64_t D, int dtype,
+                                    int threads);
+
+// product = act(gate) * up; with dout also dgate and dup, and product may then be null.
+RW_EXPORT void rw_glu(const void* dout, int64_t dout_stride, const void* gate, int64_t gate_stride, const void* up, int64_t up_stride,
+                      int act, void* dgate, void* dup, void* product, int64_t T, int64_t N, int dtype, int threads);
+
+// strides: of batch, head and position; sizes: B, H, L, D and the columns that turn. cos and sin (L, rotary), batch_stride apart.
+RW_EXPORT void rw_rope(const void* q, const int64_t* q_stride, const void* cos, const void* sin, int64_t batch_stride, int inverse,
+                       void* out, const int64_t* out_stride, const int64_t* sizes, int dtype, int table_dtype, int threads);
+
+// sums: loss, entropy, rows predicted right. softcap 0: none. Returns -1, or the first row whose target is out of range.
+RW_EXPORT int64_t rw_cross_entropy(void* logits, int64_t stride, const int64_t* targets, int64_t C, int64_t V, float scale,
+                                   float label_smoothing, float softcap, float multiplier, int want_grad, int want_entropy,
+                                   int want_correct, double* sums, int dtype, int threads);
+
+// out = z * factor where the hash of the index is at least the threshold, else 0; with `add`, out grows by it.
+RW_EXPORT void rw_dropout(const void* z, void* out, int add, float factor, uint32_t threshold, uint32_t before, uint32_t middle, int64_t n,
+                          int dtype, int threads);
+
 #ifdef __cplusplus
 }
 #endif

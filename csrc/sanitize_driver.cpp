@@ -101,6 +101,51 @@ double run_all(const Tables& tables) {
     return checksum;
 }
 
+// A tensor (B, L, heads, D) whose tokens are `gap` elements further apart than they need be.
+struct Tensor {
+    Bytes data;
+    rw_heads heads;
+    Tensor(int64_t B, int64_t L, int64_t n, int64_t D, int64_t gap)
+        : data(bytes(2 * (B * L * n * D + (B * L > 0 ? B * L - 1 : 0) * gap))), heads{data.get(), L * (n * D + gap), n * D + gap, D} {
+        fill(data.get(), RW_BFLOAT16, B * L * n * D + (B * L > 0 ? B * L - 1 : 0) * gap);
+    }
+    uint16_t* words() { return reinterpret_cast<uint16_t*>(data.get()); }
+};
+
+// Returns the bits of all results, so that threads can be compared.
+std::vector<uint16_t> attend(int64_t B, int64_t Lq, int64_t Lk, int64_t H, int64_t Hkv, int64_t D, bool ranges, int threads) {
+    const int64_t gap = ranges ? 6 : 0;
+    state = 7;
+    Tensor q(B, Lq, H, D, gap), k(B, Lk, Hkv, D, gap), v(B, Lk, Hkv, D, gap), grad(B, Lq, H, D, gap);
+    Tensor out(B, Lq, H, D, 0), dq(B, Lq, H, D, 0), dk(B, Lk, Hkv, D, 0), dv(B, Lk, Hkv, D, 0);
+    std::vector<float> lse(static_cast<size_t>(B * H * Lq));
+    std::vector<int32_t> start, end;
+    for (int64_t i = 0; i < B * Lq; ++i) {
+        start.push_back(static_cast<int32_t>(next_random() % (Lk + 8)) - 4);
+        end.push_back(static_cast<int32_t>(next_random() % (Lk + 8)) - 4);
+    }
+    const rw_attention call = {B,       Lq,      Lk,      H, Hkv, D, q.heads, k.heads, v.heads, ranges ? start.data() : nullptr,
+                               ranges ? end.data() : nullptr, 0.125f};
+    rw_attention_forward(&call, out.data.get(), lse.data(), threads);
+    rw_attention_backward(&call, out.data.get(), lse.data(), &grad.heads, dq.data.get(), dk.data.get(), dv.data.get(), threads);
+    std::vector<uint16_t> all(out.words(), out.words() + B * Lq * H * D);
+    all.insert(all.end(), dq.words(), dq.words() + B * Lq * H * D);
+    all.insert(all.end(), dk.words(), dk.words() + B * Lk * Hkv * D);
+    all.insert(all.end(), dv.words(), dv.words() + B * Lk * Hkv * D);
+    return all;
+}
+
+bool attention_is_sound() {
+    if (!rw_attention_available()) return true;
+    for (int64_t D : {16, 64, 80, 112, 256})
+        for (int64_t Lq : {0, 1, 63, 64, 130})
+            for (int64_t Lk : {1, 64, 131})
+                for (bool ranges : {false, true})
+                    if (attend(2, Lq, Lk, 4, 2, D, ranges, 1) != attend(2, Lq, Lk, 4, 2, D, ranges, 3)) return false;
+    std::printf("attention\n");
+    return true;
+}
+
 }  // namespace
 
 int main() {
@@ -113,5 +158,6 @@ int main() {
         std::printf("level %d: %.6f\n", level, found);
         if (std::fabs(found - expected) > 1e-5 * std::fabs(expected)) return 1;
     }
+    if (!attention_is_sound()) return 1;
     return 0;
 }

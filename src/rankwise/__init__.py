@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rankwise.acceleration import accelerate_peft, optimize_for_training
     from rankwise.adapters import (
         adapter_config,
         adapter_disabled,
@@ -34,6 +35,7 @@ _HOMES = {
     "Linear4bit": "rankwise.quantization",
     "LoraConfig": "rankwise.config",
     "Nf4Config": "rankwise.quantization",
+    "accelerate_peft": "rankwise.acceleration",
     "adapter_config": "rankwise.adapters",
     "adapter_disabled": "rankwise.adapters",
     "adapter_parameters": "rankwise.adapters",
@@ -43,6 +45,7 @@ _HOMES = {
     "load_adapter": "rankwise.adapters",
     "load_model": "rankwise.models",
     "merge_adapter": "rankwise.adapters",
+    "optimize_for_training": "rankwise.acceleration",
     "quantize": "rankwise.quantization",
     "remove_adapter": "rankwise.adapters",
     "save_adapter": "rankwise.adapters",
@@ -55,6 +58,7 @@ __all__ = [
     "Linear4bit",
     "LoraConfig",
     "Nf4Config",
+    "accelerate_peft",
     "adapter_config",
     "adapter_disabled",
     "adapter_parameters",
@@ -64,6 +68,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "merge_adapter",
+    "optimize_for_training",
     "quantize",
     "remove_adapter",
     "save_adapter",

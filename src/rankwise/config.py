@@ -21,7 +21,7 @@ from rankwise.errors import ConfigError
 
 Bias = Literal["none", "all", "lora_only"]
 AdapterDtype = Literal["float32", "base"]
-Method = Literal["lora", "qlora", "dora", "qdora", "full"]
+Method = Literal["lora", "qlora", "dora", "qdora", "full", "bottleneck", "prefix"]
 QuantType = Literal["nf4", "fp4"]
 
 ALL_LINEAR = "all-linear"
@@ -211,9 +211,9 @@ class TrainSettings(Settings):
     data: str = Field(description="Training data: hub id, folder, or .jsonl/.json/.csv/.parquet file (also .gz).")
     output: Path = Field(description="Run folder to write.")
     eval_data: str | None = Field(None, description="Evaluation data, in any of the same forms.")
-    method: Method = Field("lora", description="lora, qlora, dora, qdora or full.")
+    method: Method = Field("lora", description="lora, qlora, dora, qdora, full, bottleneck or prefix.")
 
-    r: int = Field(16, ge=1, description="Rank of the adapter.")
+    r: int = Field(16, ge=1, description="Rank of the adapter; width of a bottleneck, length of a prefix.")
     lora_alpha: float = Field(32, gt=0, description="Scale of the adapter: the update is multiplied by alpha / r.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the low-rank path.")
     target_modules: Annotated[str | tuple[str, ...], BeforeValidator(module_list)] = Field(
@@ -269,6 +269,9 @@ class TrainSettings(Settings):
     activation_offloading: bool = Field(
         False, description="Keep activations in CPU memory until the backward pass needs them (accelerators only)."
     )
+    fast: bool = Field(
+        True, description="Fused operators, own attention on CPUs, no padding, memory kept between steps."
+    )
     chat_template: Path | None = Field(None, description="Jinja file that overrides the tokenizer's template.")
     prompt_column: str | None = Field(None, description="Column with the prompt, for tables of other names.")
     completion_column: str | None = Field(None, description="Column with the completion.")
@@ -288,6 +291,7 @@ class TrainSettings(Settings):
 
     trust_remote_code: bool = Field(False, description="Run Python code that comes with a hub repository.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    ignore_plan: bool = Field(False, description="Train although the predicted memory is more than there is.")
     resume: bool = Field(False, description="Continue the run in --output from its last checkpoint.")
     overwrite: bool = Field(False, description="Replace the run in --output.")
 

@@ -43,6 +43,7 @@ def test_exported_names() -> None:
         "dequantize_absmax",
         "implementation",
         "linear_4bit",
+        "linear_4bit_input_grad",
         "packed_shape",
         "quantize_4bit",
         "quantize_absmax",

@@ -20,6 +20,8 @@ from rankwise.adapters.low_rank import (
     merged_weight,
     row_norms_squared,
 )
+from rankwise.adapters.operator import branch_of, drawn_dropout
+from rankwise.ops.low_rank_linear import low_rank_linear
 
 
 class Dora(nn.Module):
@@ -54,6 +56,8 @@ class Dora(nn.Module):
             self.magnitude.copy_(self.enabled(self.row_norms(base)))
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        if (branch := branch_of(self, base, x)) is not None:
+            return low_rank_linear(x, (branch,), drawn_dropout(self.dropout, self.training))[0]
         y = frozen_product(base, x)
         g = self.gain(base)
         # g - 1 is added rather than g multiplied: in bfloat16 a gain close to 1 would round to 1.

@@ -7,7 +7,7 @@ that checkpoints written by any trainer still load into the plain model.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -15,6 +15,9 @@ from rankwise.adapters.base_layer import features
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.embedding import EmbeddingLora
 from rankwise.adapters.lora import Lora
+
+if TYPE_CHECKING:
+    from rankwise.adapters.shared_input import SharedInput
 
 Adapter = Lora | Dora | EmbeddingLora
 
@@ -27,6 +30,8 @@ class AdaptedLayer(nn.Module):
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
+        self.shared: SharedInput | None = None
+        # The layers that read the same input, where they are computed together (rankwise.acceleration).
         self.is_head = False
         # Fused losses multiply by the output head's weight themselves, past its forward.
         _keep_names(self, "base_layer")
@@ -34,6 +39,8 @@ class AdaptedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.active is None:
             return self.base_layer(x)
+        if self.shared is not None and (y := self.shared.output(self, x)) is not None:
+            return y
         return self.adapters[self.active](self.base_layer, x)
 
     @property

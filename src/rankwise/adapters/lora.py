@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from rankwise.adapters.base_layer import dense_weight, features
 from rankwise.adapters.fused import Parts, low_rank_product, to_blocks
 from rankwise.adapters.low_rank import init_low_rank_, merged_weight
+from rankwise.adapters.operator import branch_of, drawn_dropout
+from rankwise.ops.low_rank_linear import low_rank_linear
 
 
 class Lora(nn.Module):
@@ -38,6 +40,8 @@ class Lora(nn.Module):
         init_low_rank_(self.lora_A, self.lora_B, zero_b=zero_b)
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        if (branch := branch_of(self, base, x)) is not None:
+            return low_rank_linear(x, (branch,), drawn_dropout(self.dropout, self.training))[0]
         return torch.add(base(x), self.low_rank(x), alpha=self.scaling)
 
     def low_rank(self, x: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.settings import GenerateSettings
 from rankwise.cli.words import printable
-from rankwise.errors import ConfigError, ModelError
-from rankwise.records import RUN_FILE, RunRecord, load_record
+from rankwise.errors import ConfigError
+from rankwise.evaluation.loading import record_of
+from rankwise.records import RunRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,64 +125,21 @@ def run(settings: GenerateSettings, output: Output) -> Mapping[str, Any]:
 
 def _load(settings: GenerateSettings, name: str, record: RunRecord | None) -> tuple[Speaker, str]:
     """The model with its adapter, on its device, and the device in words."""
-    from rankwise.adapters import load_adapter
-    from rankwise.models import choose_device, load_model
+    from rankwise.evaluation.loading import load_as_trained
 
-    choice = choose_device(settings.device)
-    model, tokenizer = load_model(
+    loaded = load_as_trained(
         name,
-        dtype=_dtype(settings, record, choice.dtype),
-        device=str(choice.device),
-        quantization=_quantization(settings),
+        () if settings.adapter is None else (settings.adapter,),
+        named=settings.model is not None,
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+        device=settings.device,
         trust_remote_code=settings.trust_remote_code,
-        revision=_revision(settings),
+        revision=settings.revision,
     )
-    if settings.quantization == "none" and getattr(model, "hf_quantizer", None) is not None:
-        # The files themselves hold 4-bit weights.
-        model = model.dequantize()
-    if tokenizer is None:
-        raise ModelError(
-            "RW322", f"{name} comes without a tokenizer, so it cannot read a prompt; give one that has it."
-        )
-    if settings.adapter is not None:
-        load_adapter(model, settings.adapter, trainable=False)
-    model.eval()
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
-    wording = _wording(settings, record, tokenizer)
-    return Speaker(model, tokenizer, wording, settings.adapter is not None, sampling), str(choice.device)
-
-
-def _revision(settings: GenerateSettings) -> str | None:
-    """As asked; else, of the base that the adapter names, the commit it was trained on."""
-    if settings.revision is not None or settings.model is not None or settings.adapter is None:
-        return settings.revision
-    from rankwise.adapters.trained_base import revision_of
-
-    return revision_of(settings.adapter)
-
-
-def _quantization(settings: GenerateSettings) -> Any:
-    """As asked; else as the adapter was trained."""
-    if settings.quantization == "none":
-        return None
-    if settings.quantization != "auto":
-        from rankwise.quantization import Fp4Config, Nf4Config
-
-        return (Nf4Config if settings.quantization == "nf4" else Fp4Config)(double_quant=True)
-    if settings.adapter is None:
-        return None
-    from rankwise.adapters.trained_base import quantization_of
-
-    return quantization_of(settings.adapter)
-
-
-def _dtype(settings: GenerateSettings, record: RunRecord | None, preferred: Any) -> Any:
-    """As asked; else as the adapter was trained; else what suits the device."""
-    import torch
-
-    trained = record.device.get("dtype") if record is not None else None
-    name = settings.dtype if settings.dtype != "auto" else trained
-    return getattr(torch, name) if name in ("bfloat16", "float16", "float32") else preferred
+    wording = _wording(settings, record, loaded.tokenizer)
+    return Speaker(loaded.model, loaded.tokenizer, wording, settings.adapter is not None, sampling), loaded.device
 
 
 def _wording(settings: GenerateSettings, record: RunRecord | None, tokenizer: Any) -> Wording:
@@ -195,11 +153,6 @@ def _wording(settings: GenerateSettings, record: RunRecord | None, tokenizer: An
     if settings.raw or (plainly and settings.chat_template is None):
         return Wording(chat=False, suffix="" if settings.raw else str(trained.get("prompt_ending") or ""))
     return Wording(chat=bool(template or tokenizer.chat_template), template=template)
-
-
-def record_of(adapter: Path | None) -> RunRecord | None:
-    """The record beside an adapter; adapters from elsewhere have none."""
-    return load_record(adapter) if adapter is not None and (adapter / RUN_FILE).is_file() else None
 
 
 def base_model_name(adapter: Path | None) -> str:

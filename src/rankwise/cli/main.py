@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from rankwise.cli import demo, generate, inspect, merge, preview, train
+from rankwise.cli import compare, demo, evaluate, generate, inspect, merge, plan, preview, report, score, train
 from rankwise.cli.help import verb_command, verb_group
 from rankwise.cli.options import Verb, command_of
 from rankwise.cli.output import (
@@ -33,7 +33,19 @@ from rankwise.config import Settings
 from rankwise.errors import ConfigError, InternalError, Interrupted, RankwiseError, RunError
 from rankwise.training.interrupt import terminable
 
-VERBS: tuple[Verb, ...] = (preview.VERB, train.VERB, generate.VERB, merge.VERB, inspect.VERB, demo.VERB)
+VERBS: tuple[Verb, ...] = (
+    preview.VERB,
+    plan.VERB,
+    train.VERB,
+    compare.VERB,
+    report.VERB,
+    evaluate.VERB,
+    generate.VERB,
+    merge.VERB,
+    inspect.VERB,
+    score.VERB,
+    demo.VERB,
+)
 SUMMARY = "Fine-tune a language model with low-rank adapters, wisely: LoRA, QLoRA, DoRA and QDoRA."
 EXAMPLES = (
     "rankwise preview  --model demo --data rows.jsonl",

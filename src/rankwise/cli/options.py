@@ -47,6 +47,7 @@ class Option:
     metavar: str
     help: str
     kind: Literal["switch", "value", "repeated", "argument"]
+    is_repeated: bool = False
 
     @property
     def label(self) -> str:
@@ -99,7 +100,7 @@ def _option(verb: Verb, name: str, field: FieldInfo) -> Option:
         kind = "switch" if bool in types_ else "value"
     flag = name.replace("_", "-")
     metavar = verb.metavars.get(name) or ("TEXT" if kind == "repeated" else _metavar(types_))
-    return Option(name, flag, metavar, _help(field), kind)
+    return Option(name, flag, metavar, _help(field), kind, bool(extra.get("repeated")))
 
 
 def _plain_types(annotation: Any) -> list[Any]:
@@ -134,10 +135,11 @@ def _help(field: FieldInfo) -> str:
 
 def _parameter(option: Option) -> inspect.Parameter:
     if option.kind == "argument":
-        annotation: Any = Annotated[str, typer.Argument(metavar=option.metavar)]
+        kind: Any = list[str] if option.is_repeated else str
+        annotation: Any = Annotated[kind, typer.Argument(metavar=option.metavar)]
         return inspect.Parameter(option.field, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
     flag = f"--{option.flag}/--no-{option.flag}" if option.kind == "switch" else f"--{option.flag}"
-    kind: Any = {"switch": bool, "repeated": list[str]}.get(option.kind, str)
+    kind = {"switch": bool, "repeated": list[str]}.get(option.kind, str)
     annotation = Annotated[kind | None, typer.Option(flag, metavar=option.metavar)]
     return inspect.Parameter(option.field, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 

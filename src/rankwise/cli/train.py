@@ -59,7 +59,7 @@ PANELS = {
         "seed",
         "early_stopping",
     ),
-    "Device and memory": ("device", "dtype", "gradient_checkpointing", "activation_offloading"),
+    "Device and memory": ("device", "dtype", "gradient_checkpointing", "activation_offloading", "ignore_plan"),
     "Evaluating, saving, continuing": (
         "eval_steps",
         "eval_limit",

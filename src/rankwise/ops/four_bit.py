@@ -98,6 +98,25 @@ def linear_4bit(
     return run(x, packed, absmax, shape, bias, quant_type, block_size, nested_absmax, offset)
 
 
+def linear_4bit_input_grad(
+    grad: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    *,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """dx = dy W' with W' = dequantize_4bit(..., dtype=dy.dtype). dy (..., N) -> dx (..., K), in the dtype of dy.
+
+    Raises:
+        QuantizationError: RW601, RW602, RW604, RW605, and RW606 when dy and weight do not fit together.
+    """
+    return _ops.linear_4bit_input_grad(grad, packed, absmax, shape, quant_type, block_size, nested_absmax, offset)
+
+
 def row_norms_4bit(
     packed: Tensor,
     absmax: Tensor,

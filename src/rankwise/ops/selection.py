@@ -41,6 +41,11 @@ def set_implementation(name: str) -> None:
     _modules.clear()
 
 
+def forced() -> str:
+    """The name given to `set_implementation` or in ``RANKWISE_OPS``; ``"auto"`` without one."""
+    return _choice or _known(os.environ.get("RANKWISE_OPS", "auto"))
+
+
 def implementation(tensor: Tensor) -> str:
     """The name of the implementation that would run on ``tensor``: ``"reference"``, ``"native"`` or ``"triton"``.
 
@@ -60,8 +65,14 @@ def module_for(device: torch.device) -> ModuleType:
     return module
 
 
+def native_on_cpu() -> bool:
+    """Whether the native library works on CPU tensors."""
+    module = _modules.get("cpu") or module_for(torch.device("cpu"))
+    return module.__name__ == _MODULES["native"]
+
+
 def _choose(device: str) -> str:
-    choice = _choice or _known(os.environ.get("RANKWISE_OPS", "auto"))
+    choice = forced()
     if choice == "auto":
         return _automatic(device)
     obstacle = _obstacle(choice, device)
@@ -73,12 +84,12 @@ def _choose(device: str) -> str:
 def _automatic(device: str) -> str:
     wanted = {"cpu": "native", "cuda": "triton"}.get(device)
     if wanted is None:
-        _say_once("RW608", f"there are no 4-bit kernels for {device}: plain PyTorch runs, slowly.")
+        say_once("RW608", f"there are no 4-bit kernels for {device}: plain PyTorch runs, slowly.")
         return "reference"
     obstacle = _obstacle(wanted, device)
     if obstacle is None:
         return wanted
-    _say_once("RW608", f"4-bit products run in plain PyTorch, slowly: {obstacle}")
+    say_once("RW608", f"4-bit products run in plain PyTorch, slowly: {obstacle}")
     return "reference"
 
 
@@ -107,7 +118,8 @@ def _known(name: str) -> str:
     return name
 
 
-def _say_once(code: str, message: str) -> None:
+def say_once(code: str, message: str) -> None:
+    """Warn, but not twice with the same message in one process."""
     if message not in _said:
         _said.add(message)
         warn(code, message, stacklevel=6)

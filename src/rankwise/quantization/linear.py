@@ -173,6 +173,19 @@ class Linear4bit(nn.Module):
             offset=self.offset,
         )
 
+    def input_grad(self, grad: Tensor) -> Tensor:
+        """``grad W'`` in the dtype of grad: (..., N) -> (..., K)."""
+        return ops.linear_4bit_input_grad(
+            grad,
+            self.weight,
+            self.absmax,
+            self.shape,
+            self.quant_type,
+            self.block_size,
+            nested_absmax=self.nested_absmax,
+            offset=self.offset,
+        )
+
     @torch.no_grad()
     def dequantize(self) -> Tensor:
         """W' as a new tensor (N, K) of ``dtype``."""

@@ -77,6 +77,7 @@ def sft_arguments(
     optimizer: str,
     seed: int,
     packing: bool,
+    padding_free: bool,
     max_length: int,
     gradient_checkpointing: bool,
     activation_offloading: bool,
@@ -110,6 +111,7 @@ def sft_arguments(
             seed=seed,
             data_seed=seed,
             packing=packing,
+            padding_free=padding_free,
             eval_packing=False,
             max_length=max_length if packing else None,  # rows were cut, counted and reported when they were encoded
             shuffle_dataset=packing,

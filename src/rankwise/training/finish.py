@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from rankwise.adapters import has_adapter, report
+from rankwise.adapters.baselines import has_baseline
 from rankwise.adapters.peft_config import CONFIG_FILE
 from rankwise.errors import warn
 from rankwise.records import RunRecord, read_metrics, write_text
@@ -91,8 +92,10 @@ def write_plot(output: Path, record: RunRecord) -> Path:
     return output / PLOT_FILE
 
 
-def write_card(model: Any, output: Path, record: RunRecord) -> Path:
-    """``README.md``: the model card."""
+def write_card(model: Any, output: Path, record: RunRecord) -> Path | None:
+    """``README.md``: the model card. The baselines of comparisons get none: they are not for sharing."""
+    if has_baseline(model):
+        return None
     adapted = has_adapter(model)
     config = json.loads((output / CONFIG_FILE).read_text(encoding="utf-8")) if adapted else None
     write_text(output / CARD_FILE, model_card(record, config, report(model) if adapted else None))

@@ -19,6 +19,7 @@ MAY_CHANGE = {
     "resume",
     "overwrite",
     "device",
+    "ignore_plan",
     "logging_steps",
     "save_steps",
     "save_total_limit",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters import adapter_parameters, has_adapter, load_adapter, remove_adapter
+from rankwise.adapters.baselines import has_baseline
 from rankwise.errors import RunError, warn
 from rankwise.training.checkpoints import check_space
 from rankwise.training.weights import checkpoint_bytes, trainable_tensors
@@ -39,7 +40,7 @@ def check_labels(*, tokens: int, trained_tokens: int, stop_rows: int, whole_text
 
 def check_trainable(model: nn.Module, method: str) -> None:
     """Raise RunError (RW522) when nothing trains, or an adapter was asked for and none is attached."""
-    if method != "full" and not has_adapter(model):
+    if method != "full" and not has_adapter(model) and not has_baseline(model):
         raise RunError("RW522", f"--method {method} asks for an adapter and none is attached; call add_adapter first.")
     if not trainable_tensors(model):
         raise RunError("RW522", "no parameter of the model trains; check --target-modules.")

@@ -17,6 +17,8 @@ import datasets
 import torch
 import transformers
 
+from rankwise.acceleration import can_flatten, optimize_for_training
+from rankwise.adapters.baselines import BASELINES
 from rankwise.config import LoraConfig, TrainSettings
 from rankwise.errors import RankwiseWarning, warn
 from rankwise.models import choose_device, model_facts
@@ -26,6 +28,7 @@ from rankwise.records import RunRecord, load_record
 from rankwise.training import output, preflight, setup
 from rankwise.training.arguments import check_combinations, check_names, check_optimizer, sft_arguments
 from rankwise.training.checkpoints import Checkpoint, newest_valid
+from rankwise.training.foresight import Foresight, LongestBatch, longest_batch
 from rankwise.training.memory_savers import OFFLOADED, OffloadedAdamW, check_memory_savers
 from rankwise.training.meters import Progress
 from rankwise.training.metrics import evaluations
@@ -37,8 +40,10 @@ from rankwise.training.trainer import PROGRESS_FILE, STATE_FILE, RankwiseTrainer
 FOUR_BITS = ("qlora", "qdora")
 
 
-def train(settings: TrainSettings, observer: Observer | None = None) -> RunRecord:
+def train(settings: TrainSettings, observer: Observer | None = None, foresight: Foresight | None = None) -> RunRecord:
     """Fine-tune as ``settings`` say and leave a run folder (DESIGN 5) in ``settings.output``.
+
+    ``foresight`` is asked for the peak memory before the model is loaded and before the first step; it may refuse.
 
     Raises InputError before anything is written when settings, data, model or output folder are at fault; RunError
     during training (a loss that is not finite, no gradient, a full disk: the last checkpoint stays); Interrupted
@@ -53,7 +58,7 @@ def train(settings: TrainSettings, observer: Observer | None = None) -> RunRecor
             output.check_same_run(settings.output, settings.model_dump(mode="json"), _defaults())
             if _is_finished(settings):
                 return load_record(settings.output)
-        session = _prepare(settings, mode, lora, observer or SilentObserver())
+        session = _prepare(settings, mode, lora, observer or SilentObserver(), foresight)
         return session.carry_out(started, told)
 
 
@@ -131,7 +136,9 @@ def _is_finished(given: TrainSettings) -> bool:
     return True
 
 
-def _prepare(given: TrainSettings, mode: output.Mode, lora: LoraConfig, observer: Observer) -> Session:
+def _prepare(
+    given: TrainSettings, mode: output.Mode, lora: LoraConfig, observer: Observer, foresight: Foresight | None
+) -> Session:
     """Read, load and check everything; nothing is written."""
     quantization = _quantization(given)
     observer.phase("Reading data")
@@ -143,6 +150,8 @@ def _prepare(given: TrainSettings, mode: output.Mode, lora: LoraConfig, observer
         chat_template=given.chat_template,
     )
     observer.phase("Loading the model")
+    if foresight is not None:
+        foresight.before_loading()
     loaded = setup.load_for_training(
         given.model,
         method=given.method,
@@ -162,19 +171,28 @@ def _prepare(given: TrainSettings, mode: output.Mode, lora: LoraConfig, observer
     if mode == "resume":
         output.check_same_inputs(given.output, described, base)
     trainable = setup.attach(loaded.model, given.method, lora, given.seed)
+    done = optimize_for_training(loaded.model) if given.fast and given.method not in BASELINES else None
     _check_before_training(given, loaded.model, data)
+    predicted = _predicted_peak(given, data, foresight)
     checkpoint = _checkpoint_to_resume(given.output) if mode == "resume" else None
-    trainer = _trainer(given, loaded, data, checkpoint)
+    # Attention over rows laid end to end costs their product unless the kernel skips what no query sees, as ours does.
+    flat = done is not None and done.attention and not given.packing and can_flatten(loaded.model)
+    trainer = _trainer(given, loaded, data, checkpoint, padding_free=flat)
     record = RunRecord(
         method=given.method,
         seed=given.seed,
         settings=given.model_dump(mode="json"),
+        predicted_peak_memory_bytes=predicted,
         trainable_parameters=trainable,
         total_parameters=sum(map(weight_count, loaded.model.parameters())),
         base_model=base,
         data=described,
         versions=versions(),
-        device={**device_record(loaded.device, loaded.dtype), "reason": loaded.device_reason},
+        device={
+            **device_record(loaded.device, loaded.dtype),
+            "reason": loaded.device_reason,
+            "acceleration": str(done) if done else "off (--no-fast)",
+        },
     )
     probe = setup.probe_of(data.train.dataset, loaded.device)
     extras = Extras(given.early_stopping, _answerer(given, loaded, data), probe)
@@ -194,6 +212,16 @@ def _check_before_training(given: TrainSettings, model: Any, data: setup.Data) -
     preflight.check_disk(model, given.output, given.save_total_limit + 1)
 
 
+def _predicted_peak(given: TrainSettings, data: setup.Data, foresight: Foresight | None) -> int | None:
+    """Of the largest micro-batch; packed rows are full."""
+    if foresight is None:
+        return None
+    batch = longest_batch(data.train.dataset, given.batch_size)
+    if given.packing:
+        batch = LongestBatch(given.batch_size, given.max_length, batch.trained_share)
+    return foresight.before_training(batch)
+
+
 def _checkpoint_to_resume(folder: Path) -> Checkpoint | None:
     found = newest_valid(folder, lambda error: warn(error.code, f"{error.message} An older one is used."))
     if found is None:
@@ -202,7 +230,12 @@ def _checkpoint_to_resume(folder: Path) -> Checkpoint | None:
 
 
 def _trainer(
-    given: TrainSettings, loaded: setup.Loaded, data: setup.Data, checkpoint: Checkpoint | None
+    given: TrainSettings,
+    loaded: setup.Loaded,
+    data: setup.Data,
+    checkpoint: Checkpoint | None,
+    *,
+    padding_free: bool,
 ) -> RankwiseTrainer:
     arguments = sft_arguments(
         given.output,
@@ -220,6 +253,7 @@ def _trainer(
         optimizer=given.optimizer,
         seed=given.seed,
         packing=given.packing,
+        padding_free=padding_free,
         max_length=given.max_length,
         gradient_checkpointing=given.gradient_checkpointing,
         activation_offloading=given.activation_offloading,

@@ -54,7 +54,7 @@ class Session:
         """
         self.started = started - self.trainer.progress.wall_seconds
         self.record.warnings = told
-        self.record.device["loss"] = "fused head" if self.trainer.fused_head else "own logits at trained positions"
+        self.record.device["loss"] = self.trainer.loss_in_words
         self._open_folder()
         try:
             stopped = self._train()

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from rankwise.adapters import add_adapter
+from rankwise.adapters.baselines import BASELINES, add_baseline
 from rankwise.config import LoraConfig
 from rankwise.data import Encoded, Rows, encode_rows, overlapping_rows, read_rows, read_template
 from rankwise.errors import ConfigError, warn
@@ -148,6 +149,8 @@ def attach(model: Any, method: str, config: LoraConfig, seed: int) -> int:
     if method == "full":
         model.requires_grad_(True)
         return sum(parameter.numel() for parameter in model.parameters())
+    if method in BASELINES:
+        return add_baseline(model, method, config.r)
     return add_adapter(model, config).trainable_parameters
 
 

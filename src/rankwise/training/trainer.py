@@ -17,6 +17,7 @@ from transformers import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_trainer import SFTTrainer
 
+from rankwise.acceleration import LossOptions, fused_head
 from rankwise.errors import RunError, warn
 from rankwise.records import write_json
 from rankwise.training.checkpoints import Checkpoint, remove_old, save_checkpoint
@@ -81,7 +82,9 @@ class RankwiseTrainer(SFTTrainer):
         # as long as a whole step of SmolLM2-135M on a CPU.
         has_kernel = self.args.device.type == "cuda"
         self.fused_head = has_kernel and fused_head_is_right(self.model)
-        if has_kernel and not self.fused_head:
+        self.own_loss = not self.fused_head and fused_head(self.model) is not None
+        # Ours, in chunks, where the model was made fast (rankwise.acceleration).
+        if has_kernel and not self.fused_head and not self.own_loss:
             head = type(self.model.get_output_embeddings()).__name__
             warn(
                 "RW520",
@@ -90,6 +93,12 @@ class RankwiseTrainer(SFTTrainer):
             )
 
     # --- loss ---
+
+    @property
+    def loss_in_words(self) -> str:
+        if self.fused_head:
+            return "fused head"
+        return "own, in chunks" if self.own_loss else "own logits at trained positions"
 
     def compute_loss(
         self,
@@ -102,6 +111,8 @@ class RankwiseTrainer(SFTTrainer):
         smoothing = self.label_smoothing if training else 0.0
         if return_outputs or (self.fused_head and smoothing == 0):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        elif self.own_loss:
+            loss = self._own_loss(model, inputs, num_items_in_batch, smoothing)
         else:
             loss = self._loss_from_logits(model, inputs, num_items_in_batch, smoothing)
         if training:
@@ -123,13 +134,30 @@ class RankwiseTrainer(SFTTrainer):
         self.step_loss += value
         return loss
 
+    def _own_loss(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, smoothing: float
+    ) -> Tensor:
+        """From chunks of logits at scored positions."""
+        options = LossOptions(label_smoothing=smoothing, want_stats=True)
+        routing = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        given = {**inputs, **routing, "use_cache": False}
+        outputs = model(**given, num_items_in_batch=num_items, loss_options=options)
+        sums, count = outputs.loss_sums, max(1, int(trained_positions(inputs["labels"])))
+        loss = sums.loss / (count if num_items is None else torch.as_tensor(num_items, device=sums.loss.device))
+        return self._with_aux_loss(
+            LossParts(loss, float(sums.entropy) / count, int(sums.correct) / count, getattr(outputs, "aux_loss", None)),
+            num_items,
+        )
+
     def _loss_from_logits(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, smoothing: float
     ) -> Tensor:
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        parts = loss_from_logits(model, inputs, num_items, smoothing)
+        return self._with_aux_loss(loss_from_logits(model, inputs, num_items, smoothing), num_items)
+
+    def _with_aux_loss(self, parts: LossParts, num_items: Tensor | int | None) -> Tensor:
         self._note(parts)
         if not self.aux_loss_enabled or parts.aux_loss is None:
             return parts.loss

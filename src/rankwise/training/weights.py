@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rankwise.adapters import adapter_parameters, has_adapter, load_tensors, save_adapter
+from rankwise.adapters.baselines import has_baseline, load_baseline_weights, save_baseline
 from rankwise.adapters.checkpoint import WEIGHTS_FILE
 from rankwise.errors import RunError
 from rankwise.training.state import check_no_pickles
@@ -20,6 +21,8 @@ def save_weights(model: nn.Module, folder: Path, base_model: str | None = None) 
     """Write the active adapter, or the whole model where there is none (method full), as safetensors."""
     if has_adapter(model):
         save_adapter(model, folder, base_model=base_model)
+    elif has_baseline(model):
+        save_baseline(model, folder, base_model)
     else:
         model.save_pretrained(folder)  # type: ignore[operator]
 
@@ -33,6 +36,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     try:
         if has_adapter(model):
             load_tensors(model, safetensors.torch.load_file(folder / WEIGHTS_FILE))
+        elif has_baseline(model):
+            load_baseline_weights(model, folder)
         else:
             _load_model(model, folder)
     except (OSError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:

@@ -18,7 +18,7 @@ from rankwise.errors import QuantizationError
 LEVELS = ("portable", "avx2", "avx512")
 """From slow to fast, in the numbering of csrc/rankwise_native.h. On Arm, "portable" includes NEON."""
 
-_INTERFACE = 1
+_INTERFACE = 2
 _HOW_TO_BUILD = (
     "install a C++17 compiler (for example `apt install g++`) and run "
     "`pip install --force-reinstall --no-deps --no-binary rankwise rankwise`, or `pip install -e .` in a source tree."
@@ -109,6 +109,9 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "rw_dequantize_4bit": (None, [weight, count, count, integer, pointer, integer]),
         "rw_linear_4bit": (None, [weight, pointer, count, count, count, integer, pointer, pointer, integer]),
         "rw_row_norms_4bit": (None, [weight, count, count, integer, pointer, integer]),
+        "rw_attention_available": (integer, []),
+        "rw_attention_forward": (None, [pointer, pointer, pointer, integer]),
+        "rw_attention_backward": (None, [pointer] * 7 + [integer]),
         "rw_share_threads": (None, [pointer]),
         "rw_set_level": (None, [integer]),
     }

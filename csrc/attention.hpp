@@ -1,0 +1,66 @@
+// Attention of bfloat16 tensors: what native.cpp's levels are to 4 bits. One instruction set so far, AVX-512 with BF16.
+//
+// Legend: B batch, Lq queries, Lk keys, H query heads, Hkv key heads, G = H / Hkv heads that share a key head, D size of a head.
+#pragma once
+
+#include <cstdint>
+
+#include "rankwise_native.h"
+
+namespace rankwise {
+
+// A (B, L, heads, D) tensor whose elements of a head lie side by side; strides in elements.
+struct Heads {
+    const uint16_t* data;
+    int64_t batch, token, head;
+
+    const uint16_t* row(int64_t b, int64_t i, int64_t h) const { return data + b * batch + i * token + h * head; }
+};
+
+struct AttentionJob {
+    int64_t B, Lq, Lk, H, Hkv, D;
+    Heads q, k, v;
+    const int32_t *start, *end;  // (B, Lq), or null
+    float scale;
+
+    int64_t group() const { return H / Hkv; }
+    int64_t clamped(int64_t j) const { return j < 0 ? 0 : j < Lk ? j : Lk; }
+    // Query i of batch b sees the keys from first_key on, before last_key.
+    int64_t first_key(int64_t b, int64_t i) const { return start ? clamped(start[b * Lq + i]) : 0; }
+    int64_t last_key(int64_t b, int64_t i) const { return clamped(end ? end[b * Lq + i] : i + 1 + Lk - Lq); }
+};
+
+struct AttentionForward {
+    AttentionJob job;
+    uint16_t* out;  // (B, Lq, H, D)
+    float* lse;     // (B, H, Lq)
+};
+
+struct AttentionBackward {
+    AttentionJob job;
+    const uint16_t* out;
+    const float* lse;
+    Heads grad;
+    uint16_t *dq, *dk, *dv;  // (B, L, heads, D)
+};
+
+// The queries of the heads that share one key head, as one thread takes them: tiles [first, last) of `kAttentionTile` queries.
+struct AttentionShare {
+    int64_t b, head, first, last;
+};
+
+constexpr int64_t kAttentionTile = 64;
+
+struct AttentionKernels {
+    void (*forward)(const AttentionForward& call, const AttentionShare& share);
+    // Adds nothing to dk and dv: leaves this share's sums in `sums`, sums_size floats.
+    void (*backward)(const AttentionBackward& call, const AttentionShare& share, float* sums);
+    int64_t (*sums_size)(const AttentionJob& job);
+    // Adds up the sums of `shares` shares in order and writes dk and dv of one key head.
+    void (*finish)(const AttentionBackward& call, int64_t b, int64_t head, float* sums, int64_t shares);
+};
+
+// Null where the compiler could not target the level.
+const AttentionKernels* attention_avx512_bf16();
+
+}  // namespace rankwise

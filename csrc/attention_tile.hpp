@@ -1,0 +1,243 @@
+// Products and layouts of 64 x 64 tiles of bfloat16 on AVX-512 with BF16.
+//
+// vdpbf16ps multiplies pairs of neighbours: a matrix is kept as 32-bit pairs along the dimension that is summed. The left operand is
+// a row-major matrix of pairs, read one pair at a time; the right one has a row per pair, read 16 pairs at a time.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "attention.hpp"
+
+namespace rankwise {
+
+constexpr int64_t kTile = kAttentionTile;
+constexpr int64_t kTilePairs = kTile / 2;
+constexpr int kGroup = 4;  // rows multiplied at once: 4 x 4 sums keep both multipliers busy
+constexpr int kVectors = kTile / 16;
+
+#define RW_INLINE static inline __attribute__((always_inline))
+
+RW_INLINE __m512i load_pairs(const void* data) { return _mm512_loadu_si512(data); }
+
+RW_INLINE __m512 dot(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+
+// sum[r][16 c + lane] += <a_r, b_(16 c + lane)> over `pairs` pairs.
+template <int R, int C>
+RW_INLINE void multiply(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t pairs, __m512 (&sum)[R][C]) {
+    for (int64_t p = 0; p < pairs; ++p) {
+        __m512i column[C];
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) column[c] = load_pairs(b + p * b_stride + 16 * c);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const __m512i row = _mm512_set1_epi32(static_cast<int>(a[r * a_stride + p]));
+#pragma GCC unroll 8
+            for (int c = 0; c < C; ++c) sum[r][c] = dot(sum[r][c], row, column[c]);
+        }
+    }
+}
+
+template <int R, int C>
+RW_INLINE void clear(__m512 (&sum)[R][C]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) sum[r][c] = _mm512_setzero_ps();
+}
+
+// out[r][...] = factor[r] * out[r][...] + a b.
+template <int C>
+RW_INLINE void accumulate(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t pairs, const __m512* factor,
+                          float* out, int64_t out_stride) {
+    __m512 sum[kGroup][C];
+#pragma GCC unroll 8
+    for (int r = 0; r < kGroup; ++r)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) {
+            sum[r][c] = _mm512_loadu_ps(out + r * out_stride + 16 * c);
+            if (factor) sum[r][c] = _mm512_mul_ps(sum[r][c], factor[r]);
+        }
+    multiply<kGroup, C>(a, a_stride, b, b_stride, pairs, sum);
+#pragma GCC unroll 8
+    for (int r = 0; r < kGroup; ++r)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) _mm512_storeu_ps(out + r * out_stride + 16 * c, sum[r][c]);
+}
+
+// The same over `columns` columns, a multiple of 16; no piece is a single vector where two can share.
+RW_INLINE void accumulate_row(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t pairs,
+                              const __m512* factor, float* out, int64_t out_stride, int64_t columns) {
+    for (int64_t left = columns / 16; left > 0;) {
+        const int64_t width = left < 5 ? left : left < 8 ? (left + 1) / 2 : 4;
+        switch (width) {
+            case 1: accumulate<1>(a, a_stride, b, b_stride, pairs, factor, out, out_stride); break;
+            case 2: accumulate<2>(a, a_stride, b, b_stride, pairs, factor, out, out_stride); break;
+            case 3: accumulate<3>(a, a_stride, b, b_stride, pairs, factor, out, out_stride); break;
+            default: accumulate<4>(a, a_stride, b, b_stride, pairs, factor, out, out_stride);
+        }
+        b += 16 * width;
+        out += 16 * width;
+        left -= width;
+    }
+}
+
+RW_INLINE void transpose16(__m512i (&row)[16]) {
+    __m512i half[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 2) {
+        half[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+        half[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 4) {
+        row[i] = _mm512_unpacklo_epi64(half[i], half[i + 2]);
+        row[i + 1] = _mm512_unpackhi_epi64(half[i], half[i + 2]);
+        row[i + 2] = _mm512_unpacklo_epi64(half[i + 1], half[i + 3]);
+        row[i + 3] = _mm512_unpackhi_epi64(half[i + 1], half[i + 3]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; ++i) {
+        half[i] = _mm512_shuffle_i32x4(row[i], row[i + 4], 0x88);
+        half[i + 4] = _mm512_shuffle_i32x4(row[i], row[i + 4], 0xdd);
+        half[i + 8] = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0x88);
+        half[i + 12] = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; ++i) {
+        row[i] = _mm512_shuffle_i32x4(half[i], half[i + 8], 0x88);
+        row[i + 4] = _mm512_shuffle_i32x4(half[i + 4], half[i + 12], 0x88);
+        row[i + 8] = _mm512_shuffle_i32x4(half[i], half[i + 8], 0xdd);
+        row[i + 12] = _mm512_shuffle_i32x4(half[i + 4], half[i + 12], 0xdd);
+    }
+}
+
+// to (columns, 16 ceil(rows / 16)) = from (rows, columns) transposed, in 32-bit elements; columns a multiple of 8, strides in bytes.
+static void transpose(const void* from, int64_t from_stride, int64_t rows, int64_t columns, uint32_t* to, int64_t to_stride) {
+    for (int64_t i = 0; i < rows; i += 16)
+        for (int64_t j = 0; j < columns; j += 16) {
+            const int64_t width = columns - j < 16 ? columns - j : 16;
+            const __mmask16 some = static_cast<__mmask16>((1u << width) - 1u);
+            __m512i block[16];
+            for (int r = 0; r < 16; ++r)
+                block[r] = i + r < rows ? _mm512_maskz_loadu_epi32(some, static_cast<const char*>(from) + (i + r) * from_stride + 4 * j)
+                                        : _mm512_setzero_si512();
+            transpose16(block);
+            for (int c = 0; c < width; ++c) _mm512_storeu_si512(to + (j + c) * to_stride + i, block[c]);
+        }
+}
+
+// to (kTile, D) = `rows` rows of x, then zeros. Strides of x in elements.
+static void copy_rows(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t D, uint32_t* to) {
+    for (int64_t i = 0; i < rows; ++i) std::memcpy(to + i * D / 2, x + i * x_stride, static_cast<std::size_t>(2 * D));
+    std::memset(to + rows * D / 2, 0, static_cast<std::size_t>(2 * D * (kTile - rows)));
+}
+
+RW_INLINE __m512i load_words(const uint16_t* x) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+
+RW_INLINE __m512 load_floats(const uint16_t* x) { return _mm512_castsi512_ps(_mm512_slli_epi32(load_words(x), 16)); }
+
+RW_INLINE void store_rounded(uint16_t* out, __m512 x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+}
+
+// to (kTilePairs, D) = pairs of neighbouring rows of x, zeros after row `rows`.
+static void pair_rows(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t D, uint32_t* to) {
+    const __m512i zero = _mm512_setzero_si512();
+    for (int64_t i = 0; i < kTile; i += 2)
+        for (int64_t d = 0; d < D; d += 16) {
+            const __m512i even = i < rows ? load_words(x + i * x_stride + d) : zero;
+            const __m512i odd = i + 1 < rows ? load_words(x + (i + 1) * x_stride + d) : zero;
+            _mm512_storeu_si512(to + i / 2 * D + d, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+        }
+}
+
+// to (D / 2, kTile): pairs along D of `rows` rows of x, transposed.
+static void pair_columns(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t D, uint32_t* to) {
+    if (rows <= kTile - 16) std::memset(to, 0, static_cast<std::size_t>(D / 2 * kTile * 4));
+    transpose(x, 2 * x_stride, rows, D / 2, to, kTile);
+}
+
+// 2^x to 3e-7 of itself: 2^floor(x) times the minimax polynomial of the rest in [0, 1) that is exact at 0.
+RW_INLINE __m512 exp2(__m512 x) {
+    const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    __m512 y = _mm512_set1_ps(0.00186713017f);
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.00901702978f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.0557999127f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.240164444f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.693151295f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(y, x);
+}
+
+// log2(x) of positive x, by the series of the inverse hyperbolic tangent.
+RW_INLINE __m512 log2(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1.0f), m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+    const __m512 exponent = _mm512_getexp_ps(_mm512_div_ps(x, m));
+    const __m512 t = _mm512_div_ps(_mm512_sub_ps(m, one), _mm512_add_ps(m, one)), t2 = _mm512_mul_ps(t, t);
+    __m512 y = _mm512_set1_ps(1.0f / 9);
+    y = _mm512_fmadd_ps(y, t2, _mm512_set1_ps(1.0f / 7));
+    y = _mm512_fmadd_ps(y, t2, _mm512_set1_ps(1.0f / 5));
+    y = _mm512_fmadd_ps(y, t2, _mm512_set1_ps(1.0f / 3));
+    y = _mm512_fmadd_ps(y, t2, one);
+    return _mm512_fmadd_ps(_mm512_mul_ps(y, t), _mm512_set1_ps(2.885390082f), exponent);  // 2 / ln 2
+}
+
+// Which of 16 keys from `key` on lie in [first, last).
+RW_INLINE __mmask16 between(int64_t first, int64_t last, int64_t key) {
+    const int64_t a = first - key, b = last - key;
+    const uint32_t before = a <= 0 ? 0u : a >= 16 ? 0xffffu : (1u << a) - 1u;
+    const uint32_t until = b <= 0 ? 0u : b >= 16 ? 0xffffu : (1u << b) - 1u;
+    return static_cast<__mmask16>(until & ~before);
+}
+
+// The keys that the queries of a tile see: of each query, and of each group of kGroup queries.
+struct Ranges {
+    int64_t first[kTile], last[kTile];
+    int64_t group_first[kTile / kGroup], group_last[kTile / kGroup];  // that some query of the group sees
+    int64_t all_first[kTile / kGroup], all_last[kTile / kGroup];      // that every one sees
+    int64_t least, most;
+
+    Ranges(const AttentionJob& job, int64_t b, int64_t query) {
+        least = job.Lk, most = 0;
+        for (int64_t g = 0; g < kTile / kGroup; ++g) {
+            group_first[g] = job.Lk, group_last[g] = 0, all_first[g] = 0, all_last[g] = job.Lk;
+            for (int64_t r = kGroup * g; r < kGroup * (g + 1); ++r) {
+                const bool real = query + r < job.Lq;
+                first[r] = real ? job.first_key(b, query + r) : 0;
+                last[r] = real ? job.last_key(b, query + r) : 0;
+                if (first[r] < last[r]) {
+                    group_first[g] = first[r] < group_first[g] ? first[r] : group_first[g];
+                    group_last[g] = last[r] > group_last[g] ? last[r] : group_last[g];
+                }
+                all_first[g] = first[r] > all_first[g] ? first[r] : all_first[g];
+                all_last[g] = last[r] < all_last[g] ? last[r] : all_last[g];
+            }
+            least = group_first[g] < least ? group_first[g] : least;
+            most = group_last[g] > most ? group_last[g] : most;
+        }
+    }
+
+    int64_t first_tile() const { return least / kTile; }
+    int64_t last_tile() const { return most > least ? (most + kTile - 1) / kTile : first_tile(); }
+
+    // The vectors of 16 keys of the tile from `key` on that group g needs: [from, to).
+    struct Span {
+        int from, to;
+        bool whole;  // every query sees all of them
+    };
+    Span span(int64_t g, int64_t key) const {
+        const int64_t a = group_first[g] > key ? group_first[g] - key : 0;
+        const int64_t b = group_last[g] < key + kTile ? group_last[g] - key : kTile;
+        if (a >= b) return {0, 0, false};
+        const int from = static_cast<int>(a / 16), to = static_cast<int>((b + 15) / 16);
+        return {from, to, all_first[g] <= key + 16 * from && all_last[g] >= key + 16 * to};
+    }
+};
+
+}  // namespace rankwise

@@ -1,0 +1,16 @@
+"""What makes a training step fast beyond the adapters' own operators; put into a model in place, and reversible."""
+
+from rankwise.acceleration.flatten import can_flatten
+from rankwise.acceleration.loss import LossOptions
+from rankwise.acceleration.optimize import Acceleration, fused_head, optimize_for_training, restore
+from rankwise.acceleration.peft_layers import accelerate_peft
+
+__all__ = [
+    "Acceleration",
+    "LossOptions",
+    "accelerate_peft",
+    "can_flatten",
+    "fused_head",
+    "optimize_for_training",
+    "restore",
+]

@@ -1,0 +1,106 @@
+"""Our attention on a CPU, registered with transformers under the name "rankwise".
+
+transformers' own mask function for sdpa makes the mask, so padding, packing and sliding windows mean what they mean
+there; a mask in which every query sees one contiguous range of keys is given to the kernel as that range. Whatever the
+kernel does not cover goes to sdpa.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+from rankwise.ops import attention as kernel
+
+NAME = "rankwise"
+_UNKNOWN_TO_THE_KERNEL = ("position_bias", "softcap", "s_aux")
+
+Ranges = tuple[Tensor, Tensor]
+
+
+def register() -> None:
+    """Make ``NAME`` an attention implementation that ``set_attn_implementation`` accepts."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def obstacle(dtype: torch.dtype, device_type: str) -> str | None:
+    """Why the kernel is of no use for such a model, or None."""
+    if device_type != "cpu":
+        return "the device has fast attention of its own"
+    if dtype != torch.bfloat16:
+        return f"the kernel computes in bfloat16, not {str(dtype).removeprefix('torch.')}"
+    like = torch.empty(1, 2, 1, 64, dtype=dtype)
+    return kernel.obstacle(like, like, like)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query (B, H, L, D), key and value (B, Hkv, Lk, D) -> (B, L, H, D)."""
+    by_token = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+    covered = (
+        dropout == 0.0
+        and query.shape[2] > 1
+        and all(kwargs.get(name) is None for name in _UNKNOWN_TO_THE_KERNEL)
+        and kernel.obstacle(*by_token, scale=scaling) is None
+    )
+    ranges = _ranges(module, query, key, attention_mask, is_causal) if covered else None
+    if ranges is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+    return kernel.attention(*by_token, *ranges, scale=scaling), None
+
+
+def _ranges(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None
+) -> tuple[Tensor | None, Tensor | None] | None:
+    """start and end (B, L) of the keys that each query sees, (None, None) where plainly causal; None if no ranges."""
+    if mask is not None:
+        return mask_ranges(mask)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if causal:
+        return (None, None) if query.shape[2] == key.shape[2] else None
+    shape = (query.shape[0], query.shape[2])
+    zeros = torch.zeros(shape, dtype=torch.int32)
+    return zeros, torch.full(shape, key.shape[2], dtype=torch.int32)
+
+
+_last: tuple[weakref.ref[Tensor], Ranges | None] | None = None
+
+
+def mask_ranges(mask: Tensor) -> Ranges | None:
+    """The ranges of a boolean mask (B, 1, L, Lk), or None for one that is no range everywhere.
+
+    Remembered for the mask seen last: every layer of a model gets the same one.
+    """
+    global _last
+    if _last is not None and _last[0]() is mask:
+        return _last[1]
+    ranges = _find_ranges(mask) if mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1 else None
+    _last = (weakref.ref(mask), ranges)
+    return ranges
+
+
+@torch.no_grad()
+def _find_ranges(mask: Tensor) -> Ranges | None:
+    seen = mask[:, 0]
+    count = seen.sum(-1, dtype=torch.int32)
+    first = seen.byte().argmax(-1).to(torch.int32)
+    end = torch.where(count > 0, first + count, first)
+    keys = torch.arange(mask.shape[-1], dtype=torch.int32)
+    as_ranges = (keys >= first[..., None]) & (keys < end[..., None])
+    return (first, end) if torch.equal(as_ranges, seen) else None

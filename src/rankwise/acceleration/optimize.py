@@ -1,0 +1,156 @@
+"""``optimize_for_training``: everything that makes a step fast, put into a model in place, said, and reversible."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.acceleration import attention
+from rankwise.acceleration.allocator import keep_freed_memory
+from rankwise.acceleration.loss import Head, accept_labels, find_head
+from rankwise.acceleration.recognise import adapted_layers, replace_mlps, replace_norms, replace_ropes
+from rankwise.acceleration.replace import ATTRIBUTE, Undo
+from rankwise.adapters.layer import AdaptedLayer
+from rankwise.adapters.shared_input import SharedInput
+
+
+@dataclasses.dataclass(frozen=True)
+class Acceleration:
+    """What was done to a model. Counts of modules; the reasons say what was left alone and why."""
+
+    shared_inputs: int = 0
+    # Groups of adapted layers that make one pass over their input.
+    norms: int = 0
+    mlps: int = 0
+    ropes: int = 0
+    attention: bool = False
+    fused_loss: bool = False
+    keeps_memory: bool = False
+    left_alone: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        done = [
+            (self.shared_inputs, f"{self.shared_inputs} groups of layers share one pass over their input"),
+            (self.attention, "own attention kernel"),
+            (self.norms, f"{self.norms} norms and {self.mlps} gated MLPs fused"),
+            (self.ropes, "rotary positions fused"),
+            (self.fused_loss, "loss in chunks of labelled tokens"),
+            (self.keeps_memory, "freed memory is kept"),
+        ]
+        parts = [text for is_done, text in done if is_done]
+        return "; ".join([*(parts or ["nothing to speed up"]), *self.left_alone])
+
+
+def optimize_for_training(model: nn.Module, *, keep_memory: bool = True) -> Acceleration:
+    """Make training steps of ``model`` fast, in place; results stay the same up to rounding.
+
+    Call it after ``add_adapter``. Fused parts, attention and allocator concern CPUs; shared inputs and the fused loss
+    every device. A plain loop gets them too: ``model(input_ids=ids, labels=ids).loss``, whose output then carries no
+    logits. Calling it again starts over; ``restore(model)`` takes everything out but the allocator's thresholds.
+    """
+    restore(model)
+    return optimize(model, Undo(), keep_memory=keep_memory)
+
+
+def optimize(model: nn.Module, undo: Undo, *, keep_memory: bool = True, fuse_loss: bool = True) -> Acceleration:
+    """``optimize_for_training`` on a plain model, with ``undo`` to be added to."""
+    parameter = next(model.parameters())
+    on_cpu = parameter.device.type in ("cpu", "meta")
+    head = find_head(model) if fuse_loss else None
+    left: list[str] = []
+    if fuse_loss and head is None:
+        left.append("the loss stays the model's own: its logits are not those of its output head")
+    done = Acceleration(
+        shared_inputs=_share_inputs(model, undo),
+        norms=replace_norms(model, undo) if on_cpu else 0,
+        mlps=replace_mlps(model, undo) if on_cpu else 0,
+        ropes=replace_ropes(model, undo) if on_cpu else 0,
+        attention=_use_attention(model, undo, left),
+        fused_loss=head is not None,
+        keeps_memory=keep_memory and on_cpu and keep_freed_memory(),
+    )
+    if head is not None:
+        accept_labels(model, head, undo)
+    done = dataclasses.replace(done, left_alone=tuple(left))
+    model.__dict__.setdefault(ATTRIBUTE, {}).update(undo=undo, done=done, of=weakref.ref(model))
+    return done
+
+
+def restore(model: nn.Module) -> None:
+    """Undo ``optimize_for_training``."""
+    state = model.__dict__.pop(ATTRIBUTE, None)
+    # A deep copy carries the record of the model it was copied from, whose changes are not its own to undo.
+    if state is not None and state["of"]() is model:
+        state["undo"]()
+
+
+def fused_head(model: nn.Module) -> Head | None:
+    """The head whose loss is fused, where ``optimize_for_training`` found one."""
+    head = model.__dict__.get(ATTRIBUTE, {}).get("head")
+    return head if isinstance(head, Head) else None
+
+
+def _use_attention(model: Any, undo: Undo, left: list[str]) -> bool:
+    config = getattr(model, "config", None)
+    if config is None or getattr(config, "_attn_implementation", None) != "sdpa":
+        return False
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    device_type = next(model.parameters()).device.type
+    why_not = attention.obstacle(getattr(model, "dtype", dtype), device_type)
+    if why_not is not None:
+        if device_type == "cpu":
+            left.append(f"attention stays torch's: {why_not}")
+        return False
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    undo.add(lambda: model.set_attn_implementation("sdpa"))
+    return True
+
+
+def _share_inputs(model: nn.Module, undo: Undo) -> int:
+    """Group the adapted layers that are given the same tensor, seen by running two tokens through the model."""
+    seen: list[tuple[AdaptedLayer, Tensor]] = []
+    layers = list(adapted_layers(model))
+    hooks = [layer.register_forward_pre_hook(_noting(seen)) for layer in layers]
+    try:
+        _run_two_tokens(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups: dict[int, list[AdaptedLayer]] = {}
+    for layer, x in seen:
+        groups.setdefault(id(x), []).append(layer)
+    shared = [group for group in groups.values() if len(group) > 1 and len(set(group)) == len(group)]
+    for group in shared:
+        together = SharedInput(group)
+        for layer in group:
+            layer.shared = together
+            undo.add(lambda layer=layer: setattr(layer, "shared", None))  # type: ignore[misc]
+    return len(shared)
+
+
+def _noting(seen: list[tuple[AdaptedLayer, Tensor]]) -> Callable[[Any, tuple[Any, ...]], None]:
+    def note(layer: Any, inputs: tuple[Any, ...]) -> None:
+        if inputs and isinstance(inputs[0], Tensor) and inputs[0].is_floating_point():
+            seen.append((layer, inputs[0]))
+
+    return note
+
+
+@torch.no_grad()
+def _run_two_tokens(model: Any) -> None:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        ids = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
+        model(input_ids=ids, use_cache=False)
+    except Exception:  # noqa: BLE001  a model that is not fed with token ids alone shares nothing
+        return
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,65 @@
+"""Element-wise parts of a transformer with gradients by hand: RMSNorm, rotary positions, gated activations.
+
+Each keeps for its backward pass what it read and nothing in between.  T = tokens, D = width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rankwise.ops import training
+
+
+class RmsNorm(torch.autograd.Function):
+    """``w * x / sqrt(mean(x^2) + eps)`` over the last dimension, w frozen; see ``ops.training.rms_norm``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) -> Tensor:
+        y, rstd = training.rms_norm(x.reshape(-1, x.shape[-1]), w, eps, offset, cast_first)
+        ctx.save_for_backward(x, w, rstd)
+        ctx.offset = offset
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, w, rstd = ctx.saved_tensors
+        flat = (dy.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]))
+        return training.rms_norm_backward(*flat, w, rstd, ctx.offset).view(x.shape), None, None, None, None
+
+
+class Rope(torch.autograd.Function):
+    """``x cos + rotate_half(x) sin`` for x (B, H, L, D) and cos, sin (B or 1, L, D'), the form of most models."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return training.rope(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        cos, sin = ctx.saved_tensors
+        return training.rope(dy, cos, sin, inverse=True), None, None
+
+
+class Glu(torch.autograd.Function):
+    """``act(gate) * up``."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return training.glu(gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1]), act).view(gate.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        gate, up = ctx.saved_tensors
+        flat = [tensor.reshape(-1, gate.shape[-1]) for tensor in (dy, gate, up)]
+        d_gate, d_up, _ = training.glu_backward(*flat, ctx.act, want_product=False)
+        return d_gate.view(gate.shape), d_up.view(gate.shape), None

@@ -1,0 +1,140 @@
+"""``accelerate_peft``: our operators inside a model that PEFT adapted; parameters, state dict and results stay PEFT's.
+
+Nothing of PEFT is imported: its layers are known by what they carry (lora_A, lora_B, scaling, base_layer). What a layer
+does beyond LoRA and DoRA over a linear layer (merged weights, several active adapters, mixed batches, other variants)
+it goes on doing itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.acceleration.optimize import Acceleration, optimize, restore
+from rankwise.acceleration.recognise import STAND_IN
+from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
+from rankwise.adapters.base_layer import is_linear
+from rankwise.adapters.dora import Dora
+from rankwise.adapters.layer import AdaptedLayer
+from rankwise.adapters.lora import Lora
+from rankwise.errors import AdapterError
+from rankwise.quantization.linear import Linear4bit
+
+CARRIES = ("lora_A", "lora_B", "scaling", "lora_dropout", "base_layer", "lora_variant")
+DORA_VARIANT = "DoraLinearVariant"
+
+
+def accelerate_peft(model: nn.Module) -> Acceleration:
+    """Make the LoRA and DoRA layers of a PEFT model fast, in place; ``rankwise.acceleration.restore(model)`` undoes it.
+
+    Parameters and state dict stay what they were, so PEFT saves, loads, merges and switches adapters as before. With
+    dropout, DoRA drops on the low-rank path only, where PEFT computes the frozen product a second time.
+
+    Raises:
+        AdapterError: RW416, the model has no LoRA layer of PEFT's over a linear layer.
+    """
+    restore(model)
+    undo = Undo()
+    count = sum(_take_over(module, undo) for module in list(model.modules()))
+    if count == 0:
+        raise AdapterError(
+            "RW416",
+            f"this {type(model).__name__} has no LoRA layer of PEFT's over a linear layer; give what get_peft_model "
+            "returned.",
+        )
+    return optimize(model, undo, fuse_loss=False)
+
+
+def _take_over(module: Any, undo: Undo) -> bool:
+    if not all(hasattr(module, name) for name in CARRIES) or not is_free(module):
+        return False
+    base = _base_view(module.base_layer)
+    if base is None:
+        return False
+    module.__dict__[STAND_IN] = AdaptedLayer(base)
+    undo.add(lambda: module.__dict__.pop(STAND_IN, None))
+    replace_forward(module, _forward, undo)
+    return True
+
+
+def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    layer: AdaptedLayer = self.__dict__[STAND_IN]
+    name = _sole_adapter(self)
+    if args or kwargs or name is None or not _is_current(self, layer, name):
+        return class_forward(self)(x, *args, **kwargs)  # type: ignore[no-any-return]
+    layer.active = name
+    layer.adapters[name].training = self.training
+    return layer(x)  # type: ignore[no-any-return]
+
+
+def _sole_adapter(module: Any) -> str | None:
+    """The adapter that alone is at work, if it is one that our operators compute."""
+    if module.disable_adapters or module.merged:
+        return None
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    if len(names) != 1:
+        return None
+    variant = module.lora_variant.get(names[0])
+    is_plain = variant is None or _variant_name(variant) == DORA_VARIANT
+    return names[0] if is_plain and module.lora_A[names[0]].bias is None else None
+
+
+def _variant_name(variant: Any) -> str:
+    return variant.__name__ if isinstance(variant, type) else type(variant).__name__
+
+
+def _is_current(module: Any, layer: AdaptedLayer, name: str) -> bool:
+    """See that ``layer`` holds PEFT's own parameters of this adapter; False where it cannot."""
+    A, B = module.lora_A[name].weight, module.lora_B[name].weight
+    known: Any = dict(layer.adapters).get(name)
+    if known is None or known.lora_A is not A or known.lora_B is not B or known.scaling != module.scaling[name]:
+        if getattr(module.lora_B[name], "bias", None) is not None:
+            return False
+        layer.adapters[name] = _adapter_over(module, layer.base_layer, name)
+    return A.dtype.is_floating_point
+
+
+def _adapter_over(module: Any, base: nn.Module, name: str) -> Lora | Dora:
+    """An adapter of ours whose parameters are PEFT's."""
+    A, B, scaling = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+    dropout = float(getattr(module.lora_dropout[name], "p", 0.0))
+    options: dict[str, Any] = {"dropout": dropout, "dtype": A.dtype, "device": "meta"}
+    adapter: Lora | Dora
+    if module.lora_variant.get(name) is None:
+        adapter = Lora(base, A.shape[0], scaling, **options)
+    else:
+        adapter = Dora(base, A.shape[0], scaling, **options)
+        adapter.magnitude = module.lora_magnitude_vector[name].weight
+    adapter.lora_A, adapter.lora_B = A, B
+    return adapter
+
+
+def _base_view(base: Any) -> nn.Module | None:
+    """The base layer, or for bitsandbytes' 4-bit layer one of ours over the same memory; None for any other kind."""
+    state = getattr(getattr(base, "weight", None), "quant_state", None)
+    if state is not None:
+        return _four_bit_view(base, state)
+    return base if is_linear(base) else None
+
+
+def _four_bit_view(base: Any, state: Any) -> Linear4bit | None:
+    if state.quant_type not in ("nf4", "fp4") or len(state.shape) != 2:
+        return None
+    nested = bool(state.nested)
+    layer = Linear4bit(
+        state.shape[1],
+        state.shape[0],
+        quant_type=state.quant_type,
+        block_size=state.blocksize,
+        double_quant=nested,
+        dtype=state.dtype,
+        device="meta",
+    )
+    tensors = {"weight": base.weight.data.view(layer.weight.shape), "absmax": state.absmax}
+    if nested:
+        tensors |= {"nested_absmax": state.state2.absmax, "offset": state.offset.reshape(()).float()}
+    layer.take(tensors)
+    layer.bias = base.bias
+    return layer.requires_grad_(False) if torch.is_tensor(state.absmax) else None

@@ -1,0 +1,233 @@
+"""Find the element-wise parts of a model that have a fast twin, and check that the twin says the same.
+
+Nothing is assumed from a class's name alone: one instance of each class computes a random input both ways, and the
+twin takes its place only where the results agree.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.acceleration.parts import Glu, RmsNorm, Rope
+from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
+from rankwise.adapters.layer import AdaptedLayer
+from rankwise.adapters.operator import branch_of, drawn_dropout
+from rankwise.ops.low_rank_linear import low_rank_linear_of_glu
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+# Of the largest value, between a part and its twin.
+STAND_IN = "rankwise_layer"
+# Attribute of another library's adapted layer: the layer of ours that computes in its place.
+ROPE = "apply_rotary_pos_emb"
+NORM_FORMS = ((0, True), (1, False), (0, False))
+# (offset, cast_first) of ops.training.rms_norm, Llama's first.
+ACTIVATIONS = {
+    "SiLUActivation": "silu",
+    "SiLU": "silu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUActivation": "gelu",
+    "GELU": "gelu",
+}
+
+
+def replace_norms(model: nn.Module, undo: Undo) -> int:
+    """Every RMSNorm that the twin equals; gives their number."""
+    norms = [module for module in model.modules() if _looks_like_norm(module)]
+    forms: dict[type, tuple[int, bool] | None] = {}
+    count = 0
+    for module in norms:
+        kind = type(module)
+        if kind not in forms:
+            forms[kind] = _norm_form(module)
+        form = forms[kind]
+        if form is not None and is_free(module):
+            module.__dict__["rankwise_norm"] = (_eps(module), *form)
+            replace_forward(module, _norm_forward, undo)
+            count += 1
+    return count
+
+
+def replace_mlps(model: nn.Module, undo: Undo) -> int:
+    """Every ``down(act(gate(x)) * up(x))``; gives their number."""
+    checked: dict[tuple[type, str], bool] = {}
+    count = 0
+    for module in list(model.modules()):
+        act = _mlp_activation(module)
+        if act is None:
+            continue
+        key = (type(module), act)
+        if key not in checked:
+            checked[key] = _mlp_agrees(module, act)
+        if checked[key] and is_free(module):
+            module.__dict__["rankwise_act"] = act
+            replace_forward(module, _mlp_forward, undo)
+            count += 1
+    return count
+
+
+def replace_ropes(model: nn.Module, undo: Undo) -> int:
+    """The rotary functions of the Python modules that define this model's layers; gives their number."""
+    names = {type(module).__module__ for module in model.modules()}
+    count = 0
+    for name in sorted(names):
+        namespace: Any = sys.modules.get(name)
+        original = getattr(namespace, ROPE, None)
+        if original is None or isinstance(original, FastRope) or not _rope_agrees(original):
+            continue
+        setattr(namespace, ROPE, FastRope(original))
+        undo.add(lambda space=namespace, function=original: setattr(space, ROPE, function))
+        count += 1
+    return count
+
+
+class FastRope:
+    """``apply_rotary_pos_emb`` of one family; calls of another form go to the original."""
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self.original = original
+
+    def __call__(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, unsqueeze_dim: int = 1, **kwargs: Any
+    ) -> Any:
+        plain = args or kwargs or unsqueeze_dim != 1 or not all(_is_simple(tensor, cos) for tensor in (q, k))
+        if plain or cos.requires_grad or cos.dim() != 3:
+            return self.original(q, k, cos, sin, *args, unsqueeze_dim=unsqueeze_dim, **kwargs)
+        return Rope.apply(q, cos, sin), Rope.apply(k, cos, sin)
+
+
+def _is_simple(x: Tensor, cos: Tensor) -> bool:
+    return _runs_natively(x) and x.dim() == 4 and x.dtype == cos.dtype and x.shape[2] == cos.shape[1]
+
+
+def _runs_natively(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in TOLERANCE and not torch.compiler.is_compiling()
+
+
+def _norm_forward(self: Any, x: Tensor) -> Tensor:
+    if not _runs_natively(x) or self.weight.requires_grad or self.weight.dtype != x.dtype:
+        return class_forward(self)(x)  # type: ignore[no-any-return]
+    return RmsNorm.apply(x, self.weight, *self.rankwise_norm)  # type: ignore[no-any-return]
+
+
+def _mlp_forward(self: Any, x: Tensor) -> Tensor:
+    if not _runs_natively(x):
+        return class_forward(self)(x)  # type: ignore[no-any-return]
+    return down_of_glu(self.down_proj, self.gate_proj(x), self.up_proj(x), self.rankwise_act)
+
+
+def down_of_glu(down: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
+    """``down(act(gate) * up)``; over an adapted layer the product is not kept for the backward pass."""
+    down = down.__dict__.get(STAND_IN, down)
+    if isinstance(down, AdaptedLayer) and down.active is not None and is_free(down):
+        adapter: Any = down.adapters[down.active]
+        branch = branch_of(adapter, down.base_layer, gate)
+        if branch is not None:
+            return low_rank_linear_of_glu(gate, up, act, branch, drawn_dropout(adapter.dropout, adapter.training))
+    return down(Glu.apply(gate, up, act))  # type: ignore[no-any-return]
+
+
+def _looks_like_norm(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    is_vector = isinstance(weight, Tensor) and weight.dim() == 1 and getattr(module, "bias", None) is None
+    return is_vector and type(module).__name__.endswith("RMSNorm") and _eps(module) is not None
+
+
+def _eps(module: Any) -> float | None:
+    names = ("variance_epsilon", "eps", "epsilon")
+    return next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), float)), None)
+
+
+@torch.no_grad()
+def _norm_form(module: Any) -> tuple[int, bool] | None:
+    x = _random(module.weight, 3, module.weight.shape[0])
+    if x is None:
+        return None
+    expected = class_forward(module)(x)
+    errors = {}
+    for form in NORM_FORMS:
+        errors[form] = _difference(RmsNorm.apply(x, module.weight, _eps(module), *form), expected)
+    best = min(errors, key=lambda form: errors[form])
+    return best if errors[best] <= TOLERANCE[x.dtype] else None
+
+
+def _mlp_activation(module: Any) -> str | None:
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if not all(isinstance(part, nn.Module) for part in parts):
+        return None
+    act = getattr(module, "act_fn", None)
+    if isinstance(act, nn.GELU):
+        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
+    return ACTIVATIONS.get(type(act).__name__)
+
+
+@torch.no_grad()
+def _mlp_agrees(module: Any, act: str) -> bool:
+    base = module.gate_proj.base_layer if isinstance(module.gate_proj, AdaptedLayer) else module.gate_proj
+    like = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if like is None or not hasattr(base, "in_features"):
+        return False
+    dtype = base.weight.dtype if base.weight.is_floating_point() else getattr(base, "dtype", like.dtype)
+    x = _random(like.to(dtype), 2, base.in_features)
+    if x is None:
+        return False
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        expected = class_forward(module)(x)
+        found = down_of_glu(module.down_proj, module.gate_proj(x), module.up_proj(x), act)
+    finally:
+        for part, mode in modes:
+            part.training = mode
+    return _difference(found, expected) <= TOLERANCE[x.dtype]
+
+
+@torch.no_grad()
+def _rope_agrees(original: Callable[..., Any]) -> bool:
+    shapes = ((2, 3, 5, 16), (2, 1, 5, 16))
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(shape, generator=generator) for shape in shapes)
+    cos, sin = (torch.randn(2, 5, 8, generator=generator).repeat(1, 1, 2) for _ in range(2))
+    try:
+        expected = original(q, k, cos, sin)
+    except Exception:  # noqa: BLE001  a function of another form is simply not replaced
+        return False
+    found = FastRope(original)(q, k, cos, sin)
+    pairs = list(zip(found, expected)) if isinstance(expected, tuple) and len(expected) == 2 else []
+    return bool(pairs) and all(a.shape == b.shape and _difference(a, b) <= 1e-5 for a, b in pairs)
+
+
+def _random(like: Tensor, *shape: int) -> Tensor | None:
+    """Random numbers in a dtype and on a device that the twins run on, or None."""
+    if not _runs_natively(like) or is_fake(like):
+        return torch.empty(shape, dtype=like.dtype, device=like.device) if is_fake(like) else None
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(like.dtype)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, of the largest value. Fake tensors have no values: there the form is trusted."""
+    if is_fake(found) or is_fake(expected):
+        return 0.0
+    scale = expected.float().abs().max().clamp_min(1e-6)
+    return float((found.float() - expected.float()).abs().max() / scale)
+
+
+def adapted_layers(model: nn.Module) -> Iterator[AdaptedLayer]:
+    """Ours, and those that stand in for another library's."""
+    for module in model.modules():
+        layer = module.__dict__.get(STAND_IN, module)
+        if isinstance(layer, AdaptedLayer):
+            yield layer

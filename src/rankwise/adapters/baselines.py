@@ -1,0 +1,121 @@
+"""The two baselines that are no low-rank adapters: putting them on a model, and their files.
+
+``prefix`` is saved in PEFT's format (``prompt_embeddings``: (P, 2 layers heads head size), keys and values of each
+layer in turn). PEFT has no bottleneck adapters; theirs is ``adapter_config.json`` with ``peft_type: BOTTLENECK``, which
+PEFT refuses by name, and one tensor per parameter.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from rankwise.adapters.bottleneck import add_bottleneck
+from rankwise.adapters.peft_config import CONFIG_FILE
+from rankwise.adapters.prefix import Prefix, add_prefix
+from rankwise.errors import ConfigError
+from rankwise.records import write_bytes, write_json
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+BASELINES = ("bottleneck", "prefix")
+ATTRIBUTE = "rankwise_baseline"
+# Under which the model holds what trains, so that optimizers and devices find it.
+TYPES = {"prefix": "PREFIX_TUNING", "bottleneck": "BOTTLENECK"}
+
+
+def add_baseline(model: nn.Module, method: str, size: int) -> int:
+    """Put the baseline on the frozen model, in place; gives the count of what trains.
+
+    ``size``: width of the bottlenecks, or length of the prefix. Raises ConfigError as ``add_bottleneck`` and
+    ``add_prefix`` do.
+    """
+    part: nn.Module = add_bottleneck(model, size) if method == "bottleneck" else add_prefix(model, size)
+    setattr(model, ATTRIBUTE, part)
+    return sum(parameter.numel() for parameter in part.parameters())
+
+
+def has_baseline(model: nn.Module) -> bool:
+    return hasattr(model, ATTRIBUTE)
+
+
+def baseline_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{name: live parameter}."""
+    return dict(getattr(model, ATTRIBUTE).named_parameters())
+
+
+def save_baseline(model: Any, folder: Path, base_model: str | None = None) -> None:
+    """``adapter_config.json`` and ``adapter_model.safetensors``."""
+    part = getattr(model, ATTRIBUTE)
+    is_prefix = isinstance(part, Prefix)
+    tensors = _prompt_embeddings(part) if is_prefix else _plain(part)
+    config: dict[str, Any] = {
+        "base_model_name_or_path": base_model or getattr(model, "name_or_path", None),
+        "inference_mode": True,
+        "peft_type": TYPES["prefix" if is_prefix else "bottleneck"],
+        "task_type": "CAUSAL_LM",
+    }
+    config |= _prefix_config(part) if is_prefix else {"width": next(iter(part.values())).down.shape[0]}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    write_json(folder / CONFIG_FILE, dict(sorted(config.items())))
+
+
+def load_baseline(model: Any, folder: Path) -> None:
+    """Put the baseline in ``folder`` on the model. Raises ConfigError (RW172) when it is none or does not fit."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        method = {name: method for method, name in TYPES.items()}[config["peft_type"]]
+        size = int(config["num_virtual_tokens" if method == "prefix" else "width"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError("RW172", f"{folder} holds no bottleneck or prefix adapter: {error!r}.") from None
+    add_baseline(model, method, size)
+    load_baseline_weights(model, folder)
+    getattr(model, ATTRIBUTE).requires_grad_(False)
+
+
+@torch.no_grad()
+def load_baseline_weights(model: nn.Module, folder: Path) -> None:
+    """Copy what ``save_baseline`` wrote into the live parameters. Raises ConfigError (RW172) when it does not fit."""
+    part = getattr(model, ATTRIBUTE)
+    wanted = _prompt_embeddings(part) if isinstance(part, Prefix) else _plain(part)
+    tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    shapes = [{key: tuple(value.shape) for key, value in group.items()} for group in (tensors, wanted)]
+    if shapes[0] != shapes[1]:
+        odd = sorted({key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key)})
+        raise ConfigError("RW172", f"the tensors in {folder} do not fit this model: {', '.join(odd[:5])}.")
+    if isinstance(part, Prefix):
+        layers, heads, length, size = part.keys.shape
+        pairs = tensors["prompt_embeddings"].view(length, layers, 2, heads, size).permute(2, 1, 3, 0, 4)
+        part.keys.copy_(pairs[0])
+        part.values.copy_(pairs[1])
+        return
+    for key, parameter in part.named_parameters():
+        parameter.copy_(tensors[key])
+
+
+def _plain(part: nn.Module) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().contiguous() for key, value in part.named_parameters()}
+
+
+def _prompt_embeddings(prefix: Prefix) -> dict[str, Tensor]:
+    pairs = torch.stack([prefix.keys.detach(), prefix.values.detach()], 1).cpu()
+    # (layers, 2, heads, P, size) -> (P, layers, 2, heads, size)
+    return {"prompt_embeddings": pairs.permute(3, 0, 1, 2, 4).reshape(prefix.length, -1).contiguous()}
+
+
+def _prefix_config(prefix: Prefix) -> dict[str, Any]:
+    layers, heads, length, size = prefix.keys.shape
+    return {
+        "encoder_hidden_size": heads * size,
+        "num_attention_heads": heads,
+        "num_layers": layers,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": length,
+        "prefix_projection": False,
+        "token_dim": heads * size,
+    }

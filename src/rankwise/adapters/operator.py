@@ -1,0 +1,82 @@
+"""From a layer and its adapter to the operator with hand-written gradients, where that operator applies.
+
+It applies to whole layers over a dense, transposed (Conv1D) or 4-bit weight that is frozen, in that weight's dtype.
+Everything else (fused projections of which parts adapt, autocast, compiled graphs, weights that train too) takes the
+same formulas through autograd, in ``lora.py`` and ``dora.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rankwise.adapters.base_layer import is_conv1d
+from rankwise.ops.low_rank_linear import Branch, Dropout, Frozen
+from rankwise.quantization.linear import Linear4bit
+
+SEEDS = 1 << 31
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseWeight:
+    """W (N, K) as it is stored, or a transposed view of it."""
+
+    W: Tensor
+
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.W)
+
+    def add_input_grad(self, dz: Tensor, dx: Tensor | None) -> Tensor:
+        return dz @ self.W if dx is None else dx.addmm_(dz, self.W)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedWeight:
+    """The weight of a 4-bit layer, dequantized anew for each product."""
+
+    layer: Linear4bit
+
+    def product(self, x: Tensor) -> Tensor:
+        return self.layer.product(x)
+
+    def add_input_grad(self, dz: Tensor, dx: Tensor | None) -> Tensor:
+        return self.layer.input_grad(dz) if dx is None else dx.addmm_(dz, self.layer.dequantize())
+
+
+def frozen_weight(base: nn.Module, x: Tensor) -> Frozen | None:
+    """The weight of ``base`` as the operator takes it, or None where it cannot."""
+    layer: Any = base
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or layer.weight.requires_grad:
+        return None
+    if type(base) is Linear4bit:
+        computes_as = layer.compute_dtype or x.dtype
+        return PackedWeight(base) if layer.dtype is x.dtype is computes_as else None
+    if layer.weight.dtype is not x.dtype:
+        return None
+    if type(base) is nn.Linear:
+        return DenseWeight(layer.weight)
+    return DenseWeight(layer.weight.T) if is_conv1d(base) else None
+
+
+def branch_of(adapter: Any, base: nn.Module, x: Tensor) -> Branch | None:
+    """The operator's view of one adapted layer, or None where it does not apply."""
+    frozen = frozen_weight(base, x) if adapter.parts is None else None
+    if frozen is None:
+        return None
+    m, gain = adapter.magnitude, None
+    if m is not None:
+        gain = adapter.gain(base).detach()
+        if gain.device.type == "cpu" and not bool(gain.all()):
+            return None
+    return Branch(frozen, adapter.scaling, adapter.lora_A, adapter.lora_B, getattr(base, "bias", None), m, gain)
+
+
+def drawn_dropout(p: float, training: bool) -> Dropout | None:
+    """Dropout with a seed drawn from torch's generator, so that a run's seed decides and a recomputation repeats it."""
+    if not training or p == 0:
+        return None
+    return Dropout(p, int(torch.randint(SEEDS, ())))

@@ -1,0 +1,115 @@
+"""Prefix tuning (Li and Liang 2021, arXiv 2101.00190), a baseline of comparisons.
+
+Every attention layer sees P more keys and values in front of those of the text, and they alone are trained:
+
+    attention(q, [K_prefix; K], [V_prefix; V])          K_prefix, V_prefix: (P, heads of keys, head size) per layer
+
+They start as the model's own keys and values of P tokens of its vocabulary, which trains far better than random
+numbers (section 7.4 of the paper); the paper's reparametrization by an MLP is left out, as in PEFT's default. Keys
+hold their rotation already: the prefix has the positions 0 to P - 1 and the text follows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.errors import ConfigError
+
+CACHE_NAMES = ("cache", "past_key_values")
+# transformers 5.2x renames the argument.
+
+
+class Prefix(nn.Module):
+    """``keys`` and ``values``: (layers, heads, P, head size) in float32."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys = nn.Parameter(keys.float().contiguous())
+        self.values = nn.Parameter(values.float().contiguous())
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2]
+
+    def fill(self, cache: Any, batch: int, dtype: torch.dtype) -> None:
+        """Put the prefix in front of what an empty cache will hold."""
+        for layer in range(len(self.keys)):
+            pair = (part[layer].to(dtype).expand(batch, -1, -1, -1) for part in (self.keys, self.values))
+            cache.update(*pair, layer)
+
+
+def add_prefix(model: nn.Module, length: int) -> Prefix:
+    """Freeze ``model`` and put a prefix of ``length`` positions in front of every text it reads.
+
+    The first tokens are drawn with torch's generator. Raises ConfigError (RW171) for a model whose cache is not one
+    of keys and values for every layer, or that recomputes activations, which drops caches.
+    """
+    model.requires_grad_(False)
+    prefix = Prefix(*_initial(model, length))
+    model.register_forward_pre_hook(_in_front(prefix), with_kwargs=True)
+    return prefix
+
+
+@torch.no_grad()
+def _initial(model: Any, length: int) -> tuple[Tensor, Tensor]:
+    """Keys and values (layers, heads, P, head size) of ``length`` random tokens, as the model computes them."""
+    from transformers import DynamicCache
+
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (1, length)).to(model.device)
+    training = model.training
+    model.eval()
+    cache: Any = DynamicCache()
+    model(input_ids=ids, use_cache=True, **{_cache_name(model): cache})
+    model.train(training)
+    pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    shapes = {tuple(key.shape) if isinstance(key, Tensor) else () for key, _ in pairs}
+    if len(shapes) != 1 or () in shapes or next(iter(shapes))[2] != length:
+        raise ConfigError(
+            "RW171",
+            f"prefix tuning needs keys and values of equal shapes in every layer, and {type(model).__name__} keeps "
+            "something else; use lora.",
+        )
+    keys, values = zip(*pairs)
+    return torch.cat(keys), torch.cat(values)
+
+
+def _cache_name(model: nn.Module) -> str:
+    return CACHE_NAMES["cache" not in inspect.signature(model.forward).parameters]
+
+
+def _in_front(prefix: Prefix) -> Any:
+    """A pre-hook of the whole model that hands the prefix over as a cache and makes room for it in the mask."""
+
+    def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        from transformers import DynamicCache
+
+        if module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
+            raise ConfigError(
+                "RW171",
+                "prefix tuning hands its prefix over as a cache, which gradient checkpointing drops; train it without "
+                "--gradient-checkpointing.",
+            )
+        if inputs:
+            named["input_ids"], inputs = inputs[0], inputs[1:]
+        ids = named.get("input_ids")
+        text = named["inputs_embeds"] if ids is None else ids
+        batch = text.shape[0]
+        cache = next((named[name] for name in CACHE_NAMES if named.get(name) is not None), None)
+        if cache is None:
+            cache = named[_cache_name(module)] = DynamicCache()
+        # A first call: generation brings an empty cache, and later the one that was filled then.
+        if cache.get_seq_length() == 0:
+            prefix.fill(cache, batch, module.dtype)
+        mask = named.get("attention_mask")
+        if mask is not None and mask.dim() == 2:
+            named["attention_mask"] = torch.cat([mask.new_ones(batch, prefix.length), mask], 1)
+        if named.get("position_ids") is not None:
+            named["position_ids"] = named["position_ids"] + prefix.length
+        return inputs, named
+
+    return hook

@@ -1,0 +1,207 @@
+"""``rankwise compare``: every method on the same model and data, then one recommendation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from rankwise.cli.options import Verb
+from rankwise.cli.output import Output
+from rankwise.cli.words import byte_size, duration
+from rankwise.comparison.settings import SHARED, CompareOptions, CompareSettings
+
+if TYPE_CHECKING:
+    from rankwise.comparison.runner import Picture
+    from rankwise.comparison.schema import Comparison
+    from rankwise.comparison.stages import Job, Outcome
+
+PANELS = {
+    "Model and data": ("model", "data", "eval_data", "output"),
+    "What is compared": ("methods", "seeds", "learning_rates", "search_steps", "minutes", "jobs", "retry"),
+    "What is measured": ("task", "task_data", "task_limit", "metric", "margin", "seed_sd", "merged_check"),
+    "Recommendation": ("memory", "max_hours", "merge"),
+    "Equal for every run, as in rankwise train": SHARED,
+}
+
+
+class Lines:
+    """A line as each step of the matrix ends."""
+
+    def __init__(self, output: Output) -> None:
+        self.output = output
+
+    def started(self, job: Job) -> None:
+        self.output.line(f"{job.id}: {_doing(job)} ...")
+
+    def ended(self, job: Job, outcome: Outcome, picture: Picture) -> None:
+        self.output.line(_ended(job, outcome, picture))
+
+    def tick(self, picture: Picture) -> None: ...
+
+    def say(self, text: str) -> None:
+        self.output.line(text)
+
+
+class Board(Lines):
+    """The runs in progress with their steps, redrawn; what has ended scrolls by above."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__(output)
+        self.picture: Picture | None = None
+
+    def started(self, job: Job) -> None: ...
+
+    def tick(self, picture: Picture) -> None:
+        self.picture = picture
+
+    def __rich__(self) -> RenderableType:
+        if self.picture is None:
+            return Text("")
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for item in self.picture.running:
+            steps = f"step {item.step}/{item.total}" if item.total else ""
+            table.add_row(Text(item.job.id, style="bold"), _doing(item.job), steps, duration(item.seconds))
+        table.add_row(Text(_progress(self.picture), style="dim"))
+        return table
+
+
+def run(settings: CompareOptions, output: Output) -> Mapping[str, Any]:
+    from rankwise.comparison.run import compare
+
+    with watching(output) as watcher:
+        comparison = compare(settings, watcher)
+    report(comparison, settings, output)
+    return comparison
+
+
+def report(comparison: Comparison, settings: CompareOptions, output: Output) -> None:
+    """The table, the verdicts, the recommendation, and the files."""
+    output.line()
+    output.console.print(table_of(comparison))
+    for line in verdict_lines(comparison):
+        output.line(line)
+    found = comparison["recommendation"]
+    output.line()
+    output.line(found["reason"], style="bold")
+    for label, text in _places(comparison, settings):
+        output.line(f"{label:<12}{text}")
+
+
+def table_of(comparison: Comparison) -> Table:
+    """A row per method, best first; methods that share a letter were not told apart."""
+    metric = comparison["primary_metric"]
+    table = Table(title=f"{metric}, mean and 95 % interval over seeds", title_justify="left")
+    for name in ("method", "", metric, "interval", "rate", "trained", "memory", "tokens/s", "time"):
+        table.add_column(name, justify="left" if name in ("method", "") else "right")
+    methods = comparison["methods"]
+    better = next((item["higher_is_better"].get(metric) for item in methods.values() if item["mean"]), False)
+    known = [name for name, item in methods.items() if metric in item["mean"]]
+    for name in sorted(known, key=lambda name: methods[name]["mean"][metric], reverse=bool(better)):
+        item = methods[name]
+        interval = item["interval"].get(metric)
+        table.add_row(
+            name,
+            item["group"] or "",
+            f"{item['mean'][metric]:.4f}",
+            f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "(one seed)",
+            f"{item['learning_rate']:g}{'!' if item['learning_rate_at_edge'] else ''}",
+            f"{item['trainable_parameters']:,}" if item["trainable_parameters"] else "",
+            byte_size(item["peak_memory_bytes"]) if item["peak_memory_bytes"] else "",
+            f"{item['tokens_per_second']:,.0f}" if item["tokens_per_second"] else "",
+            duration(item["wall_seconds"]) if item["wall_seconds"] is not None else "",
+        )
+    return table
+
+
+def verdict_lines(comparison: Comparison) -> Iterator[str]:
+    for item in comparison["differences"]:
+        if item["metric"] != comparison["primary_metric"]:
+            continue
+        a, b, verdict = item["a"], item["b"], item["verdict"]
+        words = {
+            "better": f"{a} is better than {b}",
+            "worse": f"{b} is better than {a}",
+            "equivalent": f"{a} and {b} are equivalent",
+            "cannot tell": f"{a} or {b}: cannot tell",
+        }[verdict]
+        interval = item["interval"]
+        span = f" ({interval[0]:+.4f} to {interval[1]:+.4f})" if interval else ""
+        yield f"{words}: difference {item['difference']:+.4f}{span}"
+
+
+def _places(comparison: Comparison, settings: CompareOptions) -> Iterator[tuple[str, str]]:
+    found, folder = comparison["recommendation"], settings.output
+    yield "record", str(folder / "comparison.json")
+    if (folder / "report.html").is_file():
+        yield "report", str(folder / "report.html")
+    if found["command"]:
+        yield "repeat", found["command"]
+    if found["adapter"]:
+        yield "adapter", str(folder / found["adapter"])
+    if found["merged"]:
+        yield "merged", str(folder / found["merged"])
+
+
+@contextlib.contextmanager
+def watching(output: Output) -> Iterator[Lines]:
+    if not output.is_terminal:
+        yield Lines(output)
+        return
+    board = Board(output)
+    with Live(board, console=output.console, refresh_per_second=4):
+        yield board
+        board.picture = None
+
+
+def _doing(job: Job) -> str:
+    return {"probe": "timing", "train": "training", "measure": "measuring", "evaluate": "evaluating"}[job.stage]
+
+
+def _ended(job: Job, outcome: Outcome, picture: Picture) -> str:
+    if outcome.status == "finished":
+        what = f"{_doing(job)} took {duration(outcome.seconds)}"
+    else:
+        error = outcome.error or {}
+        what = f"{_doing(job)} failed: {error.get('code')}: {error.get('message')}"
+    return f"{job.id}: {what}  [{_progress(picture)}]"
+
+
+def _progress(picture: Picture) -> str:
+    left = "" if picture.seconds_left is None else f", about {duration(picture.seconds_left)} left"
+    return f"{picture.done} steps done, {picture.left} to come{left}"
+
+
+VERB = Verb(
+    name="compare",
+    settings=CompareSettings,
+    run=run,
+    summary="Compare methods on your model and data: several seeds, intervals, one recommendation.",
+    examples=(
+        "rankwise compare --model demo --data rows.jsonl --output comparison",
+        "rankwise compare --model demo --data train.csv --eval-data dev.csv \\",
+        "    --methods lora,qlora,dora,qdora --learning-rates 1e-4,2e-4,5e-4 --max-steps 200 --output comparison",
+    ),
+    panels=PANELS,
+    metavars={
+        "model": "M",
+        "data": "D",
+        "output": "DIR",
+        "eval_data": "E",
+        "learning_rates": "X,...",
+        "memory": "SIZE",
+        "task": "TASK",
+        "task_data": "TASK=D",
+        "metric": "NAME",
+        "chat_template": "FILE",
+        "layers_to_transform": "N,...",
+        "rank_pattern": "NAME=R,...",
+        "alpha_pattern": "NAME=X,...",
+        "enable_lora": "NAME=1:0:1,...",
+    },
+)

@@ -1,0 +1,161 @@
+"""``rankwise evaluate``: tasks on a base model and its adapters, side by side."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from rankwise.cli.options import Verb
+from rankwise.cli.output import Output
+from rankwise.evaluation.settings import EvaluateSettings
+
+if TYPE_CHECKING:
+    from rankwise.evaluation.record import TaskResult
+    from rankwise.evaluation.run import Difference, Evaluation, Observer
+
+LINES_PER_TASK = 10
+
+
+class PlainWatcher:
+    """A line per phase and per tenth of a task."""
+
+    def __init__(self, output: Output) -> None:
+        self.output = output
+        self.shown: dict[str, int] = {}
+
+    def phase(self, text: str) -> None:
+        self.output.line(f"{text} ...")
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        tenth = LINES_PER_TASK * done // max(1, total)
+        if tenth > self.shown.get(label, 0):
+            self.shown[label] = tenth
+            self.output.line(f"{label}: {done}/{total}")
+
+    def result(self, label: str, result: TaskResult) -> None:
+        self.output.line(f"{result.task} on {label}: {figures(result)}")
+
+
+class BarWatcher(PlainWatcher):
+    """A bar per task on a terminal."""
+
+    def __init__(self, output: Output, bars: Progress) -> None:
+        super().__init__(output)
+        self.bars = bars
+        self.known: dict[str, TaskID] = {}
+
+    def phase(self, text: str) -> None:
+        self.bars.console.print(f"{text} ...", style="dim", markup=False)
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        if label not in self.known:
+            self.known[label] = self.bars.add_task(label, total=total)
+        self.bars.update(self.known[label], completed=done)
+
+
+@contextlib.contextmanager
+def watching(output: Output) -> Iterator[Observer]:
+    if not output.is_terminal:
+        yield PlainWatcher(output)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=output.console, transient=True) as bars:
+        yield BarWatcher(output, bars)
+
+
+def run(settings: EvaluateSettings, output: Output) -> Mapping[str, Any]:
+    from rankwise.evaluation.run import evaluate_all
+
+    with watching(output) as watcher:
+        evaluation = evaluate_all(settings, watcher)
+    for task in settings.task:
+        print_task(output, task, evaluation)
+    output.line(f"{'written':<12}{evaluation.folder}  (result.json and predictions.jsonl of each task)")
+    return {
+        "output": str(evaluation.folder),
+        "results": [{"label": label, **result.to_json()} for label, result in evaluation.results],
+        "differences": [difference.to_json() for difference in evaluation.differences],
+    }
+
+
+def figures(result: TaskResult) -> str:
+    """``acc 0.412 ± 0.014, acc_norm 0.438 ± 0.015 (1,172 questions)``."""
+    parts = [f"{name} {with_error(value, result.standard_errors.get(name))}" for name, value in result.metrics.items()]
+    return f"{', '.join(parts)} ({result.count:,} questions)"
+
+
+def with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+
+
+def print_task(output: Output, task: str, evaluation: Evaluation) -> None:
+    """Models side by side, and below them their paired differences."""
+    results = [(label, result) for label, result in evaluation.results if result.task == task]
+    if not results:
+        return
+    first = results[0][1]
+    clustered = f", standard errors clustered by {first.clusters:,} sources" if first.clusters else ""
+    table = Table(title=f"{task}: {first.count:,} questions{clustered}", title_justify="left")
+    table.add_column("")
+    for label, _ in results:
+        table.add_column(label, justify="right")
+    for name in first.metrics:
+        cells = [
+            with_error(result.metrics[name], result.standard_errors.get(name)) if name in result.metrics else "-"
+            for _, result in results
+        ]
+        table.add_row(f"{name} {'↑' if first.higher_is_better.get(name, True) else '↓'}", *cells)
+    output.console.print(table)
+    _print_differences(output, [item for item in evaluation.differences if item.task == task])
+
+
+def _print_differences(output: Output, differences: Sequence[Difference]) -> None:
+    for item in differences:
+        interval = (
+            "no interval" if item.interval is None else f"95 % [{item.interval[0]:+.4f}, {item.interval[1]:+.4f}]"
+        )
+        output.line(f"  {item.a} - {item.b}: {item.metric} {item.difference:+.4f}  {interval}")
+
+
+VERB = Verb(
+    name="evaluate",
+    settings=EvaluateSettings,
+    run=run,
+    summary="Measure a model and its adapters on tasks: perplexity, E2E, commonsense, GSM8K, Vicuna, lm-eval.",
+    examples=(
+        "rankwise evaluate --adapter runs/first --task perplexity --data held-out.jsonl",
+        "rankwise evaluate --adapter runs/lora --adapter runs/dora --task e2e --data testset_w_refs.csv",
+        "rankwise evaluate --model demo --task arc_challenge --limit 200",
+    ),
+    panels={
+        "Decoding": (
+            "max_new_tokens",
+            "num_beams",
+            "length_penalty",
+            "no_repeat_ngram_size",
+            "temperature",
+            "top_p",
+            "seed",
+        ),
+        "Perplexity": ("max_length", "prompt_column", "completion_column"),
+        "Judge (vicuna)": ("judge_url", "judge_model", "judge_key_env", "reference_answers"),
+        "Loading": ("batch_size", "dtype", "quantization", "device", "trust_remote_code", "revision", "chat_template"),
+    },
+    metavars={
+        "task": "NAME",
+        "model": "M",
+        "adapter": "A",
+        "data": "[TASK=]D",
+        "output": "DIR",
+        "fewshot_data": "D",
+        "judge_url": "URL",
+        "judge_model": "NAME",
+        "judge_key_env": "VARIABLE",
+        "reference_answers": "FILE",
+        "chat_template": "FILE",
+    },
+)

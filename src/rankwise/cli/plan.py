@@ -1,0 +1,181 @@
+"""``rankwise plan``: what fits, how fast, which method, and the command to run."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rankwise.cli import plan_view
+from rankwise.cli.options import Verb
+from rankwise.cli.output import Output
+from rankwise.config import TrainSettings
+from rankwise.errors import ConfigError
+from rankwise.planning.plan import Plan, make_plan, workload_for
+from rankwise.planning.recommend import Recommendation
+from rankwise.planning.settings import PlanSettings
+from rankwise.records import write_text
+
+PANELS = {
+    "Model and method": ("model", "method", "goal", "trust_remote_code", "revision"),
+    "Device": ("gpu", "memory", "devices", "strategy"),
+    "One step": (
+        "batch_size",
+        "gradient_accumulation",
+        "max_length",
+        "trained_share",
+        "gradient_checkpointing",
+        "activation_offloading",
+        "optimizer",
+        "dtype",
+    ),
+    "Adapter": (
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "modules_to_save",
+        "use_rslora",
+        "adapter_dtype",
+    ),
+    "Four bits (qlora, qdora)": ("quant_type", "block_size", "double_quant"),
+    "The whole run": ("rows", "epochs", "max_steps"),
+    "How sure": ("exact", "check", "calibrate"),
+    "Files": ("svg", "save"),
+}
+
+
+def run(settings: PlanSettings, output: Output) -> Mapping[str, Any]:
+    document: dict[str, Any] = {}
+    if settings.calibrate:
+        document["calibration"] = _calibrate(settings, output)
+        if settings.model is None:
+            return document
+    with output.waiting("planning"):
+        plan = make_plan(settings)
+    command = command_of(plan.recommendation, settings.save)
+    plan_view.show(plan, command, output)
+    if settings.check:
+        document["check"] = _check(settings, plan, output)
+    return {**plan.to_json(), "command": command, **document, **_write(settings, plan, output)}
+
+
+def command_of(recommendation: Recommendation, saved: Path | None) -> str | None:
+    """The ``rankwise train`` line that carries the recommendation out; None where nothing fits."""
+    if recommendation.method is None:
+        return None
+    if saved is not None:
+        return f"rankwise train --config {shlex.quote(str(saved))} --data D --output O"
+    options = [f"{_flag(name, value)}" for name, value in differing(recommendation.settings).items()]
+    return " ".join(["rankwise train", *options, "--data D --output O"])
+
+
+def differing(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not what ``rankwise train`` does by itself; model and method always."""
+    fields = TrainSettings.model_fields
+    named = {name: settings[name] for name in ("model", "method")}
+    others = {name: value for name, value in settings.items() if name not in named}
+    return named | {name: value for name, value in others.items() if value != fields[name].get_default()}
+
+
+def _flag(name: str, value: Any) -> str:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    text = ",".join(map(str, value)) if isinstance(value, tuple | list) else _plain(value)
+    return f"--{flag} {shlex.quote(text)}"
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _write(settings: PlanSettings, plan: Plan, output: Output) -> dict[str, str]:
+    written: dict[str, str] = {}
+    if settings.svg is not None:
+        _write_file(settings.svg, plan_view.svg(plan), "--svg")
+        written["svg"] = str(settings.svg)
+        output.line(f"{'drawn':<12}{settings.svg}")
+    if settings.save is not None:
+        if plan.recommendation.method is None:
+            output.line(f"{'not saved':<12}nothing fits, so there is nothing to save in {settings.save}", "yellow")
+        else:
+            _write_file(settings.save, as_yaml(plan), "--save")
+            written["saved"] = str(settings.save)
+            output.line(f"{'saved':<12}{settings.save}")
+    return written
+
+
+def _write_file(path: Path, text: str, option: str) -> None:
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"lies in {path.parent}, which does not exist"
+        raise ConfigError("RW145", f"{option} {path} {what}; give the name of a file in a folder that exists.")
+    write_text(path, text)
+
+
+def as_yaml(plan: Plan) -> str:
+    """The recommendation as a file for ``rankwise train --config``."""
+    import yaml
+
+    settings = {
+        name.replace("_", "-"): list(value) if isinstance(value, tuple) else value
+        for name, value in plan.recommendation.settings.items()
+        if value is not None
+    }
+    peak = plan_view.gigabytes(plan.recommendation.estimate.peak_bytes)
+    head = (
+        f"# Planned for {plan.hardware.name}: predicted peak {peak}.\n"
+        "# rankwise train --config THIS-FILE --data D --output O\n"
+    )
+    return head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def _calibrate(settings: PlanSettings, output: Output) -> dict[str, Any]:
+    from rankwise.planning.calibration import FILE, cache_folder, calibrate
+    from rankwise.planning.hardware import this_machine
+
+    hardware = this_machine()
+    dtype = hardware.dtype if settings.dtype == "auto" else settings.dtype
+    output.line(f"timing {', '.join(settings.methods)} on {hardware.name} in {dtype}")
+    results = calibrate(hardware, settings.methods, dtype, output.line)
+    path = cache_folder() / FILE
+    output.line(f"remembered in {path}\n")
+    return {"device": hardware.name, "dtype": dtype, "methods": results, "file": str(path)}
+
+
+def _check(settings: PlanSettings, plan: Plan, output: Output) -> dict[str, Any]:
+    """Three real steps on this machine: of the one method asked for, else of the recommended one."""
+    from rankwise.planning.check import check_method
+    from rankwise.planning.hardware import this_machine
+
+    method = settings.methods[0] if len(settings.methods) == 1 else plan.recommendation.method or settings.methods[0]
+    hardware = plan.hardware if plan.hardware.kind == "machine" else this_machine()
+    assert settings.model is not None
+    with output.waiting(f"running three steps of {method}"):
+        result = check_method(
+            settings.model,
+            method,
+            workload_for(settings, hardware),
+            exact=settings.exact,
+            trust_remote_code=settings.trust_remote_code,
+            revision=settings.revision,
+        )
+    plan_view.print_lines(plan_view.check_lines(result), output)
+    return result.to_json()
+
+
+VERB = Verb(
+    name="plan",
+    settings=PlanSettings,
+    run=run,
+    summary="What fits the memory, how fast it goes, which method to take: from config.json alone, no weights.",
+    examples=(
+        'rankwise plan --model meta-llama/Llama-3.1-8B --gpu "RTX 4090"',
+        "rankwise plan --model demo --memory 24GB --batch-size 4 --max-length 2048 --save plan.yaml",
+        "rankwise plan --calibrate",
+    ),
+    panels=PANELS,
+    metavars={"model": "M", "method": "NAME,...", "gpu": "NAME", "memory": "SIZE", "svg": "FILE", "save": "FILE"},
+)

@@ -1,0 +1,279 @@
+"""A plan on the terminal and as a picture."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from rankwise.cli.output import Output
+from rankwise.cli.words import byte_size, parameter_count
+from rankwise.planning.speed import NOMINAL_CARD
+from rankwise.reports.memory_bars import MemoryBar, memory_svg
+
+if TYPE_CHECKING:
+    from rankwise.planning.check import Check
+    from rankwise.planning.plan import MethodRow, Plan
+
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "weights": ("weights_4bit", "weights"),
+    "trained": ("adapters", "gradients", "optimizer"),
+    "activations": ("activations",),
+    "logits": ("logits",),
+    "transient": ("transient",),
+    "overhead": ("overhead",),
+}
+"""Column -> terms of the breakdown. "trained": adapters (in ``full``: nothing), gradients and optimizer states."""
+MARKS = (("█", "blue"), ("▓", "magenta"), ("▒", "yellow"), ("▚", "green"), ("░", "red"), ("·", "dim"))
+VERDICT_STYLES = {"fits": "green", "tight": "yellow", "too big": "red"}
+WIDEST_BAR = 60
+CUT = 1.6
+# Bars are cut at this multiple of the memory.
+LABEL = 12
+
+
+def show(plan: Plan, command: str | None, output: Output) -> None:
+    """Everything that people read; with ``--json`` it goes to stderr."""
+    for line in heading(plan):
+        output.line(line)
+    output.line()
+    output.console.print(table(plan))
+    output.line()
+    for bar in bars(plan, output.console.width):
+        output.console.print(bar, soft_wrap=True)
+    output.line()
+    print_lines([*change_lines(plan), *recommendation_lines(plan, command), *footnotes(plan)], output)
+
+
+def heading(plan: Plan) -> Iterator[str]:
+    work, hardware = plan.workload, plan.hardware
+    note = f" ({hardware.note})" if hardware.note else ""
+    many = f"{work.devices} x " if work.devices > 1 else ""
+    yield f"{plan.model} on {many}{hardware.name}: {gigabytes(hardware.memory_bytes)}{note}"
+    targets = work.target_modules if isinstance(work.target_modules, str) else ",".join(work.target_modules)
+    parts = [
+        f"batch {work.batch_size} x {work.max_length:,} tokens",
+        *([f"accumulation {plan.accumulation}"] if plan.accumulation > 1 else []),
+        work.dtype,
+        f"r {work.r} on {targets}",
+        work.optimizer,
+        *(["gradient checkpointing"] if work.gradient_checkpointing else []),
+        *(["activation offloading"] if work.activation_offloading else []),
+        *([f"{work.strategy} (a device's share)"] if work.devices > 1 else []),
+    ]
+    yield ", ".join(parts)
+
+
+def table(plan: Plan) -> Table:
+    """One row a method; sizes share one unit, which stands in the head."""
+    largest = max(row.estimate.peak_bytes for row in plan.rows)
+    unit, unit_name = (1e9, "GB") if largest >= 0.5e9 else (1e6, "MB")
+    result = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    result.add_column(f"in {unit_name}", no_wrap=True)
+    error = max(row.estimate.error for row in plan.rows)
+    for column in ("weights", "trained", "activ.", "logits", "other", f"peak ±{error:.0%}"):
+        result.add_column(column, justify="right", no_wrap=True)
+    result.add_column("verdict", no_wrap=True)
+    result.add_column("largest", justify="right", no_wrap=True)
+    result.add_column("hours" if plan.run_tokens else "h/Mtok", justify="right", no_wrap=True)
+    for row in plan.rows:
+        result.add_row(*_cells(row, plan, unit))
+    return result
+
+
+def _cells(row: MethodRow, plan: Plan, unit: float) -> list[Text | str]:
+    *parts, transient, overhead = grouped(row.estimate.breakdown).values()
+    figures = [_figure(size, unit) for size in (*parts, transient + overhead)]
+    peak = Text(_figure(row.estimate.peak_bytes, unit), style="bold")
+    recommended = row.estimate.method == plan.recommendation.method
+    name = Text(row.estimate.method, style="bold" if recommended else "")
+    return [name, *figures, peak, _verdict(row, unit), _largest(row, plan), _hours(row, plan)]
+
+
+def _verdict(row: MethodRow, unit: float) -> Text:
+    over = f"{_figure(-row.spare_bytes, unit)} over"
+    return Text(over if row.verdict == "too big" else row.verdict, style=VERDICT_STYLES[row.verdict])
+
+
+def _largest(row: MethodRow, plan: Plan) -> str:
+    """Batch x length: the largest batch at this length; where not one row fits, the longest single row."""
+    if row.max_batch_size:
+        return f"{row.max_batch_size}x{plan.workload.max_length}"
+    return f"1x{row.longest_row_tokens}" if row.longest_row_tokens else "-"
+
+
+def _hours(row: MethodRow, plan: Plan) -> str:
+    if row.tokens_per_second is None:
+        return "?"
+    hours = row.seconds / 3600 if row.seconds is not None else 1e6 / row.tokens_per_second / 3600
+    return f"{hours:.0f}" if hours >= 9.95 else f"{hours:.2g}"
+
+
+def bars(plan: Plan, width: int) -> Iterator[Text]:
+    """A line a method, its parts in their marks, the memory as ``|``; then what the marks mean."""
+    room = min(width - 19, WIDEST_BAR)
+    memory = plan.hardware.memory_bytes
+    high = max(min(max(row.estimate.peak_bytes for row in plan.rows), CUT * memory), 1.05 * memory)
+    for row in plan.rows:
+        line = Text(f"{row.estimate.method:<6} ")
+        line.append_text(_bar(row, memory, high, room))
+        line.append(f" {gigabytes(row.estimate.peak_bytes)}", style=VERDICT_STYLES[row.verdict])
+        yield line
+    legend = Text("       ")
+    for part, (mark, colour) in zip(PARTS, MARKS):
+        legend.append(mark, style=colour)
+        legend.append(f" {part}  ", style="dim")
+    legend.append("| memory", style="dim")
+    yield legend
+
+
+def _bar(row: MethodRow, memory: int, high: float, room: int) -> Text:
+    cells: list[tuple[str, str]] = []
+    start = 0.0
+    for size, mark in zip(grouped(row.estimate.breakdown).values(), MARKS):
+        start += size
+        cells += [mark] * (round(min(start, high) / high * room) - len(cells))
+    cells += [(" ", "")] * (room - len(cells))
+    if row.estimate.peak_bytes > high:
+        cells[-1] = ("▶", VERDICT_STYLES["too big"])
+    cells[min(room - 1, round(memory / high * room))] = ("|", "bold")
+    return Text.assemble(*cells)
+
+
+def change_lines(plan: Plan) -> Iterator[tuple[str, str]]:
+    """``batch 4 -> 2: -3.1 GB, +9 % time: fits``, each change alone."""
+    if not plan.changes:
+        return
+    label = f"{plan.changes_of}:"
+    for change in plan.changes:
+        yield label, change_sentence(change.label, change.saved_bytes, change.time_factor, change.verdict)
+        label = ""
+
+
+def change_sentence(label: str, saved_bytes: int, time_factor: float | None, verdict: str) -> str:
+    sign = "-" if saved_bytes >= 0 else "+"
+    time = "" if time_factor is None else f", {(time_factor - 1) * 100:+.0f} % time"
+    ending = "still too big" if verdict == "too big" else verdict
+    return f"{label}: {sign}{gigabytes(abs(saved_bytes))}{time}: {ending}"
+
+
+def recommendation_lines(plan: Plan, command: str | None) -> Iterator[tuple[str, str]]:
+    advice = plan.recommendation
+    yield "", ""
+    if advice.method is None or command is None:
+        work = advice.workload
+        yield (
+            "nothing fits",
+            f"the smallest run ({advice.estimate.method}, batch {work.batch_size} x {work.max_length:,}, every saving "
+            f"on) takes {gigabytes(advice.estimate.peak_bytes)}, {gigabytes(advice.missing_bytes)} more than there is. "
+            "Take a smaller model, or a larger card.",
+        )
+        return
+    yield "take", f"{advice.method}, {settings_sentence(plan)}"
+    for index, rule in enumerate(advice.reasons):
+        yield "because" if index == 0 else "", f"{rule.reason} [{rule.source}]"
+    yield "run", command
+    yield from (("serve" if index == 0 else "", text) for index, text in enumerate(advice.serving))
+
+
+def settings_sentence(plan: Plan) -> str:
+    advice = plan.recommendation
+    work, chosen = advice.workload, advice.settings
+    times = chosen["gradient_accumulation"]
+    accumulated = f" x {times} accumulated" if times > 1 else ""
+    parts = [f"batch {work.batch_size}{accumulated}, {work.max_length:,} tokens a row"]
+    if advice.method != "full":
+        targets = work.target_modules if isinstance(work.target_modules, str) else ",".join(work.target_modules)
+        parts.append(f"r {work.r} on {targets}")
+    parts.append(f"gradient checkpointing {'on' if work.gradient_checkpointing else 'off'}")
+    if work.activation_offloading:
+        parts.append("activation offloading on")
+    parts.append(work.optimizer)
+    peak = f"{gigabytes(advice.estimate.peak_bytes)} ±{advice.estimate.error:.0%}".replace("%", " %")
+    return f"{', '.join(parts)}: {peak}, {parameter_count(advice.estimate.trainable_parameters)} trained"
+
+
+def footnotes(plan: Plan) -> Iterator[tuple[str, str]]:
+    yield "", ""
+    first = plan.rows[0].estimate
+    quick = "closed form, from the config alone; --exact runs the real step"
+    how = "a dry run of the real step" if first.exact else quick
+    yield "peak", f"{how}; ± is the error to expect. Every row is taken to be full."
+    if plan.pace_basis is None:
+        yield (
+            "time",
+            (
+                "hours unknown: no figure for this device (`rankwise plan --calibrate` measures the machine it runs "
+                f"on); changes in time count operations and bytes at the ratio of an {NOMINAL_CARD}."
+            ),
+        )
+    else:
+        yield "time", plan.pace_basis
+    if plan.hardware.kind == "card":
+        yield "card", f"{plan.hardware.source}; its memory is what torch can take of it"
+    seen: dict[str, list[str]] = {}
+    for row in plan.rows:
+        for note in row.estimate.notes:
+            seen.setdefault(note, []).append(row.estimate.method)
+    for note, methods in seen.items():
+        yield "note", note if len(methods) == len(plan.rows) else f"{', '.join(methods)}: {note}"
+
+
+def svg(plan: Plan) -> str:
+    """The stacked bars against the card's line."""
+    rows = [MemoryBar(row.estimate.method, grouped(row.estimate.breakdown), row.estimate.error) for row in plan.rows]
+    work = plan.workload
+    caption = f"batch {work.batch_size} x {work.max_length:,} tokens, r {work.r}, {work.dtype}, {work.optimizer}"
+    if work.gradient_checkpointing:
+        caption += ", gradient checkpointing"
+    title = f"Fine-tuning {plan.model}: predicted peak memory"
+    return memory_svg(rows, title, caption, plan.hardware.memory_bytes, plan.hardware.name)
+
+
+def grouped(breakdown: Mapping[str, int]) -> dict[str, int]:
+    """The breakdown by the table's columns."""
+    return {column: sum(breakdown.get(term, 0) for term in terms) for column, terms in PARTS.items()}
+
+
+def check_lines(check: Check) -> Iterator[tuple[str, str]]:
+    """Predicted against measured."""
+    kind = "dry run" if check.exact else "closed form"
+    where = "torch's allocator" if check.device_type == "cuda" else "growth of the process's anonymous memory"
+    yield "", ""
+    yield (
+        "check",
+        f"{check.method}, three real steps here ({check.device_type}, random weights): predicted "
+        f"{gigabytes(check.predicted_bytes)} ({kind}), measured {gigabytes(check.measured_bytes)} ({where}): "
+        f"{check.error:+.1%}".replace("%", " %"),
+    )
+    seconds = sorted(check.step_seconds)[len(check.step_seconds) // 2]
+    yield "", f"a step took {seconds:.2f} s"
+
+
+def print_lines(lines: Iterable[tuple[str, str]], output: Output) -> None:
+    for label, text in lines:
+        _paragraph(label, text, output, output.console.width)
+
+
+def gigabytes(size_bytes: float) -> str:
+    return byte_size(size_bytes)
+
+
+def _figure(size_bytes: float, unit: float) -> str:
+    value = size_bytes / unit
+    if unit == 1e6 or value >= 99.95:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def _paragraph(label: str, text: str, output: Output, width: int) -> None:
+    """A label and wrapped text beside it. A command is one line, so that it can be copied."""
+    if label == "run":
+        output.line(f"{label:<{LABEL}}{text}")
+        return
+    lines: Sequence[str] = textwrap.wrap(text, max(40, min(width, 110) - LABEL), break_on_hyphens=False) or [""]
+    for index, line in enumerate(lines):
+        output.line(f"{label if index == 0 else '':<{LABEL}}{line}".rstrip())

@@ -1,0 +1,157 @@
+"""The runs of a comparison as their records on disk tell them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.comparison.matrix import Cell
+from rankwise.comparison.measure_files import FACTS_FILE, PERPLEXITY
+from rankwise.comparison.schedule import Plan, state_of
+from rankwise.comparison.schema import EVAL_LOSS, EVALUATION_FOLDER, Message, Run
+from rankwise.comparison.stages import Job, outcome_of
+from rankwise.comparison.verdicts import Scores
+from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE
+from rankwise.records import RUN_FILE, load_record
+
+
+def collect_runs(plan: Plan) -> list[Run]:
+    """Every run that was started, and one entry for each method that was skipped."""
+    runs = []
+    for method in plan.methods:
+        state = state_of(plan, method)
+        final = {cell.id for cell in state.final}
+        cells = {item["run"]: item for item in state.search["tried"]}
+        searched = [Cell(method, item["learning_rate"], 0, plan.short) for item in cells.values()] if cells else []
+        for cell in dict.fromkeys([*searched, *state.final]):
+            if _is_there(plan.output, cell):
+                runs.append(_run(plan, cell, "final" if cell.id in final else "search", state.skipped))
+    return runs
+
+
+def _is_there(output: Path, cell: Cell) -> bool:
+    return outcome_of(Job("train", cell), output) is not None
+
+
+def _run(plan: Plan, cell: Cell, phase: Any, skipped: Mapping[str, str] | None) -> Run:
+    folder = cell.folder(plan.output)
+    record = load_record(folder).to_json() if (folder / RUN_FILE).is_file() else None
+    error, finished = _error(plan, cell)
+    facts = read_json(folder / FACTS_FILE)
+    known = record or {}
+    return {
+        "id": cell.id,
+        "method": cell.method,
+        "seed": cell.seed,
+        "learning_rate": cell.learning_rate,
+        "phase": phase,
+        "status": "finished" if finished else "skipped" if skipped else "failed",
+        "error": error,
+        "folder": folder.relative_to(plan.output).as_posix(),
+        "record": record,
+        "tasks": read_tasks(folder),
+        "adapter_bytes": facts.get("adapter_bytes"),
+        "merged": facts.get("merged"),
+        "update_norms": facts.get("update_norms"),
+        "tokens_per_second": known.get("tokens_per_second"),
+        "peak_memory_bytes": known.get("peak_memory_bytes"),
+        "predicted_peak_memory_bytes": known.get("predicted_peak_memory_bytes"),
+        "wall_seconds": known.get("wall_seconds"),
+    }
+
+
+def _error(plan: Plan, cell: Cell) -> tuple[Message | None, bool]:
+    """What went wrong in any of its stages, and whether its training finished."""
+    outcomes = {stage: outcome_of(Job(stage, cell), plan.output) for stage in ("train", *plan.after)}
+    errors = [outcome.error for outcome in outcomes.values() if outcome is not None and outcome.error is not None]
+    error: Message | None = {"code": errors[0]["code"], "message": errors[0]["message"]} if errors else None
+    trained = outcomes["train"]
+    return error, trained is not None and trained.status == "finished"
+
+
+def read_tasks(folder: Path) -> dict[str, dict[str, Any]]:
+    """TASK -> its result, of a run's folder."""
+    found = {
+        path.parent.name: read_json(path) for path in sorted((folder / EVALUATION_FOLDER).glob(f"*/{RESULT_FILE}"))
+    }
+    return {task: result for task, result in found.items() if result}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def metrics_of(runs: Sequence[Run]) -> dict[str, bool]:
+    """Metric -> whether higher is better: the evaluation loss, and every task's metrics but the loss again."""
+    found = {EVAL_LOSS: False} if any((run["record"] or {}).get("eval_loss") is not None for run in runs) else {}
+    for run in runs:
+        for task, result in run["tasks"].items():
+            if task != PERPLEXITY:
+                better = result.get("higher_is_better", {})
+                found |= {f"{task}.{name}": bool(better.get(name, True)) for name in result.get("metrics", {})}
+    return found
+
+
+def scores_of(output: Path, runs: Sequence[Run], metric: str) -> Scores | None:
+    """One method's final, finished runs on a metric; None where none has it."""
+    values: dict[int, float] = {}
+    examples: dict[int, list[float]] = {}
+    ids: list[str] = []
+    weights: list[float] | None = None
+    clusters: list[Any] | None = None
+    for run in runs:
+        value = value_of(run, metric)
+        if value is None:
+            continue
+        values[run["seed"]] = value
+        read = _examples(output / run["folder"], metric, value)
+        if read is not None and (not ids or read[0] == ids):
+            ids, examples[run["seed"]], weights, clusters = read
+    if not values:
+        return None
+    complete = set(examples) == set(values)
+    return Scores(values, examples, ids, weights, clusters) if complete else Scores(values)
+
+
+def value_of(run: Run, metric: str) -> float | None:
+    """A run's figure. The evaluation loss is the one measured row by row where there is one, else the record's."""
+    if metric == EVAL_LOSS:
+        measured = run["tasks"].get(PERPLEXITY, {}).get("metrics", {}).get("loss")
+        found = measured if measured is not None else (run["record"] or {}).get("eval_loss")
+    else:
+        task, _, name = metric.partition(".")
+        found = run["tasks"].get(task, {}).get("metrics", {}).get(name)
+    return float(found) if isinstance(found, int | float) and found == found else None
+
+
+def _examples(
+    folder: Path, metric: str, value: float
+) -> tuple[list[str], list[float], list[float] | None, list[Any] | None] | None:
+    """(ids, values, weights, clusters) when the metric is the mean of the examples' own scores; else None."""
+    task, _, name = (PERPLEXITY, ".", "loss") if metric == EVAL_LOSS else metric.partition(".")
+    path = folder / EVALUATION_FOLDER / task / EXAMPLES_FILE
+    if not path.is_file():
+        return None
+    rows = sorted(
+        (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()), key=lambda row: row["id"]
+    )
+    if not rows or any(name not in row["scores"] for row in rows):
+        return None
+    found = [float(row["scores"][name]) for row in rows]
+    weights = [float(row["scores"]["tokens"]) for row in rows] if task == PERPLEXITY else None
+    total = sum(weights) if weights else len(found)
+    mean = sum(x * w for x, w in zip(found, weights or [1.0] * len(found))) / total
+    # Accuracies may be given in per cent over examples of 0 and 1.
+    scale = next((scale for scale in (1.0, 100.0) if abs(mean * scale - value) <= 1e-6 * max(1.0, abs(value))), None)
+    if scale is None:
+        return None
+    names = [row.get("cluster") for row in rows]
+    clusters = [row["id"] if name is None else f"cluster {name}" for row, name in zip(rows, names)]
+    return [row["id"] for row in rows], [x * scale for x in found], weights, clusters if any(names) else None

@@ -1,0 +1,70 @@
+"""The end of a comparison: the recommended settings, the adapter of the best run, merged on request."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.comparison.collect import value_of
+from rankwise.comparison.schema import BEST_FOLDER, MERGED_FOLDER, RECOMMENDED_FILE, Recommendation, Run
+from rankwise.config import TrainSettings
+from rankwise.records import write_text
+
+LEFT_OUT = ("checkpoints", "evaluation", "runs")
+NOT_SETTINGS = {"output", "resume", "overwrite"}
+
+
+def best_run(runs: Sequence[Run], method: str, metric: str, *, higher_is_better: bool) -> Run | None:
+    """Of the method's final runs the one with the best figure."""
+    final = [run for run in runs if run["method"] == method and run["phase"] == "final" and run["status"] == "finished"]
+    scored = [(value, run) for run in final if (value := value_of(run, metric)) is not None]
+    if not scored:
+        return None
+    return (max if higher_is_better else min)(scored, key=lambda item: item[0])[1]
+
+
+def hand_over(output: Path, found: Recommendation, run: Run) -> Recommendation:
+    """Write ``recommended.yaml`` and ``best``, and say in the recommendation where they are."""
+    record = run["record"] or {}
+    write_text(output / RECOMMENDED_FILE, recommended_yaml(output, record["settings"], found["reason"]))
+    copy_run(output / run["folder"], output / BEST_FOLDER)
+    return {
+        **found,
+        "config": RECOMMENDED_FILE,
+        "command": f"rankwise train --config {output / RECOMMENDED_FILE}",
+        "run": run["id"],
+        "adapter": BEST_FOLDER,
+        "merged": MERGED_FOLDER if (output / MERGED_FOLDER).is_dir() else None,
+    }
+
+
+def recommended_yaml(output: Path, settings: Mapping[str, Any], reason: str) -> str:
+    """The run's own settings, those at their defaults left out, with an output folder of its own."""
+    import yaml
+
+    fields = TrainSettings.model_fields
+    kept = {
+        name.replace("_", "-"): value
+        for name, value in settings.items()
+        if name in fields and name not in NOT_SETTINGS and (fields[name].is_required() or not _is_default(name, value))
+    }
+    kept["method"] = settings["method"]
+    kept["output"] = str(output.resolve() / "recommended")
+    return f"# {reason}\n" + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _is_default(name: str, value: Any) -> bool:
+    default = TrainSettings.model_fields[name].get_default()
+    return value == (list(default) if isinstance(default, tuple) else default)
+
+
+def copy_run(run: Path, target: Path) -> None:
+    """The run's folder without its checkpoints and evaluations, whole or not at all."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(run, temporary, ignore=lambda folder, names: [n for n in names if n in LEFT_OUT])
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.rename(target)

@@ -1,0 +1,73 @@
+"""The comparison's folder: whether it may be used, and what it was started with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rankwise.comparison.settings import SAME_RUNS, SHARED, CompareOptions
+from rankwise.errors import RunError
+from rankwise.records import write_json
+
+SETTINGS_FILE = "settings.json"
+NEUTRAL = {"device", "logging_steps", "save_steps", "save_total_limit", "trust_remote_code"}
+# As in a resumed run: these do not touch what is learned.
+OURS = {SETTINGS_FILE, ".comparison.lock", "data"}
+# What stands in a folder before the first run.
+
+
+def check_folder(output: Path) -> None:
+    """Raise RunError (RW581) for a folder with files that are not of a comparison."""
+    if output.exists() and not output.is_dir():
+        raise RunError("RW581", f"--output {output} is a file; give a folder.")
+    if (output / SETTINGS_FILE).is_file() or not output.is_dir():
+        return
+    foreign = sorted(path.name for path in output.iterdir() if path.name not in OURS)
+    if foreign:
+        raise RunError(
+            "RW581",
+            f"{output} holds files that are not of a comparison ({', '.join(foreign[:5])}); give a new or empty "
+            "--output.",
+        )
+
+
+def check_same(output: Path, given: CompareOptions, data: Mapping[str, Any]) -> None:
+    """Note what the runs of this folder depend on, or compare with what was noted.
+
+    More methods, seeds, learning rates or tasks may come: runs that are there stay what they are. Raises RunError
+    (RW580) naming everything else that differs.
+    """
+    now = json.loads(json.dumps(_identity(given, data)))
+    path = output / SETTINGS_FILE
+    if not path.is_file():
+        write_json(path, now)
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError("RW581", f"cannot read {path}: {error}; give another --output.") from None
+    changed = [
+        f"--{name.replace('_', '-')} was {before['options'].get(name)!r} and is {value!r}"
+        for name, value in now["options"].items()
+        if name not in NEUTRAL and before["options"].get(name, value) != value
+    ]
+    changed += [
+        f"the content of {label} is another" for label, digest in now["data"].items() if before["data"][label] != digest
+    ]
+    if changed:
+        raise RunError(
+            "RW580",
+            f"the comparison in {output} was started with other settings: {'; '.join(changed)}; give the same ones, "
+            "or another --output.",
+        )
+
+
+def _identity(given: CompareOptions, data: Mapping[str, Any]) -> dict[str, Any]:
+    options = given.model_dump(mode="json")
+    names = ("model", *SAME_RUNS, *SHARED)
+    return {
+        "options": {name: options[name] for name in names},
+        "data": {"--data": data["train"]["sha256"], "--eval-data": data["eval"]["sha256"]},
+    }

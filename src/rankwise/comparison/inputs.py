@@ -1,0 +1,180 @@
+"""The data of a comparison: one training set and one evaluation set, the same for every run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.comparison.settings import CompareOptions
+from rankwise.data import Row, Rows, overlapping_rows, read_rows
+from rankwise.errors import ConfigError, DataError, warn
+from rankwise.records import write_text
+
+EVAL_SHARE = 0.1
+EVAL_ROWS = 256
+# As in a single run: evaluations take so many rows where the user does not say.
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Where each run reads its rows from, and what the record says of them."""
+
+    train: str
+    evaluation: str
+    described: dict[str, Any]
+    train_rows: int
+    eval_rows: int
+    clusters: int
+    # Different prompts among the evaluation rows.
+
+
+def prepare_inputs(given: CompareOptions) -> Inputs:
+    """Read both sets once; where the evaluation set is a part of something, write that part into ``DIR/data``.
+
+    Without --eval-data the source's own validation part is taken, else a tenth of the training data, chosen by the
+    hash of its prompts: rows of one prompt stay together, and the order of the file does not matter.
+    Raises DataError as the readers do, ConfigError (RW168) when rows cannot be split.
+    """
+    options = given.model_dump()
+    columns = {name: options[name] for name in ("prompt_column", "completion_column")}
+    folder = given.output / "data"
+    rows = read_rows(given.data, split="train", **columns)
+    held_out = _own_evaluation(given, rows, columns)
+    train, how = _absolute(given.data), f"--eval-data {given.eval_data}" if given.eval_data else "its validation part"
+    if held_out is None:
+        rows, held_out = split_by_prompt(rows, EVAL_SHARE)
+        train, how = str(_write(rows, folder / "train.jsonl", columns)), "a tenth of the training data, by prompt"
+    part = _limited(held_out, options["eval_limit"])
+    whole = len(part) == len(held_out) and train == _absolute(given.data)
+    evaluation = (
+        _absolute(given.eval_data or given.data) if whole else str(_write(part, folder / "eval.jsonl", columns))
+    )
+    overlap = overlapping_rows(rows, part)
+    if overlap:
+        warn(
+            "RW218",
+            f"{overlap} of {len(part)} evaluation rows stand in the training data too, word for word; their loss says "
+            "nothing about new text.",
+        )
+    described = {
+        "train": {"source": rows.source, "sha256": _content_hash(rows), "rows": len(rows)},
+        "eval": {"source": part.source, "sha256": _content_hash(part), "rows": len(part), "chosen": how},
+        "overlap": overlap,
+    }
+    clusters = len({prompt_of(row) for row in part})
+    return Inputs(train, evaluation, described, len(rows), len(part), clusters)
+
+
+def split_by_prompt(rows: Rows, share: float) -> tuple[Rows, Rows]:
+    """(the rest, at least ``share`` of the rows): whole groups of equal prompts, those of the smallest hashes."""
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(prompt_of(row), []).append(index)
+    if len(groups) < 2:
+        raise ConfigError(
+            "RW168",
+            f"{rows.source} has one prompt only, so no part of it can be kept for evaluation; give --eval-data.",
+        )
+    chosen: set[int] = set()
+    for prompt in sorted(groups, key=_hash)[: len(groups) - 1]:
+        if len(chosen) >= share * len(rows):
+            break
+        chosen.update(groups[prompt])
+    parts = [[row for index, row in enumerate(rows) if (index in chosen) == inside] for inside in (False, True)]
+    return dataclasses.replace(rows, items=parts[0]), dataclasses.replace(rows, items=parts[1])
+
+
+def prompt_of(row: Row) -> str:
+    """What the row asks: rows that share it are one cluster."""
+    if row.kind == "chat":
+        asked = [message for message in row.messages if message["role"] == "user"]
+        return str(asked[0].get("content") or "") if asked else row.content()
+    return row.prompt if row.kind == "prompt" else row.text
+
+
+def _own_evaluation(given: CompareOptions, rows: Rows, columns: dict[str, Any]) -> Rows | None:
+    if given.eval_data is not None:
+        return read_rows(given.eval_data, split="validation", **columns)
+    if Path(given.data).expanduser().is_file():
+        return None
+    try:
+        found = read_rows(given.data, split="validation", **columns)
+    except DataError as error:
+        if error.code != "RW208":
+            raise
+        return None
+    # A folder whose files are named after no split gives all of them for any.
+    return None if found.sha256 == rows.sha256 else found
+
+
+def _limited(rows: Rows, limit: int | None) -> Rows:
+    if limit is not None:
+        return rows[:limit] if limit else rows
+    step = max(1, len(rows) // EVAL_ROWS)
+    part = rows[: step * EVAL_ROWS : step]
+    if len(part) < len(rows):
+        warn(
+            "RW528",
+            f"each evaluation takes {len(part)} of the {len(rows):,} rows of {rows.source}, spread evenly; "
+            "--eval-limit 0 takes all.",
+        )
+    return part
+
+
+def _write(rows: Rows, path: Path, columns: dict[str, Any]) -> Path:
+    """The rows in a layout that is read and rendered as they were. Raises ConfigError (RW168) where there is none."""
+    text = "".join(json.dumps(_record(row, rows, columns), ensure_ascii=False) + "\n" for row in rows)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    again = read_rows(path, **columns)
+    if _meaning(again) != _meaning(rows):
+        raise ConfigError(
+            "RW168", f"the layout of {rows.source} ({rows.format}) cannot be written in parts; give --eval-data."
+        )
+    return path.resolve()
+
+
+def _record(row: Row, rows: Rows, columns: dict[str, Any]) -> dict[str, Any]:
+    if row.kind == "text":
+        return {"text": row.text}
+    if row.kind == "chat":
+        messages, tools = [dict(message) for message in row.messages], {"tools": row.tools} if row.tools else {}
+        if row.first_trained:
+            return {"prompt": messages[: row.first_trained], "completion": messages[row.first_trained :], **tools}
+        return {"messages": messages, **tools}
+    if not rows.uses_template:
+        return {"mr": row.prompt.removesuffix("\n"), "ref": row.completion}
+    usual = ("question", "answer") if rows.separator == "\n" else ("prompt", "completion")
+    names = (columns["prompt_column"] or usual[0], columns["completion_column"] or usual[1])
+    return dict(zip(names, (row.prompt, row.completion)))
+
+
+def _meaning(rows: Rows) -> Any:
+    keys = ("messages", "prompt", "completion", "text", "first_trained")
+    return (
+        rows.kind,
+        rows.uses_template,
+        rows.separator,
+        [(*(getattr(row, key) for key in keys), list(row.tools or ())) for row in rows],
+    )
+
+
+def _content_hash(rows: Sequence[Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row.content().encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _absolute(source: str) -> str:
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source

@@ -1,0 +1,68 @@
+"""The cells of a comparison: which runs there are, what each is called, and its settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.comparison.schema import RUNS_FOLDER
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run: a method at a learning rate with a seed. ``short`` runs only try a rate, in fewer steps."""
+
+    method: str
+    learning_rate: float
+    seed: int
+    short: bool = False
+
+    @property
+    def id(self) -> str:
+        return f"{self.method}-lr{self.learning_rate:g}-seed{self.seed}" + ("-short" if self.short else "")
+
+    def folder(self, output: Path) -> Path:
+        return output / RUNS_FOLDER / self.id
+
+
+def search_cells(method: str, rates: Sequence[float], *, short: bool) -> list[Cell]:
+    """The runs that try a method's learning rates, all on seed 0; none for a single rate that is run anyway."""
+    if len(rates) == 1:
+        return []
+    return [Cell(method, rate, 0, short) for rate in sorted(rates)]
+
+
+def final_cells(method: str, rate: float, seeds: int) -> list[Cell]:
+    """The runs that count. With searches at full length the one of seed 0 is there already and is not run twice."""
+    return [Cell(method, rate, seed) for seed in range(seeds)]
+
+
+def planned_runs(methods: int, rates: int, seeds: int, *, short: bool) -> int:
+    """How many runs a comparison takes in all."""
+    search = 0 if rates == 1 else rates
+    shared = 1 if search and not short else 0
+    return methods * (search + seeds - shared)
+
+
+def choose_rate(losses: Mapping[float, float | None]) -> tuple[float | None, bool]:
+    """The rate of the lowest loss, and whether it lies at the edge of those tried.
+
+    A failed run (None) is never chosen, and still counts as tried: the best rate beside one that diverged is no edge.
+    """
+    finite = {rate: loss for rate, loss in losses.items() if loss is not None}
+    if not finite:
+        return None, False
+    best = min(sorted(finite), key=lambda rate: finite[rate])
+    return best, len(losses) > 1 and best in (min(losses), max(losses))
+
+
+def cell_settings(
+    cell: Cell, output: Path, shared: Mapping[str, Any], inputs: Mapping[str, Any], steps: int | None
+) -> dict[str, Any]:
+    """The settings file of ``rankwise train`` for a cell. ``inputs``: model, data and eval_data."""
+    given = {**shared, **inputs, "method": cell.method, "learning_rate": cell.learning_rate, "seed": cell.seed}
+    if steps is not None:
+        given["max_steps"] = steps
+    return {**given, "output": str(cell.folder(output))}

@@ -1,0 +1,4 @@
+"""Names that ``measure`` writes and others read. Imports nothing."""
+
+PERPLEXITY = "perplexity"
+FACTS_FILE = "measured.json"

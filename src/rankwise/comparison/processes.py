@@ -1,0 +1,103 @@
+"""One process per step of a run: its output in files, its end with its parent's, its folder locked while it lives."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+PR_SET_PDEATHSIG = 1
+# Linux's prctl: which signal a process gets when its parent dies.
+
+
+@dataclasses.dataclass
+class Worker:
+    """A running process. Its exit code is negative where a signal ended it."""
+
+    process: subprocess.Popen[bytes]
+    started: float
+    stdout: Path
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def stop(self) -> None:
+        """Ask it to save and end, as Ctrl-C would."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGINT)
+
+    def document(self) -> dict[str, Any]:
+        """The JSON document that it printed; empty where it did not get that far."""
+        try:
+            found = json.loads(self.stdout.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+
+def start(module: str, arguments: Sequence[str], name: Path, environment: Mapping[str, str]) -> Worker:
+    """``python -m module arguments``; stdout goes to ``NAME.out``, stderr behind what ``NAME.log`` holds.
+
+    The process holds the lock of ``NAME.lock`` and inherits no terminal signals: whoever started it decides.
+    """
+    name.parent.mkdir(parents=True, exist_ok=True)
+    stdout = name.with_name(name.name + ".out")
+    with open(stdout, "wb") as out, open(name.with_name(name.name + ".log"), "ab") as log, _lock_file(name) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=log,
+            env={**os.environ, **environment},
+            pass_fds=(lock.fileno(),),
+            start_new_session=True,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+    # Our copy of the lock is closed; the process's own keeps it.
+    return Worker(process, time.monotonic(), stdout)
+
+
+def is_locked(name: Path) -> bool:
+    """Whether a process of an earlier call still works on it."""
+    with _lock_file(name) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Any:
+    """Hold the folder for this process; gives False where another one holds it."""
+    with _lock_file(folder / ".comparison") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        os.set_inheritable(lock.fileno(), False)
+        yield True
+
+
+def _lock_file(name: Path) -> IO[bytes]:
+    return open(name.with_name(name.name + ".lock"), "ab")
+
+
+def _end_with_parent() -> None:
+    # SIGTERM, not SIGKILL: a run saves its step and ends.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

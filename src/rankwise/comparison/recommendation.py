@@ -1,0 +1,168 @@
+"""One method out of those compared: within the user's limits, best first, and of equals the cheaper one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from rankwise.comparison.schema import Difference, Method, ParetoPoint, Recommendation
+
+
+def pareto_points(methods: Mapping[str, Method], metric: str) -> list[ParetoPoint]:
+    """Every method that has a figure, as (quality, memory, time)."""
+    return [
+        {
+            "method": name,
+            "quality": item["mean"][metric],
+            "peak_memory_bytes": item["peak_memory_bytes"],
+            "wall_seconds": item["wall_seconds"],
+        }
+        for name, item in methods.items()
+        if metric in item["mean"]
+    ]
+
+
+def pareto_set(points: Sequence[ParetoPoint], *, higher_is_better: bool) -> set[str]:
+    """Those that no other one beats: at least as good in quality, memory and time, and better in one of them."""
+    keys = {point["method"]: _costs(point, higher_is_better) for point in points}
+    return {name for name, own in keys.items() if not any(_dominates(other, own) for other in keys.values())}
+
+
+def recommend(
+    methods: Mapping[str, Method],
+    differences: Sequence[Difference],
+    *,
+    metric: str,
+    higher_is_better: bool,
+    margin: float,
+    memory_bytes: int | None,
+    hours: float | None,
+) -> Recommendation:
+    """The best method within the limits; of those that were not told apart from it, the one of the lowest cost.
+
+    Cost is peak memory times seconds, what a machine is hired by. With one seed nothing can be told apart, so a tie is
+    then a difference below ``margin`` (a share of the best value).
+    """
+    points = pareto_points(methods, metric)
+    fitting = [point for point in points if _fits(point, memory_bytes, hours)]
+    base = _empty(metric, memory_bytes, hours, points)
+    if not fitting:
+        return {**base, "reason": _nothing_fits(points, memory_bytes, hours)}
+    best = min(fitting, key=lambda point: -point["quality"] if higher_is_better else point["quality"])
+    tested = any(methods[point["method"]]["seeds"] > 1 for point in fitting)
+    tied = [
+        point
+        for point in fitting
+        if point is best
+        or (
+            _not_told_apart(best["method"], point["method"], metric, differences)
+            if tested
+            else abs(point["quality"] - best["quality"]) <= margin * abs(best["quality"])
+        )
+    ]
+    chosen = min(tied, key=_cost)
+    others = [point["method"] for point in tied if point is not chosen]
+    reason = _reason(chosen, best, others, methods, metric, tested, memory_bytes, hours, len(fitting), len(points))
+    return {**base, "method": chosen["method"], "reason": reason, "ties": others}
+
+
+def _empty(metric: str, memory: int | None, hours: float | None, points: list[ParetoPoint]) -> Recommendation:
+    return {
+        "method": None,
+        "reason": "",
+        "config": None,
+        "command": None,
+        "run": None,
+        "adapter": None,
+        "merged": None,
+        "goal": "best quality" if memory is None and hours is None else "within limits",
+        "metric": metric,
+        "limits": {"memory_bytes": memory, "hours": hours},
+        "ties": [],
+        "pareto": points,
+    }
+
+
+def _costs(point: ParetoPoint, higher_is_better: bool) -> tuple[float, float, float]:
+    quality = -point["quality"] if higher_is_better else point["quality"]
+    return quality, point["peak_memory_bytes"] or math.inf, point["wall_seconds"] or math.inf
+
+
+def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return all(x <= y for x, y in zip(a, b)) and a != b
+
+
+def _fits(point: ParetoPoint, memory: int | None, hours: float | None) -> bool:
+    enough = memory is None or (point["peak_memory_bytes"] or math.inf) <= memory
+    return enough and (hours is None or (point["wall_seconds"] or math.inf) <= hours * 3600)
+
+
+def _cost(point: ParetoPoint) -> float:
+    return (point["peak_memory_bytes"] or math.inf) * (point["wall_seconds"] or math.inf)
+
+
+def _not_told_apart(best: str, other: str, metric: str, differences: Sequence[Difference]) -> bool:
+    for item in differences:
+        if item["metric"] == metric and {item["a"], item["b"]} == {best, other}:
+            return item["verdict"] in ("equivalent", "cannot tell")
+    return False
+
+
+def _nothing_fits(points: Sequence[ParetoPoint], memory: int | None, hours: float | None) -> str:
+    if not points:
+        return "No run finished, so there is nothing to recommend."
+    limits = _limits(memory, hours)
+    least = min(points, key=lambda point: point["peak_memory_bytes"] or math.inf)
+    return (
+        f"No method stays within {limits}; {least['method']} needs least memory ({_gigabytes(least)}, "
+        f"{_minutes(least)})."
+    )
+
+
+def _reason(
+    chosen: ParetoPoint,
+    best: ParetoPoint,
+    others: Sequence[str],
+    methods: Mapping[str, Method],
+    metric: str,
+    tested: bool,
+    memory: int | None,
+    hours: float | None,
+    fitting: int,
+    all_of_them: int,
+) -> str:
+    """One sentence."""
+    name = chosen["method"]
+    figures = f"{metric} {chosen['quality']:.4g}, {_gigabytes(chosen)}, {_minutes(chosen)}"
+    where = f" of the {fitting} methods within {_limits(memory, hours)}" if memory or hours else ""
+    if all_of_them == 1:
+        return f"{name} is the only method with a result ({figures})."
+    if not others:
+        how = "it is the best" if tested else "it has the best figure"
+        doubt = "" if tested else ", on one seed, which cannot tell luck from merit"
+        return f"{name}: {how}{where} ({figures}){doubt}."
+    not_apart = (
+        f"could not be told apart from {_listed(others)}" if tested else f"lies within the margin of {_listed(others)}"
+    )
+    seeds = "" if tested else " on one seed"
+    return f"{name}: its quality {not_apart}{seeds}, and it costs least{where} ({figures})."
+
+
+def _limits(memory: int | None, hours: float | None) -> str:
+    parts = [f"{memory / 1e9:.3g} GB" if memory else "", f"{hours:g} h" if hours else ""]
+    return " and ".join(part for part in parts if part)
+
+
+def _gigabytes(point: ParetoPoint) -> str:
+    return f"{point['peak_memory_bytes'] / 1e9:.2f} GB" if point["peak_memory_bytes"] else "memory not measured"
+
+
+def _minutes(point: ParetoPoint) -> str:
+    seconds = point["wall_seconds"]
+    if seconds is None:
+        return "time not measured"
+    return f"{seconds / 60:.1f} min a run" if seconds >= 60 else f"{seconds:.0f} s a run"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" and {names[-1]}"

@@ -1,0 +1,379 @@
+"""``compare``: from settings to a folder with every run, their statistics and one recommendation."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import shlex
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rankwise.comparison import finish, stages
+from rankwise.comparison.collect import collect_runs, metrics_of, read_tasks
+from rankwise.comparison.folder import check_folder, check_same
+from rankwise.comparison.inputs import Inputs, prepare_inputs
+from rankwise.comparison.matrix import Cell, cell_settings, planned_runs
+from rankwise.comparison.processes import only_one
+from rankwise.comparison.recommendation import recommend
+from rankwise.comparison.runner import Runner, Watcher, environments, forget_unfinished, seconds_spent, steps_of
+from rankwise.comparison.schedule import Plan, jobs_left, jobs_to_do
+from rankwise.comparison.schema import (
+    BEST_FOLDER,
+    COMPARISON_FILE,
+    EVALUATION_FOLDER,
+    MERGED_FOLDER,
+    SCHEMA,
+    Comparison,
+    Message,
+    MinimumDetectableEffect,
+    Run,
+)
+from rankwise.comparison.settings import CompareOptions, CompareSettings, check_compare, shared_training
+from rankwise.comparison.stages import Job
+from rankwise.comparison.statistics import CONFIDENCE, POWER, minimum_detectable_effect
+from rankwise.comparison.summary import all_differences, all_methods, scores_by_metric, searches
+from rankwise.errors import RankwiseWarning, RunError, warn
+from rankwise.records import write_json
+
+PROBE_STEPS = 6
+# Steps whose seconds tell how many fit into --minutes; the first, which allocates, is not counted.
+
+
+def compare(given: CompareOptions, watcher: Watcher) -> Comparison:
+    """Run what is missing in ``given.output``, then write ``comparison.json`` and what it recommends.
+
+    Raises ConfigError (RW165 to RW168), RunError: RW580 a folder of other settings, RW581 a folder of something else,
+    RW582 another call works in it, RW584 no run finished; Interrupted (RW587).
+    """
+    check_compare(given)
+    check_folder(given.output)
+    given.output.mkdir(parents=True, exist_ok=True)
+    told: list[Message] = []
+    with only_one(given.output) as alone, _told(told):
+        if not alone:
+            raise RunError("RW582", f"another call of `rankwise compare` is at work in {given.output}; wait for it.")
+        inputs = prepare_inputs(given)
+        check_same(given.output, given, inputs.described)
+        effect = detectable_effect(given)
+        _announce(given, inputs, effect, watcher)
+        plan = _plan(given)
+        _carry_out(given, plan, inputs, watcher)
+        return _conclude(given, plan, inputs, effect, told, watcher)
+
+
+def detectable_effect(given: CompareOptions) -> MinimumDetectableEffect:
+    """Before any run, from an assumed spread over seeds."""
+    comparisons = math.comb(len(given.methods), 2)
+    relative = minimum_detectable_effect(seed_sd=given.seed_sd, seeds=given.seeds, comparisons=comparisons)
+    return {
+        "metric": given.metric,
+        "relative": relative,
+        "absolute": None,
+        "seeds": given.seeds,
+        "comparisons": comparisons,
+        "power": POWER,
+        "assumption": f"runs that differ in nothing but the seed spread by {100 * given.seed_sd:g} % of {given.metric} "
+        "(--seed-sd), and there are evaluation rows enough",
+    }
+
+
+def _announce(given: CompareOptions, inputs: Inputs, effect: MinimumDetectableEffect, watcher: Watcher) -> None:
+    short = given.search_steps is not None
+    runs = planned_runs(len(given.methods), len(given.learning_rates), given.seeds, short=short)
+    watcher.say(
+        f"{runs} runs: {len(given.methods)} methods, {len(given.learning_rates)} learning rates on seed 0, "
+        f"{given.seeds} seeds at each method's best."
+    )
+    watcher.say(f"{inputs.train_rows:,} rows to train on, {inputs.eval_rows:,} to evaluate on.")
+    if effect["relative"] is None:
+        warn("RW585", "one seed cannot tell luck from merit: there will be no intervals and no verdicts; --seeds 3.")
+        return
+    watcher.say(
+        f"Smallest difference that {100 * POWER:g} % of such comparisons find: {100 * effect['relative']:.2g} % of "
+        f"{given.metric}, assuming that {effect['assumption']}."
+    )
+
+
+def _plan(given: CompareOptions) -> Plan:
+    after: tuple[stages.Stage, ...] = ("measure", "evaluate") if given.task else ("measure",)
+    return Plan(given.output, given.methods, given.learning_rates, given.seeds, given.search_steps is not None, after)
+
+
+def _carry_out(given: CompareOptions, plan: Plan, inputs: Inputs, watcher: Watcher) -> None:
+    probes = [Job("probe", Cell(method, plan.rates[0], 0)) for method in plan.methods] if given.minutes else []
+    forget_unfinished(plan.output, [*probes, *_known_jobs(plan)], retry=given.retry)
+    commands = Commands(given, plan, inputs)
+    slots = environments(given.jobs, str(given.model_dump()["device"]))
+    runner = Runner(plan.output, commands.of, commands.steps, slots, watcher, lambda: jobs_left(plan))
+    runner.carry_out(lambda: [job for job in probes if stages.outcome_of(job, plan.output) is None])
+    runner.carry_out(lambda: jobs_to_do(plan))
+
+
+def _known_jobs(plan: Plan) -> Iterator[Job]:
+    """Every job that may have an outcome."""
+    for path in sorted((plan.output / "cells").glob("*.json")):
+        name, _, stage = path.stem.rpartition(".")
+        method, _, rest = name.partition("-lr")
+        rate, _, seed = rest.rpartition("-seed")
+        if name == stages.BASE:
+            yield Job(stage, None)  # type: ignore[arg-type]
+        elif rate:
+            number, _, short = seed.partition("-")
+            yield Job(stage, Cell(method, float(rate), int(number), short == "short"))  # type: ignore[arg-type]
+
+
+class Commands:
+    """What to start for a job."""
+
+    def __init__(self, given: CompareOptions, plan: Plan, inputs: Inputs) -> None:
+        self.given, self.plan, self.inputs = given, plan, inputs
+        self.shared = shared_training(given)
+
+    def of(self, job: Job) -> tuple[str, list[str]]:
+        if job.stage in ("train", "probe"):
+            return stages.CLI, stages.train_arguments(job, self.plan.output, self._training(job))
+        settings = self._measuring(job) if job.stage == "measure" else self._evaluating(job)
+        path = job.name(self.plan.output).with_suffix(f".{job.stage}.in")
+        if job.stage == "measure":
+            write_json(path, settings)
+            return stages.MEASURE, [str(path)]
+        config = path.with_suffix(".yaml")
+        config.write_text(json.dumps(settings), encoding="utf-8")
+        return stages.CLI, ["evaluate", "--config", str(config), "--json"]
+
+    def steps(self, job: Job) -> int:
+        """Optimizer steps of a training, for showing."""
+        if job.cell is None or job.stage not in ("train", "probe"):
+            return 0
+        steps = self._max_steps(job)
+        if steps is not None:
+            return steps
+        batch = self.shared["batch_size"] * self.shared["gradient_accumulation"]
+        return max(1, math.ceil(self.inputs.train_rows / batch) * math.ceil(self.shared["epochs"]))
+
+    def _max_steps(self, job: Job) -> int | None:
+        assert job.cell is not None
+        if job.stage == "probe":
+            return PROBE_STEPS
+        if job.cell.short:
+            return self.given.search_steps
+        if self.given.minutes is not None:
+            return self._steps_in_time(job.cell.method)
+        return self.shared["max_steps"]
+
+    def _steps_in_time(self, method: str) -> int:
+        seen = steps_of(Job("probe", Cell(method, self.plan.rates[0], 0)).folder(self.plan.output))
+        if len(seen) < 2:
+            # The probe failed, and so will this; its error is what is wanted.
+            return PROBE_STEPS
+        (first, start), (last, end) = seen[0], seen[-1]
+        assert self.given.minutes is not None
+        return max(1, int(self.given.minutes * 60 * (last - first) / (end - start)))
+
+    def _training(self, job: Job) -> dict[str, Any]:
+        assert job.cell is not None
+        inputs = {"model": _model(self.given.model), "data": self.inputs.train, "eval_data": self.inputs.evaluation}
+        shared = {**self.shared, "eval_limit": 0}
+        settings = cell_settings(job.cell, self.plan.output, shared, inputs, self._max_steps(job))
+        if job.stage != "probe":
+            return settings
+        return settings | {
+            "output": str(job.folder(self.plan.output)),
+            "logging_steps": 1,
+            **dict.fromkeys(("eval_data", "eval_limit", "eval_steps", "early_stopping", "save_steps")),
+        }
+
+    def _measuring(self, job: Job) -> dict[str, Any]:
+        names = ("max_length", "chat_template", "batch_size", "dtype", "device", "trust_remote_code", "revision")
+        return {
+            "folder": str(job.folder(self.plan.output)),
+            "model": _model(self.given.model),
+            "method": job.cell.method if job.cell else None,
+            "eval_data": self.inputs.evaluation,
+            "columns": {name: self.shared[name] for name in ("prompt_column", "completion_column")},
+            "merged_check": self.given.merged_check,
+            **{name: self.shared[name] for name in names},
+        }
+
+    def _evaluating(self, job: Job) -> dict[str, Any]:
+        folder = job.folder(self.plan.output)
+        whole = job.cell is not None and job.cell.method == "full"
+        settings: dict[str, Any] = {
+            "task": list(self.given.task),
+            "model": str(folder) if whole else _model(self.given.model),
+            "output": str(folder / EVALUATION_FOLDER),
+            "data": list(self.given.task_data),
+            "limit": self.given.task_limit,
+            "device": self.shared["device"],
+            "trust-remote-code": self.shared["trust_remote_code"],
+            "revision": None if whole else self.shared["revision"],
+        }
+        if job.cell is not None and not whole:
+            settings |= {"adapter": [str(folder)], "base": False}
+        return {key: value for key, value in settings.items() if value not in (None, [])}
+
+
+def _conclude(
+    given: CompareOptions,
+    plan: Plan,
+    inputs: Inputs,
+    effect: MinimumDetectableEffect,
+    told: list[Message],
+    watcher: Watcher,
+) -> Comparison:
+    runs = collect_runs(plan)
+    if not any(run["status"] == "finished" for run in runs):
+        raise RunError("RW584", f"no run finished: {_first_error(runs)}")
+    better = metrics_of(runs)
+    if given.metric not in better:
+        raise RunError("RW589", f"--metric {given.metric} was not measured; there are {', '.join(better)}.")
+    scores = scores_by_metric(plan, runs)
+    differences = all_differences(scores, better, given.margin)
+    methods = all_methods(plan, runs, scores, differences, metric=given.metric)
+    _warn_of_edges_and_failures(runs, methods, differences)
+    found = recommend(
+        methods,
+        differences,
+        metric=given.metric,
+        higher_is_better=better[given.metric],
+        margin=given.margin,
+        memory_bytes=given.memory,
+        hours=given.max_hours,
+    )
+    best = found["method"] and finish.best_run(
+        runs, found["method"], given.metric, higher_is_better=better[given.metric]
+    )
+    if best:
+        found = finish.hand_over(given.output, found, best)
+        if given.merge:
+            found["merged"] = _merge(given.output, best, watcher)
+    means = [item["mean"][given.metric] for item in methods.values() if given.metric in item["mean"]]
+    if effect["relative"] is not None and means:
+        effect = {**effect, "absolute": effect["relative"] * abs(sum(means) / len(means))}
+    first = next(run["record"] or {} for run in runs if run["status"] == "finished")
+    base = plan.output / stages.BASE
+    comparison: Comparison = {
+        "schema": SCHEMA,
+        "command": command_line(given),
+        "settings": given.model_dump(mode="json"),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": first.get("versions", {}),
+        "device": first.get("device", {}),
+        "model": first.get("base_model", {}),
+        "data": inputs.described,
+        "primary_metric": given.metric,
+        "confidence": CONFIDENCE,
+        "base": {"tasks": read_tasks(base), "folder": stages.BASE if base.is_dir() else None},
+        "warnings": list({(item["code"], item["message"]): item for item in told}.values()),
+        "runs": runs,
+        "methods": methods,
+        "differences": differences,
+        "recommendation": found,
+        "minimum_detectable_effect": effect,
+        "learning_rates": searches(plan),
+        "seconds": _seconds(plan, given.jobs),
+    }
+    write_json(given.output / COMPARISON_FILE, comparison)
+    return comparison
+
+
+def _first_error(runs: list[Run]) -> str:
+    errors = [run["error"] for run in runs if run["error"] is not None]
+    return f"{errors[0]['code']}: {errors[0]['message']}" if errors else "nothing was started."
+
+
+def _warn_of_edges_and_failures(runs: list[Run], methods: Mapping[str, Any], differences: list[Any]) -> None:
+    edges = [name for name, item in methods.items() if item["learning_rate_at_edge"]]
+    if edges:
+        warn(
+            "RW586",
+            f"the best learning rate of {', '.join(edges)} lies at the edge of those tried; its true optimum may lie "
+            "beyond, so add a rate there with --learning-rates.",
+        )
+    for name, item in methods.items():
+        if item["skipped"]:
+            warn("RW588", f"{name} was left out: {item['skipped']}")
+    for run in runs:
+        if run["status"] == "failed" and run["error"]:
+            warn("RW588", f"{run['id']} failed: {run['error']['code']}: {run['error']['message']}")
+        elif run["status"] == "finished" and run["error"]:
+            warn("RW589", f"{run['id']} trained, but: {run['error']['code']}: {run['error']['message']}")
+
+
+def _merge(output: Path, run: Run, watcher: Watcher) -> str | None:
+    """The best run as an ordinary model in ``DIR/merged``."""
+    import shutil
+    import subprocess
+    import sys
+
+    if run["method"] not in ("lora", "qlora", "dora", "qdora"):
+        warn("RW589", f"--merge: the result of {run['method']} is not an adapter that merges.")
+        return None
+    shutil.rmtree(output / MERGED_FOLDER, ignore_errors=True)
+    watcher.say("Merging the recommended adapter.")
+    command = ["merge", "--adapter", str(output / BEST_FOLDER), "--output", str(output / MERGED_FOLDER)]
+    done = subprocess.run([sys.executable, "-m", stages.CLI, *command], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        warn("RW589", f"--merge failed: {done.stderr.strip()[-500:]}")
+        return None
+    return MERGED_FOLDER
+
+
+def _seconds(plan: Plan, jobs: int) -> dict[str, float]:
+    """Of all calls: total, the processes' own, and what the comparison itself added."""
+    total = seconds_spent(plan.output)
+    outcomes = [stages.outcome_of(job, plan.output) for job in _known_jobs(plan)]
+    runs = sum(outcome.seconds for outcome in outcomes if outcome is not None)
+    return {"total": total, "runs": round(runs, 3), "overhead": round(total - runs / jobs, 3)}
+
+
+def command_line(given: CompareOptions) -> str:
+    """The command that repeats this comparison."""
+    words = ["rankwise", "compare"]
+    for name, value in given.model_dump(mode="json").items():
+        field = CompareSettings.model_fields[name]
+        default = None if field.is_required() else field.get_default()
+        if value == (list(default) if isinstance(default, tuple) else default) or name in ("retry", "jobs"):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{name.replace('_', '-')}")
+        elif name in ("task", "task_data"):
+            words += [word for item in value for word in (flag, item)]
+        elif isinstance(value, dict):
+            words += [flag, ",".join(f"{key}={_short(item)}" for key, item in value.items())]
+        else:
+            words += [flag, ",".join(map(_short, value)) if isinstance(value, list) else _short(value)]
+    return shlex.join(words)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return ":".join(str(int(item)) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _model(name: str) -> str:
+    """As the user wrote it, a path in full."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name != "demo" and path.exists() else name
+
+
+@contextmanager
+def _told(told: list[Message]) -> Iterator[None]:
+    """Our warnings are shown as always, and kept for the report."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", category=RankwiseWarning)
+        show = warnings.showwarning
+
+        def tell(message: Any, *rest: Any, **named: Any) -> None:
+            if isinstance(message, RankwiseWarning):
+                told.append({"code": message.code, "message": message.message})
+            show(message, *rest, **named)
+
+        warnings.showwarning = tell
+        yield

@@ -1,0 +1,214 @@
+"""Carry out a matrix of runs: a process per step, some at a time, each outcome on disk before the next decision."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rankwise.comparison import processes, stages
+from rankwise.comparison.processes import Worker
+from rankwise.comparison.stages import Job, Outcome
+from rankwise.errors import Interrupted
+from rankwise.records import write_json
+
+POLL_SECONDS = 0.2
+STOP_SECONDS = 120.0
+# How long a run may take to save its step once it has been asked to stop.
+STATE_FILE = "state.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """A job in progress, for showing. ``step`` and ``total`` are 0 where there are none."""
+
+    job: Job
+    seconds: float
+    step: int
+    total: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """The whole matrix at one moment."""
+
+    running: Sequence[Running]
+    done: int
+    left: int
+    # Jobs still to come, those in progress included.
+    seconds_left: float | None
+    # None before anything has ended.
+
+
+class Watcher(Protocol):
+    """Whoever shows what happens."""
+
+    def started(self, job: Job) -> None: ...
+    def ended(self, job: Job, outcome: Outcome, picture: Picture) -> None: ...
+    def tick(self, picture: Picture) -> None: ...
+    def say(self, text: str) -> None: ...
+
+
+@dataclasses.dataclass
+class Runner:
+    """Starts what ``next_jobs`` gives until it gives nothing more."""
+
+    output: Path
+    command: Callable[[Job], tuple[str, list[str]]]
+    # The module to run for a job and its arguments.
+    total_steps: Callable[[Job], int]
+    environments: Sequence[Mapping[str, str]]
+    # One per job at a time: which device, how many threads.
+    watcher: Watcher
+    left: Callable[[], Mapping[str, int]]
+    running: dict[Job, tuple[Worker, int]] = dataclasses.field(default_factory=dict)
+    # Job -> its process and its slot.
+    spent: list[tuple[Job, float]] = dataclasses.field(default_factory=list)
+    done: int = 0
+
+    def carry_out(self, next_jobs: Callable[[], list[Job]]) -> None:
+        """Raises Interrupted (RW587) after Ctrl-C or SIGTERM, when every run has saved its step."""
+        clock = _Clock(self.output)
+        told = False
+        try:
+            while True:
+                jobs = [job for job in next_jobs() if job not in self.running]
+                free = [job for job in jobs if not processes.is_locked(self._name(job))]
+                if len(free) < len(jobs) and not told:
+                    told = True
+                    self.watcher.say("A run of an earlier call is still saving; waiting for it.")
+                for job in free[: len(self.environments) - len(self.running)]:
+                    self._start(job)
+                if not self.running and not jobs:
+                    return
+                self._wait()
+                clock.keep()
+        except KeyboardInterrupt:
+            self._stop()
+            raise Interrupted(
+                "RW587", f"stopped; every run has saved its last step, and the same command continues {self.output}."
+            ) from None
+        finally:
+            clock.keep(now=True)
+
+    def _name(self, job: Job) -> Path:
+        name = job.name(self.output)
+        name.parent.mkdir(parents=True, exist_ok=True)
+        return name
+
+    def _start(self, job: Job) -> None:
+        slot = min(set(range(len(self.environments))) - {slot for _, slot in self.running.values()})
+        module, arguments = self.command(job)
+        worker = processes.start(module, arguments, self._name(job), self.environments[slot])
+        self.running[job] = worker, slot
+        self.watcher.started(job)
+
+    def _wait(self) -> None:
+        """Until something ends."""
+        ticks = 0
+        while True:
+            ended = [(job, code) for job, (worker, _) in self.running.items() if (code := worker.poll()) is not None]
+            for job, code in ended:
+                self._end(job, code)
+            if ended or not self.running:
+                time.sleep(0 if ended else POLL_SECONDS)
+                return
+            if ticks % 5 == 0:
+                self.watcher.tick(self.picture())
+            ticks += 1
+            time.sleep(POLL_SECONDS)
+
+    def _end(self, job: Job, code: int) -> None:
+        worker, _ = self.running.pop(job)
+        outcome = stages.outcome_from(job, self.output, code, worker.document(), round(worker.seconds(), 3))
+        stages.keep_outcome(job, self.output, outcome)
+        self.spent.append((job, outcome.seconds))
+        self.done += 1
+        self.watcher.ended(job, outcome, self.picture())
+
+    def _stop(self) -> None:
+        for worker, _ in self.running.values():
+            worker.stop()
+        deadline = time.monotonic() + STOP_SECONDS
+        while self.running and time.monotonic() < deadline:
+            for job, code in [(job, worker.poll()) for job, (worker, _) in self.running.items()]:
+                if code is not None:
+                    self._end(job, code)
+            time.sleep(POLL_SECONDS)
+
+    def picture(self) -> Picture:
+        running = [
+            Running(job, worker.seconds(), stages.last_step(job.folder(self.output)), self.total_steps(job))
+            for job, (worker, _) in self.running.items()
+        ]
+        left = self.left()
+        return Picture(running, self.done, sum(left.values()), self._seconds_left(left, running))
+
+    def _seconds_left(self, left: Mapping[str, int], running: Sequence[Running]) -> float | None:
+        """Jobs left times the mean seconds of their stage so far, less what the running ones have spent."""
+        if not self.spent:
+            return None
+        total = 0.0
+        for stage, count in left.items():
+            seconds = [spent for job, spent in self.spent if job.stage == stage]
+            usual = seconds or [spent for _, spent in self.spent]
+            mean = sum(usual) / len(usual)
+            total += count * mean - sum(min(item.seconds, mean) for item in running if item.job.stage == stage)
+        return max(0.0, total) / len(self.environments)
+
+
+class _Clock:
+    """Adds the seconds of this call to those of earlier ones, in ``state.json``; a kill loses a few."""
+
+    def __init__(self, output: Path) -> None:
+        self.path = output / STATE_FILE
+        self.before = seconds_spent(output)
+        self.started = self.kept = time.monotonic()
+
+    def keep(self, *, now: bool = False) -> None:
+        if now or time.monotonic() - self.kept > 5:
+            self.kept = time.monotonic()
+            write_json(self.path, {"seconds": round(self.before + self.kept - self.started, 3)})
+
+
+def seconds_spent(output: Path) -> float:
+    """Of all calls on this folder so far."""
+    try:
+        return float(json.loads((output / STATE_FILE).read_text(encoding="utf-8"))["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
+def environments(jobs: int, device: str) -> list[dict[str, str]]:
+    """A device for each job at a time; on a CPU an equal part of its cores."""
+    import os
+
+    import torch
+
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = visible.split(",") if visible else [str(index) for index in range(gpus)]
+        return [{"CUDA_VISIBLE_DEVICES": names[slot % len(names)]} if jobs > 1 else {} for slot in range(jobs)]
+    if jobs == 1 or "OMP_NUM_THREADS" in os.environ:
+        return [{} for _ in range(jobs)]
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs) if hasattr(os, "sched_getaffinity") else 1
+    return [{"OMP_NUM_THREADS": str(threads)} for _ in range(jobs)]
+
+
+def forget_unfinished(output: Path, jobs: Sequence[Job], *, retry: bool) -> None:
+    """Let what was cut off, and with ``retry`` all that failed, be done again."""
+    for job in jobs:
+        outcome = stages.outcome_of(job, output)
+        if outcome is not None and outcome.status == "failed" and (retry or outcome.again):
+            stages.forget_outcome(job, output)
+
+
+def steps_of(folder: Path) -> Any:
+    """Seconds of training so far at each logged step of a run: [(step, seconds)]."""
+    from rankwise.records import read_metrics
+
+    return [(line["step"], line["train_seconds"]) for line in read_metrics(folder) if "train_seconds" in line]

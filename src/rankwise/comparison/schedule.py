@@ -1,0 +1,155 @@
+"""What to do next, from what is done: searches first, then seed after seed over all methods."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from rankwise.comparison.matrix import Cell, choose_rate, final_cells, search_cells
+from rankwise.comparison.schema import RateSearch, SearchedRate
+from rankwise.comparison.stages import Job, Outcome, Stage, is_skip, outcome_of
+from rankwise.errors import RunError
+from rankwise.records import RunRecord, load_record
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The matrix: methods times learning rates, then methods times seeds."""
+
+    output: Path
+    methods: tuple[str, ...]
+    rates: tuple[float, ...]
+    seeds: int
+    short: bool
+    # Whether the searches are shorter than the final runs.
+    after: tuple[Stage, ...] = ("measure", "evaluate")
+    # What follows the training of a final run, in order.
+    base: bool = True
+    # Whether the unadapted model is evaluated too.
+
+
+@dataclasses.dataclass
+class MethodState:
+    """One method as far as it has come."""
+
+    search: RateSearch
+    searched: bool
+    final: list[Cell]
+    skipped: dict[str, str] | None
+    waiting: list[Job]
+    # Not done yet, in order; of one cell only the next stage.
+
+
+def jobs_to_do(plan: Plan) -> list[Job]:
+    """Jobs that can start now, in order of preference, those in progress included."""
+    states = {method: state_of(plan, method) for method in plan.methods}
+    found = [job for state in states.values() if not state.searched for job in state.waiting]
+    final = [job for state in states.values() if state.searched for job in state.waiting]
+    found += sorted(final, key=lambda job: (job.cell.seed if job.cell else 0, plan.methods.index(_method(job))))
+    if plan.base:
+        found += _next_stage(plan, None)
+    return found
+
+
+def jobs_left(plan: Plan) -> Mapping[str, int]:
+    """How many jobs of each stage are still to come, as far as it is known."""
+    left: dict[str, int] = {"train": 0, **dict.fromkeys(plan.after, 0)}
+    for method in plan.methods:
+        state = state_of(plan, method)
+        if state.skipped:
+            continue
+        cells = state.final
+        if not state.searched:
+            left["train"] += len(state.waiting) + plan.seeds - (0 if plan.short else 1)
+            for stage in plan.after:
+                left[stage] += plan.seeds
+            continue
+        for cell in cells:
+            for stage in _open_stages(plan, cell):
+                left[stage] += 1
+    for stage in _open_stages(plan, None) if plan.base else ():
+        left[stage] += 1
+    return left
+
+
+def state_of(plan: Plan, method: str) -> MethodState:
+    """Read from disk, so that it is the same after a kill."""
+    search = search_cells(method, plan.rates, short=plan.short)
+    jobs = [Job("train", cell) for cell in search]
+    outcomes = {job: outcome_of(job, plan.output) for job in jobs}
+    reason = next((why for job in jobs if (why := _skip_reason(plan, job, outcomes[job]))), None)
+    if reason is not None:
+        return MethodState(_search(plan, search), True, [], reason, [])
+    open_jobs = [job for job, outcome in outcomes.items() if outcome is None]
+    if open_jobs:
+        return MethodState(_search(plan, search), False, [], None, open_jobs)
+    found = _search(plan, search)
+    rate = found["chosen"] if search else plan.rates[0]
+    if rate is None:
+        return MethodState(found, True, [], None, [])
+    cells = final_cells(method, rate, plan.seeds)
+    first = Job("train", cells[0])
+    reason = _skip_reason(plan, first, outcome_of(first, plan.output))
+    waiting = [] if reason else [job for cell in cells for job in _next_stage(plan, cell)]
+    if not search:
+        found = {"tried": _search(plan, cells[:1])["tried"], "chosen": rate, "at_edge": False}
+    return MethodState(found, True, cells, reason, waiting)
+
+
+def _next_stage(plan: Plan, cell: Cell | None) -> Iterator[Job]:
+    """The first stage of a cell that has no outcome. Nothing follows a training that failed."""
+    for stage in (("train",) if cell else ()) + plan.after:
+        job = Job(stage, cell)
+        outcome = outcome_of(job, plan.output)
+        if outcome is None:
+            yield job
+            return
+        if stage == "train" and outcome.status == "failed":
+            return
+
+
+def _open_stages(plan: Plan, cell: Cell | None) -> list[Stage]:
+    stages: list[Stage] = [*(("train",) if cell else ()), *plan.after]
+    outcomes = {stage: outcome_of(Job(stage, cell), plan.output) for stage in stages}
+    trained = outcomes.get("train")
+    if trained is not None and trained.status == "failed":
+        return []
+    return [stage for stage, outcome in outcomes.items() if outcome is None]
+
+
+def _search(plan: Plan, cells: list[Cell]) -> RateSearch:
+    tried: list[SearchedRate] = []
+    for cell in cells:
+        record = finished_record(plan.output, cell)
+        tried.append(
+            {
+                "learning_rate": cell.learning_rate,
+                "metric": "eval_loss",
+                "value": record.eval_loss if record else None,
+                "steps": record.steps if record else None,
+                "run": cell.id,
+            }
+        )
+    chosen, at_edge = choose_rate({item["learning_rate"]: item["value"] for item in tried})
+    return {"tried": tried, "chosen": chosen, "at_edge": at_edge}
+
+
+def finished_record(output: Path, cell: Cell) -> RunRecord | None:
+    """The record of a cell whose training is done; None for any other."""
+    outcome = outcome_of(Job("train", cell), output)
+    if outcome is None or outcome.status != "finished":
+        return None
+    try:
+        return load_record(cell.folder(output))
+    except RunError:
+        return None
+
+
+def _skip_reason(plan: Plan, job: Job, outcome: Outcome | None) -> dict[str, str] | None:
+    return outcome.error if outcome is not None and is_skip(job, plan.output, outcome) else None
+
+
+def _method(job: Job) -> str:
+    assert job.cell is not None
+    return job.cell.method

@@ -1,0 +1,137 @@
+"""The steps of a run, each a process of its own, and what they left on disk: a restart knows from that what is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from rankwise.comparison.matrix import Cell
+from rankwise.comparison.schema import EVALUATION_FOLDER
+from rankwise.errors import RunError
+from rankwise.records import RUN_FILE, load_record, read_metrics, write_json
+
+Stage = Literal["probe", "train", "measure", "evaluate"]
+CLI = "rankwise.cli.main"
+MEASURE = "rankwise.comparison.measure"
+PROBES_FOLDER = "probes"
+# Short runs that only measure the seconds of a step.
+BASE = "base"
+# Stands for a cell where the unadapted model is evaluated.
+KILLED = "RW583"
+INTERRUPTED_CODES = ("RW540", "RW541", "RW542", "RW543")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a stage ended. ``again``: it was cut off from outside, so that the next call takes it up again."""
+
+    status: Literal["finished", "failed"]
+    seconds: float
+    error: dict[str, str] | None = None
+    again: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A stage of a cell, or of the base model."""
+
+    stage: Stage
+    cell: Cell | None
+
+    @property
+    def id(self) -> str:
+        return self.cell.id if self.cell else BASE
+
+    def folder(self, output: Path) -> Path:
+        if self.cell is None:
+            return output / BASE
+        return output / PROBES_FOLDER / self.id if self.stage == "probe" else self.cell.folder(output)
+
+    def name(self, output: Path) -> Path:
+        """Its files in ``DIR/cells`` without their endings."""
+        return output / "cells" / f"{self.id}.{self.stage}"
+
+
+def outcome_of(job: Job, output: Path) -> Outcome | None:
+    """How it ended; None while it has not. A finished record counts even where a kill came before its outcome."""
+    path = job.name(output).with_name(job.name(output).name + ".json")
+    try:
+        return Outcome(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError("RW581", f"cannot read {path}: {error}; remove it, and the step is done again.") from None
+    if job.stage in ("train", "probe") and status_of(job.folder(output)) == "finished":
+        return Outcome("finished", load_record(job.folder(output)).wall_seconds or 0.0)
+    return None
+
+
+def keep_outcome(job: Job, output: Path, outcome: Outcome) -> None:
+    path = job.name(output)
+    write_json(path.with_name(path.name + ".json"), dataclasses.asdict(outcome))
+
+
+def forget_outcome(job: Job, output: Path) -> None:
+    path = job.name(output)
+    path.with_name(path.name + ".json").unlink(missing_ok=True)
+
+
+def status_of(folder: Path) -> str | None:
+    """Of the run in ``folder``; None where there is none."""
+    return load_record(folder).status if (folder / RUN_FILE).is_file() else None
+
+
+def train_arguments(job: Job, output: Path, settings: Mapping[str, Any]) -> list[str]:
+    """``rankwise train`` for a cell, from its last checkpoint where there is one."""
+    import yaml
+
+    folder, config = job.folder(output), job.name(output).with_suffix(".yaml")
+    there = (folder / RUN_FILE).is_file()
+    if folder.exists() and not there:
+        # Killed before the run had a record: what is in it is less than a run.
+        shutil.rmtree(folder)
+    write_text = yaml.safe_dump({key.replace("_", "-"): value for key, value in settings.items()}, sort_keys=True)
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(write_text, encoding="utf-8")
+    return ["train", "--config", str(config), "--json", *(["--resume"] if there else [])]
+
+
+def outcome_from(job: Job, output: Path, code: int, document: Mapping[str, Any], seconds: float) -> Outcome:
+    """What an exit code and the printed document mean."""
+    if code == 0:
+        return Outcome("finished", seconds)
+    found = document.get("error")
+    if code < 0 or not isinstance(found, Mapping):
+        return Outcome("failed", seconds, _cut_off(job, output, code), again=code < 0)
+    error = {"code": str(found.get("code")), "message": str(found.get("message"))}
+    return Outcome("failed", seconds, error, again=error["code"] in INTERRUPTED_CODES)
+
+
+def _cut_off(job: Job, output: Path, code: int) -> dict[str, str]:
+    log = job.name(output).with_name(job.name(output).name + ".log")
+    if code < 0:
+        reason = f"a signal ({-code}) ended it" + (", as the system does when memory is full" if code == -9 else "")
+    else:
+        reason = f"it ended with code {code}"
+    return {"code": KILLED, "message": f"{job.stage} of {job.id}: {reason}; see {log}."}
+
+
+def is_skip(job: Job, output: Path, outcome: Outcome) -> bool:
+    """Whether training never began: then the method cannot run here, and other seeds of it need no try."""
+    if job.stage != "train" or outcome.status != "failed" or outcome.again or outcome.error is None:
+        return False
+    stepped = any("loss" in line for line in read_metrics(job.folder(output)))
+    return not stepped and outcome.error["code"][:3] in ("RW1", "RW3", "RW4", "RW6")
+
+
+def evaluation_folder(job: Job, output: Path) -> Path:
+    return job.folder(output) / EVALUATION_FOLDER
+
+
+def last_step(folder: Path) -> int:
+    """Of a running run, by its metrics."""
+    return max((int(line.get("step", 0)) for line in read_metrics(folder)), default=0)

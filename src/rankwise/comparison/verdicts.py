@@ -1,0 +1,130 @@
+"""From paired differences to verdicts and tie groups. There are three answers: better (or worse), equivalent, cannot
+tell; a test that finds nothing is not a proof that there is nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from rankwise.comparison.schema import Difference, Verdict
+from rankwise.comparison.statistics import ALPHA, Estimate, holm, mean_of_seeds, paired_by_example
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """One method on one metric: a value per seed, and where the metric is a mean over examples, the examples' own.
+
+    ``examples``: (S, n) in the metric's unit; ``weights``: (n,), so that the weighted mean over examples is the
+    metric; ``clusters``: (n,) names of the groups (one source text, one question) that examples come from.
+    """
+
+    values: Mapping[int, float]
+    # Seed -> value.
+    examples: Mapping[int, Sequence[float]] = dataclasses.field(default_factory=dict)
+    # Seed -> a value per example; empty for a metric of the whole corpus, such as BLEU.
+    ids: Sequence[str] = ()
+    weights: Sequence[float] | None = None
+    clusters: Sequence[Hashable] | None = None
+
+
+def estimate_difference(a: Scores, b: Scores) -> tuple[Estimate, bool, int]:
+    """``a - b`` over the seeds that both have; whether examples could be paired, and how many."""
+    seeds = sorted(set(a.values) & set(b.values))
+    by_example = bool(a.ids) and list(a.ids) == list(b.ids) and set(seeds) <= set(a.examples) & set(b.examples)
+    if by_example:
+        left, right = ([scores.examples[seed] for seed in seeds] for scores in (a, b))
+        return paired_by_example(left, right, weights=a.weights, clusters=a.clusters), True, len(a.ids)
+    return mean_of_seeds([a.values[seed] - b.values[seed] for seed in seeds]), False, len(seeds)
+
+
+def compare_all(
+    metric: str, scores: Mapping[str, Scores], *, higher_is_better: bool, relative_margin: float
+) -> list[Difference]:
+    """Every pair of methods on one metric, with Holm's correction over the pairs.
+
+    The margin of equivalence is ``relative_margin`` of the mean of all methods.
+    """
+    means = [mean_of_seeds(list(item.values.values())).mean for item in scores.values()]
+    margin = relative_margin * abs(sum(means) / len(means)) if means else 0.0
+    pairs = [
+        (a, b, *estimate_difference(scores[a], scores[b]))
+        for a, b in itertools.combinations(scores, 2)
+        if set(scores[a].values) & set(scores[b].values)
+    ]
+    corrected = holm([estimate.p_value() for _, _, estimate, _, _ in pairs])
+    return [
+        _difference(metric, a, b, estimate, paired, count, p_holm, margin, higher_is_better, scores)
+        for (a, b, estimate, paired, count), p_holm in zip(pairs, corrected)
+    ]
+
+
+def _difference(
+    metric: str,
+    a: str,
+    b: str,
+    estimate: Estimate,
+    paired: bool,
+    count: int,
+    p_holm: float | None,
+    margin: float,
+    higher_is_better: bool,
+    scores: Mapping[str, Scores],
+) -> Difference:
+    interval = estimate.interval()
+    seeds = sorted(set(scores[a].values) & set(scores[b].values))
+    return {
+        "a": a,
+        "b": b,
+        "metric": metric,
+        "difference": estimate.mean,
+        "interval": None if interval is None else list(interval),
+        "standard_error": estimate.standard_error,
+        "p_value": estimate.p_value(),
+        "p_value_holm": p_holm,
+        "equivalence_p": estimate.equivalence_p(margin),
+        "margin": margin,
+        "verdict": verdict(estimate, p_holm, margin, higher_is_better=higher_is_better),
+        "seed_sd": estimate.seed_sd,
+        "example_se": estimate.example_se,
+        "pairs": count,
+        "clusters": estimate.clusters,
+        "seeds": len(seeds),
+        "per_seed": {str(seed): value for seed, value in zip(seeds, estimate.per_seed)},
+        "paired_by_example": paired,
+    }
+
+
+def verdict(estimate: Estimate, p_holm: float | None, margin: float, *, higher_is_better: bool) -> Verdict:
+    """Of ``a - b``, about ``a``.
+
+    Equivalence is asked first: a difference that is surely there and surely smaller than the margin is one that the
+    user has said not to care about.
+    """
+    equivalence_p = estimate.equivalence_p(margin)
+    if equivalence_p is not None and equivalence_p < ALPHA:
+        return "equivalent"
+    if p_holm is not None and p_holm < ALPHA:
+        return "better" if (estimate.mean > 0) == higher_is_better else "worse"
+    return "cannot tell"
+
+
+def tie_groups(order: Sequence[str], differences: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Letters for methods, best first in ``order``: two that share a letter were not told apart (Piepho 2004).
+
+    Insert and absorb: start with one group of all; split it by every pair that differs; drop groups within others.
+    """
+    groups = [frozenset(order)]
+    for item in differences:
+        if item["verdict"] in ("better", "worse"):
+            groups = _split(groups, item["a"], item["b"])
+    groups.sort(key=lambda group: [order.index(name) for name in sorted(group, key=order.index)])
+    return {
+        name: "".join(chr(ord("a") + index) for index, group in enumerate(groups) if name in group) for name in order
+    }
+
+
+def _split(groups: Sequence[frozenset[str]], a: str, b: str) -> list[frozenset[str]]:
+    parts = [part for group in groups for part in ((group - {a}, group - {b}) if {a, b} <= group else (group,))]
+    return [part for part in dict.fromkeys(parts) if not any(part < other for other in parts)]

@@ -1,0 +1,101 @@
+"""A loaded model as the tasks see it: scoring, answering, encoding, and how much goes into a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from rankwise.data.encoding import RowEncoder
+from rankwise.data.rows import Row, Rows
+from rankwise.evaluation.generation import Decoding, Generator, Prompt, batches_by_length
+from rankwise.evaluation.loglikelihood import Scorer
+
+SCORING_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
+# Tokens of a batch that is scored: enough to keep the device busy.
+GENERATING_ROWS = {"cpu": 64, "cuda": 256, "mps": 64}
+CACHE_BYTES = 1 << 30
+# Keys and values of a batch that is written, on a CPU; on a card a quarter of what is free.
+
+
+@dataclasses.dataclass
+class Engine:
+    """Model and tokenizer on their device. ``template`` is Jinja text that replaces the tokenizer's."""
+
+    model: Any
+    tokenizer: Any
+    template: str | None = None
+    batch_size: int | None = None
+    # Most sequences in a batch; None leaves it to budgets.
+
+    @property
+    def device_type(self) -> str:
+        return str(self.model.device.type)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model can see."""
+        config = self.model.config.get_text_config(decoder=True)
+        for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
+            if isinstance(getattr(config, name, None), int):
+                return int(getattr(config, name))
+        return 2048
+
+    @property
+    def pad(self) -> int:
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if self.tokenizer is not None else ()
+        return next((token for token in known if token is not None), 0)
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        budget = SCORING_TOKENS.get(self.device_type, SCORING_TOKENS["cpu"])
+        return Scorer(self.model, budget=budget, max_rows=self.batch_size, pad=self.pad)
+
+    def generator(self, decoding: Decoding) -> Generator:
+        return Generator(self.model, decoding, pad=self.pad)
+
+    def numbered(self, prompts: Sequence[tuple[int, ...]]) -> list[Prompt]:
+        return [Prompt(ids, number) for number, ids in enumerate(prompts)]
+
+    def batches(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[list[int]]:
+        """Numbers of prompts that are answered together."""
+        rows = self.batch_size or max(1, GENERATING_ROWS.get(self.device_type, 64) // decoding.num_beams)
+        tokens = self._cache_bytes() // max(1, self._bytes_per_token()) // decoding.num_beams
+        return batches_by_length(prompts, budget=tokens, new_tokens=decoding.max_new_tokens, max_rows=rows)
+
+    def stop_ids(self, more: Iterable[int | None] = ()) -> frozenset[int]:
+        """Tokens that end an answer: the tokenizer's, the model's, and ``more``."""
+        found = {self.tokenizer.eos_token_id, *more}
+        for config in (getattr(self.model, "generation_config", None), self.model.config):
+            ids = getattr(config, "eos_token_id", None)
+            found |= set(ids) if isinstance(ids, list | tuple) else {ids}
+        return frozenset(int(token) for token in found if token is not None)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def encoder(self, rows: Rows) -> RowEncoder:
+        """Writes rows as training does."""
+        return RowEncoder(rows, self.tokenizer, self.template)
+
+    def prompt_ids(self, encoder: RowEncoder, rows: Sequence[Row]) -> list[tuple[int, ...]]:
+        """Of prompt-and-completion rows the ids in front of the first trained one: what a trained model answers."""
+        return [tuple(row.ids[: row.trained.index(True)]) for row in encoder.encode(rows)]
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a text as it is, with the tokenizer's opening token where it has one."""
+        return tuple(self.tokenizer(text)["input_ids"])
+
+    def _bytes_per_token(self) -> int:
+        config = self.model.config.get_text_config(decoder=True)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * int(config.num_hidden_layers) * int(heads) * int(size) * self.model.dtype.itemsize
+
+    def _cache_bytes(self) -> int:
+        if self.device_type == "cuda":
+            return torch.cuda.mem_get_info(self.model.device)[0] // 4
+        return CACHE_BYTES

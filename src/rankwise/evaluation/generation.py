@@ -1,0 +1,250 @@
+"""Answers for many prompts: greedy, sampled, or by beam search; token ids in, token ids out.
+
+Greedy decoding takes the argmax at each step. Prompts of like length share a batch, left-padded and with positions
+of their own; rows that have stopped leave the batch; what all prompts begin with is computed once.
+
+B rows, L tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankwise.evaluation.growing_cache import as_tensor, growing_cache, repeated, shares_prefixes
+from rankwise.evaluation.packing import common_length
+
+SHARED_TOKENS = 32
+# A common beginning shorter than this is not worth a pass of its own.
+LEAVE_AT = 0.75
+# Finished rows leave when at most this share of the batch still runs: each departure copies the cache.
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How answers are chosen. ``stop_ids`` end an answer and are no part of it."""
+
+    max_new_tokens: int
+    stop_ids: frozenset[int]
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    # Beam search ranks by sum log p / length ** length_penalty.
+    no_repeat_ngram_size: int = 0
+    # Counted within the answer, the prompt left out (so does the LoRA repository: an answer may copy from it).
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**fields, "stop_ids": sorted(self.stop_ids)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """Token ids of a prompt, and the number that names it where a draw depends on it."""
+
+    ids: tuple[int, ...]
+    number: int = 0
+
+
+Stopped = Callable[[list[int]], bool]
+# Whether the ids of an answer so far hold a stop string.
+
+
+def batches_by_length(prompts: Sequence[Prompt], *, budget: int, new_tokens: int, max_rows: int) -> list[list[int]]:
+    """Numbers of prompts of like length, longest first; a batch holds ``budget`` tokens with the answers to come.
+
+    Depends on the set of prompts, not on their order.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].ids), prompts[i].ids, prompts[i].number))
+    batches: list[list[int]] = []
+    for index in order:
+        last = batches[-1] if batches else None
+        tokens = (len(prompts[last[0]].ids) + new_tokens) if last else 0
+        if last and len(last) < max_rows and (len(last) + 1) * tokens <= budget:
+            last.append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+class Generator:
+    """Writes answers on one model. ``pad`` is any token id."""
+
+    def __init__(self, model: Any, decoding: Decoding, *, pad: int = 0) -> None:
+        self.model = model
+        self.decoding = decoding
+        self.pad = pad
+        self._prefix: tuple[tuple[int, ...], Any] = ((), None)
+
+    def share(self, prompts: Sequence[Prompt]) -> None:
+        """Compute what all ``prompts`` begin with once, for the batches to come."""
+        shared = min((common_length(prompts[0].ids, prompt.ids) for prompt in prompts), default=0)
+        # The last token of a prompt must be run with its batch: its logits are the first answer token.
+        shared = min([shared, *(len(prompt.ids) - 1 for prompt in prompts)])
+        if shared < SHARED_TOKENS or len(prompts) < 2 or self.decoding.num_beams > 1:
+            return
+        cache = growing_cache(self.model)
+        if not shares_prefixes(cache):
+            return
+        beginning = prompts[0].ids[:shared]
+        with torch.inference_mode():
+            self.model(
+                input_ids=torch.tensor([beginning], device=self.model.device),
+                **self._cached(cache),
+            )
+        self._prefix = beginning, cache
+
+    def answers(self, prompts: Sequence[Prompt], stopped: Stopped | None = None) -> list[list[int]]:
+        """Token ids of the answers, stop tokens left out."""
+        if self.decoding.num_beams > 1:
+            return self._beam_search(prompts, stopped)
+        return self._step_by_step(prompts, stopped)
+
+    def _cached(self, cache: Any) -> dict[str, Any]:
+        """The arguments of a step: its cache under the name that this version of transformers has for it."""
+        known = inspect.signature(self.model.forward).parameters
+        last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        return {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True, **last}
+
+    @torch.inference_mode()
+    def _step_by_step(self, prompts: Sequence[Prompt], stopped: Stopped | None) -> list[list[int]]:
+        batch = _Running(prompts, self._prefix, self.model, self.pad)
+        answers: list[list[int]] = [[] for _ in prompts]
+        generators = [self._random(prompt) for prompt in prompts]
+        for _ in range(self.decoding.max_new_tokens):
+            output = self.model(
+                input_ids=batch.ids,
+                attention_mask=batch.mask,
+                position_ids=batch.positions,
+                **self._cached(batch.cache),
+            )
+            chosen = self._choose(output.logits[:, -1].float(), answers, generators, batch.rows)
+            for row, token in zip(batch.rows, chosen):
+                if token >= 0:
+                    answers[row].append(token)
+            running = [
+                token >= 0 and not (stopped is not None and stopped(answers[row]))
+                for row, token in zip(batch.rows, chosen)
+            ]
+            if not batch.advance(chosen, running):
+                break
+        return answers
+
+    def _choose(
+        self, logits: Tensor, answers: Sequence[list[int]], generators: Sequence[Any], rows: Sequence[int]
+    ) -> list[int]:
+        """The next token of each row, -1 where it is a stop token or the row has stopped before."""
+        if self.decoding.no_repeat_ngram_size:
+            for index, row in enumerate(rows):
+                if row >= 0:
+                    banned = repeating_tokens(answers[row], self.decoding.no_repeat_ngram_size)
+                    logits[index, banned] = -torch.inf
+        if self.decoding.temperature > 0:
+            tokens = [
+                sample(logits[index], self.decoding.temperature, self.decoding.top_p, generators[row])
+                for index, row in enumerate(rows)
+            ]
+        else:
+            tokens = logits.argmax(-1).tolist()
+        return [-1 if row < 0 or token in self.decoding.stop_ids else token for row, token in zip(rows, tokens)]
+
+    def _random(self, prompt: Prompt) -> torch.Generator | None:
+        """Draws of a prompt depend on it and the seed, not on the batch it is in."""
+        if self.decoding.temperature == 0:
+            return None
+        return torch.Generator().manual_seed((self.decoding.seed << 32) + prompt.number)
+
+    @torch.inference_mode()
+    def _beam_search(self, prompts: Sequence[Prompt], stopped: Stopped | None) -> list[list[int]]:
+        """transformers' beam search; n-grams are counted in the answer alone."""
+        from transformers import GenerationConfig
+
+        ids, mask = as_tensor([list(prompt.ids) for prompt in prompts], self.pad, self.model.device)
+        stop = sorted(self.decoding.stop_ids)
+        config = GenerationConfig(
+            max_new_tokens=self.decoding.max_new_tokens,
+            num_beams=self.decoding.num_beams,
+            length_penalty=self.decoding.length_penalty,
+            do_sample=False,
+            eos_token_id=stop or None,
+            pad_token_id=self.pad,
+            use_cache=True,
+        )
+        size, start = self.decoding.no_repeat_ngram_size, ids.shape[1]
+        processors: Any = [_without_repeats(start, size)] if size else None
+        tokens = self.model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
+        )
+        return [_until(row, self.decoding.stop_ids) for row in tokens[:, start:].tolist()]
+
+
+class _Running:
+    """The rows of a batch that still write, and the tensors of their next step."""
+
+    def __init__(self, prompts: Sequence[Prompt], prefix: tuple[tuple[int, ...], Any], model: Any, pad: int) -> None:
+        beginning, cache = prefix
+        shared = len(beginning)
+        uses_prefix = shared > 0 and all(prompt.ids[:shared] == beginning for prompt in prompts)
+        start = shared if uses_prefix else 0
+        self.ids, mask = as_tensor([list(prompt.ids[start:]) for prompt in prompts], pad, model.device)
+        self.positions = start + (mask.cumsum(-1) - 1).clamp(min=0)
+        self.mask = torch.cat([mask.new_ones(len(prompts), start), mask], dim=1)
+        self.cache = repeated(cache, len(prompts)) if uses_prefix else growing_cache(model)
+        self.rows = list(range(len(prompts)))
+        # Number of the prompt in each row, -1 where it has stopped.
+
+    def advance(self, chosen: Sequence[int], running: Sequence[bool]) -> bool:
+        """Take the chosen tokens as the next input; False when no row runs any more."""
+        self.rows = [row if runs else -1 for row, runs in zip(self.rows, running)]
+        left = [index for index, row in enumerate(self.rows) if row >= 0]
+        if not left:
+            return False
+        ids = torch.tensor([[max(token, 0)] for token in chosen], device=self.ids.device)
+        self.positions = self.positions[:, -1:] + 1
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], dim=1)
+        if len(left) <= LEAVE_AT * len(self.rows):
+            kept = torch.tensor(left, device=ids.device)
+            self.cache.batch_select_indices(kept)
+            ids, self.positions, self.mask = ids[kept], self.positions[kept], self.mask[kept]
+            self.rows = [self.rows[index] for index in left]
+        self.ids = ids
+        return True
+
+
+def repeating_tokens(answer: Sequence[int], size: int) -> list[int]:
+    """Tokens that would repeat an n-gram of ``answer``."""
+    if len(answer) < size:
+        return []
+    tail = list(answer[len(answer) - size + 1 :])
+    return sorted(
+        {answer[i + size - 1] for i in range(len(answer) - size + 1) if list(answer[i : i + size - 1]) == tail}
+    )
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
+    """A draw from softmax(logits / T) among the likeliest tokens that make up ``top_p``."""
+    p, order = torch.softmax(logits.cpu() / temperature, -1).sort(descending=True)
+    # The likeliest token always stays: what stands before it sums to 0.
+    p[p.cumsum(-1) - p >= top_p] = 0
+    return int(order[torch.multinomial(p, 1, generator=generator)])
+
+
+def _without_repeats(start: int, size: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def process(ids: Tensor, scores: Tensor) -> Tensor:
+        for index, row in enumerate(ids[:, start:].tolist()):
+            scores[index, repeating_tokens(row, size)] = -torch.inf
+        return scores
+
+    return process
+
+
+def _until(ids: list[int], stop_ids: frozenset[int]) -> list[int]:
+    end = next((index for index, token in enumerate(ids) if token in stop_ids), len(ids))
+    return ids[:end]

@@ -1,0 +1,161 @@
+"""Our engine behind the model interface of lm-evaluation-harness. Imported only where that package is needed.
+
+Texts become ids exactly as in the harness' own HFLM; the requests are then scored and answered by our engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from rankwise.evaluation.engine import Engine
+from rankwise.evaluation.generation import Decoding
+from rankwise.evaluation.journal import Responses
+from rankwise.evaluation.loglikelihood import Target, target_of
+from rankwise.evaluation.packing import members_of
+from rankwise.evaluation.tasks.answers import before_stops, stops_at
+from rankwise.evaluation.tasks.base import Tell
+
+NEW_TOKENS = 256
+# HFLM's default length of an answer.
+LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+class EngineLM(TemplateLM):  # type: ignore[misc]
+    """``responses`` keeps every answer on disk, so that a request is computed once."""
+
+    def __init__(self, engine: Engine, responses: Responses, tell: Tell) -> None:
+        super().__init__()
+        self.engine = engine
+        self.tokenizer = engine.tokenizer
+        self.responses = responses
+        self.tell = tell
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
+
+    @property
+    def max_length(self) -> int:
+        return self.engine.max_length
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        if add_special_tokens is None and not string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+            return list(self.tokenizer.encode(string))
+        return list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        # Progress is shown by us.
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        keys = [_key("loglikelihood", context, continuation) for _, context, continuation in requests]
+        pairs = {key: (context, continuation) for key, (_, context, continuation) in zip(keys, requests)}
+        targets = {key: target_of(*pair, self.max_length) for key, pair in pairs.items()}
+        self._score(targets)
+        found = [self.responses.known[key] for key in keys]
+        return [(float(total), bool(greedy)) for total, greedy in found]
+
+    def _score(self, targets: Mapping[str, Target]) -> None:
+        keys, chosen = list(targets), list(targets.values())
+        known = self.responses.known
+        self.tell(sum(key in known for key in keys), len(keys))
+        for rows in self.engine.scorer.plan(chosen):
+            if all(keys[member] in known for member in members_of(rows)):
+                continue
+            scores = self.engine.scorer.score_batch(rows, chosen)
+            self.responses.append({keys[i]: [score.total, score.greedy] for i, score in scores.items()})
+            self.tell(sum(key in known for key in keys), len(keys))
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        windows = [
+            list(
+                map(
+                    make_disjoint_window,
+                    get_rolling_token_windows(
+                        token_list=self.tok_encode(request.args[0]),
+                        prefix_token=self.prefix_token_id,
+                        max_seq_len=self.max_length,
+                        context_len=1,
+                    ),
+                )
+            )
+            for request in requests
+        ]
+        scores = iter(self._loglikelihood_tokens([(None, *window) for group in windows for window in group]))
+        return [math.fsum(next(scores)[0] for _ in group) for group in windows]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        keys = [_key("generate_until", *request.args, number) for number, request in _numbered(requests)]
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        done = 0
+        for group in groups.values():
+            self._generate([requests[i] for i in group], [keys[i] for i in group], done, len(requests))
+            done += len(group)
+        return [str(self.responses.known[key]) for key in keys]
+
+    def _generate(self, requests: Sequence[Any], keys: Sequence[str], before: int, total: int) -> None:
+        decoding, stops = self._decoding(requests[0].args[1])
+        room = self.max_length - decoding.max_new_tokens
+        texts = [request.args[0] for request in requests]
+        prompts = [tuple(self.tok_encode(text)[-max(1, room) :]) for text in texts]
+        numbered = self.engine.numbered(prompts)
+        generator, stopped = self.engine.generator(decoding), stops_at(self.engine, stops)
+        generator.share(numbered)
+        known = self.responses.known
+        for batch in self.engine.batches(numbered, decoding):
+            if not all(keys[index] in known for index in batch):
+                answers = generator.answers([numbered[index] for index in batch], stopped)
+                written = [before_stops(self.engine.decode(ids), stops) for ids in answers]
+                self.responses.append(dict(zip((keys[index] for index in batch), written)))
+            self.tell(before + sum(key in known for key in keys), total)
+
+    def _decoding(self, asked: Mapping[str, Any]) -> tuple[Decoding, list[str]]:
+        until = asked.get("until") or []
+        end = self.tokenizer.decode(self.eot_token_id)
+        stops = [stop for stop in ([until] if isinstance(until, str) else [*until, end]) if stop]
+        length = next((asked[name] for name in LENGTH_NAMES if asked.get(name) is not None), NEW_TOKENS)
+        temperature = float(asked.get("temperature") or 0.0) if asked.get("do_sample") is not False else 0.0
+        decoding = Decoding(
+            max_new_tokens=int(length),
+            stop_ids=self.engine.stop_ids(),
+            num_beams=int(asked.get("num_beams") or 1),
+            temperature=temperature,
+            top_p=float(asked.get("top_p") or 1.0),
+        )
+        return decoding, stops
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+
+def _numbered(requests: Sequence[Any]) -> list[tuple[int, Any]]:
+    """Each request with how often it came before: repeats of a sampled one are drawn anew."""
+    seen: dict[str, int] = {}
+    numbered = []
+    for request in requests:
+        text = json.dumps(request.args, sort_keys=True, default=str)
+        numbered.append((seen.get(text, 0), request))
+        seen[text] = seen.get(text, 0) + 1
+    return numbered
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,121 @@
+"""Predictions on disk while an evaluation runs: appended batch by batch, so that a kill loses one batch at most.
+
+A folder belongs to one evaluation: ``settings.json`` holds what its answers depend on, and a folder of another one
+is refused. Batch size is no part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import RunError
+from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE, Example, read_examples
+from rankwise.records import write_bytes, write_json
+
+IDENTITY_FILE = "settings.json"
+RESPONSES_FILE = "responses.jsonl"
+
+
+def identity_hash(identity: Mapping[str, Any]) -> str:
+    """sha256 over sorted JSON."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def open_folder(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Make ``folder`` ready for the evaluation that ``identity`` describes: new, or one to go on with.
+
+    Raises RunError (RW570) naming what differs when the folder belongs to another evaluation.
+    """
+    known = _identity_in(folder)
+    if known is not None and known != json.loads(json.dumps(identity, default=str)) and not overwrite:
+        keys = [key for key in {**known, **identity} if known.get(key) != identity.get(key)]
+        different = "; ".join(f"{key} was {_short(known.get(key))}, now {_short(identity.get(key))}" for key in keys)
+        raise RunError(
+            "RW570",
+            f"{folder} holds results of another evaluation ({different}); use another --output, or --overwrite.",
+        )
+    if overwrite:
+        for name in (IDENTITY_FILE, EXAMPLES_FILE, RESPONSES_FILE, RESULT_FILE):
+            (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / IDENTITY_FILE, identity)
+
+
+def _identity_in(folder: Path) -> Any:
+    path = folder / IDENTITY_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError("RW571", f"cannot read {path}: {error}; remove the folder, or use --overwrite.") from None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class Lines:
+    """An append-only file of JSON lines. A last line that was cut short is taken away when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._drop_half_a_line()
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """All ``records`` in one write, on disk when this returns."""
+        text = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
+        with self.path.open("ab") as file:
+            file.write(text.encode("utf-8", errors="backslashreplace"))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _drop_half_a_line(self) -> None:
+        if not self.path.exists():
+            return
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            with self.path.open("r+b") as file:
+                file.truncate(whole)
+
+
+class Journal:
+    """The predictions of one task, by id."""
+
+    def __init__(self, folder: Path) -> None:
+        self.lines = Lines(folder / EXAMPLES_FILE)
+        self.done: dict[str, Example] = {example.id: example for example in read_examples(self.lines.path)}
+
+    def append(self, examples: Iterable[Example]) -> None:
+        """Keep a batch; what is known already stays as it is."""
+        new = [example for example in examples if example.id not in self.done]
+        self.lines.append(example.to_json() for example in new)
+        self.done.update((example.id, example) for example in new)
+
+
+def rewrite(folder: Path, examples: Iterable[Example]) -> None:
+    """The predictions of a finished task, in the order of the data."""
+    text = "".join(json.dumps(example.to_json(), ensure_ascii=False, default=str) + "\n" for example in examples)
+    write_bytes(folder / EXAMPLES_FILE, text.encode("utf-8", errors="backslashreplace"))
+
+
+class Responses:
+    """Answers to requests of lm-evaluation-harness, by the sha256 of the request."""
+
+    def __init__(self, folder: Path) -> None:
+        self.lines = Lines(folder / RESPONSES_FILE)
+        self.known: dict[str, Any] = {}
+        for line in self.lines.path.read_text(encoding="utf-8").splitlines() if self.lines.path.exists() else ():
+            record = json.loads(line)
+            self.known[record["request"]] = record["response"]
+
+    def append(self, responses: Mapping[str, Any]) -> None:
+        self.lines.append({"request": key, "response": value} for key, value in responses.items())
+        self.known.update(responses)

@@ -1,0 +1,365 @@
+"""A judge behind an OpenAI-compatible endpoint rates pairs of answers, in both orders.
+
+A reply is written to disk before it is used, under the hash of the request, so no request is paid for twice, not even
+after kill -9. What cannot be had (time-outs, 429, 500, replies without two ratings) is asked again with growing pauses
+and then recorded as failed: a rating of (-1, -1), which the score leaves out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import ConfigError, DataError, warn
+from rankwise.evaluation.metrics.vicuna import FAILED
+
+DEFAULT_PROMPT = """\
+Two assistants have answered the same question. Compare their answers.
+
+<question>
+{question}
+</question>
+
+<answer_1>
+{answer_1}
+</answer_1>
+
+<answer_2>
+{answer_2}
+</answer_2>
+
+Give each answer a mark from 1 (useless) to 10 (could not be better). Look at whether it does what was asked, whether \
+its statements and its code or calculation are right, and whether it is as detailed as the question needs. Length alone \
+earns nothing, and neither does standing first.
+
+Write the two marks on the first line: the mark of answer 1, a space, the mark of answer 2, nothing else. Then say in a \
+few sentences why.
+"""
+PLACEHOLDERS = ("question", "answer_1", "answer_2")
+DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
+MARK = r"\d{1,2}(?:\.\d+)?"
+OUT_OF_TEN = r"(?:[ \t]*/[ \t]*10)?"
+DECORATION = r"[ \t*_`\"'()\[\]]*"
+MARKS = re.compile(rf"^{DECORATION}({MARK}){OUT_OF_TEN}[ \t,;]+({MARK}){OUT_OF_TEN}{DECORATION}\.?\r?$", re.MULTILINE)
+HIGHEST_MARK = 10.0
+WRONG_ADDRESS = {401, 403, 404}
+# Statuses that every further request would get too.
+TRY_AGAIN = {408, 409, 425, 429}
+LONGEST_PAUSE_SECONDS = 120.0
+REPLY_BYTES_LIMIT = 4 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    question_id: int | str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    answer_id: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rating:
+    """A judge's marks for two answers; ``score`` is (-1, -1) where it gave none."""
+
+    review_id: str
+    question_id: int | str
+    answer1_id: str
+    answer2_id: str
+    text: str
+    # The judge's reply, or why there is none.
+    score: tuple[float, float]
+    metadata: Mapping[str, Any]
+
+    @property
+    def failed(self) -> bool:
+        return self.score == FAILED
+
+    def to_json(self) -> dict[str, Any]:
+        """A row as ``rankwise score vicuna --ratings`` reads it."""
+        return {**dataclasses.asdict(self), "score": list(self.score)}
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeClient:
+    """Where the judge is, and how often it is asked.
+
+    Raises ConfigError: RW156 for an address that is none, RW157 for a prompt without its three places.
+    """
+
+    url: str
+    # Base address of the API, such as https://api.openai.com/v1.
+    model: str
+    key: str | None = dataclasses.field(default=None, repr=False)
+    prompt: str = DEFAULT_PROMPT
+    temperature: float = 0.0
+    max_tokens: int = 1024
+    attempts: int = 5
+    # Requests per rating, the first included.
+    pause_seconds: float = 1.0
+    # Before the second attempt; doubles with each, and waits as long as the server asks for.
+    timeout_seconds: float = 120.0
+    concurrency: int = 4
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"https?://[^\s/]+\S*", self.url):
+            raise ConfigError("RW156", f"--judge-url is {self.url!r}; give an address such as https://host/v1.")
+        missing = [name for name in PLACEHOLDERS if f"{{{name}}}" not in self.prompt]
+        if missing:
+            places = ", ".join(f"{{{name}}}" for name in missing)
+            raise ConfigError(
+                "RW157", f"the judge's prompt has no place for {places}; write it where the text belongs."
+            )
+
+    @property
+    def endpoint(self) -> str:
+        url = self.url.rstrip("/")
+        return url if url.endswith("/chat/completions") else f"{url}/chat/completions"
+
+    def request(self, question: str, answer_1: str, answer_2: str) -> dict[str, Any]:
+        """The body of one request."""
+        texts = {"question": question, "answer_1": answer_1, "answer_2": answer_2}
+        # In one pass: an answer that holds a placeholder is left as it is.
+        prompt = re.sub(r"\{(question|answer_1|answer_2)\}", lambda found: texts[found[1]], self.prompt)
+        return {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+        }
+
+
+def read_prompt(path: Path) -> str:
+    """A judge's prompt from a file. Raises ConfigError (RW157)."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("RW157", f"cannot read the judge's prompt {path}: {error}.") from None
+
+
+def judge_key(variable: str = DEFAULT_KEY_VARIABLE) -> str | None:
+    """The key that the environment holds; None where it holds none, as local servers need none."""
+    return os.environ.get(variable, "").strip() or None
+
+
+class JudgeCache:
+    """Replies on disk, one JSON object a line, under the hash of their request; safe for threads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._replies: dict[str, str] = {}
+        if path.exists():
+            for line in path.read_bytes().split(b"\n"):
+                self._take(line)
+
+    def _take(self, line: bytes) -> None:
+        """A line cut short by a kill is no entry: its request is asked again."""
+        try:
+            entry = json.loads(line)
+            self._replies[entry["key"]] = str(entry["reply"])
+        except (ValueError, KeyError, TypeError):
+            return
+
+    @staticmethod
+    def key(request: Mapping[str, Any], number: int) -> str:
+        """SHA-256 of what is sent and of which reply to it is meant: a useless one is kept, and the next asked for."""
+        text = json.dumps([request, number], sort_keys=True, ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def get(self, key: str) -> str | None:
+        with self._lock:
+            return self._replies.get(key)
+
+    def put(self, key: str, reply: str) -> None:
+        """On disk when this returns. The newline comes first, so that a line cut short stays alone."""
+        line = json.dumps({"key": key, "reply": reply}, ensure_ascii=True)
+        with self._lock:
+            self._replies[key] = reply
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as file:
+                file.write(f"\n{line}\n".encode())
+                file.flush()
+                os.fsync(file.fileno())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """One request: a question with two answers in an order."""
+
+    question: Question
+    answers: tuple[Answer, Answer]
+    request: Mapping[str, Any]
+
+
+def judge_answers(
+    questions: Sequence[Question],
+    answers_a: Sequence[Answer],
+    answers_b: Sequence[Answer],
+    *,
+    client: JudgeClient,
+    cache: JudgeCache,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Rating]:
+    """Rate ``answers_a[i]`` against ``answers_b[i]`` for each of N questions, a first and then b first: 2 N ratings.
+
+    ``progress(done, total)`` is called after each. Raises DataError: RW232 different counts, RW245 an endpoint that
+    refuses the key or does not exist. Warns (RW243) of ratings that failed.
+    """
+    if not len(questions) == len(answers_a) == len(answers_b):
+        counts = f"{len(questions):,} questions, {len(answers_a):,} and {len(answers_b):,} answers"
+        raise DataError("RW232", f"there are {counts}; give one answer of each system to each question.")
+    pairs = [_pair(client, *row) for row in zip(questions, answers_a, answers_b)]
+    pairs += [_pair(client, *row) for row in zip(questions, answers_b, answers_a)]
+    # Equal requests are sent once.
+    unique = {JudgeCache.key(pair.request, 0): pair for pair in pairs}
+    replies = _ask_all(client, cache, unique, progress)
+    ratings = [_rating(client, pair, *replies[JudgeCache.key(pair.request, 0)]) for pair in pairs]
+    failed = [rating for rating in ratings if rating.failed]
+    if failed:
+        warn(
+            "RW243",
+            f"{len(failed):,} of {len(ratings):,} ratings failed after {client.attempts} attempts each, the first "
+            f"because of this: {failed[0].text[:160]}; run the command again to ask once more for those without a reply.",
+        )
+    return ratings
+
+
+def _pair(client: JudgeClient, question: Question, first: Answer, second: Answer) -> _Pair:
+    return _Pair(question, (first, second), client.request(question.text, first.text, second.text))
+
+
+def _ask_all(
+    client: JudgeClient,
+    cache: JudgeCache,
+    pairs: Mapping[str, _Pair],
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, tuple[str, tuple[float, float]]]:
+    """{key: reply and marks}. The first refusal of the endpoint itself stops the rest."""
+    replies: dict[str, tuple[str, tuple[float, float]]] = {}
+    stop = threading.Event()
+    pool = ThreadPoolExecutor(max_workers=client.concurrency)
+    try:
+        futures = {key: pool.submit(_ask, client, cache, pair.request, stop) for key, pair in pairs.items()}
+        for key, future in futures.items():
+            replies[key] = future.result()
+            if progress:
+                progress(len(replies), len(pairs))
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+    return replies
+
+
+def _ask(
+    client: JudgeClient, cache: JudgeCache, request: Mapping[str, Any], stop: threading.Event
+) -> tuple[str, tuple[float, float]]:
+    """Reply and marks of one request, or the last problem and FAILED."""
+    problem = "it was not asked"
+    useless = 0
+    for attempt in range(client.attempts):
+        # Replies are counted apart from attempts: the n-th reply to a request is paid for once.
+        key = JudgeCache.key(request, useless)
+        reply = cache.get(key)
+        if reply is None:
+            answer = _post(client, request)
+            reply, problem = answer.reply, answer.problem
+            if reply is not None:
+                cache.put(key, reply)
+            elif not answer.try_again:
+                break
+        marks = parse_marks(reply) if reply is not None else None
+        if reply is not None and marks is not None:
+            return reply, marks
+        if reply is not None:
+            useless += 1
+            problem = f"the reply holds no two marks: {' '.join(reply.split())[:120]!r}"
+            continue
+        if attempt == client.attempts - 1 or stop.wait(_pause(client, attempt, answer)):
+            break
+    return problem, FAILED
+
+
+def _pause(client: JudgeClient, attempt: int, answer: _Answer) -> float:
+    """Doubles with each attempt, spread so that parallel requests do not come back at once."""
+    pause = client.pause_seconds * 2**attempt * random.uniform(0.5, 1.0)
+    return min(max(pause, answer.wait_seconds), LONGEST_PAUSE_SECONDS)
+
+
+def parse_marks(reply: str) -> tuple[float, float] | None:
+    """The first line that holds two numbers from 0 to 10 and nothing else."""
+    for found in MARKS.finditer(reply):
+        marks = float(found[1]), float(found[2])
+        if max(marks) <= HIGHEST_MARK:
+            return marks
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+    """What one HTTP request came to: a reply, or a problem and whether another attempt may help."""
+
+    reply: str | None = None
+    problem: str = ""
+    try_again: bool = True
+    wait_seconds: float = 0.0
+
+
+def _post(client: JudgeClient, request: Mapping[str, Any]) -> _Answer:
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {client.key}"} if client.key else {})
+    message = urllib.request.Request(client.endpoint, json.dumps(request).encode(), headers)
+    try:
+        with urllib.request.urlopen(message, timeout=client.timeout_seconds) as response:
+            return _content(response.read(REPLY_BYTES_LIMIT))
+    except urllib.error.HTTPError as error:
+        return _refusal(client, error.code, error.headers.get("Retry-After"))
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        return _Answer(problem=f"{client.endpoint} did not answer ({reason or type(error).__name__})")
+
+
+def _content(body: bytes) -> _Answer:
+    try:
+        content = json.loads(body)["choices"][0]["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError):
+        return _Answer(problem=f"the endpoint answered no chat completion: {body[:80]!r}")
+    return _Answer(reply=content if isinstance(content, str) else "")
+
+
+def _refusal(client: JudgeClient, status: int, retry_after: str | None) -> _Answer:
+    if status in WRONG_ADDRESS:
+        remedy = {401: "check the key", 403: "check the key and its rights", 404: "check --judge-url and --judge-model"}
+        raise DataError("RW245", f"{client.endpoint} answered with status {status}; {remedy[status]}.")
+    wait = float(retry_after) if re.fullmatch(r"\d+(\.\d+)?", retry_after or "") else 0.0
+    again = status in TRY_AGAIN or status >= 500
+    return _Answer(problem=f"{client.endpoint} answered with status {status}", try_again=again, wait_seconds=wait)
+
+
+def _rating(client: JudgeClient, pair: _Pair, reply: str, marks: tuple[float, float]) -> Rating:
+    first, second = pair.answers
+    ids = json.dumps([pair.question.question_id, first.answer_id, second.answer_id, client.model])
+    return Rating(
+        review_id=hashlib.sha256(ids.encode()).hexdigest()[:22],
+        question_id=pair.question.question_id,
+        answer1_id=first.answer_id,
+        answer2_id=second.answer_id,
+        text=reply,
+        score=marks,
+        metadata={"judge": client.model, "temperature": client.temperature, "max_tokens": client.max_tokens},
+    )

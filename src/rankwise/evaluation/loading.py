@@ -1,0 +1,141 @@
+"""A model with its adapters, loaded as they were trained: the base in 4 bits or not, in its dtype and revision."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import ConfigError, ModelError
+from rankwise.records import RUN_FILE, RunRecord, load_record
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode. ``adapters`` are the names under which its adapters were loaded, in order."""
+
+    model: Any
+    tokenizer: Any
+    device: str
+    adapters: tuple[str, ...]
+
+
+def record_of(adapter: Path | None) -> RunRecord | None:
+    """The record beside an adapter; adapters from elsewhere have none."""
+    return load_record(adapter) if adapter is not None and (adapter / RUN_FILE).is_file() else None
+
+
+def load_as_trained(
+    name: str,
+    adapters: Sequence[Path],
+    *,
+    named: bool = True,
+    dtype: str = "auto",
+    quantization: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> Loaded:
+    """The model ``name`` with ``adapters`` laid over it, none of them trainable; the last one is active.
+
+    ``dtype`` and ``quantization`` (auto, none, nf4, fp4): auto is as the adapters were trained, else what suits the
+    device and no 4 bits. ``named``: the user named the model; otherwise its revision is the one trained on.
+    Raises ConfigError (RW151) when the adapters were trained on different bases, ModelError (RW322) without a
+    tokenizer, and what ``load_model`` and ``load_adapter`` raise.
+    """
+    from rankwise.adapters import load_adapter
+    from rankwise.adapters.trained_base import revision_of
+    from rankwise.models import choose_device, load_model
+
+    choice = choose_device(device)
+    model, tokenizer = load_model(
+        name,
+        dtype=_dtype(dtype, adapters, choice.dtype),
+        device=str(choice.device),
+        quantization=_quantization(quantization, adapters),
+        trust_remote_code=trust_remote_code,
+        revision=revision if revision is not None or named or not adapters else revision_of(adapters[0]),
+    )
+    if quantization == "none" and getattr(model, "hf_quantizer", None) is not None:
+        # The files themselves hold 4-bit weights.
+        model = model.dequantize()
+    if tokenizer is None:
+        raise ModelError(
+            "RW322", f"{name} comes without a tokenizer, so it cannot read a prompt; give one that has it."
+        )
+    names = adapter_names(len(adapters))
+    for adapter_name, adapter in zip(names, adapters):
+        load_adapter(model, adapter, name=adapter_name, trainable=False)
+    return Loaded(model.eval(), tokenizer, str(choice.device), names)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadSettings:
+    """How a model would be loaded, in words."""
+
+    dtype: str
+    quantization: str | None
+    revision: str | None
+    # Of the base that the adapters name.
+
+
+def load_settings(adapters: Sequence[Path], *, dtype: str, quantization: str, device: str) -> LoadSettings:
+    """What ``load_as_trained`` makes of ``auto``, without loading anything. Raises as it does."""
+    from rankwise.adapters.trained_base import revision_of
+    from rankwise.models import choose_device
+
+    config = _quantization(quantization, adapters)
+    kind = str(_dtype(dtype, adapters, choose_device(device).dtype)).removeprefix("torch.")
+    described = None if config is None else str(sorted(config.to_dict().items(), key=str))
+    return LoadSettings(kind, described, revision_of(adapters[0]) if adapters else None)
+
+
+def base_of(adapters: Sequence[Path]) -> str:
+    """The base that all ``adapters`` name. Raises ConfigError (RW151) when they name different ones."""
+    from rankwise.adapters.trained_base import base_model_of
+
+    bases = {str(adapter): base_model_of(adapter) for adapter in adapters}
+    _same("base model", bases, "--model")
+    return next(iter(bases.values()))
+
+
+def adapter_names(count: int) -> tuple[str, ...]:
+    return ("default",) if count == 1 else tuple(f"adapter_{index}" for index in range(1, count + 1))
+
+
+def _same(what: str, found: dict[str, Any], option: str) -> None:
+    if len({str(value) for value in found.values()}) > 1:
+        each = "; ".join(f"{adapter} has {value}" for adapter, value in found.items())
+        raise ConfigError(
+            "RW151",
+            f"the adapters differ in the {what} they were trained on ({each}); give {option}, or one at a time.",
+        )
+
+
+def _quantization(asked: str, adapters: Sequence[Path]) -> Any:
+    if asked == "none":
+        return None
+    if asked != "auto":
+        from rankwise.quantization import Fp4Config, Nf4Config
+
+        return (Nf4Config if asked == "nf4" else Fp4Config)(double_quant=True)
+    from rankwise.adapters.trained_base import quantization_of
+
+    found = {str(adapter): quantization_of(adapter) for adapter in adapters}
+    described = {name: "16 bits" if config is None else str(config.to_dict()) for name, config in found.items()}
+    _same("4-bit format of the base", described, "--quantization")
+    return next(iter(found.values()), None)
+
+
+def _dtype(asked: str, adapters: Sequence[Path], preferred: Any) -> Any:
+    import torch
+
+    if asked != "auto":
+        return getattr(torch, asked)
+    known = ("bfloat16", "float16", "float32")
+    records = {str(adapter): record_of(adapter) for adapter in adapters}
+    found = {name: record.device.get("dtype") for name, record in records.items() if record is not None}
+    found = {name: dtype for name, dtype in found.items() if dtype in known}
+    _same("dtype", found, "--dtype")
+    return getattr(torch, next(iter(found.values()))) if found else preferred

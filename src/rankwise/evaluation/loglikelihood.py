@@ -1,0 +1,244 @@
+"""log p(continuation | context) for many pairs: shared contexts are computed once, rows carry no padding to speak of.
+
+    score(context, continuation) = sum_t log p(y_t | context, y_<t),   greedy: whether each y_t is the argmax
+
+Equal to what lm-evaluation-harness computes pair by pair, up to float32 rounding. V vocabulary, P positions scored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankwise.errors import warn
+from rankwise.evaluation.packing import Ids, Row, Tree, batches_of, build_trees, lay_out, pack
+
+ROW_TOKENS = 256
+# A row's attention costs its length squared, and short rows waste room: little of either.
+TREE_TOKENS = 1024
+TREE_SEQUENCES = 3
+# A tree may grow to so many of the longest sequences: worked examples in front of all questions are shared then.
+LOGITS_AT_ONCE = 1 << 25
+# Logits computed together: 128 MiB in float32.
+CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+LOW_PRECISION_TOLERANCE = 0.05
+# Relative to 1 + |log p| per token; a wrong mask is off by whole units.
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A sequence to run, the positions of which it is asked what follows, and the tokens that should."""
+
+    ids: Ids
+    places: Ids
+    wanted: Ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Summed log-likelihood of the wanted tokens, whether each was the likeliest, and the value of each."""
+
+    total: float
+    greedy: bool
+    tokens: tuple[float, ...]
+
+
+def target_of(context: Sequence[int], continuation: Sequence[int], max_length: int) -> Target:
+    """The input that scores ``continuation``: what is too long loses its left end, as in lm-evaluation-harness."""
+    if not continuation:
+        raise ValueError("an empty continuation has no likelihood")
+    whole = tuple([*context, *continuation][-(max_length + 1) :])
+    # A continuation longer than the model is scored as far as it is visible.
+    count = min(len(continuation), len(whole) - 1)
+    return Target(whole[:-1], tuple(range(len(whole) - 1 - count, len(whole) - 1)), whole[-count:])
+
+
+class Scorer:
+    """Scores targets on one model. ``budget`` is the tokens of a batch, ``max_rows`` the rows at most."""
+
+    def __init__(self, model: Any, *, budget: int, max_rows: int | None = None, pad: int = 0) -> None:
+        self.model = model
+        self.budget = budget
+        self.max_rows = max_rows
+        self.pad = pad
+        self.packs: bool | None = None
+        # Whether packed rows are right on this model; found out on the first targets.
+
+    def plan(self, targets: Sequence[Target]) -> list[list[Row]]:
+        """Batches of rows that hold all targets; they depend on the set of targets, not on their order."""
+        if not targets:
+            return []
+        if self.packs is None:
+            self.packs = self._packing_is_right(targets)
+        return list(self._batches(targets))
+
+    def score(self, targets: Sequence[Target]) -> Iterator[dict[int, Score]]:
+        """Batches of {number of the target: its score}."""
+        for batch in self.plan(targets):
+            yield self.score_batch(batch, targets)
+
+    def _batches(self, targets: Sequence[Target]) -> Iterator[list[Row]]:
+        sequences = [target.ids for target in targets]
+        budget = self.budget
+        if self.packs:
+            longest = max(TREE_TOKENS, TREE_SEQUENCES * max(map(len, sequences)))
+            rows = pack(build_trees(sequences, longest=longest), ROW_TOKENS)
+        else:
+            rows = pack(_single_trees(sequences), 0)
+            # All positions get logits here.
+            budget = min(budget, 4 * LOGITS_AT_ONCE // self.model.get_output_embeddings().weight.shape[0])
+        for batch in batches_of(rows, budget):
+            step = self.max_rows or len(batch)
+            for start in range(0, len(batch), step):
+                yield batch[start : start + step]
+
+    def score_batch(self, rows: Sequence[Row], targets: Sequence[Target]) -> dict[int, Score]:
+        """Scores of one batch of ``plan``, by the number of the target."""
+        places: list[tuple[int, int]] = []
+        wanted: list[int] = []
+        owners: list[tuple[int, int]] = []
+        for index, row in enumerate(rows):
+            for start, tree in row.trees:
+                for member, path in zip(tree.members, tree.paths):
+                    asked = targets[member]
+                    places += [(index, start + path[place]) for place in asked.places]
+                    wanted += asked.wanted
+                    owners.append((member, len(asked.wanted)))
+        log_p, likeliest = self._log_p(rows, places, wanted)
+        scores, position = {}, 0
+        for member, count in owners:
+            values = log_p[position : position + count]
+            scores[member] = Score(math.fsum(values), all(likeliest[position : position + count]), tuple(values))
+            position += count
+        return scores
+
+    @torch.inference_mode()
+    def _log_p(
+        self, rows: Sequence[Row], places: Sequence[tuple[int, int]], wanted: Sequence[int]
+    ) -> tuple[list[float], list[bool]]:
+        """Of each place (row, column) the log-likelihood of the wanted token, and whether it is the argmax."""
+        batch = lay_out(rows, self.pad, self.model.device)
+        if self.packs:
+            hidden = hidden_states(self.model, batch.ids, batch.positions, batch.mask)
+        else:
+            # Right padding needs no mask under causal attention.
+            hidden = None
+        where = torch.tensor(places, device=batch.ids.device)
+        asked = torch.tensor(wanted, device=batch.ids.device)
+        if hidden is None:
+            logits_of: Callable[[Tensor], Tensor] = _whole_logits(self.model, batch.ids)
+        else:
+            logits_of = _head_logits(self.model, hidden)
+        return _gathered(logits_of, where, asked, self._positions_at_once())
+
+    def _all(self, targets: Sequence[Target]) -> dict[int, Score]:
+        batches = (self.score_batch(batch, targets) for batch in self._batches(targets))
+        return {index: score for batch in batches for index, score in batch.items()}
+
+    def _positions_at_once(self) -> int:
+        return max(1, LOGITS_AT_ONCE // self.model.get_output_embeddings().weight.shape[0]) if self.packs else 1 << 30
+
+    def _packing_is_right(self, targets: Sequence[Target]) -> bool:
+        """Hold a packed row against the same sequences alone, once per model; say so (RW573) when it is not right."""
+        probe = _probe(targets)
+        self.packs = False
+        plain = self._all(probe)
+        problem = packing_problem(self.model)
+        if problem is None:
+            self.packs = True
+            try:
+                packed = self._all(probe)
+            except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+                problem = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else 'no message'}"
+            else:
+                problem = _difference(plain, packed, self.model.dtype)
+        self.packs = problem is None
+        if problem is not None:
+            warn(
+                "RW573",
+                f"{type(self.model).__name__} cannot score several sequences in one row ({problem}), so each gets a "
+                "row of its own: the results are the same, and it takes longer.",
+            )
+        return self.packs
+
+
+def packing_problem(model: Any) -> str | None:
+    """Why rows of several sequences cannot be tried on this model, by its configuration; None where they can."""
+    config = model.config.get_text_config(decoder=True)
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"attention {config._attn_implementation} takes no mask of this kind"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < TREE_TOKENS and getattr(config, "use_sliding_window", True):
+        return f"its attention sees {window} tokens"
+    return None
+
+
+def hidden_states(model: Any, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    """Last hidden states (B, R, H) of token ids (B, R) at their positions, under a boolean mask (B, 1, R, R)."""
+    if model.config.get_text_config(decoder=True)._attn_implementation == "eager":
+        mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+    output = model.base_model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def _head_logits(model: Any, hidden: Tensor) -> Callable[[Tensor], Tensor]:
+    head = model.get_output_embeddings()
+    return lambda where: head(hidden[where[:, 0], where[:, 1]]).float()
+
+
+def _whole_logits(model: Any, ids: Tensor) -> Callable[[Tensor], Tensor]:
+    logits = model(input_ids=ids, use_cache=False).logits
+    return lambda where: logits[where[:, 0], where[:, 1]].float()
+
+
+def _gathered(
+    logits_of: Callable[[Tensor], Tensor], where: Tensor, wanted: Tensor, at_once: int
+) -> tuple[list[float], list[bool]]:
+    # One context is asked for the first token of each of its choices: its logits are computed once.
+    distinct, inverse = torch.unique(where, dim=0, return_inverse=True)
+    log_p, likeliest = torch.empty(len(wanted)), torch.empty(len(wanted), dtype=torch.bool)
+    order = torch.argsort(inverse, stable=True)
+    counts = torch.bincount(inverse, minlength=len(distinct))
+    for start in range(0, len(distinct), at_once):
+        logits = logits_of(distinct[start : start + at_once])
+        first, last = int(counts[:start].sum()), int(counts[: start + at_once].sum())
+        chosen = order[first:last]
+        local = inverse[chosen] - start
+        normalizer = torch.logsumexp(logits, dim=-1)
+        log_p[chosen.cpu()] = (logits[local, wanted[chosen]] - normalizer[local]).cpu()
+        likeliest[chosen.cpu()] = (logits.argmax(-1)[local] == wanted[chosen]).cpu()
+    return log_p.tolist(), likeliest.tolist()
+
+
+def _single_trees(sequences: Sequence[Ids]) -> Iterable[Tree]:
+    for index, ids in enumerate(sequences):
+        [tree] = build_trees([ids], longest=0)
+        yield dataclasses.replace(tree, members=(index,))
+
+
+def _probe(targets: Sequence[Target]) -> list[Target]:
+    """A few short targets, with two that share a beginning among them where there are such."""
+    short = sorted({(len(target.ids), target.ids, target.places, target.wanted) for target in targets})[:64]
+    pairs = [
+        (a, b)
+        for a, b in itertools.pairwise(short)
+        if a[1] != b[1] and 4 * sum(1 for x, y in zip(a[1], b[1]) if x == y) >= len(b[1])
+    ]
+    chosen = dict.fromkeys([*(pairs[0] if pairs else ()), *short[:3]])
+    return [Target(*fields) for _, *fields in chosen]
+
+
+def _difference(plain: Mapping[int, Score], packed: Mapping[int, Score], dtype: torch.dtype) -> str | None:
+    tolerance = CHECK_TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE)
+    pairs = [(a, b) for key in plain for a, b in zip(plain[key].tokens, packed[key].tokens)]
+    worst = max((abs(a - b) / (1 + abs(a)) for a, b in pairs), default=0.0)
+    if worst <= tolerance:
+        return None
+    return f"a log-likelihood differs by {worst:.2g} of itself"

@@ -1,0 +1,125 @@
+"""The Vicuna benchmark: a judge's ratings of two systems as a percentage of the reference's (Dettmers et al. 2023).
+
+    score = 100 sum_q s_q / sum_q r_q        s: the system's ratings, r: the reference's, over questions q
+
+taken once with the reference's answer shown first and once with the system's, since judges favour the first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import DataError, warn
+from rankwise.evaluation.metrics.files import read_records, shortened
+
+DECIMALS = 2
+FAILED = (-1.0, -1.0)
+# What a rating that failed has for a score.
+
+
+@dataclasses.dataclass(frozen=True)
+class RelativeScore:
+    """Percentages of the reference's score; None for an order that was not rated."""
+
+    reference_first: float | None
+    system_first: float | None
+    failed: int
+    # Ratings left out because they have no score.
+    count: int
+    # Ratings used.
+
+    @property
+    def mean(self) -> float | None:
+        """The mean of the orders that were rated."""
+        rated = [score for score in (self.reference_first, self.system_first) if score is not None]
+        return sum(rated) / len(rated) if rated else None
+
+    def to_json(self) -> dict[str, Any]:
+        scores = {name: getattr(self, name) for name in ("reference_first", "system_first", "mean")}
+        rounded = {name: None if score is None else round(score, DECIMALS) for name, score in scores.items()}
+        return {**rounded, "failed": self.failed}
+
+
+def relative_score(ratings: Sequence[Mapping[str, Any]], reference_ids: Collection[str]) -> RelativeScore:
+    """Score ``ratings``: mappings with ``answer1_id``, ``answer2_id`` and ``score``, the two ratings in that order.
+
+    An answer whose id is in ``reference_ids`` is the reference's. A score that is absent, negative or no pair of
+    numbers is a failed rating. Raises DataError: RW240 a row without one answer of each, RW242 no rating to use.
+    """
+    sums = {True: [0.0, 0.0], False: [0.0, 0.0]}
+    # Reference first? -> sums of the reference's and the system's ratings.
+    failed = 0
+    for number, row in enumerate(ratings, 1):
+        reference_first = _reference_first(number, row, reference_ids)
+        pair = score_pair(row.get("score"))
+        if pair is None:
+            failed += 1
+            continue
+        reference, system = pair if reference_first else pair[::-1]
+        sums[reference_first][0] += reference
+        sums[reference_first][1] += system
+    if failed == len(ratings):
+        raise DataError("RW242", f"none of the {len(ratings):,} ratings has a score; there is nothing to compare.")
+    return RelativeScore(_percent(*sums[True]), _percent(*sums[False]), failed, len(ratings) - failed)
+
+
+def _percent(reference: float, system: float) -> float | None:
+    return 100.0 * system / reference if reference else None
+
+
+def score_pair(score: Any) -> tuple[float, float] | None:
+    """Two ratings of 0 or more, or None for a failed rating."""
+    if not isinstance(score, Sequence) or isinstance(score, str) or len(score) != 2:
+        return None
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in score):
+        return None
+    return (float(score[0]), float(score[1])) if all(0 <= value < math.inf for value in score) else None
+
+
+def _reference_first(number: int, row: Mapping[str, Any], reference_ids: Collection[str]) -> bool:
+    ids = [row.get("answer1_id"), row.get("answer2_id")]
+    known = [name in reference_ids for name in ids]
+    if None in ids or sum(known) != 1:
+        found = "neither is" if not any(known) else "both are"
+        problem = (
+            "answer1_id or answer2_id is missing" if None in ids else f"of the answers {ids[0]} and {ids[1]} {found}"
+        )
+        rest = "" if None in ids else " among the reference answers; a row compares the reference with one system"
+        raise DataError("RW240", f"rating {number}: {problem}{rest}.")
+    return known[0]
+
+
+def read_vicuna(ratings: Sequence[Path], reference_answers: Path) -> tuple[list[Mapping[str, Any]], set[str]]:
+    """Rating rows of all files, and the ids of the reference's answers.
+
+    Raises DataError: RW230, RW238 a file cannot be read, RW234 a rating or an answer twice, RW239 an empty file.
+    """
+    answers = read_records(reference_answers)
+    ids = [record.text(reference_answers, "answer_id") for record in answers]
+    _no_duplicates(reference_answers, "answer_id", ids)
+    rows = [(path, record) for path in ratings for record in read_records(path)]
+    if not rows or not ids:
+        empty = reference_answers if not ids else ", ".join(map(str, ratings))
+        raise DataError("RW239", f"{empty} is empty; there is nothing to score.")
+    reviews = [record.fields["review_id"] for _, record in rows if record.fields.get("review_id") is not None]
+    _no_duplicates(", ".join(map(str, ratings)), "review_id", reviews)
+    return [record.fields for _, record in rows], set(ids)
+
+
+def _no_duplicates(place: object, name: str, values: Sequence[Any]) -> None:
+    seen = set()
+    for value in values:
+        if str(value) in seen:
+            raise DataError("RW234", f"{place}: {name} {shortened(str(value))} stands there twice; keep one.")
+        seen.add(str(value))
+
+
+def warn_of_failed(score: RelativeScore) -> None:
+    """Say how many ratings were left out."""
+    if score.failed:
+        total = score.failed + score.count
+        warn("RW241", f"{score.failed:,} of {total:,} ratings have no score; they are left out, not counted as zero.")

@@ -1,0 +1,190 @@
+"""Sequences that share beginnings, laid out so that no token is computed twice and next to none is padding.
+
+A ``Tree`` is a trie of token sequences. Its nodes lie in one row behind each other, several trees in a row:
+
+    row      [context of q1 | its choice A | choice B | context of q2 | ...]
+    position  0 1 2 3 4       5 6            5 6 7      0 1 2 ...
+
+A token attends to what stands before it in its own node and to the nodes that its node hangs from, and to nothing
+else: each path through the tree gets the logits that it would get alone.
+
+R tokens in a row, B rows in a batch, N nodes in a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+Ids = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """Tokens that follow each other, and the node they follow (-1 for a root)."""
+
+    ids: Ids
+    parent: int
+    start: int
+    # Position of the first token in its path.
+    offset: int
+    # Where its first token stands in the tree.
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """Sequences of one common beginning. ``paths[i]`` gives the tree's columns of sequence i, in order."""
+
+    members: tuple[int, ...]
+    # Numbers of the sequences that were given.
+    nodes: tuple[Node, ...]
+    paths: tuple[tuple[int, ...], ...]
+
+    @property
+    def length(self) -> int:
+        return sum(len(node.ids) for node in self.nodes)
+
+
+def build_trees(sequences: Sequence[Ids], *, longest: int) -> list[Tree]:
+    """Trees over ``sequences``: those that share at least a quarter of their tokens with a neighbour stand together.
+
+    A tree grows to ``longest`` tokens, or as long as a single sequence is. The result depends on the set of
+    sequences alone, not on their order.
+    """
+    order = sorted(range(len(sequences)), key=lambda index: sequences[index])
+    trees: list[Tree] = []
+    group: list[int] = []
+    size = 0
+    for index in order:
+        ids = sequences[index]
+        shared = common_length(sequences[group[-1]], ids) if group else 0
+        if group and (4 * shared < len(ids) or size + len(ids) - shared > longest):
+            trees.append(_tree(group, sequences))
+            group, size, shared = [], 0, 0
+        group.append(index)
+        size += len(ids) - shared
+    return [*trees, _tree(group, sequences)] if group else trees
+
+
+def _tree(group: Sequence[int], sequences: Sequence[Ids]) -> Tree:
+    """A trie over lexicographically sorted sequences: each hangs from the path of the one before it."""
+    nodes: list[Node] = []
+    columns: list[tuple[int, ...]] = []
+    # Per sequence the (node, column) that computes each of its tokens.
+    chains: list[list[tuple[int, int]]] = []
+    before: Ids = ()
+    for index in group:
+        ids = sequences[index]
+        shared = common_length(before, ids)
+        chain = list(chains[-1][:shared]) if chains else []
+        if shared < len(ids):
+            offset = nodes[-1].offset + len(nodes[-1].ids) if nodes else 0
+            nodes.append(Node(ids[shared:], chain[-1][0] if chain else -1, shared, offset))
+            chain += [(len(nodes) - 1, offset + step) for step in range(len(ids) - shared)]
+        chains.append(chain)
+        columns.append(tuple(column for _, column in chain))
+        before = ids
+    return Tree(tuple(group), tuple(nodes), tuple(columns))
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens ``a`` and ``b`` have in common at their start."""
+    for index, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return index
+    return min(len(a), len(b))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Trees in one row, each with the column it starts at."""
+
+    trees: tuple[tuple[int, Tree], ...]
+
+    @property
+    def length(self) -> int:
+        return sum(tree.length for _, tree in self.trees)
+
+
+def pack(trees: Iterable[Tree], capacity: int) -> list[Row]:
+    """Rows of at most ``capacity`` tokens (or one tree), first-fit by falling length."""
+    ordered = sorted(trees, key=lambda tree: (-tree.length, tree.nodes[0].ids, tree.members))
+    rows: list[list[Tree]] = []
+    free: list[int] = []
+    for tree in ordered:
+        place = next((index for index, room in enumerate(free) if room >= tree.length), None)
+        if place is None:
+            rows.append([tree])
+            free.append(max(0, capacity - tree.length))
+        else:
+            rows[place].append(tree)
+            free[place] -= tree.length
+    return [_row(row) for row in rows]
+
+
+def _row(trees: Sequence[Tree]) -> Row:
+    placed, column = [], 0
+    for tree in trees:
+        placed.append((column, tree))
+        column += tree.length
+    return Row(tuple(placed))
+
+
+def batches_of(rows: Sequence[Row], budget: int) -> Iterator[list[Row]]:
+    """Rows of like length together, ``budget`` tokens (padding included) or one row to a batch."""
+    batch: list[Row] = []
+    for row in sorted(rows, key=lambda row: -row.length):
+        if batch and (len(batch) + 1) * batch[0].length > budget:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def members_of(rows: Sequence[Row]) -> tuple[int, ...]:
+    """Numbers of the sequences in these rows."""
+    return tuple(member for row in rows for _, tree in row.trees for member in tree.members)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """``ids`` and ``positions`` (B, R); ``mask`` (B, 1, R, R), True where the second attends to the first's keys."""
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor
+
+
+def lay_out(rows: Sequence[Row], pad: int, device: torch.device | str) -> Batch:
+    """Tensors of a batch. Padding attends to padding, so that no softmax is over nothing."""
+    width = max(row.length for row in rows)
+    ids = torch.full((len(rows), width), pad)
+    positions = torch.zeros((len(rows), width), dtype=torch.long)
+    mask = torch.zeros((len(rows), 1, width, width), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        sees = mask[index, 0]
+        for start, tree in row.trees:
+            _lay_tree(tree, start, ids[index], positions[index], sees)
+        end = row.length
+        sees[end:, end:] = True
+    return Batch(ids.to(device), positions.to(device), mask.to(device))
+
+
+def _lay_tree(tree: Tree, start: int, ids: Tensor, positions: Tensor, sees: Tensor) -> None:
+    for node in tree.nodes:
+        first, count = start + node.offset, len(node.ids)
+        span = slice(first, first + count)
+        ids[span] = torch.tensor(node.ids)
+        positions[span] = torch.arange(node.start, node.start + count)
+        sees[span, span] = torch.ones(count, count, dtype=torch.bool).tril()
+        parent, upto = node.parent, node.start
+        while parent >= 0:
+            above = tree.nodes[parent]
+            # The node may hang from the middle of its parent: positions below ``upto`` belong to its path.
+            kept = min(len(above.ids), upto - above.start)
+            sees[span, start + above.offset : start + above.offset + kept] = True
+            parent, upto = above.parent, above.start

@@ -1,0 +1,105 @@
+"""What an evaluation leaves behind, to and from JSON. Imports no torch.
+
+``DIR/TASK/result.json`` is one ``TaskResult``; ``predictions.jsonl`` beside it has one ``Example`` a line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import RunError
+from rankwise.records import write_json
+
+RESULT_FILE = "result.json"
+EXAMPLES_FILE = "predictions.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One question, what the model made of it, and how that scored."""
+
+    id: str
+    # Unique within its task, and the same for every model.
+    prompt: str
+    prediction: str
+    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    # Empty where only the whole set has a score, as with BLEU.
+    references: Sequence[str] | None = None
+    cluster: str | None = None
+    # Questions about one source text share it: their scores are not independent.
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # What the task needs to score again, such as the log-likelihood of each choice.
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields if self.details else {key: value for key, value in fields.items() if key != "details"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskResult:
+    """One task on one model, or on one adapter over it."""
+
+    task: str
+    model: str
+    adapter: str | None
+    metrics: Mapping[str, float]
+    primary: str
+    # The metric that stands for the task.
+    higher_is_better: Mapping[str, bool]
+    standard_errors: Mapping[str, float | None]
+    # Clustered where questions share a source text; None where the metric has none.
+    count: int
+    # Questions scored.
+    settings: Mapping[str, Any]
+    data_sha256: str | None
+    versions: Mapping[str, str]
+    wall_seconds: float
+    examples: str = EXAMPLES_FILE
+    # File of the predictions, beside the record.
+    clusters: int | None = None
+    # Source texts, where the standard errors are clustered.
+    notes: Sequence[str] = ()
+    # What a reader should know: metrics that could not be computed, answers that were empty.
+
+    def to_json(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / RESULT_FILE, self.to_json())
+
+
+def load_result(folder: Path) -> TaskResult:
+    """The record in ``folder``. Raises RunError (RW574) when it is missing or cannot be read."""
+    path = folder / RESULT_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = {field.name for field in dataclasses.fields(TaskResult)}
+        return TaskResult(**{key: value for key, value in content.items() if key in known})
+    except FileNotFoundError:
+        raise RunError("RW574", f"{folder} holds no {RESULT_FILE}; give a folder that evaluate has written.") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RunError("RW574", f"cannot read {path} as the result of an evaluation: {error}.") from None
+
+
+def read_examples(path: Path) -> Iterator[Example]:
+    """The predictions in ``path``, in order; a last line cut short by a kill is left out.
+
+    Raises RunError (RW571) for a broken line elsewhere.
+    """
+    if not path.exists():
+        return
+    lines = path.read_bytes().split(b"\n")
+    # What stands behind the last line end has not been written whole.
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            yield Example(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            reason = str(error)[:120]
+            raise RunError(
+                "RW571",
+                f"{path}, line {number}: no prediction of ours ({reason}); remove the file, or use --overwrite.",
+            ) from None

@@ -1,0 +1,316 @@
+"""``evaluate``: tasks and models in, results and predictions out. The one place where settings become arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rankwise.errors import ConfigError, Interrupted
+from rankwise.evaluation import journal
+from rankwise.evaluation.loading import base_of, load_as_trained, load_settings, record_of
+from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE, Example, TaskResult, load_result, read_examples
+from rankwise.evaluation.settings import EvaluateSettings
+from rankwise.evaluation.tasks.registry import make_task
+from rankwise.records import write_json
+
+if TYPE_CHECKING:
+    from rankwise.evaluation.engine import Engine
+    from rankwise.evaluation.tasks.base import Task
+
+DIFFERENCES_FILE = "differences.json"
+DEFAULT_FOLDER = Path("evaluations")
+PACKAGES = ("rankwise", "torch", "transformers", "tokenizers", "datasets", "lm-eval", "pycocoevalcap", "numpy")
+
+
+class Observer(Protocol):
+    """Who watches an evaluation."""
+
+    def phase(self, text: str) -> None:
+        """A new phase begins."""
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        """Questions answered of one task on one model."""
+
+    def result(self, label: str, result: TaskResult) -> None:
+        """A task is done on one model."""
+
+
+class SilentObserver:
+    """Watches nothing."""
+
+    def phase(self, text: str) -> None: ...
+
+    def progress(self, label: str, done: int, total: int) -> None: ...
+
+    def result(self, label: str, result: TaskResult) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """The base, or an adapter over it."""
+
+    label: str
+    adapter: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """``a - b`` on the same questions; the interval is the 95 % one."""
+
+    task: str
+    metric: str
+    a: str
+    b: str
+    difference: float
+    standard_error: float | None
+    interval: tuple[float, float] | None
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """All results with the label of their model, the paired differences, and the folder that holds them."""
+
+    folder: Path
+    results: Sequence[tuple[str, TaskResult]]
+    differences: Sequence[Difference]
+
+
+def evaluate(settings: EvaluateSettings, observer: Observer | None = None) -> list[TaskResult]:
+    """The result of every task, on the base and each adapter. Raises as ``evaluate_all``."""
+    return [result for _, result in evaluate_all(settings, observer).results]
+
+
+def evaluate_all(settings: EvaluateSettings, observer: Observer | None = None) -> Evaluation:
+    """Evaluate and leave DIR/TASK/{result.json,predictions.jsonl}, with several models DIR/LABEL/TASK/.
+
+    What the folder holds already is not done again. Raises InputError before the model is loaded where settings,
+    data or the folder are at fault; Interrupted (RW572) after Ctrl-C, when every finished batch is on disk.
+    """
+    return _Run(settings, observer or SilentObserver()).carry_out()
+
+
+class _Run:
+    def __init__(self, settings: EvaluateSettings, observer: Observer) -> None:
+        self.settings = settings
+        self.observer = observer
+        self.name = settings.model or _base(settings.adapter)
+        self.variants = variants_of(settings.adapter, settings.base)
+        duplicates = sorted({task for task in settings.task if settings.task.count(task) > 1})
+        if duplicates:
+            raise ConfigError("RW152", f"--task {', '.join(duplicates)} is given twice; once is enough.")
+        observer.phase("Reading data")
+        self.tasks = [make_task(task, settings) for task in settings.task]
+        self.engine: Engine | None = None
+        self.names: dict[str, str] = {}
+
+    def carry_out(self) -> Evaluation:
+        identities = self._identities()
+        root = self.settings.output or DEFAULT_FOLDER / self._default_name(identities)
+        for key, identity in identities.items():
+            journal.open_folder(self._folder(root, *key), identity, overwrite=self.settings.overwrite)
+        results, examples = [], {}
+        try:
+            for task in self.tasks:
+                for variant in self.variants:
+                    folder = self._folder(root, variant.label, task.name)
+                    result, found = self._result(task, variant, folder, identities[variant.label, task.name])
+                    self.observer.result(variant.label, result)
+                    results.append((variant.label, result))
+                    examples[variant.label, task.name] = found
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "RW572",
+                f"the evaluation was stopped; the answers so far are in {root}, and the same command goes on from there"
+                + ("." if self.settings.output else f" (--output {root} is its default)."),
+            ) from None
+        differences = [item for task in self.tasks for item in self._differences(task, examples)]
+        if len(self.variants) > 1:
+            write_json(root / DIFFERENCES_FILE, [item.to_json() for item in differences])
+        return Evaluation(root, results, differences)
+
+    def _result(
+        self, task: Task, variant: Variant, folder: Path, identity: dict[str, Any]
+    ) -> tuple[TaskResult, list[Example]]:
+        settings = json.loads(json.dumps({**identity, **task.extra_settings()}, default=str))
+        if (folder / RESULT_FILE).is_file():
+            known = load_result(folder)
+            if known.settings == settings and task.stands(known):
+                return known, list(read_examples(folder / EXAMPLES_FILE))
+        engine = self._engine()
+        self._activate(engine, variant)
+        label = f"{task.name} on {variant.label}"
+        self.observer.phase(label)
+        started = time.monotonic()
+        found = task.run(engine, folder, lambda done, total: self.observer.progress(label, done, total))
+        journal.rewrite(folder, found)
+        summary = task.summarize(found)
+        result = TaskResult(
+            task=task.name,
+            model=self.name,
+            adapter=None if variant.adapter is None else str(variant.adapter),
+            metrics=summary.metrics,
+            primary=task.primary if task.primary in summary.metrics else next(iter(summary.metrics), task.primary),
+            higher_is_better={name: task.higher_is_better.get(name, True) for name in summary.metrics},
+            standard_errors=summary.standard_errors,
+            count=len(found),
+            settings=settings,
+            data_sha256=task.data_sha256,
+            versions=versions(),
+            wall_seconds=time.monotonic() - started,
+            clusters=summary.clusters,
+            notes=summary.notes,
+        )
+        result.save(folder)
+        return result, found
+
+    def _engine(self) -> Engine:
+        """Base and adapters, loaded at the first question that has no answer yet."""
+        if self.engine is not None:
+            return self.engine
+        from rankwise.data import read_template
+        from rankwise.evaluation.engine import Engine
+
+        self.observer.phase(f"Loading {self.name}")
+        given = self.settings
+        loaded = load_as_trained(
+            self.name,
+            given.adapter,
+            named=given.model is not None,
+            dtype=given.dtype,
+            quantization=given.quantization,
+            device=given.device,
+            trust_remote_code=given.trust_remote_code,
+            revision=given.revision,
+        )
+        template = _template_file(given)
+        self.names = {str(adapter): name for adapter, name in zip(given.adapter, loaded.adapters)}
+        text = None if template is None else read_template(template)
+        self.engine = Engine(loaded.model, loaded.tokenizer, text, given.batch_size)
+        return self.engine
+
+    def _activate(self, engine: Engine, variant: Variant) -> None:
+        from rankwise.adapters import disable_adapter, enable_adapter, has_adapter, set_adapter
+
+        if not has_adapter(engine.model):
+            return
+        if variant.adapter is None:
+            disable_adapter(engine.model)
+        else:
+            enable_adapter(engine.model)
+            set_adapter(engine.model, self.names[str(variant.adapter)])
+
+    def _differences(self, task: Task, examples: dict[tuple[str, str], list[Example]]) -> list[Difference]:
+        """Each adapter against the base and against the adapters before it."""
+        found = []
+        for index, first in enumerate(self.variants):
+            for second in self.variants[index + 1 :]:
+                means = task.difference(examples[second.label, task.name], examples[first.label, task.name])
+                found += [
+                    Difference(task.name, name, second.label, first.label, m.value, m.standard_error, m.interval)
+                    for name, m in means.items()
+                ]
+        return found
+
+    def _identities(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """What each task's answers depend on, by (label, task)."""
+        from rankwise.models import fetch_model, model_hash
+
+        given = self.settings
+        computed = load_settings(given.adapter, dtype=given.dtype, quantization=given.quantization, device=given.device)
+        revision = computed.revision if given.model is None and given.revision is None else given.revision
+        source = fetch_model(self.name, revision=revision, trust_remote_code=given.trust_remote_code)
+        template = _template_file(given)
+        common = {
+            "model_sha256": model_hash(source),
+            "dtype": computed.dtype,
+            "quantization": computed.quantization,
+            "limit": given.limit,
+            "chat_template_sha256": None if template is None else _sha256(template),
+        }
+        return {
+            (variant.label, task.name): {
+                "task": task.name,
+                **common,
+                "adapter_sha256": None if variant.adapter is None else _adapter_hash(variant.adapter),
+                "data_sha256": task.data_sha256,
+                "task_settings": task.describe(),
+            }
+            for variant in self.variants
+            for task in self.tasks
+        }
+
+    def _folder(self, root: Path, label: str, task: str) -> Path:
+        name = re.sub(r"[^\w.-]+", "-", task)
+        return root / label / name if len(self.variants) > 1 else root / name
+
+    def _default_name(self, identities: dict[tuple[str, str], dict[str, Any]]) -> str:
+        content = {"|".join(key): value for key, value in identities.items()}
+        stem = re.sub(r"[^\w.-]+", "-", Path(self.name).name)
+        return f"{stem}-{journal.identity_hash(content)[:10]}"
+
+
+def variants_of(adapters: Sequence[Path], base: bool | None) -> list[Variant]:
+    """What is evaluated: the adapters, and the base with several of them, without any, or where it is asked for."""
+    labels: list[str] = []
+    for adapter in adapters:
+        stem = re.sub(r"[^\w.-]+", "-", adapter.resolve().name) or "adapter"
+        label, number = stem, 2
+        while label in labels or label == "base":
+            label, number = f"{stem}-{number}", number + 1
+        labels.append(label)
+    tuned = [Variant(label, adapter) for label, adapter in zip(labels, adapters)]
+    wants_base = len(adapters) != 1 if base is None else base or not adapters
+    return [Variant("base"), *tuned] if wants_base else tuned
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that could change a result; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _base(adapters: Sequence[Path]) -> str:
+    if not adapters:
+        raise ConfigError("RW122", "there is nothing to evaluate; give --model M, --adapter FOLDER or both.")
+    return base_of(adapters)
+
+
+def _template_file(settings: EvaluateSettings) -> Path | None:
+    """As asked; else as the first adapter was trained."""
+    if settings.chat_template is not None or not settings.adapter:
+        return settings.chat_template
+    record = record_of(settings.adapter[0])
+    given = record.settings.get("chat_template") if record is not None else None
+    return Path(given) if given else None
+
+
+def _adapter_hash(folder: Path) -> str:
+    from rankwise.errors import AdapterError
+    from rankwise.weights_file import sha256_of_files
+
+    files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise AdapterError("RW409", f"{folder} holds no {' and no '.join(missing)}; give a run or PEFT adapter folder.")
+    return sha256_of_files(files)
+
+
+def _sha256(path: Path) -> str:
+    from rankwise.weights_file import sha256_of
+
+    return sha256_of(path)

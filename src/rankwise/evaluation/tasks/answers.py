@@ -1,0 +1,86 @@
+"""Prompts in, texts out: what the tasks that write answers share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rankwise.errors import warn
+from rankwise.evaluation.engine import Engine
+from rankwise.evaluation.generation import Decoding, Prompt, Stopped
+from rankwise.evaluation.record import Example
+from rankwise.evaluation.tasks.base import Tell, answer_in_batches
+
+STOP_WINDOW_TOKENS = 24
+# A stop string is looked for among so many of the last tokens.
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is asked, in ids and in words. ``score`` turns the answer's text into an example's scores."""
+
+    id: str
+    ids: tuple[int, ...]
+    prompt: str
+    references: tuple[str, ...] | None = None
+    cluster: str | None = None
+
+
+def write_answers(
+    engine: Engine,
+    questions: Sequence[Question],
+    decoding: Decoding,
+    folder: Path,
+    tell: Tell,
+    *,
+    task: str,
+    finish: Callable[[Question, str], Example],
+    stop_strings: Sequence[str] = (),
+) -> list[Example]:
+    """The examples that ``finish`` makes of each question and the text of its answer, in the order of questions."""
+    prompts = _fitting(engine, questions, decoding, task)
+    generator = engine.generator(decoding)
+    stopped = stops_at(engine, stop_strings) if stop_strings else None
+    shared = False
+
+    def answer(batch: Sequence[int]) -> list[Example]:
+        nonlocal shared
+        if not shared:
+            generator.share(prompts)
+            shared = True
+        answers = generator.answers([prompts[index] for index in batch], stopped)
+        texts = [before_stops(engine.decode(ids), stop_strings) for ids in answers]
+        return [finish(questions[index], text) for index, text in zip(batch, texts)]
+
+    ids = [question.id for question in questions]
+    return answer_in_batches(ids, engine.batches(prompts, decoding), answer, folder, tell)
+
+
+def before_stops(text: str, stop_strings: Sequence[str]) -> str:
+    """``text`` up to the first stop string."""
+    ends = [place for stop in stop_strings if (place := text.find(stop)) >= 0]
+    return text[: min(ends)] if ends else text
+
+
+def stops_at(engine: Engine, stop_strings: Sequence[str]) -> Stopped:
+    """Whether an answer holds one of the strings, by its last tokens."""
+
+    def stopped(ids: list[int]) -> bool:
+        tail = engine.decode(ids[-STOP_WINDOW_TOKENS:])
+        return any(stop in tail for stop in stop_strings)
+
+    return stopped
+
+
+def _fitting(engine: Engine, questions: Sequence[Question], decoding: Decoding, task: str) -> list[Prompt]:
+    """Prompts that leave room for the answer: longer ones lose their beginning, and that is said (RW254)."""
+    room = max(1, engine.max_length - decoding.max_new_tokens)
+    cut = sum(len(question.ids) > room for question in questions)
+    if cut:
+        warn(
+            "RW254",
+            f"{task}: {cut:,} of {len(questions):,} prompts are longer than the {room:,} tokens that the model has for "
+            "them; they lose their beginning.",
+        )
+    return [Prompt(question.ids[-room:], number) for number, question in enumerate(questions)]

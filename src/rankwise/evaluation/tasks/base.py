@@ -1,0 +1,115 @@
+"""What a task is to the runner, and what most tasks share."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import warn
+from rankwise.evaluation.engine import Engine
+from rankwise.evaluation.errors_of_means import Mean, clusters_of, mean_of, paired_difference
+from rankwise.evaluation.journal import Journal
+from rankwise.evaluation.record import Example, TaskResult
+
+Tell = Callable[[int, int], None]
+# Progress: questions done, of how many.
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The figures of a task over its examples."""
+
+    metrics: Mapping[str, float]
+    standard_errors: Mapping[str, float | None]
+    clusters: int | None = None
+    notes: Sequence[str] = ()
+
+
+class Task(ABC):
+    """A set of questions and a way of scoring them. Subclasses are final."""
+
+    name: str
+    primary: str
+    higher_is_better: Mapping[str, bool]
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What the answers depend on besides model and data; goes into the record."""
+
+    def extra_settings(self) -> dict[str, Any]:
+        """What the figures depend on and the answers do not, such as a judge."""
+        return {}
+
+    def stands(self, result: TaskResult) -> bool:
+        """Whether a result with these settings is final."""
+        return True
+
+    @property
+    @abstractmethod
+    def data_sha256(self) -> str | None:
+        """Hash of the questions' source."""
+
+    @abstractmethod
+    def run(self, engine: Engine, folder: Path, tell: Tell) -> list[Example]:
+        """All examples, in the order of the data; ``folder`` keeps them as they come."""
+
+    @abstractmethod
+    def summarize(self, examples: Sequence[Example]) -> Summary:
+        """Metrics and their standard errors."""
+
+    @abstractmethod
+    def difference(self, a: Sequence[Example], b: Sequence[Example]) -> dict[str, Mean]:
+        """``a - b`` on the same questions, for each metric that has an interval."""
+
+
+def answer_in_batches(
+    ids: Sequence[str],
+    batches: Sequence[Sequence[int]],
+    answer: Callable[[Sequence[int]], Sequence[Example]],
+    folder: Path,
+    tell: Tell,
+) -> list[Example]:
+    """Examples for ``ids``, batch by batch, each on disk before the next begins.
+
+    A batch of which anything is missing is answered whole, so that an answer never depends on an interruption.
+    """
+    journal = Journal(folder)
+    tell(sum(name in journal.done for name in ids), len(ids))
+    for batch in batches:
+        if all(ids[index] in journal.done for index in batch):
+            continue
+        journal.append(answer(batch))
+        tell(sum(name in journal.done for name in ids), len(ids))
+    return [journal.done[name] for name in ids]
+
+
+def summary_of_means(examples: Sequence[Example], names: Sequence[str], notes: Sequence[str] = ()) -> Summary:
+    """Metrics that are the mean of each example's score."""
+    clusters = clusters_of([example.cluster for example in examples])
+    means = {name: mean_of([example.scores[name] for example in examples], clusters) for name in names}
+    return Summary(
+        {name: mean.value for name, mean in means.items()},
+        {name: mean.standard_error for name, mean in means.items()},
+        None if clusters is None else len(set(clusters)),
+        notes,
+    )
+
+
+def difference_of_means(a: Sequence[Example], b: Sequence[Example], names: Sequence[str]) -> dict[str, Mean]:
+    clusters = clusters_of([example.cluster for example in a])
+    return {
+        name: paired_difference([x.scores[name] for x in a], [x.scores[name] for x in b], clusters) for name in names
+    }
+
+
+def warn_of_empty(task: str, examples: Sequence[Example]) -> list[str]:
+    """Say (RW253) how many answers are empty; they are scored like any other."""
+    empty = sum(not example.prediction.strip() for example in examples)
+    if not empty:
+        return []
+    note = f"{empty:,} of {len(examples):,} answers are empty"
+    warn("RW253", f"{task}: {note}; they are scored as they are. Look at the prompts, or at where answers stop.")
+    return [note]

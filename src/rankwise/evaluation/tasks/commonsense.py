@@ -1,0 +1,189 @@
+"""The eight commonsense sets with written answers, as LLM-Adapters (Hu et al. 2023) and DoRA (2024) measure them.
+
+The data are that project's rows: ``instruction``, ``input``, ``output``, ``answer``. The first answer word in what the
+model writes counts: ``true``, ``solution2``, ``answer3``, ``ending1``, ``option2``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.data.files import BadRow, kind_of, read_file
+from rankwise.data.formats import rows_from_records
+from rankwise.errors import DataError
+from rankwise.evaluation.engine import Engine
+from rankwise.evaluation.errors_of_means import Mean
+from rankwise.evaluation.generation import Decoding
+from rankwise.evaluation.record import Example
+from rankwise.evaluation.tasks.answers import Question, write_answers
+from rankwise.evaluation.tasks.base import (
+    Summary,
+    Task,
+    Tell,
+    difference_of_means,
+    summary_of_means,
+    warn_of_empty,
+)
+
+NEW_TOKENS = 32
+FOLDERS = {"siqa": "social_i_qa", "arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}
+# Their names in the LLM-Adapters repository, where they differ.
+WORDS = {
+    "boolq": ("true", "false"),
+    "piqa": ("solution1", "solution2"),
+    "siqa": ("answer1", "answer2", "answer3"),
+    "hellaswag": ("ending1", "ending2", "ending3", "ending4"),
+    "winogrande": ("option1", "option2"),
+    "arc_easy": ("answer1", "answer2", "answer3", "answer4", "answer5"),
+    "arc_challenge": ("answer1", "answer2", "answer3", "answer4", "answer5"),
+    "openbookqa": ("answer1", "answer2", "answer3", "answer4"),
+}
+INDENT = " " * 16
+# That project's template is indented; adapters trained with it have seen the blanks.
+
+
+@dataclasses.dataclass(frozen=True)
+class Instructions:
+    """Rows of one set, and the hash of their file."""
+
+    source: str
+    sha256: str
+    rows: Sequence[Mapping[str, Any]]
+
+
+def instructions_in(task: str, data: str) -> Instructions | None:
+    """The LLM-Adapters rows in ``data`` (a file, or a folder with ``test.json``, also below the set's name).
+
+    None where ``data`` is something else. Raises DataError (RW251) for rows that lack a field.
+    """
+    path = _file_in(task, Path(data).expanduser())
+    if path is None or kind_of(path) is None:
+        return None
+    content = read_file(path)
+    first = next((record for _, record in content.records if not isinstance(record, BadRow)), {})
+    if not {"instruction", "answer"} <= set(first):
+        return None
+    rows = []
+    for line, record in content.records:
+        if isinstance(record, BadRow) or not all(isinstance(record.get(k), str) for k in ("instruction", "answer")):
+            raise DataError("RW251", f"{path}, line {line}: expected text in `instruction` and `answer`.")
+        if record["answer"] not in WORDS[task]:
+            expected = ", ".join(WORDS[task])
+            raise DataError(
+                "RW251", f"{path}, line {line}: the answer {record['answer']!r} is none of {task} ({expected})."
+            )
+        rows.append(record)
+    return Instructions(str(path), content.sha256, rows)
+
+
+def _file_in(task: str, path: Path) -> Path | None:
+    if path.is_dir():
+        places = (path, path / FOLDERS.get(task, task))
+        return next((place / "test.json" for place in places if (place / "test.json").is_file()), None)
+    return path if path.is_file() else None
+
+
+class Commonsense(Task):
+    """Answers in words. ``prompt_style``: ``llm-adapters`` is that project's template, ``trained`` ours."""
+
+    primary = "accuracy"
+    higher_is_better = {"accuracy": True}  # noqa: RUF012  read-only
+
+    def __init__(
+        self,
+        name: str,
+        data: Instructions,
+        *,
+        limit: int | None,
+        prompt_style: str,
+        max_new_tokens: int | None,
+        num_beams: int,
+        length_penalty: float,
+    ) -> None:
+        self.name = name
+        self.data = data
+        self.rows = data.rows[:limit]
+        self.prompt_style = prompt_style
+        self.decoding = {
+            "max_new_tokens": max_new_tokens or NEW_TOKENS,
+            "num_beams": num_beams,
+            "length_penalty": length_penalty,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        return {"protocol": "generative", "prompt_style": self.prompt_style, **self.decoding}
+
+    @property
+    def data_sha256(self) -> str:
+        return self.data.sha256
+
+    def run(self, engine: Engine, folder: Path, tell: Tell) -> list[Example]:
+        decoding = Decoding(stop_ids=engine.stop_ids(), **self.decoding)  # type: ignore[arg-type]
+        texts, ids = self._prompts(engine)
+        clusters = _clusters(self.rows)
+        questions = [
+            Question(_unique_id(row, number), row_ids, text, (row["answer"],), cluster)
+            for number, (row, text, row_ids, cluster) in enumerate(zip(self.rows, texts, ids, clusters))
+        ]
+        return write_answers(engine, questions, decoding, folder, tell, task=self.name, finish=self._finish)
+
+    def _prompts(self, engine: Engine) -> tuple[list[str], list[tuple[int, ...]]]:
+        if self.prompt_style == "llm-adapters":
+            texts = [adapters_prompt(row["instruction"], row.get("input") or "") for row in self.rows]
+            return texts, [engine.text_ids(text) for text in texts]
+        rows = rows_from_records(list(enumerate(self.rows, 1)), self.data.source, sha256=self.data.sha256)
+        return [row.prompt for row in rows], engine.prompt_ids(engine.encoder(rows), rows.items)
+
+    def _finish(self, question: Question, text: str) -> Example:
+        right = extract_answer(self.name, text) == (question.references or ("",))[0]
+        scores = {"accuracy": float(right)}
+        return Example(question.id, question.prompt, text.strip(), scores, question.references, question.cluster)
+
+    def summarize(self, examples: Sequence[Example]) -> Summary:
+        notes = warn_of_empty(self.name, examples)
+        unread = sum(not extract_answer(self.name, example.prediction) for example in examples)
+        if unread:
+            notes.append(f"{unread:,} of {len(examples):,} answers hold none of {', '.join(WORDS[self.name])}")
+        return summary_of_means(examples, ["accuracy"], notes)
+
+    def difference(self, a: Sequence[Example], b: Sequence[Example]) -> dict[str, Mean]:
+        return difference_of_means(a, b, ["accuracy"])
+
+
+def extract_answer(task: str, text: str) -> str:
+    """The first answer word in ``text``, in lower case as the data have it; empty where there is none."""
+    found = re.search("|".join(WORDS[task]), text)
+    return found.group() if found else ""
+
+
+def adapters_prompt(instruction: str, context: str = "") -> str:
+    """Alpaca's prompt, laid out as LLM-Adapters does, blanks included."""
+    given = ", paired with an input that provides further context" if context else ""
+    # A blank behind the sentence, without a context only: so it stands there.
+    opening = (
+        f"Below is an instruction that describes a task{given}. "
+        f"Write a response that appropriately completes the request.{'' if context else ' '}"
+    )
+    sections = [("Instruction", instruction), *([("Input", context)] if context else []), ("Response", "")]
+    return "\n\n".join([opening, *(f"{INDENT}### {title}:\n{INDENT}{text}" for title, text in sections)])
+
+
+def _unique_id(row: Mapping[str, Any], number: int) -> str:
+    content = json.dumps([row["instruction"], row.get("input"), row["answer"]], ensure_ascii=True)
+    return f"{number}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+def _clusters(rows: Sequence[Mapping[str, Any]]) -> list[str | None]:
+    """Questions that are asked more than once, with other choices, belong together."""
+    stems = [re.split(r"\n\n", row["instruction"])[0] for row in rows]
+    counts = Counter(stems)
+    if len(counts) == len(stems):
+        return [None] * len(stems)
+    return [hashlib.sha256(stem.encode()).hexdigest()[:12] for stem in stems]

@@ -1,0 +1,148 @@
+"""E2E NLG: one description for each meaning representation, scored against all references of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rankwise.data import Rows
+from rankwise.errors import DataError, warn
+from rankwise.evaluation.engine import Engine
+from rankwise.evaluation.errors_of_means import Mean, mean_of, paired_difference
+from rankwise.evaluation.generation import Decoding
+from rankwise.evaluation.metrics.e2e import METRICS, E2eScores, score_e2e
+from rankwise.evaluation.record import Example
+from rankwise.evaluation.tasks.answers import Question, write_answers
+from rankwise.evaluation.tasks.base import Summary, Task, Tell, warn_of_empty
+
+NEW_TOKENS = 64
+# The LoRA repository's length of an answer.
+RESAMPLES = 200
+# Of the bootstrap, for metrics that are no mean over examples: its standard error is known to about 5 %.
+NO_MEANS = ("BLEU", "NIST", "METEOR")
+RESAMPLED = ("BLEU", "NIST")
+
+
+class E2e(Task):
+    """``rows`` of prompt (meaning representation) and completion (reference); equal prompts are one question.
+
+    ``num_beams`` 10, ``length_penalty`` 0.9 and ``no_repeat_ngram_size`` 4 are the LoRA paper's (table 11).
+    """
+
+    name = "e2e"
+    primary = "BLEU"
+    higher_is_better = dict.fromkeys(METRICS, True)
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        limit: int | None,
+        max_new_tokens: int | None,
+        num_beams: int,
+        length_penalty: float,
+        no_repeat_ngram_size: int,
+    ) -> None:
+        if rows.kind != "prompt":
+            raise DataError(
+                "RW250",
+                f"e2e takes rows of `mr` and `ref` (or context||reference lines), and {rows.source} "
+                f"holds {rows.format}.",
+            )
+        self.rows = rows
+        self.groups = grouped(rows, limit)
+        self.decoding = {
+            "max_new_tokens": max_new_tokens or NEW_TOKENS,
+            "num_beams": num_beams,
+            "length_penalty": length_penalty,
+            "no_repeat_ngram_size": no_repeat_ngram_size,
+        }
+        self._scores: dict[tuple[str, ...], E2eScores] = {}
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.decoding, "meaning_representations": len(self.groups)}
+
+    @property
+    def data_sha256(self) -> str:
+        return self.rows.sha256
+
+    def run(self, engine: Engine, folder: Path, tell: Tell) -> list[Example]:
+        encoder = engine.encoder(self.rows)
+        firsts = [self.rows[numbers[0]] for numbers in self.groups.values()]
+        ids = engine.prompt_ids(encoder, firsts)
+        questions = [
+            Question(_id(prompt), row_ids, prompt.rstrip("\n"), tuple(self.rows[n].completion for n in numbers))
+            for (prompt, numbers), row_ids in zip(self.groups.items(), ids)
+        ]
+        decoding = Decoding(stop_ids=engine.stop_ids(encoder.stop_ids()), **self.decoding)  # type: ignore[arg-type]
+        return write_answers(engine, questions, decoding, folder, tell, task=self.name, finish=_finish)
+
+    def summarize(self, examples: Sequence[Example]) -> Summary:
+        scores = self._scored(examples)
+        notes = warn_of_empty(self.name, examples)
+        if scores.missing:
+            warn("RW255", f"e2e: without METEOR, ROUGE_L and CIDEr: {scores.missing}")
+            notes.append(scores.missing)
+        errors: dict[str, float | None] = {}
+        for name in METRICS:
+            if name in scores.per_example and name not in NO_MEANS:
+                errors[name] = mean_of(scores.per_example[name]).standard_error
+            elif name in RESAMPLED:
+                errors[name] = _spread(_resampled(scores, name, len(examples)))
+            else:
+                errors[name] = None
+        present = {name: value for name, value in scores.metrics.items() if value is not None}
+        return Summary(present, {name: errors[name] for name in present}, None, notes)
+
+    def difference(self, a: Sequence[Example], b: Sequence[Example]) -> dict[str, Mean]:
+        """Means over examples where the metric is one; BLEU and NIST by a paired bootstrap."""
+        of_a, of_b = self._scored(a), self._scored(b)
+        found: dict[str, Mean] = {}
+        for name in METRICS:
+            values = of_a.metrics[name], of_b.metrics[name]
+            if values[0] is None or values[1] is None:
+                continue
+            if name in RESAMPLED:
+                differences = _resampled(of_a, name, len(a)) - _resampled(of_b, name, len(b))
+                found[name] = Mean(values[0] - values[1], _spread(differences), len(a))
+            elif name not in NO_MEANS:
+                found[name] = paired_difference(of_a.per_example[name], of_b.per_example[name])
+        return found
+
+    def _scored(self, examples: Sequence[Example]) -> E2eScores:
+        texts = tuple(example.prediction for example in examples)
+        if texts not in self._scores:
+            self._scores[texts] = score_e2e(texts, [list(example.references or ()) for example in examples])
+        return self._scores[texts]
+
+
+def grouped(rows: Rows, limit: int | None) -> dict[str, list[int]]:
+    """Numbers of the rows of each distinct prompt, in the order of the data; the first ``limit`` prompts."""
+    groups: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(row.prompt, []).append(number)
+    return dict(list(groups.items())[:limit])
+
+
+def _id(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
+
+
+def _finish(question: Question, text: str) -> Example:
+    # References are single lines; the scorers read a line an answer.
+    return Example(question.id, question.prompt, " ".join(text.split()), {}, question.references)
+
+
+def _resampled(scores: E2eScores, name: str, count: int) -> np.ndarray:
+    """The metric on resamples of the examples, the same ones for every system of ``count`` examples."""
+    metric: Callable[[Any], float] = getattr(scores.statistics, name.lower())
+    random = np.random.default_rng(0)
+    return np.array([metric(random.integers(0, count, count)) for _ in range(RESAMPLES)])
+
+
+def _spread(values: np.ndarray) -> float | None:
+    return float(values.std(ddof=1)) if len(values) > 1 else None

@@ -1,0 +1,245 @@
+"""Tasks of lm-evaluation-harness, by name. Prompts, filters and metrics are its own; our engine answers."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.data.rows import content_sha256
+from rankwise.errors import ConfigError, DataError
+from rankwise.evaluation.engine import Engine
+from rankwise.evaluation.errors_of_means import Mean, clusters_of, mean_of, paired_difference
+from rankwise.evaluation.journal import Responses
+from rankwise.evaluation.record import Example
+from rankwise.evaluation.tasks.base import Summary, Task, Tell
+from rankwise.evaluation.tasks.harness_data import (
+    HARNESS_NAMES,
+    YAML_FILES,
+    harness_folder,
+    read_docs,
+    write_task,
+)
+
+SOURCE_FIELDS = ("passage", "context", "article", "paragraph", "story", "background", "goal", "ctx")
+# A field that several questions share names their source text: the first of these that does.
+PRIMARY = ("acc_norm", "acc", "exact_match", "f1", "bleu", "word_perplexity")
+SHOWN_CHARACTERS = 2000
+SAME = 1e-9
+FEWSHOT_SEED = 1234
+
+
+class HarnessTask(Task):
+    """``data`` replaces the hub's; ``num_fewshot`` None leaves the task's own number."""
+
+    higher_is_better: dict[str, bool]
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        data: str | None,
+        fewshot_data: str | None,
+        num_fewshot: int | None,
+        limit: int | None,
+    ) -> None:
+        self.name = name
+        self.limit = limit
+        self.num_fewshot = num_fewshot
+        if data is not None and num_fewshot and fewshot_data is None:
+            raise ConfigError(
+                "RW152",
+                f"--task {name} --num-fewshot {num_fewshot} with --data needs --fewshot-data F for the examples.",
+            )
+        self._folder = tempfile.TemporaryDirectory(prefix="rankwise-")
+        self.tasks, self.groups, self._hash = self._load(data, fewshot_data)
+        self.higher_is_better = {}
+        self.primary = "acc"
+        self._aggregates: dict[str, float] = {}
+
+    def _load(self, data: str | None, fewshot_data: str | None) -> tuple[dict[str, Any], dict[str, Any], str]:
+        from lm_eval.tasks import TaskManager
+
+        folder = Path(self._folder.name)
+        yaml_file = self._yaml_file()
+        if data is None and yaml_file is None:
+            manager, spec = TaskManager(), HARNESS_NAMES.get(self.name, self.name)
+            self._check_known(spec, manager.all_tasks)
+            return self._built(manager, spec)
+        if yaml_file is None:
+            entries = TaskManager().task_index
+            self._check_known(self.name, list(entries))
+            yaml_file = entries[self.name].yaml_path
+        docs = None
+        sha256 = None
+        if data is not None:
+            rows, sha256 = read_docs(self.name, data)
+            docs = {"validation": rows}
+            if fewshot_data is not None:
+                docs["train"] = read_docs(self.name, fewshot_data)[0]
+        path = write_task(folder, self.name, Path(str(yaml_file)), docs)
+        tasks, groups, found = self._built(TaskManager(include_path=str(folder), include_defaults=False), str(path))
+        return tasks, groups, sha256 or found
+
+    def _yaml_file(self) -> Path | None:
+        path = harness_folder() / "tasks" / YAML_FILES.get(self.name, "-")
+        return path if path.is_file() else None
+
+    def _check_known(self, name: str, known: Sequence[str]) -> None:
+        if name not in known:
+            from rankwise.evaluation.tasks.registry import OWN
+
+            close = difflib.get_close_matches(self.name, [*OWN, *known], n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            own = ", ".join(OWN)
+            raise ConfigError(
+                "RW154",
+                f"there is no task {self.name!r}; ours are {own}, and any of lm-evaluation-harness{hint}"
+                + ("" if hint else "."),
+            )
+
+    def _built(self, manager: Any, spec: str) -> tuple[dict[str, Any], dict[str, Any], str]:
+        """Tasks, groups, and the hash of what they ask. Foreign code reads foreign data: any error becomes one line."""
+        try:
+            loaded = manager.load([spec])
+            tasks = dict(loaded["tasks"])
+            documents = [dict(doc) for task in tasks.values() for doc in _first(task.eval_docs, self.limit)]
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+            raise DataError(
+                "RW251",
+                f"lm-evaluation-harness cannot build the task {self.name} ({reason}); check the network, or give its "
+                "data with --data F.",
+            ) from error
+        return tasks, dict(loaded["groups"]), content_sha256(documents)
+
+    def describe(self) -> dict[str, Any]:
+        versions = {name: str(task.VERSION) for name, task in self.tasks.items()}
+        shots = {name: self._shots(task) for name, task in self.tasks.items()}
+        kind = {str(task.OUTPUT_TYPE) for task in self.tasks.values()}
+        protocol = "generative" if kind == {"generate_until"} else "loglikelihood"
+        return {"protocol": protocol, "harness_tasks": versions, "num_fewshot": shots}
+
+    def _shots(self, task: Any) -> int:
+        own = task.get_config("num_fewshot")
+        # The harness never overrides a task that says 0.
+        return int(own or 0) if self.num_fewshot is None or own == 0 else self.num_fewshot
+
+    @property
+    def data_sha256(self) -> str:
+        return self._hash
+
+    def run(self, engine: Engine, folder: Path, tell: Tell) -> list[Example]:
+        from lm_eval.evaluator import evaluate
+
+        from rankwise.evaluation.harness_model import EngineLM
+
+        model = EngineLM(engine, Responses(folder), tell)
+        for task in self.tasks.values():
+            task.set_config(key="num_fewshot", value=self._shots(task))
+            # simple_evaluate's seed: the same worked examples as by its command line.
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        results = evaluate(
+            lm=model,
+            task_dict={"tasks": self.tasks, "groups": self.groups},
+            limit=self.limit,
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+        self._note(results)
+        samples = {name: results["samples"][name] for name in self.tasks}
+        return [example for name, rows in samples.items() for example in self._examples(name, rows)]
+
+    def _note(self, results: Mapping[str, Any]) -> None:
+        """Aggregates of the task asked for: of a group its own, else of the single task."""
+        wanted = next(iter(self.groups), None) or next(iter(self.tasks))
+        found = {**results["results"].get(wanted, {}), **results.get("groups", {}).get(wanted, {})}
+        numbers = {key: float(value) for key, value in found.items() if _is_metric(key, value)}
+        self._aggregates = {_metric_name(key): value for key, value in numbers.items()}
+        for known in results.get("higher_is_better", {}).values():
+            for metric in self._aggregates:
+                better = known.get(metric.partition(",")[0])
+                if better is not None:
+                    self.higher_is_better[metric] = bool(better)
+        first = [name for kind in PRIMARY for name in self._aggregates if name.partition(",")[0] == kind]
+        self.primary = next(iter([*first, *self._aggregates]), "acc")
+
+    def _examples(self, task: str, samples: Sequence[Mapping[str, Any]]) -> list[Example]:
+        by_doc: dict[int, list[Mapping[str, Any]]] = {}
+        for sample in samples:
+            by_doc.setdefault(int(sample["doc_id"]), []).append(sample)
+        clusters = _sources([rows[0]["doc"] for rows in by_doc.values()])
+        start = f"{task}-" if len(self.tasks) > 1 else ""
+        return [
+            _example(f"{start}{doc_id}", rows, cluster, self.tasks[task])
+            for (doc_id, rows), cluster in zip(by_doc.items(), clusters)
+        ]
+
+    def summarize(self, examples: Sequence[Example]) -> Summary:
+        clusters = clusters_of([example.cluster for example in examples])
+        errors: dict[str, float | None] = {}
+        for name, value in self._aggregates.items():
+            mean = self._mean(name, value, examples)
+            errors[name] = None if mean is None else mean.standard_error
+        return Summary(self._aggregates, errors, None if clusters is None else len(set(clusters)))
+
+    def _mean(self, name: str, value: float, examples: Sequence[Example]) -> Mean | None:
+        """The mean over examples, where the harness' figure is one."""
+        if not all(name in example.scores for example in examples):
+            return None
+        mean = mean_of([e.scores[name] for e in examples], clusters_of([e.cluster for e in examples]))
+        return mean if abs(mean.value - value) < SAME else None
+
+    def difference(self, a: Sequence[Example], b: Sequence[Example]) -> dict[str, Mean]:
+        names = [name for name in a[0].scores if all(name in e.scores for e in (*a, *b))] if a else []
+        clusters = clusters_of([example.cluster for example in a])
+        return {n: paired_difference([e.scores[n] for e in a], [e.scores[n] for e in b], clusters) for n in names}
+
+
+def _example(name: str, rows: Sequence[Mapping[str, Any]], cluster: str | None, task: Any) -> Example:
+    """One document; a task with several filters has a row for each."""
+    first = rows[0]
+    scores = {}
+    for row in rows:
+        for metric in row["metrics"]:
+            value = row.get(metric)
+            if isinstance(value, int | float):
+                scores[_metric_name(f"{metric},{row['filter']}")] = float(value)
+    responses = [
+        response[0] if isinstance(response, list | tuple) and response else response for response in first["resps"]
+    ]
+    details: dict[str, Any] = {}
+    if task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood"):
+        details["log_likelihoods"] = [float(response[0]) for response in responses]
+        texts = [str(argument[-1] if not task.multiple_input else argument[0]) for argument in first["arguments"]]
+        best = max(range(len(texts)), key=lambda index: details["log_likelihoods"][index])
+        prediction = texts[best]
+    else:
+        prediction = str(responses[0]) if responses else ""
+    prompt = str(first["arguments"][0][0])[-SHOWN_CHARACTERS:]
+    return Example(name, prompt, prediction, scores, [str(first["target"])], cluster, details)
+
+
+def _sources(docs: Sequence[Mapping[str, Any]]) -> list[str | None]:
+    for field in SOURCE_FIELDS:
+        texts = [doc.get(field) for doc in docs]
+        if all(isinstance(text, str) and text for text in texts) and max(Counter(texts).values()) > 1:
+            return [hashlib.sha256(str(text).encode()).hexdigest()[:12] for text in texts]
+    return [None] * len(docs)
+
+
+def _first(docs: Any, limit: int | None) -> list[Any]:
+    return [docs[index] for index in range(min(len(docs), limit or len(docs)))]
+
+
+def _is_metric(key: str, value: Any) -> bool:
+    return isinstance(value, int | float) and "stderr" not in key and key not in ("sample_len",)
+
+
+def _metric_name(key: str) -> str:
+    """``acc,none`` is acc; other filters stay in the name."""
+    return key.removesuffix(",none")

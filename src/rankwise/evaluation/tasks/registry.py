@@ -1,0 +1,149 @@
+"""Tasks by name. Reads and checks each task's data; imports lm-evaluation-harness only where a task needs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rankwise.errors import ConfigError
+from rankwise.evaluation.settings import EvaluateSettings
+
+if TYPE_CHECKING:
+    from rankwise.evaluation.tasks.base import Task
+
+COMMONSENSE = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+OWN = ("perplexity", "e2e", *COMMONSENSE, "gsm8k", "vicuna")
+WHERE = {
+    "perplexity": "any file of rows",
+    "e2e": "testset_w_refs.csv of github.com/tuetschek/e2e-dataset",
+    "vicuna": "the 80 questions as JSON lines of question_id and text",
+}
+# Tasks that need --data, and what it is.
+LORA_BEAM_PENALTY, LORA_NGRAM = 0.9, 4
+# LoRA paper, table 11.
+PAPER_BEAMS = 4
+# LLM-Adapters' and DoRA's evaluation of the commonsense sets.
+
+
+def make_task(name: str, settings: EvaluateSettings) -> Task:
+    """The task ``name`` with its data read.
+
+    Raises ConfigError: RW150 data that must be given, RW152 options that do not go together, RW153 a missing package,
+    RW154 no such task; DataError RW250 to RW252 for data that do not fit.
+    """
+    data = settings.data_of(name)
+    if name in WHERE and data is None:
+        raise ConfigError("RW150", f"--task {name} needs data; give --data F with {WHERE[name]}.")
+    if name == "perplexity":
+        return _perplexity(settings, str(data))
+    if name == "e2e":
+        return _e2e(settings, str(data))
+    if name in COMMONSENSE:
+        return _commonsense(name, settings, data)
+    if name == "gsm8k":
+        return _gsm8k(settings, data)
+    if name == "vicuna":
+        return _vicuna(settings, Path(str(data)))
+    return _harness(name, settings, data)
+
+
+def _perplexity(settings: EvaluateSettings, data: str) -> Task:
+    from rankwise.data import read_rows
+    from rankwise.evaluation.tasks.perplexity import Perplexity
+
+    columns = {"prompt_column": settings.prompt_column, "completion_column": settings.completion_column}
+    rows = read_rows(data, split="validation", **columns)
+    return Perplexity(rows[: settings.limit], max_length=settings.max_length)
+
+
+def _e2e(settings: EvaluateSettings, data: str) -> Task:
+    from rankwise.data import read_rows
+    from rankwise.evaluation.tasks.e2e import E2e
+
+    beams = settings.num_beams or 1
+    penalty, ngram = settings.length_penalty, settings.no_repeat_ngram_size
+    return E2e(
+        read_rows(data, split="test"),
+        limit=settings.limit,
+        max_new_tokens=settings.max_new_tokens,
+        num_beams=beams,
+        length_penalty=(LORA_BEAM_PENALTY if beams > 1 else 1.0) if penalty is None else penalty,
+        no_repeat_ngram_size=(LORA_NGRAM if beams > 1 else 0) if ngram is None else ngram,
+    )
+
+
+def _commonsense(name: str, settings: EvaluateSettings, data: str | None) -> Task:
+    from rankwise.evaluation.tasks.commonsense import Commonsense, instructions_in
+
+    rows = instructions_in(name, data) if data is not None else None
+    protocol = settings.protocol or ("generative" if rows is not None else "loglikelihood")
+    if protocol == "loglikelihood":
+        return _harness(name, settings, data)
+    if rows is None:
+        place = "no data were given" if data is None else f"{data} is in another form"
+        raise ConfigError(
+            "RW150",
+            f"--task {name} --protocol generative needs the rows of LLM-Adapters (instruction, output, answer), and "
+            f"{place}; give --data F with test.json of github.com/AGI-Edgerunners/LLM-Adapters/tree/main/dataset.",
+        )
+    if settings.num_fewshot:
+        raise ConfigError("RW152", "--num-fewshot goes with --protocol loglikelihood; the generative one has none.")
+    return Commonsense(
+        name,
+        rows,
+        limit=settings.limit,
+        prompt_style=settings.prompt_style,
+        max_new_tokens=settings.max_new_tokens,
+        num_beams=settings.num_beams or PAPER_BEAMS,
+        length_penalty=1.0 if settings.length_penalty is None else settings.length_penalty,
+    )
+
+
+def _gsm8k(settings: EvaluateSettings, data: str | None) -> Task:
+    from rankwise.evaluation.tasks.gsm8k import Gsm8k, read_problems, worked_examples
+
+    shots = 8 if settings.num_fewshot is None else settings.num_fewshot
+    problems = read_problems(data)
+    return Gsm8k(
+        problems,
+        worked=worked_examples(shots, settings.fewshot_data, problems),
+        limit=settings.limit,
+        max_new_tokens=settings.max_new_tokens,
+        num_beams=settings.num_beams or 1,
+    )
+
+
+def _vicuna(settings: EvaluateSettings, data: Path) -> Task:
+    from rankwise.evaluation.tasks.vicuna import Judge, Vicuna
+
+    given = (settings.judge_url, settings.judge_model, settings.reference_answers)
+    if any(given) and not all(given):
+        raise ConfigError("RW152", "the judge needs --judge-url, --judge-model and --reference-answers together.")
+    judge = None
+    if settings.judge_url and settings.judge_model and settings.reference_answers:
+        judge = Judge(
+            settings.judge_url, settings.judge_model, settings.judge_key_env, Path(settings.reference_answers)
+        )
+    return Vicuna(
+        data,
+        limit=settings.limit,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=settings.seed,
+        judge=judge,
+    )
+
+
+def _harness(name: str, settings: EvaluateSettings, data: str | None) -> Task:
+    from rankwise.evaluation.tasks.harness import HarnessTask
+
+    if settings.num_beams not in (None, 1):
+        raise ConfigError("RW152", f"--task {name} is lm-evaluation-harness's, which has no --num-beams.")
+    return HarnessTask(
+        name,
+        data=data,
+        fewshot_data=settings.fewshot_data,
+        num_fewshot=settings.num_fewshot,
+        limit=settings.limit,
+    )

@@ -1,0 +1,221 @@
+"""Vicuna: answers to open questions, and where a judge is given, its ratings against a reference system's answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.data.rows import Row, Rows
+from rankwise.errors import DataError
+from rankwise.evaluation.engine import Engine
+from rankwise.evaluation.errors_of_means import Mean, mean_of, paired_difference
+from rankwise.evaluation.generation import Decoding
+from rankwise.evaluation.metrics.files import read_records
+from rankwise.evaluation.record import Example, TaskResult
+from rankwise.evaluation.tasks.answers import Question, write_answers
+from rankwise.evaluation.tasks.base import Summary, Task, Tell, warn_of_empty
+from rankwise.records import write_text
+
+NEW_TOKENS = 1024
+GUANACO = "### Human: {}\n### Assistant:"
+# Where there is no chat template: the form that the QLoRA paper's models were trained on.
+GUANACO_STOPS = ("### Human",)
+ANSWERS_FILE, RATINGS_FILE, CACHE_FILE = "answers.jsonl", "ratings.jsonl", "judge.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """A judging model behind an OpenAI-compatible endpoint; the key is read from the environment."""
+
+    url: str
+    model: str
+    key_variable: str
+    reference_answers: Path
+
+
+class Vicuna(Task):
+    """``data`` holds ``question_id`` and ``text``. Ratings are bought once: ``judge.jsonl`` keeps every reply."""
+
+    name = "vicuna"
+    primary = "mean"
+    higher_is_better = {  # noqa: RUF012  read-only
+        "reference_first": True,
+        "system_first": True,
+        "mean": True,
+        "failed": False,
+        "answer_characters": True,
+    }
+
+    def __init__(
+        self,
+        data: Path,
+        *,
+        limit: int | None,
+        max_new_tokens: int | None,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        judge: Judge | None,
+    ) -> None:
+        self.data = data
+        self.asked = _read_questions(data)[:limit]
+        self.judge = judge
+        self.references = _read_answers(judge.reference_answers, self.asked) if judge else {}
+        self.decoding = {
+            "max_new_tokens": max_new_tokens or NEW_TOKENS,
+            "temperature": temperature,
+            "top_p": top_p,
+            "seed": seed,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        return dict(self.decoding)
+
+    def extra_settings(self) -> dict[str, Any]:
+        return {"judge": {"url": self.judge.url, "model": self.judge.model}} if self.judge else {}
+
+    def stands(self, result: TaskResult) -> bool:
+        """Failed ratings are asked for again."""
+        return not result.metrics.get("failed")
+
+    @property
+    def data_sha256(self) -> str:
+        return hashlib.sha256(self.data.read_bytes()).hexdigest()
+
+    def run(self, engine: Engine, folder: Path, tell: Tell) -> list[Example]:
+        questions, stops, stop_ids = self._questions(engine)
+        decoding = Decoding(stop_ids=engine.stop_ids(stop_ids), **self.decoding)  # type: ignore[arg-type]
+        examples = write_answers(
+            engine, questions, decoding, folder, tell, task=self.name, finish=_finish, stop_strings=stops
+        )
+        _write_lines(folder / ANSWERS_FILE, [_answer(example, engine) for example in examples])
+        return self._judged(examples, folder, tell) if self.judge else examples
+
+    def _questions(self, engine: Engine) -> tuple[list[Question], tuple[str, ...], set[int]]:
+        if engine.template is None and not engine.tokenizer.chat_template:
+            ids = [engine.text_ids(GUANACO.format(text)) for _, text in self.asked]
+            stops, stop_ids = GUANACO_STOPS, set[int]()
+        else:
+            # The completion is a stand-in: only what stands in front of it is used.
+            items = [
+                Row("prompt", str(self.data), n, prompt=text, completion="-") for n, (_, text) in enumerate(self.asked)
+            ]
+            encoder = engine.encoder(Rows(items, "prompt", str(self.data), self.data_sha256, "questions"))
+            ids, stops, stop_ids = engine.prompt_ids(encoder, items), (), encoder.stop_ids()
+        return [Question(name, row, text) for (name, text), row in zip(self.asked, ids)], stops, stop_ids
+
+    def _judged(self, examples: Sequence[Example], folder: Path, tell: Tell) -> list[Example]:
+        from rankwise.evaluation import judge as judging
+
+        assert self.judge is not None
+        client = judging.JudgeClient(self.judge.url, self.judge.model, judging.judge_key(self.judge.key_variable))
+        ratings = judging.judge_answers(
+            [judging.Question(name, text) for name, text in self.asked],
+            [judging.Answer(*self.references[name]) for name, _ in self.asked],
+            [judging.Answer(_answer_id(example), example.prediction) for example in examples],
+            client=client,
+            cache=judging.JudgeCache(folder / CACHE_FILE),
+            progress=tell,
+        )
+        _write_lines(folder / RATINGS_FILE, [rating.to_json() for rating in ratings])
+        reference_ids = {answer_id for answer_id, _ in self.references.values()}
+        marks: dict[str, list[Mapping[str, Any]]] = {}
+        for rating in ratings:
+            marks.setdefault(str(rating.question_id), []).append(rating.to_json())
+        return [dataclasses.replace(e, **_marked(marks[e.id], reference_ids)) for e in examples]
+
+    def summarize(self, examples: Sequence[Example]) -> Summary:
+        notes = warn_of_empty(self.name, examples)
+        rows = [row for example in examples for row in example.details.get("ratings", ())]
+        if not rows:
+            length = mean_of([len(example.prediction) for example in examples])
+            return Summary(
+                {"answer_characters": length.value}, {"answer_characters": length.standard_error}, None, notes
+            )
+        from rankwise.evaluation.metrics.vicuna import relative_score, warn_of_failed
+
+        score = relative_score(rows, {answer_id for answer_id, _ in self.references.values()})
+        warn_of_failed(score)
+        found = {name: getattr(score, name) for name in ("reference_first", "system_first", "mean")}
+        metrics = {name: value for name, value in found.items() if value is not None} | {"failed": float(score.failed)}
+        errors = dict.fromkeys(metrics) | {"mean": _relative(examples).standard_error}
+        return Summary(metrics, errors, None, notes)
+
+    def difference(self, a: Sequence[Example], b: Sequence[Example]) -> dict[str, Mean]:
+        pairs = [(x, y) for x, y in zip(a, b) if x.scores.get("reference") and y.scores.get("reference")]
+        if not pairs:
+            return {}
+        percents = [[100 * e.scores["system"] / e.scores["reference"] for e in side] for side in zip(*pairs)]
+        return {"mean": paired_difference(percents[0], percents[1])}
+
+
+def _relative(examples: Sequence[Example]) -> Mean:
+    """100 sum s / sum r over questions, both orders together: a mean of s / r weighted by r."""
+    rated = [example.scores for example in examples if example.scores.get("reference")]
+    percents = [100 * scores["system"] / scores["reference"] for scores in rated]
+    return mean_of(percents, weights=[scores["reference"] for scores in rated])
+
+
+def _marked(ratings: Sequence[Mapping[str, Any]], reference_ids: set[str]) -> dict[str, Any]:
+    """Scores of one question: marks of the reference and the system, summed over the orders that were rated."""
+    from rankwise.evaluation.metrics.vicuna import score_pair
+
+    reference = system = 0.0
+    for row in ratings:
+        pair = score_pair(row["score"])
+        if pair is not None:
+            first, second = pair if row["answer1_id"] in reference_ids else pair[::-1]
+            reference, system = reference + first, system + second
+    return {"scores": {"reference": reference, "system": system}, "details": {"ratings": list(ratings)}}
+
+
+def _finish(question: Question, text: str) -> Example:
+    return Example(question.id, question.prompt, text.strip())
+
+
+def _answer_id(example: Example) -> str:
+    content = json.dumps([example.id, example.prediction])
+    return hashlib.sha256(content.encode()).hexdigest()[:22]
+
+
+def _answer(example: Example, engine: Engine) -> dict[str, Any]:
+    """A line as the benchmark's own tools write it."""
+    model = str(engine.model.config._name_or_path)
+    return {
+        "answer_id": _answer_id(example),
+        "model_id": model,
+        "question_id": example.id,
+        "text": example.prediction,
+    }
+
+
+def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows))
+
+
+def _read_questions(path: Path) -> list[tuple[str, str]]:
+    rows = [(row.text(path, "question_id"), row.text(path, "text", "question")) for row in read_records(path)]
+    names = [name for name, _ in rows]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not rows:
+        problem = f"question_id {', '.join(twice)} twice" if twice else "no questions"
+        raise DataError("RW251", f"{path} holds {problem}; give one line a question.")
+    return rows
+
+
+def _read_answers(path: Path, asked: Sequence[tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    """question_id -> (answer_id, text). Raises DataError (RW252) for questions without an answer."""
+    answers = {
+        row.text(path, "question_id"): (row.text(path, "answer_id"), row.text(path, "text"))
+        for row in read_records(path)
+    }
+    missing = [name for name, _ in asked if name not in answers]
+    if missing:
+        raise DataError(
+            "RW252", f"{path} answers {len(answers)} questions, and not question {missing[0]} ({len(missing)} missing)."
+        )
+    return answers

@@ -1,0 +1,159 @@
+"""Attention in which every query sees one contiguous range of keys: causal, padded, packed, sliding window.
+
+Legend: B batch, Lq queries, Lk keys, H query heads, Hkv key heads, D size of a head; i a query, j a key.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from rankwise.errors import QuantizationError
+from rankwise.ops import library_attention as _library
+from rankwise.ops import reference_attention, selection
+from rankwise.ops.cpu import attention as native_attention
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor | None = None,
+    end: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """``softmax(where(start <= j < end, scale * q @ k.mT, -inf)) @ v``, per head: `reference`.
+
+    bfloat16 on a CPU with AVX-512 BF16 runs in the native library (FlashAttention-2: memory linear in the length, tiles
+    that no query sees are skipped, backward keeps q, k, v, out and one float32 per query and head). Everything else
+    runs in ``scaled_dot_product_attention``; `obstacle` says why.
+
+    Args:
+        q: (B, Lq, H, D), any strides; those of a projection's output need no copy.
+        k, v: (B, Lk, Hkv, D), H a multiple of Hkv.
+        start, end: int32 (B, Lq), or None: start 0, end i + 1 + Lk - Lq (causal). Clamped to [0, Lk]. A query with an
+            empty range gives zeros and gets no gradient.
+        scale: 1 / sqrt(D) by default.
+
+    Returns:
+        (B, Lq, H, D) in the dtype of q, contiguous where the native kernel ran.
+
+    Raises:
+        QuantizationError: RW622, shapes, dtypes or devices that do not fit together; RW607, the native kernel was forced
+            (`rankwise.ops.set_implementation`) and cannot run.
+    """
+    if torch.is_autocast_enabled(q.device.type) and q.dtype is not torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    check(q, k, v, start, end)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    choice = selection.forced()
+    if choice == "reference":
+        return reference(q, k, v, start, end, scale)
+    why = native_attention.obstacle(q, k, v, scale)
+    if why is not None:
+        return _elsewhere(q, k, v, start, end, scale, choice, why)
+    if _watched(q, k, v):
+        return torch.ops.rankwise.attention_forward(q, k, v, start, end, scale)[0]  # type: ignore[no-any-return]
+    return _Attention.apply(q, k, v, start, end, scale)  # type: ignore[no-any-return]
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None, end: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """The same in plain PyTorch and float32 (float64 stays), with the whole (B, H, Lq, Lk) matrix of weights."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return reference_attention.attention_forward(q, k, v, start, end, scale)[0]
+
+
+def obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> str | None:
+    """Why `attention` runs these tensors in PyTorch's ``scaled_dot_product_attention``, or None where it does not."""
+    return native_attention.obstacle(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None) -> None:
+    """Raise QuantizationError RW622, all mismatches at once, unless the arguments fit together."""
+    good = q.dim() == k.dim() == 4 and k.shape == v.shape and q.dtype == k.dtype == v.dtype
+    good = good and q.device == k.device == v.device and q.is_floating_point()
+    good = good and (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3])
+    good = good and q.shape[3] > 0 and k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0
+    for bound in (start, end):
+        good = good and (bound is None or _is_bound(bound, q))
+    if not good:
+        named = {"q": q, "k": k, "v": v, "start": start, "end": end}
+        found = ", ".join(
+            f"{name} {tuple(x.shape)} {x.dtype} on {x.device}" for name, x in named.items() if x is not None
+        )
+        raise QuantizationError(
+            "RW622",
+            "attention needs q (B, Lq, H, D), k and v (B, Lk, Hkv, D) of one dtype, H a multiple of Hkv, start and end "
+            f"(B, Lq) int32, all on one device; it got {found}.",
+        )
+
+
+def _is_bound(bound: Tensor, q: Tensor) -> bool:
+    return bound.shape == q.shape[:2] and bound.dtype is torch.int32 and bound.device == q.device
+
+
+def _watched(*tensors: Tensor) -> bool:
+    """Whether a compiler, a fake mode, a functional transform or a tensor subclass must see the call."""
+    return (
+        torch.compiler.is_compiling()
+        or any(type(x) not in _PLAIN for x in tensors)
+        or torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+class _Attention(torch.autograd.Function):
+    """The native kernel without PyTorch's dispatcher in between."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None, scale: float
+    ) -> Tensor:
+        out, lse = native_attention.attention_forward(q, k, v, start, end, scale)
+        ctx.save_for_backward(q, k, v, out, lse, start, end)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dq, dk, dv = native_attention.attention_backward(grad, *ctx.saved_tensors, ctx.scale)
+        return dq, dk, dv, None, None, None
+
+
+def _elsewhere(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    scale: float,
+    choice: str,
+    why: str,
+) -> Tensor:
+    """PyTorch's own kernel; said once where the native one was to be expected."""
+    if choice == "native":
+        raise QuantizationError("RW607", f"the implementation 'native' was forced and cannot run: {why}")
+    if q.device.type == "cpu" and q.dtype is torch.bfloat16:
+        selection.say_once("RW608", f"attention runs in PyTorch's scaled_dot_product_attention, slowly: {why}")
+    shared = {"scale": scale, "enable_gqa": q.shape[2] != k.shape[2]}
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    if start is None and end is None and q.shape[1] == k.shape[1]:
+        return functional.scaled_dot_product_attention(*heads_first, is_causal=True, **shared).transpose(1, 2)
+    seen = reference_attention.visible(start, end, (q.shape[0], q.shape[1], k.shape[1]), q.device)[:, None]
+    # A query without keys would be NaN in some of PyTorch's kernels: it sees all, and its result is dropped.
+    empty = ~seen.any(-1, keepdim=True)
+    out = functional.scaled_dot_product_attention(*heads_first, attn_mask=seen | empty, **shared)
+    return out.masked_fill(empty, 0.0).transpose(1, 2)
+
+
+__all__ = ["attention", "obstacle", "reference"]

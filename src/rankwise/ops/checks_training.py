@@ -1,0 +1,129 @@
+"""What must hold before an element-wise kernel of `rankwise.ops.training` gets a pointer; RW620 otherwise.
+
+Legend: T = rows, N and D = columns, R = rank, V = vocabulary, C = rows with logits; B, H, L = batch, heads, positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rankwise.errors import QuantizationError
+from rankwise.ops.checks import DTYPES
+
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+
+_DTYPES = (*DTYPES, torch.float64)
+
+
+def low_rank_add(y: Tensor, u: Tensor, B: Tensor, g: Tensor | None, bias: Tensor | None) -> None:
+    if (
+        y.dim() == 0
+        or u.shape != (*y.shape[:-1], B.shape[-1])
+        or B.shape != (y.shape[-1], u.shape[-1])
+        or not _alike(y, u, B)
+        or not _columns(y, g)
+        or not _columns(y, bias)
+    ):
+        raise _misfit(
+            "low_rank_add_ needs y (T, N), u (T, R), B (N, R) of one dtype and g, bias (N,)", y=y, u=u, B=B, g=g, bias=bias
+        )
+
+
+def scaled_grad(dy: Tensor, y: Tensor | None, g: Tensor) -> None:
+    if dy.dim() == 0 or not _columns(dy, g) or (y is not None and not _same(dy, y)):
+        raise _misfit("scaled_grad needs dy and y (T, N) of one dtype and g (N,)", dy=dy, y=y, g=g)
+
+
+def rms_norm(x: Tensor, w: Tensor, offset: int) -> None:
+    if x.dim() == 0 or not _columns(x, w) or offset not in (0, 1):
+        raise _misfit(f"rms_norm needs x (T, D), w (D,) and offset 0 or 1 (it got {offset})", x=x, w=w)
+
+
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor, offset: int, residual_grad: Tensor | None
+) -> None:
+    rows = x.numel() // max(x.shape[-1], 1) if x.dim() else -1
+    good = _same(dy, x) and (residual_grad is None or _same(dy, residual_grad))
+    if not good or not _columns(x, w) or rstd.numel() != rows or rstd.device != x.device or offset not in (0, 1):
+        raise _misfit(
+            f"rms_norm_backward needs dy, x, residual_grad (T, D), w (D,), rstd (T,), offset 0 or 1 (it got {offset})",
+            dy=dy,
+            x=x,
+            w=w,
+            rstd=rstd,
+            residual_grad=residual_grad,
+        )
+
+
+def glu(gate: Tensor, up: Tensor, act: str, dout: Tensor | None = None) -> None:
+    if act not in ACTIVATIONS:
+        raise QuantizationError("RW620", f"there is no activation {act!r}: use one of {', '.join(ACTIVATIONS)}.")
+    if gate.dim() == 0 or not _same(gate, up) or (dout is not None and not _same(gate, dout)):
+        raise _misfit("glu needs tensors of one shape (T, N) and dtype", gate=gate, up=up, dout=dout)
+
+
+def rope(q: Tensor, cos: Tensor, sin: Tensor) -> None:
+    good = q.dim() == 4 and cos.dim() == 3 and cos.shape == sin.shape and cos.dtype == sin.dtype
+    good = good and cos.shape[0] in (1, q.shape[0]) and cos.shape[1] == q.shape[2] and cos.shape[2] <= q.shape[3]
+    if not good or cos.shape[2] % 2 or not _supported(q, cos) or q.device != sin.device:
+        raise _misfit("rope needs q (B, H, L, D), cos and sin (B or 1, L, D'), D' even, D' <= D", q=q, cos=cos, sin=sin)
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, label_smoothing: float, softcap: float | None, multiplier: float
+) -> None:
+    good = logits.dim() == 2 and targets.shape == logits.shape[:1] and targets.dtype == torch.int64
+    if not good or not _supported(logits, logits) or targets.device != logits.device or logits.shape[1] == 0:
+        raise _misfit("cross_entropy_ needs logits (C, V) and targets (C,) int64", logits=logits, targets=targets)
+    if not 0 <= label_smoothing <= 1 or not multiplier > 0 or (softcap is not None and not softcap > 0):
+        raise QuantizationError(
+            "RW620",
+            f"cross_entropy_ needs a label smoothing in [0, 1], a softcap and a multiplier above 0; it got "
+            f"{label_smoothing}, {softcap} and {multiplier}.",
+        )
+
+
+def dropout(dx: Tensor, z: Tensor, p: float) -> None:
+    if not 0 <= p < 1:
+        raise QuantizationError("RW620", f"dropout cannot drop with probability {p}: use a number in [0, 1).")
+    if not _same(dx, z):
+        raise _misfit("dropout_add_ needs dx and z of one shape and dtype", dx=dx, z=z)
+
+
+def bad_target(targets: Tensor, vocabulary: int, ignored: int) -> QuantizationError | None:
+    """The error that names the first target outside [0, V), or None."""
+    bad = ((targets < 0) & (targets != ignored)) | (targets >= vocabulary)
+    if not bad.any():
+        return None
+    row = int(bad.nonzero()[0])
+    return QuantizationError(
+        "RW621",
+        f"the target of row {row} is {int(targets[row])}: labels must be token numbers below the vocabulary's size, "
+        f"{vocabulary}, or {ignored} where there is nothing to learn. Is the tokenizer that of this model?",
+    )
+
+
+def _supported(x: Tensor, other: Tensor) -> bool:
+    return x.dtype in _DTYPES and other.dtype in _DTYPES and x.device == other.device
+
+
+def _alike(x: Tensor, *others: Tensor) -> bool:
+    return x.dtype in _DTYPES and all(one.dtype == x.dtype and one.device == x.device for one in others)
+
+
+def _same(x: Tensor, other: Tensor) -> bool:
+    return x.shape == other.shape and _alike(x, other)
+
+
+def _columns(x: Tensor, vector: Tensor | None) -> bool:
+    return vector is None or (vector.dim() == 1 and vector.shape[0] == x.shape[-1] and _supported(x, vector))
+
+
+def _misfit(needs: str, **tensors: Tensor | None) -> QuantizationError:
+    found = ", ".join(
+        f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+        for name, tensor in tensors.items()
+        if tensor is not None
+    )
+    return QuantizationError("RW620", f"{needs}, all on one device; it got {found}.")

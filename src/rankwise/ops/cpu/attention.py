@@ -1,0 +1,142 @@
+"""Attention on the native library, with the signatures of `rankwise.ops.reference_attention`.
+
+bfloat16 in and out, float32 sums; P and dS are rounded to bfloat16 for their products. Memory is linear in the length.
+Results do not depend on the number of threads.
+
+Legend: B batch, Lq queries, Lk keys, H query heads, Hkv key heads, D size of a head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from rankwise.ops.cpu import native
+
+_HEAD_SIZES = range(16, 257, 16)
+
+
+class _Heads(ctypes.Structure):
+    """``rw_heads``: a tensor (B, L, heads, D) and its strides in elements."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("token", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+    )
+
+
+class _Attention(ctypes.Structure):
+    """``rw_attention``: sizes, inputs and ranges of one call."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("B", "Lq", "Lk", "H", "Hkv", "D")),
+        *((name, _Heads) for name in ("q", "k", "v")),
+        ("start", ctypes.c_void_p),
+        ("end", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+    )
+
+
+def obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+    """Why the native kernel cannot take these tensors, in a sentence, or None where it can."""
+    if q.device.type != "cpu":
+        return f"the native kernel works on CPU tensors, and these are on {q.device}."
+    if not q.dtype == k.dtype == v.dtype == torch.bfloat16:
+        return f"the native kernel works in bfloat16, and these are {q.dtype}."
+    if q.shape[-1] not in _HEAD_SIZES:
+        return f"the native kernel takes heads of 16, 32, ..., 256 elements, and these have {q.shape[-1]}."
+    if not 0 < scale < float("inf"):
+        return f"the native kernel takes a positive scale, and this one is {scale}."
+    missing = _missing_library()
+    if missing is not None:
+        return missing
+    if not native.library().rw_attention_available():
+        return (
+            "the native kernel needs AVX-512 with BF16, and this CPU or build has none, or RANKWISE_CPU_LEVEL chose less."
+        )
+    return None
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out bfloat16 (B, Lq, H, D); lse float32 (B, H, Lq), -inf where a query sees no key."""
+    B, Lq, H, D = q.shape
+    kept, call = _call(q, k, v, start, end, scale)
+    out = torch.empty((B, Lq, H, D), dtype=torch.bfloat16)
+    lse = torch.empty((B, H, Lq), dtype=torch.float32)
+    native.library().rw_attention_forward(ctypes.byref(call), out.data_ptr(), lse.data_ptr(), torch.get_num_threads())
+    del kept
+    return out, lse
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, contiguous, of the shapes of q, k and v."""
+    kept, call = _call(q, k, v, start, end, scale)
+    grad, out, lse = _rows(grad.to(torch.bfloat16)), out.contiguous(), lse.contiguous()
+    if grad.shape != q.shape or out.shape != q.shape or lse.shape != (q.shape[0], q.shape[2], q.shape[1]):
+        raise ValueError(f"gradient {grad.shape}, output {out.shape} and lse {lse.shape} do not fit q {q.shape}")
+    if out.dtype is not torch.bfloat16 or lse.dtype is not torch.float32:
+        raise ValueError(f"output and lse must be bfloat16 and float32, not {out.dtype} and {lse.dtype}")
+    made = [torch.empty(x.shape, dtype=torch.bfloat16) for x in (q, k, v)]
+    native.library().rw_attention_backward(
+        ctypes.byref(call),
+        out.data_ptr(),
+        lse.data_ptr(),
+        ctypes.byref(_heads(grad)),
+        *(x.data_ptr() for x in made),
+        torch.get_num_threads(),
+    )
+    del kept
+    return made[0], made[1], made[2]
+
+
+@cache
+def _missing_library() -> str | None:
+    return native.obstacle()
+
+
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None, scale: float
+) -> tuple[tuple[Tensor | None, ...], _Attention]:
+    """The C view of the inputs, and the tensors whose memory it points to. Sizes were checked by
+    `rankwise.ops.attention.check`; once more, because a wrong one here would write outside."""
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    start, end = (None if x is None else x.contiguous() for x in (start, end))
+    (B, Lq, H, D), (_, Lk, Hkv, _) = q.shape, k.shape
+    good = k.shape == v.shape == (B, Lk, Hkv, D) and Hkv > 0 and H % Hkv == 0 and D in _HEAD_SIZES
+    good = good and all(x.dtype is torch.bfloat16 and x.device.type == "cpu" for x in (q, k, v))
+    for x in (start, end):
+        good = good and (x is None or (x.shape == (B, Lq) and x.dtype is torch.int32 and x.device.type == "cpu"))
+    if not good:
+        raise ValueError(f"the native attention cannot take q {q.shape}, k {k.shape}, v {v.shape} ({q.dtype})")
+    address = [None if x is None else x.data_ptr() for x in (start, end)]
+    call = _Attention(B, Lq, Lk, H, Hkv, D, _heads(q), _heads(k), _heads(v), *address, scale)
+    return (q, k, v, start, end), call
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with the elements of a head side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _heads(x: Tensor) -> _Heads:
+    return _Heads(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+
+
+__all__ = ["attention_backward", "attention_forward", "obstacle"]

@@ -1,0 +1,255 @@
+"""The element-wise parts of a training step on the native library, with the signatures of
+`rankwise.ops.reference_training`: float32 and bfloat16, as exact as the reference.
+
+The callers in ``rankwise.ops.training`` have checked types and shapes.
+
+Legend: T = rows (all leading dimensions together), N and D = columns, R = rank, V = vocabulary, C = rows with logits;
+B, H, L = batch, heads, positions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from rankwise.ops.checks_training import ACTIVATIONS, bad_target
+from rankwise.ops.cpu.native import library
+from rankwise.ops.reference_training import IGNORED, dropout_keys, dropout_threshold
+
+_DTYPE = {torch.float32: 0, torch.bfloat16: 1}
+_ACTIVATION = {name: number for number, name in enumerate(ACTIVATIONS)}
+_threads = torch.get_num_threads
+
+
+def low_rank_add_(y: Tensor, u: Tensor, B: Tensor, scale: float, g: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y <- g * (y + scale * u B^T) + bias."""
+    out, out_stride = _rows(y)
+    u, u_stride = _rows(u)
+    B, g, bias = B.contiguous(), _floats(g), _floats(bias)
+    N, R = B.shape
+    _functions().rw_low_rank_add(
+        out.data_ptr(), out_stride, u.data_ptr(), u_stride, B.data_ptr(), scale, _pointer(g), _pointer(bias),
+        _count(y, N), N, R, _DTYPE[y.dtype], _threads(),
+    )  # fmt: skip
+    return y if out is y else y.copy_(out)
+
+
+def scaled_grad(dy: Tensor, y: Tensor | None, g: Tensor) -> tuple[Tensor, Tensor | None]:
+    """dz = dy * g; dot_n = sum_t dy_tn y_tn."""
+    dy, dy_stride = _rows(dy)
+    rows, y_stride = (None, 0) if y is None else _rows(y)
+    factor, N = g.float().contiguous(), g.shape[0]
+    dz = torch.empty(dy.shape, dtype=dy.dtype)
+    dot = None if y is None else torch.empty(N, dtype=torch.float32)
+    _functions().rw_scaled_grad(
+        dy.data_ptr(), dy_stride, _pointer(rows), y_stride, factor.data_ptr(), dz.data_ptr(), _pointer(dot),
+        _count(dy, N), N, _DTYPE[dy.dtype], _threads(),
+    )  # fmt: skip
+    return dz, dot
+
+
+def rms_norm(x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) -> tuple[Tensor, Tensor]:
+    """rstd = 1 / sqrt(mean(x^2) + eps); y = (offset + w) * (x rstd), with x rstd rounded first where ``cast_first``."""
+    x, x_stride = _rows(x)
+    D = w.shape[0]
+    w, T = w.to(x.dtype).contiguous(), _count(x, D)
+    y, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(T, dtype=torch.float32)
+    _functions().rw_rms_norm(
+        x.data_ptr(), x_stride, w.data_ptr(), eps, offset, cast_first, y.data_ptr(), rstd.data_ptr(),
+        T, D, _DTYPE[x.dtype], _threads(),
+    )  # fmt: skip
+    return y, rstd
+
+
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor, offset: int, residual_grad: Tensor | None
+) -> Tensor:
+    """h = dy (offset + w); dx = rstd (h - x rstd^2 mean(h x)) + residual_grad."""
+    dy, dy_stride = _rows(dy)
+    x, x_stride = _rows(x)
+    residual, residual_stride = (None, 0) if residual_grad is None else _rows(residual_grad)
+    w, rstd, D = w.to(x.dtype).contiguous(), rstd.float().contiguous(), w.shape[0]
+    dx = torch.empty(x.shape, dtype=x.dtype)
+    _functions().rw_rms_norm_backward(
+        dy.data_ptr(), dy_stride, x.data_ptr(), x_stride, w.data_ptr(), rstd.data_ptr(), offset,
+        _pointer(residual), residual_stride, dx.data_ptr(), _count(x, D), D, _DTYPE[x.dtype], _threads(),
+    )  # fmt: skip
+    return dx
+
+
+def glu(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    """act(gate) * up."""
+    gate, gate_stride = _rows(gate)
+    up, up_stride = _rows(up)
+    product, N = torch.empty(gate.shape, dtype=gate.dtype), gate.shape[-1]
+    _functions().rw_glu(
+        None, 0, gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, _ACTIVATION[act],
+        None, None, product.data_ptr(), _count(gate, N), N, _DTYPE[gate.dtype], _threads(),
+    )  # fmt: skip
+    return product
+
+
+def glu_backward(
+    dout: Tensor, gate: Tensor, up: Tensor, act: str, with_product: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dgate = dout up act'(gate); dup = dout act(gate); product = act(gate) up."""
+    dout, dout_stride = _rows(dout)
+    gate, gate_stride = _rows(gate)
+    up, up_stride = _rows(up)
+    shape, dtype, N = gate.shape, gate.dtype, gate.shape[-1]
+    dgate, dup = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+    product = torch.empty(shape, dtype=dtype) if with_product else None
+    _functions().rw_glu(
+        dout.data_ptr(), dout_stride, gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, _ACTIVATION[act],
+        dgate.data_ptr(), dup.data_ptr(), _pointer(product), _count(gate, N), N, _DTYPE[dtype], _threads(),
+    )  # fmt: skip
+    return dgate, dup, product
+
+
+def rope(q: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """(q_1 cos_1 - q_2 sin_1, q_2 cos_2 + q_1 sin_2) of the halves of the first D' columns; the others stay."""
+    B, H, L, D = q.shape
+    q = q if q.stride(3) == 1 or D < 2 else q.contiguous()
+    out = torch.empty((B, L, H, D), dtype=q.dtype)
+    _turn(q, cos, sin, inverse, out, (L * H * D, D, H * D))
+    return out.transpose(1, 2)
+
+
+def rope_(q: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """`rope` in place."""
+    # Memory that overlaps itself gets PyTorch's own error from copy_.
+    if q.stride(3) != 1 or 0 in q.stride():
+        return q.copy_(rope(q, cos, sin, inverse))
+    _turn(q, cos, sin, inverse, q, q.stride()[:3])
+    return q
+
+
+def _turn(q: Tensor, cos: Tensor, sin: Tensor, inverse: bool, out: Tensor, out_stride: tuple[int, ...]) -> None:
+    if cos.dtype not in _DTYPE:
+        cos, sin = cos.float(), sin.float()
+    cos, sin = cos.contiguous(), sin.contiguous()
+    batches, L, rotary = cos.shape
+    _functions().rw_rope(
+        q.data_ptr(), _Strides(*q.stride()[:3]), cos.data_ptr(), sin.data_ptr(), 0 if batches == 1 else L * rotary,
+        inverse, out.data_ptr(), _Strides(*out_stride), _Sizes(*q.shape, rotary),
+        _DTYPE[q.dtype], _DTYPE[cos.dtype], _threads(),
+    )  # fmt: skip
+
+
+def cross_entropy_(
+    logits: Tensor,
+    targets: Tensor,
+    scale: float,
+    label_smoothing: float,
+    softcap: float | None,
+    multiplier: float,
+    want_grad: bool,
+    want_entropy: bool,
+    want_correct: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See `rankwise.ops.reference_training.cross_entropy_`."""
+    rows, stride = _rows(logits)
+    targets, (C, V) = targets.contiguous(), logits.shape
+    sums = torch.empty(3, dtype=torch.float64)
+    wrong = _functions().rw_cross_entropy(
+        rows.data_ptr(), stride, targets.data_ptr(), C, V, scale, label_smoothing, softcap or 0.0, multiplier,
+        want_grad, want_entropy, want_correct, sums.data_ptr(), _DTYPE[logits.dtype], _threads(),
+    )  # fmt: skip
+    error = bad_target(targets, V, IGNORED) if wrong >= 0 else None
+    if error is not None:
+        raise error
+    if want_grad and rows is not logits:
+        logits.copy_(rows)
+    loss, entropy, correct = sums.unbind()
+    return loss, entropy if want_entropy else None, correct.long() if want_correct else None
+
+
+def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+    """y_i = x_i / (1 - p) where the hash of (seed, i) is at least p 2^32, else 0."""
+    x = x.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype)
+    _drop(x, y, p, seed, add=False)
+    return y
+
+
+def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int) -> Tensor:
+    """dx_i <- dx_i + z_i / (1 - p) where `dropout` keeps."""
+    out = dx.contiguous()
+    _drop(z.contiguous(), out, p, seed, add=True)
+    return dx if out is dx else dx.copy_(out)
+
+
+def _drop(z: Tensor, out: Tensor, p: float, seed: int, *, add: bool) -> None:
+    _functions().rw_dropout(
+        z.data_ptr(), out.data_ptr(), add, 1 / (1 - p), dropout_threshold(p), *dropout_keys(seed),
+        z.numel(), _DTYPE[z.dtype], _threads(),
+    )  # fmt: skip
+
+
+_Strides = ctypes.c_int64 * 3
+_Sizes = ctypes.c_int64 * 5
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """x as rows of dense columns at one distance, and that distance: x itself where it is that already."""
+    columns = x.shape[-1]
+    if x.is_contiguous():
+        return x, columns
+    stride = x.stride()
+    distance = stride[-2] if len(stride) > 1 else 0
+    regular = all(a == b * n for a, b, n in zip(stride[:-2], stride[1:-1], x.shape[1:-1]))
+    if regular and stride[-1] == 1 and distance >= columns:
+        return x, distance
+    return x.contiguous(), columns
+
+
+def _count(x: Tensor, columns: int) -> int:
+    """The number of rows."""
+    return x.numel() // columns if columns else 0
+
+
+def _floats(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.float().contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@cache
+def _functions() -> ctypes.CDLL:
+    """The library, with the signatures of these functions declared."""
+    loaded = library()
+    p, i, n, x, w = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_uint32
+    signatures = {
+        "rw_low_rank_add": (None, [p, n, p, n, p, x, p, p, n, n, n, i, i]),
+        "rw_scaled_grad": (None, [p, n, p, n, p, p, p, n, n, i, i]),
+        "rw_rms_norm": (None, [p, n, p, x, i, i, p, p, n, n, i, i]),
+        "rw_rms_norm_backward": (None, [p, n, p, n, p, p, i, p, n, p, n, n, i, i]),
+        "rw_glu": (None, [p, n, p, n, p, n, i, p, p, p, n, n, i, i]),
+        "rw_rope": (None, [p, p, p, p, n, i, p, p, p, i, i, i]),
+        "rw_cross_entropy": (n, [p, n, p, n, n, x, x, x, x, i, i, i, p, i, i]),
+        "rw_dropout": (None, [p, p, i, x, w, w, w, n, i, i]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded
+
+
+__all__ = [
+    "cross_entropy_",
+    "dropout",
+    "dropout_add_",
+    "glu",
+    "glu_backward",
+    "low_rank_add_",
+    "rms_norm",
+    "rms_norm_backward",
+    "rope",
+    "rope_",
+    "scaled_grad",
+]

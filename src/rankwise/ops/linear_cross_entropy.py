@@ -1,0 +1,130 @@
+"""Cross-entropy of a frozen output head, in chunks of rows: the whole (T, V) logits never exist.
+
+    loss = sum_t CE(f(h_t W^T), target_t) / count        f(z) = cap * tanh(m z / cap), or m z without a cap
+
+Legend: T = positions, D = hidden size, V = vocabulary. The gradient of h is made in the same pass as the loss, while a
+chunk of logits is at hand, so the head's product runs once forward and once backward, as without chunks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rankwise.ops import training
+
+CHUNK_BYTES = 32 << 20
+# Of logits: few enough to stay near a CPU's caches, enough rows for an efficient product.
+SMALLEST_CHUNK = 16
+# Rows.
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitShape:
+    """What a model does to its logits after the head: ``cap * tanh(multiplier * z / cap)``."""
+
+    multiplier: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        z = logits if self.multiplier == 1.0 else logits * self.multiplier
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSums:
+    """Sums over the scored positions; only the loss is differentiable."""
+
+    loss: Tensor
+    entropy: Tensor | None
+    correct: Tensor | None
+    # Positions whose likeliest token is the target.
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    shape: LogitShape | None = None,
+    label_smoothing: float = 0.0,
+    bias: Tensor | None = None,
+    want_stats: bool = False,
+) -> LossSums:
+    """``F.cross_entropy(f(hidden @ weight.T + bias).float(), targets, reduction="sum")``, differentiable in hidden.
+
+    hidden (T, D), weight (V, D) and bias (V,) in one dtype, targets (T,) int64; a target of -100 is not scored.
+    ``want_stats`` adds the entropy and the hits.
+    """
+    options = (shape or LogitShape(), label_smoothing, want_stats)
+    loss, entropy, correct = _ChunkedLoss.apply(hidden, weight, bias, targets, *options)
+    return LossSums(loss, entropy, correct)
+
+
+def chunk_rows(vocabulary: int, element_size: int) -> int:
+    """Rows whose logits take about CHUNK_BYTES."""
+    return max(SMALLEST_CHUNK, CHUNK_BYTES // (vocabulary * element_size))
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        shape: LogitShape,
+        label_smoothing: float,
+        want_stats: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        rows = max(1, min(len(hidden), chunk_rows(weight.shape[0], weight.element_size())))
+        scratch = hidden.new_empty(rows, weight.shape[0])
+        sums = []
+        for start in range(0, len(hidden), rows):
+            piece = slice(start, min(start + rows, len(hidden)))
+            logits = torch.mm(hidden[piece], weight.T, out=scratch[: piece.stop - start])
+            if bias is not None:
+                logits += bias
+            sums.append(_score_(logits, targets[piece], shape, label_smoothing, grad is not None, want_stats))
+            if grad is not None:
+                torch.mm(logits, weight, out=grad[piece])
+        ctx.save_for_backward(grad)
+        loss, entropy, correct = [_total(part, hidden) for part in zip(*sums)] if sums else [_total((), hidden)] * 3
+        if not want_stats:
+            return loss.float(), None, None
+        ctx.mark_non_differentiable(entropy, correct)
+        return loss.float(), entropy, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+        (grad,) = ctx.saved_tensors
+        return grad * upstream.to(grad.dtype), None, None, None, None, None, None
+
+
+def _score_(
+    logits: Tensor, targets: Tensor, shape: LogitShape, label_smoothing: float, want_grad: bool, want_stats: bool
+) -> tuple[Tensor | None, ...]:
+    """Loss, entropy and hits of a chunk, whose logits become their gradient where it is wanted."""
+    return training.cross_entropy_(
+        logits,
+        targets,
+        label_smoothing=label_smoothing,
+        softcap=shape.softcap,
+        multiplier=shape.multiplier,
+        want_grad=want_grad,
+        want_entropy=want_stats,
+        want_correct=want_stats,
+    )
+
+
+def _total(parts: Sequence[Tensor | None], hidden: Tensor) -> Tensor:
+    zero = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    return sum((part for part in parts if part is not None), zero)

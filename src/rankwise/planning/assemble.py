@@ -1,0 +1,62 @@
+"""From the terms of a step to the answer: the device's overhead, several devices, notes. Imports no torch."""
+
+from __future__ import annotations
+
+from rankwise.planning import cuda
+from rankwise.planning.estimate import TERMS, MemoryEstimate, Phase
+from rankwise.planning.workload import Workload
+
+DRY_RUN_ERROR = {"cpu": 0.08, "cuda": 0.05}
+CLOSED_FORM_ERROR = {"cpu": 0.15, "cuda": 0.10}
+
+
+def assembled(
+    method: str,
+    workload: Workload,
+    *,
+    breakdown: dict[str, int],
+    phase: str,
+    trainable: int,
+    total: int,
+    elsewhere_bytes: int,
+    max_positions: int | None,
+    exact: bool,
+    seconds: float,
+    notes: tuple[str, ...] = (),
+) -> MemoryEstimate:
+    terms = {name: breakdown.get(name, 0) for name in TERMS}
+    outside = outside_bytes(workload, sum(terms.values()))
+    terms["overhead"] += outside + (cuda.workspace_bytes() if workload.device_type == "cuda" else 0)
+    return MemoryEstimate(
+        method=method,
+        peak_bytes=sum(terms.values()),
+        breakdown=terms,
+        trainable_parameters=trainable,
+        total_parameters=total,
+        error=(DRY_RUN_ERROR if exact else CLOSED_FORM_ERROR)[workload.device_type],
+        exact=exact,
+        phase=phase,  # type: ignore[arg-type]
+        outside_bytes=outside,
+        notes=(*notes, *_notes(workload, elsewhere_bytes, max_positions)),
+        seconds=round(seconds, 3),
+    )
+
+
+def outside_bytes(workload: Workload, tensors_bytes: int) -> int:
+    """What the device's memory holds besides what torch's allocator counts."""
+    if workload.device_type == "cpu":
+        return 0
+    return cuda.context_bytes() + cuda.fragmentation_bytes(tensors_bytes)
+
+
+def _notes(workload: Workload, elsewhere_bytes: int, max_positions: int | None) -> list[str]:
+    notes = []
+    if max_positions is not None and workload.max_length > max_positions:
+        notes.append(
+            f"rows of {workload.max_length:,} tokens are longer than the {max_positions:,} that the model was made for"
+        )
+    if elsewhere_bytes:
+        notes.append(f"{elsewhere_bytes / 1e9:.2f} GB of optimizer state live in the host's memory ({workload.optimizer})")
+    return notes
+
+

@@ -1,0 +1,195 @@
+"""The pace of this machine, measured once and remembered: a few training steps on a small random Llama.
+
+The file is ``machine.json`` in the user's cache folder: ``$XDG_CACHE_HOME/rankwise`` or ``~/.cache/rankwise``
+(``%LOCALAPPDATA%\\\\rankwise`` on Windows, ``~/Library/Caches/rankwise`` on macOS).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import warn
+from rankwise.planning.estimate import DORA, FOUR_BITS, MemoryEstimate
+from rankwise.planning.facts import ModelFacts, facts_of
+from rankwise.planning.hardware import Hardware
+from rankwise.planning.speed import Pace, flops_per_token, weight_traffic_bytes
+from rankwise.planning.workload import Workload
+from rankwise.records import write_json
+
+FILE = "machine.json"
+SCHEMA = 1
+SHAPES: dict[str, dict[str, Any]] = {
+    "cpu": {"hidden_size": 1024, "intermediate_size": 2752, "rows": (1, 4), "tokens": 256},
+    "cuda": {"hidden_size": 4096, "intermediate_size": 11008, "rows": (1, 8), "tokens": 1024},
+}
+"""Two layers, wide enough that matrix products decide; two sizes of batch tell the pace from the bandwidth."""
+LAYERS, VOCABULARY, HEADS, RANK = 2, 2048, 16, 16
+STEPS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Median seconds of a step at one batch size."""
+
+    tokens: int
+    flops: float
+    traffic_bytes: float
+    seconds: float
+
+
+def cache_folder() -> Path:
+    """Where the user's caches lie on this system."""
+    if platform.system() == "Windows":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif platform.system() == "Darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "rankwise"
+
+
+def measured_pace(hardware: Hardware, method: str, dtype: str) -> Pace | None:
+    """What was measured for this device, method and dtype, if anything. A damaged file is passed over with RW144."""
+    found = _read().get(_key(hardware, dtype), {})
+    entry = found.get("methods", {}).get(method)
+    if entry is None:
+        return None
+    basis = f"measured on this machine on {found['date']} ({found['threads']} threads, torch {found['torch']})"
+    return Pace(entry["flops_per_second"], entry["bytes_per_second"], True, basis)
+
+
+def calibrate(
+    hardware: Hardware, methods: Sequence[str], dtype: str, say: Callable[[str], None]
+) -> dict[str, dict[str, float | None]]:
+    """Time each method on this machine, remember the figures, and give {method: {flops_per_second, ...}}."""
+    import torch
+
+    results: dict[str, dict[str, float | None]] = {}
+    for method in methods:
+        timings = [_time(method, rows, hardware.device_type, dtype) for rows in _shape(hardware.device_type)["rows"]]
+        pace, bandwidth = solve(timings)
+        results[method] = {"flops_per_second": pace, "bytes_per_second": bandwidth}
+        seconds = ", ".join(f"{timing.seconds:.2f} s for {timing.tokens:,} tokens" for timing in timings)
+        say(f"{method:<6} {seconds}: {pace / 1e9:,.0f} GFLOP/s")
+    known = _read()
+    entry = known.get(_key(hardware, dtype), {})
+    known[_key(hardware, dtype)] = {
+        "methods": {**entry.get("methods", {}), **results},
+        "date": time.strftime("%Y-%m-%d"),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    write_json(cache_folder() / FILE, {"schema": SCHEMA, "machines": known})
+    return results
+
+
+def solve(timings: Sequence[Timing]) -> tuple[float, float | None]:
+    """Pace F and bandwidth B with seconds = flops / F + bytes / B in both timings.
+
+    Where that gives no positive B (the weights' traffic does not show), the larger batch alone gives F.
+    """
+    small, large = timings[0], timings[-1]
+    determinant = small.flops * large.traffic_bytes - large.flops * small.traffic_bytes
+    if determinant:
+        per_flop = (small.seconds * large.traffic_bytes - large.seconds * small.traffic_bytes) / determinant
+        per_byte = (small.flops * large.seconds - large.flops * small.seconds) / determinant
+        if per_flop > 0 and per_byte > 0:
+            return 1 / per_flop, 1 / per_byte
+    return large.flops / large.seconds, None
+
+
+def _time(method: str, rows: int, device_type: str, dtype: str) -> Timing:
+    shape = _shape(device_type)
+    workload = Workload(batch_size=rows, max_length=shape["tokens"], r=RANK, dtype=dtype)  # type: ignore[arg-type]
+    model, facts, estimate = _model(method, device_type, dtype, shape)
+    step = _stepper(model, rows, shape["tokens"], device_type, None if method != "full" else dtype)
+    step()
+    seconds = sorted(_seconds(step, device_type) for _ in range(STEPS))[STEPS // 2]
+    flops = flops_per_token(method, facts, estimate.total_parameters, estimate.trainable_parameters, workload)
+    traffic = weight_traffic_bytes(method, facts, estimate.total_parameters, workload)
+    return Timing(workload.tokens, workload.tokens * flops, traffic, seconds)
+
+
+def _model(method: str, device_type: str, dtype: str, shape: dict[str, Any]) -> tuple[Any, ModelFacts, MemoryEstimate]:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rankwise.adapters import add_adapter
+    from rankwise.config import LoraConfig
+    from rankwise.quantization import Nf4Config, quantize
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=shape["hidden_size"],
+        intermediate_size=shape["intermediate_size"],
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+    )
+    stored = torch.float32 if method == "full" else getattr(torch, dtype)
+    model: Any = LlamaForCausalLM(config)
+    model = model.to(device_type, stored)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if method in FOUR_BITS:
+        quantize(model, Nf4Config(double_quant=True))
+    trained = total
+    if method != "full":
+        trained = add_adapter(model, LoraConfig(r=RANK, use_dora=method in DORA)).trainable_parameters
+    estimate = MemoryEstimate(method, 0, {}, trained, total, 0.0, False)
+    return model.train(), facts_of(config.to_dict()), estimate
+
+
+def _stepper(model: Any, rows: int, tokens: int, device_type: str, autocast: str | None) -> Callable[[], None]:
+    import torch
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    ids = torch.randint(0, VOCABULARY, (rows, tokens), device=device_type)
+    mixed = autocast not in (None, "float32")
+
+    def step() -> None:
+        with torch.autocast(device_type, dtype=getattr(torch, autocast or "bfloat16"), enabled=mixed):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _seconds(step: Callable[[], None], device_type: str) -> float:
+    import torch
+
+    started = time.perf_counter()
+    step()
+    if device_type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _shape(device_type: str) -> dict[str, Any]:
+    return SHAPES["cuda" if device_type == "cuda" else "cpu"]
+
+
+def _key(hardware: Hardware, dtype: str) -> str:
+    return f"{hardware.name}, {dtype}"
+
+
+def _read() -> dict[str, Any]:
+    path = cache_folder() / FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return dict(content["machines"]) if content["schema"] == SCHEMA else {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warn("RW144", f"{path} cannot be read ({error}), so its timings are passed over; --calibrate writes it anew.")
+        return {}

@@ -1,0 +1,217 @@
+"""Ways to make a run smaller, each with what it saves and what it costs, and the cheapest that fit.
+
+``costs``: 0 only time, 1 an approximation (4-bit weights, 8-bit states), 2 fewer trained parameters, 3 less text a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rankwise.planning.estimate import FOUR_BITS, MemoryEstimate
+from rankwise.planning.fitting import Estimator, verdict_of
+from rankwise.planning.workload import Workload
+
+Seconds = Callable[[MemoryEstimate, Workload], float]
+"""Seconds of one micro-batch; only ratios are taken."""
+
+FOUR_BIT_OF = {"lora": "qlora", "dora": "qdora", "full": "lora"}
+PAGED = "paged_adamw_8bit"
+HOSTED = "adamw_offload"
+FEW_TARGETS = ("q_proj", "v_proj")
+LARGEST_SEARCH = 400
+# Combinations looked at before giving up.
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One setting changed. ``group``: at most one step of a group in a combination."""
+
+    group: str
+    label: str
+    costs: int
+    settings: Mapping[str, Any]
+    # As ``rankwise train`` takes them; "method" among them.
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """Some steps together: what they come to."""
+
+    steps: tuple[Step, ...]
+    method: str
+    workload: Workload
+    estimate: MemoryEstimate
+    saved_bytes: int
+    # Negative where it takes more.
+    time_factor: float
+    # Of the same rows.
+    verdict: str
+
+    @property
+    def label(self) -> str:
+        return " and ".join(step.label for step in self.steps)
+
+    @property
+    def costs(self) -> int:
+        return max(step.costs for step in self.steps)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {name: value for step in self.steps for name, value in step.settings.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "change": self.label,
+            "settings": self.settings,
+            "peak_bytes": self.estimate.peak_bytes,
+            "saved_bytes": self.saved_bytes,
+            "time_factor": self.time_factor,
+            "verdict": self.verdict,
+        }
+
+
+def possible_steps(method: str, workload: Workload, accumulation: int) -> list[Step]:
+    """Every single change that makes this run smaller. Halving the batch doubles the accumulation: the same rows."""
+    return [
+        *_batches(workload, accumulation),
+        *_recomputing(workload),
+        *_optimizers(method, workload),
+        *_approximations(method),
+        *_smaller_adapters(method, workload),
+        *_shorter_rows(workload),
+    ]
+
+
+def _batches(workload: Workload, accumulation: int) -> Iterator[Step]:
+    rows, times = workload.batch_size, 1
+    while rows > 1 and rows % 2 == 0:
+        rows, times = rows // 2, times * 2
+        settings = {"batch_size": rows, "gradient_accumulation": accumulation * times}
+        yield Step("batch", f"batch {workload.batch_size} -> {rows}", 0, settings)
+    if rows > 1:
+        settings = {"batch_size": 1, "gradient_accumulation": accumulation * workload.batch_size}
+        yield Step("batch", f"batch {workload.batch_size} -> 1", 0, settings)
+
+
+def _recomputing(workload: Workload) -> Iterator[Step]:
+    if not workload.gradient_checkpointing:
+        yield Step("checkpointing", "gradient checkpointing", 0, {"gradient_checkpointing": True})
+    if not workload.activation_offloading and workload.device_type != "cpu":
+        yield Step("offloading", "activation offloading", 0, {"activation_offloading": True})
+
+
+def _optimizers(method: str, workload: Workload) -> Iterator[Step]:
+    if workload.device_type == "cpu" or workload.optimizer not in ("adamw_torch", "adamw_torch_fused"):
+        return
+    yield Step("optimizer", f"optimizer {PAGED}", 1, {"optimizer": PAGED})
+    if method == "full":
+        yield Step("optimizer", f"optimizer {HOSTED}", 0, {"optimizer": HOSTED})
+
+
+def _approximations(method: str) -> Iterator[Step]:
+    if method in FOUR_BIT_OF:
+        other = FOUR_BIT_OF[method]
+        yield Step("method", f"{method} -> {other}", 1 if other in FOUR_BITS else 2, {"method": other})
+    if method == "full":
+        yield Step("method", "full -> qlora", 2, {"method": "qlora"})
+
+
+def _smaller_adapters(method: str, workload: Workload) -> Iterator[Step]:
+    if method == "full":
+        return
+    if workload.r > 8:
+        yield Step("rank", f"r {workload.r} -> 8", 2, {"r": 8, "lora_alpha": workload.lora_alpha * 8 / workload.r})
+
+
+def _shorter_rows(workload: Workload) -> Iterator[Step]:
+    length = workload.max_length
+    while length > 256:
+        length //= 2
+        yield Step("length", f"max-length {workload.max_length:,} -> {length:,}", 3, {"max_length": length})
+
+
+def apply(steps: Sequence[Step], method: str, workload: Workload) -> tuple[str, Workload]:
+    """The method and workload after these steps."""
+    settings = {name: value for step in steps for name, value in step.settings.items()}
+    fields = {name: value for name, value in settings.items() if name in Workload.__dataclass_fields__}
+    return settings.get("method", method), dataclasses.replace(workload, **fields)
+
+
+class Advisor:
+    """Prices changes of one run: ``method`` at ``workload`` with ``accumulation``, against ``memory_bytes``."""
+
+    def __init__(self, estimate: Estimator, seconds: Seconds, memory_bytes: int) -> None:
+        self.estimate, self.seconds, self.memory_bytes = estimate, seconds, memory_bytes
+
+    def price(self, steps: Sequence[Step], method: str, workload: Workload) -> Change:
+        before = self.estimate(method, workload)
+        changed_method, changed = apply(steps, method, workload)
+        after = self.estimate(changed_method, changed)
+        return Change(
+            steps=tuple(steps),
+            method=changed_method,
+            workload=changed,
+            estimate=after,
+            saved_bytes=before.peak_bytes - after.peak_bytes,
+            time_factor=self._row_seconds(after, changed) / self._row_seconds(before, workload),
+            verdict=verdict_of(after, self.memory_bytes),
+        )
+
+    def _row_seconds(self, estimate: MemoryEstimate, workload: Workload) -> float:
+        return self.seconds(estimate, workload) / workload.batch_size
+
+    def singles(self, method: str, workload: Workload, accumulation: int) -> list[Change]:
+        """Each change alone, of a group the first that fits or else the one that saves most; useless ones left out."""
+        changes = [self.price([step], method, workload) for step in possible_steps(method, workload, accumulation)]
+        chosen = []
+        for _, group in itertools.groupby(changes, key=lambda change: change.steps[0].group):
+            members = list(group)
+            fitting = [change for change in members if change.verdict == "fits"]
+            chosen.append(fitting[0] if fitting else members[-1])
+        worthwhile = [change for change in chosen if change.saved_bytes > 0.005 * self.memory_bytes]
+        return sorted(worthwhile, key=_price_of)
+
+    def cheapest(self, method: str, workload: Workload, accumulation: int, count: int = 3) -> list[Change]:
+        """The ``count`` cheapest changes, or combinations of them, that fit, in the order of their cost.
+
+        A combination that only adds to one already found is left out.
+        """
+        groups = _grouped(possible_steps(method, workload, accumulation))
+        found: list[Change] = []
+        candidates = sorted(_combinations(groups), key=_effort)
+        for steps in candidates[:LARGEST_SEARCH]:
+            if any({step.group for step in change.steps} <= {step.group for step in steps} for change in found):
+                continue
+            change = self.price(steps, method, workload)
+            if change.verdict == "fits":
+                found.append(change)
+            if len(found) > 2 * count:
+                break
+        return sorted(found, key=_price_of)[:count]
+
+
+def _grouped(steps: Sequence[Step]) -> list[list[Step]]:
+    groups: dict[str, list[Step]] = {}
+    for step in steps:
+        groups.setdefault(step.group, []).append(step)
+    return list(groups.values())
+
+
+def _combinations(groups: Sequence[Sequence[Step]]) -> Iterator[tuple[Step, ...]]:
+    """Up to four steps, of different groups."""
+    for size in range(1, min(4, len(groups)) + 1):
+        for chosen in itertools.combinations(groups, size):
+            yield from itertools.product(*chosen)
+
+
+def _effort(steps: Sequence[Step]) -> tuple[int, int, int]:
+    """What keeps the result comes first, then what touches few settings."""
+    return max(step.costs for step in steps), len(steps), sum(step.costs for step in steps)
+
+
+def _price_of(change: Change) -> tuple[float, ...]:
+    """What is learnt before time, time before the number of settings touched."""
+    return (change.costs, change.time_factor, len(change.steps), -change.saved_bytes)

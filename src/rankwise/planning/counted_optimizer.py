@@ -1,0 +1,39 @@
+"""Optimizers in a trace: torch's own where they run on fake tensors, else a stand-in that holds as many bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rankwise.planning.optimizers import rule_of, state_bytes
+from rankwise.planning.workload import Workload
+
+
+def new_optimizer(workload: Workload, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW as the device would run it (for a card all tensors at once), or a stand-in for what torch does not have."""
+    if workload.optimizer == "adamw_torch":
+        return torch.optim.AdamW(parameters, foreach=workload.device_type == "cuda")
+    return CountedOptimizer(parameters, workload.optimizer)
+
+
+class CountedOptimizer(torch.optim.Optimizer):
+    """Holds the state that the rule of ``name`` gives for each parameter, and steps by taking its copies for a moment."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], name: str) -> None:
+        super().__init__(parameters, {})
+        self.name = name
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        copies = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._keep(parameter)
+                if rule_of(self.name).copies:
+                    copies.append(torch.empty_like(parameter))
+
+    def _keep(self, parameter: torch.Tensor) -> None:
+        size, _ = state_bytes(self.name, [(tuple(parameter.shape), parameter.element_size())])
+        if size and not self.state[parameter]:
+            self.state[parameter]["bytes"] = torch.empty(size, dtype=torch.uint8)

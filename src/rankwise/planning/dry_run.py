@@ -1,0 +1,171 @@
+"""The dry run: the real model takes its real training step on fake tensors, and every storage is counted.
+
+It needs neither weights nor a GPU. The trace runs on the CPU, since a CPU build of torch aborts at a fake CUDA product;
+``planning.cuda`` names what a card does differently.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rankwise.adapters import adapter_parameters, has_adapter
+from rankwise.errors import ModelError, RankwiseError
+from rankwise.planning import cuda
+from rankwise.planning.assemble import assembled
+from rankwise.planning.estimate import MemoryEstimate
+from rankwise.planning.fake_model import attach, materialize, weights_dtype
+from rankwise.planning.offload import offloaded
+from rankwise.planning.counted_optimizer import new_optimizer
+from rankwise.planning.optimizers import rule_of, state_bytes
+from rankwise.planning.scratch import SCRATCH
+from rankwise.planning.step import autocast_dtype, make_batch, take_step
+from rankwise.planning.tracker import StorageTracker
+from rankwise.planning.workload import Workload
+from rankwise.quantization.targets import four_bit_layers
+
+STEPS = 2
+# The second has optimizer state from its beginning, as every later one.
+
+
+def dry_run(
+    model: str | os.PathLike[str],
+    method: str,
+    workload: Workload,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> MemoryEstimate:
+    """The peak of one step of the model that ``model`` describes; its weights are not read.
+
+    Raises ModelError: as ``load_skeleton`` does, RW327 when the model's forward cannot be traced.
+    """
+    from rankwise.models import load_skeleton
+
+    started = time.perf_counter()
+    skeleton = load_skeleton(model, trust_remote_code=trust_remote_code, revision=revision)
+    return trace(skeleton, method, workload, started=started)
+
+
+def trace(
+    skeleton: nn.Module,
+    method: str,
+    workload: Workload,
+    *,
+    started: float | None = None,
+    fake: bool = True,
+    loss: Any = None,
+) -> MemoryEstimate:
+    """The same for a model on the meta device, which is used up.
+
+    Without ``fake``, on real tensors of random values: the same count of what really happens, for tests. ``loss``: in
+    place of ``step.loss_of``, with its arguments.
+    """
+    started = time.perf_counter() if started is None else started
+    config: Any = skeleton.config
+    # Eager experts ask for values that fake tensors do not have.
+    if fake:
+        config._experts_implementation = "grouped_mm"
+    total = sum(parameter.numel() for parameter in skeleton.parameters())
+    rule_of(workload.optimizer)
+    tracker = new_tracker(workload, vocabulary_of(skeleton))
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
+    with _explaining(skeleton), mode, tracker:
+        materialize(skeleton, weights_dtype(method, workload), fill=not fake)
+        attach(skeleton, method, workload)
+        run_steps(skeleton, method, workload, tracker, loss=loss)
+    shapes = [(tuple(item.shape), item.element_size()) for item in trained(skeleton)]
+    return assembled(
+        method,
+        workload,
+        breakdown=tracker.breakdown(),
+        phase=tracker.peak_phase,
+        trainable=sum(item.numel() for item in trained(skeleton)),
+        total=total,
+        elsewhere_bytes=state_bytes(workload.optimizer, shapes)[1],
+        max_positions=getattr(config, "max_position_embeddings", None),
+        exact=True,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def new_tracker(workload: Workload, vocabulary: int | None) -> StorageTracker:
+    """A tracker that counts as the device of ``workload`` does."""
+    on_card = workload.device_type == "cuda"
+    return StorageTracker(
+        rounding=cuda.rounded if on_card else int, vocabulary=vocabulary, scratch=None if on_card else SCRATCH
+    )
+
+
+def vocabulary_of(model: Any) -> int | None:
+    config = model.config.get_text_config()
+    return getattr(config, "vocab_size", None)
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def run_steps(
+    model: nn.Module, method: str, workload: Workload, tracker: StorageTracker, *, loss: Any = None
+) -> None:
+    """Take two steps under ``tracker``, which is active; it learns what each storage is for."""
+    label_model(model, tracker)
+    parameters = trained(model)
+    batch, optimizer = make_batch(workload), new_optimizer(workload, parameters)
+    hooks = [item.register_post_accumulate_grad_hook(_label_gradient(tracker)) for item in parameters]
+    autocast = autocast_dtype(method, workload)
+    with offloaded(tracker) if workload.activation_offloading else nullcontext():
+        for _ in range(STEPS):
+            take_step(model, optimizer, batch, tracker.enter, autocast, loss)
+            label_optimizer(optimizer, tracker)
+    for hook in hooks:
+        hook.remove()
+
+
+def label_model(model: nn.Module, tracker: StorageTracker) -> None:
+    """Say what the model's tensors are: 4-bit weights, other weights, adapters."""
+    for _, layer in four_bit_layers(model):
+        tracker.see_all([layer.weight, *layer.buffers(recurse=False)], "weights_4bit")
+    ours = {id(item) for item in adapter_parameters(model).values()} if has_adapter(model) else set()
+    for parameter in model.parameters():
+        if parameter.dtype is not torch.uint8:
+            tracker.see(parameter, "adapters" if id(parameter) in ours else "weights")
+    four_bit = {id(buffer) for _, layer in four_bit_layers(model) for buffer in layer.buffers()}
+    tracker.see_all((item for item in model.buffers() if id(item) not in four_bit), "weights")
+
+
+def label_optimizer(optimizer: Any, tracker: StorageTracker) -> None:
+    for state in optimizer.state.values():
+        tracker.see_all((value for value in state.values() if isinstance(value, torch.Tensor)), "optimizer")
+
+
+def _label_gradient(tracker: StorageTracker) -> Any:
+    def label(parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            tracker.see(parameter.grad, "gradients")
+
+    return label
+
+
+@contextmanager
+def _explaining(model: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except RankwiseError:
+        raise
+    except Exception as error:
+        # Whatever a model's forward asks of tensors that have no values; the cause stays attached.
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            "RW327",
+            f"the step of {type(model).__name__} cannot be run without values ({type(error).__name__}: {reason}); "
+            "plan without --exact.",
+        ) from error

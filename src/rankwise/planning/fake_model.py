@@ -1,0 +1,81 @@
+"""The real model and its real adapters on fake tensors: shapes and dtypes, in no memory."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.planning.estimate import DORA, FOUR_BITS
+from rankwise.planning.workload import Workload
+
+
+def materialize(
+    model: nn.Module, dtype: torch.dtype, *, fill: bool = False, device: torch.device | str = "cpu"
+) -> None:
+    """Turn a model on the meta device into one on ``device``, fake where a fake mode is active.
+
+    Floating parameters take ``dtype``, except those of modules that the model keeps in float32; buffers stay as they
+    are. Tied parameters stay tied. ``fill``: with small random values, and zero for what is no floating number.
+    """
+    keep = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    made: dict[int, tuple[Tensor, Any]] = {}
+
+    def remade(tensor: Tensor, wanted: torch.dtype) -> Any:
+        if id(tensor) not in made:
+            # The old one stays alive beside the new one, so that no other tensor takes over its id.
+            made[id(tensor)] = (tensor, _empty_like(tensor, wanted, device, fill))
+        return made[id(tensor)][1]
+
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                full = f"{path}.{name}"
+                wanted = torch.float32 if any(part in full.split(".") for part in keep) else dtype
+                module._parameters[name] = remade(parameter, wanted)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = remade(buffer, buffer.dtype)
+        for name, value in list(vars(module).items()):
+            # Some modules hold plain tensors beside their buffers, such as rotary embeddings' original frequencies.
+            if isinstance(value, Tensor) and value.is_meta:
+                setattr(module, name, remade(value, value.dtype))
+
+
+@torch.no_grad()
+def _empty_like(tensor: Tensor, dtype: torch.dtype, device: torch.device | str, fill: bool) -> Tensor:
+    new = torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device=device)
+    if fill:
+        new = new.normal_(std=0.02) if new.is_floating_point() else new.zero_()
+    return nn.Parameter(new, requires_grad=new.is_floating_point()) if isinstance(tensor, nn.Parameter) else new
+
+
+def weights_dtype(method: str, workload: Workload) -> torch.dtype:
+    """Of the base: the trainer keeps float32 weights for full fine-tuning, where 16 bits would lose small updates."""
+    return torch.float32 if method == "full" else getattr(torch, workload.dtype)
+
+
+def attach(model: nn.Module, method: str, workload: Workload) -> None:
+    """Quantize, add the adapter and switch the memory savers on, as the trainer does."""
+    import rankwise
+    from rankwise.adapters import add_adapter
+    from rankwise.quantization import Fp4Config, Nf4Config, quantize
+
+    if method in FOUR_BITS:
+        kind = {"nf4": Nf4Config, "fp4": Fp4Config}[workload.quant_type]
+        quantize(model, kind(block_size=workload.block_size, double_quant=workload.double_quant))
+    if method == "full":
+        model.requires_grad_(True)
+    else:
+        add_adapter(model, workload.lora_config(use_dora=method in DORA))
+    if workload.gradient_checkpointing:
+        with warnings.catch_warnings():
+            # transformers renames it in 5.2x; the old name works in every version that we admit.
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable()  # type: ignore[operator]
+    optimize = getattr(rankwise, "optimize_for_training", None)
+    if optimize is not None:
+        optimize(model)
+    model.train()

@@ -1,0 +1,120 @@
+"""Does it fit, how far from it, and the largest batch and longest row that do. Works on any function that estimates."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+from rankwise.planning.estimate import MemoryEstimate
+from rankwise.planning.workload import Workload
+
+Verdict = Literal["fits", "tight", "too big"]
+
+MOST_ROWS = 4096
+MOST_TOKENS = 1 << 20
+
+
+class Estimator(Protocol):
+    """Peak memory of a method on the model that is planned for."""
+
+    def __call__(self, method: str, workload: Workload) -> MemoryEstimate: ...
+
+
+class Remembering:
+    """An estimator that computes each question once. ``scale`` makes its answers meet a better estimate.
+
+    A dry run takes seconds, a search asks dozens of times: the search runs on the closed form, scaled for each method
+    by the ratio of the two at the settings given.
+    """
+
+    def __init__(self, estimate: Estimator) -> None:
+        self._estimate = estimate
+        self._known: dict[tuple[str, str], MemoryEstimate] = {}
+        self._scale: dict[str, float] = {}
+
+    def anchor(self, method: str, workload: Workload, better: MemoryEstimate) -> None:
+        """From now on answers for ``method`` are scaled to ``better`` at ``workload``; there it is the answer."""
+        own = self(method, workload)
+        self._scale[method] = better.peak_bytes / max(1, own.peak_bytes)
+        self._known = {key: value for key, value in self._known.items() if key[0] != method}
+        self._known[method, repr(workload)] = better
+
+    def __call__(self, method: str, workload: Workload) -> MemoryEstimate:
+        key = (method, repr(workload))
+        if key not in self._known:
+            self._known[key] = _scaled(self._estimate(method, workload), self._scale.get(method, 1.0))
+        return self._known[key]
+
+
+def _scaled(estimate: MemoryEstimate, factor: float) -> MemoryEstimate:
+    if factor == 1.0:
+        return estimate
+    breakdown = {name: round(size * factor) for name, size in estimate.breakdown.items()}
+    return dataclasses.replace(estimate, peak_bytes=round(estimate.peak_bytes * factor), breakdown=breakdown)
+
+
+def verdict_of(estimate: MemoryEstimate, memory_bytes: int) -> Verdict:
+    """``fits`` with the error to expect on top, ``tight`` only without it."""
+    if estimate.peak_bytes > memory_bytes:
+        return "too big"
+    return "fits" if estimate.peak_bytes * (1 + estimate.error) <= memory_bytes else "tight"
+
+
+def fits(estimate: MemoryEstimate, memory_bytes: int) -> bool:
+    """Whether the peak as estimated is within the memory."""
+    return estimate.peak_bytes <= memory_bytes
+
+
+def largest_batch(estimate: Estimator, method: str, workload: Workload, memory_bytes: int) -> int:
+    """The most rows a micro-batch whose peak is within the memory; 0 where one row is too much."""
+    return _largest(estimate, method, workload, memory_bytes, "batch_size", 1, MOST_ROWS)
+
+
+def longest_row(estimate: Estimator, method: str, workload: Workload, memory_bytes: int) -> int:
+    """The most tokens a row at this batch size; 0 where even 2 are too many."""
+    return _largest(estimate, method, workload, memory_bytes, "max_length", 2, MOST_TOKENS)
+
+
+def _largest(
+    estimate: Estimator, method: str, workload: Workload, memory_bytes: int, name: str, least: int, most: int
+) -> int:
+    """The largest value of a field that fits. The peak grows with it, nearly along a line: secants, then halving."""
+
+    def spare(value: int) -> int:
+        changed: dict[str, Any] = {name: value}
+        return memory_bytes - estimate(method, dataclasses.replace(workload, **changed)).peak_bytes
+
+    low, low_spare = least, spare(least)
+    if low_spare < 0:
+        return 0
+    high, high_spare = _first_too_big(spare, max(2 * least, getattr(workload, name)), most)
+    if high_spare >= 0:
+        return high
+    while high - low > 1:
+        share = low_spare / (low_spare - high_spare)
+        guess = min(high - 1, max(low + 1, low + round(share * (high - low))))
+        low, low_spare, high, high_spare = _narrowed(spare, guess, low, low_spare, high, high_spare)
+        if high - low > 1:
+            middle = (low + high) // 2
+            low, low_spare, high, high_spare = _narrowed(spare, middle, low, low_spare, high, high_spare)
+    return low
+
+
+def _first_too_big(spare: Callable[[int], int], start: int, most: int) -> tuple[int, int]:
+    """A value that is too big, found by doubling; or the most that is asked for."""
+    value = min(start, most)
+    left = spare(value)
+    while left >= 0 and value < most:
+        value = min(2 * value, most)
+        left = spare(value)
+    return value, left
+
+
+def _narrowed(
+    spare: Callable[[int], int], value: int, low: int, low_spare: int, high: int, high_spare: int
+) -> tuple[int, int, int, int]:
+    left = spare(value)
+    if left >= 0:
+        return value, left, high, high_spare
+    return low, low_spare, value, left

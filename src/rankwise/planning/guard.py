@@ -1,0 +1,153 @@
+"""The plan of a run that is about to start: say the peak, refuse what cannot fit, advise when memory ran out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from rankwise.errors import ConfigError, ModelError, RunError, warn
+from rankwise.models.source import fetch_model
+from rankwise.planning.changes import Advisor, Change
+from rankwise.planning.check import comparable
+from rankwise.planning.estimate import MemoryEstimate
+from rankwise.planning.facts import read_facts
+from rankwise.planning.fitting import Remembering, verdict_of
+from rankwise.planning.hardware import Hardware, cpu_hardware, this_machine
+from rankwise.planning.plan import estimator_of, pace_of
+from rankwise.planning.speed import micro_batch_seconds, nominal_pace
+from rankwise.planning.workload import Workload
+
+SMALLEST = {"batch_size": 1, "max_length": 16, "trained_share": 1.0}
+"""A step that no run undercuts: what does not even fit so is refused before the weights are read."""
+AFTER_FAILURE = 0.85
+"""Where the memory ran out although the plan said it fits, a change counts as fitting below this share of the plan."""
+
+
+class MemoryGuard:
+    """A ``training.foresight.Foresight``. ``settings``: of ``rankwise train``, by name. ``say`` prints a line;
+    ``own_memory`` gives the bytes that the process has now, as the meter of a CPU run counts them.
+
+    ``before_loading`` and ``before_training`` raise RunError (RW562) for a run that cannot fit, unless ``ignore``; then
+    they warn (RW563). A model whose memory cannot be predicted is warned of (RW564) and trains all the same.
+    """
+
+    def __init__(
+        self, settings: Mapping[str, Any], say: Callable[[str], None], own_memory: Callable[[], int], *, ignore: bool
+    ) -> None:
+        self.settings, self.say, self.own_memory, self.ignore = settings, say, own_memory, ignore
+        self.baseline_bytes = 0
+        self.hardware: Hardware | None = None
+        self.workload: Workload | None = None
+        self.predicted: MemoryEstimate | None = None
+        self._estimate: Remembering | None = None
+
+    def before_loading(self) -> None:
+        self.hardware = this_machine() if self.settings["device"] != "cpu" else cpu_hardware()
+        # What the libraries have taken by now stays, and the meter of a CPU run counts it.
+        self.baseline_bytes = self.own_memory() if self.hardware.device_type == "cpu" else 0
+        try:
+            self.workload = _workload(self.settings, self.hardware)
+            smallest = self._ask(dataclasses.replace(self.workload, **SMALLEST))  # type: ignore[arg-type]
+        except (ModelError, ConfigError) as error:
+            warn("RW564", f"the memory of this run cannot be predicted, and it starts all the same: {error.message}")
+            self.workload = None
+            return
+        if verdict_of(smallest, self.hardware.memory_bytes) == "too big":
+            self._refuse(smallest, "even one row of 16 tokens")
+
+    def before_training(self, batch: Any) -> int | None:
+        """``batch``: rows, tokens and trained_share of the largest micro-batch."""
+        if self.workload is None or self.hardware is None:
+            return None
+        trained = max(batch.trained_share, 1 / batch.tokens)
+        self.workload = dataclasses.replace(
+            self.workload, batch_size=batch.rows, max_length=max(2, batch.tokens), trained_share=trained
+        )
+        self.predicted = self._ask(self.workload)
+        # The weights are loaded by now: what is free is no measure any more, what was free before is.
+        verdict = verdict_of(self.predicted, self.hardware.memory_bytes)
+        self.say(self._sentence(batch, verdict))
+        if verdict == "too big":
+            self._refuse(self.predicted, f"a batch of the {batch.rows} longest rows ({batch.tokens:,} tokens each)")
+        return self.baseline_bytes + comparable(self.predicted, self.hardware.device_type)
+
+    def advice(self) -> str | None:
+        """After the memory ran out: the three cheapest changes that would fit, in words; None where none is known."""
+        if self.workload is None or self.hardware is None:
+            return None
+        limit = self.hardware.memory_bytes
+        if self.predicted is not None:
+            limit = min(limit, round(AFTER_FAILURE * self.predicted.peak_bytes))
+        return self._cheapest(limit)
+
+    def _sentence(self, batch: Any, verdict: str) -> str:
+        assert self.predicted is not None
+        assert self.hardware is not None
+        own = f" beside {_gigabytes(self.baseline_bytes)} of this process's own" if self.baseline_bytes else ""
+        return (
+            f"predicted peak {_gigabytes(self.predicted.peak_bytes)} ±{self.predicted.error:.0%}{own}, for "
+            f"{batch.rows} rows of {batch.tokens:,} tokens; there are {_gigabytes(self.hardware.memory_bytes)}: "
+            f"{verdict}"
+        ).replace("%", " %")
+
+    def _refuse(self, estimate: MemoryEstimate, what: str) -> None:
+        assert self.hardware is not None
+        there = f"{what} takes {_gigabytes(estimate.peak_bytes)} and there are {_gigabytes(self.hardware.memory_bytes)}"
+        if self.ignore:
+            warn("RW563", f"by the plan this run cannot fit: {there}; it starts because of --ignore-plan.")
+            return
+        changes = self._cheapest(self.hardware.memory_bytes)
+        advice = f"what would fit, the cheapest first: {changes}" if changes else "no change of settings makes it fit"
+        raise RunError("RW562", f"this run cannot fit: {there}; {advice}. --ignore-plan trains all the same.")
+
+    def _cheapest(self, memory_bytes: int) -> str | None:
+        assert self.workload is not None
+        advisor = Advisor(self._asker(), self._seconds, memory_bytes)
+        accumulation = self.settings["gradient_accumulation"]
+        changes = advisor.cheapest(self.settings["method"], self.workload, accumulation)
+        return "; ".join(f"({index}) {_described(change)}" for index, change in enumerate(changes, 1)) or None
+
+    def _ask(self, workload: Workload) -> MemoryEstimate:
+        return self._asker()(self.settings["method"], workload)
+
+    def _asker(self) -> Remembering:
+        if self._estimate is None:
+            code = self.settings["trust_remote_code"]
+            source = fetch_model(
+                self.settings["model"], revision=self.settings["revision"], trust_remote_code=code, weights=False
+            )
+            self.facts = read_facts(source)
+            self._estimate = Remembering(estimator_of(source.path, trust_remote_code=code))
+        return self._estimate
+
+    def _seconds(self, estimate: MemoryEstimate, workload: Workload) -> float:
+        assert self.hardware is not None
+        pace = pace_of(self.hardware, workload.dtype)(estimate.method) or nominal_pace()
+        return micro_batch_seconds(estimate, self.facts, workload, pace)
+
+
+def _workload(settings: Mapping[str, Any], hardware: Hardware) -> Workload:
+    """The step of a run, every row of full length."""
+    fields = {name: settings[name] for name in Workload.__dataclass_fields__ if name in settings}
+    dtype = hardware.dtype if settings["dtype"] == "auto" else settings["dtype"]
+    kind: Literal["cuda", "cpu"] = "cuda" if hardware.device_type == "cuda" else "cpu"
+    return Workload(**{**fields, "dtype": dtype, "device_type": kind})
+
+
+def _described(change: Change) -> str:
+    """``--batch-size 4 --gradient-accumulation 2: 12.1 GB, +2 % time``."""
+    options = " ".join(_option(name, value) for name, value in change.settings.items())
+    time = f"{(change.time_factor - 1) * 100:+.0f} % time"
+    return f"{options}: {_gigabytes(change.estimate.peak_bytes)}, {time}"
+
+
+def _option(name: str, value: Any) -> str:
+    flag = f"--{name.replace('_', '-')}"
+    if value is True:
+        return flag
+    return f"{flag} {','.join(value) if isinstance(value, Sequence) and not isinstance(value, str) else value}"
+
+
+def _gigabytes(size_bytes: float) -> str:
+    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"

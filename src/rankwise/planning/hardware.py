@@ -1,0 +1,245 @@
+"""What a plan is held against: a named card, an amount of memory, or this machine. Imports torch only for a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from rankwise.errors import ConfigError
+from rankwise.planning.cards import CARDS, Card
+from rankwise.planning.sizes import parse_size
+
+Kind = Literal["card", "memory", "machine"]
+DeviceType = Literal["cpu", "cuda", "mps"]
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+CPU_INFO = Path("/proc/cpuinfo")
+VENDOR_WORDS = (
+    *("nvidia", "geforce", "tesla", "quadro", "amd", "radeon", "instinct", "apple", "generation", "gpu", "blackwell"),
+    *("server", "workstation", "edition"),
+)
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """One device and how much of it training may take. Bytes and bytes or FLOP per second."""
+
+    kind: Kind
+    name: str
+    device_type: DeviceType
+    memory_bytes: int
+    has_bfloat16: bool | None
+    # None: unknown, taken as yes.
+    bytes_per_second: float | None
+    flops_per_second: float | None
+    # Peak, dense, in 16 bits.
+    source: str
+    note: str | None = None
+    cores: int | None = None
+
+    @property
+    def dtype(self) -> Literal["bfloat16", "float16", "float32"]:
+        """What ``--dtype auto`` comes to there."""
+        if self.has_bfloat16 is not False:
+            return "bfloat16"
+        return "float16" if self.device_type == "cuda" else "float32"
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def choose_hardware(gpu: str | None, memory: str | None) -> Hardware:
+    """The card named, with ``memory`` instead of its own where both are given; memory alone; or this machine.
+
+    Raises ConfigError: RW140 for a size, RW141 for a card that the table does not hold, naming the closest.
+    """
+    size = None if memory is None else parse_size(memory)
+    if gpu is not None:
+        found = of_card(*find_card(gpu))
+        return found if size is None else dataclasses.replace(found, memory_bytes=size, note="memory as given")
+    if size is None:
+        return this_machine()
+    return Hardware("memory", "a card", "cuda", size, None, None, None, "as given")
+
+
+def find_card(name: str) -> tuple[Card, str | None]:
+    """The card of that name, and what was assumed about it. Vendor words, case, spaces and hyphens do not matter.
+
+    Raises ConfigError (RW141).
+    """
+    wanted = _CardName.read(name)
+    fitting = [card for card in CARDS if wanted.may_mean(card)]
+    if not fitting:
+        raise _unknown_card(name, wanted.base)
+    smallest = min(fitting, key=lambda card: (card.memory_gib, card.teraflops or 0))
+    others = ", ".join(card.name for card in fitting if card is not smallest)
+    return smallest, f"{name} may also be {others}; {smallest.name} was taken" if others else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _CardName:
+    """``NVIDIA A100-SXM4-80GB`` -> a100, 80, sxm."""
+
+    base: str
+    size: float | None
+    form: str | None
+
+    @classmethod
+    def read(cls, name: str) -> _CardName:
+        text = re.sub(r"[^a-z0-9]+", " ", name.lower().replace("hbm3", "sxm"))
+        size = re.search(r"(?<![a-z0-9])(\d+) ?gi?b?\b", text)
+        form = re.search(r"\b(pcie|sxm|nvl)\d?\b", text)
+        for found in (size, form):
+            text = text.replace(found.group(), " ", 1) if found else text
+        base = re.sub(rf"\b({'|'.join(VENDOR_WORDS)})\b", "", text).replace(" ", "")
+        # A GeForce card by its number alone.
+        base = f"rtx{base}" if re.match(r"[2345]0\d0(?!ada)", base) else base
+        return cls(base, float(size.group(1)) if size else None, form.group(1) if form else None)
+
+    def may_mean(self, card: Card) -> bool:
+        own = _CardName.read(card.name)
+        same_form = self.form is None or own.form is None or self.form == own.form
+        return self.base == own.base and same_form and self.size in (None, card.memory_gib)
+
+
+def _unknown_card(name: str, base: str) -> ConfigError:
+    names = {_CardName.read(card.name).base: card.name for card in CARDS}
+    keys = difflib.get_close_matches(base, names, n=4, cutoff=0.5)
+    keys += [key for key in names if base and base in key and key not in keys][: 4 - len(keys)]
+    closest = ", ".join(names[key] for key in keys) or "RTX 4090, A100 80GB SXM, H100 SXM, Apple M4 Max 64GB"
+    return ConfigError(
+        "RW141",
+        f"there is no card {name!r} in the table; the closest are {closest}. --memory 24GB plans for any other.",
+    )
+
+
+def of_card(card: Card, note: str | None = None) -> Hardware:
+    device: DeviceType = "mps" if card.name.startswith("Apple") else "cuda"
+    return Hardware(
+        kind="card",
+        name=card.name,
+        device_type=device,
+        memory_bytes=card.usable_bytes,
+        has_bfloat16=card.has_bfloat16,
+        bytes_per_second=card.gigabytes_per_second * 1e9,
+        flops_per_second=None if card.teraflops is None else card.teraflops * 1e12,
+        source=card.source,
+        note=note,
+    )
+
+
+def this_machine() -> Hardware:
+    """The GPU that torch would train on, else the memory that this machine has available now."""
+    if _may_have_gpu():
+        found = _torch_device()
+        if found is not None:
+            return found
+    return cpu_hardware()
+
+
+def _may_have_gpu() -> bool:
+    """Whether importing torch to ask it is worth the seconds: its build and a driver are both there."""
+    if platform.system() == "Darwin":
+        return platform.machine() == "arm64"
+    driver = any(Path(path).exists() for path in ("/proc/driver/nvidia", "/dev/kfd", "/dev/dxg"))
+    return _torch_is_built_for_gpus() and (driver or shutil.which("nvidia-smi") is not None)
+
+
+def _torch_is_built_for_gpus() -> bool:
+    """From the text of torch's version file: it is not imported."""
+    spec = importlib.util.find_spec("torch")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        text = Path(folder, "version.py").read_text(encoding="utf-8")
+        return re.search(r"^(cuda|hip)\b.*=\s*['\"]", text, re.MULTILINE) is not None
+    return False
+
+
+def _torch_device() -> Hardware | None:
+    import torch
+
+    if torch.cuda.is_available():
+        return _cuda_device()
+    if torch.backends.mps.is_available():
+        note = "memory shared with the system; what Metal recommends at most"
+        size = torch.mps.recommended_max_memory()
+        return Hardware("machine", "Apple GPU", "mps", size, True, None, None, "torch.mps", note)
+    return None
+
+
+def _cuda_device() -> Hardware:
+    import torch
+
+    name = torch.cuda.get_device_name()
+    free, total = torch.cuda.mem_get_info()
+    used = total - free
+    note = f"{used / 1e9:.1f} GB of it is in use now" if used > 0.1 * total else None
+    try:
+        known = of_card(find_card(name)[0])
+    except ConfigError:
+        known = None
+    return Hardware(
+        kind="machine",
+        name=name,
+        device_type="cuda",
+        memory_bytes=total,
+        has_bfloat16=torch.cuda.is_bf16_supported(including_emulation=False),
+        bytes_per_second=known.bytes_per_second if known else None,
+        flops_per_second=known.flops_per_second if known else None,
+        source=known.source if known else "torch.cuda",
+        note=note,
+    )
+
+
+def cpu_hardware() -> Hardware:
+    """The memory available to a process that is started now, and the processor."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return Hardware(
+        kind="machine",
+        name=f"this machine's memory ({cpu_name()})",
+        device_type="cpu",
+        memory_bytes=min(memory.available, _cgroup_limit()),
+        has_bfloat16=cpu_has_bfloat16(),
+        bytes_per_second=None,
+        flops_per_second=None,
+        source="psutil",
+        note=f"available now, of {memory.total / 1e9:.1f} GB",
+        cores=psutil.cpu_count(logical=False) or os.cpu_count() or 1,
+    )
+
+
+def _cgroup_limit() -> int:
+    """A container's limit; without one, no limit at all."""
+    try:
+        return int(CGROUP_LIMIT.read_text())
+    except (OSError, ValueError):
+        return 2**63
+
+
+def cpu_name() -> str:
+    """The processor's name in words."""
+    found = re.search(r"^model name\s*:\s*(.+)$", _cpu_info(), re.MULTILINE)
+    name = found.group(1).strip() if found else platform.processor() or platform.machine()
+    return re.sub(r"\s*(\(R\)|\(TM\)|\d+-Core Processor|Processor|CPU\b.*)", "", name).strip()
+
+
+def cpu_has_bfloat16() -> bool:
+    """As ``rankwise.models.device`` decides with torch: the processor has instructions for it."""
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpu_info(), re.MULTILINE)
+    return flags is not None and bool(BF16_FLAGS & set(flags.group(1).split()))
+
+
+def _cpu_info() -> str:
+    try:
+        return CPU_INFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

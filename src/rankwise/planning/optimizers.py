@@ -1,0 +1,140 @@
+"""What each optimizer keeps per trained tensor, in bytes on the device. Imports no torch.
+
+n elements in a tensor, s bytes each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from math import prod
+
+from rankwise.errors import ConfigError
+
+Shape = tuple[int, ...]
+
+EIGHT_BIT_LEAST = 4096
+# bitsandbytes keeps smaller tensors' states in 32 bits.
+EIGHT_BIT_BLOCK = 256
+PAGED_LEAST = 100_000
+# bitsandbytes keeps smaller tensors' states on the device.
+TORCHAO_BLOCK = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerRule:
+    """``state``: bytes that one tensor of a shape and element size needs; ``paged``: in memory that can leave the card.
+
+    ``copies``: elements that the step itself holds for a moment, as a share of all trained elements (fused: none).
+    """
+
+    state: Callable[[Shape, int], int]
+    paged: bool = False
+    hosted: bool = False
+    # The whole state lives in the host's memory.
+    copies: float = 0.0
+
+
+def two_moments(shape: Shape, element_bytes: int) -> int:
+    """AdamW: m and v in the parameter's dtype, and a step count of 4 bytes: 2 n s + 4."""
+    return 2 * prod(shape) * element_bytes + 4
+
+
+def two_moments_8bit(shape: Shape, element_bytes: int) -> int:
+    """bitsandbytes' 8-bit AdamW: 2 n bytes and 2 float32 scales per 256; below 4096 elements 2 moments in float32."""
+    n = prod(shape)
+    if n < EIGHT_BIT_LEAST:
+        return 8 * n
+    return 2 * n + 2 * 4 * -(-n // EIGHT_BIT_BLOCK)
+
+
+def two_moments_32bit(shape: Shape, element_bytes: int) -> int:
+    """bitsandbytes' 32-bit AdamW: both moments in float32, whatever the parameter: 8 n."""
+    return 8 * prod(shape)
+
+
+def two_moments_torchao(bits: int) -> Callable[[Shape, int], int]:
+    """torchao's AdamW of few bits: 2 n bits / 8 and 2 float32 scales per block; small or odd tensors in their dtype."""
+
+    def state(shape: Shape, element_bytes: int) -> int:
+        n = prod(shape)
+        if n < EIGHT_BIT_LEAST or n % TORCHAO_BLOCK:
+            return 2 * n * element_bytes + 4
+        return 2 * n * bits // 8 + 2 * 4 * (n // TORCHAO_BLOCK) + 4
+
+    return state
+
+
+def one_moment(shape: Shape, element_bytes: int) -> int:
+    """Momentum or Lion: n s."""
+    return prod(shape) * element_bytes
+
+
+def one_moment_8bit(shape: Shape, element_bytes: int) -> int:
+    """bitsandbytes' 8-bit Lion or RMSprop: n bytes and a float32 scale per 256."""
+    n = prod(shape)
+    return 4 * n if n < EIGHT_BIT_LEAST else n + 4 * -(-n // EIGHT_BIT_BLOCK)
+
+
+def nothing(shape: Shape, element_bytes: int) -> int:
+    """Plain SGD keeps nothing."""
+    return 0
+
+
+def adafactor(shape: Shape, element_bytes: int) -> int:
+    """Adafactor: of a matrix the row and column means of the squares, of a vector all of them, in float32."""
+    if len(shape) < 2:
+        return 4 * prod(shape)
+    return 4 * (prod(shape[:-1]) + prod(shape[:-2]) * shape[-1])
+
+
+def _host(shape: Shape, element_bytes: int) -> int:
+    return two_moments(shape, element_bytes)
+
+
+RULES: dict[str, OptimizerRule] = {
+    # foreach AdamW holds sqrt(v) of every tensor at once.
+    "adamw_torch": OptimizerRule(two_moments, copies=1.0),
+    "adamw_torch_fused": OptimizerRule(two_moments),
+    "adamw_offload": OptimizerRule(_host, hosted=True),
+    "adamw_torch_8bit": OptimizerRule(two_moments_torchao(8)),
+    "adamw_torch_4bit": OptimizerRule(two_moments_torchao(4)),
+    "adamw_8bit": OptimizerRule(two_moments_8bit),
+    "adamw_bnb_8bit": OptimizerRule(two_moments_8bit),
+    "paged_adamw_8bit": OptimizerRule(two_moments_8bit, paged=True),
+    "paged_adamw_32bit": OptimizerRule(two_moments_32bit, paged=True),
+    "paged_adamw": OptimizerRule(two_moments_32bit, paged=True),
+    "lion_32bit": OptimizerRule(one_moment),
+    "lion_8bit": OptimizerRule(one_moment_8bit),
+    "paged_lion_32bit": OptimizerRule(one_moment, paged=True),
+    "paged_lion_8bit": OptimizerRule(one_moment_8bit, paged=True),
+    "rmsprop": OptimizerRule(one_moment, copies=1.0),
+    "rmsprop_bnb": OptimizerRule(one_moment),
+    "rmsprop_bnb_8bit": OptimizerRule(one_moment_8bit),
+    "rmsprop_bnb_32bit": OptimizerRule(one_moment),
+    "sgd": OptimizerRule(nothing),
+    "adagrad": OptimizerRule(one_moment, copies=1.0),
+    "adafactor": OptimizerRule(adafactor, copies=1.0),
+}
+
+
+def rule_of(optimizer: str) -> OptimizerRule:
+    """Raises ConfigError (RW132) for an optimizer whose memory is not known."""
+    if optimizer not in RULES:
+        raise ConfigError(
+            "RW132",
+            f"the memory of the optimizer {optimizer!r} is not known; plan with one of {', '.join(RULES)}.",
+        )
+    return RULES[optimizer]
+
+
+def state_bytes(optimizer: str, shapes: Iterable[tuple[Shape, int]]) -> tuple[int, int]:
+    """(bytes on the device, bytes elsewhere) of the state for tensors of (shape, bytes per element)."""
+    rule, here, elsewhere = rule_of(optimizer), 0, 0
+    for shape, element_bytes in shapes:
+        size = rule.state(shape, element_bytes)
+        if rule.hosted or (rule.paged and prod(shape) >= PAGED_LEAST):
+            elsewhere += size
+        else:
+            here += size
+    return here, elsewhere

@@ -1,0 +1,223 @@
+"""The whole answer of ``rankwise plan``: one row for each method, the recommendation, and the changes worth knowing."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rankwise.errors import ConfigError
+from rankwise.models.source import ModelSource, fetch_model
+from rankwise.planning.calibration import measured_pace
+from rankwise.planning.changes import Advisor, Change
+from rankwise.planning.estimate import FOUR_BITS, MemoryEstimate, estimate
+from rankwise.planning.facts import ModelFacts, read_facts
+from rankwise.planning.fitting import Estimator, Remembering, Verdict, fits, largest_batch, longest_row, verdict_of
+from rankwise.planning.hardware import Hardware, choose_hardware
+from rankwise.planning.recommend import Recommendation, recommend
+from rankwise.planning.settings import SHARED, PlanSettings
+from rankwise.planning.speed import Pace, assumed_pace, micro_batch_seconds, nominal_pace, tokens_per_second
+from rankwise.planning.workload import Workload
+
+DECIDED = (
+    *("r", "target_modules", "batch_size", "gradient_accumulation", "max_length", "gradient_checkpointing"),
+    *("activation_offloading", "optimizer"),
+)
+"""Written into every saved plan, given or not."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodRow:
+    """One method at the settings asked for. Bytes, seconds."""
+
+    estimate: MemoryEstimate
+    verdict: Verdict
+    spare_bytes: int
+    # Memory less peak: negative where it is too big.
+    max_batch_size: int
+    # Rows of ``max_length``; 0: not one.
+    longest_row_tokens: int
+    # At the batch size asked for.
+    tokens_per_second: float | None
+    seconds: float | None
+    # Of the whole run, where its length is known.
+
+    def to_json(self) -> dict[str, Any]:
+        own = self.estimate
+        return {
+            "peak_bytes": own.peak_bytes,
+            "error": own.error,
+            "breakdown": own.breakdown,
+            "trainable_parameters": own.trainable_parameters,
+            "total_parameters": own.total_parameters,
+            "fits": self.verdict != "too big",
+            "verdict": self.verdict,
+            "spare_bytes": self.spare_bytes,
+            "max_batch_size": self.max_batch_size,
+            "longest_row_tokens": self.longest_row_tokens,
+            "tokens_per_second": self.tokens_per_second,
+            "seconds": self.seconds,
+            "exact": own.exact,
+            "phase": own.phase,
+            "notes": list(own.notes),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What ``rankwise plan`` prints."""
+
+    model: str
+    hardware: Hardware
+    workload: Workload
+    accumulation: int
+    rows: tuple[MethodRow, ...]
+    recommendation: Recommendation
+    changes: tuple[Change, ...]
+    # Of the recommended method (or of the first) at the settings asked for.
+    changes_of: str
+    pace_basis: str | None
+    # Where the speeds come from; None: no figure is known.
+    run_tokens: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "hardware": self.hardware.to_json(),
+            "workload": {**dataclasses.asdict(self.workload), "gradient_accumulation": self.accumulation},
+            "methods": {row.estimate.method: row.to_json() for row in self.rows},
+            "recommendation": self.recommendation.to_json(),
+            "changes": {"method": self.changes_of, "steps": [change.to_json() for change in self.changes]},
+            "pace": self.pace_basis,
+            "run_tokens": self.run_tokens,
+        }
+
+
+def make_plan(settings: PlanSettings) -> Plan:
+    """The plan for these options.
+
+    Raises ConfigError: RW130 to RW132 impossible settings, RW140 a size, RW141 a card, RW142 a method, RW143 no model;
+    ModelError as ``estimate`` does.
+    """
+    methods = settings.methods
+    if settings.model is None:
+        raise ConfigError("RW143", "--model is missing; give a hub id, a folder, a .gguf file, or demo.")
+    hardware = choose_hardware(settings.gpu, settings.memory)
+    workload = workload_for(settings, hardware)
+    source = fetch_model(
+        settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code, weights=False
+    )
+    planner = _Planner(settings, source, hardware, methods, workload)
+    return planner.plan()
+
+
+def workload_for(settings: PlanSettings, hardware: Hardware) -> Workload:
+    """The step to estimate: the dtype that the device would choose, and its kind of device."""
+    dtype = hardware.dtype if settings.dtype == "auto" else settings.dtype
+    return settings.workload("cuda" if hardware.device_type == "cuda" else "cpu", dtype)
+
+
+def estimator_of(model: Any, *, trust_remote_code: bool = False, revision: str | None = None) -> Estimator:
+    """The closed form for one model."""
+
+    def closed(method: str, workload: Workload) -> MemoryEstimate:
+        return estimate(model, method, workload, trust_remote_code=trust_remote_code, revision=revision)
+
+    return closed
+
+
+def pace_of(hardware: Hardware, dtype: str) -> Callable[[str], Pace | None]:
+    """method -> what was measured on this machine for it, else a share of the data sheet."""
+
+    def pace(method: str) -> Pace | None:
+        return measured_pace(hardware, method, dtype) or assumed_pace(hardware)
+
+    return pace
+
+
+class _Planner:
+    def __init__(
+        self, settings: PlanSettings, source: ModelSource, hardware: Hardware, methods: Sequence[str], work: Workload
+    ) -> None:
+        self.settings, self.source, self.hardware, self.methods, self.workload = (
+            settings,
+            source,
+            hardware,
+            methods,
+            work,
+        )
+        self.facts: ModelFacts = read_facts(source)
+        # A local model has no revision to ask for again.
+        self.place = source.path if source.path is not None else source.name
+        self.estimate = Remembering(estimator_of(self.place, trust_remote_code=settings.trust_remote_code))
+        self.pace = pace_of(hardware, work.dtype)
+        self.advisor = Advisor(self.estimate, self._seconds, hardware.memory_bytes)
+
+    def plan(self) -> Plan:
+        if self.settings.exact:
+            for method in self.methods:
+                self.estimate.anchor(method, self.workload, self._dry_run(method))
+        rows = tuple(self._row(method) for method in self.methods)
+        accumulation = self.settings.gradient_accumulation
+        recommendation = recommend(
+            self.advisor, self.methods, self.settings.goal, self.workload, accumulation, self._given()
+        )
+        subject = recommendation.method or recommendation.estimate.method
+        changes = self.advisor.singles(subject, self.workload, accumulation)
+        pace = self.pace(subject)
+        return Plan(
+            model=self.source.name,
+            hardware=self.hardware,
+            workload=self.workload,
+            accumulation=accumulation,
+            rows=rows,
+            recommendation=recommendation,
+            changes=tuple(changes),
+            changes_of=subject,
+            pace_basis=None if pace is None else pace.basis,
+            run_tokens=run_tokens(self.settings),
+        )
+
+    def _dry_run(self, method: str) -> MemoryEstimate:
+        code = self.settings.trust_remote_code
+        return estimate(self.place, method, self.workload, exact=True, trust_remote_code=code)
+
+    def _row(self, method: str) -> MethodRow:
+        memory, own = self.hardware.memory_bytes, self.estimate(method, self.workload)
+        pace = tokens_per_second(own, self.facts, self.workload, self.pace(method))
+        tokens = run_tokens(self.settings)
+        is_within = fits(own, memory)
+        return MethodRow(
+            estimate=own,
+            verdict=verdict_of(own, memory),
+            spare_bytes=memory - own.peak_bytes,
+            max_batch_size=largest_batch(self.estimate, method, self.workload, memory),
+            longest_row_tokens=longest_row(self.estimate, method, self._narrow(is_within), memory),
+            tokens_per_second=pace,
+            seconds=tokens / pace if pace and tokens else None,
+        )
+
+    def _narrow(self, is_within: bool) -> Workload:
+        """The batch asked for where it fits, else one row: the longest row of a batch that is too big says nothing."""
+        return self.workload if is_within else dataclasses.replace(self.workload, batch_size=1)
+
+    def _seconds(self, own: MemoryEstimate, workload: Workload) -> float:
+        return micro_batch_seconds(own, self.facts, workload, self.pace(own.method) or nominal_pace())
+
+    def _given(self) -> dict[str, Any]:
+        """What the user set, and what every plan decides, in the words of ``rankwise train``."""
+        decided = {*DECIDED, *(("double_quant",) if set(self.methods) & set(FOUR_BITS) else ())}
+        named = [name for name in SHARED if name in self.settings.model_fields_set or name in decided]
+        given = {name: getattr(self.settings, name) for name in named}
+        return {"model": self.settings.model} | given
+
+
+def run_tokens(settings: PlanSettings) -> int | None:
+    """Tokens of the whole run, rows taken at full length; None where neither its steps nor its rows are known."""
+    step_rows = settings.batch_size * settings.gradient_accumulation * settings.devices
+    if settings.max_steps is not None:
+        return settings.max_steps * step_rows * settings.max_length
+    if settings.rows is not None:
+        return math.ceil(settings.rows * settings.epochs) * settings.max_length
+    return None

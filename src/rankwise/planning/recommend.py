@@ -1,0 +1,141 @@
+"""One recommendation: the method that the goal asks for, with the settings that let it fit at the least cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rankwise.planning.changes import PAGED, Advisor, Change, Step, possible_steps
+from rankwise.planning.estimate import MemoryEstimate
+from rankwise.planning.rules import SERVING, Rule, Situation, reasons
+from rankwise.planning.workload import Workload
+
+ORDER = {
+    "speed": ("lora", "qlora", "dora", "qdora", "full"),
+    "quality": ("dora", "qdora", "lora", "qlora", "full"),
+    "serving": ("lora", "qlora", "dora", "qdora", "full"),
+}
+"""Which method is tried first. Full fine-tuning is recommended only where nothing else was asked about."""
+
+PASSES: tuple[frozenset[str], ...] = (
+    frozenset({"batch", "checkpointing"}),
+    frozenset({"batch", "checkpointing", "offloading", "optimizer"}),
+    frozenset({"batch", "checkpointing", "offloading", "optimizer", "rank", "length"}),
+)
+"""What may change, the gentlest first; every method is tried before the next pass."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recommendation:
+    """``settings`` are those of ``rankwise train`` that differ from its defaults or were asked for."""
+
+    method: str | None
+    # None: nothing fits.
+    settings: dict[str, Any]
+    estimate: MemoryEstimate
+    # Of the recommended run, or of the smallest one where nothing fits.
+    workload: Workload
+    time_factor: float
+    reasons: tuple[Rule, ...]
+    missing_bytes: int = 0
+    # Where nothing fits: what the smallest run lacks.
+
+    @property
+    def serving(self) -> tuple[str, ...]:
+        return SERVING.get(self.method or "", ())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "settings": self.settings,
+            "peak_bytes": self.estimate.peak_bytes,
+            "error": self.estimate.error,
+            "reasons": [rule.to_json() for rule in self.reasons],
+            "serving": list(self.serving),
+            "missing_bytes": self.missing_bytes,
+        }
+
+
+def recommend(
+    advisor: Advisor, methods: Sequence[str], goal: str, workload: Workload, accumulation: int, given: Mapping[str, Any]
+) -> Recommendation:
+    """The first method in the goal's order that fits, changing as little as that takes.
+
+    ``given``: settings as asked for, to be written back with the changes on top.
+    """
+    order = [method for method in ORDER[goal] if method in methods]
+    gentle: dict[str, bool] = {}
+    for allowed in PASSES:
+        for method in order:
+            change = _fastest(advisor, method, workload, accumulation, allowed)
+            gentle.setdefault(method, change is not None)
+            if change is not None:
+                return _explained(change, method, goal, gentle, given)
+    return _nothing_fits(advisor, order, workload, accumulation)
+
+
+def _fastest(
+    advisor: Advisor, method: str, workload: Workload, accumulation: int, allowed: frozenset[str]
+) -> Change | None:
+    """Of the combinations that fit, the one that loses least, then the fastest; None where none fits."""
+    found: list[Change] = []
+    for steps in _combinations(method, workload, accumulation, allowed):
+        change = advisor.price(steps, method, workload)
+        if change.verdict == "fits":
+            found.append(change)
+            if not steps and accumulation == 1:
+                return change
+    return min(found, key=_loss, default=None)
+
+
+def _combinations(
+    method: str, workload: Workload, accumulation: int, allowed: frozenset[str]
+) -> Iterator[tuple[Step, ...]]:
+    steps = [step for step in possible_steps(method, workload, accumulation) if step.group in allowed]
+    steps += list(_larger_batches(workload, accumulation))
+    groups: dict[str, list[Step | None]] = {}
+    for step in steps:
+        groups.setdefault(step.group, [None]).append(step)
+    for chosen in itertools.product(*groups.values()):
+        yield tuple(step for step in chosen if step is not None)
+
+
+def _larger_batches(workload: Workload, accumulation: int) -> Iterator[Step]:
+    """Fewer, larger micro-batches of the same rows: faster where there is room."""
+    rows, times = workload.batch_size, accumulation
+    while times > 1 and times % 2 == 0:
+        rows, times = rows * 2, times // 2
+        settings = {"batch_size": rows, "gradient_accumulation": times}
+        yield Step("batch", f"batch {workload.batch_size} -> {rows}", 0, settings)
+
+
+def _loss(change: Change) -> tuple[float, ...]:
+    costs = [step.costs for step in change.steps]
+    length = change.workload.max_length
+    return (max(costs, default=0), sum(costs), -length, change.time_factor, len(costs), -change.workload.batch_size)
+
+
+def _explained(
+    change: Change, method: str, goal: str, fits: Mapping[str, bool], given: Mapping[str, Any]
+) -> Recommendation:
+    settings = {**given, **change.settings, "method": method}
+    situation = Situation(method, goal, dict(fits), settings, frozenset(change.settings))
+    return Recommendation(
+        method, settings, change.estimate, change.workload, change.time_factor, tuple(reasons(situation))
+    )
+
+
+def _nothing_fits(advisor: Advisor, order: Sequence[str], workload: Workload, accumulation: int) -> Recommendation:
+    """What the smallest of all runs would take."""
+    smallest: list[Change] = []
+    for method in order:
+        last: dict[str, Step] = {}
+        for step in possible_steps(method, workload, accumulation):
+            if step.group in PASSES[-1] and step.settings.get("optimizer", PAGED) == PAGED:
+                last[step.group] = step
+        smallest.append(advisor.price(tuple(last.values()), method, workload))
+    best = min(smallest, key=lambda change: change.estimate.peak_bytes)
+    missing = max(0, best.estimate.peak_bytes - advisor.memory_bytes)
+    return Recommendation(None, {}, best.estimate, best.workload, best.time_factor, (), missing)

@@ -1,0 +1,44 @@
+"""Amounts of memory as people write them. GB is 10^9 bytes, GiB is 2^30; the two differ by 7 %."""
+
+from __future__ import annotations
+
+import re
+
+from rankwise.errors import ConfigError
+
+UNITS = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+"""Bytes per unit; a letter alone (k, m, g, t) is decimal, and no unit at all means GB."""
+
+_SIZE = re.compile(r"(\d+(?:[.,]\d+)?|\.\d+)\s*([kmgt]?i?b?)", re.IGNORECASE)
+
+
+def parse_size(text: str | int | float) -> int:
+    """Bytes in ``24``, ``24GB``, ``24 gb``, ``24g`` (each 24e9) or ``24GiB`` (24 * 2^30).
+
+    Raises ConfigError (RW140) for text that is no size, and for nothing at all.
+    """
+    found = _SIZE.fullmatch(str(text).strip())
+    unit = (found.group(2).lower() or "gb") if found else ""
+    if found is None or unit == "i":
+        raise _no_size(text)
+    unit = unit if unit.endswith("b") else f"{unit}b"
+    size = round(float(found.group(1).replace(",", ".")) * UNITS[unit]) if unit in UNITS else 0
+    if size < 1:
+        raise _no_size(text)
+    return size
+
+
+def _no_size(text: object) -> ConfigError:
+    return ConfigError(
+        "RW140", f"the memory {str(text)!r} is no size above 0; write 24GB (10^9 bytes), 24GiB (2^30) or 24 (GB)."
+    )

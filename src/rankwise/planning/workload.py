@@ -1,0 +1,124 @@
+"""What is trained and how, as far as memory depends on it. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+from rankwise.config import ALL_LINEAR, AdapterDtype, Bias, LoraConfig, QuantType
+from rankwise.errors import ConfigError
+
+Strategy = Literal["single", "ddp", "fsdp"]
+DeviceType = Literal["cpu", "cuda"]
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One training step. Names and meanings are those of ``TrainSettings``.
+
+    Raises ConfigError (RW130) with every wrong field in one message.
+    """
+
+    batch_size: int = 8
+    # Rows per micro-batch and device.
+    max_length: int = 1024
+    # Tokens per row: every row is taken to be this long.
+
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    exclude_modules: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+    use_rslora: bool = False
+    adapter_dtype: AdapterDtype = "float32"
+    bias: Bias = "none"
+    layers_to_transform: Sequence[int] | None = None
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    enable_lora: Mapping[str, Sequence[bool]] = dataclasses.field(default_factory=dict)
+
+    quant_type: QuantType = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+
+    gradient_checkpointing: bool = False
+    activation_offloading: bool = False
+    # Saved activations wait in the host's memory.
+    optimizer: str = "adamw_torch"
+    # transformers' name, or adamw_offload.
+    dtype: Dtype = "bfloat16"
+    # Of the base and of the computation; full fine-tuning keeps float32 weights beside it.
+    device_type: DeviceType = "cuda"
+    devices: int = 1
+    strategy: Strategy = "single"
+    # single: one device; ddp: a whole copy on each; fsdp: FSDP2, parameters sharded over the devices.
+    trained_share: float = 1.0
+    # Share of the tokens that have labels: logits are kept for these alone. 1.0 is the worst case.
+
+    def __post_init__(self) -> None:
+        problems = [*_number_problems(self), *_choice_problems(self)]
+        if problems:
+            raise ConfigError("RW130", "; ".join(problems) + ".")
+        self.lora_config(use_dora=False)
+
+    @property
+    def tokens(self) -> int:
+        """Per micro-batch and device."""
+        return self.batch_size * self.max_length
+
+    @property
+    def trained_tokens(self) -> int:
+        """Positions that are scored: at most all but the last of each row."""
+        positions = max(1, min(self.max_length - 1, round(self.max_length * self.trained_share)))
+        return self.batch_size * positions
+
+    def lora_config(self, *, use_dora: bool) -> LoraConfig:
+        """The adapter's settings. Raises ConfigError (RW101)."""
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.target_modules,
+            exclude_modules=self.exclude_modules,
+            modules_to_save=self.modules_to_save,
+            use_dora=use_dora,
+            use_rslora=self.use_rslora,
+            adapter_dtype=self.adapter_dtype,
+            bias=self.bias,
+            layers_to_transform=self.layers_to_transform,
+            rank_pattern=self.rank_pattern,
+            alpha_pattern=self.alpha_pattern,
+            enable_lora=self.enable_lora,
+        )
+
+
+def _number_problems(workload: Workload) -> list[str]:
+    problems = []
+    for name, least in (("batch_size", 1), ("max_length", 2), ("devices", 1)):
+        value = getattr(workload, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            problems.append(f"{name} is {value!r} and must be a whole number of {least} or more")
+    if workload.block_size not in BLOCK_SIZES:
+        problems.append(f"block_size is {workload.block_size!r} and must be one of {', '.join(map(str, BLOCK_SIZES))}")
+    if not isinstance(workload.trained_share, int | float) or not 0 < workload.trained_share <= 1:
+        problems.append(f"trained_share is {workload.trained_share!r} and must lie above 0 and not above 1")
+    return problems
+
+
+def _choice_problems(workload: Workload) -> list[str]:
+    choices = {"strategy": Strategy, "device_type": DeviceType, "dtype": Dtype, "quant_type": QuantType}
+    problems = [
+        f"{name} is {getattr(workload, name)!r} and must be one of {', '.join(get_args(kind))}"
+        for name, kind in choices.items()
+        if getattr(workload, name) not in get_args(kind)
+    ]
+    if workload.strategy == "single" and workload.devices != 1:
+        problems.append(f"devices is {workload.devices!r} and the strategy is single; choose ddp or fsdp")
+    if workload.activation_offloading and workload.device_type == "cpu":
+        problems.append("activation_offloading moves activations out of an accelerator, and device_type is cpu")
+    return problems

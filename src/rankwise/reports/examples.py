@@ -1,0 +1,196 @@
+"""What the adapted models answer beside the base model: won, lost or tied, by the task's own score of each example.
+
+Which examples are shown is nobody's choice: those of each outcome are taken evenly from the whole file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from rankwise.reports.folder import Comparison
+from rankwise.reports.numbers import is_number, shortened, visible
+
+Outcome = Literal["won", "lost", "tied"]
+OUTCOMES: tuple[Outcome, ...] = ("won", "lost", "tied")
+SHOWN = 4
+# Of each outcome, method and task.
+LONGEST_TEXT = 1200
+LOSSES = ("loss", "perplexity", "nll", "ter", "wer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One model's answer to one example; ``method`` is None for the base model."""
+
+    method: str | None
+    text: str
+    score: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A prompt with the base model's answer, the method's, and that of one other method."""
+
+    id: str
+    prompt: str
+    references: tuple[str, ...]
+    base: Answer
+    answer: Answer
+    other: Answer | None
+    outcome: Outcome
+
+    @property
+    def is_changed(self) -> bool:
+        return self.base.text != self.answer.text
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """One method against the base model on one task: how often each outcome came, and some of each."""
+
+    task: str
+    method: str
+    other: str | None
+    run: str
+    score: str
+    counts: Mapping[Outcome, int]
+    unchanged: int
+    shown: tuple[Example, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+
+def answers_of(comparison: Comparison) -> list[Answers]:
+    """For each task and method with answers of its own and of the base model; the recommended method first."""
+    order = comparison.with_result()
+    chosen = comparison["recommendation"].get("method")
+    methods = sorted(order, key=lambda name: name != chosen)
+    tasks = list(comparison["base"].get("tasks", {}))
+    found = []
+    for task in tasks:
+        base = {str(row.get("id")): row for row in comparison.base_answers(task)}
+        rows = {name: _rows(comparison, name, task) for name in methods} if base else {}
+        for name in methods:
+            if rows.get(name):
+                other = next((rival for rival in methods if rival != name and rows[rival]), None)
+                found.append(_compare(comparison, task, name, other, base, rows))
+    return [answers for answers in found if answers is not None]
+
+
+def shown_run(comparison: Comparison, method: str) -> Mapping[str, Any] | None:
+    """The recommended run where it is this method's, else the final run of the lowest seed."""
+    runs = sorted(comparison.finals_of(method), key=lambda run: run["seed"])
+    chosen = comparison["recommendation"].get("run")
+    return next((run for run in runs if run["id"] == chosen), next(iter(runs), None))
+
+
+def evenly(items: Sequence[Example], count: int) -> list[Example]:
+    """``count`` of ``items``, spread over the whole list."""
+    if len(items) <= count:
+        return list(items)
+    return [items[(2 * index + 1) * len(items) // (2 * count)] for index in range(count)]
+
+
+def _rows(comparison: Comparison, method: str, task: str) -> dict[str, Mapping[str, Any]]:
+    run = shown_run(comparison, method)
+    if run is None or task not in run["tasks"]:
+        return {}
+    return {str(row.get("id")): row for row in comparison.answers_of(run, task)}
+
+
+def _compare(
+    comparison: Comparison,
+    task: str,
+    method: str,
+    other: str | None,
+    base: Mapping[str, Mapping[str, Any]],
+    rows: Mapping[str, Mapping[str, Mapping[str, Any]]],
+) -> Answers | None:
+    result = comparison["base"]["tasks"][task]
+    score = _score_name(result, base, rows[method])
+    common = [key for key in base if key in rows[method]]
+    if score is None or not common or not any(_text(rows[method][key]) for key in common):
+        return None
+    sign = 1 if _is_higher_better(result, score) else -1
+    rival = rows[other] if other else {}
+    examples = [_example(key, base[key], rows[method][key], rival.get(key), method, other, score, sign) for key in common]
+    kept = {outcome: [item for item in examples if item.outcome == outcome] for outcome in OUTCOMES}
+    shown = [item for found in kept.values() for item in evenly(_changed_first(found), SHOWN)]
+    run = shown_run(comparison, method)
+    counts = {outcome: len(found) for outcome, found in kept.items()}
+    unchanged = sum(not item.is_changed for item in examples)
+    return Answers(task, method, other, run["id"] if run else "", score, counts, unchanged, tuple(shown))
+
+
+def _changed_first(items: Sequence[Example]) -> Sequence[Example]:
+    """Only those that differ from the base model's answer, where there are any: equal texts show nothing."""
+    return [item for item in items if item.is_changed] or items
+
+
+def _example(
+    key: str,
+    base: Mapping[str, Any],
+    row: Mapping[str, Any],
+    rival: Mapping[str, Any] | None,
+    method: str,
+    other: str | None,
+    score: str,
+    sign: int,
+) -> Example:
+    before, after = _answer(None, base, score), _answer(method, row, score)
+    references = base.get("references") or ()
+    return Example(
+        key,
+        _clean(base.get("prompt") or row.get("prompt") or ""),
+        tuple(_clean(text) for text in references[:3]) if isinstance(references, list) else (),
+        before,
+        after,
+        _answer(other, rival, score) if rival is not None else None,
+        _outcome(before.score, after.score, sign),
+    )
+
+
+def _outcome(before: float | None, after: float | None, sign: int) -> Outcome:
+    """Equal to six digits is a tie; an answer without a score, too."""
+    if before is None or after is None:
+        return "tied"
+    gap = sign * (after - before)
+    if abs(gap) <= 1e-6 * max(abs(before), abs(after)):
+        return "tied"
+    return "won" if gap > 0 else "lost"
+
+
+def _answer(method: str | None, row: Mapping[str, Any], score: str) -> Answer:
+    value = _scores(row).get(score)
+    return Answer(method, _clean(_text(row)), value if is_number(value) else None)
+
+
+def _text(row: Mapping[str, Any]) -> str:
+    return str(row.get("prediction") or "")
+
+
+def _clean(text: Any) -> str:
+    return visible(shortened(str(text), LONGEST_TEXT)).strip()
+
+
+def _scores(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    scores = row.get("scores")
+    return scores if isinstance(scores, Mapping) else {}
+
+
+def _score_name(
+    result: Mapping[str, Any], base: Mapping[str, Mapping[str, Any]], rows: Mapping[str, Mapping[str, Any]]
+) -> str | None:
+    """The task's primary metric where the examples have it, else the first score that both sides have."""
+    first = next((_scores(base[key]).keys() & _scores(rows[key]).keys() for key in base if key in rows), set())
+    primary = result.get("primary")
+    return str(primary) if primary in first else min(first, default=None)
+
+
+def _is_higher_better(result: Mapping[str, Any], score: str) -> bool:
+    stated = result.get("higher_is_better") or {}
+    return bool(stated.get(score, score.lower() not in LOSSES))

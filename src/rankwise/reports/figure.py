@@ -1,0 +1,137 @@
+"""Inline SVG that fits any width: across, everything is in per cent, down in pixels, so that text keeps its size.
+
+A plot is ``<div class="plot"><svg width="100%">``; labels stand outside the box of the SVG, in the padding of the div.
+Colours are CSS variables of the page (``--c`` is the colour of the method of the group), for light, dark and print.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from rankwise.reports.scale import Scale, nice_ticks, tick_label
+
+Point = tuple[float, float]
+MARKERS = (
+    "M-4.6 0A4.6 4.6 0 1 1 4.6 0A4.6 4.6 0 1 1-4.6 0Z",
+    "M-4.2-4.2H4.2V4.2H-4.2Z",
+    "M0-5.8L5.8 0L0 5.8L-5.8 0Z",
+    "M0-5.6L5.4 4.2H-5.4Z",
+    "M0 5.6L5.4-4.2H-5.4Z",
+    "M-1.9-5.2H1.9V-1.9H5.2V1.9H1.9V5.2H-1.9V1.9H-5.2V-1.9H-1.9Z",
+    "M0-5.6L5.3-1.7L3.3 4.5H-3.3L-5.3-1.7Z",
+    "M-5.4-3.2L0 0L5.4-3.2V3.2L0 0L-5.4 3.2Z",
+)
+# One shape a method, so that nothing rests on colour alone: disc, square, diamond, triangles, cross, pentagon, bow tie.
+
+
+def tag(name: str, *content: Any, **attributes: Any) -> Markup:
+    """An element; content and attributes are escaped unless they are Markup. ``class_`` and ``font_size`` as in HTML."""
+    given = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{escape(_text(value))}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
+    body = Markup("").join(escape(part) for part in content)
+    return Markup("<") + Markup(name + given) + Markup(">") + body + Markup(f"</{name}>")
+
+
+def _text(value: Any) -> Any:
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
+
+
+def across(value: float) -> str:
+    """A horizontal position in per cent."""
+    return f"{value:.3f}".rstrip("0").rstrip(".") + "%"
+
+
+def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
+    return tag("line", x1=across(x1), x2=across(x2), y1=y1, y2=y2, class_=class_)
+
+
+def label(x: float, y: float, text: Any, class_: str = "", *, dx: float = 0, anchor: str = "start") -> Markup:
+    return tag("text", text, x=across(x), y=y, dx=dx or None, text_anchor=anchor, class_=class_ or None)
+
+
+def marker(kind: int, x: float, y: float, class_: str = "mark", tip: str = "") -> Markup:
+    """The shape of method number ``kind``. A path knows no per cent, so an SVG inside places it."""
+    path = tag("path", *([tag("title", tip)] if tip else []), d=MARKERS[kind % len(MARKERS)], class_=class_)
+    return tag("svg", path, x=across(x), y=y, overflow="visible", width=1, height=1)
+
+
+def dot(x: float, y: float, radius: float, class_: str, tip: str = "") -> Markup:
+    return tag("circle", *([tag("title", tip)] if tip else []), cx=across(x), cy=y, r=radius, class_=class_)
+
+
+def group(class_: str, *parts: Any) -> Markup:
+    return tag("g", *parts, class_=class_)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """Where data lies: ``x`` maps to per cent, ``y`` to pixels from the top."""
+
+    x: Scale
+    y: Scale
+    height: int
+
+    @classmethod
+    def of(cls, x: tuple[float, float], y: tuple[float, float], height: int) -> Frame:
+        return cls(Scale(*x, 0, 100), Scale(*y, height, 0), height)
+
+    def curve(self, points: Sequence[Point], class_: str, tip: str = "") -> Markup:
+        """A line through ``points``, cut off at the edge of the plot; its stroke does not stretch with the plot."""
+        if len(points) < 2:
+            return Markup("")
+        d = "M" + "L".join(f"{self.x(x):.2f} {self.y(y):.1f}" for x, y in points)
+        path = tag("path", *([tag("title", tip)] if tip else []), d=d, class_=class_, vector_effect="non-scaling-stroke")
+        box = f"0 0 100 {self.height}"
+        return tag("svg", path, width="100%", height=self.height, viewBox=box, preserveAspectRatio="none")
+
+    def grid(self, count: int = 4) -> Markup:
+        """Horizontal lines at round values, labelled on the left."""
+        ticks = nice_ticks(self.y.low, self.y.high, count)
+        parts = []
+        for tick in ticks:
+            y = round(self.y(tick), 1)
+            parts.append(line(0, y, 100, y, "grid"))
+            parts.append(label(0, y + 4, _minus(tick_label(tick, ticks)), "tick", dx=-8, anchor="end"))
+        return Markup("").join(parts)
+
+    def base(self, ticks: Sequence[float], texts: Sequence[str]) -> Markup:
+        """The axis at the bottom with its labels."""
+        parts = [line(0, self.height, 100, self.height, "axis")]
+        for tick, text in zip(ticks, texts):
+            x = self.x(tick)
+            anchor = "end" if x > 97 else "start" if x < 2 else "middle"
+            parts.append(line(x, self.height, x, self.height + 4, "axis"))
+            parts.append(label(x, self.height + 18, text, "tick", anchor=anchor))
+        return Markup("").join(parts)
+
+    def svg(self, description: str, *parts: Any, below: int = 24, above: int = 8, left: int = 48, right: int = 12) -> Markup:
+        return plot(self.height, description, *parts, below=below, above=above, left=left, right=right)
+
+
+def plot(
+    height: int, description: str, *parts: Any, below: int = 0, above: int = 0, left: int = 0, right: int = 0
+) -> Markup:
+    """The SVG with room for labels around it: pixels above, right, below and left."""
+    drawing = tag("svg", *parts, width="100%", height=height, role="img", aria_label=description)
+    return tag("div", drawing, class_="plot", style=f"padding:{above}px {right}px {below}px {left}px")
+
+
+def value_range(values: Iterable[float], *, air: float = 0.08) -> tuple[float, float]:
+    """The range of ``values`` with some air on both sides; never empty."""
+    found = list(values)
+    if not found:
+        return 0.0, 1.0
+    low, high = min(found), max(found)
+    room = air * (high - low) or 0.05 * abs(high) or 0.5
+    return low - room, high + room
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "\u2212")

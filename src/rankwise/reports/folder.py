@@ -1,0 +1,233 @@
+"""A comparison as its folder holds it: ``comparison.json``, the runs' metrics, and what the models answered."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from rankwise.errors import RunError
+from rankwise.records import read_metrics
+from rankwise.reports.numbers import is_number
+
+COMPARISON_FILE = "comparison.json"
+EVALUATION_FOLDER = "evaluation"
+SCHEMA = 1
+LARGEST_BYTES = 1 << 28
+# Of one file: a report is made from what a person reads, not from gigabytes.
+
+TOP: dict[str, Any] = {
+    "command": "",
+    "settings": {},
+    "created": "",
+    "versions": {},
+    "device": {},
+    "model": {},
+    "data": {},
+    "primary_metric": "eval_loss",
+    "confidence": 0.95,
+    "base": {},
+    "warnings": [],
+    "runs": [],
+    "methods": {},
+    "differences": [],
+    "recommendation": {},
+    "minimum_detectable_effect": {},
+    "learning_rates": {},
+    "seconds": {},
+}
+RUN: dict[str, Any] = {
+    "id": "",
+    "method": "",
+    "seed": 0,
+    "learning_rate": None,
+    "phase": "final",
+    "status": "finished",
+    "error": None,
+    "folder": "",
+    "record": None,
+    "tasks": {},
+    "adapter_bytes": None,
+    "merged": None,
+    "update_norms": None,
+    "tokens_per_second": None,
+    "peak_memory_bytes": None,
+    "predicted_peak_memory_bytes": None,
+    "wall_seconds": None,
+}
+METHOD: dict[str, Any] = {
+    "mean": {},
+    "interval": {},
+    "seed_sd": {},
+    "per_seed": {},
+    "higher_is_better": {},
+    "seeds": 0,
+    "failed": 0,
+    "learning_rate": None,
+    "learning_rate_at_edge": False,
+    "tokens_per_second": None,
+    "peak_memory_bytes": None,
+    "predicted_peak_memory_bytes": None,
+    "wall_seconds": None,
+    "trainable_parameters": None,
+    "adapter_bytes": None,
+    "group": None,
+    "pareto": False,
+    "serving": [],
+    "skipped": None,
+}
+DIFFERENCE: dict[str, Any] = {
+    "a": "",
+    "b": "",
+    "metric": "eval_loss",
+    "difference": None,
+    "interval": None,
+    "p_value_holm": None,
+    "equivalence_p": None,
+    "margin": None,
+    "verdict": "cannot tell",
+    "seed_sd": None,
+    "pairs": 0,
+    "seeds": 0,
+    "per_seed": {},
+    "paired_by_example": False,
+}
+# The parts of the file that reports read, with what stands in for a part that is not there.
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The content of one or more comparison folders, and where each run's files lie."""
+
+    document: Mapping[str, Any]
+    folder: Path
+    places: Mapping[str, Path]
+    # Run id -> the comparison's folder that it lies in.
+
+    def __getitem__(self, key: str) -> Any:
+        return self.document[key]
+
+    @property
+    def metric(self) -> str:
+        return str(self.document["primary_metric"])
+
+    @property
+    def finals(self) -> list[Mapping[str, Any]]:
+        return [run for run in self["runs"] if run["phase"] == "final" and run["status"] == "finished"]
+
+    def finals_of(self, method: str) -> list[Mapping[str, Any]]:
+        return [run for run in self.finals if run["method"] == method]
+
+    def is_higher_better(self, metric: str) -> bool:
+        """By the methods' own statement; a loss is better when low, anything else when high."""
+        for facts in self["methods"].values():
+            if metric in facts["higher_is_better"]:
+                return bool(facts["higher_is_better"][metric])
+        return "loss" not in metric and "perplexity" not in metric
+
+    def ranked(self) -> list[str]:
+        """Methods with a result, the best first by the primary metric; then the others, in their order."""
+        means = {name: facts["mean"].get(self.metric) for name, facts in self["methods"].items()}
+        sign = -1 if self.is_higher_better(self.metric) else 1
+        known = [name for name, mean in means.items() if is_number(mean)]
+        return sorted(known, key=lambda name: sign * means[name]) + [name for name in means if name not in known]
+
+    def with_result(self) -> list[str]:
+        return [name for name in self.ranked() if is_number(self["methods"][name]["mean"].get(self.metric))]
+
+    def metrics_of(self, run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """The lines of the run's ``metrics.jsonl``; none when the folder is not here any more."""
+        return [line for line in read_metrics(self.place_of(run)) if isinstance(line, Mapping)]
+
+    def place_of(self, run: Mapping[str, Any]) -> Path:
+        return inside(self.places.get(run["id"], self.folder), str(run["folder"]))
+
+    def answers_of(self, run: Mapping[str, Any], task: str) -> list[Mapping[str, Any]]:
+        return read_answers(self.place_of(run), task, run["tasks"].get(task, {}))
+
+    def base_answers(self, task: str) -> list[Mapping[str, Any]]:
+        base = self["base"]
+        if not base.get("folder"):
+            return []
+        return read_answers(inside(self.folder, str(base["folder"])), task, base.get("tasks", {}).get(task, {}))
+
+
+def load_comparison(folder: Path) -> Comparison:
+    """Read ``folder``/comparison.json. What reports need and is not there is filled with "not measured".
+
+    Raises RunError: RW592 no comparison here, RW593 it cannot be read.
+    """
+    path = folder / COMPARISON_FILE
+    if not path.is_file():
+        state = f"holds no {COMPARISON_FILE}" if folder.is_dir() else "is no folder"
+        raise RunError("RW592", f"{folder} {state}; give a folder that `rankwise compare` wrote (its --output).")
+    try:
+        document = filled(read_object(path))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise RunError("RW593", f"cannot read {path} as a comparison: {error}.") from None
+    return Comparison(document, folder, {run["id"]: folder for run in document["runs"]})
+
+
+def read_object(path: Path) -> Any:
+    """The content of a JSON file. Raises ValueError for a file that is no JSON or too large to be a record."""
+    if path.stat().st_size > LARGEST_BYTES:
+        raise ValueError(f"it is larger than {LARGEST_BYTES} bytes")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def filled(content: Any) -> dict[str, Any]:
+    """``content`` with every part that reports read. Raises ValueError for another kind of file."""
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not an object")
+    if content.get("schema") != SCHEMA:
+        raise ValueError(f"its schema is {content.get('schema')!r}, and this version reads {SCHEMA}")
+    document = _over(TOP, content, "the file")
+    document["runs"] = [_over(RUN, run, "a run") for run in document["runs"]]
+    document["differences"] = [_over(DIFFERENCE, item, "a difference") for item in document["differences"]]
+    document["methods"] = {name: _over(METHOD, facts, name) for name, facts in document["methods"].items()}
+    return document
+
+
+def _over(defaults: Mapping[str, Any], given: Any, what: str) -> dict[str, Any]:
+    """``given`` over ``defaults``; a part that must be an object or a list is one."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{what} is a {type(given).__name__}, not an object")
+    result = {**defaults, **given}
+    for key, default in defaults.items():
+        if isinstance(default, dict | list):
+            result[key] = type(default)() if result[key] is None else result[key]
+            if not isinstance(result[key], type(default)):
+                raise ValueError(f"{key!r} of {what} is a {type(result[key]).__name__}")
+    return result
+
+
+def inside(folder: Path, relative: str) -> Path:
+    """``folder``/``relative``, which may not leave the folder: the path comes from a file.
+
+    Raises RunError (RW593) for an absolute path or one with ``..`` in it.
+    """
+    parts = PurePosixPath(relative).parts
+    if ".." in parts or PurePosixPath(relative).is_absolute() or "\\" in relative or "\x00" in relative:
+        raise RunError("RW593", f"{folder / COMPARISON_FILE} names the path {relative!r}, which leaves its folder.")
+    return folder.joinpath(*parts)
+
+
+def read_answers(place: Path, task: str, result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The examples of one evaluation, one object each; none when the file is not here."""
+    name = str(result.get("examples") or "predictions.jsonl")
+    path = inside(inside(place, f"{EVALUATION_FOLDER}/{task}"), name)
+    return list(_objects(path)) if path.is_file() and path.stat().st_size <= LARGEST_BYTES else []
+
+
+def _objects(path: Path) -> Iterator[Mapping[str, Any]]:
+    """JSON objects, a line each; a line cut short by a kill ends them."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                content = json.loads(line)
+            except ValueError:
+                return
+            if isinstance(content, Mapping):
+                yield content

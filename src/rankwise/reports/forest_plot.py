@@ -1,0 +1,137 @@
+"""The forest plot: a row for each pair of methods, a dot for each seed, the mean with its interval, the margin."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from rankwise.reports.figure import Scale, across, dot, label, line, plot, tag
+from rankwise.reports.folder import Comparison
+from rankwise.reports.numbers import decimals_for, fixed, half_width, is_number, signed, significant
+from rankwise.reports.scale import nice_ticks, tick_label
+
+ROW_HEIGHT = 34
+NARROW, LETTER = 230.0, 6.8
+# Pixels: the strip where it is narrowest, and a digit.
+TURNED = {"better": "worse", "worse": "better"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two methods on one metric, turned so that ``a`` is the one with the better mean."""
+
+    a: str
+    b: str
+    metric: str
+    difference: float | None
+    interval: tuple[float, float] | None
+    margin: float | None
+    verdict: str
+    p_value: Any
+    equivalence_p: Any
+    seed_sd: Any
+    pairs: int
+    seeds: int
+    per_seed: Mapping[str, float]
+    by_example: bool
+
+    @property
+    def text(self) -> str:
+        """``−0.0212 ± 0.0081``, to the digits that the interval supports."""
+        if not is_number(self.difference):
+            return "–"
+        half = half_width(self.interval)
+        if half is None:
+            return f"{'+' if self.difference > 0 else ''}{significant(self.difference, 2)}"
+        decimals = decimals_for(half)
+        return f"{signed(self.difference, decimals)} ± {fixed(half, decimals)}"
+
+
+def pairs_of(comparison: Comparison, metric: str) -> list[Pair]:
+    """The differences on ``metric``, the better method first, in the order of the methods' ranks."""
+    ranks = {name: index for index, name in enumerate(comparison.ranked())}
+    higher = comparison.is_higher_better(metric)
+    found = [_pair(item, higher) for item in comparison["differences"] if item["metric"] == metric]
+    last = len(ranks)
+    return sorted(found, key=lambda pair: (ranks.get(pair.a, last), ranks.get(pair.b, last)))
+
+
+def forest_scale(pairs: Iterable[Pair]) -> Scale:
+    """One scale for all rows, with zero and the margins on it."""
+    values = [0.0]
+    for pair in pairs:
+        values += [value for value in pair.per_seed.values() if is_number(value)]
+        values += [*(pair.interval or ()), *([-pair.margin, pair.margin] if is_number(pair.margin) else [])]
+        values += [pair.difference] if is_number(pair.difference) else []
+    low, high = min(values), max(values)
+    air = 0.05 * (high - low) or 1.0
+    return Scale(low - air, high + air, 0, 100)
+
+
+def forest_row(pair: Pair, scale: Scale) -> Markup:
+    """The strip of one pair."""
+    middle = ROW_HEIGHT / 2
+    parts = [_margin(pair, scale), line(scale(0), 0, scale(0), ROW_HEIGHT, "zero")]
+    for seed, value in pair.per_seed.items():
+        if is_number(value):
+            parts.append(dot(scale(value), middle + 9, 2.6, "seed", f"seed {seed}: {significant(value, 3)}"))
+    if is_number(pair.difference):
+        if pair.interval is not None:
+            parts.append(line(scale(pair.interval[0]), middle - 2, scale(pair.interval[1]), middle - 2, "whisker"))
+        parts.append(dot(scale(pair.difference), middle - 2, 4.6, "mean", pair.text))
+    return plot(ROW_HEIGHT, f"{pair.text}, {pair.verdict}", *parts)
+
+
+def forest_axis(scale: Scale) -> Markup:
+    ticks, texts = _ticks(scale)
+    parts = [line(0, 0.5, 100, 0.5, "axis")]
+    for tick, text in zip(ticks, texts):
+        x = scale(tick)
+        anchor = "start" if x < 4 else "end" if x > 96 else "middle"
+        parts += [line(x, 0, x, 4, "axis"), label(x, 17, text, "tick", anchor=anchor)]
+    return plot(20, "scale of the differences", *parts)
+
+
+def _ticks(scale: Scale) -> tuple[list[float], list[str]]:
+    """As many round values as have room for their labels on a narrow strip."""
+    for count in (6, 5, 4, 3):
+        ticks = nice_ticks(scale.low, scale.high, count)
+        texts = [tick_label(tick, ticks).replace("-", "\u2212") for tick in ticks]
+        if sum(LETTER * len(text) + LETTER for text in texts) < NARROW:
+            break
+    return ticks, texts
+
+
+def _margin(pair: Pair, scale: Scale) -> Markup:
+    """The band of differences that count as none."""
+    if not is_number(pair.margin):
+        return Markup("")
+    start, end = scale(-pair.margin), scale(pair.margin)
+    return tag("rect", x=across(start), width=across(end - start), y=0, height=ROW_HEIGHT, class_="margin")
+
+
+def _pair(item: Mapping[str, Any], higher: bool) -> Pair:
+    difference = item["difference"]
+    is_turned = is_number(difference) and (difference < 0 if higher else difference > 0)
+    sign = -1 if is_turned else 1
+    bounds: Sequence[float] | None = item["interval"] if half_width(item["interval"]) is not None else None
+    low_high = sorted(sign * bound for bound in bounds) if bounds else None
+    return Pair(
+        item["b"] if is_turned else item["a"],
+        item["a"] if is_turned else item["b"],
+        item["metric"],
+        sign * difference if is_number(difference) else None,
+        (low_high[0], low_high[1]) if low_high else None,
+        item["margin"] if is_number(item["margin"]) else None,
+        TURNED.get(item["verdict"], item["verdict"]) if is_turned else item["verdict"],
+        item["p_value_holm"],
+        item["equivalence_p"],
+        item["seed_sd"],
+        int(item["pairs"] or 0),
+        int(item["seeds"] or 0),
+        {seed: sign * value for seed, value in item["per_seed"].items() if is_number(value)},
+        bool(item["paired_by_example"]),
+    )

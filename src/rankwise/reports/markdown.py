@@ -1,0 +1,105 @@
+"""``report.md``: the report in short, for a pull request or a terminal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from rankwise.reports import summary
+from rankwise.reports.examples import answers_of
+from rankwise.reports.folder import Comparison
+from rankwise.reports.forest_plot import pairs_of
+from rankwise.reports.naming import long_name, method_name, metric_name, metric_unit
+from rankwise.reports.numbers import p_value, plural, significant, visible
+
+SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&])")
+
+
+def markdown(comparison: Comparison) -> str:
+    """Headings, one table of methods, one of differences; the rest in a line each."""
+    parts = [
+        f"# {_text(summary.title(comparison))}",
+        _verdict(comparison),
+        _text(summary.ONE_SEED) if summary.seeds_of(comparison) == 1 else "",
+        "\n".join(f"- {fact.title}: **{_text(fact.value)}** ({_text(fact.note)})" for fact in summary.trust(comparison)),
+        _section("Methods", _methods(comparison)),
+        _section("Differences", _differences(comparison)),
+        _section("Answers against the base model", _answers(comparison)),
+        _section("Warnings, failures, what was left out", _messages(comparison)),
+        _section("To repeat it", _commands(comparison)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _verdict(comparison: Comparison) -> str:
+    method = comparison["recommendation"].get("method")
+    name = long_name(method) if method else "No recommendation"
+    return f"**{_text(name[:1].upper() + name[1:])}.** {_text(summary.verdict(comparison))}"
+
+
+def _methods(comparison: Comparison) -> str:
+    head = ["Method", *(heading for _, heading in summary.columns(comparison))]
+    rows = [
+        [
+            f"{method_name(row.method)}{' (recommended)' if row.is_recommended else ''}",
+            *(f"{cell.text} {cell.note}".strip() for cell in row.cells),
+        ]
+        for row in summary.rows(comparison)
+    ]
+    better = "higher is better" if comparison.is_higher_better(comparison.metric) else "lower is better"
+    note = f"{metric_name(comparison.metric)}: {better}. {summary.tie_note(comparison)}"
+    return f"{_table(head, rows)}\n\n{_text(note)}" if rows else ""
+
+
+def _differences(comparison: Comparison) -> str:
+    pairs = pairs_of(comparison, comparison.metric)
+    rows = [
+        [f"{method_name(pair.a)} vs {method_name(pair.b)}", pair.text, pair.verdict, p_value(pair.p_value)]
+        for pair in pairs
+    ]
+    if not rows:
+        return ""
+    unit = f" in {metric_unit(comparison.metric)}" if metric_unit(comparison.metric) else ""
+    note = f"{metric_name(comparison.metric)} of the first minus the second{unit}."
+    margin = f" Within ±{significant(pairs[0].margin, 2)} they count as equivalent." if pairs[0].margin else ""
+    return f"{_table(('pair', 'difference', 'verdict', 'p (Holm)'), rows)}\n\n{_text(note + margin)}"
+
+
+def _answers(comparison: Comparison) -> str:
+    return "\n".join(
+        f"- {_text(method_name(item.method))} on {_text(item.task)}: won {item.counts['won']}, "
+        f"lost {item.counts['lost']}, tied {item.counts['tied']} of {plural(item.total, 'example')} "
+        f"by {_text(item.score)}"
+        for item in answers_of(comparison)
+    )
+
+
+def _messages(comparison: Comparison) -> str:
+    lines = [
+        f"- {item['kind']}: {_text(item['what'])}{' ' + item['code'] if item['code'] else ''}: {_text(item['why'])}"
+        for item in summary.left_out(comparison)
+    ]
+    lines += [f"- {_text(item['code'])}: {_text(item['message'])}" for item in summary.told_warnings(comparison)]
+    return "\n".join(lines)
+
+
+def _commands(comparison: Comparison) -> str:
+    commands = [comparison["command"], comparison["recommendation"].get("command")]
+    text = "\n".join(visible(command) for command in commands if command)
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}\n{text}\n{fence}" if text else ""
+
+
+def _section(title: str, body: str) -> str:
+    return f"## {title}\n\n{body}" if body else ""
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(map(_text, row)) + " |" for row in (head, *rows)]
+    lines.insert(1, "|" + " --- |" * len(head))
+    return "\n".join(lines)
+
+
+def _text(text: str) -> str:
+    """One line in which no character means anything to Markdown or HTML."""
+    return SPECIAL.sub(r"\\\1", " ".join(visible(text).split()))

@@ -1,0 +1,106 @@
+"""Several comparison folders as one: the same comparison, run on several machines by seeds, rates or methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from rankwise.errors import RunError, warn
+from rankwise.reports.folder import Comparison, filled
+from rankwise.reports.numbers import is_number
+
+Summarise = Callable[[Mapping[str, Any], Callable[[Mapping[str, Any]], Any]], Mapping[str, Any]]
+FREE = ("seeds", "seed", "methods", "learning_rates", "output", "jobs", "retry", "merge", "memory", "max_hours", "device")
+# Settings that may differ between the folders; with any other one they are no longer the same comparison.
+
+
+def merge(comparisons: Sequence[Comparison]) -> Comparison:
+    """The union of the runs; a cell that stands in two folders counts once, as the first has it.
+
+    The figures of methods and differences are of the first folder still: they have to be computed again.
+    Raises RunError (RW594) with everything that differs where the folders are not of one comparison.
+    """
+    first, *rest = comparisons
+    differing = [line for other in rest for line in _differing(first, other)]
+    if differing:
+        raise RunError("RW594", "these folders are not of one comparison: " + "; ".join(differing) + ".")
+    runs: dict[str, Mapping[str, Any]] = {}
+    places = {}
+    for comparison in comparisons:
+        for run in comparison["runs"]:
+            if run["id"] in runs and runs[run["id"]]["status"] == "finished":
+                warn("RW595", f"{run['id']} stands in several folders; the one in {places[run['id']]} counts.")
+                continue
+            runs[run["id"]], places[run["id"]] = run, comparison.folder
+    document = {**first.document, "runs": list(runs.values()), **_joined(comparisons)}
+    return Comparison(filled(document), first.folder, places)
+
+
+def figures_of(document: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """A method's figures from the records of its final runs: means, and of memory the largest."""
+    own = [run for run in document["runs"] if run["method"] == method and run["phase"] == "final"]
+    good = [run for run in own if run["status"] == "finished" and run["record"]]
+    means = {key: _known(good, key) for key in ("tokens_per_second", "examples_per_second", "wall_seconds")}
+    largest = {
+        key: _known(good, key)
+        for key in ("peak_memory_bytes", "predicted_peak_memory_bytes", "trainable_parameters")
+    }
+    return {
+        "seeds": len(good),
+        "failed": sum(run["status"] == "failed" for run in own),
+        "skipped": None if good else document["methods"][method]["skipped"],
+        **{key: fmean(values) if values else None for key, values in means.items()},
+        **{key: max(values, default=None) for key, values in largest.items()},
+    }
+
+
+def _known(runs: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    return [value for run in runs if is_number(value := run["record"].get(key))]
+
+
+def _joined(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    warnings = {(item.get("code"), item.get("message")): item for each in comparisons for item in each["warnings"]}
+    rates = {name: search for each in reversed(comparisons) for name, search in each["learning_rates"].items()}
+    methods: dict[str, Any] = {}
+    for name, facts in (item for each in comparisons for item in each["methods"].items()):
+        # A method that one machine skipped and another ran is not skipped.
+        if name not in methods or (methods[name]["seeds"] == 0 and facts["seeds"]):
+            methods[name] = facts
+    devices = dict.fromkeys(str(each["device"].get("name") or each["device"].get("type")) for each in comparisons)
+    if len(devices) > 1:
+        message = f"the runs are of different hardware ({', '.join(devices)}): their times, speeds and memory differ."
+        warn("RW595", message)
+        warnings["RW595", message] = {"code": "RW595", "message": message}
+    order = dict.fromkeys(name for each in comparisons for name in each["methods"])
+    seconds = {key: sum(each["seconds"].get(key) or 0.0 for each in comparisons) for key in ("total", "runs", "overhead")}
+    return {
+        "command": "\n".join(dict.fromkeys(each["command"] for each in comparisons)),
+        "created": max(each["created"] for each in comparisons),
+        "warnings": list(warnings.values()),
+        "learning_rates": rates,
+        "methods": {name: methods[name] for name in order},
+        "seconds": seconds,
+    }
+
+
+def _differing(a: Comparison, b: Comparison) -> list[str]:
+    """What makes two folders different comparisons, in words."""
+    pairs = {f"setting {key}": (a["settings"].get(key), b["settings"].get(key)) for key in _settings(a, b)}
+    pairs |= {f"{part} data": (_sha(a, part), _sha(b, part)) for part in ("train", "eval")}
+    for name in dict.fromkeys([*a["methods"], *b["methods"]]):
+        chosen = [each["methods"].get(name, {}).get("learning_rate") for each in (a, b)]
+        pairs[f"learning rate of {name}"] = (chosen[0], chosen[1]) if None not in chosen else (None, None)
+    pairs["base model"] = (a["model"].get("sha256"), b["model"].get("sha256"))
+    pairs["metric"] = (a.metric, b.metric)
+    where = f"{a.folder} and {b.folder}"
+    return [f"{what} is {x!r} and {y!r} in {where}" for what, (x, y) in pairs.items() if x != y]
+
+
+def _settings(a: Comparison, b: Comparison) -> list[str]:
+    return [key for key in dict.fromkeys([*a["settings"], *b["settings"]]) if key not in FREE]
+
+
+def _sha(comparison: Comparison, part: str) -> Any:
+    facts = comparison["data"].get(part)
+    return facts.get("sha256") if isinstance(facts, Mapping) else None

@@ -1,0 +1,55 @@
+"""What methods, metrics and modules are called, and which colour and shape a method has in every figure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+NAMES = {
+    "lora": "LoRA",
+    "qlora": "QLoRA",
+    "dora": "DoRA",
+    "qdora": "QDoRA",
+    "full": "Full",
+    "bottleneck": "Bottleneck",
+    "prefix": "Prefix",
+}
+LONG_NAMES = {"full": "full fine-tuning", "bottleneck": "bottleneck adapters", "prefix": "prefix tuning"}
+METRICS = {"eval_loss": "Evaluation loss", "perplexity.loss": "Loss", "perplexity.perplexity": "Perplexity"}
+UNITS = {"eval_loss": "nats per token"}
+LAYER = re.compile(r"\.(\d+)\.")
+
+
+def method_name(method: str) -> str:
+    return NAMES.get(method, method)
+
+
+def long_name(method: str) -> str:
+    """In a sentence: ``LoRA``, ``full fine-tuning``."""
+    return LONG_NAMES.get(method, method_name(method))
+
+
+def method_numbers(methods: Iterable[str]) -> dict[str, int]:
+    """A number for each method, for its colour and shape: the known ones always have the same."""
+    numbers = {name: index for index, name in enumerate(NAMES)}
+    for name in methods:
+        numbers.setdefault(name, len(numbers))
+    return numbers
+
+
+def metric_name(metric: str) -> str:
+    """``eval_loss`` -> Evaluation loss; ``e2e.BLEU`` -> BLEU on e2e."""
+    if metric in METRICS:
+        return METRICS[metric]
+    task, _, figure = metric.partition(".")
+    return f"{figure} on {task}" if figure else metric
+
+
+def metric_unit(metric: str) -> str:
+    return UNITS.get(metric, "")
+
+
+def layer_and_kind(module: str) -> tuple[int | None, str]:
+    """``model.layers.3.self_attn.q_proj`` -> (3, "q_proj"); a module outside the layers has no number."""
+    match = LAYER.search(module)
+    return int(match[1]) if match else None, module.rpartition(".")[2]

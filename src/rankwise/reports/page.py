@@ -1,0 +1,297 @@
+"""``report.html``: one file with its style and its script inside, that asks no network for anything.
+
+A content security policy allows the one script by its hash, so that nothing which a prompt or a name brings along
+could run even if it got past the escaping.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from rankwise.reports import forest_plot, memory_plot, pareto_plot, summary
+from rankwise.reports.curves_plot import curve_panels, curves_of
+from rankwise.reports.examples import OUTCOMES, answers_of
+from rankwise.reports.figure import MARKERS, tag
+from rankwise.reports.folder import Comparison
+from rankwise.reports.naming import long_name, method_name, method_numbers, metric_name, metric_unit
+from rankwise.reports.norms_plot import norms_of, norms_svg
+from rankwise.reports.numbers import byte_size, duration, is_number, p_value, percent, plural, rate, significant
+from rankwise.reports.rates_plot import rates_svg
+
+TEMPLATES = Path(__file__).parent / "templates"
+MOST_PAIRS = 10
+# Rows of the forest plot that stand open; the rest can be unfolded.
+
+
+def page(comparison: Comparison) -> str:
+    """The report as HTML. Everything that comes from a file is escaped, figures included."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
+    script = Markup((TEMPLATES / "report.js").read_text(encoding="utf-8"))
+    style = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
+        f"script-src 'sha256-{_sha256(script)}'"
+    )
+    return environment.get_template("report.html").render(
+        **_content(comparison), policy=policy, script=script, style=style
+    )
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+
+
+def _content(comparison: Comparison) -> dict[str, Any]:
+    numbers = method_numbers(comparison["methods"])
+    metric = comparison.metric
+    return {
+        "title": summary.title(comparison),
+        "model": summary.model_title(comparison),
+        "data": summary.data_title(comparison),
+        "created": str(comparison["created"])[:10],
+        "verdict": summary.verdict(comparison),
+        "recommendation": _recommendation(comparison),
+        "one_seed": summary.ONE_SEED if summary.seeds_of(comparison) == 1 else "",
+        "trust": summary.trust(comparison),
+        "columns": summary.columns(comparison),
+        "rows": summary.rows(comparison),
+        "tie_note": summary.tie_note(comparison),
+        "metric": metric_name(metric),
+        "unit": metric_unit(metric),
+        "better": "higher is better" if comparison.is_higher_better(metric) else "lower is better",
+        "metrics_table": _metrics_table(comparison),
+        "forest": _forest(comparison),
+        "tradeoffs": _tradeoffs(comparison, numbers),
+        "memory": _memory(comparison, numbers),
+        **_curves(comparison, numbers),
+        "norms": _norms(comparison, numbers),
+        "merged": _merged(comparison),
+        "answers": answers_of(comparison),
+        "outcomes": OUTCOMES,
+        "warnings": summary.told_warnings(comparison),
+        "left_out": summary.left_out(comparison),
+        "runs": _runs(comparison),
+        "reproduce": _reproduce(comparison),
+        "swatch": lambda name: _swatch(name, numbers),
+        "method_name": method_name,
+        "long_name": long_name,
+        "metric_name": metric_name,
+        "significant": significant,
+        "plural": plural,
+    }
+
+
+def _swatch(method: str, numbers: Mapping[str, int]) -> Markup:
+    """The method's shape in its colour, in front of its name."""
+    number = numbers.get(method, 0)
+    path = tag("path", d=MARKERS[number % len(MARKERS)], class_="mark")
+    return tag("svg", path, class_=f"swatch m{number}", viewBox="-7 -7 14 14", aria_hidden="true")
+
+
+def _recommendation(comparison: Comparison) -> dict[str, Any]:
+    given = comparison["recommendation"]
+    limits = given.get("limits") or {}
+    parts = []
+    if is_number(limits.get("memory_bytes")):
+        parts.append(f"memory up to {byte_size(limits['memory_bytes'])}")
+    if is_number(limits.get("hours")):
+        parts.append(f"at most {duration(3600 * limits['hours'])}")
+    keys = ("method", "config", "command", "adapter", "merged", "run")
+    return {**{key: summary.visible(given[key]) if given.get(key) else "" for key in keys}, "limits": ", ".join(parts)}
+
+
+def _metrics_table(comparison: Comparison) -> dict[str, Any]:
+    metrics = summary.all_metrics(comparison)
+    methods = comparison["methods"]
+    lines = [
+        (name, [summary.cell(methods[name], metric) for metric in metrics]) for name in comparison.with_result()
+    ]
+    base = {f"{task}.{key}": value for task, result in comparison["base"].get("tasks", {}).items()
+            for key, value in (result.get("metrics") or {}).items()}
+    starts = [run["record"].get("initial_eval_loss") for run in comparison.finals if run["record"]]
+    base["eval_loss"] = next((value for value in starts if is_number(value)), None)
+    return {"metrics": metrics, "rows": lines, "base": [significant(base.get(metric), 4) for metric in metrics]}
+
+
+def _forest(comparison: Comparison) -> dict[str, Any]:
+    pairs = forest_plot.pairs_of(comparison, comparison.metric)
+    scale = forest_plot.forest_scale(pairs)
+    drawn = [{"pair": pair, "strip": forest_plot.forest_row(pair, scale)} for pair in pairs]
+    everything = [pair for metric in summary.all_metrics(comparison) for pair in forest_plot.pairs_of(comparison, metric)]
+    margin = pairs[0].margin if pairs else None
+    return {
+        "open": drawn[:MOST_PAIRS],
+        "folded": drawn[MOST_PAIRS:],
+        "axis": forest_plot.forest_axis(scale),
+        "margin": significant(margin, 2) if margin else "",
+        "all": [
+            {
+                "pair": pair,
+                "metric": metric_name(pair.metric),
+                "p": p_value(pair.p_value),
+                "equivalence_p": p_value(pair.equivalence_p),
+                "margin": significant(pair.margin, 2),
+                "seed_sd": significant(pair.seed_sd, 2),
+            }
+            for pair in everything
+        ],
+    }
+
+
+def _tradeoffs(comparison: Comparison, numbers: Mapping[str, int]) -> list[dict[str, Any]]:
+    limits = comparison["recommendation"].get("limits") or {}
+    hours = limits.get("hours")
+    seconds = [run["record"]["wall_seconds"] for run in comparison.finals if _seconds(run)]
+    unit, size = ("hours", 3600.0) if seconds and max(seconds) > 7200 else ("minutes", 60.0)
+    limit_time = hours * 3600 / size if is_number(hours) else None
+    limit_memory = limits["memory_bytes"] / 1e9 if is_number(limits.get("memory_bytes")) else None
+    wanted = [
+        ("peak_memory_bytes", 1e9, "Peak memory, GB", limit_memory),
+        ("wall_seconds", size, f"Time a run, {unit}", limit_time),
+    ]
+    higher = comparison.is_higher_better(comparison.metric)
+    found = []
+    for key, scale, axis, limit in wanted:
+        spots = pareto_plot.spots_of(comparison, key, scale)
+        if spots:
+            name = f"{metric_name(comparison.metric)} against {axis[0].lower()}{axis[1:]}"
+            svg = pareto_plot.pareto_svg(spots, numbers, name, higher_is_better=higher, limit=limit)
+            found.append({"svg": svg, "axis": axis})
+    return found
+
+
+def _seconds(run: Mapping[str, Any]) -> bool:
+    return bool(run["record"]) and is_number(run["record"].get("wall_seconds"))
+
+
+def _memory(comparison: Comparison, numbers: Mapping[str, int]) -> dict[str, Any]:
+    limit = (comparison["recommendation"].get("limits") or {}).get("memory_bytes")
+    methods = comparison["methods"]
+    shown = [name for name in comparison.ranked() if is_number(methods[name]["peak_memory_bytes"])]
+    predicted = any(is_number(methods[name]["predicted_peak_memory_bytes"]) for name in shown)
+    scale = memory_plot.memory_scale(comparison, limit)
+    lines = [
+        {
+            "method": name,
+            "strip": memory_plot.memory_row(methods[name], numbers[name], scale, limit),
+            "measured": byte_size(methods[name]["peak_memory_bytes"]),
+            "error": memory_plot.prediction_error(methods[name]),
+        }
+        for name in shown
+    ]
+    return {
+        "rows": lines,
+        "axis": memory_plot.memory_axis(scale),
+        "predicted": predicted,
+        "has_limit": is_number(limit),
+    }
+
+
+def _curves(comparison: Comparison, numbers: Mapping[str, int]) -> dict[str, Any]:
+    curves = curves_of(comparison)
+    order = [*comparison.ranked()]
+    methods = [name for name in order if any(curve.method == name for curve in curves)]
+    panels = [
+        {"method": name, "svg": svg, "note": plural(sum(c.method == name and c.is_final for c in curves), "final run")}
+        for name, svg in zip(methods, curve_panels(curves, order, numbers) if curves else [])
+    ]
+    return {
+        "curves": panels,
+        "has_search": any(not curve.is_final for curve in curves),
+        "rates": rates_svg(comparison, numbers),
+    }
+
+
+def _norms(comparison: Comparison, numbers: Mapping[str, int]) -> dict[str, Any]:
+    found = [norms for name in comparison.ranked() if (norms := norms_of(comparison, name)) and norms.cells]
+    largest = max((norms.largest for norms in found), default=0.0)
+    panels = [{"method": norms.method, "svg": norms_svg(norms, numbers[norms.method], largest)} for norms in found]
+    return {"panels": panels, "largest": significant(largest, 2)}
+
+
+def _merged(comparison: Comparison) -> list[dict[str, str]]:
+    """Per method: the largest logit difference of its runs, and the mean speeds."""
+    found = []
+    for name in comparison.with_result():
+        checks = [run["merged"] for run in comparison.finals_of(name) if run["merged"]]
+        if not checks:
+            continue
+        speeds = {
+            key: _mean([check.get(f"generate_tokens_per_second_{key}") for check in checks])
+            for key in ("unmerged", "merged")
+        }
+        logits = [value for check in checks if is_number(value := check.get("max_logit_difference"))]
+        gain = speeds["merged"] / speeds["unmerged"] - 1 if speeds["merged"] and speeds["unmerged"] else None
+        found.append(
+            {
+                "method": name,
+                "logits": f"{max(logits):.1e}" if logits else "–",
+                "unmerged": significant(speeds["unmerged"]),
+                "merged": significant(speeds["merged"]),
+                "gain": f"{'+' if gain > 0 else ''}{percent(gain)}" if gain is not None else "–",
+            }
+        )
+    return found
+
+
+def _mean(values: Sequence[Any]) -> float | None:
+    known = [value for value in values if is_number(value)]
+    return sum(known) / len(known) if known else None
+
+
+def _runs(comparison: Comparison) -> list[dict[str, Any]]:
+    return [
+        {
+            "method": run["method"],
+            "seed": run["seed"],
+            "rate": rate(run["learning_rate"]),
+            "phase": run["phase"],
+            "status": run["status"],
+            "loss": significant((run["record"] or {}).get("eval_loss"), 5),
+            "kept": (run["record"] or {}).get("kept_step") or "–",
+            "memory": byte_size(run["peak_memory_bytes"]),
+            "memory_sort": run["peak_memory_bytes"] or "",
+            "time": duration(run["wall_seconds"]),
+            "time_sort": run["wall_seconds"] or "",
+            "folder": summary.visible(run["folder"]),
+        }
+        for run in comparison["runs"]
+    ]
+
+
+def _broken(command: str) -> str:
+    """A command on several lines, as the shell reads it; one with quotes in it is left alone."""
+    return command if any(quote in command for quote in "'\"\\") else command.replace(" --", " \\\n    --")
+
+
+def _reproduce(comparison: Comparison) -> dict[str, Any]:
+    recommended = comparison["recommendation"].get("config")
+    path = comparison.folder / str(recommended).replace("\\", "/").rpartition("/")[2] if recommended else None
+    text = comparison["recommendation"].get("config_text") or ""
+    if not text and path is not None and path.is_file():
+        text = path.read_text(encoding="utf-8", errors="replace")
+    seconds = comparison["seconds"]
+    return {
+        "command": _broken(summary.visible(comparison["command"])),
+        "config": summary.visible(text),
+        "config_name": path.name if path else "",
+        "tables": [
+            ("Settings", summary.settings_rows(comparison["settings"])),
+            ("Base model", summary.settings_rows(comparison["model"])),
+            ("Data", summary.settings_rows(comparison["data"])),
+            ("Versions", summary.settings_rows(comparison["versions"])),
+            ("Device", summary.settings_rows(comparison["device"])),
+        ],
+        "seconds": {key: duration(value) for key, value in seconds.items()},
+    }

@@ -1,0 +1,175 @@
+"""Quality against what it costs: a point for each method, bars for what is not certain, and the Pareto line.
+
+The Pareto line joins the methods that no other one beats in both: a step between them, for nothing lies in between.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from rankwise.reports.figure import Frame, group, label, line, marker, value_range
+from rankwise.reports.folder import Comparison
+from rankwise.reports.naming import method_name
+from rankwise.reports.numbers import half_width, is_number
+from rankwise.reports.scale import nice_ticks, tick_label
+
+HEIGHT = 250
+NARROW = 250.0
+# Width of the plot on a phone, in pixels: labels are placed so that they do not meet even there.
+LETTER, LINE = 7.2, 13.0
+PLACES = ((8, -7, "start"), (-8, -7, "end"), (8, 17, "start"), (-8, 17, "end"), (9, 4, "start"), (-9, 4, "end"))
+# dx, dy and anchor of a label, the better place first.
+
+
+@dataclasses.dataclass(frozen=True)
+class Spot:
+    """One method: cost, quality, and the ranges of both where they are known."""
+
+    method: str
+    cost: float
+    quality: float
+    cost_range: tuple[float, float]
+    quality_range: tuple[float, float] | None
+
+
+def spots_of(comparison: Comparison, cost: str, scale: float) -> list[Spot]:
+    """Methods with both figures; ``cost`` is a field of the records, divided by ``scale``."""
+    found = []
+    for name in comparison.with_result():
+        facts = comparison["methods"][name]
+        values = [run["record"][cost] / scale for run in comparison.finals_of(name) if _has(run["record"], cost)]
+        mean = facts[cost] / scale if is_number(facts[cost]) else None
+        if mean is None:
+            continue
+        interval = facts["interval"].get(comparison.metric)
+        bounds = (interval[0], interval[1]) if half_width(interval) is not None else None
+        span = (min([mean, *values]), max([mean, *values]))
+        found.append(Spot(name, mean, facts["mean"][comparison.metric], span, bounds))
+    return found
+
+
+def pareto_front(spots: Sequence[Spot], *, higher_is_better: bool) -> list[Spot]:
+    """The spots that no other beats in cost and quality, by rising cost."""
+    sign = 1 if higher_is_better else -1
+    front: list[Spot] = []
+    for spot in sorted(spots, key=lambda spot: (spot.cost, -sign * spot.quality)):
+        if not front or sign * spot.quality > sign * front[-1].quality:
+            front.append(spot)
+    return front
+
+
+def pareto_svg(
+    spots: Sequence[Spot],
+    numbers: Mapping[str, int],
+    description: str,
+    *,
+    higher_is_better: bool,
+    limit: float | None = None,
+) -> Markup:
+    """The plot; ``limit`` is the user's, drawn where it lies within the plot."""
+    frame = _frame(spots, limit)
+    ticks = nice_ticks(frame.x.low, frame.x.high, 4)
+    return frame.svg(
+        description,
+        frame.grid(),
+        frame.base(ticks, [tick_label(tick, ticks) for tick in ticks]),
+        _limit(frame, limit),
+        _front(pareto_front(spots, higher_is_better=higher_is_better), frame),
+        *(_spot(spot, frame, numbers[spot.method]) for spot in spots),
+        *_labels(spots, frame, numbers),
+        below=26,
+        left=52,
+        right=20,
+    )
+
+
+def _has(record: Any, key: str) -> bool:
+    return isinstance(record, Mapping) and is_number(record.get(key))
+
+
+def _frame(spots: Sequence[Spot], limit: float | None) -> Frame:
+    costs = [value for spot in spots for value in spot.cost_range]
+    low, high = value_range(costs, air=0.16)
+    if limit is not None and low < limit < high + 0.5 * (high - low):
+        high = max(high, limit + 0.06 * (high - low))
+    heights = [value for spot in spots for value in (spot.quality, *(spot.quality_range or ()))]
+    return Frame.of((max(low, 0.0), high), value_range(heights, air=0.12), HEIGHT)
+
+
+def _limit(frame: Frame, limit: float | None) -> Markup:
+    if limit is None or not frame.x.low < limit < frame.x.high:
+        return Markup("")
+    x = frame.x(limit)
+    return line(x, 0, x, HEIGHT, "limit") + label(x, 11, "your limit", "tick halo", dx=-5, anchor="end")
+
+
+def _front(front: Sequence[Spot], frame: Frame) -> Markup:
+    """From each method across to the cost of the next, then to its quality; open to the right."""
+    parts = []
+    for spot, after in zip(front, [*front[1:], None]):
+        end = 100.0 if after is None else frame.x(after.cost)
+        y = round(frame.y(spot.quality), 1)
+        parts.append(line(frame.x(spot.cost), y, end, y, "front"))
+        if after is not None:
+            parts.append(line(end, y, end, round(frame.y(after.quality), 1), "front"))
+    return Markup("").join(parts)
+
+
+def _spot(spot: Spot, frame: Frame, number: int) -> Markup:
+    x, y = frame.x(spot.cost), round(frame.y(spot.quality), 1)
+    parts = [line(frame.x(spot.cost_range[0]), y, frame.x(spot.cost_range[1]), y, "error")]
+    if spot.quality_range is not None:
+        low, high = (round(frame.y(value), 1) for value in spot.quality_range)
+        parts.append(line(x, low, x, high, "error"))
+    tip = f"{method_name(spot.method)}: {spot.quality:.4g} at {spot.cost:.3g}"
+    return group(f"m{number}", *parts, marker(number, x, y, tip=tip))
+
+
+def _labels(spots: Sequence[Spot], frame: Frame, numbers: Mapping[str, int]) -> list[Markup]:
+    """Names beside their points, each in the first place where it meets no other name, point or edge."""
+    taken = [_box(*_pixel(frame, spot), 6.0, 6.0) for spot in spots]
+    found = []
+    for spot in spots:
+        x, y = _pixel(frame, spot)
+        name = method_name(spot.method)
+        width = LETTER * len(name)
+        dx, dy, anchor, box = min(
+            ((dx, dy, anchor, _text_box(x + dx, y + dy, width, anchor)) for dx, dy, anchor in PLACES),
+            key=lambda place: sum(_meets(place[3], other) for other in taken) + _outside(place[3]),
+        )
+        taken.append(box)
+        text = label(frame.x(spot.cost), y + dy, name, "name halo", dx=dx, anchor=anchor)
+        found.append(group(f"m{numbers[spot.method]}", text))
+    return found
+
+
+Box = tuple[float, float, float, float]
+# Left, top, right, bottom in pixels.
+
+
+def _pixel(frame: Frame, spot: Spot) -> tuple[float, float]:
+    return frame.x(spot.cost) / 100 * NARROW, round(frame.y(spot.quality), 1)
+
+
+def _box(x: float, y: float, half_width_: float, half_height: float) -> Box:
+    return x - half_width_, y - half_height, x + half_width_, y + half_height
+
+
+def _text_box(x: float, baseline: float, width: float, anchor: str) -> Box:
+    left = {"start": x, "end": x - width, "middle": x - width / 2}[anchor]
+    return left, baseline - LINE + 3, left + width, baseline + 3
+
+
+def _meets(a: Box, b: Box) -> float:
+    """The area that two boxes share."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _outside(box: Box) -> float:
+    """What lies beyond the plot counts as if something stood there."""
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    return area - _meets(box, (-10.0, 0.0, NARROW + 18, float(HEIGHT)))

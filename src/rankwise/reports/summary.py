@@ -1,0 +1,306 @@
+"""What the report says in words: the verdict, how far it can be trusted, and the rows of its tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rankwise.reports.folder import Comparison
+from rankwise.reports.naming import long_name, method_name, metric_name, metric_unit
+from rankwise.reports.numbers import (
+    byte_size,
+    duration,
+    estimate,
+    is_number,
+    listed,
+    percent,
+    plural,
+    rate,
+    short_count,
+    significant,
+    visible,
+)
+
+ONE_SEED = (
+    "One seed: no interval can be given, and no difference can be called real. "
+    "Another seed alone may turn the order around; run with --seeds 3 or more to find out."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """One item of the strip of trust; ``is_weak`` marks what should make a reader careful."""
+
+    title: str
+    value: str
+    note: str
+    is_weak: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A cell of the table: what is read, what it is sorted by, and the interval."""
+
+    text: str
+    sort: float | str | None = None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    method: str
+    is_recommended: bool
+    cells: tuple[Cell, ...]
+
+
+def seeds_of(comparison: Comparison) -> int:
+    """The most seeds that a method finished with."""
+    return max((int(facts["seeds"] or 0) for facts in comparison["methods"].values()), default=0)
+
+
+def title(comparison: Comparison) -> str:
+    names = [method_name(name) for name in comparison["methods"]]
+    return f"{listed(names)} on {model_title(comparison)}" if names else "Comparison of methods"
+
+
+def model_title(comparison: Comparison) -> str:
+    """The last part of the base model's name."""
+    model = comparison["model"]
+    name = model.get("base_model") or model.get("name") or comparison["settings"].get("model") or "a model"
+    return visible(str(name).replace("\\", "/").rstrip("/").rpartition("/")[2] or name)
+
+
+def data_title(comparison: Comparison) -> str:
+    train = _part(comparison, "train")
+    source = train.get("source") or comparison["settings"].get("data") or "the data"
+    return visible(str(source).replace("\\", "/").rstrip("/").rpartition("/")[2] or source)
+
+
+def verdict(comparison: Comparison) -> str:
+    """The sentence at the top: the recommendation's own, else that there is none."""
+    recommendation = comparison["recommendation"]
+    reason = str(recommendation.get("reason") or "").strip()
+    if reason:
+        return visible(reason)
+    if recommendation.get("method"):
+        return f"Take {long_name(recommendation['method'])}."
+    return "No method can be recommended: no run finished."
+
+
+def trust(comparison: Comparison) -> list[Fact]:
+    """The strip of trust, from what was run to what it was run on."""
+    facts = [_seeds(comparison), _evaluated(comparison), _test(comparison), _tuning(comparison)]
+    return [fact for fact in [*facts, _detectable(comparison), _hardware(comparison)] if fact is not None]
+
+
+def _seeds(comparison: Comparison) -> Fact:
+    seeds = seeds_of(comparison)
+    finals = [run for run in comparison["runs"] if run["phase"] == "final" and run["status"] != "skipped"]
+    finished = sum(run["status"] == "finished" for run in finals)
+    search = sum(run["phase"] == "search" for run in comparison["runs"])
+    note = f"{finished} of {plural(len(finals), 'final run')} finished"
+    note += f", {search} more tried learning rates" if search else ""
+    text = plural(seeds, "seed") if seeds != 1 else "1 seed, no interval"
+    return Fact("Repeated", text, note, seeds < 2 or finished < len(finals))
+
+
+def _evaluated(comparison: Comparison) -> Fact:
+    rows = _part(comparison, "eval").get("rows")
+    tasks = [
+        f"{visible(name)}: {plural(int(result.get('count') or 0), 'example')}"
+        for name, result in comparison["base"].get("tasks", {}).items()
+        if name != "perplexity"
+    ]
+    overlap = comparison["data"].get("overlap")
+    if is_number(overlap) and overlap:
+        tasks.append(f"{plural(int(overlap), 'row')} of it also in the training data")
+    text = plural(int(rows), "row") if is_number(rows) else "the evaluation data"
+    return Fact("Evaluated on", text, "; ".join(tasks) or "the same for every run", bool(overlap))
+
+
+def _test(comparison: Comparison) -> Fact | None:
+    items = [item for item in comparison["differences"] if item["metric"] == comparison.metric]
+    if not items:
+        return None
+    paired = all(item["paired_by_example"] for item in items)
+    how = "Paired by example" if paired else "Paired by seed"
+    note = f"{plural(len(items), 'pair')}, Holm's correction, {percent(comparison['confidence'])} intervals"
+    return Fact("Tested", how, note)
+
+
+def _tuning(comparison: Comparison) -> Fact | None:
+    searches = comparison["learning_rates"]
+    counts = {name: len(search.get("tried") or []) for name, search in searches.items()}
+    if not counts:
+        return None
+    edge = [method_name(name) for name, search in searches.items() if search.get("at_edge")]
+    most = max(counts.values())
+    if most < 2:
+        return Fact("Tuned", "One learning rate", "no search: the rate may suit one method more than another", True)
+    equal = len(set(counts.values())) == 1
+    text = f"{most} rates for each method" if equal else f"{min(counts.values())} to {most} rates a method"
+    note = f"at the edge of the rates tried: {listed(edge)}" if edge else "each at its best, none at the edge"
+    return Fact("Tuned", text, note, bool(edge) or not equal)
+
+
+def _detectable(comparison: Comparison) -> Fact | None:
+    effect = comparison["minimum_detectable_effect"]
+    relative, absolute = effect.get("relative"), effect.get("absolute")
+    if not is_number(relative) and not is_number(absolute):
+        return None
+    unit = metric_unit(effect.get("metric") or comparison.metric)
+    parts = [f"{significant(absolute, 2)} {unit}".strip()] if is_number(absolute) else []
+    parts += [percent(relative)] if is_number(relative) else []
+    power = effect.get("power")
+    note = f"smallest true difference found in {percent(power)} of such comparisons" if is_number(power) else ""
+    return Fact("Can detect", parts[0], f"{parts[1]}; {note}" if len(parts) > 1 else note)
+
+
+def _hardware(comparison: Comparison) -> Fact | None:
+    device = comparison["device"]
+    if not device:
+        return None
+    threads = device.get("threads")
+    more = [str(device.get("dtype") or ""), plural(int(threads), "thread") if is_number(threads) else ""]
+    name = visible(device.get("name") or device.get("type") or "unknown")
+    return Fact("Hardware", name, ", ".join(part for part in [str(device.get("type") or ""), *more] if part))
+
+
+def columns(comparison: Comparison) -> list[tuple[str, str]]:
+    """(key, heading) of the table: the primary metric first, then each task's own, then what it costs."""
+    found = [("group", "Tie group"), (comparison.metric, metric_name(comparison.metric))]
+    for metric in shown_metrics(comparison):
+        found.append((metric, metric_name(metric)))
+    return [
+        *found,
+        ("trainable_parameters", "Trainable"),
+        ("adapter_bytes", "On disk"),
+        ("peak_memory_bytes", "Peak memory"),
+        ("tokens_per_second", "Tokens/s"),
+        ("wall_seconds", "Time a run"),
+        ("learning_rate", "Learning rate"),
+        ("serving", "Can be served"),
+    ]
+
+
+def shown_metrics(comparison: Comparison) -> list[str]:
+    """Besides the primary metric: the evaluation loss, and the primary metric of each task."""
+    primary = ["eval_loss", *(f"{name}.{result.get('primary')}" for name, result in _tasks(comparison).items())]
+    known = all_metrics(comparison)
+    return [metric for metric in dict.fromkeys(primary) if metric in known and metric != comparison.metric]
+
+
+def all_metrics(comparison: Comparison) -> list[str]:
+    found = dict.fromkeys(metric for facts in comparison["methods"].values() for metric in facts["mean"])
+    return [comparison.metric, *(metric for metric in found if metric != comparison.metric)] if found else []
+
+
+def rows(comparison: Comparison) -> list[Row]:
+    """Methods with a result, the best first."""
+    chosen = comparison["recommendation"].get("method")
+    keys = [key for key, _ in columns(comparison)]
+    return [
+        Row(name, name == chosen, tuple(cell(comparison["methods"][name], key) for key in keys))
+        for name in comparison.with_result()
+    ]
+
+
+FORMATS = {
+    "trainable_parameters": short_count,
+    "adapter_bytes": byte_size,
+    "peak_memory_bytes": byte_size,
+    "tokens_per_second": significant,
+    "wall_seconds": duration,
+}
+
+
+def cell(facts: Mapping[str, Any], key: str) -> Cell:
+    """The figure ``key`` of a method."""
+    if key == "group":
+        return Cell(str(facts["group"] or "–"), str(facts["group"] or "~"))
+    if key == "serving":
+        places = [visible(place) for place in facts["serving"]]
+        return Cell(", ".join(places) or "–", len(places))
+    if key == "learning_rate":
+        value = facts["learning_rate"]
+        note = "edge" if facts["learning_rate_at_edge"] else ""
+        return Cell(rate(value), value if is_number(value) else None, note)
+    if key in FORMATS:
+        value = facts[key]
+        return Cell(FORMATS[key](value), value if is_number(value) else None)
+    mean = facts["mean"].get(key)
+    text, note = estimate(mean, facts["interval"].get(key))
+    return Cell(text, mean if is_number(mean) else None, note)
+
+
+def tie_note(comparison: Comparison) -> str:
+    metric = metric_name(comparison.metric)
+    return (
+        f"Methods that share a letter of the tie group were not told apart on {metric[0].lower()}{metric[1:]}."
+        if seeds_of(comparison) > 1
+        else "Tie groups need at least two seeds."
+    )
+
+
+def left_out(comparison: Comparison) -> list[dict[str, str]]:
+    """Methods and runs that have no figures, with the reason."""
+    found = [
+        {"what": method_name(name), "kind": "skipped", "code": "", "why": visible(facts["skipped"])}
+        for name, facts in comparison["methods"].items()
+        if facts["skipped"]
+    ]
+    skipped = {name for name, facts in comparison["methods"].items() if facts["skipped"]}
+    for run in comparison["runs"]:
+        if run["status"] == "finished" or (run["status"] == "skipped" and run["method"] in skipped):
+            continue
+        error = run["error"] or {}
+        why = visible(error.get("message") or "no reason was recorded")
+        what = f"{method_name(run['method'])}, seed {run['seed']}, learning rate {rate(run['learning_rate'])}"
+        found.append({"what": what, "kind": str(run["status"]), "code": str(error.get("code") or ""), "why": why})
+    return found
+
+
+def told_warnings(comparison: Comparison) -> list[dict[str, str]]:
+    """Warnings of the comparison and of its runs, each once, with how many runs had it."""
+    counts: dict[tuple[str, str], int] = {}
+    for run in comparison["runs"]:
+        for item in (run["record"] or {}).get("warnings") or []:
+            key = (str(item.get("code") or ""), str(item.get("message") or ""))
+            counts[key] = counts.get(key, 0) + 1
+    own = {(str(item.get("code") or ""), str(item.get("message") or "")): 0 for item in comparison["warnings"]}
+    return [
+        {"code": code, "message": visible(message), "runs": plural(count, "run") if count else ""}
+        for (code, message), count in (own | counts).items()
+    ]
+
+
+def settings_rows(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(visible(name), plain(value)) for name, value in settings.items() if value is not None]
+
+
+def plain(value: Any) -> str:
+    """A setting, a version or a fact as text."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{visible(key)}: {plain(item)}" for key, item in value.items()) or "–"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(plain(item) for item in value) or "–"
+    return visible(value)
+
+
+def _tasks(comparison: Comparison) -> Mapping[str, Any]:
+    """Task -> result, of the base model or of the first run that has it."""
+    found = dict(comparison["base"].get("tasks", {}))
+    for run in comparison.finals:
+        for name, result in run["tasks"].items():
+            found.setdefault(name, result)
+    return found
+
+
+def _part(comparison: Comparison, part: str) -> Mapping[str, Any]:
+    facts = comparison["data"].get(part)
+    return facts if isinstance(facts, Mapping) else {}

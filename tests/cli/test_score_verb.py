@@ -1,0 +1,88 @@
+"""``rankwise score`` from the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rankwise.evaluation.metrics import java
+
+PREDICTIONS = "MR\toutput\nname[The Mill]\tThe Mill is a pub.\nname[Vaults]\tVaults is a bar.\n"
+REFERENCES = 'mr,ref\nname[The Mill],The Mill is a pub.\nname[The Mill],A pub.\nname[Vaults],"Vaults, a bar."\n'
+
+
+@pytest.fixture
+def e2e_files(tmp_path):
+    (tmp_path / "p.tsv").write_text(PREDICTIONS)
+    (tmp_path / "r.csv").write_text(REFERENCES)
+    return ("--predictions", tmp_path / "p.tsv", "--references", tmp_path / "r.csv")
+
+
+@pytest.mark.skipif(java.missing_java() is not None, reason=java.missing_java() or "")
+def test_e2e_prints_one_document(e2e_files, rankwise):
+    done = rankwise("score", "e2e", *e2e_files, "--json")
+    assert done.code == 0
+    assert list(done.document) == ["BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr", "count"]
+    assert done.document["count"] == 2
+    assert all(0 < done.document[name] == round(done.document[name], 4) for name in ("BLEU", "METEOR", "ROUGE_L"))
+
+
+def test_e2e_without_java_says_in_one_line_what_is_missing(e2e_files, rankwise, monkeypatch):
+    monkeypatch.setattr(java, "_java", lambda: None)
+    done = rankwise("score", "e2e", *e2e_files)
+    assert done.code == 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("warning RW236: METEOR, ROUGE_L, CIDEr")
+    assert "install" in line
+    assert "not computed" in done.stdout
+    assert "BLEU" in done.stdout
+    assert rankwise("score", "e2e", *e2e_files, "--json").document["CIDEr"] is None
+
+
+def test_gsm8k_prints_one_document(tmp_path, rankwise):
+    (tmp_path / "p.jsonl").write_text('{"prediction": "A: 18"}\n{"prediction": "none"}\n')
+    (tmp_path / "r.jsonl").write_text('{"answer": "#### 18"}\n{"answer": "#### 3"}\n')
+    files = ("--predictions", tmp_path / "p.jsonl", "--references", tmp_path / "r.jsonl")
+    done = rankwise("score", "gsm8k", *files, "--json")
+    assert (done.code, done.document) == (0, {"correct": 1, "total": 2})
+    assert "1 of 2  (50.00%)" in rankwise("score", "gsm8k", *files).stdout
+
+
+def test_vicuna_takes_several_files(tmp_path, rankwise):
+    rows = [
+        {"answer1_id": "r", "answer2_id": "s", "score": [8, 6]},
+        {"answer1_id": "s", "answer2_id": "r", "score": [6, 6]},
+    ]
+    files = []
+    for number, row in enumerate(rows):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"score": [-1, -1]}))
+        files += ["--ratings", path]
+    (tmp_path / "answers.jsonl").write_text('{"answer_id": "r"}\n')
+    done = rankwise("score", "vicuna", *files, "--reference-answers", tmp_path / "answers.jsonl", "--json")
+    assert done.document == {"reference_first": 75.0, "system_first": 100.0, "mean": 87.5, "failed": 2}
+    assert "RW241: 2 of 4" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["e2e"], "RW155", "--predictions and --references are missing"),
+        (
+            ["gsm8k", "--predictions", "p", "--ratings", "r"],
+            "RW155",
+            "--references is missing, and --ratings is not used",
+        ),
+        (["vicuna", "--ratings", "r"], "RW155", "--reference-answers is missing"),
+        (["e2e", "--predictions", "none.tsv", "--references", "none.csv"], "RW230", "none.tsv"),
+        (["bleu"], "RW103", "e2e"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(arguments, code, said, rankwise, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = rankwise("score", *arguments, "--json")
+    assert done.code == 2
+    assert done.document["error"]["code"] == code
+    assert said in done.document["error"]["message"]
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,81 @@
+"""Largest batch and longest row, against a search by brute force."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_memory import toy_estimate
+
+from rankwise.planning import MemoryEstimate, Workload
+from rankwise.planning.fitting import Remembering, largest_batch, longest_row, verdict_of
+
+WORK = Workload(batch_size=4, max_length=128, r=8)
+
+
+def bumpy(slope: int, bump: int, start: int):
+    """Monotone, not linear: steps of allocations."""
+
+    def estimate(method: str, workload: Workload) -> MemoryEstimate:
+        peak = start + slope * workload.batch_size + bump * (workload.batch_size // 5) ** 2
+        return MemoryEstimate(method, peak, {}, 0, 0, 0.0, False)
+
+    return estimate
+
+
+@settings(deadline=None, max_examples=100)
+@given(slope=st.integers(1, 50), bump=st.integers(0, 30), start=st.integers(0, 200), memory=st.integers(0, 2000))
+def test_the_largest_batch_is_that_of_brute_force(slope, bump, start, memory):
+    """Two thousand rows are never within 2,000 bytes at a byte a row."""
+    estimate = bumpy(slope, bump, start)
+
+    def fits(rows: int) -> bool:
+        return estimate("lora", dataclasses.replace(WORK, batch_size=rows)).peak_bytes <= memory
+
+    fitting = list(itertools.takewhile(fits, range(1, 2002)))
+    assert largest_batch(estimate, "lora", WORK, memory) == max(fitting, default=0)
+
+
+def test_few_questions_are_asked():
+    asked = []
+
+    def counting(method, workload):
+        asked.append(workload)
+        return toy_estimate(method, workload)
+
+    assert largest_batch(counting, "lora", WORK, 20 * 10**9) > 100
+    assert len(asked) < 30
+
+
+def test_the_longest_row_is_the_last_that_fits():
+    memory = 8 * 10**9
+    tokens = longest_row(toy_estimate, "lora", WORK, memory)
+    longest = dataclasses.replace(WORK, max_length=tokens)
+    assert toy_estimate("lora", longest).peak_bytes <= memory
+    assert toy_estimate("lora", dataclasses.replace(longest, max_length=tokens + 1)).peak_bytes > memory
+
+
+def test_nothing_fits_in_nothing():
+    assert largest_batch(toy_estimate, "lora", WORK, 1000) == 0
+    assert longest_row(toy_estimate, "lora", WORK, 1000) == 0
+
+
+@pytest.mark.parametrize(("memory", "verdict"), [(1050, "fits"), (1049, "tight"), (1000, "tight"), (999, "too big")])
+def test_tight_is_what_only_fits_without_the_error(memory, verdict):
+    assert verdict_of(MemoryEstimate("lora", 1000, {}, 0, 0, 0.05, False), memory) == verdict
+
+
+def test_an_anchored_estimate_is_exact_at_its_anchor_and_scaled_elsewhere():
+    remembering = Remembering(toy_estimate)
+    plain = toy_estimate("lora", WORK)
+    better = dataclasses.replace(plain, peak_bytes=round(1.1 * plain.peak_bytes), exact=True)
+    remembering.anchor("lora", WORK, better)
+    assert remembering("lora", WORK) is better
+    other = dataclasses.replace(WORK, batch_size=16)
+    assert remembering("lora", other).peak_bytes == pytest.approx(
+        1.1 * toy_estimate("lora", other).peak_bytes, rel=1e-6
+    )
+    assert remembering("dora", WORK) == toy_estimate("dora", WORK)

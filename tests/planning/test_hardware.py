@@ -1,0 +1,113 @@
+"""Cards by name, amounts of memory, and this machine."""
+
+from __future__ import annotations
+
+import sys
+
+import psutil
+import pytest
+
+from rankwise.errors import ConfigError
+from rankwise.planning import hardware
+from rankwise.planning.cards import CARDS
+from rankwise.planning.hardware import choose_hardware, find_card
+
+
+def test_every_card_is_found_by_its_own_name():
+    assert [find_card(card.name)[0] for card in CARDS] == list(CARDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("RTX 4090", "RTX 4090"),
+        ("rtx4090", "RTX 4090"),
+        ("4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("RTX 4090 24GB", "RTX 4090"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB SXM"),
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("Tesla T4", "T4"),
+        ("Tesla V100-SXM2-32GB", "V100 32GB"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("m4 max 64gb", "Apple M4 Max 64GB"),
+        ("AMD Instinct MI300X", "MI300X"),
+    ],
+)
+def test_names_as_drivers_and_people_write_them(name, card):
+    assert find_card(name)[0].name == card
+
+
+def test_an_ambiguous_name_takes_the_smallest_and_says_so():
+    card, note = find_card("A100")
+    assert card.name == "A100 40GB"
+    assert note is not None
+    assert "A100 80GB SXM" in note
+
+
+@pytest.mark.parametrize(("name", "close"), [("RTX 4095", "RTX 4090"), ("RTX 4090 48GB", "RTX 4090"), ("H101", "H100")])
+def test_an_unknown_card_is_answered_with_the_closest(name, close):
+    with pytest.raises(ConfigError, match="RW141") as caught:
+        choose_hardware(name, None)
+    assert close in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["", "toaster", "A1000", "???"])
+def test_nonsense_is_no_card(name):
+    with pytest.raises(ConfigError, match="RW141"):
+        find_card(name)
+
+
+def test_figures_are_of_the_right_size():
+    """Published: RTX 4090 has 24 GiB, 1,008 GB/s and 165 TFLOP/s; H100 SXM 3.35 TB/s and 989 TFLOP/s."""
+    by_name = {card.name: card for card in CARDS}
+    card = by_name["RTX 4090"]
+    assert (card.memory_gib, card.gigabytes_per_second, round(card.teraflops)) == (24, 1008, 165)
+    assert (by_name["H100 SXM"].gigabytes_per_second, by_name["H100 SXM"].teraflops) == (3350, 989)
+    assert all(0.7 < card.usable_bytes / (card.memory_gib * 2**30) < 1 for card in CARDS)
+    assert all(card.source for card in CARDS)
+
+
+def test_usable_memory_is_what_torch_reports():
+    """Totals out of public out-of-memory reports, in GiB."""
+    reported = {"RTX 4090": 23.52, "RTX 5090": 31.36, "A100 40GB": 39.39, "L40": 44.40, "A10": 21.99}
+    by_name = {card.name: card.usable_bytes / 2**30 for card in CARDS}
+    for name, total in reported.items():
+        assert 0.97 * total < by_name[name] <= 1.001 * total, name
+
+
+def test_memory_alone_and_beside_a_card():
+    assert choose_hardware(None, "24GB").memory_bytes == 24 * 10**9
+    mixed = choose_hardware("RTX 4090", "48GiB")
+    assert (mixed.name, mixed.memory_bytes) == ("RTX 4090", 48 * 2**30)
+    assert mixed.flops_per_second == choose_hardware("RTX 4090", None).flops_per_second
+
+
+def test_a_card_without_bfloat16_trains_in_float16():
+    assert choose_hardware("T4", None).dtype == "float16"
+    assert choose_hardware("L4", None).dtype == "bfloat16"
+
+
+def test_by_default_this_machine(monkeypatch):
+    monkeypatch.setattr(hardware, "_may_have_gpu", lambda: False)
+    found = choose_hardware(None, None)
+    assert (found.kind, found.device_type) == ("machine", "cpu")
+    assert 0 < found.memory_bytes <= psutil.virtual_memory().total
+    assert found.cores >= 1
+
+
+def test_a_container_s_limit_counts(monkeypatch, tmp_path):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(hardware, "CGROUP_LIMIT", limit)
+    monkeypatch.setattr(hardware, "_may_have_gpu", lambda: False)
+    limit.write_text("1000000\n")
+    assert choose_hardware(None, None).memory_bytes == 1_000_000
+    limit.write_text("max\n")
+    assert choose_hardware(None, None).memory_bytes > 1_000_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/cpuinfo")
+def test_bfloat16_is_judged_as_the_trainer_judges_it():
+    from rankwise.models.device import _cpu_has_bfloat16
+
+    assert hardware.cpu_has_bfloat16() == _cpu_has_bfloat16()

@@ -1,0 +1,28 @@
+"""Amounts of memory as people write them."""
+
+from __future__ import annotations
+
+import pytest
+
+from rankwise.errors import ConfigError
+from rankwise.planning.sizes import parse_size
+
+
+@pytest.mark.parametrize("text", ["24", "24GB", "24 gb", "24g", "24G", " 24 GB ", "24.0gb", "24000MB", 24])
+def test_decimal_gigabytes(text):
+    assert parse_size(text) == 24 * 10**9
+
+
+@pytest.mark.parametrize("text", ["24GiB", "24 gib", "24576 MiB", "24Gib"])
+def test_binary_gibibytes_are_kept_apart(text):
+    assert parse_size(text) == 24 * 2**30
+
+
+@pytest.mark.parametrize("text", ["", "0", "0GB", "-3", "24 bananas", "24i", "GB", "1e3", "nan", "inf", "24 GB B"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ConfigError, match="RW140"):
+        parse_size(text)
+
+
+def test_a_comma_may_be_the_decimal_point():
+    assert parse_size("1,5 TB") == parse_size("1.5TB") == 1_500 * 10**9

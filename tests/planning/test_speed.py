@@ -1,0 +1,107 @@
+"""Operations of a step, and seconds from them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from toy_memory import toy_estimate
+
+from rankwise.planning import Workload
+from rankwise.planning.calibration import Timing, solve
+from rankwise.planning.facts import facts_of
+from rankwise.planning.hardware import choose_hardware
+from rankwise.planning.speed import (
+    Pace,
+    assumed_pace,
+    flops_per_token,
+    micro_batch_seconds,
+    weight_traffic_bytes,
+)
+
+LLAMA_7B = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+    "model_type": "llama",
+}
+PARAMETERS_7B = 6_738_415_616
+SHORT = Workload(max_length=2, batch_size=1)
+
+
+def test_full_fine_tuning_costs_six_operations_a_weight():
+    """6 N D (Kaplan et al. 2020), N without the embedding table."""
+    facts = facts_of(LLAMA_7B)
+    N = PARAMETERS_7B - 32000 * 4096
+    assert flops_per_token("full", facts, PARAMETERS_7B, PARAMETERS_7B, SHORT) == pytest.approx(6 * N, rel=1e-3)
+
+
+def test_frozen_weights_cost_four_and_checkpointing_two_more():
+    facts = facts_of(LLAMA_7B)
+    N = PARAMETERS_7B - 32000 * 4096
+    plain = flops_per_token("lora", facts, PARAMETERS_7B, 0, SHORT)
+    again = flops_per_token("lora", facts, PARAMETERS_7B, 0, dataclasses.replace(SHORT, gradient_checkpointing=True))
+    assert plain == pytest.approx(4 * N, rel=1e-3)
+    assert again - plain == pytest.approx(2 * (N - 32000 * 4096), rel=1e-3)
+
+
+def test_adapters_cost_six_operations_a_parameter():
+    facts = facts_of(LLAMA_7B)
+    difference = flops_per_token("lora", facts, PARAMETERS_7B, 10**6, SHORT) - flops_per_token(
+        "lora", facts, PARAMETERS_7B, 0, SHORT
+    )
+    assert difference == 6 * 10**6
+
+
+def test_a_tied_head_is_not_counted_twice():
+    tied = facts_of({**LLAMA_7B, "tie_word_embeddings": True})
+    assert tied.matrix_parameters(1_000_000_000) == 1_000_000_000
+
+
+def test_only_the_experts_that_a_token_visits_count():
+    """Mixtral 8x7B: 46.7B parameters, 12.9B a token (its paper's figures)."""
+    mixtral = {**LLAMA_7B, "intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2}
+    active = facts_of(mixtral).matrix_parameters(46_702_792_704) + 32000 * 4096
+    assert active == pytest.approx(12.9e9, rel=0.01)
+
+
+def test_four_bit_weights_move_more_than_wide_ones():
+    """Read packed, written in 16 bits, read again."""
+    facts = facts_of(LLAMA_7B)
+    wide = weight_traffic_bytes("lora", facts, PARAMETERS_7B, SHORT)
+    packed = weight_traffic_bytes("qlora", facts, PARAMETERS_7B, SHORT)
+    assert packed / wide == pytest.approx((0.53 + 4) / 2)
+
+
+def test_seconds_add_operations_and_traffic():
+    facts = facts_of(LLAMA_7B)
+    estimate = toy_estimate("lora", SHORT)
+    fast = micro_batch_seconds(estimate, facts, SHORT, Pace(1e12, None, True, ""))
+    both = micro_batch_seconds(estimate, facts, SHORT, Pace(1e12, 1e12, True, ""))
+    assert both - fast == pytest.approx(weight_traffic_bytes("lora", facts, estimate.total_parameters, SHORT) / 1e12)
+    twice = dataclasses.replace(SHORT, batch_size=2)
+    assert micro_batch_seconds(estimate, facts, twice, Pace(1e12, None, True, "")) == pytest.approx(2 * fast)
+
+
+def test_two_timings_give_back_pace_and_bandwidth():
+    timings = [Timing(0, flops, 2e9, flops / 3e11 + 2e9 / 5e10) for flops in (1e11, 8e11)]
+    pace, bandwidth = solve(timings)
+    assert pace == pytest.approx(3e11)
+    assert bandwidth == pytest.approx(5e10)
+
+
+def test_timings_without_a_sign_of_traffic_give_the_pace_alone():
+    timings = [Timing(0, flops, 2e9, flops / 3e11 - 0.01) for flops in (1e11, 8e11)]
+    pace, bandwidth = solve(timings)
+    assert bandwidth is None
+    assert pace == pytest.approx(8e11 / timings[1].seconds)
+
+
+def test_an_assumed_pace_says_so_and_names_its_source():
+    pace = assumed_pace(choose_hardware("RTX 4090", None))
+    assert not pace.measured
+    assert "assumed" in pace.basis
+    assert "2407.21783" in pace.basis
+    assert pace.flops_per_second == pytest.approx(0.4 * 165.2e12)
+    assert assumed_pace(choose_hardware(None, "24GB")) is None

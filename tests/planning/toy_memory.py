@@ -1,0 +1,23 @@
+"""An estimator with a formula simple enough to check by hand, in place of the closed form."""
+
+from __future__ import annotations
+
+from rankwise.planning import MemoryEstimate, Workload
+from rankwise.planning.estimate import FOUR_BITS, TERMS
+
+WEIGHTS = 10**9
+PER_TOKEN = 10**6
+FEWER = 4
+# Checkpointing keeps a quarter, 4-bit weights take a quarter, offloading halves.
+ERROR = 0.05
+
+
+def toy_estimate(method: str, workload: Workload) -> MemoryEstimate:
+    """weights + adapters (1 MB a rank) + tokens * PER_TOKEN; full: three times the weights besides."""
+    weights = WEIGHTS // FEWER if method in FOUR_BITS else WEIGHTS
+    adapters = 3 * WEIGHTS if method == "full" else workload.r * 10**6
+    activations = workload.tokens * PER_TOKEN
+    activations //= FEWER if workload.gradient_checkpointing else 1
+    activations //= 2 if workload.activation_offloading else 1
+    breakdown = dict.fromkeys(TERMS, 0) | {"weights": weights, "adapters": adapters, "activations": activations}
+    return MemoryEstimate(method, sum(breakdown.values()), breakdown, 1000 * workload.r, WEIGHTS // 2, ERROR, False)

@@ -1,0 +1,199 @@
+"""The numbers, the pairs, the Pareto line, the examples and the colours of the comparison report."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from comparison_folders import write_comparison
+from rankwise.reports import numbers, page
+from rankwise.reports.examples import OUTCOMES, answers_of, evenly
+from rankwise.reports.figure import MARKERS
+from rankwise.reports.folder import load_comparison
+from rankwise.reports.forest_plot import forest_scale, pairs_of
+from rankwise.reports.naming import layer_and_kind, method_numbers, metric_name
+from rankwise.reports.norms_plot import norms_of
+from rankwise.reports.pareto_plot import Spot, pareto_front
+
+
+@pytest.fixture
+def comparison(tmp_path):
+    write_comparison(tmp_path)
+    return load_comparison(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mean", "interval", "expected"),
+    [
+        (1.28134, [1.2771, 1.2855], ("1.2813", "±\u202f0.0042")),
+        (63.27, [62.1, 64.44], ("63.3", "±\u202f1.2")),
+        (1234.5, [1100.0, 1369.0], ("1,234", "±\u202f134")),
+        (0.5, None, ("0.5000", "")),
+        (float("nan"), None, ("–", "")),
+        (-0.5, [-0.6, -0.4], ("\u22120.50", "±\u202f0.10")),
+    ],
+)
+def test_a_mean_has_the_digits_that_its_interval_supports(mean, interval, expected):
+    assert numbers.estimate(mean, interval) == expected
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "text"),
+    [
+        (numbers.byte_size, 2_741_234_567, "2.74 GB"),
+        (numbers.byte_size, 999_960, "1.00 MB"),
+        (numbers.byte_size, 512, "512 B"),
+        (numbers.byte_size, None, "–"),
+        (numbers.short_count, 4_884_480, "4.88M"),
+        (numbers.short_count, 260, "260"),
+        (numbers.duration, 48.4, "48 s"),
+        (numbers.duration, 3.14, "3.1 s"),
+        (numbers.duration, 220, "3 min 40 s"),
+        (numbers.duration, 8100, "2 h 15 min"),
+        (numbers.rate, 2e-4, "2e-4"),
+        (numbers.rate, 1.5e-5, "1.5e-5"),
+        (numbers.p_value, 0.0004, "< 0.001"),
+        (numbers.significant, 9.996, "10.0"),
+        (numbers.significant, 123_456, "123,000"),
+    ],
+)
+def test_figures_as_people_write_them(function, value, text):
+    assert function(value) == text
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False, min_value=-1e12, max_value=1e12), st.integers(1, 6))
+def test_significant_digits_are_near_the_value(value, digits):
+    text = numbers.significant(value, digits).replace(",", "").replace("\u2212", "-")
+    # Eight decimals are the most that are written.
+    assert float(text) == pytest.approx(value, rel=0.51 * 10 ** (1 - digits), abs=1e-8)
+
+
+@given(st.text())
+def test_visible_text_has_no_hidden_character_but_line_ends(text):
+    shown = numbers.visible(text)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", shown)
+
+
+def test_in_every_pair_the_better_mean_stands_first(comparison):
+    for metric in ("eval_loss", "e2e.BLEU"):
+        higher = comparison.is_higher_better(metric)
+        pairs = pairs_of(comparison, metric)
+        assert len(pairs) == 6
+        for pair in pairs:
+            assert pair.difference >= 0 if higher else pair.difference <= 0
+            means = [comparison["methods"][name]["mean"][metric] for name in (pair.a, pair.b)]
+            assert pair.difference == pytest.approx(means[0] - means[1])
+            assert pair.interval[0] <= pair.difference <= pair.interval[1]
+            assert pair.verdict != "worse"
+
+
+def test_the_scale_of_the_forest_holds_every_interval_and_zero(comparison):
+    pairs = pairs_of(comparison, "eval_loss")
+    scale = forest_scale(pairs)
+    for value in [0.0, *(bound for pair in pairs for bound in pair.interval)]:
+        assert 0 < scale(value) < 100
+
+
+points = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12)
+
+
+@given(points, st.booleans())
+def test_the_pareto_line_is_what_brute_force_finds(values, higher):
+    spots = [Spot(str(index), cost, quality, (0, 0), None) for index, (cost, quality) in enumerate(values)]
+    sign = 1 if higher else -1
+
+    def beaten(spot):
+        return any(
+            other.cost <= spot.cost
+            and sign * other.quality >= sign * spot.quality
+            and (other.cost, other.quality) != (spot.cost, spot.quality)
+            for other in spots
+        )
+
+    front = pareto_front(spots, higher_is_better=higher)
+    expected = {(spot.cost, spot.quality) for spot in spots if not beaten(spot)}
+    assert {(spot.cost, spot.quality) for spot in front} == expected
+    assert len(front) == len(expected)
+
+
+def test_outcomes_follow_the_scores_and_add_up(comparison):
+    answers = answers_of(comparison)
+    assert [item.method for item in answers][0] == "dora"
+    assert {item.method for item in answers} == {"lora", "qlora", "dora", "qdora"}
+    for item in answers:
+        assert item.total == 60
+        assert item.other != item.method
+        assert all(item.counts[outcome] for outcome in OUTCOMES)
+        for example in item.shown:
+            gap = example.answer.score - example.base.score
+            assert example.outcome == ("won" if gap > 0 else "lost" if gap < 0 else "tied")
+
+
+def test_with_losses_the_lower_score_wins(tmp_path):
+    import json
+
+    write_comparison(tmp_path)
+    document = json.loads((tmp_path / "comparison.json").read_text())
+    before = {item.method: item.counts for item in answers_of(load_comparison(tmp_path))}
+    document["base"]["tasks"]["e2e"]["higher_is_better"]["BLEU"] = False
+    (tmp_path / "comparison.json").write_text(json.dumps(document))
+    after = {item.method: item.counts for item in answers_of(load_comparison(tmp_path))}
+    assert before["dora"]["won"] == after["dora"]["lost"]
+    assert before["dora"]["tied"] == after["dora"]["tied"]
+
+
+@given(st.integers(0, 200), st.integers(1, 20))
+def test_examples_are_taken_evenly(total, count):
+    chosen = evenly(list(range(total)), count)
+    assert len(chosen) == min(total, count)
+    assert len(set(chosen)) == len(chosen)
+    gaps = [b - a for a, b in zip(chosen, chosen[1:])]
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_norms_are_means_over_seeds_by_layer(comparison):
+    norms = norms_of(comparison, "lora")
+    module = "model.layers.3.self_attn.q_proj"
+    values = [run["update_norms"][module] for run in comparison.finals_of("lora")]
+    assert norms.layers == 12
+    assert norms.cells["q_proj", 3] == pytest.approx(sum(values) / 3)
+
+
+def test_names():
+    assert metric_name("e2e.BLEU") == "BLEU on e2e"
+    assert layer_and_kind("transformer.h.11.attn.c_attn") == (11, "c_attn")
+    assert layer_and_kind("lm_head") == (None, "lm_head")
+    assert method_numbers(["mine", "dora"])["dora"] == method_numbers(["lora"])["dora"]
+    assert len(set(method_numbers(["mine", "yours"]).values())) == 9
+
+
+def luminance(colour: str) -> float:
+    """WCAG 2.2 relative luminance of ``#rrggbb``."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    r, g, b = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+def contrast(a: str, b: str) -> float:
+    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def palettes() -> list[dict[str, str]]:
+    css = (Path(page.TEMPLATES) / "report.css").read_text(encoding="utf-8")
+    blocks = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
+    return [dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for block in blocks]
+
+
+@pytest.mark.parametrize("palette", palettes(), ids=["light", "dark", "print"])
+def test_every_text_colour_has_contrast(palette):
+    """WCAG AA: 4.5 : 1 for text, on the page and on the row of the recommended method."""
+    names = [f"m{index}" for index in range(len(MARKERS))]
+    for name in ("ink", "quiet", "accent", "won", "lost", "tied", *names):
+        assert contrast(palette[name], palette["page"]) >= 4.5, name
+        assert contrast(palette[name], palette["chosen"]) >= 4.5, name
+    assert contrast(palette["ink"], palette["caution"]) >= 4.5

@@ -1,0 +1,293 @@
+"""The report of a comparison: what is in its three files, that foreign text stays text, and that no torch is needed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import textwrap
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from comparison_folders import HOSTILE, METHODS, write_comparison
+from rankwise.errors import RankwiseWarning, RunError
+from rankwise.reports.comparison import write_report
+from rankwise.reports.folder import load_comparison
+from rankwise.reports.merging import merge
+from rankwise.reports.numbers import visible
+
+SECTIONS = (
+    "methods",
+    "differences",
+    "tradeoffs",
+    "memory",
+    "curves",
+    "norms",
+    "merged",
+    "answers",
+    "warnings",
+    "reproduce",
+)
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: elements, their attributes, and the text outside script and style."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._inside: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self._inside.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._inside and self._inside[-1] == tag:
+            self._inside.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not self._inside:
+            self.text += data
+
+    def named(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def report_of(folder: Path, **given: object) -> tuple[Page, str, dict]:
+    folder.mkdir(parents=True)
+    write_comparison(folder, **given)
+    html, text, document = write_report(folder)
+    return Page(html.read_text()), text.read_text(), json.loads(document.read_text())
+
+
+def test_every_section_is_there(tmp_path):
+    page, _, _ = report_of(tmp_path / "c")
+    assert [item["id"] for item in page.named("section")] == list(SECTIONS)
+    for words in ("DoRA and LoRA cannot be told apart", "3 seeds", "Paired by example", "x86_64", "0.014 nats per token"):
+        assert words in page.text
+
+
+def test_the_json_has_a_flat_record_a_run_and_the_figures(tmp_path):
+    _, _, document = report_of(tmp_path / "c")
+    finals = [run for run in document["runs"] if run["phase"] == "final" and run["status"] == "finished"]
+    assert len(finals) == len(METHODS) * 3
+    for run in finals:
+        assert {"method", "seed", "eval_loss", "peak_memory_bytes", "settings"} <= run.keys()
+    for name in METHODS:
+        losses = [run["eval_loss"] for run in finals if run["method"] == name]
+        assert document["methods"][name]["mean"]["eval_loss"] == pytest.approx(statistics.mean(losses))
+    assert document["recommendation"]["method"] == "dora"
+    assert document["recommendation"]["config"] == "recommended.yaml"
+    assert {"full", "prefix"} <= {run["method"] for run in document["runs"]}
+
+
+def test_the_page_asks_no_network_for_anything(tmp_path):
+    folder = tmp_path / "c"
+    page, _, _ = report_of(folder)
+    html = (folder / "report.html").read_text()
+    assert not re.search(r"https?:|url\(|@import|@font-face", html)
+    assert [item["href"] for item in page.named("link")] == ["data:,"]
+    outside = [(tag, name) for tag, given in page.elements for name in given if name in ("src", "srcset", "action")]
+    assert outside == []
+
+
+def test_foreign_text_stays_text(tmp_path):
+    folder = tmp_path / "c"
+    page, markdown, _ = report_of(folder, hostile=True)
+    assert len(page.named("script")) == 1
+    assert not {"img", "iframe", "object", "form"} & {tag for tag, _ in page.elements}
+    assert not [name for _, given in page.elements for name in given if name.startswith("on")]
+    for text in (HOSTILE[0], HOSTILE[1], HOSTILE[2]):
+        assert visible(text) in page.text
+    assert "\u202e" not in page.text
+    assert "\x00" not in (folder / "report.html").read_text()
+    assert "<script" not in markdown.replace("\\<", "")
+
+
+def test_the_policy_allows_the_page_s_own_script_and_no_other(tmp_path):
+    import base64
+    import hashlib
+
+    folder = tmp_path / "c"
+    page, _, _ = report_of(folder)
+    script = re.search(r"<script>(.*)</script>", (folder / "report.html").read_text(), re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(item["content"] for item in page.named("meta") if item.get("http-equiv"))
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+
+
+def test_hostile_cells_keep_the_shape_of_markdown_tables(tmp_path):
+    _, markdown, _ = report_of(tmp_path / "c", hostile=True)
+    tables = re.findall(r"(?:^\|.*\n)+", markdown, re.MULTILINE)
+    assert len(tables) == 2
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
+
+
+def test_one_seed_says_that_no_interval_can_be_given(tmp_path):
+    page, markdown, _ = report_of(tmp_path / "c", seeds=(0,))
+    assert "no interval can be given" in page.text
+    assert "no interval can be given" in markdown
+    assert "±\u202f" not in page.text
+    several, _, _ = report_of(tmp_path / "d")
+    assert "no interval can be given" not in several.text
+
+
+def test_what_failed_and_what_was_skipped_is_said_with_the_reason(tmp_path):
+    page, markdown, _ = report_of(tmp_path / "c")
+    for text in (page.text, markdown.replace("\\", "")):
+        assert "the memory of the device is full" in text
+        assert "it needs the package peft." in text
+        assert "3 of 256 evaluation rows are in train." in text
+
+
+def test_a_comparison_in_which_nothing_finished_still_has_a_report(tmp_path):
+    folder = tmp_path / "c"
+    folder.mkdir()
+    document = write_comparison(folder)
+    document["runs"] = [run for run in document["runs"] if run["status"] != "finished"]
+    document["methods"] = {name: document["methods"][name] for name in ("full", "prefix")}
+    document |= {"differences": [], "recommendation": {"method": None, "reason": ""}, "base": {}, "learning_rates": {}}
+    (folder / "comparison.json").write_text(json.dumps(document))
+    page = Page(write_report(folder)[0].read_text())
+    assert "No recommendation" in page.text
+    assert "the memory of the device is full" in page.text
+
+
+def test_the_file_alone_is_enough(tmp_path):
+    """Runs that were deleted or left on another machine cost their curves and answers, no more."""
+    folder = tmp_path / "c"
+    folder.mkdir()
+    write_comparison(folder)
+    shutil.rmtree(folder / "runs")
+    page = Page(write_report(folder)[0].read_text())
+    ids = {item["id"] for item in page.named("section")}
+    assert {"methods", "differences", "memory"} <= ids
+    assert "answers" not in ids
+
+
+def test_figures_that_are_not_numbers_are_no_figures(tmp_path):
+    folder = tmp_path / "c"
+    folder.mkdir()
+    document = write_comparison(folder)
+    document["methods"]["qdora"] |= {"mean": {"eval_loss": float("nan")}, "peak_memory_bytes": None, "wall_seconds": None}
+    (folder / "comparison.json").write_text(json.dumps(document))
+    html = write_report(folder)[0].read_text()
+    assert "nan" not in re.sub(r"<(script|style)>.*?</\1>", "", html, flags=re.DOTALL).lower().replace("guanaco", "")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"schema": 99}',
+        '{"schema": 1, "runs": {}}',
+        '{"schema": 1, "methods": {"lora": 3}}',
+        '{"schema": 1, "runs": [{"id": "a", "method": "lora", "folder": "../../etc"}]}',
+        '{"schema": 1, "runs": [{"id": "a", "method": "lora", "folder": "/etc"}]}',
+        '{"schema": 1, "methods": {"lora": {"mean": {"eval_loss": 1}, "serving": [], "interval": {}}},'
+        ' "differences": [{"metric": "eval_loss", "per_seed": {}, "a": {}, "b": []}]}',
+    ],
+)
+def test_a_file_that_is_no_comparison_is_refused(tmp_path, content):
+    (tmp_path / "comparison.json").write_text(content)
+    with pytest.raises(RunError, match="RW593"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_folder_without_a_comparison_is_refused(tmp_path):
+    with pytest.raises(RunError, match="RW592"):
+        write_report(tmp_path)
+    with pytest.raises(RunError, match="RW592"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_folders_of_other_comparisons_are_not_joined(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_comparison(tmp_path / name)
+    document = json.loads((tmp_path / "b" / "comparison.json").read_text())
+    document["settings"]["max_steps"] = 300
+    document["model"]["sha256"] = "another"
+    (tmp_path / "b" / "comparison.json").write_text(json.dumps(document))
+    with pytest.raises(RunError, match=r"RW594.*max_steps is 200 and 300.*base model") as caught:
+        merge([load_comparison(tmp_path / "a"), load_comparison(tmp_path / "b")])
+    assert "train data" not in str(caught.value)
+
+
+def test_a_cell_that_stands_in_two_folders_counts_once(tmp_path):
+    for name, seeds in (("a", (0, 1)), ("b", (1, 2))):
+        (tmp_path / name).mkdir()
+        write_comparison(tmp_path / name, methods=("lora", "dora"), seeds=seeds, extras=False)
+    with pytest.warns(RankwiseWarning, match="RW595"):
+        joined = merge([load_comparison(tmp_path / "a"), load_comparison(tmp_path / "b")])
+    assert sorted(run["seed"] for run in joined.finals_of("lora")) == [0, 1, 2]
+    assert {joined.place_of(run).parents[1].name for run in joined.finals_of("lora")} == {"a", "b"}
+
+
+WITHOUT_TORCH = textwrap.dedent("""
+    import sys
+
+    class Absent:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in ("torch", "transformers", "trl", "accelerate"):
+                raise ModuleNotFoundError(name)
+
+    sys.meta_path.insert(0, Absent())
+    from rankwise.cli.main import main
+    sys.exit(main(sys.argv[1:]))
+""")
+
+
+def test_the_verb_joins_folders_and_needs_no_torch(tmp_path):
+    for name, seeds in (("a", (0, 1, 2)), ("b", (3, 4))):
+        (tmp_path / name).mkdir()
+        write_comparison(tmp_path / name, seeds=seeds, extras=False)
+    command = [sys.executable, "-c", WITHOUT_TORCH, "report", "a", "b", "--output", "joined", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["files"] == ["joined/report.html", "joined/report.md", "joined/report.json"]
+    document = json.loads((tmp_path / "joined" / "report.json").read_text())
+    for name in METHODS:
+        runs = [run for run in document["runs"] if run["method"] == name and run["phase"] == "final"]
+        assert sorted(run["seed"] for run in runs) == [0, 1, 2, 3, 4]
+        mean = statistics.mean(run["eval_loss"] for run in runs)
+        assert document["methods"][name]["mean"]["eval_loss"] == pytest.approx(mean)
+        assert document["methods"][name]["seeds"] == 5
+    assert {item["seeds"] for item in document["differences"]} == {5}
+    assert (tmp_path / "joined" / "recommended.yaml").is_file()
+
+
+def test_several_folders_need_an_output(tmp_path, monkeypatch, capsys):
+    from rankwise.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "a", "b"]) == 2
+    assert "RW180" in capsys.readouterr().err
+
+
+def test_one_folder_keeps_its_own_figures(tmp_path, capsys):
+    from rankwise.cli.main import main
+
+    folder = tmp_path / "c"
+    folder.mkdir()
+    document = write_comparison(folder)
+    assert main(["report", str(folder), "--output", str(tmp_path / "elsewhere")]) == 0
+    assert "DoRA and LoRA cannot be told apart" in capsys.readouterr().out
+    written = json.loads((tmp_path / "elsewhere" / "report.json").read_text())
+    assert written["differences"] == document["differences"]
+    assert not (folder / "report.html").exists()
