@@ -24,7 +24,7 @@ $(STAMP): $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-demo: $(VENV)/.installed ## fine-tune a small chat model on this machine, in minutes
+demo: $(VENV)/.installed ## plan and compare four methods on a small chat model, in minutes
 	$(BIN)/rankwise demo
 
 test: check ## every check: style, types, layer directions, tests
@@ -40,6 +40,11 @@ format: $(STAMP) ## mend style where a tool can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+browser: $(STAMP) ## the comparison report in a real browser (needs a `chromium` program)
+	@command -v $${RANKWISE_CHROMIUM:-chromium} >/dev/null || { echo "needs Chromium; set RANKWISE_CHROMIUM"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
+	$(BIN)/python -m pytest -m browser
+
 bench: $(STAMP) ## timings against the peers, into docs/results
 	$(BIN)/python benchmarks/four_bits.py
 
@@ -50,4 +55,4 @@ docs: $(STAMP) ## the documentation as HTML
 clean: ## remove what the other words made
 	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: help setup demo test check format bench docs clean
+.PHONY: help setup demo test check format browser bench docs clean

@@ -80,7 +80,9 @@ def main() -> None:
                 for name, place in places.items()
             }
             if index == 0:
-                weights = {name: {method: weight_bytes(row[method]) for method in METHODS} for name, row in found.items()}
+                weights = {
+                    name: {method: weight_bytes(row[method]) for method in METHODS} for name, row in found.items()
+                }
                 print_table("Weights only", weights)
             peaks = {name: {method: row[method].peak_bytes for method in METHODS} for name, row in found.items()}
             print_table(f"Peak of a training step on one CUDA card: {title}", peaks)

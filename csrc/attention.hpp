@@ -53,7 +53,7 @@ constexpr int64_t kAttentionTile = 64;
 
 struct AttentionKernels {
     void (*forward)(const AttentionForward& call, const AttentionShare& share);
-    // Adds nothing to dk and dv: leaves this share's sums in `sums`, sums_size floats.
+    // Writes dq; leaves the share's part of dk and dv in `sums`, sums_size floats.
     void (*backward)(const AttentionBackward& call, const AttentionShare& share, float* sums);
     int64_t (*sums_size)(const AttentionJob& job);
     // Adds up the sums of `shares` shares in order and writes dk and dv of one key head.

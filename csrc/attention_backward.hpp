@@ -4,6 +4,8 @@
 // dK and dV are kept transposed, tiles of (D, 64 keys): P and dS are then right operands as they come.
 #pragma once
 
+#include <initializer_list>
+
 #include "attention_forward.hpp"
 
 namespace rankwise {
@@ -27,12 +29,11 @@ struct BackwardKeys {
 // Two rows to a row of pairs of them.
 template <int C>
 RW_INLINE void store_pairs(uint32_t* to, const __m512 (&even)[C], const __m512 (&odd)[C]) {
-    const __m512i turns = _mm512_or_si512(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                          _mm512_slli_epi32(_mm512_setr_epi32(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31), 16));
+    const __m512i in_turn = turns(0, 16);
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
         const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd[c], even[c]));
-        _mm512_storeu_si512(to + 16 * c, _mm512_permutexvar_epi16(turns, both));
+        _mm512_storeu_si512(to + 16 * c, _mm512_permutexvar_epi16(in_turn, both));
     }
 }
 
@@ -79,35 +80,57 @@ static void backward_group(const BackwardTile& tile, const BackwardKeys& keys, i
     accumulate_row(row, kTilePairs, keys.k_right + 8 * span.from * D, D, 8 * C, nullptr, tile.dq + i * D, D, D);
 }
 
-// out (D, 16 columns) += a (D, pairs [first, last)) b.
-RW_INLINE void add_keys(const uint32_t* a, const uint32_t* b, int64_t first, int64_t last, int64_t columns, int64_t D, float* out) {
-    for (int64_t d = 0; d < D; d += kGroup)
-        accumulate_row(a + d * kTilePairs + first, kTilePairs, b + first * kTile, kTile, last - first, nullptr, out + d * kTile, kTile,
-                       columns);
+// The groups of queries that see some key of each half of a tile: [first, last).
+struct Halves {
+    int64_t first[2] = {kTile, kTile}, last[2] = {0, 0};
+
+    void add(int64_t g, Ranges::Span span) {
+        for (int half = 0; half < 2; ++half) {
+            if (span.from >= kVectors / 2 * (half + 1) || span.to <= kVectors / 2 * half) continue;
+            first[half] = g < first[half] ? g : first[half];
+            last[half] = g + 1;
+        }
+    }
+    bool alike() const { return first[0] == first[1] && last[0] == last[1]; }
+};
+
+// out (D, kTile) += a (D, pairs of queries) b (pairs of queries, kTile), without the queries that see nothing of a half.
+RW_INLINE void add_keys(const uint32_t* a, const uint32_t* b, const Halves& halves, int64_t D, float* out) {
+    constexpr int64_t group = kGroup / 2, half = kTile / 2;  // pairs, columns
+    if (halves.alike()) {
+        const int64_t first = halves.first[0] * group, pairs = halves.last[0] * group - first;
+        for (int64_t d = 0; d < D; d += kGroup)
+            accumulate<kVectors>(a + d * kTilePairs + first, kTilePairs, b + first * kTile, kTile, pairs, nullptr, out + d * kTile, kTile);
+        return;
+    }
+    for (int h = 0; h < 2; ++h) {
+        const int64_t first = halves.first[h] * group, pairs = halves.last[h] * group - first;
+        for (int64_t d = 0; d < D && pairs > 0; d += 2 * kGroup)
+            accumulate<kVectors / 2, 2 * kGroup>(a + d * kTilePairs + first, kTilePairs, b + first * kTile + h * half, kTile, pairs,
+                                                 nullptr, out + d * kTile + h * half, kTile);
+    }
 }
 
 static void backward_tile(const BackwardTile& tile, const BackwardKeys& keys, int64_t key) {
-    int64_t first = kTile, last = 0;
-    int from = kVectors, to = 0;
+    Halves halves;
     for (int64_t g = 0; g < kTile / kGroup; ++g) {
         const Ranges::Span span = tile.ranges->span(g, key);
-        uint32_t *p = tile.p_right + kGroup / 2 * g * kTile, *ds = tile.ds_right + kGroup / 2 * g * kTile;
-        clear_pairs(p, 0, span.from), clear_pairs(p, span.to, kVectors);
-        clear_pairs(ds, 0, span.from), clear_pairs(ds, span.to, kVectors);
-        if (span.from == span.to) continue;
-        first = g < first ? g : first, last = g + 1;
-        from = span.from < from ? span.from : from, to = span.to > to ? span.to : to;
+        for (uint32_t* to : {tile.p_right, tile.ds_right}) {
+            clear_pairs(to + kGroup / 2 * g * kTile, 0, span.from);
+            clear_pairs(to + kGroup / 2 * g * kTile, span.to, kVectors);
+        }
+        halves.add(g, span);
         switch (span.to - span.from) {
             case 1: backward_group<1>(tile, keys, g, key, span); break;
             case 2: backward_group<2>(tile, keys, g, key, span); break;
             case 3: backward_group<3>(tile, keys, g, key, span); break;
-            default: backward_group<4>(tile, keys, g, key, span);
+            case 4: backward_group<4>(tile, keys, g, key, span); break;
+            default: break;
         }
     }
-    if (first >= last) return;
-    const int64_t a = first * kGroup / 2, b = last * kGroup / 2, columns = 16 * (to - from);
-    add_keys(tile.grad_across, tile.p_right + 16 * from, a, b, columns, tile.D, keys.dv + 16 * from);
-    add_keys(tile.q_across, tile.ds_right + 16 * from, a, b, columns, tile.D, keys.dk + 16 * from);
+    if (halves.alike() && halves.last[0] == 0) return;
+    add_keys(tile.grad_across, tile.p_right, halves, tile.D, keys.dv);
+    add_keys(tile.q_across, tile.ds_right, halves, tile.D, keys.dk);
 }
 
 // Tiles of keys in the layouts of BackwardKeys.
@@ -134,7 +157,7 @@ static PackedKeys pack_keys(const AttentionJob& job, const AttentionShare& share
 // to (D, kTile) as pairs of queries.
 static void pack_across(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t D, uint32_t* pairs, uint32_t* to) {
     pair_rows(x, x_stride, rows, D, pairs);
-    transpose(pairs, 4 * D, kTilePairs, D, to, kTilePairs);
+    transpose(pairs, 4 * D, (rows + 1) / 2, D, to, kTilePairs);
 }
 
 // delta, and lse in powers of two; +inf where no key is seen makes P zero.
@@ -180,7 +203,7 @@ static void backward(const AttentionBackward& call, const AttentionShare& share,
             pack_across(q_rows, job.q.token, rows, D, pairs, q_across);
             pack_across(grad_rows, call.grad.token, rows, D, pairs, grad_across);
             row_terms(call, share.b, h, query, rows, lse, delta);
-            std::memset(dq, 0, static_cast<std::size_t>(kTile * D * 4));
+            std::memset(dq, 0, static_cast<std::size_t>(rounded_up(rows, kGroup) * D * 4));
             const BackwardTile tile = {&ranges, D,  job.scale * 1.44269504f, q, grad, q_across, grad_across, lse, delta, ds, p_right,
                                        ds_right, dq};
             for (int64_t t = ranges.first_tile(); t < ranges.last_tile(); ++t) {

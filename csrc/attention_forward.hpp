@@ -28,7 +28,7 @@ struct KeyTiles {
 struct ForwardTile {
     const Ranges* ranges;
     int64_t D;
-    float factor;     // scale / ln 2: powers of two are cheaper than of e
+    float factor;       // scale / ln 2: powers of two are cheaper than of e
     const uint32_t* q;  // (kTile, D) as pairs
     uint32_t* p;        // (kTile, kTile) as pairs
     float* out;         // (kTile, D), sum_j 2^(s_ij - top_i) v_j
@@ -101,7 +101,7 @@ static void finish_forward(const AttentionForward& call, const ForwardTile& tile
     const AttentionJob& job = call.job;
     const int64_t rows = job.Lq - query < kTile ? job.Lq - query : kTile, D = job.D;
     alignas(64) float total[kTile];
-    for (int64_t i = 0; i < kTile; ++i) total[i] = _mm512_reduce_add_ps(_mm512_loadu_ps(tile.sum + 16 * i));
+    for (int64_t i = 0; i < rounded_up(rows, 16); ++i) total[i] = _mm512_reduce_add_ps(_mm512_loadu_ps(tile.sum + 16 * i));
     for (int64_t i = 0; i < rows; ++i) {
         const __m512 inverse = _mm512_set1_ps(tile.ranges->first[i] < tile.ranges->last[i] ? 1.0f / total[i] : 0.0f);
         uint16_t* out = call.out + ((b * job.Lq + query + i) * job.H + h) * D;
@@ -131,9 +131,10 @@ static void forward(const AttentionForward& call, const AttentionShare& share) {
     alignas(64) float top[kTile], sum[kTile * 16];
     for (int64_t query = share.first * kTile; query < share.last * kTile; query += kTile) {
         const Ranges ranges(job, share.b, query);
+        const int64_t rows = job.Lq - query < kTile ? job.Lq - query : kTile;
         for (int64_t h = share.head * job.group(); h < (share.head + 1) * job.group(); ++h) {
-            copy_rows(job.q.row(share.b, query, h), job.q.token, job.Lq - query < kTile ? job.Lq - query : kTile, D, q);
-            std::memset(out, 0, static_cast<std::size_t>(kTile * D * 4));
+            copy_rows(job.q.row(share.b, query, h), job.q.token, rows, D, q);
+            std::memset(out, 0, static_cast<std::size_t>(rounded_up(rows, kGroup) * D * 4));
             std::memset(sum, 0, sizeof sum);
             for (float& one : top) one = -1e30f;  // finite, so that a query that has seen no key yet makes no NaN
             const ForwardTile tile = {&ranges, D, job.scale * 1.44269504f, q, p, out, top, sum};

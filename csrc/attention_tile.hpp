@@ -50,20 +50,20 @@ RW_INLINE void clear(__m512 (&sum)[R][C]) {
 }
 
 // out[r][...] = factor[r] * out[r][...] + a b.
-template <int C>
+template <int C, int R = kGroup>
 RW_INLINE void accumulate(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t pairs, const __m512* factor,
                           float* out, int64_t out_stride) {
-    __m512 sum[kGroup][C];
+    __m512 sum[R][C];
 #pragma GCC unroll 8
-    for (int r = 0; r < kGroup; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {
             sum[r][c] = _mm512_loadu_ps(out + r * out_stride + 16 * c);
             if (factor) sum[r][c] = _mm512_mul_ps(sum[r][c], factor[r]);
         }
-    multiply<kGroup, C>(a, a_stride, b, b_stride, pairs, sum);
+    multiply<R, C>(a, a_stride, b, b_stride, pairs, sum);
 #pragma GCC unroll 8
-    for (int r = 0; r < kGroup; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) _mm512_storeu_ps(out + r * out_stride + 16 * c, sum[r][c]);
 }
@@ -130,10 +130,19 @@ static void transpose(const void* from, int64_t from_stride, int64_t rows, int64
         }
 }
 
-// to (kTile, D) = `rows` rows of x, then zeros. Strides of x in elements.
+constexpr int64_t rounded_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// The next words of a row that has `left` of them, an even number.
+RW_INLINE __mmask32 words(int64_t left) { return left >= 32 ? 0xffffffffu : (1u << left) - 1u; }
+
+// to (rows to whole groups, D) = `rows` rows of x, then zeros. Strides of x in elements.
 static void copy_rows(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t D, uint32_t* to) {
-    for (int64_t i = 0; i < rows; ++i) std::memcpy(to + i * D / 2, x + i * x_stride, static_cast<std::size_t>(2 * D));
-    std::memset(to + rows * D / 2, 0, static_cast<std::size_t>(2 * D * (kTile - rows)));
+    for (int64_t i = 0; i < rounded_up(rows, kGroup); ++i, to += D / 2)
+        for (int64_t d = 0; d < D; d += 32) {
+            const __mmask32 some = words(D - d);
+            const __m512i row = i < rows ? _mm512_maskz_loadu_epi16(some, x + i * x_stride + d) : _mm512_setzero_si512();
+            _mm512_mask_storeu_epi16(to + d / 2, some, row);
+        }
 }
 
 RW_INLINE __m512i load_words(const uint16_t* x) {
@@ -146,20 +155,30 @@ RW_INLINE void store_rounded(uint16_t* out, __m512 x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
 }
 
-// to (kTilePairs, D) = pairs of neighbouring rows of x, zeros after row `rows`.
+// Indices of the words first, second, first + 1, second + 1, ...
+RW_INLINE __m512i turns(int first, int second) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_or_si512(_mm512_add_epi32(lane, _mm512_set1_epi32(first)),
+                           _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(second)), 16));
+}
+
+// to (rows to a multiple of 16 / 2, D) = pairs of neighbouring rows of x, zeros after row `rows`.
 static void pair_rows(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t D, uint32_t* to) {
-    const __m512i zero = _mm512_setzero_si512();
-    for (int64_t i = 0; i < kTile; i += 2)
-        for (int64_t d = 0; d < D; d += 16) {
-            const __m512i even = i < rows ? load_words(x + i * x_stride + d) : zero;
-            const __m512i odd = i + 1 < rows ? load_words(x + (i + 1) * x_stride + d) : zero;
-            _mm512_storeu_si512(to + i / 2 * D + d, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+    const __m512i low = turns(0, 32), high = turns(16, 48);
+    for (int64_t i = 0; i < rounded_up(rows, 16); i += 2)
+        for (int64_t d = 0; d < D; d += 32) {
+            const __mmask32 some = words(D - d);
+            const uint16_t* row = x + i * x_stride + d;
+            const __m512i even = i < rows ? _mm512_maskz_loadu_epi16(some, row) : _mm512_setzero_si512();
+            const __m512i odd = i + 1 < rows ? _mm512_maskz_loadu_epi16(some, row + x_stride) : _mm512_setzero_si512();
+            uint32_t* pair = to + i / 2 * D + d;
+            _mm512_storeu_si512(pair, _mm512_permutex2var_epi16(even, low, odd));
+            if (D - d >= 32) _mm512_storeu_si512(pair + 16, _mm512_permutex2var_epi16(even, high, odd));
         }
 }
 
-// to (D / 2, kTile): pairs along D of `rows` rows of x, transposed.
+// to (D / 2, rows to a multiple of 16): pairs along D of `rows` rows of x, transposed. Later columns stay as they are: no span has them.
 static void pair_columns(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t D, uint32_t* to) {
-    if (rows <= kTile - 16) std::memset(to, 0, static_cast<std::size_t>(D / 2 * kTile * 4));
     transpose(x, 2 * x_stride, rows, D / 2, to, kTile);
 }
 

@@ -47,7 +47,7 @@ struct LaneSums {
 };
 
 template <int D, bool Cap, bool Extra>
-RowSums sums_of(const CrossEntropyJob& job, const char* row) {
+RowSums sums_of(const CrossEntropyJob job, const char* row) {
     constexpr int block = 8;
     LaneSums<Cap, Extra> lanes;
     int64_t i = 0;
@@ -112,10 +112,10 @@ RW_INLINE Floats slope_of(const CrossEntropyJob& job, Floats z) {
 }
 
 template <int D, bool Cap>
-void write_gradient(const CrossEntropyJob& job, char* row, int64_t target, const RowSums& sums) {
+void write_gradient(const CrossEntropyJob job, char* row, int64_t target, const RowSums& sums) {
     const float inverse = static_cast<float>(1.0 / sums.exps), smooth = job.label_smoothing / static_cast<float>(job.V);
     const Floats at_target = logit_of<Cap>(job, all(load_as_float<D>(row, target)));
-    each_vector(job.V, [&](int64_t i, auto part) {
+    each_vector(job.V, [&](int64_t i, auto part) RW_INLINED {
         const Floats z = logit_of<Cap>(job, load<D>(row, i, part));
         store<D>(row, i, madd(exp_of(z - sums.largest), all(inverse), all(-smooth)) * slope_of<Cap>(job, z), part);
     });
@@ -124,7 +124,7 @@ void write_gradient(const CrossEntropyJob& job, char* row, int64_t target, const
 }
 
 template <int D, bool Cap>
-void loss_of_row(const CrossEntropyJob& job, int64_t t) {
+void loss_of_row(const CrossEntropyJob job, int64_t t) {
     constexpr int64_t size = D == RW_FLOAT32 ? 4 : 2;
     char* row = static_cast<char*>(job.logits) + t * job.stride * size;
     const int64_t target = job.targets[t];

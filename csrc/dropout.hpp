@@ -16,10 +16,10 @@ RW_INLINE Words hash_of(Words index, uint32_t before, uint32_t middle) {
 }
 
 template <int D, bool Add>
-void drop_elements(const DropoutJob& job, int64_t first, int64_t last) {
+void drop_elements(const DropoutJob job, int64_t first, int64_t last) {
     Words lane;
     for (int i = 0; i < W; ++i) lane[i] = static_cast<uint32_t>(i);
-    each_vector(last - first, [&](int64_t offset, auto part) {
+    each_vector(last - first, [&](int64_t offset, auto part) RW_INLINED {
         const int64_t i = first + offset;
         // A vector does not straddle a multiple of 2^32: `first` and W divide it.
         const uint32_t upper = static_cast<uint32_t>(i >> 32) * 0x9e3779b9u;

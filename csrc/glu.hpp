@@ -19,9 +19,10 @@ struct Silu {
 // tanh(z) = 2 sigmoid(2 z) - 1.
 struct GeluTanh {
     static constexpr float k = 1.59576912f, cubic = 0.044715f;  // 2 sqrt(2 / pi)
-    static RW_INLINE Floats share(Floats x) { return sigmoid(x * madd(x * x, all(k * cubic), all(k))); }
+    static RW_INLINE Floats share(Floats x) { return sigmoid(x * madd(smaller(all(1e4f), x * x), all(k * cubic), all(k))); }
     static RW_INLINE void share_and_slope(Floats x, Floats& share, Floats& slope) {
-        const Floats square = x * x;
+        // Past 1e4 the share is 0 or 1, and the factor must not become infinite.
+        const Floats square = smaller(all(1e4f), x * x);
         share = sigmoid(x * madd(square, all(k * cubic), all(k)));
         slope = madd(x * share * (1.0f - share), madd(square, all(3 * k * cubic), all(k)), share);
     }
@@ -37,18 +38,18 @@ struct Gelu {
 };
 
 template <int D, class Act>
-void glu_rows(const GluJob& job, int64_t first, int64_t last) {
+void glu_rows(const GluJob job, int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t)
-        each_vector(job.N, [&](int64_t n, auto part) {
+        each_vector(job.N, [&](int64_t n, auto part) RW_INLINED {
             const Floats gate = load<D>(job.gate, t * job.gate_stride + n, part);
             store<D>(job.product, t * job.N + n, gate * Act::share(gate) * load<D>(job.up, t * job.up_stride + n, part), part);
         });
 }
 
 template <int D, class Act, bool Product>
-void glu_backward_rows(const GluJob& job, int64_t first, int64_t last) {
+void glu_backward_rows(const GluJob job, int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t)
-        each_vector(job.N, [&](int64_t n, auto part) {
+        each_vector(job.N, [&](int64_t n, auto part) RW_INLINED {
             const Floats gate = load<D>(job.gate, t * job.gate_stride + n, part), up = load<D>(job.up, t * job.up_stride + n, part);
             const Floats dout = load<D>(job.dout, t * job.dout_stride + n, part);
             Floats share, slope;

@@ -28,8 +28,9 @@ struct Bfloat16Steps {
     static constexpr int64_t ranks = 2;
     template <int D>
     static uint32_t step(const void* row, int64_t r, int64_t R) {
-        const auto* half = static_cast<const uint16_t*>(row);
-        return half[r] | (r + 1 < R ? static_cast<uint32_t>(half[r + 1]) << 16 : 0u);
+        uint32_t pair = 0;
+        std::memcpy(&pair, static_cast<const uint16_t*>(row) + r, r + 1 < R ? 4 : 2);
+        return pair;
     }
     static RW_INLINE Floats multiply_add(Floats sum, Words b, uint32_t u) {
         return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(b),
@@ -86,34 +87,58 @@ RW_INLINE void add_to_row(const LowRankJob& job, char* y, int64_t n, Floats sum,
     store<D>(y, n, z, part);
 }
 
+// The products of Rows rows of u with one tile of B.
 template <int D, int Rows>
-void add_to_rows(const LowRankJob& job, int64_t t, const uint32_t* u, int64_t S) {
-    const uint32_t* b = job.packed;
-    for (int64_t n = 0; n < job.N; n += kTile) {
-        Floats sum[Rows][2] = {};
-        for (int64_t s = 0; s < S; ++s, b += kTile) {
-            Words left, right;
-            std::memcpy(&left, b, sizeof(left));
-            std::memcpy(&right, b + W, sizeof(right));
+RW_INLINE void multiply_tile(const uint32_t* b, const uint32_t* u, int64_t S, Floats (&left)[Rows], Floats (&right)[Rows]) {
 #pragma GCC unroll 8
-            for (int r = 0; r < Rows; ++r) {
-                sum[r][0] = StepsOf<D>::multiply_add(sum[r][0], left, u[s * Rows + r]);
-                sum[r][1] = StepsOf<D>::multiply_add(sum[r][1], right, u[s * Rows + r]);
-            }
-        }
+    for (int r = 0; r < Rows; ++r) left[r] = right[r] = Floats{};
+    for (int64_t s = 0; s < S; ++s, b += kTile, u += Rows) {
+        Words first, second;
+        std::memcpy(&first, b, sizeof(first));
+        std::memcpy(&second, b + W, sizeof(second));
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) {
-            char* y = row_of<D>(job.y, t + r, job.y_stride);
-            if (n + kTile <= job.N) {
-                add_to_row<D>(job, y, n, sum[r][0], Whole{});
-                add_to_row<D>(job, y, n + W, sum[r][1], Whole{});
-            } else {
-                const int64_t left = job.N - n, first = left < W ? left : W;
-                add_to_row<D>(job, y, n, sum[r][0], Some{static_cast<int>(first)});
-                if (left > W) add_to_row<D>(job, y, n + W, sum[r][1], Some{static_cast<int>(left - W)});
-            }
+            left[r] = StepsOf<D>::multiply_add(left[r], first, u[r]);
+            right[r] = StepsOf<D>::multiply_add(right[r], second, u[r]);
         }
     }
+}
+
+// Never inlined: among the registers of a larger function GCC keeps a sum in memory.
+template <int D, int Rows>
+__attribute__((noinline)) void add_tile(const LowRankJob& job, int64_t t, int64_t n, const uint32_t* u, int64_t S) {
+    Floats left[Rows], right[Rows];
+    multiply_tile<D, Rows>(job.packed + n * S, u, S, left, right);
+    char* y = row_of<D>(job.y, t, job.y_stride);
+    const int64_t step = job.y_stride * (D == RW_FLOAT32 ? 4 : 2);
+    const Floats scale = all(job.scale);
+    Floats g[2] = {all(1.0f), all(1.0f)}, bias[2] = {};
+    if (job.g) g[0] = load<RW_FLOAT32>(job.g, n), g[1] = load<RW_FLOAT32>(job.g, n + W);
+    if (job.bias) bias[0] = load<RW_FLOAT32>(job.bias, n), bias[1] = load<RW_FLOAT32>(job.bias, n + W);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r, y += step) {
+        store<D>(y, n, madd(madd(left[r], scale, load<D>(y, n)), g[0], bias[0]));
+        store<D>(y, n + W, madd(madd(right[r], scale, load<D>(y, n + W)), g[1], bias[1]));
+    }
+}
+
+template <int D, int Rows>
+__attribute__((noinline)) void add_last_tile(const LowRankJob& job, int64_t t, int64_t n, const uint32_t* u, int64_t S) {
+    Floats left[Rows], right[Rows];
+    multiply_tile<D, Rows>(job.packed + n * S, u, S, left, right);
+    for (int r = 0; r < Rows; ++r) {
+        char* y = row_of<D>(job.y, t + r, job.y_stride);
+        const int rest = static_cast<int>(job.N - n);
+        add_to_row<D>(job, y, n, left[r], Some{rest < W ? rest : W});
+        if (rest > W) add_to_row<D>(job, y, n + W, right[r], Some{rest - W});
+    }
+}
+
+template <int D, int Rows>
+void add_to_rows(const LowRankJob& job, int64_t t, const uint32_t* u, int64_t S) {
+    int64_t n = 0;
+    for (; n + kTile <= job.N; n += kTile) add_tile<D, Rows>(job, t, n, u, S);
+    if (n < job.N) add_last_tile<D, Rows>(job, t, n, u, S);
 }
 
 template <int D, int Rows>

@@ -21,17 +21,17 @@ RW_INLINE float sum_of_row(int64_t count, const Value& value) {
 }
 
 template <int D, bool CastFirst>
-void norm_rows(const NormJob& job, int64_t first, int64_t last) {
+void norm_rows(const NormJob job, int64_t first, int64_t last) {
     const float offset = static_cast<float>(job.offset);
     for (int64_t t = first; t < last; ++t) {
         const int64_t from = t * job.x_stride, to = t * job.D;
-        const float square = sum_of_row(job.D, [&](Floats sum, int64_t i, auto part) {
+        const float square = sum_of_row(job.D, [&](Floats sum, int64_t i, auto part) RW_INLINED {
             const Floats x = load<D>(job.x, from + i, part);
             return madd(x, x, sum);
         });
         const float rstd = 1.0f / __builtin_sqrtf(square / static_cast<float>(job.D) + job.eps);
         job.rstd[t] = rstd;
-        each_vector(job.D, [&](int64_t i, auto part) {
+        each_vector(job.D, [&](int64_t i, auto part) RW_INLINED {
             const Floats normal = load<D>(job.x, from + i, part) * rstd;
             const Floats factor = load<D>(job.w, i, part) + offset;
             store<D>(job.y, to + i, factor * (CastFirst ? rounded_to<D>(normal) : normal), part);
@@ -40,15 +40,15 @@ void norm_rows(const NormJob& job, int64_t first, int64_t last) {
 }
 
 template <int D, bool Residual>
-void norm_backward_rows(const NormBackwardJob& job, int64_t first, int64_t last) {
+void norm_backward_rows(const NormBackwardJob job, int64_t first, int64_t last) {
     const float offset = static_cast<float>(job.offset);
     for (int64_t t = first; t < last; ++t) {
         const int64_t x_row = t * job.x_stride, dy_row = t * job.dy_stride, residual_row = t * job.residual_stride;
-        const auto h = [&](int64_t i, auto part) { return load<D>(job.dy, dy_row + i, part) * (load<D>(job.w, i, part) + offset); };
+        const auto h = [&](int64_t i, auto part) RW_INLINED { return load<D>(job.dy, dy_row + i, part) * (load<D>(job.w, i, part) + offset); };
         const float product =
-            sum_of_row(job.D, [&](Floats sum, int64_t i, auto part) { return madd(h(i, part), load<D>(job.x, x_row + i, part), sum); });
+            sum_of_row(job.D, [&](Floats sum, int64_t i, auto part) RW_INLINED { return madd(h(i, part), load<D>(job.x, x_row + i, part), sum); });
         const float rstd = job.rstd[t], share = -rstd * rstd * (product / static_cast<float>(job.D));
-        each_vector(job.D, [&](int64_t i, auto part) {
+        each_vector(job.D, [&](int64_t i, auto part) RW_INLINED {
             Floats dx = madd(load<D>(job.x, x_row + i, part), all(share), h(i, part)) * rstd;
             if (Residual) dx = dx + load<D>(job.residual, residual_row + i, part);
             store<D>(job.dx, t * job.D + i, dx, part);

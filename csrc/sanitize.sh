@@ -17,11 +17,14 @@ case $(uname -m) in
 x86_64 | amd64) ;;
 *) avx2="" avx512="" ;;
 esac
-for name in native attention parallel level_portable sanitize_driver; do compile $name & done
+for name in native attention training parallel level_portable sanitize_driver; do compile $name & done
 wait
-compile level_avx2 $avx2 &
-compile level_avx512 $avx512 &
-compile level_avx512_bf16 $avx512 ${avx512:+-mavx512bf16} &
+for family in level training; do
+    compile ${family}_avx2 $avx2 &
+    compile ${family}_avx512 $avx512 &
+    compile ${family}_avx512_bf16 $avx512 ${avx512:+-mavx512bf16} &
+done
+for name in training_portable sanitize_training; do compile $name & done
 compile attention_avx512_bf16 $avx512 ${avx512:+-mavx512bf16} &
 wait
 ${CXX:-g++} $flags "$build"/*.o -o "$build/driver"

@@ -8,8 +8,8 @@ namespace rankwise {
 namespace {
 
 template <int D, bool Dot, int Rows>
-void grad_rows(const ScaledGradJob& job, int64_t t, float* sums) {
-    each_vector(job.N, [&](int64_t n, auto part) {
+void grad_rows(const ScaledGradJob job, int64_t t, float* sums) {
+    each_vector(job.N, [&](int64_t n, auto part) RW_INLINED {
         const Floats g = load<RW_FLOAT32>(job.g, n, part);
         Floats sum = Dot ? load<RW_FLOAT32>(sums, n, part) : Floats{};
 #pragma GCC unroll 4
@@ -23,7 +23,7 @@ void grad_rows(const ScaledGradJob& job, int64_t t, float* sums) {
 }
 
 template <int D, bool Dot>
-void grad_blocks(const ScaledGradJob& job, int64_t first, int64_t last) {
+void grad_blocks(const ScaledGradJob job, int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) {
         float* sums = Dot ? job.partial + block * job.N : nullptr;
         if (Dot) std::memset(sums, 0, sizeof(float) * static_cast<std::size_t>(job.N));

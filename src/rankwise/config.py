@@ -291,6 +291,9 @@ class TrainSettings(Settings):
 
     trust_remote_code: bool = Field(False, description="Run Python code that comes with a hub repository.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    cache: Path | None = Field(
+        None, description="Keep the quantized base and the encoded rows in this folder, for other runs of the same."
+    )
     ignore_plan: bool = Field(False, description="Train although the predicted memory is more than there is.")
     resume: bool = Field(False, description="Continue the run in --output from its last checkpoint.")
     overwrite: bool = Field(False, description="Replace the run in --output.")

@@ -274,7 +274,8 @@ def test_a_killed_run_pays_only_for_the_rest(serve, tmp_path):
     script = (
         "import sys; from pathlib import Path; from rankwise.evaluation.judge import *\n"
         "n = (1, 2)\n"
-        "judge_answers([Question(i, f'Question {i}?') for i in n], [Answer(f'a{i}', f'first system on {i}') for i in n],"
+        "judge_answers([Question(i, f'Question {i}?') for i in n],"
+        " [Answer(f'a{i}', f'first system on {i}') for i in n],"
         " [Answer(f'b{i}', f'second system on {i}') for i in n],"
         " client=JudgeClient(sys.argv[1], 'a-judge', concurrency=1), cache=JudgeCache(Path(sys.argv[2])))\n"
     )

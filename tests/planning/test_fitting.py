@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from toy_memory import toy_estimate
 
 from rankwise.planning import MemoryEstimate, Workload
-from rankwise.planning.fitting import Remembering, largest_batch, longest_row, verdict_of
+from rankwise.planning.fitting import Interpolating, Remembering, largest_batch, longest_row, verdict_of
 
 WORK = Workload(batch_size=4, max_length=128, r=8)
 
@@ -79,3 +79,18 @@ def test_an_anchored_estimate_is_exact_at_its_anchor_and_scaled_elsewhere():
         1.1 * toy_estimate("lora", other).peak_bytes, rel=1e-6
     )
     assert remembering("dora", WORK) == toy_estimate("dora", WORK)
+
+
+def test_a_line_through_two_dry_runs_meets_a_linear_peak():
+    asked = []
+
+    def slow(method, workload):
+        asked.append(workload)
+        return toy_estimate(method, workload)
+
+    line = Interpolating(slow)
+    for rows in (1, 3, 64):
+        for tokens in (128, 4096):
+            work = dataclasses.replace(WORK, batch_size=rows, max_length=tokens)
+            assert line("lora", work).peak_bytes == pytest.approx(toy_estimate("lora", work).peak_bytes, rel=1e-6)
+    assert len(asked) == 4

@@ -31,7 +31,7 @@ T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447}
 # Student's t at 97.5 %, by degrees of freedom.
 HOSTILE = (
     "</script><script>window.hacked = true</script>",
-    "<img src=x onerror=\"window.hacked=true\"> 'quoted' \"twice\" & &amp; {{ 7 * 7 }} {% raw %}",
+    '<img src=x onerror="window.hacked=true"> \'quoted\' "twice" & &amp; {{ 7 * 7 }} {% raw %}',
     "\u202eright to left override\u202c שלום עולם مرحبا بالعالم",
     "W" + "ö" * 600,
     "| a | table | ``` # heading [link](javascript:alert(1)) \x00\x1b[31m ]]> <!-- -->",
@@ -299,9 +299,7 @@ def _empty(*, failed: int = 0, skipped: str | None = None) -> dict[str, Any]:
     }
 
 
-def _differences(
-    methods: Sequence[str], runs: Sequence[Mapping[str, Any]], metric: str
-) -> list[dict[str, Any]]:
+def _differences(methods: Sequence[str], runs: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, Any]]:
     return [_difference(a, b, runs, metric) for a, b in itertools.combinations(methods, 2)]
 
 

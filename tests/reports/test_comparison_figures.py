@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from comparison_folders import write_comparison
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comparison_folders import write_comparison
 from rankwise.reports import numbers, page
 from rankwise.reports.examples import OUTCOMES, answers_of, evenly
 from rankwise.reports.figure import MARKERS
@@ -122,7 +124,7 @@ def test_the_pareto_line_is_what_brute_force_finds(values, higher):
 
 def test_outcomes_follow_the_scores_and_add_up(comparison):
     answers = answers_of(comparison)
-    assert [item.method for item in answers][0] == "dora"
+    assert answers[0].method == "dora"
     assert {item.method for item in answers} == {"lora", "qlora", "dora", "qdora"}
     for item in answers:
         assert item.total == 60
@@ -151,7 +153,7 @@ def test_examples_are_taken_evenly(total, count):
     chosen = evenly(list(range(total)), count)
     assert len(chosen) == min(total, count)
     assert len(set(chosen)) == len(chosen)
-    gaps = [b - a for a, b in zip(chosen, chosen[1:])]
+    gaps = [b - a for a, b in itertools.pairwise(chosen)]
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
@@ -197,3 +199,39 @@ def test_every_text_colour_has_contrast(palette):
         assert contrast(palette[name], palette["page"]) >= 4.5, name
         assert contrast(palette[name], palette["chosen"]) >= 4.5, name
     assert contrast(palette["ink"], palette["caution"]) >= 4.5
+
+
+# Machado, Oliveira and Fernandes (2009), severity 1: linear RGB as a dichromat sees it.
+VISION = {
+    "protanopia": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    "deuteranopia": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+    "tritanopia": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
+}
+TO_CONE = (
+    (0.4122214708, 0.5363325363, 0.0514459929),
+    (0.2119034982, 0.6806995451, 0.1073969566),
+    (0.0883024619, 0.2817188376, 0.6299787005),
+)
+TO_LAB = (
+    (0.2104542553, 0.7936177850, -0.0040720468),
+    (1.9779984951, -2.4285922050, 0.4505937099),
+    (0.0259040371, 0.7827717662, -0.8086757660),
+)
+# Ottosson's Oklab, in which a distance of 0.02 is about the least that is seen.
+
+
+def seen(colour: str, vision: str) -> np.ndarray:
+    """Oklab of ``colour`` as somebody with this vision sees it."""
+    rgb = np.array([int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return np.array(TO_LAB) @ np.cbrt(np.array(TO_CONE) @ np.clip(np.array(VISION[vision]) @ linear, 0, 1))
+
+
+@pytest.mark.parametrize("vision", VISION)
+@pytest.mark.parametrize("palette", palettes(), ids=["light", "dark", "print"])
+def test_methods_are_told_apart_without_normal_colour_vision(palette, vision):
+    """Far apart for the four methods, and more than the least that is seen for all; their shapes differ besides."""
+    lab = [seen(palette[f"m{index}"], vision) for index in range(7)]
+    distances = {(a, b): np.linalg.norm(lab[a] - lab[b]) for a in range(7) for b in range(a)}
+    assert min(value for (a, _), value in distances.items() if a < 4) > 0.1
+    assert min(distances.values()) > 0.05

@@ -13,8 +13,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-
 from comparison_folders import HOSTILE, METHODS, write_comparison
+
 from rankwise.errors import RankwiseWarning, RunError
 from rankwise.reports.comparison import write_report
 from rankwise.reports.folder import load_comparison
@@ -73,7 +73,13 @@ def report_of(folder: Path, **given: object) -> tuple[Page, str, dict]:
 def test_every_section_is_there(tmp_path):
     page, _, _ = report_of(tmp_path / "c")
     assert [item["id"] for item in page.named("section")] == list(SECTIONS)
-    for words in ("DoRA and LoRA cannot be told apart", "3 seeds", "Paired by example", "x86_64", "0.014 nats per token"):
+    for words in (
+        "DoRA and LoRA cannot be told apart",
+        "3 seeds",
+        "Paired by example",
+        "x86_64",
+        "0.014 nats per token",
+    ):
         assert words in page.text
 
 
@@ -112,6 +118,22 @@ def test_foreign_text_stays_text(tmp_path):
     assert "\u202e" not in page.text
     assert "\x00" not in (folder / "report.html").read_text()
     assert "<script" not in markdown.replace("\\<", "")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_foreign_name_of_a_method_or_a_metric_stays_text(tmp_path, name):
+    write_comparison(tmp_path)
+    path = tmp_path / "comparison.json"
+    text = path.read_text().replace('"qdora"', json.dumps(name)).replace("e2e.CIDEr", json.dumps(f"e2e.{name}")[1:-1])
+    path.write_text(text)
+    html, markdown, document = (file.read_text() for file in write_report(tmp_path))
+    page = Page(html)
+    assert len(page.named("script")) == 1
+    assert not {"img", "iframe"} & {tag for tag, _ in page.elements}
+    assert not [key for _, given in page.elements for key in given if key.startswith("on")]
+    assert visible(name) in page.text
+    assert "\x00" not in html + markdown
+    assert name in json.loads(document)["methods"]
 
 
 def test_the_policy_allows_the_page_s_own_script_and_no_other(tmp_path):
@@ -181,7 +203,11 @@ def test_figures_that_are_not_numbers_are_no_figures(tmp_path):
     folder = tmp_path / "c"
     folder.mkdir()
     document = write_comparison(folder)
-    document["methods"]["qdora"] |= {"mean": {"eval_loss": float("nan")}, "peak_memory_bytes": None, "wall_seconds": None}
+    document["methods"]["qdora"] |= {
+        "mean": {"eval_loss": float("nan")},
+        "peak_memory_bytes": None,
+        "wall_seconds": None,
+    }
     (folder / "comparison.json").write_text(json.dumps(document))
     html = write_report(folder)[0].read_text()
     assert "nan" not in re.sub(r"<(script|style)>.*?</\1>", "", html, flags=re.DOTALL).lower().replace("guanaco", "")

@@ -104,6 +104,9 @@ def _forward_with_labels(self: Any, *args: Any, loss_options: LossOptions | None
         return plain(*args, **kwargs)
     labels, num_items = given.pop("labels"), given.pop("num_items_in_batch", None)
     given.pop("logits_to_keep", None)
+    # Whoever asks for a loss wants no cache of keys and values, which would also hide packed rows from the mask.
+    if "use_cache" in inspect.signature(plain).parameters and given.get("use_cache") is None:
+        given["use_cache"] = False
     found = fused_loss(plain, self.__dict__[ATTRIBUTE]["head"], given, labels, loss_options)
     count = found.count.clamp(min=1) if num_items is None else torch.as_tensor(num_items, device=labels.device)
     loss = found.sums.loss / count

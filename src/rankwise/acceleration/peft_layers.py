@@ -7,6 +7,8 @@ it goes on doing itself.
 
 from __future__ import annotations
 
+import functools
+import weakref
 from typing import Any
 
 import torch
@@ -53,20 +55,29 @@ def _take_over(module: Any, undo: Undo) -> bool:
     base = _base_view(module.base_layer)
     if base is None:
         return False
-    module.__dict__[STAND_IN] = AdaptedLayer(base)
-    undo.add(lambda: module.__dict__.pop(STAND_IN, None))
-    replace_forward(module, _forward, undo)
+    layer = AdaptedLayer(base)
+    layer.prepare = functools.partial(_prepare, weakref.ref(module), layer)
+    replace_forward(module, _forward, undo, **{STAND_IN: layer})
     return True
 
 
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     layer: AdaptedLayer = self.__dict__[STAND_IN]
-    name = _sole_adapter(self)
-    if args or kwargs or name is None or not _is_current(self, layer, name):
+    if args or kwargs or not layer.is_ready:
         return class_forward(self)(x, *args, **kwargs)  # type: ignore[no-any-return]
-    layer.active = name
-    layer.adapters[name].training = self.training
     return layer(x)  # type: ignore[no-any-return]
+
+
+def _prepare(reference: weakref.ref[Any], layer: AdaptedLayer) -> bool:
+    """Bring ``layer`` to the adapter and mode of PEFT's layer; False where PEFT has to compute."""
+    module = reference()
+    layer.active = None
+    name = None if module is None or module.__dict__.get(STAND_IN) is not layer else _sole_adapter(module)
+    if name is None or not _is_current(module, layer, name):
+        return False
+    layer.active = name
+    layer.adapters[name].training = module.training
+    return True
 
 
 def _sole_adapter(module: Any) -> str | None:

@@ -48,8 +48,7 @@ def replace_norms(model: nn.Module, undo: Undo) -> int:
             forms[kind] = _norm_form(module)
         form = forms[kind]
         if form is not None and is_free(module):
-            module.__dict__["rankwise_norm"] = (_eps(module), *form)
-            replace_forward(module, _norm_forward, undo)
+            replace_forward(module, _norm_forward, undo, rankwise_norm=(_eps(module), *form))
             count += 1
     return count
 
@@ -66,8 +65,7 @@ def replace_mlps(model: nn.Module, undo: Undo) -> int:
         if key not in checked:
             checked[key] = _mlp_agrees(module, act)
         if checked[key] and is_free(module):
-            module.__dict__["rankwise_act"] = act
-            replace_forward(module, _mlp_forward, undo)
+            replace_forward(module, _mlp_forward, undo, rankwise_act=act)
             count += 1
     return count
 
@@ -124,10 +122,10 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
 
 def down_of_glu(down: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
     """``down(act(gate) * up)``; over an adapted layer the product is not kept for the backward pass."""
-    down = down.__dict__.get(STAND_IN, down)
-    if isinstance(down, AdaptedLayer) and down.active is not None and is_free(down):
-        adapter: Any = down.adapters[down.active]
-        branch = branch_of(adapter, down.base_layer, gate)
+    layer = down.__dict__.get(STAND_IN, down)
+    if isinstance(layer, AdaptedLayer) and is_free(layer) and layer.is_ready:
+        adapter: Any = layer.adapters[layer.active]
+        branch = branch_of(adapter, layer.base_layer, gate)
         if branch is not None:
             return low_rank_linear_of_glu(gate, up, act, branch, drawn_dropout(adapter.dropout, adapter.training))
     return down(Glu.apply(gate, up, act))  # type: ignore[no-any-return]

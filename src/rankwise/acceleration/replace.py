@@ -29,12 +29,18 @@ class Undo:
             self._steps.pop()()
 
 
-def replace_forward(module: nn.Module, forward: Callable[..., Any], undo: Undo) -> None:
-    """Let ``module`` compute by ``forward(module, ...)``; a forward that already stood on the instance comes back."""
+def replace_forward(module: nn.Module, forward: Callable[..., Any], undo: Undo, **notes: Any) -> None:
+    """Let ``module`` compute by ``forward(module, ...)``, which finds ``notes`` as attributes.
+
+    A forward that already stood on the instance comes back with ``undo``.
+    """
     before = module.__dict__.get("forward")
+    module.__dict__.update(notes)
     module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
 
     def put_back() -> None:
+        for name in notes:
+            module.__dict__.pop(name, None)
         if before is None:
             module.__dict__.pop("forward", None)
         else:

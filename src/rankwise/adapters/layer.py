@@ -7,6 +7,7 @@ that checkpoints written by any trainer still load into the plain model.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ class AdaptedLayer(nn.Module):
         self.active: str | None = None
         self.shared: SharedInput | None = None
         # The layers that read the same input, where they are computed together (rankwise.acceleration).
+        self.prepare: Callable[[], bool] | None = None
+        # Where the layer computes for another library's: brings it up to date, and says whether it may.
         self.is_head = False
         # Fused losses multiply by the output head's weight themselves, past its forward.
         _keep_names(self, "base_layer")
@@ -42,6 +45,11 @@ class AdaptedLayer(nn.Module):
         if self.shared is not None and (y := self.shared.output(self, x)) is not None:
             return y
         return self.adapters[self.active](self.base_layer, x)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether an adapter is at work."""
+        return (self.prepare is None or self.prepare()) and self.active is not None
 
     @property
     def weight(self) -> Tensor:

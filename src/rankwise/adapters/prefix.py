@@ -50,7 +50,9 @@ def add_prefix(model: nn.Module, length: int) -> Prefix:
     """
     model.requires_grad_(False)
     prefix = Prefix(*_initial(model, length))
-    model.register_forward_pre_hook(_in_front(prefix), with_kwargs=True)
+    # Of the part without the head, which some callers use by itself.
+    inner: Any = model.base_model
+    inner.register_forward_pre_hook(_in_front(prefix), with_kwargs=True)
     return prefix
 
 
@@ -78,12 +80,18 @@ def _initial(model: Any, length: int) -> tuple[Tensor, Tensor]:
     return torch.cat(keys), torch.cat(values)
 
 
+def _seen(mask: Tensor, length: int) -> Tensor:
+    """``length`` more columns of a mask in which everything is visible: (B, L), or (B, 1, L, L) of truth or -inf."""
+    shape = (*mask.shape[:-1], length)
+    return mask.new_zeros(shape) if mask.dim() == 4 and mask.is_floating_point() else mask.new_ones(shape)
+
+
 def _cache_name(model: nn.Module) -> str:
     return CACHE_NAMES["cache" not in inspect.signature(model.forward).parameters]
 
 
 def _in_front(prefix: Prefix) -> Any:
-    """A pre-hook of the whole model that hands the prefix over as a cache and makes room for it in the mask."""
+    """A pre-hook that hands the prefix over as a cache and makes room for it in the mask."""
 
     def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         from transformers import DynamicCache
@@ -105,9 +113,8 @@ def _in_front(prefix: Prefix) -> Any:
         # A first call: generation brings an empty cache, and later the one that was filled then.
         if cache.get_seq_length() == 0:
             prefix.fill(cache, batch, module.dtype)
-        mask = named.get("attention_mask")
-        if mask is not None and mask.dim() == 2:
-            named["attention_mask"] = torch.cat([mask.new_ones(batch, prefix.length), mask], 1)
+        if isinstance(mask := named.get("attention_mask"), Tensor):
+            named["attention_mask"] = torch.cat([_seen(mask, prefix.length), mask], -1)
         if named.get("position_ids") is not None:
             named["position_ids"] = named["position_ids"] + prefix.length
         return inputs, named

@@ -71,7 +71,7 @@ class SharedInput:
 
 def _compatible(layers: Sequence[AdaptedLayer]) -> bool:
     """Whether all are adapted as a whole, with one dropout, in one mode."""
-    if any(layer.active is None for layer in layers):
+    if not all(layer.is_ready for layer in layers):
         return False
     adapters: list[Any] = [layer.adapters[layer.active] for layer in layers]  # type: ignore[index]
     first = adapters[0]

@@ -73,9 +73,11 @@ class Board(Lines):
 
 def run(settings: CompareOptions, output: Output) -> Mapping[str, Any]:
     from rankwise.comparison.run import compare
+    from rankwise.reports.comparison import write_report
 
     with watching(output) as watcher:
         comparison = compare(settings, watcher)
+    write_report(settings.output)
     report(comparison, settings, output)
     return comparison
 
@@ -160,7 +162,7 @@ def watching(output: Output) -> Iterator[Lines]:
 
 
 def _doing(job: Job) -> str:
-    return {"probe": "timing", "train": "training", "measure": "measuring", "evaluate": "evaluating"}[job.stage]
+    return {"probe": "timing", "train": "training", "measure": "measuring"}[job.stage]
 
 
 def _ended(job: Job, outcome: Outcome, picture: Picture) -> str:

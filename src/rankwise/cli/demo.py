@@ -1,94 +1,106 @@
-"""``make demo``: fine-tune the demo model on what Python's own functions say of themselves, and look at the result.
+"""``make demo``: plan, then compare four methods on the demo model and Python's own docstrings.
 
 Nothing is downloaded: the model lies in a package, the data are the docstrings of the standard library.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from rankwise.cli import train
-from rankwise.cli.generate import Answer, Sampling, Speaker, Wording, print_answer
+from rankwise.cli import compare, plan
+from rankwise.cli.generate import Answer, print_answer
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
-from rankwise.cli.progress import watching
-from rankwise.config import Settings, TrainSettings, read_settings
-from rankwise.records import RUN_FILE
+from rankwise.comparison.settings import CompareOptions, CompareSettings
+from rankwise.config import Settings, comma_list, read_settings
+from rankwise.planning.settings import PlanSettings
 
 SHOWN = 3
 STDLIB = "stdlib"
+EXAMPLES = Path("evaluation") / "perplexity" / "predictions.jsonl"
 
 
 class DemoSettings(Settings):
-    """The options of ``rankwise demo``. Its output is always the demo's own, so it is replaced without asking."""
+    """The options of ``rankwise demo``. The same command continues a demo that was stopped."""
 
-    output: Path = Field(Path("runs/demo"), description="Run folder to write.")
-    max_steps: int = Field(60, ge=1, description="Optimizer steps.")
-    eval_limit: int = Field(48, ge=1, description="Rows to evaluate on.")
+    output: Path = Field(Path("runs/demo-comparison"), description="Folder of the comparison.")
+    model: str = Field("demo", description="Hub id, folder, .gguf file, or `demo`.")
+    methods: Annotated[tuple[str, ...], BeforeValidator(comma_list)] = Field(
+        ("lora", "qlora", "dora", "qdora"), description="Methods to compare."
+    )
+    max_steps: int = Field(20, ge=1, description="Optimizer steps of each run.")
+    eval_limit: int = Field(32, ge=1, description="Rows to evaluate on.")
 
 
 def run(settings: DemoSettings, output: Output) -> Mapping[str, Any]:
-    from rankwise.training.run import train as train_run
+    output.line(f"{settings.model} learns to say what a Python function does, from its signature alone.\n")
+    chosen = _compare_settings(settings)
+    output.line("What would fit here:\n")
+    planned = plan.run(_plan_settings(chosen), output)
+    output.line("\nOne short run of each method, so that they can be compared on this machine:\n")
+    comparison = compare.run(chosen, output)
+    output.line("\nSignatures that the models were not trained on, before and after:\n")
+    for answer in _answers(comparison, settings.output):
+        print_answer(output, answer)
+    output.line(f"{'report':<12}{settings.output / 'report.html'}")
+    output.line(comparison["recommendation"]["reason"], style="bold")
+    return {"plan": planned, "comparison": comparison}
 
-    output.line("SmolLM2-135M-Instruct learns to say what a Python function does, from its signature alone.\n")
-    chosen = _train_settings(settings)
-    with watching(output, every=chosen.logging_steps) as observer:
-        record = train_run(chosen, observer)
-    output.line()
-    for label, text in train.summary(settings.output, record):
-        output.line(f"{label:<12}{text}")
-    output.line("\nThree signatures it was not trained on:\n")
-    answers = _answers(settings.output, output)
-    output.line(f"loss curve: {settings.output / 'loss.svg'}")
-    return {"record": record.to_json(), "answers": [dataclasses.asdict(answer) for answer in answers]}
 
-
-def _train_settings(settings: DemoSettings) -> TrainSettings:
+def _compare_settings(settings: DemoSettings) -> CompareOptions:
     given = {
-        "model": "demo",
+        "model": settings.model,
         "data": STDLIB,
-        "eval_data": STDLIB,
         "output": settings.output,
+        "methods": settings.methods,
+        "seeds": 1,
+        "learning_rates": (5e-4,),
         "max_steps": settings.max_steps,
         "eval_limit": settings.eval_limit,
-        "eval_steps": max(1, settings.max_steps // 3),
-        "logging_steps": max(1, settings.max_steps // 12),
+        "eval_steps": max(1, settings.max_steps // 2),
+        "logging_steps": max(1, settings.max_steps // 10),
         "max_length": 160,
-        "learning_rate": 5e-4,
-        "overwrite": (settings.output / RUN_FILE).is_file(),
     }
-    return read_settings(TrainSettings, None, given)
+    return read_settings(CompareSettings, None, given)
 
 
-def _answers(adapter: Path, output: Output) -> list[Answer]:
-    """Base and tuned model on evenly spread evaluation rows, loaded from the run folder as a user would."""
-    from rankwise.adapters import load_adapter
-    from rankwise.data import read_rows
-    from rankwise.models import choose_device, load_model
+def _plan_settings(chosen: CompareOptions) -> PlanSettings:
+    shared = chosen.model_dump()
+    methods = tuple(name for name in chosen.methods if name not in ("bottleneck", "prefix"))
+    given = {"model": chosen.model, "method": methods, **{name: shared[name] for name in ("max_length", "max_steps")}}
+    return read_settings(PlanSettings, None, given)
 
-    choice = choose_device("auto")
-    model, tokenizer = load_model("demo", dtype=choice.dtype, device=str(choice.device))
-    load_adapter(model, adapter, trainable=False)
-    speaker = Speaker(model.eval(), tokenizer, Wording(chat=True), adapted=True, sampling=Sampling(max_new_tokens=40))
-    rows = read_rows(STDLIB, split="validation")
-    answers = []
-    for index in range(SHOWN):
-        answers.append(speaker.answer(rows[(2 * index + 1) * len(rows) // (2 * SHOWN)].prompt, both=True))
-        print_answer(output, answers[-1])
-    return answers
+
+def _answers(comparison: Mapping[str, Any], folder: Path) -> Iterator[Answer]:
+    """What the base and the recommended run wrote to the same prompts, from their records."""
+    base = _predictions(folder / (comparison["base"]["folder"] or "") / EXAMPLES)
+    run_id = comparison["recommendation"]["run"]
+    best = next((run for run in comparison["runs"] if run["id"] == run_id), None)
+    tuned = _predictions(folder / best["folder"] / EXAMPLES) if best else {}
+    asked = [name for name in tuned if name in base][:SHOWN]
+    for name in asked:
+        yield Answer(tuned[name]["prompt"], base[name]["prediction"], tuned[name]["prediction"])
+
+
+def _predictions(path: Path) -> dict[str, Any]:
+    """Examples that have an answer, by id."""
+    if not path.is_file():
+        return {}
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {row["id"]: row for row in rows if row["prediction"]}
 
 
 VERB = Verb(
     name="demo",
     settings=DemoSettings,
     run=run,
-    summary="Fine-tune the demo model on Python's own docstrings: a minute or two on a laptop, nothing to download.",
+    summary="Plan and compare four methods on the demo model and Python's own docstrings, in minutes.",
     examples=("rankwise demo",),
-    metavars={"output": "DIR"},
+    metavars={"output": "DIR", "model": "M"},
     hidden=True,
 )

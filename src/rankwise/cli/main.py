@@ -130,7 +130,7 @@ def _as_ours(error: Exception) -> RankwiseError:
         return error
     if hasattr(error, "format_message"):
         return ConfigError("RW120", _usage_sentence(error))
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if train.is_out_of_memory(error):
         remedy = "lower --batch-size or --max-length, or switch on --gradient-checkpointing"
         return RunError("RW550", f"the memory of the device is full ({_first_line(error)}); {remedy}.")
     if isinstance(error, OSError) and error.errno in FILE_ERRORS and error.filename:

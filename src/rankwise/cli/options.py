@@ -127,9 +127,11 @@ def _help(field: FieldInfo) -> str:
     text = field.description or ""
     if field.is_required():
         return f"{text} (required)"
-    if field.default is None or field.default is False or field.default == {}:
+    if field.default is None or field.default is False or field.default in ({}, ()):
         return text
     default = "on" if field.default is True else field.default
+    if isinstance(default, tuple):
+        default = ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in default)
     return f"{text} (default: {default:g})" if isinstance(default, float) else f"{text} (default: {default})"
 
 

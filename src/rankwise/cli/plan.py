@@ -173,7 +173,7 @@ VERB = Verb(
     summary="What fits the memory, how fast it goes, which method to take: from config.json alone, no weights.",
     examples=(
         'rankwise plan --model meta-llama/Llama-3.1-8B --gpu "RTX 4090"',
-        "rankwise plan --model demo --memory 24GB --batch-size 4 --max-length 2048 --save plan.yaml",
+        "rankwise plan --model demo --memory 24GB --max-length 2048 --save plan.yaml",
         "rankwise plan --calibrate",
     ),
     panels=PANELS,

@@ -122,10 +122,10 @@ def bars(plan: Plan, width: int) -> Iterator[Text]:
         line.append_text(_bar(row, memory, high, room))
         line.append(f" {gigabytes(row.estimate.peak_bytes)}", style=VERDICT_STYLES[row.verdict])
         yield line
-    legend = Text("       ")
+    legend = Text()
     for part, (mark, colour) in zip(PARTS, MARKS):
         legend.append(mark, style=colour)
-        legend.append(f" {part}  ", style="dim")
+        legend.append(f" {part} ", style="dim")
     legend.append("| memory", style="dim")
     yield legend
 

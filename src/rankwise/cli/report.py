@@ -74,8 +74,8 @@ def _methods(
 
     methods: dict[str, Any] = {}
     for name, facts in document["methods"].items():
-        own = {metric: by_method[name] for metric, by_method in scores.items() if name in by_method}
-        means = {metric: mean_of_seeds([item.values[seed] for seed in sorted(item.values)]) for metric, item in own.items()}
+        values = {metric: _by_seed(by_method[name]) for metric, by_method in scores.items() if name in by_method}
+        means = {metric: mean_of_seeds(list(by_seed.values())) for metric, by_seed in values.items()}
         intervals = {metric: mean.interval() for metric, mean in means.items()}
         methods[name] = {
             **facts,
@@ -83,7 +83,7 @@ def _methods(
             "mean": {metric: mean.mean for metric, mean in means.items()},
             "interval": {metric: None if pair is None else list(pair) for metric, pair in intervals.items()},
             "seed_sd": {metric: mean.seed_sd for metric, mean in means.items()},
-            "per_seed": {metric: {str(seed): item.values[seed] for seed in sorted(item.values)} for metric, item in own.items()},
+            "per_seed": values,
             "higher_is_better": {metric: better[metric] for metric in means},
         }
     metric = str(document["primary_metric"])
@@ -92,9 +92,11 @@ def _methods(
     best = pareto_set(points, higher_is_better=higher)
     order = sorted((point["quality"] * (-1 if higher else 1), point["method"]) for point in points)
     groups = tie_groups([name for _, name in order], [item for item in differences if item["metric"] == metric])
-    return {
-        name: {**facts, "group": groups.get(name), "pareto": name in best} for name, facts in methods.items()
-    }
+    return {name: {**facts, "group": groups.get(name), "pareto": name in best} for name, facts in methods.items()}
+
+
+def _by_seed(scores: Scores) -> dict[str, float]:
+    return {str(seed): scores.values[seed] for seed in sorted(scores.values)}
 
 
 def _recommend(
@@ -144,5 +146,5 @@ VERB = Verb(
         "rankwise report runs/comparison",
         "rankwise report runs/laptop runs/server --output runs/report",
     ),
-    metavars={"folders": "DIR...", "output": "DIR"},
+    metavars={"folders": "FOLDER...", "output": "DIR"},
 )

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.progress import watching
 from rankwise.cli.words import byte_size, duration, parameter_count
 from rankwise.config import TrainSettings
+from rankwise.errors import RunError
 from rankwise.records import RunRecord, read_metrics
+
+if TYPE_CHECKING:
+    from rankwise.planning.guard import MemoryGuard
 
 PANELS = {
     "Model and data": (
@@ -77,11 +81,42 @@ PANELS = {
 def run(settings: TrainSettings, output: Output) -> Mapping[str, Any]:
     from rankwise.training.run import train
 
-    with watching(output, every=settings.logging_steps) as observer:
-        record = train(settings, observer)
+    guard = _guard(settings, output)
+    try:
+        with watching(output, every=settings.logging_steps) as observer:
+            record = train(settings, observer, guard)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise _out_of_memory(error, guard) from error
     for label, text in summary(settings.output, record):
         output.line(f"{label:<12}{text}")
     return {"output": str(settings.output)} | record.to_json()
+
+
+def _guard(settings: TrainSettings, output: Output) -> MemoryGuard:
+    from rankwise.planning.guard import MemoryGuard
+    from rankwise.training.meters import anonymous_memory_bytes
+
+    return MemoryGuard(settings.model_dump(), output.line, anonymous_memory_bytes, ignore=settings.ignore_plan)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA's own error, Python's, and what torch's CPU allocator says in a RuntimeError."""
+    cpu_allocator = "DefaultCPUAllocator" in str(error) and "memory" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or cpu_allocator
+
+
+def _out_of_memory(error: BaseException, guard: MemoryGuard) -> RunError:
+    lines = str(error).strip().splitlines()
+    reason = lines[0].rstrip(".;:") if lines else "no message"
+    changes = guard.advice()
+    remedy = (
+        f"what would fit, the cheapest first: {changes}"
+        if changes
+        else "lower --batch-size or --max-length, or switch on --gradient-checkpointing"
+    )
+    return RunError("RW550", f"the memory of the device is full ({reason}); {remedy}.")
 
 
 def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
@@ -113,10 +148,15 @@ def _speed(record: RunRecord) -> str:
     if record.tokens_per_second is not None:
         parts.append(f"{record.tokens_per_second:,.0f} tokens/s")
     if record.peak_memory_bytes is not None:
-        parts.append(f"peak memory {byte_size(record.peak_memory_bytes)}")
+        parts.append(f"peak memory {byte_size(record.peak_memory_bytes)}{_predicted(record)}")
     if record.wall_seconds is not None:
         parts.append(f"{duration(record.wall_seconds)} in all")
     return ", ".join(parts)
+
+
+def _predicted(record: RunRecord) -> str:
+    peak = record.predicted_peak_memory_bytes
+    return "" if peak is None else f" (predicted {byte_size(peak)})"
 
 
 def _as_model(record: RunRecord) -> str:

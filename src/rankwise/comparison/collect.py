@@ -11,7 +11,7 @@ from rankwise.comparison.matrix import Cell
 from rankwise.comparison.measure_files import FACTS_FILE, PERPLEXITY
 from rankwise.comparison.schedule import Plan, state_of
 from rankwise.comparison.schema import EVAL_LOSS, EVALUATION_FOLDER, Message, Run
-from rankwise.comparison.stages import Job, outcome_of
+from rankwise.comparison.stages import Job, Stage, outcome_of
 from rankwise.comparison.verdicts import Scores
 from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE
 from rankwise.records import RUN_FILE, load_record
@@ -62,9 +62,13 @@ def _run(plan: Plan, cell: Cell, phase: Any, skipped: Mapping[str, str] | None) 
     }
 
 
+def _stages(plan: Plan) -> tuple[Stage, ...]:
+    return "train", *plan.after
+
+
 def _error(plan: Plan, cell: Cell) -> tuple[Message | None, bool]:
     """What went wrong in any of its stages, and whether its training finished."""
-    outcomes = {stage: outcome_of(Job(stage, cell), plan.output) for stage in ("train", *plan.after)}
+    outcomes = {stage: outcome_of(Job(stage, cell), plan.output) for stage in _stages(plan)}
     errors = [outcome.error for outcome in outcomes.values() if outcome is not None and outcome.error is not None]
     error: Message | None = {"code": errors[0]["code"], "message": errors[0]["message"]} if errors else None
     trained = outcomes["train"]

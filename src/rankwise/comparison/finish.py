@@ -13,7 +13,7 @@ from rankwise.config import TrainSettings
 from rankwise.records import write_text
 
 LEFT_OUT = ("checkpoints", "evaluation", "runs")
-NOT_SETTINGS = {"output", "resume", "overwrite"}
+NOT_SETTINGS = {"output", "cache", "resume", "overwrite"}
 
 
 def best_run(runs: Sequence[Run], method: str, metric: str, *, higher_is_better: bool) -> Run | None:

@@ -12,7 +12,7 @@ from rankwise.errors import RunError
 from rankwise.records import write_json
 
 SETTINGS_FILE = "settings.json"
-NEUTRAL = {"device", "logging_steps", "save_steps", "save_total_limit", "trust_remote_code"}
+NEUTRAL = {"device", "ignore_plan", "logging_steps", "save_steps", "save_total_limit", "trust_remote_code"}
 # As in a resumed run: these do not touch what is learned.
 OURS = {SETTINGS_FILE, ".comparison.lock", "data"}
 # What stands in a folder before the first run.

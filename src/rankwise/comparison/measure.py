@@ -1,84 +1,139 @@
 """``python -m rankwise.comparison.measure JOB.json``: what a finished run is like, in one process with one loading.
 
-Loss of every evaluation row, a few answers, merged against unmerged, and how far each weight moved.
+Loss of every evaluation row, the tasks, a few answers, merged against unmerged, and how far each weight moved.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from rankwise.comparison.measure_files import FACTS_FILE, PERPLEXITY
 from rankwise.comparison.schema import EVALUATION_FOLDER, MergedCheck
-from rankwise.data import Encoded, encode_rows, read_rows, read_template
-from rankwise.data.encoding import IGNORED
-from rankwise.errors import RankwiseError
-from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE
-from rankwise.records import load_record, write_json, write_text
-from rankwise.training.provenance import versions
+from rankwise.data import Rows, read_rows, read_template
+from rankwise.errors import RankwiseError, RankwiseWarning
+from rankwise.evaluation import journal
+from rankwise.evaluation.engine import Engine
+from rankwise.evaluation.record import TaskResult
+from rankwise.evaluation.run import versions
+from rankwise.evaluation.settings import EvaluateSettings
+from rankwise.evaluation.tasks.base import Task
+from rankwise.evaluation.tasks.registry import make_task
+from rankwise.records import load_record, write_json
 
 ANSWERED = 6
 # Rows that the model also answers, for people to read.
 ANSWER_TOKENS = 48
+MERGEABLE = ("lora", "qlora", "dora", "qdora")
 CHECKED_ROWS = 4
 # Rows whose logits are compared, merged against unmerged.
 
 
 def measure(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Write ``evaluation/perplexity`` and ``measured.json`` into the run's folder; gives the latter's content.
+    """Write ``evaluation/TASK`` and ``measured.json`` into the run's folder; gives the latter's content.
 
-    ``job``: folder, model, method (None for the base), dtype, device, trust_remote_code, revision; eval_data, columns,
-    max_length, chat_template, batch_size; merged_check.
+    ``job``: folder, model, cache, method (None for the base), dtype, device, trust_remote_code, revision; eval_data,
+    columns, max_length, chat_template, batch_size; merged_check; tasks, task_data, task_limit.
     """
     torch.manual_seed(0)
     folder = Path(job["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = load_run(job)
+    tasks = _tasks(job)
     rows = read_rows(job["eval_data"], split="validation", **job["columns"])
+    model, tokenizer = load_run(job)
     template = read_template(Path(job["chat_template"])) if job["chat_template"] else None
-    encoded = encode_rows(rows, tokenizer, max_length=job["max_length"], chat_template=template, name="eval")
-    started = time.monotonic()
-    losses = row_losses(model, encoded, job["batch_size"])
-    answers, speed = _answers(model, tokenizer, encoded)
-    _write_examples(job, folder, tokenizer, encoded, losses, answers, rows.sha256, time.monotonic() - started)
+    engine = Engine(model, tokenizer, template, job["batch_size"])
+    shown = _shown(rows)
+    answers, speed = _answers(engine, rows, shown)
+    for task in tasks:
+        run_task(task, engine, folder, job, answers if task.name == PERPLEXITY else {})
     facts: dict[str, Any] = {"merged": None, "update_norms": None}
     if job["method"] is not None:
         facts["adapter_bytes"] = _stored_bytes(folder)
-        facts |= _merge_facts(job, model, tokenizer, encoded, speed)
+        facts |= _merge_facts(job, engine, rows, shown, speed)
     write_json(folder / FACTS_FILE, facts)
     return facts
 
 
+def _tasks(job: Mapping[str, Any]) -> list[Task]:
+    """The loss on the evaluation data first, then what was asked for."""
+    given = EvaluateSettings(
+        task=(PERPLEXITY, *job["tasks"]),
+        data=(f"{PERPLEXITY}={job['eval_data']}", *job["task_data"]),
+        max_length=job["max_length"],
+        **job["columns"],
+    )
+    limited = given.model_copy(update={"limit": job["task_limit"]})
+    return [make_task(name, given if name == PERPLEXITY else limited) for name in given.task]
+
+
+def run_task(
+    task: Task, engine: Engine, folder: Path, job: Mapping[str, Any], answers: Mapping[str, str]
+) -> TaskResult:
+    """``rankwise evaluate`` on a model that is loaded: the same files. ``answers`` are predictions by example."""
+    place = folder / EVALUATION_FOLDER / task.name
+    settings = {"task": task.name, "data_sha256": task.data_sha256, "task_settings": task.describe()}
+    journal.open_folder(place, settings, overwrite=False)
+    started = time.monotonic()
+    found = task.run(engine, place, lambda done, total: None)
+    found = [dataclasses.replace(item, prediction=answers.get(item.id, item.prediction)) for item in found]
+    journal.rewrite(place, found)
+    summary = task.summarize(found)
+    result = TaskResult(
+        task=task.name,
+        model=job["model"],
+        adapter=None if job["method"] is None else str(folder),
+        metrics=summary.metrics,
+        primary=task.primary if task.primary in summary.metrics else next(iter(summary.metrics), task.primary),
+        higher_is_better={name: task.higher_is_better.get(name, True) for name in summary.metrics},
+        standard_errors=summary.standard_errors,
+        count=len(found),
+        settings=json.loads(json.dumps({**settings, **task.extra_settings()}, default=str)),
+        data_sha256=task.data_sha256,
+        versions=versions(),
+        wall_seconds=time.monotonic() - started,
+        clusters=summary.clusters,
+        notes=summary.notes,
+    )
+    result.save(place)
+    return result
+
+
 def load_run(job: Mapping[str, Any]) -> tuple[Any, Any]:
     """The model of a run with what it trained, in evaluation mode; the base where there is no method."""
-    from rankwise.models import choose_device, load_model
+    from rankwise.adapters.trained_base import quantization_of
+    from rankwise.models import choose_device, fetch_model
+    from rankwise.training.prepared import load_prepared
 
     folder, method = Path(job["folder"]), job["method"]
     record = load_record(folder) if method is not None else None
     choice = choose_device(job["device"], job["dtype"])
-    dtype = getattr(torch, record.device["dtype"]) if record else choice.dtype
-    more = {"dtype": dtype, "device": str(choice.device), "trust_remote_code": job["trust_remote_code"]}
-    if method == "full":
-        model, tokenizer = load_model(str(folder), **more)
-    elif record is not None:
-        from rankwise.adapters.trained_base import quantization_of
-
-        model, tokenizer = load_model(
-            job["model"], quantization=quantization_of(folder), revision=job["revision"], **more
-        )
-        _load_adapter(model, folder, method)
-    else:
-        model, tokenizer = load_model(job["model"], revision=job["revision"], **more)
+    whole = method == "full"
+    source = fetch_model(
+        str(folder) if whole else job["model"],
+        revision=None if whole else job["revision"],
+        trust_remote_code=job["trust_remote_code"],
+    )
+    model, tokenizer = load_prepared(
+        source,
+        dtype=getattr(torch, record.device["dtype"]) if record else choice.dtype,
+        device=str(choice.device),
+        quantization=quantization_of(folder) if record and not whole else None,
+        trust_remote_code=job["trust_remote_code"],
+        cache=Path(job["cache"]),
+    )
+    if record is not None and not whole:
+        _load_adapter(model, folder, record.method)
     return model.eval(), tokenizer
 
 
@@ -92,137 +147,65 @@ def _load_adapter(model: Any, folder: Path, method: str) -> None:
         load_adapter(model, folder, trainable=False)
 
 
-@torch.inference_mode()
-def row_losses(model: Any, encoded: Encoded, batch_size: int) -> list[tuple[float, int]]:
-    """(mean negative log-likelihood of the trained tokens in nats, their count) of every row, in float32."""
-    order = sorted(range(len(encoded.dataset)), key=lambda index: len(encoded.dataset[index]["input_ids"]))
-    found: dict[int, tuple[float, int]] = {}
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        ids, labels, mask = _batch([encoded.dataset[index] for index in indices], model.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        for index, row_logits, row_labels in zip(indices, logits[:, :-1], labels[:, 1:]):
-            trained = row_labels != IGNORED
-            loss = cross_entropy(row_logits[trained].float(), row_labels[trained], reduction="mean")
-            found[index] = loss.item(), int(trained.sum())
-    return [found[index] for index in range(len(order))]
-
-
-def _batch(rows: list[Mapping[str, Any]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, labels and mask, (B, L) each, padded at the right."""
-    longest = max(len(row["input_ids"]) for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    labels, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        length = len(row["input_ids"])
-        ids[index, :length] = torch.tensor(row["input_ids"])
-        labels[index, :length] = torch.tensor(row["labels"])
-        mask[index, :length] = 1
-    return ids.to(device), labels.to(device), mask.to(device)
+def _shown(rows: Rows) -> list[int]:
+    """Numbers of some rows that ask something, spread evenly."""
+    if rows.kind == "text":
+        return []
+    return list(range(0, len(rows), max(1, len(rows) // ANSWERED)))[:ANSWERED]
 
 
 @torch.inference_mode()
-def _answers(model: Any, tokenizer: Any, encoded: Encoded) -> tuple[dict[int, str], float | None]:
-    """Greedy answers to some rows, and the tokens per second of writing them; rows without a prompt get none."""
-    answers: dict[int, str] = {}
+def _answers(engine: Engine, rows: Rows, numbers: Sequence[int]) -> tuple[dict[str, str], float | None]:
+    """Greedy answers to some rows, one at a time, and the tokens per second of writing them."""
+    asked = engine.prompt_ids(engine.encoder(rows), [rows[number] for number in numbers]) if numbers else []
+    answers: dict[str, str] = {}
     tokens, seconds = 0, 0.0
-    step = max(1, len(encoded.dataset) // ANSWERED)
-    for index in range(0, len(encoded.dataset), step)[:ANSWERED]:
-        prompt = _prompt_ids(encoded.dataset[index])
-        if not prompt:
-            continue
-        ids = torch.tensor([prompt], device=model.device)
+    for number, prompt in zip(numbers, asked):
+        ids = torch.tensor([prompt], device=engine.model.device)
         if not answers:
             # The first call allocates and compiles.
-            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+            _written(engine, ids, 2)
         started = time.perf_counter()
-        written = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=ANSWER_TOKENS,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        )[0, len(prompt) :]
+        written = _written(engine, ids, ANSWER_TOKENS)
         seconds += time.perf_counter() - started
         tokens += len(written)
-        answers[index] = tokenizer.decode(written, skip_special_tokens=True).strip()
+        answers[str(number)] = engine.decode(written).strip()
     return answers, tokens / seconds if seconds else None
 
 
-def _prompt_ids(row: Mapping[str, Any]) -> list[int]:
-    """The ids in front of the first trained one."""
-    trained = [label != IGNORED for label in row["labels"]]
-    return list(row["input_ids"][: trained.index(True)])
-
-
-def _write_examples(
-    job: Mapping[str, Any],
-    folder: Path,
-    tokenizer: Any,
-    encoded: Encoded,
-    losses: list[tuple[float, int]],
-    answers: Mapping[int, str],
-    sha256: str,
-    seconds: float,
-) -> None:
-    target = folder / EVALUATION_FOLDER / PERPLEXITY
-    target.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index, (row, (loss, tokens)) in enumerate(zip(encoded.dataset, losses)):
-        prompt, kept = _prompt_ids(row), [label for label in row["labels"] if label != IGNORED]
-        example = {
-            "id": str(index),
-            "cluster": hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16] if prompt else None,
-            "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
-            "prediction": answers.get(index, ""),
-            "references": [tokenizer.decode(kept, skip_special_tokens=True).strip()],
-            "scores": {"loss": loss, "tokens": tokens},
-        }
-        lines.append(json.dumps(example, ensure_ascii=False) + "\n")
-    write_text(target / EXAMPLES_FILE, "".join(lines))
-    total = sum(tokens for _, tokens in losses)
-    mean = sum(loss * tokens for loss, tokens in losses) / total
-    write_json(
-        target / RESULT_FILE,
-        {
-            "task": PERPLEXITY,
-            "model": job["model"],
-            "adapter": str(folder) if job["method"] is not None else None,
-            "metrics": {"loss": mean, "perplexity": float(torch.tensor(mean, dtype=torch.float64).exp())},
-            "primary": "loss",
-            "higher_is_better": {"loss": False, "perplexity": False},
-            "standard_errors": {"loss": None, "perplexity": None},
-            "count": len(losses),
-            "settings": {"max_length": job["max_length"], "answered": sorted(answers)},
-            "data_sha256": sha256,
-            "versions": versions(),
-            "wall_seconds": round(seconds, 3),
-            "examples": EXAMPLES_FILE,
-        },
+def _written(engine: Engine, ids: Tensor, count: int) -> list[int]:
+    mask = torch.ones_like(ids)
+    output = engine.model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=count,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=engine.pad,
     )
+    return [int(token) for token in output[0, ids.shape[1] :]]
 
 
 def _merge_facts(
-    job: Mapping[str, Any], model: Any, tokenizer: Any, encoded: Encoded, speed: float | None
+    job: Mapping[str, Any], engine: Engine, rows: Rows, shown: Sequence[int], speed: float | None
 ) -> dict[str, Any]:
     """Merge the adapter in memory: what the logits and the speed become, and how far each weight moved."""
     if job["method"] == "full":
-        return {"merged": None, "update_norms": _full_norms(job, model)}
-    if job["method"] not in ("lora", "qlora", "dora", "qdora"):
+        return {"merged": None, "update_norms": _full_norms(job, engine.model)}
+    if job["method"] not in MERGEABLE:
         return {"merged": None, "update_norms": None}
     from rankwise.adapters import merge_adapter
 
-    before = _logits(model, encoded) if job["merged_check"] else []
-    weights = _adapted_weights(model)
-    merge_adapter(model, reversible=False)
-    norms = {name: _relative(model.get_submodule(name), old) for name, old in weights.items()}
+    before = _logits(engine, rows[:CHECKED_ROWS], job["max_length"]) if job["merged_check"] else []
+    weights = _adapted_weights(engine.model)
+    merge_adapter(engine.model, reversible=False)
+    norms = {name: _relative(engine.model.get_submodule(name), old) for name, old in weights.items()}
     if not job["merged_check"]:
         return {"merged": None, "update_norms": norms}
-    if getattr(model, "hf_quantizer", None) is not None:
-        model = model.dequantize()
-    after = _logits(model, encoded)
-    _, merged_speed = _answers(model, tokenizer, encoded)
+    if getattr(engine.model, "hf_quantizer", None) is not None:
+        engine.model = engine.model.dequantize()
+    after = _logits(engine, rows[:CHECKED_ROWS], job["max_length"])
+    _, merged_speed = _answers(engine, rows, shown)
     merged: MergedCheck = {
         "max_logit_difference": max((one - two).abs().max().item() for one, two in zip(before, after)),
         "generate_tokens_per_second_merged": merged_speed,
@@ -232,11 +215,11 @@ def _merge_facts(
 
 
 @torch.inference_mode()
-def _logits(model: Any, encoded: Encoded) -> list[Tensor]:
+def _logits(engine: Engine, rows: Rows, max_length: int) -> list[Tensor]:
     found = []
-    for index in range(min(CHECKED_ROWS, len(encoded.dataset))):
-        ids = torch.tensor([encoded.dataset[index]["input_ids"]], device=model.device)
-        found.append(model(input_ids=ids, use_cache=False).logits.float().cpu())
+    for row in engine.encoder(rows).encode(rows.items):
+        ids = torch.tensor([row.ids[:max_length]], device=engine.model.device)
+        found.append(engine.model(input_ids=ids, use_cache=False).logits.float().cpu())
     return found
 
 
@@ -283,6 +266,8 @@ def _stored_bytes(folder: Path) -> int:
 def main(argv: list[str]) -> int:
     """Exit codes and the document on stdout as of a verb of the command line."""
     document: dict[str, Any]
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", RankwiseWarning)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             document = measure(json.loads(Path(argv[0]).read_text(encoding="utf-8")))

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from rankwise.comparison.stages import beside
+
 PR_SET_PDEATHSIG = 1
 # Linux's prctl: which signal a process gets when its parent dies.
 
@@ -54,8 +56,8 @@ def start(module: str, arguments: Sequence[str], name: Path, environment: Mappin
     The process holds the lock of ``NAME.lock`` and inherits no terminal signals: whoever started it decides.
     """
     name.parent.mkdir(parents=True, exist_ok=True)
-    stdout = name.with_name(name.name + ".out")
-    with open(stdout, "wb") as out, open(name.with_name(name.name + ".log"), "ab") as log, _lock_file(name) as lock:
+    stdout = beside(name, ".out")
+    with open(stdout, "wb") as out, open(beside(name, ".log"), "ab") as log, _lock_file(name) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
@@ -95,7 +97,7 @@ def only_one(folder: Path) -> Any:
 
 
 def _lock_file(name: Path) -> IO[bytes]:
-    return open(name.with_name(name.name + ".lock"), "ab")
+    return open(beside(name, ".lock"), "ab")
 
 
 def _end_with_parent() -> None:

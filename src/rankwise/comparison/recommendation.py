@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from rankwise.comparison.schema import Difference, Method, ParetoPoint, Recommendation
 
 
+BASELINES = ("bottleneck", "prefix")
+
+
 def pareto_points(methods: Mapping[str, Method], metric: str) -> list[ParetoPoint]:
     """Every method that has a figure, as (quality, memory, time)."""
     return [
@@ -44,7 +47,9 @@ def recommend(
     then a difference below ``margin`` (a share of the best value).
     """
     points = pareto_points(methods, metric)
-    fitting = [point for point in points if _fits(point, memory_bytes, hours)]
+    # Baselines are measured for comparison; their adapters neither merge nor load elsewhere.
+    usable = [point for point in points if point["method"] not in BASELINES] or points
+    fitting = [point for point in usable if _fits(point, memory_bytes, hours)]
     base = _empty(metric, memory_bytes, hours, points)
     if not fitting:
         return {**base, "reason": _nothing_fits(points, memory_bytes, hours)}
@@ -62,7 +67,7 @@ def recommend(
     ]
     chosen = min(tied, key=_cost)
     others = [point["method"] for point in tied if point is not chosen]
-    reason = _reason(chosen, best, others, methods, metric, tested, memory_bytes, hours, len(fitting), len(points))
+    reason = _reason(chosen, best, others, methods, metric, tested, memory_bytes, hours, len(fitting), len(usable))
     return {**base, "method": chosen["method"], "reason": reason, "ties": others}
 
 

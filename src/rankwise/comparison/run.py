@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import shlex
 import warnings
@@ -24,7 +23,6 @@ from rankwise.comparison.schedule import Plan, jobs_left, jobs_to_do
 from rankwise.comparison.schema import (
     BEST_FOLDER,
     COMPARISON_FILE,
-    EVALUATION_FOLDER,
     MERGED_FOLDER,
     SCHEMA,
     Comparison,
@@ -99,8 +97,7 @@ def _announce(given: CompareOptions, inputs: Inputs, effect: MinimumDetectableEf
 
 
 def _plan(given: CompareOptions) -> Plan:
-    after: tuple[stages.Stage, ...] = ("measure", "evaluate") if given.task else ("measure",)
-    return Plan(given.output, given.methods, given.learning_rates, given.seeds, given.search_steps is not None, after)
+    return Plan(given.output, given.methods, given.learning_rates, given.seeds, given.search_steps is not None)
 
 
 def _carry_out(given: CompareOptions, plan: Plan, inputs: Inputs, watcher: Watcher) -> None:
@@ -136,14 +133,9 @@ class Commands:
     def of(self, job: Job) -> tuple[str, list[str]]:
         if job.stage in ("train", "probe"):
             return stages.CLI, stages.train_arguments(job, self.plan.output, self._training(job))
-        settings = self._measuring(job) if job.stage == "measure" else self._evaluating(job)
-        path = job.name(self.plan.output).with_suffix(f".{job.stage}.in")
-        if job.stage == "measure":
-            write_json(path, settings)
-            return stages.MEASURE, [str(path)]
-        config = path.with_suffix(".yaml")
-        config.write_text(json.dumps(settings), encoding="utf-8")
-        return stages.CLI, ["evaluate", "--config", str(config), "--json"]
+        path = stages.beside(job.name(self.plan.output), ".in")
+        write_json(path, self._measuring(job))
+        return stages.MEASURE, [str(path)]
 
     def steps(self, job: Job) -> int:
         """Optimizer steps of a training, for showing."""
@@ -177,7 +169,7 @@ class Commands:
     def _training(self, job: Job) -> dict[str, Any]:
         assert job.cell is not None
         inputs = {"model": _model(self.given.model), "data": self.inputs.train, "eval_data": self.inputs.evaluation}
-        shared = {**self.shared, "eval_limit": 0}
+        shared = {**self.shared, "eval_limit": 0, "cache": str(self._cache())}
         settings = cell_settings(job.cell, self.plan.output, shared, inputs, self._max_steps(job))
         if job.stage != "probe":
             return settings
@@ -187,34 +179,25 @@ class Commands:
             **dict.fromkeys(("eval_data", "eval_limit", "eval_steps", "early_stopping", "save_steps")),
         }
 
+    def _cache(self) -> Path:
+        """Base models as runs need them, and encoded rows: made by the first run that needs them."""
+        return self.plan.output.resolve() / "cache"
+
     def _measuring(self, job: Job) -> dict[str, Any]:
         names = ("max_length", "chat_template", "batch_size", "dtype", "device", "trust_remote_code", "revision")
         return {
             "folder": str(job.folder(self.plan.output)),
             "model": _model(self.given.model),
+            "cache": str(self._cache()),
             "method": job.cell.method if job.cell else None,
             "eval_data": self.inputs.evaluation,
             "columns": {name: self.shared[name] for name in ("prompt_column", "completion_column")},
             "merged_check": self.given.merged_check,
+            "tasks": list(self.given.task),
+            "task_data": list(self.given.task_data),
+            "task_limit": self.given.task_limit,
             **{name: self.shared[name] for name in names},
         }
-
-    def _evaluating(self, job: Job) -> dict[str, Any]:
-        folder = job.folder(self.plan.output)
-        whole = job.cell is not None and job.cell.method == "full"
-        settings: dict[str, Any] = {
-            "task": list(self.given.task),
-            "model": str(folder) if whole else _model(self.given.model),
-            "output": str(folder / EVALUATION_FOLDER),
-            "data": list(self.given.task_data),
-            "limit": self.given.task_limit,
-            "device": self.shared["device"],
-            "trust-remote-code": self.shared["trust_remote_code"],
-            "revision": None if whole else self.shared["revision"],
-        }
-        if job.cell is not None and not whole:
-            settings |= {"adapter": [str(folder)], "base": False}
-        return {key: value for key, value in settings.items() if value not in (None, [])}
 
 
 def _conclude(

@@ -23,7 +23,7 @@ class Plan:
     seeds: int
     short: bool
     # Whether the searches are shorter than the final runs.
-    after: tuple[Stage, ...] = ("measure", "evaluate")
+    after: tuple[Stage, ...] = ("measure",)
     # What follows the training of a final run, in order.
     base: bool = True
     # Whether the unadapted model is evaluated too.
@@ -99,7 +99,7 @@ def state_of(plan: Plan, method: str) -> MethodState:
 
 def _next_stage(plan: Plan, cell: Cell | None) -> Iterator[Job]:
     """The first stage of a cell that has no outcome. Nothing follows a training that failed."""
-    for stage in (("train",) if cell else ()) + plan.after:
+    for stage in _stages(plan, cell):
         job = Job(stage, cell)
         outcome = outcome_of(job, plan.output)
         if outcome is None:
@@ -109,9 +109,12 @@ def _next_stage(plan: Plan, cell: Cell | None) -> Iterator[Job]:
             return
 
 
+def _stages(plan: Plan, cell: Cell | None) -> tuple[Stage, ...]:
+    return plan.after if cell is None else ("train", *plan.after)
+
+
 def _open_stages(plan: Plan, cell: Cell | None) -> list[Stage]:
-    stages: list[Stage] = [*(("train",) if cell else ()), *plan.after]
-    outcomes = {stage: outcome_of(Job(stage, cell), plan.output) for stage in stages}
+    outcomes = {stage: outcome_of(Job(stage, cell), plan.output) for stage in _stages(plan, cell)}
     trained = outcomes.get("train")
     if trained is not None and trained.status == "failed":
         return []

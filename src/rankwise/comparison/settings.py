@@ -26,6 +26,7 @@ NOT_SHARED = {
     "seed",
     "sample_prompt",
     "tensorboard",
+    "cache",
     "resume",
     "overwrite",
 }

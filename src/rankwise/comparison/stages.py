@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rankwise.comparison.matrix import Cell
-from rankwise.comparison.schema import EVALUATION_FOLDER
 from rankwise.errors import RunError
-from rankwise.records import RUN_FILE, load_record, read_metrics, write_json
+from rankwise.records import RUN_FILE, load_record, read_metrics, write_json, write_text
 
-Stage = Literal["probe", "train", "measure", "evaluate"]
+Stage = Literal["probe", "train", "measure"]
 CLI = "rankwise.cli.main"
 MEASURE = "rankwise.comparison.measure"
 PROBES_FOLDER = "probes"
@@ -22,6 +21,8 @@ PROBES_FOLDER = "probes"
 BASE = "base"
 # Stands for a cell where the unadapted model is evaluated.
 KILLED = "RW583"
+TOO_LARGE = "RW562"
+# The plan says that the run cannot fit.
 INTERRUPTED_CODES = ("RW540", "RW541", "RW542", "RW543")
 
 
@@ -58,7 +59,7 @@ class Job:
 
 def outcome_of(job: Job, output: Path) -> Outcome | None:
     """How it ended; None while it has not. A finished record counts even where a kill came before its outcome."""
-    path = job.name(output).with_name(job.name(output).name + ".json")
+    path = beside(job.name(output), ".json")
     try:
         return Outcome(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -71,13 +72,16 @@ def outcome_of(job: Job, output: Path) -> Outcome | None:
 
 
 def keep_outcome(job: Job, output: Path, outcome: Outcome) -> None:
-    path = job.name(output)
-    write_json(path.with_name(path.name + ".json"), dataclasses.asdict(outcome))
+    write_json(beside(job.name(output), ".json"), dataclasses.asdict(outcome))
 
 
 def forget_outcome(job: Job, output: Path) -> None:
-    path = job.name(output)
-    path.with_name(path.name + ".json").unlink(missing_ok=True)
+    beside(job.name(output), ".json").unlink(missing_ok=True)
+
+
+def beside(name: Path, ending: str) -> Path:
+    """``NAME`` and an ending; names hold dots, which ``with_suffix`` would cut."""
+    return name.with_name(name.name + ending)
 
 
 def status_of(folder: Path) -> str | None:
@@ -89,14 +93,13 @@ def train_arguments(job: Job, output: Path, settings: Mapping[str, Any]) -> list
     """``rankwise train`` for a cell, from its last checkpoint where there is one."""
     import yaml
 
-    folder, config = job.folder(output), job.name(output).with_suffix(".yaml")
+    folder, config = job.folder(output), beside(job.name(output), ".yaml")
     there = (folder / RUN_FILE).is_file()
     if folder.exists() and not there:
         # Killed before the run had a record: what is in it is less than a run.
         shutil.rmtree(folder)
-    write_text = yaml.safe_dump({key.replace("_", "-"): value for key, value in settings.items()}, sort_keys=True)
     config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(write_text, encoding="utf-8")
+    write_text(config, yaml.safe_dump({key.replace("_", "-"): value for key, value in settings.items()}))
     return ["train", "--config", str(config), "--json", *(["--resume"] if there else [])]
 
 
@@ -112,7 +115,7 @@ def outcome_from(job: Job, output: Path, code: int, document: Mapping[str, Any],
 
 
 def _cut_off(job: Job, output: Path, code: int) -> dict[str, str]:
-    log = job.name(output).with_name(job.name(output).name + ".log")
+    log = beside(job.name(output), ".log")
     if code < 0:
         reason = f"a signal ({-code}) ended it" + (", as the system does when memory is full" if code == -9 else "")
     else:
@@ -125,11 +128,8 @@ def is_skip(job: Job, output: Path, outcome: Outcome) -> bool:
     if job.stage != "train" or outcome.status != "failed" or outcome.again or outcome.error is None:
         return False
     stepped = any("loss" in line for line in read_metrics(job.folder(output)))
-    return not stepped and outcome.error["code"][:3] in ("RW1", "RW3", "RW4", "RW6")
-
-
-def evaluation_folder(job: Job, output: Path) -> Path:
-    return job.folder(output) / EVALUATION_FOLDER
+    code = outcome.error["code"]
+    return not stepped and (code[:3] in ("RW1", "RW3", "RW4", "RW6") or code == TOO_LARGE)
 
 
 def last_step(folder: Path) -> int:

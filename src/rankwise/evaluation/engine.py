@@ -57,9 +57,6 @@ class Engine:
     def generator(self, decoding: Decoding) -> Generator:
         return Generator(self.model, decoding, pad=self.pad)
 
-    def numbered(self, prompts: Sequence[tuple[int, ...]]) -> list[Prompt]:
-        return [Prompt(ids, number) for number, ids in enumerate(prompts)]
-
     def batches(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[list[int]]:
         """Numbers of prompts that are answered together."""
         rows = self.batch_size or max(1, GENERATING_ROWS.get(self.device_type, 64) // decoding.num_beams)

@@ -9,6 +9,7 @@ B rows, L tokens.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,10 +48,10 @@ class Decoding:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """Token ids of a prompt, and the number that names it where a draw depends on it."""
+    """Token ids of a prompt. ``repeat`` tells equal prompts apart that are to be drawn anew."""
 
     ids: tuple[int, ...]
-    number: int = 0
+    repeat: int = 0
 
 
 Stopped = Callable[[list[int]], bool]
@@ -62,7 +63,7 @@ def batches_by_length(prompts: Sequence[Prompt], *, budget: int, new_tokens: int
 
     Depends on the set of prompts, not on their order.
     """
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].ids), prompts[i].ids, prompts[i].number))
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].ids), prompts[i].ids, prompts[i].repeat))
     batches: list[list[int]] = []
     for index in order:
         last = batches[-1] if batches else None
@@ -159,7 +160,9 @@ class Generator:
         """Draws of a prompt depend on it and the seed, not on the batch it is in."""
         if self.decoding.temperature == 0:
             return None
-        return torch.Generator().manual_seed((self.decoding.seed << 32) + prompt.number)
+        # Hashed: torch's generator on the CPU takes 32 bits of a seed.
+        name = f"{self.decoding.seed} {prompt.repeat} {prompt.ids}"
+        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))
 
     @torch.inference_mode()
     def _beam_search(self, prompts: Sequence[Prompt], stopped: Stopped | None) -> list[list[int]]:

@@ -45,7 +45,7 @@ class GrowingLayer(DynamicLayer):
         self._own()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx.long())  # type: ignore[arg-type]
         self._own()
 
     def _own(self) -> None:
@@ -74,6 +74,8 @@ def repeated(cache: DynamicCache, count: int) -> DynamicCache:
     copy = DynamicCache()
     for layer in cache.layers:
         assert isinstance(layer, GrowingLayer)
+        assert layer.keys is not None
+        assert layer.values is not None
         new = GrowingLayer()
         new.update(*(tensor.expand(count, *tensor.shape[1:]) for tensor in (layer.keys, layer.values)))
         copy.layers.append(new)

@@ -5,6 +5,7 @@ Texts become ids exactly as in the harness' own HFLM; the requests are then scor
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -15,7 +16,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from rankwise.evaluation.engine import Engine
-from rankwise.evaluation.generation import Decoding
+from rankwise.evaluation.generation import Decoding, Prompt
 from rankwise.evaluation.journal import Responses
 from rankwise.evaluation.loglikelihood import Target, target_of
 from rankwise.evaluation.packing import members_of
@@ -27,7 +28,7 @@ NEW_TOKENS = 256
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
-class EngineLM(TemplateLM):  # type: ignore[misc]
+class EngineLM(TemplateLM):
     """``responses`` keeps every answer on disk, so that a request is computed once."""
 
     def __init__(self, engine: Engine, responses: Responses, tell: Tell) -> None:
@@ -100,28 +101,30 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return [math.fsum(next(scores)[0] for _ in group) for group in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        keys = [_key("generate_until", *request.args, number) for number, request in _numbered(requests)]
+        repeats = _repeats(requests)
+        keys = [_key("generate_until", *request.args, repeat) for request, repeat in zip(requests, repeats)]
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
         done = 0
         for group in groups.values():
-            self._generate([requests[i] for i in group], [keys[i] for i in group], done, len(requests))
+            prompts = [Prompt(tuple(self.tok_encode(requests[i].args[0])), repeats[i]) for i in group]
+            self._generate(requests[group[0]].args[1], prompts, [keys[i] for i in group], done, len(requests))
             done += len(group)
         return [str(self.responses.known[key]) for key in keys]
 
-    def _generate(self, requests: Sequence[Any], keys: Sequence[str], before: int, total: int) -> None:
-        decoding, stops = self._decoding(requests[0].args[1])
-        room = self.max_length - decoding.max_new_tokens
-        texts = [request.args[0] for request in requests]
-        prompts = [tuple(self.tok_encode(text)[-max(1, room) :]) for text in texts]
-        numbered = self.engine.numbered(prompts)
+    def _generate(
+        self, asked: Mapping[str, Any], prompts: Sequence[Prompt], keys: Sequence[str], before: int, total: int
+    ) -> None:
+        decoding, stops = self._decoding(asked)
+        room = max(1, self.max_length - decoding.max_new_tokens)
+        prompts = [dataclasses.replace(prompt, ids=prompt.ids[-room:]) for prompt in prompts]
         generator, stopped = self.engine.generator(decoding), stops_at(self.engine, stops)
-        generator.share(numbered)
+        generator.share(prompts)
         known = self.responses.known
-        for batch in self.engine.batches(numbered, decoding):
+        for batch in self.engine.batches(prompts, decoding):
             if not all(keys[index] in known for index in batch):
-                answers = generator.answers([numbered[index] for index in batch], stopped)
+                answers = generator.answers([prompts[index] for index in batch], stopped)
                 written = [before_stops(self.engine.decode(ids), stops) for ids in answers]
                 self.responses.append(dict(zip((keys[index] for index in batch), written)))
             self.tell(before + sum(key in known for key in keys), total)
@@ -146,15 +149,15 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
 
-def _numbered(requests: Sequence[Any]) -> list[tuple[int, Any]]:
-    """Each request with how often it came before: repeats of a sampled one are drawn anew."""
+def _repeats(requests: Sequence[Any]) -> list[int]:
+    """How often each request came before: repeats of a sampled one are drawn anew."""
     seen: dict[str, int] = {}
-    numbered = []
+    found = []
     for request in requests:
         text = json.dumps(request.args, sort_keys=True, default=str)
-        numbered.append((seen.get(text, 0), request))
+        found.append(seen.get(text, 0))
         seen[text] = seen.get(text, 0) + 1
-    return numbered
+    return found
 
 
 def _key(*parts: Any) -> str:

@@ -38,11 +38,11 @@ Two assistants have answered the same question. Compare their answers.
 </answer_2>
 
 Give each answer a mark from 1 (useless) to 10 (could not be better). Look at whether it does what was asked, whether \
-its statements and its code or calculation are right, and whether it is as detailed as the question needs. Length alone \
-earns nothing, and neither does standing first.
+its statements and its code or calculation are right, and whether it is as detailed as the question needs. Length \
+alone earns nothing, and neither does standing first.
 
-Write the two marks on the first line: the mark of answer 1, a space, the mark of answer 2, nothing else. Then say in a \
-few sentences why.
+Write the two marks on the first line: the mark of answer 1, a space, the mark of answer 2, nothing else. Then say in \
+a few sentences why.
 """
 PLACEHOLDERS = ("question", "answer_1", "answer_2")
 DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
@@ -232,7 +232,7 @@ def judge_answers(
         warn(
             "RW243",
             f"{len(failed):,} of {len(ratings):,} ratings failed after {client.attempts} attempts each, the first "
-            f"because of this: {failed[0].text[:160]}; run the command again to ask once more for those without a reply.",
+            f"because of this: {failed[0].text[:160]}; run the command again to ask for those that got no reply.",
         )
     return ratings
 
@@ -346,7 +346,7 @@ def _refusal(client: JudgeClient, status: int, retry_after: str | None) -> _Answ
     if status in WRONG_ADDRESS:
         remedy = {401: "check the key", 403: "check the key and its rights", 404: "check --judge-url and --judge-model"}
         raise DataError("RW245", f"{client.endpoint} answered with status {status}; {remedy[status]}.")
-    wait = float(retry_after) if re.fullmatch(r"\d+(\.\d+)?", retry_after or "") else 0.0
+    wait = float(retry_after) if retry_after and re.fullmatch(r"\d+(\.\d+)?", retry_after) else 0.0
     again = status in TRY_AGAIN or status >= 500
     return _Answer(problem=f"{client.endpoint} answered with status {status}", try_again=again, wait_seconds=wait)
 

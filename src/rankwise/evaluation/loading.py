@@ -135,7 +135,7 @@ def _dtype(asked: str, adapters: Sequence[Path], preferred: Any) -> Any:
         return getattr(torch, asked)
     known = ("bfloat16", "float16", "float32")
     records = {str(adapter): record_of(adapter) for adapter in adapters}
-    found = {name: record.device.get("dtype") for name, record in records.items() if record is not None}
-    found = {name: dtype for name, dtype in found.items() if dtype in known}
+    trained = {name: str(record.device.get("dtype")) for name, record in records.items() if record is not None}
+    found = {name: dtype for name, dtype in trained.items() if dtype in known}
     _same("dtype", found, "--dtype")
     return getattr(torch, next(iter(found.values()))) if found else preferred

@@ -5,6 +5,7 @@ Legend: B batch, Lq queries, Lk keys, H query heads, Hkv key heads, D size of a 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from rankwise.errors import QuantizationError
-from rankwise.ops import library_attention as _library
-from rankwise.ops import reference_attention, selection
+from rankwise.ops import library_attention, reference_attention, selection
 from rankwise.ops.cpu import attention as native_attention
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -45,8 +45,8 @@ def attention(
         (B, Lq, H, D) in the dtype of q, contiguous where the native kernel ran.
 
     Raises:
-        QuantizationError: RW622, shapes, dtypes or devices that do not fit together; RW607, the native kernel was forced
-            (`rankwise.ops.set_implementation`) and cannot run.
+        QuantizationError: RW622, shapes, dtypes or devices that do not fit together; RW607, the native kernel was
+            forced (`rankwise.ops.set_implementation`) and cannot run.
     """
     if torch.is_autocast_enabled(q.device.type) and q.dtype is not torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
@@ -55,12 +55,14 @@ def attention(
     choice = selection.forced()
     if choice == "reference":
         return reference(q, k, v, start, end, scale)
-    why = native_attention.obstacle(q, k, v, scale)
+    # A compiler cannot ask the library; the operator asks when it runs.
+    ask = native_attention.unfit if torch.compiler.is_compiling() else native_attention.obstacle
+    why = ask(q, k, v, scale)
     if why is not None:
         return _elsewhere(q, k, v, start, end, scale, choice, why)
     if _watched(q, k, v):
-        return torch.ops.rankwise.attention_forward(q, k, v, start, end, scale)[0]  # type: ignore[no-any-return]
-    return _Attention.apply(q, k, v, start, end, scale)  # type: ignore[no-any-return]
+        return library_attention.dispatched(q, k, v, start, end, scale)
+    return _Attention.apply(q, k, v, start, end, scale)
 
 
 def reference(
@@ -124,9 +126,10 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk, dv = native_attention.attention_backward(grad, *ctx.saved_tensors, ctx.scale)
+        q, k, v, out, lse, start, end = ctx.saved_tensors
+        dq, dk, dv = native_attention.attention_backward(grad, q, k, v, out, lse, start, end, ctx.scale)
         return dq, dk, dv, None, None, None
 
 
@@ -145,15 +148,14 @@ def _elsewhere(
         raise QuantizationError("RW607", f"the implementation 'native' was forced and cannot run: {why}")
     if q.device.type == "cpu" and q.dtype is torch.bfloat16:
         selection.say_once("RW608", f"attention runs in PyTorch's scaled_dot_product_attention, slowly: {why}")
-    shared = {"scale": scale, "enable_gqa": q.shape[2] != k.shape[2]}
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    if start is None and end is None and q.shape[1] == k.shape[1]:
-        return functional.scaled_dot_product_attention(*heads_first, is_causal=True, **shared).transpose(1, 2)
-    seen = reference_attention.visible(start, end, (q.shape[0], q.shape[1], k.shape[1]), q.device)[:, None]
+    run = partial(functional.scaled_dot_product_attention, scale=scale, enable_gqa=q.shape[2] != k.shape[2])
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if start is None and end is None and q.shape[2] == k.shape[2]:
+        return run(q, k, v, is_causal=True).transpose(1, 2)
+    seen = reference_attention.visible(start, end, (q.shape[0], q.shape[2], k.shape[2]), q.device)[:, None]
     # A query without keys would be NaN in some of PyTorch's kernels: it sees all, and its result is dropped.
     empty = ~seen.any(-1, keepdim=True)
-    out = functional.scaled_dot_product_attention(*heads_first, attn_mask=seen | empty, **shared)
-    return out.masked_fill(empty, 0.0).transpose(1, 2)
+    return run(q, k, v, attn_mask=seen | empty).masked_fill(empty, 0.0).transpose(1, 2)
 
 
 __all__ = ["attention", "obstacle", "reference"]

@@ -26,7 +26,12 @@ def low_rank_add(y: Tensor, u: Tensor, B: Tensor, g: Tensor | None, bias: Tensor
         or not _columns(y, bias)
     ):
         raise _misfit(
-            "low_rank_add_ needs y (T, N), u (T, R), B (N, R) of one dtype and g, bias (N,)", y=y, u=u, B=B, g=g, bias=bias
+            "low_rank_add_ needs y (T, N), u (T, R), B (N, R) of one dtype and g, bias (N,)",
+            y=y,
+            u=u,
+            B=B,
+            g=g,
+            bias=bias,
         )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rankwise.ops import reference_attention
 from rankwise.ops.cpu import attention as native_attention
+from rankwise.ops.selection import say_once
 
 _RANGE = "Tensor? start, Tensor? end, float scale"
 
@@ -21,12 +22,19 @@ _library.define(
 )
 
 
+def dispatched(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None, scale: float) -> Tensor:
+    """`rankwise.ops.attention.attention` through PyTorch's dispatcher."""
+    return torch.ops.rankwise.attention_forward(q, k, v, start, end, scale)[0]
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    native = native_attention.obstacle(q, k, v, scale) is None
-    run = native_attention.attention_forward if native else reference_attention.attention_forward
-    return run(q, k, v, start, end, scale)
+    why = native_attention.obstacle(q, k, v, scale)
+    if why is None:
+        return native_attention.attention_forward(q, k, v, start, end, scale)
+    say_once("RW608", f"compiled attention runs in plain PyTorch, slowly: {why}")
+    return reference_attention.attention_forward(q, k, v, start, end, scale)
 
 
 def _backward(

@@ -106,7 +106,8 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * upstream.to(grad.dtype), None, None, None, None, None, None
+        # A scalar in float32: rounded to bfloat16 it would be off by up to 0.4 %, in every gradient alike.
+        return grad * upstream, None, None, None, None, None, None
 
 
 def _score_(

@@ -1,4 +1,4 @@
-"""Attention over a contiguous range of keys in plain PyTorch: the specification that the native kernel is judged against.
+"""Attention over a contiguous range of keys in plain PyTorch: the specification that the native kernel must meet.
 
 Legend: B batch, Lq queries, Lk keys, H query heads, Hkv key heads, G = H / Hkv heads that share a key head, D size of a
 head; i a query, j a key. q (B, Lq, H, D); k, v (B, Lk, Hkv, D); start, end (B, Lq).
@@ -53,9 +53,7 @@ def attention_backward(
     return dq.to(q.dtype).contiguous(), _summed(dk, k), _summed(dv, v)
 
 
-def _weights(
-    q: Tensor, k: Tensor, start: Tensor | None, end: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def _weights(q: Tensor, k: Tensor, start: Tensor | None, end: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """P (B, H, Lq, Lk), zero where nothing is seen, and lse (B, H, Lq)."""
     seen = visible(start, end, (q.shape[0], q.shape[1], k.shape[1]), q.device)[:, None]
     s = scale * torch.einsum("bihd,bjhd->bhij", _wide(q), _shared(k, q))

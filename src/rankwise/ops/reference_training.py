@@ -83,8 +83,10 @@ def _slope(x: Tensor, act: str) -> Tensor:
         return s * (1 + x * (1 - s))
     if act == "gelu_tanh":
         k = 2 * math.sqrt(2 / math.pi)
-        s = (k * (x + 0.044715 * x**3)).sigmoid()
-        return s + x * s * (1 - s) * k * (1 + 3 * 0.044715 * x.square())
+        # Past 1e4 the sigmoid is 0 or 1, and the factor must not become infinite.
+        square = x.square().clamp(max=1e4)
+        s = (k * x * (1 + 0.044715 * square)).sigmoid()
+        return s + x * s * (1 - s) * k * (1 + 3 * 0.044715 * square)
     return 0.5 * torch.special.erfc(-x / math.sqrt(2)) + x * torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
 
 
@@ -101,8 +103,8 @@ def rope_(q: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """`rope` in place."""
     half = cos.shape[-1] // 2
     first, second = wide(q[..., :half]), wide(q[..., half : 2 * half])
-    cos_1, cos_2 = wide(cos).unsqueeze(1).split(half, -1)
-    sin_1, sin_2 = wide(sin).unsqueeze(1).split(half, -1)
+    cos, sin = wide(cos).unsqueeze(1), wide(sin).unsqueeze(1)
+    cos_1, cos_2, sin_1, sin_2 = cos[..., :half], cos[..., half:], sin[..., :half], sin[..., half:]
     if inverse:
         sin_1, sin_2 = -sin_2, -sin_1
     turned = first * cos_1 - second * sin_1, second * cos_2 + first * sin_2

@@ -56,7 +56,7 @@ def _notes(workload: Workload, elsewhere_bytes: int, max_positions: int | None) 
             f"rows of {workload.max_length:,} tokens are longer than the {max_positions:,} that the model was made for"
         )
     if elsewhere_bytes:
-        notes.append(f"{elsewhere_bytes / 1e9:.2f} GB of optimizer state live in the host's memory ({workload.optimizer})")
+        notes.append(
+            f"{elsewhere_bytes / 1e9:.2f} GB of optimizer state live in the host's memory ({workload.optimizer})"
+        )
     return notes
-
-

@@ -25,8 +25,8 @@ from rankwise.planning.fake_model import attach, materialize, weights_dtype
 from rankwise.planning.offload import offloaded
 from rankwise.planning.counted_optimizer import new_optimizer
 from rankwise.planning.optimizers import rule_of, state_bytes
-from rankwise.planning.scratch import SCRATCH
-from rankwise.planning.step import autocast_dtype, make_batch, take_step
+from rankwise.planning.scratch import SCRATCH, kept_memory, kept_norms, lives_in_kept_memory
+from rankwise.planning.step import autocast_dtype, make_batch, take_step, true_counts
 from rankwise.planning.tracker import StorageTracker
 from rankwise.planning.workload import Workload
 from rankwise.quantization.targets import four_bit_layers
@@ -75,12 +75,16 @@ def trace(
         config._experts_implementation = "grouped_mm"
     total = sum(parameter.numel() for parameter in skeleton.parameters())
     rule_of(workload.optimizer)
-    tracker = new_tracker(workload, vocabulary_of(skeleton))
+    tracker = new_tracker(workload, vocabulary_of(skeleton), fake=fake)
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     with _explaining(skeleton), mode, tracker:
         materialize(skeleton, weights_dtype(method, workload), fill=not fake)
-        attach(skeleton, method, workload)
-        run_steps(skeleton, method, workload, tracker, loss=loss)
+        flat = attach(skeleton, method, workload)
+        tracker.answers.true_counts |= true_counts(workload, flat=flat)
+        kept = kept_memory(skeleton) if fake and workload.device_type == "cpu" else []
+        tracker.see_all(kept, "adapters")
+        run_steps(skeleton, method, workload, tracker, flat=flat, loss=loss)
+        tracker.see_all(kept_norms(skeleton), "adapters")
     shapes = [(tuple(item.shape), item.element_size()) for item in trained(skeleton)]
     return assembled(
         method,
@@ -96,12 +100,12 @@ def trace(
     )
 
 
-def new_tracker(workload: Workload, vocabulary: int | None) -> StorageTracker:
+def new_tracker(workload: Workload, vocabulary: int | None, *, fake: bool = True) -> StorageTracker:
     """A tracker that counts as the device of ``workload`` does."""
-    on_card = workload.device_type == "cuda"
-    return StorageTracker(
-        rounding=cuda.rounded if on_card else int, vocabulary=vocabulary, scratch=None if on_card else SCRATCH
-    )
+    if workload.device_type == "cuda":
+        return StorageTracker(rounding=cuda.rounded, vocabulary=vocabulary)
+    before = lives_in_kept_memory if fake else None
+    return StorageTracker(vocabulary=vocabulary, scratch=SCRATCH, counted_before=before)
 
 
 def vocabulary_of(model: Any) -> int | None:
@@ -114,12 +118,12 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def run_steps(
-    model: nn.Module, method: str, workload: Workload, tracker: StorageTracker, *, loss: Any = None
+    model: nn.Module, method: str, workload: Workload, tracker: StorageTracker, *, flat: bool, loss: Any = None
 ) -> None:
     """Take two steps under ``tracker``, which is active; it learns what each storage is for."""
     label_model(model, tracker)
     parameters = trained(model)
-    batch, optimizer = make_batch(workload), new_optimizer(workload, parameters)
+    batch, optimizer = make_batch(workload, flat=flat), new_optimizer(workload, parameters)
     hooks = [item.register_post_accumulate_grad_hook(_label_gradient(tracker)) for item in parameters]
     autocast = autocast_dtype(method, workload)
     with offloaded(tracker) if workload.activation_offloading else nullcontext():

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from rankwise.acceleration import can_flatten, optimize_for_training
+from rankwise.acceleration.loss import accept_labels, find_head
+from rankwise.acceleration.optimize import _share_inputs as share_inputs
+from rankwise.acceleration.replace import Undo
 from rankwise.planning.estimate import DORA, FOUR_BITS
 from rankwise.planning.workload import Workload
 
@@ -57,9 +63,8 @@ def weights_dtype(method: str, workload: Workload) -> torch.dtype:
     return torch.float32 if method == "full" else getattr(torch, workload.dtype)
 
 
-def attach(model: nn.Module, method: str, workload: Workload) -> None:
-    """Quantize, add the adapter and switch the memory savers on, as the trainer does."""
-    import rankwise
+def attach(model: nn.Module, method: str, workload: Workload) -> bool:
+    """Quantize, add the adapter and make steps fast, as the trainer does; says whether it would lay rows end to end."""
     from rankwise.adapters import add_adapter
     from rankwise.quantization import Fp4Config, Nf4Config, quantize
 
@@ -75,7 +80,30 @@ def attach(model: nn.Module, method: str, workload: Workload) -> None:
             # transformers renames it in 5.2x; the old name works in every version that we admit.
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable()  # type: ignore[operator]
-    optimize = getattr(rankwise, "optimize_for_training", None)
-    if optimize is not None:
-        optimize(model)
+    flat = _accelerate_for_card(model) if workload.device_type == "cuda" else _accelerate_for_cpu(model)
     model.train()
+    return flat
+
+
+def _accelerate_for_cpu(model: nn.Module) -> bool:
+    done = optimize_for_training(model)
+    if not done.attention:
+        return False
+    if isinstance(next(model.parameters()), FakeTensor):
+        # can_flatten compares values; here the signature decides.
+        names = inspect.signature(type(model).forward).parameters
+        return {"position_ids", "logits_to_keep"} <= set(names)
+    return can_flatten(model)
+
+
+def _accelerate_for_card(model: nn.Module) -> bool:
+    """A trace of a card runs on CPU tensors, where ``optimize_for_training`` would put in what is for CPUs alone."""
+    if next(model.parameters()).device.type == "cuda":
+        optimize_for_training(model)
+        return False
+    undo = Undo()
+    share_inputs(model, undo)
+    head = find_head(model)
+    if head is not None:
+        accept_labels(model, head, undo)
+    return False

@@ -13,6 +13,10 @@ Verdict = Literal["fits", "tight", "too big"]
 
 MOST_ROWS = 4096
 MOST_TOKENS = 1 << 20
+LINE_TOKENS = 512
+# Rows of a dry run that only serves to draw a line.
+LINE_ERROR = 0.15
+# Attention masks and the like grow faster than a line.
 
 
 class Estimator(Protocol):
@@ -52,6 +56,31 @@ def _scaled(estimate: MemoryEstimate, factor: float) -> MemoryEstimate:
         return estimate
     breakdown = {name: round(size * factor) for name, size in estimate.breakdown.items()}
     return dataclasses.replace(estimate, peak_bytes=round(estimate.peak_bytes * factor), breakdown=breakdown)
+
+
+class Interpolating:
+    """A slow estimator (a dry run) asked at two batch sizes only; between and beyond them the peak is a line in tokens.
+
+    For architectures that the closed form does not know: a search would otherwise take a dry run a question.
+    """
+
+    def __init__(self, slow: Estimator) -> None:
+        self._slow = slow
+        self._ends: dict[tuple[str, str], tuple[MemoryEstimate, MemoryEstimate]] = {}
+
+    def __call__(self, method: str, workload: Workload) -> MemoryEstimate:
+        one = dataclasses.replace(workload, batch_size=1, max_length=min(workload.max_length, LINE_TOKENS))
+        two = dataclasses.replace(one, batch_size=2)
+        key = (method, repr(one))
+        if key not in self._ends:
+            self._ends[key] = (self._slow(method, one), self._slow(method, two))
+        low, high = self._ends[key]
+        share = (workload.tokens - one.tokens) / one.tokens
+        breakdown = {
+            term: round(size + share * (high.breakdown.get(term, 0) - size)) for term, size in low.breakdown.items()
+        }
+        peak = sum(breakdown.values())
+        return dataclasses.replace(low, peak_bytes=peak, breakdown=breakdown, exact=False, error=LINE_ERROR)
 
 
 def verdict_of(estimate: MemoryEstimate, memory_bytes: int) -> Verdict:

@@ -49,8 +49,8 @@ class MemoryGuard:
         try:
             self.workload = _workload(self.settings, self.hardware)
             smallest = self._ask(dataclasses.replace(self.workload, **SMALLEST))  # type: ignore[arg-type]
-        except (ModelError, ConfigError) as error:
-            warn("RW564", f"the memory of this run cannot be predicted, and it starts all the same: {error.message}")
+        except (ModelError, ConfigError, ImportError) as error:  # TEMPORARY-IMPORT
+            warn("RW564", f"the memory of this run cannot be predicted, and it starts all the same: {error}")
             self.workload = None
             return
         if verdict_of(smallest, self.hardware.memory_bytes) == "too big":

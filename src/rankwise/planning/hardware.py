@@ -205,7 +205,7 @@ def cpu_hardware() -> Hardware:
     memory = psutil.virtual_memory()
     return Hardware(
         kind="machine",
-        name=f"this machine's memory ({cpu_name()})",
+        name=f"this machine ({cpu_name()})",
         device_type="cpu",
         memory_bytes=min(memory.available, _cgroup_limit()),
         has_bfloat16=cpu_has_bfloat16(),

@@ -64,7 +64,8 @@ def measure(
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ConfigError(
-            "RW133", f"the measured steps ended with code {done.returncode} ({last}); make the batch or the rows smaller."
+            "RW133",
+            f"the measured steps ended with code {done.returncode} ({last}); make the batch or the rows smaller.",
         )
     answer = json.loads(done.stdout.strip().splitlines()[-1])
     return Measurement(**{**answer, "step_seconds": tuple(answer["step_seconds"])})
@@ -79,16 +80,14 @@ def carry_out(order: dict[str, Any]) -> Measurement:
     from rankwise.planning.step import autocast_dtype, make_batch, take_step
 
     workload, method = Workload(**order["workload"]), order["method"]
-    model: Any = load_skeleton(
-        order["model"], trust_remote_code=order["trust_remote_code"], revision=order["revision"]
-    )
+    model: Any = load_skeleton(order["model"], trust_remote_code=order["trust_remote_code"], revision=order["revision"])
     device = workload.device_type
     _warm_up(device, workload)
     baseline = _anonymous_bytes() if device == "cpu" else 0
     materialize(model, weights_dtype(method, workload), fill=True, device=device)
-    attach(model, method, workload)
+    flat = attach(model, method, workload)
     optimizer = _real_optimizer(model, workload)
-    batch, autocast, seconds = make_batch(workload, device), autocast_dtype(method, workload), []
+    batch, autocast, seconds = make_batch(workload, device, flat=flat), autocast_dtype(method, workload), []
 
     def step() -> None:
         started = time.perf_counter()

@@ -7,13 +7,22 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, ModelError
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.planning.calibration import measured_pace
 from rankwise.planning.changes import Advisor, Change
 from rankwise.planning.estimate import FOUR_BITS, MemoryEstimate, estimate
 from rankwise.planning.facts import ModelFacts, read_facts
-from rankwise.planning.fitting import Estimator, Remembering, Verdict, fits, largest_batch, longest_row, verdict_of
+from rankwise.planning.fitting import (
+    Estimator,
+    Interpolating,
+    Remembering,
+    Verdict,
+    fits,
+    largest_batch,
+    longest_row,
+    verdict_of,
+)
 from rankwise.planning.hardware import Hardware, choose_hardware
 from rankwise.planning.recommend import Recommendation, recommend
 from rankwise.planning.settings import SHARED, PlanSettings
@@ -25,6 +34,7 @@ DECIDED = (
     *("activation_offloading", "optimizer"),
 )
 """Written into every saved plan, given or not."""
+UNKNOWN_FAMILY = "RW325"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,14 +160,14 @@ class _Planner:
         self.facts: ModelFacts = read_facts(source)
         # A local model has no revision to ask for again.
         self.place = source.path if source.path is not None else source.name
-        self.estimate = Remembering(estimator_of(self.place, trust_remote_code=settings.trust_remote_code))
+        self.estimate = Remembering(self._estimator())
         self.pace = pace_of(hardware, work.dtype)
         self.advisor = Advisor(self.estimate, self._seconds, hardware.memory_bytes)
 
     def plan(self) -> Plan:
         if self.settings.exact:
             for method in self.methods:
-                self.estimate.anchor(method, self.workload, self._dry_run(method))
+                self.estimate.anchor(method, self.workload, self._dry_run(method, self.workload))
         rows = tuple(self._row(method) for method in self.methods)
         accumulation = self.settings.gradient_accumulation
         recommendation = recommend(
@@ -179,9 +189,20 @@ class _Planner:
             run_tokens=run_tokens(self.settings),
         )
 
-    def _dry_run(self, method: str) -> MemoryEstimate:
-        code = self.settings.trust_remote_code
-        return estimate(self.place, method, self.workload, exact=True, trust_remote_code=code)
+    def _estimator(self) -> Estimator:
+        """The closed form; with --exact, for an architecture that it does not know, lines through dry runs."""
+        closed = estimator_of(self.place, trust_remote_code=self.settings.trust_remote_code)
+        if self.settings.exact:
+            try:
+                closed(self.methods[0], self.workload)
+            except ModelError as error:
+                if error.code != UNKNOWN_FAMILY:
+                    raise
+                return Interpolating(self._dry_run)
+        return closed
+
+    def _dry_run(self, method: str, workload: Workload) -> MemoryEstimate:
+        return estimate(self.place, method, workload, exact=True, trust_remote_code=self.settings.trust_remote_code)
 
     def _row(self, method: str) -> MethodRow:
         memory, own = self.hardware.memory_bytes, self.estimate(method, self.workload)

@@ -1,21 +1,66 @@
-"""Memory that CPU kernels take inside one operation, where no trace sees it, by the operation's name."""
+"""Memory of CPU kernels that no trace sees, and what they keep between calls. By operation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.adapters.dora import Dora
+from rankwise.ops.cpu.four_bit import _LEAST_KEPT_BYTES, _MOST_KEPT_BYTES
+from rankwise.quantization.targets import four_bit_layers
 
 Scratch = Callable[[Any, Any], int]
 
 
+def is_kept(size_bytes: int) -> bool:
+    """Whether the native library would keep a dense weight's memory for the next one."""
+    return _LEAST_KEPT_BYTES <= size_bytes <= _MOST_KEPT_BYTES
+
+
 def dense_weight(args: Any, kwargs: Any) -> int:
-    """A 4-bit product makes the dense weight in the dtype of its input: N K s bytes."""
+    """A 4-bit product makes the dense weight in the dtype of its input, N K s bytes, in kept memory where it can."""
     x, shape = args[0], args[3]
-    return prod(shape) * x.element_size()
+    size = prod(shape) * x.element_size()
+    return 0 if is_kept(size) else size
 
 
 SCRATCH: dict[str, Scratch] = {
     "rankwise::linear_4bit": dense_weight,
     "rankwise::linear_4bit_input_grad": dense_weight,
 }
+
+
+def lives_in_kept_memory(name: str, result: Tensor) -> bool:
+    """Whether an operation's result lies in memory that ``kept_memory`` stands for already."""
+    return name == "rankwise::dequantize_4bit" and is_kept(result.nbytes)
+
+
+def kept_memory(model: nn.Module) -> list[Tensor]:
+    """Stand-ins for what is kept between steps on a CPU and is not made by fake tensors.
+
+    The memory of the largest dequantized weight; and of every DoRA layer copies of A and B, by which it notices writes
+    past PyTorch.
+    """
+    kept = [copy for layer in model.modules() if isinstance(layer, Dora) for copy in _copies(layer)]
+    sizes = [prod(layer.shape) * layer.dtype.itemsize for _, layer in four_bit_layers(model)]
+    largest = max(filter(is_kept, sizes), default=0)
+    return [*kept, torch.empty(largest, dtype=torch.uint8)] if largest else kept
+
+
+def _copies(layer: Dora) -> Iterator[Tensor]:
+    yield layer.lora_A.detach().clone()
+    yield layer.lora_B.detach().clone()
+
+
+def kept_norms(model: nn.Module) -> Iterator[Tensor]:
+    """The row norms that DoRA layers keep, and on real tensors their copies of A and B."""
+    for layer in model.modules():
+        if isinstance(layer, Dora):
+            for kept in (layer._norms, layer._squared):
+                yield from kept._copies
+                if kept._value is not None:
+                    yield kept._value

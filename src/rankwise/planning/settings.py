@@ -90,7 +90,7 @@ class PlanSettings(Settings):
     epochs: float = Field(1.0, gt=0, description="Passes over --rows.")
 
     exact: bool = Field(False, description="Run the real step of the real model on fake tensors: slower, nearly exact.")
-    check: bool = Field(False, description="Run three real steps here and compare (loads the weights; one --method).")
+    check: bool = Field(False, description="Run three real steps here, on random weights, and compare.")
     calibrate: bool = Field(False, description="Time real steps on this machine and remember its speed.")
     svg: Path | None = Field(None, description="Write the stacked bars as an SVG file.")
     save: Path | None = Field(None, description="Write the recommended settings for `rankwise train --config`.")

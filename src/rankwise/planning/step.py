@@ -14,31 +14,46 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rankwise.acceleration import LossOptions, fused_head
 from rankwise.planning.workload import Workload
 
+IGNORED = -100
 Enter = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """input_ids, attention_mask, labels: (B, L); ``positions``: (P,) indices of what is scored, the same in each row."""
+    """``inputs``: what the model is given besides labels; ``labels`` (B, L), -100 where nothing is scored."""
 
-    input_ids: Tensor
-    attention_mask: Tensor
+    inputs: dict[str, Tensor]
     labels: Tensor
     positions: Tensor
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.input_ids, self.attention_mask, self.labels, self.positions
+    # (P,): what is scored, the same in each row.
 
 
-def make_batch(workload: Workload, device: torch.device | str = "cpu") -> Batch:
-    """Rows of full length, of which one is padded by a token: the mask of a batch that is not all of one length."""
+def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: bool = False) -> Batch:
+    """Rows of full length. One is padded by a token, as batches are whose rows differ in length.
+
+    ``flat``: the rows laid end to end in one, told apart by their positions, as the trainer does where it can.
+    """
     B, L = workload.batch_size, workload.max_length
     P = workload.trained_tokens // B
     ids, mask, labels = (torch.ones(B, L, dtype=torch.long, device=device) for _ in range(3))
-    mask[-1, -1] = 0
-    return Batch(ids, mask, labels, torch.arange(P, device=device))
+    labels[:, P + 1 :] = IGNORED
+    positions = torch.arange(P, device=device)
+    if not flat:
+        mask[-1, -1] = 0
+        return Batch({"input_ids": ids, "attention_mask": mask}, labels, positions)
+    labels[:, 0] = IGNORED
+    starts = torch.arange(B, device=device)[:, None] * L
+    inputs = {"input_ids": ids.view(1, -1), "position_ids": torch.arange(L, device=device).repeat(B)[None]}
+    return Batch(inputs, labels.view(1, -1), (starts + positions).reshape(-1))
+
+
+def true_counts(workload: Workload, *, flat: bool) -> dict[int, int]:
+    """Of flags over the positions that have a next token, how many are scored."""
+    B, L = workload.batch_size, workload.max_length
+    return {B * L - 1: workload.trained_tokens} if flat else {L - 1: workload.trained_tokens // B}
 
 
 def autocast_dtype(method: str, workload: Workload) -> torch.dtype | None:
@@ -63,36 +78,38 @@ def take_step(
 
 
 def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Tensor:
-    """Mean cross-entropy over the scored positions, from logits at those alone where the model can.
+    """Mean cross-entropy over the scored positions, as the trainer computes it.
 
-    What the trainer computes beside it (entropy and accuracy for its log) is computed here too: it takes memory.
+    What it reports beside the loss (entropy and accuracy) is computed too: it takes memory.
     """
-    logits = _logits(model, batch, autocast)
+    with torch.autocast(batch.labels.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        if fused_head(model) is not None:
+            options = LossOptions(want_stats=True)
+            outputs: Any = model(**batch.inputs, labels=batch.labels, use_cache=False, loss_options=options)
+            return outputs.loss
+        logits = _logits(model, batch)
+    # accelerate gives the outputs of an autocast model back in float32.
+    return loss_from(logits if autocast is None else logits.float(), batch)
+
+
+def loss_from(logits: Tensor, batch: Batch) -> Tensor:
+    """From the model's own logits (B, P, V)."""
     V = logits.shape[-1]
-    chosen = logits.reshape(-1, V)[_scored(batch)].float()
+    # The trainer picks the scored ones by a mask: a copy of them all.
+    scored = torch.arange(logits.numel() // V, device=logits.device)
+    chosen = logits.reshape(-1, V)[scored].float()
     wanted = batch.labels[:, batch.positions + 1].reshape(-1)
     total = F.cross_entropy(chosen, wanted, reduction="sum")
     _entropy_and_accuracy(chosen.detach(), wanted)
     return total / wanted.numel()
 
 
-def _logits(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Tensor:
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
     """(B, P, V), or (B, L, V) of a model that cannot leave positions out, cut to (B, P, V)."""
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    if keeps:
-        inputs["logits_to_keep"] = batch.positions
-    with torch.autocast(batch.labels.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-        logits: Tensor = model(**inputs).logits
-    if autocast is not None:
-        # accelerate gives the outputs of an autocast model back in float32.
-        logits = logits.float()
+    kept = {"logits_to_keep": batch.positions} if keeps else {}
+    logits: Tensor = model(**batch.inputs, use_cache=False, **kept).logits
     return logits if keeps else logits[:, batch.positions]
-
-
-def _scored(batch: Batch) -> Tensor:
-    """Indices of the scored rows of the logits, which the trainer picks by a mask: a copy of them all."""
-    return torch.arange(len(batch.labels) * len(batch.positions), device=batch.labels.device)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -37,7 +38,9 @@ class Storage:
 
 class StorageTracker(TorchDispatchMode):
     """Sum of live storages. ``rounding``: of each storage, as the device's allocator does. ``vocabulary``: its size,
-    by which logits are known. ``scratch``: bytes that an operation takes while it runs, by its name.
+    by which logits are known. ``scratch``: bytes that an operation takes while it runs, by its name. ``answers``: for
+    operations that ask for values. ``counted_before``: whether a result of a named operation lies in memory that is
+    counted already.
     """
 
     def __init__(
@@ -46,8 +49,12 @@ class StorageTracker(TorchDispatchMode):
         rounding: Callable[[int], int] = int,
         vocabulary: int | None = None,
         scratch: dict[str, Callable[..., int]] | None = None,
+        answers: Answers | None = None,
+        counted_before: Callable[[str, Tensor], bool] | None = None,
     ) -> None:
         super().__init__()
+        self.counted_before = counted_before
+        self.answers = answers or Answers()
         self.rounding, self.vocabulary, self.scratch = rounding, vocabulary, scratch or {}
         self.phase = "setup"
         self.live_bytes = self.peak_bytes = 0
@@ -62,14 +69,15 @@ class StorageTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = answer_of_values(func, args, kwargs)
+        result = self.answers(func, args, kwargs)
         if result is NotImplemented:
             result = func(*args, **kwargs)
+        name = func.name().partition(".")[0]
         for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not (self.counted_before and self.counted_before(name, tensor)):
                 self.see(tensor)
-        if self.scratch and (size := self.scratch.get(func.name().partition(".")[0])) is not None:
-            self._look(size(args, kwargs))
+        if name in self.scratch:
+            self._look(self.scratch[name](args, kwargs))
         return result
 
     def see(self, tensor: Tensor, term: str | None = None) -> None:
@@ -147,18 +155,49 @@ class StorageTracker(TorchDispatchMode):
         return "activations" if saved or storage.recomputing else "transient"
 
 
-def answer_of_values(func: Any, args: Any, kwargs: Any) -> Any:
-    """An answer where an operation asks for a value, which fake tensors do not have; else NotImplemented.
+class Answers:
+    """What an operation gives that asks for values, which fake tensors do not have.
 
-    A number is 1 and a truth is False. Both are asked for in bookkeeping alone: step counts, checks of masks.
+    A number is 1 and a truth is True: they are asked for in bookkeeping (step counts, whether a gain has a zero,
+    whether a mask is one of ranges). ``true_counts``: of a flag tensor of that length so many are set, else all.
     """
-    if func is not torch.ops.aten._local_scalar_dense.default or not _is_fake(args[0]):
+
+    def __init__(self, true_counts: dict[int, int] | None = None) -> None:
+        self.true_counts = true_counts or {}
+
+    def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The answer, or NotImplemented where no value is asked for."""
+        aten = torch.ops.aten
+        if func is aten.index.Tensor and any(_is_flags(index) for index in args[1]):
+            return func(args[0], self._as_indices(args[1]), **kwargs)
+        if not args or not _is_fake(args[0]):
+            return NotImplemented
+        if func is aten._local_scalar_dense.default:
+            dtype = args[0].dtype
+            return True if dtype is torch.bool else (1.0 if dtype.is_floating_point else 1)
+        if func is aten.equal.default:
+            return True
+        if func is aten.nonzero.default:
+            return args[0].new_empty((self._count(args[0]), args[0].dim()), dtype=torch.long)
         return NotImplemented
-    dtype = args[0].dtype
-    return False if dtype is torch.bool else (1.0 if dtype.is_floating_point else 1)
+
+    def _count(self, flags: Tensor) -> int:
+        return self.true_counts.get(flags.numel(), flags.numel()) if flags.dim() == 1 else flags.numel()
+
+    def _as_indices(self, given: Any) -> list[Tensor | None]:
+        """Flags as the indices that they stand for."""
+        indices: list[Tensor | None] = []
+        for index in given:
+            if _is_flags(index):
+                indices += [index.new_empty((self._count(index),), dtype=torch.long) for _ in range(index.dim())]
+            else:
+                indices.append(index)
+        return indices
 
 
-def _is_fake(tensor: Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
+def _is_flags(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype is torch.bool and _is_fake(index)
 
+
+def _is_fake(tensor: Any) -> bool:
     return isinstance(tensor, FakeTensor)

@@ -66,6 +66,12 @@ def curve_panels(curves: Sequence[Curve], order: Sequence[str], numbers: Mapping
     return [_panel(name, curves, frame, numbers) for name in methods]
 
 
+def is_cut(curves: Sequence[Curve]) -> bool:
+    """Whether some evaluation lies above the scale."""
+    high = _frame(curves).y.high
+    return any(loss > high for curve in curves for _, loss in curve.evaluation)
+
+
 def _frame(curves: Sequence[Curve]) -> Frame:
     """The first fall of the loss is left out of the scale: it would press together what comes after it."""
     last = max((step for curve in curves for step, _ in [*curve.training, *curve.evaluation]), default=1)

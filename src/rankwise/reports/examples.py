@@ -17,6 +17,8 @@ OUTCOMES: tuple[Outcome, ...] = ("won", "lost", "tied")
 SHOWN = 4
 # Of each outcome, method and task.
 LONGEST_TEXT = 1200
+EVALUATION_ROWS = "perplexity"
+# The task that scores the evaluation data itself, by the loss of each row.
 LOSSES = ("loss", "perplexity", "nll", "ter", "wer")
 
 
@@ -60,6 +62,11 @@ class Answers:
     shown: tuple[Example, ...]
 
     @property
+    def place(self) -> str:
+        """What was answered, in words: a task, or the rows of the evaluation data."""
+        return "the evaluation rows" if self.task == EVALUATION_ROWS else self.task
+
+    @property
     def total(self) -> int:
         return sum(self.counts.values())
 
@@ -76,7 +83,7 @@ def answers_of(comparison: Comparison) -> list[Answers]:
         rows = {name: _rows(comparison, name, task) for name in methods} if base else {}
         for name in methods:
             if rows.get(name):
-                other = next((rival for rival in methods if rival != name and rows[rival]), None)
+                other = next((rival for rival in methods if rival != name and _has_text(rows[rival])), None)
                 found.append(_compare(comparison, task, name, other, base, rows))
     return [answers for answers in found if answers is not None]
 
@@ -113,17 +120,20 @@ def _compare(
     result = comparison["base"]["tasks"][task]
     score = _score_name(result, base, rows[method])
     common = [key for key in base if key in rows[method]]
-    if score is None or not common or not any(_text(rows[method][key]) for key in common):
+    if score is None or not common or not _has_text(rows[method]):
         return None
     sign = 1 if _is_higher_better(result, score) else -1
     rival = rows[other] if other else {}
-    examples = [_example(key, base[key], rows[method][key], rival.get(key), method, other, score, sign) for key in common]
+    examples = [
+        _example(key, base[key], rows[method][key], rival.get(key), method, other, score, sign) for key in common
+    ]
     kept = {outcome: [item for item in examples if item.outcome == outcome] for outcome in OUTCOMES}
     shown = [item for found in kept.values() for item in evenly(_changed_first(found), SHOWN)]
     run = shown_run(comparison, method)
     counts = {outcome: len(found) for outcome, found in kept.items()}
-    unchanged = sum(not item.is_changed for item in examples)
-    return Answers(task, method, other, run["id"] if run else "", score, counts, unchanged, tuple(shown))
+    unchanged = sum(bool(item.answer.text) and not item.is_changed for item in examples)
+    name = visible(run["id"]) if run else ""
+    return Answers(visible(task), method, other, name, visible(score), counts, unchanged, tuple(shown))
 
 
 def _changed_first(items: Sequence[Example]) -> Sequence[Example]:
@@ -167,6 +177,10 @@ def _outcome(before: float | None, after: float | None, sign: int) -> Outcome:
 def _answer(method: str | None, row: Mapping[str, Any], score: str) -> Answer:
     value = _scores(row).get(score)
     return Answer(method, _clean(_text(row)), value if is_number(value) else None)
+
+
+def _has_text(rows: Mapping[str, Mapping[str, Any]]) -> bool:
+    return any(_text(row) for row in rows.values())
 
 
 def _text(row: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ MARKERS = (
 
 
 def tag(name: str, *content: Any, **attributes: Any) -> Markup:
-    """An element; content and attributes are escaped unless they are Markup. ``class_`` and ``font_size`` as in HTML."""
+    """An element. Content and attributes are escaped unless they are Markup; ``class_`` is ``class``."""
     given = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(_text(value))}"'
         for key, value in attributes.items()
@@ -87,7 +87,9 @@ class Frame:
         if len(points) < 2:
             return Markup("")
         d = "M" + "L".join(f"{self.x(x):.2f} {self.y(y):.1f}" for x, y in points)
-        path = tag("path", *([tag("title", tip)] if tip else []), d=d, class_=class_, vector_effect="non-scaling-stroke")
+        path = tag(
+            "path", *([tag("title", tip)] if tip else []), d=d, class_=class_, vector_effect="non-scaling-stroke"
+        )
         box = f"0 0 100 {self.height}"
         return tag("svg", path, width="100%", height=self.height, viewBox=box, preserveAspectRatio="none")
 
@@ -111,7 +113,9 @@ class Frame:
             parts.append(label(x, self.height + 18, text, "tick", anchor=anchor))
         return Markup("").join(parts)
 
-    def svg(self, description: str, *parts: Any, below: int = 24, above: int = 8, left: int = 48, right: int = 12) -> Markup:
+    def svg(
+        self, description: str, *parts: Any, below: int = 24, above: int = 8, left: int = 48, right: int = 12
+    ) -> Markup:
         return plot(self.height, description, *parts, below=below, above=above, left=left, right=right)
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rankwise.reports.figure import Scale, across, dot, label, line, plot, tag
+from rankwise.reports.figure import across, dot, label, line, plot, tag
 from rankwise.reports.folder import Comparison
 from rankwise.reports.numbers import decimals_for, fixed, half_width, is_number, signed, significant
-from rankwise.reports.scale import nice_ticks, tick_label
+from rankwise.reports.scale import Scale, nice_ticks, tick_label
 
 ROW_HEIGHT = 34
 NARROW, LETTER = 230.0, 6.8

@@ -21,7 +21,9 @@ def markdown(comparison: Comparison) -> str:
         f"# {_text(summary.title(comparison))}",
         _verdict(comparison),
         _text(summary.ONE_SEED) if summary.seeds_of(comparison) == 1 else "",
-        "\n".join(f"- {fact.title}: **{_text(fact.value)}** ({_text(fact.note)})" for fact in summary.trust(comparison)),
+        "\n".join(
+            f"- {fact.title}: **{_text(fact.value)}** ({_text(fact.note)})" for fact in summary.trust(comparison)
+        ),
         _section("Methods", _methods(comparison)),
         _section("Differences", _differences(comparison)),
         _section("Answers against the base model", _answers(comparison)),
@@ -67,7 +69,7 @@ def _differences(comparison: Comparison) -> str:
 
 def _answers(comparison: Comparison) -> str:
     return "\n".join(
-        f"- {_text(method_name(item.method))} on {_text(item.task)}: won {item.counts['won']}, "
+        f"- {_text(method_name(item.method))} on {_text(item.place)}: won {item.counts['won']}, "
         f"lost {item.counts['lost']}, tied {item.counts['tied']} of {plural(item.total, 'example')} "
         f"by {_text(item.score)}"
         for item in answers_of(comparison)

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
-from rankwise.reports.figure import Scale, across, group, label, line, plot, tag
+from rankwise.reports.figure import across, group, label, line, plot, tag
 from rankwise.reports.folder import Comparison
 from rankwise.reports.numbers import MINUS, byte_size, is_number
-from rankwise.reports.scale import nice_ticks, tick_label
+from rankwise.reports.scale import Scale, nice_ticks, tick_label
 
 ROW_HEIGHT = 26
 GB = 1e9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -11,7 +12,19 @@ from rankwise.reports.folder import Comparison, filled
 from rankwise.reports.numbers import is_number
 
 Summarise = Callable[[Mapping[str, Any], Callable[[Mapping[str, Any]], Any]], Mapping[str, Any]]
-FREE = ("seeds", "seed", "methods", "learning_rates", "output", "jobs", "retry", "merge", "memory", "max_hours", "device")
+FREE = (
+    "seeds",
+    "seed",
+    "methods",
+    "learning_rates",
+    "output",
+    "jobs",
+    "retry",
+    "merge",
+    "memory",
+    "max_hours",
+    "device",
+)
 # Settings that may differ between the folders; with any other one they are no longer the same comparison.
 
 
@@ -26,7 +39,7 @@ def merge(comparisons: Sequence[Comparison]) -> Comparison:
     if differing:
         raise RunError("RW594", "these folders are not of one comparison: " + "; ".join(differing) + ".")
     runs: dict[str, Mapping[str, Any]] = {}
-    places = {}
+    places: dict[str, Path] = {}
     for comparison in comparisons:
         for run in comparison["runs"]:
             if run["id"] in runs and runs[run["id"]]["status"] == "finished":
@@ -43,8 +56,7 @@ def figures_of(document: Mapping[str, Any], method: str) -> dict[str, Any]:
     good = [run for run in own if run["status"] == "finished" and run["record"]]
     means = {key: _known(good, key) for key in ("tokens_per_second", "examples_per_second", "wall_seconds")}
     largest = {
-        key: _known(good, key)
-        for key in ("peak_memory_bytes", "predicted_peak_memory_bytes", "trainable_parameters")
+        key: _known(good, key) for key in ("peak_memory_bytes", "predicted_peak_memory_bytes", "trainable_parameters")
     }
     return {
         "seeds": len(good),
@@ -73,7 +85,9 @@ def _joined(comparisons: Sequence[Comparison]) -> dict[str, Any]:
         warn("RW595", message)
         warnings["RW595", message] = {"code": "RW595", "message": message}
     order = dict.fromkeys(name for each in comparisons for name in each["methods"])
-    seconds = {key: sum(each["seconds"].get(key) or 0.0 for each in comparisons) for key in ("total", "runs", "overhead")}
+    seconds = {
+        key: sum(each["seconds"].get(key) or 0.0 for each in comparisons) for key in ("total", "runs", "overhead")
+    }
     return {
         "command": "\n".join(dict.fromkeys(each["command"] for each in comparisons)),
         "created": max(each["created"] for each in comparisons),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from rankwise.reports.numbers import visible
+
 NAMES = {
     "lora": "LoRA",
     "qlora": "QLoRA",
@@ -21,7 +23,7 @@ LAYER = re.compile(r"\.(\d+)\.")
 
 
 def method_name(method: str) -> str:
-    return NAMES.get(method, method)
+    return NAMES.get(method) or visible(method)
 
 
 def long_name(method: str) -> str:
@@ -42,7 +44,7 @@ def metric_name(metric: str) -> str:
     if metric in METRICS:
         return METRICS[metric]
     task, _, figure = metric.partition(".")
-    return f"{figure} on {task}" if figure else metric
+    return visible(f"{figure} on {task}" if figure else metric)
 
 
 def metric_unit(metric: str) -> str:
@@ -52,4 +54,4 @@ def metric_unit(metric: str) -> str:
 def layer_and_kind(module: str) -> tuple[int | None, str]:
     """``model.layers.3.self_attn.q_proj`` -> (3, "q_proj"); a module outside the layers has no number."""
     match = LAYER.search(module)
-    return int(match[1]) if match else None, module.rpartition(".")[2]
+    return int(match[1]) if match else None, visible(module.rpartition(".")[2])

@@ -15,16 +15,27 @@ from typing import Any
 from markupsafe import Markup
 
 from rankwise.reports import forest_plot, memory_plot, pareto_plot, summary
-from rankwise.reports.curves_plot import curve_panels, curves_of
+from rankwise.reports.curves_plot import curve_panels, curves_of, is_cut
 from rankwise.reports.examples import OUTCOMES, answers_of
 from rankwise.reports.figure import MARKERS, tag
 from rankwise.reports.folder import Comparison
 from rankwise.reports.naming import long_name, method_name, method_numbers, metric_name, metric_unit
 from rankwise.reports.norms_plot import norms_of, norms_svg
-from rankwise.reports.numbers import byte_size, duration, is_number, p_value, percent, plural, rate, significant
+from rankwise.reports.numbers import (
+    byte_size,
+    duration,
+    is_number,
+    p_value,
+    percent,
+    plural,
+    rate,
+    significant,
+    visible,
+)
 from rankwise.reports.rates_plot import rates_svg
 
 TEMPLATES = Path(__file__).parent / "templates"
+TIME_UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 MOST_PAIRS = 10
 # Rows of the forest plot that stand open; the rest can be unfolded.
 
@@ -34,7 +45,11 @@ def page(comparison: Comparison) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
     script = Markup((TEMPLATES / "report.js").read_text(encoding="utf-8"))
@@ -108,17 +123,18 @@ def _recommendation(comparison: Comparison) -> dict[str, Any]:
     if is_number(limits.get("hours")):
         parts.append(f"at most {duration(3600 * limits['hours'])}")
     keys = ("method", "config", "command", "adapter", "merged", "run")
-    return {**{key: summary.visible(given[key]) if given.get(key) else "" for key in keys}, "limits": ", ".join(parts)}
+    return {**{key: visible(given[key]) if given.get(key) else "" for key in keys}, "limits": ", ".join(parts)}
 
 
 def _metrics_table(comparison: Comparison) -> dict[str, Any]:
     metrics = summary.all_metrics(comparison)
     methods = comparison["methods"]
-    lines = [
-        (name, [summary.cell(methods[name], metric) for metric in metrics]) for name in comparison.with_result()
-    ]
-    base = {f"{task}.{key}": value for task, result in comparison["base"].get("tasks", {}).items()
-            for key, value in (result.get("metrics") or {}).items()}
+    lines = [(name, [summary.cell(methods[name], metric) for metric in metrics]) for name in comparison.with_result()]
+    base = {
+        f"{task}.{key}": value
+        for task, result in comparison["base"].get("tasks", {}).items()
+        for key, value in (result.get("metrics") or {}).items()
+    }
     starts = [run["record"].get("initial_eval_loss") for run in comparison.finals if run["record"]]
     base["eval_loss"] = next((value for value in starts if is_number(value)), None)
     return {"metrics": metrics, "rows": lines, "base": [significant(base.get(metric), 4) for metric in metrics]}
@@ -128,7 +144,9 @@ def _forest(comparison: Comparison) -> dict[str, Any]:
     pairs = forest_plot.pairs_of(comparison, comparison.metric)
     scale = forest_plot.forest_scale(pairs)
     drawn = [{"pair": pair, "strip": forest_plot.forest_row(pair, scale)} for pair in pairs]
-    everything = [pair for metric in summary.all_metrics(comparison) for pair in forest_plot.pairs_of(comparison, metric)]
+    everything = [
+        pair for metric in summary.all_metrics(comparison) for pair in forest_plot.pairs_of(comparison, metric)
+    ]
     margin = pairs[0].margin if pairs else None
     return {
         "open": drawn[:MOST_PAIRS],
@@ -153,7 +171,8 @@ def _tradeoffs(comparison: Comparison, numbers: Mapping[str, int]) -> list[dict[
     limits = comparison["recommendation"].get("limits") or {}
     hours = limits.get("hours")
     seconds = [run["record"]["wall_seconds"] for run in comparison.finals if _seconds(run)]
-    unit, size = ("hours", 3600.0) if seconds and max(seconds) > 7200 else ("minutes", 60.0)
+    longest = max(seconds, default=0.0)
+    unit, size = next((item for item in TIME_UNITS if longest > 2 * item[1]), TIME_UNITS[-1])
     limit_time = hours * 3600 / size if is_number(hours) else None
     limit_memory = limits["memory_bytes"] / 1e9 if is_number(limits.get("memory_bytes")) else None
     wanted = [
@@ -208,6 +227,7 @@ def _curves(comparison: Comparison, numbers: Mapping[str, int]) -> dict[str, Any
     ]
     return {
         "curves": panels,
+        "is_cut": is_cut(curves),
         "has_search": any(not curve.is_final for curve in curves),
         "rates": rates_svg(comparison, numbers),
     }
@@ -264,7 +284,7 @@ def _runs(comparison: Comparison) -> list[dict[str, Any]]:
             "memory_sort": run["peak_memory_bytes"] or "",
             "time": duration(run["wall_seconds"]),
             "time_sort": run["wall_seconds"] or "",
-            "folder": summary.visible(run["folder"]),
+            "folder": visible(run["folder"]),
         }
         for run in comparison["runs"]
     ]
@@ -283,8 +303,8 @@ def _reproduce(comparison: Comparison) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8", errors="replace")
     seconds = comparison["seconds"]
     return {
-        "command": _broken(summary.visible(comparison["command"])),
-        "config": summary.visible(text),
+        "command": _broken(visible(comparison["command"])),
+        "config": visible(text),
         "config_name": path.name if path else "",
         "tables": [
             ("Settings", summary.settings_rows(comparison["settings"])),

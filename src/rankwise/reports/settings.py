@@ -29,5 +29,6 @@ def output_of(settings: ReportSettings) -> Path:
     if settings.output is not None:
         return settings.output
     if len(settings.folders) > 1:
-        raise ConfigError("RW180", f"{len(settings.folders)} folders are joined in one report, which belongs in none of them; give --output DIR.")
+        count = len(settings.folders)
+        raise ConfigError("RW180", f"the report of {count} folders belongs in none of them; give --output DIR.")
     return settings.folders[0]

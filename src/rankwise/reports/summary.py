@@ -80,9 +80,10 @@ def data_title(comparison: Comparison) -> str:
 def verdict(comparison: Comparison) -> str:
     """The sentence at the top: the recommendation's own, else that there is none."""
     recommendation = comparison["recommendation"]
-    reason = str(recommendation.get("reason") or "").strip()
+    # The method's name stands above the sentence already.
+    reason = str(recommendation.get("reason") or "").strip().removeprefix(f"{recommendation.get('method')}: ")
     if reason:
-        return visible(reason)
+        return visible(reason[0].upper() + reason[1:])
     if recommendation.get("method"):
         return f"Take {long_name(recommendation['method'])}."
     return "No method can be recommended: no run finished."
@@ -123,6 +124,8 @@ def _test(comparison: Comparison) -> Fact | None:
     items = [item for item in comparison["differences"] if item["metric"] == comparison.metric]
     if not items:
         return None
+    if seeds_of(comparison) < 2:
+        return Fact("Tested", "Not at all", "one seed cannot tell a difference from luck", True)
     paired = all(item["paired_by_example"] for item in items)
     how = "Paired by example" if paired else "Paired by seed"
     note = f"{plural(len(items), 'pair')}, Holm's correction, {percent(comparison['confidence'])} intervals"
@@ -200,9 +203,11 @@ def rows(comparison: Comparison) -> list[Row]:
     """Methods with a result, the best first."""
     chosen = comparison["recommendation"].get("method")
     keys = [key for key, _ in columns(comparison)]
+    methods = comparison["methods"]
+    if seeds_of(comparison) < 2:
+        methods = {name: {**facts, "group": None} for name, facts in methods.items()}
     return [
-        Row(name, name == chosen, tuple(cell(comparison["methods"][name], key) for key in keys))
-        for name in comparison.with_result()
+        Row(name, name == chosen, tuple(cell(methods[name], key) for key in keys)) for name in comparison.with_result()
     ]
 
 

@@ -77,7 +77,7 @@ def sft_arguments(
     optimizer: str,
     seed: int,
     packing: bool,
-    padding_free: bool,
+    padding_free: bool = False,
     max_length: int,
     gradient_checkpointing: bool,
     activation_offloading: bool,

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rankwise.acceleration import restore
 from rankwise.adapters import has_adapter, report
 from rankwise.adapters.baselines import has_baseline
 from rankwise.adapters.peft_config import CONFIG_FILE
@@ -81,6 +82,8 @@ def write_final(
             (output / name).parent.mkdir(exist_ok=True)
             os.replace(folder / name, output / name)
     if has_adapter(model):
+        # A reloaded adapter starts plain: both sides of the comparison add their terms in the same order.
+        restore(model)
         check_reload(model, output, probe)
 
 

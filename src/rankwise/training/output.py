@@ -15,6 +15,7 @@ from rankwise.training.old_run import check_replaceable, read_old_run
 Mode = Literal["new", "resume", "overwrite"]
 
 MAY_CHANGE = {
+    "cache",
     "output",
     "resume",
     "overwrite",

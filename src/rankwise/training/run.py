@@ -160,12 +160,15 @@ def _prepare(
         device=given.device,
         trust_remote_code=given.trust_remote_code,
         revision=given.revision,
+        cache=given.cache,
     )
     observer.phase("Encoding data")
     if template is not None:
         # Saved with the run, so that whoever loads it writes prompts as they were in training.
         loaded.tokenizer.chat_template = template
-    data = setup.encode_data(rows, eval_rows, loaded.tokenizer, max_length=given.max_length, template=template)
+    data = setup.encode_data(
+        rows, eval_rows, loaded.tokenizer, max_length=given.max_length, template=template, cache=given.cache
+    )
     base = model_facts(loaded.model, loaded.source)
     described = data.describe()
     if mode == "resume":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,12 @@ from rankwise.adapters import add_adapter
 from rankwise.adapters.baselines import BASELINES, add_baseline
 from rankwise.config import LoraConfig
 from rankwise.data import Encoded, Rows, encode_rows, overlapping_rows, read_rows, read_template
+from rankwise.data.encoded_cache import encode_rows_once
 from rankwise.errors import ConfigError, warn
-from rankwise.models import ModelSource, choose_device, fetch_model, load_model
+from rankwise.models import ModelSource, choose_device, fetch_model
 from rankwise.quantization.config import FourBitConfig
 from rankwise.training.arguments import mixed_precision
+from rankwise.training.prepared import load_prepared
 
 ANSWER_TOKENS = 64
 EVAL_ROWS = 256
@@ -107,12 +110,22 @@ def _warn_of_overlap(rows: Rows, eval_rows: Rows) -> None:
         )
 
 
-def encode_data(rows: Rows, eval_rows: Rows | None, tokenizer: Any, *, max_length: int, template: str | None) -> Data:
+def encode_data(
+    rows: Rows,
+    eval_rows: Rows | None,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    template: str | None,
+    cache: Path | None = None,
+) -> Data:
     """Token ids and labels of both sets, by the same rules."""
-    train = encode_rows(rows, tokenizer, max_length=max_length, chat_template=template, name="train")
+    options: dict[str, Any] = {"max_length": max_length, "chat_template": template}
+    encode = encode_rows if cache is None else functools.partial(encode_rows_once, cache=cache)
+    train = encode(rows, tokenizer, name="train", **options)
     evaluation = None
     if eval_rows is not None:
-        evaluation = encode_rows(eval_rows, tokenizer, max_length=max_length, chat_template=template, name="eval")
+        evaluation = encode(eval_rows, tokenizer, name="eval", **options)
     return Data(train, evaluation, rows, template, eval_rows)
 
 
@@ -125,18 +138,20 @@ def load_for_training(
     device: str,
     trust_remote_code: bool,
     revision: str | None,
+    cache: Path | None = None,
 ) -> Loaded:
     """The base model on its device, in the dtype that the method needs, in training mode."""
     choice = choose_device(device, dtype)
     where = torch.device(choice.device)
     weights, precision = mixed_precision(method, choice.dtype, where.type)
     source = fetch_model(name, revision=revision, trust_remote_code=trust_remote_code)
-    model, tokenizer = load_model(
+    model, tokenizer = load_prepared(
         source,
         dtype=weights,
         device=choice.device,
         quantization=quantization,
         trust_remote_code=trust_remote_code,
+        cache=cache,
     )
     if tokenizer is None:
         raise ConfigError("RW115", f"{name} comes without a tokenizer, so text cannot be encoded for it.")

@@ -46,7 +46,9 @@ def references(tmp_path: Path) -> Path:
         ("a.txt.gz", ' one "two" \r\nthree'),
         (
             "a.jsonl",
-            json.dumps({"mr": MILL, "prediction": 'one "two"'}) + '\n\n{"mr": "%s", "prediction": "three"}' % VAULTS,
+            json.dumps({"mr": MILL, "prediction": 'one "two"'})
+            + "\n\n"
+            + json.dumps({"mr": VAULTS, "prediction": "three"}),
         ),
         ("a.jsonl", '{"output": "one \\"two\\""}\n{"output": "three"}\n'),
         ("a.json", json.dumps([{"id": 1, "prediction": 'one "two"'}, {"id": 2, "prediction": "three"}])),

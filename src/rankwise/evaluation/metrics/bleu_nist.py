@@ -19,7 +19,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,11 +140,11 @@ def ngrams(words: Words, longest: int = NIST_ORDER) -> Counter[tuple[str, ...]]:
     )
 
 
-def ngram_information(texts: object) -> dict[tuple[str, ...], float]:
+def ngram_information(texts: Iterable[Words]) -> dict[tuple[str, ...], float]:
     """``log2(count(w_1..w_n-1) / count(w_1..w_n))``; the history of a single word is every word there is."""
     counts: Counter[tuple[str, ...]] = Counter()
     total = 0
-    for words in texts:  # type: ignore[attr-defined]
+    for words in texts:
         counts.update(ngrams(words))
         total += len(words)
     # Perl takes the text "0" for false, so a history of this one word is no history to the script.

@@ -1,9 +1,9 @@
 """Files of E2E predictions and references, read as the official scorer reads them.
 
-A table has the columns that its header names; its lines are stripped, empty ones are skipped, quotes are those of CSV,
+A table has the columns that its header names; its lines are stripped, empty ones skipped, quotes are those of CSV,
 and characters that some systems broke (``Â£``, ``Ã©``) are mended. A text file has one prediction a line, where an
-empty line is an empty prediction; references are one a line with an empty line between groups, or ``context||reference``
-as in the LoRA repository. JSON lines are read too.
+empty line is an empty prediction; references are one a line with an empty line between groups, or
+``context||reference`` as in the LoRA repository. JSON lines are read too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rankwise.errors import DataError, warn
-from rankwise.evaluation.metrics.files import JSON_SUFFIXES, kind_of, listed, read_records, read_text, shortened
+from rankwise.evaluation.metrics.files import (
+    JSON_SUFFIXES,
+    kind_of,
+    listed,
+    no_duplicates,
+    read_records,
+    read_text,
+    shortened,
+)
 
 TABLE_SUFFIXES = (".tsv", ".csv")
 # A column is the one whose name begins so.
@@ -104,10 +112,9 @@ def read_references(path: Path, *, by_context: bool) -> Groups:
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
     filled = [(number, line) for number, line in lines if line]
     if filled and all(SEPARATOR in line for _, line in filled):
-        pairs = [(number, *line.split(SEPARATOR, 1)) for number, line in filled]
-        numbers, contexts, texts = zip(*pairs)
-        stripped = ([part.strip() for part in parts] for parts in (contexts, texts))
-        return _grouped(Texts(path, *stripped, numbers), by_context)
+        pairs = [line.partition(SEPARATOR) for _, line in filled]
+        contexts, texts = [pair[0].strip() for pair in pairs], [pair[2].strip() for pair in pairs]
+        return _grouped(Texts(path, contexts, texts, [number for number, _ in filled]), by_context)
     return _blank_separated(path, lines)
 
 
@@ -154,7 +161,7 @@ def _from_records(path: Path, fields: Sequence[str]) -> Texts:
             break
     ids = [record.fields["id"] for record in records if record.fields.get("id") is not None]
     if len(ids) == len(records):
-        _no_duplicates(path, "id", [str(name) for name in ids], [record.line for record in records])
+        no_duplicates(path, "id", [str(name) for name in ids], [record.line for record in records])
     return Texts(path, contexts, texts, [record.line for record in records])
 
 
@@ -188,7 +195,7 @@ def _from_table(path: Path, text: str, column: re.Pattern[str]) -> Texts:
     context, value, start = _columns(path, rows[0][1], column)
     if value == width - 1:
         # The end of a line is stripped, and with it the separator before an empty last column.
-        rows = [(line, row + [""] if len(row) == width - 1 and context < len(row) else row) for line, row in rows]
+        rows = [(line, [*row, ""] if len(row) == width - 1 and context < len(row) else row) for line, row in rows]
     wrong = [line for line, row in rows if len(row) != width]
     if wrong:
         raise DataError(
@@ -236,7 +243,7 @@ def _columns(path: Path, first: Sequence[str], column: re.Pattern[str]) -> tuple
 def _joined(given: Texts, known: Groups) -> list[Sequence[str]]:
     """The references of each prediction, by meaning representation."""
     contexts = [context or "" for context in given.contexts]
-    _no_duplicates(given.path, "meaning representation", contexts, given.lines)
+    no_duplicates(given.path, "meaning representation", contexts, given.lines)
     place = {context: index for index, context in enumerate(known.contexts)}
     order = [place.get(context) for context in contexts]
     if None in order:
@@ -281,14 +288,3 @@ def _same_count(given: Texts, known: Groups) -> None:
         f"{given.path} has {mine:,} predictions and {known.path} {theirs:,} groups of references; number "
         f"{min(mine, theirs) + 1} (line {lines[min(mine, theirs)]} of {path}) is the first without a counterpart.",
     )
-
-
-def _no_duplicates(path: Path, name: str, values: Sequence[str], lines: Sequence[int]) -> None:
-    seen: dict[str, int] = {}
-    for value, line in zip(values, lines):
-        if value in seen:
-            raise DataError(
-                "RW234",
-                f"{path}: lines {seen[value]} and {line} have the same {name}, {shortened(value)}; keep one of them.",
-            )
-        seen[value] = line

@@ -91,6 +91,18 @@ def _record(path: Path, number: int, value: Any) -> Record:
     return Record(number, value)
 
 
+def no_duplicates(path: Path, name: str, values: Sequence[str], lines: Sequence[int]) -> None:
+    """Raises DataError (RW234) with the lines of the first two ``values`` that are equal."""
+    seen: dict[str, int] = {}
+    for value, line in zip(values, lines):
+        if value in seen:
+            raise DataError(
+                "RW234",
+                f"{path}: lines {seen[value]} and {line} have the same {name}, {shortened(value)}; keep one of them.",
+            )
+        seen[value] = line
+
+
 def listed(items: Sequence[object]) -> str:
     """The first few of ``items``, and how many more there are."""
     shown = ", ".join(map(str, items[:SHOWN]))

@@ -10,7 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from rankwise.errors import DataError, warn
-from rankwise.evaluation.metrics.files import Record, listed, read_records, shortened
+from rankwise.evaluation.metrics.files import Record, listed, no_duplicates, read_records, shortened
 
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 PATTERN = re.compile(rf"(?:{DIGITS})(?:\s?/\s?(?:{DIGITS}))?")
@@ -60,10 +60,8 @@ def extract_answer(text: str) -> Fraction | None:
             number = _first_number(found["rest"])
             if number is not None:
                 return number
-    last = None
-    for last in PATTERN.finditer(text):
-        pass
-    return _value(last) if last else None
+    numbers = list(PATTERN.finditer(text))
+    return _value(numbers[-1]) if numbers else None
 
 
 def is_correct(prediction: str, reference: str) -> bool:
@@ -107,7 +105,7 @@ def _joined(
         _same_count(predictions, given, references, known)
         return list(zip(given, known))
     for path, questions, rows in ((predictions, asked, given), (references, answered, known)):
-        _no_duplicates(path, questions, rows)
+        no_duplicates(path, "question", questions, [row.line for row in rows])
     place = dict(zip(answered, known))
     strange = [row for row, question in zip(given, asked) if question not in place]
     if strange:
@@ -143,18 +141,6 @@ def _same_count(predictions: Path, given: Sequence[Record], references: Path, kn
             f"{predictions} has {len(given):,} predictions and {references} {len(known):,} answers; "
             f"line {first} of {path} is the first without a counterpart.",
         )
-
-
-def _no_duplicates(path: Path, questions: Sequence[str], rows: Sequence[Record]) -> None:
-    seen: dict[str, int] = {}
-    for question, row in zip(questions, rows):
-        if question in seen:
-            raise DataError(
-                "RW234",
-                f"{path}: lines {seen[question]} and {row.line} have the same question, {shortened(question)}; "
-                "keep one of them.",
-            )
-        seen[question] = row.line
 
 
 def _first_number(rest: str) -> Fraction | None:

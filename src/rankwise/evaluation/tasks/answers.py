@@ -83,4 +83,4 @@ def _fitting(engine: Engine, questions: Sequence[Question], decoding: Decoding, 
             f"{task}: {cut:,} of {len(questions):,} prompts are longer than the {room:,} tokens that the model has for "
             "them; they lose their beginning.",
         )
-    return [Prompt(question.ids[-room:], number) for number, question in enumerate(questions)]
+    return [Prompt(question.ids[-room:]) for question in questions]

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.data.files import BadRow, kind_of, read_file
-from rankwise.data.formats import rows_from_records
+from rankwise.data.files import kind_of, read_file
+from rankwise.data.formats import BadRow, rows_from_records
 from rankwise.errors import DataError
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.errors_of_means import Mean

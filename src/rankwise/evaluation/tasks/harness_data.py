@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.data.files import BadRow, kind_of, read_file
+from rankwise.data.files import kind_of, read_file
+from rankwise.data.formats import BadRow
 from rankwise.errors import ConfigError, DataError
 from rankwise.evaluation.tasks.commonsense import Instructions, instructions_in
 

@@ -96,16 +96,18 @@ class Vicuna(Task):
         return self._judged(examples, folder, tell) if self.judge else examples
 
     def _questions(self, engine: Engine) -> tuple[list[Question], tuple[str, ...], set[int]]:
+        stops: tuple[str, ...] = ()
+        stop_ids: set[int] = set()
         if engine.template is None and not engine.tokenizer.chat_template:
             ids = [engine.text_ids(GUANACO.format(text)) for _, text in self.asked]
-            stops, stop_ids = GUANACO_STOPS, set[int]()
+            stops = GUANACO_STOPS
         else:
             # The completion is a stand-in: only what stands in front of it is used.
             items = [
                 Row("prompt", str(self.data), n, prompt=text, completion="-") for n, (_, text) in enumerate(self.asked)
             ]
             encoder = engine.encoder(Rows(items, "prompt", str(self.data), self.data_sha256, "questions"))
-            ids, stops, stop_ids = engine.prompt_ids(encoder, items), (), encoder.stop_ids()
+            ids, stop_ids = engine.prompt_ids(encoder, items), encoder.stop_ids()
         return [Question(name, row, text) for (name, text), row in zip(self.asked, ids)], stops, stop_ids
 
     def _judged(self, examples: Sequence[Example], folder: Path, tell: Tell) -> list[Example]:

@@ -43,7 +43,12 @@ class _Attention(ctypes.Structure):
 
 
 def obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
-    """Why the native kernel cannot take these tensors, in a sentence, or None where it can."""
+    """Why the native kernel cannot run on these tensors, in a sentence, or None where it can."""
+    return unfit(q, k, v, scale) or _missing()
+
+
+def unfit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+    """The part of `obstacle` that lies in the tensors: all that a compiler can trace."""
     if q.device.type != "cpu":
         return f"the native kernel works on CPU tensors, and these are on {q.device}."
     if not q.dtype == k.dtype == v.dtype == torch.bfloat16:
@@ -52,14 +57,15 @@ def obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
         return f"the native kernel takes heads of 16, 32, ..., 256 elements, and these have {q.shape[-1]}."
     if not 0 < scale < float("inf"):
         return f"the native kernel takes a positive scale, and this one is {scale}."
-    missing = _missing_library()
-    if missing is not None:
-        return missing
-    if not native.library().rw_attention_available():
-        return (
-            "the native kernel needs AVX-512 with BF16, and this CPU or build has none, or RANKWISE_CPU_LEVEL chose less."
-        )
     return None
+
+
+def _missing() -> str | None:
+    """Why no native attention runs in this process, or None where one does."""
+    why = _missing_library()
+    if why is None and not native.library().rw_attention_available():
+        why = "it needs AVX-512 with BF16, which this CPU, this build or RANKWISE_CPU_LEVEL does not give."
+    return why
 
 
 def attention_forward(

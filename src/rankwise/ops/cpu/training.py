@@ -153,18 +153,19 @@ def cross_entropy_(
     """See `rankwise.ops.reference_training.cross_entropy_`."""
     rows, stride = _rows(logits)
     targets, (C, V) = targets.contiguous(), logits.shape
-    sums = torch.empty(3, dtype=torch.float64)
+    sums = (ctypes.c_double * 3)()
     wrong = _functions().rw_cross_entropy(
         rows.data_ptr(), stride, targets.data_ptr(), C, V, scale, label_smoothing, softcap or 0.0, multiplier,
-        want_grad, want_entropy, want_correct, sums.data_ptr(), _DTYPE[logits.dtype], _threads(),
+        want_grad, want_entropy, want_correct, sums, _DTYPE[logits.dtype], _threads(),
     )  # fmt: skip
     error = bad_target(targets, V, IGNORED) if wrong >= 0 else None
     if error is not None:
         raise error
     if want_grad and rows is not logits:
         logits.copy_(rows)
-    loss, entropy, correct = sums.unbind()
-    return loss, entropy if want_entropy else None, correct.long() if want_correct else None
+    loss = torch.tensor(sums[0], dtype=torch.float64)
+    entropy = torch.tensor(sums[1], dtype=torch.float64) if want_entropy else None
+    return loss, entropy, torch.tensor(int(sums[2])) if want_correct else None
 
 
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:

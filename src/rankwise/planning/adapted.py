@@ -1,0 +1,164 @@
+"""Which modules of a shape an adapter changes and what it adds, by the rules of ``rankwise.adapters.targets``.
+
+Written again without torch, so that a plan answers at once; a test holds the two together over many settings.
+r rank, (in, out) of a layer; with enabled parts, n of p equal parts adapt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+
+from rankwise.config import ALL_LINEAR, LoraConfig
+from rankwise.errors import AdapterError
+from rankwise.planning.shape import Module, Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """One adapted module: shapes of A, B and, for DoRA, m."""
+
+    module: Module
+    r: int
+    parts: tuple[bool, ...] | None
+    use_dora: bool
+
+    @property
+    def rank(self) -> int:
+        """Of the whole update: r for each enabled part."""
+        return self.r * (1 if self.parts is None else sum(self.parts))
+
+    @property
+    def rows(self) -> int:
+        """Output rows that adapt: out, or n out / p."""
+        out = self.module.outputs
+        return out if self.parts is None else sum(self.parts) * (out // len(self.parts))
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """A (n r, in), B (rows, r), m (rows,)."""
+        pair = ((self.rank, self.module.inputs), (self.rows, self.r))
+        return (*pair, (self.rows,)) if self.use_dora else pair
+
+    @property
+    def parameters(self) -> int:
+        """``r (in + out)``, and ``out`` more for DoRA's magnitude."""
+        return self.rank * self.module.inputs + self.rows * self.r + (self.rows if self.use_dora else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
+    """All that trains: low-rank pairs, whole copies of modules, biases."""
+
+    adapted: tuple[Adapted, ...]
+    whole: tuple[Module, ...]
+    biases: tuple[Module, ...]
+
+    @property
+    def parameters(self) -> int:
+        pairs = sum(item.parameters for item in self.adapted)
+        return pairs + sum(item.parameters for item in self.whole) + sum(item.outputs for item in self.biases)
+
+
+def adaptation(shape: Shape, config: LoraConfig) -> Adaptation:
+    """What ``add_adapter`` would do. Raises AdapterError, RW401 to RW404, as it does."""
+    adapted = tuple(_adapted(shape, config))
+    whole = tuple(_whole(shape, config.modules_to_save or ()))
+    return Adaptation(adapted, whole, tuple(_biases(shape, config, adapted, whole)))
+
+
+def _adapted(shape: Shape, config: LoraConfig) -> Iterator[Adapted]:
+    chosen = [module for module in shape.modules if _is_target(module.name, module, shape, config)]
+    containers = [name for name in _containers(shape) if _is_target(name, None, shape, config)]
+    wrong = [item.name for item in chosen if not (item.is_linear or item.kind == "embedding")] + containers
+    if wrong:
+        raise AdapterError(
+            "RW402",
+            f"target_modules={config.target_modules!r} matches {', '.join(wrong[:3])}, which no adapter can wrap; name "
+            f"linear layers, such as {', '.join(_endings(shape))}.",
+        )
+    if not chosen:
+        raise AdapterError(
+            "RW401",
+            f"target_modules={config.target_modules!r} matches no module of this {shape.family} model; its linear "
+            f"layers end in {', '.join(_endings(shape))}.",
+        )
+    for module in chosen:
+        r = next((value for key, value in config.rank_pattern.items() if _pattern(key, module.name)), config.r)
+        yield Adapted(module, r, _parts(module, config), config.use_dora)
+
+
+def _is_target(name: str, module: Module | None, shape: Shape, config: LoraConfig) -> bool:
+    wanted = config.target_modules
+    if wanted is None or (config.exclude_modules and matches(name, config.exclude_modules)):
+        return False
+    if any(re.match(rf"(^|.*\.){re.escape(key)}($|\..*)", name) for key in config.modules_to_save or ()):
+        return False
+    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+        return module is not None and module.is_linear and module is not shape.modules[-1]
+    return matches(name, wanted) and _in_layers(name, config.layers_to_transform)
+
+
+def matches(name: str, wanted: str | Sequence[str]) -> bool:
+    """A string is a full-match regular expression; a list matches whole names or their ends after a dot."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == key or name.endswith(f".{key}") for key in wanted)
+
+
+def _in_layers(name: str, wanted: int | Sequence[int] | None) -> bool:
+    if wanted is None or wanted in ((), []):
+        return True
+    found = re.match(r"(?:^|.*?\.)[^.]*\.(\d+)\.", name)
+    return found is not None and int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def _pattern(key: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def _parts(module: Module, config: LoraConfig) -> tuple[bool, ...] | None:
+    for key, parts in config.enable_lora.items():
+        if matches(module.name, [key]):
+            if not module.is_linear or module.outputs % len(parts):
+                raise AdapterError(
+                    "RW403",
+                    f"enable_lora[{key!r}] splits {module.name} into {len(parts)} equal parts, and it has "
+                    f"{module.outputs} output rows; give as many values as the projection has parts.",
+                )
+            return tuple(map(bool, parts))
+    return None
+
+
+def _containers(shape: Shape) -> list[str]:
+    """Paths of modules that hold others."""
+    paths = {module.name.rsplit(".", depth)[0] for module in shape.modules for depth in range(1, 5)}
+    return sorted(paths - {module.name for module in shape.modules})
+
+
+def _endings(shape: Shape) -> list[str]:
+    return list(dict.fromkeys(module.name.rpartition(".")[2] for module in shape.modules if module.is_linear))[:8]
+
+
+def _whole(shape: Shape, wanted: Sequence[str]) -> Iterator[Module]:
+    for key in wanted:
+        paths = [*_containers(shape), *(module.name for module in shape.modules)]
+        if not any(matches(path, [key]) for path in paths):
+            raise AdapterError("RW404", f"modules_to_save names {key!r}, which is not in the model.")
+    for module in shape.modules:
+        parts = module.name.split(".")
+        paths = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        if any(matches(path, [key]) for key in wanted for path in paths):
+            yield module
+
+
+def _biases(shape: Shape, config: LoraConfig, adapted: Sequence[Adapted], whole: Sequence[Module]) -> Iterator[Module]:
+    """Modules whose bias trains."""
+    if config.bias == "none":
+        return
+    names = {item.module.name for item in adapted}
+    saved = {module.name for module in whole}
+    for module in shape.modules:
+        if module.bias and module.name not in saved and (config.bias == "all" or module.name in names):
+            yield module

@@ -1,0 +1,189 @@
+"""The families of models that the closed form knows: which modules a config means. Imports no torch.
+
+Module names are transformers', so that target_modules mean here what they mean on the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from rankwise.planning.shape import Fields, Module, Shape
+
+Family = Callable[[Fields], Shape]
+
+
+def decoder(
+    fields: Fields,
+    *,
+    family: str,
+    tied: bool = False,
+    qkv_bias: bool | None = None,
+    qk_norm: int = 0,
+    norms_per_layer: int = 2,
+    head_dim: int | None = None,
+    fused: bool = False,
+    kv_heads: int | None = None,
+    softcap: bool = False,
+    experts: bool = False,
+) -> Shape:
+    """The line of Llama: RMSNorm, rotary positions, grouped queries, a gated MLP or gated experts.
+
+    ``qkv_bias``: of q, k and v, where the config does not say; None: attention_bias of the config, on all four.
+    ``qk_norm``: 1 over each head, 2 over all heads together. ``fused``: qkv_proj and gate_up_proj as in Phi-3.
+    """
+    h, layers, heads, V = fields.required("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    d = fields.count("head_dim", head_dim or h // heads)
+    groups = fields.count("num_key_value_heads", kv_heads or heads)
+    attention_bias = fields.flag("attention_bias", False)
+    sizes = {
+        "h": h,
+        "q": heads * d,
+        "k": groups * d,
+        "qkv_bias": attention_bias if qkv_bias is None else fields.flag("qkv_bias", qkv_bias),
+        "o_bias": attention_bias and qkv_bias is None,
+        "norm": {0: 0, 1: d, 2: heads * d}[qk_norm],
+        "k_norm": {0: 0, 1: d, 2: groups * d}[qk_norm],
+    }
+    moe = _experts(fields, family) if experts else None
+    width = moe["f"] if moe else fields.required("intermediate_size")[0]
+    modules = [Module("model.embed_tokens", "embedding", V, h)]
+    for index in range(layers):
+        path = f"model.layers.{index}"
+        modules += _attention(f"{path}.self_attn", fused=fused, **sizes)
+        is_sparse = moe is not None and index not in moe["dense_layers"]
+        modules += _moe(f"{path}.mlp", h, moe) if is_sparse and moe else _mlp(f"{path}.mlp", h, fields, fused)
+        modules += [Module(f"{path}.{name}", "norm", 0, 0, extra=h) for name in NORM_NAMES[norms_per_layer, family]]
+    modules += [Module("model.norm", "norm", 0, 0, extra=h), Module("lm_head", "linear", h, V)]
+    return Shape(
+        family=family,
+        hidden=h,
+        layers=layers,
+        mlp=width,
+        heads=heads,
+        kv_heads=groups,
+        head_dim=d,
+        vocabulary=V,
+        max_positions=fields.max_positions,
+        tied=fields.flag("tie_word_embeddings", tied),
+        modules=tuple(modules),
+        experts=moe["E"] if moe else 0,
+        experts_per_token=moe["k"] if moe else 0,
+        shared_mlp=moe["shared"] if moe else 0,
+        qk_norm=bool(qk_norm),
+        softcap=softcap and fields.config.get("final_logit_softcapping", 30.0) is not None,
+        norms_per_layer=norms_per_layer,
+    )
+
+
+class _Names(dict[tuple[int, str], tuple[str, ...]]):
+    def __missing__(self, key: tuple[int, str]) -> tuple[str, ...]:
+        two = ("input_layernorm", "post_attention_layernorm")
+        return two if key[0] == 2 else (*two, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+
+NORM_NAMES = _Names({(2, "olmo2"): ("post_attention_layernorm", "post_feedforward_layernorm")})
+
+
+def _attention(
+    path: str, *, fused: bool, h: int, q: int, k: int, qkv_bias: bool, o_bias: bool, norm: int, k_norm: int
+) -> Iterator[Module]:
+    if fused:
+        yield Module(f"{path}.o_proj", "linear", q, h)
+        yield Module(f"{path}.qkv_proj", "linear", h, q + 2 * k)
+        return
+    yield Module(f"{path}.q_proj", "linear", h, q, qkv_bias)
+    yield Module(f"{path}.k_proj", "linear", h, k, qkv_bias)
+    yield Module(f"{path}.v_proj", "linear", h, k, qkv_bias)
+    yield Module(f"{path}.o_proj", "linear", q, h, o_bias)
+    if norm:
+        yield Module(f"{path}.q_norm", "norm", 0, 0, extra=norm)
+        yield Module(f"{path}.k_norm", "norm", 0, 0, extra=k_norm)
+
+
+def _mlp(path: str, h: int, fields: Fields, fused: bool = False) -> Iterator[Module]:
+    (f,) = fields.required("intermediate_size")
+    bias = fields.flag("mlp_bias", False)
+    if fused:
+        yield Module(f"{path}.gate_up_proj", "linear", h, 2 * f)
+    else:
+        yield Module(f"{path}.gate_proj", "linear", h, f, bias)
+        yield Module(f"{path}.up_proj", "linear", h, f, bias)
+    yield Module(f"{path}.down_proj", "linear", f, h, bias)
+
+
+def _experts(fields: Fields, family: str) -> dict:
+    name = "num_local_experts" if fields.config.get("num_local_experts") else "num_experts"
+    E, k = fields.required(name, "num_experts_per_tok")
+    width = "intermediate_size" if family == "mixtral" else "moe_intermediate_size"
+    layers, step = fields.required("num_hidden_layers")[0], fields.count("decoder_sparse_step", 1)
+    only = fields.config.get("mlp_only_layers") or ()
+    dense = {index for index in range(layers) if index in only or (index + 1) % step}
+    shared = fields.required("shared_expert_intermediate_size")[0] if family == "qwen2_moe" else 0
+    return {"E": E, "k": k, "f": fields.required(width)[0], "shared": shared, "dense_layers": dense}
+
+
+def _moe(path: str, h: int, moe: dict) -> Iterator[Module]:
+    """Stacked experts (E, 2 f, h) and (E, h, f), a router (E, h), and an expert that sees every token."""
+    yield Module(f"{path}.gate", "plain", 0, 0, extra=moe["E"] * h)
+    yield Module(f"{path}.experts", "plain", 0, 0, extra=3 * moe["E"] * moe["f"] * h)
+    if moe["shared"]:
+        s = moe["shared"]
+        yield Module(f"{path}.shared_expert.gate_proj", "linear", h, s)
+        yield Module(f"{path}.shared_expert.up_proj", "linear", h, s)
+        yield Module(f"{path}.shared_expert.down_proj", "linear", s, h)
+        yield Module(f"{path}.shared_expert_gate", "linear", h, 1)
+
+
+def gpt2(fields: Fields) -> Shape:
+    """LayerNorm with bias, learnt positions, fused q, k and v, a plain MLP; weights are stored transposed."""
+    h, layers, heads, V, positions = fields.required("n_embd", "n_layer", "n_head", "vocab_size", "n_positions")
+    f = fields.count("n_inner", 4 * h)
+    modules = [Module("transformer.wte", "embedding", V, h), Module("transformer.wpe", "embedding", positions, h)]
+    for index in range(layers):
+        path = f"transformer.h.{index}"
+        modules += [
+            Module(f"{path}.ln_1", "norm", 0, h, True, extra=h),
+            Module(f"{path}.attn.c_attn", "conv1d", h, 3 * h, True),
+            Module(f"{path}.attn.c_proj", "conv1d", h, h, True),
+            Module(f"{path}.ln_2", "norm", 0, h, True, extra=h),
+            Module(f"{path}.mlp.c_fc", "conv1d", h, f, True),
+            Module(f"{path}.mlp.c_proj", "conv1d", f, h, True),
+        ]
+    modules += [Module("transformer.ln_f", "norm", 0, h, True, extra=h), Module("lm_head", "linear", h, V)]
+    return Shape(
+        family="gpt2",
+        hidden=h,
+        layers=layers,
+        mlp=f,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=h // heads,
+        vocabulary=V,
+        max_positions=positions,
+        tied=fields.flag("tie_word_embeddings", True),
+        modules=tuple(modules),
+        dropout=fields.number("resid_pdrop", 0.1),
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": partial(decoder, family="llama"),
+    "smollm3": partial(decoder, family="smollm3", tied=True, kv_heads=4),
+    "granite": partial(decoder, family="granite"),
+    "mistral": partial(decoder, family="mistral", kv_heads=8),
+    "qwen2": partial(decoder, family="qwen2", qkv_bias=True, kv_heads=32),
+    "qwen3": partial(decoder, family="qwen3", qk_norm=1, head_dim=128, kv_heads=32),
+    "gemma": partial(decoder, family="gemma", tied=True, head_dim=256, kv_heads=16),
+    "gemma2": partial(decoder, family="gemma2", tied=True, head_dim=256, kv_heads=4, norms_per_layer=4, softcap=True),
+    "gemma3_text": partial(
+        decoder, family="gemma3_text", tied=True, head_dim=256, kv_heads=4, norms_per_layer=4, qk_norm=1
+    ),
+    "phi3": partial(decoder, family="phi3", fused=True),
+    "olmo2": partial(decoder, family="olmo2", qk_norm=2),
+    "mixtral": partial(decoder, family="mixtral", kv_heads=8, experts=True),
+    "qwen2_moe": partial(decoder, family="qwen2_moe", qkv_bias=True, kv_heads=16, experts=True),
+    "qwen3_moe": partial(decoder, family="qwen3_moe", qk_norm=1, kv_heads=4, experts=True),
+    "gpt2": gpt2,
+}
+"""By ``model_type``. Defaults are transformers', for fields that a config.json may leave out."""

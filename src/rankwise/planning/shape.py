@@ -1,0 +1,205 @@
+"""The layers of a model by name and size, from its config.json or GGUF header alone. Imports no torch.
+
+    module    path, kind, (in, out), bias     for every module that holds parameters
+
+So counts of parameters, of all or of those that an adapter adds, are exact by construction.
+h hidden width, f MLP width, V vocabulary, d head width, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from rankwise.errors import ModelError
+from rankwise.models.folder import read_config
+from rankwise.models.gguf_file import read_gguf_header
+from rankwise.models.source import ModelSource, fetch_model
+
+Kind = Literal["linear", "conv1d", "embedding", "norm", "plain"]
+# conv1d: a linear layer stored transposed; plain: stacked experts and routers, which no adapter can wrap.
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """One module: ``parameters`` includes its bias. For norms and plain tensors ``inputs`` is 0."""
+
+    name: str
+    kind: Kind
+    inputs: int
+    outputs: int
+    bias: bool = False
+    extra: int = 0
+    # Parameters of a norm or of plain tensors.
+
+    @property
+    def weights(self) -> int:
+        return self.inputs * self.outputs + self.extra
+
+    @property
+    def parameters(self) -> int:
+        return self.weights + (self.outputs if self.bias else 0)
+
+    @property
+    def is_linear(self) -> bool:
+        return self.kind in ("linear", "conv1d")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What memory depends on."""
+
+    family: str
+    hidden: int
+    layers: int
+    mlp: int
+    # Width of the dense MLP, or of one expert.
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    max_positions: int | None
+    tied: bool
+    modules: tuple[Module, ...]
+    experts: int = 0
+    experts_per_token: int = 0
+    shared_mlp: int = 0
+    # Width of the expert that sees every token.
+    qk_norm: bool = False
+    softcap: bool = False
+    # The logits pass a tanh.
+    norms_per_layer: int = 2
+    dropout: float = 0.0
+    # Of the model itself, in its hidden states.
+
+    @property
+    def queries(self) -> int:
+        """heads d."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Key-value heads times d."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def parameters(self) -> int:
+        """All of them, tied ones once."""
+        head = self.modules[-1].parameters if self.tied else 0
+        return sum(module.parameters for module in self.modules) - head
+
+
+def read_shape(model: str | os.PathLike[str], *, trust_remote_code: bool = False, revision: str | None = None) -> Shape:
+    """The shape of a hub id, folder, GGUF file or demo; of a hub id the weights are not downloaded.
+
+    Raises ModelError: as ``fetch_model`` and ``read_config`` do; RW325, RW326 as ``shape_of``.
+    """
+    source = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+    config = _gguf_config(source) if source.is_gguf else read_config(source.path)  # type: ignore[arg-type]
+    return shape_of(config, str(source.path or source.name))
+
+
+def shape_of(config: Mapping[str, Any], name: str = "the config") -> Shape:
+    """The shape that a config.json describes.
+
+    Raises ModelError: RW325 an architecture that the closed form does not know, RW326 fields that are missing or no
+    numbers.
+    """
+    from rankwise.planning.architectures import FAMILIES
+
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ModelError(
+            "RW325",
+            f"{name} is a {family!r} model, which the closed form does not know; plan with --exact, which runs the "
+            f"model's own code, or give one of {', '.join(sorted(FAMILIES))}.",
+        )
+    return FAMILIES[family](Fields(config, name))
+
+
+class Fields:
+    """A config's fields; what is missing or wrong is gathered and raised once."""
+
+    def __init__(self, config: Mapping[str, Any], name: str) -> None:
+        self.config, self.name = config, name
+
+    def required(self, *names: str) -> list[int]:
+        """Whole numbers above 0. Raises ModelError (RW326) that names all that are missing or wrong."""
+        wrong = [
+            f"{name} is missing" if self.config.get(name) is None else f"{name} is {self.config[name]!r}"
+            for name in names
+            if not _is_count(self.config.get(name))
+        ]
+        if wrong:
+            raise ModelError(
+                "RW326",
+                f"the config of {self.name} does not give the sizes that a plan needs (whole numbers above 0): "
+                f"{', '.join(wrong)}; take the config.json that came with the model.",
+            )
+        return [self.config[name] for name in names]
+
+    def count(self, name: str, default: int) -> int:
+        """A whole number, or the default of transformers where it is not given."""
+        if self.config.get(name) is None:
+            return default
+        return self.required(name)[0]
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.config.get(name)
+        return default if value is None else bool(value)
+
+    def number(self, name: str, default: float) -> float:
+        value = self.config.get(name)
+        return float(value) if isinstance(value, int | float) else default
+
+    @property
+    def max_positions(self) -> int | None:
+        found = (self.config.get(name) for name in ("max_position_embeddings", "n_positions"))
+        return next((value for value in found if _is_count(value)), None)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+GGUF_FIELDS = {
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "context_length": "max_position_embeddings",
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+GGUF_GPT2 = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "max_position_embeddings": "n_positions",
+}
+GGUF_FAMILIES = {"gemma3": "gemma3_text", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
+
+
+def _gguf_config(source: ModelSource) -> dict[str, Any]:
+    """A GGUF header in the words of config.json; the vocabulary and a tied head show in its tensors."""
+    assert source.path is not None
+    header = read_gguf_header(source.path)
+    family = header.metadata["general.architecture"]
+    config = {ours: header.metadata.get(f"{family}.{theirs}") for theirs, ours in GGUF_FIELDS.items()}
+    if family == "llama" and config["num_local_experts"]:
+        family = "mixtral"
+    if family in ("qwen2moe", "qwen3moe"):
+        config["num_experts"] = config["num_local_experts"]
+    table = header.tensors.get("token_embd.weight")
+    config["vocab_size"] = table.shape[-1] if table else None
+    config["tie_word_embeddings"] = "output.weight" not in header.tensors
+    if family == "gpt2":
+        config |= {theirs: config.pop(ours) for ours, theirs in GGUF_GPT2.items()}
+    return {**config, "model_type": GGUF_FAMILIES.get(family, family)}

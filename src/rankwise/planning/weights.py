@@ -1,0 +1,103 @@
+"""Bytes of weights, adapters, gradients and optimizer state: the terms that do not depend on the batch. No torch.
+
+n parameters, s bytes per element, b weights per 4-bit block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import ceil, prod
+
+from rankwise.planning.adapted import Adaptation
+from rankwise.planning.estimate import DORA, FOUR_BITS
+from rankwise.planning.optimizers import Shape as TensorShape
+from rankwise.planning.shape import Module, Shape
+from rankwise.planning.workload import Workload
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+NESTED_BLOCK = 256
+
+Tensor = tuple[TensorShape, int]
+"""The shape of a trained tensor, and its bytes per element."""
+
+
+def packed_bytes(weights: int, block_size: int, *, double_quant: bool) -> int:
+    """One 4-bit weight: n / 2 bytes of codes; n / b scales of 4 bytes, or of 1 byte with 4 more per 256 and one offset.
+
+    With b = 64 that is 4.5 bits per parameter, and 4.127 with double quantization (QLoRA, section 3: 0.373 saved).
+    """
+    blocks = ceil(weights / block_size)
+    scales = blocks + 4 * ceil(blocks / NESTED_BLOCK) + 4 if double_quant else 4 * blocks
+    return ceil(weights / 2) + scales
+
+
+def is_packed(module: Module, shape: Shape) -> bool:
+    """Linear layers become 4-bit, but for the output head."""
+    return module.is_linear and module is not shape.modules[-1]
+
+
+def weights_4bit_bytes(shape: Shape, method: str, workload: Workload) -> int:
+    """Codes and scales of every 4-bit layer."""
+    if method not in FOUR_BITS:
+        return 0
+    return sum(
+        packed_bytes(module.weights, workload.block_size, double_quant=workload.double_quant)
+        for module in shape.modules
+        if is_packed(module, shape)
+    )
+
+
+def base_element_bytes(method: str, workload: Workload) -> int:
+    """4 for full fine-tuning, whose weights the trainer keeps in float32; else the size of the dtype."""
+    return 4 if method == "full" else DTYPE_BYTES[workload.dtype]
+
+
+def dense_bytes(shape: Shape, method: str, workload: Workload) -> int:
+    """What is not 4-bit: ``n s``, tied tensors once; of a 4-bit layer its bias."""
+    count = shape.parameters
+    if method in FOUR_BITS:
+        count -= sum(module.weights for module in shape.modules if is_packed(module, shape))
+    return count * base_element_bytes(method, workload)
+
+
+def trained_tensors(shape: Shape, method: str, workload: Workload, adapted: Adaptation | None) -> Iterator[Tensor]:
+    """Shape and element size of everything that trains."""
+    base = base_element_bytes(method, workload)
+    if adapted is None:
+        last = len(shape.modules) - (1 if shape.tied else 0)
+        for module in shape.modules[:last]:
+            yield from _own_tensors(module, base)
+        return
+    element = 4 if workload.adapter_dtype == "float32" else base
+    for item in adapted.adapted:
+        yield from ((tensor, element if len(tensor) > 1 else 4) for tensor in item.shapes)
+    for module in adapted.whole:
+        yield from _own_tensors(module, base)
+    for module in adapted.biases:
+        yield (module.outputs,), base
+
+
+def _own_tensors(module: Module, element: int) -> Iterator[Tensor]:
+    if module.extra:
+        yield (module.extra,), element
+    if module.inputs:
+        yield (module.outputs, module.inputs), element
+    if module.bias:
+        yield (module.outputs,), element
+
+
+def tensor_bytes(tensors: list[Tensor]) -> int:
+    """``n s`` summed: of trained tensors, and of their gradients, which have their dtype."""
+    return sum(prod(shape) * size for shape, size in tensors)
+
+
+def kept_norm_bytes(method: str, workload: Workload, adapted: Adaptation | None) -> int:
+    """DoRA keeps ``||W||^2`` and ``||W + s B A||`` per output row in float32; on a CPU also copies of A and B, by which
+    it notices writes past PyTorch."""
+    if method not in DORA or adapted is None:
+        return 0
+    norms = sum(8 * item.module.outputs for item in adapted.adapted)
+    if workload.device_type != "cpu":
+        return norms
+    element = 4 if workload.adapter_dtype == "float32" else base_element_bytes(method, workload)
+    return norms + sum(element * sum(map(prod, item.shapes[:2])) for item in adapted.adapted)

@@ -1,0 +1,89 @@
+"""Base models kept on disk as a run needs them, by the hash of their weights and of what was done to them.
+
+Reading a GGUF file and quantizing take seconds to minutes, and every run of a comparison needs the same result. A
+model that lies there already as it is needed (a folder, no quantization asked for) is not copied.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankwise.models import ModelSource, load_model, model_hash
+from rankwise.models.folder import read_config
+from rankwise.models.load import load_tokenizer
+from rankwise.quantization.config import FourBitConfig
+from rankwise.quantization.targets import four_bit_layers
+
+VERSION = 1
+
+
+def load_prepared(
+    source: ModelSource,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    quantization: FourBitConfig | None,
+    trust_remote_code: bool,
+    cache: Path | None,
+) -> tuple[Any, Any]:
+    """``load_model``, or the same weights to the bit from ``cache``, which is filled where they are not there yet."""
+    arguments: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    if cache is None or not _is_worth_keeping(source, quantization):
+        return load_model(source, quantization=quantization, **arguments)
+    folder = cache / f"base-{_key(source, dtype, quantization)[:32]}"
+    if not folder.is_dir():
+        model, tokenizer = load_model(source, quantization=quantization, **arguments)
+        _keep(model, folder)
+        return model, tokenizer
+    model, _ = load_model(str(folder), quantization=copy.copy(quantization), **arguments)
+    if quantization is not None:
+        _describe_as_asked(model, quantization)
+    # What adapters name as their base is the model itself, never this copy.
+    model.name_or_path = model.config._name_or_path = source.base_model
+    return model, load_tokenizer(source, trust_remote_code=trust_remote_code)
+
+
+def _describe_as_asked(model: Any, quantization: FourBitConfig) -> None:
+    """A checkpoint names every dense module and a dtype; the model says what a fresh one says."""
+    for holder in (model.config, model.hf_quantizer):
+        for name in ("compute_dtype", "modules_to_not_convert"):
+            setattr(holder.quantization_config, name, getattr(quantization, name))
+    for _, layer in four_bit_layers(model):
+        layer.compute_dtype = quantization.compute_dtype
+
+
+def _is_worth_keeping(source: ModelSource, quantization: FourBitConfig | None) -> bool:
+    if source.is_gguf:
+        return True
+    assert source.path is not None
+    return quantization is not None and read_config(source.path).get("quantization_config") is None
+
+
+def _key(source: ModelSource, dtype: torch.dtype, quantization: FourBitConfig | None) -> str:
+    libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "rankwise")}
+    format_ = None if quantization is None else quantization.to_loading_dict()
+    content = (VERSION, model_hash(source), str(dtype), format_, libraries)
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _keep(model: Any, folder: Path) -> None:
+    """Written beside its place and renamed: whole or not at all. Of two that write it, either will do."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        model.save_pretrained(temporary)
+        os.chmod(temporary, 0o755)
+        if not folder.exists():
+            os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,253 @@
+"""``optimize_for_training`` changes the speed of a model and not what it computes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+import rankwise as rw
+from families import MAKERS, family
+from rankwise.acceleration import can_flatten, fused_head, restore
+from rankwise.acceleration.attention import mask_ranges
+from tiny_models import tiny_llama
+
+
+def adapted(name: str, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    model = family(name, dtype)
+    # Dropout of GPT-2 and Phi would draw other numbers in another order.
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.config.attention_dropout = 0.0
+    rw.add_adapter(model, rw.LoraConfig(**{"r": 4, "init_lora_weights": False, **config}))
+    return model
+
+
+def batch() -> dict[str, Tensor]:
+    ids = torch.randint(3, 97, (3, 12), generator=torch.Generator().manual_seed(1))
+    labels, mask = ids.clone(), torch.ones_like(ids)
+    labels[:, :3] = -100
+    labels[1, 8:], mask[1, 8:] = -100, 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def loss_and_grads(model: Any, inputs: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss = model(**inputs).loss
+    loss.backward()
+    trained = rw.adapter_parameters(model).items()
+    return loss.item(), {key: p.grad.clone() for key, p in trained if p.grad is not None}
+
+
+def assert_same(found: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]]) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found[1].keys() == expected[1].keys()
+    for key, grad in expected[1].items():
+        torch.testing.assert_close(found[1][key], grad, rtol=2e-3, atol=2e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_loss_and_gradients_stay(name: str, use_dora: bool) -> None:
+    model, inputs = adapted(name, use_dora=use_dora), batch()
+    expected = loss_and_grads(model, inputs)
+    done = rw.optimize_for_training(model)
+    assert done.fused_loss, str(done)
+    assert_same(loss_and_grads(model, inputs), expected)
+    restore(model)
+    assert_same(loss_and_grads(model, inputs), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
+def test_parts_are_found_where_they_are(name: str) -> None:
+    done = rw.optimize_for_training(adapted(name))
+    # q, k, v and gate, up in both layers.
+    assert done.shared_inputs == 4
+    assert done.mlps == 2
+    assert done.norms >= 5
+    assert done.ropes == 1
+
+
+@pytest.mark.parametrize("config", [{"target_modules": ["lm_head", "q_proj"]}, {"modules_to_save": ["lm_head"]}])
+def test_heads_that_adapt_or_train(config: dict[str, Any]) -> None:
+    model, inputs = adapted("llama", **config), batch()
+    expected = loss_and_grads(model, inputs)
+    rw.optimize_for_training(model)
+    assert_same(loss_and_grads(model, inputs), expected)
+
+
+def test_full_fine_tuning() -> None:
+    model, inputs = tiny_llama().train(), batch()
+    expected = [g.clone() for g in torch.autograd.grad(model(**inputs).loss, list(model.parameters()))]
+    rw.optimize_for_training(model)
+    found = torch.autograd.grad(model(**inputs).loss, list(model.parameters()))
+    for grad, grad0 in zip(found, expected):
+        torch.testing.assert_close(grad, grad0, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_four_bit_base(use_dora: bool) -> None:
+    model, inputs = tiny_llama().train(), batch()
+    rw.quantize(model, rw.Nf4Config(block_size=32, double_quant=True))
+    rw.add_adapter(model, rw.LoraConfig(r=4, use_dora=use_dora, init_lora_weights=False))
+    expected = loss_and_grads(model, inputs)
+    rw.optimize_for_training(model)
+    assert_same(loss_and_grads(model, inputs), expected)
+
+
+def test_gradient_checkpointing_with_dropout_repeats_its_masks() -> None:
+    model, inputs = adapted("llama", lora_dropout=0.3), batch()
+    rw.optimize_for_training(model)
+    torch.manual_seed(5)
+    expected = loss_and_grads(model, inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    torch.manual_seed(5)
+    assert_same(loss_and_grads(model, inputs), expected)
+
+
+def test_50_steps_stay_within_1e_5_of_the_plain_ones() -> None:
+    # B starts at zero, as it does in training: a random B makes AdamW's first steps hang on rounding.
+    plain = adapted("llama", use_dora=True, init_lora_weights=True)
+    fast = copy.deepcopy(plain)
+    rw.optimize_for_training(fast)
+    losses = []
+    for model in (plain, fast):
+        optimizer = torch.optim.AdamW(rw.adapter_parameters(model).values(), lr=1e-3)
+        torch.manual_seed(0)
+        run = []
+        for _ in range(50):
+            ids = torch.randint(3, 97, (2, 10))
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.append(loss.item())
+        losses.append(run)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_logits_are_never_whole() -> None:
+    model = adapted("llama")
+    rw.optimize_for_training(model)
+    output = model(**batch())
+    assert output.logits is None
+    # Without labels a model answers as ever.
+    assert model(input_ids=batch()["input_ids"]).logits.shape == (3, 12, 97)
+
+
+def test_evaluation_has_the_same_loss() -> None:
+    model, inputs = adapted("llama").eval(), batch()
+    with torch.no_grad():
+        expected = model(**inputs).loss.item()
+        rw.optimize_for_training(model)
+        assert model(**inputs).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_batch_without_labels_has_loss_zero_and_gradients() -> None:
+    model, inputs = adapted("llama"), batch()
+    rw.optimize_for_training(model)
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    loss, grads = loss_and_grads(model, inputs)
+    assert loss == 0
+    assert not any(grad.any() for grad in grads.values())
+
+
+def test_the_model_stays_what_it_was(tmp_path: Any) -> None:
+    model = adapted("llama")
+    keys = set(model.state_dict())
+    rw.optimize_for_training(model)
+    assert type(model) is LlamaForCausalLM
+    assert set(model.state_dict()) == keys
+    rw.merge_adapter(model)
+    model.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert again.config._attn_implementation == "sdpa"
+    ids = batch()["input_ids"]
+    torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_is_independent() -> None:
+    model, inputs = adapted("llama"), batch()
+    rw.optimize_for_training(model)
+    expected = loss_and_grads(model, inputs)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in rw.adapter_parameters(model).values():
+            parameter.zero_()
+    assert_same(loss_and_grads(other, inputs), expected)
+
+
+def test_switching_and_disabling_adapters() -> None:
+    model, inputs = adapted("llama"), batch()
+    rw.optimize_for_training(model)
+    first = model(**inputs).loss.item()
+    rw.add_adapter(model, rw.LoraConfig(r=2, use_dora=True, init_lora_weights=False), name="other")
+    other = model(**inputs).loss.item()
+    restore(model)
+    assert model(**inputs).loss.item() == pytest.approx(other, rel=1e-5)
+    rw.optimize_for_training(model)
+    rw.set_adapter(model, "default")
+    assert model(**inputs).loss.item() == pytest.approx(first, rel=1e-5)
+    rw.disable_adapter(model)
+    assert model(**inputs).loss.item() == pytest.approx(tiny_llama()(**inputs).loss.item(), rel=1e-5)
+
+
+def test_rows_laid_end_to_end_compute_as_apart() -> None:
+    model = adapted("llama")
+    assert can_flatten(model)
+    rw.optimize_for_training(model)
+    first, second = torch.arange(3, 10)[None], torch.arange(20, 25)[None]
+    together = {
+        "input_ids": torch.cat([first, second], 1),
+        "position_ids": torch.cat([torch.arange(7), torch.arange(5)])[None],
+    }
+    labels = together["input_ids"].clone()
+    labels[together["position_ids"] == 0] = -100
+    found = model(**together, labels=labels).loss.item()
+    apart = [model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1) for ids in (first, second)]
+    assert found == pytest.approx(sum(apart) / 10, rel=1e-5)
+
+
+def test_masks_become_ranges_only_where_they_are() -> None:
+    causal = torch.ones(4, 4, dtype=torch.bool).tril()
+    packed = torch.block_diag(causal, causal).bool()[None, None]
+    ranges = mask_ranges(packed)
+    assert ranges is not None
+    assert ranges[0].tolist() == [[0, 0, 0, 0, 4, 4, 4, 4]]
+    assert ranges[1].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
+    torn = packed.clone()
+    torn[0, 0, 3, 1] = False
+    assert mask_ranges(torn) is None
+    nothing = torch.zeros(1, 1, 2, 2, dtype=torch.bool)
+    assert mask_ranges(nothing)[0].tolist() == mask_ranges(nothing)[1].tolist()  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
+def test_bfloat16_is_as_close_to_float32_as_before(name: str) -> None:
+    model, inputs = adapted(name, torch.bfloat16, init_lora_weights=True), batch()
+    exact = loss_and_grads(copy.deepcopy(model).float(), inputs)
+    plain = loss_and_grads(model, inputs)
+    rw.optimize_for_training(model)
+    fast = loss_and_grads(model, inputs)
+
+    def error(found: tuple[float, dict[str, Tensor]]) -> float:
+        pairs = [(found[1][key].float() - grad, grad) for key, grad in exact[1].items()]
+        return float(sum(d.norm() ** 2 for d, _ in pairs) / sum(g.norm() ** 2 for _, g in pairs)) ** 0.5
+
+    assert error(fast) <= 1.2 * error(plain)
+    assert abs(fast[0] - exact[0]) <= abs(plain[0] - exact[0]) + 5e-3
+
+
+def test_the_head_is_found_and_forgotten() -> None:
+    model = adapted("llama")
+    assert fused_head(model) is None
+    rw.optimize_for_training(model)
+    assert fused_head(model) is not None
+    restore(model)
+    assert fused_head(model) is None

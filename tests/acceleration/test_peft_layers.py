@@ -1,0 +1,117 @@
+"""``accelerate_peft``: PEFT's model with our operators inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rankwise as rw
+from families import family
+from rankwise.acceleration import restore
+from rankwise.errors import AdapterError
+
+peft = pytest.importorskip("peft")
+
+
+def peft_model(name: str = "llama", **config: Any) -> Any:
+    model = family(name)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False, **config}
+    return peft.get_peft_model(model, peft.LoraConfig(**options)).train()
+
+
+def batch() -> dict[str, Tensor]:
+    ids = torch.randint(3, 97, (2, 10), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "labels": ids}
+
+
+def loss_and_grads(model: Any) -> tuple[float, dict[str, Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch()).loss
+    loss.backward()
+    return loss.item(), {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]]) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found[1].keys() == expected[1].keys()
+    for key, grad in expected[1].items():
+        torch.testing.assert_close(found[1][key], grad, rtol=2e-3, atol=2e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_same_results_parameters_and_state_dict(name: str, use_dora: bool) -> None:
+    model = peft_model(name, use_dora=use_dora)
+    expected, keys = loss_and_grads(model), list(model.state_dict())
+    parameters = dict(model.named_parameters())
+    done = rw.accelerate_peft(model)
+    assert done.shared_inputs == 4
+    assert_same(loss_and_grads(model), expected)
+    assert list(model.state_dict()) == keys
+    assert all(parameter is parameters[key] for key, parameter in model.named_parameters())
+    restore(model)
+    assert_same(loss_and_grads(model), expected)
+    assert not any("rankwise" in key for module in model.modules() for key in module.__dict__)
+
+
+def test_training_goes_on_as_in_peft() -> None:
+    runs = []
+    for fast in (False, True):
+        model = peft_model(use_dora=True)
+        if fast:
+            rw.accelerate_peft(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses = []
+        for _ in range(5):
+            loss = model(**batch()).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        runs.append(losses)
+    assert runs[1] == pytest.approx(runs[0], rel=1e-4)
+
+
+def test_what_peft_does_beyond_stays_peft_s() -> None:
+    model = peft_model()
+    rw.accelerate_peft(model)
+    with model.disable_adapter():
+        bare = model(**batch()).loss.item()
+    assert bare == pytest.approx(family("llama")(**batch()).loss.item(), rel=1e-5)
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.set_adapter("second")
+    second = model(**batch()).loss.item()
+    model.merge_adapter()
+    assert model(**batch()).loss.item() == pytest.approx(second, rel=1e-4)
+    model.unmerge_adapter()
+    restore(model)
+    assert model(**batch()).loss.item() == pytest.approx(second, rel=1e-4)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_bitsandbytes_base(double_quant: bool) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    model = family("llama")
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj"):
+            plain = getattr(layer.mlp, name)
+            packed = bnb.nn.Linear4bit(
+                plain.in_features, plain.out_features, bias=False, quant_type="nf4", compress_statistics=double_quant
+            )
+            packed.weight = bnb.nn.Params4bit(
+                plain.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=double_quant, blocksize=32
+            )
+            setattr(layer.mlp, name, packed.to("cpu"))
+    config = peft.LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config).train()
+    expected = loss_and_grads(model)
+    rw.accelerate_peft(model)
+    assert_same(loss_and_grads(model), expected)
+
+
+def test_a_model_without_peft_is_refused() -> None:
+    with pytest.raises(AdapterError, match="RW416"):
+        rw.accelerate_peft(family("llama"))

@@ -1,0 +1,108 @@
+"""`rankwise compare` with real runs in real processes on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankwise.cli.main import main
+from rankwise.records import load_record
+
+OPTIONS = ["--methods", "lora,qdora", "--seeds", 1, "--learning-rates", 0.01, "--max-steps", 3, "--batch-size", 4]
+OPTIONS += ["--r", 2, "--max-length", 64, "--logging-steps", 1, "--device", "cpu", "--dtype", "float32", "--no-fast"]
+
+
+@pytest.fixture(scope="module")
+def command(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("comparison")
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(30)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["compare", "--model", model_folder, "--data", folder / "rows.jsonl", "--output", folder / "out", *OPTIONS]
+    return [str(word) for word in words]
+
+
+@pytest.fixture(scope="module")
+def folder(command: list[str]) -> Path:
+    """A finished comparison: two methods, one seed, one rate."""
+    assert main(command) == 0
+    return Path(command[command.index("--output") + 1])
+
+
+@pytest.fixture(scope="module")
+def comparison(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+
+
+def test_every_run_is_measured(comparison: dict[str, Any], folder: Path):
+    assert [run["id"] for run in comparison["runs"]] == ["lora-lr0.01-seed0", "qdora-lr0.01-seed0"]
+    for run in comparison["runs"]:
+        record, tasks = run["record"], run["tasks"]
+        assert run["status"] == "finished"
+        # Row by row, on the same rows, with the same loss as the trainer's own evaluation.
+        assert tasks["perplexity"]["metrics"]["loss"] == pytest.approx(record["eval_loss"], rel=1e-4)
+        assert tasks["perplexity"]["count"] == comparison["data"]["eval"]["rows"]
+        assert run["adapter_bytes"] == (folder / run["folder"] / "adapter_model.safetensors").stat().st_size
+        assert run["merged"]["max_logit_difference"] < 1e-3
+        assert run["merged"]["generate_tokens_per_second_merged"] > 0
+        assert all(norm > 0 for norm in run["update_norms"].values())
+        assert len(run["update_norms"]) == 14
+    assert comparison["base"]["tasks"]["perplexity"]["metrics"]["loss"] > 0
+
+
+def test_one_seed_is_said_to_tell_nothing(comparison: dict[str, Any]):
+    assert [item["code"] for item in comparison["warnings"]] == ["RW585"]
+    (difference,) = comparison["differences"]
+    assert difference["verdict"] == "cannot tell"
+    assert difference["interval"] is None
+    assert comparison["methods"]["lora"]["interval"] == {"eval_loss": None}
+    assert comparison["minimum_detectable_effect"]["relative"] is None
+
+
+def test_the_matrix_costs_little_more_than_its_runs(comparison: dict[str, Any]):
+    seconds = comparison["seconds"]
+    assert seconds["runs"] > 0
+    assert seconds["overhead"] < 0.3 * seconds["runs"]
+
+
+def test_reports_and_the_best_adapter_are_there(folder: Path, comparison: dict[str, Any]):
+    assert all((folder / name).is_file() for name in ("report.html", "report.md", "report.json"))
+    found = comparison["recommendation"]
+    assert found["method"] in ("lora", "qdora")
+    assert (folder / found["adapter"] / "adapter_model.safetensors").is_file()
+    assert load_record(folder / found["adapter"]).method == found["method"]
+
+
+def test_recommended_settings_train_unchanged_and_give_the_same_loss(
+    folder: Path, comparison: dict[str, Any], rankwise: Callable[..., Any]
+):
+    """Two runs of one cell with the same seed have identical losses on a CPU, in whatever process."""
+    done = rankwise("train", "--config", folder / "recommended.yaml", "--json")
+    assert done.code == 0, done.stderr
+    best = next(run for run in comparison["runs"] if run["id"] == comparison["recommendation"]["run"])
+    assert done.document["eval_loss"] == best["record"]["eval_loss"]
+
+
+def test_the_same_command_again_runs_nothing(command: list[str], folder: Path, rankwise: Callable[..., Any]):
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/run.json")}
+    done = rankwise(*command, "--json")
+    assert done.code == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/run.json")} == before
+    assert done.document["recommendation"]["run"]
+
+
+def test_other_settings_are_refused(command: list[str], folder: Path, rankwise: Callable[..., Any]):
+    done = rankwise(*command, "--max-steps", 4)
+    assert done.code == 2
+    assert "RW580" in done.stderr
+    assert "--max-steps was 3 and is 4" in " ".join(done.stderr.split())
+
+
+def test_unknown_methods_are_named(rankwise: Callable[..., Any], rows_file: Path, tmp_path: Path):
+    done = rankwise("compare", "--model", "demo", "--data", rows_file, "--output", tmp_path, "--methods", "lora,lore")
+    assert done.code == 2
+    assert "RW165" in done.stderr
+    assert "'lore'" in done.stderr

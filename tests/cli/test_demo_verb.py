@@ -1,0 +1,21 @@
+"""`rankwise demo`: plan, comparison, report and recommendation, here on the tiny model with one method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def test_the_demo_ends_with_a_report_and_a_recommendation(
+    model_folder: Path, tmp_path: Path, rankwise: Callable[..., Any]
+):
+    folder = tmp_path / "demo"
+    done = rankwise(
+        "demo", "--model", model_folder, "--output", folder, "--methods", "lora", "--max-steps", 1, "--eval-limit", 4
+    )
+    assert done.code == 0, done.stderr
+    assert (folder / "report.html").is_file()
+    lines = done.stdout.strip().splitlines()
+    assert any(line.startswith("report") and str(folder / "report.html") in line for line in lines)
+    assert "lora is the only method with a result" in lines[-1]

@@ -1,0 +1,136 @@
+"""``rankwise evaluate`` on the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+E2E = "mr,ref\n" + "".join(f'"name[{name}], area[river]","{name} is by the river."\n' for name in ("Aromi", "Zizzi"))
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_one_document_on_stdout(rankwise, model_folder: Path, rows_file: Path):
+    done = rankwise("evaluate", "--model", model_folder, "--task", "perplexity", "--data", rows_file, "--json")
+    assert done.code == 0, done.stderr
+    [result] = done.document["results"]
+    assert result["label"] == "base"
+    assert result["count"] == 12
+    assert result["metrics"]["perplexity"] > 1
+    assert Path(done.document["output"], "perplexity", "result.json").is_file()
+    assert "perplexity on base: 12/12" in done.stderr
+
+
+def test_a_run_beside_its_base(rankwise, run_folder: Path, rows_file: Path, tmp_path: Path):
+    output = tmp_path / "out"
+    call = [
+        "evaluate",
+        "--adapter",
+        run_folder,
+        "--base",
+        "--task",
+        "perplexity",
+        "--data",
+        rows_file,
+        "--output",
+        output,
+    ]
+    done = rankwise(*call)
+    assert done.code == 0, done.stderr
+    assert "first - base: loss" in done.stdout
+    assert "95 % [" in done.stdout
+    [difference] = json.loads((output / "differences.json").read_text())
+    losses = [
+        json.loads((output / label / "perplexity" / "result.json").read_text())["metrics"]["loss"]
+        for label in ("first", "base")
+    ]
+    assert difference["difference"] == pytest.approx(losses[0] - losses[1])
+    assert json.loads((run_folder / "run.json").read_text())["eval_loss"] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_several_tasks_with_data_of_their_own(rankwise, model_folder: Path, rows_file: Path, tmp_path: Path):
+    (tmp_path / "test.csv").write_text(E2E)
+    done = rankwise(
+        "evaluate", "--model", model_folder, "--task", "perplexity,e2e", "--data", rows_file, "--data", "e2e=test.csv",
+        "--max-new-tokens", 4, "--output", "out", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    assert [(result["task"], result["count"]) for result in done.document["results"]] == [
+        ("perplexity", 12),
+        ("e2e", 2),
+    ]
+
+
+def test_settings_come_from_a_file_too(rankwise, model_folder: Path, rows_file: Path, tmp_path: Path):
+    (tmp_path / "settings.yaml").write_text(f"model: {model_folder}\ntask: [perplexity]\ndata: {rows_file}\nlimit: 3\n")
+    done = rankwise("evaluate", "--config", "settings.yaml", "--json")
+    assert done.document["results"][0]["count"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--task", "perplexity"], "RW122"),
+        (["--model", "MODEL", "--task", "perplexity"], "RW150"),
+        (["--model", "MODEL", "--task", "e2e", "--data", "nowhere.csv"], "RW201"),
+        (["--model", "MODEL", "--task", "gsm8k", "--data", "ROWS"], "RW250"),
+        (["--model", "MODEL"], "RW103"),
+        (["--model", "MODEL", "--task", "piqa", "--protocol", "generative"], "RW150"),
+    ],
+)
+def test_mistakes_are_one_line_with_a_code(rankwise, model_folder: Path, rows_file: Path, arguments, code):
+    known = {"MODEL": model_folder, "ROWS": rows_file}
+    done = rankwise("evaluate", *[known.get(argument, argument) for argument in arguments])
+    assert done.code == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error {code}: ")
+
+
+def test_a_folder_of_another_evaluation_is_refused(rankwise, model_folder: Path, rows_file: Path):
+    call = ["evaluate", "--model", model_folder, "--task", "perplexity", "--data", rows_file, "--output", "out"]
+    assert rankwise(*call).code == 0
+    done = rankwise(*call, "--limit", 2)
+    assert done.code == 2
+    assert "RW570" in done.stderr
+    assert rankwise(*call, "--limit", 2, "--overwrite").code == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_evaluation_goes_on(model_folder: Path, tmp_path: Path, number: int):
+    rows = [{"prompt": f"Number {n} ", "completion": "word " * (1 + n % 40)} for n in range(600)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = [sys.executable, "-m", "rankwise.cli.main", "evaluate", "--model", str(model_folder), "--task", "perplexity"]
+    command = [*base, "--data", "rows.jsonl", "--dtype", "float32", "--batch-size", "1", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    predictions = tmp_path / "part" / "perplexity" / "predictions.jsonl"
+    process = subprocess.Popen(
+        [*command, "--output", "part"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not (predictions.exists() and predictions.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=120)
+    if process.returncode == 0:
+        pytest.skip("it had finished before the signal came")
+    if number == signal.SIGINT:
+        assert process.returncode == 130, stderr
+        assert json.loads(stdout)["error"]["code"] == "RW572"
+    assert 0 < predictions.read_bytes().count(b"\n") < 600
+    for name in ("part", "whole"):
+        subprocess.run([*command, "--output", name], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    whole = tmp_path / "whole" / "perplexity" / "predictions.jsonl"
+    assert predictions.read_bytes() == whole.read_bytes()

@@ -1,0 +1,208 @@
+"""``rankwise plan`` on a model small enough to plan in no time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from rankwise.cli.main import main
+from rankwise.planning import METHODS, calibration, hardware
+from rankwise.planning.estimate import TERMS
+
+ARGUMENTS = ("--batch-size", 4, "--max-length", 64)
+ENOUGH, LITTLE = "8GB", "1MB"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    """No timings of this machine, and none left on it."""
+    monkeypatch.setattr(calibration, "cache_folder", lambda: tmp_path / "cache")
+
+
+@pytest.fixture
+def plan(rankwise, model_folder):
+    def call(*arguments):
+        return rankwise("plan", "--model", model_folder, *ARGUMENTS, *arguments)
+
+    return call
+
+
+def test_the_document_has_the_promised_shape(plan):
+    done = plan("--memory", ENOUGH, "--json")
+    assert done.code == 0
+    document = done.document
+    assert set(document["methods"]) == set(METHODS)
+    for entry in document["methods"].values():
+        assert entry["peak_bytes"] == sum(entry["breakdown"].values())
+        assert set(entry["breakdown"]) == set(TERMS)
+        assert entry["fits"] is True
+        assert entry["max_batch_size"] >= 4
+        assert entry["trainable_parameters"] > 0
+    assert document["recommendation"]["method"] == "lora"
+    assert document["recommendation"]["reasons"]
+    assert document["command"].startswith("rankwise train --model")
+
+
+def test_nothing_fits_is_an_answer(plan):
+    done = plan("--memory", LITTLE, "--json")
+    assert done.code == 0
+    assert not any(entry["fits"] for entry in done.document["methods"].values())
+    assert {entry["max_batch_size"] for entry in done.document["methods"].values()} == {0}
+    advice = done.document["recommendation"]
+    assert advice["method"] is None
+    assert advice["missing_bytes"] > 0
+    assert done.document["command"] is None
+
+
+def test_the_largest_batch_is_the_last_that_fits(rankwise, model_folder):
+    def entry(batch):
+        arguments = ("--method", "lora", "--memory", "700MB", "--max-length", 512, "--batch-size", batch)
+        return rankwise("plan", "--model", model_folder, *arguments, "--json").document["methods"]["lora"]
+
+    most = entry(1)["max_batch_size"]
+    assert most > 1
+    assert entry(most)["fits"]
+    assert not entry(most + 1)["fits"]
+
+
+def test_people_read_a_table_bars_advice_and_a_command(plan, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    done = plan("--memory", ENOUGH)
+    assert done.code == 0
+    for method in METHODS:
+        assert f"\n{method}" in done.stdout
+    for word in ("weights", "activ.", "logits", "peak ±", "largest", "take", "because", "run", "serve", "arXiv"):
+        assert word in done.stdout
+    # The first line holds a path, the command is one line so that it can be copied.
+    assert all(len(line) <= 80 for line in done.stdout.splitlines()[1:] if "rankwise train" not in line)
+
+
+@pytest.mark.parametrize("size", ["24", "24GB", "24 gb", "24g"])
+def test_sizes_in_gigabytes(plan, size):
+    assert plan("--memory", size, "--json").document["hardware"]["memory_bytes"] == 24 * 10**9
+
+
+def test_a_gibibyte_is_larger(plan):
+    assert plan("--memory", "24GiB", "--json").document["hardware"]["memory_bytes"] == 24 * 2**30
+
+
+def test_by_default_the_machine_it_runs_on(plan, monkeypatch):
+    monkeypatch.setattr(hardware, "_may_have_gpu", lambda: False)
+    found = plan("--json").document["hardware"]
+    assert (found["kind"], found["device_type"]) == ("machine", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--gpu", "RTX 4095"), "RW141", "RTX 4090"),
+        (("--memory", "24 bananas"), "RW140", "24GiB"),
+        (("--method", "lora,mora"), "RW142", "mora"),
+        (("--batch-size", "0"), "RW103", "--batch-size"),
+        (("--max-length", "1"), "RW103", "--max-length"),
+        (("--r", "0"), "RW103", "--r"),
+        (("--optimizer", "nonsense"), "RW132", "nonsense"),
+        (("--save", "/nowhere/at/all/plan.yaml"), "RW145", "--save"),
+        (("--gpus", "RTX 4090"), "RW120", "--gpu"),
+    ],
+)
+def test_mistakes_exit_with_2_and_say_what_to_do(plan, arguments, code, words):
+    done = plan(*arguments)
+    assert done.code == 2
+    assert code in done.stderr
+    assert words in done.stderr
+
+
+def test_a_plan_needs_a_model(rankwise):
+    done = rankwise("plan", "--memory", ENOUGH)
+    assert done.code == 2
+    assert "RW143" in done.stderr
+
+
+def test_an_unknown_architecture_is_named(rankwise, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-model", "hidden_size": 8}))
+    done = rankwise("plan", "--model", tmp_path, "--memory", ENOUGH)
+    assert done.code == 2
+    assert "no-such-model" in done.stderr
+
+
+def test_a_length_beyond_the_model_s_is_said(rankwise, model_folder):
+    done = rankwise("plan", "--model", model_folder, "--memory", ENOUGH, "--max-length", 4096, "--batch-size", 1)
+    assert done.code == 0
+    assert "512" in done.stdout.partition("note")[2]
+
+
+def test_the_saved_plan_trains_unchanged(plan, rows_file, tmp_path):
+    saved = tmp_path / "plan.yaml"
+    done = plan("--memory", ENOUGH, "--method", "dora", "--r", 4, "--target-modules", "q_proj,v_proj", "--save", saved)
+    assert done.code == 0
+    assert f"--config {saved}" in done.stdout
+    settings = yaml.safe_load(saved.read_text())
+    assert settings["method"] == "dora"
+    assert settings["target-modules"] == ["q_proj", "v_proj"]
+    folder = tmp_path / "run"
+    command = ["train", "--config", saved, "--data", rows_file, "--output", folder, "--max-steps", 1]
+    assert main([str(part) for part in command]) == 0
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["settings"]["r"], record["settings"]["batch_size"]) == (4, 4)
+
+
+def test_the_command_carries_what_differs_from_the_defaults(plan):
+    command = plan("--memory", ENOUGH, "--r", 4, "--json").document["command"]
+    assert "--r 4" in command
+    assert "--batch-size 4" in command
+    assert "--gradient-accumulation" not in command
+
+
+def test_the_picture_is_written(plan, tmp_path):
+    assert plan("--memory", ENOUGH, "--svg", tmp_path / "bars.svg").code == 0
+    assert (tmp_path / "bars.svg").read_text().startswith("<svg")
+
+
+def test_a_goal_of_quality_takes_dora_and_calls_the_evidence_mixed(plan):
+    advice = plan("--memory", ENOUGH, "--goal", "quality", "--json").document["recommendation"]
+    assert advice["method"] == "dora"
+    assert "mixed" in {reason["evidence"] for reason in advice["reasons"]}
+
+
+def test_hours_of_a_known_run(plan):
+    document = plan("--gpu", "RTX 4090", "--rows", 1000, "--epochs", 2, "--json").document
+    assert document["run_tokens"] == 2000 * 64
+    entry = document["methods"]["lora"]
+    assert entry["seconds"] == pytest.approx(2000 * 64 / entry["tokens_per_second"])
+    assert "assumed" in document["pace"]
+
+
+def test_the_plan_imports_no_torch(model_folder):
+    """Which is what makes it answer at once."""
+    code = (
+        "import sys; from rankwise.cli.main import main; code = main(sys.argv[1:]); "
+        "heavy = {'torch', 'transformers'} & set(sys.modules); sys.exit(f'{code} {heavy}' if code or heavy else 0)"
+    )
+    arguments = ["plan", "--model", str(model_folder), "--memory", "24GB"]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+
+
+def test_a_damaged_file_of_timings_is_said_and_passed_over(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "_may_have_gpu", lambda: False)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "machine.json").write_text("{")
+    done = plan()
+    assert done.code == 0
+    assert "RW144" in done.stderr
+
+
+def test_what_was_measured_here_is_used(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "_may_have_gpu", lambda: False)
+    found = hardware.this_machine()
+    pace = {"flops_per_second": 1e12, "bytes_per_second": None}
+    entry = {"methods": dict.fromkeys(METHODS, pace), "date": "2026-01-01", "threads": 1, "torch": "2.13"}
+    (tmp_path / "cache").mkdir()
+    machines = {f"{found.name}, {found.dtype}": entry}
+    (tmp_path / "cache" / "machine.json").write_text(json.dumps({"schema": 1, "machines": machines}))
+    document = plan("--json").document
+    assert "measured on this machine on 2026-01-01" in document["pace"]

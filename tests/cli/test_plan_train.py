@@ -1,0 +1,124 @@
+"""``rankwise train`` and its memory plan: said, recorded, refused, overruled, and asked when memory ran out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from rankwise.cli import train as train_verb
+from rankwise.planning import guard
+
+
+@pytest.fixture
+def train(rankwise, model_folder, rows_file, tmp_path):
+    def call(*arguments):
+        command = ("--model", model_folder, "--data", rows_file, "--output", tmp_path / "run", "--max-steps", 1)
+        return rankwise("train", *command, "--batch-size", 4, "--r", 2, "--device", "cpu", *arguments)
+
+    return call
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    def shrink(memory_bytes):
+        real = guard.cpu_hardware
+        monkeypatch.setattr(guard, "cpu_hardware", lambda: dataclasses.replace(real(), memory_bytes=memory_bytes))
+
+    return shrink
+
+
+def record_of(tmp_path):
+    return json.loads((tmp_path / "run" / "run.json").read_text())
+
+
+def test_the_prediction_is_printed_and_recorded(train, tmp_path):
+    done = train()
+    assert done.code == 0
+    assert "predicted peak" in done.stdout
+    record = record_of(tmp_path)
+    assert record["predicted_peak_memory_bytes"] > 0
+    assert record["peak_memory_bytes"] > 0
+
+
+def test_the_prediction_counts_what_the_meter_counts(train, tmp_path):
+    """On the CPU both hold the process's own memory, which decides for a model this small."""
+    assert train().code == 0
+    record = record_of(tmp_path)
+    assert record["predicted_peak_memory_bytes"] == pytest.approx(record["peak_memory_bytes"], rel=0.5)
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(train, little_memory, tmp_path):
+    little_memory(10_000)
+    done = train()
+    assert done.code == 2
+    assert "RW562" in done.stderr
+    assert "--ignore-plan" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_refusal_names_changes_that_fit(train, little_memory, monkeypatch):
+    """Just below what the longest rows need, a smaller batch is enough."""
+    seen = []
+    real = guard.MemoryGuard._ask
+    monkeypatch.setattr(guard.MemoryGuard, "_ask", lambda self, workload: seen.append(real(self, workload)) or seen[-1])
+    assert train().code == 0
+    smallest, needed = seen[0].peak_bytes, seen[-1].peak_bytes
+    assert needed > smallest
+    little_memory(needed - 1)
+    done = train("--overwrite")
+    assert done.code == 2
+    assert "--batch-size" in done.stderr or "--gradient-checkpointing" in done.stderr
+
+
+def test_the_user_may_overrule_the_plan(train, little_memory, tmp_path):
+    little_memory(10_000)
+    done = train("--ignore-plan")
+    assert done.code == 0
+    assert "RW563" in done.stderr
+    assert record_of(tmp_path)["predicted_peak_memory_bytes"] > 10_000
+
+
+def test_a_resumed_run_may_overrule_it_too(train):
+    assert train("--max-steps", 2).code == 0
+    assert train("--max-steps", 2, "--resume", "--ignore-plan").code == 0
+
+
+def test_a_model_that_cannot_be_predicted_trains_all_the_same(train, monkeypatch, tmp_path):
+    from rankwise.errors import ModelError
+
+    def unknown(*arguments, **more):
+        raise ModelError("RW325", "no closed form for this one.")
+
+    monkeypatch.setattr(guard.MemoryGuard, "_ask", unknown)
+    done = train()
+    assert done.code == 0
+    assert "RW564" in done.stderr
+    assert record_of(tmp_path)["predicted_peak_memory_bytes"] is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no room"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    ],
+)
+def test_when_memory_runs_out_the_error_ends_with_what_would_fit(train, monkeypatch, error):
+    from rankwise.training.session import Session
+
+    def carry_out(self, *arguments):
+        raise error
+
+    monkeypatch.setattr(Session, "carry_out", carry_out)
+    done = train()
+    assert done.code == 2
+    assert "RW550" in done.stderr
+    assert "what would fit, the cheapest first: (1)" in done.stderr
+
+
+def test_other_errors_stay_what_they_are():
+    assert not train_verb.is_out_of_memory(RuntimeError("shapes do not match"))
+    assert train_verb.is_out_of_memory(MemoryError())

@@ -1,0 +1,30 @@
+"""`python fake_comparison.py SETTINGS.json`: a comparison whose runs are those of ``fake_stage``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from rankwise.comparison import run, stages
+from rankwise.comparison.settings import CompareSettings
+from rankwise.config import read_settings
+
+
+class Quiet:
+    def started(self, job: object) -> None: ...
+    def ended(self, job: object, outcome: object, picture: object) -> None: ...
+    def tick(self, picture: object) -> None: ...
+    def say(self, text: str) -> None: ...
+
+
+def compare(**given: object) -> object:
+    stages.CLI = stages.MEASURE = "fake_stage"
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    run.environments = lambda jobs, device: [{} for _ in range(jobs)]
+    return run.compare(read_settings(CompareSettings, None, given), Quiet())
+
+
+if __name__ == "__main__":
+    compare(**json.loads(Path(sys.argv[1]).read_text()))

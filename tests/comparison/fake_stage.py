@@ -1,0 +1,89 @@
+"""Stands for `rankwise train` and for measuring: the same files and exit codes, in a fraction of a second.
+
+A method called `dies` is killed, `refuses` cannot run here, `diverges` fails at its second step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rankwise.records import METRICS_FILE, RunRecord, load_record, write_json
+
+STEPS = 6
+STEP_SECONDS = float(os.environ.get("FAKE_STEP_SECONDS", "0"))
+LOSS = {"lora": 2.0, "dora": 2.0, "full": 1.5}
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[0] != "train":
+        measure(json.loads(Path(arguments[0]).read_text()))
+        return 0
+    settings = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text())
+    return train(settings, resume="--resume" in arguments)
+
+
+def train(settings: dict[str, Any], *, resume: bool) -> int:
+    folder, method, seed = Path(settings["output"]), settings["method"], settings["seed"]
+    if folder.exists() != resume:
+        return refuse("RW502", "the folder and --resume do not fit")
+    if method == "prefix":
+        return refuse("RW171", "not on this model")
+    folder.mkdir(parents=True, exist_ok=True)
+    record = (
+        load_record(folder)
+        if resume
+        else RunRecord(method, seed, {k.replace("-", "_"): v for k, v in settings.items()})
+    )
+    record.save(folder)
+    with open(folder.parents[1] / "started.txt", "a") as log:
+        log.write(f"{folder.name}\n")
+    for step in range(len(list(folder.glob("step-*"))), STEPS):
+        time.sleep(STEP_SECONDS)
+        if method == "bottleneck" and step == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if method == "qdora" and step == 1:
+            return refuse("RW530", "the loss is nan at step 2")
+        with open(folder / METRICS_FILE, "a") as metrics:
+            metrics.write(json.dumps({"step": step + 1, "loss": 3.0, "train_seconds": 0.5 * (step + 1)}) + "\n")
+        (folder / f"step-{step}").touch()
+    away = abs(settings["learning-rate"] - 2e-4) * 100
+    record.eval_loss = LOSS.get(method, 2.5) + away + random.Random(seed).gauss(0, 0.01)
+    record.status, record.steps, record.wall_seconds = "finished", STEPS, 60.0
+    record.peak_memory_bytes, record.tokens_per_second, record.trainable_parameters = 10**9, 100.0, 10
+    record.save(folder)
+    print(json.dumps({"output": str(folder)}))
+    return 0
+
+
+def measure(job: dict[str, Any]) -> None:
+    folder = Path(job["folder"])
+    place = folder / "evaluation" / "perplexity"
+    place.mkdir(parents=True, exist_ok=True)
+    center = 3.0 if job["method"] is None else load_record(folder).eval_loss
+    draw = random.Random(str(folder.name))
+    losses = [center + 0.3 * (index - 4.5) + draw.gauss(0, 0.01) for index in range(10)]
+    lines = [
+        {"id": str(index), "cluster": None, "scores": {"loss": loss, "tokens": 5}} for index, loss in enumerate(losses)
+    ]
+    (place / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = {"task": "perplexity", "metrics": {"loss": sum(losses) / 10}, "higher_is_better": {"loss": False}}
+    write_json(place / "result.json", result)
+    write_json(folder / "measured.json", {"adapter_bytes": 1000, "merged": None, "update_norms": {"q_proj": 0.1}})
+
+
+def refuse(code: str, message: str) -> int:
+    print(json.dumps({"error": {"code": code, "message": message}}))
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,96 @@
+"""One training set, one evaluation set: chosen by content, written so that they are read as they were."""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankwise.comparison.inputs import prepare_inputs
+from rankwise.comparison.settings import CompareSettings
+from rankwise.config import read_settings
+from rankwise.data import read_rows
+from rankwise.errors import ConfigError, RankwiseWarning
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def inputs(tmp_path: Path, data: object, name: str = "out", **changes: Any) -> Any:
+    given = {"model": "demo", "data": str(data), "output": str(tmp_path / name), **changes}
+    return prepare_inputs(read_settings(CompareSettings, None, given))
+
+
+ROWS = [{"prompt": f"q{n // 3}", "completion": f"answer {n}"} for n in range(90)]
+
+
+def test_the_split_depends_on_content_alone_and_keeps_prompts_together(tmp_path: Path):
+    mixed = ROWS.copy()
+    random.Random(1).shuffle(mixed)
+    one = inputs(tmp_path, write(tmp_path / "a.jsonl", ROWS), "one")
+    two = inputs(tmp_path, write(tmp_path / "b.jsonl", mixed), "two")
+    train, held = read_rows(one.train), read_rows(one.evaluation)
+    assert len(train) + len(held) == 90
+    assert 9 <= len(held) <= 12
+    assert not {row.prompt for row in train} & {row.prompt for row in held}
+    assert sorted(row.completion for row in held) == sorted(row.completion for row in read_rows(two.evaluation))
+    assert one.clusters == len({row.prompt for row in held})
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"mr": f"name[{n}]", "ref": f"Place {n}."} for n in range(20)],
+        [
+            {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}]}
+            for n in range(20)
+        ],
+        [{"text": f"line {n}"} for n in range(20)],
+        [{"question": f"q{n}", "answer": "a"} for n in range(20)],
+        [{"instruction": f"do {n}", "input": "x", "output": "y"} for n in range(20)],
+    ],
+)
+def test_written_parts_mean_what_they_meant(tmp_path: Path, rows: list[dict[str, Any]]):
+    source = write(tmp_path / "rows.jsonl", rows)
+    found, whole = inputs(tmp_path, source), read_rows(source)
+    parts = [*read_rows(found.train), *read_rows(found.evaluation)]
+    assert sorted(row.content() for row in parts) == sorted(row.content() for row in whole)
+    for part in (read_rows(found.train), read_rows(found.evaluation)):
+        assert (part.kind, part.uses_template, part.separator) == (whole.kind, whole.uses_template, whole.separator)
+
+
+def test_named_columns_stay(tmp_path: Path):
+    source = write(tmp_path / "rows.jsonl", [{"q": f"q{n}", "a": f"a{n}"} for n in range(20)])
+    found = inputs(tmp_path, source, prompt_column="q", completion_column="a")
+    assert len(read_rows(found.evaluation, prompt_column="q", completion_column="a")) == 2
+
+
+def test_given_evaluation_data_are_used_as_they_are_and_overlap_is_counted(tmp_path: Path):
+    train = write(tmp_path / "train.jsonl", ROWS)
+    held = write(tmp_path / "held.jsonl", [*ROWS[:4], {"prompt": "new", "completion": "row"}])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = inputs(tmp_path, train, eval_data=str(held))
+    assert (found.train, found.evaluation) == (str(train), str(held))
+    assert found.described["overlap"] == 4
+    assert [item.message.code for item in caught if isinstance(item.message, RankwiseWarning)] == ["RW218"]
+
+
+def test_evaluation_sets_are_limited(tmp_path: Path):
+    train, held = write(tmp_path / "train.jsonl", ROWS[:5]), write(tmp_path / "held.jsonl", ROWS[5:])
+    assert len(read_rows(inputs(tmp_path, train, eval_data=str(held), eval_limit=7).evaluation)) == 7
+    everything = inputs(tmp_path, train, "all", eval_data=str(held), eval_limit=0)
+    assert everything.eval_rows == 85
+
+
+def test_one_prompt_cannot_be_split(tmp_path: Path):
+    source = write(tmp_path / "rows.jsonl", [{"prompt": "same", "completion": f"{n}"} for n in range(9)])
+    with pytest.raises(ConfigError) as caught:
+        inputs(tmp_path, source)
+    assert caught.value.code == "RW168"

@@ -1,0 +1,77 @@
+"""Which runs there are, and how the learning rate is chosen."""
+
+from __future__ import annotations
+
+import pytest
+
+from rankwise.comparison.matrix import Cell, choose_rate, final_cells, planned_runs, search_cells
+from rankwise.comparison.settings import CompareSettings, check_compare, shared_training
+from rankwise.config import TrainSettings, read_settings
+from rankwise.errors import ConfigError
+
+
+def settings(**changes: object) -> CompareSettings:
+    given = {"model": "demo", "data": "rows.jsonl", "output": "out", **changes}
+    return read_settings(CompareSettings, None, given)
+
+
+def test_the_chosen_rate_is_the_best_and_its_run_is_not_repeated():
+    search = search_cells("lora", (1e-4, 2e-4, 5e-4), short=False)
+    final = final_cells("lora", 2e-4, 3)
+    assert len({*search, *final}) == planned_runs(1, 3, 3, short=False) == 5
+    short = search_cells("lora", (1e-4, 2e-4, 5e-4), short=True)
+    assert len({*short, *final}) == planned_runs(1, 3, 3, short=True) == 6
+    assert search_cells("lora", (1e-4,), short=False) == []
+    assert planned_runs(4, 1, 1, short=False) == 4
+
+
+def test_a_best_rate_at_the_edge_is_flagged():
+    assert choose_rate({1e-4: 2.0, 2e-4: 1.5, 5e-4: 1.7}) == (2e-4, False)
+    assert choose_rate({1e-4: 2.0, 2e-4: 1.5, 5e-4: 1.2}) == (5e-4, True)
+    assert choose_rate({1e-4: 1.0, 2e-4: 1.5}) == (1e-4, True)
+    # Beyond it a run diverged, so the optimum lies inside.
+    assert choose_rate({1e-4: 2.0, 2e-4: 1.5, 5e-4: None}) == (2e-4, False)
+    assert choose_rate({1e-4: None}) == (None, False)
+
+
+def test_ids_tell_cells_apart():
+    cells = [Cell(m, r, s, t) for m in ("lora", "qlora") for r in (1e-4, 2e-5) for s in (0, 1) for t in (False, True)]
+    assert len({cell.id for cell in cells}) == len(cells)
+
+
+def test_every_option_of_train_is_shared_or_has_its_counterpart():
+    own = {"model", "data", "eval_data", "output", "method", "learning_rate", "seed"}
+    without = {"cache", "sample_prompt", "tensorboard", "resume", "overwrite"}
+    shared = shared_training(settings())
+    assert set(shared) == set(TrainSettings.model_fields) - own - without
+    defaults = {name: TrainSettings.model_fields[name].default for name in shared}
+    assert all(shared[name] == defaults[name] for name in ("r", "batch_size", "optimizer", "max_steps"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"methods": "lora,lore"}, "RW165"),
+        ({"methods": ""}, "RW165"),
+        ({"methods": "lora,dora,lora"}, "RW166"),
+        ({"learning_rates": "1e-4,0.0001"}, "RW166"),
+        ({"learning_rates": "1e-4,-1"}, "RW167"),
+        ({"minutes": 1, "max_steps": 5}, "RW167"),
+        ({"metric": "e2e.BLEU"}, "RW167"),
+    ],
+)
+def test_settings_that_cannot_be(changes, code):
+    with pytest.raises(ConfigError) as caught:
+        check_compare(settings(**changes))
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(("text", "expected"), [("24GB", 24e9), ("1.5 GiB", 1.5 * 2**30), ("800MB", 8e8), (512, 512)])
+def test_sizes(text, expected):
+    assert settings(memory=text).memory == expected
+
+
+def test_a_size_that_is_none_is_refused():
+    with pytest.raises(ConfigError) as caught:
+        settings(memory="much")
+    assert caught.value.code == "RW103"

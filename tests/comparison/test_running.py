@@ -1,0 +1,196 @@
+"""The matrix with runs that take no time: order, failures, kills, changed settings. The processes are real."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fake_comparison import compare
+
+from rankwise.comparison import run, stages
+from rankwise.errors import RankwiseWarning, RunError
+
+pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning")
+TIMES = {"wall_seconds", "seconds", "created", "total", "runs_seconds"}
+
+
+@pytest.fixture(autouse=True)
+def _real_stages() -> Iterator[None]:
+    before = stages.CLI, stages.MEASURE, run.environments, os.environ.get("PYTHONPATH")
+    yield
+    stages.CLI, stages.MEASURE, run.environments = before[:3]
+    if before[3] is None:
+        os.environ.pop("PYTHONPATH", None)
+
+
+def given(tmp_path: Path, name: str = "out", **changes: Any) -> dict[str, Any]:
+    data = tmp_path / "rows.jsonl"
+    if not data.exists():
+        rows = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(40)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {"model": "demo", "data": str(data), "output": str(tmp_path / name), "methods": "lora,dora,full"}
+    return {**common, "learning_rates": "1e-4,2e-4,5e-4", "seeds": 2, "max_steps": 6, **changes}
+
+
+def without_times(value: Any, folder: Path) -> Any:
+    """The comparison as it would be at any time and in any folder."""
+    if isinstance(value, dict):
+        return {key: without_times(item, folder) for key, item in value.items() if key not in TIMES}
+    if isinstance(value, list):
+        return [without_times(item, folder) for item in value]
+    return value.replace(str(folder), "DIR") if isinstance(value, str) else value
+
+
+def starts(folder: Path) -> list[str]:
+    return (folder / "started.txt").read_text().split()
+
+
+def test_each_method_runs_at_its_own_best_rate_and_nothing_runs_twice(tmp_path: Path):
+    found: Any = compare(**given(tmp_path))
+    assert sorted(starts(tmp_path / "out")) == sorted({run["id"] for run in found["runs"]})
+    assert len(found["runs"]) == 12
+    final = [run for run in found["runs"] if run["phase"] == "final"]
+    assert {run["learning_rate"] for run in final} == {2e-4}
+    assert {name: item["seeds"] for name, item in found["methods"].items()} == {"lora": 2, "dora": 2, "full": 2}
+    assert not any(item["learning_rate_at_edge"] for item in found["methods"].values())
+    assert found["recommendation"]["method"] == "full"
+    assert (tmp_path / "out" / found["recommendation"]["adapter"] / "run.json").is_file()
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == json.loads(json.dumps(found))
+
+
+def test_a_second_call_runs_nothing_and_says_the_same(tmp_path: Path):
+    options = given(tmp_path, methods="lora", learning_rates="1e-4,2e-4")
+    first: Any = compare(**options)
+    count = len(starts(tmp_path / "out"))
+    second: Any = compare(**options)
+    assert len(starts(tmp_path / "out")) == count
+    assert without_times(first, tmp_path) == without_times(second, tmp_path)
+
+
+def test_more_seeds_add_to_what_is_there(tmp_path: Path):
+    compare(**given(tmp_path, methods="lora", learning_rates="2e-4", seeds=1))
+    found: Any = compare(**given(tmp_path, methods="lora,full", learning_rates="2e-4", seeds=2))
+    assert len(starts(tmp_path / "out")) == len(set(starts(tmp_path / "out"))) == len(found["runs"]) == 4
+
+
+def test_failures_are_recorded_and_the_rest_goes_on(tmp_path: Path):
+    methods = "lora,bottleneck,prefix,qdora"
+    with pytest.warns(RankwiseWarning, match="RW588"):
+        found: Any = compare(**given(tmp_path, methods=methods, learning_rates="2e-4"))
+    status = {item["id"]: (item["status"], (item["error"] or {}).get("code")) for item in found["runs"]}
+    assert status["lora-lr0.0002-seed1"] == ("finished", None)
+    assert status["bottleneck-lr0.0002-seed0"] == ("failed", "RW583")
+    assert "signal (9)" in next(run for run in found["runs"] if run["method"] == "bottleneck")["error"]["message"]
+    assert status["qdora-lr0.0002-seed0"] == ("failed", "RW530")
+    # A method that cannot run here is not tried on every seed.
+    assert status["prefix-lr0.0002-seed0"] == ("skipped", "RW171")
+    assert "prefix-lr0.0002-seed1" not in status
+    assert found["methods"]["prefix"]["skipped"].startswith("RW171")
+    assert found["methods"]["qdora"]["failed"] == 2
+    assert found["recommendation"]["method"] == "lora"
+
+
+def test_what_was_killed_is_tried_again_and_what_diverged_only_on_request(tmp_path: Path):
+    options = given(tmp_path, methods="lora,bottleneck,qdora", learning_rates="2e-4", seeds=1)
+    compare(**options)
+    before = starts(tmp_path / "out")
+    compare(**options)
+    again = starts(tmp_path / "out")[len(before) :]
+    assert again == ["bottleneck-lr0.0002-seed0"]
+    compare(**options, retry=True)
+    last = starts(tmp_path / "out")[len(before) + len(again) :]
+    assert set(last) == {"bottleneck-lr0.0002-seed0", "qdora-lr0.0002-seed0"}
+
+
+def test_no_run_at_all_is_an_error(tmp_path: Path):
+    with pytest.raises(RunError) as caught:
+        compare(**given(tmp_path, methods="prefix", learning_rates="2e-4"))
+    assert caught.value.code == "RW584"
+    assert "RW171" in caught.value.message
+
+
+@pytest.mark.parametrize("moment", [0.2, 1.5])
+def test_a_killed_comparison_continues_and_ends_as_if_nothing_had_happened(tmp_path: Path, moment: float):
+    """kill -9 of the comparison; its runs end by themselves, and no finished one is repeated."""
+    options = {"methods": "lora,full", "learning_rates": "1e-4,2e-4"}
+    quiet: Any = compare(**given(tmp_path, "quiet", **options))
+    script, settings = Path(__file__).parent / "fake_comparison.py", tmp_path / "settings.json"
+    settings.write_text(json.dumps(given(tmp_path, **options)))
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(settings)],
+        env={**os.environ, "FAKE_STEP_SECONDS": "0.05"},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    log = tmp_path / "out" / "started.txt"
+    while not log.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(moment)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {path.parent.name for path in (tmp_path / "out").glob("runs/*/run.json") if finished(path)}
+    before = len(starts(tmp_path / "out"))
+    found: Any = compare(**given(tmp_path, **options))
+    assert not done & set(starts(tmp_path / "out")[before:])
+    assert without_times(found, tmp_path / "out") == without_times(quiet, tmp_path / "quiet")
+
+
+def finished(path: Path) -> bool:
+    return json.loads(path.read_text())["status"] == "finished"
+
+
+def test_a_folder_of_other_settings_is_refused_with_what_differs(tmp_path: Path):
+    compare(**given(tmp_path, methods="lora", learning_rates="2e-4", seeds=1))
+    with pytest.raises(RunError) as caught:
+        compare(**given(tmp_path, methods="lora", learning_rates="2e-4", seeds=1, max_steps=7, r=4))
+    assert caught.value.code == "RW580"
+    assert "--max-steps was 6 and is 7" in caught.value.message
+    assert "--r was 16 and is 4" in caught.value.message
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "x", "completion": "y"}\n{"prompt": "z", "completion": "y"}\n')
+    with pytest.raises(RunError, match="content of --data is another"):
+        compare(**given(tmp_path, methods="lora", learning_rates="2e-4", seeds=1))
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    with pytest.raises(RunError) as caught:
+        compare(**given(tmp_path))
+    assert caught.value.code == "RW581"
+
+
+def test_two_calls_at_once_are_one_too_many(tmp_path: Path):
+    from rankwise.comparison.processes import only_one
+
+    (tmp_path / "out").mkdir()
+    with only_one(tmp_path / "out") as alone, pytest.raises(RunError) as caught:
+        assert alone
+        compare(**given(tmp_path))
+    assert caught.value.code == "RW582"
+
+
+def test_equal_time_gives_each_method_the_steps_that_fit(tmp_path: Path):
+    """The probe's steps take half a second each by its own account."""
+    options = given(tmp_path, methods="lora", learning_rates="2e-4", seeds=1, max_steps=None, minutes=0.5)
+    found: Any = compare(**options)
+    assert found["runs"][0]["record"]["settings"]["max_steps"] == 60
+
+
+def test_jobs_side_by_side_give_the_same_comparison(tmp_path: Path):
+    options = {"methods": "lora,full", "learning_rates": "2e-4"}
+    one: Any = compare(**given(tmp_path, "one", **options))
+    two: Any = compare(**given(tmp_path, "two", jobs=3, **options))
+    first, second = without_times(one, tmp_path / "one"), without_times(two, tmp_path / "two")
+    assert first["settings"].pop("jobs") != second["settings"].pop("jobs")
+    assert first == second

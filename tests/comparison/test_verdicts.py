@@ -1,0 +1,104 @@
+"""Planted truths, tie groups, and what one seed allows to say."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rankwise.comparison.verdicts import Scores, compare_all, tie_groups
+
+NEUTRAL = {"equivalent", "cannot tell"}
+
+
+def simulated(draw: np.random.Generator, gap: float, seeds: int = 3) -> Scores:
+    """Losses around 2 of a method: seeds spread by 0.5 %, examples by half, and each run adds its own noise."""
+    examples = np.random.default_rng(7).normal(0, 0.5, 150)
+    losses = 2 + gap + draw.normal(0, 0.01, (seeds, 1)) + examples + draw.normal(0, 0.1, (seeds, 150))
+    values = {seed: float(row.mean()) for seed, row in enumerate(losses)}
+    return Scores(values, {seed: row.tolist() for seed, row in enumerate(losses)}, [str(i) for i in range(150)])
+
+
+def verdicts(gap: float, times: int, names: tuple[str, ...] = ("one", "two")) -> list[str]:
+    found = []
+    for number in range(times):
+        draw = np.random.default_rng(1000 + number)
+        methods = {name: simulated(draw, gap * index) for index, name in enumerate(names)}
+        found.append(compare_all("eval_loss", methods, higher_is_better=False, relative_margin=0.01)[0]["verdict"])
+    return found
+
+
+def test_the_same_method_under_two_names_is_not_told_apart():
+    assert sum(verdict in NEUTRAL for verdict in verdicts(0.0, 100)) >= 95
+
+
+def test_a_true_gap_is_found_and_has_the_right_sign():
+    found = verdicts(0.2, 100)
+    assert found.count("better") >= 95
+    assert "worse" not in found
+
+
+def test_five_names_for_one_method_stay_apart_rarely():
+    """Holm's correction holds over all ten pairs together."""
+    wrong = 0
+    for number in range(60):
+        draw = np.random.default_rng(5000 + number)
+        methods = {name: simulated(draw, 0.0) for name in "abcde"}
+        found = compare_all("eval_loss", methods, higher_is_better=False, relative_margin=0.01)
+        wrong += any(item["verdict"] not in NEUTRAL for item in found)
+    assert wrong <= 6
+
+
+def test_runs_that_are_equal_to_the_bit_are_equivalent():
+    scores = simulated(np.random.default_rng(1), 0.0)
+    (found,) = compare_all("eval_loss", {"a": scores, "b": scores}, higher_is_better=False, relative_margin=0.01)
+    assert found["verdict"] == "equivalent"
+    assert found["difference"] == 0
+
+
+def test_a_difference_below_the_margin_that_is_sure_is_equivalence():
+    base = np.random.default_rng(2).normal(2, 0.5, (3, 400))
+    noise = np.random.default_rng(3).normal(0.002, 0.0005, (3, 400))
+    ids = [str(index) for index in range(400)]
+    a = Scores(dict(enumerate(base.mean(1))), dict(enumerate(base.tolist())), ids)
+    b = Scores(dict(enumerate((base + noise).mean(1))), dict(enumerate((base + noise).tolist())), ids)
+    (found,) = compare_all("eval_loss", {"a": a, "b": b}, higher_is_better=False, relative_margin=0.01)
+    assert found["p_value"] < 0.001
+    assert found["verdict"] == "equivalent"
+
+
+def test_one_seed_gives_figures_and_no_verdict():
+    methods = {name: simulated(np.random.default_rng(index), 0.5 * index, seeds=1) for index, name in enumerate("ab")}
+    (found,) = compare_all("eval_loss", methods, higher_is_better=False, relative_margin=0.01)
+    assert found["verdict"] == "cannot tell"
+    assert found["interval"] is None
+    assert found["p_value_holm"] is None
+    assert found["pairs"] == 150
+
+
+def test_a_corpus_metric_is_paired_by_seed_alone_and_higher_may_be_better():
+    methods = {"a": Scores({0: 70.1, 1: 70.3, 2: 70.2}), "b": Scores({0: 65.0, 1: 65.3, 2: 65.1})}
+    (found,) = compare_all("e2e.BLEU", methods, higher_is_better=True, relative_margin=0.01)
+    assert found["verdict"] == "better"
+    assert not found["paired_by_example"]
+    assert found["seeds"] == 3
+
+
+def test_seeds_that_only_one_method_has_are_left_out():
+    methods = {"a": Scores({0: 1.0, 1: 2.0}), "b": Scores({1: 1.5, 2: 9.0})}
+    (found,) = compare_all("t.m", methods, higher_is_better=True, relative_margin=0.01)
+    assert found["difference"] == 0.5
+    assert found["seeds"] == 1
+
+
+def pair(a: str, b: str, verdict: str) -> dict[str, str]:
+    return {"a": a, "b": b, "verdict": verdict}
+
+
+def test_tie_groups_overlap_where_the_middle_one_is_told_from_neither_end():
+    differences = [pair("a", "b", "cannot tell"), pair("b", "c", "equivalent"), pair("a", "c", "better")]
+    assert tie_groups(["a", "b", "c"], differences) == {"a": "a", "b": "ab", "c": "b"}
+
+
+def test_tie_groups_of_methods_that_all_differ_and_of_none_that_do():
+    apart = [pair("a", "b", "better"), pair("a", "c", "better"), pair("b", "c", "better")]
+    assert tie_groups(["a", "b", "c"], apart) == {"a": "a", "b": "b", "c": "c"}
+    assert tie_groups(["a", "b"], []) == {"a": "a", "b": "a"}

@@ -1,0 +1,106 @@
+"""Answers are those of transformers' generate, and do not depend on who shares the batch."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from rankwise.evaluation.generation import Decoding, Generator, Prompt, batches_by_length, repeating_tokens, sample
+from tiny_models import tiny_gpt2, tiny_llama
+
+STOPS = frozenset(range(5, 13))
+MODELS = [tiny_llama, tiny_gpt2]
+
+
+def prompts(count: int = 12, beginning: tuple[int, ...] = (), seed: int = 0) -> list[Prompt]:
+    draw = random.Random(seed)
+    ids = [tuple(draw.randrange(3, 97) for _ in range(draw.randrange(2, 14))) for _ in range(count)]
+    return [Prompt(beginning + tail) for tail in ids]
+
+
+def by_transformers(model: Any, prompt: Prompt, decoding: Decoding, **options: Any) -> list[int]:
+    tokens = model.generate(
+        torch.tensor([prompt.ids]),
+        attention_mask=torch.ones(1, len(prompt.ids), dtype=torch.long),
+        do_sample=False,
+        max_new_tokens=decoding.max_new_tokens,
+        eos_token_id=sorted(decoding.stop_ids),
+        pad_token_id=0,
+        **options,
+    )[0, len(prompt.ids) :].tolist()
+    end = next((index for index, token in enumerate(tokens) if token in decoding.stop_ids), len(tokens))
+    return tokens[:end]
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("beginning", [(), tuple(range(20, 56))])
+def test_greedy_answers_are_those_of_transformers_one_by_one(make, beginning):
+    model, decoding, asked = make(), Decoding(12, STOPS), prompts(beginning=beginning)
+    generator = Generator(model, decoding)
+    generator.share(asked)
+    assert (generator._prefix[1] is not None) == bool(beginning)
+    answers = generator.answers(asked)
+    assert answers == [by_transformers(model, prompt, decoding) for prompt in asked]
+    lengths = {len(answer) for answer in answers}
+    assert len(lengths) > 1, "rows should leave the batch at different steps"
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_beam_answers_do_not_depend_on_the_batch(make):
+    model, asked = make(), prompts(6)
+    decoding = Decoding(8, STOPS, num_beams=4, length_penalty=0.9)
+    generator = Generator(model, decoding)
+    together = generator.answers(asked)
+    assert together == [generator.answers([prompt])[0] for prompt in asked]
+    assert together == [by_transformers(model, p, decoding, num_beams=4, length_penalty=0.9) for p in asked]
+
+
+def test_n_grams_are_counted_in_the_answer_alone():
+    model, [prompt] = tiny_llama(), prompts(1)
+    free = Generator(model, Decoding(30, frozenset())).answers([prompt])[0]
+    copied = Prompt(prompt.ids + tuple(free[:4]))
+    for beams in (1, 3):
+        decoding = Decoding(30, frozenset(), num_beams=beams, no_repeat_ngram_size=2)
+        [answer] = Generator(model, decoding).answers([copied])
+        pairs = list(zip(answer, answer[1:]))
+        assert len(pairs) == len(set(pairs))
+    assert repeating_tokens([1, 2, 3, 1, 2], 3) == [3]
+    assert repeating_tokens([1, 2], 3) == []
+
+
+def test_draws_do_not_depend_on_the_batch():
+    model, asked = tiny_llama(), prompts(8)
+    generator = Generator(model, Decoding(10, frozenset(), temperature=1.0, top_p=0.9, seed=3))
+    together = generator.answers(asked)
+    assert together == [generator.answers([prompt])[0] for prompt in asked]
+    other = Generator(model, Decoding(10, frozenset(), temperature=1.0, top_p=0.9, seed=4)).answers(asked)
+    assert together != other
+    assert generator.answers([Prompt(asked[0].ids, repeat=1)]) != together[:1]
+
+
+def test_top_p_keeps_the_likeliest_tokens_only():
+    logits = torch.tensor([0.5, 0.3, 0.2]).log()
+    random_state = torch.Generator().manual_seed(0)
+    drawn = {sample(logits, 1.0, 0.6, random_state) for _ in range(200)}
+    assert drawn == {0, 1}
+    assert {sample(logits, 1.0, 0.1, random_state) for _ in range(20)} == {0}
+
+
+def test_an_answer_ends_where_its_text_says_so():
+    model, asked = tiny_llama(), prompts(3)
+    free = Generator(model, Decoding(12, frozenset())).answers(asked)
+    cut = Generator(model, Decoding(12, frozenset())).answers(asked, lambda ids: len(ids) >= 4)
+    assert cut == [answer[:4] for answer in free]
+
+
+def test_batches_hold_prompts_of_like_length_in_any_order():
+    asked = prompts(40)
+    batches = batches_by_length(asked, budget=200, new_tokens=10, max_rows=8)
+    assert sorted(index for batch in batches for index in batch) == list(range(40))
+    assert all(len(batch) <= 8 and len(batch) * (len(asked[batch[0]].ids) + 10) <= 200 for batch in batches)
+    order = random.Random(5).sample(range(40), 40)
+    shuffled = batches_by_length([asked[index] for index in order], budget=200, new_tokens=10, max_rows=8)
+    assert [[order[i] for i in batch] for batch in shuffled] == batches

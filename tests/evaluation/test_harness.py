@@ -1,0 +1,155 @@
+"""The engine behind lm-evaluation-harness says what the harness' own HFLM says, request by request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from small_engines import arc_docs, byte_engine, nobody, write_lines
+
+from rankwise.errors import ConfigError, DataError
+from rankwise.evaluation.journal import RESPONSES_FILE, Responses
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra eval)")
+
+from rankwise.evaluation.tasks.harness import HarnessTask
+
+
+def arc_task(data: Path, **options: Any) -> HarnessTask:
+    return HarnessTask(
+        "arc_easy", **{**dict(data=str(data), fewshot_data=None, num_fewshot=None, limit=None), **options}
+    )
+
+
+def by_hflm(engine: Any, task: HarnessTask) -> Any:
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    model = HFLM(pretrained=engine.model, tokenizer=engine.tokenizer, batch_size=3)
+    return evaluate(lm=model, task_dict={"tasks": task.tasks, "groups": {}}, bootstrap_iters=0)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_lines(tmp_path / "arc.jsonl", arc_docs(12))
+
+
+def test_multiple_choice_equals_hflm_question_by_question(data: Path, tmp_path: Path):
+    engine, task = byte_engine(), arc_task(data)
+    examples = task.run(engine, tmp_path, nobody)
+    summary = task.summarize(examples)
+    theirs = by_hflm(engine, task)
+    for example, sample in zip(examples, theirs["samples"]["arc_easy"]):
+        pairs = zip(example.details["log_likelihoods"], sample["resps"])
+        assert all(abs(ours - response[0][0]) < 1e-4 for ours, response in pairs)
+        assert example.scores == {"acc": sample["acc"], "acc_norm": sample["acc_norm"]}
+        assert example.prompt == sample["arguments"][0][0]
+    assert summary.metrics["acc"] == theirs["results"]["arc_easy"]["acc,none"]
+    assert summary.metrics["acc_norm"] == theirs["results"]["arc_easy"]["acc_norm,none"]
+    assert summary.standard_errors["acc"] > 0
+
+
+def test_few_shot_equals_hflm_too(data: Path, tmp_path: Path):
+    shots = write_lines(tmp_path / "train.jsonl", arc_docs(5, seed=1))
+    engine, task = byte_engine(), arc_task(data, num_fewshot=2, fewshot_data=str(shots))
+    examples = task.run(engine, tmp_path, nobody)
+    assert examples[0].prompt.count("Question:") == 3
+    for name in task.tasks:
+        task.tasks[name].set_fewshot_seed(seed=1234)
+    for example, sample in zip(examples, by_hflm(engine, task)["samples"]["arc_easy"]):
+        assert example.prompt == sample["arguments"][0][0]
+        pairs = zip(example.details["log_likelihoods"], sample["resps"])
+        assert all(abs(ours - response[0][0]) < 1e-4 for ours, response in pairs)
+
+
+@pytest.mark.parametrize(
+    "texts", [["a short text", "another"], ["the quick brown fox " * 60, "x"]], ids=["short", "longer than the model"]
+)
+def test_rolling_and_written_answers_equal_hflm(tmp_path: Path, texts: list[str]):
+    from lm_eval.models.huggingface import HFLM
+
+    from rankwise.evaluation.harness_model import EngineLM
+
+    engine = byte_engine()
+    ours = EngineLM(engine, Responses(tmp_path), nobody)
+    theirs = HFLM(pretrained=engine.model, tokenizer=engine.tokenizer, batch_size=2)
+    rolling = [SimpleNamespace(args=(text,)) for text in texts]
+    for a, b in zip(ours.loglikelihood_rolling(rolling), theirs.loglikelihood_rolling(rolling, disable_tqdm=True)):
+        assert a == pytest.approx(b, rel=1e-5)
+    asked = {"until": ["e", "\n"], "max_gen_toks": 12, "do_sample": False}
+    written = [SimpleNamespace(args=(text, asked)) for text in texts]
+    assert ours.generate_until(written) == theirs.generate_until(written, disable_tqdm=True)
+    assert ours.generate_until(written) == [ours.generate_until([one])[0] for one in written]
+
+
+def test_an_interrupted_task_goes_on_where_it_stopped(data: Path, tmp_path: Path):
+    engine = byte_engine(batch_size=1)
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    for folder in (whole, part):
+        folder.mkdir()
+    expected = arc_task(data).run(engine, whole, nobody)
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        arc_task(data).run(engine, part, stop)
+    half = len((part / RESPONSES_FILE).read_bytes())
+    assert 0 < half < len((whole / RESPONSES_FILE).read_bytes())
+    assert arc_task(data).run(engine, part, nobody) == expected
+    assert (part / RESPONSES_FILE).read_bytes() == (whole / RESPONSES_FILE).read_bytes()
+
+
+def test_neither_batches_nor_order_change_a_result(data: Path, tmp_path: Path):
+    docs = arc_docs(12)
+    turned = write_lines(tmp_path / "turned.jsonl", docs[::-1])
+    found = []
+    for number, (path, options) in enumerate([(data, {}), (data, {"batch_size": 1}), (turned, {})]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        task = arc_task(path)
+        found.append(task.summarize(task.run(byte_engine(**options), folder, nobody)))
+    assert found[0].metrics == found[1].metrics == found[2].metrics
+
+
+def test_the_sets_of_the_paper_are_built_from_local_rows(tmp_path: Path):
+    rows = {
+        "boolq": {"passage": "A b.", "question": "is it", "label": 1},
+        "piqa": {"goal": "Go", "sol1": "walk", "sol2": "run", "label": 0},
+        "siqa": {
+            "context": "Cam left.",
+            "question": "Why?",
+            "answerA": "a",
+            "answerB": "b",
+            "answerC": "c",
+            "label": "2",
+        },
+        "hellaswag": {"ctx_a": "A man", "ctx_b": "he", "activity_label": "Sport", "endings": ["a", "b"], "label": "1"},
+        "winogrande": {"sentence": "Ann met _ there.", "option1": "Bob", "option2": "Cy", "answer": "1"},
+        "openbookqa": {
+            "question_stem": "Ice is",
+            "choices": {"text": ["hot", "cold"], "label": ["A", "B"]},
+            "answerKey": "B",
+        },
+    }
+    for name, row in rows.items():
+        data = write_lines(tmp_path / f"{name}.jsonl", [row, row])
+        task = HarnessTask(name, data=str(data), fewshot_data=None, num_fewshot=None, limit=None)
+        (tmp_path / name).mkdir()
+        examples = task.run(byte_engine(), tmp_path / name, nobody)
+        summary = task.summarize(examples)
+        assert set(summary.metrics) == ({"acc"} if name == "winogrande" else {"acc", "acc_norm"})
+        if name in ("boolq", "siqa", "piqa"):
+            assert summary.clusters == 1
+
+
+def test_unknown_names_and_missing_examples_are_told(data: Path):
+    with pytest.raises(ConfigError, match=r"RW154.*hellaswag"):
+        HarnessTask("helaswag", data=None, fewshot_data=None, num_fewshot=None, limit=None)
+    with pytest.raises(ConfigError, match="RW152.*--fewshot-data"):
+        arc_task(data, num_fewshot=3)
+    with pytest.raises(DataError, match="RW251.*answerKey"):
+        arc_task(write_lines(data.parent / "bad.jsonl", [{"question": "x", "choices": {}}]))

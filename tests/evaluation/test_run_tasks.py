@@ -1,0 +1,265 @@
+"""Whole evaluations on a tiny model: what they leave behind, that they resume, and what they equal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_engines import byte_model, save_byte_model, write_lines
+
+from rankwise.adapters import add_adapter, save_adapter
+from rankwise.config import LoraConfig
+from rankwise.errors import ConfigError, DataError, Interrupted, RunError
+from rankwise.evaluation.record import load_result, read_examples
+from rankwise.evaluation.run import Observer, SilentObserver, evaluate, evaluate_all, variants_of
+from rankwise.evaluation.settings import EvaluateSettings
+
+E2E = "mr,ref\n" + "".join(
+    f'"name[{name}], food[{food}]","{name} serves {food} food{end}"\n'
+    for name in ("Aromi", "Zizzi", "The Mill")
+    for food in ("French", "Thai")
+    for end in (".", ", as they say.")
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_byte_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two adapters that change what the model says."""
+    folders = []
+    for seed, dora in ((1, False), (2, True)):
+        tuned = byte_model()
+        torch.manual_seed(seed)
+        add_adapter(tuned, LoraConfig(r=2, init_lora_weights=False, use_dora=dora))
+        tuned.name_or_path = str(model)
+        folders.append(tmp_path_factory.mktemp(f"adapter{seed}"))
+        save_adapter(tuned, folders[-1])
+    return folders
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return write_lines(
+        tmp_path / "rows.jsonl", [{"prompt": f"Is {n % 4}? ", "completion": "Yes " * n} for n in range(1, 13)]
+    )
+
+
+def settings(model: Path, task: str, data: Path | str, output: Path, **more: Any) -> EvaluateSettings:
+    given = {"model": str(model), "task": task, "data": str(data), "output": output, "dtype": "float32", **more}
+    return EvaluateSettings.model_validate(given)
+
+
+class StopAfter(SilentObserver):
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        if done >= self.count:
+            raise KeyboardInterrupt
+
+
+def test_perplexity_is_the_loss_of_the_labels(model: Path, rows: Path, tmp_path: Path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rankwise.data import encode_rows, read_rows
+
+    [result] = evaluate(settings(model, "perplexity", rows, tmp_path / "out"))
+    encoded = encode_rows(read_rows(rows), AutoTokenizer.from_pretrained(model), max_length=1024).dataset
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    total = count = 0.0
+    for row in encoded:
+        labels = torch.tensor([row["labels"]])
+        with torch.no_grad():
+            loss = reference(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss.item()
+        scored = int((labels[:, 1:] != -100).sum())
+        total, count = total + loss * scored, count + scored
+    assert result.metrics["loss"] == pytest.approx(total / count, rel=1e-5)
+    examples = list(read_examples(tmp_path / "out" / "perplexity" / "predictions.jsonl"))
+    assert [example.id for example in examples] == [str(n) for n in range(12)]
+    assert sum(example.scores["tokens"] for example in examples) == count
+    # Four different prompts, each with three completions.
+    assert result.clusters == 4
+    assert result.count == 12
+
+
+def test_perplexity_is_the_trainers_evaluation_loss(model: Path, rows: Path, tmp_path: Path):
+    from rankwise.config import TrainSettings
+    from rankwise.training.run import train
+
+    run = tmp_path / "run"
+    record = train(
+        TrainSettings.model_validate(
+            {"model": str(model), "data": str(rows), "eval_data": str(rows), "output": run, "max_steps": 2, "r": 2}
+            | {"batch_size": 2, "dtype": "float32", "learning_rate": 0.01}
+        )
+    )
+    given = EvaluateSettings.model_validate(
+        {"adapter": str(run), "base": True, "task": "perplexity", "data": str(rows)}
+    )
+    base, tuned = evaluate(given.model_copy(update={"output": tmp_path / "out"}))
+    assert tuned.metrics["loss"] == pytest.approx(record.eval_loss, rel=1e-5)
+    assert base.metrics["loss"] == pytest.approx(record.initial_eval_loss, rel=1e-5)
+    assert (base.adapter, tuned.adapter) == (None, str(run))
+
+
+def test_text_is_scored_whole(model: Path, tmp_path: Path):
+    (tmp_path / "text.txt").write_text("one line of text\nand another one\n")
+    [result] = evaluate(settings(model, "perplexity", tmp_path / "text.txt", tmp_path / "out"))
+    assert result.count == 2
+    assert result.clusters is None
+
+
+def test_e2e_asks_each_meaning_representation_once(model: Path, tmp_path: Path):
+    (tmp_path / "test.csv").write_text(E2E)
+    [result] = evaluate(settings(model, "e2e", tmp_path / "test.csv", tmp_path / "out", max_new_tokens=8))
+    assert result.count == 6
+    assert {"BLEU", "NIST"} <= set(result.metrics)
+    examples = list(read_examples(tmp_path / "out" / "e2e" / "predictions.jsonl"))
+    assert examples[0].prompt == "name[Aromi], food[French]"
+    assert examples[0].references == ["Aromi serves French food.", "Aromi serves French food, as they say."]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_results_depend_neither_on_batches_nor_on_order(model: Path, tmp_path: Path, beams: int):
+    lines = E2E.splitlines(keepends=True)
+    (tmp_path / "a.csv").write_text(E2E)
+    (tmp_path / "b.csv").write_text("".join([lines[0], *lines[:0:-1]]))
+    written = []
+    for number, (name, size) in enumerate([("a", None), ("a", 1), ("b", None)]):
+        given = settings(
+            model,
+            "e2e",
+            tmp_path / f"{name}.csv",
+            tmp_path / str(number),
+            max_new_tokens=6,
+            batch_size=size,
+            num_beams=beams,
+        )
+        evaluate(given)
+        written.append(
+            {e.prompt: e.prediction for e in read_examples(tmp_path / str(number) / "e2e" / "predictions.jsonl")}
+        )
+    assert written[0] == written[1] == written[2]
+
+
+def test_an_interrupted_evaluation_ends_as_if_it_had_not_been(model: Path, rows: Path, tmp_path: Path):
+    whole = settings(model, "perplexity", rows, tmp_path / "whole", batch_size=1)
+    part = settings(model, "perplexity", rows, tmp_path / "part", batch_size=1)
+    evaluate(whole)
+    with pytest.raises(Interrupted, match="RW572.*goes on from there") as stopped:
+        evaluate(part, StopAfter(3))
+    assert stopped.value.exit_code == 130
+    path = tmp_path / "part" / "perplexity" / "predictions.jsonl"
+    done = path.read_bytes()
+    assert done.count(b"\n") >= 3
+    path.write_bytes(done[:-5])
+    [result] = evaluate(part)
+    assert path.read_bytes() == (tmp_path / "whole" / "perplexity" / "predictions.jsonl").read_bytes()
+    assert result.metrics == load_result(tmp_path / "whole" / "perplexity").metrics
+
+
+def test_a_finished_evaluation_is_read_and_not_done_again(model: Path, rows: Path, tmp_path: Path, monkeypatch):
+    given = settings(model, "perplexity", rows, tmp_path / "out")
+    [first] = evaluate(given)
+    monkeypatch.setattr("rankwise.evaluation.run.load_as_trained", lambda *_, **__: pytest.fail("loaded the model"))
+    assert [json.dumps(first.to_json())] == [json.dumps(result.to_json()) for result in evaluate(given)]
+
+
+def test_another_evaluation_needs_another_folder(model: Path, rows: Path, tmp_path: Path):
+    evaluate(settings(model, "perplexity", rows, tmp_path / "out"))
+    with pytest.raises(RunError, match="RW570.*limit was null, now 3"):
+        evaluate(settings(model, "perplexity", rows, tmp_path / "out", limit=3))
+    [result] = evaluate(settings(model, "perplexity", rows, tmp_path / "out", limit=3, overwrite=True))
+    assert result.count == 3
+
+
+def test_several_adapters_stand_beside_their_base(model: Path, adapters: list[Path], rows: Path, tmp_path: Path):
+    together = evaluate_all(settings(model, "perplexity", rows, tmp_path / "out", adapter=[str(a) for a in adapters]))
+    labels = [label for label, _ in together.results]
+    assert labels == ["base", *(adapter.name for adapter in adapters)]
+    alone = [
+        evaluate(settings(model, "perplexity", rows, tmp_path / f"alone{n}", adapter=[str(a)] if a else []))[0]
+        for n, a in enumerate([None, *adapters])
+    ]
+    losses = [result.metrics["loss"] for _, result in together.results]
+    assert losses == pytest.approx([result.metrics["loss"] for result in alone], rel=1e-6)
+    assert len(set(losses)) == 3
+    assert (tmp_path / "out" / "base" / "perplexity" / "result.json").is_file()
+    found = {(d.a, d.b): d for d in together.differences}
+    assert len(found) == 3
+    last = found[labels[2], labels[1]]
+    assert last.difference == pytest.approx(losses[2] - losses[1])
+    assert last.interval[0] < last.difference < last.interval[1]
+    stored = json.loads((tmp_path / "out" / "differences.json").read_text())
+    assert [item["difference"] for item in stored] == [d.difference for d in together.differences]
+
+
+def test_adapters_of_different_bases_are_refused(adapters: list[Path], rows: Path, tmp_path: Path):
+    config = json.loads((adapters[1] / "adapter_config.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "elsewhere"}))
+    given = {"adapter": [str(adapters[0]), str(other)], "task": "perplexity", "data": str(rows)}
+    with pytest.raises(ConfigError, match="RW151.*elsewhere"):
+        evaluate(EvaluateSettings.model_validate(given))
+
+
+def test_adapters_get_labels_of_their_own():
+    labels = [variant.label for variant in variants_of([Path("/a/run"), Path("/b/run"), Path("/c/base")], None)]
+    assert labels == ["base", "run", "run-2", "base-2"]
+    assert [variant.label for variant in variants_of([Path("/a/run")], None)] == ["run"]
+    assert [variant.label for variant in variants_of([], False)] == ["base"]
+
+
+def test_without_an_output_a_folder_is_named_by_the_settings(model: Path, rows: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = settings(model, "perplexity", rows, tmp_path).model_copy(update={"output": None})
+    first = evaluate_all(given).folder
+    assert first.parent == Path("evaluations")
+    assert evaluate_all(given).folder == first
+    assert evaluate_all(given.model_copy(update={"limit": 2})).folder != first
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"data": ()}, ConfigError, "RW150.*--data"),
+        ({"task": ("perplexity", "perplexity")}, ConfigError, "RW152.*twice"),
+        ({"task": ("e2e",)}, DataError, "RW201"),
+        ({"model": None}, ConfigError, "RW122"),
+        ({"task": ("vicuna",), "judge_url": "http://x"}, ConfigError, "RW152.*together"),
+    ],
+)
+def test_mistakes_are_told_before_the_model_is_loaded(model: Path, tmp_path: Path, change, kind, message):
+    given = settings(model, "perplexity", tmp_path / "none.csv", tmp_path / "out").model_copy(update=change)
+    with pytest.raises(kind, match=message):
+        evaluate(given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_e2e_takes_prompt_rows_only(model: Path, tmp_path: Path):
+    (tmp_path / "text.txt").write_text("just text\n")
+    with pytest.raises(DataError, match="RW250.*`mr` and `ref`"):
+        evaluate(settings(model, "e2e", tmp_path / "text.txt", tmp_path / "out"))
+
+
+def test_the_observer_sees_every_question(model: Path, rows: Path, tmp_path: Path):
+    class Watcher(SilentObserver):
+        def __init__(self) -> None:
+            self.seen: list[tuple[str, int, int]] = []
+
+        def progress(self, label: str, done: int, total: int) -> None:
+            self.seen.append((label, done, total))
+
+    watcher = Watcher()
+    observer: Observer = watcher
+    evaluate(settings(model, "perplexity", rows, tmp_path / "out"), observer)
+    assert watcher.seen[0] == ("perplexity on base", 0, 12)
+    assert watcher.seen[-1] == ("perplexity on base", 12, 12)

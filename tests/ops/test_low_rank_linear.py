@@ -1,0 +1,171 @@
+"""The hand-written gradients of the adapter operator, against autograd and against finite differences."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rankwise.adapters.operator import DenseWeight
+from rankwise.ops import training
+from rankwise.ops.low_rank_linear import Branch, Dropout, low_rank_linear, low_rank_linear_of_glu
+
+SCALE = 0.75
+
+
+def branches(dtype: torch.dtype, *, dora: bool, bias: bool, widths: Sequence[int] = (6, 4), seed: int = 0) -> list[Branch]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    made = []
+    for r, width in zip((3, 2, 1), widths):
+        m = random(width).abs().add(0.5).requires_grad_() if dora else None
+        gain = None if m is None else (m.detach() / random(width).abs().add(1)).float()
+        A, B = random(r, 5).requires_grad_(), random(width, r).requires_grad_()
+        made.append(
+            Branch(
+                DenseWeight(random(width, 5)), SCALE, A, B, random(width).requires_grad_() if bias else None, m, gain
+            )
+        )
+    return made
+
+
+def plain(x: Tensor, branch: Branch, dropout: Dropout | None = None) -> Tensor:
+    """The formula through autograd; the gradient of m comes from g = m / norm with a constant norm."""
+    W = branch.frozen.W  # type: ignore[attr-defined]
+    dropped = x if dropout is None else x * (training.dropout(torch.ones_like(x), dropout.p, dropout.seed))
+    y = F.linear(x, W) + branch.scale * F.linear(F.linear(dropped, branch.A), branch.B)
+    if branch.m is not None and branch.gain is not None:
+        y = y * (branch.m / (branch.m.detach() / branch.gain.to(x.dtype)))
+    return y if branch.bias is None else y + branch.bias
+
+
+def trained(made: Sequence[Branch]) -> list[Tensor]:
+    return [tensor for branch in made for tensor in branch.tensors if tensor is not None]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_equals_autograd(dora: bool, bias: bool, p: float) -> None:
+    made = branches(torch.float64, dora=dora, bias=bias)
+    dropout = Dropout(p, 7) if p else None
+    x = torch.randn(2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    weights = [torch.randn(2, 3, width, dtype=torch.float64) for width in (6, 4)]
+
+    def grads(ys: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        total = sum((y * w).sum() for y, w in zip(ys, weights))
+        return torch.autograd.grad(total, [x, *trained(made)])  # type: ignore[arg-type]
+
+    ours, expected = low_rank_linear(x, made, dropout), [plain(x, branch, dropout) for branch in made]
+    for y, y0 in zip(ours, expected):
+        torch.testing.assert_close(y, y0, rtol=1e-6, atol=1e-6)
+    for grad, grad0 in zip(grads(ours), grads(expected)):
+        torch.testing.assert_close(grad, grad0, rtol=1e-5, atol=1e-5)
+
+
+def test_gradcheck_in_float64() -> None:
+    made = branches(torch.float64, dora=False, bias=True)
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        again = [
+            dataclasses.replace(branch, A=A, B=B, bias=bias)
+            for branch, A, B, bias in zip(made, tensors[::3], tensors[1::3], tensors[2::3])
+        ]
+        return low_rank_linear(x, again)
+
+    assert torch.autograd.gradcheck(run, (x, *trained(made)))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh"])
+def test_of_glu_equals_its_parts(dora: bool, act: str) -> None:
+    (branch,) = branches(torch.float64, dora=dora, bias=False, widths=(6,))
+    gate, up = (torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    acts = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda g: F.gelu(g, approximate="tanh")}
+    wanted = [gate, up, *trained([branch])]
+    w = torch.randn(2, 3, 6, dtype=torch.float64)
+    y = low_rank_linear_of_glu(gate, up, act, branch, None)
+    y0 = plain(acts[act](gate) * up, branch)
+    torch.testing.assert_close(y, y0, rtol=1e-6, atol=1e-6)
+    ours, expected = (torch.autograd.grad((out * w).sum(), wanted) for out in (y, y0))
+    for grad, grad0 in zip(ours, expected):
+        torch.testing.assert_close(grad, grad0, rtol=1e-5, atol=1e-5)
+
+
+def test_an_unused_output_has_no_gradient_and_does_no_harm() -> None:
+    made = branches(torch.float32, dora=True, bias=False)
+    x = torch.randn(4, 5, requires_grad=True)
+    first, _ = low_rank_linear(x, made)
+    first.sum().backward()
+    alone = torch.autograd.grad(plain(x, made[0]).sum(), [x, made[0].A, made[0].B])
+    for grad, grad0 in zip((x.grad, made[0].A.grad, made[0].B.grad), alone):
+        torch.testing.assert_close(grad, grad0, rtol=1e-4, atol=1e-5)
+    assert made[1].B.grad is None
+    assert made[1].A.grad is None or not made[1].A.grad.any()
+
+
+def test_frozen_tensors_get_no_gradient() -> None:
+    (branch,) = branches(torch.float32, dora=True, bias=True, widths=(6,))
+    for tensor in branch.tensors:
+        assert tensor is not None
+        tensor.requires_grad_(False)
+    branch.B.requires_grad_(True)
+    x = torch.randn(4, 5)
+    low_rank_linear(x, [branch])[0].sum().backward()
+    assert branch.B.grad is not None
+    assert all(t.grad is None for t in (x, branch.A, branch.bias, branch.m) if t is not None)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_keeps_the_input_and_things_of_rank_size(dora: bool) -> None:
+    made = branches(torch.float32, dora=dora, bias=False)
+    x = torch.randn(64, 5, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        ys = low_rank_linear(x, made, Dropout(0.5, 3))
+    parameters = sum(tensor.untyped_storage().nbytes() for tensor in trained(made))
+    allowed = x.nbytes + 64 * 5 * 4 + parameters + (sum(y.nbytes for y in ys) if dora else 0)
+    assert sum(kept.values()) <= allowed
+
+
+def test_dropout_follows_from_its_seed() -> None:
+    made = branches(torch.float32, dora=False, bias=False)
+    x = torch.randn(32, 5)
+    first, again, other = (low_rank_linear(x, made, Dropout(0.5, seed))[0] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_bfloat16_is_no_worse_than_plain_bfloat16() -> None:
+    made = branches(torch.float64, dora=True, bias=False, widths=(48, 32), seed=3)
+    x = torch.randn(256, 5, dtype=torch.float64)
+
+    def errors(fast: bool) -> float:
+        low = [
+            dataclasses.replace(
+                branch,
+                frozen=DenseWeight(branch.frozen.W.bfloat16()),  # type: ignore[attr-defined]
+                A=branch.A.detach().bfloat16(),
+                B=branch.B.detach().bfloat16(),
+                m=branch.m.detach().bfloat16(),  # type: ignore[union-attr]
+            )
+            for branch in made
+        ]
+        ys = low_rank_linear(x.bfloat16(), low) if fast else [plain(x.bfloat16(), branch) for branch in low]
+        exact = [plain(x.bfloat16().double(), branch) for branch in made]
+        return max(float((y.double() - y0).abs().max()) for y, y0 in zip(ys, exact))
+
+    assert errors(fast=True) <= 1.25 * errors(fast=False)

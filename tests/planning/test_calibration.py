@@ -1,0 +1,62 @@
+"""Timing this machine: on a model so small that the figures mean nothing, but are remembered and found."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rankwise.errors import RankwiseWarning
+from rankwise.planning import calibration
+from rankwise.planning.calibration import cache_folder, calibrate, measured_pace
+from rankwise.planning.hardware import cpu_hardware
+
+TINY = {"hidden_size": 64, "intermediate_size": 128, "rows": (1, 2), "tokens": 16}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibration.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(calibration, "SHAPES", {"cpu": TINY, "cuda": TINY})
+
+
+def test_each_method_is_timed_remembered_and_found():
+    hardware, said = cpu_hardware(), []
+    methods = ("lora", "qdora", "full")
+    results = calibrate(hardware, methods, "float32", said.append)
+    assert set(results) == set(methods)
+    assert len(said) == 3
+    pace = measured_pace(hardware, "qdora", "float32")
+    assert pace is not None
+    assert pace.measured
+    assert pace.flops_per_second == results["qdora"]["flops_per_second"] > 0
+    assert measured_pace(hardware, "dora", "float32") is None
+    assert measured_pace(hardware, "lora", "bfloat16") is None
+
+
+def test_a_later_measurement_adds_to_the_earlier():
+    hardware = cpu_hardware()
+    calibrate(hardware, ("lora",), "float32", lambda _: None)
+    calibrate(hardware, ("dora",), "float32", lambda _: None)
+    assert measured_pace(hardware, "lora", "float32") is not None
+    assert measured_pace(hardware, "dora", "float32") is not None
+
+
+def test_the_file_lies_where_caches_lie(tmp_path):
+    calibrate(cpu_hardware(), ("lora",), "float32", lambda _: None)
+    assert cache_folder() == tmp_path / "rankwise"
+    assert json.loads((tmp_path / "rankwise" / "machine.json").read_text())["schema"] == 1
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"schema": 1}', '{"schema": 1, "machines": 3}'])
+def test_a_damaged_file_is_said_and_passed_over(tmp_path, content):
+    (tmp_path / "rankwise").mkdir()
+    (tmp_path / "rankwise" / "machine.json").write_text(content)
+    with pytest.warns(RankwiseWarning, match="RW144"):
+        assert measured_pace(cpu_hardware(), "lora", "float32") is None
+
+
+def test_without_a_file_nothing_is_known_and_nothing_said(recwarn):
+    assert measured_pace(cpu_hardware(), "lora", "float32") is None
+    assert not recwarn.list
