@@ -89,6 +89,10 @@ enum rw_activation { RW_SILU = 0, RW_GELU_TANH = 1, RW_GELU = 2 };
 RW_EXPORT void rw_low_rank_add(void* y, int64_t y_stride, const void* u, int64_t u_stride, const void* B, float scale, const float* g,
                                const float* bias, int64_t T, int64_t N, int64_t R, int dtype, int threads);
 
+// cross_n = <W_n A^T, B_n>: W (N, K) of dtype, A (R, K) and B (N, R) float.
+RW_EXPORT void rw_row_cross(const void* W, const float* A, const float* B, float* cross, int64_t N, int64_t K, int64_t R, int dtype,
+                            int threads);
+
 // dz = dy * g, and dot = sum_T dy * y unless y is null.
 RW_EXPORT void rw_scaled_grad(const void* dy, int64_t dy_stride, const void* y, int64_t y_stride, const float* g, void* dz, float* dot,
                               int64_t T, int64_t N, int dtype, int threads);

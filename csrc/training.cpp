@@ -123,4 +123,9 @@ void rw_dropout(const void* z, void* out, int add, float factor, uint32_t thresh
     over_rows(n, 1, 1 << 10, threads, [&](int64_t first, int64_t last) { kernels().dropout(job, first, last); });
 }
 
+void rw_row_cross(const void* W, const float* A, const float* B, float* cross, int64_t N, int64_t K, int64_t R, int dtype, int threads) {
+    const RowCrossJob job = {W, A, B, cross, N, K, R, dtype};
+    over_rows(N, K * R, 4, threads, [&](int64_t first, int64_t last) { kernels().row_cross(job, first, last); });
+}
+
 }  // extern "C"

@@ -109,6 +109,15 @@ struct DropoutJob {
     int dtype;
 };
 
+struct RowCrossJob {
+    const void* W;  // (N, K)
+    const float* A;  // (R, K)
+    const float* B;  // (N, R)
+    float* cross;    // (N,)
+    int64_t N, K, R;
+    int dtype;  // of W
+};
+
 // Rows whose products are summed together by `scaled_grad`: fixed, so that no number of threads changes a sum.
 constexpr int64_t kGradRows = 64;
 
@@ -125,6 +134,7 @@ struct TrainingKernels {
     void (*rope)(const RopeJob& job, int64_t first, int64_t last);  // positions of all batches
     void (*cross_entropy)(const CrossEntropyJob& job, int64_t first, int64_t last);
     void (*dropout)(const DropoutJob& job, int64_t first, int64_t last);  // elements
+    void (*row_cross)(const RowCrossJob& job, int64_t first, int64_t last);  // rows of W
 };
 
 const TrainingKernels* portable_training();

@@ -13,7 +13,7 @@ from rankwise.cli.main import main
 from rankwise.records import load_record
 
 OPTIONS = ["--methods", "lora,qdora", "--seeds", 1, "--learning-rates", 0.01, "--max-steps", 3, "--batch-size", 4]
-OPTIONS += ["--r", 2, "--max-length", 64, "--logging-steps", 1, "--device", "cpu", "--dtype", "float32", "--no-fast"]
+OPTIONS += ["--r", 2, "--max-length", 64, "--logging-steps", 1, "--device", "cpu", "--dtype", "float32"]
 
 
 @pytest.fixture(scope="module")

@@ -194,3 +194,23 @@ def test_jobs_side_by_side_give_the_same_comparison(tmp_path: Path):
     first, second = without_times(one, tmp_path / "one"), without_times(two, tmp_path / "two")
     assert first["settings"].pop("jobs") != second["settings"].pop("jobs")
     assert first == second
+
+
+def test_ctrl_c_lets_the_runs_end_and_the_same_call_continues(tmp_path: Path):
+    script, settings = Path(__file__).parent / "fake_comparison.py", tmp_path / "settings.json"
+    options = given(tmp_path, methods="lora", learning_rates="2e-4")
+    settings.write_text(json.dumps(options))
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(settings)],
+        env={**os.environ, "FAKE_STEP_SECONDS": "0.3"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out" / "started.txt").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert "RW587" in errors
+    found: Any = compare(**options)
+    assert {item["status"] for item in found["runs"]} == {"finished"}

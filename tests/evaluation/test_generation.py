@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -65,7 +66,7 @@ def test_n_grams_are_counted_in_the_answer_alone():
     for beams in (1, 3):
         decoding = Decoding(30, frozenset(), num_beams=beams, no_repeat_ngram_size=2)
         [answer] = Generator(model, decoding).answers([copied])
-        pairs = list(zip(answer, answer[1:]))
+        pairs = list(itertools.pairwise(answer))
         assert len(pairs) == len(set(pairs))
     assert repeating_tokens([1, 2, 3, 1, 2], 3) == [3]
     assert repeating_tokens([1, 2], 3) == []

@@ -18,9 +18,8 @@ from rankwise.evaluation.tasks.harness import HarnessTask
 
 
 def arc_task(data: Path, **options: Any) -> HarnessTask:
-    return HarnessTask(
-        "arc_easy", **{**dict(data=str(data), fewshot_data=None, num_fewshot=None, limit=None), **options}
-    )
+    given = {"data": str(data), "fewshot_data": None, "num_fewshot": None, "limit": None, **options}
+    return HarnessTask("arc_easy", **given)
 
 
 def by_hflm(engine: Any, task: HarnessTask) -> Any:

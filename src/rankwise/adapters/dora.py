@@ -18,10 +18,12 @@ from rankwise.adapters.low_rank import (
     gain,
     init_low_rank_,
     merged_weight,
+    row_norms,
     row_norms_squared,
 )
 from rankwise.adapters.operator import branch_of, drawn_dropout
 from rankwise.ops.low_rank_linear import low_rank_linear
+from rankwise.quantization.linear import Linear4bit
 
 
 class Dora(nn.Module):
@@ -88,14 +90,20 @@ class Dora(nn.Module):
         A, B = self.lora_A, self.lora_B
         if (norms := self._norms.get((A, B), weight_key(base))) is not None:
             return norms
-        W = dense_weight(base)
-        norms = adapted_row_norms(W, self._base_norms(base, W), A, self.full_B(), self.scaling)
+        squared = self._base_norms(base)
+        if isinstance(base, Linear4bit):
+            norms = row_norms(squared, base.row_cross(A, self.full_B()), A, self.full_B(), self.scaling)
+        else:
+            norms = adapted_row_norms(dense_weight(base), squared, A, self.full_B(), self.scaling)
         return self._norms.keep((A, B), weight_key(base), norms)
 
-    def _base_norms(self, base: nn.Module, W: Tensor) -> Tensor:
-        """``||W||^2`` per row, kept while the base stays as it is."""
-        kept = self._squared.get((), weight_key(base))
-        return self._squared.keep((), weight_key(base), row_norms_squared(W)) if kept is None else kept
+    def _base_norms(self, base: nn.Module) -> Tensor:
+        """``||W||^2`` per row, kept while the base stays as it is; of a 4-bit base without a dense W."""
+        if (kept := self._squared.get((), weight_key(base))) is not None:
+            return kept
+        is_packed = isinstance(base, Linear4bit)
+        squared = base.row_norms().square() if is_packed else row_norms_squared(dense_weight(base))
+        return self._squared.keep((), weight_key(base), squared)
 
     def enabled(self, rows: Tensor) -> Tensor:
         """Of one value per output row, those of the rows that adapt."""

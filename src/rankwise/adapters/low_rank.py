@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from rankwise.ops.training import row_cross
+
 # Rows of W that are held in float32 at a time while a norm or a merge is computed.
 CHUNK_ELEMENTS = 1 << 24
 
@@ -60,8 +62,12 @@ def adapted_row_norms(W: Tensor, W_squared: Tensor, A: Tensor, B: Tensor, s: flo
     ``||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>``, each inner product over the rank. ``W_squared`` is
     ``row_norms_squared(W)``, constant while the base is frozen.
     """
+    return row_norms(W_squared, row_cross(W, A, B), A, B, s)
+
+
+def row_norms(W_squared: Tensor, cross: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """As above from the mixed term ``cross`` = <W A^T, B> (out,)."""
     A32, B32 = A.float(), B.float()
-    cross = torch.cat([((W[rows].float() @ A32.T) * B32[rows]).sum(dim=1) for rows in row_chunks(W)])
     update = ((B32 @ (A32 @ A32.T)) * B32).sum(dim=1)
     # Rounding can leave a hair below zero where the update cancels a row.
     return (W_squared + 2 * s * cross + s * s * update).clamp_min(0).sqrt()

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -18,7 +19,7 @@ from rankwise.comparison.settings import SHARED, CompareOptions, CompareSettings
 
 if TYPE_CHECKING:
     from rankwise.comparison.runner import Picture
-    from rankwise.comparison.schema import Comparison
+    from rankwise.comparison.schema import Comparison, Method
     from rankwise.comparison.stages import Job, Outcome
 
 PANELS = {
@@ -97,28 +98,40 @@ def report(comparison: Comparison, settings: CompareOptions, output: Output) -> 
 
 def table_of(comparison: Comparison) -> Table:
     """A row per method, best first; methods that share a letter were not told apart."""
-    metric = comparison["primary_metric"]
-    table = Table(title=f"{metric}, mean and 95 % interval over seeds", title_justify="left")
-    for name in ("method", "", metric, "interval", "rate", "trained", "memory", "tokens/s", "time"):
-        table.add_column(name, justify="left" if name in ("method", "") else "right")
-    methods = comparison["methods"]
-    better = next((item["higher_is_better"].get(metric) for item in methods.values() if item["mean"]), False)
-    known = [name for name, item in methods.items() if metric in item["mean"]]
-    for name in sorted(known, key=lambda name: methods[name]["mean"][metric], reverse=bool(better)):
-        item = methods[name]
-        interval = item["interval"].get(metric)
-        table.add_row(
-            name,
-            item["group"] or "",
-            f"{item['mean'][metric]:.4f}",
-            f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "(one seed)",
-            f"{item['learning_rate']:g}{'!' if item['learning_rate_at_edge'] else ''}",
-            f"{item['trainable_parameters']:,}" if item["trainable_parameters"] else "",
-            byte_size(item["peak_memory_bytes"]) if item["peak_memory_bytes"] else "",
-            f"{item['tokens_per_second']:,.0f}" if item["tokens_per_second"] else "",
-            duration(item["wall_seconds"]) if item["wall_seconds"] is not None else "",
-        )
+    metric, methods = comparison["primary_metric"], comparison["methods"]
+    known = {name: item for name, item in methods.items() if metric in item["mean"]}
+    has_intervals = any(item["interval"].get(metric) for item in known.values())
+    better = any(item["higher_is_better"].get(metric) for item in known.values())
+    title = f"{metric}, mean over seeds" + (" and 95 % interval" if has_intervals else " (one seed: no interval)")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    interval = ("interval",) if has_intervals else ()
+    for name in ("method", "", metric, *interval, "rate", "trained", "memory", "tokens/s", "time"):
+        table.add_column(name, justify="left" if name in ("method", "") else "right", no_wrap=True)
+    for name in sorted(known, key=lambda name: known[name]["mean"][metric], reverse=better):
+        table.add_row(name, *_cells(known[name], metric, has_intervals))
     return table
+
+
+def _cells(item: Method, metric: str, has_intervals: bool) -> Iterator[str]:
+    yield item["group"] or ""
+    yield f"{item['mean'][metric]:.4f}"
+    interval = item["interval"].get(metric)
+    if has_intervals:
+        yield f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else "(one seed)"
+    yield f"{item['learning_rate']:g}{'!' if item['learning_rate_at_edge'] else ''}"
+    trained = item["trainable_parameters"]
+    yield short_count(trained) if trained else ""
+    yield byte_size(item["peak_memory_bytes"]) if item["peak_memory_bytes"] else ""
+    yield f"{item['tokens_per_second']:,.0f}" if item["tokens_per_second"] else ""
+    yield duration(item["wall_seconds"]) if item["wall_seconds"] is not None else ""
+
+
+def short_count(count: int) -> str:
+    """``4.88M``, ``32.1K``, ``648``."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= limit:
+            return f"{count / limit:.3g}{unit}"
+    return str(count)
 
 
 def verdict_lines(comparison: Comparison) -> Iterator[str]:

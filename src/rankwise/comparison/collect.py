@@ -37,7 +37,7 @@ def _is_there(output: Path, cell: Cell) -> bool:
 
 def _run(plan: Plan, cell: Cell, phase: Any, skipped: Mapping[str, str] | None) -> Run:
     folder = cell.folder(plan.output)
-    record = load_record(folder).to_json() if (folder / RUN_FILE).is_file() else None
+    record = _record(folder) if (folder / RUN_FILE).is_file() else None
     error, finished = _error(plan, cell)
     facts = read_json(folder / FACTS_FILE)
     known = record or {}
@@ -60,6 +60,13 @@ def _run(plan: Plan, cell: Cell, phase: Any, skipped: Mapping[str, str] | None) 
         "predicted_peak_memory_bytes": known.get("predicted_peak_memory_bytes"),
         "wall_seconds": known.get("wall_seconds"),
     }
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """Without what says only how the run was started this time."""
+    record = load_record(folder).to_json()
+    settings = {key: value for key, value in record["settings"].items() if key not in ("resume", "overwrite")}
+    return {**record, "settings": settings}
 
 
 def _stages(plan: Plan) -> tuple[Stage, ...]:

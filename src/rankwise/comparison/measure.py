@@ -20,20 +20,19 @@ from torch import Tensor, nn
 
 from rankwise.comparison.measure_files import FACTS_FILE, PERPLEXITY
 from rankwise.comparison.schema import EVALUATION_FOLDER, MergedCheck
+from rankwise.comparison.tasks import make_tasks
 from rankwise.data import Rows, read_rows, read_template
 from rankwise.errors import RankwiseError, RankwiseWarning
 from rankwise.evaluation import journal
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.record import TaskResult
 from rankwise.evaluation.run import versions
-from rankwise.evaluation.settings import EvaluateSettings
 from rankwise.evaluation.tasks.base import Task
-from rankwise.evaluation.tasks.registry import make_task
-from rankwise.records import load_record, write_json
+from rankwise.records import RunRecord, load_record, write_json
 
-ANSWERED = 6
+ANSWERED = 4
 # Rows that the model also answers, for people to read.
-ANSWER_TOKENS = 48
+ANSWER_TOKENS = 32
 MERGEABLE = ("lora", "qlora", "dora", "qdora")
 CHECKED_ROWS = 4
 # Rows whose logits are compared, merged against unmerged.
@@ -48,7 +47,14 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     folder = Path(job["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = _tasks(job)
+    tasks = make_tasks(
+        job["tasks"],
+        eval_data=job["eval_data"],
+        data=job["task_data"],
+        limit=job["task_limit"],
+        max_length=job["max_length"],
+        columns=job["columns"],
+    )
     rows = read_rows(job["eval_data"], split="validation", **job["columns"])
     model, tokenizer = load_run(job)
     template = read_template(Path(job["chat_template"])) if job["chat_template"] else None
@@ -63,18 +69,6 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
         facts |= _merge_facts(job, engine, rows, shown, speed)
     write_json(folder / FACTS_FILE, facts)
     return facts
-
-
-def _tasks(job: Mapping[str, Any]) -> list[Task]:
-    """The loss on the evaluation data first, then what was asked for."""
-    given = EvaluateSettings(
-        task=(PERPLEXITY, *job["tasks"]),
-        data=(f"{PERPLEXITY}={job['eval_data']}", *job["task_data"]),
-        max_length=job["max_length"],
-        **job["columns"],
-    )
-    limited = given.model_copy(update={"limit": job["task_limit"]})
-    return [make_task(name, given if name == PERPLEXITY else limited) for name in given.task]
 
 
 def run_task(
@@ -126,7 +120,7 @@ def load_run(job: Mapping[str, Any]) -> tuple[Any, Any]:
     )
     model, tokenizer = load_prepared(
         source,
-        dtype=getattr(torch, record.device["dtype"]) if record else choice.dtype,
+        dtype=_dtype(record, choice.dtype),
         device=str(choice.device),
         quantization=quantization_of(folder) if record and not whole else None,
         trust_remote_code=job["trust_remote_code"],
@@ -135,6 +129,13 @@ def load_run(job: Mapping[str, Any]) -> tuple[Any, Any]:
     if record is not None and not whole:
         _load_adapter(model, folder, record.method)
     return model.eval(), tokenizer
+
+
+def _dtype(record: RunRecord | None, usual: torch.dtype) -> torch.dtype | None:
+    """As the base was in training. A whole model keeps the float32 of its files: 16 bits would round its updates."""
+    if record is None:
+        return usual
+    return None if record.method == "full" else getattr(torch, record.device["dtype"])
 
 
 def _load_adapter(model: Any, folder: Path, method: str) -> None:

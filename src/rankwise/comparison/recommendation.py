@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 from rankwise.comparison.schema import Difference, Method, ParetoPoint, Recommendation
 
-
 BASELINES = ("bottleneck", "prefix")
 
 

@@ -34,6 +34,7 @@ from rankwise.comparison.settings import CompareOptions, CompareSettings, check_
 from rankwise.comparison.stages import Job
 from rankwise.comparison.statistics import CONFIDENCE, POWER, minimum_detectable_effect
 from rankwise.comparison.summary import all_differences, all_methods, scores_by_metric, searches
+from rankwise.comparison.tasks import make_tasks
 from rankwise.errors import RankwiseWarning, RunError, warn
 from rankwise.records import write_json
 
@@ -55,6 +56,7 @@ def compare(given: CompareOptions, watcher: Watcher) -> Comparison:
         if not alone:
             raise RunError("RW582", f"another call of `rankwise compare` is at work in {given.output}; wait for it.")
         inputs = prepare_inputs(given)
+        _check_tasks(given, inputs)
         check_same(given.output, given, inputs.described)
         effect = detectable_effect(given)
         _announce(given, inputs, effect, watcher)
@@ -93,6 +95,19 @@ def _announce(given: CompareOptions, inputs: Inputs, effect: MinimumDetectableEf
     watcher.say(
         f"Smallest difference that {100 * POWER:g} % of such comparisons find: {100 * effect['relative']:.2g} % of "
         f"{given.metric}, assuming that {effect['assumption']}."
+    )
+
+
+def _check_tasks(given: CompareOptions, inputs: Inputs) -> None:
+    """Before hours of training: a task that does not exist, or lacks its data or a package."""
+    shared = shared_training(given)
+    make_tasks(
+        given.task,
+        eval_data=inputs.evaluation,
+        data=given.task_data,
+        limit=given.task_limit,
+        max_length=shared["max_length"],
+        columns={name: shared[name] for name in ("prompt_column", "completion_column")},
     )
 
 

@@ -33,8 +33,8 @@ class Estimate:
     """A mean and what its error is made of; without ``parts`` one value cannot tell its spread.
 
     Its interval is ``mean -+ sqrt(sum over parts of t(p, degrees)^2 * variance)``: Student's t for one part, and for
-    several the modified large-sample interval of Graybill and Wang (1980). With three seeds, Satterthwaite's degrees
-    of freedom gave intervals that held 88 to 92 % of the time where 95 % were promised; this one does not.
+    several the modified large-sample interval of Graybill and Wang (1980). Satterthwaite's degrees of freedom gave
+    intervals that hold too seldom with few seeds (benchmarks/interval_coverage.py).
     """
 
     mean: float

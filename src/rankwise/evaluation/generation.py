@@ -175,7 +175,10 @@ class Generator:
             max_new_tokens=self.decoding.max_new_tokens,
             num_beams=self.decoding.num_beams,
             length_penalty=self.decoding.length_penalty,
+            # Named, because what is left out comes from the model's own settings.
             do_sample=False,
+            repetition_penalty=1.0,
+            early_stopping=False,
             eos_token_id=stop or None,
             pad_token_id=self.pad,
             use_cache=True,

@@ -27,8 +27,11 @@ TREE_SEQUENCES = 3
 LOGITS_AT_ONCE = 1 << 25
 # Logits computed together: 128 MiB in float32.
 CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-LOW_PRECISION_TOLERANCE = 0.05
-# Relative to 1 + |log p| per token; a wrong mask is off by whole units.
+LOW_PRECISION_TOLERANCE = 0.1
+# Root mean square over tokens of the error relative to 1 + |log p|. Rounding in bfloat16 is about 0.02 of it, and a
+# mask that the model does not honour is off by whole units.
+HEAD_TOLERANCE = 0.02
+# Of a logit: the same sums in the same order, so that only a scaling or capping behind the head shows.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Scorer:
         else:
             rows = pack(_single_trees(sequences), 0)
             # All positions get logits here.
-            budget = min(budget, 4 * LOGITS_AT_ONCE // self.model.get_output_embeddings().weight.shape[0])
+            budget = min(budget, 4 * LOGITS_AT_ONCE // _vocabulary(self.model))
         for batch in batches_of(rows, budget):
             step = self.max_rows or len(batch)
             for start in range(0, len(batch), step):
@@ -142,22 +145,14 @@ class Scorer:
         return {index: score for batch in batches for index, score in batch.items()}
 
     def _positions_at_once(self) -> int:
-        return max(1, LOGITS_AT_ONCE // self.model.get_output_embeddings().weight.shape[0]) if self.packs else 1 << 30
+        return max(1, LOGITS_AT_ONCE // _vocabulary(self.model)) if self.packs else 1 << 30
 
     def _packing_is_right(self, targets: Sequence[Target]) -> bool:
         """Hold a packed row against the same sequences alone, once per model; say so (RW573) when it is not right."""
         probe = _probe(targets)
         self.packs = False
         plain = self._all(probe)
-        problem = packing_problem(self.model)
-        if problem is None:
-            self.packs = True
-            try:
-                packed = self._all(probe)
-            except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-                problem = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else 'no message'}"
-            else:
-                problem = _difference(plain, packed, self.model.dtype)
+        problem = packing_problem(self.model) or self._measured_problem(probe, plain)
         self.packs = problem is None
         if problem is not None:
             warn(
@@ -166,6 +161,16 @@ class Scorer:
                 "row of its own: the results are the same, and it takes longer.",
             )
         return self.packs
+
+    def _measured_problem(self, probe: Sequence[Target], plain: Mapping[int, Score]) -> str | None:
+        """What goes wrong when ``probe`` is packed. Foreign models raise what they like where they cannot."""
+        self.packs = True
+        try:
+            longest = max(probe, key=lambda target: len(target.ids))
+            return _head_problem(self.model, longest.ids) or _difference(plain, self._all(probe), self.model.dtype)
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = (str(error).splitlines() or ["no message"])[0][:100]
+            return f"{type(error).__name__}: {reason}"
 
 
 def packing_problem(model: Any) -> str | None:
@@ -177,6 +182,10 @@ def packing_problem(model: Any) -> str | None:
     if window is not None and window < TREE_TOKENS and getattr(config, "use_sliding_window", True):
         return f"its attention sees {window} tokens"
     return None
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.config.get_text_config(decoder=True).vocab_size)
 
 
 def hidden_states(model: Any, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
@@ -236,9 +245,22 @@ def _probe(targets: Sequence[Target]) -> list[Target]:
 
 
 def _difference(plain: Mapping[int, Score], packed: Mapping[int, Score], dtype: torch.dtype) -> str | None:
-    tolerance = CHECK_TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE)
     pairs = [(a, b) for key in plain for a, b in zip(plain[key].tokens, packed[key].tokens)]
-    worst = max((abs(a - b) / (1 + abs(a)) for a, b in pairs), default=0.0)
-    if worst <= tolerance:
+    errors = [((a - b) / (1 + abs(a))) ** 2 for a, b in pairs]
+    size = math.sqrt(math.fsum(errors) / max(1, len(errors)))
+    # Not a number is a difference too.
+    if size <= CHECK_TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE):
         return None
-    return f"a log-likelihood differs by {worst:.2g} of itself"
+    return f"log-likelihoods differ by {size:.2g} of themselves"
+
+
+@torch.inference_mode()
+def _head_problem(model: Any, ids: Ids) -> str | None:
+    """Whether the output head on the last hidden states is all that makes the logits."""
+    tokens = torch.tensor([ids], device=model.device)
+    logits = model(input_ids=tokens, use_cache=False).logits.float()
+    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    ours = model.get_output_embeddings()(hidden).float()
+    if ours.shape == logits.shape and torch.allclose(ours, logits, rtol=HEAD_TOLERANCE, atol=HEAD_TOLERANCE):
+        return None
+    return "its logits are more than its output head"

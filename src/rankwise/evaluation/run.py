@@ -144,8 +144,9 @@ class _Run:
         settings = json.loads(json.dumps({**identity, **task.extra_settings()}, default=str))
         if (folder / RESULT_FILE).is_file():
             known = load_result(folder)
-            if known.settings == settings and task.stands(known):
-                return known, list(read_examples(folder / EXAMPLES_FILE))
+            examples = list(read_examples(folder / EXAMPLES_FILE))
+            if known.settings == settings and known.count == len(examples) and task.stands(known):
+                return known, examples
         engine = self._engine()
         self._activate(engine, variant)
         label = f"{task.name} on {variant.label}"

@@ -5,6 +5,8 @@ Legend: T = rows, N and D = columns, R = rank, V = vocabulary, C = rows with log
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -94,6 +96,13 @@ def dropout(dx: Tensor, z: Tensor, p: float) -> None:
         raise QuantizationError("RW620", f"dropout cannot drop with probability {p}: use a number in [0, 1).")
     if not _same(dx, z):
         raise _misfit("dropout_add_ needs dx and z of one shape and dtype", dx=dx, z=z)
+
+
+def row_cross(shape: Sequence[int], dtype: torch.dtype, A: Tensor, B: Tensor, device: torch.device) -> None:
+    good = len(shape) == 2 and A.dim() == 2 and B.dim() == 2 and dtype in _DTYPES
+    good = good and A.shape[1] == shape[1] and B.shape == (shape[0], A.shape[0])
+    if not good or not _supported(A, B) or A.device != device:
+        raise _misfit(f"row_cross needs W (N, K) (it got {tuple(shape)} {dtype} on {device}), A (R, K), B (N, R)", A=A, B=B)
 
 
 def bad_target(targets: Tensor, vocabulary: int, ignored: int) -> QuantizationError | None:

@@ -6,6 +6,7 @@ An absent result is an empty tensor here: an operator always returns as many ten
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,11 @@ _library.define(
     "cross_entropy_(Tensor(a!) logits, Tensor targets, float scale=1.0, float label_smoothing=0.0, "
     "float? softcap=None, float multiplier=1.0, bool want_grad=True, bool want_entropy=False, "
     "bool want_correct=False) -> (Tensor, Tensor, Tensor)"
+)
+_library.define("row_cross(Tensor W, Tensor A, Tensor B) -> Tensor")
+_library.define(
+    "row_cross_4bit(Tensor packed, Tensor absmax, SymInt[] shape, Tensor A, Tensor B, str quant_type, int block_size, "
+    "Tensor? nested_absmax, Tensor? offset, ScalarType dtype) -> Tensor"
 )
 _library.define("dropout(Tensor x, float p, int seed) -> Tensor")
 _library.define("dropout_add_(Tensor(a!) dx, Tensor z, float p, int seed) -> ()")
@@ -152,6 +158,15 @@ def _fake_cross_entropy_(
     return logits.new_empty((), dtype=torch.float64), entropy, correct
 
 
+def _fake_row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    checks.row_cross(W.shape, W.dtype, A, B, W.device)
+    return W.new_empty((W.shape[0],), dtype=torch.float32)
+
+
+def _fake_row_cross_4bit(packed: Tensor, absmax: Tensor, shape: Sequence[int], A: Tensor, *_: Any) -> Tensor:
+    return A.new_empty((shape[0],), dtype=torch.float32)
+
+
 def _fake_dropout(x: Tensor, p: float, seed: int) -> Tensor:
     checks.dropout(x, x, p)
     return _as(x)
@@ -187,6 +202,8 @@ _OPERATORS: tuple[tuple[str, Any, Any], ...] = (
     ("rope", _rope, _fake_rope),
     ("rope_", _rope_, _fake_rope_),
     ("cross_entropy_", _cross_entropy_, _fake_cross_entropy_),
+    ("row_cross", run.row_cross, _fake_row_cross),
+    ("row_cross_4bit", run.row_cross_4bit, _fake_row_cross_4bit),
     ("dropout", run.dropout, _fake_dropout),
     ("dropout_add_", _dropout_add_, _fake_dropout_add_),
 )

@@ -20,6 +20,9 @@ from rankwise.ops.checks_training import bad_target
 IGNORED = -100
 """The target of a row that has no label, as in ``torch.nn.functional.cross_entropy``."""
 
+CHUNK_ELEMENTS = 1 << 22
+# Of a weight, held in float32 at a time.
+
 _WORD = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
 
@@ -162,6 +165,19 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
 def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int) -> Tensor:
     """dx_i <- dx_i + z_i / (1 - p) where `keep_mask`."""
     return dx.copy_(torch.where(keep_mask(z, p, seed), wide(dx) + wide(z) * (1 / (1 - p)), wide(dx)))
+
+
+def row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """cross_n = sum_r (W A^T)_nr B_nr, a chunk of W's rows in float32 at a time."""
+    A, B = A.float(), B.float()
+    chunks = [((W[rows].float() @ A.T) * B[rows]).sum(1) for rows in row_chunks(*W.shape)]
+    return torch.cat(chunks) if chunks else B.new_empty(0)
+
+
+def row_chunks(N: int, K: int) -> list[slice]:
+    """Slices over N rows of K elements, each of at most CHUNK_ELEMENTS elements (one row at the least)."""
+    rows = max(1, CHUNK_ELEMENTS // max(1, K))
+    return [slice(start, min(start + rows, N)) for start in range(0, N, rows)]
 
 
 def keep_mask(x: Tensor, p: float, seed: int) -> Tensor:

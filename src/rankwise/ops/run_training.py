@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from rankwise.ops import checks_training as checks
 from rankwise.ops import reference_training, selection
+from rankwise.ops.checks import DTYPES, check_dtype, check_weight
 
 _NATIVE = (torch.float32, torch.bfloat16)
 
@@ -84,10 +86,64 @@ def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int) -> Tensor:
     return _module(dx).dropout_add_(dx, z, p, seed)
 
 
+def row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    checks.row_cross(W.shape, W.dtype, A, B, W.device)
+    return _row_cross(W, A, B)
+
+
+def _row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    # A transposed view, such as the weight of a Conv1D, would have to be copied whole.
+    module = _module(W) if W.is_contiguous() or not W.is_cpu else reference_training
+    return module.row_cross(W, A, B)
+
+
+def row_cross_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    A: Tensor,
+    B: Tensor,
+    quant_type: str,
+    block_size: int,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    check_weight(packed, absmax, shape, quant_type, block_size, nested_absmax, offset)
+    check_dtype(dtype, "the dtype asked for")
+    checks.row_cross(shape, dtype, A, B, packed.device)
+    four_bit, (N, K) = selection.module_for(packed.device), shape
+    if nested_absmax is not None and offset is not None:
+        absmax = four_bit.dequantize_absmax(absmax, nested_absmax, offset)
+    if K == 0 or K % block_size:
+        W = four_bit.dequantize_4bit(packed, absmax, shape, dtype, quant_type, block_size)
+        return _row_cross(W, A, B)
+    if selection.runs_triton(packed.device):
+        from rankwise.ops.triton import row_cross, tile
+
+        weight = tile.weight(packed, absmax, None, None, quant_type)
+        return row_cross.row_cross_4bit(weight, N, K, A, B, block_size, dtype)
+    sums, packed, absmax = [], packed.view(N, -1), absmax.view(N, -1)
+    for rows in reference_training.row_chunks(N, K):
+        part = (rows.stop - rows.start, K)
+        W = four_bit.dequantize_4bit(packed[rows], absmax[rows].reshape(-1), part, dtype, quant_type, block_size)
+        sums.append(_row_cross(W, A, B[rows]))
+    return torch.cat(sums) if sums else B.new_empty(0, dtype=torch.float32)
+
+
 def _module(tensor: Tensor) -> ModuleType:
     """The module whose functions run on ``tensor``."""
     if tensor.is_cpu and tensor.dtype in _NATIVE and selection.native_on_cpu():
         from rankwise.ops.cpu import training
 
         return training
-    return reference_training
+    return _triton(tensor) or reference_training
+
+
+def _triton(tensor: Tensor) -> ModuleType | None:
+    """The Triton kernels where they run on ``tensor``: CUDA, and for tests CPU tensors under its interpreter."""
+    if tensor.dtype in DTYPES and (tensor.is_cuda or tensor.is_cpu) and selection.runs_triton(tensor.device):
+        from rankwise.ops.triton import training
+
+        return training
+    return None

@@ -71,6 +71,11 @@ def native_on_cpu() -> bool:
     return module.__name__ == _MODULES["native"]
 
 
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton kernels work on tensors of ``device``."""
+    return module_for(device).__name__ == _MODULES["triton"]
+
+
 def _choose(device: str) -> str:
     choice = forced()
     if choice == "auto":

@@ -1,7 +1,7 @@
 """The element-wise parts of a training step: one pass over memory each, no autograd.
 
 Float32 and bfloat16 on a CPU run in the native library, called directly: PyTorch's dispatcher would cost more than some
-of the kernels. Traced tensors (FakeTensor, ``torch.compile``) go through operators registered in
+of the kernels. On CUDA cards Triton kernels run where Triton is installed. Traced tensors (FakeTensor, ``torch.compile``) go through operators registered in
 ``rankwise.ops.library_training``; everything else runs in plain PyTorch.
 
 Legend: T = rows (all leading dimensions together), N and D = columns, R = rank, V = vocabulary, C = rows with logits;
@@ -10,6 +10,8 @@ Results depend neither on the number of threads nor on chance. Arguments that do
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -139,6 +141,39 @@ def cross_entropy_(
     return run.cross_entropy_(logits, targets, *options)
 
 
+def row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """``sum_r (W A^T) * B`` per row in float32, the mixed term of ||W + s B A||^2; neither B A nor a float32 W is made.
+
+    W (N, K), A (R, K), B (N, R), each of its own floating dtype, all on one device -> (N,) float32.
+    """
+    if _traced(W):
+        return _operators.row_cross(W, A, B)
+    return run.row_cross(W, A, B)
+
+
+def row_cross_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    A: Tensor,
+    B: Tensor,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    *,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`row_cross` of a 4-bit weight of ``shape`` (N, K) dequantized to ``dtype``; no dense W is made where its rows are
+    whole blocks.
+
+    Raises:
+        QuantizationError: RW601, RW602, RW604 and RW605 as `rankwise.ops.row_norms_4bit`.
+    """
+    call = _operators.row_cross_4bit if _traced(packed) else run.row_cross_4bit
+    return call(packed, absmax, shape, A, B, quant_type, block_size, nested_absmax, offset, dtype)
+
+
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     """``x * mask / (1 - p)``; the mask is a hash of (seed, flat index), so no one has to keep it.
 
@@ -175,5 +210,7 @@ __all__ = [
     "rms_norm_backward",
     "rope",
     "rope_",
+    "row_cross",
+    "row_cross_4bit",
     "scaled_grad",
 ]

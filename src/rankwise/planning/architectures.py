@@ -24,7 +24,6 @@ def decoder(
     head_dim: int | None = None,
     fused: bool = False,
     kv_heads: int | None = None,
-    softcap: bool = False,
     experts: bool = False,
 ) -> Shape:
     """The line of Llama: RMSNorm, rotary positions, grouped queries, a gated MLP or gated experts.
@@ -71,7 +70,7 @@ def decoder(
         experts_per_token=moe["k"] if moe else 0,
         shared_mlp=moe["shared"] if moe else 0,
         qk_norm=bool(qk_norm),
-        softcap=softcap and fields.config.get("final_logit_softcapping", 30.0) is not None,
+        fused_qkv=fused,
         norms_per_layer=norms_per_layer,
     )
 
@@ -175,7 +174,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": partial(decoder, family="qwen2", qkv_bias=True, kv_heads=32),
     "qwen3": partial(decoder, family="qwen3", qk_norm=1, head_dim=128, kv_heads=32),
     "gemma": partial(decoder, family="gemma", tied=True, head_dim=256, kv_heads=16),
-    "gemma2": partial(decoder, family="gemma2", tied=True, head_dim=256, kv_heads=4, norms_per_layer=4, softcap=True),
+    "gemma2": partial(decoder, family="gemma2", tied=True, head_dim=256, kv_heads=4, norms_per_layer=4),
     "gemma3_text": partial(
         decoder, family="gemma3_text", tied=True, head_dim=256, kv_heads=4, norms_per_layer=4, qk_norm=1
     ),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from rankwise.planning.estimate import FOUR_BITS, MemoryEstimate
@@ -21,6 +21,8 @@ FOUR_BIT_OF = {"lora": "qlora", "dora": "qdora", "full": "lora"}
 PAGED = "paged_adamw_8bit"
 HOSTED = "adamw_offload"
 FEW_TARGETS = ("q_proj", "v_proj")
+WORTHWHILE = 0.02
+# Share of the memory that a change must save to be shown.
 LARGEST_SEARCH = 400
 # Combinations looked at before giving up.
 
@@ -163,15 +165,21 @@ class Advisor:
     def _row_seconds(self, estimate: MemoryEstimate, workload: Workload) -> float:
         return self.seconds(estimate, workload) / workload.batch_size
 
-    def singles(self, method: str, workload: Workload, accumulation: int) -> list[Change]:
-        """Each change alone, of a group the first that fits or else the one that saves most; useless ones left out."""
-        changes = [self.price([step], method, workload) for step in possible_steps(method, workload, accumulation)]
+    def singles(
+        self, method: str, workload: Workload, accumulation: int, groups: Container[str] | None = None
+    ) -> list[Change]:
+        """Each change alone, of a group the first that fits or else the one that saves most; useless ones left out.
+
+        ``groups``: those looked at, where an estimate is dear.
+        """
+        steps = possible_steps(method, workload, accumulation)
+        changes = [self.price([step], method, workload) for step in steps if groups is None or step.group in groups]
         chosen = []
         for _, group in itertools.groupby(changes, key=lambda change: change.steps[0].group):
             members = list(group)
             fitting = [change for change in members if change.verdict == "fits"]
             chosen.append(fitting[0] if fitting else members[-1])
-        worthwhile = [change for change in chosen if change.saved_bytes > 0.005 * self.memory_bytes]
+        worthwhile = [change for change in chosen if change.saved_bytes > WORTHWHILE * self.memory_bytes]
         return sorted(worthwhile, key=_price_of)
 
     def cheapest(self, method: str, workload: Workload, accumulation: int, count: int = 3) -> list[Change]:

@@ -56,5 +56,4 @@ def check_method(
 
 def comparable(predicted: MemoryEstimate, device_type: str) -> int:
     """On CUDA the meter is torch's allocator, which does not see the context and what lies unused in its segments."""
-    overhead = predicted.breakdown.get("overhead", 0) if device_type == "cuda" else 0
-    return predicted.peak_bytes - overhead
+    return predicted.peak_bytes - (predicted.outside_bytes if device_type == "cuda" else 0)

@@ -14,6 +14,7 @@ from rankwise.acceleration import can_flatten, optimize_for_training
 from rankwise.acceleration.loss import accept_labels, find_head
 from rankwise.acceleration.optimize import _share_inputs as share_inputs
 from rankwise.acceleration.replace import Undo
+from rankwise.planning.card_attention import use_card_attention
 from rankwise.planning.estimate import DORA, FOUR_BITS
 from rankwise.planning.workload import Workload
 
@@ -101,6 +102,7 @@ def _accelerate_for_card(model: nn.Module) -> bool:
     if next(model.parameters()).device.type == "cuda":
         optimize_for_training(model)
         return False
+    use_card_attention(model)
     undo = Undo()
     share_inputs(model, undo)
     head = find_head(model)

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from rankwise.errors import ConfigError, ModelError, RunError, warn
+from rankwise.errors import InputError, RunError, warn
 from rankwise.models.source import fetch_model
 from rankwise.planning.changes import Advisor, Change
 from rankwise.planning.check import comparable
-from rankwise.planning.estimate import MemoryEstimate
+from rankwise.planning.estimate import METHODS, MemoryEstimate
 from rankwise.planning.facts import read_facts
 from rankwise.planning.fitting import Remembering, verdict_of
 from rankwise.planning.hardware import Hardware, cpu_hardware, this_machine
@@ -20,6 +20,8 @@ from rankwise.planning.workload import Workload
 
 SMALLEST = {"batch_size": 1, "max_length": 16, "trained_share": 1.0}
 """A step that no run undercuts: what does not even fit so is refused before the weights are read."""
+RESIDENT = ("weights_4bit", "weights", "adapters")
+# Terms that are in memory before the first step.
 AFTER_FAILURE = 0.85
 """Where the memory ran out although the plan said it fits, a change counts as fitting below this share of the plan."""
 
@@ -43,14 +45,18 @@ class MemoryGuard:
         self._estimate: Remembering | None = None
 
     def before_loading(self) -> None:
+        method = self.settings["method"]
+        if method not in METHODS:
+            warn("RW564", f"there is no memory plan for {method}; the run starts without a prediction.")
+            return
         self.hardware = this_machine() if self.settings["device"] != "cpu" else cpu_hardware()
         # What the libraries have taken by now stays, and the meter of a CPU run counts it.
         self.baseline_bytes = self.own_memory() if self.hardware.device_type == "cpu" else 0
         try:
             self.workload = _workload(self.settings, self.hardware)
             smallest = self._ask(dataclasses.replace(self.workload, **SMALLEST))  # type: ignore[arg-type]
-        except (ModelError, ConfigError, ImportError) as error:  # TEMPORARY-IMPORT
-            warn("RW564", f"the memory of this run cannot be predicted, and it starts all the same: {error}")
+        except InputError as error:
+            warn("RW564", f"the memory of this run cannot be predicted, and it starts all the same: {error.message}")
             self.workload = None
             return
         if verdict_of(smallest, self.hardware.memory_bytes) == "too big":
@@ -65,6 +71,10 @@ class MemoryGuard:
             self.workload, batch_size=batch.rows, max_length=max(2, batch.tokens), trained_share=trained
         )
         self.predicted = self._ask(self.workload)
+        if self.hardware.device_type == "cpu":
+            # Loading leaves more behind than the model: heaps, tokenizer, data.
+            resident = sum(self.predicted.breakdown[term] for term in RESIDENT)
+            self.baseline_bytes = max(self.baseline_bytes, self.own_memory() - resident)
         # The weights are loaded by now: what is free is no measure any more, what was free before is.
         verdict = verdict_of(self.predicted, self.hardware.memory_bytes)
         self.say(self._sentence(batch, verdict))
@@ -118,7 +128,7 @@ class MemoryGuard:
                 self.settings["model"], revision=self.settings["revision"], trust_remote_code=code, weights=False
             )
             self.facts = read_facts(source)
-            self._estimate = Remembering(estimator_of(source.path, trust_remote_code=code))
+            self._estimate = Remembering(estimator_of(source.path or source.name, trust_remote_code=code))
         return self._estimate
 
     def _seconds(self, estimate: MemoryEstimate, workload: Workload) -> float:

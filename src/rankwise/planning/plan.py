@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from rankwise.errors import ConfigError, ModelError
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.planning.calibration import measured_pace
 from rankwise.planning.changes import Advisor, Change
+from rankwise.planning.closed_form import of_shape
 from rankwise.planning.estimate import FOUR_BITS, MemoryEstimate, estimate
 from rankwise.planning.facts import ModelFacts, read_facts
 from rankwise.planning.fitting import (
@@ -24,8 +26,9 @@ from rankwise.planning.fitting import (
     verdict_of,
 )
 from rankwise.planning.hardware import Hardware, choose_hardware
-from rankwise.planning.recommend import Recommendation, recommend
+from rankwise.planning.recommend import PASSES, Recommendation, recommend
 from rankwise.planning.settings import SHARED, PlanSettings
+from rankwise.planning.shape import read_shape
 from rankwise.planning.speed import Pace, assumed_pace, micro_batch_seconds, nominal_pace, tokens_per_second
 from rankwise.planning.workload import Workload
 
@@ -128,11 +131,12 @@ def workload_for(settings: PlanSettings, hardware: Hardware) -> Workload:
     return settings.workload("cuda" if hardware.device_type == "cuda" else "cpu", dtype)
 
 
-def estimator_of(model: Any, *, trust_remote_code: bool = False, revision: str | None = None) -> Estimator:
-    """The closed form for one model."""
+def estimator_of(model: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Estimator:
+    """The closed form for one model, whose config is read once. Raises ModelError as ``read_shape`` does."""
+    shape = read_shape(model, trust_remote_code=trust_remote_code)
 
     def closed(method: str, workload: Workload) -> MemoryEstimate:
-        return estimate(model, method, workload, trust_remote_code=trust_remote_code, revision=revision)
+        return of_shape(shape, method, workload)
 
     return closed
 
@@ -160,6 +164,7 @@ class _Planner:
         self.facts: ModelFacts = read_facts(source)
         # A local model has no revision to ask for again.
         self.place = source.path if source.path is not None else source.name
+        self.is_slow = False
         self.estimate = Remembering(self._estimator())
         self.pace = pace_of(hardware, work.dtype)
         self.advisor = Advisor(self.estimate, self._seconds, hardware.memory_bytes)
@@ -174,7 +179,8 @@ class _Planner:
             self.advisor, self.methods, self.settings.goal, self.workload, accumulation, self._given()
         )
         subject = recommendation.method or recommendation.estimate.method
-        changes = self.advisor.singles(subject, self.workload, accumulation)
+        cheap = PASSES[0] if self.is_slow else None
+        changes = self.advisor.singles(subject, self.workload, accumulation, cheap)
         pace = self.pace(subject)
         return Plan(
             model=self.source.name,
@@ -191,15 +197,13 @@ class _Planner:
 
     def _estimator(self) -> Estimator:
         """The closed form; with --exact, for an architecture that it does not know, lines through dry runs."""
-        closed = estimator_of(self.place, trust_remote_code=self.settings.trust_remote_code)
-        if self.settings.exact:
-            try:
-                closed(self.methods[0], self.workload)
-            except ModelError as error:
-                if error.code != UNKNOWN_FAMILY:
-                    raise
-                return Interpolating(self._dry_run)
-        return closed
+        try:
+            return estimator_of(self.place, trust_remote_code=self.settings.trust_remote_code)
+        except ModelError as error:
+            if error.code != UNKNOWN_FAMILY or not self.settings.exact:
+                raise
+        self.is_slow = True
+        return Interpolating(self._dry_run)
 
     def _dry_run(self, method: str, workload: Workload) -> MemoryEstimate:
         return estimate(self.place, method, workload, exact=True, trust_remote_code=self.settings.trust_remote_code)

@@ -68,8 +68,7 @@ class Shape:
     shared_mlp: int = 0
     # Width of the expert that sees every token.
     qk_norm: bool = False
-    softcap: bool = False
-    # The logits pass a tanh.
+    fused_qkv: bool = False
     norms_per_layer: int = 2
     dropout: float = 0.0
     # Of the model itself, in its hidden states.

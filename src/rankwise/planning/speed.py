@@ -44,7 +44,8 @@ def assumed_pace(hardware: Hardware) -> Pace | None:
             ASSUMED_EFFICIENCY * hardware.flops_per_second,
             None if bandwidth is None else ASSUMED_BANDWIDTH_SHARE * bandwidth,
             False,
-            f"assumed: {ASSUMED_EFFICIENCY:.0%} of the data sheet's {hardware.flops_per_second / 1e12:,.0f} TFLOP/s, "
+            f"assumed: {100 * ASSUMED_EFFICIENCY:.0f} % of the data sheet's "
+            f"{hardware.flops_per_second / 1e12:,.0f} TFLOP/s, "
             "as in training Llama 3 (arXiv 2407.21783, section 3.3.2)",
         )
     if hardware.device_type == "cpu" and hardware.cores:

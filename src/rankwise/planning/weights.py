@@ -101,3 +101,15 @@ def kept_norm_bytes(method: str, workload: Workload, adapted: Adaptation | None)
         return norms
     element = 4 if workload.adapter_dtype == "float32" else base_element_bytes(method, workload)
     return norms + sum(element * sum(map(prod, item.shapes[:2])) for item in adapted.adapted)
+
+
+LEAST_KEPT_BYTES, MOST_KEPT_BYTES = 1 << 20, 256 << 20
+
+
+def kept_dense_bytes(shape: Shape, method: str, workload: Workload) -> int:
+    """On a CPU the memory of the largest dequantized weight is kept for the next one, from 1 to 256 MiB."""
+    if method not in FOUR_BITS or workload.device_type != "cpu":
+        return 0
+    element = DTYPE_BYTES[workload.dtype]
+    sizes = (module.weights * element for module in shape.modules if is_packed(module, shape))
+    return max((size for size in sizes if LEAST_KEPT_BYTES <= size <= MOST_KEPT_BYTES), default=0)

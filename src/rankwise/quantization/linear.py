@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rankwise import ops
 from rankwise.errors import QuantizationError
+from rankwise.ops import training
 from rankwise.ops.checks import check_dtype, check_type
 from rankwise.ops.codes import NESTED_BLOCK
 from rankwise.quantization.bitsandbytes_format import from_bitsandbytes, has_parts, part_names
@@ -223,6 +224,22 @@ class Linear4bit(nn.Module):
             self.weight,
             self.absmax,
             self.shape,
+            self.quant_type,
+            self.block_size,
+            nested_absmax=self.nested_absmax,
+            offset=self.offset,
+            dtype=self.dtype,
+        )
+
+    @torch.no_grad()
+    def row_cross(self, A: Tensor, B: Tensor) -> Tensor:
+        """<W'_n A^T, B_n> for A (R, K) and B (N, R), float32 (N,), of W' in ``dtype``; no dense W' is made."""
+        return training.row_cross_4bit(
+            self.weight,
+            self.absmax,
+            self.shape,
+            A,
+            B,
             self.quant_type,
             self.block_size,
             nested_absmax=self.nested_absmax,

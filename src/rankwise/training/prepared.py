@@ -30,7 +30,7 @@ VERSION = 1
 def load_prepared(
     source: ModelSource,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: str,
     quantization: FourBitConfig | None,
     trust_remote_code: bool,
@@ -69,7 +69,7 @@ def _is_worth_keeping(source: ModelSource, quantization: FourBitConfig | None) -
     return quantization is not None and read_config(source.path).get("quantization_config") is None
 
 
-def _key(source: ModelSource, dtype: torch.dtype, quantization: FourBitConfig | None) -> str:
+def _key(source: ModelSource, dtype: torch.dtype | None, quantization: FourBitConfig | None) -> str:
     libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "rankwise")}
     format_ = None if quantization is None else quantization.to_loading_dict()
     content = (VERSION, model_hash(source), str(dtype), format_, libraries)

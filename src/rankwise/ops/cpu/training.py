@@ -51,6 +51,16 @@ def scaled_grad(dy: Tensor, y: Tensor | None, g: Tensor) -> tuple[Tensor, Tensor
     return dz, dot
 
 
+def row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """cross_n = <W_n A^T, B_n>, float32 (N,)."""
+    W, A, B = W.contiguous(), A.float().contiguous(), B.float().contiguous()
+    cross = torch.empty(W.shape[0], dtype=torch.float32)
+    _functions().rw_row_cross(
+        W.data_ptr(), A.data_ptr(), B.data_ptr(), cross.data_ptr(), *W.shape, A.shape[0], _DTYPE[W.dtype], _threads()
+    )
+    return cross
+
+
 def rms_norm(x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) -> tuple[Tensor, Tensor]:
     """rstd = 1 / sqrt(mean(x^2) + eps); y = (offset + w) * (x rstd), with x rstd rounded first where ``cast_first``."""
     x, x_stride = _rows(x)
@@ -227,6 +237,7 @@ def _functions() -> ctypes.CDLL:
     p, i, n, x, w = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_uint32
     signatures = {
         "rw_low_rank_add": (None, [p, n, p, n, p, x, p, p, n, n, n, i, i]),
+        "rw_row_cross": (None, [p, p, p, p, n, n, n, i, i]),
         "rw_scaled_grad": (None, [p, n, p, n, p, p, p, n, n, i, i]),
         "rw_rms_norm": (None, [p, n, p, x, i, i, p, p, n, n, i, i]),
         "rw_rms_norm_backward": (None, [p, n, p, n, p, p, i, p, n, p, n, n, i, i]),

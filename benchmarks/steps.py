@@ -1,0 +1,299 @@
+"""One training step, ours and PEFT's + bitsandbytes', against the frozen matrix products alone.
+
+    python benchmarks/steps.py                            # the demo model, every method, about a quarter of an hour
+    python benchmarks/steps.py MODEL --methods lora dora  # a folder of any model; some methods
+
+For each method one fresh process calls our step, PEFT's and the floor in turn and takes medians; then the same with the
+optimizer's step inside, where DoRA's norms are due. Peak memory is measured with each side in a process of its own,
+optimizer included. Writes steps.json and steps.md into docs/results. What glibc's thresholds give us (freed memory is
+kept) holds for the whole process, so in the timings PEFT has it too; "alone" is each side in its own process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import contenders
+import results
+import timing
+import torch
+
+import rankwise as rw
+from rankwise.records import write_json
+from rankwise.training.meters import MemoryMeter
+
+ROWS = (("lora", 0.0), ("dora", 0.0), ("qlora", 0.0), ("qdora", 0.0), ("lora", 0.05), ("dora", 0.05))
+# Of issue 4, by method and dropout; "of our LoRA" compares steps of one process.
+GOALS: dict[tuple[str, float], dict[str, float]] = {
+    ("lora", 0.0): {"floor": 1.35, "faster": 1.55, "saved": 0.60, "memory": 0.85},
+    ("dora", 0.0): {"floor": 1.40, "of our LoRA": 1.04, "faster": 1.75, "saved": 0.40, "memory": 0.75},
+    ("qlora", 0.0): {"floor": 1.45, "of our LoRA": 1.10, "faster": 1.8, "saved": 0.45, "memory": 0.85},
+    ("qdora", 0.0): {"floor": 1.50, "of our LoRA": 1.12, "faster": 2.5, "saved": 0.30, "memory": 0.75},
+    ("lora", 0.05): {"faster": 2.1, "saved": 0.45},
+    ("dora", 0.05): {"faster": 3.1},
+}
+MEMORY_STEPS = 4
+
+
+def main() -> None:
+    given = parse()
+    contenders.silence()
+    if given.child is not None:
+        write_json(given.answer, {"timing": timed, "memory": alone}[given.child](given))
+        return
+    with model_folder(given.model) as folder:
+        rows = [measure(folder, method, dropout, given) for method, dropout in ROWS if method in given.methods]
+    result = {
+        "command": results.command(),
+        "machine": results.machine(),
+        "versions": results.versions(),
+        "model": Path(given.model).name,
+        "batch": given.batch,
+        "length": given.length,
+        "rounds": given.rounds,
+        "rows": rows,
+    }
+    results.save(given.output, "steps", result, markdown(result))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="demo", help="folder of a model, or demo")
+    parser.add_argument("--methods", nargs="+", choices=contenders.METHODS, default=list(contenders.METHODS))
+    parser.add_argument("--batch", type=int, default=4, help="sequences")
+    parser.add_argument("--length", type=int, default=256, help="tokens of each, all labelled")
+    parser.add_argument("--rounds", type=int, default=7, help="medians are of that many, after one to warm up")
+    parser.add_argument("--quick", action="store_true", help="one round of 2 x 16 tokens: does it run at all?")
+    parser.add_argument("--output", type=Path, default=results.FOLDER)
+    for name in ("--child", "--method", "--side", "--answer"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--dropout", type=float, default=0.0, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.quick:
+        given.batch, given.length, given.rounds = 2, 16, 1
+    given.answer = None if given.answer is None else Path(given.answer)
+    return given
+
+
+@contextlib.contextmanager
+def model_folder(model: str) -> Iterator[str]:
+    """A folder that transformers reads: the demo model is converted once, in bfloat16."""
+    if model != "demo":
+        yield model
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        loaded, _ = rw.load_model("demo", dtype=torch.bfloat16)
+        loaded.save_pretrained(folder)
+        del loaded
+        gc.collect()
+        yield folder
+
+
+def measure(folder: str, method: str, dropout: float, given: argparse.Namespace) -> dict[str, Any]:
+    """One row: a process with both sides for the times, one for each side's memory."""
+    print(f"{method}, dropout {dropout:g} ...", file=sys.stderr, flush=True)
+    options = {"--method": method, "--dropout": dropout, "--batch": given.batch, "--length": given.length}
+    shared = [folder, *(str(part) for pair in (options | {"--rounds": given.rounds}).items() for part in pair)]
+    row = timing.in_fresh_process(__file__, [*shared, "--child", "timing"])
+    for side in contenders.SIDES:
+        found = timing.in_fresh_process(__file__, [*shared, "--child", "memory", "--side", side])
+        for name, value in found.items():
+            row.setdefault(name, {})[side] = value
+    return {"method": method, "dropout": dropout, **row, "ratios": ratios(row, given.batch * given.length)}
+
+
+# --- in the fresh processes ---
+
+
+def timed(given: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of every round, bytes saved for the backward pass, FLOPs."""
+    models = {side: contenders.build(side, given.model, given.method, given.dropout) for side in contenders.SIDES}
+    shapes = dense_shapes(given.model)
+    if given.method != "lora" and given.dropout == 0.0:
+        models["our LoRA"] = contenders.build("ours", given.model, "lora", 0.0)
+    ids = batch_of(models["ours"], given)
+    floor = timing.Floor(shapes, ids.numel())
+    steps = {name: contenders.Step(model, ids) for name, model in models.items()}
+    calls = {name: (step, step.forget) for name, step in steps.items()} | {"floor": (floor, timing.nothing)}
+    load = timing.load_average()
+    seconds = timing.alternate(calls, given.rounds)
+    counted = {
+        "saved_bytes": {side: timing.saved_bytes(models[side], steps[side].forward) for side in contenders.SIDES},
+        "flops": {side: counted_flops(models[side], steps[side]) for side in contenders.SIDES},
+        "floor_flops": timing.flops(floor),
+    }
+    full = {side: contenders.Step(models[side], ids, optimizer=True) for side in contenders.SIDES}
+    with_optimizer = {side: (step, step.forget) for side, step in full.items()} | {"floor": (floor, timing.nothing)}
+    return {
+        "seconds": seconds,
+        "seconds_with_optimizer": timing.alternate(with_optimizer, given.rounds),
+        **counted,
+        "adapter_dtypes": {side: contenders.dtypes_of_adapter(models[side]) for side in contenders.SIDES},
+        "load_average_before": load,
+    }
+
+
+def alone(given: argparse.Namespace) -> dict[str, Any]:
+    """Peak anonymous memory of steps with the optimizer, the process's peak with loading, and its median step."""
+    with MemoryMeter("cpu") as whole:
+        model = contenders.build(given.side, given.model, given.method, given.dropout)
+        step = contenders.Step(model, batch_of(model, given), optimizer=True)
+        gc.collect()
+        seconds = []
+        with MemoryMeter("cpu") as training:
+            for _ in range(MEMORY_STEPS):
+                start = time.perf_counter()
+                step()
+                seconds.append(time.perf_counter() - start)
+                step.forget()
+        return {
+            "peak_memory_bytes": training.peak(),
+            "peak_memory_with_loading_bytes": whole.peak(),
+            "alone_seconds": statistics.median(seconds[1:]),
+        }
+
+
+def batch_of(model: Any, given: argparse.Namespace) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, model.config.vocab_size, (given.batch, given.length), generator=generator)
+
+
+def dense_shapes(folder: str) -> list[tuple[int, int]]:
+    """Of the linear layers as they are before anything is quantized or adapted."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return timing.linear_shapes(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)))
+
+
+def counted_flops(model: Any, step: contenders.Step) -> int:
+    with contenders.models_own_attention(model):
+        found = timing.flops(step)
+    step.forget()
+    return found
+
+
+# --- the table ---
+
+
+def ratios(row: dict[str, Any], tokens: int) -> dict[str, float]:
+    """What the goals speak of, from medians."""
+    step, full = timing.medians(row["seconds"]), timing.medians(row["seconds_with_optimizer"])
+    found = {
+        "floor": step["ours"] / step["floor"],
+        "floor, with optimizer": full["ours"] / full["floor"],
+        "faster": step["peft"] / step["ours"],
+        "faster, with optimizer": full["peft"] / full["ours"],
+        "faster, alone": row["alone_seconds"]["peft"] / row["alone_seconds"]["ours"],
+        "saved": row["saved_bytes"]["ours"] / row["saved_bytes"]["peft"],
+        "memory": row["peak_memory_bytes"]["ours"] / row["peak_memory_bytes"]["peft"],
+        "tokens_per_second": tokens / step["ours"],
+        "tokens_per_second_peft": tokens / step["peft"],
+    }
+    if "our LoRA" in step:
+        found["of our LoRA"] = step["ours"] / step["our LoRA"]
+    return found
+
+
+def markdown(result: dict[str, Any]) -> list[str]:
+    rows = result["rows"]
+    dtypes = {side: " and ".join(rows[0]["adapter_dtypes"][side]) for side in contenders.SIDES} if rows else {}
+    return [
+        f"# Training steps: {result['model']}, bfloat16, {result['batch']} x {result['length']} tokens, all labelled",
+        "",
+        *results.where_from(result),
+        f"r = {contenders.R} on all linear layers; adapters in each side's default dtype "
+        f"({', '.join(f'{side}: {found}' for side, found in dtypes.items())}). Goals in brackets.",
+        "",
+        *times(rows),
+        "",
+        f"Seconds of forward and backward, medians of {result['rounds']} alternating rounds; then with AdamW's step inside,"
+        " after which DoRA's norms are new. The floor is every frozen product of the model, forward and input gradient, "
+        'once. These steps share a process in which freed memory is kept, PEFT\'s too; "alone" is each side, with its '
+        "optimizer, in a process of its own.",
+        "",
+        *memory(rows),
+        "",
+        "MB (10^6 bytes). Saved: distinct storages that autograd keeps, parameters and buffers left out. Peak: anonymous "
+        "memory during steps with AdamW, and over the process's life, each side in a process of its own.",
+        "",
+        *products(rows),
+        "",
+        "10^12 operations of a step by torch's counter, with our products made by plain PyTorch and attention by torch: "
+        "it does not see native kernels.",
+    ]
+
+
+def named(row: dict[str, Any]) -> str:
+    return str(row["method"]) + (f", dropout {row['dropout']:g}" if row["dropout"] else "")
+
+
+def against(row: dict[str, Any], key: str, *, at_most: bool = True) -> str:
+    """A ratio beside its goal."""
+    goals = GOALS.get((row["method"], row["dropout"]), {})
+    return results.judged(row["ratios"].get(key), goals.get(key), at_most=at_most)
+
+
+def times(rows: list[dict[str, Any]]) -> list[str]:
+    plain = ("method", "floor", "PEFT", "ours", "ours / floor", "ours / our LoRA", "times as fast as PEFT", "tokens/s")
+    headings = (*plain, "with AdamW: PEFT", "ours", "ours / floor", "times as fast", "alone: times as fast")
+    cells = []
+    for row in rows:
+        step, full = timing.medians(row["seconds"]), timing.medians(row["seconds_with_optimizer"])
+        found = row["ratios"]
+        cells.append(
+            [
+                *(named(row), *(results.number(step[key], 3) for key in ("floor", "peft", "ours"))),
+                *(against(row, "floor"), against(row, "of our LoRA"), against(row, "faster", at_most=False)),
+                *(results.number(found["tokens_per_second"], 0), *(f"{full[key]:.3f}" for key in ("peft", "ours"))),
+                *(results.number(found[f"{key}, with optimizer"]) for key in ("floor", "faster")),
+                results.number(found["faster, alone"]),
+            ]
+        )
+    return results.table(headings, cells)
+
+
+def memory(rows: list[dict[str, Any]]) -> list[str]:
+    headings = (
+        "method",
+        "saved: PEFT",
+        "ours",
+        "ours / PEFT",
+        "peak: PEFT",
+        "ours",
+        "ours / PEFT",
+        "life: PEFT",
+        "ours",
+    )
+    cells = []
+    for row in rows:
+        saved, peak, life = (
+            [results.number(row[key][side] / 1e6, 0) for side in ("peft", "ours")]
+            for key in ("saved_bytes", "peak_memory_bytes", "peak_memory_with_loading_bytes")
+        )
+        cells.append([named(row), *saved, against(row, "saved"), *peak, against(row, "memory"), *life])
+    return results.table(headings, cells)
+
+
+def products(rows: list[dict[str, Any]]) -> list[str]:
+    cells = [
+        [
+            named(row),
+            *(f"{count / 1e12:.3f}" for count in (row["floor_flops"], row["flops"]["peft"], row["flops"]["ours"])),
+        ]
+        for row in rows
+    ]
+    return results.table(("method", "floor", "PEFT", "ours"), cells)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""What every run is evaluated on: the loss on the evaluation data, then the tasks that were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rankwise.comparison.measure_files import PERPLEXITY
+from rankwise.evaluation.settings import EvaluateSettings
+from rankwise.evaluation.tasks.registry import make_task
+
+if TYPE_CHECKING:
+    from rankwise.evaluation.tasks.base import Task
+
+
+def make_tasks(
+    names: Sequence[str],
+    *,
+    eval_data: str,
+    data: Sequence[str],
+    limit: int | None,
+    max_length: int,
+    columns: Mapping[str, str | None],
+) -> list[Task]:
+    """The tasks with their data read. ``data``: TASK=FILE of those that need some; ``limit``: their examples at most.
+
+    Raises what ``rankwise evaluate`` raises for tasks that do not exist or lack data or packages.
+    """
+    others = [name for name in dict.fromkeys(names) if name != PERPLEXITY]
+    given = EvaluateSettings(
+        task=(PERPLEXITY, *others),
+        data=(f"{PERPLEXITY}={eval_data}", *data),
+        max_length=max_length,
+        prompt_column=columns["prompt_column"],
+        completion_column=columns["completion_column"],
+    )
+    limited = given.model_copy(update={"limit": limit})
+    return [make_task(name, given if name == PERPLEXITY else limited) for name in given.task]

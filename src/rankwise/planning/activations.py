@@ -1,0 +1,216 @@
+"""Bytes saved for the backward pass by one layer, and what a backward pass holds besides: ALL that must be tuned anew
+when an operator changes. Imports no torch.
+
+T tokens, L of them a row, h hidden width, q and k widths of queries and of keys, f MLP width, s bytes per element,
+R ranks of the layer's adapters, H heads. Measured against the dry run (tests/planning/test_closed_form.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rankwise.planning.estimate import DORA
+from rankwise.planning.shape import Shape
+from rankwise.planning.weights import DTYPE_BYTES
+from rankwise.planning.workload import Workload
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What the formulas read."""
+
+    shape: Shape
+    method: str
+    workload: Workload
+    ranks: float
+    # R, on average over the layers.
+    adapted: frozenset[str]
+    # Last names of adapted layers: q_proj, ...
+    layer_weights: float
+    # Parameters of one layer, on average.
+
+    @property
+    def T(self) -> int:
+        return self.workload.tokens
+
+    @property
+    def s(self) -> int:
+        return DTYPE_BYTES[self.workload.dtype]
+
+    @property
+    def on_card(self) -> bool:
+        return self.workload.device_type == "cuda"
+
+    @property
+    def native(self) -> bool:
+        """Whether the fused parts of a CPU run: norms, rotary positions, gated MLPs, own attention."""
+        return not self.on_card and self.shape.family != "gpt2"
+
+    @property
+    def own_attention(self) -> bool:
+        return self.native and self.workload.dtype == "bfloat16" and self.method != "full"
+
+    def has(self, *names: str) -> bool:
+        return any(name in self.adapted for name in names)
+
+
+def layer_bytes(step: Step) -> int:
+    """All that one layer keeps: norms, attention, MLP, adapters, and for full fine-tuning its weights in 16 bits."""
+    if step.shape.family == "gpt2":
+        per_token = _gpt2_per_token(step)
+    elif step.method == "full":
+        per_token = _full_per_token(step)
+    else:
+        per_token = _norms(step) + _attention(step) + _mlp(step) + _low_rank(step)
+    return round(step.T * per_token + _mask(step) + _kept_gain(step) + _cast_weights(step))
+
+
+def _norms(step: Step) -> float:
+    """Two (or four) RMSNorms. Fused: their input and output, ``2 h s``; else a float32 copy and the output."""
+    shape, s = step.shape, step.s
+    copy = s if step.native else 4
+    own = shape.norms_per_layer * (shape.hidden * (copy + s) + 4)
+    if shape.norms_per_layer == 4:
+        # The outputs of the two that follow attention and MLP are only added.
+        own -= 2 * shape.hidden * s
+    if shape.qk_norm:
+        own += (shape.queries + shape.keys) * copy + 4 * (shape.heads + shape.kv_heads)
+    return own
+
+
+def _attention(step: Step) -> float:
+    """Rotated q and k, v, the output and a float32 log-sum per head; with a mask, keys are repeated for every head."""
+    shape, s = step.shape, step.s
+    keys = shape.keys if step.own_attention else shape.queries
+    own = s * (2 * shape.queries + 2 * keys) + 4 * shape.heads
+    if shape.fused_qkv and (step.own_attention or shape.heads == shape.kv_heads):
+        # v is a view of what q and k came out of, and keeps all of it.
+        own += s * (shape.queries + shape.keys)
+    return own
+
+
+def _mask(step: Step) -> int:
+    """Without our attention each layer turns the mask into numbers and keeps them: B L^2 s."""
+    if step.own_attention:
+        return 0
+    return step.T * step.workload.max_length * (step.s if step.method != "full" else DTYPE_BYTES[step.workload.dtype])
+
+
+def _mlp(step: Step) -> float:
+    """gate and up; unless fused, also act(gate) and the product."""
+    shape, s = step.shape, step.s
+    if shape.experts:
+        return _experts(step)
+    # Over an adapted layer the product is made again; over a plain one nothing needs it, since its weight is frozen.
+    kept = 2 if step.native and shape.family != "phi3" else 4
+    return s * shape.mlp * kept
+
+
+def _experts(step: Step) -> float:
+    """k copies of a token pass k experts: gate and up, act(gate), and the outputs that are weighed; router's scores."""
+    shape, s = step.shape, step.s
+    routed = s * (3 * shape.experts_per_token * shape.mlp + shape.hidden)
+    shared = s * ((2 if step.native else 4) * shape.shared_mlp + 2 * shape.hidden) if shape.shared_mlp else 0
+    return routed + shared + 8 * shape.experts
+
+
+def _low_rank(step: Step) -> float:
+    """``U = x A^T``: R s; for DoRA also the outputs that nothing else keeps: q, k, v, o and down."""
+    shape, s = step.shape, step.s
+    own = s * step.ranks
+    if step.method not in DORA:
+        return own
+    normed_after = shape.norms_per_layer == 4 and step.native
+    v_is_kept = step.own_attention or shape.heads == shape.kv_heads
+    outputs = (
+        ("q_proj", 0 if shape.qk_norm and step.native else shape.queries),
+        ("k_proj", 0 if shape.qk_norm and step.native else shape.keys),
+        ("v_proj", 0 if v_is_kept else shape.keys),
+        ("qkv_proj", 0 if v_is_kept else shape.queries + 2 * shape.keys),
+        ("o_proj", 0 if normed_after else shape.hidden),
+        ("mlp.down_proj", 0 if normed_after else shape.hidden),
+    )
+    return own + s * sum(width for name, width in outputs if step.has(name))
+
+
+def _kept_gain(step: Step) -> float:
+    """DoRA's gain, float32 per output row of an adapted layer; small beside the tokens."""
+    if step.method not in DORA:
+        return 0
+    shape = step.shape
+    return 4 * (shape.queries + 2 * shape.keys + 2 * shape.hidden + 2 * shape.mlp)
+
+
+def _cast_weights(step: Step) -> float:
+    """Autocast keeps a 16-bit copy of every float32 weight that it multiplied with."""
+    return step.layer_weights * step.s if step.method == "full" and step.s == 2 else 0
+
+
+def _full_per_token(step: Step) -> float:
+    """Weights train, so that each product keeps its input: under autocast a 16-bit copy for each layer that reads it."""
+    shape, s = step.shape, step.s
+    norms = shape.norms_per_layer * (8 * shape.hidden + 4)
+    if shape.qk_norm:
+        norms += 8 * (shape.queries + shape.keys) + 4 * (shape.heads + shape.kv_heads)
+    inputs = (5 if s == 2 else 0) * shape.hidden * s
+    attention = 4 * shape.queries * s + 4 * shape.heads
+    if shape.experts:
+        return norms + inputs + attention + _experts(step)
+    return norms + inputs + attention + s * shape.mlp * (3 if step.native else 4)
+
+
+def _gpt2_per_token(step: Step) -> float:
+    """LayerNorm's input and output, the fused q, k and v, five steps of gelu_new, masks of two dropouts (a byte each).
+
+    A CPU drops attention weights in its plain kernel, which keeps them: about 20 bytes for each of H L.
+    """
+    shape, s = step.shape, step.s
+    h, f = shape.hidden, shape.mlp
+    own = s * (9 * h + 5 * f + step.ranks) + 4 * shape.heads + 24
+    if step.method == "full":
+        own = (8 + 4 * s) * 2 * h + s * (5 * h + 6 * f) + 4 * shape.heads
+    elif step.method in DORA:
+        own += s * 2 * h
+    if shape.dropout:
+        own += 2 * h
+        if not step.on_card:
+            own += GPT2_CPU_WEIGHTS * shape.heads * step.workload.max_length + GPT2_CPU_COPIES * h
+    return own
+
+
+def outside_layers_bytes(step: Step) -> int:
+    """The embedding's output, the last norm's input and output, and the gradient that the loss keeps: ``4 T h s``."""
+    wide = 4 if step.method == "full" or step.on_card else step.s
+    return step.T * step.shape.hidden * (2 * step.s + 2 * wide)
+
+
+GPT2_CPU_WEIGHTS, GPT2_CPU_COPIES = 20, 21
+CHUNK_BYTES = 32 << 20
+SMALLEST_CHUNK = 16
+
+
+def loss_bytes(step: Step) -> int:
+    """Logits of a chunk of scored tokens; through a head that trains, with their float32 copies: 16 bytes each."""
+    V, scored = step.shape.vocabulary, step.workload.trained_tokens
+    if step.method == "full" or "lm_head" in step.adapted:
+        rows = min(scored, max(SMALLEST_CHUNK, CHUNK_BYTES // (4 * V)))
+        cast = V * step.shape.hidden * 2 if step.method == "full" and step.s == 2 else 0
+        return 16 * V * rows + cast
+    rows = min(scored, max(SMALLEST_CHUNK, CHUNK_BYTES // (step.s * V)))
+    return rows * V * step.s
+
+
+def backward_bytes(step: Step) -> int:
+    """On the way through one layer: gradients of the MLP's parts and of the residual stream."""
+    shape, s = step.shape, step.s
+    if shape.family == "gpt2":
+        return step.T * s * (3 * shape.mlp + 2 * shape.hidden)
+    if shape.experts:
+        return step.T * s * (2 * shape.experts_per_token * shape.mlp + 3 * shape.hidden)
+    if step.on_card:
+        return step.T * s * (3 * shape.mlp + 2 * shape.hidden)
+    return step.T * s * (4 * shape.mlp + shape.hidden)
+
+
+def checkpoint_bytes(step: Step) -> int:
+    """What checkpointing keeps of a layer: its input, T h s."""
+    return step.T * step.shape.hidden * (4 if step.method == "full" else step.s)

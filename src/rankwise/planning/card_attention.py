@@ -1,0 +1,63 @@
+"""Attention as a CUDA card keeps it, for a trace on the CPU, whose own kernels keep other things.
+
+B rows, H heads, Hkv key-value heads, L positions, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+NAME = "rankwise_card"
+
+
+def use_card_attention(model: Any) -> None:
+    """Where the model would take torch's scaled_dot_product_attention, let it take this module's."""
+    if getattr(model.config, "_attn_implementation", None) != "sdpa":
+        return
+    AttentionInterface.register(NAME, card_attention)
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation(NAME)
+
+
+def card_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query (B, H, L, D), key and value (B, Hkv, L, D) -> (B, L, H, D).
+
+    With a mask transformers repeats keys and values for every head (without one the kernel groups them), and torch
+    turns a mask of truths into numbers of the query's dtype, in every layer anew.
+    """
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    bias = None
+    if attention_mask is not None:
+        groups = query.shape[1] // key.shape[1]
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        bias = torch.empty(attention_mask.shape, dtype=query.dtype, device=query.device)
+    return _Kept.apply(query, key, value, bias), None
+
+
+class _Kept(torch.autograd.Function):
+    """Keeps q, k, v, the mask, the output and a float32 log-sum per head and position, as flash and memory-efficient
+    attention do; computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        B, H, L, _ = q.shape
+        out = q.new_empty(B, L, H, v.shape[-1])
+        ctx.save_for_backward(q, k, v, bias, out, q.new_empty(B, H, L, dtype=torch.float32))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None

@@ -1,0 +1,150 @@
+"""The closed form: the peak of a step from a model's config alone, in milliseconds. Imports no torch.
+
+    fixed = weights + adapters + optimizer state
+    peak  = fixed + max of
+        forward     saved by all layers + logits
+        backward    saved by all layers + what the last layer's gradients take
+        its end     all gradients + one layer (made again, with checkpointing, beside every layer's input)
+        optimizer   all gradients + the optimizer's copies
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from math import prod
+
+from rankwise.planning import activations, weights
+from rankwise.planning.activations import Step
+from rankwise.planning.adapted import Adaptation, adaptation
+from rankwise.planning.assemble import assembled
+from rankwise.planning.estimate import DORA, FOUR_BITS, MemoryEstimate
+from rankwise.planning.optimizers import rule_of, state_bytes
+from rankwise.planning.shape import Shape, read_shape
+from rankwise.planning.workload import Workload
+
+Terms = dict[str, int]
+
+
+def closed_form(
+    model: str | os.PathLike[str],
+    method: str,
+    workload: Workload,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> MemoryEstimate:
+    """The peak of one step. Raises ModelError: as ``read_shape`` does; AdapterError RW401 to RW404 for targets;
+    ConfigError RW132 for an optimizer whose memory is not known."""
+    started = time.perf_counter()
+    shape = read_shape(model, trust_remote_code=trust_remote_code, revision=revision)
+    return of_shape(shape, method, workload, started=started)
+
+
+def of_shape(shape: Shape, method: str, workload: Workload, *, started: float | None = None) -> MemoryEstimate:
+    """The same for a shape at hand."""
+    started = time.perf_counter() if started is None else started
+    adapted = None if method == "full" else adaptation(shape, workload.lora_config(use_dora=method in DORA))
+    tensors = list(weights.trained_tensors(shape, method, workload, adapted))
+    state, elsewhere = state_bytes(workload.optimizer, tensors)
+    fixed = fixed_terms(shape, method, workload, adapted) | {"optimizer": state}
+    phase, moving = max(
+        phases(shape, method, workload, adapted, tensors).items(), key=lambda item: sum(item[1].values())
+    )
+    return assembled(
+        method,
+        workload,
+        breakdown={**fixed, **moving},
+        phase=phase.split()[0],
+        trainable=shape.parameters if adapted is None else adapted.parameters,
+        total=shape.parameters,
+        elsewhere_bytes=elsewhere,
+        max_positions=shape.max_positions,
+        exact=False,
+        seconds=time.perf_counter() - started,
+        notes=notes_of(shape, method),
+    )
+
+
+def fixed_terms(shape: Shape, method: str, workload: Workload, adapted: Adaptation | None) -> Terms:
+    """What lies in memory all the time, but for the optimizer's state."""
+    own = [] if adapted is None else list(weights.trained_tensors(shape, method, workload, adapted))
+    kept = weights.kept_norm_bytes(method, workload, adapted) + weights.kept_dense_bytes(shape, method, workload)
+    return {
+        "weights_4bit": weights.weights_4bit_bytes(shape, method, workload),
+        "weights": weights.dense_bytes(shape, method, workload),
+        "adapters": weights.tensor_bytes(own) + kept,
+    }
+
+
+def step_of(shape: Shape, method: str, workload: Workload, adapted: Adaptation | None) -> Step:
+    items = () if adapted is None else adapted.adapted
+    ends = frozenset(".".join(item.module.name.split(".")[-2:]) for item in items)
+    layer_weights = sum(module.parameters for module in shape.modules if ".0." in module.name)
+    return Step(
+        shape=shape,
+        method=method,
+        workload=workload,
+        ranks=sum(item.rank for item in items) / shape.layers,
+        adapted=ends | frozenset(name.rpartition(".")[2] for name in ends),
+        layer_weights=layer_weights,
+    )
+
+
+def phases(
+    shape: Shape, method: str, workload: Workload, adapted: Adaptation | None, tensors: list[weights.Tensor]
+) -> dict[str, Terms]:
+    """{phase: the terms that it adds to the fixed ones}."""
+    step = step_of(shape, method, workload, adapted)
+    layer, backward = activations.layer_bytes(step), activations.backward_bytes(step)
+    saved = shape.layers * (activations.checkpoint_bytes(step) if workload.gradient_checkpointing else layer)
+    saved = 0 if workload.activation_offloading else saved
+    outside = activations.outside_layers_bytes(step)
+    one = layer if workload.gradient_checkpointing or workload.activation_offloading else 0
+    gradients = weights.tensor_bytes(tensors)
+    logits = activations.loss_bytes(step)
+    end = saved + one if workload.gradient_checkpointing else max(one, layer)
+    embedding = embedding_gradient_bytes(shape, method)
+    return {
+        "forward": {"activations": saved + outside, "logits": logits},
+        "backward": {"activations": saved + one + outside, "transient": backward + unpacked_bytes(shape, method, workload)},
+        "backward to its end": {
+            "activations": (layer if not workload.gradient_checkpointing else end // shape.layers + one),
+            "gradients": gradients,
+            "transient": max(backward, embedding),
+        },
+        "optimizer": {"gradients": gradients, "transient": step_copies_bytes(workload, tensors)},
+    }
+
+
+def embedding_gradient_bytes(shape: Shape, method: str) -> int:
+    """Full fine-tuning ends with the embedding's gradient, V h in float32; tied, with its sum with the head's."""
+    if method != "full":
+        return 0
+    return 4 * shape.vocabulary * shape.hidden * (2 if shape.tied else 1)
+
+
+def unpacked_bytes(shape: Shape, method: str, workload: Workload) -> int:
+    """A 4-bit weight is made dense for its product: the largest N K s, on a card for the time of the product."""
+    if method not in FOUR_BITS:
+        return 0
+    element = weights.DTYPE_BYTES[workload.dtype]
+    return max(module.weights for module in shape.modules if weights.is_packed(module, shape)) * element
+
+
+def step_copies_bytes(workload: Workload, tensors: list[weights.Tensor]) -> int:
+    """AdamW over all tensors at once (a card) holds sqrt(v) of each; one after the other, a few of the largest."""
+    if not rule_of(workload.optimizer).copies:
+        return 0
+    if workload.device_type == "cuda":
+        return weights.tensor_bytes(tensors)
+    return 2 * max(prod(shape) * size for shape, size in tensors)
+
+
+def notes_of(shape: Shape, method: str) -> tuple[str, ...]:
+    notes = []
+    if method == "full":
+        notes.append("full fine-tuning keeps float32 weights, gradients and moments: 16 bytes per parameter")
+    if method in FOUR_BITS and shape.experts:
+        notes.append("stacked experts are not quantized and stay in their dtype")
+    return tuple(notes)
