@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +27,23 @@ def is_four_bit(method: str) -> bool:
 
 def is_dora(method: str) -> bool:
     return method.endswith("dora")
+
+
+@contextlib.contextmanager
+def model_folder(model: str) -> Iterator[str]:
+    """A folder that transformers reads: the demo model is converted once, in bfloat16, with its tokenizer."""
+    if model != "demo":
+        yield model
+        return
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "demo"
+        loaded, tokenizer = rw.load_model("demo", dtype=torch.bfloat16)
+        loaded.save_pretrained(folder)
+        assert tokenizer is not None, "the demo model has one"
+        tokenizer.save_pretrained(folder)
+        del loaded
+        gc.collect()
+        yield str(folder)
 
 
 def ours(folder: str, method: str, dropout: float) -> Any:

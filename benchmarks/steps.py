@@ -12,13 +12,11 @@ kept) holds for the whole process, so in the timings PEFT has it too; "alone" is
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,6 @@ import results
 import timing
 import torch
 
-import rankwise as rw
 from rankwise.records import write_json
 from rankwise.training.meters import MemoryMeter
 
@@ -44,13 +41,13 @@ GOALS: dict[tuple[str, float], dict[str, float]] = {
 MEMORY_STEPS = 4
 
 
-def main() -> None:
-    given = parse()
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = parse(arguments)
     contenders.silence()
     if given.child is not None:
         write_json(given.answer, {"timing": timed, "memory": alone}[given.child](given))
         return
-    with model_folder(given.model) as folder:
+    with contenders.model_folder(given.model) as folder:
         rows = [measure(folder, method, dropout, given) for method, dropout in ROWS if method in given.methods]
     result = {
         "command": results.command(),
@@ -65,7 +62,7 @@ def main() -> None:
     results.save(given.output, "steps", result, markdown(result))
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="demo", help="folder of a model, or demo")
     parser.add_argument("--methods", nargs="+", choices=contenders.METHODS, default=list(contenders.METHODS))
@@ -77,25 +74,11 @@ def parse() -> argparse.Namespace:
     for name in ("--child", "--method", "--side", "--answer"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--dropout", type=float, default=0.0, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     if given.quick:
         given.batch, given.length, given.rounds = 2, 16, 1
     given.answer = None if given.answer is None else Path(given.answer)
     return given
-
-
-@contextlib.contextmanager
-def model_folder(model: str) -> Iterator[str]:
-    """A folder that transformers reads: the demo model is converted once, in bfloat16."""
-    if model != "demo":
-        yield model
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        loaded, _ = rw.load_model("demo", dtype=torch.bfloat16)
-        loaded.save_pretrained(folder)
-        del loaded
-        gc.collect()
-        yield folder
 
 
 def measure(folder: str, method: str, dropout: float, given: argparse.Namespace) -> dict[str, Any]:
@@ -104,6 +87,7 @@ def measure(folder: str, method: str, dropout: float, given: argparse.Namespace)
     options = {"--method": method, "--dropout": dropout, "--batch": given.batch, "--length": given.length}
     shared = [folder, *(str(part) for pair in (options | {"--rounds": given.rounds}).items() for part in pair)]
     row = timing.in_fresh_process(__file__, [*shared, "--child", "timing"])
+    row.pop("process_peak_bytes")
     for side in contenders.SIDES:
         found = timing.in_fresh_process(__file__, [*shared, "--child", "memory", "--side", side])
         for name, value in found.items():
@@ -143,23 +127,18 @@ def timed(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def alone(given: argparse.Namespace) -> dict[str, Any]:
-    """Peak anonymous memory of steps with the optimizer, the process's peak with loading, and its median step."""
-    with MemoryMeter("cpu") as whole:
-        model = contenders.build(given.side, given.model, given.method, given.dropout)
-        step = contenders.Step(model, batch_of(model, given), optimizer=True)
-        gc.collect()
-        seconds = []
-        with MemoryMeter("cpu") as training:
-            for _ in range(MEMORY_STEPS):
-                start = time.perf_counter()
-                step()
-                seconds.append(time.perf_counter() - start)
-                step.forget()
-        return {
-            "peak_memory_bytes": training.peak(),
-            "peak_memory_with_loading_bytes": whole.peak(),
-            "alone_seconds": statistics.median(seconds[1:]),
-        }
+    """Peak anonymous memory of steps with the optimizer, and their median time."""
+    model = contenders.build(given.side, given.model, given.method, given.dropout)
+    step = contenders.Step(model, batch_of(model, given), optimizer=True)
+    gc.collect()
+    seconds = []
+    with MemoryMeter("cpu") as memory:
+        for _ in range(MEMORY_STEPS):
+            start = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - start)
+            step.forget()
+    return {"peak_memory_bytes": memory.peak(), "alone_seconds": statistics.median(seconds[1:])}
 
 
 def batch_of(model: Any, given: argparse.Namespace) -> torch.Tensor:
@@ -216,19 +195,19 @@ def markdown(result: dict[str, Any]) -> list[str]:
         "",
         *times(rows),
         "",
-        f"Seconds of forward and backward, medians of {result['rounds']} alternating rounds; then with AdamW's step inside,"
-        " after which DoRA's norms are new. The floor is every frozen product of the model, forward and input gradient, "
-        'once. These steps share a process in which freed memory is kept, PEFT\'s too; "alone" is each side, with its '
-        "optimizer, in a process of its own.",
+        f"Seconds of forward and backward, medians of {result['rounds']} alternating rounds; then with AdamW's step "
+        "inside, after which DoRA's norms are new. The floor is every frozen product of the model, forward and input "
+        'gradient, once. These steps share a process in which freed memory is kept, PEFT\'s too; "alone" is each '
+        "side, with its optimizer, in a process of its own.",
         "",
         *memory(rows),
         "",
-        "MB (10^6 bytes). Saved: distinct storages that autograd keeps, parameters and buffers left out. Peak: anonymous "
-        "memory during steps with AdamW, and over the process's life, each side in a process of its own.",
+        "MB (10^6 bytes). Saved: distinct storages that autograd keeps, parameters and buffers left out. Peak: "
+        "anonymous memory during steps with AdamW, and over the process's life, each side in a process of its own.",
         "",
         *products(rows),
         "",
-        "10^12 operations of a step by torch's counter, with our products made by plain PyTorch and attention by torch: "
+        "10^9 operations of a step by torch's counter, with our products made by plain PyTorch and attention by torch: "
         "it does not see native kernels.",
     ]
 
@@ -263,35 +242,20 @@ def times(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def memory(rows: list[dict[str, Any]]) -> list[str]:
-    headings = (
-        "method",
-        "saved: PEFT",
-        "ours",
-        "ours / PEFT",
-        "peak: PEFT",
-        "ours",
-        "ours / PEFT",
-        "life: PEFT",
-        "ours",
-    )
+    columns = ("saved: PEFT", "ours", "ours / PEFT", "peak: PEFT", "ours", "ours / PEFT", "life: PEFT", "ours")
     cells = []
     for row in rows:
         saved, peak, life = (
             [results.number(row[key][side] / 1e6, 0) for side in ("peft", "ours")]
-            for key in ("saved_bytes", "peak_memory_bytes", "peak_memory_with_loading_bytes")
+            for key in ("saved_bytes", "peak_memory_bytes", "process_peak_bytes")
         )
         cells.append([named(row), *saved, against(row, "saved"), *peak, against(row, "memory"), *life])
-    return results.table(headings, cells)
+    return results.table(("method", *columns), cells)
 
 
 def products(rows: list[dict[str, Any]]) -> list[str]:
-    cells = [
-        [
-            named(row),
-            *(f"{count / 1e12:.3f}" for count in (row["floor_flops"], row["flops"]["peft"], row["flops"]["ours"])),
-        ]
-        for row in rows
-    ]
+    counts = [(row, (row["floor_flops"], row["flops"]["peft"], row["flops"]["ours"])) for row in rows]
+    cells = [[named(row), *(results.number(count / 1e9, 1) for count in found)] for row, found in counts]
     return results.table(("method", "floor", "PEFT", "ours"), cells)
 
 

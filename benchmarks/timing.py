@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils import flop_counter
+
+from rankwise.ops import library  # noqa: F401  registers our operators
 
 Call = Callable[[], object]
 Prepared = tuple[Call, Call]
@@ -36,7 +39,7 @@ def synchronize(device_type: str) -> None:
 def alternate(
     contenders: Mapping[str, Prepared], rounds: int, *, warmup: int = 1, device_type: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Seconds of every contender in every round. Each round calls all of them, so that a busy moment hits them alike."""
+    """Seconds of every contender in every round: a round calls all of them, so that a busy moment hits them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(warmup + rounds):
         for name, (call, put_back) in contenders.items():
@@ -110,7 +113,7 @@ def saved_bytes(model: nn.Module, forward: Call) -> int:
 
 def flops(call: Call) -> int:
     """Of all matrix products and attention in ``call``, by torch's counter."""
-    counter = flop_counter.FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
+    counter = flop_counter.FlopCounterMode(display=False, custom_mapping=_uncounted())
     with counter:
         call()
     return int(counter.get_total_flops())
@@ -128,27 +131,70 @@ def _cpu_attention_backward(dy: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any)
     return int(flop_counter.sdpa_backward_flop_count(dy, q, k, v))
 
 
-# What torch's counter has no formula for.
-_UNCOUNTED = {
-    aten.addmm_: _in_place,
-    aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
-}
+def _packed_product(x: Any, packed: Any, absmax: Any, shape: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * int(shape[0])
+
+
+def _packed_input_gradient(dy: Any, packed: Any, absmax: Any, shape: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(dy) * int(shape[1])
+
+
+def _bitsandbytes_product(x: Any, packed: Any, shape: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * int(shape[0])
+
+
+def _uncounted() -> dict[Any, Any]:
+    """What torch's counter has no formula for, or cannot look into."""
+    found = {
+        aten.addmm_: _in_place,
+        aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+        torch.ops.rankwise.linear_4bit: _packed_product,
+        torch.ops.rankwise.linear_4bit_input_grad: _packed_input_gradient,
+    }
+    if "bitsandbytes" in sys.modules:
+        found[torch.ops.bitsandbytes.gemm_4bit] = _bitsandbytes_product
+    return found
 
 
 def in_fresh_process(script: str, arguments: Sequence[str]) -> dict[str, Any]:
     """What ``script ARGUMENTS --answer FILE`` writes to FILE as JSON, run in a process of its own.
 
-    RuntimeError with the end of what it said when it fails.
+    ``process_peak_bytes``, its largest anonymous memory, is added. RuntimeError with the end of what it said when it
+    fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        command = [sys.executable, script, *arguments, "--answer", str(answer)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"{Path(script).name} {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
+        peak = watched([sys.executable, script, *arguments, "--answer", str(answer)])
         content: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-        return content
+        return content | {"process_peak_bytes": peak}
+
+
+def watched(command: Sequence[str], every_seconds: float = 0.02) -> int:
+    """Run ``command`` to its end and watch its anonymous memory from outside; the peak in bytes."""
+    peak = 0
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, text=True)
+        try:
+            while process.poll() is None:
+                peak = max(peak, anonymous_bytes(process.pid))
+                time.sleep(every_seconds)
+        finally:
+            process.kill()
+        if process.returncode != 0:
+            said.seek(0)
+            raise RuntimeError(f"{' '.join(command)} failed:\n{said.read()[-3000:]}")
+    return peak
+
+
+def anonymous_bytes(pid: int) -> int:
+    """RssAnon of a process; 0 where there is no such figure, or no such process any more."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    found = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:")]
+    return 1024 * int(found[0]) if found else 0
 
 
 def load_average() -> float | None:

@@ -174,9 +174,10 @@ def test_two_calls_at_once_are_one_too_many(tmp_path: Path):
     from rankwise.comparison.processes import only_one
 
     (tmp_path / "out").mkdir()
-    with only_one(tmp_path / "out") as alone, pytest.raises(RunError) as caught:
+    with only_one(tmp_path / "out") as alone:
         assert alone
-        compare(**given(tmp_path))
+        with pytest.raises(RunError) as caught:
+            compare(**given(tmp_path))
     assert caught.value.code == "RW582"
 
 

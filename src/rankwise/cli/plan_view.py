@@ -166,8 +166,8 @@ def recommendation_lines(plan: Plan, command: str | None) -> Iterator[tuple[str,
     if advice.method is None or command is None:
         work = advice.workload
         yield (
-            "nothing fits",
-            f"the smallest run ({advice.estimate.method}, batch {work.batch_size} x {work.max_length:,}, every saving "
+            "nothing",
+            f"fits: the smallest run ({advice.estimate.method}, batch {work.batch_size} x {work.max_length:,}, every saving "
             f"on) takes {gigabytes(advice.estimate.peak_bytes)}, {gigabytes(advice.missing_bytes)} more than there is. "
             "Take a smaller model, or a larger card.",
         )
@@ -212,6 +212,8 @@ def footnotes(plan: Plan) -> Iterator[tuple[str, str]]:
         )
     else:
         yield "time", plan.pace_basis
+    if plan.workload.devices > 1:
+        yield "devices", "sizes are one device's share; time counts all of them and no communication between them."
     if plan.hardware.kind == "card":
         yield "card", f"{plan.hardware.source}; its memory is what torch can take of it"
     seen: dict[str, list[str]] = {}

@@ -13,6 +13,10 @@ from rankwise.planning.estimate import DORA
 from rankwise.planning.shape import Shape
 from rankwise.planning.weights import DTYPE_BYTES
 from rankwise.planning.workload import Workload
+GPT2_CPU_WEIGHTS, GPT2_CPU_COPIES = 12, 5
+CHUNK_BYTES, SMALLEST_CHUNK = 32 << 20, 16
+# Of logits, as in ops.linear_cross_entropy.
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -48,6 +52,16 @@ class Step:
     @property
     def own_attention(self) -> bool:
         return self.native and self.workload.dtype == "bfloat16" and self.method != "full"
+
+    @property
+    def flat(self) -> bool:
+        """Whether the trainer lays the rows of a batch end to end in one: where our attention is in the model."""
+        return not self.on_card and self.workload.dtype == "bfloat16" and self.method != "full"
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row as the model sees it."""
+        return self.T if self.flat else self.workload.max_length
 
     def has(self, *names: str) -> bool:
         return any(name in self.adapted for name in names)
@@ -89,10 +103,8 @@ def _attention(step: Step) -> float:
 
 
 def _mask(step: Step) -> int:
-    """Without our attention each layer turns the mask into numbers and keeps them: B L^2 s."""
-    if step.own_attention:
-        return 0
-    return step.T * step.workload.max_length * (step.s if step.method != "full" else DTYPE_BYTES[step.workload.dtype])
+    """Without our attention each layer turns the mask into numbers and keeps them: s for each pair of positions."""
+    return 0 if step.own_attention else step.T * step.row_tokens * step.s
 
 
 def _mlp(step: Step) -> float:
@@ -108,7 +120,8 @@ def _mlp(step: Step) -> float:
 def _experts(step: Step) -> float:
     """k copies of a token pass k experts: gate and up, act(gate), and the outputs that are weighed; router's scores."""
     shape, s = step.shape, step.s
-    routed = s * (3 * shape.experts_per_token * shape.mlp + shape.hidden)
+    k = shape.experts_per_token
+    routed = s * (3 * k * shape.mlp + max(1, k - 1) * shape.hidden)
     shared = s * ((2 if step.native else 4) * shape.shared_mlp + 2 * shape.hidden) if shape.shared_mlp else 0
     return routed + shared + 8 * shape.experts
 
@@ -161,31 +174,29 @@ def _full_per_token(step: Step) -> float:
 def _gpt2_per_token(step: Step) -> float:
     """LayerNorm's input and output, the fused q, k and v, five steps of gelu_new, masks of two dropouts (a byte each).
 
-    A CPU drops attention weights in its plain kernel, which keeps them: about 20 bytes for each of H L.
+    A CPU drops attention weights in its plain kernel, which keeps them: 12 bytes for each of H times the positions that
+    a token is held against, those of all rows laid end to end.
     """
     shape, s = step.shape, step.s
     h, f = shape.hidden, shape.mlp
     own = s * (9 * h + 5 * f + step.ranks) + 4 * shape.heads + 24
     if step.method == "full":
-        own = (8 + 4 * s) * 2 * h + s * (5 * h + 6 * f) + 4 * shape.heads
+        own = 2 * (4 + s) * h + s * (5 * h + 5 * f) + 4 * shape.heads + 24
     elif step.method in DORA:
         own += s * 2 * h
     if shape.dropout:
         own += 2 * h
         if not step.on_card:
-            own += GPT2_CPU_WEIGHTS * shape.heads * step.workload.max_length + GPT2_CPU_COPIES * h
+            own += GPT2_CPU_WEIGHTS * shape.heads * step.row_tokens + GPT2_CPU_COPIES * h
     return own
 
 
 def outside_layers_bytes(step: Step) -> int:
-    """The embedding's output, the last norm's input and output, and the gradient that the loss keeps: ``4 T h s``."""
+    """The embedding's output, the last norm's input and output, the gradient that the loss keeps; the mask, a byte for
+    each pair of positions; for full fine-tuning autocast's copy of the head, V h s."""
     wide = 4 if step.method == "full" or step.on_card else step.s
-    return step.T * step.shape.hidden * (2 * step.s + 2 * wide)
-
-
-GPT2_CPU_WEIGHTS, GPT2_CPU_COPIES = 20, 21
-CHUNK_BYTES = 32 << 20
-SMALLEST_CHUNK = 16
+    head = step.shape.vocabulary * step.shape.hidden * step.s if step.method == "full" and step.s == 2 else 0
+    return step.T * step.shape.hidden * (2 * step.s + 2 * wide) + step.T * step.row_tokens + head
 
 
 def loss_bytes(step: Step) -> int:
@@ -193,8 +204,7 @@ def loss_bytes(step: Step) -> int:
     V, scored = step.shape.vocabulary, step.workload.trained_tokens
     if step.method == "full" or "lm_head" in step.adapted:
         rows = min(scored, max(SMALLEST_CHUNK, CHUNK_BYTES // (4 * V)))
-        cast = V * step.shape.hidden * 2 if step.method == "full" and step.s == 2 else 0
-        return 16 * V * rows + cast
+        return 16 * V * rows
     rows = min(scored, max(SMALLEST_CHUNK, CHUNK_BYTES // (step.s * V)))
     return rows * V * step.s
 
@@ -209,6 +219,12 @@ def backward_bytes(step: Step) -> int:
     if step.on_card:
         return step.T * s * (3 * shape.mlp + 2 * shape.hidden)
     return step.T * s * (4 * shape.mlp + shape.hidden)
+
+
+def recomputed_backward_bytes(step: Step) -> int:
+    """The same beside a layer that was made again: on a card one part of the MLP less at the same time."""
+    less = step.T * step.s * step.shape.mlp if step.on_card and not step.shape.experts else 0
+    return backward_bytes(step) - less
 
 
 def checkpoint_bytes(step: Step) -> int:

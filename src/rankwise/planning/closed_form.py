@@ -3,8 +3,9 @@
     fixed = weights + adapters + optimizer state
     peak  = fixed + max of
         forward     saved by all layers + logits
-        backward    saved by all layers + what the last layer's gradients take
-        its end     all gradients + one layer (made again, with checkpointing, beside every layer's input)
+        backward    saved by all layers + what the last layer's gradients take (with checkpointing the input of each
+                    layer is saved, and one layer is made again)
+        its end     all gradients + one layer, or + the embedding's gradient
         optimizer   all gradients + the optimizer's copies
 """
 
@@ -97,31 +98,44 @@ def phases(
     """{phase: the terms that it adds to the fixed ones}."""
     step = step_of(shape, method, workload, adapted)
     layer, backward = activations.layer_bytes(step), activations.backward_bytes(step)
-    saved = shape.layers * (activations.checkpoint_bytes(step) if workload.gradient_checkpointing else layer)
-    saved = 0 if workload.activation_offloading else saved
+    again = workload.gradient_checkpointing
+    saved = shape.layers * (activations.checkpoint_bytes(step) if again else layer)
+    if workload.activation_offloading:
+        saved = 0
+    one = layer if again or workload.activation_offloading else 0
     outside = activations.outside_layers_bytes(step)
-    one = layer if workload.gradient_checkpointing or workload.activation_offloading else 0
     gradients = weights.tensor_bytes(tensors)
-    logits = activations.loss_bytes(step)
-    end = saved + one if workload.gradient_checkpointing else max(one, layer)
-    embedding = embedding_gradient_bytes(shape, method)
+    unpacked = unpacked_bytes(shape, method, workload)
+    if again:
+        # The layer's own parts go as its gradients come, and little else is left.
+        backward, outside_then = activations.recomputed_backward_bytes(step), outside // 2
+    else:
+        outside_then = outside
     return {
-        "forward": {"activations": saved + outside, "logits": logits},
-        "backward": {"activations": saved + one + outside, "transient": backward + unpacked_bytes(shape, method, workload)},
-        "backward to its end": {
-            "activations": (layer if not workload.gradient_checkpointing else end // shape.layers + one),
+        "forward": {"activations": saved + outside, "logits": activations.loss_bytes(step)},
+        "backward at the head": {"activations": saved + outside, "transient": head_gradient_bytes(shape, method)},
+        "backward": {"activations": saved + one + outside_then, "transient": backward + unpacked},
+        "backward at the first layer": {
+            "activations": layer + (activations.checkpoint_bytes(step) if again else 0),
+            "gradients": gradients - embedding_gradient_bytes(shape, method),
+            "transient": backward + unpacked,
+        },
+        "backward at the embedding": {
             "gradients": gradients,
-            "transient": max(backward, embedding),
+            "transient": embedding_gradient_bytes(shape, method) * (2 if shape.tied else 0),
         },
         "optimizer": {"gradients": gradients, "transient": step_copies_bytes(workload, tensors)},
     }
 
 
+def head_gradient_bytes(shape: Shape, method: str) -> int:
+    """Full fine-tuning begins its backward pass with the head's gradient: V h in float32."""
+    return 4 * shape.vocabulary * shape.hidden if method == "full" else 0
+
+
 def embedding_gradient_bytes(shape: Shape, method: str) -> int:
-    """Full fine-tuning ends with the embedding's gradient, V h in float32; tied, with its sum with the head's."""
-    if method != "full":
-        return 0
-    return 4 * shape.vocabulary * shape.hidden * (2 if shape.tied else 1)
+    """And ends with the embedding's, as large; tied to the head, it is there once more beside their sum."""
+    return 4 * shape.vocabulary * shape.hidden if method == "full" else 0
 
 
 def unpacked_bytes(shape: Shape, method: str, workload: Workload) -> int:

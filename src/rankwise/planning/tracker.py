@@ -7,6 +7,7 @@ moment of the peak is known afterwards, when it is also known what became of eac
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -61,7 +62,7 @@ class StorageTracker(TorchDispatchMode):
         self.clock = self.peak_clock = 0
         self.peak_phase = "forward"
         self.peak_scratch_bytes = 0
-        self.phase_ends: dict[str, int] = {}
+        self.forward_ends: list[int] = []
         self.storages: list[Storage] = []
         self.hosted = False
         # Storages that live in another memory, while this is set.
@@ -120,7 +121,8 @@ class StorageTracker(TorchDispatchMode):
 
     def enter(self, phase: str) -> None:
         """Begin a phase: forward, backward or optimizer. The peak is looked for from the first one on."""
-        self.phase_ends[self.phase] = self.clock
+        if self.phase == "forward":
+            self.forward_ends.append(self.clock)
         self.phase = phase
         self._look(0)
 
@@ -151,8 +153,15 @@ class StorageTracker(TorchDispatchMode):
             return storage.term
         if storage.as_logits:
             return "logits"
-        saved = storage.phase == "forward" and storage.died >= self.phase_ends.get("forward", self.clock)
-        return "activations" if saved or storage.recomputing else "transient"
+        return "activations" if self._is_saved(storage) or storage.recomputing else "transient"
+
+    def _is_saved(self, storage: Storage) -> bool:
+        """Made in a forward pass and alive at its end."""
+        if storage.phase != "forward":
+            return False
+        pass_number = bisect.bisect_right(self.forward_ends, storage.born)
+        end = self.forward_ends[pass_number] if pass_number < len(self.forward_ends) else self.clock
+        return storage.died >= end
 
 
 class Answers:
@@ -179,6 +188,9 @@ class Answers:
             return True
         if func is aten.nonzero.default:
             return args[0].new_empty((self._count(args[0]), args[0].dim()), dtype=torch.long)
+        if func is aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
+            # Its rule for shapes knows bfloat16 alone, its kernels know more.
+            return _grouped_product(*args, **kwargs)
         return NotImplemented
 
     def _count(self, flags: Tensor) -> int:
@@ -193,6 +205,12 @@ class Answers:
             else:
                 indices.append(index)
         return indices
+
+
+def _grouped_product(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """Of rows by expert (T, K) x (E, K, N) -> (T, N); of both (K, T) x (T, N) -> (E, K, N)."""
+    shape = (a.shape[0], b.shape[-1]) if b.dim() == 3 else (len(offs), a.shape[0], b.shape[1])  # type: ignore[arg-type]
+    return a.new_empty(shape)
 
 
 def _is_flags(index: Any) -> bool:

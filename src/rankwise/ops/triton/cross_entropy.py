@@ -21,7 +21,7 @@ from rankwise.ops.triton.tile import launching_on, power_of_two, round_to
 IGNORED_TARGET = tl.constexpr(IGNORED)
 
 # Logits of a row at once at the most, and how many each warp takes.
-_COLUMNS, _PER_WARP = 8192, 512
+_COLUMNS, _PER_WARP = 4096, 256
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def score(
         shrink, e = tl.exp(largest - base), tl.exp(z - base)
         if ENTROPY:
             rise = tl.where(largest == -float("inf"), 0.0, base - largest)
-            moment = shrink * (moment - rise * total) + tl.sum(tl.where(e > 0.0, e * (z - base), 0.0), axis=0)
+            moment = shrink * (moment - rise * total) + tl.sum(e * tl.where(e > 0.0, z - base, 0.0), axis=0)
         if SMOOTH:
             mass += tl.sum(tl.where(inside, z, 0.0), axis=0)
         if CORRECT:
@@ -183,16 +183,17 @@ def cross_entropy_(
                 losses,
                 entropies,
                 corrects,
-                scale,
-                label_smoothing,
-                softcap,
-                multiplier,
+                float(scale),
+                float(label_smoothing),
+                None if softcap is None else float(softcap),
+                float(multiplier),
                 V,
                 rows.stride(0),
                 GRAD=want_grad,
                 SMOOTH=label_smoothing != 0,
                 COLUMNS=columns,
                 num_warps=max(1, columns // _PER_WARP),
+                enable_fp_fusion=True,
             )
         write_back(rows, logits)
     entropy = None if entropies is None else entropies.double().sum()

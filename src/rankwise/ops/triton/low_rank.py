@@ -7,6 +7,7 @@ The floor is y's way from and to memory, 4 T N bytes in bfloat16: 268 MB for 819
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,10 +15,11 @@ from torch import Tensor
 from rankwise.ops.triton.rows import as_rows, dot_operand, write_back
 from rankwise.ops.triton.tile import launching_on, power_of_two, round_to
 
-# Rows and columns of y per program, and its warps.
-_ROWS, _COLUMNS, _WARPS = 64, 128, 4
-# Ranks multiplied at once: the fewest that tensor cores take, and how many fit beside the sums.
-_FEWEST, _MOST = 16, 64
+# (rows and columns of y per program, ranks multiplied at once at the most, warps). Without tensor cores a product takes
+# more registers: twice the float32 tile spills.
+_HALF, _FLOAT = (64, 128, 64, 4), (64, 64, 32, 4)
+_FEWEST = 16
+# Ranks that tensor cores multiply.
 
 
 @triton.jit
@@ -64,23 +66,25 @@ def low_rank_add_(y: Tensor, u: Tensor, B: Tensor, scale: float, g: Tensor | Non
     if y.numel() == 0:
         return y
     N, R = B.shape
-    rows, ranks = as_rows(y), as_rows(u) if R else u.reshape(-1, 0)
+    rows, ranks = as_rows(y), as_rows(u) if R else u
+    row_tile, column_tile, most, warps = _FLOAT if y.dtype == torch.float32 else _HALF
     with launching_on(y.device):
-        low_rank_add_kernel[(triton.cdiv(len(rows), _ROWS), triton.cdiv(N, _COLUMNS))](
+        low_rank_add_kernel[(triton.cdiv(len(rows), row_tile), triton.cdiv(N, column_tile))](
             rows,
             ranks,
             B.contiguous(),
             None if g is None else g.contiguous(),
             None if bias is None else bias.contiguous(),
-            scale,
+            float(scale),
             len(rows),
             N,
             rows.stride(0),
             ranks.stride(0),
             R=R,
-            RANKS=min(max(power_of_two(R or 1), _FEWEST), _MOST),
-            ROWS=_ROWS,
-            COLUMNS=_COLUMNS,
-            num_warps=_WARPS,
+            RANKS=min(max(power_of_two(max(R, 1)), _FEWEST), most),
+            ROWS=row_tile,
+            COLUMNS=column_tile,
+            num_warps=warps,
+            enable_fp_fusion=True,
         )
     return write_back(rows, y)

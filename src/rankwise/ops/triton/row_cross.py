@@ -23,7 +23,7 @@ from rankwise.ops.triton.tile import DTYPE, Weight, decode, launching_on, power_
 # Weight rows and columns that a program treats at once, the columns that it goes through, and its warps.
 _ROWS, _COLUMNS, _RUN, _WARPS = 64, 64, 1024, 4
 # The same of a packed weight. Decoding takes registers: fewer rows.
-_PACKED_ROWS, _PACKED_COLUMNS = 16, 256
+_PACKED_ROWS, _PACKED_COLUMNS = 16, 128
 # Ranks at once: the fewest that tensor cores take, and how many fit beside the rest.
 _FEWEST, _MOST = 16, 64
 
@@ -114,7 +114,7 @@ def row_cross_4bit_kernel(
 
 def row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """sum_r (W A^T)_nr B_nr in float32: (N,)."""
-    (N, K), columns = W.shape, _COLUMNS
+    N, K = W.shape
     A, B = _operands(A, B, W.dtype)
     R = len(A)
     if N * K * R == 0:
@@ -126,7 +126,8 @@ def row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
     with launching_on(W.device):
         row_cross_kernel[grid](
             W, A, B, sums, N, K, R, W.stride(0),
-            RUN=_RUN, RANKS=ranks, ROWS=_ROWS, COLUMNS=columns, num_warps=_WARPS, num_stages=2,
+            RUN=_RUN, RANKS=ranks, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS, num_stages=2,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return sums.sum(0)
 

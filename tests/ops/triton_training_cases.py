@@ -1,0 +1,304 @@
+"""Triton's parts of a training step against the reference. `test_triton_training` runs this file in its own processes.
+
+The device is the CPU where Triton interprets its kernels (TRITON_INTERPRET=1 before Python starts), else a CUDA card.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rankwise import ops
+from rankwise.errors import QuantizationError
+from rankwise.ops import reference as four_bit
+from rankwise.ops import reference_training as reference
+from rankwise.ops import run_training, training
+from rankwise.ops.linear_cross_entropy import LogitShape, linear_cross_entropy
+from rankwise.ops.low_rank_linear import Branch, Dropout, low_rank_linear
+from rankwise.ops.triton.row_cross import bfloat16_parts
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+@pytest.fixture(autouse=True)
+def triton_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Only Triton may run, and memory comes filled with NaN, so that what is not written shows."""
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else 0x2B)
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
+    ops.set_implementation("triton")
+    torch.manual_seed(0)
+    yield
+    ops.set_implementation("auto")
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=dtype, device=DEVICE)
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.rand(shape, device=DEVICE)
+
+
+def assert_as_good(ours: Tensor, plain: Tensor, truth: Tensor) -> None:
+    """The error of ``ours`` against float64 is not above that of the reference and a few roundings of float32."""
+    assert (ours.dtype, ours.shape) == (plain.dtype, plain.shape)
+    if truth.numel():
+        error, allowed = (ours.double() - truth).abs().max(), (plain.double() - truth).abs().max()
+        assert error <= 1.01 * allowed + 4e-6 * (1 + truth.abs().max()), (float(error), float(allowed))
+
+
+def test_triton_is_what_runs() -> None:
+    for dtype in DTYPES:
+        assert run_training._module(randn(1, dtype=dtype)).__name__ == "rankwise.ops.triton.training"
+    assert run_training._module(randn(1).double()) is reference
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("T", "N", "R"), [(1, 1, 1), (5, 33, 3), (70, 131, 16), (65, 129, 17), (3, 200, 64), (2, 5, 256), (2, 9, 100)]
+)
+def test_low_rank_add(T: int, N: int, R: int, dtype: torch.dtype) -> None:
+    for has_g, bias_dtype in ((True, dtype), (False, None), (True, torch.float32)):
+        y, u, B = randn(T, N, dtype=dtype), randn(T, R, dtype=dtype), randn(N, R, dtype=dtype)
+        g, bias = rand(N) + 0.5 if has_g else None, None if bias_dtype is None else randn(N, dtype=bias_dtype)
+        truth = y.double() + 0.7 * u.double() @ B.double().T
+        truth = truth * (1 if g is None else g.double()) + (0 if bias is None else bias.double())
+        plain = reference.low_rank_add_(y.clone(), u, B, 0.7, g, bias)
+        assert training.low_rank_add_(y, u, B, 0.7, g, bias) is y
+        assert_as_good(y, plain, truth)
+
+
+def test_low_rank_add_takes_rows_that_are_apart_and_leaves_what_lies_between() -> None:
+    wide_y, wide_u, B = randn(3, 4, 40), randn(3, 4, 12), randn(24, 5)
+    before, y, u = wide_y.clone(), wide_y[..., 8:32], wide_u[..., 3:8]
+    expected = y + 2 * u @ B.T
+    training.low_rank_add_(y, u, B, 2)
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(wide_y[..., :8], before[..., :8])
+    assert torch.equal(wide_y[..., 32:], before[..., 32:])
+    turned = randn(24, 7).T
+    expected = turned + u[0, :1] @ B.T
+    training.low_rank_add_(turned, u[0, :1].expand(7, 5), B.T.contiguous().T, 1.0)
+    torch.testing.assert_close(turned, expected)
+
+
+@pytest.mark.parametrize("shapes", [((0, 4), (0, 2), (4, 2)), ((3, 0), (3, 2), (0, 2))])
+def test_low_rank_add_of_nothing(shapes: tuple[tuple[int, int], ...]) -> None:
+    y, u, B = (randn(*shape) for shape in shapes)
+    assert training.low_rank_add_(y, u, B, 1.0).shape == shapes[0]
+
+
+def test_low_rank_add_of_rank_zero() -> None:
+    y, g = randn(3, 5), rand(5)
+    expected = y * g
+    assert torch.equal(training.low_rank_add_(y, randn(3, 0), randn(5, 0), 1.0, g), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "N"), [(1, 1), (7, 130), (300, 40), (513, 3)])
+def test_scaled_grad(T: int, N: int, dtype: torch.dtype) -> None:
+    dy, y, g = randn(T, N, dtype=dtype), randn(T, N, dtype=dtype), rand(N)
+    dz, dot = training.scaled_grad(dy, y, g)
+    plain, plain_dot = reference.scaled_grad(dy, y, g)
+    assert torch.equal(dz, plain)
+    assert_as_good(dot, plain_dot, (dy.double() * y.double()).sum(0))
+    again = training.scaled_grad(dy, y, g)
+    assert torch.equal(dz, again[0])
+    assert torch.equal(dot, again[1])
+    alone, nothing = training.scaled_grad(dy, None, g)
+    assert torch.equal(alone, dz)
+    assert nothing is None
+
+
+def test_scaled_grad_of_strided_rows_and_of_none() -> None:
+    wide, y, g = randn(2, 3, 20), randn(20, 6).T.reshape(2, 3, 20)[..., :8], rand(8)
+    dz, dot = training.scaled_grad(wide[..., 4:12], y, g)
+    assert dz.is_contiguous()
+    assert torch.equal(dz, wide[..., 4:12] * g)
+    torch.testing.assert_close(dot, (wide[..., 4:12] * y).sum((0, 1)))
+    dz, dot = training.scaled_grad(randn(0, 8), randn(0, 8), g)
+    assert dz.shape == (0, 8)
+    assert not dot.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("V", [1, 2, 37, 4096, 4097, 9001])
+@pytest.mark.parametrize(("smoothing", "softcap"), [(0.0, None), (0.1, None), (0.0, 3.0), (0.3, 30.0)])
+def test_cross_entropy(V: int, smoothing: float, softcap: float | None, dtype: torch.dtype) -> None:
+    logits = 4 * randn(5, V, dtype=dtype)
+    targets = torch.tensor([0, V - 1, -100, V // 2, V // 3], device=DEVICE)
+    options = (0.7, smoothing, softcap, 1.5)
+    plain, truth, ours = logits.clone(), logits.double(), logits.clone()
+    expected = reference.cross_entropy_(truth, targets, *options, True, True, True)
+    rounded = reference.cross_entropy_(plain, targets, *options, True, True, True)
+    found = training.cross_entropy_(ours, targets, *options, True, want_entropy=True, want_correct=True)
+    assert [part.dtype for part in found] == [torch.float64, torch.float64, torch.int64]
+    torch.testing.assert_close(found[0], expected[0], rtol=2e-6, atol=1e-5)
+    torch.testing.assert_close(found[1], expected[1], rtol=2e-6, atol=1e-5)
+    assert found[2] == rounded[2]
+    assert_as_good(ours, plain, truth)
+    assert not ours[2].any()
+    unchanged = logits.clone()
+    loss, entropy, correct = training.cross_entropy_(unchanged, targets, *options, False)
+    assert torch.equal(unchanged, logits)
+    assert (loss, entropy, correct) == (found[0], None, None)
+
+
+def test_the_gradient_of_cross_entropy_is_autograds() -> None:
+    logits, targets = randn(6, 50).requires_grad_(), torch.tensor([3, -100, 0, 49, 7, 7], device=DEVICE)
+    loss = functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=0.2)
+    (grad,) = torch.autograd.grad(loss, logits)
+    ours = logits.detach().clone()
+    found = training.cross_entropy_(ours, targets, 1.0, 0.2)[0]
+    torch.testing.assert_close(found, loss.detach().double())
+    torch.testing.assert_close(ours, grad)
+
+
+def test_the_first_of_equal_logits_is_the_guess() -> None:
+    logits = torch.tensor([[1.0, 2.0, 2.0], [2.0, 2.0, 1.0], [0.0, 0.0, 0.0]], device=DEVICE)
+    for targets, hits in (([1, 0, 0], 3), ([2, 1, 1], 0), ([1, -100, 2], 1)):
+        targets = torch.tensor(targets, device=DEVICE)
+        assert training.cross_entropy_(logits.clone(), targets, want_correct=True)[2] == hits
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_extreme_logits(softcap: float | None) -> None:
+    logits = randn(4, 5000)
+    logits[0], logits[1, :4500], logits[2, 7], logits[3] = 1e4, -float("inf"), 3e4, -1e4
+    targets = torch.tensor([4999, 4600, 7, 0], device=DEVICE)
+    truth = logits.double()
+    expected = reference.cross_entropy_(truth, targets, 1.0, 0.0, softcap, 1.0, True, True, False)
+    found = training.cross_entropy_(logits, targets, softcap=softcap, want_entropy=True)
+    torch.testing.assert_close(found[:2], expected[:2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.double(), truth, rtol=1e-5, atol=1e-7)
+
+
+def test_cross_entropy_of_strided_rows_of_none_and_of_bad_targets() -> None:
+    wide, targets = randn(3, 30), torch.tensor([0, 3, 9], device=DEVICE)
+    before, logits = wide.clone(), wide[:, 10:20]
+    expected, found = logits.clone(), logits
+    loss = reference.cross_entropy_(expected, targets, 1.0, 0.0, None, 1.0, True, False, False)[0]
+    torch.testing.assert_close(training.cross_entropy_(found, targets)[0], loss)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(wide[:, :10], before[:, :10])
+    assert torch.equal(wide[:, 20:], before[:, 20:])
+    nothing = training.cross_entropy_(randn(0, 9), targets[:0], want_entropy=True, want_correct=True)
+    assert [float(part) for part in nothing] == [0.0, 0.0, 0.0]
+    for bad in (10, -1):
+        with pytest.raises(QuantizationError, match=f"RW621.*row 1 is {bad}"):
+            training.cross_entropy_(randn(2, 10), torch.tensor([0, bad], device=DEVICE))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", [0, 1, 16, 2**31, 2**63 + 12345, -1])
+def test_dropout_equals_the_reference_to_the_bit(seed: int, dtype: torch.dtype) -> None:
+    for shape in ((1,), (7, 301), (3, 5, 200), (0, 4)):
+        x, dx = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype)
+        for p in (0.0, 0.05, 0.5, 0.999):
+            assert torch.equal(training.dropout(x, p, seed), reference.dropout(x, p, seed))
+            expected = reference.dropout_add_(dx.clone(), x, p, seed)
+            assert torch.equal(training.dropout_add_(dx.clone(), x, p, seed), expected)
+
+
+def test_dropout_of_strided_tensors_counts_their_elements() -> None:
+    x, dx = randn(12, 9).T, randn(12, 9).T
+    expected = reference.dropout_add_(dx.clone(), x, 0.3, 5)
+    assert training.dropout(x, 0.3, 5).is_contiguous()
+    assert torch.equal(training.dropout(x, 0.3, 5), reference.dropout(x.contiguous(), 0.3, 5))
+    assert training.dropout_add_(dx, x, 0.3, 5) is dx
+    assert torch.equal(dx, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("N", "K", "R"), [(1, 1, 1), (70, 130, 5), (9, 1100, 16), (5, 33, 70), (3, 0, 4), (0, 8, 2)])
+def test_row_cross(N: int, K: int, R: int, factors: torch.dtype, dtype: torch.dtype) -> None:
+    W, A, B = randn(N, K, dtype=dtype), randn(R, K, dtype=factors), randn(N, R, dtype=factors)
+    truth = ((W.double() @ A.double().T) * B.double()).sum(1)
+    found = training.row_cross(W, A, B)
+    assert_as_good(found, reference.row_cross(W, A, B), truth)
+    assert torch.equal(found, training.row_cross(W, A, B))
+    assert_as_good(training.row_cross(W.T.contiguous().T, A, B), found, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(
+    ("N", "K", "block_size", "R"), [(17, 128, 64, 5), (3, 1152, 128, 16), (2, 8192, 4096, 3), (5, 96, 32, 70), (3, 7, 64, 2)]
+)
+def test_row_cross_of_a_packed_weight(
+    N: int, K: int, block_size: int, R: int, double: bool, dtype: torch.dtype
+) -> None:
+    packed, absmax = four_bit.quantize_4bit(randn(N, K), "nf4", block_size)
+    how: dict[str, Any] = {"block_size": block_size}
+    if double:
+        absmax, how["nested_absmax"], how["offset"] = four_bit.quantize_absmax(absmax)
+    W = four_bit.dequantize_4bit(packed, absmax, (N, K), dtype, "nf4", **how)
+    for factors in (torch.float32, torch.bfloat16):
+        A, B = randn(R, K, dtype=factors), randn(N, R, dtype=factors)
+        truth = ((W.double() @ A.double().T) * B.double()).sum(1)
+        found = training.row_cross_4bit(packed, absmax, (N, K), A, B, dtype=dtype, **how)
+        assert_as_good(found, reference.row_cross(W, A, B), truth)
+
+
+def test_three_bfloat16_numbers_hold_a_float32_one() -> None:
+    A = randn(50, 50) * 10.0 ** torch.randint(-6, 6, (50, 50), device=DEVICE)
+    total = sum(part.double() for part in bfloat16_parts(A))
+    assert ((total - A.double()).abs() <= A.double().abs() * 2.0**-24).all()
+
+
+class Dense:
+    def __init__(self, W: Tensor) -> None:
+        self.W = W
+
+    def product(self, x: Tensor) -> Tensor:
+        return x @ self.W.T
+
+    def add_input_grad(self, dz: Tensor, dx: Tensor | None) -> Tensor:
+        return dz @ self.W if dx is None else dx.addmm_(dz, self.W)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_an_adapted_layer_has_the_gradients_of_autograd(p: float) -> None:
+    N, K, R, T = 40, 24, 6, 9
+    W, gain = randn(N, K), rand(N) + 0.5
+    x, A, B, bias = (t.requires_grad_() for t in (randn(T, K), randn(R, K), randn(N, R), randn(N)))
+    m = (rand(N) + 0.5).requires_grad_()
+    dropout = Dropout(p, 3) if p else None
+    (y,) = low_rank_linear(x, (Branch(Dense(W), 0.5, A, B, bias, m, gain),), dropout)
+    dropped = x * reference.dropout(torch.ones_like(x), p, 3)
+    norms = m.detach() / gain
+    plain = m / norms * (x @ W.T + 0.5 * dropped @ A.T @ B.T) + bias
+    torch.testing.assert_close(y, plain, rtol=1e-5, atol=1e-5)
+    grad = randn(T, N)
+    inputs = (x, A, B, bias, m)
+    for ours, expected in zip(torch.autograd.grad(y, inputs, grad), torch.autograd.grad(plain, inputs, grad)):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_chunked_loss_has_the_gradient_of_autograd() -> None:
+    hidden, W, targets = randn(40, 8).requires_grad_(), randn(60, 8), torch.randint(0, 60, (40,), device=DEVICE)
+    targets[::5] = -100
+    ours = linear_cross_entropy(hidden, W, targets, shape=LogitShape(1.5, 9.0), label_smoothing=0.1).loss
+    logits = 9 * torch.tanh(1.5 * (hidden @ W.T) / 9)
+    plain = functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=0.1)
+    torch.testing.assert_close(ours, plain)
+    found, expected = torch.autograd.grad(ours, hidden)[0], torch.autograd.grad(plain, hidden)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
