@@ -98,9 +98,7 @@ def read_e2e(path: Path) -> list[dict[str, str]]:
         return [{"prompt": row["mr"] + "\n", "completion": row["ref"]} for row in csv.DictReader(file)]
 
 
-def measure(
-    folder: str, method: str, files: dict[str, str], place: Path, given: argparse.Namespace
-) -> dict[str, Any]:
+def measure(folder: str, method: str, files: dict[str, str], place: Path, given: argparse.Namespace) -> dict[str, Any]:
     """One method, one side after the other, then the evaluation of both adapters."""
     print(f"{method} ...", file=sys.stderr, flush=True)
     adapters = {"ours": str(place / f"ours-{method}"), "peer": str(place / f"peer-{method}")}
@@ -260,8 +258,8 @@ def markdown(result: dict[str, Any]) -> list[str]:
         *results.table(headings, [cells(row, lora) for row in rows]),
         "",
         f"Examples per second of the training steps. Loss per labelled token over {result['eval_rows']} rows of the "
-        "evaluation data, by one evaluator. Peak: anonymous memory while training, and of the process's whole life. The "
-        "peer's gradient checkpointing is off, its other options are TRL's defaults.",
+        "evaluation data, by one evaluator. Peak: anonymous memory while training, and of the process's whole life. "
+        "The peer's gradient checkpointing is off, its other options are TRL's defaults.",
     ]
 
 

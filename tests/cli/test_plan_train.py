@@ -9,6 +9,7 @@ import pytest
 
 from rankwise.cli import train as train_verb
 from rankwise.planning import guard
+from toy_memory import toy_estimate
 
 
 @pytest.fixture
@@ -27,6 +28,12 @@ def little_memory(monkeypatch):
         monkeypatch.setattr(guard, "cpu_hardware", lambda: dataclasses.replace(real(), memory_bytes=memory_bytes))
 
     return shrink
+
+
+@pytest.fixture
+def toy_memory(monkeypatch):
+    """A megabyte a token over a gigabyte of weights: the real model is smaller than what the libraries take."""
+    monkeypatch.setattr(guard, "estimator_of", lambda *arguments, **more: toy_estimate)
 
 
 def record_of(tmp_path):
@@ -58,7 +65,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(train, litt
     assert not (tmp_path / "run").exists()
 
 
-def test_the_refusal_names_changes_that_fit(train, little_memory, monkeypatch):
+def test_the_refusal_names_changes_that_fit(train, little_memory, toy_memory, monkeypatch):
     """Just below what the longest rows need, a smaller batch is enough."""
     seen = []
     real = guard.MemoryGuard._ask
@@ -69,7 +76,7 @@ def test_the_refusal_names_changes_that_fit(train, little_memory, monkeypatch):
     little_memory(needed - 1)
     done = train("--overwrite")
     assert done.code == 2
-    assert "--batch-size" in done.stderr or "--gradient-checkpointing" in done.stderr
+    assert "the cheapest first: (1) --batch-size 2 --gradient-accumulation 2" in done.stderr
 
 
 def test_the_user_may_overrule_the_plan(train, little_memory, tmp_path):
@@ -106,7 +113,7 @@ def test_a_model_that_cannot_be_predicted_trains_all_the_same(train, monkeypatch
         type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 20.00 MiB."),
     ],
 )
-def test_when_memory_runs_out_the_error_ends_with_what_would_fit(train, monkeypatch, error):
+def test_when_memory_runs_out_the_error_ends_with_what_would_fit(train, toy_memory, monkeypatch, error):
     from rankwise.training.session import Session
 
     def carry_out(self, *arguments):

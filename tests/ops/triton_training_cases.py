@@ -25,7 +25,6 @@ from rankwise.ops.triton.row_cross import bfloat16_parts
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 @pytest.fixture(autouse=True)
@@ -241,7 +240,8 @@ def test_row_cross(N: int, K: int, R: int, factors: torch.dtype, dtype: torch.dt
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize(
-    ("N", "K", "block_size", "R"), [(17, 128, 64, 5), (3, 1152, 128, 16), (2, 8192, 4096, 3), (5, 96, 32, 70), (3, 7, 64, 2)]
+    ("N", "K", "block_size", "R"),
+    [(17, 128, 64, 5), (3, 1152, 128, 16), (2, 8192, 4096, 3), (5, 96, 32, 70), (3, 7, 64, 2)],
 )
 def test_row_cross_of_a_packed_weight(
     N: int, K: int, block_size: int, R: int, double: bool, dtype: torch.dtype

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from rankwise.cli.options import Verb
@@ -14,6 +13,8 @@ from rankwise.cli.output import Output
 from rankwise.evaluation.settings import EvaluateSettings
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from rankwise.evaluation.record import TaskResult
     from rankwise.evaluation.run import Difference, Evaluation, Observer
 
@@ -62,6 +63,9 @@ def watching(output: Output) -> Iterator[Observer]:
     if not output.is_terminal:
         yield PlainWatcher(output)
         return
+    # Not at the top: `rankwise --help` has no use for it.
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=output.console, transient=True) as bars:
         yield BarWatcher(output, bars)

@@ -11,10 +11,12 @@ from rich.text import Text
 
 from rankwise.cli.output import Output
 from rankwise.cli.words import byte_size, parameter_count
+from rankwise.planning.cards import CARDS
 from rankwise.planning.speed import NOMINAL_CARD
 from rankwise.reports.memory_bars import MemoryBar, memory_svg
 
 if TYPE_CHECKING:
+    from rankwise.planning import MemoryEstimate
     from rankwise.planning.check import Check
     from rankwise.planning.plan import MethodRow, Plan
 
@@ -155,7 +157,7 @@ def change_lines(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def change_sentence(label: str, saved_bytes: int, time_factor: float | None, verdict: str) -> str:
     sign = "-" if saved_bytes >= 0 else "+"
-    time = "" if time_factor is None else f", {(time_factor - 1) * 100:+.0f} % time"
+    time = "" if time_factor is None else f", {round((time_factor - 1) * 100):+d} % time"
     ending = "still too big" if verdict == "too big" else verdict
     return f"{label}: {sign}{gigabytes(abs(saved_bytes))}{time}: {ending}"
 
@@ -167,9 +169,9 @@ def recommendation_lines(plan: Plan, command: str | None) -> Iterator[tuple[str,
         work = advice.workload
         yield (
             "nothing",
-            f"fits: the smallest run ({advice.estimate.method}, batch {work.batch_size} x {work.max_length:,}, every saving "
-            f"on) takes {gigabytes(advice.estimate.peak_bytes)}, {gigabytes(advice.missing_bytes)} more than there is. "
-            "Take a smaller model, or a larger card.",
+            f"fits: the smallest run ({advice.estimate.method}, batch {work.batch_size} x {work.max_length:,}, every "
+            f"saving on) takes {gigabytes(advice.estimate.peak_bytes)}, {gigabytes(advice.missing_bytes)} more than "
+            f"there is. Take a smaller model, or {larger_card(advice.estimate)}.",
         )
         return
     yield "take", f"{advice.method}, {settings_sentence(plan)}"
@@ -177,6 +179,16 @@ def recommendation_lines(plan: Plan, command: str | None) -> Iterator[tuple[str,
         yield "because" if index == 0 else "", f"{rule.reason} [{rule.source}]"
     yield "run", command
     yield from (("serve" if index == 0 else "", text) for index, text in enumerate(advice.serving))
+
+
+def larger_card(estimate: MemoryEstimate) -> str:
+    """The card with the least memory that holds this run with its error."""
+    needed = estimate.peak_bytes * (1 + estimate.error)
+    enough = [card for card in CARDS if card.usable_bytes >= needed and not card.name.startswith("Apple")]
+    if not enough:
+        return "several cards"
+    smallest = min(enough, key=lambda card: card.usable_bytes)
+    return f"a larger card: the smallest in the table that holds it is {smallest.name} ({smallest.memory_gib:g} GiB)"
 
 
 def settings_sentence(plan: Plan) -> str:

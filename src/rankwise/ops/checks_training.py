@@ -102,20 +102,8 @@ def row_cross(shape: Sequence[int], dtype: torch.dtype, A: Tensor, B: Tensor, de
     good = len(shape) == 2 and A.dim() == 2 and B.dim() == 2 and dtype in _DTYPES
     good = good and A.shape[1] == shape[1] and B.shape == (shape[0], A.shape[0])
     if not good or not _supported(A, B) or A.device != device:
-        raise _misfit(f"row_cross needs W (N, K) (it got {tuple(shape)} {dtype} on {device}), A (R, K), B (N, R)", A=A, B=B)
-
-
-def bad_target(targets: Tensor, vocabulary: int, ignored: int) -> QuantizationError | None:
-    """The error that names the first target outside [0, V), or None."""
-    bad = ((targets < 0) & (targets != ignored)) | (targets >= vocabulary)
-    if not bad.any():
-        return None
-    row = int(bad.nonzero()[0])
-    return QuantizationError(
-        "RW621",
-        f"the target of row {row} is {int(targets[row])}: labels must be token numbers below the vocabulary's size, "
-        f"{vocabulary}, or {ignored} where there is nothing to learn. Is the tokenizer that of this model?",
-    )
+        weight = f"{tuple(shape)} {dtype} on {device}"
+        raise _misfit(f"row_cross needs W (N, K) (it got {weight}), A (R, K) and B (N, R)", A=A, B=B)
 
 
 def _supported(x: Tensor, other: Tensor) -> bool:

@@ -113,17 +113,17 @@ def row_cross_4bit(
     check_dtype(dtype, "the dtype asked for")
     checks.row_cross(shape, dtype, A, B, packed.device)
     four_bit, (N, K) = selection.module_for(packed.device), shape
-    if nested_absmax is not None and offset is not None:
-        absmax = four_bit.dequantize_absmax(absmax, nested_absmax, offset)
     if K == 0 or K % block_size:
-        W = four_bit.dequantize_4bit(packed, absmax, shape, dtype, quant_type, block_size)
+        W = four_bit.dequantize_4bit(packed, absmax, shape, dtype, quant_type, block_size, nested_absmax, offset)
         return _row_cross(W, A, B)
     if selection.runs_triton(packed.device):
         from rankwise.ops.triton import row_cross, tile
 
-        weight = tile.weight(packed, absmax, None, None, quant_type)
+        weight = tile.weight(packed, absmax, nested_absmax, offset, quant_type)
         return row_cross.row_cross_4bit(weight, N, K, A, B, block_size, dtype)
-    sums, packed, absmax = [], packed.view(N, -1), absmax.view(N, -1)
+    if nested_absmax is not None and offset is not None:
+        absmax = four_bit.dequantize_absmax(absmax, nested_absmax, offset)
+    sums, packed, absmax = [], packed.view(N, K // 2), absmax.view(N, K // block_size)
     for rows in reference_training.row_chunks(N, K):
         part = (rows.stop - rows.start, K)
         W = four_bit.dequantize_4bit(packed[rows], absmax[rows].reshape(-1), part, dtype, quant_type, block_size)

@@ -1,8 +1,8 @@
 """The element-wise parts of a training step: one pass over memory each, no autograd.
 
 Float32 and bfloat16 on a CPU run in the native library, called directly: PyTorch's dispatcher would cost more than some
-of the kernels. On CUDA cards Triton kernels run where Triton is installed. Traced tensors (FakeTensor, ``torch.compile``) go through operators registered in
-``rankwise.ops.library_training``; everything else runs in plain PyTorch.
+of the kernels. On CUDA, Triton kernels run where Triton is installed. Traced tensors (FakeTensor, ``torch.compile``) go
+through operators registered in ``rankwise.ops.library_training``; everything else runs in plain PyTorch.
 
 Legend: T = rows (all leading dimensions together), N and D = columns, R = rank, V = vocabulary, C = rows with logits;
 B, H, L = batch, heads, positions. bfloat16 is computed in float32 and rounded once, unless the formula says otherwise.

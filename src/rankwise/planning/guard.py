@@ -148,7 +148,7 @@ def _workload(settings: Mapping[str, Any], hardware: Hardware) -> Workload:
 def _described(change: Change) -> str:
     """``--batch-size 4 --gradient-accumulation 2: 12.1 GB, +2 % time``."""
     options = " ".join(_option(name, value) for name, value in change.settings.items())
-    time = f"{(change.time_factor - 1) * 100:+.0f} % time"
+    time = f"{round((change.time_factor - 1) * 100):+d} % time"
     return f"{options}: {_gigabytes(change.estimate.peak_bytes)}, {time}"
 
 

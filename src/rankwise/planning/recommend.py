@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rankwise.planning.changes import PAGED, Advisor, Change, Step, possible_steps
-from rankwise.planning.estimate import MemoryEstimate
+from rankwise.planning.estimate import FOUR_BITS, MemoryEstimate
 from rankwise.planning.rules import SERVING, Rule, Situation, reasons
 from rankwise.planning.workload import Workload
 
@@ -18,6 +18,8 @@ ORDER = {
     "serving": ("lora", "qlora", "dora", "qdora", "full"),
 }
 """Which method is tried first. Full fine-tuning is recommended only where nothing else was asked about."""
+
+FOUR_BIT_SETTINGS = ("quant_type", "block_size", "double_quant")
 
 PASSES: tuple[frozenset[str], ...] = (
     frozenset({"batch", "checkpointing"}),
@@ -121,6 +123,8 @@ def _explained(
     change: Change, method: str, goal: str, fits: Mapping[str, bool], given: Mapping[str, Any]
 ) -> Recommendation:
     settings = {**given, **change.settings, "method": method}
+    if method not in FOUR_BITS:
+        settings = {name: value for name, value in settings.items() if name not in FOUR_BIT_SETTINGS}
     situation = Situation(method, goal, dict(fits), settings, frozenset(change.settings))
     return Recommendation(
         method, settings, change.estimate, change.workload, change.time_factor, tuple(reasons(situation))

@@ -64,6 +64,8 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.clock.stop()
         self.tick()
+        self.trainer.progress.steps += 1
+        self.trainer.progress.loss_sum += self.trainer.step_loss
         self.trainer.progress.peak_memory_bytes = self.memory.peak()
         self.observer.step(self._info(state))
 

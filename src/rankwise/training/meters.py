@@ -24,6 +24,13 @@ class Progress:
     examples: int = 0
     peak_memory_bytes: int = 0
     wall_seconds: float = 0.0
+    steps: int = 0
+    loss_sum: float = 0.0
+    # Of the losses of these steps.
+
+    @property
+    def mean_loss(self) -> float | None:
+        return self.loss_sum / self.steps if self.steps else None
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -30,16 +30,6 @@ def evaluations(folder: Path) -> dict[int, float]:
     return {line["step"]: line["eval_loss"] for line in read_metrics(folder) if line.get("eval_loss") is not None}
 
 
-def mean_train_loss(folder: Path) -> float | None:
-    """The mean loss over all steps that were logged; a line's loss is the mean since the line before."""
-    total, last = 0.0, 0
-    for line in read_metrics(folder):
-        if line.get("loss") is not None:
-            total += line["loss"] * (line["step"] - last)
-            last = line["step"]
-    return total / last if last else None
-
-
 def _line(values: Mapping[str, Any]) -> str:
     # JSON has no NaN: a value that is none becomes null.
     clean = {key: None if isinstance(item, float) and not math.isfinite(item) else item for key, item in values.items()}

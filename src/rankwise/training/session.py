@@ -16,7 +16,7 @@ from rankwise.training import callbacks, finish, output
 from rankwise.training.checkpoints import Checkpoint, remove_unfinished
 from rankwise.training.interrupt import Interrupt, interrupts
 from rankwise.training.meters import MemoryMeter
-from rankwise.training.metrics import MetricsFile, evaluations, mean_train_loss
+from rankwise.training.metrics import MetricsFile, evaluations
 from rankwise.training.observer import Observer
 from rankwise.training.old_run import clear_run
 from rankwise.training.preflight import GradientCheck
@@ -148,7 +148,7 @@ class Session:
         self._tick()
         record, progress = self.record, self.trainer.progress
         record.status = status
-        record.train_loss = mean_train_loss(self.folder)
+        record.train_loss = progress.mean_loss
         record.tokens_per_second = progress.tokens_per_second
         record.examples_per_second = progress.examples_per_second
         record.peak_memory_bytes = progress.peak_memory_bytes or None

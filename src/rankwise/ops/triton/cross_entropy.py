@@ -2,7 +2,8 @@
 
 Legend: C = rows with logits, V = vocabulary, x = logits, z = what softmax sees.
 
-The first pass keeps the largest z so far, M, and sums of exp(z - M), which shrink by exp(M - M') when a larger M' comes.
+The first pass keeps the largest z so far, M, and sums of exp(z - M), which shrink by exp(M - M') when a larger M'
+comes.
 The floor is one read and, with the gradient, another read and a write: 6 C V bytes in bfloat16.
 """
 
@@ -102,7 +103,8 @@ def differentiate(
     """row = scale * (softmax(z) - (1 - s) onehot - s / V) * dz/dx, s the label smoothing."""
     for start in range(0, V, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        z, slope = shaped(tl.load(row + column, mask=column < V, other=0.0), multiplier, softcap)
+        x = tl.load(row + column, mask=column < V, other=-float("inf"))
+        z, slope = shaped(x, multiplier, softcap)
         grad = tl.exp(z - largest) / total - label_smoothing / V
         grad = tl.where(column == target, grad - (1.0 - label_smoothing), grad)
         tl.store(row + column, round_to(scale * slope * grad, row.dtype.element_ty), mask=column < V)
@@ -166,7 +168,7 @@ def cross_entropy_(
     want_entropy: bool,
     want_correct: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(loss, entropy, correct) as `rankwise.ops.reference_training.cross_entropy_` has them, and logits its gradient."""
+    """(loss, entropy, correct) and the gradient in place, as `rankwise.ops.reference_training.cross_entropy_`."""
     wrong = bad_target(targets, logits.shape[1], IGNORED)
     if wrong is not None:
         raise wrong

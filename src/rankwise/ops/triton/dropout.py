@@ -1,4 +1,4 @@
-"""Dropout whose mask is a hash of the seed and the flat index: the one of `rankwise.ops.reference_training`, bit by bit.
+"""Dropout whose mask is a hash of the seed and the flat index, that of `rankwise.ops.reference_training` to the bit.
 
 Words are passed to the kernels as signed 32-bit numbers and not specialised: each seed has other words, and none may
 cause a compilation.

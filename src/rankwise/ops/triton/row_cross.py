@@ -3,8 +3,8 @@
 Legend: N = out features, K = in features, R = rank.
 
 The sum is linear in W's columns and in the ranks: programs take pieces of both, and their results are added in an order
-that the shape alone decides. The floor is the weight's way from memory: 2 N K bytes in bfloat16, 33.6 MB for 4096 x 4096
-and 10 us at an H100's 3.35 TB/s; 0.56 N K packed in blocks of 64.
+that the shape alone decides. The floor is the weight's way from memory: 2 N K bytes in bfloat16, for 4096 x 4096
+33.6 MB and 10 us at an H100's 3.35 TB/s; 0.56 N K packed in blocks of 64.
 
 Tensor cores multiply 16-bit numbers. A in float32 is the sum of three bfloat16 numbers, exact to 24 bits, so that
 against a bfloat16 W three bfloat16 products with float32 sums equal the float32 one.
@@ -132,9 +132,7 @@ def row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return sums.sum(0)
 
 
-def row_cross_4bit(
-    weight: Weight, N: int, K: int, A: Tensor, B: Tensor, block_size: int, dtype: torch.dtype
-) -> Tensor:
+def row_cross_4bit(weight: Weight, N: int, K: int, A: Tensor, B: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     """`row_cross` of the weight dequantized to ``dtype``. Its rows consist of whole blocks."""
     A, B = _operands(A, B, dtype)
     R = len(A)

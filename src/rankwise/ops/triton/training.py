@@ -1,4 +1,4 @@
-"""The element-wise parts of a training step on Triton kernels, with the signatures of `rankwise.ops.reference_training`.
+"""The element-wise parts of a training step on Triton, with the signatures of `rankwise.ops.reference_training`.
 
 float32, bfloat16 and float16. Norms, rotary positions and gated activations run in plain PyTorch here: on a card they
 are Liger's, where it is installed (`rankwise.acceleration.liger`).
