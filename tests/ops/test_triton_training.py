@@ -32,6 +32,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.uint8: "*u8",
 }
+OPCHECKS = ("test_schema", "test_faketensor")
 compiling = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: kernels are not compiled")
 
 
@@ -218,9 +219,7 @@ def test_row_cross_without_triton(dtype: torch.dtype) -> None:
     truth = ((W.double() @ A.double().T) * B.double()).sum(1)
     for weight in (W, W.T.contiguous().T):
         torch.testing.assert_close(training.row_cross(weight, A, B).double(), truth, rtol=1e-5, atol=1e-4)
-    torch.library.opcheck(
-        torch.ops.rankwise.row_cross.default, (W, A, B), test_utils=("test_schema", "test_faketensor")
-    )
+    torch.library.opcheck(torch.ops.rankwise.row_cross.default, (W, A, B), test_utils=OPCHECKS)
 
 
 @pytest.mark.usefixtures("chosen")
@@ -240,9 +239,7 @@ def test_row_cross_4bit_without_triton(N: int, K: int, double: bool, monkeypatch
     found = training.row_cross_4bit(packed, absmax, (N, K), A, B, dtype=torch.bfloat16, **how)
     torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-4)
     given = (packed, absmax, (N, K), A, B, "nf4", 64, how.get("nested_absmax"), how.get("offset"), torch.bfloat16)
-    torch.library.opcheck(
-        torch.ops.rankwise.row_cross_4bit.default, given, test_utils=("test_schema", "test_faketensor")
-    )
+    torch.library.opcheck(torch.ops.rankwise.row_cross_4bit.default, given, test_utils=OPCHECKS)
 
 
 def test_factors_that_do_not_fit_are_refused() -> None:

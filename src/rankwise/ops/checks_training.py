@@ -106,6 +106,19 @@ def row_cross(shape: Sequence[int], dtype: torch.dtype, A: Tensor, B: Tensor, de
         raise _misfit(f"row_cross needs W (N, K) (it got {weight}), A (R, K) and B (N, R)", A=A, B=B)
 
 
+def bad_target(targets: Tensor, vocabulary: int, ignored: int) -> QuantizationError | None:
+    """The error that names the first target outside [0, V), or None."""
+    bad = ((targets < 0) & (targets != ignored)) | (targets >= vocabulary)
+    if not bad.any():
+        return None
+    row = int(bad.nonzero()[0])
+    return QuantizationError(
+        "RW621",
+        f"the target of row {row} is {int(targets[row])}: labels must be token numbers below the vocabulary's size, "
+        f"{vocabulary}, or {ignored} where there is nothing to learn. Is the tokenizer that of this model?",
+    )
+
+
 def _supported(x: Tensor, other: Tensor) -> bool:
     return x.dtype in _DTYPES and other.dtype in _DTYPES and x.device == other.device
 

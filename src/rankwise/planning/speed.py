@@ -17,7 +17,8 @@ ASSUMED_EFFICIENCY = 0.40
 """Share of the data sheet's peak: 38 to 43 % were measured when Llama 3 405B was trained (arXiv 2407.21783, 3.3.2)."""
 ASSUMED_BANDWIDTH_SHARE = 0.8
 ASSUMED_CPU_FLOPS_PER_CORE = {"bfloat16": 100e9, "float16": 30e9, "float32": 30e9}
-"""A LoRA step of SmolLM2-135M with PEFT on two Zen 4 cores in bfloat16: 1,024 tokens in 2.75 s (docs/plan.md)."""
+"""Cautious: `rankwise plan --calibrate` gave 111 to 303 GFLOP/s for one core with bfloat16 instructions (docs/plan.md);
+without them three tenths of that are taken."""
 HOST_LINK_BYTES_PER_SECOND = 20e9
 """PCIe 4.0 x16 moves 32 GB/s at most in one direction (PCI-SIG); about two thirds are reached."""
 NOMINAL_CARD = "RTX 4090"
