@@ -119,7 +119,7 @@ def lengths(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def attention_of(config: Any, L: int) -> Callable[[], object]:
-    """Causal attention of one layer, forward and backward, by the kernel that the model uses or, where that cannot run, torch's."""
+    """Causal attention of one layer, forward and backward: our kernel or, where that cannot run, torch's."""
     D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     q, k, v = (torch.randn(1, L, H, D, dtype=torch.bfloat16, requires_grad=True) for H in heads)
@@ -184,15 +184,15 @@ def markdown(result: dict[str, Any]) -> list[str]:
         *length_table(result["lengths"]),
         "",
         f"Seconds of forward and backward, medians of {result['rounds']} alternating rounds. Attention: "
-        f"{result['attention']}, timed by itself, times the number of layers. Without: attention taken off. Growth: per token, against the "
-        "shortest sequence.",
+        f"{result['attention']}, timed by itself, times the number of layers. Without: attention taken off. Growth: "
+        "per token, against the shortest sequence.",
         "",
         f"## Vocabulary: a Llama of width {WIDTH} with {LAYERS} layers, {result['batch']} x {result['tokens']} tokens",
         "",
         *vocabulary_table(result["vocabularies"]),
         "",
-        "MB (10^6 bytes) of anonymous memory during steps with AdamW. Growth: the peak less the larger weights, against "
-        f"that of the first vocabulary; the goal is {GOAL_GROWTH:g}.",
+        "MB (10^6 bytes) of anonymous memory during steps with AdamW. Growth: the peak less the larger weights, "
+        f"against that of the first vocabulary; the goal is {GOAL_GROWTH:g}.",
     ]
 
 

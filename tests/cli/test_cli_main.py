@@ -83,7 +83,7 @@ def test_help_of_a_verb_has_an_example_and_every_option(verb, rankwise):
     assert f"  {verb.examples[0]}" in done.stdout
     for field, info in verb.settings.model_fields.items():
         extra = info.json_schema_extra or {}
-        shown = "FOLDER" if "argument" in extra else field.replace("_", "-")
+        shown = verb.metavars.get(field, "FOLDER") if "argument" in extra else field.replace("_", "-")
         assert shown in done.stdout
     assert "--json" in done.stdout
     assert "--config FILE.yaml" in done.stdout

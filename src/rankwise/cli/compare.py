@@ -200,7 +200,7 @@ VERB = Verb(
     examples=(
         "rankwise compare --model demo --data rows.jsonl --output comparison",
         "rankwise compare --model demo --data train.csv --eval-data dev.csv \\",
-        "    --methods lora,qlora,dora,qdora --learning-rates 1e-4,2e-4,5e-4 --max-steps 200 --output comparison",
+        "    --methods lora,dora --learning-rates 1e-4,2e-4,5e-4 --output comparison",
     ),
     panels=PANELS,
     metavars={

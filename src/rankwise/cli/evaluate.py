@@ -132,7 +132,7 @@ VERB = Verb(
     summary="Measure a model and its adapters on tasks: perplexity, E2E, commonsense, GSM8K, Vicuna, lm-eval.",
     examples=(
         "rankwise evaluate --adapter runs/first --task perplexity --data held-out.jsonl",
-        "rankwise evaluate --adapter runs/lora --adapter runs/dora --task e2e --data testset_w_refs.csv",
+        "rankwise evaluate --adapter lora --adapter dora --task e2e --data test.csv",
         "rankwise evaluate --model demo --task arc_challenge --limit 200",
     ),
     panels={

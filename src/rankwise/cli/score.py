@@ -105,7 +105,8 @@ VERB = Verb(
     examples=(
         "rankwise score e2e --predictions out.tsv --references testset_w_refs.csv",
         "rankwise score gsm8k --predictions out.jsonl --references test.jsonl --json",
-        "rankwise score vicuna --ratings a.jsonl --ratings b.jsonl --reference-answers answers.jsonl",
+        "rankwise score vicuna --ratings a.jsonl --ratings b.jsonl \\",
+        "    --reference-answers answers.jsonl",
     ),
     metavars={
         "what": "e2e|gsm8k|vicuna",

@@ -56,7 +56,8 @@ class Step:
     @property
     def flat(self) -> bool:
         """Whether the trainer lays the rows of a batch end to end in one: where our attention is in the model."""
-        return not self.on_card and self.workload.dtype == "bfloat16" and self.method != "full"
+        is_ours = not self.on_card and self.workload.dtype == "bfloat16" and self.method != "full"
+        return is_ours and not self.shape.dropout
 
     @property
     def row_tokens(self) -> int:
@@ -118,10 +119,14 @@ def _mlp(step: Step) -> float:
 
 
 def _experts(step: Step) -> float:
-    """k copies of a token pass k experts: gate and up, act(gate), and the outputs that are weighed; router's scores."""
-    shape, s = step.shape, step.s
-    k = shape.experts_per_token
+    """k copies of a token pass k experts: gate and up, act(gate), and the outputs that are weighed; router's scores.
+
+    Where the experts train they compute in float32, and keep inputs and products too.
+    """
+    shape, s, k = step.shape, step.s, step.shape.experts_per_token
     routed = s * (3 * k * shape.mlp + max(1, k - 1) * shape.hidden)
+    if step.method == "full":
+        routed = 4 * k * (3 * shape.mlp + 3 * shape.hidden)
     shared = s * ((2 if step.native else 4) * shape.shared_mlp + 2 * shape.hidden) if shape.shared_mlp else 0
     return routed + shared + 8 * shape.experts
 
@@ -154,8 +159,10 @@ def _kept_gain(step: Step) -> float:
 
 
 def _cast_weights(step: Step) -> float:
-    """Autocast keeps a 16-bit copy of every float32 weight that it multiplied with."""
-    return step.layer_weights * step.s if step.method == "full" and step.s == 2 else 0
+    """Autocast keeps a 16-bit copy of every float32 weight that it multiplied with; stacked experts it leaves alone."""
+    shape = step.shape
+    cast = step.layer_weights - 3 * shape.experts * shape.mlp * shape.hidden
+    return cast * step.s if step.method == "full" and step.s == 2 else 0
 
 
 def _full_per_token(step: Step) -> float:
@@ -210,21 +217,17 @@ def loss_bytes(step: Step) -> int:
 
 
 def backward_bytes(step: Step) -> int:
-    """On the way through one layer: gradients of the MLP's parts and of the residual stream."""
-    shape, s = step.shape, step.s
+    """On the way through one layer: gradients of the MLP's parts and of the residual stream, beyond what goes by then.
+
+    Full fine-tuning has them in float32. GPT-2's attention on a CPU adds float32 gradients of its weights.
+    """
+    shape, s = step.shape, 4 if step.method == "full" else step.s
     if shape.family == "gpt2":
-        return step.T * s * (3 * shape.mlp + 2 * shape.hidden)
+        weights = 0 if step.on_card else 4 * shape.heads * step.row_tokens
+        return step.T * (s * (3 * shape.mlp + 2 * shape.hidden) + weights)
     if shape.experts:
         return step.T * s * (2 * shape.experts_per_token * shape.mlp + 3 * shape.hidden)
-    if step.on_card:
-        return step.T * s * (3 * shape.mlp + 2 * shape.hidden)
-    return step.T * s * (4 * shape.mlp + shape.hidden)
-
-
-def recomputed_backward_bytes(step: Step) -> int:
-    """The same beside a layer that was made again: on a card one part of the MLP less at the same time."""
-    less = step.T * step.s * step.shape.mlp if step.on_card and not step.shape.experts else 0
-    return backward_bytes(step) - less
+    return step.T * s * ((2 if step.on_card else 4) * shape.mlp + (2 if step.on_card else 1) * shape.hidden)
 
 
 def checkpoint_bytes(step: Step) -> int:

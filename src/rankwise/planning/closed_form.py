@@ -106,11 +106,8 @@ def phases(
     outside = activations.outside_layers_bytes(step)
     gradients = weights.tensor_bytes(tensors)
     unpacked = unpacked_bytes(shape, method, workload)
-    if again:
-        # The layer's own parts go as its gradients come, and little else is left.
-        backward, outside_then = activations.recomputed_backward_bytes(step), outside // 2
-    else:
-        outside_then = outside
+    # By then what lies outside of the layers is mostly gone; with checkpointing the mask is needed again.
+    outside_then = outside // 2 if again or step.on_card else 0
     return {
         "forward": {"activations": saved + outside, "logits": activations.loss_bytes(step)},
         "backward at the head": {"activations": saved + outside, "transient": head_gradient_bytes(shape, method)},

@@ -93,8 +93,15 @@ def _accelerate_for_cpu(model: nn.Module) -> bool:
     if isinstance(next(model.parameters()), FakeTensor):
         # can_flatten compares values; here the signature decides.
         names = inspect.signature(type(model).forward).parameters
-        return {"position_ids", "logits_to_keep"} <= set(names)
-    return can_flatten(model)
+        return {"position_ids", "logits_to_keep"} <= set(names) and not drops_attention(model)
+    return can_flatten(model) and not drops_attention(model)
+
+
+def drops_attention(model: Any) -> bool:
+    """Whether dropout on attention weights sends training past our kernel, to one that keeps them all: such rows are
+    not laid end to end, since that would take the square of all tokens."""
+    config = model.config
+    return any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop"))
 
 
 def _accelerate_for_card(model: nn.Module) -> bool:

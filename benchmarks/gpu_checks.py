@@ -1,0 +1,217 @@
+"""Every kernel that a training step uses, judged against float64 on the device that will be timed.
+
+The error of a result may not be above that of plain PyTorch in the same dtype plus a rounding; codes, scales and
+dropout masks are equal to the bit.
+
+Legend: T = rows, K = in features, N = out features, r = rank.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rankwise import ops
+from rankwise.adapters.operator import DenseWeight
+from rankwise.ops import reference, reference_training, run_training
+from rankwise.ops.low_rank_linear import Branch, Dropout, low_rank_linear
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WEIGHTS = (((256, 1024), 64), ((33, 320), 64), ((130, 4096), 4096), ((5, 65), 32), ((9, 33), 64), ((7,), 64))
+TRAINING_SHAPES = ((5, 48, 8), (33, 320, 16), (128, 1024, 16))
+# (T, N, r) of the element-wise parts.
+LAYERS = ((4, 96, 64, 8), (65, 320, 256, 16))
+# (T, N, K, r).
+
+
+def check_everything(device: str, *, quick: bool = False) -> tuple[int, list[str]]:
+    """The number of comparisons that passed, and what failed."""
+    passed, failed = 0, []
+    for check in _all_checks(device, quick):
+        try:
+            passed += check()
+        except Exception as error:  # noqa: BLE001  one kernel that cannot run must not hide the others
+            failed.append(f"{type(error).__name__}: {error}".splitlines()[0])
+    return passed, failed
+
+
+def _all_checks(device: str, quick: bool) -> Iterator[Any]:
+    dtypes = DTYPES[:2] if quick else DTYPES
+    weights = WEIGHTS[1:2] if quick else WEIGHTS
+    for (shape, block_size), quant_type, double, dtype in itertools.product(
+        weights, ("nf4", "fp4"), (False, True), dtypes
+    ):
+        w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
+        yield lambda w=w, kind=quant_type, size=block_size, double=double: check_weight(w, kind, size, double)
+    for shape, dtype in itertools.product(TRAINING_SHAPES[:1] if quick else TRAINING_SHAPES, dtypes):
+        yield lambda shape=shape, dtype=dtype: check_training(*shape, dtype, device)
+    for shape, dtype, dora, p in itertools.product(LAYERS, dtypes, (False, True), (0.0, 0.1)):
+        yield lambda shape=shape, dtype=dtype, dora=dora, p=p: check_layer(*shape, dtype, device, dora=dora, p=p)
+
+
+# --- 4-bit weights ---
+
+
+def check_weight(w: Tensor, quant_type: str, block_size: int, double: bool) -> int:
+    """Codes and values equal the CPU reference to the bit; products and norms are judged against float64."""
+    what = f"{tuple(w.shape)} {w.dtype} {quant_type} block {block_size} double {double}"
+    packed, absmax = ops.quantize_4bit(w, quant_type, block_size)
+    expected = reference.quantize_4bit(w.cpu(), quant_type, block_size)
+    assert torch.equal(packed.cpu(), expected[0]), f"codes differ: {what}"
+    assert torch.equal(absmax.cpu(), expected[1]), f"scales differ: {what}"
+    nested: dict[str, Any] = {}
+    if double:
+        absmax, nested["nested_absmax"], nested["offset"] = ops.quantize_absmax(absmax)
+    how = {"quant_type": quant_type, "block_size": block_size, **nested}
+    values = ops.dequantize_4bit(packed, absmax, w.shape, w.dtype, **how)
+    on_cpu = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in how.items()}
+    plain = reference.dequantize_4bit(packed.cpu(), absmax.cpu(), w.shape, w.dtype, **on_cpu)
+    assert torch.equal(values.cpu(), plain), f"values differ: {what}"
+    return 3 + (check_products(values, packed, absmax, how, what) if w.dim() == 2 else 0)
+
+
+def check_products(w: Tensor, packed: Tensor, absmax: Tensor, how: dict[str, Any], what: str) -> int:
+    norms = ops.row_norms_4bit(packed, absmax, w.shape, **how, dtype=w.dtype)
+    torch.testing.assert_close(norms.double(), w.double().norm(dim=1), rtol=3e-6, atol=0, msg=f"norms: {what}")
+    for T in (1, 2, 16, 17):
+        x = torch.randn(T, w.shape[1], device=w.device).to(w.dtype).requires_grad_()
+        bias = torch.randn(w.shape[0], device=w.device).to(w.dtype)
+        y = ops.linear_4bit(x, packed, absmax, w.shape, bias, **how)
+        grad = torch.randn_like(y)
+        y.backward(grad)
+        truth = x.double() @ w.double().T + bias.double()
+        assert_as_good(y, functional.linear(x, w, bias), truth, f"product of {T} rows: {what}")
+        assert_as_good(x.grad, grad @ w, grad.double() @ w.double(), f"input gradient of {T} rows: {what}")
+    return 9
+
+
+# --- element-wise parts of a step ---
+
+
+def check_training(T: int, N: int, r: int, dtype: torch.dtype, device: str) -> int:
+    """Each function of ``rankwise.ops.training`` as it runs on ``device``, against its specification in float64."""
+    count = 0
+    for name, arguments in _training_calls(T, N, r, dtype, device):
+        what = f"{name} {T} x {N} {dtype}"
+        ours = _tensors(getattr(run_training, name)(*_copied(arguments)))
+        plain = _tensors(getattr(reference_training, name)(*_copied(arguments)))
+        truth = _tensors(getattr(reference_training, name)(*_copied(arguments, torch.float64)))
+        for found, allowed, true in zip(ours, plain, truth, strict=True):
+            assert_as_good(found, allowed, true, what)
+            count += 1
+    return count + check_dropout(T, N, dtype, device)
+
+
+def _training_calls(T: int, N: int, r: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    generator = torch.Generator().manual_seed(1)
+
+    def made(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+    x, y, z, w, u, B = made(T, N), made(T, N), made(T, N), made(N), made(T, r), made(N, r)
+    g = made(N, dtype=torch.float32).abs() + 0.5
+    yield "low_rank_add_", (y, u, B, 2.0, None, None)
+    yield "low_rank_add_", (y, u, B, 2.0, g, w)
+    yield "scaled_grad", (y, z, g)
+    for offset, cast_first in ((0, True), (1, False)):
+        yield "rms_norm", (x, w, 1e-6, offset, cast_first)
+    rstd = torch.rsqrt(x.float().square().mean(-1) + 1e-6)
+    yield "rms_norm_backward", (y, x, w, rstd, 0, z)
+    for act in ("silu", "gelu_tanh", "gelu"):
+        yield "glu", (x, y, act)
+        yield "glu_backward", (z, x, y, act, True)
+    q, angles = made(1, 2, T, 16), made(1, T, 16, dtype=torch.float32)
+    for inverse in (False, True):
+        yield "rope", (q, angles.cos().to(dtype), angles.sin().to(dtype), inverse)
+    targets = torch.randint(0, N, (T,), generator=generator)
+    targets[0] = -100
+    targets = targets.to(device)
+    yield "cross_entropy_", (x, targets, 1.0, 0.0, None, 1.0, False, True, False)
+    yield "cross_entropy_", (x, targets, 0.5, 0.1, 30.0, 2.0, False, False, False)
+
+
+def check_dropout(T: int, N: int, dtype: torch.dtype, device: str) -> int:
+    """The mask is the same everywhere."""
+    x = torch.randn(T, N, generator=torch.Generator().manual_seed(2)).to(dtype)
+    ours, plain = run_training.dropout(x.to(device), 0.1, 7), reference_training.dropout(x, 0.1, 7)
+    assert torch.equal(ours.cpu(), plain), f"dropout differs: {T} x {N} {dtype}"
+    return 1
+
+
+def _copied(arguments: tuple[Any, ...], dtype: torch.dtype | None = None) -> list[Any]:
+    """Copies, since some functions write into their arguments; floating-point ones in ``dtype``."""
+    return [
+        argument
+        if not isinstance(argument, Tensor)
+        else argument.to(dtype if dtype is not None and argument.is_floating_point() else argument.dtype, copy=True)
+        for argument in arguments
+    ]
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    found = result if isinstance(result, tuple) else (result,)
+    return [tensor for tensor in found if tensor is not None]
+
+
+# --- whole layers ---
+
+
+def check_layer(T: int, N: int, K: int, r: int, dtype: torch.dtype, device: str, *, dora: bool, p: float) -> int:
+    """The operator under LoRA and DoRA with its gradients, against the formula through autograd."""
+    generator = torch.Generator().manual_seed(3)
+
+    def made(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+    W, dropout = made(N, K), Dropout(p, 11) if p else None
+    gain = made(N, dtype=torch.float32).abs() + 0.5 if dora else None
+    inputs = {"x": made(T, K), "A": made(r, K, dtype=torch.float32), "B": made(N, r, dtype=torch.float32)}
+    if dora:
+        inputs["m"] = made(N, dtype=torch.float32).abs() + 0.5
+    dy = made(T, N)
+
+    def ours(x: Tensor, A: Tensor, B: Tensor, m: Tensor | None = None) -> Tensor:
+        return low_rank_linear(x, (Branch(DenseWeight(W), 2.0, A, B, None, m, gain),), dropout)[0]
+
+    def plain(x: Tensor, A: Tensor, B: Tensor, m: Tensor | None = None) -> Tensor:
+        mask = reference_training.keep_mask(x, p, 11) / (1 - p) if p else torch.ones_like(x)
+        z = functional.linear(x, W.to(x.dtype))
+        z = z + 2.0 * ((x * mask.to(x.dtype)) @ A.to(x.dtype).T) @ B.to(x.dtype).T
+        if m is None or gain is None:
+            return z
+        return (z * (m * (gain / m).detach())).to(x.dtype)
+
+    found, allowed = _with_gradients(ours, inputs, dy), _with_gradients(plain, inputs, dy)
+    rounded = {name: tensor.to(dtype).double() for name, tensor in inputs.items()}
+    truth = _with_gradients(plain, rounded | ({"m": inputs["m"].double()} if dora else {}), dy.double())
+    what = f"layer {T} x {K} -> {N} {dtype}{' with gain' if dora else ''}{' with dropout' if p else ''}"
+    for name in found:
+        assert_as_good_on_average(found[name], allowed[name], truth[name], f"{name} of a {what}")
+    return len(found)
+
+
+def _with_gradients(function: Any, inputs: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
+    y = function(**leaves)
+    grads = torch.autograd.grad(y, list(leaves.values()), dy)
+    return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads)}}
+
+
+def assert_as_good(ours: Tensor, plain: Tensor, truth: Tensor, what: str) -> None:
+    """The error against float64 is not above that of plain PyTorch and a rounding of the float32 sum."""
+    error, allowed = (ours.double() - truth).abs().max(), (plain.double() - truth).abs().max()
+    # One rounding of the result more: the order of two roundings is no error.
+    unit = torch.finfo(ours.dtype).eps if ours.is_floating_point() else 0.0
+    slack = (1e-5 + unit) * (1 + truth.abs().max())
+    assert error <= allowed + slack, f"{what}: error {error:.3g}, plain PyTorch's {allowed:.3g}"
+
+
+def assert_as_good_on_average(ours: Tensor, plain: Tensor, truth: Tensor, what: str) -> None:
+    """As `assert_as_good` by the norm of the error: several roundings in a row, where the largest error is chance."""
+    error, allowed = (float((result.double() - truth).norm() / truth.norm()) for result in (ours, plain))
+    assert error <= 1.25 * allowed + 1e-6, f"{what}: error {error:.3g} of the result, plain PyTorch's {allowed:.3g}"

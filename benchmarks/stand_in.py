@@ -1,0 +1,35 @@
+"""Run from a source tree on a machine that has only torch, transformers and triton: no installation, no pydantic."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+SOURCE = Path(__file__).resolve().parents[1] / "src"
+
+
+def source_tree() -> None:
+    """Find rankwise in this tree, and give its settings something to be declared with where pydantic is missing.
+
+    Only the command line reads settings; the operators, adapters and models that a benchmark calls do not.
+    """
+    if str(SOURCE) not in sys.path:
+        sys.path.insert(0, str(SOURCE))
+    if "pydantic" not in sys.modules and importlib.util.find_spec("pydantic") is None:
+        sys.modules["pydantic"] = _declarations_only()
+
+
+def _declarations_only() -> ModuleType:
+    class Declared:
+        """Stands where pydantic.BaseModel would; it checks and holds nothing."""
+
+    def accept(*_: Any, **__: Any) -> None: ...
+
+    module = ModuleType("pydantic")
+    vars(module).update(
+        BaseModel=Declared, Field=accept, BeforeValidator=accept, ConfigDict=dict, ValidationError=ValueError
+    )
+    return module
