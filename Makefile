@@ -45,8 +45,15 @@ browser: $(STAMP) ## the comparison report in a real browser (needs a `chromium`
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
 	$(BIN)/python -m pytest -m browser
 
-bench: $(STAMP) ## timings against the peers, into docs/results
-	$(BIN)/python benchmarks/four_bits.py
+# Folder with E2E's trainset.csv and devset.csv, for the runs from end to end.
+E2E ?= ../shared/data/e2e
+
+bench: $(STAMP) ## timings against the peers, into docs/results (half an hour on a quiet machine)
+	$(BIN)/python benchmarks/four_bits.py --output docs/results
+	$(BIN)/python benchmarks/steps.py
+	$(BIN)/python benchmarks/scaling.py
+	@test -f $(E2E)/trainset.csv || { echo "needs E2E's trainset.csv and devset.csv; set E2E=FOLDER"; exit 1; }
+	$(BIN)/python benchmarks/end_to_end.py $(E2E)/trainset.csv --eval-data $(E2E)/devset.csv
 
 docs: $(STAMP) ## the documentation as HTML
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'

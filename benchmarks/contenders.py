@@ -17,7 +17,7 @@ from torch import Tensor
 import rankwise as rw
 
 METHODS = ("lora", "dora", "qlora", "qdora")
-R, ALPHA = 16, 32
+R, ALPHA, ALL_LINEAR = 16, 32, "all-linear"
 SIDES = ("ours", "peft")
 
 
@@ -85,7 +85,7 @@ def peft_config(method: str, dropout: float) -> Any:
         r=R,
         lora_alpha=ALPHA,
         lora_dropout=dropout,
-        target_modules="all-linear",
+        target_modules=ALL_LINEAR,
         use_dora=is_dora(method),
         task_type="CAUSAL_LM",
     )

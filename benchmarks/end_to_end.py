@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import random
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from torch.nn import functional
 
 import rankwise as rw
 from rankwise.data import encode_rows, read_rows
-from rankwise.records import load_record, write_json, write_text
+from rankwise.records import load_record, write_json
 from rankwise.training.meters import MemoryMeter, Progress, StepClock
 
 GOAL_FASTER = 3.0
@@ -37,6 +36,7 @@ GOAL_LOSS = 1.03
 # Of the peer's LoRA.
 GOAL_MEMORY = {"lora": 0.85, "qlora": 0.85, "dora": 0.75, "qdora": 0.75}
 IGNORED = -100
+COLUMNS = ("mr", "ref")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -82,20 +82,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def write_rows(given: argparse.Namespace, place: Path) -> dict[str, str]:
-    """train.jsonl with exactly the rows that the steps need, drawn by the seed, and eval.jsonl."""
+    """train.csv with exactly the rows that the steps need, drawn by the seed, and eval.csv."""
     everything, held_out = read_e2e(given.data), read_e2e(given.eval_data)
-    count = given.steps * given.batch
-    chosen = random.Random(given.seed).sample(everything, count)
+    chosen = random.Random(given.seed).sample(everything, given.steps * given.batch)
     step = max(1, len(held_out) // given.eval_rows)
     kept = {"train": chosen, "eval": held_out[::step][: given.eval_rows]}
     for name, rows in kept.items():
-        write_text(place / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return {name: str(place / f"{name}.jsonl") for name in kept}
+        with (place / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+    return {name: str(place / f"{name}.csv") for name in kept}
 
 
 def read_e2e(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
-        return [{"prompt": row["mr"] + "\n", "completion": row["ref"]} for row in csv.DictReader(file)]
+        return [{name: row[name] for name in COLUMNS} for row in csv.DictReader(file)]
+
+
+def for_trl(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The texts that we make of E2E's rows; trl adds the stop token to the completion, as we do."""
+    return [{"prompt": row["mr"] + "\n", "completion": row["ref"]} for row in rows]
 
 
 def measure(folder: str, method: str, files: dict[str, str], place: Path, given: argparse.Namespace) -> dict[str, Any]:
@@ -128,7 +135,8 @@ def train_ours(folder: str, method: str, data: str, output: str, given: argparse
     return {
         "examples": given.steps * given.batch,
         "train_seconds": given.steps * given.batch / record.examples_per_second,
-        "tokens_per_second": record.tokens_per_second,
+        "trained_tokens": record.data["train"]["trained_tokens"],
+        "tokens": record.data["train"]["tokens"],
         "train_loss": record.train_loss,
         "peak_memory_bytes": record.peak_memory_bytes,
         "process_peak_bytes": peak,
@@ -148,7 +156,6 @@ def train_peer(given: argparse.Namespace) -> dict[str, Any]:
     set_seed(given.seed)
     four_bits = contenders.bitsandbytes_config() if contenders.is_four_bit(given.method) else None
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.bfloat16, quantization_config=four_bits)
-    lines = given.data.read_text(encoding="utf-8").splitlines()
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SFTTrainer(
             model=model,
@@ -165,7 +172,7 @@ def train_peer(given: argparse.Namespace) -> dict[str, Any]:
                 save_strategy="no",
                 disable_tqdm=True,
             ),
-            train_dataset=Dataset.from_list([json.loads(line) for line in lines]),
+            train_dataset=Dataset.from_list(for_trl(read_e2e(given.data))),
             processing_class=AutoTokenizer.from_pretrained(given.model),
             peft_config=contenders.peft_config(given.method, given.dropout),
         )
@@ -194,6 +201,8 @@ def run_peer(trainer: Any, given: argparse.Namespace) -> dict[str, Any]:
     return {
         "examples": given.steps * given.batch,
         "train_seconds": progress.train_seconds,
+        "trained_tokens": sum(label != IGNORED for labels in trainer.train_dataset["labels"] for label in labels),
+        "tokens": sum(map(len, trainer.train_dataset["input_ids"])),
         "train_loss": outcome.training_loss,
         "peak_memory_bytes": memory.peak(),
         "precision": "bf16 autocast" if trainer.args.bf16 else "none",
@@ -257,10 +266,22 @@ def markdown(result: dict[str, Any]) -> list[str]:
         "",
         *results.table(headings, [cells(row, lora) for row in rows]),
         "",
+        *other_tokens(rows),
         f"Examples per second of the training steps. Loss per labelled token over {result['eval_rows']} rows of the "
         "evaluation data, by one evaluator. Peak: anonymous memory while training, and of the process's whole life. "
         "The peer's gradient checkpointing is off, its other options are TRL's defaults.",
     ]
+
+
+def other_tokens(rows: list[dict[str, Any]]) -> list[str]:
+    """Said where the two sides did not train on the same number of tokens."""
+    lines = [
+        f"- {row['method']}: {row['peer'][key]:,} {key.replace('_', ' ')} by TRL, {row['ours'][key]:,} by ours."
+        for row in rows
+        for key in ("tokens", "trained_tokens")
+        if row["peer"][key] != row["ours"][key]
+    ]
+    return [*lines, ""] if lines else []
 
 
 def cells(row: dict[str, Any], lora: float | None) -> list[str]:

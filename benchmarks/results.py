@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from rankwise.records import write_json, write_text
@@ -37,7 +36,7 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "memory_gb": _memory_gb(),
         "python": platform.python_version(),
     }
 
@@ -49,6 +48,14 @@ def _processor() -> str:
         return platform.machine()
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.machine()
+
+
+def _memory_gb() -> float | None:
+    names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+    if not hasattr(os, "sysconf") or not set(names) <= os.sysconf_names.keys():
+        return None
+    page, pages = map(os.sysconf, names)
+    return round(page * pages / 1e9, 1)
 
 
 def command() -> str:

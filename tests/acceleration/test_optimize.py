@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from families import MAKERS, family
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import rankwise as rw
-from families import MAKERS, family
 from rankwise.acceleration import can_flatten, fused_head, restore
 from rankwise.acceleration.attention import mask_ranges
 from tiny_models import tiny_llama

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from families import family
 from torch import Tensor
 
 import rankwise as rw
-from families import family
 from rankwise.acceleration import restore
 from rankwise.errors import AdapterError
 

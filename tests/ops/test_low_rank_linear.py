@@ -17,7 +17,9 @@ from rankwise.ops.low_rank_linear import Branch, Dropout, low_rank_linear, low_r
 SCALE = 0.75
 
 
-def branches(dtype: torch.dtype, *, dora: bool, bias: bool, widths: Sequence[int] = (6, 4), seed: int = 0) -> list[Branch]:
+def branches(
+    dtype: torch.dtype, *, dora: bool, bias: bool, widths: Sequence[int] = (6, 4), seed: int = 0
+) -> list[Branch]:
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:

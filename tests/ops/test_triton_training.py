@@ -18,6 +18,7 @@ from torch import Tensor
 from rankwise import ops
 from rankwise.errors import QuantizationError
 from rankwise.ops import run_training, training
+from rankwise.ops.checks_training import ACTIVATIONS
 
 triton = pytest.importorskip("triton")
 
@@ -85,7 +86,7 @@ def four_bit_row_cross(R: int, dtype: torch.dtype, factors: torch.dtype, *, doub
 
 def cases() -> dict[str, Callable[[], Any]]:
     """Launches of the sizes of a large layer, as far as these decide how a kernel is compiled."""
-    from rankwise.ops.triton import cross_entropy, dropout, low_rank, row_cross, scaled_grad
+    from rankwise.ops.triton import cross_entropy, dropout, glu, low_rank, row_cross, scaled_grad
 
     g, N, target = torch.ones(32), 32, torch.zeros(16, dtype=torch.int64)
     logits = bf16(16, 8192)
@@ -101,6 +102,11 @@ def cases() -> dict[str, Callable[[], Any]]:
         "cross entropy with all": lambda: cross_entropy.cross_entropy_(
             logits, target, 1.0, 0.1, 30.0, 1.0, True, True, True
         ),
+        **{f"glu {act}": lambda act=act: glu.glu(bf16(32, 64), bf16(32, 64), act) for act in ACTIVATIONS},
+        **{
+            f"glu {act} backward": lambda act=act: glu.glu_backward(bf16(32, 64), bf16(32, 64), bf16(32, 64), act, True)
+            for act in ACTIVATIONS
+        },
         "dropout": lambda: dropout.dropout(bf16(32, N), 0.1, 7),
         "dropout add": lambda: dropout.dropout_add_(bf16(32, N), bf16(32, N), 0.1, 7),
         "row cross": lambda: row_cross.row_cross(bf16(N, 4096), bf16(16, 4096), bf16(N, 16)),
@@ -130,10 +136,10 @@ class Launch:
 
 def launched(name: str, monkeypatch: pytest.MonkeyPatch) -> Launch:
     """The only launch of a case; nothing runs."""
-    from rankwise.ops.triton import cross_entropy, dropout, low_rank, row_cross, scaled_grad
+    from rankwise.ops.triton import cross_entropy, dropout, glu, low_rank, row_cross, scaled_grad
 
     launches = []
-    for module in (cross_entropy, dropout, low_rank, row_cross, scaled_grad):
+    for module in (cross_entropy, dropout, glu, low_rank, row_cross, scaled_grad):
         monkeypatch.setattr(module, "launching_on", lambda device: nullcontext())
         for kernel in [kernel for kernel in vars(module) if kernel.endswith("_kernel")]:
             launches.append(Launch(getattr(module, kernel)))

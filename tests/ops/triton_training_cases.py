@@ -19,6 +19,7 @@ from rankwise.errors import QuantizationError
 from rankwise.ops import reference as four_bit
 from rankwise.ops import reference_training as reference
 from rankwise.ops import run_training, training
+from rankwise.ops.checks_training import ACTIVATIONS
 from rankwise.ops.linear_cross_entropy import LogitShape, linear_cross_entropy
 from rankwise.ops.low_rank_linear import Branch, Dropout, low_rank_linear
 from rankwise.ops.triton.row_cross import bfloat16_parts
@@ -135,6 +136,42 @@ def test_scaled_grad_of_strided_rows_and_of_none() -> None:
     dz, dot = training.scaled_grad(randn(0, 8), randn(0, 8), g)
     assert dz.shape == (0, 8)
     assert not dot.any()
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "N"), [(1, 1), (3, 37), (2, 1025), (0, 4)])
+def test_gated_activations(T: int, N: int, dtype: torch.dtype, act: str) -> None:
+    dout, up, gate = randn(T, N, dtype=dtype), randn(T, N, dtype=dtype), 6 * randn(T, N, dtype=dtype)
+    wide = gate.double().requires_grad_(), up.double().requires_grad_()
+    truth = reference.glu(*wide, act)
+    d_gate, d_up = torch.autograd.grad(truth, wide, dout.double())
+    assert_as_good(training.glu(gate, up, act), reference.glu(gate, up, act), truth.detach())
+    kept = gate.clone(), up.clone(), dout.clone()
+    found, plain = training.glu_backward(dout, gate, up, act), reference.glu_backward(dout, gate, up, act, True)
+    for ours, ref, exact in zip(found, plain, (d_gate, d_up, truth.detach())):
+        assert_as_good(ours, ref, exact)
+    assert all(torch.equal(now, before) for now, before in zip((gate, up, dout), kept))
+    fewer = training.glu_backward(dout, gate, up, act, want_product=False)
+    assert torch.equal(fewer[0], found[0])
+    assert torch.equal(fewer[1], found[1])
+    assert fewer[2] is None
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_gated_activations_of_extreme_and_strided_gates(act: str) -> None:
+    gate = torch.tensor([[-1e30, -100.0, -20.0, -0.0, 1e-30, 20.0, 1e15]], device=DEVICE)
+    one = torch.ones_like(gate)
+    torch.testing.assert_close(training.glu(gate, one, act), reference.glu(gate, one, act), rtol=1e-5, atol=1e-7)
+    found = training.glu_backward(one, gate, one, act)
+    torch.testing.assert_close(found, reference.glu_backward(one, gate, one, act, True), rtol=1e-5, atol=1e-6)
+    both, dout = randn(2, 3, 40), randn(20, 6).T.reshape(2, 3, 20)
+    gate, up = both[..., :20], both[..., 20:]
+    assert training.glu(gate, up, act).is_contiguous()
+    torch.testing.assert_close(training.glu(gate, up, act), reference.glu(gate, up, act))
+    torch.testing.assert_close(
+        training.glu_backward(dout, gate, up, act), reference.glu_backward(dout, gate, up, act, True)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,10 +8,10 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_memory import toy_estimate
 
 from rankwise.planning import MemoryEstimate, Workload
 from rankwise.planning.fitting import Interpolating, Remembering, largest_batch, longest_row, verdict_of
+from toy_memory import toy_estimate
 
 WORK = Workload(batch_size=4, max_length=128, r=8)
 

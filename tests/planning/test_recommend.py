@@ -6,7 +6,6 @@ import itertools
 import re
 
 import pytest
-from toy_memory import PER_TOKEN, WEIGHTS, toy_estimate
 
 from rankwise.config import TrainSettings
 from rankwise.planning import Workload
@@ -14,6 +13,7 @@ from rankwise.planning.changes import Advisor, possible_steps
 from rankwise.planning.estimate import METHODS
 from rankwise.planning.recommend import ORDER, recommend
 from rankwise.planning.rules import RULES, SERVING, Situation
+from toy_memory import PER_TOKEN, WEIGHTS, toy_estimate
 
 WORK = Workload(batch_size=8, max_length=1024, r=16)
 GIVEN = {"model": "m", "r": 16, "target_modules": "all-linear", "batch_size": 8, "gradient_accumulation": 1}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from toy_memory import toy_estimate
 
 from rankwise.planning import Workload
 from rankwise.planning.calibration import Timing, solve
@@ -18,6 +17,7 @@ from rankwise.planning.speed import (
     micro_batch_seconds,
     weight_traffic_bytes,
 )
+from toy_memory import toy_estimate
 
 LLAMA_7B = {
     "hidden_size": 4096,

@@ -52,17 +52,17 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query (B, H, L, D), key and value (B, Hkv, Lk, D) -> (B, L, H, D)."""
-    by_token = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     covered = (
         dropout == 0.0
         and query.shape[2] > 1
         and all(kwargs.get(name) is None for name in _UNKNOWN_TO_THE_KERNEL)
-        and kernel.obstacle(*by_token, scale=scaling) is None
+        and kernel.obstacle(q, k, v, scale=scaling) is None
     )
     ranges = _ranges(module, query, key, attention_mask, is_causal) if covered else None
     if ranges is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
-    return kernel.attention(*by_token, *ranges, scale=scaling), None
+    return kernel.attention(q, k, v, *ranges, scale=scaling), None
 
 
 def _ranges(

@@ -46,4 +46,4 @@ def _last_logits(model: Any, lengths: list[int]) -> Tensor:
     ids = torch.cat([torch.arange(start + row + 1, start + row + 1 + length) for row, length in enumerate(lengths)])
     positions = torch.cat([torch.arange(length) for length in lengths])
     given = {"input_ids": ids[None].to(device), "position_ids": positions[None].to(device), "use_cache": False}
-    return model(**given).logits  # type: ignore[no-any-return]
+    return model(**given).logits

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -149,9 +149,10 @@ def replace_norms(model: nn.Module, undo: Undo, left: list[str]) -> int:
     """Every RMSNorm that Liger's equals; gives their number."""
     forms: dict[type, tuple[float, str] | None] = {}
     count = 0
-    for module in [module for module in model.modules() if _looks_like_norm(module)]:
+    norms: list[Any] = [module for module in model.modules() if _looks_like_norm(module)]
+    for module in norms:
         if type(module) not in forms:
-            forms[type(module)] = _norm_form(module, left)
+            forms[type(module)] = _norm_form(module, left) if runs_on(module.weight) else None
         form = forms[type(module)]
         if form is not None and is_free(module):
             replace_forward(module, _norm_forward, undo, rankwise_liger=form)
@@ -187,7 +188,7 @@ def replace_ropes(model: nn.Module, undo: Undo, left: list[str]) -> int:
             continue
         twin = LigerRope(original)
         setattr(namespace, ROPE, twin)
-        undo.add(lambda space=namespace, twin=twin: _put_back(space, twin))
+        undo.add(partial(_put_back, namespace, twin))
         count += 1
     return count
 
@@ -231,14 +232,14 @@ def _mlp(module: Any, x: Tensor, act: str) -> Tensor:
 
 def _norm_form(module: Any, left: list[str]) -> tuple[float, str] | None:
     """The first form that agrees; Llama's stands first."""
-    weight = module.weight
-    if not runs_on(weight):
-        return None
-    x = _random(weight, 3, weight.shape[0])
+    x = _random(module.weight, 3, module.weight.shape[0])
+    why_not: str | None = None
     for form in NORM_FORMS:
-        twin = _norm_of(weight, cast(float, _eps(module)), form)
-        if _agrees(twin, class_forward(module), [x], type(module).__name__, left):
+        twin = _norm_of(module.weight, cast(float, _eps(module)), form)
+        why_not = _disagreement(twin, class_forward(module), [x])
+        if why_not is None:
             return form
+    left.append(f"{type(module).__name__} stays torch's: {why_not}")
     return None
 
 
@@ -247,21 +248,25 @@ def _norm_of(weight: Tensor, eps: float, form: tuple[float, str]) -> Callable[[T
 
 
 def _mlp_agrees(module: Any, act: str, left: list[str]) -> bool:
-    base = module.gate_proj.base_layer if isinstance(module.gate_proj, AdaptedLayer) else module.gate_proj
+    base: Any = module.gate_proj.base_layer if isinstance(module.gate_proj, AdaptedLayer) else module.gate_proj
     like = next((p for p in module.parameters() if p.is_floating_point()), None)
     if like is None or not hasattr(base, "in_features"):
         return False
     dtype = base.weight.dtype if base.weight.is_floating_point() else getattr(base, "dtype", like.dtype)
-    if not runs_on(like.detach().to(dtype)):
+    like = like.detach().new_empty(0, dtype=dtype)
+    if not runs_on(like):
         return False
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        x = _random(like.to(dtype), 2, base.in_features)
-        return _agrees(lambda x: _mlp(module, x, act), class_forward(module), [x], type(module).__name__, left)
+        x = _random(like, 2, base.in_features)
+        why_not = _disagreement(lambda x: _mlp(module, x, act), class_forward(module), [x])
     finally:
         for part, mode in modes:
             part.training = mode
+    if why_not is not None:
+        left.append(f"{type(module).__name__} stays torch's: {why_not}")
+    return why_not is None
 
 
 def _rope_agrees(original: Callable[..., Any], like: Tensor, left: list[str]) -> bool:
@@ -272,27 +277,26 @@ def _rope_agrees(original: Callable[..., Any], like: Tensor, left: list[str]) ->
     angles = _random(like, 2, 5, 8).float().repeat(1, 1, 2)
     cos, sin = angles.cos().to(like.dtype), angles.sin().to(like.dtype)
     twin = LigerRope(original)
-    return _agrees(lambda q, k: twin(q, k, cos, sin), lambda q, k: original(q, k, cos, sin), [q, k], ROPE, left)
+    why_not = _disagreement(lambda q, k: twin(q, k, cos, sin), lambda q, k: original(q, k, cos, sin), [q, k])
+    if why_not is not None:
+        left.append(f"{ROPE} stays torch's: {why_not}")
+    return why_not is None
 
 
-def _agrees(
-    twin: Callable[..., Any], plain: Callable[..., Any], inputs: Sequence[Tensor], name: str, left: list[str]
-) -> bool:
-    """Whether results and gradients are the same, and the twin changes neither its inputs nor their gradients."""
+def _disagreement(twin: Callable[..., Any], plain: Callable[..., Any], inputs: Sequence[Tensor]) -> str | None:
+    """Why the twin cannot stand in: other results or gradients, changed inputs or cotangents, an error. Else None."""
     try:
-        expected = _results(plain, inputs)
-        found = _results(twin, inputs)
-    except Exception as error:  # noqa: BLE001  whatever a kernel or a part of another form raises, the part stays torch's
-        left.append(f"{name} stays torch's: {type(error).__name__}: {error}")
-        return False
+        expected, found = _results(plain, inputs), _results(twin, inputs)
+    except Exception as error:  # noqa: BLE001  whatever a kernel, or a part of another form, raises: the reason is said
+        return f"{type(error).__name__}: {error}"
     limit = TOLERANCE[inputs[0].dtype]
     same = [a.shape == b.shape and a.dtype == b.dtype and _difference(a, b) <= limit for a, b in zip(found, expected)]
-    return len(found) == len(expected) and all(same)
+    return None if len(found) == len(expected) and all(same) else "Liger's kernel gives another result"
 
 
 @torch.enable_grad()
 def _results(function: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs, gradients, and the inputs and the outputs' gradients as they are afterwards."""
+    """Outputs, gradients, and the inputs and cotangents as they are afterwards."""
     given = [x.detach().clone().requires_grad_() for x in inputs]
     # A part is never given a leaf, which no function may write into.
     held = [x.view_as(x) for x in given]

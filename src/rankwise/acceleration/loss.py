@@ -177,7 +177,7 @@ def _noting_hidden(head: nn.Module) -> Iterator[list[Tensor]]:
         noted.append(hidden)
         return hidden.new_zeros((*hidden.shape[:-1], 1))
 
-    head.forward = note  # type: ignore[method-assign]
+    head.forward = note
     try:
         yield noted
     finally:
@@ -204,7 +204,7 @@ def _answers_as(model: Any, head: nn.Module, shape: LogitShape) -> bool:
 
     was_training = [(module, module.training) for module in model.modules()]
     model.eval()
-    head.forward = answer  # type: ignore[method-assign]
+    head.forward = answer
     try:
         ids = torch.zeros((1, 2), dtype=torch.long, device=parameter.device)
         logits = class_forward(model)(input_ids=ids, use_cache=False, logits_to_keep=1).logits

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.acceleration import attention
+from rankwise.acceleration import attention, liger
 from rankwise.acceleration.allocator import keep_freed_memory
 from rankwise.acceleration.loss import Head, accept_labels, find_head
 from rankwise.acceleration.recognise import adapted_layers, replace_mlps, replace_norms, replace_ropes
@@ -49,9 +49,10 @@ class Acceleration:
 def optimize_for_training(model: nn.Module, *, keep_memory: bool = True) -> Acceleration:
     """Make training steps of ``model`` fast, in place; results stay the same up to rounding.
 
-    Call it after ``add_adapter``. Fused parts, attention and allocator concern CPUs; shared inputs and the fused loss
-    every device. A plain loop gets them too: ``model(input_ids=ids, labels=ids).loss``, whose output then carries no
-    logits. Calling it again starts over; ``restore(model)`` takes everything out but the allocator's thresholds.
+    Call it after ``add_adapter``. Attention and allocator concern CPUs; shared inputs and the fused loss every device;
+    fused parts are ours on a CPU and Liger's on CUDA, where it is installed. A plain loop gets them too:
+    ``model(input_ids=ids, labels=ids).loss``, whose output then carries no logits. Calling it again starts over;
+    ``restore(model)`` takes everything out but the allocator's thresholds.
     """
     restore(model)
     return optimize(model, Undo(), keep_memory=keep_memory)
@@ -65,11 +66,13 @@ def optimize(model: nn.Module, undo: Undo, *, keep_memory: bool = True, fuse_los
     left: list[str] = []
     if fuse_loss and head is None:
         left.append("the loss stays the model's own: its logits are not those of its output head")
+    shared_inputs = _share_inputs(model, undo)
+    norms, mlps, ropes = _fuse_parts(model, undo, left)
     done = Acceleration(
-        shared_inputs=_share_inputs(model, undo),
-        norms=replace_norms(model, undo) if on_cpu else 0,
-        mlps=replace_mlps(model, undo) if on_cpu else 0,
-        ropes=replace_ropes(model, undo) if on_cpu else 0,
+        shared_inputs=shared_inputs,
+        norms=norms,
+        mlps=mlps,
+        ropes=ropes,
         attention=_use_attention(model, undo, left),
         fused_loss=head is not None,
         keeps_memory=keep_memory and on_cpu and keep_freed_memory(),
@@ -79,6 +82,14 @@ def optimize(model: nn.Module, undo: Undo, *, keep_memory: bool = True, fuse_los
     done = dataclasses.replace(done, left_alone=tuple(left))
     model.__dict__.setdefault(ATTRIBUTE, {}).update(undo=undo, done=done, of=weakref.ref(model))
     return done
+
+
+def _fuse_parts(model: nn.Module, undo: Undo, left: list[str]) -> tuple[int, int, int]:
+    """Norms, gated MLPs and rotary functions that got a fast twin: ours on a CPU, Liger's on CUDA."""
+    device_type = next(model.parameters()).device.type
+    if device_type in ("cpu", "meta"):
+        return replace_norms(model, undo), replace_mlps(model, undo), replace_ropes(model, undo)
+    return liger.replace_parts(model, undo, left) if device_type == "cuda" else (0, 0, 0)
 
 
 def restore(model: nn.Module) -> None:

@@ -60,6 +60,6 @@ class Glu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         gate, up = ctx.saved_tensors
-        flat = [tensor.reshape(-1, gate.shape[-1]) for tensor in (dy, gate, up)]
-        d_gate, d_up, _ = training.glu_backward(*flat, ctx.act, want_product=False)
+        rows, of_gate, of_up = (tensor.reshape(-1, gate.shape[-1]) for tensor in (dy, gate, up))
+        d_gate, d_up, _ = training.glu_backward(rows, of_gate, of_up, ctx.act, want_product=False)
         return d_gate.view(gate.shape), d_up.view(gate.shape), None

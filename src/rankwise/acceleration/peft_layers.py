@@ -64,15 +64,17 @@ def _take_over(module: Any, undo: Undo) -> bool:
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     layer: AdaptedLayer = self.__dict__[STAND_IN]
     if args or kwargs or not layer.is_ready:
-        return class_forward(self)(x, *args, **kwargs)  # type: ignore[no-any-return]
-    return layer(x)  # type: ignore[no-any-return]
+        return class_forward(self)(x, *args, **kwargs)
+    return layer(x)
 
 
 def _prepare(reference: weakref.ref[Any], layer: AdaptedLayer) -> bool:
     """Bring ``layer`` to the adapter and mode of PEFT's layer; False where PEFT has to compute."""
     module = reference()
     layer.active = None
-    name = None if module is None or module.__dict__.get(STAND_IN) is not layer else _sole_adapter(module)
+    if module is None or module.__dict__.get(STAND_IN) is not layer:
+        return False
+    name = _sole_adapter(module)
     if name is None or not _is_current(module, layer, name):
         return False
     layer.active = name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def replace_ropes(model: nn.Module, undo: Undo) -> int:
         if original is None or isinstance(original, FastRope) or not _rope_agrees(original):
             continue
         setattr(namespace, ROPE, FastRope(original))
-        undo.add(lambda space=namespace, function=original: setattr(space, ROPE, function))
+        undo.add(partial(setattr, namespace, ROPE, original))
         count += 1
     return count
 
@@ -110,25 +111,25 @@ def _runs_natively(x: Tensor) -> bool:
 
 def _norm_forward(self: Any, x: Tensor) -> Tensor:
     if not _runs_natively(x) or self.weight.requires_grad or self.weight.dtype != x.dtype:
-        return class_forward(self)(x)  # type: ignore[no-any-return]
-    return RmsNorm.apply(x, self.weight, *self.rankwise_norm)  # type: ignore[no-any-return]
+        return class_forward(self)(x)
+    return RmsNorm.apply(x, self.weight, *self.rankwise_norm)
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     if not _runs_natively(x):
-        return class_forward(self)(x)  # type: ignore[no-any-return]
+        return class_forward(self)(x)
     return down_of_glu(self.down_proj, self.gate_proj(x), self.up_proj(x), self.rankwise_act)
 
 
 def down_of_glu(down: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
     """``down(act(gate) * up)``; over an adapted layer the product is not kept for the backward pass."""
     layer = down.__dict__.get(STAND_IN, down)
-    if isinstance(layer, AdaptedLayer) and is_free(layer) and layer.is_ready:
+    if isinstance(layer, AdaptedLayer) and is_free(layer) and layer.is_ready and layer.active is not None:
         adapter: Any = layer.adapters[layer.active]
         branch = branch_of(adapter, layer.base_layer, gate)
         if branch is not None:
             return low_rank_linear_of_glu(gate, up, act, branch, drawn_dropout(adapter.dropout, adapter.training))
-    return down(Glu.apply(gate, up, act))  # type: ignore[no-any-return]
+    return down(Glu.apply(gate, up, act))
 
 
 def _looks_like_norm(module: Any) -> bool:
@@ -167,7 +168,7 @@ def _mlp_activation(module: Any) -> str | None:
 
 @torch.no_grad()
 def _mlp_agrees(module: Any, act: str) -> bool:
-    base = module.gate_proj.base_layer if isinstance(module.gate_proj, AdaptedLayer) else module.gate_proj
+    base: Any = module.gate_proj.base_layer if isinstance(module.gate_proj, AdaptedLayer) else module.gate_proj
     like = next((p for p in module.parameters() if p.is_floating_point()), None)
     if like is None or not hasattr(base, "in_features"):
         return False

@@ -36,7 +36,7 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any], undo: Undo, 
     """
     before = module.__dict__.get("forward")
     module.__dict__.update(notes)
-    module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+    module.forward = types.MethodType(forward, module)
 
     def put_back() -> None:
         for name in notes:
@@ -44,7 +44,7 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any], undo: Undo, 
         if before is None:
             module.__dict__.pop("forward", None)
         else:
-            module.forward = before  # type: ignore[method-assign]
+            module.forward = before
 
     undo.add(put_back)
 

@@ -63,7 +63,15 @@ PANELS = {
         "seed",
         "early_stopping",
     ),
-    "Device and memory": ("device", "dtype", "gradient_checkpointing", "activation_offloading", "ignore_plan"),
+    "Device, memory and speed": (
+        "device",
+        "dtype",
+        "fast",
+        "gradient_checkpointing",
+        "activation_offloading",
+        "ignore_plan",
+        "cache",
+    ),
     "Evaluating, saving, continuing": (
         "eval_steps",
         "eval_limit",

@@ -77,14 +77,14 @@ def low_rank_linear(x: Tensor, branches: Sequence[Branch], dropout: Dropout | No
     tensors = [tensor for branch in branches for tensor in branch.tensors]
     if not torch.is_grad_enabled():
         return _forward(x, branches, dropout)[0]
-    return LowRankLinear.apply(tuple(branches), dropout, x, *tensors)  # type: ignore[no-any-return]
+    return LowRankLinear.apply(tuple(branches), dropout, x, *tensors)
 
 
 def low_rank_linear_of_glu(gate: Tensor, up: Tensor, act: str, branch: Branch, dropout: Dropout | None) -> Tensor:
     """``low_rank_linear(act(gate) * up)`` of one branch, without keeping the product: gate, up (..., K) -> (..., N)."""
     if not torch.is_grad_enabled():
         return _forward(training.glu(gate, up, act), (branch,), dropout)[0][0]
-    return LowRankLinearOfGlu.apply(branch, act, dropout, gate, up, *branch.tensors)  # type: ignore[no-any-return]
+    return LowRankLinearOfGlu.apply(branch, act, dropout, gate, up, *branch.tensors)
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -142,7 +142,7 @@ class LowRankLinearOfGlu(torch.autograd.Function):
         assert dx is not None, "one branch has a gradient"
         flat = (gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1]))
         d_gate, d_up, rows = training.glu_backward(dx, *flat, ctx.act)
-        dA = None if dU is None or not wanted[0][0] else _grad_A(dU, rows, ctx.dropout)
+        dA = None if dU is None or rows is None or not wanted[0][0] else _grad_A(dU, rows, ctx.dropout)
         return None, None, None, _like(d_gate, gate), _like(d_up, up), *_flat(grads, dA, branches, wanted)
 
 
@@ -244,6 +244,8 @@ def _with_tensors(
     filled = []
     for index, branch in enumerate(branches):
         A, B, bias, m = saved[4 * index : 4 * index + 4]
+        assert A is not None, "saved of every branch"
+        assert B is not None, "saved of every branch"
         filled.append(dataclasses.replace(branch, A=A, B=B, bias=bias, m=m))
     return filled, saved[4 * len(branches) :]
 

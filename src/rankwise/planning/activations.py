@@ -13,6 +13,7 @@ from rankwise.planning.estimate import DORA
 from rankwise.planning.shape import Shape
 from rankwise.planning.weights import DTYPE_BYTES
 from rankwise.planning.workload import Workload
+
 GPT2_CPU_WEIGHTS, GPT2_CPU_COPIES = 12, 5
 CHUNK_BYTES, SMALLEST_CHUNK = 32 << 20, 16
 # Of logits, as in ops.linear_cross_entropy.
@@ -126,7 +127,7 @@ def _experts(step: Step) -> float:
     shape, s, k = step.shape, step.s, step.shape.experts_per_token
     routed = s * (3 * k * shape.mlp + max(1, k - 1) * shape.hidden)
     if step.method == "full":
-        routed = 4 * k * (3 * shape.mlp + 3 * shape.hidden)
+        routed = 4 * k * (3 * shape.mlp + 5 * shape.hidden)
     shared = s * ((2 if step.native else 4) * shape.shared_mlp + 2 * shape.hidden) if shape.shared_mlp else 0
     return routed + shared + 8 * shape.experts
 
@@ -166,7 +167,7 @@ def _cast_weights(step: Step) -> float:
 
 
 def _full_per_token(step: Step) -> float:
-    """Weights train, so that each product keeps its input: under autocast a 16-bit copy for each layer that reads it."""
+    """Weights train, so that products keep their inputs: under autocast a 16-bit copy for each layer that reads one."""
     shape, s = step.shape, step.s
     norms = shape.norms_per_layer * (8 * shape.hidden + 4)
     if shape.qk_norm:
@@ -219,15 +220,17 @@ def loss_bytes(step: Step) -> int:
 def backward_bytes(step: Step) -> int:
     """On the way through one layer: gradients of the MLP's parts and of the residual stream, beyond what goes by then.
 
-    Full fine-tuning has them in float32. GPT-2's attention on a CPU adds float32 gradients of its weights.
+    Full fine-tuning has them in float32. Of a layer that checkpointing made again more has gone.
     """
     shape, s = step.shape, 4 if step.method == "full" else step.s
+    h, f, again = shape.hidden, shape.mlp, step.workload.gradient_checkpointing
     if shape.family == "gpt2":
-        weights = 0 if step.on_card else 4 * shape.heads * step.row_tokens
-        return step.T * (s * (3 * shape.mlp + 2 * shape.hidden) + weights)
+        return step.T * s * ((2 if again else 3) * f + 2 * h)
     if shape.experts:
-        return step.T * s * (2 * shape.experts_per_token * shape.mlp + 3 * shape.hidden)
-    return step.T * s * ((2 if step.on_card else 4) * shape.mlp + (2 if step.on_card else 1) * shape.hidden)
+        return step.T * s * (2 * shape.experts_per_token * f + 3 * h)
+    if again and step.method == "full":
+        return step.T * step.s * (2 * f + h)
+    return step.T * s * (2 * f + 2 * h if step.on_card else 4 * f + h)
 
 
 def checkpoint_bytes(step: Step) -> int:

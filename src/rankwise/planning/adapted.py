@@ -64,6 +64,13 @@ class Adaptation:
 def adaptation(shape: Shape, config: LoraConfig) -> Adaptation:
     """What ``add_adapter`` would do. Raises AdapterError, RW401 to RW404, as it does."""
     adapted = tuple(_adapted(shape, config))
+    unused = [key for key in config.enable_lora if not any(matches(item.module.name, [key]) for item in adapted)]
+    if unused:
+        raise AdapterError(
+            "RW403",
+            f"enable_lora names {', '.join(unused)}, and no adapted module ends in that; the linear layers of this "
+            f"{shape.family} model end in {', '.join(_endings(shape))}.",
+        )
     whole = tuple(_whole(shape, config.modules_to_save or ()))
     return Adaptation(adapted, whole, tuple(_biases(shape, config, adapted, whole)))
 

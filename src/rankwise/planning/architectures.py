@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 from rankwise.planning.shape import Fields, Module, Shape
 
@@ -35,7 +36,7 @@ def decoder(
     d = fields.count("head_dim", head_dim or h // heads)
     groups = fields.count("num_key_value_heads", kv_heads or heads)
     attention_bias = fields.flag("attention_bias", False)
-    sizes = {
+    sizes: dict[str, Any] = {
         "h": h,
         "q": heads * d,
         "k": groups * d,

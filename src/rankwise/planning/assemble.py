@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rankwise.planning import cuda
-from rankwise.planning.estimate import TERMS, MemoryEstimate, Phase
+from rankwise.planning.estimate import TERMS, MemoryEstimate
+from rankwise.planning.parallel import per_device
 from rankwise.planning.workload import Workload
 
 DRY_RUN_ERROR = {"cpu": 0.08, "cuda": 0.05}
@@ -25,9 +26,14 @@ def assembled(
     max_positions: int | None,
     exact: bool,
     seconds: float,
+    layer_bytes: int,
+    trained_bytes: int,
     notes: tuple[str, ...] = (),
 ) -> MemoryEstimate:
+    """One device's estimate. ``layer_bytes``: of the tensors of the largest layer; ``trained_bytes``: of all that
+    trains."""
     terms = {name: breakdown.get(name, 0) for name in TERMS}
+    terms = per_device(terms, workload, layer_bytes=layer_bytes, trained_bytes=trained_bytes)
     outside = outside_bytes(workload, sum(terms.values()))
     terms["overhead"] += outside + (cuda.workspace_bytes() if workload.device_type == "cuda" else CPU_LIBRARY_BYTES)
     return MemoryEstimate(

@@ -1,12 +1,12 @@
 """The closed form: the peak of a step from a model's config alone, in milliseconds. Imports no torch.
 
-    fixed = weights + adapters + optimizer state
-    peak  = fixed + max of
-        forward     saved by all layers + logits
-        backward    saved by all layers + what the last layer's gradients take (with checkpointing the input of each
-                    layer is saved, and one layer is made again)
-        its end     all gradients + one layer, or + the embedding's gradient
-        optimizer   all gradients + the optimizer's copies
+fixed = weights + adapters + optimizer state
+peak  = fixed + max of
+    forward     saved by all layers + logits
+    backward    saved by all layers + what the last layer's gradients take (with checkpointing the input of each
+                layer is saved, and one layer is made again)
+    its end     all gradients + one layer, or + the embedding's gradient
+    optimizer   all gradients + the optimizer's copies
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ def of_shape(shape: Shape, method: str, workload: Workload, *, started: float | 
         max_positions=shape.max_positions,
         exact=False,
         seconds=time.perf_counter() - started,
+        layer_bytes=layer_tensor_bytes(shape, fixed),
+        trained_bytes=weights.tensor_bytes(tensors),
         notes=notes_of(shape, method),
     )
 
@@ -76,6 +78,12 @@ def fixed_terms(shape: Shape, method: str, workload: Workload, adapted: Adaptati
         "weights": weights.dense_bytes(shape, method, workload),
         "adapters": weights.tensor_bytes(own) + kept,
     }
+
+
+def layer_tensor_bytes(shape: Shape, fixed: Terms) -> int:
+    """Of one layer: its share of all weights and adapters, embeddings and head left to themselves."""
+    held = sum(fixed[name] for name in ("weights_4bit", "weights", "adapters"))
+    return held // shape.layers
 
 
 def step_of(shape: Shape, method: str, workload: Workload, adapted: Adaptation | None) -> Step:
@@ -107,7 +115,9 @@ def phases(
     gradients = weights.tensor_bytes(tensors)
     unpacked = unpacked_bytes(shape, method, workload)
     # By then what lies outside of the layers is mostly gone; with checkpointing the mask is needed again.
-    outside_then = outside // 2 if again or step.on_card else 0
+    outside_then = activations.checkpoint_bytes(step) + step.T * step.row_tokens if again else 0
+    if step.on_card and not again:
+        outside_then = outside // 2
     return {
         "forward": {"activations": saved + outside, "logits": activations.loss_bytes(step)},
         "backward at the head": {"activations": saved + outside, "transient": head_gradient_bytes(shape, method)},

@@ -18,14 +18,14 @@ def new_optimizer(workload: Workload, parameters: list[torch.nn.Parameter]) -> t
 
 
 class CountedOptimizer(torch.optim.Optimizer):
-    """Holds the state that the rule of ``name`` gives for each parameter, and steps by taking its copies for a moment."""
+    """Holds the state that the rule of ``name`` gives for each parameter; a step takes its copies for a moment."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], name: str) -> None:
         super().__init__(parameters, {})
         self.name = name
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         copies = []
         for group in self.param_groups:
             for parameter in group["params"]:

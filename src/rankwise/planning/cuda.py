@@ -18,7 +18,7 @@ def rounded(size_bytes: int) -> int:
 
 
 def workspace_bytes() -> int:
-    """cuBLAS' workspace, which torch takes from its allocator: 32 MiB on Hopper, 8.1 MiB before; the larger is taken."""
+    """cuBLAS' workspace, out of torch's allocator: 32 MiB on Hopper, 8.1 MiB before; the larger is taken."""
     return 32 * MIB
 
 

@@ -17,13 +17,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rankwise.adapters import adapter_parameters, has_adapter
+from rankwise.adapters.base_layer import features, is_linear
+from rankwise.adapters.targets import matches
 from rankwise.errors import ModelError, RankwiseError
 from rankwise.planning import cuda
 from rankwise.planning.assemble import assembled
+from rankwise.planning.counted_optimizer import new_optimizer
 from rankwise.planning.estimate import MemoryEstimate
 from rankwise.planning.fake_model import attach, materialize, weights_dtype
 from rankwise.planning.offload import offloaded
-from rankwise.planning.counted_optimizer import new_optimizer
 from rankwise.planning.optimizers import rule_of, state_bytes
 from rankwise.planning.scratch import SCRATCH, kept_memory, kept_norms, lives_in_kept_memory
 from rankwise.planning.step import autocast_dtype, make_batch, take_step, true_counts
@@ -77,6 +79,7 @@ def trace(
     rule_of(workload.optimizer)
     tracker = new_tracker(workload, vocabulary_of(skeleton), fake=fake)
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
+    tracker.answers.true_counts |= _enabled_rows(skeleton, workload)
     with _explaining(skeleton), mode, tracker:
         materialize(skeleton, weights_dtype(method, workload), fill=not fake)
         flat = attach(skeleton, method, workload)
@@ -86,10 +89,14 @@ def trace(
         run_steps(skeleton, method, workload, tracker, flat=flat, loss=loss)
         tracker.see_all(kept_norms(skeleton), "adapters")
     shapes = [(tuple(item.shape), item.element_size()) for item in trained(skeleton)]
+    breakdown = tracker.breakdown()
+    held = sum(breakdown.get(name, 0) for name in ("weights_4bit", "weights", "adapters"))
     return assembled(
         method,
         workload,
-        breakdown=tracker.breakdown(),
+        breakdown=breakdown,
+        layer_bytes=held // max(1, getattr(config, "num_hidden_layers", 1)),
+        trained_bytes=sum(item.nbytes for item in trained(skeleton)),
         phase=tracker.peak_phase,
         trainable=sum(item.numel() for item in trained(skeleton)),
         total=total,
@@ -98,6 +105,17 @@ def trace(
         exact=True,
         seconds=time.perf_counter() - started,
     )
+
+
+def _enabled_rows(model: nn.Module, workload: Workload) -> dict[int, int]:
+    """Of the flags over a fused projection's rows, how many adapt."""
+    counts = {}
+    for name, module in model.named_modules():
+        parts = next((parts for key, parts in workload.enable_lora.items() if matches(name, [key])), None)
+        if parts is not None and is_linear(module):
+            out_features = features(module)[1]
+            counts[out_features] = out_features // len(parts) * sum(map(bool, parts))
+    return counts
 
 
 def new_tracker(workload: Workload, vocabulary: int | None, *, fake: bool = True) -> StorageTracker:

@@ -1,0 +1,89 @@
+"""The closed form against the dry run: within 8 %, and never below it by more than 3 %."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from planning_models import config_of, skeleton
+
+from rankwise.planning import Workload
+from rankwise.planning.closed_form import of_shape
+from rankwise.planning.dry_run import trace
+from rankwise.planning.shape import shape_of
+
+GRID = [
+    ("llama", "lora", "cuda", False, 2, 512),
+    ("llama", "qdora", "cuda", True, 4, 1024),
+    ("llama", "full", "cuda", False, 4, 1024),
+    ("llama", "qlora", "cpu", False, 2, 512),
+    ("llama", "dora", "cpu", True, 4, 1024),
+    ("qwen2", "dora", "cuda", False, 2, 512),
+    ("qwen2", "full", "cpu", True, 2, 512),
+    ("qwen3", "lora", "cpu", False, 4, 1024),
+    ("qwen3", "qdora", "cuda", False, 1, 2048),
+    ("mistral", "lora", "cuda", True, 2, 512),
+    ("mistral", "qlora", "cpu", False, 1, 64),
+    ("gemma", "lora", "cuda", False, 2, 512),
+    ("gemma", "qdora", "cpu", False, 4, 1024),
+    ("gemma3_text", "dora", "cuda", True, 2, 512),
+    ("gpt2", "lora", "cuda", False, 2, 512),
+    ("gpt2", "full", "cuda", False, 4, 1024),
+    ("gpt2", "qdora", "cpu", True, 2, 512),
+    ("mixtral", "lora", "cuda", False, 4, 1024),
+    ("mixtral", "full", "cuda", True, 2, 512),
+    ("qwen3_moe", "qlora", "cuda", False, 2, 512),
+    ("qwen3_moe", "dora", "cpu", True, 2, 512),
+]
+WIDER = list(
+    itertools.product(
+        ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "gpt2", "mixtral", "qwen3_moe", "phi3"),
+        ("full", "lora", "qlora", "dora", "qdora"),
+        ("cuda", "cpu"),
+        (False, True),
+        ((1, 256), (8, 1024)),
+    )
+)
+
+
+def difference(family: str, method: str, device: str, checkpointing: bool, batch: int, length: int) -> float:
+    """Of the tensors' bytes, relative to the dry run."""
+    workload = Workload(batch_size=batch, max_length=length, gradient_checkpointing=checkpointing, device_type=device)
+    dry = trace(skeleton(family), method, workload)
+    closed = of_shape(shape_of(config_of(family)), method, workload)
+    return (closed.peak_bytes - closed.outside_bytes) / (dry.peak_bytes - dry.outside_bytes) - 1
+
+
+@pytest.mark.parametrize(("family", "method", "device", "checkpointing", "batch", "length"), GRID)
+def test_closed_form_meets_the_dry_run(family, method, device, checkpointing, batch, length):
+    assert -0.03 <= difference(family, method, device, checkpointing, batch, length) <= 0.08
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "method", "device", "checkpointing", "size"), WIDER)
+def test_closed_form_over_the_whole_grid(family, method, device, checkpointing, size):
+    assert -0.03 <= difference(family, method, device, checkpointing, *size) <= 0.08
+
+
+def test_devices_share_what_the_strategy_shards():
+    shape = shape_of(config_of("llama"))
+
+    def found(**changes):
+        return of_shape(shape, "full", Workload(batch_size=1, max_length=256, **changes)).breakdown
+
+    alone, ddp, fsdp = found(), found(devices=4, strategy="ddp"), found(devices=4, strategy="fsdp")
+    assert fsdp["weights"] == pytest.approx(alone["weights"] / 4, rel=1e-3)
+    assert fsdp["optimizer"] == pytest.approx(alone["optimizer"] / 4, rel=1e-3)
+    assert ddp["weights"] == alone["weights"]
+    assert sum(ddp.values()) > sum(alone.values()) > sum(fsdp.values())
+
+
+def test_smaller_optimizers_are_smaller():
+    shape = shape_of(config_of("llama"))
+    sizes = [
+        of_shape(shape, "full", Workload(batch_size=1, max_length=64, optimizer=name)).breakdown["optimizer"]
+        for name in ("adamw_torch", "adamw_8bit", "adafactor", "paged_adamw_8bit", "sgd")
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == pytest.approx(8 * shape.parameters, rel=1e-4)
+    assert sizes[1] == pytest.approx((2 + 8 / 256) * shape.parameters, rel=1e-2)

@@ -1,0 +1,148 @@
+"""The dry run counts what a real step really holds, by the same count of storages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from planning_models import config_of, skeleton
+from torch import nn
+
+from rankwise.errors import ModelError
+from rankwise.planning import TERMS, Workload, estimate
+from rankwise.planning.adapted import adaptation
+from rankwise.planning.closed_form import fixed_terms
+from rankwise.planning.dry_run import trace
+from rankwise.planning.shape import shape_of
+from rankwise.planning.tracker import StorageTracker
+
+SMALL = {
+    "vocab_size": 1024,
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+STEP = {"batch_size": 2, "max_length": 48, "r": 8, "device_type": "cpu"}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora", "qdora"])
+def test_fake_steps_hold_what_real_ones_do(method, checkpointing):
+    workload = Workload(gradient_checkpointing=checkpointing, **STEP)
+    fake = trace(skeleton("llama", **SMALL), method, workload)
+    real = trace(skeleton("llama", **SMALL), method, workload, fake=False)
+    assert fake.peak_bytes - _overhead(fake) == pytest.approx(real.peak_bytes - _overhead(real), rel=5e-3)
+    assert fake.phase == real.phase
+
+
+@pytest.mark.parametrize(("family", "method"), [("gpt2", "lora"), ("qwen3", "dora"), ("gemma3_text", "qlora")])
+def test_so_they_do_in_other_families(family, method):
+    changes = SMALL | ({"intermediate_size": 512} if family == "gpt2" else {})
+    workload = Workload(**STEP)
+    fake, real = (trace(skeleton(family, **changes), method, workload, fake=is_fake) for is_fake in (True, False))
+    assert fake.peak_bytes - _overhead(fake) == pytest.approx(real.peak_bytes - _overhead(real), rel=5e-3)
+
+
+def test_fused_projections_of_which_parts_adapt():
+    settings = {"target_modules": ("c_attn",), "enable_lora": {"c_attn": (True, False, True)}}
+    fake, real = (
+        trace(skeleton("gpt2", **SMALL), "dora", Workload(**STEP, **settings), fake=is_fake)
+        for is_fake in (True, False)
+    )
+    assert fake.trainable_parameters == real.trainable_parameters
+    assert fake.peak_bytes - _overhead(fake) == pytest.approx(real.peak_bytes - _overhead(real), rel=5e-3)
+
+
+def _overhead(found) -> int:
+    return found.breakdown["overhead"]
+
+
+def test_terms_sum_to_the_peak_and_have_known_names():
+    found = trace(skeleton("llama", **SMALL), "qdora", Workload(batch_size=2, max_length=64))
+    assert sum(found.breakdown.values()) == found.peak_bytes
+    assert tuple(found.breakdown) == TERMS
+    assert found.exact
+    assert found.outside_bytes <= found.breakdown["overhead"]
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora", "qdora"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_weights_and_adapters_of_the_closed_form_are_exact(family, method):
+    workload = Workload(**STEP)
+    shape = shape_of(config_of(family, **SMALL))
+    adapted = (
+        None if method == "full" else adaptation(shape, workload.lora_config(use_dora=method in ("dora", "qdora")))
+    )
+    expected = fixed_terms(shape, method, workload, adapted)
+    found = trace(skeleton(family, **SMALL), method, workload).breakdown
+    for term in ("weights_4bit", "weights", "adapters"):
+        assert expected[term] == pytest.approx(found[term], rel=2e-3), term
+
+
+def test_longer_rows_and_larger_batches_take_more():
+    def peak(**changes):
+        workload = Workload(**{"batch_size": 2, "max_length": 64, **changes})
+        return trace(skeleton("llama", **SMALL), "lora", workload).peak_bytes
+
+    assert peak() < peak(max_length=128) < peak(max_length=128, batch_size=4)
+    assert peak(max_length=256, gradient_checkpointing=True) < peak(max_length=256)
+    assert peak(max_length=256, activation_offloading=True) < peak(max_length=256)
+
+
+def test_a_length_beyond_the_model_is_said():
+    found = trace(skeleton("llama", **SMALL), "lora", Workload(batch_size=1, max_length=4096))
+    assert any("longer than the 2,048" in note for note in found.notes)
+
+
+def test_paged_states_wait_elsewhere_and_are_said():
+    workload = Workload(batch_size=1, max_length=64, r=512, optimizer="paged_adamw_32bit")
+    found = trace(skeleton("llama", **SMALL), "lora", workload)
+    assert (
+        found.breakdown["optimizer"]
+        < trace(skeleton("llama", **SMALL), "lora", Workload(batch_size=1, max_length=64, r=512)).breakdown["optimizer"]
+    )
+    assert any("host's memory" in note for note in found.notes)
+
+
+def test_an_architecture_that_only_transformers_knows(tmp_path: Path):
+    config = {"model_type": "stablelm", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    workload = Workload(batch_size=1, max_length=32)
+    with pytest.raises(ModelError, match="RW325"):
+        estimate(tmp_path, "lora", workload)
+    assert estimate(tmp_path, "lora", workload, exact=True).trainable_parameters > 0
+
+
+def test_a_forward_that_asks_for_values_is_explained():
+    model = skeleton("llama", **SMALL)
+
+    def forward(input_ids, **_):
+        if input_ids.tolist():
+            raise AssertionError("unreachable")
+
+    model.forward = forward
+    with pytest.raises(ModelError, match="LlamaForCausalLM") as caught:
+        trace(model, "lora", Workload(batch_size=1, max_length=32))
+    assert caught.value.code == "RW327"
+
+
+def test_the_tracker_counts_known_storages():
+    layer, x = nn.Linear(256, 512, bias=False), torch.ones(8, 256)
+    with StorageTracker() as tracker:
+        tracker.see_all([layer.weight], "weights")
+        tracker.enter("forward")
+        y = layer(x)
+        z = y[:, :16]
+        del y
+        tracker.enter("backward")
+        z.sum().backward()
+    # W, its gradient, y, and the gradient of y while W's is made; scalars.
+    weight, output = 4 * 512 * 256, 4 * 8 * 512
+    assert tracker.breakdown()["weights"] == weight
+    assert 2 * weight + 2 * output <= tracker.peak_bytes <= 2 * weight + 3 * output + 1024

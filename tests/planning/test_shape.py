@@ -1,0 +1,90 @@
+"""Modules and parameter counts from a config alone are those of the model that transformers builds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from planning_models import FAMILIES, config_of, skeleton
+
+from rankwise.adapters import add_adapter
+from rankwise.errors import AdapterError, ModelError
+from rankwise.planning import Workload
+from rankwise.planning.adapted import adaptation
+from rankwise.planning.architectures import FAMILIES as KNOWN
+from rankwise.planning.shape import shape_of
+
+ADAPTERS = [
+    {},
+    {"target_modules": ("q_proj", "v_proj", "c_attn", "qkv_proj"), "r": 32},
+    {"target_modules": r".*\.(o_proj|down_proj|c_fc)"},
+    {"target_modules": ("embed_tokens", "wte", "v_proj")},
+    {"exclude_modules": ("o_proj", "c_fc")},
+    {"modules_to_save": ("lm_head",)},
+    {"modules_to_save": ("mlp",)},
+    {"bias": "all"},
+    {"bias": "lora_only", "target_modules": ("q_proj", "c_attn", "o_proj")},
+    {"layers_to_transform": (0, 2), "target_modules": ("v_proj", "c_proj", "o_proj")},
+    {"rank_pattern": {"q_proj": 4, "c_attn": 2}},
+    {"enable_lora": {"c_attn": (True, False, True)}},
+    {"target_modules": ("self_attn",)},
+    {"target_modules": ("no_such_module",)},
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_modules_are_those_of_the_model(family):
+    shape, model = shape_of(config_of(family)), skeleton(family)
+    own = {name: sum(p.numel() for p in module.parameters(recurse=False)) for name, module in model.named_modules()}
+    assert {module.name: module.parameters for module in shape.modules} == {k: n for k, n in own.items() if n}
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_every_known_family_is_tested():
+    assert set(KNOWN) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "qwen2_moe"])
+def test_trainable_parameters_are_those_of_add_adapter(family, use_dora):
+    for settings in ADAPTERS:
+        if use_dora and "enable_lora" in settings:
+            continue  # its rows are found by value, which the meta device does not have
+        config = Workload(**settings).lora_config(use_dora=use_dora)
+        assert _outcome(lambda: adaptation(shape_of(config_of(family)), config).parameters) == _outcome(  # noqa: B023
+            lambda: add_adapter(skeleton(family), config).trainable_parameters  # noqa: B023
+        ), settings
+
+
+def _outcome(count):
+    try:
+        return count()
+    except AdapterError as error:
+        return error.code
+
+
+def test_an_unknown_architecture_is_named_and_sent_to_the_dry_run():
+    with pytest.raises(ModelError, match="'mamba'.*--exact") as caught:
+        shape_of({"model_type": "mamba"})
+    assert caught.value.code == "RW325"
+
+
+def test_missing_and_wrong_fields_are_all_named():
+    config = config_of("llama")
+    del config["hidden_size"]
+    config["num_attention_heads"] = "many"
+    with pytest.raises(ModelError, match="hidden_size is missing, num_attention_heads is 'many'") as caught:
+        shape_of(config)
+    assert caught.value.code == "RW326"
+
+
+def test_the_closed_form_needs_no_torch(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(config_of("llama")))
+    program = (
+        "import sys; from rankwise.planning import estimate\n"
+        f"estimate({str(tmp_path)!r}, 'qdora'); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

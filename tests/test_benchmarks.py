@@ -1,0 +1,327 @@
+"""The benchmarks of training run, on models of a few elements, and count what they say they count."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from rankwise import ops
+from tiny_models import tiny_llama
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+pytest.importorskip("peft", reason="the benchmarks compare with PEFT: pip install 'rankwise[bench]'")
+pytest.importorskip("bitsandbytes", reason="the benchmarks compare with bitsandbytes: pip install 'rankwise[bench]'")
+sys.path.append(str(BENCHMARKS))
+
+import contenders  # noqa: E402
+import end_to_end  # noqa: E402
+import gpu  # noqa: E402
+import gpu_checks  # noqa: E402
+import gpu_models  # noqa: E402
+import results  # noqa: E402
+import scaling  # noqa: E402
+import stand_in  # noqa: E402
+import steps  # noqa: E402
+import timing  # noqa: E402
+
+WORDS = [f"w{index}" for index in range(90)]
+
+
+@pytest.fixture(autouse=True)
+def loud(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmarks silence libraries for their whole process; other tests must not feel it."""
+    monkeypatch.setattr(contenders, "silence", lambda: None)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A tiny bfloat16 Llama with a tokenizer of whole words."""
+    folder = tmp_path / "base"
+    tiny_llama(hidden_size=64, intermediate_size=128).to(torch.bfloat16).save_pretrained(folder)
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a benchmark does in fresh processes happens in this one: importing torch anew takes seconds."""
+
+    def run(script: str, arguments: list[str]) -> dict[str, Any]:
+        answer = tmp_path / "answer.json"
+        modules = {"steps": steps, "end_to_end": end_to_end, "scaling": scaling}
+        modules[Path(script).stem].main([*arguments, "--answer", str(answer)])
+        return {**json.loads(answer.read_text()), "process_peak_bytes": 1}
+
+    monkeypatch.setattr(timing, "in_fresh_process", run)
+
+
+# --- what is counted ---
+
+
+def test_saved_bytes_are_the_storages_that_autograd_keeps() -> None:
+    layer = nn.Linear(8, 16, bias=False)
+    x = torch.randn(4, 8)
+    # The product keeps x for the weight's gradient; the weight itself is a parameter. exp keeps its result.
+    assert timing.saved_bytes(layer, lambda: layer(x).exp()) == x.nbytes + 4 * 16 * 4
+
+
+def test_views_of_one_storage_count_once() -> None:
+    x = torch.randn(6, 8, requires_grad=True)
+    assert timing.saved_bytes(nn.Identity(), lambda: x[:3].exp() + (x[0] * x[1]).sum()) == 3 * 8 * 4 + x.nbytes
+
+
+def test_floor_makes_every_product_twice() -> None:
+    model = tiny_llama()
+    shapes = timing.linear_shapes(model)
+    assert (97, 32) in shapes, "the output head is one of them"
+    T = 5
+    floor = timing.Floor(shapes, T)
+    assert timing.flops(floor) == sum(2 * 2 * T * N * K for N, K in shapes)
+    shared = timing.Floor(shapes, T, share_weights=True)
+    assert timing.flops(shared) == timing.flops(floor)
+    assert len({id(W) for W in shared.W}) == len(set(shapes))
+
+
+@pytest.mark.parametrize("method", contenders.METHODS)
+def test_flops_lie_between_the_floor_and_the_peer(method: str, base: Path) -> None:
+    """Both sides make at least the frozen products but the first layer's input gradients, and ours never more."""
+    ids = torch.randint(0, 97, (2, 16))
+    counted = {}
+    for side in contenders.SIDES:
+        model = contenders.build(side, str(base), method, 0.0)
+        step = contenders.Step(model, ids)
+        counted[side] = steps.counted_flops(model, step)
+        assert all(parameter.grad is None for parameter in model.parameters()), "counting leaves nothing behind"
+    floor = timing.flops(timing.Floor(steps.dense_shapes(str(base)), ids.numel()))
+    assert 0.8 * floor < counted["ours"] <= counted["peft"]
+    assert ops.implementation(torch.empty(1)) == ops.implementation(torch.empty(2))
+
+
+def test_alternate_calls_everyone_in_every_round() -> None:
+    order: list[str] = []
+    calls = {
+        name: ((lambda name=name: order.append(name)), (lambda name=name: order.append(f"{name} back")))
+        for name in ("a", "b")
+    }
+    seconds = timing.alternate(calls, 2, warmup=1)
+    assert order == ["a", "a back", "b", "b back"] * 3
+    assert [len(values) for values in seconds.values()] == [2, 2]
+
+
+def test_watched_sees_the_memory_of_another_process_and_its_failure() -> None:
+    grown = timing.watched([sys.executable, "-c", "import time; x = bytearray(b'1') * (64 << 20); time.sleep(0.3)"])
+    if not Path("/proc/self/status").exists():
+        pytest.skip("anonymous memory of a process is read from Linux's /proc")
+    assert 64 << 20 < grown < 256 << 20
+    with pytest.raises(RuntimeError, match="went wrong"):
+        timing.watched([sys.executable, "-c", "raise SystemExit('went wrong')"])
+
+
+def test_judged_says_which_side_of_the_goal() -> None:
+    assert results.judged(1.3, 1.35, at_most=True) == "1.30 (<= 1.35: kept)"
+    assert results.judged(1.4, 1.35, at_most=True) == "1.40 (<= 1.35: missed)"
+    assert results.judged(3.2, 3.0, at_most=False) == "3.20 (>= 3: kept)"
+    assert results.judged(2.0, None, at_most=True) == "2.00"
+
+
+def test_command_leaves_folders_of_the_machine_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/steps.py", str(tmp_path / "smol"), "--rounds", "3"])
+    assert results.command() == "python benchmarks/steps.py smol --rounds 3"
+
+
+# --- each benchmark, once ---
+
+
+@pytest.mark.usefixtures("here")
+def test_steps_measures_and_writes(base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "results"
+    steps.main([str(base), "--methods", "qdora", "--quick", "--output", str(output)])
+    result = json.loads((output / "steps.json").read_text())
+    (row,) = result["rows"]
+    assert set(row["seconds"]) == {"ours", "peft", "our LoRA", "floor"}
+    assert row["ratios"]["saved"] < 0.3, "the layers' inputs and little else"
+    assert row["adapter_dtypes"] == {"ours": ["float32"], "peft": ["float32"]}
+    page = (output / "steps.md").read_text()
+    assert "qdora" in page
+    assert str(tmp_path) not in page + json.dumps(result)
+
+
+@pytest.mark.usefixtures("here")
+def test_end_to_end_trains_both_on_the_same_rows(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [f'"{" ".join(WORDS[i : i + 4])}","{" ".join(WORDS[i + 4 : i + 9])}"' for i in range(30)]
+    data = tmp_path / "e2e.csv"
+    data.write_text("\n".join(["mr,ref", *lines]) + "\n")
+    monkeypatch.setattr(timing, "watched", _command_in_this_process)
+    output = tmp_path / "results"
+    small = ["--methods", "lora", "--steps", "2", "--batch", "2", "--max-length", "32", "--eval-rows", "5"]
+    end_to_end.main([str(data), "--eval-data", str(data), "--model", str(base), *small, "--output", str(output)])
+    (row,) = json.loads((output / "end_to_end.json").read_text())["rows"]
+    assert row["ours"]["examples"] == row["peer"]["examples"] == 4
+    for key in ("tokens", "trained_tokens"):
+        assert row["ours"][key] == row["peer"][key], "the same tokens, and the same of them with a label"
+    losses = row["eval_loss"]
+    assert losses["ours"] == pytest.approx(losses["peer"], rel=0.02), "two steps from one base end close together"
+    assert losses["ours"] != losses["base"]
+    assert losses["peer"] != losses["base"]
+    assert str(tmp_path) not in (output / "end_to_end.md").read_text()
+
+
+def _command_in_this_process(command: list[str]) -> int:
+    from rankwise.cli.main import main
+
+    assert command[1:3] == ["-m", "rankwise.cli.main"]
+    assert main(command[3:]) == 0
+    return 1
+
+
+def test_end_to_end_draws_rows_without_repetition(tmp_path: Path) -> None:
+    data = tmp_path / "e2e.csv"
+    data.write_text("mr,ref\n" + "".join(f"m{index},r{index}\n" for index in range(20)))
+    given = argparse.Namespace(data=data, eval_data=data, steps=5, batch=4, seed=0, eval_rows=4)
+    files = end_to_end.write_rows(given, tmp_path)
+    rows = end_to_end.read_e2e(Path(files["train"]))
+    assert sorted(row["ref"] for row in rows) == sorted(f"r{index}" for index in range(20))
+    held_out = [row["mr"] for row in end_to_end.read_e2e(Path(files["eval"]))]
+    assert held_out == ["m0", "m5", "m10", "m15"], "spread evenly"
+
+
+def test_mean_loss_is_per_labelled_token(base: Path) -> None:
+    model = contenders.ours(str(base), "lora", 0.0).float()
+    ids = torch.randint(3, 97, (1, 9))
+    labels = ids.clone()
+    labels[0, :4] = -100
+    rows = [(ids[0].tolist(), labels[0].tolist()), ([5, 6, 7], [-100, -100, 7])]
+    plain = tiny_llama(hidden_size=64, intermediate_size=128).bfloat16().float()
+    with torch.no_grad():
+        total = [float(plain(input_ids=torch.tensor([i]), labels=torch.tensor([wanted])).loss) for i, wanted in rows]
+    expected = (5 * total[0] + 1 * total[1]) / 6
+    assert end_to_end.mean_loss(model, [rows]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.usefixtures("here")
+def test_scaling_measures_and_writes(base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "results"
+    small = [
+        "--lengths",
+        "16",
+        "32",
+        "--vocabularies",
+        "500",
+        "1000",
+        "--batch",
+        "1",
+        "--tokens",
+        "16",
+        "--rounds",
+        "1",
+    ]
+    scaling.main([str(base), *small, "--output", str(output)])
+    result = json.loads((output / "scaling.json").read_text())
+    assert [row["length"] for row in result["lengths"]] == [16, 32]
+    first, second = (row["saved_bytes"] for row in result["lengths"])
+    assert first < second < 2.5 * first, "memory grows with the tokens, not with their square"
+    weights = [row["ours"]["weight_bytes"] for row in result["vocabularies"]]
+    assert weights[1] - weights[0] == 500 * scaling.WIDTH * 2
+
+
+def test_growth_leaves_the_larger_weights_out() -> None:
+    def side(peak: int, weights: int) -> dict[str, int]:
+        return {"peak_memory_bytes": peak, "before_steps_bytes": 0, "weight_bytes": weights}
+
+    rows = [
+        {"vocabulary": 1, "ours": side(100, 10), "peft": side(100, 10)},
+        {"vocabulary": 2, "ours": side(160, 60), "peft": side(400, 60)},
+    ]
+    last = scaling.vocabulary_table(rows)[-1]
+    assert "1.10 (<= 1.2: kept)" in last
+    assert "3.50" in last
+
+
+# --- the card's benchmark, on the CPU ---
+
+
+@pytest.fixture
+def automatic() -> Iterator[None]:
+    yield
+    ops.set_implementation("auto")
+
+
+@pytest.mark.usefixtures("automatic")
+def test_gpu_checks_pass_here_and_find_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed, failed = gpu_checks.check_everything("cpu", quick=True)
+    assert failed == []
+    right: Callable[..., Any] = gpu_checks.run_training.glu
+    monkeypatch.setattr(gpu_checks.run_training, "glu", lambda *given: 1.01 * right(*given))
+    fewer, failed = gpu_checks.check_everything("cpu", quick=True)
+    assert fewer < passed
+    assert all("glu" in line for line in failed)
+    assert failed
+
+
+@pytest.mark.usefixtures("automatic")
+def test_gpu_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_models, "ROUNDS", 1)
+    monkeypatch.setattr(gpu_models, "LAYER_ROUNDS", 1)
+    assert gpu.main(["--device", "cpu", "--tiny", "--output", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    done = {(row["what"], row["method"], row["side"]) for row in result["rows"] if row["step_ms"] is not None}
+    kinds = ("Llama tiny", "layer 64")
+    assert done == {(what, m, side) for what in kinds for m in contenders.METHODS for side in contenders.SIDES}
+    assert result["checks_failed"] == []
+    assert "our DoRA takes" in (tmp_path / "gpu.md").read_text()
+
+
+def test_gpu_notes_what_fails_and_what_there_is_no_time_for() -> None:
+    def measure(method: str, side: str) -> gpu_models.Row:
+        raise torch.OutOfMemoryError("no more")
+
+    rows = list(gpu_models.contended("x", "cpu", gpu_models.Deadline(60), measure, ["ours"]))
+    assert [row.note for row in rows] == ["out of memory"] * 4
+    rows = list(gpu_models.contended("x", "cpu", gpu_models.Deadline(-1), measure, ["ours"]))
+    assert [row.note for row in rows] == ["no time left"] * 4
+
+
+def test_llama_shapes_are_the_known_ones() -> None:
+    counts = {name: sum(N * K for N, K in gpu_models.llama_shapes(name)) for name in ("1B", "8B")}
+    # Of all parameters of Llama 3.2 1B (one embedding) and Llama 3.1 8B (two), what is neither norm nor embedding.
+    assert counts["1B"] == 1_235_814_400 - 2048 * (2 * 16 + 1)
+    assert counts["8B"] == 8_030_261_248 - 4096 * (2 * 32 + 1) - 128256 * 4096
+
+
+def test_gpu_needs_no_installation_and_no_pydantic() -> None:
+    """In a process that cannot see the installed package, trl, datasets, typer, rich or pydantic."""
+    code = f"""
+from importlib.machinery import PathFinder
+import sys
+find, missing = PathFinder.find_spec, {{"pydantic", "trl", "datasets", "typer", "rich", "scipy", "gguf", "psutil"}}
+PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[0] in missing else find(name, *rest))
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import gpu
+import rankwise
+assert rankwise.__file__.startswith({str(stand_in.SOURCE)!r})
+assert sys.modules["pydantic"].BaseModel.__name__ == "Declared"
+model = gpu.gpu_models.adapted(gpu.gpu_models.OneLayer(8, "cpu"), "dora", "ours", targets=["layer"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_gpu_says_that_it_needs_a_card(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
