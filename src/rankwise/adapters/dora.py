@@ -101,9 +101,7 @@ class Dora(nn.Module):
         """``||W||^2`` per row, kept while the base stays as it is; of a 4-bit base without a dense W."""
         if (kept := self._squared.get((), weight_key(base))) is not None:
             return kept
-        squared = (
-            base.row_norms().square() if isinstance(base, Linear4bit) else row_norms_squared(dense_weight(base))
-        )
+        squared = base.row_norms().square() if isinstance(base, Linear4bit) else row_norms_squared(dense_weight(base))
         return self._squared.keep((), weight_key(base), squared)
 
     def enabled(self, rows: Tensor) -> Tensor:
