@@ -40,6 +40,9 @@ format: $(STAMP) ## mend style where a tool can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+grid: $(STAMP) ## the memory plan's closed form against its dry run, 400 combinations (ten minutes)
+	$(BIN)/python -m pytest -m grid
+
 browser: $(STAMP) ## the comparison report in a real browser (needs a `chromium` program)
 	@command -v $${RANKWISE_CHROMIUM:-chromium} >/dev/null || { echo "needs Chromium; set RANKWISE_CHROMIUM"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
@@ -62,4 +65,4 @@ docs: $(STAMP) ## the documentation as HTML
 clean: ## remove what the other words made
 	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: help setup demo test check format browser bench docs clean
+.PHONY: help setup demo test check format grid browser bench docs clean

@@ -59,7 +59,7 @@ def test_closed_form_meets_the_dry_run(family, method, device, checkpointing, ba
     assert -0.03 <= difference(family, method, device, checkpointing, batch, length) <= 0.08
 
 
-@pytest.mark.slow
+@pytest.mark.grid
 @pytest.mark.parametrize(("family", "method", "device", "checkpointing", "size"), WIDER)
 def test_closed_form_over_the_whole_grid(family, method, device, checkpointing, size):
     assert -0.03 <= difference(family, method, device, checkpointing, *size) <= 0.08
