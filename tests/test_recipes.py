@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,11 @@ from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 import rankwise as rw
 from rankwise.config import TrainSettings, read_settings
 from rankwise.models import load_skeleton
-from rankwise.training.run import _lora_config
+from rankwise.planning import Workload, estimate
+from rankwise.planning.guard import workload_of
+from rankwise.planning.hardware import choose_hardware
+from rankwise.quantization.targets import four_bit_layers
+from rankwise.training.run import _lora_config, quantization_for
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FILES = sorted(RECIPES.glob("*.yaml"))
@@ -59,10 +64,26 @@ def test_a_recipe_builds(file, tmp_path):
     assert settings.output == Path("runs") / file.stem
     MODELS[settings.model].save_pretrained(tmp_path)
     model = load_skeleton(tmp_path)
+    if (four_bits := quantization_for(settings)) is not None:
+        rw.quantize(model, four_bits)
+        assert len(list(four_bit_layers(model))) == 7 * LAYERS
     rw.add_adapter(model, _lora_config(settings))
     trainable = sum(p.numel() for p in rw.adapter_parameters(model).values())
     assert trainable == TRAINABLE[file.stem]
     assert all(p.device.type == "meta" for p in model.parameters())
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_table_holds_the_predicted_memory(file, tmp_path):
+    """Of the step that these settings make, on a card: the plan's own figure, to a quarter of its error."""
+    settings = settings_of(file)
+    MODELS[settings.model].save_pretrained(tmp_path)
+    workload: Workload = workload_of(settings.model_dump(), choose_hardware(None, "80GB"))
+    found = estimate(tmp_path, settings.method, workload)
+    text = (RECIPES / "README.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith(f"| `{file.name}`"))
+    (printed,) = re.findall(r"([\d.]+) GB", row)
+    assert float(printed) * 1e9 == pytest.approx(found.peak_bytes, rel=found.error / 4, abs=5e7)
 
 
 def test_the_papers_hyperparameters():

@@ -172,7 +172,7 @@ def comma_list(value: Any) -> Any:
     """Text is a list with commas in it, or of one item; anything else is left to the check of its type."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
-    return (value,) if isinstance(value, int) else value
+    return (value,) if isinstance(value, int | float) else value
 
 
 def module_list(value: Any) -> Any:

@@ -75,6 +75,12 @@ class RankwiseWarning(UserWarning):
         return f"{self.code}: {self.message}"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA's own error, Python's, and what torch's CPU allocator says in a RuntimeError."""
+    cpu_allocator = "DefaultCPUAllocator" in str(error) and "memory" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or cpu_allocator
+
+
 def warn(code: str, message: str, *, stacklevel: int = 2) -> None:
     """Say something that does not stop the work. The command line prints it; Python code can filter it."""
     warnings.warn(RankwiseWarning(code, message), stacklevel=stacklevel + 1)

@@ -149,8 +149,9 @@ def test_cuda_and_nothing_else_gets_liger(monkeypatch: pytest.MonkeyPatch) -> No
             return iter([self])
 
     monkeypatch.setattr(liger, "replace_parts", lambda model, undo, left: (1, 2, 3))
+    monkeypatch.setattr(optimize, "replace_mlps", lambda model, undo: 4)
     model: Any = OnDevice("cuda")
-    assert optimize._fuse_parts(model, Undo(), []) == (1, 2, 3)
+    assert optimize._fuse_parts(model, Undo(), []) == (1, 4 + 2, 3)
     model = OnDevice("mps")
     assert optimize._fuse_parts(model, Undo(), []) == (0, 0, 0)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import inspect
+import sys
 from typing import Any
 
 import pytest
@@ -61,6 +64,55 @@ def test_loss_and_gradients_stay(name: str, use_dora: bool) -> None:
     assert_same(loss_and_grads(model, inputs), expected)
     restore(model)
     assert_same(loss_and_grads(model, inputs), expected)
+
+
+@pytest.mark.parametrize("changes", [{"attention_dropout": 0.1}, {"attn_logit_softcapping": 30.0}, {"head_dim": 24}])
+def test_attention_stays_where_the_kernel_does_not_cover_it(changes: dict[str, Any]) -> None:
+    model = adapted("llama", torch.bfloat16)
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    done = rw.optimize_for_training(model)
+    assert not done.attention
+    assert any("attention stays torch's" in reason for reason in done.left_alone)
+
+
+def test_two_models_of_a_family_share_the_rotary_function() -> None:
+    # Models of other tests that are gone are no users.
+    gc.collect()
+    first, second = adapted("llama"), adapted("llama")
+    assert rw.optimize_for_training(first).ropes == rw.optimize_for_training(second).ropes == 1
+    namespace = sys.modules[type(first).__module__]
+    restore(first)
+    assert type(namespace.apply_rotary_pos_emb).__name__ == "FastRope"
+    restore(second)
+    assert type(namespace.apply_rotary_pos_emb).__name__ == "function"
+
+
+def test_each_family_keeps_its_own_signature() -> None:
+    llama, gpt2 = adapted("llama"), adapted("gpt2")
+    expected = inspect.signature(type(llama).forward)
+    rw.optimize_for_training(llama)
+    rw.optimize_for_training(gpt2)
+    assert inspect.signature(llama.forward).parameters.keys() <= expected.parameters.keys()
+    assert "inputs_embeds" in inspect.signature(llama.forward).parameters
+    assert "token_type_ids" not in inspect.signature(llama.forward).parameters
+
+
+def test_autocast_to_the_models_own_dtype_leaves_the_operators_on() -> None:
+    model = adapted("llama", torch.bfloat16)
+    rw.optimize_for_training(model)
+    saved: list[int] = []
+    for enabled in (False, True):
+        kept: list[Tensor] = []
+        with (
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda tensor, kept=kept: kept.append(tensor) or tensor, lambda x: x
+            ),
+            torch.autocast("cpu", torch.bfloat16, enabled=enabled),
+        ):
+            model(**batch()).loss.backward()
+        saved.append(len(kept))
+    assert saved[0] == saved[1]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])

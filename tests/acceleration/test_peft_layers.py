@@ -57,6 +57,16 @@ def test_same_results_parameters_and_state_dict(name: str, use_dora: bool) -> No
     assert not any("rankwise" in key for module in model.modules() for key in module.__dict__)
 
 
+def test_dropout_follows_pefts() -> None:
+    model = peft_model(lora_dropout=0.5)
+    rw.accelerate_peft(model)
+    assert loss_and_grads(model)[0] != loss_and_grads(model)[0]
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert loss_and_grads(model)[0] == loss_and_grads(model)[0]
+
+
 def test_training_goes_on_as_in_peft() -> None:
     runs = []
     for fast in (False, True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -367,10 +368,40 @@ def test_a_row_of_zeros_stays_zero_under_dora():
     before = logits(model)
     rw.add_adapter(model, config)
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad.isfinite().all() for p in rw.adapter_parameters(model).values() if p.grad is not None)
     step(model, rate=0.01)
     assert logits(model).isfinite().all()
     rw.merge_adapter(model)
     assert logits(model).isfinite().all()
+
+
+def test_dora_norms_are_kept_under_inference_mode(monkeypatch):
+    from rankwise.adapters import dora
+
+    model, config = build("dora", "llama", torch.float32)
+    rw.add_adapter(model, config)
+    step(model)
+    calls = []
+    counted = dora.adapted_row_norms
+    monkeypatch.setattr(dora, "adapted_row_norms", lambda *given: calls.append(1) or counted(*given))
+    with torch.inference_mode():
+        model(input_ids=IDS)
+        once = len(calls)
+        model(input_ids=IDS)
+    assert once > 0
+    assert len(calls) == once
+
+
+def test_dropout_can_be_switched_off_by_its_module():
+    model, config = build("lora", "llama", torch.float32)
+    rw.add_adapter(model, dataclasses.replace(config, lora_dropout=0.5, init_lora_weights=False))
+    model.train()
+    assert not torch.equal(logits(model), logits(model))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert torch.equal(logits(model), logits(model))
 
 
 def test_dora_under_inference_mode_and_compiled():

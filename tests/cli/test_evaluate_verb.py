@@ -85,6 +85,8 @@ def test_settings_come_from_a_file_too(rankwise, model_folder: Path, rows_file: 
         (["--model", "MODEL", "--task", "e2e", "--data", "nowhere.csv"], "RW201"),
         (["--model", "MODEL", "--task", "gsm8k", "--data", "ROWS"], "RW250"),
         (["--model", "MODEL"], "RW103"),
+        (["--model", "MODEL", "--task", "perplexity", "--data", "ROWS", "--max-new-tokens", "4"], "RW152"),
+        (["--model", "MODEL", "--task", "perplexity", "--data", "ROWS", "--data", "ROWS"], "RW152"),
         (["--model", "MODEL", "--task", "piqa", "--protocol", "generative"], "RW150"),
     ],
 )

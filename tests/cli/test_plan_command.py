@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -56,6 +57,65 @@ def test_nothing_fits_is_an_answer(plan):
     assert advice["method"] is None
     assert advice["missing_bytes"] > 0
     assert done.document["command"] is None
+
+
+def test_what_only_fits_without_its_error_is_recommended_with_a_warning(rankwise, model_folder, tmp_path):
+    """In the document and in words: a row that fits and a recommendation of nothing would contradict each other."""
+    step = ("--method", "lora", "--batch-size", 1, "--max-length", 16, "--r", 1, "--gradient-checkpointing")
+
+    def plan(memory, *more):
+        return rankwise("plan", "--model", model_folder, *step, "--memory", memory, *more)
+
+    peak = plan(ENOUGH, "--json").document["methods"]["lora"]["peak_bytes"]
+    document = plan(f"{peak}B", "--json").document
+    assert document["methods"]["lora"]["verdict"] == "tight"
+    assert (document["recommendation"]["method"], document["recommendation"]["tight"]) == ("lora", True)
+    assert document["command"]
+    saved = tmp_path / "plan.yaml"
+    said = plan(f"{peak}B", "--save", saved).stdout
+    assert "only without its error margin" in " ".join(said.split())
+    assert "nothing fits" not in " ".join(said.split())
+    assert "only without its error margin" in saved.read_text()
+
+
+@pytest.mark.parametrize(("strategy", "words"), [("ddp", "DistributedDataParallel"), ("fsdp", "fully_shard")])
+def test_several_devices_are_not_started_and_that_is_said(plan, tmp_path, strategy, words):
+    saved = tmp_path / "plan.yaml"
+    said = plan("--memory", ENOUGH, "--devices", 4, "--strategy", strategy, "--save", saved).stdout
+    assert "runs one process on one device and does not start 4" in " ".join(said.split())
+    assert words in said
+    assert f"A share of 4 devices ({strategy})" in saved.read_text()
+
+
+def test_a_strategy_for_one_device_is_a_mistake(plan):
+    done = plan("--memory", ENOUGH, "--strategy", "fsdp")
+    assert done.code == 2
+    assert "RW130" in done.stderr
+    assert "--devices N" in done.stderr
+
+
+def test_without_our_fused_parts_the_plan_says_so_and_saves_it(plan, tmp_path):
+    saved = tmp_path / "plan.yaml"
+    done = plan("--memory", ENOUGH, "--no-fast", "--save", saved)
+    assert "PyTorch's own step" in done.stdout
+    assert yaml.safe_load(saved.read_text())["fast"] is False
+
+
+def test_an_apple_gpu_is_counted_without_our_kernels(plan):
+    done = plan("--gpu", "m4 max 64gb")
+    assert "an Apple GPU's step is counted as PyTorch's own on a CPU" in " ".join(done.stdout.split())
+    workload = plan("--gpu", "m4 max 64gb", "--json").document["workload"]
+    assert (workload["fast"], workload["device_type"]) == (False, "cpu")
+
+
+def test_a_check_that_cannot_fit_is_not_begun(plan, monkeypatch):
+    monkeypatch.setattr(hardware, "_may_have_gpu", lambda: False)
+    monkeypatch.setattr("rankwise.planning.check.measure", lambda *order, **more: pytest.fail("started all the same"))
+    machine = dataclasses.replace(hardware.this_machine(), memory_bytes=10**6)
+    monkeypatch.setattr(hardware, "this_machine", lambda: machine)
+    done = plan("--check", "--method", "lora")
+    assert done.code == 2
+    assert "RW134" in done.stderr
 
 
 def test_the_largest_batch_is_the_last_that_fits(rankwise, model_folder):
@@ -203,6 +263,20 @@ def test_what_was_measured_here_is_used(plan, tmp_path, monkeypatch):
     entry = {"methods": dict.fromkeys(METHODS, pace), "date": "2026-01-01", "threads": 1, "torch": "2.13"}
     (tmp_path / "cache").mkdir()
     machines = {f"{found.name}, {found.dtype}": entry}
-    (tmp_path / "cache" / "machine.json").write_text(json.dumps({"schema": 1, "machines": machines}))
+    (tmp_path / "cache" / "machine.json").write_text(json.dumps({"schema": calibration.SCHEMA, "machines": machines}))
     document = plan("--json").document
     assert "measured on this machine on 2026-01-01" in document["pace"]
+
+
+def test_of_several_sources_of_speed_each_is_named(plan, tmp_path, monkeypatch):
+    """Hours of one method may be measured and those of another assumed: the reader is told which."""
+    monkeypatch.setattr(hardware, "_may_have_gpu", lambda: False)
+    found = hardware.this_machine()
+    pace = {"flops_per_second": 1e12, "bytes_per_second": None}
+    entry = {"methods": {"lora": pace}, "date": "2026-01-01", "threads": 1, "torch": "2.13"}
+    (tmp_path / "cache").mkdir()
+    machines = {f"{found.name}, {found.dtype}": entry}
+    (tmp_path / "cache" / "machine.json").write_text(json.dumps({"schema": calibration.SCHEMA, "machines": machines}))
+    basis = plan("--method", "lora,dora", "--json").document["pace"]
+    assert basis.startswith("lora: measured on this machine")
+    assert "; dora: assumed" in basis

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from rankwise.cli import train as train_verb
+from rankwise.errors import is_out_of_memory
 from rankwise.planning import guard
 from toy_memory import toy_estimate
 
@@ -47,6 +47,12 @@ def test_the_prediction_is_printed_and_recorded(train, tmp_path):
     record = record_of(tmp_path)
     assert record["predicted_peak_memory_bytes"] > 0
     assert record["peak_memory_bytes"] > 0
+
+
+def test_without_our_fused_parts_pytorch_s_own_step_is_predicted(train):
+    done = train("--no-fast")
+    assert done.code == 0
+    assert "of PyTorch's own step" in done.stdout
 
 
 def test_the_prediction_counts_what_the_meter_counts(train, tmp_path):
@@ -127,5 +133,5 @@ def test_when_memory_runs_out_the_error_ends_with_what_would_fit(train, toy_memo
 
 
 def test_other_errors_stay_what_they_are():
-    assert not train_verb.is_out_of_memory(RuntimeError("shapes do not match"))
-    assert train_verb.is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert is_out_of_memory(MemoryError())

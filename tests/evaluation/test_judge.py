@@ -24,7 +24,6 @@ from rankwise.evaluation.judge import (
     judge_answers,
     judge_key,
     parse_marks,
-    read_prompt,
 )
 from rankwise.evaluation.metrics.vicuna import relative_score
 
@@ -147,6 +146,17 @@ def test_nothing_is_asked_twice(serve, tmp_path):
     assert len(judge.bodies) == 4
     judge_answers(QUESTIONS, A, B, client=client(judge, temperature=0.5), cache=JudgeCache(path))
     assert len(judge.bodies) == 8
+
+
+def test_a_reply_counts_for_the_endpoint_that_gave_it(serve, tmp_path):
+    first, second = serve(lambda *_: said("8 6")), serve(lambda *_: said("3 4"))
+    cache = JudgeCache(tmp_path / "judge.jsonl")
+    marks = [
+        [r.score for r in judge_answers(QUESTIONS, A, B, client=client(judge), cache=cache)]
+        for judge in (first, second, first)
+    ]
+    assert marks == [[(8, 6)] * 4, [(3, 4)] * 4, [(8, 6)] * 4]
+    assert (len(first.bodies), len(second.bodies)) == (4, 4)
 
 
 def test_equal_requests_are_sent_once(serve, tmp_path):
@@ -323,7 +333,7 @@ def test_texts_with_placeholders_stay_as_they_are():
     assert request["messages"][0]["content"] == "{answer_1}|{answer_2}|{}|{other}"
 
 
-def test_settings_are_checked(tmp_path):
+def test_settings_are_checked():
     for url in ("host/v1", "file:///etc/passwd", "http://"):
         with pytest.raises(ConfigError) as caught:
             JudgeClient(url, "m")
@@ -331,8 +341,6 @@ def test_settings_are_checked(tmp_path):
     with pytest.raises(ConfigError, match=re.escape("{answer_2}")) as caught:
         JudgeClient("http://localhost", "m", prompt="{question} {answer_1}")
     assert caught.value.code == "RW157"
-    with pytest.raises(ConfigError, match="RW157"):
-        read_prompt(tmp_path / "none.txt")
 
 
 def test_the_key_comes_from_the_environment(monkeypatch):

@@ -116,6 +116,52 @@ def test_a_model_with_a_narrow_window_gets_rows_of_its_own_and_says_so():
     assert all(abs(found[i].total - alone(model, t)[0]) < 1e-4 for i, t in enumerate(targets))
 
 
+def windowed(window: int) -> MistralForCausalLM:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, sliding_window=window, pad_token_id=0,
+    )  # fmt: skip
+    return MistralForCausalLM(config).eval()
+
+
+def test_sequences_longer_than_the_window_are_not_packed():
+    model = windowed(1030)
+    draw = random.Random(2)
+    context = [draw.randrange(3, 97) for _ in range(1200)]
+    targets = [target_of(*pair, 2048) for pair in [*choices(4), (context, [5, 6]), (context, [7])]]
+    with pytest.warns(RankwiseWarning, match="RW573.*1,030 tokens"):
+        found = all_scores(model, targets)
+    assert all(abs(found[i].total - alone(model, t)[0]) < 1e-4 for i, t in enumerate(targets))
+
+
+def test_a_window_that_holds_each_sequence_holds_each_row():
+    model = windowed(300)
+    targets = [target_of(*pair, 2048) for pair in choices(6, longest=280)]
+    scorer = Scorer(model, budget=600)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RankwiseWarning)
+        rows = [row for batch in scorer.plan(targets) for row in batch]
+    assert scorer.packs
+    assert max(row.length for row in rows) <= 300
+    found = all_scores(model, targets)
+    assert all(abs(found[i].total - alone(model, t)[0]) < 1e-4 for i, t in enumerate(targets))
+
+
+def test_each_set_of_sequences_is_held_against_the_window():
+    scorer = Scorer(windowed(300), budget=600)
+    short, long = ([target_of([5] * length, [6], 2048)] for length in (20, 400))
+
+    def packs(targets: list[Target]) -> bool:
+        scorer.plan(targets)
+        return scorer.packs
+
+    assert packs(short)
+    with pytest.warns(RankwiseWarning, match="RW573"):
+        assert not packs(long)
+    assert packs(short)
+
+
 def test_a_model_whose_head_is_not_all_is_found_out(llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
     forward = llama.forward
 

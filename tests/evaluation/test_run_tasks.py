@@ -8,14 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from small_engines import byte_model, save_byte_model, write_lines
+from small_engines import byte_engine, byte_model, nobody, save_byte_model, write_lines
 
 from rankwise.adapters import add_adapter, save_adapter
 from rankwise.config import LoraConfig
-from rankwise.errors import ConfigError, DataError, Interrupted, RunError
-from rankwise.evaluation.record import load_result, read_examples
+from rankwise.errors import ConfigError, DataError, Interrupted, RankwiseWarning, RunError
+from rankwise.evaluation.generation import Decoding
+from rankwise.evaluation.loading import template_of
+from rankwise.evaluation.record import Example, load_result, read_examples
 from rankwise.evaluation.run import Observer, SilentObserver, evaluate, evaluate_all, variants_of
 from rankwise.evaluation.settings import EvaluateSettings
+from rankwise.evaluation.tasks.answers import Question, with_room, write_answers
+from rankwise.records import RunRecord
 
 E2E = "mr,ref\n" + "".join(
     f'"name[{name}], food[{food}]","{name} serves {food} food{end}"\n'
@@ -107,6 +111,80 @@ def test_perplexity_is_the_trainers_evaluation_loss(model: Path, rows: Path, tmp
     assert tuned.metrics["loss"] == pytest.approx(record.eval_loss, rel=1e-5)
     assert base.metrics["loss"] == pytest.approx(record.initial_eval_loss, rel=1e-5)
     assert (base.adapter, tuned.adapter) == (None, str(run))
+
+
+TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+
+
+def test_a_run_is_asked_with_its_own_template_from_any_folder(model: Path, tmp_path: Path, monkeypatch):
+    from rankwise.config import TrainSettings
+    from rankwise.training.run import train
+
+    messages = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "It is."}]
+    data = write_lines(tmp_path / "chat.jsonl", [{"messages": messages}] * 4)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "chat.jinja").write_text(TEMPLATE)
+    monkeypatch.chdir(tmp_path / "here")
+    given = {"model": str(model), "data": str(data), "eval_data": str(data), "output": tmp_path / "run", "r": 2}
+    record = train(
+        TrainSettings.model_validate(
+            given | {"chat_template": "chat.jinja", "max_steps": 1, "batch_size": 2, "dtype": "float32"}
+        )
+    )
+    monkeypatch.chdir(tmp_path)
+    asked = {"adapter": str(tmp_path / "run"), "task": "perplexity", "data": str(data), "output": tmp_path / "out"}
+    [result] = evaluate(EvaluateSettings.model_validate(asked))
+    assert result.metrics["loss"] == pytest.approx(record.eval_loss, rel=1e-5)
+
+
+def run_with(folder: Path, given: str | None, stored: str | None) -> Path:
+    """A run folder as far as templates go."""
+    folder.mkdir()
+    RunRecord(method="lora", seed=0, settings={"chat_template": given}).save(folder)
+    if stored is not None:
+        (folder / "chat_template.jinja").write_text(stored)
+    return folder
+
+
+def test_runs_with_different_templates_are_refused(tmp_path: Path):
+    first = run_with(tmp_path / "first", "a.jinja", "A")
+    second = run_with(tmp_path / "second", "b.jinja", "B")
+    same = run_with(tmp_path / "same", None, "A")
+    lost = run_with(tmp_path / "lost", "a.jinja", None)
+    elsewhere = tmp_path
+    assert template_of([]) is template_of([same]) is template_of([elsewhere]) is None
+    assert template_of([first]) == template_of([same, first, elsewhere]) == "A"
+    with pytest.raises(ConfigError, match="RW151.*chat template.*--chat-template"):
+        template_of([first, second])
+    with pytest.raises(DataError, match="RW211.*lost"):
+        template_of([lost])
+
+
+def test_an_answer_leaves_room_for_its_prompt(tmp_path: Path):
+    engine = byte_engine()
+    engine.model.config.max_position_embeddings = 40
+    questions = [Question(str(n), tuple(range(60, 75 + n)), f"prompt {n}") for n in range(2)]
+    seen = []
+
+    def finish(question: Question, text: str) -> Example:
+        seen.append(len(text))
+        return Example(question.id, question.prompt, text)
+
+    decoding = Decoding(max_new_tokens=64, stop_ids=frozenset())
+    with pytest.warns(RankwiseWarning, match="RW256.*answers end at 24 tokens instead of 64") as told:
+        write_answers(engine, questions, decoding, tmp_path, nobody, task="t", finish=finish)
+    assert len(told) == 1
+    assert max(seen) > 0
+
+
+@pytest.mark.parametrize(
+    ("positions", "longest", "asked", "tokens"),
+    [(100, 30, 70, 70), (100, 60, 40, 40), (100, 30, 80, 70), (100, 90, 200, 50), (100, 90, 40, 40), (1, 5, 9, 1)],
+)
+@pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning")
+def test_an_answer_is_as_long_as_the_prompt_lets_it_or_half(positions, longest, asked, tokens):
+    decoding = Decoding(max_new_tokens=asked, stop_ids=frozenset())
+    assert with_room(decoding, positions, longest, "t").max_new_tokens == tokens
 
 
 def test_text_is_scored_whole(model: Path, tmp_path: Path):

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import threading
+import warnings
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from small_engines import byte_engine, nobody, write_lines
 
-from rankwise.errors import DataError
+from rankwise.errors import DataError, RankwiseWarning
+from rankwise.evaluation.journal import rewrite
+from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.vicuna import Judge, Vicuna
 
 QUESTIONS = [{"question_id": n, "text": f"Question {n}?", "category": "generic"} for n in (1, 2, 3)]
@@ -93,6 +97,62 @@ def test_two_systems_are_compared_question_by_question(files, endpoint: Endpoint
     asked = task(files[0], judge)
     examples = asked.run(byte_engine(), tmp_path, nobody)
     assert asked.difference(examples, examples)["mean"].value == 0
+
+
+def test_other_reference_answers_are_another_judgement(files, tmp_path: Path):
+    other = write_lines(tmp_path / "other.jsonl", [{**row, "text": f"{row['text']}!"} for row in REFERENCE])
+    settings = [task(files[0], Judge("http://x", "judge", "KEY", path)).extra_settings() for path in (files[1], other)]
+    assert settings[0] != settings[1]
+    copied = write_lines(tmp_path / "copied.jsonl", REFERENCE)
+    assert task(files[0], Judge("http://x", "judge", "KEY", copied)).extra_settings() == settings[0]
+
+
+def test_without_a_judge_the_marks_of_an_earlier_one_are_left_out(files, endpoint: Endpoint, tmp_path: Path):
+    judge = Judge(f"http://127.0.0.1:{endpoint.server_port}/v1", "judge", "NO_SUCH_KEY", files[1])
+    rewrite(tmp_path, task(files[0], judge).run(byte_engine(), tmp_path, nobody))
+    alone = task(files[0])
+    assert set(alone.summarize(alone.run(byte_engine(), tmp_path, nobody)).metrics) == {"answer_characters"}
+
+
+def rated(marks: np.ndarray) -> list[Example]:
+    """Questions with (reference, system) marks in both orders; (n, 2, 2), NaN for a rating that failed."""
+    examples = []
+    for number, orders in enumerate(marks):
+        rows = []
+        for (reference, system), first in zip(orders, (True, False)):
+            sides = [(f"reference-{number}", reference), (f"s{number}", system)][:: 1 if first else -1]
+            score = [-1, -1] if np.isnan(reference) else [mark for _, mark in sides]
+            rows.append({"answer1_id": sides[0][0], "answer2_id": sides[1][0], "score": score})
+        examples.append(Example(str(number), "", "text", {}, details={"ratings": rows}))
+    return examples
+
+
+def percent(marks: np.ndarray) -> float:
+    return float(np.mean([100 * np.nansum(marks[:, o, 1]) / np.nansum(marks[:, o, 0]) for o in (0, 1)]))
+
+
+def test_a_difference_is_that_of_the_metrics_and_its_error_a_ratios(tmp_path: Path):
+    draw = np.random.default_rng(0)
+    count = 80
+    questions = write_lines(tmp_path / "q.jsonl", [{"question_id": n, "text": "?"} for n in range(count)])
+    answers = [{"question_id": n, "answer_id": f"reference-{n}", "text": "."} for n in range(count)]
+    asked = task(questions, Judge("http://x", "judge", "KEY", write_lines(tmp_path / "r.jsonl", answers)))
+    hard = draw.uniform(1, 9, (count, 1, 1))
+    a, b = (np.clip(hard + draw.normal(0, 1.5, (count, 2, 2)) + shift, 1, 10) for shift in (0.5, 0.0))
+    b[3, 1] = np.nan
+    first, second = rated(a), rated(b)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RankwiseWarning)
+        summaries = [asked.summarize(side) for side in (first, second)]
+    [found] = [asked.difference(first, second)["mean"]]
+    assert found.value == pytest.approx(percent(a) - percent(b))
+    assert found.value == pytest.approx(summaries[0].metrics["mean"] - summaries[1].metrics["mean"])
+    samples = [draw.integers(0, count, count) for _ in range(2000)]
+    resampled = np.array([percent(a[rows]) - percent(b[rows]) for rows in samples])
+    assert found.standard_error == pytest.approx(resampled.std(), rel=0.15)
+    alone = np.array([percent(a[rows]) for rows in samples]).std()
+    assert summaries[0].standard_errors["mean"] == pytest.approx(alone, rel=0.15)
+    assert all(summaries[0].standard_errors[name] > 0 for name in ("reference_first", "system_first"))
 
 
 def test_questions_without_a_reference_answer_are_told(files, tmp_path: Path):

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import rankwise as rw
@@ -55,6 +56,24 @@ def trained(tmp_path, request):
             parameter.add_(0.05)
     rw.save_adapter(model, tmp_path / "adapter", base_model=str(tmp_path / "base"))
     return tmp_path / "adapter", tmp_path / "base", logits(model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_saved_beside_the_adapter_is_merged_too(tmp_path, tied):
+    model = tiny_llama(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "base")
+    rw.add_adapter(model, rw.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
+    rw.save_adapter(model, tmp_path / "adapter", base_model=str(tmp_path / "base"))
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = "base_model.model.model.embed_tokens.weight"
+    save_file({**tensors, key: model.get_input_embeddings().weight.detach() + 0.1}, path, {"format": "pt"})
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    rw.load_adapter(fresh, tmp_path / "adapter")
+    merge_to_folder(tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(fresh), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(merged), logits(model), atol=1e-3)
 
 
 @pytest.mark.parametrize("trained", CASES, indirect=True)

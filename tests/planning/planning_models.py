@@ -21,6 +21,8 @@ COMMON = {
     "tie_word_embeddings": False,
 }
 GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256, "intermediate_size": 8192}
+EYES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4}
+EYES |= {"image_size": 56, "patch_size": 14, "vision_use_head": False, "model_type": "siglip_vision_model"}
 MOE = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 768, "num_key_value_heads": 4}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -30,6 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": {"vocab_size": 256000, "tie_word_embeddings": True, **GEMMA},
     "gemma2": {"vocab_size": 256000, "tie_word_embeddings": True, **GEMMA, "sliding_window": 4096},
     "gemma3_text": {"vocab_size": 262144, "tie_word_embeddings": True, **GEMMA, "sliding_window": 512},
+    "gemma3": {},
     "phi3": {},
     "olmo2": {},
     "granite": {},
@@ -48,6 +51,8 @@ NAMES_OF_GPT2 = {
 
 def config_of(family: str, **changes: Any) -> dict[str, Any]:
     """A config.json's content."""
+    if family == "gemma3":
+        return {"text_config": config_of("gemma3_text", **changes), "vision_config": EYES, "model_type": family}
     config = {**COMMON, **FAMILIES[family], **changes, "model_type": family}
     if family != "gpt2":
         return config

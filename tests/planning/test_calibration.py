@@ -7,8 +7,8 @@ import json
 import pytest
 
 from rankwise.errors import RankwiseWarning
-from rankwise.planning import calibration
-from rankwise.planning.calibration import cache_folder, calibrate, measured_pace
+from rankwise.planning import calibration, fake_model
+from rankwise.planning.calibration import SCHEMA, cache_folder, calibrate, measured_pace
 from rankwise.planning.hardware import cpu_hardware
 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "rows": (1, 2), "tokens": 16}
@@ -46,10 +46,28 @@ def test_a_later_measurement_adds_to_the_earlier():
 def test_the_file_lies_where_caches_lie(tmp_path):
     calibrate(cpu_hardware(), ("lora",), "float32", lambda _: None)
     assert cache_folder() == tmp_path / "rankwise"
-    assert json.loads((tmp_path / "rankwise" / "machine.json").read_text())["schema"] == 1
+    assert json.loads((tmp_path / "rankwise" / "machine.json").read_text())["schema"] == SCHEMA
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"schema": 1}', '{"schema": 1, "machines": 3}'])
+def test_what_is_timed_is_the_step_of_the_trainer(monkeypatch):
+    """Fused parts and loss included, so that the pace is the one that ``rankwise train`` reaches."""
+    made = []
+    real = fake_model.optimize_for_training
+    monkeypatch.setattr(fake_model, "optimize_for_training", lambda model: made.append(real(model)) or made[-1])
+    calibrate(cpu_hardware(), ("lora",), "float32", lambda _: None)
+    assert all(done.fused_loss and done.shared_inputs for done in made)
+    assert len(made) == len(TINY["rows"])
+
+
+def test_timings_of_older_steps_are_not_used(tmp_path):
+    hardware = cpu_hardware()
+    calibrate(hardware, ("lora",), "float32", lambda _: None)
+    path = tmp_path / "rankwise" / "machine.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": SCHEMA - 1}))
+    assert measured_pace(hardware, "lora", "float32") is None
+
+
+@pytest.mark.parametrize("content", ["{", "[]", f'{{"schema": {SCHEMA}}}', f'{{"schema": {SCHEMA}, "machines": 3}}'])
 def test_a_damaged_file_is_said_and_passed_over(tmp_path, content):
     (tmp_path / "rankwise").mkdir()
     (tmp_path / "rankwise" / "machine.json").write_text(content)

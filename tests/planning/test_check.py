@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 
+from rankwise.errors import ConfigError
 from rankwise.planning import MemoryEstimate, Workload, check
 from rankwise.planning.check import Check, check_method, comparable
-from rankwise.planning.measure import Measurement
+from rankwise.planning.measure import Measurement, _no_answer, _offloading
 
 
 def test_the_error_is_relative_to_what_was_measured():
@@ -35,6 +36,36 @@ def test_both_sides_are_asked_about_the_same_step(monkeypatch):
 
     monkeypatch.setattr(check, "measure", measure)
     monkeypatch.setattr(check, "estimate", estimate)
-    found = check_method("m", "dora", Workload(device_type="cpu"), exact=True)
+    found = check_method("m", "dora", Workload(device_type="cpu"), 100, exact=True)
     assert asked[0] == asked[1]
     assert (found.predicted_bytes, found.measured_bytes, found.exact) == (100, 90, True)
+
+
+@pytest.mark.parametrize(("peak", "parameters"), [(101, 0), (20, 51)])
+def test_steps_that_cannot_fit_are_not_begun(monkeypatch, peak, parameters):
+    """51 weights in 16 bits are there before they are quantized."""
+    estimate = MemoryEstimate("qlora", peak, {}, 0, parameters, 0.05, False)
+    monkeypatch.setattr(check, "estimate", lambda *order, **more: estimate)
+    monkeypatch.setattr(check, "measure", lambda *order, **more: pytest.fail("started all the same"))
+    with pytest.raises(ConfigError, match="RW134"):
+        check_method("m", "qlora", Workload(device_type="cpu"), 100)
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_measured_steps_offload_activations_as_the_trainer_does(monkeypatch, is_asked):
+    monkeypatch.setattr("trl.models.activation_offloading.get_act_offloading_ctx_manager", lambda model: ("offloading", model))
+    context = _offloading("model", Workload(device_type="cuda", activation_offloading=is_asked))
+    assert (context == ("offloading", "model")) is is_asked
+
+
+@pytest.mark.parametrize(
+    ("code", "stderr", "starved"),
+    [
+        (-9, "", True),
+        (1, "torch.OutOfMemoryError: CUDA out of memory", True),
+        (1, "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory", True),
+        (1, "rankwise.errors.ConfigError: RW132: steps with the optimizer 'x' cannot be measured here.", False),
+    ],
+)
+def test_smaller_steps_are_advised_where_memory_ran_out(code, stderr, starved):
+    assert ("smaller" in str(_no_answer(code, stderr))) is starved

@@ -40,6 +40,16 @@ def test_fake_steps_hold_what_real_ones_do(method, checkpointing):
     assert fake.phase == real.phase
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "qdora"])
+def test_so_they_do_without_our_fused_parts(method):
+    """``--no-fast``: PyTorch's own step, which holds more."""
+    workload = Workload(fast=False, **STEP)
+    fake, real = (trace(skeleton("llama", **SMALL), method, workload, fake=is_fake) for is_fake in (True, False))
+    assert fake.peak_bytes - _overhead(fake) == pytest.approx(real.peak_bytes - _overhead(real), rel=5e-3)
+    assert fake.peak_bytes >= trace(skeleton("llama", **SMALL), method, Workload(**STEP)).peak_bytes
+    assert any("PyTorch's own step" in note for note in fake.notes)
+
+
 @pytest.mark.parametrize(("family", "method"), [("gpt2", "lora"), ("qwen3", "dora"), ("gemma3_text", "qlora")])
 def test_so_they_do_in_other_families(family, method):
     changes = SMALL | ({"intermediate_size": 512} if family == "gpt2" else {})

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankwise.planning import MemoryEstimate, Workload
-from rankwise.planning.fitting import Interpolating, Remembering, largest_batch, longest_row, verdict_of
+from rankwise.planning.fitting import (
+    LINE_ROWS,
+    LINE_TOKENS,
+    Interpolating,
+    Remembering,
+    largest_batch,
+    longest_row,
+    verdict_of,
+)
 from toy_memory import toy_estimate
 
 WORK = Workload(batch_size=4, max_length=128, r=8)
@@ -93,4 +101,38 @@ def test_a_line_through_two_dry_runs_meets_a_linear_peak():
         for tokens in (128, 4096):
             work = dataclasses.replace(WORK, batch_size=rows, max_length=tokens)
             assert line("lora", work).peak_bytes == pytest.approx(toy_estimate("lora", work).peak_bytes, rel=1e-6)
-    assert len(asked) == 4
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("optimizer_bytes", [10**9, 2 * 10**10, 2 * 10**11])
+def test_a_peak_in_the_optimizer_s_step_is_no_slope(optimizer_bytes):
+    """Full fine-tuning holds more in its optimizer's step than small batches do in their activations."""
+    asked = []
+
+    def two_phases(method, workload):
+        asked.append(workload)
+        steps = toy_estimate(method, workload)
+        if steps.peak_bytes >= optimizer_bytes:
+            return dataclasses.replace(steps, phase="backward")
+        return dataclasses.replace(
+            steps, peak_bytes=optimizer_bytes, breakdown={"weights": optimizer_bytes}, phase="optimizer"
+        )
+
+    memory = 10**12
+    assert largest_batch(Interpolating(two_phases), "lora", WORK, memory) == largest_batch(
+        two_phases, "lora", WORK, memory
+    )
+    assert len([work for work in asked if work.max_length == LINE_TOKENS]) <= len(LINE_ROWS)
+
+
+def test_batch_and_length_ask_for_no_further_run():
+    asked = []
+
+    def slow(method, workload):
+        asked.append(workload)
+        return toy_estimate(method, workload)
+
+    line = Interpolating(slow)
+    largest_batch(line, "lora", WORK, 20 * 10**9)
+    longest_row(line, "lora", WORK, 20 * 10**9)
+    assert len(asked) == 2

@@ -106,6 +106,21 @@ def test_a_container_s_limit_counts(monkeypatch, tmp_path):
     assert choose_hardware(None, None).memory_bytes > 1_000_000
 
 
+@pytest.mark.parametrize("busy_gb", [0, 30])
+def test_of_a_card_here_only_what_is_free_counts(monkeypatch, busy_gb):
+    """Another process's memory is not ours; what torch's allocator holds here is."""
+    total, held = 80 * 10**9, 2 * 10**9
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    context = hardware.context_bytes()
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (total - busy_gb * 10**9 - held - context, total))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda: held)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
+    found = hardware._cuda_device()
+    assert found.memory_bytes == total - busy_gb * 10**9
+    assert "80.0 GB" in found.note
+    assert found.flops_per_second == 989e12
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/cpuinfo")
 def test_bfloat16_is_judged_as_the_trainer_judges_it():
     from rankwise.models.device import _cpu_has_bfloat16

@@ -67,12 +67,31 @@ def test_only_methods_asked_about_are_recommended():
     assert advise(WEIGHTS, methods=("lora",)).method is None
 
 
-def test_what_is_recommended_fits_with_its_error():
+def test_what_is_recommended_fits_with_its_error_unless_it_says_that_it_does_not():
     for memory in range(3 * 10**8, 12 * 10**9, 3 * 10**8):
         for goal in ORDER:
             advice = advise(memory, goal=goal)
             if advice.method is not None:
-                assert advice.estimate.peak_bytes * (1 + advice.estimate.error) <= memory
+                assert advice.estimate.peak_bytes <= memory
+                fits = advice.estimate.peak_bytes * (1 + advice.estimate.error) <= memory
+                assert advice.is_tight is not fits
+
+
+def test_a_run_that_is_only_tight_is_recommended_and_said_to_be():
+    """Rather than that nothing fits where a row of the table does."""
+    least = Workload(batch_size=1, max_length=16, r=8, gradient_checkpointing=True, activation_offloading=True)
+    memory = toy_estimate("lora", least).peak_bytes
+    advice = advise(memory, methods=("lora",), workload=least)
+    assert (advice.method, advice.is_tight, advice.missing_bytes) == ("lora", True, 0)
+    assert advice.to_json()["tight"] is True
+    assert advise(memory - 1, methods=("lora",), workload=least).method is None
+
+
+def test_what_fits_with_its_error_comes_before_what_is_gentler_and_tight():
+    memory = toy_estimate("lora", WORK).peak_bytes
+    advice = advise(memory, methods=("lora",))
+    assert not advice.is_tight
+    assert advice.workload.batch_size < WORK.batch_size
 
 
 def test_where_nothing_fits_the_lack_is_that_of_the_smallest_run():
@@ -84,6 +103,30 @@ def test_where_nothing_fits_the_lack_is_that_of_the_smallest_run():
 def test_room_is_used_for_larger_micro_batches():
     advice = advise(100 * 10**9, workload=Workload(batch_size=1, max_length=1024, r=16), accumulation=8)
     assert (advice.settings["batch_size"], advice.settings["gradient_accumulation"]) == (8, 1)
+    names = {rule.name for rule in advice.reasons}
+    assert "larger-batches" in names
+    assert "accumulation" not in names
+
+
+def test_smaller_micro_batches_are_explained_as_such():
+    names = {rule.name for rule in advise(WEIGHTS + 5 * 1024 * PER_TOKEN).reasons}
+    assert "accumulation" in names
+    assert "larger-batches" not in names
+
+
+@pytest.mark.parametrize(("optimizer", "rule"), [("paged_adamw_8bit", "paged"), ("adamw_offload", "hosted")])
+def test_each_optimizer_that_saves_memory_has_its_own_reason(optimizer, rule):
+    situation = Situation("full", "speed", {}, {"optimizer": optimizer}, frozenset({"optimizer"}))
+    assert {found.name for found in RULES if found.when(situation)} & {"paged", "hosted"} == {rule}
+
+
+def test_a_time_that_is_not_counted_is_no_zero():
+    steps = [step for step in possible_steps("full", WORK, 1) if step.settings.get("optimizer") == "adamw_offload"]
+    change = advisor(10**9).price(steps, "full", WORK)
+    assert change.time_factor == 1
+    assert not change.is_timed
+    assert "not counted" in change.time_words
+    assert "%" not in change.time_words
 
 
 def test_the_cheapest_changes_fit_and_stand_in_the_order_of_their_cost():

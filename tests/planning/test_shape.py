@@ -48,7 +48,7 @@ def test_every_known_family_is_tested():
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "qwen2_moe", "gemma3"])
 def test_trainable_parameters_are_those_of_add_adapter(family, use_dora):
     for settings in ADAPTERS:
         if use_dora and "enable_lora" in settings:
@@ -70,6 +70,23 @@ def test_an_unknown_architecture_is_named_and_sent_to_the_dry_run():
     with pytest.raises(ModelError, match="'mamba'.*--exact") as caught:
         shape_of({"model_type": "mamba"})
     assert caught.value.code == "RW325"
+
+
+def test_gemma_3_4b_as_its_config_stands_on_the_hub():
+    """google/gemma-3-4b-it: a config within the config that leaves out what transformers fills in."""
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "image_size": 896}
+    vision |= {"num_hidden_layers": 27, "num_attention_heads": 16, "patch_size": 14, "vision_use_head": False}
+    shape = shape_of({"model_type": "gemma3", "text_config": text, "vision_config": vision})
+    # The hub counts 4.30B parameters.
+    assert shape.parameters == 4_300_079_472
+    assert (shape.layers, shape.hidden, shape.vocabulary, shape.tied) == (34, 2560, 262_208, True)
+
+
+def test_a_config_within_the_config_must_be_there():
+    with pytest.raises(ModelError, match="no text_config") as caught:
+        shape_of({"model_type": "gemma3"})
+    assert caught.value.code == "RW326"
 
 
 def test_missing_and_wrong_fields_are_all_named():

@@ -24,5 +24,12 @@ def test_what_is_no_size_is_refused(text):
         parse_size(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "size"), [("1,024MB", 1024 * 10**6), ("1,024,000.5kB", 1_024_000_500), ("81,920 MiB", 80 * 2**30)]
+)
+def test_a_comma_before_three_digits_parts_thousands(text, size):
+    assert parse_size(text) == size
+
+
 def test_a_comma_may_be_the_decimal_point():
     assert parse_size("1,5 TB") == parse_size("1.5TB") == 1_500 * 10**9

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
+from planning_models import FAMILIES, config_of
 
-from rankwise.planning import Workload
+from rankwise.models.gguf_file import GgufHeader, GgufTensor
+from rankwise.models.source import ModelSource
+from rankwise.planning import Workload, plan
+from rankwise.planning import facts as facts_module
+from rankwise.planning import shape as shape_module
 from rankwise.planning.calibration import Timing, solve
 from rankwise.planning.facts import facts_of
-from rankwise.planning.hardware import choose_hardware
+from rankwise.planning.hardware import choose_hardware, cpu_hardware
+from rankwise.planning.shape import shape_of
 from rankwise.planning.speed import (
     Pace,
     assumed_pace,
@@ -21,7 +28,9 @@ from toy_memory import toy_estimate
 
 LLAMA_7B = {
     "hidden_size": 4096,
+    "intermediate_size": 11008,
     "num_hidden_layers": 32,
+    "num_attention_heads": 32,
     "vocab_size": 32000,
     "tie_word_embeddings": False,
     "model_type": "llama",
@@ -61,7 +70,8 @@ def test_a_tied_head_is_not_counted_twice():
 
 def test_only_the_experts_that_a_token_visits_count():
     """Mixtral 8x7B: 46.7B parameters, 12.9B a token (its paper's figures)."""
-    mixtral = {**LLAMA_7B, "intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2}
+    mixtral = {**LLAMA_7B, "model_type": "mixtral", "intermediate_size": 14336}
+    mixtral |= {"num_local_experts": 8, "num_experts_per_tok": 2}
     active = facts_of(mixtral).matrix_parameters(46_702_792_704) + 32000 * 4096
     assert active == pytest.approx(12.9e9, rel=0.01)
 
@@ -99,9 +109,52 @@ def test_timings_without_a_sign_of_traffic_give_the_pace_alone():
 
 
 def test_an_assumed_pace_says_so_and_names_its_source():
-    pace = assumed_pace(choose_hardware("RTX 4090", None))
+    pace = assumed_pace(choose_hardware("RTX 4090", None), "bfloat16")
     assert not pace.measured
     assert "assumed" in pace.basis
     assert "2407.21783" in pace.basis
     assert pace.flops_per_second == pytest.approx(0.4 * 165.2e12)
-    assert assumed_pace(choose_hardware(None, "24GB")) is None
+    assert assumed_pace(choose_hardware(None, "24GB"), "bfloat16") is None
+
+
+def test_float32_is_slower_and_so_is_bfloat16_without_instructions():
+    card, old = choose_hardware("H100 SXM", None), choose_hardware("T4", None)
+    assert assumed_pace(card, "float32").flops_per_second < assumed_pace(card, "bfloat16").flops_per_second / 10
+    assert assumed_pace(old, "bfloat16") == assumed_pace(old, "float32")
+    assert assumed_pace(old, "float16").flops_per_second > assumed_pace(old, "float32").flops_per_second
+    cpu = dataclasses.replace(cpu_hardware(), has_bfloat16=True, cores=2)
+    assert assumed_pace(cpu, "float32").flops_per_second < assumed_pace(cpu, "bfloat16").flops_per_second
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_facts_of_a_known_family_are_those_of_its_shape(family):
+    """Also where the config leaves the tied head to transformers' default."""
+    config = config_of(family)
+    facts, shape = facts_of(config), shape_of(config)
+    assert (facts.layers, facts.width, facts.head_is_tied) == (shape.layers, shape.hidden, shape.tied)
+    config.pop("tie_word_embeddings", None)
+    assert facts_of(config).head_is_tied == shape_of(config).tied
+
+
+def test_a_quotient_of_times_is_all_measured_or_all_assumed(monkeypatch):
+    """A measured pace over an assumed one would be no price of a change."""
+    paces = {"lora": Pace(1e9, None, True, ""), "qlora": Pace(2e9, None, True, "")}
+    monkeypatch.setattr(plan, "measured_pace", lambda hardware, method, dtype: paces.get(method))
+    hardware = choose_hardware("RTX 4090", None)
+    ours = plan.ratio_pace_of(hardware, ["lora"], "bfloat16")
+    assert (ours("lora"), ours("qlora")) == (paces["lora"], paces["qlora"])
+    mixed = plan.ratio_pace_of(hardware, ["lora", "dora"], "bfloat16")
+    assert mixed("lora") == mixed("dora") == assumed_pace(hardware, "bfloat16")
+
+
+def test_a_mixture_of_experts_in_a_gguf_file_has_idle_ones(monkeypatch):
+    """Of an architecture that the closed form does not know: by the stacked tensors."""
+    tensors = {"blk.0.ffn_up_exps.weight": (64, 32, 8), "blk.0.attn_q.weight": (64, 64), "output.weight": (64, 100)}
+    header = GgufHeader(
+        {"general.architecture": "dbrx", "dbrx.expert_count": 8, "dbrx.expert_used_count": 2, "dbrx.block_count": 1},
+        {name: GgufTensor(shape, 0, 0, 0) for name, shape in tensors.items()},
+    )
+    for module in (facts_module, shape_module):
+        monkeypatch.setattr(module, "read_gguf_header", lambda path: header)
+    source = ModelSource("gguf", "m.gguf", Path("m.gguf"), "m.gguf")
+    assert facts_module.read_facts(source).idle_expert_parameters == 64 * 32 * 6

@@ -23,6 +23,7 @@ def test_every_wrong_field_is_named():
         {"trained_share": 0},
         {"activation_offloading": True, "device_type": "cpu"},
         {"strategy": "zero"},
+        {"devices": 2, "strategy": "single"},
     ],
 )
 def test_impossible_settings_are_refused(settings):

@@ -12,8 +12,8 @@ from functools import cache
 
 # Numbers of mallopt's parameters, from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-MMAP_BYTES = 1 << 30
-# Blocks below come from the heap, where they are used again.
+MMAP_BYTES = (1 << 30, 32 << 20)
+# Blocks below come from the heap, where they are used again; an old glibc takes no more than the second.
 TRIM_BYTES = 1 << 30
 # Free memory at the heap's end that is kept.
 TOP_PAD_BYTES = 64 << 20
@@ -25,5 +25,7 @@ def keep_freed_memory() -> bool:
     if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    wanted = ((M_MMAP_THRESHOLD, MMAP_BYTES), (M_TRIM_THRESHOLD, TRIM_BYTES), (M_TOP_PAD, TOP_PAD_BYTES))
-    return all(mallopt(parameter, value) == 1 for parameter, value in wanted)
+    is_set = any(mallopt(M_MMAP_THRESHOLD, size) == 1 for size in MMAP_BYTES)
+    for parameter, value in ((M_TRIM_THRESHOLD, TRIM_BYTES), (M_TOP_PAD, TOP_PAD_BYTES)):
+        is_set &= mallopt(parameter, value) == 1
+    return is_set

@@ -30,14 +30,31 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-def obstacle(dtype: torch.dtype, device_type: str) -> str | None:
+def obstacle(dtype: torch.dtype, device_type: str, head_width: int = 64) -> str | None:
     """Why the kernel is of no use for such a model, or None."""
     if device_type != "cpu":
         return "the device has fast attention of its own"
     if dtype != torch.bfloat16:
         return f"the kernel computes in bfloat16, not {str(dtype).removeprefix('torch.')}"
-    like = torch.empty(1, 2, 1, 64, dtype=dtype)
+    like = torch.empty(1, 2, 1, head_width, dtype=dtype)
     return kernel.obstacle(like, like, like)
+
+
+def config_obstacle(config: Any) -> str | None:
+    """What a model's configuration asks of attention and the kernel does not compute, or None."""
+    dropped = next((name for name in ("attention_dropout", "attn_pdrop") if getattr(config, name, 0)), None)
+    if dropped is not None:
+        return f"it drops weights while training ({dropped} {getattr(config, dropped):g})"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "it caps its scores (attn_logit_softcapping)"
+    return None
+
+
+def head_width(config: Any) -> int:
+    """D of a configuration, 64 where it names neither a width nor heads."""
+    width = getattr(config, "head_dim", None)
+    heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    return int(width or (hidden // heads if heads and hidden else 64))
 
 
 def attention(
@@ -79,7 +96,7 @@ def _ranges(
     return zeros, torch.full(shape, key.shape[2], dtype=torch.int32)
 
 
-_last: tuple[weakref.ref[Tensor], Ranges | None] | None = None
+_last: tuple[weakref.ref[Tensor], int, Ranges | None] | None = None
 
 
 def mask_ranges(mask: Tensor) -> Ranges | None:
@@ -88,10 +105,11 @@ def mask_ranges(mask: Tensor) -> Ranges | None:
     Remembered for the mask seen last: every layer of a model gets the same one.
     """
     global _last
-    if _last is not None and _last[0]() is mask:
-        return _last[1]
+    version = 0 if mask.is_inference() else mask._version
+    if _last is not None and _last[0]() is mask and _last[1] == version:
+        return _last[2]
     ranges = _find_ranges(mask) if mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1 else None
-    _last = (weakref.ref(mask), ranges)
+    _last = (weakref.ref(mask), version, ranges)
     return ranges
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any, Protocol, cast
 
 import torch
@@ -166,12 +166,12 @@ def replace_mlps(model: nn.Module, undo: Undo, left: list[str]) -> int:
     count = 0
     for module in list(model.modules()):
         act = _mlp_activation(module)
-        if act not in ACTIVATIONS:
+        if act not in ACTIVATIONS or not is_free(module):
             continue
         key = (type(module), act)
         if key not in checked:
             checked[key] = _mlp_agrees(module, act, left)
-        if checked[key] and is_free(module):
+        if checked[key]:
             replace_forward(module, _mlp_forward, undo, rankwise_liger=act)
             count += 1
     return count
@@ -188,15 +188,19 @@ def replace_ropes(model: nn.Module, undo: Undo, left: list[str]) -> int:
             continue
         twin = LigerRope(original)
         setattr(namespace, ROPE, twin)
-        undo.add(partial(_put_back, namespace, twin))
+        undo.add(_putting_back(namespace, twin))
         count += 1
     return count
 
 
-def _put_back(namespace: Any, twin: LigerRope) -> None:
+def _putting_back(namespace: Any, twin: LigerRope) -> Callable[[], None]:
     """Unless another model's change came on top."""
-    if getattr(namespace, ROPE, None) is twin:
-        setattr(namespace, ROPE, twin.original)
+
+    def put_back() -> None:
+        if getattr(namespace, ROPE, None) is twin:
+            setattr(namespace, ROPE, twin.original)
+
+    return put_back
 
 
 class LigerRope:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rankwise.acceleration.recognise import is_fake
 from rankwise.acceleration.replace import ATTRIBUTE, Undo, class_forward, is_free, replace_forward
+from rankwise.adapters.operator import computes_in
 from rankwise.ops.linear_cross_entropy import LogitShape, LossSums, chunk_rows, linear_cross_entropy
 
 IGNORED = -100
@@ -86,9 +87,13 @@ def fused_loss(
 
 def accept_labels(model: Any, head: Head, undo: Undo) -> None:
     """Let ``model(..., labels=labels)`` use the fused loss; its output then carries no logits."""
-    replace_forward(model, _forward_with_labels, undo)
-    # The signature tells the Trainer which columns the model takes.
-    model.forward.__func__.__signature__ = inspect.signature(type(model).forward)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _forward_with_labels(self, *args, **kwargs)
+
+    # The signature, of this model's family alone, tells the Trainer which columns the model takes.
+    forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
+    replace_forward(model, forward, undo)
     state = model.__dict__.setdefault(ATTRIBUTE, {})
     state["head"] = head
     undo.add(lambda: state.pop("head", None))
@@ -131,7 +136,7 @@ def _sums(head: Head, hidden: Tensor, targets: Tensor, label_smoothing: float, w
     module: Any = head.module
     if type(module) is nn.Linear and not module.weight.requires_grad and module.weight.dtype == hidden.dtype:
         trains_bias = module.bias is not None and module.bias.requires_grad
-        if not trains_bias and not torch.is_autocast_enabled(hidden.device.type):
+        if not trains_bias and computes_in(hidden.dtype, hidden.device):
             return linear_cross_entropy(
                 hidden,
                 module.weight,

@@ -17,6 +17,7 @@ from rankwise.acceleration.recognise import adapted_layers, replace_mlps, replac
 from rankwise.acceleration.replace import ATTRIBUTE, Undo
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.shared_input import SharedInput
+from rankwise.errors import RankwiseError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ def optimize(model: nn.Module, undo: Undo, *, keep_memory: bool = True, fuse_los
     left: list[str] = []
     if fuse_loss and head is None:
         left.append("the loss stays the model's own: its logits are not those of its output head")
-    shared_inputs = _share_inputs(model, undo)
+    shared_inputs = share_inputs(model, undo, left)
     norms, mlps, ropes = _fuse_parts(model, undo, left)
     done = Acceleration(
         shared_inputs=shared_inputs,
@@ -85,11 +86,16 @@ def optimize(model: nn.Module, undo: Undo, *, keep_memory: bool = True, fuse_los
 
 
 def _fuse_parts(model: nn.Module, undo: Undo, left: list[str]) -> tuple[int, int, int]:
-    """Norms, gated MLPs and rotary functions that got a fast twin: ours on a CPU, Liger's on CUDA."""
+    """Norms, gated MLPs and rotary functions that got a fast twin: ours on a CPU; on CUDA Liger's, and our MLPs, over
+    which an adapter keeps no product."""
     device_type = next(model.parameters()).device.type
     if device_type in ("cpu", "meta"):
         return replace_norms(model, undo), replace_mlps(model, undo), replace_ropes(model, undo)
-    return liger.replace_parts(model, undo, left) if device_type == "cuda" else (0, 0, 0)
+    if device_type != "cuda":
+        return 0, 0, 0
+    own = replace_mlps(model, undo)
+    norms, mlps, ropes = liger.replace_parts(model, undo, left)
+    return norms, own + mlps, ropes
 
 
 def restore(model: nn.Module) -> None:
@@ -112,7 +118,9 @@ def _use_attention(model: Any, undo: Undo, left: list[str]) -> bool:
         return False
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     device_type = next(model.parameters()).device.type
-    why_not = attention.obstacle(getattr(model, "dtype", dtype), device_type)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    why_not = attention.config_obstacle(text)
+    why_not = why_not or attention.obstacle(getattr(model, "dtype", dtype), device_type, attention.head_width(text))
     if why_not is not None:
         if device_type == "cpu":
             left.append(f"attention stays torch's: {why_not}")
@@ -123,16 +131,21 @@ def _use_attention(model: Any, undo: Undo, left: list[str]) -> bool:
     return True
 
 
-def _share_inputs(model: nn.Module, undo: Undo) -> int:
-    """Group the adapted layers that are given the same tensor, seen by running two tokens through the model."""
+def share_inputs(model: nn.Module, undo: Undo, left: list[str] | None = None) -> int:
+    """Group the adapted layers that are given the same tensor, seen by running two tokens through the model.
+
+    ``left`` gets the reason where that cannot be tried.
+    """
     seen: list[tuple[AdaptedLayer, Tensor]] = []
     layers = list(adapted_layers(model))
     hooks = [layer.register_forward_pre_hook(_noting(seen)) for layer in layers]
     try:
-        _run_two_tokens(model)
+        why_not = _run_two_tokens(model)
     finally:
         for hook in hooks:
             hook.remove()
+    if why_not is not None and layers and left is not None:
+        left.append(f"no layers share an input: the model could not be tried with token ids alone ({why_not})")
     groups: dict[int, list[AdaptedLayer]] = {}
     for layer, x in seen:
         groups.setdefault(id(x), []).append(layer)
@@ -154,14 +167,18 @@ def _noting(seen: list[tuple[AdaptedLayer, Tensor]]) -> Callable[[Any, tuple[Any
 
 
 @torch.no_grad()
-def _run_two_tokens(model: Any) -> None:
+def _run_two_tokens(model: Any) -> str | None:
+    """Why that failed, or None."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         ids = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
         model(input_ids=ids, use_cache=False)
-    except Exception:  # noqa: BLE001  a model that is not fed with token ids alone shares nothing
-        return
+    except RankwiseError:
+        raise
+    except Exception as error:  # noqa: BLE001  a model that is not fed with token ids alone shares nothing
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     finally:
         for module, mode in modes:
             module.training = mode
+    return None

@@ -100,12 +100,16 @@ def _variant_name(variant: Any) -> str:
 
 def _is_current(module: Any, layer: AdaptedLayer, name: str) -> bool:
     """See that ``layer`` holds PEFT's own parameters of this adapter; False where it cannot."""
+    if isinstance(layer.base_layer, Linear4bit) and not _still_views(layer.base_layer, module.base_layer):
+        return False
     A, B = module.lora_A[name].weight, module.lora_B[name].weight
     known: Any = dict(layer.adapters).get(name)
     if known is None or known.lora_A is not A or known.lora_B is not B or known.scaling != module.scaling[name]:
         if getattr(module.lora_B[name], "bias", None) is not None:
             return False
         layer.adapters[name] = _adapter_over(module, layer.base_layer, name)
+    adapter: Any = layer.adapters[name]
+    adapter.lora_dropout.p = float(getattr(module.lora_dropout[name], "p", 0.0))
     return A.dtype.is_floating_point
 
 
@@ -145,9 +149,20 @@ def _four_bit_view(base: Any, state: Any) -> Linear4bit | None:
         dtype=state.dtype,
         device="meta",
     )
-    tensors = {"weight": base.weight.data.view(layer.weight.shape), "absmax": state.absmax}
+    # quant_storage may pack the same bytes as 16- or 32-bit numbers.
+    packed = base.weight.data.view(torch.uint8)
+    if packed.numel() != layer.weight.numel() or not torch.is_tensor(state.absmax):
+        return None
+    tensors = {"weight": packed.view(layer.weight.shape), "absmax": state.absmax}
     if nested:
         tensors |= {"nested_absmax": state.state2.absmax, "offset": state.offset.reshape(()).float()}
     layer.take(tensors)
     layer.bias = base.bias
-    return layer.requires_grad_(False) if torch.is_tensor(state.absmax) else None
+    layer.compute_dtype = base.compute_dtype if base.compute_type_is_set else None
+    return layer.requires_grad_(False)
+
+
+def _still_views(layer: Linear4bit, base: Any) -> bool:
+    """Whether bitsandbytes' layer still holds the memory that ours looks at: it repacks for a CPU's evaluation, and
+    moves with its model."""
+    return bool(layer.weight.data_ptr() == base.weight.data_ptr() and layer.weight.device == base.weight.device)

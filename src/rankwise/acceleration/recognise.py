@@ -7,8 +7,8 @@ twin takes its place only where the results agree.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.operator import branch_of, drawn_dropout
 from rankwise.ops.low_rank_linear import low_rank_linear_of_glu
+from rankwise.ops.selection import native_on_cpu, runs_triton
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 # Of the largest value, between a part and its twin.
@@ -78,12 +79,26 @@ def replace_ropes(model: nn.Module, undo: Undo) -> int:
     for name in sorted(names):
         namespace: Any = sys.modules.get(name)
         original = getattr(namespace, ROPE, None)
-        if original is None or isinstance(original, FastRope) or not _rope_agrees(original):
+        if original is None or not (isinstance(original, FastRope) or _rope_agrees(original)):
             continue
-        setattr(namespace, ROPE, FastRope(original))
-        undo.add(partial(setattr, namespace, ROPE, original))
+        if not isinstance(original, FastRope):
+            setattr(namespace, ROPE, FastRope(original))
+        twin = getattr(namespace, ROPE)
+        twin.users.add(model)
+        undo.add(_leaving(namespace, twin, weakref.ref(model)))
         count += 1
     return count
+
+
+def _leaving(namespace: Any, twin: FastRope, model: weakref.ref[nn.Module]) -> Callable[[], None]:
+    """The function belongs to all models of a family: the last one that leaves puts the original back."""
+
+    def leave() -> None:
+        twin.users.discard(model())
+        if not twin.users and getattr(namespace, ROPE, None) is twin:
+            setattr(namespace, ROPE, twin.original)
+
+    return leave
 
 
 class FastRope:
@@ -91,6 +106,8 @@ class FastRope:
 
     def __init__(self, original: Callable[..., Any]) -> None:
         self.original = original
+        # The models that use it; one that is gone is no user.
+        self.users: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __call__(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, unsqueeze_dim: int = 1, **kwargs: Any
@@ -106,7 +123,7 @@ def _is_simple(x: Tensor, cos: Tensor) -> bool:
 
 
 def _runs_natively(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in TOLERANCE and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and x.dtype in TOLERANCE and not torch.compiler.is_compiling() and native_on_cpu()
 
 
 def _norm_forward(self: Any, x: Tensor) -> Tensor:
@@ -115,8 +132,14 @@ def _norm_forward(self: Any, x: Tensor) -> Tensor:
     return RmsNorm.apply(x, self.weight, *self.rankwise_norm)
 
 
+def _glu_runs(x: Tensor) -> bool:
+    """Whether the gated activation has a kernel of ours for ``x``: native, or on Triton."""
+    on_card = x.is_cuda and x.dtype in TOLERANCE and not torch.compiler.is_compiling() and runs_triton(x.device)
+    return on_card or _runs_natively(x)
+
+
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
-    if not _runs_natively(x):
+    if not _glu_runs(x):
         return class_forward(self)(x)
     return down_of_glu(self.down_proj, self.gate_proj(x), self.up_proj(x), self.rankwise_act)
 
@@ -173,7 +196,7 @@ def _mlp_agrees(module: Any, act: str) -> bool:
     if like is None or not hasattr(base, "in_features"):
         return False
     dtype = base.weight.dtype if base.weight.is_floating_point() else getattr(base, "dtype", like.dtype)
-    x = _random(like.to(dtype), 2, base.in_features)
+    x = _random(like.detach().new_empty(0, dtype=dtype), 2, base.in_features, runs=_glu_runs)
     if x is None:
         return False
     modes = [(part, part.training) for part in module.modules()]
@@ -202,12 +225,12 @@ def _rope_agrees(original: Callable[..., Any]) -> bool:
     return bool(pairs) and all(a.shape == b.shape and _difference(a, b) <= 1e-5 for a, b in pairs)
 
 
-def _random(like: Tensor, *shape: int) -> Tensor | None:
+def _random(like: Tensor, *shape: int, runs: Callable[[Tensor], bool] = _runs_natively) -> Tensor | None:
     """Random numbers in a dtype and on a device that the twins run on, or None."""
-    if not _runs_natively(like) or is_fake(like):
+    if not runs(like) or is_fake(like):
         return torch.empty(shape, dtype=like.dtype, device=like.device) if is_fake(like) else None
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator).to(like.dtype)
+    return torch.randn(shape, generator=generator).to(like)
 
 
 def is_fake(tensor: Tensor) -> bool:

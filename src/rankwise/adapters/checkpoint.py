@@ -196,7 +196,7 @@ def _load_end_weights(model: nn.Module, tensors: Mapping[str, Tensor], state: Ad
     """An embedding or head that came along with the adapter stands in for the base's while the adapter is at work."""
     trained_whole = {f"{PREFIX}{path}.weight" for path, _ in trained_copies(model, name)}
     at_work = state.active == name and not state.disabled
-    for key, weight in _end_weights(model).items():
+    for key, weight in end_weights(model).items():
         if key not in tensors or key in trained_whole or torch.equal(tensors[key].to(weight), weight):
             continue
         plain = key.removeprefix(PREFIX).replace(".base_layer.", ".")
@@ -207,7 +207,7 @@ def _load_end_weights(model: nn.Module, tensors: Mapping[str, Tensor], state: Ad
             enable_adapter(model)
 
 
-def _end_weights(model: nn.Module) -> dict[str, Tensor]:
+def end_weights(model: nn.Module) -> dict[str, Tensor]:
     """The base's embedding and output head under the keys by which PEFT saves them beside an adapter on them."""
     finders: list[Any] = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
     ends = [end for find in finders if find is not None and (end := find()) is not None]
@@ -294,7 +294,7 @@ def _check_fit(
 ) -> None:
     wanted = _expected_shapes(model, config, planned)
     problems = [f"{key} is missing" for key in wanted if key not in found]
-    ends = {key: tuple(weight.shape) for key, weight in _end_weights(model).items() if key in found}
+    ends = {key: tuple(weight.shape) for key, weight in end_weights(model).items() if key in found}
     wanted = {**wanted, **ends}
     problems += [f"{key} has no place in the model" for key in found if key not in wanted]
     problems += [

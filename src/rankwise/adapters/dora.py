@@ -45,12 +45,22 @@ class Dora(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.r, self.scaling, self.dropout, self.parts = r, scaling, dropout, parts
+        self.r, self.scaling, self.parts = r, scaling, parts
+        # A module, so that code which switches dropout off (trl's for DPO and GRPO) finds it; it is never called.
+        self.lora_dropout = nn.Dropout(dropout)
         self.lora_A, self.lora_B = empty_pair(base, r, parts, dtype, device)
         # float32 whatever the base's dtype: bfloat16 would round the gain away from 1 at the first step.
         self.magnitude = nn.Parameter(torch.empty(self.lora_B.shape[0], dtype=torch.float32, device=device))
         self._out_features = features(base)[1]
         self._norms, self._squared = Kept(), Kept()
+
+    @property
+    def dropout(self) -> float:
+        return self.lora_dropout.p
+
+    @dropout.setter
+    def dropout(self, p: float) -> None:
+        self.lora_dropout.p = p
 
     def reset_parameters(self, base: nn.Module, *, zero_b: bool = True) -> None:
         init_low_rank_(self.lora_A, self.lora_B, zero_b=zero_b)
@@ -90,6 +100,11 @@ class Dora(nn.Module):
         A, B = self.lora_A, self.lora_B
         if (norms := self._norms.get((A, B), weight_key(base))) is not None:
             return norms
+        # Made under inference_mode they could not be kept, and each token would compute them anew.
+        with torch.inference_mode(A.is_inference()), torch.no_grad():
+            return self._new_row_norms(base, A, B)
+
+    def _new_row_norms(self, base: nn.Module, A: Tensor, B: Tensor) -> Tensor:
         squared = self._base_norms(base)
         if isinstance(base, Linear4bit):
             norms = row_norms(squared, base.row_cross(A, self.full_B()), A, self.full_B(), self.scaling)

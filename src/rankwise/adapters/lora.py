@@ -33,8 +33,18 @@ class Lora(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.r, self.scaling, self.dropout, self.parts = r, scaling, dropout, parts
+        self.r, self.scaling, self.parts = r, scaling, parts
+        # A module, so that code which switches dropout off (trl's for DPO and GRPO) finds it; it is never called.
+        self.lora_dropout = nn.Dropout(dropout)
         self.lora_A, self.lora_B = empty_pair(base, r, parts, dtype, device)
+
+    @property
+    def dropout(self) -> float:
+        return self.lora_dropout.p
+
+    @dropout.setter
+    def dropout(self, p: float) -> None:
+        self.lora_dropout.p = p
 
     def reset_parameters(self, *, zero_b: bool = True) -> None:
         init_low_rank_(self.lora_A, self.lora_B, zero_b=zero_b)

@@ -50,7 +50,7 @@ class PackedWeight:
 def frozen_weight(base: nn.Module, x: Tensor) -> Frozen | None:
     """The weight of ``base`` as the operator takes it, or None where it cannot."""
     layer: Any = base
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or layer.weight.requires_grad:
+    if torch.compiler.is_compiling() or layer.weight.requires_grad or not computes_in(x.dtype, x.device):
         return None
     if type(base) is Linear4bit:
         computes_as = layer.compute_dtype or x.dtype
@@ -60,6 +60,12 @@ def frozen_weight(base: nn.Module, x: Tensor) -> Frozen | None:
     if type(base) is nn.Linear:
         return DenseWeight(layer.weight)
     return DenseWeight(layer.weight.T) if is_conv1d(base) else None
+
+
+def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of ``dtype`` stay in it: no autocast, or one to that very dtype."""
+    kind = device.type
+    return not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) == dtype
 
 
 def branch_of(adapter: Any, base: nn.Module, x: Tensor) -> Branch | None:

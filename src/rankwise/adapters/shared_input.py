@@ -36,7 +36,7 @@ class SharedInput:
         """What ``layer`` makes of x, or None where it has to be computed apart."""
         if self._is_same_input(x) and id(layer) in self._waiting:
             y = self._waiting.pop(id(layer))
-            self._missed -= 1
+            self._missed = max(0, self._missed - 1)
             return y
         if self._waiting:
             self._missed += len(self._waiting)

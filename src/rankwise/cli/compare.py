@@ -24,7 +24,16 @@ if TYPE_CHECKING:
 
 PANELS = {
     "Model and data": ("model", "data", "eval_data", "output"),
-    "What is compared": ("methods", "seeds", "learning_rates", "search_steps", "minutes", "jobs", "retry"),
+    "What is compared": (
+        "methods",
+        "seeds",
+        "learning_rates",
+        "search_steps",
+        "minutes",
+        "memory_budget",
+        "jobs",
+        "retry",
+    ),
     "What is measured": ("task", "task_data", "task_limit", "metric", "margin", "seed_sd", "merged_check"),
     "Recommendation": ("memory", "max_hours", "merge"),
     "Equal for every run, as in rankwise train": SHARED,
@@ -156,7 +165,7 @@ def _places(comparison: Comparison, settings: CompareOptions) -> Iterator[tuple[
     if (folder / "report.html").is_file():
         yield "report", str(folder / "report.html")
     if found["command"]:
-        yield "repeat", found["command"]
+        yield "train again", found["command"]
     if found["adapter"]:
         yield "adapter", str(folder / found["adapter"])
     if found["merged"]:
@@ -175,7 +184,7 @@ def watching(output: Output) -> Iterator[Lines]:
 
 
 def _doing(job: Job) -> str:
-    return {"probe": "timing", "train": "training", "measure": "measuring"}[job.stage]
+    return {"prepare": "preparing", "probe": "timing", "train": "training", "measure": "measuring"}[job.stage]
 
 
 def _ended(job: Job, outcome: Outcome, picture: Picture) -> str:

@@ -30,7 +30,14 @@ from rankwise.cli.output import (
     stdout_for_the_document,
 )
 from rankwise.config import Settings
-from rankwise.errors import ConfigError, InternalError, Interrupted, RankwiseError, RunError
+from rankwise.errors import (
+    ConfigError,
+    InternalError,
+    Interrupted,
+    RankwiseError,
+    RunError,
+    is_out_of_memory,
+)
 from rankwise.training.interrupt import terminable
 
 VERBS: tuple[Verb, ...] = (
@@ -48,6 +55,7 @@ VERBS: tuple[Verb, ...] = (
 )
 SUMMARY = "Fine-tune a language model with low-rank adapters, wisely: LoRA, QLoRA, DoRA and QDoRA."
 EXAMPLES = (
+    "rankwise plan     --model demo --memory 16GB",
     "rankwise preview  --model demo --data rows.jsonl",
     "rankwise train    --model demo --data rows.jsonl --output runs/first",
     'rankwise generate --adapter runs/first --prompt "Hello" --compare',
@@ -130,7 +138,7 @@ def _as_ours(error: Exception) -> RankwiseError:
         return error
     if hasattr(error, "format_message"):
         return ConfigError("RW120", _usage_sentence(error))
-    if train.is_out_of_memory(error):
+    if is_out_of_memory(error):
         remedy = "lower --batch-size or --max-length, or switch on --gradient-checkpointing"
         return RunError("RW550", f"the memory of the device is full ({_first_line(error)}); {remedy}.")
     if isinstance(error, OSError) and error.errno in FILE_ERRORS and error.filename:

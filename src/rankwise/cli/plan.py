@@ -27,6 +27,7 @@ PANELS = {
         "trained_share",
         "gradient_checkpointing",
         "activation_offloading",
+        "fast",
         "optimizer",
         "dtype",
     ),
@@ -125,10 +126,13 @@ def as_yaml(plan: Plan) -> str:
         if value is not None
     }
     peak = plan_view.gigabytes(plan.recommendation.estimate.peak_bytes)
+    tight = "; it fits only without its error margin" if plan.recommendation.is_tight else ""
     head = (
-        f"# Planned for {plan.hardware.name}: predicted peak {peak}.\n"
+        f"# Planned for {plan.hardware.name}: predicted peak {peak}{tight}.\n"
         "# rankwise train --config THIS-FILE --data D --output O\n"
     )
+    if plan.workload.devices > 1:
+        head += f"# A share of {plan.workload.devices} devices ({plan.workload.strategy}); the command runs on one.\n"
     return head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
@@ -158,6 +162,7 @@ def _check(settings: PlanSettings, plan: Plan, output: Output) -> dict[str, Any]
             settings.model,
             method,
             workload_for(settings, hardware),
+            hardware.memory_bytes,
             exact=settings.exact,
             trust_remote_code=settings.trust_remote_code,
             revision=settings.revision,

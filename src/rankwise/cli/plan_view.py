@@ -16,7 +16,8 @@ from rankwise.planning.speed import NOMINAL_CARD
 from rankwise.reports.memory_bars import MemoryBar, memory_svg
 
 if TYPE_CHECKING:
-    from rankwise.planning import MemoryEstimate
+    from rankwise.planning import MemoryEstimate, Workload
+    from rankwise.planning.changes import Change
     from rankwise.planning.check import Check
     from rankwise.planning.plan import MethodRow, Plan
 
@@ -32,6 +33,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 MARKS = (("█", "blue"), ("▓", "magenta"), ("▒", "yellow"), ("▚", "green"), ("░", "red"), ("·", "dim"))
 VERDICT_STYLES = {"fits": "green", "tight": "yellow", "too big": "red"}
 WIDEST_BAR = 60
+APPLE = "an Apple GPU's step is counted as PyTorch's own on a CPU; none was measured, so the ± is not its own."
 CUT = 1.6
 # Bars are cut at this multiple of the memory.
 LABEL = 12
@@ -64,6 +66,7 @@ def heading(plan: Plan) -> Iterator[str]:
         work.optimizer,
         *(["gradient checkpointing"] if work.gradient_checkpointing else []),
         *(["activation offloading"] if work.activation_offloading else []),
+        *([] if work.fast or plan.hardware.device_type == "mps" else ["not fast"]),
         *([f"{work.strategy} (a device's share)"] if work.devices > 1 else []),
     ]
     yield ", ".join(parts)
@@ -151,15 +154,14 @@ def change_lines(plan: Plan) -> Iterator[tuple[str, str]]:
         return
     label = f"{plan.changes_of}:"
     for change in plan.changes:
-        yield label, change_sentence(change.label, change.saved_bytes, change.time_factor, change.verdict)
+        yield label, change_sentence(change)
         label = ""
 
 
-def change_sentence(label: str, saved_bytes: int, time_factor: float | None, verdict: str) -> str:
-    sign = "-" if saved_bytes >= 0 else "+"
-    time = "" if time_factor is None else f", {round((time_factor - 1) * 100):+d} % time"
-    ending = "still too big" if verdict == "too big" else verdict
-    return f"{label}: {sign}{gigabytes(abs(saved_bytes))}{time}: {ending}"
+def change_sentence(change: Change) -> str:
+    sign = "-" if change.saved_bytes >= 0 else "+"
+    ending = "still too big" if change.verdict == "too big" else change.verdict
+    return f"{change.label}: {sign}{gigabytes(abs(change.saved_bytes))}, {change.time_words}: {ending}"
 
 
 def recommendation_lines(plan: Plan, command: str | None) -> Iterator[tuple[str, str]]:
@@ -175,10 +177,35 @@ def recommendation_lines(plan: Plan, command: str | None) -> Iterator[tuple[str,
         )
         return
     yield "take", f"{advice.method}, {settings_sentence(plan)}"
+    if advice.is_tight:
+        yield "tight", tight_sentence(plan)
     for index, rule in enumerate(advice.reasons):
         yield "because" if index == 0 else "", f"{rule.reason} [{rule.source}]"
     yield "run", command
+    if plan.workload.devices > 1:
+        yield "alone", one_process(plan.workload)
     yield from (("serve" if index == 0 else "", text) for index, text in enumerate(advice.serving))
+
+
+def tight_sentence(plan: Plan) -> str:
+    """That the run may still be too big, said plainly."""
+    advice = plan.recommendation
+    most = advice.estimate.peak_bytes * (1 + advice.estimate.error)
+    return (
+        f"it fits only without its error margin: with it the peak may reach {gigabytes(most)}, and there are "
+        f"{gigabytes(plan.hardware.memory_bytes)}. Nothing smaller fits with it; memory may run out in the first steps."
+    )
+
+
+def one_process(work: Workload) -> str:
+    """What the command does, and does not, on several devices."""
+    text = (
+        f"`rankwise train` runs one process on one device and does not start {work.devices}: the sizes are those of a "
+        f"device's share in a training loop of your own under torchrun"
+    )
+    if work.strategy == "fsdp":
+        return f"{text} with fully_shard; by itself the command takes the whole model."
+    return f"{text} with DistributedDataParallel; by itself the command takes {work.devices} times as many steps."
 
 
 def larger_card(estimate: MemoryEstimate) -> str:
@@ -226,6 +253,8 @@ def footnotes(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "time", plan.pace_basis
     if plan.workload.devices > 1:
         yield "devices", "sizes are one device's share; time counts all of them and no communication between them."
+    if plan.hardware.device_type == "mps":
+        yield "device", APPLE
     if plan.hardware.kind == "card":
         yield "card", f"{plan.hardware.source}; its memory is what torch can take of it"
     seen: dict[str, list[str]] = {}

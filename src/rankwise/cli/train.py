@@ -11,12 +11,14 @@ from rankwise.cli.output import Output
 from rankwise.cli.progress import watching
 from rankwise.cli.words import byte_size, duration, parameter_count
 from rankwise.config import TrainSettings
-from rankwise.errors import RunError
+from rankwise.errors import RunError, is_out_of_memory
 from rankwise.records import RunRecord, read_metrics
 
 if TYPE_CHECKING:
     from rankwise.planning.guard import MemoryGuard
 
+SERVED = ("lora", "qlora", "dora", "qdora", "full")
+# Methods whose result `generate` loads; the baselines are there to be compared.
 PANELS = {
     "Model and data": (
         "model",
@@ -109,12 +111,6 @@ def _guard(settings: TrainSettings, output: Output) -> MemoryGuard:
     return MemoryGuard(settings.model_dump(), output.line, anonymous_memory_bytes, ignore=settings.ignore_plan)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's own error, Python's, and what torch's CPU allocator says in a RuntimeError."""
-    cpu_allocator = "DefaultCPUAllocator" in str(error) and "memory" in str(error)
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or cpu_allocator
-
-
 def _out_of_memory(error: BaseException, guard: MemoryGuard) -> RunError:
     lines = str(error).strip().splitlines()
     reason = lines[0].rstrip(".;:") if lines else "no message"
@@ -138,7 +134,8 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
         yield "trained", f"{parameter_count(record.trainable_parameters)} parameters, {share:.2f} % of the model"
     yield "speed", _speed(record)
     yield "written", f"{folder}  (curve: {folder / 'loss.svg'})"
-    yield "try", f'rankwise generate --{_as_model(record)} {folder} --prompt "..."' + _compare(record)
+    if record.method in SERVED:
+        yield "try", f'rankwise generate --{_as_model(record)} {folder} --prompt "..."' + _compare(record)
 
 
 def loss_sentence(folder: Path, record: RunRecord) -> str:

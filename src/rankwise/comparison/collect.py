@@ -51,7 +51,7 @@ def _run(plan: Plan, cell: Cell, phase: Any, skipped: Mapping[str, str] | None) 
         "error": error,
         "folder": folder.relative_to(plan.output).as_posix(),
         "record": record,
-        "tasks": read_tasks(folder),
+        "tasks": read_tasks(folder, plan.tasks),
         "adapter_bytes": facts.get("adapter_bytes"),
         "merged": facts.get("merged"),
         "update_norms": facts.get("update_norms"),
@@ -82,11 +82,9 @@ def _error(plan: Plan, cell: Cell) -> tuple[Message | None, bool]:
     return error, trained is not None and trained.status == "finished"
 
 
-def read_tasks(folder: Path) -> dict[str, dict[str, Any]]:
-    """TASK -> its result, of a run's folder."""
-    found = {
-        path.parent.name: read_json(path) for path in sorted((folder / EVALUATION_FOLDER).glob(f"*/{RESULT_FILE}"))
-    }
+def read_tasks(folder: Path, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """TASK -> its result, of a run's folder; an earlier call may have left more than these."""
+    found = {task: read_json(folder / EVALUATION_FOLDER / task / RESULT_FILE) for task in (PERPLEXITY, *tasks)}
     return {task: result for task, result in found.items() if result}
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.comparison.collect import value_of
-from rankwise.comparison.schema import BEST_FOLDER, MERGED_FOLDER, RECOMMENDED_FILE, Recommendation, Run
+from rankwise.comparison.collect import read_json, value_of
+from rankwise.comparison.schema import (
+    BEST_FOLDER,
+    COMPARISON_FILE,
+    MERGED_FOLDER,
+    RECOMMENDED_FILE,
+    Recommendation,
+    Run,
+)
 from rankwise.config import TrainSettings
 from rankwise.records import write_text
 
@@ -33,11 +41,22 @@ def hand_over(output: Path, found: Recommendation, run: Run) -> Recommendation:
     return {
         **found,
         "config": RECOMMENDED_FILE,
-        "command": f"rankwise train --config {output / RECOMMENDED_FILE}",
+        "command": shlex.join(["rankwise", "train", "--config", str(output / RECOMMENDED_FILE)]),
         "run": run["id"],
         "adapter": BEST_FOLDER,
         "merged": MERGED_FOLDER if (output / MERGED_FOLDER).is_dir() else None,
     }
+
+
+def forget_other_results(output: Path, run: str | None) -> None:
+    """Take away what an earlier call recommended where it was another run: a merged model of it would be mistaken."""
+    before = read_json(output / COMPARISON_FILE).get("recommendation", {}).get("run")
+    if before == run and run is not None:
+        return
+    shutil.rmtree(output / MERGED_FOLDER, ignore_errors=True)
+    if run is None:
+        shutil.rmtree(output / BEST_FOLDER, ignore_errors=True)
+        (output / RECOMMENDED_FILE).unlink(missing_ok=True)
 
 
 def recommended_yaml(output: Path, settings: Mapping[str, Any], reason: str) -> str:

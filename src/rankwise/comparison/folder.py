@@ -14,8 +14,8 @@ from rankwise.records import write_json
 SETTINGS_FILE = "settings.json"
 NEUTRAL = {"device", "ignore_plan", "logging_steps", "save_steps", "save_total_limit", "trust_remote_code"}
 # As in a resumed run: these do not touch what is learned.
-OURS = {SETTINGS_FILE, ".comparison.lock", "data"}
-# What stands in a folder before the first run.
+OURS = {SETTINGS_FILE, "data"}
+# What stands in a folder before the first run; hidden files are locks, or of a write that was cut off.
 
 
 def check_folder(output: Path) -> None:
@@ -24,7 +24,7 @@ def check_folder(output: Path) -> None:
         raise RunError("RW581", f"--output {output} is a file; give a folder.")
     if (output / SETTINGS_FILE).is_file() or not output.is_dir():
         return
-    foreign = sorted(path.name for path in output.iterdir() if path.name not in OURS)
+    foreign = sorted(path.name for path in output.iterdir() if path.name not in OURS and path.name[0] != ".")
     if foreign:
         raise RunError(
             "RW581",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,12 @@ class Inputs:
     described: dict[str, Any]
     train_rows: int
     eval_rows: int
-    clusters: int
-    # Different prompts among the evaluation rows.
 
 
-def prepare_inputs(given: CompareOptions) -> Inputs:
+def prepare_inputs(given: CompareOptions, check: Callable[[dict[str, Any]], None]) -> Inputs:
     """Read both sets once; where the evaluation set is a part of something, write that part into ``DIR/data``.
+
+    ``check`` sees the description of the data first, and may refuse it.
 
     Without --eval-data the source's own validation part is taken, else a tenth of the training data, chosen by the
     hash of its prompts: rows of one prompt stay together, and the order of the file does not matter.
@@ -45,14 +45,11 @@ def prepare_inputs(given: CompareOptions) -> Inputs:
     rows = read_rows(given.data, split="train", **columns)
     held_out = _own_evaluation(given, rows, columns)
     train, how = _absolute(given.data), f"--eval-data {given.eval_data}" if given.eval_data else "its validation part"
+    is_split = held_out is None
     if held_out is None:
         rows, held_out = split_by_prompt(rows, EVAL_SHARE)
-        train, how = str(_write(rows, folder / "train.jsonl", columns)), "a tenth of the training data, by prompt"
+        how = "a tenth of the training data, by prompt"
     part = _limited(held_out, options["eval_limit"])
-    whole = len(part) == len(held_out) and train == _absolute(given.data)
-    evaluation = (
-        _absolute(given.eval_data or given.data) if whole else str(_write(part, folder / "eval.jsonl", columns))
-    )
     overlap = overlapping_rows(rows, part)
     if overlap:
         warn(
@@ -65,8 +62,13 @@ def prepare_inputs(given: CompareOptions) -> Inputs:
         "eval": {"source": part.source, "sha256": _content_hash(part), "rows": len(part), "chosen": how},
         "overlap": overlap,
     }
-    clusters = len({prompt_of(row) for row in part})
-    return Inputs(train, evaluation, described, len(rows), len(part), clusters)
+    check(described)
+    if is_split:
+        train = str(_write(rows, folder / "train.jsonl", columns))
+    evaluation = _absolute(given.eval_data or given.data)
+    if is_split or len(part) < len(held_out):
+        evaluation = str(_write(part, folder / "eval.jsonl", columns))
+    return Inputs(train, evaluation, described, len(rows), len(part))
 
 
 def split_by_prompt(rows: Rows, share: float) -> tuple[Rows, Rows]:

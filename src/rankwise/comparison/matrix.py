@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,10 @@ def planned_runs(methods: int, rates: int, seeds: int, *, short: bool) -> int:
 def choose_rate(losses: Mapping[float, float | None]) -> tuple[float | None, bool]:
     """The rate of the lowest loss, and whether it lies at the edge of those tried.
 
-    A failed run (None) is never chosen, and still counts as tried: the best rate beside one that diverged is no edge.
+    A failed run (None, or a loss that is no number) is never chosen, and still counts as tried: the best rate beside
+    one that diverged is no edge.
     """
-    finite = {rate: loss for rate, loss in losses.items() if loss is not None}
+    finite = {rate: loss for rate, loss in losses.items() if loss is not None and math.isfinite(loss)}
     if not finite:
         return None, False
     best = min(sorted(finite), key=lambda rate: finite[rate])

@@ -11,18 +11,18 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankwise.comparison.measure_files import FACTS_FILE, PERPLEXITY
+from rankwise.comparison.measure_files import FACTS_FILE, MERGEABLE, PERPLEXITY
 from rankwise.comparison.schema import EVALUATION_FOLDER, MergedCheck
 from rankwise.comparison.tasks import make_tasks
 from rankwise.data import Rows, read_rows, read_template
-from rankwise.errors import RankwiseError, RankwiseWarning
+from rankwise.errors import RankwiseError, RankwiseWarning, RunError, is_out_of_memory
 from rankwise.evaluation import journal
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.record import TaskResult
@@ -30,10 +30,11 @@ from rankwise.evaluation.run import versions
 from rankwise.evaluation.tasks.base import Task
 from rankwise.records import RunRecord, load_record, write_json
 
-ANSWERED = 4
+ANSWERED = 12
 # Rows that the model also answers, for people to read.
+TEXT_PROMPT = 16
+# Of a row of plain text, the tokens that it is to go on from.
 ANSWER_TOKENS = 32
-MERGEABLE = ("lora", "qlora", "dora", "qdora")
 CHECKED_ROWS = 4
 # Rows whose logits are compared, merged against unmerged.
 
@@ -77,10 +78,11 @@ def run_task(
     """``rankwise evaluate`` on a model that is loaded: the same files. ``answers`` are predictions by example."""
     place = folder / EVALUATION_FOLDER / task.name
     settings = {"task": task.name, "data_sha256": task.data_sha256, "task_settings": task.describe()}
-    journal.open_folder(place, settings, overwrite=False)
+    _open(place, settings)
     started = time.monotonic()
     found = task.run(engine, place, lambda done, total: None)
     found = [dataclasses.replace(item, prediction=answers.get(item.id, item.prediction)) for item in found]
+    found = list(task.with_scores(found))
     journal.rewrite(place, found)
     summary = task.summarize(found)
     result = TaskResult(
@@ -101,6 +103,16 @@ def run_task(
     )
     result.save(place)
     return result
+
+
+def _open(place: Path, settings: Mapping[str, Any]) -> None:
+    """Whether an older result still stands was decided when this step was started; what is of another kind goes."""
+    try:
+        journal.open_folder(place, settings, overwrite=False)
+    except RunError as error:
+        if error.code != "RW570":
+            raise
+        journal.open_folder(place, settings, overwrite=True)
 
 
 def load_run(job: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -149,16 +161,14 @@ def _load_adapter(model: Any, folder: Path, method: str) -> None:
 
 
 def _shown(rows: Rows) -> list[int]:
-    """Numbers of some rows that ask something, spread evenly."""
-    if rows.kind == "text":
-        return []
+    """Numbers of some rows, spread evenly."""
     return list(range(0, len(rows), max(1, len(rows) // ANSWERED)))[:ANSWERED]
 
 
 @torch.inference_mode()
 def _answers(engine: Engine, rows: Rows, numbers: Sequence[int]) -> tuple[dict[str, str], float | None]:
     """Greedy answers to some rows, one at a time, and the tokens per second of writing them."""
-    asked = engine.prompt_ids(engine.encoder(rows), [rows[number] for number in numbers]) if numbers else []
+    asked = _asked(engine, rows, numbers)
     answers: dict[str, str] = {}
     tokens, seconds = 0, 0.0
     for number, prompt in zip(numbers, asked):
@@ -172,6 +182,14 @@ def _answers(engine: Engine, rows: Rows, numbers: Sequence[int]) -> tuple[dict[s
         tokens += len(written)
         answers[str(number)] = engine.decode(written).strip()
     return answers, tokens / seconds if seconds else None
+
+
+def _asked(engine: Engine, rows: Rows, numbers: Sequence[int]) -> list[tuple[int, ...]]:
+    """The ids that the model goes on from: the prompt, or the beginning of a plain text."""
+    chosen, encoder = [rows[number] for number in numbers], engine.encoder(rows)
+    if rows.kind == "text":
+        return [tuple(row.ids[:TEXT_PROMPT]) for row in encoder.encode(chosen)]
+    return engine.prompt_ids(encoder, chosen)
 
 
 def _written(engine: Engine, ids: Tensor, count: int) -> list[int]:
@@ -198,11 +216,10 @@ def _merge_facts(
     from rankwise.adapters import merge_adapter
 
     before = _logits(engine, rows[:CHECKED_ROWS], job["max_length"]) if job["merged_check"] else []
-    weights = _adapted_weights(engine.model)
-    merge_adapter(engine.model, reversible=False)
-    norms = {name: _relative(engine.model.get_submodule(name), old) for name, old in weights.items()}
+    norms = _adapter_norms(engine.model)
     if not job["merged_check"]:
         return {"merged": None, "update_norms": norms}
+    merge_adapter(engine.model, reversible=False)
     if getattr(engine.model, "hf_quantizer", None) is not None:
         engine.model = engine.model.dequantize()
     after = _logits(engine, rows[:CHECKED_ROWS], job["max_length"])
@@ -225,31 +242,38 @@ def _logits(engine: Engine, rows: Rows, max_length: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _adapted_weights(model: nn.Module) -> dict[str, Tensor]:
+def _adapter_norms(model: nn.Module) -> dict[str, float]:
+    """Of every adapted weight, merged in float32: in 16 bits rounding alone would look like an update."""
+    from rankwise.adapters.base_layer import dense_weight, with_weight
+    from rankwise.adapters.layer import AdaptedLayer
     from rankwise.adapters.state import inner_module, wrappers
 
-    return {name: _dense(inner_module(wrapper)).cpu() for name, wrapper in wrappers(model)}
+    norms = {}
+    for name, wrapper in wrappers(model):
+        W = dense_weight(inner_module(wrapper)).float()
+        if isinstance(wrapper, AdaptedLayer):
+            assert wrapper.active is not None, "the run's adapter is at work"
+            adapter: Any = wrapper.adapters[wrapper.active]
+            norms[name] = _relative(adapter.merge(with_weight(wrapper.base_layer, W)), W)
+        elif hasattr(wrapper.chosen(), "weight"):
+            norms[name] = _relative(dense_weight(wrapper.chosen()).float(), W)
+    return norms
 
 
-@torch.no_grad()
-def _dense(module: nn.Module) -> Tensor:
-    dequantize = getattr(module, "dequantize", None)
-    weight = dequantize() if callable(dequantize) else module.weight
-    return weight.detach().to(torch.bfloat16 if weight.dtype != torch.float32 else torch.float32)  # type: ignore[operator]
-
-
-@torch.no_grad()
-def _relative(module: nn.Module, old: Tensor) -> float:
-    """``||W' - W||_F / ||W||_F``."""
-    before = old.float()
-    return float((_dense(module).cpu().float() - before).norm() / before.norm().clamp_min(1e-30))
+def _relative(new: Tensor, W: Tensor) -> float:
+    """``||W' - W||_F / ||W||_F``, float32."""
+    return float((new - W).norm() / W.norm().clamp_min(1e-30))
 
 
 @torch.no_grad()
 def _full_norms(job: Mapping[str, Any], model: nn.Module) -> dict[str, float]:
-    """Of the matrices of a fully fine-tuned model, against the base's."""
-    base, _ = load_run({**job, "method": None})
-    return {name: _relative(model.get_submodule(name), _dense(module).cpu()) for name, module in _matrices(base)}
+    """Of the matrices of a fully fine-tuned model, against the base's, both in the float32 that it trained in."""
+    base, _ = load_run({**job, "method": None, "dtype": "float32"})
+    return {name: _relative(_float32(model.get_submodule(name)), _float32(module)) for name, module in _matrices(base)}
+
+
+def _float32(module: Any) -> Tensor:
+    return module.weight.detach().cpu().float()
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -264,20 +288,28 @@ def _stored_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def main(argv: list[str]) -> int:
-    """Exit codes and the document on stdout as of a verb of the command line."""
-    document: dict[str, Any]
+def answering(work: Callable[[], dict[str, Any]], doing: str) -> int:
+    """Do ``work`` and print its document; exit codes and errors are those of a verb of the command line."""
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", RankwiseWarning)
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            document = measure(json.loads(Path(argv[0]).read_text(encoding="utf-8")))
+            document = work()
     except RankwiseError as error:
-        document = {"error": {"code": error.code, "message": error.message}}
-        print(json.dumps(document))
+        print(json.dumps({"error": {"code": error.code, "message": error.message}}))
         return error.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = f"the memory of the device is full while {doing} ({error}); lower --batch-size."
+        print(json.dumps({"error": {"code": "RW550", "message": message}}))
+        return RunError.exit_code
     print(json.dumps(document))
     return 0
+
+
+def main(argv: list[str]) -> int:
+    return answering(lambda: measure(json.loads(Path(argv[0]).read_text(encoding="utf-8"))), "measuring")
 
 
 if __name__ == "__main__":

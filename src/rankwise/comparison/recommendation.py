@@ -42,8 +42,9 @@ def recommend(
 ) -> Recommendation:
     """The best method within the limits; of those that were not told apart from it, the one of the lowest cost.
 
-    Cost is peak memory times seconds, what a machine is hired by. With one seed nothing can be told apart, so a tie is
-    then a difference below ``margin`` (a share of the best value).
+    Cost is peak memory times seconds, what a machine is hired by. A pair with one common seed (others failed, or none
+    were asked for) cannot be told apart by any test; it is tied where it differs by less than ``margin``, a share of
+    the best value.
     """
     points = pareto_points(methods, metric)
     # Baselines are measured for comparison; their adapters neither merge nor load elsewhere.
@@ -53,17 +54,8 @@ def recommend(
     if not fitting:
         return {**base, "reason": _nothing_fits(points, memory_bytes, hours)}
     best = min(fitting, key=lambda point: -point["quality"] if higher_is_better else point["quality"])
-    tested = any(methods[point["method"]]["seeds"] > 1 for point in fitting)
-    tied = [
-        point
-        for point in fitting
-        if point is best
-        or (
-            _not_told_apart(best["method"], point["method"], metric, differences)
-            if tested
-            else abs(point["quality"] - best["quality"]) <= margin * abs(best["quality"])
-        )
-    ]
+    tied = [point for point in fitting if point is best or _is_tied(best, point, metric, margin, differences)]
+    tested = any(_tested(best["method"], point["method"], metric, differences) for point in fitting)
     chosen = min(tied, key=_cost)
     others = [point["method"] for point in tied if point is not chosen]
     reason = _reason(chosen, best, others, methods, metric, tested, memory_bytes, hours, len(fitting), len(usable))
@@ -105,11 +97,25 @@ def _cost(point: ParetoPoint) -> float:
     return (point["peak_memory_bytes"] or math.inf) * (point["wall_seconds"] or math.inf)
 
 
-def _not_told_apart(best: str, other: str, metric: str, differences: Sequence[Difference]) -> bool:
-    for item in differences:
-        if item["metric"] == metric and {item["a"], item["b"]} == {best, other}:
-            return item["verdict"] in ("equivalent", "cannot tell")
-    return False
+def _is_tied(
+    best: ParetoPoint, other: ParetoPoint, metric: str, margin: float, differences: Sequence[Difference]
+) -> bool:
+    found = _tested(best["method"], other["method"], metric, differences)
+    if found is None:
+        return abs(other["quality"] - best["quality"]) <= margin * abs(best["quality"])
+    return found["verdict"] in ("equivalent", "cannot tell")
+
+
+def _tested(a: str, b: str, metric: str, differences: Sequence[Difference]) -> Difference | None:
+    """The two methods' difference, where at least two common seeds gave it an interval."""
+    return next(
+        (
+            item
+            for item in differences
+            if item["metric"] == metric and {item["a"], item["b"]} == {a, b} and item["interval"] is not None
+        ),
+        None,
+    )
 
 
 def _nothing_fits(points: Sequence[ParetoPoint], memory: int | None, hours: float | None) -> str:
@@ -136,6 +142,25 @@ def _reason(
     all_of_them: int,
 ) -> str:
     """One sentence."""
+    name = chosen["method"]
+    failed = methods[name]["failed"]
+    sentence = _choice(chosen, best, others, metric, tested, memory, hours, fitting, all_of_them)
+    if not failed:
+        return sentence
+    return f"{sentence[:-1]}; {failed} of its {failed + methods[name]['seeds']} runs failed."
+
+
+def _choice(
+    chosen: ParetoPoint,
+    best: ParetoPoint,
+    others: Sequence[str],
+    metric: str,
+    tested: bool,
+    memory: int | None,
+    hours: float | None,
+    fitting: int,
+    all_of_them: int,
+) -> str:
     name = chosen["method"]
     figures = f"{metric} {chosen['quality']:.4g}, {_gigabytes(chosen)}, {_minutes(chosen)}"
     where = f" of the {fitting} methods within {_limits(memory, hours)}" if memory or hours else ""

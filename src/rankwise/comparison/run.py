@@ -6,23 +6,26 @@ import datetime
 import math
 import shlex
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from rankwise.comparison import finish, stages
 from rankwise.comparison.collect import collect_runs, metrics_of, read_tasks
+from rankwise.comparison.commands import Commands
 from rankwise.comparison.folder import check_folder, check_same
 from rankwise.comparison.inputs import Inputs, prepare_inputs
-from rankwise.comparison.matrix import Cell, cell_settings, planned_runs
+from rankwise.comparison.matrix import Cell, planned_runs
+from rankwise.comparison.measure_files import FOUR_BITS, MERGEABLE, PERPLEXITY
 from rankwise.comparison.processes import only_one
 from rankwise.comparison.recommendation import recommend
-from rankwise.comparison.runner import Runner, Watcher, environments, forget_unfinished, seconds_spent, steps_of
-from rankwise.comparison.schedule import Plan, jobs_left, jobs_to_do
+from rankwise.comparison.runner import Clock, Runner, Watcher, environments, forget_unfinished, seconds_spent
+from rankwise.comparison.schedule import Plan, jobs_left, jobs_to_do, probe_of
 from rankwise.comparison.schema import (
     BEST_FOLDER,
     COMPARISON_FILE,
+    EVAL_LOSS,
     MERGED_FOLDER,
     SCHEMA,
     Comparison,
@@ -35,11 +38,8 @@ from rankwise.comparison.stages import Job
 from rankwise.comparison.statistics import CONFIDENCE, POWER, minimum_detectable_effect
 from rankwise.comparison.summary import all_differences, all_methods, scores_by_metric, searches
 from rankwise.comparison.tasks import make_tasks
-from rankwise.errors import RankwiseWarning, RunError, warn
+from rankwise.errors import ConfigError, RankwiseWarning, RunError, warn
 from rankwise.records import write_json
-
-PROBE_STEPS = 6
-# Steps whose seconds tell how many fit into --minutes; the first, which allocates, is not counted.
 
 
 def compare(given: CompareOptions, watcher: Watcher) -> Comparison:
@@ -55,14 +55,17 @@ def compare(given: CompareOptions, watcher: Watcher) -> Comparison:
     with only_one(given.output) as alone, _told(told):
         if not alone:
             raise RunError("RW582", f"another call of `rankwise compare` is at work in {given.output}; wait for it.")
-        inputs = prepare_inputs(given)
+        clock = Clock(given.output)
+        inputs = prepare_inputs(given, lambda described: check_same(given.output, given, described))
         _check_tasks(given, inputs)
-        check_same(given.output, given, inputs.described)
         effect = detectable_effect(given)
         _announce(given, inputs, effect, watcher)
         plan = _plan(given)
-        _carry_out(given, plan, inputs, watcher)
-        return _conclude(given, plan, inputs, effect, told, watcher)
+        try:
+            _carry_out(given, plan, inputs, watcher, clock)
+            return _conclude(given, plan, inputs, effect, told, watcher, clock)
+        finally:
+            clock.keep(now=True)
 
 
 def detectable_effect(given: CompareOptions) -> MinimumDetectableEffect:
@@ -99,9 +102,9 @@ def _announce(given: CompareOptions, inputs: Inputs, effect: MinimumDetectableEf
 
 
 def _check_tasks(given: CompareOptions, inputs: Inputs) -> None:
-    """Before hours of training: a task that does not exist, or lacks its data or a package."""
+    """Before hours of training: a task that does not exist, or lacks its data or a package; a metric of no task."""
     shared = shared_training(given)
-    make_tasks(
+    tasks = make_tasks(
         given.task,
         eval_data=inputs.evaluation,
         data=given.task_data,
@@ -109,20 +112,44 @@ def _check_tasks(given: CompareOptions, inputs: Inputs) -> None:
         max_length=shared["max_length"],
         columns={name: shared[name] for name in ("prompt_column", "completion_column")},
     )
+    name, _, metric = given.metric.partition(".")
+    known = next((list(task.higher_is_better) for task in tasks if task.name == name and name != PERPLEXITY), None)
+    if name == PERPLEXITY or (known and metric not in known):
+        choice = ", ".join([EVAL_LOSS, *(f"{name}.{item}" for item in known or ())])
+        raise ConfigError("RW167", f"--metric is {given.metric!r}, which is not measured; there are {choice}.")
 
 
 def _plan(given: CompareOptions) -> Plan:
-    return Plan(given.output, given.methods, given.learning_rates, given.seeds, given.search_steps is not None)
+    return Plan(
+        given.output,
+        given.methods,
+        given.learning_rates,
+        given.seeds,
+        given.search_steps is not None,
+        tasks=given.task,
+        probed=given.minutes is not None,
+    )
 
 
-def _carry_out(given: CompareOptions, plan: Plan, inputs: Inputs, watcher: Watcher) -> None:
-    probes = [Job("probe", Cell(method, plan.rates[0], 0)) for method in plan.methods] if given.minutes else []
-    forget_unfinished(plan.output, [*probes, *_known_jobs(plan)], retry=given.retry)
+def _carry_out(given: CompareOptions, plan: Plan, inputs: Inputs, watcher: Watcher, clock: Clock) -> None:
+    """First what all runs share, then the steps of --minutes, then the runs."""
     commands = Commands(given, plan, inputs)
+    first = [Job("prepare", None)]
+    probes = [probe_of(plan, method) for method in plan.methods] if given.minutes else []
+    known = [*first, *probes, *_known_jobs(plan)]
+    forget_unfinished(plan.output, known, retry=given.retry)
+    for job in known:
+        if commands.is_outdated(job):
+            stages.forget_outcome(job, plan.output)
     slots = environments(given.jobs, str(given.model_dump()["device"]))
-    runner = Runner(plan.output, commands.of, commands.steps, slots, watcher, lambda: jobs_left(plan))
-    runner.carry_out(lambda: [job for job in probes if stages.outcome_of(job, plan.output) is None])
+    runner = Runner(plan.output, commands.of, commands.steps, slots, watcher, clock, lambda: jobs_left(plan))
+    for group in (first, probes):
+        runner.carry_out(partial(_open_jobs, group, plan))
     runner.carry_out(lambda: jobs_to_do(plan))
+
+
+def _open_jobs(jobs: Sequence[Job], plan: Plan) -> list[Job]:
+    return [job for job in jobs if stages.outcome_of(job, plan.output) is None]
 
 
 def _known_jobs(plan: Plan) -> Iterator[Job]:
@@ -138,83 +165,6 @@ def _known_jobs(plan: Plan) -> Iterator[Job]:
             yield Job(stage, Cell(method, float(rate), int(number), short == "short"))  # type: ignore[arg-type]
 
 
-class Commands:
-    """What to start for a job."""
-
-    def __init__(self, given: CompareOptions, plan: Plan, inputs: Inputs) -> None:
-        self.given, self.plan, self.inputs = given, plan, inputs
-        self.shared = shared_training(given)
-
-    def of(self, job: Job) -> tuple[str, list[str]]:
-        if job.stage in ("train", "probe"):
-            return stages.CLI, stages.train_arguments(job, self.plan.output, self._training(job))
-        path = stages.beside(job.name(self.plan.output), ".in")
-        write_json(path, self._measuring(job))
-        return stages.MEASURE, [str(path)]
-
-    def steps(self, job: Job) -> int:
-        """Optimizer steps of a training, for showing."""
-        if job.cell is None or job.stage not in ("train", "probe"):
-            return 0
-        steps = self._max_steps(job)
-        if steps is not None:
-            return steps
-        batch = self.shared["batch_size"] * self.shared["gradient_accumulation"]
-        return max(1, math.ceil(self.inputs.train_rows / batch) * math.ceil(self.shared["epochs"]))
-
-    def _max_steps(self, job: Job) -> int | None:
-        assert job.cell is not None
-        if job.stage == "probe":
-            return PROBE_STEPS
-        if job.cell.short:
-            return self.given.search_steps
-        if self.given.minutes is not None:
-            return self._steps_in_time(job.cell.method)
-        return self.shared["max_steps"]
-
-    def _steps_in_time(self, method: str) -> int:
-        seen = steps_of(Job("probe", Cell(method, self.plan.rates[0], 0)).folder(self.plan.output))
-        if len(seen) < 2:
-            # The probe failed, and so will this; its error is what is wanted.
-            return PROBE_STEPS
-        (first, start), (last, end) = seen[0], seen[-1]
-        assert self.given.minutes is not None
-        return max(1, int(self.given.minutes * 60 * (last - first) / (end - start)))
-
-    def _training(self, job: Job) -> dict[str, Any]:
-        assert job.cell is not None
-        inputs = {"model": _model(self.given.model), "data": self.inputs.train, "eval_data": self.inputs.evaluation}
-        shared = {**self.shared, "eval_limit": 0, "cache": str(self._cache())}
-        settings = cell_settings(job.cell, self.plan.output, shared, inputs, self._max_steps(job))
-        if job.stage != "probe":
-            return settings
-        return settings | {
-            "output": str(job.folder(self.plan.output)),
-            "logging_steps": 1,
-            **dict.fromkeys(("eval_data", "eval_limit", "eval_steps", "early_stopping", "save_steps")),
-        }
-
-    def _cache(self) -> Path:
-        """Base models as runs need them, and encoded rows: made by the first run that needs them."""
-        return self.plan.output.resolve() / "cache"
-
-    def _measuring(self, job: Job) -> dict[str, Any]:
-        names = ("max_length", "chat_template", "batch_size", "dtype", "device", "trust_remote_code", "revision")
-        return {
-            "folder": str(job.folder(self.plan.output)),
-            "model": _model(self.given.model),
-            "cache": str(self._cache()),
-            "method": job.cell.method if job.cell else None,
-            "eval_data": self.inputs.evaluation,
-            "columns": {name: self.shared[name] for name in ("prompt_column", "completion_column")},
-            "merged_check": self.given.merged_check,
-            "tasks": list(self.given.task),
-            "task_data": list(self.given.task_data),
-            "task_limit": self.given.task_limit,
-            **{name: self.shared[name] for name in names},
-        }
-
-
 def _conclude(
     given: CompareOptions,
     plan: Plan,
@@ -222,6 +172,7 @@ def _conclude(
     effect: MinimumDetectableEffect,
     told: list[Message],
     watcher: Watcher,
+    clock: Clock,
 ) -> Comparison:
     runs = collect_runs(plan)
     if not any(run["status"] == "finished" for run in runs):
@@ -232,7 +183,8 @@ def _conclude(
     scores = scores_by_metric(plan, runs)
     differences = all_differences(scores, better, given.margin)
     methods = all_methods(plan, runs, scores, differences, metric=given.metric)
-    _warn_of_edges_and_failures(runs, methods, differences)
+    _warn_of_edges_and_failures(runs, methods)
+    _warn_of_shared_steps(plan)
     found = recommend(
         methods,
         differences,
@@ -245,10 +197,11 @@ def _conclude(
     best = found["method"] and finish.best_run(
         runs, found["method"], given.metric, higher_is_better=better[given.metric]
     )
+    finish.forget_other_results(given.output, best["id"] if best else None)
     if best:
         found = finish.hand_over(given.output, found, best)
         if given.merge:
-            found["merged"] = _merge(given.output, best, watcher)
+            found["merged"] = _merge(given, best, watcher)
     means = [item["mean"][given.metric] for item in methods.values() if given.metric in item["mean"]]
     if effect["relative"] is not None and means:
         effect = {**effect, "absolute": effect["relative"] * abs(sum(means) / len(means))}
@@ -265,7 +218,7 @@ def _conclude(
         "data": inputs.described,
         "primary_metric": given.metric,
         "confidence": CONFIDENCE,
-        "base": {"tasks": read_tasks(base), "folder": stages.BASE if base.is_dir() else None},
+        "base": {"tasks": read_tasks(base, plan.tasks), "folder": stages.BASE if base.is_dir() else None},
         "warnings": list({(item["code"], item["message"]): item for item in told}.values()),
         "runs": runs,
         "methods": methods,
@@ -273,7 +226,7 @@ def _conclude(
         "recommendation": found,
         "minimum_detectable_effect": effect,
         "learning_rates": searches(plan),
-        "seconds": _seconds(plan, given.jobs),
+        "seconds": _seconds(plan, given.jobs, clock),
     }
     write_json(given.output / COMPARISON_FILE, comparison)
     return comparison
@@ -284,7 +237,7 @@ def _first_error(runs: list[Run]) -> str:
     return f"{errors[0]['code']}: {errors[0]['message']}" if errors else "nothing was started."
 
 
-def _warn_of_edges_and_failures(runs: list[Run], methods: Mapping[str, Any], differences: list[Any]) -> None:
+def _warn_of_edges_and_failures(runs: list[Run], methods: Mapping[str, Any]) -> None:
     edges = [name for name, item in methods.items() if item["learning_rate_at_edge"]]
     if edges:
         warn(
@@ -302,18 +255,29 @@ def _warn_of_edges_and_failures(runs: list[Run], methods: Mapping[str, Any], dif
             warn("RW589", f"{run['id']} trained, but: {run['error']['code']}: {run['error']['message']}")
 
 
-def _merge(output: Path, run: Run, watcher: Watcher) -> str | None:
-    """The best run as an ordinary model in ``DIR/merged``."""
+def _warn_of_shared_steps(plan: Plan) -> None:
+    """The base's own measurement, and the cache: what the report lacks without them."""
+    for job, lacks in ((Job("measure", None), "the base model's figures"), (Job("prepare", None), "a prepared base")):
+        outcome = stages.outcome_of(job, plan.output)
+        if outcome is not None and outcome.error is not None:
+            warn("RW589", f"there are no figures of {lacks}: {outcome.error['code']}: {outcome.error['message']}")
+
+
+def _merge(given: CompareOptions, run: Run, watcher: Watcher) -> str | None:
+    """The best run as an ordinary model in ``DIR/merged``: a 4-bit run onto the values that it was measured on."""
     import shutil
     import subprocess
     import sys
 
-    if run["method"] not in ("lora", "qlora", "dora", "qdora"):
+    if run["method"] not in MERGEABLE:
         warn("RW589", f"--merge: the result of {run['method']} is not an adapter that merges.")
         return None
+    output = given.output
     shutil.rmtree(output / MERGED_FOLDER, ignore_errors=True)
     watcher.say("Merging the recommended adapter.")
     command = ["merge", "--adapter", str(output / BEST_FOLDER), "--output", str(output / MERGED_FOLDER)]
+    command += ["--onto", "quantized"] if run["method"] in FOUR_BITS else []
+    command += ["--trust-remote-code"] if given.model_dump()["trust_remote_code"] else []
     done = subprocess.run([sys.executable, "-m", stages.CLI, *command], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         warn("RW589", f"--merge failed: {done.stderr.strip()[-500:]}")
@@ -321,8 +285,9 @@ def _merge(output: Path, run: Run, watcher: Watcher) -> str | None:
     return MERGED_FOLDER
 
 
-def _seconds(plan: Plan, jobs: int) -> dict[str, float]:
+def _seconds(plan: Plan, jobs: int, clock: Clock) -> dict[str, float]:
     """Of all calls: total, the processes' own, and what the comparison itself added."""
+    clock.keep(now=True)
     total = seconds_spent(plan.output)
     outcomes = [stages.outcome_of(job, plan.output) for job in _known_jobs(plan)]
     runs = sum(outcome.seconds for outcome in outcomes if outcome is not None)
@@ -340,6 +305,8 @@ def command_line(given: CompareOptions) -> str:
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{name.replace('_', '-')}")
+        elif name in ("memory", "memory_budget"):
+            words += [flag, f"{value}B"]
         elif name in ("task", "task_data"):
             words += [word for item in value for word in (flag, item)]
         elif isinstance(value, dict):
@@ -353,12 +320,6 @@ def _short(value: Any) -> str:
     if isinstance(value, list):
         return ":".join(str(int(item)) for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _model(name: str) -> str:
-    """As the user wrote it, a path in full."""
-    path = Path(name).expanduser()
-    return str(path.resolve()) if name != "demo" and path.exists() else name
 
 
 @contextmanager

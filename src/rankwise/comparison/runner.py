@@ -63,7 +63,8 @@ class Runner:
     environments: Sequence[Mapping[str, str]]
     # One per job at a time: which device, how many threads.
     watcher: Watcher
-    left: Callable[[], Mapping[str, int]]
+    clock: Clock
+    left: Callable[[], Sequence[Job]]
     running: dict[Job, tuple[Worker, int]] = dataclasses.field(default_factory=dict)
     # Job -> its process and its slot.
     spent: list[tuple[Job, float]] = dataclasses.field(default_factory=list)
@@ -71,7 +72,6 @@ class Runner:
 
     def carry_out(self, next_jobs: Callable[[], list[Job]]) -> None:
         """Raises Interrupted (RW587) after Ctrl-C or SIGTERM, when every run has saved its step."""
-        clock = _Clock(self.output)
         told = False
         try:
             while True:
@@ -85,14 +85,12 @@ class Runner:
                 if not self.running and not jobs:
                     return
                 self._wait()
-                clock.keep()
+                self.clock.keep()
         except KeyboardInterrupt:
             self._stop()
             raise Interrupted(
                 "RW587", f"stopped; every run has saved its last step, and the same command continues {self.output}."
             ) from None
-        finally:
-            clock.keep(now=True)
 
     def _name(self, job: Job) -> Path:
         name = job.name(self.output)
@@ -145,25 +143,31 @@ class Runner:
             for job, (worker, _) in self.running.items()
         ]
         left = self.left()
-        return Picture(running, self.done, sum(left.values()), self._seconds_left(left, running))
+        return Picture(running, self.done, len(left), self._seconds_left(left, running))
 
-    def _seconds_left(self, left: Mapping[str, int], running: Sequence[Running]) -> float | None:
-        """Jobs left times the mean seconds of their stage so far, less what the running ones have spent."""
+    def _seconds_left(self, left: Sequence[Job], running: Sequence[Running]) -> float | None:
+        """What the jobs left take at the pace so far, less what the running ones have spent."""
         if not self.spent:
             return None
-        total = 0.0
-        for stage, count in left.items():
-            seconds = [spent for job, spent in self.spent if job.stage == stage]
-            usual = seconds or [spent for _, spent in self.spent]
-            mean = sum(usual) / len(usual)
-            total += count * mean - sum(min(item.seconds, mean) for item in running if item.job.stage == stage)
+        total = sum(map(self._usual_seconds, left))
+        total -= sum(min(item.seconds, self._usual_seconds(item.job)) for item in running)
         return max(0.0, total) / len(self.environments)
 
+    def _usual_seconds(self, job: Job) -> float:
+        """Of a job like it so far: trainings by their steps, which searches may have fewer of."""
+        alike = [(done, seconds) for done, seconds in self.spent if done.stage == job.stage]
+        steps = sum(self.total_steps(done) for done, _ in alike)
+        if alike and steps:
+            return self.total_steps(job) * sum(seconds for _, seconds in alike) / steps
+        usual = [seconds for _, seconds in alike or self.spent]
+        return sum(usual) / len(usual)
 
-class _Clock:
+
+class Clock:
     """Adds the seconds of this call to those of earlier ones, in ``state.json``; a kill loses a few."""
 
     def __init__(self, output: Path) -> None:
+        output.mkdir(parents=True, exist_ok=True)
         self.path = output / STATE_FILE
         self.before = seconds_spent(output)
         self.started = self.kept = time.monotonic()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from rankwise.comparison.matrix import Cell, choose_rate, final_cells, search_cells
@@ -27,6 +27,10 @@ class Plan:
     # What follows the training of a final run, in order.
     base: bool = True
     # Whether the unadapted model is evaluated too.
+    tasks: tuple[str, ...] = ()
+    # What else each run and the base are evaluated on.
+    probed: bool = False
+    # Whether a short run of each method measured its steps first; without it a method has no length.
 
 
 @dataclasses.dataclass
@@ -52,30 +56,30 @@ def jobs_to_do(plan: Plan) -> list[Job]:
     return found
 
 
-def jobs_left(plan: Plan) -> Mapping[str, int]:
-    """How many jobs of each stage are still to come, as far as it is known."""
-    left: dict[str, int] = {"train": 0, **dict.fromkeys(plan.after, 0)}
+def jobs_left(plan: Plan) -> list[Job]:
+    """The jobs still to come, as far as they are known: the rates of final runs may stand in for those to be chosen."""
+    left: list[Job] = []
     for method in plan.methods:
         state = state_of(plan, method)
         if state.skipped:
             continue
         cells = state.final
         if not state.searched:
-            left["train"] += len(state.waiting) + plan.seeds - (0 if plan.short else 1)
-            for stage in plan.after:
-                left[stage] += plan.seeds
+            left += state.waiting
+            cells = final_cells(method, plan.rates[0], plan.seeds)
+            # A search at full length is the final run of its seed.
+            left += [Job("train", cell) for cell in cells[0 if plan.short else 1 :]]
+            left += [Job(stage, cell) for cell in cells for stage in plan.after]
             continue
-        for cell in cells:
-            for stage in _open_stages(plan, cell):
-                left[stage] += 1
-    for stage in _open_stages(plan, None) if plan.base else ():
-        left[stage] += 1
-    return left
+        left += [Job(stage, cell) for cell in cells for stage in _open_stages(plan, cell)]
+    return left + [Job(stage, None) for stage in _open_stages(plan, None) if plan.base]
 
 
 def state_of(plan: Plan, method: str) -> MethodState:
     """Read from disk, so that it is the same after a kill."""
     search = search_cells(method, plan.rates, short=plan.short)
+    if (failed := _failed_probe(plan, method)) is not None:
+        return MethodState(_search(plan, search), True, [], failed, [])
     jobs = [Job("train", cell) for cell in search]
     outcomes = {job: outcome_of(job, plan.output) for job in jobs}
     reason = next((why for job in jobs if (why := _skip_reason(plan, job, outcomes[job]))), None)
@@ -95,6 +99,16 @@ def state_of(plan: Plan, method: str) -> MethodState:
     if not search:
         found = {"tried": _search(plan, cells[:1])["tried"], "chosen": rate, "at_edge": False}
     return MethodState(found, True, cells, reason, waiting)
+
+
+def probe_of(plan: Plan, method: str) -> Job:
+    """The short run that measures a method's seconds a step."""
+    return Job("probe", Cell(method, plan.rates[0], 0))
+
+
+def _failed_probe(plan: Plan, method: str) -> dict[str, str] | None:
+    outcome = outcome_of(probe_of(plan, method), plan.output) if plan.probed else None
+    return outcome.error if outcome is not None and outcome.status == "failed" else None
 
 
 def _next_stage(plan: Plan, cell: Cell | None) -> Iterator[Job]:

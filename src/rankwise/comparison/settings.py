@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -12,10 +11,10 @@ from pydantic import BeforeValidator, Field
 
 from rankwise.config import Method, Settings, TrainSettings, comma_list, text_list
 from rankwise.errors import ConfigError
+from rankwise.evaluation.settings import task_list
+from rankwise.planning.sizes import parse_size
 
 METHODS: tuple[str, ...] = get_args(Method)
-FOUR_BIT_METHODS = ("qlora", "qdora")
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 NOT_SHARED = {
     "model",
     "data",
@@ -31,19 +30,13 @@ NOT_SHARED = {
     "overwrite",
 }
 # Options of `train` that are another option here, or differ from run to run, or mean nothing in a comparison.
-SAME_RUNS = ("search_steps", "minutes")
+SAME_RUNS = ("search_steps", "minutes", "memory_budget")
 # Of the options of `compare`, those that say what a run is; with the shared ones they must stay as they were.
 
 
 def size_in_bytes(value: Any) -> Any:
-    """``24GB``, ``16GiB`` or a plain number as bytes."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]I?B|)\s*", value.upper())
-    try:
-        return math.ceil(float(match[1]) * UNITS[match[2]]) if match else value
-    except (ValueError, KeyError):
-        return value
+    """``24GB``, ``16GiB`` or a number of GB as bytes."""
+    return None if value is None else parse_size(value)
 
 
 class CompareOptions(Settings):
@@ -68,7 +61,13 @@ class CompareOptions(Settings):
     minutes: float | None = Field(
         None, gt=0, description="Equal time instead of equal steps: each run takes the steps that fit, as measured."
     )
-    task: Annotated[tuple[str, ...], BeforeValidator(comma_list)] = Field(
+    memory_budget: Annotated[int | None, BeforeValidator(size_in_bytes)] = Field(
+        None,
+        gt=0,
+        description="Equal memory instead of equal micro-batches: each method takes the largest micro-batch that is "
+        "planned to fit in so much; the rows of a step stay the same.",
+    )
+    task: Annotated[tuple[str, ...], BeforeValidator(task_list)] = Field(
         (),
         description="Also evaluate this task of `rankwise evaluate`; several times.",
         json_schema_extra={"repeated": True},

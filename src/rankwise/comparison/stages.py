@@ -13,13 +13,14 @@ from rankwise.comparison.matrix import Cell
 from rankwise.errors import RunError
 from rankwise.records import RUN_FILE, load_record, read_metrics, write_json, write_text
 
-Stage = Literal["probe", "train", "measure"]
+Stage = Literal["prepare", "probe", "train", "measure"]
 CLI = "rankwise.cli.main"
 MEASURE = "rankwise.comparison.measure"
+PREPARE = "rankwise.comparison.prepare"
 PROBES_FOLDER = "probes"
 # Short runs that only measure the seconds of a step.
 BASE = "base"
-# Stands for a cell where the unadapted model is evaluated.
+# Stands for a cell where the base is prepared, and where the unadapted model is evaluated.
 KILLED = "RW583"
 TOO_LARGE = "RW562"
 # The plan says that the run cannot fit.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics as plain
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rankwise.comparison.collect import metrics_of, scores_of
@@ -20,8 +19,8 @@ SERVING = {
     "dora": ["transformers with PEFT", "merged: anywhere (vLLM and SGLang reject DoRA adapters)"],
     "qdora": ["transformers with PEFT", "merged: anywhere (vLLM and SGLang reject DoRA adapters)"],
     "full": ["anywhere: an ordinary model"],
-    "bottleneck": ["rankwise only: a baseline"],
-    "prefix": ["transformers with PEFT", "rankwise"],
+    "bottleneck": ["nowhere: a baseline, measured for comparison"],
+    "prefix": ["transformers with PEFT"],
 }
 
 
@@ -131,7 +130,3 @@ def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 def _largest(records: Sequence[Mapping[str, Any]], key: str) -> int | None:
     return max((int(record[key]) for record in records if record.get(key) is not None), default=None)
-
-
-def relative(path: Path, output: Path) -> str:
-    return path.relative_to(output).as_posix()

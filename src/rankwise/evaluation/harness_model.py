@@ -20,7 +20,7 @@ from rankwise.evaluation.generation import Decoding, Prompt
 from rankwise.evaluation.journal import Responses
 from rankwise.evaluation.loglikelihood import Target, target_of
 from rankwise.evaluation.packing import members_of
-from rankwise.evaluation.tasks.answers import before_stops, stops_at
+from rankwise.evaluation.tasks.answers import before_stops, stops_at, with_room
 from rankwise.evaluation.tasks.base import Tell
 
 NEW_TOKENS = 256
@@ -117,6 +117,10 @@ class EngineLM(TemplateLM):
         self, asked: Mapping[str, Any], prompts: Sequence[Prompt], keys: Sequence[str], before: int, total: int
     ) -> None:
         decoding, stops = self._decoding(asked)
+        if decoding.max_new_tokens >= self.max_length:
+            # HFLM gives up here; elsewhere the prompt makes room for the answer, as it does there.
+            longest = max(len(prompt.ids) for prompt in prompts)
+            decoding = with_room(decoding, self.max_length, longest, "lm-evaluation-harness")
         room = max(1, self.max_length - decoding.max_new_tokens)
         prompts = [dataclasses.replace(prompt, ids=prompt.ids[-room:]) for prompt in prompts]
         generator, stopped = self.engine.generator(decoding), stops_at(self.engine, stops)

@@ -141,14 +141,6 @@ class JudgeClient:
         }
 
 
-def read_prompt(path: Path) -> str:
-    """A judge's prompt from a file. Raises ConfigError (RW157)."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("RW157", f"cannot read the judge's prompt {path}: {error}.") from None
-
-
 def judge_key(variable: str = DEFAULT_KEY_VARIABLE) -> str | None:
     """The key that the environment holds; None where it holds none, as local servers need none."""
     return os.environ.get(variable, "").strip() or None
@@ -174,9 +166,9 @@ class JudgeCache:
             return
 
     @staticmethod
-    def key(request: Mapping[str, Any], number: int) -> str:
-        """SHA-256 of what is sent and of which reply to it is meant: a useless one is kept, and the next asked for."""
-        text = json.dumps([request, number], sort_keys=True, ensure_ascii=True)
+    def key(endpoint: str, request: Mapping[str, Any], number: int) -> str:
+        """SHA-256 of what is sent where, and of which reply is meant: a useless one is kept, and the next asked for."""
+        text = json.dumps([endpoint, request, number], sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def get(self, key: str) -> str | None:
@@ -224,9 +216,9 @@ def judge_answers(
     pairs = [_pair(client, *row) for row in zip(questions, answers_a, answers_b)]
     pairs += [_pair(client, *row) for row in zip(questions, answers_b, answers_a)]
     # Equal requests are sent once.
-    unique = {JudgeCache.key(pair.request, 0): pair for pair in pairs}
-    replies = _ask_all(client, cache, unique, progress)
-    ratings = [_rating(client, pair, *replies[JudgeCache.key(pair.request, 0)]) for pair in pairs]
+    keys = [JudgeCache.key(client.endpoint, pair.request, 0) for pair in pairs]
+    replies = _ask_all(client, cache, dict(zip(keys, pairs)), progress)
+    ratings = [_rating(client, pair, *replies[key]) for key, pair in zip(keys, pairs)]
     failed = [rating for rating in ratings if rating.failed]
     if failed:
         warn(
@@ -271,7 +263,7 @@ def _ask(
     useless = 0
     for attempt in range(client.attempts):
         # Replies are counted apart from attempts: the n-th reply to a request is paid for once.
-        key = JudgeCache.key(request, useless)
+        key = JudgeCache.key(client.endpoint, request, useless)
         reply = cache.get(key)
         if reply is None:
             answer = _post(client, request)

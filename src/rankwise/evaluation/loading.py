@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.errors import ConfigError, ModelError
+from rankwise.errors import ConfigError, DataError, ModelError
 from rankwise.records import RUN_FILE, RunRecord, load_record
 
 
@@ -98,6 +100,45 @@ def base_of(adapters: Sequence[Path]) -> str:
     bases = {str(adapter): base_model_of(adapter) for adapter in adapters}
     _same("base model", bases, "--model")
     return next(iter(bases.values()))
+
+
+def template_of(adapters: Sequence[Path]) -> str | None:
+    """Jinja text of the chat template that the runs in ``adapters`` were given, as it lies in their folders.
+
+    None where none was given: the base's tokenizer has the template then. Adapters without a record are not asked.
+    Raises ConfigError (RW151) when the runs were trained with different ones, DataError (RW211) when it is not there.
+    """
+    records = {str(adapter): record for adapter in adapters if (record := record_of(adapter)) is not None}
+    given = [name for name, record in records.items() if record.settings.get("chat_template")]
+    if not given:
+        return None
+    stored = {name: _stored_template(Path(name)) for name in records}
+    lost = next((name for name in given if stored[name] is None), None)
+    if lost is not None:
+        raise DataError(
+            "RW211",
+            f"cannot read the chat template that {lost} was trained with: its tokenizer files hold none; give it with "
+            "--chat-template FILE.",
+        )
+    _same("chat template", {name: _short_hash(text) for name, text in stored.items()}, "--chat-template")
+    return stored[given[0]]
+
+
+def _stored_template(folder: Path) -> str | None:
+    """What the tokenizer saved in ``folder`` has; transformers writes a file of its own, and older ones a key."""
+    try:
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        pass
+    try:
+        found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _short_hash(text: str | None) -> str:
+    return "none" if text is None else f"one of sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def adapter_names(count: int) -> tuple[str, ...]:

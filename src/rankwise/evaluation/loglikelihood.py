@@ -26,6 +26,8 @@ TREE_SEQUENCES = 3
 # A tree may grow to so many of the longest sequences: worked examples in front of all questions are shared then.
 LOGITS_AT_ONCE = 1 << 25
 # Logits computed together: 128 MiB in float32.
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+# Names under which configurations say how many tokens their local layers see.
 CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 LOW_PRECISION_TOLERANCE = 0.1
 # Root mean square over tokens of the error relative to 1 + |log p|. Rounding in bfloat16 is about 0.02 of it, and a
@@ -70,15 +72,25 @@ class Scorer:
         self.budget = budget
         self.max_rows = max_rows
         self.pad = pad
-        self.packs: bool | None = None
+        self.packs = False
+        # Whether the rows of the last plan are packed.
+        self.window = window_of(model)
+        self._packing: bool | None = None
         # Whether packed rows are right on this model; found out on the first targets.
+        self._told = False
 
     def plan(self, targets: Sequence[Target]) -> list[list[Row]]:
         """Batches of rows that hold all targets; they depend on the set of targets, not on their order."""
         if not targets:
             return []
-        if self.packs is None:
-            self.packs = self._packing_is_right(targets)
+        problem = self._window_problem(max(len(target.ids) for target in targets))
+        if problem is not None:
+            self.packs = False
+            self._say(problem)
+        else:
+            if self._packing is None:
+                self._packing = self._packing_is_right(targets)
+            self.packs = self._packing
         return list(self._batches(targets))
 
     def score(self, targets: Sequence[Target]) -> Iterator[dict[int, Score]]:
@@ -91,6 +103,8 @@ class Scorer:
         budget = self.budget
         if self.packs:
             longest = max(TREE_TOKENS, TREE_SEQUENCES * max(map(len, sequences)))
+            # A row no longer than the window of local layers is right for those that count columns, too.
+            longest = min(longest, self.window or longest)
             rows = pack(build_trees(sequences, longest=longest), ROW_TOKENS)
         else:
             rows = pack(_single_trees(sequences), 0)
@@ -153,14 +167,24 @@ class Scorer:
         self.packs = False
         plain = self._all(probe)
         problem = packing_problem(self.model) or self._measured_problem(probe, plain)
-        self.packs = problem is None
         if problem is not None:
+            self._say(problem)
+        return problem is None
+
+    def _say(self, problem: str) -> None:
+        if not self._told:
+            self._told = True
             warn(
                 "RW573",
                 f"{type(self.model).__name__} cannot score several sequences in one row ({problem}), so each gets a "
                 "row of its own: the results are the same, and it takes longer.",
             )
-        return self.packs
+
+    def _window_problem(self, longest: int) -> str | None:
+        """Our mask shows a token all of its sequence; a layer that should see less of it would see too much."""
+        if self.window is None or self.window >= max(longest, ROW_TOKENS):
+            return None
+        return f"layers see {self.window:,} tokens, and a row has {max(longest, ROW_TOKENS):,}"
 
     def _measured_problem(self, probe: Sequence[Target], plain: Mapping[int, Score]) -> str | None:
         """What goes wrong when ``probe`` is packed. Foreign models raise what they like where they cannot."""
@@ -178,10 +202,15 @@ def packing_problem(model: Any) -> str | None:
     config = model.config.get_text_config(decoder=True)
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"attention {config._attn_implementation} takes no mask of this kind"
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < TREE_TOKENS and getattr(config, "use_sliding_window", True):
-        return f"its attention sees {window} tokens"
     return None
+
+
+def window_of(model: Any) -> int | None:
+    """How many tokens the layers with the narrowest view see; None where all see everything."""
+    config = model.config.get_text_config(decoder=True)
+    names = WINDOWS if getattr(config, "use_sliding_window", True) else WINDOWS[1:]
+    found = [getattr(config, name, None) for name in names]
+    return min((window for window in found if isinstance(window, int)), default=None)
 
 
 def _vocabulary(model: Any) -> int:

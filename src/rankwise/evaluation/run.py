@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rankwise.errors import ConfigError, Interrupted
 from rankwise.evaluation import journal
-from rankwise.evaluation.loading import base_of, load_as_trained, load_settings, record_of
+from rankwise.evaluation.loading import base_of, load_as_trained, load_settings, template_of
 from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE, Example, TaskResult, load_result, read_examples
 from rankwise.evaluation.settings import EvaluateSettings
-from rankwise.evaluation.tasks.registry import make_task
+from rankwise.evaluation.tasks.registry import make_tasks
 from rankwise.records import write_json
 
 if TYPE_CHECKING:
@@ -105,11 +106,9 @@ class _Run:
         self.observer = observer
         self.name = settings.model or _base(settings.adapter)
         self.variants = variants_of(settings.adapter, settings.base)
-        duplicates = sorted({task for task in settings.task if settings.task.count(task) > 1})
-        if duplicates:
-            raise ConfigError("RW152", f"--task {', '.join(duplicates)} is given twice; once is enough.")
         observer.phase("Reading data")
-        self.tasks = [make_task(task, settings) for task in settings.task]
+        self.tasks = make_tasks(settings)
+        self.template = _template(settings)
         self.engine: Engine | None = None
         self.names: dict[str, str] = {}
 
@@ -153,6 +152,7 @@ class _Run:
         self.observer.phase(label)
         started = time.monotonic()
         found = task.run(engine, folder, lambda done, total: self.observer.progress(label, done, total))
+        found = list(task.with_scores(found))
         journal.rewrite(folder, found)
         summary = task.summarize(found)
         result = TaskResult(
@@ -178,7 +178,6 @@ class _Run:
         """Base and adapters, loaded at the first question that has no answer yet."""
         if self.engine is not None:
             return self.engine
-        from rankwise.data import read_template
         from rankwise.evaluation.engine import Engine
 
         self.observer.phase(f"Loading {self.name}")
@@ -193,10 +192,8 @@ class _Run:
             trust_remote_code=given.trust_remote_code,
             revision=given.revision,
         )
-        template = _template_file(given)
         self.names = {str(adapter): name for adapter, name in zip(given.adapter, loaded.adapters)}
-        text = None if template is None else read_template(template)
-        self.engine = Engine(loaded.model, loaded.tokenizer, text, given.batch_size)
+        self.engine = Engine(loaded.model, loaded.tokenizer, self.template, given.batch_size)
         return self.engine
 
     def _activate(self, engine: Engine, variant: Variant) -> None:
@@ -230,13 +227,12 @@ class _Run:
         computed = load_settings(given.adapter, dtype=given.dtype, quantization=given.quantization, device=given.device)
         revision = computed.revision if given.model is None and given.revision is None else given.revision
         source = fetch_model(self.name, revision=revision, trust_remote_code=given.trust_remote_code)
-        template = _template_file(given)
         common = {
             "model_sha256": model_hash(source),
             "dtype": computed.dtype,
             "quantization": computed.quantization,
             "limit": given.limit,
-            "chat_template_sha256": None if template is None else _sha256(template),
+            "chat_template_sha256": None if self.template is None else _sha256(self.template),
         }
         return {
             (variant.label, task.name): {
@@ -291,13 +287,13 @@ def _base(adapters: Sequence[Path]) -> str:
     return base_of(adapters)
 
 
-def _template_file(settings: EvaluateSettings) -> Path | None:
-    """As asked; else as the first adapter was trained."""
-    if settings.chat_template is not None or not settings.adapter:
-        return settings.chat_template
-    record = record_of(settings.adapter[0])
-    given = record.settings.get("chat_template") if record is not None else None
-    return Path(given) if given else None
+def _template(settings: EvaluateSettings) -> str | None:
+    """Jinja text as asked; else as the adapters were trained. None is the tokenizer's own."""
+    from rankwise.data import read_template
+
+    if settings.chat_template is not None:
+        return read_template(settings.chat_template)
+    return template_of(settings.adapter)
 
 
 def _adapter_hash(folder: Path) -> str:
@@ -311,7 +307,5 @@ def _adapter_hash(folder: Path) -> str:
     return sha256_of_files(files)
 
 
-def _sha256(path: Path) -> str:
-    from rankwise.weights_file import sha256_of
-
-    return sha256_of(path)
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from rankwise.config import Settings, comma_list, text_list
+from rankwise.errors import ConfigError
 
 Protocol = Literal["generative", "loglikelihood"]
 PromptStyle = Literal["llm-adapters", "trained"]
@@ -104,19 +105,30 @@ class EvaluateSettings(Settings):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
 
     def data_of(self, task: str) -> str | None:
-        """The data given for one task: ``TASK=DATA`` before data for all."""
+        """The data given for one task: ``TASK=DATA`` before data for all. Raises as ``split_data``."""
         named, common = split_data(self.data, self.task)
         return named.get(task, common)
 
 
 def split_data(data: tuple[str, ...], tasks: tuple[str, ...]) -> tuple[Mapping[str, str], str | None]:
-    """``("e2e=a.csv", "b.jsonl")`` -> ({"e2e": "a.csv"}, "b.jsonl"). A path with ``=`` stays one."""
+    """``("e2e=a.csv", "b.jsonl")`` -> ({"e2e": "a.csv"}, "b.jsonl"). A path with ``=`` stays one.
+
+    Raises ConfigError (RW152) where two are given for the same tasks, or one for none of them.
+    """
     named: dict[str, str] = {}
-    common: str | None = None
+    common: list[str] = []
     for item in data:
         name, equals, place = item.partition("=")
-        if equals and name in tasks:
-            named[name] = place
+        if not equals or name not in tasks:
+            common.append(item)
+        elif name in named:
+            raise ConfigError("RW152", f"--data {name}= is given twice, {named[name]} and {place}; give one.")
         else:
-            common = item
-    return named, common
+            named[name] = place
+    if len(common) > 1:
+        raise ConfigError(
+            "RW152", f"--data is given {len(common)} times for all tasks ({', '.join(common)}); give one, or TASK=DATA."
+        )
+    if common and set(tasks) <= set(named):
+        raise ConfigError("RW152", f"--data {common[0]} is for no task: each has data of its own. Leave it out.")
+    return named, next(iter(common), None)

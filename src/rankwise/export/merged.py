@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rankwise.adapters import load_adapter, merge_adapter
 from rankwise.adapters.base_layer import is_conv1d
-from rankwise.adapters.checkpoint import PREFIX, AdapterFile, read_adapter
+from rankwise.adapters.checkpoint import PREFIX, AdapterFile, end_weights, read_adapter
 from rankwise.adapters.fused import enabled_rows
 from rankwise.adapters.inject import AdaptedModule
 from rankwise.adapters.low_rank import merged_weight
@@ -251,6 +251,7 @@ def _changes(
         if key.endswith(".bias"):
             wanted[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = _replaced_by(bias)
     tied = _tied_pair(skeleton)
+    _replace_ends(wanted, skeleton, file, tied)
     extra: dict[str, tuple[str, Change]] = {}
     if tied is not None and any(parameter in wanted for parameter in tied):
         head, embedding = tied
@@ -306,6 +307,23 @@ def _merged_with(base: nn.Module, item: AdaptedModule, file: AdapterFile) -> Cha
 
 def _replaced_by(value: Tensor) -> Change:
     return lambda stored: value.to(stored.dtype)
+
+
+def _replace_ends(
+    wanted: dict[str, Change], skeleton: nn.Module, file: AdapterFile, tied: tuple[str, str] | None
+) -> None:
+    """Embedding and head that PEFT saved beside an adapter: they take the base's place before anything is merged."""
+    whole = {f"{PREFIX}{item.name}.weight" for item in file.planned if item.kind == "trained whole"}
+    for key in sorted((file.tensors.keys() & end_weights(skeleton).keys()) - whole):
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        put = _replaced_by(file.tensors[key])
+        wanted[name] = _after(put, wanted.get(name))
+        if tied is not None and name == tied[1]:
+            wanted.setdefault(tied[0], put)
+
+
+def _after(first: Change, second: Change | None) -> Change:
+    return first if second is None else lambda tensor: second(first(tensor))
 
 
 def _tied_pair(skeleton: nn.Module) -> tuple[str, str] | None:

@@ -142,3 +142,8 @@ def _misfit(needs: str, **tensors: Tensor | None) -> QuantizationError:
         if tensor is not None
     )
     return QuantizationError("RW620", f"{needs}, all on one device; it got {found}.")
+
+
+def sum_dtype(tensor: Tensor) -> torch.dtype:
+    """In which sums over many rows are kept: float64, which Apple's GPUs do not have."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64

@@ -138,7 +138,7 @@ def _cross_entropy_(
     loss, entropy, correct = run.cross_entropy_(
         logits, targets, scale, label_smoothing, softcap, multiplier, want_grad, want_entropy, want_correct
     )
-    return loss, _or_empty(entropy, logits, torch.float64), _or_empty(correct, logits, torch.int64)
+    return loss, _or_empty(entropy, logits, checks.sum_dtype(logits)), _or_empty(correct, logits, torch.int64)
 
 
 def _fake_cross_entropy_(
@@ -153,9 +153,9 @@ def _fake_cross_entropy_(
     want_correct: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.cross_entropy(logits, targets, label_smoothing, softcap, multiplier)
-    entropy = logits.new_empty(() if want_entropy else (0,), dtype=torch.float64)
+    entropy = logits.new_empty(() if want_entropy else (0,), dtype=checks.sum_dtype(logits))
     correct = logits.new_empty(() if want_correct else (0,), dtype=torch.int64)
-    return logits.new_empty((), dtype=torch.float64), entropy, correct
+    return logits.new_empty((), dtype=checks.sum_dtype(logits)), entropy, correct
 
 
 def _fake_row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:

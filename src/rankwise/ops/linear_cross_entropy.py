@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rankwise.ops import training
+from rankwise.ops.checks_training import sum_dtype
 
 CHUNK_BYTES = 32 << 20
 # Of logits: few enough to stay near a CPU's caches, enough rows for an efficient product.
@@ -127,5 +128,5 @@ def _score_(
 
 
 def _total(parts: Sequence[Tensor | None], hidden: Tensor) -> Tensor:
-    zero = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    zero = torch.zeros((), dtype=sum_dtype(hidden), device=hidden.device)
     return sum((part for part in parts if part is not None), zero)

@@ -197,7 +197,10 @@ def _through_gain(dy: Tensor, branch: Branch, y: Tensor | None, *, want_m: bool)
         return dz, None
     if branch.bias is not None:
         dot = dot - branch.bias.float() * dy.float().sum(0)
-    return dz, (dot / branch.m.float()).to(branch.m.dtype)
+    # y = g (...) carries dm only where m is not 0: of a row of norm 0, which m cannot scale, the gradient is 0.
+    m = branch.m.float()
+    is_zero = m == 0
+    return dz, torch.where(is_zero, 0.0, dot / torch.where(is_zero, 1.0, m)).to(branch.m.dtype)
 
 
 def _add_low_rank(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rankwise.ops.checks_training import bad_target
+from rankwise.ops.checks_training import bad_target, sum_dtype
 
 IGNORED = -100
 """The target of a row that has no label, as in ``torch.nn.functional.cross_entropy``."""
@@ -142,12 +142,12 @@ def cross_entropy_(
     if softcap is not None:
         tanh = torch.tanh(z / softcap)
         z, slope = softcap * tanh, multiplier * (1 - tanh.square())
-    log_p = torch.log_softmax(z, 1)
+    log_p, sums = torch.log_softmax(z, 1), sum_dtype(logits)
     p = log_p.exp()
-    loss = (label_smoothing - 1) * log_p.gather(1, target).double().sum()
+    loss = (label_smoothing - 1) * log_p.gather(1, target).to(sums).sum()
     if label_smoothing:
-        loss = loss - label_smoothing / V * log_p.double().sum()
-    entropy = -torch.where(p > 0, p * log_p, 0.0).double().sum() if want_entropy else None
+        loss = loss - label_smoothing / V * log_p.to(sums).sum()
+    entropy = -torch.where(p > 0, p * log_p, 0.0).to(sums).sum() if want_entropy else None
     correct = (logits[rows].argmax(1, keepdim=True) == target).sum() if want_correct else None
     if want_grad:
         p = p - label_smoothing / V

@@ -5,8 +5,10 @@ Module names are transformers', so that target_modules mean here what they mean 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from rankwise.planning.shape import Fields, Module, Shape
@@ -26,12 +28,16 @@ def decoder(
     fused: bool = False,
     kv_heads: int | None = None,
     experts: bool = False,
+    path: str = "model",
+    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> Shape:
     """The line of Llama: RMSNorm, rotary positions, grouped queries, a gated MLP or gated experts.
 
     ``qkv_bias``: of q, k and v, where the config does not say; None: attention_bias of the config, on all four.
     ``qk_norm``: 1 over each head, 2 over all heads together. ``fused``: qkv_proj and gate_up_proj as in Phi-3.
+    ``path``: of the decoder in the model. ``defaults``: transformers', for sizes that a config.json leaves out.
     """
+    fields = fields.with_defaults(defaults)
     h, layers, heads, V = fields.required("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     d = fields.count("head_dim", head_dim or h // heads)
     groups = fields.count("num_key_value_heads", kv_heads or heads)
@@ -47,14 +53,14 @@ def decoder(
     }
     moe = _experts(fields, family) if experts else None
     width = moe["f"] if moe else fields.required("intermediate_size")[0]
-    modules = [Module("model.embed_tokens", "embedding", V, h)]
+    modules = [Module(f"{path}.embed_tokens", "embedding", V, h)]
     for index in range(layers):
-        path = f"model.layers.{index}"
-        modules += _attention(f"{path}.self_attn", fused=fused, **sizes)
+        layer = f"{path}.layers.{index}"
+        modules += _attention(f"{layer}.self_attn", fused=fused, **sizes)
         is_sparse = moe is not None and index not in moe["dense_layers"]
-        modules += _moe(f"{path}.mlp", h, moe) if is_sparse and moe else _mlp(f"{path}.mlp", h, fields, fused)
-        modules += [Module(f"{path}.{name}", "norm", 0, 0, extra=h) for name in NORM_NAMES[norms_per_layer, family]]
-    modules += [Module("model.norm", "norm", 0, 0, extra=h), Module("lm_head", "linear", h, V)]
+        modules += _moe(f"{layer}.mlp", h, moe) if is_sparse and moe else _mlp(f"{layer}.mlp", h, fields, fused)
+        modules += [Module(f"{layer}.{name}", "norm", 0, 0, extra=h) for name in NORM_NAMES[norms_per_layer, family]]
+    modules += [Module(f"{path}.norm", "norm", 0, 0, extra=h), Module("lm_head", "linear", h, V)]
     return Shape(
         family=family,
         hidden=h,
@@ -135,6 +141,52 @@ def _moe(path: str, h: int, moe: dict) -> Iterator[Module]:
         yield Module(f"{path}.shared_expert_gate", "linear", h, 1)
 
 
+_gemma3_text = partial(
+    decoder,
+    tied=True,
+    head_dim=256,
+    kv_heads=4,
+    norms_per_layer=4,
+    qk_norm=1,
+    defaults=MappingProxyType({"num_attention_heads": 8, "vocab_size": 262_208}),
+)
+
+
+def gemma3(fields: Fields) -> Shape:
+    """Gemma 3 with eyes: a decoder by ``text_config``, of which the hub's files leave sizes out, and a SigLIP tower by
+    ``vision_config``, which text never enters but whose weights are there and whose linear layers adapt.
+    """
+    text, vision = fields.part("text_config"), fields.part("vision_config")
+    tied = fields.flag("tie_word_embeddings", True)
+    shape = _gemma3_text(text, family="gemma3", path="model.language_model")
+    modules = (*_siglip("model.vision_tower", vision), *_projector(vision, shape.hidden), *shape.modules)
+    return dataclasses.replace(shape, modules=modules, tied=tied)
+
+
+def _siglip(path: str, fields: Fields) -> Iterator[Module]:
+    """LayerNorms with bias, biased linear layers, a patch of c p p pixels a position."""
+    h, f, layers = fields.required("hidden_size", "intermediate_size", "num_hidden_layers")
+    patch, image = fields.required("patch_size", "image_size")
+    yield Module(
+        f"{path}.embeddings.patch_embedding", "plain", 0, h, True, fields.count("num_channels", 3) * patch**2 * h
+    )
+    yield Module(f"{path}.embeddings.position_embedding", "embedding", (image // patch) ** 2, h)
+    for index in range(layers):
+        layer = f"{path}.encoder.layers.{index}"
+        yield from (Module(f"{layer}.{name}", "norm", 0, h, True, extra=h) for name in ("layer_norm1", "layer_norm2"))
+        projections = ("k_proj", "v_proj", "q_proj", "out_proj")
+        yield from (Module(f"{layer}.self_attn.{name}", "linear", h, h, True) for name in projections)
+        yield Module(f"{layer}.mlp.fc1", "linear", h, f, True)
+        yield Module(f"{layer}.mlp.fc2", "linear", f, h, True)
+    yield Module(f"{path}.post_layernorm", "norm", 0, h, True, extra=h)
+
+
+def _projector(fields: Fields, h: int) -> Iterator[Module]:
+    (eye,) = fields.required("hidden_size")
+    yield Module("model.multi_modal_projector", "plain", 0, 0, extra=eye * h)
+    yield Module("model.multi_modal_projector.mm_soft_emb_norm", "norm", 0, 0, extra=eye)
+
+
 def gpt2(fields: Fields) -> Shape:
     """LayerNorm with bias, learnt positions, fused q, k and v, a plain MLP; weights are stored transposed."""
     h, layers, heads, V, positions = fields.required("n_embd", "n_layer", "n_head", "vocab_size", "n_positions")
@@ -176,9 +228,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3": partial(decoder, family="qwen3", qk_norm=1, head_dim=128, kv_heads=32),
     "gemma": partial(decoder, family="gemma", tied=True, head_dim=256, kv_heads=16),
     "gemma2": partial(decoder, family="gemma2", tied=True, head_dim=256, kv_heads=4, norms_per_layer=4),
-    "gemma3_text": partial(
-        decoder, family="gemma3_text", tied=True, head_dim=256, kv_heads=4, norms_per_layer=4, qk_norm=1
-    ),
+    "gemma3_text": partial(_gemma3_text, family="gemma3_text"),
+    "gemma3": gemma3,
     "phi3": partial(decoder, family="phi3", fused=True),
     "olmo2": partial(decoder, family="olmo2", qk_norm=2),
     "mixtral": partial(decoder, family="mixtral", kv_heads=8, experts=True),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rankwise.planning import cuda
 from rankwise.planning.estimate import TERMS, MemoryEstimate
-from rankwise.planning.parallel import per_device
+from rankwise.planning.parallel import Group, per_device
+from rankwise.planning.sizes import gigabytes
 from rankwise.planning.workload import Workload
 
 DRY_RUN_ERROR = {"cpu": 0.08, "cuda": 0.05}
@@ -12,6 +13,7 @@ CPU_LIBRARY_BYTES = 50 << 20
 # What a step leaves in its libraries on a CPU (generated kernels, thread pools, the heap's ends): the measured growth
 # less the tensors was 47 to 60 MB over methods and checkpointing on the demo model.
 CLOSED_FORM_ERROR = {"cpu": 0.15, "cuda": 0.10}
+OUTSIDE_UNKNOWN = Group()
 
 
 def assembled(
@@ -26,14 +28,16 @@ def assembled(
     max_positions: int | None,
     exact: bool,
     seconds: float,
-    layer_bytes: int,
     trained_bytes: int,
+    layer_bytes: int = 0,
+    layer: Group | None = None,
+    root: Group = OUTSIDE_UNKNOWN,
     notes: tuple[str, ...] = (),
 ) -> MemoryEstimate:
-    """One device's estimate. ``layer_bytes``: of the tensors of the largest layer; ``trained_bytes``: of all that
-    trains."""
+    """One device's estimate. ``trained_bytes``: of all that trains; ``layer``: the largest layer (``layer_bytes``: its
+    tensors alone, where gradients are not told apart); ``root``: what lies outside of the layers."""
     terms = {name: breakdown.get(name, 0) for name in TERMS}
-    terms = per_device(terms, workload, layer_bytes=layer_bytes, trained_bytes=trained_bytes)
+    terms = per_device(terms, workload, layer=layer or Group(layer_bytes), root=root, trained_bytes=trained_bytes)
     outside = outside_bytes(workload, sum(terms.values()))
     terms["overhead"] += outside + (cuda.workspace_bytes() if workload.device_type == "cuda" else CPU_LIBRARY_BYTES)
     return MemoryEstimate(
@@ -64,8 +68,9 @@ def _notes(workload: Workload, elsewhere_bytes: int, max_positions: int | None) 
         notes.append(
             f"rows of {workload.max_length:,} tokens are longer than the {max_positions:,} that the model was made for"
         )
+    if not workload.fast:
+        notes.append("PyTorch's own step is counted: no fused parts and kernels of ours")
     if elsewhere_bytes:
-        notes.append(
-            f"{elsewhere_bytes / 1e9:.2f} GB of optimizer state live in the host's memory ({workload.optimizer})"
-        )
+        size = gigabytes(elsewhere_bytes)
+        notes.append(f"{size} of optimizer state live in the host's memory ({workload.optimizer})")
     return notes

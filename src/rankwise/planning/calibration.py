@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import warn
-from rankwise.planning.estimate import DORA, FOUR_BITS, MemoryEstimate
+from rankwise.planning.estimate import MemoryEstimate
 from rankwise.planning.facts import ModelFacts, facts_of
 from rankwise.planning.hardware import Hardware
 from rankwise.planning.speed import Pace, flops_per_token, weight_traffic_bytes
@@ -24,7 +24,8 @@ from rankwise.planning.workload import Workload
 from rankwise.records import write_json
 
 FILE = "machine.json"
-SCHEMA = 1
+SCHEMA = 2
+# 1: of steps without the fused parts.
 SHAPES: dict[str, dict[str, Any]] = {
     "cpu": {"hidden_size": 1024, "intermediate_size": 2752, "rows": (1, 4), "tokens": 256},
     "cuda": {"hidden_size": 4096, "intermediate_size": 11008, "rows": (1, 8), "tokens": 1024},
@@ -108,9 +109,14 @@ def solve(timings: Sequence[Timing]) -> tuple[float, float | None]:
 
 def _time(method: str, rows: int, device_type: str, dtype: str) -> Timing:
     shape = _shape(device_type)
-    workload = Workload(batch_size=rows, max_length=shape["tokens"], r=RANK, dtype=dtype)  # type: ignore[arg-type]
-    model, facts, estimate = _model(method, device_type, dtype, shape)
-    step = _stepper(model, rows, shape["tokens"], device_type, None if method != "full" else dtype)
+    workload = Workload(
+        batch_size=rows,
+        max_length=shape["tokens"],
+        r=RANK,
+        dtype=dtype,  # type: ignore[arg-type]
+        device_type="cuda" if device_type == "cuda" else "cpu",
+    )
+    step, facts, estimate = _prepared(method, workload, device_type, shape)
     step()
     seconds = sorted(_seconds(step, device_type) for _ in range(STEPS))[STEPS // 2]
     flops = flops_per_token(method, facts, estimate.total_parameters, estimate.trainable_parameters, workload)
@@ -118,13 +124,15 @@ def _time(method: str, rows: int, device_type: str, dtype: str) -> Timing:
     return Timing(workload.tokens, workload.tokens * flops, traffic, seconds)
 
 
-def _model(method: str, device_type: str, dtype: str, shape: dict[str, Any]) -> tuple[Any, ModelFacts, MemoryEstimate]:
+def _prepared(
+    method: str, workload: Workload, device_type: str, shape: dict[str, Any]
+) -> tuple[Callable[[], None], ModelFacts, MemoryEstimate]:
+    """A step as ``rankwise train`` takes it, fused parts and loss included, on a small random Llama."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rankwise.adapters import add_adapter
-    from rankwise.config import LoraConfig
-    from rankwise.quantization import Nf4Config, quantize
+    from rankwise.planning.fake_model import attach, materialize, weights_dtype
+    from rankwise.planning.step import autocast_dtype, make_batch, take_step
 
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -134,35 +142,20 @@ def _model(method: str, device_type: str, dtype: str, shape: dict[str, Any]) -> 
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
     )
-    stored = torch.float32 if method == "full" else getattr(torch, dtype)
-    model: Any = LlamaForCausalLM(config)
-    model = model.to(device_type, stored)
+    with torch.device("meta"):
+        model: Any = LlamaForCausalLM(config)
     total = sum(parameter.numel() for parameter in model.parameters())
-    if method in FOUR_BITS:
-        quantize(model, Nf4Config(double_quant=True))
-    trained = total
-    if method != "full":
-        trained = add_adapter(model, LoraConfig(r=RANK, use_dora=method in DORA)).trainable_parameters
-    estimate = MemoryEstimate(method, 0, {}, trained, total, 0.0, False)
-    return model.train(), facts_of(config.to_dict()), estimate
-
-
-def _stepper(model: Any, rows: int, tokens: int, device_type: str, autocast: str | None) -> Callable[[], None]:
-    import torch
-
+    materialize(model, weights_dtype(method, workload), fill=True, device=device_type)
+    flat = attach(model, method, workload)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    ids = torch.randint(0, VOCABULARY, (rows, tokens), device=device_type)
-    mixed = autocast not in (None, "float32")
+    batch, autocast = make_batch(workload, device_type, flat=flat), autocast_dtype(method, workload)
 
     def step() -> None:
-        with torch.autocast(device_type, dtype=getattr(torch, autocast or "bfloat16"), enabled=mixed):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        take_step(model, optimizer, batch, lambda _: None, autocast)
 
-    return step
+    count = sum(parameter.numel() for parameter in trained)
+    return step, facts_of(config.to_dict()), MemoryEstimate(method, 0, {}, count, total, 0.0, False)
 
 
 def _seconds(step: Callable[[], None], device_type: str) -> float:

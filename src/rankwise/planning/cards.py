@@ -33,6 +33,8 @@ class Card:
     # None where the vendor publishes no figure.
     source: str
     has_bfloat16: bool = True
+    float32_share: float = 1 / 2
+    # Peak in float32 over the one in 16 bits, nearly: by the same sheets, of a group the smallest.
 
     @property
     def usable_bytes(self) -> int:
@@ -51,13 +53,16 @@ _APPLE = "Apple, technical specifications"
 
 
 def _cards(
-    kind: MemoryKind, source: str, *rows: tuple[str, float, float, float], bf16: bool = True
+    kind: MemoryKind, source: str, *rows: tuple[str, float, float, float], bf16: bool = True, float32: float = 1 / 2
 ) -> tuple[Card, ...]:
-    return tuple(Card(name, memory, kind, bandwidth, peak, source, bf16) for name, memory, bandwidth, peak in rows)
+    return tuple(
+        Card(name, memory, kind, bandwidth, peak, source, bf16, float32) for name, memory, bandwidth, peak in rows
+    )
 
 
 def _apple(chip: str, sizes: tuple[int, ...], bandwidth: float, teraflops: float | None) -> tuple[Card, ...]:
-    return tuple(Card(f"{chip} {size}GB", size, "unified", bandwidth, teraflops, _APPLE) for size in sizes)
+    # These compute both alike.
+    return tuple(Card(f"{chip} {size}GB", size, "unified", bandwidth, teraflops, _APPLE, True, 1.0) for size in sizes)
 
 
 CARDS: tuple[Card, ...] = (
@@ -68,6 +73,7 @@ CARDS: tuple[Card, ...] = (
         ("RTX 2080 Ti", 11, 616, 53.8),
         ("TITAN RTX", 24, 672, 130.5),
         bf16=False,
+        float32=1 / 8,
     ),
     *_cards(
         "gddr",
@@ -127,15 +133,17 @@ CARDS: tuple[Card, ...] = (
         ("RTX 5000 Ada", 32, 576, 261.1),
         ("RTX 6000 Ada", 48, 960, 364.2),
         ("RTX PRO 6000 Blackwell", 96, 1792, 503.8),
+        float32=1 / 4,
     ),
     *_cards("hbm", _DATACENTER, ("P100", 16, 732, 18.7), bf16=False),
-    *_cards("gddr-ecc", _DATACENTER, ("T4", 16, 320, 65.0), bf16=False),
+    *_cards("gddr-ecc", _DATACENTER, ("T4", 16, 320, 65.0), bf16=False, float32=1 / 8),
     *_cards(
         "hbm",
         _DATACENTER,
         ("V100 16GB", 16, 900, 112.0),
         ("V100 32GB", 32, 900, 112.0),
         bf16=False,
+        float32=1 / 8,
     ),
     *_cards(
         "gddr-ecc",
@@ -146,6 +154,7 @@ CARDS: tuple[Card, ...] = (
         ("L4", 24, 300, 121.0),
         ("L40", 48, 864, 181.0),
         ("L40S", 48, 864, 362.0),
+        float32=1 / 4,
     ),
     *_cards(
         "hbm",
@@ -160,9 +169,10 @@ CARDS: tuple[Card, ...] = (
         ("GH200", 96, 4000, 989.0),
         ("H20", 96, 4000, 148.0),
         ("H200", 141, 4800, 989.0),
-        ("B200", 180, 8000, 2250.0),
+        float32=1 / 16,
     ),
-    *_cards("unified", "NVIDIA, DGX Spark data sheet", ("DGX Spark", 128, 273, 125.0)),
+    *_cards("hbm", _DATACENTER, ("B200", 180, 8000, 2250.0), float32=1 / 30),
+    *_cards("unified", "NVIDIA, DGX Spark data sheet", ("DGX Spark", 128, 273, 125.0), float32=1 / 4),
     *_cards(
         "hbm",
         _AMD,
@@ -170,6 +180,7 @@ CARDS: tuple[Card, ...] = (
         ("MI250X one die", 64, 1638, 191.5),
         ("MI300X", 192, 5300, 1307.0),
         ("MI325X", 256, 6000, 1307.0),
+        float32=1 / 8,
     ),
     *_cards("gddr", "AMD, Radeon specifications", ("RX 7900 XTX", 24, 960, 122.8)),
     *_apple("Apple M1", (8, 16), 68, 2.6),

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rankwise.planning.estimate import FOUR_BITS, MemoryEstimate
 from rankwise.planning.fitting import Estimator, verdict_of
+from rankwise.planning.rules import HOSTED, PAGED
 from rankwise.planning.workload import Workload
 
 Seconds = Callable[[MemoryEstimate, Workload], float]
 """Seconds of one micro-batch; only ratios are taken."""
 
 FOUR_BIT_OF = {"lora": "qlora", "dora": "qdora", "full": "lora"}
-PAGED = "paged_adamw_8bit"
-HOSTED = "adamw_offload"
-FEW_TARGETS = ("q_proj", "v_proj")
 WORTHWHILE = 0.02
 # Share of the memory that a change must save to be shown.
 LARGEST_SEARCH = 400
@@ -53,6 +51,20 @@ class Change:
     verdict: str
 
     @property
+    def is_timed(self) -> bool:
+        """Whether ``time_factor`` is all there is: what an optimizer on the host takes is not counted."""
+        return not any(step.settings.get("optimizer") == HOSTED for step in self.steps)
+
+    @property
+    def time_words(self) -> str:
+        """``+9 % time``."""
+        text = f"{round((self.time_factor - 1) * 100):+d} % time"
+        if self.is_timed:
+            return text
+        uncounted = "that of the optimizer's step on the host not counted"
+        return f"time not counted ({HOSTED} steps on the host)" if text.startswith("+0 ") else f"{text}, {uncounted}"
+
+    @property
     def label(self) -> str:
         return " and ".join(step.label for step in self.steps)
 
@@ -71,6 +83,7 @@ class Change:
             "peak_bytes": self.estimate.peak_bytes,
             "saved_bytes": self.saved_bytes,
             "time_factor": self.time_factor,
+            "time_is_counted": self.is_timed,
             "verdict": self.verdict,
         }
 
@@ -119,6 +132,14 @@ def _approximations(method: str) -> Iterator[Step]:
         yield Step("method", f"{method} -> {other}", 1 if other in FOUR_BITS else 2, {"method": other})
     if method == "full":
         yield Step("method", "full -> qlora", 2, {"method": "qlora"})
+
+
+def reachable(methods: Iterable[str]) -> set[str]:
+    """These methods and those that a change may turn them into."""
+    found = set(methods)
+    while more := {FOUR_BIT_OF[method] for method in found if method in FOUR_BIT_OF} - found:
+        found |= more
+    return found
 
 
 def _smaller_adapters(method: str, workload: Workload) -> Iterator[Step]:
@@ -221,5 +242,5 @@ def _effort(steps: Sequence[Step]) -> tuple[int, int, int]:
 
 
 def _price_of(change: Change) -> tuple[float, ...]:
-    """What is learnt before time, time before the number of settings touched."""
-    return (change.costs, change.time_factor, len(change.steps), -change.saved_bytes)
+    """What is learnt before time (one that is not counted last), time before the number of settings touched."""
+    return (change.costs, not change.is_timed, change.time_factor, len(change.steps), -change.saved_bytes)

@@ -6,8 +6,11 @@ import dataclasses
 import os
 from typing import Any
 
+from rankwise.errors import ConfigError
 from rankwise.planning.estimate import MemoryEstimate, estimate
 from rankwise.planning.measure import measure
+from rankwise.planning.sizes import gigabytes
+from rankwise.planning.weights import DTYPE_BYTES
 from rankwise.planning.workload import Workload
 
 
@@ -35,14 +38,25 @@ def check_method(
     model: str | os.PathLike[str],
     method: str,
     workload: Workload,
+    memory_bytes: int,
     *,
     exact: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Check:
-    """Run the steps with random weights in a process of its own. Raises ConfigError (RW133) as ``measure`` does."""
+    """Run the steps with random weights in a process of its own.
+
+    Raises ConfigError: RW134 where they would take more than ``memory_bytes``; RW133 as ``measure`` does.
+    """
     place: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     predicted = estimate(model, method, workload, exact=exact, **place)
+    needed = max(predicted.peak_bytes, dense_bytes(predicted, workload))
+    if needed > memory_bytes:
+        raise ConfigError(
+            "RW134",
+            f"three real steps of {method} would take {gigabytes(needed)} and there are {gigabytes(memory_bytes)}; "
+            "lower --batch-size or --max-length, take another --method, or leave --check out.",
+        )
     measured = measure(model, method, workload, **place)
     return Check(
         method,
@@ -52,6 +66,11 @@ def check_method(
         exact,
         measured.step_seconds,
     )
+
+
+def dense_bytes(predicted: MemoryEstimate, workload: Workload) -> int:
+    """Random weights are made before they are quantized: N s."""
+    return predicted.total_parameters * DTYPE_BYTES[workload.dtype]
 
 
 def comparable(predicted: MemoryEstimate, device_type: str) -> int:

@@ -27,6 +27,7 @@ from rankwise.planning.estimate import MemoryEstimate
 from rankwise.planning.fake_model import attach, materialize, weights_dtype
 from rankwise.planning.offload import offloaded
 from rankwise.planning.optimizers import rule_of, state_bytes
+from rankwise.planning.parallel import Group, layer_and_root
 from rankwise.planning.scratch import SCRATCH, kept_memory, kept_norms, lives_in_kept_memory
 from rankwise.planning.step import autocast_dtype, make_batch, take_step, true_counts
 from rankwise.planning.tracker import StorageTracker
@@ -89,22 +90,28 @@ def trace(
         run_steps(skeleton, method, workload, tracker, flat=flat, loss=loss)
         tracker.see_all(kept_norms(skeleton), "adapters")
     shapes = [(tuple(item.shape), item.element_size()) for item in trained(skeleton)]
-    breakdown = tracker.breakdown()
-    held = sum(breakdown.get(name, 0) for name in ("weights_4bit", "weights", "adapters"))
+    layer, root = sharding_groups_of(skeleton)
     return assembled(
         method,
         workload,
-        breakdown=breakdown,
-        layer_bytes=held // max(1, getattr(config, "num_hidden_layers", 1)),
+        breakdown=tracker.breakdown(),
+        layer=layer,
+        root=root,
         trained_bytes=sum(item.nbytes for item in trained(skeleton)),
         phase=tracker.peak_phase,
         trainable=sum(item.numel() for item in trained(skeleton)),
         total=total,
         elsewhere_bytes=state_bytes(workload.optimizer, shapes)[1],
-        max_positions=getattr(config, "max_position_embeddings", None),
+        max_positions=getattr(config.get_text_config(), "max_position_embeddings", None),
         exact=True,
         seconds=time.perf_counter() - started,
     )
+
+
+def sharding_groups_of(model: nn.Module) -> tuple[Group, Group]:
+    """What FSDP2 gathers at once: (the largest layer, all that lies outside of the layers)."""
+    parts = model.named_parameters()
+    return layer_and_root((name, Group(part.nbytes, part.nbytes if part.requires_grad else 0)) for name, part in parts)
 
 
 def _enabled_rows(model: nn.Module, workload: Workload) -> dict[int, int]:

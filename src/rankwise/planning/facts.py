@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from rankwise.models.folder import read_config
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.models.source import ModelSource
+from rankwise.planning.architectures import FAMILIES
+from rankwise.planning.shape import Shape, gguf_config, shape_of
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 WIDTH = ("hidden_size", "n_embd", "d_model", "dim")
@@ -43,26 +46,47 @@ class ModelFacts:
 
 
 def read_facts(source: ModelSource) -> ModelFacts:
-    """The sizes of a fetched model."""
+    """The sizes of a fetched model. Raises ModelError (RW326) as ``shape_of`` does."""
     assert source.path is not None
-    if source.is_gguf:
-        return _of_gguf(source)
-    config = read_config(source.path)
+    if not source.is_gguf:
+        return facts_of(read_config(source.path), str(source.path))
+    config = gguf_config(source)
+    return facts_of(config, str(source.path)) if config["model_type"] in FAMILIES else _of_gguf(source)
+
+
+def facts_of(config: Mapping[str, Any], name: str = "the config") -> ModelFacts:
+    """From a config.json: by the shape, where the closed form knows the family, so that the two cannot differ."""
+    if config.get("model_type") in FAMILIES:
+        return _of_shape(shape_of(config, name))
     text = config.get("text_config")
-    return facts_of(text if isinstance(text, Mapping) else config)
+    return _of_config(text if isinstance(text, Mapping) else config)
 
 
-def facts_of(config: Mapping[str, Any]) -> ModelFacts:
+def _of_shape(shape: Shape) -> ModelFacts:
+    experts = sum(module.extra for module in shape.modules if module.name.endswith(".experts"))
+    return ModelFacts(
+        layers=shape.layers,
+        width=shape.hidden,
+        vocabulary=shape.vocabulary,
+        head_is_tied=shape.tied,
+        idle_expert_parameters=_idle(experts, shape.experts, shape.experts_per_token),
+    )
+
+
+def _idle(parameters: int, experts: int, visited: int) -> int:
+    """Of all experts' parameters those that a token does not visit: (E - e) / E."""
+    return parameters * max(0, experts - visited) // experts if experts else 0
+
+
+def _of_config(config: Mapping[str, Any]) -> ModelFacts:
     layers, width = _number(config, LAYERS), _number(config, WIDTH)
     experts, visited = _number(config, EXPERTS), _number(config, EXPERTS_PER_TOKEN)
     idle = layers * max(0, experts - visited) * 3 * width * _number(config, EXPERT_WIDTH) if experts else 0
-    tied = config.get("tie_word_embeddings")
     return ModelFacts(
         layers=layers,
         width=width,
         vocabulary=_number(config, ("vocab_size",)),
-        # Models that tie by default write nothing.
-        head_is_tied=bool(tied) if tied is not None else config.get("model_type") in ("gpt2", "gemma", "gemma2"),
+        head_is_tied=bool(config.get("tie_word_embeddings")),
         idle_expert_parameters=idle,
     )
 
@@ -72,11 +96,15 @@ def _of_gguf(source: ModelSource) -> ModelFacts:
     header = read_gguf_header(source.path)
     family = header.metadata["general.architecture"]
     table = header.tensors.get("token_embd.weight")
+    # Stacked experts: blk.3.ffn_up_exps.weight.
+    experts = sum(prod(tensor.shape) for name, tensor in header.tensors.items() if "_exps." in name)
+    count, visited = (_number(header.metadata, (f"{family}.{key}",)) for key in ("expert_count", "expert_used_count"))
     return ModelFacts(
         layers=_number(header.metadata, (f"{family}.block_count",)),
         width=_number(header.metadata, (f"{family}.embedding_length",)),
         vocabulary=table.shape[-1] if table else 0,
         head_is_tied="output.weight" not in header.tensors,
+        idle_expert_parameters=_idle(experts, count, visited),
     )
 
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from rankwise.acceleration import can_flatten, optimize_for_training
 from rankwise.acceleration.loss import accept_labels, find_head
-from rankwise.acceleration.optimize import _share_inputs as share_inputs
+from rankwise.acceleration.optimize import share_inputs
 from rankwise.acceleration.replace import Undo
 from rankwise.planning.card_attention import use_card_attention
 from rankwise.planning.estimate import DORA, FOUR_BITS
@@ -65,7 +65,8 @@ def weights_dtype(method: str, workload: Workload) -> torch.dtype:
 
 
 def attach(model: nn.Module, method: str, workload: Workload) -> bool:
-    """Quantize, add the adapter and make steps fast, as the trainer does; says whether it would lay rows end to end."""
+    """Quantize, add the adapter and, if asked to, make steps fast, as the trainer does; says whether it would lay rows
+    end to end."""
     from rankwise.adapters import add_adapter
     from rankwise.quantization import Fp4Config, Nf4Config, quantize
 
@@ -81,12 +82,15 @@ def attach(model: nn.Module, method: str, workload: Workload) -> bool:
             # transformers renames it in 5.2x; the old name works in every version that we admit.
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable()  # type: ignore[operator]
-    flat = _accelerate_for_card(model) if workload.device_type == "cuda" else _accelerate_for_cpu(model)
+    accelerate = _accelerate_for_card if workload.device_type == "cuda" else _accelerate_for_cpu
+    flat = accelerate(model, fast=workload.fast)
     model.train()
     return flat
 
 
-def _accelerate_for_cpu(model: nn.Module) -> bool:
+def _accelerate_for_cpu(model: nn.Module, *, fast: bool) -> bool:
+    if not fast:
+        return False
     done = optimize_for_training(model)
     if not done.attention:
         return False
@@ -104,12 +108,15 @@ def drops_attention(model: Any) -> bool:
     return any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop"))
 
 
-def _accelerate_for_card(model: nn.Module) -> bool:
+def _accelerate_for_card(model: nn.Module, *, fast: bool) -> bool:
     """A trace of a card runs on CPU tensors, where ``optimize_for_training`` would put in what is for CPUs alone."""
     if next(model.parameters()).device.type == "cuda":
-        optimize_for_training(model)
+        if fast:
+            optimize_for_training(model)
         return False
     use_card_attention(model)
+    if not fast:
+        return False
     undo = Undo()
     share_inputs(model, undo)
     head = find_head(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 from rankwise.planning.estimate import MemoryEstimate
@@ -13,8 +13,8 @@ Verdict = Literal["fits", "tight", "too big"]
 
 MOST_ROWS = 4096
 MOST_TOKENS = 1 << 20
-LINE_TOKENS = 512
-# Rows of a dry run that only serves to draw a line.
+LINE_TOKENS, LINE_ROWS = 512, (1, 8, 64, 512)
+# Of the dry runs that only serve to draw a line.
 LINE_ERROR = 0.15
 # Attention masks and the like grow faster than a line.
 
@@ -59,28 +59,56 @@ def _scaled(estimate: MemoryEstimate, factor: float) -> MemoryEstimate:
 
 
 class Interpolating:
-    """A slow estimator (a dry run) asked at two batch sizes only; between and beyond them the peak is a line in tokens.
+    """A slow estimator (a dry run) asked at a few batch sizes only. P the peak at so many rows, the answer is
 
-    For architectures that the closed form does not know: a search would otherwise take a dry run a question.
+        max(P(1), line through P(a) and P(b))     in tokens
+
+    with the least a of ``LINE_ROWS`` whose peak lies in the forward or backward pass, and b the next. P(1) counts where
+    it lies in the optimizer's step, which no token makes larger: a line through two such points would never rise.
+
+    For architectures that the closed form does not know: a search would otherwise take a dry run a question. Batch and
+    length ask for no further run; any other setting for two to four.
     """
 
     def __init__(self, slow: Estimator) -> None:
         self._slow = slow
-        self._ends: dict[tuple[str, str], tuple[MemoryEstimate, MemoryEstimate]] = {}
+        self._known: dict[tuple[str, str], tuple[MemoryEstimate, _Line]] = {}
 
     def __call__(self, method: str, workload: Workload) -> MemoryEstimate:
-        one = dataclasses.replace(workload, batch_size=1, max_length=min(workload.max_length, LINE_TOKENS))
-        two = dataclasses.replace(one, batch_size=2)
+        one = dataclasses.replace(workload, batch_size=LINE_ROWS[0], max_length=LINE_TOKENS)
         key = (method, repr(one))
-        if key not in self._ends:
-            self._ends[key] = (self._slow(method, one), self._slow(method, two))
-        low, high = self._ends[key]
-        share = (workload.tokens - one.tokens) / one.tokens
-        breakdown = {
-            term: round(size + share * (high.breakdown.get(term, 0) - size)) for term, size in low.breakdown.items()
-        }
+        if key not in self._known:
+            self._known[key] = self._ask(method, one)
+        least, line = self._known[key]
+        breakdown = line.at(workload.tokens)
+        if least.phase == "optimizer":
+            breakdown = max(least.breakdown, breakdown, key=lambda terms: sum(terms.values()))
         peak = sum(breakdown.values())
-        return dataclasses.replace(low, peak_bytes=peak, breakdown=breakdown, exact=False, error=LINE_ERROR)
+        return dataclasses.replace(least, peak_bytes=peak, breakdown=breakdown, exact=False, error=LINE_ERROR)
+
+    def _ask(self, method: str, one: Workload) -> tuple[MemoryEstimate, _Line]:
+        points: list[tuple[int, MemoryEstimate]] = []
+        for rows in LINE_ROWS:
+            work = dataclasses.replace(one, batch_size=rows)
+            points.append((work.tokens, self._slow(method, work)))
+            if len(points) > 1 and points[-2][1].phase != "optimizer":
+                break
+        (low_tokens, low), (high_tokens, high) = points[-2:]
+        return points[0][1], _Line(low_tokens, high_tokens, low.breakdown, high.breakdown)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    """Every term as a line through two points."""
+
+    low_tokens: int
+    high_tokens: int
+    low: Mapping[str, int]
+    high: Mapping[str, int]
+
+    def at(self, tokens: int) -> dict[str, int]:
+        share = (tokens - self.low_tokens) / (self.high_tokens - self.low_tokens)
+        return {term: round(size + share * (self.high.get(term, 0) - size)) for term, size in self.low.items()}
 
 
 def verdict_of(estimate: MemoryEstimate, memory_bytes: int) -> Verdict:

@@ -14,8 +14,9 @@ from rankwise.planning.estimate import METHODS, MemoryEstimate
 from rankwise.planning.facts import read_facts
 from rankwise.planning.fitting import Remembering, verdict_of
 from rankwise.planning.hardware import Hardware, cpu_hardware, this_machine
-from rankwise.planning.plan import estimator_of, pace_of
-from rankwise.planning.speed import micro_batch_seconds, nominal_pace
+from rankwise.planning.plan import estimator_of, on_device, ratio_pace_of
+from rankwise.planning.sizes import gigabytes
+from rankwise.planning.speed import micro_batch_seconds
 from rankwise.planning.workload import Workload
 
 SMALLEST = {"batch_size": 1, "max_length": 16, "trained_share": 1.0}
@@ -53,7 +54,7 @@ class MemoryGuard:
         # What the libraries have taken by now stays, and the meter of a CPU run counts it.
         self.baseline_bytes = self.own_memory() if self.hardware.device_type == "cpu" else 0
         try:
-            self.workload = _workload(self.settings, self.hardware)
+            self.workload = workload_of(self.settings, self.hardware)
             smallest = self._ask(dataclasses.replace(self.workload, **SMALLEST))  # type: ignore[arg-type]
         except InputError as error:
             warn("RW564", f"the memory of this run cannot be predicted, and it starts all the same: {error.message}")
@@ -75,7 +76,7 @@ class MemoryGuard:
             # Loading leaves more behind than the model: heaps, tokenizer, data.
             resident = sum(self.predicted.breakdown[term] for term in RESIDENT)
             self.baseline_bytes = max(self.baseline_bytes, self.own_memory() - resident)
-        # The weights are loaded by now: what is free is no measure any more, what was free before is.
+        # The weights are loaded by now: what is free is no measure any more, what was free before loading is.
         verdict = verdict_of(self.predicted, self.hardware.memory_bytes)
         self.say(self._sentence(batch, verdict))
         if verdict == "too big":
@@ -94,16 +95,17 @@ class MemoryGuard:
     def _sentence(self, batch: Any, verdict: str) -> str:
         assert self.predicted is not None
         assert self.hardware is not None
-        own = f" beside {_gigabytes(self.baseline_bytes)} of this process's own" if self.baseline_bytes else ""
+        own = f" beside {gigabytes(self.baseline_bytes)} of this process's own" if self.baseline_bytes else ""
+        counted = "" if self.workload is None or self.workload.fast else ", of PyTorch's own step"
         return (
-            f"predicted peak {_gigabytes(self.predicted.peak_bytes)} ±{self.predicted.error:.0%}{own}, for "
-            f"{batch.rows} rows of {batch.tokens:,} tokens; there are {_gigabytes(self.hardware.memory_bytes)}: "
+            f"predicted peak {gigabytes(self.predicted.peak_bytes)} ±{self.predicted.error:.0%}{own}{counted}, for "
+            f"{batch.rows} rows of {batch.tokens:,} tokens; there are {gigabytes(self.hardware.memory_bytes)}: "
             f"{verdict}"
         ).replace("%", " %")
 
     def _refuse(self, estimate: MemoryEstimate, what: str) -> None:
         assert self.hardware is not None
-        there = f"{what} takes {_gigabytes(estimate.peak_bytes)} and there are {_gigabytes(self.hardware.memory_bytes)}"
+        there = f"{what} takes {gigabytes(estimate.peak_bytes)} and there are {gigabytes(self.hardware.memory_bytes)}"
         if self.ignore:
             warn("RW563", f"by the plan this run cannot fit: {there}; it starts because of --ignore-plan.")
             return
@@ -133,23 +135,22 @@ class MemoryGuard:
 
     def _seconds(self, estimate: MemoryEstimate, workload: Workload) -> float:
         assert self.hardware is not None
-        pace = pace_of(self.hardware, workload.dtype)(estimate.method) or nominal_pace()
-        return micro_batch_seconds(estimate, self.facts, workload, pace)
+        pace = ratio_pace_of(self.hardware, [self.settings["method"]], workload.dtype)
+        return micro_batch_seconds(estimate, self.facts, workload, pace(estimate.method))
 
 
-def _workload(settings: Mapping[str, Any], hardware: Hardware) -> Workload:
+def workload_of(settings: Mapping[str, Any], hardware: Hardware) -> Workload:
     """The step of a run, every row of full length."""
     fields = {name: settings[name] for name in Workload.__dataclass_fields__ if name in settings}
     dtype = hardware.dtype if settings["dtype"] == "auto" else settings["dtype"]
     kind: Literal["cuda", "cpu"] = "cuda" if hardware.device_type == "cuda" else "cpu"
-    return Workload(**{**fields, "dtype": dtype, "device_type": kind})
+    return on_device(Workload(**{**fields, "dtype": dtype, "device_type": kind}), hardware)
 
 
 def _described(change: Change) -> str:
     """``--batch-size 4 --gradient-accumulation 2: 12.1 GB, +2 % time``."""
     options = " ".join(_option(name, value) for name, value in change.settings.items())
-    time = f"{round((change.time_factor - 1) * 100):+d} % time"
-    return f"{options}: {_gigabytes(change.estimate.peak_bytes)}, {time}"
+    return f"{options}: {gigabytes(change.estimate.peak_bytes)}, {change.time_words}"
 
 
 def _option(name: str, value: Any) -> str:
@@ -157,7 +158,3 @@ def _option(name: str, value: Any) -> str:
     if value is True:
         return flag
     return f"{flag} {','.join(value) if isinstance(value, Sequence) and not isinstance(value, str) else value}"
-
-
-def _gigabytes(size_bytes: float) -> str:
-    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from rankwise.errors import ConfigError
 from rankwise.planning.cards import CARDS, Card
-from rankwise.planning.sizes import parse_size
+from rankwise.planning.cuda import context_bytes
+from rankwise.planning.sizes import gigabytes, parse_size
 
 Kind = Literal["card", "memory", "machine"]
 DeviceType = Literal["cpu", "cuda", "mps"]
@@ -44,6 +45,7 @@ class Hardware:
     source: str
     note: str | None = None
     cores: int | None = None
+    float32_flops_per_second: float | None = None
 
     @property
     def dtype(self) -> Literal["bfloat16", "float16", "float32"]:
@@ -133,11 +135,12 @@ def of_card(card: Card, note: str | None = None) -> Hardware:
         flops_per_second=None if card.teraflops is None else card.teraflops * 1e12,
         source=card.source,
         note=note,
+        float32_flops_per_second=None if card.teraflops is None else card.float32_share * card.teraflops * 1e12,
     )
 
 
 def this_machine() -> Hardware:
-    """The GPU that torch would train on, else the memory that this machine has available now."""
+    """The GPU that torch would train on, else the processor; with the memory that is free there now."""
     if _may_have_gpu():
         found = _torch_device()
         if found is not None:
@@ -179,8 +182,8 @@ def _cuda_device() -> Hardware:
 
     name = torch.cuda.get_device_name()
     free, total = torch.cuda.mem_get_info()
-    used = total - free
-    note = f"{used / 1e9:.1f} GB of it is in use now" if used > 0.1 * total else None
+    # What this process holds itself is its to use: the plan counts a context, and the allocator hands its blocks out.
+    own = context_bytes() + torch.cuda.memory_reserved()
     try:
         known = of_card(find_card(name)[0])
     except ConfigError:
@@ -189,12 +192,13 @@ def _cuda_device() -> Hardware:
         kind="machine",
         name=name,
         device_type="cuda",
-        memory_bytes=total,
+        memory_bytes=min(total, free + own),
         has_bfloat16=torch.cuda.is_bf16_supported(including_emulation=False),
         bytes_per_second=known.bytes_per_second if known else None,
         flops_per_second=known.flops_per_second if known else None,
         source=known.source if known else "torch.cuda",
-        note=note,
+        note=f"free now, of {gigabytes(total)}",
+        float32_flops_per_second=known.float32_flops_per_second if known else None,
     )
 
 
@@ -212,7 +216,7 @@ def cpu_hardware() -> Hardware:
         bytes_per_second=None,
         flops_per_second=None,
         source="psutil",
-        note=f"available now, of {memory.total / 1e9:.1f} GB",
+        note=f"available now, of {gigabytes(memory.total)}",
         cores=psutil.cpu_count(logical=False) or os.cpu_count() or 1,
     )
 

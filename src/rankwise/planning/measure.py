@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rankwise.errors import ConfigError, InternalError
@@ -22,6 +23,9 @@ from rankwise.planning.workload import Workload
 
 STEPS = 3
 INTERVAL_SECONDS = 0.002
+KILLED = (-9, 137)
+# By the kernel, mostly because memory ran out; the second where a shell stands between.
+MEMORY_WORDS = ("MemoryError", "OutOfMemoryError", "DefaultCPUAllocator")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +66,17 @@ def measure(
     command = [sys.executable, "-m", "rankwise.planning.measure"]
     done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True, check=False)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ConfigError(
-            "RW133",
-            f"the measured steps ended with code {done.returncode} ({last}); make the batch or the rows smaller.",
-        )
+        raise _no_answer(done.returncode, done.stderr)
     answer = json.loads(done.stdout.strip().splitlines()[-1])
     return Measurement(**{**answer, "step_seconds": tuple(answer["step_seconds"])})
+
+
+def _no_answer(code: int, stderr: str) -> ConfigError:
+    """What to do depends on why: smaller steps help where memory ran out, and nowhere else."""
+    last = (stderr.strip().splitlines() or ["no message"])[-1]
+    starved = code in KILLED or any(word in stderr for word in MEMORY_WORDS)
+    remedy = "the memory did not suffice: make the batch or the rows smaller" if starved else "mend what it says"
+    return ConfigError("RW133", f"the measured steps ended with code {code} ({last}); {remedy}.")
 
 
 def carry_out(order: dict[str, Any]) -> Measurement:
@@ -89,9 +97,12 @@ def carry_out(order: dict[str, Any]) -> Measurement:
     optimizer = _real_optimizer(model, workload)
     batch, autocast, seconds = make_batch(workload, device, flat=flat), autocast_dtype(method, workload), []
 
+    offloading = _offloading(model, workload)
+
     def step() -> None:
         started = time.perf_counter()
-        take_step(model, optimizer, batch, lambda _: None, autocast)
+        with offloading:
+            take_step(model, optimizer, batch, lambda _: None, autocast)
         seconds.append(time.perf_counter() - started)
 
     if device == "cuda":
@@ -102,6 +113,15 @@ def carry_out(order: dict[str, Any]) -> Measurement:
     else:
         peak = _peak_of([step] * STEPS) - baseline
     return Measurement(peak, baseline, tuple(seconds), device)
+
+
+def _offloading(model: Any, workload: Workload) -> AbstractContextManager[Any]:
+    """As the trainer offloads activations: a context for every step."""
+    if not workload.activation_offloading:
+        return nullcontext()
+    from trl.models.activation_offloading import get_act_offloading_ctx_manager
+
+    return get_act_offloading_ctx_manager(model=model)
 
 
 def _warm_up(device: str, workload: Workload) -> None:

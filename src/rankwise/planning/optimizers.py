@@ -25,14 +25,14 @@ TORCHAO_BLOCK = 256
 class OptimizerRule:
     """``state``: bytes that one tensor of a shape and element size needs; ``paged``: in memory that can leave the card.
 
-    ``copies``: elements that the step itself holds for a moment, as a share of all trained elements (fused: none).
+    ``copies``: whether the step itself holds a copy of what trains for a moment (foreach does, fused does not).
     """
 
     state: Callable[[Shape, int], int]
     paged: bool = False
     hosted: bool = False
     # The whole state lives in the host's memory.
-    copies: float = 0.0
+    copies: bool = False
 
 
 def two_moments(shape: Shape, element_bytes: int) -> int:
@@ -88,15 +88,11 @@ def adafactor(shape: Shape, element_bytes: int) -> int:
     return 4 * (prod(shape[:-1]) + prod(shape[:-2]) * shape[-1])
 
 
-def _host(shape: Shape, element_bytes: int) -> int:
-    return two_moments(shape, element_bytes)
-
-
 RULES: dict[str, OptimizerRule] = {
     # foreach AdamW holds sqrt(v) of every tensor at once.
-    "adamw_torch": OptimizerRule(two_moments, copies=1.0),
+    "adamw_torch": OptimizerRule(two_moments, copies=True),
     "adamw_torch_fused": OptimizerRule(two_moments),
-    "adamw_offload": OptimizerRule(_host, hosted=True),
+    "adamw_offload": OptimizerRule(two_moments, hosted=True),
     "adamw_torch_8bit": OptimizerRule(two_moments_torchao(8)),
     "adamw_torch_4bit": OptimizerRule(two_moments_torchao(4)),
     "adamw_8bit": OptimizerRule(two_moments_8bit),
@@ -108,13 +104,13 @@ RULES: dict[str, OptimizerRule] = {
     "lion_8bit": OptimizerRule(one_moment_8bit),
     "paged_lion_32bit": OptimizerRule(one_moment, paged=True),
     "paged_lion_8bit": OptimizerRule(one_moment_8bit, paged=True),
-    "rmsprop": OptimizerRule(one_moment, copies=1.0),
+    "rmsprop": OptimizerRule(one_moment, copies=True),
     "rmsprop_bnb": OptimizerRule(one_moment),
     "rmsprop_bnb_8bit": OptimizerRule(one_moment_8bit),
     "rmsprop_bnb_32bit": OptimizerRule(one_moment),
     "sgd": OptimizerRule(nothing),
-    "adagrad": OptimizerRule(one_moment, copies=1.0),
-    "adafactor": OptimizerRule(adafactor, copies=1.0),
+    "adagrad": OptimizerRule(one_moment, copies=True),
+    "adafactor": OptimizerRule(adafactor, copies=True),
 }
 
 

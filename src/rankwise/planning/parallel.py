@@ -5,25 +5,60 @@ N devices; the batch is per device, so activations stay what they are.
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections.abc import Iterable
 from math import ceil
 
 from rankwise.planning.workload import Workload
 
 SHARDED = ("weights_4bit", "weights", "adapters", "gradients", "optimizer")
 BLOCKS_AT_ONCE = 2
-# FSDP2 gathers the next layer while one computes.
+# FSDP2 gathers the next layer while one computes, and reduces one layer's gradients while the next makes its own.
 
 
-def per_device(terms: dict[str, int], workload: Workload, *, layer_bytes: int, trained_bytes: int) -> dict[str, int]:
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """What FSDP2 gathers at once, in bytes: its tensors, and the gradients of those that train."""
+
+    tensor_bytes: int = 0
+    gradient_bytes: int = 0
+
+    @property
+    def whole_bytes(self) -> int:
+        return self.tensor_bytes + self.gradient_bytes
+
+    def __add__(self, other: Group) -> Group:
+        return Group(self.tensor_bytes + other.tensor_bytes, self.gradient_bytes + other.gradient_bytes)
+
+
+def layer_and_root(parts: Iterable[tuple[str, Group]]) -> tuple[Group, Group]:
+    """Of (name, its bytes): the largest layer, and all that lies outside of the layers.
+
+    A layer is what a number in the name tells apart: ``model.layers.3`` of ``model.layers.3.mlp.up_proj.weight``.
+    """
+    groups: dict[str, Group] = {}
+    for name, part in parts:
+        found = re.match(r"(.*?\.\d+)\.", name)
+        path = found[1] if found else ""
+        groups[path] = groups.get(path, Group()) + part
+    root = groups.pop("", Group())
+    return max(groups.values(), key=lambda group: group.whole_bytes, default=Group()), root
+
+
+def per_device(
+    terms: dict[str, int], workload: Workload, *, layer: Group, root: Group, trained_bytes: int
+) -> dict[str, int]:
     """The terms of one of N devices.
 
-    ddp: everything is there, and the gradients once more, in the buckets that are reduced. fsdp: weights, adapters,
-    gradients and states are sharded; two layers' tensors (``layer_bytes`` each) and their gradients are whole at a
-    time.
+    ddp: everything is there, and the gradients (``trained_bytes``) once more, in the buckets that are reduced. fsdp:
+    weights, adapters, gradients and states are sharded; whole at a time are two layers, and from the first layer to the
+    last the root group, which is what lies outside of the layers (embedding, last norm, head): 2 layer + root.
     """
     if workload.strategy == "ddp":
         return {**terms, "transient": terms["transient"] + trained_bytes}
     if workload.strategy != "fsdp" or workload.devices == 1:
         return terms
     sharded = {name: ceil(terms[name] / workload.devices) for name in SHARDED}
-    return {**terms, **sharded, "transient": terms["transient"] + BLOCKS_AT_ONCE * layer_bytes}
+    whole = BLOCKS_AT_ONCE * layer.whole_bytes + root.whole_bytes
+    return {**terms, **sharded, "transient": terms["transient"] + whole}

@@ -11,7 +11,7 @@ from typing import Any
 from rankwise.errors import ConfigError, ModelError
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.planning.calibration import measured_pace
-from rankwise.planning.changes import Advisor, Change
+from rankwise.planning.changes import Advisor, Change, reachable
 from rankwise.planning.closed_form import of_shape
 from rankwise.planning.estimate import FOUR_BITS, MemoryEstimate, estimate
 from rankwise.planning.facts import ModelFacts, read_facts
@@ -128,7 +128,14 @@ def make_plan(settings: PlanSettings) -> Plan:
 def workload_for(settings: PlanSettings, hardware: Hardware) -> Workload:
     """The step to estimate: the dtype that the device would choose, and its kind of device."""
     dtype = hardware.dtype if settings.dtype == "auto" else settings.dtype
-    return settings.workload("cuda" if hardware.device_type == "cuda" else "cpu", dtype)
+    return on_device(settings.workload("cuda" if hardware.device_type == "cuda" else "cpu", dtype), hardware)
+
+
+def on_device(workload: Workload, hardware: Hardware) -> Workload:
+    """The same where our fused parts and kernels do not run: an Apple GPU takes PyTorch's own step, counted as on a
+    CPU, whose memory it shares.
+    """
+    return dataclasses.replace(workload, fast=False) if hardware.device_type == "mps" else workload
 
 
 def estimator_of(model: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Estimator:
@@ -145,9 +152,19 @@ def pace_of(hardware: Hardware, dtype: str) -> Callable[[str], Pace | None]:
     """method -> what was measured on this machine for it, else a share of the data sheet."""
 
     def pace(method: str) -> Pace | None:
-        return measured_pace(hardware, method, dtype) or assumed_pace(hardware)
+        return measured_pace(hardware, method, dtype) or assumed_pace(hardware, dtype)
 
     return pace
+
+
+def ratio_pace_of(hardware: Hardware, methods: Sequence[str], dtype: str) -> Callable[[str], Pace]:
+    """The same for factors of time between runs of these methods, and of those that advice may turn them into: all
+    measured or all assumed, since a quotient of the two would say nothing.
+    """
+    measured = {method: measured_pace(hardware, method, dtype) for method in reachable(methods)}
+    assumed = assumed_pace(hardware, dtype) or nominal_pace(dtype)
+    known = {method: pace for method, pace in measured.items() if pace is not None}
+    return known.__getitem__ if len(known) == len(measured) else lambda method: assumed
 
 
 class _Planner:
@@ -166,7 +183,7 @@ class _Planner:
         self.place = source.path if source.path is not None else source.name
         self.is_slow = False
         self.estimate = Remembering(self._estimator())
-        self.pace = pace_of(hardware, work.dtype)
+        self.pace, self.ratio_pace = pace_of(hardware, work.dtype), ratio_pace_of(hardware, methods, work.dtype)
         self.advisor = Advisor(self.estimate, self._seconds, hardware.memory_bytes)
 
     def plan(self) -> Plan:
@@ -175,13 +192,14 @@ class _Planner:
                 self.estimate.anchor(method, self.workload, self._dry_run(method, self.workload))
         rows = tuple(self._row(method) for method in self.methods)
         accumulation = self.settings.gradient_accumulation
+        # Each setting but batch and length costs two dry runs or more where the closed form does not answer.
+        passes = PASSES[:1] if self.is_slow else PASSES
         recommendation = recommend(
-            self.advisor, self.methods, self.settings.goal, self.workload, accumulation, self._given()
+            self.advisor, self.methods, self.settings.goal, self.workload, accumulation, self._given(), passes
         )
         subject = recommendation.method or recommendation.estimate.method
         cheap = PASSES[0] if self.is_slow else None
         changes = self.advisor.singles(subject, self.workload, accumulation, cheap)
-        pace = self.pace(subject)
         return Plan(
             model=self.source.name,
             hardware=self.hardware,
@@ -191,7 +209,7 @@ class _Planner:
             recommendation=recommendation,
             changes=tuple(changes),
             changes_of=subject,
-            pace_basis=None if pace is None else pace.basis,
+            pace_basis=self._pace_basis(),
             run_tokens=run_tokens(self.settings),
         )
 
@@ -228,7 +246,18 @@ class _Planner:
         return self.workload if is_within else dataclasses.replace(self.workload, batch_size=1)
 
     def _seconds(self, own: MemoryEstimate, workload: Workload) -> float:
-        return micro_batch_seconds(own, self.facts, workload, self.pace(own.method) or nominal_pace())
+        return micro_batch_seconds(own, self.facts, workload, self.ratio_pace(own.method))
+
+    def _pace_basis(self) -> str | None:
+        """Where the rows' speeds come from; by method where they come from several places."""
+        found: dict[str, list[str]] = {}
+        for method in self.methods:
+            pace = self.pace(method)
+            if pace is not None:
+                found.setdefault(pace.basis, []).append(method)
+        if len(found) < 2:
+            return next(iter(found), None)
+        return "; ".join(f"{', '.join(methods)}: {basis}" for basis, methods in found.items())
 
     def _given(self) -> dict[str, Any]:
         """What the user set, and what every plan decides, in the words of ``rankwise train``."""

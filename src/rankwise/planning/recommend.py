@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rankwise.planning.changes import PAGED, Advisor, Change, Step, possible_steps
+from rankwise.planning.changes import Advisor, Change, Step, possible_steps
 from rankwise.planning.estimate import FOUR_BITS, MemoryEstimate
-from rankwise.planning.rules import SERVING, Rule, Situation, reasons
+from rankwise.planning.rules import PAGED, SERVING, Rule, Situation, reasons
 from rankwise.planning.workload import Workload
 
 ORDER = {
@@ -43,6 +43,8 @@ class Recommendation:
     reasons: tuple[Rule, ...]
     missing_bytes: int = 0
     # Where nothing fits: what the smallest run lacks.
+    is_tight: bool = False
+    # It fits only without the error to expect, and nothing smaller fits with it.
 
     @property
     def serving(self) -> tuple[str, ...]:
@@ -57,35 +59,43 @@ class Recommendation:
             "reasons": [rule.to_json() for rule in self.reasons],
             "serving": list(self.serving),
             "missing_bytes": self.missing_bytes,
+            "tight": self.is_tight,
         }
 
 
 def recommend(
-    advisor: Advisor, methods: Sequence[str], goal: str, workload: Workload, accumulation: int, given: Mapping[str, Any]
+    advisor: Advisor,
+    methods: Sequence[str],
+    goal: str,
+    workload: Workload,
+    accumulation: int,
+    given: Mapping[str, Any],
+    passes: Sequence[frozenset[str]] = PASSES,
 ) -> Recommendation:
-    """The first method in the goal's order that fits, changing as little as that takes.
+    """The first method in the goal's order that fits, changing as little as that takes; where none fits with its error,
+    the first that does without.
 
     ``given``: settings as asked for, to be written back with the changes on top.
     """
     order = [method for method in ORDER[goal] if method in methods]
     gentle: dict[str, bool] = {}
-    for allowed in PASSES:
+    for verdict, allowed in itertools.product(("fits", "tight"), passes):
         for method in order:
-            change = _fastest(advisor, method, workload, accumulation, allowed)
+            change = _fastest(advisor, method, workload, accumulation, allowed, verdict)
             gentle.setdefault(method, change is not None)
             if change is not None:
-                return _explained(change, method, goal, gentle, given)
-    return _nothing_fits(advisor, order, workload, accumulation)
+                return _explained(change, method, goal, gentle, given, accumulation)
+    return _nothing_fits(advisor, order, workload, accumulation, passes[-1])
 
 
 def _fastest(
-    advisor: Advisor, method: str, workload: Workload, accumulation: int, allowed: frozenset[str]
+    advisor: Advisor, method: str, workload: Workload, accumulation: int, allowed: frozenset[str], verdict: str
 ) -> Change | None:
-    """Of the combinations that fit, the one that loses least, then the fastest; None where none fits."""
+    """Of the combinations with this verdict, the one that loses least, then the fastest; None where none has it."""
     found: list[Change] = []
     for steps in _combinations(method, workload, accumulation, allowed):
         change = advisor.price(steps, method, workload)
-        if change.verdict == "fits":
+        if change.verdict == verdict:
             found.append(change)
             if not steps and accumulation == 1:
                 return change
@@ -116,28 +126,37 @@ def _larger_batches(workload: Workload, accumulation: int) -> Iterator[Step]:
 def _loss(change: Change) -> tuple[float, ...]:
     costs = [step.costs for step in change.steps]
     length = change.workload.max_length
-    return (max(costs, default=0), sum(costs), -length, change.time_factor, len(costs), -change.workload.batch_size)
+    time = (not change.is_timed, change.time_factor)
+    return (max(costs, default=0), sum(costs), -length, *time, len(costs), -change.workload.batch_size)
 
 
 def _explained(
-    change: Change, method: str, goal: str, fits: Mapping[str, bool], given: Mapping[str, Any]
+    change: Change, method: str, goal: str, fits: Mapping[str, bool], given: Mapping[str, Any], accumulation: int
 ) -> Recommendation:
     settings = {**given, **change.settings, "method": method}
     if method not in FOUR_BITS:
         settings = {name: value for name, value in settings.items() if name not in FOUR_BIT_SETTINGS}
-    situation = Situation(method, goal, dict(fits), settings, frozenset(change.settings))
+    situation = Situation(method, goal, dict(fits), settings, frozenset(change.settings), accumulation)
     return Recommendation(
-        method, settings, change.estimate, change.workload, change.time_factor, tuple(reasons(situation))
+        method,
+        settings,
+        change.estimate,
+        change.workload,
+        change.time_factor,
+        tuple(reasons(situation)),
+        is_tight=change.verdict == "tight",
     )
 
 
-def _nothing_fits(advisor: Advisor, order: Sequence[str], workload: Workload, accumulation: int) -> Recommendation:
+def _nothing_fits(
+    advisor: Advisor, order: Sequence[str], workload: Workload, accumulation: int, allowed: frozenset[str]
+) -> Recommendation:
     """What the smallest of all runs would take."""
     smallest: list[Change] = []
     for method in order:
         last: dict[str, Step] = {}
         for step in possible_steps(method, workload, accumulation):
-            if step.group in PASSES[-1] and step.settings.get("optimizer", PAGED) == PAGED:
+            if step.group in allowed and step.settings.get("optimizer", PAGED) == PAGED:
                 last[step.group] = step
         smallest.append(advisor.price(tuple(last.values()), method, workload))
     best = min(smallest, key=lambda change: change.estimate.peak_bytes)

@@ -19,6 +19,8 @@ QLORA_PAPER = "QLoRA, Dettmers et al. 2023, arXiv 2305.14314"
 DORA_PAPER = "DoRA, Liu et al. 2024, arXiv 2402.09353"
 CHECKPOINTING_PAPER = "Chen et al. 2016, arXiv 1604.06174"
 LOW_RANK = 8
+PAGED = "paged_adamw_8bit"
+HOSTED = "adamw_offload"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,14 @@ class Situation:
     # As ``rankwise train`` takes them.
     changed: frozenset[str]
     # Names among them that differ from what was asked for.
+    accumulation: int = 1
+    # Micro-batches a step, as asked for.
+
+    @property
+    def accumulation_grew(self) -> int:
+        """1 for more and smaller micro-batches than asked for, -1 for fewer and larger ones, else 0."""
+        now = self.settings.get("gradient_accumulation", self.accumulation)
+        return (now > self.accumulation) - (now < self.accumulation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +159,18 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "accumulation",
         "Smaller micro-batches, the same rows a step",
-        lambda s: "gradient_accumulation" in s.changed,
+        lambda s: s.accumulation_grew > 0,
         "gradients add up over the micro-batches, so the step sees the same rows in less memory",
         "the gradient of a sum is the sum of the gradients",
+        "computed",
+    ),
+    Rule(
+        "larger-batches",
+        "Larger micro-batches, the same rows a step",
+        lambda s: s.accumulation_grew < 0,
+        "there is room for more rows at once, and the weights are read once for each micro-batch: fewer of them take "
+        "no longer",
+        "this plan",
         "computed",
     ),
     Rule(
@@ -173,10 +192,19 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "paged",
         "Optimizer states that can leave the card",
-        lambda s: "optimizer" in s.changed,
+        lambda s: "optimizer" in s.changed and s.settings["optimizer"] == PAGED,
         "8-bit states take a quarter of 32-bit ones, and pages of them leave the card when it is full",
         f"{QLORA_PAPER}, section 3 (paged optimizers)",
         "published",
+    ),
+    Rule(
+        "hosted",
+        "Optimizer states in the host's memory",
+        lambda s: "optimizer" in s.changed and s.settings["optimizer"] == HOSTED,
+        "AdamW's moments stay in the host's memory at full precision and its step runs there: the same update, for "
+        "gradients that go over and weights that come back at every step; that time is not counted",
+        "rankwise.training.memory_savers; the bytes of this plan",
+        "computed",
     ),
     Rule(
         "shorter",

@@ -27,6 +27,7 @@ SHARED = (
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save", "use_rslora"),
     *("adapter_dtype", "quant_type", "block_size", "double_quant", "batch_size", "gradient_accumulation"),
     *("max_length", "max_steps", "epochs", "gradient_checkpointing", "activation_offloading", "optimizer", "dtype"),
+    *("fast",),
     *("model", "trust_remote_code", "revision"),
 )
 """Options that ``rankwise train`` has too; ``--save`` writes those that were given or chosen."""
@@ -82,6 +83,7 @@ class PlanSettings(Settings):
     double_quant: bool = _same("double_quant")
     gradient_checkpointing: bool = _same("gradient_checkpointing")
     activation_offloading: bool = _same("activation_offloading")
+    fast: bool = _same("fast")
     optimizer: str = _same("optimizer")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = _same("dtype")
 
@@ -110,6 +112,10 @@ class PlanSettings(Settings):
 
     def workload(self, device_type: Literal["cpu", "cuda"], dtype: str) -> Workload:
         """One training step with these options. Raises ConfigError (RW130)."""
+        if self.strategy is not None and self.devices == 1:
+            raise ConfigError(
+                "RW130", f"--strategy {self.strategy} is for several devices, and --devices is 1; add --devices N."
+            )
         names = [name for name in type(self).model_fields if name in Workload.__dataclass_fields__]
         given = {name: getattr(self, name) for name in names if name not in ("dtype", "strategy")}
         strategy = self.strategy or "ddp" if self.devices > 1 else "single"

@@ -96,7 +96,7 @@ def read_shape(model: str | os.PathLike[str], *, trust_remote_code: bool = False
     Raises ModelError: as ``fetch_model`` and ``read_config`` do; RW325, RW326 as ``shape_of``.
     """
     source = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-    config = _gguf_config(source) if source.is_gguf else read_config(source.path)  # type: ignore[arg-type]
+    config = gguf_config(source) if source.is_gguf else read_config(source.path)  # type: ignore[arg-type]
     return shape_of(config, str(source.path or source.name))
 
 
@@ -149,6 +149,20 @@ class Fields:
         value = self.config.get(name)
         return default if value is None else bool(value)
 
+    def part(self, name: str) -> Fields:
+        """The config within this one. Raises ModelError (RW326) where there is none."""
+        found = self.config.get(name)
+        if not isinstance(found, Mapping):
+            raise ModelError(
+                "RW326", f"the config of {self.name} has no {name}; take the one that came with the model."
+            )
+        return Fields(found, f"{self.name} ({name})")
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Fields:
+        """The same, with what the config leaves out."""
+        given = {name: value for name, value in self.config.items() if value is not None}
+        return Fields({**defaults, **given}, self.name)
+
     def number(self, name: str, default: float) -> float:
         value = self.config.get(name)
         return float(value) if isinstance(value, int | float) else default
@@ -186,7 +200,7 @@ GGUF_GPT2 = {
 GGUF_FAMILIES = {"gemma3": "gemma3_text", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
 
 
-def _gguf_config(source: ModelSource) -> dict[str, Any]:
+def gguf_config(source: ModelSource) -> dict[str, Any]:
     """A GGUF header in the words of config.json; the vocabulary and a tied head show in its tensors."""
     assert source.path is not None
     header = read_gguf_header(source.path)

@@ -19,11 +19,14 @@ UNITS = {
 }
 """Bytes per unit; a letter alone (k, m, g, t) is decimal, and no unit at all means GB."""
 
-_SIZE = re.compile(r"(\d+(?:[.,]\d+)?|\.\d+)\s*([kmgt]?i?b?)", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?|\.\d+)\s*([kmgt]?i?b?)", re.IGNORECASE)
+_THOUSANDS = re.compile(r",(?=\d{3}(?!\d))")
 
 
 def parse_size(text: str | int | float) -> int:
     """Bytes in ``24``, ``24GB``, ``24 gb``, ``24g`` (each 24e9) or ``24GiB`` (24 * 2^30).
+
+    A comma before three digits parts thousands (``1,024MB``), any other is a decimal point (``1,5TB``).
 
     Raises ConfigError (RW140) for text that is no size, and for nothing at all.
     """
@@ -32,7 +35,8 @@ def parse_size(text: str | int | float) -> int:
     if found is None or unit == "i":
         raise _no_size(text)
     unit = unit if unit.endswith("b") else f"{unit}b"
-    size = round(float(found.group(1).replace(",", ".")) * UNITS[unit]) if unit in UNITS else 0
+    number = float(_THOUSANDS.sub("", found.group(1)).replace(",", "."))
+    size = round(number * UNITS[unit]) if unit in UNITS else 0
     if size < 1:
         raise _no_size(text)
     return size
@@ -42,3 +46,8 @@ def _no_size(text: object) -> ConfigError:
     return ConfigError(
         "RW140", f"the memory {str(text)!r} is no size above 0; write 24GB (10^9 bytes), 24GiB (2^30) or 24 (GB)."
     )
+
+
+def gigabytes(size_bytes: float) -> str:
+    """``12.3 GB``; below one GB ``512 MB``."""
+    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"

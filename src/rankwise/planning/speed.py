@@ -37,20 +37,25 @@ class Pace:
     basis: str
 
 
-def assumed_pace(hardware: Hardware) -> Pace | None:
-    """Shares of a data sheet, or of a core like the one measured; None where no figure is known."""
-    if hardware.flops_per_second is not None:
+def assumed_pace(hardware: Hardware, dtype: str) -> Pace | None:
+    """Shares of a data sheet, or of a core like the one measured; None where no figure is known.
+
+    A device without instructions for bfloat16 computes it at the pace of float32.
+    """
+    computed = "float32" if dtype == "bfloat16" and hardware.has_bfloat16 is False else dtype
+    peak = hardware.float32_flops_per_second if computed == "float32" else hardware.flops_per_second
+    if peak is not None:
         bandwidth = hardware.bytes_per_second
         return Pace(
-            ASSUMED_EFFICIENCY * hardware.flops_per_second,
+            ASSUMED_EFFICIENCY * peak,
             None if bandwidth is None else ASSUMED_BANDWIDTH_SHARE * bandwidth,
             False,
-            f"assumed: {100 * ASSUMED_EFFICIENCY:.0f} % of the data sheet's "
-            f"{hardware.flops_per_second / 1e12:,.0f} TFLOP/s, "
+            f"assumed: {100 * ASSUMED_EFFICIENCY:.0f} % of the data sheet's {peak / 1e12:,.0f} TFLOP/s in "
+            f"{'float32' if computed == 'float32' else '16 bits'}, "
             "as in training Llama 3 (arXiv 2407.21783, section 3.3.2)",
         )
     if hardware.device_type == "cpu" and hardware.cores:
-        per_core = ASSUMED_CPU_FLOPS_PER_CORE[hardware.dtype]
+        per_core = ASSUMED_CPU_FLOPS_PER_CORE[computed]
         basis = f"assumed: {per_core / 1e9:.0f} GFLOP/s for each of {hardware.cores} cores, as on a Zen 4"
         return Pace(per_core * hardware.cores, None, False, f"{basis}; --calibrate measures it")
     return None
@@ -102,9 +107,9 @@ def offloaded_bytes(facts: ModelFacts, workload: Workload) -> float:
     return 2.0 * workload.tokens * facts.layers * facts.width * 2 * vectors
 
 
-def nominal_pace() -> Pace:
+def nominal_pace(dtype: str) -> Pace:
     """For ratios of times on a device of which nothing is known."""
-    pace = assumed_pace(of_card(find_card(NOMINAL_CARD)[0]))
+    pace = assumed_pace(of_card(find_card(NOMINAL_CARD)[0]), dtype)
     assert pace is not None
     return pace
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import ceil, prod
 
-from rankwise.planning.adapted import Adaptation
+from rankwise.planning.adapted import Adaptation, Adapted
 from rankwise.planning.estimate import DORA, FOUR_BITS
 from rankwise.planning.optimizers import Shape as TensorShape
+from rankwise.planning.parallel import Group, layer_and_root
 from rankwise.planning.shape import Module, Shape
 from rankwise.planning.workload import Workload
 
@@ -70,11 +71,16 @@ def trained_tensors(shape: Shape, method: str, workload: Workload, adapted: Adap
         return
     element = 4 if workload.adapter_dtype == "float32" else base
     for item in adapted.adapted:
-        yield from ((tensor, element if len(tensor) > 1 else 4) for tensor in item.shapes)
+        yield from _adapter_tensors(item, element)
     for module in adapted.whole:
         yield from _own_tensors(module, base)
     for module in adapted.biases:
         yield (module.outputs,), base
+
+
+def _adapter_tensors(item: Adapted, element: int) -> Iterator[Tensor]:
+    """A and B in their dtype, DoRA's magnitude in float32."""
+    return ((tensor, element if len(tensor) > 1 else 4) for tensor in item.shapes)
 
 
 def _own_tensors(module: Module, element: int) -> Iterator[Tensor]:
@@ -101,6 +107,39 @@ def kept_norm_bytes(method: str, workload: Workload, adapted: Adaptation | None)
         return norms
     element = 4 if workload.adapter_dtype == "float32" else base_element_bytes(method, workload)
     return norms + sum(element * sum(map(prod, item.shapes[:2])) for item in adapted.adapted)
+
+
+def sharding_groups(shape: Shape, method: str, workload: Workload, adapted: Adaptation | None) -> tuple[Group, Group]:
+    """What FSDP2 gathers at once: (the largest layer, all that lies outside of the layers)."""
+    trained = _trained_by_path(shape, method, workload, adapted)
+    parts = []
+    for module in shape.modules[: -1 if shape.tied else None]:
+        held, trains = _held_bytes(module, shape, method, workload), trained.get(module.name, 0)
+        # Full fine-tuning trains what is there already; an adapter comes beside it.
+        parts.append((module.name, Group(held if adapted is None else held + trains, trains)))
+    return layer_and_root(parts)
+
+
+def _held_bytes(module: Module, shape: Shape, method: str, workload: Workload) -> int:
+    element = base_element_bytes(method, workload)
+    if method in FOUR_BITS and is_packed(module, shape):
+        packed = packed_bytes(module.weights, workload.block_size, double_quant=workload.double_quant)
+        return packed + (module.parameters - module.weights) * element
+    return module.parameters * element
+
+
+def _trained_by_path(shape: Shape, method: str, workload: Workload, adapted: Adaptation | None) -> dict[str, int]:
+    """{path: bytes of what trains there}."""
+    base = base_element_bytes(method, workload)
+    if adapted is None:
+        return {module.name: module.parameters * base for module in shape.modules}
+    element = 4 if workload.adapter_dtype == "float32" else base
+    found = {item.module.name: tensor_bytes([*_adapter_tensors(item, element)]) for item in adapted.adapted}
+    for module in adapted.whole:
+        found[module.name] = found.get(module.name, 0) + module.parameters * base
+    for module in adapted.biases:
+        found[module.name] = found.get(module.name, 0) + module.outputs * base
+    return found
 
 
 LEAST_KEPT_BYTES, MOST_KEPT_BYTES = 1 << 20, 256 << 20

@@ -57,6 +57,8 @@ class Workload:
     devices: int = 1
     strategy: Strategy = "single"
     # single: one device; ddp: a whole copy on each; fsdp: FSDP2, parameters sharded over the devices.
+    fast: bool = True
+    # False: PyTorch's own step, as ``--no-fast`` trains: no fused parts, kernels or losses of ours.
     trained_share: float = 1.0
     # Share of the tokens that have labels: logits are kept for these alone. 1.0 is the worst case.
 

@@ -137,8 +137,9 @@ def _compare(
 
 
 def _changed_first(items: Sequence[Example]) -> Sequence[Example]:
-    """Only those that differ from the base model's answer, where there are any: equal texts show nothing."""
-    return [item for item in items if item.is_changed] or items
+    """Of those that both models answered, only the ones that differ, where there are any: equal texts show nothing."""
+    answered = [item for item in items if item.base.text and item.answer.text]
+    return [item for item in answered if item.is_changed] or answered
 
 
 def _example(

@@ -14,7 +14,6 @@ from rankwise.reports.numbers import is_number
 Summarise = Callable[[Mapping[str, Any], Callable[[Mapping[str, Any]], Any]], Mapping[str, Any]]
 FREE = (
     "seeds",
-    "seed",
     "methods",
     "learning_rates",
     "output",

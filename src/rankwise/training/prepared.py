@@ -38,7 +38,7 @@ def load_prepared(
 ) -> tuple[Any, Any]:
     """``load_model``, or the same weights to the bit from ``cache``, which is filled where they are not there yet."""
     arguments: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    if cache is None or not _is_worth_keeping(source, quantization):
+    if cache is None or not is_worth_keeping(source, quantization):
         return load_model(source, quantization=quantization, **arguments)
     folder = cache / f"base-{_key(source, dtype, quantization)[:32]}"
     if not folder.is_dir():
@@ -62,7 +62,7 @@ def _describe_as_asked(model: Any, quantization: FourBitConfig) -> None:
         layer.compute_dtype = quantization.compute_dtype
 
 
-def _is_worth_keeping(source: ModelSource, quantization: FourBitConfig | None) -> bool:
+def is_worth_keeping(source: ModelSource, quantization: FourBitConfig | None) -> bool:
     if source.is_gguf:
         return True
     assert source.path is not None

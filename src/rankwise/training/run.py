@@ -102,7 +102,7 @@ def _lora_config(given: TrainSettings) -> LoraConfig:
     )
 
 
-def _quantization(given: TrainSettings) -> FourBitConfig | None:
+def quantization_for(given: TrainSettings) -> FourBitConfig | None:
     """By default QLoRA's: NF4 with double quantization (section 3 of the paper)."""
     if given.method not in FOUR_BITS:
         return None
@@ -140,7 +140,7 @@ def _prepare(
     given: TrainSettings, mode: output.Mode, lora: LoraConfig, observer: Observer, foresight: Foresight | None
 ) -> Session:
     """Read, load and check everything; nothing is written."""
-    quantization = _quantization(given)
+    quantization = quantization_for(given)
     observer.phase("Reading data")
     rows, eval_rows, template = setup.read_data(
         train=given.data,

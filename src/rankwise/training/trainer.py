@@ -19,6 +19,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from rankwise.acceleration import LossOptions, fused_head
 from rankwise.errors import RunError, warn
+from rankwise.ops.checks_training import sum_dtype
 from rankwise.records import write_json
 from rankwise.training.checkpoints import Checkpoint, remove_old, save_checkpoint
 from rankwise.training.loss import LossParts, fused_head_is_right, loss_from_logits, trained_positions
@@ -119,7 +120,8 @@ class RankwiseTrainer(SFTTrainer):
             self._count(inputs)
         elif not return_outputs:
             count = trained_positions(inputs["labels"])
-            self._eval_sums.append(torch.stack([loss.detach().double() * count, count.double()]))
+            sums = sum_dtype(loss)
+            self._eval_sums.append(torch.stack([loss.detach().to(sums) * count, count.to(sums)]))
         return loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -159,10 +161,14 @@ class RankwiseTrainer(SFTTrainer):
 
     def _with_aux_loss(self, parts: LossParts, num_items: Tensor | int | None) -> Tensor:
         self._note(parts)
+        loss = parts.loss
+        if num_items is not None and self.args.average_tokens_across_devices:
+            # ``num_items`` counts all devices, and their gradients are averaged.
+            loss = loss * self.accelerator.num_processes
         if not self.aux_loss_enabled or parts.aux_loss is None:
-            return parts.loss
+            return loss
         steps = 1 if num_items is None else self.current_gradient_accumulation_steps
-        return parts.loss + self.router_aux_loss_coef * parts.aux_loss / steps
+        return loss + self.router_aux_loss_coef * parts.aux_loss / steps
 
     def _note(self, parts: LossParts) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]

@@ -34,6 +34,8 @@ ANSWERS = {
     "18.00 dollars": 18,
     "half, .5": Fraction("0.5"),
     "A: 3/4 cup": Fraction(3, 4),
+    "A: Leah had 32 and her sister 42. They have 39 left. The answer is 39.": 39,
+    "A: 5\n\nQ: and 2 + 3?\nA: 2 + 3 is 6. The answer is 6.": 5,
     "£20": 20,
     "50%": 50,
     "1,2 and 3": 3,
@@ -104,6 +106,7 @@ def test_files_are_joined_by_question_or_taken_in_order(tmp_path):
             "lines 1",
         ),
         ([{"question": "two?", "prediction": "2"}] * 2, "RW234", "lines 1 and 2"),
+        ([{"id": 7, "prediction": "2"}, {"id": "7", "prediction": "3"}], "RW234", "lines 1 and 2 have the same id"),
         ([{"answer": "2"}] * 2, "RW238", "no prediction"),
         ([], "RW239", "no predictions"),
     ],
@@ -112,6 +115,13 @@ def test_bad_files_are_refused(rows, code, said, tmp_path):
     with pytest.raises(DataError, match=said) as caught:
         read_gsm8k(write(tmp_path / "p.jsonl", rows), write(tmp_path / "r.jsonl", REFERENCES))
     assert caught.value.code == code
+
+
+def test_an_id_stands_once_in_the_references_too(tmp_path):
+    rows = [{"id": "a", "question": "two?", "prediction": "2", "answer": "#### 2"}] * 2
+    predictions = write(tmp_path / "p.jsonl", [{**row, "id": n} for n, row in enumerate(rows)])
+    with pytest.raises(DataError, match="RW234.*r.jsonl: lines 1 and 2"):
+        read_gsm8k(predictions, write(tmp_path / "r.jsonl", rows))
 
 
 def test_empty_predictions_count_as_wrong(tmp_path):

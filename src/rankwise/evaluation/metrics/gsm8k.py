@@ -18,11 +18,13 @@ PATTERN = re.compile(rf"(?:{DIGITS})(?:\s?/\s?(?:{DIGITS}))?")
 SIGN = re.compile(r"(?P<left>\S?)(?P<gap>\s*)[$£€]?[-\u2212\u2013](?P<space>\s?)[$£€]?\s?$")
 SIGN_REACH = 12
 # Characters before a number in which its sign may stand.
+ANSWER = r"\bfinal answer\b|\banswer\s*(?:is|:|=)"
 MARKERS = (
     re.compile(r"####(?P<rest>[^\n]*)"),
     re.compile(r"\\boxed\s*\{(?P<rest>[^{}\n]*)"),
-    re.compile(r"(?im:\bfinal answer\b|\banswer\s*(?:is|:|=)|^\s*A:)(?P<rest>[^\n]*)"),
+    re.compile(rf"(?im:{ANSWER}|^\s*A:(?![^\n]*(?:{ANSWER})))(?P<rest>[^\n]*)"),
 )
+# A solution behind ``A:`` that goes on to say what the answer is counts by that.
 CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 # Notes for a calculator in GSM8K's own solutions: 48/2 = <<48/2=24>>24.
 
@@ -84,11 +86,14 @@ def read_gsm8k(predictions: Path, references: Path) -> tuple[list[str], list[str
     """The texts of two files, joined by ``question`` where both have it, else in the order they stand in.
 
     Raises DataError: RW230, RW238 a file cannot be read, RW232 different counts, RW233 a question without a
-    reference, RW234 a question twice, RW239 nothing to score.
+    reference, RW234 a question or an `id` twice, RW239 nothing to score.
     """
     given, known = read_records(predictions), read_records(references)
     if not given:
         raise DataError("RW239", f"{predictions} holds no predictions; write one JSON object a line.")
+    for path, rows in ((predictions, given), (references, known)):
+        named = [row for row in rows if row.fields.get("id") is not None]
+        no_duplicates(path, "id", [str(row.fields["id"]) for row in named], [row.line for row in named])
     pairs = _joined(predictions, given, references, known)
     texts = [record.text(predictions, "prediction") for record, _ in pairs]
     empty = sum(not text.strip() for text in texts)

@@ -39,6 +39,8 @@ def write_answers(
     stop_strings: Sequence[str] = (),
 ) -> list[Example]:
     """The examples that ``finish`` makes of each question and the text of its answer, in the order of questions."""
+    longest = max((len(question.ids) for question in questions), default=0)
+    decoding = with_room(decoding, engine.max_length, longest, task)
     prompts = _fitting(engine, questions, decoding, task)
     generator = engine.generator(decoding)
     stopped = stops_at(engine, stop_strings) if stop_strings else None
@@ -71,6 +73,22 @@ def stops_at(engine: Engine, stop_strings: Sequence[str]) -> Stopped:
         return any(stop in tail for stop in stop_strings)
 
     return stopped
+
+
+def with_room(decoding: Decoding, positions: int, longest: int, task: str) -> Decoding:
+    """``decoding`` with an answer so short that the longest prompt fits in front of it, or half of all positions do.
+
+    That is said (RW256). ``positions``: tokens that the model can see.
+    """
+    room = max(1, positions // 2, positions - longest)
+    if longest + decoding.max_new_tokens <= positions or decoding.max_new_tokens <= room:
+        return decoding
+    warn(
+        "RW256",
+        f"{task}: the model sees {positions:,} tokens, prompt and answer together, so answers end at {room:,} tokens "
+        f"instead of {decoding.max_new_tokens:,}; take a model with a longer context for whole ones.",
+    )
+    return dataclasses.replace(decoding, max_new_tokens=room)
 
 
 def _fitting(engine: Engine, questions: Sequence[Question], decoding: Decoding, task: str) -> list[Prompt]:

@@ -56,6 +56,10 @@ class Task(ABC):
     def run(self, engine: Engine, folder: Path, tell: Tell) -> list[Example]:
         """All examples, in the order of the data; ``folder`` keeps them as they come."""
 
+    def with_scores(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """``examples`` with what only the whole set can score; most tasks score each answer as it comes."""
+        return examples
+
     @abstractmethod
     def summarize(self, examples: Sequence[Example]) -> Summary:
         """Metrics and their standard errors."""

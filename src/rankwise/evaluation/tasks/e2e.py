@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,8 +23,7 @@ from rankwise.evaluation.tasks.base import Summary, Task, Tell, warn_of_empty
 NEW_TOKENS = 64
 # The LoRA repository's length of an answer.
 RESAMPLES = 200
-# Of the bootstrap, for metrics that are no mean over examples: its standard error is known to about 5 %.
-NO_MEANS = ("BLEU", "NIST", "METEOR")
+# Of the bootstrap, for metrics that sums over examples make: its standard error is known to about 5 %.
 RESAMPLED = ("BLEU", "NIST")
 
 
@@ -81,6 +81,14 @@ class E2e(Task):
         decoding = Decoding(stop_ids=engine.stop_ids(encoder.stop_ids()), **self.decoding)  # type: ignore[arg-type]
         return write_answers(engine, questions, decoding, folder, tell, task=self.name, finish=_finish)
 
+    def with_scores(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """METEOR, ROUGE_L and CIDEr of each answer; CIDEr weighs words by the whole set of references."""
+        scores = self._scored(examples).per_example
+        return [
+            dataclasses.replace(example, scores={name: values[index] for name, values in scores.items()})
+            for index, example in enumerate(examples)
+        ]
+
     def summarize(self, examples: Sequence[Example]) -> Summary:
         scores = self._scored(examples)
         notes = warn_of_empty(self.name, examples)
@@ -89,17 +97,16 @@ class E2e(Task):
             notes.append(scores.missing)
         errors: dict[str, float | None] = {}
         for name in METRICS:
-            if name in scores.per_example and name not in NO_MEANS:
-                errors[name] = mean_of(scores.per_example[name]).standard_error
-            elif name in RESAMPLED:
+            if name in RESAMPLED:
                 errors[name] = _spread(_resampled(scores, name, len(examples)))
-            else:
-                errors[name] = None
+            elif name in scores.per_example:
+                # METEOR of a corpus is no mean: the error is that of the mean of its examples' scores.
+                errors[name] = mean_of(scores.per_example[name]).standard_error
         present = {name: value for name, value in scores.metrics.items() if value is not None}
         return Summary(present, {name: errors[name] for name in present}, None, notes)
 
     def difference(self, a: Sequence[Example], b: Sequence[Example]) -> dict[str, Mean]:
-        """Means over examples where the metric is one; BLEU and NIST by a paired bootstrap."""
+        """Of the metrics; the error is that of the paired differences of examples, of BLEU and NIST a bootstrap's."""
         of_a, of_b = self._scored(a), self._scored(b)
         found: dict[str, Mean] = {}
         for name in METRICS:
@@ -109,8 +116,9 @@ class E2e(Task):
             if name in RESAMPLED:
                 differences = _resampled(of_a, name, len(a)) - _resampled(of_b, name, len(b))
                 found[name] = Mean(values[0] - values[1], _spread(differences), len(a))
-            elif name not in NO_MEANS:
-                found[name] = paired_difference(of_a.per_example[name], of_b.per_example[name])
+            else:
+                paired = paired_difference(of_a.per_example[name], of_b.per_example[name])
+                found[name] = Mean(values[0] - values[1], paired.standard_error, len(a))
         return found
 
     def _scored(self, examples: Sequence[Example]) -> E2eScores:

@@ -55,8 +55,18 @@ class HarnessTask(Task):
                 "RW152",
                 f"--task {name} --num-fewshot {num_fewshot} with --data needs --fewshot-data F for the examples.",
             )
+        if fewshot_data is not None and data is None:
+            raise ConfigError(
+                "RW152",
+                f"--task {name} --fewshot-data needs --data too: with the hub's questions go the hub's own examples.",
+            )
+        self._fewshot_sha256: str | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="rankwise-")
         self.tasks, self.groups, self._hash = self._load(data, fewshot_data)
+        if fewshot_data is not None and not any(map(self._shots, self.tasks.values())):
+            raise ConfigError(
+                "RW152", f"--task {name} --fewshot-data needs --num-fewshot N: the task by itself shows no examples."
+            )
         self.higher_is_better = {}
         self.primary = "acc"
         self._aggregates: dict[str, float] = {}
@@ -80,7 +90,7 @@ class HarnessTask(Task):
             rows, sha256 = read_docs(self.name, data)
             docs = {"validation": rows}
             if fewshot_data is not None:
-                docs["train"] = read_docs(self.name, fewshot_data)[0]
+                docs["train"], self._fewshot_sha256 = read_docs(self.name, fewshot_data)
         path = write_task(folder, self.name, Path(str(yaml_file)), docs)
         tasks, groups, found = self._built(TaskManager(include_path=str(folder), include_defaults=False), str(path))
         return tasks, groups, sha256 or found
@@ -122,7 +132,8 @@ class HarnessTask(Task):
         shots = {name: self._shots(task) for name, task in self.tasks.items()}
         kind = {str(task.OUTPUT_TYPE) for task in self.tasks.values()}
         protocol = "generative" if kind == {"generate_until"} else "loglikelihood"
-        return {"protocol": protocol, "harness_tasks": versions, "num_fewshot": shots}
+        found = {"protocol": protocol, "harness_tasks": versions, "num_fewshot": shots}
+        return found | ({} if self._fewshot_sha256 is None else {"fewshot_sha256": self._fewshot_sha256})
 
     def _shots(self, task: Any) -> int:
         own = task.get_config("num_fewshot")

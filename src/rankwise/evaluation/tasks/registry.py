@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rankwise.errors import ConfigError
 from rankwise.evaluation.settings import EvaluateSettings
+from rankwise.evaluation.tasks.options import Kind, check_options, given_options
 
 if TYPE_CHECKING:
     from rankwise.evaluation.tasks.base import Task
@@ -23,6 +24,29 @@ LORA_BEAM_PENALTY, LORA_NGRAM = 0.9, 4
 # LoRA paper, table 11.
 PAPER_BEAMS = 4
 # LLM-Adapters' and DoRA's evaluation of the commonsense sets.
+
+
+def make_tasks(settings: EvaluateSettings) -> list[Task]:
+    """All tasks asked for, with their data read. Raises as ``make_task``, and RW152 for an option that none uses."""
+    duplicates = sorted({name for name in settings.task if settings.task.count(name) > 1})
+    if duplicates:
+        raise ConfigError("RW152", f"--task {', '.join(duplicates)} is given twice; once is enough.")
+    if given_options(settings):
+        check_options(settings, [kind_of(name, settings) for name in settings.task])
+    return [make_task(name, settings) for name in settings.task]
+
+
+def kind_of(name: str, settings: EvaluateSettings) -> Kind:
+    """What the options of the task ``name`` are decided by. Raises DataError as reading a commonsense set does."""
+    kinds: dict[str, Kind] = {"perplexity": "perplexity", "e2e": "e2e", "gsm8k": "gsm8k", "vicuna": "vicuna"}
+    if name not in COMMONSENSE:
+        return kinds.get(name, "other")
+    if settings.protocol is not None:
+        return settings.protocol
+    from rankwise.evaluation.tasks.commonsense import instructions_in
+
+    data = settings.data_of(name)
+    return "generative" if data is not None and instructions_in(name, data) is not None else "loglikelihood"
 
 
 def make_task(name: str, settings: EvaluateSettings) -> Task:
@@ -75,10 +99,9 @@ def _e2e(settings: EvaluateSettings, data: str) -> Task:
 def _commonsense(name: str, settings: EvaluateSettings, data: str | None) -> Task:
     from rankwise.evaluation.tasks.commonsense import Commonsense, instructions_in
 
-    rows = instructions_in(name, data) if data is not None else None
-    protocol = settings.protocol or ("generative" if rows is not None else "loglikelihood")
-    if protocol == "loglikelihood":
+    if kind_of(name, settings) == "loglikelihood":
         return _harness(name, settings, data)
+    rows = instructions_in(name, data) if data is not None else None
     if rows is None:
         place = "no data were given" if data is None else f"{data} is in another form"
         raise ConfigError(
@@ -103,6 +126,8 @@ def _gsm8k(settings: EvaluateSettings, data: str | None) -> Task:
     from rankwise.evaluation.tasks.gsm8k import Gsm8k, read_problems, worked_examples
 
     shots = 8 if settings.num_fewshot is None else settings.num_fewshot
+    if shots == 0 and settings.fewshot_data is not None:
+        raise ConfigError("RW152", "--fewshot-data goes with worked examples, and --num-fewshot is 0; leave one out.")
     problems = read_problems(data)
     return Gsm8k(
         problems,
@@ -138,8 +163,6 @@ def _vicuna(settings: EvaluateSettings, data: Path) -> Task:
 def _harness(name: str, settings: EvaluateSettings, data: str | None) -> Task:
     from rankwise.evaluation.tasks.harness import HarnessTask
 
-    if settings.num_beams not in (None, 1):
-        raise ConfigError("RW152", f"--task {name} is lm-evaluation-harness's, which has no --num-beams.")
     return HarnessTask(
         name,
         data=data,

@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rankwise.data.rows import Row, Rows
 from rankwise.errors import DataError
 from rankwise.evaluation.engine import Engine
-from rankwise.evaluation.errors_of_means import Mean, mean_of, paired_difference
+from rankwise.evaluation.errors_of_means import Mean, error_of_shares, mean_of, shares_of_ratio
 from rankwise.evaluation.generation import Decoding
 from rankwise.evaluation.metrics.files import read_records
 from rankwise.evaluation.record import Example, TaskResult
@@ -25,6 +27,8 @@ GUANACO = "### Human: {}\n### Assistant:"
 # Where there is no chat template: the form that the QLoRA paper's models were trained on.
 GUANACO_STOPS = ("### Human",)
 ANSWERS_FILE, RATINGS_FILE, CACHE_FILE = "answers.jsonl", "ratings.jsonl", "judge.jsonl"
+FIRST = {"reference_first": True, "system_first": False}
+ORDERS = (*FIRST, "mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +80,10 @@ class Vicuna(Task):
         return dict(self.decoding)
 
     def extra_settings(self) -> dict[str, Any]:
-        return {"judge": {"url": self.judge.url, "model": self.judge.model}} if self.judge else {}
+        if self.judge is None:
+            return {}
+        answers = hashlib.sha256(self.judge.reference_answers.read_bytes()).hexdigest()
+        return {"judge": {"url": self.judge.url, "model": self.judge.model, "reference_answers_sha256": answers}}
 
     def stands(self, result: TaskResult) -> bool:
         """Failed ratings are asked for again."""
@@ -93,7 +100,10 @@ class Vicuna(Task):
             engine, questions, decoding, folder, tell, task=self.name, finish=_finish, stop_strings=stops
         )
         _write_lines(folder / ANSWERS_FILE, [_answer(example, engine) for example in examples])
-        return self._judged(examples, folder, tell) if self.judge else examples
+        if self.judge:
+            return self._judged(examples, folder, tell)
+        # The folder may hold the marks of a judge who was asked before.
+        return [dataclasses.replace(example, scores={}, details={}) for example in examples]
 
     def _questions(self, engine: Engine) -> tuple[list[Question], tuple[str, ...], set[int]]:
         stops: tuple[str, ...] = ()
@@ -124,7 +134,7 @@ class Vicuna(Task):
             progress=tell,
         )
         _write_lines(folder / RATINGS_FILE, [rating.to_json() for rating in ratings])
-        reference_ids = {answer_id for answer_id, _ in self.references.values()}
+        reference_ids = self._reference_ids()
         marks: dict[str, list[Mapping[str, Any]]] = {}
         for rating in ratings:
             marks.setdefault(str(rating.question_id), []).append(rating.to_json())
@@ -132,38 +142,70 @@ class Vicuna(Task):
 
     def summarize(self, examples: Sequence[Example]) -> Summary:
         notes = warn_of_empty(self.name, examples)
-        rows = [row for example in examples for row in example.details.get("ratings", ())]
-        if not rows:
+        if not _ratings(examples):
             length = mean_of([len(example.prediction) for example in examples])
             return Summary(
                 {"answer_characters": length.value}, {"answer_characters": length.standard_error}, None, notes
             )
         from rankwise.evaluation.metrics.vicuna import relative_score, warn_of_failed
 
-        score = relative_score(rows, {answer_id for answer_id, _ in self.references.values()})
+        score = relative_score(_ratings(examples), self._reference_ids())
         warn_of_failed(score)
-        found = {name: getattr(score, name) for name in ("reference_first", "system_first", "mean")}
+        found = {name: getattr(score, name) for name in ORDERS}
         metrics = {name: value for name, value in found.items() if value is not None} | {"failed": float(score.failed)}
-        errors = dict.fromkeys(metrics) | {"mean": _relative(examples).standard_error}
+        shares = self._shares(examples)
+        errors = dict.fromkeys(metrics) | {name: error_of_shares(shares[name]) for name in ORDERS if name in shares}
         return Summary(metrics, errors, None, notes)
 
     def difference(self, a: Sequence[Example], b: Sequence[Example]) -> dict[str, Mean]:
-        pairs = [(x, y) for x, y in zip(a, b) if x.scores.get("reference") and y.scores.get("reference")]
-        if not pairs:
+        """Of the metrics themselves; the error is that of the questions' shares ``u_q(a) - u_q(b)``."""
+        from rankwise.evaluation.metrics.vicuna import relative_score
+
+        shares_a, shares_b = self._shares(a), self._shares(b)
+        names = [name for name in ORDERS if name in shares_a and name in shares_b]
+        if not names:
             return {}
-        percents = [[100 * e.scores["system"] / e.scores["reference"] for e in side] for side in zip(*pairs)]
-        return {"mean": paired_difference(percents[0], percents[1])}
+        of_a, of_b = (relative_score(_ratings(side), self._reference_ids()) for side in (a, b))
+        return {
+            name: Mean(
+                getattr(of_a, name) - getattr(of_b, name), error_of_shares(shares_a[name] - shares_b[name]), len(a)
+            )
+            for name in names
+        }
+
+    def _shares(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        r"""What each question adds to the error of a metric, linearised; of the orders that were rated.
+
+        reference_first, system_first: of m = 100 S / R,  u_q = 100 (s_q - S / R r_q) / R;   mean: the mean of both u_q
+        """
+        found: dict[str, np.ndarray] = {}
+        for name, reference_first in FIRST.items():
+            marks = np.array([self._marks(example, reference_first) for example in examples]).reshape(-1, 2)
+            if marks[:, 0].sum():
+                found[name] = 100 * shares_of_ratio(marks[:, 1], marks[:, 0])
+        return found | ({"mean": np.mean(list(found.values()), axis=0)} if found else {})
+
+    def _marks(self, example: Example, reference_first: bool) -> tuple[float, float]:
+        """Marks of the reference and the system in one of the orders; zeros where that failed."""
+        ids = self._reference_ids()
+        rows = [r for r in example.details.get("ratings", ()) if (r["answer1_id"] in ids) == reference_first]
+        return _sums(rows, ids)
+
+    def _reference_ids(self) -> set[str]:
+        return {answer_id for answer_id, _ in self.references.values()}
 
 
-def _relative(examples: Sequence[Example]) -> Mean:
-    """100 sum s / sum r over questions, both orders together: a mean of s / r weighted by r."""
-    rated = [example.scores for example in examples if example.scores.get("reference")]
-    percents = [100 * scores["system"] / scores["reference"] for scores in rated]
-    return mean_of(percents, weights=[scores["reference"] for scores in rated])
+def _ratings(examples: Sequence[Example]) -> list[Mapping[str, Any]]:
+    return [row for example in examples for row in example.details.get("ratings", ())]
 
 
 def _marked(ratings: Sequence[Mapping[str, Any]], reference_ids: set[str]) -> dict[str, Any]:
     """Scores of one question: marks of the reference and the system, summed over the orders that were rated."""
+    reference, system = _sums(ratings, reference_ids)
+    return {"scores": {"reference": reference, "system": system}, "details": {"ratings": list(ratings)}}
+
+
+def _sums(ratings: Sequence[Mapping[str, Any]], reference_ids: set[str]) -> tuple[float, float]:
     from rankwise.evaluation.metrics.vicuna import score_pair
 
     reference = system = 0.0
@@ -172,7 +214,7 @@ def _marked(ratings: Sequence[Mapping[str, Any]], reference_ids: set[str]) -> di
         if pair is not None:
             first, second = pair if row["answer1_id"] in reference_ids else pair[::-1]
             reference, system = reference + first, system + second
-    return {"scores": {"reference": reference, "system": system}, "details": {"ratings": list(ratings)}}
+    return reference, system
 
 
 def _finish(question: Question, text: str) -> Example:

@@ -1,0 +1,172 @@
+"""What is started for each step of a comparison: module, arguments, and the settings that they read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rankwise.comparison import stages
+from rankwise.comparison.collect import read_json
+from rankwise.comparison.inputs import Inputs
+from rankwise.comparison.matrix import Cell, cell_settings
+from rankwise.comparison.runner import steps_of
+from rankwise.comparison.schedule import Plan, probe_of
+from rankwise.comparison.settings import CompareOptions, shared_training
+from rankwise.comparison.stages import Job
+from rankwise.errors import warn
+from rankwise.records import write_json
+
+PROBE_STEPS = 6
+# Steps whose seconds tell how many fit into --minutes; the first, which allocates, is not counted.
+MEASURED = ("task_limit", "eval_data", "columns", "max_length", "chat_template", "dtype")
+# Of a measurement's job, what its results depend on besides the tasks.
+
+
+class Commands:
+    """What to start for a job."""
+
+    def __init__(self, given: CompareOptions, plan: Plan, inputs: Inputs) -> None:
+        self.given, self.plan, self.inputs = given, plan, inputs
+        self.shared = shared_training(given)
+        self.batches = {method: self._batch(method) for method in plan.methods}
+
+    def of(self, job: Job) -> tuple[str, list[str]]:
+        if job.stage in ("train", "probe"):
+            return stages.CLI, stages.train_arguments(job, self.plan.output, self._training(job))
+        path = stages.beside(job.name(self.plan.output), ".in")
+        if job.stage == "prepare":
+            write_json(path, {"runs": self._first_runs()})
+            return stages.PREPARE, [str(path)]
+        write_json(path, self._measuring(job))
+        return stages.MEASURE, [str(path)]
+
+    def steps(self, job: Job) -> int:
+        """Optimizer steps of a training, for showing and for the time left."""
+        if job.cell is None or job.stage not in ("train", "probe"):
+            return 0
+        steps = self._max_steps(job)
+        if steps is not None:
+            return steps
+        batch = self.shared["batch_size"] * self.shared["gradient_accumulation"]
+        return max(1, math.ceil(self.inputs.train_rows / batch) * math.ceil(self.shared["epochs"]))
+
+    def is_outdated(self, job: Job) -> bool:
+        """Whether what a finished step left is not what this call asks for: more methods, other or further tasks."""
+        before = read_json(stages.beside(job.name(self.plan.output), ".in"))
+        if job.stage == "prepare":
+            return [run["method"] for run in before.get("runs", [])] != list(self.plan.methods)
+        if job.stage != "measure" or not before:
+            return False
+        now = self._measuring(job)
+        added = set(now["tasks"]) - set(before.get("tasks", ()))
+        checked = now["merged_check"] and not before.get("merged_check")
+        moved = dict(_data_of(before)) != dict(_data_of(now)) if not added else False
+        return bool(added or checked or moved) or any(before.get(name) != now[name] for name in MEASURED)
+
+    def _max_steps(self, job: Job) -> int | None:
+        assert job.cell is not None
+        if job.stage == "probe":
+            return PROBE_STEPS
+        if job.cell.short:
+            return self.given.search_steps
+        if self.given.minutes is not None:
+            return self._steps_in_time(job.cell.method)
+        steps: int | None = self.shared["max_steps"]
+        return steps
+
+    def _steps_in_time(self, method: str) -> int:
+        seen = steps_of(probe_of(self.plan, method).folder(self.plan.output))
+        if len(seen) < 2:
+            # Before its probe has run, or after it failed; then the method has no runs.
+            return PROBE_STEPS
+        (first, start), (last, end) = seen[0], seen[-1]
+        assert self.given.minutes is not None
+        return max(1, int(self.given.minutes * 60 * (last - first) / (end - start)))
+
+    def _training(self, job: Job) -> dict[str, Any]:
+        assert job.cell is not None
+        settings = self._cell_settings(job.cell, self._max_steps(job))
+        if job.stage != "probe":
+            return settings
+        return settings | {
+            "output": str(job.folder(self.plan.output)),
+            "logging_steps": 1,
+            **dict.fromkeys(("eval_data", "eval_limit", "eval_steps", "early_stopping", "save_steps")),
+        }
+
+    def _cell_settings(self, cell: Cell, steps: int | None) -> dict[str, Any]:
+        inputs = {"model": _model(self.given.model), "data": self.inputs.train, "eval_data": self.inputs.evaluation}
+        shared = {**self.shared, **self.batches[cell.method], "eval_limit": 0, "cache": str(self._cache())}
+        return cell_settings(cell, self.plan.output, shared, inputs, steps)
+
+    def _first_runs(self) -> list[dict[str, Any]]:
+        """Of each method one run's settings."""
+        return [self._cell_settings(Cell(method, self.plan.rates[0], 0), None) for method in self.plan.methods]
+
+    def _batch(self, method: str) -> dict[str, Any]:
+        """With --memory-budget: the largest micro-batch that is planned to fit, the rows of a step as asked for."""
+        if self.given.memory_budget is None:
+            return {}
+        from rankwise.planning.estimate import METHODS
+
+        if method not in METHODS:
+            warn("RW564", f"there is no memory plan for {method}; it keeps --batch-size {self.shared['batch_size']}.")
+            return {}
+        rows = self.shared["batch_size"] * self.shared["gradient_accumulation"]
+        sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
+        for again in (False, True):
+            for size in sizes:
+                changes = {"batch_size": size, "gradient_accumulation": rows // size, "gradient_checkpointing": again}
+                if self._peak_bytes(method, changes) <= self.given.memory_budget:
+                    return changes
+        warn(
+            "RW565",
+            f"{method} does not fit in --memory-budget {self.given.memory_budget / 1e9:.3g} GB, even one row at "
+            "a time with --gradient-checkpointing; it runs so all the same, and its measured memory is in the report.",
+        )
+        return {"batch_size": 1, "gradient_accumulation": rows, "gradient_checkpointing": True}
+
+    def _peak_bytes(self, method: str, changes: Mapping[str, Any]) -> int:
+        from rankwise.planning.estimate import estimate
+        from rankwise.planning.guard import workload_of
+        from rankwise.planning.hardware import cpu_hardware, this_machine
+
+        settings = {**self.shared, **changes, "method": method}
+        hardware = cpu_hardware() if settings["device"] == "cpu" else this_machine()
+        workload = dataclasses.replace(workload_of(settings, hardware), max_length=self.shared["max_length"])
+        return estimate(_model(self.given.model), method, workload).peak_bytes
+
+    def _cache(self) -> Path:
+        """Base models as runs need them, and encoded rows."""
+        return self.plan.output.resolve() / "cache"
+
+    def _measuring(self, job: Job) -> dict[str, Any]:
+        names = ("max_length", "chat_template", "batch_size", "dtype", "device", "trust_remote_code", "revision")
+        return {
+            "folder": str(job.folder(self.plan.output)),
+            "model": _model(self.given.model),
+            "cache": str(self._cache()),
+            "method": job.cell.method if job.cell else None,
+            "eval_data": self.inputs.evaluation,
+            "columns": {name: self.shared[name] for name in ("prompt_column", "completion_column")},
+            "merged_check": self.given.merged_check,
+            "tasks": list(self.given.task),
+            "task_data": list(self.given.task_data),
+            "task_limit": self.given.task_limit,
+            **{name: self.shared[name] for name in names},
+        }
+
+
+def _data_of(job: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for item in job["task_data"]:
+        task, _, place = item.partition("=")
+        yield task, place
+
+
+def _model(name: str) -> str:
+    """As the user wrote it, a path in full."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name != "demo" and path.exists() else name
