@@ -53,7 +53,9 @@ def test_steps_that_cannot_fit_are_not_begun(monkeypatch, peak, parameters):
 
 @pytest.mark.parametrize("is_asked", [False, True])
 def test_measured_steps_offload_activations_as_the_trainer_does(monkeypatch, is_asked):
-    monkeypatch.setattr("trl.models.activation_offloading.get_act_offloading_ctx_manager", lambda model: ("offloading", model))
+    monkeypatch.setattr(
+        "trl.models.activation_offloading.get_act_offloading_ctx_manager", lambda model: ("offloading", model)
+    )
     context = _offloading("model", Workload(device_type="cuda", activation_offloading=is_asked))
     assert (context == ("offloading", "model")) is is_asked
 

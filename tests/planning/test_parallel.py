@@ -44,7 +44,7 @@ def test_a_layer_is_told_by_its_number_and_the_root_is_the_rest():
 
 @pytest.mark.parametrize("method", ["full", "lora", "dora", "qlora"])
 def test_the_groups_of_the_closed_form_are_those_of_the_model(method):
-    workload = Workload(r=8, device_type="cpu", dtype="float32")
+    workload = Workload(r=8, device_type="cpu", dtype="float32", devices=2, strategy="fsdp")
     adapted = (
         None
         if method == "full"

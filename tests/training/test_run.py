@@ -51,6 +51,13 @@ def test_run_folder_has_everything_and_no_pickle(method: str, settings: Any, tmp
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 4, 8]
 
 
+def test_full_fine_tuning_in_mixed_precision(settings: Any) -> None:
+    """accelerate's autocast wraps the model and makes its outputs anew."""
+    record = train(settings(method="full", dtype="bfloat16"))
+    assert record.eval_loss < record.initial_eval_loss
+    assert record.device["dtype"] == "bfloat16"
+
+
 def test_final_adapter_computes_the_recorded_evaluation_loss(settings: Any, tmp_path: Path) -> None:
     """A later reader, without the trainer, finds the loss that run.json promises."""
     given = settings()

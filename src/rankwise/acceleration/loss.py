@@ -44,7 +44,9 @@ class LossOptions:
 
     label_smoothing: float = 0.0
     want_stats: bool = False
-    # The output then carries ``loss_sums`` with entropy and hits.
+    # Entropy and hits are counted too.
+    found: list[LossSums] = dataclasses.field(default_factory=list)
+    # The sums of each call: whoever wraps ``forward`` (accelerate's autocast) may make the model's output anew.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +118,8 @@ def _forward_with_labels(self: Any, *args: Any, loss_options: LossOptions | None
     count = found.count.clamp(min=1) if num_items is None else torch.as_tensor(num_items, device=labels.device)
     loss = found.sums.loss / count
     found.outputs["loss"] = _with_router_loss(self, loss, found.outputs)
-    found.outputs.loss_sums = found.sums
+    if loss_options is not None:
+        loss_options.found.append(found.sums)
     return found.outputs
 
 

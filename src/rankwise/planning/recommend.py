@@ -79,13 +79,17 @@ def recommend(
     """
     order = [method for method in ORDER[goal] if method in methods]
     gentle: dict[str, bool] = {}
+    # The last pass has hundreds of combinations; where the smallest of them is too big all are.
+    runs = {method: _smallest(advisor, method, workload, accumulation, passes[-1]) for method in order}
+    smallest = {method: run.estimate.peak_bytes for method, run in runs.items()}
     for verdict, allowed in itertools.product(("fits", "tight"), passes):
         for method in order:
-            change = _fastest(advisor, method, workload, accumulation, allowed, verdict)
+            is_hopeless = len(passes) > 1 and allowed is passes[-1] and smallest[method] > advisor.memory_bytes
+            change = None if is_hopeless else _fastest(advisor, method, workload, accumulation, allowed, verdict)
             gentle.setdefault(method, change is not None)
             if change is not None:
                 return _explained(change, method, goal, gentle, given, accumulation)
-    return _nothing_fits(advisor, order, workload, accumulation, passes[-1])
+    return _nothing_fits(advisor, min(runs.values(), key=lambda run: run.estimate.peak_bytes))
 
 
 def _fastest(
@@ -148,17 +152,17 @@ def _explained(
     )
 
 
-def _nothing_fits(
-    advisor: Advisor, order: Sequence[str], workload: Workload, accumulation: int, allowed: frozenset[str]
-) -> Recommendation:
+def _smallest(advisor: Advisor, method: str, workload: Workload, accumulation: int, allowed: frozenset[str]) -> Change:
+    """Every saving on."""
+    last: dict[str, Step] = {}
+    for step in possible_steps(method, workload, accumulation):
+        if step.group in allowed and step.settings.get("optimizer", PAGED) == PAGED:
+            last[step.group] = step
+    return advisor.price(tuple(last.values()), method, workload)
+
+
+def _nothing_fits(advisor: Advisor, smallest: Change) -> Recommendation:
     """What the smallest of all runs would take."""
-    smallest: list[Change] = []
-    for method in order:
-        last: dict[str, Step] = {}
-        for step in possible_steps(method, workload, accumulation):
-            if step.group in allowed and step.settings.get("optimizer", PAGED) == PAGED:
-                last[step.group] = step
-        smallest.append(advisor.price(tuple(last.values()), method, workload))
-    best = min(smallest, key=lambda change: change.estimate.peak_bytes)
-    missing = max(0, best.estimate.peak_bytes - advisor.memory_bytes)
-    return Recommendation(None, {}, best.estimate, best.workload, best.time_factor, (), missing)
+    missing = max(0, smallest.estimate.peak_bytes - advisor.memory_bytes)
+    own, work, time = smallest.estimate, smallest.workload, smallest.time_factor
+    return Recommendation(None, {}, own, work, time, (), missing)

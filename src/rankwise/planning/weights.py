@@ -110,7 +110,9 @@ def kept_norm_bytes(method: str, workload: Workload, adapted: Adaptation | None)
 
 
 def sharding_groups(shape: Shape, method: str, workload: Workload, adapted: Adaptation | None) -> tuple[Group, Group]:
-    """What FSDP2 gathers at once: (the largest layer, all that lies outside of the layers)."""
+    """What FSDP2 gathers at once: (the largest layer, all that lies outside of the layers); nothing without it."""
+    if workload.strategy != "fsdp":
+        return Group(), Group()
     trained = _trained_by_path(shape, method, workload, adapted)
     parts = []
     for module in shape.modules[: -1 if shape.tied else None]:

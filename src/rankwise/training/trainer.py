@@ -144,7 +144,7 @@ class RankwiseTrainer(SFTTrainer):
         routing = {"output_router_logits": True} if self.aux_loss_enabled else {}
         given = {**inputs, **routing, "use_cache": False}
         outputs = model(**given, num_items_in_batch=num_items, loss_options=options)
-        sums, count = outputs.loss_sums, max(1, int(trained_positions(inputs["labels"])))
+        sums, count = options.found[-1], max(1, int(trained_positions(inputs["labels"])))
         loss = sums.loss / (count if num_items is None else torch.as_tensor(num_items, device=sums.loss.device))
         return self._with_aux_loss(
             LossParts(loss, float(sums.entropy) / count, int(sums.correct) / count, getattr(outputs, "aux_loss", None)),
