@@ -48,7 +48,12 @@ class Step:
     @property
     def native(self) -> bool:
         """Whether the fused parts of a CPU run: norms, rotary positions, gated MLPs, own attention."""
-        return not self.on_card and self.shape.family != "gpt2"
+        return self.workload.fast and not self.on_card and self.shape.family != "gpt2"
+
+    @property
+    def fused_mlp(self) -> bool:
+        """Phi-3 keeps gate and up in one projection, which stays PyTorch's."""
+        return self.native and self.shape.family != "phi3"
 
     @property
     def own_attention(self) -> bool:
@@ -57,7 +62,7 @@ class Step:
     @property
     def flat(self) -> bool:
         """Whether the trainer lays the rows of a batch end to end in one: where our attention is in the model."""
-        is_ours = not self.on_card and self.workload.dtype == "bfloat16" and self.method != "full"
+        is_ours = self.workload.fast and not self.on_card and self.workload.dtype == "bfloat16" and self.method != "full"
         return is_ours and not self.shape.dropout
 
     @property
@@ -115,7 +120,7 @@ def _mlp(step: Step) -> float:
     if shape.experts:
         return _experts(step)
     # Over an adapted layer the product is made again; over a plain one nothing needs it, since its weight is frozen.
-    kept = 2 if step.native and shape.family != "phi3" else 4
+    kept = 2 if step.fused_mlp else 4
     return s * shape.mlp * kept
 
 
@@ -176,7 +181,7 @@ def _full_per_token(step: Step) -> float:
     attention = 4 * shape.queries * s + 4 * shape.heads
     if shape.experts:
         return norms + inputs + attention + _experts(step)
-    return norms + inputs + attention + s * shape.mlp * (3 if step.native else 4)
+    return norms + inputs + attention + s * shape.mlp * (3 if step.fused_mlp else 4)
 
 
 def _gpt2_per_token(step: Step) -> float:
@@ -210,6 +215,9 @@ def outside_layers_bytes(step: Step) -> int:
 def loss_bytes(step: Step) -> int:
     """Logits of a chunk of scored tokens; through a head that trains, with their float32 copies: 16 bytes each."""
     V, scored = step.shape.vocabulary, step.workload.trained_tokens
+    if not step.workload.fast:
+        # All logits, in float32 too, with the log-probabilities of the loss and of the entropy: s + 20 bytes each.
+        return (step.s + 20) * V * scored
     if step.method == "full" or "lm_head" in step.adapted:
         rows = min(scored, max(SMALLEST_CHUNK, CHUNK_BYTES // (4 * V)))
         return 16 * V * rows
@@ -227,10 +235,20 @@ def backward_bytes(step: Step) -> int:
     if shape.family == "gpt2":
         return step.T * s * ((2 if again else 3) * f + 2 * h)
     if shape.experts:
-        return step.T * s * (2 * shape.experts_per_token * f + 3 * h)
+        k = shape.experts_per_token
+        return step.T * s * (k * (2 * f + 2 * h) if again and step.method != "full" else 2 * k * f + 3 * h)
     if again and step.method == "full":
         return step.T * step.s * (2 * f + h)
-    return step.T * s * (2 * f + 2 * h if step.on_card else 4 * f + h)
+    unfused = step.on_card or (again and not step.fused_mlp)
+    return step.T * s * (2 * f + 2 * h if unfused else 4 * f + h)
+
+
+def experts_forward_bytes(step: Step) -> tuple[int, int]:
+    """Inside a layer's experts, on the way forward: (what it holds for a moment, what it has not saved yet). The k copies
+    of each token, their products and the weighed outputs: k (2 f + 3 h), before gate, up and act(gate) are kept."""
+    shape, k = step.shape, step.shape.experts_per_token
+    per_token = step.s * k
+    return step.T * per_token * (2 * shape.mlp + 3 * shape.hidden), step.T * per_token * 3 * shape.mlp
 
 
 def checkpoint_bytes(step: Step) -> int:

@@ -13,7 +13,6 @@ CPU_LIBRARY_BYTES = 50 << 20
 # What a step leaves in its libraries on a CPU (generated kernels, thread pools, the heap's ends): the measured growth
 # less the tensors was 47 to 60 MB over methods and checkpointing on the demo model.
 CLOSED_FORM_ERROR = {"cpu": 0.15, "cuda": 0.10}
-OUTSIDE_UNKNOWN = Group()
 
 
 def assembled(
@@ -29,15 +28,14 @@ def assembled(
     exact: bool,
     seconds: float,
     trained_bytes: int,
-    layer_bytes: int = 0,
-    layer: Group | None = None,
-    root: Group = OUTSIDE_UNKNOWN,
+    layer: Group,
+    root: Group,
     notes: tuple[str, ...] = (),
 ) -> MemoryEstimate:
-    """One device's estimate. ``trained_bytes``: of all that trains; ``layer``: the largest layer (``layer_bytes``: its
-    tensors alone, where gradients are not told apart); ``root``: what lies outside of the layers."""
+    """One device's estimate. ``trained_bytes``: of all that trains; ``layer``: the largest layer; ``root``: what lies
+    outside of the layers."""
     terms = {name: breakdown.get(name, 0) for name in TERMS}
-    terms = per_device(terms, workload, layer=layer or Group(layer_bytes), root=root, trained_bytes=trained_bytes)
+    terms = per_device(terms, workload, layer=layer, root=root, trained_bytes=trained_bytes)
     outside = outside_bytes(workload, sum(terms.values()))
     terms["overhead"] += outside + (cuda.workspace_bytes() if workload.device_type == "cuda" else CPU_LIBRARY_BYTES)
     return MemoryEstimate(

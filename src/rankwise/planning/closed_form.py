@@ -49,6 +49,7 @@ def of_shape(shape: Shape, method: str, workload: Workload, *, started: float | 
     tensors = list(weights.trained_tensors(shape, method, workload, adapted))
     state, elsewhere = state_bytes(workload.optimizer, tensors)
     fixed = fixed_terms(shape, method, workload, adapted) | {"optimizer": state}
+    layer, root = weights.sharding_groups(shape, method, workload, adapted)
     phase, moving = max(
         phases(shape, method, workload, adapted, tensors).items(), key=lambda item: sum(item[1].values())
     )
@@ -63,7 +64,8 @@ def of_shape(shape: Shape, method: str, workload: Workload, *, started: float | 
         max_positions=shape.max_positions,
         exact=False,
         seconds=time.perf_counter() - started,
-        layer_bytes=layer_tensor_bytes(shape, fixed),
+        layer=layer,
+        root=root,
         trained_bytes=weights.tensor_bytes(tensors),
         notes=notes_of(shape, method),
     )
@@ -78,12 +80,6 @@ def fixed_terms(shape: Shape, method: str, workload: Workload, adapted: Adaptati
         "weights": weights.dense_bytes(shape, method, workload),
         "adapters": weights.tensor_bytes(own) + kept,
     }
-
-
-def layer_tensor_bytes(shape: Shape, fixed: Terms) -> int:
-    """Of one layer: its share of all weights and adapters, embeddings and head left to themselves."""
-    held = sum(fixed[name] for name in ("weights_4bit", "weights", "adapters"))
-    return held // shape.layers
 
 
 def step_of(shape: Shape, method: str, workload: Workload, adapted: Adaptation | None) -> Step:
@@ -116,9 +112,7 @@ def phases(
     unpacked = unpacked_bytes(shape, method, workload)
     # By then what lies outside of the layers is mostly gone; with checkpointing the mask is needed again.
     outside_then = activations.checkpoint_bytes(step) + step.T * step.row_tokens if again else 0
-    if step.on_card and not again:
-        outside_then = outside // 2
-    return {
+    found = {
         "forward": {"activations": saved + outside, "logits": activations.loss_bytes(step)},
         "backward at the head": {"activations": saved + outside, "transient": head_gradient_bytes(shape, method)},
         "backward": {"activations": saved + one + outside_then, "transient": backward + unpacked},
@@ -133,6 +127,10 @@ def phases(
         },
         "optimizer": {"gradients": gradients, "transient": step_copies_bytes(workload, tensors)},
     }
+    if shape.experts and not again and method != "full":
+        held, unsaved = activations.experts_forward_bytes(step)
+        found["forward through experts"] = {"activations": saved + outside - unsaved, "transient": held}
+    return found
 
 
 def head_gradient_bytes(shape: Shape, method: str) -> int:
