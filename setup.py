@@ -27,6 +27,9 @@ LEVELS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16
 FAMILIES = ("level", "training")
 LEVEL_FLAGS = {f"{family}_{level}": flags for family in FAMILIES for level, flags in LEVELS.items()}
 LEVEL_FLAGS["attention_avx512_bf16"] = LEVELS["avx512_bf16"]
+LEVEL_FLAGS["attention_amx"] = [*LEVELS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
+OPTIONAL = {"_avx512_bf16": "-mavx512bf16", "_amx": "-mamx-bf16"}
+# Levels that an older compiler may lack; the one below takes their place.
 SOURCES = ["native", "attention", "parallel", "training", "level_portable", "training_portable", *LEVEL_FLAGS]
 
 
@@ -63,9 +66,10 @@ class BuildNative(build_ext):
         try:
             return self._object(name, flags)
         except CompileError:
-            if not name.endswith("_avx512_bf16"):
+            missing = next((flag for ending, flag in OPTIONAL.items() if name.endswith(ending)), None)
+            if missing is None:
                 raise
-            self.warn("this compiler has no -mavx512bf16; plain AVX-512 takes that level's place")
+            self.warn(f"this compiler has no {missing}; the level below takes its place")
             return self._object(name, FLAGS)
 
     def _object(self, name: str, flags: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 // The C interface of attention: picks the level, cuts the work into shares.
 #include "attention.hpp"
 
+#include <atomic>
 #include <memory>
 
 #include "parallel.hpp"
@@ -16,10 +17,19 @@ constexpr int64_t kBackwardShares = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-const AttentionKernels* kernels() {
+// -1: whatever is there; 0: without AMX, for tests.
+std::atomic<int> amx_choice{-1};
+
+// For heads of size D; D = 0 asks for any.
+const AttentionKernels* kernels(int64_t D) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_cpu_init();
-    if (rw_level() == RW_AVX512 && __builtin_cpu_supports("avx512bf16")) return attention_avx512_bf16();
+    if (rw_level() == RW_AVX512 && __builtin_cpu_supports("avx512bf16")) {
+        const AttentionKernels* amx = D % 32 == 0 && amx_choice != 0 ? attention_amx() : nullptr;
+        return amx ? amx : attention_avx512_bf16();
+    }
+#else
+    (void)D;
 #endif
     return nullptr;
 }
@@ -49,11 +59,15 @@ int64_t parts_for(const AttentionJob& job, int64_t shares) {
 
 extern "C" {
 
-int rw_attention_available(void) { return kernels() != nullptr; }
+int rw_attention_available(void) { return kernels(1) != nullptr; }
+
+int rw_attention_uses_amx(void) { return kernels(0) != nullptr && amx_choice != 0 && attention_amx() != nullptr; }
+
+void rw_attention_allow_amx(int allowed) { amx_choice = allowed ? -1 : 0; }
 
 void rw_attention_forward(const rw_attention* a, void* out, float* lse, int threads) {
     const AttentionForward call = {job_of(*a), static_cast<uint16_t*>(out), lse};
-    const AttentionKernels* level = kernels();
+    const AttentionKernels* level = kernels(call.job.D);
     each_share(call.job, parts_for(call.job, 4 * int64_t{threads}), threads,
                [&](const AttentionShare& share, int64_t) { level->forward(call, share); });
 }
@@ -63,7 +77,7 @@ void rw_attention_backward(const rw_attention* a, const void* out, const float* 
     const AttentionBackward call = {job_of(*a), static_cast<const uint16_t*>(out), lse,
                                     heads(*grad), static_cast<uint16_t*>(dq), static_cast<uint16_t*>(dk), static_cast<uint16_t*>(dv)};
     const AttentionJob& job = call.job;
-    const AttentionKernels* level = kernels();
+    const AttentionKernels* level = kernels(job.D);
     const int64_t parts = parts_for(job, kBackwardShares), size = level->sums_size(job);
     if (parts == 1) {
         return each_share(job, 1, threads, [&](const AttentionShare& share, int64_t) {

@@ -6,7 +6,7 @@
 
 namespace rankwise {
 const AttentionKernels* attention_avx512_bf16() {
-    static const AttentionKernels kernels = {forward, backward, sums_size, finish};
+    static const AttentionKernels kernels = {forward<forward_tile>, backward<backward_tile>, sums_size, finish};
     return &kernels;
 }
 }  // namespace rankwise

@@ -111,7 +111,7 @@ RW_INLINE void add_keys(const uint32_t* a, const uint32_t* b, const Halves& halv
     }
 }
 
-static void backward_tile(const BackwardTile& tile, const BackwardKeys& keys, int64_t key) {
+[[maybe_unused]] static void backward_tile(const BackwardTile& tile, const BackwardKeys& keys, int64_t key) {
     Halves halves;
     for (int64_t g = 0; g < kTile / kGroup; ++g) {
         const Ranges::Span span = tile.ranges->span(g, key);
@@ -178,6 +178,7 @@ static void row_terms(const AttentionBackward& call, int64_t b, int64_t h, int64
 
 static int64_t sums_size(const AttentionJob& job) { return (job.Lk + kTile - 1) / kTile * kTile * job.D * 2; }
 
+template <void (*Tile)(const BackwardTile&, const BackwardKeys&, int64_t)>
 static void backward(const AttentionBackward& call, const AttentionShare& share, float* sums) {
     const AttentionJob& job = call.job;
     const KeyTiles tiles(job, share);
@@ -209,7 +210,7 @@ static void backward(const AttentionBackward& call, const AttentionShare& share,
             for (int64_t t = ranges.first_tile(); t < ranges.last_tile(); ++t) {
                 const int64_t at = (t - tiles.first) * packed.tile_size;
                 float* dk = sums + 2 * t * kTile * D;
-                backward_tile(tile, {packed.k + at, packed.v + at, packed.k_right + at, dk, dk + kTile * D}, t * kTile);
+                Tile(tile, {packed.k + at, packed.v + at, packed.k_right + at, dk, dk + kTile * D}, t * kTile);
             }
             for (int64_t i = 0; i < rows; ++i) {
                 uint16_t* to = call.dq + ((share.b * job.Lq + query + i) * job.H + h) * D;

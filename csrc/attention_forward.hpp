@@ -83,7 +83,7 @@ static void forward_group(const ForwardTile& tile, int64_t g, int64_t key, Range
     accumulate_row(p, kTilePairs, v + 8 * span.from * D, D, 8 * C, shrink, tile.out + i * D, D, D);
 }
 
-static void forward_tile(const ForwardTile& tile, int64_t key, const uint32_t* k, const uint32_t* v) {
+[[maybe_unused]] static void forward_tile(const ForwardTile& tile, int64_t key, const uint32_t* k, const uint32_t* v) {
     for (int64_t g = 0; g < kTile / kGroup; ++g) {
         const Ranges::Span span = tile.ranges->span(g, key);
         switch (span.to - span.from) {
@@ -114,6 +114,8 @@ static void finish_forward(const AttentionForward& call, const ForwardTile& tile
     }
 }
 
+// `Tile` adds what a tile of keys gives to a tile of queries.
+template <void (*Tile)(const ForwardTile&, int64_t, const uint32_t*, const uint32_t*)>
 static void forward(const AttentionForward& call, const AttentionShare& share) {
     const AttentionJob& job = call.job;
     const KeyTiles tiles(job, share);
@@ -139,7 +141,7 @@ static void forward(const AttentionForward& call, const AttentionShare& share) {
             for (float& one : top) one = -1e30f;  // finite, so that a query that has seen no key yet makes no NaN
             const ForwardTile tile = {&ranges, D, job.scale * 1.44269504f, q, p, out, top, sum};
             for (int64_t t = ranges.first_tile(); t < ranges.last_tile(); ++t)
-                forward_tile(tile, t * kTile, k + (t - tiles.first) * tile_size, v + (t - tiles.first) * tile_size);
+                Tile(tile, t * kTile, k + (t - tiles.first) * tile_size, v + (t - tiles.first) * tile_size);
             finish_forward(call, tile, share.b, h, query);
         }
     }

@@ -162,10 +162,10 @@ RW_INLINE __m512i turns(int first, int second) {
                            _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(second)), 16));
 }
 
-// to (rows to a multiple of 16 / 2, D) = pairs of neighbouring rows of x, zeros after row `rows`.
+// to (rows to a multiple of 32 / 2, D) = pairs of neighbouring rows of x, zeros after row `rows`.
 static void pair_rows(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t D, uint32_t* to) {
     const __m512i low = turns(0, 32), high = turns(16, 48);
-    for (int64_t i = 0; i < rounded_up(rows, 16); i += 2)
+    for (int64_t i = 0; i < rounded_up(rows, 32); i += 2)
         for (int64_t d = 0; d < D; d += 32) {
             const __mmask32 some = words(D - d);
             const uint16_t* row = x + i * x_stride + d;

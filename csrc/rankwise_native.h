@@ -72,6 +72,9 @@ typedef struct rw_attention {
 
 // Whether the current level has attention; the two functions below must not be called where it has not.
 RW_EXPORT int rw_attention_available(void);
+// Whether heads whose size is a multiple of 32 run on AMX, and a switch for it: 0 keeps to AVX-512.
+RW_EXPORT int rw_attention_uses_amx(void);
+RW_EXPORT void rw_attention_allow_amx(int allowed);
 
 // out (B, Lq, H, D) = softmax(scale q k^T) v; lse float (B, H, Lq), the logarithm of the sum of exponentials. A query that sees no key
 // gets zeros and -inf.

@@ -26,6 +26,7 @@ for family in level training; do
 done
 for name in training_portable sanitize_training; do compile $name & done
 compile attention_avx512_bf16 $avx512 ${avx512:+-mavx512bf16} &
+compile attention_amx $avx512 ${avx512:+-mavx512bf16 -mamx-tile -mamx-bf16} &
 wait
 ${CXX:-g++} $flags "$build"/*.o -o "$build/driver"
 "$build/driver"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -129,10 +129,23 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", lambda *sizes, **options: plain(*sizes, **options).fill_(float("nan")))
 
 
+@pytest.fixture(params=["amx", "avx512"])
+def products(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whose instructions multiply: AMX where the processor has it, and AVX-512 alone."""
+    library = native.library()
+    library.rw_attention_allow_amx(int(request.param == "amx"))
+    if request.param == "amx" and not library.rw_attention_uses_amx():
+        pytest.skip("this processor has no AMX")
+    yield
+    library.rw_attention_allow_amx(1)
+
+
 @needs_native
 @pytest.mark.parametrize("ranges", RANGES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_as_exact_as_pytorch(poisoned: None, shape: tuple[int, ...], ranges: Callable[..., Range]) -> None:
+def test_as_exact_as_pytorch(
+    poisoned: None, products: None, shape: tuple[int, ...], ranges: Callable[..., Range]
+) -> None:
     tensors, seen = make(*shape), ranges(*shape[:3])
     found = results(attention, tensors, seen)
     assert all(x.isfinite().all() for x in found)

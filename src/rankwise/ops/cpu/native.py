@@ -110,6 +110,8 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "rw_linear_4bit": (None, [weight, pointer, count, count, count, integer, pointer, pointer, integer]),
         "rw_row_norms_4bit": (None, [weight, count, count, integer, pointer, integer]),
         "rw_attention_available": (integer, []),
+        "rw_attention_uses_amx": (integer, []),
+        "rw_attention_allow_amx": (None, [integer]),
         "rw_attention_forward": (None, [pointer, pointer, pointer, integer]),
         "rw_attention_backward": (None, [pointer] * 7 + [integer]),
         "rw_share_threads": (None, [pointer]),
