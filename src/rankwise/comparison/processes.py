@@ -67,7 +67,7 @@ def start(module: str, arguments: Sequence[str], name: Path, environment: Mappin
             env={**os.environ, **environment},
             pass_fds=(lock.fileno(),),
             start_new_session=True,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=_prepare,
         )
     # Our copy of the lock is closed; the process's own keeps it.
     return Worker(process, time.monotonic(), stdout)
@@ -100,6 +100,9 @@ def _lock_file(name: Path) -> IO[bytes]:
     return open(beside(name, ".lock"), "ab")
 
 
-def _end_with_parent() -> None:
-    # SIGTERM, not SIGKILL: a run saves its step and ends.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def _prepare() -> None:
+    # A shell's background jobs ignore SIGINT, by which a run is asked to stop.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.platform == "linux":
+        # SIGTERM, not SIGKILL: a run saves its step and ends.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

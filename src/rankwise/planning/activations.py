@@ -62,8 +62,8 @@ class Step:
     @property
     def flat(self) -> bool:
         """Whether the trainer lays the rows of a batch end to end in one: where our attention is in the model."""
-        is_ours = self.workload.fast and not self.on_card and self.workload.dtype == "bfloat16" and self.method != "full"
-        return is_ours and not self.shape.dropout
+        on_cpu = self.workload.fast and not self.on_card and self.workload.dtype == "bfloat16"
+        return on_cpu and self.method != "full" and not self.shape.dropout
 
     @property
     def row_tokens(self) -> int:
@@ -244,8 +244,11 @@ def backward_bytes(step: Step) -> int:
 
 
 def experts_forward_bytes(step: Step) -> tuple[int, int]:
-    """Inside a layer's experts, on the way forward: (what it holds for a moment, what it has not saved yet). The k copies
-    of each token, their products and the weighed outputs: k (2 f + 3 h), before gate, up and act(gate) are kept."""
+    """Inside a layer's experts, on the way forward: (what it holds for a moment, what it has not saved yet).
+
+    The k copies of each token, their products and the weighed outputs: k (2 f + 3 h), before gate, up and act(gate) are
+    kept.
+    """
     shape, k = step.shape, step.shape.experts_per_token
     per_token = step.s * k
     return step.T * per_token * (2 * shape.mlp + 3 * shape.hidden), step.T * per_token * 3 * shape.mlp
