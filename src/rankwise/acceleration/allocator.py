@@ -12,8 +12,9 @@ from functools import cache
 
 # Numbers of mallopt's parameters, from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-MMAP_BYTES = (1 << 30, 32 << 20)
-# Blocks below come from the heap, where they are used again; an old glibc takes no more than the second.
+MMAP_BYTES = 32 << 20
+# Blocks below come from the heap, where they are used again. Rows of ever different lengths would tear holes of larger
+# blocks into it (2.1 GB at the peak of a run that takes 1.8 GB so), and an old glibc takes no more.
 TRIM_BYTES = 1 << 30
 # Free memory at the heap's end that is kept.
 TOP_PAD_BYTES = 64 << 20
@@ -25,7 +26,5 @@ def keep_freed_memory() -> bool:
     if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    is_set = any(mallopt(M_MMAP_THRESHOLD, size) == 1 for size in MMAP_BYTES)
-    for parameter, value in ((M_TRIM_THRESHOLD, TRIM_BYTES), (M_TOP_PAD, TOP_PAD_BYTES)):
-        is_set &= mallopt(parameter, value) == 1
-    return is_set
+    wanted = ((M_MMAP_THRESHOLD, MMAP_BYTES), (M_TRIM_THRESHOLD, TRIM_BYTES), (M_TOP_PAD, TOP_PAD_BYTES))
+    return all([mallopt(parameter, value) == 1 for parameter, value in wanted])
