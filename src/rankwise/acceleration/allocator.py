@@ -27,4 +27,6 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     wanted = ((M_MMAP_THRESHOLD, MMAP_BYTES), (M_TRIM_THRESHOLD, TRIM_BYTES), (M_TOP_PAD, TOP_PAD_BYTES))
-    return all([mallopt(parameter, value) == 1 for parameter, value in wanted])
+    # Every one is set, whether or not another is refused.
+    taken = [mallopt(parameter, value) == 1 for parameter, value in wanted]
+    return all(taken)

@@ -146,6 +146,8 @@ class RankwiseTrainer(SFTTrainer):
         outputs = model(**given, num_items_in_batch=num_items, loss_options=options)
         sums, count = options.found[-1], max(1, int(trained_positions(inputs["labels"])))
         loss = sums.loss / (count if num_items is None else torch.as_tensor(num_items, device=sums.loss.device))
+        assert sums.entropy is not None, "asked for"
+        assert sums.correct is not None, "asked for"
         return self._with_aux_loss(
             LossParts(loss, float(sums.entropy) / count, int(sums.correct) / count, getattr(outputs, "aux_loss", None)),
             num_items,
