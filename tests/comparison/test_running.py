@@ -96,13 +96,13 @@ def test_tasks_that_come_later_are_measured_on_the_runs_that_are_there(tmp_path:
     options = given(tmp_path, methods="lora", learning_rates="2e-4", seeds=1)
     compare(**options)
     count = len(starts(tmp_path / "out"))
-    rows = tmp_path / "problems.jsonl"
-    rows.write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n")
-    found: Any = compare(**options, task="gsm8k", task_data=f"gsm8k={rows}")
+    rows = tmp_path / "meanings.csv"
+    rows.write_text("mr,ref\nname[A],A is a place.\n")
+    found: Any = compare(**options, task="e2e", task_data=f"e2e={rows}")
     assert len(starts(tmp_path / "out")) == count
-    assert found["runs"][0]["tasks"]["gsm8k"]["metrics"] == {"accuracy": 50.0}
+    assert found["runs"][0]["tasks"]["e2e"]["metrics"] == {"accuracy": 50.0}
     again: Any = compare(**options)
-    assert "gsm8k" not in again["runs"][0]["tasks"]
+    assert "e2e" not in again["runs"][0]["tasks"]
 
 
 def test_another_recommendation_takes_the_merged_model_of_the_old_one_away(tmp_path: Path):
@@ -136,10 +136,10 @@ def test_what_a_killed_write_left_is_no_stranger(tmp_path: Path):
 
 
 def test_a_metric_that_no_task_gives_is_refused_before_the_runs(tmp_path: Path):
-    rows = tmp_path / "problems.jsonl"
-    rows.write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n")
-    with pytest.raises(ConfigError, match=r"RW167.*gsm8k\.accuracy"):
-        compare(**given(tmp_path, task="gsm8k", task_data=f"gsm8k={rows}", metric="gsm8k.acuracy"))
+    rows = tmp_path / "meanings.csv"
+    rows.write_text("mr,ref\nname[A],A is a place.\n")
+    with pytest.raises(ConfigError, match=r"RW167.*e2e\.BLEU"):
+        compare(**given(tmp_path, task="e2e", task_data=f"e2e={rows}", metric="e2e.bleu"))
     assert not (tmp_path / "out" / "started.txt").exists()
 
 
@@ -274,6 +274,8 @@ def test_ctrl_c_lets_the_runs_end_and_the_same_call_continues(tmp_path: Path):
         env={**os.environ, "FAKE_STEP_SECONDS": "0.3"},
         stderr=subprocess.PIPE,
         text=True,
+        # Where the tests run in a shell's background, SIGINT is ignored by all that they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "out" / "started.txt").exists() and process.poll() is None and time.monotonic() < deadline:
