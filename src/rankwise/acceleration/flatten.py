@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rankwise.acceleration.recognise import is_fake
+from rankwise.errors import RankwiseError
 
 LENGTHS = (3, 4)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -27,6 +28,8 @@ def can_flatten(model: Any) -> bool:
     try:
         apart = [_last_logits(model, [length]) for length in LENGTHS]
         together = _last_logits(model, list(LENGTHS))
+    except RankwiseError:
+        raise
     except Exception:  # noqa: BLE001  a model that cannot be asked this way gets padded rows
         return False
     finally:

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from rankwise.acceleration.recognise import is_fake
 from rankwise.acceleration.replace import ATTRIBUTE, Undo, class_forward, is_free, replace_forward
 from rankwise.adapters.operator import computes_in
+from rankwise.errors import RankwiseError
 from rankwise.ops.linear_cross_entropy import LogitShape, LossSums, chunk_rows, linear_cross_entropy
 
 IGNORED = -100
@@ -216,6 +217,8 @@ def _answers_as(model: Any, head: nn.Module, shape: LogitShape) -> bool:
     try:
         ids = torch.zeros((1, 2), dtype=torch.long, device=parameter.device)
         logits = class_forward(model)(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+    except RankwiseError:
+        raise
     except Exception:  # noqa: BLE001  a model that cannot be asked this way keeps its own loss
         return False
     finally:

@@ -13,10 +13,9 @@ from rankwise.comparison.settings import CompareOptions
 from rankwise.data import Row, Rows, overlapping_rows, read_rows
 from rankwise.errors import ConfigError, DataError, warn
 from rankwise.records import write_text
+from rankwise.training.setup import limited
 
 EVAL_SHARE = 0.1
-EVAL_ROWS = 256
-# As in a single run: evaluations take so many rows where the user does not say.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +48,7 @@ def prepare_inputs(given: CompareOptions, check: Callable[[dict[str, Any]], None
     if held_out is None:
         rows, held_out = split_by_prompt(rows, EVAL_SHARE)
         how = "a tenth of the training data, by prompt"
-    part = _limited(held_out, options["eval_limit"])
+    part = limited(held_out, options["eval_limit"])
     overlap = overlapping_rows(rows, part)
     if overlap:
         warn(
@@ -111,20 +110,6 @@ def _own_evaluation(given: CompareOptions, rows: Rows, columns: dict[str, Any]) 
         return None
     # A folder whose files are named after no split gives all of them for any.
     return None if found.sha256 == rows.sha256 else found
-
-
-def _limited(rows: Rows, limit: int | None) -> Rows:
-    if limit is not None:
-        return rows[:limit] if limit else rows
-    step = max(1, len(rows) // EVAL_ROWS)
-    part = rows[: step * EVAL_ROWS : step]
-    if len(part) < len(rows):
-        warn(
-            "RW528",
-            f"each evaluation takes {len(part)} of the {len(rows):,} rows of {rows.source}, spread evenly; "
-            "--eval-limit 0 takes all.",
-        )
-    return part
 
 
 def _write(rows: Rows, path: Path, columns: dict[str, Any]) -> Path:

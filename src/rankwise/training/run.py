@@ -20,6 +20,7 @@ import transformers
 from rankwise.acceleration import can_flatten, optimize_for_training
 from rankwise.adapters.baselines import BASELINES
 from rankwise.config import LoraConfig, TrainSettings
+from rankwise.data import Rows
 from rankwise.errors import RankwiseWarning, warn
 from rankwise.models import choose_device, model_facts
 from rankwise.quantization.config import FourBitConfig, Fp4Config, Nf4Config
@@ -136,39 +137,55 @@ def _is_finished(given: TrainSettings) -> bool:
     return True
 
 
-def _prepare(
-    given: TrainSettings, mode: output.Mode, lora: LoraConfig, observer: Observer, foresight: Foresight | None
-) -> Session:
-    """Read, load and check everything; nothing is written."""
-    quantization = quantization_for(given)
-    observer.phase("Reading data")
-    rows, eval_rows, template = setup.read_data(
-        train=given.data,
-        evaluation=given.eval_data,
-        eval_limit=given.eval_limit,
-        columns={"prompt_column": given.prompt_column, "completion_column": given.completion_column},
-        chat_template=given.chat_template,
-    )
-    observer.phase("Loading the model")
-    if foresight is not None:
-        foresight.before_loading()
-    loaded = setup.load_for_training(
+def load_base(given: TrainSettings) -> setup.Loaded:
+    """The base model and its tokenizer."""
+    return setup.load_for_training(
         given.model,
         method=given.method,
-        quantization=quantization,
+        quantization=quantization_for(given),
         dtype=given.dtype,
         device=given.device,
         trust_remote_code=given.trust_remote_code,
         revision=given.revision,
         cache=given.cache,
     )
-    observer.phase("Encoding data")
+
+
+def read_data(given: TrainSettings) -> tuple[Rows, Rows | None, str | None]:
+    """Rows to train on, rows to evaluate on, and the chat template that was given."""
+    return setup.read_data(
+        train=given.data,
+        evaluation=given.eval_data,
+        eval_limit=given.eval_limit,
+        columns={"prompt_column": given.prompt_column, "completion_column": given.completion_column},
+        chat_template=given.chat_template,
+    )
+
+
+def encode_data(
+    given: TrainSettings, loaded: setup.Loaded, rows: Rows, eval_rows: Rows | None, template: str | None
+) -> setup.Data:
+    """Token ids and labels of both sets."""
     if template is not None:
         # Saved with the run, so that whoever loads it writes prompts as they were in training.
         loaded.tokenizer.chat_template = template
-    data = setup.encode_data(
+    return setup.encode_data(
         rows, eval_rows, loaded.tokenizer, max_length=given.max_length, template=template, cache=given.cache
     )
+
+
+def _prepare(
+    given: TrainSettings, mode: output.Mode, lora: LoraConfig, observer: Observer, foresight: Foresight | None
+) -> Session:
+    """Read, load and check everything; nothing is written."""
+    observer.phase("Reading data")
+    rows, eval_rows, template = read_data(given)
+    observer.phase("Loading the model")
+    if foresight is not None:
+        foresight.before_loading()
+    loaded = load_base(given)
+    observer.phase("Encoding data")
+    data = encode_data(given, loaded, rows, eval_rows, template)
     base = model_facts(loaded.model, loaded.source)
     described = data.describe()
     if mode == "resume":
