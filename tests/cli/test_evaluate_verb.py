@@ -121,6 +121,8 @@ def test_a_stopped_evaluation_goes_on(model_folder: Path, tmp_path: Path, number
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Where the tests run in a shell's background, SIGINT is ignored by all that they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while process.poll() is None and not (predictions.exists() and predictions.stat().st_size):
         time.sleep(0.01)
