@@ -81,6 +81,8 @@ def _check_settings(given: TrainSettings) -> LoraConfig:
     )
     if given.method not in FOUR_BITS:
         _warn_of_idle_options(given)
+    # A 4-bit format that cannot be is refused here, before anything is read.
+    quantization_for(given)
     return _lora_config(given)
 
 
