@@ -27,10 +27,12 @@ LEVELS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16
 FAMILIES = ("level", "training")
 LEVEL_FLAGS = {f"{family}_{level}": flags for family in FAMILIES for level, flags in LEVELS.items()}
 LEVEL_FLAGS["attention_avx512_bf16"] = LEVELS["avx512_bf16"]
-LEVEL_FLAGS["attention_amx"] = [*LEVELS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
+for family in ("attention", "products"):
+    LEVEL_FLAGS[f"{family}_amx"] = [*LEVELS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 OPTIONAL = {"_avx512_bf16": "-mavx512bf16", "_amx": "-mamx-bf16"}
 # Levels that an older compiler may lack; the one below takes their place.
-SOURCES = ["native", "attention", "parallel", "training", "level_portable", "training_portable", *LEVEL_FLAGS]
+SOURCES = ["native", "attention", "parallel", "products", "training"]
+SOURCES += ["level_portable", "training_portable", *LEVEL_FLAGS]
 
 
 class BuildNative(build_ext):

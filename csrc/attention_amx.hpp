@@ -4,29 +4,13 @@
 // groups of queries. Weights of keys that a query does not see are stored as zeros, since whole tiles are multiplied.
 #pragma once
 
+#include "amx.hpp"
 #include "attention_backward.hpp"
 
 namespace rankwise {
 
 constexpr int64_t kBlock = 16;                   // rows, pairs and columns of a hardware tile
 constexpr int64_t kBlockGroups = kBlock / kGroup;
-
-// Eight tiles of 16 rows of 64 bytes; released so that whoever else uses tiles on this thread finds none configured.
-class Amx {
-public:
-    Amx() {
-        alignas(64) unsigned char config[64] = {};
-        config[0] = 1;
-        for (int tile = 0; tile < 8; ++tile) {
-            config[16 + 2 * tile] = 64;
-            config[48 + tile] = 16;
-        }
-        _tile_loadconfig(config);
-    }
-    ~Amx() { _tile_release(); }
-    Amx(const Amx&) = delete;
-    Amx& operator=(const Amx&) = delete;
-};
 
 // out (16, 16 columns) = or += a (16, pairs) b (pairs, 16 columns); columns 1 to 4, pairs a multiple of 16; strides in elements.
 template <bool Add>

@@ -37,16 +37,21 @@ struct Gelu {
     }
 };
 
-template <int D, class Act>
+template <int D, bool Past, class Part>
+RW_INLINE void put(void* data, int64_t i, Floats x, Part part) {
+    Past ? store_past<D>(data, i, x, part) : store<D>(data, i, x, part);
+}
+
+template <int D, class Act, bool Past>
 void glu_rows(const GluJob job, int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t)
         each_vector(job.N, [&](int64_t n, auto part) RW_INLINED {
             const Floats gate = load<D>(job.gate, t * job.gate_stride + n, part);
-            store<D>(job.product, t * job.N + n, gate * Act::share(gate) * load<D>(job.up, t * job.up_stride + n, part), part);
+            put<D, Past>(job.product, t * job.N + n, gate * Act::share(gate) * load<D>(job.up, t * job.up_stride + n, part), part);
         });
 }
 
-template <int D, class Act, bool Product>
+template <int D, class Act, bool Past, bool Product>
 void glu_backward_rows(const GluJob job, int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t)
         each_vector(job.N, [&](int64_t n, auto part) RW_INLINED {
@@ -55,16 +60,25 @@ void glu_backward_rows(const GluJob job, int64_t first, int64_t last) {
             Floats share, slope;
             Act::share_and_slope(gate, share, slope);
             const Floats active = gate * share;
-            store<D>(job.dgate, t * job.N + n, dout * up * slope, part);
-            store<D>(job.dup, t * job.N + n, dout * active, part);
-            if (Product) store<D>(job.product, t * job.N + n, active * up, part);
+            put<D, Past>(job.dgate, t * job.N + n, dout * up * slope, part);
+            put<D, Past>(job.dup, t * job.N + n, dout * active, part);
+            if (Product) put<D, Past>(job.product, t * job.N + n, active * up, part);
         });
+}
+
+template <int D, class Act, bool Past>
+void glu_past(const GluJob& job, int64_t first, int64_t last) {
+    if (!job.dout) return glu_rows<D, Act, Past>(job, first, last);
+    job.product ? glu_backward_rows<D, Act, Past, true>(job, first, last) : glu_backward_rows<D, Act, Past, false>(job, first, last);
 }
 
 template <int D, class Act>
 void glu_with(const GluJob& job, int64_t first, int64_t last) {
-    if (!job.dout) return glu_rows<D, Act>(job, first, last);
-    job.product ? glu_backward_rows<D, Act, true>(job, first, last) : glu_backward_rows<D, Act, false>(job, first, last);
+    const void* others[] = {job.dout ? job.dgate : job.product, job.dout ? job.dup : job.product, job.product ? job.product : job.dup};
+    bool past = true;
+    for (const void* data : others) past = past && is_large(data, job.T, job.N);
+    past ? glu_past<D, Act, true>(job, first, last) : glu_past<D, Act, false>(job, first, last);
+    if (past) fence();
 }
 
 template <int D>

@@ -125,6 +125,34 @@ RW_EXPORT int64_t rw_cross_entropy(void* logits, int64_t stride, const int64_t* 
 RW_EXPORT void rw_dropout(const void* z, void* out, int add, float factor, uint32_t threshold, uint32_t before, uint32_t middle, int64_t n,
                           int dtype, int threads);
 
+// One term of a sum of products of bfloat16 matrices: a W^T, or, with `across`, a W.
+typedef struct rw_term {
+    const void* a;  // (T, length) bfloat16, rows a_stride apart
+    int64_t a_stride;
+    int64_t length;     // what is summed over
+    const void* w;      // rows of w_stride elements: the columns of the result or, with `across`, what is summed over
+    int64_t w_stride;
+    const rw_weight* packed;  // a weight of 4 bits in place of w, or null
+    const float* gain;        // (length,) or null: times the elements that are summed over
+    float scale;              // of w; w, gain and scale are multiplied in float32 and rounded once
+    int w_dtype;              // float32 or bfloat16
+    int across;
+} rw_term;
+
+// Whether the current level has sums of products; the functions below must not be called where it has not. And a switch for them.
+RW_EXPORT int rw_products_available(void);
+RW_EXPORT void rw_products_allow(int allowed);
+
+// out (T, N) bfloat16 = g * (sum of at most 16 terms) + bias, rounded once; g and bias (N) or null.
+RW_EXPORT void rw_products(const rw_term* terms, int count, int64_t T, int64_t N, const float* g, const float* bias, void* out,
+                           int64_t out_stride, int threads);
+
+// out (R, C), or (C, R) with by_column, = scale * gain * q^T m of q (T, R) and m (T, C) in bfloat16; gain (C) or null. out is float32 or
+// bfloat16. dot (C) = sum_T m * y, unless null; with divisor (C) divided by it, and 0 where that is 0.
+RW_EXPORT void rw_row_product(const void* q, int64_t q_stride, const void* m, int64_t m_stride, const void* y, int64_t y_stride, int64_t T,
+                              int64_t R, int64_t C, float scale, const float* gain, int by_column, void* out, int out_dtype,
+                              const float* divisor, float* dot, int threads);
+
 #ifdef __cplusplus
 }
 #endif

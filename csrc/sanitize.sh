@@ -17,16 +17,16 @@ case $(uname -m) in
 x86_64 | amd64) ;;
 *) avx2="" avx512="" ;;
 esac
-for name in native attention training parallel level_portable sanitize_driver; do compile $name & done
+for name in native attention products training parallel level_portable sanitize_driver; do compile $name & done
 wait
 for family in level training; do
     compile ${family}_avx2 $avx2 &
     compile ${family}_avx512 $avx512 &
     compile ${family}_avx512_bf16 $avx512 ${avx512:+-mavx512bf16} &
 done
-for name in training_portable sanitize_training; do compile $name & done
+for name in training_portable sanitize_training sanitize_products; do compile $name & done
 compile attention_avx512_bf16 $avx512 ${avx512:+-mavx512bf16} &
-compile attention_amx $avx512 ${avx512:+-mavx512bf16 -mamx-tile -mamx-bf16} &
+for name in attention_amx products_amx; do compile $name $avx512 ${avx512:+-mavx512bf16 -mamx-tile -mamx-bf16} & done
 wait
 ${CXX:-g++} $flags "$build"/*.o -o "$build/driver"
 "$build/driver"

@@ -81,6 +81,13 @@ void run(const Tables& tables, int64_t N, int64_t K, int64_t block, int64_t T, i
         if (n > 3) rw_dequantize_4bit(weight, 3, n - 3, to, exact.get(), 1);
     }
     rw_linear_4bit(weight, x.get(), T, N, K, dtype, nested ? bias.get() : nullptr, y.get(), 2);
+    if (rw_products_available() && T > 0 && N > 0 && dtype == RW_BFLOAT16) {
+        const Bytes back = bytes(T * K * 2);
+        const rw_term forward = {x.get(), K, K, nullptr, K, weight, nullptr, 1.0f, RW_BFLOAT16, 0};
+        rw_products(&forward, 1, T, N, nullptr, nullptr, y.get(), N, 2);
+        const rw_term backward = {y.get(), N, N, nullptr, K, weight, norms.data(), 0.5f, RW_BFLOAT16, 1};
+        rw_products(&backward, 1, T, K, nullptr, nullptr, back.get(), K, 2);
+    }
     rw_row_norms_4bit(weight, N, K, dtype, norms.data(), 2);
     for (float norm : norms) checksum += norm;
     for (int64_t b = 0; b < blocks; ++b) checksum += absmax[static_cast<size_t>(b)];
@@ -148,7 +155,8 @@ bool attention_is_sound() {
 
 }  // namespace
 
-double training_sum();  // sanitize_training.cpp
+double training_sum();      // sanitize_training.cpp
+bool products_are_sound();  // sanitize_products.cpp
 
 bool training_is_sound() {
     rw_set_level(RW_PORTABLE);
@@ -173,6 +181,7 @@ int main() {
         std::printf("level %d: %.6f\n", level, found);
         if (std::fabs(found - expected) > 1e-5 * std::fabs(expected)) return 1;
     }
-    if (!attention_is_sound() || !training_is_sound()) return 1;
+    if (!attention_is_sound() || !training_is_sound() || !products_are_sound()) return 1;
+    std::printf("products\n");
     return 0;
 }

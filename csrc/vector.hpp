@@ -176,6 +176,35 @@ RW_INLINE void store(void* data, int64_t i, Floats x, Some some) {
     }
 }
 
+// Past the caches, where `i` is a multiple of a vector and the data are aligned to 64 bytes: reading each line of a large result before
+// it is overwritten costs more than it saves. After the last one, `fence`.
+template <int D>
+RW_INLINE void store_past(void* data, int64_t i, Floats x, Whole whole = {}) {
+#if defined(__AVX512F__)
+    if constexpr (D == RW_BFLOAT16) {
+        const Halves half = narrowed(x);
+        return _mm256_stream_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(data) + i), reinterpret_cast<__m256i>(half));
+    }
+#endif
+    store<D>(data, i, x, whole);
+}
+
+template <int D>
+RW_INLINE void store_past(void* data, int64_t i, Floats x, Some some) {
+    store<D>(data, i, x, some);
+}
+
+inline void fence() {
+#if defined(__AVX512F__)
+    _mm_sfence();
+#endif
+}
+
+// Whether a result of so many elements, in rows of N, is better stored past the caches.
+inline bool is_large(const void* data, int64_t T, int64_t N) {
+    return T * N >= int64_t{1} << 18 && N % 32 == 0 && reinterpret_cast<uintptr_t>(data) % 64 == 0;
+}
+
 // The nearest numbers of type D.
 template <int D>
 RW_INLINE Floats rounded_to(Floats x) {

@@ -72,6 +72,7 @@ def test_packed_shape(chosen: str, shape: tuple[int, ...], block_size: int, expe
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("rows", [(), (1,), (5,), (2, 3), (0,), (70,)])
 def test_linear_and_gradients(chosen: str, dtype: torch.dtype, nested: bool, rows: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
     _, bias, weight, second, W = make(nested=nested, dtype=dtype)
     x = torch.randn(*rows, 128).to(dtype).requires_grad_()
     bias.requires_grad_()
@@ -80,7 +81,8 @@ def test_linear_and_gradients(chosen: str, dtype: torch.dtype, nested: bool, row
     grad = torch.randn_like(expected)
     found = torch.autograd.grad(y, (x, bias), grad)
     wanted = torch.autograd.grad(expected, (x, bias), grad)
-    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 64 * torch.finfo(dtype).eps}
+    # Sums of 128 products of about 1.
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 128 * torch.finfo(dtype).eps}
     torch.testing.assert_close(y, expected, **tolerance)
     for one, other in zip(found, wanted):
         torch.testing.assert_close(one, other, **tolerance)

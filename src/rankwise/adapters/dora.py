@@ -52,7 +52,7 @@ class Dora(nn.Module):
         # float32 whatever the base's dtype: bfloat16 would round the gain away from 1 at the first step.
         self.magnitude = nn.Parameter(torch.empty(self.lora_B.shape[0], dtype=torch.float32, device=device))
         self._out_features = features(base)[1]
-        self._norms, self._squared = Kept(), Kept()
+        self._norms, self._squared, self._gain = Kept(), Kept(), Kept()
 
     @property
     def dropout(self) -> float:
@@ -90,6 +90,19 @@ class Dora(nn.Module):
             return g
         rows = enabled_rows(self.parts, self._out_features, g.device)
         return torch.ones(self._out_features, device=g.device).index_copy(0, rows, g)
+
+    @torch.no_grad()
+    def fixed_gain(self, base: nn.Module) -> Tensor | None:
+        """`gain` without gradients, kept until W, A, B or m change; None on a CPU where an entry of it is zero."""
+        trained, key = (self.magnitude, self.lora_A, self.lora_B), weight_key(base)
+        if (kept := self._gain.get(trained, key)) is not None:
+            return kept
+        # Made under inference_mode it could not be kept.
+        with torch.inference_mode(self.lora_A.is_inference()), torch.no_grad():
+            g = self.gain(base)
+        if g.device.type == "cpu" and not bool(g.all()):
+            return None
+        return self._gain.keep(trained, key, g)
 
     @torch.no_grad()
     def row_norms(self, base: nn.Module) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.adapters.base_layer import is_conv1d
-from rankwise.ops.low_rank_linear import Branch, Dropout, Frozen
+from rankwise.ops.branch import Branch, Dropout, Frozen
+from rankwise.ops.cpu.products import Factor
 from rankwise.quantization.linear import Linear4bit
 
 SEEDS = 1 << 31
@@ -33,6 +34,9 @@ class DenseWeight:
     def add_input_grad(self, dz: Tensor, dx: Tensor | None) -> Tensor:
         return dz @ self.W if dx is None else dx.addmm_(dz, self.W)
 
+    def factor(self) -> Factor | None:
+        return Factor.of(self.W)
+
 
 @dataclasses.dataclass(frozen=True)
 class PackedWeight:
@@ -45,6 +49,9 @@ class PackedWeight:
 
     def add_input_grad(self, dz: Tensor, dx: Tensor | None) -> Tensor:
         return self.layer.input_grad(dz) if dx is None else dx.addmm_(dz, self.layer.dequantize())
+
+    def factor(self) -> Factor | None:
+        return self.layer.factor()
 
 
 def frozen_weight(base: nn.Module, x: Tensor) -> Frozen | None:
@@ -73,11 +80,10 @@ def branch_of(adapter: Any, base: nn.Module, x: Tensor) -> Branch | None:
     frozen = frozen_weight(base, x) if adapter.parts is None else None
     if frozen is None:
         return None
-    m, gain = adapter.magnitude, None
-    if m is not None:
-        gain = adapter.gain(base).detach()
-        if gain.device.type == "cpu" and not bool(gain.all()):
-            return None
+    m = adapter.magnitude
+    gain = None if m is None else adapter.fixed_gain(base)
+    if m is not None and gain is None:
+        return None
     return Branch(frozen, adapter.scaling, adapter.lora_A, adapter.lora_B, getattr(base, "bias", None), m, gain)
 
 

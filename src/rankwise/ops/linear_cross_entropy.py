@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from rankwise.ops import training
 from rankwise.ops.checks_training import sum_dtype
+from rankwise.ops.dense import linear_out
 
 CHUNK_BYTES = 32 << 20
 # Of logits: few enough to stay near a CPU's caches, enough rows for an efficient product.
@@ -90,7 +91,7 @@ class _ChunkedLoss(torch.autograd.Function):
         sums = []
         for start in range(0, len(hidden), rows):
             piece = slice(start, min(start + rows, len(hidden)))
-            logits = torch.mm(hidden[piece], weight.T, out=scratch[: piece.stop - start])
+            logits = linear_out(hidden[piece], weight, scratch[: piece.stop - start])
             if bias is not None:
                 logits += bias
             sums.append(_score_(logits, targets[piece], shape, label_smoothing, grad is not None, want_stats))

@@ -8,65 +8,23 @@ layer with a gain its output. The gain g = m / ||W + s B A|| is a constant but f
 
     dz = g * dy     dU_i = s dz B     dB = s dz^T U_i     dA = dU^T drop(x)     dx = sum_i dz_i W_i + drop(dU A)
     dm = sum_T dy * (y - b) / m
+
+The steps themselves stand in ``low_rank_plain`` and, for bfloat16 on a CPU with AMX, in ``cpu.low_rank``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankwise.ops import training
-
-
-class Frozen(Protocol):
-    """A weight W (N, K) that never trains, dense or packed."""
-
-    def product(self, x: Tensor) -> Tensor:
-        """``x W^T``, a new tensor: x (T, K) -> (T, N)."""
-
-    def add_input_grad(self, dz: Tensor, dx: Tensor | None) -> Tensor:
-        """``dx + dz W``, in place where dx (T, K) is given: dz (T, N) -> (T, K)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Branch:
-    """One layer: its frozen weight and what trains beside it. ``m`` and ``gain`` are None without DoRA."""
-
-    frozen: Frozen
-    scale: float
-    A: Tensor
-    # (r, K)
-    B: Tensor
-    # (N, r)
-    bias: Tensor | None = None
-    m: Tensor | None = None
-    # (N,)
-    gain: Tensor | None = None
-    # (N,) in float32: m / ||W + s B A||, no entry of m zero.
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.A, self.B, self.bias, self.m
-
-
-@dataclasses.dataclass(frozen=True)
-class Dropout:
-    """Each element of x kept with probability 1 - p on its way into A; the mask follows from the seed."""
-
-    p: float
-    seed: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Glu:
-    """The input is ``act(gate) * up``, computed again in the backward pass instead of kept."""
-
-    act: str
+from rankwise.ops import low_rank_plain, selection, training
+from rankwise.ops.branch import Branch, BranchGrads, Dropout, Frozen, Wanted
 
 
 def low_rank_linear(x: Tensor, branches: Sequence[Branch], dropout: Dropout | None = None) -> tuple[Tensor, ...]:
@@ -94,7 +52,7 @@ class LowRankLinear(torch.autograd.Function):
     def forward(
         ctx: Any, branches: tuple[Branch, ...], dropout: Dropout | None, x: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        ys, U = _forward(x, branches, dropout)
+        ys, U, ctx.steps = _forward(x, branches, dropout)
         ctx.branches, ctx.dropout = [_without_tensors(branch) for branch in branches], dropout
         ctx.save_for_backward(x, U, *tensors, *_kept_outputs(branches, ys))
         ctx.set_materialize_grads(False)
@@ -105,12 +63,10 @@ class LowRankLinear(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
         x, U, *rest = ctx.saved_tensors
         branches, ys = _with_tensors(ctx.branches, rest)
-        wanted = _wanted(ctx.needs_input_grad[3:])
-        rows = x.reshape(-1, x.shape[-1])
-        dU, dx, grads = _backward(dys, branches, ys, U, wanted, want_dx=ctx.needs_input_grad[2])
-        dA = None if dU is None or not any(w[0] for w in wanted) else _grad_A(dU, rows, ctx.dropout)
-        dx = _add_low_rank(dx, dU, branches, ctx.dropout) if ctx.needs_input_grad[2] else None
-        return None, None, _like(dx, x), *_flat(grads, dA, branches, wanted)
+        wanted, want_dx = _wanted(ctx.needs_input_grad[3:]), ctx.needs_input_grad[2]
+        dU, dx, grads = ctx.steps.backward(_all_rows(dys), branches, ys, U, ctx.dropout, wanted, want_dx=want_dx)
+        dA = ctx.steps.grad_A(dU, _rows(x), ctx.dropout) if any(want.A for want in wanted) else None
+        return None, None, None if dx is None else dx.view(x.shape), *_flat(grads, dA, branches, wanted)
 
 
 class LowRankLinearOfGlu(torch.autograd.Function):
@@ -126,7 +82,7 @@ class LowRankLinearOfGlu(torch.autograd.Function):
         up: Tensor,
         *tensors: Tensor | None,
     ) -> Tensor:
-        ys, U = _forward(training.glu(gate, up, act), (branch,), dropout)
+        ys, U, ctx.steps = _forward(training.glu(gate, up, act), (branch,), dropout)
         ctx.branches, ctx.act, ctx.dropout = [_without_tensors(branch)], act, dropout
         ctx.save_for_backward(gate, up, U, *tensors, *_kept_outputs((branch,), ys))
         return ys[0]
@@ -137,98 +93,39 @@ class LowRankLinearOfGlu(torch.autograd.Function):
         gate, up, U, *rest = ctx.saved_tensors
         branches, ys = _with_tensors(ctx.branches, rest)
         wanted = _wanted(ctx.needs_input_grad[5:])
-        dU, dx, grads = _backward((dy,), branches, ys, U, wanted, want_dx=True)
-        dx = _add_low_rank(dx, dU, branches, ctx.dropout)
-        assert dx is not None, "one branch has a gradient"
-        flat = (gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1]))
-        d_gate, d_up, rows = training.glu_backward(dx, *flat, ctx.act)
-        dA = None if dU is None or rows is None or not wanted[0][0] else _grad_A(dU, rows, ctx.dropout)
-        return None, None, None, _like(d_gate, gate), _like(d_up, up), *_flat(grads, dA, branches, wanted)
+        dU, dx, grads = ctx.steps.backward(_all_rows((dy,)), branches, ys, U, ctx.dropout, wanted, want_dx=True)
+        d_gate, d_up, rows = training.glu_backward(dx, _rows(gate), _rows(up), ctx.act)
+        dA = None if rows is None or not wanted[0].A else ctx.steps.grad_A(dU, rows, ctx.dropout)
+        flat = _flat(grads, dA, branches, wanted)
+        return None, None, None, d_gate.view(gate.shape), d_up.view(up.shape), *flat
 
 
-def _forward(x: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The outputs, and U (T, R)."""
-    rows = x.reshape(-1, x.shape[-1])
-    U = _dropped(rows, dropout) @ _stacked_A(branches, x.dtype).T
-    ys = []
-    for branch, U_i in zip(branches, U.split([branch.A.shape[0] for branch in branches], dim=1)):
-        y = branch.frozen.product(rows)
-        training.low_rank_add_(y, U_i, branch.B.to(x.dtype), branch.scale, branch.gain, branch.bias)
-        ys.append(y.view(*x.shape[:-1], y.shape[-1]))
-    return tuple(ys), U
+def _forward(
+    x: Tensor, branches: Sequence[Branch], dropout: Dropout | None
+) -> tuple[tuple[Tensor, ...], Tensor, ModuleType]:
+    """The outputs (..., N_i), U (T, R), and the module that made them."""
+    rows = _rows(x)
+    steps = _steps(rows, branches)
+    ys, U = steps.forward(rows, branches, dropout)
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys), U, steps
 
 
-def _backward(
-    dys: Sequence[Tensor | None],
-    branches: Sequence[Branch],
-    ys: Sequence[Tensor | None],
-    U: Tensor,
-    wanted: Sequence[Sequence[bool]],
-    *,
-    want_dx: bool,
-) -> tuple[Tensor | None, Tensor | None, list[tuple[Tensor | None, ...]]]:
-    """dU (T, R), the frozen part of dx (T, K), and per branch (dB, d bias, dm)."""
-    dx: Tensor | None = None
-    grads: list[tuple[Tensor | None, ...]] = []
-    dU = torch.zeros_like(U) if any(dy is None for dy in dys) else torch.empty_like(U)
-    first = 0
-    for dy, branch, y, (_, want_B, want_bias, want_m) in zip(dys, branches, ys, wanted):
-        columns = slice(first, first + branch.A.shape[0])
-        first = columns.stop
-        if dy is None:
-            grads.append((None, None, None))
-            continue
-        dy = dy.reshape(-1, dy.shape[-1])
-        dz, dm = _through_gain(dy, branch, y, want_m=want_m)
-        dU[:, columns] = (dz @ branch.B.to(dz.dtype)).mul_(branch.scale)
-        dB = (dz.T @ U[:, columns]).to(branch.B.dtype).mul_(branch.scale) if want_B else None
-        grads.append((dB, dy.float().sum(0).to(branch.bias.dtype) if want_bias else None, dm))  # type: ignore[union-attr]
-        dx = branch.frozen.add_input_grad(dz, dx) if want_dx else None
-    return dU, dx, grads
+def _steps(rows: Tensor, branches: Sequence[Branch]) -> ModuleType:
+    """The module whose functions make the steps for these rows."""
+    if rows.is_cpu and type(rows) in (Tensor, torch.nn.Parameter) and selection.native_on_cpu():
+        from rankwise.ops.cpu import low_rank
+
+        if low_rank.takes(rows, branches):
+            return low_rank
+    return low_rank_plain
 
 
-def _through_gain(dy: Tensor, branch: Branch, y: Tensor | None, *, want_m: bool) -> tuple[Tensor, Tensor | None]:
-    """``dz = g * dy`` and dm."""
-    if branch.gain is None or branch.m is None:
-        return dy, None
-    rows = None if y is None or not want_m else y.reshape(-1, y.shape[-1])
-    dz, dot = training.scaled_grad(dy, rows, branch.gain)
-    if dot is None:
-        return dz, None
-    if branch.bias is not None:
-        dot = dot - branch.bias.float() * dy.float().sum(0)
-    # y = g (...) carries dm only where m is not 0: of a row of norm 0, which m cannot scale, the gradient is 0.
-    m = branch.m.float()
-    is_zero = m == 0
-    return dz, torch.where(is_zero, 0.0, dot / torch.where(is_zero, 1.0, m)).to(branch.m.dtype)
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
-def _add_low_rank(
-    dx: Tensor | None, dU: Tensor | None, branches: Sequence[Branch], dropout: Dropout | None
-) -> Tensor | None:
-    """``dx + drop(dU A)``, in place."""
-    if dx is None or dU is None:
-        return dx
-    A = _stacked_A(branches, dx.dtype)
-    if dropout is None:
-        return dx.addmm_(dU, A)
-    return training.dropout_add_(dx, dU @ A, dropout.p, dropout.seed)
-
-
-def _grad_A(dU: Tensor, rows: Tensor, dropout: Dropout | None) -> Tensor:
-    """``dU^T drop(x)``: (R, K)."""
-    return dU.T @ _dropped(rows, dropout)
-
-
-def _dropped(rows: Tensor, dropout: Dropout | None) -> Tensor:
-    return rows if dropout is None else training.dropout(rows, dropout.p, dropout.seed)
-
-
-def _stacked_A(branches: Sequence[Branch], dtype: torch.dtype) -> Tensor:
-    """[A_1; A_2; ...] (R, K)."""
-    if len(branches) == 1:
-        return branches[0].A.to(dtype)
-    return torch.cat([branch.A for branch in branches]).to(dtype)
+def _all_rows(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if tensor is None else _rows(tensor) for tensor in tensors]
 
 
 def _kept_outputs(branches: Sequence[Branch], ys: Sequence[Tensor]) -> list[Tensor | None]:
@@ -243,35 +140,31 @@ def _without_tensors(branch: Branch) -> Branch:
 
 def _with_tensors(
     branches: Sequence[Branch], saved: Sequence[Tensor | None]
-) -> tuple[list[Branch], Sequence[Tensor | None]]:
+) -> tuple[list[Branch], list[Tensor | None]]:
+    """The branches with their tensors again, and the outputs that were kept, as rows."""
     filled = []
     for index, branch in enumerate(branches):
         A, B, bias, m = saved[4 * index : 4 * index + 4]
         assert A is not None, "saved of every branch"
         assert B is not None, "saved of every branch"
         filled.append(dataclasses.replace(branch, A=A, B=B, bias=bias, m=m))
-    return filled, saved[4 * len(branches) :]
+    return filled, _all_rows(saved[4 * len(branches) :])
 
 
-def _wanted(needs: Sequence[bool]) -> list[Sequence[bool]]:
+def _wanted(needs: Sequence[bool]) -> list[Wanted]:
     """Per branch, whether A, B, bias and m need a gradient."""
-    return [needs[start : start + 4] for start in range(0, len(needs), 4)]
+    return [Wanted(*needs[start : start + 4]) for start in range(0, len(needs), 4)]
 
 
 def _flat(
-    grads: Sequence[tuple[Tensor | None, ...]],
-    dA: Tensor | None,
-    branches: Sequence[Branch],
-    wanted: Sequence[Sequence[bool]],
+    grads: Sequence[BranchGrads], dA: Tensor | None, branches: Sequence[Branch], wanted: Sequence[Wanted]
 ) -> list[Tensor | None]:
     """dA, dB, d bias, dm of every branch, in the order of the inputs."""
-    ranks = [branch.A.shape[0] for branch in branches]
-    parts = [None] * len(branches) if dA is None else dA.split(ranks)
+    parts = [None] * len(branches) if dA is None else dA.split([branch.A.shape[0] for branch in branches])
     flat: list[Tensor | None] = []
-    for part, branch, rest, (want_A, *_) in zip(parts, branches, grads, wanted):
-        flat += [part.to(branch.A.dtype) if want_A and part is not None else None, *rest]
+    for part, branch, grad, want in zip(parts, branches, grads, wanted):
+        flat += [part.to(branch.A.dtype) if want.A and part is not None else None, grad.B, grad.bias, grad.m]
     return flat
 
 
-def _like(grad: Tensor | None, tensor: Tensor) -> Tensor | None:
-    return None if grad is None else grad.view(tensor.shape)
+__all__ = ["Branch", "Dropout", "Frozen", "low_rank_linear", "low_rank_linear_of_glu"]

@@ -17,6 +17,8 @@ from rankwise.errors import QuantizationError
 from rankwise.ops import training
 from rankwise.ops.checks import check_dtype, check_type
 from rankwise.ops.codes import NESTED_BLOCK
+from rankwise.ops.cpu.packed import NativeWeight
+from rankwise.ops.cpu.products import Factor
 from rankwise.quantization.bitsandbytes_format import from_bitsandbytes, has_parts, part_names
 
 SCALES = ("absmax", "nested_absmax", "offset")
@@ -186,6 +188,21 @@ class Linear4bit(nn.Module):
             nested_absmax=self.nested_absmax,
             offset=self.offset,
         )
+
+    def factor(self) -> Factor | None:
+        """W' as the native sums of products read it, or None where they cannot."""
+        if not self.weight.is_cpu:
+            return None
+        weight = NativeWeight(
+            self.weight,
+            self.absmax,
+            self.out_features * self.in_features,
+            self.quant_type,
+            self.block_size,
+            self.nested_absmax,
+            self.offset,
+        )
+        return Factor(weight, self.in_features)
 
     @torch.no_grad()
     def dequantize(self) -> Tensor:

@@ -8,18 +8,17 @@ Legend: T = rows of x, K = in features, N = out features.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import threading
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rankwise.ops.codes import code_table, dynamic_map
-from rankwise.ops.cpu.native import Weight, library
+from rankwise.ops.cpu import products
+from rankwise.ops.cpu.native import library
+from rankwise.ops.cpu.packed import NativeWeight, tables
 from rankwise.ops.reference import dequantize_absmax, not_finite, packed_shape, quantize_absmax
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -40,7 +39,7 @@ def quantize_4bit(w: Tensor, quant_type: str = "nf4", block_size: int = 64) -> t
     w, n = w.detach().contiguous(), w.numel()
     packed = torch.empty(packed_shape(w.shape, block_size), dtype=torch.uint8)
     absmax = torch.empty(math.ceil(n / block_size), dtype=torch.float32)
-    _, bound, order = _tables(quant_type)
+    _, bound, order = tables(quant_type)
     bad = library().rw_quantize_4bit(
         w.data_ptr(), _DTYPE[w.dtype], n, block_size, bound, order, packed.data_ptr(), absmax.data_ptr(), _threads()
     )
@@ -62,8 +61,8 @@ def dequantize_4bit(
 ) -> Tensor:
     """w' = value[code] * absmax, of ``shape`` and ``dtype``."""
     out = _memory(shape, dtype, exact=True)
-    weight = _NativeWeight(packed, absmax, out.numel(), quant_type, block_size, nested_absmax, offset)
-    weight.dequantize_into(out)
+    weight = NativeWeight(packed, absmax, out.numel(), quant_type, block_size, nested_absmax, offset)
+    _dequantize_into(out, weight)
     return out
 
 
@@ -80,10 +79,12 @@ def linear_4bit(
 ) -> Tensor:
     """y = x W'^T + b, with W' rounded to the dtype of x. x (..., K) -> y (..., N)."""
     N, K = shape
-    weight = _NativeWeight(packed, absmax, N * K, quant_type, block_size, nested_absmax, offset)
+    weight = NativeWeight(packed, absmax, N * K, quant_type, block_size, nested_absmax, offset)
     T = math.prod(x.shape[:-1])
     if T > _FEW_ROWS:
-        return functional.linear(x, weight.dense(shape, x.dtype), bias)
+        if _has_products(x):
+            return _product(x, products.Factor(weight, K), N, across=False, bias=bias)
+        return functional.linear(x, _dense(weight, shape, x.dtype), bias)
     x, y = x.contiguous(), torch.empty((*x.shape[:-1], N), dtype=x.dtype)
     bias = None if bias is None else bias.contiguous()
     library().rw_linear_4bit(
@@ -111,8 +112,11 @@ def linear_4bit_input_grad(
     offset: Tensor | None = None,
 ) -> Tensor:
     """dL/dx = dL/dy W'. grad (..., N) -> (..., K)."""
-    weight = _NativeWeight(packed, absmax, math.prod(shape), quant_type, block_size, nested_absmax, offset)
-    return grad @ weight.dense(shape, grad.dtype)
+    N, K = shape
+    weight = NativeWeight(packed, absmax, N * K, quant_type, block_size, nested_absmax, offset)
+    if math.prod(grad.shape[:-1]) > _FEW_ROWS and _has_products(grad):
+        return _product(grad, products.Factor(weight, K), K, across=True)
+    return grad @ _dense(weight, shape, grad.dtype)
 
 
 def row_norms_4bit(
@@ -127,47 +131,36 @@ def row_norms_4bit(
 ) -> Tensor:
     """||W'_n||, float32 (N,), of W' rounded to ``dtype`` and accumulated in float32."""
     N, K = shape
-    weight = _NativeWeight(packed, absmax, N * K, quant_type, block_size, nested_absmax, offset)
+    weight = NativeWeight(packed, absmax, N * K, quant_type, block_size, nested_absmax, offset)
     norms = torch.empty(N, dtype=torch.float32)
     library().rw_row_norms_4bit(weight.struct, N, K, _DTYPE[dtype], norms.data_ptr(), _threads())
     return norms
 
 
-class _NativeWeight:
-    """The C view of one weight. It holds the tensors whose memory the C side reads."""
+def _has_products(rows: Tensor) -> bool:
+    """Whether sums of products take these rows, so that a weight is decoded into caches instead of memory."""
+    return rows.dtype is torch.bfloat16 and products.available()
 
-    def __init__(
-        self,
-        packed: Tensor,
-        absmax: Tensor,
-        elements: int,
-        quant_type: str,
-        block_size: int,
-        nested_absmax: Tensor | None,
-        offset: Tensor | None,
-    ) -> None:
-        packed, absmax = packed.contiguous(), absmax.contiguous()
-        nested_absmax = None if nested_absmax is None else nested_absmax.contiguous()
-        self.buffers = (packed, absmax, nested_absmax, offset)
-        self.struct = Weight(
-            packed.data_ptr(),
-            absmax.data_ptr(),
-            None if nested_absmax is None else nested_absmax.data_ptr(),
-            None if offset is None else offset.data_ptr(),
-            ctypes.addressof(_tables(quant_type)[0]),
-            None if nested_absmax is None else dynamic_map(packed.device).data_ptr(),
-            elements,
-            block_size,
-        )
 
-    def dequantize_into(self, out: Tensor) -> None:
-        library().rw_dequantize_4bit(self.struct, 0, out.numel(), _DTYPE[out.dtype], out.data_ptr(), _threads())
+def _product(a: Tensor, factor: products.Factor, columns: int, *, across: bool, bias: Tensor | None = None) -> Tensor:
+    """``a W'^T + b``, or with ``across`` ``a W'``: a (..., summed over) -> (..., columns)."""
+    rows = a.reshape(-1, a.shape[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    out = a.new_empty(*a.shape[:-1], columns)
+    term = products.Term(rows, factor, across)
+    products.add_products([term], out.view(-1, columns), bias=None if bias is None else bias.float())
+    return out
 
-    def dense(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The dequantized weight, (N, K), in memory that serves the next call too once this tensor is dropped."""
-        out = _memory(shape, dtype, exact=False)
-        self.dequantize_into(out)
-        return out
+
+def _dequantize_into(out: Tensor, weight: NativeWeight) -> None:
+    library().rw_dequantize_4bit(weight.struct, 0, out.numel(), _DTYPE[out.dtype], out.data_ptr(), _threads())
+
+
+def _dense(weight: NativeWeight, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The dequantized weight, (N, K), in memory that serves the next call too once this tensor is dropped."""
+    out = _memory(shape, dtype, exact=False)
+    _dequantize_into(out, weight)
+    return out
 
 
 def _memory(shape: Sequence[int], dtype: torch.dtype, *, exact: bool) -> Tensor:
@@ -187,12 +180,6 @@ def _memory(shape: Sequence[int], dtype: torch.dtype, *, exact: bool) -> Tensor:
     out = torch.empty(tuple(shape), dtype=dtype)
     _kept.storage = out.untyped_storage()
     return out
-
-
-@cache
-def _tables(quant_type: str) -> tuple[ctypes.Array, ctypes.Array, ctypes.Array]:
-    table = code_table(quant_type)
-    return (ctypes.c_float * 16)(*table.value), (ctypes.c_float * 15)(*table.bound), (ctypes.c_uint8 * 16)(*table.order)
 
 
 def _threads() -> int:

@@ -1,0 +1,132 @@
+// The C interface of sums of products: prepares operands, cuts the result into shares.
+#include "products.hpp"
+
+#include <atomic>
+#include <cstring>
+
+#include "convert.hpp"
+#include "parallel.hpp"
+#include "scratch.hpp"
+
+namespace {
+
+using namespace rankwise;
+
+// Packed panels of one task: what a second-level cache of 1 to 2 MB holds beside the rows.
+constexpr int64_t kPackedBytes = int64_t{640} << 10;
+// Rows of one task where sums are kept between parts of the steps.
+constexpr int64_t kKeptRows = 2048;
+constexpr int64_t kLeastRows = 128;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// -1: whatever is there; 0: none, for tests.
+std::atomic<int> choice{-1};
+
+const ProductKernels* kernels() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_cpu_init();
+    if (choice != 0 && rw_level() == RW_AVX512 && __builtin_cpu_supports("avx512bf16")) return products_amx();
+#endif
+    return nullptr;
+}
+
+// Whether tiles can be read from rows at this distance: rows of whole steps, whose lines do not fall into few sets of the cache.
+bool is_readable(int64_t length, int64_t stride) {
+    if (length % kStep != 0) return false;
+    const int64_t bytes = 2 * stride;
+    return bytes % 64 != 0 || bytes / 64 % 32 != 0;
+}
+
+int64_t padded_stride(int64_t length) {
+    const int64_t stride = ceil_div(length, kStep) * kStep;
+    return is_readable(stride, stride) ? stride : stride + kStep;
+}
+
+// Terms with rows that tiles can be read from: where they are not, a copy.
+void prepare(const rw_term* terms, int count, int64_t T, int threads, ProductTerm* prepared) {
+    struct Owner {};
+    int64_t elements = 0;
+    for (int i = 0; i < count; ++i)
+        if (!is_readable(terms[i].length, terms[i].a_stride)) elements += T * padded_stride(terms[i].length);
+    uint16_t* copy = elements ? scratch<Owner, uint16_t, 0>(elements) : nullptr;
+    for (int i = 0; i < count; ++i) {
+        const rw_term& term = terms[i];
+        const auto* a = static_cast<const uint16_t*>(term.a);
+        prepared[i] = {term, a, term.a_stride, ceil_div(term.length, kStep)};
+        if (is_readable(term.length, term.a_stride)) continue;
+        const int64_t stride = padded_stride(term.length), per_task = ceil_div(int64_t{1} << 17, stride);
+        uint16_t* out = copy;
+        parallel(ceil_div(T, per_task), threads, [&](int64_t task) {
+            const int64_t last = (task + 1) * per_task < T ? (task + 1) * per_task : T;
+            for (int64_t t = task * per_task; t < last; ++t) {
+                std::memcpy(out + t * stride, a + t * term.a_stride, 2 * static_cast<std::size_t>(term.length));
+                std::memset(out + t * stride + term.length, 0, 2 * static_cast<std::size_t>(stride - term.length));
+            }
+        });
+        prepared[i].a = out, prepared[i].a_stride = stride;
+        copy += T * stride;
+    }
+}
+
+// Parts of the panels: a multiple of the threads, chosen so that no thread ends much later than another.
+int64_t panel_parts(int64_t panels, int64_t most, int64_t threads) {
+    const int64_t least = ceil_div(ceil_div(panels, most), threads) * threads;
+    int64_t best = least, best_load = 0;
+    for (int64_t parts = least; parts <= 3 * least && parts <= panels; parts += threads) {
+        const int64_t load = parts / threads * ceil_div(panels, parts);
+        if (best_load == 0 || load < best_load) best = parts, best_load = load;
+    }
+    return best < panels ? best : panels;
+}
+
+}  // namespace
+
+extern "C" {
+
+int rw_products_available(void) { return kernels() != nullptr; }
+
+void rw_products_allow(int allowed) { choice = allowed ? -1 : 0; }
+
+void rw_products(const rw_term* terms, int count, int64_t T, int64_t N, const float* g, const float* bias, void* out, int64_t out_stride,
+                 int threads) {
+    if (T == 0 || N == 0) return;
+    threads = threads > 0 ? threads : 1;
+    ProductTerm prepared[kMostTerms];
+    prepare(terms, count, T, threads, prepared);
+    const ProductJob job = {prepared, count, T, N, g, bias, static_cast<uint16_t*>(out), out_stride};
+    int64_t steps = 0;
+    for (int i = 0; i < count; ++i) steps += prepared[i].steps;
+    const int64_t at_once = steps_at_once(steps), panels = ceil_div(N, kPanel), most = kPackedBytes / (at_once * 4 * kStep * kPanel / 2);
+    const int64_t columns = ceil_div(panels, panel_parts(panels, most > 0 ? most : 1, threads)), parts = ceil_div(panels, columns);
+    int64_t row_parts = at_once == steps ? 1 : ceil_div(T, kKeptRows);
+    while (parts * row_parts < threads && T / row_parts > kLeastRows) ++row_parts;
+    const int64_t rows = ceil_div(ceil_div(T, row_parts), kRowBlock) * kRowBlock;
+    row_parts = ceil_div(T, rows);
+    const ProductKernels* level = kernels();
+    parallel(parts * row_parts, threads, [&](int64_t task) {
+        const int64_t part = task % parts, row = task / parts * rows;
+        const int64_t last = (part + 1) * columns < panels ? (part + 1) * columns : panels;
+        level->product(job, {part * columns, last, row, row + rows < T ? row + rows : T});
+    });
+}
+
+void rw_row_product(const void* q, int64_t q_stride, const void* m, int64_t m_stride, const void* y, int64_t y_stride, int64_t T, int64_t R,
+                    int64_t C, float scale, const float* gain, int by_column, void* out, int out_dtype,
+                    const float* divisor, float* dot, int threads) {
+    struct Owner {};
+    const int64_t chunks = ceil_div(T, kChunkRows), ranks = ceil_div(R, 16) * 16, parts = ceil_div(C, kChunkColumns);
+    float* sums = scratch<Owner, float, 0>(chunks * ranks * C);
+    float* dots = dot ? scratch<Owner, float, 1>(chunks * C) : nullptr;
+    const RowProductJob job = {static_cast<const uint16_t*>(q), q_stride, static_cast<const uint16_t*>(m), m_stride,
+                               static_cast<const uint16_t*>(y), y_stride, T, R, C, sums, dots, scale, gain, by_column, out_dtype, out, divisor, dot};
+    const ProductKernels* level = kernels();
+    const auto last_of = [&](int64_t part) { return (part + 1) * kChunkColumns < C ? (part + 1) * kChunkColumns : C; };
+    parallel(chunks * parts, threads, [&](int64_t task) {
+        const int64_t part = task % parts;
+        level->row_product(job, task / parts, part * kChunkColumns, last_of(part));
+    });
+    parallel(parts, threads, [&](int64_t part) { level->finish_row_product(job, part * kChunkColumns, last_of(part)); });
+}
+
+}  // extern "C"

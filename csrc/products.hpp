@@ -1,0 +1,76 @@
+// Sums of products of bfloat16 matrices: out (T, N) = g * sum_i a_i W_i^T + bias, rounded once. A frozen weight, dense or of 4 bits, and
+// its low-rank branch are two terms of one sum.
+//
+// Legend: T rows, N columns of the result; a step is 32 of the elements that are summed over, a panel 32 columns of the result.
+#pragma once
+
+#include <cstdint>
+
+#include "rankwise_native.h"
+
+namespace rankwise {
+
+constexpr int64_t kStep = 32;
+constexpr int64_t kPanel = 32;
+constexpr int64_t kRowBlock = 32;
+constexpr int64_t kMostTerms = 16;
+// Rows whose products `row_products` sums before the sums of all such chunks are added up: fixed, so that no number of threads changes
+// a result.
+constexpr int64_t kChunkRows = 256;
+constexpr int64_t kChunkColumns = 2048;
+
+struct ProductTerm {
+    rw_term source;
+    const uint16_t* a;  // rows of 32 * steps elements
+    int64_t a_stride;
+    int64_t steps;
+};
+
+struct ProductJob {
+    const ProductTerm* terms;
+    int count;
+    int64_t T, N;
+    const float *g, *bias;  // or null
+    uint16_t* out;
+    int64_t out_stride;
+};
+
+// What one task computes: panels [first, last) of rows [from, to).
+struct ProductShare {
+    int64_t first, last, from, to;
+};
+
+struct RowProductJob {
+    const uint16_t* q;
+    int64_t q_stride;
+    const uint16_t* m;
+    int64_t m_stride;
+    const uint16_t* y;  // or null
+    int64_t y_stride;
+    int64_t T, R, C;
+    float* sums;  // (chunks, 16 ceil(R / 16), C)
+    float* dots;  // (chunks, C), or null
+    float scale;
+    const float* gain;  // (C), or null
+    int by_column, out_dtype;
+    void* out;
+    const float* divisor;  // (C), or null
+    float* dot;            // (C), or null
+};
+
+struct ProductKernels {
+    void (*product)(const ProductJob& job, const ProductShare& share);
+    // Columns [first, last) of a chunk of rows.
+    void (*row_product)(const RowProductJob& job, int64_t chunk, int64_t first, int64_t last);
+    void (*finish_row_product)(const RowProductJob& job, int64_t first, int64_t last);
+};
+
+const ProductKernels* products_amx();
+
+// Steps that are multiplied at once, in equal parts of at most 20: what lies between two of them is kept in float32.
+inline int64_t steps_at_once(int64_t steps) {
+    const int64_t parts = (steps + 19) / 20;
+    return (steps + parts - 1) / parts;
+}
+
+}  // namespace rankwise

@@ -1,0 +1,20 @@
+// Compiled with AVX-512 BF16 and AMX; empty for other targets.
+#include "products.hpp"
+
+#if defined(__AVX512BF16__) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#include "products_amx.hpp"
+
+namespace rankwise {
+
+const ProductKernels* products_amx() {
+    static const ProductKernels kernels = {product_amx, row_product_amx, finish_row_product_amx};
+    static const bool is_usable = amx_is_usable();
+    return is_usable ? &kernels : nullptr;
+}
+
+}  // namespace rankwise
+#else
+namespace rankwise {
+const ProductKernels* products_amx() { return nullptr; }
+}  // namespace rankwise
+#endif

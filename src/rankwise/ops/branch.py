@@ -1,0 +1,90 @@
+"""What the adapter operator is given: frozen weights, their low-rank branches, dropout."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from rankwise.ops.cpu.products import Factor
+
+
+class Frozen(Protocol):
+    """A weight W (N, K) that never trains, dense or packed."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """``x W^T``, a new tensor: x (T, K) -> (T, N)."""
+
+    def add_input_grad(self, dz: Tensor, dx: Tensor | None) -> Tensor:
+        """``dx + dz W``, in place where dx (T, K) is given: dz (T, N) -> (T, K)."""
+
+    def factor(self) -> Factor | None:
+        """W as the native sums of products read it, or None where they cannot."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """One layer: its frozen weight and what trains beside it. ``m`` and ``gain`` are None without DoRA."""
+
+    frozen: Frozen
+    scale: float
+    A: Tensor
+    # (r, K)
+    B: Tensor
+    # (N, r)
+    bias: Tensor | None = None
+    m: Tensor | None = None
+    # (N,)
+    gain: Tensor | None = None
+    # (N,) in float32: m / ||W + s B A||, no entry of m zero.
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.A, self.B, self.bias, self.m
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Each element of x kept with probability 1 - p on its way into A; the mask follows from the seed."""
+
+    p: float
+    seed: int
+
+
+@dataclasses.dataclass
+class BranchGrads:
+    """Gradients of what trains in one branch; None where none is wanted."""
+
+    B: Tensor | None = None
+    bias: Tensor | None = None
+    m: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Which tensors of a branch need a gradient."""
+
+    A: bool
+    B: bool
+    bias: bool
+    m: bool
+
+
+def grad_of_bias(dy: Tensor, branch: Branch) -> Tensor:
+    """``sum_T dy`` (N,)."""
+    assert branch.bias is not None, "wanted of a branch that has it"
+    return dy.float().sum(0).to(branch.bias.dtype)
+
+
+def grad_of_m(dot: Tensor, dy: Tensor, branch: Branch) -> Tensor:
+    """dm (N,) from ``dot = sum_T dy * y``."""
+    assert branch.m is not None, "wanted of a branch that has it"
+    if branch.bias is not None:
+        dot = dot - branch.bias.float() * dy.float().sum(0)
+    # y = g (...) carries dm only where m is not 0: of a row of norm 0, which m cannot scale, the gradient is 0.
+    m = branch.m.float()
+    is_zero = m == 0
+    return torch.where(is_zero, 0.0, dot / torch.where(is_zero, 1.0, m)).to(branch.m.dtype)

@@ -1,0 +1,132 @@
+"""The steps of `rankwise.ops.low_rank_linear` in bfloat16 on AMX: each output and each gradient in one sum of products.
+
+The low-rank branch is one more term beside the frozen weight, and DoRA's gain g is applied to the sums before they are
+rounded. On the way back g multiplies the rows of W and B, so ``dz = g * dy`` is never written:
+
+    dx = sum_i dy_i (g_i W_i) + dU A        dU_i = dy_i (s g_i B_i)        dB_i = s g_i (dy_i^T U_i)
+
+Legend: T = rows of x, K = in features, N = out features, r = rank, R = the ranks of all branches together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rankwise.ops import training
+from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted, grad_of_bias, grad_of_m
+from rankwise.ops.cpu.products import LEAST_ROWS, MOST_TERMS, Factor, Term, add_products, available, row_product
+
+
+def takes(rows: Tensor, branches: Sequence[Branch]) -> bool:
+    """Whether these steps apply: rows (T, K) in bfloat16 on a CPU with AMX, and weights that can be read in place."""
+    if rows.dtype is not torch.bfloat16 or rows.shape[0] < LEAST_ROWS or len(branches) >= MOST_TERMS:
+        return False
+    return available() and all(branch.frozen.factor() is not None for branch in branches)
+
+
+def forward(rows: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> tuple[list[Tensor], Tensor]:
+    """The outputs (T, N_i), and U = drop(x) [A_1; A_2; ...]^T (T, R)."""
+    rows = _dense(rows)
+    T, ranks = rows.shape[0], [branch.A.shape[0] for branch in branches]
+    U = add_products([Term(_dropped(rows, dropout), _stacked_A(branches))], rows.new_empty(T, sum(ranks)))
+    ys = []
+    for branch, U_i in zip(branches, U.split(ranks, dim=1)):
+        terms = [Term(rows, _frozen(branch)), Term(U_i, _factor(branch.B), scale=branch.scale)]
+        bias = None if branch.bias is None else branch.bias.float()
+        ys.append(add_products(terms, rows.new_empty(T, branch.B.shape[0]), branch.gain, bias))
+    return ys, U
+
+
+def backward(
+    dys: Sequence[Tensor | None],
+    branches: Sequence[Branch],
+    ys: Sequence[Tensor | None],
+    U: Tensor,
+    dropout: Dropout | None,
+    wanted: Sequence[Wanted],
+    *,
+    want_dx: bool,
+) -> tuple[Tensor, Tensor | None, list[BranchGrads]]:
+    """dU (T, R), dx (T, K), and the gradients of each branch but A's; dys and ys as rows."""
+    dys = [None if dy is None else _dense(dy) for dy in dys]
+    dU = torch.zeros_like(U) if any(dy is None for dy in dys) else torch.empty_like(U)
+    grads, terms, first = [], [], 0
+    for dy, branch, y, want in zip(dys, branches, ys, wanted):
+        columns = slice(first, first + branch.A.shape[0])
+        first = columns.stop
+        if dy is None:
+            grads.append(BranchGrads())
+            continue
+        B = Term(dy, _factor(branch.B), across=True, gain=branch.gain, scale=branch.scale)
+        add_products([B], dU[:, columns])
+        grads.append(_branch_grads(dy, branch, y, U[:, columns], want))
+        terms.append(Term(dy, _frozen(branch), across=True, gain=branch.gain))
+    return dU, _grad_x(terms, dU, branches, dropout) if want_dx else None, grads
+
+
+def grad_A(dU: Tensor, rows: Tensor, dropout: Dropout | None) -> Tensor:
+    """``dU^T drop(x)``: (R, K) in float32."""
+    return row_product(dU, _dropped(_dense(rows), dropout))[0]
+
+
+def _branch_grads(dy: Tensor, branch: Branch, y: Tensor | None, U: Tensor, want: Wanted) -> BranchGrads:
+    dbias = grad_of_bias(dy, branch) if want.bias else None
+    if not (want.B or want.m):
+        return BranchGrads(bias=dbias)
+    # Of a y without a bias, dm comes out of the same pass.
+    m = branch.m if want.m else None
+    divisor = None if m is None or branch.bias is not None else m.float().contiguous()
+    dB, dot = row_product(
+        U,
+        dy,
+        y=None if m is None or y is None else _dense(y),
+        divisor=divisor,
+        scale=branch.scale,
+        gain=branch.gain,
+        by_column=True,
+    )
+    dm = None
+    if dot is not None and m is not None:
+        dm = grad_of_m(dot, dy, branch) if divisor is None else dot.to(m.dtype)
+    return BranchGrads(dB.to(branch.B.dtype) if want.B else None, dbias, dm)
+
+
+def _grad_x(terms: list[Term], dU: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> Tensor:
+    """``sum_i dy_i (g_i W_i) + drop(dU A)`` (T, K)."""
+    shape = dU.shape[0], branches[0].A.shape[1]
+    low_rank = Term(dU, _stacked_A(branches), across=True)
+    if dropout is None:
+        return add_products([*terms, low_rank], dU.new_empty(shape))
+    dx = add_products(terms, dU.new_empty(shape))
+    return training.dropout_add_(dx, add_products([low_rank], dU.new_empty(shape)), dropout.p, dropout.seed)
+
+
+def _dense(rows: Tensor) -> Tensor:
+    """Rows whose elements lie side by side."""
+    return rows if rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1] else rows.contiguous()
+
+
+def _dropped(rows: Tensor, dropout: Dropout | None) -> Tensor:
+    return rows if dropout is None else training.dropout(rows, dropout.p, dropout.seed)
+
+
+def _frozen(branch: Branch) -> Factor:
+    factor = branch.frozen.factor()
+    assert factor is not None, "`takes` has seen to it"
+    return factor
+
+
+def _factor(matrix: Tensor) -> Factor:
+    """A or B: float32 and bfloat16 are read in place."""
+    if matrix.dtype not in (torch.float32, torch.bfloat16):
+        matrix = matrix.float()
+    matrix = matrix.contiguous()
+    return Factor(matrix, matrix.stride(0))
+
+
+def _stacked_A(branches: Sequence[Branch]) -> Factor:
+    """[A_1; A_2; ...] (R, K)."""
+    return _factor(branches[0].A if len(branches) == 1 else torch.cat([branch.A for branch in branches]))

@@ -1,0 +1,158 @@
+"""Sums of products of bfloat16 matrices on the native library: a frozen weight and its low-rank branch in one pass.
+
+    out (T, N) = g * sum_i a_i W_i^T + b        with W_i dense, of 4 bits, or a small float32 matrix
+
+Summed in float32 and rounded once; a result depends on no number of threads. Needs AMX: see `available`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from rankwise.ops.cpu.native import library
+from rankwise.ops.cpu.packed import NativeWeight
+
+MOST_TERMS = 16
+
+# Below so many rows, packing a weight for the tiles costs more than PyTorch's product.
+LEAST_ROWS = 32
+
+_DTYPE = {torch.float32: 0, torch.bfloat16: 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """The right factor of a term, as it lies in memory: rows of ``stride`` elements.
+
+    ``across``: of the matrix W (N, K) that it stands for, what lies in rows is a column of W.
+    """
+
+    data: Tensor | NativeWeight
+    stride: int
+    across: bool = False
+
+    @classmethod
+    def of(cls, W: Tensor) -> Factor | None:
+        """A dense W (N, K) or a transposed view of one; None where its rows are not dense or its dtype is another."""
+        if W.dtype not in _DTYPE or not W.is_cpu:
+            return None
+        if W.stride(1) == 1:
+            return cls(W, W.stride(0))
+        return cls(W, W.stride(1), across=True) if W.stride(0) == 1 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """``a W^T`` of a (T, K) and W (N, K), or, with ``across``, ``a W`` of a (T, N).
+
+    ``gain`` float32, one per element that is summed over, and ``scale`` multiply W before it is rounded to bfloat16.
+    """
+
+    a: Tensor
+    W: Factor
+    across: bool = False
+    gain: Tensor | None = None
+    scale: float = 1.0
+
+
+def available() -> bool:
+    """Whether this CPU and build have sums of products."""
+    return bool(_functions().rw_products_available())
+
+
+def allow(allowed: bool) -> None:
+    """Switch them off (and on again) for the whole process: for tests."""
+    _functions().rw_products_allow(allowed)
+
+
+def add_products(terms: Sequence[Term], out: Tensor, g: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """out (T, N) bfloat16, rows dense, is overwritten with ``g * (sum of at most 16 terms) + bias``.
+
+    Every a is bfloat16 with dense rows; g and bias are float32 (N,).
+    """
+    T, N = out.shape
+    array = (_Term * len(terms))(*map(_struct, terms))
+    _functions().rw_products(
+        array, len(terms), T, N, _pointer(g), _pointer(bias), out.data_ptr(), out.stride(0), torch.get_num_threads()
+    )
+    return out
+
+
+def row_product(
+    q: Tensor,
+    m: Tensor,
+    *,
+    y: Tensor | None = None,
+    divisor: Tensor | None = None,
+    scale: float = 1.0,
+    gain: Tensor | None = None,
+    by_column: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor | None]:
+    """``scale * gain * q^T m`` (R, C), or its transpose, and ``sum_T m * y / divisor`` (C,) float32 where y is given.
+
+    q (T, R), m and y (T, C) bfloat16 with dense rows; gain and divisor (C,) float32; where divisor is 0 so is the
+    quotient. dtype float32 or bfloat16.
+    """
+    (T, R), C = q.shape, m.shape[1]
+    out = torch.empty((C, R) if by_column else (R, C), dtype=dtype)
+    dot = None if y is None else torch.empty(C, dtype=torch.float32)
+    _functions().rw_row_product(
+        q.data_ptr(), q.stride(0), m.data_ptr(), m.stride(0), _pointer(y), 0 if y is None else y.stride(0), T, R, C,
+        scale, _pointer(gain), by_column, out.data_ptr(), _DTYPE[dtype], _pointer(divisor), _pointer(dot),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out, dot
+
+
+class _Term(ctypes.Structure):
+    """``rw_term``."""
+
+    _fields_ = (
+        ("a", ctypes.c_void_p),
+        ("a_stride", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("w", ctypes.c_void_p),
+        ("w_stride", ctypes.c_int64),
+        ("packed", ctypes.c_void_p),
+        ("gain", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("w_dtype", ctypes.c_int),
+        ("across", ctypes.c_int),
+    )
+
+
+def _struct(term: Term) -> _Term:
+    data, dense, packed, dtype = term.W.data, None, None, torch.bfloat16
+    if isinstance(data, Tensor):
+        dense, dtype = data.data_ptr(), data.dtype
+    else:
+        packed = ctypes.addressof(data.struct)
+    a = term.a
+    return _Term(
+        a.data_ptr(), a.stride(0), a.shape[1], dense, term.W.stride, packed, _pointer(term.gain), term.scale,
+        _DTYPE[dtype], term.across != term.W.across,
+    )  # fmt: skip
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@cache
+def _functions() -> ctypes.CDLL:
+    """The library, with the signatures of these functions declared."""
+    loaded = library()
+    p, i, n, x = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+    loaded.rw_products_available.restype, loaded.rw_products_available.argtypes = i, []
+    loaded.rw_products_allow.restype, loaded.rw_products_allow.argtypes = None, [i]
+    loaded.rw_products.restype, loaded.rw_products.argtypes = None, [p, i, n, n, p, p, p, n, i]
+    loaded.rw_row_product.restype = None
+    loaded.rw_row_product.argtypes = [p, n, p, n, p, n, n, n, n, x, p, i, p, i, p, p, i]
+    return loaded

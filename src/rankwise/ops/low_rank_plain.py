@@ -1,0 +1,88 @@
+"""The steps of `rankwise.ops.low_rank_linear` as separate products: on every device and in every dtype.
+
+Legend: T = rows of x, K = in features, N = out features, r = rank, R = the ranks of all branches together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rankwise.ops import training
+from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted, grad_of_bias, grad_of_m
+
+
+def forward(rows: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> tuple[list[Tensor], Tensor]:
+    """The outputs (T, N_i), and U = drop(x) [A_1; A_2; ...]^T (T, R)."""
+    U = _dropped(rows, dropout) @ _stacked_A(branches, rows.dtype).T
+    ys = []
+    for branch, U_i in zip(branches, U.split([branch.A.shape[0] for branch in branches], dim=1)):
+        y = branch.frozen.product(rows)
+        training.low_rank_add_(y, U_i, branch.B.to(rows.dtype), branch.scale, branch.gain, branch.bias)
+        ys.append(y)
+    return ys, U
+
+
+def backward(
+    dys: Sequence[Tensor | None],
+    branches: Sequence[Branch],
+    ys: Sequence[Tensor | None],
+    U: Tensor,
+    dropout: Dropout | None,
+    wanted: Sequence[Wanted],
+    *,
+    want_dx: bool,
+) -> tuple[Tensor, Tensor | None, list[BranchGrads]]:
+    """dU (T, R), dx (T, K), and the gradients of each branch but A's; dys and ys as rows."""
+    dx: Tensor | None = None
+    grads = []
+    dU = torch.zeros_like(U) if any(dy is None for dy in dys) else torch.empty_like(U)
+    first = 0
+    for dy, branch, y, want in zip(dys, branches, ys, wanted):
+        columns = slice(first, first + branch.A.shape[0])
+        first = columns.stop
+        if dy is None:
+            grads.append(BranchGrads())
+            continue
+        dz, dm = _through_gain(dy, branch, y if want.m else None)
+        dU[:, columns] = (dz @ branch.B.to(dz.dtype)).mul_(branch.scale)
+        dB = (dz.T @ U[:, columns]).to(branch.B.dtype).mul_(branch.scale) if want.B else None
+        grads.append(BranchGrads(dB, grad_of_bias(dy, branch) if want.bias else None, dm))
+        dx = branch.frozen.add_input_grad(dz, dx) if want_dx else None
+    return dU, _add_low_rank(dx, dU, branches, dropout), grads
+
+
+def grad_A(dU: Tensor, rows: Tensor, dropout: Dropout | None) -> Tensor:
+    """``dU^T drop(x)``: (R, K)."""
+    return dU.T @ _dropped(rows, dropout)
+
+
+def _through_gain(dy: Tensor, branch: Branch, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``dz = g * dy``, and dm where y is given."""
+    if branch.gain is None:
+        return dy, None
+    dz, dot = training.scaled_grad(dy, y, branch.gain)
+    return dz, None if dot is None else grad_of_m(dot, dy, branch)
+
+
+def _add_low_rank(dx: Tensor | None, dU: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> Tensor | None:
+    """``dx + drop(dU A)``, in place."""
+    if dx is None:
+        return None
+    A = _stacked_A(branches, dx.dtype)
+    if dropout is None:
+        return dx.addmm_(dU, A)
+    return training.dropout_add_(dx, dU @ A, dropout.p, dropout.seed)
+
+
+def _dropped(rows: Tensor, dropout: Dropout | None) -> Tensor:
+    return rows if dropout is None else training.dropout(rows, dropout.p, dropout.seed)
+
+
+def _stacked_A(branches: Sequence[Branch], dtype: torch.dtype) -> Tensor:
+    """[A_1; A_2; ...] (R, K)."""
+    if len(branches) == 1:
+        return branches[0].A.to(dtype)
+    return torch.cat([branch.A for branch in branches]).to(dtype)

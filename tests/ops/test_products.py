@@ -1,0 +1,241 @@
+"""Sums of products on AMX tiles, against float64 and against PyTorch's own steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rankwise import ops
+from rankwise.adapters.operator import DenseWeight
+from rankwise.ops import low_rank_linear as operator
+from rankwise.ops import low_rank_plain, selection
+from rankwise.ops.branch import Branch, Dropout
+from rankwise.ops.cpu import low_rank, products
+from rankwise.ops.cpu.packed import NativeWeight
+from rankwise.ops.dense import linear_out
+from rankwise.ops.low_rank_linear import low_rank_linear
+
+needs_products = pytest.mark.skipif(
+    not (selection.native_on_cpu() and products.available()), reason="this CPU and build have no sums of products"
+)
+
+# (T, N, K): a single row, odd sizes, whole tiles, several parts of the sum, rows whose lines share sets of the cache.
+SHAPES = [(1, 1, 1), (33, 40, 50), (64, 96, 576), (300, 200, 1600), (100, 70, 2048), (700, 577, 1000)]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def rounded(*shape: int, seed: int = 0) -> Tensor:
+    return random(*shape, seed=seed).bfloat16()
+
+
+def assert_rounded_once(y: Tensor, exact: Tensor) -> None:
+    """y is exact up to one rounding to bfloat16, and to float32 sums whose terms are as large as the largest result."""
+    tolerance = exact.abs() * 2**-8 + exact.abs().max() * 2**-8
+    assert ((y.double() - exact).abs() <= tolerance).all()
+
+
+@needs_products
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_weight_and_its_branch(shape: tuple[int, int, int], transposed: bool) -> None:
+    T, N, K = shape
+    x, u, B, g, bias = rounded(T, K), rounded(T, 5), random(N, 5), random(N).abs(), random(N)
+    W = rounded(K, N, seed=1).T if transposed else rounded(N, K, seed=1)
+    factor = products.Factor.of(W)
+    assert factor is not None
+    branch = products.Factor.of(B)
+    assert branch is not None
+    terms = [products.Term(x, factor), products.Term(u, branch, scale=0.5)]
+    y = products.add_products(terms, x.new_empty(T, N), g, bias)
+    low_rank_part = 0.5 * u.double() @ B.double().T
+    assert_rounded_once(y, g.double() * (x.double() @ W.double().T + low_rank_part) + bias.double())
+
+
+@needs_products
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_way_back(shape: tuple[int, int, int], transposed: bool) -> None:
+    T, N, K = shape
+    dy, dU, A, gain = rounded(T, N), rounded(T, 3), random(3, K), random(N).abs()
+    W = rounded(K, N, seed=1).T if transposed else rounded(N, K, seed=1)
+    factor, branch = products.Factor.of(W), products.Factor.of(A)
+    assert factor is not None
+    assert branch is not None
+    terms = [products.Term(dy, factor, across=True, gain=gain), products.Term(dU, branch, across=True)]
+    dx = products.add_products(terms, dy.new_empty(T, K))
+    assert_rounded_once(dx, (dy.double() * gain.double()) @ W.double() + dU.double() @ A.double())
+
+
+@needs_products
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(("N", "K", "block_size"), [(96, 256, 64), (40, 80, 64), (33, 50, 32), (64, 4096, 4096)])
+def test_four_bits_are_what_dequantization_gives(N: int, K: int, block_size: int, double_quant: bool) -> None:
+    packed, absmax = ops.quantize_4bit(random(N, K), "nf4", block_size)
+    nested = offset = None
+    if double_quant:
+        absmax, nested, offset = ops.quantize_absmax(absmax)
+    W = ops.dequantize_4bit(
+        packed, absmax, (N, K), torch.bfloat16, "nf4", block_size, nested_absmax=nested, offset=offset
+    )
+    weight = products.Factor(NativeWeight(packed, absmax, N * K, "nf4", block_size, nested, offset), K)
+    dense = products.Factor.of(W)
+    assert dense is not None
+    x, dy, gain = rounded(70, K), rounded(70, N), random(N).abs()
+    for across, a, columns, factor in ((False, x, N, None), (True, dy, K, gain)):
+        found, expected = (
+            products.add_products([products.Term(a, of, across, factor)], a.new_empty(70, columns))
+            for of in (weight, dense)
+        )
+        assert torch.equal(found, expected)
+
+
+@needs_products
+@pytest.mark.parametrize(("T", "R", "C"), [(1, 1, 1), (70, 16, 100), (256, 8, 64), (600, 33, 2100)])
+@pytest.mark.parametrize("by_column", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_over_rows(T: int, R: int, C: int, by_column: bool, dtype: torch.dtype) -> None:
+    q, m, y, gain, divisor = rounded(T, R), rounded(T, C), rounded(T, C, seed=1), random(C), random(C)
+    divisor[0] = 0.0
+    out, dot = products.row_product(q, m, y=y, divisor=divisor, scale=0.75, gain=gain, by_column=by_column, dtype=dtype)
+    exact = 0.75 * gain.double() * (q.double().T @ m.double())
+    close = {torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype]
+    torch.testing.assert_close(
+        out.double(), exact.T if by_column else exact, rtol=close, atol=close * float(exact.abs().max())
+    )
+    assert dot is not None
+    assert dot[0] == 0
+    sums = (m.double() * y.double()).sum(0)
+    torch.testing.assert_close((dot * divisor)[1:].double(), sums[1:], rtol=1e-4, atol=1e-4 * float(sums.abs().max()))
+
+
+@needs_products
+@settings(max_examples=60, deadline=None)
+@given(T=st.integers(1, 130), N=st.integers(1, 150), K=st.integers(1, 150), gap=st.integers(0, 3))
+def test_any_shape_and_any_distance_of_rows(T: int, N: int, K: int, gap: int) -> None:
+    x, W, out = rounded(T, K + gap)[:, :K], rounded(N, K + gap)[:, :K], rounded(T, N + gap)
+    untouched = out[:, N:].clone()
+    factor = products.Factor.of(W)
+    assert factor is not None
+    assert_rounded_once(products.add_products([products.Term(x, factor)], out[:, :N]), x.double() @ W.double().T)
+    assert torch.equal(out[:, N:], untouched)
+
+
+@needs_products
+def test_threads_change_no_bit() -> None:
+    x, W, q = rounded(600, 2000), rounded(300, 2000), rounded(600, 16)
+    factor = products.Factor.of(W)
+    assert factor is not None
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            y = products.add_products([products.Term(x, factor)], x.new_empty(600, 300))
+            found.append((y, products.row_product(q, x)[0]))
+    finally:
+        torch.set_num_threads(before)
+    for y, S in found[1:]:
+        assert torch.equal(y, found[0][0])
+        assert torch.equal(S, found[0][1])
+
+
+@needs_products
+def test_not_a_number_stays_in_its_row_and_column() -> None:
+    x, W = rounded(40, 64), rounded(48, 64)
+    x[3, 5] = float("nan")
+    W[7, 9] = float("inf")
+    factor = products.Factor.of(W)
+    assert factor is not None
+    y = products.add_products([products.Term(x, factor)], x.new_empty(40, 48))
+    wrong = ~y.isfinite()
+    expected = torch.zeros_like(wrong)
+    expected[3], expected[:, 7] = True, True
+    assert torch.equal(wrong, expected)
+
+
+def two_branches(*, dora: bool, bias: bool, dtype: torch.dtype) -> list[Branch]:
+    made = []
+    for width, r in ((96, 4), (70, 7)):
+        m = gain = None
+        if dora:
+            m, gain = random(width).abs().add(0.5).requires_grad_(), random(width, seed=2).abs().add(0.5)
+        A, B = random(r, 80).to(dtype).requires_grad_(), random(width, r).to(dtype).requires_grad_()
+        b = rounded(width).requires_grad_() if bias else None
+        made.append(Branch(DenseWeight(rounded(width, 80)), 0.75, A, B, b, m, gain))
+    return made
+
+
+def gradients(made: list[Branch], x: Tensor, dropout: Dropout | None, unused: bool = False) -> list[Tensor]:
+    ys = low_rank_linear(x, made, dropout)
+    total = sum((y.float() * rounded(*y.shape).float()).sum() for y in ys[: 1 if unused else 2])
+    tensors = [tensor for branch in made for tensor in branch.tensors if tensor is not None]
+    grads = torch.autograd.grad(total, [x, *tensors], allow_unused=True)  # type: ignore[arg-type]
+    return [*ys, *(torch.zeros(()) if grad is None else grad for grad in grads)]
+
+
+@pytest.fixture
+def without_products() -> Iterator[None]:
+    products.allow(False)
+    yield
+    products.allow(True)
+
+
+@needs_products
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operator_is_no_worse_than_in_separate_steps(
+    dora: bool, bias: bool, p: float, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    made, dropout = two_branches(dora=dora, bias=bias, dtype=dtype), Dropout(p, 3) if p else None
+    x = rounded(2, 20, 80).requires_grad_()
+    wide = [
+        dataclasses.replace(
+            branch,
+            frozen=DenseWeight(branch.frozen.W.float()),  # type: ignore[attr-defined]
+            A=branch.A.detach().float().requires_grad_(),
+            B=branch.B.detach().float().requires_grad_(),
+            bias=None if branch.bias is None else branch.bias.detach().float().requires_grad_(),
+        )
+        for branch in made
+    ]
+    exact = gradients(wide, x.detach().float().requires_grad_(), dropout)
+    assert operator._steps(x.reshape(-1, 80), made) is low_rank
+    ours = gradients(made, x, dropout)
+    request.getfixturevalue("without_products")
+    assert operator._steps(x.reshape(-1, 80), made) is low_rank_plain
+    for found, plain, wanted in zip(ours, gradients(made, x, dropout), exact):
+        errors = [float((each.float() - wanted).norm() / wanted.norm()) for each in (found, plain)]
+        assert errors[0] <= 1.2 * errors[1] + 2**-10
+        assert found.dtype is plain.dtype
+
+
+@needs_products
+def test_a_branch_whose_output_nobody_used() -> None:
+    made, x = two_branches(dora=False, bias=False, dtype=torch.float32), rounded(40, 80).requires_grad_()
+    dx, dA, dB, *rest = gradients(made, x, None, unused=True)[2:]
+    assert all(float(grad.float().abs().sum()) > 0 for grad in (dx, dA, dB))
+    assert all(float(grad.float().abs().sum()) == 0 for grad in rest)
+
+
+@needs_products
+def test_few_rows_and_weights_with_gaps_take_separate_steps() -> None:
+    made = two_branches(dora=False, bias=False, dtype=torch.float32)
+    assert operator._steps(rounded(8, 80), made) is low_rank_plain
+    gaps = [dataclasses.replace(made[0], frozen=DenseWeight(rounded(192, 160)[::2, ::2]))]
+    assert operator._steps(rounded(40, 80), gaps) is low_rank_plain
+
+
+@pytest.mark.parametrize("T", [8, 40])
+def test_the_output_head(T: int) -> None:
+    x, W, out = rounded(T, 64), rounded(300, 64), rounded(T, 300)
+    assert_rounded_once(linear_out(x, W, out), x.double() @ W.double().T)
