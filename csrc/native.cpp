@@ -5,6 +5,7 @@
 
 #include "kernels.hpp"
 #include "parallel.hpp"
+#include "products.hpp"
 #include "scratch.hpp"
 
 #ifdef __linux__
@@ -131,12 +132,22 @@ void rw_linear_4bit(const rw_weight* weight, const void* x, int64_t T, int64_t N
     const Kernels& level = kernels();
     const int64_t size = dtype == RW_BFLOAT16 && level.multiplies_bfloat16 ? 2 : 4, group = level.group(dtype);
     const bool apart = K % weight->block_size == 0 && weight->block_size % group == 0, fused = apart && T <= level.fused_rows;
-    const int64_t piece = fused ? group : kPieceBytes / size;
+    // On tiles, 16 rows cost as much as one: from 5 on they win.
+    const rankwise::ProductKernels* tiles = apart && !fused && dtype == RW_BFLOAT16 && T <= rankwise::kFewRows ? rankwise::current_products() : nullptr;
+    const int64_t piece = fused || tiles ? group : kPieceBytes / size;
     char* arranged = rankwise::scratch<Kernels, char, 0>(T * K * size);
     // A second wake-up of the threads would cost more than this copy.
     for (int64_t k = 0; k < K; k += piece)
         level.arrange(x, dtype, T, K, k, K - k < piece ? K - k : piece, apart, arranged + T * k * size);
-    const rankwise::LinearJob job = {weight, arranged, piece, apart, fused, T, N, K, dtype, bias, y};
+    rankwise::LinearJob job = {weight, arranged, piece, apart, fused, T, N, K, dtype, bias, y};
+    if (tiles) {
+        const int64_t rows = T <= 16 ? 16 : T <= 32 ? 32 : 64;
+        uint32_t* packed = rankwise::scratch<Kernels, uint32_t, 1>(rows * K / 2);
+        tiles->pack_few_rows(reinterpret_cast<const uint16_t*>(arranged), T, K, packed);
+        job.x = packed;
+        split(N, task_step(N, least_rows(K), threads), threads, [&](int64_t first, int64_t last) { tiles->few_rows(job, first, last); });
+        return;
+    }
     split(N, task_step(N, least_rows(K), threads), threads, [&](int64_t first, int64_t last) { level.linear(job, first, last); });
 }
 

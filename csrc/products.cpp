@@ -23,14 +23,6 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // -1: whatever is there; 0: none, for tests.
 std::atomic<int> choice{-1};
 
-const ProductKernels* kernels() {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_cpu_init();
-    if (choice != 0 && rw_level() == RW_AVX512 && __builtin_cpu_supports("avx512bf16")) return products_amx();
-#endif
-    return nullptr;
-}
-
 // Whether tiles can be read from rows at this distance: rows of whole steps, whose lines do not fall into few sets of the cache.
 bool is_readable(int64_t length, int64_t stride) {
     if (length % kStep != 0) return false;
@@ -82,9 +74,17 @@ int64_t panel_parts(int64_t panels, int64_t most, int64_t threads) {
 
 }  // namespace
 
+const ProductKernels* rankwise::current_products() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_cpu_init();
+    if (choice != 0 && rw_level() == RW_AVX512 && __builtin_cpu_supports("avx512bf16")) return products_amx();
+#endif
+    return nullptr;
+}
+
 extern "C" {
 
-int rw_products_available(void) { return kernels() != nullptr; }
+int rw_products_available(void) { return current_products() != nullptr; }
 
 void rw_products_allow(int allowed) { choice = allowed ? -1 : 0; }
 
@@ -103,7 +103,7 @@ void rw_products(const rw_term* terms, int count, int64_t T, int64_t N, const fl
     while (parts * row_parts < threads && T / row_parts > kLeastRows) ++row_parts;
     const int64_t rows = ceil_div(ceil_div(T, row_parts), kRowBlock) * kRowBlock;
     row_parts = ceil_div(T, rows);
-    const ProductKernels* level = kernels();
+    const ProductKernels* level = current_products();
     parallel(parts * row_parts, threads, [&](int64_t task) {
         const int64_t part = task % parts, row = task / parts * rows;
         const int64_t last = (part + 1) * columns < panels ? (part + 1) * columns : panels;
@@ -120,7 +120,7 @@ void rw_row_product(const void* q, int64_t q_stride, const void* m, int64_t m_st
     float* dots = dot ? scratch<Owner, float, 1>(chunks * C) : nullptr;
     const RowProductJob job = {static_cast<const uint16_t*>(q), q_stride, static_cast<const uint16_t*>(m), m_stride,
                                static_cast<const uint16_t*>(y), y_stride, T, R, C, sums, dots, scale, gain, by_column, out_dtype, out, divisor, dot};
-    const ProductKernels* level = kernels();
+    const ProductKernels* level = current_products();
     const auto last_of = [&](int64_t part) { return (part + 1) * kChunkColumns < C ? (part + 1) * kChunkColumns : C; };
     parallel(chunks * parts, threads, [&](int64_t task) {
         const int64_t part = task % parts;

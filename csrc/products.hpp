@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "rankwise_native.h"
+#include "kernels.hpp"
 
 namespace rankwise {
 
@@ -58,14 +58,23 @@ struct RowProductJob {
     float* dot;            // (C), or null
 };
 
+// Most rows that `few_rows` takes.
+constexpr int64_t kFewRows = 64;
+
 struct ProductKernels {
     void (*product)(const ProductJob& job, const ProductShare& share);
     // Columns [first, last) of a chunk of rows.
     void (*row_product)(const RowProductJob& job, int64_t chunk, int64_t first, int64_t last);
     void (*finish_row_product)(const RowProductJob& job, int64_t first, int64_t last);
+    // `Kernels::linear` for at most kFewRows rows of bfloat16 in groups of 64, apart, as `pack_few_rows` leaves them.
+    void (*few_rows)(const LinearJob& job, int64_t first, int64_t last);
+    void (*pack_few_rows)(const uint16_t* arranged, int64_t T, int64_t K, uint32_t* packed);
 };
 
 const ProductKernels* products_amx();
+
+// Those of the current level, or null.
+const ProductKernels* current_products();
 
 // Steps that are multiplied at once, in equal parts of at most 20: what lies between two of them is kept in float32.
 inline int64_t steps_at_once(int64_t steps) {

@@ -3,11 +3,12 @@
 
 #if defined(__AVX512BF16__) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
 #include "products_amx.hpp"
+#include "few_rows_amx.hpp"
 
 namespace rankwise {
 
 const ProductKernels* products_amx() {
-    static const ProductKernels kernels = {product_amx, row_product_amx, finish_row_product_amx};
+    static const ProductKernels kernels = {product_amx, row_product_amx, finish_row_product_amx, few_rows_amx, pack_few_rows_amx};
     static const bool is_usable = amx_is_usable();
     return is_usable ? &kernels : nullptr;
 }

@@ -104,6 +104,7 @@ double run_all(const Tables& tables) {
                     for (int dtype : {RW_FLOAT32, RW_BFLOAT16, RW_FLOAT16})
                         for (bool nested : {false, true}) run(tables, N, K, block, T, dtype, nested);
     run(tables, 70, 4096, 64, 16, RW_BFLOAT16, true);
+    run(tables, 70, 4096, 64, 40, RW_BFLOAT16, false);
     run(tables, 1030, 8200, 64, 1, RW_BFLOAT16, false);  // large enough to write past the caches
     return checksum;
 }

@@ -239,3 +239,19 @@ def test_few_rows_and_weights_with_gaps_take_separate_steps() -> None:
 def test_the_output_head(T: int) -> None:
     x, W, out = rounded(T, 64), rounded(300, 64), rounded(T, 300)
     assert_rounded_once(linear_out(x, W, out), x.double() @ W.double().T)
+
+
+@needs_products
+@pytest.mark.parametrize("T", [5, 16, 17, 40, 64])
+@pytest.mark.parametrize(("N", "K", "block_size"), [(40, 256, 64), (7, 4096, 4096), (100, 128, 128)])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_few_rows_of_four_bits(T: int, N: int, K: int, block_size: int, double_quant: bool) -> None:
+    packed, absmax = ops.quantize_4bit(random(N, K), "fp4", block_size)
+    second = {}
+    if double_quant:
+        absmax, nested, offset = ops.quantize_absmax(absmax)
+        second = {"nested_absmax": nested, "offset": offset}
+    x, bias = rounded(2, T, K)[1], rounded(N)
+    W = ops.dequantize_4bit(packed, absmax, (N, K), torch.bfloat16, "fp4", block_size, **second)
+    y = ops.linear_4bit(x, packed, absmax, (N, K), bias, "fp4", block_size, **second)
+    assert_rounded_once(y, x.double() @ W.double().T + bias.double())
