@@ -85,7 +85,10 @@ class Dora(nn.Module):
 
     def gain(self, base: nn.Module) -> Tensor:
         """``g = m / ||W + s B A||`` in float32: (out,); gradients reach m only."""
-        g = gain(self.magnitude, self.enabled(self.row_norms(base)))
+        return self._gain_over(self.row_norms(base))
+
+    def _gain_over(self, norms: Tensor) -> Tensor:
+        g = gain(self.magnitude, self.enabled(norms))
         if self.parts is None:
             return g
         rows = enabled_rows(self.parts, self._out_features, g.device)
@@ -93,16 +96,16 @@ class Dora(nn.Module):
 
     @torch.no_grad()
     def fixed_gain(self, base: nn.Module) -> Tensor | None:
-        """`gain` without gradients, kept until W, A, B or m change; None on a CPU where an entry of it is zero."""
-        trained, key = (self.magnitude, self.lora_A, self.lora_B), weight_key(base)
-        if (kept := self._gain.get(trained, key)) is not None:
+        """`gain` without gradients, kept until the norms or m change; None on a CPU where an entry of it is zero."""
+        norms = self.row_norms(base)
+        if (kept := self._gain.get((self.magnitude, norms), ())) is not None:
             return kept
         # Made under inference_mode it could not be kept.
-        with torch.inference_mode(self.lora_A.is_inference()), torch.no_grad():
-            g = self.gain(base)
+        with torch.inference_mode(norms.is_inference()), torch.no_grad():
+            g = self._gain_over(norms)
         if g.device.type == "cpu" and not bool(g.all()):
             return None
-        return self._gain.keep(trained, key, g)
+        return self._gain.keep((self.magnitude, norms), (), g)
 
     @torch.no_grad()
     def row_norms(self, base: nn.Module) -> Tensor:

@@ -10,7 +10,7 @@ from rankwise.ops import selection
 
 def linear_out(x: Tensor, W: Tensor, out: Tensor) -> Tensor:
     """``out <- x W^T``: x (T, K), W (N, K), out (T, N), of one dtype; no autograd."""
-    if x.is_cpu and x.dtype is torch.bfloat16 and type(x) is type(out) is Tensor and selection.native_on_cpu():
+    if x.dtype is torch.bfloat16 and type(out) is type(x) and selection.takes_native(x):
         from rankwise.ops.cpu import products
 
         factor = products.Factor.of(W.detach())

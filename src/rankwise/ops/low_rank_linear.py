@@ -112,7 +112,7 @@ def _forward(
 
 def _steps(rows: Tensor, branches: Sequence[Branch]) -> ModuleType:
     """The module whose functions make the steps for these rows."""
-    if rows.is_cpu and type(rows) in (Tensor, torch.nn.Parameter) and selection.native_on_cpu():
+    if selection.takes_native(rows):
         from rankwise.ops.cpu import low_rank
 
         if low_rank.takes(rows, branches):

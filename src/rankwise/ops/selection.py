@@ -9,10 +9,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rankwise.errors import QuantizationError, warn
 
@@ -25,6 +28,7 @@ _MODULES = {
 _choice: str | None = None
 _modules: dict[str, ModuleType] = {}
 _said: set[str] = set()
+_fakes_as_real = False
 
 
 def set_implementation(name: str) -> None:
@@ -69,6 +73,23 @@ def native_on_cpu() -> bool:
     """Whether the native library works on CPU tensors."""
     module = _modules.get("cpu") or module_for(torch.device("cpu"))
     return module.__name__ == _MODULES["native"]
+
+
+def takes_native(tensor: Tensor) -> bool:
+    """Whether the native library works on this tensor: a plain one on a CPU, or a fake one in its place."""
+    known = type(tensor) in (Tensor, torch.nn.Parameter) or (_fakes_as_real and isinstance(tensor, FakeTensor))
+    return known and tensor.is_cpu and native_on_cpu()
+
+
+@contextmanager
+def fakes_as_real() -> Iterator[None]:
+    """Inside, fake tensors of a CPU take the way of real ones, so that their storages are those of a real step."""
+    global _fakes_as_real
+    before, _fakes_as_real = _fakes_as_real, True
+    try:
+        yield
+    finally:
+        _fakes_as_real = before
 
 
 def runs_triton(device: torch.device) -> bool:

@@ -82,7 +82,7 @@ def layer_bytes(step: Step) -> int:
         per_token = _full_per_token(step)
     else:
         per_token = _norms(step) + _attention(step) + _mlp(step) + _low_rank(step)
-    return round(step.T * per_token + _mask(step) + _kept_gain(step) + _cast_weights(step))
+    return round(step.T * per_token + _mask(step) + _cast_weights(step))
 
 
 def _norms(step: Step) -> float:
@@ -154,14 +154,6 @@ def _low_rank(step: Step) -> float:
         ("mlp.down_proj", 0 if normed_after else shape.hidden),
     )
     return own + s * sum(width for name, width in outputs if step.has(name))
-
-
-def _kept_gain(step: Step) -> float:
-    """DoRA's gain, float32 per output row of an adapted layer; small beside the tokens."""
-    if step.method not in DORA:
-        return 0
-    shape = step.shape
-    return 4 * (shape.queries + 2 * shape.keys + 2 * shape.hidden + 2 * shape.mlp)
 
 
 def _cast_weights(step: Step) -> float:

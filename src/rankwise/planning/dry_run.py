@@ -20,6 +20,7 @@ from rankwise.adapters import adapter_parameters, has_adapter
 from rankwise.adapters.base_layer import features, is_linear
 from rankwise.adapters.targets import matches
 from rankwise.errors import ModelError, RankwiseError
+from rankwise.ops import selection
 from rankwise.planning import cuda
 from rankwise.planning.assemble import assembled
 from rankwise.planning.counted_optimizer import new_optimizer
@@ -81,7 +82,8 @@ def trace(
     tracker = new_tracker(workload, vocabulary_of(skeleton), fake=fake)
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     tracker.answers.true_counts |= _enabled_rows(skeleton, workload)
-    with _explaining(skeleton), mode, tracker:
+    way = selection.fakes_as_real() if fake and workload.device_type == "cpu" else nullcontext()
+    with _explaining(skeleton), mode, way, tracker:
         materialize(skeleton, weights_dtype(method, workload), fill=not fake)
         flat = attach(skeleton, method, workload)
         tracker.answers.true_counts |= true_counts(workload, flat=flat)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.dora import Dora
+from rankwise.ops.cpu import products
 from rankwise.ops.cpu.four_bit import _LEAST_KEPT_BYTES, _MOST_KEPT_BYTES
+from rankwise.ops.selection import native_on_cpu
 from rankwise.quantization.targets import four_bit_layers
 
 Scratch = Callable[[Any, Any], int]
@@ -21,9 +23,16 @@ def is_kept(size_bytes: int) -> bool:
     return _LEAST_KEPT_BYTES <= size_bytes <= _MOST_KEPT_BYTES
 
 
+def makes_dense(dtype: torch.dtype) -> bool:
+    """Whether products of ``dtype`` with a 4-bit weight make it dense: not where sums of products decode it."""
+    return not (native_on_cpu() and dtype is torch.bfloat16 and products.available())
+
+
 def dense_weight(args: Any, kwargs: Any) -> int:
     """A 4-bit product makes the dense weight in the dtype of its input, N K s bytes, in kept memory where it can."""
     x, shape = args[0], args[3]
+    if not makes_dense(x.dtype):
+        return 0
     size = prod(shape) * x.element_size()
     return 0 if is_kept(size) else size
 
@@ -42,11 +51,12 @@ def lives_in_kept_memory(name: str, result: Tensor) -> bool:
 def kept_memory(model: nn.Module) -> list[Tensor]:
     """Stand-ins for what is kept between steps on a CPU and is not made by fake tensors.
 
-    The memory of the largest dequantized weight; and of every DoRA layer copies of A and B, by which it notices writes
-    past PyTorch.
+    The memory of the largest dequantized weight; and of every DoRA layer copies of A, B, magnitudes and norms, by
+    which it notices writes past PyTorch.
     """
     kept = [copy for layer in model.modules() if isinstance(layer, Dora) for copy in _copies(layer)]
-    sizes = [prod(layer.shape) * layer.dtype.itemsize for _, layer in four_bit_layers(model)]
+    dense = (layer for _, layer in four_bit_layers(model) if makes_dense(layer.dtype))
+    sizes = [prod(layer.shape) * layer.dtype.itemsize for layer in dense]
     largest = max(filter(is_kept, sizes), default=0)
     return [*kept, torch.empty(largest, dtype=torch.uint8)] if largest else kept
 
@@ -54,13 +64,15 @@ def kept_memory(model: nn.Module) -> list[Tensor]:
 def _copies(layer: Dora) -> Iterator[Tensor]:
     yield layer.lora_A.detach().clone()
     yield layer.lora_B.detach().clone()
+    for _ in ("magnitude", "norms"):
+        yield layer.magnitude.detach().clone()
 
 
 def kept_norms(model: nn.Module) -> Iterator[Tensor]:
-    """The row norms that DoRA layers keep, and on real tensors their copies of A and B."""
+    """The row norms and gains that DoRA layers keep, and on real tensors the copies beside them."""
     for layer in model.modules():
         if isinstance(layer, Dora):
-            for kept in (layer._norms, layer._squared):
+            for kept in (layer._norms, layer._squared, layer._gain):
                 yield from kept._copies
                 if kept._value is not None:
                     yield kept._value

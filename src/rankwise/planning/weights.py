@@ -98,15 +98,15 @@ def tensor_bytes(tensors: list[Tensor]) -> int:
 
 
 def kept_norm_bytes(method: str, workload: Workload, adapted: Adaptation | None) -> int:
-    """DoRA keeps ``||W||^2`` and ``||W + s B A||`` per output row in float32; on a CPU also copies of A and B, by which
-    it notices writes past PyTorch."""
+    """DoRA keeps ``||W||^2``, ``||W + s B A||`` and g per output row in float32; on a CPU also copies of A, B, m and
+    the norms, by which it notices writes past PyTorch."""
     if method not in DORA or adapted is None:
         return 0
-    norms = sum(8 * item.module.outputs for item in adapted.adapted)
+    rows = sum(item.module.outputs for item in adapted.adapted)
     if workload.device_type != "cpu":
-        return norms
+        return 12 * rows
     element = 4 if workload.adapter_dtype == "float32" else base_element_bytes(method, workload)
-    return norms + sum(element * sum(map(prod, item.shapes[:2])) for item in adapted.adapted)
+    return 20 * rows + sum(element * sum(map(prod, item.shapes[:2])) for item in adapted.adapted)
 
 
 def sharding_groups(shape: Shape, method: str, workload: Workload, adapted: Adaptation | None) -> tuple[Group, Group]:

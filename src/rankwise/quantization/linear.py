@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rankwise import ops
 from rankwise.errors import QuantizationError
@@ -193,6 +194,9 @@ class Linear4bit(nn.Module):
         """W' as the native sums of products read it, or None where they cannot."""
         if not self.weight.is_cpu:
             return None
+        if isinstance(self.weight, FakeTensor):
+            # Never read.
+            return Factor(self.weight, self.in_features)
         weight = NativeWeight(
             self.weight,
             self.absmax,

@@ -14,6 +14,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rankwise.ops.cpu.native import library
 from rankwise.ops.cpu.packed import NativeWeight
@@ -74,8 +75,10 @@ def allow(allowed: bool) -> None:
 def add_products(terms: Sequence[Term], out: Tensor, g: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """out (T, N) bfloat16, rows dense, is overwritten with ``g * (sum of at most 16 terms) + bias``.
 
-    Every a is bfloat16 with dense rows; g and bias are float32 (N,).
+    Every a is bfloat16 with dense rows; g and bias are float32 (N,). Fake tensors stay as they are.
     """
+    if isinstance(out, FakeTensor):
+        return out
     T, N = out.shape
     array = (_Term * len(terms))(*map(_struct, terms))
     _functions().rw_products(
@@ -103,6 +106,8 @@ def row_product(
     (T, R), C = q.shape, m.shape[1]
     out = torch.empty((C, R) if by_column else (R, C), dtype=dtype)
     dot = None if y is None else torch.empty(C, dtype=torch.float32)
+    if isinstance(out, FakeTensor):
+        return out, dot
     _functions().rw_row_product(
         q.data_ptr(), q.stride(0), m.data_ptr(), m.stride(0), _pointer(y), 0 if y is None else y.stride(0), T, R, C,
         scale, _pointer(gain), by_column, out.data_ptr(), _DTYPE[dtype], _pointer(divisor), _pointer(dot),
