@@ -1,5 +1,6 @@
 """What makes a training step fast beyond the adapters' own operators; put into a model in place, and reversible."""
 
+from rankwise.acceleration.allocator import give_back_freed_memory, limit_generated_kernels
 from rankwise.acceleration.flatten import can_flatten
 from rankwise.acceleration.loss import LossOptions
 from rankwise.acceleration.optimize import Acceleration, fused_head, optimize_for_training, restore
@@ -11,6 +12,8 @@ __all__ = [
     "accelerate_peft",
     "can_flatten",
     "fused_head",
+    "give_back_freed_memory",
+    "limit_generated_kernels",
     "optimize_for_training",
     "restore",
 ]

@@ -1,11 +1,13 @@
 """Keep freed memory: glibc gives large blocks back to the system at every free, and each comes back as page faults.
 
-The thresholds hold for the whole process and cannot be read back, so they are set once and stay.
+The thresholds hold for the whole process and cannot be read back, so they are set once and stay. What is kept must not
+grow without bound either: `limit_generated_kernels` and `give_back_freed_memory` see to that.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import sys
 from functools import cache
@@ -19,14 +21,34 @@ TRIM_BYTES = 1 << 30
 # Free memory at the heap's end that is kept.
 TOP_PAD_BYTES = 64 << 20
 
+# oneDNN generates code for every new number of tokens, and it and torch keep that of the last 1024 products: 6 MB a
+# step of full fine-tuning, in small blocks that hold the heap's holes apart. A step has far fewer shapes than this.
+KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+
+
+def limit_generated_kernels() -> None:
+    """Let oneDNN keep fewer generated kernels. Acts before the process's first product; what the user has set stays."""
+    for name, value in KERNEL_CACHES.items():
+        os.environ.setdefault(name, value)
+
 
 @cache
 def keep_freed_memory() -> bool:
     """Raise glibc's thresholds; False where another allocator is at work."""
-    if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
+    if not _has_glibc():
         return False
     mallopt = ctypes.CDLL(None).mallopt
     wanted = ((M_MMAP_THRESHOLD, MMAP_BYTES), (M_TRIM_THRESHOLD, TRIM_BYTES), (M_TOP_PAD, TOP_PAD_BYTES))
     # Every one is set, whether or not another is refused.
     taken = [mallopt(parameter, value) == 1 for parameter, value in wanted]
     return all(taken)
+
+
+def give_back_freed_memory() -> None:
+    """Give the heap's free pages back to the system, those between blocks in use included; nothing without glibc."""
+    if _has_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _has_glibc() -> bool:
+    return sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rankwise.acceleration import give_back_freed_memory
 from rankwise.adapters import adapter_parameters, has_adapter
 from rankwise.training.interrupt import Interrupt
 from rankwise.training.meters import MemoryMeter, StepClock
@@ -27,6 +28,8 @@ LOGGED = {
     "aux_loss": "aux_loss",
 }
 # The Trainer's names and ours.
+
+HOLES_GROWTH = 1.05
 
 
 class Watch(TrainerCallback):
@@ -132,6 +135,29 @@ class StopOnInterrupt(TrainerCallback):
     def on_prediction_step(self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any) -> None:
         if self.interrupt.requested:
             raise EvaluationStopped
+
+
+class GiveBackHoles(TrainerCallback):
+    """On a CPU: gives the heap's free pages back once steps have made the process larger.
+
+    Batches of ever different sizes leave holes between blocks in use, and the next step takes new memory beside them.
+    Giving back costs page faults in the step after it, so a step's end is compared with the largest that followed such
+    a giving back: holes grow it, larger batches raise what it is compared with.
+    """
+
+    def __init__(self, now: Callable[[], int]) -> None:
+        self.now = now
+        self.usual_bytes = 0
+        self.is_new = True
+        # Nothing has been kept for longer than one step.
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any) -> None:
+        size = self.now()
+        if self.is_new:
+            self.usual_bytes, self.is_new = max(self.usual_bytes, size), False
+        elif size > HOLES_GROWTH * self.usual_bytes:
+            give_back_freed_memory()
+            self.is_new = True
 
 
 class EarlyStopping(TrainerCallback):

@@ -17,7 +17,7 @@ import datasets
 import torch
 import transformers
 
-from rankwise.acceleration import can_flatten, optimize_for_training
+from rankwise.acceleration import can_flatten, limit_generated_kernels, optimize_for_training
 from rankwise.adapters.baselines import BASELINES
 from rankwise.config import LoraConfig, TrainSettings
 from rankwise.data import Rows
@@ -52,6 +52,7 @@ def train(settings: TrainSettings, observer: Observer | None = None, foresight: 
     """
     started = time.monotonic()
     told: list[dict[str, str]] = []
+    limit_generated_kernels()
     with _quiet(), _told_warnings(observer, told):
         mode = output.check_output(settings.output, resume=settings.resume, overwrite=settings.overwrite)
         lora = _check_settings(settings)

@@ -119,6 +119,8 @@ class Session:
         if self.extras.early_stopping is not None:
             trainer.add_callback(callbacks.EarlyStopping(self.extras.early_stopping))
         trainer.add_callback(callbacks.StopOnInterrupt(interrupt))
+        if memory.device_type == "cpu":
+            trainer.add_callback(callbacks.GiveBackHoles(memory.now))
 
     def _is_evaluated(self) -> bool:
         return self.trainer.eval_dataset is None or self.trainer.state.global_step in evaluations(self.folder)

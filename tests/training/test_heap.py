@@ -1,0 +1,94 @@
+"""The heap of a long run on a CPU: generated kernels are bounded, and holes between blocks in use are given back."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from rankwise.training import callbacks
+
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+
+
+class Process:
+    """Sizes that a process has at the ends of its steps, and how often its heap was given back."""
+
+    def __init__(self, monkeypatch, sizes):
+        self.sizes, self.given_back = iter(sizes), []
+        self.callback = callbacks.GiveBackHoles(lambda: next(self.sizes))
+        monkeypatch.setattr(callbacks, "give_back_freed_memory", lambda: self.given_back.append(self.step))
+
+    def run(self, steps):
+        for self.step in range(steps):
+            self.callback.on_step_end(SimpleNamespace(), None, SimpleNamespace())
+        return self.given_back
+
+
+def test_a_heap_that_grows_is_given_back(monkeypatch):
+    assert Process(monkeypatch, [100, 104, 106, 100, 104, 106, 101]).run(7) == [2, 5]
+
+
+def test_larger_batches_are_no_holes(monkeypatch):
+    """After the first giving back the larger batch is still as large, and what is usual from then on."""
+    assert Process(monkeypatch, [100, 150, 150, 152, 148, 157]).run(6) == [1]
+
+
+HOLES = """
+import json, torch
+from rankwise.acceleration.allocator import give_back_freed_memory, keep_freed_memory
+from rankwise.training.meters import anonymous_memory_bytes
+
+assert keep_freed_memory()
+large, small = [], []
+for _ in range(200):
+    large.append(torch.ones(1 << 18))
+    small.append(torch.ones(1 << 8))
+full = anonymous_memory_bytes()
+large.clear()
+freed = anonymous_memory_bytes()
+give_back_freed_memory()
+print(json.dumps({"full": full, "freed": freed, "given_back": anonymous_memory_bytes()}))
+"""
+
+SHAPES = """
+import ctypes, json, sys, torch
+from rankwise.acceleration.allocator import limit_generated_kernels
+
+class Heap(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Heap
+if sys.argv[1] == "limited":
+    limit_generated_kernels()
+weight, used = torch.ones(256, 256, dtype=torch.bfloat16), []
+for tokens in range(64, 664):
+    torch.ones(tokens, 256, dtype=torch.bfloat16) @ weight
+    used.append(mallinfo().uordblks)
+print(json.dumps(used[-1] - used[200]))
+"""
+
+
+def answer_of(script, *arguments):
+    without = {name: value for name, value in os.environ.items() if not name.endswith("_CACHE_CAPACITY")}
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=without)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_holes_between_blocks_in_use_go_back_to_the_system():
+    sizes = answer_of(HOLES)
+    assert sizes["freed"] > sizes["full"] - (20 << 20)
+    assert sizes["given_back"] < sizes["full"] - (180 << 20)
+
+
+def test_products_of_ever_new_shapes_do_not_fill_the_heap():
+    grown, limited = answer_of(SHAPES, "as it is"), answer_of(SHAPES, "limited")
+    if grown < 2 << 20:
+        pytest.skip("this CPU's products keep no generated code")
+    assert limited < grown / 4
