@@ -53,6 +53,7 @@ E2E ?= ../shared/data/e2e
 
 bench: $(STAMP) ## timings against the peers, into docs/results (half an hour on a quiet machine)
 	$(BIN)/python benchmarks/four_bits.py --output docs/results
+	$(BIN)/python benchmarks/quantized_load.py
 	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/memory_plan.py

@@ -1,49 +1,89 @@
 """Seconds that quantizing adds to loading a model folder, ours and bitsandbytes', alternating in one process.
 
-python benchmarks/quantized_load.py MODEL_FOLDER      # a bfloat16 safetensors folder
+    python benchmarks/quantized_load.py                 # the demo model, as bfloat16 safetensors; a minute
+    python benchmarks/quantized_load.py --model FOLDER
+
+Writes quantized_load.json and quantized_load.md into docs/results.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-import bitsandbytes
+import contenders
+import results
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from transformers.utils import logging
 
 import rankwise as rw
 
-ROUNDS = 7
+GOAL_SECONDS = 0.3
+OURS = ("NF4, ours", "NF4 double-quantized, ours")
 
 
-def main() -> None:
-    folder = sys.argv[1]
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = parse(arguments)
+    contenders.silence()
+    with contenders.model_folder(given.model) as folder:
+        seconds = measured(folder, given.rounds)
+    result = {
+        "command": results.command(),
+        "machine": results.machine(),
+        "versions": results.versions(),
+        "model": Path(given.model).name,
+        "rounds": given.rounds,
+        "seconds": {way: statistics.median(times) for way, times in seconds.items()},
+    }
+    results.save(given.output, "quantized_load", result, markdown(result))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="a bfloat16 safetensors folder; default: the demo model")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path, default=results.FOLDER)
+    return parser.parse_args(arguments)
+
+
+def measured(folder: str, rounds: int) -> dict[str, list[float]]:
+    """{way to load: seconds of each round}; a first round of each is left out."""
     theirs = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     ways: dict[str, Callable[[], Any]] = {
         "plain": lambda: None,
-        "NF4, ours": rw.Nf4Config,
-        "NF4 double-quantized, ours": lambda: rw.Nf4Config(double_quant=True),
+        OURS[0]: rw.Nf4Config,
+        OURS[1]: lambda: rw.Nf4Config(double_quant=True),
         "NF4, bitsandbytes": lambda: theirs,
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(ROUNDS + 1):
+    for _ in range(rounds + 1):
         for way, config in ways.items():
             start = time.perf_counter()
             AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config())
             seconds[way].append(time.perf_counter() - start)
-    plain = statistics.median(seconds["plain"][1:])
-    print(f"torch {torch.__version__}, bitsandbytes {bitsandbytes.__version__}, medians of {ROUNDS}\n")
-    print("| load | seconds | beyond the plain load |\n|---|---|---|")
-    for way, times in seconds.items():
-        median = statistics.median(times[1:])
-        print(f"| {way} | {median:.3f} | {median - plain:.3f} |")
+    return {way: times[1:] for way, times in seconds.items()}
+
+
+def markdown(result: dict[str, Any]) -> list[str]:
+    plain = result["seconds"]["plain"]
+    cells = []
+    for way, median in result["seconds"].items():
+        goal = GOAL_SECONDS if way in OURS else None
+        beyond = "" if way == "plain" else results.judged(median - plain, goal, at_most=True, digits=3)
+        cells.append([way, f"{median:.3f}", beyond])
+    return [
+        f"# Loading {result['model']} and quantizing it on the way",
+        "",
+        *results.where_from(result),
+        *results.table(("load", "seconds", "beyond the plain load"), cells),
+        "",
+        f"Medians of {result['rounds']} alternating rounds of `from_pretrained`, from the system's file cache. "
+        "Goals in brackets.",
+    ]
 
 
 if __name__ == "__main__":

@@ -35,30 +35,53 @@ int64_t padded_stride(int64_t length) {
     return is_readable(stride, stride) ? stride : stride + kStep;
 }
 
-// Terms with rows that tiles can be read from: where they are not, a copy.
-void prepare(const rw_term* terms, int count, int64_t T, int threads, ProductTerm* prepared) {
+// Whether a term's rows are copied: to where tiles can be read from, or beside what their rounding left.
+bool is_copied(const rw_term& term) { return term.a_rest || !is_readable(term.length, term.a_stride); }
+
+// Rows [first, last) of a, and of what its rounding left, side by side.
+void copy_rows(const rw_term& term, int64_t first, int64_t last, int64_t stride, uint16_t* out) {
+    const auto *a = static_cast<const uint16_t*>(term.a), *rest = static_cast<const uint16_t*>(term.a_rest);
+    const auto bytes = 2 * static_cast<std::size_t>(term.length);
+    const int64_t length = rest ? 2 * term.length : term.length;
+    for (int64_t t = first; t < last; ++t) {
+        uint16_t* row = out + t * stride;
+        std::memcpy(row, a + t * term.a_stride, bytes);
+        if (rest) std::memcpy(row + term.length, rest + t * term.a_stride, bytes);
+        std::memset(row + length, 0, 2 * static_cast<std::size_t>(stride - length));
+    }
+}
+
+// Terms with rows that tiles can be read from. An exact one becomes two: all of a times the rounded weight, and a, rounded, times the
+// weight's rest; the product of both rests is below what float32 sums keep. Returns how many there are.
+int prepare(const rw_term* terms, int count, int64_t T, int threads, ProductTerm* prepared) {
     struct Owner {};
+    const auto length_of = [](const rw_term& term) { return term.a_rest ? 2 * term.length : term.length; };
     int64_t elements = 0;
     for (int i = 0; i < count; ++i)
-        if (!is_readable(terms[i].length, terms[i].a_stride)) elements += T * padded_stride(terms[i].length);
+        if (is_copied(terms[i])) elements += T * padded_stride(length_of(terms[i]));
     uint16_t* copy = elements ? scratch<Owner, uint16_t, 0>(elements) : nullptr;
+    int made = 0;
     for (int i = 0; i < count; ++i) {
         const rw_term& term = terms[i];
-        const auto* a = static_cast<const uint16_t*>(term.a);
-        prepared[i] = {term, a, term.a_stride, ceil_div(term.length, kStep)};
-        if (is_readable(term.length, term.a_stride)) continue;
-        const int64_t stride = padded_stride(term.length), per_task = ceil_div(int64_t{1} << 17, stride);
-        uint16_t* out = copy;
-        parallel(ceil_div(T, per_task), threads, [&](int64_t task) {
-            const int64_t last = (task + 1) * per_task < T ? (task + 1) * per_task : T;
-            for (int64_t t = task * per_task; t < last; ++t) {
-                std::memcpy(out + t * stride, a + t * term.a_stride, 2 * static_cast<std::size_t>(term.length));
-                std::memset(out + t * stride + term.length, 0, 2 * static_cast<std::size_t>(stride - term.length));
-            }
-        });
-        prepared[i].a = out, prepared[i].a_stride = stride;
-        copy += T * stride;
+        ProductTerm& whole = prepared[made++];
+        whole = {term, static_cast<const uint16_t*>(term.a), term.a_stride, 0, term.length, false};
+        whole.source.length = length_of(term);
+        whole.steps = ceil_div(whole.source.length, kStep);
+        if (is_copied(term)) {
+            const int64_t stride = padded_stride(whole.source.length), per_task = ceil_div(int64_t{1} << 17, stride);
+            parallel(ceil_div(T, per_task), threads, [&](int64_t task) {
+                copy_rows(term, task * per_task, (task + 1) * per_task < T ? (task + 1) * per_task : T, stride, copy);
+            });
+            whole.a = copy, whole.a_stride = stride;
+            copy += T * stride;
+        }
+        if (!term.exact) continue;
+        // What of a row lies past the term's own length meets zeros of the packed weight.
+        ProductTerm& rest = prepared[made++];
+        rest = whole;
+        rest.source.length = term.length, rest.steps = ceil_div(term.length, kStep), rest.is_rest = true;
     }
+    return made;
 }
 
 // Parts of the panels: a multiple of the threads, chosen so that no thread ends much later than another.
@@ -88,15 +111,15 @@ int rw_products_available(void) { return current_products() != nullptr; }
 
 void rw_products_allow(int allowed) { choice = allowed ? -1 : 0; }
 
-void rw_products(const rw_term* terms, int count, int64_t T, int64_t N, const float* g, const float* bias, void* out, int64_t out_stride,
-                 int threads) {
+void rw_products(const rw_term* terms, int count, int64_t T, int64_t N, const float* g, const float* bias, void* out, void* rest,
+                 int64_t out_stride, int threads) {
     if (T == 0 || N == 0) return;
     threads = threads > 0 ? threads : 1;
     ProductTerm prepared[kMostTerms];
-    prepare(terms, count, T, threads, prepared);
-    const ProductJob job = {prepared, count, T, N, g, bias, static_cast<uint16_t*>(out), out_stride};
+    const int made = prepare(terms, count, T, threads, prepared);
+    const ProductJob job = {prepared, made, T, N, g, bias, static_cast<uint16_t*>(out), static_cast<uint16_t*>(rest), out_stride};
     int64_t steps = 0;
-    for (int i = 0; i < count; ++i) steps += prepared[i].steps;
+    for (int i = 0; i < made; ++i) steps += prepared[i].steps;
     const int64_t at_once = steps_at_once(steps), panels = ceil_div(N, kPanel), most = kPackedBytes / (at_once * 4 * kStep * kPanel / 2);
     const int64_t columns = ceil_div(panels, panel_parts(panels, most > 0 ? most : 1, threads)), parts = ceil_div(panels, columns);
     int64_t row_parts = at_once == steps ? 1 : ceil_div(T, kKeptRows);

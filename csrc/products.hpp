@@ -13,7 +13,8 @@ namespace rankwise {
 constexpr int64_t kStep = 32;
 constexpr int64_t kPanel = 32;
 constexpr int64_t kRowBlock = 32;
-constexpr int64_t kMostTerms = 16;
+// An exact term becomes two.
+constexpr int64_t kMostTerms = 32;
 // Rows whose products `row_products` sums before the sums of all such chunks are added up: fixed, so that no number of threads changes
 // a result.
 constexpr int64_t kChunkRows = 256;
@@ -24,6 +25,8 @@ struct ProductTerm {
     const uint16_t* a;  // rows of 32 * steps elements
     int64_t a_stride;
     int64_t steps;
+    int64_t period;  // elements of a row of the weight, which repeat up to the source's length
+    bool is_rest;    // of the weight what rounding it to bfloat16 leaves
 };
 
 struct ProductJob {
@@ -32,6 +35,7 @@ struct ProductJob {
     int64_t T, N;
     const float *g, *bias;  // or null
     uint16_t* out;
+    uint16_t* rest;  // or null
     int64_t out_stride;
 };
 

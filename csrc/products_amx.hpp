@@ -88,7 +88,7 @@ static void pack_panels(const ProductJob& job, int64_t panel, int64_t end, int64
         if (term.source.across) {
             pack_across(term.source, job.N, panel, end, from, to, out, panel_words);
         } else {
-            for (int64_t p = panel; p < end; ++p, out += panel_words) pack_outputs(term.source, job.N, p, from, to, out);
+            for (int64_t p = panel; p < end; ++p, out += panel_words) pack_outputs(term, job.N, p, from, to, out);
         }
     }
 }
@@ -113,7 +113,9 @@ static inline void store_panel(const ProductJob& job, const Waiting& done) {
     for (int64_t r = 0; r < done.rows; ++r, out += job.out_stride, sums += done.stride) {
         __m512 first = _mm512_loadu_ps(sums), second = _mm512_loadu_ps(sums + 16);
         in_order(first, second);
-        const __m512i words = rounded(_mm512_fmadd_ps(first, g[0], bias[0]), _mm512_fmadd_ps(second, g[1], bias[1]));
+        first = _mm512_fmadd_ps(first, g[0], bias[0]), second = _mm512_fmadd_ps(second, g[1], bias[1]);
+        const __m512i words = rounded(first, second);
+        if (job.rest) _mm512_mask_storeu_epi16(job.rest + (out - job.out), some, rounded(rest_of(first), rest_of(second)));
         if (stream && reinterpret_cast<uintptr_t>(out) % 64 == 0) _mm512_stream_si512(reinterpret_cast<__m512i*>(out), words);
         else _mm512_mask_storeu_epi16(out, some, words);
     }

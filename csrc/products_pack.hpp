@@ -15,6 +15,8 @@ static inline __m512 widened(__m256i half) { return _mm512_castsi512_ps(_mm512_s
 
 static inline __m512i rounded(__m512 low, __m512 high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)); }
 
+static inline __m512 rest_of(__m512 value) { return _mm512_sub_ps(value, widened(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)))); }
+
 static inline __mmask32 first_of_32(int64_t count) { return static_cast<__mmask32>(count >= 32 ? 0xffffffffu : (1u << count) - 1u); }
 
 static inline __mmask16 first_of_16(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffffu : count > 0 ? (1u << count) - 1u : 0u); }
@@ -85,6 +87,8 @@ static inline void scale_elements(const rw_term& term, int64_t row, int64_t colu
     }
 }
 
+// With Rest, what rounding them leaves.
+template <bool Rest>
 static inline void convert_elements(const rw_term& term, int64_t row, int64_t column, int64_t count, uint16_t* out) {
     const float* w = static_cast<const float*>(term.w) + row * term.w_stride + column;
     for (int64_t i = 0; i < count; i += 16) {
@@ -94,20 +98,31 @@ static inline void convert_elements(const rw_term& term, int64_t row, int64_t co
             const __m512 gain = term.across ? _mm512_set1_ps(term.gain[row]) : _mm512_maskz_loadu_ps(some, term.gain + column + i);
             factor = _mm512_mul_ps(factor, gain);
         }
-        const __m512 value = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, w + i), factor);
+        __m512 value = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, w + i), factor);
+        if (Rest) value = rest_of(value);
         _mm256_mask_storeu_epi16(out + i, some, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
     }
 }
 
 // Elements [column, column + count) of a row of the weight, times scale and gain.
 static void fetch(const rw_term& term, int64_t row, int64_t column, int64_t count, uint16_t* out) {
-    if (!term.packed && term.w_dtype == RW_FLOAT32) return convert_elements(term, row, column, count, out);
+    if (!term.packed && term.w_dtype == RW_FLOAT32) return convert_elements<false>(term, row, column, count, out);
     if (term.packed) {
         decode<Avx512<true>, RW_BFLOAT16>(*term.packed, row * term.w_stride + column, count, out);
     } else {
         std::memcpy(out, static_cast<const uint16_t*>(term.w) + row * term.w_stride + column, 2 * static_cast<std::size_t>(count));
     }
     if (term.gain || term.scale != 1.0f) scale_elements(term, row, column, count, out);
+}
+
+// The same of a row that repeats, or of what rounding it leaves.
+static void fetch_part(const ProductTerm& term, int64_t row, int64_t column, int64_t count, uint16_t* out) {
+    while (count > 0) {
+        const int64_t from = column % term.period, some = term.period - from < count ? term.period - from : count;
+        if (term.is_rest) convert_elements<true>(term.source, row, from, some, out);
+        else fetch(term.source, row, from, some, out);
+        column += some, count -= some, out += some;
+    }
 }
 
 // One tile of columns, step by step: `length` elements of each of the tile's rows among the `count` that there are.
@@ -140,15 +155,16 @@ static void pack_rows(const uint16_t* rows, int64_t stride, int64_t count, int64
 }
 
 // Steps [first, last) of a weight whose rows are columns of the result, for one panel.
-static void pack_outputs(const rw_term& term, int64_t N, int64_t panel, int64_t first, int64_t last, uint32_t* out) {
+static void pack_outputs(const ProductTerm& part, int64_t N, int64_t panel, int64_t first, int64_t last, uint32_t* out) {
     struct Owner {};
+    const rw_term& term = part.source;
     const int64_t begin = first * kStep, end = last * kStep < term.length ? last * kStep : term.length;
     const int64_t n = panel * kPanel, count = N - n < kPanel ? N - n : kPanel;
     if (is_plain(term)) return pack_rows(static_cast<const uint16_t*>(term.w) + n * term.w_stride + begin, term.w_stride, count, end - begin, out);
     uint16_t* rows = scratch<Owner, uint16_t, 0>(kPanel * kPieceColumns);
     for (int64_t k = begin; k < end; k += kPieceColumns, out += kPieceColumns / kStep * kStepWords) {
         const int64_t length = end - k < kPieceColumns ? end - k : kPieceColumns;
-        for (int64_t i = 0; i < count; ++i) fetch(term, n + i, k, length, rows + i * kPieceColumns);
+        for (int64_t i = 0; i < count; ++i) fetch_part(part, n + i, k, length, rows + i * kPieceColumns);
         pack_rows(rows, kPieceColumns, count, length, out);
     }
 }

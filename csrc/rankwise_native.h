@@ -137,14 +137,17 @@ typedef struct rw_term {
     float scale;              // of w; w, gain and scale are multiplied in float32 and rounded once
     int w_dtype;              // float32 or bfloat16
     int across;
+    const void* a_rest;  // what rounding a to bfloat16 left, as a lies, or null; only with exact
+    int exact;           // a float32 w without `across` counts as two bfloat16 numbers, its rounded value and the rest
 } rw_term;
 
 // Whether the current level has sums of products; the functions below must not be called where it has not. And a switch for them.
 RW_EXPORT int rw_products_available(void);
 RW_EXPORT void rw_products_allow(int allowed);
 
-// out (T, N) bfloat16 = g * (sum of at most 16 terms) + bias, rounded once; g and bias (N) or null.
-RW_EXPORT void rw_products(const rw_term* terms, int count, int64_t T, int64_t N, const float* g, const float* bias, void* out,
+// out (T, N) bfloat16 = g * (sum of at most 16 terms) + bias, rounded once; g and bias (N) or null. rest: what that rounding left, as out
+// lies, or null.
+RW_EXPORT void rw_products(const rw_term* terms, int count, int64_t T, int64_t N, const float* g, const float* bias, void* out, void* rest,
                            int64_t out_stride, int threads);
 
 // out (R, C), or (C, R) with by_column, = scale * gain * q^T m of q (T, R) and m (T, C) in bfloat16; gain (C) or null. out is float32 or

@@ -83,10 +83,10 @@ void run(const Tables& tables, int64_t N, int64_t K, int64_t block, int64_t T, i
     rw_linear_4bit(weight, x.get(), T, N, K, dtype, nested ? bias.get() : nullptr, y.get(), 2);
     if (rw_products_available() && T > 0 && N > 0 && dtype == RW_BFLOAT16) {
         const Bytes back = bytes(T * K * 2);
-        const rw_term forward = {x.get(), K, K, nullptr, K, weight, nullptr, 1.0f, RW_BFLOAT16, 0};
-        rw_products(&forward, 1, T, N, nullptr, nullptr, y.get(), N, 2);
-        const rw_term backward = {y.get(), N, N, nullptr, K, weight, norms.data(), 0.5f, RW_BFLOAT16, 1};
-        rw_products(&backward, 1, T, K, nullptr, nullptr, back.get(), K, 2);
+        const rw_term forward = {x.get(), K, K, nullptr, K, weight, nullptr, 1.0f, RW_BFLOAT16, 0, nullptr, 0};
+        rw_products(&forward, 1, T, N, nullptr, nullptr, y.get(), nullptr, N, 2);
+        const rw_term backward = {y.get(), N, N, nullptr, K, weight, norms.data(), 0.5f, RW_BFLOAT16, 1, nullptr, 0};
+        rw_products(&backward, 1, T, K, nullptr, nullptr, back.get(), nullptr, K, 2);
     }
     rw_row_norms_4bit(weight, N, K, dtype, norms.data(), 2);
     for (float norm : norms) checksum += norm;

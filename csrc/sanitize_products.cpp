@@ -38,16 +38,18 @@ bool is_near(double found, double expected, int64_t terms) {
     return std::fabs(found - expected) <= 0.01 * (std::sqrt(static_cast<double>(terms)) + std::fabs(expected));
 }
 
-// A frozen weight (length, N or N, length) with a gain, and a float32 one of rank R.
+// A frozen weight (length, N or N, length) with a gain, and a float32 one of rank R; with gaps between rows the second is exact.
 bool products(int64_t T, int64_t N, int64_t length, int64_t R, int64_t gap, bool across, int threads) {
-    const Matrix a(T, length, gap), u(T, R, gap), w(across ? length : N, across ? N : length, gap);
+    const Matrix a(T, length, gap), u(T, R, gap), u_rest(T, R, gap), w(across ? length : N, across ? N : length, gap);
     const std::vector<float> B = random_floats(N * R), gain = random_floats(length), g = random_floats(N), bias = random_floats(N);
-    Matrix out(T, N, gap);
+    Matrix out(T, N, gap), rest(T, N, gap);
     const rw_term terms[] = {
-        {a.data.get(), a.stride, length, w.data.get(), w.stride, nullptr, gap ? gain.data() : nullptr, 1.0f, RW_BFLOAT16, across},
-        {u.data.get(), u.stride, R, B.data(), R, nullptr, nullptr, 0.5f, RW_FLOAT32, 0},
+        {a.data.get(), a.stride, length, w.data.get(), w.stride, nullptr, gap ? gain.data() : nullptr, 1.0f, RW_BFLOAT16, across,
+         nullptr, 0},
+        {u.data.get(), u.stride, R, B.data(), R, nullptr, nullptr, 0.5f, RW_FLOAT32, 0, gap ? u_rest.data.get() : nullptr, gap != 0},
     };
-    rw_products(terms, 2, T, N, gap ? g.data() : nullptr, gap ? bias.data() : nullptr, out.data.get(), out.stride, threads);
+    rw_products(terms, 2, T, N, gap ? g.data() : nullptr, gap ? bias.data() : nullptr, out.data.get(),
+                gap ? rest.data.get() : nullptr, out.stride, threads);
     for (int64_t t = 0; t < T; ++t)
         for (int64_t n = 0; n < N; ++n) {
             double sum = 0;
@@ -55,9 +57,13 @@ bool products(int64_t T, int64_t N, int64_t length, int64_t R, int64_t gap, bool
                 const double weight = across ? w.at(k, n) : w.at(n, k);
                 sum += static_cast<double>(a.at(t, k)) * weight * (gap ? static_cast<double>(gain[static_cast<size_t>(k)]) : 1.0);
             }
-            for (int64_t r = 0; r < R; ++r) sum += 0.5 * static_cast<double>(u.at(t, r)) * static_cast<double>(B[static_cast<size_t>(n * R + r)]);
+            for (int64_t r = 0; r < R; ++r) {
+                const double left = static_cast<double>(u.at(t, r)) + (gap ? static_cast<double>(u_rest.at(t, r)) : 0.0);
+                sum += 0.5 * left * static_cast<double>(B[static_cast<size_t>(n * R + r)]);
+            }
             if (gap) sum = sum * static_cast<double>(g[static_cast<size_t>(n)]) + static_cast<double>(bias[static_cast<size_t>(n)]);
-            if (!is_near(static_cast<double>(out.at(t, n)), sum, length + R)) return false;
+            const double found = static_cast<double>(out.at(t, n)) + (gap ? static_cast<double>(rest.at(t, n)) : 0.0);
+            if (!is_near(found, sum, length + R)) return false;
         }
     return true;
 }

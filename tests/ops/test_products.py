@@ -61,6 +61,25 @@ def test_a_weight_and_its_branch(shape: tuple[int, int, int], transposed: bool) 
 
 
 @needs_products
+@pytest.mark.parametrize(("T", "N", "K", "r"), [(1, 1, 1, 1), (40, 48, 576, 16), (33, 70, 50, 5), (300, 600, 700, 300)])
+def test_exact_terms_keep_what_rounding_leaves(T: int, N: int, K: int, r: int) -> None:
+    """``x A^T`` comes as two bfloat16 matrices, and with B as another two: as exact as 16 bits of mantissa are."""
+    x, A, B = rounded(T, K), random(r, K, seed=1), random(N, r, seed=2)
+    U, rest = x.new_empty(T, r), x.new_empty(T, r)
+    factor, branch = products.Factor.of(A), products.Factor.of(B)
+    assert factor is not None
+    assert branch is not None
+    products.add_products([products.Term(x, factor, exact=True)], U, rest=rest)
+    exact = x.double() @ A.double().T
+    assert (U.double() + rest.double() - exact).abs().max() <= 2**-15 * exact.abs().max() + 1e-4 * K**0.5
+    assert (rest.abs() <= U.abs() * 2**-8).all()
+    y, y_rest = x.new_empty(T, N), x.new_empty(T, N)
+    products.add_products([products.Term(U, branch, scale=0.5, exact=True, a_rest=rest)], y, rest=y_rest)
+    exact = 0.5 * (U.double() + rest.double()) @ B.double().T
+    assert (y.double() + y_rest.double() - exact).abs().max() <= 2**-14 * exact.abs().max()
+
+
+@needs_products
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_way_back(shape: tuple[int, int, int], transposed: bool) -> None:

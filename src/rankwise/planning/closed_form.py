@@ -145,7 +145,7 @@ def embedding_gradient_bytes(shape: Shape, method: str) -> int:
 
 def unpacked_bytes(shape: Shape, method: str, workload: Workload) -> int:
     """A 4-bit weight is made dense for its product: the largest N K s, on a card for the time of the product."""
-    if method not in FOUR_BITS:
+    if method not in FOUR_BITS or weights.decodes_in_caches(workload):
         return 0
     element = weights.DTYPE_BYTES[workload.dtype]
     return max(module.weights for module in shape.modules if weights.is_packed(module, shape)) * element

@@ -5,8 +5,10 @@ n parameters, s bytes per element, b weights per 4-bit block.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from math import ceil, prod
+from pathlib import Path
 
 from rankwise.planning.adapted import Adaptation, Adapted
 from rankwise.planning.estimate import DORA, FOUR_BITS
@@ -144,12 +146,28 @@ def _trained_by_path(shape: Shape, method: str, workload: Workload, adapted: Ada
     return found
 
 
+def decodes_in_caches(workload: Workload) -> bool:
+    """Whether 4-bit weights are decoded in this CPU's caches and never made dense: its sums of products (on AMX, in
+    bfloat16) do so."""
+    return workload.device_type == "cpu" and workload.dtype == "bfloat16" and _has_sums_of_products()
+
+
+@functools.cache
+def _has_sums_of_products() -> bool:
+    """Without torch, which a closed form does not wait for."""
+    built = any((Path(__file__).parents[1] / "ops" / "cpu").glob("_native*"))
+    try:
+        return built and "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+
+
 LEAST_KEPT_BYTES, MOST_KEPT_BYTES = 1 << 20, 256 << 20
 
 
 def kept_dense_bytes(shape: Shape, method: str, workload: Workload) -> int:
     """On a CPU the memory of the largest dequantized weight is kept for the next one, from 1 to 256 MiB."""
-    if method not in FOUR_BITS or workload.device_type != "cpu":
+    if method not in FOUR_BITS or workload.device_type != "cpu" or decodes_in_caches(workload):
         return 0
     element = DTYPE_BYTES[workload.dtype]
     sizes = (module.weights * element for module in shape.modules if is_packed(module, shape))

@@ -53,6 +53,8 @@ class Term:
     """``a W^T`` of a (T, K) and W (N, K), or, with ``across``, ``a W`` of a (T, N).
 
     ``gain`` float32, one per element that is summed over, and ``scale`` multiply W before it is rounded to bfloat16.
+    ``exact``: a float32 W without ``across`` is not rounded but counts as the sum of two bfloat16 matrices; so does a,
+    where ``a_rest`` (T, K), laid out as a, is what rounding it left.
     """
 
     a: Tensor
@@ -60,6 +62,8 @@ class Term:
     across: bool = False
     gain: Tensor | None = None
     scale: float = 1.0
+    exact: bool = False
+    a_rest: Tensor | None = None
 
 
 def available() -> bool:
@@ -72,18 +76,26 @@ def allow(allowed: bool) -> None:
     _functions().rw_products_allow(allowed)
 
 
-def add_products(terms: Sequence[Term], out: Tensor, g: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def add_products(
+    terms: Sequence[Term],
+    out: Tensor,
+    g: Tensor | None = None,
+    bias: Tensor | None = None,
+    rest: Tensor | None = None,
+) -> Tensor:
     """out (T, N) bfloat16, rows dense, is overwritten with ``g * (sum of at most 16 terms) + bias``.
 
-    Every a is bfloat16 with dense rows; g and bias are float32 (N,). Fake tensors stay as they are.
+    Every a is bfloat16 with dense rows; g and bias are float32 (N,). ``rest``, laid out as out, takes what rounding it
+    left. Fake tensors stay as they are.
     """
     if isinstance(out, FakeTensor):
         return out
     T, N = out.shape
     array = (_Term * len(terms))(*map(_struct, terms))
     _functions().rw_products(
-        array, len(terms), T, N, _pointer(g), _pointer(bias), out.data_ptr(), out.stride(0), torch.get_num_threads()
-    )
+        array, len(terms), T, N, _pointer(g), _pointer(bias), out.data_ptr(), _pointer(rest), out.stride(0),
+        torch.get_num_threads(),
+    )  # fmt: skip
     return out
 
 
@@ -130,6 +142,8 @@ class _Term(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("w_dtype", ctypes.c_int),
         ("across", ctypes.c_int),
+        ("a_rest", ctypes.c_void_p),
+        ("exact", ctypes.c_int),
     )
 
 
@@ -142,7 +156,7 @@ def _struct(term: Term) -> _Term:
     a = term.a
     return _Term(
         a.data_ptr(), a.stride(0), a.shape[1], dense, term.W.stride, packed, _pointer(term.gain), term.scale,
-        _DTYPE[dtype], term.across != term.W.across,
+        _DTYPE[dtype], term.across != term.W.across, _pointer(term.a_rest), term.exact,
     )  # fmt: skip
 
 
@@ -157,7 +171,7 @@ def _functions() -> ctypes.CDLL:
     p, i, n, x = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
     loaded.rw_products_available.restype, loaded.rw_products_available.argtypes = i, []
     loaded.rw_products_allow.restype, loaded.rw_products_allow.argtypes = None, [i]
-    loaded.rw_products.restype, loaded.rw_products.argtypes = None, [p, i, n, n, p, p, p, n, i]
+    loaded.rw_products.restype, loaded.rw_products.argtypes = None, [p, i, n, n, p, p, p, p, n, i]
     loaded.rw_row_product.restype = None
     loaded.rw_row_product.argtypes = [p, n, p, n, p, n, n, n, n, x, p, i, p, i, p, p, i]
     return loaded
