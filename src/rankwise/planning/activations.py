@@ -127,8 +127,8 @@ def _mlp(step: Step) -> float:
 def _experts(step: Step) -> float:
     """k copies of a token pass k experts: gate and up, act(gate), and the outputs that are weighed; router's scores.
 
-    Where the experts train they compute in float32, and keep inputs and products too: 16 f + 8 h bytes for each of k, as
-    in dry runs of Mixtral and Qwen3-MoE.
+    Where the experts train they compute in float32, and keep inputs and products too: 16 f + 8 h bytes for each of k
+    as in dry runs of Mixtral and Qwen3-MoE.
     """
     shape, s, k = step.shape, step.s, step.shape.experts_per_token
     routed = s * (3 * k * shape.mlp + max(1, k - 1) * shape.hidden)
