@@ -29,6 +29,7 @@ import end_to_end  # noqa: E402
 import gpu  # noqa: E402
 import gpu_checks  # noqa: E402
 import gpu_models  # noqa: E402
+import quantized_load  # noqa: E402
 import results  # noqa: E402
 import scaling  # noqa: E402
 import stand_in  # noqa: E402
@@ -159,6 +160,13 @@ def test_steps_measures_and_writes(base: Path, tmp_path: Path) -> None:
     page = (output / "steps.md").read_text()
     assert "qdora" in page
     assert str(tmp_path) not in page + json.dumps(result)
+
+
+def test_quantized_load_measures_and_writes(base: Path, tmp_path: Path) -> None:
+    quantized_load.main(["--model", str(base), "--rounds", "1", "--output", str(tmp_path)])
+    result = json.loads((tmp_path / "quantized_load.json").read_text())
+    assert set(result["seconds"]) == {"plain", *quantized_load.OURS, "NF4, bitsandbytes"}
+    assert "Loading base" in (tmp_path / "quantized_load.md").read_text()
 
 
 @pytest.mark.usefixtures("here")
