@@ -226,7 +226,7 @@ static void store_keys(const AttentionJob& job, const float* sums, float scale, 
         for (int64_t d = 0; d < job.D; d += 16) {
             __m512i block[16];
             for (int r = 0; r < 16; ++r) block[r] = _mm512_loadu_si512(sums + (d + r) * kTile + j);
-            transpose16(block);
+            transpose(block);
             for (int64_t r = 0; r < 16 && j + r < rows; ++r)
                 store_rounded(out + (j + r) * job.Hkv * job.D + d, _mm512_mul_ps(_mm512_castsi512_ps(block[r]), _mm512_set1_ps(scale)));
         }

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "attention.hpp"
+#include "transpose.hpp"
 
 namespace rankwise {
 
@@ -85,36 +86,6 @@ RW_INLINE void accumulate_row(const uint32_t* a, int64_t a_stride, const uint32_
     }
 }
 
-RW_INLINE void transpose16(__m512i (&row)[16]) {
-    __m512i half[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i += 2) {
-        half[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
-        half[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i += 4) {
-        row[i] = _mm512_unpacklo_epi64(half[i], half[i + 2]);
-        row[i + 1] = _mm512_unpackhi_epi64(half[i], half[i + 2]);
-        row[i + 2] = _mm512_unpacklo_epi64(half[i + 1], half[i + 3]);
-        row[i + 3] = _mm512_unpackhi_epi64(half[i + 1], half[i + 3]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 4; ++i) {
-        half[i] = _mm512_shuffle_i32x4(row[i], row[i + 4], 0x88);
-        half[i + 4] = _mm512_shuffle_i32x4(row[i], row[i + 4], 0xdd);
-        half[i + 8] = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0x88);
-        half[i + 12] = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0xdd);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 4; ++i) {
-        row[i] = _mm512_shuffle_i32x4(half[i], half[i + 8], 0x88);
-        row[i + 4] = _mm512_shuffle_i32x4(half[i + 4], half[i + 12], 0x88);
-        row[i + 8] = _mm512_shuffle_i32x4(half[i], half[i + 8], 0xdd);
-        row[i + 12] = _mm512_shuffle_i32x4(half[i + 4], half[i + 12], 0xdd);
-    }
-}
-
 // to (columns, 16 ceil(rows / 16)) = from (rows, columns) transposed, in 32-bit elements; columns a multiple of 8, strides in bytes.
 static void transpose(const void* from, int64_t from_stride, int64_t rows, int64_t columns, uint32_t* to, int64_t to_stride) {
     for (int64_t i = 0; i < rows; i += 16)
@@ -125,7 +96,7 @@ static void transpose(const void* from, int64_t from_stride, int64_t rows, int64
             for (int r = 0; r < 16; ++r)
                 block[r] = i + r < rows ? _mm512_maskz_loadu_epi32(some, static_cast<const char*>(from) + (i + r) * from_stride + 4 * j)
                                         : _mm512_setzero_si512();
-            transpose16(block);
+            transpose(block);
             for (int c = 0; c < width; ++c) _mm512_storeu_si512(to + (j + c) * to_stride + i, block[c]);
         }
 }

@@ -4,6 +4,7 @@
 #include "isa_avx512.hpp"
 #include "products.hpp"
 #include "scratch.hpp"
+#include "transpose.hpp"
 
 namespace rankwise {
 
@@ -20,37 +21,6 @@ static inline __m512 rest_of(__m512 value) { return _mm512_sub_ps(value, widened
 static inline __mmask32 first_of_32(int64_t count) { return static_cast<__mmask32>(count >= 32 ? 0xffffffffu : (1u << count) - 1u); }
 
 static inline __mmask16 first_of_16(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffffu : count > 0 ? (1u << count) - 1u : 0u); }
-
-// The transpose of a 16 x 16 matrix of words.
-static inline __attribute__((always_inline)) void transpose(__m512i (&r)[16]) {
-    __m512i a[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-        a[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        a[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        a[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        a[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        a[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        a[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        r[i] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
-        r[i + 4] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
-        r[i + 12] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xdd);
-    }
-}
 
 // Words (a_i, b_i) of two rows of 32 elements, in the order of a panel's columns: the first tile has columns 0 to 3, 8 to 11, 16 to 19 and
 // 24 to 27, the second the others, because that is how the quickest instruction leaves them.
@@ -74,14 +44,17 @@ static inline __attribute__((always_inline)) void in_order(__m512& first, __m512
 // Whether a term's weight can be read where it lies.
 static inline bool is_plain(const rw_term& term) { return !term.packed && term.w_dtype == RW_BFLOAT16 && !term.gain && term.scale == 1.0f; }
 
+// Scale and gain of elements [column, column + 16) of a row of the weight.
+static inline __m512 factor_of(const rw_term& term, int64_t row, int64_t column, __mmask16 some) {
+    const __m512 scale = _mm512_set1_ps(term.scale);
+    if (!term.gain) return scale;
+    return _mm512_mul_ps(scale, term.across ? _mm512_set1_ps(term.gain[row]) : _mm512_maskz_loadu_ps(some, term.gain + column));
+}
+
 static inline void scale_elements(const rw_term& term, int64_t row, int64_t column, int64_t count, uint16_t* out) {
     for (int64_t i = 0; i < count; i += 16) {
         const __mmask16 some = first_of_16(count - i);
-        __m512 factor = _mm512_set1_ps(term.scale);
-        if (term.gain) {
-            const __m512 gain = term.across ? _mm512_set1_ps(term.gain[row]) : _mm512_maskz_loadu_ps(some, term.gain + column + i);
-            factor = _mm512_mul_ps(factor, gain);
-        }
+        const __m512 factor = factor_of(term, row, column + i, some);
         const __m512 w = widened(_mm256_maskz_loadu_epi16(some, out + i));
         _mm256_mask_storeu_epi16(out + i, some, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_mul_ps(w, factor))));
     }
@@ -93,11 +66,7 @@ static inline void convert_elements(const rw_term& term, int64_t row, int64_t co
     const float* w = static_cast<const float*>(term.w) + row * term.w_stride + column;
     for (int64_t i = 0; i < count; i += 16) {
         const __mmask16 some = first_of_16(count - i);
-        __m512 factor = _mm512_set1_ps(term.scale);
-        if (term.gain) {
-            const __m512 gain = term.across ? _mm512_set1_ps(term.gain[row]) : _mm512_maskz_loadu_ps(some, term.gain + column + i);
-            factor = _mm512_mul_ps(factor, gain);
-        }
+        const __m512 factor = factor_of(term, row, column + i, some);
         __m512 value = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, w + i), factor);
         if (Rest) value = rest_of(value);
         _mm256_mask_storeu_epi16(out + i, some, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));

@@ -7,15 +7,9 @@
 
 #include "convert.hpp"
 #include "rankwise_native.h"
+#include "sanitize_random.hpp"
 
 namespace {
-
-uint32_t state = 1;
-
-float next_float() {
-    state = state * 1664525u + 1013904223u;
-    return static_cast<float>(state >> 8) / 8388608.0f - 1.0f;
-}
 
 // T rows of N elements, `stride` apart, with nothing behind the last one.
 struct Rows {

@@ -11,10 +11,9 @@ from families import family
 from torch import Tensor
 
 import rankwise as rw
+from marks import needs_products
 from rankwise.acceleration import restore
 from rankwise.errors import AdapterError
-from rankwise.ops import selection
-from rankwise.ops.cpu import products
 
 peft = pytest.importorskip("peft")
 
@@ -60,9 +59,7 @@ def test_same_results_parameters_and_state_dict(name: str, use_dora: bool) -> No
     assert not any("rankwise" in key for module in model.modules() for key in module.__dict__)
 
 
-@pytest.mark.skipif(
-    not (selection.native_on_cpu() and products.available()), reason="this CPU and build have no sums of products"
-)
+@needs_products
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_bfloat16_is_no_further_from_float32_than_pefts(use_dora: bool) -> None:
     """Root mean squares over models and batches: of one alone the order is a matter of luck. PEFT computes the low-rank

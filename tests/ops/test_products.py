@@ -11,19 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from marks import needs_products
 from rankwise import ops
 from rankwise.adapters.operator import DenseWeight
 from rankwise.ops import low_rank_linear as operator
-from rankwise.ops import low_rank_plain, selection
+from rankwise.ops import low_rank_plain
 from rankwise.ops.branch import Branch, Dropout
 from rankwise.ops.cpu import low_rank, products
 from rankwise.ops.cpu.packed import NativeWeight
 from rankwise.ops.dense import linear_out
 from rankwise.ops.low_rank_linear import low_rank_linear
-
-needs_products = pytest.mark.skipif(
-    not (selection.native_on_cpu() and products.available()), reason="this CPU and build have no sums of products"
-)
 
 # (T, N, K): a single row, odd sizes, whole tiles, several parts of the sum, rows whose lines share sets of the cache.
 SHAPES = [(1, 1, 1), (33, 40, 50), (64, 96, 576), (300, 200, 1600), (100, 70, 2048), (700, 577, 1000)]

@@ -25,7 +25,7 @@ def is_kept(size_bytes: int) -> bool:
 
 def makes_dense(dtype: torch.dtype) -> bool:
     """Whether products of ``dtype`` with a 4-bit weight make it dense: not where sums of products decode it."""
-    return not (native_on_cpu() and dtype is torch.bfloat16 and products.available())
+    return not (native_on_cpu() and products.take(dtype))
 
 
 def dense_weight(args: Any, kwargs: Any) -> int:

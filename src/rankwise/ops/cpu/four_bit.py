@@ -82,7 +82,8 @@ def linear_4bit(
     weight = NativeWeight(packed, absmax, N * K, quant_type, block_size, nested_absmax, offset)
     T = math.prod(x.shape[:-1])
     if T > _FEW_ROWS:
-        if _has_products(x):
+        if products.take(x.dtype):
+            # The weight is decoded into caches instead of memory.
             return _product(x, products.Factor(weight, K), N, across=False, bias=bias)
         return functional.linear(x, _dense(weight, shape, x.dtype), bias)
     x, y = x.contiguous(), torch.empty((*x.shape[:-1], N), dtype=x.dtype)
@@ -114,7 +115,7 @@ def linear_4bit_input_grad(
     """dL/dx = dL/dy W'. grad (..., N) -> (..., K)."""
     N, K = shape
     weight = NativeWeight(packed, absmax, N * K, quant_type, block_size, nested_absmax, offset)
-    if math.prod(grad.shape[:-1]) > _FEW_ROWS and _has_products(grad):
+    if math.prod(grad.shape[:-1]) > _FEW_ROWS and products.take(grad.dtype):
         return _product(grad, products.Factor(weight, K), K, across=True)
     return grad @ _dense(weight, shape, grad.dtype)
 
@@ -135,11 +136,6 @@ def row_norms_4bit(
     norms = torch.empty(N, dtype=torch.float32)
     library().rw_row_norms_4bit(weight.struct, N, K, _DTYPE[dtype], norms.data_ptr(), _threads())
     return norms
-
-
-def _has_products(rows: Tensor) -> bool:
-    """Whether sums of products take these rows, so that a weight is decoded into caches instead of memory."""
-    return rows.dtype is torch.bfloat16 and products.available()
 
 
 def _product(a: Tensor, factor: products.Factor, columns: int, *, across: bool, bias: Tensor | None = None) -> Tensor:

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from rankwise.ops import training
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted, grad_of_bias, grad_of_m
-from rankwise.ops.cpu.products import LEAST_ROWS, MOST_TERMS, Factor, Term, add_products, available, row_product
+from rankwise.ops.cpu.products import LEAST_ROWS, MOST_TERMS, Factor, Term, add_products, row_product, take
 
 
 def takes(rows: Tensor, branches: Sequence[Branch]) -> bool:
     """Whether these steps apply: rows (T, K) in bfloat16 on a CPU with AMX, and weights that can be read in place."""
-    if rows.dtype is not torch.bfloat16 or rows.shape[0] < LEAST_ROWS or len(branches) >= MOST_TERMS:
+    if rows.shape[0] < LEAST_ROWS or len(branches) >= MOST_TERMS:
         return False
-    return available() and all(branch.frozen.factor() is not None for branch in branches)
+    return take(rows.dtype) and all(branch.frozen.factor() is not None for branch in branches)
 
 
 def forward(rows: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> tuple[list[Tensor], Tensor]:

@@ -71,6 +71,11 @@ def available() -> bool:
     return bool(_functions().rw_products_available())
 
 
+def take(dtype: torch.dtype) -> bool:
+    """Whether they take rows of ``dtype`` here."""
+    return dtype is torch.bfloat16 and available()
+
+
 def allow(allowed: bool) -> None:
     """Switch them off (and on again) for the whole process: for tests."""
     _functions().rw_products_allow(allowed)
