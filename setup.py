@@ -26,6 +26,8 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 LEVELS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 FAMILIES = ("level", "training")
 LEVEL_FLAGS = {f"{family}_{level}": flags for family in FAMILIES for level, flags in LEVELS.items()}
+for family in ("attention", "products"):
+    LEVEL_FLAGS[f"{family}_avx2"] = LEVELS["avx2"]
 LEVEL_FLAGS["attention_avx512_bf16"] = LEVELS["avx512_bf16"]
 for family in ("attention", "products"):
     LEVEL_FLAGS[f"{family}_amx"] = [*LEVELS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]

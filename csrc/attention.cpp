@@ -28,6 +28,7 @@ const AttentionKernels* kernels(int64_t D) {
         const AttentionKernels* amx = D % 32 == 0 && amx_choice != 0 ? attention_amx() : nullptr;
         return amx ? amx : attention_avx512_bf16();
     }
+    if (rw_level() != RW_PORTABLE) return attention_avx2();
 #else
     (void)D;
 #endif
@@ -61,7 +62,7 @@ extern "C" {
 
 int rw_attention_available(void) { return kernels(1) != nullptr; }
 
-int rw_attention_uses_amx(void) { return kernels(0) != nullptr && amx_choice != 0 && attention_amx() != nullptr; }
+int rw_attention_uses_amx(void) { return kernels(0) != nullptr && kernels(0) == attention_amx(); }
 
 void rw_attention_allow_amx(int allowed) { amx_choice = allowed ? -1 : 0; }
 

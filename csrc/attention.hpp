@@ -1,4 +1,4 @@
-// Attention of bfloat16 tensors: what native.cpp's levels are to 4 bits. AVX-512 with BF16, and AMX on top of it.
+// Attention of bfloat16 tensors: what native.cpp's levels are to 4 bits. AVX2 in float32; AVX-512 with BF16, and AMX on top of it.
 //
 // Legend: B batch, Lq queries, Lk keys, H query heads, Hkv key heads, G = H / Hkv heads that share a key head, D size of a head.
 #pragma once
@@ -61,6 +61,7 @@ struct AttentionKernels {
 };
 
 // Null where the compiler could not target the level.
+const AttentionKernels* attention_avx2();
 const AttentionKernels* attention_avx512_bf16();
 // Null also where the processor or the system has no AMX. For D a multiple of 32.
 const AttentionKernels* attention_amx();

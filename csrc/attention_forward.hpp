@@ -6,25 +6,6 @@
 
 namespace rankwise {
 
-// The keys that the queries of a share see, in whole tiles: [first, last).
-struct KeyTiles {
-    int64_t first, last;
-
-    KeyTiles(const AttentionJob& job, const AttentionShare& share) {
-        int64_t least = job.Lk, most = 0;
-        const int64_t end = share.last * kTile < job.Lq ? share.last * kTile : job.Lq;
-        for (int64_t i = share.first * kTile; i < end; ++i) {
-            const int64_t a = job.first_key(share.b, i), b = job.last_key(share.b, i);
-            if (a >= b) continue;
-            least = a < least ? a : least;
-            most = b > most ? b : most;
-        }
-        first = least / kTile;
-        last = most > least ? (most + kTile - 1) / kTile : first;
-    }
-    int64_t count() const { return last - first; }
-};
-
 struct ForwardTile {
     const Ranges* ranges;
     int64_t D;

@@ -134,6 +134,7 @@ void rw_linear_4bit(const rw_weight* weight, const void* x, int64_t T, int64_t N
     const bool apart = K % weight->block_size == 0 && weight->block_size % group == 0, fused = apart && T <= level.fused_rows;
     // On tiles, 16 rows cost as much as one: from 5 on they win.
     const rankwise::ProductKernels* tiles = apart && !fused && dtype == RW_BFLOAT16 && T <= rankwise::kFewRows ? rankwise::current_products() : nullptr;
+    if (tiles && !tiles->few_rows) tiles = nullptr;
     const int64_t piece = fused || tiles ? group : kPieceBytes / size;
     char* arranged = rankwise::scratch<Kernels, char, 0>(T * K * size);
     // A second wake-up of the threads would cost more than this copy.

@@ -12,8 +12,8 @@ namespace {
 
 using namespace rankwise;
 
-// Packed panels of one task: what a second-level cache of 1 to 2 MB holds beside the rows.
-constexpr int64_t kPackedBytes = int64_t{640} << 10;
+// Elements in a row of a tile.
+constexpr int64_t kTileStep = 32;
 // Rows of one task where sums are kept between parts of the steps.
 constexpr int64_t kKeptRows = 2048;
 constexpr int64_t kLeastRows = 128;
@@ -25,14 +25,14 @@ std::atomic<int> choice{-1};
 
 // Whether tiles can be read from rows at this distance: rows of whole steps, whose lines do not fall into few sets of the cache.
 bool is_readable(int64_t length, int64_t stride) {
-    if (length % kStep != 0) return false;
+    if (length % kTileStep != 0) return false;
     const int64_t bytes = 2 * stride;
     return bytes % 64 != 0 || bytes / 64 % 32 != 0;
 }
 
 int64_t padded_stride(int64_t length) {
-    const int64_t stride = ceil_div(length, kStep) * kStep;
-    return is_readable(stride, stride) ? stride : stride + kStep;
+    const int64_t stride = ceil_div(length, kTileStep) * kTileStep;
+    return is_readable(stride, stride) ? stride : stride + kTileStep;
 }
 
 // Whether a term's rows are copied: to where tiles can be read from, or beside what their rounding left.
@@ -53,7 +53,7 @@ void copy_rows(const rw_term& term, int64_t first, int64_t last, int64_t stride,
 
 // Terms with rows that tiles can be read from. An exact one becomes two: all of a times the rounded weight, and a, rounded, times the
 // weight's rest; the product of both rests is below what float32 sums keep. Returns how many there are.
-int prepare(const rw_term* terms, int count, int64_t T, int threads, ProductTerm* prepared) {
+int prepare_for_tiles(const rw_term* terms, int count, int64_t T, int threads, ProductTerm* prepared) {
     struct Owner {};
     const auto length_of = [](const rw_term& term) { return term.a_rest ? 2 * term.length : term.length; };
     int64_t elements = 0;
@@ -66,7 +66,7 @@ int prepare(const rw_term* terms, int count, int64_t T, int threads, ProductTerm
         ProductTerm& whole = prepared[made++];
         whole = {term, static_cast<const uint16_t*>(term.a), term.a_stride, 0, term.length, false};
         whole.source.length = length_of(term);
-        whole.steps = ceil_div(whole.source.length, kStep);
+        whole.steps = ceil_div(whole.source.length, kTileStep);
         if (is_copied(term)) {
             const int64_t stride = padded_stride(whole.source.length), per_task = ceil_div(int64_t{1} << 17, stride);
             parallel(ceil_div(T, per_task), threads, [&](int64_t task) {
@@ -79,10 +79,19 @@ int prepare(const rw_term* terms, int count, int64_t T, int threads, ProductTerm
         // What of a row lies past the term's own length meets zeros of the packed weight.
         ProductTerm& rest = prepared[made++];
         rest = whole;
-        rest.source.length = term.length, rest.steps = ceil_div(term.length, kStep), rest.is_rest = true;
+        rest.source.length = term.length, rest.steps = ceil_div(term.length, kTileStep), rest.is_rest = true;
     }
     return made;
 }
+
+// Terms as they are.
+int prepare(const rw_term* terms, int count, int64_t step, ProductTerm* prepared) {
+    for (int i = 0; i < count; ++i)
+        prepared[i] = {terms[i], static_cast<const uint16_t*>(terms[i].a), terms[i].a_stride, ceil_div(terms[i].length, step), terms[i].length, false};
+    return count;
+}
+
+int64_t equal_part(int64_t total, int64_t most) { return ceil_div(total, ceil_div(total, most)); }
 
 // Parts of the panels: a multiple of the threads, chosen so that no thread ends much later than another.
 int64_t panel_parts(int64_t panels, int64_t most, int64_t threads) {
@@ -97,17 +106,22 @@ int64_t panel_parts(int64_t panels, int64_t most, int64_t threads) {
 
 }  // namespace
 
+// AVX2 also where AVX-512 cannot multiply bfloat16; where it can without AMX, PyTorch's own products use it.
 const ProductKernels* rankwise::current_products() {
 #if defined(__x86_64__) || defined(__i386__)
+    if (choice == 0 || rw_level() == RW_PORTABLE) return nullptr;
     __builtin_cpu_init();
-    if (choice != 0 && rw_level() == RW_AVX512 && __builtin_cpu_supports("avx512bf16")) return products_amx();
-#endif
+    return rw_level() == RW_AVX512 && __builtin_cpu_supports("avx512bf16") ? products_amx() : products_avx2();
+#else
     return nullptr;
+#endif
 }
 
 extern "C" {
 
 int rw_products_available(void) { return current_products() != nullptr; }
+
+int rw_products_are_tiles(void) { return current_products() != nullptr && current_products()->layout.reads_tiles; }
 
 void rw_products_allow(int allowed) { choice = allowed ? -1 : 0; }
 
@@ -115,18 +129,20 @@ void rw_products(const rw_term* terms, int count, int64_t T, int64_t N, const fl
                  int64_t out_stride, int threads) {
     if (T == 0 || N == 0) return;
     threads = threads > 0 ? threads : 1;
+    const ProductKernels* level = current_products();
+    const ProductLayout& layout = level->layout;
     ProductTerm prepared[kMostTerms];
-    const int made = prepare(terms, count, T, threads, prepared);
-    const ProductJob job = {prepared, made, T, N, g, bias, static_cast<uint16_t*>(out), static_cast<uint16_t*>(rest), out_stride};
+    const int made = layout.reads_tiles ? prepare_for_tiles(terms, count, T, threads, prepared) : prepare(terms, count, layout.step, prepared);
     int64_t steps = 0;
     for (int i = 0; i < made; ++i) steps += prepared[i].steps;
-    const int64_t at_once = steps_at_once(steps), panels = ceil_div(N, kPanel), most = kPackedBytes / (at_once * 4 * kStep * kPanel / 2);
+    const int64_t at_once = equal_part(steps, layout.most_steps);
+    const ProductJob job = {prepared, made, at_once, T, N, g, bias, static_cast<uint16_t*>(out), static_cast<uint16_t*>(rest), out_stride};
+    const int64_t panels = ceil_div(N, kPanel), most = layout.packed_bytes / (at_once * layout.panel_step_bytes);
     const int64_t columns = ceil_div(panels, panel_parts(panels, most > 0 ? most : 1, threads)), parts = ceil_div(panels, columns);
     int64_t row_parts = at_once == steps ? 1 : ceil_div(T, kKeptRows);
     while (parts * row_parts < threads && T / row_parts > kLeastRows) ++row_parts;
     const int64_t rows = ceil_div(ceil_div(T, row_parts), kRowBlock) * kRowBlock;
     row_parts = ceil_div(T, rows);
-    const ProductKernels* level = current_products();
     parallel(parts * row_parts, threads, [&](int64_t task) {
         const int64_t part = task % parts, row = task / parts * rows;
         const int64_t last = (part + 1) * columns < panels ? (part + 1) * columns : panels;

@@ -1,7 +1,8 @@
 // Sums of products of bfloat16 matrices: out (T, N) = g * sum_i a_i W_i^T + bias, rounded once. A frozen weight, dense or of 4 bits, and
 // its low-rank branch are two terms of one sum.
 //
-// Legend: T rows, N columns of the result; a step is 32 of the elements that are summed over, a panel 32 columns of the result.
+// Legend: T rows, N columns of the result; a step is some of the elements that are summed over (`ProductLayout`), a panel 32 columns of
+// the result.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,6 @@
 
 namespace rankwise {
 
-constexpr int64_t kStep = 32;
 constexpr int64_t kPanel = 32;
 constexpr int64_t kRowBlock = 32;
 // An exact term becomes two.
@@ -22,7 +22,7 @@ constexpr int64_t kChunkColumns = 2048;
 
 struct ProductTerm {
     rw_term source;
-    const uint16_t* a;  // rows of 32 * steps elements
+    const uint16_t* a;  // for tiles: rows of whole steps
     int64_t a_stride;
     int64_t steps;
     int64_t period;  // elements of a row of the weight, which repeat up to the source's length
@@ -32,6 +32,7 @@ struct ProductTerm {
 struct ProductJob {
     const ProductTerm* terms;
     int count;
+    int64_t steps_at_once;  // what lies between two of them is kept in float32
     int64_t T, N;
     const float *g, *bias;  // or null
     uint16_t* out;
@@ -65,25 +66,31 @@ struct RowProductJob {
 // Most rows that `few_rows` takes.
 constexpr int64_t kFewRows = 64;
 
+// How a level cuts its work.
+struct ProductLayout {
+    int64_t step;              // elements
+    int64_t most_steps;        // that are multiplied at once, in equal parts
+    int64_t panel_step_bytes;  // of one packed panel
+    int64_t packed_bytes;      // panels of one task: what the second-level cache holds beside the rows
+    bool reads_tiles;          // rows of whole steps, rounded weights: an exact term becomes two
+};
+
 struct ProductKernels {
     void (*product)(const ProductJob& job, const ProductShare& share);
     // Columns [first, last) of a chunk of rows.
     void (*row_product)(const RowProductJob& job, int64_t chunk, int64_t first, int64_t last);
     void (*finish_row_product)(const RowProductJob& job, int64_t first, int64_t last);
-    // `Kernels::linear` for at most kFewRows rows of bfloat16 in groups of 64, apart, as `pack_few_rows` leaves them.
+    // `Kernels::linear` for at most kFewRows rows of bfloat16 in groups of 64, apart, as `pack_few_rows` leaves them. Or null.
     void (*few_rows)(const LinearJob& job, int64_t first, int64_t last);
     void (*pack_few_rows)(const uint16_t* arranged, int64_t T, int64_t K, uint32_t* packed);
+    ProductLayout layout;
 };
 
+// Null where the compiler could not target the level, or the processor or the system lacks it.
 const ProductKernels* products_amx();
+const ProductKernels* products_avx2();
 
 // Those of the current level, or null.
 const ProductKernels* current_products();
-
-// Steps that are multiplied at once, in equal parts of at most 20: what lies between two of them is kept in float32.
-inline int64_t steps_at_once(int64_t steps) {
-    const int64_t parts = (steps + 19) / 20;
-    return (steps + parts - 1) / parts;
-}
 
 }  // namespace rankwise

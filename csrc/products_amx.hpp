@@ -150,7 +150,7 @@ static void product_amx(const ProductJob& job, const ProductShare& share) {
     const Amx tiles;
     int64_t steps = 0;
     for (int i = 0; i < job.count; ++i) steps += job.terms[i].steps;
-    const int64_t at_once = steps_at_once(steps), panels = share.last - share.first;
+    const int64_t at_once = job.steps_at_once, panels = share.last - share.first;
     uint32_t* packed = scratch<Owner, uint32_t, 0>(panels * at_once * kStepWords);
     uint16_t* edge = scratch<Owner, uint16_t, 1>(kRowBlock * at_once * kStep);
     const int64_t row_blocks = (share.to - share.from + kRowBlock - 1) / kRowBlock;

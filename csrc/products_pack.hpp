@@ -8,6 +8,7 @@
 
 namespace rankwise {
 
+constexpr int64_t kStep = 32;
 constexpr int64_t kTileWords = 256;
 constexpr int64_t kStepWords = 2 * kTileWords;
 constexpr int64_t kPieceColumns = 256;  // of a row that is decoded or converted before it is packed

@@ -143,6 +143,8 @@ typedef struct rw_term {
 
 // Whether the current level has sums of products; the functions below must not be called where it has not. And a switch for them.
 RW_EXPORT int rw_products_available(void);
+// Whether they run on AMX tiles; else in float32, where PyTorch's own bfloat16 products find no instruction either.
+RW_EXPORT int rw_products_are_tiles(void);
 RW_EXPORT void rw_products_allow(int allowed);
 
 // out (T, N) bfloat16 = g * (sum of at most 16 terms) + bias, rounded once; g and bias (N) or null. rest: what that rounding left, as out

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from rankwise.ops import training
 from rankwise.ops.checks_training import sum_dtype
-from rankwise.ops.dense import linear_out
+from rankwise.ops.dense import input_grad_out, linear_out
 
 CHUNK_BYTES = 32 << 20
 # Of logits: few enough to stay near a CPU's caches, enough rows for an efficient product.
@@ -96,7 +96,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 logits += bias
             sums.append(_score_(logits, targets[piece], shape, label_smoothing, grad is not None, want_stats))
             if grad is not None:
-                torch.mm(logits, weight, out=grad[piece])
+                input_grad_out(logits, weight, grad[piece])
         ctx.save_for_backward(grad)
         loss, entropy, correct = [_total(part, hidden) for part in zip(*sums)] if sums else [_total((), hidden)] * 3
         if not want_stats:

@@ -9,7 +9,7 @@ layer with a gain its output. The gain g = m / ||W + s B A|| is a constant but f
     dz = g * dy     dU_i = s dz B     dB = s dz^T U_i     dA = dU^T drop(x)     dx = sum_i dz_i W_i + drop(dU A)
     dm = sum_T dy * (y - b) / m
 
-The steps themselves stand in ``low_rank_plain`` and, for bfloat16 on a CPU with AMX, in ``cpu.low_rank``.
+The steps themselves stand in ``low_rank_plain`` and, for bfloat16 on most x86 CPUs, in ``cpu.low_rank``.
 """
 
 from __future__ import annotations

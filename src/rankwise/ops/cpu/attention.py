@@ -64,7 +64,7 @@ def _missing() -> str | None:
     """Why no native attention runs in this process, or None where one does."""
     why = _missing_library()
     if why is None and not native.library().rw_attention_available():
-        why = "it needs AVX-512 with BF16, which this CPU, this build or RANKWISE_CPU_LEVEL does not give."
+        why = "it needs AVX2, which this CPU, this build or RANKWISE_CPU_LEVEL does not give."
     return why
 
 

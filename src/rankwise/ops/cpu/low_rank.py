@@ -1,4 +1,4 @@
-"""The steps of `rankwise.ops.low_rank_linear` in bfloat16 on AMX: each output and each gradient in one sum of products.
+"""The steps of `rankwise.ops.low_rank_linear` in bfloat16 on the native library: each output and each gradient in one sum of products.
 
 The low-rank branch is one more term beside the frozen weight, and DoRA's gain g is applied to the sums before they are
 rounded. On the way back g multiplies the rows of W and B, so ``dz = g * dy`` is never written:
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from rankwise.ops import training
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted, grad_of_bias, grad_of_m
-from rankwise.ops.cpu.products import LEAST_ROWS, MOST_TERMS, Factor, Term, add_products, row_product, take
+from rankwise.ops.cpu.products import MOST_TERMS, Factor, Term, add_products, pay, row_product
 
 
 def takes(rows: Tensor, branches: Sequence[Branch]) -> bool:
-    """Whether these steps apply: rows (T, K) in bfloat16 on a CPU with AMX, and weights that can be read in place."""
-    if rows.shape[0] < LEAST_ROWS or len(branches) >= MOST_TERMS:
+    """Whether these steps apply: rows (T, K) that sums of products take, and weights that can be read in place."""
+    if len(branches) >= MOST_TERMS or not pay(rows):
         return False
-    return take(rows.dtype) and all(branch.frozen.factor() is not None for branch in branches)
+    return all(branch.frozen.factor() is not None for branch in branches)
 
 
 def forward(rows: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> tuple[list[Tensor], Tensor]:

@@ -2,7 +2,8 @@
 
     out (T, N) = g * sum_i a_i W_i^T + b        with W_i dense, of 4 bits, or a small float32 matrix
 
-Summed in float32 and rounded once; a result depends on no number of threads. Needs AMX: see `available`.
+Summed in float32 and rounded once; a result depends on no number of threads. On AMX factors are rounded to bfloat16; with
+AVX2, where the processor multiplies no bfloat16, everything is widened to float32. See `available`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from rankwise.ops.cpu.packed import NativeWeight
 
 MOST_TERMS = 16
 
-# Below so many rows, packing a weight for the tiles costs more than PyTorch's product.
-LEAST_ROWS = 32
+# Below so many rows, packing a weight costs more than PyTorch's product: of tiles, and in float32.
+_LEAST_ROWS_OF_TILES, _LEAST_ROWS = 32, 4
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -53,8 +54,8 @@ class Term:
     """``a W^T`` of a (T, K) and W (N, K), or, with ``across``, ``a W`` of a (T, N).
 
     ``gain`` float32, one per element that is summed over, and ``scale`` multiply W before it is rounded to bfloat16.
-    ``exact``: a float32 W without ``across`` is not rounded but counts as the sum of two bfloat16 matrices; so does a,
-    where ``a_rest`` (T, K), laid out as a, is what rounding it left.
+    ``exact``: on tiles, a float32 W without ``across`` is not rounded but counts as the sum of two bfloat16 matrices; so
+    does a, where ``a_rest`` (T, K), laid out as a, is what rounding it left.
     """
 
     a: Tensor
@@ -74,6 +75,18 @@ def available() -> bool:
 def take(dtype: torch.dtype) -> bool:
     """Whether they take rows of ``dtype`` here."""
     return dtype is torch.bfloat16 and available()
+
+
+def pay(rows: Tensor) -> bool:
+    """Whether they take these rows (T, K) and are faster than PyTorch's product."""
+    if not take(rows.dtype):
+        return False
+    return rows.shape[0] >= (_LEAST_ROWS_OF_TILES if on_tiles() else _LEAST_ROWS)
+
+
+def on_tiles() -> bool:
+    """Whether they run on AMX. Elsewhere PyTorch's bfloat16 products, too, find no instruction, and are many times slower."""
+    return bool(_functions().rw_products_are_tiles())
 
 
 def allow(allowed: bool) -> None:
@@ -175,6 +188,7 @@ def _functions() -> ctypes.CDLL:
     loaded = library()
     p, i, n, x = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
     loaded.rw_products_available.restype, loaded.rw_products_available.argtypes = i, []
+    loaded.rw_products_are_tiles.restype, loaded.rw_products_are_tiles.argtypes = i, []
     loaded.rw_products_allow.restype, loaded.rw_products_allow.argtypes = None, [i]
     loaded.rw_products.restype, loaded.rw_products.argtypes = None, [p, i, n, n, p, p, p, p, n, i]
     loaded.rw_row_product.restype = None
