@@ -37,9 +37,10 @@ static inline __attribute__((always_inline)) void decode_group(const rw_weight& 
     for (int64_t r = 0; r < rows; ++r, packed += K / 2) {
         __builtin_prefetch(packed + 512);
         const auto table = Isa::template table<RW_BFLOAT16, Plain>(weight.value, scales[r * blocks + block], static_cast<uint16_t*>(nullptr));
-        const auto pair = Isa::pair(table, packed);
-        _mm512_store_si512(out.words[0][r], pair.even);
-        _mm512_store_si512(out.words[1][r], pair.odd);
+        __m512i w[2];
+        Isa::unpack(table, packed, w);
+        _mm512_store_si512(out.words[0][r], w[0]);
+        _mm512_store_si512(out.words[1][r], w[1]);
     }
 }
 

@@ -20,33 +20,96 @@ struct Avx2 {
         uint16_t words[16];
     };
     struct Table32 {
+        static constexpr int vectors = 2;
         __m256 lower, upper;
         float entries[16];
     };
+    // Of bfloat16 numbers as floats: two bytes make one.
+    struct TableOfBytes {
+        static constexpr int vectors = 4;
+        __m256i low, high;  // the 16 bytes twice
+    };
+
+    // 8 numbers of a table rounded to D, as words in 32-bit lanes.
+    template <int D>
+    static __m256i words(const float* value, float scale) {
+        const __m256 v = _mm256_mul_ps(_mm256_loadu_ps(value), _mm256_set1_ps(scale));
+        if (D == RW_FLOAT16) return _mm256_cvtepu16_epi32(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+        const __m256i up = _mm256_srli_epi32(rounded_up(value, scale), 16);
+        const __m256 is_number = _mm256_cmp_ps(v, v, _CMP_ORD_Q);
+        return _mm256_blendv_epi8(_mm256_set1_epi32(0x7fc0), up, _mm256_castps_si256(is_number));
+    }
 
     template <int D, bool Plain>
     static Table16 table(const float* value, float scale, uint16_t*) {
         Table16 table;
-        for (int c = 0; c < 16; ++c) store_float<D>(table.words, c, value[c] * scale);
-        const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table.words));
-        const __m128i second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table.words + 8));
-        const __m128i byte = _mm_set1_epi16(0xff);
+        // The packing works within 128-bit halves; the permutation puts the words back in order.
+        const __m256i packed = _mm256_packus_epi32(words<D>(value, scale), words<D>(value + 8, scale));
+        const __m256i all = _mm256_permute4x64_epi64(packed, 0xd8);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(table.words), all);
+        const __m128i first = _mm256_castsi256_si128(all), second = _mm256_extracti128_si256(all, 1), byte = _mm_set1_epi16(0xff);
         table.low = _mm_packus_epi16(_mm_and_si128(first, byte), _mm_and_si128(second, byte));
         table.high = _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8));
         return table;
     }
 
+    // The numbers of a table, rounded to float16 if D is that.
+    template <int D>
+    static __m256 floats(const float* value, float scale) {
+        const __m256 v = _mm256_mul_ps(_mm256_loadu_ps(value), _mm256_set1_ps(scale));
+        return D == RW_FLOAT16 ? _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)) : v;
+    }
+
     template <int D, bool Plain>
-    static Table32 table(const float* value, float scale, float*) {
-        Table32 table;
-        for (int c = 0; c < 16; ++c) table.entries[c] = rounded<D>(value[c] * scale);
-        table.lower = _mm256_loadu_ps(table.entries);
-        table.upper = _mm256_loadu_ps(table.entries + 8);
+    static auto table(const float* value, float scale, float*) {
+        if constexpr (D == RW_BFLOAT16 && Plain) {
+            return table_of_bytes(value, scale);
+        } else if constexpr (D == RW_BFLOAT16) {
+            const Table16 words = table<D, Plain>(value, scale, static_cast<uint16_t*>(nullptr));
+            return TableOfBytes{_mm256_broadcastsi128_si256(words.low), _mm256_broadcastsi128_si256(words.high)};
+        } else {
+            return table_of_floats<D>(value, scale);
+        }
+    }
+
+    // Of a finite scale: the upper two bytes of each rounded number.
+    static TableOfBytes table_of_bytes(const float* value, float scale) {
+        const __m256i first = rounded_up(value, scale), second = rounded_up(value + 8, scale);
+        const __m256i of_first = _mm256_setr_epi8(2, 6, 10, 14, 3, 7, 11, 15, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                                  2, 6, 10, 14, 3, 7, 11, 15, -1, -1, -1, -1, -1, -1, -1, -1);
+        const __m256i of_second = _mm256_setr_epi8(-1, -1, -1, -1, -1, -1, -1, -1, 2, 6, 10, 14, 3, 7, 11, 15,  //
+                                                   -1, -1, -1, -1, -1, -1, -1, -1, 2, 6, 10, 14, 3, 7, 11, 15);
+        const __m256i both = _mm256_or_si256(_mm256_shuffle_epi8(first, of_first), _mm256_shuffle_epi8(second, of_second));
+        return {_mm256_permutevar8x32_epi32(both, _mm256_setr_epi32(0, 4, 2, 6, 0, 4, 2, 6)),
+                _mm256_permutevar8x32_epi32(both, _mm256_setr_epi32(1, 5, 3, 7, 1, 5, 3, 7))};
+    }
+
+    // Numbers whose upper halves are bfloat16, rounded as convert.hpp does; NaN aside.
+    static __m256i rounded_up(const float* value, float scale) {
+        const __m256i bits = _mm256_castps_si256(_mm256_mul_ps(_mm256_loadu_ps(value), _mm256_set1_ps(scale)));
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    }
+
+    template <int D>
+    static Table32 table_of_floats(const float* value, float scale) {
+        Table32 table = {floats<D>(value, scale), floats<D>(value + 8, scale), {}};
+        _mm256_storeu_ps(table.entries, table.lower);
+        _mm256_storeu_ps(table.entries + 8, table.upper);
         return table;
     }
 
     static uint16_t entry(const Table16& table, int code) { return table.words[code]; }
     static float entry(const Table32& table, int code) { return table.entries[code]; }
+    static float entry(const TableOfBytes& table, int code) {
+        uint8_t low[32], high[32];
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), table.low);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(high), table.high);
+        return from_bfloat16(static_cast<uint16_t>(high[code] << 8 | low[code]));
+    }
+
+    // bfloat16 to float.
+    static __m256 widened(__m128i words) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16)); }
 
     // Bytes to codes in element order.
     static __m128i nibbles(__m128i bytes) {
@@ -83,18 +146,42 @@ struct Avx2 {
         return _mm256_blendv_ps(lower, upper, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
     }
 
-    struct Pair {
-        __m256 even, odd;
-    };
-
     // The next two vectors of weights, even and odd elements apart.
-    static Pair pair(const Table32& table, const uint8_t* packed) {
+    static void unpack(const Table32& table, const uint8_t* packed, __m256 (&w)[2]) {
         const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
-        return {look_up(table, _mm256_srli_epi32(b, 4)), look_up(table, b)};
+        w[0] = look_up(table, _mm256_srli_epi32(b, 4)), w[1] = look_up(table, b);
     }
 
+    // The next four vectors of weights. Of 16 bytes the first codes are looked up in the lower half of a register and the second ones
+    // in the upper half; of each pair of bfloat16 numbers that come out, one vector takes the lower and one the upper.
+    static void unpack(const TableOfBytes& table, const uint8_t* packed, __m256 (&w)[4]) {
+        const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+        const __m256i codes = _mm256_and_si256(_mm256_srlv_epi32(bytes, _mm256_setr_epi32(4, 4, 4, 4, 0, 0, 0, 0)), _mm256_set1_epi8(15));
+        const __m256i low = _mm256_shuffle_epi8(table.low, codes), high = _mm256_shuffle_epi8(table.high, codes);
+        const __m256i words[2] = {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
+        for (int i = 0; i < 2; ++i) {
+            w[2 * i] = _mm256_castsi256_ps(_mm256_slli_epi32(words[i], 16));
+            w[2 * i + 1] = _mm256_castsi256_ps(_mm256_and_si256(words[i], _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+        }
+    }
+
+    // The element of a group that stands at i.
+    template <int64_t Group>
+    static constexpr int64_t element_at(int64_t i) {
+        if (Group == 16) return i < 8 ? 2 * i : 2 * i - 15;
+        const int64_t vector = i / 8, lane = i % 8, byte = vector / 2 * 8 + lane % 4 * 2 + vector % 2;
+        return 2 * byte + lane / 4;
+    }
+
+    // The scales of `count` blocks; whether all are finite.
     static bool scales(const rw_weight& weight, int64_t first, int64_t count, float* scales) {
-        return scales_one_by_one(weight, first, count, scales);
+        uint32_t most = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            scales[i] = block_scale(weight, first + i);
+            const uint32_t magnitude = bits_of(scales[i]) & 0x7fffffffu;
+            most = magnitude > most ? magnitude : most;
+        }
+        return most < 0x7f800000u;
     }
 
     template <bool Stream>
@@ -119,6 +206,22 @@ struct Avx2 {
         }
     }
 
+    template <bool Stream>
+    static void expand(const TableOfBytes& table, const uint8_t* packed, int64_t bytes, float* out) {
+        int64_t j = 0;
+        for (; j + 8 <= bytes; j += 8) {
+            const __m128i codes = nibbles(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + j)));
+            const __m128i low = _mm_shuffle_epi8(_mm256_castsi256_si128(table.low), codes);
+            const __m128i high = _mm_shuffle_epi8(_mm256_castsi256_si128(table.high), codes);
+            store<Stream>(out + 2 * j, widened(_mm_unpacklo_epi8(low, high)));
+            store<Stream>(out + 2 * j + 8, widened(_mm_unpackhi_epi8(low, high)));
+        }
+        for (; j < bytes; ++j) {
+            out[2 * j] = entry(table, packed[j] >> 4);
+            out[2 * j + 1] = entry(table, packed[j] & 15);
+        }
+    }
+
     template <bool Stream, class Table, class Out>
     static void expand_block(const Table& table, const uint8_t* packed, int64_t bytes, Out* out) {
         expand<Stream>(table, packed, bytes, out);
@@ -130,8 +233,7 @@ struct Avx2 {
     static __m256 load8(const void* data, int64_t i) {
         if (D == RW_FLOAT32) return _mm256_loadu_ps(static_cast<const float*>(data) + i);
         const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(data) + i));
-        if (D == RW_FLOAT16) return _mm256_cvtph_ps(half);
-        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+        return D == RW_FLOAT16 ? _mm256_cvtph_ps(half) : widened(half);
     }
 
     template <int D>

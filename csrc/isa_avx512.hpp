@@ -17,9 +17,11 @@ struct Avx512 {
     static constexpr int64_t stream_bytes = int64_t{16} << 20;
 
     struct Table16 {
+        static constexpr int vectors = 2;
         __m512i words;  // the 16 entries twice: an index's fifth bit is then of no account
     };
     struct Table32 {
+        static constexpr int vectors = 2;
         __m512 entries;
     };
 
@@ -92,21 +94,20 @@ struct Avx512 {
         return look_up(table, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
     }
 
-    struct Pair16 {
-        __m512i even, odd;
-    };
-    struct Pair32 {
-        __m512 even, odd;
-    };
-
     // The next two vectors of weights, even and odd elements apart: one code per index, whose upper bits the tables ignore.
-    static Pair16 pair(const Table16& table, const uint8_t* packed) {
+    static void unpack(const Table16& table, const uint8_t* packed, __m512i (&w)[2]) {
         const __m512i b = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
-        return {_mm512_permutexvar_epi16(_mm512_srli_epi16(b, 4), table.words), _mm512_permutexvar_epi16(b, table.words)};
+        w[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(b, 4), table.words), w[1] = _mm512_permutexvar_epi16(b, table.words);
     }
-    static Pair32 pair(const Table32& table, const uint8_t* packed) {
+    static void unpack(const Table32& table, const uint8_t* packed, __m512 (&w)[2]) {
         const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
-        return {_mm512_permutexvar_ps(_mm512_srli_epi32(b, 4), table.entries), _mm512_permutexvar_ps(b, table.entries)};
+        w[0] = _mm512_permutexvar_ps(_mm512_srli_epi32(b, 4), table.entries), w[1] = _mm512_permutexvar_ps(b, table.entries);
+    }
+
+    // The element of a group that stands at i.
+    template <int64_t Group>
+    static constexpr int64_t element_at(int64_t i) {
+        return i < Group / 2 ? 2 * i : 2 * i - Group + 1;
     }
 
     // The scales of `count` blocks; whether all are plain.

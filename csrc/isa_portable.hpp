@@ -52,6 +52,7 @@ struct Portable {
 
     template <class Out>
     struct Table {
+        static constexpr int vectors = 2;
         Out entries[16];
     };
 
@@ -74,18 +75,18 @@ struct Portable {
         return table.entries[code];
     }
 
-    struct Pair {
-        FloatLane::Vector even, odd;
-    };
-
     // The next two vectors of weights, even and odd elements apart.
-    static Pair pair(const Table<float>& table, const uint8_t* packed) {
-        Pair pair;
+    static void unpack(const Table<float>& table, const uint8_t* packed, FloatLane::Vector (&w)[2]) {
         for (int j = 0; j < FloatLane::width; ++j) {
-            pair.even.lane[j] = table.entries[packed[j] >> 4];
-            pair.odd.lane[j] = table.entries[packed[j] & 15];
+            w[0].lane[j] = table.entries[packed[j] >> 4];
+            w[1].lane[j] = table.entries[packed[j] & 15];
         }
-        return pair;
+    }
+
+    // The element of a group that stands at i.
+    template <int64_t Group>
+    static constexpr int64_t element_at(int64_t i) {
+        return i < Group / 2 ? 2 * i : 2 * i - Group + 1;
     }
 
     static bool scales(const rw_weight& weight, int64_t first, int64_t count, float* scales) {

@@ -23,7 +23,7 @@ struct LinearJob {
     // the cache. Floats, or bfloat16 where dtype is that and the level multiplies it.
     const void* x;
     int64_t piece;
-    bool apart;  // within each group of x, the even elements stand before the odd ones: cheap order to decode codes in
+    bool apart;  // within each group of x, elements stand in the order in which codes are cheap to decode
     bool fused;  // one piece per group, T <= fused_rows
     int64_t T, N, K;
     int dtype;

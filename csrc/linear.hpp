@@ -32,10 +32,14 @@ static void linear(const LinearJob& job, int64_t first, int64_t last) {
     }
 }
 
-// Elements of x that `linear` takes as one group of even and odd ones.
+// Elements of x that `linear` takes as one group.
 template <class Isa>
 static int64_t group_of(int dtype) {
-    return 2 * (dtype == RW_BFLOAT16 ? decltype(bfloat16_lane<Isa>())::width : Isa::FloatLane::width);
+    switch (dtype) {
+        case RW_FLOAT32: return group_size<Isa, typename Isa::FloatLane, RW_FLOAT32>();
+        case RW_BFLOAT16: return group_size<Isa, decltype(bfloat16_lane<Isa>()), RW_BFLOAT16>();
+        default: return group_size<Isa, typename Isa::FloatLane, RW_FLOAT16>();
+    }
 }
 
 }  // namespace rankwise

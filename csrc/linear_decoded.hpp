@@ -19,13 +19,13 @@ struct Workspace {
     int64_t ahead;  // bytes from these codes to those needed next, which the hardware's own prefetching does not foresee
 };
 
-// Decodes `count` elements of R rows from n and k on, even and odd elements apart as x has them, and multiplies them with the first C
+// Decodes `count` elements of R rows from n and k on, in the order of x, and multiplies them with the first C
 // rows of x on the way.
 template <class Isa, class Lane, int D, int R, int C, bool Plain>
 static void decode_and_multiply(const LinearJob& job, const typename Lane::Element* x, int64_t n, int64_t k, int64_t count,
                                 const Workspace<Lane>& space, typename Lane::Sum* sums) {
     using Element = typename Lane::Element;
-    constexpr int64_t group = 2 * Lane::width;
+    constexpr int64_t group = group_size<Isa, Lane, D>();
     const rw_weight& weight = *job.weight;
     const int64_t row_bytes = job.K / 2;
     const uint8_t* packed = weight.packed + (n * job.K + k) / 2;
@@ -35,11 +35,11 @@ static void decode_and_multiply(const LinearJob& job, const typename Lane::Eleme
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) sum[r][c] = sums[r * job.T + c];
     for (int64_t block = 0, done = 0; block < blocks; ++block) {
-        decltype(Isa::template table<D, Plain>(nullptr, 0.0f, static_cast<Element*>(nullptr))) tables[R];
+        TableOf<Isa, Lane, D, Plain> tables[R];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
             tables[r] = Isa::template table<D, Plain>(weight.value, space.scales[r * blocks + block], static_cast<Element*>(nullptr));
-        for (const int64_t end = done + step; done < end; done += group, packed += Lane::width) {
+        for (const int64_t end = done + step; done < end; done += group, packed += group / 2) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) __builtin_prefetch(packed + r * row_bytes + space.ahead);
             multiply_group<Isa, Lane, R, C>(tables, packed, row_bytes, x + done, count, sum, space.w + done, count);

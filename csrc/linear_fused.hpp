@@ -8,11 +8,11 @@
 
 namespace rankwise {
 
-// R weight rows from n on against all C rows of x, which come in groups of two vectors, even elements and odd elements apart.
+// R weight rows from n on against all C rows of x, which come in groups, in the order of `Isa::element_at`.
 template <class Isa, class Lane, int D, int R, int C, bool Plain>
 static void fused_rows(const LinearJob& job, int64_t n, const float* scales) {
     using Element = typename Lane::Element;
-    constexpr int64_t group = 2 * Lane::width;
+    constexpr int64_t group = group_size<Isa, Lane, D>();
     const rw_weight& weight = *job.weight;
     const int64_t blocks = job.K / weight.block_size, row_bytes = job.K / 2;
     const uint8_t* packed = weight.packed + n * row_bytes;
@@ -21,14 +21,14 @@ static void fused_rows(const LinearJob& job, int64_t n, const float* scales) {
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) sum[r][c] = Lane::zero();
     for (int64_t block = 0; block < blocks; ++block) {
-        decltype(Isa::template table<D, Plain>(nullptr, 0.0f, static_cast<Element*>(nullptr))) tables[R];
+        TableOf<Isa, Lane, D, Plain> tables[R];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             tables[r] = Isa::template table<D, Plain>(weight.value, scales[r * blocks + block], static_cast<Element*>(nullptr));
             // The same row of the next few: four short streams are too many for the hardware's own prefetching.
             __builtin_prefetch(packed + (R + r) * row_bytes);
         }
-        for (int64_t done = 0; done < weight.block_size; done += group, x += C * group, packed += Lane::width) {
+        for (int64_t done = 0; done < weight.block_size; done += group, x += C * group, packed += group / 2) {
             multiply_group<Isa, Lane, R, C>(tables, packed, row_bytes, x, group, sum);
         }
     }

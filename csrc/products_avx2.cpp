@@ -8,7 +8,7 @@ namespace rankwise {
 
 const ProductKernels* products_avx2() {
     static const ProductKernels kernels = {product_float, row_product_float, finish_row_product_float, nullptr, nullptr,
-                                           {kFloatStep, 80, 4 * kFloatStep * kPanel, int64_t{288} << 10, false}};
+                                           {kFloatStep, 80, 4 * kFloatStep * kPanel, int64_t{256} << 10, false}};
     return &kernels;
 }
 

@@ -66,30 +66,46 @@ static void tile_of(int columns, const typename Lane::Element* w, int64_t w_stri
     if constexpr (C > 1) tile_of<Lane, R, C - 1>(columns, w, w_stride, x, x_stride, count, sum, stride);
 }
 
-// The next group of elements, two vectors, of R rows of codes with C rows of x. Returns nothing but the grown sums; with `w` it also
-// leaves the decoded weights there, rows at w_stride. Decoding and multiplying use different units of the core: together they take
-// little more than the longer of the two.
+// The table of a block, as it is looked up for elements of Lane.
+template <class Isa, class Lane, int D, bool Plain>
+using TableOf = decltype(Isa::template table<D, Plain>(nullptr, 0.0f, static_cast<typename Lane::Element*>(nullptr)));
+
+// Elements that are decoded at once: `TableOf::vectors` vectors.
+template <class Isa, class Lane, int D>
+constexpr int64_t group_size() {
+    return TableOf<Isa, Lane, D, false>::vectors * Lane::width;
+}
+
+// The next group of elements of R rows of codes with C rows of x, both in the order of `Isa::element_at`. Returns nothing but the grown sums;
+// with `w` it also leaves the decoded weights there, rows at w_stride. Decoding and multiplying use different units of the core: together
+// they take little more than the longer of the two.
 template <class Isa, class Lane, int R, int C, class Table>
 static inline __attribute__((always_inline)) void multiply_group(const Table (&tables)[R], const uint8_t* packed, int64_t row_bytes,
                                                                  const typename Lane::Element* x, int64_t x_stride,
                                                                  typename Lane::Sum (&sum)[R][C],
                                                                  typename Lane::Element* w = nullptr, int64_t w_stride = 0) {
-    typename Lane::Vector even[R], odd[R];
+    constexpr int V = Table::vectors;
+    // Of two vectors a row, all rows fit into registers, and each vector of x is loaded once.
+    constexpr int at_once = V == 2 ? R : 1;
+#pragma GCC unroll 4
+    for (int first = 0; first < R; first += at_once) {
+        typename Lane::Vector row[at_once][V];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-        const auto pair = Isa::pair(tables[r], packed + r * row_bytes);
-        even[r] = pair.even;
-        odd[r] = pair.odd;
-        if (w) {
-            Lane::store(w + r * w_stride, even[r]);
-            Lane::store(w + r * w_stride + Lane::width, odd[r]);
+        for (int r = 0; r < at_once; ++r) {
+            Isa::unpack(tables[first + r], packed + (first + r) * row_bytes, row[r]);
+            if (w)
+                for (int v = 0; v < V; ++v) Lane::store(w + (first + r) * w_stride + v * Lane::width, row[r][v]);
         }
-    }
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-        const auto x_even = Lane::load(x + c * x_stride), x_odd = Lane::load(x + c * x_stride + Lane::width);
+        for (int c = 0; c < C; ++c) {
+            typename Lane::Vector column[V];
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) column[v] = Lane::load(x + c * x_stride + v * Lane::width);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) sum[r][c] = Lane::multiply_add(odd[r], x_odd, Lane::multiply_add(even[r], x_even, sum[r][c]));
+            for (int r = 0; r < at_once; ++r)
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v) sum[first + r][c] = Lane::multiply_add(row[r][v], column[v], sum[first + r][c]);
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-"""Sums of products on AMX tiles, against float64 and against PyTorch's own steps."""
+"""Sums of products, on AMX tiles or in float32, against float64 and against PyTorch's own steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rankwise.ops import low_rank_plain
 from rankwise.ops.branch import Branch, Dropout
 from rankwise.ops.cpu import low_rank, products
 from rankwise.ops.cpu.packed import NativeWeight
-from rankwise.ops.dense import linear_out
+from rankwise.ops.dense import input_grad_out, linear_out
 from rankwise.ops.low_rank_linear import low_rank_linear
 
 # (T, N, K): a single row, odd sizes, whole tiles, several parts of the sum, rows whose lines share sets of the cache.
@@ -246,15 +246,18 @@ def test_a_branch_whose_output_nobody_used() -> None:
 @needs_products
 def test_few_rows_and_weights_with_gaps_take_separate_steps() -> None:
     made = two_branches(dora=False, bias=False, dtype=torch.float32)
-    assert operator._steps(rounded(8, 80), made) is low_rank_plain
+    assert operator._steps(rounded(3, 80), made) is low_rank_plain
     gaps = [dataclasses.replace(made[0], frozen=DenseWeight(rounded(192, 160)[::2, ::2]))]
     assert operator._steps(rounded(40, 80), gaps) is low_rank_plain
 
 
-@pytest.mark.parametrize("T", [8, 40])
-def test_the_output_head(T: int) -> None:
-    x, W, out = rounded(T, 64), rounded(300, 64), rounded(T, 300)
-    assert_rounded_once(linear_out(x, W, out), x.double() @ W.double().T)
+@pytest.mark.parametrize("T", [1, 8, 40])
+def test_a_dense_weight_and_its_input_gradient(T: int) -> None:
+    x, W, b, dy = rounded(T, 64), rounded(300, 64), rounded(300), rounded(T, 300)
+    exact = x.double() @ W.double().T
+    assert_rounded_once(linear_out(x, W, rounded(T, 300)), exact)
+    assert_rounded_once(linear_out(x, W, rounded(T, 300), b), exact + b.double())
+    assert_rounded_once(input_grad_out(dy, W, rounded(T, 64)), dy.double() @ W.double())
 
 
 @needs_products

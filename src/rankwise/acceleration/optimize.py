@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rankwise.acceleration import attention, liger
 from rankwise.acceleration.allocator import keep_freed_memory
+from rankwise.acceleration.linears import replace_linears
 from rankwise.acceleration.loss import Head, accept_labels, find_head
 from rankwise.acceleration.recognise import adapted_layers, replace_mlps, replace_norms, replace_ropes
 from rankwise.acceleration.replace import ATTRIBUTE, Undo
@@ -29,6 +30,8 @@ class Acceleration:
     norms: int = 0
     mlps: int = 0
     ropes: int = 0
+    linears: int = 0
+    # Frozen layers without an adapter, whose products PyTorch makes without instructions for them.
     attention: bool = False
     fused_loss: bool = False
     keeps_memory: bool = False
@@ -40,6 +43,7 @@ class Acceleration:
             (self.attention, "own attention kernel"),
             (self.norms, f"{self.norms} norms and {self.mlps} gated MLPs fused"),
             (self.ropes, "rotary positions fused"),
+            (self.linears, f"bfloat16 products of {self.linears} frozen layers in float32"),
             (self.fused_loss, "loss in chunks of labelled tokens"),
             (self.keeps_memory, "freed memory is kept"),
         ]
@@ -74,6 +78,7 @@ def optimize(model: nn.Module, undo: Undo, *, keep_memory: bool = True, fuse_los
         norms=norms,
         mlps=mlps,
         ropes=ropes,
+        linears=replace_linears(model, undo),
         attention=_use_attention(model, undo, left),
         fused_loss=head is not None,
         keeps_memory=keep_memory and on_cpu and keep_freed_memory(),

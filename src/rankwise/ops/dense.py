@@ -8,23 +8,38 @@ from torch import Tensor
 from rankwise.ops import selection
 
 
-def linear_out(x: Tensor, W: Tensor, out: Tensor) -> Tensor:
-    """``out <- x W^T``: x (T, K), W (N, K), out (T, N), of one dtype; no autograd."""
-    if type(out) is type(x) and selection.takes_native(x):
+def linear_out(x: Tensor, W: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``out <- x W^T + bias``: x (T, K), W (N, K), out (T, N), bias (N,), of one dtype; no autograd."""
+    if _takes_native(x, out):
         from rankwise.ops.cpu import products
 
         factor = products.Factor.of(W.detach())
-        if factor is not None and x.stride(1) == 1 and products.pay(x):
-            return products.add_products([products.Term(x, factor)], out)
-    return torch.mm(x, W.T, out=out)
+        if factor is not None and products.pay(x):
+            return products.add_products([products.Term(x, factor)], out, bias=None if bias is None else bias.float())
+    return torch.mm(x, W.T, out=out) if bias is None else torch.addmm(bias, x, W.T, out=out)
 
 
 def input_grad_out(dy: Tensor, W: Tensor, out: Tensor) -> Tensor:
     """``out <- dy W``: dy (T, N), W (N, K), out (T, K), of one dtype; no autograd."""
-    if type(out) is type(dy) and selection.takes_native(dy):
+    if _takes_native(dy, out):
         from rankwise.ops.cpu import products
 
+        factor = products.Factor.of(W.detach())
         # On AMX, PyTorch's product is as fast where N is as large as a vocabulary.
-        if products.take(dy.dtype) and not products.on_tiles():
-            return linear_out(dy, W.T, out)
+        if factor is not None and products.take(dy.dtype) and not products.on_tiles():
+            return products.add_products([products.Term(dy, factor, across=True)], out)
     return torch.mm(dy, W, out=out)
+
+
+def is_slow_in_torch(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's products of ``dtype`` find no instruction on this CPU, and the functions above are many times
+    faster."""
+    if not selection.native_on_cpu():
+        return False
+    from rankwise.ops.cpu import products
+
+    return products.take(dtype) and not products.on_tiles()
+
+
+def _takes_native(rows: Tensor, out: Tensor) -> bool:
+    return type(out) is type(rows) and selection.takes_native(rows) and rows.stride(1) == 1

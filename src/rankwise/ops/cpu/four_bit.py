@@ -115,7 +115,8 @@ def linear_4bit_input_grad(
     """dL/dx = dL/dy W'. grad (..., N) -> (..., K)."""
     N, K = shape
     weight = NativeWeight(packed, absmax, N * K, quant_type, block_size, nested_absmax, offset)
-    if math.prod(grad.shape[:-1]) > _FEW_ROWS and products.take(grad.dtype):
+    # Without tiles, PyTorch's bfloat16 product of even a few rows with a transposed matrix takes longer.
+    if products.take(grad.dtype) and (math.prod(grad.shape[:-1]) > _FEW_ROWS or not products.on_tiles()):
         return _product(grad, products.Factor(weight, K), K, across=True)
     return grad @ _dense(weight, shape, grad.dtype)
 

@@ -1,0 +1,58 @@
+"""Frozen layers that nothing adapts, on a CPU where PyTorch's own bfloat16 products find no instruction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
+from rankwise.adapters.operator import computes_in
+from rankwise.ops.dense import input_grad_out, is_slow_in_torch, linear_out
+
+
+class FrozenLinear(torch.autograd.Function):
+    """``x W^T + b`` with W (N, K) and b (N,) frozen: x (..., K) -> (..., N)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(W)
+        rows = x.reshape(-1, x.shape[-1])
+        return linear_out(rows, W, rows.new_empty(len(rows), len(W)), b).view(*x.shape[:-1], len(W))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        (W,) = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        return (
+            input_grad_out(rows, W, rows.new_empty(len(rows), W.shape[1])).view(*dy.shape[:-1], W.shape[1]),
+            None,
+            None,
+        )
+
+
+def replace_linears(model: nn.Module, undo: Undo) -> int:
+    """Every frozen linear layer in bfloat16, where that pays; gives their number."""
+    if next(model.parameters()).device.type != "cpu" or not is_slow_in_torch(torch.bfloat16):
+        return 0
+    found = [module for module in model.modules() if _is_frozen_linear(module) and is_free(module)]
+    for module in found:
+        replace_forward(module, _forward, undo)
+    return len(found)
+
+
+def _is_frozen_linear(module: Any) -> bool:
+    if type(module) not in (nn.Linear, Conv1D) or module.weight.dtype is not torch.bfloat16:
+        return False
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _forward(self: Any, x: Tensor) -> Tensor:
+    is_native = x.dtype is torch.bfloat16 and computes_in(x.dtype, x.device) and not torch.compiler.is_compiling()
+    if not is_native or not _is_frozen_linear(self):
+        return class_forward(self)(x)
+    return FrozenLinear.apply(x, self.weight.T if type(self) is Conv1D else self.weight, self.bias)
