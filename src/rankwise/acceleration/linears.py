@@ -28,11 +28,8 @@ class FrozenLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         (W,) = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])
-        return (
-            input_grad_out(rows, W, rows.new_empty(len(rows), W.shape[1])).view(*dy.shape[:-1], W.shape[1]),
-            None,
-            None,
-        )
+        dx = input_grad_out(rows, W, rows.new_empty(len(rows), W.shape[1]))
+        return dx.view(*dy.shape[:-1], W.shape[1]), None, None
 
 
 def replace_linears(model: nn.Module, undo: Undo) -> int:

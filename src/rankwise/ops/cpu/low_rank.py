@@ -1,4 +1,5 @@
-"""The steps of `rankwise.ops.low_rank_linear` in bfloat16 on the native library: each output and each gradient in one sum of products.
+"""The steps of `rankwise.ops.low_rank_linear` in bfloat16 on the native library: one sum of products for each output and
+each gradient.
 
 The low-rank branch is one more term beside the frozen weight, and DoRA's gain g is applied to the sums before they are
 rounded. On the way back g multiplies the rows of W and B, so ``dz = g * dy`` is never written:

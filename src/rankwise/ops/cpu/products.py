@@ -2,8 +2,8 @@
 
     out (T, N) = g * sum_i a_i W_i^T + b        with W_i dense, of 4 bits, or a small float32 matrix
 
-Summed in float32 and rounded once; a result depends on no number of threads. On AMX factors are rounded to bfloat16; with
-AVX2, where the processor multiplies no bfloat16, everything is widened to float32. See `available`.
+Summed in float32 and rounded once; a result depends on no number of threads. On AMX factors are rounded to bfloat16;
+with AVX2, where the processor multiplies no bfloat16, everything is widened to float32. See `available`.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Term:
     """``a W^T`` of a (T, K) and W (N, K), or, with ``across``, ``a W`` of a (T, N).
 
     ``gain`` float32, one per element that is summed over, and ``scale`` multiply W before it is rounded to bfloat16.
-    ``exact``: on tiles, a float32 W without ``across`` is not rounded but counts as the sum of two bfloat16 matrices; so
-    does a, where ``a_rest`` (T, K), laid out as a, is what rounding it left.
+    ``exact``: on tiles, a float32 W without ``across`` is not rounded but counts as the sum of two bfloat16 matrices.
+    ``a_rest`` (T, K), laid out as a, is what rounding a left, and counts too.
     """
 
     a: Tensor
@@ -85,7 +85,7 @@ def pay(rows: Tensor) -> bool:
 
 
 def on_tiles() -> bool:
-    """Whether they run on AMX. Elsewhere PyTorch's bfloat16 products, too, find no instruction, and are many times slower."""
+    """Whether they run on AMX. Elsewhere PyTorch's own bfloat16 products find no instruction, and are far slower."""
     return bool(_functions().rw_products_are_tiles())
 
 
