@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import rankwise as rw
-from rankwise.acceleration import can_flatten, fused_head, restore
+from rankwise.acceleration import flattening_obstacle, fused_head, restore
 from rankwise.acceleration.attention import mask_ranges
 from tiny_models import tiny_llama
 
@@ -252,7 +252,7 @@ def test_switching_and_disabling_adapters() -> None:
 
 def test_rows_laid_end_to_end_compute_as_apart() -> None:
     model = adapted("llama")
-    assert can_flatten(model)
+    assert flattening_obstacle(model) is None
     rw.optimize_for_training(model)
     first, second = torch.arange(3, 10)[None], torch.arange(20, 25)[None]
     together = {

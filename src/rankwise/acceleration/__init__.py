@@ -1,7 +1,7 @@
 """What makes a training step fast beyond the adapters' own operators; put into a model in place, and reversible."""
 
 from rankwise.acceleration.allocator import give_back_freed_memory, limit_generated_kernels
-from rankwise.acceleration.flatten import can_flatten
+from rankwise.acceleration.flatten import flattening_obstacle
 from rankwise.acceleration.loss import LossOptions
 from rankwise.acceleration.optimize import Acceleration, fused_head, optimize_for_training, restore
 from rankwise.acceleration.peft_layers import accelerate_peft
@@ -10,7 +10,7 @@ __all__ = [
     "Acceleration",
     "LossOptions",
     "accelerate_peft",
-    "can_flatten",
+    "flattening_obstacle",
     "fused_head",
     "give_back_freed_memory",
     "limit_generated_kernels",

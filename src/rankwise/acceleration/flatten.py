@@ -8,38 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankwise.acceleration.probe import probe
 from rankwise.acceleration.recognise import is_fake
-from rankwise.errors import RankwiseError
 
 LENGTHS = (3, 4)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 # Of the largest logit.
 
 
-@torch.no_grad()
-def can_flatten(model: Any) -> bool:
-    """Tried with two short rows: their last logits in one row (no mask, position_ids from 0 each) equal those apart."""
+def flattening_obstacle(model: Any) -> str | None:
+    """Why rows cannot be laid end to end, or None where they can.
+
+    Tried with two short rows: their last logits in one row (no mask, position_ids from 0 each) must equal those apart.
+    """
     parameters = inspect.signature(type(model).forward).parameters
-    like = next(model.parameters())
-    if not {"position_ids", "logits_to_keep"} <= set(parameters) or is_fake(like):
-        return False
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        apart = [_last_logits(model, [length]) for length in LENGTHS]
-        together = _last_logits(model, list(LENGTHS))
-    except RankwiseError:
-        raise
-    except Exception:  # noqa: BLE001  a model that cannot be asked this way gets padded rows
-        return False
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    first, second = together[0, LENGTHS[0] - 1], together[0, -1]
-    scale = max(float(logits.float().abs().max()) for logits in apart)
-    limit = TOLERANCE.get(together.dtype, 0.0) * scale
-    pairs = ((first, apart[0][0, -1]), (second, apart[1][0, -1]))
-    return all(float((a.float() - b.float()).abs().max()) <= limit for a, b in pairs)
+    missing = [name for name in ("position_ids", "logits_to_keep") if name not in parameters]
+    if missing:
+        return f"the model takes no {missing[0]}"
+    if is_fake(next(model.parameters())):
+        return "a fake model's values cannot be compared"
+    rows = [LENGTHS[0]], [LENGTHS[1]], [*LENGTHS]
+    logits, why_not = probe(model, lambda: [_last_logits(model, lengths) for lengths in rows])
+    if logits is None:
+        return f"the model could not be tried with positions ({why_not})"
+    *apart, together = logits
+    limit = TOLERANCE.get(together.dtype, 0.0) * max(float(each.float().abs().max()) for each in apart)
+    pairs = ((together[0, LENGTHS[0] - 1], apart[0][0, -1]), (together[0, -1], apart[1][0, -1]))
+    if all(float((a.float() - b.float()).abs().max()) <= limit for a, b in pairs):
+        return None
+    return "rows laid end to end get other logits than apart"
 
 
 def _last_logits(model: Any, lengths: list[int]) -> Tensor:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from rankwise.acceleration.probe import probe
 from rankwise.acceleration.recognise import is_fake
 from rankwise.acceleration.replace import ATTRIBUTE, Undo, class_forward, is_free, replace_forward
 from rankwise.adapters.operator import computes_in
-from rankwise.errors import RankwiseError
 from rankwise.ops.linear_cross_entropy import LogitShape, LossSums, chunk_rows, linear_cross_entropy
 
 IGNORED = -100
@@ -201,7 +201,6 @@ def _configured_shape(config: Any) -> LogitShape:
     return LogitShape((getattr(config, "logit_scale", None) or 1.0) / divisor, softcap)
 
 
-@torch.no_grad()
 def _answers_as(model: Any, head: nn.Module, shape: LogitShape) -> bool:
     """Whether the model's logits are ``shape`` of what its head answers, found by letting the head answer PROBE."""
     parameter = next(model.parameters())
@@ -211,20 +210,16 @@ def _answers_as(model: Any, head: nn.Module, shape: LogitShape) -> bool:
         called.append(hidden)
         return torch.tensor(PROBE, dtype=hidden.dtype, device=hidden.device).expand(*hidden.shape[:-1], len(PROBE))
 
-    was_training = [(module, module.training) for module in model.modules()]
-    model.eval()
+    ids = torch.zeros((1, 2), dtype=torch.long, device=parameter.device)
     head.forward = answer
     try:
-        ids = torch.zeros((1, 2), dtype=torch.long, device=parameter.device)
-        logits = class_forward(model)(input_ids=ids, use_cache=False, logits_to_keep=1).logits
-    except RankwiseError:
-        raise
-    except Exception:  # noqa: BLE001  a model that cannot be asked this way keeps its own loss
-        return False
+        logits, why_not = probe(
+            model, lambda: class_forward(model)(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+        )
     finally:
         del head.forward
-        for module, mode in was_training:
-            module.training = mode
+    if why_not is not None or logits is None:
+        return False
     if len(called) != 1 or called[0].shape[1] != 1:
         return False
     if is_fake(logits):

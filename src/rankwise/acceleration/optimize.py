@@ -14,11 +14,11 @@ from rankwise.acceleration import attention, liger
 from rankwise.acceleration.allocator import keep_freed_memory
 from rankwise.acceleration.linears import replace_linears
 from rankwise.acceleration.loss import Head, accept_labels, find_head
+from rankwise.acceleration.probe import probe
 from rankwise.acceleration.recognise import adapted_layers, replace_mlps, replace_norms, replace_ropes
 from rankwise.acceleration.replace import ATTRIBUTE, Undo
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.shared_input import SharedInput
-from rankwise.errors import RankwiseError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,19 +171,7 @@ def _noting(seen: list[tuple[AdaptedLayer, Tensor]]) -> Callable[[Any, tuple[Any
     return note
 
 
-@torch.no_grad()
 def _run_two_tokens(model: Any) -> str | None:
     """Why that failed, or None."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        ids = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
-        model(input_ids=ids, use_cache=False)
-    except RankwiseError:
-        raise
-    except Exception as error:  # noqa: BLE001  a model that is not fed with token ids alone shares nothing
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    return None
+    ids = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
+    return probe(model, lambda: model(input_ids=ids, use_cache=False))[1]

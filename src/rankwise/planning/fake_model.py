@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from rankwise.acceleration import can_flatten, optimize_for_training
+from rankwise.acceleration import flattening_obstacle, optimize_for_training
 from rankwise.acceleration.loss import accept_labels, find_head
 from rankwise.acceleration.optimize import share_inputs
 from rankwise.acceleration.replace import Undo
@@ -95,10 +95,10 @@ def _accelerate_for_cpu(model: nn.Module, *, fast: bool) -> bool:
     if not done.attention:
         return False
     if isinstance(next(model.parameters()), FakeTensor):
-        # can_flatten compares values; here the signature decides.
+        # flattening_obstacle compares values; here the signature decides.
         names = inspect.signature(type(model).forward).parameters
         return {"position_ids", "logits_to_keep"} <= set(names) and not drops_attention(model)
-    return can_flatten(model) and not drops_attention(model)
+    return flattening_obstacle(model) is None and not drops_attention(model)
 
 
 def drops_attention(model: Any) -> bool:

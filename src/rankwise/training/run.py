@@ -17,7 +17,7 @@ import datasets
 import torch
 import transformers
 
-from rankwise.acceleration import can_flatten, limit_generated_kernels, optimize_for_training
+from rankwise.acceleration import Acceleration, flattening_obstacle, limit_generated_kernels, optimize_for_training
 from rankwise.adapters.baselines import BASELINES
 from rankwise.config import LoraConfig, TrainSettings
 from rankwise.data import Rows
@@ -198,9 +198,8 @@ def _prepare(
     _check_before_training(given, loaded.model, data)
     predicted = _predicted_peak(given, data, foresight)
     checkpoint = _checkpoint_to_resume(given.output) if mode == "resume" else None
-    # Attention over rows laid end to end costs their product unless the kernel skips what no query sees, as ours does.
-    flat = done is not None and done.attention and not given.packing and can_flatten(loaded.model)
-    trainer = _trainer(given, loaded, data, checkpoint, padding_free=flat)
+    padded = _why_padded(given, loaded.model, done)
+    trainer = _trainer(given, loaded, data, checkpoint, padding_free=padded is None)
     record = RunRecord(
         method=given.method,
         seed=given.seed,
@@ -215,11 +214,22 @@ def _prepare(
             **device_record(loaded.device, loaded.dtype),
             "reason": loaded.device_reason,
             "acceleration": str(done) if done else "off (--no-fast)",
+            "rows": f"padded: {padded}" if padded else "laid end to end, without padding",
         },
     )
     probe = setup.probe_of(data.train.dataset, loaded.device)
     extras = Extras(given.early_stopping, _answerer(given, loaded, data), probe)
     return Session(given.output, mode, trainer, loaded.tokenizer, checkpoint, record, extras, observer)
+
+
+def _why_padded(given: TrainSettings, model: Any, done: Acceleration | None) -> str | None:
+    """Why rows are padded to one length, or None where they are laid end to end."""
+    if given.packing:
+        return "packing fills rows to one length"
+    # Attention over rows laid end to end costs their product unless the kernel skips what no query sees, as ours does.
+    if done is None or not done.attention:
+        return "the attention in use does not skip what no query sees"
+    return flattening_obstacle(model)
 
 
 def _check_before_training(given: TrainSettings, model: Any, data: setup.Data) -> None:

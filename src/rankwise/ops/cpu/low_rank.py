@@ -1,5 +1,5 @@
-"""The steps of `rankwise.ops.low_rank_linear` in bfloat16 on the native library: one sum of products for each output and
-each gradient.
+"""The steps of `rankwise.ops.low_rank_linear` in bfloat16 on the native library: one sum of products for each output
+and each gradient.
 
 The low-rank branch is one more term beside the frozen weight, and DoRA's gain g is applied to the sums before they are
 rounded. On the way back g multiplies the rows of W and B, so ``dz = g * dy`` is never written:

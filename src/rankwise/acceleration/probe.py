@@ -1,0 +1,31 @@
+"""Ask a model something before it trains, and take an error for an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from rankwise.errors import RankwiseError, is_out_of_memory
+
+Answer = TypeVar("Answer")
+
+
+@torch.no_grad()
+def probe(model: Any, ask: Callable[[], Answer]) -> tuple[Answer | None, str | None]:
+    """What ``ask`` gives with the model in evaluation mode, or why the model cannot be asked so.
+
+    Our own errors, and want of memory, are no answers: they go on.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        return ask(), None
+    except Exception as error:
+        if isinstance(error, RankwiseError) or is_out_of_memory(error):
+            raise
+        return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    finally:
+        for module, mode in modes:
+            module.training = mode
