@@ -57,24 +57,24 @@ def ours(folder: str, method: str, dropout: float) -> Any:
     return model
 
 
-def peft(folder: str, method: str, dropout: float) -> Any:
-    """PEFT over transformers, 4-bit layers by bitsandbytes (NF4, double quantization, bfloat16 products)."""
+def peft(folder: str, method: str, dropout: float, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """PEFT over transformers, 4-bit layers by bitsandbytes (NF4, double quantization, products in ``dtype``)."""
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    four_bits = bitsandbytes_config() if is_four_bit(method) else None
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=four_bits)
+    four_bits = bitsandbytes_config(dtype) if is_four_bit(method) else None
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=four_bits)
     return get_peft_model(model, peft_config(method, dropout)).train()
 
 
-def bitsandbytes_config() -> Any:
+def bitsandbytes_config(dtype: torch.dtype = torch.bfloat16) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
 
 
@@ -91,9 +91,11 @@ def peft_config(method: str, dropout: float) -> Any:
     )
 
 
-def build(side: str, folder: str, method: str, dropout: float) -> Any:
+def build(side: str, folder: str, method: str, dropout: float, peer_dtype: str = "bfloat16") -> Any:
     torch.manual_seed(0)
-    return {"ours": ours, "peft": peft}[side](folder, method, dropout)
+    if side == "ours":
+        return ours(folder, method, dropout)
+    return peft(folder, method, dropout, getattr(torch, peer_dtype))
 
 
 def trained(model: Any) -> list[Tensor]:

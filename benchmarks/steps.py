@@ -2,6 +2,7 @@
 
     python benchmarks/steps.py                            # the demo model, every method, about a quarter of an hour
     python benchmarks/steps.py MODEL --methods lora dora  # a folder of any model; some methods
+    python benchmarks/steps.py --peer-dtype float32       # on a CPU without bfloat16 instructions, what PEFT does best
 
 For each method one fresh process calls our step, PEFT's and the floor in turn and takes medians; then the same with the
 optimizer's step inside, where DoRA's norms are due. Peak memory is measured with each side in a process of its own,
@@ -25,6 +26,7 @@ import results
 import timing
 import torch
 
+from rankwise.ops.dense import is_slow_in_torch
 from rankwise.records import write_json
 from rankwise.training.meters import MemoryMeter
 
@@ -56,10 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "model": Path(given.model).name,
         "batch": given.batch,
         "length": given.length,
+        "peer_dtype": given.peer_dtype,
         "rounds": given.rounds,
         "rows": rows,
     }
-    results.save(given.output, "steps", result, markdown(result))
+    results.save(given.output, given.name, result, markdown(result))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -69,6 +72,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="sequences")
     parser.add_argument("--length", type=int, default=256, help="tokens of each, all labelled")
     parser.add_argument("--rounds", type=int, default=7, help="medians are of that many, after one to warm up")
+    parser.add_argument(
+        "--peer-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of PEFT's model and of the floor"
+    )
+    parser.add_argument("--name", default="steps", help="of the two files in --output")
     parser.add_argument("--quick", action="store_true", help="one round of 2 x 16 tokens: does it run at all?")
     parser.add_argument("--output", type=Path, default=results.FOLDER)
     for name in ("--child", "--method", "--side", "--answer"):
@@ -85,7 +92,8 @@ def measure(folder: str, method: str, dropout: float, given: argparse.Namespace)
     """One row: a process with both sides for the times, one for each side's memory."""
     print(f"{method}, dropout {dropout:g} ...", file=sys.stderr, flush=True)
     options = {"--method": method, "--dropout": dropout, "--batch": given.batch, "--length": given.length}
-    shared = [folder, *(str(part) for pair in (options | {"--rounds": given.rounds}).items() for part in pair)]
+    options |= {"--rounds": given.rounds, "--peer-dtype": given.peer_dtype}
+    shared = [folder, *(str(part) for pair in options.items() for part in pair)]
     row = timing.in_fresh_process(__file__, [*shared, "--child", "timing"])
     row.pop("process_peak_bytes")
     for side in contenders.SIDES:
@@ -100,12 +108,13 @@ def measure(folder: str, method: str, dropout: float, given: argparse.Namespace)
 
 def timed(given: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every round, bytes saved for the backward pass, FLOPs."""
-    models = {side: contenders.build(side, given.model, given.method, given.dropout) for side in contenders.SIDES}
+    what = given.model, given.method, given.dropout, given.peer_dtype
+    models = {side: contenders.build(side, *what) for side in contenders.SIDES}
     shapes = dense_shapes(given.model)
     if given.method != "lora" and given.dropout == 0.0:
         models["our LoRA"] = contenders.build("ours", given.model, "lora", 0.0)
     ids = batch_of(models["ours"], given)
-    floor = timing.Floor(shapes, ids.numel())
+    floor = timing.Floor(shapes, ids.numel(), dtype=getattr(torch, given.peer_dtype))
     steps = {name: contenders.Step(model, ids) for name, model in models.items()}
     calls = {name: (step, step.forget) for name, step in steps.items()} | {"floor": (floor, timing.nothing)}
     load = timing.load_average()
@@ -128,7 +137,7 @@ def timed(given: argparse.Namespace) -> dict[str, Any]:
 
 def alone(given: argparse.Namespace) -> dict[str, Any]:
     """Peak anonymous memory of steps with the optimizer, and their median time."""
-    model = contenders.build(given.side, given.model, given.method, given.dropout)
+    model = contenders.build(given.side, given.model, given.method, given.dropout, given.peer_dtype)
     step = contenders.Step(model, batch_of(model, given), optimizer=True)
     gc.collect()
     seconds = []
@@ -154,7 +163,10 @@ def dense_shapes(folder: str) -> list[tuple[int, int]]:
         return timing.linear_shapes(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)))
 
 
-def counted_flops(model: Any, step: contenders.Step) -> int:
+def counted_flops(model: Any, step: contenders.Step) -> int | None:
+    """None where a step in plain PyTorch, whose products the counter sees, would take minutes."""
+    if is_slow_in_torch(torch.bfloat16):
+        return None
     with contenders.models_own_attention(model):
         found = timing.flops(step)
     step.forget()
@@ -190,6 +202,7 @@ def markdown(result: dict[str, Any]) -> list[str]:
         f"# Training steps: {result['model']}, bfloat16, {result['batch']} x {result['length']} tokens, all labelled",
         "",
         *results.where_from(result),
+        *other_dtype(result),
         f"r = {contenders.R} on all linear layers; adapters in each side's default dtype "
         f"({', '.join(f'{side}: {found}' for side, found in dtypes.items())}). Goals in brackets.",
         "",
@@ -206,10 +219,13 @@ def markdown(result: dict[str, Any]) -> list[str]:
         "anonymous memory during steps with AdamW, and over the process's life, each side in a process of its own.",
         "",
         *products(rows),
-        "",
-        "10^9 operations of a step by torch's counter, with our products made by plain PyTorch and attention by torch: "
-        "it does not see native kernels.",
     ]
+
+
+def other_dtype(result: dict[str, Any]) -> list[str]:
+    if result["peer_dtype"] == "bfloat16":
+        return []
+    return [f"PEFT's model and the floor are in {result['peer_dtype']}, ours in bfloat16.", ""]
 
 
 def named(row: dict[str, Any]) -> str:
@@ -254,9 +270,15 @@ def memory(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def products(rows: list[dict[str, Any]]) -> list[str]:
+    if any(row["flops"]["ours"] is None for row in rows):
+        return ["Operations are not counted: in plain PyTorch, bfloat16 steps take minutes on this processor."]
     counts = [(row, (row["floor_flops"], row["flops"]["peft"], row["flops"]["ours"])) for row in rows]
     cells = [[named(row), *(results.number(count / 1e9, 1) for count in found)] for row, found in counts]
-    return results.table(("method", "floor", "PEFT", "ours"), cells)
+    note = (
+        "10^9 operations of a step by torch's counter, with our products made by plain PyTorch and attention by torch: "
+        "it does not see native kernels."
+    )
+    return [*results.table(("method", "floor", "PEFT", "ours"), cells), "", note]
 
 
 if __name__ == "__main__":

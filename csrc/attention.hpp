@@ -7,6 +7,9 @@
 
 #include "rankwise_native.h"
 
+// Of a member that several levels compile the linker keeps one copy, perhaps with instructions that the processor lacks: so it gets none.
+#define RW_EVERYWHERE __attribute__((always_inline))
+
 namespace rankwise {
 
 // A (B, L, heads, D) tensor whose elements of a head lie side by side; strides in elements.
@@ -14,7 +17,7 @@ struct Heads {
     const uint16_t* data;
     int64_t batch, token, head;
 
-    const uint16_t* row(int64_t b, int64_t i, int64_t h) const { return data + b * batch + i * token + h * head; }
+    RW_EVERYWHERE const uint16_t* row(int64_t b, int64_t i, int64_t h) const { return data + b * batch + i * token + h * head; }
 };
 
 struct AttentionJob {
@@ -23,11 +26,11 @@ struct AttentionJob {
     const int32_t *start, *end;  // (B, Lq), or null
     float scale;
 
-    int64_t group() const { return H / Hkv; }
-    int64_t clamped(int64_t j) const { return j < 0 ? 0 : j < Lk ? j : Lk; }
+    RW_EVERYWHERE int64_t group() const { return H / Hkv; }
+    RW_EVERYWHERE int64_t clamped(int64_t j) const { return j < 0 ? 0 : j < Lk ? j : Lk; }
     // Query i of batch b sees the keys from first_key on, before last_key.
-    int64_t first_key(int64_t b, int64_t i) const { return start ? clamped(start[b * Lq + i]) : 0; }
-    int64_t last_key(int64_t b, int64_t i) const { return clamped(end ? end[b * Lq + i] : i + 1 + Lk - Lq); }
+    RW_EVERYWHERE int64_t first_key(int64_t b, int64_t i) const { return start ? clamped(start[b * Lq + i]) : 0; }
+    RW_EVERYWHERE int64_t last_key(int64_t b, int64_t i) const { return clamped(end ? end[b * Lq + i] : i + 1 + Lk - Lq); }
 };
 
 struct AttentionForward {

@@ -18,7 +18,7 @@ struct Ranges {
     int64_t all_first[kTile / kGroup], all_last[kTile / kGroup];      // that every one sees
     int64_t least, most;
 
-    Ranges(const AttentionJob& job, int64_t b, int64_t query) {
+    RW_EVERYWHERE Ranges(const AttentionJob& job, int64_t b, int64_t query) {
         least = job.Lk, most = 0;
         for (int64_t g = 0; g < kTile / kGroup; ++g) {
             group_first[g] = job.Lk, group_last[g] = 0, all_first[g] = 0, all_last[g] = job.Lk;
@@ -38,15 +38,15 @@ struct Ranges {
         }
     }
 
-    int64_t first_tile() const { return least / kTile; }
-    int64_t last_tile() const { return most > least ? (most + kTile - 1) / kTile : first_tile(); }
+    RW_EVERYWHERE int64_t first_tile() const { return least / kTile; }
+    RW_EVERYWHERE int64_t last_tile() const { return most > least ? (most + kTile - 1) / kTile : first_tile(); }
 
     // The vectors of 16 keys of the tile from `key` on that group g needs: [from, to).
     struct Span {
         int from, to;
         bool whole;  // every query sees all of them
     };
-    Span span(int64_t g, int64_t key) const {
+    RW_EVERYWHERE Span span(int64_t g, int64_t key) const {
         const int64_t a = group_first[g] > key ? group_first[g] - key : 0;
         const int64_t b = group_last[g] < key + kTile ? group_last[g] - key : kTile;
         if (a >= b) return {0, 0, false};
@@ -59,7 +59,7 @@ struct Ranges {
 struct KeyTiles {
     int64_t first, last;
 
-    KeyTiles(const AttentionJob& job, const AttentionShare& share) {
+    RW_EVERYWHERE KeyTiles(const AttentionJob& job, const AttentionShare& share) {
         int64_t least = job.Lk, most = 0;
         const int64_t end = share.last * kTile < job.Lq ? share.last * kTile : job.Lq;
         for (int64_t i = share.first * kTile; i < end; ++i) {
@@ -71,7 +71,7 @@ struct KeyTiles {
         first = least / kTile;
         last = most > least ? (most + kTile - 1) / kTile : first;
     }
-    int64_t count() const { return last - first; }
+    RW_EVERYWHERE int64_t count() const { return last - first; }
 };
 
 }  // namespace rankwise

@@ -58,11 +58,15 @@ def fresh_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_is_quick():
-    """CPU seconds, so that a busy machine does not decide; on an idle one they are the wall clock's."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    fresh_python("-m", "rankwise.cli.main", "--help")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < HELP_LIMIT_SECONDS
+    """The least CPU seconds of three, so that a busy machine does not decide."""
+
+    def cpu_seconds():
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        fresh_python("-m", "rankwise.cli.main", "--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(cpu_seconds() for _ in range(3)) < HELP_LIMIT_SECONDS
 
 
 @pytest.mark.parametrize("verb", ["", *(verb.name for verb in cli.VERBS)])

@@ -11,7 +11,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Annotated, Any
 
 import typer
@@ -107,6 +106,8 @@ def _root(
 
 
 def _version(name: str) -> str:
+    from importlib import metadata  # a tenth of the time of every --help
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

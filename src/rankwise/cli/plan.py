@@ -5,17 +5,19 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rankwise.cli import plan_view
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError
-from rankwise.planning.plan import Plan, make_plan, workload_for
-from rankwise.planning.recommend import Recommendation
 from rankwise.planning.settings import PlanSettings
 from rankwise.records import write_text
+
+# Imported where they work: every --help waits for what stands above.
+if TYPE_CHECKING:
+    from rankwise.planning.plan import Plan
+    from rankwise.planning.recommend import Recommendation
 
 PANELS = {
     "Model and method": ("model", "method", "goal", "trust_remote_code", "revision"),
@@ -49,6 +51,9 @@ PANELS = {
 
 
 def run(settings: PlanSettings, output: Output) -> Mapping[str, Any]:
+    from rankwise.cli import plan_view
+    from rankwise.planning.plan import make_plan
+
     document: dict[str, Any] = {}
     if settings.calibrate:
         document["calibration"] = _calibrate(settings, output)
@@ -96,6 +101,8 @@ def _plain(value: Any) -> str:
 def _write(settings: PlanSettings, plan: Plan, output: Output) -> dict[str, str]:
     written: dict[str, str] = {}
     if settings.svg is not None:
+        from rankwise.cli import plan_view
+
         _write_file(settings.svg, plan_view.svg(plan), "--svg")
         written["svg"] = str(settings.svg)
         output.line(f"{'drawn':<12}{settings.svg}")
@@ -119,6 +126,8 @@ def _write_file(path: Path, text: str, option: str) -> None:
 def as_yaml(plan: Plan) -> str:
     """The recommendation as a file for ``rankwise train --config``."""
     import yaml
+
+    from rankwise.cli import plan_view
 
     settings = {
         name.replace("_", "-"): list(value) if isinstance(value, tuple) else value
@@ -151,8 +160,10 @@ def _calibrate(settings: PlanSettings, output: Output) -> dict[str, Any]:
 
 def _check(settings: PlanSettings, plan: Plan, output: Output) -> dict[str, Any]:
     """Three real steps on this machine: of the one method asked for, else of the recommended one."""
+    from rankwise.cli import plan_view
     from rankwise.planning.check import check_method
     from rankwise.planning.hardware import this_machine
+    from rankwise.planning.plan import workload_for
 
     method = settings.methods[0] if len(settings.methods) == 1 else plan.recommendation.method or settings.methods[0]
     hardware = plan.hardware if plan.hardware.kind == "machine" else this_machine()

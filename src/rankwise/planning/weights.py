@@ -147,19 +147,20 @@ def _trained_by_path(shape: Shape, method: str, workload: Workload, adapted: Ada
 
 
 def decodes_in_caches(workload: Workload) -> bool:
-    """Whether 4-bit weights are decoded in this CPU's caches and never made dense: its sums of products (on AMX, in
-    bfloat16) do so."""
+    """Whether 4-bit weights are decoded in this CPU's caches and never made dense, as its sums of products do."""
     return workload.device_type == "cpu" and workload.dtype == "bfloat16" and _has_sums_of_products()
 
 
 @functools.cache
 def _has_sums_of_products() -> bool:
-    """Without torch, which a closed form does not wait for."""
-    built = any((Path(__file__).parents[1] / "ops" / "cpu").glob("_native*"))
+    """As csrc/products.cpp decides, but without torch, which a closed form does not wait for."""
+    if not any((Path(__file__).parents[1] / "ops" / "cpu").glob("_native*")):
+        return False
     try:
-        return built and "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
     except OSError:
         return False
+    return "amx_bf16" in flags or ("avx2" in flags and "avx512_bf16" not in flags)
 
 
 LEAST_KEPT_BYTES, MOST_KEPT_BYTES = 1 << 20, 256 << 20
