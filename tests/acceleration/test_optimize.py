@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 import rankwise as rw
 from rankwise.acceleration import flattening_obstacle, fused_head, restore
 from rankwise.acceleration.attention import mask_ranges
+from rankwise.ops.dense import is_slow_in_torch
 from tiny_models import tiny_llama
 
 
@@ -52,6 +53,12 @@ def assert_same(found: tuple[float, dict[str, Tensor]], expected: tuple[float, d
     assert found[1].keys() == expected[1].keys()
     for key, grad in expected[1].items():
         torch.testing.assert_close(found[1][key], grad, rtol=2e-3, atol=2e-5, msg=key)
+
+
+def error(found: tuple[float, dict[str, Tensor]], exact: tuple[float, dict[str, Tensor]]) -> float:
+    """Of all gradients together, relative."""
+    pairs = [(found[1][key].float() - grad, grad) for key, grad in exact[1].items()]
+    return float(sum(d.norm() ** 2 for d, _ in pairs) / sum(g.norm() ** 2 for _, g in pairs)) ** 0.5
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -288,12 +295,21 @@ def test_bfloat16_is_as_close_to_float32_as_before(name: str) -> None:
     rw.optimize_for_training(model)
     fast = loss_and_grads(model, inputs)
 
-    def error(found: tuple[float, dict[str, Tensor]]) -> float:
-        pairs = [(found[1][key].float() - grad, grad) for key, grad in exact[1].items()]
-        return float(sum(d.norm() ** 2 for d, _ in pairs) / sum(g.norm() ** 2 for _, g in pairs)) ** 0.5
-
-    assert error(fast) <= 1.2 * error(plain)
+    assert error(fast, exact) <= 1.2 * error(plain, exact)
     assert abs(fast[0] - exact[0]) <= abs(plain[0] - exact[0]) + 5e-3
+
+
+@pytest.mark.skipif(not is_slow_in_torch(torch.bfloat16), reason="PyTorch's bfloat16 products are fast here")
+@pytest.mark.parametrize(("name", "target", "frozen"), [("llama", "q_proj", 13), ("gpt2", "c_attn", 7)])
+def test_frozen_layers_without_an_adapter_are_as_close_to_float32(name: str, target: str, frozen: int) -> None:
+    model, inputs = adapted(name, torch.bfloat16, target_modules=[target]), batch()
+    exact, plain = loss_and_grads(copy.deepcopy(model).float(), inputs), loss_and_grads(model, inputs)
+    done = rw.optimize_for_training(model)
+    assert done.linears >= frozen
+    assert error(loss_and_grads(model, inputs), exact) <= 1.2 * error(plain, exact)
+    restore(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert loss_and_grads(model, inputs)[0] == plain[0]
 
 
 def test_the_head_is_found_and_forgotten() -> None:
