@@ -27,8 +27,9 @@ $(STAMP): $(VENV)/.installed
 demo: $(VENV)/.installed ## plan and compare four methods on a small chat model, in minutes
 	$(BIN)/rankwise demo
 
+# Two tests at a time or more, each on one thread: threads of several processes would wait for each other.
 test: check ## every check: style, types, layer directions, tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: $(STAMP) ## style, types and layer directions only
 	$(BIN)/ruff check

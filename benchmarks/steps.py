@@ -41,6 +41,7 @@ GOALS: dict[tuple[str, float], dict[str, float]] = {
     ("dora", 0.05): {"faster": 3.1},
 }
 MEMORY_STEPS = 4
+MOST_SLOW_TOKENS = 64
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -165,7 +166,7 @@ def dense_shapes(folder: str) -> list[tuple[int, int]]:
 
 def counted_flops(model: Any, step: contenders.Step) -> int | None:
     """None where a step in plain PyTorch, whose products the counter sees, would take minutes."""
-    if is_slow_in_torch(torch.bfloat16):
+    if is_slow_in_torch(torch.bfloat16) and step.ids.numel() > MOST_SLOW_TOKENS:
         return None
     with contenders.models_own_attention(model):
         found = timing.flops(step)
