@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
+from rankwise.ops.cpu import native
 from tiny_models import tiny_gpt2, tiny_llama
 
 SHARED = Path(os.environ.get("RANKWISE_SHARED", Path(__file__).parents[2] / "shared"))
@@ -29,3 +31,11 @@ def llama() -> LlamaForCausalLM:
 @pytest.fixture
 def gpt2() -> GPT2LMHeadModel:
     return tiny_gpt2()
+
+
+@pytest.fixture
+def avx2() -> Iterator[None]:
+    """The native library as on a processor with AVX2 and no more."""
+    native.set_level("avx2")
+    yield
+    native.set_level(None)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 
 from rankwise.ops import selection
-from rankwise.ops.cpu import products
+from rankwise.ops.cpu import native, products
 
 needs_products = pytest.mark.skipif(
     not (selection.native_on_cpu() and products.available()), reason="this CPU and build have no sums of products"
+)
+
+needs_avx2 = pytest.mark.skipif(
+    not (selection.native_on_cpu() and native.library().rw_best_level() > 0), reason="this CPU and build have no AVX2"
 )

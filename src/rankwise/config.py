@@ -162,7 +162,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 class Settings(BaseModel):
     """Base of every settings table: unknown keys are refused, and keys may be spelled with hyphens."""
 
-    # Built at the first use: ten of them together are a quarter of the time of every --help.
+    # Built at the first use: every --help would wait for all ten.
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), defer_build=True)
 
 

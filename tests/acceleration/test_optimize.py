@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import rankwise as rw
+from marks import needs_avx2
 from rankwise.acceleration import flattening_obstacle, fused_head, restore
 from rankwise.acceleration.attention import mask_ranges
-from rankwise.ops.dense import is_slow_in_torch
 from tiny_models import tiny_llama
 
 
@@ -299,7 +299,8 @@ def test_bfloat16_is_as_close_to_float32_as_before(name: str) -> None:
     assert abs(fast[0] - exact[0]) <= abs(plain[0] - exact[0]) + 5e-3
 
 
-@pytest.mark.skipif(not is_slow_in_torch(torch.bfloat16), reason="PyTorch's bfloat16 products are fast here")
+@needs_avx2
+@pytest.mark.usefixtures("avx2")
 @pytest.mark.parametrize(("name", "target", "frozen"), [("llama", "q_proj", 13), ("gpt2", "c_attn", 7)])
 def test_frozen_layers_without_an_adapter_are_as_close_to_float32(name: str, target: str, frozen: int) -> None:
     model, inputs = adapted(name, torch.bfloat16, target_modules=[target]), batch()

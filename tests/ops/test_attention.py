@@ -129,10 +129,14 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", lambda *sizes, **options: plain(*sizes, **options).fill_(float("nan")))
 
 
-@pytest.fixture(params=["amx", "avx512"])
+@pytest.fixture(params=["amx", "avx512", "avx2"])
 def products(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whose instructions multiply: AMX where the processor has it, and AVX-512 alone."""
+    """Whose instructions multiply: AMX where the processor has it, AVX-512 alone, and AVX2."""
     library = native.library()
+    if request.param == "avx512" and native.level() != "avx512":
+        pytest.skip("this processor has no AVX-512")
+    if request.param == "avx2":
+        request.getfixturevalue("avx2")
     library.rw_attention_allow_amx(int(request.param == "amx"))
     if request.param == "amx" and not library.rw_attention_uses_amx():
         pytest.skip("this processor has no AMX")

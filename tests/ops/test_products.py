@@ -15,15 +15,27 @@ from marks import needs_products
 from rankwise import ops
 from rankwise.adapters.operator import DenseWeight
 from rankwise.ops import low_rank_linear as operator
-from rankwise.ops import low_rank_plain
+from rankwise.ops import low_rank_plain, selection
 from rankwise.ops.branch import Branch, Dropout
-from rankwise.ops.cpu import low_rank, products
+from rankwise.ops.cpu import low_rank, native, products
 from rankwise.ops.cpu.packed import NativeWeight
 from rankwise.ops.dense import input_grad_out, linear_out
 from rankwise.ops.low_rank_linear import low_rank_linear
 
 # (T, N, K): a single row, odd sizes, whole tiles, several parts of the sum, rows whose lines share sets of the cache.
 SHAPES = [(1, 1, 1), (33, 40, 50), (64, 96, 576), (300, 200, 1600), (100, 70, 2048), (700, 577, 1000)]
+
+
+@pytest.fixture(scope="module", autouse=True, params=["best", "avx2"])
+def level(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The processor's own instructions, and AVX2, which multiplies in float32, where that is another level."""
+    if request.param == "avx2":
+        if not selection.native_on_cpu() or native.level() in ("avx2", "portable"):
+            pytest.skip("AVX2 is the best level, or missing")
+        native.set_level("avx2")
+    yield
+    if request.param == "avx2":
+        native.set_level(None)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

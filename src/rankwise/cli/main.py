@@ -106,7 +106,7 @@ def _root(
 
 
 def _version(name: str) -> str:
-    from importlib import metadata  # a tenth of the time of every --help
+    from importlib import metadata
 
     try:
         return metadata.version(name)

@@ -26,19 +26,18 @@ def input_grad_out(dy: Tensor, W: Tensor, out: Tensor) -> Tensor:
 
         factor = products.Factor.of(W.detach())
         # On AMX, PyTorch's product is as fast where N is as large as a vocabulary.
-        if factor is not None and products.take(dy.dtype) and not products.on_tiles():
+        if factor is not None and products.replace_torch(dy.dtype):
             return products.add_products([products.Term(dy, factor, across=True)], out)
     return torch.mm(dy, W, out=out)
 
 
 def is_slow_in_torch(dtype: torch.dtype) -> bool:
-    """Whether PyTorch's products of ``dtype`` find no instruction on this CPU, and the functions above are many times
-    faster."""
+    """Whether the functions above take ``dtype`` where PyTorch's products of it find no instruction."""
     if not selection.native_on_cpu():
         return False
     from rankwise.ops.cpu import products
 
-    return products.take(dtype) and not products.on_tiles()
+    return products.replace_torch(dtype)
 
 
 def _takes_native(rows: Tensor, out: Tensor) -> bool:

@@ -238,8 +238,13 @@ def cpu_name() -> str:
 
 def cpu_has_bfloat16() -> bool:
     """As ``rankwise.models.device`` decides with torch: the processor has instructions for it."""
+    return bool(BF16_FLAGS & cpu_flags())
+
+
+def cpu_flags() -> set[str]:
+    """The processor's instruction sets by the kernel's names; empty where it does not tell."""
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpu_info(), re.MULTILINE)
-    return flags is not None and bool(BF16_FLAGS & set(flags.group(1).split()))
+    return set() if flags is None else set(flags.group(1).split())
 
 
 def _cpu_info() -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rankwise.planning.adapted import Adaptation, Adapted
 from rankwise.planning.estimate import DORA, FOUR_BITS
+from rankwise.planning.hardware import cpu_flags
 from rankwise.planning.optimizers import Shape as TensorShape
 from rankwise.planning.parallel import Group, layer_and_root
 from rankwise.planning.shape import Module, Shape
@@ -154,13 +155,8 @@ def decodes_in_caches(workload: Workload) -> bool:
 @functools.cache
 def _has_sums_of_products() -> bool:
     """As csrc/products.cpp decides, but without torch, which a closed form does not wait for."""
-    if not any((Path(__file__).parents[1] / "ops" / "cpu").glob("_native*")):
-        return False
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
-    except OSError:
-        return False
-    return "amx_bf16" in flags or ("avx2" in flags and "avx512_bf16" not in flags)
+    built, flags = any((Path(__file__).parents[1] / "ops" / "cpu").glob("_native*")), cpu_flags()
+    return built and ("amx_bf16" in flags or ("avx2" in flags and "avx512_bf16" not in flags))
 
 
 LEAST_KEPT_BYTES, MOST_KEPT_BYTES = 1 << 20, 256 << 20

@@ -116,7 +116,7 @@ def linear_4bit_input_grad(
     N, K = shape
     weight = NativeWeight(packed, absmax, N * K, quant_type, block_size, nested_absmax, offset)
     # Without tiles, PyTorch's bfloat16 product of even a few rows with a transposed matrix takes longer.
-    if products.take(grad.dtype) and (math.prod(grad.shape[:-1]) > _FEW_ROWS or not products.on_tiles()):
+    if products.replace_torch(grad.dtype) or (math.prod(grad.shape[:-1]) > _FEW_ROWS and products.take(grad.dtype)):
         return _product(grad, products.Factor(weight, K), K, across=True)
     return grad @ _dense(weight, shape, grad.dtype)
 

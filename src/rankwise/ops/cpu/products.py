@@ -84,8 +84,13 @@ def pay(rows: Tensor) -> bool:
     return rows.shape[0] >= (_LEAST_ROWS_OF_TILES if on_tiles() else _LEAST_ROWS)
 
 
+def replace_torch(dtype: torch.dtype) -> bool:
+    """Whether they take rows of ``dtype`` where PyTorch's own products find no instruction and are far slower."""
+    return take(dtype) and not on_tiles()
+
+
 def on_tiles() -> bool:
-    """Whether they run on AMX. Elsewhere PyTorch's own bfloat16 products find no instruction, and are far slower."""
+    """Whether they run on AMX."""
     return bool(_functions().rw_products_are_tiles())
 
 
