@@ -3,60 +3,16 @@
 // that stay in the second-level cache.
 #pragma once
 
-#include "isa_avx2.hpp"
 #include "multiply_float.hpp"
-#include "products.hpp"
+#include "products_dots.hpp"
+#include "products_terms.hpp"
 #include "scratch.hpp"
 
 namespace rankwise {
 namespace {
 
-constexpr int64_t kFloatStep = 8;
 constexpr int64_t kStripsOfPanel = kPanel / kStrip;
 constexpr int64_t kPieceElements = 256;  // of a row that is decoded or converted before it is packed
-
-// The part of a term within the steps that are multiplied at once, in elements that are summed over: [from, to) of the term, which begin
-// at `at` of the packed strips.
-struct Segment {
-    const rw_term* term;
-    int64_t from, to, at;
-};
-
-struct Segments {
-    Segment of[kMostTerms];
-    int count = 0;
-    int64_t length = 0;
-
-    // Steps [first, last) of all steps of the job.
-    Segments(const ProductJob& job, int64_t first, int64_t last) {
-        int64_t begin = 0;
-        for (int i = 0; i < job.count; begin += job.terms[i].steps, ++i) {
-            const ProductTerm& term = job.terms[i];
-            const int64_t from = first > begin ? first - begin : 0, to = last - begin < term.steps ? last - begin : term.steps;
-            if (from >= to) continue;
-            const int64_t end = to * kFloatStep < term.source.length ? to * kFloatStep : term.source.length;
-            of[count++] = {&term.source, from * kFloatStep, end, length};
-            length += end - from * kFloatStep;
-        }
-    }
-};
-
-// Elements [column, column + count) of a row of the weight, times scale and gain.
-void fetch_floats(const rw_term& term, int64_t row, int64_t column, int64_t count, float* out) {
-    const int64_t at = row * term.w_stride + column;
-    const bool scaled = term.gain || term.scale != 1.0f;
-    if (term.packed) decode<Avx2, RW_BFLOAT16>(*term.packed, at, count, out);
-    const Floats scale = all(term.across && term.gain ? term.scale * term.gain[row] : term.scale);
-    const float* gain = term.across ? nullptr : term.gain;
-    if (term.packed && !scaled) return;
-    each_vector(count, [&](int64_t i, auto part) RW_INLINED {
-        Floats w = term.packed                    ? load<RW_FLOAT32>(out, i, part)
-                   : term.w_dtype == RW_BFLOAT16 ? load<RW_BFLOAT16>(term.w, at + i, part)
-                                                 : load<RW_FLOAT32>(term.w, at + i, part);
-        if (scaled) w *= gain ? scale * load<RW_FLOAT32>(gain, column + i, part) : scale;
-        store<RW_FLOAT32>(out, i, w, part);
-    });
-}
 
 // Rows of the weight are columns of the result: a strip of them, [from, to) of what is summed over.
 void pack_strip_of_outputs(const Segment& segment, int64_t N, int64_t n, float* strip) {
@@ -105,29 +61,6 @@ void pack_strips(const Segments& segments, int64_t N, int64_t n, int64_t end, fl
     }
 }
 
-// Rows [row, row + count) of a, widened, with what their rounding left.
-void widen_rows(const Segments& segments, int64_t row, int64_t count, float* out, int64_t stride) {
-    for (int64_t r = 0; r < count; ++r, out += stride)
-        for (int i = 0; i < segments.count; ++i) {
-            const Segment& segment = segments.of[i];
-            const int64_t at = (row + r) * segment.term->a_stride + segment.from;
-            const void *a = segment.term->a, *rest = segment.term->a_rest;
-            each_vector(segment.to - segment.from, [&](int64_t k, auto part) RW_INLINED {
-                Floats x = load<RW_BFLOAT16>(a, at + k, part);
-                if (rest) x += load<RW_BFLOAT16>(rest, at + k, part);
-                store<RW_FLOAT32>(out + segment.at, k, x, part);
-            });
-        }
-}
-
-template <class Part>
-RW_INLINE void store_product(const ProductJob& job, int64_t at, int64_t n, Floats sum, Part part) {
-    const Floats g = job.g ? load<RW_FLOAT32>(job.g, n, part) : all(1.0f), bias = job.bias ? load<RW_FLOAT32>(job.bias, n, part) : Floats{};
-    const Floats value = madd(sum, g, bias);
-    store<RW_BFLOAT16>(job.out, at, value, part);
-    if (job.rest) store<RW_BFLOAT16>(job.rest, at, value - rounded_to<RW_BFLOAT16>(value), part);
-}
-
 // One block of at most kBlockRows rows against the strips of columns [n, end). Sums are kept in `kept` but for the last steps.
 struct BlockOfRows {
     const ProductJob* job;
@@ -167,6 +100,7 @@ struct BlockOfRows {
 
 void product_float(const ProductJob& job, const ProductShare& share) {
     struct Owner {};
+    if (is_few_rows(job)) return product_of_dots(job, share);
     int64_t steps = 0;
     for (int i = 0; i < job.count; ++i) steps += job.terms[i].steps;
     const int64_t at_once = job.steps_at_once, n = share.first * kPanel, end = share.last * kPanel < job.N ? share.last * kPanel : job.N;

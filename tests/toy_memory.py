@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from rankwise.config import FOUR_BITS
 from rankwise.planning import MemoryEstimate, Workload
-from rankwise.planning.estimate import FOUR_BITS, TERMS
+from rankwise.planning.estimate import TERMS
 
 WEIGHTS = 10**9
 PER_TOKEN = 10**6

@@ -24,6 +24,11 @@ AdapterDtype = Literal["float32", "base"]
 Method = Literal["lora", "qlora", "dora", "qdora", "full", "bottleneck", "prefix"]
 QuantType = Literal["nf4", "fp4"]
 
+FOUR_BITS = ("qlora", "qdora")
+DORA = ("dora", "qdora")
+BASELINES = ("bottleneck", "prefix")
+# The papers' other methods, which are compared but merge into nothing.
+
 ALL_LINEAR = "all-linear"
 
 DEMO = "demo"

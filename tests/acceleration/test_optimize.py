@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 import rankwise as rw
 from marks import needs_avx2
-from rankwise.acceleration import flattening_obstacle, fused_head, restore
+from rankwise.acceleration import flattening_obstacle, fused_head, restore, use_native_products
 from rankwise.acceleration.attention import mask_ranges
 from tiny_models import tiny_llama
 
@@ -311,6 +311,24 @@ def test_frozen_layers_without_an_adapter_are_as_close_to_float32(name: str, tar
     restore(model)
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert loss_and_grads(model, inputs)[0] == plain[0]
+
+
+@needs_avx2
+@pytest.mark.usefixtures("avx2")
+@pytest.mark.parametrize(("name", "found"), [("llama", 15), ("gpt2", 9)])
+def test_frozen_models_take_native_products(name: str, found: int) -> None:
+    """All linear layers and the head, for one token and for many."""
+    model = family(name, torch.bfloat16).eval()
+    ids = batch()["input_ids"]
+    with torch.no_grad():
+        exact = copy.deepcopy(model).float()(ids).logits
+        plain = model(ids).logits
+        assert use_native_products(model) == 0, "its weights are not frozen"
+        assert use_native_products(model.requires_grad_(False)) == found
+        errors = [float((logits.float() - exact).norm()) for logits in (model(ids).logits, plain)]
+        assert errors[0] <= 1.2 * errors[1]
+        one = model(ids[:1, :1]).logits
+        assert (one.float() - exact[:1, :1]).norm() <= 1.2 * errors[1]
 
 
 def test_the_head_is_found_and_forgotten() -> None:

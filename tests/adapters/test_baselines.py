@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from rankwise.adapters.baselines import (
-    BASELINES,
     add_baseline,
     baseline_parameters,
     load_baseline,
     save_baseline,
 )
+from rankwise.config import BASELINES
 from rankwise.errors import ConfigError
 from tiny_models import tiny_gpt2, tiny_llama
 

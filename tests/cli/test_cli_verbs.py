@@ -150,6 +150,20 @@ def test_generate_base_answers_as_without_the_adapter(run_folder, model_folder, 
     assert alone["tuned"] is None
 
 
+def test_generate_words_prompts_as_trained_wherever_it_runs(model_folder, rows_file, rankwise, tmp_path, monkeypatch):
+    """The template lies in the run's folder: the file that training was given may have moved."""
+    monkeypatch.chdir(tmp_path)
+    Path("plain.jinja").write_text("{% for m in messages %}{{ m['content'] }}</s>{% endfor %}", encoding="utf-8")
+    given = ("--model", model_folder, "--data", rows_file, "--chat-template", "plain.jinja", "--output", "run")
+    assert rankwise("train", *given, "--max-steps", 1, "--batch-size", 2, "--r", 2).code == 0
+    run = tmp_path / "run"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    done = rankwise("generate", "--adapter", run, "--prompt", "Hi", "--max-new-tokens", 2, "--json")
+    assert done.code == 0
+    assert done.document["chat_template"] is True
+
+
 def test_generate_samples_by_seed(model_folder, rankwise):
     def text(seed):
         rest = ("--temperature", 2, "--seed", seed, "--max-new-tokens", 12, "--json")

@@ -21,9 +21,11 @@ from rankwise.ops.cpu import low_rank, native, products
 from rankwise.ops.cpu.packed import NativeWeight
 from rankwise.ops.dense import input_grad_out, linear_out
 from rankwise.ops.low_rank_linear import low_rank_linear
+from rankwise.quantization import Linear4bit
 
 # (T, N, K): a single row, odd sizes, whole tiles, several parts of the sum, rows whose lines share sets of the cache.
-SHAPES = [(1, 1, 1), (33, 40, 50), (64, 96, 576), (300, 200, 1600), (100, 70, 2048), (700, 577, 1000)]
+SHAPES = [(1, 1, 1), (1, 40, 577), (7, 33, 50), (16, 96, 1600), (33, 40, 50), (64, 96, 576), (300, 200, 1600)]
+SHAPES += [(100, 70, 2048), (700, 577, 1000)]
 
 
 @pytest.fixture(scope="module", autouse=True, params=["best", "avx2"])
@@ -104,9 +106,10 @@ def test_the_way_back(shape: tuple[int, int, int], transposed: bool) -> None:
 
 
 @needs_products
+@pytest.mark.parametrize("T", [5, 70])
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize(("N", "K", "block_size"), [(96, 256, 64), (40, 80, 64), (33, 50, 32), (64, 4096, 4096)])
-def test_four_bits_are_what_dequantization_gives(N: int, K: int, block_size: int, double_quant: bool) -> None:
+def test_four_bits_are_what_dequantization_gives(N: int, K: int, block_size: int, double_quant: bool, T: int) -> None:
     packed, absmax = ops.quantize_4bit(random(N, K), "nf4", block_size)
     nested = offset = None
     if double_quant:
@@ -117,10 +120,14 @@ def test_four_bits_are_what_dequantization_gives(N: int, K: int, block_size: int
     weight = products.Factor(NativeWeight(packed, absmax, N * K, "nf4", block_size, nested, offset), K)
     dense = products.Factor.of(W)
     assert dense is not None
-    x, dy, gain = rounded(70, K), rounded(70, N), random(N).abs()
-    for across, a, columns, factor in ((False, x, N, None), (True, dy, K, gain)):
+    x, dy = rounded(T, K), rounded(T, N)
+    for across, a, columns, factor in (
+        (False, x, N, None),
+        (False, x, N, random(K).abs()),
+        (True, dy, K, random(N).abs()),
+    ):
         found, expected = (
-            products.add_products([products.Term(a, of, across, factor)], a.new_empty(70, columns))
+            products.add_products([products.Term(a, of, across, factor)], a.new_empty(T, columns))
             for of in (weight, dense)
         )
         assert torch.equal(found, expected)
@@ -257,8 +264,12 @@ def test_a_branch_whose_output_nobody_used() -> None:
 
 @needs_products
 def test_few_rows_and_weights_with_gaps_take_separate_steps() -> None:
+    """Few rows repay no packing: of tiles, or of four bits; the dense kernel of AVX2 packs nothing for them."""
     made = two_branches(dora=False, bias=False, dtype=torch.float32)
-    assert operator._steps(rounded(3, 80), made) is low_rank_plain
+    assert operator._steps(rounded(3, 80), made) is (low_rank_plain if products.on_tiles() else low_rank)
+    four_bits = [dataclasses.replace(made[0], frozen=Linear4bit.from_weight(rounded(96, 128)))]
+    assert operator._steps(rounded(3, 128), four_bits) is low_rank_plain
+    assert operator._steps(rounded(40, 128), four_bits) is low_rank
     gaps = [dataclasses.replace(made[0], frozen=DenseWeight(rounded(192, 160)[::2, ::2]))]
     assert operator._steps(rounded(40, 80), gaps) is low_rank_plain
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from planning_models import config_of, skeleton
 
+from rankwise.config import DORA, FOUR_BITS
 from rankwise.planning import TERMS, Workload
 from rankwise.planning.adapted import adaptation
 from rankwise.planning.dry_run import sharding_groups_of
-from rankwise.planning.estimate import DORA, FOUR_BITS
 from rankwise.planning.fake_model import attach, materialize, weights_dtype
 from rankwise.planning.parallel import Group, layer_and_root, per_device
 from rankwise.planning.shape import shape_of

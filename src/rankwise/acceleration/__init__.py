@@ -2,6 +2,7 @@
 
 from rankwise.acceleration.allocator import give_back_freed_memory, limit_generated_kernels
 from rankwise.acceleration.flatten import flattening_obstacle
+from rankwise.acceleration.linears import use_native_products
 from rankwise.acceleration.loss import LossOptions
 from rankwise.acceleration.optimize import Acceleration, fused_head, optimize_for_training, restore
 from rankwise.acceleration.peft_layers import accelerate_peft
@@ -16,4 +17,5 @@ __all__ = [
     "limit_generated_kernels",
     "optimize_for_training",
     "restore",
+    "use_native_products",
 ]

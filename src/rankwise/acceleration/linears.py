@@ -32,6 +32,14 @@ class FrozenLinear(torch.autograd.Function):
         return dx.view(*dy.shape[:-1], W.shape[1]), None, None
 
 
+def use_native_products(model: nn.Module) -> int:
+    """Where that pays, let products of a frozen model that no adapter makes be ours for good; gives their number.
+
+    For evaluation and generation, as ``optimize_for_training`` does for training.
+    """
+    return replace_linears(model, Undo())
+
+
 def replace_linears(model: nn.Module, undo: Undo) -> int:
     """Every frozen linear layer in bfloat16, where that pays; gives their number."""
     if next(model.parameters()).device.type != "cpu" or not is_slow_in_torch(torch.bfloat16):

@@ -22,7 +22,6 @@ from rankwise.errors import ConfigError
 from rankwise.records import write_bytes, write_json
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-BASELINES = ("bottleneck", "prefix")
 ATTRIBUTE = "rankwise_baseline"
 # Under which the model holds what trains, so that optimizers and devices find it.
 TYPES = {"prefix": "PREFIX_TUNING", "bottleneck": "BOTTLENECK"}

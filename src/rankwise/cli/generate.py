@@ -145,10 +145,13 @@ def _load(settings: GenerateSettings, name: str, record: RunRecord | None) -> tu
 def _wording(settings: GenerateSettings, record: RunRecord | None, tokenizer: Any) -> Wording:
     """As asked; else as the adapter was trained; else the tokenizer's chat template where it has one."""
     from rankwise.data import read_template
+    from rankwise.evaluation.loading import template_of
 
     trained = record.data.get("train", {}) if record is not None else {}
-    given = settings.chat_template or (record.settings.get("chat_template") if record is not None else None)
-    template = read_template(Path(given)) if given else None
+    if settings.chat_template is not None:
+        template = read_template(settings.chat_template)
+    else:
+        template = template_of([settings.adapter]) if settings.adapter is not None else None
     plainly = str(trained.get("template", "")).startswith(("no template", "text"))
     if settings.raw or (plainly and settings.chat_template is None):
         return Wording(chat=False, suffix="" if settings.raw else str(trained.get("prompt_ending") or ""))

@@ -29,12 +29,18 @@ QUIET_ENVIRONMENT = {
 }
 
 
+PLAIN_WIDTH = 120
+# Of what goes into a file or another program, where no terminal has a width: every table fits.
+
+
 class Output:
     """``console`` is stdout, or stderr with ``--json``, so that stdout then holds the document alone."""
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
         self.console = Console(stderr=as_json, highlight=False)
+        if not self.console.is_terminal and "COLUMNS" not in os.environ:
+            self.console.width = PLAIN_WIDTH
 
     @property
     def is_terminal(self) -> bool:

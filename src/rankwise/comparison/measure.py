@@ -6,7 +6,6 @@ Loss of every evaluation row, the tasks, a few answers, merged against unmerged,
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import sys
 import time
@@ -21,12 +20,13 @@ from torch import Tensor, nn
 from rankwise.comparison.measure_files import FACTS_FILE, MERGEABLE, PERPLEXITY
 from rankwise.comparison.schema import EVALUATION_FOLDER, MergedCheck
 from rankwise.comparison.tasks import make_tasks
+from rankwise.config import BASELINES
 from rankwise.data import Rows, read_rows, read_template
 from rankwise.errors import RankwiseError, RankwiseWarning, RunError, is_out_of_memory
 from rankwise.evaluation import journal
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.record import TaskResult
-from rankwise.evaluation.run import versions
+from rankwise.evaluation.run import answer_task
 from rankwise.evaluation.tasks.base import Task
 from rankwise.records import RunRecord, load_record, write_json
 
@@ -79,29 +79,8 @@ def run_task(
     place = folder / EVALUATION_FOLDER / task.name
     settings = {"task": task.name, "data_sha256": task.data_sha256, "task_settings": task.describe()}
     _open(place, settings)
-    started = time.monotonic()
-    found = task.run(engine, place, lambda done, total: None)
-    found = [dataclasses.replace(item, prediction=answers.get(item.id, item.prediction)) for item in found]
-    found = list(task.with_scores(found))
-    journal.rewrite(place, found)
-    summary = task.summarize(found)
-    result = TaskResult(
-        task=task.name,
-        model=job["model"],
-        adapter=None if job["method"] is None else str(folder),
-        metrics=summary.metrics,
-        primary=task.primary if task.primary in summary.metrics else next(iter(summary.metrics), task.primary),
-        higher_is_better={name: task.higher_is_better.get(name, True) for name in summary.metrics},
-        standard_errors=summary.standard_errors,
-        count=len(found),
-        settings=json.loads(json.dumps({**settings, **task.extra_settings()}, default=str)),
-        data_sha256=task.data_sha256,
-        versions=versions(),
-        wall_seconds=time.monotonic() - started,
-        clusters=summary.clusters,
-        notes=summary.notes,
-    )
-    result.save(place)
+    adapter = None if job["method"] is None else folder
+    result, _ = answer_task(task, engine, place, settings, model=job["model"], adapter=adapter, answers=answers)
     return result
 
 
@@ -152,7 +131,7 @@ def _dtype(record: RunRecord | None, usual: torch.dtype) -> torch.dtype | None:
 
 def _load_adapter(model: Any, folder: Path, method: str) -> None:
     from rankwise.adapters import load_adapter
-    from rankwise.adapters.baselines import BASELINES, load_baseline
+    from rankwise.adapters.baselines import load_baseline
 
     if method in BASELINES:
         load_baseline(model, folder)

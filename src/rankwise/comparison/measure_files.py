@@ -1,7 +1,8 @@
-"""Names that ``measure`` writes and others read. Imports nothing."""
+"""Names that ``measure`` writes and others read. Imports no torch."""
+
+from rankwise.config import FOUR_BITS
 
 PERPLEXITY = "perplexity"
 FACTS_FILE = "measured.json"
-FOUR_BITS = ("qlora", "qdora")
 MERGEABLE = ("lora", "dora", *FOUR_BITS)
 # Methods whose result folds into the base's weights.

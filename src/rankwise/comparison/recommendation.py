@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from rankwise.comparison.schema import Difference, Method, ParetoPoint, Recommendation
-
-BASELINES = ("bottleneck", "prefix")
+from rankwise.config import BASELINES
 
 
 def pareto_points(methods: Mapping[str, Method], metric: str) -> list[ParetoPoint]:

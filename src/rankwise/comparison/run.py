@@ -17,7 +17,7 @@ from rankwise.comparison.commands import Commands
 from rankwise.comparison.folder import check_folder, check_same
 from rankwise.comparison.inputs import Inputs, prepare_inputs
 from rankwise.comparison.matrix import Cell, planned_runs
-from rankwise.comparison.measure_files import FOUR_BITS, MERGEABLE, PERPLEXITY
+from rankwise.comparison.measure_files import MERGEABLE, PERPLEXITY
 from rankwise.comparison.processes import only_one
 from rankwise.comparison.recommendation import recommend
 from rankwise.comparison.runner import Clock, Runner, Watcher, environments, forget_unfinished, seconds_spent
@@ -38,6 +38,7 @@ from rankwise.comparison.stages import Job
 from rankwise.comparison.statistics import CONFIDENCE, POWER, minimum_detectable_effect
 from rankwise.comparison.summary import all_differences, all_methods, scores_by_metric, searches
 from rankwise.comparison.tasks import make_tasks
+from rankwise.config import FOUR_BITS
 from rankwise.errors import ConfigError, RankwiseWarning, RunError, warn
 from rankwise.records import write_json
 

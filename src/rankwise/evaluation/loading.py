@@ -46,10 +46,12 @@ def load_as_trained(
     Raises ConfigError (RW151) when the adapters were trained on different bases, ModelError (RW322) without a
     tokenizer, and what ``load_model`` and ``load_adapter`` raise.
     """
+    from rankwise.acceleration import limit_generated_kernels, use_native_products
     from rankwise.adapters import load_adapter
     from rankwise.adapters.trained_base import revision_of
     from rankwise.models import choose_device, load_model
 
+    limit_generated_kernels()
     choice = choose_device(device)
     model, tokenizer = load_model(
         name,
@@ -69,6 +71,7 @@ def load_as_trained(
     names = adapter_names(len(adapters))
     for adapter_name, adapter in zip(names, adapters):
         load_adapter(model, adapter, name=adapter_name, trainable=False)
+    use_native_products(model.requires_grad_(False))
     return Loaded(model.eval(), tokenizer, str(choice.device), names)
 
 

@@ -9,7 +9,7 @@ import json
 import platform
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -51,6 +51,54 @@ class SilentObserver:
     def progress(self, label: str, done: int, total: int) -> None: ...
 
     def result(self, label: str, result: TaskResult) -> None: ...
+
+
+def answer_task(
+    task: Task,
+    engine: Engine,
+    folder: Path,
+    identity: Mapping[str, Any],
+    *,
+    model: str,
+    adapter: Path | None,
+    answers: Mapping[str, str] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[TaskResult, list[Example]]:
+    """Ask ``task`` of a loaded model and leave its result and predictions in ``folder``, opened for ``identity``.
+
+    ``answers``: predictions by example that take the place of the task's own, which has none.
+    """
+    started = time.monotonic()
+    found = task.run(engine, folder, progress)
+    if answers:
+        found = [dataclasses.replace(item, prediction=answers.get(item.id, item.prediction)) for item in found]
+    found = list(task.with_scores(found))
+    journal.rewrite(folder, found)
+    summary = task.summarize(found)
+    result = TaskResult(
+        task=task.name,
+        model=model,
+        adapter=None if adapter is None else str(adapter),
+        metrics=summary.metrics,
+        primary=task.primary if task.primary in summary.metrics else next(iter(summary.metrics), task.primary),
+        higher_is_better={name: task.higher_is_better.get(name, True) for name in summary.metrics},
+        standard_errors=summary.standard_errors,
+        count=len(found),
+        settings=settings_of(task, identity),
+        data_sha256=task.data_sha256,
+        versions=versions(),
+        wall_seconds=time.monotonic() - started,
+        clusters=summary.clusters,
+        notes=summary.notes,
+    )
+    result.save(folder)
+    return result, found
+
+
+def settings_of(task: Task, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result was made with, as it is read back from JSON."""
+    found: dict[str, Any] = json.loads(json.dumps({**identity, **task.extra_settings()}, default=str))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +188,7 @@ class _Run:
     def _result(
         self, task: Task, variant: Variant, folder: Path, identity: dict[str, Any]
     ) -> tuple[TaskResult, list[Example]]:
-        settings = json.loads(json.dumps({**identity, **task.extra_settings()}, default=str))
+        settings = settings_of(task, identity)
         if (folder / RESULT_FILE).is_file():
             known = load_result(folder)
             examples = list(read_examples(folder / EXAMPLES_FILE))
@@ -150,29 +198,15 @@ class _Run:
         self._activate(engine, variant)
         label = f"{task.name} on {variant.label}"
         self.observer.phase(label)
-        started = time.monotonic()
-        found = task.run(engine, folder, lambda done, total: self.observer.progress(label, done, total))
-        found = list(task.with_scores(found))
-        journal.rewrite(folder, found)
-        summary = task.summarize(found)
-        result = TaskResult(
-            task=task.name,
+        return answer_task(
+            task,
+            engine,
+            folder,
+            identity,
             model=self.name,
-            adapter=None if variant.adapter is None else str(variant.adapter),
-            metrics=summary.metrics,
-            primary=task.primary if task.primary in summary.metrics else next(iter(summary.metrics), task.primary),
-            higher_is_better={name: task.higher_is_better.get(name, True) for name in summary.metrics},
-            standard_errors=summary.standard_errors,
-            count=len(found),
-            settings=settings,
-            data_sha256=task.data_sha256,
-            versions=versions(),
-            wall_seconds=time.monotonic() - started,
-            clusters=summary.clusters,
-            notes=summary.notes,
+            adapter=variant.adapter,
+            progress=lambda done, total: self.observer.progress(label, done, total),
         )
-        result.save(folder)
-        return result, found
 
     def _engine(self) -> Engine:
         """Base and adapters, loaded at the first question that has no answer yet."""

@@ -14,7 +14,7 @@ def linear_out(x: Tensor, W: Tensor, out: Tensor, bias: Tensor | None = None) ->
         from rankwise.ops.cpu import products
 
         factor = products.Factor.of(W.detach())
-        if factor is not None and products.pay(x):
+        if factor is not None and products.pay(x, factor):
             return products.add_products([products.Term(x, factor)], out, bias=None if bias is None else bias.float())
     return torch.mm(x, W.T, out=out) if bias is None else torch.addmm(bias, x, W.T, out=out)
 

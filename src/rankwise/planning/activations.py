@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from rankwise.planning.estimate import DORA
+from rankwise.config import DORA
 from rankwise.planning.shape import Shape
 from rankwise.planning.weights import DTYPE_BYTES
 from rankwise.planning.workload import Workload

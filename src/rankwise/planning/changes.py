@@ -10,7 +10,8 @@ import itertools
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rankwise.planning.estimate import FOUR_BITS, MemoryEstimate
+from rankwise.config import FOUR_BITS
+from rankwise.planning.estimate import MemoryEstimate
 from rankwise.planning.fitting import Estimator, verdict_of
 from rankwise.planning.rules import HOSTED, PAGED
 from rankwise.planning.workload import Workload

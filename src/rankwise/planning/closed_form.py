@@ -15,11 +15,12 @@ import os
 import time
 from math import prod
 
+from rankwise.config import DORA, FOUR_BITS
 from rankwise.planning import activations, weights
 from rankwise.planning.activations import Step
 from rankwise.planning.adapted import Adaptation, adaptation
 from rankwise.planning.assemble import assembled
-from rankwise.planning.estimate import DORA, FOUR_BITS, MemoryEstimate
+from rankwise.planning.estimate import MemoryEstimate
 from rankwise.planning.optimizers import rule_of, state_bytes
 from rankwise.planning.shape import Shape, read_shape
 from rankwise.planning.workload import Workload

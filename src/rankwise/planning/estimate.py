@@ -12,8 +12,6 @@ from rankwise.planning.workload import Workload
 Phase = Literal["forward", "backward", "optimizer"]
 
 METHODS = ("full", "lora", "qlora", "dora", "qdora")
-FOUR_BITS = ("qlora", "qdora")
-DORA = ("dora", "qdora")
 
 TERMS = (
     "weights_4bit",

@@ -14,8 +14,8 @@ from rankwise.acceleration import flattening_obstacle, optimize_for_training
 from rankwise.acceleration.loss import accept_labels, find_head
 from rankwise.acceleration.optimize import share_inputs
 from rankwise.acceleration.replace import Undo
+from rankwise.config import DORA, FOUR_BITS
 from rankwise.planning.card_attention import use_card_attention
-from rankwise.planning.estimate import DORA, FOUR_BITS
 from rankwise.planning.workload import Workload
 
 

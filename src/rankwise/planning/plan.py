@@ -8,12 +8,13 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rankwise.config import FOUR_BITS
 from rankwise.errors import ConfigError, ModelError
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.planning.calibration import measured_pace
 from rankwise.planning.changes import Advisor, Change, reachable
 from rankwise.planning.closed_form import of_shape
-from rankwise.planning.estimate import FOUR_BITS, MemoryEstimate, estimate
+from rankwise.planning.estimate import MemoryEstimate, estimate
 from rankwise.planning.facts import ModelFacts, read_facts
 from rankwise.planning.fitting import (
     Estimator,

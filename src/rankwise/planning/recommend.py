@@ -7,8 +7,9 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rankwise.config import FOUR_BITS
 from rankwise.planning.changes import Advisor, Change, Step, possible_steps
-from rankwise.planning.estimate import FOUR_BITS, MemoryEstimate
+from rankwise.planning.estimate import MemoryEstimate
 from rankwise.planning.rules import PAGED, SERVING, Rule, Situation, reasons
 from rankwise.planning.workload import Workload
 

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from rankwise.planning.estimate import DORA, FOUR_BITS
+from rankwise.config import DORA, FOUR_BITS
 
 Evidence = Literal["published", "mixed", "computed", "tried"]
 

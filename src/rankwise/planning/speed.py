@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from rankwise.planning.estimate import FOUR_BITS, MemoryEstimate
+from rankwise.config import FOUR_BITS
+from rankwise.planning.estimate import MemoryEstimate
 from rankwise.planning.facts import ModelFacts
 from rankwise.planning.hardware import Hardware, find_card, of_card
 from rankwise.planning.workload import Workload

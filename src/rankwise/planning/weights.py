@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from math import ceil, prod
 from pathlib import Path
 
+from rankwise.config import DORA, FOUR_BITS
 from rankwise.planning.adapted import Adaptation, Adapted
-from rankwise.planning.estimate import DORA, FOUR_BITS
 from rankwise.planning.hardware import cpu_flags
 from rankwise.planning.optimizers import Shape as TensorShape
 from rankwise.planning.parallel import Group, layer_and_root

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, Protocol
 
-from rankwise.config import DEMO, DEMO_HUB_ID
+from rankwise.config import DEMO, DEMO_HUB_ID, DORA, FOUR_BITS
 from rankwise.records import RunRecord
 
 NAMES = {
@@ -82,7 +82,7 @@ def model_card(record: RunRecord, adapter_config: Mapping[str, Any] | None = Non
 def _config_by_settings(record: RunRecord) -> Mapping[str, Any]:
     if record.method == "full":
         return {}
-    return {**record.settings, "use_dora": record.method in ("dora", "qdora")}
+    return {**record.settings, "use_dora": record.method in DORA}
 
 
 def _base_model(record: RunRecord, config: Mapping[str, Any]) -> str:
@@ -231,7 +231,7 @@ def _four_bit(record: RunRecord) -> FourBit | None:
     facts = record.base_model
     stored = facts.get("quantization")
     if not stored:
-        return FourBit() if record.method in ("qlora", "qdora") else None
+        return FourBit() if record.method in FOUR_BITS else None
     compute = stored.get("compute_dtype") or stored.get("bnb_4bit_compute_dtype")
     dtype = str(facts.get("dtype") or compute or "bfloat16")
     return FourBit(

@@ -18,8 +18,7 @@ import torch
 import transformers
 
 from rankwise.acceleration import Acceleration, flattening_obstacle, limit_generated_kernels, optimize_for_training
-from rankwise.adapters.baselines import BASELINES
-from rankwise.config import LoraConfig, TrainSettings
+from rankwise.config import BASELINES, DORA, FOUR_BITS, LoraConfig, TrainSettings
 from rankwise.data import Rows
 from rankwise.errors import RankwiseWarning, warn
 from rankwise.models import choose_device, model_facts
@@ -37,8 +36,6 @@ from rankwise.training.observer import Observer, SilentObserver
 from rankwise.training.provenance import device_record, versions
 from rankwise.training.session import Extras, Session
 from rankwise.training.trainer import PROGRESS_FILE, STATE_FILE, RankwiseTrainer
-
-FOUR_BITS = ("qlora", "qdora")
 
 
 def train(settings: TrainSettings, observer: Observer | None = None, foresight: Foresight | None = None) -> RunRecord:
@@ -96,7 +93,7 @@ def _lora_config(given: TrainSettings) -> LoraConfig:
         exclude_modules=given.exclude_modules,
         modules_to_save=given.modules_to_save,
         use_rslora=given.use_rslora,
-        use_dora=given.method in ("dora", "qdora"),
+        use_dora=given.method in DORA,
         adapter_dtype=given.adapter_dtype,
         bias=given.bias,
         layers_to_transform=given.layers_to_transform,

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import set_seed
 
 from rankwise.adapters import add_adapter
-from rankwise.adapters.baselines import BASELINES, add_baseline
-from rankwise.config import LoraConfig
+from rankwise.adapters.baselines import add_baseline
+from rankwise.config import BASELINES, LoraConfig
 from rankwise.data import Encoded, Rows, encode_rows, overlapping_rows, read_rows, read_template
 from rankwise.data.encoded_cache import encode_rows_once
 from rankwise.errors import ConfigError, warn

@@ -18,14 +18,15 @@ from torch import Tensor
 
 from rankwise.ops import training
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted, grad_of_bias, grad_of_m
-from rankwise.ops.cpu.products import MOST_TERMS, Factor, Term, add_products, pay, row_product
+from rankwise.ops.cpu.products import MOST_TERMS, Factor, Term, add_products, pay, row_product, take
 
 
 def takes(rows: Tensor, branches: Sequence[Branch]) -> bool:
     """Whether these steps apply: rows (T, K) that sums of products take, and weights that can be read in place."""
-    if len(branches) >= MOST_TERMS or not pay(rows):
+    if len(branches) >= MOST_TERMS or not take(rows.dtype):
         return False
-    return all(branch.frozen.factor() is not None for branch in branches)
+    factors = [branch.frozen.factor() for branch in branches]
+    return all(factor is not None and pay(rows, factor) for factor in factors)
 
 
 def forward(rows: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> tuple[list[Tensor], Tensor]:

@@ -22,8 +22,9 @@ from rankwise.ops.cpu.packed import NativeWeight
 
 MOST_TERMS = 16
 
-# Below so many rows, packing a weight costs more than PyTorch's product: of tiles, and in float32.
-_LEAST_ROWS_OF_TILES, _LEAST_ROWS = 32, 4
+# Below so many rows others are faster: PyTorch's product than packing a weight for tiles, and than sums in float32 of a
+# weight of 4 bits the kernel that multiplies as it decodes.
+_LEAST_ROWS_OF_TILES, _LEAST_ROWS_OF_FOUR_BITS = 32, 4
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -77,11 +78,13 @@ def take(dtype: torch.dtype) -> bool:
     return dtype is torch.bfloat16 and available()
 
 
-def pay(rows: Tensor) -> bool:
-    """Whether they take these rows (T, K) and are faster than PyTorch's product."""
+def pay(rows: Tensor, W: Factor) -> bool:
+    """Whether they take these rows (T, K) and are faster than other products with the frozen weight W."""
     if not take(rows.dtype):
         return False
-    return rows.shape[0] >= (_LEAST_ROWS_OF_TILES if on_tiles() else _LEAST_ROWS)
+    if on_tiles():
+        return rows.shape[0] >= _LEAST_ROWS_OF_TILES
+    return isinstance(W.data, Tensor) or rows.shape[0] >= _LEAST_ROWS_OF_FOUR_BITS
 
 
 def replace_torch(dtype: torch.dtype) -> bool:
