@@ -173,3 +173,28 @@ def test_bitsandbytes_base(double_quant: bool) -> None:
 def test_a_model_without_peft_is_refused() -> None:
     with pytest.raises(AdapterError, match="RW416"):
         rw.accelerate_peft(family("llama"))
+
+
+def test_each_row_with_an_adapter_of_its_own() -> None:
+    model = peft_model()
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    model.eval()
+    given = {"input_ids": batch()["input_ids"], "adapter_names": ["default", "second"]}
+    expected = model(**given).logits
+    rw.accelerate_peft(model)
+    torch.testing.assert_close(model(**given).logits, expected)
+
+
+def test_another_base_and_hooks_inside_are_seen() -> None:
+    model, calls = peft_model(target_modules=["q_proj", "down_proj"]), []
+    rw.accelerate_peft(model)
+    layer = model.base_model.model.model.layers[0]
+    q, down = layer.self_attn.q_proj, layer.mlp.down_proj
+    old = q.base_layer
+    q.base_layer = torch.nn.Linear(old.in_features, old.out_features, bias=False)
+    q.lora_A["default"].register_forward_hook(lambda *_: calls.append("A"))
+    down.base_layer.register_forward_hook(lambda *_: calls.append("base"))
+    found = loss_and_grads(model)
+    assert calls == ["A", "base"]
+    restore(model)
+    assert_same(found, loss_and_grads(model))

@@ -193,6 +193,21 @@ def test_no_columns(chosen: str) -> None:
     assert torch.equal(ops.row_norms_4bit(packed, absmax, (3, 0)), torch.zeros(3))
 
 
+def test_no_rows(chosen: str) -> None:
+    packed, absmax = ops.quantize_4bit(torch.empty(0, 64))
+    x, bias = torch.randn(3, 64, requires_grad=True), torch.zeros(0, requires_grad=True)
+    ops.linear_4bit(x, packed, absmax, (0, 64), bias).sum().backward()
+    assert bias.grad is not None
+    assert bias.grad.shape == (0,)
+    assert torch.equal(x.grad, torch.zeros(3, 64))  # type: ignore[arg-type]
+
+
+def test_negative_shapes_are_refused(chosen: str) -> None:
+    packed, absmax = ops.quantize_4bit(torch.randn(8, 64))
+    with pytest.raises(QuantizationError, match="RW604.*the shape is negative"):
+        ops.dequantize_4bit(packed, absmax, (-8, -64), torch.float32)
+
+
 def test_implementations_agree_on_norms(chosen: str) -> None:
     _, _, weight, second, W = make(N=9, K=320)
     torch.testing.assert_close(ops.row_norms_4bit(*weight, **second), W.norm(dim=1), rtol=1e-5, atol=0)

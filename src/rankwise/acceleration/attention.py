@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from rankwise.ops import attention as kernel
+from rankwise.ops.selection import transforms_functions
 
 NAME = "rankwise"
 _UNKNOWN_TO_THE_KERNEL = ("position_bias", "softcap", "s_aux")
@@ -52,7 +53,10 @@ def config_obstacle(config: Any) -> str | None:
 
 def head_width(config: Any) -> int:
     """D of a configuration, 64 where it names neither a width nor heads."""
-    width = getattr(config, "head_dim", None)
+    try:
+        width = getattr(config, "head_dim", None)
+    except Exception:  # noqa: BLE001  a configuration whose layers differ names no single one
+        width = None
     heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     return int(width or (hidden // heads if heads and hidden else 64))
 
@@ -72,6 +76,7 @@ def attention(
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     covered = (
         dropout == 0.0
+        and not transforms_functions()
         and query.shape[2] > 1
         and all(kwargs.get(name) is None for name in _UNKNOWN_TO_THE_KERNEL)
         and kernel.obstacle(q, k, v, scale=scaling) is None

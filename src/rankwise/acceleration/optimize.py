@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from rankwise.acceleration import attention, liger
 from rankwise.acceleration.allocator import keep_freed_memory
+from rankwise.acceleration.head import Head, find_head
 from rankwise.acceleration.linears import replace_linears
-from rankwise.acceleration.loss import Head, accept_labels, find_head
+from rankwise.acceleration.loss import accept_labels
 from rankwise.acceleration.probe import probe
 from rankwise.acceleration.recognise import adapted_layers, replace_mlps, replace_norms, replace_ropes
-from rankwise.acceleration.replace import ATTRIBUTE, Undo
+from rankwise.acceleration.replace import ATTRIBUTE, Record, Undo, put_back
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.shared_input import SharedInput
 
@@ -64,13 +66,22 @@ def optimize_for_training(model: nn.Module, *, keep_memory: bool = True) -> Acce
 
 
 def optimize(model: nn.Module, undo: Undo, *, keep_memory: bool = True, fuse_loss: bool = True) -> Acceleration:
-    """``optimize_for_training`` on a plain model, with ``undo`` to be added to."""
+    """``optimize_for_training`` on a plain model, with ``undo`` to be added to; on errors the model is plain again."""
+    try:
+        return _optimize(model, undo, keep_memory=keep_memory, fuse_loss=fuse_loss)
+    except BaseException:
+        undo()
+        model.__dict__.pop(ATTRIBUTE, None)
+        raise
+
+
+def _optimize(model: nn.Module, undo: Undo, *, keep_memory: bool, fuse_loss: bool) -> Acceleration:
     parameter = next(model.parameters())
     on_cpu = parameter.device.type in ("cpu", "meta")
     head = find_head(model) if fuse_loss else None
     left: list[str] = []
     if fuse_loss and head is None:
-        left.append("the loss stays the model's own: its logits are not those of its output head")
+        left.append("the loss stays the model's own: it is not that of the next token, by the output head's logits")
     shared_inputs = share_inputs(model, undo, left)
     norms, mlps, ropes = _fuse_parts(model, undo, left)
     done = Acceleration(
@@ -86,7 +97,7 @@ def optimize(model: nn.Module, undo: Undo, *, keep_memory: bool = True, fuse_los
     if head is not None:
         accept_labels(model, head, undo)
     done = dataclasses.replace(done, left_alone=tuple(left))
-    model.__dict__.setdefault(ATTRIBUTE, {}).update(undo=undo, done=done, of=weakref.ref(model))
+    model.__dict__.setdefault(ATTRIBUTE, Record()).update(undo=undo, done=done, of=weakref.ref(model))
     return done
 
 
@@ -104,11 +115,25 @@ def _fuse_parts(model: nn.Module, undo: Undo, left: list[str]) -> tuple[int, int
 
 
 def restore(model: nn.Module) -> None:
-    """Undo ``optimize_for_training``."""
+    """Undo ``optimize_for_training`` and ``accelerate_peft``, also on a deep copy of a model that they changed."""
     state = model.__dict__.pop(ATTRIBUTE, None)
-    # A deep copy carries the record of the model it was copied from, whose changes are not its own to undo.
-    if state is not None and state["of"]() is model:
+    if state is None:
+        return
+    if state["of"]() is model:
         state["undo"]()
+    else:
+        # A copy carries the record of the model it was copied from, whose changes are not its own to undo.
+        _restore_copy(model)
+
+
+def _restore_copy(model: Any) -> None:
+    for module in model.modules():
+        put_back(module)
+        if isinstance(module, AdaptedLayer):
+            module.shared = None
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) == attention.NAME:
+        model.set_attn_implementation("sdpa")
 
 
 def fused_head(model: nn.Module) -> Head | None:
@@ -137,12 +162,14 @@ def _use_attention(model: Any, undo: Undo, left: list[str]) -> bool:
 
 
 def share_inputs(model: nn.Module, undo: Undo, left: list[str] | None = None) -> int:
-    """Group the adapted layers that are given the same tensor, seen by running two tokens through the model.
+    """Group the adapted layers of a block that are given the same tensor, seen by running two tokens through the model.
 
+    Not across blocks: what the first of them computes for all is computed again with its block, and kept there.
     ``left`` gets the reason where that cannot be tried.
     """
     seen: list[tuple[AdaptedLayer, Tensor]] = []
-    layers = list(adapted_layers(model))
+    blocks = {layer: _block_of(name) for name, layer in adapted_layers(model)}
+    layers = list(blocks)
     hooks = [layer.register_forward_pre_hook(_noting(seen)) for layer in layers]
     try:
         why_not = _run_two_tokens(model)
@@ -151,9 +178,9 @@ def share_inputs(model: nn.Module, undo: Undo, left: list[str] | None = None) ->
             hook.remove()
     if why_not is not None and layers and left is not None:
         left.append(f"no layers share an input: the model could not be tried with token ids alone ({why_not})")
-    groups: dict[int, list[AdaptedLayer]] = {}
+    groups: dict[tuple[int, str], list[AdaptedLayer]] = {}
     for layer, x in seen:
-        groups.setdefault(id(x), []).append(layer)
+        groups.setdefault((id(x), blocks[layer]), []).append(layer)
     shared = [group for group in groups.values() if len(group) > 1 and len(set(group)) == len(group)]
     for group in shared:
         together = SharedInput(group)
@@ -161,6 +188,12 @@ def share_inputs(model: nn.Module, undo: Undo, left: list[str] | None = None) ->
             layer.shared = together
             undo.add(lambda layer=layer: setattr(layer, "shared", None))  # type: ignore[misc]
     return len(shared)
+
+
+def _block_of(name: str) -> str:
+    """The part of a module's name up to its last number, ``model.layers.3``; without one, the module that holds it."""
+    numbered = re.match(r"(.*\.\d+)\.", name)
+    return numbered[1] if numbered else name.rpartition(".")[0]
 
 
 def _noting(seen: list[tuple[AdaptedLayer, Tensor]]) -> Callable[[Any, tuple[Any, ...]], None]:

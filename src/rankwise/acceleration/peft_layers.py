@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rankwise.acceleration.optimize import Acceleration, optimize, restore
 from rankwise.acceleration.recognise import STAND_IN
 from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
-from rankwise.adapters.base_layer import is_linear
+from rankwise.adapters.base_layer import has_hooks, is_linear, is_own
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.lora import Lora
@@ -100,7 +100,9 @@ def _variant_name(variant: Any) -> str:
 
 def _is_current(module: Any, layer: AdaptedLayer, name: str) -> bool:
     """See that ``layer`` holds PEFT's own parameters of this adapter; False where it cannot."""
-    if isinstance(layer.base_layer, Linear4bit) and not _still_views(layer.base_layer, module.base_layer):
+    if not _still_views(layer.base_layer, module.base_layer):
+        return False
+    if any(has_hooks(part[name]) for part in (module.lora_A, module.lora_B, module.lora_dropout)):
         return False
     A, B = module.lora_A[name].weight, module.lora_B[name].weight
     known: Any = dict(layer.adapters).get(name)
@@ -162,7 +164,11 @@ def _four_bit_view(base: Any, state: Any) -> Linear4bit | None:
     return layer.requires_grad_(False)
 
 
-def _still_views(layer: Linear4bit, base: Any) -> bool:
-    """Whether bitsandbytes' layer still holds the memory that ours looks at: it repacks for a CPU's evaluation, and
-    moves with its model."""
+def _still_views(layer: nn.Module, base: Any) -> bool:
+    """Whether ``layer`` is the base, or still looks at its memory: bitsandbytes' layer repacks for a CPU's evaluation
+    and moves with its model."""
+    if layer is base:
+        return True
+    if not isinstance(layer, Linear4bit) or not is_own(base):
+        return False
     return bool(layer.weight.data_ptr() == base.weight.data_ptr() and layer.weight.device == base.weight.device)

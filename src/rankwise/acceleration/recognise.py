@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from rankwise.acceleration.parts import Glu, RmsNorm, Rope
 from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
+from rankwise.adapters.base_layer import has_hooks
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.operator import branch_of, drawn_dropout
 from rankwise.ops.low_rank_linear import low_rank_linear_of_glu
-from rankwise.ops.selection import native_on_cpu, runs_triton
+from rankwise.ops.selection import native_on_cpu, runs_triton, transforms_functions
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 # Of the largest value, between a part and its twin.
@@ -85,7 +86,10 @@ def replace_ropes(model: nn.Module, undo: Undo) -> int:
             setattr(namespace, ROPE, FastRope(original))
         twin = getattr(namespace, ROPE)
         twin.users.add(model)
-        undo.add(_leaving(namespace, twin, weakref.ref(model)))
+        leave = _leaving(namespace, twin, weakref.ref(model))
+        undo.add(leave)
+        # A model may also go without having been made plain again.
+        weakref.finalize(model, leave).atexit = False
         count += 1
     return count
 
@@ -94,8 +98,10 @@ def _leaving(namespace: Any, twin: FastRope, model: weakref.ref[nn.Module]) -> C
     """The function belongs to all models of a family: the last one that leaves puts the original back."""
 
     def leave() -> None:
-        twin.users.discard(model())
-        if not twin.users and getattr(namespace, ROPE, None) is twin:
+        if (user := model()) is not None:
+            twin.users.discard(user)
+        # As a list: one that is being forgotten may still be counted.
+        if not list(twin.users) and getattr(namespace, ROPE, None) is twin:
             setattr(namespace, ROPE, twin.original)
 
     return leave
@@ -113,7 +119,7 @@ class FastRope:
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, unsqueeze_dim: int = 1, **kwargs: Any
     ) -> Any:
         plain = args or kwargs or unsqueeze_dim != 1 or not all(_is_simple(tensor, cos) for tensor in (q, k))
-        if plain or cos.requires_grad or cos.dim() != 3:
+        if plain or not self.users or cos.requires_grad or cos.dim() != 3:
             return self.original(q, k, cos, sin, *args, unsqueeze_dim=unsqueeze_dim, **kwargs)
         return Rope.apply(q, cos, sin), Rope.apply(k, cos, sin)
 
@@ -123,19 +129,24 @@ def _is_simple(x: Tensor, cos: Tensor) -> bool:
 
 
 def _runs_natively(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in TOLERANCE and not torch.compiler.is_compiling() and native_on_cpu()
+    if x.device.type != "cpu" or x.dtype not in TOLERANCE or torch.compiler.is_compiling():
+        return False
+    return native_on_cpu() and not transforms_functions()
 
 
 def _norm_forward(self: Any, x: Tensor) -> Tensor:
-    if not _runs_natively(x) or self.weight.requires_grad or self.weight.dtype != x.dtype:
+    fits = self.weight.dtype == x.dtype and self.weight.shape[0] == x.shape[-1]
+    if not _runs_natively(x) or self.weight.requires_grad or not fits:
         return class_forward(self)(x)
     return RmsNorm.apply(x, self.weight, *self.rankwise_norm)
 
 
 def _glu_runs(x: Tensor) -> bool:
     """Whether the gated activation has a kernel of ours for ``x``: native, or on Triton."""
-    on_card = x.is_cuda and x.dtype in TOLERANCE and not torch.compiler.is_compiling() and runs_triton(x.device)
-    return on_card or _runs_natively(x)
+    if not x.is_cuda:
+        return _runs_natively(x)
+    eager = not torch.compiler.is_compiling() and not transforms_functions()
+    return x.dtype in TOLERANCE and eager and runs_triton(x.device)
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
@@ -147,7 +158,13 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
 def down_of_glu(down: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
     """``down(act(gate) * up)``; over an adapted layer the product is not kept for the backward pass."""
     layer = down.__dict__.get(STAND_IN, down)
-    if isinstance(layer, AdaptedLayer) and is_free(layer) and layer.is_ready and layer.active is not None:
+    if (
+        isinstance(layer, AdaptedLayer)
+        and is_free(layer)
+        and not has_hooks(down)
+        and layer.is_ready
+        and layer.active is not None
+    ):
         adapter: Any = layer.adapters[layer.active]
         branch = branch_of(adapter, layer.base_layer, gate)
         if branch is not None:
@@ -247,9 +264,9 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected.float()).abs().max() / scale)
 
 
-def adapted_layers(model: nn.Module) -> Iterator[AdaptedLayer]:
-    """Ours, and those that stand in for another library's."""
-    for module in model.modules():
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    """Ours, and those that stand in for another library's, with their names in the model."""
+    for name, module in model.named_modules():
         layer = module.__dict__.get(STAND_IN, module)
         if isinstance(layer, AdaptedLayer):
-            yield layer
+            yield name, layer

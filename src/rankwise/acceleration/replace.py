@@ -6,13 +6,29 @@ carries its own.
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
+from rankwise.adapters.base_layer import REPLACED, has_hooks
+from rankwise.adapters.shared_input import refuse_pickling
+
 ATTRIBUTE = "rankwise_acceleration"
+
+
+class Record(dict[str, Any]):
+    """What was done to a model, at the model itself."""
+
+    def __reduce__(self) -> NoReturn:
+        refuse_pickling()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Record:
+        # The head is the copy's own; what undoes stays the first model's.
+        own = {name: copy.deepcopy(value, memo) for name, value in self.items() if name == "head"}
+        return Record({**self, **own})
 
 
 class Undo:
@@ -34,19 +50,23 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any], undo: Undo, 
 
     A forward that already stood on the instance comes back with ``undo``.
     """
-    before = module.__dict__.get("forward")
+    module.__dict__[REPLACED] = (module.__dict__.get("forward"), tuple(notes))
     module.__dict__.update(notes)
     module.forward = types.MethodType(forward, module)
+    undo.add(lambda: put_back(module))
 
-    def put_back() -> None:
-        for name in notes:
-            module.__dict__.pop(name, None)
-        if before is None:
-            module.__dict__.pop("forward", None)
-        else:
-            module.forward = before
 
-    undo.add(put_back)
+def put_back(module: nn.Module) -> None:
+    """Undo ``replace_forward``; nothing where it did not happen, or no more."""
+    before, notes = module.__dict__.pop(REPLACED, (None, None))
+    if notes is None:
+        return
+    for name in notes:
+        module.__dict__.pop(name, None)
+    if before is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.forward = before
 
 
 def class_forward(module: nn.Module) -> Callable[..., Any]:
@@ -56,5 +76,4 @@ def class_forward(module: nn.Module) -> Callable[..., Any]:
 
 def is_free(module: nn.Module) -> bool:
     """Whether nothing else stands in the module's way: a forward of its own, or hooks that must see its call."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" not in module.__dict__ and not any(hooks)
+    return "forward" not in module.__dict__ and not has_hooks(module)

@@ -16,6 +16,19 @@ from torch.nn import functional as F
 
 from rankwise.adapters.freshness import Key, frozen_key
 
+REPLACED = "rankwise_replaced"
+# Attribute of a module whose forward is ours: the instance's forward before, and the names of what ours finds there.
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody must see the module's call."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+def is_own(module: nn.Module) -> bool:
+    """Whether the module's call is what its class says: no hooks, and no forward on the instance but one of ours."""
+    return not has_hooks(module) and ("forward" not in module.__dict__ or REPLACED in module.__dict__)
+
 
 def is_adaptable(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or is_linear(module)
@@ -61,12 +74,13 @@ def dense_weight(base: nn.Module) -> Tensor:
 def frozen_product(base: nn.Module, x: Tensor) -> Tensor:
     """``W x`` without the bias: (..., out)."""
     layer: Any = base
-    if type(base) is nn.Linear:
-        return F.linear(x, layer.weight)
-    if is_conv1d(base):
-        return x @ layer.weight
-    if hasattr(base, "product"):
-        return layer.product(x)
+    if is_own(base):
+        if type(base) is nn.Linear:
+            return F.linear(x, layer.weight)
+        if is_conv1d(base):
+            return x @ layer.weight
+        if hasattr(base, "product"):
+            return layer.product(x)
     y = base(x)
     return y if getattr(base, "bias", None) is None else y - layer.bias
 

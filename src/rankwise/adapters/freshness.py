@@ -17,6 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from rankwise.ops.selection import transforms_functions
+
 Key = tuple[object, ...]
 
 _steps_taken = 0
@@ -46,6 +48,9 @@ class Kept:
 
 def frozen_key(tensor: Tensor) -> Key:
     """Identity of a frozen tensor, of its storage and of what was written to it."""
+    if transforms_functions():
+        # Tensors that it wraps have no storage, and nothing is kept.
+        return id(tensor), 0, 0
     version = 0 if tensor.is_inference() else tensor._version
     return id(tensor), tensor.untyped_storage()._cdata, version
 
@@ -56,7 +61,9 @@ def _key(trained: tuple[Tensor, ...], frozen: Key) -> Key:
 
 
 def _trackable(tensors: tuple[Tensor, ...]) -> bool:
-    # Tensors made under inference_mode have no version; a compiled graph computes the value itself.
+    # Tensors made under inference_mode have no version; compiled graphs and torch.func compute the value themselves.
+    if transforms_functions():
+        return False
     return not torch.compiler.is_compiling() and not any(tensor.is_inference() for tensor in tensors)
 
 

@@ -7,19 +7,35 @@ object, not written to in between, under the same gradient mode.
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.operator import branch_of, drawn_dropout
+from rankwise.errors import AdapterError
 from rankwise.ops.low_rank_linear import low_rank_linear
 
 PATIENCE = 4
 # Outputs left unfetched more often than fetched by so much: these layers do not read the same input after all.
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What the other members made of an input, until they fetch it."""
+
+    x: weakref.ref[Tensor]
+    version: int
+    grad: bool
+    waiting: dict[int, Tensor]
+    # By id of the member.
+
+    def are_of(self, x: Tensor) -> bool:
+        return self.x() is x and self.version == _version(x) and self.grad == torch.is_grad_enabled()
 
 
 class SharedInput:
@@ -28,19 +44,28 @@ class SharedInput:
     def __init__(self, layers: Sequence[AdaptedLayer]) -> None:
         # Weak: a copied or removed layer must not keep its former siblings alive.
         self._layers = [weakref.ref(layer) for layer in layers]
-        self._waiting: dict[int, Tensor] = {}
-        self._input: Any = None
+        self._kept: Outputs | None = None
         self._missed = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
+        # Copied layers are no members, and compute apart.
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        refuse_pickling()
 
     def output(self, layer: AdaptedLayer, x: Tensor) -> Tensor | None:
         """What ``layer`` makes of x, or None where it has to be computed apart."""
-        if self._is_same_input(x) and id(layer) in self._waiting:
-            y = self._waiting.pop(id(layer))
-            self._missed = max(0, self._missed - 1)
-            return y
-        if self._waiting:
-            self._missed += len(self._waiting)
-            self._waiting = {}
+        # Read once: another thread may put other outputs in its place, never into it.
+        kept = self._kept
+        if kept is not None and kept.are_of(x):
+            y = kept.waiting.pop(id(layer), None)
+            if y is not None:
+                self._missed = max(0, self._missed - 1)
+                return y
+        if kept is not None:
+            self._missed += len(kept.waiting)
+            self._kept = None
         if self._missed > PATIENCE:
             return None
         return self._compute(layer, x)
@@ -58,15 +83,19 @@ class SharedInput:
             branches.append(branch)
         adapter: Any = layer.adapters[layer.active]  # type: ignore[index]
         ys = low_rank_linear(x, branches, drawn_dropout(adapter.dropout, adapter.training))
-        self._waiting = {id(member): y for member, y in zip(layers, ys)}
-        self._input = (weakref.ref(x), _version(x), torch.is_grad_enabled())
-        return self._waiting.pop(id(layer))
+        waiting = {id(member): y for member, y in zip(layers, ys)}
+        y = waiting.pop(id(layer))
+        self._kept = Outputs(weakref.ref(x), _version(x), torch.is_grad_enabled(), waiting)
+        return y
 
-    def _is_same_input(self, x: Tensor) -> bool:
-        if self._input is None:
-            return False
-        before, version, grad = self._input
-        return before() is x and version == _version(x) and grad == torch.is_grad_enabled()
+
+def refuse_pickling() -> NoReturn:
+    """Raises AdapterError (RW417)."""
+    raise AdapterError(
+        "RW417",
+        "a model that optimize_for_training or accelerate_peft has changed cannot be pickled; call "
+        "rankwise.acceleration.restore(model) first, or save with save_adapter or save_pretrained.",
+    )
 
 
 def _compatible(layers: Sequence[AdaptedLayer]) -> bool:

@@ -148,6 +148,7 @@ def _wording(settings: GenerateSettings, record: RunRecord | None, tokenizer: An
     from rankwise.evaluation.loading import template_of
 
     trained = record.data.get("train", {}) if record is not None else {}
+    template: str | None
     if settings.chat_template is not None:
         template = read_template(settings.chat_template)
     else:

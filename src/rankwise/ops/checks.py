@@ -50,6 +50,7 @@ def check_weight(
     n = math.prod(shape)
     blocks = -(-n // block_size)
     good = packed.dtype is torch.uint8 and packed.numel() == (n + 1) // 2 and absmax.numel() == blocks
+    good = good and min(shape, default=0) >= 0
     if nested_absmax is None and offset is None:
         good = good and absmax.dtype is torch.float32
     elif nested_absmax is not None and offset is not None:
@@ -116,6 +117,8 @@ def _mismatch(
         for name, (count, dtype) in wanted.items()
         if _describe(found[name]) != f"holds {count} of {dtype}"
     ]
+    if min(shape, default=0) < 0:
+        faults.append("the shape is negative")
     devices = {str(tensor.device) for tensor in found.values() if tensor is not None}
     if len(devices) > 1:
         faults.append(f"the buffers are on different devices ({', '.join(sorted(devices))})")

@@ -178,7 +178,7 @@ def _linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             grad, packed, absmax, shape, quant_type, block_size, nested_absmax, offset
         )
     if ctx.has_bias and ctx.needs_input_grad[4]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        grad_bias = grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad
     return grad_x, None, None, None, grad_bias, None, None, None, None
 
 

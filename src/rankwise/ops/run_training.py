@@ -133,6 +133,8 @@ def row_cross_4bit(
 
 def _module(tensor: Tensor) -> ModuleType:
     """The module whose functions run on ``tensor``."""
+    if selection.transforms_functions():
+        return reference_training
     if tensor.is_cpu and tensor.dtype in _NATIVE and selection.native_on_cpu():
         from rankwise.ops.cpu import training
 

@@ -75,10 +75,15 @@ def native_on_cpu() -> bool:
     return module.__name__ == _MODULES["native"]
 
 
+def transforms_functions() -> bool:
+    """Whether a transform of ``torch.func`` is at work: kernels and gradients by hand know nothing of its tensors."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def takes_native(tensor: Tensor) -> bool:
     """Whether the native library works on this tensor: a plain one on a CPU, or a fake one in its place."""
     known = type(tensor) in (Tensor, torch.nn.Parameter) or (_fakes_as_real and isinstance(tensor, FakeTensor))
-    return known and tensor.is_cpu and native_on_cpu()
+    return known and tensor.is_cpu and native_on_cpu() and not transforms_functions()
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rankwise.acceleration import flattening_obstacle, optimize_for_training
-from rankwise.acceleration.loss import accept_labels, find_head
+from rankwise.acceleration.head import find_head
+from rankwise.acceleration.loss import accept_labels
 from rankwise.acceleration.optimize import share_inputs
 from rankwise.acceleration.replace import Undo
 from rankwise.config import DORA, FOUR_BITS

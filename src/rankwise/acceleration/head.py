@@ -1,0 +1,178 @@
+"""The output head of a causal model, and whether a loss taken from its input is the model's own.
+
+What a model does to its logits after the head (a softcap, a scale) and adds to the loss (a balance of experts) is read
+from its configuration and checked by running it with a head that answers known numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import RLock, get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rankwise.acceleration.probe import probe
+from rankwise.acceleration.recognise import is_fake
+from rankwise.acceleration.replace import ATTRIBUTE, class_forward
+from rankwise.adapters.base_layer import is_own
+from rankwise.ops.linear_cross_entropy import LogitShape
+
+IGNORED = -100
+# The label of a position that is not scored.
+PROBE = (-30.0, -3.0, -0.5, 0.0, 0.25, 2.0, 7.0, 40.0)
+# Logits that the probing head answers: they tell identity, scale and softcap apart.
+PROBE_LABELS = (0, 3, IGNORED, 5, 1)
+ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
+# Names under which models and configurations keep the weight of the loss that balances experts.
+
+_one_at_a_time = RLock()
+# A head that notes its input is one for all threads.
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The output head of a model, what happens to its logits, and what the model adds to their loss."""
+
+    module: nn.Module
+    shape: LogitShape
+    loss_function: Any = None
+    # The model's own, with which ours was found to agree.
+    router_weight: float | None = 0.0
+    # Of the loss that balances experts; None where the model's own loss is another one when that is asked for.
+
+
+def find_head(model: Any) -> Head | None:
+    """The head whose loss can be fused, or None where the model does not compute its logits by calling one."""
+    find = getattr(model, "get_output_embeddings", None)
+    module = find() if callable(find) else None
+    if module is None or not is_own(module) or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return None
+    head = Head(module, _configured_shape(model.config), getattr(model, "loss_function", None), _router_weight(model))
+    if not _answers_as(model, head) or not _loses_as(model, head):
+        return None
+    reports_routers = "output_router_logits" in inspect.signature(model.forward).parameters
+    if reports_routers and not _loses_as(model, head, output_router_logits=True):
+        head = dataclasses.replace(head, router_weight=None)
+    return head
+
+
+def current_head(model: Any) -> Head | None:
+    """The head as it is now: adapters, merging and resizing put other modules in its place.
+
+    None where our loss does not stand for the model's, which may have been given another since.
+    """
+    state = model.__dict__.get(ATTRIBUTE, {})
+    head: Head | None = state.get("head")
+    if head is not None and model.get_output_embeddings() is not head.module:
+        state["head"] = head = find_head(model)
+    if head is None or head.loss_function != getattr(model, "loss_function", None):
+        return None
+    return head
+
+
+def asks_for_routers(model: Any, given: dict[str, Any]) -> bool:
+    asked = given.get("output_router_logits")
+    return bool(getattr(_text_config(model.config), "output_router_logits", False) if asked is None else asked)
+
+
+def with_router_loss(head: Head, loss: Tensor, outputs: Any) -> Tensor:
+    """Mixture-of-experts models add their balancing loss where it is asked for."""
+    router = getattr(outputs, "aux_loss", None)
+    if not isinstance(router, Tensor) or not head.router_weight:
+        return loss
+    return loss + head.router_weight * router.to(loss.device)
+
+
+def _router_weight(model: Any) -> float:
+    """By which a mixture-of-experts model multiplies its balancing loss."""
+    places = (model, model.config, _text_config(model.config))
+    found = (getattr(place, name, None) for name in ROUTER_WEIGHTS for place in places)
+    return next((float(weight) for weight in found if isinstance(weight, (int, float))), 0.0)
+
+
+@contextmanager
+def answering(head: nn.Module, answer: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """In this thread the head notes what it is given, and answers ``answer`` of it."""
+    noted: list[Tensor] = []
+    thread = get_ident()
+
+    def note(hidden: Tensor) -> Tensor:
+        if get_ident() != thread:
+            return own(hidden)
+        noted.append(hidden)
+        return answer(hidden)
+
+    with _one_at_a_time:
+        before, own = head.__dict__.get("forward"), head.forward
+        head.forward = note
+        try:
+            yield noted
+        finally:
+            if before is None:
+                del head.forward
+            else:
+                head.forward = before
+
+
+def _configured_shape(config: Any) -> LogitShape:
+    """From the names that transformers' configurations use: Gemma's softcap, Granite's divisor, Cohere's factor."""
+    config = _text_config(config)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    return LogitShape((getattr(config, "logit_scale", None) or 1.0) / divisor, softcap)
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _answers_as(model: Any, head: Head) -> bool:
+    """Whether the model's logits are ``head.shape`` of what its head answers, found by letting it answer PROBE."""
+
+    def answer(hidden: Tensor) -> Tensor:
+        return torch.tensor(PROBE, dtype=hidden.dtype, device=hidden.device).expand(*hidden.shape[:-1], len(PROBE))
+
+    ids = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
+    with answering(head.module, answer) as called:
+        logits, why_not = probe(
+            model, lambda: class_forward(model)(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+        )
+    if why_not is not None or logits is None:
+        return False
+    if len(called) != 1 or called[0].shape[1] != 1:
+        return False
+    if is_fake(logits):
+        return logits.shape[-1] == len(PROBE)
+    expected = head.shape(torch.tensor(PROBE, dtype=logits.dtype, device=logits.device)).expand_as(logits)
+    return bool(torch.allclose(logits.float(), expected.float(), rtol=2e-2, atol=1e-3))
+
+
+def _loses_as(model: Any, head: Head, **asked: Any) -> bool:
+    """Whether the model's own loss is that of label i + 1 at position i, and what balances experts: its head answers
+    logits of which every position's differ. Fake tensors have no values: there the loss is trusted."""
+    parameter = next(model.parameters())
+    if is_fake(parameter):
+        return True
+    labels = torch.tensor([PROBE_LABELS], device=parameter.device)
+    size = getattr(head.module, "out_features", None) or _text_config(model.config).vocab_size
+    entries = torch.arange(size * len(PROBE_LABELS), dtype=torch.float32, device=parameter.device)
+    logits = (5 * torch.sin(entries)).view(1, len(PROBE_LABELS), size)
+    with answering(head.module, lambda hidden: logits.to(hidden.dtype).expand(*hidden.shape[:-1], size)):
+        found, why_not = probe(
+            model,
+            lambda: class_forward(model)(
+                input_ids=torch.zeros_like(labels), labels=labels, use_cache=False, return_dict=True, **asked
+            ),
+        )
+    loss = getattr(found, "loss", None)
+    if why_not is not None or loss is None:
+        return False
+    shaped = head.shape(logits.to(parameter.dtype if parameter.is_floating_point() else torch.float32)).float()
+    expected = F.cross_entropy(shaped[0, :-1], labels[0, 1:], ignore_index=IGNORED)
+    return bool(torch.isclose(loss.float(), with_router_loss(head, expected, found).float(), rtol=1e-2, atol=1e-3))

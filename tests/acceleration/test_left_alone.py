@@ -1,0 +1,255 @@
+"""What a model or its user does in a way of their own stays so under ``optimize_for_training``."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.arcee import modeling_arcee
+
+import rankwise as rw
+from rankwise.acceleration import restore
+from rankwise.errors import AdapterError
+from tiny_models import tiny_llama
+
+SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
+BART = {"vocab_size": 97, "d_model": 32, "dropout": 0.0, "decoder_layers": 2, "decoder_attention_heads": 4}
+BART |= {"decoder_ffn_dim": 48, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def inputs(length: int = 10) -> dict[str, Tensor]:
+    ids = torch.randint(3, 97, (2, length), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "labels": ids}
+
+
+def adapted(model: Any = None, **options: Any) -> Any:
+    model = tiny_llama() if model is None else model
+    rw.add_adapter(model, rw.LoraConfig(**{"r": 2, "init_lora_weights": False, **options}))
+    return model.train()
+
+
+def assert_same_loss(model: Any, **asked: Any) -> None:
+    own = model(**inputs(), **asked).loss.item()
+    rw.optimize_for_training(model)
+    assert model(**inputs(), **asked).loss.item() == pytest.approx(own, rel=1e-5)
+
+
+def test_a_loss_that_shifts_no_labels() -> None:
+    model = adapted(transformers.BartForCausalLM(transformers.BartConfig(**BART)))
+    assert_same_loss(model)
+    assert not rw.optimize_for_training(model).fused_loss
+
+
+@pytest.mark.parametrize("asked", [{}, {"output_router_logits": True}])
+@pytest.mark.parametrize("family", ["mixtral", "jetmoe"])
+def test_the_loss_that_balances_experts(family: str, asked: dict[str, bool]) -> None:
+    if family == "mixtral":
+        config: Any = transformers.MixtralConfig(
+            **SMALL, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, router_aux_loss_coef=0.5
+        )
+        model = adapted(transformers.MixtralForCausalLM(config), target_modules=["q_proj"])
+    else:
+        config = transformers.JetMoeConfig(
+            **SMALL, num_key_value_heads=2, kv_channels=16, intermediate_size=48, num_local_experts=4, aux_loss_coef=0.5
+        )
+        model = adapted(transformers.JetMoeForCausalLM(config))
+    assert_same_loss(model, **asked)
+    assert model(**inputs(), **asked).logits is None, "the fused loss was at work"
+
+
+def test_a_loss_that_our_weights_of_experts_do_not_explain() -> None:
+    """Bamba adds the square of the logits' normalizer."""
+    config = transformers.BambaConfig(
+        **SMALL, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, z_loss_coefficient=0.1,
+        attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1,
+    )  # fmt: skip
+    assert_same_loss(adapted(transformers.BambaForCausalLM(config)))
+
+
+def test_a_loss_function_of_the_users() -> None:
+    model = adapted()
+    rw.optimize_for_training(model)
+    model.loss_function = lambda logits, labels, vocab_size, **_: logits.float().square().mean()
+    found = model(**inputs())
+    assert found.loss.item() == pytest.approx(found.logits.square().mean().item())
+
+
+def test_another_ignored_label() -> None:
+    given = inputs()
+    given["labels"] = given["labels"].masked_fill(given["labels"] % 2 == 0, 50)
+    model = adapted()
+    own = model(**given, ignore_index=50).loss.item()
+    rw.optimize_for_training(model)
+    assert model(**given, ignore_index=50).loss.item() == pytest.approx(own, rel=1e-5)
+
+
+def test_rows_of_one_token_have_a_loss_of_zero() -> None:
+    model = adapted()
+    rw.optimize_for_training(model)
+    loss = model(**inputs(length=1)).loss
+    loss.backward()
+    assert loss.item() == 0
+
+
+@pytest.mark.parametrize("change", ["merge", "remove", "second adapter", "resize"])
+def test_a_head_that_changes_later(change: str) -> None:
+    model = adapted(target_modules=["q_proj"] if change == "resize" else ["q_proj", "lm_head"])
+    rw.optimize_for_training(model)
+    model(**inputs()).loss.backward()
+    if change == "merge":
+        rw.merge_adapter(model)
+    elif change == "remove":
+        rw.remove_adapter(model)
+    elif change == "second adapter":
+        rw.add_adapter(model, rw.LoraConfig(r=4, target_modules=["lm_head"]), name="second")
+    else:
+        model.resize_token_embeddings(110)
+    fused = model(**inputs())
+    restore(model)
+    assert fused.loss.item() == pytest.approx(model(**inputs()).loss.item(), rel=1e-5)
+    assert fused.logits is None
+
+
+def test_hooks_below_an_adapter_are_called() -> None:
+    model, calls = tiny_llama(), []
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append("base"))
+    adapted(model)(**inputs())
+    assert calls == ["base"]
+    rw.optimize_for_training(model)
+    calls.clear()
+    model(**inputs())
+    assert calls == ["base"]
+
+
+def test_hooks_on_the_end_of_a_gated_mlp_are_called() -> None:
+    model, calls = adapted(), []
+    rw.optimize_for_training(model)
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: calls.append("down"))
+    model(**inputs())
+    assert calls == ["down"]
+
+
+def test_inputs_that_all_blocks_read_are_shared_within_a_block() -> None:
+    """Keys and values of every decoder layer read the encoder's states; each block is computed again by itself."""
+    model = adapted(transformers.BartForConditionalGeneration(transformers.BartConfig(**BART)).double())
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    model(**inputs()).loss.backward()
+    own = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    assert rw.optimize_for_training(model).shared_inputs >= 2
+    model(**inputs()).loss.backward()
+    for name, grad in own.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, grad, rtol=1e-4, atol=1e-6)
+
+
+def test_norms_that_are_given_parts_of_their_width() -> None:
+    assert_same_loss(
+        adapted(transformers.FalconMambaForCausalLM(transformers.FalconMambaConfig(**SMALL, state_size=8)))
+    )
+
+
+def test_an_error_on_the_way_leaves_the_model_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+
+    def fail(*_: Any) -> bool:
+        raise MemoryError
+
+    monkeypatch.setattr("rankwise.acceleration.optimize._use_attention", fail)
+    with pytest.raises(MemoryError):
+        rw.optimize_for_training(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_a_copy_is_made_plain_and_fast_by_itself() -> None:
+    model = adapted()
+    own = model(**inputs()).loss.item()
+    done = rw.optimize_for_training(model)
+    copied = copy.deepcopy(model)
+    restore(copied)
+    assert not any("forward" in module.__dict__ for module in copied.modules())
+    assert copied(**inputs()).logits is not None
+    again = rw.optimize_for_training(copied)
+    assert (again.norms, again.mlps, again.shared_inputs) == (done.norms, done.mlps, done.shared_inputs)
+    for each in (model, copied):
+        assert each(**inputs()).loss.item() == pytest.approx(own, rel=1e-5)
+
+
+def test_pickling_says_what_to_do() -> None:
+    model = adapted()
+    rw.optimize_for_training(model)
+    with pytest.raises(AdapterError, match="RW417.*restore"):
+        torch.save(model, io.BytesIO())
+    restore(model)
+    torch.save(model, io.BytesIO())
+
+
+def test_rotary_functions_come_back_when_the_last_model_is_gone() -> None:
+    before = modeling_arcee.apply_rotary_pos_emb
+    config = transformers.ArceeConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
+    model = adapted(transformers.ArceeForCausalLM(config))
+    done = rw.optimize_for_training(model)
+    assert (modeling_arcee.apply_rotary_pos_emb is not before) == (done.ropes > 0)
+    del model
+    gc.collect()
+    assert modeling_arcee.apply_rotary_pos_emb is before
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("fast", [False, True])
+def test_transforms_of_functions(use_dora: bool, fast: bool) -> None:
+    model = adapted(use_dora=use_dora)
+    model(**inputs()).loss.backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if fast:
+        rw.optimize_for_training(model)
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        found: Tensor = torch.func.functional_call(model, parameters, kwargs=inputs()).loss
+        return found
+
+    for name, grad in torch.func.grad(loss)(trained).items():
+        torch.testing.assert_close(grad, trained[name].grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8)])
+def test_outputs_may_be_written_to_in_place(shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 2))
+    rw.add_adapter(model, rw.LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False))
+    x = torch.randn(shape)
+    model(x).sum().backward()
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    model[1].inplace = False
+    model(x).sum().backward()
+    expected = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(found) == len(expected) == 4
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b)
+
+
+def test_threads_get_their_own_answers() -> None:
+    model = adapted()
+    rw.optimize_for_training(model)
+    rows = [torch.randint(3, 97, (2, 10), generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+
+    @torch.no_grad()
+    def ask(ids: Tensor) -> tuple[Tensor, Tensor]:
+        return model(ids).logits, model(input_ids=ids, labels=ids).loss
+
+    expected = [ask(ids) for ids in rows]
+    with ThreadPoolExecutor(4) as pool:
+        for found, wanted in zip(pool.map(ask, rows * 10), expected * 10):
+            torch.testing.assert_close(found, wanted)
