@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import os
 import threading
@@ -11,6 +12,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 
 @dataclasses.dataclass
@@ -78,12 +80,14 @@ class MemoryMeter:
     """Memory in use and its peak, in bytes, on the device that trains.
 
     CUDA counts for itself. On the CPU a thread looks at the process's anonymous memory (where Linux tells it, else at
-    its resident memory) every 20 ms, since the peak lies inside a step; mapped weight files are not in it.
+    its resident memory) every 20 ms, since the peak lies inside a step. ``mapped`` is added to it: weights that lie in
+    a mapped file need their memory too.
     """
 
-    def __init__(self, device_type: str, peak_bytes: int = 0) -> None:
+    def __init__(self, device_type: str, peak_bytes: int = 0, mapped: int = 0) -> None:
         self.device_type = device_type
         self.earlier_peak = peak_bytes
+        self.mapped = mapped
         self.seen = 0
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
@@ -106,7 +110,7 @@ class MemoryMeter:
             return torch.cuda.memory_allocated()
         if self.device_type == "mps":
             return torch.mps.driver_allocated_memory()
-        return anonymous_memory_bytes()
+        return anonymous_memory_bytes() + self.mapped
 
     def peak(self) -> int:
         current = torch.cuda.max_memory_allocated() if self.device_type == "cuda" else max(self.seen, self.now())
@@ -115,6 +119,29 @@ class MemoryMeter:
     def _watch(self) -> None:
         while not self._done.wait(0.02):
             self.seen = max(self.seen, self.now())
+
+
+def mapped_bytes(model: nn.Module) -> int:
+    """Of the model's frozen tensors, what lies in mapped files, where Linux tells it: safetensors in their own dtype.
+
+    What trains is written to, and becomes anonymous memory then.
+    """
+    try:
+        lines = Path(f"/proc/{os.getpid()}/maps").read_text().splitlines()
+    except OSError:
+        return 0
+    # ``7f00-7f80 rw-p 00000000 08:02 135522 /file``: no file where the inode is 0.
+    fields = [line.split(maxsplit=5) for line in lines]
+    files = sorted(tuple(int(end, 16) for end in field[0].split("-")) for field in fields if field[4] != "0")
+    starts = [start for start, _ in files]
+    found = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and not tensor.requires_grad:
+            storage = tensor.untyped_storage()
+            place = bisect.bisect_right(starts, storage.data_ptr()) - 1
+            if place >= 0 and storage.data_ptr() < files[place][1]:
+                found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
 
 
 def anonymous_memory_bytes() -> int:

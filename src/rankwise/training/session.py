@@ -15,7 +15,7 @@ from rankwise.records import RunRecord, load_record
 from rankwise.training import callbacks, finish, output
 from rankwise.training.checkpoints import Checkpoint, remove_unfinished
 from rankwise.training.interrupt import Interrupt, interrupts
-from rankwise.training.meters import MemoryMeter
+from rankwise.training.meters import MemoryMeter, mapped_bytes
 from rankwise.training.metrics import MetricsFile, evaluations
 from rankwise.training.observer import Observer
 from rankwise.training.old_run import clear_run
@@ -91,7 +91,8 @@ class Session:
         """Train; what the user's wish to stop came to, if there was one."""
         device_type = self.trainer.args.device.type
         interrupt = Interrupt()
-        with MemoryMeter(device_type, self.trainer.progress.peak_memory_bytes) as memory, interrupts(interrupt):
+        meter = MemoryMeter(device_type, self.trainer.progress.peak_memory_bytes, mapped_bytes(self.trainer.model))
+        with meter as memory, interrupts(interrupt):
             self._add_callbacks(memory, interrupt)
             self.observer.phase("Training")
             if self.checkpoint is None:
