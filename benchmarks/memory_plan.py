@@ -4,7 +4,8 @@
     python benchmarks/memory_plan.py --quick    # the demo model, one method
 
 Each measurement takes three real steps of random weights in a process of its own: on a CPU the growth of its anonymous
-memory, on CUDA the peak of torch's allocator. Writes memory.json and memory.md into docs/results.
+memory, on CUDA the peak of torch's allocator. Writes memory.json and memory.md into docs/results, or
+memory_float32.json and .md where the machine trains in float32.
 """
 
 from __future__ import annotations
@@ -58,9 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "command": results.command(),
         "machine": results.machine(),
         "versions": results.versions(),
+        "dtype": this_machine().dtype,
         "rows": rows,
     }
-    results.save(given.output, "memory", result, markdown(result))
+    dtype = this_machine().dtype
+    results.save(given.output, "memory" if dtype == "bfloat16" else f"memory_{dtype}", result, markdown(result))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -105,7 +108,7 @@ def markdown(result: dict[str, Any]) -> list[str]:
         )
     slowest = {key: max(row[f"{key}_seconds"] for row in result["rows"]) for key in ("dry_run", "closed_form")}
     return [
-        "# Memory: predicted and measured",
+        f"# Memory: predicted and measured, {result['dtype']}",
         "",
         *results.where_from(result),
         *results.table(headings, cells),
