@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import rankwise as rw
 from rankwise.errors import AdapterError
-from rankwise.export.merged import merge_to_folder
+from rankwise.export.merged import format_of, merge_to_folder
 from rankwise.export.verify import REFERENCE, verify_merge
 from rankwise.models import load_model, model_facts, resolve_model
 from rankwise.quantization import Nf4Config
@@ -47,6 +47,18 @@ def test_merged_onto_the_quantized_base_is_what_was_trained(run, tmp_path):
     distance = (logits(exact) - trained).abs().max()
     assert distance < 1e-4
     assert distance < (logits(other) - trained).abs().max() / 2
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_format_without_a_record_can_be_named(run, tmp_path, double_quant):
+    """Adapters of PEFT's have no record; the format that was not trained on gives other weights."""
+    folder, trained = run
+    (folder / "run.json").unlink()
+    merge_to_folder(
+        folder, tmp_path / "merged", onto="quantized", trained_on=format_of("nf4", double_quant=double_quant)
+    )
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert bool((logits(merged) - trained).abs().max() < 1e-4) == double_quant
 
 
 def test_sixteen_bit_adapters_have_nothing_to_merge_onto(tmp_path):

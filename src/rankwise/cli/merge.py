@@ -16,15 +16,17 @@ from rankwise.records import write_json
 
 if TYPE_CHECKING:
     from rankwise.export.verify import Verification
+    from rankwise.quantization.config import FourBitConfig
 
 RECORD_FILE = "merge.json"
 
 
 def run(settings: MergeSettings, output: Output) -> Mapping[str, Any]:
-    from rankwise.export.merged import merge_to_folder, refuse_to_overwrite
+    from rankwise.export.merged import format_of, merge_to_folder, refuse_to_overwrite
 
     refuse_to_overwrite(settings.output)
-    verification = _verify(settings, output) if settings.verify else None
+    trained_on = format_of(settings.quantization, double_quant=settings.double_quant)
+    verification = _verify(settings, trained_on, output) if settings.verify else None
     onto = settings.onto or (verification.closest if verification else "original")
     with output.waiting("merging"):
         report = merge_to_folder(
@@ -32,6 +34,7 @@ def run(settings: MergeSettings, output: Output) -> Mapping[str, Any]:
             settings.output,
             model=settings.model,
             onto=onto,
+            trained_on=trained_on,
             trust_remote_code=settings.trust_remote_code,
             revision=settings.revision,
         )
@@ -51,7 +54,7 @@ def run(settings: MergeSettings, output: Output) -> Mapping[str, Any]:
     return {**result, "output": str(settings.output), "size_bytes": size}
 
 
-def _verify(settings: MergeSettings, output: Output) -> Verification:
+def _verify(settings: MergeSettings, trained_on: FourBitConfig | None, output: Output) -> Verification:
     from rankwise.export.verify import read_text, verify_merge
 
     text = None if settings.text is None else read_text(settings.text)
@@ -60,6 +63,7 @@ def _verify(settings: MergeSettings, output: Output) -> Verification:
             settings.adapter,
             settings.model,
             text=text,
+            trained_on=trained_on,
             trust_remote_code=settings.trust_remote_code,
             revision=settings.revision,
         )

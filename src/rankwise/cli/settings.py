@@ -66,6 +66,12 @@ class MergeSettings(Settings):
         description="Weights to merge into: the original ones, or those that a 4-bit run trained on (dequantized). "
         "Default: original, or with --verify whichever stays closer to the model as trained.",
     )
+    quantization: Literal["nf4", "fp4"] | None = Field(
+        None,
+        description="4-bit format that the adapter trained on, where its folder does not say: adapters of PEFT's have "
+        "no record.",
+    )
+    double_quant: bool = Field(True, description="Whether that format's scales were quantized again.")
     verify: bool = Field(False, description="Measure how far each way of merging moves the model, and record it.")
     text: Path | None = Field(None, description="Text file to measure on with --verify; default: a built-in text.")
     trust_remote_code: bool = Field(False, description=REMOTE_CODE)

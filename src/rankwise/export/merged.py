@@ -30,7 +30,7 @@ from rankwise.export.shards import INDEX_FILE, ShardedWeights
 from rankwise.models import ModelSource, fetch_model, load_model, load_skeleton, model_hash
 from rankwise.models.folder import read_config
 from rankwise.quantization.bitsandbytes_format import rewrite_bitsandbytes_config
-from rankwise.quantization.config import FourBitConfig
+from rankwise.quantization.config import FourBitConfig, Fp4Config, Nf4Config
 from rankwise.quantization.linear import Linear4bit
 from rankwise.quantization.targets import target_names
 from rankwise.records import write_json
@@ -59,6 +59,7 @@ def merge_to_folder(
     *,
     model: str | None = None,
     onto: Onto = "original",
+    trained_on: FourBitConfig | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> MergeReport:
@@ -66,13 +67,14 @@ def merge_to_folder(
 
     ``model`` is the base, by default the one that the adapter names, at the commit it was trained on. ``onto`` is
     "quantized" to merge into the values that a 4-bit run trained on (each 4-bit layer dequantized), "original" into the
-    weights before quantization. Raises AdapterError when the adapter does not fit the base (RW414: it did not train on
+    weights before quantization; ``trained_on`` is their format where the adapter's folder has no record of it. Raises
+    AdapterError when the adapter does not fit the base (RW414: it did not train on
     4 bits), ModelError when the base cannot be read or (RW309) holds no original weights, RunError (RW532) when
     ``output`` holds something. Warns RW415 when the base's weights are not those of the training.
     """
     refuse_to_overwrite(output)
     source = base_source(adapter, model, revision=revision, trust_remote_code=trust_remote_code)
-    base = _base(adapter, source, onto, trust_remote_code)
+    base = _base(adapter, source, onto, trained_on, trust_remote_code)
     _warn_of_another_base(adapter, source)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -143,7 +145,16 @@ def stored_quantization(source: ModelSource) -> FourBitConfig | None:
     return held
 
 
-def _base(adapter: Path, source: ModelSource, onto: Onto, trust_remote_code: bool) -> Base:
+def format_of(quant_type: str | None, *, double_quant: bool) -> FourBitConfig | None:
+    """The format that a user names, in blocks of 64; None where none is named."""
+    if quant_type is None:
+        return None
+    return {"nf4": Nf4Config, "fp4": Fp4Config}[quant_type](double_quant=double_quant)
+
+
+def _base(
+    adapter: Path, source: ModelSource, onto: Onto, trained_on: FourBitConfig | None, trust_remote_code: bool
+) -> Base:
     stored = stored_quantization(source)
     if onto == "original":
         if stored is not None:
@@ -153,7 +164,7 @@ def _base(adapter: Path, source: ModelSource, onto: Onto, trust_remote_code: boo
                 "the dequantized values with --onto quantized.",
             )
         return Base(source, None, None, trust_remote_code=trust_remote_code)
-    quantization = None if stored is not None else _trained_on(adapter)
+    quantization = None if stored is not None else _trained_on(adapter, trained_on)
     return Base(source, quantization, dtype_of(adapter), stored is not None, trust_remote_code)
 
 
@@ -168,11 +179,13 @@ def _warn_of_another_base(adapter: Path, source: ModelSource) -> None:
         )
 
 
-def _trained_on(adapter: Path) -> FourBitConfig:
-    quantization = quantization_of(adapter)
+def _trained_on(adapter: Path, given: FourBitConfig | None) -> FourBitConfig:
+    quantization = quantization_of(adapter) or given
     if quantization is None:
         raise AdapterError(
-            "RW414", f"{adapter} has no record of training on a 4-bit base; merge it with --onto original."
+            "RW414",
+            f"{adapter} has no record of training on a 4-bit base; merge it with --onto original, or say with "
+            "--quantization on which format it trained.",
         )
     return quantization
 

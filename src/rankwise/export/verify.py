@@ -57,17 +57,19 @@ def verify_merge(
     base: str | None = None,
     *,
     text: str | None = None,
+    trained_on: FourBitConfig | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Verification:
     """Load the base as it was trained and in its original form, merge, and measure. Memory: one model at a time.
 
-    ``base``: by default the one that the adapter names. A base that is 4-bit on disk has no original form to measure.
+    ``base``: by default the one that the adapter names; ``trained_on``: its 4-bit format in training, where the folder
+    has no record. A base that is 4-bit on disk has no original form to measure.
     Raises DataError (RW220) for a text that is too short, and what loading model and adapter raises.
     """
     source = base_source(adapter, base, revision=revision, trust_remote_code=trust_remote_code)
     stored, dtype = stored_quantization(source), dtype_of(adapter)
-    quantization = quantization_of(adapter) if stored is None else None
+    quantization = quantization_of(adapter) or trained_on if stored is None else None
     load = functools.partial(load_model, source, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
     model, tokenizer = load(quantization=quantization)
     ids = _chunks(tokenizer, default_text() if text is None else text)
