@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 
 def tiny_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
@@ -30,3 +30,11 @@ def tiny_gpt2(seed: int = 0, **overrides: object) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
     config = GPT2Config(**{**settings, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **overrides})
     return GPT2LMHeadModel(config).eval()
+
+
+def tiny_falcon(seed: int = 0, **overrides: object) -> FalconForCausalLM:
+    """A two-layer Falcon of random weights: its linear layers are a subclass of their own."""
+    settings = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bias": True}
+    torch.manual_seed(seed)
+    config = FalconConfig(**{**settings, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **overrides})
+    return FalconForCausalLM(config).eval()

@@ -16,8 +16,10 @@ from torch import nn
 import rankwise as rw
 from rankwise.errors import QuantizationError, RankwiseWarning
 from rankwise.quantization import Fp4Config, Linear4bit, Nf4Config, dequantize, quantize
-from tiny_models import tiny_gpt2, tiny_llama
+from rankwise.quantization.linear import PLAIN_SUBCLASSES
+from tiny_models import tiny_falcon, tiny_gpt2, tiny_llama
 
+LINEAR_NAMES = ("_proj", "c_attn", "c_fc", "query_key_value", "self_attention.dense", "4h", "to_h")
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
 
 
@@ -31,10 +33,10 @@ def four_bit(model: nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("config", [Nf4Config(), Fp4Config(block_size=32, double_quant=True)], ids=["nf4", "fp4"])
-@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_falcon])
 def test_the_model_computes_with_its_dequantized_weights(build, config):
     model, plain = build(), build()
-    names = [name for name, module in plain.named_modules() if name.endswith(("_proj", "c_attn", "c_fc"))]
+    names = [name for name, module in plain.named_modules() if name.endswith(LINEAR_NAMES)]
     report = quantize(model, config)
     assert four_bit(model) == set(report.layers) == set(names)
     assert type(model) is type(plain)
@@ -43,6 +45,27 @@ def test_the_model_computes_with_its_dequantized_weights(build, config):
         W = layer.dequantize()
         dense.weight.data = W if isinstance(dense, nn.Linear) else W.T.contiguous()
     torch.testing.assert_close(logits(model), logits(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_subclasses_that_become_4_bit_are_plain_products():
+    """A name in the list is a promise about another library's forward."""
+    from transformers.models.falcon import modeling_falcon
+
+    for name in PLAIN_SUBCLASSES:
+        layer = getattr(modeling_falcon, name)(5, 3)
+        x = torch.randn(2, 7, 5)
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_falcon_trains_on_4_bit_layers(use_dora):
+    model = tiny_falcon()
+    quantize(model, Nf4Config())
+    before = logits(model)
+    rw.add_adapter(model, rw.LoraConfig(r=2, use_dora=use_dora))
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(value.grad is not None for value in rw.adapter_parameters(model).values())
 
 
 def test_the_head_stays_dense_tied_or_not():

@@ -52,6 +52,8 @@ class Dora(nn.Module):
         # float32 whatever the base's dtype: bfloat16 would round the gain away from 1 at the first step.
         self.magnitude = nn.Parameter(torch.empty(self.lora_B.shape[0], dtype=torch.float32, device=device))
         self._out_features = features(base)[1]
+        self.is_overwritten = False
+        # Whether the model writes to what this layer gives; the operator keeps that for the magnitude's gradient.
         self._norms, self._squared, self._gain = Kept(), Kept(), Kept()
 
     @property
@@ -69,7 +71,8 @@ class Dora(nn.Module):
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         if (branch := branch_of(self, base, x)) is not None:
-            return low_rank_linear(x, (branch,), drawn_dropout(self.dropout, self.training))[0]
+            y = low_rank_linear(x, (branch,), drawn_dropout(self.dropout, self.training))[0]
+            return y.clone() if self.is_overwritten else y
         y = frozen_product(base, x)
         g = self.gain(base)
         # g - 1 is added rather than g multiplied: in bfloat16 a gain close to 1 would round to 1.

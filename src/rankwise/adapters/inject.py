@@ -110,10 +110,17 @@ def attach(
             layer = _wrap(model, item.name, AdaptedLayer)
             layer.adapters[name] = _new_adapter(config, item, layer.base_layer).train(layer.training)
             layer.is_head = layer.base_layer is _output_head(model)
+            if isinstance(layer.adapters[name], Dora):
+                layer.adapters[name].is_overwritten = _overwrites_outputs(model)
     for key, bias in _biases(model, config, name).items():
         replace_parameter(model, state, name, key, bias)
     set_adapter(model, name)
     return report(model, name)
+
+
+def _overwrites_outputs(model: nn.Module) -> bool:
+    """Whether its forward changes what a linear layer gave: Falcon's parallel block does ``mlp_output += ...``."""
+    return getattr(getattr(model, "config", None), "model_type", None) == "falcon"
 
 
 def report(model: nn.Module, name: str | None = None) -> AdapterReport:

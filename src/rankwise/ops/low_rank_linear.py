@@ -33,27 +33,20 @@ def low_rank_linear(x: Tensor, branches: Sequence[Branch], dropout: Dropout | No
     x has the dtype of the frozen weights; A, B and m may be kept in float32 and are rounded to it for the products.
     """
     tensors = [tensor for branch in branches for tensor in branch.tensors]
-    if torch.is_grad_enabled():
-        ys = LowRankLinear.apply(tuple(branches), dropout, x, *tensors)
-    else:
-        ys = _forward(x, branches, dropout)[0]
-    return tuple(_shaped(y, x) for y in ys)
+    if not torch.is_grad_enabled():
+        return _forward(x, branches, dropout)[0]
+    return LowRankLinear.apply(tuple(branches), dropout, x, *tensors)
 
 
 def low_rank_linear_of_glu(gate: Tensor, up: Tensor, act: str, branch: Branch, dropout: Dropout | None) -> Tensor:
     """``low_rank_linear(act(gate) * up)`` of one branch, without keeping the product: gate, up (..., K) -> (..., N)."""
-    if torch.is_grad_enabled():
-        y = LowRankLinearOfGlu.apply(branch, act, dropout, gate, up, *branch.tensors)
-    else:
-        y = _forward(training.glu(gate, up, act), (branch,), dropout)[0][0]
-    return _shaped(y, gate)
+    if not torch.is_grad_enabled():
+        return _forward(training.glu(gate, up, act), (branch,), dropout)[0][0]
+    return LowRankLinearOfGlu.apply(branch, act, dropout, gate, up, *branch.tensors)
 
 
 class LowRankLinear(torch.autograd.Function):
-    """See ``low_rank_linear``. Inputs: branches, dropout, x, then A, B, bias and m of every branch.
-
-    The outputs are rows (T, N): views made in here could not be written to in place afterwards.
-    """
+    """See ``low_rank_linear``. Inputs: branches, dropout, x, then A, B, bias and m of every branch."""
 
     @staticmethod
     def forward(
@@ -110,11 +103,12 @@ class LowRankLinearOfGlu(torch.autograd.Function):
 def _forward(
     x: Tensor, branches: Sequence[Branch], dropout: Dropout | None
 ) -> tuple[tuple[Tensor, ...], Tensor, ModuleType]:
-    """The outputs (T, N_i), U (T, R), and the module that made them."""
+    """The outputs (..., N_i), U (T, R), and the module that made them."""
     rows = _rows(x)
     steps = _steps(rows, branches)
     ys, U = steps.forward(rows, branches, dropout)
-    return tuple(ys), U, steps
+    # No view: autograd lets nobody write to one that a Function gives, and Falcon adds to its MLP's output in place.
+    return tuple(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])) for y in ys), U, steps
 
 
 def _steps(rows: Tensor, branches: Sequence[Branch]) -> ModuleType:
@@ -125,11 +119,6 @@ def _steps(rows: Tensor, branches: Sequence[Branch]) -> ModuleType:
         if low_rank.takes(rows, branches):
             return low_rank
     return low_rank_plain
-
-
-def _shaped(y: Tensor, x: Tensor) -> Tensor:
-    """Rows y (T, N) in the shape of x (..., K)."""
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _rows(x: Tensor) -> Tensor:

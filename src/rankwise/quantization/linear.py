@@ -347,9 +347,14 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+PLAIN_SUBCLASSES = frozenset({"FalconLinear"})
+"""Subclasses of ``nn.Linear`` whose own forward is the same product, x W^T + b, by name as for ``Conv1D``."""
+
+
 def is_dense_linear(module: nn.Module) -> bool:
-    """Whether `Linear4bit` can stand in for it: subclasses may use their weight in ways of their own."""
-    return type(module) is nn.Linear or is_conv1d(module)
+    """Whether `Linear4bit` can stand in for it: other subclasses may use their weight in ways of their own."""
+    is_plain = isinstance(module, nn.Linear) and type(module).__name__ in PLAIN_SUBCLASSES
+    return type(module) is nn.Linear or is_plain or is_conv1d(module)
 
 
 def features(linear: nn.Module) -> tuple[int, int]:
