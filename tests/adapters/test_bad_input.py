@@ -194,3 +194,28 @@ def test_a_fused_file_that_is_not_block_structured(tmp_path):
     metadata = dict(read_header(path).metadata)
     save_file(tensors, path, metadata=metadata)
     fails(tiny_gpt2(), tmp_path, "RW411", "c_attn.lora_B.weight")
+
+
+def tiny_router_models():
+    from transformers import AutoModelForCausalLM, Llama4TextConfig, PhimoeConfig
+
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    llama4 = Llama4TextConfig(**sizes, intermediate_size_mlp=16, head_dim=8, interleave_moe_layer_step=1)
+    return [AutoModelForCausalLM.from_config(config) for config in (llama4, PhimoeConfig(**sizes))]
+
+
+def test_routers_that_give_a_tuple_are_no_linear_layers():
+    """Wrapped, their forward would add a product to a tuple at the first step."""
+    for model in tiny_router_models():
+        routers = [name for name, part in model.named_modules() if type(part).__name__.endswith("Router")]
+        assert routers
+        with pytest.raises(AdapterError, match="RW402.*no adapter can wrap"):
+            rw.add_adapter(model, rw.LoraConfig(r=2, target_modules=[routers[0].rpartition(".")[2]]))
+        report = rw.add_adapter(model, rw.LoraConfig(r=2))
+        adapted = {module.name for module in report.modules}
+        assert adapted
+        assert not adapted & set(routers)
+        ids = torch.tensor([[1, 5, 9, 14]])
+        model(input_ids=ids, labels=ids).loss.backward()

@@ -19,6 +19,11 @@ from rankwise.adapters.freshness import Key, frozen_key
 REPLACED = "rankwise_replaced"
 # Attribute of a module whose forward is ours: the instance's forward before, and the names of what ours finds there.
 
+OTHER_RESULTS = frozenset({"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"})
+"""Subclasses of ``nn.Linear`` in transformers whose forward gives something else than W x + b: routers a tuple of
+scores, grouped layers one block of W for each group. What an adapter adds would have no place there.
+"""
+
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody must see the module's call."""
@@ -35,7 +40,11 @@ def is_adaptable(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A linear layer that can be read: another library's packed weights without ``dequantize`` cannot."""
+    """A linear layer that can be read: another library's packed weights without ``dequantize`` cannot. Layers that are
+    linear by class alone (``OTHER_RESULTS``) are none.
+    """
+    if type(module).__name__ in OTHER_RESULTS:
+        return False
     if all(hasattr(module, name) for name in ("in_features", "out_features", "dequantize")):
         return True
     weight = getattr(module, "weight", None)
