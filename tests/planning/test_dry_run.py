@@ -142,6 +142,21 @@ def test_a_forward_that_asks_for_values_is_explained():
     assert caught.value.code == "RW327"
 
 
+def test_where_the_closed_form_does_not_help_it_is_not_offered():
+    """RW325 sends to --exact; sent back from there, nobody would get on."""
+    errors = {}
+    for family in ("llama", "stablelm"):
+        model = skeleton("llama", **SMALL)
+        model.config.model_type = family
+        model.forward = lambda input_ids, **_: input_ids.tolist()
+        with pytest.raises(ModelError) as caught:
+            trace(model, "lora", Workload(batch_size=1, max_length=32))
+        errors[family] = caught.value.message
+    assert "plan without --exact" in errors["llama"]
+    assert "without --exact" not in errors["stablelm"]
+    assert "another --method" in errors["stablelm"]
+
+
 def test_the_tracker_counts_known_storages():
     layer, x = nn.Linear(256, 512, bias=False), torch.ones(8, 256)
     with StorageTracker() as tracker:

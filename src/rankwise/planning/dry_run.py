@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -22,6 +23,7 @@ from rankwise.adapters.targets import matches
 from rankwise.errors import ModelError, RankwiseError
 from rankwise.ops import selection
 from rankwise.planning import cuda
+from rankwise.planning.architectures import FAMILIES
 from rankwise.planning.assemble import assembled
 from rankwise.planning.counted_optimizer import new_optimizer
 from rankwise.planning.estimate import MemoryEstimate
@@ -198,5 +200,14 @@ def _explaining(model: nn.Module) -> Iterator[None]:
         raise ModelError(
             "RW327",
             f"the step of {type(model).__name__} cannot be run without values ({type(error).__name__}: {reason}); "
-            "plan without --exact.",
+            f"{_another_way(model)}.",
         ) from error
+
+
+def _another_way(model: Any) -> str:
+    if getattr(model.config, "model_type", None) in FAMILIES:
+        return "plan without --exact"
+    return (
+        f"the closed form does not know this architecture either, so plan another --method, or with another version of "
+        f"transformers (this is {transformers.__version__})"
+    )
