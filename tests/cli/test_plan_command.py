@@ -177,6 +177,44 @@ def test_mistakes_exit_with_2_and_say_what_to_do(plan, arguments, code, words):
     assert words in done.stderr
 
 
+@pytest.fixture
+def failing(monkeypatch):
+    """Let dry runs of some methods fail, as a model's own code may."""
+    from rankwise.errors import ModelError
+    from rankwise.planning import plan as planning
+
+    real = planning.estimate
+
+    def fail(*methods):
+        def estimate(place, method, *arguments, **more):
+            if method in methods:
+                raise ModelError("RW327", f"no step of {method}.")
+            return real(place, method, *arguments, **more)
+
+        monkeypatch.setattr(planning, "estimate", estimate)
+
+    return fail
+
+
+def test_one_method_that_cannot_be_planned_leaves_the_others(plan, failing):
+    failing("qlora")
+    document = plan("--method", "lora,qlora", "--exact", "--memory", ENOUGH, "--json").document
+    assert document["methods"]["lora"]["fits"] is True
+    entry = document["methods"]["qlora"]
+    assert (entry["fits"], entry["failure"]) == (None, {"code": "RW327", "message": "no step of qlora."})
+    assert not any(step["settings"].get("method") == "qlora" for step in document["changes"]["steps"])
+    done = plan("--method", "lora,qlora", "--exact", "--memory", LITTLE)
+    assert done.code == 0
+    assert "cannot be planned: RW327: no step of qlora." in " ".join(done.stdout.split())
+
+
+def test_where_no_method_can_be_planned_the_first_reason_is_the_error(plan, failing):
+    failing("lora", "qlora")
+    done = plan("--method", "lora,qlora", "--exact", "--memory", ENOUGH)
+    assert done.code == 2
+    assert "RW327: no step of lora." in done.stderr
+
+
 def test_a_plan_needs_a_model(rankwise):
     done = rankwise("plan", "--memory", ENOUGH)
     assert done.code == 2

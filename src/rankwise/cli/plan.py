@@ -165,7 +165,7 @@ def _check(settings: PlanSettings, plan: Plan, output: Output) -> dict[str, Any]
     from rankwise.planning.hardware import this_machine
     from rankwise.planning.plan import workload_for
 
-    method = settings.methods[0] if len(settings.methods) == 1 else plan.recommendation.method or settings.methods[0]
+    method = settings.methods[0] if len(settings.methods) == 1 else plan.changes_of
     hardware = plan.hardware if plan.hardware.kind == "machine" else this_machine()
     assert settings.model is not None
     with output.waiting(f"running three steps of {method}"):

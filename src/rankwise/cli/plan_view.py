@@ -49,7 +49,9 @@ def show(plan: Plan, command: str | None, output: Output) -> None:
     for bar in bars(plan, output.console.width):
         output.console.print(bar, soft_wrap=True)
     output.line()
-    print_lines([*change_lines(plan), *recommendation_lines(plan, command), *footnotes(plan)], output)
+    print_lines(
+        [*unplanned_lines(plan), *change_lines(plan), *recommendation_lines(plan, command), *footnotes(plan)], output
+    )
 
 
 def heading(plan: Plan) -> Iterator[str]:
@@ -86,6 +88,8 @@ def table(plan: Plan) -> Table:
     result.add_column("hours" if plan.run_tokens else "h/Mtok", justify="right", no_wrap=True)
     for row in plan.rows:
         result.add_row(*_cells(row, plan, unit))
+    for item in plan.unplanned:
+        result.add_row(item.method, *["-"] * 6, Text("not planned", style="red"), "-", "-")
     return result
 
 
@@ -146,6 +150,12 @@ def _bar(row: MethodRow, memory: int, high: float, room: int) -> Text:
         cells[-1] = ("▶", VERDICT_STYLES["too big"])
     cells[min(room - 1, round(memory / high * room))] = ("|", "bold")
     return Text.assemble(*cells)
+
+
+def unplanned_lines(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Why a method has no sizes."""
+    for item in plan.unplanned:
+        yield f"{item.method}:", f"cannot be planned: {item.code}: {item.message}"
 
 
 def change_lines(plan: Plan) -> Iterator[tuple[str, str]]:

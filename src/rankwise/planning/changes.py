@@ -188,13 +188,22 @@ class Advisor:
         return self.seconds(estimate, workload) / workload.batch_size
 
     def singles(
-        self, method: str, workload: Workload, accumulation: int, groups: Container[str] | None = None
+        self,
+        method: str,
+        workload: Workload,
+        accumulation: int,
+        groups: Container[str] | None = None,
+        refused: Container[str] = (),
     ) -> list[Change]:
         """Each change alone, of a group the first that fits or else the one that saves most; useless ones left out.
 
-        ``groups``: those looked at, where an estimate is dear.
+        ``groups``: those looked at, where an estimate is dear. ``refused``: methods that cannot be planned.
         """
-        steps = possible_steps(method, workload, accumulation)
+        steps = [
+            step
+            for step in possible_steps(method, workload, accumulation)
+            if step.settings.get("method") is None or step.settings["method"] not in refused
+        ]
         changes = [self.price([step], method, workload) for step in steps if groups is None or step.group in groups]
         chosen = []
         for _, group in itertools.groupby(changes, key=lambda change: change.steps[0].group):

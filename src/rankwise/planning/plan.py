@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rankwise.config import FOUR_BITS
-from rankwise.errors import ConfigError, ModelError
+from rankwise.errors import ConfigError, ModelError, QuantizationError
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.planning.calibration import measured_pace
 from rankwise.planning.changes import Advisor, Change, reachable
@@ -79,6 +79,18 @@ class MethodRow:
 
 
 @dataclasses.dataclass(frozen=True)
+class Unplanned:
+    """One method that this model does not take, or whose step cannot be run without values."""
+
+    method: str
+    code: str
+    message: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"fits": None, "verdict": None, "failure": {"code": self.code, "message": self.message}}
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What ``rankwise plan`` prints."""
 
@@ -87,6 +99,8 @@ class Plan:
     workload: Workload
     accumulation: int
     rows: tuple[MethodRow, ...]
+    # One at least.
+    unplanned: tuple[Unplanned, ...]
     recommendation: Recommendation
     changes: tuple[Change, ...]
     # Of the recommended method (or of the first) at the settings asked for.
@@ -100,7 +114,10 @@ class Plan:
             "model": self.model,
             "hardware": self.hardware.to_json(),
             "workload": {**dataclasses.asdict(self.workload), "gradient_accumulation": self.accumulation},
-            "methods": {row.estimate.method: row.to_json() for row in self.rows},
+            "methods": {
+                **{row.estimate.method: row.to_json() for row in self.rows},
+                **{item.method: item.to_json() for item in self.unplanned},
+            },
             "recommendation": self.recommendation.to_json(),
             "changes": {"method": self.changes_of, "steps": [change.to_json() for change in self.changes]},
             "pace": self.pace_basis,
@@ -112,7 +129,7 @@ def make_plan(settings: PlanSettings) -> Plan:
     """The plan for these options.
 
     Raises ConfigError: RW130 to RW132 impossible settings, RW140 a size, RW141 a card, RW142 a method, RW143 no model;
-    ModelError as ``estimate`` does.
+    ModelError and QuantizationError as ``estimate`` does, where every method fails so.
     """
     methods = settings.methods
     if settings.model is None:
@@ -188,10 +205,8 @@ class _Planner:
         self.advisor = Advisor(self.estimate, self._seconds, hardware.memory_bytes)
 
     def plan(self) -> Plan:
-        if self.settings.exact:
-            for method in self.methods:
-                self.estimate.anchor(method, self.workload, self._dry_run(method, self.workload))
-        rows = tuple(self._row(method) for method in self.methods)
+        rows, unplanned = self._rows()
+        self.methods = [row.estimate.method for row in rows]
         accumulation = self.settings.gradient_accumulation
         # Each setting but batch and length costs two dry runs or more where the closed form does not answer.
         passes = PASSES[:1] if self.is_slow else PASSES
@@ -200,19 +215,37 @@ class _Planner:
         )
         subject = recommendation.method or recommendation.estimate.method
         cheap = PASSES[0] if self.is_slow else None
-        changes = self.advisor.singles(subject, self.workload, accumulation, cheap)
+        refused = {item.method for item in unplanned}
+        changes = self.advisor.singles(subject, self.workload, accumulation, cheap, refused)
         return Plan(
             model=self.source.name,
             hardware=self.hardware,
             workload=self.workload,
             accumulation=accumulation,
-            rows=rows,
+            rows=tuple(rows),
+            unplanned=tuple(unplanned),
             recommendation=recommendation,
             changes=tuple(changes),
             changes_of=subject,
             pace_basis=self._pace_basis(),
             run_tokens=run_tokens(self.settings),
         )
+
+    def _rows(self) -> tuple[list[MethodRow], list[Unplanned]]:
+        """A row of each method that can be planned, and why the others cannot; one row at least, or the first error."""
+        rows, unplanned = [], []
+        first: ModelError | QuantizationError | None = None
+        for method in self.methods:
+            try:
+                if self.settings.exact:
+                    self.estimate.anchor(method, self.workload, self._dry_run(method, self.workload))
+                rows.append(self._row(method))
+            except (ModelError, QuantizationError) as error:
+                first = first or error
+                unplanned.append(Unplanned(method, error.code, error.message))
+        if first is not None and not rows:
+            raise first
+        return rows, unplanned
 
     def _estimator(self) -> Estimator:
         """The closed form; with --exact, for an architecture that it does not know, lines through dry runs."""
