@@ -135,3 +135,41 @@ def test_when_memory_runs_out_the_error_ends_with_what_would_fit(train, toy_memo
 def test_other_errors_stay_what_they_are():
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert is_out_of_memory(MemoryError())
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(model_folder, tmp_path_factory):
+    """A GPT-2 of 12 positions with the tokenizer of bytes."""
+    import shutil
+
+    from tiny_models import tiny_gpt2
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_folder / name, folder)
+    tiny_gpt2(vocab_size=259, n_positions=12).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("packing", [(), ("--packing",)])
+def test_rows_beyond_learned_positions_stop_before_training(rankwise, gpt2_folder, tmp_path, packing):
+    """A table of positions ends; without the check the first step fails in the embedding."""
+    rows = [{"prompt": "a ", "completion": "b" * length} for length in (2, 3, 4, 30)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    order = ("train", "--model", gpt2_folder, "--data", data, "--max-steps", 1, "--r", 2, "--device", "cpu")
+    done = rankwise(*order, *packing, "--output", tmp_path / "long", "--max-length", 64)
+    assert done.code == 2
+    assert "RW533" in done.stderr
+    assert "--max-length 12" in done.stderr
+    assert not (tmp_path / "long").exists()
+    assert rankwise(*order, *packing, "--output", tmp_path / "short", "--max-length", 12).code == 0
+
+
+def test_no_plan_goes_beyond_learned_positions(rankwise, gpt2_folder):
+    order = ("plan", "--model", gpt2_folder, "--memory", "8GB", "--json")
+    done = rankwise(*order, "--max-length", 13)
+    assert done.code == 2
+    assert "--max-length 12" in done.stderr
+    rows = rankwise(*order, "--max-length", 12).document["methods"].values()
+    assert {row["longest_row_tokens"] for row in rows} == {12}

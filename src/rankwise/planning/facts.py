@@ -12,6 +12,7 @@ from typing import Any
 
 from rankwise.models.folder import read_config
 from rankwise.models.gguf_file import read_gguf_header
+from rankwise.models.positions import config_table_rows
 from rankwise.models.source import ModelSource
 from rankwise.planning.architectures import FAMILIES
 from rankwise.planning.shape import Shape, gguf_config, shape_of
@@ -33,6 +34,8 @@ class ModelFacts:
     head_is_tied: bool
     idle_expert_parameters: int = 0
     # Parameters of experts that a token does not visit: L (E - e) 3 h w with the width w of an expert.
+    position_rows: int | None = None
+    # Of a table of learned positions, which no row of tokens can outgrow; None: there is none.
 
     @property
     def head_parameters(self) -> int:
@@ -57,9 +60,11 @@ def read_facts(source: ModelSource) -> ModelFacts:
 def facts_of(config: Mapping[str, Any], name: str = "the config") -> ModelFacts:
     """From a config.json: by the shape, where the closed form knows the family, so that the two cannot differ."""
     if config.get("model_type") in FAMILIES:
-        return _of_shape(shape_of(config, name))
-    text = config.get("text_config")
-    return _of_config(text if isinstance(text, Mapping) else config)
+        facts = _of_shape(shape_of(config, name))
+    else:
+        text = config.get("text_config")
+        facts = _of_config(text if isinstance(text, Mapping) else config)
+    return dataclasses.replace(facts, position_rows=config_table_rows(config))
 
 
 def _of_shape(shape: Shape) -> ModelFacts:

@@ -128,9 +128,11 @@ def largest_batch(estimate: Estimator, method: str, workload: Workload, memory_b
     return _largest(estimate, method, workload, memory_bytes, "batch_size", 1, MOST_ROWS)
 
 
-def longest_row(estimate: Estimator, method: str, workload: Workload, memory_bytes: int) -> int:
-    """The most tokens a row at this batch size; 0 where even 2 are too many."""
-    return _largest(estimate, method, workload, memory_bytes, "max_length", 2, MOST_TOKENS)
+def longest_row(
+    estimate: Estimator, method: str, workload: Workload, memory_bytes: int, *, most: int = MOST_TOKENS
+) -> int:
+    """The most tokens a row at this batch size, ``most`` at most; 0 where even 2 are too many."""
+    return _largest(estimate, method, workload, memory_bytes, "max_length", 2, most)
 
 
 def _largest(

@@ -17,6 +17,7 @@ from rankwise.planning.closed_form import of_shape
 from rankwise.planning.estimate import MemoryEstimate, estimate
 from rankwise.planning.facts import ModelFacts, read_facts
 from rankwise.planning.fitting import (
+    MOST_TOKENS,
     Estimator,
     Interpolating,
     Remembering,
@@ -197,6 +198,7 @@ class _Planner:
             work,
         )
         self.facts: ModelFacts = read_facts(source)
+        self._check_length()
         # A local model has no revision to ask for again.
         self.place = source.path if source.path is not None else source.name
         self.is_slow = False
@@ -230,6 +232,16 @@ class _Planner:
             pace_basis=self._pace_basis(),
             run_tokens=run_tokens(self.settings),
         )
+
+    def _check_length(self) -> None:
+        """Raises ConfigError (RW130) for rows that the model has no positions for."""
+        most, asked = self.facts.position_rows, self.workload.max_length
+        if most is not None and asked > most:
+            raise ConfigError(
+                "RW130",
+                f"--max-length is {asked:,}, and {self.source.name} has learned positions for {most:,} tokens; give "
+                f"--max-length {most} or less.",
+            )
 
     def _rows(self) -> tuple[list[MethodRow], list[Unplanned]]:
         """A row of each method that can be planned, and why the others cannot; one row at least, or the first error."""
@@ -265,12 +277,13 @@ class _Planner:
         pace = tokens_per_second(own, self.facts, self.workload, self.pace(method))
         tokens = run_tokens(self.settings)
         is_within = fits(own, memory)
+        most = self.facts.position_rows or MOST_TOKENS
         return MethodRow(
             estimate=own,
             verdict=verdict_of(own, memory),
             spare_bytes=memory - own.peak_bytes,
             max_batch_size=largest_batch(self.estimate, method, self.workload, memory),
-            longest_row_tokens=longest_row(self.estimate, method, self._narrow(is_within), memory),
+            longest_row_tokens=longest_row(self.estimate, method, self._narrow(is_within), memory, most=most),
             tokens_per_second=pace,
             seconds=tokens / pace if pace and tokens else None,
         )

@@ -33,13 +33,24 @@ class Foresight(Protocol):
 def longest_batch(dataset: Any, batch_size: int) -> LongestBatch:
     """The longest ``batch_size`` rows of an encoded data set (``input_ids``, ``labels``)."""
     import numpy as np
-    import pyarrow.compute as pc
 
-    columns = dataset.select_columns(["input_ids"]).with_format("arrow")
-    pieces = [pc.list_value_length(table["input_ids"]).to_numpy() for table in columns.iter(ROWS_AT_ONCE)]
-    lengths = np.concatenate(pieces)
+    lengths = _lengths(dataset)
     longest = np.argsort(lengths)[::-1][:batch_size]
     tokens = int(lengths[longest[0]])
     labels = dataset.select(longest.tolist())["labels"]
     trained = sum(label != IGNORED for row in labels for label in row)
     return LongestBatch(len(longest), tokens, min(1.0, max(trained, 1) / (len(longest) * tokens)))
+
+
+def longest_row(dataset: Any) -> int:
+    """Tokens of the longest row of an encoded data set."""
+    return int(_lengths(dataset).max())
+
+
+def _lengths(dataset: Any) -> Any:
+    """Tokens of every row."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    columns = dataset.select_columns(["input_ids"]).with_format("arrow")
+    return np.concatenate([pc.list_value_length(table["input_ids"]).to_numpy() for table in columns.iter(ROWS_AT_ONCE)])

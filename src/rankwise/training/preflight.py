@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rankwise.adapters import adapter_parameters, has_adapter, load_adapter, remove_adapter
 from rankwise.adapters.baselines import has_baseline
 from rankwise.errors import RunError, warn
+from rankwise.models.positions import table_rows
 from rankwise.training.checkpoints import check_space
 from rankwise.training.weights import checkpoint_bytes, trainable_tensors
 
@@ -36,6 +37,17 @@ def check_labels(*, tokens: int, trained_tokens: int, stop_rows: int, whole_text
     if not whole_texts:
         raise RunError("RW525", text)
     warn("RW525", text)
+
+
+def check_positions(model: nn.Module, longest: int) -> None:
+    """Raise RunError (RW533) where ``longest``, in tokens, is more than the model's table of positions has rows."""
+    rows = table_rows(model)
+    if rows is not None and longest > rows:
+        raise RunError(
+            "RW533",
+            f"the longest row has {longest:,} tokens, and this {type(model).__name__} has learned positions for "
+            f"{rows:,}; give --max-length {rows} or less.",
+        )
 
 
 def check_trainable(model: nn.Module, method: str) -> None:

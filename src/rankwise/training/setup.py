@@ -40,6 +40,10 @@ class Data:
     # Jinja text of --chat-template.
     eval_rows: Rows | None = None
 
+    @property
+    def sets(self) -> list[Encoded]:
+        return [self.train] if self.evaluation is None else [self.train, self.evaluation]
+
     def describe(self) -> dict[str, dict[str, Any]]:
         """{"train": ..., "eval": ...}: where each set came from, its sha256 and what became of its rows."""
         described = {"train": _described(self.rows, self.train)}
