@@ -177,6 +177,16 @@ def test_mistakes_exit_with_2_and_say_what_to_do(plan, arguments, code, words):
     assert words in done.stderr
 
 
+@pytest.mark.parametrize("option", ["--svg", "--save"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(plan, monkeypatch, tmp_path, option):
+    monkeypatch.setattr("rankwise.planning.plan.make_plan", lambda settings: pytest.fail("planned all the same"))
+    for place in (tmp_path, tmp_path / "missing" / "file"):
+        done = plan(option, place)
+        assert done.code == 2
+        assert "RW145" in done.stderr
+        assert option in done.stderr
+
+
 @pytest.fixture
 def failing(monkeypatch):
     """Let dry runs of some methods fail, as a model's own code may."""

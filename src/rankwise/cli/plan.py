@@ -55,6 +55,9 @@ def run(settings: PlanSettings, output: Output) -> Mapping[str, Any]:
     from rankwise.planning.plan import make_plan
 
     document: dict[str, Any] = {}
+    # A plan may take minutes, and would be lost.
+    _check_place(settings.svg, "--svg")
+    _check_place(settings.save, "--save")
     if settings.calibrate:
         document["calibration"] = _calibrate(settings, output)
         if settings.model is None:
@@ -103,24 +106,25 @@ def _write(settings: PlanSettings, plan: Plan, output: Output) -> dict[str, str]
     if settings.svg is not None:
         from rankwise.cli import plan_view
 
-        _write_file(settings.svg, plan_view.svg(plan), "--svg")
+        write_text(settings.svg, plan_view.svg(plan))
         written["svg"] = str(settings.svg)
         output.line(f"{'drawn':<12}{settings.svg}")
     if settings.save is not None:
         if plan.recommendation.method is None:
             output.line(f"{'not saved':<12}nothing fits, so there is nothing to save in {settings.save}", "yellow")
         else:
-            _write_file(settings.save, as_yaml(plan), "--save")
+            write_text(settings.save, as_yaml(plan))
             written["saved"] = str(settings.save)
             output.line(f"{'saved':<12}{settings.save}")
     return written
 
 
-def _write_file(path: Path, text: str, option: str) -> None:
+def _check_place(path: Path | None, option: str) -> None:
+    if path is None:
+        return
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else f"lies in {path.parent}, which does not exist"
         raise ConfigError("RW145", f"{option} {path} {what}; give the name of a file in a folder that exists.")
-    write_text(path, text)
 
 
 def as_yaml(plan: Plan) -> str:
