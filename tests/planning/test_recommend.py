@@ -181,3 +181,8 @@ def test_some_rule_explains_every_recommendation(method, goal):
     situation = Situation(method, goal, fits, {"r": 16, "target_modules": "all-linear"}, frozenset())
     assert any(rule.when(situation) for rule in RULES)
     assert SERVING[method]
+
+
+def test_no_reason_calls_the_base_16_bit():
+    """On a CPU it has 32."""
+    assert not any("16-bit base" in rule.reason for rule in RULES)
