@@ -33,3 +33,16 @@ def test_a_comma_before_three_digits_parts_thousands(text, size):
 
 def test_a_comma_may_be_the_decimal_point():
     assert parse_size("1,5 TB") == parse_size("1.5TB") == 1_500 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"), [("24000000000", "24GB"), (100_001, "100.001kB"), ("25,769,803,776", "25.769803776GB")]
+)
+def test_a_bare_number_of_bytes_is_not_taken_for_gigabytes(text, meant):
+    with pytest.raises(ConfigError, match=f"RW140.*did you mean bytes.*{meant}"):
+        parse_size(text)
+    assert parse_size(f"{text}B") == parse_size(meant)
+
+
+def test_large_numbers_of_gigabytes_stay():
+    assert parse_size("100000") == parse_size("100TB")

@@ -19,6 +19,9 @@ UNITS = {
 }
 """Bytes per unit; a letter alone (k, m, g, t) is decimal, and no unit at all means GB."""
 
+MOST_BARE = 100_000
+"""A number without a unit above this is no count of GB that a machine has."""
+
 _SIZE = re.compile(r"(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?|\.\d+)\s*([kmgt]?i?b?)", re.IGNORECASE)
 _THOUSANDS = re.compile(r",(?=\d{3}(?!\d))")
 
@@ -36,6 +39,12 @@ def parse_size(text: str | int | float) -> int:
         raise _no_size(text)
     unit = unit if unit.endswith("b") else f"{unit}b"
     number = float(_THOUSANDS.sub("", found.group(1)).replace(",", "."))
+    if not found.group(2) and number > MOST_BARE:
+        raise ConfigError(
+            "RW140",
+            f"the memory {str(text)!r} has no unit and would mean GB; did you mean bytes? "
+            f"Write {size_option(number)}.",
+        )
     size = round(number * UNITS[unit]) if unit in UNITS else 0
     if size < 1:
         raise _no_size(text)
@@ -46,6 +55,12 @@ def _no_size(text: object) -> ConfigError:
     return ConfigError(
         "RW140", f"the memory {str(text)!r} is no size above 0; write 24GB (10^9 bytes), 24GiB (2^30) or 24 (GB)."
     )
+
+
+def size_option(size_bytes: float) -> str:
+    """``24GB``, ``1.5MB`` or ``900kB``, as an option takes it."""
+    unit = next((name for name in ("GB", "MB", "kB") if size_bytes >= UNITS[name.lower()]), "B")
+    return f"{size_bytes / UNITS[unit.lower()]:.12g}{unit}"
 
 
 def gigabytes(size_bytes: float) -> str:
