@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 from planning_models import FAMILIES, config_of, skeleton
 
 from rankwise.adapters import add_adapter
@@ -94,6 +95,28 @@ def test_missing_and_wrong_fields_are_all_named():
     del config["hidden_size"]
     config["num_attention_heads"] = "many"
     with pytest.raises(ModelError, match="hidden_size is missing, num_attention_heads is 'many'") as caught:
+        shape_of(config)
+    assert caught.value.code == "RW326"
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_heads_that_transformers_refuses_are_refused(family):
+    """And only those: some families round the heads' width down."""
+    heads = {"hidden_size": 1000, "num_attention_heads": 16, "num_key_value_heads": 8, "num_hidden_layers": 1}
+    is_refused = {}
+    for build in (lambda: shape_of(config_of(family, **heads)), lambda: skeleton(family, **heads)):
+        try:
+            build()
+        except ModelError as error:
+            is_refused["here"] = error.code == "RW326"
+        except (ValueError, StrictDataclassError):
+            is_refused["there"] = True
+    assert is_refused in ({}, {"here": True, "there": True})
+
+
+def test_key_value_heads_must_divide_the_heads():
+    config = config_of("llama", num_key_value_heads=7)
+    with pytest.raises(ModelError, match="16 attention heads.*7 key-value heads.*num_key_value_heads") as caught:
         shape_of(config)
     assert caught.value.code == "RW326"
 

@@ -103,8 +103,8 @@ def read_shape(model: str | os.PathLike[str], *, trust_remote_code: bool = False
 def shape_of(config: Mapping[str, Any], name: str = "the config") -> Shape:
     """The shape that a config.json describes.
 
-    Raises ModelError: RW325 an architecture that the closed form does not know, RW326 fields that are missing or no
-    numbers.
+    Raises ModelError: RW325 an architecture that the closed form does not know, RW326 fields that are missing, are no
+    numbers or do not go together.
     """
     from rankwise.planning.architectures import FAMILIES
 
@@ -115,7 +115,30 @@ def shape_of(config: Mapping[str, Any], name: str = "the config") -> Shape:
             f"{name} is a {family!r} model, which the closed form does not know; plan with --exact, which runs the "
             f"model's own code, or give one of {', '.join(sorted(FAMILIES))}.",
         )
-    return FAMILIES[family](Fields(config, name))
+    shape = FAMILIES[family](Fields(config, name))
+    _check_heads(shape, name)
+    return shape
+
+
+def _check_heads(shape: Shape, name: str) -> None:
+    """Raises ModelError (RW326) for heads that no model of transformers has: its attention would fail."""
+    wrong = []
+    if shape.hidden % shape.heads and shape.family in WHOLE_HEADS:
+        wrong.append(f"the hidden size {shape.hidden} is no multiple of its {shape.heads} attention heads")
+    if shape.heads % shape.kv_heads:
+        wrong.append(f"its {shape.heads} attention heads are no multiple of its {shape.kv_heads} key-value heads")
+    if wrong:
+        names = "n_embd, n_head" if shape.family == "gpt2" else HEAD_FIELDS
+        raise ModelError(
+            "RW326",
+            f"the sizes in the config of {name} do not go together: {'; '.join(wrong)} ({names}); take the config.json "
+            "that came with the model.",
+        )
+
+
+WHOLE_HEADS = frozenset({"llama", "gemma2", "gemma3", "gemma3_text", "gpt2"})
+"""Families that transformers builds only where the hidden size is a multiple of the heads; the others round down."""
+HEAD_FIELDS = "hidden_size, num_attention_heads, num_key_value_heads"
 
 
 class Fields:

@@ -42,8 +42,7 @@ def parse_size(text: str | int | float) -> int:
     if not found.group(2) and number > MOST_BARE:
         raise ConfigError(
             "RW140",
-            f"the memory {str(text)!r} has no unit and would mean GB; did you mean bytes? "
-            f"Write {size_option(number)}.",
+            f"the memory {str(text)!r} has no unit and would mean GB; did you mean bytes? Write {size_option(number)}.",
         )
     size = round(number * UNITS[unit]) if unit in UNITS else 0
     if size < 1:
