@@ -173,3 +173,24 @@ def test_no_plan_goes_beyond_learned_positions(rankwise, gpt2_folder):
     assert "--max-length 12" in done.stderr
     rows = rankwise(*order, "--max-length", 12).document["methods"].values()
     assert {row["longest_row_tokens"] for row in rows} == {12}
+
+
+def test_a_target_that_is_not_there_is_said_once(train):
+    done = train("--target-modules", "q_prj")
+    assert done.code == 2
+    assert "RW401" in done.stderr
+    assert "q_proj" in done.stderr
+    assert "RW564" not in done.stderr
+
+
+def test_targets_that_only_the_plan_refuses_are_said_before_training(train, monkeypatch):
+    from rankwise.errors import AdapterError
+
+    def refuse(*arguments, **more):
+        raise AdapterError("RW402", "no such layer here.")
+
+    monkeypatch.setattr(guard.MemoryGuard, "_ask", refuse)
+    done = train()
+    assert done.code == 0
+    assert "RW564" in done.stderr
+    assert "no such layer here." in done.stderr

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from rankwise.errors import InputError, RunError, warn
+from rankwise.errors import AdapterError, InputError, RunError, warn
 from rankwise.models.source import fetch_model
 from rankwise.planning.changes import Advisor, Change
 from rankwise.planning.check import comparable
@@ -44,6 +44,7 @@ class MemoryGuard:
         self.workload: Workload | None = None
         self.predicted: MemoryEstimate | None = None
         self._estimate: Remembering | None = None
+        self._refused_target: AdapterError | None = None
 
     def before_loading(self) -> None:
         method = self.settings["method"]
@@ -56,8 +57,12 @@ class MemoryGuard:
         try:
             self.workload = workload_of(self.settings, self.hardware)
             smallest = self._ask(dataclasses.replace(self.workload, **SMALLEST))  # type: ignore[arg-type]
+        except AdapterError as error:
+            # The run itself says it better, with the names that the model has, once it is loaded.
+            self._refused_target, self.workload = error, None
+            return
         except InputError as error:
-            warn("RW564", f"the memory of this run cannot be predicted, and it starts all the same: {error.message}")
+            self._warn_of(error)
             self.workload = None
             return
         if verdict_of(smallest, self.hardware.memory_bytes) == "too big":
@@ -65,6 +70,8 @@ class MemoryGuard:
 
     def before_training(self, batch: Any) -> int | None:
         """``batch``: rows, tokens and trained_share of the largest micro-batch."""
+        if self._refused_target is not None:
+            self._warn_of(self._refused_target)
         if self.workload is None or self.hardware is None:
             return None
         trained = max(batch.trained_share, 1 / batch.tokens)
@@ -91,6 +98,9 @@ class MemoryGuard:
         if self.predicted is not None:
             limit = min(limit, round(AFTER_FAILURE * self.predicted.peak_bytes))
         return self._cheapest(limit)
+
+    def _warn_of(self, error: InputError) -> None:
+        warn("RW564", f"the memory of this run cannot be predicted, and it starts all the same: {error.message}")
 
     def _sentence(self, batch: Any, verdict: str) -> str:
         assert self.predicted is not None
