@@ -85,6 +85,19 @@ def test_the_refusal_names_changes_that_fit(train, little_memory, toy_memory, mo
     assert "the cheapest first: (1) --batch-size 2 --gradient-accumulation 2" in done.stderr
 
 
+def test_the_refusal_offers_to_take_back_no_fast(train, little_memory, monkeypatch):
+    def estimate(method, workload):
+        found = toy_estimate(method, workload)
+        return found if workload.fast else dataclasses.replace(found, peak_bytes=4 * found.peak_bytes)
+
+    monkeypatch.setattr(guard, "estimator_of", lambda *arguments, **more: estimate)
+    little_memory(2 * 10**9)
+    done = train("--no-fast", "--max-length", 64)
+    assert done.code == 2
+    assert "RW562" in done.stderr
+    assert "the cheapest first: (1) --fast in place of --no-fast:" in done.stderr
+
+
 def test_the_user_may_overrule_the_plan(train, little_memory, tmp_path):
     little_memory(10_000)
     done = train("--ignore-plan")

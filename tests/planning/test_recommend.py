@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 
@@ -9,7 +10,7 @@ import pytest
 
 from rankwise.config import TrainSettings
 from rankwise.planning import Workload
-from rankwise.planning.changes import Advisor, possible_steps
+from rankwise.planning.changes import FAST, Advisor, possible_steps
 from rankwise.planning.estimate import METHODS
 from rankwise.planning.recommend import ORDER, recommend
 from rankwise.planning.rules import RULES, SERVING, Situation
@@ -186,3 +187,18 @@ def test_some_rule_explains_every_recommendation(method, goal):
 def test_no_reason_calls_the_base_16_bit():
     """On a CPU it has 32."""
     assert not any("16-bit base" in rule.reason for rule in RULES)
+
+
+def test_taking_back_no_fast_is_offered_where_it_was_given():
+    def estimate(method, workload):
+        found = toy_estimate(method, workload)
+        return found if workload.fast else dataclasses.replace(found, peak_bytes=2 * found.peak_bytes)
+
+    slow = dataclasses.replace(WORK, fast=False)
+    asked = Advisor(estimate, seconds, 10 * 10**9, asked_slow=True)
+    assert asked.cheapest("lora", slow, 1)[0].steps == (FAST,)
+    assert (FAST,) in [change.steps for change in asked.singles("lora", slow, 1)]
+    # An Apple GPU takes PyTorch's own step whatever was asked.
+    other = Advisor(estimate, seconds, 10 * 10**9)
+    assert not any("fast" in change.settings for change in other.cheapest("lora", slow, 1))
+    TrainSettings.model_validate({"model": "m", "data": "d", "output": "o", **FAST.settings})

@@ -164,11 +164,23 @@ def apply(steps: Sequence[Step], method: str, workload: Workload) -> tuple[str, 
     return settings.get("method", method), dataclasses.replace(workload, **fields)
 
 
-class Advisor:
-    """Prices changes of one run: ``method`` at ``workload`` with ``accumulation``, against ``memory_bytes``."""
+FAST = Step("fast", "--no-fast -> --fast", 0, {"fast": True})
+"""For a run that was asked to take PyTorch's own step; a device on which ours does not run is offered no other."""
 
-    def __init__(self, estimate: Estimator, seconds: Seconds, memory_bytes: int) -> None:
+
+class Advisor:
+    """Prices changes of one run: ``method`` at ``workload`` with ``accumulation``, against ``memory_bytes``.
+
+    ``asked_slow``: that --no-fast was given, and may be taken back.
+    """
+
+    def __init__(self, estimate: Estimator, seconds: Seconds, memory_bytes: int, *, asked_slow: bool = False) -> None:
         self.estimate, self.seconds, self.memory_bytes = estimate, seconds, memory_bytes
+        self.asked_slow = asked_slow
+
+    def _steps(self, method: str, workload: Workload, accumulation: int) -> list[Step]:
+        steps = possible_steps(method, workload, accumulation)
+        return [*steps, FAST] if self.asked_slow else steps
 
     def price(self, steps: Sequence[Step], method: str, workload: Workload) -> Change:
         before = self.estimate(method, workload)
@@ -201,7 +213,7 @@ class Advisor:
         """
         steps = [
             step
-            for step in possible_steps(method, workload, accumulation)
+            for step in self._steps(method, workload, accumulation)
             if step.settings.get("method") is None or step.settings["method"] not in refused
         ]
         changes = [self.price([step], method, workload) for step in steps if groups is None or step.group in groups]
@@ -218,7 +230,7 @@ class Advisor:
 
         A combination that only adds to one already found is left out.
         """
-        groups = _grouped(possible_steps(method, workload, accumulation))
+        groups = _grouped(self._steps(method, workload, accumulation))
         found: list[Change] = []
         candidates = sorted(_combinations(groups), key=_effort)
         for steps in candidates[:LARGEST_SEARCH]:

@@ -14,7 +14,7 @@ from rankwise.planning.estimate import METHODS, MemoryEstimate
 from rankwise.planning.facts import read_facts
 from rankwise.planning.fitting import Remembering, verdict_of
 from rankwise.planning.hardware import Hardware, cpu_hardware, this_machine
-from rankwise.planning.plan import estimator_of, on_device, ratio_pace_of
+from rankwise.planning.plan import estimator_of, is_slowed, on_device, ratio_pace_of
 from rankwise.planning.sizes import gigabytes
 from rankwise.planning.speed import micro_batch_seconds
 from rankwise.planning.workload import Workload
@@ -125,7 +125,9 @@ class MemoryGuard:
 
     def _cheapest(self, memory_bytes: int) -> str | None:
         assert self.workload is not None
-        advisor = Advisor(self._asker(), self._seconds, memory_bytes)
+        assert self.hardware is not None
+        asked_slow = is_slowed(self.settings["fast"], self.hardware)
+        advisor = Advisor(self._asker(), self._seconds, memory_bytes, asked_slow=asked_slow)
         accumulation = self.settings["gradient_accumulation"]
         changes = advisor.cheapest(self.settings["method"], self.workload, accumulation)
         return "; ".join(f"({index}) {_described(change)}" for index, change in enumerate(changes, 1)) or None
@@ -165,6 +167,8 @@ def _described(change: Change) -> str:
 
 def _option(name: str, value: Any) -> str:
     flag = f"--{name.replace('_', '-')}"
+    if name == "fast":
+        return f"{flag} in place of --no-fast"
     if value is True:
         return flag
     return f"{flag} {','.join(value) if isinstance(value, Sequence) and not isinstance(value, str) else value}"

@@ -157,6 +157,11 @@ def on_device(workload: Workload, hardware: Hardware) -> Workload:
     return dataclasses.replace(workload, fast=False) if hardware.device_type == "mps" else workload
 
 
+def is_slowed(fast: bool, hardware: Hardware) -> bool:
+    """Whether ``--no-fast`` is what keeps our parts and kernels away."""
+    return not fast and hardware.device_type != "mps"
+
+
 def estimator_of(model: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Estimator:
     """The closed form for one model, whose config is read once. Raises ModelError as ``read_shape`` does."""
     shape = read_shape(model, trust_remote_code=trust_remote_code)
@@ -204,7 +209,8 @@ class _Planner:
         self.is_slow = False
         self.estimate = Remembering(self._estimator())
         self.pace, self.ratio_pace = pace_of(hardware, work.dtype), ratio_pace_of(hardware, methods, work.dtype)
-        self.advisor = Advisor(self.estimate, self._seconds, hardware.memory_bytes)
+        asked_slow = is_slowed(settings.fast, hardware)
+        self.advisor = Advisor(self.estimate, self._seconds, hardware.memory_bytes, asked_slow=asked_slow)
 
     def plan(self) -> Plan:
         rows, unplanned = self._rows()
