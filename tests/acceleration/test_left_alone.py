@@ -190,7 +190,7 @@ def test_a_copy_is_made_plain_and_fast_by_itself() -> None:
 def test_pickling_says_what_to_do() -> None:
     model = adapted()
     rw.optimize_for_training(model)
-    with pytest.raises(AdapterError, match="RW417.*restore"):
+    with pytest.raises(AdapterError, match="RW418.*restore"):
         torch.save(model, io.BytesIO())
     restore(model)
     torch.save(model, io.BytesIO())

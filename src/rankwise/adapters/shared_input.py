@@ -90,9 +90,9 @@ class SharedInput:
 
 
 def refuse_pickling() -> NoReturn:
-    """Raises AdapterError (RW417)."""
+    """Raises AdapterError (RW418)."""
     raise AdapterError(
-        "RW417",
+        "RW418",
         "a model that optimize_for_training or accelerate_peft has changed cannot be pickled; call "
         "rankwise.acceleration.restore(model) first, or save with save_adapter or save_pretrained.",
     )
