@@ -290,7 +290,9 @@ class TrainSettings(Settings):
         ge=0,
         description="Evaluate on the first N rows; 0: on all; default: on 256, spread evenly, where there are more.",
     )
-    logging_steps: int = Field(10, ge=1, description="Log every N steps.")
+    logging_steps: int | None = Field(
+        None, ge=1, description="Log every N steps; default: a tenth of the run, at most 10. First and last always."
+    )
     early_stopping: int | None = Field(None, ge=1, description="Stop after N evaluations without a better loss.")
     sample_prompt: str | None = Field(None, description="Answered again at every evaluation.")
     tensorboard: bool = Field(False, description="Write TensorBoard events too (extra `tensorboard`).")
@@ -303,6 +305,11 @@ class TrainSettings(Settings):
     ignore_plan: bool = Field(False, description="Train although the predicted memory is more than there is.")
     resume: bool = Field(False, description="Continue the run in --output from its last checkpoint.")
     overwrite: bool = Field(False, description="Replace the run in --output.")
+
+
+def logging_steps_of(steps: int) -> int:
+    """Steps from one logged loss to the next in a run of ``steps``, where the user does not say."""
+    return min(10, max(1, steps // 10))
 
 
 def read_settings(kind: type[SettingsT], file: Path | None, given: Mapping[str, Any]) -> SettingsT:

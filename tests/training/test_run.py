@@ -47,8 +47,15 @@ def test_run_folder_has_everything_and_no_pickle(method: str, settings: Any, tmp
     assert [info.step for info in watcher.steps] == list(range(1, 9))
     assert len(watcher.evaluations) == len(watcher.samples) == 3
     lines = list(read_metrics(folder))
-    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 6, 8]
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 4, 8]
+
+
+@pytest.mark.parametrize(("steps", "logged"), [(1, [1]), (7, [1, 2, 3, 4, 5, 6, 7]), (25, [1, *range(2, 26, 2), 25])])
+def test_a_short_run_has_a_curve(steps: int, logged: list[int], settings: Any, tmp_path: Path) -> None:
+    train(settings(max_steps=steps, logging_steps=None, eval_data=None, eval_steps=None))
+    lines = list(read_metrics(tmp_path / "run"))
+    assert [line["step"] for line in lines if line.get("loss") is not None] == logged
 
 
 def test_full_fine_tuning_in_mixed_precision(settings: Any) -> None:
@@ -126,7 +133,7 @@ def test_resumed_metrics_have_each_step_once(settings: Any, tmp_path: Path) -> N
     (tmp_path / "run" / "metrics.jsonl").open("a").write('{"step": 6, "loss": 9.0}\n{"step": 7, "lo')
     train(settings(resume=True))
     lines = list(read_metrics(tmp_path / "run"))
-    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 6, 8]
     assert all(line["loss"] < 9 for line in lines if "loss" in line)
 
 

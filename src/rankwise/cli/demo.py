@@ -63,7 +63,6 @@ def _compare_settings(settings: DemoSettings) -> CompareOptions:
         "max_steps": settings.max_steps,
         "eval_limit": settings.eval_limit,
         "eval_steps": max(1, settings.max_steps // 2),
-        "logging_steps": max(1, settings.max_steps // 10),
         "max_length": 160,
     }
     return read_settings(CompareSettings, None, given)

@@ -148,11 +148,11 @@ def _wording(settings: GenerateSettings, record: RunRecord | None, tokenizer: An
     from rankwise.evaluation.loading import template_of
 
     trained = record.data.get("train", {}) if record is not None else {}
-    template: str | None
+    template: str | None = None
     if settings.chat_template is not None:
         template = read_template(settings.chat_template)
-    else:
-        template = template_of([settings.adapter]) if settings.adapter is not None else None
+    elif settings.adapter is not None:
+        template = template_of([settings.adapter])
     plainly = str(trained.get("template", "")).startswith(("no template", "text"))
     if settings.raw or (plainly and settings.chat_template is None):
         return Wording(chat=False, suffix="" if settings.raw else str(trained.get("prompt_ending") or ""))

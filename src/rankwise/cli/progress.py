@@ -18,6 +18,7 @@ from rich.text import Text
 from rankwise.cli.output import Output, print_message
 from rankwise.cli.sparkline import position, sparkline
 from rankwise.cli.words import byte_size, duration, one_line
+from rankwise.config import logging_steps_of
 
 if TYPE_CHECKING:
     from rankwise.training.observer import Observer, StepInfo
@@ -60,9 +61,9 @@ class _Warnings:
 
 
 class PlainProgress(_Warnings):
-    """A line per phase, per ``every`` steps and per evaluation."""
+    """A line per phase, per ``every`` steps (None: as often as is logged by default) and per evaluation."""
 
-    def __init__(self, output: Output, every: int) -> None:
+    def __init__(self, output: Output, every: int | None) -> None:
         super().__init__()
         self.output = output
         self.every = every
@@ -73,7 +74,8 @@ class PlainProgress(_Warnings):
 
     def step(self, info: StepInfo) -> None:
         self.history.add(info)
-        if info.step % self.every == 0 or info.step in (1, info.total):
+        every = self.every or logging_steps_of(info.total)
+        if info.step % every == 0 or info.step in (1, info.total):
             self.output.line(f"step {info.step}/{info.total}  loss {info.loss:.4f}  {figures(info)}")
 
     def evaluation(self, loss: float, best: bool) -> None:
@@ -121,7 +123,7 @@ class LiveProgress(_Warnings):
 
 
 @contextlib.contextmanager
-def watching(output: Output, *, every: int) -> Iterator[Observer]:
+def watching(output: Output, *, every: int | None) -> Iterator[Observer]:
     """An observer for one run, fit for where it is shown."""
     if not output.is_terminal:
         yield PlainProgress(output, every)

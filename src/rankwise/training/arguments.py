@@ -85,10 +85,13 @@ def sft_arguments(
     eval_steps: int | None,
     eval_on_start: bool,
     save_steps: int | None,
-    logging_steps: int,
+    logging_steps: int | None,
     tensorboard: bool,
 ) -> SFTConfig:
-    """The Trainer's arguments. Cadences of None become a tenth of the run, counted once its length is known."""
+    """The Trainer's arguments.
+
+    Cadences of None become a tenth of the run (for logging at most 10 steps), counted once its length is known.
+    """
     with warnings.catch_warnings():
         # transformers renames gradient_checkpointing in 5.2x; the old name works in every version we admit.
         warnings.simplefilter("ignore", FutureWarning)
@@ -123,7 +126,7 @@ def sft_arguments(
             eval_on_start=eval_on_start,
             save_strategy="steps",
             save_steps=save_steps or eval_steps or TENTH,
-            logging_steps=logging_steps,
+            logging_steps=logging_steps or TENTH,
             metric_for_best_model="loss" if evaluate else None,
             greater_is_better=False,
             report_to=["tensorboard"] if tensorboard else "none",

@@ -71,6 +71,9 @@ class Watch(TrainerCallback):
         self.trainer.progress.loss_sum += self.trainer.step_loss
         self.trainer.progress.peak_memory_bytes = self.memory.peak()
         self.observer.step(self._info(state))
+        if state.global_step in (1, state.max_steps):
+            # However short a run is, its curve has two ends.
+            control.should_log = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         logs: dict[str, Any] = more["logs"]

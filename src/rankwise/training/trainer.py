@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_trainer import SFTTrainer
 
 from rankwise.acceleration import LossOptions, fused_head
+from rankwise.config import logging_steps_of
 from rankwise.errors import RunError, warn
 from rankwise.ops.checks_training import sum_dtype
 from rankwise.records import write_json
@@ -298,6 +299,8 @@ class RankwiseTrainer(SFTTrainer):
         result = super()._init_training_state(max_steps, *args, **kwargs)
         # A resumed state brings the old cadence with it; the settings of this run count.
         self.state.compute_steps(self.args, max_steps)
+        if self.args.logging_steps < 1:
+            self.state.logging_steps = logging_steps_of(max_steps)
         return result
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
