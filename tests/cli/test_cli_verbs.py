@@ -224,6 +224,42 @@ def test_inspect_says_whether_the_adapter_fits(run_folder, model_folder, rankwis
     assert fit["code"] == "RW411"
 
 
+def renamed_base(run_folder, target, name):
+    """The adapter of a run without its record, trained on ``name`` by its own word."""
+    shutil.copytree(run_folder, target, ignore=shutil.ignore_patterns("run.json", "checkpoints"))
+    config = json.loads((target / "adapter_config.json").read_text())
+    (target / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("named", "given", "warned"),
+    [("owner/base", "owner/other", True), ("owner/base", "Owner/Base", False), ("owner/base", None, False)],
+)
+def test_shapes_that_fit_are_not_yet_the_same_model(
+    named, given, warned, run_folder, model_folder, rankwise, tmp_path, monkeypatch
+):
+    """``given`` None is the model's folder, whose name says nothing."""
+    adapter = renamed_base(run_folder, tmp_path / "adapter", named)
+    monkeypatch.setattr("rankwise.models.hub.download", lambda *_, **__: model_folder)
+    model = ("--model", given or model_folder)
+    prompt = ("--prompt", "Hi", "--max-new-tokens", 1)
+    for call in (("generate", *prompt), ("merge", "--output", tmp_path / "merged")):
+        done = rankwise(*call, "--adapter", adapter, *model)
+        assert done.code == 0
+        assert done.stderr.count("RW417") == warned
+    said = rankwise("inspect", adapter, *model).stdout
+    assert (f"the shapes fit {given}, but it was trained on {named}" in said) is warned
+
+
+def test_the_demo_model_has_two_names():
+    from rankwise.models import DEMO_HUB_ID, is_other_hub_model
+
+    assert not is_other_hub_model("demo", DEMO_HUB_ID)
+    assert is_other_hub_model("demo", "HuggingFaceTB/SmolLM-135M-Instruct")
+    assert not is_other_hub_model("demo", None)
+
+
 def test_inspect_names_the_layer_that_learned_nothing(run_folder, rankwise, tmp_path):
     shutil.copytree(run_folder, tmp_path / "run")
     path = tmp_path / "run" / "adapter_model.safetensors"

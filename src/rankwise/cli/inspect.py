@@ -181,7 +181,7 @@ def norms_of_b(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, A
 def _fit(folder: Path, model: str, found: Mapping[str, Any]) -> dict[str, Any]:
     """Whether the adapter fits ``model``; only shapes are compared, on a model without weights."""
     from rankwise.adapters.checkpoint import read_adapter
-    from rankwise.models import load_skeleton
+    from rankwise.models import is_other_hub_model, load_skeleton
 
     if found["kind"] != "adapter":
         raise RunError("RW561", f"--model asks whether an adapter fits, and {folder} is a {found['kind']} folder.")
@@ -189,7 +189,8 @@ def _fit(folder: Path, model: str, found: Mapping[str, Any]) -> dict[str, Any]:
         read_adapter(load_skeleton(model), folder)
     except AdapterError as error:
         return {"model": model, "fits": False, "code": error.code, "reason": error.message}
-    return {"model": model, "fits": True}
+    trained_on = found["base_model"] if is_other_hub_model(model, found["base_model"]) else None
+    return {"model": model, "fits": True, "another_base": trained_on}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -269,7 +270,13 @@ def _run_rows(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _fit_rows(fit: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if fit["fits"]:
-        yield "fits", f"yes, {fit['model']}"
+        trained_on = fit["another_base"]
+        yield (
+            "fits",
+            f"the shapes fit {fit['model']}, but it was trained on {trained_on}"
+            if trained_on
+            else f"yes, {fit['model']}",
+        )
         return
     problems = str(fit["reason"]).split("; ")
     yield "fits", f"no, not {fit['model']} ({fit['code']})"

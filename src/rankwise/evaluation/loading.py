@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.errors import ConfigError, DataError, ModelError
+from rankwise.errors import ConfigError, DataError, ModelError, warn
 from rankwise.records import RUN_FILE, RunRecord, load_record
 
 
@@ -44,7 +44,7 @@ def load_as_trained(
     ``dtype`` and ``quantization`` (auto, none, nf4, fp4): auto is as the adapters were trained, else what suits the
     device and no 4 bits. ``named``: the user named the model; otherwise its revision is the one trained on.
     Raises ConfigError (RW151) when the adapters were trained on different bases, ModelError (RW322) without a
-    tokenizer, and what ``load_model`` and ``load_adapter`` raise.
+    tokenizer, and what ``load_model`` and ``load_adapter`` raise. Warns RW417 of adapters of another hub model.
     """
     from rankwise.acceleration import limit_generated_kernels, use_native_products
     from rankwise.adapters import load_adapter
@@ -52,6 +52,8 @@ def load_as_trained(
     from rankwise.models import choose_device, load_model
 
     limit_generated_kernels()
+    if named:
+        _warn_of_other_bases(name, adapters)
     choice = choose_device(device)
     model, tokenizer = load_model(
         name,
@@ -73,6 +75,21 @@ def load_as_trained(
         load_adapter(model, adapter, name=adapter_name, trainable=False)
     use_native_products(model.requires_grad_(False))
     return Loaded(model.eval(), tokenizer, str(choice.device), names)
+
+
+def _warn_of_other_bases(name: str, adapters: Sequence[Path]) -> None:
+    from rankwise.adapters.peft_config import read_config
+    from rankwise.models import is_other_hub_model
+
+    for adapter in adapters:
+        trained = read_config(adapter).get("base_model_name_or_path")
+        if is_other_hub_model(name, trained):
+            warn(
+                "RW417",
+                f"the adapter in {adapter} was trained on {trained}, and --model is {name}; leave --model out unless "
+                "the difference is meant.",
+                stacklevel=3,
+            )
 
 
 @dataclasses.dataclass(frozen=True)

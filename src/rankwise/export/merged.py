@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters import load_adapter, merge_adapter
+from rankwise.adapters import load_adapter, merge_adapter, peft_config
 from rankwise.adapters.base_layer import is_conv1d
 from rankwise.adapters.checkpoint import PREFIX, AdapterFile, end_weights, read_adapter
 from rankwise.adapters.fused import enabled_rows
@@ -27,7 +27,7 @@ from rankwise.errors import AdapterError, ModelError, RunError, warn
 from rankwise.export.dequantized import DequantizedWeights
 from rankwise.export.safetensors_writer import bytes_of, write_safetensors
 from rankwise.export.shards import INDEX_FILE, ShardedWeights
-from rankwise.models import ModelSource, fetch_model, load_model, load_skeleton, model_hash
+from rankwise.models import ModelSource, fetch_model, is_other_hub_model, load_model, load_skeleton, model_hash
 from rankwise.models.folder import read_config
 from rankwise.quantization.bitsandbytes_format import rewrite_bitsandbytes_config
 from rankwise.quantization.config import FourBitConfig, Fp4Config, Nf4Config
@@ -70,7 +70,8 @@ def merge_to_folder(
     weights before quantization; ``trained_on`` is their format where the adapter's folder has no record of it. Raises
     AdapterError when the adapter does not fit the base (RW414: it did not train on
     4 bits), ModelError when the base cannot be read or (RW309) holds no original weights, RunError (RW532) when
-    ``output`` holds something. Warns RW415 when the base's weights are not those of the training.
+    ``output`` holds something. Warns RW417 of another hub model than the adapter names, RW415 of weights
+    that are not those of the training.
     """
     refuse_to_overwrite(output)
     source = base_source(adapter, model, revision=revision, trust_remote_code=trust_remote_code)
@@ -169,6 +170,15 @@ def _base(
 
 
 def _warn_of_another_base(adapter: Path, source: ModelSource) -> None:
+    named = peft_config.read_config(adapter).get("base_model_name_or_path")
+    if is_other_hub_model(source.name, named):
+        warn(
+            "RW417",
+            f"the adapter in {adapter} was trained on {named}, and --model is {source.name}; leave --model out unless "
+            "the difference is meant.",
+            stacklevel=3,
+        )
+        return
     trained = sha256_of_base(adapter)
     if trained is not None and trained != (found := model_hash(source)):
         warn(

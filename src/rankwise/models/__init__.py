@@ -8,7 +8,7 @@ from rankwise.models.describe import model_facts, model_hash
 from rankwise.models.device import DeviceChoice, choose_device
 from rankwise.models.load import load_model, load_tokenizer
 from rankwise.models.skeleton import load_skeleton
-from rankwise.models.source import ModelSource, fetch_model, resolve_model
+from rankwise.models.source import ModelSource, fetch_model, is_other_hub_model, resolve_model
 
 __all__ = [
     "DEMO_HUB_ID",
@@ -16,6 +16,7 @@ __all__ = [
     "ModelSource",
     "choose_device",
     "fetch_model",
+    "is_other_hub_model",
     "load_model",
     "load_skeleton",
     "load_tokenizer",

@@ -61,6 +61,21 @@ def resolve_model(model: str | os.PathLike[str]) -> ModelSource:
     return ModelSource("hub", name, None, name)
 
 
+def is_other_hub_model(model: str, named: object) -> bool:
+    """Whether ``model`` and what an adapter names as its base are hub ids of two models; a path's name says nothing."""
+    ids = _hub_id(model), _hub_id(named)
+    return None not in ids and ids[0] != ids[1]
+
+
+def _hub_id(name: object) -> str | None:
+    """Without regard to case, as the hub looks names up."""
+    if name == DEMO:
+        return DEMO_HUB_ID.casefold()
+    if not isinstance(name, str) or not HUB_ID.fullmatch(name) or Path(name).expanduser().exists():
+        return None
+    return name.casefold()
+
+
 def _file_source(name: str, path: Path) -> ModelSource:
     if path.suffix.lower() == ".gguf":
         return ModelSource("gguf", name, path, str(path.resolve()))
