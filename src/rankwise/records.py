@@ -108,10 +108,22 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        follow_umask(Path(temporary))
         os.replace(temporary, path)
     except BaseException:
         # Gone where a signal came right after the rename.
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file, or a folder and all in it, the modes that ``open`` and ``mkdir`` give.
+
+    mkstemp, mkdtemp and safetensors make theirs for their owner alone, and whoever serves a model is often another.
+    """
+    # There is no way to ask for the mask but to set it; meanwhile others' files are private, never open.
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for item in (path, *(path.rglob("*") if path.is_dir() else ())):
+        os.chmod(item, (0o777 if item.is_dir() else 0o666) & ~mask)

@@ -187,6 +187,29 @@ def test_merge_writes_a_model_that_says_the_same(run_folder, rankwise, tmp_path)
     assert rankwise("generate", "--model", output, *rest).document["answers"][0]["base"] == tuned
 
 
+@pytest.mark.parametrize(("mask", "file_mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_every_file_follows_the_umask(mask, file_mode, model_folder, rows_file, rankwise, tmp_path):
+    """safetensors writes its files for their owner alone, whatever the umask says."""
+    before = os.umask(mask)
+    try:
+        given = ("--model", model_folder, "--data", rows_file, "--max-steps", 1, "--batch-size", 2)
+        for method in ("qlora", "full"):
+            out = tmp_path / method
+            done = rankwise("train", *given, "--method", method, "--output", out, "--cache", tmp_path / "cache")
+            assert done.code == 0
+        merged = ("--adapter", tmp_path / "qlora", "--output", tmp_path / "merged", "--onto", "quantized")
+        assert rankwise("merge", *merged).code == 0
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix == ".safetensors"]) >= 6
+    assert {
+        path.name: oct(path.stat().st_mode & 0o777) for path in files if path.stat().st_mode & 0o777 != file_mode
+    } == {}
+    folders = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_dir()}
+    assert folders == {0o777 & ~mask}
+
+
 def test_merge_overwrites_nothing(run_folder, rankwise, tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     before = files_of(tmp_path)

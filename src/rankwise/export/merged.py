@@ -33,7 +33,7 @@ from rankwise.quantization.bitsandbytes_format import rewrite_bitsandbytes_confi
 from rankwise.quantization.config import FourBitConfig, Fp4Config, Nf4Config
 from rankwise.quantization.linear import Linear4bit
 from rankwise.quantization.targets import target_names
-from rankwise.records import write_json
+from rankwise.records import follow_umask, write_json
 
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 CODE = "*.py"
@@ -87,6 +87,7 @@ def merge_to_folder(
         _copy_tokenizer(adapter, partial)
         if output.is_dir():
             output.rmdir()
+        follow_umask(partial)
         partial.rename(output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

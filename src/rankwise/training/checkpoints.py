@@ -22,7 +22,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from rankwise.errors import RunError
-from rankwise.records import write_json
+from rankwise.records import follow_umask, write_json
 from rankwise.training.state import check_no_pickles
 from rankwise.weights_file import sha256_of
 
@@ -50,8 +50,8 @@ def save_checkpoint(run_folder: Path, step: int, write: Callable[[Path], None], 
     with temporary_folder(run_folder, f"step-{step}", size_bytes) as temporary:
         write(temporary)
         _write_manifest(temporary, step)
+        follow_umask(temporary)
         flush_tree(temporary)
-        os.chmod(temporary, 0o755)
         return _put_in_place(temporary, run_folder / FOLDER / f"step-{step}", step)
 
 

@@ -16,7 +16,7 @@ from rankwise.adapters import has_adapter, report
 from rankwise.adapters.baselines import has_baseline
 from rankwise.adapters.peft_config import CONFIG_FILE
 from rankwise.errors import warn
-from rankwise.records import RunRecord, read_metrics, write_text
+from rankwise.records import RunRecord, follow_umask, read_metrics, write_text
 from rankwise.reports import model_card
 from rankwise.reports.loss_plot import loss_svg
 from rankwise.training.checkpoints import FOLDER, Checkpoint, check_checkpoint, flush_tree, temporary_folder
@@ -75,6 +75,7 @@ def write_final(
     with temporary_folder(output, "final") as folder:
         save_weights(model, folder)
         tokenizer.save_pretrained(folder)
+        follow_umask(folder)
         flush_tree(folder)
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         announce(names)

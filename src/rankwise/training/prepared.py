@@ -23,6 +23,7 @@ from rankwise.models.folder import read_config
 from rankwise.models.load import load_tokenizer
 from rankwise.quantization.config import FourBitConfig
 from rankwise.quantization.targets import four_bit_layers
+from rankwise.records import follow_umask
 
 VERSION = 1
 
@@ -82,7 +83,7 @@ def _keep(model: Any, folder: Path) -> None:
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         model.save_pretrained(temporary)
-        os.chmod(temporary, 0o755)
+        follow_umask(temporary)
         if not folder.exists():
             os.rename(temporary, folder)
     finally:
