@@ -101,6 +101,18 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str, packe
     assert rows.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize("kind", ["json", "json.gz", "parquet"])
+def test_rows_without_a_line_of_their_own_are_counted(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"rows.{kind}"
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": None}]
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        content = json.dumps(rows).encode()
+        path.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
+    assert f"rows.{kind}, row 2: expected text in `completion`, found null" in refusal(path)
+
+
 def test_lines_are_the_files_own(tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     table.write_text('prompt,completion\n"two\nlines",a\n\nb,c\n"d",\n', encoding="utf-8")
@@ -109,7 +121,7 @@ def test_lines_are_the_files_own(tmp_path: Path) -> None:
     assert [row.line for row in read_rows(table)] == [2, 5]
     array = tmp_path / "rows.json"
     array.write_text('[\n {"text": "a"}, {"text": "b"},\n\n {"text":\n "c"},\n {"text": 1}]', encoding="utf-8")
-    assert "rows.json, line 6: expected text in `text`, found the number '1'" in refusal(array)
+    assert "rows.json, row 4: expected text in `text`, found the number '1'" in refusal(array)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +177,7 @@ def test_json_that_python_gives_up_on(tmp_path: Path, line: str) -> None:
         (tmp_path / name).write_text(line if name.endswith("l") else f"[{line}]", encoding="utf-8")
         message = refusal(tmp_path / name)
         assert message.startswith(f"{code}: ")
-        assert "line 1" in message
+        assert ("line 1" if name.endswith("l") else "row 1") in message
 
 
 def test_many_bad_rows_make_one_message(tmp_path: Path) -> None:
@@ -270,7 +282,7 @@ def test_the_hub_is_asked_through_datasets(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(datasets, "load_dataset", load)
     rows = read_rows("openai/gsm8k:main", split="test")
     assert asked == [("openai/gsm8k", "main", "test")]
-    assert rows[0].place == "openai/gsm8k:main, line 1"
+    assert rows[0].place == "openai/gsm8k:main, row 1"
     message = refusal("nobody/nothing")
     assert message.startswith("RW208: 'nobody/nothing' is no file or folder here")
     assert "Couldn't reach it" in message

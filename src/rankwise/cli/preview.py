@@ -45,7 +45,7 @@ def _print(output: Output, preview: Preview, report: EncodingReport, settings: P
     lengths = f"median {report.median_length:.0f} tokens, longest {report.longest:,}"
     fate = f"{report.truncated_rows:,} cut and {report.dropped_rows:,} left out at --max-length {settings.max_length}"
     for label, text in (
-        ("row", f"{preview.source}, line {preview.line}: {plural(preview.tokens, 'token')}{cut}; {trained}"),
+        ("row", f"{preview.place}: {plural(preview.tokens, 'token')}{cut}; {trained}"),
         ("format", preview.format),
         ("template", preview.template),
         ("data set", f"{plural(report.rows, 'row')}, {lengths}; {report.trained_share:.0%} of the tokens trained on"),

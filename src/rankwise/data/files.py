@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import dataclasses
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import re
 import zlib
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rankwise.data.formats import E2E_LINES, TEXT, BadRow, Format, Record
+from rankwise.data.rows import Unit
 from rankwise.errors import DataError
 
 Numbered = Iterator[tuple[int, Record | BadRow]]
@@ -29,6 +32,8 @@ class FileContent:
     records: Sequence[tuple[int, Record | BadRow]]
     sha256: str
     only: Format | None = None
+    counted_in: Unit = "line"
+    # What the numbers of ``records`` count.
 
 
 def kind_of(path: Path) -> str | None:
@@ -40,7 +45,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def read_file(path: Path) -> FileContent:
-    """All records of ``path`` with the lines they start at.
+    """All records of ``path`` with the lines they start at; those of a JSON array or of parquet by their number.
 
     Raises DataError: RW201 cannot be opened, RW202 unknown extension, RW205 not UTF-8, RW206 damaged.
     """
@@ -59,7 +64,10 @@ def read_file(path: Path) -> FileContent:
     if kind == ".txt":
         pairs = bool(records) and all("context" in record for _, record in records if not isinstance(record, BadRow))
         only = E2E_LINES if pairs else TEXT
-    return FileContent(records, hashlib.sha256(stored).hexdigest(), only)
+    # Of an array, often written without a line break, a line says nothing.
+    is_array = kind == ".json" and content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+    unit: Unit = "row" if is_array or kind == ".parquet" else "line"
+    return FileContent(records, hashlib.sha256(stored).hexdigest(), only, unit)
 
 
 def _unpacked(path: Path, stored: bytes) -> bytes:
@@ -130,14 +138,12 @@ def _skip(text: str, position: int) -> int:
 
 
 def _json_array(path: Path, text: str, start: int) -> Numbered:
-    # Element by element, because json.loads does not say on which line an element starts.
+    # Element by element, so that what stands before a fault is counted.
     decode = json.JSONDecoder().raw_decode
-    position, line, counted = _skip(text, start + 1), 1, 0
+    position = _skip(text, start + 1)
     if text[position : position + 1] == "]":
         return
-    while True:
-        line += text.count("\n", counted, position)
-        counted = position
+    for number in itertools.count(1):
         try:
             element, position = decode(text, position)
         except json.JSONDecodeError as error:
@@ -147,8 +153,8 @@ def _json_array(path: Path, text: str, start: int) -> Numbered:
                 f"({error.msg} at column {error.colno}).",
             ) from None
         except (RecursionError, ValueError) as error:
-            raise DataError("RW206", f"{path}, line {line}: JSON that cannot be read ({error}).") from None
-        yield line, _as_record(element)
+            raise DataError("RW206", f"{path}, row {number}: JSON that cannot be read ({error}).") from None
+        yield number, _as_record(element)
         position = _skip(text, position)
         mark = text[position : position + 1]
         if mark == "]":

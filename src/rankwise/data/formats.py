@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from rankwise.data.rows import Kind, Message, Row, Rows, content_sha256
+from rankwise.data.rows import Kind, Message, Row, Rows, Unit, content_sha256
 from rankwise.errors import DataError
 
 Record = Mapping[str, Any]
@@ -77,8 +77,11 @@ def rows_from_records(
     prompt_column: str | None = None,
     completion_column: str | None = None,
     only: Format | None = None,
+    counted_in: Unit = "line",
 ) -> Rows:
     """Rows from ``(line, record)`` pairs, in the format ``only`` or the one that the first record shows.
+
+    ``counted_in`` says what the numbers count, for messages.
 
     Raises DataError: RW203 naming the bad rows, RW204 when there is none, RW207 for unknown columns.
     """
@@ -87,9 +90,9 @@ def rows_from_records(
         raise DataError("RW204", f"{source} holds no rows; give a file with at least one example.")
     first = next((record for _, record in records if isinstance(record, Mapping)), None)
     layout = only or (detect(first, source, prompt_column, completion_column) if first is not None else None)
-    rows, problems = _convert(records, source, layout)
+    rows, problems = _convert(records, source, layout, counted_in)
     if problems or layout is None:
-        raise DataError("RW203", _bad_rows(source, problems, len(records)))
+        raise DataError("RW203", _bad_rows(source, problems, len(records), counted_in))
     return Rows(
         items=rows,
         kind=layout.kind,
@@ -102,7 +105,7 @@ def rows_from_records(
 
 
 def _convert(
-    records: Sequence[tuple[int, Record | BadRow]], source: str, layout: Format | None
+    records: Sequence[tuple[int, Record | BadRow]], source: str, layout: Format | None, unit: Unit
 ) -> tuple[list[Row], list[tuple[int, str]]]:
     rows, problems = [], []
     for line, record in records:
@@ -110,14 +113,14 @@ def _convert(
             if isinstance(record, BadRow):
                 raise record
             if layout is not None:
-                rows.append(Row(layout.kind, source, line, **layout.fields(record)))
+                rows.append(Row(layout.kind, source, line, **layout.fields(record), counted_in=unit))
         except BadRow as bad:
             problems.append((line, str(bad)))
     return rows, problems
 
 
-def _bad_rows(source: str, problems: Sequence[tuple[int, str]], total: int) -> str:
-    named = "; ".join(f"line {line}: {problem}" for line, problem in problems[:BAD_ROWS_NAMED])
+def _bad_rows(source: str, problems: Sequence[tuple[int, str]], total: int, unit: Unit) -> str:
+    named = "; ".join(f"{unit} {line}: {problem}" for line, problem in problems[:BAD_ROWS_NAMED])
     more = len(problems) - BAD_ROWS_NAMED
     rest = f"; and {more} more of {total} rows" if more > 0 else ""
     return f"{source}, {named}{rest}. Mend or remove these rows."

@@ -22,6 +22,8 @@ class Preview:
 
     source: str
     line: int
+    place: str
+    # Source and line, or number, in words.
     format: str
     # The columns that were recognised.
     template: str
@@ -66,6 +68,7 @@ def preview_row(
     return Preview(
         source=row.source,
         line=row.line,
+        place=row.place,
         format=rows.format,
         template=encoder.template,
         segments=_decoded(encoder.tokenizer, ids, trained),

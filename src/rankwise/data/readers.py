@@ -39,7 +39,7 @@ def read_rows(
     ``split`` chooses among a folder's or hub data set's parts; a single file is read whole.
     The layout is told by the columns (see ``docs/data.md``) unless both column names are given.
 
-    Raises DataError: RW201 nothing there, RW202 unknown extension, RW203 bad rows by line, RW204 no rows,
+    Raises DataError: RW201 nothing there, RW202 unknown extension, RW203 bad rows by line or number, RW204 no rows,
     RW205 not UTF-8, RW206 damaged file, RW207 unknown columns, RW208 hub or split not available,
     RW209 files of different layouts in one folder.
     """
@@ -63,7 +63,9 @@ def _looks_like_a_path(source: str) -> bool:
 def _read_path(path: Path, name: str, columns: dict[str, Any]) -> Rows:
     content = read_file(path)
     only = None if any(columns.values()) else content.only
-    return rows_from_records(content.records, name, sha256=content.sha256, only=only, **columns)
+    return rows_from_records(
+        content.records, name, sha256=content.sha256, only=only, counted_in=content.counted_in, **columns
+    )
 
 
 def _read_folder(folder: Path, split: str, columns: dict[str, Any]) -> Rows:
@@ -155,4 +157,4 @@ def _one_line(error: BaseException) -> str:
 
 
 def _from_dataset(dataset: Dataset, source: str, columns: dict[str, Any]) -> Rows:
-    return rows_from_records(enumerate(dataset.to_list(), 1), source, **columns)
+    return rows_from_records(enumerate(dataset.to_list(), 1), source, counted_in="row", **columns)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, overload
 
 Kind = Literal["chat", "prompt", "text"]
+Unit = Literal["line", "row"]
 Message = Mapping[str, Any]
 
 
@@ -20,7 +21,7 @@ class Row:
     source: str
     # Name of the file, hub data set or demo set.
     line: int
-    # 1-based; the line where the row starts in a text file, its number in parquet and hub data.
+    # 1-based; the line where the row starts, or its number where the source has no line for each row.
     messages: tuple[Message, ...] = ()
     prompt: str = ""
     completion: str = ""
@@ -29,11 +30,13 @@ class Row:
     # Functions a chat row offers; handed to the chat template.
     first_trained: int = 0
     # Assistant messages before this index belong to the prompt.
+    counted_in: Unit = "line"
+    # What ``line`` counts: rows in JSON arrays, parquet and hub data.
 
     @property
     def place(self) -> str:
         """``train.csv, line 12``: how an error names this row."""
-        return f"{self.source}, line {self.line}"
+        return f"{self.source}, {self.counted_in} {self.line}"
 
     def content(self) -> str:
         """All text of the row, for hashing and for comparing rows."""

@@ -73,11 +73,14 @@ def instructions_in(task: str, data: str) -> Instructions | None:
     rows = []
     for line, record in content.records:
         if isinstance(record, BadRow) or not all(isinstance(record.get(k), str) for k in ("instruction", "answer")):
-            raise DataError("RW251", f"{path}, line {line}: expected text in `instruction` and `answer`.")
+            raise DataError(
+                "RW251", f"{path}, {content.counted_in} {line}: expected text in `instruction` and `answer`."
+            )
         if record["answer"] not in WORDS[task]:
             expected = ", ".join(WORDS[task])
             raise DataError(
-                "RW251", f"{path}, line {line}: the answer {record['answer']!r} is none of {task} ({expected})."
+                "RW251",
+                f"{path}, {content.counted_in} {line}: the answer {record['answer']!r} is none of {task} ({expected}).",
             )
         rows.append(record)
     return Instructions(str(path), content.sha256, rows)

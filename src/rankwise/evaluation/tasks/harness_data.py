@@ -68,15 +68,17 @@ def read_docs(task: str, data: str) -> tuple[list[Doc], str]:
     content = read_file(path)
     bad = next((line for line, record in content.records if isinstance(record, BadRow)), None)
     if bad is not None or not content.records:
-        raise DataError("RW251", f"{path}, line {bad or 1}: expected one row of {task}, as JSON, CSV or parquet.")
+        raise DataError(
+            "RW251", f"{path}, {content.counted_in} {bad or 1}: expected one row of {task}, as JSON, CSV or parquet."
+        )
     docs = [dict(record) for _, record in content.records if not isinstance(record, BadRow)]
     for (line, _), doc in zip(content.records, docs):
         missing = [name for name in COLUMNS.get(task, ()) if name not in doc]
         if missing:
             raise DataError(
                 "RW251",
-                f"{path}, line {line}: a row of {task} needs {', '.join(COLUMNS[task])}, and {', '.join(missing)} "
-                f"{'is' if len(missing) == 1 else 'are'} missing.",
+                f"{path}, {content.counted_in} {line}: a row of {task} needs {', '.join(COLUMNS[task])}, and "
+                f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing.",
             )
     return docs, content.sha256
 
