@@ -224,6 +224,23 @@ def test_missing_files_are_not_taken_for_hub_names(tmp_path: Path) -> None:
         assert refusal(name).startswith("RW201: there is no file or folder")
 
 
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_the_header_says_what_parts_a_table(tmp_path: Path, mark: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f'\nprompt{mark}completion\n"a, b; c\td"{mark}"1,5\nx"\n', encoding="utf-8")
+    assert [(row.prompt, row.completion) for row in read_rows(path)] == [("a, b; c\td", "1,5\nx")]
+
+
+def test_a_mark_in_quotes_parts_no_header(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('"text"\n"a; b"\n', encoding="utf-8")
+    assert [row.text for row in read_rows(path)] == ["a; b"]
+    path.write_text('"a;b"\nc\n', encoding="utf-8")
+    assert "has the columns `a;b`" in refusal(path)
+    path.write_bytes(b"x" * 200_000 + b"\rb\n")
+    assert refusal(path).startswith("RW207: ")
+
+
 def test_named_columns(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", {"q": "a", "a": "b", "text": "c"})
     [row] = read_rows(path, prompt_column="q", completion_column="a")

@@ -22,6 +22,7 @@ from rankwise.errors import DataError
 Numbered = Iterator[tuple[int, Record | BadRow]]
 # The csv module's own limit of 128 KiB is too short for documents in a table.
 LONGEST_FIELD_BYTES = 1 << 30
+LONGEST_HEADER = 100_000
 LINE_SEPARATOR = "||"
 
 
@@ -166,9 +167,12 @@ def _json_array(path: Path, text: str, start: int) -> Numbered:
         position = _skip(text, position + 1)
 
 
-def _table(delimiter: str) -> Callable[[Path, bytes], Numbered]:
+def _table(delimiters: str) -> Callable[[Path, bytes], Numbered]:
+    """A reader of tables whose header decides which of ``delimiters`` is theirs."""
+
     def read(path: Path, content: bytes) -> Numbered:
-        reader = csv.reader(io.StringIO(_decoded(path, content), newline=""), delimiter=delimiter, strict=True)
+        text = _decoded(path, content)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text, delimiters), strict=True)
         previous_limit = csv.field_size_limit(LONGEST_FIELD_BYTES)
         try:
             yield from _table_rows(reader)
@@ -180,6 +184,12 @@ def _table(delimiter: str) -> Callable[[Path, bytes], Numbered]:
             csv.field_size_limit(previous_limit)
 
     return read
+
+
+def _delimiter(text: str, delimiters: str) -> str:
+    """The first that parts the header: spreadsheets of many countries write ``;`` where a decimal has a comma."""
+    header = next((line for line in io.StringIO(text, newline=None) if line.strip()), "")[:LONGEST_HEADER]
+    return next((mark for mark in delimiters if len(next(csv.reader([header], delimiter=mark))) > 1), delimiters[0])
 
 
 def _table_rows(reader: csv._reader) -> Numbered:  # type: ignore[name-defined]
@@ -228,7 +238,7 @@ def _text_lines(path: Path, content: bytes) -> Numbered:
 KINDS: dict[str, Callable[[Path, bytes], Numbered]] = {
     ".jsonl": _json_lines,
     ".json": _json,
-    ".csv": _table(","),
+    ".csv": _table(",;\t"),
     ".tsv": _table("\t"),
     ".parquet": _parquet,
     ".txt": _text_lines,
