@@ -220,6 +220,12 @@ def test_resume_names_every_changed_setting(settings: Any, tmp_path: Path) -> No
     assert "logging" not in caught.value.message
     with pytest.raises(RunError, match="--max-steps was 8 and is 9"):
         train(settings(resume=True, max_steps=9))
+    with pytest.raises(RunError, match="--max-steps was 8 and is not given"):
+        train(settings(resume=True, max_steps=None))
+    watcher = Recorder()
+    with pytest.raises(RunError, match=r"--eval-data was '.*eval.jsonl' and is not given") as caught:
+        train(settings(resume=True, eval_data=None, eval_steps=None), watcher)
+    assert (caught.value.code, watcher.phases) == ("RW507", [])
     write_rows(tmp_path / "other.jsonl", 41)
     with pytest.raises(RunError, match="--data") as caught:
         train(settings(resume=True, data=str(tmp_path / "other.jsonl")))

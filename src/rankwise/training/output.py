@@ -85,9 +85,9 @@ def check_same_run(output: Path, settings: Mapping[str, Any], defaults: Mapping[
     if settings["lr_scheduler_type"] in CONSTANT:
         free |= LENGTH
     changed = [
-        f"--{name.replace('_', '-')} was {before.get(name)!r} and is {value!r}"
+        f"--{name.replace('_', '-')} was {_given(before.get(name))} and is {_given(value)}"
         for name, value in settings.items()
-        if name not in free and before.get(name) != value
+        if _differs(name, before.get(name), value, free)
     ]
     if changed:
         raise RunError(
@@ -95,6 +95,17 @@ def check_same_run(output: Path, settings: Mapping[str, Any], defaults: Mapping[
             f"the run in {output} was started with other settings: {'; '.join(changed)}; resume with the same "
             "settings, or start a new run in another folder.",
         )
+
+
+def _differs(name: str, before: Any, now: Any, free: set[str]) -> bool:
+    """Of a file its content decides, later; one that is not there has none."""
+    if name in COMPARED_BY_CONTENT - {"revision"}:
+        return (before is None) != (now is None)
+    return name not in free and before != now
+
+
+def _given(value: Any) -> str:
+    return "not given" if value is None else repr(value)
 
 
 def check_same_inputs(output: Path, data: Mapping[str, Mapping[str, Any]], base_model: Mapping[str, Any]) -> None:
