@@ -7,7 +7,6 @@ its YAML file; it stops at ``training.run``, inner functions take plain argument
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from rankwise.errors import ConfigError
+from rankwise.known_names import OPTIONS, close_names
 
 Bias = Literal["none", "all", "lora_only"]
 AdapterDtype = Literal["float32", "base"]
@@ -348,8 +348,9 @@ def _one_sentence(error: pydantic.ValidationError, kind: type[Settings]) -> str:
     for item in error.errors():
         name = "--" + ".".join(str(part) for part in item["loc"][:1]).replace("_", "-")
         if item["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(str(item["loc"][0]), kind.model_fields, n=1)
-            hint = f" (did you mean --{close[0].replace('_', '-')}?)" if close else ""
+            ours = [field.replace("_", "-") for field in kind.model_fields]
+            close = close_names(name.removeprefix("--"), ours, OPTIONS, cutoff=0.6)
+            hint = f" (did you mean --{close[0]}?)" if close else ""
             problems.append(f"{name} is no option{hint}")
         elif item["type"] == "missing":
             problems.append(f"{name} is missing")

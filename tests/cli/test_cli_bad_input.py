@@ -55,6 +55,40 @@ def test_a_value_out_of_range(option, value, command, refuses):
     refuses("RW103", *command(**{option: value}), said=f"--{option} is '{value}'")
 
 
+@pytest.mark.parametrize(
+    ("verb", "option", "meant"),
+    [
+        ("train", "lr", "--learning-rate"),
+        ("compare", "lr", "--learning-rates"),
+        ("train", "lora-r", "--r"),
+        ("train", "per_device_train_batch_size", "--batch-size"),
+        ("train", "num-train-epochs", "--epochs"),
+        ("train", "dataset", "--data"),
+        ("train", "learning-rat", "--learning-rate"),
+        ("generate", "max-tokens", "--max-new-tokens"),
+    ],
+)
+def test_an_option_of_another_tool_is_translated(verb, option, meant, refuses):
+    refuses("RW120", verb, f"--{option}", 1, said=f"no such option: --{option}, did you mean {meant}?")
+
+
+def test_another_tools_names_are_translated_in_files_and_values(command, refuses, tmp_path):
+    (tmp_path / "run.yaml").write_text("num_train_epochs: 3\n")
+    refuses("RW103", *command(config=tmp_path / "run.yaml"), said="did you mean --epochs?")
+    refuses("RW110", *command(optimizer="adam"), said="the closest are adamw_torch.")
+
+
+def test_what_is_translated_exists():
+    from transformers.training_args import OptimizerNames
+
+    from rankwise.cli.main import VERBS
+    from rankwise.cli.options import options_of
+    from rankwise.known_names import OPTIMIZERS, OPTIONS
+
+    assert set(OPTIONS) <= {option.flag for verb in VERBS for option in options_of(verb)}
+    assert set(OPTIMIZERS) <= {item.value for item in OptimizerNames}
+
+
 def test_a_target_that_matches_nothing(command, refuses):
     refuses("RW401", *command(**{"target-modules": "q_prj,v_prj"}), said="q_proj")
 

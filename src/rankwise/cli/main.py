@@ -37,6 +37,7 @@ from rankwise.errors import (
     RunError,
     is_out_of_memory,
 )
+from rankwise.known_names import OPTIONS, close_names
 from rankwise.training.interrupt import terminable
 
 VERBS: tuple[Verb, ...] = (
@@ -151,10 +152,22 @@ def _as_ours(error: Exception) -> RankwiseError:
 
 def _usage_sentence(error: Any) -> str:
     """What the parser of the command line says, and where the options are listed."""
-    sentence = " ".join(error.format_message().split()).rstrip(".")
+    sentence = _no_such_option(error) or " ".join(error.format_message().split()).rstrip(".")
     path = error.ctx.command_path if getattr(error, "ctx", None) else "rankwise"
     joint = "" if sentence.endswith("?") else ";"
     return f"{sentence[0].lower()}{sentence[1:]}{joint} `{path} --help` lists what there is."
+
+
+def _no_such_option(error: Any) -> str | None:
+    """The parser's own advice is likeness of letters alone: for --lr it is --help."""
+    given, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if context is None or not hasattr(error, "possibilities") or not isinstance(given, str):
+        return None
+    known = {flag.lstrip("-") for option in context.command.params for flag in option.opts if flag.startswith("--")}
+    close = close_names(given.lstrip("-").replace("_", "-"), known, OPTIONS, cutoff=0.6)
+    return f"no such option: {given}" + (
+        f", did you mean {' or '.join(f'--{name}' for name in close)}?" if close else ""
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import warnings
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from transformers.training_args import OptimizerNames
 from trl.trainer.sft_config import SFTConfig
 
 from rankwise.errors import ConfigError
+from rankwise.known_names import OPTIMIZERS, close_names
 from rankwise.training.memory_savers import OFFLOADED
 
 TENTH = 0.1
@@ -145,7 +145,7 @@ def sft_arguments(
 def _check_name(code: str, option: str, name: str, known: Iterable[str]) -> None:
     names = sorted(known)
     if name not in names:
-        close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
+        close = close_names(name, names, OPTIMIZERS, cutoff=0.4) or names
         raise ConfigError(code, f"{option} is {name!r}, which does not exist; the closest are {', '.join(close)}.")
 
 

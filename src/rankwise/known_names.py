@@ -1,0 +1,49 @@
+"""Names that people know from other tools, and what they are here: for advice on names that do not exist."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "model": ("model-name-or-path", "model-name", "model-id", "model-path", "base-model", "pretrained-model"),
+    "data": ("dataset", "dataset-name", "dataset-path", "data-path", "train-file", "train-data", "training-data"),
+    "eval-data": ("eval-dataset", "eval-file", "validation-file", "validation-data", "valid-data", "test-file"),
+    "output": ("output-dir", "out", "out-dir", "save-path", "save-dir"),
+    "adapter": ("adapter-name-or-path", "adapter-path", "lora-path", "lora-weights", "peft-model"),
+    "r": ("rank", "lora-r", "lora-rank"),
+    "lora-alpha": ("alpha",),
+    "lora-dropout": ("dropout",),
+    "target-modules": ("targets", "lora-target", "lora-target-modules"),
+    "learning-rate": ("lr",),
+    "learning-rates": ("lr", "learning-rate"),
+    "lr-scheduler-type": ("scheduler", "lr-scheduler", "schedule"),
+    "batch-size": ("per-device-train-batch-size", "train-batch-size", "micro-batch-size", "per-device-batch-size"),
+    "gradient-accumulation": ("gradient-accumulation-steps", "grad-accum", "accumulation-steps"),
+    "epochs": ("num-train-epochs", "num-epochs"),
+    "max-steps": ("steps", "num-steps", "iters"),
+    "max-length": ("max-seq-length", "max-seq-len", "cutoff-len", "seq-len", "block-size"),
+    "optimizer": ("optim",),
+    "warmup-steps": ("warmup", "num-warmup-steps"),
+    "dtype": ("torch-dtype", "precision", "bf16", "fp16"),
+    "max-new-tokens": ("max-tokens",),
+    "resume": ("resume-from-checkpoint",),
+    "overwrite": ("overwrite-output-dir", "force"),
+    "method": ("use-dora", "finetuning-type", "peft-type", "load-in-4bit"),
+    "methods": ("method",),
+    "task": ("tasks", "benchmark"),
+}
+OPTIMIZERS: dict[str, tuple[str, ...]] = {
+    "adamw_torch": ("adam", "adamw", "adamw_hf"),
+    "adamw_bnb_8bit": ("adam8bit", "adamw8bit", "adam_8bit"),
+    "paged_adamw_32bit": ("paged_adamw",),
+    "lion_32bit": ("lion",),
+}
+
+
+def close_names(
+    name: str, known: Collection[str], table: dict[str, tuple[str, ...]], *, cutoff: float
+) -> Sequence[str]:
+    """What ``name`` is called among ``known``; where no tool that we know of calls it so, the names most like it."""
+    meant = [ours for ours, theirs in table.items() if name.lower() in theirs and ours in known]
+    return meant or difflib.get_close_matches(name, sorted(known), n=3, cutoff=cutoff)
