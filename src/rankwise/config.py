@@ -347,6 +347,9 @@ def _one_sentence(error: pydantic.ValidationError, kind: type[Settings]) -> str:
     problems = []
     for item in error.errors():
         name = "--" + ".".join(str(part) for part in item["loc"][:1]).replace("_", "-")
+        extra = getattr(kind.model_fields.get(str(item["loc"][0])), "json_schema_extra", None)
+        if isinstance(extra, dict) and extra.get("argument"):
+            name = "the first argument"
         if item["type"] == "extra_forbidden":
             ours = [field.replace("_", "-") for field in kind.model_fields]
             close = close_names(name.removeprefix("--"), ours, OPTIONS, cutoff=0.6)
@@ -354,6 +357,8 @@ def _one_sentence(error: pydantic.ValidationError, kind: type[Settings]) -> str:
             problems.append(f"{name} is no option{hint}")
         elif item["type"] == "missing":
             problems.append(f"{name} is missing")
+        elif item["type"] == "literal_error" and not name.startswith("--"):
+            problems.append(f"{name} is {item['input']!r}; give {item['ctx']['expected'].replace(chr(39), '')}")
         else:
             reason = item["msg"].removeprefix("Value error, ")
             problems.append(f"{name} is {item['input']!r}: {reason[0].lower()}{reason[1:]}")

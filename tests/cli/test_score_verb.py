@@ -76,7 +76,7 @@ def test_vicuna_takes_several_files(tmp_path, rankwise):
         ),
         (["vicuna", "--ratings", "r"], "RW155", "--reference-answers is missing"),
         (["e2e", "--predictions", "none.tsv", "--references", "none.csv"], "RW230", "none.tsv"),
-        (["bleu"], "RW103", "e2e"),
+        (["bleu"], "RW103", "the first argument is 'bleu'; give e2e, gsm8k or vicuna."),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(arguments, code, said, rankwise, tmp_path, monkeypatch):
