@@ -56,6 +56,7 @@ def test_every_run_is_measured(comparison: dict[str, Any], folder: Path):
 def test_one_seed_is_said_to_tell_nothing(comparison: dict[str, Any]):
     assert [item["code"] for item in comparison["warnings"]] == ["RW585"]
     (difference,) = comparison["differences"]
+    assert {method["group"] for method in comparison["methods"].values()} == {None}
     assert difference["verdict"] == "cannot tell"
     assert difference["interval"] is None
     assert comparison["methods"]["lora"]["interval"] == {"eval_loss": None}

@@ -89,8 +89,8 @@ def test_seeds_that_only_one_method_has_are_left_out():
     assert found["seeds"] == 1
 
 
-def pair(a: str, b: str, verdict: str) -> dict[str, str]:
-    return {"a": a, "b": b, "verdict": verdict}
+def pair(a: str, b: str, verdict: str, p_value: float | None = 0.5) -> dict[str, str]:
+    return {"a": a, "b": b, "verdict": verdict, "p_value": p_value}
 
 
 def test_tie_groups_overlap_where_the_middle_one_is_told_from_neither_end():
@@ -102,3 +102,7 @@ def test_tie_groups_of_methods_that_all_differ_and_of_none_that_do():
     apart = [pair("a", "b", "better"), pair("a", "c", "better"), pair("b", "c", "better")]
     assert tie_groups(["a", "b", "c"], apart) == {"a": "a", "b": "b", "c": "c"}
     assert tie_groups(["a", "b"], []) == {"a": "a", "b": "a"}
+
+
+def test_nothing_tested_gives_no_letters():
+    assert tie_groups(["a", "b"], [pair("a", "b", "cannot tell", None)]) == {}

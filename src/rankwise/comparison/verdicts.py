@@ -114,7 +114,10 @@ def tie_groups(order: Sequence[str], differences: Sequence[Mapping[str, Any]]) -
     """Letters for methods, best first in ``order``: two that share a letter were not told apart (Piepho 2004).
 
     Insert and absorb: start with one group of all; split it by every pair that differs; drop groups within others.
+    None has a letter where nothing could be tested, with one seed.
     """
+    if differences and all(item["p_value"] is None for item in differences):
+        return {}
     groups = [frozenset(order)]
     for item in differences:
         if item["verdict"] in ("better", "worse"):
