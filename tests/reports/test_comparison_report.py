@@ -83,6 +83,13 @@ def test_every_section_is_there(tmp_path):
         assert words in page.text
 
 
+def test_the_verdicts_correction_is_explained_where_the_bars_are(tmp_path):
+    page, _, document = report_of(tmp_path / "c")
+    pairs = [item for item in document["differences"] if item["metric"] == document["primary_metric"]]
+    assert f"Holm's correction over all {len(pairs)} pairs" in page.text
+    assert "Holm" not in report_of(tmp_path / "d", seeds=(0,))[0].text.partition("Which differences are real")[2][:400]
+
+
 def test_the_json_has_a_flat_record_a_run_and_the_figures(tmp_path):
     _, _, document = report_of(tmp_path / "c")
     finals = [run for run in document["runs"] if run["phase"] == "final" and run["status"] == "finished"]

@@ -143,7 +143,8 @@ def _metrics_table(comparison: Comparison) -> dict[str, Any]:
 def _forest(comparison: Comparison) -> dict[str, Any]:
     pairs = forest_plot.pairs_of(comparison, comparison.metric)
     scale = forest_plot.forest_scale(pairs)
-    drawn = [{"pair": pair, "strip": forest_plot.forest_row(pair, scale)} for pair in pairs]
+    drawn = [{"pair": pair, "strip": forest_plot.forest_row(pair, scale), "p": p_value(pair.p_value)} for pair in pairs]
+    tested = sum(is_number(pair.p_value) for pair in pairs)
     everything = [
         pair for metric in summary.all_metrics(comparison) for pair in forest_plot.pairs_of(comparison, metric)
     ]
@@ -153,6 +154,7 @@ def _forest(comparison: Comparison) -> dict[str, Any]:
         "folded": drawn[MOST_PAIRS:],
         "axis": forest_plot.forest_axis(scale),
         "margin": significant(margin, 2) if margin else "",
+        "corrected": tested if tested > 1 else 0,
         "all": [
             {
                 "pair": pair,
