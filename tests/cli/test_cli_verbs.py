@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rankwise.cli import train
+from rankwise.cli.main import VERBS
 from rankwise.cli.options import options_of, panels_of
 from rankwise.training import finish, setup
 
@@ -21,10 +21,18 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_every_option_of_train_stands_under_a_heading():
-    named = [name for names in train.PANELS.values() for name in names]
-    assert sorted(named) == sorted(option.field for option in options_of(train.VERB))
-    assert list(panels_of(train.VERB)) == list(train.PANELS)
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb.panels], ids=lambda verb: verb.name)
+def test_every_option_stands_under_a_heading_and_what_is_required_under_the_first(verb):
+    named = [name for names in verb.panels.values() for name in names]
+    assert sorted(named) == sorted(option.field for option in options_of(verb))
+    assert list(panels_of(verb)) == list(verb.panels)
+    first, *others = panels_of(verb).values()
+    assert not [option.flag for options in others for option in options if "(required)" in option.help]
+    assert first
+
+
+def test_sizes_are_shown_as_sizes(rankwise):
+    assert "--memory-budget SIZE" in rankwise("compare", "--help").stdout
 
 
 def test_train_says_what_came_of_it(run_folder, model_folder, rows_file, rankwise, tmp_path):

@@ -219,6 +219,7 @@ VERB = Verb(
         "eval_data": "E",
         "learning_rates": "X,...",
         "memory": "SIZE",
+        "memory_budget": "SIZE",
         "task": "TASK",
         "task_data": "TASK=D",
         "metric": "NAME",

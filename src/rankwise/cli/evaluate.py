@@ -136,6 +136,8 @@ VERB = Verb(
         "rankwise evaluate --model demo --task arc_challenge --limit 200",
     ),
     panels={
+        "What is measured": ("task", "model", "adapter", "base", "data", "output", "limit", "overwrite"),
+        "Prompts": ("protocol", "prompt_style", "num_fewshot", "fewshot_data", "chat_template"),
         "Decoding": (
             "max_new_tokens",
             "num_beams",
@@ -147,7 +149,7 @@ VERB = Verb(
         ),
         "Perplexity": ("max_length", "prompt_column", "completion_column"),
         "Judge (vicuna)": ("judge_url", "judge_model", "judge_key_env", "reference_answers"),
-        "Loading": ("batch_size", "dtype", "quantization", "device", "trust_remote_code", "revision", "chat_template"),
+        "Loading": ("batch_size", "dtype", "quantization", "device", "trust_remote_code", "revision"),
     },
     metavars={
         "task": "NAME",
