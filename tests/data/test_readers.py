@@ -270,6 +270,15 @@ def test_folders_follow_the_split(tmp_path: Path) -> None:
     assert refusal(tmp_path).startswith("RW209: the files in")
 
 
+def test_a_folder_without_the_split_says_how_much_it_holds_and_what_to_do(tmp_path: Path) -> None:
+    for number in range(12):
+        jsonl(tmp_path / f"test-{number:02}.jsonl", {"text": "a"})
+    message = refusal(tmp_path)
+    assert message.startswith("RW208: ")
+    assert "test-09.jsonl, and 2 more. Give the file that you mean instead of the folder" in message
+    assert "(train.jsonl)" in message
+
+
 def test_a_folder_without_data_says_so(tmp_path: Path) -> None:
     assert refusal(tmp_path).startswith("RW204: ")
 

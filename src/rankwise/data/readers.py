@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+NAMED_FILES = 10
 SPLIT_WORDS = {
     "train": ("train",),
     "validation": ("valid", "val", "dev", "eval"),
@@ -104,8 +105,13 @@ def _files_of_split(folder: Path, split: str) -> Sequence[Path]:
         return files
     chosen = [file for file, name in by_split.items() if name == _split_of(split)]
     if not chosen:
-        names = ", ".join(str(file.relative_to(folder)) for file in files[:10])
-        raise DataError("RW208", f"no file in {folder} is named after the split {split!r}; it holds {names}.")
+        names = ", ".join(str(file.relative_to(folder)) for file in files[:NAMED_FILES])
+        more = f", and {len(files) - NAMED_FILES} more" if len(files) > NAMED_FILES else ""
+        raise DataError(
+            "RW208",
+            f"no file in {folder} is named after the split {split!r}; it holds {names}{more}. Give the file that you "
+            f"mean instead of the folder, or name it after the split ({split}{kind_of(files[0])}).",
+        )
     return chosen
 
 
