@@ -255,6 +255,20 @@ def test_inspect_says_whether_the_adapter_fits(run_folder, model_folder, rankwis
     assert fit["code"] == "RW411"
 
 
+@pytest.mark.parametrize("verb", ["inspect", "generate", "evaluate", "merge"])
+def test_a_comparison_is_taken_for_no_run(verb, rankwise, tmp_path):
+    (tmp_path / "comparison.json").write_text("{}")
+    (tmp_path / "best").mkdir()
+    rest = {"generate": ("--prompt", "Hi"), "evaluate": ("--task", "perplexity"), "merge": ("--output", tmp_path / "m")}
+    given = (tmp_path,) if verb == "inspect" else ("--adapter", tmp_path, *rest[verb])
+    done = rankwise(verb, *given)
+    assert done.code == 2
+    assert (
+        f"RW560: {tmp_path} is the folder of a comparison; give the run that it recommends, {tmp_path}/best."
+        in done.stderr
+    )
+
+
 def renamed_base(run_folder, target, name):
     """The adapter of a run without its record, trained on ``name`` by its own word."""
     shutil.copytree(run_folder, target, ignore=shutil.ignore_patterns("run.json", "checkpoints"))

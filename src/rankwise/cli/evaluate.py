@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from rankwise.cli.folders import refuse_comparisons
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.evaluation.settings import EvaluateSettings
@@ -74,6 +75,7 @@ def watching(output: Output) -> Iterator[Observer]:
 def run(settings: EvaluateSettings, output: Output) -> Mapping[str, Any]:
     from rankwise.evaluation.run import evaluate_all
 
+    refuse_comparisons(settings.adapter)
     with watching(output) as watcher:
         evaluation = evaluate_all(settings, watcher)
     for task in settings.task:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from rankwise.cli.folders import refuse_comparisons
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.settings import GenerateSettings
@@ -106,6 +107,7 @@ class Speaker:
 def run(settings: GenerateSettings, output: Output) -> Mapping[str, Any]:
     if settings.compare and settings.adapter is None:
         raise ConfigError("RW121", "--compare shows base and tuned model side by side; give --adapter FOLDER too.")
+    refuse_comparisons([settings.adapter] if settings.adapter is not None else [])
     record = record_of(settings.adapter)
     name = settings.model or base_model_name(settings.adapter)
     with output.waiting(f"loading {name}"):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rankwise.cli.folders import refuse_comparisons
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.settings import InspectSettings
@@ -69,6 +70,7 @@ def _describe(folder: Path) -> dict[str, Any]:
         return {"kind": "model"} | _model(folder) | run
     if run:
         return {"kind": "run"} | run
+    refuse_comparisons([folder])
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
     raise RunError(
         "RW560",

@@ -1,0 +1,18 @@
+"""Folders of ours that are mistaken for each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from rankwise.comparison.schema import BEST_FOLDER, COMPARISON_FILE
+from rankwise.errors import RunError
+
+
+def refuse_comparisons(folders: Iterable[Path]) -> None:
+    """Raise RunError (RW560) for the folder of a comparison where that of a run is meant: its runs lie in it."""
+    for folder in folders:
+        if (folder / COMPARISON_FILE).is_file() and not (folder / "adapter_config.json").is_file():
+            best = folder / BEST_FOLDER
+            where = f"give the run that it recommends, {best}" if best.is_dir() else f"give one of {folder / 'runs'}"
+            raise RunError("RW560", f"{folder} is the folder of a comparison; {where}.")
