@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from planning_models import config_of, skeleton
+from planning_models import FAMILIES, config_of, skeleton
 
 from rankwise.planning import Workload
 from rankwise.planning.closed_form import of_shape
@@ -34,10 +34,18 @@ GRID = [
     ("mixtral", "full", "cuda", True, 2, 512),
     ("qwen3_moe", "qlora", "cuda", False, 2, 512),
     ("qwen3_moe", "dora", "cpu", True, 2, 512),
+    ("gemma2", "lora", "cuda", False, 2, 1024),
+    ("gemma2", "qdora", "cpu", True, 1, 2048),
+    ("gemma2", "full", "cuda", True, 1, 2048),
+    ("gemma3", "lora", "cuda", False, 2, 512),
+    ("granite", "dora", "cpu", False, 2, 512),
+    ("olmo2", "qlora", "cuda", False, 2, 512),
+    ("smollm3", "lora", "cpu", True, 2, 512),
+    ("qwen2_moe", "lora", "cuda", False, 2, 512),
 ]
 WIDER = list(
     itertools.product(
-        ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "gpt2", "mixtral", "qwen3_moe", "phi3"),
+        sorted(FAMILIES),
         ("full", "lora", "qlora", "dora", "qdora"),
         ("cuda", "cpu"),
         (False, True),
@@ -49,8 +57,12 @@ WIDER = list(
 def difference(family: str, method: str, device: str, checkpointing: bool, batch: int, length: int) -> float:
     """Of the tensors' bytes, relative to the dry run."""
     workload = Workload(batch_size=batch, max_length=length, gradient_checkpointing=checkpointing, device_type=device)
-    dry = trace(skeleton(family), method, workload)
-    closed = of_shape(shape_of(config_of(family)), method, workload)
+    return compared(family, method, workload)
+
+
+def compared(family: str, method: str, workload: Workload, **changes) -> float:
+    dry = trace(skeleton(family, **changes), method, workload)
+    closed = of_shape(shape_of(config_of(family, **changes)), method, workload)
     return (closed.peak_bytes - closed.outside_bytes) / (dry.peak_bytes - dry.outside_bytes) - 1
 
 
@@ -63,6 +75,19 @@ def test_closed_form_meets_the_dry_run(family, method, device, checkpointing, ba
 @pytest.mark.parametrize(("family", "method", "device", "checkpointing", "size"), WIDER)
 def test_closed_form_over_the_whole_grid(family, method, device, checkpointing, size):
     assert -0.03 <= difference(family, method, device, checkpointing, *size) <= 0.08
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("method", "dtype"), [("full", "bfloat16"), ("lora", "bfloat16"), ("qdora", "float32")])
+def test_a_cpu_keeps_the_attention_weights_that_it_drops(method, dtype, checkpointing):
+    step = {"batch_size": 2, "max_length": 1024, "gradient_checkpointing": checkpointing}
+    workload = Workload(device_type="cpu", dtype=dtype, **step)
+    assert -0.03 <= compared("granite", method, workload, attention_dropout=0.1) <= 0.08
+
+
+@pytest.mark.parametrize("changes", [{"attention_dropout": 0.1}, {"attn_logit_softcapping": None}])
+def test_scores_that_no_kernel_computes(changes):
+    assert -0.03 <= compared("gemma2", "lora", Workload(batch_size=2, max_length=1024), **changes) <= 0.08
 
 
 def test_devices_share_what_the_strategy_shards():

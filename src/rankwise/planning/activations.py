@@ -2,7 +2,8 @@
 when an operator changes. Imports no torch.
 
 T tokens, L of them a row, h hidden width, q and k widths of queries and of keys, f MLP width, s bytes per element,
-R ranks of the layer's adapters, H heads. Measured against the dry run (tests/planning/test_closed_form.py).
+R ranks of the layer's adapters, H heads, P = T L H scores. Measured against the dry run
+(tests/planning/test_closed_form.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from rankwise.planning.shape import Shape
 from rankwise.planning.weights import DTYPE_BYTES
 from rankwise.planning.workload import Workload
 
-GPT2_CPU_WEIGHTS, GPT2_CPU_COPIES = 12, 5
+DROPPED_SCORE_BYTES, GPT2_CPU_COPIES = 12, 5
+# A CPU drops attention weights in its plain kernel: weights, what dropout leaves of them and its mask in float32.
 CHUNK_BYTES, SMALLEST_CHUNK = 32 << 20, 16
 # Of logits, as in ops.linear_cross_entropy.
 
@@ -57,13 +59,27 @@ class Step:
 
     @property
     def own_attention(self) -> bool:
-        return self.native and self.workload.dtype == "bfloat16" and self.method != "full"
+        return self.native and self.workload.dtype == "bfloat16" and self.method != "full" and not self.scores
+
+    @property
+    def drops_scores(self) -> bool:
+        """Whether attention weights are dropped where no kernel does it in passing."""
+        return bool(self.shape.attention_dropout) and not self.on_card and not self.shape.eager
+
+    @property
+    def scores(self) -> bool:
+        """Whether a layer keeps a number, or several, for each head and pair of positions: P."""
+        return self.shape.eager or self.drops_scores
+
+    @property
+    def P(self) -> int:
+        return self.T * self.row_tokens * self.shape.heads
 
     @property
     def flat(self) -> bool:
         """Whether the trainer lays the rows of a batch end to end in one: where our attention is in the model."""
         on_cpu = self.workload.fast and not self.on_card and self.workload.dtype == "bfloat16"
-        return on_cpu and self.method != "full" and not self.shape.dropout
+        return on_cpu and self.method != "full" and not (self.shape.attention_dropout or self.shape.eager)
 
     @property
     def row_tokens(self) -> int:
@@ -82,7 +98,7 @@ def layer_bytes(step: Step) -> int:
         per_token = _full_per_token(step)
     else:
         per_token = _norms(step) + _attention(step) + _mlp(step) + _low_rank(step)
-    return round(step.T * per_token + _mask(step) + _cast_weights(step))
+    return round(step.T * per_token + scores_bytes(step) + _mask(step) + _cast_weights(step))
 
 
 def _norms(step: Step) -> float:
@@ -101,6 +117,9 @@ def _norms(step: Step) -> float:
 def _attention(step: Step) -> float:
     """Rotated q and k, v, the output and a float32 log-sum per head; with a mask, keys are repeated for every head."""
     shape, s = step.shape, step.s
+    if step.drops_scores:
+        # In float32, keys and values repeated, whatever the dtype; and the output.
+        return (3 * 4 + s) * shape.queries
     keys = shape.keys if step.own_attention else shape.queries
     own = s * (2 * shape.queries + 2 * keys) + 4 * shape.heads
     if shape.fused_qkv and (step.own_attention or shape.heads == shape.kv_heads):
@@ -111,7 +130,44 @@ def _attention(step: Step) -> float:
 
 def _mask(step: Step) -> int:
     """Without our attention each layer turns the mask into numbers and keeps them: s for each pair of positions."""
-    return 0 if step.own_attention else step.T * step.row_tokens * step.s
+    return 0 if step.own_attention or step.scores else step.T * step.row_tokens * step.s
+
+
+def scores_bytes(step: Step) -> int:
+    """What a layer keeps of its scores; eager: the capped ones, weights in float32 and in the dtype of the step."""
+    if not step.scores:
+        return 0
+    if not step.shape.eager:
+        return DROPPED_SCORE_BYTES * step.P
+    dropped = 2 * step.s if step.shape.attention_dropout else _copied_weight_bytes(step)
+    return (4 + dropped + (step.s if step.shape.softcapped else 0)) * step.P
+
+
+def _copied_weight_bytes(step: Step) -> int:
+    """Softmax gives float32: of weights in 16 bits there is another copy."""
+    return step.s if step.s == 2 else 0
+
+
+def scores_backward_bytes(step: Step) -> tuple[int, int]:
+    """On the way through one layer's scores: (gradients that it holds, what of the layer has gone by then).
+
+    Eager holds two gradients in float32, and has let the weights' copy go; torch's plain kernel holds one, and those of
+    two of q, k and v. The MLP and the norms after attention are done.
+    """
+    shape = step.shape
+    norms = (shape.norms_per_layer - 1) * shape.hidden * (4 + step.s)
+    gone = round(step.T * (norms + _mlp_bytes(step)))
+    stream = step.T * shape.hidden * (4 if step.method == "full" else step.s)
+    if shape.eager:
+        return 8 * step.P + stream, gone + _copied_weight_bytes(step) * step.P
+    return 4 * step.P + 8 * step.T * shape.queries + stream, gone
+
+
+def _mlp_bytes(step: Step) -> float:
+    """Of a token, by the way of training."""
+    if step.method == "full" and not step.shape.experts:
+        return step.s * step.shape.mlp * (3 if step.fused_mlp else 4)
+    return _mlp(step)
 
 
 def _mlp(step: Step) -> float:
@@ -171,17 +227,14 @@ def _full_per_token(step: Step) -> float:
     if shape.qk_norm:
         norms += 8 * (shape.queries + shape.keys) + 4 * (shape.heads + shape.kv_heads)
     inputs = (5 if s == 2 else 0) * shape.hidden * s
-    attention = 4 * shape.queries * s + 4 * shape.heads
-    if shape.experts:
-        return norms + inputs + attention + _experts(step)
-    return norms + inputs + attention + s * shape.mlp * (3 if step.fused_mlp else 4)
+    attention = _attention(step) if step.drops_scores else 4 * shape.queries * s + 4 * shape.heads
+    return norms + inputs + attention + _mlp_bytes(step)
 
 
 def _gpt2_per_token(step: Step) -> float:
     """LayerNorm's input and output, the fused q, k and v, five steps of gelu_new, masks of two dropouts (a byte each).
 
-    A CPU drops attention weights in its plain kernel, which keeps them: 12 bytes for each of H times the positions that
-    a token is held against, those of all rows laid end to end.
+    Where a CPU drops attention weights, copies of q, k and v besides.
     """
     shape, s = step.shape, step.s
     h, f = shape.hidden, shape.mlp
@@ -192,8 +245,8 @@ def _gpt2_per_token(step: Step) -> float:
         own += s * 2 * h
     if shape.dropout:
         own += 2 * h
-        if not step.on_card:
-            own += GPT2_CPU_WEIGHTS * shape.heads * step.row_tokens + GPT2_CPU_COPIES * h
+    if step.drops_scores:
+        own += GPT2_CPU_COPIES * h
     return own
 
 
@@ -202,7 +255,13 @@ def outside_layers_bytes(step: Step) -> int:
     each pair of positions; for full fine-tuning autocast's copy of the head, V h s."""
     wide = 4 if step.method == "full" or step.on_card else step.s
     head = step.shape.vocabulary * step.shape.hidden * step.s if step.method == "full" and step.s == 2 else 0
-    return step.T * step.shape.hidden * (2 * step.s + 2 * wide) + step.T * step.row_tokens + head
+    return step.T * step.shape.hidden * (2 * step.s + 2 * wide) + masks_bytes(step) + head
+
+
+def masks_bytes(step: Step) -> int:
+    """A byte for each pair of positions; for eager attention two masks of numbers, in the dtype of the weights."""
+    eager = 2 * (4 if step.method == "full" else step.s)
+    return step.T * step.row_tokens * (eager if step.shape.eager else 1)
 
 
 def loss_bytes(step: Step) -> int:

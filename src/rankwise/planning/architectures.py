@@ -28,6 +28,7 @@ def decoder(
     fused: bool = False,
     kv_heads: int | None = None,
     experts: bool = False,
+    eager: bool = False,
     path: str = "model",
     defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> Shape:
@@ -35,6 +36,7 @@ def decoder(
 
     ``qkv_bias``: of q, k and v, where the config does not say; None: attention_bias of the config, on all four.
     ``qk_norm``: 1 over each head, 2 over all heads together. ``fused``: qkv_proj and gate_up_proj as in Phi-3.
+    ``eager``: attention as in Gemma 2, whose capped scores no kernel of torch's computes.
     ``path``: of the decoder in the model. ``defaults``: transformers', for sizes that a config.json leaves out.
     """
     fields = fields.with_defaults(defaults)
@@ -79,7 +81,14 @@ def decoder(
         qk_norm=bool(qk_norm),
         fused_qkv=fused,
         norms_per_layer=norms_per_layer,
+        attention_dropout=fields.number("attention_dropout", 0.0),
+        eager=eager,
+        softcapped=eager and bool(fields.config.get("attn_logit_softcapping", GEMMA2_SOFTCAP)),
     )
+
+
+GEMMA2_SOFTCAP = 50.0
+# transformers' default; null in a config turns it off.
 
 
 class _Names(dict[tuple[int, str], tuple[str, ...]]):
@@ -216,6 +225,7 @@ def gpt2(fields: Fields) -> Shape:
         tied=fields.flag("tie_word_embeddings", True),
         modules=tuple(modules),
         dropout=fields.number("resid_pdrop", 0.1),
+        attention_dropout=fields.number("attn_pdrop", 0.1),
     )
 
 
@@ -227,7 +237,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": partial(decoder, family="qwen2", qkv_bias=True, kv_heads=32),
     "qwen3": partial(decoder, family="qwen3", qk_norm=1, head_dim=128, kv_heads=32),
     "gemma": partial(decoder, family="gemma", tied=True, head_dim=256, kv_heads=16),
-    "gemma2": partial(decoder, family="gemma2", tied=True, head_dim=256, kv_heads=4, norms_per_layer=4),
+    "gemma2": partial(decoder, family="gemma2", tied=True, head_dim=256, kv_heads=4, norms_per_layer=4, eager=True),
     "gemma3_text": partial(_gemma3_text, family="gemma3_text"),
     "gemma3": gemma3,
     "phi3": partial(decoder, family="phi3", fused=True),

@@ -112,7 +112,7 @@ def phases(
     gradients = weights.tensor_bytes(tensors)
     unpacked = unpacked_bytes(shape, method, workload)
     # By then what lies outside of the layers is mostly gone; with checkpointing the mask is needed again.
-    outside_then = activations.checkpoint_bytes(step) + step.T * step.row_tokens if again else 0
+    outside_then = activations.checkpoint_bytes(step) + activations.masks_bytes(step) if again else 0
     found = {
         "forward": {"activations": saved + outside, "logits": activations.loss_bytes(step)},
         "backward at the head": {"activations": saved + outside, "transient": head_gradient_bytes(shape, method)},
@@ -128,6 +128,18 @@ def phases(
         },
         "optimizer": {"gradients": gradients, "transient": step_copies_bytes(workload, tensors)},
     }
+    if step.scores and shape.family != "gpt2":
+        held, gone = activations.scores_backward_bytes(step)
+        head = head_gradient_bytes(shape, method)
+        found["backward through scores"] = {
+            "activations": saved + one + outside_then - gone,
+            "transient": held + head,
+        }
+        found["backward through the first layer's scores"] = {
+            "activations": layer + outside_then - gone,
+            "gradients": gradients - head,
+            "transient": held + (head if shape.tied else 0),
+        }
     if shape.experts and not again and method != "full":
         held, unsaved = activations.experts_forward_bytes(step)
         found["forward through experts"] = {"activations": saved + outside - unsaved, "transient": held}

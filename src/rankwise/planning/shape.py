@@ -72,6 +72,12 @@ class Shape:
     norms_per_layer: int = 2
     dropout: float = 0.0
     # Of the model itself, in its hidden states.
+    attention_dropout: float = 0.0
+    # Of its attention weights.
+    eager: bool = False
+    # transformers computes its scores one operation after the other, with no kernel for attention.
+    softcapped: bool = False
+    # They pass a tanh.
 
     @property
     def queries(self) -> int:
