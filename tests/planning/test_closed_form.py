@@ -90,6 +90,12 @@ def test_scores_that_no_kernel_computes(changes):
     assert -0.03 <= compared("gemma2", "lora", Workload(batch_size=2, max_length=1024), **changes) <= 0.08
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_logits_of_a_step_of_pytorch_alone(dtype):
+    workload = Workload(batch_size=4, max_length=512, dtype=dtype, fast=False)
+    assert -0.03 <= compared("qwen2", "full", workload, num_hidden_layers=1) <= 0.08
+
+
 def test_devices_share_what_the_strategy_shards():
     shape = shape_of(config_of("llama"))
 

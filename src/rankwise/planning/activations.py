@@ -268,8 +268,10 @@ def loss_bytes(step: Step) -> int:
     """Logits of a chunk of scored tokens; through a head that trains, with their float32 copies: 16 bytes each."""
     V, scored = step.shape.vocabulary, step.workload.trained_tokens
     if not step.workload.fast:
-        # All logits, in float32 too, with the log-probabilities of the loss and of the entropy: s + 20 bytes each.
-        return (step.s + 20) * V * scored
+        # All logits, in float32 too, with the log-probabilities of the loss and of the entropy: s + 20 bytes each;
+        # accelerate gives an autocast model's back in float32, from which the scored ones are picked: 4 more.
+        again = 4 if step.method == "full" and step.s == 2 else 0
+        return (step.s + 20 + again) * V * scored
     if step.method == "full" or "lm_head" in step.adapted:
         rows = min(scored, max(SMALLEST_CHUNK, CHUNK_BYTES // (4 * V)))
         return 16 * V * rows
