@@ -57,8 +57,9 @@ def config_of(family: str, **changes: Any) -> dict[str, Any]:
     if family != "gpt2":
         return config
     kept = ("vocab_size", "n_positions", "bos_token_id", "eos_token_id", "model_type", "pad_token_id")
+    dropped = {name: value for name, value in changes.items() if name.endswith("_pdrop")}
     renamed = {ours: config[theirs] for theirs, ours in NAMES_OF_GPT2.items()}
-    return {name: config[name] for name in kept} | renamed | {"tie_word_embeddings": True}
+    return dropped | {name: config[name] for name in kept} | renamed | {"tie_word_embeddings": True}
 
 
 def skeleton(family: str, **changes: Any) -> PreTrainedModel:

@@ -96,6 +96,13 @@ def test_logits_of_a_step_of_pytorch_alone(dtype):
     assert -0.03 <= compared("qwen2", "full", workload, num_hidden_layers=1) <= 0.08
 
 
+@pytest.mark.parametrize(("method", "checkpointing"), [("lora", False), ("dora", False), ("qlora", True)])
+def test_gpt2_without_dropout_takes_our_attention(method, checkpointing):
+    off = {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
+    workload = Workload(batch_size=8, max_length=512, device_type="cpu", gradient_checkpointing=checkpointing)
+    assert -0.03 <= compared("gpt2", method, workload, **off) <= 0.08
+
+
 def test_devices_share_what_the_strategy_shards():
     shape = shape_of(config_of("llama"))
 

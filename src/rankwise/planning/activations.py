@@ -59,7 +59,8 @@ class Step:
 
     @property
     def own_attention(self) -> bool:
-        return self.native and self.workload.dtype == "bfloat16" and self.method != "full" and not self.scores
+        fast_cpu = self.workload.fast and not self.on_card and self.workload.dtype == "bfloat16"
+        return fast_cpu and self.method != "full" and not self.scores
 
     @property
     def drops_scores(self) -> bool:
@@ -78,8 +79,7 @@ class Step:
     @property
     def flat(self) -> bool:
         """Whether the trainer lays the rows of a batch end to end in one: where our attention is in the model."""
-        on_cpu = self.workload.fast and not self.on_card and self.workload.dtype == "bfloat16"
-        return on_cpu and self.method != "full" and not (self.shape.attention_dropout or self.shape.eager)
+        return self.own_attention
 
     @property
     def row_tokens(self) -> int:
@@ -238,7 +238,7 @@ def _gpt2_per_token(step: Step) -> float:
     """
     shape, s = step.shape, step.s
     h, f = shape.hidden, shape.mlp
-    own = s * (9 * h + 5 * f + step.ranks) + 4 * shape.heads + 24
+    own = s * ((8 if step.own_attention else 9) * h + 5 * f + step.ranks) + 4 * shape.heads + 24
     if step.method == "full":
         own = 2 * (4 + s) * h + s * (5 * h + 5 * f) + 4 * shape.heads + 24
     elif step.method in DORA:
