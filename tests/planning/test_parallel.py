@@ -8,7 +8,8 @@ from planning_models import config_of, skeleton
 from rankwise.config import DORA, FOUR_BITS
 from rankwise.planning import TERMS, Workload
 from rankwise.planning.adapted import adaptation
-from rankwise.planning.dry_run import sharding_groups_of
+from rankwise.planning.closed_form import of_shape
+from rankwise.planning.dry_run import sharding_groups_of, trace
 from rankwise.planning.fake_model import attach, materialize, weights_dtype
 from rankwise.planning.parallel import Group, layer_and_root, per_device
 from rankwise.planning.shape import shape_of
@@ -16,13 +17,14 @@ from rankwise.planning.weights import sharding_groups
 
 SMALL = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "head_dim": 32}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+LARGE = SMALL | {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "head_dim": 512}
 TERMS_OF = dict.fromkeys(TERMS, 1000)
 LAYER, ROOT = Group(100, 10), Group(70, 7)
 
 
-def shared(strategy: str, devices: int) -> dict[str, int]:
+def shared(strategy: str, devices: int, phase: str = "backward") -> dict[str, int]:
     workload = Workload(devices=devices, strategy=strategy)
-    return per_device(TERMS_OF, workload, layer=LAYER, root=ROOT, trained_bytes=50)
+    return per_device(TERMS_OF, workload, phase=phase, layer=LAYER, root=ROOT, trained_bytes=50)
 
 
 def test_fsdp_shards_what_lasts_and_gathers_two_layers_and_the_root():
@@ -30,6 +32,36 @@ def test_fsdp_shards_what_lasts_and_gathers_two_layers_and_the_root():
     assert found["weights"] == found["optimizer"] == found["gradients"] == 250
     assert found["activations"] == 1000
     assert found["transient"] == 1000 + 2 * (100 + 10) + (70 + 7)
+
+
+def test_gathered_gradients_come_with_the_backward_pass_and_the_optimizer_sees_shards_alone():
+    assert shared("fsdp", 4, "forward")["transient"] == 1000 + 2 * 100 + 70
+    assert shared("fsdp", 4, "optimizer")["transient"] == 250
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_phase_is_that_in_which_a_device_holds_most(exact):
+    """Alone a step peaks where gradients and states are whole; sharded, where activations are."""
+
+    def found(**changes):
+        workload = Workload(batch_size=8, max_length=512, **changes)
+        if exact:
+            return trace(skeleton("llama", **LARGE), "full", workload)
+        return of_shape(shape_of(config_of("llama", **LARGE)), "full", workload)
+
+    alone, shared = found(), found(devices=64, strategy="fsdp")
+    assert alone.phase == "optimizer"
+    assert shared.phase != "optimizer"
+    assert shared.breakdown["activations"] > 0
+    assert shared.breakdown["optimizer"] == pytest.approx(alone.breakdown["optimizer"] / 64, rel=1e-3)
+
+
+def test_closed_form_meets_the_dry_run_on_shards():
+    workload = Workload(batch_size=8, max_length=512, devices=8, strategy="fsdp")
+    closed = of_shape(shape_of(config_of("llama", **LARGE)), "full", workload)
+    assert closed.peak_bytes / trace(skeleton("llama", **LARGE), "full", workload).peak_bytes - 1 == pytest.approx(
+        0.025, abs=0.055
+    )
 
 
 def test_ddp_keeps_everything_and_the_gradients_twice():

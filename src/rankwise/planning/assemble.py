@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rankwise.planning import cuda
 from rankwise.planning.estimate import TERMS, MemoryEstimate
 from rankwise.planning.parallel import Group, per_device
@@ -22,8 +24,7 @@ def assembled(
     method: str,
     workload: Workload,
     *,
-    breakdown: dict[str, int],
-    phase: str,
+    phases: Mapping[str, dict[str, int]],
     trainable: int,
     total: int,
     elsewhere_bytes: int,
@@ -35,10 +36,15 @@ def assembled(
     root: Group,
     notes: tuple[str, ...] = (),
 ) -> MemoryEstimate:
-    """One device's estimate. ``trained_bytes``: of all that trains; ``layer``: the largest layer; ``root``: what lies
-    outside of the layers."""
-    terms = {name: breakdown.get(name, 0) for name in TERMS}
-    terms = per_device(terms, workload, layer=layer, root=root, trained_bytes=trained_bytes)
+    """One device's estimate, of the phase in which it holds most. ``phases``: {phase: {term: bytes}}, not yet shared
+    among devices; ``trained_bytes``: of all that trains; ``layer``: the largest layer; ``root``: what lies outside of
+    the layers."""
+    shares = {}
+    for name, found in phases.items():
+        whole = {term: found.get(term, 0) for term in TERMS}
+        phase = name.split()[0]
+        shares[name] = per_device(whole, workload, phase=phase, layer=layer, root=root, trained_bytes=trained_bytes)
+    name, terms = max(shares.items(), key=lambda item: sum(item[1].values()))
     outside = outside_bytes(workload, sum(terms.values()))
     terms["overhead"] += outside
     if workload.device_type == "cuda":
@@ -53,7 +59,7 @@ def assembled(
         total_parameters=total,
         error=(DRY_RUN_ERROR if exact else CLOSED_FORM_ERROR)[workload.device_type],
         exact=exact,
-        phase=phase,  # type: ignore[arg-type]
+        phase=name.split()[0],  # type: ignore[arg-type]
         outside_bytes=outside,
         notes=(*notes, *_notes(workload, elsewhere_bytes, max_positions)),
         seconds=round(seconds, 3),

@@ -51,14 +51,11 @@ def of_shape(shape: Shape, method: str, workload: Workload, *, started: float | 
     state, elsewhere = state_bytes(workload.optimizer, tensors)
     fixed = fixed_terms(shape, method, workload, adapted) | {"optimizer": state}
     layer, root = weights.sharding_groups(shape, method, workload, adapted)
-    phase, moving = max(
-        phases(shape, method, workload, adapted, tensors).items(), key=lambda item: sum(item[1].values())
-    )
+    moving = phases(shape, method, workload, adapted, tensors)
     return assembled(
         method,
         workload,
-        breakdown={**fixed, **moving},
-        phase=phase.split()[0],
+        phases={phase: fixed | terms for phase, terms in moving.items()},
         trainable=shape.parameters if adapted is None else adapted.parameters,
         total=shape.parameters,
         elsewhere_bytes=elsewhere,

@@ -30,7 +30,7 @@ from rankwise.planning.estimate import MemoryEstimate
 from rankwise.planning.fake_model import attach, materialize, weights_dtype
 from rankwise.planning.offload import offloaded
 from rankwise.planning.optimizers import rule_of, state_bytes
-from rankwise.planning.parallel import Group, layer_and_root
+from rankwise.planning.parallel import Group, divisors, layer_and_root
 from rankwise.planning.scratch import SCRATCH, kept_memory, kept_norms, lives_in_kept_memory
 from rankwise.planning.step import autocast_dtype, make_batch, take_step, true_counts
 from rankwise.planning.tracker import StorageTracker
@@ -98,11 +98,10 @@ def trace(
     return assembled(
         method,
         workload,
-        breakdown=tracker.breakdown(),
+        phases=tracker.peaks(divisors(workload)),
         layer=layer,
         root=root,
         trained_bytes=sum(item.nbytes for item in trained(skeleton)),
-        phase=tracker.peak_phase,
         trainable=sum(item.numel() for item in trained(skeleton)),
         total=total,
         elsewhere_bytes=state_bytes(workload.optimizer, shapes)[1],

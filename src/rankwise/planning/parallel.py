@@ -46,19 +46,29 @@ def layer_and_root(parts: Iterable[tuple[str, Group]]) -> tuple[Group, Group]:
     return max(groups.values(), key=lambda group: group.whole_bytes, default=Group()), root
 
 
+def divisors(workload: Workload) -> dict[str, int]:
+    """{term: over how many devices it is spread}, of those that are."""
+    return dict.fromkeys(SHARDED, workload.devices) if workload.strategy == "fsdp" else {}
+
+
 def per_device(
-    terms: dict[str, int], workload: Workload, *, layer: Group, root: Group, trained_bytes: int
+    terms: dict[str, int], workload: Workload, *, phase: str, layer: Group, root: Group, trained_bytes: int
 ) -> dict[str, int]:
-    """The terms of one of N devices.
+    """The terms that one of N devices holds in a phase.
 
     ddp: everything is there, and the gradients (``trained_bytes``) once more, in the buckets that are reduced. fsdp:
     weights, adapters, gradients and states are sharded; whole at a time are two layers, and from the first layer to the
-    last the root group, which is what lies outside of the layers (embedding, last norm, head): 2 layer + root.
+    last the root group, which is what lies outside of the layers (embedding, last norm, head): 2 layer + root, with
+    their gradients on the way back. The optimizer steps on shards alone, so that its copies are sharded too.
     """
     if workload.strategy == "ddp":
         return {**terms, "transient": terms["transient"] + trained_bytes}
     if workload.strategy != "fsdp" or workload.devices == 1:
         return terms
-    sharded = {name: ceil(terms[name] / workload.devices) for name in SHARDED}
-    whole = BLOCKS_AT_ONCE * layer.whole_bytes + root.whole_bytes
+    sharded = {name: ceil(terms[name] / count) for name, count in divisors(workload).items()}
+    if phase == "optimizer":
+        return {**terms, **sharded, "transient": ceil(terms["transient"] / workload.devices)}
+    whole = BLOCKS_AT_ONCE * layer.tensor_bytes + root.tensor_bytes
+    if phase == "backward":
+        whole += BLOCKS_AT_ONCE * layer.gradient_bytes + root.gradient_bytes
     return {**terms, **sharded, "transient": terms["transient"] + whole}

@@ -10,8 +10,10 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -63,6 +65,10 @@ class StorageTracker(TorchDispatchMode):
         self.peak_phase = "forward"
         self.peak_scratch_bytes = 0
         self.forward_ends: list[int] = []
+        self.entered: list[tuple[int, str]] = []
+        # (clock, phase) of every beginning.
+        self.scratches: dict[int, int] = {}
+        # {clock: the largest scratch memory of an operation then}.
         self.storages: list[Storage] = []
         self.hosted = False
         # Storages that live in another memory, while this is set.
@@ -78,7 +84,9 @@ class StorageTracker(TorchDispatchMode):
             if isinstance(tensor, Tensor) and not (self.counted_before and self.counted_before(name, tensor)):
                 self.see(tensor)
         if name in self.scratch:
-            self._look(self.scratch[name](args, kwargs))
+            scratch_bytes = self.scratch[name](args, kwargs)
+            self.scratches[self.clock] = max(scratch_bytes, self.scratches.get(self.clock, 0))
+            self._look(scratch_bytes)
         return result
 
     def see(self, tensor: Tensor, term: str | None = None) -> None:
@@ -124,6 +132,7 @@ class StorageTracker(TorchDispatchMode):
         if self.phase == "forward":
             self.forward_ends.append(self.clock)
         self.phase = phase
+        self.entered.append((self.clock, phase))
         self._look(0)
 
     @contextmanager
@@ -141,9 +150,33 @@ class StorageTracker(TorchDispatchMode):
 
     def breakdown(self) -> dict[str, int]:
         """{term: bytes} at the moment of the peak; they sum to ``peak_bytes``."""
-        totals: dict[str, int] = {"transient": self.peak_scratch_bytes}
+        return self._terms_at(self.peak_clock, self.peak_scratch_bytes)
+
+    def peaks(self, divisors: Mapping[str, int] = MappingProxyType({})) -> dict[str, dict[str, int]]:
+        """{phase: {term: bytes}} at that moment of each phase at which ``sum of bytes(term) / divisors(term)`` peaks.
+
+        Terms are given whole; divided they are what one of several devices holds, whose peak lies elsewhere.
+        """
+        changes = [0.0] * self.clock
         for storage in self.storages:
-            if storage.born < self.peak_clock <= storage.died:
+            share = storage.size_bytes / divisors.get(self._term(storage), 1)
+            changes[storage.born] += share
+            if storage.died != NEVER:
+                changes[storage.died] -= share
+        held = [0.0, *accumulate(changes)]
+        # held[c]: after every event before c.
+        ends = [clock for clock, _ in self.entered[1:]] + [self.clock]
+        best: dict[str, tuple[float, int]] = {}
+        for (begin, phase), end in zip(self.entered, ends, strict=True):
+            clock = max(range(begin, end + 1), key=lambda at: held[at] + self.scratches.get(at, 0))
+            found = held[clock] + self.scratches.get(clock, 0), clock
+            best[phase] = max(best.get(phase, found), found, key=lambda item: item[0])
+        return {phase: self._terms_at(clock, self.scratches.get(clock, 0)) for phase, (_, clock) in best.items()}
+
+    def _terms_at(self, clock: int, scratch_bytes: int) -> dict[str, int]:
+        totals: dict[str, int] = {"transient": scratch_bytes}
+        for storage in self.storages:
+            if storage.born < clock <= storage.died:
                 term = self._term(storage)
                 totals[term] = totals.get(term, 0) + storage.size_bytes
         return totals
