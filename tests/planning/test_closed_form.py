@@ -103,6 +103,13 @@ def test_gpt2_without_dropout_takes_our_attention(method, checkpointing):
     assert -0.03 <= compared("gpt2", method, workload, **off) <= 0.08
 
 
+@pytest.mark.parametrize(("device", "dtype"), [("cuda", "bfloat16"), ("cpu", "bfloat16"), ("cuda", "float32")])
+def test_a_head_that_trains_beside_adapters(device, dtype):
+    workload = Workload(batch_size=4, max_length=512, device_type=device, dtype=dtype, modules_to_save=("lm_head",))
+    changes = {"tie_word_embeddings": False, "num_hidden_layers": 8}
+    assert -0.03 <= compared("qwen2", "lora", workload, **changes) <= 0.08
+
+
 def test_devices_share_what_the_strategy_shards():
     shape = shape_of(config_of("llama"))
 

@@ -31,9 +31,11 @@ class Step:
     ranks: float
     # R, on average over the layers.
     adapted: frozenset[str]
-    # Last names of adapted layers: q_proj, ...
+    # Last names of layers that adapt or train whole: q_proj, ...
     layer_weights: float
     # Parameters of one layer, on average.
+    whole_head: bool = False
+    # It trains beside adapters.
 
     @property
     def T(self) -> int:
@@ -277,6 +279,18 @@ def loss_bytes(step: Step) -> int:
         return 16 * V * rows
     rows = min(scored, max(SMALLEST_CHUNK, CHUNK_BYTES // (step.s * V)))
     return rows * V * step.s
+
+
+def head_bytes(step: Step) -> int:
+    return step.shape.vocabulary * step.shape.hidden * step.s
+
+
+def head_gradient_bytes(step: Step) -> int:
+    """A head that trains begins the backward pass with its gradient, V h: of full fine-tuning in float32; beside
+    adapters that of a chunk, and the sum over chunks before and after it."""
+    if step.method == "full":
+        return 4 * step.shape.vocabulary * step.shape.hidden
+    return 3 * head_bytes(step) if step.whole_head else 0
 
 
 def backward_bytes(step: Step) -> int:

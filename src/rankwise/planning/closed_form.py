@@ -82,7 +82,8 @@ def fixed_terms(shape: Shape, method: str, workload: Workload, adapted: Adaptati
 
 def step_of(shape: Shape, method: str, workload: Workload, adapted: Adaptation | None) -> Step:
     items = () if adapted is None else adapted.adapted
-    ends = frozenset(".".join(item.module.name.split(".")[-2:]) for item in items)
+    trained = [item.module for item in items] + list(() if adapted is None else adapted.whole)
+    ends = frozenset(".".join(module.name.split(".")[-2:]) for module in trained)
     layer_weights = sum(module.parameters for module in shape.modules if ".0." in module.name)
     return Step(
         shape=shape,
@@ -90,6 +91,7 @@ def step_of(shape: Shape, method: str, workload: Workload, adapted: Adaptation |
         workload=workload,
         ranks=sum(item.rank for item in items) / shape.layers,
         adapted=ends | frozenset(name.rpartition(".")[2] for name in ends),
+        whole_head=adapted is not None and shape.modules[-1] in adapted.whole,
         layer_weights=layer_weights,
     )
 
@@ -112,8 +114,12 @@ def phases(
     outside_then = activations.checkpoint_bytes(step) + activations.masks_bytes(step) if again else 0
     found = {
         "forward": {"activations": saved + outside, "logits": activations.loss_bytes(step)},
-        "backward at the head": {"activations": saved + outside, "transient": head_gradient_bytes(shape, method)},
-        "backward": {"activations": saved + one + outside_then, "transient": backward + unpacked},
+        "backward at the head": {"activations": saved + outside, "transient": activations.head_gradient_bytes(step)},
+        "backward": {
+            "activations": saved + one + outside_then,
+            "gradients": activations.head_bytes(step) if step.whole_head else 0,
+            "transient": backward + unpacked,
+        },
         "backward at the first layer": {
             "activations": layer + (activations.checkpoint_bytes(step) if again else 0),
             "gradients": gradients - embedding_gradient_bytes(shape, method),
@@ -127,7 +133,7 @@ def phases(
     }
     if step.scores and shape.family != "gpt2":
         held, gone = activations.scores_backward_bytes(step)
-        head = head_gradient_bytes(shape, method)
+        head = embedding_gradient_bytes(shape, method)
         found["backward through scores"] = {
             "activations": saved + one + outside_then - gone,
             "transient": held + head,
@@ -143,13 +149,9 @@ def phases(
     return found
 
 
-def head_gradient_bytes(shape: Shape, method: str) -> int:
-    """Full fine-tuning begins its backward pass with the head's gradient: V h in float32."""
-    return 4 * shape.vocabulary * shape.hidden if method == "full" else 0
-
-
 def embedding_gradient_bytes(shape: Shape, method: str) -> int:
-    """And ends with the embedding's, as large; tied to the head, it is there once more beside their sum."""
+    """Full fine-tuning ends with the embedding's gradient, as large as the head's; tied to the head, it is there once
+    more beside their sum."""
     return 4 * shape.vocabulary * shape.hidden if method == "full" else 0
 
 
