@@ -110,6 +110,15 @@ def test_a_head_that_trains_beside_adapters(device, dtype):
     assert -0.03 <= compared("qwen2", "lora", workload, **changes) <= 0.08
 
 
+@pytest.mark.parametrize(
+    ("family", "method"), [("llama", "lora"), ("llama", "qdora"), ("gpt2", "lora"), ("mixtral", "lora")]
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_that_wait_in_the_hosts_memory(family, method, checkpointing):
+    step = {"batch_size": 8, "max_length": 1024, "gradient_checkpointing": checkpointing}
+    assert -0.03 <= compared(family, method, Workload(activation_offloading=True, **step)) <= 0.08
+
+
 def test_devices_share_what_the_strategy_shards():
     shape = shape_of(config_of("llama"))
 

@@ -311,6 +311,23 @@ def backward_bytes(step: Step) -> int:
     return step.T * s * (2 * f + 2 * h if unfused else 4 * f + h)
 
 
+def offloaded_backward_bytes(step: Step) -> int:
+    """The same where what was saved comes back a tensor at a time, for the operation that asks for it.
+
+    Two tensors of the MLP beside three gradients; with DoRA's scaled ones six in all, through GPT-2's gelu seven. Of
+    stacked experts the transposed weight comes too, since it is no parameter itself.
+    """
+    shape, s = step.shape, step.s
+    h, f = shape.hidden, shape.mlp
+    if shape.experts:
+        k = shape.experts_per_token
+        with_weight = 2 * shape.experts * f * h + step.T * (k * (2 * f + h) + h)
+        return s * max(with_weight, step.T * (5 * k * f + h))
+    dora = step.method in DORA
+    kept = 7 if shape.family == "gpt2" else 6 if dora else 5
+    return step.T * s * (kept * f + (3 if dora else 1) * h)
+
+
 def experts_forward_bytes(step: Step) -> tuple[int, int]:
     """Inside a layer's experts, on the way forward: (what it holds for a moment, what it has not saved yet).
 

@@ -106,7 +106,10 @@ def phases(
     saved = shape.layers * (activations.checkpoint_bytes(step) if again else layer)
     if workload.activation_offloading:
         saved = 0
-    one = layer if again or workload.activation_offloading else 0
+    one = layer if again else 0
+    if workload.activation_offloading and not again:
+        backward = activations.offloaded_backward_bytes(step)
+    first = one if workload.activation_offloading else layer
     outside = activations.outside_layers_bytes(step)
     gradients = weights.tensor_bytes(tensors)
     unpacked = unpacked_bytes(shape, method, workload)
@@ -121,7 +124,7 @@ def phases(
             "transient": backward + unpacked,
         },
         "backward at the first layer": {
-            "activations": layer + (activations.checkpoint_bytes(step) if again else 0),
+            "activations": first + (activations.checkpoint_bytes(step) if again else 0),
             "gradients": gradients - embedding_gradient_bytes(shape, method),
             "transient": backward + unpacked,
         },
