@@ -119,6 +119,13 @@ def test_activations_that_wait_in_the_hosts_memory(family, method, checkpointing
     assert -0.03 <= compared(family, method, Workload(activation_offloading=True, **step)) <= 0.08
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")])
+def test_layers_without_adapters_keep_less(targets, device):
+    workload = Workload(batch_size=8, max_length=1024, device_type=device, target_modules=targets)
+    assert -0.03 <= compared("llama", "lora", workload, num_hidden_layers=8) <= 0.08
+
+
 def test_devices_share_what_the_strategy_shards():
     shape = shape_of(config_of("llama"))
 

@@ -111,6 +111,10 @@ def _norms(step: Step) -> float:
     if shape.norms_per_layer == 4:
         # The outputs of the two that follow attention and MLP are only added.
         own -= 2 * shape.hidden * s
+    if not shape.experts:
+        # A norm's output is kept by the adapters that read it alone.
+        readers = (("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj"))
+        own -= shape.hidden * s * sum(not step.has(*names) for names in readers)
     if shape.qk_norm:
         own += (shape.queries + shape.keys) * copy + 4 * (shape.heads + shape.kv_heads)
     return own
@@ -177,8 +181,8 @@ def _mlp(step: Step) -> float:
     shape, s = step.shape, step.s
     if shape.experts:
         return _experts(step)
-    # Over an adapted layer the product is made again; over a plain one nothing needs it, since its weight is frozen.
-    kept = 2 if step.fused_mlp else 4
+    # Fused, the product is made again; over a plain down_proj nothing needs it, since its weight is frozen.
+    kept = 2 if step.fused_mlp else 4 if step.has("mlp.down_proj") else 3
     return s * shape.mlp * kept
 
 
@@ -307,6 +311,8 @@ def backward_bytes(step: Step) -> int:
         return step.T * s * (k * (2 * f + 2 * h) if again and step.method != "full" else 2 * k * f + 3 * h)
     if again and step.method == "full":
         return step.T * step.s * (2 * f + h)
+    if step.method != "full" and not step.has("mlp.down_proj"):
+        return step.T * s * (3 * f + h)
     unfused = step.on_card or (again and not step.fused_mlp)
     return step.T * s * (2 * f + 2 * h if unfused else 4 * f + h)
 
