@@ -17,9 +17,10 @@ from rankwise.planning.workload import Workload
 ASSUMED_EFFICIENCY = 0.40
 """Share of the data sheet's peak: 38 to 43 % were measured when Llama 3 405B was trained (arXiv 2407.21783, 3.3.2)."""
 ASSUMED_BANDWIDTH_SHARE = 0.8
-ASSUMED_CPU_FLOPS_PER_CORE = {"bfloat16": 100e9, "float16": 30e9, "float32": 30e9}
+ASSUMED_CPU_FLOPS_PER_CORE = {"bfloat16": 100e9, "float16": 40e9, "float32": 40e9}
 """Cautious: `rankwise plan --calibrate` gave 111 to 303 GFLOP/s for one core with bfloat16 instructions (docs/plan.md);
-without them three tenths of that are taken."""
+LoRA's steps with AVX2 alone come to 44 a core (docs/results/steps_float32_peer.md)."""
+ASSUMED_CPU = {"bfloat16": "a Zen 4", "float16": "an AMD EPYC with AVX2", "float32": "an AMD EPYC with AVX2"}
 HOST_LINK_BYTES_PER_SECOND = 20e9
 """PCIe 4.0 x16 moves 32 GB/s at most in one direction (PCI-SIG); about two thirds are reached."""
 NOMINAL_CARD = "RTX 4090"
@@ -57,8 +58,8 @@ def assumed_pace(hardware: Hardware, dtype: str) -> Pace | None:
         )
     if hardware.device_type == "cpu" and hardware.cores:
         per_core = ASSUMED_CPU_FLOPS_PER_CORE[computed]
-        basis = f"assumed: {per_core / 1e9:.0f} GFLOP/s for each of {hardware.cores} cores, as on a Zen 4"
-        return Pace(per_core * hardware.cores, None, False, f"{basis}; --calibrate measures it")
+        basis = f"assumed: {per_core / 1e9:.0f} GFLOP/s for each of {hardware.cores} cores, as on"
+        return Pace(per_core * hardware.cores, None, False, f"{basis} {ASSUMED_CPU[computed]}; --calibrate measures it")
     return None
 
 
