@@ -86,22 +86,21 @@ def replace_ropes(model: nn.Module, undo: Undo) -> int:
             setattr(namespace, ROPE, FastRope(original))
         twin = getattr(namespace, ROPE)
         twin.users.add(model)
-        leave = _leaving(namespace, twin, weakref.ref(model))
-        undo.add(leave)
-        # A model may also go without having been made plain again.
-        weakref.finalize(model, leave).atexit = False
+        undo.add(_leaving(namespace, twin, weakref.ref(model)))
         count += 1
     return count
 
 
 def _leaving(namespace: Any, twin: FastRope, model: weakref.ref[nn.Module]) -> Callable[[], None]:
-    """The function belongs to all models of a family: the last one that leaves puts the original back."""
+    """The function belongs to all models of a family: the last one that leaves puts the original back.
+
+    A model that goes without leaving takes nothing with it: others may be between a step and its recomputation.
+    """
 
     def leave() -> None:
         if (user := model()) is not None:
             twin.users.discard(user)
-        # As a list: one that is being forgotten may still be counted.
-        if not list(twin.users) and getattr(namespace, ROPE, None) is twin:
+        if not twin.users and getattr(namespace, ROPE, None) is twin:
             setattr(namespace, ROPE, twin.original)
 
     return leave
@@ -119,7 +118,7 @@ class FastRope:
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, unsqueeze_dim: int = 1, **kwargs: Any
     ) -> Any:
         plain = args or kwargs or unsqueeze_dim != 1 or not all(_is_simple(tensor, cos) for tensor in (q, k))
-        if plain or not self.users or cos.requires_grad or cos.dim() != 3:
+        if plain or cos.requires_grad or cos.dim() != 3:
             return self.original(q, k, cos, sin, *args, unsqueeze_dim=unsqueeze_dim, **kwargs)
         return Rope.apply(q, cos, sin), Rope.apply(k, cos, sin)
 
