@@ -118,7 +118,7 @@ def test_bad_rows_are_named(tmp_path: Path):
     with pytest.raises(DataError, match="RW251.*solution1"):
         instructions_in("siqa", str(path))
     path.write_text(json.dumps([ROW, {"instruction": "x"}]))
-    with pytest.raises(DataError, match="RW251.*line"):
+    with pytest.raises(DataError, match="RW251.*row 2"):
         instructions_in("siqa", str(path))
     path.write_text(json.dumps([{"question": "x"}]))
     assert instructions_in("siqa", str(path)) is None
