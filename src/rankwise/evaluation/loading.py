@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.errors import ConfigError, DataError, ModelError, warn
+from rankwise.errors import ConfigError, DataError, ModelError
 from rankwise.records import RUN_FILE, RunRecord, load_record
 
 
@@ -48,12 +48,14 @@ def load_as_trained(
     """
     from rankwise.acceleration import limit_generated_kernels, use_native_products
     from rankwise.adapters import load_adapter
+    from rankwise.adapters.peft_config import read_config
     from rankwise.adapters.trained_base import revision_of
-    from rankwise.models import choose_device, load_model
+    from rankwise.models import choose_device, load_model, warns_of_other_hub_model
 
     limit_generated_kernels()
     if named:
-        _warn_of_other_bases(name, adapters)
+        for adapter in adapters:
+            warns_of_other_hub_model(name, adapter, read_config(adapter))
     choice = choose_device(device)
     model, tokenizer = load_model(
         name,
@@ -75,21 +77,6 @@ def load_as_trained(
         load_adapter(model, adapter, name=adapter_name, trainable=False)
     use_native_products(model.requires_grad_(False))
     return Loaded(model.eval(), tokenizer, str(choice.device), names)
-
-
-def _warn_of_other_bases(name: str, adapters: Sequence[Path]) -> None:
-    from rankwise.adapters.peft_config import read_config
-    from rankwise.models import is_other_hub_model
-
-    for adapter in adapters:
-        trained = read_config(adapter).get("base_model_name_or_path")
-        if is_other_hub_model(name, trained):
-            warn(
-                "RW417",
-                f"the adapter in {adapter} was trained on {trained}, and --model is {name}; leave --model out unless "
-                "the difference is meant.",
-                stacklevel=3,
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,9 +165,9 @@ def _quantization(asked: str, adapters: Sequence[Path]) -> Any:
     if asked == "none":
         return None
     if asked != "auto":
-        from rankwise.quantization import Fp4Config, Nf4Config
+        from rankwise.quantization.config import CONFIGS
 
-        return (Nf4Config if asked == "nf4" else Fp4Config)(double_quant=True)
+        return CONFIGS[asked](double_quant=True)
     from rankwise.adapters.trained_base import quantization_of
 
     found = {str(adapter): quantization_of(adapter) for adapter in adapters}

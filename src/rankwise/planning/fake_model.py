@@ -69,10 +69,11 @@ def attach(model: nn.Module, method: str, workload: Workload) -> bool:
     """Quantize, add the adapter and, if asked to, make steps fast, as the trainer does; says whether it would lay rows
     end to end."""
     from rankwise.adapters import add_adapter
-    from rankwise.quantization import Fp4Config, Nf4Config, quantize
+    from rankwise.quantization import quantize
+    from rankwise.quantization.config import CONFIGS
 
     if method in FOUR_BITS:
-        kind = {"nf4": Nf4Config, "fp4": Fp4Config}[workload.quant_type]
+        kind = CONFIGS[workload.quant_type]
         quantize(model, kind(block_size=workload.block_size, double_quant=workload.double_quant))
     if method == "full":
         model.requires_grad_(True)

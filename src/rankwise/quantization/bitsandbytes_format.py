@@ -237,7 +237,7 @@ def rewrite_bitsandbytes_config(config: Mapping[str, Any]) -> FourBitConfig | No
     Raises:
         QuantizationError: RW601 unknown ``bnb_4bit_quant_type``, RW605 unknown ``bnb_4bit_compute_dtype``.
     """
-    from rankwise.quantization.config import Fp4Config, Nf4Config
+    from rankwise.quantization.config import CONFIGS
 
     stored = config.get("quantization_config", config)
     # load_in_4bit decides, as in transformers: old checkpoints have no quant_method.
@@ -249,8 +249,7 @@ def rewrite_bitsandbytes_config(config: Mapping[str, Any]) -> FourBitConfig | No
         raise QuantizationError(
             "RW601", f"the checkpoint's bnb_4bit_quant_type is {_short(quant_type)}: use nf4 or fp4."
         )
-    kind = {"nf4": Nf4Config, "fp4": Fp4Config}[quant_type]
-    return kind(
+    return CONFIGS[quant_type](
         double_quant=bool(stored.get("bnb_4bit_use_double_quant", False)),
         modules_to_not_convert=stored.get("llm_int8_skip_modules"),
         compute_dtype=stored.get("bnb_4bit_compute_dtype", "float32"),

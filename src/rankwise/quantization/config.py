@@ -62,14 +62,13 @@ class FourBitConfig(QuantizationConfigMixin):
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The config of a ``to_loading_dict``: transformers' way to hand it to the loader."""
         given = {key: value for key, value in config_dict.items() if key not in ("quant_method", "quant_type")}
-        kinds: dict[Any, type[FourBitConfig]] = {"nf4": Nf4Config, "fp4": Fp4Config}
         quant_type = config_dict.get("quant_type", cls.quant_type)
-        if quant_type not in kinds:
+        if quant_type not in CONFIGS:
             raise QuantizationError("RW601", f"there is no 4-bit type {quant_type!r}: use nf4 or fp4.")
         unknown = given.keys() - {item.name for item in fields(cls) if item.init}
         if unknown:
             raise QuantizationError("RW615", f"a 4-bit config has no {', '.join(sorted(unknown))}.")
-        config = kinds[quant_type](**given)
+        config = CONFIGS[quant_type](**given)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_loading_dict(self) -> dict[str, Any]:
@@ -113,6 +112,10 @@ class Fp4Config(FourBitConfig):
     """4-bit floating point: a sign, two bits of exponent, one of mantissa."""
 
     quant_type: ClassVar[str] = "fp4"
+
+
+CONFIGS: dict[Any, type[FourBitConfig]] = {kind.quant_type: kind for kind in (Nf4Config, Fp4Config)}
+# By the name of their type.
 
 
 def _names(names: Any) -> list[str] | None:

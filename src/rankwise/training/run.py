@@ -22,7 +22,7 @@ from rankwise.config import BASELINES, DORA, FOUR_BITS, LoraConfig, TrainSetting
 from rankwise.data import Rows
 from rankwise.errors import RankwiseWarning, warn
 from rankwise.models import choose_device, model_facts
-from rankwise.quantization.config import FourBitConfig, Fp4Config, Nf4Config
+from rankwise.quantization.config import CONFIGS, FourBitConfig
 from rankwise.quantization.linear import weight_count
 from rankwise.records import RunRecord, load_record
 from rankwise.training import output, preflight, setup
@@ -107,8 +107,7 @@ def quantization_for(given: TrainSettings) -> FourBitConfig | None:
     """By default QLoRA's: NF4 with double quantization (section 3 of the paper)."""
     if given.method not in FOUR_BITS:
         return None
-    kind = {"nf4": Nf4Config, "fp4": Fp4Config}[given.quant_type]
-    return kind(block_size=given.block_size, double_quant=given.double_quant)
+    return CONFIGS[given.quant_type](block_size=given.block_size, double_quant=given.double_quant)
 
 
 def _warn_of_idle_options(given: TrainSettings) -> None:
