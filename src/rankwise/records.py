@@ -9,10 +9,10 @@ import contextlib
 import dataclasses
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rankwise.errors import RunError
 
@@ -101,26 +101,33 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write to a temporary name beside ``path``, flush to disk, then rename: readers see the old or the new file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Whole or not at all."""
+    with whole_file(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file of a temporary name beside ``path``, flushed to disk and renamed at the end: readers see the old or the
+    new one, and nothing of it remains on errors."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
+        with temporary.open("xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        follow_umask(Path(temporary))
         os.replace(temporary, path)
     except BaseException:
         # Gone where a signal came right after the rename.
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+            temporary.unlink()
         raise
 
 
 def follow_umask(path: Path) -> None:
     """Give a file, or a folder and all in it, the modes that ``open`` and ``mkdir`` give.
 
-    mkstemp, mkdtemp and safetensors make theirs for their owner alone, and whoever serves a model is often another.
+    mkdtemp and safetensors make theirs for their owner alone, and whoever serves a model is often another.
     """
     # There is no way to ask for the mask but to set it; meanwhile others' files are private, never open.
     mask = os.umask(0o077)

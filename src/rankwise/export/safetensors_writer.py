@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
+from rankwise.records import whole_file
 from rankwise.weights_file import BITS
 
 ALIGNMENT = 8
@@ -25,19 +24,10 @@ def write_safetensors(path: Path, shapes: Shapes, tensor: Callable[[str], Tensor
 
     The file appears under its name only when it is whole.
     """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("wb") as file:
-            file.write(_header(shapes, metadata))
-            for name in shapes:
-                file.write(_bytes(tensor(name)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
+    with whole_file(path) as file:
+        file.write(_header(shapes, metadata))
+        for name in shapes:
+            file.write(_bytes(tensor(name)))
 
 
 def bytes_of(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> int:
