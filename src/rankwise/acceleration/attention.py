@@ -55,7 +55,8 @@ def head_width(config: Any) -> int:
     """D of a configuration, 64 where it names neither a width nor heads."""
     try:
         width = getattr(config, "head_dim", None)
-    except Exception:  # noqa: BLE001  a configuration whose layers differ names no single one
+    except RuntimeError:
+        # transformers', of a configuration whose layers differ in it.
         width = None
     heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     return int(width or (hidden // heads if heads and hidden else 64))

@@ -30,6 +30,7 @@ from rankwise.acceleration.recognise import (
 )
 from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
 from rankwise.adapters.layer import AdaptedLayer
+from rankwise.ops.selection import is_traced
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 # Of the largest value, between a part and its twin.
@@ -98,7 +99,7 @@ def kernels() -> Kernels:
 
 def runs_on(x: Tensor) -> bool:
     """Whether the kernels work on ``x``."""
-    return x.is_cuda and x.dtype in TOLERANCE and not is_fake(x) and not torch.compiler.is_compiling()
+    return x.is_cuda and x.dtype in TOLERANCE and not is_fake(x) and not is_traced()
 
 
 class Glu(torch.autograd.Function):

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
 from rankwise.adapters.operator import computes_in
 from rankwise.ops.dense import input_grad_out, is_slow_in_torch, linear_out
-from rankwise.ops.selection import transforms_functions
+from rankwise.ops.selection import is_traced
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -58,8 +58,7 @@ def _is_frozen_linear(module: Any) -> bool:
 
 
 def _forward(self: Any, x: Tensor) -> Tensor:
-    is_traced = torch.compiler.is_compiling() or transforms_functions()
     is_native = x.dtype is torch.bfloat16 and computes_in(x.dtype, x.device)
-    if is_traced or not is_native or not _is_frozen_linear(self):
+    if is_traced() or not is_native or not _is_frozen_linear(self):
         return class_forward(self)(x)
     return FrozenLinear.apply(x, self.weight.T if type(self) is Conv1D else self.weight, self.bias)

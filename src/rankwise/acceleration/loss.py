@@ -21,7 +21,7 @@ from rankwise.acceleration.head import IGNORED, Head, answering, asks_for_router
 from rankwise.acceleration.replace import ATTRIBUTE, Record, Undo, class_forward, replace_forward
 from rankwise.adapters.operator import computes_in
 from rankwise.ops.linear_cross_entropy import LossSums, chunk_rows, linear_cross_entropy
-from rankwise.ops.selection import transforms_functions
+from rankwise.ops.selection import is_traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +83,7 @@ def accept_labels(model: Any, head: Head, undo: Undo) -> None:
 def _forward_with_labels(self: Any, *args: Any, loss_options: LossOptions | None = None, **kwargs: Any) -> Any:
     plain = class_forward(self)
     asks_otherwise = "shift_labels" in kwargs or "ignore_index" in kwargs
-    is_traced = torch.compiler.is_compiling() or transforms_functions()
-    if kwargs.get("labels") is None or asks_otherwise or is_traced:
+    if kwargs.get("labels") is None or asks_otherwise or is_traced():
         return plain(*args, **kwargs)
     head = current_head(self)
     if head is None or (head.router_weight is None and asks_for_routers(self, kwargs)):

@@ -20,7 +20,7 @@ from rankwise.adapters.base_layer import has_hooks
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.operator import branch_of, drawn_dropout
 from rankwise.ops.low_rank_linear import low_rank_linear_of_glu
-from rankwise.ops.selection import native_on_cpu, runs_triton, transforms_functions
+from rankwise.ops.selection import is_traced, native_on_cpu, runs_triton
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 # Of the largest value, between a part and its twin.
@@ -128,9 +128,7 @@ def _is_simple(x: Tensor, cos: Tensor) -> bool:
 
 
 def _runs_natively(x: Tensor) -> bool:
-    if x.device.type != "cpu" or x.dtype not in TOLERANCE or torch.compiler.is_compiling():
-        return False
-    return native_on_cpu() and not transforms_functions()
+    return x.device.type == "cpu" and x.dtype in TOLERANCE and not is_traced() and native_on_cpu()
 
 
 def _norm_forward(self: Any, x: Tensor) -> Tensor:
@@ -144,8 +142,7 @@ def _glu_runs(x: Tensor) -> bool:
     """Whether the gated activation has a kernel of ours for ``x``: native, or on Triton."""
     if not x.is_cuda:
         return _runs_natively(x)
-    eager = not torch.compiler.is_compiling() and not transforms_functions()
-    return x.dtype in TOLERANCE and eager and runs_triton(x.device)
+    return x.dtype in TOLERANCE and not is_traced() and runs_triton(x.device)
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:

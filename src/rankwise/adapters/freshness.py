@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from rankwise.ops.selection import transforms_functions
+from rankwise.ops.selection import is_traced, transforms_functions
 
 Key = tuple[object, ...]
 
@@ -62,9 +62,7 @@ def _key(trained: tuple[Tensor, ...], frozen: Key) -> Key:
 
 def _trackable(tensors: tuple[Tensor, ...]) -> bool:
     # Tensors made under inference_mode have no version; compiled graphs and torch.func compute the value themselves.
-    if transforms_functions():
-        return False
-    return not torch.compiler.is_compiling() and not any(tensor.is_inference() for tensor in tensors)
+    return not is_traced() and not any(tensor.is_inference() for tensor in tensors)
 
 
 def _comparable(tensor: Tensor) -> bool:

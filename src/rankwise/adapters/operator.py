@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.adapters.base_layer import is_conv1d, is_own
-from rankwise.ops import selection
 from rankwise.ops.branch import Branch, Dropout, Frozen
 from rankwise.ops.cpu.products import Factor
+from rankwise.ops.selection import is_traced
 from rankwise.quantization.linear import Linear4bit
 
 SEEDS = 1 << 31
@@ -58,9 +58,7 @@ class PackedWeight:
 def frozen_weight(base: nn.Module, x: Tensor) -> Frozen | None:
     """The weight of ``base`` as the operator takes it, or None where it cannot."""
     layer: Any = base
-    if torch.compiler.is_compiling() or layer.weight.requires_grad or not computes_in(x.dtype, x.device):
-        return None
-    if not is_own(base) or selection.transforms_functions():
+    if is_traced() or layer.weight.requires_grad or not computes_in(x.dtype, x.device) or not is_own(base):
         return None
     if type(base) is Linear4bit:
         computes_as = layer.compute_dtype or x.dtype

@@ -105,10 +105,9 @@ def _is_bound(bound: Tensor, q: Tensor) -> bool:
 def _watched(*tensors: Tensor) -> bool:
     """Whether a compiler, a fake mode, a functional transform or a tensor subclass must see the call."""
     return (
-        torch.compiler.is_compiling()
+        selection.is_traced()
         or any(type(x) not in _PLAIN for x in tensors)
         or torch._C._len_torch_dispatch_stack() != 0
-        or torch._C._functorch.maybe_current_level() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )
 

@@ -80,6 +80,11 @@ def transforms_functions() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_traced() -> bool:
+    """Whether a compiler or a transform of ``torch.func`` must see what is computed, operation by operation."""
+    return torch.compiler.is_compiling() or transforms_functions()
+
+
 def takes_native(tensor: Tensor) -> bool:
     """Whether the native library works on this tensor: a plain one on a CPU, or a fake one in its place."""
     known = type(tensor) in (Tensor, torch.nn.Parameter) or (_fakes_as_real and isinstance(tensor, FakeTensor))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rankwise.adapters.baselines import has_baseline
 from rankwise.errors import RunError, warn
 from rankwise.models.positions import table_rows
 from rankwise.training.checkpoints import check_space
+from rankwise.training.foresight import longest_row
 from rankwise.training.weights import checkpoint_bytes, trainable_tensors
 
 
@@ -39,10 +41,13 @@ def check_labels(*, tokens: int, trained_tokens: int, stop_rows: int, whole_text
     warn("RW525", text)
 
 
-def check_positions(model: nn.Module, longest: int) -> None:
-    """Raise RunError (RW533) where ``longest``, in tokens, is more than the model's table of positions has rows."""
+def check_positions(model: nn.Module, datasets: Iterable[Any]) -> None:
+    """Raise RunError (RW533) where a row of an encoded data set has more tokens than the model's table of positions."""
     rows = table_rows(model)
-    if rows is not None and longest > rows:
+    if rows is None:
+        return
+    longest = max(map(longest_row, datasets))
+    if longest > rows:
         raise RunError(
             "RW533",
             f"the longest row has {longest:,} tokens, and this {type(model).__name__} has learned positions for "

@@ -28,7 +28,7 @@ from rankwise.records import RunRecord, load_record
 from rankwise.training import output, preflight, setup
 from rankwise.training.arguments import check_combinations, check_names, check_optimizer, sft_arguments
 from rankwise.training.checkpoints import Checkpoint, newest_valid
-from rankwise.training.foresight import Foresight, LongestBatch, longest_batch, longest_row
+from rankwise.training.foresight import Foresight, LongestBatch, longest_batch
 from rankwise.training.memory_savers import OFFLOADED, OffloadedAdamW, check_memory_savers
 from rankwise.training.meters import Progress
 from rankwise.training.metrics import evaluations
@@ -185,7 +185,7 @@ def _prepare(
     loaded = load_base(given)
     observer.phase("Encoding data")
     data = encode_data(given, loaded, rows, eval_rows, template)
-    preflight.check_positions(loaded.model, max(longest_row(one.dataset) for one in data.sets))
+    preflight.check_positions(loaded.model, [one.dataset for one in data.sets])
     base = model_facts(loaded.model, loaded.source)
     described = data.describe()
     if mode == "resume":
