@@ -41,7 +41,7 @@ format: $(STAMP) ## mend style where a tool can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-grid: $(STAMP) ## the memory plan's closed form against its dry run, 640 combinations (twenty minutes)
+grid: $(STAMP) ## the memory plan's closed form against its dry run, 960 combinations (half an hour)
 	$(BIN)/python -m pytest -m grid
 
 browser: $(STAMP) ## the comparison report in a real browser (needs a `chromium` program)

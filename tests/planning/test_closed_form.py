@@ -43,24 +43,35 @@ GRID = [
     ("smollm3", "lora", "cpu", True, 2, 512),
     ("qwen2_moe", "lora", "cuda", False, 2, 512),
 ]
+FLOAT32 = [
+    ("llama", "full", False, 8, 1024),
+    ("qwen2", "full", False, 4, 1024),
+    ("gemma2", "full", True, 8, 1024),
+    ("gemma", "qlora", False, 8, 1024),
+    ("gemma2", "lora", False, 4, 1024),
+    ("phi3", "full", False, 4, 1024),
+    ("qwen2_moe", "full", False, 8, 1024),
+    ("gpt2", "qdora", True, 2, 512),
+    ("qwen3", "dora", True, 4, 1024),
+]
 WIDER = list(
     itertools.product(
         sorted(FAMILIES),
         ("full", "lora", "qlora", "dora", "qdora"),
-        ("cuda", "cpu"),
+        (("cuda", "bfloat16"), ("cpu", "bfloat16"), ("cpu", "float32")),
         (False, True),
         ((1, 256), (8, 1024)),
     )
 )
 
 
-def difference(family: str, method: str, device: str, checkpointing: bool, batch: int, length: int) -> float:
-    """Of the tensors' bytes, relative to the dry run."""
-    workload = Workload(batch_size=batch, max_length=length, gradient_checkpointing=checkpointing, device_type=device)
-    return compared(family, method, workload)
+def step(device: str, checkpointing: bool, batch: int, length: int, **others) -> Workload:
+    sizes = {"batch_size": batch, "max_length": length}
+    return Workload(**sizes, gradient_checkpointing=checkpointing, device_type=device, **others)
 
 
 def compared(family: str, method: str, workload: Workload, **changes) -> float:
+    """The difference of the tensors' bytes, relative to the dry run."""
     dry = trace(skeleton(family, **changes), method, workload)
     closed = of_shape(shape_of(config_of(family, **changes)), method, workload)
     return (closed.peak_bytes - closed.outside_bytes) / (dry.peak_bytes - dry.outside_bytes) - 1
@@ -68,20 +79,27 @@ def compared(family: str, method: str, workload: Workload, **changes) -> float:
 
 @pytest.mark.parametrize(("family", "method", "device", "checkpointing", "batch", "length"), GRID)
 def test_closed_form_meets_the_dry_run(family, method, device, checkpointing, batch, length):
-    assert -0.03 <= difference(family, method, device, checkpointing, batch, length) <= 0.08
+    assert -0.03 <= compared(family, method, step(device, checkpointing, batch, length)) <= 0.08
+
+
+@pytest.mark.parametrize(("family", "method", "checkpointing", "batch", "length"), FLOAT32)
+def test_closed_form_of_a_cpu_in_float32(family, method, checkpointing, batch, length):
+    workload = step("cpu", checkpointing, batch, length, dtype="float32")
+    assert -0.03 <= compared(family, method, workload) <= 0.08
 
 
 @pytest.mark.grid
 @pytest.mark.parametrize(("family", "method", "device", "checkpointing", "size"), WIDER)
 def test_closed_form_over_the_whole_grid(family, method, device, checkpointing, size):
-    assert -0.03 <= difference(family, method, device, checkpointing, *size) <= 0.08
+    workload = step(device[0], checkpointing, *size, dtype=device[1])
+    assert -0.03 <= compared(family, method, workload) <= 0.08
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("method", "dtype"), [("full", "bfloat16"), ("lora", "bfloat16"), ("qdora", "float32")])
 def test_a_cpu_keeps_the_attention_weights_that_it_drops(method, dtype, checkpointing):
-    step = {"batch_size": 2, "max_length": 1024, "gradient_checkpointing": checkpointing}
-    workload = Workload(device_type="cpu", dtype=dtype, **step)
+    sizes = {"batch_size": 2, "max_length": 1024, "gradient_checkpointing": checkpointing}
+    workload = Workload(device_type="cpu", dtype=dtype, **sizes)
     assert -0.03 <= compared("granite", method, workload, attention_dropout=0.1) <= 0.08
 
 
@@ -115,8 +133,8 @@ def test_a_head_that_trains_beside_adapters(device, dtype):
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_that_wait_in_the_hosts_memory(family, method, checkpointing):
-    step = {"batch_size": 8, "max_length": 1024, "gradient_checkpointing": checkpointing}
-    assert -0.03 <= compared(family, method, Workload(activation_offloading=True, **step)) <= 0.08
+    sizes = {"batch_size": 8, "max_length": 1024, "gradient_checkpointing": checkpointing}
+    assert -0.03 <= compared(family, method, Workload(activation_offloading=True, **sizes)) <= 0.08
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

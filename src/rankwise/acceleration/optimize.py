@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rankwise.acceleration import attention, liger
 from rankwise.acceleration.allocator import keep_freed_memory
+from rankwise.acceleration.checkpointing import replace_checkpointing
 from rankwise.acceleration.head import Head, find_head
 from rankwise.acceleration.linears import replace_linears
 from rankwise.acceleration.loss import accept_labels
@@ -84,6 +85,8 @@ def _optimize(model: nn.Module, undo: Undo, *, keep_memory: bool, fuse_loss: boo
         left.append("the loss stays the model's own: it is not that of the next token, by the output head's logits")
     shared_inputs = share_inputs(model, undo, left)
     norms, mlps, ropes = _fuse_parts(model, undo, left)
+    if on_cpu:
+        replace_checkpointing(model, undo)
     done = Acceleration(
         shared_inputs=shared_inputs,
         norms=norms,

@@ -126,7 +126,9 @@ def _attention(step: Step) -> float:
     if step.drops_scores:
         # In float32, keys and values repeated, whatever the dtype; and the output.
         return (3 * 4 + s) * shape.queries
-    keys = shape.keys if step.own_attention else shape.queries
+    # Kernels take a single key head as it is for all; eager products copy it.
+    shared = shape.kv_heads == 1 and not shape.eager
+    keys = shape.keys if step.own_attention or shared else shape.queries
     own = s * (2 * shape.queries + 2 * keys) + 4 * shape.heads
     if shape.fused_qkv and (step.own_attention or shape.heads == shape.kv_heads):
         # v is a view of what q and k came out of, and keeps all of it.
@@ -206,7 +208,7 @@ def _low_rank(step: Step) -> float:
     own = s * step.ranks
     if step.method not in DORA:
         return own
-    normed_after = shape.norms_per_layer == 4 and step.native
+    normed_after = step.native and (shape.norms_per_layer == 4 or shape.family == "olmo2")
     v_is_kept = step.own_attention or shape.heads == shape.kv_heads
     outputs = (
         ("q_proj", 0 if shape.qk_norm and step.native else shape.queries),
@@ -227,13 +229,17 @@ def _cast_weights(step: Step) -> float:
 
 
 def _full_per_token(step: Step) -> float:
-    """Weights train, so that products keep their inputs: under autocast a 16-bit copy for each layer that reads one."""
+    """Weights train, so that products keep their inputs: in float32 the outputs of two norms, under autocast a 16-bit
+    copy of them for each layer that reads one."""
     shape, s = step.shape, step.s
     norms = shape.norms_per_layer * (8 * shape.hidden + 4)
     if shape.qk_norm:
         norms += 8 * (shape.queries + shape.keys) + 4 * (shape.heads + shape.kv_heads)
-    inputs = (5 if s == 2 else 0) * shape.hidden * s
+    inputs = (5 if s == 2 and not shape.fused_qkv else 2) * shape.hidden * s
     attention = _attention(step) if step.drops_scores else 4 * shape.queries * s + 4 * shape.heads
+    if shape.fused_qkv:
+        # v is a view of what q and k came out of, and keeps all of it.
+        attention += s * (shape.queries + shape.keys)
     return norms + inputs + attention + _mlp_bytes(step)
 
 
@@ -290,11 +296,20 @@ def head_bytes(step: Step) -> int:
 
 
 def head_gradient_bytes(step: Step) -> int:
-    """A head that trains begins the backward pass with its gradient, V h: of full fine-tuning in float32; beside
-    adapters that of a chunk, and the sum over chunks before and after it."""
+    """A head that trains begins the backward pass with its gradient, V h: that of a chunk, and the sum over chunks
+    before and after it. Where full fine-tuning computes in 16 bits, the float32 copy of the sum counts."""
+    if step.method == "full" and step.s == 2:
+        return 4 * step.shape.vocabulary * step.shape.hidden
+    if step.method == "full":
+        return 3 * head_bytes(step)
+    return 3 * head_bytes(step) if step.whole_head else 0
+
+
+def kept_head_gradient_bytes(step: Step) -> int:
+    """Of a head that trains, from the beginning of the backward pass on: V h, of full fine-tuning in float32."""
     if step.method == "full":
         return 4 * step.shape.vocabulary * step.shape.hidden
-    return 3 * head_bytes(step) if step.whole_head else 0
+    return head_bytes(step) if step.whole_head else 0
 
 
 def backward_bytes(step: Step) -> int:
@@ -305,7 +320,8 @@ def backward_bytes(step: Step) -> int:
     shape, s = step.shape, 4 if step.method == "full" else step.s
     h, f, again = shape.hidden, shape.mlp, step.workload.gradient_checkpointing
     if shape.family == "gpt2":
-        return step.T * s * ((2 if again else 3) * f + 2 * h)
+        kept = 3 if not again else 1 if step.method == "full" else 2
+        return step.T * s * (kept * f + 2 * h)
     if shape.experts:
         k = shape.experts_per_token
         return step.T * s * (k * (2 * f + 2 * h) if again and step.method != "full" else 2 * k * f + 3 * h)

@@ -15,7 +15,7 @@ CPU_LIBRARY_BYTES = 50 << 20
 # What a step leaves in its libraries on a CPU (generated kernels, thread pools, the heap's ends): the measured growth
 # less the tensors was 47 to 60 MB over methods and checkpointing on the demo model.
 HOLES_BYTES = 40 << 20
-HOLES_PER_GRADIENT = {False: 0.5, True: 0.25}
+HOLES_PER_GRADIENT = {False: 0.5, True: 0.2}
 # Without and with gradient checkpointing; both measured: see `heap_holes_bytes`.
 CLOSED_FORM_ERROR = {"cpu": 0.15, "cuda": 0.10}
 
@@ -70,10 +70,13 @@ def heap_holes_bytes(workload: Workload, trained_bytes: int) -> int:
     """What lies unused between the blocks of a CPU's heap at the peak: a constant, and a share of all gradients.
 
     A gradient seldom fits into what an activation left, so gradients come beside freed activations, of which there are
-    fewer with checkpointing. Fitted to `benchmarks/memory_plan.py` (glibc): 14 to 95 MB of adapters, up to 40 MB apart
-    between runs of one step; of full fine-tuning 0.27 to 0.3 of the gradients with checkpointing, 0.5 to 0.7 without.
+    fewer with checkpointing. Our checkpointing leaves no holes besides (`acceleration.checkpointing`). Fitted to
+    `benchmarks/memory_plan.py` (glibc): of full fine-tuning 0.17 of the gradients with checkpointing, 0.5 to 0.7
+    without.
     """
-    return HOLES_BYTES + round(HOLES_PER_GRADIENT[workload.gradient_checkpointing] * trained_bytes)
+    whole = workload.gradient_checkpointing and workload.fast
+    share = HOLES_PER_GRADIENT[workload.gradient_checkpointing]
+    return (0 if whole else HOLES_BYTES) + round(share * trained_bytes)
 
 
 def outside_bytes(workload: Workload, tensors_bytes: int) -> int:

@@ -120,12 +120,12 @@ def phases(
         "backward at the head": {"activations": saved + outside, "transient": activations.head_gradient_bytes(step)},
         "backward": {
             "activations": saved + one + outside_then,
-            "gradients": activations.head_bytes(step) if step.whole_head else 0,
+            "gradients": activations.kept_head_gradient_bytes(step),
             "transient": backward + unpacked,
         },
         "backward at the first layer": {
             "activations": first + (activations.checkpoint_bytes(step) if again else 0),
-            "gradients": gradients - embedding_gradient_bytes(shape, method),
+            "gradients": gradients - (0 if shape.tied else embedding_gradient_bytes(shape, method)),
             "transient": backward + unpacked,
         },
         "backward at the embedding": {

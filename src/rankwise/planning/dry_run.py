@@ -37,9 +37,6 @@ from rankwise.planning.tracker import StorageTracker
 from rankwise.planning.workload import Workload
 from rankwise.quantization.targets import four_bit_layers
 
-STEPS = 2
-# The second has optimizer state from its beginning, as every later one.
-
 
 def dry_run(
     model: str | os.PathLike[str],
@@ -148,18 +145,26 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 def run_steps(
     model: nn.Module, method: str, workload: Workload, tracker: StorageTracker, *, flat: bool, loss: Any = None
 ) -> None:
-    """Take two steps under ``tracker``, which is active; it learns what each storage is for."""
+    """Take a step under ``tracker``, which is active; it learns what each storage is for."""
     label_model(model, tracker)
     parameters = trained(model)
     batch, optimizer = make_batch(workload, flat=flat), new_optimizer(workload, parameters)
+    make_state(optimizer, parameters)
+    label_optimizer(optimizer, tracker)
     hooks = [item.register_post_accumulate_grad_hook(_label_gradient(tracker)) for item in parameters]
     autocast = autocast_dtype(method, workload)
     with offloaded(tracker) if workload.activation_offloading else nullcontext():
-        for _ in range(STEPS):
-            take_step(model, optimizer, batch, tracker.enter, autocast, loss)
-            label_optimizer(optimizer, tracker)
+        take_step(model, optimizer, batch, tracker.enter, autocast, loss)
     for hook in hooks:
         hook.remove()
+
+
+def make_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    """What every step but the first finds: the optimizer's state, made here by a step without gradients of its own."""
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def label_model(model: nn.Module, tracker: StorageTracker) -> None:

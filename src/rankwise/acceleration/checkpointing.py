@@ -1,0 +1,162 @@
+"""Gradient checkpointing that leaves a CPU's heap whole.
+
+torch's checkpointing records the graph of a block that it will run again. The graph's nodes, hundreds of small objects,
+lie between the large tensors that the block frees. glibc wants some bytes more for an aligned block than the hole that
+one of its size left, so the next block takes new memory: the heap grows with each by several times what is kept.
+Here a block first runs without a graph, and its output is copied to memory that was taken before the first block ran,
+side by side with the other outputs: B L h elements, read and written once a block.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_iter
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import output_capturing
+
+from rankwise.acceleration.replace import Undo, class_forward, replace_forward
+from rankwise.adapters.base_layer import has_hooks
+from rankwise.ops.selection import is_traced
+
+UNDERSTOOD = {"use_reentrant", "preserve_rng_state"}
+# Of the options of torch's checkpointing: others ask for what only its own does.
+
+
+class Places:
+    """Memory for the outputs of the blocks of one stack, until each is made."""
+
+    def __init__(self, blocks: int) -> None:
+        self._taken: list[Tensor | None] = [None] * blocks
+
+    def take(self, index: int, hidden: Tensor) -> Tensor:
+        """For the output of block ``index``, which is like its input; for those of all later blocks too, if need be."""
+        place = self._taken[index]
+        if place is None or (place.shape, place.dtype) != (hidden.shape, hidden.dtype):
+            self._taken[index:] = [torch.empty_like(hidden, requires_grad=False) for _ in self._taken[index:]]
+            place = self._taken[index]
+        self._taken[index] = None
+        assert place is not None
+        return place
+
+
+def replace_checkpointing(model: nn.Module, undo: Undo) -> int:
+    """For every block that transformers may checkpoint, when it does; gives their number."""
+    stacks: dict[str, list[nn.Module]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer) and "forward" not in module.__dict__:
+            stacks[name.rpartition(".")[0]].append(module)
+    for blocks in stacks.values():
+        places = Places(len(blocks))
+        for index, block in enumerate(blocks):
+            replace_forward(block, _block_forward, undo, rankwise_place=(places, index))
+    return sum(map(len, stacks.values()))
+
+
+def _block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    plain = class_forward(self)
+    if not _can_run_again(self, args, kwargs):
+        return plain(*args, **kwargs)
+    # transformers hands over the block as it runs without checkpointing, and what caches ask for is settled.
+    torchs = self._gradient_checkpointing_func
+    self._gradient_checkpointing_func = functools.partial(_run, self, torchs)
+    try:
+        return plain(*args, **kwargs)
+    finally:
+        self._gradient_checkpointing_func = torchs
+
+
+def _can_run_again(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether nothing but the hidden states and the block's own parameters takes part in its gradients, and nobody
+    looks into it."""
+    if not (block.gradient_checkpointing and block.training and torch.is_grad_enabled()) or is_traced():
+        return False
+    if "rankwise_place" not in block.__dict__:
+        return False
+    if not args or not isinstance(args[0], Tensor) or args[0].device.type != "cpu":
+        return False
+    torchs = block._gradient_checkpointing_func
+    if getattr(torchs, "func", torchs) is not checkpoint or not set(getattr(torchs, "keywords", ())) <= UNDERSTOOD:
+        return False
+    others = tree_iter((args[1:], kwargs))
+    if any(isinstance(other, Tensor) and other.requires_grad for other in others):
+        return False
+    return not any(_is_watched(module) for module in block.modules() if module is not block)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a hook sees the module's call. transformers' own stay when no output is collected."""
+    if not has_hooks(module):
+        return False
+    if any((module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
+        return True
+    if output_capturing._active_collector.get():
+        return True
+    hooks = module._forward_hooks.values()
+    return any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks)
+
+
+def _run(block: Any, torchs: Callable[..., Any], function: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:
+    """In the place of torch's ``checkpoint(function, hidden, *args)``."""
+    places, index = block.rankwise_place
+    trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    keeps_rng = getattr(torchs, "keywords", {}).get("preserve_rng_state", True)
+    state = _State(keeps_rng)
+    place = places.take(index, hidden)
+    out = _RunAgain.apply(lambda x: function(x, *args), [place], state, hidden, *trained)
+    if out is not None:
+        return out
+    # It gives more than one tensor, or one of another shape.
+    del block.__dict__["rankwise_place"]
+    with state.restored():
+        return torchs(function, hidden, *args)
+
+
+class _State:
+    """What a block's results depend on besides its inputs, at the time of its first run."""
+
+    def __init__(self, keeps_rng: bool) -> None:
+        self.rng = torch.get_rng_state() if keeps_rng else None
+        self.autocast: dict[str, Any] = {
+            "enabled": torch.is_autocast_enabled("cpu"),
+            "dtype": torch.get_autocast_dtype("cpu"),
+            "cache_enabled": torch.is_autocast_cache_enabled(),
+        }
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        with torch.random.fork_rng(devices=[], enabled=self.rng is not None), torch.autocast("cpu", **self.autocast):
+            if self.rng is not None:
+                torch.set_rng_state(self.rng)
+            yield
+
+
+class _RunAgain(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, block: Callable[[Tensor], Any], place: list[Tensor], state: _State, hidden: Tensor, *trained: Tensor
+    ) -> Tensor | None:
+        out = block(hidden)
+        if not isinstance(out, Tensor) or (out.shape, out.dtype) != (hidden.shape, hidden.dtype):
+            return None
+        ctx.block, ctx.state, ctx.trained = block, state, trained
+        ctx.save_for_backward(hidden)
+        return place.pop().copy_(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden,) = ctx.saved_tensors
+        again = hidden.detach().requires_grad_()
+        with ctx.state.restored(), torch.enable_grad():
+            out = ctx.block(again)
+        grads = torch.autograd.grad(out, (again, *ctx.trained), grad, allow_unused=True)
+        return None, None, None, *grads
