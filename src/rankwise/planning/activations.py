@@ -173,6 +173,8 @@ def scores_backward_bytes(step: Step) -> tuple[int, int]:
 
 def _mlp_bytes(step: Step) -> float:
     """Of a token, by the way of training."""
+    if step.shape.family == "gpt2":
+        return step.s * step.shape.mlp * 5
     if step.method == "full" and not step.shape.experts:
         return step.s * step.shape.mlp * (3 if step.fused_mlp else 4)
     return _mlp(step)
@@ -324,7 +326,10 @@ def backward_bytes(step: Step) -> int:
         return step.T * s * (kept * f + 2 * h)
     if shape.experts:
         k = shape.experts_per_token
-        return step.T * s * (k * (2 * f + 2 * h) if again and step.method != "full" else 2 * k * f + 3 * h)
+        if step.method == "full":
+            # Gradients of gate and up, or before them three times that of the k outputs of each token.
+            return step.T * s * max(2 * k * f + 3 * h, 3 * k * h + 2 * h)
+        return step.T * s * (k * (2 * f + 2 * h) if again else 2 * k * f + 3 * h)
     if again and step.method == "full":
         return step.T * step.s * (2 * f + h)
     if step.method != "full" and not step.has("mlp.down_proj"):

@@ -134,7 +134,7 @@ def phases(
         },
         "optimizer": {"gradients": gradients, "transient": step_copies_bytes(workload, tensors)},
     }
-    if step.scores and shape.family != "gpt2":
+    if step.scores:
         held, gone = activations.scores_backward_bytes(step)
         head = embedding_gradient_bytes(shape, method)
         found["backward through scores"] = {

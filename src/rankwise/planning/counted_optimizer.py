@@ -17,6 +17,16 @@ def new_optimizer(workload: Workload, parameters: list[torch.nn.Parameter]) -> t
     return CountedOptimizer(parameters, workload.optimizer)
 
 
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """What every step but the first finds."""
+    if isinstance(optimizer, CountedOptimizer):
+        optimizer.step()
+        return
+    for parameter in (item for group in optimizer.param_groups for item in group["params"]):
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}
+
+
 class CountedOptimizer(torch.optim.Optimizer):
     """Holds the state that the rule of ``name`` gives for each parameter; a step takes its copies for a moment."""
 

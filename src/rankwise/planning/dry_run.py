@@ -25,7 +25,7 @@ from rankwise.ops import selection
 from rankwise.planning import cuda
 from rankwise.planning.architectures import FAMILIES
 from rankwise.planning.assemble import assembled
-from rankwise.planning.counted_optimizer import new_optimizer
+from rankwise.planning.counted_optimizer import make_state, new_optimizer
 from rankwise.planning.estimate import MemoryEstimate
 from rankwise.planning.fake_model import attach, materialize, weights_dtype
 from rankwise.planning.offload import offloaded
@@ -149,7 +149,7 @@ def run_steps(
     label_model(model, tracker)
     parameters = trained(model)
     batch, optimizer = make_batch(workload, flat=flat), new_optimizer(workload, parameters)
-    make_state(optimizer, parameters)
+    make_state(optimizer)
     label_optimizer(optimizer, tracker)
     hooks = [item.register_post_accumulate_grad_hook(_label_gradient(tracker)) for item in parameters]
     autocast = autocast_dtype(method, workload)
@@ -157,14 +157,6 @@ def run_steps(
         take_step(model, optimizer, batch, tracker.enter, autocast, loss)
     for hook in hooks:
         hook.remove()
-
-
-def make_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
-    """What every step but the first finds: the optimizer's state, made here by a step without gradients of its own."""
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def label_model(model: nn.Module, tracker: StorageTracker) -> None:
