@@ -35,21 +35,27 @@ class Places:
     """Memory for the outputs of the blocks of one stack, until each is made."""
 
     def __init__(self, blocks: int) -> None:
-        self._taken: list[Tensor | None] = [None] * blocks
+        self._blocks = blocks
+        self._waiting: dict[int, Tensor] = {}
 
     def take(self, index: int, hidden: Tensor) -> Tensor:
         """For the output of block ``index``, which is like its input; for those of all later blocks too, if need be."""
-        place = self._taken[index]
-        if place is None or (place.shape, place.dtype) != (hidden.shape, hidden.dtype):
-            self._taken[index:] = [torch.empty_like(hidden, requires_grad=False) for _ in self._taken[index:]]
-            place = self._taken[index]
-        self._taken[index] = None
-        assert place is not None
+        place = self._waiting.pop(index, None)
+        if place is not None and (place.shape, place.dtype) == (hidden.shape, hidden.dtype):
+            return place
+        later = range(index + 1, self._blocks)
+        place = torch.empty_like(hidden, requires_grad=False)
+        self._waiting = {number: torch.empty_like(hidden, requires_grad=False) for number in later}
         return place
 
 
-def replace_checkpointing(model: nn.Module, undo: Undo) -> int:
-    """For every block that transformers may checkpoint, when it does; gives their number."""
+def replace_checkpointing(model: nn.Module, undo: Undo) -> None:
+    """For every block that transformers may checkpoint, whenever it does.
+
+    Not in its versions whose blocks are checkpointed outside of ``forward`` (5.20): they keep torch's way.
+    """
+    if "__call__" in GradientCheckpointingLayer.__dict__:
+        return
     stacks: dict[str, list[nn.Module]] = defaultdict(list)
     for name, module in model.named_modules():
         if isinstance(module, GradientCheckpointingLayer) and "forward" not in module.__dict__:
@@ -58,7 +64,6 @@ def replace_checkpointing(model: nn.Module, undo: Undo) -> int:
         places = Places(len(blocks))
         for index, block in enumerate(blocks):
             replace_forward(block, _block_forward, undo, rankwise_place=(places, index))
-    return sum(map(len, stacks.values()))
 
 
 def _block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:

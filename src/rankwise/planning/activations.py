@@ -130,10 +130,14 @@ def _attention(step: Step) -> float:
     shared = shape.kv_heads == 1 and not shape.eager
     keys = shape.keys if step.own_attention or shared else shape.queries
     own = s * (2 * shape.queries + 2 * keys) + 4 * shape.heads
-    if shape.fused_qkv and (step.own_attention or shape.heads == shape.kv_heads):
-        # v is a view of what q and k came out of, and keeps all of it.
-        own += s * (shape.queries + shape.keys)
+    if step.own_attention or shape.heads == shape.kv_heads:
+        own += _kept_by_v(step)
     return own
+
+
+def _kept_by_v(step: Step) -> int:
+    """Out of a fused projection v is a view, which keeps what q and k came out of too."""
+    return step.s * (step.shape.queries + step.shape.keys) if step.shape.fused_qkv else 0
 
 
 def _mask(step: Step) -> int:
@@ -239,10 +243,7 @@ def _full_per_token(step: Step) -> float:
         norms += 8 * (shape.queries + shape.keys) + 4 * (shape.heads + shape.kv_heads)
     inputs = (5 if s == 2 and not shape.fused_qkv else 2) * shape.hidden * s
     attention = _attention(step) if step.drops_scores else 4 * shape.queries * s + 4 * shape.heads
-    if shape.fused_qkv:
-        # v is a view of what q and k came out of, and keeps all of it.
-        attention += s * (shape.queries + shape.keys)
-    return norms + inputs + attention + _mlp_bytes(step)
+    return norms + inputs + attention + _kept_by_v(step) + _mlp_bytes(step)
 
 
 def _gpt2_per_token(step: Step) -> float:
@@ -301,10 +302,8 @@ def head_gradient_bytes(step: Step) -> int:
     """A head that trains begins the backward pass with its gradient, V h: that of a chunk, and the sum over chunks
     before and after it. Where full fine-tuning computes in 16 bits, the float32 copy of the sum counts."""
     if step.method == "full" and step.s == 2:
-        return 4 * step.shape.vocabulary * step.shape.hidden
-    if step.method == "full":
-        return 3 * head_bytes(step)
-    return 3 * head_bytes(step) if step.whole_head else 0
+        return kept_head_gradient_bytes(step)
+    return 3 * head_bytes(step) if step.method == "full" or step.whole_head else 0
 
 
 def kept_head_gradient_bytes(step: Step) -> int:
