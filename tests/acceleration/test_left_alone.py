@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import rankwise as rw
 from rankwise.acceleration import restore
+from rankwise.adapters.layer import AdaptedLayer
+from rankwise.adapters.shared_input import SharedInput
 from rankwise.errors import AdapterError
 from tiny_models import tiny_llama
 
@@ -152,6 +154,44 @@ def test_inputs_that_all_blocks_read_are_shared_within_a_block() -> None:
     model(**inputs()).loss.backward()
     for name, grad in own.items():
         torch.testing.assert_close(model.get_parameter(name).grad, grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "DeepseekV32Config"), reason="this transformers has no indexer")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_that_run_without_gradients_share_no_input(checkpointing: bool) -> None:
+    """An indexer chooses what is attended to; its layers read what the queries read, and none gets a gradient."""
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 1}
+    config = transformers.DeepseekV32Config(
+        **SMALL, **latent, **experts, topk_group=1, first_k_dense_replace=1, num_attention_heads=4,
+        num_key_value_heads=4, intermediate_size=48, index_n_heads=2, index_head_dim=16, index_topk=4,
+    )  # fmt: skip
+    model = adapted(transformers.DeepseekV32ForCausalLM(config))
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model(**inputs()).loss.backward()
+    own = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert rw.optimize_for_training(model).shared_inputs > 0
+    for _ in range(6):
+        model.zero_grad()
+        model(**inputs()).loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == own.keys()
+    for name, grad in own.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_sharing_is_given_up_between_steps_alone() -> None:
+    """Gradient checkpointing has to find the forward pass as it was."""
+    base = nn.ModuleDict({name: nn.Linear(6, 4) for name in ("one", "two")})
+    rw.add_adapter(base, rw.LoraConfig(r=2, target_modules=["one", "two"], init_lora_weights=False))
+    one, two = (layer for layer in base.values() if isinstance(layer, AdaptedLayer))
+    shared = SharedInput([one, two])
+    for _ in range(10):
+        assert shared.output(one, torch.randn(3, 6)) is not None, "two never fetches what was made for it"
+    with torch.no_grad():
+        one.adapters["default"].lora_A.add_(1)
+    assert shared.output(one, torch.randn(3, 6)) is None
 
 
 def test_norms_that_are_given_parts_of_their_width() -> None:

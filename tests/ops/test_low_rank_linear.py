@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from rankwise.adapters.operator import DenseWeight
 from rankwise.ops import training
@@ -100,6 +101,29 @@ def test_of_glu_equals_its_parts(dora: bool, act: str) -> None:
     ours, expected = (torch.autograd.grad((out * w).sum(), wanted) for out in (y, y0))
     for grad, grad0 in zip(ours, expected):
         torch.testing.assert_close(grad, grad0, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("of_glu", [False, True])
+def test_outputs_that_are_written_over_are_made_again_for_m(of_glu: bool, checkpointed: bool) -> None:
+    """As Llama 4, Gemma 3n and RoCBert write over them; checkpointing keeps them past autograd's own check."""
+    made = branches(torch.float64, dora=True, bias=True, widths=(6,) if of_glu else (6, 4))
+    x, gate = (torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def block(gate: Tensor, x: Tensor, *, over: bool) -> Tensor:
+        ys = (low_rank_linear_of_glu(gate, x, "silu", made[0], None),) if of_glu else low_rank_linear(x, made)
+        changed = [y.mul_(3).add_(1) if over else y * 3 + 1 for y in ys]
+        return torch.cat(changed, dim=-1).square().sum()
+
+    def grads(*, over: bool) -> tuple[Tensor, ...]:
+        if checkpointed:
+            loss = checkpoint(lambda: block(gate, x, over=over).sin(), use_reentrant=False)
+        else:
+            loss = block(gate, x, over=over).sin()
+        return torch.autograd.grad(loss, [x, *trained(made)])
+
+    for grad, grad0 in zip(grads(over=True), grads(over=False)):
+        torch.testing.assert_close(grad, grad0, rtol=1e-6, atol=1e-6)
 
 
 def test_an_unused_output_has_no_gradient_and_does_no_harm() -> None:

@@ -49,12 +49,27 @@ class Head:
 
 def find_head(model: Any) -> Head | None:
     """The head whose loss can be fused, or None where the model does not compute its logits by calling one."""
+    head = answering_head(model)
+    return None if head is None else losing_head(model, head)
+
+
+def output_head(model: Any) -> nn.Module | None:
     find = getattr(model, "get_output_embeddings", None)
-    module = find() if callable(find) else None
+    return find() if callable(find) else None
+
+
+def answering_head(model: Any) -> Head | None:
+    """The head of which the model's logits are made, seen in one pass of two tokens; its loss is not looked at."""
+    module = output_head(model)
     if module is None or not is_own(module) or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return None
     head = Head(module, _configured_shape(model.config), getattr(model, "loss_function", None), _router_weight(model))
-    if not _answers_as(model, head) or not _loses_as(model, head):
+    return head if _answers_as(model, head) else None
+
+
+def losing_head(model: Any, head: Head) -> Head | None:
+    """``head`` where the model's own loss is the one that we fuse, else None."""
+    if not _loses_as(model, head):
         return None
     reports_routers = "output_router_logits" in inspect.signature(model.forward).parameters
     if reports_routers and not _loses_as(model, head, output_router_logits=True):
@@ -141,7 +156,7 @@ def _answers_as(model: Any, head: Head) -> bool:
     ids = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
     with answering(head.module, answer) as called:
         logits, why_not = probe(
-            model, lambda: class_forward(model)(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+            model, lambda: class_forward(model)(input_ids=ids, use_cache=False, logits_to_keep=1).logits, grad=True
         )
     if why_not is not None or logits is None:
         return False
@@ -150,7 +165,7 @@ def _answers_as(model: Any, head: Head) -> bool:
     if is_fake(logits):
         return logits.shape[-1] == len(PROBE)
     expected = head.shape(torch.tensor(PROBE, dtype=logits.dtype, device=logits.device)).expand_as(logits)
-    return bool(torch.allclose(logits.float(), expected.float(), rtol=2e-2, atol=1e-3))
+    return bool(torch.allclose(logits.detach().float(), expected.float(), rtol=2e-2, atol=1e-3))
 
 
 def _loses_as(model: Any, head: Head, **asked: Any) -> bool:

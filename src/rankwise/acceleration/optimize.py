@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rankwise.acceleration import attention, liger
 from rankwise.acceleration.allocator import keep_freed_memory
 from rankwise.acceleration.checkpointing import replace_checkpointing
-from rankwise.acceleration.head import Head, find_head
+from rankwise.acceleration.head import Head, answering_head, losing_head, output_head
 from rankwise.acceleration.linears import replace_linears
 from rankwise.acceleration.loss import accept_labels
 from rankwise.acceleration.probe import probe
@@ -22,6 +22,9 @@ from rankwise.acceleration.recognise import adapted_layers, replace_mlps, replac
 from rankwise.acceleration.replace import ATTRIBUTE, Record, Undo, put_back
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.shared_input import SharedInput
+
+Seen = tuple[AdaptedLayer, Tensor, bool]
+"""A layer, what it was given, and whether gradients were recorded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +82,8 @@ def optimize(model: nn.Module, undo: Undo, *, keep_memory: bool = True, fuse_los
 def _optimize(model: nn.Module, undo: Undo, *, keep_memory: bool, fuse_loss: bool) -> Acceleration:
     parameter = next(model.parameters())
     on_cpu = parameter.device.type in ("cpu", "meta")
-    head = find_head(model) if fuse_loss else None
     left: list[str] = []
-    if fuse_loss and head is None:
-        left.append("the loss stays the model's own: it is not that of the next token, by the output head's logits")
-    shared_inputs = share_inputs(model, undo, left)
+    head, shared_inputs = look_into(model, undo, left, fuse_loss=fuse_loss)
     norms, mlps, ropes = _fuse_parts(model, undo, left)
     if on_cpu:
         replace_checkpointing(model, undo)
@@ -164,26 +164,43 @@ def _use_attention(model: Any, undo: Undo, left: list[str]) -> bool:
     return True
 
 
-def share_inputs(model: nn.Module, undo: Undo, left: list[str] | None = None) -> int:
-    """Group the adapted layers of a block that are given the same tensor, seen by running two tokens through the model.
-
-    Not across blocks: what the first of them computes for all is computed again with its block, and kept there.
-    ``left`` gets the reason where that cannot be tried.
-    """
-    seen: list[tuple[AdaptedLayer, Tensor]] = []
-    blocks = {layer: _block_of(name) for name, layer in adapted_layers(model)}
-    layers = list(blocks)
-    hooks = [layer.register_forward_pre_hook(_noting(seen)) for layer in layers]
+def look_into(
+    model: nn.Module, undo: Undo, left: list[str] | None = None, *, fuse_loss: bool = True
+) -> tuple[Head | None, int]:
+    """Run two tokens through the model: the head whose loss can be fused, and the number of groups of adapted layers
+    that now share their input. ``left`` gets the reasons where there is none."""
+    left = [] if left is None else left
+    seen: list[Seen] = []
+    # Nothing shares the head's input, and a head with hooks is not taken for one that can be left out.
+    layers = {name: layer for name, layer in adapted_layers(model) if layer is not output_head(model)}
+    hooks = [layer.register_forward_pre_hook(_noting(seen)) for layer in layers.values()]
+    why_not = None
     try:
-        why_not = _run_two_tokens(model)
+        head = answering_head(model) if fuse_loss else None
+        if head is None:
+            seen.clear()
+            why_not = _run_two_tokens(model)
     finally:
         for hook in hooks:
             hook.remove()
-    if why_not is not None and layers and left is not None:
+    head = None if head is None else losing_head(model, head)
+    if fuse_loss and head is None:
+        left.append("the loss stays the model's own: it is not that of the next token, by the output head's logits")
+    if why_not is not None and layers:
         left.append(f"no layers share an input: the model could not be tried with token ids alone ({why_not})")
-    groups: dict[tuple[int, str], list[AdaptedLayer]] = {}
-    for layer, x in seen:
-        groups.setdefault((id(x), blocks[layer]), []).append(layer)
+    shared = _share_inputs({layer: _block_of(name) for name, layer in layers.items()}, seen, undo)
+    return head, shared
+
+
+def _share_inputs(blocks: dict[AdaptedLayer, str], seen: list[Seen], undo: Undo) -> int:
+    """Group the adapted layers of a block that were given the same tensor in the same gradient mode; how many groups.
+
+    Some models choose without gradients what they attend to. Not across blocks: what the first of them computes for all
+    is computed again with its block, and kept there.
+    """
+    groups: dict[tuple[int, bool, str], list[AdaptedLayer]] = {}
+    for layer, x, grad in seen:
+        groups.setdefault((id(x), grad, blocks[layer]), []).append(layer)
     shared = [group for group in groups.values() if len(group) > 1 and len(set(group)) == len(group)]
     for group in shared:
         together = SharedInput(group)
@@ -199,10 +216,10 @@ def _block_of(name: str) -> str:
     return numbered[1] if numbered else name.rpartition(".")[0]
 
 
-def _noting(seen: list[tuple[AdaptedLayer, Tensor]]) -> Callable[[Any, tuple[Any, ...]], None]:
+def _noting(seen: list[Seen]) -> Callable[[Any, tuple[Any, ...]], None]:
     def note(layer: Any, inputs: tuple[Any, ...]) -> None:
         if inputs and isinstance(inputs[0], Tensor) and inputs[0].is_floating_point():
-            seen.append((layer, inputs[0]))
+            seen.append((layer, inputs[0], torch.is_grad_enabled()))
 
     return note
 
@@ -210,4 +227,4 @@ def _noting(seen: list[tuple[AdaptedLayer, Tensor]]) -> Callable[[Any, tuple[Any
 def _run_two_tokens(model: Any) -> str | None:
     """Why that failed, or None."""
     ids = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
-    return probe(model, lambda: model(input_ids=ids, use_cache=False))[1]
+    return probe(model, lambda: model(input_ids=ids, use_cache=False), grad=True)[1]

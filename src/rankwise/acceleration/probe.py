@@ -12,16 +12,17 @@ from rankwise.errors import RankwiseError, is_out_of_memory
 Answer = TypeVar("Answer")
 
 
-@torch.no_grad()
-def probe(model: Any, ask: Callable[[], Answer]) -> tuple[Answer | None, str | None]:
+def probe(model: Any, ask: Callable[[], Answer], *, grad: bool = False) -> tuple[Answer | None, str | None]:
     """What ``ask`` gives with the model in evaluation mode, or why the model cannot be asked so.
 
-    Our own errors, and want of memory, are no answers: they go on.
+    ``grad``: with gradients recorded, as in a training step. Our own errors, and want of memory, are no answers: they
+    go on.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        return ask(), None
+        with torch.set_grad_enabled(grad):
+            return ask(), None
     except Exception as error:
         if isinstance(error, RankwiseError) or is_out_of_memory(error):
             raise

@@ -21,7 +21,8 @@ from rankwise.errors import AdapterError
 from rankwise.ops.low_rank_linear import low_rank_linear
 
 PATIENCE = 4
-# Outputs left unfetched more often than fetched by so much: these layers do not read the same input after all.
+# Outputs left unfetched more often than fetched by so much: these layers do not read the same input after all. That is
+# acted on once the parameters have changed: gradient checkpointing has to find the forward pass as it was.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,9 @@ class SharedInput:
         self._layers = [weakref.ref(layer) for layer in layers]
         self._kept: Outputs | None = None
         self._missed = 0
+        self._apart = False
+        self._judged = -1
+        # Version of the parameters when it was last decided whether they compute apart.
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
         # Copied layers are no members, and compute apart.
@@ -66,9 +70,16 @@ class SharedInput:
         if kept is not None:
             self._missed += len(kept.waiting)
             self._kept = None
-        if self._missed > PATIENCE:
+        if self._are_apart(layer):
             return None
         return self._compute(layer, x)
+
+    def _are_apart(self, layer: AdaptedLayer) -> bool:
+        adapter: Any = layer.adapters[layer.active] if layer.active else None
+        version = _version(adapter.lora_A) if hasattr(adapter, "lora_A") else self._judged
+        if version != self._judged:
+            self._apart, self._judged = self._missed > PATIENCE, version
+        return self._apart
 
     def _compute(self, layer: AdaptedLayer, x: Tensor) -> Tensor | None:
         layers = [member for member in (ref() for ref in self._layers) if member is not None]

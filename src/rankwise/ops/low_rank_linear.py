@@ -4,7 +4,8 @@
 
 Legend: T = rows of x, K = in features, N = out features, r = rank, R = the ranks of all layers together.
 With U = drop(x) [A_1; A_2; ...]^T (T, R) one pass over x serves every layer. Kept for the backward pass: x, U, and of a
-layer with a gain its output. The gain g = m / ||W + s B A|| is a constant but for m (DoRA, section 4.3).
+layer with a gain its output, which mostly lives on anyway; where the model has written over it since, as Llama 4 and
+Gemma 3n do, it is made again. The gain g = m / ||W + s B A|| is a constant but for m (DoRA, section 4.3).
 
     dz = g * dy     dU_i = s dz B     dB = s dz^T U_i     dA = dU^T drop(x)     dx = sum_i dz_i W_i + drop(dU A)
     dm = sum_T dy * (y - b) / m
@@ -34,14 +35,14 @@ def low_rank_linear(x: Tensor, branches: Sequence[Branch], dropout: Dropout | No
     """
     tensors = [tensor for branch in branches for tensor in branch.tensors]
     if not torch.is_grad_enabled():
-        return _forward(x, branches, dropout)[0]
+        return _forward(x, branches, dropout).outputs(x)
     return LowRankLinear.apply(tuple(branches), dropout, x, *tensors)
 
 
 def low_rank_linear_of_glu(gate: Tensor, up: Tensor, act: str, branch: Branch, dropout: Dropout | None) -> Tensor:
     """``low_rank_linear(act(gate) * up)`` of one branch, without keeping the product: gate, up (..., K) -> (..., N)."""
     if not torch.is_grad_enabled():
-        return _forward(training.glu(gate, up, act), (branch,), dropout)[0][0]
+        return _forward(training.glu(gate, up, act), (branch,), dropout).outputs(gate)[0]
     return LowRankLinearOfGlu.apply(branch, act, dropout, gate, up, *branch.tensors)
 
 
@@ -52,17 +53,21 @@ class LowRankLinear(torch.autograd.Function):
     def forward(
         ctx: Any, branches: tuple[Branch, ...], dropout: Dropout | None, x: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        ys, U, ctx.steps = _forward(x, branches, dropout)
+        made = _forward(x, branches, dropout)
+        outputs = made.outputs(x)
+        ctx.steps, ctx.kept = made.steps, _kept(branches, outputs)
         ctx.branches, ctx.dropout = [_without_tensors(branch) for branch in branches], dropout
-        ctx.save_for_backward(x, U, *tensors, *_kept_outputs(branches, ys))
+        ctx.save_for_backward(x, made.U, *tensors, *_only(ctx.kept, made.ys))
         ctx.set_materialize_grads(False)
-        return ys
+        return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
         x, U, *rest = ctx.saved_tensors
         branches, ys = _with_tensors(ctx.branches, rest)
+        if _are_written_over(ctx.kept):
+            ys = _only(ctx.kept, ctx.steps.forward(_rows(x), branches, ctx.dropout)[0])
         wanted, want_dx = _wanted(ctx.needs_input_grad[3:]), ctx.needs_input_grad[2]
         dU, dx, grads = ctx.steps.backward(_all_rows(dys), branches, ys, U, ctx.dropout, wanted, want_dx=want_dx)
         dA = ctx.steps.grad_A(dU, _rows(x), ctx.dropout) if any(want.A for want in wanted) else None
@@ -82,16 +87,20 @@ class LowRankLinearOfGlu(torch.autograd.Function):
         up: Tensor,
         *tensors: Tensor | None,
     ) -> Tensor:
-        ys, U, ctx.steps = _forward(training.glu(gate, up, act), (branch,), dropout)
+        made = _forward(training.glu(gate, up, act), (branch,), dropout)
+        (output,) = made.outputs(gate)
+        ctx.steps, ctx.kept = made.steps, _kept((branch,), (output,))
         ctx.branches, ctx.act, ctx.dropout = [_without_tensors(branch)], act, dropout
-        ctx.save_for_backward(gate, up, U, *tensors, *_kept_outputs((branch,), ys))
-        return ys[0]
+        ctx.save_for_backward(gate, up, made.U, *tensors, *_only(ctx.kept, made.ys))
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         gate, up, U, *rest = ctx.saved_tensors
         branches, ys = _with_tensors(ctx.branches, rest)
+        if _are_written_over(ctx.kept):
+            ys = _only(ctx.kept, ctx.steps.forward(_rows(training.glu(gate, up, ctx.act)), branches, ctx.dropout)[0])
         wanted = _wanted(ctx.needs_input_grad[5:])
         dU, dx, grads = ctx.steps.backward(_all_rows((dy,)), branches, ys, U, ctx.dropout, wanted, want_dx=True)
         d_gate, d_up, rows = training.glu_backward(dx, _rows(gate), _rows(up), ctx.act)
@@ -100,15 +109,25 @@ class LowRankLinearOfGlu(torch.autograd.Function):
         return None, None, None, d_gate.view(gate.shape), d_up.view(up.shape), *flat
 
 
-def _forward(
-    x: Tensor, branches: Sequence[Branch], dropout: Dropout | None
-) -> tuple[tuple[Tensor, ...], Tensor, ModuleType]:
-    """The outputs (..., N_i), U (T, R), and the module that made them."""
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """Of a forward pass: the products ys (T, N_i), U (T, R), and the module that made them."""
+
+    ys: Sequence[Tensor]
+    U: Tensor
+    steps: ModuleType
+
+    def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(..., N_i). No views: autograd lets nobody write to one that a Function gives, and Falcon adds to its MLP's
+        output in place."""
+        return tuple(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])) for y in self.ys)
+
+
+def _forward(x: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> _Made:
     rows = _rows(x)
     steps = _steps(rows, branches)
     ys, U = steps.forward(rows, branches, dropout)
-    # No view: autograd lets nobody write to one that a Function gives, and Falcon adds to its MLP's output in place.
-    return tuple(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])) for y in ys), U, steps
+    return _Made(ys, U, steps)
 
 
 def _steps(rows: Tensor, branches: Sequence[Branch]) -> ModuleType:
@@ -129,9 +148,29 @@ def _all_rows(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if tensor is None else _rows(tensor) for tensor in tensors]
 
 
-def _kept_outputs(branches: Sequence[Branch], ys: Sequence[Tensor]) -> list[Tensor | None]:
-    """Only a trained magnitude needs the output again; what follows the layer mostly keeps it anyway."""
-    return [None if branch.m is None or not branch.m.requires_grad else y for branch, y in zip(branches, ys)]
+Kept = Sequence[Tensor | None]
+"""Per branch whose output is kept an empty tensor that shares the output's count of writes, else None. Saved is the
+product, of which the output is an alias that counts apart: autograd's own check would end such a step in an error."""
+
+
+def _kept(branches: Sequence[Branch], outputs: Sequence[Tensor]) -> Kept:
+    """Only a trained magnitude needs the output again."""
+    trains = [branch.m is not None and branch.m.requires_grad for branch in branches]
+    return [_counter_of(output) if needed else None for output, needed in zip(outputs, trains)]
+
+
+def _counter_of(output: Tensor) -> Tensor:
+    counter = output.detach()
+    counter.data = output.new_empty(0)
+    return counter
+
+
+def _are_written_over(kept: Kept) -> bool:
+    return any(counter is not None and counter._version > 0 for counter in kept)
+
+
+def _only(kept: Kept, ys: Sequence[Tensor]) -> list[Tensor | None]:
+    return [None if counter is None else y for counter, y in zip(kept, ys)]
 
 
 def _without_tensors(branch: Branch) -> Branch:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rankwise.acceleration import flattening_obstacle, optimize_for_training
-from rankwise.acceleration.head import find_head
 from rankwise.acceleration.loss import accept_labels
-from rankwise.acceleration.optimize import share_inputs
+from rankwise.acceleration.optimize import look_into
 from rankwise.acceleration.replace import Undo
 from rankwise.config import DORA, FOUR_BITS
 from rankwise.planning.card_attention import use_card_attention
@@ -120,8 +119,7 @@ def _accelerate_for_card(model: nn.Module, *, fast: bool) -> bool:
     if not fast:
         return False
     undo = Undo()
-    share_inputs(model, undo)
-    head = find_head(model)
+    head, _ = look_into(model, undo)
     if head is not None:
         accept_labels(model, head, undo)
     return False
