@@ -79,6 +79,10 @@ def read_header(path: Path, *, error: type[RankwiseError] = ModelError, code: st
         return _read_header(Path(path))
     except _Malformed as problem:
         raise error(code, f"{path} {problem}.") from None
+    except FileNotFoundError:
+        raise error(
+            code, f"{Path(path).parent} holds no {Path(path).name}; {AGAIN}, or give a folder that has it."
+        ) from None
     except OSError as problem:
         reason = problem.strerror or type(problem).__name__
         raise error(code, f"{path} cannot be read: {reason}.") from None

@@ -150,20 +150,6 @@ def test_other_errors_stay_what_they_are():
     assert is_out_of_memory(MemoryError())
 
 
-@pytest.fixture(scope="module")
-def gpt2_folder(model_folder, tmp_path_factory):
-    """A GPT-2 of 12 positions with the tokenizer of bytes."""
-    import shutil
-
-    from tiny_models import tiny_gpt2
-
-    folder = tmp_path_factory.mktemp("gpt2")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(model_folder / name, folder)
-    tiny_gpt2(vocab_size=259, n_positions=12).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("packing", [(), ("--packing",)])
 def test_rows_beyond_learned_positions_stop_before_training(rankwise, gpt2_folder, tmp_path, packing):
     """A table of positions ends; without the check the first step fails in the embedding."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rankwise.models.positions import LEARNED, config_table_rows, table_rows
+from rankwise.models.positions import LEARNED, answer_room, config_table_rows, table_rows
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 97}
 OTHERS = {
@@ -49,3 +49,15 @@ def test_computed_positions_have_no_end():
     model = built("llama", intermediate_size=48, max_position_embeddings=97)
     assert table_rows(model) is None
     assert config_table_rows(model.config.to_dict()) is None
+
+
+def test_an_answer_ends_where_the_table_ends(gpt2, llama):
+    """``gpt2`` has 64 positions: one token more than the room is one look-up too many."""
+    prompt = torch.ones(1, 60, dtype=torch.long)
+    room = answer_room(gpt2, 60, 100)
+    assert gpt2.generate(prompt, min_new_tokens=room, max_new_tokens=room, use_cache=True).shape[1] == 60 + room
+    with pytest.raises(IndexError):
+        gpt2.generate(prompt, min_new_tokens=room + 1, max_new_tokens=room + 1, use_cache=True)
+    assert answer_room(gpt2, 60, 2) == 2
+    assert answer_room(gpt2, 65, 100) == 0
+    assert answer_room(llama, 1000, 100) == 100

@@ -46,7 +46,7 @@ from rankwise.adapters.targets import matches, suffixes
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError, ConfigError
 from rankwise.records import write_bytes, write_json
-from rankwise.weights_file import read_header, refuse_pickles
+from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -147,16 +147,21 @@ def read_adapter(model: nn.Module, folder: str | Path, name: str = DEFAULT_NAME)
     every tensor that does not fit this model, RW412 values that are not finite, and those of ``add_adapter``.
     """
     folder = Path(folder)
-    document = read_config(folder)
-    refuse_pickles(folder, error=AdapterError, code="RW409")
-    header = read_header(folder / WEIGHTS_FILE, error=AdapterError, code="RW409")
-    config = _with_parts(from_peft(document, folder / CONFIG_FILE), header.metadata)
+    config, header = read_folder(folder)
     planned = plan_adapter(model, config, name)
     _check_fit(model, config, planned, {key: info.shape for key, info in header.tensors.items()}, folder)
     _check_dtypes({key: info.dtype for key, info in header.tensors.items()}, folder)
     tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     _check_finite(tensors, folder)
     return AdapterFile(config, planned, tensors)
+
+
+def read_folder(folder: Path) -> tuple[LoraConfig, WeightsHeader]:
+    """What an adapter folder says before a model is there to hold it against. Raises AdapterError (RW409, RW410)."""
+    document = read_config(folder)
+    refuse_pickles(folder, error=AdapterError, code="RW409")
+    header = read_header(folder / WEIGHTS_FILE, error=AdapterError, code="RW409")
+    return _with_parts(from_peft(document, folder / CONFIG_FILE), header.metadata), header
 
 
 def load_adapter(

@@ -11,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from rankwise.cli.folders import refuse_comparisons
+from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.settings import GenerateSettings
 from rankwise.cli.words import printable
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, RunError, warn
 from rankwise.evaluation.loading import record_of
 from rankwise.records import RunRecord
 
@@ -75,15 +76,38 @@ class Speaker:
         import torch
 
         inputs = self._encode(prompt)
+        length = inputs["input_ids"].shape[1]
+        room = self._room(length)
         chosen: dict[str, Any] = {"do_sample": False}
         if self.sampling.temperature > 0:
             torch.manual_seed(self.sampling.seed)
             chosen = {"do_sample": True, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
         with torch.inference_mode():
-            tokens = self.model.generate(
-                **inputs, max_new_tokens=self.sampling.max_new_tokens, pad_token_id=self._pad_token(), **chosen
+            tokens = self.model.generate(**inputs, max_new_tokens=room, pad_token_id=self._pad_token(), **chosen)
+        return self.tokenizer.decode(tokens[0, length:], skip_special_tokens=True).strip()
+
+    def _room(self, prompt_tokens: int) -> int:
+        """Tokens of the answer. Raises RunError (RW533) for a prompt beyond learned positions; says where they end it
+        sooner (RW256).
+        """
+        from rankwise.models.positions import answer_room, table_rows
+
+        wanted = self.sampling.max_new_tokens
+        room, name = answer_room(self.model, prompt_tokens, wanted), type(self.model).__name__
+        if not room:
+            raise RunError(
+                "RW533",
+                f"the prompt has {prompt_tokens:,} tokens, and this {name} has learned positions for "
+                f"{table_rows(self.model):,}; give a shorter prompt, or a model with a longer context.",
             )
-        return self.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        if room < wanted:
+            warn(
+                "RW256",
+                f"this {name} has learned positions for {table_rows(self.model):,} tokens, and the prompt has "
+                f"{prompt_tokens:,}, so the answer ends at {room:,} tokens instead of {wanted:,}; give a shorter "
+                "prompt for more.",
+            )
+        return room
 
     def _encode(self, prompt: str) -> Any:
         """(1, length) token ids and their mask, on the model's device."""
@@ -108,6 +132,7 @@ def run(settings: GenerateSettings, output: Output) -> Mapping[str, Any]:
     if settings.compare and settings.adapter is None:
         raise ConfigError("RW121", "--compare shows base and tuned model side by side; give --adapter FOLDER too.")
     refuse_comparisons([settings.adapter] if settings.adapter is not None else [])
+    check_paths(model=settings.model)
     record = record_of(settings.adapter)
     name = settings.model or base_model_name(settings.adapter)
     with output.waiting(f"loading {name}"):
@@ -163,10 +188,10 @@ def _wording(settings: GenerateSettings, record: RunRecord | None, tokenizer: An
 
 def base_model_name(adapter: Path | None) -> str:
     """The base an adapter was trained on. Raises ConfigError (RW122) without one, AdapterError (RW413) if unnamed."""
-    from rankwise.adapters.trained_base import base_model_of
-
     if adapter is None:
         raise ConfigError("RW122", "there is nothing to generate with; give --model M, --adapter FOLDER or both.")
+    from rankwise.adapters.trained_base import base_model_of
+
     return base_model_of(adapter)
 
 

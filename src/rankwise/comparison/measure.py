@@ -28,6 +28,7 @@ from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.record import TaskResult
 from rankwise.evaluation.run import answer_task
 from rankwise.evaluation.tasks.base import Task
+from rankwise.models.positions import answer_room
 from rankwise.records import RunRecord, load_record, write_json
 
 ANSWERED = 12
@@ -176,7 +177,7 @@ def _written(engine: Engine, ids: Tensor, count: int) -> list[int]:
     output = engine.model.generate(
         input_ids=ids,
         attention_mask=mask,
-        max_new_tokens=count,
+        max_new_tokens=answer_room(engine.model, ids.shape[1], count),
         do_sample=False,
         use_cache=True,
         pad_token_id=engine.pad,

@@ -8,7 +8,7 @@ from rankwise.data.encoding import Encoded, EncodingReport, encode_rows
 from rankwise.data.formats import rows_from_records
 from rankwise.data.overlap import overlapping_rows
 from rankwise.data.preview import Preview, preview_row
-from rankwise.data.readers import read_rows
+from rankwise.data.readers import check_there, read_rows
 from rankwise.data.rows import Row, Rows
 from rankwise.data.stdlib import stdlib_rows
 from rankwise.data.templates import Segment, read_template
@@ -20,6 +20,7 @@ __all__ = [
     "Row",
     "Rows",
     "Segment",
+    "check_there",
     "encode_rows",
     "overlapping_rows",
     "preview_row",

@@ -47,14 +47,19 @@ def read_rows(
     columns = {"prompt_column": prompt_column, "completion_column": completion_column}
     if str(source) == STDLIB:
         return stdlib_rows(split=split)
+    check_there(source)
     path = Path(source).expanduser()
     if path.is_dir():
         return _read_folder(path, split, columns)
     if path.exists():
         return _read_path(path, path.name, columns)
-    if _looks_like_a_path(str(source)):
-        raise DataError("RW201", f"there is no file or folder {source}; check the path.")
     return _read_hub(str(source), split, columns)
+
+
+def check_there(source: str | Path) -> None:
+    """Raise DataError (RW201) where ``source`` can only be a path and nothing is there; nothing is read."""
+    if not Path(source).expanduser().exists() and _looks_like_a_path(str(source)):
+        raise DataError("RW201", f"there is no file or folder {source}; check the path.")
 
 
 def _looks_like_a_path(source: str) -> bool:

@@ -13,6 +13,7 @@ from rankwise.data.encoding import RowEncoder
 from rankwise.data.rows import Row, Rows
 from rankwise.evaluation.generation import Decoding, Generator, Prompt, batches_by_length
 from rankwise.evaluation.loglikelihood import Scorer
+from rankwise.models.positions import table_rows
 
 SCORING_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
 # Tokens of a batch that is scored: enough to keep the device busy.
@@ -35,9 +36,12 @@ class Engine:
     def device_type(self) -> str:
         return str(self.model.device.type)
 
-    @property
+    @cached_property
     def max_length(self) -> int:
-        """Tokens that the model can see."""
+        """Tokens that the model can see: by its table of positions where it has one, else by its config."""
+        rows = table_rows(self.model)
+        if rows is not None:
+            return rows
         config = self.model.config.get_text_config(decoder=True)
         for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
             if isinstance(getattr(config, name, None), int):

@@ -48,11 +48,15 @@ def load_as_trained(
     """
     from rankwise.acceleration import limit_generated_kernels, use_native_products
     from rankwise.adapters import load_adapter
+    from rankwise.adapters.checkpoint import read_folder
     from rankwise.adapters.peft_config import read_config
     from rankwise.adapters.trained_base import revision_of
     from rankwise.models import choose_device, load_model, warns_of_other_hub_model
 
     limit_generated_kernels()
+    for adapter in adapters:
+        # Before the base, which may take minutes.
+        read_folder(adapter)
     if named:
         for adapter in adapters:
             warns_of_other_hub_model(name, adapter, read_config(adapter))

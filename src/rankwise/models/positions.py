@@ -37,3 +37,12 @@ def table_rows(model: nn.Module) -> int | None:
             if rows == positions:
                 return rows - (0 if module.padding_idx is None else module.padding_idx + 1)
     return None
+
+
+def answer_room(model: nn.Module, prompt_tokens: int, wanted: int) -> int:
+    """How many of ``wanted`` new tokens a table of positions leaves behind a prompt; 0 where the prompt is too long.
+
+    n new tokens look up prompt + n - 1 positions: the last one is not read again.
+    """
+    rows = table_rows(model)
+    return wanted if rows is None else max(0, min(wanted, rows - prompt_tokens + 1))

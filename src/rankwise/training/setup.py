@@ -18,8 +18,9 @@ from rankwise.adapters.baselines import add_baseline
 from rankwise.config import BASELINES, LoraConfig
 from rankwise.data import Encoded, Rows, encode_rows, overlapping_rows, read_rows, read_template
 from rankwise.data.encoded_cache import encode_rows_once
-from rankwise.errors import ConfigError, warn
+from rankwise.errors import ConfigError, RunError, warn
 from rankwise.models import ModelSource, choose_device, fetch_model
+from rankwise.models.positions import answer_room, table_rows
 from rankwise.quantization.config import FourBitConfig
 from rankwise.training.arguments import mixed_precision
 from rankwise.training.prepared import load_prepared
@@ -178,7 +179,8 @@ def answerer(
 ) -> Callable[[], str]:
     """A function that lets the model answer ``prompt``, greedily: it draws no random numbers.
 
-    ``ending`` is what the prompts of the training rows end with where no template writes them.
+    ``ending`` is what the prompts of the training rows end with where no template writes them. Raises RunError (RW533)
+    for a prompt beyond the model's learned positions.
     """
     if chat:
         inputs = tokenizer.apply_chat_template(
@@ -191,18 +193,26 @@ def answerer(
     else:
         inputs = tokenizer(prompt.removesuffix(ending) + ending, return_tensors="pt")
     ids = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    tokens = ids["input_ids"].shape[1]
+    room = answer_room(model, tokens, ANSWER_TOKENS)
+    if not room:
+        raise RunError(
+            "RW533",
+            f"--sample-prompt has {tokens:,} tokens, and this {type(model).__name__} has learned positions for "
+            f"{table_rows(model):,}; give a shorter one.",
+        )
 
     @torch.no_grad()
     def answer() -> str:
         on_device = {key: value.to(model.device) for key, value in ids.items()}
         output = model.generate(
             **on_device,
-            max_new_tokens=ANSWER_TOKENS,
+            max_new_tokens=room,
             do_sample=False,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id,
         )
-        return str(tokenizer.decode(output[0, on_device["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+        return str(tokenizer.decode(output[0, tokens:], skip_special_tokens=True)).strip()
 
     return answer
 
