@@ -12,10 +12,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.words import byte_size, duration
-from rankwise.comparison.settings import SHARED, CompareOptions, CompareSettings
+from rankwise.comparison.settings import SHARED, CompareOptions, CompareSettings, check_compare
 
 if TYPE_CHECKING:
     from rankwise.comparison.runner import Picture
@@ -38,6 +39,10 @@ PANELS = {
     "Recommendation": ("memory", "max_hours", "merge"),
     "Equal for every run, as in rankwise train": SHARED,
 }
+
+
+STOPPED = ("RW540", "RW541", "RW542", "RW543")
+# What a step says that the user's Ctrl-C has reached, too; the comparison's own last line says how to go on.
 
 
 class Lines:
@@ -82,6 +87,8 @@ class Board(Lines):
 
 
 def run(settings: CompareOptions, output: Output) -> Mapping[str, Any]:
+    check_compare(settings)
+    check_paths(model=settings.model, data=(settings.data, settings.eval_data))
     from rankwise.comparison.run import compare
     from rankwise.reports.comparison import write_report
 
@@ -190,6 +197,8 @@ def _doing(job: Job) -> str:
 def _ended(job: Job, outcome: Outcome, picture: Picture) -> str:
     if outcome.status == "finished":
         what = f"{_doing(job)} took {duration(outcome.seconds)}"
+    elif (outcome.error or {}).get("code") in STOPPED:
+        what = f"{_doing(job)} stopped"
     else:
         error = outcome.error or {}
         what = f"{_doing(job)} failed: {error.get('code')}: {error.get('message')}"

@@ -17,7 +17,7 @@ from rankwise.cli.generate import Answer, print_answer
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.comparison.settings import CompareOptions, CompareSettings
-from rankwise.config import Settings, comma_list, read_settings
+from rankwise.config import BASELINES, Settings, comma_list, read_settings
 from rankwise.planning.settings import PlanSettings
 
 SHOWN = 3
@@ -70,7 +70,7 @@ def _compare_settings(settings: DemoSettings) -> CompareOptions:
 
 def _plan_settings(chosen: CompareOptions) -> PlanSettings:
     shared = chosen.model_dump()
-    methods = tuple(name for name in chosen.methods if name not in ("bottleneck", "prefix"))
+    methods = tuple(name for name in chosen.methods if name not in BASELINES)
     given = {"model": chosen.model, "method": methods, **{name: shared[name] for name in ("max_length", "max_steps")}}
     return read_settings(PlanSettings, None, given)
 

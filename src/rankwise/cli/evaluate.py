@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from rankwise.cli.folders import refuse_comparisons
+from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.evaluation.settings import EvaluateSettings
@@ -73,9 +74,10 @@ def watching(output: Output) -> Iterator[Observer]:
 
 
 def run(settings: EvaluateSettings, output: Output) -> Mapping[str, Any]:
+    refuse_comparisons(settings.adapter)
+    check_paths(model=settings.model)
     from rankwise.evaluation.run import evaluate_all
 
-    refuse_comparisons(settings.adapter)
     with watching(output) as watcher:
         evaluation = evaluate_all(settings, watcher)
     for task in settings.task:

@@ -16,9 +16,10 @@ from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.settings import InspectSettings
 from rankwise.cli.sparkline import sparkline
-from rankwise.cli.words import byte_size, parameter_count, plural
+from rankwise.cli.words import byte_size, parameter_count
 from rankwise.errors import AdapterError, ModelError, RunError
 from rankwise.records import RUN_FILE, load_record
+from rankwise.reports.numbers import plural
 
 CONFIG_BYTES_LIMIT = 4 << 20
 SHOWN_PROBLEMS = 3

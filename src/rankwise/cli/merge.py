@@ -12,8 +12,9 @@ from rankwise.cli.folders import refuse_comparisons
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.settings import MergeSettings
-from rankwise.cli.words import byte_size, plural
+from rankwise.cli.words import byte_size
 from rankwise.records import write_json
+from rankwise.reports.numbers import plural
 
 if TYPE_CHECKING:
     from rankwise.export.verify import Verification

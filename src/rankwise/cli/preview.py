@@ -11,7 +11,8 @@ from rich.text import Text
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.settings import PreviewSettings
-from rankwise.cli.words import plural, printable
+from rankwise.cli.words import printable
+from rankwise.reports.numbers import plural
 
 if TYPE_CHECKING:
     from rankwise.data import EncodingReport, Preview

@@ -8,9 +8,9 @@ from typing import Any
 
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
-from rankwise.cli.words import plural
 from rankwise.errors import ConfigError, warn
 from rankwise.evaluation.score_settings import ScoreSettings
+from rankwise.reports.numbers import plural
 
 NEEDED = {
     "e2e": ("predictions", "references"),

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.progress import watching
@@ -89,6 +90,7 @@ PANELS = {
 
 
 def run(settings: TrainSettings, output: Output) -> Mapping[str, Any]:
+    check_paths(model=settings.model, data=(settings.data, settings.eval_data))
     from rankwise.training.run import train
 
     guard = _guard(settings, output)

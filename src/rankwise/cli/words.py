@@ -27,10 +27,6 @@ def parameter_count(count: int) -> str:
     return f"{count:,}"
 
 
-def plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
 def one_line(text: str, limit: int = 240) -> str:
     """``text`` without line breaks and control characters, cut at ``limit`` characters."""
     joined = printable(" ".join(text.split()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import shlex
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,8 +40,9 @@ from rankwise.comparison.statistics import CONFIDENCE, POWER, minimum_detectable
 from rankwise.comparison.summary import all_differences, all_methods, scores_by_metric, searches
 from rankwise.comparison.tasks import make_tasks
 from rankwise.config import FOUR_BITS
-from rankwise.errors import ConfigError, RankwiseWarning, RunError, warn
+from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, warn
 from rankwise.records import write_json
+from rankwise.reports.numbers import plural
 
 
 def compare(given: CompareOptions, watcher: Watcher) -> Comparison:
@@ -51,14 +53,20 @@ def compare(given: CompareOptions, watcher: Watcher) -> Comparison:
     """
     check_compare(given)
     check_folder(given.output)
+    is_new = not given.output.exists()
     given.output.mkdir(parents=True, exist_ok=True)
     told: list[Message] = []
     with only_one(given.output) as alone, _told(told):
         if not alone:
             raise RunError("RW582", f"another call of `rankwise compare` is at work in {given.output}; wait for it.")
         clock = Clock(given.output)
-        inputs = prepare_inputs(given, lambda described: check_same(given.output, given, described))
-        _check_tasks(given, inputs)
+        try:
+            inputs = prepare_inputs(given, lambda described: check_same(given.output, given, described))
+            _check_tasks(given, inputs)
+        except InputError:
+            if is_new:
+                shutil.rmtree(given.output)
+            raise
         effect = detectable_effect(given)
         _announce(given, inputs, effect, watcher)
         plan = _plan(given)
@@ -88,10 +96,9 @@ def detectable_effect(given: CompareOptions) -> MinimumDetectableEffect:
 def _announce(given: CompareOptions, inputs: Inputs, effect: MinimumDetectableEffect, watcher: Watcher) -> None:
     short = given.search_steps is not None
     runs = planned_runs(len(given.methods), len(given.learning_rates), given.seeds, short=short)
-    watcher.say(
-        f"{runs} runs: {len(given.methods)} methods, {len(given.learning_rates)} learning rates on seed 0, "
-        f"{given.seeds} seeds at each method's best."
-    )
+    methods, rates = plural(len(given.methods), "method"), plural(len(given.learning_rates), "learning rate")
+    seeds = plural(given.seeds, "seed")
+    watcher.say(f"{plural(runs, 'run')}: {methods}, {rates} on seed 0, {seeds} at each method's best.")
     watcher.say(f"{inputs.train_rows:,} rows to train on, {inputs.eval_rows:,} to evaluate on.")
     if effect["relative"] is None:
         warn("RW585", "one seed cannot tell luck from merit: there will be no intervals and no verdicts; --seeds 3.")
