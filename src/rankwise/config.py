@@ -167,8 +167,10 @@ def _is_number(value: object) -> TypeGuard[float]:
 class Settings(BaseModel):
     """Base of every settings table: unknown keys are refused, and keys may be spelled with hyphens."""
 
-    # Built at the first use: every --help would wait for all ten.
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), defer_build=True)
+    # Built at the first use: every --help would wait for all ten. No option means infinity, and `nan` passes no test.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), defer_build=True, allow_inf_nan=False
+    )
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
@@ -332,15 +334,28 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError("RW102", f"cannot read the settings file {file}: {reason}.") from None
+    except FileNotFoundError:
+        raise ConfigError("RW102", f"there is no settings file {file}; check the path of --config.") from None
+    except UnicodeDecodeError:
+        raise ConfigError("RW102", f"the settings file {file} is not UTF-8; save it as such.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError("RW102", f"the settings file {file} is no YAML{_where(error)}; mend it there.") from None
+    except OSError as error:
+        reason = (error.strerror or "no reason given").lower()
+        raise ConfigError("RW102", f"cannot read the settings file {file}: {reason}; give a file.") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise ConfigError("RW102", f"the settings file {file} holds a {kind}; write one `option: value` a line.")
     return {str(key): value for key, value in content.items()}
+
+
+def _where(error: Any) -> str:
+    """``: mapping values are not allowed here, line 2, column 4``; of YAML's two marks the one where it gave up."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return f": {problem}{place}" if problem else place
 
 
 def _one_sentence(error: pydantic.ValidationError, kind: type[Settings]) -> str:

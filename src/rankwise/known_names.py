@@ -39,11 +39,16 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "paged_adamw_32bit": ("paged_adamw",),
     "lion_32bit": ("lion",),
 }
+SLIP = 0.85
+# Likeness of two names of which one is the other mistyped; below it, other tools' names mean too many things.
 
 
 def close_names(
     name: str, known: Collection[str], table: dict[str, tuple[str, ...]], *, cutoff: float
 ) -> Sequence[str]:
-    """What ``name`` is called among ``known``; where no tool that we know of calls it so, the names most like it."""
+    """What ``name`` is called among ``known``, a slip of the keys allowed; else the names most like it."""
     meant = [ours for ours, theirs in table.items() if name.lower() in theirs and ours in known]
-    return meant or difflib.get_close_matches(name, sorted(known), n=3, cutoff=cutoff)
+    called = {other: ours for ours, theirs in table.items() if ours in known for other in theirs}
+    slips = difflib.get_close_matches(name, called, n=1, cutoff=SLIP)
+    alike = difflib.get_close_matches(name, sorted(known), n=3, cutoff=cutoff)
+    return meant or list(dict.fromkeys([*(called[other] for other in slips), *alike]))

@@ -49,7 +49,17 @@ def test_missing_options_are_named_together(refuses):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("method", "loar"), ("r", 0), ("r", -4), ("r", "x"), ("lora-dropout", 1), ("dtype", "int3"), ("max-steps", 0)],
+    [
+        ("learning-rate", "inf"),
+        ("lora-alpha", "nan"),
+        ("method", "loar"),
+        ("r", 0),
+        ("r", -4),
+        ("r", "x"),
+        ("lora-dropout", 1),
+        ("dtype", "int3"),
+        ("max-steps", 0),
+    ],
 )
 def test_a_value_out_of_range(option, value, command, refuses):
     refuses("RW103", *command(**{option: value}), said=f"--{option} is '{value}'")
@@ -76,6 +86,7 @@ def test_another_tools_names_are_translated_in_files_and_values(command, refuses
     (tmp_path / "run.yaml").write_text("num_train_epochs: 3\n")
     refuses("RW103", *command(config=tmp_path / "run.yaml"), said="did you mean --epochs?")
     refuses("RW110", *command(optimizer="adam"), said="the closest are adamw_torch.")
+    refuses("RW110", *command(optimizer="adamm"), said="the closest are adamw_torch")
 
 
 def test_what_is_translated_exists():
@@ -243,3 +254,38 @@ def test_inspect_a_folder_of_something_else(refuses, tmp_path):
 
 def test_inspect_a_model_against_a_model(refuses, model_folder):
     refuses("RW561", "inspect", model_folder, "--model", model_folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "there is no settings file"),
+        (b"method: lora\n  r: [1\n", "is no YAML: mapping values are not allowed here, line 2, column 4"),
+        (b"method: caf\xe9\n", "is not UTF-8"),
+    ],
+)
+def test_a_settings_file_that_cannot_be_read(content, said, command, refuses, tmp_path):
+    if content is not None:
+        (tmp_path / "run.yaml").write_bytes(content)
+    refuses("RW102", *command(config=tmp_path / "run.yaml"), said=said)
+
+
+def test_prompts_end_with_the_table_of_positions(refuses, rankwise, command, gpt2_folder, tmp_path):
+    """12 positions over bytes; without the check the embedding raises an IndexError."""
+    refuses("RW533", "generate", "--model", gpt2_folder, "--prompt", "x" * 13, "--raw", said="13 tokens")
+    done = rankwise("generate", "--model", gpt2_folder, "--prompt", "x" * 12, "--raw")
+    assert (done.code, "RW256" in done.stderr) == (0, True)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a ", "completion": "b"}) + "\n")
+    data = dict.fromkeys(("data", "eval-data"), tmp_path / "rows.jsonl")
+    long = {"model": gpt2_folder, **data, "sample-prompt": "x" * 13}
+    done = rankwise(*command(**long))
+    assert done.code == 2
+    assert "RW533" in done.stderr.splitlines()[-1]
+
+
+def test_an_adapter_without_weights_is_refused_before_its_base_is_loaded(run_folder, refuses, tmp_path, monkeypatch):
+    broken = tmp_path / "broken"
+    shutil.copytree(run_folder, broken)
+    (broken / "adapter_model.safetensors").unlink()
+    monkeypatch.setattr("rankwise.models.load_model", lambda *_, **__: pytest.fail("the base was loaded"))
+    refuses("RW409", "generate", "--adapter", broken, "--prompt", "x", said="holds no adapter_model.safetensors")
