@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankwise.reports import numbers, page
+from rankwise.reports.curves_plot import Curve, curve_panels
 from rankwise.reports.examples import OUTCOMES, answers_of, evenly
 from rankwise.reports.figure import MARKERS
 from rankwise.reports.folder import load_comparison
@@ -120,6 +121,14 @@ def test_the_pareto_line_is_what_brute_force_finds(values, higher):
     expected = {(spot.cost, spot.quality) for spot in spots if not beaten(spot)}
     assert {(spot.cost, spot.quality) for spot in front} == expected
     assert len(front) == len(expected)
+
+
+def test_what_is_not_drawn_takes_no_room_in_the_panels():
+    """Of runs that tried another learning rate the training loss is not drawn: a bad rate must not press the rest."""
+    final = Curve("lora", 0, 1e-4, True, [(1, 2.0), (10, 1.0)], [(0, 2.0), (10, 1.0)], 10)
+    tried = Curve("lora", 0, 1e-1, False, [(10, 90.0)], [(0, 2.0), (10, 1.5)], 10)
+    without = Curve("lora", 0, 1e-1, False, [], [(0, 2.0), (10, 1.5)], 10)
+    assert curve_panels([final, tried], ["lora"], {"lora": 0}) == curve_panels([final, without], ["lora"], {"lora": 0})
 
 
 def test_outcomes_follow_the_scores_and_add_up(comparison):

@@ -130,3 +130,13 @@ def test_reports_import_no_torch() -> None:
     code = "import sys, rankwise.reports; sys.exit('torch' in sys.modules)"
     environment = {"PYTHONPATH": ":".join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+def test_the_name_of_the_axis_lies_on_no_figure() -> None:
+    """Losses that differ in the fourth digit have long tick labels."""
+    rows = [{"step": step, "loss": 10.65 - 0.001 * step} for step in range(1, 5)]
+    ticks = re.findall(r'class="tick" text-anchor="end" x="([\d.]+)"[^>]*>([^<]+)<', loss_svg(rows, "run"))
+    assert max(len(text) for _, text in ticks) >= 6
+    axis = float(re.search(r"translate\(([\d.]+) [\d.]+\) rotate\(-90\)", loss_svg(rows, "run"))[1])
+    # 12px figures are 7 wide, and the turned name reaches 5 to the right of its base line.
+    assert all(float(x) - 7 * len(text) > axis + 5 for x, text in ticks)

@@ -78,11 +78,16 @@ def _frame(curves: Sequence[Curve]) -> Frame:
     settled = [
         loss
         for curve in curves
-        for points in (curve.training, curve.evaluation)
+        for points in _drawn(curve)
         for step, loss in points
         if step >= START * last or len(points) < FEW_POINTS
     ]
     return Frame.of((0, max(last, 1)), robust_range(settled, []), HEIGHT)
+
+
+def _drawn(curve: Curve) -> tuple[list[Point], ...]:
+    """Of runs that tried another learning rate the evaluations alone are drawn."""
+    return (curve.training, curve.evaluation) if curve.is_final else (curve.evaluation,)
 
 
 def _panel(method: str, curves: Sequence[Curve], frame: Frame, numbers: Mapping[str, int]) -> Markup:

@@ -12,7 +12,8 @@ from typing import Any
 from rankwise.reports.scale import Scale, nice_ticks, robust_range, smoothed, spread, tick_label, whole_ticks
 
 WIDTH, HEIGHT = 800, 440
-LEFT, RIGHT, TOP, BOTTOM = 64, 132, 78, 52
+LEFT, RIGHT, TOP, BOTTOM = 76, 132, 78, 52
+# LEFT holds the turned name of the axis beside figures of six signs.
 LABEL_GAP = 17
 NOTE_BELOW = 26
 NOTE_PLACES = (NOTE_BELOW, -16, -32, 42, -48)
@@ -115,7 +116,7 @@ class _Frame:
         parts.append(f'<text class="small" text-anchor="middle" {where}>optimizer step</text>')
         turned = (TOP + base) / 2
         parts.append(
-            f'<text class="small" text-anchor="middle" transform="translate(18 {turned:.0f}) rotate(-90)">'
+            f'<text class="small" text-anchor="middle" transform="translate(16 {turned:.0f}) rotate(-90)">'
             "loss per token</text>"
         )
         return "\n".join(parts)
