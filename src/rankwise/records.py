@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -134,3 +135,18 @@ def follow_umask(path: Path) -> None:
     os.umask(mask)
     for item in (path, *(path.rglob("*") if path.is_dir() else ())):
         os.chmod(item, (0o777 if item.is_dir() else 0o666) & ~mask)
+
+
+def check_writable(output: Path) -> None:
+    """Raise RunError (RW503) where the folder ``output`` is none, or neither it nor what is above it can be written."""
+    if output.exists() and not output.is_dir():
+        raise RunError("RW503", f"--output {output} is a file; give a folder.")
+    nearest = output
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise RunError("RW503", f"--output {output} lies below {nearest}, which is a file; give a folder.")
+    # The mode counts for root too, who could write all the same: whoever took the right away meant it.
+    no_writers = not nearest.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
+    if no_writers or not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunError("RW503", f"{nearest} cannot be written; give an --output that can.")

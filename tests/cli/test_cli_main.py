@@ -128,6 +128,11 @@ def test_version_names_the_libraries(rankwise):
         (MemoryError(), 2, "error RW550: "),
         (PermissionError(13, "Permission denied", "/somewhere"), 2, "error RW551: /somewhere: permission denied"),
         (OSError(28, "No space left on device", "/full/disk"), 2, "error RW551: /full/disk: no space left on device"),
+        (
+            OSError(28, "No space left on device"),
+            2,
+            "error RW551: a file could not be written: no space left on device",
+        ),
     ],
 )
 def test_an_error_is_one_line_and_an_exit_code(error, code, start, with_verb):
@@ -244,7 +249,7 @@ def test_sigterm_ends_a_verb_as_ctrl_c_does(with_verb):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("conut: 2", "--conut is no option"), ("- 1", "list"), ("a: [", "cannot read")]
+    ("text", "said"), [("conut: 2", "--conut is no option"), ("- 1", "list"), ("a: [", "is no YAML")]
 )
 def test_a_mistake_in_the_file_exits_2(text, said, with_verb, tmp_path):
     file = tmp_path / "play.yaml"

@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 
+from rankwise.cli.compare import Lines
 from rankwise.cli.main import main
+from rankwise.cli.output import Output
+from rankwise.comparison.runner import Picture
+from rankwise.comparison.stages import Job, Outcome
 from rankwise.records import load_record
 
 OPTIONS = ["--methods", "lora,qdora", "--seeds", 1, "--learning-rates", 0.01, "--max-steps", 3, "--batch-size", 4]
@@ -107,3 +111,11 @@ def test_unknown_methods_are_named(rankwise: Callable[..., Any], rows_file: Path
     assert done.code == 2
     assert "RW165" in done.stderr
     assert "'lore'" in done.stderr
+
+
+@pytest.mark.parametrize(("code", "said"), [("RW540", "training stopped"), ("RW550", "training failed: RW550: full")])
+def test_a_run_that_the_user_stopped_has_not_failed(code: str, said: str, capsys: pytest.CaptureFixture[str]):
+    """Its own advice, --resume, is not what continues a comparison."""
+    outcome = Outcome("failed", 1.0, {"code": code, "message": "full"})
+    Lines(Output()).ended(Job("train", None), outcome, Picture([], 1, 2, None))
+    assert capsys.readouterr().out == f"base: {said}  [1 steps done, 2 to come]\n"

@@ -42,12 +42,17 @@ def python(*arguments: object) -> subprocess.CompletedProcess[str]:
         ("RW301", ("generate", "--model", "./gone", "--prompt", "Hello")),
         ("RW122", ("generate", "--prompt", "Hello")),
         ("RW301", ("evaluate", "--model", "./gone", "--task", "perplexity", "--data", "D")),
+        ("RW503", ("train", "--model", "M", "--data", "D", "--output", "below a file")),
+        ("RW503", ("compare", "--model", "M", "--data", "D", "--output", "below a file")),
+        ("RW503", ("evaluate", "--model", "M", "--task", "perplexity", "--data", "D", "--output", "below a file")),
+        ("RW503", ("merge", "--adapter", "M", "--output", "below a file")),
     ],
 )
 def test_a_path_with_nothing_there_costs_no_import(code, arguments, model_folder, rows_file, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     known = {"M": model_folder, "D": rows_file, "out": tmp_path / "out", "empty": empty}
+    known["below a file"] = rows_file / "out"
     done = python("-c", RUN, *(known.get(part, part) for part in arguments))
     assert f"error {code}: " in done.stderr
     assert done.stdout.split()[-2:] == ["2", "False"]

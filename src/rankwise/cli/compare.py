@@ -88,7 +88,7 @@ class Board(Lines):
 
 def run(settings: CompareOptions, output: Output) -> Mapping[str, Any]:
     check_compare(settings)
-    check_paths(model=settings.model, data=(settings.data, settings.eval_data))
+    check_paths(model=settings.model, data=(settings.data, settings.eval_data), output=settings.output)
     from rankwise.comparison.run import compare
     from rankwise.reports.comparison import write_report
 

@@ -75,7 +75,7 @@ def watching(output: Output) -> Iterator[Observer]:
 
 def run(settings: EvaluateSettings, output: Output) -> Mapping[str, Any]:
     refuse_comparisons(settings.adapter)
-    check_paths(model=settings.model)
+    check_paths(model=settings.model, output=settings.output)
     from rankwise.evaluation.run import evaluate_all
 
     with watching(output) as watcher:

@@ -143,9 +143,11 @@ def _as_ours(error: Exception) -> RankwiseError:
     if is_out_of_memory(error):
         remedy = "lower --batch-size or --max-length, or switch on --gradient-checkpointing"
         return RunError("RW550", f"the memory of the device is full ({_first_line(error)}); {remedy}.")
-    if isinstance(error, OSError) and error.errno in FILE_ERRORS and error.filename:
+    if isinstance(error, OSError) and error.errno in FILE_ERRORS:
+        # A write into an open file does not say which.
+        place = error.filename or "a file could not be written"
         reason = (error.strerror or "it cannot be used").lower()
-        return RunError("RW551", f"{error.filename}: {reason}; free space there, or use another folder.")
+        return RunError("RW551", f"{place}: {reason}; free space there, or use another folder.")
     advice = f"please report it with what {DEBUG_VARIABLE}=1 prints"
     return InternalError("RW900", f"a fault of rankwise: {type(error).__name__}: {_first_line(error)}; {advice}.")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from rankwise.cli.folders import refuse_comparisons
+from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.settings import MergeSettings
@@ -24,9 +25,10 @@ RECORD_FILE = "merge.json"
 
 
 def run(settings: MergeSettings, output: Output) -> Mapping[str, Any]:
+    refuse_comparisons([settings.adapter])
+    check_paths(model=settings.model, output=settings.output)
     from rankwise.export.merged import format_of, merge_to_folder, refuse_to_overwrite
 
-    refuse_comparisons([settings.adapter])
     refuse_to_overwrite(settings.output)
     trained_on = format_of(settings.quantization, double_quant=settings.double_quant)
     verification = _verify(settings, trained_on, output) if settings.verify else None

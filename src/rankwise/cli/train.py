@@ -90,7 +90,7 @@ PANELS = {
 
 
 def run(settings: TrainSettings, output: Output) -> Mapping[str, Any]:
-    check_paths(model=settings.model, data=(settings.data, settings.eval_data))
+    check_paths(model=settings.model, data=(settings.data, settings.eval_data), output=settings.output)
     from rankwise.training.run import train
 
     guard = _guard(settings, output)

@@ -54,8 +54,11 @@ def read_template(path: Path) -> str:
         # transformers adds the generation tag to Jinja; for the parse alone it can go.
         plain = GENERATION_TAGS.sub("", text)
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError("RW211", f"cannot read the chat template {path}: {error}.") from None
+    except UnicodeDecodeError:
+        raise DataError("RW211", f"the chat template {path} is not UTF-8; save it as such.") from None
+    except OSError as error:
+        reason = (error.strerror or "no reason given").lower()
+        raise DataError("RW211", f"cannot read the chat template {path}: {reason}; give a Jinja file.") from None
     except jinja2.TemplateSyntaxError as error:
         raise DataError("RW211", f"the chat template {path}, line {error.lineno}: {error.message}.") from None
     return text

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from rankwise.errors import RunError
-from rankwise.records import RUN_FILE, load_record
+from rankwise.records import RUN_FILE, check_writable, load_record
 from rankwise.training.old_run import check_replaceable, read_old_run
 
 Mode = Literal["new", "resume", "overwrite"]
@@ -46,7 +44,7 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
     """
     if resume and overwrite:
         raise RunError("RW506", "--resume continues the old run and --overwrite replaces it; give one of them.")
-    _check_writable(output)
+    check_writable(output)
     there = holds_run(output)
     if not there and output.is_dir() and any(output.iterdir()):
         unreadable = f", and its {RUN_FILE} is no record of one" if (output / RUN_FILE).exists() else ""
@@ -127,17 +125,3 @@ def check_same_inputs(output: Path, data: Mapping[str, Mapping[str, Any]], base_
             f"the run in {output} was started with other content of {', '.join(changed)}; resume with the same "
             "files, or start a new run in another folder.",
         )
-
-
-def _check_writable(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise RunError("RW503", f"--output {output} is a file; give a folder.")
-    nearest = output
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise RunError("RW503", f"--output {output} lies below {nearest}, which is a file; give a folder.")
-    # The mode counts for root too, who could write all the same: whoever took the right away meant it.
-    no_writers = not nearest.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
-    if no_writers or not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunError("RW503", f"{nearest} cannot be written; give an --output that can.")
