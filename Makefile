@@ -42,6 +42,9 @@ format: $(STAMP) ## mend style where a tool can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+families: $(STAMP) ## every causal family of transformers, tiny: fast steps against plain ones (some minutes)
+	$(BIN)/python -m pytest -m families
+
 grid: $(STAMP) ## the memory plan's closed form against its dry run, 960 combinations (half an hour)
 	$(BIN)/python -m pytest -m grid
 
@@ -69,4 +72,4 @@ docs: $(STAMP) ## the documentation as HTML
 clean: ## remove what the other words made
 	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: help setup demo test check format grid browser bench docs clean
+.PHONY: help setup demo test check format families grid browser bench docs clean
