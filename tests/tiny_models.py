@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import torch
-from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 
 def tiny_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
@@ -38,3 +48,47 @@ def tiny_falcon(seed: int = 0, **overrides: object) -> FalconForCausalLM:
     torch.manual_seed(seed)
     config = FalconConfig(**{**settings, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **overrides})
     return FalconForCausalLM(config).eval()
+
+
+_MOE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_FAMILIES_OF_EXPERTS = {
+    "mixtral": {"intermediate_size": 48, "num_local_experts": 4},
+    "qwen2_moe": {
+        "intermediate_size": 48,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 40,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+    },
+    "qwen3_moe": {
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+    },
+    # Transposed, with biases, gate and up interleaved.
+    "gpt_oss": {"intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def tiny_moe(family: str, seed: int = 0, **overrides: object) -> PreTrainedModel:
+    """A two-layer mixture of experts of random weights and biases, in one of the families above."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**_MOE, **_FAMILIES_OF_EXPERTS[family], **overrides})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("_bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model

@@ -176,9 +176,9 @@ def test_a_state_dict_is_checked_alike(double_quant, change, message, checkpoint
     tensors = load_file(checkpoints[double_quant] / "model.safetensors")
     change(tensors)
     if message.startswith(r"\(64, 128\)"):
-        stored = from_bitsandbytes(tensors, f"{LAYER}.")
+        stored = from_bitsandbytes(tensors, f"{LAYER}.weight")
         with pytest.raises(QuantizationError, match=message):
             stored.check_shape(NAME, (128, 64))
         return
     with pytest.raises(QuantizationError, match=f"RW611.*{LAYER}"):
-        from_bitsandbytes(tensors, f"{LAYER}.")
+        from_bitsandbytes(tensors, f"{LAYER}.weight")

@@ -119,20 +119,6 @@ def test_an_exclusion_that_names_nothing_is_said():
         quantize(tiny_llama(), Nf4Config(modules_to_not_convert=["dwon_proj"]))
 
 
-def test_stacked_experts_stay_and_are_said():
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = MixtralForCausalLM(
-        MixtralConfig(vocab_size=97, num_key_value_heads=2, num_local_experts=2, **settings)
-    ).eval()
-    with pytest.warns(RankwiseWarning, match=r"RW613.*expert"):
-        report = quantize(model, Nf4Config())
-    assert all("experts" in name for name in report.experts)
-    assert len(report.experts) == 2
-    assert logits(model).isfinite().all()
-
-
 def test_each_dense_weight_is_freed_before_the_next_layer(monkeypatch):
     model = tiny_llama()
     weights = [weakref.ref(model.get_submodule(name).weight) for name in four_bit(_quantized(tiny_llama()))]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from math import prod
 from pathlib import Path
 
 from torch import Tensor
 
+from rankwise import ops
 from rankwise.export.shards import ShardedWeights
 from rankwise.quantization.bitsandbytes_format import PARTS, StoredWeight, from_bitsandbytes
 from rankwise.quantization.checkpoint import stored_weights
-from rankwise.quantization.linear import Linear4bit
 from rankwise.weights_file import TensorInfo
 
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -47,29 +48,28 @@ class DequantizedWeights:
         """W' of a 4-bit weight, any other tensor as it is stored."""
         if name not in self._stored:
             return self._raw.tensor(name)
-        W = self._layer(name).dequantize()
-        return W.T.contiguous() if name in self._transposed else W
-
-    def _layer(self, name: str) -> Linear4bit:
         keys = [name, *(key for part in PARTS if (key := f"{name}.{part}") in self._raw)]
-        prefix = name.removesuffix("weight")
-        stored = from_bitsandbytes({key: self._raw.tensor(key) for key in keys}, prefix)
-        layer = Linear4bit(
-            *stored.shape[::-1],
-            quant_type=stored.quant_type,
-            block_size=stored.block_size,
-            double_quant=stored.double_quant,
-            dtype=stored.dtype,
-            device="meta",
-        )
-        layer.take(stored.tensors)
-        return layer
+        W = _dequantized(from_bitsandbytes({key: self._raw.tensor(key) for key in keys}, name))
+        return W.T.contiguous() if name in self._transposed else W
 
     def _info(self, name: str, info: TensorInfo) -> TensorInfo:
         stored: StoredWeight | None = self._stored.get(name)
         if stored is None:
             return info
         shape = stored.shape[::-1] if name in self._transposed else stored.shape
-        bytes_each = stored.dtype.itemsize
         code = _CODES[str(stored.dtype).removeprefix("torch.")]
-        return TensorInfo(code, shape, 0, shape[0] * shape[1] * bytes_each)
+        return TensorInfo(code, shape, 0, prod(shape) * stored.dtype.itemsize)
+
+
+def _dequantized(stored: StoredWeight) -> Tensor:
+    parts = stored.tensors
+    return ops.dequantize_4bit(
+        parts["weight"],
+        parts["absmax"],
+        stored.shape,
+        stored.dtype,
+        stored.quant_type,
+        stored.block_size,
+        nested_absmax=parts.get("nested_absmax"),
+        offset=parts.get("offset"),
+    )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rankwise.quantization import FourBitConfig, Linear4bit
+    from rankwise.quantization.experts import StackScales
 
 Model = str | os.PathLike[str] | ModelSource
 
@@ -144,16 +145,16 @@ def _quantization_arguments(
 
 def _warn_of_another_format(model: PreTrainedModel, path: Path, asked: FourBitConfig) -> None:
     """Say (RW324) that the layers in the files are not as asked for; config.json alone has no block size."""
-    from rankwise.quantization.targets import four_bit_layers
+    from rankwise.quantization.targets import four_bit_modules
 
     wanted = _format_of(asked)
-    for _, layer in four_bit_layers(model):
+    for layer in four_bit_modules(model):
         if (held := _format_of(layer)) != wanted:
             warn("RW324", f"{path} holds weights in {held}, which are used instead of {wanted}.")
             return
 
 
-def _format_of(source: FourBitConfig | Linear4bit) -> str:
+def _format_of(source: FourBitConfig | Linear4bit | StackScales) -> str:
     double = "with" if source.double_quant else "without"
     return f"{source.quant_type} (blocks of {source.block_size}, {double} double quantization)"
 

@@ -88,8 +88,7 @@ def linear_4bit(
     Raises:
         QuantizationError: RW601, RW602, RW604, RW605, and RW606 when x, bias and weight do not fit together.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = as_autocast(x)
     if bias is not None and bias.dtype is not x.dtype:
         bias = bias.to(x.dtype)
     # The dispatcher and its autograd wrapper take 8 us, a tenth to a half of a single-row product: pass by where
@@ -134,6 +133,13 @@ def row_norms_4bit(
         QuantizationError: RW601, RW602, RW604, RW605, and RW606 when ``shape`` is not (N, K).
     """
     return _ops.row_norms_4bit(packed, absmax, shape, quant_type, block_size, nested_absmax, offset, dtype)
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """``x`` as autocast hands it to a product: in its dtype where it is on."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -35,7 +35,8 @@ from rankwise.planning.scratch import SCRATCH, kept_memory, kept_norms, lives_in
 from rankwise.planning.step import autocast_dtype, make_batch, take_step, true_counts
 from rankwise.planning.tracker import StorageTracker
 from rankwise.planning.workload import Workload
-from rankwise.quantization.targets import four_bit_layers
+from rankwise.quantization.experts import four_bit_stacks
+from rankwise.quantization.targets import four_bit_layers, four_bit_modules
 
 
 def dry_run(
@@ -161,13 +162,17 @@ def run_steps(
 
 def label_model(model: nn.Module, tracker: StorageTracker) -> None:
     """Say what the model's tensors are: 4-bit weights, other weights, adapters."""
-    for _, layer in four_bit_layers(model):
-        tracker.see_all([layer.weight, *layer.buffers(recurse=False)], "weights_4bit")
+    codes = [
+        *(layer.weight for _, layer in four_bit_layers(model)),
+        *(stack.codes for _, stack in four_bit_stacks(model)),
+    ]
+    scales = [buffer for module in four_bit_modules(model) for buffer in module.buffers(recurse=False)]
+    tracker.see_all([*codes, *scales], "weights_4bit")
     ours = {id(item) for item in adapter_parameters(model).values()} if has_adapter(model) else set()
     for parameter in model.parameters():
         if parameter.dtype is not torch.uint8:
             tracker.see(parameter, "adapters" if id(parameter) in ours else "weights")
-    four_bit = {id(buffer) for _, layer in four_bit_layers(model) for buffer in layer.buffers()}
+    four_bit = {id(buffer) for buffer in scales}
     tracker.see_all((item for item in model.buffers() if id(item) not in four_bit), "weights")
 
 

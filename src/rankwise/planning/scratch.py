@@ -13,7 +13,7 @@ from rankwise.adapters.dora import Dora
 from rankwise.ops.cpu import products
 from rankwise.ops.cpu.four_bit import _LEAST_KEPT_BYTES, _MOST_KEPT_BYTES
 from rankwise.ops.selection import native_on_cpu
-from rankwise.quantization.targets import four_bit_layers
+from rankwise.quantization.targets import four_bit_modules
 
 Scratch = Callable[[Any, Any], int]
 
@@ -55,8 +55,9 @@ def kept_memory(model: nn.Module) -> list[Tensor]:
     which it notices writes past PyTorch.
     """
     kept = [copy for layer in model.modules() if isinstance(layer, Dora) for copy in _copies(layer)]
-    dense = (layer for _, layer in four_bit_layers(model) if makes_dense(layer.dtype))
-    sizes = [prod(layer.shape) * layer.dtype.itemsize for layer in dense]
+    dense = (holder for holder in four_bit_modules(model) if makes_dense(holder.dtype))
+    # Of stacked experts one after the other is made dense.
+    sizes = [prod(holder.shape[-2:]) * holder.dtype.itemsize for holder in dense]
     largest = max(filter(is_kept, sizes), default=0)
     return [*kept, torch.empty(largest, dtype=torch.uint8)] if largest else kept
 

@@ -1,5 +1,7 @@
 """One 4-bit weight as bitsandbytes writes it, to and from the tensors of a `Linear4bit`, equal to the bit.
 
+Stacked experts are written alike, as its ``nn.parametrize`` does: NAME is then a parameter of three dimensions.
+
     NAME                                     uint8 (ceil(n / 2), 1)   codes, first element in the high nibble
     NAME.absmax                              float32 (blocks,); uint8 when double-quantized
     NAME.quant_map                           float32 (16,)
@@ -27,6 +29,7 @@ from rankwise.ops.reference import packed_shape
 
 if TYPE_CHECKING:
     from rankwise.quantization.config import FourBitConfig
+    from rankwise.quantization.experts import StackScales
     from rankwise.quantization.linear import Linear4bit
 
 STATE = "quant_state.bitsandbytes__"
@@ -45,7 +48,9 @@ class StoredWeight:
     quant_type: str
     block_size: int
     dtype: torch.dtype
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
+    # (out, in), or of stacked experts (E, N, K).
+
     offset: float | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
@@ -53,29 +58,33 @@ class StoredWeight:
     def double_quant(self) -> bool:
         return self.offset is not None
 
-    def check_shape(self, name: str, wanted: tuple[int, int]) -> None:
-        """Raise QuantizationError RW611 unless the stored weight has the shape that the model wants, (out, in)."""
+    def check_shape(self, name: str, wanted: tuple[int, ...]) -> None:
+        """Raise QuantizationError RW611 unless the stored weight has the shape that the model wants."""
         if self.shape != wanted:
             raise _broken(name, f"is stored as {self.shape} where the model needs {wanted}")
 
 
 def to_bitsandbytes(layer: Linear4bit) -> dict[str, Tensor]:
     """The tensors of ``layer`` under bitsandbytes' names, ``weight`` and ``weight.*``; the bias is not among them."""
-    device = layer.weight.device
+    return stored_tensors("weight", layer.weight, layer)
+
+
+def stored_tensors(name: str, codes: Tensor, layer: Linear4bit | StackScales) -> dict[str, Tensor]:
+    """The same of any weight: ``layer`` has its scales and its format."""
     # Tables of one's own: safetensors refuses tensors that share memory.
     tensors = {
-        "weight": layer.weight.detach().reshape(-1, 1),
-        "weight.absmax": layer.absmax.detach(),
-        "weight.quant_map": code_values(layer.quant_type, device).clone(),
+        name: codes.detach().reshape(-1, 1),
+        f"{name}.absmax": layer.absmax.detach(),
+        f"{name}.quant_map": code_values(layer.quant_type, codes.device).clone(),
     }
     if layer.nested_absmax is not None:
-        tensors["weight.nested_absmax"] = layer.nested_absmax.detach()
-        tensors["weight.nested_quant_map"] = dynamic_map(device).clone()
-    tensors[f"weight.{STATE}{layer.quant_type}"] = torch.tensor(list(_state_json(layer)), dtype=torch.uint8)
+        tensors[f"{name}.nested_absmax"] = layer.nested_absmax.detach()
+        tensors[f"{name}.nested_quant_map"] = dynamic_map(codes.device).clone()
+    tensors[f"{name}.{STATE}{layer.quant_type}"] = torch.tensor(list(_state_json(layer)), dtype=torch.uint8)
     return tensors
 
 
-def _state_json(layer: Linear4bit) -> bytes:
+def _state_json(layer: Linear4bit | StackScales) -> bytes:
     state: dict[str, Any] = {
         "quant_type": layer.quant_type,
         "blocksize": layer.block_size,
@@ -97,13 +106,12 @@ def part_names(state: Mapping[str, Any], prefix: str) -> list[str]:
     return [name for part in PARTS if (name := f"{prefix}weight.{part}") in state]
 
 
-def from_bitsandbytes(state: Mapping[str, Tensor], prefix: str = "") -> StoredWeight:
-    """The weight of the layer at ``prefix`` (``""`` or with its dot) in a state dict, checked.
+def from_bitsandbytes(state: Mapping[str, Tensor], name: str = "weight") -> StoredWeight:
+    """The weight ``name`` in a state dict, checked.
 
     Raises:
         QuantizationError: RW611, parts are missing, of the wrong size or contradict each other, or the JSON is broken.
     """
-    name = f"{prefix}weight"
     parts = {part: state[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in state}
     sizes = {part: _size(tensor) for part, tensor in parts.items()}
     if name in state:
@@ -152,12 +160,12 @@ def parse_state(name: str, part: str, text: bytes) -> StoredWeight:
     return StoredWeight(quant_type, block_size, _DTYPES[dtype], _shape(name, content), _offset(name, content))
 
 
-def _shape(name: str, content: dict[str, Any]) -> tuple[int, int]:
+def _shape(name: str, content: dict[str, Any]) -> tuple[int, ...]:
     shape: Any = content.get("shape")
-    sizes = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size >= 0 for size in shape)
+    sizes = isinstance(shape, list) and len(shape) in (2, 3) and all(type(size) is int and size >= 0 for size in shape)
     if not sizes or math.prod(shape) > MAX_ELEMENTS:
-        raise _broken(name, f"has the shape {_short(shape)} where (out, in) belongs")
-    return shape[0], shape[1]
+        raise _broken(name, f"has the shape {_short(shape)} where (out, in) belongs, or (experts, out, in)")
+    return tuple(shape)
 
 
 def _offset(name: str, content: dict[str, Any]) -> float | None:

@@ -11,7 +11,10 @@ from rankwise.quantization.bitsandbytes_format import StoredWeight, check_sizes,
 from rankwise.quantization.listing import some_of
 from rankwise.weights_file import TensorInfo, read_header
 
-_PART = re.compile(r"(.*\bweight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)", re.DOTALL)
+_PART = re.compile(r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)", re.DOTALL)
+
+_ENDS = ("weight", "_proj")
+# Of the names of weights, and of stacked experts.
 
 
 def stored_weights(files: Iterable[str | Path]) -> dict[str, StoredWeight]:
@@ -44,13 +47,18 @@ def _grouped(tensors: Mapping[str, tuple[Path, TensorInfo]]) -> dict[str, dict[s
         match = _PART.fullmatch(name)
         if match:
             groups.setdefault(match[1], {})[match[2]] = _size(info)
-        elif name.endswith("weight") and info.dtype == "U8" and len(info.shape) == 2 and info.shape[1] == 1:
+        elif name.endswith(_ENDS) and info.dtype == "U8" and len(info.shape) == 2 and info.shape[1] == 1:
             # Codes in bitsandbytes' shape: without their scales the group is reported as incomplete.
             groups.setdefault(name, {})
     for name, sizes in groups.items():
         if name in tensors:
             sizes[""] = _size(tensors[name][1])
-    return groups
+    # Another tensor may be called absmax.
+    return {
+        name: sizes
+        for name, sizes in groups.items()
+        if name.endswith(_ENDS) or any(part.startswith("quant_state.") for part in sizes)
+    }
 
 
 def _size(info: TensorInfo) -> tuple[str, int]:

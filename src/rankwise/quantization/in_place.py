@@ -1,4 +1,4 @@
-"""Turn the linear layers of a model in memory into 4-bit ones, and back."""
+"""Turn the linear layers and the stacked experts of a model in memory into 4-bit ones, and back."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from rankwise.errors import QuantizationError
 from rankwise.quantization.config import METHOD, FourBitConfig, dtype_named
+from rankwise.quantization.experts import dequantize_stack, four_bit_stacks, quantize_stack
 from rankwise.quantization.linear import Linear4bit, is_conv1d
 from rankwise.quantization.listing import some_of
 from rankwise.quantization.targets import (
     dense_linear_names,
     expert_tensors,
-    four_bit_layers,
+    four_bit_modules,
     target_names,
+    target_stacks,
     warn_about_experts,
 )
 
@@ -28,22 +30,26 @@ class QuantizationReport:
     layers: tuple[str, ...]
     # Names of the layers that are 4-bit now.
 
+    stacks: tuple[str, ...]
+    # Names of the stacked expert tensors that are 4-bit now.
+
     dense: tuple[str, ...]
     # Linear layers that stay dense.
 
     experts: tuple[str, ...]
-    # Stacked expert tensors, which stay dense.
+    # Stacked expert tensors that stay dense.
 
     bytes_before: int
-    # Bytes of the quantized layers' weights before ...
+    # Bytes of the quantized weights before ...
 
     bytes_after: int
     # ... and of codes and scales now.
 
     def __str__(self) -> str:
         kept = ", ".join(self.dense[:3]) + (", ..." if len(self.dense) > 3 else "")
+        stacks = f" and {len(self.stacks)} tensors of experts" if self.stacks else ""
         return (
-            f"{len(self.layers)} layers quantized "
+            f"{len(self.layers)} layers{stacks} quantized "
             f"({self.bytes_before / 1e6:,.1f} MB -> {self.bytes_after / 1e6:,.1f} MB); "
             f"{len(self.dense)} stay dense{f' ({kept})' if kept else ''}"
         )
@@ -53,42 +59,49 @@ class QuantizationReport:
 def quantize(model: nn.Module, config: FourBitConfig) -> QuantizationReport:
     """Make the linear layers of ``model`` `Linear4bit`, in place, one at a time; each dense weight is freed at once.
 
-    Output head, embeddings and ``modules_to_not_convert`` stay as they are. A transformers model passes for quantized
-    afterwards: it trains with adapters, and ``save_pretrained`` writes bitsandbytes' format. On errors nothing changes.
+    So are the tensors of stacked experts, which are computed with one expert at a time from then on. Output head,
+    embeddings and ``modules_to_not_convert`` stay as they are. A transformers model passes for quantized afterwards: it
+    trains with adapters, and ``save_pretrained`` writes bitsandbytes' format. On errors nothing changes. Warns (RW613)
+    of experts that cannot be 4-bit, and why.
 
     Raises:
         QuantizationError: RW603 NaN or Inf in a weight (named), RW605 a weight of another dtype, RW610 nothing to
             quantize, or the model is quantized or carries adapters.
     """
     _check_model(model, config)
-    targets = target_names(model, config)
-    _check_weights(model, [names[0] for names in targets])
+    targets, stacks = target_names(model, config), target_stacks(model, config)
+    _check_weights(model, [*(f"{names[0]}.weight" for names in targets), *stacks])
+    weight_format: dict[str, Any] = {
+        "quant_type": config.quant_type,
+        "block_size": config.block_size,
+        "double_quant": config.double_quant,
+        "compute_dtype": config.compute_dtype,
+    }
     bytes_before = bytes_after = 0
     for names in targets:
-        bytes_before += _weight(model, names[0]).nbytes
-        layer = Linear4bit.from_linear(
-            model.get_submodule(names[0]),
-            quant_type=config.quant_type,
-            block_size=config.block_size,
-            double_quant=config.double_quant,
-            compute_dtype=config.compute_dtype,
-        )
+        bytes_before += model.get_parameter(f"{names[0]}.weight").nbytes
+        layer = Linear4bit.from_linear(model.get_submodule(names[0]), **weight_format)
         bytes_after += layer.weight.nbytes + sum(buffer.nbytes for buffer in layer.buffers())
         for name in names:
             _replace(model, name, layer)
-    warn_about_experts(model)
+    for name in stacks:
+        path, _, leaf = name.rpartition(".")
+        bytes_before += model.get_parameter(name).nbytes
+        stack = quantize_stack(model.get_submodule(path), leaf, **weight_format)
+        bytes_after += stack.codes.nbytes + sum(buffer.nbytes for buffer in stack.scales.buffers())
+    warn_about_experts(model, config)
     _mark(model, config)
     layers = tuple(names[0] for names in targets)
-    return QuantizationReport(
-        layers, tuple(dense_linear_names(model)), tuple(expert_tensors(model)), bytes_before, bytes_after
-    )
+    dense, experts = tuple(dense_linear_names(model)), tuple(expert_tensors(model))
+    return QuantizationReport(layers, tuple(stacks), dense, experts, bytes_before, bytes_after)
 
 
 @torch.no_grad()
 def dequantize(model: nn.Module, dtype: torch.dtype | str | None = None) -> int:
-    """Make every `Linear4bit` of ``model`` the dense layer it was, in place, with weight W'; returns their count.
+    """Make every `Linear4bit` of ``model`` the dense layer it was, in place, with weight W', and 4-bit experts the
+    dense tensors they were; returns the count of both.
 
-    ``dtype``: that of the new layers, or its name; None keeps each layer's own. Raises QuantizationError (RW605) for an
+    ``dtype``: that of the new weights, or its name; None keeps each one's own. Raises QuantizationError (RW605) for an
     unknown one.
     """
     wanted = dtype_named(dtype, "dtype")
@@ -103,17 +116,15 @@ def dequantize(model: nn.Module, dtype: torch.dtype | str | None = None) -> int:
         for name in names:
             _replace(model, name, dense)
         del layer
-    return len(places)
+    stacks = [stack for _, stack in four_bit_stacks(model)]
+    for stack in stacks:
+        dequantize_stack(stack, wanted)
+    return len(places) + len(stacks)
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)
-
-
-def _weight(model: nn.Module, name: str) -> Tensor:
-    layer: Any = model.get_submodule(name)
-    return layer.weight
 
 
 def _check_model(model: nn.Module, config: FourBitConfig) -> None:
@@ -134,12 +145,13 @@ def _check_model(model: nn.Module, config: FourBitConfig) -> None:
     if quantizer is None:
         return
     method = quantizer.quantization_config.quant_method
-    if method != METHOD or any(four_bit_layers(model)):
+    if method != METHOD or any(four_bit_modules(model)):
         raise QuantizationError("RW610", f"the model is quantized already ({getattr(method, 'value', method)}).")
 
 
 def _check_weights(model: nn.Module, names: list[str]) -> None:
-    broken = [name for name in names if _has_values(weight := _weight(model, name)) and not _is_finite(weight)]
+    weights = ((name.removesuffix(".weight"), model.get_parameter(name)) for name in names)
+    broken = [name for name, W in weights if _has_values(W) and not _is_finite(W)]
     if broken:
         raise QuantizationError(
             "RW603",

@@ -84,14 +84,10 @@ class Linear4bit(nn.Module):
         check_type(quant_type, block_size)
         check_dtype(dtype, "the dtype of a 4-bit layer")
         self.quant_type, self.block_size, self.dtype = quant_type, block_size, dtype
-        blocks = math.ceil(self.in_features * self.out_features / block_size)
-        nested = math.ceil(blocks / NESTED_BLOCK)
         packed = torch.empty(ops.packed_shape(self.shape, block_size), dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        scale_dtype = torch.uint8 if double_quant else torch.float32
-        self.register_buffer("absmax", torch.empty(blocks, dtype=scale_dtype, device=device))
-        self.register_buffer("nested_absmax", torch.empty(nested, device=device).float() if double_quant else None)
-        self.register_buffer("offset", torch.empty((), device=device).float() if double_quant else None)
+        for name, buffer in empty_scales(math.prod(self.shape), block_size, double_quant, device).items():
+            self.register_buffer(name, buffer)
 
     @classmethod
     def from_weight(
@@ -159,10 +155,7 @@ class Linear4bit(nn.Module):
         return self._product(x, None)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        compute = self.compute_dtype
-        if compute is None or compute is x.dtype or torch.is_autocast_enabled(x.device.type):
-            return self._linear(x, bias)
-        return self._linear(x.to(compute), bias).to(x.dtype)
+        return computed_in(self.compute_dtype, x, lambda z: self._linear(z, bias))
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return ops.linear_4bit(
@@ -276,14 +269,7 @@ class Linear4bit(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
-        scales = {id(scale) for name in SCALES if (scale := getattr(self, name)) is not None}
-
-        def apply(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            # A cast would round the scales and with them every weight; only the move is carried out.
-            return tensor.to(moved.device) if id(tensor) in scales and moved.dtype != tensor.dtype else moved
-
-        cast_to = fn(torch.empty(0, dtype=self.dtype, device=self.absmax.device)).dtype
+        apply, cast_to = keeping_scales(self, fn)
         super()._apply(apply, recurse)
         self.dtype = cast_to
         return self
@@ -294,14 +280,14 @@ class Linear4bit(nn.Module):
         try:
             if has_parts(state, prefix):
                 self._unpack(state, prefix)
-            self._check_dtypes(state, prefix)
         except QuantizationError as error:
             errors.append(str(error))
             return
-        super()._load_from_state_dict(state, prefix, *arguments)
+        if check_scale_dtypes(self, state, prefix, errors):
+            super()._load_from_state_dict(state, prefix, *arguments)
 
     def _unpack(self, state: dict[str, Any], prefix: str) -> None:
-        stored = from_bitsandbytes(state, prefix)
+        stored = from_bitsandbytes(state, f"{prefix}weight")
         stored.check_shape(f"{prefix}weight", self.shape)
         device = self.weight.device
         self.set_format(stored.quant_type, stored.block_size, stored.double_quant, stored.dtype, device)
@@ -309,20 +295,57 @@ class Linear4bit(nn.Module):
             del state[name]
         state.update({prefix + name: tensor for name, tensor in stored.tensors.items()})
 
-    def _check_dtypes(self, state: dict[str, Any], prefix: str) -> None:
-        # copy_ would cast silently, and a cast code or scale is a wrong weight.
-        own = {prefix + name: tensor for name in ("weight", *SCALES) if (tensor := getattr(self, name)) is not None}
-        wrong = [
-            f"{name} is {state[name].dtype} and must be {tensor.dtype}"
-            for name, tensor in own.items()
-            if name in state and state[name].dtype is not tensor.dtype
-        ]
-        if wrong:
-            raise QuantizationError("RW604", f"the state does not fit a 4-bit layer: {'; '.join(wrong)}.")
+
+def empty_scales(
+    n: int, block_size: int, double_quant: bool, device: torch.device | str | None
+) -> dict[str, Tensor | None]:
+    """Buffers for the scales of n weights, by name."""
+    blocks = math.ceil(n / block_size)
+    nested = math.ceil(blocks / NESTED_BLOCK)
+    return {
+        "absmax": torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32, device=device),
+        "nested_absmax": torch.empty(nested, dtype=torch.float32, device=device) if double_quant else None,
+        "offset": torch.empty((), dtype=torch.float32, device=device) if double_quant else None,
+    }
+
+
+def computed_in(dtype: torch.dtype | None, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """``run(x)`` in ``dtype`` where one is set, given back in that of x; under autocast in autocast's."""
+    if dtype is None or dtype is x.dtype or torch.is_autocast_enabled(x.device.type):
+        return run(x)
+    return run(x.to(dtype)).to(x.dtype)
+
+
+def keeping_scales(holder: Any, fn: Callable[[Tensor], Tensor]) -> tuple[Callable[[Tensor], Tensor], torch.dtype]:
+    """For ``Module._apply``: ``fn`` without its casts of the scales, and the dtype that it casts the weights to."""
+    scales = {id(scale) for name in SCALES if (scale := getattr(holder, name)) is not None}
+
+    def apply(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        # A cast would round the scales and with them every weight; only the move is carried out.
+        return tensor.to(moved.device) if id(tensor) in scales and moved.dtype != tensor.dtype else moved
+
+    return apply, fn(torch.empty(0, dtype=holder.dtype, device=holder.absmax.device)).dtype
+
+
+def check_scale_dtypes(holder: nn.Module, state: dict[str, Any], prefix: str, errors: list[str]) -> bool:
+    """Whether codes and scales in ``state`` have the dtypes of ``holder``; else an error (RW604) joins ``errors``."""
+    # copy_ would cast silently, and a cast code or scale is a wrong weight.
+    held = ((name, getattr(holder, name, None)) for name in ("weight", *SCALES))
+    own = {prefix + name: tensor for name, tensor in held if tensor is not None}
+    wrong = [
+        f"{name} is {state[name].dtype} and must be {tensor.dtype}"
+        for name, tensor in own.items()
+        if name in state and state[name].dtype is not tensor.dtype
+    ]
+    if wrong:
+        errors.append(str(QuantizationError("RW604", f"the state does not fit a 4-bit layer: {'; '.join(wrong)}.")))
+    return not wrong
 
 
 def quantized_tensors(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> dict[str, Tensor]:
-    """``weight`` (N, K) as the tensors of a `Linear4bit`, by name: weight, absmax and, double-quantized, two more."""
+    """``weight`` of any shape as the tensors of a `Linear4bit`, by name: weight, absmax and, double-quantized, two
+    more."""
     packed, absmax = ops.quantize_4bit(weight.detach(), quant_type, block_size)
     if not double_quant:
         return {"weight": packed, "absmax": absmax}

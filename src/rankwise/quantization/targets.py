@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rankwise.errors import QuantizationError, warn
 from rankwise.quantization.config import FourBitConfig
+from rankwise.quantization.experts import StackScales, obstacle
 from rankwise.quantization.linear import Linear4bit, is_dense_linear
 
 HEAD_NAMES = ("lm_head", "embed_out")
@@ -21,7 +22,8 @@ def target_names(model: nn.Module, config: FourBitConfig) -> list[list[str]]:
     Output head, embeddings, what is tied to one of them, and ``modules_to_not_convert`` stay out.
 
     Raises:
-        QuantizationError: RW610 when nothing is left, RW615 for a pattern that is no regular expression.
+        QuantizationError: RW610 when nothing is left, of experts (``target_stacks``) neither; RW615 for a pattern that
+            is no regular expression.
     """
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -36,14 +38,14 @@ def target_names(model: nn.Module, config: FourBitConfig) -> list[list[str]]:
             if module in tied or not should_convert_module(name, patterns):
                 left_out.add(module)
     names = [found for module, found in chosen.items() if module not in left_out]
-    if not names:
+    if not names and not target_stacks(model, config):
         raise QuantizationError("RW610", _why_nothing(model, len(chosen)))
     return names
 
 
 def _why_nothing(model: nn.Module, dense: int) -> str:
     kind = type(model).__name__
-    if any(isinstance(module, Linear4bit) for module in model.modules()):
+    if any(four_bit_modules(model)):
         return f"the linear layers of this {kind} are 4-bit already."
     if dense:
         return f"all {dense} linear layers of this {kind} are its head or excluded; shorten modules_to_not_convert."
@@ -65,7 +67,7 @@ def dense_patterns(model: nn.Module) -> list[str]:
 
 
 def _check_patterns(model: nn.Module, config: FourBitConfig) -> None:
-    names = [name for name, _ in model.named_modules() if name]
+    names = [*(name for name, _ in model.named_modules() if name), *expert_tensors(model)]
     for pattern in config.modules_to_not_convert or ():
         try:
             hit = re.compile(pattern)
@@ -90,6 +92,13 @@ def dense_linear_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if is_dense_linear(module)]
 
 
+def four_bit_modules(model: nn.Module) -> Iterator[Linear4bit | StackScales]:
+    """Whatever holds the scales and the format of 4-bit weights: linear layers, and stacked experts' scales."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit | StackScales):
+            yield module
+
+
 def four_bit_layers(model: nn.Module) -> Iterator[tuple[str, Linear4bit]]:
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
@@ -97,17 +106,45 @@ def four_bit_layers(model: nn.Module) -> Iterator[tuple[str, Linear4bit]]:
 
 
 def expert_tensors(model: nn.Module) -> list[str]:
-    """Names of three-dimensional expert weights: no linear layer holds them, so they stay as they are."""
+    """Names of the three-dimensional weights of experts that are dense."""
     return [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name.lower()]
 
 
-def warn_about_experts(model: nn.Module) -> None:
-    experts = expert_tensors(model)
-    if experts:
-        size_bytes = sum(model.get_parameter(name).nbytes for name in experts)
+def target_stacks(model: nn.Module, config: FourBitConfig) -> list[str]:
+    """Names of the stacked experts to quantize: all that can be 4-bit but ``modules_to_not_convert``."""
+    return [name for name in _wanted_stacks(model, config) if _obstacle(model, name, config.block_size) is None]
+
+
+def _wanted_stacks(model: nn.Module, config: FourBitConfig) -> list[str]:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    patterns = [*dense_patterns(model), *(config.modules_to_not_convert or ())]
+    # An exclusion names the stack or its module.
+    return [
+        name
+        for name in expert_tensors(model)
+        if all(should_convert_module(part, patterns) for part in (name, name.rpartition(".")[0]))
+    ]
+
+
+def _obstacle(model: nn.Module, name: str, block_size: int) -> str | None:
+    path, _, leaf = name.rpartition(".")
+    return obstacle(model.get_submodule(path), leaf, tuple(model.get_parameter(name).shape), block_size)
+
+
+def warn_about_experts(model: nn.Module, config: FourBitConfig, *, stored: bool = False) -> None:
+    """Say (RW613) which experts stay dense though nobody asked for it. ``stored``: a checkpoint has decided."""
+    reasons: dict[str, list[str]] = {}
+    for name in _wanted_stacks(model, config):
+        reason = _obstacle(model, name, config.block_size)
+        if reason is None and stored:
+            reason = "the checkpoint holds them so"
+        if reason is not None:
+            reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        size_bytes = sum(model.get_parameter(name).nbytes for name in names)
         warn(
             "RW613",
-            f"{len(experts)} expert tensors ({size_bytes / 1e9:.1f} GB, {experts[0]}, ...) stay in their dtype: "
-            "experts stacked into one tensor are not quantized.",
+            f"{len(names)} expert tensors ({size_bytes / 1e9:.1f} GB, {names[0]}, ...) stay in their dtype: {reason}.",
             stacklevel=3,
         )

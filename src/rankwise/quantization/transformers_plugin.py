@@ -8,13 +8,17 @@ in, then hands over one weight at a time: dense ones to `QuantizeOperation`, the
 from __future__ import annotations
 
 import copy
+import math
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -23,14 +27,38 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
 
+from rankwise import ops
 from rankwise.errors import QuantizationError
-from rankwise.quantization.bitsandbytes_format import PARTS, StoredWeight, from_bitsandbytes, to_bitsandbytes
+from rankwise.quantization.bitsandbytes_format import (
+    PARTS,
+    StoredWeight,
+    from_bitsandbytes,
+    stored_tensors,
+    to_bitsandbytes,
+)
 from rankwise.quantization.checkpoint import stored_weights
 from rankwise.quantization.config import METHOD, FourBitConfig
+from rankwise.quantization.experts import (
+    SUFFIX,
+    StackScales,
+    four_bit_stacks,
+    obstacle,
+    put_stack,
+    stack_at,
+    stack_tensors,
+)
 from rankwise.quantization.in_place import dequantize
-from rankwise.quantization.linear import Linear4bit, features, is_conv1d, is_dense_linear, quantized_tensors
+from rankwise.quantization.linear import SCALES, Linear4bit, features, is_conv1d, is_dense_linear, quantized_tensors
 from rankwise.quantization.listing import some_of
-from rankwise.quantization.targets import dense_linear_names, four_bit_layers, target_names, warn_about_experts
+from rankwise.quantization.targets import (
+    dense_linear_names,
+    expert_tensors,
+    four_bit_layers,
+    four_bit_modules,
+    target_names,
+    target_stacks,
+    warn_about_experts,
+)
 
 
 def register() -> None:
@@ -54,10 +82,9 @@ def mark_quantized(model: PreTrainedModel, config: FourBitConfig) -> None:
 
 def describe(model: nn.Module, config: FourBitConfig) -> None:
     """Bring what ``config.json`` will say about the layers up to date with the model."""
-    layers = dict(four_bit_layers(model))
+    first = next(four_bit_modules(model), None)
     config.dense_modules = dense_linear_names(model)
-    if layers:
-        first = next(iter(layers.values()))
+    if first is not None:
         config.weights_dtype, config.double_quant, config.block_size = first.dtype, first.double_quant, first.block_size
 
 
@@ -81,7 +108,7 @@ class FourBitQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
         module, leaf = _owner(model, param_name)
-        return leaf == "weight" and isinstance(module, Linear4bit)
+        return (leaf == "weight" and isinstance(module, Linear4bit)) or stack_at(module, leaf) is not None
 
     def is_serializable(self) -> bool:
         return True
@@ -105,12 +132,30 @@ class FourBitQuantizer(HfQuantizer):
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
         return {"deserialize": DeserializeOperation}
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """What reads stored 4-bit experts, under the names that the model has for them, comes first."""
+        found = super().update_weight_conversions(weight_conversions, model)
+        return [*self._stack_conversions(model), *found] if self.pre_quantized else found
+
+    def _stack_conversions(self, model: PreTrainedModel) -> list[WeightConverter]:
+        stacks = [*expert_tensors(model), *(name for name, _ in four_bit_stacks(model))]
+        # The same last names in every layer: experts.gate_up_proj, experts.down_proj.
+        ends = sorted({".".join(name.split(".")[-2:]) for name in stacks})
+        conversions = []
+        for end in ends:
+            parts = {_ending(f"{end}{part}"): f"weight{part}" for part in ("", *(f".{part}" for part in PARTS))}
+            conversions.append(WeightConverter([*parts], f".{end}", [DeserializeOperation(self, parts)]))
+        return conversions
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> PreTrainedModel:
         if not self.pre_quantized:
+            stacks = target_stacks(model, self.quantization_config)
             for names in target_names(model, self.quantization_config):
                 self._put_empty(model, names)
+            for name in stacks:
+                self._put_empty_stack(model, name)
         elif checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
             self._prepare(model, stored_weights(checkpoint_files))
         return model
@@ -120,6 +165,7 @@ class FourBitQuantizer(HfQuantizer):
         if not stored:
             raise QuantizationError("RW611", "config.json calls the checkpoint 4-bit, and it holds no 4-bit weight.")
         modules = {name: module for name, module in model.named_modules() if is_dense_linear(module)}
+        experts = set(expert_tensors(model))
         prefix = f"{model.base_model_prefix}."
         for weight, content in stored.items():
             path = weight.removesuffix(".weight")
@@ -128,6 +174,9 @@ class FourBitQuantizer(HfQuantizer):
                     in_features, out_features = features(modules[name])
                     content.check_shape(weight, (out_features, in_features))
                     self._put_empty(model, [name], content)
+                    break
+                if name in experts:
+                    self._put_empty_stack(model, name, content)
                     break
 
     def _put_empty(self, model: PreTrainedModel, names: list[str], stored: StoredWeight | None = None) -> Linear4bit:
@@ -153,6 +202,30 @@ class FourBitQuantizer(HfQuantizer):
             model.set_submodule(name, layer)
         return layer
 
+    def _put_empty_stack(self, model: PreTrainedModel, name: str, stored: StoredWeight | None = None) -> StackScales:
+        """An empty stack in place of a dense tensor of experts. Raises QuantizationError RW611 for a stored one that
+        the model cannot take."""
+        module, leaf = _owner(model, name)
+        dense, config = model.get_parameter(name), self.quantization_config
+        wanted: Any = stored or config
+        if stored is not None:
+            stored.check_shape(name, tuple(dense.shape))
+            if (reason := obstacle(module, leaf, stored.shape, stored.block_size)) is not None:
+                raise QuantizationError("RW611", f"the 4-bit experts {name} cannot be computed with: {reason}.")
+        scales = StackScales(
+            tuple(dense.shape),
+            quant_type=wanted.quant_type,
+            block_size=wanted.block_size,
+            double_quant=wanted.double_quant,
+            dtype=dense.dtype,
+            compute_dtype=config.compute_dtype,
+            device="meta",
+        )
+        put_stack(module, leaf, scales)
+        # Else a family's own code draws normal numbers for codes that are missing, before we can say so.
+        module._is_hf_initialized = True  # type: ignore[assignment]
+        return scales
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         self._raise_failures(model)
         # Its inverse would run while saving, where our own writer is at work.
@@ -160,11 +233,16 @@ class FourBitQuantizer(HfQuantizer):
         marked: Any = model
         marked._weight_conversions = [item for item in conversions if not _is_ours(item)]
         describe(model, self.quantization_config)
-        warn_about_experts(model)
+        warn_about_experts(model, self.quantization_config, stored=self.pre_quantized)
         return model
 
     def _raise_failures(self, model: PreTrainedModel) -> None:
-        missing = [name for name, layer in four_bit_layers(model) if not self._arrived(name)]
+        missing = [name for name, _ in four_bit_layers(model) if f"{name}.weight" not in self.loaded]
+        for name, stack in four_bit_stacks(model):
+            path = name.rpartition(".")[0]
+            others = stack.experts.named_parameters(prefix=path, recurse=False)
+            missing += [other for other, tensor in others if not getattr(tensor, "_is_hf_initialized", False)]
+        missing = list(dict.fromkeys(missing))
         if missing and not self.failures:
             raise QuantizationError(
                 "RW612", f"the checkpoint has no weights for {some_of(missing)}; it fits another model."
@@ -173,13 +251,11 @@ class FourBitQuantizer(HfQuantizer):
             messages = [failure.message.rstrip(".") for failure in self.failures]
             raise QuantizationError(self.failures[0].code, f"{some_of(messages, 3, '; ')}.")
 
-    def _arrived(self, name: str) -> bool:
-        return f"{name}.weight" in self.loaded
-
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state in bitsandbytes' layout; called by ``save_pretrained`` before it writes the config."""
         state = bitsandbytes_state(model)
-        if any(four_bit_layers(model)):
+        _keep_stacks_whole(model)
+        if any(four_bit_modules(model)):
             model.config.quantization_config = self.quantization_config
             describe(model, self.quantization_config)
         else:
@@ -193,7 +269,7 @@ class FourBitQuantizer(HfQuantizer):
 
 
 def bitsandbytes_state(model: nn.Module) -> dict[str, Tensor]:
-    """``model.state_dict()`` with every 4-bit layer under bitsandbytes' names."""
+    """``model.state_dict()`` with every 4-bit layer and stack of experts under bitsandbytes' names."""
     state = model.state_dict(keep_vars=True)
     # By identity: a wrapper around a layer may show it under another name than its path.
     names = {id(tensor): name for name, tensor in state.items()}
@@ -203,7 +279,33 @@ def bitsandbytes_state(model: nn.Module) -> dict[str, Tensor]:
         for own in ("weight", "absmax", "nested_absmax", "offset"):
             state.pop(prefix + own, None)
         state.update({prefix + key: tensor for key, tensor in to_bitsandbytes(layer).items()})
+    for _, stack in four_bit_stacks(model):
+        name = names[id(stack.codes)]
+        for own in ("absmax", "nested_absmax", "offset"):
+            state.pop(f"{name}{SUFFIX}.{own}", None)
+        state.update(stored_tensors(name, stack.codes, stack.scales))
     return {name: tensor.detach() if isinstance(tensor, Tensor) else tensor for name, tensor in state.items()}
+
+
+def _keep_stacks_whole(model: PreTrainedModel) -> None:
+    """``save_pretrained`` splits stacks as the family's checkpoints do, a tensor for each expert: not 4-bit ones."""
+    stacks = [name for name, _ in four_bit_stacks(model)]
+    if not stacks:
+        return
+    found = getattr(model, "_weight_conversions", None)
+    if found is None:
+        # What it would take itself; a model that was not loaded has nothing to say about prefixes.
+        known = get_model_conversion_mapping(model, add_legacy=False)
+        found = [item for item in known if not isinstance(item, PrefixChange)]
+    marked: Any = model
+    marked._weight_conversions = [item for item in found if not _makes(item, stacks)]
+
+
+def _makes(conversion: Any, names: list[str]) -> bool:
+    """Whether it is a conversion that makes one of the parameters ``names``."""
+    return isinstance(conversion, WeightConverter) and any(
+        re.search(rf"{target}(?!\w)", name) for target in conversion.target_patterns for name in names
+    )
 
 
 class QuantizeOperation(ConversionOps):
@@ -216,13 +318,18 @@ class QuantizeOperation(ConversionOps):
         tensors: dict[str, Any] = {}
         for name, value in input_dict.items():
             module, leaf = _owner(model, name)
-            if leaf == "weight" and isinstance(module, Linear4bit):
-                tensors |= self._quantized(name, _single(value), module)
+            stack = stack_at(module, leaf)
+            if stack is not None:
+                found = self._quantized(name, _single(value), stack.scales)
+                tensors |= stack_tensors(found, name, stack.scales.shape[0])
+            elif leaf == "weight" and isinstance(module, Linear4bit):
+                found = self._quantized(name, _single(value), module)
+                tensors |= {name.removesuffix("weight") + key: tensor for key, tensor in found.items()}
             else:
                 tensors[name] = value
         return tensors
 
-    def _quantized(self, name: str, value: Tensor, layer: Linear4bit) -> dict[str, Tensor]:
+    def _quantized(self, name: str, value: Tensor, layer: Linear4bit | StackScales) -> dict[str, Tensor]:
         quantizer = self.hf_quantizer
         weight = value.T if name in quantizer.transposed else value
         quantizer.loaded.add(name)
@@ -231,29 +338,36 @@ class QuantizeOperation(ConversionOps):
                 raise QuantizationError(
                     "RW612", f"it has shape {tuple(weight.shape)} where the model needs {layer.shape}"
                 )
-            found = quantized_tensors(weight, layer.quant_type, layer.block_size, layer.double_quant)
+            return quantized_tensors(weight, layer.quant_type, layer.block_size, layer.double_quant)
         except QuantizationError as error:
             quantizer.failures.append(QuantizationError(error.code, f"{name}: {error.message}"))
             # Loading goes on to its end, where the failures are raised.
-            found = {key: torch.empty_like(own, device=value.device) for key, own in layer.state_dict().items()}
-            found.pop("bias", None)
-        return {name.removesuffix("weight") + key: tensor for key, tensor in found.items()}
+            codes = torch.empty(math.ceil(math.prod(layer.shape) / 2), dtype=torch.uint8, device=value.device)
+            packed = codes.view(ops.packed_shape(layer.shape, layer.block_size))
+            return {"weight": packed, **_like_scales(layer, value.device)}
+
+
+def _like_scales(layer: Linear4bit | StackScales, device: torch.device) -> dict[str, Tensor]:
+    return {name: torch.empty_like(own, device=device) for name in SCALES if (own := getattr(layer, name)) is not None}
 
 
 class DeserializeOperation(ConversionOps):
-    """The parts of a stored 4-bit weight -> codes and scales; any other weight passes through, in its dtype."""
+    """The parts of a stored 4-bit weight -> codes and scales; any other weight passes through, in its dtype.
 
-    def __init__(self, hf_quantizer: FourBitQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
+    ``parts``: {pattern that finds a part: its name, of a layer's weight}, where the two differ.
+    """
+
+    def __init__(self, hf_quantizer: FourBitQuantizer, parts: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.hf_quantizer, self.parts = hf_quantizer, parts
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DeserializeOperation:
         # transformers copies the operation for every weight; what it finds must reach the one quantizer.
-        return DeserializeOperation(self.hf_quantizer)
+        return DeserializeOperation(self.hf_quantizer, self.parts)
 
     def convert(
         self, input_dict: dict[str, Any], *_: Any, model: Any = None, full_layer_name: str = "", **__: Any
     ) -> dict[str, Any]:
-        parts = {name: _single(value) for name, value in input_dict.items()}
+        parts = {self.parts.get(name, name): _single(value) for name, value in input_dict.items()}
         if set(parts) == {"weight"} and parts["weight"].is_floating_point():
             return {full_layer_name: parts["weight"].to(_wanted_dtype(model, full_layer_name))}
         try:
@@ -263,20 +377,29 @@ class DeserializeOperation(ConversionOps):
             return {}
 
     def _deserialized(self, parts: dict[str, Tensor], model: Any, full_name: str) -> dict[str, Tensor]:
-        prefix = full_name.removesuffix("weight")
-        path = prefix.removesuffix(".")
-        stored = from_bitsandbytes({prefix + name: tensor for name, tensor in parts.items()}, prefix)
-        layer = model.get_submodule(path)
-        if is_dense_linear(layer):
-            layer = self.hf_quantizer._put_empty(model, [path], stored)
-        if not isinstance(layer, Linear4bit):
-            raise QuantizationError(
-                "RW611", f"the 4-bit weight {full_name} belongs to a {type(layer).__name__}, which is no linear layer."
-            )
-        stored.check_shape(full_name, layer.shape)
-        layer.set_format(stored.quant_type, stored.block_size, stored.double_quant, layer.dtype, "meta")
+        module, leaf = _owner(model, full_name)
+        named = {name.replace("weight", full_name, 1): tensor for name, tensor in parts.items()}
+        stored = from_bitsandbytes(named, full_name)
         self.hf_quantizer.loaded.add(full_name)
+        if leaf != "weight":
+            return self._stack(stored, model, full_name)
+        prefix = full_name.removesuffix("weight")
+        if is_dense_linear(module):
+            module = self.hf_quantizer._put_empty(model, [prefix.removesuffix(".")], stored)
+        if not isinstance(module, Linear4bit):
+            raise QuantizationError(
+                "RW611", f"the 4-bit weight {full_name} belongs to a {type(module).__name__}, which is no linear layer."
+            )
+        stored.check_shape(full_name, module.shape)
+        module.set_format(stored.quant_type, stored.block_size, stored.double_quant, module.dtype, "meta")
         return {prefix + name: tensor for name, tensor in stored.tensors.items()}
+
+    def _stack(self, stored: StoredWeight, model: Any, name: str) -> dict[str, Tensor]:
+        module, leaf = _owner(model, name)
+        stack = stack_at(module, leaf)
+        scales = self.hf_quantizer._put_empty_stack(model, name, stored) if stack is None else stack.scales
+        stored.check_shape(name, scales.shape)
+        return stack_tensors(stored.tensors, name, scales.shape[0])
 
 
 def _wanted_dtype(model: Any, name: str) -> torch.dtype:
@@ -291,6 +414,11 @@ def _wanted_dtype(model: Any, name: str) -> torch.dtype:
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
+
+
+def _ending(name: str) -> str:
+    """The pattern of a name that ends so."""
+    return rf"\.{re.escape(name)}$"
 
 
 def _single(value: Any) -> Tensor:

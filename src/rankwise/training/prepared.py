@@ -22,7 +22,7 @@ from rankwise.models import ModelSource, load_model, model_hash
 from rankwise.models.folder import read_config
 from rankwise.models.load import load_tokenizer
 from rankwise.quantization.config import FourBitConfig
-from rankwise.quantization.targets import four_bit_layers
+from rankwise.quantization.targets import four_bit_modules
 from rankwise.records import follow_umask
 
 VERSION = 1
@@ -59,7 +59,7 @@ def _describe_as_asked(model: Any, quantization: FourBitConfig) -> None:
     for holder in (model.config, model.hf_quantizer):
         for name in ("compute_dtype", "modules_to_not_convert"):
             setattr(holder.quantization_config, name, getattr(quantization, name))
-    for _, layer in four_bit_layers(model):
+    for layer in four_bit_modules(model):
         layer.compute_dtype = quantization.compute_dtype
 
 

@@ -1,0 +1,299 @@
+"""Experts stacked into one tensor, kept in 4 bits.
+
+    y_t = sum over the k experts e of token t of  p_te f_e(x_t),     f_e(x) = down_e(gate(up_e(x)))
+
+transformers keeps all experts' matrices of a kind as one parameter (E, N, K), and chooses by a name in the config how a
+layer computes with it. In 4 bits the parameter holds codes, scales stand beside it, and the name is ours: one expert's
+slice after the other goes through the 4-bit products, forward and backward, so that no expert is dense for longer than
+its product.
+
+Legend: E experts, k of them for a token, T tokens, S = T k; (N, K) one expert's matrix as it is stored: (out, in), or
+(in, out) where the module is transposed; b block size.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
+
+from rankwise import ops
+from rankwise.ops.checks import check_dtype, check_type
+from rankwise.ops.codes import NESTED_BLOCK
+from rankwise.ops.four_bit import as_autocast
+from rankwise.quantization.linear import (
+    check_scale_dtypes,
+    computed_in,
+    empty_scales,
+    keeping_scales,
+    quantized_tensors,
+)
+
+IMPLEMENTATION = "rankwise_4bit"
+"""Our name among transformers' implementations of experts."""
+SUFFIX = "_scales"
+LEAVES = ("gate_up_proj", "up_proj", "down_proj")
+
+
+class StackScales(nn.Module):
+    """Scales and format of one 4-bit stack; its codes, uint8 (E, N K / 2), are a parameter of the experts module.
+
+    absmax: float32 (E N K / b,), of the whole stack as bitsandbytes has it; double-quantized uint8, beside
+    nested_absmax float32 (ceil(E N K / 256 b),) and offset float32 (). ``dtype``: that of the weights before, which
+    dequantizing gives; ``compute_dtype``: as in `Linear4bit`.
+
+    Raises:
+        QuantizationError: RW601 unknown type, RW602 bad block size, RW605 bad dtype.
+    """
+
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        *,
+        quant_type: str,
+        block_size: int,
+        double_quant: bool,
+        dtype: torch.dtype,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        check_type(quant_type, block_size)
+        check_dtype(dtype, "the dtype of 4-bit experts")
+        self.shape, self.quant_type, self.block_size = tuple(shape), quant_type, block_size
+        self.dtype, self.compute_dtype = dtype, compute_dtype
+        for name, buffer in empty_scales(math.prod(shape), block_size, double_quant, device).items():
+            self.register_buffer(name, buffer)
+
+    @property
+    def double_quant(self) -> bool:
+        return self.nested_absmax is not None
+
+    def of_expert(self, index: int) -> dict[str, Any]:
+        """The scales of one expert and their format, as the operators take them.
+
+        Blocks of 256 scales may begin in one expert and end in another; of such a one the scales become float32 first.
+        """
+        blocks = math.prod(self.shape[1:]) // self.block_size
+        begin, end = index * blocks, (index + 1) * blocks
+        found = {"shape": self.shape[1:], "quant_type": self.quant_type, "block_size": self.block_size}
+        if self.nested_absmax is None or self.offset is None:
+            return {**found, "absmax": self.absmax[begin:end]}
+        first = begin // NESTED_BLOCK
+        nested = self.nested_absmax[first : math.ceil(end / NESTED_BLOCK)]
+        codes = self.absmax[first * NESTED_BLOCK : end]
+        if begin % NESTED_BLOCK == 0:
+            return {**found, "absmax": codes, "nested_absmax": nested, "offset": self.offset}
+        absmax = ops.dequantize_absmax(codes, nested, self.offset)
+        return {**found, "absmax": absmax[begin - first * NESTED_BLOCK :]}
+
+    def extra_repr(self) -> str:
+        double = ", double_quant=True" if self.double_quant else ""
+        return f"{self.shape}, quant_type={self.quant_type}, block_size={self.block_size}{double}, dtype={self.dtype}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackScales:
+        apply, self.dtype = keeping_scales(self, fn)
+        super()._apply(apply, recurse)
+        return self
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """A wrong dtype is an error."""
+        if not check_scale_dtypes(self, state, prefix, arguments[-1]):
+            return
+        super()._load_from_state_dict(state, prefix, *arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """One 4-bit stack in its experts module."""
+
+    experts: nn.Module
+    leaf: str
+
+    @property
+    def codes(self) -> nn.Parameter:
+        return self.experts.get_parameter(self.leaf)
+
+    @property
+    def scales(self) -> StackScales:
+        return getattr(self.experts, self.leaf + SUFFIX)
+
+    def product(self, x: Tensor, index: int, *, transposed: bool) -> Tensor:
+        """``x W_e'^T`` of one expert, or ``x W_e'``; differentiable in x. Keeps nothing for backward."""
+        x = as_autocast(x)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self.run(x, index, across=transposed)
+        return _Product.apply(x, self, index, transposed)
+
+    def run(self, x: Tensor, index: int, *, across: bool) -> Tensor:
+        product: Any = ops.linear_4bit_input_grad if across else ops.linear_4bit
+        return product(x, self.codes[index], **self.scales.of_expert(index))
+
+    @torch.no_grad()
+    def dequantize(self) -> Tensor:
+        """W' of all experts as a new tensor (E, N, K) of the scales' ``dtype``."""
+        scales = self.scales
+        return ops.dequantize_4bit(
+            self.codes,
+            scales.absmax,
+            scales.shape,
+            scales.dtype,
+            scales.quant_type,
+            scales.block_size,
+            nested_absmax=scales.nested_absmax,
+            offset=scales.offset,
+        )
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stack: Stack, index: int, transposed: bool) -> Tensor:
+        ctx.stack, ctx.index, ctx.transposed = stack, index, transposed
+        return stack.run(x, index, across=transposed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.stack.run(grad, ctx.index, across=not ctx.transposed), None, None, None
+
+
+def forward_4bit(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What transformers calls for experts under `IMPLEMENTATION`; ``self`` is the experts module.
+
+    hidden_states (T, H), top_k_index (T, k) of experts, top_k_weights (T, k) -> (T, H) in the dtype of hidden_states.
+    Equal to the eager implementation on the dequantized weights; differentiable in hidden_states and top_k_weights.
+    """
+    T, k = top_k_index.shape
+    experts = top_k_index.reshape(-1)
+    order = experts.argsort(stable=True)
+    # All rows of an expert, side by side: what is picked at once is put back at once, in backward too.
+    rows = hidden_states[order // k].split(rows_per_expert(experts, self.num_experts))
+    outputs = torch.cat([_expert(self, index, x) for index, x in enumerate(rows) if x.shape[0]])
+    del rows
+    outputs = outputs[order.argsort()]
+    if getattr(self, "has_post_expert_norm", False):
+        outputs = self.post_expert_norm(outputs)
+    weighted = outputs.view(T, k, -1) * top_k_weights.unsqueeze(-1)
+    return weighted.sum(dim=1).to(hidden_states.dtype)
+
+
+def rows_per_expert(experts: Tensor, count: int) -> list[int]:
+    """How often each of ``count`` experts stands in ``experts`` (S,).
+
+    Fake tensors have no values: they stand for a step whose tokens are spread evenly.
+    """
+    if isinstance(experts, FakeTensor):
+        return [(experts.numel() + index) // count for index in range(count)]
+    return torch.bincount(experts, minlength=count).tolist()
+
+
+def _expert(module: Any, index: int, x: Tensor) -> Tensor:
+    """One expert's output (t, H) for its t rows."""
+    if module.has_gate:
+        inner = module._apply_gate(_product(module, "gate_up_proj", index, x))
+    else:
+        inner = module.act_fn(_product(module, "up_proj", index, x))
+    return _product(module, "down_proj", index, inner)
+
+
+def _product(module: Any, leaf: str, index: int, x: Tensor) -> Tensor:
+    stack = stack_at(module, leaf)
+    if stack is not None:
+        y = computed_in(
+            stack.scales.compute_dtype, x, lambda z: stack.product(z, index, transposed=module.is_transposed)
+        )
+    else:
+        W = getattr(module, leaf)[index]
+        y = x @ W if module.is_transposed else F.linear(x, W)
+    return y + getattr(module, f"{leaf}_bias")[index] if module.has_bias else y
+
+
+def stack_at(experts: nn.Module, leaf: str) -> Stack | None:
+    """The 4-bit stack ``leaf`` of a module, or None where it has none."""
+    return Stack(experts, leaf) if isinstance(experts._modules.get(leaf + SUFFIX), StackScales) else None
+
+
+def four_bit_stacks(model: nn.Module) -> Iterator[tuple[str, Stack]]:
+    """(path of the parameter, stack), of every 4-bit stack."""
+    for name, module in model.named_modules():
+        for leaf in LEAVES:
+            stack = stack_at(module, leaf)
+            if stack is not None:
+                yield f"{name}.{leaf}" if name else leaf, stack
+
+
+def obstacle(experts: nn.Module, leaf: str, shape: tuple[int, ...], block_size: int) -> str | None:
+    """Why a stack (E, N, K) cannot be 4-bit, or None where it can."""
+    module: Any = experts
+    understood = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "config"))
+    if not understood or leaf not in LEAVES:
+        return f"{type(experts).__name__} does not compute through transformers' interface for experts"
+    if getattr(module, "_is_expert_parallel", False):
+        return "its experts are spread over devices"
+    weights = math.prod(shape[1:])
+    if weights % block_size or not weights:
+        return f"the {weights:,} weights of an expert are no whole number of blocks of {block_size}"
+    return None
+
+
+def stack_tensors(found: dict[str, Tensor], name: str, count: int) -> dict[str, Tensor]:
+    """Tensors named as those of a `Linear4bit`, under the names of a stack of ``count`` experts at ``name``."""
+    scales = {f"{name}{SUFFIX}.{key}": tensor for key, tensor in found.items() if key != "weight"}
+    return {name: found["weight"].reshape(count, -1), **scales}
+
+
+def put_stack(experts: nn.Module, leaf: str, scales: StackScales, codes: Tensor | None = None) -> Stack:
+    """Make the dense parameter ``leaf`` a 4-bit stack; without ``codes`` an empty one, for loading."""
+    if codes is None:
+        count, weights = scales.shape[0], math.prod(scales.shape[1:])
+        codes = torch.empty(count, weights // 2, dtype=torch.uint8, device=scales.absmax.device)
+    setattr(experts, leaf, nn.Parameter(codes, requires_grad=False))
+    experts.add_module(leaf + SUFFIX, scales)
+    _use_ours(experts)
+    return Stack(experts, leaf)
+
+
+def quantize_stack(experts: nn.Module, leaf: str, *, compute_dtype: torch.dtype | None, **weight_format: Any) -> Stack:
+    """Make the dense parameter ``leaf`` (E, N, K) a 4-bit stack, in place.
+
+    ``weight_format``: quant_type, block_size, double_quant. Raises QuantizationError RW603 for NaN or Inf.
+    """
+    W = experts.get_parameter(leaf).detach()
+    scales = StackScales(W.shape, dtype=W.dtype, compute_dtype=compute_dtype, device="meta", **weight_format)
+    found = quantized_tensors(W, **weight_format)
+    for name, tensor in found.items():
+        if name != "weight":
+            setattr(scales, name, tensor)
+    return put_stack(experts, leaf, scales, found["weight"].reshape(W.shape[0], -1))
+
+
+def dequantize_stack(stack: Stack, dtype: torch.dtype | None = None) -> None:
+    """Make the stack the dense, frozen parameter that it stands for, of ``dtype`` or its own."""
+    experts: Any = stack.experts
+    W = stack.dequantize()
+    delattr(experts, stack.leaf + SUFFIX)
+    setattr(experts, stack.leaf, nn.Parameter(W if dtype is None else W.to(dtype), requires_grad=False))
+    if all(stack_at(experts, leaf) is None for leaf in LEAVES):
+        experts.config = experts.__dict__.pop("dense_config")
+
+
+def _use_ours(experts: Any) -> None:
+    """By a config of the module's own: other experts of the model keep their implementation."""
+    if "dense_config" in experts.__dict__:
+        return
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward_4bit)
+    experts.dense_config = experts.config
+    experts.config = copy.copy(experts.config)
+    experts.config._experts_implementation_internal = IMPLEMENTATION
