@@ -25,13 +25,14 @@ from rankwise.adapters.low_rank import merged_weight
 from rankwise.adapters.trained_base import base_model_of, dtype_of, quantization_of, revision_of, sha256_of_base
 from rankwise.errors import AdapterError, ModelError, RunError, warn
 from rankwise.export.dequantized import DequantizedWeights
+from rankwise.export.experts import RoundedExperts
 from rankwise.export.safetensors_writer import bytes_of, write_safetensors
 from rankwise.export.shards import INDEX_FILE, ShardedWeights
 from rankwise.models import ModelSource, fetch_model, load_model, load_skeleton, model_hash, warns_of_other_hub_model
 from rankwise.models.folder import read_config
 from rankwise.quantization.bitsandbytes_format import rewrite_bitsandbytes_config
 from rankwise.quantization.config import CONFIGS, FourBitConfig
-from rankwise.quantization.linear import Linear4bit
+from rankwise.quantization.linear import rounded_to_4bit
 from rankwise.quantization.targets import target_names
 from rankwise.records import follow_umask, write_json
 
@@ -217,6 +218,7 @@ def _merge_streamed(base: Base, adapter: Path, output: Path) -> int:
     changes, extra = _changes(skeleton, file, names, weights)
     if base.quantization is not None:
         changes = _after_quantization(skeleton, base, base.quantization, names, changes)
+        changes |= RoundedExperts(skeleton, weights, base.quantization, base.dtype).changes()
     _copy_files(base.folder, output, code=base.trust_remote_code)
     _write_config(output, untied=bool(extra))
     _write_weights(weights, changes, extra, output)
@@ -291,13 +293,8 @@ def _after_quantization(
 def _rounded_then(config: FourBitConfig, dtype: torch.dtype | None, change: Change, transposed: bool) -> Change:
     def rounded(stored: Tensor) -> Tensor:
         W = stored.T.contiguous() if transposed else stored
-        layer = Linear4bit.from_weight(
-            W.to(dtype or W.dtype),
-            quant_type=config.quant_type,
-            block_size=config.block_size,
-            double_quant=config.double_quant,
-        )
-        dense = layer.dequantize().to(W.dtype)
+        W = W.to(dtype or W.dtype)
+        dense = rounded_to_4bit(W, config.quant_type, config.block_size, config.double_quant).to(stored.dtype)
         return change(dense.T if transposed else dense)
 
     return rounded

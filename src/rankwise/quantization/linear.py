@@ -353,6 +353,21 @@ def quantized_tensors(weight: Tensor, quant_type: str, block_size: int, double_q
     return {"weight": packed, "absmax": codes, "nested_absmax": nested_absmax, "offset": offset}
 
 
+def rounded_to_4bit(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> Tensor:
+    """W' of ``weight``, of any shape: what its 4-bit form stands for, in its dtype."""
+    found = quantized_tensors(weight, quant_type, block_size, double_quant)
+    return ops.dequantize_4bit(
+        found["weight"],
+        found["absmax"],
+        weight.shape,
+        weight.dtype,
+        quant_type,
+        block_size,
+        nested_absmax=found.get("nested_absmax"),
+        offset=found.get("offset"),
+    )
+
+
 def _empty_linear(shape: tuple[int, int]) -> nn.Module:
     return nn.Linear(shape[1], shape[0], bias=False, device="meta")
 

@@ -1,0 +1,123 @@
+"""Adapters over mixtures of experts merge onto the originals and onto what their 4-bit experts stand for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import rankwise as rw
+from rankwise.errors import ModelError
+from rankwise.export.dequantized import DequantizedWeights
+from rankwise.export.merged import merge_to_folder
+from rankwise.models import load_model, model_facts, resolve_model
+from rankwise.quantization import Nf4Config, quantize
+from rankwise.records import RunRecord
+from tiny_models import tiny_moe
+
+IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
+FAMILIES = ("mixtral", "qwen2_moe", "gpt_oss")
+CONFIG = Nf4Config(block_size=32, double_quant=True)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits.float()
+
+
+def train(base, run, *, quantization=None) -> torch.Tensor:
+    """An adapter over the folder ``base`` in ``run``; logits of the adapted model."""
+    model, _ = load_model(str(base), dtype=torch.float32, quantization=quantization)
+    facts = model_facts(model, resolve_model(str(base)))
+    rw.add_adapter(model, rw.LoraConfig(r=3, use_dora=True, init_lora_weights=False))
+    rw.save_adapter(model, run, base_model=str(base))
+    RunRecord("qdora", 0, {"model": str(base), "dtype": "float32"}, base_model=facts).save(run)
+    return logits(model)
+
+
+def merged(run, output, onto) -> nn.Module:
+    report = merge_to_folder(run, output, onto=onto)
+    assert (report.onto, report.streamed) == (onto, True)
+    model, info = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values())
+    assert "quantization_config" not in json.loads((output / "config.json").read_text())
+    return model
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_onto_the_quantized_it_computes_what_was_trained(family, stacked, tmp_path):
+    """A file keeps each expert apart, as the family's checkpoints do, or the stacks as the model has them."""
+    model = tiny_moe(family)
+    model.save_pretrained(tmp_path / "base", max_shard_size="20KB", save_original_format=not stacked)
+    trained = train(tmp_path / "base", tmp_path / "run", quantization=CONFIG)
+    found = merged(tmp_path / "run", tmp_path / "merged", "quantized")
+    torch.testing.assert_close(logits(found), trained, rtol=1e-4, atol=1e-5)
+    names = [
+        set().union(*(load_file(file) for file in (tmp_path / folder).glob("*.safetensors")))
+        for folder in ("base", "merged")
+    ]
+    assert names[0] == names[1]
+    onto_original = merged(tmp_path / "run", tmp_path / "other", "original")
+    assert not torch.allclose(logits(onto_original), trained, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_onto_the_original_the_experts_are_the_originals(family, tmp_path):
+    model = tiny_moe(family)
+    model.save_pretrained(tmp_path / "base")
+    train(tmp_path / "base", tmp_path / "run", quantization=CONFIG)
+    found = merged(tmp_path / "run", tmp_path / "merged", "original").state_dict()
+    experts = {name: tensor for name, tensor in model.state_dict().items() if ".experts." in name}
+    assert experts
+    assert all(torch.equal(found[name], tensor) for name, tensor in experts.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_base_that_is_4_bit_on_disk(family, tmp_path):
+    dense = tiny_moe(family)
+    quantize(dense, CONFIG)
+    dense.save_pretrained(tmp_path / "base", max_shard_size="10KB")
+    trained = train(tmp_path / "base", tmp_path / "run")
+    found = merged(tmp_path / "run", tmp_path / "merged", "quantized")
+    torch.testing.assert_close(logits(found), trained, rtol=1e-4, atol=1e-5)
+    weights = DequantizedWeights(tmp_path / "base")
+    stacks = [name for name in weights.names() if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    assert len(stacks) == 4
+    for name in stacks:
+        tensor, info = weights.tensor(name), weights.info(name)
+        assert (tuple(tensor.shape), tensor.nbytes) == (info.shape, info.end - info.begin)
+
+
+def test_no_more_than_a_layer_s_stacks_are_held(tmp_path, monkeypatch):
+    from rankwise.export import experts
+
+    tiny_moe("mixtral", num_hidden_layers=4).save_pretrained(tmp_path / "base")
+    train(tmp_path / "base", tmp_path / "run", quantization=CONFIG)
+    made = []
+    original = experts.RoundedExperts._parts
+
+    def counting(self, stack):
+        made.append((stack, len(self._made)))
+        return original(self, stack)
+
+    monkeypatch.setattr(experts.RoundedExperts, "_parts", counting)
+    merge_to_folder(tmp_path / "run", tmp_path / "merged", onto="quantized")
+    # Each stack once, and beside one other at most.
+    assert len({stack for stack, _ in made}) == len(made) == 8
+    assert max(held for _, held in made) == 1
+
+
+def test_a_file_under_a_name_that_transformers_would_not_write_is_refused(tmp_path):
+    tiny_moe("mixtral").save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = {name.replace("block_sparse_moe", "mlp"): tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+    train(tmp_path / "base", tmp_path / "run", quantization=CONFIG)
+    with pytest.raises(ModelError, match=r"RW308.*mlp\.experts\.0\.w1\.weight.*block_sparse_moe"):
+        merge_to_folder(tmp_path / "run", tmp_path / "merged", onto="quantized")
+    assert not (tmp_path / "merged").exists()
