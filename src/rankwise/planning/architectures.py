@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from math import prod
 from types import MappingProxyType
 from typing import Any
 
@@ -141,7 +142,8 @@ def _experts(fields: Fields, family: str) -> dict:
 def _moe(path: str, h: int, moe: dict) -> Iterator[Module]:
     """Stacked experts (E, 2 f, h) and (E, h, f), a router (E, h), and an expert that sees every token."""
     yield Module(f"{path}.gate", "plain", 0, 0, extra=moe["E"] * h)
-    yield Module(f"{path}.experts", "plain", 0, 0, extra=3 * moe["E"] * moe["f"] * h)
+    stacks = (moe["E"], 2 * moe["f"], h), (moe["E"], h, moe["f"])
+    yield Module(f"{path}.experts", "plain", 0, 0, extra=sum(map(prod, stacks)), stacks=stacks)
     if moe["shared"]:
         s = moe["shared"]
         yield Module(f"{path}.shared_expert.gate_proj", "linear", h, s)

@@ -65,7 +65,7 @@ def of_shape(shape: Shape, method: str, workload: Workload, *, started: float | 
         layer=layer,
         root=root,
         trained_bytes=weights.tensor_bytes(tensors),
-        notes=notes_of(shape, method),
+        notes=notes_of(shape, method, workload),
     )
 
 
@@ -159,11 +159,11 @@ def embedding_gradient_bytes(shape: Shape, method: str) -> int:
 
 
 def unpacked_bytes(shape: Shape, method: str, workload: Workload) -> int:
-    """A 4-bit weight is made dense for its product: the largest N K s, on a card for the time of the product."""
+    """A 4-bit weight is made dense for its product, of experts one: the largest N K s, on a card for that time."""
     if method not in FOUR_BITS or weights.decodes_in_caches(workload):
         return 0
     element = weights.DTYPE_BYTES[workload.dtype]
-    return max(module.weights for module in shape.modules if weights.is_packed(module, shape)) * element
+    return max(weights.made_dense(shape, workload)) * element
 
 
 def step_copies_bytes(workload: Workload, tensors: list[weights.Tensor]) -> int:
@@ -175,10 +175,10 @@ def step_copies_bytes(workload: Workload, tensors: list[weights.Tensor]) -> int:
     return 2 * max(prod(shape) * size for shape, size in tensors)
 
 
-def notes_of(shape: Shape, method: str) -> tuple[str, ...]:
+def notes_of(shape: Shape, method: str, workload: Workload) -> tuple[str, ...]:
     notes = []
     if method == "full":
         notes.append("full fine-tuning keeps float32 weights, gradients and moments: 16 bytes per parameter")
-    if method in FOUR_BITS and shape.experts:
-        notes.append("stacked experts are not quantized and stay in their dtype")
+    if method in FOUR_BITS and weights.dense_experts(shape, workload):
+        notes.append(f"experts of no whole blocks of {workload.block_size} weights stay in their dtype")
     return tuple(notes)

@@ -34,6 +34,9 @@ class Module:
     extra: int = 0
     # Parameters of a norm or of plain tensors.
 
+    stacks: tuple[tuple[int, int, int], ...] = ()
+    # Of stacked experts, whose weights are among the plain ones: the shape of each tensor, (E, out, in).
+
     @property
     def weights(self) -> int:
         return self.inputs * self.outputs + self.extra

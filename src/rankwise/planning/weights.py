@@ -35,19 +35,35 @@ def packed_bytes(weights: int, block_size: int, *, double_quant: bool) -> int:
     return ceil(weights / 2) + scales
 
 
-def is_packed(module: Module, shape: Shape) -> bool:
-    """Linear layers become 4-bit, but for the output head."""
-    return module.is_linear and module is not shape.modules[-1]
+def packed(module: Module, shape: Shape, workload: Workload) -> list[TensorShape]:
+    """Of a module's weights those that become 4-bit: of linear layers but the output head, and stacks of experts of
+    whole blocks each."""
+    if module.is_linear and module is not shape.modules[-1]:
+        return [(module.outputs, module.inputs)]
+    return [stack for stack in module.stacks if prod(stack[1:]) % workload.block_size == 0]
+
+
+def made_dense(shape: Shape, workload: Workload) -> Iterator[int]:
+    """Weights of each 4-bit matrix that a product makes dense, of a stack of experts one expert."""
+    return (prod(tensor[-2:]) for module in shape.modules for tensor in packed(module, shape, workload))
+
+
+def dense_experts(shape: Shape, workload: Workload) -> bool:
+    """Whether stacks of experts stay dense where the method has 4-bit weights."""
+    return any(len(packed(module, shape, workload)) < len(module.stacks) for module in shape.modules)
 
 
 def weights_4bit_bytes(shape: Shape, method: str, workload: Workload) -> int:
-    """Codes and scales of every 4-bit layer."""
+    """Codes and scales of every 4-bit weight."""
     if method not in FOUR_BITS:
         return 0
+    return sum(_packed_bytes(module, shape, workload) for module in shape.modules)
+
+
+def _packed_bytes(module: Module, shape: Shape, workload: Workload) -> int:
     return sum(
-        packed_bytes(module.weights, workload.block_size, double_quant=workload.double_quant)
-        for module in shape.modules
-        if is_packed(module, shape)
+        packed_bytes(prod(tensor), workload.block_size, double_quant=workload.double_quant)
+        for tensor in packed(module, shape, workload)
     )
 
 
@@ -57,10 +73,10 @@ def base_element_bytes(method: str, workload: Workload) -> int:
 
 
 def dense_bytes(shape: Shape, method: str, workload: Workload) -> int:
-    """What is not 4-bit: ``n s``, tied tensors once; of a 4-bit layer its bias."""
+    """What is not 4-bit: ``n s``, tied tensors once; of a 4-bit layer its bias, of experts what has no whole blocks."""
     count = shape.parameters
     if method in FOUR_BITS:
-        count -= sum(module.weights for module in shape.modules if is_packed(module, shape))
+        count -= sum(prod(tensor) for module in shape.modules for tensor in packed(module, shape, workload))
     return count * base_element_bytes(method, workload)
 
 
@@ -127,10 +143,10 @@ def sharding_groups(shape: Shape, method: str, workload: Workload, adapted: Adap
 
 def _held_bytes(module: Module, shape: Shape, method: str, workload: Workload) -> int:
     element = base_element_bytes(method, workload)
-    if method in FOUR_BITS and is_packed(module, shape):
-        packed = packed_bytes(module.weights, workload.block_size, double_quant=workload.double_quant)
-        return packed + (module.parameters - module.weights) * element
-    return module.parameters * element
+    if method not in FOUR_BITS:
+        return module.parameters * element
+    dense = module.parameters - sum(map(prod, packed(module, shape, workload)))
+    return _packed_bytes(module, shape, workload) + dense * element
 
 
 def _trained_by_path(shape: Shape, method: str, workload: Workload, adapted: Adaptation | None) -> dict[str, int]:
@@ -167,5 +183,5 @@ def kept_dense_bytes(shape: Shape, method: str, workload: Workload) -> int:
     if method not in FOUR_BITS or workload.device_type != "cpu" or decodes_in_caches(workload):
         return 0
     element = DTYPE_BYTES[workload.dtype]
-    sizes = (module.weights * element for module in shape.modules if is_packed(module, shape))
+    sizes = (weights * element for weights in made_dense(shape, workload))
     return max((size for size in sizes if LEAST_KEPT_BYTES <= size <= MOST_KEPT_BYTES), default=0)
