@@ -32,7 +32,10 @@ GRID = [
     ("gpt2", "qdora", "cpu", True, 2, 512),
     ("mixtral", "lora", "cuda", False, 4, 1024),
     ("mixtral", "full", "cuda", True, 2, 512),
+    ("mixtral", "qlora", "cuda", True, 4, 1024),
+    ("mixtral", "qdora", "cpu", False, 4, 1024),
     ("qwen3_moe", "qlora", "cuda", False, 2, 512),
+    ("qwen3_moe", "qlora", "cpu", True, 4, 1024),
     ("qwen3_moe", "dora", "cpu", True, 2, 512),
     ("gemma2", "lora", "cuda", False, 2, 1024),
     ("gemma2", "qdora", "cpu", True, 1, 2048),
@@ -42,6 +45,7 @@ GRID = [
     ("olmo2", "qlora", "cuda", False, 2, 512),
     ("smollm3", "lora", "cpu", True, 2, 512),
     ("qwen2_moe", "lora", "cuda", False, 2, 512),
+    ("qwen2_moe", "qdora", "cuda", False, 4, 1024),
 ]
 FLOAT32 = [
     ("llama", "full", False, 8, 1024),
@@ -51,6 +55,8 @@ FLOAT32 = [
     ("gemma2", "lora", False, 4, 1024),
     ("phi3", "full", False, 4, 1024),
     ("qwen2_moe", "full", False, 8, 1024),
+    ("mixtral", "qlora", True, 8, 1024),
+    ("qwen2_moe", "qlora", False, 8, 1024),
     ("gpt2", "qdora", True, 2, 512),
     ("qwen3", "dora", True, 4, 1024),
 ]
@@ -129,7 +135,8 @@ def test_a_head_that_trains_beside_adapters(device, dtype):
 
 
 @pytest.mark.parametrize(
-    ("family", "method"), [("llama", "lora"), ("llama", "qdora"), ("gpt2", "lora"), ("mixtral", "lora")]
+    ("family", "method"),
+    [("llama", "lora"), ("llama", "qdora"), ("gpt2", "lora"), ("mixtral", "lora"), ("mixtral", "qlora")],
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_that_wait_in_the_hosts_memory(family, method, checkpointing):
@@ -142,6 +149,17 @@ def test_activations_that_wait_in_the_hosts_memory(family, method, checkpointing
 def test_layers_without_adapters_keep_less(targets, device):
     workload = Workload(batch_size=8, max_length=1024, device_type=device, target_modules=targets)
     assert -0.03 <= compared("llama", "lora", workload, num_hidden_layers=8) <= 0.08
+
+
+def test_experts_of_no_whole_blocks_are_planned_in_16_bits():
+    """An expert's 770 x 1024 weights are 192.5 blocks of 4096; gate and up together are 385."""
+    sizes = {"moe_intermediate_size": 770, "num_hidden_layers": 2}
+    workload = Workload(batch_size=2, max_length=512, block_size=4096)
+    assert -0.03 <= compared("qwen3_moe", "qlora", workload, **sizes) <= 0.08
+    closed = of_shape(shape_of(config_of("qwen3_moe", **sizes)), "qlora", workload)
+    assert any("no whole blocks of 4096" in note for note in closed.notes)
+    whole = of_shape(shape_of(config_of("qwen3_moe")), "qlora", Workload(batch_size=2, max_length=512))
+    assert not any("blocks" in note for note in whole.notes)
 
 
 def test_devices_share_what_the_strategy_shards():

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from rankwise.config import DORA
+from rankwise.config import DORA, FOUR_BITS
 from rankwise.planning.shape import Shape
-from rankwise.planning.weights import DTYPE_BYTES
+from rankwise.planning.weights import DTYPE_BYTES, has_packed_experts
 from rankwise.planning.workload import Workload
 
 DROPPED_SCORE_BYTES, GPT2_CPU_COPIES = 12, 5
@@ -63,6 +63,16 @@ class Step:
     def own_attention(self) -> bool:
         fast_cpu = self.workload.fast and not self.on_card and self.workload.dtype == "bfloat16"
         return fast_cpu and self.method != "full" and not self.scores
+
+    @property
+    def four_bit_experts(self) -> bool:
+        """Whether experts are computed with one after the other, by `rankwise.quantization.experts`."""
+        return self.method in FOUR_BITS and has_packed_experts(self.shape, self.workload)
+
+    @property
+    def routing_bytes(self) -> int:
+        """Per element of the weights of a token's experts; Mixtral leaves them in float32."""
+        return 4 if self.shape.family == "mixtral" else self.s
 
     @property
     def drops_scores(self) -> bool:
@@ -323,6 +333,8 @@ def backward_bytes(step: Step) -> int:
     if shape.family == "gpt2":
         kept = 3 if not again else 1 if step.method == "full" else 2
         return step.T * s * (kept * f + 2 * h)
+    if step.four_bit_experts:
+        return weighing_bytes(step)
     if shape.experts:
         k = shape.experts_per_token
         if step.method == "full":
@@ -345,6 +357,8 @@ def offloaded_backward_bytes(step: Step) -> int:
     """
     shape, s = step.shape, step.s
     h, f = shape.hidden, shape.mlp
+    if step.four_bit_experts:
+        return weighing_bytes(step) + step.T * shape.experts_per_token * h * s
     if shape.experts:
         k = shape.experts_per_token
         with_weight = 2 * shape.experts * f * h + step.T * (k * (2 * f + h) + h)
@@ -354,13 +368,24 @@ def offloaded_backward_bytes(step: Step) -> int:
     return step.T * s * (kept * f + (3 if dora else 1) * h)
 
 
+def weighing_bytes(step: Step) -> int:
+    """Where the backward pass enters 4-bit experts: gradients of a token's k weighed outputs, twice in the dtype of
+    their weights and once in that of the outputs, and of their sum. What follows is an expert's share."""
+    s, wide = step.s, step.routing_bytes
+    copies = 2 * wide + (s if wide != s else 0)
+    return step.T * step.shape.hidden * (step.shape.experts_per_token * copies + s + wide)
+
+
 def experts_forward_bytes(step: Step) -> tuple[int, int]:
     """Inside a layer's experts, on the way forward: (what it holds for a moment, what it has not saved yet).
 
     The k copies of each token, their products and the weighed outputs: k (2 f + 3 h), before gate, up and act(gate) are
-    kept.
+    kept. One expert after the other keeps those at once: then there are the outputs, side by side, in order or weighed.
     """
-    shape, k = step.shape, step.shape.experts_per_token
+    shape, s, k = step.shape, step.s, step.shape.experts_per_token
+    if step.four_bit_experts:
+        held = step.T * k * shape.hidden * (s + max(s, step.routing_bytes))
+        return held, step.T * s * max(1, k - 1) * shape.hidden
     per_token = step.s * k
     return step.T * per_token * (2 * shape.mlp + 3 * shape.hidden), step.T * per_token * 3 * shape.mlp
 

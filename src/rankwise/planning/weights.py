@@ -48,6 +48,11 @@ def made_dense(shape: Shape, workload: Workload) -> Iterator[int]:
     return (prod(tensor[-2:]) for module in shape.modules for tensor in packed(module, shape, workload))
 
 
+def has_packed_experts(shape: Shape, workload: Workload) -> bool:
+    """Whether stacks of experts become 4-bit where the method has 4-bit weights."""
+    return any(module.stacks and packed(module, shape, workload) for module in shape.modules)
+
+
 def dense_experts(shape: Shape, workload: Workload) -> bool:
     """Whether stacks of experts stay dense where the method has 4-bit weights."""
     return any(len(packed(module, shape, workload)) < len(module.stacks) for module in shape.modules)

@@ -178,8 +178,10 @@ def forward_4bit(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_we
     order = experts.argsort(stable=True)
     # All rows of an expert, side by side: what is picked at once is put back at once, in backward too.
     rows = hidden_states[order // k].split(rows_per_expert(experts, self.num_experts))
-    outputs = torch.cat([_expert(self, index, x) for index, x in enumerate(rows) if x.shape[0]])
+    parts = [_expert(self, index, x) for index, x in enumerate(rows) if x.shape[0]]
     del rows
+    outputs = torch.cat(parts)
+    del parts
     outputs = outputs[order.argsort()]
     if getattr(self, "has_post_expert_norm", False):
         outputs = self.post_expert_norm(outputs)
