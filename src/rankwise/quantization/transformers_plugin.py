@@ -101,8 +101,6 @@ class FourBitQuantizer(HfQuantizer):
         self.failures: list[QuantizationError] = []
         self.loaded: set[str] = set()
         self.transposed: set[str] = set()
-        self.stacks: list[str] = []
-        # Tensors of experts, 4-bit or not.
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         if isinstance(device_map, dict) and "disk" in device_map.values():
@@ -134,15 +132,15 @@ class FourBitQuantizer(HfQuantizer):
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
         return {"deserialize": DeserializeOperation}
 
-    def update_weight_conversions(self, weight_conversions: list[Any], *arguments: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """What reads stored 4-bit experts, under the names that the model has for them, comes first."""
-        # transformers 5.24 gives the model too, 5.20 does not.
-        found = super().update_weight_conversions(weight_conversions, *arguments)
-        return [*self._stack_conversions(), *found] if self.pre_quantized else found
+        found = super().update_weight_conversions(weight_conversions, model)
+        return [*self._stack_conversions(model), *found] if self.pre_quantized else found
 
-    def _stack_conversions(self) -> list[WeightConverter]:
+    def _stack_conversions(self, model: PreTrainedModel) -> list[WeightConverter]:
+        stacks = [*expert_tensors(model), *(name for name, _ in four_bit_stacks(model))]
         # The same last names in every layer: experts.gate_up_proj, experts.down_proj.
-        ends = sorted({".".join(name.split(".")[-2:]) for name in self.stacks})
+        ends = sorted({".".join(name.split(".")[-2:]) for name in stacks})
         conversions = []
         for end in ends:
             parts = {_ending(f"{end}{part}"): f"weight{part}" for part in ("", *(f".{part}" for part in PARTS))}
@@ -152,7 +150,6 @@ class FourBitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> PreTrainedModel:
-        self.stacks = expert_tensors(model)
         if not self.pre_quantized:
             stacks = target_stacks(model, self.quantization_config)
             for names in target_names(model, self.quantization_config):
