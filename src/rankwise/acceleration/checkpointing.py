@@ -50,12 +50,7 @@ class Places:
 
 
 def replace_checkpointing(model: nn.Module, undo: Undo) -> None:
-    """For every block that transformers may checkpoint, whenever it does.
-
-    Not in its versions whose blocks are checkpointed outside of ``forward`` (5.20): they keep torch's way.
-    """
-    if "__call__" in GradientCheckpointingLayer.__dict__:
-        return
+    """For every block that transformers may checkpoint, whenever it does."""
     stacks: dict[str, list[nn.Module]] = defaultdict(list)
     for name, module in model.named_modules():
         if isinstance(module, GradientCheckpointingLayer) and "forward" not in module.__dict__:

@@ -265,6 +265,8 @@ class FourBitQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         dequantize(model, dtype)
+        # transformers from 5.24 on drops it itself: dense stacks are saved as the family's checkpoints have them.
+        vars(model).pop("_weight_conversions", None)
         return model
 
 
