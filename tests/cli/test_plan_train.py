@@ -193,3 +193,13 @@ def test_targets_that_only_the_plan_refuses_are_said_before_training(train, monk
     assert done.code == 0
     assert "RW564" in done.stderr
     assert "no such layer here." in done.stderr
+
+
+def test_a_model_that_cannot_be_fetched_only_fails(train, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    done = train("--model", "org/not-in-any-cache")
+    assert done.code == 2
+    assert "error RW313" in done.stderr
+    assert "RW564" not in done.stderr

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from rankwise.errors import AdapterError, InputError, RunError, warn
-from rankwise.models.source import fetch_model
+from rankwise.models.source import ModelSource, fetch_model
 from rankwise.planning.changes import Advisor, Change
 from rankwise.planning.check import comparable
 from rankwise.planning.estimate import METHODS, MemoryEstimate
@@ -32,7 +32,8 @@ class MemoryGuard:
     ``own_memory`` gives the bytes that the process has now, as the meter of a CPU run counts them.
 
     ``before_loading`` and ``before_training`` raise RunError (RW562) for a run that cannot fit, unless ``ignore``; then
-    they warn (RW563). A model whose memory cannot be predicted is warned of (RW564) and trains all the same.
+    they warn (RW563). A model whose memory cannot be predicted is warned of (RW564) and trains all the same; one that
+    cannot be fetched raises ModelError as ``fetch_model`` does: no run can start without it.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class MemoryGuard:
         self.hardware: Hardware | None = None
         self.workload: Workload | None = None
         self.predicted: MemoryEstimate | None = None
+        self._source: ModelSource | None = None
         self._estimate: Remembering | None = None
         self._refused_target: AdapterError | None = None
 
@@ -54,6 +56,7 @@ class MemoryGuard:
         self.hardware = this_machine() if self.settings["device"] != "cpu" else cpu_hardware()
         # What the libraries have taken by now stays, and the meter of a CPU run counts it.
         self.baseline_bytes = self.own_memory() if self.hardware.device_type == "cpu" else 0
+        self._fetched()
         try:
             self.workload = workload_of(self.settings, self.hardware)
             smallest = self._ask(dataclasses.replace(self.workload, **SMALLEST))  # type: ignore[arg-type]
@@ -137,13 +140,17 @@ class MemoryGuard:
 
     def _asker(self) -> Remembering:
         if self._estimate is None:
-            code = self.settings["trust_remote_code"]
-            source = fetch_model(
-                self.settings["model"], revision=self.settings["revision"], trust_remote_code=code, weights=False
-            )
+            source = self._fetched()
             self.facts = read_facts(source)
+            code = self.settings["trust_remote_code"]
             self._estimate = Remembering(estimator_of(source.path or source.name, trust_remote_code=code))
         return self._estimate
+
+    def _fetched(self) -> ModelSource:
+        if self._source is None:
+            given = {name: self.settings[name] for name in ("revision", "trust_remote_code")}
+            self._source = fetch_model(self.settings["model"], **given, weights=False)
+        return self._source
 
     def _seconds(self, estimate: MemoryEstimate, workload: Workload) -> float:
         assert self.hardware is not None
