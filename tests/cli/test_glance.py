@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from rankwise.records import RunRecord
+
 SOURCE = Path(__file__).parents[2] / "src"
 RUN = """
 import sys
@@ -46,13 +48,19 @@ def python(*arguments: object) -> subprocess.CompletedProcess[str]:
         ("RW503", ("compare", "--model", "M", "--data", "D", "--output", "below a file")),
         ("RW503", ("evaluate", "--model", "M", "--task", "perplexity", "--data", "D", "--output", "below a file")),
         ("RW503", ("merge", "--adapter", "M", "--output", "below a file")),
+        ("RW502", ("train", "--model", "M", "--data", "D", "--output", "a run")),
+        ("RW504", ("train", "--model", "M", "--data", "D", "--output", "M")),
+        ("RW505", ("train", "--model", "M", "--data", "D", "--output", "out", "--resume")),
+        ("RW506", ("train", "--model", "M", "--data", "D", "--output", "a run", "--resume", "--overwrite")),
     ],
 )
 def test_a_path_with_nothing_there_costs_no_import(code, arguments, model_folder, rows_file, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     known = {"M": model_folder, "D": rows_file, "out": tmp_path / "out", "empty": empty}
-    known["below a file"] = rows_file / "out"
+    known |= {"below a file": rows_file / "out", "a run": tmp_path / "a run"}
+    known["a run"].mkdir()
+    RunRecord(method="lora", seed=0, settings={}).save(known["a run"])
     done = python("-c", RUN, *(known.get(part, part) for part in arguments))
     assert f"error {code}: " in done.stderr
     assert done.stdout.split()[-2:] == ["2", "False"]

@@ -90,7 +90,11 @@ PANELS = {
 
 
 def run(settings: TrainSettings, output: Output) -> Mapping[str, Any]:
+    from rankwise.training.output import check_output
+
     check_paths(model=settings.model, data=(settings.data, settings.eval_data), output=settings.output)
+    # Again in the run, which other programs start too; here it comes before torch is loaded.
+    check_output(settings.output, resume=settings.resume, overwrite=settings.overwrite)
     from rankwise.training.run import train
 
     guard = _guard(settings, output)

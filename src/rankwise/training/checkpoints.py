@@ -3,7 +3,7 @@
 A checkpoint is written as ``checkpoints/.tmp-step-N-*``; every file and the folder are flushed to disk; the folder is
 renamed to ``checkpoints/step-N``; its parent is flushed; then older ones go. Whatever stops the process at whatever
 moment, the newest ``step-N`` is complete. ``manifest.json`` lists each file with its size and sha256, so that later
-damage is found and named.
+damage is found and named. Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from safetensors import SafetensorError
 
 from rankwise.errors import RunError
 from rankwise.records import follow_umask, write_json
-from rankwise.training.state import check_no_pickles
-from rankwise.weights_file import sha256_of
+from rankwise.weights_file import pickles_in, sha256_of
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
@@ -91,6 +90,17 @@ def check_checkpoint(checkpoint: Checkpoint) -> None:
     problems = list(_damage(checkpoint))
     if problems:
         raise RunError("RW515", f"the checkpoint {checkpoint.path} is damaged: {'; '.join(problems)}.")
+
+
+def check_no_pickles(folder: Path) -> None:
+    """Raise RunError (RW512) when a checkpoint folder holds pickles, such as transformers' Trainer leaves."""
+    found = [path.name for path in pickles_in(folder)] if folder.is_dir() else []
+    if found:
+        raise RunError(
+            "RW512",
+            f"{folder} holds pickles ({', '.join(found)}), which can run code when opened and are never loaded; "
+            "resume from a checkpoint that rankwise wrote, or start anew in another folder.",
+        )
 
 
 def newest_valid(run_folder: Path, on_damage: Callable[[RunError], None]) -> Checkpoint | None:

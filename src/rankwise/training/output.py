@@ -1,4 +1,7 @@
-"""The run folder before a run: may it be written, what is in it, and does a resumed run still mean the same."""
+"""The run folder before a run: may it be written, what is in it, and does a resumed run still mean the same.
+
+Imports no torch: the command line asks before it is loaded.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import InternalError, RunError
-from rankwise.weights_file import pickles_in
+from rankwise.training.checkpoints import check_no_pickles
 
 
 def save_state(folder: Path, name: str, state: Any) -> None:
@@ -56,17 +56,6 @@ def load_state(folder: Path, name: str) -> Any:
         raise RunError(
             "RW511", f"cannot read the {name} state in {folder}: {reason}; resume from an older checkpoint."
         ) from None
-
-
-def check_no_pickles(folder: Path) -> None:
-    """Raise RunError (RW512) when a checkpoint folder holds pickles, such as transformers' Trainer leaves."""
-    found = [path.name for path in pickles_in(folder)] if folder.is_dir() else []
-    if found:
-        raise RunError(
-            "RW512",
-            f"{folder} holds pickles ({', '.join(found)}), which can run code when opened and are never loaded; "
-            "resume from a checkpoint that rankwise wrote, or start anew in another folder.",
-        )
 
 
 def random_states() -> dict[str, Any]:

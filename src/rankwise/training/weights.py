@@ -14,7 +14,7 @@ from rankwise.adapters import adapter_parameters, has_adapter, load_tensors, sav
 from rankwise.adapters.baselines import has_baseline, load_baseline_weights, save_baseline
 from rankwise.adapters.checkpoint import WEIGHTS_FILE
 from rankwise.errors import RunError
-from rankwise.training.state import check_no_pickles
+from rankwise.training.checkpoints import check_no_pickles
 
 
 def save_weights(model: nn.Module, folder: Path, base_model: str | None = None) -> None:
