@@ -87,7 +87,10 @@ class Board(Lines):
 
 
 def run(settings: CompareOptions, output: Output) -> Mapping[str, Any]:
+    from rankwise.evaluation.tasks.names import check_tasks
+
     check_compare(settings)
+    check_tasks(settings.task)
     check_paths(model=settings.model, data=(settings.data, settings.eval_data), output=settings.output)
     from rankwise.comparison.run import compare
     from rankwise.reports.comparison import write_report

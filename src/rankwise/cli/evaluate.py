@@ -74,7 +74,10 @@ def watching(output: Output) -> Iterator[Observer]:
 
 
 def run(settings: EvaluateSettings, output: Output) -> Mapping[str, Any]:
+    from rankwise.evaluation.tasks.names import check_tasks
+
     refuse_comparisons(settings.adapter)
+    check_tasks(settings.task)
     check_paths(model=settings.model, output=settings.output)
     from rankwise.evaluation.run import evaluate_all
 

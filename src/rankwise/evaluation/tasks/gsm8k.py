@@ -30,7 +30,7 @@ from rankwise.evaluation.tasks.base import (
     summary_of_means,
     warn_of_empty,
 )
-from rankwise.evaluation.tasks.harness_data import harness_folder
+from rankwise.evaluation.tasks.names import harness_folder
 
 HUB = "openai/gsm8k:main"
 NEW_TOKENS = 256

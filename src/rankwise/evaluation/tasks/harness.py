@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import tempfile
 from collections import Counter
@@ -17,13 +16,8 @@ from rankwise.evaluation.errors_of_means import Mean, clusters_of, mean_of, pair
 from rankwise.evaluation.journal import Responses
 from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.base import Summary, Task, Tell
-from rankwise.evaluation.tasks.harness_data import (
-    HARNESS_NAMES,
-    YAML_FILES,
-    harness_folder,
-    read_docs,
-    write_task,
-)
+from rankwise.evaluation.tasks.harness_data import HARNESS_NAMES, YAML_FILES, read_docs, write_task
+from rankwise.evaluation.tasks.names import harness_folder, unknown_task
 
 SOURCE_FIELDS = ("passage", "context", "article", "paragraph", "story", "background", "goal", "ctx")
 # A field that several questions share names their source text: the first of these that does.
@@ -78,11 +72,13 @@ class HarnessTask(Task):
         yaml_file = self._yaml_file()
         if data is None and yaml_file is None:
             manager, spec = TaskManager(), HARNESS_NAMES.get(self.name, self.name)
-            self._check_known(spec, manager.all_tasks)
+            if spec not in manager.all_tasks:
+                raise unknown_task(self.name, manager.all_tasks)
             return self._built(manager, spec)
         if yaml_file is None:
             entries = TaskManager().task_index
-            self._check_known(self.name, list(entries))
+            if self.name not in entries:
+                raise unknown_task(self.name, entries)
             yaml_file = entries[self.name].yaml_path
         docs = None
         sha256 = None
@@ -98,19 +94,6 @@ class HarnessTask(Task):
     def _yaml_file(self) -> Path | None:
         path = harness_folder() / "tasks" / YAML_FILES.get(self.name, "-")
         return path if path.is_file() else None
-
-    def _check_known(self, name: str, known: Sequence[str]) -> None:
-        if name not in known:
-            from rankwise.evaluation.tasks.registry import OWN
-
-            close = difflib.get_close_matches(self.name, [*OWN, *known], n=3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            own = ", ".join(OWN)
-            raise ConfigError(
-                "RW154",
-                f"there is no task {self.name!r}; ours are {own}, and any of lm-evaluation-harness{hint}"
-                + ("" if hint else "."),
-            )
 
     def _built(self, manager: Any, spec: str) -> tuple[dict[str, Any], dict[str, Any], str]:
         """Tasks, groups, and the hash of what they ask. Foreign code reads foreign data: any error becomes one line."""

@@ -5,7 +5,6 @@ The prompts stay the harness' own: a task is its YAML file with the place of the
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from rankwise.data.files import kind_of, read_file
 from rankwise.data.formats import BadRow
-from rankwise.errors import ConfigError, DataError
+from rankwise.errors import DataError
 from rankwise.evaluation.tasks.commonsense import Instructions, instructions_in
 
 HARNESS_NAMES = {"siqa": "social_iqa"}
@@ -38,17 +37,8 @@ COLUMNS = {
     "arc_challenge": ("question", "choices", "answerKey"),
     "openbookqa": ("question_stem", "choices", "answerKey"),
 }
-INSTALL = "pip install 'rankwise[eval]'"
 LETTERS = "ABCDE"
 Doc = dict[str, Any]
-
-
-def harness_folder() -> Path:
-    """Where lm-evaluation-harness is installed; it is not imported. Raises ConfigError (RW153)."""
-    spec = importlib.util.find_spec("lm_eval")
-    for place in (spec.submodule_search_locations or ()) if spec else ():
-        return Path(place)
-    raise ConfigError("RW153", f"this task needs lm-evaluation-harness, which is not installed; run `{INSTALL}`.")
 
 
 def read_docs(task: str, data: str) -> tuple[list[Doc], str]:

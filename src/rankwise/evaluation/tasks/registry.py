@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 from rankwise.errors import ConfigError
 from rankwise.evaluation.settings import EvaluateSettings
+from rankwise.evaluation.tasks.names import COMMONSENSE, check_tasks
 from rankwise.evaluation.tasks.options import Kind, check_options, given_options
 
 if TYPE_CHECKING:
     from rankwise.evaluation.tasks.base import Task
 
-COMMONSENSE = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-OWN = ("perplexity", "e2e", *COMMONSENSE, "gsm8k", "vicuna")
 WHERE = {
     "perplexity": "any file of rows",
     "e2e": "testset_w_refs.csv of github.com/tuetschek/e2e-dataset",
@@ -68,6 +67,7 @@ def make_task(name: str, settings: EvaluateSettings) -> Task:
         return _gsm8k(settings, data)
     if name == "vicuna":
         return _vicuna(settings, Path(str(data)))
+    check_tasks([name])
     return _harness(name, settings, data)
 
 

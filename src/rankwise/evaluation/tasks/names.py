@@ -1,0 +1,72 @@
+"""Which tasks there are: ours by a list, lm-evaluation-harness' by its files. Imports neither it nor torch."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from rankwise.errors import ConfigError
+
+COMMONSENSE = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+OWN = ("perplexity", "e2e", *COMMONSENSE, "gsm8k", "vicuna")
+INSTALL = "pip install 'rankwise[eval]'"
+NAMED = re.compile(r"""^(?:task|group|tag):[ \t]*["']?([\w.:-]+)""", re.MULTILINE)
+# What a YAML file of the harness calls itself.
+
+
+def harness_folder() -> Path:
+    """Where lm-evaluation-harness is installed; it is not imported. Raises ConfigError (RW153)."""
+    found = _installed_harness()
+    if found is None:
+        raise ConfigError("RW153", f"this task needs lm-evaluation-harness, which is not installed; run `{INSTALL}`.")
+    return found
+
+
+def _installed_harness() -> Path | None:
+    spec = importlib.util.find_spec("lm_eval")
+    return next((Path(place) for place in (spec.submodule_search_locations or ())), None) if spec else None
+
+
+def check_tasks(names: Iterable[str]) -> None:
+    """Raise ConfigError (RW154) for a name that is none of ours and stands in no file of lm-evaluation-harness, within
+    seconds: to import that and let it build its list takes many. RW153 where it is not installed.
+
+    A name that stands there somewhere may still be no task; that is for the harness to tell.
+    """
+    for name in names:
+        if name not in OWN:
+            _check_foreign(name)
+
+
+def _check_foreign(name: str) -> None:
+    folder = _installed_harness()
+    if folder is None:
+        if close_tasks(name, ()):
+            raise unknown_task(name, ())
+        harness_folder()
+        return
+    known: set[str] = set()
+    for file in (folder / "tasks").rglob("*.yaml"):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if name in text:
+            return
+        known.update(NAMED.findall(text))
+    raise unknown_task(name, known)
+
+
+def close_tasks(name: str, known: Iterable[str]) -> list[str]:
+    """At most three names like ``name``: the closest of ours, then of ``known``."""
+    ours = difflib.get_close_matches(name, OWN, n=1)
+    return list(dict.fromkeys([*ours, *difflib.get_close_matches(name, sorted(known), n=3)]))[:3]
+
+
+def unknown_task(name: str, known: Iterable[str]) -> ConfigError:
+    """RW154, with what could have been meant."""
+    close = close_tasks(name, known)
+    hint = f"; did you mean {' or '.join(close)}?" if close else "."
+    return ConfigError(
+        "RW154", f"there is no task {name!r}; ours are {', '.join(OWN)}, and any of lm-evaluation-harness{hint}"
+    )
