@@ -48,6 +48,8 @@ def test_a_run_beside_its_base(rankwise, run_folder: Path, rows_file: Path, tmp_
     done = rankwise(*call)
     assert done.code == 0, done.stderr
     assert "first - base: loss" in done.stdout
+    assert "perplexity: 12 rows\n" in done.stdout
+    assert "questions" not in done.stdout
     assert "95 % [" in done.stdout
     [difference] = json.loads((output / "differences.json").read_text())
     losses = [

@@ -6,8 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +14,7 @@ from rich.text import Text
 from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
+from rankwise.cli.tables import light_table, titled
 from rankwise.cli.words import byte_size, duration
 from rankwise.comparison.settings import SHARED, CompareOptions, CompareSettings, check_compare
 
@@ -115,20 +115,20 @@ def report(comparison: Comparison, settings: CompareOptions, output: Output) -> 
         output.line(f"{label:<12}{text}")
 
 
-def table_of(comparison: Comparison) -> Table:
+def table_of(comparison: Comparison) -> Group:
     """A row per method, best first; methods that share a letter were not told apart."""
     metric, methods = comparison["primary_metric"], comparison["methods"]
     known = {name: item for name, item in methods.items() if metric in item["mean"]}
     has_intervals = any(item["interval"].get(metric) for item in known.values())
     better = any(item["higher_is_better"].get(metric) for item in known.values())
     title = f"{metric}, mean over seeds" + (" and 95 % interval" if has_intervals else " (one seed: no interval)")
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = light_table()
     interval = ("interval",) if has_intervals else ()
     for name in ("method", "", metric, *interval, "rate", "trained", "memory", "tokens/s", "time"):
         table.add_column(name, justify="left" if name in ("method", "") else "right", no_wrap=True)
     for name in sorted(known, key=lambda name: known[name]["mean"][metric], reverse=better):
         table.add_row(name, *_cells(known[name], metric, has_intervals))
-    return table
+    return titled(title, table)
 
 
 def _cells(item: Method, metric: str, has_intervals: bool) -> Iterator[str]:

@@ -6,13 +6,13 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from rankwise.cli.folders import refuse_comparisons
 from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
+from rankwise.cli.tables import light_table, titled
 from rankwise.evaluation.settings import EvaluateSettings
+from rankwise.reports.numbers import plural
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rankwise.evaluation.run import Difference, Evaluation, Observer
 
 LINES_PER_TASK = 10
+UNITS = {"perplexity": "row", "e2e": "meaning representation"}
+# What a task asks about, where it is no question.
 
 
 class PlainWatcher:
@@ -96,7 +98,12 @@ def run(settings: EvaluateSettings, output: Output) -> Mapping[str, Any]:
 def figures(result: TaskResult) -> str:
     """``acc 0.412 ± 0.014, acc_norm 0.438 ± 0.015 (1,172 questions)``."""
     parts = [f"{name} {with_error(value, result.standard_errors.get(name))}" for name, value in result.metrics.items()]
-    return f"{', '.join(parts)} ({result.count:,} questions)"
+    return f"{', '.join(parts)} ({counted(result)})"
+
+
+def counted(result: TaskResult) -> str:
+    """``1,172 questions``, in the unit of the task."""
+    return plural(result.count, UNITS.get(result.task, "question"))
 
 
 def with_error(value: float, error: float | None) -> str:
@@ -110,7 +117,7 @@ def print_task(output: Output, task: str, evaluation: Evaluation) -> None:
         return
     first = results[0][1]
     clustered = f", standard errors clustered by {first.clusters:,} sources" if first.clusters else ""
-    table = Table(title=f"{task}: {first.count:,} questions{clustered}", title_justify="left")
+    table = light_table()
     table.add_column("")
     for label, _ in results:
         table.add_column(label, justify="right")
@@ -120,7 +127,7 @@ def print_task(output: Output, task: str, evaluation: Evaluation) -> None:
             for _, result in results
         ]
         table.add_row(f"{name} {'↑' if first.higher_is_better.get(name, True) else '↓'}", *cells)
-    output.console.print(table)
+    output.console.print(titled(f"{task}: {counted(first)}{clustered}", table))
     _print_differences(output, [item for item in evaluation.differences if item.task == task])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.console import Group
 from rich.text import Text
 
 from rankwise.cli.folders import refuse_comparisons
@@ -15,6 +15,7 @@ from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.settings import GenerateSettings
+from rankwise.cli.tables import light_table, titled
 from rankwise.cli.words import printable
 from rankwise.errors import ConfigError, RunError, warn
 from rankwise.evaluation.loading import record_of
@@ -209,12 +210,12 @@ def print_answer(output: Output, answer: Answer) -> None:
     output.line()
 
 
-def side_by_side(answer: Answer) -> Table:
-    table = Table(title=Text(printable(answer.prompt)), title_justify="left", title_style="bold", expand=True)
+def side_by_side(answer: Answer) -> Group:
+    table = light_table(gap=4, expand=True)
     table.add_column("base", ratio=1)
     table.add_column("tuned", ratio=1, style="green")
     table.add_row(Text(printable(answer.base or "")), Text(printable(answer.tuned or "")))
-    return table
+    return titled(printable(answer.prompt), table)
 
 
 def _below_each_other(answer: Answer) -> str:

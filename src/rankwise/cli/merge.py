@@ -6,13 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from rankwise.cli.folders import refuse_comparisons
 from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.settings import MergeSettings
+from rankwise.cli.tables import light_table, titled
 from rankwise.cli.words import byte_size
 from rankwise.records import write_json
 from rankwise.reports.numbers import plural
@@ -72,13 +71,13 @@ def _verify(settings: MergeSettings, trained_on: FourBitConfig | None, output: O
             trust_remote_code=settings.trust_remote_code,
             revision=settings.revision,
         )
-    table = Table(title=f"on {verification.tokens:,} tokens", title_justify="left")
+    table = light_table()
     table.add_column("way")
     table.add_column("perplexity", justify="right")
     table.add_column("largest logit difference", justify="right")
     for variant in verification.variants:
         table.add_row(variant.name, f"{variant.perplexity:.3f}", f"{variant.largest_logit_difference:.3f}")
-    output.console.print(table)
+    output.console.print(titled(f"on {verification.tokens:,} tokens", table))
     return verification
 
 

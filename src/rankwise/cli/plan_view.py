@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rankwise.cli.output import Output
+from rankwise.cli.tables import light_table
 from rankwise.cli.words import byte_size, parameter_count
 from rankwise.planning.cards import CARDS
 from rankwise.planning.speed import NOMINAL_CARD
@@ -78,7 +79,7 @@ def table(plan: Plan) -> Table:
     """One row a method; sizes share one unit, which stands in the head."""
     largest = max(row.estimate.peak_bytes for row in plan.rows)
     unit, unit_name = (1e9, "GB") if largest >= 0.5e9 else (1e6, "MB")
-    result = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    result = light_table(gap=1)
     result.add_column(f"in {unit_name}", no_wrap=True)
     error = max(row.estimate.error for row in plan.rows)
     for column in ("weights", "trained", "activ.", "logits", "other", f"peak ±{error:.0%}"):
