@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rankwise.cli.compare import Lines
+from rankwise.cli.compare import Lines, verdict_lines
 from rankwise.cli.main import main
 from rankwise.cli.output import Output
 from rankwise.comparison.runner import Picture
@@ -65,6 +65,9 @@ def test_one_seed_is_said_to_tell_nothing(comparison: dict[str, Any]):
     assert difference["interval"] is None
     assert comparison["methods"]["lora"]["interval"] == {"eval_loss": None}
     assert comparison["minimum_detectable_effect"]["relative"] is None
+    said = "\n".join(verdict_lines(comparison))  # type: ignore[arg-type]
+    assert "LoRA or " in said
+    assert "eval_loss" not in comparison["recommendation"]["reason"]
 
 
 def test_the_matrix_costs_little_more_than_its_runs(comparison: dict[str, Any]):

@@ -59,6 +59,10 @@ def test_ties_go_to_the_cheaper_one():
     assert set(found["ties"]) == {"lora", "dora"}
     assert found["reason"].count(".") >= 1
     assert "costs least" in found["reason"]
+    # In the words of the report's tables.
+    assert found["reason"].startswith("QLoRA: its quality could not be told apart from ")
+    assert "LoRA and DoRA" in found["reason"] or "DoRA and LoRA" in found["reason"]
+    assert "(evaluation loss " in found["reason"]
 
 
 def test_limits_come_first():
@@ -66,7 +70,7 @@ def test_limits_come_first():
     assert choice("better", hours=650 / 3600)["method"] == "lora"
     nothing = choice("better", memory=1)
     assert nothing["method"] is None
-    assert "qlora needs least memory" in nothing["reason"]
+    assert "QLoRA needs least memory" in nothing["reason"]
 
 
 def test_one_seed_ties_within_the_margin_only():

@@ -17,6 +17,7 @@ from rankwise.cli.output import Output
 from rankwise.cli.tables import light_table, titled
 from rankwise.cli.words import byte_size, duration
 from rankwise.comparison.settings import SHARED, CompareOptions, CompareSettings, check_compare
+from rankwise.reports.naming import method_name, metric_name
 
 if TYPE_CHECKING:
     from rankwise.comparison.runner import Picture
@@ -118,16 +119,17 @@ def report(comparison: Comparison, settings: CompareOptions, output: Output) -> 
 def table_of(comparison: Comparison) -> Group:
     """A row per method, best first; methods that share a letter were not told apart."""
     metric, methods = comparison["primary_metric"], comparison["methods"]
+    heading = metric_name(metric)
     known = {name: item for name, item in methods.items() if metric in item["mean"]}
     has_intervals = any(item["interval"].get(metric) for item in known.values())
     better = any(item["higher_is_better"].get(metric) for item in known.values())
-    title = f"{metric}, mean over seeds" + (" and 95 % interval" if has_intervals else " (one seed: no interval)")
+    title = f"{heading}, mean over seeds" + (" and 95 % interval" if has_intervals else " (one seed: no interval)")
     table = light_table()
     interval = ("interval",) if has_intervals else ()
-    for name in ("method", "", metric, *interval, "rate", "trained", "memory", "tokens/s", "time"):
+    for name in ("method", "", heading, *interval, "rate", "trained", "memory", "tokens/s", "time"):
         table.add_column(name, justify="left" if name in ("method", "") else "right", no_wrap=True)
     for name in sorted(known, key=lambda name: known[name]["mean"][metric], reverse=better):
-        table.add_row(name, *_cells(known[name], metric, has_intervals))
+        table.add_row(method_name(name), *_cells(known[name], metric, has_intervals))
     return titled(title, table)
 
 
@@ -157,7 +159,7 @@ def verdict_lines(comparison: Comparison) -> Iterator[str]:
     for item in comparison["differences"]:
         if item["metric"] != comparison["primary_metric"]:
             continue
-        a, b, verdict = item["a"], item["b"], item["verdict"]
+        a, b, verdict = method_name(item["a"]), method_name(item["b"]), item["verdict"]
         words = {
             "better": f"{a} is better than {b}",
             "worse": f"{b} is better than {a}",

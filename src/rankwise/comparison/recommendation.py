@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from rankwise.comparison.schema import Difference, Method, ParetoPoint, Recommendation
 from rankwise.config import BASELINES
+from rankwise.reports.naming import long_name, metric_in_sentence
+from rankwise.reports.numbers import capital, listed
 
 
 def pareto_points(methods: Mapping[str, Method], metric: str) -> list[ParetoPoint]:
@@ -123,7 +125,7 @@ def _nothing_fits(points: Sequence[ParetoPoint], memory: int | None, hours: floa
     limits = _limits(memory, hours)
     least = min(points, key=lambda point: point["peak_memory_bytes"] or math.inf)
     return (
-        f"No method stays within {limits}; {least['method']} needs least memory ({_gigabytes(least)}, "
+        f"No method stays within {limits}; {long_name(least['method'])} needs least memory ({_gigabytes(least)}, "
         f"{_minutes(least)})."
     )
 
@@ -160,8 +162,9 @@ def _choice(
     fitting: int,
     all_of_them: int,
 ) -> str:
-    name = chosen["method"]
-    figures = f"{metric} {chosen['quality']:.4g}, {_gigabytes(chosen)}, {_minutes(chosen)}"
+    name = capital(long_name(chosen["method"]))
+    names = listed(map(long_name, others)) if others else ""
+    figures = f"{metric_in_sentence(metric)} {chosen['quality']:.4g}, {_gigabytes(chosen)}, {_minutes(chosen)}"
     where = f" of the {fitting} methods within {_limits(memory, hours)}" if memory or hours else ""
     if all_of_them == 1:
         return f"{name} is the only method with a result ({figures})."
@@ -169,9 +172,7 @@ def _choice(
         how = "it is the best" if tested else "it has the best figure"
         doubt = "" if tested else ", on one seed, which cannot tell luck from merit"
         return f"{name}: {how}{where} ({figures}){doubt}."
-    not_apart = (
-        f"could not be told apart from {_listed(others)}" if tested else f"lies within the margin of {_listed(others)}"
-    )
+    not_apart = f"could not be told apart from {names}" if tested else f"lies within the margin of {names}"
     seeds = "" if tested else " on one seed"
     return f"{name}: its quality {not_apart}{seeds}, and it costs least{where} ({figures})."
 
@@ -190,7 +191,3 @@ def _minutes(point: ParetoPoint) -> str:
     if seconds is None:
         return "time not measured"
     return f"{seconds / 60:.1f} min a run" if seconds >= 60 else f"{seconds:.0f} s a run"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" and {names[-1]}"

@@ -47,6 +47,11 @@ def metric_name(metric: str) -> str:
     return visible(f"{figure} on {task}" if figure else metric)
 
 
+def metric_in_sentence(metric: str) -> str:
+    """``evaluation loss``, ``BLEU on e2e``: a task's own figure keeps its letters."""
+    return METRICS[metric].lower() if metric in METRICS else metric_name(metric)
+
+
 def metric_unit(metric: str) -> str:
     return UNITS.get(metric, "")
 

@@ -113,6 +113,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def capital(text: str) -> str:
+    """``text`` with a capital first letter; the others stay, as in ``QLoRA``."""
+    return text[:1].upper() + text[1:]
+
+
 def listed(names: Iterable[str], joint: str = "and") -> str:
     """``a``, ``a and b``, ``a, b and c``."""
     *head, last = list(names) or [""]

@@ -23,6 +23,7 @@ from rankwise.reports.naming import long_name, method_name, method_numbers, metr
 from rankwise.reports.norms_plot import norms_of, norms_svg
 from rankwise.reports.numbers import (
     byte_size,
+    capital,
     duration,
     is_number,
     p_value,
@@ -51,7 +52,7 @@ def page(comparison: Comparison) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
+    environment.filters["capitalize_first"] = capital
     script = Markup((TEMPLATES / "report.js").read_text(encoding="utf-8"))
     style = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
     policy = (

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rankwise.reports.folder import Comparison
-from rankwise.reports.naming import long_name, method_name, metric_name, metric_unit
+from rankwise.reports.naming import long_name, method_name, metric_in_sentence, metric_name, metric_unit
 from rankwise.reports.numbers import (
     byte_size,
+    capital,
     duration,
     estimate,
     is_number,
@@ -80,10 +81,11 @@ def data_title(comparison: Comparison) -> str:
 def verdict(comparison: Comparison) -> str:
     """The sentence at the top: the recommendation's own, else that there is none."""
     recommendation = comparison["recommendation"]
-    # The method's name stands above the sentence already.
-    reason = str(recommendation.get("reason") or "").strip().removeprefix(f"{recommendation.get('method')}: ")
+    reason = str(recommendation.get("reason") or "").strip()
     if reason:
-        return visible(reason[0].upper() + reason[1:])
+        # The method's name stands above the sentence already; older comparisons begin with the option's word for it.
+        method = str(recommendation.get("method"))
+        return visible(capital(reason.removeprefix(f"{capital(long_name(method))}: ").removeprefix(f"{method}: ")))
     if recommendation.get("method"):
         return f"Take {long_name(recommendation['method'])}."
     return "No method can be recommended: no run finished."
@@ -240,9 +242,8 @@ def cell(facts: Mapping[str, Any], key: str) -> Cell:
 
 
 def tie_note(comparison: Comparison) -> str:
-    metric = metric_name(comparison.metric)
     return (
-        f"Methods that share a letter of the tie group were not told apart on {metric[0].lower()}{metric[1:]}."
+        f"Methods that share a letter of the tie group were not told apart on {metric_in_sentence(comparison.metric)}."
         if seeds_of(comparison) > 1
         else "Tie groups need at least two seeds."
     )
