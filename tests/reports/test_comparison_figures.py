@@ -12,7 +12,7 @@ from comparison_folders import write_comparison
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.reports import numbers, page
+from rankwise.reports import numbers, page, pareto_plot
 from rankwise.reports.curves_plot import Curve, curve_panels
 from rankwise.reports.examples import OUTCOMES, answers_of, evenly
 from rankwise.reports.figure import MARKERS
@@ -244,3 +244,29 @@ def test_methods_are_told_apart_without_normal_colour_vision(palette, vision):
     distances = {(a, b): np.linalg.norm(lab[a] - lab[b]) for a in range(7) for b in range(a)}
     assert min(value for (a, _), value in distances.items() if a < 4) > 0.1
     assert min(distances.values()) > 0.05
+
+
+CLOSE = {"full": (220, 220), "dora": (59, 217), "lora": (38, 217), "qdora": (60, 213), "qlora": (35, 212)}
+# Cost and quality in pixels of the plot on a phone; with the bottleneck at (40, 207), as a real comparison had them.
+
+
+def test_names_of_points_that_stand_close_do_not_meet():
+    spots = [
+        Spot(name, float(x), float(-y), (float(x), float(x)), None)
+        for name, (x, y) in {**CLOSE, "bottleneck": (40, 207), "prefix": (30, 73)}.items()
+    ]
+    shapes = {spot.method: index for index, spot in enumerate(spots)}
+    svg = pareto_plot.pareto_svg(spots, shapes, "plot", higher_is_better=True)
+    names = re.findall(
+        r'<text x="([\d.]+)%" y="([\d.]+)" dx="(-?[\d.]+)" text-anchor="(\w+)" class="name halo">(\w+)<', svg
+    )
+    assert len(names) == len(spots)
+    boxes = []
+    for x, y, dx, anchor, text in names:
+        width = pareto_plot.LETTER * len(text)
+        left = float(x) / 100 * pareto_plot.NARROW + float(dx) - (width if anchor == "end" else 0)
+        boxes.append((left, float(y) - 10, left + width, float(y)))
+    for a, b in itertools.combinations(boxes, 2):
+        assert min(a[2], b[2]) <= max(a[0], b[0]) or min(a[3], b[3]) <= max(a[1], b[1])
+    # A name that had to go further off is tied to its point.
+    assert svg.count('class="lead"') >= 1

@@ -23,6 +23,8 @@ NARROW = 250.0
 LETTER, LINE = 7.2, 13.0
 PLACES = ((8, -7, "start"), (-8, -7, "end"), (8, 17, "start"), (-8, 17, "end"), (9, 4, "start"), (-9, 4, "end"))
 # dx, dy and anchor of a label, the better place first.
+FAR = tuple((dx, dy, anchor) for dy in (-24, -38, -52, -66, 34) for dx, anchor in ((3, "start"), (-3, "end")))
+# Where points stand close: further off, at the end of a line from the point.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +140,14 @@ def _labels(spots: Sequence[Spot], frame: Frame, numbers: Mapping[str, int]) -> 
         name = method_name(spot.method)
         width = LETTER * len(name)
         dx, dy, anchor, box = min(
-            ((dx, dy, anchor, _text_box(x + dx, y + dy, width, anchor)) for dx, dy, anchor in PLACES),
+            ((dx, dy, anchor, _text_box(x + dx, y + dy, width, anchor)) for dx, dy, anchor in (*PLACES, *FAR)),
             key=lambda place: sum(_meets(place[3], other) for other in taken) + _outside(place[3]),
         )
         taken.append(box)
-        text = label(frame.x(spot.cost), y + dy, name, "name halo", dx=dx, anchor=anchor)
-        found.append(group(f"m{numbers[spot.method]}", text))
+        across = frame.x(spot.cost)
+        lead = [line(across, y, across, y + dy, "lead")] if (dx, dy, anchor) in FAR else []
+        text = label(across, y + dy, name, "name halo", dx=dx, anchor=anchor)
+        found.append(group(f"m{numbers[spot.method]}", *lead, text))
     return found
 
 
