@@ -119,7 +119,9 @@ def test_losses_and_gradients_stay(name: str, norms: int, mlps: int, ropes: int,
 
 
 def test_optimize_for_training_asks_liger_on_cuda_only(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, original = adapted("llama", use_dora=True), modeling_llama.apply_rotary_pos_emb
+    # A model of another test, optimized and not yet collected, may still have a twin in its place.
+    namesake = modeling_llama.apply_rotary_pos_emb
+    model, original = adapted("llama", use_dora=True), getattr(namesake, "original", namesake)
     expected = loss_and_grads(model)
     done = rw.optimize_for_training(model)
     assert done.norms == 5
@@ -134,7 +136,8 @@ def test_optimize_for_training_asks_liger_on_cuda_only(stub: Stub, monkeypatch: 
     torch.testing.assert_close(loss_and_grads(model), expected, rtol=1e-4, atol=1e-5)
     assert stub.calls["glu_backward"] > 0
     restore(model)
-    assert modeling_llama.apply_rotary_pos_emb is original
+    left: Any = modeling_llama.apply_rotary_pos_emb
+    assert left is original or (left.original is original and model not in left.users)
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 

@@ -262,11 +262,18 @@ def _ask(
     problem = "it was not asked"
     useless = 0
     for attempt in range(client.attempts):
+        if stop.is_set():
+            break
         # Replies are counted apart from attempts: the n-th reply to a request is paid for once.
         key = JudgeCache.key(client.endpoint, request, useless)
         reply = cache.get(key)
         if reply is None:
-            answer = _post(client, request)
+            try:
+                answer = _post(client, request)
+            except DataError:
+                # Here and not where it is reported: this thread would begin with the next request before that.
+                stop.set()
+                raise
             reply, problem = answer.reply, answer.problem
             if reply is not None:
                 cache.put(key, reply)
