@@ -160,7 +160,7 @@ def bandwidth_share(times: dict[str, float], N: int, K: int) -> float:
 
 
 def measure(N: int, K: int, rounds: int) -> dict[str, Any]:
-    layers = Layers(N, K)
+    found, layers = environment(), Layers(N, K)
     rows: dict[str, dict[str, float]] = conversions(layers, rounds)
     errors = {}
     for T in (1, 16):
@@ -173,7 +173,7 @@ def measure(N: int, K: int, rounds: int) -> dict[str, Any]:
         "largest_relative_error": errors,
         "dequantize_share_of_copy_bandwidth": bandwidth_share(rows["dequantize"], N, K),
         "checks": checks(rows),
-        "environment": environment(),
+        "environment": found,
     }
 
 
