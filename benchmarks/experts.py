@@ -1,17 +1,18 @@
 """A QLoRA step of a mixture of experts: experts in 4 bits against experts left dense, on this CPU.
 
-    python benchmarks/experts.py [--steps 5] [--dtype float32]
+    python benchmarks/experts.py [--rounds 5] [--dtype float32]
 
 Random weights in the proportions of Qwen3-MoE (16 experts of which 4 see a token), two layers, 4 x 256 tokens, adapters
-on all linear layers. Alternates between the variants, and prints the least time of each.
+on all linear layers. Alternates between the variants, and prints the median of each.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from typing import Any
 
+import results
+import timing
 import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
@@ -43,32 +44,26 @@ def prepared(dtype: str, *, dense_experts: bool, implementation: str) -> Any:
     return model.train()
 
 
-def step_seconds(model: Any, ids: torch.Tensor) -> float:
-    started = time.perf_counter()
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    seconds = time.perf_counter() - started
-    model.zero_grad()
-    return seconds
+def contender(model: Any, ids: torch.Tensor) -> timing.Prepared:
+    return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss.backward(), model.zero_grad
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=5)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    options = parser.parse_args()
-    variants = {
-        "experts in 4 bits": prepared(options.dtype, dense_experts=False, implementation="eager"),
-        "dense experts, grouped_mm": prepared(options.dtype, dense_experts=True, implementation="grouped_mm"),
-        "dense experts, eager": prepared(options.dtype, dense_experts=True, implementation="eager"),
+    given = parser.parse_args()
+    models = {
+        "experts in 4 bits": prepared(given.dtype, dense_experts=False, implementation="eager"),
+        "dense experts, grouped_mm": prepared(given.dtype, dense_experts=True, implementation="grouped_mm"),
+        "dense experts, eager": prepared(given.dtype, dense_experts=True, implementation="eager"),
     }
     ids = torch.randint(SIZES["vocab_size"], (4, 256))
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(options.steps + 1):
-        for name, model in variants.items():
-            times[name].append(step_seconds(model, ids))
-    for name, model in variants.items():
-        size_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
-        print(f"{name:28} {min(times[name][1:]):6.2f} s a step, model {size_bytes / 1e6:7.1f} MB")
+    seconds = timing.alternate({name: contender(model, ids) for name, model in models.items()}, given.rounds)
+    print(", ".join(f"{name} {version}" for name, version in results.versions(("torch", "transformers")).items()))
+    for name, median in timing.medians(seconds).items():
+        size_bytes = sum(tensor.nbytes for tensor in models[name].state_dict().values())
+        print(f"{name:28} {median:6.2f} s a step, model {size_bytes / 1e6:7.1f} MB")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class SharedInput:
         self._missed = 0
         self._apart = False
         self._judged = -1
-        # Version of the parameters when it was last decided whether they compute apart.
+        # Version of the first member's A when it was last decided whether they compute apart.
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
         # Copied layers are no members, and compute apart.
@@ -70,12 +70,14 @@ class SharedInput:
         if kept is not None:
             self._missed += len(kept.waiting)
             self._kept = None
-        if self._are_apart(layer):
+        if self._are_apart():
             return None
         return self._compute(layer, x)
 
-    def _are_apart(self, layer: AdaptedLayer) -> bool:
-        adapter: Any = layer.adapters[layer.active] if layer.active else None
+    def _are_apart(self) -> bool:
+        # One member's for all: their counts of writes may differ, and a step asks in the name of each.
+        first = self._layers[0]()
+        adapter: Any = first.adapters[first.active] if first is not None and first.active else None
         version = _version(adapter.lora_A) if hasattr(adapter, "lora_A") else self._judged
         if version != self._judged:
             self._apart, self._judged = self._missed > PATIENCE, version

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rankwise import ops
 from rankwise.export.shards import ShardedWeights
 from rankwise.quantization.bitsandbytes_format import PARTS, StoredWeight, from_bitsandbytes
 from rankwise.quantization.checkpoint import stored_weights
+from rankwise.quantization.linear import dequantized
 from rankwise.weights_file import TensorInfo
 
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -49,7 +49,8 @@ class DequantizedWeights:
         if name not in self._stored:
             return self._raw.tensor(name)
         keys = [name, *(key for part in PARTS if (key := f"{name}.{part}") in self._raw)]
-        W = _dequantized(from_bitsandbytes({key: self._raw.tensor(key) for key in keys}, name))
+        stored = from_bitsandbytes({key: self._raw.tensor(key) for key in keys}, name)
+        W = dequantized(stored.tensors, stored.shape, stored.dtype, stored.quant_type, stored.block_size)
         return W.T.contiguous() if name in self._transposed else W
 
     def _info(self, name: str, info: TensorInfo) -> TensorInfo:
@@ -59,17 +60,3 @@ class DequantizedWeights:
         shape = stored.shape[::-1] if name in self._transposed else stored.shape
         code = _CODES[str(stored.dtype).removeprefix("torch.")]
         return TensorInfo(code, shape, 0, prod(shape) * stored.dtype.itemsize)
-
-
-def _dequantized(stored: StoredWeight) -> Tensor:
-    parts = stored.tensors
-    return ops.dequantize_4bit(
-        parts["weight"],
-        parts["absmax"],
-        stored.shape,
-        stored.dtype,
-        stored.quant_type,
-        stored.block_size,
-        nested_absmax=parts.get("nested_absmax"),
-        offset=parts.get("offset"),
-    )

@@ -6,7 +6,7 @@ Legend: K = in features, N = out features, blocks = ceil(N K / block_size).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -356,11 +356,18 @@ def quantized_tensors(weight: Tensor, quant_type: str, block_size: int, double_q
 def rounded_to_4bit(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> Tensor:
     """W' of ``weight``, of any shape: what its 4-bit form stands for, in its dtype."""
     found = quantized_tensors(weight, quant_type, block_size, double_quant)
+    return dequantized(found, weight.shape, weight.dtype, quant_type, block_size)
+
+
+def dequantized(
+    found: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype, quant_type: str, block_size: int
+) -> Tensor:
+    """The inverse of `quantized_tensors`: W' (shape) of ``dtype``."""
     return ops.dequantize_4bit(
         found["weight"],
         found["absmax"],
-        weight.shape,
-        weight.dtype,
+        tuple(shape),
+        dtype,
         quant_type,
         block_size,
         nested_absmax=found.get("nested_absmax"),
