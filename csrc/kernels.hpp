@@ -47,6 +47,10 @@ struct Kernels {
     bool multiplies_bfloat16;
     // Up to so many rows of x, `linear` decodes weights into registers.
     int64_t fused_rows;
+    // Where a level has its own way for a single row of x, of float32 or bfloat16, else null: the same as `linear`, for x that
+    // `arrange_one_row` has put in order.
+    void (*one_row)(const LinearJob& job, int64_t first, int64_t last);
+    void (*arrange_one_row)(const void* x, int dtype, int64_t K, float* out);
 };
 
 // Null where the compiler could not target the level.

@@ -46,7 +46,7 @@ template <class Isa>
 static const Kernels* kernels_of() {
     static const Kernels kernels = {quantize<Isa>, dequantize<Isa>, linear<Isa>,
                                     row_norms<Isa>, arrange<Isa>, group_of<Isa>,
-                                    Isa::multiplies_bfloat16, Isa::fused_rows};
+                                    Isa::multiplies_bfloat16, Isa::fused_rows, nullptr, nullptr};
     return &kernels;
 }
 

@@ -132,6 +132,12 @@ void rw_linear_4bit(const rw_weight* weight, const void* x, int64_t T, int64_t N
     const Kernels& level = kernels();
     const int64_t size = dtype == RW_BFLOAT16 && level.multiplies_bfloat16 ? 2 : 4, group = level.group(dtype);
     const bool apart = K % weight->block_size == 0 && weight->block_size % group == 0, fused = apart && T <= level.fused_rows;
+    if (T == 1 && level.one_row && dtype != RW_FLOAT16 && K % weight->block_size == 0) {
+        float* in_order = rankwise::scratch<Kernels, float, 0>(K);
+        level.arrange_one_row(x, dtype, K, in_order);
+        const rankwise::LinearJob job = {weight, in_order, K, true, true, T, N, K, dtype, bias, y};
+        return split(N, task_step(N, least_rows(K), threads), threads, [&](int64_t first, int64_t last) { level.one_row(job, first, last); });
+    }
     // On tiles, 16 rows cost as much as one: from 5 on they win.
     const rankwise::ProductKernels* tiles = apart && !fused && dtype == RW_BFLOAT16 && T <= rankwise::kFewRows ? rankwise::current_products() : nullptr;
     if (tiles && !tiles->few_rows) tiles = nullptr;

@@ -127,6 +127,20 @@ def test_extreme_scales(level: str) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_with_scales_that_are_no_numbers(level: str, dtype: torch.dtype) -> None:
+    """A row of the weight with an Inf or NaN among its scales, of whatever bits, spoils its own output and no other."""
+    N, K = 7, 128
+    _, (packed, absmax, *_) = quantized(N, K, torch.float32, "nf4", 32, False)
+    absmax[4 * 2 + 1], absmax[4 * 5 + 3] = float("inf"), torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    W = reference.dequantize_4bit(packed, absmax, (N, K), dtype, "nf4", 32)
+    for T in (1, 2):
+        x = torch.rand(T, K).to(dtype) + 1
+        y = four_bit.linear_4bit(x, packed, absmax, (N, K), None, "nf4", 32)
+        assert (~y.isfinite()).all(dim=0).nonzero().flatten().tolist() == [2, 5]
+        torch.testing.assert_close(y[:, [0, 1, 3, 4, 6]], functional.linear(x, W)[:, [0, 1, 3, 4, 6]], rtol=2e-2, atol=2e-2)
+
+
 def test_written_past_the_caches(level: str) -> None:
     """A weight large enough for streaming stores, with a partial last block."""
     w, (packed, absmax, *_) = quantized(2100, 4099, torch.bfloat16, "fp4", 64, False)
