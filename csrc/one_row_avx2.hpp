@@ -43,7 +43,7 @@ struct TwoRows<RW_BFLOAT16> {
 
     static Values values(const float* value) { return value; }
 
-    // The upper halves of a and b, rounded to nearest even, in turns: a0 b0 a1 b1 ... NaN must have zeros in its lower half.
+    // The upper halves of a and b, rounded to nearest even, in turns: a0 b0 a1 b1 ... A NaN must have zeros in its lower half.
     static __m256i rounded(__m256 a, __m256 b) {
         const __m256i of_a = _mm256_castps_si256(a), of_b = _mm256_castps_si256(b);
         const __m256i upper = _mm256_blend_epi16(_mm256_srli_epi32(of_a, 16), of_b, 0xaa);
@@ -54,6 +54,8 @@ struct TwoRows<RW_BFLOAT16> {
     }
 
     void begin_block(Values value, __m256 scale) {
+        const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+        scale = _mm256_blendv_ps(scale, nan, _mm256_cmp_ps(scale, scale, _CMP_UNORD_Q));
         const auto four = [&](int i) { return _mm256_mul_ps(in_both(value + 4 * i), scale); };
         const __m256i apart = _mm256_setr_epi8(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15,  //
                                                0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15);
@@ -175,16 +177,15 @@ static void rows_by_one(const LinearJob& job, const typename TwoRows<D>::Values&
 template <class Isa, int D>
 static void one_row_as(const LinearJob& job, int64_t first, int64_t last) {
     constexpr int P = TwoRows<D>::at_once;
-    const auto values = TwoRows<D>::values(job.weight->value);
-    const int64_t blocks = job.K / job.weight->block_size;
-    float* scales = scratch<Isa, float, 2>(2 * P * blocks);
+    const rw_weight& weight = *job.weight;
+    const auto values = TwoRows<D>::values(weight.value);
+    const int64_t blocks = job.K / weight.block_size;
+    float* made = weight.nested_absmax ? scratch<Isa, float, 2>(2 * P * blocks) : nullptr;
     for (int64_t n = first; n < last; n += 2 * P) {
         const int64_t rows = last - n < 2 * P ? last - n : 2 * P;
-        prefetch_scales(*job.weight, (n + rows) * blocks, rows * blocks);
-        if (!Isa::scales(*job.weight, n * blocks, rows * blocks, scales))
-            for (int64_t i = 0; i < rows * blocks; ++i)
-                if (scales[i] != scales[i]) scales[i] = float_of(0x7fc00000u);  // NaN with zeros in its lower half
-        rows_by_one<D, P>(job, values, scales, n, rows);
+        prefetch_scales(weight, (n + rows) * blocks, rows * blocks);
+        if (made) Isa::scales(weight, n * blocks, rows * blocks, made);
+        rows_by_one<D, P>(job, values, made ? made : static_cast<const float*>(weight.absmax) + n * blocks, n, rows);
     }
 }
 
