@@ -126,6 +126,23 @@ def test_outputs_that_are_written_over_are_made_again_for_m(of_glu: bool, checkp
         torch.testing.assert_close(grad, grad0, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("adapters_in", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5,), (1, 1, 5), (2, 8, 5), (17, 5), (0, 5)])
+def test_without_gradients_the_outputs_are_the_same(dora, adapters_in, shape) -> None:
+    """Of few rows, as when generating, of many, and of none."""
+    made = branches(torch.float32, dora=dora, bias=True)
+    made = [dataclasses.replace(one, A=one.A.detach().to(adapters_in), B=one.B.detach().to(adapters_in)) for one in made]
+    x = torch.randn(shape)
+    with torch.no_grad():
+        found = low_rank_linear(x, made)
+    for y, branch in zip(found, made):
+        exact = plain(x, dataclasses.replace(branch, A=branch.A.float(), B=branch.B.float()))
+        assert y.shape == exact.shape
+        assert not y.requires_grad
+        torch.testing.assert_close(y, exact, rtol=1e-5, atol=1e-6)
+
+
 def test_an_unused_output_has_no_gradient_and_does_no_harm() -> None:
     made = branches(torch.float32, dora=True, bias=False)
     x = torch.randn(4, 5, requires_grad=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.adapters.base_layer import dense_weight, features, frozen_product, weight_key
-from rankwise.adapters.freshness import Kept
+from rankwise.adapters.freshness import Kept, frozen_key
 from rankwise.adapters.fused import Parts, enabled_rows, low_rank_product, to_blocks
 from rankwise.adapters.lora import empty_pair
 from rankwise.adapters.low_rank import (
@@ -52,9 +52,11 @@ class Dora(nn.Module):
         # float32 whatever the base's dtype: bfloat16 would round the gain away from 1 at the first step.
         self.magnitude = nn.Parameter(torch.empty(self.lora_B.shape[0], dtype=torch.float32, device=device))
         self._out_features = features(base)[1]
-        self.is_overwritten = False
         # Whether the model writes to what this layer gives; the operator keeps that for the magnitude's gradient.
+        self.is_overwritten = False
         self._norms, self._squared, self._gain = Kept(), Kept(), Kept()
+        # The norms that the gain was made from: held, so that no other tensor gets their identity.
+        self._gain_of: Tensor | None = None
 
     @property
     def dropout(self) -> float:
@@ -101,14 +103,16 @@ class Dora(nn.Module):
     def fixed_gain(self, base: nn.Module) -> Tensor | None:
         """`gain` without gradients, kept until the norms or m change; None on a CPU where an entry of it is zero."""
         norms = self.row_norms(base)
-        if (kept := self._gain.get((self.magnitude, norms), ())) is not None:
+        key = frozen_key(norms)
+        if norms is self._gain_of and (kept := self._gain.get((self.magnitude,), key)) is not None:
             return kept
         # Made under inference_mode it could not be kept.
         with torch.inference_mode(norms.is_inference()), torch.no_grad():
             g = self._gain_over(norms)
         if g.device.type == "cpu" and not bool(g.all()):
             return None
-        return self._gain.keep((self.magnitude, norms), (), g)
+        self._gain_of = norms
+        return self._gain.keep((self.magnitude,), key, g)
 
     @torch.no_grad()
     def row_norms(self, base: nn.Module) -> Tensor:

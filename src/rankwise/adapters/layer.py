@@ -31,12 +31,12 @@ class AdaptedLayer(nn.Module):
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
-        self.shared: SharedInput | None = None
         # The layers that read the same input, where they are computed together (rankwise.acceleration).
-        self.prepare: Callable[[], bool] | None = None
+        self.shared: SharedInput | None = None
         # Where the layer computes for another library's: brings it up to date, and says whether it may.
-        self.is_head = False
+        self.prepare: Callable[[], bool] | None = None
         # Fused losses multiply by the output head's weight themselves, past its forward.
+        self.is_head = False
         _keep_names(self, "base_layer")
 
     def forward(self, x: Tensor) -> Tensor:

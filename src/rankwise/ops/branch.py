@@ -31,15 +31,11 @@ class Branch:
 
     frozen: Frozen
     scale: float
-    A: Tensor
-    # (r, K)
-    B: Tensor
-    # (N, r)
+    A: Tensor  # (r, K)
+    B: Tensor  # (N, r)
     bias: Tensor | None = None
-    m: Tensor | None = None
-    # (N,)
-    gain: Tensor | None = None
-    # (N,) in float32: m / ||W + s B A||, no entry of m zero.
+    m: Tensor | None = None  # (N,)
+    gain: Tensor | None = None  # (N,) in float32: m / ||W + s B A||, no entry of m zero.
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

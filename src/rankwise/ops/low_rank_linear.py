@@ -35,6 +35,8 @@ def low_rank_linear(x: Tensor, branches: Sequence[Branch], dropout: Dropout | No
     """
     tensors = [tensor for branch in branches for tensor in branch.tensors]
     if not torch.is_grad_enabled():
+        if dropout is None and low_rank_plain.are_few(x):
+            return tuple(low_rank_plain.of_few_rows(x, branch) for branch in branches)
         return _forward(x, branches, dropout).outputs(x)
     return LowRankLinear.apply(tuple(branches), dropout, x, *tensors)
 
@@ -42,7 +44,7 @@ def low_rank_linear(x: Tensor, branches: Sequence[Branch], dropout: Dropout | No
 def low_rank_linear_of_glu(gate: Tensor, up: Tensor, act: str, branch: Branch, dropout: Dropout | None) -> Tensor:
     """``low_rank_linear(act(gate) * up)`` of one branch, without keeping the product: gate, up (..., K) -> (..., N)."""
     if not torch.is_grad_enabled():
-        return _forward(training.glu(gate, up, act), (branch,), dropout).outputs(gate)[0]
+        return low_rank_linear(training.glu(gate, up, act), (branch,), dropout)[0]
     return LowRankLinearOfGlu.apply(branch, act, dropout, gate, up, *branch.tensors)
 
 

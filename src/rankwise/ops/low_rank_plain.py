@@ -9,9 +9,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rankwise.ops import training
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted, grad_of_bias, grad_of_m
+
+FEW_ROWS = 16
+"""Up to so many rows of float32, PyTorch's small products are faster than the native addition of a low-rank branch."""
 
 
 def forward(rows: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> tuple[list[Tensor], Tensor]:
@@ -23,6 +27,22 @@ def forward(rows: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -
         training.low_rank_add_(y, U_i, branch.B.to(rows.dtype), branch.scale, branch.gain, branch.bias)
         ys.append(y)
     return ys, U
+
+
+def are_few(x: Tensor) -> bool:
+    """Whether `of_few_rows` is the faster way for x (..., K): generating, where calls cost more than what they do."""
+    return x.is_cpu and x.dtype is torch.float32 and x.numel() <= FEW_ROWS * x.shape[-1]
+
+
+def of_few_rows(x: Tensor, branch: Branch) -> Tensor:
+    """The output (..., N) of one branch without dropout, in as few calls as can be; nothing is kept for gradients."""
+    A, B = branch.A, branch.B
+    if not (A.dtype is B.dtype is x.dtype):
+        A, B = A.to(x.dtype), B.to(x.dtype)
+    y = branch.frozen.product(x).add_(F.linear(F.linear(x, A), B), alpha=branch.scale)
+    if branch.gain is not None:
+        y.mul_(branch.gain)
+    return y if branch.bias is None else y.add_(branch.bias)
 
 
 def backward(
