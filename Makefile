@@ -61,6 +61,7 @@ bench: $(STAMP) ## timings against the peers, into docs/results (half an hour on
 	$(BIN)/python benchmarks/quantized_load.py
 	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/memory_plan.py
 	@test -f $(E2E)/trainset.csv || { echo "needs E2E's trainset.csv and devset.csv; set E2E=FOLDER"; exit 1; }
 	$(BIN)/python benchmarks/end_to_end.py $(E2E)/trainset.csv --eval-data $(E2E)/devset.csv

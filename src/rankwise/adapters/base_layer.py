@@ -107,7 +107,8 @@ def weight_device(base: nn.Module) -> torch.device:
 def weight_key(base: nn.Module) -> Key:
     """Changes whenever the base's weight is replaced, written to, moved or read in another dtype."""
     layer: Any = base
-    return *frozen_key(layer.weight), weight_dtype(base), layer.weight.device
+    W = layer.weight
+    return *frozen_key(W), W.dtype if W.dtype.is_floating_point else layer.dtype, W.device
 
 
 def with_weight(base: nn.Module, W: Tensor) -> nn.Module:

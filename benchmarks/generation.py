@@ -1,0 +1,103 @@
+"""Milliseconds a token while generating with an adapter that is not merged: ours against PEFT, and the bare model.
+
+    python benchmarks/generation.py [--dtype float32] [--batch 1] [--rounds 5]
+
+The demo model, greedy, r = 16 on all linear layers; every contender in every round, medians. Writes generation.json and
+generation.md into docs/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import contenders
+import results
+import timing
+import torch
+from transformers import AutoModelForCausalLM
+
+import rankwise as rw
+
+PROMPT, NEW = 16, 32
+
+
+def ours(folder: str, method: str, dtype: torch.dtype) -> Any:
+    four_bits = rw.Nf4Config(double_quant=True) if contenders.is_four_bit(method) else None
+    model, _ = rw.load_model(folder, dtype=dtype, quantization=four_bits)
+    rw.add_adapter(model, rw.LoraConfig(r=contenders.R, use_dora=contenders.is_dora(method)))
+    return model
+
+
+def models(folder: str, dtype: torch.dtype) -> dict[str, Any]:
+    made = {"bare model": AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)}
+    for method in contenders.METHODS:
+        made[f"{method}: PEFT"] = contenders.peft(folder, method, 0.0, dtype)
+        made[f"{method}: ours"] = ours(folder, method, dtype)
+    return {name: model.eval() for name, model in made.items()}
+
+
+def generating(model: Any, ids: torch.Tensor) -> timing.Prepared:
+    def call() -> None:
+        with torch.no_grad():
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=NEW,
+                min_new_tokens=NEW,
+                do_sample=False,
+                pad_token_id=0,
+            )
+
+    return call, timing.nothing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--batch", type=int, default=1, help="rows that are generated together")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=results.FOLDER)
+    given = parser.parse_args()
+    contenders.silence()
+    torch.manual_seed(0)
+    ids = torch.randint(10, 40000, (given.batch, PROMPT))
+    with contenders.model_folder("demo") as folder:
+        found = models(folder, getattr(torch, given.dtype))
+        calls = {name: generating(model, ids) for name, model in found.items()}
+        seconds = timing.alternate(calls, given.rounds)
+    result = {
+        "command": results.command(),
+        "machine": results.machine(),
+        "versions": results.versions(),
+        "dtype": given.dtype,
+        "batch": given.batch,
+        "ms_per_token": {name: statistics.median(times) / NEW * 1e3 for name, times in seconds.items()},
+    }
+    results.save(given.output, "generation", result, markdown(result))
+
+
+def markdown(result: dict[str, Any]) -> list[str]:
+    ms = result["ms_per_token"]
+    bare = ms["bare model"]
+    rows = []
+    for method in contenders.METHODS:
+        peer, own = ms[f"{method}: PEFT"], ms[f"{method}: ours"]
+        rows.append(
+            [method, *(results.number(value, 1) for value in (peer, own)), *map(results.number, (own / bare, peer / own))]
+        )
+    return [
+        f"# Generating with an adapter: demo, {result['dtype']}, {result['batch']} row(s)",
+        "",
+        *results.where_from(result),
+        f"Milliseconds a token, greedy, {NEW} tokens after {PROMPT}; the bare model takes {results.number(bare, 1)}. 4-bit "
+        "peers are bitsandbytes'.",
+        "",
+        *results.table(["method", "PEFT", "ours", "ours / bare", "times as fast"], rows),
+    ]
+
+
+if __name__ == "__main__":
+    main()
