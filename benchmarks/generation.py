@@ -86,14 +86,18 @@ def markdown(result: dict[str, Any]) -> list[str]:
     for method in contenders.METHODS:
         peer, own = ms[f"{method}: PEFT"], ms[f"{method}: ours"]
         rows.append(
-            [method, *(results.number(value, 1) for value in (peer, own)), *map(results.number, (own / bare, peer / own))]
+            [
+                method,
+                *(results.number(value, 1) for value in (peer, own)),
+                *map(results.number, (own / bare, peer / own)),
+            ]
         )
     return [
         f"# Generating with an adapter: demo, {result['dtype']}, {result['batch']} row(s)",
         "",
         *results.where_from(result),
-        f"Milliseconds a token, greedy, {NEW} tokens after {PROMPT}; the bare model takes {results.number(bare, 1)}. 4-bit "
-        "peers are bitsandbytes'.",
+        f"Milliseconds a token, greedy, {NEW} tokens after {PROMPT}; the bare model takes {results.number(bare, 1)}. "
+        "4-bit peers are bitsandbytes'.",
         "",
         *results.table(["method", "PEFT", "ours", "ours / bare", "times as fast"], rows),
     ]

@@ -132,7 +132,9 @@ def test_outputs_that_are_written_over_are_made_again_for_m(of_glu: bool, checkp
 def test_without_gradients_the_outputs_are_the_same(dora, adapters_in, shape) -> None:
     """Of few rows, as when generating, of many, and of none."""
     made = branches(torch.float32, dora=dora, bias=True)
-    made = [dataclasses.replace(one, A=one.A.detach().to(adapters_in), B=one.B.detach().to(adapters_in)) for one in made]
+    made = [
+        dataclasses.replace(one, A=one.A.detach().to(adapters_in), B=one.B.detach().to(adapters_in)) for one in made
+    ]
     x = torch.randn(shape)
     with torch.no_grad():
         found = low_rank_linear(x, made)
