@@ -52,6 +52,10 @@ class LoraConfig:
     target_modules: str | Sequence[str] | None = ALL_LINEAR
     # A list matches a module's whole name or its end after a dot; a string is a full-match regular expression;
     # "all-linear" is every linear layer but the output head.
+    target_parameters: Sequence[str] | None = None
+    # Stacked experts, by the names of their parameters: ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]. They
+    # match like a list of target_modules, and adapt besides those; target_modules=[] adapts experts alone. As in PEFT
+    # exclude_modules, layers_to_transform and layers_pattern leave them alone: a whole name chooses a layer.
     use_dora: bool = False
     # Train a magnitude per output row besides A and B.
     use_rslora: bool = False
@@ -82,6 +86,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if isinstance(self.modules_to_save, str):
             object.__setattr__(self, "modules_to_save", (self.modules_to_save,))
+        if self.target_parameters is not None and not isinstance(self.target_parameters, str):
+            object.__setattr__(self, "target_parameters", tuple(self.target_parameters) or None)
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -128,8 +134,9 @@ def _lora_problems(config: LoraConfig) -> Sequence[str]:
 
 
 def _target_problems(config: LoraConfig) -> Iterator[str]:
-    if config.target_modules is not None and len(config.target_modules) == 0:
+    if config.target_modules is not None and len(config.target_modules) == 0 and not config.target_parameters:
         yield 'target_modules is empty; give a list of names, a regular expression, or "all-linear"'
+    yield from _parameter_problems(config)
     layers = config.layers_to_transform
     indices = [layers] if isinstance(layers, int) else layers
     if indices is not None and (isinstance(indices, str) or not all(type(index) is int for index in indices)):
@@ -142,6 +149,21 @@ def _target_problems(config: LoraConfig) -> Iterator[str]:
     for key, parts in config.enable_lora.items():
         if not isinstance(parts, Sequence) or not any(parts):
             yield f"enable_lora[{key!r}] is {parts!r} and must be a list that enables at least one part"
+
+
+def _parameter_problems(config: LoraConfig) -> Iterator[str]:
+    """As in PEFT, stacked experts take LoRA alone."""
+    if config.target_parameters is None:
+        return
+    if isinstance(config.target_parameters, str):
+        yield f"target_parameters is {config.target_parameters!r} and must be a list of names of parameters"
+    if config.use_dora:
+        yield "use_dora is set with target_parameters, and stacked experts take LoRA alone; leave one of the two out"
+    if config.lora_dropout:
+        yield (
+            f"lora_dropout is {config.lora_dropout!r} with target_parameters, and stacked experts take no dropout; set "
+            "it to 0 or leave target_parameters out"
+        )
 
 
 def _pattern_problems(config: LoraConfig) -> Iterator[str]:
@@ -184,8 +206,9 @@ def comma_list(value: Any) -> Any:
 
 
 def module_list(value: Any) -> Any:
-    """A comma makes a list, and so does a bare module name: as a regular expression it would match almost nothing."""
-    is_list = isinstance(value, str) and value != ALL_LINEAR and ("," in value or re.fullmatch(r"\w+", value))
+    """A comma makes a list, and so does a bare module name: as a regular expression it would match almost nothing.
+    Nothing is the empty list."""
+    is_list = isinstance(value, str) and value != ALL_LINEAR and ("," in value or re.fullmatch(r"\w*", value))
     return comma_list(value) if is_list else value
 
 
@@ -226,6 +249,11 @@ class TrainSettings(Settings):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the low-rank path.")
     target_modules: Annotated[str | tuple[str, ...], BeforeValidator(module_list)] = Field(
         ALL_LINEAR, description='Module names, comma-separated; or a regular expression; or "all-linear".'
+    )
+    target_parameters: Annotated[tuple[str, ...] | None, BeforeValidator(comma_list)] = Field(
+        None,
+        description="Stacked experts to adapt too, by parameter: mlp.experts.gate_up_proj,mlp.experts.down_proj; "
+        'with --target-modules "" they alone.',
     )
     exclude_modules: Annotated[str | tuple[str, ...] | None, BeforeValidator(module_list)] = Field(
         None, description="Module names to leave alone."

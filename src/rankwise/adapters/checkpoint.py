@@ -1,8 +1,9 @@
 """Adapter folders in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``, both ways.
 
 Shapes in the file: lora_A (r, in), lora_B (out, r), lora_magnitude_vector (out,), lora_embedding_A (r, vocabulary),
-lora_embedding_B (dim, r). A partly adapted fused projection is one LoRA of rank n r (see ``adapters.fused``); which
-parts adapt stands in the metadata.
+lora_embedding_B (dim, r); of E stacked experts lora_A (E r, in) and lora_B (out, r E), see ``adapters.experts``. A
+partly adapted fused projection is one LoRA of rank n r (see ``adapters.fused``); which parts adapt stands in the
+metadata.
 """
 
 from __future__ import annotations
@@ -18,11 +19,21 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.base_layer import is_conv1d
+from rankwise.adapters.experts import (
+    StackLora,
+    from_peft_A,
+    from_peft_B,
+    ordered_stacks,
+    peft_A,
+    peft_B,
+    peft_keys,
+)
 from rankwise.adapters.fused import enabled_rows, from_blocks
 from rankwise.adapters.inject import (
     DEFAULT_NAME,
     AdaptedModule,
     AdapterReport,
+    adapted_experts,
     adapted_layers,
     attach,
     disable_adapter,
@@ -30,6 +41,7 @@ from rankwise.adapters.inject import (
     plan_adapter,
     remove_adapter,
     report,
+    stacks_of,
     trained_copies,
 )
 from rankwise.adapters.layer import AdaptedLayer, TrainedCopy
@@ -58,7 +70,8 @@ PARTS_FIELDS = ("enable_lora", "rank_pattern", "alpha_pattern")
 def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
     """{key in PEFT's file: live parameter} of an adapter, the active one by default.
 
-    For a partly adapted fused projection the parameters are the compact A, B and m; the file holds them expanded.
+    For a partly adapted fused projection the parameters are the compact A, B and m; the file holds them expanded. Those
+    of E stacked experts are (E, r, in) and (E, out, r).
     """
     state, name = state_and_name(model, name)
     found: dict[str, nn.Parameter] = {}
@@ -66,6 +79,8 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
         adapter: Any = layer.adapters[name]
         for key, attribute in _tensor_keys(path, layer.base_layer, adapter.magnitude is not None).items():
             found[key] = getattr(adapter, attribute)
+    for path, experts in adapted_experts(model, name):
+        found |= _stack_parameters(path, stacks_of(experts, name))
     for path, copy in trained_copies(model, name):
         found |= {f"{PREFIX}{path}.{key}": value for key, value in copy.adapters[name].named_parameters()}
     adapted = {path for path, _ in adapted_layers(model, name)}
@@ -92,13 +107,18 @@ def save_adapter(
         _as_one_lora(config, modules),
         _portable_targets(model, config, modules),
         base_model or getattr(model, "name_or_path", None) or None,
-        all(is_conv1d(layer.base_layer) for _, layer in adapted_layers(model, name)),
+        _is_transposed([layer.base_layer for _, layer in adapted_layers(model, name)]),
     )
     metadata = {"format": "pt"}
     if config.enable_lora:
         metadata[PARTS_KEY] = json.dumps({name: _plain(getattr(config, name)) for name in PARTS_FIELDS})
     write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(adapter_tensors(model, name), metadata))
     write_json(folder / CONFIG_FILE, document)
+
+
+def _is_transposed(bases: list[nn.Module]) -> bool:
+    """PEFT's fan_in_fan_out. It says nothing of stacked experts, of which PEFT asks the module."""
+    return bool(bases) and all(map(is_conv1d, bases))
 
 
 def adapter_tensors(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
@@ -113,6 +133,9 @@ def adapter_tensors(model: nn.Module, name: str | None = None) -> dict[str, Tens
                 full["magnitude"] = adapter.full_magnitude(layer.base_layer)
             keys = _tensor_keys(path, layer.base_layer, adapter.magnitude is not None)
             tensors |= {key: full[attribute] for key, attribute in keys.items() if attribute in full}
+    for path, experts in adapted_experts(model, name):
+        stacked = _stack_parameters(path, stacks_of(experts, name))
+        tensors |= {key: peft_A(tensors[key]) if "lora_A" in key else peft_B(tensors[key]) for key in stacked}
     for path, copy in trained_copies(model, name):
         tensors |= {f"{PREFIX}{path}.{key}": value.detach() for key, value in copy.adapters[name].named_buffers()}
     tensors |= _replaced_tensors(model, state, name)
@@ -189,6 +212,10 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str | No
     layers = {PREFIX + path: layer for path, layer in adapted_layers(model, name)}
     for key, parameter in adapter_parameters(model, name).items():
         layer = layers.get(key.partition(".lora_")[0])
+        if parameter.dim() == 3 and ".lora_" in key:
+            from_peft = from_peft_A if "lora_A" in key else from_peft_B
+            parameter.copy_(from_peft(tensors[key], parameter.shape[0]))
+            continue
         parameter.copy_(tensors[key] if layer is None else _compact(key, tensors[key], layer, name))
     for path, copy in trained_copies(model, name):
         for key, buffer in copy.adapters[name].named_buffers():
@@ -230,6 +257,12 @@ def _tensor_keys(path: str, base: nn.Module, magnitude: bool) -> dict[str, str]:
     else:
         keys = {f"{start}lora_A.weight": "lora_A", f"{start}lora_B.weight": "lora_B"}
     return keys | ({f"{start}lora_magnitude_vector": "magnitude"} if magnitude else {})
+
+
+def _stack_parameters(path: str, stacks: Mapping[str, StackLora]) -> dict[str, nn.Parameter]:
+    starts = peft_keys(f"{PREFIX}{path}", list(stacks))
+    found = {f"{starts[leaf]}lora_A.weight": lora.lora_A for leaf, lora in stacks.items()}
+    return found | {f"{starts[leaf]}lora_B.weight": lora.lora_B for leaf, lora in stacks.items()}
 
 
 def _compact(key: str, tensor: Tensor, layer: AdaptedLayer, name: str) -> Tensor:
@@ -284,7 +317,7 @@ def _portable_targets(model: nn.Module, config: LoraConfig, modules: list[Adapte
     """ "all-linear" spelled out: the shortest list of endings that names the adapted modules and no others."""
     if config.target_modules != "all-linear":
         return config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
-    names = [item.name for item in modules]
+    names = [item.name for item in modules if item.experts is None]
     endings = sorted(suffixes(names))
     same = {name for name, _ in base_modules(model) if name and matches(name, endings)} == set(names)
     return endings if same and not config.exclude_modules else names
@@ -319,9 +352,12 @@ def _expected_shapes(model: nn.Module, config: LoraConfig, planned: list[Adapted
     modules = dict(base_modules(model))
     shapes: dict[str, tuple[int, ...]] = {}
     for item in planned:
-        base = modules[item.name]
+        base = modules[item.path]
         if item.kind == "trained whole":
             shapes |= {f"{PREFIX}{item.name}.{key}": tuple(value.shape) for key, value in base.state_dict().items()}
+            continue
+        if item.experts is not None:
+            shapes |= _stack_shapes(item, stack_keys(base, item, planned))
             continue
         r = item.r * (1 if item.parts is None else sum(item.parts))
         by_attribute = {
@@ -333,6 +369,20 @@ def _expected_shapes(model: nn.Module, config: LoraConfig, planned: list[Adapted
         shapes |= {key: by_attribute[attribute] for key, attribute in keys.items()}
     adapted = {item.name for item in planned if item.kind != "trained whole"}
     return shapes | _expected_biases(modules, config, adapted)
+
+
+def stack_keys(experts: nn.Module, item: AdaptedModule, planned: list[AdaptedModule]) -> dict[str, str]:
+    """{key in PEFT's file: lora_A or lora_B} of a stack, beside those of the same module that are planned too."""
+    beside = [other.leaf for other in planned if other.experts is not None and other.path == item.path]
+    start = peft_keys(f"{PREFIX}{item.path}", ordered_stacks(experts, beside))[item.leaf]
+    return {f"{start}lora_A.weight": "lora_A", f"{start}lora_B.weight": "lora_B"}
+
+
+def _stack_shapes(item: AdaptedModule, keys: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    assert item.experts is not None, "a stack"
+    ranks = item.experts * item.r
+    by_attribute = {"lora_A": (ranks, item.in_features), "lora_B": (item.out_features, ranks)}
+    return {key: by_attribute[attribute] for key, attribute in keys.items()}
 
 
 def _expected_biases(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from rankwise.adapters.base_layer import features, weight_device, weight_dtype
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.embedding import EmbeddingLora
+from rankwise.adapters.experts import AdaptedExperts, ExpertsLora, StackLora, stack_shape
 from rankwise.adapters.layer import AdaptedLayer, Adapter, TrainedCopy
 from rankwise.adapters.lora import Lora
+from rankwise.adapters.parameters import parameter_names
 from rankwise.adapters.state import (
     AdapterState,
     adapter_state,
@@ -43,7 +45,9 @@ DEFAULT_NAME = "default"
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedModule:
-    """One module that an adapter changes. ``kind``: LoRA or DoRA, or "trained whole" (modules_to_save)."""
+    """One module that an adapter changes, or one stack of experts. ``kind``: LoRA or DoRA, or "trained whole"
+    (modules_to_save). Of a stack ``name`` is the parameter's, and the features are those of one expert.
+    """
 
     name: str
     kind: str
@@ -52,6 +56,18 @@ class AdaptedModule:
     r: int
     lora_alpha: float
     parts: tuple[bool, ...] | None = None
+    experts: int | None = None
+    # How many are stacked; None for a module.
+
+    @property
+    def path(self) -> str:
+        """Of the module: of a stack that of its experts."""
+        return self.name if self.experts is None else self.name.rpartition(".")[0]
+
+    @property
+    def leaf(self) -> str:
+        """The stack's name in its experts."""
+        return self.name.rpartition(".")[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +91,7 @@ class AdapterReport:
 def add_adapter(model: nn.Module, config: LoraConfig, *, name: str = DEFAULT_NAME) -> AdapterReport:
     """Freeze the model and lay a new adapter over its target modules, in place; it becomes the active one.
 
-    Raises AdapterError: RW401-RW404 for targets, RW405 for a name that is taken or cannot be one, RW406 for a
+    Raises AdapterError: RW401-RW404 and RW419 for targets, RW405 for a name that is taken or cannot be one, RW406 for a
     second adapter that trains biases. Nothing changes when it raises.
     """
     planned = plan_adapter(model, config, name)
@@ -86,9 +102,12 @@ def plan_adapter(model: nn.Module, config: LoraConfig, name: str = DEFAULT_NAME)
     """What ``add_adapter`` would adapt; checks everything and changes nothing."""
     _check_name(model, config, name)
     modules = dict(base_modules(model))
-    names = target_names(modules, _output_head(model), config)
+    stacks = parameter_names(modules, config)
+    # An empty list of target_modules leaves the stacks alone to adapt.
+    names = target_names(modules, _output_head(model), config) if config.target_modules or not stacks else []
     check_enable_lora(config, names)
     planned = [_planned(config, target, modules[target]) for target in names]
+    planned += [_planned_stack(config, name, modules) for name in stacks]
     saved = module_names(modules, config.modules_to_save or ())
     return planned + [AdaptedModule(item, "trained whole", *_whole(modules[item]), 0, 0) for item in saved]
 
@@ -106,6 +125,8 @@ def attach(
     for item in planned:
         if item.kind == "trained whole":
             _wrap(model, item.name, TrainedCopy).add(name)
+        elif item.experts is not None:
+            _add_stack(_wrap(model, item.path, AdaptedExperts), config, item, name)
         else:
             layer = _wrap(model, item.name, AdaptedLayer)
             layer.adapters[name] = _new_adapter(config, item, layer.base_layer).train(layer.training)
@@ -129,6 +150,9 @@ def report(model: nn.Module, name: str | None = None) -> AdapterReport:
     config, modules = state.configs[name], []
     for path, layer in adapted_layers(model, name):
         modules.append(_planned(config, path, layer.base_layer))
+    for path, experts in adapted_experts(model, name):
+        leaves = (f"{path}.{leaf}" for leaf in stacks_of(experts, name))
+        modules += [_planned_stack(config, stack, {path: experts.base_layer}) for stack in leaves]
     for path, copy in trained_copies(model, name):
         modules.append(AdaptedModule(path, "trained whole", *_whole(copy.original), 0, 0))
     parameters = list(model.parameters())
@@ -221,6 +245,19 @@ def adapted_layers(model: nn.Module, name: str) -> Iterator[tuple[str, AdaptedLa
             yield path, module
 
 
+def adapted_experts(model: nn.Module, name: str) -> Iterator[tuple[str, AdaptedExperts]]:
+    """(path, experts) of every experts module that the adapter ``name`` lies over."""
+    for path, module in wrappers(model):
+        if isinstance(module, AdaptedExperts) and name in module.adapters:
+            yield path, module
+
+
+def stacks_of(experts: AdaptedExperts, name: str) -> dict[str, StackLora]:
+    """{stack: its low-rank pairs} of an adapter, in the order of the module's parameters."""
+    adapter: Any = experts.adapters[name]
+    return {leaf: adapter.stacks[leaf] for leaf in experts.base_layer._parameters if leaf in adapter.stacks}
+
+
 def trained_copies(model: nn.Module, name: str) -> Iterator[tuple[str, TrainedCopy]]:
     """(path, module) of every module that the adapter ``name`` trains whole."""
     for path, module in wrappers(model):
@@ -254,6 +291,25 @@ def _planned(config: LoraConfig, name: str, base: nn.Module) -> AdaptedModule:
     lora_alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
     parts = enabled_parts(config, name, base)
     return AdaptedModule(name, "DoRA" if config.use_dora else "LoRA", *features(base), r, lora_alpha, parts)
+
+
+def _planned_stack(config: LoraConfig, name: str, modules: Mapping[str, nn.Module]) -> AdaptedModule:
+    path, _, leaf = name.rpartition(".")
+    r = pattern_value(config.rank_pattern, name, config.r)
+    lora_alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+    stack = stack_shape(modules[path], leaf)
+    return AdaptedModule(name, "LoRA", stack.in_features, stack.out_features, r, lora_alpha, experts=stack.experts)
+
+
+def _add_stack(experts: AdaptedExperts, config: LoraConfig, item: AdaptedModule, name: str) -> None:
+    if name not in experts.adapters:
+        experts.adapters[name] = ExpertsLora().train(experts.training)
+    stack = stack_shape(experts.base_layer, item.leaf)
+    dtype = torch.float32 if config.adapter_dtype == "float32" else stack.dtype
+    lora = StackLora(stack, item.r, config.scaling(item.r, item.lora_alpha), dtype=dtype)
+    lora.reset_parameters(zero_b=config.init_lora_weights)
+    adapter: Any = experts.adapters[name]
+    adapter.stacks[item.leaf] = lora
 
 
 def _whole(module: nn.Module) -> tuple[int, int]:

@@ -37,7 +37,7 @@ class AdaptedLayer(nn.Module):
         self.prepare: Callable[[], bool] | None = None
         # Fused losses multiply by the output head's weight themselves, past its forward.
         self.is_head = False
-        _keep_names(self, "base_layer")
+        keep_names(self, "base_layer")
 
     def forward(self, x: Tensor) -> Tensor:
         if self.active is None:
@@ -82,7 +82,7 @@ class TrainedCopy(nn.Module):
         self.original = original
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
-        _keep_names(self, "original")
+        keep_names(self, "original")
 
     def add(self, name: str) -> None:
         # deepcopy gives the copy parameters of its own: a tied head is untied here.
@@ -101,7 +101,7 @@ class TrainedCopy(nn.Module):
             return getattr(self.chosen(), name)
 
 
-def _keep_names(wrapper: nn.Module, inner: str) -> None:
+def keep_names(wrapper: nn.Module, inner: str) -> None:
     """Hide ``inner.`` in the wrapper's state dict, on the way out and on the way in."""
     wrapper.register_state_dict_post_hook(_without_prefix(inner))
     wrapper.register_load_state_dict_pre_hook(_with_prefix(inner))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rankwise.adapters.base_layer import with_weight
+from rankwise.adapters.experts import AdaptedExperts
 from rankwise.adapters.inject import enable_adapter
 from rankwise.adapters.layer import TrainedCopy
 from rankwise.adapters.state import Wrapper, adapter_state, inner_module, state_and_name, wrappers
@@ -18,8 +19,9 @@ from rankwise.errors import AdapterError
 def merge_adapter(model: nn.Module, *, reversible: bool = True) -> None:
     """Fold the active adapter into the weights, in place: plain layers again, no inference cost.
 
-    A 4-bit layer becomes a 16-bit one. ``reversible`` keeps the wrapped layers, with the base's original weights,
-    for ``unmerge_adapter`` (which is then exact); without it they are freed. Other loaded adapters go with the layers.
+    A 4-bit layer becomes a 16-bit one, and of 4-bit experts each stack that adapts. ``reversible`` keeps the wrapped
+    layers, with the base's original weights, for ``unmerge_adapter`` (which is then exact); without it they are freed.
+    Other loaded adapters go with the layers.
     Raises AdapterError: RW407 no adapter, RW408 already merged.
     """
     state, _ = state_and_name(model, None)
@@ -53,6 +55,8 @@ def _merged(module: Wrapper) -> nn.Module:
     if isinstance(module, TrainedCopy):
         return module.chosen()
     adapter: Any = module.adapters[module.active]
+    if isinstance(module, AdaptedExperts):
+        return adapter.merge(module.base_layer)
     return with_weight(module.base_layer, adapter.merge(module.base_layer))
 
 

@@ -21,6 +21,7 @@ _SHARED_FIELDS = (
     "lora_alpha",
     "lora_dropout",
     "target_modules",
+    "target_parameters",
     "exclude_modules",
     "rank_pattern",
     "alpha_pattern",
@@ -40,7 +41,6 @@ _FIXED_FIELDS: dict[str, Any] = {
     "layer_replication": None,
     "lora_bias": False,
     "megatron_config": None,
-    "target_parameters": None,
     "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
@@ -86,8 +86,12 @@ def from_peft(document: Mapping[str, Any], source: Path) -> LoraConfig:
             "RW410",
             f"{source} sets {shown}, which changes what the adapter computes and is not supported; use PEFT.",
         )
+    fields = {name: document[name] for name in _SHARED_FIELDS if document.get(name) is not None}
+    if fields.get("target_parameters"):
+        # Without target_modules PEFT adapted parameters alone.
+        fields.setdefault("target_modules", ())
     try:
-        return LoraConfig(**{name: document[name] for name in _SHARED_FIELDS if document.get(name) is not None})
+        return LoraConfig(**fields)
     except (ConfigError, TypeError, ValueError) as error:
         raise AdapterError("RW410", f"{source} is no valid LoRA configuration: {error}") from None
 

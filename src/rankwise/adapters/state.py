@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from rankwise.adapters.experts import AdaptedExperts
 from rankwise.adapters.layer import AdaptedLayer, TrainedCopy
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError
 
-Wrapper = AdaptedLayer | TrainedCopy
+Wrapper = AdaptedLayer | AdaptedExperts | TrainedCopy
 
 
 @dataclasses.dataclass
@@ -65,7 +66,7 @@ def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
 
 
 def inner_module(wrapper: Wrapper) -> nn.Module:
-    return wrapper.base_layer if isinstance(wrapper, AdaptedLayer) else wrapper.original
+    return wrapper.original if isinstance(wrapper, TrainedCopy) else wrapper.base_layer
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from rankwise import ops
 from rankwise.ops.checks import check_dtype, check_type
 from rankwise.ops.codes import NESTED_BLOCK
 from rankwise.ops.four_bit import as_autocast
+from rankwise.ops.grouped import rows_per_expert
 from rankwise.quantization.linear import (
     check_scale_dtypes,
     computed_in,
@@ -173,42 +173,56 @@ def forward_4bit(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_we
     hidden_states (T, H), top_k_index (T, k) of experts, top_k_weights (T, k) -> (T, H) in the dtype of hidden_states.
     Equal to the eager implementation on the dequantized weights; differentiable in hidden_states and top_k_weights.
     """
-    T, k = top_k_index.shape
+    return forward_by_expert(self, hidden_states, top_k_index, top_k_weights, product)
+
+
+Product = Callable[[Any, str, int, Tensor], Tensor]
+"""(experts module, name of a stack, index of an expert, its rows (t, K)) -> what its matrix gives (t, N)."""
+
+
+def forward_by_expert(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, multiply: Product
+) -> Tensor:
+    """The same for experts whose products ``multiply`` gives, one expert after the other."""
+    k = top_k_index.shape[1]
     experts = top_k_index.reshape(-1)
     order = experts.argsort(stable=True)
     # All rows of an expert, side by side: what is picked at once is put back at once, in backward too.
     rows = hidden_states[order // k].split(rows_per_expert(experts, self.num_experts))
-    parts = [_expert(self, index, x) for index, x in enumerate(rows) if x.shape[0]]
+    parts = [_expert(self, index, x, multiply) for index, x in enumerate(rows) if x.shape[0]]
     del rows
     outputs = torch.cat(parts)
     del parts
     outputs = outputs[order.argsort()]
-    if getattr(self, "has_post_expert_norm", False):
-        outputs = self.post_expert_norm(outputs)
-    weighted = outputs.view(T, k, -1) * top_k_weights.unsqueeze(-1)
-    return weighted.sum(dim=1).to(hidden_states.dtype)
+    return weighed(self, outputs, top_k_weights, hidden_states.dtype)
 
 
-def rows_per_expert(experts: Tensor, count: int) -> list[int]:
-    """How often each of ``count`` experts stands in ``experts`` (S,).
-
-    Fake tensors have no values: they stand for a step whose tokens are spread evenly.
-    """
-    if isinstance(experts, FakeTensor):
-        return [(experts.numel() + index) // count for index in range(count)]
-    return torch.bincount(experts, minlength=count).tolist()
+def weighed(module: Any, outputs: Tensor, top_k_weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """``sum over k of p_tk y_tk``: outputs (T k, H) of each token's experts, top_k_weights (T, k) -> (T, H)."""
+    if getattr(module, "has_post_expert_norm", False):
+        outputs = module.post_expert_norm(outputs)
+    weighted = outputs.view(*top_k_weights.shape, -1) * top_k_weights.unsqueeze(-1)
+    return weighted.sum(dim=1).to(dtype)
 
 
-def _expert(module: Any, index: int, x: Tensor) -> Tensor:
+def first_leaf(module: Any) -> str:
+    """The name of the stack whose product comes first."""
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def gate_of(module: Any) -> Callable[[Tensor], Tensor]:
+    """From what comes out of the first product to what goes into the second."""
+    return module._apply_gate if module.has_gate else module.act_fn
+
+
+def _expert(module: Any, index: int, x: Tensor, multiply: Product) -> Tensor:
     """One expert's output (t, H) for its t rows."""
-    if module.has_gate:
-        inner = module._apply_gate(_product(module, "gate_up_proj", index, x))
-    else:
-        inner = module.act_fn(_product(module, "up_proj", index, x))
-    return _product(module, "down_proj", index, inner)
+    inner = gate_of(module)(multiply(module, first_leaf(module), index, x))
+    return multiply(module, "down_proj", index, inner)
 
 
-def _product(module: Any, leaf: str, index: int, x: Tensor) -> Tensor:
+def product(module: Any, leaf: str, index: int, x: Tensor) -> Tensor:
+    """``W_e x + b_e`` of one expert, dense or 4-bit: (t, K) -> (t, N)."""
     stack = stack_at(module, leaf)
     if stack is not None:
         y = computed_in(
@@ -234,14 +248,21 @@ def four_bit_stacks(model: nn.Module) -> Iterator[tuple[str, Stack]]:
                 yield f"{name}.{leaf}" if name else leaf, stack
 
 
-def obstacle(experts: nn.Module, leaf: str, shape: tuple[int, ...], block_size: int) -> str | None:
-    """Why a stack (E, N, K) cannot be 4-bit, or None where it can."""
+def foreign(experts: nn.Module, leaf: str) -> str | None:
+    """Why nothing here knows how ``leaf`` is computed with, or None for a stack of transformers' interface."""
     module: Any = experts
     understood = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "config"))
     if not understood or leaf not in LEAVES:
         return f"{type(experts).__name__} does not compute through transformers' interface for experts"
     if getattr(module, "_is_expert_parallel", False):
         return "its experts are spread over devices"
+    return None
+
+
+def obstacle(experts: nn.Module, leaf: str, shape: tuple[int, ...], block_size: int) -> str | None:
+    """Why a stack (E, N, K) cannot be 4-bit, or None where it can."""
+    if (reason := foreign(experts, leaf)) is not None:
+        return reason
     weights = math.prod(shape[1:])
     if weights % block_size or not weights:
         return f"the {weights:,} weights of an expert are no whole number of blocks of {block_size}"

@@ -90,6 +90,7 @@ def _lora_config(given: TrainSettings) -> LoraConfig:
         lora_alpha=given.lora_alpha,
         lora_dropout=given.lora_dropout,
         target_modules=given.target_modules,
+        target_parameters=given.target_parameters,
         exclude_modules=given.exclude_modules,
         modules_to_save=given.modules_to_save,
         use_rslora=given.use_rslora,

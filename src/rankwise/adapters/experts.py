@@ -1,0 +1,238 @@
+"""LoRA on stacked experts (PEFT's ``target_parameters``):  P(x) = W_e x + b_e + s B_e A_e x  for rows x of expert e.
+
+A stack is one parameter of an experts module: all its experts' matrices of a kind, dense or 4-bit. An expert's branch
+is computed on the rows that are routed to it; the dense ``B A`` of all experts is never made. Two stacks of a module
+are computed by one operator with gradients by hand where it applies, else by one expert after the other with autograd.
+
+Legend: E experts, r rank, K = in and N = out features of one expert's matrix. W is stored as (E, N, K), or as (E, K, N)
+where the module is transposed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rankwise.adapters.layer import keep_names
+from rankwise.adapters.low_rank import init_low_rank_, merged_weight
+from rankwise.adapters.operator import computes_in
+from rankwise.ops.expert_lora import DenseStack, ExpertBranch, low_rank_experts
+from rankwise.ops.grouped import Rows
+from rankwise.ops.selection import is_traced
+from rankwise.quantization.experts import (
+    Stack,
+    dequantize_stack,
+    first_leaf,
+    forward_by_expert,
+    gate_of,
+    product,
+    stack_at,
+    weighed,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class StackShape:
+    """What an adapter asks of a stack: (E, in, out) and the floating dtype and device of its weights."""
+
+    experts: int
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def stack_shape(module: Any, leaf: str) -> StackShape:
+    """Of the stack ``leaf`` of an experts module of transformers' interface."""
+    stack, parameter = stack_at(module, leaf), module._parameters[leaf]
+    shape = parameter.shape if stack is None else stack.scales.shape
+    dtype = parameter.dtype if stack is None else stack.scales.dtype
+    K, N = shape[1:] if module.is_transposed else shape[:0:-1]
+    return StackShape(shape[0], K, N, dtype, parameter.device)
+
+
+class StackLora(nn.Module):
+    """The low-rank pairs of one stack: lora_A (E, r, in) and lora_B (E, out, r)."""
+
+    def __init__(self, stack: StackShape, r: int, scaling: float, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.r, self.scaling = r, scaling
+        where: dict[str, Any] = {"dtype": dtype, "device": stack.device}
+        self.lora_A = nn.Parameter(torch.empty(stack.experts, r, stack.in_features, **where))
+        self.lora_B = nn.Parameter(torch.empty(stack.experts, stack.out_features, r, **where))
+
+    def reset_parameters(self, *, zero_b: bool = True) -> None:
+        # All experts' ranks at once: one draw, as of a linear layer of rank E r.
+        init_low_rank_(self.lora_A.data.flatten(0, 1), self.lora_B.data.flatten(0, 1), zero_b=zero_b)
+
+    def low_rank(self, index: int, x: Tensor) -> Tensor:
+        """``s B_e A_e x`` of one expert: (t, in) -> (t, out)."""
+        A, B = self.lora_A[index].to(x.dtype), self.lora_B[index].to(x.dtype)
+        return F.linear(F.linear(x, A), B) * self.scaling
+
+    def merge(self, W: Tensor, *, transposed: bool) -> Tensor:
+        """``W_e + s B_e A_e`` of every expert, as W is stored: a new tensor in its dtype."""
+        return merged_stack(W, self.lora_A.detach(), self.lora_B.detach(), self.scaling, transposed=transposed)
+
+    def extra_repr(self) -> str:
+        return f"experts={self.lora_A.shape[0]}, r={self.r}, scaling={self.scaling:g}"
+
+
+def merged_stack(W: Tensor, A: Tensor, B: Tensor, scaling: float, *, transposed: bool) -> Tensor:
+    """``W_e + s B_e A_e`` of every expert, in float32 and one after the other; a new tensor, stored as W is."""
+    merged = torch.empty_like(W, memory_format=torch.contiguous_format)
+    for index in range(W.shape[0]):
+        dense = merged_weight(W[index].T if transposed else W[index], A[index], B[index], scaling)
+        merged[index] = dense.T if transposed else dense
+    return merged
+
+
+class ExpertsLora(nn.Module):
+    """One adapter of an experts module: a `StackLora` for each stack that it adapts, by the stack's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stacks = nn.ModuleDict()
+
+    def of(self, leaf: str) -> StackLora | None:
+        found: Any = self.stacks
+        return found[leaf] if leaf in found else None  # noqa: SIM401  (a ModuleDict has no get)
+
+    def merge(self, base: nn.Module) -> nn.Module:
+        """A module like ``base`` whose adapted stacks are dense and merged; ``base`` does not change."""
+        merged: Any = copy.copy(base)
+        merged._parameters, merged._modules = dict(base._parameters), dict(base._modules)
+        for leaf, lora in self.stacks.items():
+            stack = stack_at(merged, leaf)
+            if stack is not None:
+                dequantize_stack(stack)
+            W = merged._parameters[leaf].detach()
+            W = lora.merge(W, transposed=merged.is_transposed)  # type: ignore[operator]
+            merged._parameters[leaf] = nn.Parameter(W, requires_grad=False)
+        return merged
+
+
+class AdaptedExperts(nn.Module):
+    """A frozen experts module and the adapters that can lie over it, of which at most one is active."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = nn.ModuleDict()
+        self.active: str | None = None
+        keep_names(self, "base_layer")
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states (T, H), top_k_index (T, k) of experts, top_k_weights (T, k) -> (T, H)."""
+        if self.active is None:
+            return self.base_layer(hidden_states, top_k_index, top_k_weights)
+        adapter: Any = self.adapters[self.active]
+        return experts_forward(self.base_layer, adapter, hidden_states, top_k_index, top_k_weights)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
+
+
+def experts_forward(
+    base: Any, adapter: ExpertsLora, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """``sum over k of p_tk f_e(x_t)`` with the adapter's branches in both products of f_e."""
+    branches = branches_of(base, adapter, hidden_states)
+    if branches is None:
+
+        def multiply(module: Any, leaf: str, index: int, x: Tensor) -> Tensor:
+            lora = adapter.of(leaf)
+            y = product(module, leaf, index, x)
+            return y if lora is None else y + lora.low_rank(index, x)
+
+        return forward_by_expert(base, hidden_states, top_k_index, top_k_weights, multiply)
+    outputs = low_rank_experts(hidden_states, top_k_index, base.num_experts, gate_of(base), *branches)
+    return weighed(base, outputs, top_k_weights, hidden_states.dtype)
+
+
+def branches_of(base: Any, adapter: ExpertsLora, x: Tensor) -> tuple[ExpertBranch, ExpertBranch] | None:
+    """The operator's view of both products, or None where it does not apply: compiled graphs, autocast to another
+    dtype than that of x, weights of another one or that train."""
+    if is_traced() or not computes_in(x.dtype, x.device):
+        return None
+    found = [_branch(base, leaf, adapter.of(leaf), x.dtype) for leaf in (first_leaf(base), "down_proj")]
+    up, down = found
+    return None if up is None or down is None else (up, down)
+
+
+def _branch(base: Any, leaf: str, lora: StackLora | None, dtype: torch.dtype) -> ExpertBranch | None:
+    parameter, stack = base._parameters[leaf], stack_at(base, leaf)
+    bias = base._parameters[f"{leaf}_bias"] if base.has_bias else None
+    if parameter.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype is not dtype)):
+        return None
+    if stack is None:
+        if parameter.dtype is not dtype:
+            return None
+        frozen: Any = DenseStack(parameter.transpose(1, 2) if base.is_transposed else parameter)
+    else:
+        computes_as = stack.scales.compute_dtype or dtype
+        if not stack.scales.dtype is dtype is computes_as:
+            return None
+        frozen = PackedStack(stack, base.is_transposed)
+    pair = (None, None) if lora is None else (lora.lora_A, lora.lora_B)
+    return ExpertBranch(frozen, bias, 1.0 if lora is None else lora.scaling, *pair)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedStack:
+    """A 4-bit stack, of which one expert after the other is dequantized, anew for each product."""
+
+    stack: Stack
+    transposed: bool
+
+    def product(self, x: Tensor, rows: Rows) -> Tensor:
+        return self._run(x, rows, across=self.transposed)
+
+    def input_grad(self, dz: Tensor, rows: Rows) -> Tensor:
+        return self._run(dz, rows, across=not self.transposed)
+
+    def _run(self, x: Tensor, rows: Rows, *, across: bool) -> Tensor:
+        N, K = self.stack.scales.shape[1:]
+        y = x.new_empty(x.shape[0], K if across else N)
+        for index, mine in rows.slices():
+            y[mine] = self.stack.run(x[mine], index, across=across)
+        return y
+
+
+def ordered_stacks(base: nn.Module, leaves: Iterable[str]) -> list[str]:
+    """``leaves`` in the order in which PEFT nests its wrappers: that of the module's own parameters."""
+    wanted = set(leaves)
+    return [leaf for leaf in base._parameters if leaf in wanted]
+
+
+def peft_keys(path: str, leaves: Sequence[str]) -> dict[str, str]:
+    """{stack: start of its keys in PEFT's file}: the last is the outermost, and ``.base_layer`` leads inwards."""
+    inwards = range(len(leaves) - 1, -1, -1)
+    return {leaf: f"{path}{'.base_layer' * depth}." for leaf, depth in zip(leaves, inwards)}
+
+
+def peft_A(A: Tensor) -> Tensor:
+    """(E, r, in) as PEFT's file has it: (E r, in), an expert's ranks side by side."""
+    return A.flatten(0, 1)
+
+
+def peft_B(B: Tensor) -> Tensor:
+    """(E, out, r) as PEFT's file has it: (out, r E), all experts' first rank before the second."""
+    return B.permute(1, 2, 0).flatten(1)
+
+
+def from_peft_A(A: Tensor, experts: int) -> Tensor:
+    return A.unflatten(0, (experts, -1))
+
+
+def from_peft_B(B: Tensor, experts: int) -> Tensor:
+    return B.unflatten(1, (-1, experts)).permute(2, 0, 1)

@@ -1,0 +1,183 @@
+"""A layer's stacked experts with low-rank branches, and their gradients by hand.
+
+    y = f_e(x),  f_e(x) = P_down(gate(P_up(x))),  P(x) = W_e x + b_e + s B_e A_e x      for each row x and its expert e
+
+Legend: T tokens, k experts a token, S = T k rows; H hidden width, K = in and N = out features of one expert's matrix,
+E experts, r rank. Kept for the backward pass: the tokens (T, H), what comes out of the first product (S, N), and of
+each branch U = x A^T (S, r). The gated values are made again, and so are the k copies of each token.
+
+    dU = s dz B     dB = s dz^T U     dA = dU^T x     dx = dz W + dU A        for each expert on its own rows
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rankwise.ops.grouped import Rows, add_grouped, grouped, grouped_outer
+
+
+class FrozenStack(Protocol):
+    """All experts' matrices W (E, N, K) of a kind, which never train, dense or packed."""
+
+    def product(self, x: Tensor, rows: Rows) -> Tensor:
+        """``x W_e^T``, a new tensor: (S, K) -> (S, N)."""
+
+    def input_grad(self, dz: Tensor, rows: Rows) -> Tensor:
+        """``dz W_e``, a new tensor: (S, N) -> (S, K)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseStack:
+    """W (E, N, K), or a transposed view of it."""
+
+    W: Tensor
+
+    def product(self, x: Tensor, rows: Rows) -> Tensor:
+        return grouped(x, self.W.transpose(1, 2), rows)
+
+    def input_grad(self, dz: Tensor, rows: Rows) -> Tensor:
+        return grouped(dz, self.W, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertBranch:
+    """One of the two products. ``A`` and ``B`` are None where nothing adapts it."""
+
+    frozen: FrozenStack
+    bias: Tensor | None = None
+    # (E, N), frozen.
+    scale: float = 1.0
+    A: Tensor | None = None
+    # (E, r, K)
+    B: Tensor | None = None
+    # (E, N, r)
+
+    def forward(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        """(P(x) (S, N), U (S, r))."""
+        y, U = self.frozen.product(x, rows), None
+        if self.bias is not None:
+            _add_bias(y, self.bias, rows)
+        if self.A is not None and self.B is not None:
+            U = grouped(x, self.A.to(x.dtype).transpose(1, 2), rows)
+            add_grouped(y, U, self.B.to(x.dtype).transpose(1, 2), rows, self.scale)
+        return y, U
+
+    def backward(
+        self, dz: Tensor, x: Tensor | None, U: Tensor | None, rows: Rows, *, want_dx: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dx, dA, dB), in the dtypes of what they belong to; dA only where x is given, dB where U is."""
+        dx = self.frozen.input_grad(dz, rows) if want_dx else None
+        if self.A is None or self.B is None:
+            return dx, None, None
+        dB = None if U is None else grouped_outer(dz, U, rows).mul_(self.scale).to(self.B.dtype)
+        dU = grouped(dz, self.B.to(dz.dtype), rows).mul_(self.scale)
+        if dx is not None:
+            add_grouped(dx, dU, self.A.to(dz.dtype), rows)
+        dA = None if x is None else grouped_outer(dU, x, rows).to(self.A.dtype)
+        return dx, dA, dB
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.A, self.B
+
+    def with_tensors(self, A: Tensor | None, B: Tensor | None) -> ExpertBranch:
+        return dataclasses.replace(self, A=A, B=B)
+
+
+def _add_bias(y: Tensor, bias: Tensor, rows: Rows) -> None:
+    if y.is_cuda:
+        # A copy of the rows' biases, and no wait for the card.
+        y += bias[rows.experts]
+        return
+    for index, mine in rows.slices():
+        y[mine] += bias[index]
+
+
+def low_rank_experts(
+    x: Tensor,
+    experts: Tensor,
+    count: int,
+    gate: Callable[[Tensor], Tensor],
+    up: ExpertBranch,
+    down: ExpertBranch,
+) -> Tensor:
+    """``f_e(x_t)`` of each token for each of its experts, in their order; differentiable in x, A and B.
+
+    x: (T, H) in the dtype of the frozen weights; experts: (T, k), whole numbers below ``count``; gate: from what comes
+    out of ``up`` to what goes into ``down``, a pure function of each row. Returns (T k, H). A and B may be kept in
+    float32 and are rounded to the dtype of x for the products.
+    """
+    order = experts.reshape(-1).argsort(stable=True)
+    rows = Rows(experts.reshape(-1)[order], count)
+    if not torch.is_grad_enabled():
+        return _forward(x, order, rows, experts.shape[1], gate, up, down)[0]
+    return _LowRankExperts.apply((rows, experts.shape[1], gate, up, down), order, x, *up.tensors, *down.tensors)
+
+
+def _forward(
+    x: Tensor,
+    order: Tensor,
+    rows: Rows,
+    k: int,
+    gate: Callable[[Tensor], Tensor],
+    up: ExpertBranch,
+    down: ExpertBranch,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(y, what comes out of the first product, U of both)."""
+    z, U_up = up.forward(x[order // k], rows)
+    y, U_down = down.forward(gate(z), rows)
+    return y[_inverse(order)], z, U_up, U_down
+
+
+def _inverse(order: Tensor) -> Tensor:
+    places = torch.arange(order.numel(), device=order.device)
+    return torch.empty_like(order).scatter_(0, order, places)
+
+
+class _LowRankExperts(torch.autograd.Function):
+    """See ``low_rank_experts``. Inputs: what has no gradient, order, x, then A and B of both products."""
+
+    @staticmethod
+    def forward(ctx: Any, fixed: tuple[Any, ...], order: Tensor, x: Tensor, *tensors: Tensor | None) -> Tensor:
+        rows, k, gate, up, down = fixed
+        y, z, *U = _forward(x, order, rows, k, gate, up, down)
+        # The tensors are saved by autograd, which notices when they change.
+        ctx.fixed = (rows, k, gate, up.with_tensors(None, None), down.with_tensors(None, None))
+        ctx.autocast = partial(torch.autocast, x.device.type, x.dtype)
+        if not torch.is_autocast_enabled(x.device.type):
+            ctx.autocast = nullcontext
+        ctx.save_for_backward(order, x, z, *U, *tensors)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        rows, k, gate, up, down = ctx.fixed
+        order, x, z, U_up, U_down, *tensors = ctx.saved_tensors
+        up, down = up.with_tensors(*tensors[:2]), down.with_tensors(*tensors[2:])
+        want_x, *want_up = ctx.needs_input_grad[2:5]
+        want_down = ctx.needs_input_grad[5:]
+        with torch.enable_grad(), ctx.autocast():
+            z = z.detach().requires_grad_()
+            inner = gate(z)
+        given = inner.detach() if want_down[0] else None
+        U_down = U_down if want_down[1] else None
+        d_inner, dA_down, dB_down = down.backward(dy[order], given, U_down, rows, want_dx=True)
+        (dz,) = torch.autograd.grad(inner, z, d_inner)
+        del inner, given, d_inner, z
+        given = x[order // k] if want_up[0] else None
+        dx, dA_up, dB_up = up.backward(dz, given, U_up if want_up[1] else None, rows, want_dx=want_x)
+        if dx is not None:
+            dx = dx[_inverse(order)].view(x.shape[0], k, -1).sum(1)
+        return None, None, dx, dA_up, dB_up, dA_down, dB_down
+
+
+__all__ = ["DenseStack", "ExpertBranch", "FrozenStack", "low_rank_experts"]

@@ -1,0 +1,102 @@
+"""Products of rows that lie side by side by expert, each with its expert's matrix.
+
+    y[rows of e] = x[rows of e] W_e          sum over e of the rows: G_e = a[rows of e]^T b[rows of e]
+
+Legend: E experts, S rows of all of them, (K, N) one expert's matrix. On a card and in bfloat16 one kernel does all
+experts (``torch.nn.functional.grouped_mm``) where it takes the strides; else there is a product for each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
+
+ALIGNED_BYTES = 16
+# grouped_mm wants rows to begin at multiples of it.
+
+
+def rows_per_expert(experts: Tensor, count: int) -> list[int]:
+    """How often each of ``count`` experts stands in ``experts`` (S,).
+
+    Fake tensors have no values: they stand for a step whose tokens are spread evenly.
+    """
+    if isinstance(experts, FakeTensor):
+        return [(experts.numel() + index) // count for index in range(count)]
+    return torch.bincount(experts, minlength=count).tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Which rows belong to which of ``count`` experts. ``experts``: (S,), of each row the expert, ascending."""
+
+    experts: Tensor
+    count: int
+
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """Rows of each expert; of a card's tensor this waits for the card."""
+        return rows_per_expert(self.experts, self.count)
+
+    @functools.cached_property
+    def ends(self) -> Tensor:
+        """Where each expert's rows end: int32 (E,), on the device and without waiting for it."""
+        ones = torch.ones_like(self.experts, dtype=torch.int32)
+        sizes = ones.new_zeros(self.count).index_add_(0, self.experts, ones)
+        return sizes.cumsum(0, dtype=torch.int32)
+
+    def slices(self) -> Iterator[tuple[int, slice]]:
+        """(expert, its rows) of every expert that has any."""
+        start = 0
+        for index, size in enumerate(self.sizes):
+            if size:
+                yield index, slice(start, start + size)
+            start += size
+
+
+def grouped(x: Tensor, W: Tensor, rows: Rows) -> Tensor:
+    """``y[rows of e] = x[rows of e] W[e]``: x (S, K), W (E, K, N) of its dtype -> (S, N)."""
+    if one_kernel(x, W):
+        return F.grouped_mm(x, W, offs=rows.ends)
+    y = x.new_empty(x.shape[0], W.shape[2])
+    for index, mine in rows.slices():
+        torch.mm(x[mine], W[index], out=y[mine])
+    return y
+
+
+def add_grouped(y: Tensor, x: Tensor, W: Tensor, rows: Rows, scale: float = 1.0) -> Tensor:
+    """``y += scale * grouped(x, W)``, in place."""
+    if one_kernel(x, W):
+        return y.add_(F.grouped_mm(x, W, offs=rows.ends), alpha=scale)
+    for index, mine in rows.slices():
+        y[mine].addmm_(x[mine], W[index], alpha=scale)
+    return y
+
+
+def grouped_outer(a: Tensor, b: Tensor, rows: Rows) -> Tensor:
+    """``G[e] = a[rows of e]^T b[rows of e]``, zero for an expert without rows: (S, M), (S, N) -> (E, M, N)."""
+    if one_kernel(a.T, b):
+        return F.grouped_mm(a.T, b, offs=rows.ends)
+    G = a.new_zeros(rows.count, a.shape[1], b.shape[1])
+    for index, mine in rows.slices():
+        torch.mm(a[mine].T, b[mine], out=G[index])
+    return G
+
+
+def one_kernel(a: Tensor, b: Tensor) -> bool:
+    """Whether ``grouped_mm`` takes these two: on a card of compute capability 8.0 or more, in bfloat16, aligned."""
+    if not (a.is_cuda and a.dtype is b.dtype is torch.bfloat16 and hasattr(F, "grouped_mm")):
+        return False
+    return torch.cuda.get_device_capability(a.device) >= (8, 0) and are_aligned(a, b)
+
+
+def are_aligned(a: Tensor, b: Tensor) -> bool:
+    """Whether every row (or column) of the factors and of their product begins at a multiple of 16 bytes."""
+    strides = [stride for tensor in (a, b) for stride in sorted(tensor.stride())[1:]]
+    packed = all(min(tensor.stride()) == 1 for tensor in (a, b))
+    return packed and all(n * a.element_size() % ALIGNED_BYTES == 0 for n in (*strides, b.shape[-1]))

@@ -1,0 +1,69 @@
+"""Products of rows by expert, as a loop and in the one kernel that cards have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from rankwise.ops import grouped as operators
+from rankwise.ops.grouped import Rows, add_grouped, are_aligned, grouped, grouped_outer
+
+EXPERTS = torch.tensor([0, 0, 0, 2, 2, 3, 3, 3, 3, 5])
+E, K, N = 6, 16, 24
+
+
+@pytest.fixture(params=["loop", "kernel"])
+def way(request, monkeypatch):
+    if request.param == "kernel":
+        if not hasattr(F, "grouped_mm"):
+            pytest.skip("this PyTorch has no grouped_mm")
+        monkeypatch.setattr(operators, "one_kernel", are_aligned)
+    return request.param
+
+
+def factors(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    made = torch.randn(len(EXPERTS), K), torch.randn(E, K, N), torch.randn(len(EXPERTS), N)
+    return tuple(tensor.to(dtype) for tensor in made)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_meet_the_matrix_of_their_expert(way, dtype):
+    x, W, y = factors(dtype)
+    rows = Rows(EXPERTS, E)
+    expected = torch.stack([row @ W[index] for row, index in zip(x, EXPERTS)])
+    close = {"rtol": 2e-2, "atol": 5e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(grouped(x, W, rows), expected, **close)
+    transposed = W.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(grouped(x, transposed, rows), expected, **close)
+    before = y.clone()
+    assert add_grouped(y, x, W, rows, 0.5) is y
+    torch.testing.assert_close(y, before + 0.5 * expected, **close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_outer_products_of_each_expert_s_rows(way, dtype):
+    x, _, y = factors(dtype)
+    found = grouped_outer(x, y, Rows(EXPERTS, E))
+    close = {"rtol": 2e-2, "atol": 5e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    for index in range(E):
+        mine = index == EXPERTS
+        torch.testing.assert_close(found[index], x[mine].T @ y[mine], **close)
+    assert not found[1].any()
+
+
+def test_the_ends_are_those_of_the_sizes():
+    rows = Rows(EXPERTS, E)
+    assert rows.sizes == [3, 0, 2, 4, 0, 1]
+    assert rows.ends.tolist() == [3, 3, 5, 9, 9, 10]
+    assert rows.ends.dtype is torch.int32
+
+
+@pytest.mark.parametrize(("rank", "fits"), [(1, False), (4, False), (8, True), (12, False), (16, True)])
+def test_the_kernel_is_given_whole_16_bytes_alone(rank, fits):
+    x, A = torch.empty(10, 32, dtype=torch.bfloat16), torch.empty(6, rank, 32, dtype=torch.bfloat16)
+    U = torch.empty(10, rank, dtype=torch.bfloat16)
+    assert are_aligned(x, A.transpose(1, 2)) is fits
+    assert are_aligned(U, A) is fits
+    assert are_aligned(U.T, x) is fits
