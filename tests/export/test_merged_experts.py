@@ -29,11 +29,14 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=IDS).logits.float()
 
 
-def train(base, run, *, quantization=None) -> torch.Tensor:
+DORA = rw.LoraConfig(r=3, use_dora=True, init_lora_weights=False)
+
+
+def train(base, run, *, quantization=None, config=DORA) -> torch.Tensor:
     """An adapter over the folder ``base`` in ``run``; logits of the adapted model."""
     model, _ = load_model(str(base), dtype=torch.float32, quantization=quantization)
     facts = model_facts(model, resolve_model(str(base)))
-    rw.add_adapter(model, rw.LoraConfig(r=3, use_dora=True, init_lora_weights=False))
+    rw.add_adapter(model, config)
     rw.save_adapter(model, run, base_model=str(base))
     RunRecord("qdora", 0, {"model": str(base), "dtype": "float32"}, base_model=facts).save(run)
     return logits(model)
@@ -99,13 +102,13 @@ def test_no_more_than_a_layer_s_stacks_are_held(tmp_path, monkeypatch):
     tiny_moe("mixtral", num_hidden_layers=4).save_pretrained(tmp_path / "base")
     train(tmp_path / "base", tmp_path / "run", quantization=CONFIG)
     made = []
-    original = experts.RoundedExperts._parts
+    original = experts.StackedExperts._parts
 
     def counting(self, stack):
         made.append((stack, len(self._made)))
         return original(self, stack)
 
-    monkeypatch.setattr(experts.RoundedExperts, "_parts", counting)
+    monkeypatch.setattr(experts.StackedExperts, "_parts", counting)
     merge_to_folder(tmp_path / "run", tmp_path / "merged", onto="quantized")
     # Each stack once, and beside one other at most.
     assert len({stack for stack, _ in made}) == len(made) == 8
@@ -121,3 +124,48 @@ def test_a_file_under_a_name_that_transformers_would_not_write_is_refused(tmp_pa
     with pytest.raises(ModelError, match=r"RW308.*mlp\.experts\.0\.w1\.weight.*block_sparse_moe"):
         merge_to_folder(tmp_path / "run", tmp_path / "merged", onto="quantized")
     assert not (tmp_path / "merged").exists()
+
+
+ON_EXPERTS = rw.LoraConfig(
+    r=3,
+    lora_alpha=3,
+    target_modules=["q_proj", "lm_head"],
+    target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+    rank_pattern={"down_proj": 2},
+    init_lora_weights=False,
+)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_adapters_on_the_experts_themselves(family, stacked, tmp_path):
+    """Onto the original, and onto what 4-bit training saw; gate and up have one matrix of rank r, and two tensors."""
+    model = tiny_moe(family)
+    model.save_pretrained(tmp_path / "base", max_shard_size="20KB", save_original_format=not stacked)
+    for quantization, onto in ((None, "original"), (CONFIG, "quantized")):
+        run = tmp_path / f"run-{onto}"
+        trained = train(tmp_path / "base", run, quantization=quantization, config=ON_EXPERTS)
+        found = merged(run, tmp_path / onto, onto)
+        torch.testing.assert_close(logits(found), trained, rtol=1e-4, atol=1e-5)
+    onto_original = merged(run, tmp_path / "other", "original")
+    assert not torch.allclose(logits(onto_original), trained, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_adapters_on_experts_that_are_4_bit_on_disk(family, tmp_path):
+    dense = tiny_moe(family)
+    quantize(dense, CONFIG)
+    dense.save_pretrained(tmp_path / "base", max_shard_size="10KB")
+    trained = train(tmp_path / "base", tmp_path / "run", config=ON_EXPERTS)
+    found = merged(tmp_path / "run", tmp_path / "merged", "quantized")
+    torch.testing.assert_close(logits(found), trained, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("missing", ["layers.1.block_sparse_moe.experts", "layers.1.block_sparse_moe.experts.3"])
+def test_a_base_without_its_experts(missing, tmp_path):
+    tiny_moe("mixtral").save_pretrained(tmp_path / "base")
+    train(tmp_path / "base", tmp_path / "run", config=ON_EXPERTS)
+    path = tmp_path / "base" / "model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if missing not in k}, path)
+    with pytest.raises(ModelError, match=r"RW308.*model\.layers\.1\.mlp\.experts\.gate_up_proj"):
+        merge_to_folder(tmp_path / "run", tmp_path / "merged")

@@ -1,14 +1,14 @@
-"""A base's experts rounded to 4 bits as training rounded them, whatever tensors its files keep them in.
+"""A base's stacked experts changed as wholes, whatever tensors its files keep them in.
 
-Training quantizes the stack (E, N, K) that transformers makes of a layer's experts, with one mean over all its scales;
-files mostly hold a tensor for each expert. So a stack is made as loading makes it, rounded, and taken apart as saving
-does, both by transformers' own rules for the family.
+Training quantizes the stack (E, N, K) that transformers makes of a layer's experts, with one mean over all its scales,
+and adapts it, with gate and up in one matrix; files mostly hold a tensor for each expert. So a stack is made as loading
+makes it, changed, and taken apart as saving does, both by transformers' own rules for the family.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,7 +18,6 @@ from torch import Tensor
 from rankwise.errors import ModelError
 from rankwise.quantization.config import FourBitConfig
 from rankwise.quantization.linear import rounded_to_4bit
-from rankwise.quantization.targets import target_stacks
 
 KEPT = 2
 # Stacks at a time: files go through a layer expert by expert, and so through two stacks at once.
@@ -32,20 +31,35 @@ class Weights(Protocol):
     def tensor(self, name: str) -> Tensor: ...
 
 
-class RoundedExperts:
-    """The tensors in the files that become 4-bit experts of ``skeleton``, a transformers model on the meta device.
+Change = Callable[[Tensor], Tensor]
 
-    ``dtype``: that of the weights when training quantized them; None: as they are stored.
+
+def rounding(config: FourBitConfig, dtype: torch.dtype | None) -> Change:
+    """A stack rounded to 4 bits as training did. ``dtype``: that of the weights then; None: as they are stored."""
+
+    def rounded(W: Tensor) -> Tensor:
+        W = W.to(dtype or W.dtype)
+        return rounded_to_4bit(W, config.quant_type, config.block_size, config.double_quant)
+
+    return rounded
+
+
+class StackedExperts:
+    """The tensors in the files that become stacks of ``skeleton``, a transformers model on the meta device, with what
+    becomes of each stack: {name of its parameter: change}.
     """
 
-    def __init__(self, skeleton: Any, weights: Weights, config: FourBitConfig, dtype: torch.dtype | None) -> None:
-        self._skeleton, self._weights, self._config, self._dtype = skeleton, weights, config, dtype
-        self._sources = _sources(skeleton, weights.names(), set(target_stacks(skeleton, config)))
+    def __init__(self, skeleton: Any, weights: Weights, wanted: Mapping[str, Change]) -> None:
+        self._skeleton, self._weights, self._wanted = skeleton, weights, wanted
+        self._sources = _sources(skeleton, weights.names(), set(wanted))
         self._made: dict[str, dict[str, Tensor]] = {}
 
     def changes(self) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-        """(name in the files, what becomes of it). Raises ModelError (RW308), then, where a part of a stack is not in
-        the files under the name that transformers gives it."""
+        """(name in the files, what becomes of it). Raises ModelError (RW308) for stacks that the files do not hold; and
+        then, for one of which a part is missing, or is not there under the name that transformers gives it."""
+        missing = [stack for stack in self._wanted if stack not in self._sources]
+        if missing:
+            raise ModelError("RW308", f"the files hold no tensor for {', '.join(missing)}; give the whole model.")
         for stack, parts in self._sources.items():
             for name, _ in parts:
                 yield name, partial(self._part, stack, name)
@@ -69,18 +83,23 @@ class RoundedExperts:
 
         parts = self._sources[stack]
         if parts[0][1] is None:
-            return {parts[0][0]: self._rounded(self._weights.tensor(parts[0][0]))}
+            return {parts[0][0]: self._changed(stack, self._weights.tensor(parts[0][0]))}
         converter = copy.deepcopy(parts[0][1][0])
         for name, found in parts:
             assert found is not None
             converter.add_tensor(stack, name, found[1], partial(self._weights.tensor, name))
         made = converter.convert(stack, model=self._skeleton, config=self._skeleton.config)
         whole = next(iter(made.values()))
-        return revert_weight_conversion(self._skeleton, {stack: self._rounded(whole)})
+        return revert_weight_conversion(self._skeleton, {stack: self._changed(stack, whole)})
 
-    def _rounded(self, W: Tensor) -> Tensor:
-        config = self._config
-        return rounded_to_4bit(W.to(self._dtype or W.dtype), config.quant_type, config.block_size, config.double_quant)
+    def _changed(self, stack: str, W: Tensor) -> Tensor:
+        shape = self._skeleton.get_parameter(stack).shape
+        if W.shape != shape:
+            raise ModelError(
+                "RW308",
+                f"the files hold {tuple(W.shape)} for {stack}, which is {tuple(shape)}; give the whole model.",
+            )
+        return self._wanted[stack](W)
 
 
 Part = tuple[str, tuple[Any, str] | None]

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 
 from rankwise.adapters import load_adapter, merge_adapter, peft_config
 from rankwise.adapters.base_layer import is_conv1d
-from rankwise.adapters.checkpoint import PREFIX, AdapterFile, end_weights, read_adapter
+from rankwise.adapters.checkpoint import PREFIX, AdapterFile, end_weights, read_adapter, stack_keys
+from rankwise.adapters.experts import from_peft_A, from_peft_B, merged_stack
 from rankwise.adapters.fused import enabled_rows
 from rankwise.adapters.inject import AdaptedModule
 from rankwise.adapters.low_rank import merged_weight
 from rankwise.adapters.trained_base import base_model_of, dtype_of, quantization_of, revision_of, sha256_of_base
 from rankwise.errors import AdapterError, ModelError, RunError, warn
 from rankwise.export.dequantized import DequantizedWeights
-from rankwise.export.experts import RoundedExperts
+from rankwise.export.experts import Change, StackedExperts, rounding
 from rankwise.export.safetensors_writer import bytes_of, write_safetensors
 from rankwise.export.shards import INDEX_FILE, ShardedWeights
 from rankwise.models import ModelSource, fetch_model, load_model, load_skeleton, model_hash, warns_of_other_hub_model
@@ -33,7 +34,7 @@ from rankwise.models.folder import read_config
 from rankwise.quantization.bitsandbytes_format import rewrite_bitsandbytes_config
 from rankwise.quantization.config import CONFIGS, FourBitConfig
 from rankwise.quantization.linear import rounded_to_4bit
-from rankwise.quantization.targets import target_names
+from rankwise.quantization.targets import target_names, target_stacks
 from rankwise.records import follow_umask, write_json
 
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -218,7 +219,7 @@ def _merge_streamed(base: Base, adapter: Path, output: Path) -> int:
     changes, extra = _changes(skeleton, file, names, weights)
     if base.quantization is not None:
         changes = _after_quantization(skeleton, base, base.quantization, names, changes)
-        changes |= RoundedExperts(skeleton, weights, base.quantization, base.dtype).changes()
+    changes |= StackedExperts(skeleton, weights, _stack_changes(skeleton, file, base)).changes()
     _copy_files(base.folder, output, code=base.trust_remote_code)
     _write_config(output, untied=bool(extra))
     _write_weights(weights, changes, extra, output)
@@ -248,7 +249,24 @@ def _names_in_files(skeleton: nn.Module, weights: Weights) -> dict[str, str]:
     return names
 
 
-Change = Callable[[Tensor], Tensor]
+def _stack_changes(skeleton: nn.Module, file: AdapterFile, base: Base) -> dict[str, Change]:
+    """What becomes of stacked experts, by the names of their parameters: rounded where they train in 4 bits, merged
+    where they adapt."""
+    config = base.quantization
+    changes = {} if config is None else dict.fromkeys(target_stacks(skeleton, config), rounding(config, base.dtype))
+    for item in file.planned:
+        if item.experts is not None:
+            merge = _merged_stack(skeleton.get_submodule(item.path), item, file)
+            changes[item.name] = _after(changes[item.name], merge) if item.name in changes else merge
+    return changes
+
+
+def _merged_stack(experts: Any, item: AdaptedModule, file: AdapterFile) -> Change:
+    keys = {attribute: key for key, attribute in stack_keys(experts, item, file.planned).items()}
+    A = from_peft_A(file.tensors[keys["lora_A"]], experts.num_experts)
+    B = from_peft_B(file.tensors[keys["lora_B"]], experts.num_experts)
+    s = file.config.scaling(item.r, item.lora_alpha)
+    return lambda W: merged_stack(W, A, B, s, transposed=experts.is_transposed)
 
 
 def _changes(
@@ -261,7 +279,7 @@ def _changes(
             start = f"{PREFIX}{item.name}."
             for key in [key for key in file.tensors if key.startswith(start)]:
                 wanted[key.removeprefix(PREFIX)] = _replaced_by(file.tensors[key])
-        else:
+        elif item.experts is None:
             wanted[f"{item.name}.weight"] = _merged_with(skeleton.get_submodule(item.name), item, file)
     for key, bias in file.tensors.items():
         if key.endswith(".bias"):
