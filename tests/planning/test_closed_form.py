@@ -151,6 +151,42 @@ def test_layers_without_adapters_keep_less(targets, device):
     assert -0.03 <= compared("llama", "lora", workload, num_hidden_layers=8) <= 0.08
 
 
+GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("family", "method", "device", "modules", "parameters"),
+    [
+        ("mixtral", "lora", "cuda", (), (GATE_UP, DOWN)),
+        ("mixtral", "qlora", "cpu", "all-linear", (GATE_UP, DOWN)),
+        ("qwen3_moe", "lora", "cpu", ("q_proj",), (GATE_UP,)),
+        ("qwen3_moe", "qlora", "cuda", "all-linear", (GATE_UP, DOWN)),
+        ("qwen2_moe", "lora", "cuda", "all-linear", (DOWN,)),
+        ("qwen2_moe", "lora", "cpu", (), (GATE_UP, DOWN)),
+    ],
+)
+def test_adapters_on_stacked_experts(family, method, device, modules, parameters, checkpointing):
+    workload = step(device, checkpointing, 4, 1024, target_modules=modules, target_parameters=parameters)
+    assert -0.03 <= compared(family, method, workload) <= 0.08
+
+
+@pytest.mark.parametrize("changes", [{"activation_offloading": True}, {"dtype": "float32"}, {"fast": False}])
+def test_so_they_are_by_other_ways_of_training(changes):
+    targets = {"target_modules": ("q_proj",), "target_parameters": (GATE_UP, DOWN)}
+    assert -0.03 <= compared("mixtral", "lora", step("cuda", False, 4, 1024, **targets, **changes)) <= 0.08
+
+
+def test_experts_that_adapt_in_one_layer():
+    targets = {"target_modules": ("q_proj",), "target_parameters": (f"model.layers.2.{GATE_UP}",)}
+    assert -0.03 <= compared("mixtral", "lora", step("cuda", False, 4, 1024, **targets)) <= 0.08
+
+
+@pytest.mark.parametrize(("family", "targets"), [("llama", ("down_proj",)), ("qwen3_moe", ("o_proj",))])
+def test_nothing_is_kept_before_the_first_adapter(family, targets):
+    assert -0.03 <= compared(family, "lora", step("cuda", False, 4, 1024, target_modules=targets)) <= 0.08
+
+
 def test_experts_of_no_whole_blocks_are_planned_in_16_bits():
     """An expert's 770 x 1024 weights are 192.5 blocks of 4096; gate and up together are 385."""
     sizes = {"moe_intermediate_size": 770, "num_hidden_layers": 2}

@@ -86,6 +86,23 @@ def test_4_bit_experts_hold_what_real_ones_do(family, checkpointing):
     assert fake.breakdown["weights_4bit"] + fake.breakdown["weights"] < 0.5 * dense.breakdown["weights"]
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_that_adapt_hold_what_real_ones_do(family, method, checkpointing):
+    sizes = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 4}
+    targets = {"target_parameters": ("experts.gate_up_proj", "experts.down_proj")}
+    workload = Workload(gradient_checkpointing=checkpointing, **STEP, **targets)
+    fake, real = (
+        trace(skeleton(family, **SMALL, **sizes), method, workload, fake=is_fake) for is_fake in (True, False)
+    )
+    assert fake.trainable_parameters == real.trainable_parameters
+    assert fake.peak_bytes - _overhead(fake) == pytest.approx(real.peak_bytes - _overhead(real), rel=5e-3)
+    assert fake.phase == real.phase
+    expected = adaptation(shape_of(config_of(family, **SMALL, **sizes)), workload.lora_config(use_dora=False))
+    assert expected.parameters == fake.trainable_parameters
+
+
 def _overhead(found) -> int:
     return found.breakdown["overhead"]
 

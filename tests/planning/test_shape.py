@@ -60,6 +60,32 @@ def test_trainable_parameters_are_those_of_add_adapter(family, use_dora):
         ), settings
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+        {
+            "target_parameters": ["down_proj"],
+            "target_modules": (),
+            "rank_pattern": {"layers.1.mlp.experts.down_proj": 3},
+        },
+        {"target_parameters": ["gate_up_proj"], "exclude_modules": ("experts",), "layers_to_transform": (0,)},
+        {"target_parameters": ["layers.2.mlp.experts.down_proj"], "target_modules": ("q_proj",)},
+        {"target_parameters": ["gate.weight"]},
+        {"target_parameters": ["experts.gate_up_proj", "w1"]},
+        {"target_parameters": ["experts.gate_up_proj"], "modules_to_save": ("mlp",)},
+        {"target_parameters": ["experts.gate_up_proj"], "target_modules": ("w1",)},
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2_moe", "qwen3_moe"])
+def test_stacks_are_those_of_add_adapter(family, settings):
+    if "layers_to_transform" in settings:
+        settings = {**settings, "target_modules": ("q_proj",)}
+    config = Workload(**settings).lora_config(use_dora=False)
+    found = _outcome(lambda: adaptation(shape_of(config_of(family)), config).parameters)
+    assert found == _outcome(lambda: add_adapter(skeleton(family), config).trainable_parameters)
+
+
 def _outcome(count):
     try:
         return count()

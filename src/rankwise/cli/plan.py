@@ -38,6 +38,7 @@ PANELS = {
         "lora_alpha",
         "lora_dropout",
         "target_modules",
+        "target_parameters",
         "exclude_modules",
         "modules_to_save",
         "use_rslora",

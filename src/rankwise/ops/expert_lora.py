@@ -3,8 +3,8 @@
     y = f_e(x),  f_e(x) = P_down(gate(P_up(x))),  P(x) = W_e x + b_e + s B_e A_e x      for each row x and its expert e
 
 Legend: T tokens, k experts a token, S = T k rows; H hidden width, K = in and N = out features of one expert's matrix,
-E experts, r rank. Kept for the backward pass: the tokens (T, H), what comes out of the first product (S, N), and of
-each branch U = x A^T (S, r). The gated values are made again, and so are the k copies of each token.
+E experts, r rank. Kept for the backward pass: the tokens (T, H) where the first product adapts, what comes out of it
+(S, N), and of each branch U = x A^T (S, r). The gated values are made again, and so are the k copies of each token.
 
     dU = s dz B     dB = s dz^T U     dA = dU^T x     dx = dz W + dU A        for each expert on its own rows
 """
@@ -71,18 +71,18 @@ class ExpertBranch:
         return y, U
 
     def backward(
-        self, dz: Tensor, x: Tensor | None, U: Tensor | None, rows: Rows, *, want_dx: bool
+        self, dz: Tensor, x: Callable[[], Tensor] | None, U: Tensor | None, rows: Rows, *, want_dx: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dx, dA, dB), in the dtypes of what they belong to; dA only where x is given, dB where U is."""
-        dx = self.frozen.input_grad(dz, rows) if want_dx else None
         if self.A is None or self.B is None:
-            return dx, None, None
+            return self.frozen.input_grad(dz, rows) if want_dx else None, None, None
         dB = None if U is None else grouped_outer(dz, U, rows).mul_(self.scale).to(self.B.dtype)
         dU = grouped(dz, self.B.to(dz.dtype), rows).mul_(self.scale)
-        if dx is not None:
-            add_grouped(dx, dU, self.A.to(dz.dtype), rows)
-        dA = None if x is None else grouped_outer(dU, x, rows).to(self.A.dtype)
-        return dx, dA, dB
+        # x may be made for this product alone: it is gone before dx is there.
+        dA = None if x is None else grouped_outer(dU, x(), rows).to(self.A.dtype)
+        if not want_dx:
+            return None, dA, dB
+        return add_grouped(self.frozen.input_grad(dz, rows), dU, self.A.to(dz.dtype), rows), dA, dB
 
     @property
     def tensors(self) -> tuple[Tensor | None, Tensor | None]:
@@ -154,7 +154,7 @@ class _LowRankExperts(torch.autograd.Function):
         ctx.autocast = partial(torch.autocast, x.device.type, x.dtype)
         if not torch.is_autocast_enabled(x.device.type):
             ctx.autocast = nullcontext
-        ctx.save_for_backward(order, x, z, *U, *tensors)
+        ctx.save_for_backward(order, None if up.A is None else x, z, *U, *tensors)
         return y
 
     @staticmethod
@@ -168,15 +168,16 @@ class _LowRankExperts(torch.autograd.Function):
         with torch.enable_grad(), ctx.autocast():
             z = z.detach().requires_grad_()
             inner = gate(z)
-        given = inner.detach() if want_down[0] else None
+        given = inner.detach if want_down[0] else None
         U_down = U_down if want_down[1] else None
         d_inner, dA_down, dB_down = down.backward(dy[order], given, U_down, rows, want_dx=True)
         (dz,) = torch.autograd.grad(inner, z, d_inner)
-        del inner, given, d_inner, z
-        given = x[order // k] if want_up[0] else None
+        del given, inner, d_inner, z
+        given = (lambda: x[order // k]) if want_up[0] else None
         dx, dA_up, dB_up = up.backward(dz, given, U_up if want_up[1] else None, rows, want_dx=want_x)
+        del dz
         if dx is not None:
-            dx = dx[_inverse(order)].view(x.shape[0], k, -1).sum(1)
+            dx = dx[_inverse(order)].view(order.numel() // k, k, -1).sum(1)
         return None, None, dx, dA_up, dB_up, dA_down, dB_down
 
 

@@ -17,6 +17,8 @@ from rankwise.planning.workload import Workload
 
 DROPPED_SCORE_BYTES, GPT2_CPU_COPIES = 12, 5
 # A CPU drops attention weights in its plain kernel: weights, what dropout leaves of them and its mask in float32.
+READ_FIRST = ("q_proj", "k_proj", "v_proj", "qkv_proj")
+# What reads a layer's first norm.
 CHUNK_BYTES, SMALLEST_CHUNK = 32 << 20, 16
 # Of logits, as in ops.linear_cross_entropy.
 
@@ -36,6 +38,10 @@ class Step:
     # Parameters of one layer, on average.
     whole_head: bool = False
     # It trains beside adapters.
+    expert_ranks: tuple[float, float] = (0, 0)
+    # Of the adapters on stacked experts, of the first and of the second product, on average over the layers.
+    expert_share: float = 0
+    # Of the layers that have any.
 
     @property
     def T(self) -> int:
@@ -68,6 +74,11 @@ class Step:
     def four_bit_experts(self) -> bool:
         """Whether experts are computed with one after the other, by `rankwise.quantization.experts`."""
         return self.method in FOUR_BITS and has_packed_experts(self.shape, self.workload)
+
+    @property
+    def expert_adapters(self) -> bool:
+        """Whether experts adapt, and so are computed by `rankwise.ops.expert_lora`."""
+        return self.expert_share > 0
 
     @property
     def routing_bytes(self) -> int:
@@ -113,6 +124,16 @@ def layer_bytes(step: Step) -> int:
     return round(step.T * per_token + scores_bytes(step) + _mask(step) + _cast_weights(step))
 
 
+def unsaved_bytes(step: Step) -> int:
+    """Of the first layer what lies before all that adapts: no gradient goes there, and nothing is kept for it."""
+    shape = step.shape
+    if step.method == "full" or shape.family == "gpt2" or step.has(*READ_FIRST, "embed_tokens"):
+        return 0
+    attention = round(step.T * _attention(step) + scores_bytes(step) + _mask(step))
+    norms = step.T * _norms(step)
+    return attention + round(norms / shape.norms_per_layer if step.has("o_proj") else norms)
+
+
 def _norms(step: Step) -> float:
     """Two (or four) RMSNorms. Fused: their input and output, ``2 h s``; else a float32 copy and the output."""
     shape, s = step.shape, step.s
@@ -121,10 +142,9 @@ def _norms(step: Step) -> float:
     if shape.norms_per_layer == 4:
         # The outputs of the two that follow attention and MLP are only added.
         own -= 2 * shape.hidden * s
-    if not shape.experts:
-        # A norm's output is kept by the adapters that read it alone.
-        readers = (("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj"))
-        own -= shape.hidden * s * sum(not step.has(*names) for names in readers)
+    # A norm's output is kept by the adapters that read it alone.
+    readers = (READ_FIRST, ()) if shape.experts else (READ_FIRST, ("gate_proj", "up_proj", "gate_up_proj"))
+    own -= shape.hidden * s * sum(not step.has(*names) for names in readers if names)
     if shape.qk_norm:
         own += (shape.queries + shape.keys) * copy + 4 * (shape.heads + shape.kv_heads)
     return own
@@ -211,11 +231,22 @@ def _experts(step: Step) -> float:
     as in dry runs of Mixtral and Qwen3-MoE.
     """
     shape, s, k = step.shape, step.s, step.shape.experts_per_token
-    routed = s * (3 * k * shape.mlp + max(1, k - 1) * shape.hidden)
+    routed: float = s * (3 * k * shape.mlp + max(1, k - 1) * shape.hidden)
     if step.method == "full":
         routed = 8 * k * (2 * shape.mlp + shape.hidden)
+    elif step.expert_adapters:
+        routed = (1 - step.expert_share) * routed + _adapted_experts(step)
     shared = s * ((2 if step.native else 4) * shape.shared_mlp + 2 * shape.hidden) if shape.shared_mlp else 0
     return routed + shared + 8 * shape.experts
+
+
+def _adapted_experts(step: Step) -> float:
+    """gate and up, what they are made from once, the outputs that are weighed, U of both; the order of the rows."""
+    shape, s, k = step.shape, step.s, step.shape.experts_per_token
+    # An adapter on the expert that sees every token keeps them too.
+    tokens = shape.hidden if step.expert_ranks[0] and not step.has("gate_proj", "up_proj") else 0
+    own = s * (2 * k * shape.mlp + tokens + max(1, k - 1) * shape.hidden) + 8 * k
+    return step.expert_share * own + s * k * sum(step.expert_ranks)
 
 
 def _low_rank(step: Step) -> float:
@@ -333,6 +364,10 @@ def backward_bytes(step: Step) -> int:
     if shape.family == "gpt2":
         kept = 3 if not again else 1 if step.method == "full" else 2
         return step.T * s * (kept * f + 2 * h)
+    if step.expert_adapters:
+        # The gate's values and gradients: five times its width; gradients of the k outputs and of the stream.
+        k = shape.experts_per_token
+        return step.T * s * (5 * k * f + (k + 1) * h)
     if step.four_bit_experts:
         return weighing_bytes(step)
     if shape.experts:
@@ -357,6 +392,9 @@ def offloaded_backward_bytes(step: Step) -> int:
     """
     shape, s = step.shape, step.s
     h, f = shape.hidden, shape.mlp
+    if step.expert_adapters:
+        k = shape.experts_per_token
+        return step.T * s * (8 * k * f + (k + 2) * h)
     if step.four_bit_experts:
         return weighing_bytes(step) + step.T * shape.experts_per_token * h * s
     if shape.experts:
@@ -383,6 +421,10 @@ def experts_forward_bytes(step: Step) -> tuple[int, int]:
     kept. One expert after the other keeps those at once: then there are the outputs, side by side, in order or weighed.
     """
     shape, s, k = step.shape, step.s, step.shape.experts_per_token
+    if step.expert_adapters:
+        # act(gate) and the product before there are outputs, or the outputs twice, or weighed.
+        gated = 2 * k * shape.mlp - (k - 1) * shape.hidden
+        return step.T * max(s * gated, max(s, step.routing_bytes) * k * shape.hidden), 0
     if step.four_bit_experts:
         held = step.T * k * shape.hidden * (s + max(s, step.routing_bytes))
         return held, step.T * s * max(1, k - 1) * shape.hidden

@@ -48,22 +48,50 @@ class Adapted:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdaptedStack:
+    """One stack of experts that adapts: E of (out, in)."""
+
+    module: Module
+    leaf: str
+    experts: int
+    outputs: int
+    inputs: int
+    r: int
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """A (E, r, in), B (E, out, r)."""
+        return (self.experts, self.r, self.inputs), (self.experts, self.outputs, self.r)
+
+    @property
+    def parameters(self) -> int:
+        """``E r (in + out)``."""
+        return self.experts * self.r * (self.inputs + self.outputs)
+
+
+@dataclasses.dataclass(frozen=True)
 class Adaptation:
-    """All that trains: low-rank pairs, whole copies of modules, biases."""
+    """All that trains: low-rank pairs of modules and of stacked experts, whole copies of modules, biases."""
 
     adapted: tuple[Adapted, ...]
     whole: tuple[Module, ...]
     biases: tuple[Module, ...]
+    stacks: tuple[AdaptedStack, ...] = ()
+
+    @property
+    def pairs(self) -> tuple[Adapted | AdaptedStack, ...]:
+        return (*self.adapted, *self.stacks)
 
     @property
     def parameters(self) -> int:
-        pairs = sum(item.parameters for item in self.adapted)
+        pairs = sum(item.parameters for item in self.pairs)
         return pairs + sum(item.parameters for item in self.whole) + sum(item.outputs for item in self.biases)
 
 
 def adaptation(shape: Shape, config: LoraConfig) -> Adaptation:
-    """What ``add_adapter`` would do. Raises AdapterError, RW401 to RW404, as it does."""
-    adapted = tuple(_adapted(shape, config))
+    """What ``add_adapter`` would do. Raises AdapterError, RW401 to RW404 and RW419, as it does."""
+    stacks = tuple(_stacks(shape, config))
+    adapted = tuple(_adapted(shape, config)) if config.target_modules or not stacks else ()
     unused = [key for key in config.enable_lora if not any(matches(item.module.name, [key]) for item in adapted)]
     if unused:
         raise AdapterError(
@@ -72,7 +100,48 @@ def adaptation(shape: Shape, config: LoraConfig) -> Adaptation:
             f"{shape.family} model end in {', '.join(_endings(shape))}.",
         )
     whole = tuple(_whole(shape, config.modules_to_save or ()))
-    return Adaptation(adapted, whole, tuple(_biases(shape, config, adapted, whole)))
+    return Adaptation(adapted, whole, tuple(_biases(shape, config, adapted, whole)), stacks)
+
+
+def _stacks(shape: Shape, config: LoraConfig) -> Iterator[AdaptedStack]:
+    wanted = config.target_parameters or ()
+    named = {f"{module.name}.{leaf}": module for module in shape.modules for leaf in _leaves(module)} if wanted else {}
+    stacks = [name for name, module in named.items() if module.stacks]
+    missing = [key for key in wanted if not any(matches(name, [key]) for name in named)]
+    if missing:
+        known = dict.fromkeys(".".join(name.split(".")[-3:]) for name in stacks)
+        hint = f"its stacked experts are {', '.join(known)}" if known else "it has no stacked experts"
+        raise AdapterError(
+            "RW401",
+            f"target_parameters={missing!r} matches no parameter of this {shape.family} model, neither whole nor at "
+            f"its end after a dot; {hint}.",
+        )
+    for name, module in named.items():
+        if not matches(name, wanted):
+            continue
+        if (reason := _obstacle(module, config)) is not None:
+            raise AdapterError(
+                "RW419", f"target_parameters matches {name}, which no adapter can reach: {reason}; leave it out."
+            )
+        leaf = name.rpartition(".")[2]
+        r = next((value for key, value in config.rank_pattern.items() if _pattern(key, name)), config.r)
+        yield AdaptedStack(module, leaf, *module.stacks[STACKS.index(leaf)], r)
+
+
+STACKS = ("gate_up_proj", "down_proj")
+"""Names of a module's stacks."""
+
+
+def _leaves(module: Module) -> tuple[str, ...]:
+    return STACKS if module.stacks else ("weight", "bias") if module.bias else ("weight",)
+
+
+def _obstacle(module: Module, config: LoraConfig) -> str | None:
+    if not module.stacks:
+        return "it is no stack of experts' matrices (linear layers go into target_modules)"
+    if any(re.match(rf"(^|.*\.){re.escape(key)}($|\..*)", module.name) for key in config.modules_to_save or ()):
+        return f"modules_to_save trains {module.name} whole"
+    return None
 
 
 def _adapted(shape: Shape, config: LoraConfig) -> Iterator[Adapted]:

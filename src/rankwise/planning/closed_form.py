@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from math import prod
 
 from rankwise.config import DORA, FOUR_BITS
 from rankwise.planning import activations, weights
 from rankwise.planning.activations import Step
-from rankwise.planning.adapted import Adaptation, adaptation
+from rankwise.planning.adapted import STACKS, Adaptation, AdaptedStack, adaptation
 from rankwise.planning.assemble import assembled
 from rankwise.planning.estimate import MemoryEstimate
 from rankwise.planning.optimizers import rule_of, state_bytes
@@ -84,6 +85,7 @@ def step_of(shape: Shape, method: str, workload: Workload, adapted: Adaptation |
     items = () if adapted is None else adapted.adapted
     trained = [item.module for item in items] + list(() if adapted is None else adapted.whole)
     ends = frozenset(".".join(module.name.split(".")[-2:]) for module in trained)
+    stacks = () if adapted is None else adapted.stacks
     layer_weights = sum(module.parameters for module in shape.modules if ".0." in module.name)
     return Step(
         shape=shape,
@@ -93,7 +95,13 @@ def step_of(shape: Shape, method: str, workload: Workload, adapted: Adaptation |
         adapted=ends | frozenset(name.rpartition(".")[2] for name in ends),
         whole_head=adapted is not None and shape.modules[-1] in adapted.whole,
         layer_weights=layer_weights,
+        expert_ranks=(_rank_of(stacks, STACKS[0]) / shape.layers, _rank_of(stacks, STACKS[1]) / shape.layers),
+        expert_share=len({item.module.name for item in stacks}) / shape.layers,
     )
+
+
+def _rank_of(stacks: Sequence[AdaptedStack], leaf: str) -> int:
+    return sum(item.r for item in stacks if item.leaf == leaf)
 
 
 def phases(
@@ -104,12 +112,15 @@ def phases(
     layer, backward = activations.layer_bytes(step), activations.backward_bytes(step)
     again = workload.gradient_checkpointing
     saved = shape.layers * (activations.checkpoint_bytes(step) if again else layer)
+    begins_late = not again and adapted is not None and not adapted.biases
+    unsaved = activations.unsaved_bytes(step) if begins_late else 0
+    saved -= unsaved
     if workload.activation_offloading:
         saved = 0
     one = layer if again else 0
     if workload.activation_offloading and not again:
         backward = activations.offloaded_backward_bytes(step)
-    first = one if workload.activation_offloading else layer
+    first = one if workload.activation_offloading else layer - unsaved
     outside = activations.outside_layers_bytes(step)
     gradients = weights.tensor_bytes(tensors)
     unpacked = unpacked_bytes(shape, method, workload)

@@ -24,7 +24,8 @@ ALL = "all"
 Goal = Literal["speed", "quality", "serving"]
 
 SHARED = (
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save", "use_rslora"),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "exclude_modules"),
+    *("modules_to_save", "use_rslora"),
     *("adapter_dtype", "quant_type", "block_size", "double_quant", "batch_size", "gradient_accumulation"),
     *("max_length", "max_steps", "epochs", "gradient_checkpointing", "activation_offloading", "optimizer", "dtype"),
     *("fast",),
@@ -74,6 +75,7 @@ class PlanSettings(Settings):
     target_modules: Annotated[str | tuple[str, ...], BeforeValidator(module_list)] = Field(
         ALL_LINEAR, description=_TRAIN["target_modules"].description
     )
+    target_parameters: Annotated[tuple[str, ...] | None, BeforeValidator(comma_list)] = _same("target_parameters")
     exclude_modules: Annotated[str | tuple[str, ...] | None, BeforeValidator(module_list)] = _same("exclude_modules")
     modules_to_save: Annotated[tuple[str, ...] | None, BeforeValidator(comma_list)] = _same("modules_to_save")
     use_rslora: bool = _same("use_rslora")

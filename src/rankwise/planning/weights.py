@@ -11,7 +11,7 @@ from math import ceil, prod
 from pathlib import Path
 
 from rankwise.config import DORA, FOUR_BITS
-from rankwise.planning.adapted import Adaptation, Adapted
+from rankwise.planning.adapted import Adaptation, Adapted, AdaptedStack
 from rankwise.planning.hardware import cpu_flags
 from rankwise.planning.optimizers import Shape as TensorShape
 from rankwise.planning.parallel import Group, layer_and_root
@@ -94,7 +94,7 @@ def trained_tensors(shape: Shape, method: str, workload: Workload, adapted: Adap
             yield from _own_tensors(module, base)
         return
     element = 4 if workload.adapter_dtype == "float32" else base
-    for item in adapted.adapted:
+    for item in adapted.pairs:
         yield from _adapter_tensors(item, element)
     for module in adapted.whole:
         yield from _own_tensors(module, base)
@@ -102,7 +102,7 @@ def trained_tensors(shape: Shape, method: str, workload: Workload, adapted: Adap
         yield (module.outputs,), base
 
 
-def _adapter_tensors(item: Adapted, element: int) -> Iterator[Tensor]:
+def _adapter_tensors(item: Adapted | AdaptedStack, element: int) -> Iterator[Tensor]:
     """A and B in their dtype, DoRA's magnitude in float32."""
     return ((tensor, element if len(tensor) > 1 else 4) for tensor in item.shapes)
 
@@ -160,7 +160,10 @@ def _trained_by_path(shape: Shape, method: str, workload: Workload, adapted: Ada
     if adapted is None:
         return {module.name: module.parameters * base for module in shape.modules}
     element = 4 if workload.adapter_dtype == "float32" else base
-    found = {item.module.name: tensor_bytes([*_adapter_tensors(item, element)]) for item in adapted.adapted}
+    found: dict[str, int] = {}
+    for item in adapted.pairs:
+        name = item.module.name
+        found[name] = found.get(name, 0) + tensor_bytes([*_adapter_tensors(item, element)])
     for module in adapted.whole:
         found[module.name] = found.get(module.name, 0) + module.parameters * base
     for module in adapted.biases:

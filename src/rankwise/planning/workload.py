@@ -32,6 +32,7 @@ class Workload:
     lora_alpha: float = 32
     lora_dropout: float = 0.0
     target_modules: str | Sequence[str] = ALL_LINEAR
+    target_parameters: Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
     use_rslora: bool = False
@@ -86,6 +87,7 @@ class Workload:
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
             target_modules=self.target_modules,
+            target_parameters=self.target_parameters,
             exclude_modules=self.exclude_modules,
             modules_to_save=self.modules_to_save,
             use_dora=use_dora,
