@@ -15,6 +15,12 @@ NEEDED = {"model": "m", "data": "d", "output": "o"}
 SPELLINGS: dict[str, tuple[str, list[Any], Any]] = {
     "target names": ("target_modules", ["q_proj, v_proj", ["q_proj", "v_proj"]], ("q_proj", "v_proj")),
     "one target": ("target_modules", ["q_proj", ["q_proj"]], ("q_proj",)),
+    "no target": ("target_modules", ["", []], ()),
+    "stacked experts": (
+        "target_parameters",
+        ["experts.gate_up_proj,experts.down_proj", ["experts.gate_up_proj", "experts.down_proj"]],
+        ("experts.gate_up_proj", "experts.down_proj"),
+    ),
     "target expression": ("target_modules", [r".*\.(q|v)_proj"], r".*\.(q|v)_proj"),
     "all targets": ("target_modules", ["all-linear"], "all-linear"),
     "whole modules": ("modules_to_save", ["lm_head", ["lm_head"]], ("lm_head",)),

@@ -117,6 +117,11 @@ SERVING = {
     "rank pattern": ({"rank_pattern": {"q": 64}}, ["must be at least 64", "`rank_pattern`: merge first"], []),
     "alpha pattern": ({"alpha_pattern": {"q": 64}}, ["vLLM seems to ignore `alpha_pattern`"], []),
     "rslora": ({"use_rslora": True}, ["rsLoRA's scale: merge first"], []),
+    "stacked experts": (
+        {"target_parameters": ["mlp.experts.down_proj"]},
+        ["(`target_parameters`) was not tried", "adapters on stacked experts: merge first"],
+        [],
+    ),
     "modules to save": ({"modules_to_save": ["lm_head"]}, ["`modules_to_save`: merge first"], []),
 }
 

@@ -142,6 +142,22 @@ class AdaptedExperts(nn.Module):
             return getattr(super().__getattr__("base_layer"), name)
 
 
+@torch.no_grad()
+def relative_updates(experts: AdaptedExperts) -> dict[str, float]:
+    """``||s B A||_F / ||W||_F`` over all experts of each stack that the active adapter adapts."""
+    assert experts.active is not None, "the adapter is at work"
+    adapter: Any = experts.adapters[experts.active]
+    found = {}
+    for leaf, lora in adapter.stacks.items():
+        stack = stack_at(experts.base_layer, leaf)
+        W = experts.base_layer.get_parameter(leaf) if stack is None else stack.dequantize()
+        A, B = lora.lora_A.float(), lora.lora_B.float()
+        # tr(B A A^T B^T) from the r x r products.
+        squared = ((A @ A.transpose(1, 2)) * (B.transpose(1, 2) @ B)).sum().clamp_min(0)
+        found[leaf] = float(lora.scaling * squared.sqrt() / W.float().norm().clamp_min(1e-30))
+    return found
+
+
 def experts_forward(
     base: Any, adapter: ExpertsLora, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:

@@ -106,6 +106,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
         "target_modules": config.target_modules
         if isinstance(config.target_modules, str)
         else list(config.target_modules or ()),
+        "target_parameters": list(config.target_parameters or ()),
         "modules_to_save": list(config.modules_to_save or ()),
         "bias": config.bias,
         "adapted_modules": len({name.partition(".lora_")[0] for name in weights.shapes if ".lora_" in name}),
@@ -227,7 +228,8 @@ def _adapter_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if found[name]:
             yield name.replace("_", " "), str(found[name])
     targets = found["target_modules"]
-    yield "targets", targets if isinstance(targets, str) else ", ".join(targets)
+    named = [targets] if isinstance(targets, str) else targets
+    yield "targets", ", ".join([*named, *found["target_parameters"]])
     if found["bias"] != "none":
         yield "biases", found["bias"]
     yield "size", _size(found)

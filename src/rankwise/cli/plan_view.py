@@ -60,12 +60,11 @@ def heading(plan: Plan) -> Iterator[str]:
     note = f" ({hardware.note})" if hardware.note else ""
     many = f"{work.devices} x " if work.devices > 1 else ""
     yield f"{plan.model} on {many}{hardware.name}: {gigabytes(hardware.memory_bytes)}{note}"
-    targets = work.target_modules if isinstance(work.target_modules, str) else ",".join(work.target_modules)
     parts = [
         f"batch {work.batch_size} x {work.max_length:,} tokens",
         *([f"accumulation {plan.accumulation}"] if plan.accumulation > 1 else []),
         work.dtype,
-        f"r {work.r} on {targets}",
+        f"r {work.r} on {_targets(work)}",
         work.optimizer,
         *(["gradient checkpointing"] if work.gradient_checkpointing else []),
         *(["activation offloading"] if work.activation_offloading else []),
@@ -73,6 +72,11 @@ def heading(plan: Plan) -> Iterator[str]:
         *([f"{work.strategy} (a device's share)"] if work.devices > 1 else []),
     ]
     yield ", ".join(parts)
+
+
+def _targets(work: Workload) -> str:
+    named = [work.target_modules] if isinstance(work.target_modules, str) else [*work.target_modules]
+    return ",".join([*named, *(work.target_parameters or ())])
 
 
 def table(plan: Plan) -> Table:
@@ -236,8 +240,7 @@ def settings_sentence(plan: Plan) -> str:
     accumulated = f" x {times} accumulated" if times > 1 else ""
     parts = [f"batch {work.batch_size}{accumulated}, {work.max_length:,} tokens a row"]
     if advice.method != "full":
-        targets = work.target_modules if isinstance(work.target_modules, str) else ",".join(work.target_modules)
-        parts.append(f"r {work.r} on {targets}")
+        parts.append(f"r {work.r} on {_targets(work)}")
     parts.append(f"gradient checkpointing {'on' if work.gradient_checkpointing else 'off'}")
     if work.activation_offloading:
         parts.append("activation offloading on")

@@ -225,11 +225,15 @@ def _logits(engine: Engine, rows: Rows, max_length: int) -> list[Tensor]:
 def _adapter_norms(model: nn.Module) -> dict[str, float]:
     """Of every adapted weight, merged in float32: in 16 bits rounding alone would look like an update."""
     from rankwise.adapters.base_layer import dense_weight, with_weight
+    from rankwise.adapters.experts import AdaptedExperts, relative_updates
     from rankwise.adapters.layer import AdaptedLayer
     from rankwise.adapters.state import inner_module, wrappers
 
-    norms = {}
+    norms: dict[str, float] = {}
     for name, wrapper in wrappers(model):
+        if isinstance(wrapper, AdaptedExperts):
+            norms |= {f"{name}.{leaf}": value for leaf, value in relative_updates(wrapper).items()}
+            continue
         W = dense_weight(inner_module(wrapper)).float()
         if isinstance(wrapper, AdaptedLayer):
             assert wrapper.active is not None, "the run's adapter is at work"

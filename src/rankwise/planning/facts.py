@@ -34,6 +34,8 @@ class ModelFacts:
     head_is_tied: bool
     idle_expert_parameters: int = 0
     # Parameters of experts that a token does not visit: L (E - e) 3 h w with the width w of an expert.
+    visited_share: float = 1.0
+    # Of the experts those that a token visits: e / E.
     position_rows: int | None = None
     # Of a table of learned positions, which no row of tokens can outgrow; None: there is none.
 
@@ -75,12 +77,17 @@ def _of_shape(shape: Shape) -> ModelFacts:
         vocabulary=shape.vocabulary,
         head_is_tied=shape.tied,
         idle_expert_parameters=_idle(experts, shape.experts, shape.experts_per_token),
+        visited_share=_visited(shape.experts, shape.experts_per_token),
     )
 
 
 def _idle(parameters: int, experts: int, visited: int) -> int:
     """Of all experts' parameters those that a token does not visit: (E - e) / E."""
     return parameters * max(0, experts - visited) // experts if experts else 0
+
+
+def _visited(experts: int, visited: int) -> float:
+    return min(1.0, visited / experts) if experts and visited else 1.0
 
 
 def _of_config(config: Mapping[str, Any]) -> ModelFacts:
@@ -93,6 +100,7 @@ def _of_config(config: Mapping[str, Any]) -> ModelFacts:
         vocabulary=_number(config, ("vocab_size",)),
         head_is_tied=bool(config.get("tie_word_embeddings")),
         idle_expert_parameters=idle,
+        visited_share=_visited(experts, visited),
     )
 
 
@@ -110,6 +118,7 @@ def _of_gguf(source: ModelSource) -> ModelFacts:
         vocabulary=table.shape[-1] if table else 0,
         head_is_tied="output.weight" not in header.tensors,
         idle_expert_parameters=_idle(experts, count, visited),
+        visited_share=_visited(count, visited),
     )
 
 

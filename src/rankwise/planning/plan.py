@@ -81,7 +81,7 @@ class MethodRow:
 
 @dataclasses.dataclass(frozen=True)
 class Unplanned:
-    """One method that this model does not take, or whose step cannot be run without values."""
+    """One method that this model or these settings do not take, or whose step cannot be run without values."""
 
     method: str
     code: str
@@ -252,13 +252,13 @@ class _Planner:
     def _rows(self) -> tuple[list[MethodRow], list[Unplanned]]:
         """A row of each method that can be planned, and why the others cannot; one row at least, or the first error."""
         rows, unplanned = [], []
-        first: ModelError | QuantizationError | None = None
+        first: ConfigError | ModelError | QuantizationError | None = None
         for method in self.methods:
             try:
                 if self.settings.exact:
                     self.estimate.anchor(method, self.workload, self._dry_run(method, self.workload))
                 rows.append(self._row(method))
-            except (ModelError, QuantizationError) as error:
+            except (ConfigError, ModelError, QuantizationError) as error:
                 first = first or error
                 unplanned.append(Unplanned(method, error.code, error.message))
         if first is not None and not rows:

@@ -10,7 +10,7 @@ from typing import Any
 from rankwise.config import FOUR_BITS
 from rankwise.planning.changes import Advisor, Change, Step, possible_steps
 from rankwise.planning.estimate import MemoryEstimate
-from rankwise.planning.rules import PAGED, SERVING, Rule, Situation, reasons
+from rankwise.planning.rules import PAGED, SERVING, SERVING_OF_EXPERTS, Rule, Situation, reasons
 from rankwise.planning.workload import Workload
 
 ORDER = {
@@ -49,6 +49,8 @@ class Recommendation:
 
     @property
     def serving(self) -> tuple[str, ...]:
+        if self.workload.target_parameters and self.method in ("lora", "qlora"):
+            return SERVING_OF_EXPERTS
         return SERVING.get(self.method or "", ())
 
     def to_json(self) -> dict[str, Any]:

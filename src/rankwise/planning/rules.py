@@ -233,6 +233,10 @@ SERVING: dict[str, tuple[str, ...]] = {
     "full": ("an ordinary model: anywhere",),
 }
 SERVING |= {"qlora": SERVING["lora"], "qdora": SERVING["dora"]}
+SERVING_OF_EXPERTS = (
+    "as an adapter on stacked experts: PEFT; servers were not tried",
+    "merged (`rankwise merge`): anywhere",
+)
 
 
 def reasons(situation: Situation) -> Iterator[Rule]:

@@ -67,10 +67,11 @@ def flops_per_token(method: str, facts: ModelFacts, frozen: int, trained: int, w
     """Forward 2 N, input gradients 2 N; ``full`` 2 N more for weight gradients; adapters 6 P; attention 3 * 2 L h S.
 
     Checkpointing runs the forward pass of the blocks again: 2 (N - H), 2 P and 2 L h S more. A causal mask is taken to
-    halve the attention's 4 L h S.
+    halve the attention's 4 L h S. Where stacked experts adapt, all of P is taken to be theirs: a token meets those of
+    the experts that it visits.
     """
     N, H = facts.matrix_parameters(frozen), facts.head_parameters
-    P = 0 if method == "full" else trained
+    P = 0 if method == "full" else trained * (facts.visited_share if workload.target_parameters else 1)
     attention = 2 * facts.layers * facts.width * workload.max_length
     total = 4 * N + 6 * P + 3 * attention + (2 * N if method == "full" else 0)
     if workload.gradient_checkpointing:

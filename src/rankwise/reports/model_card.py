@@ -312,6 +312,8 @@ def _vllm(config: Mapping[str, Any]) -> list[str]:
         return ["- vLLM and SGLang reject DoRA adapters: merge first."]
     ranks = [int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())]
     lines = [f"- vLLM: `--max-lora-rank` must be at least {max(ranks)} (it takes 1, 8, 16, 32, 64 and up; default 16)."]
+    if config.get("target_parameters"):
+        lines.append("- vLLM with adapters on stacked experts (`target_parameters`) was not tried: PEFT reads them.")
     if config.get("alpha_pattern"):
         lines.append("- vLLM seems to ignore `alpha_pattern`, which this adapter has: merge first.")
     return lines
@@ -322,6 +324,7 @@ def _llama_cpp(config: Mapping[str, Any]) -> list[str]:
         "DoRA's magnitudes": config.get("use_dora"),
         "`alpha_pattern`": config.get("alpha_pattern"),
         "`rank_pattern`": config.get("rank_pattern"),
+        "adapters on stacked experts": config.get("target_parameters"),
         "rsLoRA's scale": config.get("use_rslora"),
         "`modules_to_save`": config.get("modules_to_save"),
         "biases": config.get("bias", "none") != "none",

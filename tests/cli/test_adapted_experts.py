@@ -1,0 +1,65 @@
+"""Adapters on stacked experts by the command line: planned, trained by the saved plan, inspected, merged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from tiny_models import tiny_moe
+
+TARGETS = ("--target-modules", "", "--target-parameters", "experts.gate_up_proj,experts.down_proj")
+
+
+@pytest.fixture(scope="module")
+def experts_folder(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny-moe")
+    vocabulary = json.loads((model_folder / "config.json").read_text())["vocab_size"]
+    tiny_moe("qwen3_moe", vocab_size=vocabulary, moe_intermediate_size=32).save_pretrained(folder)
+    for file in model_folder.glob("*token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def test_the_plan_has_a_row_for_what_trains_them(rankwise, experts_folder, tmp_path):
+    sizes = ("--memory", "8GB", "--max-length", 64, "--save", tmp_path / "plan.yaml", "--json")
+    done = rankwise("plan", "--model", experts_folder, *sizes, *TARGETS)
+    assert done.code == 0
+    methods = done.document["methods"]
+    assert methods["lora"]["trainable_parameters"] == 2 * 8 * 16 * (32 + 64 + 32 + 32)
+    assert methods["qlora"]["fits"]
+    for name in ("dora", "qdora"):
+        assert methods[name]["failure"]["code"] == "RW101"
+        assert "target_parameters" in methods[name]["failure"]["message"]
+    assert done.document["recommendation"]["serving"][0].endswith("servers were not tried")
+    saved = yaml.safe_load((tmp_path / "plan.yaml").read_text())
+    assert saved["target-parameters"] == ["experts.gate_up_proj", "experts.down_proj"]
+    assert saved["target-modules"] == []
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_from_training_to_the_merged_model(rankwise, experts_folder, rows_file, tmp_path, method):
+    run = ("--output", tmp_path / "run", "--max-steps", 2, "--batch-size", 4, "--block-size", 32)
+    options = ("--device", "cpu", "--gradient-checkpointing", "--method", method)
+    run = run if method == "qlora" else run[:-2]
+    done = rankwise("train", "--model", experts_folder, "--data", rows_file, *run, *options, *TARGETS, "--r", 2)
+    assert done.code == 0, done.stderr
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["trainable_parameters"] == 2 * 8 * 2 * (32 + 64 + 32 + 32)
+    done = rankwise("inspect", tmp_path / "run", "--model", experts_folder, "--json")
+    assert done.document["fits"]["fits"]
+    assert done.document["target_parameters"] == ["experts.gate_up_proj", "experts.down_proj"]
+    assert done.document["norm_of_B"]["total"] > 0
+    done = rankwise("merge", "--adapter", tmp_path / "run", "--output", tmp_path / "merged", "--verify", "--json")
+    assert done.code == 0, done.stderr
+    assert done.document["merged_modules"] == 4
+
+
+def test_dora_is_refused_before_anything_is_read(rankwise, experts_folder, rows_file, tmp_path):
+    where = ("--model", experts_folder, "--data", rows_file, "--output", tmp_path / "run")
+    done = rankwise("train", *where, "--method", "dora", *TARGETS)
+    assert done.code == 2
+    assert "RW101" in done.stderr
+    assert not (tmp_path / "run").exists()
