@@ -94,6 +94,18 @@ def test_closed_form_of_a_cpu_in_float32(family, method, checkpointing, batch, l
     assert -0.03 <= compared(family, method, workload) <= 0.08
 
 
+@pytest.mark.parametrize("method", ["lora", "qdora", "full"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_closed_form_in_float16_which_our_parts_do_not_take(device, method):
+    assert -0.03 <= compared("llama", method, step(device, False, 8, 1024, dtype="float16")) <= 0.08
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("family", "method"), [("llama", "lora"), ("llama", "full"), ("gemma", "qdora")])
+def test_closed_form_of_a_card_without_triton(family, method, checkpointing):
+    assert -0.03 <= compared(family, method, step("cuda", checkpointing, 8, 1024, triton=False)) <= 0.08
+
+
 @pytest.mark.grid
 @pytest.mark.parametrize(("family", "method", "device", "checkpointing", "size"), WIDER)
 def test_closed_form_over_the_whole_grid(family, method, device, checkpointing, size):
@@ -136,7 +148,10 @@ def test_a_head_that_trains_beside_adapters(device, dtype):
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [("llama", "lora"), ("llama", "qdora"), ("gpt2", "lora"), ("mixtral", "lora"), ("mixtral", "qlora")],
+    [
+        *(("llama", "lora"), ("llama", "qdora"), ("gpt2", "lora"), ("mixtral", "lora"), ("mixtral", "qlora")),
+        *(("gemma2", "lora"), ("gemma2", "qdora")),
+    ],
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_that_wait_in_the_hosts_memory(family, method, checkpointing):

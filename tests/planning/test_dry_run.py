@@ -107,6 +107,18 @@ def _overhead(found) -> int:
     return found.breakdown["overhead"]
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_on_a_card_gated_mlps_keep_gate_and_up_alone(method):
+    """As `recognise.down_of_glu` does there with Triton; PyTorch's keeps act(gate) and the product too."""
+    sizes = {"batch_size": 4, "max_length": 512, "r": 8}
+    ours, torchs = (trace(skeleton("llama", **SMALL), method, Workload(triton=has, **sizes)) for has in (True, False))
+    kept = torchs.breakdown["activations"] - ours.breakdown["activations"]
+    tokens, element_bytes = 4 * 512, 2
+    assert kept == 2 * tokens * SMALL["intermediate_size"] * element_bytes * SMALL["num_hidden_layers"]
+    none = Workload(triton=True, dtype="float16", **sizes)
+    assert trace(skeleton("llama", **SMALL), method, none).breakdown["activations"] == torchs.breakdown["activations"]
+
+
 def test_terms_sum_to_the_peak_and_have_known_names():
     found = trace(skeleton("llama", **SMALL), "qdora", Workload(batch_size=2, max_length=64))
     assert sum(found.breakdown.values()) == found.peak_bytes

@@ -20,7 +20,7 @@ from rankwise.adapters.base_layer import has_hooks
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.operator import branch_of, drawn_dropout
 from rankwise.ops.low_rank_linear import low_rank_linear_of_glu
-from rankwise.ops.selection import is_traced, native_on_cpu, runs_triton
+from rankwise.ops.selection import is_traced, native_on_cpu, takes_triton
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 # Of the largest value, between a part and its twin.
@@ -140,9 +140,9 @@ def _norm_forward(self: Any, x: Tensor) -> Tensor:
 
 def _glu_runs(x: Tensor) -> bool:
     """Whether the gated activation has a kernel of ours for ``x``: native, or on Triton."""
-    if not x.is_cuda:
-        return _runs_natively(x)
-    return x.dtype in TOLERANCE and not is_traced() and runs_triton(x.device)
+    if takes_triton(x):
+        return x.dtype in TOLERANCE and not is_traced()
+    return _runs_natively(x)
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
@@ -240,8 +240,10 @@ def _rope_agrees(original: Callable[..., Any]) -> bool:
 
 def _random(like: Tensor, *shape: int, runs: Callable[[Tensor], bool] = _runs_natively) -> Tensor | None:
     """Random numbers in a dtype and on a device that the twins run on, or None."""
-    if not runs(like) or is_fake(like):
-        return torch.empty(shape, dtype=like.dtype, device=like.device) if is_fake(like) else None
+    if not runs(like):
+        return None
+    if is_fake(like):
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=generator).to(like)
 

@@ -29,6 +29,7 @@ _choice: str | None = None
 _modules: dict[str, ModuleType] = {}
 _said: set[str] = set()
 _fakes_as_real = False
+_fakes_as_card = False
 
 
 def set_implementation(name: str) -> None:
@@ -105,6 +106,24 @@ def fakes_as_real() -> Iterator[None]:
 def runs_triton(device: torch.device) -> bool:
     """Whether Triton kernels work on tensors of ``device``."""
     return module_for(device).__name__ == _MODULES["triton"]
+
+
+def takes_triton(tensor: Tensor) -> bool:
+    """Whether Triton kernels work on this tensor of a card, or on one that a fake tensor of a CPU stands for."""
+    if tensor.is_cuda:
+        return runs_triton(tensor.device)
+    return _fakes_as_card and isinstance(tensor, FakeTensor)
+
+
+@contextmanager
+def fakes_as_card() -> Iterator[None]:
+    """Inside, fake tensors of a CPU take the way of a card's, on which Triton kernels work."""
+    global _fakes_as_card
+    before, _fakes_as_card = _fakes_as_card, True
+    try:
+        yield
+    finally:
+        _fakes_as_card = before
 
 
 def _choose(device: str) -> str:

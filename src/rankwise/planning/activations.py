@@ -56,14 +56,21 @@ class Step:
         return self.workload.device_type == "cuda"
 
     @property
+    def wide(self) -> bool:
+        """Whether parts are given what ours take: float32 or bfloat16, which full fine-tuning gives in any dtype."""
+        return self.method == "full" or self.workload.dtype != "float16"
+
+    @property
     def native(self) -> bool:
         """Whether the fused parts of a CPU run: norms, rotary positions, gated MLPs, own attention."""
-        return self.workload.fast and not self.on_card and self.shape.family != "gpt2"
+        return self.workload.fast and self.wide and not self.on_card and self.shape.family != "gpt2"
 
     @property
     def fused_mlp(self) -> bool:
-        """Phi-3 keeps gate and up in one projection, which stays PyTorch's."""
-        return self.native and self.shape.family != "phi3"
+        """Whether gated MLPs are ours: on a CPU, and by Triton on a card. Phi-3 keeps gate and up in one projection,
+        which stays PyTorch's."""
+        runs = self.native or (self.workload.has_triton_parts and self.wide)
+        return runs and self.shape.family not in ("phi3", "gpt2")
 
     @property
     def own_attention(self) -> bool:
@@ -205,6 +212,11 @@ def scores_backward_bytes(step: Step) -> tuple[int, int]:
     return 4 * step.P + 8 * step.T * shape.queries + stream, gone
 
 
+def offloaded_scores_bytes(step: Step) -> int:
+    """The same where the weights come back alone: they and two gradients in float32, beside three of the stream."""
+    return 12 * step.P + 3 * step.T * step.shape.hidden * (4 if step.method == "full" else step.s)
+
+
 def _mlp_bytes(step: Step) -> float:
     """Of a token, by the way of training."""
     if step.shape.family == "gpt2":
@@ -236,7 +248,7 @@ def _experts(step: Step) -> float:
         routed = 8 * k * (2 * shape.mlp + shape.hidden)
     elif step.expert_adapters:
         routed = (1 - step.expert_share) * routed + _adapted_experts(step)
-    shared = s * ((2 if step.native else 4) * shape.shared_mlp + 2 * shape.hidden) if shape.shared_mlp else 0
+    shared = s * ((2 if step.fused_mlp else 4) * shape.shared_mlp + 2 * shape.hidden) if shape.shared_mlp else 0
     return routed + shared + 8 * shape.experts
 
 
@@ -380,15 +392,15 @@ def backward_bytes(step: Step) -> int:
         return step.T * step.s * (2 * f + h)
     if step.method != "full" and not step.has("mlp.down_proj"):
         return step.T * s * (3 * f + h)
-    unfused = step.on_card or (again and not step.fused_mlp)
-    return step.T * s * (2 * f + 2 * h if unfused else 4 * f + h)
+    less = (step.on_card and step.method == "full") or (not step.fused_mlp and (step.on_card or again))
+    return step.T * s * (2 * f + 2 * h if less else 4 * f + h)
 
 
 def offloaded_backward_bytes(step: Step) -> int:
     """The same where what was saved comes back a tensor at a time, for the operation that asks for it.
 
-    Two tensors of the MLP beside three gradients; with DoRA's scaled ones six in all, through GPT-2's gelu seven. Of
-    stacked experts the transposed weight comes too, since it is no parameter itself.
+    Two tensors of the MLP beside three gradients; with DoRA's scaled ones, or the product made again, six in all;
+    through GPT-2's gelu seven. Of stacked experts the transposed weight comes too, since it is no parameter itself.
     """
     shape, s = step.shape, step.s
     h, f = shape.hidden, shape.mlp
@@ -402,7 +414,7 @@ def offloaded_backward_bytes(step: Step) -> int:
         with_weight = 2 * shape.experts * f * h + step.T * (k * (2 * f + h) + h)
         return s * max(with_weight, step.T * (5 * k * f + h))
     dora = step.method in DORA
-    kept = 7 if shape.family == "gpt2" else 6 if dora else 5
+    kept = 7 if shape.family == "gpt2" else 6 if dora or step.fused_mlp else 5
     return step.T * s * (kept * f + (3 if dora else 1) * h)
 
 

@@ -145,7 +145,13 @@ def phases(
         },
         "optimizer": {"gradients": gradients, "transient": step_copies_bytes(workload, tensors)},
     }
-    if step.scores:
+    if step.scores and workload.activation_offloading and not again:
+        head = embedding_gradient_bytes(shape, method)
+        found["backward through scores"] = {
+            "gradients": gradients - head,
+            "transient": activations.offloaded_scores_bytes(step) + (head if shape.tied else 0),
+        }
+    elif step.scores:
         held, gone = activations.scores_backward_bytes(step)
         head = embedding_gradient_bytes(shape, method)
         found["backward through scores"] = {

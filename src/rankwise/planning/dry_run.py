@@ -82,7 +82,7 @@ def trace(
     tracker = new_tracker(workload, vocabulary_of(skeleton), fake=fake)
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     tracker.answers.true_counts |= _enabled_rows(skeleton, workload)
-    way = selection.fakes_as_real() if fake and workload.device_type == "cpu" else nullcontext()
+    way = selection.fakes_as_real() if workload.device_type == "cpu" else selection.fakes_as_card()
     with _explaining(skeleton), mode, way, tracker:
         materialize(skeleton, weights_dtype(method, workload), fill=not fake)
         flat = attach(skeleton, method, workload)

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from rankwise.acceleration import flattening_obstacle, optimize_for_training
 from rankwise.acceleration.loss import accept_labels
 from rankwise.acceleration.optimize import look_into
+from rankwise.acceleration.recognise import replace_mlps
 from rankwise.acceleration.replace import Undo
 from rankwise.config import DORA, FOUR_BITS
 from rankwise.planning.card_attention import use_card_attention
@@ -84,13 +85,13 @@ def attach(model: nn.Module, method: str, workload: Workload) -> bool:
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable()  # type: ignore[operator]
     accelerate = _accelerate_for_card if workload.device_type == "cuda" else _accelerate_for_cpu
-    flat = accelerate(model, fast=workload.fast)
+    flat = accelerate(model, workload)
     model.train()
     return flat
 
 
-def _accelerate_for_cpu(model: nn.Module, *, fast: bool) -> bool:
-    if not fast:
+def _accelerate_for_cpu(model: nn.Module, workload: Workload) -> bool:
+    if not workload.fast:
         return False
     done = optimize_for_training(model)
     if not done.attention:
@@ -109,17 +110,22 @@ def drops_attention(model: Any) -> bool:
     return any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop"))
 
 
-def _accelerate_for_card(model: nn.Module, *, fast: bool) -> bool:
-    """A trace of a card runs on CPU tensors, where ``optimize_for_training`` would put in what is for CPUs alone."""
+def _accelerate_for_card(model: nn.Module, workload: Workload) -> bool:
+    """A trace of a card runs on CPU tensors, where ``optimize_for_training`` would put in what is for CPUs alone.
+
+    Liger's kernels are not traced: with them a card takes less.
+    """
     if next(model.parameters()).device.type == "cuda":
-        if fast:
+        if workload.fast:
             optimize_for_training(model)
         return False
     use_card_attention(model)
-    if not fast:
+    if not workload.fast:
         return False
     undo = Undo()
     head, _ = look_into(model, undo)
+    if workload.triton:
+        replace_mlps(model, undo)
     if head is not None:
         accept_labels(model, head, undo)
     return False

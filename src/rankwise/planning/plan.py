@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -152,9 +153,13 @@ def workload_for(settings: PlanSettings, hardware: Hardware) -> Workload:
 
 def on_device(workload: Workload, hardware: Hardware) -> Workload:
     """The same where our fused parts and kernels do not run: an Apple GPU takes PyTorch's own step, counted as on a
-    CPU, whose memory it shares.
+    CPU, whose memory it shares; a card of this machine without Triton its own gated MLPs.
     """
-    return dataclasses.replace(workload, fast=False) if hardware.device_type == "mps" else workload
+    if hardware.device_type == "mps":
+        return dataclasses.replace(workload, fast=False)
+    if hardware.kind == "machine" and hardware.device_type == "cuda":
+        return dataclasses.replace(workload, triton=importlib.util.find_spec("triton") is not None)
+    return workload
 
 
 def is_slowed(fast: bool, hardware: Hardware) -> bool:

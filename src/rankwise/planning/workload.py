@@ -60,6 +60,8 @@ class Workload:
     # single: one device; ddp: a whole copy on each; fsdp: FSDP2, parameters sharded over the devices.
     fast: bool = True
     # False: PyTorch's own step, as ``--no-fast`` trains: no fused parts, kernels or losses of ours.
+    triton: bool = True
+    # Of a card: whether Triton is there, on which our gated MLPs run; torch for Linux brings it.
     trained_share: float = 1.0
     # Share of the tokens that have labels: logits are kept for these alone. 1.0 is the worst case.
 
@@ -73,6 +75,11 @@ class Workload:
     def tokens(self) -> int:
         """Per micro-batch and device."""
         return self.batch_size * self.max_length
+
+    @property
+    def has_triton_parts(self) -> bool:
+        """Whether a step on a card takes our parts that run on Triton."""
+        return self.device_type == "cuda" and self.fast and self.triton
 
     @property
     def trained_tokens(self) -> int:
