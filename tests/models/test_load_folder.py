@@ -141,6 +141,7 @@ BAD = {
     "broken config": (lambda f: (f / "config.json").write_text("{"), "RW302", "as JSON"),
     "config of bytes": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "RW302", "as JSON"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "RW302", "not an object"),
+    "model_type a list": (lambda f: (f / "config.json").write_text('{"model_type": ["llama"]}'), "RW302", "no name"),
     "unknown model_type": (lambda f: edit_config(f, model_type="llama9"), "RW303", "'llama9'.*newer transformers"),
     "no model_type": (lambda f: edit_config(f, model_type=None), "RW303", "None"),
     "no language model": (lambda f: edit_config(f, model_type="t5"), "RW303", "no causal language model"),

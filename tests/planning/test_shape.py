@@ -116,6 +116,25 @@ def test_a_config_within_the_config_must_be_there():
     assert caught.value.code == "RW326"
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model_type", None),
+        ("num_hidden_layers", 10**7),
+        ("mlp_only_layers", 3),
+        ("tie_word_embeddings", "false"),
+        ("attention_dropout", "0.1"),
+        ("attention_dropout", -2),
+        ("max_position_embeddings", "2048"),
+    ],
+)
+def test_fields_that_are_not_of_their_kind_are_refused(field, value):
+    config = config_of("qwen3_moe") | {field: value}
+    with pytest.raises(ModelError, match=field) as caught:
+        shape_of(config)
+    assert caught.value.code == "RW326"
+
+
 def test_missing_and_wrong_fields_are_all_named():
     config = config_of("llama")
     del config["hidden_size"]

@@ -65,7 +65,13 @@ def read_config(folder: Path) -> dict[str, Any]:
             "RW302",
             f"{folder} holds a model and an adapter ({ADAPTER_FILE}) at once; move the adapter to a folder of its own.",
         )
-    return _read_object(folder / CONFIG_FILE)
+    config = _read_object(folder / CONFIG_FILE)
+    if not isinstance(config.get("model_type"), str | None):
+        raise ModelError(
+            "RW302",
+            f"{folder / CONFIG_FILE} has the model_type {config['model_type']!r}, which is no name; download it again.",
+        )
+    return config
 
 
 def _what_it_is_instead(folder: Path) -> str:

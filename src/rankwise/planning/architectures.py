@@ -82,7 +82,7 @@ def decoder(
         qk_norm=bool(qk_norm),
         fused_qkv=fused,
         norms_per_layer=norms_per_layer,
-        attention_dropout=fields.number("attention_dropout", 0.0),
+        attention_dropout=fields.share("attention_dropout", 0.0),
         eager=eager,
         softcapped=eager and bool(fields.config.get("attn_logit_softcapping", GEMMA2_SOFTCAP)),
     )
@@ -133,7 +133,7 @@ def _experts(fields: Fields, family: str) -> dict:
     E, k = fields.required(name, "num_experts_per_tok")
     width = "intermediate_size" if family == "mixtral" else "moe_intermediate_size"
     layers, step = fields.required("num_hidden_layers")[0], fields.count("decoder_sparse_step", 1)
-    only = fields.config.get("mlp_only_layers") or ()
+    only = fields.indices("mlp_only_layers")
     dense = {index for index in range(layers) if index in only or (index + 1) % step}
     shared = fields.required("shared_expert_intermediate_size")[0] if family == "qwen2_moe" else 0
     return {"E": E, "k": k, "f": fields.required(width)[0], "shared": shared, "dense_layers": dense}
@@ -226,8 +226,8 @@ def gpt2(fields: Fields) -> Shape:
         max_positions=positions,
         tied=fields.flag("tie_word_embeddings", True),
         modules=tuple(modules),
-        dropout=fields.number("resid_pdrop", 0.1),
-        attention_dropout=fields.number("attn_pdrop", 0.1),
+        dropout=fields.share("resid_pdrop", 0.1),
+        attention_dropout=fields.share("attn_pdrop", 0.1),
     )
 
 

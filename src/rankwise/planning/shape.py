@@ -112,12 +112,14 @@ def read_shape(model: str | os.PathLike[str], *, trust_remote_code: bool = False
 def shape_of(config: Mapping[str, Any], name: str = "the config") -> Shape:
     """The shape that a config.json describes.
 
-    Raises ModelError: RW325 an architecture that the closed form does not know, RW326 fields that are missing, are no
-    numbers or do not go together.
+    Raises ModelError: RW325 an architecture that the closed form does not know, RW326 fields that are missing, are not
+    of their kind or do not go together.
     """
     from rankwise.planning.architectures import FAMILIES
 
     family = config.get("model_type")
+    if family is None:
+        raise ModelError("RW326", f"{name} has no model_type; take the config.json that came with the model.")
     if family not in FAMILIES:
         raise ModelError(
             "RW325",
@@ -163,6 +165,11 @@ class Fields:
             for name in names
             if not _is_count(self.config.get(name))
         ]
+        wrong = wrong or [
+            f"{name} is {self.config[name]:,}, and more than {MOST_LAYERS:,} are not planned"
+            for name in names
+            if name in LAYER_COUNTS and self.config[name] > MOST_LAYERS
+        ]
         if wrong:
             raise ModelError(
                 "RW326",
@@ -178,7 +185,10 @@ class Fields:
         return self.required(name)[0]
 
     def flag(self, name: str, default: bool) -> bool:
+        """Raises ModelError (RW326) for what is neither true nor false: the text "false" would count as true."""
         value = self.config.get(name)
+        if value not in (None, False, True):
+            raise self._wrong(name, "true or false")
         return default if value is None else bool(value)
 
     def part(self, name: str) -> Fields:
@@ -195,14 +205,40 @@ class Fields:
         given = {name: value for name, value in self.config.items() if value is not None}
         return Fields({**defaults, **given}, self.name)
 
-    def number(self, name: str, default: float) -> float:
+    def share(self, name: str, default: float) -> float:
+        """A number from 0 to 1, such as a dropout. Raises ModelError (RW326) for anything else."""
         value = self.config.get(name)
-        return float(value) if isinstance(value, int | float) else default
+        if value is None:
+            return default
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise self._wrong(name, "a number from 0 to 1")
+        return float(value)
+
+    def indices(self, name: str) -> list[int]:
+        """A list of layers, empty where the config leaves it out. Raises ModelError (RW326) for anything else."""
+        value = self.config.get(name)
+        if value is not None and not isinstance(value, list):
+            raise self._wrong(name, "a list of layers")
+        return value or []
 
     @property
     def max_positions(self) -> int | None:
-        found = (self.config.get(name) for name in ("max_position_embeddings", "n_positions"))
-        return next((value for value in found if _is_count(value)), None)
+        """None where the config does not tell. Raises ModelError (RW326) for what is no count."""
+        names = ("max_position_embeddings", "n_positions")
+        given = [name for name in names if self.config.get(name) is not None]
+        return self.required(given[0])[0] if given else None
+
+    def _wrong(self, name: str, wanted: str) -> ModelError:
+        return ModelError(
+            "RW326",
+            f"in the config of {self.name}, {name} is {self.config[name]!r} and must be {wanted}; take the config.json "
+            "that came with the model.",
+        )
+
+
+MOST_LAYERS = 10_000
+LAYER_COUNTS = ("num_hidden_layers", "n_layer")
+# Each layer becomes objects here: a config.json from anywhere must not fill the memory.
 
 
 def _is_count(value: Any) -> bool:
