@@ -9,6 +9,7 @@ import pytest
 import torch
 from planning_models import config_of, skeleton
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rankwise.errors import ModelError
 from rankwise.planning import TERMS, Workload, estimate
@@ -17,6 +18,7 @@ from rankwise.planning.closed_form import fixed_terms
 from rankwise.planning.dry_run import trace
 from rankwise.planning.shape import shape_of
 from rankwise.planning.tracker import StorageTracker
+from rankwise.ops.grouped import rows_per_expert
 
 SMALL = {
     "vocab_size": 1024,
@@ -101,6 +103,16 @@ def test_experts_that_adapt_hold_what_real_ones_do(family, method, checkpointing
     assert fake.phase == real.phase
     expected = adaptation(shape_of(config_of(family, **SMALL, **sizes)), workload.lora_config(use_dora=False))
     assert expected.parameters == fake.trainable_parameters
+
+
+def test_of_many_experts_a_trace_visits_some():
+    sizes = {"num_experts": 32, "num_experts_per_tok": 32}
+    workload = Workload(**STEP)
+    fake, real = (
+        trace(skeleton("qwen3_moe", **SMALL, **sizes), "qlora", workload, fake=is_fake) for is_fake in (True, False)
+    )
+    assert fake.peak_bytes - _overhead(fake) == pytest.approx(real.peak_bytes - _overhead(real), rel=5e-3)
+    assert rows_per_expert(FakeTensorMode().from_tensor(torch.zeros(640, dtype=torch.long)), 32) == [40] * 16 + [0] * 16
 
 
 def _overhead(found) -> int:
