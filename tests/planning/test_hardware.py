@@ -32,6 +32,9 @@ def test_every_card_is_found_by_its_own_name():
         ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
         ("m4 max 64gb", "Apple M4 Max 64GB"),
         ("AMD Instinct MI300X", "MI300X"),
+        ("a100-80", "A100 80GB PCIe"),
+        ("A100 SXM 40", "A100 40GB"),
+        ("RTX 4060 Ti 16", "RTX 4060 Ti 16GB"),
     ],
 )
 def test_names_as_drivers_and_people_write_them(name, card):
@@ -45,7 +48,10 @@ def test_an_ambiguous_name_takes_the_smallest_and_says_so():
     assert "A100 80GB SXM" in note
 
 
-@pytest.mark.parametrize(("name", "close"), [("RTX 4095", "RTX 4090"), ("RTX 4090 48GB", "RTX 4090"), ("H101", "H100")])
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [("RTX 4095", "RTX 4090"), ("RTX 4090 48GB", "RTX 4090"), ("H101", "H100"), ("4080 ti", "RTX 4080")],
+)
 def test_an_unknown_card_is_answered_with_the_closest(name, close):
     with pytest.raises(ConfigError, match="RW141") as caught:
         choose_hardware(name, None)

@@ -109,14 +109,21 @@ class _CardName:
     def may_mean(self, card: Card) -> bool:
         own = _CardName.read(card.name)
         same_form = self.form is None or own.form is None or self.form == own.form
-        return self.base == own.base and same_form and self.size in (None, card.memory_gib)
+        # As in "A100 80": the size without its unit.
+        with_size = f"{own.base}{card.memory_gib:g}" if self.size is None else own.base
+        return self.base in (own.base, with_size) and same_form and self.size in (None, card.memory_gib)
 
 
 def _unknown_card(name: str, base: str) -> ConfigError:
     names = {_CardName.read(card.name).base: card.name for card in CARDS}
-    keys = difflib.get_close_matches(base, names, n=4, cutoff=0.5)
-    keys += [key for key in names if base and base in key and key not in keys][: 4 - len(keys)]
-    closest = ", ".join(names[key] for key in keys) or "RTX 4090, A100 80GB SXM, H100 SXM, Apple M4 Max 64GB"
+    # A card without its suffix is closer than another with it: of a 4080 Ti the 4080, not the 4070 Ti.
+    longer = [key for key in names if base and base in key]
+    keys = [key for key in names if base.startswith(key) and len(key) > 3]
+    keys += [key for key in [*difflib.get_close_matches(base, names, n=4, cutoff=0.5), *longer] if key not in keys]
+    closest = (
+        ", ".join(names[key] for key in dict.fromkeys(keys[:4]))
+        or "RTX 4090, A100 80GB SXM, H100 SXM, Apple M4 Max 64GB"
+    )
     return ConfigError(
         "RW141",
         f"there is no card {name!r} in the table; the closest are {closest}. --memory 24GB plans for any other.",
