@@ -12,13 +12,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rankwise.errors import ModelError
+from rankwise.ops.grouped import rows_per_expert
 from rankwise.planning import TERMS, Workload, estimate
 from rankwise.planning.adapted import adaptation
 from rankwise.planning.closed_form import fixed_terms
 from rankwise.planning.dry_run import trace
 from rankwise.planning.shape import shape_of
 from rankwise.planning.tracker import StorageTracker
-from rankwise.ops.grouped import rows_per_expert
 
 SMALL = {
     "vocab_size": 1024,
