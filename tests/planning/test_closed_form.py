@@ -94,6 +94,21 @@ def test_closed_form_of_a_cpu_in_float32(family, method, checkpointing, batch, l
     assert -0.03 <= compared(family, method, workload) <= 0.08
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"num_key_value_heads": 4}),
+        ("mistral", {"sliding_window": 1024}),
+        ("phi3", {"sliding_window": 4096, "num_key_value_heads": 4}),
+        ("gemma3_text", {"num_hidden_layers": 12, "num_key_value_heads": 4}),
+        ("qwen2", {"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 1}),
+    ],
+)
+@pytest.mark.parametrize(("device", "dtype"), [("cuda", "bfloat16"), ("cpu", "float32"), ("cpu", "bfloat16")])
+def test_a_single_row_has_no_mask_but_where_it_outgrows_a_window(family, changes, device, dtype):
+    assert -0.03 <= compared(family, "lora", step(device, False, 1, 2048, dtype=dtype), **changes) <= 0.08
+
+
 @pytest.mark.parametrize("method", ["lora", "qdora", "full"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_closed_form_in_float16_which_our_parts_do_not_take(device, method):

@@ -105,6 +105,20 @@ def test_experts_that_adapt_hold_what_real_ones_do(family, method, checkpointing
     assert expected.parameters == fake.trainable_parameters
 
 
+@pytest.mark.parametrize("window", [None, 32])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_single_row_has_no_mask_but_where_it_outgrows_a_window(dtype, window):
+    """transformers drops a mask that hides nothing, and takes a fake one for one that may."""
+    changes = SMALL | {"sliding_window": window}
+    workload = Workload(**STEP | {"batch_size": 1, "max_length": 256, "dtype": dtype})
+    fake, real = (trace(skeleton("mistral", **changes), "lora", workload, fake=is_fake) for is_fake in (True, False))
+    assert fake.peak_bytes - _overhead(fake) == pytest.approx(real.peak_bytes - _overhead(real), rel=5e-3)
+    masks = 2 * 256 * 256 * 4
+    if window is not None and dtype == "float32":
+        unmasked = trace(skeleton("mistral", **SMALL), "lora", workload)
+        assert fake.breakdown["activations"] - unmasked.breakdown["activations"] > masks
+
+
 def test_of_many_experts_a_trace_visits_some():
     sizes = {"num_experts": 32, "num_experts_per_tok": 32}
     workload = Workload(**STEP)

@@ -112,6 +112,25 @@ class Step:
         return self.own_attention
 
     @property
+    def masked(self) -> float:
+        """Share of the layers that are given a mask: all where a row is padded; of a single row those whose window is
+        no longer than it."""
+        if self.workload.batch_size > 1:
+            return 1.0
+        window = self.shape.window
+        return self.shape.windowed_share if window is not None and self.workload.max_length >= window else 0.0
+
+    @property
+    def kept_keys(self) -> float:
+        """Width of the keys, and of the values, that attention keeps: with a mask they are repeated for every head, but
+        kernels take a single key head as it is for all; eager products copy it."""
+        shape = self.shape
+        if self.own_attention or (shape.kv_heads == 1 and not shape.eager):
+            return shape.keys
+        masked = 1.0 if shape.eager else self.masked
+        return masked * shape.queries + (1 - masked) * shape.keys
+
+    @property
     def row_tokens(self) -> int:
         """Tokens of a row as the model sees it."""
         return self.T if self.flat else self.workload.max_length
@@ -158,18 +177,20 @@ def _norms(step: Step) -> float:
 
 
 def _attention(step: Step) -> float:
-    """Rotated q and k, v, the output and a float32 log-sum per head; with a mask, keys are repeated for every head."""
+    """Rotated q and k, v, the output and a float32 log-sum per head."""
     shape, s = step.shape, step.s
     if step.drops_scores:
         # In float32, keys and values repeated, whatever the dtype; and the output.
         return (3 * 4 + s) * shape.queries
-    # Kernels take a single key head as it is for all; eager products copy it.
-    shared = shape.kv_heads == 1 and not shape.eager
-    keys = shape.keys if step.own_attention or shared else shape.queries
-    own = s * (2 * shape.queries + 2 * keys) + 4 * shape.heads
-    if step.own_attention or shape.heads == shape.kv_heads:
+    own = s * (2 * shape.queries + 2 * step.kept_keys) + 4 * shape.heads
+    if _keeps_v(step):
         own += _kept_by_v(step)
     return own
+
+
+def _keeps_v(step: Step) -> bool:
+    """Whether attention keeps v as its projection gave it, and no repeated copy."""
+    return step.own_attention or step.shape.heads == step.shape.kv_heads or (not step.masked and not step.shape.eager)
 
 
 def _kept_by_v(step: Step) -> int:
@@ -179,7 +200,9 @@ def _kept_by_v(step: Step) -> int:
 
 def _mask(step: Step) -> int:
     """Without our attention each layer turns the mask into numbers and keeps them: s for each pair of positions."""
-    return 0 if step.own_attention or step.scores else step.T * step.row_tokens * step.s
+    if step.own_attention or step.scores:
+        return 0
+    return round(step.masked * step.T * step.row_tokens * step.s)
 
 
 def scores_bytes(step: Step) -> int:
@@ -268,7 +291,7 @@ def _low_rank(step: Step) -> float:
     if step.method not in DORA:
         return own
     normed_after = step.native and (shape.norms_per_layer == 4 or shape.family == "olmo2")
-    v_is_kept = step.own_attention or shape.heads == shape.kv_heads
+    v_is_kept = _keeps_v(step)
     outputs = (
         ("q_proj", 0 if shape.qk_norm and step.native else shape.queries),
         ("k_proj", 0 if shape.qk_norm and step.native else shape.keys),
@@ -295,7 +318,7 @@ def _full_per_token(step: Step) -> float:
     if shape.qk_norm:
         norms += 8 * (shape.queries + shape.keys) + 4 * (shape.heads + shape.kv_heads)
     inputs = (5 if s == 2 and not shape.fused_qkv else 2) * shape.hidden * s
-    attention = _attention(step) if step.drops_scores else 4 * shape.queries * s + 4 * shape.heads
+    attention = _attention(step) if step.drops_scores else 2 * s * (shape.queries + step.kept_keys) + 4 * shape.heads
     return norms + inputs + attention + _kept_by_v(step) + _mlp_bytes(step)
 
 
@@ -329,7 +352,9 @@ def outside_layers_bytes(step: Step) -> int:
 def masks_bytes(step: Step) -> int:
     """A byte for each pair of positions; for eager attention two masks of numbers, in the dtype of the weights."""
     eager = 2 * (4 if step.method == "full" else step.s)
-    return step.T * step.row_tokens * (eager if step.shape.eager else 1)
+    if step.shape.eager:
+        return step.T * step.row_tokens * eager
+    return step.T * step.row_tokens if step.masked else 0
 
 
 def loss_bytes(step: Step) -> int:

@@ -40,7 +40,7 @@ def decoder(
     ``eager``: attention as in Gemma 2, whose capped scores no kernel of torch's computes.
     ``path``: of the decoder in the model. ``defaults``: transformers', for sizes that a config.json leaves out.
     """
-    fields = fields.with_defaults(defaults)
+    given, fields = fields, fields.with_defaults(defaults)
     h, layers, heads, V = fields.required("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     d = fields.count("head_dim", head_dim or h // heads)
     groups = fields.count("num_key_value_heads", kv_heads or heads)
@@ -83,6 +83,7 @@ def decoder(
         fused_qkv=fused,
         norms_per_layer=norms_per_layer,
         attention_dropout=fields.share("attention_dropout", 0.0),
+        **_window(given, family, layers),
         eager=eager,
         softcapped=eager and bool(fields.config.get("attn_logit_softcapping", GEMMA2_SOFTCAP)),
     )
@@ -90,6 +91,37 @@ def decoder(
 
 GEMMA2_SOFTCAP = 50.0
 # transformers' default; null in a config turns it off.
+
+
+WINDOW = 4096
+# transformers' default, of families that have one.
+WINDOWED = ("mistral", "gemma3_text", "gemma3")
+ALL_LAYERS_WINDOWED = ("mistral", "mixtral", "phi3", "qwen3_moe")
+ONLY_WHERE_USED = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3")
+# By ``use_sliding_window``.
+GLOBAL_EVERY = 6
+# Of Gemma 3's layers.
+
+
+def _window(fields: Fields, family: str, layers: int) -> dict[str, Any]:
+    """How far back layers look, and the share of those that do not look at all tokens; nothing where all do."""
+    default = WINDOW if family in (*WINDOWED, *ONLY_WHERE_USED) else None
+    if family in ONLY_WHERE_USED and not fields.flag("use_sliding_window", False):
+        return {}
+    if fields.config.get("sliding_window", default) is None:
+        return {}
+    window = fields.count("sliding_window", WINDOW)
+    kinds = fields.entries("layer_types")
+    if family in ALL_LAYERS_WINDOWED:
+        windowed = layers
+    elif kinds:
+        windowed = kinds.count("sliding_attention")
+    elif family in WINDOWED:
+        every = fields.count("sliding_window_pattern", GLOBAL_EVERY)
+        windowed = sum(bool((index + 1) % every) for index in range(layers))
+    else:
+        windowed = max(0, layers - fields.count("max_window_layers", 28))
+    return {"window": window, "windowed_share": windowed / layers}
 
 
 class _Names(dict[tuple[int, str], tuple[str, ...]]):
@@ -133,7 +165,7 @@ def _experts(fields: Fields, family: str) -> dict:
     E, k = fields.required(name, "num_experts_per_tok")
     width = "intermediate_size" if family == "mixtral" else "moe_intermediate_size"
     layers, step = fields.required("num_hidden_layers")[0], fields.count("decoder_sparse_step", 1)
-    only = fields.indices("mlp_only_layers")
+    only = fields.entries("mlp_only_layers")
     dense = {index for index in range(layers) if index in only or (index + 1) % step}
     shared = fields.required("shared_expert_intermediate_size")[0] if family == "qwen2_moe" else 0
     return {"E": E, "k": k, "f": fields.required(width)[0], "shared": shared, "dense_layers": dense}

@@ -32,7 +32,7 @@ from rankwise.planning.offload import offloaded
 from rankwise.planning.optimizers import rule_of, state_bytes
 from rankwise.planning.parallel import Group, divisors, layer_and_root
 from rankwise.planning.scratch import SCRATCH, kept_memory, kept_norms, lives_in_kept_memory
-from rankwise.planning.step import autocast_dtype, make_batch, take_step, true_counts
+from rankwise.planning.step import autocast_dtype, make_batch, single_row, take_step, true_counts
 from rankwise.planning.tracker import StorageTracker
 from rankwise.planning.workload import Workload
 from rankwise.quantization.experts import four_bit_stacks
@@ -83,7 +83,7 @@ def trace(
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     tracker.answers.true_counts |= _enabled_rows(skeleton, workload)
     way = selection.fakes_as_real() if workload.device_type == "cpu" else selection.fakes_as_card()
-    with _explaining(skeleton), mode, way, tracker:
+    with _explaining(skeleton), mode, way, single_row(fake=fake and workload.batch_size == 1), tracker:
         materialize(skeleton, weights_dtype(method, workload), fill=not fake)
         flat = attach(skeleton, method, workload)
         tracker.answers.true_counts |= true_counts(workload, flat=flat)

@@ -77,6 +77,9 @@ class Shape:
     # Of the model itself, in its hidden states.
     attention_dropout: float = 0.0
     # Of its attention weights.
+    window: int | None = None
+    windowed_share: float = 0.0
+    # Of the layers, those that look back at ``window`` tokens alone.
     eager: bool = False
     # transformers computes its scores one operation after the other, with no kernel for attention.
     softcapped: bool = False
@@ -214,11 +217,12 @@ class Fields:
             raise self._wrong(name, "a number from 0 to 1")
         return float(value)
 
-    def indices(self, name: str) -> list[int]:
-        """A list of layers, empty where the config leaves it out. Raises ModelError (RW326) for anything else."""
+    def entries(self, name: str) -> list[Any]:
+        """A list, of layers or of a word for each; empty where the config leaves it out. Raises ModelError (RW326) for
+        anything else."""
         value = self.config.get(name)
         if value is not None and not isinstance(value, list):
-            raise self._wrong(name, "a list of layers")
+            raise self._wrong(name, "a list")
         return value or []
 
     @property

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import masking_utils
 
 from rankwise.acceleration import LossOptions, fused_head
 from rankwise.planning.workload import Workload
@@ -32,7 +34,7 @@ class Batch:
 
 
 def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: bool = False) -> Batch:
-    """Rows of full length. One is padded by a token, as batches are whose rows differ in length.
+    """Rows of full length. Of several one is padded by a token, as batches are whose rows differ in length.
 
     ``flat``: the rows laid end to end in one, told apart by their positions, as the trainer does where it can.
     """
@@ -42,12 +44,26 @@ def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: 
     labels[:, P + 1 :] = IGNORED
     positions = torch.arange(P, device=device)
     if not flat:
-        mask[-1, -1] = 0
+        mask[-1, -1] = int(B == 1)
         return Batch({"input_ids": ids, "attention_mask": mask}, labels, positions)
     labels[:, 0] = IGNORED
     starts = torch.arange(B, device=device)[:, None] * L
     inputs = {"input_ids": ids.view(1, -1), "position_ids": torch.arange(L, device=device).repeat(B)[None]}
     return Batch(inputs, labels.view(1, -1), (starts + positions).reshape(-1))
+
+
+@contextmanager
+def single_row(*, fake: bool) -> Iterator[None]:
+    """Inside, transformers looks whether a fake mask hides anything, and the tracker says no; by itself it takes a mask
+    without values for one that does. A single row has no padding, so that attention is given no mask."""
+    masks: Any = masking_utils
+    before = masks.is_tracing
+    if fake:
+        masks.is_tracing = lambda tensor=None: before()
+    try:
+        yield
+    finally:
+        masks.is_tracing = before
 
 
 def true_counts(workload: Workload, *, flat: bool) -> dict[int, int]:
