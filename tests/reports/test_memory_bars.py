@@ -48,6 +48,11 @@ def test_the_line_stands_at_the_memory():
     assert float(limit.get("x1")) == pytest.approx(x0 + weights * 12 / 10, abs=0.3)
 
 
+def test_figures_stand_over_the_line():
+    classes = [item.get("class", "") for item in drawn().iter()]
+    assert classes.index("limit") < min(index for index, name in enumerate(classes) if "halo" in name)
+
+
 def test_a_bar_beyond_every_card_is_cut_and_says_its_size():
     giant = MemoryBar("full", {"weights": 900 * GB})
     root = drawn([*BARS, giant])

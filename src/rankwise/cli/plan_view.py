@@ -286,6 +286,8 @@ def svg(plan: Plan) -> str:
     caption = f"batch {work.batch_size} x {work.max_length:,} tokens, r {work.r}, {work.dtype}, {work.optimizer}"
     if work.gradient_checkpointing:
         caption += ", gradient checkpointing"
+    if work.devices > 1:
+        caption += f", a device's share of {work.devices} ({work.strategy})"
     title = f"Fine-tuning {plan.model}: predicted peak memory"
     return memory_svg(rows, title, caption, plan.hardware.memory_bytes, plan.hardware.name)
 

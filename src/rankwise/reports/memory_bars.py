@@ -43,8 +43,10 @@ def memory_svg(bars: Sequence[MemoryBar], title: str, caption: str, limit_bytes:
         f'<text class="small" x="{LEFT}" y="52">{escape(caption)}</text>',
         *_legend(colour),
         *frame.axes(),
-        *(line for index, bar in enumerate(bars) for line in _bar(bar, index, frame, colour, limit_bytes)),
+        *(line for index, bar in enumerate(bars) for line in _bar(bar, index, frame, colour)),
         *_limit(frame, limit_bytes, limit_name),
+        # Over the line, so that it does not cross the figures.
+        *(line for index, bar in enumerate(bars) for line in _end(bar, index, frame, limit_bytes)),
     ]
     return _document(title, _description(bars, limit_bytes), "\n".join(body), frame.height, len(labels))
 
@@ -83,7 +85,7 @@ class _Frame:
         yield f'<text class="small" text-anchor="middle" {where}>peak memory, {name}</text>'
 
 
-def _bar(bar: MemoryBar, index: int, frame: _Frame, colour: Mapping[str, int], limit_bytes: int) -> Iterator[str]:
+def _bar(bar: MemoryBar, index: int, frame: _Frame, colour: Mapping[str, int]) -> Iterator[str]:
     top, middle = TOP + index * ROW + (ROW - THICK) / 2, TOP + index * ROW + ROW / 2
     yield f'<text class="name" text-anchor="end" x="{LEFT - 10}" y="{middle + 5:.1f}">{escape(bar.name)}</text>'
     start = 0
@@ -94,12 +96,11 @@ def _bar(bar: MemoryBar, index: int, frame: _Frame, colour: Mapping[str, int], l
             tip = f"<title>{escape(bar.name)}, {escape(label)}: {amount(size)}</title>"
             where = f'x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{THICK}"'
             yield f'<rect class="part f{colour[label]}" {where}>{tip}</rect>'
-    end = frame.x(min(bar.peak_bytes, frame.x.high))
-    yield from _end(bar, end, middle, frame, limit_bytes)
 
 
-def _end(bar: MemoryBar, end: float, middle: float, frame: _Frame, limit_bytes: int) -> Iterator[str]:
+def _end(bar: MemoryBar, index: int, frame: _Frame, limit_bytes: int) -> Iterator[str]:
     """The peak in figures, with the whisker of its error or the arrow of a bar that goes on."""
+    end, middle = frame.x(min(bar.peak_bytes, frame.x.high)), TOP + index * ROW + ROW / 2
     if bar.peak_bytes > frame.x.high:
         points = f"{end:.1f},{middle - 13} {end + 11:.1f},{middle} {end:.1f},{middle + 13}"
         yield f'<polygon class="arrow" points="{points}"/>'
