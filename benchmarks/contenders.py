@@ -46,12 +46,18 @@ def model_folder(model: str) -> Iterator[str]:
         yield str(folder)
 
 
-def ours(folder: str, method: str, dropout: float) -> Any:
-    """Adapters in float32 (the default), ``optimize_for_training`` as `rankwise train` calls it."""
+def adapted(folder: str, method: str, dropout: float, dtype: torch.dtype) -> Any:
+    """Our adapters, in float32 (the default), over a base in ``dtype`` or 4 bits."""
     four_bits = rw.Nf4Config(double_quant=True) if is_four_bit(method) else None
-    model, _ = rw.load_model(folder, dtype=torch.bfloat16, quantization=four_bits)
+    model, _ = rw.load_model(folder, dtype=dtype, quantization=four_bits)
     config = rw.LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=dropout, use_dora=is_dora(method))
     rw.add_adapter(model, config)
+    return model
+
+
+def ours(folder: str, method: str, dropout: float) -> Any:
+    """Over bfloat16, with ``optimize_for_training`` as `rankwise train` calls it."""
+    model = adapted(folder, method, dropout, torch.bfloat16)
     model.train()
     rw.optimize_for_training(model)
     return model

@@ -9,7 +9,6 @@ generation.md into docs/results.
 from __future__ import annotations
 
 import argparse
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,14 @@ import timing
 import torch
 from transformers import AutoModelForCausalLM
 
-import rankwise as rw
-
 PROMPT, NEW = 16, 32
-
-
-def ours(folder: str, method: str, dtype: torch.dtype) -> Any:
-    four_bits = rw.Nf4Config(double_quant=True) if contenders.is_four_bit(method) else None
-    model, _ = rw.load_model(folder, dtype=dtype, quantization=four_bits)
-    rw.add_adapter(model, rw.LoraConfig(r=contenders.R, use_dora=contenders.is_dora(method)))
-    return model
 
 
 def models(folder: str, dtype: torch.dtype) -> dict[str, Any]:
     made = {"bare model": AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)}
     for method in contenders.METHODS:
         made[f"{method}: PEFT"] = contenders.peft(folder, method, 0.0, dtype)
-        made[f"{method}: ours"] = ours(folder, method, dtype)
+        made[f"{method}: ours"] = contenders.adapted(folder, method, 0.0, dtype)
     return {name: model.eval() for name, model in made.items()}
 
 
@@ -74,7 +64,7 @@ def main() -> None:
         "versions": results.versions(),
         "dtype": given.dtype,
         "batch": given.batch,
-        "ms_per_token": {name: statistics.median(times) / NEW * 1e3 for name, times in seconds.items()},
+        "ms_per_token": {name: median / NEW * 1e3 for name, median in timing.medians(seconds).items()},
     }
     results.save(given.output, "generation", result, markdown(result))
 

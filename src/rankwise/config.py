@@ -103,6 +103,11 @@ class LoraConfig:
         """``s = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with rsLoRA."""
         return float(lora_alpha / r**0.5 if self.use_rslora else lora_alpha / r)
 
+    def trains_whole(self, path: str) -> bool:
+        """Whether ``modules_to_save`` names the module at ``path`` or one that contains it."""
+        parts = f".{path}."
+        return any(f".{key}." in parts for key in self.modules_to_save or ())
+
 
 def _lora_problems(config: LoraConfig) -> Sequence[str]:
     problems = [

@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 import torch
+from adapted_models import logits
 from safetensors.torch import load_file, save_file
-from test_properties import logits
 
 import rankwise as rw
 from rankwise.errors import AdapterError, ConfigError

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from adapted_models import IDS, logits, step
 from torch import nn
 
 import rankwise as rw
@@ -14,7 +15,6 @@ from rankwise.errors import AdapterError, ConfigError
 from rankwise.quantization.experts import four_bit_stacks
 from tiny_models import tiny_llama, tiny_moe
 
-IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2], [7, 3, 3, 50, 41, 8, 22, 90]])
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
 BOTH = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 TARGETS = {
@@ -35,21 +35,6 @@ CASES = [(family, targets) for family in ("mixtral", "gpt_oss") for targets in T
 
 def config(targets: str = "both", **settings) -> rw.LoraConfig:
     return rw.LoraConfig(**{"r": 3, "lora_alpha": 8, **TARGETS[targets], **settings})
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits.float()
-
-
-def step(model: nn.Module, rate: float = 0.1) -> None:
-    """Move every trainable parameter away from where it is."""
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.sign(parameter.grad) * rate + 0.01)
-                parameter.grad = None
 
 
 def base(family: str, four_bit: bool = False, dtype: torch.dtype = torch.float32, **settings) -> nn.Module:

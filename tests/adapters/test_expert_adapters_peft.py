@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
+from adapted_models import IDS, assert_peft_reads, logits, read_from_peft, step
 from safetensors.torch import load_file
-from test_expert_adapters import BOTH, CASES, IDS, TARGETS, base, config, gradients, logits, step
+from test_expert_adapters import BOTH, CASES, TARGETS, base, config, gradients
 from torch import nn
 
 import rankwise as rw
@@ -26,12 +27,7 @@ def test_ours_in_peft(family, targets, tmp_path):
     model = base(family)
     rw.add_adapter(model, config(targets))
     step(model)
-    rw.save_adapter(model, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(base(family), tmp_path)
-    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
-    merged = theirs.merge_and_unload()
-    rw.merge_adapter(model)
-    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=2e-5)
+    assert_peft_reads(model, lambda: base(family), peft, tmp_path)
 
 
 @pytest.mark.parametrize(("family", "targets"), CASES)
@@ -39,10 +35,7 @@ def test_peft_in_ours(family, targets, tmp_path):
     settings = {key: list(value) if isinstance(value, tuple) else value for key, value in TARGETS[targets].items()}
     theirs = in_peft(family, **settings)
     step(theirs, rate=0.05)
-    theirs.save_pretrained(tmp_path)
-    model = base(family)
-    rw.load_adapter(model, tmp_path)
-    torch.testing.assert_close(logits(model), logits(theirs.eval()), rtol=1e-5, atol=2e-5)
+    model = read_from_peft(theirs, lambda: base(family), tmp_path)
     rw.save_adapter(model, tmp_path / "again")
     stored, again = (load_file(path / "adapter_model.safetensors") for path in (tmp_path, tmp_path / "again"))
     assert stored.keys() == again.keys()

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from test_properties import IDS, logits, step
+from adapted_models import IDS, assert_peft_reads, logits, read_from_peft, step
 
 import rankwise as rw
 from tiny_models import tiny_gpt2, tiny_llama
@@ -50,12 +50,7 @@ def test_ours_in_peft(family, settings, tmp_path):
     model = base(family)
     rw.add_adapter(model, rw.LoraConfig(**{"r": 3, "lora_alpha": 8, **settings}))
     step(model)
-    rw.save_adapter(model, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(base(family), tmp_path)
-    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
-    merged = theirs.merge_and_unload()
-    rw.merge_adapter(model)
-    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=2e-5)
+    assert_peft_reads(model, lambda: base(family), peft, tmp_path)
 
 
 @pytest.mark.parametrize(("family", "settings"), CASES, ids=CASE_IDS)
@@ -63,10 +58,7 @@ def test_peft_in_ours(family, settings, tmp_path):
     config = peft.LoraConfig(**{"r": 3, "lora_alpha": 8, "init_lora_weights": False, **settings}, task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(base(family), config)
     step(theirs, rate=0.05)
-    theirs.save_pretrained(tmp_path)
-    model = base(family)
-    rw.load_adapter(model, tmp_path)
-    torch.testing.assert_close(logits(model), logits(theirs.eval()), rtol=1e-5, atol=2e-5)
+    model = read_from_peft(theirs, lambda: base(family), tmp_path)
     rw.save_adapter(model, tmp_path / "again")
     again = peft.PeftModel.from_pretrained(base(family), tmp_path / "again")
     torch.testing.assert_close(logits(again), logits(theirs), rtol=1e-5, atol=2e-5)

@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+from adapted_models import IDS, logits, step
 from torch import nn
 
 import rankwise as rw
@@ -46,7 +47,6 @@ CASES = [
     for adapter, base, dtype in itertools.product(ADAPTERS, BASES, (torch.float32, torch.bfloat16))
     if not (adapter.startswith("fused") and base != "gpt2")
 ]
-IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2], [1, 7, 7, 8, 90, 41, 3, 2]])
 
 
 def build(adapter: str, base: str, dtype: torch.dtype, **settings) -> tuple[nn.Module, rw.LoraConfig]:
@@ -55,21 +55,6 @@ def build(adapter: str, base: str, dtype: torch.dtype, **settings) -> tuple[nn.M
         **{"r": 3, "lora_alpha": 8, "target_modules": TARGETS[base], **ADAPTERS[adapter], **settings}
     )
     return model, config
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits.float()
-
-
-def step(model: nn.Module, rate: float = 0.1) -> None:
-    """Move every trainable parameter away from where it is."""
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.sign(parameter.grad) * rate + 0.01)
-                parameter.grad = None
 
 
 def tolerance(dtype: torch.dtype) -> float:

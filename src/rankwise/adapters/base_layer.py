@@ -107,8 +107,7 @@ def weight_device(base: nn.Module) -> torch.device:
 def weight_key(base: nn.Module) -> Key:
     """Changes whenever the base's weight is replaced, written to, moved or read in another dtype."""
     layer: Any = base
-    W = layer.weight
-    return *frozen_key(W), W.dtype if W.dtype.is_floating_point else layer.dtype, W.device
+    return *frozen_key(layer.weight), weight_dtype(base), layer.weight.device
 
 
 def with_weight(base: nn.Module, W: Tensor) -> nn.Module:

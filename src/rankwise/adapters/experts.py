@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.adapters.layer import keep_names
+from rankwise.adapters.layer import OverBase
 from rankwise.adapters.low_rank import init_low_rank_, merged_weight
 from rankwise.adapters.operator import computes_in
 from rankwise.ops.expert_lora import DenseStack, ExpertBranch, low_rank_experts
@@ -118,15 +118,8 @@ class ExpertsLora(nn.Module):
         return merged
 
 
-class AdaptedExperts(nn.Module):
-    """A frozen experts module and the adapters that can lie over it, of which at most one is active."""
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.adapters = nn.ModuleDict()
-        self.active: str | None = None
-        keep_names(self, "base_layer")
+class AdaptedExperts(OverBase):
+    """A layer's experts under adapters."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (T, H), top_k_index (T, k) of experts, top_k_weights (T, k) -> (T, H)."""
@@ -134,12 +127,6 @@ class AdaptedExperts(nn.Module):
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
         adapter: Any = self.adapters[self.active]
         return experts_forward(self.base_layer, adapter, hidden_states, top_k_index, top_k_weights)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)
 
 
 @torch.no_grad()
@@ -180,8 +167,7 @@ def branches_of(base: Any, adapter: ExpertsLora, x: Tensor) -> tuple[ExpertBranc
     dtype than that of x, weights of another one or that train."""
     if is_traced() or not computes_in(x.dtype, x.device):
         return None
-    found = [_branch(base, leaf, adapter.of(leaf), x.dtype) for leaf in (first_leaf(base), "down_proj")]
-    up, down = found
+    up, down = (_branch(base, leaf, adapter.of(leaf), x.dtype) for leaf in (first_leaf(base), "down_proj"))
     return None if up is None or down is None else (up, down)
 
 

@@ -23,21 +23,35 @@ if TYPE_CHECKING:
 Adapter = Lora | Dora | EmbeddingLora
 
 
-class AdaptedLayer(nn.Module):
-    """A frozen base layer and the adapters that can lie over it, of which at most one is active."""
+class OverBase(nn.Module):
+    """A frozen base and the adapters that can lie over it, of which at most one is active. What it lacks itself, such
+    as a layer's bias, is the base's."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
+        keep_names(self, "base_layer")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
+
+
+class AdaptedLayer(OverBase):
+    """A linear layer or an embedding under adapters."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
         # The layers that read the same input, where they are computed together (rankwise.acceleration).
         self.shared: SharedInput | None = None
         # Where the layer computes for another library's: brings it up to date, and says whether it may.
         self.prepare: Callable[[], bool] | None = None
         # Fused losses multiply by the output head's weight themselves, past its forward.
         self.is_head = False
-        keep_names(self, "base_layer")
 
     def forward(self, x: Tensor) -> Tensor:
         if self.active is None:
@@ -66,12 +80,6 @@ class AdaptedLayer(nn.Module):
     @property
     def out_features(self) -> int:
         return features(self.base_layer)[1]
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)
 
 
 class TrainedCopy(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator
 
 from rankwise.adapters.targets import Modules, matches
@@ -52,7 +51,7 @@ def _obstacle(modules: Modules, name: str, config: LoraConfig) -> str | None:
         return reason
     if leaf not in (first_leaf(module), "down_proj"):
         return f"{type(module).__name__} does not multiply by it"
-    if any(re.match(rf"(^|.*\.){re.escape(key)}($|\..*)", path) for key in config.modules_to_save or ()):
+    if config.trains_whole(path):
         return f"modules_to_save trains {path} whole"
     return None
 

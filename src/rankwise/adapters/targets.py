@@ -104,7 +104,7 @@ def _is_target(name: str, module: nn.Module, head: nn.Module | None, config: Lor
     wanted = config.target_modules
     if wanted is None or (config.exclude_modules and matches(name, config.exclude_modules)):
         return False
-    if any(re.match(rf"(^|.*\.){re.escape(key)}($|\..*)", name) for key in config.modules_to_save or ()):
+    if config.trains_whole(name):
         return False
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         return is_linear(module) and module is not head

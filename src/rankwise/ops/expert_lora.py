@@ -52,13 +52,10 @@ class ExpertBranch:
     """One of the two products. ``A`` and ``B`` are None where nothing adapts it."""
 
     frozen: FrozenStack
-    bias: Tensor | None = None
-    # (E, N), frozen.
+    bias: Tensor | None = None  # (E, N), frozen
     scale: float = 1.0
-    A: Tensor | None = None
-    # (E, r, K)
-    B: Tensor | None = None
-    # (E, N, r)
+    A: Tensor | None = None  # (E, r, K)
+    B: Tensor | None = None  # (E, N, r)
 
     def forward(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
         """(P(x) (S, N), U (S, r))."""

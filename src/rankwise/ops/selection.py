@@ -28,8 +28,7 @@ _MODULES = {
 _choice: str | None = None
 _modules: dict[str, ModuleType] = {}
 _said: set[str] = set()
-_fakes_as_real = False
-_fakes_as_card = False
+_fakes_as: str | None = None
 
 
 def set_implementation(name: str) -> None:
@@ -88,19 +87,20 @@ def is_traced() -> bool:
 
 def takes_native(tensor: Tensor) -> bool:
     """Whether the native library works on this tensor: a plain one on a CPU, or a fake one in its place."""
-    known = type(tensor) in (Tensor, torch.nn.Parameter) or (_fakes_as_real and isinstance(tensor, FakeTensor))
+    known = type(tensor) in (Tensor, torch.nn.Parameter) or (_fakes_as == "cpu" and isinstance(tensor, FakeTensor))
     return known and tensor.is_cpu and native_on_cpu() and not transforms_functions()
 
 
 @contextmanager
-def fakes_as_real() -> Iterator[None]:
-    """Inside, fake tensors of a CPU take the way of real ones, so that their storages are those of a real step."""
-    global _fakes_as_real
-    before, _fakes_as_real = _fakes_as_real, True
+def fakes_as(device_type: str) -> Iterator[None]:
+    """Inside, fake tensors of a CPU take the way of real ones of a ``"cpu"`` or a ``"cuda"`` card, on which Triton
+    kernels work: their storages are those of a real step there."""
+    global _fakes_as
+    before, _fakes_as = _fakes_as, device_type
     try:
         yield
     finally:
-        _fakes_as_real = before
+        _fakes_as = before
 
 
 def runs_triton(device: torch.device) -> bool:
@@ -112,18 +112,7 @@ def takes_triton(tensor: Tensor) -> bool:
     """Whether Triton kernels work on this tensor of a card, or on one that a fake tensor of a CPU stands for."""
     if tensor.is_cuda:
         return runs_triton(tensor.device)
-    return _fakes_as_card and isinstance(tensor, FakeTensor)
-
-
-@contextmanager
-def fakes_as_card() -> Iterator[None]:
-    """Inside, fake tensors of a CPU take the way of a card's, on which Triton kernels work."""
-    global _fakes_as_card
-    before, _fakes_as_card = _fakes_as_card, True
-    try:
-        yield
-    finally:
-        _fakes_as_card = before
+    return _fakes_as == "cuda" and isinstance(tensor, FakeTensor)
 
 
 def _choose(device: str) -> str:

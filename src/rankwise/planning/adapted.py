@@ -139,7 +139,7 @@ def _leaves(module: Module) -> tuple[str, ...]:
 def _obstacle(module: Module, config: LoraConfig) -> str | None:
     if not module.stacks:
         return "it is no stack of experts' matrices (linear layers go into target_modules)"
-    if any(re.match(rf"(^|.*\.){re.escape(key)}($|\..*)", module.name) for key in config.modules_to_save or ()):
+    if config.trains_whole(module.name):
         return f"modules_to_save trains {module.name} whole"
     return None
 
@@ -169,7 +169,7 @@ def _is_target(name: str, module: Module | None, shape: Shape, config: LoraConfi
     wanted = config.target_modules
     if wanted is None or (config.exclude_modules and matches(name, config.exclude_modules)):
         return False
-    if any(re.match(rf"(^|.*\.){re.escape(key)}($|\..*)", name) for key in config.modules_to_save or ()):
+    if config.trains_whole(name):
         return False
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         return module is not None and module.is_linear and module is not shape.modules[-1]

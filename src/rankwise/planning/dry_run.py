@@ -82,7 +82,7 @@ def trace(
     tracker = new_tracker(workload, vocabulary_of(skeleton), fake=fake)
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     tracker.answers.true_counts |= _enabled_rows(skeleton, workload)
-    way = selection.fakes_as_real() if workload.device_type == "cpu" else selection.fakes_as_card()
+    way = selection.fakes_as(workload.device_type)
     with _explaining(skeleton), mode, way, single_row(fake=fake and workload.batch_size == 1), tracker:
         materialize(skeleton, weights_dtype(method, workload), fill=not fake)
         flat = attach(skeleton, method, workload)
