@@ -17,6 +17,7 @@ from torch import Tensor
 import rankwise as rw
 
 METHODS = ("lora", "dora", "qlora", "qdora")
+DTYPES = ("bfloat16", "float32")
 R, ALPHA, ALL_LINEAR = 16, 32, "all-linear"
 SIDES = ("ours", "peft")
 
@@ -55,9 +56,9 @@ def adapted(folder: str, method: str, dropout: float, dtype: torch.dtype) -> Any
     return model
 
 
-def ours(folder: str, method: str, dropout: float) -> Any:
-    """Over bfloat16, with ``optimize_for_training`` as `rankwise train` calls it."""
-    model = adapted(folder, method, dropout, torch.bfloat16)
+def ours(folder: str, method: str, dropout: float, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """With ``optimize_for_training`` as `rankwise train` calls it."""
+    model = adapted(folder, method, dropout, dtype)
     model.train()
     rw.optimize_for_training(model)
     return model
@@ -97,11 +98,9 @@ def peft_config(method: str, dropout: float) -> Any:
     )
 
 
-def build(side: str, folder: str, method: str, dropout: float, peer_dtype: str = "bfloat16") -> Any:
+def build(side: str, folder: str, method: str, dropout: float, dtype: str = "bfloat16") -> Any:
     torch.manual_seed(0)
-    if side == "ours":
-        return ours(folder, method, dropout)
-    return peft(folder, method, dropout, getattr(torch, peer_dtype))
+    return {"ours": ours, "peft": peft}[side](folder, method, dropout, getattr(torch, dtype))
 
 
 def trained(model: Any) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """`rankwise train` against TRL's SFTTrainer with PEFT (and bitsandbytes) on the E2E data: examples per second.
 
     python benchmarks/end_to_end.py ../shared/data/e2e/trainset.csv --eval-data ../shared/data/e2e/devset.csv
+    ... --dtype float32 --name end_to_end_float32   # what `train` takes on a CPU without bfloat16 instructions
 
 Both train the same base on the same rows, as often, with the same rank, dropout, learning rate and seed, each in a
 process of its own, and both adapters are then scored by one evaluator. Examples per second count the training steps
@@ -54,10 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "versions": results.versions(),
         "model": Path(given.model).name,
         **{name: getattr(given, name) for name in ("steps", "batch", "max_length", "dropout", "learning_rate", "seed")},
+        "dtype": given.dtype,
         "eval_rows": given.eval_rows,
         "rows": rows,
     }
-    results.save(given.output, "end_to_end", result, markdown(result))
+    results.save(given.output, given.name, result, markdown(result))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -73,6 +75,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval-rows", type=int, default=128, help="spread evenly over the evaluation data")
+    parser.add_argument("--dtype", choices=contenders.DTYPES, default="bfloat16", help="of the frozen weights")
+    parser.add_argument("--name", default="end_to_end", help="of the two files in --output")
     parser.add_argument("--output", type=Path, default=results.FOLDER)
     for name in ("--child", "--method", "--ours", "--peer", "--answer"):
         parser.add_argument(name, help=argparse.SUPPRESS)
@@ -111,7 +115,7 @@ def measure(folder: str, method: str, files: dict[str, str], place: Path, given:
     adapters = {"ours": str(place / f"ours-{method}"), "peer": str(place / f"peer-{method}")}
     options = {"--model": folder, "--method": method, "--steps": given.steps, "--batch": given.batch}
     options |= {"--max-length": given.max_length, "--dropout": given.dropout, "--seed": given.seed}
-    options |= {"--learning-rate": given.learning_rate, "--eval-data": files["eval"]}
+    options |= {"--learning-rate": given.learning_rate, "--eval-data": files["eval"], "--dtype": given.dtype}
     options |= {f"--{side}": adapter for side, adapter in adapters.items()}
     shared = [files["train"], *(str(part) for pair in options.items() for part in pair)]
     found = {
@@ -127,7 +131,7 @@ def train_ours(folder: str, method: str, data: str, output: str, given: argparse
     """By the command line; speed and memory are what the run's own record says."""
     options = {"--model": folder, "--data": data, "--method": method, "--output": output, "--max-steps": given.steps}
     options |= {"--batch-size": given.batch, "--max-length": given.max_length, "--lora-dropout": given.dropout}
-    options |= {"--learning-rate": given.learning_rate, "--seed": given.seed}
+    options |= {"--learning-rate": given.learning_rate, "--seed": given.seed, "--dtype": given.dtype}
     command = [sys.executable, "-m", "rankwise.cli.main", "train"]
     peak = timing.watched([*command, *(str(part) for pair in options.items() for part in pair)])
     record = load_record(Path(output))
@@ -154,8 +158,9 @@ def train_peer(given: argparse.Namespace) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     set_seed(given.seed)
-    four_bits = contenders.bitsandbytes_config() if contenders.is_four_bit(given.method) else None
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.bfloat16, quantization_config=four_bits)
+    dtype = getattr(torch, given.dtype)
+    four_bits = contenders.bitsandbytes_config(dtype) if contenders.is_four_bit(given.method) else None
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype, quantization_config=four_bits)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SFTTrainer(
             model=model,
@@ -167,6 +172,7 @@ def train_peer(given: argparse.Namespace) -> dict[str, Any]:
                 max_length=given.max_length,
                 seed=given.seed,
                 use_cpu=not torch.cuda.is_available(),
+                bf16=dtype is torch.bfloat16,
                 gradient_checkpointing=False,
                 report_to="none",
                 save_strategy="no",
@@ -213,7 +219,7 @@ def run_peer(trainer: Any, given: argparse.Namespace) -> dict[str, Any]:
 def evaluate(given: argparse.Namespace) -> dict[str, float]:
     """Mean loss per labelled token of the base and of both adapters, by the plain model over the same 4-bit weights."""
     four_bits = rw.Nf4Config(double_quant=True) if contenders.is_four_bit(given.method) else None
-    model, tokenizer = rw.load_model(given.model, dtype=torch.bfloat16, quantization=four_bits)
+    model, tokenizer = rw.load_model(given.model, dtype=getattr(torch, given.dtype), quantization=four_bits)
     rows = encode_rows(read_rows(str(given.eval_data)), tokenizer, max_length=given.max_length).dataset
     pairs = sorted(((list(row["input_ids"]), list(row["labels"])) for row in rows), key=lambda pair: len(pair[0]))
     batches = [pairs[start : start + given.batch] for start in range(0, len(pairs), given.batch)]
@@ -261,7 +267,7 @@ def markdown(result: dict[str, Any]) -> list[str]:
         f"# End to end on E2E: {result['model']}, {result['steps']} steps of {result['batch']} rows",
         "",
         *results.where_from(result),
-        f"bfloat16, r = {contenders.R} on all linear layers, dropout {result['dropout']:g}, learning rate "
+        f"{result['dtype']}, r = {contenders.R} on all linear layers, dropout {result['dropout']:g}, learning rate "
         f"{result['learning_rate']:g}, at most {result['max_length']} tokens a row. Goals in brackets.",
         "",
         *results.table(headings, [cells(row, lora) for row in rows]),
@@ -269,7 +275,7 @@ def markdown(result: dict[str, Any]) -> list[str]:
         *other_tokens(rows),
         f"Examples per second of the training steps. Loss per labelled token over {result['eval_rows']} rows of the "
         "evaluation data, by one evaluator. Peak: anonymous memory while training, and of the process's whole life. "
-        "The peer's gradient checkpointing is off, its other options are TRL's defaults.",
+        "The peer's gradient checkpointing is off, its precision the one above, its other options are TRL's defaults.",
     ]
 
 

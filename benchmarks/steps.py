@@ -2,7 +2,8 @@
 
     python benchmarks/steps.py                            # the demo model, every method, about a quarter of an hour
     python benchmarks/steps.py MODEL --methods lora dora  # a folder of any model; some methods
-    python benchmarks/steps.py --peer-dtype float32       # on a CPU without bfloat16 instructions, what PEFT does best
+    python benchmarks/steps.py --dtype float32            # what `train` takes on a CPU without bfloat16 instructions
+    python benchmarks/steps.py --peer-dtype float32       # ours in bfloat16 there, against what PEFT does best
 
 For each method one fresh process calls our step, PEFT's and the floor in turn and takes medians; then the same with the
 optimizer's step inside, where DoRA's norms are due. Peak memory is measured with each side in a process of its own,
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "model": Path(given.model).name,
         "batch": given.batch,
         "length": given.length,
+        "dtype": given.dtype,
         "peer_dtype": given.peer_dtype,
         "rounds": given.rounds,
         "rows": rows,
@@ -73,9 +75,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="sequences")
     parser.add_argument("--length", type=int, default=256, help="tokens of each, all labelled")
     parser.add_argument("--rounds", type=int, default=7, help="medians are of that many, after one to warm up")
-    parser.add_argument(
-        "--peer-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of PEFT's model and of the floor"
-    )
+    parser.add_argument("--dtype", choices=contenders.DTYPES, default="bfloat16", help="of the frozen weights")
+    parser.add_argument("--peer-dtype", choices=contenders.DTYPES, help="of PEFT's and of the floor (default: --dtype)")
     parser.add_argument("--name", default="steps", help="of the two files in --output")
     parser.add_argument("--quick", action="store_true", help="one round of 2 x 16 tokens: does it run at all?")
     parser.add_argument("--output", type=Path, default=results.FOLDER)
@@ -83,6 +84,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--dropout", type=float, default=0.0, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
+    given.peer_dtype = given.peer_dtype or given.dtype
     if given.quick:
         given.batch, given.length, given.rounds = 2, 16, 1
     given.answer = None if given.answer is None else Path(given.answer)
@@ -93,7 +95,7 @@ def measure(folder: str, method: str, dropout: float, given: argparse.Namespace)
     """One row: a process with both sides for the times, one for each side's memory."""
     print(f"{method}, dropout {dropout:g} ...", file=sys.stderr, flush=True)
     options = {"--method": method, "--dropout": dropout, "--batch": given.batch, "--length": given.length}
-    options |= {"--rounds": given.rounds, "--peer-dtype": given.peer_dtype}
+    options |= {"--rounds": given.rounds, "--dtype": given.dtype, "--peer-dtype": given.peer_dtype}
     shared = [folder, *(str(part) for pair in options.items() for part in pair)]
     row = timing.in_fresh_process(__file__, [*shared, "--child", "timing"])
     row.pop("process_peak_bytes")
@@ -109,11 +111,11 @@ def measure(folder: str, method: str, dropout: float, given: argparse.Namespace)
 
 def timed(given: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every round, bytes saved for the backward pass, FLOPs."""
-    what = given.model, given.method, given.dropout, given.peer_dtype
-    models = {side: contenders.build(side, *what) for side in contenders.SIDES}
+    what = given.model, given.method, given.dropout
+    models = {side: contenders.build(side, *what, dtype) for side, dtype in dtypes(given).items()}
     shapes = dense_shapes(given.model)
     if given.method != "lora" and given.dropout == 0.0:
-        models["our LoRA"] = contenders.build("ours", given.model, "lora", 0.0)
+        models["our LoRA"] = contenders.build("ours", given.model, "lora", 0.0, given.dtype)
     ids = batch_of(models["ours"], given)
     floor = timing.Floor(shapes, ids.numel(), dtype=getattr(torch, given.peer_dtype))
     steps = {name: contenders.Step(model, ids) for name, model in models.items()}
@@ -138,7 +140,7 @@ def timed(given: argparse.Namespace) -> dict[str, Any]:
 
 def alone(given: argparse.Namespace) -> dict[str, Any]:
     """Peak anonymous memory of steps with the optimizer, and their median time."""
-    model = contenders.build(given.side, given.model, given.method, given.dropout, given.peer_dtype)
+    model = contenders.build(given.side, given.model, given.method, given.dropout, dtypes(given)[given.side])
     step = contenders.Step(model, batch_of(model, given), optimizer=True)
     gc.collect()
     seconds = []
@@ -149,6 +151,10 @@ def alone(given: argparse.Namespace) -> dict[str, Any]:
             seconds.append(time.perf_counter() - start)
             step.forget()
     return {"peak_memory_bytes": memory.peak(), "alone_seconds": statistics.median(seconds[1:])}
+
+
+def dtypes(given: argparse.Namespace) -> dict[str, str]:
+    return {"ours": given.dtype, "peft": given.peer_dtype}
 
 
 def batch_of(model: Any, given: argparse.Namespace) -> torch.Tensor:
@@ -166,7 +172,7 @@ def dense_shapes(folder: str) -> list[tuple[int, int]]:
 
 def counted_flops(model: Any, step: contenders.Step) -> int | None:
     """None where a step in plain PyTorch, whose products the counter sees, would take minutes."""
-    if is_slow_in_torch(torch.bfloat16) and step.ids.numel() > MOST_SLOW_TOKENS:
+    if is_slow_in_torch(model.dtype) and step.ids.numel() > MOST_SLOW_TOKENS:
         return None
     with contenders.models_own_attention(model):
         found = timing.flops(step)
@@ -198,14 +204,15 @@ def ratios(row: dict[str, Any], tokens: int) -> dict[str, float]:
 
 def markdown(result: dict[str, Any]) -> list[str]:
     rows = result["rows"]
-    dtypes = {side: " and ".join(rows[0]["adapter_dtypes"][side]) for side in contenders.SIDES} if rows else {}
+    adapters = {side: " and ".join(rows[0]["adapter_dtypes"][side]) for side in contenders.SIDES} if rows else {}
+    what = f"{result['model']}, {result['dtype']}, {result['batch']} x {result['length']} tokens"
     return [
-        f"# Training steps: {result['model']}, bfloat16, {result['batch']} x {result['length']} tokens, all labelled",
+        f"# Training steps: {what}, all labelled",
         "",
         *results.where_from(result),
         *other_dtype(result),
         f"r = {contenders.R} on all linear layers; adapters in each side's default dtype "
-        f"({', '.join(f'{side}: {found}' for side, found in dtypes.items())}). Goals in brackets.",
+        f"({', '.join(f'{side}: {found}' for side, found in adapters.items())}). Goals in brackets.",
         "",
         *times(rows),
         "",
@@ -224,9 +231,9 @@ def markdown(result: dict[str, Any]) -> list[str]:
 
 
 def other_dtype(result: dict[str, Any]) -> list[str]:
-    if result["peer_dtype"] == "bfloat16":
+    if result["peer_dtype"] == result["dtype"]:
         return []
-    return [f"PEFT's model and the floor are in {result['peer_dtype']}, ours in bfloat16.", ""]
+    return [f"PEFT's model and the floor are in {result['peer_dtype']}, ours in {result['dtype']}.", ""]
 
 
 def named(row: dict[str, Any]) -> str:
