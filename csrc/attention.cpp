@@ -35,10 +35,10 @@ const AttentionKernels* kernels(int64_t D) {
     return nullptr;
 }
 
-Heads heads(const rw_heads& x) { return {static_cast<const uint16_t*>(x.data), x.batch, x.token, x.head}; }
+Heads heads(const rw_heads& x) { return {x.data, x.batch, x.token, x.head}; }
 
 AttentionJob job_of(const rw_attention& a) {
-    return {a.B, a.Lq, a.Lk, a.H, a.Hkv, a.D, heads(a.q), heads(a.k), heads(a.v), a.start, a.end, a.scale};
+    return {a.B, a.Lq, a.Lk, a.H, a.Hkv, a.D, heads(a.q), heads(a.k), heads(a.v), a.start, a.end, a.scale, a.dtype};
 }
 
 // Calls body(share, number of the share) for `parts` shares of each key head.
@@ -62,12 +62,14 @@ extern "C" {
 
 int rw_attention_available(void) { return kernels(1) != nullptr; }
 
+int rw_attention_takes_float32(void) { return kernels(1) != nullptr && kernels(1) == attention_avx2(); }
+
 int rw_attention_uses_amx(void) { return kernels(0) != nullptr && kernels(0) == attention_amx(); }
 
 void rw_attention_allow_amx(int allowed) { amx_choice = allowed ? -1 : 0; }
 
 void rw_attention_forward(const rw_attention* a, void* out, float* lse, int threads) {
-    const AttentionForward call = {job_of(*a), static_cast<uint16_t*>(out), lse};
+    const AttentionForward call = {job_of(*a), out, lse};
     const AttentionKernels* level = kernels(call.job.D);
     each_share(call.job, parts_for(call.job, 4 * int64_t{threads}), threads,
                [&](const AttentionShare& share, int64_t) { level->forward(call, share); });
@@ -75,8 +77,7 @@ void rw_attention_forward(const rw_attention* a, void* out, float* lse, int thre
 
 void rw_attention_backward(const rw_attention* a, const void* out, const float* lse, const rw_heads* grad, void* dq, void* dk, void* dv,
                            int threads) {
-    const AttentionBackward call = {job_of(*a), static_cast<const uint16_t*>(out), lse,
-                                    heads(*grad), static_cast<uint16_t*>(dq), static_cast<uint16_t*>(dk), static_cast<uint16_t*>(dv)};
+    const AttentionBackward call = {job_of(*a), out, lse, heads(*grad), dq, dk, dv};
     const AttentionJob& job = call.job;
     const AttentionKernels* level = kernels(job.D);
     const int64_t parts = parts_for(job, kBackwardShares), size = level->sums_size(job);

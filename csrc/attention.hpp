@@ -1,4 +1,5 @@
-// Attention of bfloat16 tensors: what native.cpp's levels are to 4 bits. AVX2 in float32; AVX-512 with BF16, and AMX on top of it.
+// Attention of bfloat16 tensors, on AVX2 also of float32 ones: what native.cpp's levels are to 4 bits. AVX2 computes in float32; AVX-512
+// with BF16, and AMX on top of it, in bfloat16.
 //
 // Legend: B batch, Lq queries, Lk keys, H query heads, Hkv key heads, G = H / Hkv heads that share a key head, D size of a head.
 #pragma once
@@ -14,10 +15,13 @@ namespace rankwise {
 
 // A (B, L, heads, D) tensor whose elements of a head lie side by side; strides in elements.
 struct Heads {
-    const uint16_t* data;
+    const void* data;
     int64_t batch, token, head;
 
-    RW_EVERYWHERE const uint16_t* row(int64_t b, int64_t i, int64_t h) const { return data + b * batch + i * token + h * head; }
+    template <class Element = uint16_t>
+    RW_EVERYWHERE const Element* row(int64_t b, int64_t i, int64_t h) const {
+        return static_cast<const Element*>(data) + b * batch + i * token + h * head;
+    }
 };
 
 struct AttentionJob {
@@ -25,6 +29,7 @@ struct AttentionJob {
     Heads q, k, v;
     const int32_t *start, *end;  // (B, Lq), or null
     float scale;
+    int dtype;
 
     RW_EVERYWHERE int64_t group() const { return H / Hkv; }
     RW_EVERYWHERE int64_t clamped(int64_t j) const { return j < 0 ? 0 : j < Lk ? j : Lk; }
@@ -35,16 +40,16 @@ struct AttentionJob {
 
 struct AttentionForward {
     AttentionJob job;
-    uint16_t* out;  // (B, Lq, H, D)
-    float* lse;     // (B, H, Lq)
+    void* out;   // (B, Lq, H, D)
+    float* lse;  // (B, H, Lq)
 };
 
 struct AttentionBackward {
     AttentionJob job;
-    const uint16_t* out;
+    const void* out;
     const float* lse;
     Heads grad;
-    uint16_t *dq, *dk, *dv;  // (B, L, heads, D)
+    void *dq, *dk, *dv;  // (B, L, heads, D)
 };
 
 // The queries of the heads that share one key head, as one thread takes them: tiles [first, last) of `kAttentionTile` queries.

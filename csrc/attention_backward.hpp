@@ -166,7 +166,7 @@ static void row_terms(const AttentionBackward& call, int64_t b, int64_t h, int64
     for (int64_t i = 0; i < kTile; ++i) {
         lse[i] = __builtin_inff(), delta[i] = 0.0f;
         if (i >= rows) continue;
-        const uint16_t* out = call.out + ((b * job.Lq + query + i) * job.H + h) * job.D;
+        const uint16_t* out = static_cast<const uint16_t*>(call.out) + ((b * job.Lq + query + i) * job.H + h) * job.D;
         const uint16_t* grad = call.grad.row(b, query + i, h);
         __m512 sum = _mm512_setzero_ps();
         for (int64_t d = 0; d < job.D; d += 16) sum = _mm512_fmadd_ps(load_floats(out + d), load_floats(grad + d), sum);
@@ -213,7 +213,7 @@ static void backward(const AttentionBackward& call, const AttentionShare& share,
                 Tile(tile, {packed.k + at, packed.v + at, packed.k_right + at, dk, dk + kTile * D}, t * kTile);
             }
             for (int64_t i = 0; i < rows; ++i) {
-                uint16_t* to = call.dq + ((share.b * job.Lq + query + i) * job.H + h) * D;
+                uint16_t* to = static_cast<uint16_t*>(call.dq) + ((share.b * job.Lq + query + i) * job.H + h) * D;
                 for (int64_t d = 0; d < D; d += 16) store_rounded(to + d, _mm512_mul_ps(_mm512_loadu_ps(dq + i * D + d), scale));
             }
         }
@@ -240,8 +240,8 @@ static void finish(const AttentionBackward& call, int64_t b, int64_t head, float
             _mm512_storeu_ps(sums + i, _mm512_add_ps(_mm512_loadu_ps(sums + i), _mm512_loadu_ps(sums + s * size + i)));
     for (int64_t key = 0; key < job.Lk; key += kTile) {
         const int64_t rows = job.Lk - key < kTile ? job.Lk - key : kTile, to = ((b * job.Lk + key) * job.Hkv + head) * D;
-        store_keys(job, sums + 2 * key * D, job.scale, rows, call.dk + to);
-        store_keys(job, sums + (2 * key + kTile) * D, 1.0f, rows, call.dv + to);
+        store_keys(job, sums + 2 * key * D, job.scale, rows, static_cast<uint16_t*>(call.dk) + to);
+        store_keys(job, sums + (2 * key + kTile) * D, 1.0f, rows, static_cast<uint16_t*>(call.dv) + to);
     }
 }
 

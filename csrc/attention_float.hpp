@@ -1,8 +1,9 @@
 // Attention where no instruction multiplies bfloat16: tiles are widened to float32, and P and dS are never rounded. The algorithms are
-// those of attention_forward.hpp and attention_backward.hpp.
+// those of attention_forward.hpp and attention_backward.hpp. Type: the dtype of all tensors but lse, bfloat16 or float32.
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "attention_ranges.hpp"
 #include "functions.hpp"
@@ -20,10 +21,15 @@ struct WideTile {
     float *rows, *across;
 };
 
-// to (kTile, D) = `rows` rows of x, then zeros.
-void widen(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t D, float* to) {
-    for (int64_t i = 0; i < rows; ++i, x += x_stride, to += D)
-        for (int64_t d = 0; d < D; d += W) store<RW_FLOAT32>(to, d, load<RW_BFLOAT16>(x, d));
+template <int Type>
+using ElementOf = std::conditional_t<Type == RW_FLOAT32, float, uint16_t>;
+
+// to (kTile, D) = `rows` rows of a head from token i on, then zeros.
+template <int Type>
+void widen(const Heads& x, int64_t b, int64_t i, int64_t head, int64_t rows, int64_t D, float* to) {
+    const auto* row = x.row<ElementOf<Type>>(b, i, head);
+    for (int64_t r = 0; r < rows; ++r, row += x.token, to += D)
+        for (int64_t d = 0; d < D; d += W) store<RW_FLOAT32>(to, d, load<Type>(row, d));
     std::memset(to, 0, static_cast<std::size_t>((kTile - rows) * D * 4));
 }
 
@@ -95,19 +101,21 @@ struct ForwardFloats {
     float q[kTile * 256], out[kTile * 256], p[kGroup * kTile], top[kTile], sum[kTile];
 };
 
+template <int Type>
 void finish_forward(const AttentionForward& call, const Ranges& ranges, const ForwardFloats& tile, int64_t b, int64_t h, int64_t query) {
     const AttentionJob& job = call.job;
     const int64_t rows = job.Lq - query < kTile ? job.Lq - query : kTile, D = job.D;
     for (int64_t i = 0; i < rows; ++i) {
         const bool some = ranges.first[i] < ranges.last[i];
         const float inverse = some ? 1.0f / tile.sum[i] : 0.0f;
-        uint16_t* out = call.out + ((b * job.Lq + query + i) * job.H + h) * D;
-        for (int64_t d = 0; d < D; d += W) store<RW_BFLOAT16>(out, d, load<RW_FLOAT32>(tile.out, i * D + d) * inverse);
+        auto* out = static_cast<ElementOf<Type>*>(call.out) + ((b * job.Lq + query + i) * job.H + h) * D;
+        for (int64_t d = 0; d < D; d += W) store<Type>(out, d, load<RW_FLOAT32>(tile.out, i * D + d) * inverse);
         call.lse[(b * job.H + h) * job.Lq + query + i] = some ? std::log(tile.sum[i]) + tile.top[i] : -kInfinity;
     }
 }
 
-void forward_float(const AttentionForward& call, const AttentionShare& share) {
+template <int Type>
+void forward_of(const AttentionForward& call, const AttentionShare& share) {
     const AttentionJob& job = call.job;
     const KeyTiles tiles(job, share);
     const int64_t D = job.D, size = kTile * D;
@@ -115,16 +123,16 @@ void forward_float(const AttentionForward& call, const AttentionShare& share) {
     float* wide = keys + 2 * tiles.count() * size;
     for (int64_t t = 0; t < tiles.count(); ++t) {
         const int64_t key = (tiles.first + t) * kTile, rows = job.Lk - key < kTile ? job.Lk - key : kTile;
-        widen(job.k.row(share.b, key, share.head), job.k.token, rows, D, wide);
+        widen<Type>(job.k, share.b, key, share.head, rows, D, wide);
         turn(wide, D, keys + 2 * t * size);
-        widen(job.v.row(share.b, key, share.head), job.v.token, rows, D, keys + (2 * t + 1) * size);
+        widen<Type>(job.v, share.b, key, share.head, rows, D, keys + (2 * t + 1) * size);
     }
     ForwardFloats& tile = *scratch<AttentionForward, ForwardFloats, 1>(1);
     for (int64_t query = share.first * kTile; query < share.last * kTile; query += kTile) {
         const Ranges ranges(job, share.b, query);
         const int64_t rows = job.Lq - query < kTile ? job.Lq - query : kTile;
         for (int64_t h = share.head * job.group(); h < (share.head + 1) * job.group(); ++h) {
-            widen(job.q.row(share.b, query, h), job.q.token, rows, D, tile.q);
+            widen<Type>(job.q, share.b, query, h, rows, D, tile.q);
             std::memset(tile.out, 0, static_cast<std::size_t>(size * 4));
             std::memset(tile.sum, 0, sizeof tile.sum);
             for (float& one : tile.top) one = -1e30f;  // finite, so that a query that has seen no key yet makes no NaN
@@ -143,9 +151,13 @@ void forward_float(const AttentionForward& call, const AttentionShare& share) {
                     add_rows(tile.p + first, kTile, 1, v + first * D, 16 * span.to - first, D, shrink, tile.out + kGroup * g * D);
                 }
             }
-            finish_forward(call, ranges, tile, share.b, h, query);
+            finish_forward<Type>(call, ranges, tile, share.b, h, query);
         }
     }
+}
+
+void forward_float(const AttentionForward& call, const AttentionShare& share) {
+    call.job.dtype == RW_FLOAT32 ? forward_of<RW_FLOAT32>(call, share) : forward_of<RW_BFLOAT16>(call, share);
 }
 
 struct BackwardFloats {
@@ -158,14 +170,15 @@ struct BackwardKeyTile {
 };
 
 // +inf where no key is seen makes P zero.
+template <int Type>
 void row_terms(const AttentionBackward& call, int64_t b, int64_t h, int64_t query, int64_t rows, BackwardFloats& tile) {
     const AttentionJob& job = call.job;
     for (int64_t i = 0; i < kTile; ++i) {
         tile.lse[i] = kInfinity, tile.delta[i] = 0.0f;
         if (i >= rows) continue;
-        const uint16_t* out = call.out + ((b * job.Lq + query + i) * job.H + h) * job.D;
+        const auto* out = static_cast<const ElementOf<Type>*>(call.out) + ((b * job.Lq + query + i) * job.H + h) * job.D;
         Floats sum = {};
-        for (int64_t d = 0; d < job.D; d += W) sum = madd(load<RW_BFLOAT16>(out, d), load<RW_FLOAT32>(tile.grad, i * job.D + d), sum);
+        for (int64_t d = 0; d < job.D; d += W) sum = madd(load<Type>(out, d), load<RW_FLOAT32>(tile.grad, i * job.D + d), sum);
         tile.delta[i] = total(sum);
         const float found = call.lse[(b * job.H + h) * job.Lq + query + i];
         tile.lse[i] = found == -kInfinity ? kInfinity : found;
@@ -218,7 +231,8 @@ void backward_tile(const Ranges& ranges, BackwardFloats& tile, const BackwardKey
 
 int64_t sums_size_float(const AttentionJob& job) { return rounded_up(job.Lk, kTile) * job.D * 2; }
 
-void backward_float(const AttentionBackward& call, const AttentionShare& share, float* sums) {
+template <int Type>
+void backward_of(const AttentionBackward& call, const AttentionShare& share, float* sums) {
     const AttentionJob& job = call.job;
     const KeyTiles tiles(job, share);
     const int64_t D = job.D, size = kTile * D;
@@ -228,9 +242,9 @@ void backward_float(const AttentionBackward& call, const AttentionShare& share, 
     for (int64_t t = 0; t < tiles.count(); ++t) {
         const int64_t key = (tiles.first + t) * kTile, rows = job.Lk - key < kTile ? job.Lk - key : kTile;
         float* k = packed + 3 * t * size;
-        widen(job.k.row(share.b, key, share.head), job.k.token, rows, D, k);
+        widen<Type>(job.k, share.b, key, share.head, rows, D, k);
         turn(k, D, k + size);
-        widen(job.v.row(share.b, key, share.head), job.v.token, rows, D, wide);
+        widen<Type>(job.v, share.b, key, share.head, rows, D, wide);
         turn(wide, D, k + 2 * size);
     }
     BackwardFloats& tile = *scratch<AttentionBackward, BackwardFloats, 1>(1);
@@ -238,9 +252,9 @@ void backward_float(const AttentionBackward& call, const AttentionShare& share, 
         const Ranges ranges(job, share.b, query);
         const int64_t rows = job.Lq - query < kTile ? job.Lq - query : kTile;
         for (int64_t h = share.head * job.group(); h < (share.head + 1) * job.group(); ++h) {
-            widen(job.q.row(share.b, query, h), job.q.token, rows, D, tile.q);
-            widen(call.grad.row(share.b, query, h), call.grad.token, rows, D, tile.grad);
-            row_terms(call, share.b, h, query, rows, tile);
+            widen<Type>(job.q, share.b, query, h, rows, D, tile.q);
+            widen<Type>(call.grad, share.b, query, h, rows, D, tile.grad);
+            row_terms<Type>(call, share.b, h, query, rows, tile);
             std::memset(tile.dq, 0, static_cast<std::size_t>(size * 4));
             for (int64_t t = ranges.first_tile(); t < ranges.last_tile(); ++t) {
                 const float* k = packed + 3 * (t - tiles.first) * size;
@@ -248,14 +262,19 @@ void backward_float(const AttentionBackward& call, const AttentionShare& share, 
                 backward_tile(ranges, tile, {k, k + size, k + 2 * size, dk, dk + size}, t * kTile, job.scale, D);
             }
             for (int64_t i = 0; i < rows; ++i) {
-                uint16_t* to = call.dq + ((share.b * job.Lq + query + i) * job.H + h) * D;
-                for (int64_t d = 0; d < D; d += W) store<RW_BFLOAT16>(to, d, load<RW_FLOAT32>(tile.dq, i * D + d) * job.scale);
+                auto* to = static_cast<ElementOf<Type>*>(call.dq) + ((share.b * job.Lq + query + i) * job.H + h) * D;
+                for (int64_t d = 0; d < D; d += W) store<Type>(to, d, load<RW_FLOAT32>(tile.dq, i * D + d) * job.scale);
             }
         }
     }
 }
 
-void finish_float(const AttentionBackward& call, int64_t b, int64_t head, float* sums, int64_t shares) {
+void backward_float(const AttentionBackward& call, const AttentionShare& share, float* sums) {
+    call.job.dtype == RW_FLOAT32 ? backward_of<RW_FLOAT32>(call, share, sums) : backward_of<RW_BFLOAT16>(call, share, sums);
+}
+
+template <int Type>
+void finish_of(const AttentionBackward& call, int64_t b, int64_t head, float* sums, int64_t shares) {
     const AttentionJob& job = call.job;
     const int64_t size = sums_size_float(job), D = job.D;
     for (int64_t s = 1; s < shares; ++s)
@@ -263,10 +282,14 @@ void finish_float(const AttentionBackward& call, int64_t b, int64_t head, float*
     for (int64_t key = 0; key < job.Lk; ++key) {
         const int64_t at = 2 * (key / kTile) * kTile * D + key % kTile * D, to = ((b * job.Lk + key) * job.Hkv + head) * D;
         for (int64_t d = 0; d < D; d += W) {
-            store<RW_BFLOAT16>(call.dk, to + d, load<RW_FLOAT32>(sums, at + d) * job.scale);
-            store<RW_BFLOAT16>(call.dv, to + d, load<RW_FLOAT32>(sums, at + kTile * D + d));
+            store<Type>(call.dk, to + d, load<RW_FLOAT32>(sums, at + d) * job.scale);
+            store<Type>(call.dv, to + d, load<RW_FLOAT32>(sums, at + kTile * D + d));
         }
     }
+}
+
+void finish_float(const AttentionBackward& call, int64_t b, int64_t head, float* sums, int64_t shares) {
+    call.job.dtype == RW_FLOAT32 ? finish_of<RW_FLOAT32>(call, b, head, sums, shares) : finish_of<RW_BFLOAT16>(call, b, head, sums, shares);
 }
 
 }  // namespace

@@ -85,7 +85,7 @@ static void finish_forward(const AttentionForward& call, const ForwardTile& tile
     for (int64_t i = 0; i < rounded_up(rows, 16); ++i) total[i] = _mm512_reduce_add_ps(_mm512_loadu_ps(tile.sum + 16 * i));
     for (int64_t i = 0; i < rows; ++i) {
         const __m512 inverse = _mm512_set1_ps(tile.ranges->first[i] < tile.ranges->last[i] ? 1.0f / total[i] : 0.0f);
-        uint16_t* out = call.out + ((b * job.Lq + query + i) * job.H + h) * D;
+        uint16_t* out = static_cast<uint16_t*>(call.out) + ((b * job.Lq + query + i) * job.H + h) * D;
         for (int64_t d = 0; d < D; d += 16) store_rounded(out + d, _mm512_mul_ps(_mm512_loadu_ps(tile.out + i * D + d), inverse));
     }
     for (int64_t i = 0; i < rows; i += 16) {

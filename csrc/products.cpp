@@ -125,7 +125,7 @@ int rw_products_are_tiles(void) { return current_products() != nullptr && curren
 
 void rw_products_allow(int allowed) { choice = allowed ? -1 : 0; }
 
-void rw_products(const rw_term* terms, int count, int64_t T, int64_t N, const float* g, const float* bias, void* out, void* rest,
+void rw_products(const rw_term* terms, int count, int dtype, int64_t T, int64_t N, const float* g, const float* bias, void* out, void* rest,
                  int64_t out_stride, int threads) {
     if (T == 0 || N == 0) return;
     threads = threads > 0 ? threads : 1;
@@ -136,7 +136,7 @@ void rw_products(const rw_term* terms, int count, int64_t T, int64_t N, const fl
     int64_t steps = 0;
     for (int i = 0; i < made; ++i) steps += prepared[i].steps;
     const int64_t at_once = equal_part(steps, layout.most_steps);
-    const ProductJob job = {prepared, made, at_once, T, N, g, bias, static_cast<uint16_t*>(out), static_cast<uint16_t*>(rest), out_stride};
+    const ProductJob job = {prepared, made, at_once, T, N, g, bias, dtype, out, rest, out_stride};
     const int64_t panels = ceil_div(N, kPanel), most = layout.packed_bytes / (at_once * layout.panel_step_bytes);
     const int64_t columns = ceil_div(panels, panel_parts(panels, most > 0 ? most : 1, threads)), parts = ceil_div(panels, columns);
     int64_t row_parts = at_once == steps ? 1 : ceil_div(T, kKeptRows);
@@ -150,15 +150,14 @@ void rw_products(const rw_term* terms, int count, int64_t T, int64_t N, const fl
     });
 }
 
-void rw_row_product(const void* q, int64_t q_stride, const void* m, int64_t m_stride, const void* y, int64_t y_stride, int64_t T, int64_t R,
-                    int64_t C, float scale, const float* gain, int by_column, void* out, int out_dtype,
+void rw_row_product(int dtype, const void* q, int64_t q_stride, const void* m, int64_t m_stride, const void* y, int64_t y_stride, int64_t T,
+                    int64_t R, int64_t C, float scale, const float* gain, int by_column, void* out, int out_dtype,
                     const float* divisor, float* dot, int threads) {
     struct Owner {};
     const int64_t chunks = ceil_div(T, kChunkRows), ranks = ceil_div(R, 16) * 16, parts = ceil_div(C, kChunkColumns);
     float* sums = scratch<Owner, float, 0>(chunks * ranks * C);
     float* dots = dot ? scratch<Owner, float, 1>(chunks * C) : nullptr;
-    const RowProductJob job = {static_cast<const uint16_t*>(q), q_stride, static_cast<const uint16_t*>(m), m_stride,
-                               static_cast<const uint16_t*>(y), y_stride, T, R, C, sums, dots, scale, gain, by_column, out_dtype, out, divisor, dot};
+    const RowProductJob job = {dtype, q, q_stride, m, m_stride, y, y_stride, T, R, C, sums, dots, scale, gain, by_column, out_dtype, out, divisor, dot};
     const ProductKernels* level = current_products();
     const auto last_of = [&](int64_t part) { return (part + 1) * kChunkColumns < C ? (part + 1) * kChunkColumns : C; };
     parallel(chunks * parts, threads, [&](int64_t task) {

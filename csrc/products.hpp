@@ -1,5 +1,5 @@
-// Sums of products of bfloat16 matrices: out (T, N) = g * sum_i a_i W_i^T + bias, rounded once. A frozen weight, dense or of 4 bits, and
-// its low-rank branch are two terms of one sum.
+// Sums of products of bfloat16 or float32 matrices: out (T, N) = g * sum_i a_i W_i^T + bias, rounded once. A frozen weight, dense or of 4
+// bits, and its low-rank branch are two terms of one sum.
 //
 // Legend: T rows, N columns of the result; a step is some of the elements that are summed over (`ProductLayout`), a panel 32 columns of
 // the result.
@@ -35,8 +35,9 @@ struct ProductJob {
     int64_t steps_at_once;  // what lies between two of them is kept in float32
     int64_t T, N;
     const float *g, *bias;  // or null
-    uint16_t* out;
-    uint16_t* rest;  // or null
+    int dtype;              // of every a, of out and of rest
+    void* out;
+    void* rest;  // or null
     int64_t out_stride;
 };
 
@@ -46,11 +47,12 @@ struct ProductShare {
 };
 
 struct RowProductJob {
-    const uint16_t* q;
+    int dtype;  // of q, m and y
+    const void* q;
     int64_t q_stride;
-    const uint16_t* m;
+    const void* m;
     int64_t m_stride;
-    const uint16_t* y;  // or null
+    const void* y;  // or null
     int64_t y_stride;
     int64_t T, R, C;
     float* sums;  // (chunks, 16 ceil(R / 16), C)
@@ -72,7 +74,7 @@ struct ProductLayout {
     int64_t most_steps;        // that are multiplied at once, in equal parts
     int64_t panel_step_bytes;  // of one packed panel
     int64_t packed_bytes;      // panels of one task: what the second-level cache holds beside the rows
-    bool reads_tiles;          // rows of whole steps, rounded weights: an exact term becomes two
+    bool reads_tiles;          // bfloat16 in rows of whole steps, rounded weights: an exact term becomes two
 };
 
 struct ProductKernels {

@@ -106,7 +106,8 @@ static inline void store_panel(const ProductJob& job, const Waiting& done) {
     __m512 g[2] = {_mm512_set1_ps(1.0f), _mm512_set1_ps(1.0f)}, bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     if (job.g) g[0] = _mm512_maskz_loadu_ps(low, job.g + n), g[1] = _mm512_maskz_loadu_ps(high, job.g + n + 16);
     if (job.bias) bias[0] = _mm512_maskz_loadu_ps(low, job.bias + n), bias[1] = _mm512_maskz_loadu_ps(high, job.bias + n + 16);
-    uint16_t* out = job.out + done.row * job.out_stride + n;
+    const int64_t at = done.row * job.out_stride + n;
+    uint16_t *out = static_cast<uint16_t*>(job.out) + at, *rest = job.rest ? static_cast<uint16_t*>(job.rest) + at : nullptr;
     const float* sums = done.sums;
     // Whole lines of a large result go past the caches: reading each before it is overwritten costs more than it saves.
     const bool stream = left >= kPanel && job.T * job.N >= kStreamElements;
@@ -115,7 +116,7 @@ static inline void store_panel(const ProductJob& job, const Waiting& done) {
         in_order(first, second);
         first = _mm512_fmadd_ps(first, g[0], bias[0]), second = _mm512_fmadd_ps(second, g[1], bias[1]);
         const __m512i words = rounded(first, second);
-        if (job.rest) _mm512_mask_storeu_epi16(job.rest + (out - job.out), some, rounded(rest_of(first), rest_of(second)));
+        if (rest) _mm512_mask_storeu_epi16(rest + r * job.out_stride, some, rounded(rest_of(first), rest_of(second)));
         if (stream && reinterpret_cast<uintptr_t>(out) % 64 == 0) _mm512_stream_si512(reinterpret_cast<__m512i*>(out), words);
         else _mm512_mask_storeu_epi16(out, some, words);
     }
@@ -219,7 +220,7 @@ static void pack_left(const RowProductJob& job, int64_t row, int64_t rows, uint3
             __m512i r[16];
             for (int64_t pair = 0; pair < 16; ++pair) {
                 const int64_t t = step * kStep + 2 * pair;
-                const uint16_t* q = job.q + (row + t) * job.q_stride + 16 * rank;
+                const uint16_t* q = static_cast<const uint16_t*>(job.q) + (row + t) * job.q_stride + 16 * rank;
                 const __m256i a = t < rows ? _mm256_maskz_loadu_epi16(some, q) : _mm256_setzero_si256();
                 const __m256i b = t + 1 < rows ? _mm256_maskz_loadu_epi16(some, q + job.q_stride) : _mm256_setzero_si256();
                 r[pair] = _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
@@ -257,9 +258,10 @@ template <bool Whole>
 static void pair_panel(const RowProductJob& job, int64_t chunk, int64_t row, int64_t rows, int64_t column, int64_t last, uint32_t* right) {
     const __mmask32 some = first_of_32(last - column);
     __m512 dots[2][2] = {{_mm512_setzero_ps(), _mm512_setzero_ps()}, {_mm512_setzero_ps(), _mm512_setzero_ps()}};
+    const auto *m = static_cast<const uint16_t*>(job.m), *y = static_cast<const uint16_t*>(job.y);
     for (int64_t t = 0; t < rows; t += kStep, right += 2 * kStepWords) {
-        pair_rows<Whole>(job.m + (row + t) * job.m_stride + column, job.m_stride, rows - t, some, right);
-        if (job.dots) dot_rows<Whole>(right, job.y + (row + t) * job.y_stride + column, job.y_stride, rows - t, some, dots);
+        pair_rows<Whole>(m + (row + t) * job.m_stride + column, job.m_stride, rows - t, some, right);
+        if (job.dots) dot_rows<Whole>(right, y + (row + t) * job.y_stride + column, job.y_stride, rows - t, some, dots);
     }
     if (!job.dots) return;
     __m512 low = _mm512_add_ps(dots[0][0], dots[1][0]), high = _mm512_add_ps(dots[0][1], dots[1][1]);
@@ -275,8 +277,8 @@ static void row_product_amx(const RowProductJob& job, int64_t chunk, int64_t fir
     constexpr int64_t chunk_steps = kChunkRows / kStep;
     const int64_t row = chunk * kChunkRows, rows = job.T - row < kChunkRows ? job.T - row : kChunkRows;
     const int64_t steps = (rows + kStep - 1) / kStep, ranks = (job.R + 15) / 16;
-    prefetch_rows(job.m + row * job.m_stride, job.m_stride, rows, first, last);
-    if (job.dots) prefetch_rows(job.y + row * job.y_stride, job.y_stride, rows, first, last);
+    prefetch_rows(static_cast<const uint16_t*>(job.m) + row * job.m_stride, job.m_stride, rows, first, last);
+    if (job.dots) prefetch_rows(static_cast<const uint16_t*>(job.y) + row * job.y_stride, job.y_stride, rows, first, last);
     uint32_t* left = scratch<Owner, uint32_t, 0>(ranks * chunk_steps * kTileWords);
     uint32_t* right = scratch<Owner, uint32_t, 1>(2 * chunk_steps * kStepWords);
     pack_left(job, row, rows, left);

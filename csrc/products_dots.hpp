@@ -46,7 +46,7 @@ RW_INLINE Floats totals(Floats a, Floats b) {
 }
 
 // Rows [row, row + Rows) of the result, columns [n, n + columns).
-template <int Rows>
+template <int D, int Rows>
 __attribute__((noinline)) void multiply_pair(const ProductJob& job, const Segments& segments, const PairOfRows* pairs, const float* left,
                                              int64_t row, int64_t n, int64_t columns) {
     Floats sums[Rows][kPair] = {};
@@ -57,15 +57,16 @@ __attribute__((noinline)) void multiply_pair(const ProductJob& job, const Segmen
         else add_dots<Rows, RW_FLOAT32>(left + segment.at, segments.length, pairs[i], length, sums);
     }
     for (int r = 0; r < Rows; ++r)
-        store_product(job, (row + r) * job.out_stride + n, n, totals(sums[r][0], sums[r][1]), Some{static_cast<int>(columns)});
+        store_product<D>(job, (row + r) * job.out_stride + n, n, totals(sums[r][0], sums[r][1]), Some{static_cast<int>(columns)});
 }
 
 // Rows n and, where there is one, n + 1 of the weight of `segment`; `made` has room for both.
+template <int D>
 PairOfRows pair_of(const Segment& segment, int64_t n, int64_t columns, float* made) {
     const rw_term& term = *segment.term;
     const int64_t second = columns - 1, length = segment.to - segment.from;
     if (term.packed || term.gain || term.scale != 1.0f) {
-        for (int64_t i = 0; i < columns; ++i) fetch_floats(term, n + i, segment.from, length, made + i * length);
+        for (int64_t i = 0; i < columns; ++i) fetch_floats<D>(term, n + i, segment.from, length, made + i * length);
         return {{made, made + second * length}, false};
     }
     const bool is_bfloat16 = term.w_dtype == RW_BFLOAT16;
@@ -73,6 +74,7 @@ PairOfRows pair_of(const Segment& segment, int64_t n, int64_t columns, float* ma
     return {{first, first + second * term.w_stride * (is_bfloat16 ? 2 : 4)}, is_bfloat16};
 }
 
+template <int D>
 void product_of_dots(const ProductJob& job, const ProductShare& share) {
     struct Owner {};
     int64_t steps = 0;
@@ -81,14 +83,14 @@ void product_of_dots(const ProductJob& job, const ProductShare& share) {
     const int64_t rows = share.to - share.from, end = share.last * kPanel < job.N ? share.last * kPanel : job.N;
     float* left = scratch<Owner, float, 0>(rows * segments.length);
     float* made = scratch<Owner, float, 1>(kPair * segments.length);
-    widen_rows(segments, share.from, rows, left, segments.length);
+    widen_rows<D>(segments, share.from, rows, left, segments.length);
     for (int64_t n = share.first * kPanel; n < end; n += kPair) {
         const int64_t columns = end - n < kPair ? end - n : kPair;
         PairOfRows pairs[kMostTerms];
-        for (int i = 0; i < segments.count; ++i) pairs[i] = pair_of(segments.of[i], n, columns, made + kPair * segments.of[i].at);
+        for (int i = 0; i < segments.count; ++i) pairs[i] = pair_of<D>(segments.of[i], n, columns, made + kPair * segments.of[i].at);
         for (int64_t row = 0; row < rows; row += kBlockRows)
             with_rows(rows - row < kBlockRows ? rows - row : kBlockRows, [&](auto count) {
-                multiply_pair<decltype(count)::value>(job, segments, pairs, left + row * segments.length, share.from + row, n, columns);
+                multiply_pair<D, decltype(count)::value>(job, segments, pairs, left + row * segments.length, share.from + row, n, columns);
             });
     }
 }

@@ -15,6 +15,8 @@ constexpr int64_t kFloatStep = 8;
 struct Segment {
     const rw_term* term;
     int64_t from, to, at;
+
+    RW_INLINED int64_t length() const { return to - from; }
 };
 
 struct Segments {
@@ -36,11 +38,15 @@ struct Segments {
     }
 };
 
-// Elements [column, column + count) of a row of the weight, times scale and gain.
+// Whether a term's weight can be read where it lies.
+bool is_plain(const rw_term& term) { return !term.packed && term.w_dtype == RW_FLOAT32 && !term.gain && term.scale == 1.0f; }
+
+// Elements [column, column + count) of a row of the weight, times scale and gain. Of 4 bits it is rounded to D.
+template <int D>
 void fetch_floats(const rw_term& term, int64_t row, int64_t column, int64_t count, float* out) {
     const int64_t at = row * term.w_stride + column;
     const bool scaled = term.gain || term.scale != 1.0f;
-    if (term.packed) decode<Avx2, RW_BFLOAT16>(*term.packed, at, count, out);
+    if (term.packed) decode<Avx2, D>(*term.packed, at, count, out);
     const Floats scale = all(term.across && term.gain ? term.scale * term.gain[row] : term.scale);
     const float* gain = term.across ? nullptr : term.gain;
     if (term.packed && !scaled) return;
@@ -54,6 +60,7 @@ void fetch_floats(const rw_term& term, int64_t row, int64_t column, int64_t coun
 }
 
 // Rows [row, row + count) of a, widened, with what their rounding left.
+template <int D>
 void widen_rows(const Segments& segments, int64_t row, int64_t count, float* out, int64_t stride) {
     for (int64_t r = 0; r < count; ++r, out += stride)
         for (int i = 0; i < segments.count; ++i) {
@@ -61,19 +68,19 @@ void widen_rows(const Segments& segments, int64_t row, int64_t count, float* out
             const int64_t at = (row + r) * segment.term->a_stride + segment.from;
             const void *a = segment.term->a, *rest = segment.term->a_rest;
             each_vector(segment.to - segment.from, [&](int64_t k, auto part) RW_INLINED {
-                Floats x = load<RW_BFLOAT16>(a, at + k, part);
-                if (rest) x += load<RW_BFLOAT16>(rest, at + k, part);
+                Floats x = load<D>(a, at + k, part);
+                if (rest) x += load<D>(rest, at + k, part);
                 store<RW_FLOAT32>(out + segment.at, k, x, part);
             });
         }
 }
 
-template <class Part>
+template <int D, class Part>
 RW_INLINE void store_product(const ProductJob& job, int64_t at, int64_t n, Floats sum, Part part) {
     const Floats g = job.g ? load<RW_FLOAT32>(job.g, n, part) : all(1.0f), bias = job.bias ? load<RW_FLOAT32>(job.bias, n, part) : Floats{};
     const Floats value = madd(sum, g, bias);
-    store<RW_BFLOAT16>(job.out, at, value, part);
-    if (job.rest) store<RW_BFLOAT16>(job.rest, at, value - rounded_to<RW_BFLOAT16>(value), part);
+    store<D>(job.out, at, value, part);
+    if (job.rest) store<D>(job.rest, at, value - rounded_to<D>(value), part);
 }
 
 }  // namespace

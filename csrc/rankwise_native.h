@@ -55,7 +55,7 @@ RW_EXPORT void rw_linear_4bit(const rw_weight* weight, const void* x, int64_t T,
 // ||W'_n|| of W' rounded to dtype, sums in float32.
 RW_EXPORT void rw_row_norms_4bit(const rw_weight* weight, int64_t N, int64_t K, int dtype, float* norms, int threads);
 
-// A bfloat16 tensor (B, L, heads, D) whose last stride is 1; the others in elements.
+// A tensor (B, L, heads, D) whose last stride is 1; the others in elements.
 typedef struct rw_heads {
     const void* data;
     int64_t batch, token, head;
@@ -68,10 +68,12 @@ typedef struct rw_attention {
     const int32_t* start;  // (B, Lq), or null
     const int32_t* end;    // (B, Lq), or null
     float scale;           // positive
+    int dtype;             // of q, k, v and all results but lse: bfloat16 or, where the level takes it, float32
 } rw_attention;
 
-// Whether the current level has attention; the two functions below must not be called where it has not.
+// Whether the current level has attention, and attention in float32; the two functions below must not be called where it has not.
 RW_EXPORT int rw_attention_available(void);
+RW_EXPORT int rw_attention_takes_float32(void);
 // Whether heads whose size is a multiple of 32 run on AMX, and a switch for it: 0 keeps to AVX-512.
 RW_EXPORT int rw_attention_uses_amx(void);
 RW_EXPORT void rw_attention_allow_amx(int allowed);
@@ -125,37 +127,37 @@ RW_EXPORT int64_t rw_cross_entropy(void* logits, int64_t stride, const int64_t* 
 RW_EXPORT void rw_dropout(const void* z, void* out, int add, float factor, uint32_t threshold, uint32_t before, uint32_t middle, int64_t n,
                           int dtype, int threads);
 
-// One term of a sum of products of bfloat16 matrices: a W^T, or, with `across`, a W.
+// One term of a sum of products: a W^T, or, with `across`, a W.
 typedef struct rw_term {
-    const void* a;  // (T, length) bfloat16, rows a_stride apart
+    const void* a;  // (T, length) of the call's dtype, rows a_stride apart
     int64_t a_stride;
     int64_t length;     // what is summed over
     const void* w;      // rows of w_stride elements: the columns of the result or, with `across`, what is summed over
     int64_t w_stride;
     const rw_weight* packed;  // a weight of 4 bits in place of w, or null
     const float* gain;        // (length,) or null: times the elements that are summed over
-    float scale;              // of w; w, gain and scale are multiplied in float32 and rounded once
+    float scale;              // of w; w, gain and scale are multiplied in float32 and, for tiles, rounded once
     int w_dtype;              // float32 or bfloat16
     int across;
     const void* a_rest;  // what rounding a to bfloat16 left, as a lies, or null; only with exact
-    int exact;           // a float32 w without `across` counts as two bfloat16 numbers, its rounded value and the rest
+    int exact;           // on tiles a float32 w without `across` counts as two bfloat16 numbers, its rounded value and the rest
 } rw_term;
 
 // Whether the current level has sums of products; the functions below must not be called where it has not. And a switch for them.
 RW_EXPORT int rw_products_available(void);
-// Whether they run on AMX tiles; else in float32, where PyTorch's own bfloat16 products find no instruction either.
+// Whether they run on AMX tiles, in bfloat16 alone; else in float32, where PyTorch's own bfloat16 products find no instruction either.
 RW_EXPORT int rw_products_are_tiles(void);
 RW_EXPORT void rw_products_allow(int allowed);
 
-// out (T, N) bfloat16 = g * (sum of at most 16 terms) + bias, rounded once; g and bias (N) or null. rest: what that rounding left, as out
-// lies, or null.
-RW_EXPORT void rw_products(const rw_term* terms, int count, int64_t T, int64_t N, const float* g, const float* bias, void* out, void* rest,
-                           int64_t out_stride, int threads);
+// out (T, N) = g * (sum of at most 16 terms) + bias, rounded once; g and bias (N) or null. rest: what rounding to bfloat16 left, as out
+// lies, or null. dtype, of every a, of out and of rest: bfloat16 or, without tiles, float32.
+RW_EXPORT void rw_products(const rw_term* terms, int count, int dtype, int64_t T, int64_t N, const float* g, const float* bias, void* out,
+                           void* rest, int64_t out_stride, int threads);
 
-// out (R, C), or (C, R) with by_column, = scale * gain * q^T m of q (T, R) and m (T, C) in bfloat16; gain (C) or null. out is float32 or
-// bfloat16. dot (C) = sum_T m * y, unless null; with divisor (C) divided by it, and 0 where that is 0.
-RW_EXPORT void rw_row_product(const void* q, int64_t q_stride, const void* m, int64_t m_stride, const void* y, int64_t y_stride, int64_t T,
-                              int64_t R, int64_t C, float scale, const float* gain, int by_column, void* out, int out_dtype,
+// out (R, C), or (C, R) with by_column, = scale * gain * q^T m of q (T, R) and m (T, C), of dtype as above; gain (C) or null. out is float32
+// or bfloat16. dot (C) = sum_T m * y, unless null; with divisor (C) divided by it, and 0 where that is 0.
+RW_EXPORT void rw_row_product(int dtype, const void* q, int64_t q_stride, const void* m, int64_t m_stride, const void* y, int64_t y_stride,
+                              int64_t T, int64_t R, int64_t C, float scale, const float* gain, int by_column, void* out, int out_dtype,
                               const float* divisor, float* dot, int threads);
 
 #ifdef __cplusplus

@@ -81,12 +81,13 @@ void run(const Tables& tables, int64_t N, int64_t K, int64_t block, int64_t T, i
         if (n > 3) rw_dequantize_4bit(weight, 3, n - 3, to, exact.get(), 1);
     }
     rw_linear_4bit(weight, x.get(), T, N, K, dtype, nested ? bias.get() : nullptr, y.get(), 2);
-    if (rw_products_available() && T > 0 && N > 0 && dtype == RW_BFLOAT16) {
-        const Bytes back = bytes(T * K * 2);
+    const bool has_products = dtype == RW_BFLOAT16 || (dtype == RW_FLOAT32 && !rw_products_are_tiles());
+    if (rw_products_available() && T > 0 && N > 0 && has_products) {
+        const Bytes back = bytes(T * K * size_of(dtype));
         const rw_term forward = {x.get(), K, K, nullptr, K, weight, nullptr, 1.0f, RW_BFLOAT16, 0, nullptr, 0};
-        rw_products(&forward, 1, T, N, nullptr, nullptr, y.get(), nullptr, N, 2);
+        rw_products(&forward, 1, dtype, T, N, nullptr, nullptr, y.get(), nullptr, N, 2);
         const rw_term backward = {y.get(), N, N, nullptr, K, weight, norms.data(), 0.5f, RW_BFLOAT16, 1, nullptr, 0};
-        rw_products(&backward, 1, T, K, nullptr, nullptr, back.get(), nullptr, K, 2);
+        rw_products(&backward, 1, dtype, T, K, nullptr, nullptr, back.get(), nullptr, K, 2);
     }
     rw_row_norms_4bit(weight, N, K, dtype, norms.data(), 2);
     for (float norm : norms) checksum += norm;
@@ -113,19 +114,20 @@ double run_all(const Tables& tables) {
 struct Tensor {
     Bytes data;
     rw_heads heads;
-    Tensor(int64_t B, int64_t L, int64_t n, int64_t D, int64_t gap)
-        : data(bytes(2 * (B * L * n * D + (B * L > 0 ? B * L - 1 : 0) * gap))), heads{data.get(), L * (n * D + gap), n * D + gap, D} {
-        fill(data.get(), RW_BFLOAT16, B * L * n * D + (B * L > 0 ? B * L - 1 : 0) * gap);
+    int64_t size;
+    Tensor(int dtype, int64_t B, int64_t L, int64_t n, int64_t D, int64_t gap)
+        : data(bytes(size_of(dtype) * (B * L * n * D + (B * L > 0 ? B * L - 1 : 0) * gap))),
+          heads{data.get(), L * (n * D + gap), n * D + gap, D}, size(size_of(dtype) * B * L * n * D) {
+        fill(data.get(), dtype, B * L * n * D + (B * L > 0 ? B * L - 1 : 0) * gap);
     }
-    uint16_t* words() { return reinterpret_cast<uint16_t*>(data.get()); }
 };
 
 // Returns the bits of all results, so that threads can be compared.
-std::vector<uint16_t> attend(int64_t B, int64_t Lq, int64_t Lk, int64_t H, int64_t Hkv, int64_t D, bool ranges, int threads) {
+std::vector<uint8_t> attend(int dtype, int64_t B, int64_t Lq, int64_t Lk, int64_t H, int64_t Hkv, int64_t D, bool ranges, int threads) {
     const int64_t gap = ranges ? 6 : 0;
     state = 7;
-    Tensor q(B, Lq, H, D, gap), k(B, Lk, Hkv, D, gap), v(B, Lk, Hkv, D, gap), grad(B, Lq, H, D, gap);
-    Tensor out(B, Lq, H, D, 0), dq(B, Lq, H, D, 0), dk(B, Lk, Hkv, D, 0), dv(B, Lk, Hkv, D, 0);
+    Tensor q(dtype, B, Lq, H, D, gap), k(dtype, B, Lk, Hkv, D, gap), v(dtype, B, Lk, Hkv, D, gap), grad(dtype, B, Lq, H, D, gap);
+    Tensor out(dtype, B, Lq, H, D, 0), dq(dtype, B, Lq, H, D, 0), dk(dtype, B, Lk, Hkv, D, 0), dv(dtype, B, Lk, Hkv, D, 0);
     std::vector<float> lse(static_cast<size_t>(B * H * Lq));
     std::vector<int32_t> start, end;
     for (int64_t i = 0; i < B * Lq; ++i) {
@@ -133,13 +135,11 @@ std::vector<uint16_t> attend(int64_t B, int64_t Lq, int64_t Lk, int64_t H, int64
         end.push_back(static_cast<int32_t>(next_random() % (Lk + 8)) - 4);
     }
     const rw_attention call = {B,       Lq,      Lk,      H, Hkv, D, q.heads, k.heads, v.heads, ranges ? start.data() : nullptr,
-                               ranges ? end.data() : nullptr, 0.125f};
+                               ranges ? end.data() : nullptr, 0.125f, dtype};
     rw_attention_forward(&call, out.data.get(), lse.data(), threads);
     rw_attention_backward(&call, out.data.get(), lse.data(), &grad.heads, dq.data.get(), dk.data.get(), dv.data.get(), threads);
-    std::vector<uint16_t> all(out.words(), out.words() + B * Lq * H * D);
-    all.insert(all.end(), dq.words(), dq.words() + B * Lq * H * D);
-    all.insert(all.end(), dk.words(), dk.words() + B * Lk * Hkv * D);
-    all.insert(all.end(), dv.words(), dv.words() + B * Lk * Hkv * D);
+    std::vector<uint8_t> all;
+    for (const Tensor* made : {&out, &dq, &dk, &dv}) all.insert(all.end(), made->data.get(), made->data.get() + made->size);
     return all;
 }
 
@@ -149,7 +149,10 @@ bool attention_is_sound() {
         for (int64_t Lq : {0, 1, 63, 64, 130})
             for (int64_t Lk : {1, 64, 131})
                 for (bool ranges : {false, true})
-                    if (attend(2, Lq, Lk, 4, 2, D, ranges, 1) != attend(2, Lq, Lk, 4, 2, D, ranges, 3)) return false;
+                    for (int dtype : {RW_BFLOAT16, RW_FLOAT32}) {
+                        if (dtype == RW_FLOAT32 && !rw_attention_takes_float32()) continue;
+                        if (attend(dtype, 2, Lq, Lk, 4, 2, D, ranges, 1) != attend(dtype, 2, Lq, Lk, 4, 2, D, ranges, 3)) return false;
+                    }
     std::printf("attention\n");
     return true;
 }

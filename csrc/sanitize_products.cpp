@@ -9,16 +9,22 @@
 
 namespace {
 
-// `rows` rows of `columns` bfloat16 elements, `stride` apart, with nothing behind the last one.
+// `rows` rows of `columns` elements, bfloat16 or float32, `stride` apart, with nothing behind the last one.
 struct Matrix {
+    int dtype;
     int64_t rows, columns, stride, elements;
-    std::unique_ptr<uint16_t[]> data;
-    Matrix(int64_t rows, int64_t columns, int64_t gap)
-        : rows(rows), columns(columns), stride(columns + gap), elements((rows - 1) * (columns + gap) + columns),
-          data(new uint16_t[static_cast<size_t>(elements)]) {
-        for (int64_t i = 0; i < elements; ++i) rankwise::store_float<RW_BFLOAT16>(data.get(), i, next_float());
+    std::unique_ptr<char[]> data;
+    Matrix(int dtype, int64_t rows, int64_t columns, int64_t gap)
+        : dtype(dtype), rows(rows), columns(columns), stride(columns + gap), elements((rows - 1) * (columns + gap) + columns),
+          data(new char[static_cast<size_t>(elements * (dtype == RW_FLOAT32 ? 4 : 2))]) {
+        for (int64_t i = 0; i < elements; ++i)
+            if (dtype == RW_FLOAT32) rankwise::store_float<RW_FLOAT32>(data.get(), i, next_float());
+            else rankwise::store_float<RW_BFLOAT16>(data.get(), i, next_float());
     }
-    float at(int64_t row, int64_t column) const { return rankwise::load_as_float<RW_BFLOAT16>(data.get(), row * stride + column); }
+    float at(int64_t row, int64_t column) const {
+        const int64_t i = row * stride + column;
+        return dtype == RW_FLOAT32 ? rankwise::load_as_float<RW_FLOAT32>(data.get(), i) : rankwise::load_as_float<RW_BFLOAT16>(data.get(), i);
+    }
 };
 
 std::vector<float> random_floats(int64_t count) {
@@ -33,40 +39,43 @@ bool is_near(double found, double expected, int64_t terms) {
 }
 
 // A frozen weight (length, N or N, length) with a gain, and a float32 one of rank R; with gaps between rows the second is exact.
-bool products(int64_t T, int64_t N, int64_t length, int64_t R, int64_t gap, bool across, int threads) {
-    const Matrix a(T, length, gap), u(T, R, gap), u_rest(T, R, gap), w(across ? length : N, across ? N : length, gap);
+bool products(int dtype, int64_t T, int64_t N, int64_t length, int64_t R, int64_t gap, bool across, int threads) {
+    const Matrix a(dtype, T, length, gap), u(dtype, T, R, gap), u_rest(dtype, T, R, gap);
+    const Matrix w(dtype, across ? length : N, across ? N : length, gap);
+    // What rounding left of a row is there for bfloat16 alone.
+    const bool some = gap != 0, rests = some && dtype == RW_BFLOAT16;
     const std::vector<float> B = random_floats(N * R), gain = random_floats(length), g = random_floats(N), bias = random_floats(N);
-    Matrix out(T, N, gap), rest(T, N, gap);
+    Matrix out(dtype, T, N, gap), rest(dtype, T, N, gap);
     const rw_term terms[] = {
-        {a.data.get(), a.stride, length, w.data.get(), w.stride, nullptr, gap ? gain.data() : nullptr, 1.0f, RW_BFLOAT16, across,
+        {a.data.get(), a.stride, length, w.data.get(), w.stride, nullptr, some ? gain.data() : nullptr, 1.0f, dtype, across,
          nullptr, 0},
-        {u.data.get(), u.stride, R, B.data(), R, nullptr, nullptr, 0.5f, RW_FLOAT32, 0, gap ? u_rest.data.get() : nullptr, gap != 0},
+        {u.data.get(), u.stride, R, B.data(), R, nullptr, nullptr, 0.5f, RW_FLOAT32, 0, rests ? u_rest.data.get() : nullptr, rests},
     };
-    rw_products(terms, 2, T, N, gap ? g.data() : nullptr, gap ? bias.data() : nullptr, out.data.get(),
-                gap ? rest.data.get() : nullptr, out.stride, threads);
+    rw_products(terms, 2, dtype, T, N, some ? g.data() : nullptr, some ? bias.data() : nullptr, out.data.get(),
+                rests ? rest.data.get() : nullptr, out.stride, threads);
     for (int64_t t = 0; t < T; ++t)
         for (int64_t n = 0; n < N; ++n) {
             double sum = 0;
             for (int64_t k = 0; k < length; ++k) {
                 const double weight = across ? w.at(k, n) : w.at(n, k);
-                sum += static_cast<double>(a.at(t, k)) * weight * (gap ? static_cast<double>(gain[static_cast<size_t>(k)]) : 1.0);
+                sum += static_cast<double>(a.at(t, k)) * weight * (some ? static_cast<double>(gain[static_cast<size_t>(k)]) : 1.0);
             }
             for (int64_t r = 0; r < R; ++r) {
-                const double left = static_cast<double>(u.at(t, r)) + (gap ? static_cast<double>(u_rest.at(t, r)) : 0.0);
+                const double left = static_cast<double>(u.at(t, r)) + (rests ? static_cast<double>(u_rest.at(t, r)) : 0.0);
                 sum += 0.5 * left * static_cast<double>(B[static_cast<size_t>(n * R + r)]);
             }
-            if (gap) sum = sum * static_cast<double>(g[static_cast<size_t>(n)]) + static_cast<double>(bias[static_cast<size_t>(n)]);
-            const double found = static_cast<double>(out.at(t, n)) + (gap ? static_cast<double>(rest.at(t, n)) : 0.0);
+            if (some) sum = sum * static_cast<double>(g[static_cast<size_t>(n)]) + static_cast<double>(bias[static_cast<size_t>(n)]);
+            const double found = static_cast<double>(out.at(t, n)) + (rests ? static_cast<double>(rest.at(t, n)) : 0.0);
             if (!is_near(found, sum, length + R)) return false;
         }
     return true;
 }
 
-bool row_product(int64_t T, int64_t R, int64_t C, int64_t gap, int by_column, int threads) {
-    const Matrix q(T, R, gap), m(T, C, gap), y(T, C, gap);
+bool row_product(int dtype, int64_t T, int64_t R, int64_t C, int64_t gap, int by_column, int threads) {
+    const Matrix q(dtype, T, R, gap), m(dtype, T, C, gap), y(dtype, T, C, gap);
     const std::vector<float> gain = random_floats(C), divisor = random_floats(C);
     std::vector<float> out(static_cast<size_t>(R * C)), dot(static_cast<size_t>(C));
-    rw_row_product(q.data.get(), q.stride, m.data.get(), m.stride, y.data.get(), y.stride, T, R, C, 0.5f, gain.data(), by_column, out.data(),
+    rw_row_product(dtype, q.data.get(), q.stride, m.data.get(), m.stride, y.data.get(), y.stride, T, R, C, 0.5f, gain.data(), by_column, out.data(),
                    RW_FLOAT32, divisor.data(), dot.data(), threads);
     for (int64_t c = 0; c < C; ++c) {
         double sum = 0;
@@ -83,20 +92,24 @@ bool row_product(int64_t T, int64_t R, int64_t C, int64_t gap, int by_column, in
     return true;
 }
 
-}  // namespace
-
-bool products_are_sound() {
-    if (!rw_products_available()) return true;
+bool are_sound(int dtype) {
     for (int64_t T : {1, 31, 100})
         for (int64_t N : {1, 40, 96})
             for (int64_t length : {2, 64, 700})
                 for (int64_t gap : {0, 5})
                     for (bool across : {false, true})
-                        if (!products(T, N, length, 3, gap, across, 1) || !products(T, N, length, 33, gap, across, 3)) return false;
+                        if (!products(dtype, T, N, length, 3, gap, across, 1) || !products(dtype, T, N, length, 33, gap, across, 3)) return false;
     for (int64_t T : {1, 30, 300})
         for (int64_t R : {1, 16, 33})
             for (int64_t C : {1, 47, 128, 2100})
                 for (int by_column : {0, 1})
-                    if (!row_product(T, R, C, 0, by_column, 1) || !row_product(T, R, C, 5, by_column, 3)) return false;
+                    if (!row_product(dtype, T, R, C, 0, by_column, 1) || !row_product(dtype, T, R, C, 5, by_column, 3)) return false;
     return true;
+}
+
+}  // namespace
+
+bool products_are_sound() {
+    if (!rw_products_available()) return true;
+    return are_sound(RW_BFLOAT16) && (rw_products_are_tiles() || are_sound(RW_FLOAT32));
 }

@@ -30,9 +30,9 @@ def attention(
 ) -> Tensor:
     """``softmax(where(start <= j < end, scale * q @ k.mT, -inf)) @ v``, per head: `reference`.
 
-    bfloat16 on a CPU with AVX-512 BF16 runs in the native library (FlashAttention-2: memory linear in the length, tiles
-    that no query sees are skipped, backward keeps q, k, v, out and one float32 per query and head). Everything else
-    runs in ``scaled_dot_product_attention``; `obstacle` says why.
+    bfloat16 on a CPU, and float32 where that has AVX2 alone, runs in the native library (FlashAttention-2: memory
+    linear in the length, tiles that no query sees are skipped, backward keeps q, k, v, out and one float32 per query
+    and head). Everything else runs in ``scaled_dot_product_attention``; `obstacle` says why.
 
     Args:
         q: (B, Lq, H, D), any strides; those of a projection's output need no copy.

@@ -12,7 +12,7 @@ import dataclasses
 
 from rankwise.config import DORA, FOUR_BITS
 from rankwise.planning.shape import Shape
-from rankwise.planning.weights import DTYPE_BYTES, has_packed_experts
+from rankwise.planning.weights import DTYPE_BYTES, computes_in_float32, has_packed_experts
 from rankwise.planning.workload import Workload
 
 DROPPED_SCORE_BYTES, GPT2_CPU_COPIES = 12, 5
@@ -74,8 +74,9 @@ class Step:
 
     @property
     def own_attention(self) -> bool:
-        fast_cpu = self.workload.fast and not self.on_card and self.workload.dtype == "bfloat16"
-        return fast_cpu and self.method != "full" and not self.scores
+        fast_cpu = self.workload.fast and not self.on_card and not self.scores
+        dtype = "float32" if self.method == "full" else self.workload.dtype
+        return fast_cpu and (dtype == "bfloat16" or (dtype == "float32" and computes_in_float32()))
 
     @property
     def four_bit_experts(self) -> bool:

@@ -173,14 +173,22 @@ def _trained_by_path(shape: Shape, method: str, workload: Workload, adapted: Ada
 
 def decodes_in_caches(workload: Workload) -> bool:
     """Whether 4-bit weights are decoded in this CPU's caches and never made dense, as its sums of products do."""
-    return workload.device_type == "cpu" and workload.dtype == "bfloat16" and _has_sums_of_products()
+    if workload.device_type != "cpu":
+        return False
+    tiles = workload.dtype == "bfloat16" and _is_built() and "amx_bf16" in cpu_flags()
+    return tiles or (workload.dtype in ("bfloat16", "float32") and computes_in_float32())
 
 
 @functools.cache
-def _has_sums_of_products() -> bool:
-    """As csrc/products.cpp decides, but without torch, which a closed form does not wait for."""
-    built, flags = any((Path(__file__).parents[1] / "ops" / "cpu").glob("_native*")), cpu_flags()
-    return built and ("amx_bf16" in flags or ("avx2" in flags and "avx512_bf16" not in flags))
+def computes_in_float32() -> bool:
+    """Whether this CPU's own products and attention compute in float32, and so take it beside bfloat16: as
+    csrc/products.cpp and csrc/attention.cpp decide, but without torch, which a closed form does not wait for."""
+    return _is_built() and "avx2" in cpu_flags() and "avx512_bf16" not in cpu_flags()
+
+
+@functools.cache
+def _is_built() -> bool:
+    return any((Path(__file__).parents[1] / "ops" / "cpu").glob("_native*"))
 
 
 LEAST_KEPT_BYTES, MOST_KEPT_BYTES = 1 << 20, 256 << 20

@@ -1,7 +1,8 @@
 """Attention on the native library, with the signatures of `rankwise.ops.reference_attention`.
 
-bfloat16 in and out, float32 sums; P and dS are rounded to bfloat16 for their products. Memory is linear in the length.
-Results do not depend on the number of threads.
+bfloat16 in and out, float32 sums; P and dS are rounded to bfloat16 for their products. On AVX2, which multiplies no
+bfloat16, float32 in and out too, and nothing between is rounded. Memory is linear in the length. Results do not depend
+on the number of threads.
 
 Legend: B batch, Lq queries, Lk keys, H query heads, Hkv key heads, D size of a head.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 from rankwise.ops.cpu import native
 
 _HEAD_SIZES = range(16, 257, 16)
+_DTYPE = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class _Heads(ctypes.Structure):
@@ -39,20 +41,21 @@ class _Attention(ctypes.Structure):
         ("start", ctypes.c_void_p),
         ("end", ctypes.c_void_p),
         ("scale", ctypes.c_float),
+        ("dtype", ctypes.c_int),
     )
 
 
 def obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     """Why the native kernel cannot run on these tensors, in a sentence, or None where it can."""
-    return unfit(q, k, v, scale) or _missing()
+    return unfit(q, k, v, scale) or _missing(q.dtype)
 
 
 def unfit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     """The part of `obstacle` that lies in the tensors: all that a compiler can trace."""
     if q.device.type != "cpu":
         return f"the native kernel works on CPU tensors, and these are on {q.device}."
-    if not q.dtype == k.dtype == v.dtype == torch.bfloat16:
-        return f"the native kernel works in bfloat16, and these are {q.dtype}."
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in _DTYPE):
+        return f"the native kernel works in bfloat16 or float32, and these are {q.dtype}."
     if q.shape[-1] not in _HEAD_SIZES:
         return f"the native kernel takes heads of 16, 32, ..., 256 elements, and these have {q.shape[-1]}."
     if not 0 < scale < float("inf"):
@@ -60,21 +63,23 @@ def unfit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     return None
 
 
-def _missing() -> str | None:
-    """Why no native attention runs in this process, or None where one does."""
+def _missing(dtype: torch.dtype) -> str | None:
+    """Why no native attention of ``dtype`` runs in this process, or None where one does."""
     why = _missing_library()
     if why is None and not native.library().rw_attention_available():
         why = "it needs AVX2, which this CPU, this build or RANKWISE_CPU_LEVEL does not give."
+    if why is None and dtype is torch.float32 and not native.library().rw_attention_takes_float32():
+        why = "where the CPU multiplies bfloat16 the native kernel works in that alone, and these are torch.float32."
     return why
 
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """out bfloat16 (B, Lq, H, D); lse float32 (B, H, Lq), -inf where a query sees no key."""
+    """out (B, Lq, H, D); lse float32 (B, H, Lq), -inf where a query sees no key."""
     B, Lq, H, D = q.shape
     kept, call = _call(q, k, v, start, end, scale)
-    out = torch.empty((B, Lq, H, D), dtype=torch.bfloat16)
+    out = torch.empty((B, Lq, H, D), dtype=q.dtype)
     lse = torch.empty((B, H, Lq), dtype=torch.float32)
     native.library().rw_attention_forward(ctypes.byref(call), out.data_ptr(), lse.data_ptr(), torch.get_num_threads())
     del kept
@@ -94,12 +99,12 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, contiguous, of the shapes of q, k and v."""
     kept, call = _call(q, k, v, start, end, scale)
-    grad, out, lse = _rows(grad.to(torch.bfloat16)), out.contiguous(), lse.contiguous()
+    grad, out, lse = _rows(grad.to(q.dtype)), out.contiguous(), lse.contiguous()
     if grad.shape != q.shape or out.shape != q.shape or lse.shape != (q.shape[0], q.shape[2], q.shape[1]):
         raise ValueError(f"gradient {grad.shape}, output {out.shape} and lse {lse.shape} do not fit q {q.shape}")
-    if out.dtype is not torch.bfloat16 or lse.dtype is not torch.float32:
-        raise ValueError(f"output and lse must be bfloat16 and float32, not {out.dtype} and {lse.dtype}")
-    made = [torch.empty(x.shape, dtype=torch.bfloat16) for x in (q, k, v)]
+    if out.dtype is not q.dtype or lse.dtype is not torch.float32:
+        raise ValueError(f"output and lse must be {q.dtype} and float32, not {out.dtype} and {lse.dtype}")
+    made = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
     native.library().rw_attention_backward(
         ctypes.byref(call),
         out.data_ptr(),
@@ -126,13 +131,13 @@ def _call(
     start, end = (None if x is None else x.contiguous() for x in (start, end))
     (B, Lq, H, D), (_, Lk, Hkv, _) = q.shape, k.shape
     good = k.shape == v.shape == (B, Lk, Hkv, D) and Hkv > 0 and H % Hkv == 0 and D in _HEAD_SIZES
-    good = good and all(x.dtype is torch.bfloat16 and x.device.type == "cpu" for x in (q, k, v))
+    good = good and all(x.dtype is q.dtype and x.device.type == "cpu" for x in (q, k, v)) and q.dtype in _DTYPE
     for x in (start, end):
         good = good and (x is None or (x.shape == (B, Lq) and x.dtype is torch.int32 and x.device.type == "cpu"))
     if not good:
         raise ValueError(f"the native attention cannot take q {q.shape}, k {k.shape}, v {v.shape} ({q.dtype})")
     address = [None if x is None else x.data_ptr() for x in (start, end)]
-    call = _Attention(B, Lq, Lk, H, Hkv, D, _heads(q), _heads(k), _heads(v), *address, scale)
+    call = _Attention(B, Lq, Lk, H, Hkv, D, _heads(q), _heads(k), _heads(v), *address, scale, _DTYPE[q.dtype])
     return (q, k, v, start, end), call
 
 

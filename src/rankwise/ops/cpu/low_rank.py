@@ -1,5 +1,5 @@
-"""The steps of `rankwise.ops.low_rank_linear` in bfloat16 on the native library: one sum of products for each output
-and each gradient.
+"""The steps of `rankwise.ops.low_rank_linear` on the native library: one sum of products for each output and each
+gradient.
 
 The low-rank branch is one more term beside the frozen weight, and DoRA's gain g is applied to the sums before they are
 rounded. On the way back g multiplies the rows of W and B, so ``dz = g * dy`` is never written:
@@ -35,7 +35,8 @@ def forward(rows: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -
     T, ranks = rows.shape[0], [branch.A.shape[0] for branch in branches]
     # In float32, A and B say more than their rounded values, and U too: with it the errors of outputs and gradients are
     # below those of the same branch computed in float32 and added to a rounded product.
-    exact = all(matrix.dtype is torch.float32 for branch in branches for matrix in (branch.A, branch.B))
+    are_floats = all(matrix.dtype is torch.float32 for branch in branches for matrix in (branch.A, branch.B))
+    exact = are_floats and rows.dtype is torch.bfloat16
     U, rest = rows.new_empty(T, sum(ranks)), rows.new_empty(T, sum(ranks)) if exact else None
     add_products([Term(_dropped(rows, dropout), _stacked_A(branches), exact=exact)], U, rest=rest)
     rests = [None] * len(ranks) if rest is None else rest.split(ranks, dim=1)

@@ -1,9 +1,10 @@
-"""Sums of products of bfloat16 matrices on the native library: a frozen weight and its low-rank branch in one pass.
+"""Sums of products of matrices on the native library: a frozen weight and its low-rank branch in one pass.
 
     out (T, N) = g * sum_i a_i W_i^T + b        with W_i dense, of 4 bits, or a small float32 matrix
 
-Summed in float32 and rounded once; a result depends on no number of threads. On AMX factors are rounded to bfloat16;
-with AVX2, where the processor multiplies no bfloat16, everything is widened to float32. See `available`.
+Summed in float32 and rounded once; a result depends on no number of threads. On AMX rows are bfloat16 and factors are
+rounded to it; with AVX2, where the processor multiplies no bfloat16, rows may be float32 too and everything is widened
+to it. See `take`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from rankwise.ops.cpu.packed import NativeWeight
 MOST_TERMS = 16
 
 # Below so many rows others are faster: PyTorch's product than packing a weight for tiles, and than sums in float32 of a
-# weight of 4 bits the kernel that multiplies as it decodes.
-_LEAST_ROWS_OF_TILES, _LEAST_ROWS_OF_FOUR_BITS = 32, 4
+# weight of 4 bits the kernel that multiplies as it decodes; of float32 PyTorch's small products.
+_LEAST_ROWS_OF_TILES, _LEAST_ROWS_OF_FOUR_BITS, _LEAST_ROWS_OF_FLOATS = 32, 4, 32
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -75,13 +76,15 @@ def available() -> bool:
 
 def take(dtype: torch.dtype) -> bool:
     """Whether they take rows of ``dtype`` here."""
-    return dtype is torch.bfloat16 and available()
+    return (dtype is torch.bfloat16 and available()) or (dtype is torch.float32 and available() and not on_tiles())
 
 
 def pay(rows: Tensor, W: Factor) -> bool:
     """Whether they take these rows (T, K) and are faster than other products with the frozen weight W."""
     if not take(rows.dtype):
         return False
+    if rows.dtype is torch.float32:
+        return rows.shape[0] >= _LEAST_ROWS_OF_FLOATS
     if on_tiles():
         return rows.shape[0] >= _LEAST_ROWS_OF_TILES
     return isinstance(W.data, Tensor) or rows.shape[0] >= _LEAST_ROWS_OF_FOUR_BITS
@@ -89,7 +92,7 @@ def pay(rows: Tensor, W: Factor) -> bool:
 
 def replace_torch(dtype: torch.dtype) -> bool:
     """Whether they take rows of ``dtype`` where PyTorch's own products find no instruction and are far slower."""
-    return take(dtype) and not on_tiles()
+    return dtype is torch.bfloat16 and take(dtype) and not on_tiles()
 
 
 def on_tiles() -> bool:
@@ -109,18 +112,18 @@ def add_products(
     bias: Tensor | None = None,
     rest: Tensor | None = None,
 ) -> Tensor:
-    """out (T, N) bfloat16, rows dense, is overwritten with ``g * (sum of at most 16 terms) + bias``.
+    """out (T, N), rows dense, is overwritten with ``g * (sum of at most 16 terms) + bias``.
 
-    Every a is bfloat16 with dense rows; g and bias are float32 (N,). ``rest``, laid out as out, takes what rounding it
-    left. Fake tensors stay as they are.
+    Every a has out's dtype, which `take` admits, and dense rows; g and bias are float32 (N,). ``rest``, laid out as
+    out, takes what rounding it left. Fake tensors stay as they are.
     """
     if isinstance(out, FakeTensor):
         return out
     T, N = out.shape
     array = (_Term * len(terms))(*map(_struct, terms))
     _functions().rw_products(
-        array, len(terms), T, N, _pointer(g), _pointer(bias), out.data_ptr(), _pointer(rest), out.stride(0),
-        torch.get_num_threads(),
+        array, len(terms), _DTYPE[out.dtype], T, N, _pointer(g), _pointer(bias), out.data_ptr(), _pointer(rest),
+        out.stride(0), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -138,8 +141,8 @@ def row_product(
 ) -> tuple[Tensor, Tensor | None]:
     """``scale * gain * q^T m`` (R, C), or its transpose, and ``sum_T m * y / divisor`` (C,) float32 where y is given.
 
-    q (T, R), m and y (T, C) bfloat16 with dense rows; gain and divisor (C,) float32; where divisor is 0 so is the
-    quotient. dtype float32 or bfloat16.
+    q (T, R), m and y (T, C) of one dtype, which `take` admits, with dense rows; gain and divisor (C,) float32; where
+    divisor is 0 so is the quotient. ``dtype``, the result's, float32 or bfloat16.
     """
     (T, R), C = q.shape, m.shape[1]
     out = torch.empty((C, R) if by_column else (R, C), dtype=dtype)
@@ -147,9 +150,9 @@ def row_product(
     if isinstance(out, FakeTensor):
         return out, dot
     _functions().rw_row_product(
-        q.data_ptr(), q.stride(0), m.data_ptr(), m.stride(0), _pointer(y), 0 if y is None else y.stride(0), T, R, C,
-        scale, _pointer(gain), by_column, out.data_ptr(), _DTYPE[dtype], _pointer(divisor), _pointer(dot),
-        torch.get_num_threads(),
+        _DTYPE[q.dtype], q.data_ptr(), q.stride(0), m.data_ptr(), m.stride(0), _pointer(y),
+        0 if y is None else y.stride(0), T, R, C, scale, _pointer(gain), by_column, out.data_ptr(), _DTYPE[dtype],
+        _pointer(divisor), _pointer(dot), torch.get_num_threads(),
     )  # fmt: skip
     return out, dot
 
@@ -198,7 +201,7 @@ def _functions() -> ctypes.CDLL:
     loaded.rw_products_available.restype, loaded.rw_products_available.argtypes = i, []
     loaded.rw_products_are_tiles.restype, loaded.rw_products_are_tiles.argtypes = i, []
     loaded.rw_products_allow.restype, loaded.rw_products_allow.argtypes = None, [i]
-    loaded.rw_products.restype, loaded.rw_products.argtypes = None, [p, i, n, n, p, p, p, p, n, i]
+    loaded.rw_products.restype, loaded.rw_products.argtypes = None, [p, i, i, n, n, p, p, p, p, n, i]
     loaded.rw_row_product.restype = None
-    loaded.rw_row_product.argtypes = [p, n, p, n, p, n, n, n, n, x, p, i, p, i, p, p, i]
+    loaded.rw_row_product.argtypes = [i, p, n, p, n, p, n, n, n, n, x, p, i, p, i, p, p, i]
     return loaded
