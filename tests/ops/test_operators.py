@@ -95,6 +95,27 @@ def test_second_derivative() -> None:
     assert torch.autograd.grad(grad.sum(), x)[0].isfinite().all()
 
 
+def test_transforms_and_forward_mode(chosen: str) -> None:
+    x, bias, weight, second, W = make()
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        return ops.linear_4bit(x, *weight, bias, **second)
+
+    def back(y: torch.Tensor) -> torch.Tensor:
+        return ops.linear_4bit_input_grad(y, *weight, **second)
+
+    for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(jacobian(product)(x[0]), W)
+        torch.testing.assert_close(jacobian(back)(bias), W.T)
+    torch.testing.assert_close(torch.func.vmap(product)(x), functional.linear(x, W, bias), rtol=1e-5, atol=1e-4)
+    with torch.autograd.forward_ad.dual_level():
+        y = product(torch.autograd.forward_ad.make_dual(x, x))
+        tangent = torch.autograd.forward_ad.unpack_dual(y).tangent
+    torch.testing.assert_close(tangent, x @ W.T, rtol=1e-5, atol=1e-4)
+    with pytest.raises(QuantizationError, match="RW606"):
+        torch.func.vmap(product)(x[:, :-1])
+
+
 def test_backward_keeps_no_dense_weight() -> None:
     x, _, weight, second, _ = make(N=64, K=1024)
     kept: list[torch.Tensor] = []

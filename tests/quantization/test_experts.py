@@ -136,6 +136,19 @@ def test_so_are_the_gradients_of_hidden_states_and_of_the_router(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_torch_func_are_the_same(family):
+    model = quantized(family, CONFIGS[1])
+    name = "model.embed_tokens.weight"
+    embedding = model.get_parameter(name)
+
+    def loss(value: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, {name: value}, kwargs={"input_ids": IDS, "labels": IDS}).loss
+
+    (grad,) = torch.autograd.grad(loss(embedding), embedding)
+    torch.testing.assert_close(torch.func.grad(loss)(embedding.detach()), grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_in_bfloat16_the_error_is_no_larger_than_eager_s(family):
     exact = quantized(family)
     dequantize(exact, torch.bfloat16)

@@ -131,3 +131,21 @@ def test_backward_keeps_no_dense_weight():
     dense = {shape for shape, dtype in saved if dtype.is_floating_point}
     assert not shapes & dense
     assert dense, "the hook saw nothing"
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_transforms_of_functions(use_dora):
+    model = tiny_llama()
+    quantize(model, Nf4Config(block_size=32))
+    rw.add_adapter(model, rw.LoraConfig(r=2, use_dora=use_dora, init_lora_weights=False))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    trained = rw.adapter_parameters(model)
+    names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, kwargs={"input_ids": IDS, "labels": IDS}).loss
+
+    grads = torch.func.grad(loss)(names)
+    assert len(grads) == len(trained)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, names[name].grad, rtol=1e-3, atol=1e-5)

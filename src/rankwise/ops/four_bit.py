@@ -12,8 +12,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rankwise.ops import library as _library
+from rankwise.ops.checks import check_rows
+from rankwise.ops.selection import transforms_functions
 
 _ops = torch.ops.rankwise
 
@@ -93,8 +96,13 @@ def linear_4bit(
         bias = bias.to(x.dtype)
     # The dispatcher and its autograd wrapper take 8 us, a tenth to a half of a single-row product: pass by where
     # neither has work.
-    run = _library.run_linear_4bit if _nothing_watches(x, packed, bias) else _ops.linear_4bit.default
-    return run(x, packed, absmax, shape, bias, quant_type, block_size, nested_absmax, offset)
+    weight_format = (quant_type, block_size, nested_absmax, offset)
+    if _nothing_watches(x, packed, bias):
+        return _library.run_linear_4bit(x, packed, absmax, shape, bias, *weight_format)
+    if _transformed():
+        check_rows(x, shape, 1, packed.device)
+        return functional.linear(x, _ops.dequantize_4bit(packed, absmax, shape, x.dtype, *weight_format), bias)
+    return _ops.linear_4bit.default(x, packed, absmax, shape, bias, *weight_format)
 
 
 def linear_4bit_input_grad(
@@ -113,7 +121,11 @@ def linear_4bit_input_grad(
     Raises:
         QuantizationError: RW601, RW602, RW604, RW605, and RW606 when dy and weight do not fit together.
     """
-    return _ops.linear_4bit_input_grad(grad, packed, absmax, shape, quant_type, block_size, nested_absmax, offset)
+    weight_format = (quant_type, block_size, nested_absmax, offset)
+    if _transformed():
+        check_rows(grad, shape, 0, packed.device)
+        return grad @ _ops.dequantize_4bit(packed, absmax, shape, grad.dtype, *weight_format)
+    return _ops.linear_4bit_input_grad(grad, packed, absmax, shape, *weight_format)
 
 
 def row_norms_4bit(
@@ -140,6 +152,14 @@ def as_autocast(x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
+
+
+def _transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation is at work. The operators of products know gradients only:
+    they would refuse the one and give no tangent to the other, without a word."""
+    if torch.compiler.is_compiling():
+        return False
+    return transforms_functions() or torch.autograd.forward_ad._current_level >= 0
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

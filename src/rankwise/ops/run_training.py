@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rankwise.ops import checks_training as checks
-from rankwise.ops import reference_training, selection
+from rankwise.ops import reference, reference_training, selection
 from rankwise.ops.checks import DTYPES, check_dtype, check_weight
 
 _NATIVE = (torch.float32, torch.bfloat16)
@@ -112,11 +112,13 @@ def row_cross_4bit(
     check_weight(packed, absmax, shape, quant_type, block_size, nested_absmax, offset)
     check_dtype(dtype, "the dtype asked for")
     checks.row_cross(shape, dtype, A, B, packed.device)
-    four_bit, (N, K) = selection.module_for(packed.device), shape
+    # Transforms wrap what is cut out of the weight here, and a kernel cannot read that.
+    four_bit = reference if selection.transforms_functions() else selection.module_for(packed.device)
+    N, K = shape
     if K == 0 or K % block_size:
         W = four_bit.dequantize_4bit(packed, absmax, shape, dtype, quant_type, block_size, nested_absmax, offset)
         return _row_cross(W, A, B)
-    if selection.runs_triton(packed.device):
+    if four_bit is not reference and selection.runs_triton(packed.device):
         from rankwise.ops.triton import row_cross, tile
 
         weight = tile.weight(packed, absmax, nested_absmax, offset, quant_type)

@@ -28,6 +28,7 @@ from rankwise.ops.checks import check_dtype, check_type
 from rankwise.ops.codes import NESTED_BLOCK
 from rankwise.ops.four_bit import as_autocast
 from rankwise.ops.grouped import rows_per_expert
+from rankwise.ops.selection import transforms_functions
 from rankwise.quantization.linear import (
     check_scale_dtypes,
     computed_in,
@@ -132,7 +133,7 @@ class Stack:
     def product(self, x: Tensor, index: int, *, transposed: bool) -> Tensor:
         """``x W_e'^T`` of one expert, or ``x W_e'``; differentiable in x. Keeps nothing for backward."""
         x = as_autocast(x)
-        if not (torch.is_grad_enabled() and x.requires_grad):
+        if transforms_functions() or not (torch.is_grad_enabled() and x.requires_grad):
             return self.run(x, index, across=transposed)
         return _Product.apply(x, self, index, transposed)
 
