@@ -137,6 +137,12 @@ def test_only_needed_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bias.grad is not None
 
 
+def test_a_trace_holds_the_product(chosen: str) -> None:
+    x, bias, weight, second, W = make()
+    traced = torch.jit.trace(lambda x: ops.linear_4bit(x, *weight, bias, **second), x)
+    torch.testing.assert_close(traced(-x), functional.linear(-x, W, bias), rtol=1e-5, atol=1e-4)
+
+
 def test_autocast_and_bias_dtype() -> None:
     x, bias, weight, second, W = make()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -166,8 +166,10 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _nothing_watches(x: Tensor, packed: Tensor, bias: Tensor | None) -> bool:
-    """Whether no gradient, compiler, fake mode, functional transform or tensor subclass needs to see the call."""
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN or type(packed) not in _PLAIN:
+    """Whether no gradient, compiler, tracer, fake mode, functional transform or tensor subclass needs to see it."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if type(x) not in _PLAIN or type(packed) not in _PLAIN:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return False
