@@ -347,3 +347,32 @@ class TestBadInput:
             ops.row_norms_4bit(*weight[:2], (2, 3, 128), **second)
         with pytest.raises(QuantizationError, match="RW605"):
             ops.linear_4bit(x.double(), *weight, **second)
+
+
+@pytest.mark.parametrize("absmax", [torch.rand(10).double(), torch.rand(10).bfloat16(), torch.rand(2, 5)])
+def test_scales_that_are_none_are_refused(absmax: torch.Tensor) -> None:
+    with pytest.raises(QuantizationError, match="RW60[45].*absmax"):
+        ops.quantize_absmax(absmax)
+    with FakeTensorMode() as mode, pytest.raises(QuantizationError, match="RW60[45].*absmax"):
+        ops.quantize_absmax(mode.from_tensor(absmax))
+
+
+def test_double_quantized_scales_that_do_not_fit_are_refused() -> None:
+    codes, nested_absmax, offset = ops.quantize_absmax(torch.rand(600))
+    assert ops.dequantize_absmax(codes, nested_absmax, offset).shape == (600,)
+    broken = [
+        (codes.float(), nested_absmax, offset),
+        (codes, nested_absmax[:2], offset),
+        (codes, nested_absmax.double(), offset),
+        (codes, nested_absmax, torch.rand(2)),
+        (codes.view(2, 300), nested_absmax, offset),
+    ]
+    for each in broken:
+        with pytest.raises(QuantizationError, match="RW604"):
+            ops.dequantize_absmax(*each)
+
+
+def test_the_mean_of_huge_scales_is_finite() -> None:
+    absmax = torch.linspace(1e38, 3e38, 600)
+    found = ops.dequantize_absmax(*ops.quantize_absmax(absmax))
+    torch.testing.assert_close(found, absmax, rtol=0.02, atol=0)

@@ -62,6 +62,32 @@ def check_weight(
         raise _mismatch(packed, absmax, shape, block_size, nested_absmax, offset)
 
 
+def check_absmax(absmax: Tensor) -> None:
+    """Raise QuantizationError RW604 or RW605 unless ``absmax`` is float32 (blocks,)."""
+    if absmax.dtype is not torch.float32:
+        raise QuantizationError("RW605", f"absmax is {absmax.dtype}: double quantization takes float32.")
+    if absmax.dim() != 1:
+        shape = tuple(absmax.shape)
+        raise QuantizationError("RW604", f"absmax has shape {shape}: double quantization takes (blocks,).")
+
+
+def check_codes(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> None:
+    """Raise QuantizationError RW604, all mismatches at once, unless these are double-quantized scales (blocks,)."""
+    nested = -(-codes.numel() // NESTED_BLOCK)
+    wanted = ((codes, "codes", codes.numel(), torch.uint8), (nested_absmax, "nested_absmax", nested, torch.float32))
+    faults = [
+        f"{name} should hold {count} elements of {dtype} and {_describe(tensor)}"
+        for tensor, name, count, dtype in (*wanted, (offset, "offset", 1, torch.float32))
+        if tensor.numel() != count or tensor.dtype is not dtype
+    ]
+    if codes.dim() != 1:
+        faults.append(f"codes has shape {tuple(codes.shape)} where (blocks,) belongs")
+    if not _one_device(codes, nested_absmax, offset):
+        faults.append("they are on different devices")
+    if faults:
+        raise QuantizationError("RW604", f"these are no double-quantized scales: {'; '.join(faults)}.")
+
+
 def check_matrix(shape: Sequence[int]) -> None:
     """Raise QuantizationError RW606 unless ``shape`` is (N, K)."""
     if len(shape) != 2:

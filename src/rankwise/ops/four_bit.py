@@ -62,12 +62,19 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Double quantization: absmax float32 (blocks,) -> codes uint8 (blocks,), nested_absmax float32, offset float32 ().
 
     absmax' = dynamic_map[codes] * nested_absmax + offset, with one nested_absmax per 256 blocks (QLoRA, section 3).
+
+    Raises:
+        QuantizationError: RW604 another shape, RW605 another dtype.
     """
     return _ops.quantize_absmax(absmax)
 
 
 def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
-    """The float32 (blocks,) scales of a double-quantized weight."""
+    """The float32 (blocks,) scales of a double-quantized weight.
+
+    Raises:
+        QuantizationError: RW604 when the buffers do not belong together.
+    """
     return _ops.dequantize_absmax(codes, nested_absmax, offset)
 
 

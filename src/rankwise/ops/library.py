@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.ops.checks import check_bias, check_dtype, check_matrix, check_rows, check_type, check_weight
+from rankwise.ops.checks import (
+    check_absmax,
+    check_bias,
+    check_codes,
+    check_dtype,
+    check_matrix,
+    check_rows,
+    check_type,
+    check_weight,
+)
 from rankwise.ops.codes import NESTED_BLOCK
 from rankwise.ops.reference import packed_shape
 from rankwise.ops.selection import module_for
@@ -55,10 +64,12 @@ def _dequantize_4bit(
 
 
 def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    check_absmax(absmax)
     return module_for(absmax.device).quantize_absmax(absmax)
 
 
 def _dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
+    check_codes(codes, nested_absmax, offset)
     return module_for(codes.device).dequantize_absmax(codes, nested_absmax, offset)
 
 
@@ -131,11 +142,13 @@ def _fake_dequantize_4bit(
 
 
 def _fake_quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    check_absmax(absmax)
     nested = (absmax.numel() + NESTED_BLOCK - 1) // NESTED_BLOCK
     return absmax.new_empty(absmax.shape, dtype=torch.uint8), absmax.new_empty((nested,)), absmax.new_empty(())
 
 
 def _fake_dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
+    check_codes(codes, nested_absmax, offset)
     return codes.new_empty(codes.shape, dtype=torch.float32)
 
 

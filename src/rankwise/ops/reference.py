@@ -104,6 +104,9 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The nearest 8-bit value is found through 65536 equal bins of [-1, 1], as bitsandbytes does on a CPU.
     """
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    if not offset.isfinite():
+        # float32 cannot hold the sum of huge scales, and can their mean.
+        offset = absmax.double().mean().float()
     count, blocks = absmax.numel(), math.ceil(absmax.numel() / NESTED_BLOCK)
     centred = functional.pad(absmax - offset, (0, blocks * NESTED_BLOCK - count)).view(blocks, NESTED_BLOCK)
     nested_absmax = centred.abs().amax(dim=1)
