@@ -100,6 +100,7 @@ DAMAGES = {
     "big shape": (state(shape=[2**20, 2**20]), "codes take"),
     "flat shape": (state(shape=[8192]), r"\(out, in\) belongs"),
     "float shape": (state(shape=[128.0, 64.0]), r"\(out, in\) belongs"),
+    "big shape beside a zero": (state(shape=[0, 2**62]), r"\(out, in\) belongs"),
     "no shape": (state(shape=None), r"\(out, in\) belongs"),
 }
 NESTED_DAMAGES = {
@@ -110,6 +111,7 @@ NESTED_DAMAGES = {
     "no offset": (state(nested_offset=...), "nested_offset"),
     "NaN offset": (state(nested_offset=float("nan")), "nested_offset"),
     "huge offset": (state(nested_offset=1e300), "nested_offset"),
+    "long offset": (state(nested_offset=10**400), "nested_offset"),
     "offset no number": (state(nested_offset="0"), "nested_offset"),
     "other nested block": (state(nested_blocksize=128), "double-quantized as"),
     "other nested dtype": (state(nested_dtype="float16"), "double-quantized as"),
@@ -182,3 +184,12 @@ def test_a_state_dict_is_checked_alike(double_quant, change, message, checkpoint
         return
     with pytest.raises(QuantizationError, match=f"RW611.*{LAYER}"):
         from_bitsandbytes(tensors, f"{LAYER}.weight")
+
+
+def test_the_shape_of_a_state_says_nothing(checkpoints, tmp_path):
+    tensors = load_file(checkpoints[False] / "model.safetensors")
+    tensors[STATE] = tensors[STATE].view(1, -1)
+    assert from_bitsandbytes(tensors, NAME).shape == (128, 64)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((checkpoints[False] / "config.json").read_text())
+    assert torch.equal(load(tmp_path).get_submodule(LAYER).weight.view(-1), tensors[NAME].view(-1))

@@ -117,7 +117,7 @@ def from_bitsandbytes(state: Mapping[str, Tensor], name: str = "weight") -> Stor
     if name in state:
         sizes[""] = _size(state[name])
     state_key = state_part(name, sizes)
-    stored = parse_state(name, state_key, bytes(parts[state_key].detach().cpu().tolist()))
+    stored = parse_state(name, state_key, bytes(parts[state_key].detach().cpu().reshape(-1).tolist()))
     check_sizes(name, stored, sizes)
     return _with_tensors(name, stored, state[name].detach(), parts)
 
@@ -162,7 +162,9 @@ def parse_state(name: str, part: str, text: bytes) -> StoredWeight:
 
 def _shape(name: str, content: dict[str, Any]) -> tuple[int, ...]:
     shape: Any = content.get("shape")
-    sizes = isinstance(shape, list) and len(shape) in (2, 3) and all(type(size) is int and size >= 0 for size in shape)
+    # Each by itself too: beside a zero the product says nothing.
+    sizes = isinstance(shape, list) and len(shape) in (2, 3)
+    sizes = sizes and all(type(size) is int and 0 <= size <= MAX_ELEMENTS for size in shape)
     if not sizes or math.prod(shape) > MAX_ELEMENTS:
         raise _broken(name, f"has the shape {_short(shape)} where (out, in) belongs, or (experts, out, in)")
     return tuple(shape)
@@ -175,7 +177,8 @@ def _offset(name: str, content: dict[str, Any]) -> float | None:
     offset: Any = nested.get("nested_offset")
     if nested.get("nested_blocksize") != NESTED_BLOCK or nested.get("nested_dtype") != "float32":
         raise _broken(name, f"is double-quantized as {_short(nested)}: blocks of {NESTED_BLOCK} in float32 are known")
-    if type(offset) not in (int, float) or not math.isfinite(offset) or abs(offset) > torch.finfo(torch.float32).max:
+    # NaN is not at most anything, and an int of hundreds of digits no float.
+    if type(offset) not in (int, float) or not abs(offset) <= torch.finfo(torch.float32).max:
         raise _broken(name, f"has the nested_offset {_short(offset)}, which is no float32")
     return float(offset)
 
