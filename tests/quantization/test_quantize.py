@@ -187,9 +187,11 @@ def test_adapters_come_after():
         quantize(model, Nf4Config())
 
 
-def test_a_weight_of_another_dtype_is_refused():
-    with pytest.raises(QuantizationError, match="RW605"):
-        quantize(nn.Sequential(nn.Linear(64, 4).double()), Nf4Config())
+def test_weights_of_another_dtype_are_named_and_nothing_changes():
+    model = nn.Sequential(nn.Linear(64, 4), nn.Linear(4, 4).double(), nn.Linear(4, 4, dtype=torch.complex64))
+    with pytest.raises(QuantizationError, match=r"RW605.* 1 \(torch\.float64\), 2 \(torch\.complex64\)"):
+        quantize(model, Nf4Config())
+    assert not four_bit(model)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import QuantizationError
+from rankwise.ops.checks import DTYPES
 from rankwise.quantization.config import METHOD, FourBitConfig, dtype_named
 from rankwise.quantization.experts import dequantize_stack, four_bit_stacks, quantize_stack
 from rankwise.quantization.linear import Linear4bit, is_conv1d
@@ -150,8 +151,15 @@ def _check_model(model: nn.Module, config: FourBitConfig) -> None:
 
 
 def _check_weights(model: nn.Module, names: list[str]) -> None:
-    weights = ((name.removesuffix(".weight"), model.get_parameter(name)) for name in names)
-    broken = [name for name, W in weights if _has_values(W) and not _is_finite(W)]
+    weights = [(name.removesuffix(".weight"), model.get_parameter(name)) for name in names]
+    wrong = [f"{name} ({W.dtype})" for name, W in weights if W.dtype not in DTYPES]
+    if wrong:
+        raise QuantizationError(
+            "RW605",
+            f"4 bits are made of float32, bfloat16 or float16, and not of the weights of {some_of(wrong)}: convert "
+            "them first, or name them in modules_to_not_convert.",
+        )
+    broken = [name for name, W in weights if _has_values(W) and not is_finite(W)]
     if broken:
         raise QuantizationError(
             "RW603",
@@ -166,7 +174,8 @@ def _has_values(weight: Tensor) -> bool:
     return not weight.is_meta and not isinstance(weight, FakeTensor)
 
 
-def _is_finite(weight: Tensor) -> bool:
+def is_finite(weight: Tensor) -> bool:
+    """Whether it holds no NaN and no infinity."""
     # One cheap pass, and a second one only where the sum itself overflowed or the weight is broken.
     return bool(weight.sum(dtype=torch.float32).isfinite()) or bool(weight.isfinite().all())
 
