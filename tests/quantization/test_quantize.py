@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import rankwise as rw
 from rankwise.errors import QuantizationError, RankwiseWarning
@@ -100,6 +101,15 @@ def test_a_plain_module_is_quantized_whole_but_for_its_head_and_what_is_tied():
     assert "2 layers quantized" in str(report)
     assert report.bytes_before == 2 * 32 * 32 * 4
     assert report.bytes_after == 2 * (32 * 32 // 2 + 16 * 4)
+
+
+@pytest.mark.parametrize(
+    "made", [nn.utils.weight_norm, nn.utils.spectral_norm, lambda linear: prune.l1_unstructured(linear, "weight", 0.5)]
+)
+def test_a_weight_that_every_forward_makes_anew_stays_dense(made):
+    model = nn.Sequential(made(nn.Linear(32, 32)), nn.Linear(32, 32)).eval()
+    assert quantize(model, Nf4Config()).layers == ("1",)
+    assert model(torch.randn(2, 32)).isfinite().all()
 
 
 def test_excluded_modules_stay_dense():

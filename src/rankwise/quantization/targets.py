@@ -33,7 +33,8 @@ def target_names(model: nn.Module, config: FourBitConfig) -> list[list[str]]:
     chosen: dict[nn.Module, list[str]] = {}
     left_out: set[nn.Module] = set()
     for name, module in model.named_modules(remove_duplicate=False):
-        if is_dense_linear(module):
+        # A weight that is no parameter is made anew for every forward: normalized, pruned.
+        if is_dense_linear(module) and "weight" in module._parameters:
             chosen.setdefault(module, []).append(name)
             if module in tied or not should_convert_module(name, patterns):
                 left_out.add(module)
