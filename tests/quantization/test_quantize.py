@@ -283,3 +283,17 @@ def test_a_copied_model_is_quantized_too():
 def test_import_is_quick():
     code = "import sys, rankwise.quantization; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_an_encoder_of_pytorch_computes_with_its_4_bit_weights(activation):
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, activation=activation)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2)).eval()
+    assert len(quantize(model, Nf4Config()).layers) == 4
+    plain = copy.deepcopy(model)
+    dequantize(plain)
+    x = torch.randn(3, 5, 32)
+    hidden = torch.tensor([5, 3, 4])[:, None] <= torch.arange(5)
+    for settings in ({}, {"src_key_padding_mask": hidden}):
+        with torch.no_grad():
+            torch.testing.assert_close(model[0](x, **settings), plain[0](x, **settings), rtol=1e-4, atol=1e-5)

@@ -90,6 +90,7 @@ def quantize(model: nn.Module, config: FourBitConfig) -> QuantizationReport:
         bytes_before += model.get_parameter(name).nbytes
         stack = quantize_stack(model.get_submodule(path), leaf, **weight_format)
         bytes_after += stack.codes.nbytes + sum(buffer.nbytes for buffer in stack.scales.buffers())
+    _leave_fused_forwards(model)
     warn_about_experts(model, config)
     _mark(model, config)
     layers = tuple(names[0] for names in targets)
@@ -126,6 +127,15 @@ def dequantize(model: nn.Module, dtype: torch.dtype | str | None = None) -> int:
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)
+
+
+def _leave_fused_forwards(model: nn.Module) -> None:
+    """PyTorch's own encoder reads its layers' weights itself in evaluation, past their forward: not 4-bit ones."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(four_bit_modules(module)):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and any(four_bit_modules(module)):
+            module.use_nested_tensor = False
 
 
 def _check_model(model: nn.Module, config: FourBitConfig) -> None:
