@@ -160,3 +160,25 @@ def test_the_recorded_commit_of_a_hub_model_is_fetched(trained, tmp_path, monkey
     asked.clear()
     merge_to_folder(adapter, tmp_path / "second", revision="v2")
     assert asked[0] == ("org/base", "v2", False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda W: W.index_fill(0, torch.tensor([3]), float("nan")), "RW323.*NaN or infinity in {}"),
+        (lambda W: W.T.contiguous(), r"RW308.*{} is \(48, 32\), expected \(32, 48\)"),
+    ],
+    ids=["nan", "shape"],
+)
+@pytest.mark.parametrize("onto", ["original", "quantized"])
+def test_a_broken_base_is_named_and_nothing_is_written(change, message, onto, tmp_path):
+    name = "model.layers.1.mlp.down_proj.weight"
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    rw.add_adapter(model, rw.LoraConfig(r=3, init_lora_weights=False))
+    rw.save_adapter(model, tmp_path / "adapter", base_model=str(tmp_path / "base"))
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    save_file({**tensors, name: change(tensors[name])}, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=message.format(name)):
+        merge_to_folder(tmp_path / "adapter", tmp_path / "merged", onto=onto, trained_on=rw.Nf4Config())
+    assert not list(tmp_path.glob("*merged*"))

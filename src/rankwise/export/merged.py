@@ -33,7 +33,9 @@ from rankwise.models import ModelSource, fetch_model, load_model, load_skeleton,
 from rankwise.models.folder import read_config
 from rankwise.quantization.bitsandbytes_format import rewrite_bitsandbytes_config
 from rankwise.quantization.config import CONFIGS, FourBitConfig
+from rankwise.quantization.in_place import is_finite
 from rankwise.quantization.linear import rounded_to_4bit
+from rankwise.quantization.listing import some_of
 from rankwise.quantization.targets import target_names, target_stacks
 from rankwise.records import follow_umask, write_json
 
@@ -293,7 +295,16 @@ def _changes(
     missing = [parameter for parameter in wanted if parameter not in names]
     if missing:
         raise ModelError("RW308", f"{weights.folder} holds no tensor for {', '.join(missing)}; give the whole model.")
+    _check_shapes(skeleton, {parameter: names[parameter] for parameter in wanted}, weights)
     return {names[parameter]: change for parameter, change in wanted.items()}, extra
+
+
+def _check_shapes(skeleton: nn.Module, names: Mapping[str, str], weights: Weights) -> None:
+    state = skeleton.state_dict()
+    shapes = [(name, weights.info(name).shape, tuple(state[parameter].shape)) for parameter, name in names.items()]
+    wrong = [f"{name} is {found}, expected {wanted}" for name, found, wanted in shapes if found != wanted]
+    if wrong:
+        raise ModelError("RW308", f"the weights of {weights.folder} do not fit its config.json: {some_of(wrong)}.")
 
 
 def _after_quantization(
@@ -380,7 +391,13 @@ def _maker(
 ) -> Callable[[str], Tensor]:
     def make(name: str) -> Tensor:
         origin, change = extra.get(name) or (name, changes.get(name, lambda tensor: tensor))
-        return change(weights.tensor(origin))
+        tensor = weights.tensor(origin)
+        # Of fewer than 16 bits no numbers are summed, and none are merged.
+        if tensor.is_floating_point() and tensor.itemsize > 1 and not is_finite(tensor):
+            raise ModelError(
+                "RW323", f"the weights of {weights.folder} hold NaN or infinity in {origin}; get them again."
+            )
+        return change(tensor)
 
     return make
 
