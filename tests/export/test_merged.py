@@ -182,3 +182,16 @@ def test_a_broken_base_is_named_and_nothing_is_written(change, message, onto, tm
     with pytest.raises(ModelError, match=message.format(name)):
         merge_to_folder(tmp_path / "adapter", tmp_path / "merged", onto=onto, trained_on=rw.Nf4Config())
     assert not list(tmp_path.glob("*merged*"))
+
+
+def test_an_index_left_over_beside_the_one_file_is_not_followed(tmp_path):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    tiny_llama(seed=1).save_pretrained(tmp_path / "old", max_shard_size="20KB")
+    for file in (tmp_path / "old").glob("model*"):
+        file.rename(tmp_path / "base" / file.name)
+    rw.add_adapter(model, rw.LoraConfig(r=3, init_lora_weights=False))
+    rw.save_adapter(model, tmp_path / "adapter", base_model=str(tmp_path / "base"))
+    merge_to_folder(tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=1e-5)

@@ -42,7 +42,8 @@ class ShardedWeights:
 
 def _file_names(folder: Path) -> list[str]:
     index = folder / INDEX_FILE
-    if not index.exists():
+    # As in transformers, an index beside the one file is left over from another model.
+    if (folder / SINGLE_FILE).is_file() or not index.exists():
         return [SINGLE_FILE]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
