@@ -357,3 +357,12 @@ def test_a_config_of_another_library_reaches_transformers_on_a_dense_folder(fold
     with pytest.raises(ModelError, match="RW316.*far enough"):
         load_model(folder, quantization=given)
     assert seen["quantization_config"] is given
+
+
+def test_a_quantization_config_that_is_no_object_is_refused(folder: Path) -> None:
+    from rankwise.quantization import Nf4Config
+
+    edit_config(folder, quantization_config=["nf4"])
+    for quantization in (None, Nf4Config()):
+        with pytest.raises(ModelError, match="RW316.*quantization_config.*list"):
+            load_model(folder, quantization=quantization)

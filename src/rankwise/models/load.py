@@ -124,6 +124,9 @@ def _quantization_arguments(
     stored = content.config.get("quantization_config")
     if stored is None:
         return {"quantization_config": quantization}
+    if not isinstance(stored, dict):
+        kind = type(stored).__name__
+        raise ModelError("RW316", f"the quantization_config in {path} is a {kind} and no object; download it again.")
     from transformers import AutoConfig
 
     from rankwise.quantization import FourBitConfig, adopt_bitsandbytes_config
@@ -133,7 +136,7 @@ def _quantization_arguments(
     if held is None and quantization is None:
         return {}
     if held is None or not isinstance(quantization, FourBitConfig | None):
-        method = stored.get("quant_method") if isinstance(stored, dict) else stored
+        method = stored.get("quant_method")
         asked = "" if held is None else f", and a {type(quantization).__name__} cannot be applied to it"
         raise ModelError(
             "RW316",
