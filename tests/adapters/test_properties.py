@@ -203,6 +203,24 @@ def test_dora_notices_changes_by_hand(training, change):
     torch.testing.assert_close(changed, logits(model), rtol=1e-4, atol=1e-4)
 
 
+def _other_weights_in_freed_memory(layer: nn.Module) -> None:
+    # As one loads them who has no room for both: the new storage lies where the old one was.
+    weight = layer.base_layer.weight
+    weight.data = torch.empty(0)
+    weight.data = torch.randn(layer.out_features, layer.in_features)
+
+
+@pytest.mark.parametrize("change", [_other_weights_in_freed_memory])
+def test_dora_notices_changes_around_its_parameters(change):
+    model, x = nn.Sequential(nn.Linear(32, 24)), torch.randn(20, 32)
+    rw.add_adapter(model, rw.LoraConfig(r=2, target_modules=["0"], use_dora=True, init_lora_weights=False))
+    model(x)
+    change(model[0])
+    changed = model(x)
+    rw.merge_adapter(model)
+    torch.testing.assert_close(changed, model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_dora_computes_its_norms_once_per_optimizer_step(monkeypatch):
     from rankwise.adapters import dora
 

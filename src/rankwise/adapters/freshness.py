@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rankwise.ops.selection import is_traced, transforms_functions
@@ -31,6 +32,10 @@ class Kept:
         self._key: Key | None = None
         self._copies: list[Tensor] = []
         self._value: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        # What was computed from other tensors says nothing of a copy's, here or in another process.
+        return Kept, ()
 
     def get(self, trained: tuple[Tensor, ...], frozen: Key) -> Tensor | None:
         """The value, or None where it is out of date or was never kept."""
@@ -52,7 +57,8 @@ def frozen_key(tensor: Tensor) -> Key:
         # Tensors that it wraps have no storage, and nothing is kept.
         return id(tensor), 0, 0
     version = 0 if tensor.is_inference() else tensor._version
-    return id(tensor), tensor.untyped_storage()._cdata, version
+    # Weak, so that memory can go, and held, so that no later storage gets its address.
+    return id(tensor), StorageWeakRef(tensor.untyped_storage()), version
 
 
 def _key(trained: tuple[Tensor, ...], frozen: Key) -> Key:
