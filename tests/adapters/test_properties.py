@@ -210,7 +210,11 @@ def _other_weights_in_freed_memory(layer: nn.Module) -> None:
     weight.data = torch.randn(layer.out_features, layer.in_features)
 
 
-@pytest.mark.parametrize("change", [_other_weights_in_freed_memory])
+def _other_scale(layer: nn.Module) -> None:
+    layer.adapters["default"].scaling *= 3
+
+
+@pytest.mark.parametrize("change", [_other_weights_in_freed_memory, _other_scale])
 def test_dora_notices_changes_around_its_parameters(change):
     model, x = nn.Sequential(nn.Linear(32, 24)), torch.randn(20, 32)
     rw.add_adapter(model, rw.LoraConfig(r=2, target_modules=["0"], use_dora=True, init_lora_weights=False))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.adapters.base_layer import dense_weight, features, frozen_product, weight_key
-from rankwise.adapters.freshness import Kept, frozen_key
+from rankwise.adapters.freshness import Kept, Key, frozen_key
 from rankwise.adapters.fused import Parts, enabled_rows, low_rank_product, to_blocks
 from rankwise.adapters.lora import empty_pair
 from rankwise.adapters.low_rank import (
@@ -116,12 +116,12 @@ class Dora(nn.Module):
 
     @torch.no_grad()
     def row_norms(self, base: nn.Module) -> Tensor:
-        """``||W + s B A||`` per row of the whole layer, float32 (out,); kept until W, A or B change.
+        """``||W + s B A||`` per row of the whole layer, float32 (out,); kept until W, A, B or the scale change.
 
         So it is computed once per optimizer step, whatever the micro-batches, recomputations and evaluations.
         """
         A, B = self.lora_A, self.lora_B
-        if (norms := self._norms.get((A, B), weight_key(base))) is not None:
+        if (norms := self._norms.get((A, B), self._norms_key(base))) is not None:
             return norms
         # Made under inference_mode they could not be kept, and each token would compute them anew.
         with torch.inference_mode(A.is_inference()), torch.no_grad():
@@ -133,7 +133,10 @@ class Dora(nn.Module):
             norms = row_norms(squared, base.row_cross(A, self.full_B()), A, self.full_B(), self.scaling)
         else:
             norms = adapted_row_norms(dense_weight(base), squared, A, self.full_B(), self.scaling)
-        return self._norms.keep((A, B), weight_key(base), norms)
+        return self._norms.keep((A, B), self._norms_key(base), norms)
+
+    def _norms_key(self, base: nn.Module) -> Key:
+        return *weight_key(base), self.scaling
 
     def _base_norms(self, base: nn.Module) -> Tensor:
         """``||W||^2`` per row, kept while the base stays as it is; of a 4-bit base without a dense W."""
