@@ -465,3 +465,28 @@ def test_a_fused_projection_with_rank_and_alpha_patterns(tmp_path):
     peft = pytest.importorskip("peft", reason="PEFT is the oracle here; install the extra `bench`")
     theirs = peft.PeftModel.from_pretrained(tiny_gpt2(), tmp_path)
     torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_of_accelerate_come_off_the_base_and_not_the_adapters():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, config = build("lora", "llama", torch.float32, modules_to_save=["norm"])
+    hooks.attach_align_device_hook(model, execution_device="cpu")
+    rw.add_adapter(model, config)
+    step(model)
+    adapted = logits(model)
+    hooks.remove_hook_from_submodules(model)
+    torch.testing.assert_close(logits(model), adapted, rtol=0, atol=0)
+    assert not any("_old_forward" in module.__dict__ for module in model.modules())
+
+
+def test_a_base_that_copies_itself_is_copied_with_its_adapters():
+    class Copied(nn.Linear):
+        def __deepcopy__(self, memo):
+            other = Copied(self.in_features, self.out_features)
+            other.load_state_dict(self.state_dict())
+            return other.requires_grad_(False)
+
+    model = nn.Sequential(Copied(8, 4))
+    rw.add_adapter(model, rw.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(copy.deepcopy(model)(x), model(x))

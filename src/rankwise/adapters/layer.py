@@ -38,6 +38,8 @@ class OverBase(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if is_private(name):
+                raise
             return getattr(super().__getattr__("base_layer"), name)
 
 
@@ -106,7 +108,15 @@ class TrainedCopy(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if is_private(name):
+                raise
             return getattr(self.chosen(), name)
+
+
+def is_private(name: str) -> bool:
+    """Whether an attribute is not for others: a copy is made by its own ``__deepcopy__``, and who keeps notes on a
+    module, as accelerate its hooks, does not mean what stands around it."""
+    return name.startswith("_")
 
 
 def keep_names(wrapper: nn.Module, inner: str) -> None:
