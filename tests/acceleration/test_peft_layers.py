@@ -198,3 +198,24 @@ def test_another_base_and_hooks_inside_are_seen() -> None:
     assert calls == ["A", "base"]
     restore(model)
     assert_same(found, loss_and_grads(model))
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "lora_magnitude_vector"])
+def test_another_parameter_in_its_place_is_seen(part: str) -> None:
+    model = peft_model(use_dora=True)
+    rw.accelerate_peft(model)
+    loss_and_grads(model)
+    holder = getattr(model.base_model.model.model.layers[0].self_attn.q_proj, part)["default"]
+    holder.weight = torch.nn.Parameter(1.5 * holder.weight.detach())
+    found = loss_and_grads(model)
+    restore(model)
+    assert_same(found, loss_and_grads(model))
+
+
+def test_hooks_on_a_magnitude_are_called() -> None:
+    model, calls = peft_model(use_dora=True), []
+    rw.accelerate_peft(model)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.lora_magnitude_vector["default"].register_forward_hook(lambda *_: calls.append("m"))
+    model(**batch())
+    assert calls == ["m"]

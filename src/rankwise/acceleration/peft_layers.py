@@ -102,11 +102,13 @@ def _is_current(module: Any, layer: AdaptedLayer, name: str) -> bool:
     """See that ``layer`` holds PEFT's own parameters of this adapter; False where it cannot."""
     if not _still_views(layer.base_layer, module.base_layer):
         return False
-    if any(has_hooks(part[name]) for part in (module.lora_A, module.lora_B, module.lora_dropout)):
+    parts = (module.lora_A, module.lora_B, module.lora_dropout, module.lora_magnitude_vector)
+    if any(has_hooks(part[name]) for part in parts if name in part):
         return False
-    A, B = module.lora_A[name].weight, module.lora_B[name].weight
+    A, B, m = _parameters(module, name)
     known: Any = dict(layer.adapters).get(name)
-    if known is None or known.lora_A is not A or known.lora_B is not B or known.scaling != module.scaling[name]:
+    held = None if known is None else (known.lora_A, known.lora_B, known.magnitude)
+    if held is None or any(a is not b for a, b in zip(held, (A, B, m))) or known.scaling != module.scaling[name]:
         if getattr(module.lora_B[name], "bias", None) is not None:
             return False
         layer.adapters[name] = _adapter_over(module, layer.base_layer, name)
@@ -115,17 +117,23 @@ def _is_current(module: Any, layer: AdaptedLayer, name: str) -> bool:
     return A.dtype.is_floating_point
 
 
+def _parameters(module: Any, name: str) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter | None]:
+    """PEFT's own A, B and m, the last None without DoRA."""
+    m = None if module.lora_variant.get(name) is None else module.lora_magnitude_vector[name].weight
+    return module.lora_A[name].weight, module.lora_B[name].weight, m
+
+
 def _adapter_over(module: Any, base: nn.Module, name: str) -> Lora | Dora:
     """An adapter of ours whose parameters are PEFT's."""
-    A, B, scaling = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+    (A, B, m), scaling = _parameters(module, name), module.scaling[name]
     dropout = float(getattr(module.lora_dropout[name], "p", 0.0))
     options: dict[str, Any] = {"dropout": dropout, "dtype": A.dtype, "device": "meta"}
     adapter: Lora | Dora
-    if module.lora_variant.get(name) is None:
+    if m is None:
         adapter = Lora(base, A.shape[0], scaling, **options)
     else:
         adapter = Dora(base, A.shape[0], scaling, **options)
-        adapter.magnitude = module.lora_magnitude_vector[name].weight
+        adapter.magnitude = m
     adapter.lora_A, adapter.lora_B = A, B
     return adapter
 
