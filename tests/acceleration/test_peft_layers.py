@@ -212,6 +212,17 @@ def test_another_parameter_in_its_place_is_seen(part: str) -> None:
     assert_same(found, loss_and_grads(model))
 
 
+def test_a_parameter_of_a_transposed_layer_stays_pefts() -> None:
+    """PEFT adds B A to it as it is stored."""
+    model = peft_model("gpt2", target_modules=["lm_head"], target_parameters=["attn.c_proj.weight", "c_fc.weight"])
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    expected = loss_and_grads(model)
+    rw.accelerate_peft(model)
+    assert_same(loss_and_grads(model), expected)
+
+
 def test_hooks_on_a_magnitude_are_called() -> None:
     model, calls = peft_model(use_dora=True), []
     rw.accelerate_peft(model)

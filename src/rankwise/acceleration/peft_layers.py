@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rankwise.acceleration.optimize import Acceleration, optimize, restore
 from rankwise.acceleration.recognise import STAND_IN
 from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
-from rankwise.adapters.base_layer import has_hooks, is_linear, is_own
+from rankwise.adapters.base_layer import has_hooks, is_conv1d, is_linear, is_own
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.lora import Lora
@@ -53,7 +53,8 @@ def _take_over(module: Any, undo: Undo) -> bool:
     if not all(hasattr(module, name) for name in CARRIES) or not is_free(module):
         return False
     base = _base_view(module.base_layer)
-    if base is None:
+    # Of a parameter PEFT adds B A to what is stored.
+    if base is None or (is_conv1d(base) and hasattr(module, "parameter_name")):
         return False
     layer = AdaptedLayer(base)
     layer.prepare = functools.partial(_prepare, weakref.ref(module), layer)
