@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 import rankwise as rw
 from rankwise.acceleration import restore
@@ -309,3 +310,15 @@ def test_threads_get_their_own_answers() -> None:
     with ThreadPoolExecutor(4) as pool:
         for found, wanted in zip(pool.map(ask, rows * 10), expected * 10):
             torch.testing.assert_close(found, wanted)
+
+
+class OfAnOlderForm(LlamaForCausalLM):
+    """As modelling code that comes with a model may call what its loss is given."""
+
+    def forward(self, input_ids=None, labels=None, logits_to_keep=0, use_cache=None, **loss_kwargs):
+        given = {"input_ids": input_ids, "labels": labels, "logits_to_keep": logits_to_keep, "use_cache": use_cache}
+        return super().forward(**given, **loss_kwargs)
+
+
+def test_what_the_loss_is_given_goes_by_any_name() -> None:
+    assert_same_loss(adapted(OfAnOlderForm(tiny_llama().config)), num_items_in_batch=77)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,8 +89,7 @@ def _forward_with_labels(self: Any, *args: Any, loss_options: LossOptions | None
     head = current_head(self)
     if head is None or (head.router_weight is None and asks_for_routers(self, kwargs)):
         return plain(*args, **kwargs)
-    bound = inspect.signature(plain).bind(*args, **kwargs)
-    given = {**bound.arguments, **bound.arguments.pop("kwargs", {})}
+    given = _by_name(plain, args, kwargs)
     if given.get("return_dict", True) is False or not _keeps_all(given.get("logits_to_keep", 0)):
         return plain(*args, **kwargs)
     labels, num_items = given.pop("labels"), given.pop("num_items_in_batch", None)
@@ -104,6 +104,16 @@ def _forward_with_labels(self: Any, *args: Any, loss_options: LossOptions | None
     if loss_options is not None:
         loss_options.found.append(found.sums)
     return found.outputs
+
+
+def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What is given to each parameter, and whatever else is, by name."""
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    given = dict(bound.arguments)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+    return given
 
 
 def _keeps_all(logits_to_keep: Any) -> bool:
