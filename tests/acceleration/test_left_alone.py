@@ -322,3 +322,13 @@ class OfAnOlderForm(LlamaForCausalLM):
 
 def test_what_the_loss_is_given_goes_by_any_name() -> None:
     assert_same_loss(adapted(OfAnOlderForm(tiny_llama().config)), num_items_in_batch=77)
+
+
+@pytest.mark.parametrize("part", ["lm_head", "model.layers.0.mlp.act_fn"])
+def test_hooks_that_come_later_are_called(part: str) -> None:
+    model = adapted()
+    rw.optimize_for_training(model)
+    model.get_submodule(part).register_forward_hook(lambda module, args, output: 1.5 * output)
+    found = model(**inputs()).loss.item()
+    restore(model)
+    assert found == pytest.approx(model(**inputs()).loss.item(), rel=1e-5)

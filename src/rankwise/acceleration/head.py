@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from rankwise.acceleration.probe import probe
 from rankwise.acceleration.recognise import is_fake
 from rankwise.acceleration.replace import ATTRIBUTE, class_forward
-from rankwise.adapters.base_layer import is_own
+from rankwise.adapters.base_layer import has_hooks, is_own
 from rankwise.ops.linear_cross_entropy import LogitShape
 
 IGNORED = -100
@@ -80,13 +80,13 @@ def losing_head(model: Any, head: Head) -> Head | None:
 def current_head(model: Any) -> Head | None:
     """The head as it is now: adapters, merging and resizing put other modules in its place.
 
-    None where our loss does not stand for the model's, which may have been given another since.
+    None where our loss does not stand for the model's, which may have been given another since, or a hook on its head.
     """
     state = model.__dict__.get(ATTRIBUTE, {})
     head: Head | None = state.get("head")
     if head is not None and model.get_output_embeddings() is not head.module:
         state["head"] = head = find_head(model)
-    if head is None or head.loss_function != getattr(model, "loss_function", None):
+    if head is None or has_hooks(head.module) or head.loss_function != getattr(model, "loss_function", None):
         return None
     return head
 

@@ -29,6 +29,7 @@ from rankwise.acceleration.recognise import (
     is_fake,
 )
 from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
+from rankwise.adapters.base_layer import has_hooks
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.ops.selection import is_traced
 
@@ -226,7 +227,7 @@ def _norm_forward(self: Any, x: Tensor) -> Tensor:
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
-    if not runs_on(x):
+    if not runs_on(x) or has_hooks(self.act_fn):
         return cast(Tensor, class_forward(self)(x))
     return _mlp(self, x, self.rankwise_liger)
 

@@ -146,7 +146,7 @@ def _glu_runs(x: Tensor) -> bool:
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
-    if not _glu_runs(x):
+    if not _glu_runs(x) or has_hooks(self.act_fn):
         return class_forward(self)(x)
     return down_of_glu(self.down_proj, self.gate_proj(x), self.up_proj(x), self.rankwise_act)
 
