@@ -343,3 +343,20 @@ def test_the_size_of_an_update_is_that_of_the_merged_weights(four_bit):
         stack = dict(four_bit_stacks(experts.base_layer)).get(leaf)
         W = getattr(experts.base_layer, leaf) if stack is None else stack.dequantize()
         assert value == pytest.approx(float((getattr(merged, leaf) - W).norm() / W.norm()), rel=1e-4)
+
+
+def test_hooks_on_the_experts_are_called_once_whatever_is_at_work():
+    model, calls = base("mixtral"), []
+    experts = model.model.layers[0].mlp.experts
+    handle = experts.register_forward_hook(lambda *_: calls.append("before"))
+    rw.add_adapter(model, config("both"))
+    model.model.layers[0].mlp.experts.register_forward_hook(lambda *_: calls.append("after"))
+    for way in (rw.disable_adapter, rw.enable_adapter, rw.merge_adapter, rw.unmerge_adapter, rw.remove_adapter):
+        way(model)
+        calls.clear()
+        logits(model)
+        assert calls == ["before", "after"], way.__name__
+    handle.remove()
+    calls.clear()
+    logits(model)
+    assert calls == ["after"]

@@ -118,13 +118,21 @@ class ExpertsLora(nn.Module):
         return merged
 
 
+WATCHED = ("_forward_", "_backward_", "_is_full_backward_hook")
+# What a module keeps of those who watch its calls begins with.
+
+
 class AdaptedExperts(OverBase):
-    """A layer's experts under adapters."""
+    """A layer's experts under adapters. Whoever watches the base's calls sees those of what stands in its place."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.__dict__.update({name: kept for name, kept in vars(base_layer).items() if name.startswith(WATCHED)})
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (T, H), top_k_index (T, k) of experts, top_k_weights (T, k) -> (T, H)."""
         if self.active is None:
-            return self.base_layer(hidden_states, top_k_index, top_k_weights)
+            return self.base_layer.forward(hidden_states, top_k_index, top_k_weights)
         adapter: Any = self.adapters[self.active]
         return experts_forward(self.base_layer, adapter, hidden_states, top_k_index, top_k_weights)
 
