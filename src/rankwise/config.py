@@ -71,7 +71,7 @@ class LoraConfig:
     modules_to_save: Sequence[str] | None = None
     # Modules trained whole and saved with the adapter (a new output head, for example). A tied head is untied.
     layers_to_transform: int | Sequence[int] | None = None
-    # Only these layer indices are adapted; goes with a list of target_modules.
+    # Only these layer indices are adapted; goes with a list of target_modules, of which a whole name stands for itself.
     layers_pattern: str | Sequence[str] | None = None
     # Name of the module list that layers_to_transform counts in, where it is not the first in the path.
     enable_lora: Mapping[str, Sequence[bool]] = dataclasses.field(default_factory=dict)

@@ -27,6 +27,10 @@ LLAMA = {
     "bias_lora_only": {"target_modules": ["q_proj"], "bias": "lora_only", "use_dora": True},
     "regex": {"target_modules": r".*layers\.1\..*_proj"},
     "layers": {"target_modules": ["q_proj"], "layers_to_transform": [0]},
+    "layers_and_a_whole_name": {
+        "target_modules": ["q_proj", "model.layers.1.self_attn.v_proj"],
+        "layers_to_transform": [0],
+    },
     "excluded": {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
     "all_linear": {"target_modules": "all-linear", "use_dora": True},
     "head": {"target_modules": ["lm_head", "q_proj"]},

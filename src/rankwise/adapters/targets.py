@@ -108,7 +108,9 @@ def _is_target(name: str, module: nn.Module, head: nn.Module | None, config: Lor
         return False
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         return is_linear(module) and module is not head
-    return matches(name, wanted) and _in_layers(name, config)
+    # As in PEFT a whole name chooses its layer itself.
+    is_whole = not isinstance(wanted, str) and name in wanted
+    return is_whole or (matches(name, wanted) and _in_layers(name, config))
 
 
 def _in_layers(name: str, config: LoraConfig) -> bool:
