@@ -58,7 +58,8 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     want_stats: bool = False,
 ) -> LossSums:
-    """``F.cross_entropy(f(hidden @ weight.T + bias).float(), targets, reduction="sum")``, differentiable in hidden.
+    """``F.cross_entropy(f(hidden @ weight.T + bias).float(), targets, reduction="sum")``, differentiable in hidden;
+    float64 stays float64.
 
     hidden (T, D), weight (V, D) and bias (V,) in one dtype, targets (T,) int64; a target of -100 is not scored.
     ``want_stats`` adds the entropy and the hits.
@@ -98,11 +99,14 @@ class _ChunkedLoss(torch.autograd.Function):
             if grad is not None:
                 input_grad_out(logits, weight, grad[piece])
         ctx.save_for_backward(grad)
-        loss, entropy, correct = [_total(part, hidden) for part in zip(*sums)] if sums else [_total((), hidden)] * 3
+        loss, entropy, correct = (
+            [_total(part, hidden) for part in zip(*sums)] if sums else [_total((), hidden) for _ in range(3)]
+        )
+        loss = loss if hidden.dtype is torch.float64 else loss.float()
         if not want_stats:
-            return loss.float(), None, None
+            return loss, None, None
         ctx.mark_non_differentiable(entropy, correct)
-        return loss.float(), entropy, correct
+        return loss, entropy, correct
 
     @staticmethod
     @once_differentiable

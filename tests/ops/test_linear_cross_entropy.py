@@ -1,0 +1,65 @@
+"""The loss of an output head in chunks, against PyTorch's of whole logits and against finite differences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rankwise.ops import linear_cross_entropy as chunked
+from rankwise.ops.linear_cross_entropy import LogitShape, linear_cross_entropy
+
+SHAPES = (LogitShape(), LogitShape(0.5), LogitShape(1.3, 2.0))
+TARGETS = torch.tensor([1, -100, 3, 10, 0])
+
+
+@pytest.fixture(autouse=True)
+def rows_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(chunked, "chunk_rows", lambda *_: 2)
+
+
+def given(dtype: torch.dtype, *, biased: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """hidden (5, 4), weight (11, 4) and bias (11,)."""
+    hidden = torch.randn(5, 4, dtype=dtype, requires_grad=True)
+    return hidden, torch.randn(11, 4, dtype=dtype), torch.randn(11, dtype=dtype) if biased else None
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gradcheck_in_float64(shape: LogitShape, smoothing: float, biased: bool) -> None:
+    hidden, weight, bias = given(torch.float64, biased=biased)
+
+    def loss(hidden: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, TARGETS, shape=shape, label_smoothing=smoothing, bias=bias).loss
+
+    assert torch.autograd.gradcheck(loss, (hidden,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_equals_the_loss_of_whole_logits(dtype: torch.dtype, shape: LogitShape, smoothing: float) -> None:
+    hidden, weight, bias = given(dtype, biased=True)
+    logits = shape(F.linear(hidden, weight, bias))
+    expected = F.cross_entropy(logits, TARGETS, reduction="sum", label_smoothing=smoothing)
+    options = {"shape": shape, "label_smoothing": smoothing, "bias": bias, "want_stats": True}
+    found = linear_cross_entropy(hidden, weight, TARGETS, **options)
+    torch.testing.assert_close(found.loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in (found.loss, expected)))
+    scored = logits[TARGETS != -100].double()
+    entropy = torch.distributions.Categorical(logits=scored).entropy().sum()
+    torch.testing.assert_close(found.entropy, entropy, rtol=1e-5, atol=1e-6)
+    assert found.correct == (scored.argmax(1) == TARGETS[TARGETS != -100]).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_rows_have_a_loss_of_zero_with_gradients(dtype: torch.dtype) -> None:
+    hidden, weight, _ = given(dtype, biased=False)
+    found = linear_cross_entropy(hidden[:0], weight, TARGETS[:0], want_stats=True)
+    found.loss.backward()
+    assert found.loss == found.entropy == found.correct == 0
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
