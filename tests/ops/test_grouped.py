@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from rankwise.ops import grouped as operators
-from rankwise.ops.grouped import Rows, add_grouped, are_aligned, grouped, grouped_outer
+from rankwise.ops.grouped import Rows, add_grouped, are_aligned, grouped, grouped_outer, inverse
 
 EXPERTS = torch.tensor([0, 0, 0, 2, 2, 3, 3, 3, 3, 5])
 E, K, N = 6, 16, 24
@@ -51,6 +51,11 @@ def test_the_outer_products_of_each_expert_s_rows(way, dtype):
         mine = index == EXPERTS
         torch.testing.assert_close(found[index], x[mine].T @ y[mine], **close)
     assert not found[1].any()
+
+
+def test_a_permutation_is_undone():
+    order, x = torch.randperm(9), torch.randn(9)
+    assert torch.equal(x[order][inverse(order)], x)
 
 
 def test_the_ends_are_those_of_the_sizes():

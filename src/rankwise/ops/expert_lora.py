@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankwise.ops.grouped import Rows, add_grouped, grouped, grouped_outer
+from rankwise.ops.grouped import Rows, add_grouped, grouped, grouped_outer, inverse
 
 
 class FrozenStack(Protocol):
@@ -131,12 +131,7 @@ def _forward(
     """(y, what comes out of the first product, U of both)."""
     z, U_up = up.forward(x[order // k], rows)
     y, U_down = down.forward(gate(z), rows)
-    return y[_inverse(order)], z, U_up, U_down
-
-
-def _inverse(order: Tensor) -> Tensor:
-    places = torch.arange(order.numel(), device=order.device)
-    return torch.empty_like(order).scatter_(0, order, places)
+    return y[inverse(order)], z, U_up, U_down
 
 
 class _LowRankExperts(torch.autograd.Function):
@@ -174,7 +169,7 @@ class _LowRankExperts(torch.autograd.Function):
         dx, dA_up, dB_up = up.backward(dz, given, U_up if want_up[1] else None, rows, want_dx=want_x)
         del dz
         if dx is not None:
-            dx = dx[_inverse(order)].view(order.numel() // k, k, -1).sum(1)
+            dx = dx[inverse(order)].view(order.numel() // k, k, -1).sum(1)
         return None, None, dx, dA_up, dB_up, dA_down, dB_down
 
 

@@ -35,6 +35,12 @@ def rows_per_expert(experts: Tensor, count: int) -> list[int]:
     return torch.bincount(experts, minlength=count).tolist()
 
 
+def inverse(order: Tensor) -> Tensor:
+    """The places to which ``order`` (S,), a permutation, has moved: ``x[order][inverse(order)]`` is x."""
+    places = torch.arange(order.numel(), device=order.device)
+    return torch.empty_like(order).scatter_(0, order, places)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Which rows belong to which of ``count`` experts. ``experts``: (S,), of each row the expert, ascending."""

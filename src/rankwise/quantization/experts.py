@@ -27,7 +27,7 @@ from rankwise import ops
 from rankwise.ops.checks import check_dtype, check_type
 from rankwise.ops.codes import NESTED_BLOCK
 from rankwise.ops.four_bit import as_autocast
-from rankwise.ops.grouped import rows_per_expert
+from rankwise.ops.grouped import inverse, rows_per_expert
 from rankwise.ops.selection import transforms_functions
 from rankwise.quantization.linear import (
     check_scale_dtypes,
@@ -194,7 +194,7 @@ def forward_by_expert(
     del rows
     outputs = torch.cat(parts)
     del parts
-    outputs = outputs[order.argsort()]
+    outputs = outputs[inverse(order)]
     return weighed(self, outputs, top_k_weights, hidden_states.dtype)
 
 
