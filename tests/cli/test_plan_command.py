@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from rankwise.cli.main import main
+from rankwise.errors import ConfigError
 from rankwise.planning import METHODS, calibration, hardware
 from rankwise.planning.estimate import TERMS
 
@@ -269,6 +271,36 @@ def test_the_command_carries_what_differs_from_the_defaults(plan):
 def test_the_picture_is_written(plan, tmp_path):
     assert plan("--memory", ENOUGH, "--svg", tmp_path / "bars.svg").code == 0
     assert (tmp_path / "bars.svg").read_text().startswith("<svg")
+
+
+def test_a_reader_who_leaves_early_takes_no_file_along(model_folder, tmp_path):
+    """``rankwise plan ... | head -1``: the pipe breaks at the first line."""
+    picture, saved = tmp_path / "bars.svg", tmp_path / "plan.yaml"
+    command = [sys.executable, "-m", "rankwise.cli.main", "plan", "--model", model_folder, "--memory", ENOUGH]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        done = subprocess.run(
+            [*command, "--svg", picture, "--save", saved],
+            stdout=write_end,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(write_end)
+    assert done.stderr == ""
+    assert picture.read_text().startswith("<svg")
+    assert yaml.safe_load(saved.read_text())["method"] == "lora"
+
+
+def test_a_check_that_fails_leaves_the_files(plan, monkeypatch, tmp_path):
+    monkeypatch.setattr(hardware, "_may_have_gpu", lambda: False)
+    refused = ConfigError("RW133", "no answer.")
+    monkeypatch.setattr("rankwise.planning.check.measure", lambda *order, **more: (_ for _ in ()).throw(refused))
+    saved = tmp_path / "plan.yaml"
+    assert plan("--check", "--method", "lora", "--save", saved).code == 2
+    assert saved.exists()
 
 
 def test_a_goal_of_quality_takes_dora_and_calls_the_evidence_mixed(plan):

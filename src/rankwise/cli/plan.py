@@ -66,10 +66,13 @@ def run(settings: PlanSettings, output: Output) -> Mapping[str, Any]:
     with output.waiting("planning"):
         plan = make_plan(settings)
     command = command_of(plan.recommendation, settings.save)
+    # Before anything is said: a reader who leaves early (`| head`) or a check that fails takes no file along.
+    written = _write(settings, plan)
     plan_view.show(plan, command, output)
     if settings.check:
         document["check"] = _check(settings, plan, output)
-    return {**plan.to_json(), "command": command, **document, **_write(settings, plan, output)}
+    _say_written(settings, written, output)
+    return {**plan.to_json(), "command": command, **document, **written}
 
 
 def command_of(recommendation: Recommendation, saved: Path | None) -> str | None:
@@ -102,22 +105,27 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _write(settings: PlanSettings, plan: Plan, output: Output) -> dict[str, str]:
+def _write(settings: PlanSettings, plan: Plan) -> dict[str, str]:
+    """The files asked for; where nothing fits there is nothing to save."""
     written: dict[str, str] = {}
     if settings.svg is not None:
         from rankwise.cli import plan_view
 
         write_text(settings.svg, plan_view.svg(plan))
         written["svg"] = str(settings.svg)
-        output.line(f"{'drawn':<12}{settings.svg}")
-    if settings.save is not None:
-        if plan.recommendation.method is None:
-            output.line(f"{'not saved':<12}nothing fits, so there is nothing to save in {settings.save}", "yellow")
-        else:
-            write_text(settings.save, as_yaml(plan))
-            written["saved"] = str(settings.save)
-            output.line(f"{'saved':<12}{settings.save}")
+    if settings.save is not None and plan.recommendation.method is not None:
+        write_text(settings.save, as_yaml(plan))
+        written["saved"] = str(settings.save)
     return written
+
+
+def _say_written(settings: PlanSettings, written: Mapping[str, str], output: Output) -> None:
+    if "svg" in written:
+        output.line(f"{'drawn':<12}{written['svg']}")
+    if "saved" in written:
+        output.line(f"{'saved':<12}{written['saved']}")
+    elif settings.save is not None:
+        output.line(f"{'not saved':<12}nothing fits, so there is nothing to save in {settings.save}", "yellow")
 
 
 def _check_place(path: Path | None, option: str) -> None:
