@@ -159,6 +159,14 @@ def test_heads_that_transformers_refuses_are_refused(family):
     assert is_refused in ({}, {"here": True, "there": True})
 
 
+@pytest.mark.parametrize("family", ["llama", "granite", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"])
+def test_key_value_heads_of_null_are_as_many_as_heads(family):
+    """Not the family's default, which counts where the field is left out: Qwen's of 32 would shrink 64 heads' keys."""
+    sizes = {"num_attention_heads": 64, "num_hidden_layers": 1, "num_key_value_heads": None}
+    assert shape_of(config_of(family, **sizes)).kv_heads == 64
+    assert shape_of(config_of(family, **sizes)).parameters == skeleton(family, **sizes).num_parameters()
+
+
 def test_key_value_heads_must_divide_the_heads():
     config = config_of("llama", num_key_value_heads=7)
     with pytest.raises(ModelError, match="16 attention heads.*7 key-value heads.*num_key_value_heads") as caught:

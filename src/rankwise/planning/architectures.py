@@ -43,7 +43,9 @@ def decoder(
     given, fields = fields, fields.with_defaults(defaults)
     h, layers, heads, V = fields.required("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     d = fields.count("head_dim", head_dim or h // heads)
-    groups = fields.count("num_key_value_heads", kv_heads or heads)
+    # Written as null it means one for each head, whatever the family's default.
+    is_null = given.config.get("num_key_value_heads", heads) is None
+    groups = heads if is_null else fields.count("num_key_value_heads", kv_heads or heads)
     attention_bias = fields.flag("attention_bias", False)
     sizes: dict[str, Any] = {
         "h": h,
