@@ -44,5 +44,13 @@ def test_a_bare_number_of_bytes_is_not_taken_for_gigabytes(text, meant):
     assert parse_size(f"{text}B") == parse_size(meant)
 
 
+@pytest.mark.parametrize("text", ["9" * 400, f"{'9' * 400}GB", f"1{'0' * 300} TiB", "9223372036854775808B"])
+def test_more_than_any_machine_has_is_refused_in_a_line(text):
+    """Digits beyond a float's range included."""
+    with pytest.raises(ConfigError, match=r"RW140.*more than any machine has") as caught:
+        parse_size(text)
+    assert len(str(caught.value)) < 200
+
+
 def test_large_numbers_of_gigabytes_stay():
     assert parse_size("100000") == parse_size("100TB")

@@ -21,6 +21,9 @@ UNITS = {
 
 MOST_BARE = 100_000
 """A number without a unit above this is no count of GB that a machine has."""
+MOST_BYTES = 2**63
+LONGEST_TEXT = 40
+# Of what a message repeats.
 
 _SIZE = re.compile(r"(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?|\.\d+)\s*([kmgt]?i?b?)", re.IGNORECASE)
 _THOUSANDS = re.compile(r",(?=\d{3}(?!\d))")
@@ -39,20 +42,31 @@ def parse_size(text: str | int | float) -> int:
         raise _no_size(text)
     unit = unit if unit.endswith("b") else f"{unit}b"
     number = float(_THOUSANDS.sub("", found.group(1)).replace(",", "."))
-    if not found.group(2) and number > MOST_BARE:
+    if not found.group(2) and MOST_BARE < number < MOST_BYTES:
         raise ConfigError(
             "RW140",
-            f"the memory {str(text)!r} has no unit and would mean GB; did you mean bytes? Write {size_option(number)}.",
+            f"the memory {_shortened(text)} has no unit and would mean GB; did you mean bytes? Write "
+            f"{size_option(number)}.",
         )
-    size = round(number * UNITS[unit]) if unit in UNITS else 0
-    if size < 1:
+    size = number * UNITS.get(unit, 0)
+    if size >= MOST_BYTES:
+        raise ConfigError(
+            "RW140", f"the memory {_shortened(text)} is more than any machine has; write 24GB, 24GiB or 24 (GB)."
+        )
+    if round(size) < 1:
         raise _no_size(text)
-    return size
+    return round(size)
+
+
+def _shortened(text: object) -> str:
+    """As it was given; of what fills a screen the beginning."""
+    given = str(text)
+    return repr(given if len(given) <= LONGEST_TEXT else f"{given[:LONGEST_TEXT]}...")
 
 
 def _no_size(text: object) -> ConfigError:
     return ConfigError(
-        "RW140", f"the memory {str(text)!r} is no size above 0; write 24GB (10^9 bytes), 24GiB (2^30) or 24 (GB)."
+        "RW140", f"the memory {_shortened(text)} is no size above 0; write 24GB (10^9 bytes), 24GiB (2^30) or 24 (GB)."
     )
 
 
