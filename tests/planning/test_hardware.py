@@ -35,6 +35,10 @@ def test_every_card_is_found_by_its_own_name():
         ("a100-80", "A100 80GB PCIe"),
         ("A100 SXM 40", "A100 40GB"),
         ("RTX 4060 Ti 16", "RTX 4060 Ti 16GB"),
+        ("A6000", "RTX A6000"),
+        ("a2000 12gb", "RTX A2000 12GB"),
+        ("6000 Ada", "RTX 6000 Ada"),
+        ("M3 Max 36GB", "Apple M3 Max 36GB"),
     ],
 )
 def test_names_as_drivers_and_people_write_them(name, card):

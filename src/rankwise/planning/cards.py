@@ -193,9 +193,12 @@ CARDS: tuple[Card, ...] = (
     *_apple("Apple M2 Ultra", (64, 128, 192), 800, 27.2),
     *_apple("Apple M3", (8, 16, 24), 100, None),
     *_apple("Apple M3 Pro", (18, 36), 150, None),
+    # Of fewer cores, with a narrower bus.
+    *_apple("Apple M3 Max", (36, 96), 300, None),
     *_apple("Apple M3 Max", (48, 64, 128), 400, None),
     *_apple("Apple M3 Ultra", (96, 256, 512), 819, None),
     *_apple("Apple M4", (16, 24, 32), 120, None),
     *_apple("Apple M4 Pro", (24, 48, 64), 273, None),
-    *_apple("Apple M4 Max", (36, 48, 64, 128), 546, None),
+    *_apple("Apple M4 Max", (36,), 410, None),
+    *_apple("Apple M4 Max", (48, 64, 128), 546, None),
 )
