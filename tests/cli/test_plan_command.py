@@ -246,6 +246,21 @@ def test_a_length_beyond_the_model_s_is_said(rankwise, model_folder):
     assert "512" in done.stdout.partition("note")[2]
 
 
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, "4-bit weights already (bitsandbytes, with double"),
+        ({"quant_method": "fp8", "fmt": "e4m3"}, "quantized already (fp8), over which no other"),
+    ],
+)
+def test_weights_that_are_quantized_already_are_said(rankwise, model_folder, tmp_path, stored, words):
+    config = json.loads((model_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+    done = rankwise("plan", "--model", tmp_path, "--memory", ENOUGH)
+    assert done.code == 0
+    assert words in " ".join(done.stdout.partition("note")[2].split())
+
+
 def test_the_saved_plan_trains_unchanged(plan, rows_file, tmp_path):
     saved = tmp_path / "plan.yaml"
     done = plan("--memory", ENOUGH, "--method", "dora", "--r", 4, "--target-modules", "q_proj,v_proj", "--save", saved)

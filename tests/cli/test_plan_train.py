@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from rankwise.config import TrainSettings
 from rankwise.errors import is_out_of_memory
 from rankwise.planning import guard
 from toy_memory import toy_estimate
@@ -104,6 +105,30 @@ def test_the_user_may_overrule_the_plan(train, little_memory, tmp_path):
     assert done.code == 0
     assert "RW563" in done.stderr
     assert record_of(tmp_path)["predicted_peak_memory_bytes"] > 10_000
+
+
+def test_a_checkpoint_of_4_bits_is_held_against_the_memory_as_such(little_memory, tmp_path):
+    """LoRA over its layers is QLoRA: counted in 16 bits the run would be refused where it fits."""
+    sizes = {"model_type": "llama", "vocab_size": 1000, "hidden_size": 2048, "intermediate_size": 8192}
+    config = {**sizes, "num_hidden_layers": 4, "num_attention_heads": 16, "max_position_embeddings": 2048}
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+    def peak(method, double_quant=True, **more):
+        folder = tmp_path / method
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config | more))
+        settings = TrainSettings(
+            model=str(folder), data="D", output="O", method=method, device="cpu", double_quant=double_quant
+        )
+        asked = guard.MemoryGuard(settings.model_dump(), print, lambda: 0, ignore=False)
+        asked.before_loading()
+        return asked._ask(asked.workload)
+
+    little_memory(10**15)
+    as_it_is, as_qlora = peak("lora", quantization_config=stored), peak("qlora", double_quant=False)
+    assert (as_it_is.peak_bytes, as_it_is.method) == (as_qlora.peak_bytes, "lora")
+    assert as_it_is.peak_bytes < peak("lora").peak_bytes
+    assert peak("qlora", quantization_config=stored).peak_bytes == as_qlora.peak_bytes
 
 
 def test_a_resumed_run_may_overrule_it_too(train):

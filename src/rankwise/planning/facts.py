@@ -25,6 +25,42 @@ EXPERT_WIDTH = ("moe_intermediate_size", "intermediate_size")
 
 
 @dataclasses.dataclass(frozen=True)
+class Stored:
+    """What ``quantization_config`` of a config.json says about the weights in the files."""
+
+    format: str
+    # transformers' quant_method: gptq, fp8, bitsandbytes, ...
+    four_bit: bool = False
+    # bitsandbytes' 4 bits, which training takes as they are.
+    double_quant: bool = False
+
+    @property
+    def note(self) -> str:
+        """What the reader of a plan should know, whose rows count the original's weights."""
+        if not self.four_bit:
+            return (
+                f"the files hold weights quantized already ({self.format}), over which no other quantization can be "
+                "laid (RW316): these are the sizes for the original"
+            )
+        double = "with" if self.double_quant else "without"
+        return (
+            f"the files hold 4-bit weights already ({self.format}, {double} double quantization): training takes them "
+            "as they are, with lora as with qlora; these are the sizes for the original"
+        )
+
+
+def stored_quantization(config: Mapping[str, Any]) -> Stored | None:
+    """None where the files hold plain weights."""
+    stored = config.get("quantization_config")
+    if not isinstance(stored, Mapping) or not stored:
+        return None
+    # As in `rewrite_bitsandbytes_config`, but without torch.
+    four_bit = bool(stored.get("load_in_4bit") or stored.get("_load_in_4bit"))
+    name = stored.get("quant_method") or ("bitsandbytes" if four_bit else "by no named method")
+    return Stored(str(name), four_bit, four_bit and bool(stored.get("bnb_4bit_use_double_quant")))
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelFacts:
     """Sizes of a model; 0 where the config does not tell."""
 
@@ -38,6 +74,8 @@ class ModelFacts:
     # Of the experts those that a token visits: e / E.
     position_rows: int | None = None
     # Of a table of learned positions, which no row of tokens can outgrow; None: there is none.
+    stored: Stored | None = None
+    # How the files hold the weights, where they are quantized already.
 
     @property
     def head_parameters(self) -> int:
@@ -66,7 +104,7 @@ def facts_of(config: Mapping[str, Any], name: str = "the config") -> ModelFacts:
     else:
         text = config.get("text_config")
         facts = _of_config(text if isinstance(text, Mapping) else config)
-    return dataclasses.replace(facts, position_rows=config_table_rows(config))
+    return dataclasses.replace(facts, position_rows=config_table_rows(config), stored=stored_quantization(config))
 
 
 def _of_shape(shape: Shape) -> ModelFacts:

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from rankwise.errors import AdapterError, InputError, RunError, warn
 from rankwise.models.source import ModelSource, fetch_model
-from rankwise.planning.changes import Advisor, Change
+from rankwise.planning.changes import FOUR_BIT_OF, Advisor, Change
 from rankwise.planning.check import comparable
 from rankwise.planning.estimate import METHODS, MemoryEstimate
-from rankwise.planning.facts import read_facts
-from rankwise.planning.fitting import Remembering, verdict_of
+from rankwise.planning.facts import Stored, read_facts
+from rankwise.planning.fitting import Estimator, Remembering, verdict_of
 from rankwise.planning.hardware import Hardware, cpu_hardware, this_machine
 from rankwise.planning.plan import estimator_of, is_slowed, on_device, ratio_pace_of
 from rankwise.planning.sizes import gigabytes
@@ -143,7 +143,8 @@ class MemoryGuard:
             source = self._fetched()
             self.facts = read_facts(source)
             code = self.settings["trust_remote_code"]
-            self._estimate = Remembering(estimator_of(source.path or source.name, trust_remote_code=code))
+            asked = estimator_of(source.path or source.name, trust_remote_code=code)
+            self._estimate = Remembering(_over(self.facts.stored, asked))
         return self._estimate
 
     def _fetched(self) -> ModelSource:
@@ -156,6 +157,23 @@ class MemoryGuard:
         assert self.hardware is not None
         pace = ratio_pace_of(self.hardware, [self.settings["method"]], workload.dtype)
         return micro_batch_seconds(estimate, self.facts, workload, pace(estimate.method))
+
+
+def _over(stored: Stored | None, ask: Estimator) -> Estimator:
+    """The same over what the files hold: 4-bit weights of theirs train as they are, LoRA over them as QLoRA."""
+    if stored is None or not stored.four_bit:
+        return ask
+    double = stored.double_quant
+
+    def asked(method: str, workload: Workload) -> MemoryEstimate:
+        same = dataclasses.replace(workload, double_quant=double, block_size=BITSANDBYTES_BLOCK)
+        found = ask(method if method == "full" else FOUR_BIT_OF.get(method, method), same)
+        return dataclasses.replace(found, method=method)
+
+    return asked
+
+
+BITSANDBYTES_BLOCK = 64
 
 
 def workload_of(settings: Mapping[str, Any], hardware: Hardware) -> Workload:

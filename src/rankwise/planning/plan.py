@@ -289,8 +289,9 @@ class _Planner:
         tokens = run_tokens(self.settings)
         is_within = fits(own, memory)
         most = self.facts.position_rows or MOST_TOKENS
+        stored = self.facts.stored
         return MethodRow(
-            estimate=own,
+            estimate=own if stored is None else dataclasses.replace(own, notes=(*own.notes, stored.note)),
             verdict=verdict_of(own, memory),
             spare_bytes=memory - own.peak_bytes,
             max_batch_size=largest_batch(self.estimate, method, self.workload, memory),
