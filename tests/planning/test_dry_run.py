@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -115,8 +116,10 @@ def test_a_single_row_has_no_mask_but_where_it_outgrows_a_window(dtype, window):
     assert fake.peak_bytes - _overhead(fake) == pytest.approx(real.peak_bytes - _overhead(real), rel=5e-3)
     masks = 2 * 256 * 256 * 4
     if window is not None and dtype == "float32":
-        unmasked = trace(skeleton("mistral", **SMALL), "lora", workload)
-        assert fake.breakdown["activations"] - unmasked.breakdown["activations"] > masks
+        # Our attention, which takes float32 on some CPUs, is given ranges; PyTorch's keeps the mask.
+        slow = dataclasses.replace(workload, fast=False)
+        masked, unmasked = (trace(skeleton("mistral", **sizes), "lora", slow) for sizes in (changes, SMALL))
+        assert masked.breakdown["activations"] - unmasked.breakdown["activations"] > masks
 
 
 def test_of_many_experts_a_trace_visits_some():

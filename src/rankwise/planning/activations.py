@@ -74,7 +74,7 @@ class Step:
 
     @property
     def own_attention(self) -> bool:
-        fast_cpu = self.workload.fast and not self.on_card and not self.scores
+        fast_cpu = self.workload.fast and self.workload.dtype != "float16" and not self.on_card and not self.scores
         dtype = "float32" if self.method == "full" else self.workload.dtype
         return fast_cpu and (dtype == "bfloat16" or (dtype == "float32" and computes_in_float32()))
 

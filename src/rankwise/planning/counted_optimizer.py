@@ -24,7 +24,7 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
         return
     for parameter in (item for group in optimizer.param_groups for item in group["params"]):
         moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}
+        optimizer.state[parameter] = {"step": torch.ones(()), **moments}
 
 
 class CountedOptimizer(torch.optim.Optimizer):

@@ -94,7 +94,8 @@ def _accelerate_for_cpu(model: nn.Module, workload: Workload) -> bool:
     if not workload.fast:
         return False
     done = optimize_for_training(model)
-    if not done.attention:
+    # Autocast to float16 gives our attention what it does not take.
+    if not done.attention or workload.dtype == "float16":
         return False
     if isinstance(next(model.parameters()), FakeTensor):
         # flattening_obstacle compares values; here the signature decides.
