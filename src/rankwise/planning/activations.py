@@ -76,7 +76,7 @@ class Step:
     def own_attention(self) -> bool:
         fast_cpu = self.workload.fast and self.workload.dtype != "float16" and not self.on_card and not self.scores
         dtype = "float32" if self.method == "full" else self.workload.dtype
-        return fast_cpu and (dtype == "bfloat16" or (dtype == "float32" and computes_in_float32()))
+        return fast_cpu and (dtype == "bfloat16" or computes_in_float32())
 
     @property
     def four_bit_experts(self) -> bool:

@@ -23,6 +23,8 @@ SMALLEST = {"batch_size": 1, "max_length": 16, "trained_share": 1.0}
 """A step that no run undercuts: what does not even fit so is refused before the weights are read."""
 RESIDENT = ("weights_4bit", "weights", "adapters")
 # Terms that are in memory before the first step.
+BITSANDBYTES_BLOCK = 64
+# Of its 4-bit checkpoints: transformers' configuration of them names no other.
 AFTER_FAILURE = 0.85
 """Where the memory ran out although the plan said it fits, a change counts as fitting below this share of the plan."""
 
@@ -171,9 +173,6 @@ def _over(stored: Stored | None, ask: Estimator) -> Estimator:
         return dataclasses.replace(found, method=method)
 
     return asked
-
-
-BITSANDBYTES_BLOCK = 64
 
 
 def workload_of(settings: Mapping[str, Any], hardware: Hardware) -> Workload:

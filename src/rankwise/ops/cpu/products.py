@@ -76,7 +76,7 @@ def available() -> bool:
 
 def take(dtype: torch.dtype) -> bool:
     """Whether they take rows of ``dtype`` here."""
-    return (dtype is torch.bfloat16 and available()) or (dtype is torch.float32 and available() and not on_tiles())
+    return available() and (dtype is torch.bfloat16 or (dtype is torch.float32 and not on_tiles()))
 
 
 def pay(rows: Tensor, W: Factor) -> bool:
