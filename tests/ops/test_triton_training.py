@@ -86,7 +86,7 @@ def four_bit_row_cross(R: int, dtype: torch.dtype, factors: torch.dtype, *, doub
 
 def cases() -> dict[str, Callable[[], Any]]:
     """Launches of the sizes of a large layer, as far as these decide how a kernel is compiled."""
-    from rankwise.ops.triton import cross_entropy, dropout, glu, low_rank, row_cross, scaled_grad
+    from rankwise.ops.triton import cross_entropy, dropout, glu, low_rank, rms_norm, rope, row_cross, scaled_grad
 
     g, N, target = torch.ones(32), 32, torch.zeros(16, dtype=torch.int64)
     logits = bf16(16, 8192)
@@ -107,6 +107,13 @@ def cases() -> dict[str, Callable[[], Any]]:
             f"glu {act} backward": lambda act=act: glu.glu_backward(bf16(32, 64), bf16(32, 64), bf16(32, 64), act, True)
             for act in ACTIVATIONS
         },
+        "rms norm": lambda: rms_norm.rms_norm(bf16(32, 4096), bf16(4096), 1e-5, 0, True),
+        "rms norm of heads": lambda: rms_norm.rms_norm(bf16(32, 128), bf16(128), 1e-5, 1, False),
+        "rms norm backward": lambda: rms_norm.rms_norm_backward(
+            bf16(32, 4096), bf16(32, 4096), bf16(4096), torch.ones(32), 0, bf16(32, 4096)
+        ),
+        "rope": lambda: rope.rope(bf16(2, 32, 16, 128), bf16(1, 16, 128), bf16(1, 16, 128), False),
+        "rope backward": lambda: rope.rope(bf16(2, 8, 16, 128), *(torch.ones(2, 16, 64) for _ in range(2)), True),
         "dropout": lambda: dropout.dropout(bf16(32, N), 0.1, 7),
         "dropout add": lambda: dropout.dropout_add_(bf16(32, N), bf16(32, N), 0.1, 7),
         "row cross": lambda: row_cross.row_cross(bf16(N, 4096), bf16(16, 4096), bf16(N, 16)),
@@ -136,10 +143,10 @@ class Launch:
 
 def launched(name: str, monkeypatch: pytest.MonkeyPatch) -> Launch:
     """The only launch of a case; nothing runs."""
-    from rankwise.ops.triton import cross_entropy, dropout, glu, low_rank, row_cross, scaled_grad
+    from rankwise.ops.triton import cross_entropy, dropout, glu, low_rank, rms_norm, rope, row_cross, scaled_grad
 
     launches = []
-    for module in (cross_entropy, dropout, glu, low_rank, row_cross, scaled_grad):
+    for module in (cross_entropy, dropout, glu, low_rank, rms_norm, rope, row_cross, scaled_grad):
         monkeypatch.setattr(module, "launching_on", lambda device: nullcontext())
         for kernel in [kernel for kernel in vars(module) if kernel.endswith("_kernel")]:
             launches.append(Launch(getattr(module, kernel)))

@@ -175,6 +175,92 @@ def test_gated_activations_of_extreme_and_strided_gates(act: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "D"), [(1, 1), (5, 33), (70, 128), (3, 2048), (2, 5000), (0, 4)])
+@pytest.mark.parametrize(("offset", "cast_first"), [(0, True), (1, False), (0, False)])
+def test_rms_norm(T: int, D: int, offset: int, cast_first: bool, dtype: torch.dtype) -> None:
+    x, dy, past = (3 * randn(T, D, dtype=dtype) for _ in range(3))
+    for w in (randn(D, dtype=dtype), randn(D)):
+        how = (1e-5, offset, cast_first)
+        found, plain = training.rms_norm(x, w, *how), reference.rms_norm(x, w, *how)
+        truth = reference.rms_norm(x.double(), w.double(), *how)
+        for ours, ref, exact in zip(found, plain, truth):
+            assert_as_good(ours, ref, exact)
+        for residual in (None, past):
+            wide = None if residual is None else residual.double()
+            assert_as_good(
+                training.rms_norm_backward(dy, x, w, found[1], offset, residual),
+                reference.rms_norm_backward(dy, x, w, plain[1], offset, residual),
+                reference.rms_norm_backward(dy.double(), x.double(), w.double(), truth[1], offset, wide),
+            )
+
+
+def test_rms_norm_of_rows_that_are_apart() -> None:
+    wide, dy, w = randn(2, 3, 40), randn(20, 6).T.reshape(2, 3, 20), randn(20)
+    x = wide[..., 10:30]
+    y, rstd = training.rms_norm(x, w, 1e-5)
+    expected, expected_rstd = reference.rms_norm(x, w, 1e-5, 0, True)
+    assert y.is_contiguous()
+    torch.testing.assert_close((y, rstd), (expected, expected_rstd))
+    found = training.rms_norm_backward(dy, x, w, rstd, 1, x)
+    torch.testing.assert_close(found, reference.rms_norm_backward(dy, x, w, rstd, 1, x))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "D", "turned"), [(1, 2, 2), (9, 64, 64), (3, 80, 20), (70, 128, 128), (2, 6, 0)])
+def test_rope(heads: int, D: int, turned: int, dtype: torch.dtype, inverse: bool) -> None:
+    for q in (randn(2, 5, heads, D, dtype=dtype).transpose(1, 2), randn(2, heads, D, 5, dtype=dtype).transpose(2, 3)):
+        for batches, table_dtype in ((1, dtype), (2, torch.float32)):
+            cos, sin = (randn(batches, 5, turned, dtype=table_dtype) for _ in range(2))
+            kept, truth = q.clone(), reference.rope(q.double(), cos.double(), sin.double(), inverse)
+            found, plain = training.rope(q, cos, sin, inverse), reference.rope(q, cos, sin, inverse)
+            assert torch.equal(q, kept)
+            assert found.transpose(1, 2).is_contiguous()
+            assert_as_good(found, plain, truth)
+            in_place = q.clone()
+            assert training.rope_(in_place, cos, sin, inverse) is in_place
+            assert torch.equal(in_place, found)
+
+
+def test_rope_of_nothing_and_of_shared_memory() -> None:
+    angles = randn(1, 5, 4)
+    assert training.rope(randn(0, 2, 5, 4), angles, angles).shape == (0, 2, 5, 4)
+    shared = randn(1, 1, 5, 4).expand(1, 3, 5, 4)
+    torch.testing.assert_close(training.rope(shared, angles, angles), reference.rope(shared, angles, angles, False))
+    with pytest.raises(RuntimeError, match="single memory location"):
+        training.rope_(shared, angles, angles)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+def test_a_model_with_all_parts_computes_what_it_did(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms, rotary positions and gated MLPs as on a card; DoRA over what the norms keep."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import rankwise as rw
+    from rankwise.acceleration import recognise
+    from rankwise.acceleration.optimize import fuse_parts
+    from rankwise.acceleration.replace import Undo
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    more = {"head_dim": 8, "num_hidden_layers": 2, "vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1}
+    config = AutoConfig.for_model(family, **sizes, **more, eos_token_id=2, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config).to(DEVICE)
+    rw.add_adapter(model, rw.LoraConfig(r=4, use_dora=True, init_lora_weights=False))
+    ids = torch.randint(3, 50, (2, 7), device=DEVICE)
+
+    def loss_and_grads() -> tuple[Tensor, list[Tensor]]:
+        loss = model(input_ids=ids, labels=ids).loss
+        return loss.detach(), list(torch.autograd.grad(loss, list(rw.adapter_parameters(model).values())))
+
+    expected, undo = loss_and_grads(), Undo()
+    monkeypatch.setattr(recognise, "takes_triton", lambda x: True)
+    norms, mlps, ropes = fuse_parts(model, undo)
+    assert (norms, mlps, ropes) == ({"llama": 5, "gemma2": 9, "qwen3": 9}[family], 2, 1)
+    torch.testing.assert_close(loss_and_grads(), expected, rtol=1e-4, atol=1e-5)
+    undo()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("V", [1, 2, 37, 4096, 4097, 9001])
 @pytest.mark.parametrize(("smoothing", "softcap"), [(0.0, None), (0.1, None), (0.0, 3.0), (0.3, 30.0)])
 def test_cross_entropy(V: int, smoothing: float, softcap: float | None, dtype: torch.dtype) -> None:

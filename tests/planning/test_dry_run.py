@@ -137,15 +137,25 @@ def _overhead(found) -> int:
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_on_a_card_gated_mlps_keep_gate_and_up_alone(method):
-    """As `recognise.down_of_glu` does there with Triton; PyTorch's keeps act(gate) and the product too."""
+def test_on_a_card_our_parts_keep_what_they_read_alone(method):
+    """Of an MLP gate and up, where PyTorch's keeps act(gate) and the product too; of a norm its input, where PyTorch's
+    keeps a float32 copy and adapters what they read."""
     sizes = {"batch_size": 4, "max_length": 512, "r": 8}
-    ours, torchs = (trace(skeleton("llama", **SMALL), method, Workload(triton=has, **sizes)) for has in (True, False))
-    kept = torchs.breakdown["activations"] - ours.breakdown["activations"]
-    tokens, element_bytes = 4 * 512, 2
-    assert kept == 2 * tokens * SMALL["intermediate_size"] * element_bytes * SMALL["num_hidden_layers"]
-    none = Workload(triton=True, dtype="float16", **sizes)
-    assert trace(skeleton("llama", **SMALL), method, none).breakdown["activations"] == torchs.breakdown["activations"]
+    tokens, layers = 4 * 512, SMALL["num_hidden_layers"]
+    h, f = SMALL["hidden_size"], SMALL["intermediate_size"]
+
+    def less(dtype):
+        ours, torchs = (
+            trace(skeleton("llama", **SMALL), method, Workload(triton=has, dtype=dtype, **sizes))
+            for has in (True, False)
+        )
+        return torchs.breakdown["activations"] - ours.breakdown["activations"]
+
+    # No gradient goes through the first norm: PyTorch's keeps nothing, ours the scale of each row for its adapters.
+    norms, first, last = 2 * layers - 1, -4, (4 - 2) * h
+    assert less("bfloat16") == tokens * (layers * 2 * 2 * f + norms * (4 + 2 - 2) * h + first + last)
+    # In float16 adapters keep what they read.
+    assert less("float16") == tokens * (layers * 2 * 2 * f + norms * (4 - 2) * h + last)
 
 
 def test_terms_sum_to_the_peak_and_have_known_names():

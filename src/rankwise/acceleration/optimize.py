@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.acceleration import attention, liger
+from rankwise.acceleration import attention
 from rankwise.acceleration.allocator import keep_freed_memory
 from rankwise.acceleration.checkpointing import replace_checkpointing
 from rankwise.acceleration.head import Head, answering_head, losing_head, output_head
@@ -61,7 +61,7 @@ def optimize_for_training(model: nn.Module, *, keep_memory: bool = True) -> Acce
     """Make training steps of ``model`` fast, in place; results stay the same up to rounding.
 
     Call it after ``add_adapter``. Attention and allocator concern CPUs; shared inputs and the fused loss every device;
-    fused parts are ours on a CPU and Liger's on CUDA, where it is installed. A plain loop gets them too:
+    norms, rotary positions and gated MLPs are fused on a CPU and, by Triton, on CUDA. A plain loop gets them too:
     ``model(input_ids=ids, labels=ids).loss``, whose output then carries no logits. Calling it again starts over;
     ``restore(model)`` takes everything out but the allocator's thresholds.
     """
@@ -84,7 +84,7 @@ def _optimize(model: nn.Module, undo: Undo, *, keep_memory: bool, fuse_loss: boo
     on_cpu = parameter.device.type in ("cpu", "meta")
     left: list[str] = []
     head, shared_inputs = look_into(model, undo, left, fuse_loss=fuse_loss)
-    norms, mlps, ropes = _fuse_parts(model, undo, left)
+    norms, mlps, ropes = fuse_parts(model, undo)
     if on_cpu:
         replace_checkpointing(model, undo)
     done = Acceleration(
@@ -104,17 +104,9 @@ def _optimize(model: nn.Module, undo: Undo, *, keep_memory: bool, fuse_loss: boo
     return done
 
 
-def _fuse_parts(model: nn.Module, undo: Undo, left: list[str]) -> tuple[int, int, int]:
-    """Norms, gated MLPs and rotary functions that got a fast twin: ours on a CPU; on CUDA Liger's, and our MLPs, over
-    which an adapter keeps no product."""
-    device_type = next(model.parameters()).device.type
-    if device_type in ("cpu", "meta"):
-        return replace_norms(model, undo), replace_mlps(model, undo), replace_ropes(model, undo)
-    if device_type != "cuda":
-        return 0, 0, 0
-    own = replace_mlps(model, undo)
-    norms, mlps, ropes = liger.replace_parts(model, undo, left)
-    return norms, own + mlps, ropes
+def fuse_parts(model: nn.Module, undo: Undo) -> tuple[int, int, int]:
+    """Norms, gated MLPs and rotary functions that got a fast twin."""
+    return replace_norms(model, undo), replace_mlps(model, undo), replace_ropes(model, undo)
 
 
 def restore(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.acceleration.parts import Glu, RmsNorm, Rope
+from rankwise.acceleration.parts import Glu, Rope, rms_norm
 from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
 from rankwise.adapters.base_layer import has_hooks
 from rankwise.adapters.layer import AdaptedLayer
@@ -22,7 +22,7 @@ from rankwise.adapters.operator import branch_of, drawn_dropout
 from rankwise.ops.low_rank_linear import low_rank_linear_of_glu
 from rankwise.ops.selection import is_traced, native_on_cpu, takes_triton
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 # Of the largest value, between a part and its twin.
 STAND_IN = "rankwise_layer"
 # Attribute of another library's adapted layer: the layer of ours that computes in its place.
@@ -76,11 +76,12 @@ def replace_mlps(model: nn.Module, undo: Undo) -> int:
 def replace_ropes(model: nn.Module, undo: Undo) -> int:
     """The rotary functions of the Python modules that define this model's layers; gives their number."""
     names = {type(module).__module__ for module in model.modules()}
+    device = next(model.parameters()).device
     count = 0
     for name in sorted(names):
         namespace: Any = sys.modules.get(name)
         original = getattr(namespace, ROPE, None)
-        if original is None or not (isinstance(original, FastRope) or _rope_agrees(original)):
+        if original is None or not (isinstance(original, FastRope) or _rope_agrees(original, device)):
             continue
         if not isinstance(original, FastRope):
             setattr(namespace, ROPE, FastRope(original))
@@ -124,29 +125,25 @@ class FastRope:
 
 
 def _is_simple(x: Tensor, cos: Tensor) -> bool:
-    return _runs_natively(x) and x.dim() == 4 and x.dtype == cos.dtype and x.shape[2] == cos.shape[1]
+    return _runs(x) and x.dim() == 4 and x.dtype == cos.dtype and x.shape[2] == cos.shape[1]
 
 
-def _runs_natively(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in TOLERANCE and not is_traced() and native_on_cpu()
+def _runs(x: Tensor) -> bool:
+    """Whether the twins have a kernel of ours for ``x``: on Triton, or in the native library, which has no float16."""
+    if is_traced() or x.dtype not in TOLERANCE:
+        return False
+    return takes_triton(x) or (x.device.type == "cpu" and x.dtype is not torch.float16 and native_on_cpu())
 
 
 def _norm_forward(self: Any, x: Tensor) -> Tensor:
     fits = self.weight.dtype == x.dtype and self.weight.shape[0] == x.shape[-1]
-    if not _runs_natively(x) or self.weight.requires_grad or not fits:
+    if not _runs(x) or self.weight.requires_grad or not fits:
         return class_forward(self)(x)
-    return RmsNorm.apply(x, self.weight, *self.rankwise_norm)
-
-
-def _glu_runs(x: Tensor) -> bool:
-    """Whether the gated activation has a kernel of ours for ``x``: native, or on Triton."""
-    if takes_triton(x):
-        return x.dtype in TOLERANCE and not is_traced()
-    return _runs_natively(x)
+    return rms_norm(x, self.weight, *self.rankwise_norm)
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
-    if not _glu_runs(x) or has_hooks(self.act_fn):
+    if not _runs(x) or has_hooks(self.act_fn):
         return class_forward(self)(x)
     return down_of_glu(self.down_proj, self.gate_proj(x), self.up_proj(x), self.rankwise_act)
 
@@ -181,13 +178,13 @@ def _eps(module: Any) -> float | None:
 
 @torch.no_grad()
 def _norm_form(module: Any) -> tuple[int, bool] | None:
-    x = _random(module.weight, 3, module.weight.shape[0])
-    if x is None:
+    x, eps = _random(module.weight, 3, module.weight.shape[0]), _eps(module)
+    if x is None or eps is None:
         return None
     expected = class_forward(module)(x)
     errors = {}
     for form in NORM_FORMS:
-        errors[form] = _difference(RmsNorm.apply(x, module.weight, _eps(module), *form), expected)
+        errors[form] = _difference(rms_norm(x, module.weight, eps, *form), expected)
     best = min(errors, key=lambda form: errors[form])
     return best if errors[best] <= TOLERANCE[x.dtype] else None
 
@@ -209,7 +206,7 @@ def _mlp_agrees(module: Any, act: str) -> bool:
     if like is None or not hasattr(base, "in_features"):
         return False
     dtype = base.weight.dtype if base.weight.is_floating_point() else getattr(base, "dtype", like.dtype)
-    x = _random(like.detach().new_empty(0, dtype=dtype), 2, base.in_features, runs=_glu_runs)
+    x = _random(like.detach().new_empty(0, dtype=dtype), 2, base.in_features)
     if x is None:
         return False
     modes = [(part, part.training) for part in module.modules()]
@@ -224,11 +221,11 @@ def _mlp_agrees(module: Any, act: str) -> bool:
 
 
 @torch.no_grad()
-def _rope_agrees(original: Callable[..., Any]) -> bool:
-    shapes = ((2, 3, 5, 16), (2, 1, 5, 16))
+def _rope_agrees(original: Callable[..., Any], device: torch.device) -> bool:
+    shapes = ((2, 3, 5, 16), (2, 1, 5, 16), (2, 5, 8), (2, 5, 8))
     generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(shape, generator=generator) for shape in shapes)
-    cos, sin = (torch.randn(2, 5, 8, generator=generator).repeat(1, 1, 2) for _ in range(2))
+    q, k, *angles = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
+    cos, sin = (half.repeat(1, 1, 2) for half in angles)
     try:
         expected = original(q, k, cos, sin)
     except Exception:  # noqa: BLE001  a function of another form is simply not replaced
@@ -238,9 +235,9 @@ def _rope_agrees(original: Callable[..., Any]) -> bool:
     return bool(pairs) and all(a.shape == b.shape and _difference(a, b) <= 1e-5 for a, b in pairs)
 
 
-def _random(like: Tensor, *shape: int, runs: Callable[[Tensor], bool] = _runs_natively) -> Tensor | None:
+def _random(like: Tensor, *shape: int) -> Tensor | None:
     """Random numbers in a dtype and on a device that the twins run on, or None."""
-    if not runs(like):
+    if not _runs(like):
         return None
     if is_fake(like):
         return torch.empty(shape, dtype=like.dtype, device=like.device)

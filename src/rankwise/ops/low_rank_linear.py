@@ -3,9 +3,10 @@
     y_i = g_i * (W_i x + s_i B_i A_i drop(x)) + b_i        for layers i that read the same x
 
 Legend: T = rows of x, K = in features, N = out features, r = rank, R = the ranks of all layers together.
-With U = drop(x) [A_1; A_2; ...]^T (T, R) one pass over x serves every layer. Kept for the backward pass: x, U, and of a
-layer with a gain its output, which mostly lives on anyway; where the model has written over it since, as Llama 4 and
-Gemma 3n do, it is made again. The gain g = m / ||W + s B A|| is a constant but for m (DoRA, section 4.3).
+With U = drop(x) [A_1; A_2; ...]^T (T, R) one pass over x serves every layer. Kept for the backward pass: x, or what a
+norm made it from (``ops.normed``), U, and of a layer with a gain its output, which mostly lives on anyway; where the
+model has written over it since, as Llama 4 and Gemma 3n do, it is made again. The gain g = m / ||W + s B A|| is a
+constant but for m (DoRA, section 4.3).
 
     dz = g * dy     dU_i = s dz B     dB = s dz^T U_i     dA = dU^T drop(x)     dx = sum_i dz_i W_i + drop(dU A)
     dm = sum_T dy * (y - b) / m
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankwise.ops import low_rank_plain, selection, training
+from rankwise.ops import low_rank_plain, normed, selection, training
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Frozen, Wanted
 
 
@@ -59,20 +60,25 @@ class LowRankLinear(torch.autograd.Function):
         outputs = made.outputs(x)
         ctx.steps, ctx.kept = made.steps, _kept(branches, outputs)
         ctx.branches, ctx.dropout = [_without_tensors(branch) for branch in branches], dropout
-        ctx.save_for_backward(x, made.U, *tensors, *_only(ctx.kept, made.ys))
+        source = normed.source_of(x)
+        ctx.source = normed.without_tensors(source)
+        ctx.save_for_backward(*normed.tensors_of(source), made.U, *tensors, *_only(ctx.kept, made.ys))
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
-        x, U, *rest = ctx.saved_tensors
+        x, w, rstd, U, *rest = ctx.saved_tensors
+        source = normed.with_tensors(ctx.source, x, w, rstd)
         branches, ys = _with_tensors(ctx.branches, rest)
         if _are_written_over(ctx.kept):
-            ys = _only(ctx.kept, ctx.steps.forward(_rows(x), branches, ctx.dropout)[0])
+            ys = _only(ctx.kept, ctx.steps.forward(source.rows(), branches, ctx.dropout)[0])
         wanted, want_dx = _wanted(ctx.needs_input_grad[3:]), ctx.needs_input_grad[2]
         dU, dx, grads = ctx.steps.backward(_all_rows(dys), branches, ys, U, ctx.dropout, wanted, want_dx=want_dx)
-        dA = ctx.steps.grad_A(dU, _rows(x), ctx.dropout) if any(want.A for want in wanted) else None
+        dA = None
+        if any(want.A for want in wanted):
+            dA = source.grad_A(dU, lambda dU, rows: ctx.steps.grad_A(dU, rows, ctx.dropout))
         return None, None, None if dx is None else dx.view(x.shape), *_flat(grads, dA, branches, wanted)
 
 

@@ -62,15 +62,24 @@ class Step:
 
     @property
     def native(self) -> bool:
-        """Whether the fused parts of a CPU run: norms, rotary positions, gated MLPs, own attention."""
+        """Whether the native library's parts run."""
         return self.workload.fast and self.wide and not self.on_card and self.shape.family != "gpt2"
 
     @property
+    def fused(self) -> bool:
+        """Whether norms, rotary positions and gated MLPs are ours: on a CPU, and by Triton on a card."""
+        return (self.native or self.workload.has_triton_parts) and self.shape.family != "gpt2"
+
+    @property
     def fused_mlp(self) -> bool:
-        """Whether gated MLPs are ours: on a CPU, and by Triton on a card. Phi-3 keeps gate and up in one projection,
-        which stays PyTorch's."""
-        runs = self.native or (self.workload.has_triton_parts and self.wide)
-        return runs and self.shape.family not in ("phi3", "gpt2")
+        """Phi-3 keeps gate and up in one projection, which stays PyTorch's."""
+        return self.fused and self.shape.family != "phi3"
+
+    @property
+    def keeps_read(self) -> bool:
+        """Whether adapters keep what they read, since it is no output of a norm of ours, which keeps what it was given;
+        OLMo 2 has its norms behind attention and MLP. In float16 they always do."""
+        return not self.fused or self.workload.dtype == "float16" or self.shape.family == "olmo2"
 
     @property
     def own_attention(self) -> bool:
@@ -162,16 +171,13 @@ def unsaved_bytes(step: Step) -> int:
 
 
 def _norms(step: Step) -> float:
-    """Two (or four) RMSNorms. Fused: their input and output, ``2 h s``; else a float32 copy and the output."""
+    """Two (or four) RMSNorms. Fused: their input, h s; else a float32 copy, and the output where adapters read it."""
     shape, s = step.shape, step.s
-    copy = s if step.native else 4
-    own = shape.norms_per_layer * (shape.hidden * (copy + s) + 4)
-    if shape.norms_per_layer == 4:
-        # The outputs of the two that follow attention and MLP are only added.
-        own -= 2 * shape.hidden * s
-    # A norm's output is kept by the adapters that read it alone.
-    readers = (READ_FIRST, ()) if shape.experts else (READ_FIRST, ("gate_proj", "up_proj", "gate_up_proj"))
-    own -= shape.hidden * s * sum(not step.has(*names) for names in readers if names)
+    copy = s if step.fused else 4
+    own: float = shape.norms_per_layer * (shape.hidden * copy + 4)
+    # The outputs of further norms, which follow attention and MLP, are only added. Experts keep their tokens.
+    readers = [step.has(*READ_FIRST), step.has("gate_proj", "up_proj", "gate_up_proj") and not shape.experts]
+    own += shape.hidden * s * (sum(readers) * step.keeps_read + bool(shape.experts))
     if shape.qk_norm:
         own += (shape.queries + shape.keys) * copy + 4 * (shape.heads + shape.kv_heads)
     return own
@@ -291,11 +297,11 @@ def _low_rank(step: Step) -> float:
     own = s * step.ranks
     if step.method not in DORA:
         return own
-    normed_after = step.native and (shape.norms_per_layer == 4 or shape.family == "olmo2")
+    normed_after = step.fused and (shape.norms_per_layer == 4 or shape.family == "olmo2")
     v_is_kept = _keeps_v(step)
     outputs = (
-        ("q_proj", 0 if shape.qk_norm and step.native else shape.queries),
-        ("k_proj", 0 if shape.qk_norm and step.native else shape.keys),
+        ("q_proj", 0 if shape.qk_norm and step.fused else shape.queries),
+        ("k_proj", 0 if shape.qk_norm and step.fused else shape.keys),
         ("v_proj", 0 if v_is_kept else shape.keys),
         ("qkv_proj", 0 if v_is_kept else shape.queries + 2 * shape.keys),
         ("o_proj", 0 if normed_after else shape.hidden),
@@ -345,7 +351,7 @@ def _gpt2_per_token(step: Step) -> float:
 def outside_layers_bytes(step: Step) -> int:
     """The embedding's output, the last norm's input and output, the gradient that the loss keeps; the mask, a byte for
     each pair of positions; for full fine-tuning autocast's copy of the head, V h s."""
-    wide = 4 if step.method == "full" or step.on_card else step.s
+    wide = step.s if step.fused and step.method != "full" else 4
     head = step.shape.vocabulary * step.shape.hidden * step.s if step.method == "full" and step.s == 2 else 0
     return step.T * step.shape.hidden * (2 * step.s + 2 * wide) + masks_bytes(step) + head
 

@@ -12,8 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from rankwise.acceleration import flattening_obstacle, optimize_for_training
 from rankwise.acceleration.loss import accept_labels
-from rankwise.acceleration.optimize import look_into
-from rankwise.acceleration.recognise import replace_mlps
+from rankwise.acceleration.optimize import fuse_parts, look_into
 from rankwise.acceleration.replace import Undo
 from rankwise.config import DORA, FOUR_BITS
 from rankwise.planning.card_attention import use_card_attention
@@ -112,10 +111,7 @@ def drops_attention(model: Any) -> bool:
 
 
 def _accelerate_for_card(model: nn.Module, workload: Workload) -> bool:
-    """A trace of a card runs on CPU tensors, where ``optimize_for_training`` would put in what is for CPUs alone.
-
-    Liger's kernels are not traced: with them a card takes less.
-    """
+    """A trace of a card runs on CPU tensors, where ``optimize_for_training`` would put in what is for CPUs alone."""
     if next(model.parameters()).device.type == "cuda":
         if workload.fast:
             optimize_for_training(model)
@@ -126,7 +122,7 @@ def _accelerate_for_card(model: nn.Module, workload: Workload) -> bool:
     undo = Undo()
     head, _ = look_into(model, undo)
     if workload.triton:
-        replace_mlps(model, undo)
+        fuse_parts(model, undo)
     if head is not None:
         accept_labels(model, head, undo)
     return False

@@ -1,18 +1,16 @@
 """The element-wise parts of a training step on Triton, with the signatures of `rankwise.ops.reference_training`.
 
-float32, bfloat16 and float16. Norms and rotary positions run in plain PyTorch here: on a card they are Liger's, where
-it is installed (`rankwise.acceleration.liger`).
-
-The callers in ``rankwise.ops.run_training`` have checked types and shapes.
+float32, bfloat16 and float16. The callers in ``rankwise.ops.run_training`` have checked types and shapes.
 """
 
 from __future__ import annotations
 
-from rankwise.ops.reference_training import rms_norm, rms_norm_backward, rope, rope_
 from rankwise.ops.triton.cross_entropy import cross_entropy_
 from rankwise.ops.triton.dropout import dropout, dropout_add_
 from rankwise.ops.triton.glu import glu, glu_backward
 from rankwise.ops.triton.low_rank import low_rank_add_
+from rankwise.ops.triton.rms_norm import rms_norm, rms_norm_backward
+from rankwise.ops.triton.rope import rope, rope_
 from rankwise.ops.triton.row_cross import row_cross
 from rankwise.ops.triton.scaled_grad import scaled_grad
 

@@ -1,0 +1,100 @@
+"""What a low-rank branch keeps of its input for the backward pass: x, or what an RMSNorm made it from.
+
+    x = (h rstd) * w        dA = dU^T x = ((rstd * dU)^T h) * w
+
+A norm keeps h and rstd for its own gradient. A branch that reads x keeps the same two, and its dA is that of h, with
+rows of dU and columns of dA scaled: x is neither kept nor made again.
+
+Legend: T = rows of x, K = columns, R = ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankwise.ops import training
+
+_ATTRIBUTE = "_rankwise_normed"
+# Of a norm's output: what it was made from.
+
+OfRows = Callable[[Tensor, Tensor], Tensor]
+"""``dU^T rows``: dU (T, R), rows (T, K) -> (R, K)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """x (..., K) itself."""
+
+    x: Tensor
+
+    def rows(self) -> Tensor:
+        """x (T, K)."""
+        return _rows(self.x)
+
+    def grad_A(self, dU: Tensor, product: OfRows) -> Tensor:
+        """``dU^T x`` (R, K)."""
+        return product(dU, _rows(self.x))
+
+
+@dataclasses.dataclass(frozen=True)
+class Normed:
+    """The output x of a norm, (h rstd) * (offset + w): h (..., K), w (K,), which is frozen, rstd (T,) in float32."""
+
+    h: Tensor
+    w: Tensor
+    rstd: Tensor
+    eps: float
+    offset: int
+    cast_first: bool
+
+    def rows(self) -> Tensor:
+        """x (T, K), made again."""
+        return training.rms_norm(_rows(self.h), self.w, self.eps, self.offset, self.cast_first)[0]
+
+    def grad_A(self, dU: Tensor, product: OfRows) -> Tensor:
+        """``dU^T x`` (R, K)."""
+        scaled = (dU * self.rstd.unsqueeze(1)).to(dU.dtype)
+        return product(scaled, _rows(self.h)) * (self.offset + self.w.float())
+
+
+Source = Kept | Normed
+
+
+def remember(x: Tensor, normed: Normed) -> None:
+    """That x, to which nobody has written yet, is what ``normed`` says; not in float16: rstd * dU may overflow."""
+    if x.dtype is not torch.float16:
+        setattr(x, _ATTRIBUTE, (normed, x._version))
+
+
+def source_of(x: Tensor) -> Source:
+    """What to keep of x: itself where it is no norm's output, or somebody wrote to it since."""
+    normed, version = getattr(x, _ATTRIBUTE, (None, 0))
+    return Kept(x) if normed is None or x._version != version else normed
+
+
+def tensors_of(source: Source) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Three to save, by which `with_tensors` makes the source whole again."""
+    return (source.x, None, None) if isinstance(source, Kept) else (source.h, source.w, source.rstd)
+
+
+def without_tensors(source: Source) -> Source:
+    """Tensors are saved by autograd, which notices when they change."""
+    gone: Any = None
+    if isinstance(source, Kept):
+        return Kept(gone)
+    return dataclasses.replace(source, h=gone, w=gone, rstd=gone)
+
+
+def with_tensors(source: Source, x_or_h: Tensor, w: Tensor, rstd: Tensor) -> Source:
+    if isinstance(source, Kept):
+        return Kept(x_or_h)
+    return dataclasses.replace(source, h=x_or_h, w=w, rstd=rstd)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
