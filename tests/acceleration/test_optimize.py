@@ -339,3 +339,18 @@ def test_the_head_is_found_and_forgotten() -> None:
     assert fused_head(model) is not None
     restore(model)
     assert fused_head(model) is None
+
+
+@pytest.mark.parametrize(("name", "given_back"), [("llama", {"q_proj", "k_proj"}), ("qwen3", set())])
+def test_dora_keeps_no_output_that_rotary_positions_give_back(name: str, given_back: set[str]) -> None:
+    """Between Qwen 3's projections and its rotary positions are norms, which keep the outputs themselves."""
+    model = adapted(name, use_dora=True)
+
+    def coming_back() -> set[str]:
+        modules = {path: module for path, module in model.named_modules() if getattr(module, "comes_back", False)}
+        return {path.split(".adapters.")[0].rpartition(".")[2] for path in modules}
+
+    rw.optimize_for_training(model)
+    assert coming_back() == given_back
+    restore(model)
+    assert coming_back() == set()

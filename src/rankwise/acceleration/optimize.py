@@ -22,9 +22,18 @@ from rankwise.acceleration.recognise import adapted_layers, replace_mlps, replac
 from rankwise.acceleration.replace import ATTRIBUTE, Record, Undo, put_back
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.shared_input import SharedInput
+from rankwise.ops.handback import offered_by
 
-Seen = tuple[AdaptedLayer, Tensor, bool]
-"""A layer, what it was given, and whether gradients were recorded."""
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """A call of a layer."""
+
+    layer: AdaptedLayer
+    x: Tensor
+    y: Tensor
+    grad: bool
+    # Whether gradients were recorded.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +92,8 @@ def _optimize(model: nn.Module, undo: Undo, *, keep_memory: bool, fuse_loss: boo
     parameter = next(model.parameters())
     on_cpu = parameter.device.type in ("cpu", "meta")
     left: list[str] = []
-    head, shared_inputs = look_into(model, undo, left, fuse_loss=fuse_loss)
     norms, mlps, ropes = fuse_parts(model, undo)
+    head, shared_inputs = look_into(model, undo, left, fuse_loss=fuse_loss)
     if on_cpu:
         replace_checkpointing(model, undo)
     done = Acceleration(
@@ -159,13 +168,13 @@ def _use_attention(model: Any, undo: Undo, left: list[str]) -> bool:
 def look_into(
     model: nn.Module, undo: Undo, left: list[str] | None = None, *, fuse_loss: bool = True
 ) -> tuple[Head | None, int]:
-    """Run two tokens through the model: the head whose loss can be fused, and the number of groups of adapted layers
-    that now share their input. ``left`` gets the reasons where there is none."""
+    """Run two tokens through the model, its parts fused: the head whose loss can be fused, and the number of groups of
+    adapted layers that now share their input. ``left`` gets the reasons where there is none."""
     left = [] if left is None else left
     seen: list[Seen] = []
     # Nothing shares the head's input, and a head with hooks is not taken for one that can be left out.
     layers = {name: layer for name, layer in adapted_layers(model) if layer is not output_head(model)}
-    hooks = [layer.register_forward_pre_hook(_noting(seen)) for layer in layers.values()]
+    hooks = [layer.register_forward_hook(_noting(seen)) for layer in layers.values()]
     why_not = None
     try:
         head = answering_head(model) if fuse_loss else None
@@ -180,6 +189,7 @@ def look_into(
         left.append("the loss stays the model's own: it is not that of the next token, by the output head's logits")
     if why_not is not None and layers:
         left.append(f"no layers share an input: the model could not be tried with token ids alone ({why_not})")
+    _trust_handbacks(seen, undo)
     shared = _share_inputs({layer: _block_of(name) for name, layer in layers.items()}, seen, undo)
     return head, shared
 
@@ -191,8 +201,8 @@ def _share_inputs(blocks: dict[AdaptedLayer, str], seen: list[Seen], undo: Undo)
     is computed again with its block, and kept there.
     """
     groups: dict[tuple[int, bool, str], list[AdaptedLayer]] = {}
-    for layer, x, grad in seen:
-        groups.setdefault((id(x), grad, blocks[layer]), []).append(layer)
+    for call in seen:
+        groups.setdefault((id(call.x), call.grad, blocks[call.layer]), []).append(call.layer)
     shared = [group for group in groups.values() if len(group) > 1 and len(set(group)) == len(group)]
     for group in shared:
         together = SharedInput(group)
@@ -208,10 +218,20 @@ def _block_of(name: str) -> str:
     return numbered[1] if numbered else name.rpartition(".")[0]
 
 
-def _noting(seen: list[Seen]) -> Callable[[Any, tuple[Any, ...]], None]:
-    def note(layer: Any, inputs: tuple[Any, ...]) -> None:
+def _trust_handbacks(seen: list[Seen], undo: Undo) -> None:
+    """Layers whose output was promised back need not keep it."""
+    for call in seen:
+        handback = offered_by(call.y)
+        if handback is not None and handback.is_promised and call.layer.active is not None:
+            adapter: Any = call.layer.adapters[call.layer.active]
+            adapter.comes_back = True
+            undo.add(lambda adapter=adapter: setattr(adapter, "comes_back", False))  # type: ignore[misc]
+
+
+def _noting(seen: list[Seen]) -> Callable[[Any, tuple[Any, ...], Any], None]:
+    def note(layer: Any, inputs: tuple[Any, ...], y: Any) -> None:
         if inputs and isinstance(inputs[0], Tensor) and inputs[0].is_floating_point():
-            seen.append((layer, inputs[0], torch.is_grad_enabled()))
+            seen.append(Seen(layer, inputs[0], y, torch.is_grad_enabled()))
 
     return note
 

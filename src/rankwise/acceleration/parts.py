@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rankwise.ops import training
+from rankwise.ops.handback import Handback, offered_with_heads
 from rankwise.ops.normed import Normed, remember
 
 
@@ -43,19 +44,41 @@ class RmsNorm(torch.autograd.Function):
         return training.rms_norm_backward(*flat, w, rstd, ctx.offset).view(x.shape), None, None, None, None
 
 
-class Rope(torch.autograd.Function):
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``x cos + rotate_half(x) sin`` for x (B, H, L, D) and cos, sin (B or 1, L, D'), the form of most models."""
+    handback = offered_with_heads(x) if torch.is_grad_enabled() else None
+    if handback is not None:
+        handback.is_promised = True
+    return Rope.apply(x, cos, sin, handback if handback is not None and handback.is_wanted else None)
+
+
+class Rope(torch.autograd.Function):
+    """See ``rope``. With a handback its result is kept, as attention keeps it anyway, to turn it back into x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return training.rope(x, cos, sin)
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, handback: Handback | None) -> Tensor:
+        turned = training.rope(x, cos, sin)
+        ctx.handback = handback
+        ctx.save_for_backward(cos, sin, None if handback is None else turned)
+        return turned
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        cos, sin = ctx.saved_tensors
-        return training.rope(dy, cos, sin, inverse=True), None, None
+        cos, sin, turned = ctx.saved_tensors
+        if turned is not None:
+            ctx.handback.give(turned_back(turned, cos, sin).transpose(1, 2).flatten(2).flatten(0, 1))
+        return training.rope(dy, cos, sin, inverse=True), None, None, None
+
+
+def turned_back(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x of ``q = rope(x, cos, sin)``: of each pair of columns the inverse matrix, ((cos_2, sin_1), (-sin_2, cos_1))
+    over the determinant, which is not 1 where angles are scaled."""
+    dtype = torch.promote_types(cos.dtype, torch.float32)
+    (cos_1, cos_2), (sin_1, sin_2) = (table.to(dtype).chunk(2, dim=-1) for table in (cos, sin))
+    determinant = cos_1 * cos_2 + sin_1 * sin_2
+    halves = torch.stack([cos_2, cos_1, sin_2, sin_1]) / determinant
+    return training.rope(q, halves[:2].movedim(0, -2).flatten(-2), halves[2:].movedim(0, -2).flatten(-2), inverse=True)
 
 
 class Glu(torch.autograd.Function):

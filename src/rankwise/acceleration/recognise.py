@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.acceleration.parts import Glu, Rope, rms_norm
+from rankwise.acceleration.parts import Glu, rms_norm, rope
 from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
 from rankwise.adapters.base_layer import has_hooks
 from rankwise.adapters.layer import AdaptedLayer
@@ -121,7 +121,7 @@ class FastRope:
         plain = args or kwargs or unsqueeze_dim != 1 or not all(_is_simple(tensor, cos) for tensor in (q, k))
         if plain or cos.requires_grad or cos.dim() != 3:
             return self.original(q, k, cos, sin, *args, unsqueeze_dim=unsqueeze_dim, **kwargs)
-        return Rope.apply(q, cos, sin), Rope.apply(k, cos, sin)
+        return rope(q, cos, sin), rope(k, cos, sin)
 
 
 def _is_simple(x: Tensor, cos: Tensor) -> bool:

@@ -54,6 +54,8 @@ class Dora(nn.Module):
         self._out_features = features(base)[1]
         # Whether the model writes to what this layer gives; the operator keeps that for the magnitude's gradient.
         self.is_overwritten = False
+        # Whether what follows gives the output back in the backward pass (rankwise.acceleration found out).
+        self.comes_back = False
         self._norms, self._squared, self._gain = Kept(), Kept(), Kept()
         # The norms that the gain was made from: held, so that no other tensor gets their identity.
         self._gain_of: Tensor | None = None

@@ -85,7 +85,8 @@ def branch_of(adapter: Any, base: nn.Module, x: Tensor) -> Branch | None:
     gain = None if m is None else adapter.fixed_gain(base)
     if m is not None and gain is None:
         return None
-    return Branch(frozen, adapter.scaling, adapter.lora_A, adapter.lora_B, getattr(base, "bias", None), m, gain)
+    A, B, bias = adapter.lora_A, adapter.lora_B, getattr(base, "bias", None)
+    return Branch(frozen, adapter.scaling, A, B, bias, m, gain, comes_back=m is not None and adapter.comes_back)
 
 
 def drawn_dropout(p: float, training: bool) -> Dropout | None:

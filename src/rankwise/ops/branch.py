@@ -36,6 +36,7 @@ class Branch:
     bias: Tensor | None = None
     m: Tensor | None = None  # (N,)
     gain: Tensor | None = None  # (N,) in float32: m / ||W + s B A||, no entry of m zero.
+    comes_back: bool = False  # What follows gives the output back in the backward pass: it is not kept.
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

@@ -4,9 +4,9 @@
 
 Legend: T = rows of x, K = in features, N = out features, r = rank, R = the ranks of all layers together.
 With U = drop(x) [A_1; A_2; ...]^T (T, R) one pass over x serves every layer. Kept for the backward pass: x, or what a
-norm made it from (``ops.normed``), U, and of a layer with a gain its output, which mostly lives on anyway; where the
-model has written over it since, as Llama 4 and Gemma 3n do, it is made again. The gain g = m / ||W + s B A|| is a
-constant but for m (DoRA, section 4.3).
+norm made it from (``ops.normed``), U, and of a layer with a gain its output, which mostly lives on anyway or is given
+back (``ops.handback``); where the model has written over it since, as Llama 4 and Gemma 3n do, it is made again. The
+gain g = m / ||W + s B A|| is a constant but for m (DoRA, section 4.3).
 
     dz = g * dy     dU_i = s dz B     dB = s dz^T U_i     dA = dU^T drop(x)     dx = sum_i dz_i W_i + drop(dU A)
     dm = sum_T dy * (y - b) / m
@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from rankwise.ops import low_rank_plain, normed, selection, training
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Frozen, Wanted
+from rankwise.ops.handback import Handback, offer
 
 
 def low_rank_linear(x: Tensor, branches: Sequence[Branch], dropout: Dropout | None = None) -> tuple[Tensor, ...]:
@@ -39,7 +40,13 @@ def low_rank_linear(x: Tensor, branches: Sequence[Branch], dropout: Dropout | No
         if dropout is None and low_rank_plain.are_few(x):
             return tuple(low_rank_plain.of_few_rows(x, branch) for branch in branches)
         return _forward(x, branches, dropout).outputs(x)
-    return LowRankLinear.apply(tuple(branches), dropout, x, *tensors)
+    needed = _trains_m(branches)
+    handbacks = [Handback(branch.comes_back) if trains else None for branch, trains in zip(branches, needed)]
+    ys: tuple[Tensor, ...] = LowRankLinear.apply(tuple(branches), dropout, handbacks, x, *tensors)
+    for y, handback in zip(ys, handbacks):
+        if handback is not None:
+            offer(y, handback)
+    return ys
 
 
 def low_rank_linear_of_glu(gate: Tensor, up: Tensor, act: str, branch: Branch, dropout: Dropout | None) -> Tensor:
@@ -50,15 +57,22 @@ def low_rank_linear_of_glu(gate: Tensor, up: Tensor, act: str, branch: Branch, d
 
 
 class LowRankLinear(torch.autograd.Function):
-    """See ``low_rank_linear``. Inputs: branches, dropout, x, then A, B, bias and m of every branch."""
+    """See ``low_rank_linear``. Inputs: branches, dropout, handbacks, x, then A, B, bias and m of every branch."""
 
     @staticmethod
     def forward(
-        ctx: Any, branches: tuple[Branch, ...], dropout: Dropout | None, x: Tensor, *tensors: Tensor | None
+        ctx: Any,
+        branches: tuple[Branch, ...],
+        dropout: Dropout | None,
+        handbacks: Sequence[Handback | None],
+        x: Tensor,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         made = _forward(x, branches, dropout)
         outputs = made.outputs(x)
-        ctx.steps, ctx.kept = made.steps, _kept(branches, outputs)
+        ctx.handbacks = [handback if handback is not None and handback.is_wanted else None for handback in handbacks]
+        needed = [trains and not branch.comes_back for branch, trains in zip(branches, _trains_m(branches))]
+        ctx.steps, ctx.kept = made.steps, _kept(needed, outputs)
         ctx.branches, ctx.dropout = [_without_tensors(branch) for branch in branches], dropout
         source = normed.source_of(x)
         ctx.source = normed.without_tensors(source)
@@ -72,14 +86,15 @@ class LowRankLinear(torch.autograd.Function):
         x, w, rstd, U, *rest = ctx.saved_tensors
         source = normed.with_tensors(ctx.source, x, w, rstd)
         branches, ys = _with_tensors(ctx.branches, rest)
-        if _are_written_over(ctx.kept):
-            ys = _only(ctx.kept, ctx.steps.forward(source.rows(), branches, ctx.dropout)[0])
-        wanted, want_dx = _wanted(ctx.needs_input_grad[3:]), ctx.needs_input_grad[2]
+        ys = [y if handback is None else handback.take() for y, handback in zip(ys, ctx.handbacks)]
+        wanted, want_dx = _wanted(ctx.needs_input_grad[4:]), ctx.needs_input_grad[3]
+        if _are_written_over(ctx.kept) or any(y is None and want.m for y, want in zip(ys, wanted)):
+            ys = ctx.steps.forward(source.rows(), branches, ctx.dropout)[0]
         dU, dx, grads = ctx.steps.backward(_all_rows(dys), branches, ys, U, ctx.dropout, wanted, want_dx=want_dx)
         dA = None
         if any(want.A for want in wanted):
             dA = source.grad_A(dU, lambda dU, rows: ctx.steps.grad_A(dU, rows, ctx.dropout))
-        return None, None, None if dx is None else dx.view(x.shape), *_flat(grads, dA, branches, wanted)
+        return None, None, None, None if dx is None else dx.view(x.shape), *_flat(grads, dA, branches, wanted)
 
 
 class LowRankLinearOfGlu(torch.autograd.Function):
@@ -97,7 +112,7 @@ class LowRankLinearOfGlu(torch.autograd.Function):
     ) -> Tensor:
         made = _forward(training.glu(gate, up, act), (branch,), dropout)
         (output,) = made.outputs(gate)
-        ctx.steps, ctx.kept = made.steps, _kept((branch,), (output,))
+        ctx.steps, ctx.kept = made.steps, _kept(_trains_m((branch,)), (output,))
         ctx.branches, ctx.act, ctx.dropout = [_without_tensors(branch)], act, dropout
         ctx.save_for_backward(gate, up, made.U, *tensors, *_only(ctx.kept, made.ys))
         return output
@@ -108,7 +123,7 @@ class LowRankLinearOfGlu(torch.autograd.Function):
         gate, up, U, *rest = ctx.saved_tensors
         branches, ys = _with_tensors(ctx.branches, rest)
         if _are_written_over(ctx.kept):
-            ys = _only(ctx.kept, ctx.steps.forward(_rows(training.glu(gate, up, ctx.act)), branches, ctx.dropout)[0])
+            ys = ctx.steps.forward(_rows(training.glu(gate, up, ctx.act)), branches, ctx.dropout)[0]
         wanted = _wanted(ctx.needs_input_grad[5:])
         dU, dx, grads = ctx.steps.backward(_all_rows((dy,)), branches, ys, U, ctx.dropout, wanted, want_dx=True)
         d_gate, d_up, rows = training.glu_backward(dx, _rows(gate), _rows(up), ctx.act)
@@ -161,10 +176,13 @@ Kept = Sequence[Tensor | None]
 product, of which the output is an alias that counts apart: autograd's own check would end such a step in an error."""
 
 
-def _kept(branches: Sequence[Branch], outputs: Sequence[Tensor]) -> Kept:
+def _trains_m(branches: Sequence[Branch]) -> list[bool]:
     """Only a trained magnitude needs the output again."""
-    trains = [branch.m is not None and branch.m.requires_grad for branch in branches]
-    return [_counter_of(output) if needed else None for output, needed in zip(outputs, trains)]
+    return [branch.m is not None and branch.m.requires_grad for branch in branches]
+
+
+def _kept(needed: Sequence[bool], outputs: Sequence[Tensor]) -> Kept:
+    return [_counter_of(output) if is_needed else None for output, is_needed in zip(outputs, needed)]
 
 
 def _counter_of(output: Tensor) -> Tensor:

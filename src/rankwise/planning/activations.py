@@ -292,16 +292,19 @@ def _adapted_experts(step: Step) -> float:
 
 
 def _low_rank(step: Step) -> float:
-    """``U = x A^T``: R s; for DoRA also the outputs that nothing else keeps: q, k, v, o and down."""
+    """``U = x A^T``: R s; for DoRA also the outputs that nothing else keeps, or gives back: v, o and down."""
     shape, s = step.shape, step.s
     own = s * step.ranks
     if step.method not in DORA:
         return own
     normed_after = step.fused and (shape.norms_per_layer == 4 or shape.family == "olmo2")
     v_is_kept = _keeps_v(step)
+    # Norms keep q and k, or rotary positions give them back, where attention keeps what they made of them, no copy.
+    q_is_kept = step.fused and (shape.qk_norm or not step.drops_scores)
+    k_is_kept = q_is_kept and (shape.qk_norm or step.kept_keys == shape.keys)
     outputs = (
-        ("q_proj", 0 if shape.qk_norm and step.fused else shape.queries),
-        ("k_proj", 0 if shape.qk_norm and step.fused else shape.keys),
+        ("q_proj", 0 if q_is_kept else shape.queries),
+        ("k_proj", 0 if k_is_kept else shape.keys),
         ("v_proj", 0 if v_is_kept else shape.keys),
         ("qkv_proj", 0 if v_is_kept else shape.queries + 2 * shape.keys),
         ("o_proj", 0 if normed_after else shape.hidden),

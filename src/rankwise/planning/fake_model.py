@@ -120,9 +120,9 @@ def _accelerate_for_card(model: nn.Module, workload: Workload) -> bool:
     if not workload.fast:
         return False
     undo = Undo()
-    head, _ = look_into(model, undo)
     if workload.triton:
         fuse_parts(model, undo)
+    head, _ = look_into(model, undo)
     if head is not None:
         accept_labels(model, head, undo)
     return False
