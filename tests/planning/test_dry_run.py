@@ -158,6 +158,18 @@ def test_on_a_card_our_parts_keep_what_they_read_alone(method):
     assert less("float16") == tokens * (layers * 2 * 2 * f + norms * (4 - 2) * h + last)
 
 
+@pytest.mark.parametrize(("method", "mb_per_token"), [("lora", 3.1), ("dora", 3.6)])
+def test_an_8b_llama_keeps_no_more_than_is_wanted_of_a_card(method, mb_per_token):
+    """One row of 8,192 tokens; each of its 32 layers keeps the same."""
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+
+    def kept(layers):
+        model = skeleton("llama", **shape, head_dim=128, vocab_size=1024, num_hidden_layers=layers)
+        return trace(model, method, Workload(batch_size=1, max_length=8192)).breakdown["activations"]
+
+    assert 32 * (kept(3) - kept(2)) / 8192 <= mb_per_token * 1e6
+
+
 def test_terms_sum_to_the_peak_and_have_known_names():
     found = trace(skeleton("llama", **SMALL), "qdora", Workload(batch_size=2, max_length=64))
     assert sum(found.breakdown.values()) == found.peak_bytes
