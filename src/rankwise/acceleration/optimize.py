@@ -20,6 +20,7 @@ from rankwise.acceleration.loss import accept_labels
 from rankwise.acceleration.probe import probe
 from rankwise.acceleration.recognise import adapted_layers, replace_mlps, replace_norms, replace_ropes
 from rankwise.acceleration.replace import ATTRIBUTE, Record, Undo, put_back
+from rankwise.adapters.dora import Dora
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.shared_input import SharedInput
 from rankwise.ops.handback import offered_by
@@ -135,6 +136,8 @@ def _restore_copy(model: Any) -> None:
         put_back(module)
         if isinstance(module, AdaptedLayer):
             module.shared = None
+            for adapter in module.adapters.values():
+                _keep_output(adapter)
     config = getattr(model, "config", None)
     if getattr(config, "_attn_implementation", None) == attention.NAME:
         model.set_attn_implementation("sdpa")
@@ -225,7 +228,12 @@ def _trust_handbacks(seen: list[Seen], undo: Undo) -> None:
         if handback is not None and handback.is_promised and call.layer.active is not None:
             adapter: Any = call.layer.adapters[call.layer.active]
             adapter.comes_back = True
-            undo.add(lambda adapter=adapter: setattr(adapter, "comes_back", False))  # type: ignore[misc]
+            undo.add(lambda adapter=adapter: _keep_output(adapter))  # type: ignore[misc]
+
+
+def _keep_output(adapter: Any) -> None:
+    if isinstance(adapter, Dora):
+        adapter.comes_back = False
 
 
 def _noting(seen: list[Seen]) -> Callable[[Any, tuple[Any, ...], Any], None]:
