@@ -300,7 +300,7 @@ def _low_rank(step: Step) -> float:
     normed_after = step.fused and (shape.norms_per_layer == 4 or shape.family == "olmo2")
     v_is_kept = _keeps_v(step)
     # Norms keep q and k, or rotary positions give them back, where attention keeps what they made of them, no copy.
-    q_is_kept = step.fused and (shape.qk_norm or not step.drops_scores)
+    q_is_kept = step.fused and (shape.qk_norm or not step.scores)
     k_is_kept = q_is_kept and (shape.qk_norm or step.kept_keys == shape.keys)
     outputs = (
         ("q_proj", 0 if q_is_kept else shape.queries),
