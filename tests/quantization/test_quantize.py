@@ -153,6 +153,25 @@ def _quantized(model: nn.Module, config: Nf4Config | None = None) -> nn.Module:
     return model
 
 
+def test_hooks_on_a_layer_stay_and_can_be_removed():
+    model, calls = tiny_llama(), []
+    layer = model.model.layers[0].mlp.up_proj
+    handles = [
+        layer.register_forward_hook(lambda *_: calls.append("after")),
+        layer.register_forward_pre_hook(lambda *_, **__: calls.append("before"), with_kwargs=True),
+    ]
+    for change in (lambda: quantize(model, Nf4Config()), lambda: dequantize(model)):
+        change()
+        calls.clear()
+        logits(model)
+        assert calls == ["before", "after"]
+    for handle in handles:
+        handle.remove()
+    calls.clear()
+    logits(model)
+    assert not calls
+
+
 def test_nan_is_named_and_nothing_changes():
     model = tiny_llama()
     with torch.no_grad():

@@ -24,6 +24,14 @@ from rankwise.quantization.targets import (
 )
 
 
+HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
+# Of a module, around its call.
+
+
 @dataclass(frozen=True)
 class QuantizationReport:
     """What ``quantize`` did."""
@@ -125,6 +133,10 @@ def dequantize(model: nn.Module, dtype: torch.dtype | str | None = None) -> int:
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """The layer's hooks stay; their handles remove them from the new one, which shares the collections."""
+    old = model.get_submodule(name)
+    for hooks in HOOKS:
+        setattr(layer, hooks, getattr(old, hooks))
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)
 
