@@ -23,7 +23,6 @@ from rankwise.quantization.targets import (
     warn_about_experts,
 )
 
-
 HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
