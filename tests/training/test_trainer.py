@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 from training_rows import encoded_rows
 
+from rankwise.acceleration import optimize_for_training, restore
 from rankwise.adapters import add_adapter
 from rankwise.config import LoraConfig
 from rankwise.errors import RankwiseWarning, RunError
@@ -112,6 +113,22 @@ def test_refusal_of_the_fused_head_is_said(make_trainer: Any, monkeypatch: pytes
     monkeypatch.setattr(type(model), "to", lambda self, *_, **__: self)
     with pytest.warns(RankwiseWarning, match="bypass"):
         assert not make_trainer(model=model, lora=HEADS["adapted"]).fused_head
+
+
+def test_a_hook_put_on_the_head_between_steps_is_said_and_seen(make_trainer: Any) -> None:
+    model = tiny_llama()
+    add_adapter(model, LoraConfig(r=4))
+    optimize_for_training(model)
+    trainer = make_trainer(model=model, lora=None)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    expected = trainer.compute_loss(model, dict(inputs))
+    seen: list[Any] = []
+    model.lm_head.register_forward_hook(lambda *_: seen.append(1))
+    with pytest.warns(RankwiseWarning, match="RW520"):
+        loss = trainer.compute_loss(model, dict(inputs))
+    assert seen
+    torch.testing.assert_close(loss, expected)
+    restore(model)
 
 
 def test_fused_head_and_own_logits_agree() -> None:

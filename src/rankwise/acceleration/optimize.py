@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rankwise.acceleration import attention
 from rankwise.acceleration.allocator import keep_freed_memory
 from rankwise.acceleration.checkpointing import replace_checkpointing
-from rankwise.acceleration.head import Head, answering_head, losing_head, output_head
+from rankwise.acceleration.head import Head, answering_head, current_head, losing_head, output_head
 from rankwise.acceleration.linears import replace_linears
 from rankwise.acceleration.loss import accept_labels
 from rankwise.acceleration.probe import probe
@@ -144,9 +144,8 @@ def _restore_copy(model: Any) -> None:
 
 
 def fused_head(model: nn.Module) -> Head | None:
-    """The head whose loss is fused, where ``optimize_for_training`` found one."""
-    head = model.__dict__.get(ATTRIBUTE, {}).get("head")
-    return head if isinstance(head, Head) else None
+    """The head whose loss is fused, if ``optimize_for_training`` found one and ours stands for the model's still."""
+    return current_head(model)
 
 
 def _use_attention(model: Any, undo: Undo, left: list[str]) -> bool:

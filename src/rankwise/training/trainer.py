@@ -113,7 +113,7 @@ class RankwiseTrainer(SFTTrainer):
         smoothing = self.label_smoothing if training else 0.0
         if return_outputs or (self.fused_head and smoothing == 0):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        elif self.own_loss:
+        elif self._takes_own_loss():
             loss = self._own_loss(model, inputs, num_items_in_batch, smoothing)
         else:
             loss = self._loss_from_logits(model, inputs, num_items_in_batch, smoothing)
@@ -136,6 +136,16 @@ class RankwiseTrainer(SFTTrainer):
             )
         self.step_loss += value
         return loss
+
+    def _takes_own_loss(self) -> bool:
+        if self.own_loss and fused_head(self.model) is None:
+            self.own_loss = False
+            warn(
+                "RW520",
+                "the output head got a hook, or the model another loss, since training began; the loss is computed "
+                "from the model's own logits from now on, which takes more memory.",
+            )
+        return self.own_loss
 
     def _own_loss(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, smoothing: float
