@@ -479,6 +479,11 @@ def experts_forward_bytes(step: Step) -> tuple[int, int]:
     return step.T * per_token * (2 * shape.mlp + 3 * shape.hidden), step.T * per_token * 3 * shape.mlp
 
 
+def kept_twice_bytes(step: Step) -> int:
+    """Of a layer made again, what lies in its checkpoint: on a card the input of the first norm, where that is ours."""
+    return checkpoint_bytes(step) if step.on_card and step.fused and step.method != "full" else 0
+
+
 def checkpoint_bytes(step: Step) -> int:
     """What checkpointing keeps of a layer: its input, T h s."""
     return step.T * step.shape.hidden * (4 if step.method == "full" else step.s)

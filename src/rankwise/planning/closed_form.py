@@ -117,7 +117,7 @@ def phases(
     saved -= unsaved
     if workload.activation_offloading:
         saved = 0
-    one = layer if again else 0
+    one = layer - activations.kept_twice_bytes(step) if again else 0
     if workload.activation_offloading and not again:
         backward = activations.offloaded_backward_bytes(step)
     first = one if workload.activation_offloading else layer - unsaved
