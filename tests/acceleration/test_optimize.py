@@ -151,12 +151,14 @@ def test_full_fine_tuning() -> None:
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_four_bit_base(use_dora: bool) -> None:
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+def test_four_bit_base(targets: str | list[str], use_dora: bool) -> None:
     model, inputs = tiny_llama().train(), batch()
     rw.quantize(model, rw.Nf4Config(block_size=32, double_quant=True))
-    rw.add_adapter(model, rw.LoraConfig(r=4, use_dora=use_dora, init_lora_weights=False))
+    rw.add_adapter(model, rw.LoraConfig(r=4, target_modules=targets, use_dora=use_dora, init_lora_weights=False))
     expected = loss_and_grads(model, inputs)
-    rw.optimize_for_training(model)
+    # Also where all of an MLP is 4-bit, so that none of its parameters is a floating number.
+    assert rw.optimize_for_training(model).mlps == 2
     assert_same(loss_and_grads(model, inputs), expected)
 
 

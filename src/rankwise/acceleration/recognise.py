@@ -202,11 +202,10 @@ def _mlp_activation(module: Any) -> str | None:
 @torch.no_grad()
 def _mlp_agrees(module: Any, act: str) -> bool:
     base: Any = module.gate_proj.base_layer if isinstance(module.gate_proj, AdaptedLayer) else module.gate_proj
-    like = next((p for p in module.parameters() if p.is_floating_point()), None)
-    if like is None or not hasattr(base, "in_features"):
+    dtype = _mlp_dtype(module, base)
+    if dtype is None or not hasattr(base, "in_features"):
         return False
-    dtype = base.weight.dtype if base.weight.is_floating_point() else getattr(base, "dtype", like.dtype)
-    x = _random(like.detach().new_empty(0, dtype=dtype), 2, base.in_features)
+    x = _random(torch.empty(0, dtype=dtype, device=base.weight.device), 2, base.in_features)
     if x is None:
         return False
     modes = [(part, part.training) for part in module.modules()]
@@ -218,6 +217,14 @@ def _mlp_agrees(module: Any, act: str) -> bool:
         for part, mode in modes:
             part.training = mode
     return _difference(found, expected) <= TOLERANCE[x.dtype]
+
+
+def _mlp_dtype(module: nn.Module, base: Any) -> torch.dtype | None:
+    """Of what an MLP takes. Of 4-bit layers alone, without an adapter, no parameter tells it: they do themselves."""
+    floating = (parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+    if base.weight.is_floating_point():
+        return base.weight.dtype
+    return getattr(base, "dtype", next(floating, None))
 
 
 @torch.no_grad()
