@@ -18,6 +18,7 @@ import rankwise as rw
 from marks import needs_avx2
 from rankwise.acceleration import flattening_obstacle, fused_head, restore, use_native_products
 from rankwise.acceleration.attention import mask_ranges
+from rankwise.planning.tracker import StorageTracker
 from tiny_models import tiny_llama
 
 
@@ -288,6 +289,18 @@ def test_masks_become_ranges_only_where_they_are() -> None:
     assert mask_ranges(torn) is None
     nothing = torch.zeros(1, 1, 2, 2, dtype=torch.bool)
     assert mask_ranges(nothing)[0].tolist() == mask_ranges(nothing)[1].tolist()  # type: ignore[index]
+
+
+def test_looking_for_ranges_takes_no_more_than_the_mask() -> None:
+    causal = torch.ones(1, 1, 4100, 4100, dtype=torch.bool).tril_()
+    with StorageTracker() as tracker:
+        tracker.enter("forward")
+        ranges = mask_ranges(causal)
+    assert ranges is not None
+    assert ranges[0].eq(0).all()
+    assert torch.equal(ranges[1], torch.arange(1, 4101)[None])
+    # The mask itself among it.
+    assert tracker.peak_bytes < 2 * causal.nbytes
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])

@@ -117,12 +117,27 @@ def mask_ranges(mask: Tensor) -> Ranges | None:
     return ranges
 
 
+ROWS_AT_ONCE = 512
+# Of rows laid end to end the mask alone is the square of all tokens; whole, its comparisons would be three more.
+
+
 @torch.no_grad()
 def _find_ranges(mask: Tensor) -> Ranges | None:
-    seen = mask[:, 0]
+    found = []
+    for rows in mask[:, 0].split(ROWS_AT_ONCE, dim=1):
+        ranges = _ranges_of_rows(rows)
+        if ranges is None:
+            return None
+        found.append(ranges)
+    starts, ends = zip(*found)
+    return torch.cat(starts, dim=1), torch.cat(ends, dim=1)
+
+
+def _ranges_of_rows(seen: Tensor) -> Ranges | None:
+    """Of (B, rows, Lk)."""
     count = seen.sum(-1, dtype=torch.int32)
     first = seen.byte().argmax(-1).to(torch.int32)
     end = torch.where(count > 0, first + count, first)
-    keys = torch.arange(mask.shape[-1], dtype=torch.int32)
+    keys = torch.arange(seen.shape[-1], dtype=torch.int32)
     as_ranges = (keys >= first[..., None]) & (keys < end[..., None])
     return (first, end) if torch.equal(as_ranges, seen) else None
