@@ -181,6 +181,25 @@ def test_layers_without_adapters_keep_less(targets, device):
     assert -0.03 <= compared("llama", "lora", workload, num_hidden_layers=8) <= 0.08
 
 
+@pytest.mark.parametrize(
+    ("family", "length", "changes"),
+    [
+        ("granite", 2048, {"device_type": "cpu", "dtype": "float32", "target_modules": ("up_proj", "down_proj")}),
+        ("gemma3", 2048, {"target_modules": ("down_proj",), "triton": False}),
+        ("gemma2", 512, {"target_modules": ("gate_proj",), "modules_to_save": ("input_layernorm",)}),
+    ],
+)
+def test_what_the_first_layer_keeps_where_its_attention_has_no_adapter(family, length, changes):
+    workload = Workload(batch_size=8, max_length=length, **changes)
+    assert -0.03 <= compared(family, "lora", workload) <= 0.08
+
+
+@pytest.mark.parametrize(("device", "checkpointing"), [("cuda", False), ("cpu", True)])
+def test_dropout_makes_the_gates_product_once_more(device, checkpointing):
+    workload = step(device, checkpointing, 8, 2048, lora_dropout=0.1)
+    assert -0.03 <= compared("gemma", "lora", workload) <= 0.08
+
+
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
 

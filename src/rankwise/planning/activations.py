@@ -18,7 +18,8 @@ from rankwise.planning.workload import Workload
 DROPPED_SCORE_BYTES, GPT2_CPU_COPIES = 12, 5
 # A CPU drops attention weights in its plain kernel: weights, what dropout leaves of them and its mask in float32.
 READ_FIRST = ("q_proj", "k_proj", "v_proj", "qkv_proj")
-# What reads a layer's first norm.
+MLP_FIRST = ("gate_proj", "up_proj", "gate_up_proj")
+# What reads a layer's first norm, and what the one before the MLP.
 CHUNK_BYTES, SMALLEST_CHUNK = 32 << 20, 16
 # Of logits, as in ops.linear_cross_entropy.
 
@@ -163,11 +164,29 @@ def layer_bytes(step: Step) -> int:
 def unsaved_bytes(step: Step) -> int:
     """Of the first layer what lies before all that adapts: no gradient goes there, and nothing is kept for it."""
     shape = step.shape
-    if step.method == "full" or shape.family == "gpt2" or step.has(*READ_FIRST, "embed_tokens"):
+    if step.method == "full" or shape.family == "gpt2" or step.has(*READ_FIRST, "embed_tokens", "input_layernorm"):
         return 0
     attention = round(step.T * _attention(step) + scores_bytes(step) + _mask(step))
-    norms = step.T * _norms(step)
-    return attention + round(norms / shape.norms_per_layer if step.has("o_proj") else norms)
+    norms = _norms(step)
+    if step.has("o_proj"):
+        return attention + round(step.T * norms / shape.norms_per_layer)
+    return attention + round(step.T * (norms - _kept_around_mlp(step) + _unsaved_of_mlp(step)))
+
+
+def _kept_around_mlp(step: Step) -> float:
+    """Of the norms where the MLP alone adapts: what its first layers read, and the norm behind it."""
+    shape, s = step.shape, step.s
+    if shape.experts:
+        return 0
+    read = shape.hidden * s if step.has(*MLP_FIRST) else 0
+    behind = shape.norms_per_layer == 4 or shape.family == "olmo2"
+    return read + (shape.hidden * (s if step.fused else 4) + 4 if behind and step.has(*MLP_FIRST, "down_proj") else 0)
+
+
+def _unsaved_of_mlp(step: Step) -> float:
+    """Where down_proj alone adapts, nothing is kept of the MLP but what it reads; fused, what that is made from."""
+    alone = step.has("mlp.down_proj") and not step.has(*MLP_FIRST) and not step.shape.experts
+    return 3 * step.s * step.shape.mlp if alone and not step.fused_mlp else 0
 
 
 def _norms(step: Step) -> float:
@@ -176,7 +195,7 @@ def _norms(step: Step) -> float:
     copy = s if step.fused else 4
     own: float = shape.norms_per_layer * (shape.hidden * copy + 4)
     # The outputs of further norms, which follow attention and MLP, are only added. Experts keep their tokens.
-    readers = [step.has(*READ_FIRST), step.has("gate_proj", "up_proj", "gate_up_proj") and not shape.experts]
+    readers = [step.has(*READ_FIRST), step.has(*MLP_FIRST) and not shape.experts]
     own += shape.hidden * s * (sum(readers) * step.keeps_read + bool(shape.experts))
     if shape.qk_norm:
         own += (shape.queries + shape.keys) * copy + 4 * (shape.heads + shape.kv_heads)
@@ -428,7 +447,9 @@ def backward_bytes(step: Step) -> int:
     if step.method != "full" and not step.has("mlp.down_proj"):
         return step.T * s * (3 * f + h)
     less = (step.on_card and step.method == "full") or (not step.fused_mlp and (step.on_card or again))
-    return step.T * s * (2 * f + 2 * h if less else 4 * f + h)
+    # Where the product is made again, dropout makes it once more.
+    dropped = f if step.fused_mlp and step.method != "full" and step.workload.lora_dropout else 0
+    return step.T * s * (2 * f + 2 * h if less else 4 * f + h + dropped)
 
 
 def offloaded_backward_bytes(step: Step) -> int:
