@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from math import prod
 
 from rankwise.config import DORA, FOUR_BITS
-from rankwise.planning import activations, weights
+from rankwise.planning import activations, backward, weights
 from rankwise.planning.activations import Step
 from rankwise.planning.adapted import STACKS, Adaptation, AdaptedStack, adaptation
 from rankwise.planning.assemble import assembled
@@ -109,7 +109,7 @@ def phases(
 ) -> dict[str, Terms]:
     """{phase: the terms that it adds to the fixed ones}."""
     step = step_of(shape, method, workload, adapted)
-    layer, backward = activations.layer_bytes(step), activations.backward_bytes(step)
+    layer, held = activations.layer_bytes(step), backward.backward_bytes(step)
     again = workload.gradient_checkpointing
     saved = shape.layers * (activations.checkpoint_bytes(step) if again else layer)
     begins_late = not again and adapted is not None and not adapted.biases
@@ -119,7 +119,7 @@ def phases(
         saved = 0
     one = layer - activations.kept_twice_bytes(step) if again else 0
     if workload.activation_offloading and not again:
-        backward = activations.offloaded_backward_bytes(step)
+        held = backward.offloaded_backward_bytes(step)
     first = one if workload.activation_offloading else layer - unsaved
     outside = activations.outside_layers_bytes(step)
     gradients = weights.tensor_bytes(tensors)
@@ -128,16 +128,16 @@ def phases(
     outside_then = activations.checkpoint_bytes(step) + activations.masks_bytes(step) if again else 0
     found = {
         "forward": {"activations": saved + outside, "logits": activations.loss_bytes(step)},
-        "backward at the head": {"activations": saved + outside, "transient": activations.head_gradient_bytes(step)},
+        "backward at the head": {"activations": saved + outside, "transient": backward.head_gradient_bytes(step)},
         "backward": {
             "activations": saved + one + outside_then,
-            "gradients": activations.kept_head_gradient_bytes(step),
-            "transient": backward + unpacked,
+            "gradients": backward.kept_head_gradient_bytes(step),
+            "transient": held + unpacked,
         },
         "backward at the first layer": {
             "activations": first + (activations.checkpoint_bytes(step) if again else 0),
             "gradients": gradients - (0 if shape.tied else embedding_gradient_bytes(shape, method)),
-            "transient": backward + unpacked,
+            "transient": held + unpacked,
         },
         "backward at the embedding": {
             "gradients": gradients,
@@ -149,23 +149,23 @@ def phases(
         head = embedding_gradient_bytes(shape, method)
         found["backward through scores"] = {
             "gradients": gradients - head,
-            "transient": activations.offloaded_scores_bytes(step) + (head if shape.tied else 0),
+            "transient": backward.offloaded_scores_bytes(step) + (head if shape.tied else 0),
         }
     elif step.scores:
-        held, gone = activations.scores_backward_bytes(step)
+        scores, gone = backward.scores_backward_bytes(step)
         head = embedding_gradient_bytes(shape, method)
         found["backward through scores"] = {
             "activations": saved + one + outside_then - gone,
-            "transient": held + head,
+            "transient": scores + head,
         }
         found["backward through the first layer's scores"] = {
             "activations": layer + outside_then - gone,
             "gradients": gradients - head,
-            "transient": held + (head if shape.tied else 0),
+            "transient": scores + (head if shape.tied else 0),
         }
     if shape.experts and not again and method != "full":
-        held, unsaved = activations.experts_forward_bytes(step)
-        found["forward through experts"] = {"activations": saved + outside - unsaved, "transient": held}
+        inside, unsaved = backward.experts_forward_bytes(step)
+        found["forward through experts"] = {"activations": saved + outside - unsaved, "transient": inside}
     return found
 
 
