@@ -198,6 +198,23 @@ def test_sharing_is_given_up_between_steps_alone() -> None:
         assert shared.output(layer, torch.randn(3, 6)) is None
 
 
+def test_gated_mlps_that_drop_while_training() -> None:
+    """Seed-OSS drops a tenth of what its MLPs give."""
+    sizes = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = transformers.SeedOssConfig(**SMALL, **sizes, attention_dropout=0.0, residual_dropout=0.1)
+    model = adapted(transformers.SeedOssForCausalLM(config))
+
+    def loss() -> float:
+        torch.manual_seed(7)
+        return model(**inputs()).loss.item()
+
+    own, state = loss(), torch.get_rng_state()
+    done = rw.optimize_for_training(model)
+    assert (done.norms, done.mlps) == (5, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert loss() == pytest.approx(own, rel=1e-5)
+
+
 def test_norms_that_are_given_parts_of_their_width() -> None:
     assert_same_loss(
         adapted(transformers.FalconMambaForCausalLM(transformers.FalconMambaConfig(**SMALL, state_size=8)))

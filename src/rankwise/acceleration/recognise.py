@@ -209,9 +209,13 @@ def _mlp_agrees(module: Any, act: str) -> bool:
     if x is None:
         return False
     modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    # Training, as Seed-OSS and T5Gemma drop then; but for adapters, of which each call would draw its own mask.
+    module.train()
+    for layer in (module.gate_proj, module.up_proj, module.down_proj):
+        layer.eval()
     try:
-        expected = class_forward(module)(x)
+        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+            expected = class_forward(module)(x)
         found = down_of_glu(module.down_proj, module.gate_proj(x), module.up_proj(x), act)
     finally:
         for part, mode in modes:
