@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -94,6 +95,40 @@ def test_what_was_written_to_or_is_float16_is_kept_itself() -> None:
     assert isinstance(source_of(rms_norm(h, w, EPS, 0, True) + 0), Kept)
 
 
+def test_what_a_norm_does_not_keep_is_not_kept_for_it() -> None:
+    """Inputs without a gradient are their owner's: to be written to, or made in inference mode."""
+    made, w = branches(torch.float32, dora=False, bias=False), torch.ones(5)
+    with torch.inference_mode():
+        images = torch.randn(4, 5)
+    for h in (images, torch.randn(4, 5)):
+        loss = low_rank_linear(rms_norm(h, w, EPS, 0, True), made)[0].sum()
+        if not h.is_inference():
+            h.zero_()
+        (dA,) = torch.autograd.grad(loss, [made[0].A])
+        assert dA.abs().sum() > 0
+
+
+def test_a_saved_output_holds_nothing_but_itself() -> None:
+    h, file = torch.randn(4, 5, requires_grad=True), io.BytesIO()
+    y = rms_norm(h, torch.ones(5), EPS, 0, True)
+    assert isinstance(source_of(y), Normed)
+    torch.save(y, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True), y)
+
+
+def test_an_output_that_gets_no_gradient() -> None:
+    """torch's checkpointing gives none to an input that its block only looks at."""
+    h, a = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+
+    def block(a: Tensor, y: Tensor) -> Tensor:
+        return a * 2 + y.detach()
+
+    checkpoint(block, a, rms_norm(h, torch.ones(5), EPS, 0, True), use_reentrant=True).sum().backward()
+    assert h.grad is None
+    assert torch.equal(a.grad, torch.full_like(a, 2))
+
+
 def test_autograd_notices_when_the_norms_input_changes() -> None:
     made, w = branches(torch.float32, dora=False, bias=False), torch.ones(5)
     h = torch.randn(4, 5, requires_grad=True) * 1
@@ -124,6 +159,14 @@ def test_outputs_that_are_written_over_are_made_again_from_the_norm(checkpointed
 
 
 def test_bfloat16_is_no_worse_than_with_the_norms_output() -> None:
+    errors = torch.tensor([bfloat16_errors(seed) for seed in range(10)])
+    ours, with_output = errors.mean(dim=0)
+    assert ours <= 1.1 * with_output
+
+
+def bfloat16_errors(seed: int) -> tuple[float, float]:
+    """Of dA in bfloat16: from what the norm keeps, and from its output."""
+    torch.manual_seed(seed)
     made = branches(torch.bfloat16, dora=False, bias=False, widths=(48, 32))
     h, w = (10 * torch.randn(512, 5)).bfloat16().requires_grad_(), torch.rand(5).bfloat16()
     exact = [plain(plain_norm(h.double(), w.double(), 0), widened(branch)) for branch in made]
@@ -136,7 +179,7 @@ def test_bfloat16_is_no_worse_than_with_the_norms_output() -> None:
         return float(sum((ours.double() - dA).norm() ** 2 for ours, dA in zip(found, truth))) ** 0.5
 
     x = rms_norm(h, w, EPS, 0, True)
-    assert error(x) <= 1.25 * error(x * 1)
+    return error(x), error(x * 1)
 
 
 def widened(branch: Branch) -> Branch:

@@ -19,7 +19,8 @@ from rankwise.ops.normed import Normed, remember
 def rms_norm(x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) -> Tensor:
     """``w * x / sqrt(mean(x^2) + eps)`` over the last dimension, w frozen; see ``ops.training.rms_norm``."""
     y, rstd = RmsNorm.apply(x, w, eps, offset, cast_first)
-    if torch.is_grad_enabled():
+    # An x without a gradient the norm does not keep: its owner may write to it, and y costs as much.
+    if y.requires_grad:
         remember(y, Normed(x.detach(), w, rstd, eps, offset, cast_first))
     return y
 
@@ -38,7 +39,9 @@ class RmsNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
+        if dy is None:
+            return None, None, None, None, None
         x, w, rstd = ctx.saved_tensors
         flat = (dy.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]))
         return training.rms_norm_backward(*flat, w, rstd, ctx.offset).view(x.shape), None, None, None, None

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from rankwise.ops import training
 
-_ATTRIBUTE = "_rankwise_normed"
-# Of a norm's output: what it was made from.
+_made: Any = WeakTensorKeyDictionary()
+# Of each norm's output that lives, what it was made from. No attribute of the tensor: that would be saved with it.
 
 OfRows = Callable[[Tensor, Tensor], Tensor]
 """``dU^T rows``: dU (T, R), rows (T, K) -> (R, K)."""
@@ -68,12 +69,12 @@ Source = Kept | Normed
 def remember(x: Tensor, normed: Normed) -> None:
     """That x, to which nobody has written yet, is what ``normed`` says; not in float16: rstd * dU may overflow."""
     if x.dtype is not torch.float16:
-        setattr(x, _ATTRIBUTE, (normed, x._version))
+        _made[x] = normed, x._version
 
 
 def source_of(x: Tensor) -> Source:
     """What to keep of x: itself where it is no norm's output, or somebody wrote to it since."""
-    normed, version = getattr(x, _ATTRIBUTE, (None, 0))
+    normed, version = _made.get(x, (None, 0))
     return Kept(x) if normed is None or x._version != version else normed
 
 
