@@ -10,11 +10,13 @@ its product again.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-_ATTRIBUTE = "_rankwise_handback"
-# Of a layer's output.
+_offers: Any = WeakTensorKeyDictionary()
+# Of each output of a layer that lives. No attribute of the tensor: that would be saved with it.
 
 
 @dataclasses.dataclass
@@ -39,12 +41,12 @@ class Handback:
 
 def offer(y: Tensor, handback: Handback) -> None:
     """Whoever finds y can promise to give it back."""
-    setattr(y, _ATTRIBUTE, handback)
+    _offers[y] = handback
 
 
 def offered_by(y: Tensor) -> Handback | None:
     """What came with y, as long as nobody wrote to it."""
-    return getattr(y, _ATTRIBUTE, None) if y._version == 0 else None
+    return _offers.get(y) if y._version == 0 else None
 
 
 def offered_with_heads(q: Tensor) -> Handback | None:
