@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -144,3 +146,34 @@ def test_memory_stays_small() -> None:
         reference.quantize_4bit(w)
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert largest <= 16 << 20
+
+
+TABLES_ARE_PLAIN = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rankwise.ops import codes
+
+cpu = torch.device("cpu")
+
+
+def transformed(x):
+    codes.code_values("nf4", cpu)
+    return x.sum()
+
+
+torch.func.grad(transformed)(torch.ones(3))
+with FakeTensorMode():
+    codes.code_bounds("nf4", cpu)
+with torch.inference_mode():
+    codes.dynamic_map(cpu)
+for table in (codes.code_values("nf4", cpu), codes.code_bounds("nf4", cpu), codes.dynamic_map(cpu)):
+    assert type(table) is torch.Tensor
+    assert not table.is_inference()
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(table)
+"""
+
+
+def test_tables_are_plain_whoever_asks_first() -> None:
+    """In a process of its own, where nobody asked before."""
+    subprocess.run([sys.executable, "-c", TABLES_ARE_PLAIN], check=True, timeout=120)

@@ -8,11 +8,16 @@ The native library and the Triton kernels receive these tables as arguments.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
+from typing import ParamSpec, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+Parameters = ParamSpec("Parameters")
 
 NESTED_BLOCK = 256
 """Elements of ``absmax`` that share one second-level scale (QLoRA, section 3)."""
@@ -67,25 +72,37 @@ def code_table(quant_type: str) -> CodeTable:
 QUANT_TYPES = ("nf4", "fp4")
 
 
-@cache
+def _kept(make: Callable[Parameters, Tensor]) -> Callable[Parameters, Tensor]:
+    """A table made once in a process: a plain tensor, whatever transform, fake mode or inference mode asks first."""
+
+    @cache
+    @wraps(make)
+    def kept(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Tensor:
+        with torch.inference_mode(False), torch._C._DisableFuncTorch(), _disable_current_modes():
+            return make(*args, **kwargs)
+
+    return cast(Callable[Parameters, Tensor], kept)
+
+
+@_kept
 def code_values(quant_type: str, device: torch.device) -> Tensor:
     """(16,) float32 on ``device``."""
     return torch.tensor(code_table(quant_type).value, dtype=torch.float32, device=device)
 
 
-@cache
+@_kept
 def code_bounds(quant_type: str, device: torch.device) -> Tensor:
     """(15,) float32 on ``device``."""
     return torch.tensor(code_table(quant_type).bound, dtype=torch.float32, device=device)
 
 
-@cache
+@_kept
 def code_order(quant_type: str, device: torch.device) -> Tensor:
     """(16,) uint8 on ``device``."""
     return torch.tensor(code_table(quant_type).order, dtype=torch.uint8, device=device)
 
 
-@cache
+@_kept
 def dynamic_map(device: torch.device) -> Tensor:
     """(256,) float32: the signed 8-bit dynamic data type, ascending ("8-bit approximations", Dettmers 2016).
 
@@ -101,7 +118,7 @@ def dynamic_map(device: torch.device) -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
-@cache
+@_kept
 def dynamic_bins(device: torch.device) -> Tensor:
     """(65536,) uint8: the code of each of the equal bins, ``-1 + 2 i / 65535``, ties to the lower code."""
     codes = dynamic_map(torch.device("cpu"))
