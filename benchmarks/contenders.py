@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import rankwise as rw
+from rankwise.acceleration.replace import ATTRIBUTE
 
 METHODS = ("lora", "dora", "qlora", "qdora")
 DTYPES = ("bfloat16", "float32")
@@ -130,16 +131,19 @@ class Step:
 @contextlib.contextmanager
 def models_own_attention(model: Any) -> Iterator[None]:
     """Our own kernels set aside, so that torch sees, and counts, every product; the results are the same."""
-    before = model.config._attn_implementation
-    if before == "rankwise":
-        model.set_attn_implementation("sdpa")
-    rw.ops.set_implementation("reference")
+    is_fast = ATTRIBUTE in model.__dict__
+    _compute_by("reference", model, is_fast=is_fast)
     try:
         yield
     finally:
-        rw.ops.set_implementation("auto")
-        if before == "rankwise":
-            model.set_attn_implementation(before)
+        _compute_by("auto", model, is_fast=is_fast)
+
+
+def _compute_by(implementation: str, model: Any, *, is_fast: bool) -> None:
+    """What a step is given back, and so need not keep, is found out with the kernels that run."""
+    rw.ops.set_implementation(implementation)
+    if is_fast:
+        rw.optimize_for_training(model)
 
 
 def dtypes_of_adapter(model: Any) -> list[str]:
