@@ -22,6 +22,21 @@ _ELEMENTS, _WARPS = 2048, 4
 
 
 @triton.jit
+def rows_at(
+    x: tl.tensor, row: tl.tensor, column: tl.tensor, stride: tl.tensor, T: tl.tensor, D: tl.tensor
+) -> tl.tensor:
+    """x at these rows and columns in float32, 0 outside of T x D."""
+    inside = (row < T)[:, None] & (column < D)[None, :]
+    return tl.load(x + row[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def scale_at(w: tl.tensor, column: tl.tensor, D: tl.tensor, OFFSET: tl.constexpr) -> tl.tensor:
+    """OFFSET + w at these columns, as one row."""
+    return (OFFSET + tl.load(w + column, mask=column < D, other=0.0).to(tl.float32))[None, :]
+
+
+@triton.jit
 def rms_norm_kernel(
     x: tl.tensor,
     w: tl.tensor,
@@ -41,20 +56,18 @@ def rms_norm_kernel(
     squares = tl.zeros((ROWS,), tl.float32)
     for start in range(0, D, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        inside = (row < T)[:, None] & (column < D)[None, :]
-        part = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        part = rows_at(x, row, column, x_stride, T, D)
         squares += tl.sum(part * part, axis=1)
     inverse = tl.rsqrt(squares / D + eps)
     tl.store(rstd + row, inverse, mask=row < T)
     for start in range(0, D, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        inside = (row < T)[:, None] & (column < D)[None, :]
-        part = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        part = rows_at(x, row, column, x_stride, T, D)
         normal = part * inverse[:, None]
         if CAST_FIRST:
             normal = round_to(normal, y.dtype.element_ty).to(tl.float32)
-        scale = OFFSET + tl.load(w + column, mask=column < D, other=0.0).to(tl.float32)
-        out = round_to(normal * scale[None, :], y.dtype.element_ty)
+        out = round_to(normal * scale_at(w, column, D, OFFSET), y.dtype.element_ty)
+        inside = (row < T)[:, None] & (column < D)[None, :]
         tl.store(y + row[:, None] * D + column[None, :], out, mask=inside)
 
 
@@ -81,22 +94,18 @@ def rms_norm_backward_kernel(
     products = tl.zeros((ROWS,), tl.float32)
     for start in range(0, D, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        inside = (row < T)[:, None] & (column < D)[None, :]
-        scale = OFFSET + tl.load(w + column, mask=column < D, other=0.0).to(tl.float32)
-        h = tl.load(dy + row[:, None] * dy_stride + column[None, :], mask=inside, other=0.0).to(tl.float32) * scale
-        part = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        h = rows_at(dy, row, column, dy_stride, T, D) * scale_at(w, column, D, OFFSET)
+        part = rows_at(x, row, column, x_stride, T, D)
         products += tl.sum(h * part, axis=1)
     mean = inverse * inverse * (products / D)
     for start in range(0, D, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        inside = (row < T)[:, None] & (column < D)[None, :]
-        scale = OFFSET + tl.load(w + column, mask=column < D, other=0.0).to(tl.float32)
-        h = tl.load(dy + row[:, None] * dy_stride + column[None, :], mask=inside, other=0.0).to(tl.float32) * scale
-        part = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        h = rows_at(dy, row, column, dy_stride, T, D) * scale_at(w, column, D, OFFSET)
+        part = rows_at(x, row, column, x_stride, T, D)
         grad = inverse[:, None] * (h - part * mean[:, None])
         if residual_grad is not None:
-            past = residual_grad + row[:, None] * residual_stride + column[None, :]
-            grad += tl.load(past, mask=inside, other=0.0).to(tl.float32)
+            grad += rows_at(residual_grad, row, column, residual_stride, T, D)
+        inside = (row < T)[:, None] & (column < D)[None, :]
         tl.store(dx + row[:, None] * D + column[None, :], round_to(grad, dx.dtype.element_ty), mask=inside)
 
 
