@@ -371,3 +371,12 @@ def test_dora_keeps_no_output_that_rotary_positions_give_back(name: str, given_b
     for one in (copied, model):
         restore(one)
         assert coming_back(one) == set()
+
+
+def test_rotary_positions_are_not_said_to_be_fused_where_no_kernel_runs() -> None:
+    rw.ops.set_implementation("reference")
+    try:
+        done = rw.optimize_for_training(adapted("llama"))
+    finally:
+        rw.ops.set_implementation("auto")
+    assert (done.norms, done.mlps, done.ropes) == (0, 0, 0)

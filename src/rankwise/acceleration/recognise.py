@@ -76,12 +76,14 @@ def replace_mlps(model: nn.Module, undo: Undo) -> int:
 def replace_ropes(model: nn.Module, undo: Undo) -> int:
     """The rotary functions of the Python modules that define this model's layers; gives their number."""
     names = {type(module).__module__ for module in model.modules()}
-    device = next(model.parameters()).device
+    like = torch.empty(0, device=next(model.parameters()).device)
+    if not _runs(like):
+        return 0
     count = 0
     for name in sorted(names):
         namespace: Any = sys.modules.get(name)
         original = getattr(namespace, ROPE, None)
-        if original is None or not (isinstance(original, FastRope) or _rope_agrees(original, device)):
+        if original is None or not (isinstance(original, FastRope) or _rope_agrees(original, like)):
             continue
         if not isinstance(original, FastRope):
             setattr(namespace, ROPE, FastRope(original))
@@ -232,10 +234,10 @@ def _mlp_dtype(module: nn.Module, base: Any) -> torch.dtype | None:
 
 
 @torch.no_grad()
-def _rope_agrees(original: Callable[..., Any], device: torch.device) -> bool:
+def _rope_agrees(original: Callable[..., Any], like: Tensor) -> bool:
     shapes = ((2, 3, 5, 16), (2, 1, 5, 16), (2, 5, 8), (2, 5, 8))
     generator = torch.Generator().manual_seed(0)
-    q, k, *angles = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
+    q, k, *angles = (torch.randn(shape, generator=generator).to(like) for shape in shapes)
     cos, sin = (half.repeat(1, 1, 2) for half in angles)
     try:
         expected = original(q, k, cos, sin)
