@@ -132,8 +132,8 @@ class Step:
 def models_own_attention(model: Any) -> Iterator[None]:
     """Our own kernels set aside, so that torch sees, and counts, every product; the results are the same."""
     is_fast = ATTRIBUTE in model.__dict__
-    _compute_by("reference", model, is_fast=is_fast)
     try:
+        _compute_by("reference", model, is_fast=is_fast)
         yield
     finally:
         _compute_by("auto", model, is_fast=is_fast)

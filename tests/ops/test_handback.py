@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rankwise.acceleration.parts import rope, turned_back
-from rankwise.ops import reference_training, training
+from rankwise.ops import low_rank_plain, reference_training, training
 from rankwise.ops.branch import Branch
 from rankwise.ops.handback import offered_by
 from rankwise.ops.low_rank_linear import low_rank_linear
@@ -124,3 +124,12 @@ def test_only_layers_whose_magnitude_trains_offer_their_output() -> None:
     for branch in found:
         branch.m.requires_grad_(False)  # type: ignore[union-attr]
     assert offered_by(low_rank_linear(torch.randn(2, 5, 5, dtype=torch.float64), found)[0]) is None
+
+
+def test_an_output_that_nobody_used_causes_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, (cos, sin) = made(), angles()
+    first, _ = low_rank_linear(torch.randn(2, 5, 5, dtype=torch.float64), found)
+    loss = rope(with_heads(first), cos, sin).square().sum()
+    monkeypatch.setattr(low_rank_plain, "forward", lambda *_: pytest.fail("a product was made again"))
+    loss.backward()
+    assert found[0].m.grad is not None  # type: ignore[union-attr]

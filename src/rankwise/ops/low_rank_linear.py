@@ -71,7 +71,7 @@ class LowRankLinear(torch.autograd.Function):
         made = _forward(x, branches, dropout)
         outputs = made.outputs(x)
         ctx.handbacks = [handback if handback is not None and handback.is_wanted else None for handback in handbacks]
-        needed = [trains and not branch.comes_back for branch, trains in zip(branches, _trains_m(branches))]
+        needed = [handback is not None and not handback.is_wanted for handback in handbacks]
         ctx.steps, ctx.kept = made.steps, _kept(needed, outputs)
         ctx.branches, ctx.dropout = [_without_tensors(branch) for branch in branches], dropout
         source = normed.source_of(x)
@@ -88,7 +88,8 @@ class LowRankLinear(torch.autograd.Function):
         branches, ys = _with_tensors(ctx.branches, rest)
         ys = [y if handback is None else handback.take() for y, handback in zip(ys, ctx.handbacks)]
         wanted, want_dx = _wanted(ctx.needs_input_grad[4:]), ctx.needs_input_grad[3]
-        if _are_written_over(ctx.kept) or any(y is None and want.m for y, want in zip(ys, wanted)):
+        are_missing = any(y is None and want.m and dy is not None for y, want, dy in zip(ys, wanted, dys))
+        if are_missing or _are_written_over(ctx.kept):
             ys = ctx.steps.forward(source.rows(), branches, ctx.dropout)[0]
         dU, dx, grads = ctx.steps.backward(_all_rows(dys), branches, ys, U, ctx.dropout, wanted, want_dx=want_dx)
         dA = None
