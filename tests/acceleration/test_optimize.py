@@ -17,7 +17,8 @@ from transformers import LlamaForCausalLM
 import rankwise as rw
 from marks import needs_avx2
 from rankwise.acceleration import flattening_obstacle, fused_head, restore, use_native_products
-from rankwise.acceleration.attention import mask_ranges
+from rankwise.acceleration.attention import attention as own_attention
+from rankwise.acceleration.attention import kernel, mask_ranges
 from rankwise.planning.tracker import StorageTracker
 from tiny_models import tiny_llama
 
@@ -275,6 +276,17 @@ def test_rows_laid_end_to_end_compute_as_apart() -> None:
     found = model(**together, labels=labels).loss.item()
     apart = [model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1) for ids in (first, second)]
     assert found == pytest.approx(sum(apart) / 10, rel=1e-5)
+
+
+@needs_avx2
+def test_full_fine_tuning_under_autocast_takes_our_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary positions leave q and k in float32 beside a bfloat16 v; sdpa would need the mask of all rows together."""
+    calls = []
+    monkeypatch.setattr(kernel, "attention", lambda q, k, v, *_, **__: calls.append((q.dtype, k.dtype, v.dtype)) or q)
+    q, k, v = (torch.randn(1, 2, 5, 16, dtype=dtype) for dtype in (torch.float32, torch.float32, torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        own_attention(torch.nn.Module(), q, k, v, None)
+    assert calls == [(torch.bfloat16,) * 3]
 
 
 def test_masks_become_ranges_only_where_they_are() -> None:

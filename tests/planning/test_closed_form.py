@@ -115,6 +115,11 @@ def test_closed_form_in_float16_which_our_parts_do_not_take(device, method):
     assert -0.03 <= compared("llama", method, step(device, False, 8, 1024, dtype="float16")) <= 0.08
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_closed_form_of_mixed_precision_on_a_cpu(family):
+    assert -0.03 <= compared(family, "full", step("cpu", False, 8, 1024, dtype="bfloat16")) <= 0.08
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("family", "method"), [("llama", "lora"), ("llama", "full"), ("gemma", "qdora")])
 def test_closed_form_of_a_card_without_triton(family, method, checkpointing):

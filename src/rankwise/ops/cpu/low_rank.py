@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rankwise.ops import training
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted, grad_of_bias, grad_of_m
+from rankwise.ops.cpu.memory import OF_OUTPUTS, roomy
 from rankwise.ops.cpu.products import MOST_TERMS, Factor, Term, add_products, pay, row_product, take
 
 
@@ -45,7 +46,8 @@ def forward(rows: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -
         low_rank = Term(U_i, _factor(branch.B), scale=branch.scale, exact=exact, a_rest=rest_i)
         terms = [Term(rows, _frozen(branch)), low_rank]
         bias = None if branch.bias is None else branch.bias.float()
-        ys.append(add_products(terms, rows.new_empty(T, branch.B.shape[0]), branch.gain, bias))
+        y = roomy((T, branch.B.shape[0]), rows.dtype, OF_OUTPUTS)
+        ys.append(add_products(terms, y, branch.gain, bias))
     return ys, U
 
 

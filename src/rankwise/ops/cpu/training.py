@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rankwise.ops.checks_training import ACTIVATIONS, bad_target
+from rankwise.ops.cpu.memory import OF_SHORT_LIVED, roomy
 from rankwise.ops.cpu.native import library
 from rankwise.ops.reference_training import IGNORED, dropout_keys, dropout_threshold
 
@@ -66,7 +67,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) ->
     x, x_stride = _rows(x)
     D = w.shape[0]
     w, T = w.to(x.dtype).contiguous(), _count(x, D)
-    y, rstd = torch.empty(x.shape, dtype=x.dtype), torch.empty(T, dtype=torch.float32)
+    y, rstd = roomy(x.shape, x.dtype, OF_SHORT_LIVED), torch.empty(T, dtype=torch.float32)
     _functions().rw_rms_norm(
         x.data_ptr(), x_stride, w.data_ptr(), eps, offset, cast_first, y.data_ptr(), rstd.data_ptr(),
         T, D, _DTYPE[x.dtype], _threads(),
@@ -94,7 +95,7 @@ def glu(gate: Tensor, up: Tensor, act: str) -> Tensor:
     """act(gate) * up."""
     gate, gate_stride = _rows(gate)
     up, up_stride = _rows(up)
-    product, N = torch.empty(gate.shape, dtype=gate.dtype), gate.shape[-1]
+    product, N = roomy(gate.shape, gate.dtype, OF_SHORT_LIVED), gate.shape[-1]
     _functions().rw_glu(
         None, 0, gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, _ACTIVATION[act],
         None, None, product.data_ptr(), _count(gate, N), N, _DTYPE[gate.dtype], _threads(),

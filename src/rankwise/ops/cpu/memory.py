@@ -1,0 +1,30 @@
+"""Memory for results that are let go while what was made after them stays.
+
+For an aligned block of n bytes glibc wants a free one of n + 96, so that what a tensor leaves is too small for the next
+of its size: in a forward pass every layer would leave a hole, a twentieth of a LoRA step's memory and a twelfth of a
+DoRA step's. With a little room to spare it is used again. Three ranks of room, since a block must find one above its
+own: what PyTorch makes has none, a product's output some, and what lives shortest most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+OF_OUTPUTS, OF_SHORT_LIVED = 4 << 10, 8 << 10
+# Bytes. What is split off a used block is larger than what glibc sets aside for itself and does not join again.
+_LEAST_BYTES = 256 << 10
+
+
+def roomy(shape: Sequence[int], dtype: torch.dtype, spare_bytes: int) -> Tensor:
+    """An uninitialized tensor, dense, whose storage is larger by ``spare_bytes`` where it is large enough to matter.
+
+    No view: it may be written to in place wherever autograd sees it. Fake where tensors are.
+    """
+    shape, count = tuple(shape), math.prod(shape)
+    if count * dtype.itemsize < _LEAST_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    return torch.empty(count + spare_bytes // dtype.itemsize, dtype=dtype).resize_(shape)
