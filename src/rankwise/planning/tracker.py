@@ -22,6 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from rankwise.planning.quick_fakes import QuickFakes
+
 NEVER = 1 << 62
 DEVICE_OF = torch.ops.prim.device.default
 # Half of all that is asked of fake tensors: a fake tensor knows the answer itself.
@@ -60,6 +62,7 @@ class StorageTracker(TorchDispatchMode):
         super().__init__()
         self.counted_before = counted_before
         self.answers = answers or Answers()
+        self.quick = QuickFakes()
         self.rounding, self.vocabulary, self.scratch = rounding, vocabulary, scratch or {}
         self.phase = "setup"
         self.live_bytes = self.peak_bytes = 0
@@ -81,6 +84,8 @@ class StorageTracker(TorchDispatchMode):
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         kwargs = kwargs or {}
         result = self.answers(func, args, kwargs)
+        if result is NotImplemented:
+            result = self.quick(func, args, kwargs)
         if result is NotImplemented:
             result = func(*args, **kwargs)
         name = func.name().partition(".")[0]

@@ -1,0 +1,152 @@
+"""Operations on fake tensors without the fake mode's bookkeeping.
+
+It looks each operation up among those that it has seen, under a key of all that a compiler could ask of its arguments,
+and runs ours, which it does not look up, in Python: most of a dry run's time. Shapes and storages are the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+
+_aten = torch.ops.aten
+_CPU = torch.device("cpu")
+
+VIEWS = frozenset(
+    {
+        _aten.alias.default,
+        _aten.detach.default,
+        _aten.expand.default,
+        _aten.permute.default,
+        _aten.slice.Tensor,
+        _aten.split.Tensor,
+        _aten.split_with_sizes.default,
+        _aten.t.default,
+        _aten.transpose.int,
+        _aten.unsqueeze.default,
+        _aten.view.default,
+        _aten._unsafe_view.default,
+    }
+)
+"""They share the storage of their first argument; their meta kernels are quick."""
+IN_PLACE = frozenset(
+    {_aten.add_.Tensor, _aten.addmm_.default, _aten.copy_.default, _aten.mul_.Tensor, _aten.zero_.default}
+)
+"""They give their first argument back."""
+NEW = frozenset(
+    {
+        _aten._to_copy.default,
+        _aten.add.Tensor,
+        _aten.cat.default,
+        _aten.clamp_min.default,
+        _aten.clone.default,
+        _aten.div.Tensor,
+        _aten.empty.memory_format,
+        _aten.empty_like.default,
+        _aten.eq.Scalar,
+        _aten.mm.default,
+        _aten.mul.Tensor,
+        _aten.new_empty.default,
+        _aten.ones.default,
+        _aten.pow.Tensor_Scalar,
+        _aten.scalar_tensor.default,
+        _aten.sqrt.default,
+        _aten.sum.dim_IntList,
+        _aten.where.self,
+        _aten.zeros.default,
+        _aten.zeros_like.default,
+    }
+)
+"""Their results have storages of their own; so have those of all our operators."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """What a result is made from; ``is_tuple``: of several tensors."""
+
+    tensors: tuple[tuple[Any, Any, torch.dtype], ...]
+    is_tuple: bool
+
+
+class QuickFakes:
+    """Remembers what came out of which arguments: shapes, strides, dtypes and numbers."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Any, _Made | None] = {}
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result, or NotImplemented where the fake mode must see to it."""
+        mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        if mode is None:
+            return NotImplemented
+        if func in IN_PLACE and _is_fake(args[0]):
+            return args[0]
+        if func in VIEWS and _is_fake(args[0]):
+            with in_kernel_invocation_manager(mode):
+                made = func(*args, **kwargs)
+            return _fake(made, mode) if isinstance(made, Tensor) else [_fake(item, mode) for item in made]
+        if func not in NEW and func.namespace != "rankwise":
+            return NotImplemented
+        return self._remembered(mode, func, args, kwargs)
+
+    def _remembered(self, mode: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            key = (func, _described(args), _described(kwargs.items()))
+            hash(key)
+        except TypeError:
+            return NotImplemented
+        if key not in self._seen:
+            result = func(*args, **kwargs)
+            made = _made_from(result, args)
+            if made is not NotImplemented:
+                self._seen[key] = made
+            return result
+        made = self._seen[key]
+        if made is None:
+            return None
+        with in_kernel_invocation_manager(mode):
+            tensors = [
+                torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in made.tensors
+            ]
+        fakes = tuple(_fake(tensor, mode) for tensor in tensors)
+        return fakes if made.is_tuple else fakes[0]
+
+
+def _described(values: Iterable[Any]) -> tuple[Any, ...]:
+    """Raises TypeError for what has values or another device."""
+    return tuple(map(_description, values))
+
+
+def _description(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        if not _is_fake(value):
+            raise TypeError
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, list | tuple):
+        return _described(value)
+    # 1, 1.0 and True are equal and make different results.
+    return type(value), value
+
+
+def _made_from(result: Any, args: tuple[Any, ...]) -> Any:
+    """None, what a fresh result is made from, or NotImplemented for any other result."""
+    if result is None:
+        return None
+    tensors = result if isinstance(result, tuple) else (result,)
+    given = {item.untyped_storage()._cdata for item in args if isinstance(item, Tensor)}
+    if not all(_is_fake(tensor) and tensor.untyped_storage()._cdata not in given for tensor in tensors):
+        return NotImplemented
+    return _Made(tuple((item.shape, item.stride(), item.dtype) for item in tensors), isinstance(result, tuple))
+
+
+def _is_fake(value: Any) -> bool:
+    return isinstance(value, FakeTensor) and value.fake_device == _CPU
+
+
+def _fake(made: Tensor, mode: Any) -> Tensor:
+    return FakeTensor(mode, made, _CPU)
