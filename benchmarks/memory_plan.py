@@ -2,6 +2,7 @@
 
     python benchmarks/memory_plan.py            # the demo model and a random Llama of 0.6B; some minutes
     python benchmarks/memory_plan.py --quick    # the demo model, one method
+    python benchmarks/memory_plan.py --dtype bfloat16 --name memory_avx2    # not in the machine's own dtype
 
 Each measurement takes three real steps of random weights in a process of its own: on a CPU the growth of its anonymous
 memory, on CUDA the peak of torch's allocator. Writes memory.json and memory.md into docs/results, or
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             models.append(("Llama of 0.6B, 2 x 256 tokens", folder, 2, 256))
         methods = METHODS[:1] if given.quick else METHODS
         rows = [
-            row_of(name, model, method, batch, length, again)
+            row_of(name, model, method, batch, length, again, given.dtype)
             for name, model, batch, length in models
             for method in methods
             for again in (False, True)
@@ -59,26 +60,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "command": results.command(),
         "machine": results.machine(),
         "versions": results.versions(),
-        "dtype": this_machine().dtype,
+        "dtype": given.dtype,
         "rows": rows,
     }
-    dtype = this_machine().dtype
-    results.save(given.output, "memory" if dtype == "bfloat16" else f"memory_{dtype}", result, markdown(result))
+    usual = "memory" if given.dtype == "bfloat16" else f"memory_{given.dtype}"
+    results.save(given.output, given.name or usual, result, markdown(result))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one method on the demo model: does it run at all?")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=this_machine().dtype)
+    parser.add_argument("--name", help="of the files; default: memory, or memory_float32")
     parser.add_argument("--output", type=Path, default=results.FOLDER)
     return parser.parse_args(arguments)
 
 
-def row_of(name: str, model: str, method: str, batch: int, length: int, again: bool) -> dict[str, Any]:
+def row_of(name: str, model: str, method: str, batch: int, length: int, again: bool, dtype: str) -> dict[str, Any]:
     print(f"{name}: {method}{', checkpointing' if again else ''} ...", file=sys.stderr, flush=True)
-    hardware = this_machine()
-    kind = hardware.device_type
+    kind = this_machine().device_type
     workload = Workload(
-        batch_size=batch, max_length=length, gradient_checkpointing=again, device_type=kind, dtype=hardware.dtype
+        batch_size=batch, max_length=length, gradient_checkpointing=again, device_type=kind, dtype=dtype
     )
     closed, dry = (estimate(model, method, workload, exact=exact) for exact in (False, True))
     measured = measure(model, method, workload)

@@ -14,9 +14,10 @@ DRY_RUN_ERROR = {"cpu": 0.08, "cuda": 0.05}
 CPU_LIBRARY_BYTES = 50 << 20
 # What a step leaves in its libraries on a CPU (generated kernels, thread pools, the heap's ends): the measured growth
 # less the tensors was 47 to 60 MB over methods and checkpointing on the demo model.
-HOLES_BYTES = 40 << 20
-HOLES_PER_GRADIENT = {False: 0.5, True: 0.2}
-# Without and with gradient checkpointing; both measured: see `heap_holes_bytes`.
+HOLES_OF_PYTORCHS_STEP = 40 << 20
+HOLES_PER_GRADIENT, HOLES_PER_GRADIENT_CHECKPOINTED, HOLES_PER_GRADIENT_OF_FULL = 0.5, 0.2, 0.1
+HOLES_PER_KEPT, HOLES_PER_KEPT_OF_FULL = 0.02, 0.4
+# All measured: see `heap_holes_bytes`.
 CLOSED_FORM_ERROR = {"cpu": 0.15, "cuda": 0.10}
 
 
@@ -50,7 +51,8 @@ def assembled(
     if workload.device_type == "cuda":
         terms["overhead"] += cuda.workspace_bytes()
     else:
-        terms["overhead"] += CPU_LIBRARY_BYTES + heap_holes_bytes(workload, trained_bytes)
+        kept_bytes = max(found.get("activations", 0) for found in phases.values())
+        terms["overhead"] += CPU_LIBRARY_BYTES + heap_holes_bytes(method, workload, trained_bytes, kept_bytes)
     return MemoryEstimate(
         method=method,
         peak_bytes=sum(terms.values()),
@@ -66,17 +68,22 @@ def assembled(
     )
 
 
-def heap_holes_bytes(workload: Workload, trained_bytes: int) -> int:
-    """What lies unused between the blocks of a CPU's heap at the peak: a constant, and a share of all gradients.
+def heap_holes_bytes(method: str, workload: Workload, trained_bytes: int, kept_bytes: int) -> int:
+    """What lies unused between the blocks of a CPU's heap at the peak: shares of all gradients and of what is kept.
 
     A gradient seldom fits into what an activation left, so gradients come beside freed activations, of which there are
-    fewer with checkpointing. Our checkpointing leaves no holes besides (`acceleration.checkpointing`). Fitted to
-    `benchmarks/memory_plan.py` (glibc): of full fine-tuning 0.17 of the gradients with checkpointing, 0.5 to 0.7
-    without.
+    fewer with checkpointing. Our adapters leave next to no holes besides (`ops.cpu.memory`), nor does our checkpointing
+    (`acceleration.checkpointing`); full fine-tuning computes in PyTorch's own operations, which leave one beside much
+    of what a layer keeps. Fitted to measured steps (glibc): `benchmarks/memory_plan.py`, adapters in bfloat16, too, and
+    full fine-tuning of its two models with 128 to 4,096 tokens a step.
     """
-    whole = workload.gradient_checkpointing and workload.fast
-    share = HOLES_PER_GRADIENT[workload.gradient_checkpointing]
-    return (0 if whole else HOLES_BYTES) + round(share * trained_bytes)
+    if workload.gradient_checkpointing or not workload.fast:
+        again = workload.gradient_checkpointing
+        share = HOLES_PER_GRADIENT_CHECKPOINTED if again else HOLES_PER_GRADIENT
+        return round(share * trained_bytes) + (0 if workload.fast else HOLES_OF_PYTORCHS_STEP)
+    if method == "full":
+        return round(HOLES_PER_GRADIENT_OF_FULL * trained_bytes + HOLES_PER_KEPT_OF_FULL * kept_bytes)
+    return round(HOLES_PER_GRADIENT * trained_bytes + HOLES_PER_KEPT * kept_bytes)
 
 
 def outside_bytes(workload: Workload, tensors_bytes: int) -> int:
