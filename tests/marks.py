@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from rankwise.evaluation.metrics.java import missing_java
 from rankwise.ops import selection
 from rankwise.ops.cpu import native, products
 
@@ -14,3 +15,7 @@ needs_products = pytest.mark.skipif(
 needs_avx2 = pytest.mark.skipif(
     not (selection.native_on_cpu() and native.library().rw_best_level() > 0), reason="this CPU and build have no AVX2"
 )
+
+_MISSING_JAVA = missing_java()
+# It starts a process: asked once.
+needs_java = pytest.mark.skipif(_MISSING_JAVA is not None, reason=_MISSING_JAVA or "")

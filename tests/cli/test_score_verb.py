@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from marks import needs_java
 from rankwise.evaluation.metrics import java
 
 PREDICTIONS = "MR\toutput\nname[The Mill]\tThe Mill is a pub.\nname[Vaults]\tVaults is a bar.\n"
@@ -19,7 +20,7 @@ def e2e_files(tmp_path):
     return ("--predictions", tmp_path / "p.tsv", "--references", tmp_path / "r.csv")
 
 
-@pytest.mark.skipif(java.missing_java() is not None, reason=java.missing_java() or "")
+@needs_java
 def test_e2e_prints_one_document(e2e_files, rankwise):
     done = rankwise("score", "e2e", *e2e_files, "--json")
     assert done.code == 0

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from marks import needs_java
 from rankwise.data import read_rows
-from rankwise.evaluation.metrics.java import missing_java
 from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.e2e import E2e
 
 NAMES = ("Aromi", "Zizzi", "The Mill", "Loch Fyne", "Bibimbap", "Fitzbillies")
-pytestmark = pytest.mark.skipif(missing_java() is not None, reason=missing_java() or "")
+pytestmark = needs_java
 
 
 def answers(texts: list[str]) -> list[Example]:

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from rankwise.ops import attention as kernel
-from rankwise.ops.selection import transforms_functions
+from rankwise.ops.selection import as_autocast, transforms_functions
 
 NAME = "rankwise"
 _UNKNOWN_TO_THE_KERNEL = ("position_bias", "softcap", "s_aux")
@@ -72,7 +72,9 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query (B, H, L, D), key and value (B, Hkv, Lk, D) -> (B, L, H, D)."""
-    q, k, v = (_as_autocast_does(tensor).transpose(1, 2) for tensor in (query, key, value))
+    # Rotary positions leave q and k in float32 beside a v in 16 bits; the kernel is asked about what it will get.
+    query, key, value = map(as_autocast, (query, key, value))
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     covered = (
         dropout == 0.0
         and not transforms_functions()
@@ -84,13 +86,6 @@ def attention(
     if ranges is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     return kernel.attention(q, k, v, *ranges, scale=scaling), None
-
-
-def _as_autocast_does(tensor: Tensor) -> Tensor:
-    """Rotary positions leave q and k in float32 beside a v in 16 bits, which autocast mends for PyTorch's kernels."""
-    if not torch.is_autocast_enabled(tensor.device.type):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _ranges(

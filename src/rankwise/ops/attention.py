@@ -48,8 +48,7 @@ def attention(
         QuantizationError: RW622, shapes, dtypes or devices that do not fit together; RW607, the native kernel was
             forced (`rankwise.ops.set_implementation`) and cannot run.
     """
-    if torch.is_autocast_enabled(q.device.type) and q.dtype is not torch.float64:
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    q, k, v = map(selection.as_autocast, (q, k, v))
     check(q, k, v, start, end)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     choice = selection.forced()

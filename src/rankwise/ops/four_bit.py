@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from rankwise.ops import library as _library
 from rankwise.ops.checks import check_rows
-from rankwise.ops.selection import transforms_functions
+from rankwise.ops.selection import as_autocast, transforms_functions
 
 _ops = torch.ops.rankwise
 
@@ -152,13 +152,6 @@ def row_norms_4bit(
         QuantizationError: RW601, RW602, RW604, RW605, and RW606 when ``shape`` is not (N, K).
     """
     return _ops.row_norms_4bit(packed, absmax, shape, quant_type, block_size, nested_absmax, offset, dtype)
-
-
-def as_autocast(x: Tensor) -> Tensor:
-    """``x`` as autocast hands it to a product: in its dtype where it is on."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
 
 
 def _transformed() -> bool:

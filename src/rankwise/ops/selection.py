@@ -85,6 +85,13 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or transforms_functions()
 
 
+def as_autocast(x: Tensor) -> Tensor:
+    """``x`` as autocast hands it to a product or to attention: in its dtype where it is on."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
 def takes_native(tensor: Tensor) -> bool:
     """Whether the native library works on this tensor: a plain one on a CPU, or a fake one in its place."""
     known = type(tensor) in (Tensor, torch.nn.Parameter) or (_fakes_as == "cpu" and isinstance(tensor, FakeTensor))

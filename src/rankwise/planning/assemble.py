@@ -15,9 +15,8 @@ CPU_LIBRARY_BYTES = 50 << 20
 # What a step leaves in its libraries on a CPU (generated kernels, thread pools, the heap's ends): the measured growth
 # less the tensors was 47 to 60 MB over methods and checkpointing on the demo model.
 HOLES_OF_PYTORCHS_STEP = 40 << 20
-HOLES_PER_GRADIENT, HOLES_PER_GRADIENT_CHECKPOINTED, HOLES_PER_GRADIENT_OF_FULL = 0.5, 0.2, 0.1
-HOLES_PER_KEPT, HOLES_PER_KEPT_OF_FULL = 0.02, 0.4
-# All measured: see `heap_holes_bytes`.
+HOLES_CHECKPOINTED, HOLES_OF_FULL, HOLES_OF_ADAPTERS, HOLES_ELSE = (0.2, 0.0), (0.1, 0.4), (0.5, 0.02), (0.5, 0.0)
+# Shares of all gradients and of what is kept, all measured: see `heap_holes_bytes`.
 CLOSED_FORM_ERROR = {"cpu": 0.15, "cuda": 0.10}
 
 
@@ -77,13 +76,17 @@ def heap_holes_bytes(method: str, workload: Workload, trained_bytes: int, kept_b
     of what a layer keeps. Fitted to measured steps (glibc): `benchmarks/memory_plan.py`, adapters in bfloat16, too, and
     full fine-tuning of its two models with 128 to 4,096 tokens a step.
     """
-    if workload.gradient_checkpointing or not workload.fast:
-        again = workload.gradient_checkpointing
-        share = HOLES_PER_GRADIENT_CHECKPOINTED if again else HOLES_PER_GRADIENT
-        return round(share * trained_bytes) + (0 if workload.fast else HOLES_OF_PYTORCHS_STEP)
-    if method == "full":
-        return round(HOLES_PER_GRADIENT_OF_FULL * trained_bytes + HOLES_PER_KEPT_OF_FULL * kept_bytes)
-    return round(HOLES_PER_GRADIENT * trained_bytes + HOLES_PER_KEPT * kept_bytes)
+    of_gradients, of_kept = _hole_shares(method, workload)
+    always = 0 if workload.fast else HOLES_OF_PYTORCHS_STEP
+    return always + round(of_gradients * trained_bytes + of_kept * kept_bytes)
+
+
+def _hole_shares(method: str, workload: Workload) -> tuple[float, float]:
+    if workload.gradient_checkpointing:
+        return HOLES_CHECKPOINTED
+    if not workload.fast:
+        return HOLES_ELSE
+    return HOLES_OF_FULL if method == "full" else HOLES_OF_ADAPTERS
 
 
 def outside_bytes(workload: Workload, tensors_bytes: int) -> int:

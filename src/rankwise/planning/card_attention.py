@@ -14,6 +14,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
+from rankwise.ops.selection import as_autocast
+
 NAME = "rankwise_card"
 
 
@@ -34,9 +36,7 @@ def card_attention(
     With a mask transformers repeats keys and values for every head (without one the kernel groups them), and torch
     turns a mask of truths into numbers of the query's dtype, in every layer anew.
     """
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = map(as_autocast, (query, key, value))
     bias = None
     if attention_mask is not None:
         groups = query.shape[1] // key.shape[1]

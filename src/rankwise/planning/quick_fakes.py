@@ -84,9 +84,9 @@ class QuickFakes:
         mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
         if mode is None:
             return NotImplemented
-        if func in IN_PLACE and _is_fake(args[0]):
+        if func in IN_PLACE and _is_fake_on_cpu(args[0]):
             return args[0]
-        if func in VIEWS and _is_fake(args[0]):
+        if func in VIEWS and _is_fake_on_cpu(args[0]):
             with in_kernel_invocation_manager(mode):
                 made = func(*args, **kwargs)
             return _fake(made, mode) if isinstance(made, Tensor) else [_fake(item, mode) for item in made]
@@ -97,10 +97,10 @@ class QuickFakes:
     def _remembered(self, mode: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             key = (func, _described(args), _described(kwargs.items()))
-            hash(key)
+            is_known = key in self._seen
         except TypeError:
             return NotImplemented
-        if key not in self._seen:
+        if not is_known:
             result = func(*args, **kwargs)
             made = _made_from(result, args)
             if made is not NotImplemented:
@@ -118,13 +118,13 @@ class QuickFakes:
 
 
 def _described(values: Iterable[Any]) -> tuple[Any, ...]:
-    """Raises TypeError for what has values or another device."""
+    """Raises TypeError for a tensor that has values or lies on another device."""
     return tuple(map(_description, values))
 
 
 def _description(value: Any) -> Any:
     if isinstance(value, Tensor):
-        if not _is_fake(value):
+        if not _is_fake_on_cpu(value):
             raise TypeError
         return value.shape, value.stride(), value.dtype
     if isinstance(value, list | tuple):
@@ -139,12 +139,12 @@ def _made_from(result: Any, args: tuple[Any, ...]) -> Any:
         return None
     tensors = result if isinstance(result, tuple) else (result,)
     given = {item.untyped_storage()._cdata for item in args if isinstance(item, Tensor)}
-    if not all(_is_fake(tensor) and tensor.untyped_storage()._cdata not in given for tensor in tensors):
+    if not all(_is_fake_on_cpu(tensor) and tensor.untyped_storage()._cdata not in given for tensor in tensors):
         return NotImplemented
     return _Made(tuple((item.shape, item.stride(), item.dtype) for item in tensors), isinstance(result, tuple))
 
 
-def _is_fake(value: Any) -> bool:
+def _is_fake_on_cpu(value: Any) -> bool:
     return isinstance(value, FakeTensor) and value.fake_device == _CPU
 
 

@@ -26,9 +26,8 @@ from torch.nn import functional as F
 from rankwise import ops
 from rankwise.ops.checks import check_dtype, check_type
 from rankwise.ops.codes import NESTED_BLOCK
-from rankwise.ops.four_bit import as_autocast
 from rankwise.ops.grouped import inverse, rows_per_expert
-from rankwise.ops.selection import transforms_functions
+from rankwise.ops.selection import as_autocast, transforms_functions
 from rankwise.quantization.linear import (
     check_scale_dtypes,
     computed_in,

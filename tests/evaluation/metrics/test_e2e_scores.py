@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from marks import needs_java
 from rankwise.errors import DataError
 from rankwise.evaluation.metrics import java
 from rankwise.evaluation.metrics.bleu_nist import mteval_statistics
@@ -18,7 +19,6 @@ from rankwise.evaluation.metrics.e2e import METRICS, ON_JAVA, score_e2e
 from rankwise.evaluation.metrics.e2e_files import read_e2e
 from rankwise.evaluation.metrics.ptb import ptb_tokenize
 
-needs_java = pytest.mark.skipif(java.missing_java() is not None, reason=java.missing_java() or "")
 SYSTEMS = ("adapt", "harv", "slug", "tgen", "tr2", "tuda")
 
 
