@@ -49,6 +49,7 @@ NEW = frozenset(
         _aten.empty.memory_format,
         _aten.empty_like.default,
         _aten.eq.Scalar,
+        _aten.linalg_vector_norm.default,
         _aten.mm.default,
         _aten.mul.Tensor,
         _aten.new_empty.default,
@@ -63,6 +64,8 @@ NEW = frozenset(
     }
 )
 """Their results have storages of their own; so have those of all our operators."""
+EACH = {_aten._foreach_norm.Scalar: _aten.linalg_vector_norm.default, _aten._foreach_sqrt.default: _aten.sqrt.default}
+"""Of a list of tensors they make a list: {operation on lists: the same on one tensor}."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +93,22 @@ class QuickFakes:
             with in_kernel_invocation_manager(mode):
                 made = func(*args, **kwargs)
             return _fake(made, mode) if isinstance(made, Tensor) else [_fake(item, mode) for item in made]
+        if func in EACH:
+            return self._of_each(EACH[func], args, kwargs)
+        if _changes_a_list(func) and all(map(_is_fake_on_cpu, args[0])):
+            return None
         if func not in NEW and func.namespace != "rankwise":
             return NotImplemented
         return self._remembered(mode, func, args, kwargs)
+
+    def _of_each(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        made = []
+        for tensor in args[0]:
+            result = self(func, (tensor, *args[1:]), kwargs)
+            if result is NotImplemented:
+                return NotImplemented
+            made.append(result)
+        return made
 
     def _remembered(self, mode: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
@@ -115,6 +131,10 @@ class QuickFakes:
             ]
         fakes = tuple(_fake(tensor, mode) for tensor in tensors)
         return fakes if made.is_tuple else fakes[0]
+
+
+def _changes_a_list(func: Any) -> bool:
+    return func.namespace == "aten" and func._opname.startswith("_foreach_") and func._opname.endswith("_")
 
 
 def _described(values: Iterable[Any]) -> tuple[Any, ...]:
