@@ -179,6 +179,19 @@ def test_activations_that_wait_in_the_hosts_memory(family, method, checkpointing
     assert -0.03 <= compared(family, method, Workload(activation_offloading=True, **sizes)) <= 0.08
 
 
+@pytest.mark.parametrize(("family", "method"), [("qwen2", "qlora"), ("gemma3_text", "qdora"), ("qwen2", "full")])
+def test_what_a_plain_loss_keeps_waits_there_too(family, method):
+    workload = Workload(batch_size=2, max_length=512, activation_offloading=True, fast=False)
+    assert -0.03 <= compared(family, method, workload) <= 0.08
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("changes", [{}, {"final_logit_softcapping": None}])
+def test_what_a_plain_loss_keeps_of_capped_logits(dtype, changes):
+    workload = Workload(batch_size=2, max_length=512, fast=False, dtype=dtype)
+    assert -0.03 <= compared("gemma2", "lora", workload, **changes) <= 0.08
+
+
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")])
 def test_layers_without_adapters_keep_less(targets, device):

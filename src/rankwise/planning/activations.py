@@ -373,7 +373,10 @@ def loss_bytes(step: Step) -> int:
         # All logits, in float32 too, with the log-probabilities of the loss and of the entropy: s + 20 bytes each;
         # accelerate gives an autocast model's back in float32, from which the scored ones are picked: 4 more.
         again = 4 if step.method == "full" and step.s == 2 else 0
-        return (step.s + 20 + again) * V * scored
+        # Offloading takes away what is kept: the loss's log-probabilities, and what a softcap's tanh gives.
+        capped = step.s if step.shape.capped_logits else 0
+        kept = -4 if step.workload.activation_offloading else capped
+        return (step.s + 20 + again + kept) * V * scored
     if step.method == "full" or "lm_head" in step.adapted:
         rows = min(scored, max(SMALLEST_CHUNK, CHUNK_BYTES // (4 * V)))
         return 16 * V * rows

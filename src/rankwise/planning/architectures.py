@@ -87,12 +87,14 @@ def decoder(
         attention_dropout=fields.share("attention_dropout", 0.0),
         **_window(given, family, layers),
         eager=eager,
-        softcapped=eager and bool(fields.config.get("attn_logit_softcapping", GEMMA2_SOFTCAP)),
+        softcapped=eager and bool(given.config.get("attn_logit_softcapping", GEMMA2_SOFTCAP)),
+        capped_logits=bool(given.config.get("final_logit_softcapping", CAPPED_LOGITS.get(family))),
     )
 
 
 GEMMA2_SOFTCAP = 50.0
-# transformers' default; null in a config turns it off.
+CAPPED_LOGITS = {"gemma2": 30.0}
+# transformers' defaults; null in a config turns them off.
 
 
 WINDOW = 4096

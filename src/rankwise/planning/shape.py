@@ -84,6 +84,8 @@ class Shape:
     # transformers computes its scores one operation after the other, with no kernel for attention.
     softcapped: bool = False
     # They pass a tanh.
+    capped_logits: bool = False
+    # So do the logits.
 
     @property
     def queries(self) -> int:
