@@ -18,6 +18,7 @@ from rankwise.cli.tables import light_table, titled
 from rankwise.cli.words import byte_size, duration
 from rankwise.comparison.settings import SHARED, CompareOptions, CompareSettings, check_compare
 from rankwise.reports.naming import method_name, metric_name
+from rankwise.reports.numbers import short_count
 
 if TYPE_CHECKING:
     from rankwise.comparison.runner import Picture
@@ -145,14 +146,6 @@ def _cells(item: Method, metric: str, has_intervals: bool) -> Iterator[str]:
     yield byte_size(item["peak_memory_bytes"]) if item["peak_memory_bytes"] else ""
     yield f"{item['tokens_per_second']:,.0f}" if item["tokens_per_second"] else ""
     yield duration(item["wall_seconds"]) if item["wall_seconds"] is not None else ""
-
-
-def short_count(count: int) -> str:
-    """``4.88M``, ``32.1K``, ``648``."""
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if count >= limit:
-            return f"{count / limit:.3g}{unit}"
-    return str(count)
 
 
 def verdict_lines(comparison: Comparison) -> Iterator[str]:

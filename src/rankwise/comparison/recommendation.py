@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from rankwise.comparison.schema import Difference, Method, ParetoPoint, Recommendation
 from rankwise.config import BASELINES
 from rankwise.reports.naming import long_name, metric_in_sentence
-from rankwise.reports.numbers import capital, listed
+from rankwise.reports.numbers import capital, listed, significant
 
 
 def pareto_points(methods: Mapping[str, Method], metric: str) -> list[ParetoPoint]:
@@ -164,7 +164,8 @@ def _choice(
 ) -> str:
     name = capital(long_name(chosen["method"]))
     names = listed(map(long_name, others)) if others else ""
-    figures = f"{metric_in_sentence(metric)} {chosen['quality']:.4g}, {_gigabytes(chosen)}, {_minutes(chosen)}"
+    quality = significant(chosen["quality"], 4)
+    figures = f"{metric_in_sentence(metric)} {quality}, {_gigabytes(chosen)}, {_minutes(chosen)}"
     where = f" of the {fitting} methods within {_limits(memory, hours)}" if memory or hours else ""
     if all_of_them == 1:
         return f"{name} is the only method with a result ({figures})."

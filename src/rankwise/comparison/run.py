@@ -42,7 +42,7 @@ from rankwise.comparison.tasks import make_tasks
 from rankwise.config import FOUR_BITS
 from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, warn
 from rankwise.records import write_json
-from rankwise.reports.numbers import plural
+from rankwise.reports.numbers import percent, plural
 
 
 def compare(given: CompareOptions, watcher: Watcher) -> Comparison:
@@ -104,7 +104,7 @@ def _announce(given: CompareOptions, inputs: Inputs, effect: MinimumDetectableEf
         warn("RW585", "one seed cannot tell luck from merit: there will be no intervals and no verdicts; --seeds 3.")
         return
     watcher.say(
-        f"Smallest difference that {100 * POWER:g} % of such comparisons find: {100 * effect['relative']:.2g} % of "
+        f"Smallest difference that {100 * POWER:g} % of such comparisons find: {percent(effect['relative'])} of "
         f"{given.metric}, assuming that {effect['assumption']}."
     )
 
