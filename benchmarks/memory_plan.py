@@ -2,7 +2,7 @@
 
     python benchmarks/memory_plan.py            # the demo model and a random Llama of 0.6B; some minutes
     python benchmarks/memory_plan.py --quick    # the demo model, one method
-    python benchmarks/memory_plan.py --dtype bfloat16 --name memory_avx2    # not in the machine's own dtype
+    python benchmarks/memory_plan.py --dtype bfloat16 --methods lora qlora --name memory_avx2    # not the machine's own
 
 Each measurement takes three real steps of random weights in a process of its own: on a CPU the growth of its anonymous
 memory, on CUDA the peak of torch's allocator. Writes memory.json and memory.md into docs/results, or
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         models = [("demo, 4 x 256 tokens", demo, 4, 256)]
         if not given.quick:
             models.append(("Llama of 0.6B, 2 x 256 tokens", folder, 2, 256))
-        methods = METHODS[:1] if given.quick else METHODS
+        methods = METHODS[:1] if given.quick else given.methods
         rows = [
             row_of(name, model, method, batch, length, again, given.dtype)
             for name, model, batch, length in models
@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one method on the demo model: does it run at all?")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=this_machine().dtype)
     parser.add_argument("--name", help="of the files; default: memory, or memory_float32")
     parser.add_argument("--output", type=Path, default=results.FOLDER)
