@@ -370,18 +370,26 @@ def loss_bytes(step: Step) -> int:
     """Logits of a chunk of scored tokens; through a head that trains, with their float32 copies: 16 bytes each."""
     V, scored = step.shape.vocabulary, step.workload.trained_tokens
     if not step.workload.fast:
-        # All logits, in float32 too, with the log-probabilities of the loss and of the entropy: s + 20 bytes each;
-        # accelerate gives an autocast model's back in float32, from which the scored ones are picked: 4 more.
-        again = 4 if step.method == "full" and step.s == 2 else 0
-        # Offloading takes away what is kept: the loss's log-probabilities, and what a softcap's tanh gives.
-        capped = step.s if step.shape.capped_logits else 0
-        kept = -4 if step.workload.activation_offloading else capped
-        return (step.s + 20 + again + kept) * V * scored
+        return plain_loss_bytes(step)
     if step.method == "full" or "lm_head" in step.adapted:
         rows = min(scored, max(SMALLEST_CHUNK, CHUNK_BYTES // (4 * V)))
         return 16 * V * rows
     rows = min(scored, max(SMALLEST_CHUNK, CHUNK_BYTES // (step.s * V)))
     return rows * V * step.s
+
+
+def plain_loss_bytes(step: Step) -> int:
+    """All logits, in float32 too, with the log-probabilities of the loss and of the entropy: s + 20 bytes each.
+
+    accelerate gives an autocast model's back in float32, from which the scored ones are picked: 4 more. A softcap keeps
+    what its tanh gives, s more. Offloading takes away what is kept: that, and the loss's log-probabilities.
+    """
+    each = step.s + 20 + (4 if step.method == "full" and step.s == 2 else 0)
+    if step.workload.activation_offloading:
+        each -= 4
+    elif step.shape.capped_logits:
+        each += step.s
+    return each * step.shape.vocabulary * step.workload.trained_tokens
 
 
 def head_bytes(step: Step) -> int:
