@@ -27,6 +27,16 @@ def test_steps_hold_the_same(family, method, device, monkeypatch):
     assert quick.breakdown == plain.breakdown
 
 
+@pytest.mark.parametrize(("family", "method"), [("llama", "full"), ("gpt2", "full"), ("llama", "dora")])
+def test_so_they_are_where_the_optimizer_holds_most(family, method, monkeypatch):
+    workload = Workload(batch_size=1, max_length=16, device_type="cuda", r=256)
+    quick = trace(skeleton(family, **SMALL), method, workload)
+    monkeypatch.setattr(QuickFakes, "__call__", lambda *_: NotImplemented)
+    plain = trace(skeleton(family, **SMALL), method, workload)
+    assert quick.phase == "optimizer"
+    assert (quick.phase, quick.breakdown) == (plain.phase, plain.breakdown)
+
+
 def test_results_are_remembered_with_their_numbers_kinds():
     """1 and 1.0 are equal; added to whole numbers they make int64 and float32."""
     quick, add = QuickFakes(), torch.ops.aten.add.Tensor
