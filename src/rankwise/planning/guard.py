@@ -85,7 +85,10 @@ class MemoryGuard:
         )
         self.predicted = self._ask(self.workload)
         if self.hardware.device_type == "cpu":
-            # Loading leaves more behind than the model: heaps, tokenizer, data.
+            # Loading leaves more behind than the model: tokenizer, data, and free heap, which the steps would take.
+            from rankwise.acceleration import give_back_freed_memory
+
+            give_back_freed_memory()
             resident = sum(self.predicted.breakdown[term] for term in RESIDENT)
             self.baseline_bytes = max(self.baseline_bytes, self.own_memory() - resident)
         # The weights are loaded by now: what is free is no measure any more, what was free before loading is.
