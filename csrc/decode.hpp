@@ -24,6 +24,22 @@ static inline void prefetch_scales(const rw_weight& weight, int64_t first, int64
     for (int64_t i = first * size; i < (first + count) * size; i += 64) __builtin_prefetch(static_cast<const char*>(weight.absmax) + i);
 }
 
+// Rows that are read side by side lie one after the other in memory. Asked for in that order, each line once and into the second-level
+// cache, they arrive as one long stream, where several short ones are too many for the hardware's own prefetching.
+//
+// Where to begin when `bytes` are read next, side by side: all of them are there before the first is needed.
+static inline const uint8_t* next_codes(const uint8_t* packed, int64_t bytes) {
+    constexpr int64_t least = 8192;
+    return packed + (bytes > least ? bytes : least);
+}
+
+// The next `bytes` of the stream; past the end of the weight this is harmless.
+template <int64_t bytes>
+static inline __attribute__((always_inline)) void prefetch_next(const uint8_t*& ahead) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+    ahead += bytes;
+}
+
 // The 16 weights of a block, as Isa keeps a table of Out.
 template <class Isa, int D, class Out>
 static inline auto table_of(const rw_weight& weight, int64_t block) {

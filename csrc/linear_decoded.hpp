@@ -41,7 +41,7 @@ static void decode_and_multiply(const LinearJob& job, const typename Lane::Eleme
             tables[r] = Isa::template table<D, Plain>(weight.value, space.scales[r * blocks + block], static_cast<Element*>(nullptr));
         for (const int64_t end = done + step; done < end; done += group, packed += group / 2) {
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) __builtin_prefetch(packed + r * row_bytes + space.ahead);
+            for (int r = 0; r < R; ++r) __builtin_prefetch(packed + r * row_bytes + space.ahead, 0, 2);
             multiply_group<Isa, Lane, R, C>(tables, packed, row_bytes, x + done, count, sum, space.w + done, count);
         }
     }

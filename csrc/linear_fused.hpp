@@ -16,6 +16,7 @@ static void fused_rows(const LinearJob& job, int64_t n, const float* scales) {
     const rw_weight& weight = *job.weight;
     const int64_t blocks = job.K / weight.block_size, row_bytes = job.K / 2;
     const uint8_t* packed = weight.packed + n * row_bytes;
+    const uint8_t* ahead = next_codes(packed, R * row_bytes);
     const auto* x = static_cast<const Element*>(job.x);
     typename Lane::Sum sum[R][C];
     for (int r = 0; r < R; ++r)
@@ -23,12 +24,10 @@ static void fused_rows(const LinearJob& job, int64_t n, const float* scales) {
     for (int64_t block = 0; block < blocks; ++block) {
         TableOf<Isa, Lane, D, Plain> tables[R];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
+        for (int r = 0; r < R; ++r)
             tables[r] = Isa::template table<D, Plain>(weight.value, scales[r * blocks + block], static_cast<Element*>(nullptr));
-            // The same row of the next few: four short streams are too many for the hardware's own prefetching.
-            __builtin_prefetch(packed + (R + r) * row_bytes);
-        }
         for (int64_t done = 0; done < weight.block_size; done += group, x += C * group, packed += group / 2) {
+            prefetch_next<R * group / 2>(ahead);
             multiply_group<Isa, Lane, R, C>(tables, packed, row_bytes, x, group, sum);
         }
     }

@@ -20,7 +20,7 @@ constexpr int kInterface = 6;
 // Elements of a weight per task: some ten microseconds of work.
 constexpr int64_t kTaskElements = int64_t{1} << 16;
 // Bytes of each row of x and of the weight that are multiplied while they are in the first-level cache.
-constexpr int64_t kPieceBytes = 4096;
+constexpr int64_t kPieceBytes = 8192;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
