@@ -28,7 +28,7 @@ FAMILIES = ("level", "training")
 LEVEL_FLAGS = {f"{family}_{level}": flags for family in FAMILIES for level, flags in LEVELS.items()}
 for family in ("attention", "products"):
     LEVEL_FLAGS[f"{family}_avx2"] = LEVELS["avx2"]
-LEVEL_FLAGS["attention_avx512_bf16"] = LEVELS["avx512_bf16"]
+    LEVEL_FLAGS[f"{family}_avx512_bf16"] = LEVELS["avx512_bf16"]
 for family in ("attention", "products"):
     LEVEL_FLAGS[f"{family}_amx"] = [*LEVELS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 OPTIONAL = {"_avx512_bf16": "-mavx512bf16", "_amx": "-mamx-bf16"}

@@ -106,12 +106,14 @@ int64_t panel_parts(int64_t panels, int64_t most, int64_t threads) {
 
 }  // namespace
 
-// AVX2 also where AVX-512 cannot multiply bfloat16; where it can without AMX, PyTorch's own products use it.
+// AVX2 also where AVX-512 cannot multiply bfloat16.
 const ProductKernels* rankwise::current_products() {
 #if defined(__x86_64__) || defined(__i386__)
     if (choice == 0 || rw_level() == RW_PORTABLE) return nullptr;
     __builtin_cpu_init();
-    return rw_level() == RW_AVX512 && __builtin_cpu_supports("avx512bf16") ? products_amx() : products_avx2();
+    if (rw_level() != RW_AVX512 || !__builtin_cpu_supports("avx512bf16")) return products_avx2();
+    const ProductKernels* tiles = products_amx();
+    return tiles ? tiles : products_avx512_bf16();
 #else
     return nullptr;
 #endif

@@ -90,6 +90,7 @@ struct ProductKernels {
 
 // Null where the compiler could not target the level, or the processor or the system lacks it.
 const ProductKernels* products_amx();
+const ProductKernels* products_avx512_bf16();
 const ProductKernels* products_avx2();
 
 // Those of the current level, or null.

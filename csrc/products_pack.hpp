@@ -30,8 +30,16 @@ static inline __attribute__((always_inline)) void interleave(__m512i a, __m512i 
     second = _mm512_unpackhi_epi16(a, b);
 }
 
+// The same of 16 elements, in their own order.
+static inline __m512i in_turns(__m256i a, __m256i b) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+}
+
 // Column i of tile 0 or 1, within its panel.
 static inline int64_t column_of(int64_t tile, int64_t i) { return i / 4 * 8 + 4 * tile + i % 4; }
+
+// Whether a panel has no more columns than a tile. Its first tile then has them in order, and there is no second one.
+static inline bool is_narrow(int64_t columns) { return columns <= kPanel / 2; }
 
 // Sums of a panel's two tiles to its columns in order.
 static inline __attribute__((always_inline)) void in_order(__m512& first, __m512& second) {
@@ -109,7 +117,7 @@ static void pack_tile(const uint16_t* rows, int64_t stride, int64_t count, int64
             }
         } else {
             for (int i = 0; i < 16; ++i) {
-                const int64_t n = column_of(tile, i);
+                const int64_t n = is_narrow(count) ? i : column_of(tile, i);
                 r[i] = n < count ? _mm512_maskz_loadu_epi16(some, rows + n * stride + k) : _mm512_setzero_si512();
             }
         }
@@ -121,7 +129,7 @@ static void pack_tile(const uint16_t* rows, int64_t stride, int64_t count, int64
 
 static void pack_rows(const uint16_t* rows, int64_t stride, int64_t count, int64_t length, uint32_t* out) {
     pack_tile(rows, stride, count, 0, length, out);
-    pack_tile(rows, stride, count, 1, length, out + kTileWords);
+    if (!is_narrow(count)) pack_tile(rows, stride, count, 1, length, out + kTileWords);
 }
 
 // Steps [first, last) of a weight whose rows are columns of the result, for one panel.
@@ -153,8 +161,13 @@ static inline void pack_pair(const uint16_t* const (&row)[2], const float (&fact
     const __m512 first = _mm512_set1_ps(factor[0]), second = _mm512_set1_ps(factor[1]);
     for (int64_t n = 0; n < columns; n += kPanel, out += panel_words) {
         const __mmask32 some = first_of_32(columns - n);
+        const __m512i a = row_of_weight<Scaled>(row[0] + n, some, first), b = row_of_weight<Scaled>(row[1] + n, some, second);
+        if (is_narrow(columns - n)) {
+            _mm512_store_si512(out, in_turns(_mm512_castsi512_si256(a), _mm512_castsi512_si256(b)));
+            break;
+        }
         __m512i pairs[2];
-        interleave(row_of_weight<Scaled>(row[0] + n, some, first), row_of_weight<Scaled>(row[1] + n, some, second), pairs[0], pairs[1]);
+        interleave(a, b, pairs[0], pairs[1]);
         _mm512_store_si512(out, pairs[0]);
         _mm512_store_si512(out + kTileWords, pairs[1]);
     }

@@ -26,7 +26,7 @@ for family in level training; do
 done
 for name in training_portable sanitize_training sanitize_products; do compile $name & done
 for name in attention_avx2 products_avx2; do compile $name $avx2 & done
-compile attention_avx512_bf16 $avx512 ${avx512:+-mavx512bf16} &
+for name in attention_avx512_bf16 products_avx512_bf16; do compile $name $avx512 ${avx512:+-mavx512bf16} & done
 for name in attention_amx products_amx; do compile $name $avx512 ${avx512:+-mavx512bf16 -mamx-tile -mamx-bf16} & done
 wait
 ${CXX:-g++} $flags "$build"/*.o -o "$build/driver"

@@ -1,4 +1,4 @@
-"""Sums of products, on AMX tiles or in float32, against float64 and against PyTorch's own steps."""
+"""Sums of products, on tiles of bfloat16 pairs or in float32, against float64 and against PyTorch's own steps."""
 
 from __future__ import annotations
 

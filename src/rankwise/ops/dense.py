@@ -25,7 +25,7 @@ def input_grad_out(dy: Tensor, W: Tensor, out: Tensor) -> Tensor:
         from rankwise.ops.cpu import products
 
         factor = products.Factor.of(W.detach())
-        # On AMX, PyTorch's product is as fast where N is as large as a vocabulary.
+        # On tiles, PyTorch's product is as fast where N is as large as a vocabulary.
         if factor is not None and products.replace_torch(dy.dtype):
             return products.add_products([products.Term(dy, factor, across=True)], out)
     return torch.mm(dy, W, out=out)

@@ -175,8 +175,8 @@ def decodes_in_caches(workload: Workload) -> bool:
     """Whether 4-bit weights are decoded in this CPU's caches and never made dense, as its sums of products do."""
     if workload.device_type != "cpu":
         return False
-    tiles = workload.dtype == "bfloat16" and _is_built() and "amx_bf16" in cpu_flags()
-    return tiles or (workload.dtype in ("bfloat16", "float32") and computes_in_float32())
+    pairs = workload.dtype == "bfloat16" and _is_built() and "avx512_bf16" in cpu_flags()
+    return pairs or (workload.dtype in ("bfloat16", "float32") and computes_in_float32())
 
 
 @functools.cache

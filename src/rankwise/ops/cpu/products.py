@@ -2,9 +2,9 @@
 
     out (T, N) = g * sum_i a_i W_i^T + b        with W_i dense, of 4 bits, or a small float32 matrix
 
-Summed in float32 and rounded once; a result depends on no number of threads. On AMX rows are bfloat16 and factors are
-rounded to it; with AVX2, where the processor multiplies no bfloat16, rows may be float32 too and everything is widened
-to it. See `take`.
+Summed in float32 and rounded once; a result depends on no number of threads. Where the processor multiplies pairs of
+bfloat16 (AMX, AVX-512 BF16) rows are bfloat16 and factors are rounded to it; with AVX2, where it does not, rows may be
+float32 too and everything is widened to it. See `take`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def replace_torch(dtype: torch.dtype) -> bool:
 
 
 def on_tiles() -> bool:
-    """Whether they run on AMX."""
+    """Whether they multiply pairs of bfloat16 that are packed in tiles: on AMX, or with AVX-512 BF16."""
     return bool(_functions().rw_products_are_tiles())
 
 
