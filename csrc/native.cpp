@@ -16,7 +16,7 @@ namespace {
 
 using rankwise::Kernels;
 
-constexpr int kInterface = 6;
+constexpr int kInterface = 7;
 // Elements of a weight per task: some ten microseconds of work.
 constexpr int64_t kTaskElements = int64_t{1} << 16;
 // Bytes of each row of x and of the weight that are multiplied while they are in the first-level cache.

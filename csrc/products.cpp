@@ -21,7 +21,7 @@ constexpr int64_t kLeastRows = 128;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // -1: whatever is there; 0: none, for tests.
-std::atomic<int> choice{-1};
+std::atomic<int> choice{-1}, amx_choice{-1};
 
 // Whether tiles can be read from rows at this distance: rows of whole steps, whose lines do not fall into few sets of the cache.
 bool is_readable(int64_t length, int64_t stride) {
@@ -112,8 +112,8 @@ const ProductKernels* rankwise::current_products() {
     if (choice == 0 || rw_level() == RW_PORTABLE) return nullptr;
     __builtin_cpu_init();
     if (rw_level() != RW_AVX512 || !__builtin_cpu_supports("avx512bf16")) return products_avx2();
-    const ProductKernels* tiles = products_amx();
-    return tiles ? tiles : products_avx512_bf16();
+    const ProductKernels* amx = amx_choice != 0 ? products_amx() : nullptr;
+    return amx ? amx : products_avx512_bf16();
 #else
     return nullptr;
 #endif
@@ -126,6 +126,10 @@ int rw_products_available(void) { return current_products() != nullptr; }
 int rw_products_are_tiles(void) { return current_products() != nullptr && current_products()->layout.reads_tiles; }
 
 void rw_products_allow(int allowed) { choice = allowed ? -1 : 0; }
+
+int rw_products_use_amx(void) { return current_products() != nullptr && current_products() == products_amx(); }
+
+void rw_products_allow_amx(int allowed) { amx_choice = allowed ? -1 : 0; }
 
 void rw_products(const rw_term* terms, int count, int dtype, int64_t T, int64_t N, const float* g, const float* bias, void* out, void* rest,
                  int64_t out_stride, int threads) {

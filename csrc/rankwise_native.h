@@ -145,9 +145,13 @@ typedef struct rw_term {
 
 // Whether the current level has sums of products; the functions below must not be called where it has not. And a switch for them.
 RW_EXPORT int rw_products_available(void);
-// Whether they run on AMX tiles, in bfloat16 alone; else in float32, where PyTorch's own bfloat16 products find no instruction either.
+// Whether they multiply tiles of bfloat16 pairs, and nothing else; otherwise they compute in float32, where PyTorch's own bfloat16 products
+// find no instruction either.
 RW_EXPORT int rw_products_are_tiles(void);
 RW_EXPORT void rw_products_allow(int allowed);
+// Whether they run on AMX, and a switch for it: 0 keeps to AVX-512.
+RW_EXPORT int rw_products_use_amx(void);
+RW_EXPORT void rw_products_allow_amx(int allowed);
 
 // out (T, N) = g * (sum of at most 16 terms) + bias, rounded once; g and bias (N) or null. rest: what rounding to bfloat16 left, as out
 // lies, or null. dtype, of every a, of out and of rest: bfloat16 or, without tiles, float32.

@@ -25,17 +25,24 @@ from rankwise.quantization import Linear4bit
 
 # (T, N, K): a single row, odd sizes, whole tiles, several parts of the sum, rows whose lines share sets of the cache.
 SHAPES = [(1, 1, 1), (1, 40, 577), (7, 33, 50), (16, 96, 1600), (33, 40, 50), (64, 96, 576), (300, 200, 1600)]
-SHAPES += [(100, 70, 2048), (700, 577, 1000)]
+SHAPES += [(100, 70, 2048), (700, 577, 1000), (40, 16, 650), (50, 48, 90)]
 
 
-@pytest.fixture(scope="module", autouse=True, params=["best", "avx2"])
+@pytest.fixture(scope="module", autouse=True, params=["best", "avx512", "avx2"])
 def level(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The processor's own instructions, and AVX2, which multiplies in float32, where that is another level."""
+    """The processor's own instructions, AVX-512 where that is AMX, and AVX2, which multiplies in float32, where it is not
+    the processor's own."""
+    if request.param == "avx512":
+        if not selection.native_on_cpu() or not products.use_amx():
+            pytest.skip("this processor has no AMX that would have to be left out")
+        products.allow_amx(False)
     if request.param == "avx2":
         if not selection.native_on_cpu() or native.level() in ("avx2", "portable"):
             pytest.skip("AVX2 is the best level, or missing")
         native.set_level("avx2")
     yield
+    if request.param == "avx512":
+        products.allow_amx(True)
     if request.param == "avx2":
         native.set_level(None)
 

@@ -18,7 +18,7 @@ from rankwise.errors import QuantizationError
 LEVELS = ("portable", "avx2", "avx512")
 """From slow to fast, in the numbering of csrc/rankwise_native.h. On Arm, "portable" includes NEON."""
 
-_INTERFACE = 6
+_INTERFACE = 7
 _HOW_TO_BUILD = (
     "install a C++17 compiler (for example `apt install g++`) and run "
     "`pip install --force-reinstall --no-deps --no-binary rankwise rankwise`, or `pip install -e .` in a source tree."

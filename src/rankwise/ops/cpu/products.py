@@ -105,6 +105,16 @@ def allow(allowed: bool) -> None:
     _functions().rw_products_allow(allowed)
 
 
+def use_amx() -> bool:
+    """Whether the tiles are AMX's."""
+    return bool(_functions().rw_products_use_amx())
+
+
+def allow_amx(allowed: bool) -> None:
+    """Keep to AVX-512 (and no longer) for the whole process: for tests."""
+    _functions().rw_products_allow_amx(allowed)
+
+
 def add_products(
     terms: Sequence[Term],
     out: Tensor,
@@ -201,6 +211,8 @@ def _functions() -> ctypes.CDLL:
     loaded.rw_products_available.restype, loaded.rw_products_available.argtypes = i, []
     loaded.rw_products_are_tiles.restype, loaded.rw_products_are_tiles.argtypes = i, []
     loaded.rw_products_allow.restype, loaded.rw_products_allow.argtypes = None, [i]
+    loaded.rw_products_use_amx.restype, loaded.rw_products_use_amx.argtypes = i, []
+    loaded.rw_products_allow_amx.restype, loaded.rw_products_allow_amx.argtypes = None, [i]
     loaded.rw_products.restype, loaded.rw_products.argtypes = None, [p, i, i, n, n, p, p, p, p, n, i]
     loaded.rw_row_product.restype = None
     loaded.rw_row_product.argtypes = [i, p, n, p, n, p, n, n, n, n, x, p, i, p, i, p, p, i]
