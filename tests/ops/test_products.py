@@ -30,8 +30,8 @@ SHAPES += [(100, 70, 2048), (700, 577, 1000), (40, 16, 650), (50, 48, 90)]
 
 @pytest.fixture(scope="module", autouse=True, params=["best", "avx512", "avx2"])
 def level(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The processor's own instructions, AVX-512 where that is AMX, and AVX2, which multiplies in float32, where it is not
-    the processor's own."""
+    """The processor's own instructions; AVX-512 where those are AMX; AVX2, which multiplies in float32, where it is
+    another level."""
     if request.param == "avx512":
         if not selection.native_on_cpu() or not products.use_amx():
             pytest.skip("this processor has no AMX that would have to be left out")
