@@ -14,7 +14,7 @@ struct Avx512 {
     static constexpr bool multiplies_bfloat16 = Bfloat16;
     static constexpr int columns = 6;  // with 4 weight rows: 24 of 32 registers are sums
     static constexpr int64_t fused_rows = 4;
-    static constexpr int64_t stream_bytes = int64_t{16} << 20;
+    static constexpr int64_t stream_bytes = int64_t{64} << 20;
 
     struct Table16 {
         static constexpr int vectors = 2;

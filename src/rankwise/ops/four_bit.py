@@ -55,7 +55,10 @@ def dequantize_4bit(
     Raises:
         QuantizationError: RW601, RW602, RW605, and RW604 when the buffers do not hold a weight of that shape.
     """
-    return _ops.dequantize_4bit(packed, absmax, shape, dtype, quant_type, block_size, nested_absmax, offset)
+    weight_format = (quant_type, block_size, nested_absmax, offset)
+    if _nothing_watches(packed, absmax, offset):
+        return _library.run_dequantize_4bit(packed, absmax, shape, dtype, *weight_format)
+    return _ops.dequantize_4bit(packed, absmax, shape, dtype, *weight_format)
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -47,7 +47,7 @@ def _quantize_4bit(w: Tensor, quant_type: str, block_size: int) -> tuple[Tensor,
     return module_for(w.device).quantize_4bit(w, quant_type, block_size)
 
 
-def _dequantize_4bit(
+def run_dequantize_4bit(
     packed: Tensor,
     absmax: Tensor,
     shape: Sequence[int],
@@ -212,7 +212,7 @@ def _input_grad_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 for _name, _run, _fake in (
     ("quantize_4bit", _quantize_4bit, _fake_quantize_4bit),
-    ("dequantize_4bit", _dequantize_4bit, _fake_dequantize_4bit),
+    ("dequantize_4bit", run_dequantize_4bit, _fake_dequantize_4bit),
     ("quantize_absmax", _quantize_absmax, _fake_quantize_absmax),
     ("dequantize_absmax", _dequantize_absmax, _fake_dequantize_absmax),
     ("linear_4bit", run_linear_4bit, _fake_linear_4bit),
