@@ -25,10 +25,7 @@ struct VectorUnit {
                                                                 __m512 (&sum)[Rows][Vectors]) {
         for (int pair = 0; pair < pairs; ++pair, a += 2, b += 16) {
             __m512i column[Vectors];
-            for (int v = 0; v < Vectors; ++v) {
-                column[v] = _mm512_load_si512(b + v * kTileWords);
-                __builtin_prefetch(b + v * kTileWords + kStepWords);
-            }
+            for (int v = 0; v < Vectors; ++v) column[v] = _mm512_load_si512(b + v * kTileWords);
 #pragma GCC unroll 16
             for (int r = 0; r < Rows; ++r) {
                 const __m512i x = to_all(a + r * stride);
