@@ -170,7 +170,7 @@ def _memory(shape: Sequence[int], dtype: torch.dtype, *, exact: bool) -> Tensor:
     fits = kept is not None and (kept.nbytes() == size or (kept.nbytes() > size and not exact))
     # A count above one: a tensor handed out earlier still lives in it.
     if kept is not None and fits and torch._C._storage_Use_Count(kept._cdata) == 1:
-        return torch.empty(0, dtype=dtype).set_(kept, 0, tuple(shape))
+        return torch.empty(0, dtype=dtype).set_(kept).resize_(tuple(shape))
     # The old storage goes first: both together would be the peak.
     del kept
     _kept.storage = None
