@@ -260,8 +260,8 @@ def test_checkpointing_changes_no_gradient(family, fast):
 
     plain, again = grads(False), grads(True)
     assert all(grad is not None and grad.abs().max() > 0 for grad in plain.values())
-    # Few rows take other kernels without a graph than with one. Rounding the embeddings otherwise, in their last bit, moves
-    # gradients by as much.
+    # Few rows take other kernels without a graph than with one. Rounding the embeddings otherwise, in their last bit,
+    # moves gradients by as much.
     atol = 2e-5 * max(grad.abs().max().item() for grad in plain.values())
     for name, grad in plain.items():
         torch.testing.assert_close(again[name], grad, rtol=1e-4, atol=atol)
