@@ -79,10 +79,12 @@ import json, sys, torch
 from rankwise.acceleration.allocator import keep_freed_memory
 from rankwise.adapters.operator import DenseWeight
 from rankwise.ops import training
+from rankwise.ops.cpu import products
 from rankwise.ops.low_rank_linear import Branch, low_rank_linear
 from rankwise.training.meters import anonymous_memory_bytes
 
 assert keep_freed_memory()
+torch.set_default_dtype(torch.float32 if sys.argv[1] != "product" or products.take(torch.float32) else torch.bfloat16)
 x, w = torch.ones(1024, 512), torch.ones(512)
 branch = Branch(DenseWeight(torch.ones(512, 512)), 1.0, torch.ones(8, 512), torch.ones(512, 8), None, None, None)
 runs = {
