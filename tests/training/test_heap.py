@@ -85,7 +85,8 @@ from rankwise.training.meters import anonymous_memory_bytes
 
 assert keep_freed_memory()
 torch.set_default_dtype(torch.float32 if sys.argv[1] != "product" or products.take(torch.float32) else torch.bfloat16)
-x, w = torch.ones(1024, 512), torch.ones(512)
+rows = (1 << 12) // torch.ones(()).element_size()
+x, w = torch.ones(rows, 512), torch.ones(512)
 branch = Branch(DenseWeight(torch.ones(512, 512)), 1.0, torch.ones(8, 512), torch.ones(512, 8), None, None, None)
 runs = {
     "norm": lambda: training.rms_norm(x, w, 1e-6)[0],
@@ -97,7 +98,7 @@ run()
 before, kept = anonymous_memory_bytes(), []
 for _ in range(64):
     made = run()
-    kept.append(torch.ones(1024, 512))
+    kept.append(torch.ones(rows, 512))
     del made
 print(json.dumps((anonymous_memory_bytes() - before) / (len(kept) * kept[0].nbytes)))
 """
