@@ -20,8 +20,8 @@ constexpr int64_t kLeastRows = 128;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// -1: whatever is there; 0: none, for tests.
-std::atomic<int> choice{-1}, amx_choice{-1};
+// Switches for tests.
+std::atomic<bool> allowed{true}, amx_allowed{true};
 
 // Whether tiles can be read from rows at this distance: rows of whole steps, whose lines do not fall into few sets of the cache.
 bool is_readable(int64_t length, int64_t stride) {
@@ -109,10 +109,10 @@ int64_t panel_parts(int64_t panels, int64_t most, int64_t threads) {
 // AVX2 also where AVX-512 cannot multiply bfloat16.
 const ProductKernels* rankwise::current_products() {
 #if defined(__x86_64__) || defined(__i386__)
-    if (choice == 0 || rw_level() == RW_PORTABLE) return nullptr;
+    if (!allowed || rw_level() == RW_PORTABLE) return nullptr;
     __builtin_cpu_init();
     if (rw_level() != RW_AVX512 || !__builtin_cpu_supports("avx512bf16")) return products_avx2();
-    const ProductKernels* amx = amx_choice != 0 ? products_amx() : nullptr;
+    const ProductKernels* amx = amx_allowed ? products_amx() : nullptr;
     return amx ? amx : products_avx512_bf16();
 #else
     return nullptr;
@@ -125,11 +125,11 @@ int rw_products_available(void) { return current_products() != nullptr; }
 
 int rw_products_are_tiles(void) { return current_products() != nullptr && current_products()->layout.reads_tiles; }
 
-void rw_products_allow(int allowed) { choice = allowed ? -1 : 0; }
+void rw_products_allow(int allow) { allowed = allow != 0; }
 
 int rw_products_use_amx(void) { return current_products() != nullptr && current_products() == products_amx(); }
 
-void rw_products_allow_amx(int allowed) { amx_choice = allowed ? -1 : 0; }
+void rw_products_allow_amx(int allow) { amx_allowed = allow != 0; }
 
 void rw_products(const rw_term* terms, int count, int dtype, int64_t T, int64_t N, const float* g, const float* bias, void* out, void* rest,
                  int64_t out_stride, int threads) {

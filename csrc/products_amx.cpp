@@ -8,7 +8,8 @@
 namespace rankwise {
 
 const ProductKernels* products_amx() {
-    static const ProductKernels kernels = {product_of_pairs<TileUnit>, row_product_of_pairs<TileUnit>, finish_row_product_of_pairs, few_rows_amx, pack_few_rows_amx,
+    static const ProductKernels kernels = {product_of_pairs<TileUnit>, row_product_of_pairs<TileUnit>, finish_row_product_of_pairs,
+                                           few_rows_amx, pack_few_rows_amx,
                                            {kStep, 20, 4 * kStepWords, int64_t{640} << 10, true}};
     static const bool is_usable = amx_is_usable();
     return is_usable ? &kernels : nullptr;

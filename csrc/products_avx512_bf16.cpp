@@ -7,7 +7,8 @@
 namespace rankwise {
 
 const ProductKernels* products_avx512_bf16() {
-    static const ProductKernels kernels = {product_of_pairs<VectorUnit>, row_product_of_pairs<VectorUnit>, finish_row_product_of_pairs, nullptr, nullptr,
+    static const ProductKernels kernels = {product_of_pairs<VectorUnit>, row_product_of_pairs<VectorUnit>, finish_row_product_of_pairs,
+                                           nullptr, nullptr,
                                            {kStep, 20, 4 * kStepWords, int64_t{512} << 10, true}};
     return &kernels;
 }

@@ -7,6 +7,7 @@
 namespace rankwise {
 
 struct VectorUnit {
+    // Nothing to set up; with a constructor, so that a session that nobody reads is no warning.
     struct Session {
         Session() {}
     };

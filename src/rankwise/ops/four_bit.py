@@ -56,7 +56,7 @@ def dequantize_4bit(
         QuantizationError: RW601, RW602, RW605, and RW604 when the buffers do not hold a weight of that shape.
     """
     weight_format = (quant_type, block_size, nested_absmax, offset)
-    if _nothing_watches(packed, absmax, offset):
+    if _nothing_watches(packed, absmax, nested_absmax, offset):
         return _library.run_dequantize_4bit(packed, absmax, shape, dtype, *weight_format)
     return _ops.dequantize_4bit(packed, absmax, shape, dtype, *weight_format)
 
@@ -168,14 +168,15 @@ def _transformed() -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _nothing_watches(x: Tensor, packed: Tensor, bias: Tensor | None) -> bool:
-    """Whether no gradient, compiler, tracer, fake mode, functional transform or tensor subclass needs to see it."""
+def _nothing_watches(*tensors: Tensor | None) -> bool:
+    """Whether no gradient, compiler, tracer, fake mode, functional transform or tensor subclass needs to see what is
+    made of these."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    if type(x) not in _PLAIN or type(packed) not in _PLAIN:
-        return False
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return False
+    with_grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or (with_grad and tensor.requires_grad)):
+            return False
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.maybe_current_level() is None
