@@ -192,6 +192,27 @@ def test_memory_is_used_again_only_when_dropped() -> None:
     assert again.untyped_storage().nbytes() == again.nbytes
 
 
+def test_used_memory_comes_as_a_tensor_of_its_own() -> None:
+    """Of any shape and dtype, changed in place without trace, and fit for a backward pass though made without one."""
+    shape, other = (1024, 1024), (512, 2048)
+    weight = reference.quantize_4bit(torch.randn(shape))
+    with torch.inference_mode():
+        first = four_bit.dequantize_4bit(*weight, shape, torch.float32)
+        address = first.data_ptr()
+        first.t_().add_(1)
+        del first
+    for wanted, dtype in ((other, torch.float32), (shape, torch.float32)):
+        made = four_bit.dequantize_4bit(*weight, wanted, dtype)
+        assert made.data_ptr() == address
+        assert made.is_contiguous() and not made._is_view() and made._version == 0
+        assert torch.equal(made, reference.dequantize_4bit(*weight, wanted, dtype))
+        factor = torch.ones(wanted, requires_grad=True)
+        (made * factor).sum().backward()
+        assert torch.equal(factor.grad, made)
+        del made, factor
+    assert four_bit.dequantize_4bit(*weight, shape, torch.bfloat16).dtype is torch.bfloat16
+
+
 def test_unknown_level_is_an_error() -> None:
     with pytest.raises(QuantizationError, match="RW607"):
         native.set_level("sse9")

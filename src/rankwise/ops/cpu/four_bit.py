@@ -163,20 +163,27 @@ def _dense(weight: NativeWeight, shape: Sequence[int], dtype: torch.dtype) -> Te
 def _memory(shape: Sequence[int], dtype: torch.dtype, *, exact: bool) -> Tensor:
     """An uninitialized tensor, where possible in this thread's kept storage. ``exact``: the storage has no spare
     bytes."""
-    size = math.prod(shape) * dtype.itemsize
+    size, shape = math.prod(shape) * dtype.itemsize, tuple(shape)
     if not _LEAST_KEPT_BYTES <= size <= _MOST_KEPT_BYTES:
-        return torch.empty(tuple(shape), dtype=dtype)
-    kept: torch.UntypedStorage | None = getattr(_kept, "storage", None)
-    fits = kept is not None and (kept.nbytes() == size or (kept.nbytes() > size and not exact))
-    # A count above one: a tensor handed out earlier still lives in it.
-    if kept is not None and fits and torch._C._storage_Use_Count(kept._cdata) == 1:
-        return torch.empty(0, dtype=dtype).set_(kept).resize_(tuple(shape))
-    # The old storage goes first: both together would be the peak.
-    del kept
-    _kept.storage = None
-    out = torch.empty(tuple(shape), dtype=dtype)
-    _kept.storage = out.untyped_storage()
-    return out
+        return torch.empty(shape, dtype=dtype)
+    kept: Tensor | None = getattr(_kept, "tensor", None)
+    if kept is not None:
+        storage: torch.UntypedStorage = _kept.storage
+        fits = storage.nbytes() == size or (storage.nbytes() > size and not exact)
+        # The two are `_kept`'s own; one more: a tensor handed out earlier still lives in it.
+        if fits and torch._C._storage_Use_Count(storage._cdata) == 2:
+            # With cold caches, setting a new tensor to the storage costs 0.1 ms, this a tenth.
+            if kept.shape != shape or kept.dtype is not dtype:
+                kept = _kept.tensor = torch.empty(0, dtype=dtype).set_(storage).resize_(shape)
+            return kept.data
+        # The old memory goes first: both together would be the peak.
+        del kept, storage
+        _kept.tensor = _kept.storage = None
+    # Made in inference mode, it could not be saved for a backward pass later.
+    with torch.inference_mode(False):
+        made = torch.empty(shape, dtype=dtype)
+    _kept.tensor, _kept.storage = made, made.untyped_storage()
+    return made.data
 
 
 def _threads() -> int:
