@@ -16,7 +16,7 @@ namespace {
 
 using rankwise::Kernels;
 
-constexpr int kInterface = 7;
+constexpr int kInterface = 8;
 // Elements of a weight per task: some ten microseconds of work.
 constexpr int64_t kTaskElements = int64_t{1} << 16;
 // Bytes of each row of x and of the weight that are multiplied while they are in the first-level cache.
@@ -45,20 +45,6 @@ std::atomic<const Kernels*> current{nullptr};
 const Kernels& kernels() {
     const Kernels* chosen = current;
     return chosen ? *chosen : *rankwise::portable_kernels();
-}
-
-// Asks for huge pages under a large output. Fresh memory otherwise costs more, in page faults of 4 KiB, than filling it.
-void use_huge_pages(void* data, int64_t bytes) {
-#ifdef __linux__
-    constexpr uintptr_t page = 4096;
-    if (bytes < int64_t{4} << 20) return;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / page * page;
-    // A refusal changes the time, not the result.
-    (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    (void)data, (void)bytes;
-#endif
 }
 
 // Runs body(first, last) over [0, total) in tasks of `step`.
@@ -103,11 +89,21 @@ void rw_set_level(int level) {
 
 void rw_share_threads(void* gomp_parallel) { rankwise::share_threads(gomp_parallel); }
 
+void rw_use_huge_pages(void* data, int64_t bytes) {
+#ifdef __linux__
+    constexpr uintptr_t page = 4096;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / page * page;
+    if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
 int64_t rw_quantize_4bit(const void* w, int dtype, int64_t n, int64_t block_size, const float* bound, const uint8_t* order,
                          uint8_t* packed, float* absmax, int threads) {
     const rankwise::QuantizeJob job = {w, dtype, n, block_size, bound, order, packed, absmax};
     const int64_t blocks = ceil_div(n, block_size);
-    use_huge_pages(packed, ceil_div(n, 2));
     std::atomic<int64_t> bad{blocks};
     split(blocks, task_step(blocks, ceil_div(kTaskElements, block_size), threads), threads, [&](int64_t first, int64_t last) {
         const int64_t found = kernels().quantize(job, first, last);
@@ -120,7 +116,6 @@ int64_t rw_quantize_4bit(const void* w, int dtype, int64_t n, int64_t block_size
 
 void rw_dequantize_4bit(const rw_weight* weight, int64_t first, int64_t count, int dtype, void* out, int threads) {
     const int64_t size = dtype == RW_FLOAT32 ? 4 : 2;
-    use_huge_pages(out, count * size);
     split(count, task_step(count, kTaskElements, threads), threads, [&](int64_t begin, int64_t end) {
         kernels().dequantize(*weight, first + begin, end - begin, dtype, static_cast<char*>(out) + begin * size);
     });

@@ -39,6 +39,9 @@ RW_EXPORT void rw_set_level(int level);
 // GOMP_parallel of the OpenMP runtime to share; null: threads are started per call.
 RW_EXPORT void rw_share_threads(void* gomp_parallel);
 
+// Asks for huge pages under fresh memory. A refusal changes times, not results.
+RW_EXPORT void rw_use_huge_pages(void* data, int64_t bytes);
+
 // Returns -1, or the first block that holds NaN or Inf (packed and absmax are then garbage).
 // bound: 15 midpoints of the sorted values; order: 16 codes in ascending order of their values.
 RW_EXPORT int64_t rw_quantize_4bit(const void* w, int dtype, int64_t n, int64_t block_size, const float* bound,

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rankwise.ops.cpu import products
+from rankwise.ops.cpu.memory import on_huge_pages
 from rankwise.ops.cpu.native import library
 from rankwise.ops.cpu.packed import NativeWeight, tables
 from rankwise.ops.reference import dequantize_absmax, not_finite, packed_shape, quantize_absmax
@@ -37,7 +38,7 @@ _kept = threading.local()
 def quantize_4bit(w: Tensor, quant_type: str = "nf4", block_size: int = 64) -> tuple[Tensor, Tensor]:
     """w, any shape -> packed uint8 (`rankwise.ops.packed_shape`), absmax float32 (blocks,)."""
     w, n = w.detach().contiguous(), w.numel()
-    packed = torch.empty(packed_shape(w.shape, block_size), dtype=torch.uint8)
+    packed = on_huge_pages(packed_shape(w.shape, block_size), torch.uint8)
     absmax = torch.empty(math.ceil(n / block_size), dtype=torch.float32)
     _, bound, order = tables(quant_type)
     bad = library().rw_quantize_4bit(
@@ -143,7 +144,7 @@ def _product(a: Tensor, factor: products.Factor, columns: int, *, across: bool, 
     """``a W'^T + b``, or with ``across`` ``a W'``: a (..., summed over) -> (..., columns)."""
     rows = a.reshape(-1, a.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    out = a.new_empty(*a.shape[:-1], columns)
+    out = on_huge_pages((*a.shape[:-1], columns), a.dtype)
     term = products.Term(rows, factor, across)
     products.add_products([term], out.view(-1, columns), bias=None if bias is None else bias.float())
     return out
@@ -165,7 +166,7 @@ def _memory(shape: Sequence[int], dtype: torch.dtype, *, exact: bool) -> Tensor:
     bytes."""
     size, shape = math.prod(shape) * dtype.itemsize, tuple(shape)
     if not _LEAST_KEPT_BYTES <= size <= _MOST_KEPT_BYTES:
-        return torch.empty(shape, dtype=dtype)
+        return on_huge_pages(shape, dtype)
     kept: Tensor | None = getattr(_kept, "tensor", None)
     if kept is not None:
         storage: torch.UntypedStorage = _kept.storage
@@ -181,7 +182,7 @@ def _memory(shape: Sequence[int], dtype: torch.dtype, *, exact: bool) -> Tensor:
         _kept.tensor = _kept.storage = None
     # Made in inference mode, it could not be saved for a backward pass later.
     with torch.inference_mode(False):
-        made = torch.empty(shape, dtype=dtype)
+        made = on_huge_pages(shape, dtype)
     _kept.tensor, _kept.storage = made, made.untyped_storage()
     return made.data
 

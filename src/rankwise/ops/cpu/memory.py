@@ -1,9 +1,10 @@
-"""Memory for results that are let go while what was made after them stays.
+"""Memory for large results.
 
-For an aligned block of n bytes glibc wants a free one of n + 96, so that what a tensor leaves is too small for the next
+Fresh memory costs more, in page faults of 4 KiB each, than filling it: `on_huge_pages`. Some results are let go while
+what was made after them stays. For an aligned block of n bytes glibc wants a free one of n + 96, so that what a tensor leaves is too small for the next
 of its size: in a forward pass every layer would leave a hole, a twentieth of a LoRA step's memory and a twelfth of a
 DoRA step's. With a little room to spare it is used again. Three ranks of room, since a block must find one above its
-own: what PyTorch makes has none, a product's output some, and what lives shortest most.
+own: what PyTorch makes has none, a product's output some, and what lives shortest most: `roomy`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rankwise.ops.cpu.native import library
+
 OF_OUTPUTS, OF_SHORT_LIVED = 4 << 10, 8 << 10
 # Bytes. What is split off a used block is larger than what glibc sets aside for itself and does not join again.
 _LEAST_BYTES = 256 << 10
+_LEAST_BYTES_ON_HUGE_PAGES = 4 << 20
+
+
+def on_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialized CPU tensor, on huge pages where it is large enough and the system gives them."""
+    made = torch.empty(tuple(shape), dtype=dtype)
+    if made.nbytes >= _LEAST_BYTES_ON_HUGE_PAGES:
+        library().rw_use_huge_pages(made.data_ptr(), made.nbytes)
+    return made
 
 
 def roomy(shape: Sequence[int], dtype: torch.dtype, spare_bytes: int) -> Tensor:

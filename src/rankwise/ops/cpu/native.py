@@ -18,7 +18,7 @@ from rankwise.errors import QuantizationError
 LEVELS = ("portable", "avx2", "avx512")
 """From slow to fast, in the numbering of csrc/rankwise_native.h. On Arm, "portable" includes NEON."""
 
-_INTERFACE = 7
+_INTERFACE = 8
 _HOW_TO_BUILD = (
     "install a C++17 compiler (for example `apt install g++`) and run "
     "`pip install --force-reinstall --no-deps --no-binary rankwise rankwise`, or `pip install -e .` in a source tree."
@@ -115,6 +115,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "rw_attention_forward": (None, [pointer, pointer, pointer, integer]),
         "rw_attention_backward": (None, [pointer] * 7 + [integer]),
         "rw_share_threads": (None, [pointer]),
+        "rw_use_huge_pages": (None, [pointer, count]),
         "rw_set_level": (None, [integer]),
     }
     for name, (result, arguments) in signatures.items():
