@@ -204,7 +204,9 @@ def test_used_memory_comes_as_a_tensor_of_its_own() -> None:
     for wanted, dtype in ((other, torch.float32), (shape, torch.float32)):
         made = four_bit.dequantize_4bit(*weight, wanted, dtype)
         assert made.data_ptr() == address
-        assert made.is_contiguous() and not made._is_view() and made._version == 0
+        assert made.is_contiguous()
+        assert not made._is_view()
+        assert made._version == 0
         assert torch.equal(made, reference.dequantize_4bit(*weight, wanted, dtype))
         factor = torch.ones(wanted, requires_grad=True)
         (made * factor).sum().backward()
