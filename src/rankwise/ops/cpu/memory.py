@@ -2,11 +2,11 @@
 
 Fresh memory costs more, in page faults of 4 KiB each, than filling it: `on_huge_pages`.
 
-Some results are let go while what was made after them stays: `roomy`. For an aligned block of n bytes glibc wants a free
-one of n + 96, so that what a tensor leaves is too small for the next of its size: in a forward pass every layer would
-leave a hole, a twentieth of a LoRA step's memory and a twelfth of a DoRA step's. With a little room to spare it is used
-again. Three ranks of room, since a block must find one above its own: what PyTorch makes has none, a product's output
-some, and what lives shortest most.
+Some results are let go while what was made after them stays: `roomy`. For an aligned block of n bytes glibc wants a
+free one of n + 96, so that what a tensor leaves is too small for the next of its size: in a forward pass every layer
+would leave a hole, a twentieth of a LoRA step's memory and a twelfth of a DoRA step's. With a little room to spare it
+is used again. Three ranks of room, since a block must find one above its own: what PyTorch makes has none, a product's
+output some, and what lives shortest most.
 """
 
 from __future__ import annotations
