@@ -99,6 +99,9 @@ bool are_sound(int dtype) {
                 for (int64_t gap : {0, 5})
                     for (bool across : {false, true})
                         if (!products(dtype, T, N, length, 3, gap, across, 1) || !products(dtype, T, N, length, 33, gap, across, 3)) return false;
+    // Summed in three parts wherever sums are cut.
+    for (bool across : {false, true})
+        if (!products(dtype, 31, 40, 8300, 3, 0, across, 1)) return false;
     for (int64_t T : {1, 30, 300})
         for (int64_t R : {1, 16, 33})
             for (int64_t C : {1, 47, 128, 2100})

@@ -25,7 +25,7 @@ from rankwise.quantization import Linear4bit
 
 # (T, N, K): a single row, odd sizes, whole tiles, several parts of the sum, rows whose lines share sets of the cache.
 SHAPES = [(1, 1, 1), (1, 40, 577), (7, 33, 50), (16, 96, 1600), (33, 40, 50), (64, 96, 576), (300, 200, 1600)]
-SHAPES += [(100, 70, 2048), (700, 577, 1000), (40, 16, 650), (50, 48, 90)]
+SHAPES += [(100, 70, 2048), (700, 577, 1000), (40, 16, 650), (50, 48, 90), (33, 40, 8300)]
 
 
 @pytest.fixture(scope="module", autouse=True, params=["best", "avx512", "avx2"])
