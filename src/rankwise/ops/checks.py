@@ -50,15 +50,16 @@ def check_weight(
     n = math.prod(shape)
     blocks = -(-n // block_size)
     good = packed.dtype is torch.uint8 and packed.numel() == (n + 1) // 2 and absmax.numel() == blocks
-    good = good and min(shape, default=0) >= 0
+    good = good and absmax.device == packed.device and min(shape, default=0) >= 0
     if nested_absmax is None and offset is None:
         good = good and absmax.dtype is torch.float32
     elif nested_absmax is not None and offset is not None:
         good = good and absmax.dtype is torch.uint8 and offset.numel() == 1 and offset.dtype is torch.float32
         good = good and nested_absmax.dtype is torch.float32 and nested_absmax.numel() == -(-blocks // NESTED_BLOCK)
+        good = good and nested_absmax.device == offset.device == packed.device
     else:
         good = False
-    if not good or not _one_device(packed, absmax, nested_absmax, offset):
+    if not good:
         raise _mismatch(packed, absmax, shape, block_size, nested_absmax, offset)
 
 
@@ -82,7 +83,7 @@ def check_codes(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> None:
     ]
     if codes.dim() != 1:
         faults.append(f"codes has shape {tuple(codes.shape)} where (blocks,) belongs")
-    if not _one_device(codes, nested_absmax, offset):
+    if not codes.device == nested_absmax.device == offset.device:
         faults.append("they are on different devices")
     if faults:
         raise QuantizationError("RW604", f"these are no double-quantized scales: {'; '.join(faults)}.")
@@ -117,10 +118,6 @@ def check_bias(bias: Tensor | None, x: Tensor, shape: Sequence[int]) -> None:
         f"a bias of shape {tuple(bias.shape)}, {bias.dtype} on {bias.device} does not fit: "
         f"it must be ({shape[0]},), {x.dtype} on {x.device}.",
     )
-
-
-def _one_device(first: Tensor, *others: Tensor | None) -> bool:
-    return all(other is None or other.device == first.device for other in others)
 
 
 def _mismatch(

@@ -20,6 +20,15 @@ from rankwise.ops.selection import as_autocast, transforms_functions
 
 _ops = torch.ops.rankwise
 
+# In front of every product of a few rows: where caches are cold, looking each up in its module takes microseconds.
+_is_compiling, _is_grad_enabled, _forward_ad = (
+    torch.compiler.is_compiling,
+    torch.is_grad_enabled,
+    torch.autograd.forward_ad,
+)
+_tracing_state, _dispatch_modes = torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack
+_transform_level = torch._C._functorch.maybe_current_level
+
 
 def quantize_4bit(w: Tensor, quant_type: str = "nf4", block_size: int = 64) -> tuple[Tensor, Tensor]:
     """Blocks of 4-bit codes and one scale per block (QLoRA, section 3, equal to bitsandbytes to the bit).
@@ -160,9 +169,9 @@ def row_norms_4bit(
 def _transformed() -> bool:
     """Whether ``torch.func`` or forward-mode differentiation is at work. The operators of products know gradients only:
     they would refuse the one and give no tangent to the other, without a word."""
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return False
-    return transforms_functions() or torch.autograd.forward_ad._current_level >= 0
+    return transforms_functions() or _forward_ad._current_level >= 0
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -171,14 +180,10 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def _nothing_watches(*tensors: Tensor | None) -> bool:
     """Whether no gradient, compiler, tracer, fake mode, functional transform or tensor subclass needs to see what is
     made of these."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if _is_compiling() or _tracing_state() is not None:
         return False
-    with_grad = torch.is_grad_enabled()
+    with_grad = _is_grad_enabled()
     for tensor in tensors:
         if tensor is not None and (type(tensor) not in _PLAIN or (with_grad and tensor.requires_grad)):
             return False
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.maybe_current_level() is None
-        and torch.autograd.forward_ad._current_level < 0
-    )
+    return _dispatch_modes() == 0 and _transform_level() is None and _forward_ad._current_level < 0

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 from torch.nn import functional
 
 from rankwise.ops.cpu import products
@@ -42,7 +42,15 @@ def quantize_4bit(w: Tensor, quant_type: str = "nf4", block_size: int = 64) -> t
     absmax = torch.empty(math.ceil(n / block_size), dtype=torch.float32)
     _, bound, order = tables(quant_type)
     bad = library().rw_quantize_4bit(
-        w.data_ptr(), _DTYPE[w.dtype], n, block_size, bound, order, packed.data_ptr(), absmax.data_ptr(), _threads()
+        w.data_ptr(),
+        _DTYPE[w.dtype],
+        n,
+        block_size,
+        bound,
+        order,
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        get_num_threads(),
     )
     if bad >= 0:
         start = bad * block_size
@@ -98,7 +106,7 @@ def linear_4bit(
         _DTYPE[x.dtype],
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        _threads(),
+        get_num_threads(),
     )
     return y
 
@@ -136,7 +144,7 @@ def row_norms_4bit(
     N, K = shape
     weight = NativeWeight(packed, absmax, N * K, quant_type, block_size, nested_absmax, offset)
     norms = torch.empty(N, dtype=torch.float32)
-    library().rw_row_norms_4bit(weight.struct, N, K, _DTYPE[dtype], norms.data_ptr(), _threads())
+    library().rw_row_norms_4bit(weight.struct, N, K, _DTYPE[dtype], norms.data_ptr(), get_num_threads())
     return norms
 
 
@@ -151,7 +159,7 @@ def _product(a: Tensor, factor: products.Factor, columns: int, *, across: bool, 
 
 
 def _dequantize_into(out: Tensor, weight: NativeWeight) -> None:
-    library().rw_dequantize_4bit(weight.struct, 0, out.numel(), _DTYPE[out.dtype], out.data_ptr(), _threads())
+    library().rw_dequantize_4bit(weight.struct, 0, out.numel(), _DTYPE[out.dtype], out.data_ptr(), get_num_threads())
 
 
 def _dense(weight: NativeWeight, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -185,10 +193,6 @@ def _memory(shape: Sequence[int], dtype: torch.dtype, *, exact: bool) -> Tensor:
         made = on_huge_pages(shape, dtype)
     _kept.tensor, _kept.storage = made, made.untyped_storage()
     return made.data
-
-
-def _threads() -> int:
-    return torch.get_num_threads()
 
 
 __all__ = [

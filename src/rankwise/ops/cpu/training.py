@@ -13,7 +13,7 @@ import ctypes
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from rankwise.ops.checks_training import ACTIVATIONS, bad_target
 from rankwise.ops.cpu.memory import OF_SHORT_LIVED, roomy
@@ -33,7 +33,7 @@ def low_rank_add_(y: Tensor, u: Tensor, B: Tensor, scale: float, g: Tensor | Non
     N, R = B.shape
     _functions().rw_low_rank_add(
         out.data_ptr(), out_stride, u.data_ptr(), u_stride, B.data_ptr(), scale, _pointer(g), _pointer(bias),
-        _count(y, N), N, R, _DTYPE[y.dtype], _threads(),
+        _count(y, N), N, R, _DTYPE[y.dtype], get_num_threads(),
     )  # fmt: skip
     return y if out is y else y.copy_(out)
 
@@ -47,7 +47,7 @@ def scaled_grad(dy: Tensor, y: Tensor | None, g: Tensor) -> tuple[Tensor, Tensor
     dot = None if y is None else torch.empty(N, dtype=torch.float32)
     _functions().rw_scaled_grad(
         dy.data_ptr(), dy_stride, _pointer(rows), y_stride, factor.data_ptr(), dz.data_ptr(), _pointer(dot),
-        _count(dy, N), N, _DTYPE[dy.dtype], _threads(),
+        _count(dy, N), N, _DTYPE[dy.dtype], get_num_threads(),
     )  # fmt: skip
     return dz, dot
 
@@ -57,8 +57,9 @@ def row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
     W, A, B = W.contiguous(), A.float().contiguous(), B.float().contiguous()
     cross = torch.empty(W.shape[0], dtype=torch.float32)
     _functions().rw_row_cross(
-        W.data_ptr(), A.data_ptr(), B.data_ptr(), cross.data_ptr(), *W.shape, A.shape[0], _DTYPE[W.dtype], _threads()
-    )
+        W.data_ptr(), A.data_ptr(), B.data_ptr(), cross.data_ptr(), *W.shape, A.shape[0], _DTYPE[W.dtype],
+        get_num_threads(),
+    )  # fmt: skip
     return cross
 
 
@@ -70,7 +71,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) ->
     y, rstd = roomy(x.shape, x.dtype, OF_SHORT_LIVED), torch.empty(T, dtype=torch.float32)
     _functions().rw_rms_norm(
         x.data_ptr(), x_stride, w.data_ptr(), eps, offset, cast_first, y.data_ptr(), rstd.data_ptr(),
-        T, D, _DTYPE[x.dtype], _threads(),
+        T, D, _DTYPE[x.dtype], get_num_threads(),
     )  # fmt: skip
     return y, rstd
 
@@ -86,7 +87,7 @@ def rms_norm_backward(
     dx = torch.empty(x.shape, dtype=x.dtype)
     _functions().rw_rms_norm_backward(
         dy.data_ptr(), dy_stride, x.data_ptr(), x_stride, w.data_ptr(), rstd.data_ptr(), offset,
-        _pointer(residual), residual_stride, dx.data_ptr(), _count(x, D), D, _DTYPE[x.dtype], _threads(),
+        _pointer(residual), residual_stride, dx.data_ptr(), _count(x, D), D, _DTYPE[x.dtype], get_num_threads(),
     )  # fmt: skip
     return dx
 
@@ -98,7 +99,7 @@ def glu(gate: Tensor, up: Tensor, act: str) -> Tensor:
     product, N = roomy(gate.shape, gate.dtype, OF_SHORT_LIVED), gate.shape[-1]
     _functions().rw_glu(
         None, 0, gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, _ACTIVATION[act],
-        None, None, product.data_ptr(), _count(gate, N), N, _DTYPE[gate.dtype], _threads(),
+        None, None, product.data_ptr(), _count(gate, N), N, _DTYPE[gate.dtype], get_num_threads(),
     )  # fmt: skip
     return product
 
@@ -115,7 +116,7 @@ def glu_backward(
     product = torch.empty(shape, dtype=dtype) if with_product else None
     _functions().rw_glu(
         dout.data_ptr(), dout_stride, gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, _ACTIVATION[act],
-        dgate.data_ptr(), dup.data_ptr(), _pointer(product), _count(gate, N), N, _DTYPE[dtype], _threads(),
+        dgate.data_ptr(), dup.data_ptr(), _pointer(product), _count(gate, N), N, _DTYPE[dtype], get_num_threads(),
     )  # fmt: skip
     return dgate, dup, product
 
@@ -146,7 +147,7 @@ def _turn(q: Tensor, cos: Tensor, sin: Tensor, inverse: bool, out: Tensor, out_s
     _functions().rw_rope(
         q.data_ptr(), _Strides(*q.stride()[:3]), cos.data_ptr(), sin.data_ptr(), 0 if batches == 1 else L * rotary,
         inverse, out.data_ptr(), _Strides(*out_stride), _Sizes(*q.shape, rotary),
-        _DTYPE[q.dtype], _DTYPE[cos.dtype], _threads(),
+        _DTYPE[q.dtype], _DTYPE[cos.dtype], get_num_threads(),
     )  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def cross_entropy_(
     sums = (ctypes.c_double * 3)()
     wrong = _functions().rw_cross_entropy(
         rows.data_ptr(), stride, targets.data_ptr(), C, V, scale, label_smoothing, softcap or 0.0, multiplier,
-        want_grad, want_entropy, want_correct, sums, _DTYPE[logits.dtype], _threads(),
+        want_grad, want_entropy, want_correct, sums, _DTYPE[logits.dtype], get_num_threads(),
     )  # fmt: skip
     error = bad_target(targets, V, IGNORED) if wrong >= 0 else None
     if error is not None:
@@ -197,7 +198,7 @@ def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int) -> Tensor:
 def _drop(z: Tensor, out: Tensor, p: float, seed: int, *, add: bool) -> None:
     _functions().rw_dropout(
         z.data_ptr(), out.data_ptr(), add, 1 / (1 - p), dropout_threshold(p), *dropout_keys(seed),
-        z.numel(), _DTYPE[z.dtype], _threads(),
+        z.numel(), _DTYPE[z.dtype], get_num_threads(),
     )  # fmt: skip
 
 
