@@ -57,7 +57,7 @@ browser: $(STAMP) ## the comparison report in a real browser (needs a `chromium`
 E2E ?= ../shared/data/e2e
 
 bench: $(STAMP) ## timings against the peers, into docs/results (half an hour on a quiet machine)
-	$(BIN)/python benchmarks/four_bits.py --output docs/results
+	$(BIN)/python benchmarks/four_bits.py --processes 8 --output docs/results
 	$(BIN)/python benchmarks/quantized_load.py
 	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/scaling.py

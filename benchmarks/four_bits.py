@@ -261,13 +261,13 @@ def markdown(result: dict[str, Any]) -> str:
 
 def dequantization(processes: list[dict[str, Any]]) -> list[str]:
     """Of each process, the one with the fastest memory first: how near to the memory's limit we are there."""
-    lines = ["| dequantize, ms | ours | store | copy | bitsandbytes | times faster | of a copy's rate |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines = ["| dequantize, ms: ours | store | copy | bitsandbytes | times faster | of a copy's rate |"]
+    lines += ["|---|---|---|---|---|---|"]
     rows = [(one["milliseconds"]["dequantize"], one["dequantize_share_of_copy_bandwidth"]) for one in processes]
     for times, share in sorted(rows, key=lambda row: row[0]["store to kept memory"]):
         store, copy = (times[f"{what} to kept memory"] for what in ("store", "copy"))
         ours, peer = times["ours"], times["bitsandbytes"]
-        lines.append(f"| | {ours:.2f} | {store:.2f} | {copy:.2f} | {peer:.2f} | {peer / ours:.1f} | {share:.0%} |")
+        lines.append(f"| {ours:.2f} | {store:.2f} | {copy:.2f} | {peer:.2f} | {peer / ours:.1f} | {share:.0%} |")
     return lines
 
 

@@ -201,6 +201,7 @@ def test_used_memory_comes_as_a_tensor_of_its_own() -> None:
         address = first.data_ptr()
         first.t_().add_(1)
         del first
+        assert four_bit.dequantize_4bit(*weight, other, torch.float32).data_ptr() == address
     for wanted, dtype in ((other, torch.float32), (shape, torch.float32)):
         made = four_bit.dequantize_4bit(*weight, wanted, dtype)
         assert made.data_ptr() == address

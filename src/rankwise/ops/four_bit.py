@@ -21,12 +21,9 @@ from rankwise.ops.selection import as_autocast, transforms_functions
 _ops = torch.ops.rankwise
 
 # In front of every product of a few rows: where caches are cold, looking each up in its module takes microseconds.
-_is_compiling, _is_grad_enabled, _forward_ad = (
-    torch.compiler.is_compiling,
-    torch.is_grad_enabled,
-    torch.autograd.forward_ad,
-)
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 _tracing_state, _dispatch_modes = torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack
+_forward_ad = torch.autograd.forward_ad
 _transform_level = torch._C._functorch.maybe_current_level
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, get_num_threads
@@ -183,16 +183,20 @@ def _memory(shape: Sequence[int], dtype: torch.dtype, *, exact: bool) -> Tensor:
         if fits and torch._C._storage_Use_Count(storage._cdata) == 2:
             # With cold caches, setting a new tensor to the storage costs 0.1 ms, this a tenth.
             if kept.shape != shape or kept.dtype is not dtype:
-                kept = _kept.tensor = torch.empty(0, dtype=dtype).set_(storage).resize_(shape)
+                kept = _keep(lambda: torch.empty(0, dtype=dtype).set_(storage).resize_(shape))
             return kept.data
         # The old memory goes first: both together would be the peak.
         del kept, storage
         _kept.tensor = _kept.storage = None
-    # Made in inference mode, it could not be saved for a backward pass later.
+    return _keep(lambda: on_huge_pages(shape, dtype)).data
+
+
+def _keep(make: Callable[[], Tensor]) -> Tensor:
+    """What ``make`` gives, kept for this thread. Made in inference mode, it could not be saved for a backward pass."""
     with torch.inference_mode(False):
-        made = on_huge_pages(shape, dtype)
+        made = make()
     _kept.tensor, _kept.storage = made, made.untyped_storage()
-    return made.data
+    return made
 
 
 __all__ = [
