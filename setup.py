@@ -1,4 +1,5 @@
-"""Builds csrc/ into one plain shared library inside the package; everything else is in pyproject.toml.
+"""Builds csrc/ into one plain shared library inside the package, and copies the page of errors into it; everything
+else is in pyproject.toml.
 
 No torch is needed: the library has a C interface and is called through ctypes, so a wheel serves every Python and
 every torch. Without a compiler the install succeeds, and the first use of the 4-bit functions says that plain PyTorch
@@ -16,9 +17,11 @@ from typing import Any
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 NAME = "rankwise.ops.cpu._native"
+ERROR_PAGE = "docs/errors.md"
 # No contraction of a * b + c: the results equal PyTorch's to the bit.
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-g0"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -87,7 +90,19 @@ class TagForEveryPython(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-commands: dict[str, Any] = {"build_ext": BuildNative, "bdist_wheel": TagForEveryPython}
+class CarryErrorPage(build_py):
+    """``rankwise explain`` prints sections of this page of the documentation; a checkout reads it where it lies."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            self.copy_file(ERROR_PAGE, str(Path(self.build_lib, "rankwise", "errors.md")))
+
+    def get_source_files(self) -> list[str]:
+        return [*super().get_source_files(), ERROR_PAGE]
+
+
+commands: dict[str, Any] = {"build_py": CarryErrorPage, "build_ext": BuildNative, "bdist_wheel": TagForEveryPython}
 sources = [f"csrc/{name}.cpp" for name in SOURCES]
 depends = [str(path) for path in sorted(Path("csrc").glob("*.h*"))]
 setup(cmdclass=commands, ext_modules=[Extension(NAME, sources, depends=depends, optional=True)])

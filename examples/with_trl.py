@@ -1,21 +1,24 @@
-"""DoRA under TRL's own SFTTrainer: python examples/with_trl.py [MODEL OUTPUT]
+"""DoRA under TRL's own SFTTrainer: python examples/with_trl.py MODEL OUTPUT
 
 The model stays the transformers class it was, so trainers written for it work unchanged.
 """
 
-import sys
+import argparse
 
 from trl import SFTConfig, SFTTrainer
 
 import rankwise as rw
 from rankwise.data import encode_rows, stdlib_rows
 
-name, output = sys.argv[1:] or ("demo", "runs/with_trl")
+parser = argparse.ArgumentParser(description="Train a DoRA adapter under TRL's SFTTrainer.")
+parser.add_argument("model", help="hub id, folder, .gguf file, or demo")
+parser.add_argument("output", help="folder to write the adapter to")
+given = parser.parse_args()
 
-model, tokenizer = rw.load_model(name)
+model, tokenizer = rw.load_model(given.model)
 rw.add_adapter(model, rw.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], use_dora=True))
 arguments = SFTConfig(
-    output_dir=output,
+    output_dir=given.output,
     max_steps=5,
     per_device_train_batch_size=2,
     learning_rate=5e-4,
@@ -28,5 +31,5 @@ arguments = SFTConfig(
 )
 rows = encode_rows(stdlib_rows()[:64], tokenizer, max_length=128).dataset
 SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer).train()
-rw.save_adapter(model, output)
-print(f"a PEFT adapter is in {output}")
+rw.save_adapter(model, given.output)
+print(f"a PEFT adapter is in {given.output}")

@@ -77,6 +77,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "ops"})
+
+
 def __getattr__(name: str) -> Any:
     if name == "ops":
         return importlib.import_module("rankwise.ops")

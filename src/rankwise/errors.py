@@ -12,7 +12,7 @@
     └── Interrupted                 exit 130: stopped by the user, saved
     RankwiseWarning                 the same codes, and the work goes on
 
-A code is stable and has a section of its own in ``docs/errors.md``.
+A code is stable and has a section of its own in ``docs/errors.md``, which ``rankwise explain CODE`` prints.
 """
 
 from __future__ import annotations

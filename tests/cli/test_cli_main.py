@@ -141,7 +141,7 @@ def test_an_error_is_one_line_and_an_exit_code(error, code, start, with_verb):
     assert done.stdout == ""
     assert done.stderr.startswith(start)
     assert done.stderr.count("\n") == 1
-    assert f"docs/errors.md#{start.split()[1].rstrip(':').lower()}" in done.stderr
+    assert f"[rankwise explain {start.split()[1].rstrip(':')}]" in done.stderr
 
 
 def test_an_error_of_several_lines_is_joined(with_verb):

@@ -28,6 +28,17 @@ def test_there_is_a_test_for_every_example():
     }
 
 
+@pytest.mark.parametrize("arguments", [[], ["a model alone"]])
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+def test_an_example_without_its_arguments_prints_its_usage(script, arguments):
+    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert f"usage: {script}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("script", ["plain_loop.py", "with_trl.py"])
 def test_training_examples_leave_an_adapter_that_merges(script, model_folder, tmp_path):
     assert "a PEFT adapter is in" in run(script, model_folder, tmp_path / "adapter")

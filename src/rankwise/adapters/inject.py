@@ -351,7 +351,8 @@ def _check_name(model: nn.Module, config: LoraConfig, name: str) -> None:
     if not name or "." in name:
         raise AdapterError("RW405", f"{name!r} cannot name an adapter; use a name without dots.")
     if name in configs:
-        raise AdapterError("RW405", f"the model already has an adapter {name!r}; give another name or remove that one.")
+        remedy = f"give another name, or remove that one with rankwise.remove_adapter(model, {name!r})"
+        raise AdapterError("RW405", f"the model already has an adapter {name!r}; {remedy}.")
     if configs and any(other.bias != "none" for other in [*configs.values(), config]):
         raise AdapterError(
             "RW406",

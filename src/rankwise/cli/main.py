@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from rankwise.cli import compare, demo, evaluate, generate, inspect, merge, plan, preview, report, score, train
+from rankwise.cli import compare, demo, evaluate, explain, generate, inspect, merge, plan, preview, report, score, train
 from rankwise.cli.help import verb_command, verb_group
 from rankwise.cli.options import Verb, command_of
 from rankwise.cli.output import (
@@ -51,6 +51,7 @@ VERBS: tuple[Verb, ...] = (
     merge.VERB,
     inspect.VERB,
     score.VERB,
+    explain.VERB,
     demo.VERB,
 )
 SUMMARY = "Fine-tune a language model with low-rank adapters, wisely: LoRA, QLoRA, DoRA and QDoRA."

@@ -77,11 +77,11 @@ def _without_nan(value: Any) -> Any:
 
 
 def print_message(kind: str, code: str, text: str) -> None:
-    """``error RW104: ...  [docs/errors.md#rw104]`` as one line on stderr."""
+    """``error RW104: ...  [rankwise explain RW104]`` as one line on stderr."""
     colour = {"error": "bold red", "warning": "bold yellow"}.get(kind, "bold")
     line = " ".join(part.strip() for part in text.splitlines())
     Console(stderr=True, highlight=False).print(
-        f"[{colour}]{kind} {code}[/]: {escape(line)}  [dim]\\[docs/errors.md#{code.lower()}][/]", soft_wrap=True
+        f"[{colour}]{kind} {code}[/]: {escape(line)}  [dim]\\[rankwise explain {code}][/]", soft_wrap=True
     )
 
 

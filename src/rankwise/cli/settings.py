@@ -78,6 +78,12 @@ class MergeSettings(Settings):
     revision: str | None = Field(None, description=f"{REVISION} Default: the one trained on.")
 
 
+class ExplainSettings(Settings):
+    """The options of ``rankwise explain``."""
+
+    code: str = Field(description="Code of a message, such as RW203.", json_schema_extra={"argument": True})
+
+
 class InspectSettings(Settings):
     """The options of ``rankwise inspect``."""
 
