@@ -254,6 +254,14 @@ def test_the_adapter_s_dtype():
     step(model)
 
 
+def test_casting_the_model_leaves_the_experts_adapters_in_float32():
+    model = base("mixtral")
+    rw.add_adapter(model, config("both"))
+    model.bfloat16()
+    assert {parameter.dtype for parameter in rw.adapter_parameters(model).values()} == {torch.float32}
+    step(model)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -490,3 +490,45 @@ def test_a_base_that_copies_itself_is_copied_with_its_adapters():
     rw.add_adapter(model, rw.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
     x = torch.randn(3, 8)
     torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
+
+
+CASTS = {
+    "to": lambda model: model.to(torch.bfloat16),
+    "to_dtype": lambda model: model.to(dtype=torch.float16),
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "type": lambda model: model.type(torch.bfloat16),
+    "parent": lambda model: nn.Sequential(nn.ModuleDict({"inner": model})).to("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+@pytest.mark.parametrize("adapter_dtype", ["float32", "base"])
+@pytest.mark.parametrize("base", ["llama", "gpt2"])
+def test_casting_the_model_leaves_the_adapter_its_precision(cast, adapter_dtype, base):
+    model, config = build("embedding_dora", base, torch.float32, adapter_dtype=adapter_dtype)
+    rw.add_adapter(model, config)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    before = {key: value.detach().clone() for key, value in rw.adapter_parameters(model).items()}
+    cast(model)
+    lowered = next(iter(model.parameters())).dtype
+    assert lowered in (torch.bfloat16, torch.float16)
+    for key, value in rw.adapter_parameters(model).items():
+        assert value.grad.dtype is value.dtype
+        if key.endswith("magnitude_vector") or adapter_dtype == "float32":
+            assert value.dtype is torch.float32
+            assert torch.equal(value, before[key])
+        else:
+            assert value.dtype is lowered
+    model(input_ids=IDS, labels=IDS).loss.backward()
+
+
+def test_casting_up_takes_the_adapter_along():
+    model, config = build("dora", "llama", torch.float32)
+    rw.add_adapter(model, config)
+    model.double()
+    assert {value.dtype for value in rw.adapter_parameters(model).values()} == {torch.float64}
+    model.float()
+    assert {value.dtype for value in rw.adapter_parameters(model).values()} == {torch.float32}
+    model.to("meta")
+    assert {value.device.type for value in rw.adapter_parameters(model).values()} == {"meta"}

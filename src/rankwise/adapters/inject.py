@@ -14,7 +14,7 @@ from rankwise.adapters.base_layer import features, weight_device, weight_dtype
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.embedding import EmbeddingLora
 from rankwise.adapters.experts import AdaptedExperts, ExpertsLora, StackLora, stack_shape
-from rankwise.adapters.layer import AdaptedLayer, Adapter, TrainedCopy
+from rankwise.adapters.layer import AdaptedLayer, Adapter, OverBase, TrainedCopy
 from rankwise.adapters.lora import Lora
 from rankwise.adapters.parameters import parameter_names
 from rankwise.adapters.state import (
@@ -133,6 +133,10 @@ def attach(
             layer.is_head = layer.base_layer is _output_head(model)
             if isinstance(layer.adapters[name], Dora):
                 layer.adapters[name].is_overwritten = _overwrites_outputs(model)
+    if config.adapter_dtype == "base":
+        for _, module in wrappers(model):
+            if isinstance(module, OverBase) and name in module.adapters:
+                module.cast_with_base.add(name)
     for key, bias in _biases(model, config, name).items():
         replace_parameter(model, state, name, key, bias)
     set_adapter(model, name)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.base_layer import features
@@ -32,7 +33,16 @@ class OverBase(nn.Module):
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
+        # Adapters whose A and B take the dtype that the base is cast to (``adapter_dtype="base"``).
+        self.cast_with_base: set[str] = set()
         keep_names(self, "base_layer")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if recurse:
+            self.base_layer._apply(fn)
+            for name, adapter in self.adapters.items():
+                adapter._apply(_keeping_precision(adapter, fn, cast_pair=name in self.cast_with_base))
+        return self
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -41,6 +51,22 @@ class OverBase(nn.Module):
             if is_private(name):
                 raise
             return getattr(super().__getattr__("base_layer"), name)
+
+
+def _keeping_precision(adapter: Any, fn: Callable[[Tensor], Tensor], *, cast_pair: bool) -> Callable[[Tensor], Tensor]:
+    """``fn`` without its casts of m, and unless ``cast_pair`` of A and B, below float32; all else that it does is done."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        m = getattr(adapter, "magnitude", None)
+        # A gradient is cast beside its parameter.
+        is_magnitude = m is not None and (tensor is m or tensor is m.grad)
+        if cast_pair and not is_magnitude:
+            return moved
+        dtype = torch.promote_types(moved.dtype, torch.float32)
+        return moved if moved.dtype is dtype else tensor.to(moved.device, dtype)
+
+    return apply
 
 
 class AdaptedLayer(OverBase):
