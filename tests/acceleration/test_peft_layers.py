@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -170,8 +171,11 @@ def test_bitsandbytes_base(double_quant: bool) -> None:
     assert_same(loss_and_grads(model), expected)
 
 
-def test_a_model_without_peft_is_refused() -> None:
-    with pytest.raises(AdapterError, match="RW416"):
+def test_a_model_without_peft_is_refused(monkeypatch) -> None:
+    with pytest.raises(AdapterError, match=r"RW416.*give what get_peft_model returned\."):
+        rw.accelerate_peft(family("llama"))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(AdapterError, match=r"RW416.*PEFT is not installed.*pip install 'rankwise\[peft\]'"):
         rw.accelerate_peft(family("llama"))
 
 

@@ -8,6 +8,7 @@ it goes on doing itself.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import weakref
 from typing import Any
 
@@ -26,6 +27,7 @@ from rankwise.quantization.linear import Linear4bit
 
 CARRIES = ("lora_A", "lora_B", "scaling", "lora_dropout", "base_layer", "lora_variant")
 DORA_VARIANT = "DoraLinearVariant"
+MISSING = "PEFT is not installed (`pip install 'rankwise[peft]'`), and get_peft_model makes such layers"
 
 
 def accelerate_peft(model: nn.Module) -> Acceleration:
@@ -41,10 +43,11 @@ def accelerate_peft(model: nn.Module) -> Acceleration:
     undo = Undo()
     count = sum(_take_over(module, undo) for module in list(model.modules()))
     if count == 0:
+        # Asked for, not imported: only models that PEFT has adapted need it.
+        is_there = importlib.util.find_spec("peft") is not None
+        remedy = "give what get_peft_model returned" if is_there else MISSING
         raise AdapterError(
-            "RW416",
-            f"this {type(model).__name__} has no LoRA layer of PEFT's over a linear layer; give what get_peft_model "
-            "returned.",
+            "RW416", f"this {type(model).__name__} has no LoRA layer of PEFT's over a linear layer; {remedy}."
         )
     return optimize(model, undo, fuse_loss=False)
 

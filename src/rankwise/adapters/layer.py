@@ -54,7 +54,7 @@ class OverBase(nn.Module):
 
 
 def _keeping_precision(adapter: Any, fn: Callable[[Tensor], Tensor], *, cast_pair: bool) -> Callable[[Tensor], Tensor]:
-    """``fn`` without its casts of m, and unless ``cast_pair`` of A and B, below float32; all else that it does is done."""
+    """``fn`` without its casts of m below float32, and without those of A and B unless ``cast_pair``."""
 
     def apply(tensor: Tensor) -> Tensor:
         moved = fn(tensor)
