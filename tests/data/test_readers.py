@@ -13,10 +13,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rankwise.data import overlapping_rows, read_rows, rows_from_records
-from rankwise.errors import DataError
+from rankwise.data import read_rows, rows_from_records, warn_of_overlap
+from rankwise.errors import DataError, RankwiseWarning
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+ANSWER = CHAT["messages"][1]
+CALL = {"function": {"name": "f", "arguments": {}}}
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "messages": (CHAT, {"kind": "chat", "messages": tuple(CHAT["messages"])}),
     "sharegpt": (
@@ -120,8 +122,8 @@ def test_lines_are_the_files_own(tmp_path: Path) -> None:
     table.write_text('prompt,completion\n"two\nlines",a\n\nb,c\n', encoding="utf-8")
     assert [row.line for row in read_rows(table)] == [2, 5]
     array = tmp_path / "rows.json"
-    array.write_text('[\n {"text": "a"}, {"text": "b"},\n\n {"text":\n "c"},\n {"text": 1}]', encoding="utf-8")
-    assert "rows.json, row 4: expected text in `text`, found the number '1'" in refusal(array)
+    array.write_text('[\n {"text": "a"}, {"text": "b"},\n\n {"text":\n "c"},\n {"text": {}}]', encoding="utf-8")
+    assert "rows.json, row 4: expected text in `text`, found the object '{}'" in refusal(array)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,8 @@ def test_lines_are_the_files_own(tmp_path: Path) -> None:
         ({"prompt": "a"}, "expected text in `completion`, found no such field (fields: `prompt`)"),
         ({"prompt": "a", "completion": None}, "found null"),
         ({"prompt": "a", "completion": " \n"}, "found only white space"),
-        ({"prompt": 5, "completion": "a"}, "expected text in `prompt`, found the number '5'"),
+        ({"prompt": True, "completion": "a"}, "expected text in `prompt`, found the truth value 'True'"),
+        ({"prompt": "a", "completion": float("nan")}, "expected text in `completion`, found the number 'nan'"),
         ({"prompt": "a", "completion": ["b"]}, "found the list"),
         (["a"], 'expected a JSON object with named fields, found ["a"]'),
         ({"prompt": "a", "completion": "b\ud800"}, "found half a surrogate pair (\\ud800)"),
@@ -155,6 +158,20 @@ def test_a_bad_row_is_named_by_line(tmp_path: Path, record: object, complaint: s
         ([CHAT["messages"][0], {"role": "assistant", "content": ""}], "expected text in `content` of message 2"),
         ([{"role": "user", "content": [{"type": "image"}]}], "expected text in `content` of message 1"),
         ([{"role": "user", "content": 3}], "expected text in `content` of message 1"),
+        ([{"role": "user", "content": None}, ANSWER], "message 1 of `messages`, found null"),
+        ([{"role": "user"}, ANSWER], "message 1 of `messages`, found no such field"),
+        ([{"role": "user", "content": []}, ANSWER], "message 1 of `messages`, found the list '[]'"),
+        ([{"role": "user", "content": " "}, ANSWER], "message 1 of `messages`, found only white space"),
+        ([{"role": "user", "content": None, "tool_calls": [CALL]}, ANSWER], "message 1 of `messages`, found null"),
+        ([{"role": "system", "content": None}, *CHAT["messages"]], "message 1 of `messages`, found null"),
+        ([*CHAT["messages"], {"role": "tool", "content": None}], "message 3 of `messages`, found null"),
+        ([CHAT["messages"][0], {"role": "assistant", "content": None, "tool_calls": []}], "message 2 of `messages`"),
+        ([{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}, ANSWER], "half a surrogate pair"),
+        (
+            [*CHAT["messages"], {**ANSWER, "tool_calls": "f()"}],
+            "expected a list of objects in `tool_calls` of message 3",
+        ),
+        ([*CHAT["messages"], {**ANSWER, "tool_calls": [{"f": 1}]}], "expected the `name` of a function in tool call 1"),
     ],
 )
 def test_a_bad_message_is_named(tmp_path: Path, messages: object, complaint: str) -> None:
@@ -164,11 +181,48 @@ def test_a_bad_message_is_named(tmp_path: Path, messages: object, complaint: str
 
 
 def test_a_chat_row_may_call_tools(tmp_path: Path) -> None:
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     tools = [{"type": "function", "function": {"name": "f"}}]
-    [row] = read_rows(jsonl(tmp_path / "rows.jsonl", {"messages": [CHAT["messages"][0], call], "tools": tools}))
-    assert row.messages[1]["tool_calls"] == call["tool_calls"]
-    assert row.tools == tuple(tools)
+    # TRL takes the JSON of the list too: a table has no column for schemas of different fields.
+    for given in (tools, json.dumps(tools)):
+        record = {"messages": [CHAT["messages"][0], call], "tools": given}
+        [row] = read_rows(jsonl(tmp_path / "rows.jsonl", record))
+        assert row.messages[1]["tool_calls"] == call["tool_calls"]
+        assert row.tools == tuple(tools)
+    for nothing in (None, [], "", "[]", "null"):
+        assert read_rows(jsonl(tmp_path / "rows.jsonl", CHAT | {"tools": nothing}))[0].tools is None
+    for given, found in (
+        ("[{", "invalid JSON"),
+        ('{"name": "f"}', "the object"),
+        (["f"], "the list"),
+        (3, "the number"),
+    ):
+        assert f"found {found}" in refusal(jsonl(tmp_path / "rows.jsonl", CHAT | {"tools": given}))
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
+def test_numbers_are_read_as_a_csv_holds_them(tmp_path: Path, kind: str) -> None:
+    records = [{"prompt": f"{n} + {n}", "completion": 2 * n} for n in range(3)]
+    path = jsonl(tmp_path / f"rows.{kind}", *records)
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    with pytest.warns(RankwiseWarning, match=r"RW224: .*\(`completion` in 3 of 3 rows\)") as told:
+        assert [row.completion for row in read_rows(path)] == ["0", "2", "4"]
+    assert len(told) == 1
+    table = tmp_path / "rows.csv"
+    table.write_text("prompt,completion\n0 + 0,0\n", encoding="utf-8")
+    assert read_rows(table)[0].completion == "0"
+
+
+def test_numbers_in_named_and_optional_columns_are_text(tmp_path: Path) -> None:
+    with pytest.warns(RankwiseWarning, match=r"`label` in 1 of 1 rows"):
+        [row] = read_rows(
+            jsonl(tmp_path / "rows.jsonl", {"q": "a", "label": 1}), prompt_column="q", completion_column="label"
+        )
+    assert row.completion == "1"
+    with pytest.warns(RankwiseWarning, match=r"`output` in 1 of 1 rows, `input` in 1 of 1 rows"):
+        [row] = read_rows(jsonl(tmp_path / "rows.jsonl", {"instruction": "double", "input": 0, "output": 0.5}))
+    assert (row.prompt, row.completion) == ("double\n\n0", "0.5")
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"text": ' + "9" * 5000 + "}"])
@@ -325,7 +379,8 @@ def test_overlap_ignores_case_and_white_space() -> None:
     evaluation = rows_from_records(
         [(1, {"prompt": "A", "completion": "  B"}), (2, {"prompt": "c", "completion": "x"})], "e"
     )
-    assert overlapping_rows(train, evaluation) == 1
+    with pytest.warns(RankwiseWarning, match=r"RW218: 1 of 2 .* \(e, line 1 is t, line 1\)"):
+        assert warn_of_overlap(train, evaluation) == 1
 
 
 def test_all_of_e2e_reads_in_a_second_or_two(shared: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.comparison.settings import CompareOptions
-from rankwise.data import Row, Rows, overlapping_rows, read_rows
-from rankwise.errors import ConfigError, DataError, warn
+from rankwise.data import Row, Rows, read_rows, warn_of_overlap
+from rankwise.errors import ConfigError, DataError
 from rankwise.records import write_text
 from rankwise.training.setup import limited
 
@@ -49,13 +49,7 @@ def prepare_inputs(given: CompareOptions, check: Callable[[dict[str, Any]], None
         rows, held_out = split_by_prompt(rows, EVAL_SHARE)
         how = "a tenth of the training data, by prompt"
     part = limited(held_out, options["eval_limit"])
-    overlap = overlapping_rows(rows, part)
-    if overlap:
-        warn(
-            "RW218",
-            f"{overlap} of {len(part)} evaluation rows stand in the training data too, word for word; their loss says "
-            "nothing about new text.",
-        )
+    overlap = warn_of_overlap(rows, part)
     described = {
         "train": {"source": rows.source, "sha256": _content_hash(rows), "rows": len(rows)},
         "eval": {"source": part.source, "sha256": _content_hash(part), "rows": len(part), "chosen": how},

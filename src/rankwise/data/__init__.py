@@ -6,7 +6,7 @@ encoded = encode_rows(rows, tokenizer, max_length=1024)     # input_ids and labe
 
 from rankwise.data.encoding import Encoded, EncodingReport, encode_rows
 from rankwise.data.formats import rows_from_records
-from rankwise.data.overlap import overlapping_rows
+from rankwise.data.overlap import warn_of_overlap
 from rankwise.data.preview import Preview, preview_row
 from rankwise.data.readers import check_there, read_rows
 from rankwise.data.rows import Row, Rows
@@ -22,10 +22,10 @@ __all__ = [
     "Segment",
     "check_there",
     "encode_rows",
-    "overlapping_rows",
     "preview_row",
     "read_rows",
     "read_template",
     "rows_from_records",
     "stdlib_rows",
+    "warn_of_overlap",
 ]

@@ -7,11 +7,14 @@ raises once, with the places of the bad ones.
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from decimal import Decimal
+from typing import Any, TypeGuard
 
 from rankwise.data.rows import Kind, Message, Row, Rows, Unit, content_sha256
-from rankwise.errors import DataError
+from rankwise.errors import DataError, warn
 
 Record = Mapping[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -41,6 +44,8 @@ class Format:
     # Raises BadRow.
     uses_template: bool = True
     separator: str = ""
+    optional: tuple[str, ...] = ()
+    # Columns that are read where they are there.
 
 
 def detect(record: Record, source: str, prompt_column: str | None, completion_column: str | None) -> Format:
@@ -93,6 +98,7 @@ def rows_from_records(
     rows, problems = _convert(records, source, layout, counted_in)
     if problems or layout is None:
         raise DataError("RW203", _bad_rows(source, problems, len(records), counted_in))
+    _tell_of_numbers([record for _, record in records], source, layout)
     return Rows(
         items=rows,
         kind=layout.kind,
@@ -119,6 +125,17 @@ def _convert(
     return rows, problems
 
 
+def _tell_of_numbers(records: Sequence[Record | BadRow], source: str, layout: Format) -> None:
+    """Of a .csv every value is text; other kinds of file may hold numbers."""
+    counts = {
+        column: sum(isinstance(record, Mapping) and _is_number(record.get(column)) for record in records)
+        for column in (*layout.columns, *layout.optional)
+    }
+    found = ", ".join(f"`{column}` in {count:,} of {len(records):,} rows" for column, count in counts.items() if count)
+    if found:
+        warn("RW224", f"{source} holds numbers ({found}); they are read as text, as a .csv would hold them.")
+
+
 def _bad_rows(source: str, problems: Sequence[tuple[int, str]], total: int, unit: Unit) -> str:
     named = "; ".join(f"{unit} {line}: {problem}" for line, problem in problems[:BAD_ROWS_NAMED])
     more = len(problems) - BAD_ROWS_NAMED
@@ -130,9 +147,18 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
+def _is_number(value: object) -> TypeGuard[int | float | Decimal]:
+    """Whole or not, and finite: pandas writes a missing number as NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        return False
+    return isinstance(value, int) or math.isfinite(value)
+
+
 def text_field(record: Record, column: str) -> str:
-    """A string that is not blank. Raises BadRow."""
+    """A string that is not blank, or a number as text. Raises BadRow."""
     value = record.get(column)
+    if _is_number(value):
+        return str(value)
     if isinstance(value, str) and value.strip():
         return encodable(value, f"`{column}`")
     raise BadRow(f"expected text in `{column}`, found {_found(record, column)}")
@@ -177,9 +203,9 @@ def _alpaca(context: str, answer: str) -> Callable[[Record], dict[str, Any]]:
     def fields(record: Record) -> dict[str, Any]:
         prompt = text_field(record, "instruction")
         extra = record.get(context)
-        if extra is not None and not isinstance(extra, str):
+        if extra is not None and not isinstance(extra, str) and not _is_number(extra):
             raise BadRow(f"expected text or nothing in `{context}`, found {_found(record, context)}")
-        if extra and extra.strip():
+        if extra is not None and str(extra).strip():
             prompt = f"{prompt}\n\n{extra}"
         return {"prompt": prompt, "completion": text_field(record, answer)}
 
@@ -246,31 +272,54 @@ def _message(message: object, place: str) -> Message:
         raise BadRow(f"expected an object with `role` and `content` as {place}, found {str(message)[:40]!r}")
     if message.get("role") not in ROLES:
         raise BadRow(f"expected one of {', '.join(ROLES)} as `role` of {place}, found {message.get('role')!r}")
-    content = _content(message.get("content"), place)
-    calls = message.get("tool_calls")
-    if not content and not calls and message["role"] == "assistant":
+    calls = _tool_calls(message, place)
+    is_call = message["role"] == "assistant" and bool(calls)
+    content = "" if is_call and message.get("content") is None else _content(message, place)
+    if not content and not is_call and message["role"] in ("user", "assistant"):
         raise BadRow(f"expected text in `content` of {place}, found {_found(message, 'content')}")
-    return {**{key: value for key, value in message.items() if value is not None}, "content": content}
+    kept = {key: value for key, value in message.items() if value is not None and key != "tool_calls"}
+    return {**kept, "content": content, **({"tool_calls": calls} if calls else {})}
 
 
-def _content(content: object, place: str) -> str:
-    if content is None:
-        return ""
+def _content(message: Record, place: str) -> str:
+    content = message.get("content")
     if isinstance(content, str):
         return encodable(content, f"`content` of {place}") if content.strip() else ""
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
-    if len(texts) != len(parts) or not all(isinstance(text, str) for text in texts):
-        raise BadRow(f"expected text in `content` of {place}, found {str(content)[:40]!r}")
-    return "".join(str(text) for text in texts)
+    if not parts or len(texts) != len(parts) or not all(isinstance(text, str) for text in texts):
+        raise BadRow(f"expected text in `content` of {place}, found {_found(message, 'content')}")
+    return encodable("".join(map(str, texts)), f"`content` of {place}")
+
+
+def _tool_calls(message: Record, place: str) -> list[Mapping[str, Any]]:
+    """Calls of named functions, as OpenAI's API writes them or without the `function` around the name."""
+    calls = message.get("tool_calls")
+    if calls is None:
+        return []
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise BadRow(f"expected a list of objects in `tool_calls` of {place}, found {_found(message, 'tool_calls')}")
+    for number, call in enumerate(calls, 1):
+        function = call.get("function", call)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise BadRow(
+                f"expected the `name` of a function in tool call {number} of {place}, found {str(call)[:40]!r}"
+            )
+    return calls
 
 
 def _tools(record: Record) -> tuple[Mapping[str, Any], ...] | None:
+    """A list of JSON schemas, or its JSON: a table has no column for schemas of different fields."""
     tools = record.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise BadRow(f"expected JSON or a list of objects in `tools`, found invalid JSON ({error})") from None
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise BadRow(f"expected a list of objects in `tools`, found {_found(record, 'tools')}")
+        raise BadRow(f"expected a list of objects in `tools`, found {_found({'tools': tools}, 'tools')}")
     return tuple(tools)
 
 
@@ -295,6 +344,7 @@ FORMATS: Collection[Format] = (
         ("instruction", "output"),
         _alpaca("input", "output"),
         separator="\n",
+        optional=("input",),
     ),
     Format(
         "Dolly (instruction, context, response)",
@@ -302,6 +352,7 @@ FORMATS: Collection[Format] = (
         ("instruction", "response"),
         _alpaca("context", "response"),
         separator="\n",
+        optional=("context",),
     ),
     Format("question and answer", "prompt", ("question", "answer"), _pair("question", "answer"), separator="\n"),
     Format("E2E (mr, ref)", "prompt", ("mr", "ref"), _line_pair("mr", "ref"), uses_template=False),

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 from rankwise.data.rows import Row, Rows
+from rankwise.errors import warn
+
+NAMED_ROWS = 5
 
 
-def overlapping_rows(train: Rows, evaluation: Rows) -> int:
-    """How many rows of ``evaluation`` have the same text as a row of ``train``, case and white space aside."""
-    seen = {_normalised(row) for row in train}
-    return sum(_normalised(row) in seen for row in evaluation)
+def warn_of_overlap(train: Rows, evaluation: Rows) -> int:
+    """How many rows of ``evaluation`` stand in ``train``, and a warning that names them (RW218)."""
+    twins = overlapping_rows(train, evaluation)
+    if twins:
+        named = "; ".join(f"{row.place} is {twin.place}" for row, twin in twins[:NAMED_ROWS])
+        more = f"; and {len(twins) - NAMED_ROWS} more" if len(twins) > NAMED_ROWS else ""
+        warn(
+            "RW218",
+            f"{len(twins)} of {len(evaluation)} evaluation rows stand in the training data too, word for word "
+            f"({named}{more}); their loss says nothing about new text.",
+            stacklevel=3,
+        )
+    return len(twins)
+
+
+def overlapping_rows(train: Rows, evaluation: Rows) -> list[tuple[Row, Row]]:
+    """(a row of ``evaluation``, the first row of ``train`` of the same text), case and white space aside."""
+    seen: dict[str, Row] = {}
+    for row in train:
+        seen.setdefault(_normalised(row), row)
+    pairs = ((row, seen.get(_normalised(row))) for row in evaluation)
+    return [(row, twin) for row, twin in pairs if twin is not None]
 
 
 def _normalised(row: Row) -> str:

@@ -16,7 +16,7 @@ from transformers import set_seed
 from rankwise.adapters import add_adapter
 from rankwise.adapters.baselines import add_baseline
 from rankwise.config import BASELINES, LoraConfig
-from rankwise.data import Encoded, Rows, encode_rows, overlapping_rows, read_rows, read_template
+from rankwise.data import Encoded, Rows, encode_rows, read_rows, read_template, warn_of_overlap
 from rankwise.data.encoded_cache import encode_rows_once
 from rankwise.errors import ConfigError, RunError, warn
 from rankwise.models import ModelSource, choose_device, fetch_model
@@ -86,7 +86,7 @@ def read_data(
     eval_rows = None if evaluation is None else read_rows(evaluation, split="validation", **columns)
     if eval_rows is not None:
         eval_rows = limited(eval_rows, eval_limit)
-        _warn_of_overlap(rows, eval_rows)
+        warn_of_overlap(rows, eval_rows)
     return rows, eval_rows, None if chat_template is None else read_template(chat_template)
 
 
@@ -103,16 +103,6 @@ def limited(rows: Rows, limit: int | None) -> Rows:
             "--eval-limit 0 takes all.",
         )
     return sample
-
-
-def _warn_of_overlap(rows: Rows, eval_rows: Rows) -> None:
-    count = overlapping_rows(rows, eval_rows)
-    if count:
-        warn(
-            "RW218",
-            f"{count} of {len(eval_rows)} evaluation rows stand in the training data too, word for word; their loss "
-            "says nothing about new text.",
-        )
 
 
 def encode_data(
