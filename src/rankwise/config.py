@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard, TypeVar, get_args
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from rankwise.errors import ConfigError
 from rankwise.known_names import OPTIONS, close_names
@@ -30,6 +30,20 @@ BASELINES = ("bottleneck", "prefix")
 # The papers' other methods, which are compared but merge into nothing.
 
 ALL_LINEAR = "all-linear"
+
+_NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
+
+# Bounds of options, far above what anyone trains: whatever lies below them fits into 64 bits, in products too.
+MANY = 10**9
+LARGEST_SEED = 2**32 - 1
+# NumPy's.
+LARGEST_BATCH = 2**16
+LONGEST_ROW = 2**22
+LARGEST_RANK = 2**16
+LARGEST_NUMBER = 1e30
+# Float32 holds it.
+SMALLEST_TEMPERATURE = 1e-4
+# Logits divided by less can be infinite.
 
 DEMO = "demo"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -240,6 +254,15 @@ def named_parts(value: Any) -> Any:
     return {name: tuple(item.split(":")) if isinstance(item, str) else item for name, item in named.items()}
 
 
+def _no_tiny_temperature(value: float) -> float:
+    if 0 < value < SMALLEST_TEMPERATURE:
+        raise ValueError(f"give 0, or {SMALLEST_TEMPERATURE:g} and more")
+    return value
+
+
+Temperature = Annotated[float, AfterValidator(_no_tiny_temperature)]
+
+
 class TrainSettings(Settings):
     """The options of ``rankwise train``, and the keys of its ``--config`` file."""
 
@@ -249,8 +272,12 @@ class TrainSettings(Settings):
     eval_data: str | None = Field(None, description="Evaluation data, in any of the same forms.")
     method: Method = Field("lora", description="lora, qlora, dora, qdora, full, bottleneck or prefix.")
 
-    r: int = Field(16, ge=1, description="Rank of the adapter; width of a bottleneck, length of a prefix.")
-    lora_alpha: float = Field(32, gt=0, description="Scale of the adapter: the update is multiplied by alpha / r.")
+    r: int = Field(
+        16, ge=1, le=LARGEST_RANK, description="Rank of the adapter; width of a bottleneck, length of a prefix."
+    )
+    lora_alpha: float = Field(
+        32, gt=0, le=LARGEST_NUMBER, description="Scale of the adapter: the update is multiplied by alpha / r."
+    )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the low-rank path.")
     target_modules: Annotated[str | tuple[str, ...], BeforeValidator(module_list)] = Field(
         ALL_LINEAR, description='Module names, comma-separated; or a regular expression; or "all-linear".'
@@ -269,15 +296,15 @@ class TrainSettings(Settings):
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r).")
     adapter_dtype: AdapterDtype = Field("float32", description="float32, or base for the base model's dtype.")
     bias: Bias = Field("none", description="Biases of the base to train: none, all, or those of adapted layers.")
-    layers_to_transform: Annotated[tuple[int, ...] | None, BeforeValidator(comma_list)] = Field(
-        None, description="Adapt only these layers, counted from 0; needs a list of --target-modules."
+    layers_to_transform: Annotated[
+        tuple[Annotated[int, Field(ge=0, le=MANY)], ...] | None, BeforeValidator(comma_list)
+    ] = Field(None, description="Adapt only these layers, counted from 0; needs a list of --target-modules.")
+    rank_pattern: Annotated[dict[str, Annotated[int, Field(ge=1, le=LARGEST_RANK)]], BeforeValidator(named_values)] = (
+        Field({}, description="Another rank for some modules: q_proj=4,v_proj=8; a name may be a regular expression.")
     )
-    rank_pattern: Annotated[dict[str, int], BeforeValidator(named_values)] = Field(
-        {}, description="Another rank for some modules: q_proj=4,v_proj=8; a name may be a regular expression."
-    )
-    alpha_pattern: Annotated[dict[str, float], BeforeValidator(named_values)] = Field(
-        {}, description="Another --lora-alpha for some modules, written like --rank-pattern."
-    )
+    alpha_pattern: Annotated[
+        dict[str, Annotated[float, Field(gt=0, le=LARGEST_NUMBER)]], BeforeValidator(named_values)
+    ] = Field({}, description="Another --lora-alpha for some modules, written like --rank-pattern.")
     enable_lora: Annotated[dict[str, tuple[bool, ...]], BeforeValidator(named_parts)] = Field(
         {}, description="Adapt only some equal parts of a fused layer: c_attn=1:0:1 leaves out the second of three."
     )
@@ -286,21 +313,25 @@ class TrainSettings(Settings):
     block_size: int = Field(64, description="Weights per 4-bit scale: a power of two from 32 to 4096.")
     double_quant: bool = Field(True, description="Keep the 4-bit scales in 8 bits.")
 
-    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides --epochs.")
-    epochs: float = Field(1.0, gt=0, description="Passes over the training data.")
-    batch_size: int = Field(8, ge=1, description="Rows per micro-batch.")
-    gradient_accumulation: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
-    max_length: int = Field(1024, ge=2, description="Tokens per row; longer rows are cut, counted and reported.")
-    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    max_steps: int | None = Field(None, ge=1, le=MANY, description="Optimizer steps; overrides --epochs.")
+    epochs: float = Field(1.0, gt=0, le=1e6, description="Passes over the training data.")
+    batch_size: int = Field(8, ge=1, le=LARGEST_BATCH, description="Rows per micro-batch.")
+    gradient_accumulation: int = Field(1, ge=1, le=LARGEST_BATCH, description="Micro-batches per optimizer step.")
+    max_length: int = Field(
+        1024, ge=2, le=LONGEST_ROW, description="Tokens per row; longer rows are cut, counted and reported."
+    )
+    learning_rate: float = Field(2e-4, gt=0, le=LARGEST_NUMBER, description="Peak learning rate.")
     lr_scheduler_type: str = Field("linear", description="Schedule: linear, cosine, constant, ... (transformers).")
-    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from 0.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 switches it off.")
+    warmup_steps: int = Field(0, ge=0, le=MANY, description="Steps over which the learning rate rises from 0.")
+    weight_decay: float = Field(0.0, ge=0, le=LARGEST_NUMBER, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(
+        1.0, ge=0, le=LARGEST_NUMBER, description="Gradients are clipped to this norm; 0 switches it off."
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing.")
     optimizer: str = Field(
         "adamw_torch", description="Optimizer, by transformers' name (paged_adamw_8bit, ...), or adamw_offload."
     )
-    seed: int = Field(0, ge=0, description="Seed of the adapter, the data order and dropout.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of the adapter, the data order and dropout.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Dtype of the base: auto is bfloat16 where the device has it."
     )
@@ -317,18 +348,28 @@ class TrainSettings(Settings):
     prompt_column: str | None = Field(None, description="Column with the prompt, for tables of other names.")
     completion_column: str | None = Field(None, description="Column with the completion.")
 
-    save_steps: int | None = Field(None, ge=1, description="Checkpoint every N steps; default: at each evaluation.")
-    save_total_limit: int = Field(2, ge=1, description="Checkpoints kept, the best one besides.")
-    eval_steps: int | None = Field(None, ge=1, description="Evaluate every N steps; default: a tenth of the run.")
+    save_steps: int | None = Field(
+        None, ge=1, le=MANY, description="Checkpoint every N steps; default: at each evaluation."
+    )
+    save_total_limit: int = Field(2, ge=1, le=MANY, description="Checkpoints kept, the best one besides.")
+    eval_steps: int | None = Field(
+        None, ge=1, le=MANY, description="Evaluate every N steps; default: a tenth of the run."
+    )
     eval_limit: int | None = Field(
         None,
         ge=0,
+        le=MANY,
         description="Evaluate on the first N rows; 0: on all; default: on 256, spread evenly, where there are more.",
     )
     logging_steps: int | None = Field(
-        None, ge=1, description="Log every N steps; default: a tenth of the run, at most 10. First and last always."
+        None,
+        ge=1,
+        le=MANY,
+        description="Log every N steps; default: a tenth of the run, at most 10. First and last always.",
     )
-    early_stopping: int | None = Field(None, ge=1, description="Stop after N evaluations without a better loss.")
+    early_stopping: int | None = Field(
+        None, ge=1, le=MANY, description="Stop after N evaluations without a better loss."
+    )
     sample_prompt: str | None = Field(None, description="Answered again at every evaluation.")
     tensorboard: bool = Field(False, description="Write TensorBoard events too (extra `tensorboard`).")
 
@@ -350,45 +391,48 @@ def logging_steps_of(steps: int) -> int:
 def read_settings(kind: type[SettingsT], file: Path | None, given: Mapping[str, Any]) -> SettingsT:
     """Settings from a YAML ``file`` (keys are the long options) overridden by what the command line ``given``.
 
-    Raises ConfigError: RW102 the file cannot be read, RW103 with every wrong or unknown key in one message.
+    Raises ConfigError: RW102 the file cannot be read, RW103 with every wrong or unknown key in one message, RW104 for
+    text that holds no characters.
     """
     merged = {
-        **(_read_yaml(file) if file else {}),
+        **(_from_file(file) if file else {}),
         **{key: value for key, value in given.items() if value is not None},
     }
+    _refuse_half_characters(merged)
     try:
-        return kind.model_validate({key.replace("-", "_"): value for key, value in merged.items()})
+        return kind.model_validate(merged)
     except pydantic.ValidationError as error:
         raise ConfigError("RW103", _one_sentence(error, kind)) from None
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
-    import yaml
+def _from_file(file: Path) -> dict[str, Any]:
+    _refuse_half_characters({"config": str(file)})
+    # Not above: --help needs no YAML.
+    from rankwise.settings_file import read_settings_file
 
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError("RW102", f"there is no settings file {file}; check the path of --config.") from None
-    except UnicodeDecodeError:
-        raise ConfigError("RW102", f"the settings file {file} is not UTF-8; save it as such.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError("RW102", f"the settings file {file} is no YAML{_where(error)}; mend it there.") from None
-    except OSError as error:
-        reason = (error.strerror or "no reason given").lower()
-        raise ConfigError("RW102", f"cannot read the settings file {file}: {reason}; give a file.") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise ConfigError("RW102", f"the settings file {file} holds a {kind}; write one `option: value` a line.")
-    return {str(key): value for key, value in content.items()}
+    return read_settings_file(file)
 
 
-def _where(error: Any) -> str:
-    """``: mapping values are not allowed here, line 2, column 4``; of YAML's two marks the one where it gave up."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-    return f": {problem}{place}" if problem else place
+def _refuse_half_characters(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError (RW104) for a NUL or a byte that is no UTF-8 (Python: a lone surrogate): no path can hold the
+    one, and no record the other."""
+    for name, value in given.items():
+        odd = next((found for text in _texts([name, value]) if (found := _NO_CHARACTER.search(text))), None)
+        if odd is not None:
+            what = "a NUL" if odd[0] == "\0" else "a byte that is no UTF-8"
+            raise ConfigError(
+                "RW104", f"--{name.replace('_', '-')} holds {what} at position {odd.start()}; give text in UTF-8."
+            )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*value.keys(), *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 def _one_sentence(error: pydantic.ValidationError, kind: type[Settings]) -> str:

@@ -17,7 +17,7 @@ from rankwise.cli.generate import Answer, print_answer
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.comparison.settings import CompareOptions, CompareSettings
-from rankwise.config import BASELINES, Settings, comma_list, read_settings
+from rankwise.config import BASELINES, MANY, Settings, comma_list, read_settings
 from rankwise.planning.settings import PlanSettings
 
 SHOWN = 3
@@ -33,8 +33,8 @@ class DemoSettings(Settings):
     methods: Annotated[tuple[str, ...], BeforeValidator(comma_list)] = Field(
         ("lora", "qlora", "dora", "qdora"), description="Methods to compare."
     )
-    max_steps: int = Field(20, ge=1, description="Optimizer steps of each run.")
-    eval_limit: int = Field(32, ge=1, description="Rows to evaluate on.")
+    max_steps: int = Field(20, ge=1, le=MANY, description="Optimizer steps of each run.")
+    eval_limit: int = Field(32, ge=1, le=MANY, description="Rows to evaluate on.")
 
 
 def run(settings: DemoSettings, output: Output) -> Mapping[str, Any]:

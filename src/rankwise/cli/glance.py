@@ -2,8 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import errno
+import os
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from rankwise.config import Settings
+from rankwise.errors import ConfigError
+
+MAY_BE_PATHS = {"model", "data", "eval_data", "fewshot_data", "reference_answers"}
+# Fields of text that name a hub id, or a path in which ~ stands for a home.
+
+
+def check_path_options(settings: Settings) -> None:
+    """Raise ConfigError (RW105) for a path, of whichever option, that no file system can follow to a file or folder."""
+    for name, given in _paths(settings):
+        fault = _fault_of(given)
+        if fault is not None:
+            raise ConfigError("RW105", f"--{name.replace('_', '-')} {given} {fault}.")
+
+
+def _paths(settings: Settings) -> Iterator[tuple[str, Path | str]]:
+    for name, value in settings:
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, Path) or (isinstance(item, str) and name in MAY_BE_PATHS):
+                yield name, item
+
+
+def _fault_of(given: Path | str) -> str | None:
+    """The rest of a sentence that starts with the path. A path at which nothing is has no fault here."""
+    path = given if isinstance(given, Path) else Path(given)
+    try:
+        path = path if path is given else path.expanduser()
+        mode = os.stat(path).st_mode
+    except RuntimeError:
+        return f"starts with the home of a user that this machine does not know; write the path without {path.parts[0]}"
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return f"has {len(str(path)):,} characters, more than the file system takes; give a shorter path"
+        if error.errno == errno.ELOOP:
+            return "is a link that leads back to itself; give the file or folder that is meant"
+        dangling = next(
+            (part for part in (path, *path.parents) if part.is_symlink() and not os.path.exists(part)), None
+        )
+        if dangling is None:
+            return None
+        there = os.readlink(dangling)
+        return f"leads over the link {dangling} to {there}, which does not exist; make it, or give another path"
+    # Whoever reads a named pipe waits for its writer, and a device may never end. `/dev/stdin` is a pipe too.
+    is_stream = stat.S_ISFIFO(mode) and path.parts[:2] == ("/", "dev")
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode) or is_stream:
+        return None
+    return "is a device or a pipe; give a file or a folder"
 
 
 def check_paths(*, model: str | None, data: Iterable[str | None] = (), output: Path | None = None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from rankwise.cli.folders import refuse_comparisons
 from rankwise.cli.options import Verb
-from rankwise.cli.output import Output
+from rankwise.cli.output import Output, shortened
 from rankwise.cli.settings import InspectSettings
 from rankwise.cli.sparkline import sparkline
 from rankwise.cli.words import byte_size, parameter_count
@@ -192,7 +192,7 @@ def _fit(folder: Path, model: str, found: Mapping[str, Any]) -> dict[str, Any]:
     try:
         read_adapter(load_skeleton(model), folder)
     except AdapterError as error:
-        return {"model": model, "fits": False, "code": error.code, "reason": error.message}
+        return {"model": model, "fits": False, "code": error.code, "reason": shortened(error.message)}
     trained_on = found["base_model"] if is_other_hub_model(model, found["base_model"]) else None
     return {"model": model, "fits": True, "another_base": trained_on}
 
@@ -216,7 +216,7 @@ def _print(output: Output, document: Mapping[str, Any]) -> None:
     rows += _run_rows(document["run"]) if "run" in document else []
     rows += _fit_rows(document["fits"]) if "fits" in document else []
     for label, text in rows:
-        output.line(f"{label:<16}{text}")
+        output.line(f"{label:<16}{shortened(text)}")
 
 
 def _adapter_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

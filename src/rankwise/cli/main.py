@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import os
 import sys
 import traceback
@@ -71,6 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code; every error has been reported by then."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     as_json = "--json" in arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name of a file that is no UTF-8 is shown with escapes, and stops nothing.
+            stream.reconfigure(errors="backslashreplace")
     try:
         with only_our_messages():
             code = get_command(build_app()).main(args=arguments, prog_name="rankwise", standalone_mode=False)
@@ -129,9 +134,10 @@ def _invoke(verb: Verb, settings: Settings, as_json: bool) -> None:
 def _report(error: RankwiseError, cause: BaseException, *, as_json: bool) -> int:
     if debugging():
         traceback.print_exception(cause, file=sys.stderr)
-    print_message("interrupted" if isinstance(error, Interrupted) else "error", error.code, error.message)
+    kind = "interrupted" if isinstance(error, Interrupted) else "error"
+    message = print_message(kind, error.code, error.message)
     if as_json:
-        print_document({"error": {"code": error.code, "message": error.message}})
+        print_document({"error": {"code": error.code, "message": message}})
     return error.exit_code
 
 

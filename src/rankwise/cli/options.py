@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
+from rankwise.cli.glance import check_path_options
 from rankwise.cli.output import Output
 from rankwise.config import Settings, read_settings
 
@@ -81,6 +82,7 @@ def command_of(verb: Verb, invoke: Callable[[Settings, bool], None]) -> Callable
         # An option that may be repeated comes as an empty list where it is not given.
         values = {name: tuple(value) or None if isinstance(value, list) else value for name, value in given.items()}
         settings = read_settings(verb.settings, Path(config) if config else None, values)
+        check_path_options(settings)
         invoke(settings, as_json)
 
     parameters = [_parameter(option) for option in options.values()]

@@ -6,7 +6,9 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
@@ -28,6 +30,13 @@ QUIET_ENVIRONMENT = {
     "TQDM_DISABLE": "1",
 }
 
+
+LONGEST_MESSAGE = 4000
+LONGEST_WORD = 400
+MOST_PROBLEMS = 20
+# Of a message on a screen, in characters and in parts between semicolons.
+_LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 PLAIN_WIDTH = 120
 # Of what goes into a file or another program, where no terminal has a width: every table fits.
@@ -63,7 +72,35 @@ def debugging() -> bool:
 def print_document(document: Mapping[str, Any], stream: TextIO | None = None) -> None:
     """The one JSON document of ``--json``. A figure that is not a number is null: JSON has no NaN."""
     text = json.dumps(_without_nan(document), indent=2, ensure_ascii=False, allow_nan=False, default=str)
-    print(text, file=stream or sys.stdout, flush=True)
+    # Half a character, as names of files can hold it, becomes JSON's escape of it.
+    print(text.encode("utf-8", "backslashreplace").decode(), file=stream or sys.stdout, flush=True)
+
+
+def shortened(message: str) -> str:
+    """A message that a screen holds: of many problems the first, of long words both ends, and in how much was left
+    out. What does not fit lies whole in a temporary file, which is named."""
+    short = _LONG_WORD.sub(lambda word: _ends(word[0], LONGEST_WORD), message)
+    problems = short.split("; ")
+    if len(problems) > MOST_PROBLEMS:
+        more = len(problems) - MOST_PROBLEMS
+        # The last one is what to do.
+        short = "; ".join([*problems[: MOST_PROBLEMS - 1], f"... and {more:,} more; {problems[-1]}"])
+    short = _ends(short, LONGEST_MESSAGE)
+    if len(short) >= len(message):
+        return message
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="rankwise-message-", suffix=".txt", delete=False) as file:
+            file.write(message)
+    except (OSError, ValueError):
+        return short
+    return f"{short} [whole: {file.name}]"
+
+
+def _ends(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]}...({len(text) - 2 * half:,} more characters)...{text[-half:]}"
 
 
 def _without_nan(value: Any) -> Any:
@@ -76,13 +113,16 @@ def _without_nan(value: Any) -> Any:
     return value
 
 
-def print_message(kind: str, code: str, text: str) -> None:
-    """``error RW104: ...  [rankwise explain RW104]`` as one line on stderr."""
+def print_message(kind: str, code: str, text: str) -> str:
+    """``error RW104: ...  [rankwise explain RW104]`` as one line on stderr; gives what it says of ``text``."""
+    text = shortened(text)
     colour = {"error": "bold red", "warning": "bold yellow"}.get(kind, "bold")
-    line = " ".join(part.strip() for part in text.splitlines())
+    # A terminal obeys control characters, and a hostile file's names may hold them.
+    line = _CONTROL.sub("?", " ".join(part.strip() for part in text.splitlines()))
     Console(stderr=True, highlight=False).print(
         f"[{colour}]{kind} {code}[/]: {escape(line)}  [dim]\\[rankwise explain {code}][/]", soft_wrap=True
     )
+    return text
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from rankwise.config import Settings, text_list
+from rankwise.config import LARGEST_SEED, LONGEST_ROW, MANY, Settings, Temperature, text_list
 
 MODEL = "Hub id, folder, .gguf file, or `demo`."
 DATA = "Hub id, folder, or .jsonl/.json/.csv/.parquet file (also .gz)."
@@ -20,8 +20,8 @@ class PreviewSettings(Settings):
 
     model: str = Field(description=MODEL)
     data: str = Field(description=DATA)
-    row: int = Field(0, ge=0, description="Row to show, counted from 0.")
-    max_length: int = Field(1024, ge=2, description="Tokens per row; longer rows are cut and counted.")
+    row: int = Field(0, ge=0, le=MANY, description="Row to show, counted from 0.")
+    max_length: int = Field(1024, ge=2, le=LONGEST_ROW, description="Tokens per row; longer rows are cut and counted.")
     chat_template: Path | None = Field(None, description="Jinja file that overrides the tokenizer's template.")
     prompt_column: str | None = Field(None, description="Column with the prompt, for tables of other names.")
     completion_column: str | None = Field(None, description="Column with the completion.")
@@ -38,10 +38,12 @@ class GenerateSettings(Settings):
     adapter: Path | None = Field(None, description="Run folder or PEFT adapter folder.")
     model: str | None = Field(None, description=f"{MODEL} With --adapter: the base it was trained on.")
     compare: bool = Field(False, description="Show base and tuned model side by side.")
-    max_new_tokens: int = Field(128, ge=1, description="Longest answer, in tokens.")
-    temperature: float = Field(0.0, ge=0, description="0 always takes the likeliest token; above 0 it samples.")
+    max_new_tokens: int = Field(128, ge=1, le=LONGEST_ROW, description="Longest answer, in tokens.")
+    temperature: Temperature = Field(
+        0.0, ge=0, le=1000, description="0 always takes the likeliest token; above 0 it samples."
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens that make up this share.")
-    seed: int = Field(0, ge=0, description="Seed of the sampling.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of the sampling.")
     raw: bool = Field(False, description="Give the prompt as it is, without a chat template.")
     chat_template: Path | None = Field(None, description="Jinja file that overrides the tokenizer's template.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 import pydantic
 from pydantic import BeforeValidator, Field
 
-from rankwise.config import Method, Settings, TrainSettings, comma_list, text_list
+from rankwise.config import LARGEST_NUMBER, MANY, Method, Settings, TrainSettings, comma_list, text_list
 from rankwise.errors import ConfigError
 from rankwise.evaluation.settings import task_list
 from rankwise.planning.sizes import parse_size
@@ -51,15 +51,26 @@ class CompareOptions(Settings):
     methods: Annotated[tuple[str, ...], BeforeValidator(comma_list)] = Field(
         ("lora", "qlora", "dora", "qdora", "full"), description=f"Methods to compare, of {', '.join(METHODS)}."
     )
-    seeds: int = Field(3, ge=1, description="Runs per method, with the seeds 0, 1, ...; with one, no interval.")
-    learning_rates: Annotated[tuple[float, ...], BeforeValidator(comma_list)] = Field(
-        (2e-4,), description="Rates that every method tries on seed 0; the best by evaluation loss runs on all seeds."
+    seeds: int = Field(
+        3, ge=1, le=1000, description="Runs per method, with the seeds 0, 1, ...; with one, no interval."
+    )
+    learning_rates: Annotated[tuple[Annotated[float, Field(le=LARGEST_NUMBER)], ...], BeforeValidator(comma_list)] = (
+        Field(
+            (2e-4,),
+            description="Rates that every method tries on seed 0; the best by evaluation loss runs on all seeds.",
+        )
     )
     search_steps: int | None = Field(
-        None, ge=1, description="Steps of the runs that try a learning rate; default: as many as the final runs."
+        None,
+        ge=1,
+        le=MANY,
+        description="Steps of the runs that try a learning rate; default: as many as the final runs.",
     )
     minutes: float | None = Field(
-        None, gt=0, description="Equal time instead of equal steps: each run takes the steps that fit, as measured."
+        None,
+        gt=0,
+        le=MANY,
+        description="Equal time instead of equal steps: each run takes the steps that fit, as measured.",
     )
     memory_budget: Annotated[int | None, BeforeValidator(size_in_bytes)] = Field(
         None,
@@ -75,7 +86,7 @@ class CompareOptions(Settings):
     task_data: Annotated[tuple[str, ...], BeforeValidator(text_list)] = Field(
         (), description="TASK=DATA, as in `rankwise evaluate`; several times.", json_schema_extra={"repeated": True}
     )
-    task_limit: int | None = Field(None, ge=1, description="Examples per task.")
+    task_limit: int | None = Field(None, ge=1, le=MANY, description="Examples per task.")
     metric: str = Field("eval_loss", description="What decides: eval_loss, or TASK.METRIC such as e2e.BLEU.")
     margin: float = Field(0.01, gt=0, lt=1, description="Methods closer than this share of the metric are equivalent.")
     seed_sd: float = Field(
@@ -84,10 +95,10 @@ class CompareOptions(Settings):
     memory: Annotated[int | None, BeforeValidator(size_in_bytes)] = Field(
         None, gt=0, description="Recommend only what trains in so much memory: 24GB."
     )
-    max_hours: float | None = Field(None, gt=0, description="Recommend only what trains in so many hours.")
+    max_hours: float | None = Field(None, gt=0, le=MANY, description="Recommend only what trains in so many hours.")
     merge: bool = Field(False, description="Also write the recommended model merged.")
     merged_check: bool = Field(True, description="Measure merged against unmerged: logits and generation speed.")
-    jobs: int = Field(1, ge=1, description="Runs at a time: one per device, or CPU processes.")
+    jobs: int = Field(1, ge=1, le=1000, description="Runs at a time: one per device, or CPU processes.")
     retry: bool = Field(False, description="Run again what failed.")
 
 

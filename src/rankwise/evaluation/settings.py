@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from rankwise.config import Settings, comma_list, text_list
+from rankwise.config import (
+    LARGEST_BATCH,
+    LARGEST_SEED,
+    LONGEST_ROW,
+    MANY,
+    Settings,
+    Temperature,
+    comma_list,
+    text_list,
+)
 from rankwise.errors import ConfigError
 
 Protocol = Literal["generative", "loglikelihood"]
@@ -51,7 +60,7 @@ class EvaluateSettings(Settings):
     output: Path | None = Field(
         None, description="Folder for results and predictions; default: one under `evaluations`, named by the settings."
     )
-    limit: int | None = Field(None, ge=1, description="Only the first N questions of each task.")
+    limit: int | None = Field(None, ge=1, le=MANY, description="Only the first N questions of each task.")
     overwrite: bool = Field(False, description="Replace the results in --output.")
 
     protocol: Protocol | None = Field(
@@ -65,23 +74,36 @@ class EvaluateSettings(Settings):
         "writes such rows.",
     )
     num_fewshot: int | None = Field(
-        None, ge=0, description="Worked examples in front of each question; default: gsm8k 8, others the task's own."
+        None,
+        ge=0,
+        le=MANY,
+        description="Worked examples in front of each question; default: gsm8k 8, others the task's own.",
     )
     fewshot_data: str | None = Field(None, description="Where those examples come from: a file like that of --data.")
-    max_new_tokens: int | None = Field(None, ge=1, description="Longest answer, in tokens; default: the task's own.")
+    max_new_tokens: int | None = Field(
+        None, ge=1, le=LONGEST_ROW, description="Longest answer, in tokens; default: the task's own."
+    )
     num_beams: int | None = Field(
-        None, ge=1, description="Beam search; default: 1 (greedy), 4 for generative commonsense sets as in the papers."
+        None,
+        ge=1,
+        le=LARGEST_BATCH,
+        description="Beam search; default: 1 (greedy), 4 for generative commonsense sets as in the papers.",
     )
     length_penalty: float | None = Field(
         None, description="Beam search divides by length to this power; default: 0.9 for e2e (LoRA paper), else 1."
     )
     no_repeat_ngram_size: int | None = Field(
-        None, ge=0, description="No repeated n-gram in an answer; default: 4 for e2e with beams (LoRA paper), else 0."
+        None,
+        ge=0,
+        le=LONGEST_ROW,
+        description="No repeated n-gram in an answer; default: 4 for e2e with beams (LoRA paper), else 0.",
     )
-    temperature: float = Field(0.0, ge=0, description="vicuna: 0 takes the likeliest token; above 0 samples.")
+    temperature: Temperature = Field(
+        0.0, ge=0, le=1000, description="vicuna: 0 takes the likeliest token; above 0 samples."
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="vicuna: sample from the likeliest tokens of this share.")
-    seed: int = Field(0, ge=0, description="Seed of the sampling.")
-    max_length: int = Field(1024, ge=2, description="perplexity: tokens per row, as in training.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of the sampling.")
+    max_length: int = Field(1024, ge=2, le=LONGEST_ROW, description="perplexity: tokens per row, as in training.")
     prompt_column: str | None = Field(None, description="perplexity: column with the prompt.")
     completion_column: str | None = Field(None, description="perplexity: column with the completion.")
     chat_template: Path | None = Field(None, description="Jinja file that overrides the tokenizer's template.")
@@ -92,7 +114,10 @@ class EvaluateSettings(Settings):
     reference_answers: str | None = Field(None, description="vicuna: the reference system's answers (JSONL).")
 
     batch_size: int | None = Field(
-        None, ge=1, description="Most sequences in a batch; default: as many as a budget of tokens admits."
+        None,
+        ge=1,
+        le=LARGEST_BATCH,
+        description="Most sequences in a batch; default: as many as a budget of tokens admits.",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Dtype of the base; auto: as the adapter was trained, else what suits the device."

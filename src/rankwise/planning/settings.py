@@ -9,6 +9,11 @@ from pydantic import BeforeValidator, Field
 
 from rankwise.config import (
     ALL_LINEAR,
+    LARGEST_BATCH,
+    LARGEST_NUMBER,
+    LARGEST_RANK,
+    LONGEST_ROW,
+    MANY,
     AdapterDtype,
     QuantType,
     Settings,
@@ -58,19 +63,28 @@ class PlanSettings(Settings):
         None,
         description="Memory to plan for: 24GB (10^9 bytes), 24GiB (2^30), 24 (GB). With --gpu: instead of its own.",
     )
-    devices: int = Field(1, ge=1, description="Number of such devices.")
+    devices: int = Field(1, ge=1, le=LARGEST_BATCH, description="Number of such devices.")
     strategy: Literal["ddp", "fsdp"] | None = Field(
         None, description="With several devices: a copy on each (ddp) or shards (fsdp). Default: ddp."
     )
 
-    batch_size: int = Field(_TRAIN["batch_size"].default, ge=1, description=_TRAIN["batch_size"].description)
-    gradient_accumulation: int = Field(1, ge=1, description=_TRAIN["gradient_accumulation"].description)
+    batch_size: int = Field(
+        _TRAIN["batch_size"].default, ge=1, le=LARGEST_BATCH, description=_TRAIN["batch_size"].description
+    )
+    gradient_accumulation: int = Field(
+        1, ge=1, le=LARGEST_BATCH, description=_TRAIN["gradient_accumulation"].description
+    )
     max_length: int = Field(
-        _TRAIN["max_length"].default, ge=2, description="Tokens per row; every row is taken to be this long."
+        _TRAIN["max_length"].default,
+        ge=2,
+        le=LONGEST_ROW,
+        description="Tokens per row; every row is taken to be this long.",
     )
     trained_share: float = Field(1.0, gt=0, le=1, description="Share of the tokens that have labels.")
-    r: int = Field(_TRAIN["r"].default, ge=1, description=_TRAIN["r"].description)
-    lora_alpha: float = Field(_TRAIN["lora_alpha"].default, gt=0, description=_TRAIN["lora_alpha"].description)
+    r: int = Field(_TRAIN["r"].default, ge=1, le=LARGEST_RANK, description=_TRAIN["r"].description)
+    lora_alpha: float = Field(
+        _TRAIN["lora_alpha"].default, gt=0, le=LARGEST_NUMBER, description=_TRAIN["lora_alpha"].description
+    )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description=_TRAIN["lora_dropout"].description)
     target_modules: Annotated[str | tuple[str, ...], BeforeValidator(module_list)] = Field(
         ALL_LINEAR, description=_TRAIN["target_modules"].description
@@ -89,9 +103,9 @@ class PlanSettings(Settings):
     optimizer: str = _same("optimizer")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = _same("dtype")
 
-    rows: int | None = Field(None, ge=1, description="Rows of training data, for the hours of the whole run.")
-    max_steps: int | None = Field(None, ge=1, description="Optimizer steps, for the hours of the whole run.")
-    epochs: float = Field(1.0, gt=0, description="Passes over --rows.")
+    rows: int | None = Field(None, ge=1, le=MANY, description="Rows of training data, for the hours of the whole run.")
+    max_steps: int | None = Field(None, ge=1, le=MANY, description="Optimizer steps, for the hours of the whole run.")
+    epochs: float = Field(1.0, gt=0, le=1e6, description="Passes over --rows.")
 
     exact: bool = Field(False, description="Run the real step of the real model on fake tensors: slower, nearly exact.")
     check: bool = Field(False, description="Run three real steps here, on random weights, and compare.")

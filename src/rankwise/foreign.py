@@ -1,0 +1,110 @@
+"""JSON that others wrote, read within limits: size, depth, digits and characters are checked before anyone uses it."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rankwise.errors import RankwiseError
+
+LARGEST_BYTES = 50_000_000
+DEEPEST = 64
+LONGEST_NUMBER = 40
+# Digits of a whole number: tokenizers write a maximum length of 10^30, and longer ones fit in no float.
+
+T = TypeVar("T")
+
+
+def read_json(path: Path, *, largest_bytes: int = LARGEST_BYTES, constants: bool = False) -> Any:
+    """The content of a JSON file.
+
+    Raises OSError, or ValueError with the reason: no regular file, too large, or as ``parse_json`` does.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        # A named pipe would keep its reader waiting.
+        raise ValueError("it is no regular file")
+    with open(path, "rb") as file:
+        content = file.read(largest_bytes + 1)
+    if len(content) > largest_bytes:
+        raise ValueError(f"it is larger than {largest_bytes:,} bytes")
+    return parse_json(content, constants=constants)
+
+
+def parse_json(content: bytes | str, *, constants: bool = False, pairs: Callable[..., Any] | None = None) -> Any:
+    """JSON as Python's own reader gives it. ``constants`` lets NaN and infinities pass; ``pairs`` makes the objects.
+
+    Raises ValueError with the reason: no UTF-8, no JSON, nested too deeply, a number out of range, half a character.
+    """
+    text = content.decode("utf-8") if isinstance(content, bytes) else content
+    try:
+        found = json.loads(
+            text,
+            parse_int=_whole,
+            parse_float=float if constants else _finite,
+            parse_constant=None if constants else _finite,
+            object_pairs_hook=pairs,
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    _check_depth(found)
+    if "\\ud" in text or "\\uD" in text:
+        # An escaped half of a pair is no character, and nothing that holds it can be written again.
+        json.dumps(found, ensure_ascii=False).encode("utf-8")
+    return found
+
+
+def read_object(path: Path, *, error: type[RankwiseError], code: str, constants: bool = False) -> dict[str, Any]:
+    """The object in a JSON file. Raises ``error(code)`` with one sentence that names the file and the fault."""
+    try:
+        content = read_json(path, constants=constants)
+    except (OSError, ValueError) as problem:
+        raise error(code, f"cannot read {path} as JSON ({reason_of(problem)}); get it again.") from None
+    if not isinstance(content, dict):
+        raise error(code, f"{path} holds a JSON {type(content).__name__} and not an object; get it again.")
+    return content
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be read, in one line; the sentence around it names the file."""
+    return (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+
+
+def checked(kind: type[T], content: Any) -> T:
+    """``content`` as a ``kind``, a dataclass, with every field of the type that it declares.
+
+    Fields that ``kind`` does not have are left out. Raises ValueError that names the first field at fault.
+    """
+    import pydantic
+
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(content)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise ValueError(f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not float("-inf") < number < float("inf"):
+        raise ValueError(f"{text[:LONGEST_NUMBER]} is no finite number")
+    return number
+
+
+def _check_depth(content: Any) -> None:
+    level = [content] if isinstance(content, dict | list) else []
+    for _ in range(DEEPEST):
+        inner = (item for part in level for item in (part.values() if isinstance(part, dict) else part))
+        level = [item for item in inner if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {DEEPEST} levels deep")
