@@ -18,9 +18,11 @@ from rankwise.planning.facts import facts_of
 from rankwise.planning.hardware import choose_hardware, cpu_hardware
 from rankwise.planning.shape import shape_of
 from rankwise.planning.speed import (
+    DEQUANTIZE_SHARE,
     Pace,
     assumed_pace,
     flops_per_token,
+    launch_seconds,
     micro_batch_seconds,
     weight_traffic_bytes,
 )
@@ -76,22 +78,41 @@ def test_only_the_experts_that_a_token_visits_count():
     assert active == pytest.approx(12.9e9, rel=0.01)
 
 
-def test_four_bit_weights_move_more_than_wide_ones():
-    """Read packed, written in 16 bits, read again."""
+def test_dense_weights_are_read_once_a_pass_and_made_before():
+    """Read packed, written in 16 bits at half the bandwidth, read again; the head is dense, the embedding not read."""
     facts = facts_of(LLAMA_7B)
-    wide = weight_traffic_bytes("lora", facts, PARAMETERS_7B, SHORT)
+    read, head = PARAMETERS_7B - 32000 * 4096, 32000 * 4096
+    assert weight_traffic_bytes("lora", facts, PARAMETERS_7B, SHORT) == 2 * 2 * read
     packed = weight_traffic_bytes("qlora", facts, PARAMETERS_7B, SHORT)
-    assert packed / wide == pytest.approx((0.53 + 4) / 2)
+    assert packed == pytest.approx(2 * (2 * read + (0.53 + 2) * (read - head) / DEQUANTIZE_SHARE))
+    again = dataclasses.replace(SHORT, gradient_checkpointing=True)
+    assert weight_traffic_bytes("qlora", facts, PARAMETERS_7B, again) == pytest.approx(1.5 * packed)
+
+
+def test_a_batch_reads_every_expert():
+    mixtral = {**LLAMA_7B, "model_type": "mixtral", "intermediate_size": 14336}
+    facts = facts_of(mixtral | {"num_local_experts": 8, "num_experts_per_tok": 2})
+    assert facts.read_parameters(46_702_792_704) == 46_702_792_704 - 32000 * 4096
 
 
 def test_seconds_add_operations_and_traffic():
-    facts = facts_of(LLAMA_7B)
-    estimate = toy_estimate("lora", SHORT)
-    fast = micro_batch_seconds(estimate, facts, SHORT, Pace(1e12, None, True, ""))
-    both = micro_batch_seconds(estimate, facts, SHORT, Pace(1e12, 1e12, True, ""))
-    assert both - fast == pytest.approx(weight_traffic_bytes("lora", facts, estimate.total_parameters, SHORT) / 1e12)
-    twice = dataclasses.replace(SHORT, batch_size=2)
+    facts, work = facts_of(LLAMA_7B), dataclasses.replace(SHORT, device_type="cpu")
+    estimate = toy_estimate("lora", work)
+    fast = micro_batch_seconds(estimate, facts, work, Pace(1e12, None, True, ""))
+    both = micro_batch_seconds(estimate, facts, work, Pace(1e12, 1e12, True, ""))
+    assert both - fast == pytest.approx(weight_traffic_bytes("lora", facts, estimate.total_parameters, work) / 1e12)
+    twice = dataclasses.replace(work, batch_size=2)
     assert micro_batch_seconds(estimate, facts, twice, Pace(1e12, None, True, "")) == pytest.approx(2 * fast)
+
+
+def test_no_micro_batch_of_a_card_is_faster_than_its_launches():
+    facts, pace = facts_of(LLAMA_7B), Pace(1e18, 1e18, True, "")
+    short = micro_batch_seconds(toy_estimate("lora", SHORT), facts, SHORT, pace)
+    assert short == launch_seconds("lora", facts, SHORT) == pytest.approx(32 * 131 * 15e-6)
+    again = dataclasses.replace(SHORT, gradient_checkpointing=True)
+    assert launch_seconds("lora", facts, again) > short
+    assert launch_seconds("qlora", facts, SHORT) > short
+    assert launch_seconds("lora", facts, dataclasses.replace(SHORT, device_type="cpu")) == 0
 
 
 def test_two_timings_give_back_pace_and_bandwidth():

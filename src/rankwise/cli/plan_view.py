@@ -12,6 +12,7 @@ from rich.text import Text
 from rankwise.cli.output import Output
 from rankwise.cli.tables import light_table
 from rankwise.cli.words import byte_size, parameter_count
+from rankwise.config import FOUR_BITS
 from rankwise.planning.cards import CARDS
 from rankwise.planning.speed import NOMINAL_CARD
 from rankwise.reports.memory_bars import MemoryBar, memory_svg
@@ -265,6 +266,8 @@ def footnotes(plan: Plan) -> Iterator[tuple[str, str]]:
         )
     else:
         yield "time", plan.pace_basis
+    if plan.hardware.device_type == "cuda" and any(row.estimate.method in FOUR_BITS for row in plan.rows):
+        yield "", "4-bit weights are made dense anew in every pass: what that takes is calibrated on published steps."
     if plan.workload.devices > 1:
         yield "devices", "sizes are one device's share; time counts all of them and no communication between them."
     if plan.hardware.device_type == "mps":

@@ -19,13 +19,13 @@ from rankwise.errors import warn
 from rankwise.planning.estimate import MemoryEstimate
 from rankwise.planning.facts import ModelFacts, facts_of
 from rankwise.planning.hardware import Hardware
-from rankwise.planning.speed import Pace, flops_per_token, weight_traffic_bytes
+from rankwise.planning.speed import Pace, flops_per_token, traffic_bytes
 from rankwise.planning.workload import Workload
 from rankwise.records import write_json
 
 FILE = "machine.json"
-SCHEMA = 2
-# 1: of steps without the fused parts.
+SCHEMA = 3
+# 1: of steps without the fused parts; 2: dequantization counted by its bytes alone.
 SHAPES: dict[str, dict[str, Any]] = {
     "cpu": {"hidden_size": 1024, "intermediate_size": 2752, "rows": (1, 4), "tokens": 256},
     "cuda": {"hidden_size": 4096, "intermediate_size": 11008, "rows": (1, 8), "tokens": 1024},
@@ -120,8 +120,7 @@ def _time(method: str, rows: int, device_type: str, dtype: str) -> Timing:
     step()
     seconds = sorted(_seconds(step, device_type) for _ in range(STEPS))[STEPS // 2]
     flops = flops_per_token(method, facts, estimate.total_parameters, estimate.trainable_parameters, workload)
-    traffic = weight_traffic_bytes(method, facts, estimate.total_parameters, workload)
-    return Timing(workload.tokens, workload.tokens * flops, traffic, seconds)
+    return Timing(workload.tokens, workload.tokens * flops, traffic_bytes(estimate, facts, workload), seconds)
 
 
 def _prepared(

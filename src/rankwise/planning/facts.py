@@ -84,8 +84,11 @@ class ModelFacts:
 
     def matrix_parameters(self, total: int) -> int:
         """Weights that multiply each token: all but an untied embedding table and the idle experts."""
-        table = 0 if self.head_is_tied else self.head_parameters
-        return max(0, total - table - self.idle_expert_parameters)
+        return max(0, self.read_parameters(total) - self.idle_expert_parameters)
+
+    def read_parameters(self, total: int) -> int:
+        """Weights a micro-batch reads: all but an untied embedding table. Its tokens together visit all experts."""
+        return max(0, total - (0 if self.head_is_tied else self.head_parameters))
 
 
 def read_facts(source: ModelSource) -> ModelFacts:

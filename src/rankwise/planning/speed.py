@@ -1,14 +1,16 @@
-"""How long a step takes: floating-point operations over a pace, and the traffic of the weights over a bandwidth.
+"""How long a micro-batch takes: what the device computes and moves, or what the host needs to launch it.
 
-N weights that multiply each token, of which H in the output head; P trained parameters of the adapter; L layers of
-width h; S tokens a row, T tokens a micro-batch.
+    seconds = max( FLOP / pace + bytes / bandwidth,  launches x seconds of a launch )
+
+N weights that multiply each token, of which H in the output head; W weights that a micro-batch reads; P trained
+parameters of the adapter; L layers of width h; S tokens a row, T tokens a micro-batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from rankwise.config import FOUR_BITS
+from rankwise.config import DORA, FOUR_BITS
 from rankwise.planning.estimate import MemoryEstimate
 from rankwise.planning.facts import ModelFacts
 from rankwise.planning.hardware import Hardware, find_card, of_card
@@ -27,6 +29,20 @@ NOMINAL_CARD = "RTX 4090"
 """Stands for a device without figures where only ratios of times are asked for."""
 PACKED_BYTES = 0.53
 # Of a 4-bit weight with its scales.
+DEQUANTIZE_SHARE = 0.5
+"""Of the bandwidth that other traffic reaches, the share that dequantization reaches within a step.
+
+The lookup of codes and the scales keep it below the bandwidth: with this share the ratios of published LoRA and QLoRA
+steps are met on five cards (`tests/planning/test_published_times.py`). No card has timed our own kernel yet.
+"""
+LAUNCHES = {"forward": 39, "backward": 92}
+"""Kernels that the host launches for a layer and micro-batch, LoRA on all seven linear layers: our own count."""
+DEQUANTIZE_LAUNCHES, GAIN_LAUNCHES = 7, 62
+# One for each linear layer and pass; DoRA's of a backward pass.
+LAUNCH_SECONDS = 15e-6
+"""From Python: about 7 us for an operation of torch's, 25 us for a Triton kernel, and the bookkeeping of autograd."""
+GAIN_TENSORS = 3
+# DoRA's backward pass reads two tensors of a layer's output and writes one (ops.training.scaled_grad).
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,25 +97,68 @@ def flops_per_token(method: str, facts: ModelFacts, frozen: int, trained: int, w
 
 def weight_traffic_bytes(method: str, facts: ModelFacts, frozen: int, workload: Workload) -> float:
     """Bytes that a micro-batch moves for the frozen weights, whatever its size: a pass forward, one backward, one more
-    with checkpointing; a 4-bit weight is read, written in 16 bits and read again.
+    with checkpointing. A pass reads W in w bytes; of 4-bit weights it first makes dense ones, W - H of them:
+
+        w W  +  (PACKED_BYTES + w) (W - H) / DEQUANTIZE_SHARE
+
+    The head stays dense. Dequantization counts for more than its bytes because it reaches less of the bandwidth.
     """
-    N = facts.matrix_parameters(frozen)
-    passes = 3 if workload.gradient_checkpointing else 2
-    wide = 4.0 if workload.dtype == "float32" else 2.0
-    per_weight = PACKED_BYTES + 2 * wide if method in FOUR_BITS else wide
-    return passes * per_weight * N
+    W, passes, w = facts.read_parameters(frozen), _passes(workload), _width(workload)
+    made_dense = max(0, W - facts.head_parameters) if method in FOUR_BITS else 0
+    return passes * (w * W + (PACKED_BYTES + w) * made_dense / DEQUANTIZE_SHARE)
+
+
+def gain_traffic_bytes(method: str, facts: ModelFacts, estimate: MemoryEstimate, workload: Workload) -> float:
+    """Bytes of DoRA's gain: 3 w T outputs backward, over the outputs of all adapted layers.
+
+    A layer as wide as it is long has P = (2 r + 1) outputs. The norms are new once in an optimizer step, which is not
+    counted.
+    """
+    if method not in DORA or not facts.width:
+        return 0.0
+    most = facts.matrix_parameters(estimate.total_parameters) / facts.width
+    outputs = min(most, estimate.trainable_parameters / (2 * workload.r + 1))
+    return GAIN_TENSORS * _width(workload) * workload.tokens * outputs
+
+
+def traffic_bytes(estimate: MemoryEstimate, facts: ModelFacts, workload: Workload) -> float:
+    """All bytes that a micro-batch moves besides its activations."""
+    method, frozen = estimate.method, estimate.total_parameters
+    gain = gain_traffic_bytes(method, facts, estimate, workload)
+    return weight_traffic_bytes(method, facts, frozen, workload) + gain
+
+
+def launch_seconds(method: str, facts: ModelFacts, workload: Workload) -> float:
+    """What the host of a card takes to launch a micro-batch: no micro-batch is faster. 0 on a processor."""
+    if workload.device_type != "cuda":
+        return 0.0
+    launches = sum(LAUNCHES.values())
+    launches += LAUNCHES["forward"] if workload.gradient_checkpointing else 0
+    launches += DEQUANTIZE_LAUNCHES * _passes(workload) if method in FOUR_BITS else 0
+    launches += GAIN_LAUNCHES if method in DORA else 0
+    return facts.layers * launches * LAUNCH_SECONDS
 
 
 def micro_batch_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Workload, pace: Pace) -> float:
-    """Seconds of forward and backward of one micro-batch: FLOP / pace + bytes / bandwidth (+ offloading)."""
+    """Seconds of forward and backward of one micro-batch, with offloading."""
     method, frozen = estimate.method, estimate.total_parameters
     flops = workload.tokens * flops_per_token(method, facts, frozen, estimate.trainable_parameters, workload)
     seconds = flops / pace.flops_per_second
     if pace.bytes_per_second is not None:
-        seconds += weight_traffic_bytes(method, facts, frozen, workload) / pace.bytes_per_second
+        seconds += traffic_bytes(estimate, facts, workload) / pace.bytes_per_second
     if workload.activation_offloading:
         seconds += offloaded_bytes(facts, workload) / HOST_LINK_BYTES_PER_SECOND
-    return seconds
+    return max(seconds, launch_seconds(method, facts, workload))
+
+
+def _passes(workload: Workload) -> int:
+    """Over the weights, in a micro-batch."""
+    return 3 if workload.gradient_checkpointing else 2
+
+
+def _width(workload: Workload) -> float:
+    """Bytes of a number in the dtype of the run."""
+    return 4.0 if workload.dtype == "float32" else 2.0
 
 
 def offloaded_bytes(facts: ModelFacts, workload: Workload) -> float:
