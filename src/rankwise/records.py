@@ -19,6 +19,8 @@ from rankwise.errors import RunError
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
+WAIT_POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+# Variables of the environment by which a user says how long threads of OpenMP spin before they sleep.
 
 
 @dataclasses.dataclass

@@ -18,6 +18,7 @@ from rankwise.cli import main as cli
 from rankwise.cli.options import Verb
 from rankwise.config import Settings, comma_list
 from rankwise.errors import DataError, Interrupted, warn
+from rankwise.records import WAIT_POLICIES
 
 SOURCE = Path(__file__).parents[2] / "src"
 HELP_LIMIT_SECONDS = 0.5
@@ -246,6 +247,65 @@ def test_sigterm_ends_a_verb_as_ctrl_c_does(with_verb):
     assert done.stderr.startswith("interrupted RW543: play was stopped by Ctrl-C or SIGTERM.")
     assert done.stderr.count("\n") == 1
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+WRITING_VERBS = [verb.name for verb in cli.VERBS if "output" in verb.settings.model_fields]
+
+
+def test_every_verb_that_writes_a_folder_has_the_option_output():
+    assert set(WRITING_VERBS) >= {"train", "compare", "evaluate", "merge", "report", "demo"}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"},
+        {"WORLD_SIZE": " 8"},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+        {"SLURM_NTASKS": "3", "LOCAL_RANK": "0"},
+    ],
+)
+@pytest.mark.parametrize("verb", ["train", "merge"])
+def test_several_processes_are_refused_before_anything_is_written(verb, environment, rankwise, monkeypatch, tmp_path):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    inputs = {"train": ("--model", "demo", "--data", "stdlib"), "merge": ("--adapter", tmp_path)}
+    done = rankwise(verb, *inputs[verb], "--output", tmp_path / "out", "--json")
+    assert done.code == 2
+    assert done.stderr.startswith(f"error RW117: {verb} was started in several processes (")
+    assert done.document["error"]["code"] == "RW117"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, {"SLURM_NTASKS": "4"}, {"WORLD_SIZE": ""}],
+)
+def test_one_process_is_not_refused(environment, rankwise, monkeypatch, tmp_path):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    done = rankwise("merge", "--adapter", tmp_path / "none", "--output", tmp_path / "out")
+    assert "RW117" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "seen"),
+    [
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, "None"),
+        ({"KMP_BLOCKTIME": "0"}, "None"),
+    ],
+)
+def test_the_program_lets_waiting_threads_sleep_unless_the_user_says_how_they_wait(environment, seen, monkeypatch):
+    for name in WAIT_POLICIES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code = "import os; from rankwise.cli.main import main; main(['--help']); print(os.environ.get('GOMP_SPINCOUNT'))"
+    assert fresh_python("-c", code).stdout.split()[-1] == seen
+    without = "import os, rankwise; rankwise.LoraConfig(); print(os.environ.get('GOMP_SPINCOUNT'))"
+    assert fresh_python("-c", without).stdout.strip() == str(environment.get("GOMP_SPINCOUNT"))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from rankwise.cli.words import byte_size
 from rankwise.config import TrainSettings
 from rankwise.errors import is_out_of_memory
 from rankwise.planning import guard
@@ -44,10 +45,10 @@ def record_of(tmp_path):
 def test_the_prediction_is_printed_and_recorded(train, tmp_path):
     done = train()
     assert done.code == 0
-    assert "predicted peak" in done.stdout
     record = record_of(tmp_path)
-    assert record["predicted_peak_memory_bytes"] > 0
-    assert record["peak_memory_bytes"] > 0
+    before, after = record["predicted_peak_memory_bytes"], record["peak_memory_bytes"]
+    assert f"predicted peak {byte_size(before)} ±" in done.stdout
+    assert f"peak memory {byte_size(after)} (predicted {byte_size(before)})" in done.stdout
 
 
 def test_without_our_fused_parts_pytorch_s_own_step_is_predicted(train):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import re
 
 import pytest
 from rich.console import Console
@@ -11,6 +14,7 @@ from rankwise.cli.output import Output
 from rankwise.cli.progress import LiveProgress, PlainProgress
 from rankwise.cli.sparkline import BARS, sparkline
 from rankwise.cli.words import byte_size, duration, parameter_count, printable
+from rankwise.records import WAIT_POLICIES, read_metrics
 from rankwise.training.observer import StepInfo
 
 
@@ -44,7 +48,7 @@ def trained(steps: int, evaluations: dict[int, float]) -> LiveProgress:
     for step in range(1, steps + 1):
         progress.step(info(step, 4 - 2 * step / steps, steps))
         if step in evaluations:
-            progress.evaluation(evaluations[step], evaluations[step] < best)
+            progress.evaluation(step, evaluations[step], evaluations[step] < best)
     return progress
 
 
@@ -90,11 +94,13 @@ def test_plain_lines_come_every_few_steps(capsys):
     progress = PlainProgress(Output(), every=5)
     progress.phase("Training")
     for step in range(1, 13):
-        progress.step(info(step, 3.0, total=12))
-    progress.evaluation(2.0, True)
-    progress.sample("a\nb\x1b")
+        progress.step(info(step, float(step), total=12))
+    progress.evaluation(12, 2.0, True)
+    progress.sample(12, "a\nb\x1b")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("step ")] == ["1/12", "5/12", "10/12", "12/12"]
+    losses = ["loss 1.0000  ", "loss 3.5000 (mean of 4 steps)  ", "loss 8.0000 (mean of 5 steps)  ", "loss 11.5000 (m"]
+    assert all(loss in line for loss, line in zip(losses, lines[1:5], strict=True))
     assert "evaluation at step 12: loss 2.0000 (best so far)" in lines
     assert "sample: a b␛" in lines
     assert "1,234 tokens/s  2.1 GB  gradient 0.84  B 0.132  3:07 left" in lines[1]
@@ -123,3 +129,13 @@ def test_a_warning_comes_once(capsys):
 )
 def test_numbers_and_texts_as_people_read_them(shown, expected):
     assert shown == expected
+
+
+def test_the_console_shows_the_losses_that_are_logged(rankwise, model_folder, rows_file, tmp_path):
+    command = ("--model", model_folder, "--data", rows_file, "--output", tmp_path / "run", "--max-steps", 8)
+    done = rankwise("train", *command, "--batch-size", 2, "--r", 2, "--logging-steps", 3, "--device", "cpu")
+    assert done.code == 0
+    shown = re.findall(r"^step (\d+)/8  loss ([\d.]+)", done.stdout, re.MULTILINE)
+    assert shown == [(str(line["step"]), f"{line['loss']:.4f}") for line in read_metrics(tmp_path / "run")]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["device"]["wait_policy"] == {name: os.environ[name] for name in WAIT_POLICIES if name in os.environ}

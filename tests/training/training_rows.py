@@ -38,7 +38,7 @@ class Recorder:
     def __init__(self, stop_at: int | None = None, number: int = signal.SIGINT) -> None:
         self.phases: list[str] = []
         self.steps: list[StepInfo] = []
-        self.evaluations: list[tuple[float, bool]] = []
+        self.evaluations: list[tuple[int, float, bool]] = []
         self.samples: list[str] = []
         self.warnings: list[str] = []
         self.stop_at, self.number = stop_at, number
@@ -51,10 +51,10 @@ class Recorder:
         if info.step == self.stop_at:
             os.kill(os.getpid(), self.number)
 
-    def evaluation(self, loss: float, best: bool) -> None:
-        self.evaluations.append((loss, best))
+    def evaluation(self, step: int, loss: float, best: bool) -> None:
+        self.evaluations.append((step, loss, best))
 
-    def sample(self, text: str) -> None:
+    def sample(self, step: int, text: str) -> None:
         self.samples.append(text)
 
     def warning(self, code: str, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import statistics
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -38,9 +39,6 @@ class History:
         self.losses.append(info.loss)
         self.latest = info
 
-    def add_evaluation(self, loss: float) -> None:
-        self.evaluations.append((self.steps[-1] if self.steps else 0, loss))
-
     @property
     def best(self) -> tuple[int, float] | None:
         """(step, loss) of the lowest evaluation that is a number."""
@@ -67,23 +65,26 @@ class PlainProgress(_Warnings):
         super().__init__()
         self.output = output
         self.every = every
-        self.history = History()
+        self.unsaid: list[float] = []
+        # Losses of the steps since the last line.
 
     def phase(self, text: str) -> None:
         self.output.line(f"{text} ...")
 
     def step(self, info: StepInfo) -> None:
-        self.history.add(info)
+        """The loss of a line is that of the same step in ``metrics.jsonl``."""
+        self.unsaid.append(info.loss)
         every = self.every or logging_steps_of(info.total)
         if info.step % every == 0 or info.step in (1, info.total):
-            self.output.line(f"step {info.step}/{info.total}  loss {info.loss:.4f}  {figures(info)}")
+            mean = f"{statistics.fmean(self.unsaid):.4f} (mean of {len(self.unsaid)} steps)"
+            loss = mean if len(self.unsaid) > 1 else f"{info.loss:.4f}"
+            self.output.line(f"step {info.step}/{info.total}  loss {loss}  {figures(info)}")
+            self.unsaid = []
 
-    def evaluation(self, loss: float, best: bool) -> None:
-        self.history.add_evaluation(loss)
-        step = self.history.evaluations[-1][0]
+    def evaluation(self, step: int, loss: float, best: bool) -> None:
         self.output.line(f"evaluation at step {step}: loss {loss:.4f}{' (best so far)' if best else ''}")
 
-    def sample(self, text: str) -> None:
+    def sample(self, step: int, text: str) -> None:
         self.output.line(f"sample: {one_line(text)}")
 
 
@@ -103,11 +104,10 @@ class LiveProgress(_Warnings):
     def step(self, info: StepInfo) -> None:
         self.history.add(info)
 
-    def evaluation(self, loss: float, best: bool) -> None:
-        self.history.add_evaluation(loss)
+    def evaluation(self, step: int, loss: float, best: bool) -> None:
+        self.history.evaluations.append((step, loss))
 
-    def sample(self, text: str) -> None:
-        step = self.history.steps[-1] if self.history.steps else 0
+    def sample(self, step: int, text: str) -> None:
         self.output.line(f"sample at step {step}: {one_line(text)}", style="dim")
 
     def __rich__(self) -> RenderableType:
@@ -148,8 +148,8 @@ def figures(info: StepInfo) -> str:
 
 
 def curve_lines(history: History, width: int) -> list[Text]:
-    """The loss as a sparkline, and below it where the best evaluation was."""
-    lines = [Text.assemble(f"loss {history.losses[-1]:<9.4f}", (sparkline(history.losses, width), "cyan"))]
+    """The loss of each step as a sparkline, and below it where the best evaluation was."""
+    lines = [Text.assemble(f"step loss {history.losses[-1]:<9.4f}", (sparkline(history.losses, width), "cyan"))]
     if history.best is not None:
         step, loss = history.best
         index = sum(1 for seen in history.steps if seen < step)
@@ -159,7 +159,7 @@ def curve_lines(history: History, width: int) -> list[Text]:
         # The label goes left of the mark where the line has no room to its right.
         if column + len(label) > width:
             label, column = f"best {loss:.4f} at step {step} ▲", max(0, column + 1 - len(label))
-        lines.append(Text.assemble(f"eval {last:<9.4f}", " " * column, (label, "green")))
+        lines.append(Text.assemble(f"eval loss {last:<9.4f}", " " * column, (label, "green")))
     return lines
 
 

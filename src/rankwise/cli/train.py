@@ -146,13 +146,13 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
 
 
 def loss_sentence(folder: Path, record: RunRecord) -> str:
-    """Evaluation loss before and after; without evaluation data, the first and the last logged training loss."""
+    """Evaluation loss before and after; without evaluation data, the first and the last line of ``metrics.jsonl``."""
     if record.initial_eval_loss is not None and record.eval_loss is not None:
         return f"{record.initial_eval_loss:.4f} -> {record.eval_loss:.4f} on the evaluation data"
     logged = [line["loss"] for line in read_metrics(folder) if line.get("loss") is not None]
     if not logged:
         return "not logged"
-    return f"{logged[0]:.4f} -> {logged[-1]:.4f} on the training data (no --eval-data)"
+    return f"{logged[0]:.4f} -> {logged[-1]:.4f} on the training data, first and last as logged (no --eval-data)"
 
 
 def _speed(record: RunRecord) -> str:

@@ -93,10 +93,11 @@ class MemoryGuard:
             self.baseline_bytes = max(self.baseline_bytes, self.own_memory() - resident)
         # The weights are loaded by now: what is free is no measure any more, what was free before loading is.
         verdict = verdict_of(self.predicted, self.hardware.memory_bytes)
-        self.say(self._sentence(batch, verdict))
+        peak = self.baseline_bytes + comparable(self.predicted, self.hardware.device_type)
+        self.say(self._sentence(batch, peak, verdict))
         if verdict == "too big":
             self._refuse(self.predicted, f"a batch of the {batch.rows} longest rows ({batch.tokens:,} tokens each)")
-        return self.baseline_bytes + comparable(self.predicted, self.hardware.device_type)
+        return peak
 
     def advice(self) -> str | None:
         """After the memory ran out: the three cheapest changes that would fit, in words; None where none is known."""
@@ -110,13 +111,15 @@ class MemoryGuard:
     def _warn_of(self, error: InputError) -> None:
         warn("RW564", f"the memory of this run cannot be predicted, and it starts all the same: {error.message}")
 
-    def _sentence(self, batch: Any, verdict: str) -> str:
+    def _sentence(self, batch: Any, peak_bytes: int, verdict: str) -> str:
+        """``peak_bytes`` first: the number that the run holds against its measured peak at the end."""
         assert self.predicted is not None
         assert self.hardware is not None
-        own = f" beside {gigabytes(self.baseline_bytes)} of this process's own" if self.baseline_bytes else ""
+        had, error = self.baseline_bytes, self.predicted.error * self.predicted.peak_bytes / peak_bytes
+        own = f" ({gigabytes(had)} that the process has, {gigabytes(peak_bytes - had)} for the training)" if had else ""
         counted = "" if self.workload is None or self.workload.fast else ", of PyTorch's own step"
         return (
-            f"predicted peak {gigabytes(self.predicted.peak_bytes)} ±{self.predicted.error:.0%}{own}{counted}, for "
+            f"predicted peak {gigabytes(peak_bytes)} ±{error:.0%}{own}{counted}, for "
             f"{batch.rows} rows of {batch.tokens:,} tokens; there are {gigabytes(self.hardware.memory_bytes)}: "
             f"{verdict}"
         ).replace("%", " %")

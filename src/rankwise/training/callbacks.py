@@ -84,7 +84,7 @@ class Watch(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         loss = more["metrics"]["eval_loss"]
-        self.observer.evaluation(loss, loss < self.best)
+        self.observer.evaluation(state.global_step, loss, loss < self.best)
         self.best = min(self.best, loss)
 
     def _values(self, logs: dict[str, Any]) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class Sample(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         text = self.answer()
         self.metrics.append({"step": state.global_step, "sample": text})
-        self.observer.sample(text)
+        self.observer.sample(state.global_step, text)
 
 
 @torch.no_grad()

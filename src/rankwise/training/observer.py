@@ -36,11 +36,11 @@ class Observer(Protocol):
     def step(self, info: StepInfo) -> None:
         """An optimizer step is done."""
 
-    def evaluation(self, loss: float, best: bool) -> None:
-        """The evaluation loss (mean over tokens), and whether it is the lowest so far."""
+    def evaluation(self, step: int, loss: float, best: bool) -> None:
+        """The evaluation loss (mean over tokens) after ``step``, and whether it is the lowest so far."""
 
-    def sample(self, text: str) -> None:
-        """The answer to the fixed sample prompt, after an evaluation."""
+    def sample(self, step: int, text: str) -> None:
+        """The answer to the fixed sample prompt, after the evaluation of ``step``."""
 
     def warning(self, code: str, text: str) -> None:
         """Something that does not stop the run."""
@@ -53,8 +53,8 @@ class SilentObserver:
 
     def step(self, info: StepInfo) -> None: ...
 
-    def evaluation(self, loss: float, best: bool) -> None: ...
+    def evaluation(self, step: int, loss: float, best: bool) -> None: ...
 
-    def sample(self, text: str) -> None: ...
+    def sample(self, step: int, text: str) -> None: ...
 
     def warning(self, code: str, text: str) -> None: ...

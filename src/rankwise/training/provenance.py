@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 from typing import Any
 
 import torch
+
+from rankwise.records import WAIT_POLICIES
 
 PACKAGES = ("rankwise", "torch", "transformers", "trl", "accelerate", "datasets", "safetensors", "tokenizers")
 
@@ -23,9 +26,11 @@ def versions() -> dict[str, str]:
 
 
 def device_record(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Type, name and dtype of the device that trains; threads on a CPU."""
+    """Type, name and dtype of the device that trains; on a CPU its threads, and how they wait as far as it was said."""
     record: dict[str, Any] = {"type": device.type, "dtype": str(dtype).removeprefix("torch.")}
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return record | {"name": name, "memory_bytes": torch.cuda.get_device_properties(device).total_memory}
-    return record | {"name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    waiting = {name: os.environ[name] for name in WAIT_POLICIES if name in os.environ}
+    cpu = {"name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    return record | cpu | {"wait_policy": waiting}
