@@ -104,10 +104,32 @@ def test_without_our_fused_parts_the_plan_says_so_and_saves_it(plan, tmp_path):
 
 
 def test_an_apple_gpu_is_counted_without_our_kernels(plan):
-    done = plan("--gpu", "m4 max 64gb")
-    assert "an Apple GPU's step is counted as PyTorch's own on a CPU" in " ".join(done.stdout.split())
+    said = " ".join(plan("--gpu", "m4 max 64gb").stdout.split())
+    assert "the step is counted as PyTorch's own on a CPU" in said
+    assert "none of our kernels" in said
+    assert "plain PyTorch makes them dense in every pass (RW608)" in said
+    assert "refused there: bitsandbytes' 8-bit and paged optimizers (RW116)" in said
+    assert "RW608" not in plan("--gpu", "m4 max 64gb", "--method", "lora,dora").stdout
     workload = plan("--gpu", "m4 max 64gb", "--json").document["workload"]
     assert (workload["fast"], workload["device_type"]) == (False, "cpu")
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "lion_32bit", "rmsprop_bnb"])
+def test_a_mac_is_planned_with_no_optimizer_that_train_refuses_there(plan, optimizer):
+    done = plan("--gpu", "m4 max 64gb", "--optimizer", optimizer)
+    assert done.code == 2
+    assert "RW116" in done.stderr
+    assert "Apple M4 Max 64GB" in done.stderr
+    assert plan("--gpu", "L40S", "--optimizer", optimizer).code == 0
+
+
+@pytest.mark.parametrize("more", [(), ("--memory", "70GB")])
+def test_an_ambiguous_card_is_said_in_a_line_of_its_own(plan, more):
+    done = plan("--gpu", "A100", *more)
+    line = 'A100 is taken for A100 40GB; for another give --gpu "A100 80GB PCIe" or --gpu "A100 80GB SXM".'
+    assert line in done.stdout.splitlines()
+    assert plan("--gpu", "A100", "--json", *more).document["hardware"]["assumption"] == line
+    assert "is taken for" not in plan("--gpu", "A100 80GB SXM").stdout
 
 
 def test_a_check_that_cannot_fit_is_not_begun(plan, monkeypatch):

@@ -45,11 +45,29 @@ def test_names_as_drivers_and_people_write_them(name, card):
     assert find_card(name)[0].name == card
 
 
-def test_an_ambiguous_name_takes_the_smallest_and_says_so():
-    card, note = find_card("A100")
-    assert card.name == "A100 40GB"
-    assert note is not None
-    assert "A100 80GB SXM" in note
+@pytest.mark.parametrize(
+    ("name", "card", "others"),
+    [
+        ("A100", "A100 40GB", ["A100 80GB PCIe", "A100 80GB SXM"]),
+        ("NVIDIA H100", "H100 PCIe", ["H100 SXM", "H100 NVL"]),
+        ("v100", "V100 16GB", ["V100 32GB"]),
+        ("M3 Max", "Apple M3 Max 36GB", ["Apple M3 Max 48GB", "Apple M3 Max 128GB"]),
+        ("4090", "RTX 4090", ["RTX 4090 Laptop"]),
+        ("RTX 5090", "RTX 5090", ["RTX 5090 Laptop"]),
+    ],
+)
+def test_an_ambiguous_name_takes_the_smallest_and_tells_how_to_name_the_others(name, card, others):
+    found, assumption = find_card(name)
+    assert found.name == card
+    assert card in assumption
+    for other in others:
+        assert f'--gpu "{other}"' in assumption
+        assert find_card(other)[0].name == other
+
+
+@pytest.mark.parametrize("name", ["A100 80GB SXM", "RTX 4090 Laptop", "4090 mobile", "RTX 4090 24GB", "L40S", "MI250X"])
+def test_a_name_of_one_card_assumes_nothing(name):
+    assert find_card(name)[1] is None
 
 
 @pytest.mark.parametrize(
@@ -129,6 +147,15 @@ def test_of_a_card_here_only_what_is_free_counts(monkeypatch, busy_gb):
     assert found.memory_bytes == total - busy_gb * 10**9
     assert "80.0 GB" in found.note
     assert found.flops_per_second == 989e12
+
+
+@pytest.mark.parametrize(("gib", "bandwidth"), [(10, 760e9), (12, 912e9)])
+def test_the_memory_tells_which_of_two_cards_with_one_name_is_here(monkeypatch, gib, bandwidth):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA GeForce RTX 3080")
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (gib * 2**30, gib * 2**30))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 0)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
+    assert hardware._cuda_device().bytes_per_second == bandwidth
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/cpuinfo")

@@ -35,7 +35,15 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 MARKS = (("█", "blue"), ("▓", "magenta"), ("▒", "yellow"), ("▚", "green"), ("░", "red"), ("·", "dim"))
 VERDICT_STYLES = {"fits": "green", "tight": "yellow", "too big": "red"}
 WIDEST_BAR = 60
-APPLE = "an Apple GPU's step is counted as PyTorch's own on a CPU; none was measured, so the ± is not its own."
+APPLE = (
+    "an Apple GPU has none of our kernels: adapters, losses, attention, norms and MLPs run as PyTorch's own operations "
+    "on Metal, and the step is counted as PyTorch's own on a CPU; none was measured, so the ± is not its own."
+)
+APPLE_FOUR_BITS = (
+    "4-bit weights are no exception: plain PyTorch makes them dense in every pass (RW608), slowly, and hours and "
+    "changes in time do not count that."
+)
+APPLE_REFUSED = "refused there: bitsandbytes' 8-bit and paged optimizers (RW116), which need a CUDA card."
 CUT = 1.6
 # Bars are cut at this multiple of the memory.
 LABEL = 12
@@ -61,6 +69,8 @@ def heading(plan: Plan) -> Iterator[str]:
     note = f" ({hardware.note})" if hardware.note else ""
     many = f"{work.devices} x " if work.devices > 1 else ""
     yield f"{plan.model} on {many}{hardware.name}: {gigabytes(hardware.memory_bytes)}{note}"
+    if hardware.assumption:
+        yield hardware.assumption
     parts = [
         f"batch {work.batch_size} x {work.max_length:,} tokens",
         *([f"accumulation {plan.accumulation}"] if plan.accumulation > 1 else []),
@@ -272,6 +282,9 @@ def footnotes(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "devices", "sizes are one device's share; time counts all of them and no communication between them."
     if plan.hardware.device_type == "mps":
         yield "device", APPLE
+        if any(row.estimate.method in FOUR_BITS for row in plan.rows):
+            yield "", APPLE_FOUR_BITS
+        yield "", APPLE_REFUSED
     if plan.hardware.kind == "card":
         yield "card", f"{plan.hardware.source}; its memory is what torch can take of it"
     seen: dict[str, list[str]] = {}

@@ -24,7 +24,7 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 CPU_INFO = Path("/proc/cpuinfo")
 VENDOR_WORDS = (
     *("nvidia", "geforce", "tesla", "quadro", "amd", "radeon", "instinct", "apple", "generation", "gpu", "blackwell"),
-    *("server", "workstation", "edition"),
+    *("server", "workstation", "edition", "one", "die"),
 )
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"}
 
@@ -44,8 +44,11 @@ class Hardware:
     # Peak, dense, in 16 bits.
     source: str
     note: str | None = None
+    # On the memory.
     cores: int | None = None
     float32_flops_per_second: float | None = None
+    assumption: str | None = None
+    # Which of several cards a name was taken for, and how to name the others.
 
     @property
     def dtype(self) -> Literal["bfloat16", "float16", "float32"]:
@@ -73,17 +76,34 @@ def choose_hardware(gpu: str | None, memory: str | None) -> Hardware:
 
 
 def find_card(name: str) -> tuple[Card, str | None]:
-    """The card of that name, and what was assumed about it. Vendor words, case, spaces and hyphens do not matter.
+    """The card of that name, and what was assumed where it may mean several: the one with the least memory and pace.
 
-    Raises ConfigError (RW141).
+    Vendor words, case, spaces and hyphens do not matter. Raises ConfigError (RW141).
     """
+    fitting = _fitting(name)
+    card = min(fitting, key=lambda card: (card.memory_gib, card.teraflops or 0))
+    others = [other.name for other in fitting if other is not card]
+    if others:
+        return card, f"{name} is taken for {card.name}; for another give {_as_options(others)}."
+    laptop = f"{card.name} Laptop"
+    if _CardName.read(name).size is None and any(other.name == laptop for other in CARDS):
+        return card, f"{card.name} is taken for the desktop card; for the laptop's give {_as_options([laptop])}."
+    return card, None
+
+
+def _fitting(name: str) -> list[Card]:
+    """Every card that the name may mean. Raises ConfigError (RW141) where there is none."""
     wanted = _CardName.read(name)
-    fitting = [card for card in CARDS if wanted.may_mean(card)]
-    if not fitting:
+    found = [card for card in CARDS if wanted.may_mean(card)]
+    if not found:
         raise _unknown_card(name, wanted.base)
-    smallest = min(fitting, key=lambda card: (card.memory_gib, card.teraflops or 0))
-    others = ", ".join(card.name for card in fitting if card is not smallest)
-    return smallest, f"{name} may also be {others}; {smallest.name} was taken" if others else None
+    return found
+
+
+def _as_options(names: list[str]) -> str:
+    """``--gpu "A", --gpu "B" or --gpu "C"``."""
+    *most, last = [f'--gpu "{name}"' for name in names]
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +116,7 @@ class _CardName:
 
     @classmethod
     def read(cls, name: str) -> _CardName:
-        text = re.sub(r"[^a-z0-9]+", " ", name.lower().replace("hbm3", "sxm"))
+        text = re.sub(r"[^a-z0-9]+", " ", name.lower().replace("hbm3", "sxm").replace("mobile", "laptop"))
         size = re.search(r"(?<![a-z0-9])(\d+) ?gi?b?\b", text)
         form = re.search(r"\b(pcie|sxm|nvl)\d?\b", text)
         for found in (size, form):
@@ -130,7 +150,7 @@ def _unknown_card(name: str, base: str) -> ConfigError:
     )
 
 
-def of_card(card: Card, note: str | None = None) -> Hardware:
+def of_card(card: Card, assumption: str | None = None) -> Hardware:
     device: DeviceType = "mps" if card.name.startswith("Apple") else "cuda"
     return Hardware(
         kind="card",
@@ -141,8 +161,8 @@ def of_card(card: Card, note: str | None = None) -> Hardware:
         bytes_per_second=card.gigabytes_per_second * 1e9,
         flops_per_second=None if card.teraflops is None else card.teraflops * 1e12,
         source=card.source,
-        note=note,
         float32_flops_per_second=None if card.teraflops is None else card.float32_share * card.teraflops * 1e12,
+        assumption=assumption,
     )
 
 
@@ -192,7 +212,8 @@ def _cuda_device() -> Hardware:
     # What this process holds itself is its to use: the plan counts a context, and the allocator hands its blocks out.
     own = context_bytes() + torch.cuda.memory_reserved()
     try:
-        known = of_card(find_card(name)[0])
+        # Of two with one name, such as the RTX 3080, the memory tells which is here.
+        known = of_card(min(_fitting(name), key=lambda card: abs(card.usable_bytes - total)))
     except ConfigError:
         known = None
     return Hardware(

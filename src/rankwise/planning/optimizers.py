@@ -33,6 +33,8 @@ class OptimizerRule:
     hosted: bool = False
     # The whole state lives in the host's memory.
     copies: bool = False
+    cuda_only: bool = False
+    # bitsandbytes', which works on CUDA cards alone.
 
 
 def two_moments(shape: Shape, element_bytes: int) -> int:
@@ -95,19 +97,19 @@ RULES: dict[str, OptimizerRule] = {
     "adamw_offload": OptimizerRule(two_moments, hosted=True),
     "adamw_torch_8bit": OptimizerRule(two_moments_torchao(8)),
     "adamw_torch_4bit": OptimizerRule(two_moments_torchao(4)),
-    "adamw_8bit": OptimizerRule(two_moments_8bit),
-    "adamw_bnb_8bit": OptimizerRule(two_moments_8bit),
-    "paged_adamw_8bit": OptimizerRule(two_moments_8bit, paged=True),
-    "paged_adamw_32bit": OptimizerRule(two_moments_32bit, paged=True),
-    "paged_adamw": OptimizerRule(two_moments_32bit, paged=True),
-    "lion_32bit": OptimizerRule(one_moment),
-    "lion_8bit": OptimizerRule(one_moment_8bit),
-    "paged_lion_32bit": OptimizerRule(one_moment, paged=True),
-    "paged_lion_8bit": OptimizerRule(one_moment_8bit, paged=True),
+    "adamw_8bit": OptimizerRule(two_moments_8bit, cuda_only=True),
+    "adamw_bnb_8bit": OptimizerRule(two_moments_8bit, cuda_only=True),
+    "paged_adamw_8bit": OptimizerRule(two_moments_8bit, paged=True, cuda_only=True),
+    "paged_adamw_32bit": OptimizerRule(two_moments_32bit, paged=True, cuda_only=True),
+    "paged_adamw": OptimizerRule(two_moments_32bit, paged=True, cuda_only=True),
+    "lion_32bit": OptimizerRule(one_moment, cuda_only=True),
+    "lion_8bit": OptimizerRule(one_moment_8bit, cuda_only=True),
+    "paged_lion_32bit": OptimizerRule(one_moment, paged=True, cuda_only=True),
+    "paged_lion_8bit": OptimizerRule(one_moment_8bit, paged=True, cuda_only=True),
     "rmsprop": OptimizerRule(one_moment, copies=True),
-    "rmsprop_bnb": OptimizerRule(one_moment),
-    "rmsprop_bnb_8bit": OptimizerRule(one_moment_8bit),
-    "rmsprop_bnb_32bit": OptimizerRule(one_moment),
+    "rmsprop_bnb": OptimizerRule(one_moment, cuda_only=True),
+    "rmsprop_bnb_8bit": OptimizerRule(one_moment_8bit, cuda_only=True),
+    "rmsprop_bnb_32bit": OptimizerRule(one_moment, cuda_only=True),
     "sgd": OptimizerRule(nothing),
     "adagrad": OptimizerRule(one_moment, copies=True),
     "adafactor": OptimizerRule(adafactor, copies=True),
@@ -122,6 +124,16 @@ def rule_of(optimizer: str) -> OptimizerRule:
             f"the memory of the optimizer {optimizer!r} is not known; plan with one of {', '.join(RULES)}.",
         )
     return RULES[optimizer]
+
+
+def check_device(optimizer: str, device_type: str, name: str) -> None:
+    """Raise ConfigError (RW116) for an optimizer that ``rankwise train`` refuses on the device called ``name``."""
+    if rule_of(optimizer).cuda_only and device_type != "cuda":
+        raise ConfigError(
+            "RW116",
+            f"--optimizer {optimizer} runs on CUDA cards only, and this plan is for {name}; take adamw_torch, or "
+            "adamw_offload, which keeps the optimizer's state in CPU memory.",
+        )
 
 
 def state_bytes(optimizer: str, shapes: Iterable[tuple[Shape, int]]) -> tuple[int, int]:

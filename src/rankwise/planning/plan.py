@@ -29,6 +29,7 @@ from rankwise.planning.fitting import (
     verdict_of,
 )
 from rankwise.planning.hardware import Hardware, choose_hardware
+from rankwise.planning.optimizers import check_device
 from rankwise.planning.recommend import PASSES, Recommendation, recommend
 from rankwise.planning.settings import SHARED, PlanSettings
 from rankwise.planning.shape import read_shape
@@ -130,13 +131,15 @@ class Plan:
 def make_plan(settings: PlanSettings) -> Plan:
     """The plan for these options.
 
-    Raises ConfigError: RW130 to RW132 impossible settings, RW140 a size, RW141 a card, RW142 a method, RW143 no model;
-    ModelError and QuantizationError as ``estimate`` does, where every method fails so.
+    Raises ConfigError: RW116 an optimizer that cannot run there, RW130 to RW132 impossible settings, RW140 a size,
+    RW141 a card, RW142 a method, RW143 no model; ModelError and QuantizationError as ``estimate`` does, where every
+    method fails so.
     """
     methods = settings.methods
     if settings.model is None:
         raise ConfigError("RW143", "--model is missing; give a hub id, a folder, a .gguf file, or demo.")
     hardware = choose_hardware(settings.gpu, settings.memory)
+    check_device(settings.optimizer, hardware.device_type, hardware.name)
     workload = workload_for(settings, hardware)
     source = fetch_model(
         settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code, weights=False

@@ -131,5 +131,8 @@ def _choice_problems(workload: Workload) -> list[str]:
     if workload.strategy == "single" and workload.devices != 1:
         problems.append(f"devices is {workload.devices!r} and the strategy is single; choose ddp or fsdp")
     if workload.activation_offloading and workload.device_type == "cpu":
-        problems.append("activation_offloading moves activations out of an accelerator, and device_type is cpu")
+        problems.append(
+            "activation_offloading moves activations out of an accelerator's own memory, which neither a processor nor "
+            "an Apple GPU has; take gradient_checkpointing"
+        )
     return problems
