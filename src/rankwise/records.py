@@ -5,16 +5,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from rankwise.disk import whole_file
 from rankwise.errors import RunError
 
 RUN_FILE = "run.json"
@@ -59,7 +58,7 @@ class RunRecord:
     files: list[str] = dataclasses.field(default_factory=list)
     # What the run wrote into its folder besides the files of every run: --overwrite removes these by name.
     status: str = "running"
-    # running, finished, interrupted or failed.
+    # running, finished, interrupted or failed; replaced, while --overwrite removes the run.
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -99,44 +98,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8 text, whole or not at all."""
-    write_bytes(path, text.encode("utf-8"))
+    """UTF-8 text, whole or not at all. Half a surrogate pair, which UTF-8 has no bytes for, becomes JSON's escape."""
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Whole or not at all."""
     with whole_file(path) as file:
         file.write(content)
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file of a temporary name beside ``path``, flushed to disk and renamed at the end: readers see the old or the
-    new one, and nothing of it remains on errors."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        # Gone where a signal came right after the rename.
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
-
-
-def follow_umask(path: Path) -> None:
-    """Give a file, or a folder and all in it, the modes that ``open`` and ``mkdir`` give.
-
-    mkdtemp and safetensors make theirs for their owner alone, and whoever serves a model is often another.
-    """
-    # There is no way to ask for the mask but to set it; meanwhile others' files are private, never open.
-    mask = os.umask(0o077)
-    os.umask(mask)
-    for item in (path, *(path.rglob("*") if path.is_dir() else ())):
-        os.chmod(item, (0o777 if item.is_dir() else 0o666) & ~mask)
 
 
 def check_writable(output: Path) -> None:

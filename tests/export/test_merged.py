@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import rankwise as rw
+from rankwise.disk import hold
 from rankwise.errors import AdapterError, ModelError, RunError
 from rankwise.export.merged import merge_to_folder
 from rankwise.records import RunRecord
@@ -105,13 +106,46 @@ def test_every_tensor_keeps_its_dtype_and_the_index_is_right(trained, tmp_path):
 def test_nothing_is_left_behind_when_it_fails(trained, tmp_path, monkeypatch):
     adapter, _, _ = trained
     monkeypatch.setattr("rankwise.export.merged._write_weights", _no_space)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunError, match=r"merged: no space left on device; free space") as caught:
         merge_to_folder(adapter, tmp_path / "merged")
+    assert caught.value.code == "RW551"
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base"}
 
 
 def _no_space(*_: object) -> None:
     raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("trained", ["lora"], indirect=True)
+def test_only_unfinished_work_of_its_own_goes(trained, tmp_path):
+    """The users' folders beside the output stay, whatever their names are like; what a killed merge left goes."""
+    users = (".merged.partial", ".merged.partial-mine", ".merged.partial-12345678.bak", ".other.partial-0a1b2c3d")
+    for name in (*users, ".merged.partial-0a1b2c3d"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious.txt").write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".merged.partial-00000000").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    merge_to_folder(trained[0], tmp_path / "merged")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*users, ".merged.partial-00000000", "elsewhere", "adapter", "base", "merged"}
+    assert json.loads((tmp_path / "merged" / "merge.json").read_text())["onto"] == "original"
+
+
+@pytest.mark.parametrize("trained", ["lora"], indirect=True)
+def test_one_merge_at_a_time_and_nobodys_files_are_replaced(trained, tmp_path):
+    with hold(tmp_path / "merged"), pytest.raises(RunError, match="RW582"):
+        merge_to_folder(trained[0], tmp_path / "merged")
+
+    def meanwhile(adapter, output):
+        (tmp_path / "merged").mkdir()
+        (tmp_path / "merged" / "mine.txt").write_text("mine")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rankwise.export.merged._copy_tokenizer", meanwhile)
+        with pytest.raises(RunError, match="RW551.*not empty"):
+            merge_to_folder(trained[0], tmp_path / "merged")
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["mine.txt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base", "merged"}
 
 
 @pytest.mark.parametrize("trained", ["lora"], indirect=True)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +15,10 @@ import pytest
 from training_rows import snapshot
 from transformers.integrations.integration_utils import default_logdir
 
-from rankwise.errors import RunError
+from rankwise.disk import hold
+from rankwise.errors import RankwiseWarning, RunError
 from rankwise.records import RunRecord, load_record
-from rankwise.training.checkpoints import save_checkpoint
+from rankwise.training.checkpoints import list_checkpoints, save_checkpoint
 from rankwise.training.old_run import EVENTS, clear_run
 from rankwise.training.output import check_output
 from rankwise.training.run import train
@@ -91,6 +97,73 @@ def test_a_record_cannot_name_files_elsewhere(old_run: Path, tmp_path: Path) -> 
     assert (tmp_path / "outside.txt").read_text() == "mine"
 
 
+LINKED = {
+    "a link": ("link", "link/precious.txt"),
+    "a link in a folder": ("a/link", "a/link/precious.txt"),
+    "a folder below a link": ("link", "link/below/precious.txt"),
+    "a link to the folder above": ("up", "up/elsewhere/precious.txt"),
+    "the folder of TensorBoard": ("runs", "Jan31_23-59-59_HOST/events.out.tfevents.1"),
+    "a TensorBoard run": ("runs/Jan31_23-59-59_HOST", "events.out.tfevents.1"),
+}
+
+
+@pytest.mark.parametrize("kind", LINKED)
+def test_nothing_behind_a_link_goes(kind: str, old_run: Path, tmp_path: Path) -> None:
+    link, name = LINKED[kind]
+    target = tmp_path if kind.endswith("above") else tmp_path / "elsewhere"
+    (old_run / link).parent.mkdir(exist_ok=True)
+    write(tmp_path, ("elsewhere/precious.txt", "elsewhere/below/precious.txt"))
+    write(tmp_path, ("elsewhere/events.out.tfevents.1", "elsewhere/Jan31_23-59-59_HOST/events.out.tfevents.1"))
+    (old_run / link).symlink_to(target, target_is_directory=True)
+    RunRecord("lora", 0, {"tensorboard": True}, files=[name, f"./{name}", f"{link}/../{name}"]).save(old_run)
+    before = snapshot(tmp_path / "elsewhere")
+    clear_run(old_run)
+    assert snapshot(tmp_path / "elsewhere") == before
+    assert (old_run / link).is_symlink()
+
+
+def test_a_link_by_the_name_of_a_file_goes_and_not_its_target(old_run: Path, tmp_path: Path) -> None:
+    write(tmp_path, ("precious.svg",))
+    (old_run / "loss.svg").unlink()
+    (old_run / "loss.svg").symlink_to(tmp_path / "precious.svg")
+    clear_run(old_run)
+    assert not os.path.lexists(old_run / "loss.svg")
+    assert (tmp_path / "precious.svg").read_text() == "mine"
+
+
+@pytest.mark.parametrize("mode", ["resume", "overwrite"])
+def test_checkpoints_behind_a_link_are_refused(mode: str, old_run: Path, tmp_path: Path) -> None:
+    (old_run / "checkpoints").rename(tmp_path / "elsewhere")
+    (old_run / "checkpoints").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    before = snapshot(tmp_path)
+    with pytest.raises(RunError, match="checkpoints") as caught:
+        check_output(old_run, **{"resume": False, "overwrite": False, mode: True})
+    assert caught.value.code == "RW554"
+    with pytest.raises(RunError):
+        clear_run(old_run)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_checkpoint_behind_a_link_is_none(old_run: Path, tmp_path: Path) -> None:
+    step = save_checkpoint(tmp_path / "other", 9, lambda temporary: (temporary / "weights").write_text("x") and None)
+    (old_run / "checkpoints" / "step-9").symlink_to(step.path, target_is_directory=True)
+    before = snapshot(tmp_path / "other")
+    assert [item.step for item in list_checkpoints(old_run)] == [4]
+    save_checkpoint(old_run, 9, lambda temporary: (temporary / "weights").write_text("new") and None)
+    assert [item.step for item in list_checkpoints(old_run)] == [4, 9]
+    assert snapshot(tmp_path / "other") == before
+
+
+@pytest.mark.parametrize("name", ["run.json", "a\0b", "x" * 5000, "\ud800", "loss.svg/x", "README.md/.."])
+def test_a_strange_name_in_the_record_removes_nothing(name: str, old_run: Path) -> None:
+    write(old_run, ("mine.txt",))
+    RunRecord("lora", 0, {}, files=["tokenizer.json"]).save(old_run)
+    record = json.loads((old_run / "run.json").read_text())
+    (old_run / "run.json").write_text(json.dumps({**record, "files": ["tokenizer.json", name]}))
+    clear_run(old_run)
+    assert {path.name for path in old_run.iterdir()} == {"run.json", "mine.txt", "checkpoints"}
+
+
 def symlink(run: Path) -> None:
     write(run.parent, ("elsewhere/file",))
     (run / "checkpoints" / "step-9").symlink_to(run.parent / "elsewhere", target_is_directory=True)
@@ -149,3 +222,86 @@ def test_a_record_names_what_the_run_wrote(settings: Any, tmp_path: Path) -> Non
     always = {"run.json", "metrics.jsonl", "loss.svg", "README.md", "checkpoints"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == {*load_record(tmp_path / "run").files, *always}
     assert json.loads((tmp_path / "run" / "run.json").read_text())["files"]
+
+
+def test_a_replacement_cut_off_at_any_moment_looks_like_no_finished_run(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(settings(max_steps=1))
+    shutil.copytree(tmp_path / "run", tmp_path / "finished")
+    for at_call in range(100):
+        shutil.rmtree(tmp_path / "run")
+        shutil.copytree(tmp_path / "finished", tmp_path / "run")
+        with monkeypatch.context() as patch:
+            _cut_at(at_call, patch)
+            with contextlib.suppress(KeyboardInterrupt):
+                clear_run(tmp_path / "run")
+                break
+        if load_record(tmp_path / "run").status == "finished":
+            assert snapshot(tmp_path / "run").items() >= snapshot(tmp_path / "finished").items()
+        else:
+            with pytest.raises(RunError, match=r"RW505.*--overwrite"):
+                train(settings(max_steps=1, resume=True))
+    assert at_call > 10
+    assert train(settings(max_steps=1, overwrite=True)).status == "finished"
+
+
+def _cut_at(at_call: int, patch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(at_call))
+    for name in ("rename", "replace", "unlink", "rmdir"):
+        patch.setattr(os, name, functools.partial(_cut, getattr(os, name), calls))
+
+
+def _cut(real: Any, calls: Iterator[int], *args: Any, **named: Any) -> Any:
+    if next(calls, None) is None:
+        raise KeyboardInterrupt
+    return real(*args, **named)
+
+
+def test_a_finished_run_without_its_adapter_is_made_again(settings: Any, tmp_path: Path) -> None:
+    train(settings(max_steps=1))
+    whole = snapshot(tmp_path / "run")
+    (tmp_path / "run" / "adapter_model.safetensors").unlink()
+    with pytest.warns(RankwiseWarning, match=r"RW553.*adapter_model\.safetensors"):
+        assert train(settings(max_steps=1, resume=True)).status == "finished"
+    assert snapshot(tmp_path / "run")["adapter_model.safetensors"] == whole["adapter_model.safetensors"]
+
+
+def test_what_kills_leave_goes_and_what_looks_like_it_stays(settings: Any, tmp_path: Path) -> None:
+    write(tmp_path, ("run/.run.json.0a1b2c3d",))
+    train(settings(max_steps=1))
+    assert not list((tmp_path / "run").glob(".*"))
+    users = (
+        ".run.json.bak",
+        ".notes.md.0a1b2c3d",
+        ".README.md.0a1b2c3",
+        ".README.md.0a1b2c3d.txt",
+        "run.json.0a1b2c3d",
+    )
+    strays = (".README.md.0a1b2c3d", ".metrics.jsonl.01234567", ".loss.svg.ffffffff", ".run.json.00000000")
+    write(tmp_path / "run", (*users, *strays))
+    train(settings(max_steps=1, overwrite=True))
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left >= set(users)
+    assert not left & set(strays)
+
+
+@pytest.mark.parametrize(
+    "name", [".run.json.bak", ".run.json.0a1b2c3d4", ".README.md.0a1b2c3d", ".run.json.0a1b2c3d/x"]
+)
+def test_other_hidden_files_are_not_ours(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "run", (name,))
+    with pytest.raises(RunError, match="RW504"):
+        check_output(tmp_path / "run", resume=False, overwrite=False)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_one_run_at_a_time(there: bool, settings: Any, tmp_path: Path) -> None:
+    if there:
+        train(settings(max_steps=1))
+    given = settings(max_steps=1, output=tmp_path / "alias" / "run", overwrite=there)
+    before = snapshot(tmp_path)
+    (tmp_path / "alias").symlink_to(tmp_path)
+    with hold(tmp_path / "run"), pytest.raises(RunError, match="RW582"):
+        train(given)
+    assert snapshot(tmp_path) == before

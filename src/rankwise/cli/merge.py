@@ -13,14 +13,11 @@ from rankwise.cli.output import Output
 from rankwise.cli.settings import MergeSettings
 from rankwise.cli.tables import light_table, titled
 from rankwise.cli.words import byte_size
-from rankwise.records import write_json
 from rankwise.reports.numbers import plural
 
 if TYPE_CHECKING:
     from rankwise.export.verify import Verification
     from rankwise.quantization.config import FourBitConfig
-
-RECORD_FILE = "merge.json"
 
 
 def run(settings: MergeSettings, output: Output) -> Mapping[str, Any]:
@@ -41,21 +38,14 @@ def run(settings: MergeSettings, output: Output) -> Mapping[str, Any]:
             trained_on=trained_on,
             trust_remote_code=settings.trust_remote_code,
             revision=settings.revision,
+            verification=dataclasses.asdict(verification) if verification else None,
         )
-    result = {
-        "adapter": str(settings.adapter),
-        "base_model": report.base_model,
-        "merged_modules": report.merged_modules,
-        "onto": report.onto,
-        "verification": dataclasses.asdict(verification) if verification else None,
-    }
-    write_json(settings.output / RECORD_FILE, result)
     size = sum(path.stat().st_size for path in settings.output.rglob("*") if path.is_file())
     modules = plural(report.merged_modules, "module")
     output.line(f"{'merged':<12}{settings.adapter} into {report.base_model}, {report.onto} weights: {modules}")
     output.line(f"{'written':<12}{settings.output}  ({byte_size(size)}, an ordinary transformers model)")
     output.line(f'{"try":<12}rankwise generate --model {settings.output} --prompt "..."')
-    return {**result, "output": str(settings.output), "size_bytes": size}
+    return {**dataclasses.asdict(report), "output": str(settings.output), "size_bytes": size}
 
 
 def _verify(settings: MergeSettings, trained_on: FourBitConfig | None, output: Output) -> Verification:

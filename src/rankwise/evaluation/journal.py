@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rankwise.disk import appending
 from rankwise.errors import RunError
 from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE, Example, read_examples
 from rankwise.records import write_bytes, write_json
@@ -71,10 +71,8 @@ class Lines:
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """All ``records`` in one write, on disk when this returns."""
         text = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
-        with self.path.open("ab") as file:
+        with appending(self.path) as file:
             file.write(text.encode("utf-8", errors="backslashreplace"))
-            file.flush()
-            os.fsync(file.fileno())
 
     def _drop_half_a_line(self) -> None:
         if not self.path.exists():

@@ -24,6 +24,7 @@ from rankwise.adapters.fused import enabled_rows
 from rankwise.adapters.inject import AdaptedModule
 from rankwise.adapters.low_rank import merged_weight
 from rankwise.adapters.trained_base import base_model_of, dtype_of, quantization_of, revision_of, sha256_of_base
+from rankwise.disk import hold, whole_folder
 from rankwise.errors import AdapterError, ModelError, RunError, warn
 from rankwise.export.dequantized import DequantizedWeights
 from rankwise.export.experts import Change, StackedExperts, rounding
@@ -37,10 +38,11 @@ from rankwise.quantization.in_place import is_finite
 from rankwise.quantization.linear import rounded_to_4bit
 from rankwise.quantization.listing import some_of
 from rankwise.quantization.targets import target_names, target_stacks
-from rankwise.records import follow_umask, write_json
+from rankwise.records import write_json
 
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 CODE = "*.py"
+RECORD_FILE = "merge.json"
 NOT_COPIED = ("adapter_config.json", "run.json", INDEX_FILE, "trainer_state.json")
 
 
@@ -49,12 +51,15 @@ Onto = Literal["original", "quantized"]
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-    """What was written: modules merged, onto which weights, and whether tensor by tensor or through memory."""
+    """What was written, as in ``merge.json``: modules merged, onto which weights, whether tensor by tensor or through
+    memory, and what each way of merging costs."""
 
+    adapter: str
     base_model: str
     merged_modules: int
     onto: Onto
     streamed: bool
+    verification: Mapping[str, Any] | None
 
 
 def merge_to_folder(
@@ -66,36 +71,31 @@ def merge_to_folder(
     trained_on: FourBitConfig | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    verification: Mapping[str, Any] | None = None,
 ) -> MergeReport:
-    """Write the base with the adapter folded in to ``output``, which appears whole or not at all.
+    """Write the base with the adapter folded in to ``output``, which appears whole or not at all, with its record.
 
     ``model`` is the base, by default the one that the adapter names, at the commit it was trained on. ``onto`` is
     "quantized" to merge into the values that a 4-bit run trained on (each 4-bit layer dequantized), "original" into the
     weights before quantization; ``trained_on`` is their format where the adapter's folder has no record of it. Raises
     AdapterError when the adapter does not fit the base (RW414: it did not train on 4 bits), ModelError when the base
-    cannot be read or (RW309) holds no original weights, RunError (RW532) when ``output`` holds something. Warns RW417
+    cannot be read or (RW309) holds no original weights, RunError (RW532) when ``output`` holds something, RW551 when it
+    cannot be written, RW582 when another process writes to it. Warns RW417
     of another hub model than the adapter names, RW415 of weights that are not those of the training.
     """
-    refuse_to_overwrite(output)
-    source = base_source(adapter, model, revision=revision, trust_remote_code=trust_remote_code)
-    base = _base(adapter, source, onto, trained_on, trust_remote_code)
-    _warn_of_another_base(adapter, source)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with hold(output):
+        refuse_to_overwrite(output)
+        source = base_source(adapter, model, revision=revision, trust_remote_code=trust_remote_code)
+        base = _base(adapter, source, onto, trained_on, trust_remote_code)
+        _warn_of_another_base(adapter, source)
         # A GGUF's tensors have other names and packings; it goes through memory as an ordinary model.
         merge = _merge_in_memory if source.is_gguf else _merge_streamed
-        count = merge(base, adapter, partial)
-        _copy_tokenizer(adapter, partial)
-        if output.is_dir():
-            output.rmdir()
-        follow_umask(partial)
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return MergeReport(source.name, count, onto, streamed=not source.is_gguf)
+        with whole_folder(output) as folder:
+            count = merge(base, adapter, folder)
+            _copy_tokenizer(adapter, folder)
+            report = MergeReport(str(adapter), source.name, count, onto, not source.is_gguf, verification)
+            write_json(folder / RECORD_FILE, dataclasses.asdict(report))
+    return report
 
 
 def refuse_to_overwrite(output: Path) -> None:

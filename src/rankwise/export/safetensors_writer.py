@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from rankwise.records import whole_file
+from rankwise.disk import whole_file
 from rankwise.weights_file import BITS
 
 ALIGNMENT = 8

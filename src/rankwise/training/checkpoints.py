@@ -21,8 +21,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from rankwise.disk import flush, flush_tree, follow_umask, system_error
 from rankwise.errors import RunError
-from rankwise.records import follow_umask, write_json
+from rankwise.records import write_json
 from rankwise.weights_file import pickles_in, sha256_of
 
 FOLDER = "checkpoints"
@@ -76,7 +77,7 @@ def list_checkpoints(run_folder: Path) -> list[Checkpoint]:
     found = []
     for path in (run_folder / FOLDER).glob("step-*"):
         match = re.fullmatch(r"step-(\d+)", path.name)
-        if match and path.is_dir():
+        if match and path.is_dir() and not path.is_symlink():
             found.append(Checkpoint(int(match[1]), path))
     return sorted(found)
 
@@ -177,9 +178,12 @@ def _named_errors(folder: Path) -> Iterator[None]:
     """The operating system's errors as ours."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        # safetensors reports a full disk as an error of its own, with the system's text in it.
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    except Exception as error:
+        # tokenizers and safetensors report a full disk as an error of their own.
+        found = system_error(error)
+        if found is None and not isinstance(error, OSError | SafetensorError):
+            raise
+        full = found is not None and found.errno in (errno.ENOSPC, errno.EDQUOT)
         code, advice = ("RW513", "free some space") if full else ("RW514", "check the disk and its permissions")
         raise RunError(
             code,
@@ -235,31 +239,19 @@ def _damage(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _put_in_place(temporary: Path, target: Path, step: int) -> Checkpoint:
-    if target.exists():
+    if os.path.lexists(target):
         # The same step again, after a resume from an earlier one: the new one has the right to the name.
         _discard(target)
     os.rename(temporary, target)
-    _flush(target.parent)
+    flush(target.parent)
     return Checkpoint(step, target)
 
 
 def _discard(path: Path) -> None:
-    """Remove a checkpoint so that a kill in between leaves no half of one under its name."""
+    """Remove a checkpoint so that a kill in between leaves no half of one under its name; of a link, the link."""
+    if path.is_symlink():
+        path.unlink()
+        return
     doomed = path.parent / f"{TEMPORARY}old-{path.name}-{os.getpid()}"
     os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def flush_tree(folder: Path) -> None:
-    """Have every file and folder in ``folder`` on disk, and ``folder`` itself."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        _flush(path)
-    _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -15,11 +15,12 @@ from rankwise.acceleration import restore
 from rankwise.adapters import has_adapter, report
 from rankwise.adapters.baselines import has_baseline
 from rankwise.adapters.peft_config import CONFIG_FILE
+from rankwise.disk import flush, flush_tree, follow_umask, refuse_links
 from rankwise.errors import warn
-from rankwise.records import RunRecord, follow_umask, read_metrics, write_text
+from rankwise.records import RunRecord, read_metrics, write_text
 from rankwise.reports import model_card
 from rankwise.reports.loss_plot import loss_svg
-from rankwise.training.checkpoints import FOLDER, Checkpoint, check_checkpoint, flush_tree, temporary_folder
+from rankwise.training.checkpoints import FOLDER, Checkpoint, check_checkpoint, temporary_folder
 from rankwise.training.preflight import check_reload
 from rankwise.training.weights import load_weights, save_weights
 
@@ -79,9 +80,11 @@ def write_final(
         flush_tree(folder)
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         announce(names)
+        refuse_links(output, {name.split("/")[0] for name in names if "/" in name})
         for name in names:
             (output / name).parent.mkdir(exist_ok=True)
             os.replace(folder / name, output / name)
+        flush(output)
     if has_adapter(model):
         # A reloaded adapter starts plain: both sides of the comparison add their terms in the same order.
         restore(model)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rankwise.disk import appending
 from rankwise.records import METRICS_FILE, read_metrics, write_text
 
 
@@ -21,8 +22,8 @@ class MetricsFile:
         write_text(self.path, "".join(_line(item) for item in kept))
 
     def append(self, values: Mapping[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(_line(values))
+        with appending(self.path) as file:
+            file.write(_line(values).encode())
 
 
 def evaluations(folder: Path) -> dict[int, float]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
+from rankwise.disk import refuse_links
 from rankwise.errors import RunError
-from rankwise.records import METRICS_FILE, RunRecord, load_record
+from rankwise.records import METRICS_FILE, RUN_FILE, RunRecord, load_record
 from rankwise.training.checkpoints import FOLDER, foreign_items, remove_checkpoints
 
 OWN_FILES = (METRICS_FILE, "loss.svg", "README.md", "adapter_config.json", "adapter_model.safetensors")
 # Every run's; what depends on the model and its tokenizer stands by name in the record.
+NOT_NAMED = (FOLDER, RUN_FILE)
+REPLACED = "replaced"
+# The status of a run that --overwrite has begun to remove.
 EVENTS = "runs/*_*-*-*_*/events.out.tfevents.*"
 # TensorBoard's, in the folder of transformers' naming: runs/Jan31_23-59-59_HOST.
 
@@ -25,7 +30,9 @@ def read_old_run(output: Path) -> RunRecord | None:
 
 
 def check_replaceable(output: Path) -> None:
-    """Raise RunError (RW504) naming what stands where the old run's files should be and is not the run's."""
+    """Raise RunError naming what stands where the old run's files should be and is not the run's: RW504, RW554 for a
+    link in the place of the checkpoints' folder."""
+    refuse_links(output, [FOLDER])
     foreign = [f"{FOLDER}/{name}" for name in foreign_items(output)]
     foreign += [path.name for path in _named_files(output) if path.is_dir()]
     if foreign:
@@ -39,10 +46,14 @@ def check_replaceable(output: Path) -> None:
 def clear_run(output: Path) -> None:
     """Remove the files of the old run but its record, which the new one replaces, and leave everything else.
 
-    Raises RunError (RW504) before anything is removed, as ``check_replaceable`` does.
+    The record says so first: cut off in between, the folder holds no run that looks finished. Raises RunError (RW504,
+    RW554) before anything is removed, as ``check_replaceable`` does.
     """
     check_replaceable(output)
     files = _named_files(output)
+    if (record := read_old_run(output)) is not None:
+        record.status = REPLACED
+        record.save(output)
     remove_checkpoints(output)
     for path in files:
         path.unlink(missing_ok=True)
@@ -60,11 +71,16 @@ def _named_files(output: Path) -> list[Path]:
     found = [output / name for name in sorted(names)]
     if record and record.settings.get("tensorboard"):
         found += sorted(output.glob(EVENTS))
-    return [path for path in found if path.is_symlink() or path.exists()]
+    return [path for path in found if os.path.lexists(path) and not _is_behind_link(output, path)]
 
 
 def _is_inside(name: object) -> bool:
     if not isinstance(name, str):
         return False
     path = Path(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and path.parts[0] != FOLDER
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and path.parts[0] not in NOT_NAMED
+
+
+def _is_behind_link(output: Path, path: Path) -> bool:
+    """Whether a folder between the two is a link, so that the file lies elsewhere."""
+    return any((output / parent).is_symlink() for parent in path.relative_to(output).parents[:-1])

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from rankwise.disk import refuse_links, strays
 from rankwise.errors import RunError
 from rankwise.records import RUN_FILE, check_writable, load_record
-from rankwise.training.old_run import check_replaceable, read_old_run
+from rankwise.training.checkpoints import FOLDER
+from rankwise.training.old_run import REPLACED, check_replaceable, read_old_run
 
 Mode = Literal["new", "resume", "overwrite"]
 
@@ -43,13 +45,14 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
 
     Raises RunError: RW502 for a run that is there already, RW503 for a folder that cannot be written, RW504 for one
     without a run and with other files, or where other files stand in the place of the run to overwrite, RW505 for
-    nothing to resume, RW506 for both options at once.
+    nothing to resume, RW506 for both options at once, RW554 for a link in the place of the checkpoints' folder.
     """
     if resume and overwrite:
         raise RunError("RW506", "--resume continues the old run and --overwrite replaces it; give one of them.")
     check_writable(output)
+    refuse_links(output, [FOLDER])
     there = holds_run(output)
-    if not there and output.is_dir() and any(output.iterdir()):
+    if not there and _foreign_names(output):
         unreadable = f", and its {RUN_FILE} is no record of one" if (output / RUN_FILE).exists() else ""
         raise RunError(
             "RW504", f"{output} holds files that are not of a rankwise run{unreadable}; give a new or empty --output."
@@ -57,6 +60,8 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
     if resume:
         if not there:
             raise RunError("RW505", f"{output} holds no run to resume; leave --resume out to start one.")
+        if load_record(output).status == REPLACED:
+            raise RunError("RW505", f"the run in {output} was being replaced; begin again with --overwrite.")
         return "resume"
     if there and not overwrite:
         raise RunError(
@@ -68,6 +73,12 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
         return "new"
     check_replaceable(output)
     return "overwrite"
+
+
+def _foreign_names(output: Path) -> list[str]:
+    """What is in the folder, besides what a process that was killed left of its first file."""
+    found = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    return sorted(found - {path.name for path in strays(output, [RUN_FILE])})
 
 
 def holds_run(output: Path) -> bool:

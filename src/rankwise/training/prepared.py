@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
+from rankwise.disk import flush_tree, follow_umask
 from rankwise.models import ModelSource, load_model, model_hash
 from rankwise.models.folder import read_config
 from rankwise.models.load import load_tokenizer
 from rankwise.quantization.config import FourBitConfig
 from rankwise.quantization.targets import four_bit_modules
-from rankwise.records import follow_umask
 
 VERSION = 1
 
@@ -84,6 +84,7 @@ def _keep(model: Any, folder: Path) -> None:
     try:
         model.save_pretrained(temporary)
         follow_umask(temporary)
+        flush_tree(temporary)
         if not folder.exists():
             os.rename(temporary, folder)
     finally:

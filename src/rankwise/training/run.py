@@ -20,11 +20,12 @@ import transformers
 from rankwise.acceleration import Acceleration, flattening_obstacle, limit_generated_kernels, optimize_for_training
 from rankwise.config import BASELINES, DORA, FOUR_BITS, LoraConfig, TrainSettings
 from rankwise.data import Rows
+from rankwise.disk import hold
 from rankwise.errors import RankwiseWarning, warn
 from rankwise.models import choose_device, model_facts
 from rankwise.quantization.config import CONFIGS, FourBitConfig
 from rankwise.quantization.linear import weight_count
-from rankwise.records import RunRecord, load_record
+from rankwise.records import RunRecord, check_writable, load_record
 from rankwise.training import output, preflight, setup
 from rankwise.training.arguments import check_combinations, check_names, check_optimizer, sft_arguments
 from rankwise.training.checkpoints import Checkpoint, newest_valid
@@ -50,7 +51,8 @@ def train(settings: TrainSettings, observer: Observer | None = None, foresight: 
     started = time.monotonic()
     told: list[dict[str, str]] = []
     limit_generated_kernels()
-    with _quiet(), _told_warnings(observer, told):
+    check_writable(settings.output)
+    with _quiet(), _told_warnings(observer, told), hold(settings.output):
         mode = output.check_output(settings.output, resume=settings.resume, overwrite=settings.overwrite)
         lora = _check_settings(settings)
         if mode == "resume":
@@ -132,6 +134,14 @@ def _is_finished(given: TrainSettings) -> bool:
         record.settings.get("epochs"),
     )
     if record.status != "finished" or not same_length:
+        return False
+    missing = [name for name in record.files if not (given.output / name).is_file()]
+    if missing:
+        warn(
+            "RW553",
+            f"the run in {given.output} is finished, and {', '.join(missing[:3])} is missing; it is made again from "
+            "the last checkpoint.",
+        )
         return False
     warn("RW509", f"the run in {given.output} is finished ({record.steps} steps); there is nothing to resume.")
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -10,15 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
+from rankwise.disk import coded_errors, remove_strays
 from rankwise.errors import Interrupted, warn
-from rankwise.records import RunRecord, load_record
+from rankwise.records import RUN_FILE, RunRecord, load_record
 from rankwise.training import callbacks, finish, output
 from rankwise.training.checkpoints import Checkpoint, remove_unfinished
 from rankwise.training.interrupt import Interrupt, interrupts
 from rankwise.training.meters import MemoryMeter, mapped_bytes
 from rankwise.training.metrics import MetricsFile, evaluations
 from rankwise.training.observer import Observer
-from rankwise.training.old_run import clear_run
+from rankwise.training.old_run import OWN_FILES, clear_run
 from rankwise.training.preflight import GradientCheck
 from rankwise.training.trainer import RankwiseTrainer
 
@@ -50,29 +52,27 @@ class Session:
     def carry_out(self, started: float, told: list[dict[str, str]]) -> RunRecord:
         """Train to the end and write the results; the record says how it went, also when it fails.
 
-        Raises Interrupted: RW540 saved and stopped, RW541 stopped at once, RW542 stopped before the first step.
+        Raises Interrupted: RW540 saved and stopped, RW541 stopped at once, RW542 stopped before the first step;
+        RunError where a file cannot be written: RW551, for weights RW513 and RW514.
         """
         self.started = started - self.trainer.progress.wall_seconds
         self.record.warnings = told
         self.record.device["loss"] = self.trainer.loss_in_words
-        self._open_folder()
+        with coded_errors(self.folder, "and give the same command again"):
+            self._open_folder()
         try:
-            stopped = self._train()
-            if stopped is not None:
-                raise stopped
-            self._finish()
-            # Last, so that a record that says finished stands beside a complete folder.
-            self._close("finished")
+            with coded_errors(self.folder, "and continue with --resume"):
+                self._carry_out()
         except Interrupted:
-            self._close("interrupted")
+            self._close_early("interrupted")
             raise
         except KeyboardInterrupt:
-            self._close("interrupted")
+            self._close_early("interrupted")
             raise Interrupted(
                 "RW541", f"stopped at once; what {self.folder} has up to its last checkpoint continues with --resume."
             ) from None
         except BaseException:
-            self._close("failed")
+            self._close_early("failed")
             raise
         return self.record
 
@@ -82,10 +82,22 @@ class Session:
             clear_run(self.folder)
         if self.mode == "resume":
             self.record.files = load_record(self.folder).files
+        remove_strays(self.folder, {RUN_FILE, *OWN_FILES})
         self.record.save(self.folder)
+
+    def _carry_out(self) -> None:
         remove_unfinished(self.folder)
         step = self.checkpoint.step if self.checkpoint else None
         self.metrics = MetricsFile(self.folder, resume_step=step)
+        stopped = self._train()
+        if stopped is not None:
+            raise stopped
+        self._finish()
+        self._complete_record("finished")
+        finish.write_plot(self.folder, self.record)
+        finish.write_card(self.trainer.model, self.folder, self.record)
+        # Last, so that a record that says finished stands beside a complete folder.
+        self.record.save(self.folder)
 
     def _train(self) -> Interrupted | None:
         """Train; what the user's wish to stop came to, if there was one."""
@@ -146,8 +158,16 @@ class Session:
         self.record.files = sorted({*self.record.files, *files})
         self.record.save(self.folder)
 
-    def _close(self, status: str) -> None:
-        """The plot, the card of a finished run, and the record as far as the run got."""
+    def _close_early(self, status: str) -> None:
+        """The record and the plot of a run that did not end well, as far as the disk takes them."""
+        self._complete_record(status)
+        for write in (self.record.save, lambda folder: finish.write_plot(folder, self.record)):
+            # The first error is the one to tell, and often the cause of these.
+            with contextlib.suppress(OSError):
+                write(self.folder)
+
+    def _complete_record(self, status: str) -> None:
+        """As far as the run got."""
         self._tick()
         record, progress = self.record, self.trainer.progress
         record.status = status
@@ -157,7 +177,3 @@ class Session:
         record.peak_memory_bytes = progress.peak_memory_bytes or None
         record.wall_seconds = progress.wall_seconds
         record.steps = self.trainer.state.global_step
-        finish.write_plot(self.folder, record)
-        if status == "finished":
-            finish.write_card(self.trainer.model, self.folder, record)
-        record.save(self.folder)

@@ -1,0 +1,313 @@
+"""Writing to folders so that a kill, a full disk or a second process leaves nothing half-made. Imports no torch.
+
+A file and a folder appear whole or not at all, one process at a time writes to a folder, nothing behind a link is
+touched, and an error of the system names the file and what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from rankwise.errors import RankwiseError, RunError, warn
+
+TOKEN = "[0-9a-f]{8}"
+# What ends the name of everything unfinished, as secrets.token_hex(4) makes it.
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space there"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable"),
+    errno.ENOTEMPTY: "move away what it holds",
+}
+CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The operating system's error that ``error`` is, or whose text a library written in Rust put into its own."""
+    if isinstance(error, RankwiseError | ConnectionError):
+        return None
+    if isinstance(error, OSError):
+        return error if (error.errno or 0) > 0 else None
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+
+
+def coded_error(
+    error: BaseException, place: Path | None = None, then: str = "or use another folder"
+) -> RunError | None:
+    """RW551 for an error of the system, None for any other; ``place`` stands where the error names no file."""
+    found = system_error(error)
+    if found is None:
+        return None
+    # Of a copy the second name is the target, and the first one the source.
+    named = found.filename2 or found.filename or place or "a file could not be written"
+    remedy = REMEDIES.get(found.errno or 0, "check the disk and the path")
+    return RunError("RW551", f"{_text(named)}: {(found.strerror or 'it cannot be used').lower()}; {remedy}, {then}.")
+
+
+def _text(name: object) -> str:
+    return os.fsdecode(name) if isinstance(name, bytes) else str(name)
+
+
+@contextlib.contextmanager
+def coded_errors(place: Path, then: str) -> Iterator[None]:
+    """Raise errors of the system as RunError (RW551), which says what to do and ``then`` how to go on."""
+    try:
+        yield
+    except Exception as error:
+        coded = coded_error(error, place, then)
+        if coded is None:
+            raise
+        raise coded from error
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Let no other process write to ``folder``, which need not exist. Raises RunError (RW582) where one does.
+
+    The lock is an empty file beside the folder, so that the folder holds results alone. The system lets go of it when
+    the process dies. A folder whose parent cannot be written is locked itself. Warns RW552 where the file system knows
+    no locks.
+    """
+    place = Path(os.path.realpath(folder))
+    made = [parent for parent in place.parents if not parent.exists()]
+    try:
+        with coded_errors(place, "or use another folder"):
+            handle, path = _locked(place)
+        try:
+            yield
+        finally:
+            # Never a file of that name with something in it, which is not ours.
+            if path is not None and os.fstat(handle).st_size == 0:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            os.close(handle)
+    finally:
+        for parent in made:
+            # One that holds something by now stays.
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def _locked(place: Path) -> tuple[int, Path | None]:
+    """A handle that holds the lock, and the lock's file; None for the folder itself."""
+    path = place.with_name(f".{place.name}.rankwise-lock")
+    while True:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle, own = _opened(path, place)
+        except FileNotFoundError:
+            # Another process made the parent and has just removed it again.
+            continue
+        try:
+            _flock(handle, place)
+        except BaseException:
+            os.close(handle)
+            raise
+        if own is None or _is_still(handle, own):
+            return handle, own
+        # The process that held it has removed it: a new file of that name is the lock now.
+        os.close(handle)
+
+
+def _is_still(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _opened(path: Path, place: Path) -> tuple[int, Path | None]:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), path
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        if path.exists():
+            # Another user's.
+            return os.open(path, os.O_RDONLY | os.O_NOFOLLOW), path
+        if not place.is_dir():
+            raise
+        return os.open(place, os.O_RDONLY), None
+
+
+def _flock(handle: int, place: Path) -> None:
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(
+            "RW582", f"another call of rankwise is at work in {place}; wait for it, or give another folder."
+        ) from None
+    except OSError as error:
+        if error.errno not in CANNOT_LOCK:
+            raise
+        warn(
+            "RW552",
+            f"{place} cannot be locked ({(error.strerror or 'no reason given').lower()}); start no second call on "
+            "this folder meanwhile.",
+        )
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file of a temporary name beside ``path``, flushed to disk and renamed at the end: readers see the old or the
+    new one, and nothing of it remains on errors."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with naming(path):
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            flush(path.parent)
+    except BaseException:
+        # Gone where a signal came right after the rename; the first error is the one to tell.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of the system name ``path`` where they name nothing, as a write does, or its temporary file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or path.name in os.path.basename(_text(error.filename)):
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+@contextlib.contextmanager
+def appending(path: Path) -> Iterator[BinaryIO]:
+    """``path``, open for writing behind what it holds; what was written goes again where not all of it could be."""
+    with naming(path), path.open("ab") as file:
+        size = file.tell()
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+            raise
+
+
+def remove_strays(folder: Path, names: Iterable[str]) -> None:
+    """Remove what killed processes left of writing ``names`` to ``folder``, which is held."""
+    for path in strays(folder, names):
+        path.unlink(missing_ok=True)
+
+
+def strays(folder: Path, names: Iterable[str]) -> list[Path]:
+    """Temporary files of ``whole_file`` for ``names``, told by the whole of their names."""
+    known = re.compile(rf"\.({'|'.join(map(re.escape, names))})\.{TOKEN}")
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in found if known.fullmatch(path.name) and path.is_file() and not path.is_symlink()]
+
+
+@contextlib.contextmanager
+def whole_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A new folder beside ``output``, which is held; it takes that name at the end, when all of it is on disk.
+
+    Nothing of it remains on errors. ``output`` may be an empty folder, with ``replace`` any. Raises RunError (RW551)
+    where it cannot be written.
+    """
+    output = Path(os.path.realpath(output))
+    partial, is_in_place = _partial(output), False
+    with coded_errors(output, "or use another folder; nothing was left there"):
+        _remove_partials(output)
+        try:
+            partial.mkdir()
+            yield partial
+            follow_umask(partial)
+            flush_tree(partial)
+            if replace:
+                discard_folder(output)
+            os.rename(partial, output)
+            is_in_place = True
+            flush(output.parent)
+        except BaseException as error:
+            if is_in_place:
+                discard_folder(output)
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError):
+                _name_final(error, partial, output)
+            raise
+
+
+def _name_final(error: OSError, partial: Path, output: Path) -> None:
+    """Name the files as they would have been called in the end."""
+    for name in ("filename", "filename2"):
+        if getattr(error, name) is not None:
+            setattr(error, name, _text(getattr(error, name)).replace(str(partial), str(output)))
+
+
+def discard_folder(folder: Path) -> None:
+    """Remove a folder so that a kill in between leaves no half of it under its name. A link is no folder."""
+    if not folder.is_dir() or folder.is_symlink():
+        return
+    doomed = _partial(folder)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
+
+
+def _remove_partials(output: Path) -> None:
+    """What killed processes left of writing or removing ``output``, told by the whole of its name."""
+    known = re.compile(rf"\.{re.escape(output.name)}\.partial-{TOKEN}")
+    for path in list(output.parent.iterdir()):
+        if known.fullmatch(path.name) and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Raise RunError (RW554) for links in the place of folders of ours: what goes into them would lie elsewhere."""
+    links = [name for name in names if (folder / name).is_symlink()]
+    if links:
+        raise RunError(
+            "RW554",
+            f"{folder} holds links in the place of folders ({', '.join(links)}), which are never followed; put the "
+            "folder itself there, or give another --output.",
+        )
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file, or a folder and all in it, the modes that ``open`` and ``mkdir`` give.
+
+    mkdtemp and safetensors make theirs for their owner alone, and whoever serves a model is often another.
+    """
+    # There is no way to ask for the mask but to set it; meanwhile others' files are private, never open.
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for item in (path, *(path.rglob("*") if path.is_dir() else ())):
+        os.chmod(item, (0o777 if item.is_dir() else 0o666) & ~mask)
+
+
+def flush_tree(folder: Path) -> None:
+    """Have every file and folder in ``folder`` on disk, and ``folder`` itself."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        flush(path)
+    flush(folder)
+
+
+def flush(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
