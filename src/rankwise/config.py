@@ -165,6 +165,8 @@ def _target_problems(config: LoraConfig) -> Iterator[str]:
             "layers_to_transform goes with a list of target_modules, and target_modules is "
             f"{config.target_modules!r}; give the module names as a list"
         )
+    if config.layers_pattern and layers is None:
+        yield f"layers_pattern is {config.layers_pattern!r} and says where layers_to_transform counts; give both"
     for key, parts in config.enable_lora.items():
         if not isinstance(parts, Sequence) or not any(parts):
             yield f"enable_lora[{key!r}] is {parts!r} and must be a list that enables at least one part"

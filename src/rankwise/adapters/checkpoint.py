@@ -54,9 +54,9 @@ from rankwise.adapters.state import (
     replace_parameter,
     state_and_name,
 )
-from rankwise.adapters.targets import matches, suffixes
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError, ConfigError
+from rankwise.matching import matches, suffixes
 from rankwise.records import write_bytes, write_json
 from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
 
@@ -171,7 +171,7 @@ def read_adapter(model: nn.Module, folder: str | Path, name: str = DEFAULT_NAME)
     """
     folder = Path(folder)
     config, header = read_folder(folder)
-    planned = plan_adapter(model, config, name)
+    planned = plan_adapter(model, config, name, is_foreign=True)
     _check_fit(model, config, planned, {key: info.shape for key, info in header.tensors.items()}, folder)
     _check_dtypes({key: info.dtype for key, info in header.tensors.items()}, folder)
     tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)

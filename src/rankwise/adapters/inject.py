@@ -16,7 +16,7 @@ from rankwise.adapters.embedding import EmbeddingLora
 from rankwise.adapters.experts import AdaptedExperts, ExpertsLora, StackLora, stack_shape
 from rankwise.adapters.layer import AdaptedLayer, Adapter, OverBase, TrainedCopy
 from rankwise.adapters.lora import Lora
-from rankwise.adapters.parameters import parameter_names
+from rankwise.adapters.parameters import names_in, parameter_names
 from rankwise.adapters.state import (
     AdapterState,
     adapter_state,
@@ -29,15 +29,10 @@ from rankwise.adapters.state import (
     take_replaced,
     wrappers,
 )
-from rankwise.adapters.targets import (
-    check_enable_lora,
-    enabled_parts,
-    module_names,
-    pattern_value,
-    target_names,
-)
+from rankwise.adapters.targets import check_enable_lora, enabled_parts, module_names, target_names
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError
+from rankwise.matching import check_targets, pattern_value, warn_of_idle
 from rankwise.quantization.linear import weight_count
 
 DEFAULT_NAME = "default"
@@ -92,22 +87,34 @@ def add_adapter(model: nn.Module, config: LoraConfig, *, name: str = DEFAULT_NAM
     """Freeze the model and lay a new adapter over its target modules, in place; it becomes the active one.
 
     Raises AdapterError: RW401-RW404 and RW419 for targets, RW405 for a name that is taken or cannot be one, RW406 for a
-    second adapter that trains biases. Nothing changes when it raises.
+    second adapter that trains biases. Nothing changes when it raises. Warns of settings that name nothing (RW420).
     """
     planned = plan_adapter(model, config, name)
     return attach(model, config, planned, name)
 
 
-def plan_adapter(model: nn.Module, config: LoraConfig, name: str = DEFAULT_NAME) -> list[AdaptedModule]:
-    """What ``add_adapter`` would adapt; checks everything and changes nothing."""
+def plan_adapter(
+    model: nn.Module, config: LoraConfig, name: str = DEFAULT_NAME, *, is_foreign: bool = False
+) -> list[AdaptedModule]:
+    """What ``add_adapter`` would adapt; checks everything and changes nothing.
+
+    ``is_foreign``: PEFT may have written the configuration, which takes targets that are not in the model; they are
+    said (RW420) and no error.
+    """
     _check_name(model, config, name)
     modules = dict(base_modules(model))
+    there = names_in(modules)
+    if not is_foreign:
+        check_targets(config, there)
     stacks = parameter_names(modules, config)
     # An empty list of target_modules leaves the stacks alone to adapt.
-    names = target_names(modules, _output_head(model), config) if config.target_modules or not stacks else []
-    check_enable_lora(config, names)
-    planned = [_planned(config, target, modules[target]) for target in names]
-    planned += [_planned_stack(config, name, modules) for name in stacks]
+    # An empty list of target_modules leaves the stacks alone to adapt.
+    stacks_suffice = bool(stacks) and (is_foreign or not config.target_modules)
+    targets = target_names(modules, _output_head(model), config, may_be_none=stacks_suffice)
+    check_enable_lora(config, targets)
+    warn_of_idle(config, there, [*targets, *stacks], targets=is_foreign)
+    planned = [_planned(config, target, modules[target]) for target in targets]
+    planned += [_planned_stack(config, stack, modules) for stack in stacks]
     saved = module_names(modules, config.modules_to_save or ())
     return planned + [AdaptedModule(item, "trained whole", *_whole(modules[item]), 0, 0) for item in saved]
 

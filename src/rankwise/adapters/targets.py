@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from rankwise.adapters.base_layer import features, is_adaptable, is_linear
 from rankwise.config import ALL_LINEAR, LoraConfig
 from rankwise.errors import AdapterError
-
-Value = TypeVar("Value")
-
+from rankwise.matching import is_in_layers, matches, suffixes
 
 Modules = Mapping[str, nn.Module]
 """A model's modules by name, the model itself under the empty name, as ``named_modules`` gives them."""
 
 
-def target_names(modules: Modules, head: nn.Module | None, config: LoraConfig) -> list[str]:
+def target_names(
+    modules: Modules, head: nn.Module | None, config: LoraConfig, *, may_be_none: bool = False
+) -> list[str]:
     """Names of the modules to adapt, in the model's order. ``head`` is the output head that "all-linear" leaves out.
 
     Raises AdapterError: RW401 nothing matches, RW402 something matches that is no linear layer or embedding.
     """
     matched = [name for name, module in modules.items() if name and _is_target(name, module, head, config)]
-    if not matched:
+    if not matched and not may_be_none:
         raise AdapterError("RW401", _nothing_matches(modules, config))
     wrong = [name for name in matched if not is_adaptable(modules[name])]
     if wrong:
@@ -38,21 +35,6 @@ def target_names(modules: Modules, head: nn.Module | None, config: LoraConfig) -
             f"linear layers, such as {_examples(modules)}.",
         )
     return matched
-
-
-def matches(name: str, wanted: str | Sequence[str]) -> bool:
-    """A string is a full-match regular expression; a list matches whole names or their ends after a dot."""
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == key or name.endswith(f".{key}") for key in wanted)
-
-
-def pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
-    """The value of the first key that matches ``(.*\\.)?(KEY)$``, as in PEFT's rank_pattern and alpha_pattern."""
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
 
 
 def enabled_parts(config: LoraConfig, name: str, module: nn.Module) -> tuple[bool, ...] | None:
@@ -83,21 +65,9 @@ def check_enable_lora(config: LoraConfig, names: Sequence[str]) -> None:
 
 
 def module_names(modules: Modules, wanted: Sequence[str]) -> list[str]:
-    """The modules that ``modules_to_save`` names. Raises AdapterError (RW404) for a name that is not in the model."""
-    found: list[str] = []
-    for key in wanted:
-        names = [name for name in modules if name and matches(name, [key])]
-        if not names:
-            close = difflib.get_close_matches(key, suffixes(modules), n=3)
-            hint = f"; close names are {', '.join(close)}" if close else ""
-            raise AdapterError("RW404", f"modules_to_save names {key!r}, which is not in the model{hint}.")
-        found += names
+    """The modules that ``modules_to_save`` names."""
+    found = [name for key in wanted for name in modules if name and matches(name, [key])]
     return list(dict.fromkeys(found))
-
-
-def suffixes(names: Iterable[str]) -> list[str]:
-    """The different last components of dotted names, in order of appearance."""
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in names if name))
 
 
 def _is_target(name: str, module: nn.Module, head: nn.Module | None, config: LoraConfig) -> bool:
@@ -110,38 +80,15 @@ def _is_target(name: str, module: nn.Module, head: nn.Module | None, config: Lor
         return is_linear(module) and module is not head
     # As in PEFT a whole name chooses its layer itself.
     is_whole = not isinstance(wanted, str) and name in wanted
-    return is_whole or (matches(name, wanted) and _in_layers(name, config))
-
-
-def _in_layers(name: str, config: LoraConfig) -> bool:
-    wanted = config.layers_to_transform
-    if wanted is None or wanted == () or wanted == []:
-        return True
-    patterns = config.layers_pattern or [r"[^.]*"]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        # The first index in the path counts; a later one may be an expert's.
-        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
-            return int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
-    return False
+    return is_whole or (matches(name, wanted) and is_in_layers(name, config))
 
 
 def _nothing_matches(modules: Modules, config: LoraConfig) -> str:
-    wanted = config.target_modules
-    asked = [wanted] if isinstance(wanted, str) else list(wanted or [])
-    known = suffixes(name for name, module in modules.items() if is_adaptable(module))
-    close = [
-        name for key in asked for name in difflib.get_close_matches(key.rpartition(".")[2], known, n=2, cutoff=0.5)
-    ]
-    hint = (
-        f"did you mean {', '.join(dict.fromkeys(close))}?"
-        if close
-        else f"its linear layers end in {_examples(modules)}."
-    )
-    limits = [name for name in ("exclude_modules", "layers_to_transform", "layers_pattern") if getattr(config, name)]
-    narrowed = f" (with {' and '.join(limits)})" if limits else ""
-    return (
-        f"target_modules={_shown(wanted)}{narrowed} matches none of the {type(modules['']).__name__}'s modules; {hint}"
-    )
+    limits = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+    narrowed = " and ".join(name for name in limits if getattr(config, name))
+    asked = f"target_modules={_shown(config.target_modules)}" + (f" (with {narrowed})" if narrowed else "")
+    model = type(modules[""]).__name__
+    return f"{asked} matches none of the {model}'s modules; its linear layers end in {_examples(modules)}."
 
 
 def _examples(modules: Modules) -> str:

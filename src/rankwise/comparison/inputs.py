@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.comparison.settings import CompareOptions
+from rankwise.config import BASELINES, LoraConfig
 from rankwise.data import Row, Rows, read_rows, warn_of_overlap
 from rankwise.errors import ConfigError, DataError
 from rankwise.records import write_text
 from rankwise.training.setup import limited
 
 EVAL_SHARE = 0.1
+NAMING = (
+    *("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform"),
+    *("rank_pattern", "alpha_pattern", "enable_lora"),
+)
+# Settings of an adapter that name something in the model.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +68,24 @@ def prepare_inputs(given: CompareOptions, check: Callable[[dict[str, Any]], None
     if is_split or len(part) < len(held_out):
         evaluation = str(_write(part, folder / "eval.jsonl", columns))
     return Inputs(train, evaluation, described, len(rows), len(part))
+
+
+def check_adapter(given: CompareOptions) -> None:
+    """Before hours of training: adapter settings that name what is not in the model, said as ``add_adapter`` does.
+
+    Raises AdapterError as ``plan_adapter`` does, and ModelError where there is no such model.
+    """
+    settings = given.model_dump()
+    names = [field.name for field in dataclasses.fields(LoraConfig) if field.name in settings]
+    config, usual = LoraConfig(**{name: settings[name] for name in names}), LoraConfig()
+    asked = any(getattr(config, name) != getattr(usual, name) for name in NAMING)
+    if not asked or not set(given.methods) - {"full", *BASELINES}:
+        return
+    from rankwise.adapters import plan_adapter
+    from rankwise.models import load_skeleton
+
+    remote = {name: settings[name] for name in ("trust_remote_code", "revision")}
+    plan_adapter(load_skeleton(given.model, **remote), config)
 
 
 def split_by_prompt(rows: Rows, share: float) -> tuple[Rows, Rows]:

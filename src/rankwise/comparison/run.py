@@ -16,7 +16,7 @@ from rankwise.comparison import finish, stages
 from rankwise.comparison.collect import collect_runs, metrics_of, read_tasks
 from rankwise.comparison.commands import Commands
 from rankwise.comparison.folder import check_folder, check_same
-from rankwise.comparison.inputs import Inputs, prepare_inputs
+from rankwise.comparison.inputs import Inputs, check_adapter, prepare_inputs
 from rankwise.comparison.matrix import Cell, planned_runs
 from rankwise.comparison.measure_files import MERGEABLE, PERPLEXITY
 from rankwise.comparison.processes import only_one
@@ -63,6 +63,7 @@ def compare(given: CompareOptions, watcher: Watcher) -> Comparison:
         try:
             inputs = prepare_inputs(given, lambda described: check_same(given.output, given, described))
             _check_tasks(given, inputs)
+            check_adapter(given)
         except InputError:
             if is_new:
                 shutil.rmtree(given.output)

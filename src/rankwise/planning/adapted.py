@@ -7,11 +7,11 @@ r rank, (in, out) of a layer; with enabled parts, n of p equal parts adapt.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 
 from rankwise.config import ALL_LINEAR, LoraConfig
 from rankwise.errors import AdapterError
+from rankwise.matching import Names, check_targets, is_in_layers, matches, pattern_value, suffixes, warn_of_idle
 from rankwise.planning.shape import Module, Shape
 
 
@@ -59,6 +59,10 @@ class AdaptedStack:
     r: int
 
     @property
+    def name(self) -> str:
+        return f"{self.module.name}.{self.leaf}"
+
+    @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """A (E, r, in), B (E, out, r)."""
         return (self.experts, self.r, self.inputs), (self.experts, self.outputs, self.r)
@@ -89,7 +93,9 @@ class Adaptation:
 
 
 def adaptation(shape: Shape, config: LoraConfig) -> Adaptation:
-    """What ``add_adapter`` would do. Raises AdapterError, RW401 to RW404 and RW419, as it does."""
+    """What ``add_adapter`` would do. Raises AdapterError, RW401 to RW404 and RW419, and warns (RW420), as it does."""
+    names = _names(shape)
+    check_targets(config, names)
     stacks = tuple(_stacks(shape, config))
     adapted = tuple(_adapted(shape, config)) if config.target_modules or not stacks else ()
     unused = [key for key in config.enable_lora if not any(matches(item.module.name, [key]) for item in adapted)]
@@ -99,24 +105,14 @@ def adaptation(shape: Shape, config: LoraConfig) -> Adaptation:
             f"enable_lora names {', '.join(unused)}, and no adapted module ends in that; the linear layers of this "
             f"{shape.family} model end in {', '.join(_endings(shape))}.",
         )
+    warn_of_idle(config, names, [*(item.module.name for item in adapted), *(item.name for item in stacks)])
     whole = tuple(_whole(shape, config.modules_to_save or ()))
     return Adaptation(adapted, whole, tuple(_biases(shape, config, adapted, whole)), stacks)
 
 
 def _stacks(shape: Shape, config: LoraConfig) -> Iterator[AdaptedStack]:
     wanted = config.target_parameters or ()
-    named = {f"{module.name}.{leaf}": module for module in shape.modules for leaf in _leaves(module)} if wanted else {}
-    stacks = [name for name, module in named.items() if module.stacks]
-    missing = [key for key in wanted if not any(matches(name, [key]) for name in named)]
-    if missing:
-        known = dict.fromkeys(".".join(name.split(".")[-3:]) for name in stacks)
-        hint = f"its stacked experts are {', '.join(known)}" if known else "it has no stacked experts"
-        raise AdapterError(
-            "RW401",
-            f"target_parameters={missing!r} matches no parameter of this {shape.family} model, neither whole nor at "
-            f"its end after a dot; {hint}.",
-        )
-    for name, module in named.items():
+    for name, module in _parameters(shape).items() if wanted else ():
         if not matches(name, wanted):
             continue
         if (reason := _obstacle(module, config)) is not None:
@@ -124,12 +120,26 @@ def _stacks(shape: Shape, config: LoraConfig) -> Iterator[AdaptedStack]:
                 "RW419", f"target_parameters matches {name}, which no adapter can reach: {reason}; leave it out."
             )
         leaf = name.rpartition(".")[2]
-        r = next((value for key, value in config.rank_pattern.items() if _pattern(key, name)), config.r)
+        r = pattern_value(config.rank_pattern, name, config.r)
         yield AdaptedStack(module, leaf, *module.stacks[STACKS.index(leaf)], r)
 
 
 STACKS = ("gate_up_proj", "down_proj")
 """Names of a module's stacks."""
+
+
+def _names(shape: Shape) -> Names:
+    parameters = _parameters(shape)
+    return Names(
+        modules=[*_containers(shape), *(module.name for module in shape.modules)],
+        adaptable=[item.name for item in shape.modules if item.is_linear or item.kind == "embedding"],
+        parameters=list(parameters),
+        stacks=[name for name, module in parameters.items() if module.stacks],
+    )
+
+
+def _parameters(shape: Shape) -> dict[str, Module]:
+    return {f"{module.name}.{leaf}": module for module in shape.modules for leaf in _leaves(module)}
 
 
 def _leaves(module: Module) -> tuple[str, ...]:
@@ -161,7 +171,7 @@ def _adapted(shape: Shape, config: LoraConfig) -> Iterator[Adapted]:
             f"layers end in {', '.join(_endings(shape))}.",
         )
     for module in chosen:
-        r = next((value for key, value in config.rank_pattern.items() if _pattern(key, module.name)), config.r)
+        r = pattern_value(config.rank_pattern, module.name, config.r)
         yield Adapted(module, r, _parts(module, config), config.use_dora)
 
 
@@ -173,25 +183,7 @@ def _is_target(name: str, module: Module | None, shape: Shape, config: LoraConfi
         return False
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         return module is not None and module.is_linear and module is not shape.modules[-1]
-    return matches(name, wanted) and _in_layers(name, config.layers_to_transform)
-
-
-def matches(name: str, wanted: str | Sequence[str]) -> bool:
-    """A string is a full-match regular expression; a list matches whole names or their ends after a dot."""
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == key or name.endswith(f".{key}") for key in wanted)
-
-
-def _in_layers(name: str, wanted: int | Sequence[int] | None) -> bool:
-    if wanted is None or wanted in ((), []):
-        return True
-    found = re.match(r"(?:^|.*?\.)[^.]*\.(\d+)\.", name)
-    return found is not None and int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
-
-
-def _pattern(key: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", name) is not None
+    return matches(name, wanted) and is_in_layers(name, config)
 
 
 def _parts(module: Module, config: LoraConfig) -> tuple[bool, ...] | None:
@@ -214,14 +206,10 @@ def _containers(shape: Shape) -> list[str]:
 
 
 def _endings(shape: Shape) -> list[str]:
-    return list(dict.fromkeys(module.name.rpartition(".")[2] for module in shape.modules if module.is_linear))[:8]
+    return suffixes(module.name for module in shape.modules if module.is_linear)[:8]
 
 
 def _whole(shape: Shape, wanted: Sequence[str]) -> Iterator[Module]:
-    for key in wanted:
-        paths = [*_containers(shape), *(module.name for module in shape.modules)]
-        if not any(matches(path, [key]) for path in paths):
-            raise AdapterError("RW404", f"modules_to_save names {key!r}, which is not in the model.")
     for module in shape.modules:
         parts = module.name.split(".")
         paths = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]

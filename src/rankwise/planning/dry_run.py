@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rankwise.adapters import adapter_parameters, has_adapter
 from rankwise.adapters.base_layer import features, is_linear
-from rankwise.adapters.targets import matches
 from rankwise.errors import ModelError, RankwiseError
+from rankwise.matching import matches
 from rankwise.ops import selection
 from rankwise.planning import cuda
 from rankwise.planning.architectures import FAMILIES

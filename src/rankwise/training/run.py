@@ -381,7 +381,11 @@ def _told_warnings(observer: Observer | None, told: list[dict[str, str]]) -> Ite
             if not isinstance(message, RankwiseWarning):
                 show(message, category, *where, **more)
                 return
-            told.append({"code": message.code, "message": message.message})
+            said = {"code": message.code, "message": message.message}
+            if said in told:
+                # By the memory plan already.
+                return
+            told.append(said)
             if observer is None:
                 show(message, category, *where, **more)
             else:

@@ -1,0 +1,181 @@
+"""Which names of a model an adapter's settings mean, by PEFT's rules, and what is said of those that mean nothing.
+
+Knows names alone and imports no torch: the adapters ask it about a model, the memory plan about a config.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from rankwise.config import ALL_LINEAR, LoraConfig
+from rankwise.errors import AdapterError, warn
+
+Value = TypeVar("Value")
+NO_EFFECT = "RW420"
+
+
+def matches(name: str, wanted: str | Sequence[str]) -> bool:
+    """A string is a full-match regular expression; a list matches whole names or their ends after a dot."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == key or name.endswith(f".{key}") for key in wanted)
+
+
+def matches_pattern(key: str, name: str) -> bool:
+    """Whether ``(.*\\.)?(KEY)$`` matches, as in PEFT's rank_pattern and alpha_pattern."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
+    """The value of the first key that matches."""
+    return next((value for key, value in patterns.items() if matches_pattern(key, name)), default)
+
+
+def is_in_layers(name: str, config: LoraConfig) -> bool:
+    """Whether ``layers_to_transform`` and ``layers_pattern`` let a target through."""
+    wanted = _layers(config)
+    return not wanted or _layer_of(name, config) in wanted
+
+
+def suffixes(names: Iterable[str]) -> list[str]:
+    """The different last components of dotted names, in order of appearance."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names if name))
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """The dotted names in a model."""
+
+    modules: Collection[str]
+    # All but the model itself.
+    adaptable: Collection[str]
+    # Of them those that can adapt: linear layers and embeddings.
+    parameters: Collection[str]
+    stacks: Collection[str]
+    # Of the parameters the stacked experts.
+
+
+def check_targets(config: LoraConfig, names: Names) -> None:
+    """Raises AdapterError with every target that names nothing: RW404 where only ``modules_to_save`` has some, else
+    RW401."""
+    problems = dict(_missing_targets(config, names))
+    if problems:
+        code = "RW404" if set(problems) == {"modules_to_save"} else "RW401"
+        raise AdapterError(code, f"{'; '.join(problems.values())}.")
+
+
+def warn_of_idle(config: LoraConfig, names: Names, adapted: Collection[str], *, targets: bool = False) -> None:
+    """Say what else of the settings names nothing (RW420), and with ``targets`` what ``check_targets`` would refuse.
+
+    ``adapted``: the modules and stacks of experts that adapt.
+    """
+    idle = [*(_missing_targets(config, names) if targets else ()), *_idle(config, names, adapted)]
+    if idle:
+        warn(NO_EFFECT, f"{'; '.join(dict(idle).values())}; what is named here has no effect.", stacklevel=3)
+
+
+def _missing_targets(config: LoraConfig, names: Names) -> Iterator[tuple[str, str]]:
+    """(setting, what it names in vain and what is close to it)."""
+    yield from _missing_modules(config.target_modules, names)
+    if missing := _unmatched(config.target_parameters, names.parameters):
+        ends = ", ".join(dict.fromkeys(".".join(name.split(".")[-3:]) for name in names.stacks))
+        hint = f"its stacked experts are {ends}" if ends else _close(missing, names.parameters)
+        yield (
+            "target_parameters",
+            f"target_parameters names {_listed(missing)}, which matches no parameter of the model, neither whole nor "
+            f"at its end after a dot ({hint or 'it has no stacked experts'})",
+        )
+    if missing := _unmatched(config.modules_to_save, names.modules):
+        hint = _close(missing, names.modules)
+        text = f"modules_to_save names {_listed(missing)}, which is not in the model"
+        yield "modules_to_save", f"{text} ({hint})" if hint else text
+    there = _layers_there(config, names) if _layers(config) else set()
+    if beyond := sorted(_layers(config) - there):
+        known = f"layers {min(there)} to {max(there)}" if there else "no such layers"
+        yield "layers_to_transform", f"layers_to_transform names {_listed(beyond)}, and the model has {known}"
+
+
+def _missing_modules(wanted: str | Sequence[str] | None, names: Names) -> Iterator[tuple[str, str]]:
+    ends = f"adapters fit layers that end in {', '.join(suffixes(names.adaptable)[:8]) or '(none)'}"
+    if isinstance(wanted, str):
+        if wanted.lower() != ALL_LINEAR and not any(matches(name, wanted) for name in names.modules):
+            hint = _close([wanted], names.adaptable) or ends
+            yield "target_modules", f"target_modules={wanted!r} matches none of the model's modules ({hint})"
+    elif missing := _unmatched(wanted, names.modules):
+        hint = f'"{ALL_LINEAR}" stands alone' if ALL_LINEAR in missing else _close(missing, names.adaptable) or ends
+        yield (
+            "target_modules",
+            f"target_modules names {_listed(missing)}, which matches no module of the model ({hint})",
+        )
+
+
+def _idle(config: LoraConfig, names: Names, adapted: Collection[str]) -> Iterator[tuple[str, str]]:
+    wanted = config.exclude_modules
+    given = [wanted] if isinstance(wanted, str) else wanted or ()
+    nothing = [key for key in given if not any(matches(name, _as(wanted, key)) for name in names.modules)]
+    if nothing:
+        hint = _close(nothing, names.adaptable) or _close(nothing, names.modules)
+        text = f"exclude_modules names {_listed(nothing)}, which matches no module of the model"
+        yield "exclude_modules", f"{text} ({hint})" if hint else text
+    for setting in ("rank_pattern", "alpha_pattern"):
+        keys = getattr(config, setting)
+        if nothing := [key for key in keys if not any(matches_pattern(key, name) for name in adapted)]:
+            ends = _close(nothing, adapted) or f"the adapted modules end in {', '.join(suffixes(adapted)[:8])}"
+            yield setting, f"{setting} names {_listed(nothing)}, which matches no adapted module ({ends})"
+    if not _layers(config):
+        return
+    patterns = [key for key in _layer_patterns(config) if all(_index_in(key, name) is None for name in names.modules)]
+    if patterns:
+        yield "layers_pattern", f"layers_pattern names {_listed(patterns)}, which is no list of layers in the model"
+    used = {_layer_of(name, config) for name in adapted}
+    if empty := sorted((_layers(config) & _layers_there(config, names)) - used):
+        yield "layers", f"layers_to_transform names {_listed(empty)}, and no target module lies there"
+
+
+def _unmatched(wanted: Sequence[str] | None, names: Collection[str]) -> list[str]:
+    return [key for key in wanted or () if not any(matches(name, [key]) for name in names)]
+
+
+def _as(wanted: Any, key: str) -> str | list[str]:
+    return key if isinstance(wanted, str) else [key]
+
+
+def _listed(items: Iterable[object]) -> str:
+    return ", ".join(map(repr, dict.fromkeys(items)))
+
+
+def _close(missing: Iterable[object], names: Iterable[str]) -> str:
+    """``did you mean q_proj, v_proj?``, or nothing."""
+    known, last = suffixes(names), [str(key).rpartition(".")[2] for key in missing]
+    close = [item for key in last for item in difflib.get_close_matches(key, known, n=2, cutoff=0.5)]
+    return f"did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
+
+
+def _layers(config: LoraConfig) -> set[int]:
+    wanted = config.layers_to_transform
+    return {wanted} if isinstance(wanted, int) else set(wanted or ())
+
+
+def _layer_patterns(config: LoraConfig) -> Sequence[str]:
+    patterns = config.layers_pattern or (r"[^.]*",)
+    return [patterns] if isinstance(patterns, str) else patterns
+
+
+def _layer_of(name: str, config: LoraConfig) -> int | None:
+    found = (_index_in(pattern, name) for pattern in _layer_patterns(config))
+    return next((index for index in found if index is not None), None)
+
+
+def _index_in(pattern: str, name: str) -> int | None:
+    # The first index in the path counts; a later one may be an expert's.
+    found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def _layers_there(config: LoraConfig, names: Names) -> set[int]:
+    found = (_layer_of(name, config) for name in names.modules)
+    return {index for index in found if index is not None}

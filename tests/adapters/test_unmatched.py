@@ -1,0 +1,157 @@
+"""Every setting of an adapter that names nothing in the model is said: targets as errors, others as warnings."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from adapted_models import logits, step
+
+import rankwise as rw
+from rankwise.errors import AdapterError, ConfigError, RankwiseWarning
+from rankwise.planning.adapted import adaptation
+from rankwise.planning.shape import shape_of
+from tiny_models import tiny_llama, tiny_moe
+
+STACK = "mlp.experts.gate_up_proj"
+REFUSED = [
+    ("llama", {"target_modules": ["q_proj", "nope"]}, "RW401", ["'nope'", "adapters fit layers that end in"]),
+    ("llama", {"target_modules": ["q_proj", "v_prj", "up_porj"]}, "RW401", ["'v_prj', 'up_porj'", "v_proj", "up_proj"]),
+    ("llama", {"target_modules": ["q_proj", "self_atn.k_proj"]}, "RW401", ["'self_atn.k_proj'", "k_proj"]),
+    ("llama", {"target_modules": ["all-linear", "lm_head"]}, "RW401", ['"all-linear" stands alone']),
+    ("llama", {"target_modules": ["q_proj", "v_proj|k_proj"]}, "RW401", ["'v_proj|k_proj'"]),
+    ("llama", {"target_modules": ["q_proj", ""]}, "RW401", ["''"]),
+    ("llama", {"target_modules": "nothing.*"}, "RW401", ["target_modules='nothing.*'"]),
+    ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [0, 7, -1]}, "RW401", ["-1, 7", "layers 0 to 1"]),
+    (
+        "llama",
+        {"target_modules": ["q_proj"], "layers_to_transform": 2},
+        "RW401",
+        ["2, and the model has layers 0 to 1"],
+    ),
+    ("llama", {"target_parameters": ["mlp.experts.w1"]}, "RW401", ["'mlp.experts.w1'", "it has no stacked experts"]),
+    ("qwen3_moe", {"target_parameters": [STACK, "w1"]}, "RW401", ["'w1'", f"its stacked experts are {STACK}"]),
+    ("llama", {"modules_to_save": ["lm_head", "lm_haed"]}, "RW404", ["'lm_haed'", "did you mean lm_head?"]),
+    (
+        "qwen3_moe",
+        {
+            "target_modules": ["q_proj", "nope"],
+            "target_parameters": ["w1"],
+            "modules_to_save": ["score", "lm_head"],
+            "layers_to_transform": [5],
+        },
+        "RW401",
+        ["'nope'", "'w1'", "modules_to_save names 'score'", "names 5"],
+    ),
+]
+WARNED = [
+    ({"exclude_modules": ["lm_haed", "q_proj"]}, ["exclude_modules names 'lm_haed'", "did you mean lm_head?"]),
+    ({"exclude_modules": r".*\.99\..*"}, [r"exclude_modules names '.*\\.99\\..*'"]),
+    ({"rank_pattern": {"q_proj": 2, "w_proj": 3}}, ["rank_pattern names 'w_proj'"]),
+    ({"target_modules": ["q_proj"], "alpha_pattern": {"v_proj": 2}}, ["alpha_pattern names 'v_proj'", "q_proj"]),
+    (
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["blocks", "layers"]},
+        ["layers_pattern names 'blocks'"],
+    ),
+    (
+        {"exclude_modules": ["nope"], "rank_pattern": {"nope2": 2}, "alpha_pattern": {"nope3": 2}},
+        ["'nope'", "'nope2'", "'nope3'"],
+    ),
+]
+
+
+def model_of(family: str) -> torch.nn.Module:
+    return tiny_llama() if family == "llama" else tiny_moe(family)
+
+
+def said(action) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        action()
+    return [str(item.message) for item in caught if isinstance(item.message, RankwiseWarning)]
+
+
+@pytest.mark.parametrize(("family", "settings", "code", "parts"), REFUSED)
+def test_targets_in_vain_are_refused_by_the_model_and_by_the_plan(family, settings, code, parts):
+    model, config = model_of(family), rw.LoraConfig(r=2, **settings)
+    shape = shape_of(model.config.to_dict())
+    for action in (lambda: rw.add_adapter(model, config), lambda: adaptation(shape, config)):
+        with pytest.raises(AdapterError) as caught:
+            action()
+        assert caught.value.code == code
+        for part in parts:
+            assert part in caught.value.message, caught.value.message
+    assert not hasattr(model, "rankwise_adapters")
+
+
+@pytest.mark.parametrize(("settings", "parts"), WARNED)
+def test_other_settings_in_vain_are_said_in_one_warning(settings, parts):
+    model, config = tiny_llama(), rw.LoraConfig(r=2, **settings)
+    (message,) = said(lambda: rw.add_adapter(model, config))
+    assert message.startswith("RW420")
+    for part in parts:
+        assert part in message
+    assert said(lambda: adaptation(shape_of(model.config.to_dict()), config)) == [message]
+
+
+def test_settings_that_all_name_something_are_not_warned_of():
+    config = rw.LoraConfig(
+        r=2,
+        target_modules=["q_proj", "self_attn.v_proj", "model.layers.0.mlp.up_proj"],
+        exclude_modules=["layers.1.self_attn.q_proj", "lm_head"],
+        rank_pattern={"q_proj": 4, r"layers\.0\..*up_proj": 3},
+        modules_to_save=["lm_head", "norm"],
+        layers_to_transform=[0, 1],
+        layers_pattern="layers",
+    )
+    assert said(lambda: rw.add_adapter(tiny_llama(), config)) == []
+    experts = rw.LoraConfig(target_parameters=[STACK], rank_pattern={"gate_up_proj": 2})
+    assert said(lambda: rw.add_adapter(tiny_moe("qwen3_moe"), experts)) == []
+
+
+def test_a_layer_without_a_target_is_said():
+    model = tiny_moe("qwen3_moe", mlp_only_layers=[0])
+    config = rw.LoraConfig(target_modules=["gate_proj"], layers_to_transform=[0, 1])
+    (message,) = said(lambda: rw.add_adapter(model, config))
+    assert "layers_to_transform names 1, and no target module lies there" in message
+
+
+def test_a_layers_pattern_alone_is_refused():
+    with pytest.raises(ConfigError, match="RW101.*layers_pattern"):
+        rw.LoraConfig(target_modules=["q_proj"], layers_pattern="layers")
+
+
+def test_what_peft_loads_is_loaded_and_said(tmp_path):
+    """PEFT takes a configuration as long as one of its targets is there."""
+    peft = pytest.importorskip("peft")
+    given = {"target_modules": ["q_proj", "c_attn"], "modules_to_save": ["lm_head"], "init_lora_weights": False}
+    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, **given, task_type="CAUSAL_LM"))
+    step(theirs, rate=0.05)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {"modules_to_save": ["lm_head", "score"]}))
+    model = tiny_llama()
+    (message,) = said(lambda: rw.load_adapter(model, tmp_path))
+    assert message.startswith("RW420")
+    assert "target_modules names 'c_attn'" in message
+    assert "modules_to_save names 'score'" in message
+    torch.testing.assert_close(logits(model), logits(theirs.eval()), rtol=1e-5, atol=2e-5)
+    rw.save_adapter(model, tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "again")
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=2e-5)
+
+
+def test_an_adapter_of_which_nothing_is_there_is_refused_without_a_warning(tmp_path):
+    rw.add_adapter(model := tiny_llama(), rw.LoraConfig(r=2, target_modules=["q_proj"]))
+    rw.save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ["c_attn", "c_fc"]}))
+
+    def load():
+        with pytest.raises(AdapterError, match="RW401"):
+            rw.load_adapter(tiny_llama(), tmp_path)
+
+    assert said(load) == []
