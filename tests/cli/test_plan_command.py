@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ import yaml
 from rankwise.cli.main import main
 from rankwise.errors import ConfigError
 from rankwise.planning import METHODS, calibration, hardware
+from rankwise.planning import plan as planning
 from rankwise.planning.estimate import TERMS
 
 ARGUMENTS = ("--batch-size", 4, "--max-length", 64)
@@ -203,7 +206,7 @@ def test_mistakes_exit_with_2_and_say_what_to_do(plan, arguments, code, words):
 
 @pytest.mark.parametrize("option", ["--svg", "--save"])
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(plan, monkeypatch, tmp_path, option):
-    monkeypatch.setattr("rankwise.planning.plan.make_plan", lambda settings: pytest.fail("planned all the same"))
+    monkeypatch.setattr("rankwise.planning.plan.make_plan", lambda *_: pytest.fail("planned all the same"))
     for place in (tmp_path, tmp_path / "missing" / "file"):
         done = plan(option, place)
         assert done.code == 2
@@ -215,7 +218,6 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(plan, monkeyp
 def failing(monkeypatch):
     """Let dry runs of some methods fail, as a model's own code may."""
     from rankwise.errors import ModelError
-    from rankwise.planning import plan as planning
 
     real = planning.estimate
 
@@ -247,6 +249,55 @@ def test_where_no_method_can_be_planned_the_first_reason_is_the_error(plan, fail
     done = plan("--method", "lora,qlora", "--exact", "--memory", ENOUGH)
     assert done.code == 2
     assert "RW327: no step of lora." in done.stderr
+
+
+def test_dry_runs_tell_how_they_get_on_beside_the_document(plan, failing):
+    failing("qlora")
+    done = plan("--method", "lora,qlora,dora", "--exact", "--memory", ENOUGH, "--json")
+    assert set(json.loads(done.stdout)["methods"]) == {"lora", "qlora", "dora"}
+    said = [line for line in done.stderr.splitlines() if line.startswith(("dry run of", "lora:", "qlora:", "dora:"))][
+        :6
+    ]
+    assert [line.split(":")[0].split(" ...")[0] for line in said] == [
+        *("dry run of lora", "lora", "dry run of qlora", "qlora", "dry run of dora", "dora")
+    ]
+    assert said[3] == "qlora: RW327: no step of qlora."
+    assert re.fullmatch(r"dora: \d+ MB, fits \(\d+\.\d s\)", said[5])
+    assert not any(line in plan("--method", "lora", "--exact", "--memory", ENOUGH).stdout.splitlines() for line in said)
+
+
+@pytest.mark.parametrize(("late", "fits"), [(2, None), (1, True)])
+def test_a_slow_method_waits_until_the_others_are_done(plan, monkeypatch, late, fits):
+    """Its dry run gives up; where it does so again, its row has the reason."""
+    real = planning.estimate
+    asked = []
+
+    def estimate(place, method, *arguments, deadline, **more):
+        asked.append(method)
+        is_late = method == "lora" and asked.count("lora") <= late
+        return real(place, method, *arguments, deadline=-math.inf if is_late else deadline, **more)
+
+    monkeypatch.setattr(planning, "estimate", estimate)
+    done = plan("--method", "lora,qlora", "--exact", "--memory", ENOUGH, "--json")
+    assert asked == ["lora", "qlora", "lora"]
+    methods = json.loads(done.stdout)["methods"]
+    assert (methods["qlora"]["fits"], methods["lora"]["fits"]) == (True, fits)
+    assert "lora: RW135 after 60 s" in done.stderr
+    if fits is None:
+        assert methods["lora"]["failure"]["code"] == "RW135"
+
+
+def test_one_method_alone_has_no_limit(plan, monkeypatch):
+    asked = []
+
+    def estimate(*arguments, deadline, **more):
+        asked.append(deadline)
+        return real(*arguments, deadline=deadline, **more)
+
+    real = planning.estimate
+    monkeypatch.setattr(planning, "estimate", estimate)
+    assert plan("--method", "lora", "--exact", "--memory", ENOUGH).code == 0
+    assert asked == [math.inf]
 
 
 def test_a_plan_needs_a_model(rankwise):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,8 +65,9 @@ def run(settings: PlanSettings, output: Output) -> Mapping[str, Any]:
         document["calibration"] = _calibrate(settings, output)
         if settings.model is None:
             return document
-    with output.waiting("planning"):
-        plan = make_plan(settings)
+    # Dry runs tell how they get on, which a spinner would overwrite.
+    with contextlib.nullcontext() if settings.exact else output.waiting("planning"):
+        plan = make_plan(settings, _progress)
     command = command_of(plan.recommendation, settings.save)
     # Before anything is said: a reader who leaves early (`| head`) or a check that fails takes no file along.
     written = _write(settings, plan)
@@ -73,6 +76,10 @@ def run(settings: PlanSettings, output: Output) -> Mapping[str, Any]:
         document["check"] = _check(settings, plan, output)
     _say_written(settings, written, output)
     return {**plan.to_json(), "command": command, **document, **written}
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def command_of(recommendation: Recommendation, saved: Path | None) -> str | None:

@@ -6,6 +6,7 @@ It needs neither weights nor a GPU. The trace runs on the CPU, since a CPU build
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -44,18 +45,20 @@ def dry_run(
     method: str,
     workload: Workload,
     *,
+    deadline: float = math.inf,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> MemoryEstimate:
     """The peak of one step of the model that ``model`` describes; its weights are not read.
 
-    Raises ModelError: as ``load_skeleton`` does, RW327 when the model's forward cannot be traced.
+    Raises ModelError: as ``load_skeleton`` does, RW135 after ``deadline`` (by ``time.monotonic``), RW327 when the
+    model's forward cannot be traced.
     """
     from rankwise.models import load_skeleton
 
     started = time.perf_counter()
     skeleton = load_skeleton(model, trust_remote_code=trust_remote_code, revision=revision)
-    return trace(skeleton, method, workload, started=started)
+    return trace(skeleton, method, workload, started=started, deadline=deadline)
 
 
 def trace(
@@ -64,6 +67,7 @@ def trace(
     workload: Workload,
     *,
     started: float | None = None,
+    deadline: float = math.inf,
     fake: bool = True,
     loss: Any = None,
 ) -> MemoryEstimate:
@@ -80,6 +84,7 @@ def trace(
     total = sum(parameter.numel() for parameter in skeleton.parameters())
     rule_of(workload.optimizer)
     tracker = new_tracker(workload, vocabulary_of(skeleton), fake=fake)
+    tracker.deadline = deadline
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     tracker.answers.true_counts |= _enabled_rows(skeleton, workload)
     way = selection.fakes_as(workload.device_type)

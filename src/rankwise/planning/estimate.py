@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from typing import Any, Literal
 
@@ -10,6 +11,9 @@ from rankwise.errors import ConfigError
 from rankwise.planning.workload import Workload
 
 Phase = Literal["forward", "backward", "optimizer"]
+
+TOO_SLOW = "RW135"
+# The code of a dry run that took longer than it was given.
 
 METHODS = ("full", "lora", "qlora", "dora", "qdora")
 
@@ -73,13 +77,15 @@ def estimate(
     workload: Workload | None = None,
     *,
     exact: bool = False,
+    deadline: float = math.inf,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> MemoryEstimate:
     """Peak memory of one step of ``method`` on ``model``: hub id, folder, GGUF file or demo; its weights are not read.
 
-    ``exact`` runs the real step on fake tensors (seconds); otherwise the closed form answers from the config. Raises
-    ConfigError: RW130 for settings, RW131 for an unknown method; ModelError: RW325 ff. and as ``load_skeleton`` does.
+    ``exact`` runs the real step on fake tensors (seconds), until ``deadline`` by ``time.monotonic``; otherwise the
+    closed form answers from the config. Raises ConfigError: RW130 for settings, RW131 for an unknown method;
+    ModelError: RW135 after the deadline, RW325 ff. and as ``load_skeleton`` does.
     """
     if method not in METHODS:
         raise ConfigError("RW131", f"there is no method {method!r}; give one of {', '.join(METHODS)}.")
@@ -87,7 +93,9 @@ def estimate(
     if exact:
         from rankwise.planning.dry_run import dry_run
 
-        return dry_run(model, method, workload, trust_remote_code=trust_remote_code, revision=revision)
+        return dry_run(
+            model, method, workload, deadline=deadline, trust_remote_code=trust_remote_code, revision=revision
+        )
     from rankwise.planning.closed_form import closed_form
 
     return closed_form(model, method, workload, trust_remote_code=trust_remote_code, revision=revision)

@@ -6,16 +6,17 @@ import dataclasses
 import importlib.util
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from rankwise.config import FOUR_BITS
-from rankwise.errors import ConfigError, ModelError, QuantizationError
+from rankwise.errors import ConfigError, ModelError, QuantizationError, RankwiseError
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.planning.calibration import measured_pace
 from rankwise.planning.changes import Advisor, Change, reachable
 from rankwise.planning.closed_form import of_shape
-from rankwise.planning.estimate import MemoryEstimate, estimate
+from rankwise.planning.estimate import TOO_SLOW, MemoryEstimate, estimate
 from rankwise.planning.facts import ModelFacts, read_facts
 from rankwise.planning.fitting import (
     MOST_TOKENS,
@@ -33,6 +34,7 @@ from rankwise.planning.optimizers import check_device
 from rankwise.planning.recommend import PASSES, Recommendation, recommend
 from rankwise.planning.settings import SHARED, PlanSettings
 from rankwise.planning.shape import read_shape
+from rankwise.planning.sizes import gigabytes
 from rankwise.planning.speed import Pace, assumed_pace, micro_batch_seconds, nominal_pace, tokens_per_second
 from rankwise.planning.workload import Workload
 
@@ -42,6 +44,8 @@ DECIDED = (
 )
 """Written into every saved plan, given or not."""
 UNKNOWN_FAMILY = "RW325"
+EXACT_SECONDS = (60.0, 900.0)
+"""What dry runs of one method may take of several: at first, and again where the others are done."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +132,8 @@ class Plan:
         }
 
 
-def make_plan(settings: PlanSettings) -> Plan:
-    """The plan for these options.
+def make_plan(settings: PlanSettings, say: Callable[[str], None] = lambda _: None) -> Plan:
+    """The plan for these options. ``say`` is told how dry runs get on, a line for each method.
 
     Raises ConfigError: RW116 an optimizer that cannot run there, RW130 to RW132 impossible settings, RW140 a size,
     RW141 a card, RW142 a method, RW143 no model; ModelError and QuantizationError as ``estimate`` does, where every
@@ -144,8 +148,7 @@ def make_plan(settings: PlanSettings) -> Plan:
     source = fetch_model(
         settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code, weights=False
     )
-    planner = _Planner(settings, source, hardware, methods, workload)
-    return planner.plan()
+    return _Planner(settings, source, hardware, methods, workload, say).plan()
 
 
 def workload_for(settings: PlanSettings, hardware: Hardware) -> Workload:
@@ -199,17 +202,24 @@ def ratio_pace_of(hardware: Hardware, methods: Sequence[str], dtype: str) -> Cal
     return known.__getitem__ if len(known) == len(measured) else lambda method: assumed
 
 
+def is_late(error: RankwiseError) -> bool:
+    """Whether a dry run gave up because of its time."""
+    return error.code == TOO_SLOW
+
+
 class _Planner:
     def __init__(
-        self, settings: PlanSettings, source: ModelSource, hardware: Hardware, methods: Sequence[str], work: Workload
+        self,
+        settings: PlanSettings,
+        source: ModelSource,
+        hardware: Hardware,
+        methods: Sequence[str],
+        work: Workload,
+        say: Callable[[str], None],
     ) -> None:
-        self.settings, self.source, self.hardware, self.methods, self.workload = (
-            settings,
-            source,
-            hardware,
-            methods,
-            work,
-        )
+        self.settings, self.source, self.hardware, self.methods = settings, source, hardware, methods
+        self.workload, self.say = work, say if settings.exact else lambda _: None
+        self.deadline = math.inf
         self.facts: ModelFacts = read_facts(source)
         self._check_length()
         # A local model has no revision to ask for again.
@@ -226,6 +236,8 @@ class _Planner:
         accumulation = self.settings.gradient_accumulation
         # Each setting but batch and length costs two dry runs or more where the closed form does not answer.
         passes = PASSES[:1] if self.is_slow else PASSES
+        if self.is_slow:
+            self.say("dry runs of other settings ...")
         recommendation = recommend(
             self.advisor, self.methods, self.settings.goal, self.workload, accumulation, self._given(), passes
         )
@@ -258,20 +270,43 @@ class _Planner:
             )
 
     def _rows(self) -> tuple[list[MethodRow], list[Unplanned]]:
-        """A row of each method that can be planned, and why the others cannot; one row at least, or the first error."""
-        rows, unplanned = [], []
-        first: ConfigError | ModelError | QuantizationError | None = None
-        for method in self.methods:
-            try:
-                if self.settings.exact:
-                    self.estimate.anchor(method, self.workload, self._dry_run(method, self.workload))
-                rows.append(self._row(method))
-            except (ConfigError, ModelError, QuantizationError) as error:
-                first = first or error
-                unplanned.append(Unplanned(method, error.code, error.message))
-        if first is not None and not rows:
-            raise first
-        return rows, unplanned
+        """A row of each method that can be planned, and why the others cannot; one row at least, or the first error.
+
+        With --exact a method that is slow waits until the others are done.
+        """
+        rows: dict[str, MethodRow] = {}
+        errors: dict[str, ConfigError | ModelError | QuantizationError] = {}
+        left = list(self.methods)
+        for seconds in EXACT_SECONDS if self.settings.exact and len(left) > 1 else (math.inf,):
+            for method in left:
+                self.deadline = time.monotonic() + seconds
+                errors.pop(method, None)
+                try:
+                    rows[method] = self._planned(method)
+                except (ConfigError, ModelError, QuantizationError) as error:
+                    errors[method] = error
+                    self.say(
+                        f"{method}: {error.code} after {seconds:.0f} s" if is_late(error) else f"{method}: {error}"
+                    )
+            left = [method for method in self.methods if method in errors and is_late(errors[method])]
+        self.deadline = math.inf
+        failed = [(method, errors[method]) for method in self.methods if method in errors]
+        if not rows:
+            raise failed[0][1]
+        unplanned = [Unplanned(method, error.code, error.message) for method, error in failed]
+        return [rows[method] for method in self.methods if method in rows], unplanned
+
+    def _planned(self, method: str) -> MethodRow:
+        """The row of a method, with --exact by its dry run."""
+        if not self.settings.exact:
+            return self._row(method)
+        self.say(f"dry run of {method} ...")
+        started = time.monotonic()
+        self.estimate.anchor(method, self.workload, self._dry_run(method, self.workload))
+        row = self._row(method)
+        took = time.monotonic() - started
+        self.say(f"{method}: {gigabytes(row.estimate.peak_bytes)}, {row.verdict} ({took:.1f} s)")
+        return row
 
     def _estimator(self) -> Estimator:
         """The closed form; with --exact, for an architecture that it does not know, lines through dry runs."""
@@ -284,7 +319,14 @@ class _Planner:
         return Interpolating(self._dry_run)
 
     def _dry_run(self, method: str, workload: Workload) -> MemoryEstimate:
-        return estimate(self.place, method, workload, exact=True, trust_remote_code=self.settings.trust_remote_code)
+        return estimate(
+            self.place,
+            method,
+            workload,
+            exact=True,
+            deadline=self.deadline,
+            trust_remote_code=self.settings.trust_remote_code,
+        )
 
     def _row(self, method: str) -> MethodRow:
         memory, own = self.hardware.memory_bytes, self.estimate(method, self.workload)

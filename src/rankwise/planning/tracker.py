@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import math
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from rankwise.errors import ModelError
+from rankwise.planning.estimate import TOO_SLOW
 from rankwise.planning.quick_fakes import QuickFakes
 
 NEVER = 1 << 62
@@ -47,7 +51,7 @@ class StorageTracker(TorchDispatchMode):
     """Sum of live storages. ``rounding``: of each storage, as the device's allocator does. ``vocabulary``: its size,
     by which logits are known. ``scratch``: bytes that an operation takes while it runs, by its name. ``answers``: for
     operations that ask for values. ``counted_before``: whether a result of a named operation lies in memory that is
-    counted already.
+    counted already. An operation after ``deadline`` raises ModelError (RW135).
     """
 
     def __init__(
@@ -77,11 +81,19 @@ class StorageTracker(TorchDispatchMode):
         self.storages: list[Storage] = []
         self.hosted = False
         # Storages that live in another memory, while this is set.
+        self.deadline = math.inf
+        # By time.monotonic(): no operation begins after it.
         self._known: dict[int, tuple[Any, Storage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is DEVICE_OF:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
+        if time.monotonic() > self.deadline:
+            raise ModelError(
+                TOO_SLOW,
+                "the dry run took longer than it was given; plan without --exact, or with --method for this one alone, "
+                "which has no limit.",
+            )
         kwargs = kwargs or {}
         result = self.answers(func, args, kwargs)
         if result is NotImplemented:
