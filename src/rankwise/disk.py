@@ -30,13 +30,17 @@ CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The operating system's error that ``error`` is, or whose text a library written in Rust put into its own."""
+    """The operating system's error that ``error`` is, or that stands in its text alone.
+
+    Libraries written in Rust (tokenizers, safetensors) and ``shutil.copytree`` raise exceptions of their own.
+    """
     if isinstance(error, RankwiseError | ConnectionError):
         return None
-    if isinstance(error, OSError):
-        return error if (error.errno or 0) > 0 else None
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+    if isinstance(error, OSError) and error.errno is not None:
+        return error if error.errno > 0 else None
+    found = re.search(r"(?:\(os error |\[Errno )(\d+)", str(error))
+    number = int(found[1]) if found else 0
+    return OSError(number, os.strerror(number)) if number in (*REMEDIES, errno.EIO) else None
 
 
 def coded_error(

@@ -239,13 +239,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path):
 
 
 def test_two_calls_at_once_are_one_too_many(tmp_path: Path):
-    from rankwise.comparison.processes import only_one
+    from rankwise.disk import hold
 
-    (tmp_path / "out").mkdir()
-    with only_one(tmp_path / "out") as alone:
-        assert alone
-        with pytest.raises(RunError) as caught:
-            compare(**given(tmp_path))
+    with hold(tmp_path / "out"), pytest.raises(RunError) as caught:
+        compare(**given(tmp_path))
     assert caught.value.code == "RW582"
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import io
 import os
@@ -30,6 +29,7 @@ from rankwise.cli.output import (
     stdout_for_the_document,
 )
 from rankwise.config import Settings
+from rankwise.disk import coded_error
 from rankwise.errors import (
     ConfigError,
     InternalError,
@@ -65,8 +65,6 @@ EXAMPLES = (
     "rankwise merge    --adapter runs/first --output merged",
 )
 LIBRARIES = ("rankwise", "torch", "transformers", "trl", "datasets", "safetensors")
-# Errors of the file system that the user can mend: permissions, a full or read-only disk.
-FILE_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,11 +180,8 @@ def _as_ours(error: Exception) -> RankwiseError:
     if is_out_of_memory(error):
         remedy = "lower --batch-size or --max-length, or switch on --gradient-checkpointing"
         return RunError("RW550", f"the memory of the device is full ({_first_line(error)}); {remedy}.")
-    if isinstance(error, OSError) and error.errno in FILE_ERRORS:
-        # A write into an open file does not say which.
-        place = error.filename or "a file could not be written"
-        reason = (error.strerror or "it cannot be used").lower()
-        return RunError("RW551", f"{place}: {reason}; free space there, or use another folder.")
+    if (coded := coded_error(error)) is not None:
+        return coded
     advice = f"please report it with what {DEBUG_VARIABLE}=1 prints"
     return InternalError("RW900", f"a fault of rankwise: {type(error).__name__}: {_first_line(error)}; {advice}.")
 

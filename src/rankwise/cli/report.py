@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.words import one_line
+from rankwise.disk import hold
 from rankwise.reports.settings import ReportSettings, output_of
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def run(settings: ReportSettings, output: Output) -> Mapping[str, Any]:
     from rankwise.reports.folder import read_object
 
     target = output_of(settings)
-    with output.waiting("writing the report"):
+    with output.waiting("writing the report"), hold(target):
         if len(settings.folders) == 1:
             files = write_report(settings.folders[0], target)
         else:

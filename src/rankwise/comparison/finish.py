@@ -18,6 +18,7 @@ from rankwise.comparison.schema import (
     Run,
 )
 from rankwise.config import TrainSettings
+from rankwise.disk import discard_folder, whole_folder
 from rankwise.records import write_text
 
 LEFT_OUT = ("checkpoints", "evaluation", "runs")
@@ -53,9 +54,9 @@ def forget_other_results(output: Path, run: str | None) -> None:
     before = read_json(output / COMPARISON_FILE).get("recommendation", {}).get("run")
     if before == run and run is not None:
         return
-    shutil.rmtree(output / MERGED_FOLDER, ignore_errors=True)
+    discard_folder(output / MERGED_FOLDER)
     if run is None:
-        shutil.rmtree(output / BEST_FOLDER, ignore_errors=True)
+        discard_folder(output / BEST_FOLDER)
         (output / RECOMMENDED_FILE).unlink(missing_ok=True)
 
 
@@ -81,9 +82,6 @@ def _is_default(name: str, value: Any) -> bool:
 
 def copy_run(run: Path, target: Path) -> None:
     """The run's folder without its checkpoints and evaluations, whole or not at all."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(run, temporary, ignore=lambda folder, names: [n for n in names if n in LEFT_OUT])
-    if target.exists():
-        shutil.rmtree(target)
-    temporary.rename(target)
+    with whole_folder(target, replace=True) as folder:
+        left_out = shutil.ignore_patterns(*LEFT_OUT)
+        shutil.copytree(run, folder, ignore=left_out, dirs_exist_ok=True)

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rankwise.comparison.schema import BEST_FOLDER, MERGED_FOLDER
 from rankwise.comparison.settings import SAME_RUNS, SHARED, CompareOptions
+from rankwise.disk import refuse_links
 from rankwise.errors import RunError
 from rankwise.records import write_json
 
@@ -16,12 +18,15 @@ NEUTRAL = {"device", "ignore_plan", "logging_steps", "save_steps", "save_total_l
 # As in a resumed run: these do not touch what is learned.
 OURS = {SETTINGS_FILE, "data"}
 # What stands in a folder before the first run; hidden files are locks, or of a write that was cut off.
+FOLDERS = ("base", BEST_FOLDER, "cells", "data", MERGED_FOLDER, "probes", "runs")
+# The cache may lie elsewhere: what is in it is never removed.
 
 
 def check_folder(output: Path) -> None:
-    """Raise RunError (RW581) for a folder with files that are not of a comparison."""
+    """Raise RunError (RW581) for a folder with files that are not of a comparison, RW554 with links for folders."""
     if output.exists() and not output.is_dir():
         raise RunError("RW581", f"--output {output} is a file; give a folder.")
+    refuse_links(output, FOLDERS)
     if (output / SETTINGS_FILE).is_file() or not output.is_dir():
         return
     foreign = sorted(path.name for path in output.iterdir() if path.name not in OURS and path.name[0] != ".")

@@ -22,6 +22,7 @@ from rankwise.comparison.schema import EVALUATION_FOLDER, MergedCheck
 from rankwise.comparison.tasks import make_tasks
 from rankwise.config import BASELINES
 from rankwise.data import Rows, read_rows, read_template
+from rankwise.disk import coded_error, hold, remove_strays
 from rankwise.errors import RankwiseError, RankwiseWarning, RunError, is_out_of_memory
 from rankwise.evaluation import journal
 from rankwise.evaluation.engine import Engine
@@ -47,8 +48,14 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     columns, max_length, chat_template, batch_size; merged_check; tasks, task_data, task_limit.
     """
     torch.manual_seed(0)
+    with hold(Path(job["folder"])):
+        return _measure(job)
+
+
+def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
     folder = Path(job["folder"])
     folder.mkdir(parents=True, exist_ok=True)
+    remove_strays(folder, [FACTS_FILE])
     tasks = make_tasks(
         job["tasks"],
         eval_data=job["eval_data"],
@@ -282,12 +289,13 @@ def answering(work: Callable[[], dict[str, Any]], doing: str) -> int:
     except RankwiseError as error:
         print(json.dumps({"error": {"code": error.code, "message": error.message}}))
         return error.exit_code
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
+    except Exception as error:
         message = f"the memory of the device is full while {doing} ({error}); lower --batch-size."
-        print(json.dumps({"error": {"code": "RW550", "message": message}}))
-        return RunError.exit_code
+        coded = RunError("RW550", message) if is_out_of_memory(error) else coded_error(error)
+        if coded is None:
+            raise
+        print(json.dumps({"error": {"code": coded.code, "message": coded.message}}))
+        return coded.exit_code
     print(json.dumps(document))
     return 0
 

@@ -83,19 +83,6 @@ def is_locked(name: Path) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def only_one(folder: Path) -> Any:
-    """Hold the folder for this process; gives False where another one holds it."""
-    with _lock_file(folder / ".comparison") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        os.set_inheritable(lock.fileno(), False)
-        yield True
-
-
 def _lock_file(name: Path) -> IO[bytes]:
     return open(beside(name, ".lock"), "ab")
 

@@ -8,26 +8,34 @@ import shlex
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 from rankwise.comparison import finish, stages
 from rankwise.comparison.collect import collect_runs, metrics_of, read_tasks
 from rankwise.comparison.commands import Commands
-from rankwise.comparison.folder import check_folder, check_same
+from rankwise.comparison.folder import SETTINGS_FILE, check_folder, check_same
 from rankwise.comparison.inputs import Inputs, check_adapter, prepare_inputs
 from rankwise.comparison.matrix import Cell, planned_runs
 from rankwise.comparison.measure_files import MERGEABLE, PERPLEXITY
-from rankwise.comparison.processes import only_one
 from rankwise.comparison.recommendation import recommend
-from rankwise.comparison.runner import Clock, Runner, Watcher, environments, forget_unfinished, seconds_spent
+from rankwise.comparison.runner import (
+    STATE_FILE,
+    Clock,
+    Runner,
+    Watcher,
+    environments,
+    forget_unfinished,
+    seconds_spent,
+)
 from rankwise.comparison.schedule import Plan, jobs_left, jobs_to_do, probe_of
 from rankwise.comparison.schema import (
     BEST_FOLDER,
     COMPARISON_FILE,
     EVAL_LOSS,
     MERGED_FOLDER,
+    RECOMMENDED_FILE,
     SCHEMA,
     Comparison,
     Message,
@@ -40,25 +48,28 @@ from rankwise.comparison.statistics import CONFIDENCE, POWER, minimum_detectable
 from rankwise.comparison.summary import all_differences, all_methods, scores_by_metric, searches
 from rankwise.comparison.tasks import make_tasks
 from rankwise.config import FOUR_BITS
+from rankwise.disk import coded_errors, discard_folder, hold, remove_strays
 from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, warn
 from rankwise.records import write_json
 from rankwise.reports.numbers import percent, plural
+
+ENDINGS = (".in", ".json", ".yaml")
+# Of the files of a job in ``DIR/cells`` that are written whole.
 
 
 def compare(given: CompareOptions, watcher: Watcher) -> Comparison:
     """Run what is missing in ``given.output``, then write ``comparison.json`` and what it recommends.
 
     Raises ConfigError (RW165 to RW168), RunError: RW580 a folder of other settings, RW581 a folder of something else,
-    RW582 another call works in it, RW584 no run finished; Interrupted (RW587).
+    RW551 a file cannot be written, RW582 another call works in it, RW584 no run finished; Interrupted (RW587).
     """
     check_compare(given)
-    check_folder(given.output)
-    is_new = not given.output.exists()
-    given.output.mkdir(parents=True, exist_ok=True)
     told: list[Message] = []
-    with only_one(given.output) as alone, _told(told):
-        if not alone:
-            raise RunError("RW582", f"another call of `rankwise compare` is at work in {given.output}; wait for it.")
+    with hold(given.output), coded_errors(given.output, "and the same command continues"), _told(told):
+        check_folder(given.output)
+        is_new = not given.output.exists()
+        given.output.mkdir(parents=True, exist_ok=True)
+        remove_strays(given.output, (SETTINGS_FILE, STATE_FILE, COMPARISON_FILE, RECOMMENDED_FILE))
         clock = Clock(given.output)
         try:
             inputs = prepare_inputs(given, lambda described: check_same(given.output, given, described))
@@ -75,7 +86,9 @@ def compare(given: CompareOptions, watcher: Watcher) -> Comparison:
             _carry_out(given, plan, inputs, watcher, clock)
             return _conclude(given, plan, inputs, effect, told, watcher, clock)
         finally:
-            clock.keep(now=True)
+            with suppress(OSError):
+                # The first error is the one to tell.
+                clock.keep(now=True)
 
 
 def detectable_effect(given: CompareOptions) -> MinimumDetectableEffect:
@@ -146,6 +159,8 @@ def _carry_out(given: CompareOptions, plan: Plan, inputs: Inputs, watcher: Watch
     first = [Job("prepare", None)]
     probes = [probe_of(plan, method) for method in plan.methods] if given.minutes else []
     known = [*first, *probes, *_known_jobs(plan)]
+    names = [job.name(plan.output).name + ending for job in (*known, *jobs_left(plan)) for ending in ENDINGS]
+    remove_strays(plan.output / "cells", names)
     forget_unfinished(plan.output, known, retry=given.retry)
     for job in known:
         if commands.is_outdated(job):
@@ -274,7 +289,6 @@ def _warn_of_shared_steps(plan: Plan) -> None:
 
 def _merge(given: CompareOptions, run: Run, watcher: Watcher) -> str | None:
     """The best run as an ordinary model in ``DIR/merged``: a 4-bit run onto the values that it was measured on."""
-    import shutil
     import subprocess
     import sys
 
@@ -282,7 +296,7 @@ def _merge(given: CompareOptions, run: Run, watcher: Watcher) -> str | None:
         warn("RW589", f"--merge: the result of {run['method']} is not an adapter that merges.")
         return None
     output = given.output
-    shutil.rmtree(output / MERGED_FOLDER, ignore_errors=True)
+    discard_folder(output / MERGED_FOLDER)
     watcher.say("Merging the recommended adapter.")
     command = ["merge", "--adapter", str(output / BEST_FOLDER), "--output", str(output / MERGED_FOLDER)]
     command += ["--onto", "quantized"] if run["method"] in FOUR_BITS else []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -96,9 +95,6 @@ def train_arguments(job: Job, output: Path, settings: Mapping[str, Any]) -> list
 
     folder, config = job.folder(output), beside(job.name(output), ".yaml")
     there = (folder / RUN_FILE).is_file()
-    if folder.exists() and not there:
-        # Killed before the run had a record: what is in it is less than a run.
-        shutil.rmtree(folder)
     config.parent.mkdir(parents=True, exist_ok=True)
     write_text(config, yaml.safe_dump({key.replace("_", "-"): value for key, value in settings.items()}))
     return ["train", "--config", str(config), "--json", *(["--resume"] if there else [])]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rankwise.disk import appending
+from rankwise.disk import appending, remove_strays
 from rankwise.errors import RunError
 from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE, Example, read_examples
 from rankwise.records import write_bytes, write_json
@@ -31,6 +31,7 @@ def open_folder(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -
 
     Raises RunError (RW570) naming what differs when the folder belongs to another evaluation.
     """
+    remove_strays(folder, (IDENTITY_FILE, EXAMPLES_FILE, RESULT_FILE))
     known = _identity_in(folder)
     if known is not None and known != json.loads(json.dumps(identity, default=str)) and not overwrite:
         keys = [key for key in {**known, **identity} if known.get(key) != identity.get(key)]
@@ -40,7 +41,8 @@ def open_folder(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -
             f"{folder} holds results of another evaluation ({different}); use another --output, or --overwrite.",
         )
     if overwrite:
-        for name in (IDENTITY_FILE, EXAMPLES_FILE, RESPONSES_FILE, RESULT_FILE):
+        # Not the identity, which is replaced: without it old answers would count as those of any evaluation.
+        for name in (RESULT_FILE, EXAMPLES_FILE, RESPONSES_FILE):
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / IDENTITY_FILE, identity)

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from rankwise.disk import appending
 from rankwise.errors import ConfigError, DataError, warn
 from rankwise.evaluation.metrics.vicuna import FAILED
 
@@ -181,10 +182,8 @@ class JudgeCache:
         with self._lock:
             self._replies[key] = reply
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab") as file:
+            with appending(self.path) as file:
                 file.write(f"\n{line}\n".encode())
-                file.flush()
-                os.fsync(file.fileno())
 
 
 @dataclasses.dataclass(frozen=True)

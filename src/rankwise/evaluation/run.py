@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rankwise.disk import coded_errors, hold, refuse_links, remove_strays
 from rankwise.errors import ConfigError, Interrupted
 from rankwise.evaluation import journal
 from rankwise.evaluation.loading import base_of, load_as_trained, load_settings, template_of
@@ -143,7 +144,8 @@ def evaluate_all(settings: EvaluateSettings, observer: Observer | None = None) -
     """Evaluate and leave DIR/TASK/{result.json,predictions.jsonl}, with several models DIR/LABEL/TASK/.
 
     What the folder holds already is not done again. Raises InputError before the model is loaded where settings,
-    data or the folder are at fault; Interrupted (RW572) after Ctrl-C, when every finished batch is on disk.
+    data or the folder are at fault; RunError: RW551 a file cannot be written, RW582 another process writes there;
+    Interrupted (RW572) after Ctrl-C, when every finished batch is on disk.
     """
     return _Run(settings, observer or SilentObserver()).carry_out()
 
@@ -163,13 +165,20 @@ class _Run:
     def carry_out(self) -> Evaluation:
         identities = self._identities()
         root = self.settings.output or DEFAULT_FOLDER / self._default_name(identities)
+        with hold(root), coded_errors(root, "and the same command goes on with the answers so far"):
+            return self._evaluate(root, identities)
+
+    def _evaluate(self, root: Path, identities: dict[tuple[str, str], dict[str, Any]]) -> Evaluation:
+        folders = {key: self._folder(root, *key) for key in identities}
+        parts = [folder.relative_to(root) for folder in folders.values()]
+        refuse_links(root, {str(path) for part in parts for path in (part, *part.parents[:-1])})
         for key, identity in identities.items():
-            journal.open_folder(self._folder(root, *key), identity, overwrite=self.settings.overwrite)
+            journal.open_folder(folders[key], identity, overwrite=self.settings.overwrite)
         results, examples = [], {}
         try:
             for task in self.tasks:
                 for variant in self.variants:
-                    folder = self._folder(root, variant.label, task.name)
+                    folder = folders[variant.label, task.name]
                     result, found = self._result(task, variant, folder, identities[variant.label, task.name])
                     self.observer.result(variant.label, result)
                     results.append((variant.label, result))
@@ -182,6 +191,7 @@ class _Run:
             ) from None
         differences = [item for task in self.tasks for item in self._differences(task, examples)]
         if len(self.variants) > 1:
+            remove_strays(root, [DIFFERENCES_FILE])
             write_json(root / DIFFERENCES_FILE, [item.to_json() for item in differences])
         return Evaluation(root, results, differences)
 
