@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard, TypeVar, get_args
 
@@ -98,6 +98,9 @@ class LoraConfig:
     # them in the base's dtype (half the adapter's memory, and small updates are lost to rounding).
 
     def __post_init__(self) -> None:
+        wrong = list(_type_problems(self))
+        if wrong:
+            raise ConfigError("RW101", "; ".join(wrong) + ".")
         if isinstance(self.modules_to_save, str):
             object.__setattr__(self, "modules_to_save", (self.modules_to_save,))
         if self.target_parameters is not None and not isinstance(self.target_parameters, str):
@@ -106,7 +109,7 @@ class LoraConfig:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
-        if isinstance(self.enable_lora, Mapping):
+        if self.enable_lora:
             fused = {k: tuple(v) if isinstance(v, Sequence) else v for k, v in self.enable_lora.items()}
             object.__setattr__(self, "enable_lora", fused)
         problems = list(_lora_problems(self))
@@ -123,13 +126,24 @@ class LoraConfig:
         return any(f".{key}." in parts for key in self.modules_to_save or ())
 
 
+def _type_problems(config: LoraConfig) -> Iterator[str]:
+    """What a file may hold instead of names, mappings and switches."""
+    for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_pattern"):
+        value = getattr(config, name)
+        is_list = isinstance(value, Iterable) and not isinstance(value, Mapping)
+        if value is not None and not (is_list and all(isinstance(item, str) for item in value)):
+            yield f"{name} is {value!r} and must be a name or a list of names"
+    for name in ("rank_pattern", "alpha_pattern", "enable_lora"):
+        value = getattr(config, name)
+        if not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
+            yield f"{name} is {value!r} and must be a mapping from module names"
+    for name in ("use_dora", "use_rslora", "init_lora_weights"):
+        if not isinstance(getattr(config, name), bool):
+            yield f"{name} is {getattr(config, name)!r} and must be true or false"
+
+
 def _lora_problems(config: LoraConfig) -> Sequence[str]:
-    problems = [
-        f"{name} is {getattr(config, name)!r} and must be a mapping from module names"
-        for name in ("rank_pattern", "alpha_pattern", "enable_lora")
-        if not isinstance(getattr(config, name), Mapping)
-    ]
-    problems += _pattern_problems(config)
+    problems = list(_pattern_problems(config))
     if problems:
         return problems
     ranks = {"r": config.r, **{f"rank_pattern[{key!r}]": value for key, value in config.rank_pattern.items()}}
@@ -158,7 +172,8 @@ def _target_problems(config: LoraConfig) -> Iterator[str]:
     yield from _parameter_problems(config)
     layers = config.layers_to_transform
     indices = [layers] if isinstance(layers, int) else layers
-    if indices is not None and (isinstance(indices, str) or not all(type(index) is int for index in indices)):
+    is_list = isinstance(indices, Iterable) and not isinstance(indices, str)
+    if indices is not None and not (is_list and all(type(index) is int and index >= 0 for index in indices)):
         yield f"layers_to_transform is {layers!r} and must be a layer's index or a list of them"
     elif layers is not None and isinstance(config.target_modules, str):
         yield (
@@ -192,14 +207,15 @@ def _pattern_problems(config: LoraConfig) -> Iterator[str]:
     patterns = {name: getattr(config, name) for name in ("target_modules", "exclude_modules")}
     named = [(f"{name} is {value!r}", value) for name, value in patterns.items() if isinstance(value, str)]
     layers = config.layers_pattern or ()
-    named += [(f"layers_pattern has {value!r}", value) for value in ([layers] if isinstance(layers, str) else layers)]
+    # As they are matched: flags that stand inside fail there alone.
+    each = [layers] if isinstance(layers, str) else layers
+    named += [(f"layers_pattern has {value!r}", f"({value})") for value in each]
     for name in ("rank_pattern", "alpha_pattern"):
-        if isinstance(getattr(config, name), Mapping):
-            named += [(f"{name}[{key!r}] is set", key) for key in getattr(config, name)]
+        named += [(f"{name}[{key!r}] is set", f"({key})") for key in getattr(config, name)]
     for described, pattern in named:
         try:
             re.compile(pattern)
-        except (re.error, TypeError) as error:
+        except (re.error, RecursionError, OverflowError) as error:
             yield f"{described}, which is no regular expression ({error})"
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
+
+import pydantic
 
 from rankwise.errors import RankwiseError
 
@@ -33,8 +37,15 @@ def read_json(path: Path, *, largest_bytes: int = LARGEST_BYTES, constants: bool
     return parse_json(content, constants=constants)
 
 
-def parse_json(content: bytes | str, *, constants: bool = False, pairs: Callable[..., Any] | None = None) -> Any:
-    """JSON as Python's own reader gives it. ``constants`` lets NaN and infinities pass; ``pairs`` makes the objects.
+def parse_json(
+    content: bytes | str,
+    *,
+    constants: bool = False,
+    halves: bool = False,
+    pairs: Callable[..., Any] | None = None,
+) -> Any:
+    """JSON as Python's own reader gives it. ``constants`` lets NaN and infinities pass, ``halves`` half a surrogate
+    pair, which a model can write; ``pairs`` makes the objects.
 
     Raises ValueError with the reason: no UTF-8, no JSON, nested too deeply, a number out of range, half a character.
     """
@@ -50,8 +61,8 @@ def parse_json(content: bytes | str, *, constants: bool = False, pairs: Callable
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     _check_depth(found)
-    if "\\ud" in text or "\\uD" in text:
-        # An escaped half of a pair is no character, and nothing that holds it can be written again.
+    if not halves and ("\\ud" in text or "\\uD" in text):
+        # Such a half is no character, and nothing that holds it can be written again.
         json.dumps(found, ensure_ascii=False).encode("utf-8")
     return found
 
@@ -77,14 +88,29 @@ def checked(kind: type[T], content: Any) -> T:
 
     Fields that ``kind`` does not have are left out. Raises ValueError that names the first field at fault.
     """
-    import pydantic
-
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__} and not an object")
+    fields: Any = kind
+    model = _strict_model(fields)
     try:
-        return pydantic.TypeAdapter(kind).validate_python(content)
+        # For its errors alone: it would make 12 a 12.0 where a number may have a fraction.
+        model.model_validate(content, strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
+        place = ".".join(map(str, first["loc"]))
         raise ValueError(f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+    return kind(**{name: content[name] for name in model.model_fields if name in content})
+
+
+@functools.cache
+def _strict_model(kind: Any) -> type[pydantic.BaseModel]:
+    types = get_type_hints(kind)
+    required = dataclasses.MISSING
+    fields: dict[str, Any] = {
+        field.name: (types[field.name], ... if field.default is field.default_factory is required else None)
+        for field in dataclasses.fields(kind)
+    }
+    return pydantic.create_model(kind.__name__, **fields)
 
 
 def _whole(digits: str) -> int:

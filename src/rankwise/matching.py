@@ -172,8 +172,8 @@ def _layer_of(name: str, config: LoraConfig) -> int | None:
 
 def _index_in(pattern: str, name: str) -> int | None:
     # The first index in the path counts; a later one may be an expert's.
-    found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
-    return int(found[1]) if found else None
+    found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name)
+    return int(found["index"]) if found else None
 
 
 def _layers_there(config: LoraConfig, names: Names) -> set[int]:

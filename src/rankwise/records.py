@@ -15,11 +15,14 @@ from typing import Any
 
 from rankwise.disk import whole_file
 from rankwise.errors import RunError
+from rankwise.foreign import checked, parse_json, read_json, reason_of
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 WAIT_POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 # Variables of the environment by which a user says how long threads of OpenMP spin before they sleep.
+NUMBERS = ("loss", "eval_loss", "learning_rate", "train_seconds")
+# What is reckoned with of a line of the metrics.
 
 
 @dataclasses.dataclass
@@ -71,25 +74,43 @@ def load_record(folder: Path) -> RunRecord:
     """The record of a run folder. Raises RunError (RW501) when it is missing or cannot be read."""
     path = folder / RUN_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        known = {field.name for field in dataclasses.fields(RunRecord)}
-        return RunRecord(**{key: value for key, value in content.items() if key in known})
+        return checked(RunRecord, read_json(path, constants=True))
     except FileNotFoundError:
         raise RunError("RW501", f"{folder} holds no {RUN_FILE}; give the folder of a rankwise run.") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise RunError("RW501", f"cannot read {path} as the record of a run: {error}.") from None
+    except (OSError, ValueError) as error:
+        raise RunError("RW501", f"cannot read {path} as the record of a run: {reason_of(error)}.") from None
 
 
 def read_metrics(folder: Path) -> Iterator[Mapping[str, Any]]:
-    """The lines of ``metrics.jsonl``; a last line cut short by a kill is left out."""
+    """The lines of ``metrics.jsonl``; a last line cut short by a kill is left out.
+
+    Raises RunError (RW501) for a damaged line elsewhere.
+    """
     path = folder / METRICS_FILE
-    if not path.exists():
+    if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+            if line:
+                yield _logged(parse_json(line))
+        except ValueError as error:
+            if number == len(lines):
+                return
+            raise RunError(
+                "RW501", f"{path}, line {number}, is no line of a run ({reason_of(error)}); remove that line."
+            ) from None
+
+
+def _logged(line: Any) -> Mapping[str, Any]:
+    if not isinstance(line, dict):
+        raise ValueError(f"it holds a {type(line).__name__}")
+    if type(line.get("step", 0)) is not int:
+        raise ValueError("its step is no whole number")
+    odd = next((key for key in NUMBERS if not isinstance(line.get(key), int | float | None)), None)
+    if odd is not None:
+        raise ValueError(f"its {odd} is no number")
+    return line
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -10,7 +10,6 @@ with offsets counted from the end of the JSON. Imports no torch.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import struct
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rankwise.errors import ModelError, RankwiseError
+from rankwise.foreign import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_ELEMENTS = 2**62
@@ -129,8 +129,8 @@ def _refuse_other_formats(start: bytes) -> None:
 
 def _parse(text: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as problem:
+        content = parse_json(text, pairs=_unique)
+    except ValueError as problem:
         reason = " ".join(str(problem).split())[:120]
         raise _Malformed(f"has a header that is no valid JSON ({reason}); {AGAIN}") from None
     if not isinstance(content, dict):
@@ -145,10 +145,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice!r} occurs twice")
     return content
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _checked_metadata(metadata: Any) -> dict[str, str]:

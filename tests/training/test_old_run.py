@@ -154,7 +154,7 @@ def test_a_checkpoint_behind_a_link_is_none(old_run: Path, tmp_path: Path) -> No
     assert snapshot(tmp_path / "other") == before
 
 
-@pytest.mark.parametrize("name", ["run.json", "a\0b", "x" * 5000, "\ud800", "loss.svg/x", "README.md/.."])
+@pytest.mark.parametrize("name", ["run.json", "a\0b", "x" * 5000, "loss.svg/x", "README.md/.."])
 def test_a_strange_name_in_the_record_removes_nothing(name: str, old_run: Path) -> None:
     write(old_run, ("mine.txt",))
     RunRecord("lora", 0, {}, files=["tokenizer.json"]).save(old_run)

@@ -7,7 +7,6 @@ PEFT refuses by name, and one tensor per parameter.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.bottleneck import add_bottleneck
-from rankwise.adapters.peft_config import CONFIG_FILE
+from rankwise.adapters.peft_config import CONFIG_FILE, read_config
 from rankwise.adapters.prefix import Prefix, add_prefix
-from rankwise.errors import ConfigError
+from rankwise.errors import AdapterError, ConfigError
 from rankwise.records import write_bytes, write_json
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -67,10 +66,10 @@ def save_baseline(model: Any, folder: Path, base_model: str | None = None) -> No
 def load_baseline(model: Any, folder: Path) -> None:
     """Put the baseline in ``folder`` on the model. Raises ConfigError (RW172) when it is none or does not fit."""
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = read_config(folder)
         method = {name: method for method, name in TYPES.items()}[config["peft_type"]]
         size = int(config["num_virtual_tokens" if method == "prefix" else "width"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (AdapterError, ValueError, KeyError, TypeError) as error:
         raise ConfigError("RW172", f"{folder} holds no bottleneck or prefix adapter: {error!r}.") from None
     add_baseline(model, method, size)
     load_baseline_weights(model, folder)

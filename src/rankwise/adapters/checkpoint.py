@@ -56,6 +56,7 @@ from rankwise.adapters.state import (
 )
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError, ConfigError
+from rankwise.foreign import parse_json
 from rankwise.matching import matches, suffixes
 from rankwise.records import write_bytes, write_json
 from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
@@ -303,7 +304,7 @@ def _with_parts(config: LoraConfig, metadata: Mapping[str, str]) -> LoraConfig:
     if PARTS_KEY not in metadata:
         return config
     try:
-        stored = json.loads(metadata[PARTS_KEY])
+        stored = parse_json(metadata[PARTS_KEY])
         return dataclasses.replace(config, **{name: stored[name] for name in PARTS_FIELDS})
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise AdapterError("RW409", f"the metadata {PARTS_KEY} of {WEIGHTS_FILE} cannot be read: {error}.") from None

@@ -5,16 +5,15 @@ Unknown fields that only say how an adapter was made are ignored; those that wou
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError, ConfigError
+from rankwise.foreign import read_object
 
 CONFIG_FILE = "adapter_config.json"
-CONFIG_BYTES_LIMIT = 4 << 20
 
 _SHARED_FIELDS = (
     "r",
@@ -98,18 +97,9 @@ def from_peft(document: Mapping[str, Any], source: Path) -> LoraConfig:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The JSON document of an adapter folder. Raises AdapterError (RW409) when it is missing or no JSON object."""
-    path = folder / CONFIG_FILE
-    try:
-        if path.stat().st_size > CONFIG_BYTES_LIMIT:
-            raise AdapterError("RW409", f"{path} has {path.stat().st_size:,} bytes, too many for a configuration.")
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError("RW409", f"{folder} holds no {CONFIG_FILE}; give the folder of an adapter.") from None
-    except (OSError, ValueError) as error:
-        raise AdapterError("RW409", f"{path} cannot be read as JSON: {error}.") from None
-    if not isinstance(document, dict):
-        raise AdapterError("RW409", f"{path} holds a {type(document).__name__} and should hold an object.")
-    return document
+    if not (folder / CONFIG_FILE).exists():
+        raise AdapterError("RW409", f"{folder} holds no {CONFIG_FILE}; give the folder of an adapter.")
+    return read_object(folder / CONFIG_FILE, error=AdapterError, code="RW409")
 
 
 def scaled_alpha(config: LoraConfig) -> Callable[[float, int], float]:

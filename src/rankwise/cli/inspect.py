@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -18,10 +17,10 @@ from rankwise.cli.settings import InspectSettings
 from rankwise.cli.sparkline import sparkline
 from rankwise.cli.words import byte_size, parameter_count
 from rankwise.errors import AdapterError, ModelError, RunError
+from rankwise.foreign import read_object
 from rankwise.records import RUN_FILE, load_record
 from rankwise.reports.numbers import plural
 
-CONFIG_BYTES_LIMIT = 4 << 20
 SHOWN_PROBLEMS = 3
 
 
@@ -118,7 +117,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
 def _model(folder: Path) -> dict[str, Any]:
     from rankwise.weights_file import refuse_pickles
 
-    config = _read_json(folder / "config.json")
+    config = read_object(folder / "config.json", error=ModelError, code="RW302", constants=True)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         refuse_pickles(folder)
@@ -195,19 +194,6 @@ def _fit(folder: Path, model: str, found: Mapping[str, Any]) -> dict[str, Any]:
         return {"model": model, "fits": False, "code": error.code, "reason": shortened(error.message)}
     trained_on = found["base_model"] if is_other_hub_model(model, found["base_model"]) else None
     return {"model": model, "fits": True, "another_base": trained_on}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of bounded size. Raises ModelError (RW302)."""
-    try:
-        if path.stat().st_size > CONFIG_BYTES_LIMIT:
-            raise ModelError("RW302", f"{path} has {path.stat().st_size:,} bytes, too many for a configuration.")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError("RW302", f"{path} cannot be read as JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise ModelError("RW302", f"{path} holds a {type(content).__name__} and should hold an object.")
-    return content
 
 
 def _print(output: Output, document: Mapping[str, Any]) -> None:

@@ -13,7 +13,9 @@ from rankwise.comparison.schedule import Plan, state_of
 from rankwise.comparison.schema import EVAL_LOSS, EVALUATION_FOLDER, Message, Run
 from rankwise.comparison.stages import Job, Stage, outcome_of
 from rankwise.comparison.verdicts import Scores
+from rankwise.errors import RunError
 from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE
+from rankwise.foreign import read_object
 from rankwise.records import RUN_FILE, load_record
 
 
@@ -90,11 +92,7 @@ def read_tasks(folder: Path, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_object(path, error=RunError, code="RW593", constants=True) if path.exists() else {}
 
 
 def metrics_of(runs: Sequence[Run]) -> dict[str, bool]:

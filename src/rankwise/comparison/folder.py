@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from rankwise.comparison.schema import BEST_FOLDER, MERGED_FOLDER
 from rankwise.comparison.settings import SAME_RUNS, SHARED, CompareOptions
 from rankwise.disk import refuse_links
 from rankwise.errors import RunError
+from rankwise.foreign import checked, read_json, reason_of
 from rankwise.records import write_json
 
 SETTINGS_FILE = "settings.json"
@@ -38,6 +40,14 @@ def check_folder(output: Path) -> None:
         )
 
 
+@dataclasses.dataclass
+class _Identity:
+    """What the runs of a folder depend on, as it was noted."""
+
+    options: dict[str, Any]
+    data: dict[str, str]
+
+
 def check_same(output: Path, given: CompareOptions, data: Mapping[str, Any]) -> None:
     """Note what the runs of this folder depend on, or compare with what was noted.
 
@@ -50,16 +60,18 @@ def check_same(output: Path, given: CompareOptions, data: Mapping[str, Any]) -> 
         write_json(path, now)
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = checked(_Identity, read_json(path))
     except (OSError, ValueError) as error:
-        raise RunError("RW581", f"cannot read {path}: {error}; give another --output.") from None
+        raise RunError("RW581", f"cannot read {path}: {reason_of(error)}; give another --output.") from None
     changed = [
-        f"--{name.replace('_', '-')} was {before['options'].get(name)!r} and is {value!r}"
+        f"--{name.replace('_', '-')} was {before.options.get(name)!r} and is {value!r}"
         for name, value in now["options"].items()
-        if name not in NEUTRAL and before["options"].get(name, value) != value
+        if name not in NEUTRAL and before.options.get(name, value) != value
     ]
     changed += [
-        f"the content of {label} is another" for label, digest in now["data"].items() if before["data"][label] != digest
+        f"the content of {label} is another"
+        for label, digest in now["data"].items()
+        if before.data.get(label) != digest
     ]
     if changed:
         raise RunError(

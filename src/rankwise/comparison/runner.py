@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from rankwise.comparison import processes, stages
 from rankwise.comparison.processes import Worker
 from rankwise.comparison.stages import Job, Outcome
 from rankwise.errors import Interrupted
+from rankwise.foreign import read_json
 from rankwise.records import write_json
 
 POLL_SECONDS = 0.2
@@ -181,7 +181,7 @@ class Clock:
 def seconds_spent(output: Path) -> float:
     """Of all calls on this folder so far."""
     try:
-        return float(json.loads((output / STATE_FILE).read_text(encoding="utf-8"))["seconds"])
+        return float(read_json(output / STATE_FILE)["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0.0
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from rankwise.comparison.matrix import Cell
 from rankwise.errors import RunError
+from rankwise.foreign import checked, read_json, reason_of
 from rankwise.records import RUN_FILE, load_record, read_metrics, write_json, write_text
 
 Stage = Literal["prepare", "probe", "train", "measure"]
@@ -61,11 +61,13 @@ def outcome_of(job: Job, output: Path) -> Outcome | None:
     """How it ended; None while it has not. A finished record counts even where a kill came before its outcome."""
     path = beside(job.name(output), ".json")
     try:
-        return Outcome(**json.loads(path.read_text(encoding="utf-8")))
+        return checked(Outcome, read_json(path))
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError("RW581", f"cannot read {path}: {error}; remove it, and the step is done again.") from None
+    except (OSError, ValueError) as error:
+        raise RunError(
+            "RW581", f"cannot read {path}: {reason_of(error)}; remove it, and the step is done again."
+        ) from None
     if job.stage in ("train", "probe") and status_of(job.folder(output)) == "finished":
         return Outcome("finished", load_record(job.folder(output)).wall_seconds or 0.0)
     return None

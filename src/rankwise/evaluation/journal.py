@@ -15,6 +15,7 @@ from typing import Any
 from rankwise.disk import appending, remove_strays
 from rankwise.errors import RunError
 from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE, Example, read_examples
+from rankwise.foreign import parse_json, read_json, reason_of
 from rankwise.records import write_bytes, write_json
 
 IDENTITY_FILE = "settings.json"
@@ -51,11 +52,16 @@ def open_folder(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -
 def _identity_in(folder: Path) -> Any:
     path = folder / IDENTITY_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, constants=True)
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+        return found
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise RunError("RW571", f"cannot read {path}: {error}; remove the folder, or use --overwrite.") from None
+        raise RunError(
+            "RW571", f"cannot read {path}: {reason_of(error)}; remove the folder, or use --overwrite."
+        ) from None
 
 
 def _short(value: Any) -> str:
@@ -112,9 +118,17 @@ class Responses:
     def __init__(self, folder: Path) -> None:
         self.lines = Lines(folder / RESPONSES_FILE)
         self.known: dict[str, Any] = {}
-        for line in self.lines.path.read_text(encoding="utf-8").splitlines() if self.lines.path.exists() else ():
-            record = json.loads(line)
-            self.known[record["request"]] = record["response"]
+        lines = self.lines.path.read_bytes().split(b"\n") if self.lines.path.exists() else []
+        for number, line in enumerate(filter(None, lines), 1):
+            try:
+                record = parse_json(line, constants=True, halves=True)
+                self.known[record["request"]] = record["response"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunError(
+                    "RW571",
+                    f"{self.lines.path}, line {number}: no answer of ours ({reason_of(error)}); remove the file, or "
+                    "use --overwrite.",
+                ) from None
 
     def append(self, responses: Mapping[str, Any]) -> None:
         self.lines.append({"request": key, "response": value} for key, value in responses.items())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rankwise.errors import ConfigError, DataError, ModelError
+from rankwise.foreign import read_json
 from rankwise.records import RUN_FILE, RunRecord, load_record
 
 
@@ -142,7 +142,7 @@ def _stored_template(folder: Path) -> str | None:
     except FileNotFoundError:
         pass
     try:
-        found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+        found = read_json(folder / "tokenizer_config.json", constants=True).get("chat_template")
     except (OSError, ValueError, AttributeError):
         return None
     return found if isinstance(found, str) else None

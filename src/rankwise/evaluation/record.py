@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rankwise.errors import RunError
+from rankwise.foreign import checked, parse_json, read_json, reason_of
 from rankwise.records import write_json
 
 RESULT_FILE = "result.json"
@@ -76,13 +76,11 @@ def load_result(folder: Path) -> TaskResult:
     """The record in ``folder``. Raises RunError (RW574) when it is missing or cannot be read."""
     path = folder / RESULT_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        known = {field.name for field in dataclasses.fields(TaskResult)}
-        return TaskResult(**{key: value for key, value in content.items() if key in known})
+        return checked(TaskResult, read_json(path, constants=True))
     except FileNotFoundError:
         raise RunError("RW574", f"{folder} holds no {RESULT_FILE}; give a folder that evaluate has written.") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise RunError("RW574", f"cannot read {path} as the result of an evaluation: {error}.") from None
+    except (OSError, ValueError) as error:
+        raise RunError("RW574", f"cannot read {path} as the result of an evaluation: {reason_of(error)}.") from None
 
 
 def read_examples(path: Path) -> Iterator[Example]:
@@ -96,8 +94,8 @@ def read_examples(path: Path) -> Iterator[Example]:
     # What stands behind the last line end has not been written whole.
     for number, line in enumerate(lines[:-1], 1):
         try:
-            yield Example(**json.loads(line))
-        except (ValueError, TypeError) as error:
+            yield checked(Example, parse_json(line, constants=True, halves=True))
+        except ValueError as error:
             reason = str(error)[:120]
             raise RunError(
                 "RW571",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from safetensors import safe_open
 from torch import Tensor
 
 from rankwise.errors import ModelError
+from rankwise.foreign import read_json
 from rankwise.weights_file import TensorInfo, read_header
 
 SINGLE_FILE = "model.safetensors"
@@ -46,7 +46,7 @@ def _file_names(folder: Path) -> list[str]:
     if (folder / SINGLE_FILE).is_file() or not index.exists():
         return [SINGLE_FILE]
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError("RW305", f"{index} is no index of weight files: {error}.") from None
     outside = [name for name in names if Path(name).name != name]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rankwise.errors import ModelError, warn
+from rankwise.foreign import read_object
 from rankwise.quantization.listing import some_of
 from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
 
@@ -24,7 +24,6 @@ TOKENIZER_FILES = (
     "spiece.model",
     "tekken.json",
 )
-MAX_JSON_BYTES = 50_000_000
 
 
 class FolderContent(NamedTuple):
@@ -85,16 +84,8 @@ def _what_it_is_instead(folder: Path) -> str:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ModelError("RW302", f"{path} is larger than {MAX_JSON_BYTES:,} bytes; it is no settings file.")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError("RW302", f"cannot read {path} as JSON ({reason}); download it again.") from None
-    if not isinstance(content, dict):
-        raise ModelError("RW302", f"{path} holds a JSON {type(content).__name__} and not an object; download it again.")
-    return content
+    # Some families have infinities in their settings.
+    return read_object(path, error=ModelError, code="RW302", constants=True)
 
 
 def check_architecture(config: Mapping[str, Any], folder: Path, *, trust_remote_code: bool) -> None:
@@ -165,7 +156,12 @@ def _weight_map(folder: Path, index: str) -> dict[str, str]:
 
 def _inside(folder: Path, name: str) -> str:
     """``name`` when it is a plain file name: a path in a settings file never leaves its folder."""
-    if Path(name).name != name or "\\" in name or not name.endswith((".safetensors", ".safetensors.index.json")):
+    if (
+        Path(name).name != name
+        or "\\" in name
+        or "\0" in name
+        or not name.endswith((".safetensors", ".safetensors.index.json"))
+    ):
         raise ModelError("RW305", f"{folder} names {name!r} as weights, which is no safetensors file of that folder.")
     return name
 

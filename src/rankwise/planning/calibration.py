@@ -7,7 +7,6 @@ The file is ``machine.json`` in the user's cache folder: ``$XDG_CACHE_HOME/rankw
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import warn
+from rankwise.foreign import read_json
 from rankwise.planning.estimate import MemoryEstimate
 from rankwise.planning.facts import ModelFacts, facts_of
 from rankwise.planning.hardware import Hardware
@@ -178,7 +178,7 @@ def _key(hardware: Hardware, dtype: str) -> str:
 def _read() -> dict[str, Any]:
     path = cache_folder() / FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         return dict(content["machines"]) if content["schema"] == SCHEMA else {}
     except FileNotFoundError:
         return {}

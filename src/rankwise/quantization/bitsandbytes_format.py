@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import QuantizationError
+from rankwise.foreign import parse_json
 from rankwise.ops.checks import BLOCK_SIZES
 from rankwise.ops.codes import NESTED_BLOCK, QUANT_TYPES, code_values, dynamic_map
 from rankwise.ops.reference import packed_shape
@@ -142,8 +143,8 @@ def state_part(name: str, sizes: Mapping[str, tuple[str, int]]) -> str:
 def parse_state(name: str, part: str, text: bytes) -> StoredWeight:
     """The JSON of one stored weight. Raises QuantizationError (RW611) that names the weight and the fault."""
     try:
-        content = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text)
+    except ValueError as error:
         raise _broken(name, f"has a quant_state that is no JSON ({' '.join(str(error).split())[:80]})") from None
     if not isinstance(content, dict):
         raise _broken(name, f"has a quant_state that is a JSON {type(content).__name__} and not an object")

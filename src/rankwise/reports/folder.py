@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rankwise.errors import RunError
+from rankwise.foreign import parse_json, read_json
 from rankwise.records import read_metrics
 from rankwise.reports.numbers import is_number
 
@@ -165,16 +165,14 @@ def load_comparison(folder: Path) -> Comparison:
         raise RunError("RW592", f"{folder} {state}; give a folder that `rankwise compare` wrote (its --output).")
     try:
         document = filled(read_object(path))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise RunError("RW593", f"cannot read {path} as a comparison: {error}.") from None
     return Comparison(document, folder, {run["id"]: folder for run in document["runs"]})
 
 
 def read_object(path: Path) -> Any:
     """The content of a JSON file. Raises ValueError for a file that is no JSON or too large to be a record."""
-    if path.stat().st_size > LARGEST_BYTES:
-        raise ValueError(f"it is larger than {LARGEST_BYTES} bytes")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, largest_bytes=LARGEST_BYTES, constants=True)
 
 
 def filled(content: Any) -> dict[str, Any]:
@@ -226,7 +224,7 @@ def _objects(path: Path) -> Iterator[Mapping[str, Any]]:
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
-                content = json.loads(line)
+                content = parse_json(line, constants=True, halves=True)
             except ValueError:
                 return
             if isinstance(content, Mapping):

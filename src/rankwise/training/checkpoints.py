@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 
 from rankwise.disk import flush, flush_tree, follow_umask, system_error
 from rankwise.errors import RunError
+from rankwise.foreign import read_json
 from rankwise.records import write_json
 from rankwise.weights_file import pickles_in, sha256_of
 
@@ -204,7 +204,7 @@ def _write_manifest(folder: Path, step: int) -> None:
 def _read_manifest(folder: Path) -> dict[str, tuple[int, str]] | None:
     """{file: (bytes, sha256)}; None when there is no manifest that can be read."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST)
         return {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import InternalError, RunError
+from rankwise.foreign import read_json
 from rankwise.training.checkpoints import check_no_pickles
 
 
@@ -47,7 +48,7 @@ def load_state(folder: Path, name: str) -> Any:
     """
     check_no_pickles(folder)
     try:
-        document = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        document = read_json(folder / f"{name}.json")
         path = folder / f"{name}.safetensors"
         tensors = safetensors.torch.load_file(path) if path.exists() else {}
         return _decode(document, tensors)
