@@ -121,7 +121,7 @@ def test_padding_changes_nothing(make, method):
 @pytest.mark.parametrize("method", BASELINES)
 def test_scoring_sees_the_baseline(make, method):
     """The evaluation runs the model without its head, with masks of its own."""
-    from rankwise.evaluation.loglikelihood import Scorer, target_of
+    from rankwise.acceleration.scoring import Scorer, target_of
 
     model = trained(make, method)
     targets = [target_of([3, 4, 5, 6], [7 + n, 8, 9], 64) for n in range(4)]

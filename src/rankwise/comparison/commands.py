@@ -144,7 +144,7 @@ class Commands:
         return self.plan.output.resolve() / "cache"
 
     def _measuring(self, job: Job) -> dict[str, Any]:
-        names = ("max_length", "chat_template", "batch_size", "dtype", "device", "trust_remote_code", "revision")
+        names = ("max_length", "chat_template", "dtype", "device", "trust_remote_code", "revision")
         return {
             "folder": str(job.folder(self.plan.output)),
             "model": _model(self.given.model),

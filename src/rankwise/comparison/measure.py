@@ -45,7 +45,7 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     """Write ``evaluation/TASK`` and ``measured.json`` into the run's folder; gives the latter's content.
 
     ``job``: folder, model, cache, method (None for the base), dtype, device, trust_remote_code, revision; eval_data,
-    columns, max_length, chat_template, batch_size; merged_check; tasks, task_data, task_limit.
+    columns, max_length, chat_template; merged_check; tasks, task_data, task_limit.
     """
     torch.manual_seed(0)
     with hold(Path(job["folder"])):
@@ -67,7 +67,7 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
     rows = read_rows(job["eval_data"], split="validation", **job["columns"])
     model, tokenizer = load_run(job)
     template = read_template(Path(job["chat_template"])) if job["chat_template"] else None
-    engine = Engine(model, tokenizer, template, job["batch_size"])
+    engine = _engine(job, model, tokenizer, template)
     shown = _shown(rows)
     answers, speed = _answers(engine, rows, shown)
     for task in tasks:
@@ -78,6 +78,17 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
         facts |= _merge_facts(job, engine, rows, shown, speed)
     write_json(folder / FACTS_FILE, facts)
     return facts
+
+
+def _engine(job: Mapping[str, Any], model: Any, tokenizer: Any, template: str | None) -> Engine:
+    """Losses come from the operators that the run was evaluated with."""
+    if job["method"] is None:
+        return Engine(model, tokenizer, template)
+    record = load_record(Path(job["folder"]))
+    fast = record.settings.get("fast") is not False and record.method not in BASELINES
+    dtype = getattr(torch, record.device["dtype"])
+    is_rounded = record.method == "full" and dtype != torch.float32
+    return Engine(model, tokenizer, template, trained_fast=fast, autocast=dtype if is_rounded else None)
 
 
 def run_task(
@@ -125,7 +136,9 @@ def load_run(job: Mapping[str, Any]) -> tuple[Any, Any]:
         trust_remote_code=job["trust_remote_code"],
         cache=Path(job["cache"]),
     )
-    if record is not None and not whole:
+    if whole:
+        model.requires_grad_(True)
+    elif record is not None:
         _load_adapter(model, folder, record.method)
     return model.eval(), tokenizer
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from rankwise.acceleration import optimize_for_training, restore
+from rankwise.acceleration.scoring import Scorer, loss_scorer
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.rows import Row, Rows
 from rankwise.evaluation.generation import Decoding, Generator, Prompt, batches_by_length
-from rankwise.evaluation.loglikelihood import Scorer
 from rankwise.models.positions import table_rows
 
 SCORING_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
@@ -31,6 +33,10 @@ class Engine:
     template: str | None = None
     batch_size: int | None = None
     # Most sequences in a batch; None leaves it to budgets.
+    trained_fast: bool = True
+    # Whether the run made its model fast (rankwise.acceleration), as runs do by default.
+    autocast: torch.dtype | None = None
+    # In which a full fine-tuning computed with its float32 weights.
 
     @property
     def device_type(self) -> str:
@@ -57,6 +63,17 @@ class Engine:
     def scorer(self) -> Scorer:
         budget = SCORING_TOKENS.get(self.device_type, SCORING_TOKENS["cpu"])
         return Scorer(self.model, budget=budget, max_rows=self.batch_size, pad=self.pad)
+
+    @contextlib.contextmanager
+    def as_in_training(self) -> Iterator[Scorer]:
+        """A scorer of losses on the model as it was evaluated in training: the same operators and batches."""
+        if self.trained_fast:
+            optimize_for_training(self.model, keep_memory=False)
+        try:
+            yield loss_scorer(self.model, max_rows=self.batch_size, autocast=self.autocast)
+        finally:
+            if self.trained_fast:
+                restore(self.model)
 
     def generator(self, decoding: Decoding) -> Generator:
         return Generator(self.model, decoding, pad=self.pad)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankwise.acceleration.packing import common_length
 from rankwise.evaluation.growing_cache import as_tensor, growing_cache, repeated, shares_prefixes
-from rankwise.evaluation.packing import common_length
 
 SHARED_TOKENS = 32
 # A common beginning shorter than this is not worth a pass of its own.

@@ -15,11 +15,11 @@ from typing import Any
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from rankwise.acceleration.packing import members_of
+from rankwise.acceleration.scoring import Target, target_of
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.generation import Decoding, Prompt
 from rankwise.evaluation.journal import Responses
-from rankwise.evaluation.loglikelihood import Target, target_of
-from rankwise.evaluation.packing import members_of
 from rankwise.evaluation.tasks.answers import before_stops, stops_at, with_room
 from rankwise.evaluation.tasks.base import Tell
 

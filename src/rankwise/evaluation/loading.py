@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, DataError, ModelError
 from rankwise.foreign import read_json
 from rankwise.records import RUN_FILE, RunRecord, load_record
@@ -133,6 +134,18 @@ def template_of(adapters: Sequence[Path]) -> str | None:
         )
     _same("chat template", {name: _short_hash(text) for name, text in stored.items()}, "--chat-template")
     return stored[given[0]]
+
+
+def max_length_of(adapters: Sequence[Path]) -> int:
+    """Tokens per row as the runs in ``adapters`` had them; the default of training where none has a record.
+
+    Raises ConfigError (RW151) when they were trained with different ones.
+    """
+    records = {str(adapter): record for adapter in adapters if (record := record_of(adapter)) is not None}
+    usual = int(TrainSettings.model_fields["max_length"].default)
+    lengths = {name: int(record.settings.get("max_length", usual)) for name, record in records.items()}
+    _same("length of a row", lengths, "--max-length")
+    return next(iter(lengths.values()), usual)
 
 
 def _stored_template(folder: Path) -> str | None:

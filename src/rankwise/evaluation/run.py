@@ -14,13 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rankwise.disk import coded_errors, hold, refuse_links, remove_strays
-from rankwise.errors import ConfigError, Interrupted
+from rankwise.errors import ConfigError, Interrupted, warn
 from rankwise.evaluation import journal
-from rankwise.evaluation.loading import base_of, load_as_trained, load_settings, template_of
+from rankwise.evaluation.loading import (
+    base_of,
+    load_as_trained,
+    load_settings,
+    record_of,
+    template_of,
+)
 from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE, Example, TaskResult, load_result, read_examples
 from rankwise.evaluation.settings import EvaluateSettings
 from rankwise.evaluation.tasks.registry import make_tasks
-from rankwise.records import write_json
+from rankwise.records import RunRecord, write_json
 
 if TYPE_CHECKING:
     from rankwise.evaluation.engine import Engine
@@ -206,6 +212,7 @@ class _Run:
                 return known, examples
         engine = self._engine()
         self._activate(engine, variant)
+        _warn_of_other_rows(task, record_of(variant.adapter))
         label = f"{task.name} on {variant.label}"
         self.observer.phase(label)
         return answer_task(
@@ -243,6 +250,8 @@ class _Run:
     def _activate(self, engine: Engine, variant: Variant) -> None:
         from rankwise.adapters import disable_adapter, enable_adapter, has_adapter, set_adapter
 
+        record = record_of(variant.adapter)
+        engine.trained_fast = record is None or record.settings.get("fast") is not False
         if not has_adapter(engine.model):
             return
         if variant.adapter is None:
@@ -298,6 +307,20 @@ class _Run:
         content = {"|".join(key): value for key, value in identities.items()}
         stem = re.sub(r"[^\w.-]+", "-", Path(self.name).name)
         return f"{stem}-{journal.identity_hash(content)[:10]}"
+
+
+def _warn_of_other_rows(task: Task, record: RunRecord | None) -> None:
+    """Say (RW596) that the run's own loss is of another part of the same data; two figures would look like a fault."""
+    known = {} if record is None else record.data.get("eval") or {}
+    rows = task.describe().get("rows")
+    if task.name != "perplexity" or known.get("sha256") != task.data_sha256 or known.get("rows") in (rows, None):
+        return
+    warn(
+        "RW596",
+        f"the evaluation loss in the run's record is of {known['rows']:,} rows of {known.get('source')} and this one "
+        f"of {rows:,}, so the two differ; train with --eval-limit 0 to evaluate all rows, or give the same number to "
+        "--eval-limit and --limit for the first ones.",
+    )
 
 
 def variants_of(adapters: Sequence[Path], base: bool | None) -> list[Variant]:

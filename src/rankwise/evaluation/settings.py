@@ -103,7 +103,12 @@ class EvaluateSettings(Settings):
     )
     top_p: float = Field(1.0, gt=0, le=1, description="vicuna: sample from the likeliest tokens of this share.")
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of the sampling.")
-    max_length: int = Field(1024, ge=2, le=LONGEST_ROW, description="perplexity: tokens per row, as in training.")
+    max_length: int | None = Field(
+        None,
+        ge=2,
+        le=LONGEST_ROW,
+        description="perplexity: tokens per row; default: as the adapters were trained, else 1024.",
+    )
     prompt_column: str | None = Field(None, description="perplexity: column with the prompt.")
     completion_column: str | None = Field(None, description="perplexity: column with the completion.")
     chat_template: Path | None = Field(None, description="Jinja file that overrides the tokenizer's template.")

@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback
@@ -18,9 +19,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_trainer import SFTTrainer
 
 from rankwise.acceleration import LossOptions, fused_head
+from rankwise.acceleration.scoring import Score, Scorer, loss_scorer, trained_target
 from rankwise.config import logging_steps_of
+from rankwise.data.encoding import IGNORED
 from rankwise.errors import RunError, warn
-from rankwise.ops.checks_training import sum_dtype
 from rankwise.records import write_json
 from rankwise.training.checkpoints import Checkpoint, remove_old, save_checkpoint
 from rankwise.training.loss import LossParts, fused_head_is_right, loss_from_logits, trained_positions
@@ -74,7 +76,8 @@ class RankwiseTrainer(SFTTrainer):
         self.step_loss = 0.0
         # Summed over the micro-batches of the step in progress; whoever watches sets it back.
         self.last_grad_norm: float | None = None
-        self._eval_sums: list[Tensor] = []
+        self._scorer: Scorer | None = None
+        # Of evaluations; whether the model can score several rows in one is found out once.
         self.remove_callback(PrinterCallback)
         # Every loss here is normalised by the trained tokens of the whole accumulated batch, whatever the model's
         # forward accepts, and label i + 1 belongs to position i.
@@ -119,10 +122,6 @@ class RankwiseTrainer(SFTTrainer):
             loss = self._loss_from_logits(model, inputs, num_items_in_batch, smoothing)
         if training:
             self._count(inputs)
-        elif not return_outputs:
-            count = trained_positions(inputs["labels"])
-            sums = sum_dtype(loss)
-            self._eval_sums.append(torch.stack([loss.detach().to(sums) * count, count.to(sums)]))
         return loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -222,18 +221,43 @@ class RankwiseTrainer(SFTTrainer):
 
     # --- evaluation ---
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        self._eval_sums = []
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Mean loss over the trained tokens of ``dataloader``'s rows, as ``rankwise evaluate`` computes it too.
+
+        The Trainer's own averages over batches, and its batches round otherwise in 16 bits.
+        """
+        rows = dataloader.dataset
+        labels = ([label != IGNORED for label in row] for row in rows["labels"])
+        targets = [t for t in map(trained_target, rows["input_ids"], labels) if t is not None]
+        # As the Trainer does; the next step sets both back.
+        self.model.eval()
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
+        scores: dict[int, Score] = {}
         with undisturbed_random_states():
-            output = super().evaluation_loop(*args, **kwargs)
-        if self._eval_sums:
-            # The Trainer averages over batches, so that its loss depends on how rows fall into them.
-            total, count = torch.stack(self._eval_sums).sum(0).tolist()
-            prefix = kwargs.get("metric_key_prefix", "eval")
-            metrics = output.metrics or {}
-            metrics[f"{prefix}_loss"] = total / max(count, 1.0)
-        self._eval_sums = []
-        return output
+            scorer = self._loss_scorer()
+            for batch in scorer.plan(targets):
+                scores |= scorer.score_batch(batch, targets)
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        count = sum(len(score.tokens) for score in scores.values()) or 1
+        self._metrics["eval"]["mean_token_accuracy"].append(sum(score.hits for score in scores.values()) / count)
+        loss = -math.fsum(score.total for score in scores.values()) / count
+        return EvalLoopOutput(np.empty(0), None, {f"{metric_key_prefix}_loss": loss}, len(rows))
+
+    def _loss_scorer(self) -> Scorer:
+        if self._scorer is None:
+            precision = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+            # Weights of 16 bits compute in their own dtype.
+            autocast = precision if self.model.dtype == torch.float32 else None
+            self._scorer = loss_scorer(self.model, autocast=autocast)
+        return self._scorer
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         try:

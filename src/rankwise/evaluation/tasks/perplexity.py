@@ -1,4 +1,4 @@
-r"""Loss on rows of any data: the mean over trained tokens, as the trainer's evaluation gives it.
+r"""Loss on rows of any data: the mean over trained tokens, the trainer's own evaluation to the last bit.
 
 loss = sum_rows sum_trained -log p(token) / number of trained tokens,      perplexity = exp(loss)
 """
@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rankwise.acceleration.packing import members_of
+from rankwise.acceleration.scoring import Target, trained_target
 from rankwise.data import Rows
 from rankwise.data.rows import Row
 from rankwise.errors import DataError, warn
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.errors_of_means import Mean, clusters_of, mean_of, paired_difference
-from rankwise.evaluation.loglikelihood import Target
-from rankwise.evaluation.packing import members_of
 from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.base import Summary, Task, Tell, answer_in_batches
 
@@ -48,13 +48,14 @@ class Perplexity(Task):
         ids = [str(number) for number in numbers]
         chosen = list(targets.values())
         clusters = _clusters(self.rows)
-        plan = {members_of(rows): rows for rows in engine.scorer.plan(chosen)}
+        with engine.as_in_training() as scorer:
+            plan = {members_of(rows): rows for rows in scorer.plan(chosen)}
 
-        def answer(batch: Sequence[int]) -> list[Example]:
-            scores = engine.scorer.score_batch(plan[tuple(batch)], chosen)
-            return [_example(self.rows[numbers[i]], numbers[i], clusters, scores[i].tokens) for i in batch]
+            def answer(batch: Sequence[int]) -> list[Example]:
+                scores = scorer.score_batch(plan[tuple(batch)], chosen)
+                return [_example(self.rows[numbers[i]], numbers[i], clusters, scores[i].tokens) for i in batch]
 
-        return answer_in_batches(ids, list(plan), answer, folder, tell)
+            return answer_in_batches(ids, list(plan), answer, folder, tell)
 
     def _targets(self, engine: Engine) -> dict[int, Target]:
         """What each row asks, by its number; rows with nothing to score are left out and counted (RW216)."""
@@ -64,9 +65,9 @@ class Perplexity(Task):
         for number, row in enumerate(encoder.encode(self.rows.items)):
             ids, trained = row.ids[:limit], row.trained[:limit]
             cut += len(row.ids) > limit
-            places = tuple(place for place in range(len(ids) - 1) if trained[place + 1])
-            if places:
-                targets[number] = Target(tuple(ids[:-1]), places, tuple(ids[place + 1] for place in places))
+            target = trained_target(ids, trained)
+            if target is not None:
+                targets[number] = target
         self._complain(cut, len(self.rows) - len(targets), limit)
         return targets
 

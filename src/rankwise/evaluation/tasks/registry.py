@@ -73,11 +73,13 @@ def make_task(name: str, settings: EvaluateSettings) -> Task:
 
 def _perplexity(settings: EvaluateSettings, data: str) -> Task:
     from rankwise.data import read_rows
+    from rankwise.evaluation.loading import max_length_of
     from rankwise.evaluation.tasks.perplexity import Perplexity
 
     columns = {"prompt_column": settings.prompt_column, "completion_column": settings.completion_column}
     rows = read_rows(data, split="validation", **columns)
-    return Perplexity(rows[: settings.limit], max_length=settings.max_length)
+    length = max_length_of(settings.adapter) if settings.max_length is None else settings.max_length
+    return Perplexity(rows[: settings.limit], max_length=length)
 
 
 def _e2e(settings: EvaluateSettings, data: str) -> Task:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from rankwise.acceleration.packing import build_trees, lay_out, pack
+from rankwise.acceleration.scoring import Scorer, Target, target_of
 from rankwise.errors import RankwiseWarning
-from rankwise.evaluation.loglikelihood import Scorer, Target, target_of
-from rankwise.evaluation.packing import build_trees, lay_out, pack
 from tiny_models import tiny_gpt2, tiny_llama
 
 

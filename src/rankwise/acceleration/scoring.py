@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankwise.acceleration import attention
+from rankwise.acceleration.packing import Ids, Row, Tree, batches_of, build_trees, lay_out, pack
 from rankwise.errors import warn
-from rankwise.evaluation.packing import Ids, Row, Tree, batches_of, build_trees, lay_out, pack
 
 ROW_TOKENS = 256
 # A row's attention costs its length squared, and short rows waste room: little of either.
@@ -26,6 +27,8 @@ TREE_SEQUENCES = 3
 # A tree may grow to so many of the longest sequences: worked examples in front of all questions are shared then.
 LOGITS_AT_ONCE = 1 << 25
 # Logits computed together: 128 MiB in float32.
+LOSS_TOKENS, LOSS_LOGITS = 1024, 1 << 22
+# Of a batch whose loss is wanted: an evaluation during training may not need more memory than a step.
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 # Names under which configurations say how many tokens their local layers see.
 CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -47,11 +50,19 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Summed log-likelihood of the wanted tokens, whether each was the likeliest, and the value of each."""
+    """Log-likelihood of the wanted tokens, one by one, and how many of them were the likeliest."""
 
-    total: float
-    greedy: bool
     tokens: tuple[float, ...]
+    hits: int
+
+    @property
+    def total(self) -> float:
+        return math.fsum(self.tokens)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether each wanted token was the likeliest."""
+        return self.hits == len(self.tokens)
 
 
 def target_of(context: Sequence[int], continuation: Sequence[int], max_length: int) -> Target:
@@ -64,14 +75,42 @@ def target_of(context: Sequence[int], continuation: Sequence[int], max_length: i
     return Target(whole[:-1], tuple(range(len(whole) - 1 - count, len(whole) - 1)), whole[-count:])
 
 
-class Scorer:
-    """Scores targets on one model. ``budget`` is the tokens of a batch, ``max_rows`` the rows at most."""
+def trained_target(ids: Sequence[int], trained: Sequence[bool]) -> Target | None:
+    """The target that asks for the trained ones of ``ids``; None where none follows another token."""
+    places = tuple(place for place in range(len(ids) - 1) if trained[place + 1])
+    return Target(tuple(ids[:-1]), places, tuple(ids[place + 1] for place in places)) if places else None
 
-    def __init__(self, model: Any, *, budget: int, max_rows: int | None = None, pad: int = 0) -> None:
+
+def loss_scorer(model: Any, *, max_rows: int | None = None, autocast: torch.dtype | None = None) -> Scorer:
+    """The scorer of every loss that is reported, in training and later.
+
+    16 bits round a token's loss differently in another batch, so the batches depend on the rows alone.
+    """
+    return Scorer(model, budget=LOSS_TOKENS, max_rows=max_rows, logits_at_once=LOSS_LOGITS, autocast=autocast)
+
+
+class Scorer:
+    """Scores targets on one model. ``budget`` is the tokens of a batch, ``max_rows`` the rows at most.
+
+    ``autocast``: the dtype that float32 weights are computed in, as a full fine-tuning does.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        budget: int,
+        max_rows: int | None = None,
+        pad: int = 0,
+        logits_at_once: int = LOGITS_AT_ONCE,
+        autocast: torch.dtype | None = None,
+    ) -> None:
         self.model = model
         self.budget = budget
         self.max_rows = max_rows
         self.pad = pad
+        self.logits_at_once = logits_at_once
+        self.autocast = autocast
         self.packs = False
         # Whether the rows of the last plan are packed.
         self.window = window_of(model)
@@ -109,7 +148,7 @@ class Scorer:
         else:
             rows = pack(_single_trees(sequences), 0)
             # All positions get logits here.
-            budget = min(budget, 4 * LOGITS_AT_ONCE // _vocabulary(self.model))
+            budget = min(budget, 4 * self.logits_at_once // _vocabulary(self.model))
         for batch in batches_of(rows, budget):
             step = self.max_rows or len(batch)
             for start in range(0, len(batch), step):
@@ -130,36 +169,38 @@ class Scorer:
         log_p, likeliest = self._log_p(rows, places, wanted)
         scores, position = {}, 0
         for member, count in owners:
-            values = log_p[position : position + count]
-            scores[member] = Score(math.fsum(values), all(likeliest[position : position + count]), tuple(values))
-            position += count
+            end = position + count
+            scores[member] = Score(tuple(log_p[position:end]), sum(likeliest[position:end]))
+            position = end
         return scores
 
-    @torch.inference_mode()
+    # Without inference mode: what a layer keeps for its next call is used in training too.
+    @torch.no_grad()
     def _log_p(
         self, rows: Sequence[Row], places: Sequence[tuple[int, int]], wanted: Sequence[int]
     ) -> tuple[list[float], list[bool]]:
         """Of each place (row, column) the log-likelihood of the wanted token, and whether it is the argmax."""
         batch = lay_out(rows, self.pad, self.model.device)
-        if self.packs:
-            hidden = hidden_states(self.model, batch.ids, batch.positions, batch.mask)
-        else:
-            # Right padding needs no mask under causal attention.
-            hidden = None
         where = torch.tensor(places, device=batch.ids.device)
         asked = torch.tensor(wanted, device=batch.ids.device)
-        if hidden is None:
-            logits_of: Callable[[Tensor], Tensor] = _whole_logits(self.model, batch.ids)
-        else:
-            logits_of = _head_logits(self.model, hidden)
-        return _gathered(logits_of, where, asked, self._positions_at_once())
+        with self._computing():
+            if self.packs:
+                hidden = hidden_states(self.model, batch.ids, batch.positions, batch.mask)
+                logits_of: Callable[[Tensor], Tensor] = _head_logits(self.model, hidden)
+            else:
+                # Right padding needs no mask under causal attention.
+                logits_of = _whole_logits(self.model, batch.ids)
+            return _gathered(logits_of, where, asked, self._positions_at_once())
+
+    def _computing(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
     def _all(self, targets: Sequence[Target]) -> dict[int, Score]:
         batches = (self.score_batch(batch, targets) for batch in self._batches(targets))
         return {index: score for batch in batches for index, score in batch.items()}
 
     def _positions_at_once(self) -> int:
-        return max(1, LOGITS_AT_ONCE // _vocabulary(self.model)) if self.packs else 1 << 30
+        return max(1, self.logits_at_once // _vocabulary(self.model)) if self.packs else 1 << 30
 
     def _packing_is_right(self, targets: Sequence[Target]) -> bool:
         """Hold a packed row against the same sequences alone, once per model; say so (RW573) when it is not right."""
@@ -191,7 +232,9 @@ class Scorer:
         self.packs = True
         try:
             longest = max(probe, key=lambda target: len(target.ids))
-            return _head_problem(self.model, longest.ids) or _difference(plain, self._all(probe), self.model.dtype)
+            with self._computing():
+                problem = _head_problem(self.model, longest.ids)
+            return problem or _difference(plain, self._all(probe), self.autocast or self.model.dtype)
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = (str(error).splitlines() or ["no message"])[0][:100]
             return f"{type(error).__name__}: {reason}"
@@ -200,7 +243,7 @@ class Scorer:
 def packing_problem(model: Any) -> str | None:
     """Why rows of several sequences cannot be tried on this model, by its configuration; None where they can."""
     config = model.config.get_text_config(decoder=True)
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if config._attn_implementation not in ("sdpa", "eager", attention.NAME):
         return f"attention {config._attn_implementation} takes no mask of this kind"
     return None
 
@@ -283,7 +326,7 @@ def _difference(plain: Mapping[int, Score], packed: Mapping[int, Score], dtype: 
     return f"log-likelihoods differ by {size:.2g} of themselves"
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _head_problem(model: Any, ids: Ids) -> str | None:
     """Whether the output head on the last hidden states is all that makes the logits."""
     tokens = torch.tensor([ids], device=model.device)
