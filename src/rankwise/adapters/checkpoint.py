@@ -28,7 +28,7 @@ from rankwise.adapters.experts import (
     peft_B,
     peft_keys,
 )
-from rankwise.adapters.fused import enabled_rows, from_blocks
+from rankwise.adapters.fused import enabled_rows, from_blocks, to_blocks
 from rankwise.adapters.inject import (
     DEFAULT_NAME,
     AdaptedModule,
@@ -93,11 +93,18 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
 
 
 def save_adapter(
-    model: nn.Module, folder: str | Path, *, name: str | None = None, base_model: str | None = None
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    base_model: str | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write an adapter (the active one by default) as a PEFT folder, each file whole or not at all.
 
     ``base_model`` is what transformers' ``from_pretrained(folder)`` loads; by default the model's own name.
+    ``state_dict``: the model's, gathered elsewhere, whose values are written in place of the live ones. Raises
+    AdapterError (RW421) where it lacks some.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +120,7 @@ def save_adapter(
     metadata = {"format": "pt"}
     if config.enable_lora:
         metadata[PARTS_KEY] = json.dumps({name: _plain(getattr(config, name)) for name in PARTS_FIELDS})
-    write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(adapter_tensors(model, name), metadata))
+    write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(adapter_tensors(model, name, state_dict), metadata))
     write_json(folder / CONFIG_FILE, document)
 
 
@@ -122,31 +129,61 @@ def _is_transposed(bases: list[nn.Module]) -> bool:
     return bool(bases) and all(map(is_conv1d, bases))
 
 
-def adapter_tensors(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
-    """The tensors of an adapter as PEFT's file has them, detached, on the CPU."""
+def adapter_tensors(
+    model: nn.Module, name: str | None = None, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of an adapter as PEFT's file has them, detached, on the CPU; ``state_dict`` as in `save_adapter`."""
     state, name = state_and_name(model, name)
-    tensors: dict[str, Tensor] = {key: value.detach() for key, value in adapter_parameters(model, name).items()}
+    live: Mapping[str, Tensor] = adapter_parameters(model, name)
+    found = live if state_dict is None else _taken_from(state_dict, model, live)
+    tensors: dict[str, Tensor] = {key: value.detach() for key, value in found.items()}
     for path, layer in adapted_layers(model, name):
-        adapter: Any = layer.adapters[name]
-        if adapter.parts is not None:
-            full = {"lora_B": adapter.full_B()}
-            if adapter.magnitude is not None:
-                full["magnitude"] = adapter.full_magnitude(layer.base_layer)
-            keys = _tensor_keys(path, layer.base_layer, adapter.magnitude is not None)
-            tensors |= {key: full[attribute] for key, attribute in keys.items() if attribute in full}
+        if layer.adapters[name].parts is not None:
+            tensors |= _expanded(layer, name, _tensor_keys(path, layer.base_layer, True), tensors)
     for path, experts in adapted_experts(model, name):
         stacked = _stack_parameters(path, stacks_of(experts, name))
         tensors |= {key: peft_A(tensors[key]) if "lora_A" in key else peft_B(tensors[key]) for key in stacked}
     for path, copy in trained_copies(model, name):
         tensors |= {f"{PREFIX}{path}.{key}": value.detach() for key, value in copy.adapters[name].named_buffers()}
-    tensors |= _replaced_tensors(model, state, name)
+    replaced = _replaced_tensors(model, state, name)
+    tensors = replaced | tensors if _is_at_work(state, name) else tensors | replaced
     return {key: tensors[key].cpu().contiguous() for key in sorted(tensors)}
+
+
+def _taken_from(state_dict: Mapping[str, Tensor], model: nn.Module, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    names = {id(value): key for key, value in model.state_dict(keep_vars=True).items()}
+    missing = [key for key, value in live.items() if names[id(value)] not in state_dict]
+    if missing:
+        raise AdapterError(
+            "RW421",
+            f"state_dict lacks {len(missing)} of the adapter's tensors ({missing[0]}, ...); give the whole model's, or "
+            "leave it out.",
+        )
+    return {key: state_dict[names[id(value)]] for key, value in live.items()}
+
+
+def _expanded(
+    layer: AdaptedLayer, name: str, keys: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """B and m of a partly adapted projection over all its rows."""
+    adapter: Any = layer.adapters[name]
+    key_of = {attribute: key for key, attribute in keys.items()}
+    found = {key_of["lora_B"]: to_blocks(tensors[key_of["lora_B"]], adapter.parts)}
+    if adapter.magnitude is not None:
+        m = adapter.full_magnitude(layer.base_layer)
+        rows = enabled_rows(adapter.parts, m.shape[0], m.device)
+        found[key_of["magnitude"]] = m.index_copy(0, rows, tensors[key_of["magnitude"]].to(m))
+    return found
+
+
+def _is_at_work(state: AdapterState, name: str) -> bool:
+    return state.active == name and not state.disabled
 
 
 def _replaced_tensors(model: nn.Module, state: AdapterState, name: str) -> dict[str, Tensor]:
     """The parameters of the base that the adapter replaces, live while it is at work, else as it left them."""
     adapted = {path for path, _ in adapted_layers(model, name)}
-    at_work = state.active == name and not state.disabled
+    at_work = _is_at_work(state, name)
     tensors = {}
     for key, kept in state.replaced.get(name, {}).items():
         path, _, leaf = key.rpartition(".")
@@ -228,7 +265,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str | No
 def _load_end_weights(model: nn.Module, tensors: Mapping[str, Tensor], state: AdapterState, name: str) -> None:
     """An embedding or head that came along with the adapter stands in for the base's while the adapter is at work."""
     trained_whole = {f"{PREFIX}{path}.weight" for path, _ in trained_copies(model, name)}
-    at_work = state.active == name and not state.disabled
+    at_work = _is_at_work(state, name)
     for key, weight in end_weights(model).items():
         if key not in tensors or key in trained_whole or torch.equal(tensors[key].to(weight), weight):
             continue

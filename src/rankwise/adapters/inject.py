@@ -17,6 +17,7 @@ from rankwise.adapters.experts import AdaptedExperts, ExpertsLora, StackLora, st
 from rankwise.adapters.layer import AdaptedLayer, Adapter, OverBase, TrainedCopy
 from rankwise.adapters.lora import Lora
 from rankwise.adapters.parameters import names_in, parameter_names
+from rankwise.adapters.saving import SavePretrained
 from rankwise.adapters.state import (
     AdapterState,
     adapter_state,
@@ -146,6 +147,8 @@ def attach(
                 module.cast_with_base.add(name)
     for key, bias in _biases(model, config, name).items():
         replace_parameter(model, state, name, key, bias)
+    if hasattr(type(model), "save_pretrained"):
+        model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]
     set_adapter(model, name)
     return report(model, name)
 
