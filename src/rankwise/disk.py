@@ -50,8 +50,8 @@ def coded_error(
     found = system_error(error)
     if found is None:
         return None
-    # Of a copy the second name is the target, and the first one the source.
-    named = found.filename2 or found.filename or place or "a file could not be written"
+    # Of a copy the second name is the target, and the first one the source. What we write into names its file.
+    named = found.filename2 or found.filename or place or "a file or the standard output"
     remedy = REMEDIES.get(found.errno or 0, "check the disk and the path")
     return RunError("RW551", f"{_text(named)}: {(found.strerror or 'it cannot be used').lower()}; {remedy}, {then}.")
 

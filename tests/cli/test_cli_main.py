@@ -132,7 +132,7 @@ def test_version_names_the_libraries(rankwise):
         (
             OSError(28, "No space left on device"),
             2,
-            "error RW551: a file could not be written: no space left on device",
+            "error RW551: a file or the standard output: no space left on device",
         ),
     ],
 )
@@ -331,6 +331,19 @@ def test_a_reader_that_has_gone_is_no_error():
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.startswith("Usage: ")
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("words", ["explain RW203", "explain RW203 --json", "explain RW9999 --json"])
+def test_a_full_stdout_is_no_traceback(words):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    command = [sys.executable, "-m", "rankwise.cli.main", *words.split()]
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error RW")
+    assert "Traceback" not in done.stderr
 
 
 def test_document_is_json(with_verb):

@@ -81,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = get_command(build_app()).main(args=arguments, prog_name="rankwise", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except BrokenPipeError:
-        return _reader_has_gone()
+        # ``rankwise ... | head``; the code is rich's.
+        _give_up_stdout()
+        return 1
     except Exception as error:  # noqa: BLE001  the last net: whatever comes becomes one line
         return _report(_as_ours(error), error, as_json=as_json)
 
@@ -167,7 +169,11 @@ def _report(error: RankwiseError, cause: BaseException, *, as_json: bool) -> int
     kind = "interrupted" if isinstance(error, Interrupted) else "error"
     message = print_message(kind, error.code, error.message)
     if as_json:
-        print_document({"error": {"code": error.code, "message": message}})
+        try:
+            print_document({"error": {"code": error.code, "message": message}})
+        except OSError:
+            # It may be stdout that cannot be written.
+            _give_up_stdout()
     return error.exit_code
 
 
@@ -211,10 +217,9 @@ def _first_line(error: BaseException) -> str:
     return lines[0].rstrip(".;:") if lines else "no message"
 
 
-def _reader_has_gone() -> int:
-    """``rankwise ... | head``: what cannot be written any more must not raise again at exit. The code is rich's."""
+def _give_up_stdout() -> None:
+    """What cannot be written any more must not raise again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,205 @@
+"""Verbs on a disk that fails. `test_disk_faults` runs this file under a preloaded `failing_disk.c`.
+
+    LD_PRELOAD=failing_disk.so python disk_cases.py FOLDER ERROR STRIDE VERB...
+
+Each verb is called with its first failing call at 1, 1 + STRIDE, ... while it has so many. Prints what went wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from rankwise.cli.main import main
+from rankwise.training.checkpoints import check_checkpoint, list_checkpoints
+from tiny_models import tiny_llama
+
+LASTING = {"ENOSPC", "EDQUOT", "EROFS", "EMFILE"}
+# A full disk stays full; what the device failed to do once may work the next time.
+
+
+class Cases:
+    def __init__(self, folder: Path, error: str) -> None:
+        self.folder, self.output = folder, folder / "made" / "out"
+        self.output.parent.mkdir(exist_ok=True)
+        self.library = ctypes.CDLL(None)
+        self.error = error
+        self.problems: list[str] = []
+
+    def call(self, words: Sequence[object], fail_at: int = 0) -> tuple[int, str]:
+        """Exit code and stderr; ``fail_at`` 0 fails nothing."""
+        said = io.StringIO()
+        number = 0 if self.error == "short" else getattr(errno, self.error)
+        place = f"{self.folder}/made/".encode() if fail_at else b""
+        self.library.disk_fail(place, fail_at, number, int(self.error in LASTING))
+        try:
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+                code = main([str(word) for word in words])
+        finally:
+            self.seen = self.library.disk_calls()
+            self.library.disk_fail(b"", 0, 0, 0)
+        return code, said.getvalue()
+
+    def prepare(self) -> None:
+        """A model, rows, a run that was stopped at half its steps, and a finished one."""
+        words = [f"w{index}" for index in range(90)]
+        vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
+        inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        fast = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+        for part in (tiny_llama(num_hidden_layers=1), fast):
+            part.save_pretrained(self.folder / "base")
+        rows = [{"prompt": f"{words[n]} ", "completion": words[n + 1]} for n in range(12)]
+        (self.folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.must(self.train("finished"))
+        shutil.copytree(self.folder / "finished", self.folder / "stopped")
+        record = json.loads((self.folder / "stopped" / "run.json").read_text())
+        (self.folder / "stopped" / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
+        shutil.rmtree(self.folder / "stopped" / "checkpoints" / "step-2")
+        for name in record["files"]:
+            (self.folder / "stopped" / name).unlink()
+        self.must(["merge", "--adapter", self.folder / "finished", "--output", self.folder / "merged"])
+        self.must(self.evaluate("evaluated"))
+
+    def must(self, words: Sequence[object]) -> None:
+        code, said = self.call(words)
+        assert code == 0, said
+
+    def train(self, output: str, *more: str) -> list[object]:
+        given = {"model": "base", "data": "rows.jsonl", "eval-data": "rows.jsonl", "output": output}
+        words = [word for name, value in given.items() for word in (f"--{name}", self.folder / value)]
+        length = ["--max-steps", 2, "--save-steps", 1, "--eval-steps", 1, "--batch-size", 2, "--r", 2]
+        return ["train", *words, *length, "--device", "cpu", "--dtype", "float32", "--ignore-plan", *more]
+
+    def evaluate(self, output: str) -> list[object]:
+        given = {"adapter": "finished", "data": "rows.jsonl", "output": output}
+        words = [word for name, value in given.items() for word in (f"--{name}", self.folder / value)]
+        return ["evaluate", "--task", "perplexity", "--base", "--batch-size", 4, "--device", "cpu", *words]
+
+    def sweep(self, verb: str, stride: int) -> int:
+        """The number of the call at which it succeeded."""
+        before, words, again, same = VERBS[verb](self)
+        for fail_at in range(1, 1000, stride):
+            shutil.rmtree(self.output, ignore_errors=True)
+            if before is not None:
+                shutil.copytree(self.folder / before, self.output)
+            code, said = self.call(words, fail_at)
+            if self.seen < fail_at:
+                return self.seen
+            where = f"{verb}, {self.error} at call {fail_at}"
+            if code == 0:
+                # A library or Python tried another way, or again.
+                self.check_result(where, same)
+            else:
+                self.check_failure(where, code, said, again, same)
+        raise AssertionError("it never succeeds")
+
+    def check_failure(self, where: str, code: int, said: str, again: Callable[[], Sequence[object]], same: str) -> None:
+        said = " ".join(said.split())
+        if code != 2 or "RW900" in said or "error RW" not in said:
+            self.problems.append(f"{where}: exit code {code}: {said}")
+        if str(self.output.parent) not in said or ".partial-" in said:
+            self.problems.append(f"{where}: it does not name the file: {said}")
+        self.check_files(where, said)
+        code, said = self.call(again())
+        if code != 0:
+            self.problems.append(f"{where}: then {said}")
+        else:
+            self.check_result(where, same)
+
+    def check_result(self, where: str, same: str) -> None:
+        """As without a failure, and nothing beside it."""
+        if same.endswith(".json"):
+            ours, theirs = (
+                json.loads((place / same).read_text()) for place in (self.output, self.folder / "evaluated")
+            )
+            if ours["metrics"] != theirs["metrics"]:
+                self.problems.append(f"{where}: {same} differs")
+        elif not equal(self.output / same.split("/")[1], self.folder / same):
+            self.problems.append(f"{where}: {same} differs")
+        strays = [path.name for path in self.output.parent.iterdir() if path.name.startswith(".")]
+        strays += [str(path) for path in self.output.rglob(".*")]
+        if strays:
+            self.problems.append(f"{where}: left {strays}")
+
+    def check_files(self, where: str, said: str) -> None:
+        """What stands under a final name is whole."""
+        if not self.output.is_dir():
+            return
+        record = self.output / "run.json"
+        if record.is_file():
+            status = json.loads(record.read_text())["status"]
+            if status not in ("failed", "replaced", "interrupted") and self.error not in LASTING:
+                self.problems.append(f"{where}: the record says {status}")
+            if status == "failed" and "--resume" not in said:
+                self.problems.append(f"{where}: no advice to resume: {said}")
+        for checkpoint in list_checkpoints(self.output):
+            check_checkpoint(checkpoint)
+        for path in self.output.rglob("*.safetensors"):
+            load_file(path)
+        for path in self.output.rglob("*.jsonl"):
+            [json.loads(line) for line in path.read_text().splitlines()]
+        for path in self.output.rglob("*.json"):
+            json.loads(path.read_text())
+
+    def command_after(self, *first: str) -> Sequence[object]:
+        status = json.loads((self.output / "run.json").read_text())["status"] if self.has_record() else ""
+        if not status:
+            return self.train("made/out")
+        return self.train("made/out", *(first if status in ("replaced", "finished") and first else ("--resume",)))
+
+    def has_record(self) -> bool:
+        return (self.output / "run.json").is_file()
+
+
+def equal(one: Path, other: Path) -> bool:
+    ours, theirs = load_file(one), load_file(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+ADAPTER = "finished/adapter_model.safetensors"
+VERBS = {
+    "train": lambda case: (None, case.train("made/out"), case.command_after, ADAPTER),
+    "resume": lambda case: ("stopped", case.train("made/out", "--resume"), case.command_after, ADAPTER),
+    "overwrite": lambda case: (
+        "finished",
+        case.train("made/out", "--overwrite"),
+        lambda: case.command_after("--overwrite"),
+        ADAPTER,
+    ),
+    "merge": lambda case: (
+        None,
+        words := ["merge", "--adapter", case.folder / "finished", "--output", case.output],
+        lambda: words,
+        "merged/model.safetensors",
+    ),
+    "evaluate": lambda case: (
+        None,
+        case.evaluate("made/out"),
+        lambda: case.evaluate("made/out"),
+        "finished/perplexity/result.json",
+    ),
+}
+
+if __name__ == "__main__":
+    cases = Cases(Path(sys.argv[1]), sys.argv[2])
+    torch.set_num_threads(1)
+    if not (cases.folder / "evaluated").exists():
+        cases.prepare()
+    for name in sys.argv[4:]:
+        print(f"{name}: {cases.sweep(name, int(sys.argv[3]))} calls", flush=True)
+        for line in cases.problems:
+            print(line)
+        cases.problems.clear()
