@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard, TypeVar, get_args
 
@@ -397,7 +397,11 @@ class TrainSettings(Settings):
         None, description="Keep the quantized base and the encoded rows in this folder, for other runs of the same."
     )
     ignore_plan: bool = Field(False, description="Train although the predicted memory is more than there is.")
-    resume: bool = Field(False, description="Continue the run in --output from its last checkpoint.")
+    resume: bool = Field(
+        False,
+        description="Continue the run in --output from its last checkpoint, with its settings where none are given; a "
+        "larger --max-steps or --epochs lengthens it.",
+    )
     overwrite: bool = Field(False, description="Replace the run in --output.")
 
 
@@ -406,8 +410,15 @@ def logging_steps_of(steps: int) -> int:
     return min(10, max(1, steps // 10))
 
 
-def read_settings(kind: type[SettingsT], file: Path | None, given: Mapping[str, Any]) -> SettingsT:
+def read_settings(
+    kind: type[SettingsT],
+    file: Path | None,
+    given: Mapping[str, Any],
+    earlier: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+) -> SettingsT:
     """Settings from a YAML ``file`` (keys are the long options) overridden by what the command line ``given``.
+
+    ``earlier`` gets both and gives what holds below them, such as the settings of a run that is resumed.
 
     Raises ConfigError: RW102 the file cannot be read, RW103 with every wrong or unknown key in one message, RW104 for
     text that holds no characters.
@@ -416,6 +427,8 @@ def read_settings(kind: type[SettingsT], file: Path | None, given: Mapping[str, 
         **(_from_file(file) if file else {}),
         **{key: value for key, value in given.items() if value is not None},
     }
+    if earlier is not None:
+        merged = {**earlier(merged), **merged}
     _refuse_half_characters(merged)
     try:
         return kind.model_validate(merged)

@@ -292,7 +292,7 @@ def test_shapes_that_fit_are_not_yet_the_same_model(
     for call in (("generate", *prompt), ("merge", "--output", tmp_path / "merged")):
         done = rankwise(*call, "--adapter", adapter, *model)
         assert done.code == 0
-        assert done.stderr.count("RW417") == warned
+        assert done.stderr.count("warning RW417: ") == warned
     said = rankwise("inspect", adapter, *model).stdout
     assert (f"the shapes fit {given}, but it was trained on {named}" in said) is warned
 

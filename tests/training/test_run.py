@@ -218,10 +218,6 @@ def test_resume_names_every_changed_setting(settings: Any, tmp_path: Path) -> No
     with pytest.raises(RunError, match=r"--r was 4 and is 8.*--learning-rate was 0.01 and is 0.02") as caught:
         train(settings(resume=True, r=8, learning_rate=0.02, logging_steps=1, save_steps=2))
     assert "logging" not in caught.value.message
-    with pytest.raises(RunError, match="--max-steps was 8 and is 9"):
-        train(settings(resume=True, max_steps=9))
-    with pytest.raises(RunError, match="--max-steps was 8 and is not given"):
-        train(settings(resume=True, max_steps=None))
     watcher = Recorder()
     with pytest.raises(RunError, match=r"--eval-data was '.*eval.jsonl' and is not given") as caught:
         train(settings(resume=True, eval_data=None, eval_steps=None), watcher)
@@ -242,6 +238,66 @@ def test_constant_schedule_may_be_continued(settings: Any, tmp_path: Path) -> No
         for name in ("straight", "run")
     )
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_lengthened_run_follows_the_schedule_of_its_new_length(schedule: str, settings: Any, tmp_path: Path) -> None:
+    given = {"lr_scheduler_type": schedule, "learning_rate": 0.01, "warmup_steps": 0}
+    train(settings(**given, max_steps=4))
+    straight, watcher = Recorder(), Recorder()
+    train(settings(**given, max_steps=10, output=tmp_path / "straight"), straight)
+    record = train(settings(**given, max_steps=10, resume=True), watcher)
+    assert (record.status, record.steps, record.settings["max_steps"]) == ("finished", 10, 10)
+    assert watcher.phases.count("Training, resuming from step 4") == 1
+    assert [(info.step, info.total, info.learning_rate) for info in watcher.steps] == [
+        (info.step, 10, info.learning_rate) for info in straight.steps[4:]
+    ]
+    rate = straight.steps[4].learning_rate
+    said = next(text for text in map(str, record.warnings) if "RW544" in text)
+    assert "from 4 to 10 steps: from step 4 on" in said
+    assert f"so it goes on at {rate:.3g} where it had come to 0." in said
+
+
+def test_the_first_step_of_a_lengthened_run_is_taken(settings: Any, tmp_path: Path) -> None:
+    """The optimizer comes from a checkpoint whose rate had come to 0."""
+    train(settings(max_steps=4))
+    train(settings(max_steps=5, resume=True))
+    one, other = (
+        safetensors.torch.load_file(tmp_path / "run" / "checkpoints" / f"step-{step}" / "adapter_model.safetensors")
+        for step in (4, 5)
+    )
+    assert not any(torch.equal(one[key], other[key]) for key in one if "lora_B" in key)
+
+
+def test_an_interrupted_run_is_lengthened_by_epochs(settings: Any, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(settings(max_steps=None, epochs=0.5), Recorder(stop_at=2))
+    watcher = Recorder()
+    record = train(settings(max_steps=None, epochs=1.5, resume=True), watcher)
+    assert record.steps == watcher.steps[0].total > 3
+    assert watcher.steps[0].step == 3
+    assert "RW544" in watcher.warnings
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "least"), [("linear", 7, 8), ("linear", 2, 8), ("constant", 3, 4), ("inverse_sqrt", 3, 4)]
+)
+def test_a_run_is_not_shortened_below(schedule: str, steps: int, least: int, settings: Any, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(settings(lr_scheduler_type=schedule), Recorder(stop_at=4))
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(RunError, match=f"resumed with {least} steps or more") as caught:
+        train(settings(lr_scheduler_type=schedule, max_steps=steps, resume=True))
+    assert caught.value.code == "RW507"
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_after_resuming_an_evaluation_names_its_step(settings: Any, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(settings(eval_steps=3), Recorder(stop_at=6))
+    watcher = Recorder()
+    train(settings(eval_steps=3, resume=True), watcher)
+    assert watcher.evaluations[0][0] == 6
 
 
 def test_resuming_a_finished_run_changes_nothing(settings: Any, tmp_path: Path) -> None:

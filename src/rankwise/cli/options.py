@@ -37,6 +37,8 @@ class Verb:
     # Heading in the help -> fields under it; fields not named here stand under "Options".
     metavars: Mapping[str, str] = dataclasses.field(default_factory=dict)
     hidden: bool = False
+    earlier: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    # From the options that were given: settings that hold below them, in place of the defaults.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,7 @@ def command_of(verb: Verb, invoke: Callable[[Settings, bool], None]) -> Callable
         as_json, config = given.pop("json"), given.pop("config")
         # An option that may be repeated comes as an empty list where it is not given.
         values = {name: tuple(value) or None if isinstance(value, list) else value for name, value in given.items()}
-        settings = read_settings(verb.settings, Path(config) if config else None, values)
+        settings = read_settings(verb.settings, Path(config) if config else None, values, verb.earlier)
         check_path_options(settings)
         invoke(settings, as_json)
 

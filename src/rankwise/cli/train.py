@@ -13,7 +13,7 @@ from rankwise.cli.progress import watching
 from rankwise.cli.words import byte_size, duration, parameter_count
 from rankwise.config import TrainSettings
 from rankwise.errors import RunError, is_out_of_memory
-from rankwise.records import RunRecord, read_metrics
+from rankwise.records import RunRecord, load_record, read_metrics
 
 if TYPE_CHECKING:
     from rankwise.planning.guard import MemoryGuard
@@ -88,6 +88,28 @@ PANELS = {
         "overwrite",
     ),
 }
+
+
+NOT_OF_THE_RUN = {"output", "resume", "overwrite", "trust_remote_code"}
+# Code from elsewhere runs on explicit request alone, and a run folder may come from elsewhere.
+
+
+def settings_of_the_run(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With --resume: what ``run.json`` in --output says, so that no option has to be given again.
+
+    Raises RunError (RW503 to RW506) where the folder holds no run to resume.
+    """
+    if given.get("resume") is not True or not isinstance(given.get("output"), str):
+        return {}
+    from rankwise.training.output import check_output
+
+    folder = Path(given["output"])
+    check_output(folder, resume=True, overwrite=given.get("overwrite") is True)
+    known = set(TrainSettings.model_fields) - NOT_OF_THE_RUN
+    if "epochs" in given:
+        # They would have no effect beside the run's own.
+        known.discard("max_steps")
+    return {name: value for name, value in load_record(folder).settings.items() if name in known}
 
 
 def run(settings: TrainSettings, output: Output) -> Mapping[str, Any]:
@@ -188,7 +210,7 @@ VERB = Verb(
         "rankwise train --model demo --data rows.jsonl --output runs/first",
         "rankwise train --model demo --data train.csv --eval-data dev.csv \\",
         "    --method dora --r 8 --max-steps 200 --output runs/dora",
-        "rankwise train --config run.yaml --resume",
+        "rankwise train --resume --output runs/first",
     ),
     panels=PANELS,
     metavars={
@@ -202,4 +224,5 @@ VERB = Verb(
         "alpha_pattern": "NAME=X,...",
         "enable_lora": "NAME=1:0:1,...",
     },
+    earlier=settings_of_the_run,
 )

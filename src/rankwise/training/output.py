@@ -36,8 +36,11 @@ MAY_CHANGE = {
 # Settings that do not touch what is learned.
 COMPARED_BY_CONTENT = {"model", "revision", "data", "eval_data", "chat_template"}
 # Their hashes are compared once they have been read; a path may be written differently.
-LENGTH = {"max_steps", "epochs"}
+LENGTH = ("max_steps", "epochs")
+# Compared in steps, once the data have been read.
 CONSTANT = ("constant", "constant_with_warmup")
+LENGTH_FREE = (*CONSTANT, "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
+# Schedules whose learning rate does not depend on the steps to come.
 
 
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
@@ -89,13 +92,10 @@ def holds_run(output: Path) -> bool:
 def check_same_run(output: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raise RunError (RW507) naming every setting by which a resumed run would differ from the run in ``output``.
 
-    A constant schedule may be made longer or shorter: its steps so far are the same. ``defaults`` hold for settings
-    that did not exist when the run was started.
+    ``check_length`` judges the length. ``defaults`` hold for settings that did not exist when the run was started.
     """
     before = {**defaults, **load_record(output).settings}
-    free = MAY_CHANGE | COMPARED_BY_CONTENT
-    if settings["lr_scheduler_type"] in CONSTANT:
-        free |= LENGTH
+    free = MAY_CHANGE | COMPARED_BY_CONTENT | {*LENGTH}
     changed = [
         f"--{name.replace('_', '-')} was {_given(before.get(name))} and is {_given(value)}"
         for name, value in settings.items()
@@ -106,6 +106,20 @@ def check_same_run(output: Path, settings: Mapping[str, Any], defaults: Mapping[
             "RW507",
             f"the run in {output} was started with other settings: {'; '.join(changed)}; resume with the same "
             "settings, or start a new run in another folder.",
+        )
+
+
+def check_length(output: Path, *, done: int, before: int, now: int, schedule: str) -> None:
+    """Raise RunError (RW507) where a run of ``before`` steps, ``done`` of which are done, cannot become one of ``now``.
+
+    Under a schedule that does not depend on the length it may also become shorter: its steps so far are the same.
+    """
+    if now < done or (now < before and schedule not in LENGTH_FREE):
+        least = done if schedule in LENGTH_FREE else before
+        raise RunError(
+            "RW507",
+            f"the run in {output} is one of {before} steps, of which {done} are done, and --max-steps or --epochs ask "
+            f"for {now} now; under the schedule {schedule} it can be resumed with {least} steps or more.",
         )
 
 

@@ -129,11 +129,7 @@ def _defaults() -> dict[str, Any]:
 def _is_finished(given: TrainSettings) -> bool:
     """Whether the run to resume is done, and no longer one is asked for."""
     record = load_record(given.output)
-    same_length = (given.max_steps, given.epochs) == (
-        record.settings.get("max_steps"),
-        record.settings.get("epochs"),
-    )
-    if record.status != "finished" or not same_length:
+    if record.status != "finished" or not _same_length(given):
         return False
     missing = [name for name in record.files if not (given.output / name).is_file()]
     if missing:
@@ -143,8 +139,37 @@ def _is_finished(given: TrainSettings) -> bool:
             "the last checkpoint.",
         )
         return False
-    warn("RW509", f"the run in {given.output} is finished ({record.steps} steps); there is nothing to resume.")
+    warn(
+        "RW509",
+        f"the run in {given.output} is finished ({record.steps} steps), so there is nothing to resume; a larger "
+        "--max-steps or --epochs lengthens it.",
+    )
     return True
+
+
+def _same_length(given: TrainSettings) -> bool:
+    before = load_record(given.output).settings
+    return all(getattr(given, name) == before.get(name) for name in output.LENGTH)
+
+
+def _check_length(given: TrainSettings, checkpoint: Checkpoint, now: int) -> None:
+    """Refuse what cannot be lengthened, and say (RW544) what the schedule does where it depends on the length."""
+    before, schedule = _state_of(checkpoint)["max_steps"], given.lr_scheduler_type
+    output.check_length(given.output, done=checkpoint.step, before=before, now=now, schedule=schedule)
+    if now == before or schedule in output.LENGTH_FREE:
+        return
+
+    def rate(total: int) -> float:
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=given.learning_rate)
+        factor = transformers.get_scheduler(schedule, optimizer, given.warmup_steps, total).lr_lambdas[0]
+        return given.learning_rate * float(factor(checkpoint.step))
+
+    warn(
+        "RW544",
+        f"the run is lengthened from {before} to {now} steps: from step {checkpoint.step} on the learning rate follows "
+        f"the {schedule} schedule of {now} steps, so it goes on at {rate(now):.3g} where it had come to "
+        f"{rate(before):.3g}.",
+    )
 
 
 def load_base(given: TrainSettings) -> setup.Loaded:
@@ -208,6 +233,8 @@ def _prepare(
     checkpoint = _checkpoint_to_resume(given.output) if mode == "resume" else None
     padded = _why_padded(given, loaded.model, done)
     trainer = _trainer(given, loaded, data, checkpoint, padding_free=padded is None)
+    if checkpoint is not None and not _same_length(given):
+        _check_length(given, checkpoint, trainer.total_steps)
     record = RunRecord(
         method=given.method,
         seed=given.seed,
@@ -329,9 +356,15 @@ def _is_evaluated(folder: Path, checkpoint: Checkpoint | None) -> bool:
     """Whether a resumed run needs no evaluation at its start: this step had one, or none was due."""
     if checkpoint is None:
         return False
-    state = json.loads((checkpoint.path / STATE_FILE).read_text(encoding="utf-8"))
+    state = _state_of(checkpoint)
     due = checkpoint.step % state["eval_steps"] == 0 or checkpoint.step >= state["max_steps"]
     return not due or checkpoint.step in evaluations(folder)
+
+
+def _state_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The Trainer's own state."""
+    state: dict[str, Any] = json.loads((checkpoint.path / STATE_FILE).read_text(encoding="utf-8"))
+    return state
 
 
 def _progress_of(checkpoint: Checkpoint | None) -> Progress:

@@ -106,10 +106,11 @@ class Session:
         meter = MemoryMeter(device_type, self.trainer.progress.peak_memory_bytes, mapped_bytes(self.trainer.model))
         with meter as memory, interrupts(interrupt):
             self._add_callbacks(memory, interrupt)
-            self.observer.phase("Training")
             if self.checkpoint is None:
+                self.observer.phase("Training")
                 self.trainer.train()
             else:
+                self.observer.phase(f"Training, resuming from step {self.checkpoint.step}")
                 self.trainer.resume(self.checkpoint)
         state = self.trainer.state
         if not interrupt.requested or (state.global_step >= state.max_steps and self._is_evaluated()):
@@ -118,8 +119,8 @@ class Session:
             return Interrupted("RW542", f"stopped before the first step; {self.folder} holds nothing to resume yet.")
         return Interrupted(
             "RW540",
-            f"stopped after step {state.global_step} of {state.max_steps} and saved it; give the same command with "
-            "--resume to continue.",
+            f"stopped after step {state.global_step} of {state.max_steps} and saved it; continue with `rankwise train "
+            f"--resume --output {self.folder}`.",
         )
 
     def _add_callbacks(self, memory: MemoryMeter, interrupt: Interrupt) -> None:

@@ -308,6 +308,16 @@ class RankwiseTrainer(SFTTrainer):
         if checkpoint is not None:
             self.optimizer.load_state_dict(load_state(Path(checkpoint), "optimizer"))
             self.lr_scheduler.load_state_dict(load_state(Path(checkpoint), "scheduler"))
+            self._follow_schedule()
+
+    def _follow_schedule(self) -> None:
+        """The learning rate of the next step, by this run's length: the checkpoint may be that of a shorter run."""
+        scheduler = self.lr_scheduler
+        if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+            scheduler._last_lr = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+            for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
+                group["lr"] = rate
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:
@@ -328,6 +338,11 @@ class RankwiseTrainer(SFTTrainer):
         self.train(resume_from_checkpoint=str(checkpoint.path))
 
     # --- the loop ---
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         result = super()._init_training_state(max_steps, *args, **kwargs)
