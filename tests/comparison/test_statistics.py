@@ -12,7 +12,10 @@ from rankwise.comparison.statistics import (
     mean_of_seeds,
     minimum_detectable_effect,
     paired_by_example,
+    pooled_parts,
+    spread_parts,
 )
+from rankwise.errors import RunError
 from rankwise.evaluation.errors_of_means import paired_difference
 
 
@@ -37,9 +40,8 @@ def test_where_seeds_do_not_differ_it_is_the_clustered_error_of_the_examples():
     draw = np.random.default_rng(1)
     d = draw.normal(0.1, 1, 60)
     clusters = [index // 3 for index in range(60)]
-    tokens = draw.integers(3, 30, 60)
-    estimate = paired_by_example(np.tile(d, (3, 1)), np.zeros((3, 60)), weights=tokens, clusters=clusters)
-    expected = paired_difference(d, np.zeros(60), clusters, tokens)
+    estimate = paired_by_example(np.tile(d, (3, 1)), np.zeros((3, 60)), clusters=clusters)
+    expected = paired_difference(d, np.zeros(60), clusters)
     assert estimate.mean == pytest.approx(expected.value)
     assert estimate.standard_error == pytest.approx(expected.standard_error)
     assert estimate.example_se == pytest.approx(expected.standard_error)
@@ -102,10 +104,137 @@ def test_equivalence_is_two_one_sided_tests():
     assert estimate.equivalence_p(0.01) > 0.5
 
 
-def test_the_minimum_detectable_effect_is_found_four_times_in_five():
+@pytest.mark.parametrize(
+    ("seeds", "row_sd", "rest_sd", "margin"),
+    [(3, 0.0, 0.0, 0.0), (3, 0.3, 0.1, 0.02), (5, 0.0, 0.1, 0.02), (10, 0.1, 0.05, 0.02)],
+)
+def test_the_minimum_detectable_effect_is_found_four_times_in_five(seeds, row_sd, rest_sd, margin):
+    """Where rows dominate, and where it lies near the margin of equivalence."""
     draw = np.random.default_rng(5)
-    effect = minimum_detectable_effect(seed_sd=1.0, seeds=4, comparisons=1)
-    runs = draw.normal(0, 1, (2000, 2, 4))
-    p_values = stats.ttest_rel(runs[:, 0] + effect, runs[:, 1], axis=1).pvalue
-    assert 0.72 < np.mean(p_values < 0.05) < 0.88
-    assert minimum_detectable_effect(seed_sd=1.0, seeds=1, comparisons=1) is None
+    parts = spread_parts(seed_sd=0.01, seeds=seeds, row_sd=row_sd, rows=200, rest_sd=rest_sd)
+    effect = minimum_detectable_effect(parts, methods=2, margin=margin)
+    found = 0
+    for _ in range(400):
+        d = effect + draw.normal(0, 0.01 * 2**0.5, (seeds, 1)) + draw.normal(0, row_sd, 200)
+        d = d + draw.normal(0, rest_sd, (seeds, 200))
+        estimate = paired_by_example(d, np.zeros_like(d))
+        found += estimate.p_value() < 0.05 <= estimate.equivalence_p(margin)
+    assert 0.74 < found / 400 < 0.88
+
+
+def test_the_minimum_detectable_effect_needs_two_seeds_and_does_not_go_below_the_margin():
+    assert minimum_detectable_effect(spread_parts(seed_sd=1.0, seeds=1), methods=2) is None
+    tiny = spread_parts(seed_sd=1e-6, seeds=10, row_sd=1e-5, rows=100)
+    assert minimum_detectable_effect(tiny, methods=2, margin=0.1) == pytest.approx(0.1, rel=1e-3)
+
+
+def test_measured_spreads_give_the_effect_that_the_true_ones_give():
+    draw = np.random.default_rng(6)
+    d = draw.normal(0, 0.02, (40, 30, 1)) + draw.normal(0, 0.3, (40, 1, 400)) + draw.normal(0, 0.1, (40, 30, 400))
+    measured = pooled_parts([paired_by_example(item, np.zeros_like(item)) for item in d], seeds=5)
+    expected = spread_parts(seed_sd=0.02 / 2**0.5, seeds=5, row_sd=0.3, rows=400, rest_sd=0.1)
+    assert minimum_detectable_effect(measured, methods=3) == pytest.approx(
+        minimum_detectable_effect(expected, methods=3), rel=0.05
+    )
+
+
+def skewed(seed: int, seeds: int = 4, rows: int = 60) -> np.ndarray:
+    draw = np.random.default_rng(seed)
+    return draw.lognormal(0, 1, rows) - 1.2 + draw.normal(0, 0.1, (seeds, rows))
+
+
+UNEVEN = np.repeat(np.arange(12), [20, 10, 7, 5, 4, 3, 3, 2, 2, 2, 1, 1]).tolist()
+
+
+@pytest.mark.parametrize("clusters", [None, UNEVEN])
+@pytest.mark.parametrize("seed", range(4))
+def test_swapping_the_methods_negates_the_interval(seed, clusters):
+    d = skewed(seed)
+    one = paired_by_example(d, np.zeros_like(d), clusters=clusters)
+    other = paired_by_example(np.zeros_like(d), d, clusters=clusters)
+    low, high = one.interval()
+    assert other.interval() == (-high, -low)
+    assert other.p_value() == one.p_value()
+    assert other.equivalence_p(0.4) == one.equivalence_p(0.4)
+
+
+@pytest.mark.parametrize("factor", [1e-8, 3.0, 1e8])
+def test_the_unit_does_not_matter(factor):
+    d = skewed(1)
+    one = paired_by_example(d, np.zeros_like(d), clusters=UNEVEN)
+    other = paired_by_example(factor * d, np.zeros_like(d), clusters=UNEVEN)
+    assert other.interval() == pytest.approx([factor * limit for limit in one.interval()])
+    assert other.p_value() == pytest.approx(one.p_value())
+    assert other.equivalence_p(factor * 0.4) == pytest.approx(one.equivalence_p(0.4))
+
+
+def test_the_order_of_examples_and_seeds_does_not_matter():
+    d, order = skewed(2), np.random.default_rng(0).permutation(60)
+    one = paired_by_example(d, np.zeros_like(d), clusters=UNEVEN)
+    other = paired_by_example(d[::-1, order], np.zeros_like(d), clusters=[UNEVEN[index] for index in order])
+    assert other.interval() == pytest.approx(one.interval())
+
+
+def test_the_interval_reaches_further_to_the_side_of_the_tail_and_no_less_to_the_other():
+    estimate = paired_by_example(skewed(3), np.zeros((4, 60)))
+    symmetric = Estimate(estimate.mean, estimate.parts)
+    assert estimate.skewness > 0
+    assert estimate.interval()[0] == symmetric.interval()[0]
+    assert estimate.interval()[1] > symmetric.interval()[1]
+
+
+def test_p_values_and_intervals_agree_on_both_sides():
+    estimate = paired_by_example(skewed(3), np.zeros((4, 60)), clusters=UNEVEN)
+    for shift in (-2.0, 2.0):
+        moved = Estimate(estimate.mean + shift, estimate.parts, estimate.skewness)
+        low, high = moved.interval(1 - moved.p_value())
+        assert (high if moved.mean < 0 else low) == pytest.approx(0, abs=1e-9)
+
+
+def test_differences_without_spread_are_sure():
+    same = paired_by_example(np.ones((3, 20)), np.ones((3, 20)))
+    assert (same.mean, same.interval(), same.p_value(), same.skewness) == (0, (0, 0), 1, 0)
+    assert same.equivalence_p(0.1) == 0
+    constant = paired_by_example(np.full((3, 20), 1.3), np.ones((3, 20)), clusters=UNEVEN[40:])
+    assert constant.interval() == pytest.approx((0.3, 0.3))
+    assert (constant.p_value(), constant.equivalence_p(0.2), constant.equivalence_p(0.4)) == (0, 1, 0)
+
+
+def test_one_cluster_or_one_cluster_with_weight_gives_no_interval():
+    d = skewed(0)
+    assert paired_by_example(d, np.zeros_like(d), clusters=["x"] * 60).interval() is None
+    alone = paired_by_example(d, np.zeros_like(d), weights=[1.0] + [0.0] * 59)
+    assert (alone.interval(), alone.clusters) == (None, 1)
+
+
+def test_one_cluster_of_nearly_all_examples_tells_little():
+    d = skewed(0)
+    low, high = paired_by_example(d, np.zeros_like(d), clusters=["x"] * 59 + ["y"]).interval()
+    assert low < -1 < 1 < high
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_not_a_number_is_refused(wrong):
+    d = skewed(0)
+    d[1, 3] = wrong
+    for call in (lambda: paired_by_example(d, np.zeros_like(d)), lambda: mean_of_seeds([1.0, wrong])):
+        with pytest.raises(RunError, match="RW598"):
+            call()
+    with pytest.raises(RunError, match="RW598"):
+        paired_by_example(np.ones((2, 2)), np.zeros((2, 2)), weights=[1.0, wrong])
+
+
+@pytest.mark.parametrize(("sizes", "before"), [((83, 41, *[16] * 11), 0.09), ((3,) * 100, 0.08)])
+def test_skewed_effects_of_rows_are_rarely_called_a_difference(sizes, before):
+    """Lognormal effects of opposite signs with mean 0; Student's t over clusters, ``before``, found more."""
+    draw = np.random.default_rng(8)
+    clusters = np.repeat(np.arange(len(sizes)), sizes)
+    false, students = 0, 0
+    for _ in range(400):
+        d = 2 * (draw.lognormal(0, 1.5, 300) - np.exp(1.5**2 / 2)) + draw.normal(0, 0.1, (5, 300))
+        false += paired_by_example(d, np.zeros_like(d), clusters=clusters.tolist()).p_value() < 0.05
+        sums = np.bincount(clusters, weights=d.mean(0) - d.mean())
+        error = np.sqrt(len(sizes) / (len(sizes) - 1) * np.sum(sums**2)) / 300
+        students += 2 * stats.t.sf(abs(d.mean()) / error, len(sizes) - 1) < 0.05
+    assert students / 400 > before
+    assert false / 400 <= 0.055

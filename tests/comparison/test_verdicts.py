@@ -65,6 +65,18 @@ def test_a_difference_below_the_margin_that_is_sure_is_equivalence():
     assert found["verdict"] == "equivalent"
 
 
+def test_equivalence_at_the_margin_is_false_in_one_comparison_of_twenty_over_all_pairs():
+    """Four methods, two of which differ from the two others by the margin."""
+    false = 0
+    for number in range(200):
+        draw = np.random.default_rng(9000 + number)
+        values = {name: 2 + 0.02 * (name in "cd") + draw.normal(0, 0.002, 6) for name in "abcd"}
+        scores = {name: Scores(dict(enumerate(found.tolist()))) for name, found in values.items()}
+        found = compare_all("t.loss", scores, higher_is_better=False, relative_margin=0.02 / 2.01)
+        false += any(item["verdict"] == "equivalent" for item in found if (item["a"] in "ab") and (item["b"] in "cd"))
+    assert false <= 15
+
+
 def test_one_seed_gives_figures_and_no_verdict():
     methods = {name: simulated(np.random.default_rng(index), 0.5 * index, seeds=1) for index, name in enumerate("ab")}
     (found,) = compare_all("eval_loss", methods, higher_is_better=False, relative_margin=0.01)

@@ -327,6 +327,7 @@ def _difference(a: str, b: str, runs: Sequence[Mapping[str, Any]], metric: str) 
         "p_value": None if bounds is None else 0.02,
         "p_value_holm": None if bounds is None else 0.04,
         "equivalence_p": None if bounds is None else 0.3,
+        "equivalence_p_holm": None if bounds is None else 0.6,
         "margin": margin,
         "verdict": verdict,
         "seed_sd": None if bounds is None else statistics.stdev(gaps.values()),

@@ -37,7 +37,7 @@ PANELS = {
         "jobs",
         "retry",
     ),
-    "What is measured": ("task", "task_data", "task_limit", "metric", "margin", "seed_sd", "merged_check"),
+    "What is measured": ("task", "task_data", "task_limit", "metric", "margin", "seed_sd", "row_sd", "merged_check"),
     "Recommendation": ("memory", "max_hours", "merge"),
     "Equal for every run, as in rankwise train": SHARED,
 }

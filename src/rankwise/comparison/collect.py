@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ def value_of(run: Run, metric: str) -> float | None:
     else:
         task, _, name = metric.partition(".")
         found = run["tasks"].get(task, {}).get("metrics", {}).get(name)
-    return float(found) if isinstance(found, int | float) and found == found else None
+    return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
 
 
 def _examples(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import shlex
 import shutil
 import warnings
@@ -15,6 +14,7 @@ from typing import Any
 from rankwise.comparison import finish, stages
 from rankwise.comparison.collect import collect_runs, metrics_of, read_tasks
 from rankwise.comparison.commands import Commands
+from rankwise.comparison.detectable import detectable_effect
 from rankwise.comparison.folder import SETTINGS_FILE, check_folder, check_same
 from rankwise.comparison.inputs import Inputs, check_adapter, prepare_inputs
 from rankwise.comparison.matrix import Cell, planned_runs
@@ -44,14 +44,14 @@ from rankwise.comparison.schema import (
 )
 from rankwise.comparison.settings import CompareOptions, CompareSettings, check_compare, shared_training
 from rankwise.comparison.stages import Job
-from rankwise.comparison.statistics import CONFIDENCE, POWER, minimum_detectable_effect
+from rankwise.comparison.statistics import CONFIDENCE
 from rankwise.comparison.summary import all_differences, all_methods, scores_by_metric, searches
 from rankwise.comparison.tasks import make_tasks
 from rankwise.config import FOUR_BITS
 from rankwise.disk import coded_errors, discard_folder, hold, remove_strays
 from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, warn
 from rankwise.records import write_json
-from rankwise.reports.numbers import percent, plural
+from rankwise.reports.numbers import percent, plural, significant
 
 ENDINGS = (".in", ".json", ".yaml")
 # Of the files of a job in ``DIR/cells`` that are written whole.
@@ -79,32 +79,17 @@ def compare(given: CompareOptions, watcher: Watcher) -> Comparison:
             if is_new:
                 shutil.rmtree(given.output)
             raise
-        effect = detectable_effect(given)
-        _announce(given, inputs, effect, watcher)
         plan = _plan(given)
+        before = scores_by_metric(plan, collect_runs(plan)).get(given.metric, {})
+        effect = detectable_effect(given, before, seeds=given.seeds, rows=inputs.eval_rows)
+        _announce(given, inputs, effect, watcher)
         try:
             _carry_out(given, plan, inputs, watcher, clock)
-            return _conclude(given, plan, inputs, effect, told, watcher, clock)
+            return _conclude(given, plan, inputs, told, watcher, clock)
         finally:
             with suppress(OSError):
                 # The first error is the one to tell.
                 clock.keep(now=True)
-
-
-def detectable_effect(given: CompareOptions) -> MinimumDetectableEffect:
-    """Before any run, from an assumed spread over seeds."""
-    comparisons = math.comb(len(given.methods), 2)
-    relative = minimum_detectable_effect(seed_sd=given.seed_sd, seeds=given.seeds, comparisons=comparisons)
-    return {
-        "metric": given.metric,
-        "relative": relative,
-        "absolute": None,
-        "seeds": given.seeds,
-        "comparisons": comparisons,
-        "power": POWER,
-        "assumption": f"runs that differ in nothing but the seed spread by {100 * given.seed_sd:g} % of {given.metric} "
-        "(--seed-sd), and there are evaluation rows enough",
-    }
 
 
 def _announce(given: CompareOptions, inputs: Inputs, effect: MinimumDetectableEffect, watcher: Watcher) -> None:
@@ -114,13 +99,17 @@ def _announce(given: CompareOptions, inputs: Inputs, effect: MinimumDetectableEf
     seeds = plural(given.seeds, "seed")
     watcher.say(f"{plural(runs, 'run')}: {methods}, {rates} on seed 0, {seeds} at each method's best.")
     watcher.say(f"{inputs.train_rows:,} rows to train on, {inputs.eval_rows:,} to evaluate on.")
-    if effect["relative"] is None:
+    if given.seeds < 2:
         warn("RW585", "one seed cannot tell luck from merit: there will be no intervals and no verdicts; --seeds 3.")
         return
-    watcher.say(
-        f"Smallest difference that {100 * POWER:g} % of such comparisons find: {percent(effect['relative'])} of "
-        f"{given.metric}, assuming that {effect['assumption']}."
-    )
+    watcher.say(f"{_smallest(effect)}, assuming that {effect['assumption']}.")
+
+
+def _smallest(effect: MinimumDetectableEffect) -> str:
+    found = f"Smallest difference that {100 * effect['power']:g} % of such comparisons find"
+    absolute = "" if effect["absolute"] is None else f"{significant(effect['absolute'], 2)} of {effect['metric']}"
+    relative = "" if effect["relative"] is None else f"{percent(effect['relative'])} of {effect['metric']}"
+    return f"{found}: {' = '.join(part for part in (absolute, relative) if part)}"
 
 
 def _check_tasks(given: CompareOptions, inputs: Inputs) -> None:
@@ -193,7 +182,6 @@ def _conclude(
     given: CompareOptions,
     plan: Plan,
     inputs: Inputs,
-    effect: MinimumDetectableEffect,
     told: list[Message],
     watcher: Watcher,
     clock: Clock,
@@ -226,9 +214,10 @@ def _conclude(
         found = finish.hand_over(given.output, found, best)
         if given.merge:
             found["merged"] = _merge(given, best, watcher)
-    means = [item["mean"][given.metric] for item in methods.values() if given.metric in item["mean"]]
-    if effect["relative"] is not None and means:
-        effect = {**effect, "absolute": effect["relative"] * abs(sum(means) / len(means))}
+    seeds = max(len(item.values) for item in scores[given.metric].values())
+    effect = detectable_effect(given, scores[given.metric], seeds=seeds, rows=inputs.eval_rows)
+    if effect["absolute"] is not None:
+        watcher.say(f"{_smallest(effect)}.")
     first = next(run["record"] or {} for run in runs if run["status"] == "finished")
     base = plan.output / stages.BASE
     comparison: Comparison = {

@@ -123,6 +123,8 @@ class Difference(TypedDict):
     # Corrected over all pairs of the metric by Holm's method.
     equivalence_p: float | None
     # Larger p-value of the two one-sided tests against ``margin``, uncorrected.
+    equivalence_p_holm: float | None
+    # Corrected over all pairs of the metric by Holm's method; decides whether they are called equivalent.
     margin: float
     verdict: Verdict
     seed_sd: float | None
@@ -157,13 +159,16 @@ class RateSearch(TypedDict):
 
 
 class MinimumDetectableEffect(TypedDict):
-    """Smallest true difference that 80 % of such comparisons would find, said before the first run starts."""
+    """Smallest true difference that 80 % of such comparisons would find, from the spreads of the finished runs.
+
+    Before the first run it is said from assumed spreads, and so it stays where one seed measured none.
+    """
 
     metric: str
     relative: float | None
     # As a share of the metric's value.
     absolute: float | None
-    # Known once the base model has been evaluated.
+    # None as long as the spreads are assumed.
     seeds: int
     comparisons: int
     power: float

@@ -92,6 +92,13 @@ class CompareOptions(Settings):
     seed_sd: float = Field(
         0.005, gt=0, lt=1, description="Spread over seeds, as a share of the metric, assumed before there are runs."
     )
+    row_sd: float = Field(
+        0.04,
+        ge=0,
+        lt=10,
+        description="Spread from row to row of two methods' difference, as a share of the evaluation loss, assumed "
+        "before there are runs.",
+    )
     memory: Annotated[int | None, BeforeValidator(size_in_bytes)] = Field(
         None, gt=0, description="Recommend only what trains in so much memory: 24GB."
     )

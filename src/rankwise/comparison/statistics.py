@@ -1,7 +1,7 @@
 """Intervals, paired differences and equivalence. Plain numbers in, plain numbers out; nothing here knows of runs.
 
 Legend: S seeds, n examples, G clusters of examples; ``d[s, i]`` is the difference of two methods on example i under
-seed s, ``w[i]`` the weight of the example (its tokens) with mean 1.
+seed s, ``w[i]`` the weight of the example (its tokens) with mean 1, ``h[g]`` the share of the weight in cluster g.
 
 The model of a paired difference is crossed: ``d[s, i] = delta + seed[s] + example[i] + rest[s, i]``, since every seed
 is evaluated on the same examples. Both the seeds and the examples are a sample, so both belong into the error of
@@ -17,29 +17,46 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, stats
+from scipy import optimize, special
+
+from rankwise.errors import RunError
 
 Array = NDArray[np.float64]
 CONFIDENCE = 0.95
 ALPHA = 1 - CONFIDENCE
 POWER = 0.8
-ROUNDING = 1e-12
 # Errors below this share of the values are rounding: two identical methods differ by nothing, for certain.
-SMALLEST_LOG_P = -138.0  # p-values below 1e-60 are 0
+ROUNDING = 1e-12
+# p-values below 1e-60 are 0.
+SMALLEST_LOG_P = -138.0
+# The skewness of a sample is smaller than that of its source, since few samples hold the tail. It is enlarged by this
+# factor: with less, intervals of 20 clusters of lognormal effects hold too seldom (benchmarks/interval_coverage.py).
+SKEWNESS_FACTOR = 1.5
+SIMULATED = 20_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """A mean and what its error is made of; without ``parts`` one value cannot tell its spread.
 
-    Its interval is ``mean -+ sqrt(sum over parts of t(p, degrees)^2 * variance)``: Student's t for one part, and for
-    several the modified large-sample interval of Graybill and Wang (1980). Satterthwaite's degrees of freedom gave
-    intervals that hold too seldom with few seeds (benchmarks/interval_coverage.py).
+    Its limits are ``mean -+ sqrt(sum over parts of reach(p, degrees)^2 * variance)``. The reach is Student's quantile
+    t; the sum is the modified large-sample interval of Graybill and Wang (1980), and with unequal reaches to both
+    sides that of Zou and Donner (2008). Intervals with Satterthwaite's degrees of freedom held too seldom with few
+    seeds.
+
+    Where the values are skewed to the right, the mean is too low more often and by more than it is too high. The upper
+    limit then reaches further, by the cubic transformation of Hall (1992), with ``c`` the skewness of the mean:
+
+        reach = max(t, 3 / c * (1 - cbrt(1 - c * (t + c / 6))))
+
+    and the lower limit stays where Student's t has it. Skewed to the left it is the other way round.
     """
 
     mean: float
     parts: tuple[tuple[float, float], ...] = ()
     # (variance of the mean, degrees of freedom) of each source of error.
+    skewness: float = 0.0
+    # Of the mean, as far as it comes from the last part.
     seed_sd: float | None = None
     # Spread from seed to seed; for a difference the part that the examples do not explain.
     example_se: float | None = None
@@ -54,39 +71,56 @@ class Estimate:
     def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
         if not self.parts:
             return None
-        half = self._half(1 - confidence)
-        return self.mean - half, self.mean + half
+        return self.mean - self._half(1 - confidence, -1), self.mean + self._half(1 - confidence, 1)
 
     def p_value(self) -> float | None:
         """Two-sided, of the hypothesis that the mean is 0: the level at which the interval just reaches 0."""
-        return self._level(abs(self.mean)) if self.parts else None
+        return self._level(abs(self.mean), -1 if self.mean > 0 else 1) if self.parts else None
 
     def equivalence_p(self, margin: float) -> float | None:
         """TOST (Schuirmann 1987): the larger p-value of ``mean <= -margin`` and ``mean >= margin``."""
         if not self.parts:
             return None
-        nearest = margin - abs(self.mean)
-        one_sided = self._level(abs(nearest)) / 2
-        return one_sided if nearest > 0 else 1 - one_sided
+        return max(self._beyond(margin + self.mean, -1), self._beyond(margin - self.mean, 1))
 
-    def _half(self, alpha: float) -> float:
-        squares = [
-            float(stats.t.isf(alpha / 2, degrees)) ** 2 * variance for variance, degrees in self.parts if variance
-        ]
+    def _beyond(self, gap: float, side: int) -> float:
+        """One-sided p-value of the hypothesis that the truth lies further than ``gap`` on that side of the mean."""
+        one_sided = self._level(abs(gap), side if gap > 0 else -side) / 2
+        return one_sided if gap > 0 else 1 - one_sided
+
+    def _half(self, alpha: float, side: int) -> float:
+        """From the mean to the upper limit (side 1) or the lower one (side -1)."""
+        quantiles = [-float(special.stdtrit(degrees, alpha / 2)) for _, degrees in self.parts]
+        reaches = [*quantiles[:-1], _reach(quantiles[-1], side * self.skewness)]
+        squares = (reach**2 * variance for reach, (variance, _) in zip(reaches, self.parts) if variance)
         return math.sqrt(sum(squares))
 
-    def _level(self, distance: float) -> float:
-        """``alpha`` with ``half(alpha) = distance``."""
+    def _level(self, distance: float, side: int) -> float:
+        """``alpha`` with ``half(alpha, side) = distance``."""
         if self.standard_error == 0 or distance == 0:
             return 0.0 if distance > 0 else 1.0
-        if self._half(math.exp(SMALLEST_LOG_P)) <= distance:
+
+        def excess(log_p: float) -> float:
+            return self._half(math.exp(log_p), side) - distance
+
+        if excess(SMALLEST_LOG_P) <= 0:
             return 0.0
-        return math.exp(optimize.brentq(lambda log_p: self._half(math.exp(log_p)) - distance, SMALLEST_LOG_P, -1e-12))
+        return 1.0 if excess(0.0) >= 0 else math.exp(optimize.brentq(excess, SMALLEST_LOG_P, 0.0))
+
+
+def _reach(t: float, skewness: float) -> float:
+    if skewness <= 0:
+        return t
+    return max(t, float(3 / skewness * (1 - np.cbrt(1 - skewness * (t + skewness / 6)))))
 
 
 def mean_of_seeds(values: Sequence[float]) -> Estimate:
-    """Mean over seeds; its error is ``sd / sqrt(S)`` with S - 1 degrees of freedom."""
+    """Mean over seeds; its error is ``sd / sqrt(S)`` with S - 1 degrees of freedom.
+
+    Raises RunError RW598: values that are not finite.
+    """
     array = np.asarray(values, dtype=np.float64)
+    _check_finite(array)
     mean = float(array.mean())
     per_seed = tuple(map(float, array))
     if len(array) < 2:
@@ -98,32 +132,56 @@ def mean_of_seeds(values: Sequence[float]) -> Estimate:
 def paired_by_example(a: Any, b: Any, *, weights: Any = None, clusters: Sequence[Hashable] | None = None) -> Estimate:
     """The difference ``a - b`` of two methods, (S, n) each, seeds and examples paired.
 
-    ``delta = mean over s of sum_i w[i] d[s, i] / n``; with cluster sums of the centred differences
-    ``u[s, g] = sum over i in g of w[i] (d[s, i] - delta[s])`` and dots for means over an index,
+    ``delta = mean over s of sum_i w[i] d[s, i] / n``. With cluster sums of the centred differences
+    ``u[s, g] = sum over i in g of w[i] (d[s, i] - delta[s]) / n``, what leaving out cluster g changes,
+    ``v[s, g] = u[s, g] / (1 - h[g])``, and dots for means over an index,
 
-        V_example = G / (G - 1) * sum_g u[., g]^2 / n^2                       (clustered; Miller 2024, section 3)
+        V_example = (G - 1) / G * sum_g v[., g]^2           (jackknife, CV3: MacKinnon, Nielsen and Webb 2023)
         V_seed    = var_s(delta[s]) / S
-        V_rest    = G / n^2 / S * sum_sg (u[s, g] - u[., g])^2 / ((S - 1) (G - 1))
+        V_rest    = (G - 1) / G / S * sum_sg (v[s, g] - v[., g])^2 / (S - 1)
+        skewness  = 1.5 * sum_g v[., g]^3 / (sum_g v[., g]^2)^(3/2)
 
     V_rest is in both of the others, so the parts of the error are V_seed (S - 1 degrees of freedom) and
-    V_example - V_rest (G - 1). With one seed only ``example_se`` is known, and there is no interval.
+    V_example - V_rest. The latter has ``1 / sum_g h[g]^2 - 1`` degrees, G - 1 for even clusters: the effective number
+    of clusters (Carter, Schnepel and Steigerwald 2017) less one, within 0.3 of the degrees of Bell and McCaffrey (2002)
+    for 20 clusters of Zipf sizes. With one seed only ``example_se`` is known, and there is no interval.
+
+    Raises RunError RW598: values that are not finite.
     """
     d = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     S, n = d.shape
-    w = np.ones(n) if weights is None else np.asarray(weights, dtype=np.float64) * n / np.sum(weights)
+    w = np.ones(n) if weights is None else np.asarray(weights, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        w = w * n / w.sum()
+    _check_finite(d, w)
     delta = d @ w / n
-    u = _cluster_sums(w * (d - delta[:, None]), clusters)
-    G = u.shape[1]
+    sums = _cluster_sums(np.vstack([w * (d - delta[:, None]), w]) / n, clusters)
+    # Clusters without weight say nothing.
+    sums = sums[:, sums[-1] > 0]
+    u, h = sums[:-1], sums[-1]
+    G = len(h)
     per_seed, mean = tuple(map(float, delta)), float(delta.mean())
-    V_example = G / max(G - 1, 1) * float(np.sum(u.mean(0) ** 2)) / n**2
-    example_se = _no_rounding(math.sqrt(V_example), d) if G > 1 else None
-    if S < 2 or G < 2:
+    if G < 2:
+        return Estimate(mean, per_seed=per_seed, clusters=G)
+    v = u / (1 - h)
+    V_example = (G - 1) / G * float(np.sum(v.mean(0) ** 2))
+    example_se = _no_rounding(math.sqrt(V_example), d)
+    if S < 2:
         return Estimate(mean, example_se=example_se, per_seed=per_seed, clusters=G)
     V_seed = _no_rounding(float(delta.std(ddof=1)), d) ** 2 / S
-    V_rest = G / n**2 / S * float(np.sum((u - u.mean(0)) ** 2)) / ((S - 1) * (G - 1))
-    parts = ((V_seed, S - 1.0), (_no_rounding(math.sqrt(max(0.0, V_example - V_rest)), d) ** 2, G - 1.0))
+    V_rest = (G - 1) / G / S * float(np.sum((v - v.mean(0)) ** 2)) / (S - 1)
+    V_rows = _no_rounding(math.sqrt(max(0.0, V_example - V_rest)), d) ** 2
+    parts = ((V_seed, S - 1.0), (V_rows, max(1.0, 1 / float(np.sum(h**2)) - 1)))
+    third = float(np.sum(v.mean(0) ** 3) / np.sum(v.mean(0) ** 2) ** 1.5) if example_se else 0.0
     seed_sd = math.sqrt(max(0.0, S * (V_seed - V_rest)))
-    return Estimate(mean, parts, seed_sd, example_se, per_seed, G)
+    return Estimate(mean, parts, SKEWNESS_FACTOR * third, seed_sd, example_se, per_seed, G)
+
+
+def _check_finite(*arrays: Array) -> None:
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise RunError(
+            "RW598", "a figure to compare is not a finite number; leave out the run or the example that it comes from."
+        )
 
 
 def _cluster_sums(values: Array, clusters: Sequence[Hashable] | None) -> Array:
@@ -150,13 +208,52 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def minimum_detectable_effect(*, seed_sd: float, seeds: int, comparisons: int) -> float | None:
-    """Smallest true difference found with power 0.8 by a paired test over seeds, in the unit of ``seed_sd``.
+def minimum_detectable_effect(
+    parts: Sequence[tuple[float, float]], *, methods: int, margin: float = 0.0
+) -> float | None:
+    """Smallest true difference that is called better or worse four times in five; None without ``parts``.
 
-    ``(t(1 - alpha / 2m, S - 1) + t(power, S - 1)) * sqrt(2 / S) * seed_sd``, m comparisons (the first of Holm's
-    thresholds), each method with the same spread over seeds. None with one seed.
+    ``parts``: (variance of the mean, degrees of freedom) as in Estimate, taken as true. A difference ``x`` is called
+    so where it is above ``half(alpha / m)``, and not equivalent, which is above ``margin - half(2 alpha)``. m is the
+    middle one of Holm's divisors for one method that differs from all others. With x = effect + sqrt(V) z, the effect
+    sought is the 80 % quantile of the higher bound less sqrt(V) z, here of 20,000 draws (seed 0) of z and of the
+    variances that a comparison would estimate.
+    """
+    if not parts:
+        return None
+    draw = np.random.default_rng(0)
+    V, degrees = np.array(parts, dtype=np.float64).T
+    z = draw.standard_normal(SIMULATED)
+    m = max(1.0, math.comb(methods, 2) - (methods - 2) / 2)
+    estimated = V * draw.chisquare(degrees, (SIMULATED, len(V))) / degrees
+    different, equivalent = (
+        np.sqrt(estimated @ special.stdtrit(degrees, level) ** 2) for level in (ALPHA / 2 / m, ALPHA)
+    )
+    needed = np.maximum(different, margin - equivalent) - math.sqrt(V.sum()) * z
+    return float(np.quantile(needed, POWER))
+
+
+def spread_parts(
+    *, seed_sd: float, seeds: int, row_sd: float = 0.0, rows: int = 0, rest_sd: float = 0.0
+) -> tuple[tuple[float, float], ...]:
+    """The parts of a difference's error for spreads that are assumed; none with one seed.
+
+    ``seed_sd``: of each method's metric from seed to seed; ``row_sd``: of the two methods' difference from row to row,
+    the same under every seed; ``rest_sd``: of the difference from row to row, anew under each seed. ``rows`` of 0: the
+    rows are not a sample.
     """
     if seeds < 2:
-        return None
-    critical = stats.t.ppf(1 - ALPHA / 2 / max(comparisons, 1), seeds - 1) + stats.t.ppf(POWER, seeds - 1)
-    return float(critical * math.sqrt(2 / seeds) * seed_sd)
+        return ()
+    by_seed = (2 * seed_sd**2 + (rest_sd**2 / rows if rows else 0.0)) / seeds
+    return (by_seed, seeds - 1.0), *(((row_sd**2 / rows, rows - 1.0),) if rows > 1 else ())
+
+
+def pooled_parts(estimates: Sequence[Estimate], seeds: int) -> tuple[tuple[float, float], ...]:
+    """The mean parts of measured differences, for so many seeds as are planned."""
+    measured = [estimate for estimate in estimates if estimate.parts]
+    if seeds < 2 or not measured:
+        return ()
+    by_seed = float(np.mean([item.parts[0][0] * len(item.per_seed) for item in measured])) / seeds
+    rows = [item.parts[1] for item in measured if len(item.parts) > 1]
+    by_row = [(float(np.mean([variance for variance, _ in rows])), min(degrees for _, degrees in rows))] if rows else []
+    return (by_seed, seeds - 1.0), *by_row

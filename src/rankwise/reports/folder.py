@@ -86,6 +86,7 @@ DIFFERENCE: dict[str, Any] = {
     "interval": None,
     "p_value_holm": None,
     "equivalence_p": None,
+    "equivalence_p_holm": None,
     "margin": None,
     "verdict": "cannot tell",
     "seed_sd": None,

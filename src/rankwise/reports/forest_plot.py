@@ -128,7 +128,7 @@ def _pair(item: Mapping[str, Any], higher: bool) -> Pair:
         item["margin"] if is_number(item["margin"]) else None,
         TURNED.get(item["verdict"], item["verdict"]) if is_turned else item["verdict"],
         item["p_value_holm"],
-        item["equivalence_p"],
+        item["equivalence_p_holm"],
         item["seed_sd"],
         int(item["pairs"] or 0),
         int(item["seeds"] or 0),

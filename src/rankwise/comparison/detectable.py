@@ -1,0 +1,44 @@
+"""The smallest difference that a comparison finds: from its finished runs, or before there are any from assumptions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from statistics import fmean
+
+from rankwise.comparison.schema import EVAL_LOSS, MinimumDetectableEffect
+from rankwise.comparison.settings import CompareOptions
+from rankwise.comparison.statistics import POWER, minimum_detectable_effect, pooled_parts, spread_parts
+from rankwise.comparison.verdicts import Scores, estimate_difference
+
+
+def detectable_effect(
+    given: CompareOptions, scores: Mapping[str, Scores], *, seeds: int, rows: int
+) -> MinimumDetectableEffect:
+    """With so many seeds and evaluation rows; ``scores`` are those of the metric that decides, method by method."""
+    pairs = [pair for pair in itertools.combinations(scores.values(), 2) if set(pair[0].values) & set(pair[1].values)]
+    parts = pooled_parts([estimate_difference(a, b)[0] for a, b in pairs], seeds)
+    if parts:
+        level = abs(fmean(value for item in scores.values() for value in item.values.values()))
+        absolute = minimum_detectable_effect(parts, methods=len(given.methods), margin=given.margin * level)
+        relative = absolute / level if absolute is not None and level else None
+        assumption = "runs spread as the finished ones here do"
+    else:
+        by_row = given.row_sd if given.metric == EVAL_LOSS else 0.0
+        parts = spread_parts(seed_sd=given.seed_sd, seeds=seeds, row_sd=by_row, rows=rows if by_row else 0)
+        relative, absolute = minimum_detectable_effect(parts, methods=len(given.methods), margin=given.margin), None
+        of_rows = f"two methods' difference by {100 * by_row:g} % from row to row (--row-sd)"
+        assumption = (
+            f"runs that differ in nothing but the seed spread by {100 * given.seed_sd:g} % of {given.metric} "
+            f"(--seed-sd), and {of_rows if by_row else 'there are examples enough'}"
+        )
+    return {
+        "metric": given.metric,
+        "relative": relative,
+        "absolute": absolute,
+        "seeds": seeds,
+        "comparisons": math.comb(len(given.methods), 2),
+        "power": POWER,
+        "assumption": assumption,
+    }
