@@ -365,6 +365,7 @@ class TrainSettings(Settings):
     chat_template: Path | None = Field(None, description="Jinja file that overrides the tokenizer's template.")
     prompt_column: str | None = Field(None, description="Column with the prompt, for tables of other names.")
     completion_column: str | None = Field(None, description="Column with the completion.")
+    skip_bad_rows: int = Field(0, ge=0, le=MANY, description="Leave out up to N bad rows of each file, and list them.")
 
     save_steps: int | None = Field(
         None, ge=1, le=MANY, description="Checkpoint every N steps; default: at each evaluation."

@@ -19,6 +19,8 @@ from rankwise.foreign import checked, parse_json, read_json, reason_of
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
+SKIPPED_FILE = "skipped_rows.jsonl"
+# A line for each bad row that was left out: {"set": "train" or "eval", "row", "code", "why"}.
 WAIT_POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 # Variables of the environment by which a user says how long threads of OpenMP spin before they sleep.
 NUMBERS = ("loss", "eval_loss", "learning_rate", "train_seconds")
@@ -111,6 +113,13 @@ def _logged(line: Any) -> Mapping[str, Any]:
     if odd is not None:
         raise ValueError(f"its {odd} is no number")
     return line
+
+
+def write_skipped_rows(folder: Path, data: Mapping[str, Mapping[str, Any]]) -> None:
+    """``SKIPPED_FILE`` from a record's ``data``, where rows were left out."""
+    lines = [json.dumps({"set": name, **row}) for name, part in data.items() for row in part.get("skipped", ())]
+    if lines:
+        write_text(folder / SKIPPED_FILE, "\n".join(lines) + "\n")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -20,10 +20,12 @@ from tiny_tokenizers import (
     char_tokenizer,
     sentencepiece_tokenizer,
 )
+from tokenizers import Regex, normalizers
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rankwise.data import Rows, encode_rows, preview_row, read_template, rows_from_records
+from rankwise.data.encoding import RowEncoder
 from rankwise.errors import DataError, RankwiseWarning
 
 TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
@@ -219,9 +221,14 @@ def test_the_stop_token_is_the_templates_not_the_tokenizers() -> None:
             "line 1: the chat template refuses it: no system",
         ),
         ("{{ messages[0].content + 1 }}", chat("a", "b"), "RW211", "line 1: the chat template refuses it"),
-        ("{{ bos_token }}", {"prompt": "a", "completion": "b"}, "RW212", "leaves the assistant's text out"),
-        (CHATML.replace("message.content", "''"), chat("a", "b"), "RW212", "leaves the assistant's text out"),
-        ("{% generation %}{% endgeneration %}x", {"prompt": "a", "completion": "b"}, "RW212", "rows.jsonl, line 1"),
+        ("{{ bos_token }}", {"prompt": "a", "completion": "b"}, "RW221", "leaves out the `content` of message 1"),
+        (CHATML.replace("message.content", "''"), chat("a", "b"), "RW221", "leaves out the `content` of message 1"),
+        (
+            CHATML + "{% generation %}{% endgeneration %}x",
+            {"prompt": "a", "completion": "b"},
+            "RW212",
+            "rows.jsonl, line 1: the chat template marks no",
+        ),
     ],
 )
 def test_a_template_that_cannot_serve_is_refused(
@@ -251,6 +258,51 @@ def test_truncation_is_counted_and_said() -> None:
     messages = [str(item.message) for item in caught if issubclass(item.category, RankwiseWarning)]
     assert messages[0].startswith("RW215: 1 of 3 rows of rows.jsonl were cut at --max-length 10")
     assert messages[1].startswith("RW216: 1 of 3 rows of rows.jsonl were left out")
+
+
+@pytest.mark.parametrize("kind", ["chat", "prompt", "text", "long prompt"])
+@pytest.mark.parametrize("habit", TOKENIZERS)
+def test_of_a_long_row_only_the_beginning_is_tokenized(habit: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = "the answer is yes, near\n\nthe river  of  ratings; Ünïcode and " * 400
+    data = {
+        "chat": chat("is it?", "yes", "why?", long, "and?", "no"),
+        "prompt": {"prompt": "a", "completion": long},
+        "text": {"text": long},
+        "long prompt": {"prompt": long, "completion": "b"},
+    }[kind]
+    tokenizer = TOKENIZERS[habit]()
+    counted: list[int] = []
+    tokenize = RowEncoder._ids
+    monkeypatch.setattr(
+        RowEncoder, "_ids", lambda self, texts: counted.append(sum(map(len, texts))) or tokenize(self, texts)
+    )
+    both = rows(data, data)
+    found = []
+    for whole in (10**9, 1000):
+        monkeypatch.setattr("rankwise.data.encoding.WHOLE_CHARACTERS", whole)
+        counted.clear()
+        found.append((RowEncoder(both, tokenizer, None).encode(both, 64), sum(counted)))
+    (one, all_characters), (other, few_characters) = found
+    assert [(row.ids[:64], row.trained[:64]) for row in one] == [(row.ids[:64], row.trained[:64]) for row in other]
+    assert few_characters < all_characters / 3
+    assert [row.estimated for row in other] == [True, True]
+    assert other[0].length == pytest.approx(one[0].length, rel=0.1)
+
+
+def test_the_report_says_that_a_length_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankwise.data.encoding.WHOLE_CHARACTERS", 1000)
+    data = rows({"text": "the answer " * 1000}, {"text": "the answer"})
+    with pytest.warns(RankwiseWarning, match=r"RW215: 1 of 2 rows .* \(the longest has about \d+ tokens\)"):
+        report = encode_rows(data, byte_tokenizer(), max_length=8).report
+    assert (report.truncated_rows, report.estimated_rows, report.stop_token_rows) == (1, 1, 1)
+
+
+def test_a_long_text_of_few_tokens_is_tokenized_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankwise.data.encoding.WHOLE_CHARACTERS", 100)
+    tokenizer = byte_tokenizer(chat_template=None)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(" +"), "")
+    [example] = encode_rows(rows({"text": " " * 5000 + "yes"}), tokenizer, max_length=8).dataset
+    assert trained_text(tokenizer, example) == "yes<|im_end|>"
 
 
 def test_nothing_left_to_train_on_is_an_error() -> None:

@@ -239,7 +239,7 @@ def test_many_bad_rows_make_one_message(tmp_path: Path) -> None:
     path.write_text('{"text": "a"}\n{"text": }\n' + '{"text": ""}\n' * 5, encoding="utf-8")
     message = refusal(path)
     assert "line 2: expected one JSON object a line, found invalid JSON (Expecting value at column 10)" in message
-    assert "line 3: " in message
+    assert "line 3, line 4: expected text in `text`, found an empty string" in message
     assert "and 3 more of 7 rows" in message
 
 

@@ -16,10 +16,10 @@ MARKED = (
     "{% else %}{{ message.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Shortens every answer but the last, as templates do that drop earlier reasoning.
+# Writes every answer but the last in another way.
 UNSTABLE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.role == 'assistant' and not loop.last %}...{% else %}{{ message.content }}{% endif %}"
+    "{{ message.content }}{% if message.role == 'assistant' and not loop.last %}...{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # Closes the conversation with a token of its own, as Phi-3's does.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -20,21 +20,29 @@ if TYPE_CHECKING:
 TRAINED_STYLE = "bold green"
 # Where there is no colour, trained text stands between these.
 OPEN, CLOSE = "[[", "]]"
+# Bad rows that are shown.
+NAMED_ROWS = 10
 
 
 def run(settings: PreviewSettings, output: Output) -> Mapping[str, Any]:
-    from rankwise.data import encode_rows, preview_row, read_rows, read_template
+    from rankwise.data import encode_rows, first_good_row, preview_row, read_rows, read_template
     from rankwise.models import load_tokenizer
 
-    rows = read_rows(settings.data, prompt_column=settings.prompt_column, completion_column=settings.completion_column)
+    rows = read_rows(
+        settings.data,
+        prompt_column=settings.prompt_column,
+        completion_column=settings.completion_column,
+        skip_bad_rows=settings.skip_bad_rows,
+    )
     template = None if settings.chat_template is None else read_template(settings.chat_template)
     tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code, revision=settings.revision)
     limits: dict[str, Any] = {"max_length": settings.max_length, "chat_template": template}
-    preview = preview_row(rows, settings.row, tokenizer, **limits)
-    report = encode_rows(rows, tokenizer, **limits).report
+    report = encode_rows(rows, tokenizer, **limits, skip_bad_rows=settings.skip_bad_rows).report
+    index = first_good_row(rows, report) if settings.row is None else settings.row
+    preview = preview_row(rows, index, tokenizer, **limits)
     _print(output, preview, report, settings)
     return {
-        "row": dataclasses.asdict(preview) | {"index": settings.row, "truncated": preview.truncated},
+        "row": dataclasses.asdict(preview) | {"index": index, "truncated": preview.truncated},
         "data": dataclasses.asdict(report) | {"source": rows.source, "max_length": settings.max_length},
     }
 
@@ -51,6 +59,7 @@ def _print(output: Output, preview: Preview, report: EncodingReport, settings: P
         ("template", preview.template),
         ("data set", f"{plural(report.rows, 'row')}, {lengths}; {report.trained_share:.0%} of the tokens trained on"),
         ("truncation", fate),
+        *(("bad rows", bad) for bad in _bad_rows(report)),
     ):
         output.line(f"{label:<12}{text}")
     marks = _uses_marks(output)
@@ -59,6 +68,14 @@ def _print(output: Output, preview: Preview, report: EncodingReport, settings: P
     )
     output.line()
     output.console.print(rendered(preview, marks=marks), soft_wrap=True)
+
+
+def _bad_rows(report: EncodingReport) -> Iterator[str]:
+    """A line each, and what ``train`` does about them."""
+    for problem in report.skipped[:NAMED_ROWS]:
+        yield f"{problem['row']}: {problem['why']} ({problem['code']})"
+    if count := report.skipped_rows:
+        yield f"{plural(count, 'row')} in all (--json lists them); `train` stops without --skip-bad-rows {count}"
 
 
 def _uses_marks(output: Output) -> bool:

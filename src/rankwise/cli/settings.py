@@ -20,11 +20,16 @@ class PreviewSettings(Settings):
 
     model: str = Field(description=MODEL)
     data: str = Field(description=DATA)
-    row: int = Field(0, ge=0, le=MANY, description="Row to show, counted from 0.")
+    row: int | None = Field(
+        None, ge=0, le=MANY, description="Row to show, counted from 0; default: the first good one."
+    )
     max_length: int = Field(1024, ge=2, le=LONGEST_ROW, description="Tokens per row; longer rows are cut and counted.")
     chat_template: Path | None = Field(None, description="Jinja file that overrides the tokenizer's template.")
     prompt_column: str | None = Field(None, description="Column with the prompt, for tables of other names.")
     completion_column: str | None = Field(None, description="Column with the completion.")
+    skip_bad_rows: int | None = Field(
+        None, ge=0, le=MANY, description="Stop where there are more bad rows, as `train` would; default: never."
+    )
     trust_remote_code: bool = Field(False, description=REMOTE_CODE)
     revision: str | None = Field(None, description=REVISION)
 

@@ -30,6 +30,7 @@ PANELS = {
         "chat_template",
         "prompt_column",
         "completion_column",
+        "skip_bad_rows",
         "max_length",
         "packing",
         "trust_remote_code",

@@ -188,7 +188,7 @@ def _asked(engine: Engine, rows: Rows, numbers: Sequence[int]) -> list[tuple[int
     """The ids that the model goes on from: the prompt, or the beginning of a plain text."""
     chosen, encoder = [rows[number] for number in numbers], engine.encoder(rows)
     if rows.kind == "text":
-        return [tuple(row.ids[:TEXT_PROMPT]) for row in encoder.encode(chosen)]
+        return [tuple(row.ids[:TEXT_PROMPT]) for row in encoder.encode(chosen, TEXT_PROMPT)]
     return engine.prompt_ids(encoder, chosen)
 
 
@@ -235,7 +235,7 @@ def _merge_facts(
 @torch.inference_mode()
 def _logits(engine: Engine, rows: Rows, max_length: int) -> list[Tensor]:
     found = []
-    for row in engine.encoder(rows).encode(rows.items):
+    for row in engine.encoder(rows).encode(rows.items, max_length):
         ids = torch.tensor([row.ids[:max_length]], device=engine.model.device)
         found.append(engine.model(input_ids=ids, use_cache=False).logits.float().cpu())
     return found

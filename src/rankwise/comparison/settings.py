@@ -26,6 +26,7 @@ NOT_SHARED = {
     "sample_prompt",
     "tensorboard",
     "cache",
+    "skip_bad_rows",
     "resume",
     "overwrite",
 }

@@ -7,11 +7,11 @@ encoded = encode_rows(rows, tokenizer, max_length=1024)     # input_ids and labe
 from rankwise.data.encoding import Encoded, EncodingReport, encode_rows
 from rankwise.data.formats import rows_from_records
 from rankwise.data.overlap import warn_of_overlap
-from rankwise.data.preview import Preview, preview_row
+from rankwise.data.preview import Preview, first_good_row, preview_row
 from rankwise.data.readers import check_there, read_rows
 from rankwise.data.rows import Row, Rows
 from rankwise.data.stdlib import stdlib_rows
-from rankwise.data.templates import Segment, read_template
+from rankwise.data.templates import Segment, chat_text, read_template
 
 __all__ = [
     "Encoded",
@@ -20,8 +20,10 @@ __all__ = [
     "Row",
     "Rows",
     "Segment",
+    "chat_text",
     "check_there",
     "encode_rows",
+    "first_good_row",
     "preview_row",
     "read_rows",
     "read_template",

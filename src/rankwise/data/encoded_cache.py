@@ -9,30 +9,44 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-from rankwise.data.encoding import Encoded, EncodingReport, _complain, _Table, encode_rows
+from rankwise.data.encoding import Encoded, EncodingReport, _Table, complain, encode_rows
 from rankwise.data.rows import Rows
 from rankwise.records import write_bytes
 
-VERSION = 1
+VERSION = 2
 # Of the encoding: to be raised whenever the same rows give other ids or labels.
 COLUMNS = ("ids", "labels", "ends")
 
 
 def encode_rows_once(
-    rows: Rows, tokenizer: Any, *, max_length: int, chat_template: str | None, name: str, cache: Path
+    rows: Rows,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    chat_template: str | None,
+    name: str,
+    skip_bad_rows: int | None = 0,
+    cache: Path,
 ) -> Encoded:
     """``encode_rows``, or what an earlier call on the same rows left in ``cache``. Warns and raises as that does."""
     key = _key(rows, tokenizer, max_length, chat_template)
-    if key is None:
-        return encode_rows(rows, tokenizer, max_length=max_length, chat_template=chat_template, name=name)
-    path = cache / f"rows-{key[:32]}.safetensors"
-    if not path.is_file():
-        encoded = encode_rows(rows, tokenizer, max_length=max_length, chat_template=chat_template, name=name)
+    path = None if key is None else cache / f"rows-{key[:32]}.safetensors"
+    if path is not None and path.is_file():
+        encoded = _read(path, rows, max_length, name)
+        complain(encoded.report, rows, max_length)
+        return encoded
+    encoded = encode_rows(
+        rows,
+        tokenizer,
+        max_length=max_length,
+        chat_template=chat_template,
+        name=name,
+        skip_bad_rows=skip_bad_rows,
+    )
+    # Where the encoder left rows out, it has to say so again.
+    if path is not None and encoded.report.skipped_rows == len(rows.problems):
         cache.mkdir(parents=True, exist_ok=True)
         write_bytes(path, _stored(encoded))
-        return encoded
-    encoded = _read(path, max_length, name)
-    _complain(encoded.report, rows, max_length)
     return encoded
 
 
@@ -70,12 +84,14 @@ def _values(column: Any) -> Any:
     return part.values
 
 
-def _read(path: Path, max_length: int, name: str) -> Encoded:
+def _read(path: Path, rows: Rows, max_length: int, name: str) -> Encoded:
     import safetensors
 
     table = _Table(max_length)
     with safetensors.safe_open(path, framework="numpy") as file:
-        report = EncodingReport(**{**json.loads(file.metadata()["report"]), "name": name})
+        skipped = [problem.to_json() for problem in rows.problems]
+        own = {"name": name, "skipped": skipped, "skipped_rows": len(skipped)}
+        report = EncodingReport(**{**json.loads(file.metadata()["report"]), **own})
         for column in COLUMNS:
             setattr(table, column, array("i", file.get_tensor(column).tobytes()))
     return Encoded(table.dataset(), report)

@@ -8,14 +8,18 @@ are tokenized apart, so that training sees the prompt's ids exactly as generatio
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import statistics
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rankwise.data.rows import Row, Rows
-from rankwise.data.templates import ChatRenderer, Rendered, Segment, renderer
+from rankwise.data.bad_rows import check_bad_rows
+from rankwise.data.bounded import bounded
+from rankwise.data.rows import Problem, Row, Rows
+from rankwise.data.templates import ChatRenderer, Rendered, RowRefused, Segment, renderer
 from rankwise.errors import DataError, warn
 
 if TYPE_CHECKING:
@@ -24,6 +28,11 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 ROWS_PER_BATCH = 2000
+CHARACTERS_PER_BATCH = 1 << 24
+# Rows are tokenized in batches, of which the first bound that is reached ends one.
+WHOLE_CHARACTERS, SPARE_TOKENS = 100_000, 256
+# A longer text is tokenized only as far as max_length tokens reach, and so many more: what stands behind them
+# decides the last tokens of a text that is cut.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +58,13 @@ class EncodingReport:
     # Kept rows with a stop token in the labels.
     split_rows: int = 0
     # Kept rows whose pieces were tokenized apart, because a token would have crossed from prompt to answer.
+    estimated_rows: int = 0
+    # Rows far longer than max_length: of their length only the beginning was counted, and the rest estimated.
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    # What the chat template does not write, in words: in how many rows.
+    skipped_rows: int = 0
+    skipped: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    # Bad rows that were left out: {"row", "code", "why"}.
 
     @property
     def trained_share(self) -> float:
@@ -66,11 +82,14 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EncodedRow:
-    """One row before truncation."""
+    """One row before truncation, or of a row far too long its beginning."""
 
     ids: list[int]
     trained: list[bool]
     split: bool
+    length: int
+    # Tokens of the whole row.
+    estimated: bool = False
 
 
 class RowEncoder:
@@ -84,22 +103,71 @@ class RowEncoder:
         self._opening = _opening_ids(tokenizer)
 
     def stop_ids(self) -> set[int]:
-        stop = self._render.stop if isinstance(self._render, ChatRenderer) else None
+        chat = self._render
+        if isinstance(chat, ChatRenderer) and "stop" not in vars(chat):
+            [chat.stop] = bounded(lambda: iter([chat.stop]), lambda _: "a sample exchange")
+        stop = chat.stop if isinstance(chat, ChatRenderer) else None
         token: Any = self.tokenizer.eos_token_id if stop is None else self.tokenizer.convert_tokens_to_ids(stop)
         return {token}
 
-    def encode(self, rows: Sequence[Row]) -> list[EncodedRow]:
-        """Ids of some rows, tokenized as one batch."""
-        rendered = [self._render(row) for row in rows]
-        pieces = tokenize_segments(self._ids, [item.segments for item in rendered])
-        return [self._framed(*piece, item) for piece, item in zip(pieces, rendered)]
+    def encode(self, rows: Sequence[Row], max_length: int | None = None) -> list[EncodedRow]:
+        """Ids of some rows, at least up to ``max_length``. Raises DataError naming the rows that are refused."""
+        found = list(self.try_encode(rows, max_length))
+        problems = [item for item in found if isinstance(item, Problem)]
+        check_bad_rows(problems, len(rows), allowed=0)
+        warn_of_left_out(self.left_out, len(rows), rows[0].source if rows else "")
+        return [item for item in found if isinstance(item, EncodedRow)]
+
+    def try_encode(self, rows: Sequence[Row], max_length: int | None = None) -> Iterator[EncodedRow | Problem]:
+        """Per row what came of it. ``left_out`` counts what the template does not write of them."""
+        self.left_out: Counter[str] = Counter()
+        for batch in _batches(self._rendered(rows)):
+            texts = [item for item in batch if isinstance(item, Rendered)]
+            encoded = iter(self._encode_batch(texts, max_length))
+            for item in batch:
+                if isinstance(item, Rendered):
+                    self.left_out.update(item.left_out)
+                yield next(encoded) if isinstance(item, Rendered) else item
+
+    def _rendered(self, rows: Sequence[Row]) -> Iterator[Rendered | Problem]:
+        render = self._render
+        if not isinstance(render, ChatRenderer):
+            yield from (_rendered_or_not(render, row) for row in rows)
+            return
+        # One process for all rows: templates are compiled, and conversations of one shape examined, once.
+        for message in bounded(
+            lambda: map(functools.partial(_message, render), rows), lambda n: rows[min(n, len(rows) - 1)].place
+        ):
+            yield _from_message(message, render)
+
+    def _encode_batch(self, batch: Sequence[Rendered], max_length: int | None) -> list[EncodedRow]:
+        long = {place for place, item in enumerate(batch) if max_length and item.characters > WHOLE_CHARACTERS}
+        whole = [item.segments for place, item in enumerate(batch) if place not in long]
+        pieces = tokenize_segments(self._ids, whole)
+        return [
+            self._beginning(item, max_length) if max_length and place in long else self._framed(*next(pieces), item)
+            for place, item in enumerate(batch)
+        ]
+
+    def _beginning(self, item: Rendered, max_length: int) -> EncodedRow:
+        """As much of a long row as has the ids up to ``max_length``; all of it where its text makes few tokens."""
+        characters = WHOLE_CHARACTERS
+        while characters < item.characters:
+            [piece] = tokenize_segments(self._ids, [_cut(item.segments, characters)])
+            row = self._framed(*piece, dataclasses.replace(item, closed=False))
+            if row.length > max_length + SPARE_TOKENS:
+                length = round(row.length * item.characters / characters)
+                return EncodedRow(row.ids[:max_length], row.trained[:max_length], row.split, length, estimated=True)
+            characters *= 4
+        [piece] = tokenize_segments(self._ids, [item.segments])
+        return self._framed(*piece, item)
 
     def _framed(self, ids: list[int], trained: list[bool], split: bool, rendered: Rendered) -> EncodedRow:
         if rendered.opened:
             ids, trained = self._opening + ids, [False] * len(self._opening) + trained
         if rendered.closed:
             ids, trained = [*ids, self.tokenizer.eos_token_id], [*trained, True]
-        return EncodedRow(ids, trained, split)
+        return EncodedRow(ids, trained, split, len(ids))
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # Several rows often share a prompt: E2E's are asked eight times each.
@@ -109,6 +177,53 @@ class RowEncoder:
         return [ids[text] for text in texts]
 
 
+def _message(render: ChatRenderer, row: Row) -> dict[str, Any]:
+    """A rendered row as JSON, from one process to the other."""
+    item = _rendered_or_not(render, row)
+    if isinstance(item, Problem):
+        return {"problem": dataclasses.astuple(item)}
+    segments = [(segment.text, segment.trained) for segment in item.segments]
+    return {"segments": segments, "closed": item.closed, "left_out": item.left_out, "stop": render.stop}
+
+
+def _from_message(message: dict[str, Any], render: ChatRenderer) -> Rendered | Problem:
+    if "problem" in message:
+        return Problem(*message["problem"])
+    render.stop = message["stop"]
+    segments = tuple(Segment(*segment) for segment in message["segments"])
+    return Rendered(segments, opened=False, closed=message["closed"], left_out=tuple(message["left_out"]))
+
+
+def _rendered_or_not(render: Callable[[Row], Rendered], row: Row) -> Rendered | Problem:
+    try:
+        return render(row)
+    except RowRefused as error:
+        return Problem(row.source, row.line, row.counted_in, error.code, error.message)
+
+
+def _batches(items: Iterator[Rendered | Problem]) -> Iterator[list[Rendered | Problem]]:
+    batch, characters = [], 0
+    for item in items:
+        batch.append(item)
+        characters += item.characters if isinstance(item, Rendered) else 0
+        if len(batch) == ROWS_PER_BATCH or characters > CHARACTERS_PER_BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _cut(segments: Sequence[Segment], characters: int) -> list[Segment]:
+    """The first ``characters`` of a text."""
+    kept = []
+    for segment in segments:
+        if characters <= 0:
+            break
+        kept.append(Segment(segment.text[:characters], segment.trained))
+        characters -= len(segment.text)
+    return kept
+
+
 def encode_rows(
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -116,39 +231,61 @@ def encode_rows(
     max_length: int,
     chat_template: str | None = None,
     name: str = "train",
+    skip_bad_rows: int | None = 0,
 ) -> Encoded:
     """Token ids and labels of all rows; only completions or assistant turns, each with its stop token, are trained.
 
     ``chat_template`` is Jinja text and replaces the tokenizer's. Rows longer than ``max_length`` lose their end; a
-    row that then has nothing to train on is dropped. Both are counted, and warned of (RW215, RW216).
+    row that then has nothing to train on is dropped. Both are counted, and warned of (RW215, RW216). Up to
+    ``skip_bad_rows`` bad rows (None: all), those that reading left out among them, are left out and warned of (RW223).
 
     Raises DataError: RW210 chat rows without a template, RW211 the template refuses a row, RW212 it does not tell
-    the assistant's text apart, RW213 no stop token, RW214 nothing left to train on, RW219 no tokenizer.
+    the assistant's text apart, RW213 no stop token, RW214 nothing left to train on, RW219 no tokenizer, RW221 the
+    template leaves out a part of a row, RW222 an answer is its stop token alone, RW225 a template without bounds.
     """
     encoder = RowEncoder(rows, tokenizer, chat_template)
     table = _Table(max_length)
-    for start in range(0, len(rows), ROWS_PER_BATCH):
-        encoded = encoder.encode(rows.items[start : start + ROWS_PER_BATCH])
-        stop_ids = encoder.stop_ids()
-        for row in encoded:
-            table.add(row, stop_ids)
-    report = table.report(name, encoder.template)
-    _complain(report, rows, max_length)
+    problems = []
+    stop_ids: set[int] = set()
+    for item in encoder.try_encode(rows.items, max_length):
+        if isinstance(item, Problem):
+            problems.append(item)
+            continue
+        stop_ids = stop_ids or encoder.stop_ids()
+        table.add(item, stop_ids)
+    check_bad_rows(problems, len(rows), allowed=skip_bad_rows, before=len(rows.problems))
+    report = table.report(name, encoder.template, encoder.left_out, [*rows.problems, *problems])
+    complain(report, rows, max_length)
     return Encoded(table.dataset(), report)
 
 
-def _complain(report: EncodingReport, rows: Rows, max_length: int) -> None:
+def warn_of_left_out(left_out: Mapping[str, int], total: int, source: str) -> None:
+    """Of what a template does not write and a row can do without: fields of its own, thoughts of earlier turns."""
+    if left_out:
+        named = ", ".join(f"{name} (in {count:,})" for name, count in left_out.items())
+        warn(
+            "RW226",
+            f"of the {total:,} rows of {source} the chat template leaves out {named}; the model sees nothing of it. "
+            "Give a template that writes it by --chat-template FILE, if it matters.",
+            stacklevel=4,
+        )
+
+
+def complain(report: EncodingReport, rows: Rows, max_length: int) -> None:
+    """Raise or warn as the report asks for; bad rows aside."""
+    warn_of_left_out(report.left_out, len(rows), rows.source)
     if report.rows == 0:
         raise DataError(
             "RW214",
             f"none of the {len(rows)} rows of {rows.source} has a token to train on within --max-length {max_length}"
             f" (the median row has {report.median_length:.0f} tokens); raise it.",
         )
+    about = "about " if report.estimated_rows else ""
     if report.truncated_rows:
         warn(
             "RW215",
             f"{report.truncated_rows} of {len(rows)} rows of {rows.source} were cut at --max-length {max_length} and "
-            f"lost their end, the stop token included (the longest has {report.longest} tokens).",
+            f"lost their end, the stop token included (the longest has {about}{report.longest} tokens).",
             stacklevel=3,
         )
     if report.dropped_rows:
@@ -167,11 +304,12 @@ class _Table:
         self.max_length = max_length
         self.ids, self.labels, self.ends = array("i"), array("i"), array("i", [0])
         self.lengths: list[int] = []
-        self.trained = self.truncated = self.dropped = self.stopped = self.split = 0
+        self.trained = self.truncated = self.dropped = self.stopped = self.split = self.estimated = 0
 
     def add(self, row: EncodedRow, stop_ids: set[int]) -> None:
         ids, trained = row.ids[: self.max_length], row.trained[: self.max_length]
-        self.lengths.append(len(row.ids))
+        self.lengths.append(row.length)
+        self.estimated += row.estimated
         if not any(trained):
             self.dropped += 1
             return
@@ -180,11 +318,13 @@ class _Table:
         self.labels.extend(labels)
         self.ends.append(len(self.ids))
         self.trained += sum(trained)
-        self.truncated += len(row.ids) > self.max_length
+        self.truncated += row.length > self.max_length
         self.stopped += not stop_ids.isdisjoint(labels)
         self.split += row.split
 
-    def report(self, name: str, template: str) -> EncodingReport:
+    def report(
+        self, name: str, template: str, left_out: Mapping[str, int], problems: Sequence[Problem]
+    ) -> EncodingReport:
         return EncodingReport(
             name=name,
             rows=len(self.ends) - 1,
@@ -197,6 +337,10 @@ class _Table:
             template=template,
             stop_token_rows=self.stopped,
             split_rows=self.split,
+            estimated_rows=self.estimated,
+            left_out=dict(left_out),
+            skipped_rows=len(problems),
+            skipped=[problem.to_json() for problem in problems],
         )
 
     def dataset(self) -> Dataset:

@@ -1,7 +1,7 @@
 """The layouts of training data, told apart by their columns, and the checks of a row.
 
-``detect`` picks a ``Format`` from the first record; ``rows_from_records`` turns every record into a ``Row`` and
-raises once, with the places of the bad ones.
+``detect`` picks a ``Format`` from a record; ``rows_from_records`` turns every record into a ``Row`` and
+raises once, with the places of the bad ones, or leaves them out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, TypeGuard
 
-from rankwise.data.rows import Kind, Message, Row, Rows, Unit, content_sha256
+from rankwise.data.bad_rows import check_bad_rows
+from rankwise.data.rows import Kind, Message, Problem, Row, Rows, Unit, content_sha256
 from rankwise.errors import DataError, warn
 
 Record = Mapping[str, Any]
@@ -26,7 +27,10 @@ SHAREGPT_ROLES = {
     "system": "system",
     "tool": "tool",
 }
-BAD_ROWS_NAMED = 3
+
+
+LOOKED_AT = 100
+# Records of which the first that has a layout decides.
 
 
 class BadRow(ValueError):
@@ -65,6 +69,21 @@ def detect(record: Record, source: str, prompt_column: str | None, completion_co
     )
 
 
+def _first_layout(
+    records: Sequence[Record], source: str, prompt_column: str | None, completion_column: str | None
+) -> Format | None:
+    """Of the first record that has one; None without records. Raises DataError RW207 where none has one."""
+    first_error = None
+    for record in records:
+        try:
+            return detect(record, source, prompt_column, completion_column)
+        except DataError as error:
+            first_error = first_error or error
+    if first_error is not None:
+        raise first_error
+    return None
+
+
 def _named_columns(record: Record, source: str, prompt: str | None, completion: str | None) -> Format:
     if not prompt or not completion:
         raise DataError("RW207", "--prompt-column and --completion-column go together; give both.")
@@ -83,21 +102,23 @@ def rows_from_records(
     completion_column: str | None = None,
     only: Format | None = None,
     counted_in: Unit = "line",
+    skip_bad_rows: int | None = 0,
 ) -> Rows:
-    """Rows from ``(line, record)`` pairs, in the format ``only`` or the one that the first record shows.
+    """Rows from ``(line, record)`` pairs, in the format ``only`` or that of the first record which has one.
 
-    ``counted_in`` says what the numbers count, for messages.
+    ``counted_in`` says what the numbers count, for messages. Up to ``skip_bad_rows`` bad rows (None: all of them) are
+    left out and warned of (RW223), as long as there are good ones.
 
     Raises DataError: RW203 naming the bad rows, RW204 when there is none, RW207 for unknown columns.
     """
     records = list(records)
     if not records:
         raise DataError("RW204", f"{source} holds no rows; give a file with at least one example.")
-    first = next((record for _, record in records if isinstance(record, Mapping)), None)
-    layout = only or (detect(first, source, prompt_column, completion_column) if first is not None else None)
+    shown = [record for _, record in records if isinstance(record, Mapping)][:LOOKED_AT]
+    layout = only or _first_layout(shown, source, prompt_column, completion_column)
     rows, problems = _convert(records, source, layout, counted_in)
-    if problems or layout is None:
-        raise DataError("RW203", _bad_rows(source, problems, len(records), counted_in))
+    check_bad_rows(problems, len(records), allowed=skip_bad_rows)
+    assert layout is not None, "without a record that shows the layout every row is bad"
     _tell_of_numbers([record for _, record in records], source, layout)
     return Rows(
         items=rows,
@@ -107,21 +128,22 @@ def rows_from_records(
         format=layout.name,
         uses_template=layout.uses_template,
         separator=layout.separator,
+        problems=tuple(problems),
     )
 
 
 def _convert(
     records: Sequence[tuple[int, Record | BadRow]], source: str, layout: Format | None, unit: Unit
-) -> tuple[list[Row], list[tuple[int, str]]]:
+) -> tuple[list[Row], list[Problem]]:
     rows, problems = [], []
-    for line, record in records:
+    for index, (line, record) in enumerate(records):
         try:
             if isinstance(record, BadRow):
                 raise record
             if layout is not None:
                 rows.append(Row(layout.kind, source, line, **layout.fields(record), counted_in=unit))
         except BadRow as bad:
-            problems.append((line, str(bad)))
+            problems.append(Problem(source, line, unit, "RW203", str(bad), index))
     return rows, problems
 
 
@@ -134,13 +156,6 @@ def _tell_of_numbers(records: Sequence[Record | BadRow], source: str, layout: Fo
     found = ", ".join(f"`{column}` in {count:,} of {len(records):,} rows" for column, count in counts.items() if count)
     if found:
         warn("RW224", f"{source} holds numbers ({found}); they are read as text, as a .csv would hold them.")
-
-
-def _bad_rows(source: str, problems: Sequence[tuple[int, str]], total: int, unit: Unit) -> str:
-    named = "; ".join(f"{unit} {line}: {problem}" for line, problem in problems[:BAD_ROWS_NAMED])
-    more = len(problems) - BAD_ROWS_NAMED
-    rest = f"; and {more} more of {total} rows" if more > 0 else ""
-    return f"{source}, {named}{rest}. Mend or remove these rows."
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -7,7 +7,8 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rankwise.data.encoding import RowEncoder
+from rankwise.data.bad_rows import check_bad_rows
+from rankwise.data.encoding import EncodingReport, RowEncoder
 from rankwise.data.rows import Rows
 from rankwise.data.templates import Segment
 from rankwise.errors import DataError
@@ -46,6 +47,14 @@ class Preview:
         return self.trained_tokens / max(self.tokens, 1)
 
 
+def first_good_row(rows: Rows, report: EncodingReport) -> int:
+    """Its index in the source, from 0; ``report`` is that of encoding ``rows``, and says which are bad."""
+    bad = {problem["row"] for problem in report.skipped}
+    unread = {problem.index for problem in rows.problems}
+    indices = (index for index in itertools.count() if index not in unread)
+    return next(index for index, row in zip(indices, rows) if row.place not in bad)
+
+
 def preview_row(
     rows: Rows,
     index: int,
@@ -54,15 +63,17 @@ def preview_row(
     max_length: int,
     chat_template: str | None = None,
 ) -> Preview:
-    """Row ``index`` (from 0) as ``encode_rows`` would encode it. A row with nothing to train on is shown, too.
+    """Row ``index`` of the source (from 0) as ``encode_rows`` would encode it, also with nothing to train on.
 
-    Raises DataError: RW217 there is no such row; otherwise as ``encode_rows``.
+    Raises DataError: RW217 there is no such row; for a bad row what is wrong with it; otherwise as ``encode_rows``.
     """
-    if not 0 <= index < len(rows):
-        raise DataError("RW217", f"{rows.source} has no row {index}; its {len(rows)} rows count from 0.")
+    total = len(rows) + len(rows.problems)
+    if not 0 <= index < total:
+        raise DataError("RW217", f"{rows.source} has no row {index}; its {total} rows count from 0.")
+    check_bad_rows([problem for problem in rows.problems if problem.index == index], 1, allowed=0)
     encoder = RowEncoder(rows, tokenizer, chat_template)
-    row = rows[index]
-    [encoded] = encoder.encode([row])
+    row = rows[index - sum((problem.index or 0) < index for problem in rows.problems)]
+    [encoded] = encoder.encode([row], max_length)
     ids, trained = encoded.ids[:max_length], encoded.trained[:max_length]
     labels = {token for token, is_trained in zip(ids, trained) if is_trained}
     return Preview(
@@ -75,7 +86,7 @@ def preview_row(
         ids=tuple(ids),
         tokens=len(ids),
         trained_tokens=sum(trained),
-        full_tokens=len(encoded.ids),
+        full_tokens=encoded.length,
         stop_token=not encoder.stop_ids().isdisjoint(labels),
     )
 

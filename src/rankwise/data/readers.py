@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.data.files import KINDS, kind_of, read_file
 from rankwise.data.formats import rows_from_records
-from rankwise.data.rows import Row, Rows
+from rankwise.data.rows import Problem, Row, Rows
 from rankwise.data.stdlib import STDLIB, stdlib_rows
 from rankwise.errors import DataError
 
@@ -32,8 +33,9 @@ def read_rows(
     split: str = "train",
     prompt_column: str | None = None,
     completion_column: str | None = None,
+    skip_bad_rows: int | None = 0,
 ) -> Rows:
-    """All rows of ``source``, checked.
+    """All rows of ``source``, checked; up to ``skip_bad_rows`` bad ones (None: all) are left out, and warned of.
 
     ``source`` is a .jsonl, .json, .csv, .tsv, .parquet or .txt file (also .gz); a folder of such files or one that
     ``datasets`` saved; a hub id, with ``:name`` for one of its configurations; or ``stdlib``, the demo set.
@@ -44,16 +46,20 @@ def read_rows(
     RW205 not UTF-8, RW206 damaged file, RW207 unknown columns, RW208 hub or split not available,
     RW209 files of different layouts in one folder.
     """
-    columns = {"prompt_column": prompt_column, "completion_column": completion_column}
+    options = {
+        "prompt_column": prompt_column,
+        "completion_column": completion_column,
+        "skip_bad_rows": skip_bad_rows,
+    }
     if str(source) == STDLIB:
         return stdlib_rows(split=split)
     check_there(source)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _read_folder(path, split, columns)
+        return _read_folder(path, split, options)
     if path.exists():
-        return _read_path(path, path.name, columns)
-    return _read_hub(str(source), split, columns)
+        return _read_path(path, path.name, options)
+    return _read_hub(str(source), split, options)
 
 
 def check_there(source: str | Path) -> None:
@@ -66,19 +72,20 @@ def _looks_like_a_path(source: str) -> bool:
     return kind_of(Path(source)) is not None or source.endswith(".gz") or not HUB_ID.fullmatch(source)
 
 
-def _read_path(path: Path, name: str, columns: dict[str, Any]) -> Rows:
+def _read_path(path: Path, name: str, options: dict[str, Any]) -> Rows:
     content = read_file(path)
-    only = None if any(columns.values()) else content.only
+    named = options["prompt_column"] or options["completion_column"]
+    only = None if named else content.only
     return rows_from_records(
-        content.records, name, sha256=content.sha256, only=only, counted_in=content.counted_in, **columns
+        content.records, name, sha256=content.sha256, only=only, counted_in=content.counted_in, **options
     )
 
 
-def _read_folder(folder: Path, split: str, columns: dict[str, Any]) -> Rows:
+def _read_folder(folder: Path, split: str, options: dict[str, Any]) -> Rows:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _read_saved(folder, split, columns)
+        return _read_saved(folder, split, options)
     files = _files_of_split(folder, split)
-    parts = [_read_path(file, str(file.relative_to(folder)), columns) for file in files]
+    parts = _read_files(folder, files, options)
     formats = {part.format: part.source for part in parts}
     if len(formats) > 1:
         found = "; ".join(f"{source} is {name}" for name, source in formats.items())
@@ -94,7 +101,28 @@ def _read_folder(folder: Path, split: str, columns: dict[str, Any]) -> Rows:
         format=first.format,
         uses_template=first.uses_template,
         separator=first.separator,
+        problems=_numbered_on(parts),
     )
+
+
+def _read_files(folder: Path, files: Sequence[Path], options: dict[str, Any]) -> list[Rows]:
+    """Each file's rows; the bad rows that may be left out are those of all files together."""
+    parts: list[Rows] = []
+    allowed = options["skip_bad_rows"]
+    for file in files:
+        left = None if allowed is None else allowed - sum(len(part.problems) for part in parts)
+        parts.append(_read_path(file, str(file.relative_to(folder)), {**options, "skip_bad_rows": left}))
+    return parts
+
+
+def _numbered_on(parts: Sequence[Rows]) -> tuple[Problem, ...]:
+    """The files' bad rows, numbered through all files."""
+    problems: list[Problem] = []
+    before = 0
+    for part in parts:
+        problems += [dataclasses.replace(item, index=before + (item.index or 0)) for item in part.problems]
+        before += len(part) + len(part.problems)
+    return tuple(problems)
 
 
 def _files_of_split(folder: Path, split: str) -> Sequence[Path]:
@@ -128,7 +156,7 @@ def _split_of(name: str) -> str | None:
     return None
 
 
-def _read_saved(folder: Path, split: str, columns: dict[str, Any]) -> Rows:
+def _read_saved(folder: Path, split: str, options: dict[str, Any]) -> Rows:
     import datasets
 
     try:
@@ -137,7 +165,7 @@ def _read_saved(folder: Path, split: str, columns: dict[str, Any]) -> Rows:
         raise DataError("RW206", f"cannot read {folder} as a saved data set: {_one_line(error)}.") from None
     if isinstance(loaded, datasets.DatasetDict):
         loaded = _chosen_split(loaded, split, str(folder))
-    return _from_dataset(loaded, folder.name, columns)
+    return _from_dataset(loaded, folder.name, options)
 
 
 def _chosen_split(parts: Any, split: str, source: str) -> Dataset:
@@ -146,7 +174,7 @@ def _chosen_split(parts: Any, split: str, source: str) -> Dataset:
     return parts[split]
 
 
-def _read_hub(source: str, split: str, columns: dict[str, Any]) -> Rows:
+def _read_hub(source: str, split: str, options: dict[str, Any]) -> Rows:
     """``datasets`` 4 and later run no code of a repository; older loading scripts are refused by it."""
     import datasets
     from datasets.exceptions import DatasetsError
@@ -160,12 +188,12 @@ def _read_hub(source: str, split: str, columns: dict[str, Any]) -> Rows:
             f"{source!r} is no file or folder here, and the hub does not give its split {split!r}: "
             f"{_one_line(error)}. Check the name and the network, or give a local file.",
         ) from None
-    return _from_dataset(loaded, source, columns)
+    return _from_dataset(loaded, source, options)
 
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
 
 
-def _from_dataset(dataset: Dataset, source: str, columns: dict[str, Any]) -> Rows:
-    return rows_from_records(enumerate(dataset.to_list(), 1), source, counted_in="row", **columns)
+def _from_dataset(dataset: Dataset, source: str, options: dict[str, Any]) -> Rows:
+    return rows_from_records(enumerate(dataset.to_list(), 1), source, counted_in="row", **options)

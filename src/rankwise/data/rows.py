@@ -45,6 +45,28 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Problem:
+    """A row that cannot be trained on, and why."""
+
+    source: str
+    line: int
+    counted_in: Unit
+    # As of a Row.
+    code: str
+    why: str
+    # No full stop at its end.
+    index: int | None = None
+    # Among all rows of the source, from 0; None for a row that could be read.
+
+    @property
+    def place(self) -> str:
+        return f"{self.source}, {self.counted_in} {self.line}"
+
+    def to_json(self) -> dict[str, str]:
+        return {"row": self.place, "code": self.code, "why": self.why}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Rows(Sequence[Row]):
     """Rows of one source, all of one kind. A slice is again ``Rows``."""
 
@@ -59,6 +81,8 @@ class Rows(Sequence[Row]):
     # False: prompt and completion are written one after the other even where the tokenizer has a chat template.
     separator: str = ""
     # Stands between prompt and completion where no chat template does.
+    problems: tuple[Problem, ...] = ()
+    # Bad rows of the source, which are not among ``items``.
 
     @property
     def prompt_ending(self) -> str:

@@ -7,13 +7,16 @@ them itself (``{% generation %}``) is taken at its word; for any other the turn 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankwise.data.bounded import bounded
+from rankwise.data.left_out import LeftOut, characters, left_out
 from rankwise.data.rows import Message, Row, Rows
 from rankwise.errors import DataError
 
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 GENERATION_TAGS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 PROBE_ANSWER = "probed answer"
+LONGEST_FILE_BYTES = 1 << 20
+MOST_CHARACTERS, MOST_GROWTH = 1 << 20, 20
+# A text longer than both is no text of the row's any more: so many characters, and so many for each of the row's own.
 Span = tuple[int, int]
 
 
@@ -43,6 +49,16 @@ class Rendered:
     # The tokenizer's own first token (a BOS, where it has one) goes in front: no template wrote it.
     closed: bool
     # The tokenizer's end-of-sequence token goes behind and is trained on: the text does not end with a stop token.
+    left_out: tuple[str, ...] = ()
+    # What the template does not write of the row and may leave out, in words.
+
+    @property
+    def characters(self) -> int:
+        return sum(len(segment.text) for segment in self.segments)
+
+
+class RowRefused(DataError):
+    """One row cannot be written; others may. The message names no row."""
 
 
 def read_template(path: Path) -> str:
@@ -50,7 +66,10 @@ def read_template(path: Path) -> str:
     import jinja2
 
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LONGEST_FILE_BYTES + 1)
+        if len(text) > LONGEST_FILE_BYTES:
+            raise DataError("RW211", f"{path} is longer than any chat template (1 MiB); give a Jinja file.")
         # transformers adds the generation tag to Jinja; for the parse alone it can go.
         plain = GENERATION_TAGS.sub("", text)
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
@@ -61,6 +80,8 @@ def read_template(path: Path) -> str:
         raise DataError("RW211", f"cannot read the chat template {path}: {reason}; give a Jinja file.") from None
     except jinja2.TemplateSyntaxError as error:
         raise DataError("RW211", f"the chat template {path}, line {error.lineno}: {error.message}.") from None
+    except RecursionError:
+        raise DataError("RW211", f"the chat template {path} is nested too deeply; give a Jinja file.") from None
     return text
 
 
@@ -95,33 +116,51 @@ def renderer(
 
 
 def _plain_text(row: Row, *, eos_token: str) -> Rendered:
+    if not row.text.replace(eos_token, "").strip():
+        raise RowRefused("RW222", "the text holds only its stop token")
     return Rendered((Segment(row.text, True),), opened=True, closed=not row.text.endswith(eos_token))
 
 
 def _plain_pair(row: Row, *, separator: str, eos_token: str) -> Rendered:
+    if not row.completion.replace(eos_token, "").strip():
+        raise RowRefused("RW222", "the completion holds only its stop token")
     segments = (Segment(row.prompt + separator, False), Segment(row.completion, True))
     return Rendered(segments, opened=True, closed=not row.completion.endswith(eos_token))
 
 
 class ChatRenderer:
-    """Rows through a chat template. ``stop`` is the special token that ends an assistant's turn, if one does."""
+    """Rows through a chat template. ``stop`` is the special token that ends an assistant's turn, if one does.
+
+    Only ``bounded`` processes may call a renderer, and read its ``stop`` where nobody has yet.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
+        self._known: dict[Any, LeftOut] = {}
+        # By shapes of conversations.
 
     def __call__(self, row: Row) -> Rendered:
         messages, tools = _conversation(row), list(row.tools) if row.tools else None
-        template = self._template(tools, row.place)
+        template = self._template(tools)
+        marked: list[Span] | None = None
         if GENERATION_MARK.search(template):
-            text, spans = self._marked_spans(template, messages, tools, row)
+            text, marked = self._marked(template, messages, tools)
         else:
-            text, spans = self._grown_spans(messages, tools, row)
-        if not spans:
-            raise DataError("RW212", f"{row.place}: the chat template marks no assistant text in this row.")
+            text = self._render(messages, tools, generation_prompt=False)
+        lost = left_out(messages, tools, text, self._known, functools.partial(self._render, generation_prompt=False))
+        if lost.required:
+            raise RowRefused("RW221", f"the chat template leaves out {', '.join(lost.required)}")
+        if marked is None:
+            spans = self._grown_spans(text, messages, tools, row.first_trained)
+        else:
+            first = row.first_trained
+            start = len(self._before(text, messages, tools, first)) if first else 0
+            spans = [span for span in marked if span[1] > start]
         spans = [(start, self._turn_end(text, start, end)) for start, end in spans]
+        self._check_turns(text, spans)
         closed = self.stop is None and spans[-1][1] == len(text)
-        return Rendered(_segments(text, spans), opened=False, closed=closed)
+        return Rendered(_segments(text, spans), opened=False, closed=closed, left_out=lost.optional)
 
     @functools.cached_property
     def stop(self) -> str | None:
@@ -130,7 +169,10 @@ class ChatRenderer:
             {"role": "user", "content": "question"},
             {"role": "assistant", "content": PROBE_ANSWER},
         ]
-        text = self._render(probe, None, "a sample exchange", generation_prompt=False)
+        try:
+            text = self._render(probe, None, generation_prompt=False)
+        except RowRefused as error:
+            raise DataError(error.code, f"a sample exchange: {error.message}.") from None
         if PROBE_ANSWER not in text:
             raise DataError(
                 "RW212",
@@ -151,18 +193,14 @@ class ChatRenderer:
             )
         return None
 
-    def _template(self, tools: list[Any] | None, place: str) -> str:
+    def _template(self, tools: list[Any] | None) -> str:
         try:
             return self.tokenizer.get_chat_template(self.chat_template, tools)
         except ValueError as error:
-            raise DataError("RW210", f"{place}: no chat template fits: {_one_line(error)}") from None
+            raise DataError("RW210", f"no chat template fits: {_one_line(error)}.") from None
 
-    def _render(
-        self, messages: Sequence[Message], tools: list[Any] | None, place: str, *, generation_prompt: bool
-    ) -> str:
-        import jinja2
-
-        try:
+    def _render(self, messages: Sequence[Message], tools: list[Any] | None, *, generation_prompt: bool) -> str:
+        with _refusals():
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=tools,
@@ -170,17 +208,12 @@ class ChatRenderer:
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise DataError("RW211", f"{place}: the chat template refuses it: {_one_line(error)}") from None
-        return str(text)
+            return _sane(str(text), messages, tools)
 
-    def _marked_spans(
-        self, template: str, messages: Sequence[Message], tools: list[Any] | None, row: Row
-    ) -> tuple[str, list[Span]]:
-        import jinja2
+    def _marked(self, template: str, messages: Sequence[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        try:
+        with _refusals():
             # Annotated as str, but it gives the texts and, with the mask, the marked character spans.
             render: Any = render_jinja_template
             texts, spans = render(
@@ -190,35 +223,27 @@ class ChatRenderer:
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise DataError("RW211", f"{row.place}: the chat template refuses it: {_one_line(error)}") from None
-        start = len(self._before(texts[0], messages, tools, row, row.first_trained)) if row.first_trained else 0
-        return texts[0], [span for span in spans[0] if span[1] > start]
+            return _sane(texts[0], messages, tools), spans[0]
 
-    def _grown_spans(self, messages: Sequence[Message], tools: list[Any] | None, row: Row) -> tuple[str, list[Span]]:
-        text = self._render(messages, tools, row.place, generation_prompt=False)
+    def _grown_spans(
+        self, text: str, messages: Sequence[Message], tools: list[Any] | None, first_trained: int
+    ) -> list[Span]:
         spans = []
         for index, message in enumerate(messages):
-            if message["role"] != "assistant" or index < row.first_trained:
+            if message["role"] != "assistant" or index < first_trained:
                 continue
-            start = len(self._before(text, messages, tools, row, index))
+            start = len(self._before(text, messages, tools, index))
             end = len(text)
             if index + 1 < len(messages):
-                end = self._turn_border(text, start, messages, tools, row, index)
+                end = self._turn_border(text, start, messages, tools, index)
             spans.append((start, end))
-        return text, spans
+        return spans
 
     def _turn_border(
-        self,
-        text: str,
-        start: int,
-        messages: Sequence[Message],
-        tools: list[Any] | None,
-        row: Row,
-        index: int,
+        self, text: str, start: int, messages: Sequence[Message], tools: list[Any] | None, index: int
     ) -> int:
         """Where the answer ``messages[index]``, which starts at ``start``, ends in ``text``."""
-        grown = self._render(messages[: index + 1], tools, row.place, generation_prompt=False)
+        grown = self._render(messages[: index + 1], tools, generation_prompt=False)
         if text.startswith(grown):
             return len(grown)
         # Templates that close a conversation, or drop the reasoning of earlier turns, write the turn differently
@@ -227,18 +252,18 @@ class ChatRenderer:
         end = text.find(content, start) + len(content)
         if stop and content and end >= start + len(content) and text[end:].lstrip().startswith(stop):
             return text.index(stop, end) + len(stop)
-        return len(_prefix(grown, text, row, index))
+        return len(_prefix(grown, text, index))
 
-    def _before(self, text: str, messages: Sequence[Message], tools: list[Any] | None, row: Row, index: int) -> str:
+    def _before(self, text: str, messages: Sequence[Message], tools: list[Any] | None, index: int) -> str:
         """The text in front of the answer ``messages[index]``, as generation would see it."""
         if index == 0:
-            raise DataError(
+            raise RowRefused(
                 "RW212",
-                f"{row.place}: the first message is the assistant's, and the chat template does not mark where it "
-                "starts; begin with a user message, or give a template with {% generation %} marks.",
+                "the first message is the assistant's, and the chat template does not mark where it starts (begin "
+                "with a user message, or mark it)",
             )
-        before = self._render(messages[:index], tools, row.place, generation_prompt=True)
-        return _prefix(before, text, row, index)
+        before = self._render(messages[:index], tools, generation_prompt=True)
+        return _prefix(before, text, index)
 
     def _turn_end(self, text: str, start: int, end: int) -> int:
         """Up to the stop token of the turn: what the template writes behind it the model never generates."""
@@ -250,6 +275,57 @@ class ChatRenderer:
         behind = end + len(text[end:]) - len(text[end:].lstrip())
         return behind + len(self.stop) if text.startswith(self.stop, behind) else end
 
+    def _check_turns(self, text: str, spans: Sequence[Span]) -> None:
+        """Raise RowRefused where there is no answer, or one that would teach the model to say nothing."""
+        if not any(start < end for start, end in spans):
+            raise RowRefused("RW212", "the chat template marks no assistant text in this row")
+        for number, (start, end) in enumerate(spans, 1):
+            if start < end and not text[start:end].replace(self.stop or "\0", "").strip():
+                raise RowRefused("RW222", f"the assistant's turn {number} holds only its stop token")
+
+
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, chat_template: str | None = None
+) -> str:
+    """The conversation up to where an answer would start. Raises DataError RW211, RW225."""
+    render = ChatRenderer(tokenizer, chat_template)._render
+
+    def text() -> Iterator[str]:
+        try:
+            yield render(messages, None, generation_prompt=True)
+        except RowRefused as error:
+            raise DataError(error.code, f"the prompt: {error.message}.") from None
+
+    [found] = bounded(text, lambda _: "the prompt")
+    return str(found)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """A template is a program: whatever it raises is its refusal of a row. Memory is the business of ``bounded``."""
+    import jinja2
+
+    try:
+        yield
+    except (MemoryError, DataError):
+        raise
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError("RW211", f"the chat template, line {error.lineno}: {_one_line(error)}.") from None
+    except Exception as error:  # noqa: BLE001  a program may raise anything
+        raise RowRefused("RW211", f"the chat template refuses it: {_one_line(error)}") from None
+
+
+def _sane(text: str, messages: Sequence[Message], tools: list[Any] | None) -> str:
+    """``text`` itself. Raises DataError (RW225) where it is out of all proportion to the row."""
+    if len(text) > MOST_CHARACTERS and len(text) > MOST_GROWTH * characters((messages, tools)):
+        raise DataError(
+            "RW225",
+            f"the chat template makes {len(text):,} characters of a conversation of {characters((messages, tools)):,}; "
+            "give another template by --chat-template FILE.",
+        )
+    text.encode()
+    return text
+
 
 def _conversation(row: Row) -> Sequence[Message]:
     if row.kind == "chat":
@@ -257,15 +333,14 @@ def _conversation(row: Row) -> Sequence[Message]:
     return ({"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.completion})
 
 
-def _prefix(part: str, whole: str, row: Row, index: int) -> str:
+def _prefix(part: str, whole: str, index: int) -> str:
     if whole.startswith(part):
         return part
     at = next((place for place, (a, b) in enumerate(zip(part, whole)) if a != b), min(len(part), len(whole)))
-    raise DataError(
+    raise RowRefused(
         "RW212",
-        f"{row.place}: what the chat template writes up to message {index + 1} is not how it begins the whole "
-        f"conversation ({part[at : at + 30]!r} becomes {whole[at : at + 30]!r}), so the assistant's text cannot be "
-        "told apart; give a template with {% generation %} marks by --chat-template FILE.",
+        f"what the chat template writes up to message {index + 1} is not how it begins the whole conversation "
+        f"({part[at : at + 30]!r} becomes {whole[at : at + 30]!r}), so the assistant's text cannot be told apart",
     )
 
 
@@ -279,4 +354,4 @@ def _segments(text: str, spans: Sequence[Span]) -> tuple[Segment, ...]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".") + "."
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__

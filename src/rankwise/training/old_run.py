@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rankwise.disk import refuse_links
 from rankwise.errors import RunError
-from rankwise.records import METRICS_FILE, RUN_FILE, RunRecord, load_record
+from rankwise.records import METRICS_FILE, RUN_FILE, SKIPPED_FILE, RunRecord, load_record
 from rankwise.training.checkpoints import FOLDER, foreign_items, remove_checkpoints
 
-OWN_FILES = (METRICS_FILE, "loss.svg", "README.md", "adapter_config.json", "adapter_model.safetensors")
+OWN_FILES = (METRICS_FILE, SKIPPED_FILE, "loss.svg", "README.md", "adapter_config.json", "adapter_model.safetensors")
 # Every run's; what depends on the model and its tokenizer stands by name in the record.
 NOT_NAMED = (FOLDER, RUN_FILE)
 REPLACED = "replaced"

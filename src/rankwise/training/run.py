@@ -194,6 +194,7 @@ def read_data(given: TrainSettings) -> tuple[Rows, Rows | None, str | None]:
         eval_limit=given.eval_limit,
         columns={"prompt_column": given.prompt_column, "completion_column": given.completion_column},
         chat_template=given.chat_template,
+        skip_bad_rows=given.skip_bad_rows,
     )
 
 
@@ -205,7 +206,13 @@ def encode_data(
         # Saved with the run, so that whoever loads it writes prompts as they were in training.
         loaded.tokenizer.chat_template = template
     return setup.encode_data(
-        rows, eval_rows, loaded.tokenizer, max_length=given.max_length, template=template, cache=given.cache
+        rows,
+        eval_rows,
+        loaded.tokenizer,
+        max_length=given.max_length,
+        template=template,
+        skip_bad_rows=given.skip_bad_rows,
+        cache=given.cache,
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rankwise.disk import coded_errors, remove_strays
 from rankwise.errors import Interrupted, warn
-from rankwise.records import RUN_FILE, RunRecord, load_record
+from rankwise.records import RUN_FILE, RunRecord, load_record, write_skipped_rows
 from rankwise.training import callbacks, finish, output
 from rankwise.training.checkpoints import Checkpoint, remove_unfinished
 from rankwise.training.interrupt import Interrupt, interrupts
@@ -86,6 +86,7 @@ class Session:
         self.record.save(self.folder)
 
     def _carry_out(self) -> None:
+        write_skipped_rows(self.folder, self.record.data)
         remove_unfinished(self.folder)
         step = self.checkpoint.step if self.checkpoint else None
         self.metrics = MetricsFile(self.folder, resume_step=step)

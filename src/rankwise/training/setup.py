@@ -77,13 +77,15 @@ def read_data(
     eval_limit: int | None,
     columns: dict[str, str | None],
     chat_template: Path | None,
+    skip_bad_rows: int = 0,
 ) -> tuple[Rows, Rows | None, str | None]:
     """Training rows, evaluation rows and the text of the chat template; all errors are DataErrors of the readers.
 
     A source with several splits gives its ``train`` for training and its ``validation`` for evaluation.
     """
-    rows = read_rows(train, split="train", **columns)
-    eval_rows = None if evaluation is None else read_rows(evaluation, split="validation", **columns)
+    options: dict[str, Any] = {**columns, "skip_bad_rows": skip_bad_rows}
+    rows = read_rows(train, split="train", **options)
+    eval_rows = None if evaluation is None else read_rows(evaluation, split="validation", **options)
     if eval_rows is not None:
         eval_rows = limited(eval_rows, eval_limit)
         warn_of_overlap(rows, eval_rows)
@@ -112,10 +114,15 @@ def encode_data(
     *,
     max_length: int,
     template: str | None,
+    skip_bad_rows: int = 0,
     cache: Path | None = None,
 ) -> Data:
     """Token ids and labels of both sets, by the same rules."""
-    options: dict[str, Any] = {"max_length": max_length, "chat_template": template}
+    options: dict[str, Any] = {
+        "max_length": max_length,
+        "chat_template": template,
+        "skip_bad_rows": skip_bad_rows,
+    }
     encode = encode_rows if cache is None else functools.partial(encode_rows_once, cache=cache)
     train = encode(rows, tokenizer, name="train", **options)
     evaluation = None

@@ -62,9 +62,9 @@ class Perplexity(Task):
         encoder = engine.encoder(self.rows)
         limit = min(self.max_length, engine.max_length)
         targets, cut = {}, 0
-        for number, row in enumerate(encoder.encode(self.rows.items)):
+        for number, row in enumerate(encoder.encode(self.rows.items, limit)):
             ids, trained = row.ids[:limit], row.trained[:limit]
-            cut += len(row.ids) > limit
+            cut += row.length > limit
             target = trained_target(ids, trained)
             if target is not None:
                 targets[number] = target

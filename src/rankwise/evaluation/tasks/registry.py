@@ -76,8 +76,8 @@ def _perplexity(settings: EvaluateSettings, data: str) -> Task:
     from rankwise.evaluation.loading import max_length_of
     from rankwise.evaluation.tasks.perplexity import Perplexity
 
-    columns = {"prompt_column": settings.prompt_column, "completion_column": settings.completion_column}
-    rows = read_rows(data, split="validation", **columns)
+    columns = (settings.prompt_column, settings.completion_column)
+    rows = read_rows(data, split="validation", prompt_column=columns[0], completion_column=columns[1])
     length = max_length_of(settings.adapter) if settings.max_length is None else settings.max_length
     return Perplexity(rows[: settings.limit], max_length=length)
 

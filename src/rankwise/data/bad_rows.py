@@ -1,0 +1,49 @@
+"""Bad rows: one error that names them, or one warning where they may be left out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from rankwise.data.rows import Problem
+from rankwise.errors import DataError, warn
+
+NAMED = 3
+REMEDY = "Mend or remove these rows"
+REMEDIES = {
+    "RW212": "Give a template with {% generation %} marks by --chat-template FILE",
+    "RW221": "Give a template that writes it by --chat-template FILE, or take it out of the rows",
+}
+
+
+def check_bad_rows(problems: Sequence[Problem], total: int, *, allowed: int | None, before: int = 0) -> None:
+    """Warn of bad rows (RW223) where ``allowed`` may be left out (None: any number) and good ones remain.
+
+    ``total`` counts good and bad rows; ``before`` of the source had been left out already.
+    Raises DataError with the code of the first bad row where there are more than may be left out.
+    """
+    if not problems:
+        return
+    count, code = len(problems), problems[0].code
+    if count < total and (allowed is None or before + count <= allowed):
+        warn("RW223", f"{count} of {total:,} rows of {problems[0].source} are left out: {listed(problems)}.")
+        return
+    skipping = f", or have `train` leave them out with --skip-bad-rows {before + count}" if count < total else ""
+    spent = f" (--skip-bad-rows {allowed})" if allowed else ""
+    rest = f"; and {count - NAMED} more of {total:,} rows" if count > NAMED else ""
+    remedy = REMEDIES.get(code, REMEDY)
+    raise DataError(code, f"{listed(problems)}{rest}{spent}. {remedy}{skipping}.")
+
+
+def listed(problems: Sequence[Problem]) -> str:
+    """``train.csv, line 3, line 7: why; line 9: why``: the source once, the first few rows."""
+    parts: list[str] = []
+    source = None
+    for why, alike in itertools.groupby(problems[:NAMED], key=lambda problem: problem.why):
+        places = []
+        for problem in alike:
+            own = f"{problem.counted_in} {problem.line}"
+            places.append(own if problem.source == source else problem.place)
+            source = problem.source
+        parts.append(f"{', '.join(places)}: {why}")
+    return "; ".join(parts)

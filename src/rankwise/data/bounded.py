@@ -1,0 +1,148 @@
+"""Chat templates are strangers' programs: sandboxed by Jinja, and here bounded in time and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rankwise.errors import DataError
+
+SECONDS, SECONDS_AN_ITEM, SECONDS_A_BYTE = 5, 0.02, 5e-7
+# Of processor time, which a busy machine does not use up: so much, and with every item made a little more.
+MEMORY_BYTES = 1 << 30
+# Of address space, besides what the process has already; a fork shares that.
+OUT_OF_MEMORY = 77
+# An exit status that no signal and no fault of Python's has.
+
+
+def bounded(items: Callable[[], Iterator[Any]], place: Callable[[int], str]) -> Iterator[Any]:
+    """What ``items()`` yields, JSON values, made by a forked process with limits of time and memory.
+
+    A process alone can be stopped in the middle of ``10**10**8``. It is forked, so that nothing has to be imported
+    or sent to it; where there is no fork (Windows), nothing is bounded. ``place(n)`` names item ``n`` in messages.
+
+    Raises DataError as ``items`` does, and RW225 where it takes more than there is.
+    """
+    if not hasattr(os, "fork"):
+        yield from items()
+        return
+    reader, writer = os.pipe()
+    child = _fork()
+    if child == 0:
+        os.close(reader)
+        _serve(items, writer)
+    os.close(writer)
+    made, status = 0, 0
+    try:
+        with open(reader, "rb") as stream:
+            for line in stream:
+                if line.endswith(b"\n"):
+                    yield _item(json.loads(line))
+                    made += 1
+        status = os.waitpid(child, 0)[1]
+        child = 0
+    finally:
+        if child:
+            # The caller has enough, or an item was an error.
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    if status:
+        raise DataError("RW225", f"{place(made)}: {_excess(status)}; give another template by --chat-template FILE.")
+
+
+def _fork() -> int:
+    # Tokenizers warn of a fork unless this is set. The child tokenizes nothing.
+    named = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = named or "true"
+    try:
+        with warnings.catch_warnings():
+            # Python warns of a fork beside threads: locks that they hold stay locked. Templates take none.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return os.fork()
+    except OSError as error:
+        raise DataError("RW225", f"cannot start a process for the chat template: {error.strerror}.") from None
+    finally:
+        # In the child too, where nothing reads it.
+        if named is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+
+
+def _serve(items: Callable[[], Iterator[Any]], writer: int) -> NoReturn:
+    """The child: write a line an item, and end without the parent's cleaning up."""
+    status = 1
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _limit()
+        with open(writer, "wb") as stream:
+            allowed: float = SECONDS
+            for message in _messages(items):
+                allowed += SECONDS_AN_ITEM + SECONDS_A_BYTE * stream.write(json.dumps(message).encode() + b"\n")
+                # At once: the number of lines says which item was the last.
+                stream.flush()
+                signal.setitimer(signal.ITIMER_PROF, max(0.01, allowed - _seconds_used()))
+        status = 0
+    except MemoryError:
+        status = OUT_OF_MEMORY
+    finally:
+        os._exit(status)
+
+
+def _messages(items: Callable[[], Iterator[Any]]) -> Iterator[dict[str, Any]]:
+    try:
+        for item in items():
+            yield {"item": item}
+    except DataError as error:
+        yield {"error": (error.code, error.message)}
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001  told by the parent, whose fault it is
+        yield {"fault": traceback.format_exc()}
+
+
+def _item(message: dict[str, Any]) -> Any:
+    if "error" in message:
+        raise DataError(*message["error"])
+    if "fault" in message:
+        raise RuntimeError(f"in the process that renders chat templates:\n{message['fault']}")
+    return message["item"]
+
+
+def _limit() -> None:
+    """SIGPROF ends this process when its time is used up; allocations beyond the memory fail."""
+    import resource
+
+    # Collecting would touch, and so copy, all that the parent has.
+    gc.freeze()
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    # macOS has no such file and keeps to no such limit; there the length of the text is bounded alone.
+    with contextlib.suppress(OSError, ValueError):
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        wanted = pages * resource.getpagesize() + MEMORY_BYTES
+        known = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_AS, (min([wanted, *known]), hard))
+
+
+def _seconds_used() -> float:
+    used = os.times()
+    return used.user + used.system
+
+
+def _excess(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        if number == signal.SIGPROF:
+            return f"the chat template takes more than {SECONDS} seconds of processor time for it"
+        return f"the chat template ended its process by {signal.Signals(number).name}"
+    if os.WEXITSTATUS(status) == OUT_OF_MEMORY:
+        return f"the chat template takes more than {MEMORY_BYTES >> 30} GiB of memory for it"
+    return "the process of the chat template ended without a word"

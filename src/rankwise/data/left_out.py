@@ -1,0 +1,166 @@
+"""Does a chat template write all of a row? Found by rendering it with and without marks.
+
+A marked copy of the conversation has a number of its own in front of and behind each text. A number that the template
+does not write stands for a text that it leaves out. One copy answers for all conversations of the same shape; where a
+row's own text lacks a message's words, that row is asked itself, because templates also look at what is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rankwise.data.rows import Message
+from rankwise.errors import DataError
+
+FIRST_MARK = 73_190_284_600_000
+# Digits stay as they are in any case, in JSON and beside any word; nobody's data hold these by chance.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+# Names of one thing: transformers gives the first two to every template.
+CALLS = ("tool_calls", "function_call")
+UNWRITTEN = {"role", "content", "name", "id", "tool_call_id", *REASONING, *CALLS}
+# Besides what is asked for by itself: names and ids that many templates have no use for.
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """What a template does not write, in words: what a row cannot be trained on without, and what it can."""
+
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Thing:
+    """What a template should write, and its marks; ``part`` is what is lost where only some of them are."""
+
+    name: str
+    marks: tuple[str, ...]
+    required: bool
+    part: str = ""
+    part_required: bool = False
+
+    def lost_in(self, text: str) -> tuple[str, bool] | None:
+        found = [mark in text for mark in self.marks]
+        if all(found):
+            return None
+        return (self.part, self.part_required) if any(found) else (self.name, self.required)
+
+
+def left_out(
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None,
+    text: str,
+    known: dict[Any, LeftOut],
+    render: Callable[[Sequence[Message], Any], str],
+) -> LeftOut:
+    """What of a conversation is not in its ``text``. ``known`` keeps answers by the shape of the conversation."""
+    shape = (len(tools or ()), *map(_shape, messages))
+    is_whole = all(message["content"].strip() in text for message in messages)
+    if is_whole and shape in known:
+        return known[shape]
+    found = _ask(messages, tools, render)
+    if is_whole:
+        known[shape] = found
+    return found
+
+
+def _shape(message: Message) -> tuple[Any, ...]:
+    calls = [len(message.get(key) or ()) for key in CALLS]
+    return (message["role"], bool(message["content"]), *calls, *sorted(message))
+
+
+def _ask(
+    messages: Sequence[Message], tools: Sequence[Any] | None, render: Callable[[Sequence[Message], Any], str]
+) -> LeftOut:
+    marks = map(str, itertools.count(FIRST_MARK))
+    things: list[_Thing] = []
+    marked_tools = None if tools is None else [_marked_tool(tool, marks, things) for tool in tools]
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    copies = [
+        _marked_message(message, index, index not in answers[:-1], marks, things)
+        for index, message in enumerate(messages)
+    ]
+    try:
+        text = render(copies, marked_tools)
+    except DataError:
+        # A template that refuses the marks cannot be asked; the row itself it has written.
+        return LeftOut()
+    lost = dict.fromkeys(found for thing in things if (found := thing.lost_in(text)))
+    return LeftOut(
+        tuple(name for name, required in lost if required), tuple(name for name, required in lost if not required)
+    )
+
+
+def _marked_tool(tool: Mapping[str, Any], marks: Iterator[str], things: list[_Thing]) -> Any:
+    mark = next(marks)
+    things.append(_Thing("`tools`", (mark,), True))
+    return _marked(tool, mark, spare=("type",))
+
+
+def _marked_message(
+    message: Message, index: int, is_last: bool, marks: Iterator[str], things: list[_Thing]
+) -> dict[str, Any]:
+    """``is_last``: no later answer of the assistant follows. Templates may drop what it thought before."""
+    place = f"of message {index + 1}"
+    copy = dict(message)
+    if message["content"]:
+        before, behind = next(marks), next(marks)
+        copy["content"] = f"{before}{message['content']}{behind}"
+        part = f"part of the `content` {place}" if is_last else "part of the `content` of earlier answers"
+        things.append(_Thing(f"the `content` {place}", (before, behind), True, part, part_required=is_last))
+    if thoughts := [key for key in REASONING if message.get(key)]:
+        mark = next(marks)
+        copy |= {key: _marked(message[key], mark) for key in thoughts}
+        name = f"the `{thoughts[0]}` {place}" if is_last else f"the `{thoughts[0]}` of earlier answers"
+        things.append(_Thing(name, (mark,), is_last))
+    for key in CALLS:
+        if message.get(key):
+            given = message[key]
+            calls = given if isinstance(given, list) else [given]
+            copies = [_marked_call(call, f"`{key}` {place}", marks, things) for call in calls]
+            copy[key] = copies if isinstance(given, list) else copies[0]
+    for key in message.keys() - UNWRITTEN:
+        mark = next(marks)
+        copy[key] = _marked(message[key], mark)
+        if copy[key] != message[key]:
+            things.append(_Thing(f"`{key}`", (mark,), False))
+    return copy
+
+
+def _marked_call(call: Any, place: str, marks: Iterator[str], things: list[_Thing]) -> Any:
+    """A call of a function by name, as OpenAI's API writes it or without the ``function`` around it."""
+    if not isinstance(call, Mapping):
+        return call
+    inner = call.get("function")
+    if isinstance(inner, Mapping):
+        return {**call, "function": _marked_call(inner, place, marks, things)}
+    own = {"name": next(marks), "arguments": next(marks)}
+    copy = {key: _marked(value, own[key]) if key in own else value for key, value in call.items()}
+    written = tuple(mark for key, mark in own.items() if copy.get(key) != call.get(key))
+    things.append(_Thing(place, written, True, f"part of {place}", part_required=True))
+    return copy
+
+
+def _marked(value: Any, mark: str, spare: Sequence[str] = ()) -> Any:
+    """``value`` with ``mark`` in every text and for every number; what stands under the keys ``spare`` stays."""
+    if isinstance(value, str):
+        return f"{mark}{value}"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return int(mark)
+    if isinstance(value, Mapping):
+        return {key: item if key in spare else _marked(item, mark, spare) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_marked(item, mark, spare) for item in value]
+    return value
+
+
+def characters(value: Any) -> int:
+    """Of all text in ``value``, its keys included; other things count as one."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(len(str(key)) + characters(item) for key, item in value.items())
+    return sum(map(characters, value)) if isinstance(value, list | tuple) else 1

@@ -1,0 +1,110 @@
+"""Up to so many bad rows are left out, counted and named; one more is an error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_tokenizers import byte_tokenizer
+
+from rankwise.data import encode_rows, preview_row, read_rows
+from rankwise.data.encoded_cache import encode_rows_once
+from rankwise.errors import DataError, RankwiseWarning
+
+GOOD = '{"prompt": "a", "completion": "b"}'
+LINES = ['{"prompt": 1}', GOOD, '{"other": "x"}', "not json", GOOD, '{"prompt": "a", "completion": "<|im_end|>"}', GOOD]
+# Of the three that can be read, the sixth holds its stop token alone.
+READ, ALL = 3, 4
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_bad_rows_are_left_out_up_to_a_number(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", *LINES)
+    with pytest.warns(
+        RankwiseWarning, match=r"RW223: 3 of 7 rows of rows\.jsonl are left out: rows\.jsonl, line 1: exp"
+    ):
+        rows = read_rows(path, skip_bad_rows=ALL)
+    assert [row.line for row in rows] == [2, 5, 6, 7]
+    with pytest.warns(
+        RankwiseWarning, match=r"RW223: 1 of 4 rows of rows\.jsonl are left out: rows\.jsonl, line 6: the"
+    ):
+        report = encode_rows(rows, byte_tokenizer(), max_length=64, skip_bad_rows=ALL).report
+    assert (report.rows, report.skipped_rows) == (3, 4)
+    assert [(item["row"], item["code"]) for item in report.skipped] == [
+        ("rows.jsonl, line 1", "RW203"),
+        ("rows.jsonl, line 3", "RW203"),
+        ("rows.jsonl, line 4", "RW203"),
+        ("rows.jsonl, line 6", "RW222"),
+    ]
+    assert report.skipped[0]["why"] == "expected text in `completion`, found no such field (fields: `prompt`)"
+
+
+def test_one_bad_row_more_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", *LINES)
+    with pytest.raises(DataError) as caught:
+        read_rows(path, skip_bad_rows=READ - 1)
+    message = str(caught.value)
+    assert message.startswith("RW203: rows.jsonl, line 1: expected text in `completion`, found no such field")
+    assert message.endswith(
+        "(--skip-bad-rows 2). Mend or remove these rows, or have `train` leave them out with --skip-bad-rows 3."
+    )
+    with pytest.warns(RankwiseWarning):
+        rows = read_rows(path, skip_bad_rows=READ)
+    with pytest.raises(DataError, match=r"RW222: rows\.jsonl, line 6: .* --skip-bad-rows 4\."):
+        encode_rows(rows, byte_tokenizer(), max_length=64, skip_bad_rows=READ)
+
+
+def test_without_a_good_row_nothing_is_left_out(tmp_path: Path) -> None:
+    for lines, code in ((["not json", "[]"], "RW203"), (['{"prompt": "", "completion": "b"}'], "RW203")):
+        with pytest.raises(DataError, match=rf"{code}: rows\.jsonl, line 1: .*Mend or remove these rows\.$"):
+            read_rows(write(tmp_path / "rows.jsonl", *lines), skip_bad_rows=None)
+    rows = read_rows(write(tmp_path / "rows.jsonl", LINES[5]))
+    with pytest.raises(DataError, match=r"RW222: .*Mend or remove these rows\.$"):
+        encode_rows(rows, byte_tokenizer(), max_length=64, skip_bad_rows=None)
+
+
+def test_the_files_of_a_folder_share_the_number(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        write(tmp_path / name, GOOD, "bad", GOOD)
+    with pytest.raises(DataError, match=r"RW203: b\.jsonl, line 2"):
+        read_rows(tmp_path, skip_bad_rows=1)
+    with pytest.warns(RankwiseWarning):
+        rows = read_rows(tmp_path, skip_bad_rows=2)
+    assert [problem.index for problem in rows.problems] == [1, 4]
+    assert preview_row(rows, 5, byte_tokenizer(), max_length=64).place == "b.jsonl, line 3"
+
+
+def test_rows_of_a_preview_are_counted_as_in_the_file(tmp_path: Path) -> None:
+    with pytest.warns(RankwiseWarning):
+        rows = read_rows(write(tmp_path / "rows.jsonl", *LINES), skip_bad_rows=None)
+    assert preview_row(rows, 4, byte_tokenizer(), max_length=64).line == 5
+    for index, code in ((2, "RW203"), (5, "RW222"), (7, "RW217")):
+        with pytest.raises(DataError) as caught:
+            preview_row(rows, index, byte_tokenizer(), max_length=64)
+        assert caught.value.code == code
+
+
+def test_a_cache_knows_of_rows_that_were_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", *LINES)
+    options = {"max_length": 64, "chat_template": None, "name": "train", "cache": tmp_path / "cache"}
+    for count in (ALL, ALL, READ):
+        with pytest.warns(RankwiseWarning):
+            rows = read_rows(path, skip_bad_rows=count)
+        if count == READ:
+            with pytest.raises(DataError, match="RW222"):
+                encode_rows_once(rows, byte_tokenizer(), skip_bad_rows=count, **options)
+        else:
+            with pytest.warns(RankwiseWarning, match="RW223: 1 of 4"):
+                assert encode_rows_once(rows, byte_tokenizer(), skip_bad_rows=count, **options).report.skipped_rows == 4
+    write(path, *LINES[:3])
+    for _ in range(2):
+        with pytest.warns(RankwiseWarning):
+            rows = read_rows(path, skip_bad_rows=ALL)
+        report = encode_rows_once(rows, byte_tokenizer(), skip_bad_rows=ALL, **options).report
+        assert [item["row"] for item in report.skipped] == ["rows.jsonl, line 1", "rows.jsonl, line 3"]
+    assert json.dumps(report.skipped)

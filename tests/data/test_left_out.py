@@ -1,0 +1,185 @@
+"""What a chat template does not write of a row is found, whatever the row holds."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from tiny_tokenizers import CHATML, MARKED, byte_tokenizer, sentencepiece_tokenizer
+
+from rankwise.data import Encoded, encode_rows, rows_from_records
+from rankwise.errors import DataError, RankwiseWarning
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+ASKED = {"role": "user", "content": "rain?"}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "name": "weather", "content": "4"}
+SAID = {"role": "assistant", "content": "It is 4."}
+# As those of Qwen and Llama do, in short.
+WITH_TOOLS = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls %}"
+    "<call>{{ call.function.name }} {{ call.function.arguments | tojson }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+THINKING = CHATML.replace("{{ message.content }}", "<t>{{ message.reasoning_content }}</t>{{ message.content }}")
+# Writes thoughts of the last answer only, as those of Qwen 3 and DeepSeek R1 do.
+LAST_THOUGHT = CHATML.replace(
+    "{{ message.content }}",
+    "{% if loop.last and message.reasoning_content %}<t>{{ message.reasoning_content }}</t>{% endif %}"
+    "{{ message.content.split('</t>')[-1] }}",
+)
+
+
+def encoded(template: str, *turns: dict[str, Any], **more: Any) -> Encoded:
+    rows = rows_from_records([(1, {"messages": list(turns), **more})], "rows.jsonl")
+    return encode_rows(rows, byte_tokenizer(chat_template=template), max_length=2048)
+
+
+def refusal(template: str, *turns: dict[str, Any], **more: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        encoded(template, *turns, **more)
+    return str(caught.value)
+
+
+def without(template: str, role: str) -> str:
+    """Writes nothing of the turns of ``role``, its own header included."""
+    return template.replace(
+        "{% for message in messages %}", f"{{% for message in messages if message.role != '{role}' %}}"
+    )
+
+
+def test_tools_and_calls_that_a_template_uses_are_rendered() -> None:
+    for tools in ([TOOL], json.dumps([TOOL])):
+        found = encoded(WITH_TOOLS, ASKED, CALLED, RESULT, SAID, tools=tools)
+        text = byte_tokenizer().decode(found.dataset[0]["input_ids"])
+        assert json.dumps(TOOL) in text
+        assert '<call>weather {"city": "Oslo"}<|im_end|>' in text
+        trained = byte_tokenizer().decode([label for label in found.dataset[0]["labels"] if label != -100])
+        assert trained == '<call>weather {"city": "Oslo"}<|im_end|>It is 4.<|im_end|>'
+        assert found.report.left_out == {}
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "tools", "lost"),
+    [
+        (CHATML, (ASKED, CALLED, RESULT, SAID), [TOOL], "leaves out `tools`, `tool_calls` of message 2. Give"),
+        (CHATML, (ASKED, SAID), [TOOL], "leaves out `tools`. Give"),
+        (CHATML, (ASKED, CALLED, RESULT, SAID), None, "leaves out `tool_calls` of message 2. Give"),
+        (CHATML, (ASKED, {**SAID, "tool_calls": [CALL]}), None, "leaves out `tool_calls` of message 2. Give"),
+        (CHATML, (ASKED, {**SAID, "function_call": CALL["function"]}), None, "leaves out `function_call` of message 2"),
+        (
+            WITH_TOOLS.replace("{{ call.function.arguments | tojson }}", ""),
+            (ASKED, CALLED, RESULT, SAID),
+            [TOOL],
+            "leaves out part of `tool_calls` of message 2. Give",
+        ),
+        (
+            WITH_TOOLS.replace("in message.tool_calls", "in (message.tool_calls or [])[:1]"),
+            (ASKED, {**CALLED, "tool_calls": [CALL, CALL]}),
+            [TOOL],
+            "leaves out `tool_calls` of message 2. Give",
+        ),
+        (WITH_TOOLS.replace("in tools", "in tools[:1]"), (ASKED, SAID), [TOOL, TOOL], "leaves out `tools`. Give"),
+        # "4" stands in the answer too.
+        (without(CHATML, "tool"), (ASKED, SAID, RESULT, SAID), None, "leaves out the `content` of message 3. Give"),
+        (
+            without(CHATML, "system"),
+            ({"role": "system", "content": "rain"}, ASKED, SAID),
+            None,
+            "`content` of message 1",
+        ),
+        (without(CHATML, "user"), (ASKED, SAID), None, "leaves out the `content` of message 1"),
+        (
+            CHATML.replace("message.content", "message.content[:20]"),
+            (ASKED, SAID),
+            None,
+            "leaves out part of the `content`",
+        ),
+        (
+            CHATML,
+            (ASKED, {**SAID, "reasoning_content": "4, so 4"}),
+            None,
+            "leaves out the `reasoning_content` of message 2",
+        ),
+        (CHATML, (ASKED, {**SAID, "thinking": "4"}), None, "leaves out the `thinking` of message 2"),
+        (
+            LAST_THOUGHT,
+            (ASKED, {**SAID, "content": "<t>so</t>It is 4."}),
+            None,
+            "leaves out part of the `content` of message 2",
+        ),
+        (MARKED, (ASKED, CALLED, RESULT, SAID), [TOOL], "leaves out `tools`, `tool_calls` of message 2. Give"),
+    ],
+)
+def test_what_is_left_out_is_named(template: str, turns: Any, tools: Any, lost: str) -> None:
+    message = refusal(template, *turns, tools=tools)
+    assert message.startswith("RW221: rows.jsonl, line 1: the chat template ")
+    assert lost in message
+
+
+def test_text_in_parts_is_one_text() -> None:
+    parts = [{"type": "text", "text": "It is"}, {"type": "text", "text": " 4."}]
+    assert encoded(CHATML, ASKED, {**SAID, "content": parts}).dataset[0] == encoded(CHATML, ASKED, SAID).dataset[0]
+
+
+def test_a_drop_that_depends_on_the_words_is_found() -> None:
+    template = CHATML.replace("{{ message.content }}", "{{ '' if 'secret' in message.content else message.content }}")
+    turns = [({"role": "user", "content": text}, SAID) for text in ("open", "secret", "open")]
+    rows = rows_from_records([(n, {"messages": list(pair)}) for n, pair in enumerate(turns, 1)], "rows.jsonl")
+    with pytest.raises(DataError, match=r"RW221: rows\.jsonl, line 2: .* `content` of message 1\. "):
+        encode_rows(rows, byte_tokenizer(chat_template=template), max_length=256)
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "named"),
+    [
+        (
+            LAST_THOUGHT,
+            (ASKED, {**SAID, "reasoning_content": "4"}, ASKED, {**SAID, "reasoning_content": "so 4"}),
+            "the `reasoning_content` of earlier answers (in 1)",
+        ),
+        (CHATML, (ASKED, {**SAID, "weight": 0}), "`weight` (in 1)"),
+        (CHATML, (ASKED, {**SAID, "thoughts": {"why": "so"}}), "`thoughts` (in 1)"),
+    ],
+)
+def test_what_a_row_can_do_without_is_warned_of(template: str, turns: Any, named: str) -> None:
+    with pytest.warns(RankwiseWarning) as told:
+        encoded(template, *turns)
+    [message] = [str(item.message) for item in told]
+    assert message.startswith("RW226: of the 1 rows of rows.jsonl the chat template leaves out ")
+    assert named in message
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer, sentencepiece_tokenizer])
+@pytest.mark.parametrize(
+    "template", [CHATML, MARKED, THINKING, CHATML.replace("message.content", "message.content|trim")]
+)
+def test_nothing_is_said_where_all_is_written(template: str, tokenizer: Any, recwarn: pytest.WarningsRecorder) -> None:
+    turns = ({"role": "system", "content": ""}, {"role": "user", "content": " a\n"}, {**SAID, "name": "bot", "id": "7"})
+    rows = rows_from_records([(1, {"messages": list(turns)})], "rows.jsonl")
+    assert encode_rows(rows, tokenizer(chat_template=template), max_length=512).report.left_out == {}
+    assert not [item for item in recwarn if item.category is RankwiseWarning]
+
+
+@pytest.mark.parametrize(
+    ("template", "record", "what"),
+    [
+        (CHATML, {"messages": [ASKED, {**SAID, "content": "<|im_end|>"}]}, "the assistant's turn 1"),
+        (CHATML, {"messages": [ASKED, SAID, ASKED, {**SAID, "content": " <|im_end|>\n"}]}, "the assistant's turn 2"),
+        (MARKED, {"messages": [ASKED, {**SAID, "content": "<|im_end|>"}]}, "the assistant's turn 1"),
+        (CHATML, {"prompt": "a", "completion": "<|im_end|>"}, "the assistant's turn 1"),
+        (None, {"prompt": "a", "completion": "<|im_end|>"}, "the completion"),
+        (None, {"text": "<|im_end|> "}, "the text"),
+    ],
+)
+def test_an_answer_of_its_stop_token_alone_is_a_bad_row(template: str | None, record: Any, what: str) -> None:
+    rows = rows_from_records([(3, record)], "rows.jsonl")
+    with pytest.raises(DataError, match=rf"RW222: rows\.jsonl, line 3: {what} holds only its stop token\. "):
+        encode_rows(rows, byte_tokenizer(chat_template=template), max_length=256)
