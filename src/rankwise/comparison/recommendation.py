@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rankwise.comparison.schema import Difference, Method, ParetoPoint, Recommendation
-from rankwise.config import BASELINES
+from rankwise.config import BASELINES, DORA
 from rankwise.reports.naming import long_name, metric_in_sentence
-from rankwise.reports.numbers import capital, listed, significant
+from rankwise.reports.numbers import byte_size, capital, duration, listed, plural, significant
+
+MEMORY_TOLERANCE = 0.05
+# Peaks that lie closer are equal: the peak of a run is that of its largest batch, which another seed draws otherwise,
+# and the plan is not more exact.
+REFUSED_BY_SERVERS = (*DORA, *BASELINES)
+# vLLM and SGLang take the adapters of LoRA and refuse these.
+
+Range = tuple[float, float]
 
 
 def pareto_points(methods: Mapping[str, Method], metric: str) -> list[ParetoPoint]:
@@ -41,10 +49,11 @@ def recommend(
     memory_bytes: int | None,
     hours: float | None,
 ) -> Recommendation:
-    """The best method within the limits; of those that were not told apart from it, the one of the lowest cost.
+    """The best method within the limits; of those that no test separates from it, the one of the lowest cost.
 
-    Cost is peak memory times seconds, what a machine is hired by. A pair with one common seed (others failed, or none
-    were asked for) cannot be told apart by any test; it is tied where it differs by less than ``margin``, a share of
+    Cost is compared in this order: seconds of a run, peak memory, trained parameters, servers that take the adapter.
+    Seconds and memory count only where the ranges over seeds part (``cheapest``). A pair with one common seed (others
+    failed, or none were asked for) cannot be tested; it is tied where it differs by less than ``margin``, a share of
     the best value.
     """
     points = pareto_points(methods, metric)
@@ -54,13 +63,83 @@ def recommend(
     base = _empty(metric, memory_bytes, hours, points)
     if not fitting:
         return {**base, "reason": _nothing_fits(points, memory_bytes, hours)}
-    best = min(fitting, key=lambda point: -point["quality"] if higher_is_better else point["quality"])
+    quality = {point["method"]: -point["quality"] if higher_is_better else point["quality"] for point in fitting}
+    best = min(fitting, key=lambda point: (quality[point["method"]], point["method"]))
     tied = [point for point in fitting if point is best or _is_tied(best, point, metric, margin, differences)]
-    tested = any(_tested(best["method"], point["method"], metric, differences) for point in fitting)
-    chosen = min(tied, key=_cost)
-    others = [point["method"] for point in tied if point is not chosen]
-    reason = _reason(chosen, best, others, methods, metric, tested, memory_bytes, hours, len(fitting), len(usable))
-    return {**base, "method": chosen["method"], "reason": reason, "ties": others}
+    names = sorted((point["method"] for point in tied), key=lambda name: (quality[name], name))
+    chosen, why = cheapest(names, methods)
+    verdicts = {
+        point["method"]: found["verdict"] if found else None
+        for point in fitting
+        if point is not best
+        for found in [_tested(best["method"], point["method"], metric, differences)]
+    }
+    limits = _limits(memory_bytes, hours)
+    where = f", of the {plural(len(fitting), 'method')} within {limits}" if limits else ""
+    name = f"{capital(long_name(chosen))}{where}"
+    reason = f"{name}{_reason(chosen, best['method'], names, verdicts, why)}{_figures(methods[chosen], metric)}"
+    others = [name for name in names if name != chosen]
+    return {**base, "method": chosen, "reason": f"{reason}{_failures(methods[chosen])}.", "ties": others}
+
+
+def cheapest(names: Sequence[str], methods: Mapping[str, Method]) -> tuple[str, list[str]]:
+    """The method of the lowest cost, and in words what spoke against the others.
+
+    A method falls out where its lowest figure lies above the highest figure of another one: noise of a clock parts no
+    two methods, and their order does not matter. ``names`` come best first; the first one left is taken.
+    """
+    left = list(names)
+    why: list[tuple[list[str], str, tuple[str, str]]] = []
+    for ranges, words in _costs_in_order(methods):
+        known = {name: pair for name in left if (pair := ranges(name)) is not None}
+        if len(known) < 2:
+            continue
+        least = min(known, key=lambda name: (known[name][1], name))
+        out = [name for name, (low, _) in known.items() if low > known[least][1]]
+        if out:
+            why.append((out, least, words))
+            left = [name for name in left if name not in out]
+    chosen = left[0]
+    said = [_against(out, least, words, chosen) for out, least, words in why]
+    if len(left) > 1:
+        said.append(f"nothing in cost parts it from {listed(map(long_name, left[1:]))}, whose mean is worse")
+    if methods[chosen]["seeds"] < 2:
+        said.insert(0, "one measurement of time has no range, so time does not count")
+    return chosen, said
+
+
+def _costs_in_order(methods: Mapping[str, Method]) -> list[tuple[Callable[[str], Range | None], tuple[str, str]]]:
+    """(range of a method, what is said of one method and of several that have more)."""
+
+    def seconds(name: str) -> Range | None:
+        found = methods[name].get("ranges", {}).get("wall_seconds")
+        # One measurement has no range.
+        return (found[0], found[1]) if found and methods[name]["seeds"] > 1 else None
+
+    def memory(name: str) -> Range | None:
+        peak = methods[name]["peak_memory_bytes"]
+        low, high = methods[name].get("ranges", {}).get("peak_memory_bytes") or (peak, peak)
+        return None if low is None or high is None else (low / (1 + MEMORY_TOLERANCE), high)
+
+    def parameters(name: str) -> Range | None:
+        count = methods[name].get("trainable_parameters")
+        return None if count is None else (count, count)
+
+    def refusals(name: str) -> Range:
+        is_refused = name in REFUSED_BY_SERVERS
+        return is_refused, is_refused
+
+    return [
+        (seconds, ("takes longer", "take longer")),
+        (memory, ("needs more memory", "need more memory")),
+        (parameters, ("trains more parameters", "train more parameters")),
+        (refusals, ("is refused by vLLM and SGLang", "are refused by vLLM and SGLang")),
+    ]
+
+
+def _against(out: Sequence[str], least: str, words: tuple[str, str], chosen: str) -> str:
+    text = f"{listed(map(long_name, out))} {words[len(out) > 1]}"
+    return text if least == chosen or "refused" in text else f"{text} than {long_name(least)}"
 
 
 def _empty(metric: str, memory: int | None, hours: float | None, points: list[ParetoPoint]) -> Recommendation:
@@ -94,10 +173,6 @@ def _fits(point: ParetoPoint, memory: int | None, hours: float | None) -> bool:
     return enough and (hours is None or (point["wall_seconds"] or math.inf) <= hours * 3600)
 
 
-def _cost(point: ParetoPoint) -> float:
-    return (point["peak_memory_bytes"] or math.inf) * (point["wall_seconds"] or math.inf)
-
-
 def _is_tied(
     best: ParetoPoint, other: ParetoPoint, metric: str, margin: float, differences: Sequence[Difference]
 ) -> bool:
@@ -122,73 +197,57 @@ def _tested(a: str, b: str, metric: str, differences: Sequence[Difference]) -> D
 def _nothing_fits(points: Sequence[ParetoPoint], memory: int | None, hours: float | None) -> str:
     if not points:
         return "No run finished, so there is nothing to recommend."
-    limits = _limits(memory, hours)
-    least = min(points, key=lambda point: point["peak_memory_bytes"] or math.inf)
+    least = min(points, key=lambda point: (point["peak_memory_bytes"] or math.inf, point["method"]))
     return (
-        f"No method stays within {limits}; {long_name(least['method'])} needs least memory ({_gigabytes(least)}, "
-        f"{_minutes(least)})."
+        f"No method stays within {_limits(memory, hours)}; {long_name(least['method'])} needs least memory "
+        f"({_cost(least['peak_memory_bytes'], least['wall_seconds'])})."
     )
 
 
-def _reason(
-    chosen: ParetoPoint,
-    best: ParetoPoint,
-    others: Sequence[str],
-    methods: Mapping[str, Method],
-    metric: str,
-    tested: bool,
-    memory: int | None,
-    hours: float | None,
-    fitting: int,
-    all_of_them: int,
-) -> str:
-    """One sentence."""
-    name = chosen["method"]
-    failed = methods[name]["failed"]
-    sentence = _choice(chosen, best, others, metric, tested, memory, hours, fitting, all_of_them)
-    if not failed:
-        return sentence
-    return f"{sentence[:-1]}; {failed} of its {failed + methods[name]['seeds']} runs failed."
+def _reason(chosen: str, best: str, tied: Sequence[str], verdicts: Mapping[str, str | None], why: Sequence[str]) -> str:
+    """What follows the name: the verdicts in their own words, then what decided where no verdict does."""
+    if not verdicts:
+        return " is the only method with a result"
+    if len(tied) > 1:
+        return f": {_ties(chosen, best, tied, verdicts)}; {', and '.join(why)}"
+    tested = [name for name in sorted(verdicts) if verdicts[name] is not None]
+    untested = [name for name in sorted(verdicts) if verdicts[name] is None]
+    parts = [f"it is better than {listed(map(long_name, tested))}"] if tested else []
+    if untested:
+        names = listed(map(long_name, untested))
+        parts.append(f"on one seed, which cannot tell luck from merit, its figure is better than that of {names}")
+    return f": {listed(parts)}"
 
 
-def _choice(
-    chosen: ParetoPoint,
-    best: ParetoPoint,
-    others: Sequence[str],
-    metric: str,
-    tested: bool,
-    memory: int | None,
-    hours: float | None,
-    fitting: int,
-    all_of_them: int,
-) -> str:
-    name = capital(long_name(chosen["method"]))
-    names = listed(map(long_name, others)) if others else ""
-    quality = significant(chosen["quality"], 4)
-    figures = f"{metric_in_sentence(metric)} {quality}, {_gigabytes(chosen)}, {_minutes(chosen)}"
-    where = f" of the {fitting} methods within {_limits(memory, hours)}" if memory or hours else ""
-    if all_of_them == 1:
-        return f"{name} is the only method with a result ({figures})."
-    if not others:
-        how = "it is the best" if tested else "it has the best figure"
-        doubt = "" if tested else ", on one seed, which cannot tell luck from merit"
-        return f"{name}: {how}{where} ({figures}){doubt}."
-    not_apart = f"could not be told apart from {names}" if tested else f"lies within the margin of {names}"
-    seeds = "" if tested else " on one seed"
-    return f"{name}: its quality {not_apart}{seeds}, and it costs least{where} ({figures})."
+def _ties(chosen: str, best: str, tied: Sequence[str], verdicts: Mapping[str, str | None]) -> str:
+    """What the tests said of the best mean and of each method that is not worse; the subject is ``chosen``."""
+    words = {
+        "equivalent": "it is equivalent to",
+        "cannot tell": "the runs cannot tell it from",
+        None: "on one seed it lies within the margin of",
+    }
+    if chosen != best:
+        return f"{words[verdicts[chosen]]} {long_name(best)}, which has the best mean"
+    groups = {text: [name for name in tied if name != best and verdicts[name] == key] for key, text in words.items()}
+    return listed(f"{text} {listed(map(long_name, names))}" for text, names in groups.items() if names)
+
+
+def _failures(method: Method) -> str:
+    failed = method["failed"]
+    return f"; {failed} of its {failed + method['seeds']} runs failed" if failed else ""
 
 
 def _limits(memory: int | None, hours: float | None) -> str:
-    parts = [f"{memory / 1e9:.3g} GB" if memory else "", f"{hours:g} h" if hours else ""]
+    parts = [byte_size(memory) if memory else "", f"{hours:g} h" if hours else ""]
     return " and ".join(part for part in parts if part)
 
 
-def _gigabytes(point: ParetoPoint) -> str:
-    return f"{point['peak_memory_bytes'] / 1e9:.2f} GB" if point["peak_memory_bytes"] else "memory not measured"
+def _figures(method: Method, metric: str) -> str:
+    figure = f"{metric_in_sentence(metric)} {significant(method['mean'][metric], 4)}"
+    return f" ({figure}, {_cost(method['peak_memory_bytes'], method['wall_seconds'])})"
 
 
-def _minutes(point: ParetoPoint) -> str:
-    seconds = point["wall_seconds"]
-    if seconds is None:
-        return "time not measured"
-    return f"{seconds / 60:.1f} min a run" if seconds >= 60 else f"{seconds:.0f} s a run"
+def _cost(memory: float | None, seconds: float | None) -> str:
+    """``2.08 GB, 1 min 52 s a run``."""
+    peak = byte_size(memory) if memory else "memory not measured"
+    return f"{peak}, time not measured" if seconds is None else f"{peak}, {duration(seconds)} a run"

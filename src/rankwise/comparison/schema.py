@@ -95,11 +95,13 @@ class Method(TypedDict):
     predicted_peak_memory_bytes: int | None
     wall_seconds: float | None
     # Means over the final runs; memory: the largest.
+    ranges: dict[str, list[float]]
+    # "wall_seconds", "peak_memory_bytes" -> [lowest, highest] over the final runs.
     trainable_parameters: int | None
     adapter_bytes: int | None
     group: str | None
-    # Letters of the tie groups that it is in ("a", "ab"): two methods that share a letter were not told apart on
-    # the primary metric. "a" is the best. None without a finished run.
+    # Letters of the tie groups that it is in ("a", "ab"): of two methods that share a letter neither was found better
+    # on the primary metric. "a" is the best. None without a finished run.
     pareto: bool
     # Not beaten in quality, memory and time at once.
     serving: list[str]
@@ -200,7 +202,7 @@ class Recommendation(TypedDict):
     limits: dict[str, float | None]
     # {"memory_bytes", "hours"}: the user's limits.
     ties: list[str]
-    # Methods that were not told apart from the recommended one.
+    # Other methods that no test found worse.
     pareto: list[ParetoPoint]
 
 

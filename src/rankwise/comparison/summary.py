@@ -12,6 +12,7 @@ from rankwise.comparison.schedule import Plan, state_of
 from rankwise.comparison.schema import Difference, Method, RateSearch, Run
 from rankwise.comparison.statistics import mean_of_seeds
 from rankwise.comparison.verdicts import Scores, compare_all, tie_groups
+from rankwise.reports.merging import ranges_of
 
 SERVING = {
     "lora": ["transformers with PEFT", "vLLM and SGLang (mind their list of ranks)", "llama.cpp", "merged: anywhere"],
@@ -114,6 +115,7 @@ def _method(
         "peak_memory_bytes": _largest(records, "peak_memory_bytes"),
         "predicted_peak_memory_bytes": _largest(records, "predicted_peak_memory_bytes"),
         "wall_seconds": _mean(records, "wall_seconds"),
+        "ranges": ranges_of(records),
         "trainable_parameters": _largest(records, "trainable_parameters"),
         "adapter_bytes": max((run["adapter_bytes"] for run in good if run["adapter_bytes"]), default=None),
         "group": None,

@@ -71,6 +71,7 @@ METHOD: dict[str, Any] = {
     "peak_memory_bytes": None,
     "predicted_peak_memory_bytes": None,
     "wall_seconds": None,
+    "ranges": {},
     "trainable_parameters": None,
     "adapter_bytes": None,
     "group": None,

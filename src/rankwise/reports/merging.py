@@ -63,7 +63,14 @@ def figures_of(document: Mapping[str, Any], method: str) -> dict[str, Any]:
         "skipped": None if good else document["methods"][method]["skipped"],
         **{key: fmean(values) if values else None for key, values in means.items()},
         **{key: max(values, default=None) for key, values in largest.items()},
+        "ranges": ranges_of([run["record"] for run in good]),
     }
+
+
+def ranges_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Lowest and highest cost over a method's runs; what none of them measured is left out."""
+    found = {key: [r[key] for r in records if is_number(r.get(key))] for key in ("wall_seconds", "peak_memory_bytes")}
+    return {key: [min(values), max(values)] for key, values in found.items() if values}
 
 
 def _known(runs: Sequence[Mapping[str, Any]], key: str) -> list[float]:
