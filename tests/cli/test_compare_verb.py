@@ -66,7 +66,7 @@ def test_one_seed_is_said_to_tell_nothing(comparison: dict[str, Any]):
     assert comparison["methods"]["lora"]["interval"] == {"eval_loss": None}
     assert comparison["minimum_detectable_effect"]["relative"] is None
     said = "\n".join(verdict_lines(comparison))  # type: ignore[arg-type]
-    assert "LoRA or " in said
+    assert "the runs cannot tell LoRA from QDoRA: difference" in said
     assert "eval_loss" not in comparison["recommendation"]["reason"]
 
 

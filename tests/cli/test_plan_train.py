@@ -7,10 +7,10 @@ import json
 
 import pytest
 
-from rankwise.cli.words import byte_size
 from rankwise.config import TrainSettings
 from rankwise.errors import is_out_of_memory
 from rankwise.planning import guard
+from rankwise.reports.numbers import byte_size
 from toy_memory import toy_estimate
 
 

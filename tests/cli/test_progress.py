@@ -13,8 +13,9 @@ from rich.console import Console
 from rankwise.cli.output import Output
 from rankwise.cli.progress import LiveProgress, PlainProgress
 from rankwise.cli.sparkline import BARS, sparkline
-from rankwise.cli.words import byte_size, duration, parameter_count, printable
+from rankwise.cli.words import duration, parameter_count, printable
 from rankwise.records import WAIT_POLICIES, read_metrics
+from rankwise.reports.numbers import byte_size
 from rankwise.training.observer import StepInfo
 
 
@@ -103,7 +104,7 @@ def test_plain_lines_come_every_few_steps(capsys):
     assert all(loss in line for loss, line in zip(losses, lines[1:5], strict=True))
     assert "evaluation at step 12: loss 2.0000 (best so far)" in lines
     assert "sample: a b␛" in lines
-    assert "1,234 tokens/s  2.1 GB  gradient 0.84  B 0.132  3:07 left" in lines[1]
+    assert "1,234 tokens/s  2.10 GB  gradient 0.84  B 0.132  3:07 left" in lines[1]
 
 
 def test_a_warning_comes_once(capsys):
@@ -119,8 +120,8 @@ def test_a_warning_comes_once(capsys):
         (duration(42), "0:42"),
         (duration(8100), "2:15:00"),
         (byte_size(512), "512 B"),
-        (byte_size(999_960), "1.0 MB"),
-        (byte_size(2.1e9), "2.1 GB"),
+        (byte_size(999_960), "1.00 MB"),
+        (byte_size(2.1e9), "2.10 GB"),
         (parameter_count(4_884_480), "4,884,480 (4.88M)"),
         (parameter_count(8_000_000_000), "8,000,000,000 (8B)"),
         (parameter_count(4480), "4,480"),

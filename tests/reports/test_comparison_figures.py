@@ -49,6 +49,9 @@ def test_a_mean_has_the_digits_that_its_interval_supports(mean, interval, expect
     [
         (numbers.byte_size, 2_741_234_567, "2.74 GB"),
         (numbers.byte_size, 999_960, "1.00 MB"),
+        (numbers.byte_size, 428_000_000, "428 MB"),
+        (numbers.span, (10.616, 10.70), "10.616 to 10.700"),
+        (numbers.span, (10.4, 11.7), "10.40 to 11.70"),
         (numbers.byte_size, 512, "512 B"),
         (numbers.byte_size, None, "–"),
         (numbers.short_count, 4_884_480, "4.88M"),

@@ -173,6 +173,14 @@ def test_one_seed_says_that_no_interval_can_be_given(tmp_path):
     assert "no interval can be given" not in several.text
 
 
+def test_two_seeds_are_said_to_tell_little(tmp_path):
+    page, markdown, _ = report_of(tmp_path / "c", seeds=(0, 1))
+    assert "Two seeds tell little" in page.text
+    assert "Two seeds tell little" in markdown
+    several, _, _ = report_of(tmp_path / "d")
+    assert "seeds tell little" not in several.text
+
+
 def test_what_failed_and_what_was_skipped_is_said_with_the_reason(tmp_path):
     page, markdown, _ = report_of(tmp_path / "c")
     for text in (page.text, markdown.replace("\\", "")):

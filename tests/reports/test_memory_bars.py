@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from rankwise.reports.memory_bars import MemoryBar, amount, memory_svg
+from rankwise.reports.memory_bars import MemoryBar, memory_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 GB = 10**9
@@ -74,8 +74,3 @@ def test_it_is_described_for_who_cannot_see_it():
 
 def test_an_empty_part_is_left_out():
     assert len(parts(drawn([MemoryBar("lora", {"weights": GB, "logits": 0})]))) == 1
-
-
-@pytest.mark.parametrize(("size", "text"), [(24.3e9, "24.3 GB"), (512e6, "512 MB"), (132e9, "132 GB"), (1e9, "1.0 GB")])
-def test_amounts_read_in_decimal_units(size, text):
-    assert amount(size) == text

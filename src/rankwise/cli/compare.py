@@ -15,10 +15,11 @@ from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.tables import light_table, titled
-from rankwise.cli.words import byte_size, duration
+from rankwise.cli.words import duration
 from rankwise.comparison.settings import SHARED, CompareOptions, CompareSettings, check_compare
 from rankwise.reports.naming import method_name, metric_name
-from rankwise.reports.numbers import short_count
+from rankwise.reports.numbers import byte_size, estimate, short_count, span
+from rankwise.reports.summary import caution
 
 if TYPE_CHECKING:
     from rankwise.comparison.runner import Picture
@@ -111,6 +112,8 @@ def report(comparison: Comparison, settings: CompareOptions, output: Output) -> 
     for line in verdict_lines(comparison):
         output.line(line)
     found = comparison["recommendation"]
+    if text := caution(comparison["methods"]):
+        output.line(text)
     output.line()
     output.line(found["reason"], style="bold")
     for label, text in _places(comparison, settings):
@@ -118,7 +121,7 @@ def report(comparison: Comparison, settings: CompareOptions, output: Output) -> 
 
 
 def table_of(comparison: Comparison) -> Group:
-    """A row per method, best first; methods that share a letter were not told apart."""
+    """A row per method, best first; of methods that share a letter none was found better."""
     metric, methods = comparison["primary_metric"], comparison["methods"]
     heading = metric_name(metric)
     known = {name: item for name, item in methods.items() if metric in item["mean"]}
@@ -136,10 +139,10 @@ def table_of(comparison: Comparison) -> Group:
 
 def _cells(item: Method, metric: str, has_intervals: bool) -> Iterator[str]:
     yield item["group"] or ""
-    yield f"{item['mean'][metric]:.4f}"
     interval = item["interval"].get(metric)
+    yield estimate(item["mean"][metric], interval)[0]
     if has_intervals:
-        yield f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else "(one seed)"
+        yield span(interval) if interval else "(one seed)"
     yield f"{item['learning_rate']:g}{'!' if item['learning_rate_at_edge'] else ''}"
     trained = item["trainable_parameters"]
     yield short_count(trained) if trained else ""
@@ -157,11 +160,11 @@ def verdict_lines(comparison: Comparison) -> Iterator[str]:
             "better": f"{a} is better than {b}",
             "worse": f"{b} is better than {a}",
             "equivalent": f"{a} and {b} are equivalent",
-            "cannot tell": f"{a} or {b}: cannot tell",
+            "cannot tell": f"the runs cannot tell {a} from {b}",
         }[verdict]
         interval = item["interval"]
-        span = f" ({interval[0]:+.4f} to {interval[1]:+.4f})" if interval else ""
-        yield f"{words}: difference {item['difference']:+.4f}{span}"
+        text = estimate(item["difference"], interval)[0]
+        yield f"{words}: difference {text} ({span(interval)})" if interval else f"{words}: difference {text}"
 
 
 def _places(comparison: Comparison, settings: CompareOptions) -> Iterator[tuple[str, str]]:

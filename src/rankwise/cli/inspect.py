@@ -15,11 +15,11 @@ from rankwise.cli.options import Verb
 from rankwise.cli.output import Output, shortened
 from rankwise.cli.settings import InspectSettings
 from rankwise.cli.sparkline import sparkline
-from rankwise.cli.words import byte_size, parameter_count
+from rankwise.cli.words import parameter_count
 from rankwise.errors import AdapterError, ModelError, RunError
 from rankwise.foreign import read_object
 from rankwise.records import RUN_FILE, load_record
-from rankwise.reports.numbers import plural
+from rankwise.reports.numbers import byte_size, plural
 
 SHOWN_PROBLEMS = 3
 

@@ -12,8 +12,7 @@ from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.settings import MergeSettings
 from rankwise.cli.tables import light_table, titled
-from rankwise.cli.words import byte_size
-from rankwise.reports.numbers import plural
+from rankwise.reports.numbers import byte_size, plural
 
 if TYPE_CHECKING:
     from rankwise.export.verify import Verification

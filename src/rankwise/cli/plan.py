@@ -15,6 +15,7 @@ from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError
 from rankwise.planning.settings import PlanSettings
 from rankwise.records import write_text
+from rankwise.reports.numbers import byte_size
 
 # Imported where they work: every --help waits for what stands above.
 if TYPE_CHECKING:
@@ -147,14 +148,12 @@ def as_yaml(plan: Plan) -> str:
     """The recommendation as a file for ``rankwise train --config``."""
     import yaml
 
-    from rankwise.cli import plan_view
-
     settings = {
         name.replace("_", "-"): list(value) if isinstance(value, tuple) else value
         for name, value in plan.recommendation.settings.items()
         if value is not None
     }
-    peak = plan_view.gigabytes(plan.recommendation.estimate.peak_bytes)
+    peak = byte_size(plan.recommendation.estimate.peak_bytes)
     tight = "; it fits only without its error margin" if plan.recommendation.is_tight else ""
     head = (
         f"# Planned for {plan.hardware.name}: predicted peak {peak}{tight}.\n"

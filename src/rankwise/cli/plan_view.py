@@ -11,11 +11,12 @@ from rich.text import Text
 
 from rankwise.cli.output import Output
 from rankwise.cli.tables import light_table
-from rankwise.cli.words import byte_size, parameter_count
+from rankwise.cli.words import parameter_count
 from rankwise.config import FOUR_BITS
 from rankwise.planning.cards import CARDS
 from rankwise.planning.speed import NOMINAL_CARD
 from rankwise.reports.memory_bars import MemoryBar, memory_svg
+from rankwise.reports.numbers import byte_size
 
 if TYPE_CHECKING:
     from rankwise.planning import MemoryEstimate, Workload
@@ -68,7 +69,7 @@ def heading(plan: Plan) -> Iterator[str]:
     work, hardware = plan.workload, plan.hardware
     note = f" ({hardware.note})" if hardware.note else ""
     many = f"{work.devices} x " if work.devices > 1 else ""
-    yield f"{plan.model} on {many}{hardware.name}: {gigabytes(hardware.memory_bytes)}{note}"
+    yield f"{plan.model} on {many}{hardware.name}: {byte_size(hardware.memory_bytes)}{note}"
     if hardware.assumption:
         yield hardware.assumption
     parts = [
@@ -145,7 +146,7 @@ def bars(plan: Plan, width: int) -> Iterator[Text]:
     for row in plan.rows:
         line = Text(f"{row.estimate.method:<6} ")
         line.append_text(_bar(row, memory, high, room))
-        line.append(f" {gigabytes(row.estimate.peak_bytes)}", style=VERDICT_STYLES[row.verdict])
+        line.append(f" {byte_size(row.estimate.peak_bytes)}", style=VERDICT_STYLES[row.verdict])
         yield line
     legend = Text()
     for part, (mark, colour) in zip(PARTS, MARKS):
@@ -187,7 +188,7 @@ def change_lines(plan: Plan) -> Iterator[tuple[str, str]]:
 def change_sentence(change: Change) -> str:
     sign = "-" if change.saved_bytes >= 0 else "+"
     ending = "still too big" if change.verdict == "too big" else change.verdict
-    return f"{change.label}: {sign}{gigabytes(abs(change.saved_bytes))}, {change.time_words}: {ending}"
+    return f"{change.label}: {sign}{byte_size(abs(change.saved_bytes))}, {change.time_words}: {ending}"
 
 
 def recommendation_lines(plan: Plan, command: str | None) -> Iterator[tuple[str, str]]:
@@ -198,7 +199,7 @@ def recommendation_lines(plan: Plan, command: str | None) -> Iterator[tuple[str,
         yield (
             "nothing",
             f"fits: the smallest run ({advice.estimate.method}, batch {work.batch_size} x {work.max_length:,}, every "
-            f"saving on) takes {gigabytes(advice.estimate.peak_bytes)}, {gigabytes(advice.missing_bytes)} more than "
+            f"saving on) takes {byte_size(advice.estimate.peak_bytes)}, {byte_size(advice.missing_bytes)} more than "
             f"there is. Take a smaller model, or {larger_card(advice.estimate)}.",
         )
         return
@@ -218,8 +219,8 @@ def tight_sentence(plan: Plan) -> str:
     advice = plan.recommendation
     most = advice.estimate.peak_bytes * (1 + advice.estimate.error)
     return (
-        f"it fits only without its error margin: with it the peak may reach {gigabytes(most)}, and there are "
-        f"{gigabytes(plan.hardware.memory_bytes)}. Nothing smaller fits with it; memory may run out in the first steps."
+        f"it fits only without its error margin: with it the peak may reach {byte_size(most)}, and there are "
+        f"{byte_size(plan.hardware.memory_bytes)}. Nothing smaller fits with it; memory may run out in the first steps."
     )
 
 
@@ -256,7 +257,7 @@ def settings_sentence(plan: Plan) -> str:
     if work.activation_offloading:
         parts.append("activation offloading on")
     parts.append(work.optimizer)
-    peak = f"{gigabytes(advice.estimate.peak_bytes)} ±{advice.estimate.error:.0%}".replace("%", " %")
+    peak = f"{byte_size(advice.estimate.peak_bytes)} ±{advice.estimate.error:.0%}".replace("%", " %")
     return f"{', '.join(parts)}: {peak}, {parameter_count(advice.estimate.trainable_parameters)} trained"
 
 
@@ -321,7 +322,7 @@ def check_lines(check: Check) -> Iterator[tuple[str, str]]:
     yield (
         "check",
         f"{check.method}, three real steps here ({check.device_type}, random weights): predicted "
-        f"{gigabytes(check.predicted_bytes)} ({kind}), measured {gigabytes(check.measured_bytes)} ({where}): "
+        f"{byte_size(check.predicted_bytes)} ({kind}), measured {byte_size(check.measured_bytes)} ({where}): "
         f"{check.error:+.1%}".replace("%", " %"),
     )
     seconds = sorted(check.step_seconds)[len(check.step_seconds) // 2]
@@ -331,10 +332,6 @@ def check_lines(check: Check) -> Iterator[tuple[str, str]]:
 def print_lines(lines: Iterable[tuple[str, str]], output: Output) -> None:
     for label, text in lines:
         _paragraph(label, text, output, output.console.width)
-
-
-def gigabytes(size_bytes: float) -> str:
-    return byte_size(size_bytes)
 
 
 def _figure(size_bytes: float, unit: float) -> str:

@@ -18,8 +18,9 @@ from rich.text import Text
 
 from rankwise.cli.output import Output, print_message
 from rankwise.cli.sparkline import position, sparkline
-from rankwise.cli.words import byte_size, duration, one_line
+from rankwise.cli.words import duration, one_line
 from rankwise.config import logging_steps_of
+from rankwise.reports.numbers import byte_size
 
 if TYPE_CHECKING:
     from rankwise.training.observer import Observer, StepInfo

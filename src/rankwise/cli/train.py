@@ -10,10 +10,11 @@ from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.progress import watching
-from rankwise.cli.words import byte_size, duration, parameter_count
+from rankwise.cli.words import duration, parameter_count
 from rankwise.config import TrainSettings
 from rankwise.errors import RunError, is_out_of_memory
 from rankwise.records import RunRecord, load_record, read_metrics
+from rankwise.reports.numbers import byte_size
 
 if TYPE_CHECKING:
     from rankwise.planning.guard import MemoryGuard

@@ -10,15 +10,6 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def byte_size(count: float) -> str:
-    """Decimal units, as disks and GPUs are sold: ``512 B``, ``4.9 MB``, ``2.1 GB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 999.5:
-            return f"{count:.0f} {unit}" if unit == "B" or abs(count) >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def parameter_count(count: int) -> str:
     """``4,884,480 (4.9M)``; small counts without the short form."""
     for limit, unit in ((1e9, "B"), (1e6, "M")):

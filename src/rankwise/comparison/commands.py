@@ -18,6 +18,7 @@ from rankwise.comparison.settings import CompareOptions, shared_training
 from rankwise.comparison.stages import Job
 from rankwise.errors import warn
 from rankwise.records import write_json
+from rankwise.reports.numbers import byte_size
 
 PROBE_STEPS = 6
 # Steps whose seconds tell how many fit into --minutes; the first, which allocates, is not counted.
@@ -124,7 +125,7 @@ class Commands:
                     return changes
         warn(
             "RW565",
-            f"{method} does not fit in --memory-budget {self.given.memory_budget / 1e9:.3g} GB, even one row at "
+            f"{method} does not fit in --memory-budget {byte_size(self.given.memory_budget)}, even one row at "
             "a time with --gradient-checkpointing; it runs so all the same, and its measured memory is in the report.",
         )
         return {"batch_size": 1, "gradient_accumulation": rows, "gradient_checkpointing": True}

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from rankwise.planning import cuda
 from rankwise.planning.estimate import TERMS, MemoryEstimate
 from rankwise.planning.parallel import Group, per_device
-from rankwise.planning.sizes import gigabytes
 from rankwise.planning.workload import Workload
+from rankwise.reports.numbers import byte_size
 
 DRY_RUN_ERROR = {"cpu": 0.08, "cuda": 0.05}
 CPU_LIBRARY_BYTES = 50 << 20
@@ -105,6 +105,6 @@ def _notes(workload: Workload, elsewhere_bytes: int, max_positions: int | None) 
     if not workload.fast:
         notes.append("PyTorch's own step is counted: no fused parts and kernels of ours")
     if elsewhere_bytes:
-        size = gigabytes(elsewhere_bytes)
+        size = byte_size(elsewhere_bytes)
         notes.append(f"{size} of optimizer state live in the host's memory ({workload.optimizer})")
     return notes

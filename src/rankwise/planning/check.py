@@ -9,9 +9,9 @@ from typing import Any
 from rankwise.errors import ConfigError
 from rankwise.planning.estimate import MemoryEstimate, estimate
 from rankwise.planning.measure import measure
-from rankwise.planning.sizes import gigabytes
 from rankwise.planning.weights import DTYPE_BYTES
 from rankwise.planning.workload import Workload
+from rankwise.reports.numbers import byte_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def check_method(
     if needed > memory_bytes:
         raise ConfigError(
             "RW134",
-            f"three real steps of {method} would take {gigabytes(needed)} and there are {gigabytes(memory_bytes)}; "
+            f"three real steps of {method} would take {byte_size(needed)} and there are {byte_size(memory_bytes)}; "
             "lower --batch-size or --max-length, take another --method, or leave --check out.",
         )
     measured = measure(model, method, workload, **place)

@@ -15,9 +15,9 @@ from rankwise.planning.facts import Stored, read_facts
 from rankwise.planning.fitting import Estimator, Remembering, verdict_of
 from rankwise.planning.hardware import Hardware, cpu_hardware, this_machine
 from rankwise.planning.plan import estimator_of, is_slowed, on_device, ratio_pace_of
-from rankwise.planning.sizes import gigabytes
 from rankwise.planning.speed import micro_batch_seconds
 from rankwise.planning.workload import Workload
+from rankwise.reports.numbers import byte_size
 
 SMALLEST = {"batch_size": 1, "max_length": 16, "trained_share": 1.0}
 """A step that no run undercuts: what does not even fit so is refused before the weights are read."""
@@ -116,17 +116,17 @@ class MemoryGuard:
         assert self.predicted is not None
         assert self.hardware is not None
         had, error = self.baseline_bytes, self.predicted.error * self.predicted.peak_bytes / peak_bytes
-        own = f" ({gigabytes(had)} that the process has, {gigabytes(peak_bytes - had)} for the training)" if had else ""
+        own = f" ({byte_size(had)} that the process has, {byte_size(peak_bytes - had)} for the training)" if had else ""
         counted = "" if self.workload is None or self.workload.fast else ", of PyTorch's own step"
         return (
-            f"predicted peak {gigabytes(peak_bytes)} ±{error:.0%}{own}{counted}, for "
-            f"{batch.rows} rows of {batch.tokens:,} tokens; there are {gigabytes(self.hardware.memory_bytes)}: "
+            f"predicted peak {byte_size(peak_bytes)} ±{error:.0%}{own}{counted}, for "
+            f"{batch.rows} rows of {batch.tokens:,} tokens; there are {byte_size(self.hardware.memory_bytes)}: "
             f"{verdict}"
         ).replace("%", " %")
 
     def _refuse(self, estimate: MemoryEstimate, what: str) -> None:
         assert self.hardware is not None
-        there = f"{what} takes {gigabytes(estimate.peak_bytes)} and there are {gigabytes(self.hardware.memory_bytes)}"
+        there = f"{what} takes {byte_size(estimate.peak_bytes)} and there are {byte_size(self.hardware.memory_bytes)}"
         if self.ignore:
             warn("RW563", f"by the plan this run cannot fit: {there}; it starts because of --ignore-plan.")
             return
@@ -192,7 +192,7 @@ def workload_of(settings: Mapping[str, Any], hardware: Hardware) -> Workload:
 def _described(change: Change) -> str:
     """``--batch-size 4 --gradient-accumulation 2: 12.1 GB, +2 % time``."""
     options = " ".join(_option(name, value) for name, value in change.settings.items())
-    return f"{options}: {gigabytes(change.estimate.peak_bytes)}, {change.time_words}"
+    return f"{options}: {byte_size(change.estimate.peak_bytes)}, {change.time_words}"
 
 
 def _option(name: str, value: Any) -> str:

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from rankwise.errors import ConfigError
 from rankwise.planning.cards import CARDS, Card
 from rankwise.planning.cuda import context_bytes
-from rankwise.planning.sizes import gigabytes, parse_size
+from rankwise.planning.sizes import parse_size
+from rankwise.reports.numbers import byte_size
 
 Kind = Literal["card", "memory", "machine"]
 DeviceType = Literal["cpu", "cuda", "mps"]
@@ -225,7 +226,7 @@ def _cuda_device() -> Hardware:
         bytes_per_second=known.bytes_per_second if known else None,
         flops_per_second=known.flops_per_second if known else None,
         source=known.source if known else "torch.cuda",
-        note=f"free now, of {gigabytes(total)}",
+        note=f"free now, of {byte_size(total)}",
         float32_flops_per_second=known.float32_flops_per_second if known else None,
     )
 
@@ -244,7 +245,7 @@ def cpu_hardware() -> Hardware:
         bytes_per_second=None,
         flops_per_second=None,
         source="psutil",
-        note=f"available now, of {gigabytes(memory.total)}",
+        note=f"available now, of {byte_size(memory.total)}",
         cores=psutil.cpu_count(logical=False) or os.cpu_count() or 1,
     )
 

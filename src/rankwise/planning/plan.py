@@ -34,9 +34,9 @@ from rankwise.planning.optimizers import check_device
 from rankwise.planning.recommend import PASSES, Recommendation, recommend
 from rankwise.planning.settings import SHARED, PlanSettings
 from rankwise.planning.shape import read_shape
-from rankwise.planning.sizes import gigabytes
 from rankwise.planning.speed import Pace, assumed_pace, micro_batch_seconds, nominal_pace, tokens_per_second
 from rankwise.planning.workload import Workload
+from rankwise.reports.numbers import byte_size
 
 DECIDED = (
     *("r", "target_modules", "batch_size", "gradient_accumulation", "max_length", "gradient_checkpointing"),
@@ -305,7 +305,7 @@ class _Planner:
         self.estimate.anchor(method, self.workload, self._dry_run(method, self.workload))
         row = self._row(method)
         took = time.monotonic() - started
-        self.say(f"{method}: {gigabytes(row.estimate.peak_bytes)}, {row.verdict} ({took:.1f} s)")
+        self.say(f"{method}: {byte_size(row.estimate.peak_bytes)}, {row.verdict} ({took:.1f} s)")
         return row
 
     def _estimator(self) -> Estimator:

@@ -74,8 +74,3 @@ def size_option(size_bytes: float) -> str:
     """``24GB``, ``1.5MB`` or ``900kB``, as an option takes it."""
     unit = next((name for name in ("GB", "MB", "kB") if size_bytes >= UNITS[name.lower()]), "B")
     return f"{size_bytes / UNITS[unit.lower()]:.12g}{unit}"
-
-
-def gigabytes(size_bytes: float) -> str:
-    """``12.3 GB``; below one GB ``512 MB``."""
-    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"

@@ -12,6 +12,7 @@ from rankwise.errors import QuantizationError, warn
 from rankwise.quantization.config import FourBitConfig
 from rankwise.quantization.experts import StackScales, obstacle
 from rankwise.quantization.linear import Linear4bit, is_dense_linear
+from rankwise.reports.numbers import byte_size
 
 HEAD_NAMES = ("lm_head", "embed_out")
 
@@ -146,6 +147,6 @@ def warn_about_experts(model: nn.Module, config: FourBitConfig, *, stored: bool 
         size_bytes = sum(model.get_parameter(name).nbytes for name in names)
         warn(
             "RW613",
-            f"{len(names)} expert tensors ({size_bytes / 1e9:.1f} GB, {names[0]}, ...) stay in their dtype: {reason}.",
+            f"{len(names)} expert tensors ({byte_size(size_bytes)}, {names[0]}, ...) stay in their dtype: {reason}.",
             stacklevel=3,
         )

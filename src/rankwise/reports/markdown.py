@@ -20,7 +20,7 @@ def markdown(comparison: Comparison) -> str:
     parts = [
         f"# {_text(summary.title(comparison))}",
         _verdict(comparison),
-        _text(summary.ONE_SEED) if summary.seeds_of(comparison) == 1 else "",
+        _text(summary.caution(comparison["methods"])),
         "\n".join(
             f"- {fact.title}: **{_text(fact.value)}** ({_text(fact.note)})" for fact in summary.trust(comparison)
         ),

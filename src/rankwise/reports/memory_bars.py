@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 from rankwise.reports.loss_plot import COLOURS, FONT
+from rankwise.reports.numbers import byte_size
 from rankwise.reports.scale import Scale, nice_ticks, tick_label
 
 WIDTH = 800
@@ -93,7 +94,7 @@ def _bar(bar: MemoryBar, index: int, frame: _Frame, colour: Mapping[str, int]) -
         left, right = (frame.x(min(edge, frame.x.high)) for edge in (start, start + size))
         start += size
         if right - left >= NARROWEST:
-            tip = f"<title>{escape(bar.name)}, {escape(label)}: {amount(size)}</title>"
+            tip = f"<title>{escape(bar.name)}, {escape(label)}: {byte_size(size)}</title>"
             where = f'x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{THICK}"'
             yield f'<rect class="part f{colour[label]}" {where}>{tip}</rect>'
 
@@ -110,14 +111,14 @@ def _end(bar: MemoryBar, index: int, frame: _Frame, limit_bytes: int) -> Iterato
         yield f'<path class="whisker" d="M{low:.1f} {middle:.1f}H{high:.1f}M{high:.1f} {middle - 5:.1f}v10"/>'
         reach = high
     style = "over" if bar.peak_bytes > limit_bytes else "value"
-    text = f"{amount(bar.peak_bytes)}{' ±' + format(bar.error, '.0%') if bar.error else ''}".replace("%", " %")
+    text = f"{byte_size(bar.peak_bytes)}{' ±' + format(bar.error, '.0%') if bar.error else ''}".replace("%", " %")
     yield f'<text class="{style} halo" x="{reach + 8:.1f}" y="{middle + 5:.1f}">{text}</text>'
 
 
 def _limit(frame: _Frame, limit_bytes: int, name: str) -> Iterator[str]:
     x = frame.x(limit_bytes)
     yield f'<line class="limit" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 8}" y2="{frame.base}"/>'
-    text = f"{escape(name)}: {amount(limit_bytes)}"
+    text = f"{escape(name)}: {byte_size(limit_bytes)}"
     anchor = "end" if x > (LEFT + WIDTH - RIGHT) / 2 else "start"
     yield f'<text class="note" text-anchor="{anchor}" x="{x:.1f}" y="{TOP - 14}">{text}</text>'
 
@@ -130,21 +131,14 @@ def _legend(colour: Mapping[str, int]) -> Iterator[str]:
         x += 34 + LEGEND_LETTER * len(label)
 
 
-def amount(size_bytes: float) -> str:
-    """``24.3 GB``, ``512 MB``."""
-    unit, name = unit_of(size_bytes)
-    value = size_bytes / unit
-    return f"{value:.0f} {name}" if value >= 100 else f"{value:.1f} {name}"
-
-
 def unit_of(size_bytes: float) -> tuple[float, str]:
     """The decimal unit in which a size reads best."""
     return (1e9, "GB") if size_bytes >= 0.9995e9 else (1e6, "MB")
 
 
 def _description(bars: Sequence[MemoryBar], limit_bytes: int) -> str:
-    rows = ", ".join(f"{bar.name} {amount(bar.peak_bytes)}" for bar in bars)
-    return f"peak memory: {rows}; the line stands at {amount(limit_bytes)}"
+    rows = ", ".join(f"{bar.name} {byte_size(bar.peak_bytes)}" for bar in bars)
+    return f"peak memory: {rows}; the line stands at {byte_size(limit_bytes)}"
 
 
 def _document(title: str, description: str, body: str, height: int, parts: int) -> str:

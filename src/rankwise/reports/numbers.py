@@ -65,6 +65,13 @@ def estimate(mean: Any, interval: Any) -> tuple[str, str]:
     return fixed(mean, decimals), f"±{THIN}{half:,.{decimals}f}"
 
 
+def span(interval: Sequence[float]) -> str:
+    """``10.62 to 10.70``: both ends with the digits that the width supports."""
+    low, high = interval
+    decimals = decimals_for((high - low) / 2)
+    return f"{fixed(low, decimals)} to {fixed(high, decimals)}"
+
+
 def byte_size(value: Any) -> str:
     """Decimal units and three digits, ``2.74 GB``: as disks and GPUs are sold."""
     return _scaled(value, BYTE_UNITS, " ", "B")

@@ -27,6 +27,11 @@ ONE_SEED = (
     "One seed: no interval can be given, and no difference can be called real. "
     "Another seed alone may turn the order around; run with --seeds 3 or more to find out."
 )
+TWO_SEEDS = (
+    "Two seeds tell little: the spread over seeds is known from two runs of each method, so intervals are wide and "
+    "“cannot tell” is the usual verdict, also where a method is better; run with --seeds 3 or more."
+)
+FEW_SEEDS = {1: ONE_SEED, 2: TWO_SEEDS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +62,16 @@ class Row:
 
 def seeds_of(comparison: Comparison) -> int:
     """The most seeds that a method finished with."""
-    return max((int(facts["seeds"] or 0) for facts in comparison["methods"].values()), default=0)
+    return most_seeds(comparison["methods"])
+
+
+def most_seeds(methods: Mapping[str, Any]) -> int:
+    return max((int(facts["seeds"] or 0) for facts in methods.values()), default=0)
+
+
+def caution(methods: Mapping[str, Any]) -> str:
+    """What a reader has to know of so few seeds; nothing where there are three or more."""
+    return FEW_SEEDS.get(most_seeds(methods), "")
 
 
 def title(comparison: Comparison) -> str:
@@ -105,7 +119,7 @@ def _seeds(comparison: Comparison) -> Fact:
     note = f"{finished} of {plural(len(finals), 'final run')} finished"
     note += f", {search} more tried learning rates" if search else ""
     text = plural(seeds, "seed") if seeds != 1 else "1 seed, no interval"
-    return Fact("Repeated", text, note, seeds < 2 or finished < len(finals))
+    return Fact("Repeated", text, note, seeds < 3 or finished < len(finals))
 
 
 def _evaluated(comparison: Comparison) -> Fact:
@@ -243,7 +257,8 @@ def cell(facts: Mapping[str, Any], key: str) -> Cell:
 
 def tie_note(comparison: Comparison) -> str:
     return (
-        f"Methods that share a letter of the tie group were not told apart on {metric_in_sentence(comparison.metric)}."
+        f"Of methods that share a letter of the tie group none was found better on "
+        f"{metric_in_sentence(comparison.metric)}: each pair is “equivalent” or “cannot tell”."
         if seeds_of(comparison) > 1
         else "Tie groups need at least two seeds."
     )

@@ -24,6 +24,7 @@ from rankwise.disk import flush, flush_tree, follow_umask, system_error
 from rankwise.errors import RunError
 from rankwise.foreign import read_json
 from rankwise.records import write_json
+from rankwise.reports.numbers import byte_size
 from rankwise.weights_file import pickles_in, sha256_of
 
 FOLDER = "checkpoints"
@@ -168,7 +169,7 @@ def check_space(folder: Path, size_bytes: int) -> None:
     if free < size_bytes + SPARE_BYTES:
         raise RunError(
             "RW513",
-            f"{folder} has {free / 1e9:.2f} GB free and {(size_bytes + SPARE_BYTES) / 1e9:.2f} GB are needed for "
+            f"{folder} has {byte_size(free)} free and {byte_size(size_bytes + SPARE_BYTES)} are needed for "
             "checkpoints; free some space, lower --save-total-limit, or give an --output on another disk.",
         )
 
