@@ -84,9 +84,9 @@ _FAMILIES_OF_EXPERTS = {
 
 
 def tiny_moe(family: str, seed: int = 0, **overrides: object) -> PreTrainedModel:
-    """A two-layer mixture of experts of random weights and biases, in one of the families above."""
+    """A two-layer mixture of experts of random weights and biases; families that are not above need sizes."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**_MOE, **_FAMILIES_OF_EXPERTS[family], **overrides})
+    config = AutoConfig.for_model(family, **{**_MOE, **_FAMILIES_OF_EXPERTS.get(family, {}), **overrides})
     model = AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("_bias"):

@@ -59,6 +59,56 @@ class Names:
     # Of the parameters the stacked experts.
 
 
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """Stacked experts that train neither as a whole nor by an adapter."""
+
+    parameters: int
+    total: int
+    # Of the whole model.
+    target_parameters: tuple[str, ...]
+    # What reaches them, with what is named already; empty where no adapter can.
+
+    def __str__(self) -> str:
+        share = 100 * self.parameters / max(1, self.total)
+        named = ",".join(self.target_parameters)
+        way = (
+            f"LoRA without dropout (methods lora, qlora) reaches them by --target-parameters {named}"
+            if named
+            else "they compute in a way of their own, which no adapter reaches"
+        )
+        return (
+            f"{self.parameters:,} of the model's {self.total:,} parameters ({share:.1f} %) are stacked experts without "
+            f"an adapter; {way}"
+        )
+
+
+def left_out(
+    config: LoraConfig, stacks: Mapping[str, int], reachable: Collection[str], adapted: Collection[str], total: int
+) -> LeftOut | None:
+    """``stacks``: {name of a parameter of stacked experts: its weights}; ``reachable``: those that can adapt."""
+    missing = {
+        name: weights
+        for name, weights in stacks.items()
+        if name not in adapted and not config.trains_whole(name.rpartition(".")[0])
+    }
+    if not missing:
+        return None
+    endings = [ending(name) for name in missing if name in reachable]
+    return LeftOut(sum(missing.values()), total, tuple(dict.fromkeys([*(config.target_parameters or ()), *endings])))
+
+
+def warn_of_experts(config: LoraConfig, found: LeftOut | None) -> None:
+    """Say that "all-linear" is not all of a mixture (RW422)."""
+    if found is not None and config.target_modules == ALL_LINEAR and not config.target_parameters:
+        warn("RW422", f'target_modules "{ALL_LINEAR}" leaves the experts out: {found}.', stacklevel=3)
+
+
+def ending(name: str) -> str:
+    """``mlp.experts.down_proj`` of a parameter of stacked experts."""
+    return ".".join(name.split(".")[-3:])
+
+
 def check_targets(config: LoraConfig, names: Names) -> None:
     """Raises AdapterError with every target that names nothing: RW404 where only ``modules_to_save`` has some, else
     RW401."""
@@ -82,7 +132,7 @@ def _missing_targets(config: LoraConfig, names: Names) -> Iterator[tuple[str, st
     """(setting, what it names in vain and what is close to it)."""
     yield from _missing_modules(config.target_modules, names)
     if missing := _unmatched(config.target_parameters, names.parameters):
-        ends = ", ".join(dict.fromkeys(".".join(name.split(".")[-3:]) for name in names.stacks))
+        ends = ", ".join(dict.fromkeys(map(ending, names.stacks)))
         hint = f"its stacked experts are {ends}" if ends else _close(missing, names.parameters)
         yield (
             "target_parameters",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from torch import nn
 
 import rankwise as rw
 from rankwise.adapters import experts as adapted
-from rankwise.errors import AdapterError, ConfigError
+from rankwise.errors import AdapterError, ConfigError, RankwiseWarning
+from rankwise.planning.adapted import adaptation
+from rankwise.planning.shape import shape_of
 from rankwise.quantization.experts import four_bit_stacks
+from rankwise.quantization.linear import weight_count
 from tiny_models import tiny_llama, tiny_moe
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
@@ -368,3 +372,82 @@ def test_hooks_on_the_experts_are_called_once_whatever_is_at_work():
     calls.clear()
     logits(model)
     assert calls == ["after"]
+
+
+MIXTURES = {
+    "mixtral": {},
+    "qwen2_moe": {},
+    "qwen3_moe": {"mlp_only_layers": [0]},
+    "gpt_oss": {},
+    "olmoe": {"intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v2": {
+        "intermediate_size": 32,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "q_lora_rank": None,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_all_linear_says_what_it_leaves_out_and_what_reaches_it(family, four_bit):
+    def mixture():
+        model = tiny_moe(family, **MIXTURES[family])
+        if four_bit:
+            rw.quantize(model, rw.Nf4Config(block_size=32))
+        return model
+
+    model = mixture()
+    total = sum(map(weight_count, model.parameters()))
+    with pytest.warns(RankwiseWarning, match="RW422.*--target-parameters") as caught:
+        report = rw.add_adapter(model, rw.LoraConfig(r=2))
+    (said,) = [str(item.message) for item in caught if isinstance(item.message, RankwiseWarning)]
+    stacks = [name for name, item in tiny_moe(family, **MIXTURES[family]).named_parameters() if item.dim() == 3]
+    experts = sum(item.numel() for item in tiny_moe(family, **MIXTURES[family]).parameters() if item.dim() == 3)
+    assert f"{experts:,} of the model's {total:,} parameters ({100 * experts / total:.1f} %)" in said
+    assert report.left_out is not None
+    assert f"--target-parameters {','.join(report.left_out.target_parameters)}" in str(report)
+
+    model = mixture()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RankwiseWarning)
+        report = rw.add_adapter(model, rw.LoraConfig(r=2, target_parameters=report.left_out.target_parameters))
+    assert report.left_out is None
+    assert {item.name for item in report.modules if item.experts} == set(stacks)
+    step(model)
+
+
+def test_the_plan_counts_what_is_left_out_as_the_model_does():
+    for family in ("mixtral", "qwen2_moe", "qwen3_moe"):
+        model = tiny_moe(family)
+        with pytest.warns(RankwiseWarning, match="RW422") as theirs:
+            adaptation(shape_of(model.config.to_dict()), rw.LoraConfig(r=2))
+        with pytest.warns(RankwiseWarning, match="RW422") as ours:
+            rw.add_adapter(model, rw.LoraConfig(r=2))
+        assert {str(item.message) for item in theirs} == {str(item.message) for item in ours}
+
+
+def test_experts_that_train_or_that_nothing_reaches():
+    model = tiny_moe("mixtral")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RankwiseWarning)
+        chosen = rw.add_adapter(model, rw.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=[BOTH[1]]))
+        whole = rw.add_adapter(tiny_moe("mixtral"), rw.LoraConfig(r=2, modules_to_save=["experts"]))
+    assert set(chosen.left_out.target_parameters) == {BOTH[1], "mlp.experts.gate_up_proj"}
+    assert whole.left_out is None
+    llama4 = {"intermediate_size": 16, "intermediate_size_mlp": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+    foreign = tiny_moe("llama4_text", **llama4, interleave_moe_layer_step=1)
+    with pytest.warns(RankwiseWarning, match="RW422.*which no adapter reaches"):
+        rw.add_adapter(foreign, rw.LoraConfig(r=2))

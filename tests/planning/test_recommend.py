@@ -184,6 +184,21 @@ def test_some_rule_explains_every_recommendation(method, goal):
     assert SERVING[method]
 
 
+def test_a_mixture_is_not_told_that_all_linear_layers_are_all():
+    settings = {"r": 16, "target_modules": "all-linear"}
+    for method in ("lora", "qlora", "dora", "qdora"):
+        situation = Situation(method, "speed", {"lora": False}, settings, frozenset(), is_mixture=True)
+        names = {rule.name for rule in RULES if rule.when(situation)}
+        assert "experts-left-out" in names
+        assert "qlora-all-linear" not in names
+    with_experts = settings | {"target_parameters": ("mlp.experts.down_proj",)}
+    assert not Situation("qlora", "speed", {}, with_experts, frozenset(), is_mixture=True).leaves_experts
+    dense = Situation("qlora", "speed", {"lora": False}, settings, frozenset())
+    names = {rule.name for rule in RULES if rule.when(dense)}
+    assert "qlora-all-linear" in names
+    assert "experts-left-out" not in names
+
+
 def test_no_reason_calls_the_base_16_bit():
     """On a CPU it has 32."""
     assert not any("16-bit base" in rule.reason for rule in RULES)

@@ -23,6 +23,7 @@ class Module:
 @dataclasses.dataclass
 class Report:
     modules: list[Module]
+    left_out: object = None
 
 
 def record(method: str = "lora", **fields: object) -> RunRecord:

@@ -16,7 +16,7 @@ from rankwise.adapters.embedding import EmbeddingLora
 from rankwise.adapters.experts import AdaptedExperts, ExpertsLora, StackLora, stack_shape
 from rankwise.adapters.layer import AdaptedLayer, Adapter, OverBase, TrainedCopy
 from rankwise.adapters.lora import Lora
-from rankwise.adapters.parameters import names_in, parameter_names
+from rankwise.adapters.parameters import experts_left_out, names_in, parameter_names
 from rankwise.adapters.saving import SavePretrained
 from rankwise.adapters.state import (
     AdapterState,
@@ -33,7 +33,7 @@ from rankwise.adapters.state import (
 from rankwise.adapters.targets import check_enable_lora, enabled_parts, module_names, target_names
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError
-from rankwise.matching import check_targets, pattern_value, warn_of_idle
+from rankwise.matching import LeftOut, check_targets, pattern_value, warn_of_experts, warn_of_idle
 from rankwise.quantization.linear import weight_count
 
 DEFAULT_NAME = "default"
@@ -74,6 +74,8 @@ class AdapterReport:
     modules: tuple[AdaptedModule, ...]
     trainable_parameters: int
     total_parameters: int
+    left_out: LeftOut | None = None
+    # Stacked experts of a mixture that neither adapt nor train whole.
 
     def __str__(self) -> str:
         kinds = ", ".join(sorted({module.kind for module in self.modules}))
@@ -81,14 +83,15 @@ class AdapterReport:
         return (
             f"{len(self.modules)} modules adapted ({kinds}); {self.trainable_parameters:,} of "
             f"{self.total_parameters:,} parameters train ({share:.2f} %)"
-        )
+        ) + (f"; {self.left_out}" if self.left_out else "")
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, *, name: str = DEFAULT_NAME) -> AdapterReport:
     """Freeze the model and lay a new adapter over its target modules, in place; it becomes the active one.
 
     Raises AdapterError: RW401-RW404 and RW419 for targets, RW405 for a name that is taken or cannot be one, RW406 for a
-    second adapter that trains biases. Nothing changes when it raises. Warns of settings that name nothing (RW420).
+    second adapter that trains biases. Nothing changes when it raises. Warns of settings that name nothing (RW420), and
+    where "all-linear" leaves a mixture's experts out (RW422).
     """
     planned = plan_adapter(model, config, name)
     return attach(model, config, planned, name)
@@ -114,6 +117,8 @@ def plan_adapter(
     targets = target_names(modules, _output_head(model), config, may_be_none=stacks_suffice)
     check_enable_lora(config, targets)
     warn_of_idle(config, there, [*targets, *stacks], targets=is_foreign)
+    if not is_foreign:
+        warn_of_experts(config, experts_left_out(modules, config, stacks))
     planned = [_planned(config, target, modules[target]) for target in targets]
     planned += [_planned_stack(config, stack, modules) for stack in stacks]
     saved = module_names(modules, config.modules_to_save or ())
@@ -171,7 +176,8 @@ def report(model: nn.Module, name: str | None = None) -> AdapterReport:
         modules.append(AdaptedModule(path, "trained whole", *_whole(copy.original), 0, 0))
     parameters = list(model.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return AdapterReport(name, tuple(modules), trainable, sum(map(weight_count, parameters)))
+    missing = experts_left_out(dict(base_modules(model)), config, [item.name for item in modules])
+    return AdapterReport(name, tuple(modules), trainable, sum(map(weight_count, parameters)), missing)
 
 
 def has_adapter(model: nn.Module) -> bool:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+
+from torch import nn
 
 from rankwise.adapters.base_layer import is_adaptable
 from rankwise.adapters.targets import Modules
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError
-from rankwise.matching import Names, matches
+from rankwise.matching import LeftOut, Names, left_out, matches
 from rankwise.quantization.experts import first_leaf, foreign, stack_at
+from rankwise.quantization.linear import weight_count
 
 
 def parameter_names(modules: Modules, config: LoraConfig) -> list[str]:
@@ -38,6 +41,26 @@ def names_in(modules: Modules) -> Names:
         adaptable=[name for name, module in modules.items() if name and is_adaptable(module)],
         parameters=parameters,
         stacks=[name for name in parameters if _is_stack(modules, name)],
+    )
+
+
+def experts_left_out(modules: Modules, config: LoraConfig, adapted: Collection[str]) -> LeftOut | None:
+    """The stacked experts that are not among the adapted names; None where there are none."""
+    stacks, distinct = {}, {}
+    for name in _named(modules):
+        path, _, leaf = name.rpartition(".")
+        parameter = modules[path].get_parameter(leaf)
+        distinct[id(parameter)] = weight_count(parameter)
+        if _holds_experts(modules[path], leaf):
+            stacks[name] = weight_count(parameter)
+    reachable = [name for name in stacks if _obstacle(modules, name, config) is None]
+    return left_out(config, stacks, reachable, adapted, sum(distinct.values()))
+
+
+def _holds_experts(module: nn.Module, leaf: str) -> bool:
+    # By the class's name too: Llama 4's and JetMoE's experts lack the interface.
+    return stack_at(module, leaf) is not None or (
+        module.get_parameter(leaf).dim() == 3 and "experts" in type(module).__name__.lower()
     )
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rankwise.comparison.settings import CompareOptions
 from rankwise.config import BASELINES, LoraConfig
 from rankwise.data import Row, Rows, read_rows, warn_of_overlap
-from rankwise.errors import ConfigError, DataError
+from rankwise.errors import ConfigError, DataError, ModelError
+from rankwise.models.source import fetch_model
+from rankwise.planning.facts import read_facts
 from rankwise.records import write_text
 from rankwise.training.setup import limited
 
@@ -71,7 +73,8 @@ def prepare_inputs(given: CompareOptions, check: Callable[[dict[str, Any]], None
 
 
 def check_adapter(given: CompareOptions) -> None:
-    """Before hours of training: adapter settings that name what is not in the model, said as ``add_adapter`` does.
+    """Before hours of training: adapter settings that name what is not in the model or leave a mixture's experts out,
+    said as ``add_adapter`` does.
 
     Raises AdapterError as ``plan_adapter`` does, and ModelError where there is no such model.
     """
@@ -79,13 +82,23 @@ def check_adapter(given: CompareOptions) -> None:
     names = [field.name for field in dataclasses.fields(LoraConfig) if field.name in settings]
     config, usual = LoraConfig(**{name: settings[name] for name in names}), LoraConfig()
     asked = any(getattr(config, name) != getattr(usual, name) for name in NAMING)
-    if not asked or not set(given.methods) - {"full", *BASELINES}:
+    if not set(given.methods) - {"full", *BASELINES}:
+        return
+    remote = {name: settings[name] for name in ("trust_remote_code", "revision")}
+    if not asked and not _is_mixture(given.model, remote):
         return
     from rankwise.adapters import plan_adapter
     from rankwise.models import load_skeleton
 
-    remote = {name: settings[name] for name in ("trust_remote_code", "revision")}
     plan_adapter(load_skeleton(given.model, **remote), config)
+
+
+def _is_mixture(model: str, remote: Mapping[str, Any]) -> bool:
+    try:
+        return read_facts(fetch_model(model, **remote, weights=False)).experts > 0
+    except ModelError:
+        # What is wrong with the model the runs say.
+        return False
 
 
 def split_by_prompt(rows: Rows, share: float) -> tuple[Rows, Rows]:

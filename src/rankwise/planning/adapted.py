@@ -8,10 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from math import prod
 
 from rankwise.config import ALL_LINEAR, LoraConfig
 from rankwise.errors import AdapterError
-from rankwise.matching import Names, check_targets, is_in_layers, matches, pattern_value, suffixes, warn_of_idle
+from rankwise.matching import (
+    Names,
+    check_targets,
+    is_in_layers,
+    left_out,
+    matches,
+    pattern_value,
+    suffixes,
+    warn_of_experts,
+    warn_of_idle,
+)
 from rankwise.planning.shape import Module, Shape
 
 
@@ -105,7 +116,10 @@ def adaptation(shape: Shape, config: LoraConfig) -> Adaptation:
             f"enable_lora names {', '.join(unused)}, and no adapted module ends in that; the linear layers of this "
             f"{shape.family} model end in {', '.join(_endings(shape))}.",
         )
-    warn_of_idle(config, names, [*(item.module.name for item in adapted), *(item.name for item in stacks)])
+    experts = {f"{item.name}.{leaf}": prod(size) for item in shape.modules for leaf, size in zip(STACKS, item.stacks)}
+    adapted_stacks = [item.name for item in stacks]
+    warn_of_experts(config, left_out(config, experts, experts, adapted_stacks, shape.parameters))
+    warn_of_idle(config, names, [*(item.module.name for item in adapted), *adapted_stacks])
     whole = tuple(_whole(shape, config.modules_to_save or ()))
     return Adaptation(adapted, whole, tuple(_biases(shape, config, adapted, whole)), stacks)
 

@@ -19,8 +19,8 @@ from rankwise.planning.shape import Shape, gguf_config, shape_of
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 WIDTH = ("hidden_size", "n_embd", "d_model", "dim")
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 EXPERT_WIDTH = ("moe_intermediate_size", "intermediate_size")
 
 
@@ -72,6 +72,7 @@ class ModelFacts:
     # Parameters of experts that a token does not visit: L (E - e) 3 h w with the width w of an expert.
     visited_share: float = 1.0
     # Of the experts those that a token visits: e / E.
+    experts: int = 0
     position_rows: int | None = None
     # Of a table of learned positions, which no row of tokens can outgrow; None: there is none.
     stored: Stored | None = None
@@ -119,6 +120,7 @@ def _of_shape(shape: Shape) -> ModelFacts:
         head_is_tied=shape.tied,
         idle_expert_parameters=_idle(experts, shape.experts, shape.experts_per_token),
         visited_share=_visited(shape.experts, shape.experts_per_token),
+        experts=shape.experts,
     )
 
 
@@ -142,6 +144,7 @@ def _of_config(config: Mapping[str, Any]) -> ModelFacts:
         head_is_tied=bool(config.get("tie_word_embeddings")),
         idle_expert_parameters=idle,
         visited_share=_visited(experts, visited),
+        experts=experts,
     )
 
 
@@ -160,6 +163,7 @@ def _of_gguf(source: ModelSource) -> ModelFacts:
         head_is_tied="output.weight" not in header.tensors,
         idle_expert_parameters=_idle(experts, count, visited),
         visited_share=_visited(count, visited),
+        experts=count,
     )
 
 

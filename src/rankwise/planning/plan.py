@@ -239,7 +239,14 @@ class _Planner:
         if self.is_slow:
             self.say("dry runs of other settings ...")
         recommendation = recommend(
-            self.advisor, self.methods, self.settings.goal, self.workload, accumulation, self._given(), passes
+            self.advisor,
+            self.methods,
+            self.settings.goal,
+            self.workload,
+            accumulation,
+            self._given(),
+            passes,
+            is_mixture=self.facts.experts > 0,
         )
         subject = recommendation.method or recommendation.estimate.method
         cheap = PASSES[0] if self.is_slow else None

@@ -74,6 +74,8 @@ def recommend(
     accumulation: int,
     given: Mapping[str, Any],
     passes: Sequence[frozenset[str]] = PASSES,
+    *,
+    is_mixture: bool = False,
 ) -> Recommendation:
     """The first method in the goal's order that fits, changing as little as that takes; where none fits with its error,
     the first that does without.
@@ -91,7 +93,7 @@ def recommend(
             change = None if is_hopeless else _fastest(advisor, method, workload, accumulation, allowed, verdict)
             gentle.setdefault(method, change is not None)
             if change is not None:
-                return _explained(change, method, goal, gentle, given, accumulation)
+                return _explained(change, method, goal, gentle, given, accumulation, is_mixture)
     return _nothing_fits(advisor, min(runs.values(), key=lambda run: run.estimate.peak_bytes))
 
 
@@ -138,12 +140,18 @@ def _loss(change: Change) -> tuple[float, ...]:
 
 
 def _explained(
-    change: Change, method: str, goal: str, fits: Mapping[str, bool], given: Mapping[str, Any], accumulation: int
+    change: Change,
+    method: str,
+    goal: str,
+    fits: Mapping[str, bool],
+    given: Mapping[str, Any],
+    accumulation: int,
+    is_mixture: bool,
 ) -> Recommendation:
     settings = {**given, **change.settings, "method": method}
     if method not in FOUR_BITS:
         settings = {name: value for name, value in settings.items() if name not in FOUR_BIT_SETTINGS}
-    situation = Situation(method, goal, dict(fits), settings, frozenset(change.settings), accumulation)
+    situation = Situation(method, goal, dict(fits), settings, frozenset(change.settings), accumulation, is_mixture)
     return Recommendation(
         method,
         settings,

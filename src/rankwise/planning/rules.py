@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from rankwise.config import DORA, FOUR_BITS
+from rankwise.config import ALL_LINEAR, DORA, FOUR_BITS
 
 Evidence = Literal["published", "mixed", "computed", "tried"]
 
@@ -37,6 +37,18 @@ class Situation:
     # Names among them that differ from what was asked for.
     accumulation: int = 1
     # Micro-batches a step, as asked for.
+    is_mixture: bool = False
+    # Whether the model has experts, which "all-linear" does not reach.
+
+    @property
+    def leaves_experts(self) -> bool:
+        """Whether "all-linear" is not all of the model."""
+        return (
+            self.is_mixture
+            and self.method != "full"
+            and self.settings.get("target_modules") == ALL_LINEAR
+            and not self.settings.get("target_parameters")
+        )
 
     @property
     def accumulation_grew(self) -> int:
@@ -109,10 +121,19 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "qlora-all-linear",
         "QLoRA: adapters on all linear layers",
-        lambda s: s.method in FOUR_BITS and s.settings.get("target_modules") == "all-linear",
+        lambda s: s.method in FOUR_BITS and s.settings.get("target_modules") == ALL_LINEAR and not s.is_mixture,
         "with adapters on the attention alone QLoRA stays behind 16-bit fine-tuning; on all linear layers it does not",
         f"{QLORA_PAPER}, section 4 and figure 2",
         "published",
+    ),
+    Rule(
+        "experts-left-out",
+        "A mixture: the experts too",
+        lambda s: s.leaves_experts,
+        "adapters on all linear layers reach no stacked expert, where most of a mixture's parameters are; RW422 says "
+        "how many, and which --target-parameters adapts them; `rankwise compare` tells on your data whether that pays",
+        "transformers 5 keeps a layer's experts in one parameter",
+        "computed",
     ),
     Rule(
         "double-quant",

@@ -53,6 +53,8 @@ class Report(Protocol):
 
     @property
     def modules(self) -> Sequence[Module]: ...
+    @property
+    def left_out(self) -> object | None: ...
 
 
 def model_card(record: RunRecord, adapter_config: Mapping[str, Any] | None = None, report: Report | None = None) -> str:
@@ -192,7 +194,8 @@ def _modules(report: Report | None) -> str:
     if report is None:
         return ""
     counts = Counter((module.name.rpartition(".")[2], module.r) for module in report.modules)
-    return _table(("module", "rank", "how many"), [(name, r, count) for (name, r), count in counts.items()])
+    table = _table(("module", "rank", "how many"), [(name, r, count) for (name, r), count in counts.items()])
+    return f"{table}\n\n{report.left_out}." if report.left_out else table
 
 
 @dataclasses.dataclass(frozen=True)
