@@ -104,7 +104,7 @@ def checked(kind: type[T], content: Any) -> T:
 
 @functools.cache
 def _strict_model(kind: Any) -> type[pydantic.BaseModel]:
-    types = get_type_hints(kind)
+    types = get_type_hints(kind, include_extras=True)
     required = dataclasses.MISSING
     fields: dict[str, Any] = {
         field.name: (types[field.name], ... if field.default is field.default_factory is required else None)

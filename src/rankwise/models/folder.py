@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
 
 from rankwise.errors import ModelError, warn
-from rankwise.foreign import read_object
+from rankwise.foreign import checked, read_object
 from rankwise.quantization.listing import some_of
 from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
 
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 ADAPTER_FILE = "adapter_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -24,6 +28,11 @@ TOKENIZER_FILES = (
     "spiece.model",
     "tekken.json",
 )
+
+# Families write -1 for a token that there is not.
+TokenId = Annotated[int, Field(ge=-1, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Share = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class FolderContent(NamedTuple):
@@ -42,6 +51,7 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> FolderCont
     """
     config = read_config(folder)
     check_architecture(config, folder, trust_remote_code=trust_remote_code)
+    check_generation(folder)
     refuse_pickles(folder)
     names = weights_names(folder, config)
     missing = [name for name in names if not (folder / name).is_file()]
@@ -71,6 +81,57 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder / CONFIG_FILE} has the model_type {config['model_type']!r}, which is no name; download it again.",
         )
     return config
+
+
+@dataclasses.dataclass
+class _Generation:
+    """Of ``generation_config.json`` what decides how a model answers."""
+
+    bos_token_id: TokenId | None = None
+    pad_token_id: TokenId | None = None
+    decoder_start_token_id: TokenId | None = None
+    forced_bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
+    forced_eos_token_id: TokenId | list[TokenId] | None = None
+    suppress_tokens: list[TokenId] | None = None
+    begin_suppress_tokens: list[TokenId] | None = None
+    bad_words_ids: list[list[TokenId]] | None = None
+    do_sample: bool | None = None
+    use_cache: bool | None = None
+    renormalize_logits: bool | None = None
+    remove_invalid_values: bool | None = None
+    early_stopping: bool | str | None = None
+    temperature: Share | None = None
+    top_p: Share | None = None
+    min_p: Share | None = None
+    typical_p: Share | None = None
+    epsilon_cutoff: Share | None = None
+    eta_cutoff: Share | None = None
+    repetition_penalty: Share | None = None
+    length_penalty: float | None = None
+    guidance_scale: float | None = None
+    max_time: Share | None = None
+    top_k: Count | None = None
+    max_length: Count | None = None
+    min_length: Count | None = None
+    max_new_tokens: Count | None = None
+    min_new_tokens: Count | None = None
+    num_beams: Count | None = None
+    num_return_sequences: Count | None = None
+    no_repeat_ngram_size: Count | None = None
+    stop_strings: str | list[str] | None = None
+    cache_implementation: str | None = None
+
+
+def check_generation(folder: Path) -> None:
+    """Raise ModelError (RW302) for a ``generation_config.json`` with values of other types."""
+    path = folder / GENERATION_FILE
+    if not path.exists():
+        return
+    try:
+        checked(_Generation, read_object(path, error=ModelError, code="RW302"))
+    except ValueError as problem:
+        raise ModelError("RW302", f"{path} cannot be followed: {problem}; mend it, or remove the file.") from None
 
 
 def _what_it_is_instead(folder: Path) -> str:

@@ -83,8 +83,19 @@ def load_tokenizer(
     except Exception as error:
         # Whatever transformers makes of a foreign folder; the cause stays attached.
         raise ModelError("RW317", f"the tokenizer in {path} cannot be loaded: {reason_of(error)}.") from error
+    _check_tokenizer(tokenizer, path)
     tokenizer.name_or_path = source.base_model
     return tokenizer
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Raises ModelError (RW317) for values that transformers takes over from ``tokenizer_config.json`` unseen."""
+    longest, template = tokenizer.model_max_length, tokenizer.chat_template
+    if not isinstance(longest, int | float) or isinstance(longest, bool) or not longest > 0:
+        raise ModelError("RW317", f"the tokenizer in {path} has the model_max_length {longest!r}; give a number.")
+    if not isinstance(template, str | dict | None):
+        kind = type(template).__name__
+        raise ModelError("RW317", f"the tokenizer in {path} has a chat_template that is a {kind}; give Jinja text.")
 
 
 def _path(source: ModelSource) -> Path:

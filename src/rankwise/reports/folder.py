@@ -191,16 +191,22 @@ def filled(content: Any) -> dict[str, Any]:
 
 
 def _over(defaults: Mapping[str, Any], given: Any, what: str) -> dict[str, Any]:
-    """``given`` over ``defaults``; a part that must be an object or a list is one."""
+    """``given`` over ``defaults``, each part of the type of its default."""
     if not isinstance(given, Mapping):
         raise ValueError(f"{what} is a {type(given).__name__}, not an object")
     result = {**defaults, **given}
     for key, default in defaults.items():
-        if isinstance(default, dict | list):
-            result[key] = type(default)() if result[key] is None else result[key]
-            if not isinstance(result[key], type(default)):
-                raise ValueError(f"{key!r} of {what} is a {type(result[key]).__name__}")
+        if default is None:
+            continue
+        result[key] = default if result[key] is None else result[key]
+        is_number = is_number_like(default)
+        if is_number_like(result[key]) != is_number or not (is_number or isinstance(result[key], type(default))):
+            raise ValueError(f"{key!r} of {what} is a {type(result[key]).__name__}")
     return result
+
+
+def is_number_like(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def inside(folder: Path, relative: str) -> Path:

@@ -206,7 +206,9 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]] | None:
     """{file: (bytes, sha256)}; None when there is no manifest that can be read."""
     try:
         manifest = read_json(folder / MANIFEST)
-        return {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        # Names from a file: none leads out of the folder, and none breaks a call to the system.
+        return files if all("\0" not in name and ".." not in Path(name).parts for name in files) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

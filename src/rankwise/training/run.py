@@ -5,7 +5,6 @@ Order matters: everything is read and checked before anything is written, the ol
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from rankwise.config import BASELINES, DORA, FOUR_BITS, LoraConfig, TrainSetting
 from rankwise.data import Rows
 from rankwise.disk import hold
 from rankwise.errors import RankwiseWarning, warn
+from rankwise.foreign import checked, read_json
 from rankwise.models import choose_device, model_facts
 from rankwise.quantization.config import CONFIGS, FourBitConfig
 from rankwise.quantization.linear import weight_count
@@ -36,6 +36,7 @@ from rankwise.training.metrics import evaluations
 from rankwise.training.observer import Observer, SilentObserver
 from rankwise.training.provenance import device_record, versions
 from rankwise.training.session import Extras, Session
+from rankwise.training.state import TrainerFacts, reading_state
 from rankwise.training.trainer import PROGRESS_FILE, STATE_FILE, RankwiseTrainer
 
 
@@ -154,7 +155,7 @@ def _same_length(given: TrainSettings) -> bool:
 
 def _check_length(given: TrainSettings, checkpoint: Checkpoint, now: int) -> None:
     """Refuse what cannot be lengthened, and say (RW544) what the schedule does where it depends on the length."""
-    before, schedule = _state_of(checkpoint)["max_steps"], given.lr_scheduler_type
+    before, schedule = _state_of(checkpoint).max_steps, given.lr_scheduler_type
     output.check_length(given.output, done=checkpoint.step, before=before, now=now, schedule=schedule)
     if now == before or schedule in output.LENGTH_FREE:
         return
@@ -364,20 +365,25 @@ def _is_evaluated(folder: Path, checkpoint: Checkpoint | None) -> bool:
     if checkpoint is None:
         return False
     state = _state_of(checkpoint)
-    due = checkpoint.step % state["eval_steps"] == 0 or checkpoint.step >= state["max_steps"]
+    due = checkpoint.step % state.eval_steps == 0 or checkpoint.step >= state.max_steps
     return not due or checkpoint.step in evaluations(folder)
 
 
-def _state_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The Trainer's own state."""
-    state: dict[str, Any] = json.loads((checkpoint.path / STATE_FILE).read_text(encoding="utf-8"))
+def _state_of(checkpoint: Checkpoint) -> TrainerFacts:
+    """The Trainer's own state. Raises RunError (RW511) for one that the Trainer could not go on with."""
+    with reading_state(checkpoint.path, "trainer"):
+        state = checked(TrainerFacts, read_json(checkpoint.path / STATE_FILE, constants=True))
+        transformers.TrainerState.load_from_json(str(checkpoint.path / STATE_FILE))
+        if state.global_step != checkpoint.step or state.eval_steps <= 0:
+            raise ValueError(f"it is of step {state.global_step}, evaluated every {state.eval_steps}")
     return state
 
 
 def _progress_of(checkpoint: Checkpoint | None) -> Progress:
     if checkpoint is None:
         return Progress()
-    return Progress(**json.loads((checkpoint.path / PROGRESS_FILE).read_text(encoding="utf-8")))
+    with reading_state(checkpoint.path, "progress"):
+        return checked(Progress, read_json(checkpoint.path / PROGRESS_FILE, constants=True))
 
 
 def _answerer(given: TrainSettings, loaded: setup.Loaded, data: setup.Data) -> Any:

@@ -7,6 +7,7 @@ numbered; the rest goes into ``NAME.json``, where a tensor is ``{"$tensor": "0"}
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -22,8 +23,34 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import InternalError, RunError
-from rankwise.foreign import read_json
+from rankwise.foreign import read_json, reason_of
 from rankwise.training.checkpoints import check_no_pickles
+
+STATE_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    safetensors.SafetensorError,
+)
+# Whatever torch, NumPy and transformers make of values of another kind or form.
+
+
+@dataclasses.dataclass
+class TrainerFacts:
+    """What is reckoned with of the Trainer's own state."""
+
+    epoch: float
+    global_step: int
+    max_steps: int
+    eval_steps: float
+    log_history: list[dict[str, Any]]
+    best_metric: float | None = None
+    best_global_step: int | None = None
 
 
 def save_state(folder: Path, name: str, state: Any) -> None:
@@ -40,23 +67,79 @@ def save_state(folder: Path, name: str, state: Any) -> None:
     (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
-def load_state(folder: Path, name: str) -> Any:
-    """Read what ``save_state`` wrote; tensors come back on the CPU.
+def load_state(folder: Path, name: str, like: Any = None) -> Any:
+    """Read what ``save_state`` wrote; tensors come back on the CPU. ``like`` is a state of the same form.
 
-    Raises RunError: RW512 for a folder that holds pickles, RW511 for files that are missing, damaged or do not
-    belong together.
+    Raises RunError: RW512 for a folder that holds pickles, RW511 for files that are missing, damaged, do not belong
+    together or hold a state of another form.
     """
     check_no_pickles(folder)
-    try:
+    with reading_state(folder, name):
         document = read_json(folder / f"{name}.json")
         path = folder / f"{name}.safetensors"
         tensors = safetensors.torch.load_file(path) if path.exists() else {}
-        return _decode(document, tensors)
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        state = _decode(document, tensors)
+        if like is not None:
+            _check_form(state, like, name)
+        return state
+
+
+@contextmanager
+def reading_state(folder: Path, name: str) -> Iterator[None]:
+    """What goes wrong with values from a checkpoint's file, as RunError (RW511)."""
+    try:
+        yield
+    except STATE_ERRORS as error:
+        reason = reason_of(error) or type(error).__name__
         raise RunError(
             "RW511", f"cannot read the {name} state in {folder}: {reason}; resume from an older checkpoint."
         ) from None
+
+
+def check_optimizer_state(state: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError for groups, or moments of a parameter, of another form than those of ``optimizer``."""
+    wanted = optimizer.state_dict()
+    _check_form(state.get("param_groups"), wanted["param_groups"], "param_groups")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            shape = parameters[index].shape
+            if name.startswith("exp_avg") and "_sq_" not in name and getattr(value, "shape", None) != shape:
+                raise ValueError(f"{name} of parameter {index} is not of the shape {tuple(shape)}")
+
+
+def check_random_states(states: Any) -> None:
+    """Raise ValueError for states of another form than ``random_states`` gives; CUDA's are checked as they are set."""
+    now = random_states()
+    always = ("python", "numpy", "cpu")
+    _check_form({name: states.get(name) for name in always}, {name: now[name] for name in always}, "random")
+    if not 0 <= states["numpy"][2] <= len(now["numpy"][1]):
+        raise ValueError(f"the position of NumPy's generator is {states['numpy'][2]}")
+
+
+def _check_form(found: Any, wanted: Any, place: str) -> None:
+    """Raise ValueError where a state is not of the form of another: keys, lengths, types, and shapes of tensors."""
+    if isinstance(wanted, Tensor) and isinstance(found, Tensor):
+        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            raise ValueError(f"{place} is {found.dtype} of {tuple(found.shape)}, not {tuple(wanted.shape)}")
+    elif isinstance(wanted, dict) and isinstance(found, dict):
+        if found.keys() != wanted.keys():
+            raise ValueError(f"{place} has other keys than this run's")
+        for key, value in wanted.items():
+            _check_form(found[key], value, f"{place}[{key!r}]")
+    elif isinstance(wanted, list | tuple) and type(found) is type(wanted):
+        if len(found) != len(wanted):
+            raise ValueError(f"{place} has {len(found)} entries, not {len(wanted)}")
+        for index, value in enumerate(wanted):
+            _check_form(found[index], value, f"{place}[{index}]")
+    elif _kind(found) != _kind(wanted):
+        raise ValueError(f"{place} is a {type(found).__name__}, not a {type(wanted).__name__}")
+
+
+def _kind(value: Any) -> Any:
+    """Numbers are of one kind, and None stands for a number that is not there."""
+    is_number = value is None or (isinstance(value, int | float | np.number) and not isinstance(value, bool))
+    return float if is_number else type(value)
 
 
 def random_states() -> dict[str, Any]:

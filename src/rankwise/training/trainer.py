@@ -28,8 +28,11 @@ from rankwise.training.checkpoints import Checkpoint, remove_old, save_checkpoin
 from rankwise.training.loss import LossParts, fused_head_is_right, loss_from_logits, trained_positions
 from rankwise.training.meters import Progress
 from rankwise.training.state import (
+    check_optimizer_state,
+    check_random_states,
     load_state,
     random_states,
+    reading_state,
     save_state,
     set_random_states,
     undisturbed_random_states,
@@ -306,8 +309,12 @@ class RankwiseTrainer(SFTTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            self.optimizer.load_state_dict(load_state(Path(checkpoint), "optimizer"))
-            self.lr_scheduler.load_state_dict(load_state(Path(checkpoint), "scheduler"))
+            folder = Path(checkpoint)
+            state = load_state(folder, "optimizer")
+            with reading_state(folder, "optimizer"):
+                check_optimizer_state(state, self.optimizer)
+                self.optimizer.load_state_dict(state)
+            self.lr_scheduler.load_state_dict(load_state(folder, "scheduler", like=self.lr_scheduler.state_dict()))
             self._follow_schedule()
 
     def _follow_schedule(self) -> None:
@@ -321,11 +328,15 @@ class RankwiseTrainer(SFTTrainer):
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint), "scaler"))
+            scaler = self.accelerator.scaler
+            scaler.load_state_dict(load_state(Path(checkpoint), "scaler", like=scaler.state_dict()))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            set_random_states(load_state(Path(checkpoint), "random"))
+            states = load_state(Path(checkpoint), "random")
+            with reading_state(Path(checkpoint), "random"):
+                check_random_states(states)
+                set_random_states(states)
 
     def _load_best_model(self) -> None:
         step = self.state.best_global_step

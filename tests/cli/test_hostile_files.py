@@ -1,0 +1,378 @@
+"""Files of every folder that a verb reads, damaged at random: one coded line that is no fault of ours, in a short time.
+
+``RANKWISE_FUZZ_ROUNDS`` sets the rounds per file, ``RANKWISE_FUZZ_SEED`` where they start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from rankwise.cli.main import main
+from rankwise.training.checkpoints import MANIFEST, _write_manifest
+from reports.comparison_folders import write_comparison
+
+ROUNDS = int(os.environ.get("RANKWISE_FUZZ_ROUNDS", "2"))
+SEED = int(os.environ.get("RANKWISE_FUZZ_SEED", "0"))
+SECONDS = 60
+# A machine of the tests may be busy; what hangs takes for ever.
+
+ODD_VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, -1, 1, 2**31, 2**63, 10**20, -(10**30), 0.5, -0.0, 1e308, float("inf"), float("nan")),
+    *("", "x", "\0", "\ud800", "../../x", "/dev/zero", "x" * 100_000, "(" * 50, "é", "1", "[", "float32", "auto"),
+    *([], {}, [None], [-1, 5], ["x"], {"x": None}, {"": ""}, [[]], ["\0"], {"$tensor": "9"}, {"a": {"b": []}}),
+)
+
+
+class TooSlowError(BaseException):
+    """No Exception: nothing may catch it."""
+
+
+@contextlib.contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise TooSlowError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def nested(depth: int, opening: str = "[") -> str:
+    return opening * depth + ("]" * depth if opening == "[" else "1" + "}" * depth)
+
+
+def places(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Of every value in a JSON document."""
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    return [path, *(place for key, value in list(items)[:200] for place in places(value, (*path, key)))]
+
+
+def with_odd_value(draw: random.Random, text: str) -> str:
+    content = json.loads(text)
+    place = draw.choice(places(content)[1:] or [()])
+    value = draw.choice(ODD_VALUES)
+    if not place:
+        return json.dumps(value)
+    parent = content
+    for key in place[:-1]:
+        parent = parent[key]
+    kind = draw.random()
+    if kind < 0.1 and isinstance(parent, dict):
+        del parent[place[-1]]
+    elif kind < 0.2:
+        # What is there as text, as a list, or negative.
+        old = parent[place[-1]]
+        parent[place[-1]] = draw.choice([str(old), [old], {"x": old}, -old if isinstance(old, int | float) else [old]])
+    else:
+        parent[place[-1]] = value
+    return json.dumps(content)
+
+
+def with_deep_nesting(draw: random.Random, text: str) -> str:
+    deep = nested(draw.choice([70, 500, 3000, 100_000]), draw.choice(["[", '{"a":']))
+    content = json.loads(text)
+    if isinstance(content, dict) and content and draw.random() < 0.8:
+        content[draw.choice(list(content))] = "PLACE"
+        return json.dumps(content).replace('"PLACE"', deep)
+    return deep
+
+
+def with_a_huge_number(draw: random.Random, text: str) -> str:
+    content = json.loads(text)
+    if isinstance(content, dict) and content:
+        content[draw.choice(list(content))] = "PLACE"
+    number = draw.choice(["1e999", "-1e999", "9" * 400, "9" * 5000, "NaN", "-Infinity", "1" * 41, "1e-999"])
+    return json.dumps(content).replace('"PLACE"', number)
+
+
+def cut(draw: random.Random, content: bytes) -> bytes:
+    return content[: draw.randrange(len(content) + 1)]
+
+
+def with_another_byte(draw: random.Random, content: bytes) -> bytes:
+    changed = bytearray(content)
+    for _ in range(draw.choice([1, 1, 3])):
+        changed[draw.randrange(min(len(changed), 4000))] = draw.choice([0, 0xFF, 0x80, 0x22, 0x7B, draw.randrange(256)])
+    return bytes(changed)
+
+
+def damaged_json(draw: random.Random, content: bytes) -> bytes:
+    by_text = [with_odd_value] * 6 + [with_deep_nesting, with_a_huge_number]
+    how = draw.choice([*by_text, cut, with_another_byte])
+    if how in (cut, with_another_byte):
+        return how(draw, content)
+    return how(draw, content.decode()).encode()
+
+
+def damaged_lines(draw: random.Random, content: bytes) -> bytes:
+    lines = content.splitlines()
+    index = draw.randrange(len(lines))
+    lines[index] = damaged_json(draw, lines[index])
+    return b"\n".join(lines) + b"\n"
+
+
+def damaged_safetensors(draw: random.Random, content: bytes) -> bytes:
+    (size,) = struct.unpack_from("<Q", content)
+    header = damaged_json(draw, content[8 : 8 + size])
+    if draw.random() < 0.1:
+        size = draw.choice([0, 2**63, len(header) + 5])
+        return struct.pack("<Q", size) + header + content[8 + size :]
+    return struct.pack("<Q", len(header)) + header + content[8 + struct.unpack_from("<Q", content)[0] :]
+
+
+def damaged_values(draw: random.Random, content: bytes) -> bytes:
+    """A sound header over other bytes."""
+    changed = bytearray(content)
+    for _ in range(20):
+        changed[-1 - draw.randrange(min(len(changed) - 8, 2000))] = draw.choice([0xFF, 0x7F, 0x80, draw.randrange(256)])
+    return bytes(changed)
+
+
+def damaged_yaml(draw: random.Random, content: bytes) -> bytes:
+    lines = content.decode().splitlines()
+    odd = ["!!int ''", "&a [*a]", "2024-01-01", "[" * 300, "{" * 30, "!!binary x", "1e999", ".nan", "9" * 30, "-1", "~"]
+    odd += [
+        "[a, [b]]",
+        "{a: 1}",
+        '"\\0"',
+        '"\\uD800"',
+        "!!python/name:os.system",
+        "'x",
+        "? y",
+        "on",
+        "0x7fffffffffffffff",
+    ]
+    kind = draw.random()
+    if kind < 0.8:
+        index = draw.randrange(len(lines))
+        lines[index] = lines[index].partition(":")[0] + ": " + draw.choice(odd)
+        return "\n".join(lines).encode()
+    return (cut if kind < 0.9 else with_another_byte)(draw, content)
+
+
+@pytest.fixture(scope="module")
+def talkative(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose generation settings say much."""
+    folder = tmp_path_factory.mktemp("talkative") / "model"
+    shutil.copytree(model_folder, folder)
+    given = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.1}
+    given |= {"eos_token_id": [2], "bos_token_id": 1, "pad_token_id": 0, "max_length": 40, "suppress_tokens": [5]}
+    given |= {"bad_words_ids": [[6]], "no_repeat_ngram_size": 2, "min_length": 0, "use_cache": True, "num_beams": 1}
+    (folder / "generation_config.json").write_text(json.dumps({**given, "transformers_version": "5.23.0"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded") / "model"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors").unlink()
+    LlamaForCausalLM.from_pretrained(model_folder).save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+TRAIN = ("--max-steps", 2, "--save-steps", 1, "--logging-steps", 1, "--eval-steps", 1, "--batch-size", 2, "--r", 2)
+
+
+@pytest.fixture(scope="module")
+def stopped(model_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped after the first of two steps."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    data = ["--data", rows_file, "--eval-data", rows_file]
+    assert main([str(part) for part in ["train", "--model", model_folder, *data, "--output", folder, *TRAIN]]) == 0
+    shutil.rmtree(folder / "checkpoints" / "step-2")
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
+    lines = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] < 2]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compared") / "comparison"
+    write_comparison(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(model_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("settings") / "folder"
+    folder.mkdir()
+    given = {"model": model_folder, "data": rows_file, "row": 0, "max-length": 64, "trust-remote-code": "false"}
+    (folder / "run.yaml").write_text("".join(f"{key}: {value}\n" for key, value in given.items()))
+    return folder
+
+
+Mutate = Callable[[random.Random, bytes], bytes]
+GENERATE = ("generate", "--prompt", "Hi", "--max-new-tokens", "2")
+
+# Fixture, file in it, how it is damaged, and the verbs that read it. {} is the damaged folder.
+CASES: dict[str, tuple[str, str, Mutate, tuple[tuple[str, ...], ...]]] = {
+    "run.json": (
+        "run_folder",
+        "run.json",
+        damaged_json,
+        (("inspect", "{}"), (*GENERATE, "--adapter", "{}"), ("merge", "--adapter", "{}", "--output", "{out}")),
+    ),
+    "run.json to resume": ("stopped", "run.json", damaged_json, (("train",),)),
+    "adapter_config.json": (
+        "run_folder",
+        "adapter_config.json",
+        damaged_json,
+        (
+            ("inspect", "{}"),
+            ("inspect", "{}", "--model", "{model}"),
+            (*GENERATE, "--adapter", "{}", "--model", "{model}"),
+            ("merge", "--adapter", "{}", "--output", "{out}"),
+        ),
+    ),
+    "adapter_model.safetensors": (
+        "run_folder",
+        "adapter_model.safetensors",
+        damaged_safetensors,
+        (("inspect", "{}"), (*GENERATE, "--adapter", "{}"), ("merge", "--adapter", "{}", "--output", "{out}")),
+    ),
+    "values of an adapter": (
+        "run_folder",
+        "adapter_model.safetensors",
+        damaged_values,
+        (("inspect", "{}"), (*GENERATE, "--adapter", "{}"), ("merge", "--adapter", "{}", "--output", "{out}")),
+    ),
+    "tokenizer_config.json of a run": (
+        "run_folder",
+        "tokenizer_config.json",
+        damaged_json,
+        ((*GENERATE, "--adapter", "{}"),),
+    ),
+    "config.json": (
+        "model_folder",
+        "config.json",
+        damaged_json,
+        (
+            ("inspect", "{}"),
+            ("plan", "--model", "{}", "--memory", "24GB"),
+            (*GENERATE, "--model", "{}"),
+            ("merge", "--adapter", "{run}", "--model", "{}", "--output", "{out}"),
+        ),
+    ),
+    "model.safetensors": (
+        "model_folder",
+        "model.safetensors",
+        damaged_safetensors,
+        (
+            ("inspect", "{}"),
+            (*GENERATE, "--model", "{}"),
+            ("merge", "--adapter", "{run}", "--model", "{}", "--output", "{out}"),
+        ),
+    ),
+    "values of a model": (
+        "model_folder",
+        "model.safetensors",
+        damaged_values,
+        ((*GENERATE, "--model", "{}"), ("merge", "--adapter", "{run}", "--model", "{}", "--output", "{out}")),
+    ),
+    "model.safetensors.index.json": (
+        "sharded",
+        "model.safetensors.index.json",
+        damaged_json,
+        (
+            ("inspect", "{}"),
+            (*GENERATE, "--model", "{}"),
+            ("merge", "--adapter", "{run}", "--model", "{}", "--output", "{out}"),
+        ),
+    ),
+    "generation_config.json": ("talkative", "generation_config.json", damaged_json, ((*GENERATE, "--model", "{}"),)),
+    "tokenizer_config.json": (
+        "model_folder",
+        "tokenizer_config.json",
+        damaged_json,
+        ((*GENERATE, "--model", "{}"), ("preview", "--model", "{}", "--data", "{rows}")),
+    ),
+    "tokenizer.json": (
+        "model_folder",
+        "tokenizer.json",
+        damaged_json,
+        ((*GENERATE, "--model", "{}"), ("preview", "--model", "{}", "--data", "{rows}")),
+    ),
+    **{
+        f"{name} to resume": ("stopped", f"checkpoints/step-1/{name}", how, (("train",),))
+        for name, how in {
+            "manifest.json": damaged_json,
+            "random.json": damaged_json,
+            "random.safetensors": damaged_safetensors,
+            "optimizer.json": damaged_json,
+            "optimizer.safetensors": damaged_safetensors,
+            "scheduler.json": damaged_json,
+            "trainer_state.json": damaged_json,
+            "progress.json": damaged_json,
+            "adapter_model.safetensors": damaged_safetensors,
+        }.items()
+    },
+    "metrics.jsonl": ("stopped", "metrics.jsonl", damaged_lines, (("train",),)),
+    "comparison.json": ("compared", "comparison.json", damaged_json, (("report", "{}", "--output", "{out}"),)),
+    "settings": ("settings", "run.yaml", damaged_yaml, (("preview", "--config", "{}/run.yaml"),)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_damaged_file_is_named_and_nothing_else_happens(case, request, tmp_path, capfd, model_folder, rows_file):
+    source, name, damage, verbs = CASES[case]
+    original = request.getfixturevalue(source)
+    run = request.getfixturevalue("run_folder")
+    failures = []
+    for number in range(SEED, SEED + ROUNDS):
+        # Text as a seed is the same in every process.
+        draw = random.Random(f"{case} {number}")
+        folder, out = tmp_path / f"{number}", tmp_path / f"{number}-out"
+        shutil.copytree(original, folder)
+        (folder / name).write_bytes(damage(draw, (folder / name).read_bytes()))
+        if "checkpoints" in name and not name.endswith(MANIFEST):
+            _write_manifest((folder / name).parent, 1)
+        verb = draw.choice(verbs)
+        places = {"{out}": out, "{run}": run, "{model}": model_folder, "{rows}": rows_file, "{}": folder}
+        arguments = list(verb)
+        for sign, place in places.items():
+            arguments = [part.replace(sign, str(place)) for part in arguments]
+        if verb == ("train",):
+            data = ["--data", rows_file, "--eval-data", rows_file]
+            arguments = ["train", "--model", model_folder, *data, "--output", folder, *TRAIN, "--resume"]
+        failure = _failure_of([str(part) for part in arguments], capfd)
+        if failure is not None:
+            failures.append(f"round {number}: {verb}: {failure}")
+        shutil.rmtree(folder)
+        shutil.rmtree(out, ignore_errors=True)
+    assert not failures, "\n".join(failures)
+
+
+def _failure_of(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str | None:
+    capfd.readouterr()
+    try:
+        with limited(SECONDS):
+            code = main(arguments)
+    except TooSlowError:
+        return f"took more than {SECONDS} s"
+    said = capfd.readouterr().err
+    torch.set_default_dtype(torch.float32)
+    last = said.strip().splitlines()[-1] if said.strip() else ""
+    if code not in (0, 2) or "RW900" in said or "Traceback" in said or "RW550" in said:
+        return f"exit {code}: {last[:1000]}"
+    return f"{len(said):,} characters" if len(said) > 20_000 else None
