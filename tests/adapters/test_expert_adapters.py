@@ -240,12 +240,9 @@ def test_several_adapters_and_one_that_stays_frozen(four_bit, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_a_whole_model_saved_with_its_adapter_loads_as_the_base(family, tmp_path):
+def test_a_merged_model_is_saved_whole(family, tmp_path):
     model = base(family)
-    before = logits(model)
     rw.add_adapter(model, config("both", init_lora_weights=False))
-    model.save_pretrained(tmp_path)
-    torch.testing.assert_close(logits(type(model).from_pretrained(tmp_path)), before, rtol=0, atol=0)
     rw.merge_adapter(model)
     model.save_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(type(model).from_pretrained(tmp_path / "merged")), logits(model))
