@@ -91,8 +91,7 @@ class Layers:
         self.wide = nn.Linear(K, N, bias=False).requires_grad_(False)
         self.wide.weight.copy_(self.dense.weight)
         self.training, self.evaluating = self._bitsandbytes(N, K).train(), self._bitsandbytes(N, K).eval()
-        self.shape = (N, K)
-        self.packed, self.absmax = ops.quantize_4bit(self.dense.weight)
+        self.packed = ops.quantize_weight(self.dense.weight)
 
     def _bitsandbytes(self, N: int, K: int) -> nn.Module:
         layer = bitsandbytes.nn.Linear4bit(
@@ -104,11 +103,11 @@ class Layers:
         return layer.to("cpu")
 
     def ours(self, x: Tensor) -> Tensor:
-        return ops.linear_4bit(x, self.packed, self.absmax, self.shape)
+        return ops.linear_4bit(x, self.packed)
 
 
 def conversions(layers: Layers, rounds: int) -> dict[str, dict[str, float]]:
-    w, (N, K) = layers.dense.weight, layers.shape
+    w = layers.dense.weight
     packed, state = bitsandbytes.functional.quantize_4bit(w, quant_type="nf4")
     kept = torch.empty_like(w)
     quantize = {
@@ -117,7 +116,7 @@ def conversions(layers: Layers, rounds: int) -> dict[str, dict[str, float]]:
     }
     dequantize = {
         "bitsandbytes": lambda: bitsandbytes.functional.dequantize_4bit(packed, state),
-        "ours": lambda: ops.dequantize_4bit(layers.packed, layers.absmax, (N, K), torch.bfloat16),
+        "ours": lambda: ops.dequantize_weight(layers.packed),
         "copy to fresh memory": w.clone,
         "copy to kept memory": lambda: kept.copy_(w),
         "store to kept memory": lambda: kept.fill_(1),
@@ -130,7 +129,7 @@ def conversions(layers: Layers, rounds: int) -> dict[str, dict[str, float]]:
 
 def few_rows(layers: Layers, T: int, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
     """Times without gradients, and the largest error of each product against float64, over the largest result."""
-    x = torch.randn(T, layers.shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
+    x = torch.randn(T, layers.dense.in_features, generator=torch.Generator().manual_seed(1)).bfloat16()
     wide = x.float()
     contenders = {
         "bitsandbytes eval": lambda: layers.evaluating(x),
@@ -141,7 +140,7 @@ def few_rows(layers: Layers, T: int, rounds: int) -> tuple[dict[str, float], dic
     }
     with torch.no_grad():
         times = milliseconds(contenders, rounds)
-        W = ops.dequantize_4bit(layers.packed, layers.absmax, layers.shape, torch.bfloat16)
+        W = ops.dequantize_weight(layers.packed)
         true = functional.linear(x.double(), W.double())
         errors = {
             name: ((contenders[name]().double() - true).abs().max() / true.abs().max()).item()

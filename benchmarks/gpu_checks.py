@@ -62,28 +62,25 @@ def _all_checks(device: str, quick: bool) -> Iterator[Any]:
 def check_weight(w: Tensor, quant_type: str, block_size: int, double: bool) -> int:
     """Codes and values equal the CPU reference to the bit; products and norms are judged against float64."""
     what = f"{tuple(w.shape)} {w.dtype} {quant_type} block {block_size} double {double}"
-    packed, absmax = ops.quantize_4bit(w, quant_type, block_size)
+    codes, absmax = ops.quantize_4bit(w, quant_type, block_size)
     expected = reference.quantize_4bit(w.cpu(), quant_type, block_size)
-    assert torch.equal(packed.cpu(), expected[0]), f"codes differ: {what}"
+    assert torch.equal(codes.cpu(), expected[0]), f"codes differ: {what}"
     assert torch.equal(absmax.cpu(), expected[1]), f"scales differ: {what}"
-    nested: dict[str, Any] = {}
-    if double:
-        absmax, nested["nested_absmax"], nested["offset"] = ops.quantize_absmax(absmax)
-    how = {"quant_type": quant_type, "block_size": block_size, **nested}
-    values = ops.dequantize_4bit(packed, absmax, w.shape, w.dtype, **how)
-    on_cpu = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in how.items()}
-    plain = reference.dequantize_4bit(packed.cpu(), absmax.cpu(), w.shape, w.dtype, **on_cpu)
+    packed = ops.quantize_weight(w, quant_type, block_size, double)
+    values = ops.dequantize_weight(packed)
+    on_cpu = [part.cpu() if isinstance(part, Tensor) else part for part in packed.parts]
+    plain = reference.dequantize_4bit(ops.PackedWeight(*on_cpu), w.dtype)
     assert torch.equal(values.cpu(), plain), f"values differ: {what}"
-    return 3 + (check_products(values, packed, absmax, how, what) if w.dim() == 2 else 0)
+    return 3 + (check_products(values, packed, what) if w.dim() == 2 else 0)
 
 
-def check_products(w: Tensor, packed: Tensor, absmax: Tensor, how: dict[str, Any], what: str) -> int:
-    norms = ops.row_norms_4bit(packed, absmax, w.shape, **how, dtype=w.dtype)
+def check_products(w: Tensor, packed: ops.PackedWeight, what: str) -> int:
+    norms = ops.row_norms_4bit(packed)
     torch.testing.assert_close(norms.double(), w.double().norm(dim=1), rtol=3e-6, atol=0, msg=f"norms: {what}")
     for T in (1, 2, 16, 17):
         x = torch.randn(T, w.shape[1], device=w.device).to(w.dtype).requires_grad_()
         bias = torch.randn(w.shape[0], device=w.device).to(w.dtype)
-        y = ops.linear_4bit(x, packed, absmax, w.shape, bias, **how)
+        y = ops.linear_4bit(x, packed, bias)
         grad = torch.randn_like(y)
         y.backward(grad)
         truth = x.double() @ w.double().T + bias.double()

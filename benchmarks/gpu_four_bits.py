@@ -92,13 +92,12 @@ class Layer:
         cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
         copies = min(24, 2 + 2 * cache_bytes // (size * size // 2))
         self.dense = [torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
-        self.ours = [ops.quantize_4bit(w) for w in self.dense]
+        self.ours = [ops.quantize_weight(w) for w in self.dense]
         self.theirs = _bitsandbytes_weights(self.dense)
         self.packed_bytes = size * size / 2 + 4 * size * size / 64
 
     def ours_linear(self, x: Tensor) -> Products:
-        shape = (self.size, self.size)
-        return [partial(ops.linear_4bit, x, packed, absmax, shape) for packed, absmax in self.ours]
+        return [partial(ops.linear_4bit, x, packed) for packed in self.ours]
 
     def dense_linear(self, x: Tensor) -> Products:
         return [partial(functional.linear, x, w) for w in self.dense]
@@ -119,7 +118,7 @@ def _bitsandbytes_weights(dense: list[Tensor]) -> list[tuple[Tensor, Any]]:
 
 def weight_rows(layer: Layer, bandwidth: float) -> Iterator[Row]:
     """Quantize, dequantize, row norms."""
-    shape, dense_bytes = (layer.size, layer.size), 2 * layer.size**2
+    dense_bytes = 2 * layer.size**2
     theirs: Calls = []
     quantize: Calls = []
     if layer.theirs:
@@ -131,9 +130,9 @@ def weight_rows(layer: Layer, bandwidth: float) -> Iterator[Row]:
     floor = (layer.packed_bytes + dense_bytes) / bandwidth * 1e6
     ours = eager_us([partial(ops.quantize_4bit, w) for w in layer.dense])
     yield Row(layer.name, "quantize", None, eager_us(quantize) if layer.theirs else None, ours, None, floor)
-    calls = [partial(ops.dequantize_4bit, *weight, shape, torch.bfloat16) for weight in layer.ours]
+    calls = [partial(ops.dequantize_weight, weight) for weight in layer.ours]
     yield Row(layer.name, "dequantize", None, eager_us(theirs) if theirs else None, eager_us(calls), None, floor)
-    norms = [partial(ops.row_norms_4bit, *weight, shape) for weight in layer.ours]
+    norms = [partial(ops.row_norms_4bit, weight, torch.float32) for weight in layer.ours]
     yield Row(layer.name, "row norms", None, None, eager_us(norms), None, layer.packed_bytes / bandwidth * 1e6)
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rankwise.ops import codes, reference
+from rankwise.ops.packed_weight import PackedWeight
 
 CPU = torch.device("cpu")
 SHAPES = [(64, 256), (7, 33), (3,), (1, 1), (100, 300), (9, 4097), (2, 3, 64), (0, 64)]
@@ -53,9 +54,9 @@ def test_shared_layer(shared: Path) -> None:
     packed, absmax = reference.quantize_4bit(layer["reference.original_weight"])
     assert torch.equal(packed.view(-1, 1), layer["weight"])
     assert torch.equal(absmax, layer["weight.absmax"])
-    dense = reference.dequantize_4bit(layer["weight"], absmax, (48, 128), torch.float32)
+    dense = reference.dequantize_4bit(PackedWeight(layer["weight"], absmax, (48, 128)), torch.float32)
     assert torch.equal(dense, layer["reference.dequant"])
-    y = reference.linear_4bit(layer["reference.x"], packed, absmax, (48, 128))
+    y = reference.linear_4bit(layer["reference.x"], PackedWeight(packed, absmax, (48, 128)))
     torch.testing.assert_close(y, layer["reference.y"], rtol=1e-5, atol=1e-5)
 
 
@@ -69,7 +70,7 @@ def test_equals_bitsandbytes(oracle, dtype: torch.dtype, quant_type: str, block_
         expected, state = oracle.quantize_4bit(w, blocksize=block_size, quant_type=quant_type)
         assert torch.equal(packed.view(-1, 1), expected), shape
         assert torch.equal(absmax, state.absmax), shape
-        dense = reference.dequantize_4bit(packed, absmax, shape, dtype, quant_type, block_size)
+        dense = reference.dequantize_4bit(PackedWeight(packed, absmax, shape, quant_type, block_size), dtype)
         if shape[-1] % block_size == 0:
             assert torch.equal(dense, oracle.dequantize_4bit(expected, state)), shape
 
@@ -83,7 +84,9 @@ def test_double_quantization_equals_bitsandbytes(oracle, blocks: int) -> None:
         expected, state = oracle.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
         for one, other in zip(found, (state.absmax, state.state2.absmax, state.offset)):
             assert torch.equal(one, other)
-        dense = reference.dequantize_4bit(packed, found[0], (blocks, 64), torch.float32, "nf4", 64, *found[1:])
+        dense = reference.dequantize_4bit(
+            PackedWeight(packed, found[0], (blocks, 64), "nf4", 64, *found[1:]), torch.float32
+        )
         assert torch.equal(dense, oracle.dequantize_4bit(expected, state))
 
 
@@ -95,9 +98,8 @@ def test_ragged_rows_are_right(quant_type: str, shape: tuple[int, int]) -> None:
     packed, absmax = reference.quantize_4bit(w, quant_type)
     value, nibbles = codes.code_table(quant_type).value, [n for b in packed.view(-1).tolist() for n in (b >> 4, b & 15)]
     expected = [torch.tensor(value[nibbles[i]]) * absmax[i // 64] for i in range(w.numel())]
-    assert torch.equal(
-        reference.dequantize_4bit(packed, absmax, shape, torch.float32, quant_type).view(-1), torch.stack(expected)
-    )
+    found = reference.dequantize_4bit(PackedWeight(packed, absmax, shape, quant_type), torch.float32)
+    assert torch.equal(found.view(-1), torch.stack(expected))
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -105,7 +107,7 @@ def test_every_code_is_the_nearest(quant_type: str) -> None:
     w = torch.linspace(-1, 1, 6401)[:6400].view(100, 64).clone()
     w[:, 0] = 1.0
     packed, absmax = reference.quantize_4bit(w, quant_type)
-    found = reference.dequantize_4bit(packed, absmax, w.shape, torch.float32, quant_type)
+    found = reference.dequantize_4bit(PackedWeight(packed, absmax, w.shape, quant_type), torch.float32)
     best = (w.unsqueeze(-1) - codes.code_values(quant_type, CPU)).abs().amin(-1)
     torch.testing.assert_close((w - found).abs(), best, rtol=0, atol=1e-7)
 
@@ -123,7 +125,7 @@ def test_ties_go_to_the_lower_value() -> None:
 def test_mean_error_on_normal_numbers() -> None:
     w = torch.randn(1 << 21, generator=torch.Generator().manual_seed(0))
     packed, absmax = reference.quantize_4bit(w)
-    error = (reference.dequantize_4bit(packed, absmax, w.shape, torch.float32) - w).abs().mean().item()
+    error = (reference.dequantize_4bit(PackedWeight(packed, absmax, w.shape), torch.float32) - w).abs().mean().item()
     assert abs(error - 0.0728) < 0.0002
 
 

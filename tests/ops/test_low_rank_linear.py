@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rankwise.adapters.operator import DenseWeight
 from rankwise.ops import training
+from rankwise.ops.branch import Frozen
 from rankwise.ops.low_rank_linear import Branch, Dropout, low_rank_linear, low_rank_linear_of_glu
 
 SCALE = 0.75
@@ -32,16 +32,14 @@ def branches(
         gain = None if m is None else (m.detach() / random(width).abs().add(1)).float()
         A, B = random(r, 5).requires_grad_(), random(width, r).requires_grad_()
         made.append(
-            Branch(
-                DenseWeight(random(width, 5)), SCALE, A, B, random(width).requires_grad_() if bias else None, m, gain
-            )
+            Branch(Frozen(random(width, 5)), SCALE, A, B, random(width).requires_grad_() if bias else None, m, gain)
         )
     return made
 
 
 def plain(x: Tensor, branch: Branch, dropout: Dropout | None = None) -> Tensor:
     """The formula through autograd; the gradient of m comes from g = m / norm with a constant norm."""
-    W = branch.frozen.W  # type: ignore[attr-defined]
+    W = branch.frozen.weight  # type: ignore[union-attr]
     dropped = x if dropout is None else x * (training.dropout(torch.ones_like(x), dropout.p, dropout.seed))
     y = F.linear(x, W) + branch.scale * F.linear(F.linear(dropped, branch.A), branch.B)
     if branch.m is not None and branch.gain is not None:
@@ -202,7 +200,7 @@ def test_bfloat16_is_no_worse_than_plain_bfloat16() -> None:
         low = [
             dataclasses.replace(
                 branch,
-                frozen=DenseWeight(branch.frozen.W.bfloat16()),  # type: ignore[attr-defined]
+                frozen=Frozen(branch.frozen.weight.bfloat16()),  # type: ignore[union-attr]
                 A=branch.A.detach().bfloat16(),
                 B=branch.B.detach().bfloat16(),
                 m=branch.m.detach().bfloat16(),  # type: ignore[union-attr]

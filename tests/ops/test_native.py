@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.nn import functional
 from rankwise.errors import QuantizationError
 from rankwise.ops import reference
 from rankwise.ops.cpu import native
+from rankwise.ops.packed_weight import PackedWeight
 
 if native.obstacle() is not None:
     pytest.skip(f"no native library: {native.obstacle()}", allow_module_level=True)
@@ -45,13 +47,15 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", empty)
 
 
-def quantized(N: int, K: int, dtype: torch.dtype, quant_type: str, block_size: int, nested: bool, seed: int = 0):
+def quantized(
+    N: int, K: int, dtype: torch.dtype, quant_type: str, block_size: int, nested: bool, seed: int = 0
+) -> tuple[torch.Tensor, PackedWeight]:
     w = torch.randn(N, K, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    packed, absmax = reference.quantize_4bit(w, quant_type, block_size)
-    if not nested:
-        return w, (packed, absmax, None, None)
-    codes, nested_absmax, offset = reference.quantize_absmax(absmax)
-    return w, (packed, codes, nested_absmax, offset)
+    codes, absmax = reference.quantize_4bit(w, quant_type, block_size)
+    nested_absmax = offset = None
+    if nested:
+        absmax, nested_absmax, offset = reference.quantize_absmax(absmax)
+    return w, PackedWeight(codes, absmax, (N, K), quant_type, block_size, nested_absmax, offset)
 
 
 def assert_as_exact(found: torch.Tensor, expected: torch.Tensor, x: torch.Tensor, W: torch.Tensor, bias) -> None:
@@ -78,18 +82,16 @@ def assert_as_exact(found: torch.Tensor, expected: torch.Tensor, x: torch.Tensor
 )
 def test_fuzz(N, K, T, dtype, quant_type, block_size, nested, biased, level, seed) -> None:
     native.set_level(level)
-    w, (packed, absmax, *second) = quantized(N, K, dtype, quant_type, block_size, nested, seed)
-    found_packed, found_absmax = four_bit.quantize_4bit(w, quant_type, block_size)
-    assert torch.equal(found_packed, packed)
+    w, packed = quantized(N, K, dtype, quant_type, block_size, nested, seed)
+    found_codes, found_absmax = four_bit.quantize_4bit(w, quant_type, block_size)
+    assert torch.equal(found_codes, packed.codes)
     assert torch.equal(found_absmax, reference.quantize_4bit(w, quant_type, block_size)[1])
-    form = ((N, K), quant_type, block_size, *second)
-    W = reference.dequantize_4bit(packed, absmax, (N, K), dtype, *form[1:])
-    assert torch.equal(four_bit.dequantize_4bit(packed, absmax, (N, K), dtype, *form[1:]), W)
-    norms = four_bit.row_norms_4bit(packed, absmax, *form, dtype)
-    torch.testing.assert_close(norms, reference.row_norms_4bit(packed, absmax, *form, dtype), rtol=1e-5, atol=0)
+    W = reference.dequantize_4bit(packed, dtype)
+    assert torch.equal(four_bit.dequantize_4bit(packed, dtype), W)
+    norms = four_bit.row_norms_4bit(packed, dtype)
+    torch.testing.assert_close(norms, reference.row_norms_4bit(packed, dtype), rtol=1e-5, atol=0)
     x, bias = torch.randn(T, K).to(dtype), torch.randn(N).to(dtype) if biased else None
-    arguments = (x, packed, absmax, (N, K), bias, *form[1:])
-    assert_as_exact(four_bit.linear_4bit(*arguments), reference.linear_4bit(*arguments), x, W, bias)
+    assert_as_exact(four_bit.linear_4bit(x, packed, bias), reference.linear_4bit(x, packed, bias), x, W, bias)
     native.set_level(None)
 
 
@@ -97,33 +99,33 @@ def test_fuzz(N, K, T, dtype, quant_type, block_size, nested, biased, level, see
 @pytest.mark.parametrize("T", [1, 2, 3, 4, 5, 7, 16, 31, 64, 65])
 @pytest.mark.parametrize("K", [192, 1000, 4096])
 def test_rows_of_x(level: str, poisoned: None, dtype: torch.dtype, T: int, K: int) -> None:
-    _, (packed, absmax, *second) = quantized(39, K, dtype, "nf4", 64, True)
-    arguments = (torch.randn(T, K).to(dtype), packed, absmax, (39, K), torch.randn(39).to(dtype), "nf4", 64, *second)
-    W = reference.dequantize_4bit(packed, absmax, (39, K), dtype, "nf4", 64, *second)
-    y = four_bit.linear_4bit(*arguments)
+    _, packed = quantized(39, K, dtype, "nf4", 64, True)
+    x, bias = torch.randn(T, K).to(dtype), torch.randn(39).to(dtype)
+    W = reference.dequantize_4bit(packed, dtype)
+    y = four_bit.linear_4bit(x, packed, bias)
     assert y.isfinite().all()
-    assert_as_exact(y, reference.linear_4bit(*arguments), arguments[0], W, arguments[4])
+    assert_as_exact(y, reference.linear_4bit(x, packed, bias), x, W, bias)
 
 
 def test_every_element_is_written(level: str, poisoned: None) -> None:
     for N, K in ((1, 1), (3, 31), (5, 64), (2, 4097)):
-        w, (packed, absmax, *_) = quantized(N, K, torch.bfloat16, "nf4", 64, False)
-        assert torch.equal(four_bit.quantize_4bit(w)[0], packed)
+        w, packed = quantized(N, K, torch.bfloat16, "nf4", 64, False)
+        assert torch.equal(four_bit.quantize_4bit(w)[0], packed.codes)
         for dtype in DTYPES:
-            found = four_bit.dequantize_4bit(packed, absmax, (N, K), dtype)
-            assert torch.equal(found, reference.dequantize_4bit(packed, absmax, (N, K), dtype))
+            found = four_bit.dequantize_4bit(packed, dtype)
+            assert torch.equal(found, reference.dequantize_4bit(packed, dtype))
 
 
 def test_extreme_scales(level: str) -> None:
     """Subnormal, zero, huge and non-finite scales round as PyTorch rounds them."""
-    packed = torch.arange(256, dtype=torch.uint8).repeat(16).view(-1, 1)
+    codes = torch.arange(256, dtype=torch.uint8).repeat(16).view(-1, 1)
     absmax = torch.tensor(
         [0.0, 1e-45, 1e-41, 1e-38, 2e-30, 1e-20, 6e-8, 65504.0, 65520.0, 1e30, 3.4e38, float("inf"), float("nan"), -0.7]
     )
-    absmax = absmax.repeat(16)[:128]
+    packed = PackedWeight(codes, absmax.repeat(16)[:128], (64, 128))
     for dtype in DTYPES:
-        found = four_bit.dequantize_4bit(packed, absmax, (64, 128), dtype)
-        expected = reference.dequantize_4bit(packed, absmax, (64, 128), dtype)
+        found = four_bit.dequantize_4bit(packed, dtype)
+        expected = reference.dequantize_4bit(packed, dtype)
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -131,12 +133,13 @@ def test_extreme_scales(level: str) -> None:
 def test_products_with_scales_that_are_no_numbers(level: str, dtype: torch.dtype) -> None:
     """A row of the weight with an Inf or NaN among its scales, of whatever bits, spoils its own output and no other."""
     N, K = 7, 128
-    _, (packed, absmax, *_) = quantized(N, K, torch.float32, "nf4", 32, False)
+    _, packed = quantized(N, K, torch.float32, "nf4", 32, False)
+    absmax = packed.absmax
     absmax[4 * 2 + 1], absmax[4 * 5 + 3] = float("inf"), torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
-    W = reference.dequantize_4bit(packed, absmax, (N, K), dtype, "nf4", 32)
+    W = reference.dequantize_4bit(packed, dtype)
     for T in (1, 2):
         x = torch.rand(T, K).to(dtype) + 1
-        y = four_bit.linear_4bit(x, packed, absmax, (N, K), None, "nf4", 32)
+        y = four_bit.linear_4bit(x, packed)
         assert (~y.isfinite()).all(dim=0).nonzero().flatten().tolist() == [2, 5]
         torch.testing.assert_close(
             y[:, [0, 1, 3, 4, 6]], functional.linear(x, W)[:, [0, 1, 3, 4, 6]], rtol=2e-2, atol=2e-2
@@ -145,11 +148,10 @@ def test_products_with_scales_that_are_no_numbers(level: str, dtype: torch.dtype
 
 def test_written_past_the_caches(level: str) -> None:
     """A weight large enough for streaming stores, with a partial last block."""
-    w, (packed, absmax, *_) = quantized(2100, 4099, torch.bfloat16, "fp4", 64, False)
-    assert torch.equal(four_bit.quantize_4bit(w, "fp4")[0], packed)
+    w, packed = quantized(2100, 4099, torch.bfloat16, "fp4", 64, False)
+    assert torch.equal(four_bit.quantize_4bit(w, "fp4")[0], packed.codes)
     for dtype in (torch.bfloat16, torch.float32):
-        found = four_bit.dequantize_4bit(packed, absmax, w.shape, dtype, "fp4")
-        assert torch.equal(found, reference.dequantize_4bit(packed, absmax, w.shape, dtype, "fp4"))
+        assert torch.equal(four_bit.dequantize_4bit(packed, dtype), reference.dequantize_4bit(packed, dtype))
 
 
 def test_all_float16_numbers(level: str) -> None:
@@ -172,22 +174,19 @@ def test_bad_numbers_are_found(level: str, value: float, index: int) -> None:
 
 
 def test_memory_is_used_again_only_when_dropped() -> None:
-    shape = (1024, 1024)
-    weights = [
-        reference.quantize_4bit(torch.randn(shape, generator=torch.Generator().manual_seed(seed))) for seed in (0, 1)
-    ]
-    first = four_bit.dequantize_4bit(*weights[0], shape, torch.bfloat16)
+    weights = [quantized(1024, 1024, torch.float32, "nf4", 64, False, seed)[1] for seed in (0, 1)]
+    first = four_bit.dequantize_4bit(weights[0], torch.bfloat16)
     view, copy = first[10:], first[10:].clone()
-    second = four_bit.dequantize_4bit(*weights[1], shape, torch.bfloat16)
-    four_bit.linear_4bit(torch.randn(100, 1024).bfloat16(), *weights[1], shape)
+    second = four_bit.dequantize_4bit(weights[1], torch.bfloat16)
+    four_bit.linear_4bit(torch.randn(100, 1024).bfloat16(), weights[1])
     assert torch.equal(view, copy)
     del first
-    four_bit.dequantize_4bit(*weights[1], shape, torch.bfloat16)
+    four_bit.dequantize_4bit(weights[1], torch.bfloat16)
     assert torch.equal(view, copy)
-    assert torch.equal(second, reference.dequantize_4bit(*weights[1], shape, torch.bfloat16))
+    assert torch.equal(second, reference.dequantize_4bit(weights[1], torch.bfloat16))
     del second, view
-    address = four_bit.dequantize_4bit(*weights[0], shape, torch.bfloat16).data_ptr()
-    again = four_bit.dequantize_4bit(*weights[0], shape, torch.bfloat16)
+    address = four_bit.dequantize_4bit(weights[0], torch.bfloat16).data_ptr()
+    again = four_bit.dequantize_4bit(weights[0], torch.bfloat16)
     assert again.data_ptr() == address
     assert again.untyped_storage().nbytes() == again.nbytes
 
@@ -195,25 +194,26 @@ def test_memory_is_used_again_only_when_dropped() -> None:
 def test_used_memory_comes_as_a_tensor_of_its_own() -> None:
     """Of any shape and dtype, changed in place without trace, and fit for a backward pass though made without one."""
     shape, other = (1024, 1024), (512, 2048)
-    weight = reference.quantize_4bit(torch.randn(shape))
+    _, weight = quantized(*shape, torch.float32, "nf4", 64, False)
+    reshaped = dataclasses.replace(weight, shape=other)
     with torch.inference_mode():
-        first = four_bit.dequantize_4bit(*weight, shape, torch.float32)
+        first = four_bit.dequantize_4bit(weight, torch.float32)
         address = first.data_ptr()
         first.t_().add_(1)
         del first
-        assert four_bit.dequantize_4bit(*weight, other, torch.float32).data_ptr() == address
-    for wanted, dtype in ((other, torch.float32), (shape, torch.float32)):
-        made = four_bit.dequantize_4bit(*weight, wanted, dtype)
+        assert four_bit.dequantize_4bit(reshaped, torch.float32).data_ptr() == address
+    for packed in (reshaped, weight):
+        made = four_bit.dequantize_4bit(packed, torch.float32)
         assert made.data_ptr() == address
         assert made.is_contiguous()
         assert not made._is_view()
         assert made._version == 0
-        assert torch.equal(made, reference.dequantize_4bit(*weight, wanted, dtype))
-        factor = torch.ones(wanted, requires_grad=True)
+        assert torch.equal(made, reference.dequantize_4bit(packed, torch.float32))
+        factor = torch.ones(packed.shape, requires_grad=True)
         (made * factor).sum().backward()
         assert torch.equal(factor.grad, made)
         del made, factor
-    assert four_bit.dequantize_4bit(*weight, shape, torch.bfloat16).dtype is torch.bfloat16
+    assert four_bit.dequantize_4bit(weight, torch.bfloat16).dtype is torch.bfloat16
 
 
 def test_unknown_level_is_an_error() -> None:
@@ -222,13 +222,13 @@ def test_unknown_level_is_an_error() -> None:
 
 
 def test_one_thread_gives_the_same_bits() -> None:
-    _, (packed, absmax, *_) = quantized(200, 512, torch.bfloat16, "nf4", 64, False)
+    _, packed = quantized(200, 512, torch.bfloat16, "nf4", 64, False)
     x, threads = torch.randn(3, 512).bfloat16(), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = four_bit.linear_4bit(x, packed, absmax, (200, 512))
+        one = four_bit.linear_4bit(x, packed)
         torch.set_num_threads(4)
-        assert torch.equal(four_bit.linear_4bit(x, packed, absmax, (200, 512)), one)
+        assert torch.equal(four_bit.linear_4bit(x, packed), one)
     finally:
         torch.set_num_threads(threads)
 

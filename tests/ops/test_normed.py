@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rankwise.acceleration.parts import rms_norm
-from rankwise.adapters.operator import DenseWeight
+from rankwise.ops.branch import Frozen
 from rankwise.ops.low_rank_linear import Branch, Dropout, low_rank_linear
 from rankwise.ops.normed import Kept, Normed, source_of
 
@@ -183,6 +183,6 @@ def bfloat16_errors(seed: int) -> tuple[float, float]:
 
 
 def widened(branch: Branch) -> Branch:
-    W = branch.frozen.W  # type: ignore[attr-defined]
+    W = branch.frozen.weight  # type: ignore[union-attr]
     A, B = (tensor.double() for tensor in (branch.A, branch.B))
-    return dataclasses.replace(branch, frozen=DenseWeight(W.double()), A=A, B=B)
+    return dataclasses.replace(branch, frozen=Frozen(W.double()), A=A, B=B)

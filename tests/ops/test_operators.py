@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import pytest
@@ -24,29 +25,27 @@ def chosen(request: pytest.FixtureRequest):
 
 
 def make(N: int = 6, K: int = 128, nested: bool = True, dtype: torch.dtype = torch.float32):
-    """x (5, K), bias (N,), the buffers of a weight, and the weight itself."""
+    """x (5, K), bias (N,), a packed weight, and the dense weight that it stands for."""
     generator = torch.Generator().manual_seed(0)
-    w = torch.randn(N, K, generator=generator)
-    packed, absmax = ops.quantize_4bit(w)
-    second = {}
-    if nested:
-        absmax, nested_absmax, offset = ops.quantize_absmax(absmax)
-        second = {"nested_absmax": nested_absmax, "offset": offset}
-    W = ops.dequantize_4bit(packed, absmax, (N, K), dtype, **second)
+    weight = ops.quantize_weight(torch.randn(N, K, generator=generator), double_quant=nested)
     x, bias = torch.randn(5, K, generator=generator).to(dtype), torch.randn(N, generator=generator).to(dtype)
-    return x, bias, (packed, absmax, (N, K)), second, W
+    return x, bias, weight, ops.dequantize_weight(weight, dtype)
 
 
 def test_exported_names() -> None:
     assert ops.__all__ == [
+        "PackedWeight",
         "dequantize_4bit",
         "dequantize_absmax",
+        "dequantize_weight",
         "implementation",
         "linear_4bit",
         "linear_4bit_input_grad",
         "packed_shape",
         "quantize_4bit",
         "quantize_absmax",
+        "quantize_weight",
+        "row_cross_4bit",
         "row_norms_4bit",
         "set_implementation",
     ]
@@ -73,10 +72,10 @@ def test_packed_shape(chosen: str, shape: tuple[int, ...], block_size: int, expe
 @pytest.mark.parametrize("rows", [(), (1,), (5,), (2, 3), (0,), (70,)])
 def test_linear_and_gradients(chosen: str, dtype: torch.dtype, nested: bool, rows: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    _, bias, weight, second, W = make(nested=nested, dtype=dtype)
+    _, bias, weight, W = make(nested=nested, dtype=dtype)
     x = torch.randn(*rows, 128).to(dtype).requires_grad_()
     bias.requires_grad_()
-    y = ops.linear_4bit(x, *weight, bias, **second)
+    y = ops.linear_4bit(x, weight, bias)
     expected = functional.linear(x, W, bias)
     grad = torch.randn_like(expected)
     found = torch.autograd.grad(y, (x, bias), grad)
@@ -89,20 +88,20 @@ def test_linear_and_gradients(chosen: str, dtype: torch.dtype, nested: bool, row
 
 
 def test_second_derivative() -> None:
-    x, bias, weight, second, _ = make(N=3, K=64)
+    x, bias, weight, _ = make(N=3, K=64)
     x, bias = x.requires_grad_(), bias[:3].clone().requires_grad_()
-    (grad,) = torch.autograd.grad(ops.linear_4bit(x, *weight, bias, **second).square().sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(ops.linear_4bit(x, weight, bias).square().sum(), x, create_graph=True)
     assert torch.autograd.grad(grad.sum(), x)[0].isfinite().all()
 
 
 def test_transforms_and_forward_mode(chosen: str) -> None:
-    x, bias, weight, second, W = make()
+    x, bias, weight, W = make()
 
     def product(x: torch.Tensor) -> torch.Tensor:
-        return ops.linear_4bit(x, *weight, bias, **second)
+        return ops.linear_4bit(x, weight, bias)
 
     def back(y: torch.Tensor) -> torch.Tensor:
-        return ops.linear_4bit_input_grad(y, *weight, **second)
+        return ops.linear_4bit_input_grad(y, weight)
 
     for jacobian in (torch.func.jacrev, torch.func.jacfwd):
         torch.testing.assert_close(jacobian(product)(x[0]), W)
@@ -117,65 +116,64 @@ def test_transforms_and_forward_mode(chosen: str) -> None:
 
 
 def test_backward_keeps_no_dense_weight() -> None:
-    x, _, weight, second, _ = make(N=64, K=1024)
+    x, _, weight, _ = make(N=64, K=1024)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        ops.linear_4bit(x.requires_grad_(), *weight, None, **second).sum()
-    known = {weight[0].data_ptr(), weight[1].data_ptr(), *(tensor.data_ptr() for tensor in second.values())}
-    assert {tensor.data_ptr() for tensor in kept} <= known
+        ops.linear_4bit(x.requires_grad_(), weight, None).sum()
+    assert {tensor.data_ptr() for tensor in kept} <= {tensor.data_ptr() for tensor in weight.tensors.values()}
     assert len(kept) == 4
 
 
 def test_only_needed_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, bias, weight, second, _ = make()
+    x, bias, weight, _ = make()
     monkeypatch.setattr(reference, "linear_4bit_input_grad", None)
     ops.set_implementation("reference")
     try:
-        ops.linear_4bit(x, *weight, bias.requires_grad_(), **second).sum().backward()
+        ops.linear_4bit(x, weight, bias.requires_grad_()).sum().backward()
     finally:
         ops.set_implementation("auto")
     assert bias.grad is not None
 
 
 def test_a_trace_holds_the_product(chosen: str) -> None:
-    x, bias, weight, second, W = make()
-    traced = torch.jit.trace(lambda x: ops.linear_4bit(x, *weight, bias, **second), x)
+    x, bias, weight, W = make()
+    traced = torch.jit.trace(lambda x: ops.linear_4bit(x, weight, bias), x)
     torch.testing.assert_close(traced(-x), functional.linear(-x, W, bias), rtol=1e-5, atol=1e-4)
 
 
 def test_autocast_and_bias_dtype() -> None:
-    x, bias, weight, second, W = make()
+    x, bias, weight, W = make()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = ops.linear_4bit(x, *weight, bias, **second)
+        y = ops.linear_4bit(x, weight, bias)
         expected = functional.linear(x, W, bias)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, expected, rtol=0.02, atol=0.1)
 
 
 def test_inputs_that_are_not_contiguous(chosen: str) -> None:
-    _, _, (packed, absmax, shape), second, W = make(N=8)
+    _, _, weight, W = make(N=8)
     wide, spread = torch.randn(128, 5), torch.zeros(16)
     spread[::2] = bias = torch.randn(8)
-    y = ops.linear_4bit(wide.t(), packed, absmax, shape, spread[::2], **second)
+    y = ops.linear_4bit(wide.t(), weight, spread[::2])
     torch.testing.assert_close(y, functional.linear(wide.t(), W, bias))
     transposed = torch.randn(128, 8)
     assert torch.equal(ops.quantize_4bit(transposed.t())[0], ops.quantize_4bit(transposed.t().contiguous())[0])
-    strided = packed.t().contiguous().t()
-    assert torch.equal(ops.dequantize_4bit(strided, absmax, shape, torch.float32, **second), W)
+    strided = dataclasses.replace(weight, codes=weight.codes.t().contiguous().t())
+    assert torch.equal(ops.dequantize_weight(strided), W)
 
 
 def test_opcheck() -> None:
-    x, bias, (packed, absmax, shape), second, _ = make()
-    buffers, form = (packed, absmax, shape), ("nf4", 64, second["nested_absmax"], second["offset"])
+    x, bias, weight, _ = make()
+    parts, scales = weight.parts, (weight.absmax, weight.nested_absmax, weight.offset)
     operators = torch.ops.rankwise
     samples = [
         (operators.quantize_4bit, (torch.randn(4, 96), "fp4", 64)),
-        (operators.dequantize_4bit, (*buffers, torch.bfloat16, *form)),
+        (operators.dequantize_4bit, (*parts, torch.bfloat16)),
         (operators.quantize_absmax, (torch.rand(300),)),
-        (operators.dequantize_absmax, (absmax, second["nested_absmax"], second["offset"])),
-        (operators.linear_4bit, (x.clone().requires_grad_(), *buffers, bias.clone().requires_grad_(), *form)),
-        (operators.linear_4bit_input_grad, (torch.randn(5, 6).requires_grad_(), *buffers, *form)),
-        (operators.row_norms_4bit, (*buffers, *form, torch.float32)),
+        (operators.dequantize_absmax, scales),
+        (operators.linear_4bit, (x.clone().requires_grad_(), *parts, bias.clone().requires_grad_())),
+        (operators.linear_4bit_input_grad, (torch.randn(5, 6).requires_grad_(), *parts)),
+        (operators.row_norms_4bit, (*parts, torch.float32)),
     ]
     for operator, arguments in samples:
         torch.library.opcheck(operator.default, arguments, test_utils=OPCHECKS)
@@ -183,10 +181,10 @@ def test_opcheck() -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compile(backend: str) -> None:
-    x, bias, weight, second, _ = make()
+    x, bias, weight, _ = make()
 
     def step(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return ops.linear_4bit(x, *weight, bias, **second).relu() * ops.row_norms_4bit(*weight, **second)
+        return ops.linear_4bit(x, weight, bias).relu() * ops.row_norms_4bit(weight)
 
     x, bias = x.requires_grad_(), bias.requires_grad_()
     found, expected = torch.compile(step, backend=backend, fullgraph=True)(x, bias), step(x, bias)
@@ -196,17 +194,16 @@ def test_compile(backend: str) -> None:
 
 def test_fake_tensors() -> None:
     with FakeTensorMode():
-        packed, absmax = ops.quantize_4bit(torch.empty(4096, 11008, dtype=torch.bfloat16))
-        codes, nested_absmax, offset = ops.quantize_absmax(absmax)
+        w = torch.empty(4096, 11008, dtype=torch.bfloat16)
+        weight = ops.quantize_weight(w, double_quant=True)
         x = torch.empty(2, 7, 11008, dtype=torch.bfloat16, requires_grad=True)
-        y = ops.linear_4bit(x, packed, codes, (4096, 11008), nested_absmax=nested_absmax, offset=offset)
+        y = ops.linear_4bit(x, weight)
         y.sum().backward()
-        dense = ops.dequantize_4bit(
-            packed, codes, (4096, 11008), torch.float16, nested_absmax=nested_absmax, offset=offset
-        )
-        norms = ops.row_norms_4bit(packed, absmax, (4096, 11008))
-    assert packed.shape == (4096, 5504)
-    assert nested_absmax.shape == (2752,)
+        dense = ops.dequantize_weight(weight, torch.float16)
+        norms = ops.row_norms_4bit(ops.quantize_weight(w))
+    assert weight.codes.shape == (4096, 5504)
+    assert weight.nested_absmax is not None
+    assert weight.nested_absmax.shape == (2752,)
     assert (y.shape, y.dtype) == ((2, 7, 4096), torch.bfloat16)
     assert x.grad.shape == x.shape
     assert (dense.shape, dense.dtype) == ((4096, 11008), torch.float16)
@@ -214,16 +211,15 @@ def test_fake_tensors() -> None:
 
 
 def test_no_columns(chosen: str) -> None:
-    packed, absmax = ops.quantize_4bit(torch.empty(3, 0))
-    bias = torch.randn(3)
-    assert torch.equal(ops.linear_4bit(torch.empty(2, 0), packed, absmax, (3, 0), bias), bias.expand(2, 3))
-    assert torch.equal(ops.row_norms_4bit(packed, absmax, (3, 0)), torch.zeros(3))
+    weight, bias = ops.quantize_weight(torch.empty(3, 0)), torch.randn(3)
+    assert torch.equal(ops.linear_4bit(torch.empty(2, 0), weight, bias), bias.expand(2, 3))
+    assert torch.equal(ops.row_norms_4bit(weight), torch.zeros(3))
 
 
 def test_no_rows(chosen: str) -> None:
-    packed, absmax = ops.quantize_4bit(torch.empty(0, 64))
+    weight = ops.quantize_weight(torch.empty(0, 64))
     x, bias = torch.randn(3, 64, requires_grad=True), torch.zeros(0, requires_grad=True)
-    ops.linear_4bit(x, packed, absmax, (0, 64), bias).sum().backward()
+    ops.linear_4bit(x, weight, bias).sum().backward()
     assert bias.grad is not None
     assert bias.grad.shape == (0,)
     assert torch.equal(x.grad, torch.zeros(3, 64))  # type: ignore[arg-type]
@@ -236,8 +232,8 @@ def test_negative_shapes_are_refused(chosen: str) -> None:
 
 
 def test_implementations_agree_on_norms(chosen: str) -> None:
-    _, _, weight, second, W = make(N=9, K=320)
-    torch.testing.assert_close(ops.row_norms_4bit(*weight, **second), W.norm(dim=1), rtol=1e-5, atol=0)
+    _, _, weight, W = make(N=9, K=320)
+    torch.testing.assert_close(ops.row_norms_4bit(weight), W.norm(dim=1), rtol=1e-5, atol=0)
 
 
 class TestChoice:
@@ -313,24 +309,23 @@ class TestBadInput:
 
     @pytest.mark.parametrize("fault", ["packed", "absmax", "nested_absmax", "offset", "dtype", "missing"])
     def test_buffers(self, chosen: str, fault: str) -> None:
-        x, bias, (packed, absmax, shape), second, _ = make()
-        if fault == "packed":
-            packed = packed.view(-1)[:-1]
-        elif fault == "absmax":
-            absmax = absmax[:-1]
-        elif fault == "dtype":
-            absmax = absmax.float()
-        elif fault == "missing":
-            del second["offset"]
-        else:
-            second[fault] = torch.cat([second[fault].view(-1)] * 2)
-        name = {"dtype": "absmax", "missing": "offset"}.get(fault, fault)
+        x, bias, weight, _ = make()
+        name = {"packed": "codes", "dtype": "absmax", "missing": "offset"}.get(fault, fault)
+        good = getattr(weight, name)
+        broken = {
+            "packed": lambda: good.view(-1)[:-1],
+            "absmax": lambda: good[:-1],
+            "dtype": good.float,
+            "missing": lambda: None,
+        }.get(fault, lambda: torch.cat([good.view(-1)] * 2))
+        weight = dataclasses.replace(weight, **{name: broken()})
+        named = name.replace("codes", "packed")
         for call in (
-            lambda: ops.linear_4bit(x, packed, absmax, shape, bias, **second),
-            lambda: ops.dequantize_4bit(packed, absmax, shape, torch.float32, **second),
-            lambda: ops.row_norms_4bit(packed, absmax, shape, **second),
+            lambda: ops.linear_4bit(x, weight, bias),
+            lambda: ops.dequantize_weight(weight),
+            lambda: ops.row_norms_4bit(weight),
         ):
-            with pytest.raises(QuantizationError, match=f"RW604.*{name} should hold"):
+            with pytest.raises(QuantizationError, match=f"RW604.*{named} should hold"):
                 call()
 
     def test_all_faults_at_once(self) -> None:
@@ -338,15 +333,15 @@ class TestBadInput:
             ops.dequantize_4bit(torch.zeros(3, dtype=torch.uint8), torch.zeros(5), (1, 64), torch.float32)
 
     def test_products_that_do_not_fit(self, chosen: str) -> None:
-        x, bias, weight, second, _ = make()
+        x, bias, weight, _ = make()
         with pytest.raises(QuantizationError, match=r"RW606.*\(5, 127\).*must be 128"):
-            ops.linear_4bit(x[:, 1:], *weight, **second)
+            ops.linear_4bit(x[:, 1:], weight)
         with pytest.raises(QuantizationError, match=r"RW606.*bias of shape \(5,\)"):
-            ops.linear_4bit(x, *weight, bias[1:], **second)
+            ops.linear_4bit(x, weight, bias[1:])
         with pytest.raises(QuantizationError, match="RW606.*two dimensions"):
-            ops.row_norms_4bit(*weight[:2], (2, 3, 128), **second)
+            ops.row_norms_4bit(dataclasses.replace(weight, shape=(2, 3, 128)))
         with pytest.raises(QuantizationError, match="RW605"):
-            ops.linear_4bit(x.double(), *weight, **second)
+            ops.linear_4bit(x.double(), weight)
 
 
 @pytest.mark.parametrize("absmax", [torch.rand(10).double(), torch.rand(10).bfloat16(), torch.rand(2, 5)])

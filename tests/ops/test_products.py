@@ -13,15 +13,12 @@ from torch import Tensor
 
 from marks import needs_products
 from rankwise import ops
-from rankwise.adapters.operator import DenseWeight
 from rankwise.ops import low_rank_linear as operator
 from rankwise.ops import low_rank_plain, selection
-from rankwise.ops.branch import Branch, Dropout
+from rankwise.ops.branch import Branch, Dropout, Frozen
 from rankwise.ops.cpu import low_rank, native, products
-from rankwise.ops.cpu.packed import NativeWeight
 from rankwise.ops.dense import input_grad_out, linear_out
 from rankwise.ops.low_rank_linear import low_rank_linear
-from rankwise.quantization import Linear4bit
 
 # (T, N, K): a single row, odd sizes, whole tiles, several parts of the sum, rows whose lines share sets of the cache.
 SHAPES = [(1, 1, 1), (1, 40, 577), (7, 33, 50), (16, 96, 1600), (33, 40, 50), (64, 96, 576), (300, 200, 1600)]
@@ -132,13 +129,9 @@ def test_the_way_back(shape: tuple[int, int, int], transposed: bool, rows: torch
 def test_four_bits_are_what_dequantization_gives(
     N: int, K: int, block_size: int, double_quant: bool, T: int, rows: torch.dtype
 ) -> None:
-    packed, absmax = ops.quantize_4bit(random(N, K), "nf4", block_size)
-    nested = offset = None
-    if double_quant:
-        absmax, nested, offset = ops.quantize_absmax(absmax)
-    W = ops.dequantize_4bit(packed, absmax, (N, K), rows, "nf4", block_size, nested_absmax=nested, offset=offset)
-    weight = products.Factor(NativeWeight(packed, absmax, N * K, "nf4", block_size, nested, offset), K)
-    dense = products.Factor.of(W)
+    packed = ops.quantize_weight(random(N, K), "nf4", block_size, double_quant)
+    weight, dense = products.Factor.of(packed), products.Factor.of(ops.dequantize_weight(packed, rows))
+    assert weight is not None
     assert dense is not None
     x, dy = rounded(T, K, dtype=rows), rounded(T, N, dtype=rows)
     for across, a, columns, factor in (
@@ -230,7 +223,7 @@ def two_branches(*, dora: bool, bias: bool, dtype: torch.dtype, rows: torch.dtyp
             m, gain = random(width).abs().add(0.5).requires_grad_(), random(width, seed=2).abs().add(0.5)
         A, B = random(r, 80).to(dtype).requires_grad_(), random(width, r).to(dtype).requires_grad_()
         b = rounded(width, dtype=rows).requires_grad_() if bias else None
-        made.append(Branch(DenseWeight(rounded(width, 80, dtype=rows)), 0.75, A, B, b, m, gain))
+        made.append(Branch(Frozen(rounded(width, 80, dtype=rows)), 0.75, A, B, b, m, gain))
     return made
 
 
@@ -263,7 +256,7 @@ def test_the_operator_is_no_worse_than_in_separate_steps(
     wide = [
         dataclasses.replace(
             branch,
-            frozen=DenseWeight(branch.frozen.W.float()),  # type: ignore[attr-defined]
+            frozen=Frozen(branch.frozen.weight.float()),  # type: ignore[union-attr]
             A=branch.A.detach().float().requires_grad_(),
             B=branch.B.detach().float().requires_grad_(),
             bias=None if branch.bias is None else branch.bias.detach().float().requires_grad_(),
@@ -271,7 +264,7 @@ def test_the_operator_is_no_worse_than_in_separate_steps(
         for branch in made
     ]
     exact = gradients(wide, x.detach().float().requires_grad_(), dropout)
-    assert operator._steps(x.reshape(-1, 80), made) is low_rank
+    assert isinstance(operator._steps(x.reshape(-1, 80), made), low_rank.Steps)
     ours = gradients(made, x, dropout)
     request.getfixturevalue("without_products")
     assert operator._steps(x.reshape(-1, 80), made) is low_rank_plain
@@ -293,12 +286,13 @@ def test_a_branch_whose_output_nobody_used() -> None:
 def test_few_rows_and_weights_with_gaps_take_separate_steps() -> None:
     """Few rows repay no packing: of tiles, or of four bits; the dense kernel of AVX2 packs nothing for them."""
     made = two_branches(dora=False, bias=False, dtype=torch.float32)
-    assert operator._steps(rounded(3, 80), made) is (low_rank_plain if products.on_tiles() else low_rank)
+    of_few = operator._steps(rounded(3, 80), made)
+    assert of_few is low_rank_plain if products.on_tiles() else isinstance(of_few, low_rank.Steps)
     assert operator._steps(random(3, 80), made) is low_rank_plain, "PyTorch's products of few float32 rows are faster"
-    four_bits = [dataclasses.replace(made[0], frozen=Linear4bit.from_weight(rounded(96, 128)))]
+    four_bits = [dataclasses.replace(made[0], frozen=Frozen(ops.quantize_weight(rounded(96, 128))))]
     assert operator._steps(rounded(3, 128), four_bits) is low_rank_plain
-    assert operator._steps(rounded(40, 128), four_bits) is low_rank
-    gaps = [dataclasses.replace(made[0], frozen=DenseWeight(rounded(192, 160)[::2, ::2]))]
+    assert isinstance(operator._steps(rounded(40, 128), four_bits), low_rank.Steps)
+    gaps = [dataclasses.replace(made[0], frozen=Frozen(rounded(192, 160)[::2, ::2]))]
     assert operator._steps(rounded(40, 80), gaps) is low_rank_plain
 
 
@@ -318,12 +312,8 @@ def test_a_dense_weight_and_its_input_gradient(T: int, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("rows", ["bfloat16", "float32"], indirect=True)
 def test_few_rows_of_four_bits(T: int, N: int, K: int, block_size: int, double_quant: bool, rows: torch.dtype) -> None:
-    packed, absmax = ops.quantize_4bit(random(N, K), "fp4", block_size)
-    second = {}
-    if double_quant:
-        absmax, nested, offset = ops.quantize_absmax(absmax)
-        second = {"nested_absmax": nested, "offset": offset}
+    packed = ops.quantize_weight(random(N, K), "fp4", block_size, double_quant)
     x, bias = rounded(2, T, K, dtype=rows)[1], rounded(N, dtype=rows)
-    W = ops.dequantize_4bit(packed, absmax, (N, K), rows, "fp4", block_size, **second)
-    y = ops.linear_4bit(x, packed, absmax, (N, K), bias, "fp4", block_size, **second)
+    W = ops.dequantize_weight(packed, rows)
+    y = ops.linear_4bit(x, packed, bias)
     assert_rounded_once(y, x.double() @ W.double().T + bias.double())

@@ -21,6 +21,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from rankwise.ops.packed_weight import PackedWeight  # noqa: E402
 from rankwise.ops.triton import dequantize, four_bit, product, quantize, row_norms  # noqa: E402
 
 CARDS = {"RTX 3090": 86, "RTX 4090": 89, "H100": 90}
@@ -147,12 +148,12 @@ def test_every_launch_asks_for_what_is_compiled_here(monkeypatch: pytest.MonkeyP
             spies[name] = Spy()
             monkeypatch.setattr(module, name, spies[name])
     N, K, w = 16, 4096, torch.ones(16, 4096)
-    packed, absmax = torch.zeros(N, K // 2, dtype=torch.uint8), torch.ones(N * K // 64)
-    four_bit.dequantize_4bit(packed, absmax, (N, K), torch.bfloat16)
-    four_bit.linear_4bit(w[:1], packed, absmax, (N, K))
-    four_bit.linear_4bit(w[:2], packed, absmax, (N, K))
-    four_bit.row_norms_4bit(packed, absmax, (N, K), dtype=torch.bfloat16)
-    quantize.quantize_blocks(w.view(-1), packed, absmax, "nf4", 64)
+    packed = PackedWeight(torch.zeros(N, K // 2, dtype=torch.uint8), torch.ones(N * K // 64), (N, K))
+    four_bit.dequantize_4bit(packed, torch.bfloat16)
+    four_bit.linear_4bit(w[:1], packed)
+    four_bit.linear_4bit(w[:2], packed)
+    four_bit.row_norms_4bit(packed, torch.bfloat16)
+    quantize.quantize_blocks(w.view(-1), packed.codes, packed.absmax, "nf4", 64)
     for kernel, _, constants, warps in KERNELS.values():
         launch = spies[kernel.__name__].launches[0]
         assert (launch["enable_fp_fusion"], launch["num_warps"]) == (False, warps)

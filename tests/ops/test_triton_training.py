@@ -19,6 +19,7 @@ from rankwise import ops
 from rankwise.errors import QuantizationError
 from rankwise.ops import run_training, training
 from rankwise.ops.checks_training import ACTIVATIONS
+from rankwise.ops.packed_weight import PackedWeight
 
 triton = pytest.importorskip("triton")
 
@@ -75,13 +76,15 @@ def bf16(*shape: int) -> Tensor:
 
 
 def four_bit_row_cross(R: int, dtype: torch.dtype, factors: torch.dtype, *, double: bool) -> Tensor:
-    from rankwise.ops.triton import row_cross, tile
+    from rankwise.ops.triton import row_cross
 
     N, K = 32, 4096
-    packed, blocks = torch.zeros(N, K // 2, dtype=torch.uint8), N * K // 64
-    scales = (torch.zeros(blocks, dtype=torch.uint8), torch.ones(-(-blocks // 256)), torch.ones(()))
-    weight = tile.weight(packed, *(scales if double else (torch.ones(blocks), None, None)), "nf4")
-    return row_cross.row_cross_4bit(weight, N, K, torch.ones(R, K, dtype=factors), torch.ones(N, R), 64, dtype)
+    codes, blocks = torch.zeros(N, K // 2, dtype=torch.uint8), N * K // 64
+    weight = PackedWeight(codes, torch.ones(blocks), (N, K))
+    if double:
+        nested = (torch.ones(-(-blocks // 256)), torch.ones(()))
+        weight = PackedWeight(codes, torch.zeros(blocks, dtype=torch.uint8), (N, K), "nf4", 64, *nested)
+    return row_cross.row_cross_4bit(weight, torch.ones(R, K, dtype=factors), torch.ones(N, R), dtype)
 
 
 def cases() -> dict[str, Callable[[], Any]]:
@@ -242,16 +245,13 @@ def test_row_cross_4bit_without_triton(N: int, K: int, double: bool, monkeypatch
     from rankwise.ops import reference_training
 
     monkeypatch.setattr(reference_training, "CHUNK_ELEMENTS", 256)
-    packed, absmax = ops.quantize_4bit(torch.randn(N, K))
-    how: dict[str, Any] = {}
-    if double:
-        absmax, how["nested_absmax"], how["offset"] = ops.quantize_absmax(absmax)
+    packed = ops.quantize_weight(torch.randn(N, K), double_quant=double)
     A, B = torch.randn(5, K), torch.randn(N, 5)
-    W = ops.dequantize_4bit(packed, absmax, (N, K), torch.bfloat16, **how)
+    W = ops.dequantize_weight(packed, torch.bfloat16)
     truth = ((W.double() @ A.double().T) * B.double()).sum(1)
-    found = training.row_cross_4bit(packed, absmax, (N, K), A, B, dtype=torch.bfloat16, **how)
+    found = ops.row_cross_4bit(packed, A, B, torch.bfloat16)
     torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-4)
-    given = (packed, absmax, (N, K), A, B, "nf4", 64, how.get("nested_absmax"), how.get("offset"), torch.bfloat16)
+    given = (*packed.parts, A, B, torch.bfloat16)
     torch.library.opcheck(torch.ops.rankwise.row_cross_4bit.default, given, test_utils=OPCHECKS)
 
 

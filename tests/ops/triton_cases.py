@@ -17,6 +17,7 @@ from rankwise import ops
 from rankwise.errors import QuantizationError
 from rankwise.ops import reference
 from rankwise.ops.checks import BLOCK_SIZES
+from rankwise.ops.packed_weight import PackedWeight
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,13 +44,12 @@ def weight(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor
     return torch.randn(shape, dtype=dtype, device=DEVICE)
 
 
-def quantized(w: Tensor, quant_type: str, block_size: int, double: bool) -> tuple[tuple[Tensor, Tensor], dict]:
-    """(packed, absmax) and the keywords of the public functions."""
-    packed, absmax = reference.quantize_4bit(w, quant_type, block_size)
-    how = {"quant_type": quant_type, "block_size": block_size}
+def quantized(w: Tensor, quant_type: str, block_size: int, double: bool) -> PackedWeight:
+    codes, absmax = reference.quantize_4bit(w, quant_type, block_size)
+    nested_absmax = offset = None
     if double:
-        absmax, how["nested_absmax"], how["offset"] = reference.quantize_absmax(absmax)
-    return (packed, absmax), how
+        absmax, nested_absmax, offset = reference.quantize_absmax(absmax)
+    return PackedWeight(codes, absmax, tuple(w.shape), quant_type, block_size, nested_absmax, offset)
 
 
 def assert_as_good(ours: Tensor, plain: Tensor, truth: Tensor) -> None:
@@ -80,10 +80,10 @@ def test_codes_scales_and_values_equal_the_reference(shape: tuple[int, ...], blo
         assert torch.equal(ours[0], expected[0])
         assert torch.equal(ours[1], expected[1])
         for double in (False, True):
-            buffers, how = quantized(w, quant_type, block_size, double)
-            found = ops.dequantize_4bit(*buffers, shape, dtype, **how)
+            packed = quantized(w, quant_type, block_size, double)
+            found = ops.dequantize_weight(packed, dtype)
             assert found.dtype is dtype
-            assert torch.equal(found, reference.dequantize_4bit(*buffers, shape, dtype, **how))
+            assert torch.equal(found, reference.dequantize_4bit(packed, dtype))
 
 
 def test_values_on_the_bounds_between_codes_go_to_the_lower_side() -> None:
@@ -100,7 +100,7 @@ def test_extreme_scales_equal_the_reference(scale: float) -> None:
     assert torch.equal(packed, reference.quantize_4bit(w)[0])
     for dtype in DTYPES:
         found = ops.dequantize_4bit(packed, absmax, w.shape, dtype)
-        assert torch.equal(found, reference.dequantize_4bit(packed, absmax, w.shape, dtype))
+        assert torch.equal(found, reference.dequantize_4bit(PackedWeight(packed, absmax, w.shape), dtype))
 
 
 def test_halves_are_rounded_to_the_even_neighbour() -> None:
@@ -137,11 +137,11 @@ def test_a_weight_that_is_not_finite_is_refused_and_the_place_named(value: float
 def test_products_and_gradients_are_as_good_as_the_reference(
     N: int, K: int, block_size: int, dtype: torch.dtype, double: bool
 ) -> None:
-    buffers, how = quantized(weight((N, K)), "fp4" if N % 2 else "nf4", block_size, double)
-    w = reference.dequantize_4bit(*buffers, (N, K), dtype, **how)
+    packed = quantized(weight((N, K)), "fp4" if N % 2 else "nf4", block_size, double)
+    w = reference.dequantize_4bit(packed, dtype)
     for T in (1, 2, 16, 17):
         x, bias = weight((T, K), dtype).requires_grad_(), weight((N,), dtype).requires_grad_()
-        y = ops.linear_4bit(x, *buffers, (N, K), bias, **how)
+        y = ops.linear_4bit(x, packed, bias)
         assert_as_good(y, torch.nn.functional.linear(x, w, bias), x.double() @ w.double().T + bias.double())
         grad = torch.randn_like(y)
         y.backward(grad)
@@ -151,10 +151,10 @@ def test_products_and_gradients_are_as_good_as_the_reference(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_of_x_that_is_not_finite_leaves_the_others_alone(dtype: torch.dtype) -> None:
-    buffers, how = quantized(weight((5, 320)), "nf4", 64, False)
+    packed = quantized(weight((5, 320)), "nf4", 64, False)
     x = weight((4, 320), dtype)
     x[1], x[3] = float("nan"), float("inf")
-    y = ops.linear_4bit(x, *buffers, (5, 320), **how)
+    y = ops.linear_4bit(x, packed)
     assert y[[0, 2]].isfinite().all()
     assert not y[[1, 3]].isfinite().any()
 
@@ -162,12 +162,12 @@ def test_a_row_of_x_that_is_not_finite_leaves_the_others_alone(dtype: torch.dtyp
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_a_row_of_every_block_size(block_size: int) -> None:
     N, K = 3, 3 * block_size
-    buffers, how = quantized(weight((N, K)), "nf4", block_size, True)
-    w = reference.dequantize_4bit(*buffers, (N, K), torch.bfloat16, **how)
+    packed = quantized(weight((N, K)), "nf4", block_size, True)
+    w = reference.dequantize_4bit(packed, torch.bfloat16)
     for T in (1, 3):
         x = weight((T, K), torch.bfloat16)
         truth = x.double() @ w.double().T
-        assert_as_good(ops.linear_4bit(x, *buffers, (N, K), **how), x @ w.T, truth)
+        assert_as_good(ops.linear_4bit(x, packed), x @ w.T, truth)
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -176,39 +176,39 @@ def test_a_row_of_every_block_size(block_size: int) -> None:
 )
 def test_row_norms_are_those_of_the_dequantized_weight(N: int, K: int, block_size: int, double: bool) -> None:
     for quant_type in ("nf4", "fp4"):
-        buffers, how = quantized(weight((N, K)), quant_type, block_size, double)
+        packed = quantized(weight((N, K)), quant_type, block_size, double)
         for dtype in DTYPES:
-            norms = ops.row_norms_4bit(*buffers, (N, K), **how, dtype=dtype)
-            w = reference.dequantize_4bit(*buffers, (N, K), dtype, **how)
+            norms = ops.row_norms_4bit(packed, dtype)
+            w = reference.dequantize_4bit(packed, dtype)
             assert norms.dtype is torch.float32
             torch.testing.assert_close(norms.double(), w.double().norm(dim=1), rtol=1e-6, atol=0)
 
 
 def test_one_row_in_and_out_keeps_its_leading_dimensions_and_takes_strides() -> None:
-    buffers, how = quantized(weight((6, 128)), "nf4", 64, False)
-    w = reference.dequantize_4bit(*buffers, (6, 128), torch.float32, **how)
+    packed = quantized(weight((6, 128)), "nf4", 64, False)
+    w = reference.dequantize_4bit(packed, torch.float32)
     for x in (weight((128,)), weight((1, 1, 128)), weight((2, 3, 256))[..., ::2], weight((128, 4)).T):
-        found = ops.linear_4bit(x, *buffers, (6, 128), **how)
+        found = ops.linear_4bit(x, packed)
         torch.testing.assert_close(found, x @ w.T, rtol=1e-5, atol=1e-5)
-    strided = torch.stack([buffers[0], buffers[0]], dim=-1)[..., 0]
-    assert torch.equal(ops.dequantize_4bit(strided, buffers[1], (6, 128), torch.float32, **how), w)
+    strided = torch.stack([packed.codes, packed.codes], dim=-1)[..., 0]
+    assert torch.equal(ops.dequantize_4bit(strided, packed.absmax, (6, 128), torch.float32), w)
 
 
 @pytest.mark.parametrize(("T", "N", "K"), [(0, 3, 64), (2, 0, 64), (2, 3, 0), (0, 0, 0)])
 def test_empty_products(T: int, N: int, K: int) -> None:
-    buffers, how = quantized(weight((N, K)), "nf4", 64, False)
+    packed = quantized(weight((N, K)), "nf4", 64, False)
     bias = weight((N,))
-    found = ops.linear_4bit(weight((T, K)), *buffers, (N, K), bias, **how)
+    found = ops.linear_4bit(weight((T, K)), packed, bias)
     assert torch.equal(found, bias.expand(T, N))
 
 
 def test_backward_keeps_the_packed_buffers_and_nothing_dense() -> None:
     kept: list[Tensor] = []
-    buffers, how = quantized(weight((64, 256)), "nf4", 64, False)
+    packed = quantized(weight((64, 256)), "nf4", 64, False)
     x = weight((32, 256)).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        ops.linear_4bit(x, *buffers, (64, 256), **how)
-    assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for tensor in buffers}
+        ops.linear_4bit(x, packed)
+    assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for tensor in packed.tensors.values()}
 
 
 def test_random_shapes_blocks_and_types() -> None:
@@ -223,6 +223,6 @@ def test_random_shapes_blocks_and_types() -> None:
             ops.quantize_4bit(w, quant_type, block_size),
         )
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True)), (shape, quant_type, block_size)
-        buffers, how = quantized(w, quant_type, block_size, double)
-        found = ops.dequantize_4bit(*buffers, shape, dtype, **how)
-        assert torch.equal(found, reference.dequantize_4bit(*buffers, shape, dtype, **how)), (shape, how, dtype)
+        packed = quantized(w, quant_type, block_size, double)
+        found = ops.dequantize_weight(packed, dtype)
+        assert torch.equal(found, reference.dequantize_4bit(packed, dtype)), (shape, packed.parts[3:5], double, dtype)

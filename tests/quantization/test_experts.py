@@ -186,7 +186,7 @@ def test_an_expert_s_slice_has_the_weights_of_the_whole(shape, double):
     ((_, stack),) = list(four_bit_stacks(holder))[:1]
     whole = stack.dequantize()
     for index in range(shape[0]):
-        part = rw.ops.dequantize_4bit(stack.codes[index], dtype=torch.float32, **stack.scales.of_expert(index))
+        part = rw.ops.dequantize_weight(stack.scales.of_expert(index, stack.codes[index]), torch.float32)
         assert torch.equal(part, whole[index])
         x = torch.randn(5, shape[2])
         torch.testing.assert_close(stack.product(x, index, transposed=False), x @ whole[index].T)

@@ -77,7 +77,7 @@ print(json.dumps(used[-1] - used[200]))
 LAYERS = """
 import json, sys, torch
 from rankwise.acceleration.allocator import keep_freed_memory
-from rankwise.adapters.operator import DenseWeight
+from rankwise.ops.branch import Frozen
 from rankwise.ops import training
 from rankwise.ops.cpu import products
 from rankwise.ops.low_rank_linear import Branch, low_rank_linear
@@ -87,7 +87,7 @@ assert keep_freed_memory()
 torch.set_default_dtype(torch.float32 if sys.argv[1] != "product" or products.take(torch.float32) else torch.bfloat16)
 rows = (1 << 12) // torch.ones(()).element_size()
 x, w = torch.ones(rows, 512), torch.ones(512)
-branch = Branch(DenseWeight(torch.ones(512, 512)), 1.0, torch.ones(8, 512), torch.ones(512, 8), None, None, None)
+branch = Branch(Frozen(torch.ones(512, 512)), 1.0, torch.ones(8, 512), torch.ones(512, 8), None, None, None)
 runs = {
     "norm": lambda: training.rms_norm(x, w, 1e-6)[0],
     "product": lambda: low_rank_linear(x, [branch])[0],

@@ -7,6 +7,7 @@ it goes on doing itself.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import weakref
@@ -167,10 +168,11 @@ def _four_bit_view(base: Any, state: Any) -> Linear4bit | None:
     packed = base.weight.data.view(torch.uint8)
     if packed.numel() != layer.weight.numel() or not torch.is_tensor(state.absmax):
         return None
-    tensors = {"weight": packed.view(layer.weight.shape), "absmax": state.absmax}
+    weight = dataclasses.replace(layer.packed, codes=packed.view(layer.weight.shape), absmax=state.absmax)
     if nested:
-        tensors |= {"nested_absmax": state.state2.absmax, "offset": state.offset.reshape(()).float()}
-    layer.take(tensors)
+        offset = state.offset.reshape(()).float()
+        weight = dataclasses.replace(weight, nested_absmax=state.state2.absmax, offset=offset)
+    layer.take(weight)
     layer.bias = base.bias
     layer.compute_dtype = base.compute_dtype if base.compute_type_is_set else None
     return layer.requires_grad_(False)

@@ -7,52 +7,17 @@ same formulas through autograd, in ``lora.py`` and ``dora.py``.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rankwise.adapters.base_layer import is_conv1d, is_own
 from rankwise.ops.branch import Branch, Dropout, Frozen
-from rankwise.ops.cpu.products import Factor
 from rankwise.ops.selection import is_traced
 from rankwise.quantization.linear import Linear4bit
 
 SEEDS = 1 << 31
-
-
-@dataclasses.dataclass(frozen=True)
-class DenseWeight:
-    """W (N, K) as it is stored, or a transposed view of it."""
-
-    W: Tensor
-
-    def product(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.W)
-
-    def add_input_grad(self, dz: Tensor, dx: Tensor | None) -> Tensor:
-        return dz @ self.W if dx is None else dx.addmm_(dz, self.W)
-
-    def factor(self) -> Factor | None:
-        return Factor.of(self.W)
-
-
-@dataclasses.dataclass(frozen=True)
-class PackedWeight:
-    """The weight of a 4-bit layer, dequantized anew for each product."""
-
-    layer: Linear4bit
-
-    def product(self, x: Tensor) -> Tensor:
-        return self.layer.product(x)
-
-    def add_input_grad(self, dz: Tensor, dx: Tensor | None) -> Tensor:
-        return self.layer.input_grad(dz) if dx is None else dx.addmm_(dz, self.layer.dequantize())
-
-    def factor(self) -> Factor | None:
-        return self.layer.factor()
 
 
 def frozen_weight(base: nn.Module, x: Tensor) -> Frozen | None:
@@ -62,12 +27,12 @@ def frozen_weight(base: nn.Module, x: Tensor) -> Frozen | None:
         return None
     if type(base) is Linear4bit:
         computes_as = layer.compute_dtype or x.dtype
-        return PackedWeight(base) if layer.dtype is x.dtype is computes_as else None
+        return Frozen(layer.packed) if layer.dtype is x.dtype is computes_as else None
     if layer.weight.dtype is not x.dtype:
         return None
     if type(base) is nn.Linear:
-        return DenseWeight(layer.weight)
-    return DenseWeight(layer.weight.T) if is_conv1d(base) else None
+        return Frozen(layer.weight)
+    return Frozen(layer.weight.T) if is_conv1d(base) else None
 
 
 def computes_in(dtype: torch.dtype, device: torch.device) -> bool:

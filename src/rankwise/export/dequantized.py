@@ -9,9 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from rankwise.export.shards import ShardedWeights
+from rankwise.ops import dequantize_weight
 from rankwise.quantization.bitsandbytes_format import PARTS, StoredWeight, from_bitsandbytes
 from rankwise.quantization.checkpoint import stored_weights
-from rankwise.quantization.linear import dequantized
 from rankwise.weights_file import TensorInfo
 
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -49,8 +49,7 @@ class DequantizedWeights:
         if name not in self._stored:
             return self._raw.tensor(name)
         keys = [name, *(key for part in PARTS if (key := f"{name}.{part}") in self._raw)]
-        stored = from_bitsandbytes({key: self._raw.tensor(key) for key in keys}, name)
-        W = dequantized(stored.tensors, stored.shape, stored.dtype, stored.quant_type, stored.block_size)
+        W = dequantize_weight(from_bitsandbytes({key: self._raw.tensor(key) for key in keys}, name))
         return W.T.contiguous() if name in self._transposed else W
 
     def _info(self, name: str, info: TensorInfo) -> TensorInfo:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import ModelError
+from rankwise.ops import dequantize_weight, quantize_weight
 from rankwise.quantization.config import FourBitConfig
-from rankwise.quantization.linear import rounded_to_4bit
 
 KEPT = 2
 # Stacks at a time: files go through a layer expert by expert, and so through two stacks at once.
@@ -39,7 +39,7 @@ def rounding(config: FourBitConfig, dtype: torch.dtype | None) -> Change:
 
     def rounded(W: Tensor) -> Tensor:
         W = W.to(dtype or W.dtype)
-        return rounded_to_4bit(W, config.quant_type, config.block_size, config.double_quant)
+        return dequantize_weight(quantize_weight(W, config.quant_type, config.block_size, config.double_quant))
 
     return rounded
 

@@ -32,10 +32,10 @@ from rankwise.export.safetensors_writer import bytes_of, write_safetensors
 from rankwise.export.shards import INDEX_FILE, ShardedWeights
 from rankwise.models import ModelSource, fetch_model, load_model, load_skeleton, model_hash, warns_of_other_hub_model
 from rankwise.models.folder import read_config
+from rankwise.ops import dequantize_weight, quantize_weight
 from rankwise.quantization.bitsandbytes_format import rewrite_bitsandbytes_config
 from rankwise.quantization.config import CONFIGS, FourBitConfig
 from rankwise.quantization.in_place import is_finite
-from rankwise.quantization.linear import rounded_to_4bit
 from rankwise.quantization.listing import some_of
 from rankwise.quantization.targets import target_names, target_stacks
 from rankwise.records import write_json
@@ -323,7 +323,8 @@ def _rounded_then(config: FourBitConfig, dtype: torch.dtype | None, change: Chan
     def rounded(stored: Tensor) -> Tensor:
         W = stored.T.contiguous() if transposed else stored
         W = W.to(dtype or W.dtype)
-        dense = rounded_to_4bit(W, config.quant_type, config.block_size, config.double_quant).to(stored.dtype)
+        rounded = quantize_weight(W, config.quant_type, config.block_size, config.double_quant)
+        dense = dequantize_weight(rounded).to(stored.dtype)
         return change(dense.T if transposed else dense)
 
     return rounded

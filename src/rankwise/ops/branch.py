@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from rankwise.ops.cpu.products import Factor
+from rankwise.ops.four_bit import dequantize_weight, linear_4bit, linear_4bit_input_grad
+from rankwise.ops.packed_weight import PackedWeight
 
 
-class Frozen(Protocol):
-    """A weight W (N, K) that never trains, dense or packed."""
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A weight W (N, K) that never trains: dense, a transposed view of a dense one, or in 4 bits."""
+
+    weight: Tensor | PackedWeight
 
     def product(self, x: Tensor) -> Tensor:
         """``x W^T``, a new tensor: x (T, K) -> (T, N)."""
+        return F.linear(x, self.weight) if isinstance(self.weight, Tensor) else linear_4bit(x, self.weight)
 
     def add_input_grad(self, dz: Tensor, dx: Tensor | None) -> Tensor:
         """``dx + dz W``, in place where dx (T, K) is given: dz (T, N) -> (T, K)."""
-
-    def factor(self) -> Factor | None:
-        """W as the native sums of products read it, or None where they cannot."""
+        if dx is None:
+            return dz @ self.weight if isinstance(self.weight, Tensor) else linear_4bit_input_grad(dz, self.weight)
+        W = self.weight if isinstance(self.weight, Tensor) else dequantize_weight(self.weight, dz.dtype)
+        return dx.addmm_(dz, W)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rankwise.errors import QuantizationError
 from rankwise.ops.codes import NESTED_BLOCK, QUANT_TYPES
+from rankwise.ops.packed_weight import PackedWeight
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,31 +37,24 @@ def check_dtype(dtype: torch.dtype, what: str) -> None:
         raise QuantizationError("RW605", f"{what} is {dtype}: convert it to float32, bfloat16 or float16 first.")
 
 
-def check_weight(
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    quant_type: str,
-    block_size: int,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-) -> None:
-    """Raise QuantizationError RW604, all mismatches at once, unless the buffers hold a weight of ``shape``."""
-    check_type(quant_type, block_size)
+def check_weight(weight: PackedWeight) -> None:
+    """Raise QuantizationError RW604, all mismatches at once, unless the tensors hold a weight of that shape."""
+    check_type(weight.quant_type, weight.block_size)
+    codes, absmax, shape, _, block_size, nested_absmax, offset = weight.parts
     n = math.prod(shape)
     blocks = -(-n // block_size)
-    good = packed.dtype is torch.uint8 and packed.numel() == (n + 1) // 2 and absmax.numel() == blocks
-    good = good and absmax.device == packed.device and min(shape, default=0) >= 0
+    good = codes.dtype is torch.uint8 and codes.numel() == (n + 1) // 2 and absmax.numel() == blocks
+    good = good and absmax.device == codes.device and min(shape, default=0) >= 0
     if nested_absmax is None and offset is None:
         good = good and absmax.dtype is torch.float32
     elif nested_absmax is not None and offset is not None:
         good = good and absmax.dtype is torch.uint8 and offset.numel() == 1 and offset.dtype is torch.float32
         good = good and nested_absmax.dtype is torch.float32 and nested_absmax.numel() == -(-blocks // NESTED_BLOCK)
-        good = good and nested_absmax.device == offset.device == packed.device
+        good = good and nested_absmax.device == offset.device == codes.device
     else:
         good = False
     if not good:
-        raise _mismatch(packed, absmax, shape, block_size, nested_absmax, offset)
+        raise _mismatch(weight)
 
 
 def check_absmax(absmax: Tensor) -> None:
@@ -120,21 +114,20 @@ def check_bias(bias: Tensor | None, x: Tensor, shape: Sequence[int]) -> None:
     )
 
 
-def _mismatch(
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    block_size: int,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-) -> QuantizationError:
+def _mismatch(weight: PackedWeight) -> QuantizationError:
+    shape, block_size = weight.shape, weight.block_size
     n = math.prod(shape)
     blocks = -(-n // block_size)
-    nested = nested_absmax is not None or offset is not None
+    nested = weight.nested_absmax is not None or weight.offset is not None
     wanted = {"packed": ((n + 1) // 2, torch.uint8), "absmax": (blocks, torch.uint8 if nested else torch.float32)}
     if nested:
         wanted |= {"nested_absmax": (-(-blocks // NESTED_BLOCK), torch.float32), "offset": (1, torch.float32)}
-    found = {"packed": packed, "absmax": absmax, "nested_absmax": nested_absmax, "offset": offset}
+    found = {
+        "packed": weight.codes,
+        "absmax": weight.absmax,
+        "nested_absmax": weight.nested_absmax,
+        "offset": weight.offset,
+    }
     faults = [
         f"{name} should hold {count} elements of {dtype} and {_describe(found[name])}"
         for name, (count, dtype) in wanted.items()

@@ -1,9 +1,7 @@
 """The public 4-bit functions.
 
-Legend: T = rows of x, K = in features, N = out features, n = N K; blocks = ceil(n / block_size).
-
-A 4-bit weight is ``packed`` uint8 plus either ``absmax`` float32 (blocks,), or, double-quantized, ``absmax`` uint8
-(blocks,) with ``nested_absmax`` float32 (ceil(blocks / 256),) and ``offset`` float32 ().
+Legend: T = rows of x, K = in features, N = out features, n = N K; blocks = ceil(n / block_size). A 4-bit weight is a
+`PackedWeight`; ``quantize_4bit`` and ``dequantize_4bit`` take and give its tensors one by one, as bitsandbytes does.
 """
 
 from __future__ import annotations
@@ -15,7 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from rankwise.ops import library as _library
+from rankwise.ops import run_training
 from rankwise.ops.checks import check_rows
+from rankwise.ops.packed_weight import PackedWeight
 from rankwise.ops.selection import as_autocast, transforms_functions
 
 _ops = torch.ops.rankwise
@@ -25,6 +25,29 @@ _is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_ena
 _tracing_state, _dispatch_modes = torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack
 _forward_ad = torch.autograd.forward_ad
 _transform_level = torch._C._functorch.maybe_current_level
+
+
+def quantize_weight(
+    w: Tensor, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = False
+) -> PackedWeight:
+    """``w`` of any shape in 4 bits, its scales too in 8 bits with ``double_quant``. Errors: see `quantize_4bit`."""
+    codes, absmax = quantize_4bit(w.detach(), quant_type, block_size)
+    nested_absmax = offset = None
+    if double_quant:
+        absmax, nested_absmax, offset = quantize_absmax(absmax)
+    return PackedWeight(codes, absmax, tuple(w.shape), quant_type, block_size, nested_absmax, offset, w.dtype)
+
+
+def dequantize_weight(weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """W' = value[code] * absmax in float32, rounded to ``dtype`` or the weight's own; a new tensor of its shape.
+
+    Raises:
+        QuantizationError: RW601, RW602, RW605, and RW604 when the tensors do not hold a weight of that shape.
+    """
+    dtype = dtype or weight.dtype
+    if _nothing_watches(weight.codes, weight.absmax, weight.nested_absmax, weight.offset):
+        return _library.run_dequantize_4bit(weight, dtype)
+    return _ops.dequantize_4bit(*weight.parts, dtype)
 
 
 def quantize_4bit(w: Tensor, quant_type: str = "nf4", block_size: int = 64) -> tuple[Tensor, Tensor]:
@@ -56,15 +79,8 @@ def dequantize_4bit(
     nested_absmax: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> Tensor:
-    """value[code] * absmax in float32, rounded to ``dtype``; a tensor of ``shape``.
-
-    Raises:
-        QuantizationError: RW601, RW602, RW605, and RW604 when the buffers do not hold a weight of that shape.
-    """
-    weight_format = (quant_type, block_size, nested_absmax, offset)
-    if _nothing_watches(packed, absmax, nested_absmax, offset):
-        return _library.run_dequantize_4bit(packed, absmax, shape, dtype, *weight_format)
-    return _ops.dequantize_4bit(packed, absmax, shape, dtype, *weight_format)
+    """`dequantize_weight` of the weight that these tensors make; a tensor of ``shape`` and ``dtype``."""
+    return dequantize_weight(PackedWeight(packed, absmax, shape, quant_type, block_size, nested_absmax, offset), dtype)
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,22 +103,11 @@ def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> T
     return _ops.dequantize_absmax(codes, nested_absmax, offset)
 
 
-def linear_4bit(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    bias: Tensor | None = None,
-    quant_type: str = "nf4",
-    block_size: int = 64,
-    *,
-    nested_absmax: Tensor | None = None,
-    offset: Tensor | None = None,
-) -> Tensor:
-    """y = x W'^T + b with W' = dequantize_4bit(..., dtype=x.dtype). x (..., K) -> y (..., N), in the dtype of x.
+def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """y = x W'^T + b, with W' rounded to the dtype of x. x (..., K) -> y (..., N), in the dtype of x.
 
-    Differentiable in x and bias; backward keeps the packed buffers and no dense weight. Under autocast x is cast as for
-    ``functional.linear``. A bias of another dtype is cast to that of x.
+    Differentiable in x and bias; backward keeps the weight's tensors and no dense weight. Under autocast x is cast as
+    for ``functional.linear``. A bias of another dtype is cast to that of x.
 
     Raises:
         QuantizationError: RW601, RW602, RW604, RW605, and RW606 when x, bias and weight do not fit together.
@@ -112,55 +117,47 @@ def linear_4bit(
         bias = bias.to(x.dtype)
     # The dispatcher and its autograd wrapper take 8 us, a tenth to a half of a single-row product: pass by where
     # neither has work.
-    weight_format = (quant_type, block_size, nested_absmax, offset)
-    if _nothing_watches(x, packed, bias):
-        return _library.run_linear_4bit(x, packed, absmax, shape, bias, *weight_format)
+    if _nothing_watches(x, weight.codes, bias):
+        return _library.run_linear_4bit(x, weight, bias)
     if _transformed():
-        check_rows(x, shape, 1, packed.device)
-        return functional.linear(x, _ops.dequantize_4bit(packed, absmax, shape, x.dtype, *weight_format), bias)
-    return _ops.linear_4bit.default(x, packed, absmax, shape, bias, *weight_format)
+        check_rows(x, weight.shape, 1, weight.codes.device)
+        return functional.linear(x, _ops.dequantize_4bit(*weight.parts, x.dtype), bias)
+    return _ops.linear_4bit.default(x, *weight.parts, bias)
 
 
-def linear_4bit_input_grad(
-    grad: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    quant_type: str = "nf4",
-    block_size: int = 64,
-    *,
-    nested_absmax: Tensor | None = None,
-    offset: Tensor | None = None,
-) -> Tensor:
-    """dx = dy W' with W' = dequantize_4bit(..., dtype=dy.dtype). dy (..., N) -> dx (..., K), in the dtype of dy.
+def linear_4bit_input_grad(grad: Tensor, weight: PackedWeight) -> Tensor:
+    """dx = dy W', with W' rounded to the dtype of dy. dy (..., N) -> dx (..., K), in the dtype of dy.
 
     Raises:
         QuantizationError: RW601, RW602, RW604, RW605, and RW606 when dy and weight do not fit together.
     """
-    weight_format = (quant_type, block_size, nested_absmax, offset)
     if _transformed():
-        check_rows(grad, shape, 0, packed.device)
-        return grad @ _ops.dequantize_4bit(packed, absmax, shape, grad.dtype, *weight_format)
-    return _ops.linear_4bit_input_grad(grad, packed, absmax, shape, *weight_format)
+        check_rows(grad, weight.shape, 0, weight.codes.device)
+        return grad @ _ops.dequantize_4bit(*weight.parts, grad.dtype)
+    return _ops.linear_4bit_input_grad(grad, *weight.parts)
 
 
-def row_norms_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    quant_type: str = "nf4",
-    block_size: int = 64,
-    *,
-    nested_absmax: Tensor | None = None,
-    offset: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """||W'_n|| over K, float32 (N,), of the weight dequantized to ``dtype``; the sum is kept in float32.
+def row_norms_4bit(weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """||W'_n|| over K, float32 (N,), of W' rounded to ``dtype`` or the weight's own; the sum is kept in float32.
 
     Raises:
-        QuantizationError: RW601, RW602, RW604, RW605, and RW606 when ``shape`` is not (N, K).
+        QuantizationError: RW601, RW602, RW604, RW605, and RW606 when the weight is no matrix (N, K).
     """
-    return _ops.row_norms_4bit(packed, absmax, shape, quant_type, block_size, nested_absmax, offset, dtype)
+    return _ops.row_norms_4bit(*weight.parts, dtype or weight.dtype)
+
+
+def row_cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """<W'_n A^T, B_n> for A (R, K) and B (N, R), float32 (N,), of W' rounded to ``dtype`` or the weight's own. No dense
+    W' is made where its rows are whole blocks.
+
+    Raises:
+        QuantizationError: RW601, RW602, RW604, RW605, and RW620 when A, B and weight do not fit together.
+    """
+    dtype = dtype or weight.dtype
+    # Called at every optimizer step for every layer: past the dispatcher where nothing traces.
+    if type(weight.codes) in _PLAIN and not _is_compiling():
+        return run_training.row_cross_4bit(weight, A, B, dtype)
+    return _ops.row_cross_4bit(*weight.parts, A, B, dtype)
 
 
 def _transformed() -> bool:

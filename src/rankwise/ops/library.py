@@ -8,12 +8,13 @@ Legend: T = rows of x, K = in features, N = out features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rankwise.ops import run_training
 from rankwise.ops.checks import (
     check_absmax,
     check_bias,
@@ -25,20 +26,24 @@ from rankwise.ops.checks import (
     check_weight,
 )
 from rankwise.ops.codes import NESTED_BLOCK
-from rankwise.ops.reference import packed_shape
+from rankwise.ops.packed_weight import PackedWeight, packed_shape
 from rankwise.ops.selection import module_for
 
-_WEIGHT = "Tensor packed, Tensor absmax, SymInt[] shape"
-_FORMAT = "str quant_type, int block_size, Tensor? nested_absmax, Tensor? offset"
+# `PackedWeight.parts`: a schema has no type for a value of our own.
+_WEIGHT = (
+    "Tensor codes, Tensor absmax, SymInt[] shape, str quant_type, int block_size, Tensor? nested_absmax, Tensor? offset"
+)
+_PARTS = 7
 
 _library = torch.library.Library("rankwise", "DEF")
 _library.define("quantize_4bit(Tensor w, str quant_type, int block_size) -> (Tensor, Tensor)")
-_library.define(f"dequantize_4bit({_WEIGHT}, ScalarType dtype, {_FORMAT}) -> Tensor")
+_library.define(f"dequantize_4bit({_WEIGHT}, ScalarType dtype) -> Tensor")
 _library.define("quantize_absmax(Tensor absmax) -> (Tensor, Tensor, Tensor)")
 _library.define("dequantize_absmax(Tensor codes, Tensor nested_absmax, Tensor offset) -> Tensor")
-_library.define(f"linear_4bit(Tensor x, {_WEIGHT}, Tensor? bias, {_FORMAT}) -> Tensor")
-_library.define(f"linear_4bit_input_grad(Tensor grad, {_WEIGHT}, {_FORMAT}) -> Tensor")
-_library.define(f"row_norms_4bit({_WEIGHT}, {_FORMAT}, ScalarType dtype) -> Tensor")
+_library.define(f"linear_4bit(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor")
+_library.define(f"linear_4bit_input_grad(Tensor grad, {_WEIGHT}) -> Tensor")
+_library.define(f"row_norms_4bit({_WEIGHT}, ScalarType dtype) -> Tensor")
+_library.define(f"row_cross_4bit({_WEIGHT}, Tensor A, Tensor B, ScalarType dtype) -> Tensor")
 
 
 def _quantize_4bit(w: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:
@@ -47,20 +52,11 @@ def _quantize_4bit(w: Tensor, quant_type: str, block_size: int) -> tuple[Tensor,
     return module_for(w.device).quantize_4bit(w, quant_type, block_size)
 
 
-def run_dequantize_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    quant_type: str,
-    block_size: int,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-) -> Tensor:
-    check_weight(packed, absmax, shape, quant_type, block_size, nested_absmax, offset)
+def run_dequantize_4bit(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """`rankwise.ops.dequantize_weight` without the dispatcher."""
+    check_weight(weight)
     check_dtype(dtype, "the dtype asked for")
-    run = module_for(packed.device).dequantize_4bit
-    return run(packed, absmax, shape, dtype, quant_type, block_size, nested_absmax, offset)
+    return module_for(weight.codes.device).dequantize_4bit(weight, dtype)
 
 
 def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,56 +69,37 @@ def _dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> 
     return module_for(codes.device).dequantize_absmax(codes, nested_absmax, offset)
 
 
-def run_linear_4bit(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    bias: Tensor | None,
-    quant_type: str,
-    block_size: int,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-) -> Tensor:
+def run_linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """`rankwise.ops.linear_4bit` without gradients."""
-    check_weight(packed, absmax, shape, quant_type, block_size, nested_absmax, offset)
-    check_rows(x, shape, 1, packed.device)
-    check_bias(bias, x, shape)
-    run = module_for(packed.device).linear_4bit
-    return run(x, packed, absmax, shape, bias, quant_type, block_size, nested_absmax, offset)
+    _check_linear(x, weight, bias)
+    return module_for(weight.codes.device).linear_4bit(x, weight, bias)
 
 
-def _linear_4bit_input_grad(
-    grad: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    quant_type: str,
-    block_size: int,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-) -> Tensor:
-    check_weight(packed, absmax, shape, quant_type, block_size, nested_absmax, offset)
-    check_rows(grad, shape, 0, packed.device)
-    run = module_for(packed.device).linear_4bit_input_grad
-    return run(grad, packed, absmax, shape, quant_type, block_size, nested_absmax, offset)
+def _linear_4bit_input_grad(grad: Tensor, weight: PackedWeight) -> Tensor:
+    _check_input_grad(grad, weight)
+    return module_for(weight.codes.device).linear_4bit_input_grad(grad, weight)
 
 
-def _row_norms_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    quant_type: str,
-    block_size: int,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    check_matrix(shape)
-    check_weight(packed, absmax, shape, quant_type, block_size, nested_absmax, offset)
+def _row_norms_4bit(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    _check_row_norms(weight, dtype)
+    return module_for(weight.codes.device).row_norms_4bit(weight, dtype)
+
+
+def _check_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
+    check_weight(weight)
+    check_rows(x, weight.shape, 1, weight.codes.device)
+    check_bias(bias, x, weight.shape)
+
+
+def _check_input_grad(grad: Tensor, weight: PackedWeight) -> None:
+    check_weight(weight)
+    check_rows(grad, weight.shape, 0, weight.codes.device)
+
+
+def _check_row_norms(weight: PackedWeight, dtype: torch.dtype) -> None:
+    check_matrix(weight.shape)
+    check_weight(weight)
     check_dtype(dtype, "the dtype asked for")
-    run = module_for(packed.device).row_norms_4bit
-    return run(packed, absmax, shape, quant_type, block_size, nested_absmax, offset, dtype)
 
 
 def _fake_quantize_4bit(w: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:
@@ -133,12 +110,10 @@ def _fake_quantize_4bit(w: Tensor, quant_type: str, block_size: int) -> tuple[Te
     return packed, w.new_empty((blocks,), dtype=torch.float32)
 
 
-def _fake_dequantize_4bit(
-    packed: Tensor, absmax: Tensor, shape: Sequence[int], dtype: torch.dtype, *weight_format: Any
-) -> Tensor:
-    check_weight(packed, absmax, shape, *weight_format)
+def _fake_dequantize_4bit(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    check_weight(weight)
     check_dtype(dtype, "the dtype asked for")
-    return packed.new_empty(tuple(shape), dtype=dtype)
+    return weight.codes.new_empty(tuple(weight.shape), dtype=dtype)
 
 
 def _fake_quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,77 +127,73 @@ def _fake_dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor
     return codes.new_empty(codes.shape, dtype=torch.float32)
 
 
-def _fake_linear_4bit(
-    x: Tensor, packed: Tensor, absmax: Tensor, shape: Sequence[int], bias: Tensor | None, *weight_format: Any
-) -> Tensor:
-    check_weight(packed, absmax, shape, *weight_format)
-    check_rows(x, shape, 1, packed.device)
-    check_bias(bias, x, shape)
-    return x.new_empty((*x.shape[:-1], shape[0]))
+def _fake_linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    _check_linear(x, weight, bias)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _fake_linear_4bit_input_grad(
-    grad: Tensor, packed: Tensor, absmax: Tensor, shape: Sequence[int], *weight_format: Any
-) -> Tensor:
-    check_weight(packed, absmax, shape, *weight_format)
-    check_rows(grad, shape, 0, packed.device)
-    return grad.new_empty((*grad.shape[:-1], shape[1]))
+def _fake_linear_4bit_input_grad(grad: Tensor, weight: PackedWeight) -> Tensor:
+    _check_input_grad(grad, weight)
+    return grad.new_empty((*grad.shape[:-1], weight.shape[1]))
 
 
-def _fake_row_norms_4bit(packed: Tensor, absmax: Tensor, shape: Sequence[int], *weight_format: Any) -> Tensor:
-    check_matrix(shape)
-    check_weight(packed, absmax, shape, *weight_format[:-1])
-    return packed.new_empty((shape[0],), dtype=torch.float32)
+def _fake_row_norms_4bit(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    _check_row_norms(weight, dtype)
+    return weight.codes.new_empty((weight.shape[0],), dtype=torch.float32)
 
 
-def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, packed, absmax, shape, bias, quant_type, block_size, nested_absmax, offset = inputs
-    ctx.save_for_backward(packed, absmax, nested_absmax, offset)
+def _fake_row_cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+    return A.new_empty((weight.shape[0],), dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, absmax, shape, quant_type, block_size, nested_absmax, offset = inputs[: 1 + _PARTS]
+    ctx.save_for_backward(codes, absmax, nested_absmax, offset)
     ctx.format = (shape, quant_type, block_size)
-    ctx.has_bias = bias is not None
+
+
+def _saved_parts(ctx: Any) -> tuple[Any, ...]:
+    codes, absmax, nested_absmax, offset = ctx.saved_tensors
+    return codes, absmax, *ctx.format, nested_absmax, offset
 
 
 def _linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    packed, absmax, nested_absmax, offset = ctx.saved_tensors
-    shape, quant_type, block_size = ctx.format
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.rankwise.linear_4bit_input_grad(
-            grad, packed, absmax, shape, quant_type, block_size, nested_absmax, offset
-        )
-    if ctx.has_bias and ctx.needs_input_grad[4]:
+        grad_x = torch.ops.rankwise.linear_4bit_input_grad(grad, *_saved_parts(ctx))
+    if ctx.needs_input_grad[-1]:
         grad_bias = grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad
-    return grad_x, None, None, None, grad_bias, None, None, None, None
-
-
-def _save_input_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, packed, absmax, shape, quant_type, block_size, nested_absmax, offset = inputs
-    ctx.save_for_backward(packed, absmax, nested_absmax, offset)
-    ctx.format = (shape, quant_type, block_size)
+    return grad_x, *[None] * _PARTS, grad_bias
 
 
 def _input_grad_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    packed, absmax, nested_absmax, offset = ctx.saved_tensors
-    shape, quant_type, block_size = ctx.format
-    again = torch.ops.rankwise.linear_4bit(
-        grad, packed, absmax, shape, None, quant_type, block_size, nested_absmax, offset
-    )
-    return again, None, None, None, None, None, None, None
+    return torch.ops.rankwise.linear_4bit(grad, *_saved_parts(ctx), None), *[None] * _PARTS
+
+
+def _of_parts(run: Callable[..., Any], first: int) -> Callable[..., Any]:
+    """``run``, which takes a `PackedWeight`, as the operator calls it: with the weight's parts from ``first`` on."""
+
+    def call(*inputs: Any) -> Any:
+        weight = PackedWeight(*inputs[first : first + _PARTS])
+        return run(*inputs[:first], weight, *inputs[first + _PARTS :])
+
+    return call
 
 
 for _name, _run, _fake in (
     ("quantize_4bit", _quantize_4bit, _fake_quantize_4bit),
-    ("dequantize_4bit", run_dequantize_4bit, _fake_dequantize_4bit),
+    ("dequantize_4bit", _of_parts(run_dequantize_4bit, 0), _of_parts(_fake_dequantize_4bit, 0)),
     ("quantize_absmax", _quantize_absmax, _fake_quantize_absmax),
     ("dequantize_absmax", _dequantize_absmax, _fake_dequantize_absmax),
-    ("linear_4bit", run_linear_4bit, _fake_linear_4bit),
-    ("linear_4bit_input_grad", _linear_4bit_input_grad, _fake_linear_4bit_input_grad),
-    ("row_norms_4bit", _row_norms_4bit, _fake_row_norms_4bit),
+    ("linear_4bit", _of_parts(run_linear_4bit, 1), _of_parts(_fake_linear_4bit, 1)),
+    ("linear_4bit_input_grad", _of_parts(_linear_4bit_input_grad, 1), _of_parts(_fake_linear_4bit_input_grad, 1)),
+    ("row_norms_4bit", _of_parts(_row_norms_4bit, 0), _of_parts(_fake_row_norms_4bit, 0)),
+    ("row_cross_4bit", _of_parts(run_training.row_cross_4bit, 0), _of_parts(_fake_row_cross_4bit, 0)),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rankwise::{_name}", _fake, lib=_library)
 
-torch.library.register_autograd("rankwise::linear_4bit", _linear_gradient, setup_context=_save_linear, lib=_library)
+torch.library.register_autograd("rankwise::linear_4bit", _linear_gradient, setup_context=_save, lib=_library)
 torch.library.register_autograd(
-    "rankwise::linear_4bit_input_grad", _input_grad_gradient, setup_context=_save_input_grad, lib=_library
+    "rankwise::linear_4bit_input_grad", _input_grad_gradient, setup_context=_save, lib=_library
 )

@@ -6,7 +6,6 @@ An absent result is an empty tensor here: an operator always returns as many ten
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,10 +33,6 @@ _library.define(
     "bool want_correct=False) -> (Tensor, Tensor, Tensor)"
 )
 _library.define("row_cross(Tensor W, Tensor A, Tensor B) -> Tensor")
-_library.define(
-    "row_cross_4bit(Tensor packed, Tensor absmax, SymInt[] shape, Tensor A, Tensor B, str quant_type, int block_size, "
-    "Tensor? nested_absmax, Tensor? offset, ScalarType dtype) -> Tensor"
-)
 _library.define("dropout(Tensor x, float p, int seed) -> Tensor")
 _library.define("dropout_add_(Tensor(a!) dx, Tensor z, float p, int seed) -> ()")
 
@@ -163,10 +158,6 @@ def _fake_row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return W.new_empty((W.shape[0],), dtype=torch.float32)
 
 
-def _fake_row_cross_4bit(packed: Tensor, absmax: Tensor, shape: Sequence[int], A: Tensor, *_: Any) -> Tensor:
-    return A.new_empty((shape[0],), dtype=torch.float32)
-
-
 def _fake_dropout(x: Tensor, p: float, seed: int) -> Tensor:
     checks.dropout(x, x, p)
     return _as(x)
@@ -203,7 +194,6 @@ _OPERATORS: tuple[tuple[str, Any, Any], ...] = (
     ("rope_", _rope_, _fake_rope_),
     ("cross_entropy_", _cross_entropy_, _fake_cross_entropy_),
     ("row_cross", run.row_cross, _fake_row_cross),
-    ("row_cross_4bit", run.row_cross_4bit, _fake_row_cross_4bit),
     ("dropout", run.dropout, _fake_dropout),
     ("dropout_add_", _dropout_add_, _fake_dropout_add_),
 )

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from torch.autograd.function import once_differentiable
 from rankwise.ops import low_rank_plain, normed, selection, training
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Frozen, Wanted
 from rankwise.ops.handback import Handback, offer
+
+if TYPE_CHECKING:
+    from rankwise.ops.cpu import low_rank
 
 
 def low_rank_linear(x: Tensor, branches: Sequence[Branch], dropout: Dropout | None = None) -> tuple[Tensor, ...]:
@@ -135,11 +138,11 @@ class LowRankLinearOfGlu(torch.autograd.Function):
 
 @dataclasses.dataclass(frozen=True)
 class _Made:
-    """Of a forward pass: the products ys (T, N_i), U (T, R), and the module that made them."""
+    """Of a forward pass: the products ys (T, N_i), U (T, R), and what made them and makes the backward pass."""
 
     ys: Sequence[Tensor]
     U: Tensor
-    steps: ModuleType
+    steps: ModuleType | low_rank.Steps
 
     def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
         """(..., N_i). No views: autograd lets nobody write to one that a Function gives, and Falcon adds to its MLP's
@@ -154,13 +157,12 @@ def _forward(x: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> 
     return _Made(ys, U, steps)
 
 
-def _steps(rows: Tensor, branches: Sequence[Branch]) -> ModuleType:
-    """The module whose functions make the steps for these rows."""
+def _steps(rows: Tensor, branches: Sequence[Branch]) -> ModuleType | low_rank.Steps:
+    """What makes the steps for these rows: the native library or separate products."""
     if selection.takes_native(rows):
         from rankwise.ops.cpu import low_rank
 
-        if low_rank.takes(rows, branches):
-            return low_rank
+        return low_rank.steps_for(rows, branches) or low_rank_plain
     return low_rank_plain
 
 

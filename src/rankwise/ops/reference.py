@@ -18,7 +18,6 @@ the block). Arguments are checked by the public functions in ``rankwise.ops``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,6 +34,7 @@ from rankwise.ops.codes import (
     dynamic_bins,
     dynamic_map,
 )
+from rankwise.ops.packed_weight import PackedWeight, packed_shape
 
 # Elements worked on at once: a multiple of every block size, so temporaries stay at a few MB whatever the weight.
 _CHUNK = 1 << 20
@@ -44,7 +44,7 @@ _TINY = 1e-38
 
 
 def quantize_4bit(w: Tensor, quant_type: str = "nf4", block_size: int = 64) -> tuple[Tensor, Tensor]:
-    """w, any shape -> packed uint8 (`rankwise.ops.packed_shape`), absmax float32 (blocks,)."""
+    """w, any shape -> packed uint8 (`packed_shape`), absmax float32 (blocks,)."""
     flat, n = w.detach().reshape(-1), w.numel()
     packed = torch.empty(math.ceil(n / 2), dtype=torch.uint8, device=w.device)
     absmax = torch.empty(math.ceil(n / block_size), dtype=torch.float32, device=w.device)
@@ -73,28 +73,19 @@ def _quantize_chunk(w: Tensor, quant_type: str, block_size: int, start: int) -> 
     return code_order(quant_type, w.device)[below], absmax
 
 
-def dequantize_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    quant_type: str = "nf4",
-    block_size: int = 64,
-    nested_absmax: Tensor | None = None,
-    offset: Tensor | None = None,
-) -> Tensor:
-    """w' = value[code] * absmax, of ``shape`` and ``dtype``."""
-    n, values = math.prod(shape), code_values(quant_type, packed.device)
-    scales = _scales(absmax, nested_absmax, offset)
-    out, flat = torch.empty(n, dtype=dtype, device=packed.device), packed.reshape(-1)
+def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """W' = value[code] * absmax, in ``dtype``."""
+    n, values = weight.elements, code_values(weight.quant_type, weight.codes.device)
+    scales = _scales(weight)
+    out, flat = torch.empty(n, dtype=dtype, device=weight.codes.device), weight.codes.reshape(-1)
     for start in range(0, n, _CHUNK):
         count = min(_CHUNK, n - start)
         pairs = flat[start // 2 : (start + count + 1) // 2]
         codes = torch.stack([pairs >> 4, pairs & 15], dim=1).view(-1)[:count]
-        first = start // block_size
-        per_element = scales[first : first + math.ceil(count / block_size)].repeat_interleave(block_size)[:count]
-        out[start : start + count] = values[codes.int()] * per_element
-    return out.view(tuple(shape))
+        first = start // weight.block_size
+        per_block = scales[first : first + math.ceil(count / weight.block_size)]
+        out[start : start + count] = values[codes.int()] * per_block.repeat_interleave(weight.block_size)[:count]
+    return out.view(tuple(weight.shape))
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,57 +114,19 @@ def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> T
     return dynamic_map(codes.device)[codes.int()] * per_block + offset
 
 
-def linear_4bit(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    bias: Tensor | None = None,
-    quant_type: str = "nf4",
-    block_size: int = 64,
-    nested_absmax: Tensor | None = None,
-    offset: Tensor | None = None,
-) -> Tensor:
+def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """y = x W'^T + b, with W' rounded to the dtype of x. x (..., K) -> y (..., N)."""
-    weight = dequantize_4bit(packed, absmax, shape, x.dtype, quant_type, block_size, nested_absmax, offset)
-    return functional.linear(x, weight, bias)
+    return functional.linear(x, dequantize_4bit(weight, x.dtype), bias)
 
 
-def linear_4bit_input_grad(
-    grad: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    quant_type: str = "nf4",
-    block_size: int = 64,
-    nested_absmax: Tensor | None = None,
-    offset: Tensor | None = None,
-) -> Tensor:
+def linear_4bit_input_grad(grad: Tensor, weight: PackedWeight) -> Tensor:
     """dL/dx = dL/dy W'. grad (..., N) -> (..., K)."""
-    return grad @ dequantize_4bit(packed, absmax, shape, grad.dtype, quant_type, block_size, nested_absmax, offset)
+    return grad @ dequantize_4bit(weight, grad.dtype)
 
 
-def row_norms_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    quant_type: str = "nf4",
-    block_size: int = 64,
-    nested_absmax: Tensor | None = None,
-    offset: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
+def row_norms_4bit(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """||W'_n||, float32 (N,), of W' rounded to ``dtype`` and accumulated in float32."""
-    weight = dequantize_4bit(packed, absmax, shape, dtype, quant_type, block_size, nested_absmax, offset)
-    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
-
-
-def packed_shape(shape: Sequence[int], block_size: int) -> tuple[int, int]:
-    """(N, K / 2) where rows consist of whole blocks, so that a row can be cut out; else (ceil(n / 2), 1), as in
-    bitsandbytes."""
-    if len(shape) == 2 and shape[1] > 0 and shape[1] % block_size == 0:
-        return shape[0], shape[1] // 2
-    return math.ceil(math.prod(shape) / 2), 1
+    return torch.linalg.vector_norm(dequantize_4bit(weight, dtype), dim=1, dtype=torch.float32)
 
 
 def not_finite(w: Tensor, start: int = 0) -> QuantizationError:
@@ -187,10 +140,10 @@ def not_finite(w: Tensor, start: int = 0) -> QuantizationError:
     )
 
 
-def _scales(absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None) -> Tensor:
-    if nested_absmax is None or offset is None:
-        return absmax
-    return dequantize_absmax(absmax, nested_absmax, offset)
+def _scales(weight: PackedWeight) -> Tensor:
+    if weight.nested_absmax is None or weight.offset is None:
+        return weight.absmax
+    return dequantize_absmax(weight.absmax, weight.nested_absmax, weight.offset)
 
 
 __all__ = [
@@ -200,7 +153,6 @@ __all__ = [
     "linear_4bit",
     "linear_4bit_input_grad",
     "not_finite",
-    "packed_shape",
     "quantize_4bit",
     "quantize_absmax",
     "row_norms_4bit",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from rankwise.ops import checks_training as checks
 from rankwise.ops import reference, reference_training, selection
 from rankwise.ops.checks import DTYPES, check_dtype, check_weight
+from rankwise.ops.packed_weight import PackedWeight
 
 _NATIVE = (torch.float32, torch.bfloat16)
 
@@ -97,39 +97,28 @@ def _row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return module.row_cross(W, A, B)
 
 
-def row_cross_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    A: Tensor,
-    B: Tensor,
-    quant_type: str,
-    block_size: int,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    check_weight(packed, absmax, shape, quant_type, block_size, nested_absmax, offset)
+def row_cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+    check_weight(weight)
     check_dtype(dtype, "the dtype asked for")
-    checks.row_cross(shape, dtype, A, B, packed.device)
+    codes = weight.codes
+    checks.row_cross(weight.shape, dtype, A, B, codes.device)
     # Transforms wrap what is cut out of the weight here, and a kernel cannot read that.
-    four_bit = reference if selection.transforms_functions() else selection.module_for(packed.device)
-    N, K = shape
-    if K == 0 or K % block_size:
-        W = four_bit.dequantize_4bit(packed, absmax, shape, dtype, quant_type, block_size, nested_absmax, offset)
-        return _row_cross(W, A, B)
-    if four_bit is not reference and selection.runs_triton(packed.device):
-        from rankwise.ops.triton import row_cross, tile
+    four_bit = reference if selection.transforms_functions() else selection.module_for(codes.device)
+    if not weight.rows_are_blocks:
+        return _row_cross(four_bit.dequantize_4bit(weight, dtype), A, B)
+    if four_bit is not reference and selection.runs_triton(codes.device):
+        from rankwise.ops.triton import row_cross
 
-        weight = tile.weight(packed, absmax, nested_absmax, offset, quant_type)
-        return row_cross.row_cross_4bit(weight, N, K, A, B, block_size, dtype)
-    if nested_absmax is not None and offset is not None:
-        absmax = four_bit.dequantize_absmax(absmax, nested_absmax, offset)
-    sums, packed, absmax = [], packed.view(N, K // 2), absmax.view(N, K // block_size)
+        return row_cross.row_cross_4bit(weight, A, B, dtype)
+    absmax = weight.absmax
+    if weight.nested_absmax is not None and weight.offset is not None:
+        absmax = four_bit.dequantize_absmax(absmax, weight.nested_absmax, weight.offset)
+    N, K = weight.shape
+    sums, codes, absmax = [], codes.view(N, K // 2), absmax.view(N, K // weight.block_size)
     for rows in reference_training.row_chunks(N, K):
-        part = (rows.stop - rows.start, K)
-        W = four_bit.dequantize_4bit(packed[rows], absmax[rows].reshape(-1), part, dtype, quant_type, block_size)
-        sums.append(_row_cross(W, A, B[rows]))
+        shape = (rows.stop - rows.start, K)
+        part = PackedWeight(codes[rows], absmax[rows].reshape(-1), shape, weight.quant_type, weight.block_size)
+        sums.append(_row_cross(four_bit.dequantize_4bit(part, dtype), A, B[rows]))
     return torch.cat(sums) if sums else B.new_empty(0, dtype=torch.float32)
 
 

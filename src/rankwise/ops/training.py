@@ -11,8 +11,6 @@ Results depend neither on the number of threads nor on chance. Arguments that do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -151,29 +149,6 @@ def row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return run.row_cross(W, A, B)
 
 
-def row_cross_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    A: Tensor,
-    B: Tensor,
-    quant_type: str = "nf4",
-    block_size: int = 64,
-    *,
-    nested_absmax: Tensor | None = None,
-    offset: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """`row_cross` of a 4-bit weight of ``shape`` (N, K) dequantized to ``dtype``; no dense W is made where its rows are
-    whole blocks.
-
-    Raises:
-        QuantizationError: RW601, RW602, RW604 and RW605 as `rankwise.ops.row_norms_4bit`.
-    """
-    call = _operators.row_cross_4bit if _traced(packed) else run.row_cross_4bit
-    return call(packed, absmax, shape, A, B, quant_type, block_size, nested_absmax, offset, dtype)
-
-
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     """``x * mask / (1 - p)``; the mask is a hash of (seed, flat index), so no one has to keep it.
 
@@ -211,6 +186,5 @@ __all__ = [
     "rope",
     "rope_",
     "row_cross",
-    "row_cross_4bit",
     "scaled_grad",
 ]

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,12 +26,10 @@ from rankwise.errors import QuantizationError
 from rankwise.foreign import parse_json
 from rankwise.ops.checks import BLOCK_SIZES
 from rankwise.ops.codes import NESTED_BLOCK, QUANT_TYPES, code_values, dynamic_map
-from rankwise.ops.reference import packed_shape
+from rankwise.ops.packed_weight import PackedWeight, packed_shape
 
 if TYPE_CHECKING:
     from rankwise.quantization.config import FourBitConfig
-    from rankwise.quantization.experts import StackScales
-    from rankwise.quantization.linear import Linear4bit
 
 STATE = "quant_state.bitsandbytes__"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(STATE + name for name in QUANT_TYPES))
@@ -44,7 +42,7 @@ _DTYPE_CODES = {torch.uint8: "U8", torch.float32: "F32"}
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """What the JSON of a stored weight says, and the weight as the tensors of a `Linear4bit` where they were read."""
+    """What the JSON of a stored weight says."""
 
     quant_type: str
     block_size: int
@@ -53,47 +51,43 @@ class StoredWeight:
     # (out, in), or of stacked experts (E, N, K).
 
     offset: float | None = None
-    tensors: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def double_quant(self) -> bool:
         return self.offset is not None
 
-    def check_shape(self, name: str, wanted: tuple[int, ...]) -> None:
-        """Raise QuantizationError RW611 unless the stored weight has the shape that the model wants."""
-        if self.shape != wanted:
-            raise _broken(name, f"is stored as {self.shape} where the model needs {wanted}")
+
+def check_shape(name: str, stored: Sequence[int], wanted: Sequence[int]) -> None:
+    """Raise QuantizationError RW611 unless the stored weight has the shape that the model wants."""
+    if tuple(stored) != tuple(wanted):
+        raise _broken(name, f"is stored as {tuple(stored)} where the model needs {tuple(wanted)}")
 
 
-def to_bitsandbytes(layer: Linear4bit) -> dict[str, Tensor]:
-    """The tensors of ``layer`` under bitsandbytes' names, ``weight`` and ``weight.*``; the bias is not among them."""
-    return stored_tensors("weight", layer.weight, layer)
-
-
-def stored_tensors(name: str, codes: Tensor, layer: Linear4bit | StackScales) -> dict[str, Tensor]:
-    """The same of any weight: ``layer`` has its scales and its format."""
+def to_bitsandbytes(name: str, weight: PackedWeight) -> dict[str, Tensor]:
+    """The tensors of ``weight`` under bitsandbytes' names, ``NAME`` and ``NAME.*``."""
+    codes = weight.codes.detach()
     # Tables of one's own: safetensors refuses tensors that share memory.
     tensors = {
-        name: codes.detach().reshape(-1, 1),
-        f"{name}.absmax": layer.absmax.detach(),
-        f"{name}.quant_map": code_values(layer.quant_type, codes.device).clone(),
+        name: codes.reshape(-1, 1),
+        f"{name}.absmax": weight.absmax.detach(),
+        f"{name}.quant_map": code_values(weight.quant_type, codes.device).clone(),
     }
-    if layer.nested_absmax is not None:
-        tensors[f"{name}.nested_absmax"] = layer.nested_absmax.detach()
+    if weight.nested_absmax is not None:
+        tensors[f"{name}.nested_absmax"] = weight.nested_absmax.detach()
         tensors[f"{name}.nested_quant_map"] = dynamic_map(codes.device).clone()
-    tensors[f"{name}.{STATE}{layer.quant_type}"] = torch.tensor(list(_state_json(layer)), dtype=torch.uint8)
+    tensors[f"{name}.{STATE}{weight.quant_type}"] = torch.tensor(list(_state_json(weight)), dtype=torch.uint8)
     return tensors
 
 
-def _state_json(layer: Linear4bit | StackScales) -> bytes:
+def _state_json(weight: PackedWeight) -> bytes:
     state: dict[str, Any] = {
-        "quant_type": layer.quant_type,
-        "blocksize": layer.block_size,
-        "dtype": str(layer.dtype).removeprefix("torch."),
-        "shape": list(layer.shape),
+        "quant_type": weight.quant_type,
+        "blocksize": weight.block_size,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "shape": list(weight.shape),
     }
-    if layer.offset is not None:
-        offset = layer.offset.item()
+    if weight.offset is not None:
+        offset = weight.offset.item()
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
     return json.dumps(state).encode()
 
@@ -107,7 +101,7 @@ def part_names(state: Mapping[str, Any], prefix: str) -> list[str]:
     return [name for part in PARTS if (name := f"{prefix}weight.{part}") in state]
 
 
-def from_bitsandbytes(state: Mapping[str, Tensor], name: str = "weight") -> StoredWeight:
+def from_bitsandbytes(state: Mapping[str, Tensor], name: str = "weight") -> PackedWeight:
     """The weight ``name`` in a state dict, checked.
 
     Raises:
@@ -120,7 +114,7 @@ def from_bitsandbytes(state: Mapping[str, Tensor], name: str = "weight") -> Stor
     state_key = state_part(name, sizes)
     stored = parse_state(name, state_key, bytes(parts[state_key].detach().cpu().reshape(-1).tolist()))
     check_sizes(name, stored, sizes)
-    return _with_tensors(name, stored, state[name].detach(), parts)
+    return _packed(name, stored, state[name].detach(), parts)
 
 
 def _size(tensor: Tensor) -> tuple[str, int]:
@@ -211,24 +205,24 @@ def _found(size: tuple[str, int]) -> str:
     return "are missing" if size[1] < 0 else f"take {size[1]:,} bytes of {size[0]}"
 
 
-def _with_tensors(name: str, stored: StoredWeight, codes: Tensor, parts: dict[str, Tensor]) -> StoredWeight:
-    device = codes.device
-    tensors = {
-        "weight": codes.contiguous().view(torch.uint8).reshape(packed_shape(stored.shape, stored.block_size)),
-        "absmax": parts["absmax"].detach().reshape(-1),
-    }
+def _packed(name: str, stored: StoredWeight, codes: Tensor, parts: dict[str, Tensor]) -> PackedWeight:
+    device, nested_absmax, offset = codes.device, None, None
+    codes = codes.contiguous().view(torch.uint8).reshape(packed_shape(stored.shape, stored.block_size))
+    absmax = parts["absmax"].detach().reshape(-1)
     tables = [("quant_map", code_values(stored.quant_type, device))]
     if stored.offset is not None:
-        tensors["nested_absmax"] = parts["nested_absmax"].detach().reshape(-1)
-        tensors["offset"] = torch.tensor(stored.offset, dtype=torch.float32, device=device)
+        nested_absmax = parts["nested_absmax"].detach().reshape(-1)
+        offset = torch.tensor(stored.offset, dtype=torch.float32, device=device)
         tables.append(("nested_quant_map", dynamic_map(device)))
     for part, table in tables:
         if not torch.allclose(parts[part].reshape(-1), table, rtol=0, atol=1e-6):
             raise _broken(name, f"has a {part} of its own: only the standard tables are known")
-    scales = tensors["absmax"] if stored.offset is None else tensors["nested_absmax"]
+    scales = absmax if nested_absmax is None else nested_absmax
     if not torch.isfinite(scales).all():
         raise _broken(name, "has scales (absmax) that are NaN or infinite")
-    return StoredWeight(stored.quant_type, stored.block_size, stored.dtype, stored.shape, stored.offset, tensors)
+    return PackedWeight(
+        codes, absmax, stored.shape, stored.quant_type, stored.block_size, nested_absmax, offset, stored.dtype
+    )
 
 
 def _broken(name: str, fault: str) -> QuantizationError:

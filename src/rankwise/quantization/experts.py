@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,16 +25,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise import ops
-from rankwise.ops.checks import check_dtype, check_type
 from rankwise.ops.codes import NESTED_BLOCK
 from rankwise.ops.grouped import inverse, rows_per_expert
+from rankwise.ops.packed_weight import SCALES, PackedWeight
 from rankwise.ops.selection import as_autocast, transforms_functions
 from rankwise.quantization.linear import (
     check_scale_dtypes,
     computed_in,
-    empty_scales,
     keeping_scales,
-    quantized_tensors,
+    packed_of,
+    set_format,
 )
 
 IMPLEMENTATION = "rankwise_4bit"
@@ -56,6 +57,9 @@ class StackScales(nn.Module):
     absmax: Tensor
     nested_absmax: Tensor | None
     offset: Tensor | None
+    quant_type: str
+    block_size: int
+    dtype: torch.dtype
 
     def __init__(
         self,
@@ -69,34 +73,31 @@ class StackScales(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        check_type(quant_type, block_size)
-        check_dtype(dtype, "the dtype of 4-bit experts")
-        self.shape, self.quant_type, self.block_size = tuple(shape), quant_type, block_size
-        self.dtype, self.compute_dtype = dtype, compute_dtype
-        for name, buffer in empty_scales(math.prod(shape), block_size, double_quant, device).items():
-            self.register_buffer(name, buffer)
+        self.shape, self.compute_dtype = tuple(shape), compute_dtype
+        set_format(self, quant_type, block_size, double_quant, dtype, device)
 
     @property
     def double_quant(self) -> bool:
         return self.nested_absmax is not None
 
-    def of_expert(self, index: int) -> dict[str, Any]:
-        """The scales of one expert and their format, as the operators take them.
+    def of_expert(self, index: int, codes: Tensor) -> PackedWeight:
+        """One expert's weight (N, K), whose ``codes`` (N K / 2,) are given.
 
         Blocks of 256 scales may begin in one expert and end in another; of such a one the scales become float32 first.
         """
         blocks = math.prod(self.shape[1:]) // self.block_size
         begin, end = index * blocks, (index + 1) * blocks
-        found = {"shape": self.shape[1:], "quant_type": self.quant_type, "block_size": self.block_size}
+        found = partial(PackedWeight, codes, shape=self.shape[1:], quant_type=self.quant_type)
+        found = partial(found, block_size=self.block_size, dtype=self.dtype)
         if self.nested_absmax is None or self.offset is None:
-            return {**found, "absmax": self.absmax[begin:end]}
+            return found(absmax=self.absmax[begin:end])
         first = begin // NESTED_BLOCK
         nested = self.nested_absmax[first : math.ceil(end / NESTED_BLOCK)]
-        codes = self.absmax[first * NESTED_BLOCK : end]
+        scales = self.absmax[first * NESTED_BLOCK : end]
         if begin % NESTED_BLOCK == 0:
-            return {**found, "absmax": codes, "nested_absmax": nested, "offset": self.offset}
-        absmax = ops.dequantize_absmax(codes, nested, self.offset)
-        return {**found, "absmax": absmax[begin - first * NESTED_BLOCK :]}
+            return found(absmax=scales, nested_absmax=nested, offset=self.offset)
+        absmax = ops.dequantize_absmax(scales, nested, self.offset)
+        return found(absmax=absmax[begin - first * NESTED_BLOCK :])
 
     def extra_repr(self) -> str:
         double = ", double_quant=True" if self.double_quant else ""
@@ -138,22 +139,17 @@ class Stack:
 
     def run(self, x: Tensor, index: int, *, across: bool) -> Tensor:
         product: Any = ops.linear_4bit_input_grad if across else ops.linear_4bit
-        return product(x, self.codes[index], **self.scales.of_expert(index))
+        return product(x, self.scales.of_expert(index, self.codes[index]))
+
+    @property
+    def packed(self) -> PackedWeight:
+        """W' of all experts, (E, N, K), as a value."""
+        return packed_of(self.scales, self.codes)
 
     @torch.no_grad()
     def dequantize(self) -> Tensor:
         """W' of all experts as a new tensor (E, N, K) of the scales' ``dtype``."""
-        scales = self.scales
-        return ops.dequantize_4bit(
-            self.codes,
-            scales.absmax,
-            scales.shape,
-            scales.dtype,
-            scales.quant_type,
-            scales.block_size,
-            nested_absmax=scales.nested_absmax,
-            offset=scales.offset,
-        )
+        return ops.dequantize_weight(self.packed)
 
 
 class _Product(torch.autograd.Function):
@@ -269,10 +265,10 @@ def obstacle(experts: nn.Module, leaf: str, shape: tuple[int, ...], block_size: 
     return None
 
 
-def stack_tensors(found: dict[str, Tensor], name: str, count: int) -> dict[str, Tensor]:
-    """Tensors named as those of a `Linear4bit`, under the names of a stack of ``count`` experts at ``name``."""
-    scales = {f"{name}{SUFFIX}.{key}": tensor for key, tensor in found.items() if key != "weight"}
-    return {name: found["weight"].reshape(count, -1), **scales}
+def stack_tensors(weight: PackedWeight, name: str) -> dict[str, Tensor]:
+    """The tensors of ``weight`` (E, N, K) under the names of a stack at ``name``."""
+    scales = {f"{name}{SUFFIX}.{key}": tensor for key, tensor in weight.tensors.items() if key != "weight"}
+    return {name: weight.codes.reshape(weight.shape[0], -1), **scales}
 
 
 def put_stack(experts: nn.Module, leaf: str, scales: StackScales, codes: Tensor | None = None) -> Stack:
@@ -293,11 +289,10 @@ def quantize_stack(experts: nn.Module, leaf: str, *, compute_dtype: torch.dtype 
     """
     W = experts.get_parameter(leaf).detach()
     scales = StackScales(W.shape, dtype=W.dtype, compute_dtype=compute_dtype, device="meta", **weight_format)
-    found = quantized_tensors(W, **weight_format)
-    for name, tensor in found.items():
-        if name != "weight":
-            setattr(scales, name, tensor)
-    return put_stack(experts, leaf, scales, found["weight"].reshape(W.shape[0], -1))
+    weight = ops.quantize_weight(W, **weight_format)
+    for name in SCALES:
+        setattr(scales, name, getattr(weight, name))
+    return put_stack(experts, leaf, scales, weight.codes.reshape(W.shape[0], -1))
 
 
 def dequantize_stack(stack: Stack, dtype: torch.dtype | None = None) -> None:

@@ -6,23 +6,17 @@ Legend: K = in features, N = out features, blocks = ceil(N K / block_size).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from rankwise import ops
 from rankwise.errors import QuantizationError
-from rankwise.ops import training
 from rankwise.ops.checks import check_dtype, check_type
-from rankwise.ops.codes import NESTED_BLOCK
-from rankwise.ops.cpu.packed import NativeWeight
-from rankwise.ops.cpu.products import Factor
-from rankwise.quantization.bitsandbytes_format import from_bitsandbytes, has_parts, part_names
-
-SCALES = ("absmax", "nested_absmax", "offset")
+from rankwise.ops.packed_weight import SCALES, PackedWeight, empty_scales, packed_shape
+from rankwise.quantization.bitsandbytes_format import check_shape, from_bitsandbytes, has_parts, part_names
 
 
 class Linear4bit(nn.Module):
@@ -41,6 +35,9 @@ class Linear4bit(nn.Module):
     absmax: Tensor
     nested_absmax: Tensor | None
     offset: Tensor | None
+    quant_type: str
+    block_size: int
+    dtype: torch.dtype
 
     def __init__(
         self,
@@ -81,13 +78,9 @@ class Linear4bit(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         """Take this format, with empty buffers for a weight of it."""
-        check_type(quant_type, block_size)
-        check_dtype(dtype, "the dtype of a 4-bit layer")
-        self.quant_type, self.block_size, self.dtype = quant_type, block_size, dtype
-        packed = torch.empty(ops.packed_shape(self.shape, block_size), dtype=torch.uint8, device=device)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        for name, buffer in empty_scales(math.prod(self.shape), block_size, double_quant, device).items():
-            self.register_buffer(name, buffer)
+        set_format(self, quant_type, block_size, double_quant, dtype, device)
+        codes = torch.empty(packed_shape(self.shape, block_size), dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(codes, requires_grad=False)
 
     @classmethod
     def from_weight(
@@ -117,7 +110,7 @@ class Linear4bit(nn.Module):
             compute_dtype=compute_dtype,
             device="meta",
         )
-        layer.take(quantized_tensors(weight, quant_type, block_size, double_quant))
+        layer.take(ops.quantize_weight(weight, quant_type, block_size, double_quant))
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
         return layer
@@ -131,11 +124,15 @@ class Linear4bit(nn.Module):
         layer.was_conv1d = is_conv1d(linear)
         return layer.train(linear.training)
 
-    def take(self, tensors: dict[str, Tensor]) -> None:
-        """Take over ``weight`` and the scales by name, in this layer's format."""
-        self.weight = nn.Parameter(tensors["weight"], requires_grad=False)
-        for name in SCALES:
-            setattr(self, name, tensors.get(name))
+    def take(self, weight: PackedWeight) -> None:
+        """Take over the tensors of ``weight``, which has this layer's format."""
+        self.weight = nn.Parameter(weight.codes, requires_grad=False)
+        self.absmax, self.nested_absmax, self.offset = weight.absmax, weight.nested_absmax, weight.offset
+
+    @property
+    def packed(self) -> PackedWeight:
+        """W' as a value, over this layer's tensors."""
+        return packed_of(self, self.weight)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -155,65 +152,16 @@ class Linear4bit(nn.Module):
         return self._product(x, None)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return computed_in(self.compute_dtype, x, lambda z: self._linear(z, bias))
-
-    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return ops.linear_4bit(
-            x,
-            self.weight,
-            self.absmax,
-            self.shape,
-            bias,
-            self.quant_type,
-            self.block_size,
-            nested_absmax=self.nested_absmax,
-            offset=self.offset,
-        )
+        return computed_in(self.compute_dtype, x, lambda z: ops.linear_4bit(z, self.packed, bias))
 
     def input_grad(self, grad: Tensor) -> Tensor:
         """``grad W'`` in the dtype of grad: (..., N) -> (..., K)."""
-        return ops.linear_4bit_input_grad(
-            grad,
-            self.weight,
-            self.absmax,
-            self.shape,
-            self.quant_type,
-            self.block_size,
-            nested_absmax=self.nested_absmax,
-            offset=self.offset,
-        )
-
-    def factor(self) -> Factor | None:
-        """W' as the native sums of products read it, or None where they cannot."""
-        if not self.weight.is_cpu:
-            return None
-        if isinstance(self.weight, FakeTensor):
-            # Never read.
-            return Factor(self.weight, self.in_features)
-        weight = NativeWeight(
-            self.weight,
-            self.absmax,
-            self.out_features * self.in_features,
-            self.quant_type,
-            self.block_size,
-            self.nested_absmax,
-            self.offset,
-        )
-        return Factor(weight, self.in_features)
+        return ops.linear_4bit_input_grad(grad, self.packed)
 
     @torch.no_grad()
     def dequantize(self) -> Tensor:
         """W' as a new tensor (N, K) of ``dtype``."""
-        return ops.dequantize_4bit(
-            self.weight,
-            self.absmax,
-            self.shape,
-            self.dtype,
-            self.quant_type,
-            self.block_size,
-            nested_absmax=self.nested_absmax,
-            offset=self.offset,
-        )
+        return ops.dequantize_weight(self.packed)
 
     @torch.no_grad()
     def dense_layer(self, weight: Tensor | None = None) -> nn.Module:
@@ -234,32 +182,12 @@ class Linear4bit(nn.Module):
     @torch.no_grad()
     def row_norms(self) -> Tensor:
         """||W'_n|| over K, float32 (N,), of W' in ``dtype``."""
-        return ops.row_norms_4bit(
-            self.weight,
-            self.absmax,
-            self.shape,
-            self.quant_type,
-            self.block_size,
-            nested_absmax=self.nested_absmax,
-            offset=self.offset,
-            dtype=self.dtype,
-        )
+        return ops.row_norms_4bit(self.packed)
 
     @torch.no_grad()
     def row_cross(self, A: Tensor, B: Tensor) -> Tensor:
         """<W'_n A^T, B_n> for A (R, K) and B (N, R), float32 (N,), of W' in ``dtype``; no dense W' is made."""
-        return training.row_cross_4bit(
-            self.weight,
-            self.absmax,
-            self.shape,
-            A,
-            B,
-            self.quant_type,
-            self.block_size,
-            nested_absmax=self.nested_absmax,
-            offset=self.offset,
-            dtype=self.dtype,
-        )
+        return ops.row_cross_4bit(self.packed, A, B)
 
     def extra_repr(self) -> str:
         double = ", double_quant=True" if self.double_quant else ""
@@ -288,7 +216,7 @@ class Linear4bit(nn.Module):
 
     def _unpack(self, state: dict[str, Any], prefix: str) -> None:
         stored = from_bitsandbytes(state, f"{prefix}weight")
-        stored.check_shape(f"{prefix}weight", self.shape)
+        check_shape(f"{prefix}weight", stored.shape, self.shape)
         device = self.weight.device
         self.set_format(stored.quant_type, stored.block_size, stored.double_quant, stored.dtype, device)
         for name in part_names(state, prefix):
@@ -296,17 +224,34 @@ class Linear4bit(nn.Module):
         state.update({prefix + name: tensor for name, tensor in stored.tensors.items()})
 
 
-def empty_scales(
-    n: int, block_size: int, double_quant: bool, device: torch.device | str | None
-) -> dict[str, Tensor | None]:
-    """Buffers for the scales of n weights, by name."""
-    blocks = math.ceil(n / block_size)
-    nested = math.ceil(blocks / NESTED_BLOCK)
-    return {
-        "absmax": torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32, device=device),
-        "nested_absmax": torch.empty(nested, dtype=torch.float32, device=device) if double_quant else None,
-        "offset": torch.empty((), dtype=torch.float32, device=device) if double_quant else None,
-    }
+def set_format(
+    holder: Any,
+    quant_type: str,
+    block_size: int,
+    double_quant: bool,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+) -> None:
+    """Give a module of a ``shape`` the attributes of this format, and empty buffers for the scales of its weight."""
+    check_type(quant_type, block_size)
+    check_dtype(dtype, "the dtype of a 4-bit weight")
+    holder.quant_type, holder.block_size, holder.dtype = quant_type, block_size, dtype
+    for name, buffer in empty_scales(math.prod(holder.shape), block_size, double_quant, device).items():
+        holder.register_buffer(name, buffer)
+
+
+def packed_of(holder: Any, codes: Tensor) -> PackedWeight:
+    """The 4-bit weight whose scales and format are attributes of ``holder``."""
+    return PackedWeight(
+        codes,
+        holder.absmax,
+        holder.shape,
+        holder.quant_type,
+        holder.block_size,
+        holder.nested_absmax,
+        holder.offset,
+        holder.dtype,
+    )
 
 
 def computed_in(dtype: torch.dtype | None, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
@@ -341,38 +286,6 @@ def check_scale_dtypes(holder: nn.Module, state: dict[str, Any], prefix: str, er
     if wrong:
         errors.append(str(QuantizationError("RW604", f"the state does not fit a 4-bit layer: {'; '.join(wrong)}.")))
     return not wrong
-
-
-def quantized_tensors(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> dict[str, Tensor]:
-    """``weight`` of any shape as the tensors of a `Linear4bit`, by name: weight, absmax and, double-quantized, two
-    more."""
-    packed, absmax = ops.quantize_4bit(weight.detach(), quant_type, block_size)
-    if not double_quant:
-        return {"weight": packed, "absmax": absmax}
-    codes, nested_absmax, offset = ops.quantize_absmax(absmax)
-    return {"weight": packed, "absmax": codes, "nested_absmax": nested_absmax, "offset": offset}
-
-
-def rounded_to_4bit(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> Tensor:
-    """W' of ``weight``, of any shape: what its 4-bit form stands for, in its dtype."""
-    found = quantized_tensors(weight, quant_type, block_size, double_quant)
-    return dequantized(found, weight.shape, weight.dtype, quant_type, block_size)
-
-
-def dequantized(
-    found: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype, quant_type: str, block_size: int
-) -> Tensor:
-    """The inverse of `quantized_tensors`: W' (shape) of ``dtype``."""
-    return ops.dequantize_4bit(
-        found["weight"],
-        found["absmax"],
-        tuple(shape),
-        dtype,
-        quant_type,
-        block_size,
-        nested_absmax=found.get("nested_absmax"),
-        offset=found.get("offset"),
-    )
 
 
 def _empty_linear(shape: tuple[int, int]) -> nn.Module:

@@ -8,7 +8,6 @@ in, then hands over one weight at a time: dense ones to `QuantizeOperation`, the
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -29,11 +28,12 @@ from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
 
 from rankwise import ops
 from rankwise.errors import QuantizationError
+from rankwise.ops.packed_weight import PackedWeight
 from rankwise.quantization.bitsandbytes_format import (
     PARTS,
     StoredWeight,
+    check_shape,
     from_bitsandbytes,
-    stored_tensors,
     to_bitsandbytes,
 )
 from rankwise.quantization.checkpoint import stored_weights
@@ -48,7 +48,7 @@ from rankwise.quantization.experts import (
     stack_tensors,
 )
 from rankwise.quantization.in_place import dequantize
-from rankwise.quantization.linear import SCALES, Linear4bit, features, is_conv1d, is_dense_linear, quantized_tensors
+from rankwise.quantization.linear import Linear4bit, features, is_conv1d, is_dense_linear
 from rankwise.quantization.listing import some_of
 from rankwise.quantization.targets import (
     dense_linear_names,
@@ -59,6 +59,9 @@ from rankwise.quantization.targets import (
     target_stacks,
     warn_about_experts,
 )
+
+# Both say in which format a weight is stored.
+Stored = StoredWeight | PackedWeight
 
 
 def register() -> None:
@@ -172,14 +175,14 @@ class FourBitQuantizer(HfQuantizer):
             for name in (path, prefix + path, path.removeprefix(prefix)):
                 if name in modules:
                     in_features, out_features = features(modules[name])
-                    content.check_shape(weight, (out_features, in_features))
+                    check_shape(weight, content.shape, (out_features, in_features))
                     self._put_empty(model, [name], content)
                     break
                 if name in experts:
                     self._put_empty_stack(model, name, content)
                     break
 
-    def _put_empty(self, model: PreTrainedModel, names: list[str], stored: StoredWeight | None = None) -> Linear4bit:
+    def _put_empty(self, model: PreTrainedModel, names: list[str], stored: Stored | None = None) -> Linear4bit:
         """An empty `Linear4bit` in place of the dense layer; its weight is still to come."""
         linear: Any = model.get_submodule(names[0])
         config = self.quantization_config
@@ -202,15 +205,15 @@ class FourBitQuantizer(HfQuantizer):
             model.set_submodule(name, layer)
         return layer
 
-    def _put_empty_stack(self, model: PreTrainedModel, name: str, stored: StoredWeight | None = None) -> StackScales:
+    def _put_empty_stack(self, model: PreTrainedModel, name: str, stored: Stored | None = None) -> StackScales:
         """An empty stack in place of a dense tensor of experts. Raises QuantizationError RW611 for a stored one that
         the model cannot take."""
         module, leaf = _owner(model, name)
         dense, config = model.get_parameter(name), self.quantization_config
         wanted: Any = stored or config
         if stored is not None:
-            stored.check_shape(name, tuple(dense.shape))
-            if (reason := obstacle(module, leaf, stored.shape, stored.block_size)) is not None:
+            check_shape(name, stored.shape, dense.shape)
+            if (reason := obstacle(module, leaf, tuple(stored.shape), stored.block_size)) is not None:
                 raise QuantizationError("RW611", f"the 4-bit experts {name} cannot be computed with: {reason}.")
         scales = StackScales(
             tuple(dense.shape),
@@ -280,12 +283,12 @@ def bitsandbytes_state(model: nn.Module) -> dict[str, Tensor]:
         prefix = name.removesuffix("weight")
         for own in ("weight", "absmax", "nested_absmax", "offset"):
             state.pop(prefix + own, None)
-        state.update({prefix + key: tensor for key, tensor in to_bitsandbytes(layer).items()})
+        state.update({prefix + key: tensor for key, tensor in to_bitsandbytes("weight", layer.packed).items()})
     for _, stack in four_bit_stacks(model):
         name = names[id(stack.codes)]
         for own in ("absmax", "nested_absmax", "offset"):
             state.pop(f"{name}{SUFFIX}.{own}", None)
-        state.update(stored_tensors(name, stack.codes, stack.scales))
+        state.update(to_bitsandbytes(name, stack.packed))
     return {name: tensor.detach() if isinstance(tensor, Tensor) else tensor for name, tensor in state.items()}
 
 
@@ -323,15 +326,15 @@ class QuantizeOperation(ConversionOps):
             stack = stack_at(module, leaf)
             if stack is not None:
                 found = self._quantized(name, _single(value), stack.scales)
-                tensors |= stack_tensors(found, name, stack.scales.shape[0])
+                tensors |= stack_tensors(found, name)
             elif leaf == "weight" and isinstance(module, Linear4bit):
                 found = self._quantized(name, _single(value), module)
-                tensors |= {name.removesuffix("weight") + key: tensor for key, tensor in found.items()}
+                tensors |= {name.removesuffix("weight") + key: tensor for key, tensor in found.tensors.items()}
             else:
                 tensors[name] = value
         return tensors
 
-    def _quantized(self, name: str, value: Tensor, layer: Linear4bit | StackScales) -> dict[str, Tensor]:
+    def _quantized(self, name: str, value: Tensor, layer: Linear4bit | StackScales) -> PackedWeight:
         quantizer = self.hf_quantizer
         weight = value.T if name in quantizer.transposed else value
         quantizer.loaded.add(name)
@@ -340,17 +343,12 @@ class QuantizeOperation(ConversionOps):
                 raise QuantizationError(
                     "RW612", f"it has shape {tuple(weight.shape)} where the model needs {layer.shape}"
                 )
-            return quantized_tensors(weight, layer.quant_type, layer.block_size, layer.double_quant)
+            return ops.quantize_weight(weight, layer.quant_type, layer.block_size, layer.double_quant)
         except QuantizationError as error:
             quantizer.failures.append(QuantizationError(error.code, f"{name}: {error.message}"))
             # Loading goes on to its end, where the failures are raised.
-            codes = torch.empty(math.ceil(math.prod(layer.shape) / 2), dtype=torch.uint8, device=value.device)
-            packed = codes.view(ops.packed_shape(layer.shape, layer.block_size))
-            return {"weight": packed, **_like_scales(layer, value.device)}
-
-
-def _like_scales(layer: Linear4bit | StackScales, device: torch.device) -> dict[str, Tensor]:
-    return {name: torch.empty_like(own, device=device) for name in SCALES if (own := getattr(layer, name)) is not None}
+            nothing = torch.zeros(layer.shape, device=value.device)
+            return ops.quantize_weight(nothing, layer.quant_type, layer.block_size, layer.double_quant)
 
 
 class DeserializeOperation(ConversionOps):
@@ -392,16 +390,16 @@ class DeserializeOperation(ConversionOps):
             raise QuantizationError(
                 "RW611", f"the 4-bit weight {full_name} belongs to a {type(module).__name__}, which is no linear layer."
             )
-        stored.check_shape(full_name, module.shape)
+        check_shape(full_name, stored.shape, module.shape)
         module.set_format(stored.quant_type, stored.block_size, stored.double_quant, module.dtype, "meta")
         return {prefix + name: tensor for name, tensor in stored.tensors.items()}
 
-    def _stack(self, stored: StoredWeight, model: Any, name: str) -> dict[str, Tensor]:
+    def _stack(self, stored: PackedWeight, model: Any, name: str) -> dict[str, Tensor]:
         module, leaf = _owner(model, name)
         stack = stack_at(module, leaf)
         scales = self.hf_quantizer._put_empty_stack(model, name, stored) if stack is None else stack.scales
-        stored.check_shape(name, scales.shape)
-        return stack_tensors(stored.tensors, name, scales.shape[0])
+        check_shape(name, stored.shape, scales.shape)
+        return stack_tensors(stored, name)
 
 
 def _wanted_dtype(model: Any, name: str) -> torch.dtype:

@@ -20,7 +20,8 @@ from rankwise.ops.cpu import products
 from rankwise.ops.cpu.memory import on_huge_pages
 from rankwise.ops.cpu.native import library
 from rankwise.ops.cpu.packed import NativeWeight, tables
-from rankwise.ops.reference import dequantize_absmax, not_finite, packed_shape, quantize_absmax
+from rankwise.ops.packed_weight import PackedWeight, packed_shape
+from rankwise.ops.reference import dequantize_absmax, not_finite, quantize_absmax
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -36,7 +37,7 @@ _kept = threading.local()
 
 
 def quantize_4bit(w: Tensor, quant_type: str = "nf4", block_size: int = 64) -> tuple[Tensor, Tensor]:
-    """w, any shape -> packed uint8 (`rankwise.ops.packed_shape`), absmax float32 (blocks,)."""
+    """w, any shape -> packed uint8 (`packed_shape`), absmax float32 (blocks,)."""
     w, n = w.detach().contiguous(), w.numel()
     packed = on_huge_pages(packed_shape(w.shape, block_size), torch.uint8)
     absmax = torch.empty(math.ceil(n / block_size), dtype=torch.float32)
@@ -58,47 +59,26 @@ def quantize_4bit(w: Tensor, quant_type: str = "nf4", block_size: int = 64) -> t
     return packed, absmax
 
 
-def dequantize_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    quant_type: str = "nf4",
-    block_size: int = 64,
-    nested_absmax: Tensor | None = None,
-    offset: Tensor | None = None,
-) -> Tensor:
-    """w' = value[code] * absmax, of ``shape`` and ``dtype``."""
-    out = _memory(shape, dtype, exact=True)
-    weight = NativeWeight(packed, absmax, out.numel(), quant_type, block_size, nested_absmax, offset)
-    _dequantize_into(out, weight)
+def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """W' = value[code] * absmax, in ``dtype``."""
+    out = _memory(weight.shape, dtype, exact=True)
+    _dequantize_into(out, NativeWeight(weight))
     return out
 
 
-def linear_4bit(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    bias: Tensor | None = None,
-    quant_type: str = "nf4",
-    block_size: int = 64,
-    nested_absmax: Tensor | None = None,
-    offset: Tensor | None = None,
-) -> Tensor:
+def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """y = x W'^T + b, with W' rounded to the dtype of x. x (..., K) -> y (..., N)."""
-    N, K = shape
-    weight = NativeWeight(packed, absmax, N * K, quant_type, block_size, nested_absmax, offset)
+    N, K = weight.shape
     T = math.prod(x.shape[:-1])
     if T > _FEW_ROWS:
         if products.take(x.dtype):
             # The weight is decoded into caches instead of memory.
-            return _product(x, products.Factor(weight, K), N, across=False, bias=bias)
-        return functional.linear(x, _dense(weight, shape, x.dtype), bias)
+            return _product(x, products.Factor(NativeWeight(weight), weight.shape[1]), N, across=False, bias=bias)
+        return functional.linear(x, _dense(weight, x.dtype), bias)
     x, y = x.contiguous(), torch.empty((*x.shape[:-1], N), dtype=x.dtype)
-    bias = None if bias is None else bias.contiguous()
+    bias, native = None if bias is None else bias.contiguous(), NativeWeight(weight)
     library().rw_linear_4bit(
-        weight.struct,
+        native.struct,
         x.data_ptr(),
         T,
         N,
@@ -111,40 +91,19 @@ def linear_4bit(
     return y
 
 
-def linear_4bit_input_grad(
-    grad: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    quant_type: str = "nf4",
-    block_size: int = 64,
-    nested_absmax: Tensor | None = None,
-    offset: Tensor | None = None,
-) -> Tensor:
+def linear_4bit_input_grad(grad: Tensor, weight: PackedWeight) -> Tensor:
     """dL/dx = dL/dy W'. grad (..., N) -> (..., K)."""
-    N, K = shape
-    weight = NativeWeight(packed, absmax, N * K, quant_type, block_size, nested_absmax, offset)
     # Without tiles, PyTorch's bfloat16 product of even a few rows with a transposed matrix takes longer.
     if products.replace_torch(grad.dtype) or (math.prod(grad.shape[:-1]) > _FEW_ROWS and products.take(grad.dtype)):
-        return _product(grad, products.Factor(weight, K), K, across=True)
-    return grad @ _dense(weight, shape, grad.dtype)
+        return _product(grad, products.Factor(NativeWeight(weight), weight.shape[1]), weight.shape[1], across=True)
+    return grad @ _dense(weight, grad.dtype)
 
 
-def row_norms_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    quant_type: str = "nf4",
-    block_size: int = 64,
-    nested_absmax: Tensor | None = None,
-    offset: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
+def row_norms_4bit(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """||W'_n||, float32 (N,), of W' rounded to ``dtype`` and accumulated in float32."""
-    N, K = shape
-    weight = NativeWeight(packed, absmax, N * K, quant_type, block_size, nested_absmax, offset)
-    norms = torch.empty(N, dtype=torch.float32)
-    library().rw_row_norms_4bit(weight.struct, N, K, _DTYPE[dtype], norms.data_ptr(), get_num_threads())
+    N, K = weight.shape
+    norms, native = torch.empty(N, dtype=torch.float32), NativeWeight(weight)
+    library().rw_row_norms_4bit(native.struct, N, K, _DTYPE[dtype], norms.data_ptr(), get_num_threads())
     return norms
 
 
@@ -162,10 +121,10 @@ def _dequantize_into(out: Tensor, weight: NativeWeight) -> None:
     library().rw_dequantize_4bit(weight.struct, 0, out.numel(), _DTYPE[out.dtype], out.data_ptr(), get_num_threads())
 
 
-def _dense(weight: NativeWeight, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The dequantized weight, (N, K), in memory that serves the next call too once this tensor is dropped."""
-    out = _memory(shape, dtype, exact=False)
-    _dequantize_into(out, weight)
+    out = _memory(weight.shape, dtype, exact=False)
+    _dequantize_into(out, NativeWeight(weight))
     return out
 
 

@@ -11,6 +11,7 @@ Legend: T = rows of x, K = in features, N = out features, r = rank, R = the rank
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -22,65 +23,74 @@ from rankwise.ops.cpu.memory import OF_OUTPUTS, roomy
 from rankwise.ops.cpu.products import MOST_TERMS, Factor, Term, add_products, pay, row_product, take
 
 
-def takes(rows: Tensor, branches: Sequence[Branch]) -> bool:
-    """Whether these steps apply: rows (T, K) that sums of products take, and weights that can be read in place."""
+def steps_for(rows: Tensor, branches: Sequence[Branch]) -> Steps | None:
+    """The steps, where they apply: rows (T, K) that sums of products take, and weights that can be read in place."""
     if len(branches) >= MOST_TERMS or not take(rows.dtype):
-        return False
-    factors = [branch.frozen.factor() for branch in branches]
-    return all(factor is not None and pay(rows, factor) for factor in factors)
+        return None
+    factors = []
+    for branch in branches:
+        factor = Factor.of(branch.frozen.weight)
+        if factor is None or not pay(rows, factor):
+            return None
+        factors.append(factor)
+    return Steps(factors)
 
 
-def forward(rows: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> tuple[list[Tensor], Tensor]:
-    """The outputs (T, N_i), and U = drop(x) [A_1; A_2; ...]^T (T, R)."""
-    rows = _dense(rows)
-    T, ranks = rows.shape[0], [branch.A.shape[0] for branch in branches]
-    # In float32, A and B say more than their rounded values, and U too: with it the errors of outputs and gradients are
-    # below those of the same branch computed in float32 and added to a rounded product.
-    are_floats = all(matrix.dtype is torch.float32 for branch in branches for matrix in (branch.A, branch.B))
-    exact = are_floats and rows.dtype is torch.bfloat16
-    U, rest = rows.new_empty(T, sum(ranks)), rows.new_empty(T, sum(ranks)) if exact else None
-    add_products([Term(_dropped(rows, dropout), _stacked_A(branches), exact=exact)], U, rest=rest)
-    rests = [None] * len(ranks) if rest is None else rest.split(ranks, dim=1)
-    ys = []
-    for branch, U_i, rest_i in zip(branches, U.split(ranks, dim=1), rests):
-        low_rank = Term(U_i, _factor(branch.B), scale=branch.scale, exact=exact, a_rest=rest_i)
-        terms = [Term(rows, _frozen(branch)), low_rank]
-        bias = None if branch.bias is None else branch.bias.float()
-        y = roomy((T, branch.B.shape[0]), rows.dtype, OF_OUTPUTS)
-        ys.append(add_products(terms, y, branch.gain, bias))
-    return ys, U
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The functions of `rankwise.ops.low_rank_plain`, with the frozen weights as the native library reads them."""
 
+    factors: Sequence[Factor]
 
-def backward(
-    dys: Sequence[Tensor | None],
-    branches: Sequence[Branch],
-    ys: Sequence[Tensor | None],
-    U: Tensor,
-    dropout: Dropout | None,
-    wanted: Sequence[Wanted],
-    *,
-    want_dx: bool,
-) -> tuple[Tensor, Tensor | None, list[BranchGrads]]:
-    """dU (T, R), dx (T, K), and the gradients of each branch but A's; dys and ys as rows."""
-    dys = [None if dy is None else _dense(dy) for dy in dys]
-    dU = torch.zeros_like(U) if any(dy is None for dy in dys) else torch.empty_like(U)
-    grads, terms, first = [], [], 0
-    for dy, branch, y, want in zip(dys, branches, ys, wanted):
-        columns = slice(first, first + branch.A.shape[0])
-        first = columns.stop
-        if dy is None:
-            grads.append(BranchGrads())
-            continue
-        B = Term(dy, _factor(branch.B), across=True, gain=branch.gain, scale=branch.scale)
-        add_products([B], dU[:, columns])
-        grads.append(_branch_grads(dy, branch, y, U[:, columns], want))
-        terms.append(Term(dy, _frozen(branch), across=True, gain=branch.gain))
-    return dU, _grad_x(terms, dU, branches, dropout) if want_dx else None, grads
+    def forward(self, rows: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> tuple[list[Tensor], Tensor]:
+        """The outputs (T, N_i), and U = drop(x) [A_1; A_2; ...]^T (T, R)."""
+        rows = _dense(rows)
+        T, ranks = rows.shape[0], [branch.A.shape[0] for branch in branches]
+        # In float32, A and B say more than their rounded values, and U too: with it the errors of outputs and gradients
+        # are below those of the same branch computed in float32 and added to a rounded product.
+        are_floats = all(matrix.dtype is torch.float32 for branch in branches for matrix in (branch.A, branch.B))
+        exact = are_floats and rows.dtype is torch.bfloat16
+        U, rest = rows.new_empty(T, sum(ranks)), rows.new_empty(T, sum(ranks)) if exact else None
+        add_products([Term(_dropped(rows, dropout), _stacked_A(branches), exact=exact)], U, rest=rest)
+        rests = [None] * len(ranks) if rest is None else rest.split(ranks, dim=1)
+        ys = []
+        for branch, factor, U_i, rest_i in zip(branches, self.factors, U.split(ranks, dim=1), rests):
+            low_rank = Term(U_i, _factor(branch.B), scale=branch.scale, exact=exact, a_rest=rest_i)
+            bias = None if branch.bias is None else branch.bias.float()
+            y = roomy((T, branch.B.shape[0]), rows.dtype, OF_OUTPUTS)
+            ys.append(add_products([Term(rows, factor), low_rank], y, branch.gain, bias))
+        return ys, U
 
+    def backward(
+        self,
+        dys: Sequence[Tensor | None],
+        branches: Sequence[Branch],
+        ys: Sequence[Tensor | None],
+        U: Tensor,
+        dropout: Dropout | None,
+        wanted: Sequence[Wanted],
+        *,
+        want_dx: bool,
+    ) -> tuple[Tensor, Tensor | None, list[BranchGrads]]:
+        """dU (T, R), dx (T, K), and the gradients of each branch but A's; dys and ys as rows."""
+        dys = [None if dy is None else _dense(dy) for dy in dys]
+        dU = torch.zeros_like(U) if any(dy is None for dy in dys) else torch.empty_like(U)
+        grads, terms, first = [], [], 0
+        for dy, branch, factor, y, want in zip(dys, branches, self.factors, ys, wanted):
+            columns = slice(first, first + branch.A.shape[0])
+            first = columns.stop
+            if dy is None:
+                grads.append(BranchGrads())
+                continue
+            B = Term(dy, _factor(branch.B), across=True, gain=branch.gain, scale=branch.scale)
+            add_products([B], dU[:, columns])
+            grads.append(_branch_grads(dy, branch, y, U[:, columns], want))
+            terms.append(Term(dy, factor, across=True, gain=branch.gain))
+        return dU, _grad_x(terms, dU, branches, dropout) if want_dx else None, grads
 
-def grad_A(dU: Tensor, rows: Tensor, dropout: Dropout | None) -> Tensor:
-    """``dU^T drop(x)``: (R, K) in float32."""
-    return row_product(dU, _dropped(_dense(rows), dropout))[0]
+    def grad_A(self, dU: Tensor, rows: Tensor, dropout: Dropout | None) -> Tensor:
+        """``dU^T drop(x)``: (R, K) in float32."""
+        return row_product(dU, _dropped(_dense(rows), dropout))[0]
 
 
 def _branch_grads(dy: Tensor, branch: Branch, y: Tensor | None, U: Tensor, want: Wanted) -> BranchGrads:
@@ -122,12 +132,6 @@ def _dense(rows: Tensor) -> Tensor:
 
 def _dropped(rows: Tensor, dropout: Dropout | None) -> Tensor:
     return rows if dropout is None else training.dropout(rows, dropout.p, dropout.seed)
-
-
-def _frozen(branch: Branch) -> Factor:
-    factor = branch.frozen.factor()
-    assert factor is not None, "`takes` has seen to it"
-    return factor
 
 
 def _factor(matrix: Tensor) -> Factor:

@@ -5,38 +5,33 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 
-from torch import Tensor
-
 from rankwise.ops.codes import code_table, dynamic_map
 from rankwise.ops.cpu.native import Weight
+from rankwise.ops.packed_weight import PackedWeight
 
 
 class NativeWeight:
     """The C view of one weight. It holds the tensors whose memory the C side reads."""
 
-    def __init__(
-        self,
-        packed: Tensor,
-        absmax: Tensor,
-        elements: int,
-        quant_type: str,
-        block_size: int,
-        nested_absmax: Tensor | None,
-        offset: Tensor | None,
-    ) -> None:
-        packed, absmax = packed.contiguous(), absmax.contiguous()
+    def __init__(self, weight: PackedWeight) -> None:
+        codes, absmax, nested_absmax = weight.codes.contiguous(), weight.absmax.contiguous(), weight.nested_absmax
         nested_absmax = None if nested_absmax is None else nested_absmax.contiguous()
-        self.buffers = (packed, absmax, nested_absmax, offset)
+        self.buffers = (codes, absmax, nested_absmax, weight.offset)
         self.struct = Weight(
-            packed.data_ptr(),
+            codes.data_ptr(),
             absmax.data_ptr(),
             None if nested_absmax is None else nested_absmax.data_ptr(),
-            None if offset is None else offset.data_ptr(),
-            ctypes.addressof(tables(quant_type)[0]),
-            None if nested_absmax is None else dynamic_map(packed.device).data_ptr(),
-            elements,
-            block_size,
+            None if weight.offset is None else weight.offset.data_ptr(),
+            ctypes.addressof(tables(weight.quant_type)[0]),
+            None if nested_absmax is None else dynamic_map(codes.device).data_ptr(),
+            weight.elements,
+            weight.block_size,
         )
+
+    def address(self) -> int:
+        """Of the C view. FSDP moves the storage of a weight between the forward and the backward pass: read again."""
+        self.struct.packed, self.struct.absmax = self.buffers[0].data_ptr(), self.buffers[1].data_ptr()
+        return ctypes.addressof(self.struct)
 
 
 @cache

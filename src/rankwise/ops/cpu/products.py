@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from rankwise.ops.cpu.native import library
 from rankwise.ops.cpu.packed import NativeWeight
+from rankwise.ops.packed_weight import PackedWeight
 
 MOST_TERMS = 16
 
@@ -42,8 +43,14 @@ class Factor:
     across: bool = False
 
     @classmethod
-    def of(cls, W: Tensor) -> Factor | None:
-        """A dense W (N, K) or a transposed view of one; None where its rows are not dense or its dtype is another."""
+    def of(cls, W: Tensor | PackedWeight) -> Factor | None:
+        """A 4-bit W (N, K), a dense one or a transposed view of one; None where the native library cannot read it: not
+        on a CPU, of another dtype, or without dense rows."""
+        if isinstance(W, PackedWeight):
+            if not W.codes.is_cpu:
+                return None
+            # Fake codes are never read.
+            return cls(W.codes if isinstance(W.codes, FakeTensor) else NativeWeight(W), W.shape[1])
         if W.dtype not in _DTYPE or not W.is_cpu:
             return None
         if W.stride(1) == 1:
@@ -191,7 +198,7 @@ def _struct(term: Term) -> _Term:
     if isinstance(data, Tensor):
         dense, dtype = data.data_ptr(), data.dtype
     else:
-        packed = ctypes.addressof(data.struct)
+        packed = data.address()
     a = term.a
     return _Term(
         a.data_ptr(), a.stride(0), a.shape[1], dense, term.W.stride, packed, _pointer(term.gain), term.scale,

@@ -7,15 +7,13 @@ H100's 3.35 TB/s and 43 us at an RTX 4090's 1.0 TB/s.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankwise.ops.triton.tile import Weight, block_scales, decode, launching_on, round_to
+from rankwise.ops.packed_weight import PackedWeight
+from rankwise.ops.triton.tile import block_scales, buffers, decode, launching_on, round_to
 
 # Elements per program and warps: 16 bytes of codes per thread, the widest load there is.
 _ELEMENTS, _WARPS = 4096, 4
@@ -46,19 +44,19 @@ def dequantize_kernel(
     tl.store(out + element, round_to(tl.interleave(first, second), out.dtype.element_ty), mask=element < n)
 
 
-def dequantize(weight: Weight, shape: Sequence[int], dtype: torch.dtype, block_size: int) -> Tensor:
-    """w' = value[code] * absmax, of ``shape`` and ``dtype``, equal to the reference to the bit."""
-    out, n = torch.empty(tuple(shape), dtype=dtype, device=weight.packed.device), math.prod(shape)
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """W' = value[code] * absmax in ``dtype``, equal to the reference to the bit."""
+    out, n = torch.empty(tuple(weight.shape), dtype=dtype, device=weight.codes.device), weight.elements
     if n == 0:
         return out
     with launching_on(out.device):
         dequantize_kernel[(triton.cdiv(n, _ELEMENTS),)](
-            *weight,
+            *buffers(weight),
             out,
             n,
             (n + 1) // 2,
-            BLOCK=block_size,
-            BLOCKS=_ELEMENTS // block_size,
+            BLOCK=weight.block_size,
+            BLOCKS=_ELEMENTS // weight.block_size,
             num_warps=_WARPS,
             enable_fp_fusion=False,
         )

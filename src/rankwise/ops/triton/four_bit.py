@@ -13,20 +13,19 @@ Legend: T = rows of x, K = in features, N = out features.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from rankwise.ops import reference
-from rankwise.ops.reference import dequantize_absmax, packed_shape, quantize_absmax
+from rankwise.ops.packed_weight import PackedWeight, packed_shape
+from rankwise.ops.reference import dequantize_absmax, quantize_absmax
 from rankwise.ops.triton import dequantize, product, quantize, row_norms
-from rankwise.ops.triton.tile import rows_are_blocks, weight
 
 
 def quantize_4bit(w: Tensor, quant_type: str = "nf4", block_size: int = 64) -> tuple[Tensor, Tensor]:
-    """w, any shape -> packed uint8 (`rankwise.ops.packed_shape`), absmax float32 (blocks,)."""
+    """w, any shape -> packed uint8 (`packed_shape`), absmax float32 (blocks,)."""
     flat, n = w.detach().contiguous().view(-1), w.numel()
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(math.ceil(n / block_size), dtype=torch.float32, device=w.device)
@@ -46,71 +45,28 @@ def _quantize_rest(rest: Tensor, quant_type: str, block_size: int) -> tuple[Tens
     return packed.view(-1), absmax
 
 
-def dequantize_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    quant_type: str = "nf4",
-    block_size: int = 64,
-    nested_absmax: Tensor | None = None,
-    offset: Tensor | None = None,
-) -> Tensor:
-    """w' = value[code] * absmax, of ``shape`` and ``dtype``."""
-    return dequantize.dequantize(weight(packed, absmax, nested_absmax, offset, quant_type), shape, dtype, block_size)
+def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """W' = value[code] * absmax, in ``dtype``."""
+    return dequantize.dequantize(weight, dtype)
 
 
-def linear_4bit(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    bias: Tensor | None = None,
-    quant_type: str = "nf4",
-    block_size: int = 64,
-    nested_absmax: Tensor | None = None,
-    offset: Tensor | None = None,
-) -> Tensor:
+def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """y = x W'^T + b, with W' rounded to the dtype of x. x (..., K) -> y (..., N)."""
-    N, K = shape
-    if math.prod(x.shape[:-1]) <= product.FEW_ROWS and rows_are_blocks(K, block_size):
-        buffers = weight(packed, absmax, nested_absmax, offset, quant_type)
-        return product.few_rows(x, buffers, N, bias, block_size)
-    dense = dequantize_4bit(packed, absmax, shape, x.dtype, quant_type, block_size, nested_absmax, offset)
-    return functional.linear(x, dense, bias)
+    if math.prod(x.shape[:-1]) <= product.FEW_ROWS and weight.rows_are_blocks:
+        return product.few_rows(x, weight, bias)
+    return functional.linear(x, dequantize_4bit(weight, x.dtype), bias)
 
 
-def linear_4bit_input_grad(
-    grad: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    quant_type: str = "nf4",
-    block_size: int = 64,
-    nested_absmax: Tensor | None = None,
-    offset: Tensor | None = None,
-) -> Tensor:
+def linear_4bit_input_grad(grad: Tensor, weight: PackedWeight) -> Tensor:
     """dL/dx = dL/dy W'. grad (..., N) -> (..., K)."""
-    return grad @ dequantize_4bit(packed, absmax, shape, grad.dtype, quant_type, block_size, nested_absmax, offset)
+    return grad @ dequantize_4bit(weight, grad.dtype)
 
 
-def row_norms_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    shape: Sequence[int],
-    quant_type: str = "nf4",
-    block_size: int = 64,
-    nested_absmax: Tensor | None = None,
-    offset: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
+def row_norms_4bit(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """||W'_n||, float32 (N,), of W' rounded to ``dtype`` and accumulated in float32."""
-    N, K = shape
-    if rows_are_blocks(K, block_size):
-        buffers = weight(packed, absmax, nested_absmax, offset, quant_type)
-        return row_norms.row_norms(buffers, N, K, block_size, dtype)
-    dense = dequantize_4bit(packed, absmax, shape, dtype, quant_type, block_size, nested_absmax, offset)
-    return torch.linalg.vector_norm(dense, dim=1, dtype=torch.float32)
+    if weight.rows_are_blocks:
+        return row_norms.row_norms(weight, dtype)
+    return torch.linalg.vector_norm(dequantize_4bit(weight, dtype), dim=1, dtype=torch.float32)
 
 
 __all__ = [

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankwise.ops.triton.tile import INTERPRETED, Weight, decode, launching_on, power_of_two, round_to, row_tile
+from rankwise.ops.packed_weight import PackedWeight
+from rankwise.ops.triton.tile import INTERPRETED, buffers, decode, launching_on, power_of_two, round_to, row_tile
 
 FEW_ROWS = 16
 """Up to so many rows are multiplied here. It is also the least side of a tile that tensor cores take."""
@@ -149,23 +150,23 @@ def several_rows_kernel(
     tl.store(place, round_to(total, y.dtype.element_ty), mask=(rows < N)[:, None] & (token < T)[None, :])
 
 
-def few_rows(x: Tensor, weight: Weight, N: int, bias: Tensor | None, block_size: int) -> Tensor:
+def few_rows(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """y = x W'^T + b. x (..., K) of at most FEW_ROWS rows -> y (..., N). Rows of W' consist of whole blocks."""
-    K = x.shape[-1]
+    N, K = weight.shape
     T, y = x.numel() // K, x.new_empty((*x.shape[:-1], N))
     if y.numel() == 0:
         return y
     rows, columns, warps = _ONE if T == 1 else _SEVERAL
     columns = min(columns, power_of_two(K))
-    span = min(block_size, columns)
-    buffers = (*weight, x.contiguous(), None if bias is None else bias.contiguous(), y)
-    tile = {"BLOCK": block_size, "SPAN": span, "SPANS": columns // span, "ROWS": rows}
+    span = min(weight.block_size, columns)
+    inputs = (*buffers(weight), x.contiguous(), None if bias is None else bias.contiguous(), y)
+    tile = {"BLOCK": weight.block_size, "SPAN": span, "SPANS": columns // span, "ROWS": rows}
     grid, counts = (triton.cdiv(N, rows),), (N, K // span, K // 2)
     with launching_on(x.device):
         if T == 1:
-            one_row_kernel[grid](*buffers, *counts, **tile, num_warps=warps, num_stages=1, enable_fp_fusion=False)
+            one_row_kernel[grid](*inputs, *counts, **tile, num_warps=warps, num_stages=1, enable_fp_fusion=False)
         else:
             several_rows_kernel[grid](
-                *buffers, *counts, T, K, **tile, TOKENS=FEW_ROWS, num_warps=warps, num_stages=1, enable_fp_fusion=False
+                *inputs, *counts, T, K, **tile, TOKENS=FEW_ROWS, num_warps=warps, num_stages=1, enable_fp_fusion=False
             )
     return y

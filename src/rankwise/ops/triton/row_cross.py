@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rankwise.ops.packed_weight import PackedWeight
 from rankwise.ops.triton.rows import dot_operand
-from rankwise.ops.triton.tile import DTYPE, Weight, decode, launching_on, power_of_two, round_to, row_tile
+from rankwise.ops.triton.tile import DTYPE, buffers, decode, launching_on, power_of_two, round_to, row_tile
 
 # Weight rows and columns that a program treats at once, the columns that it goes through, and its warps.
 _ROWS, _COLUMNS, _RUN, _WARPS = 64, 64, 1024, 4
@@ -132,21 +133,22 @@ def row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return sums.sum(0)
 
 
-def row_cross_4bit(weight: Weight, N: int, K: int, A: Tensor, B: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+def row_cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
     """`row_cross` of the weight dequantized to ``dtype``. Its rows consist of whole blocks."""
+    N, K = weight.shape
     A, B = _operands(A, B, dtype)
     R = len(A)
     if N * R == 0:
         return torch.zeros(N, dtype=torch.float32, device=A.device)
     columns, ranks = min(_PACKED_COLUMNS, power_of_two(K)), _ranks(R)
-    span = min(block_size, columns)
+    span = min(weight.block_size, columns)
     run = max(_RUN, columns) // span
     grid = (triton.cdiv(N, _PACKED_ROWS), triton.cdiv(R, ranks), triton.cdiv(K // span, run))
     sums = torch.empty((grid[1] * grid[2], N), dtype=torch.float32, device=A.device)
     with launching_on(A.device):
         row_cross_4bit_kernel[grid](
-            *weight, A[:, ::2].contiguous(), A[:, 1::2].contiguous(), B, sums, N, K // span, K // 2, R,
-            ROUNDED=DTYPE[dtype], BLOCK=block_size, SPAN=span, SPANS=columns // span, RUN=run, RANKS=ranks,
+            *buffers(weight), A[:, ::2].contiguous(), A[:, 1::2].contiguous(), B, sums, N, K // span, K // 2, R,
+            ROUNDED=DTYPE[dtype], BLOCK=weight.block_size, SPAN=span, SPANS=columns // span, RUN=run, RANKS=ranks,
             ROWS=_PACKED_ROWS, num_warps=_WARPS, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
     return sums.sum(0)

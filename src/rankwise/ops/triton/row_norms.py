@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankwise.ops.triton.tile import DTYPE, Weight, decode, launching_on, power_of_two, round_to, row_tile
+from rankwise.ops.packed_weight import PackedWeight
+from rankwise.ops.triton.tile import DTYPE, buffers, decode, launching_on, power_of_two, round_to, row_tile
 
 # Rows and elements of a row that a program treats at once, and its warps.
 _ROWS, _COLUMNS, _WARPS = 4, 1024, 4
@@ -46,22 +47,23 @@ def row_norms_kernel(
     tl.store(norms + rows, tl.sqrt_rn(squares), mask=rows < N)
 
 
-def row_norms(weight: Weight, N: int, K: int, block_size: int, dtype: torch.dtype) -> Tensor:
-    """||w'_n|| over K, float32 (N,), of w' rounded to ``dtype``. Rows of w' consist of whole blocks."""
-    norms = torch.empty(N, dtype=torch.float32, device=weight.packed.device)
+def row_norms(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """||W'_n|| over K, float32 (N,), of W' rounded to ``dtype``. Rows of W' consist of whole blocks."""
+    N, K = weight.shape
+    norms = torch.empty(N, dtype=torch.float32, device=weight.codes.device)
     if N == 0:
         return norms
     columns = min(_COLUMNS, power_of_two(K))
-    span = min(block_size, columns)
+    span = min(weight.block_size, columns)
     with launching_on(norms.device):
         row_norms_kernel[(triton.cdiv(N, _ROWS),)](
-            *weight,
+            *buffers(weight),
             norms,
             N,
             K // span,
             K // 2,
             ROUNDED=DTYPE[dtype],
-            BLOCK=block_size,
+            BLOCK=weight.block_size,
             SPAN=span,
             SPANS=columns // span,
             ROWS=_ROWS,

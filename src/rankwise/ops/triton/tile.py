@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from rankwise.errors import QuantizationError
 from rankwise.ops import codes
+from rankwise.ops.codes import code_values, dynamic_map
+from rankwise.ops.packed_weight import PackedWeight
 
 # Decided where the kernels are decorated: from then on they are either interpreted or compiled.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -99,32 +101,14 @@ def row_tile(
     return pairs, scale[:, :, None]
 
 
-class Weight(NamedTuple):
-    """The buffers of one weight and its code tables, as the kernels take them."""
-
-    packed: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor | None
-    offset: Tensor | None
-    values: Tensor
-    dynamic_map: Tensor | None
-
-
-def weight(
-    packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None, quant_type: str
-) -> Weight:
-    """Contiguous buffers, and the tables on their device."""
-    device = packed.device
-    values = codes.code_values(quant_type, device)
+def buffers(weight: PackedWeight) -> tuple[Tensor | None, ...]:
+    """The first six arguments of every kernel: codes, absmax, nested_absmax, offset, values, dynamic_map; contiguous,
+    the two tables on the device of the weight."""
+    codes, absmax, nested_absmax = weight.codes.contiguous(), weight.absmax.contiguous(), weight.nested_absmax
+    values = code_values(weight.quant_type, codes.device)
     if nested_absmax is None:
-        return Weight(packed.contiguous(), absmax.contiguous(), None, None, values, None)
-    table = codes.dynamic_map(device)
-    return Weight(packed.contiguous(), absmax.contiguous(), nested_absmax.contiguous(), offset, values, table)
-
-
-def rows_are_blocks(K: int, block_size: int) -> bool:
-    """Whether rows of K elements consist of whole blocks: then a kernel can walk along them."""
-    return K > 0 and K % block_size == 0
+        return codes, absmax, None, None, values, None
+    return codes, absmax, nested_absmax.contiguous(), weight.offset, values, dynamic_map(codes.device)
 
 
 def power_of_two(count: int) -> int:
