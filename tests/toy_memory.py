@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rankwise.config import FOUR_BITS
 from rankwise.planning import MemoryEstimate, Workload
-from rankwise.planning.estimate import TERMS
+from rankwise.planning.terms import TERMS
 
 WEIGHTS = 10**9
 PER_TOKEN = 10**6

@@ -17,7 +17,7 @@ from rankwise.cli.main import main
 from rankwise.errors import ConfigError
 from rankwise.planning import METHODS, calibration, hardware
 from rankwise.planning import plan as planning
-from rankwise.planning.estimate import TERMS
+from rankwise.planning.terms import TERMS
 
 ARGUMENTS = ("--batch-size", 4, "--max-length", 64)
 ENOUGH, LITTLE = "8GB", "1MB"

@@ -8,9 +8,9 @@ import pytest
 from planning_models import FAMILIES, config_of, skeleton
 
 from rankwise.planning import Workload
+from rankwise.planning.architectures import shape_of
 from rankwise.planning.closed_form import of_shape
 from rankwise.planning.dry_run import trace
-from rankwise.planning.shape import shape_of
 
 GRID = [
     ("llama", "lora", "cuda", False, 2, 512),

@@ -16,9 +16,9 @@ from rankwise.errors import ModelError
 from rankwise.ops.grouped import rows_per_expert
 from rankwise.planning import TERMS, Workload, estimate
 from rankwise.planning.adapted import adaptation
+from rankwise.planning.architectures import shape_of
 from rankwise.planning.closed_form import fixed_terms
 from rankwise.planning.dry_run import trace
-from rankwise.planning.shape import shape_of
 from rankwise.planning.tracker import StorageTracker
 
 SMALL = {

@@ -8,11 +8,11 @@ from planning_models import config_of, skeleton
 from rankwise.config import DORA, FOUR_BITS
 from rankwise.planning import TERMS, Workload
 from rankwise.planning.adapted import adaptation
+from rankwise.planning.architectures import shape_of
 from rankwise.planning.closed_form import of_shape
 from rankwise.planning.dry_run import sharding_groups_of, trace
 from rankwise.planning.fake_model import attach, materialize, weights_dtype
 from rankwise.planning.parallel import Group, layer_and_root, per_device
-from rankwise.planning.shape import shape_of
 from rankwise.planning.weights import sharding_groups
 
 SMALL = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "head_dim": 32}

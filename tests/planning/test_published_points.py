@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from rankwise.planning import Workload
+from rankwise.planning.architectures import shape_of
 from rankwise.planning.closed_form import of_shape
-from rankwise.planning.shape import shape_of
 from rankwise.planning.weights import packed_bytes
 
 LLAMA_65B = {

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from rankwise.planning import Workload, speed
+from rankwise.planning.architectures import shape_of
 from rankwise.planning.closed_form import of_shape
 from rankwise.planning.facts import facts_of
 from rankwise.planning.hardware import choose_hardware
-from rankwise.planning.shape import shape_of
 from rankwise.planning.speed import assumed_pace, micro_batch_seconds
 
 TOLERANCE, MEDIAN = 0.20, 0.05

@@ -11,9 +11,9 @@ import pytest
 from rankwise.config import TrainSettings
 from rankwise.planning import Workload
 from rankwise.planning.changes import FAST, Advisor, possible_steps
-from rankwise.planning.estimate import METHODS
 from rankwise.planning.recommend import ORDER, recommend
 from rankwise.planning.rules import RULES, SERVING, Situation
+from rankwise.planning.terms import METHODS
 from toy_memory import PER_TOKEN, WEIGHTS, toy_estimate
 
 WORK = Workload(batch_size=8, max_length=1024, r=16)

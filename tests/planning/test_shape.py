@@ -16,7 +16,7 @@ from rankwise.errors import AdapterError, ModelError
 from rankwise.planning import Workload
 from rankwise.planning.adapted import adaptation
 from rankwise.planning.architectures import FAMILIES as KNOWN
-from rankwise.planning.shape import shape_of
+from rankwise.planning.architectures import shape_of
 
 ADAPTERS = [
     {},

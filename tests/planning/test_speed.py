@@ -13,10 +13,10 @@ from rankwise.models.source import ModelSource
 from rankwise.planning import Workload, plan
 from rankwise.planning import facts as facts_module
 from rankwise.planning import shape as shape_module
+from rankwise.planning.architectures import shape_of
 from rankwise.planning.calibration import Timing, solve
 from rankwise.planning.facts import facts_of
 from rankwise.planning.hardware import choose_hardware, cpu_hardware
-from rankwise.planning.shape import shape_of
 from rankwise.planning.speed import (
     DEQUANTIZE_SHARE,
     Pace,

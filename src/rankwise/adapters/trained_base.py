@@ -50,8 +50,7 @@ def quantization_of(adapter: Path) -> FourBitConfig | None:
     stored = _facts(adapter).get("quantization")
     if not stored:
         return None
-    from rankwise.quantization.bitsandbytes_format import rewrite_bitsandbytes_config
-    from rankwise.quantization.config import METHOD, FourBitConfig
+    from rankwise.quantization.config import METHOD, FourBitConfig, rewrite_bitsandbytes_config
 
     if not isinstance(stored, Mapping):
         raise RunError("RW501", f"{adapter / RUN_FILE} describes the 4-bit base as {str(stored)[:60]!r}.")

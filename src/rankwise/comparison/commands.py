@@ -111,7 +111,7 @@ class Commands:
         """With --memory-budget: the largest micro-batch that is planned to fit, the rows of a step as asked for."""
         if self.given.memory_budget is None:
             return {}
-        from rankwise.planning.estimate import METHODS
+        from rankwise.planning.terms import METHODS
 
         if method not in METHODS:
             warn("RW564", f"there is no memory plan for {method}; it keeps --batch-size {self.shared['batch_size']}.")

@@ -33,8 +33,7 @@ from rankwise.export.shards import INDEX_FILE, ShardedWeights
 from rankwise.models import ModelSource, fetch_model, load_model, load_skeleton, model_hash, warns_of_other_hub_model
 from rankwise.models.folder import read_config
 from rankwise.ops import dequantize_weight, quantize_weight
-from rankwise.quantization.bitsandbytes_format import rewrite_bitsandbytes_config
-from rankwise.quantization.config import CONFIGS, FourBitConfig
+from rankwise.quantization.config import CONFIGS, FourBitConfig, rewrite_bitsandbytes_config
 from rankwise.quantization.in_place import is_finite
 from rankwise.quantization.listing import some_of
 from rankwise.quantization.targets import target_names, target_stacks

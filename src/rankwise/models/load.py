@@ -132,6 +132,9 @@ def _quantization_arguments(
 
     A checkpoint of bitsandbytes becomes our 4-bit layers; a wish for 4 bits is granted by what it holds.
     """
+    from rankwise.quantization.transformers_plugin import register
+
+    register()
     stored = content.config.get("quantization_config")
     if stored is None:
         return {"quantization_config": quantization}

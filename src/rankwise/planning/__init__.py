@@ -3,8 +3,9 @@
 ``estimate`` answers from ``config.json`` alone, or, with ``exact=True``, by running the real step on fake tensors.
 """
 
-from rankwise.planning.estimate import METHODS, TERMS, MemoryEstimate, estimate
+from rankwise.planning.estimate import estimate
 from rankwise.planning.measure import Measurement, measure
+from rankwise.planning.terms import METHODS, TERMS, MemoryEstimate
 from rankwise.planning.workload import Workload
 
 __all__ = ["METHODS", "TERMS", "Measurement", "MemoryEstimate", "Workload", "estimate", "measure"]

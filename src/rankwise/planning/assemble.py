@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rankwise.planning import cuda
-from rankwise.planning.estimate import TERMS, MemoryEstimate
 from rankwise.planning.parallel import Group, per_device
+from rankwise.planning.terms import TERMS, MemoryEstimate
 from rankwise.planning.workload import Workload
 from rankwise.reports.numbers import byte_size
 

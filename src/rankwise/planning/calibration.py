@@ -16,10 +16,10 @@ from typing import Any
 
 from rankwise.errors import warn
 from rankwise.foreign import read_json
-from rankwise.planning.estimate import MemoryEstimate
 from rankwise.planning.facts import ModelFacts, facts_of
 from rankwise.planning.hardware import Hardware
 from rankwise.planning.speed import Pace, flops_per_token, traffic_bytes
+from rankwise.planning.terms import MemoryEstimate
 from rankwise.planning.workload import Workload
 from rankwise.records import write_json
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from typing import Any
 
 from rankwise.config import FOUR_BITS
-from rankwise.planning.estimate import MemoryEstimate
 from rankwise.planning.fitting import Estimator, verdict_of
 from rankwise.planning.rules import HOSTED, PAGED
+from rankwise.planning.terms import MemoryEstimate
 from rankwise.planning.workload import Workload
 
 Seconds = Callable[[MemoryEstimate, Workload], float]

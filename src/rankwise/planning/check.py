@@ -7,8 +7,9 @@ import os
 from typing import Any
 
 from rankwise.errors import ConfigError
-from rankwise.planning.estimate import MemoryEstimate, estimate
+from rankwise.planning.estimate import estimate
 from rankwise.planning.measure import measure
+from rankwise.planning.terms import MemoryEstimate
 from rankwise.planning.weights import DTYPE_BYTES
 from rankwise.planning.workload import Workload
 from rankwise.reports.numbers import byte_size

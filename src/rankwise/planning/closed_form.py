@@ -20,10 +20,11 @@ from rankwise.config import DORA, FOUR_BITS
 from rankwise.planning import activations, backward, weights
 from rankwise.planning.activations import Step
 from rankwise.planning.adapted import STACKS, Adaptation, AdaptedStack, adaptation
+from rankwise.planning.architectures import read_shape
 from rankwise.planning.assemble import assembled
-from rankwise.planning.estimate import MemoryEstimate
 from rankwise.planning.optimizers import rule_of, state_bytes
-from rankwise.planning.shape import Shape, read_shape
+from rankwise.planning.shape import Shape
+from rankwise.planning.terms import MemoryEstimate
 from rankwise.planning.workload import Workload
 
 Terms = dict[str, int]

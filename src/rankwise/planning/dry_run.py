@@ -27,13 +27,13 @@ from rankwise.planning import cuda
 from rankwise.planning.architectures import FAMILIES
 from rankwise.planning.assemble import assembled
 from rankwise.planning.counted_optimizer import make_state, new_optimizer
-from rankwise.planning.estimate import MemoryEstimate
 from rankwise.planning.fake_model import attach, materialize, weights_dtype
 from rankwise.planning.offload import offloaded
 from rankwise.planning.optimizers import rule_of, state_bytes
 from rankwise.planning.parallel import Group, divisors, layer_and_root
 from rankwise.planning.scratch import SCRATCH, kept_memory, kept_norms, lives_in_kept_memory
 from rankwise.planning.step import autocast_dtype, make_batch, single_row, take_step, true_counts
+from rankwise.planning.terms import MemoryEstimate
 from rankwise.planning.tracker import StorageTracker
 from rankwise.planning.workload import Workload
 from rankwise.quantization.experts import four_bit_stacks

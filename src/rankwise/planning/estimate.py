@@ -1,74 +1,14 @@
-"""The answer of a memory plan, and the one function that gives it. Imports no torch before it is needed."""
+"""The one function that gives a memory plan. Imports no torch before it is needed."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
-from typing import Any, Literal
 
 from rankwise.errors import ConfigError
+from rankwise.planning.closed_form import closed_form
+from rankwise.planning.terms import METHODS, MemoryEstimate
 from rankwise.planning.workload import Workload
-
-Phase = Literal["forward", "backward", "optimizer"]
-
-TOO_SLOW = "RW135"
-# The code of a dry run that took longer than it was given.
-
-METHODS = ("full", "lora", "qlora", "dora", "qdora")
-
-TERMS = (
-    "weights_4bit",
-    "weights",
-    "adapters",
-    "gradients",
-    "optimizer",
-    "activations",
-    "logits",
-    "transient",
-    "overhead",
-)
-"""The terms of a breakdown, in the order in which a bar shows them.
-
-weights_4bit  packed codes and their scales
-weights       everything of the base that stays in 16 or 32 bits
-adapters      A, B, magnitudes, and the row norms that DoRA keeps
-gradients     of what trains
-optimizer     its state, on the device
-activations   saved in the forward pass for the backward pass
-logits        logits, their float32 copy, their gradient and what the loss keeps
-transient     short-lived buffers at the moment of the peak: dequantized weights, gradients on their way
-overhead      what the device and its libraries take besides tensors
-"""
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryEstimate:
-    """Peak memory of a training step on one device, in bytes."""
-
-    method: str
-    peak_bytes: int
-    breakdown: dict[str, int]
-    # {term: bytes} over ``TERMS``, at the moment of the peak; they sum to ``peak_bytes``.
-    trainable_parameters: int
-    total_parameters: int
-    # Without the adapter, tied weights once, 4-bit weights by their elements.
-    error: float
-    # Relative error to expect of ``peak_bytes``, as measured for this way of estimating.
-    exact: bool
-    # A dry run of the real model, or the closed form.
-    phase: Phase = "backward"
-    # Of the step, in which the peak lies.
-    outside_bytes: int = 0
-    # The part of ``overhead`` that torch's allocator does not see: peak_bytes - outside_bytes is comparable with
-    # torch.cuda.max_memory_allocated(), and with the growth of anonymous memory on a CPU.
-    notes: tuple[str, ...] = ()
-    # What the reader should know: a length beyond the model's, states that live elsewhere, experts left dense.
-    seconds: float = 0.0
-    # That the estimate itself took.
-
-    def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "notes": list(self.notes)}
 
 
 def estimate(
@@ -96,6 +36,4 @@ def estimate(
         return dry_run(
             model, method, workload, deadline=deadline, trust_remote_code=trust_remote_code, revision=revision
         )
-    from rankwise.planning.closed_form import closed_form
-
     return closed_form(model, method, workload, trust_remote_code=trust_remote_code, revision=revision)

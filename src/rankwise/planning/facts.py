@@ -14,8 +14,8 @@ from rankwise.models.folder import read_config
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.models.positions import config_table_rows
 from rankwise.models.source import ModelSource
-from rankwise.planning.architectures import FAMILIES
-from rankwise.planning.shape import Shape, gguf_config, shape_of
+from rankwise.planning.architectures import FAMILIES, shape_of
+from rankwise.planning.shape import Shape, gguf_config
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 WIDTH = ("hidden_size", "n_embd", "d_model", "dim")

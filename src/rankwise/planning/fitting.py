@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
-from rankwise.planning.estimate import MemoryEstimate
+from rankwise.planning.terms import MemoryEstimate
 from rankwise.planning.workload import Workload
 
 Verdict = Literal["fits", "tight", "too big"]

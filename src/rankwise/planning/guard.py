@@ -10,12 +10,12 @@ from rankwise.errors import AdapterError, InputError, RunError, warn
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.planning.changes import FOUR_BIT_OF, Advisor, Change
 from rankwise.planning.check import comparable
-from rankwise.planning.estimate import METHODS, MemoryEstimate
 from rankwise.planning.facts import Stored, read_facts
 from rankwise.planning.fitting import Estimator, Remembering, verdict_of
 from rankwise.planning.hardware import Hardware, cpu_hardware, this_machine
 from rankwise.planning.plan import estimator_of, is_slowed, on_device, ratio_pace_of
 from rankwise.planning.speed import micro_batch_seconds
+from rankwise.planning.terms import METHODS, MemoryEstimate
 from rankwise.planning.workload import Workload
 from rankwise.reports.numbers import byte_size
 

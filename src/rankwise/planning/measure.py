@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rankwise.errors import ConfigError, InternalError
-from rankwise.planning.estimate import METHODS
+from rankwise.planning.terms import METHODS
 from rankwise.planning.workload import Workload
 
 STEPS = 3

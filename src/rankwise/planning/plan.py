@@ -13,10 +13,11 @@ from typing import Any
 from rankwise.config import FOUR_BITS
 from rankwise.errors import ConfigError, ModelError, QuantizationError, RankwiseError
 from rankwise.models.source import ModelSource, fetch_model
+from rankwise.planning.architectures import read_shape
 from rankwise.planning.calibration import measured_pace
 from rankwise.planning.changes import Advisor, Change, reachable
 from rankwise.planning.closed_form import of_shape
-from rankwise.planning.estimate import TOO_SLOW, MemoryEstimate, estimate
+from rankwise.planning.estimate import estimate
 from rankwise.planning.facts import ModelFacts, read_facts
 from rankwise.planning.fitting import (
     MOST_TOKENS,
@@ -35,6 +36,7 @@ from rankwise.planning.recommend import PASSES, Recommendation, recommend
 from rankwise.planning.settings import SHARED, PlanSettings
 from rankwise.planning.shape import read_shape
 from rankwise.planning.speed import Pace, assumed_pace, micro_batch_seconds, nominal_pace, tokens_per_second
+from rankwise.planning.terms import TOO_SLOW, MemoryEstimate
 from rankwise.planning.workload import Workload
 from rankwise.reports.numbers import byte_size
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from rankwise.config import FOUR_BITS
 from rankwise.planning.changes import Advisor, Change, Step, possible_steps
-from rankwise.planning.estimate import MemoryEstimate
 from rankwise.planning.rules import PAGED, SERVING, SERVING_OF_EXPERTS, Rule, Situation, reasons
+from rankwise.planning.terms import MemoryEstimate
 from rankwise.planning.workload import Workload
 
 ORDER = {

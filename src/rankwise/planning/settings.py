@@ -22,7 +22,7 @@ from rankwise.config import (
     module_list,
 )
 from rankwise.errors import ConfigError
-from rankwise.planning.estimate import METHODS
+from rankwise.planning.terms import METHODS
 from rankwise.planning.workload import Workload
 
 ALL = "all"

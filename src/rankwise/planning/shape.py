@@ -9,14 +9,12 @@ h hidden width, f MLP width, V vocabulary, d head width, E experts.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from rankwise.errors import ModelError
-from rankwise.models.folder import read_config
 from rankwise.models.gguf_file import read_gguf_header
-from rankwise.models.source import ModelSource, fetch_model
+from rankwise.models.source import ModelSource
 
 Kind = Literal["linear", "conv1d", "embedding", "norm", "plain"]
 # conv1d: a linear layer stored transposed; plain: stacked experts and routers, which no adapter can wrap.
@@ -102,59 +100,6 @@ class Shape:
         """All of them, tied ones once."""
         head = self.modules[-1].parameters if self.tied else 0
         return sum(module.parameters for module in self.modules) - head
-
-
-def read_shape(model: str | os.PathLike[str], *, trust_remote_code: bool = False, revision: str | None = None) -> Shape:
-    """The shape of a hub id, folder, GGUF file or demo; of a hub id the weights are not downloaded.
-
-    Raises ModelError: as ``fetch_model`` and ``read_config`` do; RW325, RW326 as ``shape_of``.
-    """
-    source = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-    config = gguf_config(source) if source.is_gguf else read_config(source.path)  # type: ignore[arg-type]
-    return shape_of(config, str(source.path or source.name))
-
-
-def shape_of(config: Mapping[str, Any], name: str = "the config") -> Shape:
-    """The shape that a config.json describes.
-
-    Raises ModelError: RW325 an architecture that the closed form does not know, RW326 fields that are missing, are not
-    of their kind or do not go together.
-    """
-    from rankwise.planning.architectures import FAMILIES
-
-    family = config.get("model_type")
-    if family is None:
-        raise ModelError("RW326", f"{name} has no model_type; take the config.json that came with the model.")
-    if family not in FAMILIES:
-        raise ModelError(
-            "RW325",
-            f"{name} is a {family!r} model, which the closed form does not know; plan with --exact, which runs the "
-            f"model's own code, or give one of {', '.join(sorted(FAMILIES))}.",
-        )
-    shape = FAMILIES[family](Fields(config, name))
-    _check_heads(shape, name)
-    return shape
-
-
-def _check_heads(shape: Shape, name: str) -> None:
-    """Raises ModelError (RW326) for heads that no model of transformers has: its attention would fail."""
-    wrong = []
-    if shape.hidden % shape.heads and shape.family in WHOLE_HEADS:
-        wrong.append(f"the hidden size {shape.hidden} is no multiple of its {shape.heads} attention heads")
-    if shape.heads % shape.kv_heads:
-        wrong.append(f"its {shape.heads} attention heads are no multiple of its {shape.kv_heads} key-value heads")
-    if wrong:
-        names = "n_embd, n_head" if shape.family == "gpt2" else HEAD_FIELDS
-        raise ModelError(
-            "RW326",
-            f"the sizes in the config of {name} do not go together: {'; '.join(wrong)} ({names}); take the config.json "
-            "that came with the model.",
-        )
-
-
-WHOLE_HEADS = frozenset({"llama", "gemma2", "gemma3", "gemma3_text", "gpt2"})
-"""Families that transformers builds only where the hidden size is a multiple of the heads; the others round down."""
-HEAD_FIELDS = "hidden_size, num_attention_heads, num_key_value_heads"
 
 
 class Fields:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 
 from rankwise.config import DORA, FOUR_BITS
-from rankwise.planning.estimate import MemoryEstimate
 from rankwise.planning.facts import ModelFacts
 from rankwise.planning.hardware import Hardware, find_card, of_card
+from rankwise.planning.terms import MemoryEstimate
 from rankwise.planning.workload import Workload
 
 ASSUMED_EFFICIENCY = 0.40

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from rankwise.errors import ModelError
-from rankwise.planning.estimate import TOO_SLOW
+from rankwise.planning.terms import TOO_SLOW
 from rankwise.planning.quick_fakes import QuickFakes
 
 NEVER = 1 << 62

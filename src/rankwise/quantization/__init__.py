@@ -9,10 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rankwise.quantization.bitsandbytes_format import adopt_bitsandbytes_config, rewrite_bitsandbytes_config
-    from rankwise.quantization.config import FourBitConfig, Fp4Config, Nf4Config
-    from rankwise.quantization.in_place import QuantizationReport, dequantize, quantize
+    from rankwise.quantization.config import (
+        FourBitConfig,
+        Fp4Config,
+        Nf4Config,
+        adopt_bitsandbytes_config,
+        rewrite_bitsandbytes_config,
+    )
+    from rankwise.quantization.in_place import QuantizationReport, quantize
     from rankwise.quantization.linear import Linear4bit
+    from rankwise.quantization.replace import dequantize
 
 _HOMES = {
     "FourBitConfig": "config",
@@ -20,10 +26,10 @@ _HOMES = {
     "Linear4bit": "linear",
     "Nf4Config": "config",
     "QuantizationReport": "in_place",
-    "adopt_bitsandbytes_config": "bitsandbytes_format",
-    "dequantize": "in_place",
+    "adopt_bitsandbytes_config": "config",
+    "dequantize": "replace",
     "quantize": "in_place",
-    "rewrite_bitsandbytes_config": "bitsandbytes_format",
+    "rewrite_bitsandbytes_config": "config",
 }
 
 __all__ = [
@@ -42,4 +48,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'rankwise.quantization' has no attribute {name!r}")
+    if _HOMES[name] == "config":
+        # transformers must know the method before `from_pretrained` is given such a config.
+        importlib.import_module("rankwise.quantization.transformers_plugin").register()
     return getattr(importlib.import_module(f"rankwise.quantization.{_HOMES[name]}"), name)

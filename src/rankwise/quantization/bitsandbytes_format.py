@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +27,6 @@ from rankwise.foreign import parse_json
 from rankwise.ops.checks import BLOCK_SIZES
 from rankwise.ops.codes import NESTED_BLOCK, QUANT_TYPES, code_values, dynamic_map
 from rankwise.ops.packed_weight import PackedWeight, packed_shape
-
-if TYPE_CHECKING:
-    from rankwise.quantization.config import FourBitConfig
 
 STATE = "quant_state.bitsandbytes__"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(STATE + name for name in QUANT_TYPES))
@@ -232,42 +229,3 @@ def _broken(name: str, fault: str) -> QuantizationError:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def rewrite_bitsandbytes_config(config: Mapping[str, Any]) -> FourBitConfig | None:
-    """What stands in for the quantization of a bitsandbytes checkpoint, so that it loads into `Linear4bit` layers.
-
-    ``config``: the content of ``config.json``, or its ``quantization_config`` alone. None where it describes no 4-bit
-    checkpoint of bitsandbytes.
-
-    Raises:
-        QuantizationError: RW601 unknown ``bnb_4bit_quant_type``, RW605 unknown ``bnb_4bit_compute_dtype``.
-    """
-    from rankwise.quantization.config import CONFIGS
-
-    stored = config.get("quantization_config", config)
-    # load_in_4bit decides, as in transformers: old checkpoints have no quant_method.
-    if not isinstance(stored, Mapping) or not (stored.get("load_in_4bit") or stored.get("_load_in_4bit")):
-        return None
-    # transformers' defaults, for what the file leaves out.
-    quant_type = stored.get("bnb_4bit_quant_type", "fp4")
-    if quant_type not in QUANT_TYPES:
-        raise QuantizationError(
-            "RW601", f"the checkpoint's bnb_4bit_quant_type is {_short(quant_type)}: use nf4 or fp4."
-        )
-    return CONFIGS[quant_type](
-        double_quant=bool(stored.get("bnb_4bit_use_double_quant", False)),
-        modules_to_not_convert=stored.get("llm_int8_skip_modules"),
-        compute_dtype=stored.get("bnb_4bit_compute_dtype", "float32"),
-    )
-
-
-def adopt_bitsandbytes_config(config: Any) -> FourBitConfig | None:
-    """Rewrite the quantization of a transformers config in place: ``from_pretrained(folder, config=config)`` then gives
-    `Linear4bit` layers from a bitsandbytes checkpoint, without bitsandbytes. None, and nothing changes, for others.
-    """
-    stored = getattr(config, "quantization_config", None)
-    ours = rewrite_bitsandbytes_config(stored) if isinstance(stored, Mapping) else None
-    if ours is not None:
-        config.quantization_config = ours.to_loading_dict()
-    return ours

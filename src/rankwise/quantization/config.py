@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rankwise.errors import QuantizationError
 from rankwise.ops.checks import check_dtype, check_type
+from rankwise.ops.codes import QUANT_TYPES
 
 METHOD = "rankwise_4bit"
 """Our name among transformers' quantization methods. It is never written to a file: checkpoints are bitsandbytes'."""
@@ -54,9 +55,6 @@ class FourBitConfig(QuantizationConfigMixin):
             raise QuantizationError("RW615", f"double_quant is {self.double_quant!r}: use True or False.")
         self.modules_to_not_convert = _names(self.modules_to_not_convert)
         self.compute_dtype = dtype_named(self.compute_dtype, "compute_dtype")
-        from rankwise.quantization.transformers_plugin import register
-
-        register()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -140,3 +138,39 @@ def dtype_named(dtype: Any, what: str) -> torch.dtype | None:
 
 def _name(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def rewrite_bitsandbytes_config(config: Mapping[str, Any]) -> FourBitConfig | None:
+    """What stands in for the quantization of a bitsandbytes checkpoint, so that it loads into `Linear4bit` layers.
+
+    ``config``: the content of ``config.json``, or its ``quantization_config`` alone. None where it describes no 4-bit
+    checkpoint of bitsandbytes.
+
+    Raises:
+        QuantizationError: RW601 unknown ``bnb_4bit_quant_type``, RW605 unknown ``bnb_4bit_compute_dtype``.
+    """
+    stored = config.get("quantization_config", config)
+    # load_in_4bit decides, as in transformers: old checkpoints have no quant_method.
+    if not isinstance(stored, Mapping) or not (stored.get("load_in_4bit") or stored.get("_load_in_4bit")):
+        return None
+    # transformers' defaults, for what the file leaves out.
+    quant_type = stored.get("bnb_4bit_quant_type", "fp4")
+    if quant_type not in QUANT_TYPES:
+        found = repr(quant_type)[:60]
+        raise QuantizationError("RW601", f"the checkpoint's bnb_4bit_quant_type is {found}: use nf4 or fp4.")
+    return CONFIGS[quant_type](
+        double_quant=bool(stored.get("bnb_4bit_use_double_quant", False)),
+        modules_to_not_convert=stored.get("llm_int8_skip_modules"),
+        compute_dtype=stored.get("bnb_4bit_compute_dtype", "float32"),
+    )
+
+
+def adopt_bitsandbytes_config(config: Any) -> FourBitConfig | None:
+    """Rewrite the quantization of a transformers config in place: ``from_pretrained(folder, config=config)`` then gives
+    `Linear4bit` layers from a bitsandbytes checkpoint, without bitsandbytes. None, and nothing changes, for others.
+    """
+    stored = getattr(config, "quantization_config", None)
+    ours = rewrite_bitsandbytes_config(stored) if isinstance(stored, Mapping) else None
+    if ours is not None:
+        config.quantization_config = ours.to_loading_dict()
+    return ours

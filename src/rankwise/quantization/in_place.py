@@ -1,4 +1,4 @@
-"""Turn the linear layers and the stacked experts of a model in memory into 4-bit ones, and back."""
+"""Turn the linear layers and the stacked experts of a model in memory into 4-bit ones."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from rankwise.errors import QuantizationError
 from rankwise.ops.checks import DTYPES
-from rankwise.quantization.config import METHOD, FourBitConfig, dtype_named
-from rankwise.quantization.experts import dequantize_stack, four_bit_stacks, quantize_stack
+from rankwise.quantization.config import METHOD, FourBitConfig
+from rankwise.quantization.experts import quantize_stack
 from rankwise.quantization.linear import Linear4bit, is_conv1d
 from rankwise.quantization.listing import some_of
+from rankwise.quantization.replace import replace_layer
 from rankwise.quantization.targets import (
     dense_linear_names,
     expert_tensors,
@@ -22,13 +23,6 @@ from rankwise.quantization.targets import (
     target_stacks,
     warn_about_experts,
 )
-
-HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
-)
-# Of a module, around its call.
 
 
 @dataclass(frozen=True)
@@ -91,7 +85,7 @@ def quantize(model: nn.Module, config: FourBitConfig) -> QuantizationReport:
         layer = Linear4bit.from_linear(model.get_submodule(names[0]), **weight_format)
         bytes_after += layer.weight.nbytes + sum(buffer.nbytes for buffer in layer.buffers())
         for name in names:
-            _replace(model, name, layer)
+            replace_layer(model, name, layer)
     for name in stacks:
         path, _, leaf = name.rpartition(".")
         bytes_before += model.get_parameter(name).nbytes
@@ -103,41 +97,6 @@ def quantize(model: nn.Module, config: FourBitConfig) -> QuantizationReport:
     layers = tuple(names[0] for names in targets)
     dense, experts = tuple(dense_linear_names(model)), tuple(expert_tensors(model))
     return QuantizationReport(layers, tuple(stacks), dense, experts, bytes_before, bytes_after)
-
-
-@torch.no_grad()
-def dequantize(model: nn.Module, dtype: torch.dtype | str | None = None) -> int:
-    """Make every `Linear4bit` of ``model`` the dense layer it was, in place, with weight W', and 4-bit experts the
-    dense tensors they were; returns the count of both.
-
-    ``dtype``: that of the new weights, or its name; None keeps each one's own. Raises QuantizationError (RW605) for an
-    unknown one.
-    """
-    wanted = dtype_named(dtype, "dtype")
-    places: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Linear4bit):
-            places.setdefault(id(module), []).append(name)
-    # By name, so that each layer is freed once it is replaced.
-    for names in places.values():
-        layer: Any = model.get_submodule(names[0])
-        dense = layer.dense_layer(None if wanted is None else layer.dequantize().to(wanted))
-        for name in names:
-            _replace(model, name, dense)
-        del layer
-    stacks = [stack for _, stack in four_bit_stacks(model)]
-    for stack in stacks:
-        dequantize_stack(stack, wanted)
-    return len(places) + len(stacks)
-
-
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """The layer's hooks stay; their handles remove them from the new one, which shares the collections."""
-    old = model.get_submodule(name)
-    for hooks in HOOKS:
-        setattr(layer, hooks, getattr(old, hooks))
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
 
 
 def _leave_fused_forwards(model: nn.Module) -> None:

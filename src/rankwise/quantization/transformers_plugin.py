@@ -47,9 +47,9 @@ from rankwise.quantization.experts import (
     stack_at,
     stack_tensors,
 )
-from rankwise.quantization.in_place import dequantize
 from rankwise.quantization.linear import Linear4bit, features, is_conv1d, is_dense_linear
 from rankwise.quantization.listing import some_of
+from rankwise.quantization.replace import dequantize
 from rankwise.quantization.targets import (
     dense_linear_names,
     expert_tensors,
@@ -65,7 +65,7 @@ Stored = StoredWeight | PackedWeight
 
 
 def register() -> None:
-    """Make the method known to transformers; every `Nf4Config` and `Fp4Config` does it."""
+    """Make the method known to transformers. `rankwise.quantization` does so when it hands out a config."""
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(METHOD)(FourBitQuantizer)
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
@@ -74,6 +74,7 @@ def register() -> None:
 
 def mark_quantized(model: PreTrainedModel, config: FourBitConfig) -> None:
     """Give a model that ``quantize`` changed the marks that ``from_pretrained`` would have left on it."""
+    register()
     marked: Any = model
     quantizer = FourBitQuantizer(config, pre_quantized=False)
     marked.is_quantized, marked.quantization_method = True, METHOD

@@ -1,0 +1,66 @@
+"""The answer of a memory plan and the terms of which it consists. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+Phase = Literal["forward", "backward", "optimizer"]
+
+# The code of a dry run that took longer than it was given.
+TOO_SLOW = "RW135"
+
+METHODS = ("full", "lora", "qlora", "dora", "qdora")
+
+TERMS = (
+    "weights_4bit",
+    "weights",
+    "adapters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "transient",
+    "overhead",
+)
+"""The terms of a breakdown, in the order in which a bar shows them.
+
+weights_4bit  packed codes and their scales
+weights       everything of the base that stays in 16 or 32 bits
+adapters      A, B, magnitudes, and the row norms that DoRA keeps
+gradients     of what trains
+optimizer     its state, on the device
+activations   saved in the forward pass for the backward pass
+logits        logits, their float32 copy, their gradient and what the loss keeps
+transient     short-lived buffers at the moment of the peak: dequantized weights, gradients on their way
+overhead      what the device and its libraries take besides tensors
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+    """Peak memory of a training step on one device, in bytes."""
+
+    method: str
+    peak_bytes: int
+    breakdown: dict[str, int]
+    # {term: bytes} over ``TERMS``, at the moment of the peak; they sum to ``peak_bytes``.
+    trainable_parameters: int
+    total_parameters: int
+    # Without the adapter, tied weights once, 4-bit weights by their elements.
+    error: float
+    # Relative error to expect of ``peak_bytes``, as measured for this way of estimating.
+    exact: bool
+    # A dry run of the real model, or the closed form.
+    phase: Phase = "backward"
+    # Of the step, in which the peak lies.
+    outside_bytes: int = 0
+    # The part of ``overhead`` that torch's allocator does not see: peak_bytes - outside_bytes is comparable with
+    # torch.cuda.max_memory_allocated(), and with the growth of anonymous memory on a CPU.
+    notes: tuple[str, ...] = ()
+    # What the reader should know: a length beyond the model's, states that live elsewhere, experts left dense.
+    seconds: float = 0.0
+    # That the estimate itself took.
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "notes": list(self.notes)}

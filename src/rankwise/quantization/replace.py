@@ -1,0 +1,55 @@
+"""Replace layers of a model in memory: one by another, and all 4-bit weights by the dense ones that they stand for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankwise.quantization.config import dtype_named
+from rankwise.quantization.experts import dequantize_stack, four_bit_stacks
+from rankwise.quantization.linear import Linear4bit
+
+# The attributes of a module that hold the hooks around its call.
+HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
+
+
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put ``layer`` at ``name``. The old hooks stay: the new layer shares their collections, so that their handles
+    still remove them."""
+    old = model.get_submodule(name)
+    for hooks in HOOKS:
+        setattr(layer, hooks, getattr(old, hooks))
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
+
+
+@torch.no_grad()
+def dequantize(model: nn.Module, dtype: torch.dtype | str | None = None) -> int:
+    """Make every `Linear4bit` of ``model`` the dense layer it was, in place, with weight W', and 4-bit experts the
+    dense tensors they were; returns the count of both.
+
+    ``dtype``: that of the new weights, or its name; None keeps each one's own. Raises QuantizationError (RW605) for an
+    unknown one.
+    """
+    wanted = dtype_named(dtype, "dtype")
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Linear4bit):
+            places.setdefault(id(module), []).append(name)
+    # By name, so that each layer is freed once it is replaced.
+    for names in places.values():
+        layer: Any = model.get_submodule(names[0])
+        dense = layer.dense_layer(None if wanted is None else layer.dequantize().to(wanted))
+        for name in names:
+            replace_layer(model, name, dense)
+        del layer
+    stacks = [stack for _, stack in four_bit_stacks(model)]
+    for stack in stacks:
+        dequantize_stack(stack, wanted)
+    return len(places) + len(stacks)
