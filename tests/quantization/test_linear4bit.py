@@ -134,7 +134,7 @@ def test_state_goes_through_a_file_exactly(weight_format, assign):
 
 def test_state_in_bitsandbytes_names_loads_and_brings_its_format():
     layer = Linear4bit.from_linear(linear(96, 33), quant_type="fp4", block_size=128, double_quant=True)
-    state = {**to_bitsandbytes(layer), "bias": layer.bias}
+    state = {**to_bitsandbytes("weight", layer.packed), "bias": layer.bias}
     other = nn.ModuleDict({"x": Linear4bit(96, 33, bias=True)})
     other.load_state_dict({f"x.{name}": tensor for name, tensor in state.items()})
     assert state_bytes(other["x"]) == state_bytes(layer)
@@ -240,7 +240,7 @@ def test_it_equals_the_layer_that_bitsandbytes_serialized(shared):
     stored = load_file(shared / "numeric" / "linear4bit_nf4_plain.safetensors")
     reference = {name.removeprefix("reference."): stored[name] for name in stored if name.startswith("reference.")}
     layer = Linear4bit.from_weight(reference["original_weight"])
-    written = to_bitsandbytes(layer)
+    written = to_bitsandbytes("weight", layer.packed)
     assert all(torch.equal(stored[name], tensor) for name, tensor in written.items())
     assert set(written) == {name for name in stored if name.startswith("weight")}
     read = Linear4bit(128, 48)
@@ -251,6 +251,6 @@ def test_it_equals_the_layer_that_bitsandbytes_serialized(shared):
 
 def test_reading_what_was_written_gives_the_tensors_back():
     layer = Linear4bit.from_linear(linear(96, 33), double_quant=True)
-    stored = from_bitsandbytes(to_bitsandbytes(layer))
+    stored = from_bitsandbytes(to_bitsandbytes("weight", layer.packed))
     assert all(torch.equal(tensor, getattr(layer, name)) for name, tensor in stored.tensors.items())
     assert ops.packed_shape((33, 96), 64) == stored.tensors["weight"].shape
