@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from rankwise import ops
 from rankwise.adapters.operator import DenseWeight
-from rankwise.ops import reference, reference_training, run_training
+from rankwise.ops import elementwise_reference, elementwise_table, reference
 from rankwise.ops.low_rank_linear import Branch, Dropout, low_rank_linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,7 +51,7 @@ def _all_checks(device: str, quick: bool) -> Iterator[Any]:
         w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
         yield lambda w=w, kind=quant_type, size=block_size, double=double: check_weight(w, kind, size, double)
     for shape, dtype in itertools.product(TRAINING_SHAPES[:1] if quick else TRAINING_SHAPES, dtypes):
-        yield lambda shape=shape, dtype=dtype: check_training(*shape, dtype, device)
+        yield lambda shape=shape, dtype=dtype: check_elementwise(*shape, dtype, device)
     for shape, dtype, dora, p in itertools.product(LAYERS, dtypes, (False, True), (0.0, 0.1)):
         yield lambda shape=shape, dtype=dtype, dora=dora, p=p: check_layer(*shape, dtype, device, dora=dora, p=p)
 
@@ -92,21 +92,23 @@ def check_products(w: Tensor, packed: ops.PackedWeight, what: str) -> int:
 # --- element-wise parts of a step ---
 
 
-def check_training(T: int, N: int, r: int, dtype: torch.dtype, device: str) -> int:
-    """Each function of ``rankwise.ops.training`` as it runs on ``device``, against its specification in float64."""
+def check_elementwise(T: int, N: int, r: int, dtype: torch.dtype, device: str) -> int:
+    """Each function of ``rankwise.ops.elementwise`` as it runs on ``device``, against its specification in float64."""
     count = 0
-    for name, arguments in _training_calls(T, N, r, dtype, device):
+    for name, arguments in _elementwise_calls(T, N, r, dtype, device):
         what = f"{name} {T} x {N} {dtype}"
-        ours = _tensors(getattr(run_training, name)(*_copied(arguments)))
-        plain = _tensors(getattr(reference_training, name)(*_copied(arguments)))
-        truth = _tensors(getattr(reference_training, name)(*_copied(arguments, torch.float64)))
+        ours = _tensors(elementwise_table.run(name, *_copied(arguments)))
+        plain = _tensors(getattr(elementwise_reference, name)(*_copied(arguments)))
+        truth = _tensors(getattr(elementwise_reference, name)(*_copied(arguments, torch.float64)))
         for found, allowed, true in zip(ours, plain, truth, strict=True):
             assert_as_good(found, allowed, true, what)
             count += 1
     return count + check_dropout(T, N, dtype, device)
 
 
-def _training_calls(T: int, N: int, r: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def _elementwise_calls(
+    T: int, N: int, r: int, dtype: torch.dtype, device: str
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
     generator = torch.Generator().manual_seed(1)
 
     def made(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -137,7 +139,7 @@ def _training_calls(T: int, N: int, r: int, dtype: torch.dtype, device: str) -> 
 def check_dropout(T: int, N: int, dtype: torch.dtype, device: str) -> int:
     """The mask is the same everywhere."""
     x = torch.randn(T, N, generator=torch.Generator().manual_seed(2)).to(dtype)
-    ours, plain = run_training.dropout(x.to(device), 0.1, 7), reference_training.dropout(x, 0.1, 7)
+    ours, plain = elementwise_table.run("dropout", x.to(device), 0.1, 7), elementwise_reference.dropout(x, 0.1, 7)
     assert torch.equal(ours.cpu(), plain), f"dropout differs: {T} x {N} {dtype}"
     return 1
 
@@ -179,7 +181,7 @@ def check_layer(T: int, N: int, K: int, r: int, dtype: torch.dtype, device: str,
         return low_rank_linear(x, (Branch(DenseWeight(W), 2.0, A, B, None, m, gain),), dropout)[0]
 
     def plain(x: Tensor, A: Tensor, B: Tensor, m: Tensor | None = None) -> Tensor:
-        mask = reference_training.keep_mask(x, p, 11) / (1 - p) if p else torch.ones_like(x)
+        mask = elementwise_reference.keep_mask(x, p, 11) / (1 - p) if p else torch.ones_like(x)
         z = functional.linear(x, W.to(x.dtype))
         z = z + 2.0 * ((x * mask.to(x.dtype)) @ A.to(x.dtype).T) @ B.to(x.dtype).T
         if m is None or gain is None:

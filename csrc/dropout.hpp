@@ -1,4 +1,4 @@
-// x * mask / (1 - p), the mask a hash of the key and the element's index: see keep_mask in src/rankwise/ops/reference_training.py.
+// x * mask / (1 - p), the mask a hash of the key and the element's index: see keep_mask in src/rankwise/ops/elementwise_reference.py.
 #pragma once
 
 #include "training.hpp"

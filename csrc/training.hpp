@@ -1,7 +1,7 @@
 // What the element-wise kernels of a training step are given, and the table of them that each level offers. Each function works on one
 // thread's share of the rows. Strides are in elements.
 //
-// Legend: T rows, N and D columns, R rank, V vocabulary; B, H, L batch, heads, positions. Formulas: src/rankwise/ops/reference_training.py.
+// Legend: T rows, N and D columns, R rank, V vocabulary; B, H, L batch, heads, positions. Formulas: src/rankwise/ops/elementwise_reference.py.
 #pragma once
 
 #include <cstdint>

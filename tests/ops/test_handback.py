@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rankwise.acceleration.parts import rope, turned_back
-from rankwise.ops import low_rank_plain, reference_training, training
+from rankwise.ops import elementwise, elementwise_reference, low_rank_plain
 from rankwise.ops.branch import Branch
 from rankwise.ops.handback import offered_by
 from rankwise.ops.low_rank_linear import low_rank_linear
@@ -42,7 +42,7 @@ def block(x: Tensor, found: Sequence[Branch], cos: Tensor, sin: Tensor) -> Tenso
 
 
 def expected(x: Tensor, found: Sequence[Branch], cos: Tensor, sin: Tensor) -> Tensor:
-    ys = [reference_training.rope_(with_heads(plain(x, branch)).clone(), cos, sin, False) for branch in found]
+    ys = [elementwise_reference.rope_(with_heads(plain(x, branch)).clone(), cos, sin, False) for branch in found]
     return sum((y.sin().square().sum() for y in ys), torch.zeros(()))
 
 
@@ -69,7 +69,7 @@ def test_gradients_are_those_of_autograd(turned: int, checkpointed: bool | None)
 def test_turning_back_is_the_inverse() -> None:
     q, (cos, sin) = torch.randn(2, 3, 5, WIDTH, dtype=torch.float64), angles()
     for tables in ((cos, sin), (cos[..., :4], sin[..., :4])):
-        torch.testing.assert_close(turned_back(training.rope(q, *tables), *tables), q, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(turned_back(elementwise.rope(q, *tables), *tables), q, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_promised_back_is_not_kept() -> None:

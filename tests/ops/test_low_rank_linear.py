@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rankwise.ops import training
+from rankwise.ops import elementwise
 from rankwise.ops.branch import Frozen
 from rankwise.ops.low_rank_linear import Branch, Dropout, low_rank_linear, low_rank_linear_of_glu
 
@@ -40,7 +40,7 @@ def branches(
 def plain(x: Tensor, branch: Branch, dropout: Dropout | None = None) -> Tensor:
     """The formula through autograd; the gradient of m comes from g = m / norm with a constant norm."""
     W = branch.frozen.weight  # type: ignore[union-attr]
-    dropped = x if dropout is None else x * (training.dropout(torch.ones_like(x), dropout.p, dropout.seed))
+    dropped = x if dropout is None else x * (elementwise.dropout(torch.ones_like(x), dropout.p, dropout.seed))
     y = F.linear(x, W) + branch.scale * F.linear(F.linear(dropped, branch.A), branch.B)
     if branch.m is not None and branch.gain is not None:
         y = y * (branch.m / (branch.m.detach() / branch.gain.to(x.dtype)))

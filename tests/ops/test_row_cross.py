@@ -9,7 +9,7 @@ import torch
 
 import rankwise as rw
 from rankwise.adapters.low_rank import adapted_row_norms, row_norms_squared
-from rankwise.ops import training
+from rankwise.ops import elementwise
 from rankwise.ops.cpu import native
 
 SHAPES = [(1, 1, 1), (5, 7, 3), (33, 65, 4), (16, 64, 16), (130, 100, 9), (0, 8, 2)]
@@ -36,10 +36,10 @@ def test_against_float64(level: str | None, shape: tuple[int, int, int], dtype: 
     W = torch.randn(N, K, generator=generator).to(dtype)
     A, B = torch.randn(R, K, generator=generator), torch.randn(N, R, generator=generator)
     exact = ((W.double() @ A.double().T) * B.double()).sum(1)
-    found = training.row_cross(W, A, B)
+    found = elementwise.row_cross(W, A, B)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5 * K**0.5)
-    transposed = training.row_cross(W.T.contiguous().T, A, B)
+    transposed = elementwise.row_cross(W.T.contiguous().T, A, B)
     torch.testing.assert_close(transposed, found, rtol=1e-5, atol=1e-5 * K**0.5)
 
 

@@ -78,7 +78,7 @@ LAYERS = """
 import json, sys, torch
 from rankwise.acceleration.allocator import keep_freed_memory
 from rankwise.ops.branch import Frozen
-from rankwise.ops import training
+from rankwise.ops import elementwise
 from rankwise.ops.cpu import products
 from rankwise.ops.low_rank_linear import Branch, low_rank_linear
 from rankwise.training.meters import anonymous_memory_bytes
@@ -89,9 +89,9 @@ rows = (1 << 12) // torch.ones(()).element_size()
 x, w = torch.ones(rows, 512), torch.ones(512)
 branch = Branch(Frozen(torch.ones(512, 512)), 1.0, torch.ones(8, 512), torch.ones(512, 8), None, None, None)
 runs = {
-    "norm": lambda: training.rms_norm(x, w, 1e-6)[0],
+    "norm": lambda: elementwise.rms_norm(x, w, 1e-6)[0],
     "product": lambda: low_rank_linear(x, [branch])[0],
-    "gated": lambda: training.glu(x, x, "silu"),
+    "gated": lambda: elementwise.glu(x, x, "silu"),
 }
 run = runs[sys.argv[1]]
 run()

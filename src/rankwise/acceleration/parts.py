@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankwise.ops import training
+from rankwise.ops import elementwise
 from rankwise.ops.handback import Handback, offered_with_heads
 from rankwise.ops.normed import Normed, remember
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) -> Tensor:
-    """``w * x / sqrt(mean(x^2) + eps)`` over the last dimension, w frozen; see ``ops.training.rms_norm``."""
+    """``w * x / sqrt(mean(x^2) + eps)`` over the last dimension, w frozen; see ``ops.elementwise.rms_norm``."""
     y, rstd = RmsNorm.apply(x, w, eps, offset, cast_first)
     # An x without a gradient the norm does not keep: its owner may write to it, and y costs as much.
     if y.requires_grad:
@@ -30,7 +30,7 @@ class RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) -> tuple[Tensor, Tensor]:
-        y, rstd = training.rms_norm(x.reshape(-1, x.shape[-1]), w, eps, offset, cast_first)
+        y, rstd = elementwise.rms_norm(x.reshape(-1, x.shape[-1]), w, eps, offset, cast_first)
         ctx.save_for_backward(x, w, rstd)
         ctx.offset = offset
         ctx.mark_non_differentiable(rstd)
@@ -44,7 +44,7 @@ class RmsNorm(torch.autograd.Function):
             return None, None, None, None, None
         x, w, rstd = ctx.saved_tensors
         flat = (dy.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]))
-        return training.rms_norm_backward(*flat, w, rstd, ctx.offset).view(x.shape), None, None, None, None
+        return elementwise.rms_norm_backward(*flat, w, rstd, ctx.offset).view(x.shape), None, None, None, None
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class Rope(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, handback: Handback | None) -> Tensor:
-        turned = training.rope(x, cos, sin)
+        turned = elementwise.rope(x, cos, sin)
         ctx.handback = handback
         ctx.save_for_backward(cos, sin, None if handback is None else turned)
         return turned
@@ -71,7 +71,7 @@ class Rope(torch.autograd.Function):
         cos, sin, turned = ctx.saved_tensors
         if turned is not None:
             ctx.handback.give(turned_back(turned, cos, sin).transpose(1, 2).flatten(2).flatten(0, 1))
-        return training.rope(dy, cos, sin, inverse=True), None, None, None
+        return elementwise.rope(dy, cos, sin, inverse=True), None, None, None
 
 
 def turned_back(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -81,7 +81,9 @@ def turned_back(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     (cos_1, cos_2), (sin_1, sin_2) = (table.to(dtype).chunk(2, dim=-1) for table in (cos, sin))
     determinant = cos_1 * cos_2 + sin_1 * sin_2
     halves = torch.stack([cos_2, cos_1, sin_2, sin_1]) / determinant
-    return training.rope(q, halves[:2].movedim(0, -2).flatten(-2), halves[2:].movedim(0, -2).flatten(-2), inverse=True)
+    return elementwise.rope(
+        q, halves[:2].movedim(0, -2).flatten(-2), halves[2:].movedim(0, -2).flatten(-2), inverse=True
+    )
 
 
 class Glu(torch.autograd.Function):
@@ -91,14 +93,14 @@ class Glu(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.act = act
-        return _shaped(training.glu(gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1]), act), gate)
+        return _shaped(elementwise.glu(gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1]), act), gate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         gate, up = ctx.saved_tensors
         rows, of_gate, of_up = (tensor.reshape(-1, gate.shape[-1]) for tensor in (dy, gate, up))
-        d_gate, d_up, _ = training.glu_backward(rows, of_gate, of_up, ctx.act, want_product=False)
+        d_gate, d_up, _ = elementwise.glu_backward(rows, of_gate, of_up, ctx.act, want_product=False)
         return d_gate.view(gate.shape), d_up.view(gate.shape), None
 
 

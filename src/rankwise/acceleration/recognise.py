@@ -28,7 +28,7 @@ STAND_IN = "rankwise_layer"
 # Attribute of another library's adapted layer: the layer of ours that computes in its place.
 ROPE = "apply_rotary_pos_emb"
 NORM_FORMS = ((0, True), (1, False), (0, False))
-# (offset, cast_first) of ops.training.rms_norm, Llama's first.
+# (offset, cast_first) of ops.elementwise.rms_norm, Llama's first.
 ACTIVATIONS = {
     "SiLUActivation": "silu",
     "SiLU": "silu",

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from rankwise.ops.training import row_cross
+from rankwise.ops.elementwise import row_cross
 
 # Rows of W that are held in float32 at a time while a norm or a merge is computed.
 CHUNK_ELEMENTS = 1 << 24

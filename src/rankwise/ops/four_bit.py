@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from rankwise.ops import library as _library
-from rankwise.ops import run_training
 from rankwise.ops.checks import check_rows
 from rankwise.ops.packed_weight import PackedWeight
 from rankwise.ops.selection import as_autocast, transforms_functions
@@ -156,7 +155,7 @@ def row_cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtyp
     dtype = dtype or weight.dtype
     # Called at every optimizer step for every layer: past the dispatcher where nothing traces.
     if type(weight.codes) in _PLAIN and not _is_compiling():
-        return run_training.row_cross_4bit(weight, A, B, dtype)
+        return _library.run_row_cross_4bit(weight, A, B, dtype)
     return _ops.row_cross_4bit(*weight.parts, A, B, dtype)
 
 

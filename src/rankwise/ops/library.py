@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.ops import run_training
+from rankwise.ops import elementwise_reference, reference, selection
 from rankwise.ops.checks import (
     check_absmax,
     check_bias,
@@ -26,6 +26,8 @@ from rankwise.ops.checks import (
     check_weight,
 )
 from rankwise.ops.codes import NESTED_BLOCK
+from rankwise.ops.elementwise_checks import row_cross_of
+from rankwise.ops.elementwise_table import run
 from rankwise.ops.packed_weight import PackedWeight, packed_shape
 from rankwise.ops.selection import module_for
 
@@ -83,6 +85,32 @@ def _linear_4bit_input_grad(grad: Tensor, weight: PackedWeight) -> Tensor:
 def _row_norms_4bit(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     _check_row_norms(weight, dtype)
     return module_for(weight.codes.device).row_norms_4bit(weight, dtype)
+
+
+def run_row_cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+    """`rankwise.ops.row_cross_4bit` without the dispatcher."""
+    check_weight(weight)
+    check_dtype(dtype, "the dtype asked for")
+    codes = weight.codes
+    row_cross_of(weight.shape, dtype, A, B, codes.device)
+    # Transforms wrap what is cut out of the weight here, and a kernel cannot read that.
+    four_bit = reference if selection.transforms_functions() else selection.module_for(codes.device)
+    if not weight.rows_are_blocks:
+        return run("row_cross", four_bit.dequantize_4bit(weight, dtype), A, B)
+    if four_bit is not reference and selection.runs_triton(codes.device):
+        from rankwise.ops.triton.row_cross import row_cross_4bit
+
+        return row_cross_4bit(weight, A, B, dtype)
+    absmax = weight.absmax
+    if weight.nested_absmax is not None and weight.offset is not None:
+        absmax = four_bit.dequantize_absmax(absmax, weight.nested_absmax, weight.offset)
+    N, K = weight.shape
+    sums, codes, absmax = [], codes.view(N, K // 2), absmax.view(N, K // weight.block_size)
+    for rows in elementwise_reference.row_chunks(N, K):
+        shape = (rows.stop - rows.start, K)
+        part = PackedWeight(codes[rows], absmax[rows].reshape(-1), shape, weight.quant_type, weight.block_size)
+        sums.append(run("row_cross", four_bit.dequantize_4bit(part, dtype), A, B[rows]))
+    return torch.cat(sums) if sums else B.new_empty(0, dtype=torch.float32)
 
 
 def _check_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
@@ -188,7 +216,7 @@ for _name, _run, _fake in (
     ("linear_4bit", _of_parts(run_linear_4bit, 1), _of_parts(_fake_linear_4bit, 1)),
     ("linear_4bit_input_grad", _of_parts(_linear_4bit_input_grad, 1), _of_parts(_fake_linear_4bit_input_grad, 1)),
     ("row_norms_4bit", _of_parts(_row_norms_4bit, 0), _of_parts(_fake_row_norms_4bit, 0)),
-    ("row_cross_4bit", _of_parts(run_training.row_cross_4bit, 0), _of_parts(_fake_row_cross_4bit, 0)),
+    ("row_cross_4bit", _of_parts(run_row_cross_4bit, 0), _of_parts(_fake_row_cross_4bit, 0)),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rankwise::{_name}", _fake, lib=_library)

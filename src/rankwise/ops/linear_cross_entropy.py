@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankwise.ops import training
-from rankwise.ops.checks_training import sum_dtype
+from rankwise.ops import elementwise
 from rankwise.ops.dense import input_grad_out, linear_out
+from rankwise.ops.elementwise_checks import sum_dtype
 
 CHUNK_BYTES = 32 << 20
 # Of logits: few enough to stay near a CPU's caches, enough rows for an efficient product.
@@ -120,7 +120,7 @@ def _score_(
     logits: Tensor, targets: Tensor, shape: LogitShape, label_smoothing: float, want_grad: bool, want_stats: bool
 ) -> tuple[Tensor | None, ...]:
     """Loss, entropy and hits of a chunk, whose logits become their gradient where it is wanted."""
-    return training.cross_entropy_(
+    return elementwise.cross_entropy_(
         logits,
         targets,
         label_smoothing=label_smoothing,

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankwise.ops import low_rank_plain, normed, selection, training
+from rankwise.ops import elementwise, low_rank_plain, normed, selection
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Frozen, Wanted
 from rankwise.ops.handback import Handback, offer
 
@@ -55,7 +55,7 @@ def low_rank_linear(x: Tensor, branches: Sequence[Branch], dropout: Dropout | No
 def low_rank_linear_of_glu(gate: Tensor, up: Tensor, act: str, branch: Branch, dropout: Dropout | None) -> Tensor:
     """``low_rank_linear(act(gate) * up)`` of one branch, without keeping the product: gate, up (..., K) -> (..., N)."""
     if not torch.is_grad_enabled():
-        return low_rank_linear(training.glu(gate, up, act), (branch,), dropout)[0]
+        return low_rank_linear(elementwise.glu(gate, up, act), (branch,), dropout)[0]
     return LowRankLinearOfGlu.apply(branch, act, dropout, gate, up, *branch.tensors)
 
 
@@ -114,7 +114,7 @@ class LowRankLinearOfGlu(torch.autograd.Function):
         up: Tensor,
         *tensors: Tensor | None,
     ) -> Tensor:
-        made = _forward(training.glu(gate, up, act), (branch,), dropout)
+        made = _forward(elementwise.glu(gate, up, act), (branch,), dropout)
         (output,) = made.outputs(gate)
         ctx.steps, ctx.kept = made.steps, _kept(_trains_m((branch,)), (output,))
         ctx.branches, ctx.act, ctx.dropout = [_without_tensors(branch)], act, dropout
@@ -127,10 +127,10 @@ class LowRankLinearOfGlu(torch.autograd.Function):
         gate, up, U, *rest = ctx.saved_tensors
         branches, ys = _with_tensors(ctx.branches, rest)
         if _are_written_over(ctx.kept):
-            ys = ctx.steps.forward(_rows(training.glu(gate, up, ctx.act)), branches, ctx.dropout)[0]
+            ys = ctx.steps.forward(_rows(elementwise.glu(gate, up, ctx.act)), branches, ctx.dropout)[0]
         wanted = _wanted(ctx.needs_input_grad[5:])
         dU, dx, grads = ctx.steps.backward(_all_rows((dy,)), branches, ys, U, ctx.dropout, wanted, want_dx=True)
-        d_gate, d_up, rows = training.glu_backward(dx, _rows(gate), _rows(up), ctx.act)
+        d_gate, d_up, rows = elementwise.glu_backward(dx, _rows(gate), _rows(up), ctx.act)
         dA = None if rows is None or not wanted[0].A else ctx.steps.grad_A(dU, rows, ctx.dropout)
         flat = _flat(grads, dA, branches, wanted)
         return None, None, None, d_gate.view(gate.shape), d_up.view(up.shape), *flat

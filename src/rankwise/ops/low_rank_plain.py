@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rankwise.ops import training
+from rankwise.ops import elementwise
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted, grad_of_bias, grad_of_m
 
 FEW_ROWS = 16
@@ -24,7 +24,7 @@ def forward(rows: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -
     ys = []
     for branch, U_i in zip(branches, U.split([branch.A.shape[0] for branch in branches], dim=1)):
         y = branch.frozen.product(rows)
-        training.low_rank_add_(y, U_i, branch.B.to(rows.dtype), branch.scale, branch.gain, branch.bias)
+        elementwise.low_rank_add_(y, U_i, branch.B.to(rows.dtype), branch.scale, branch.gain, branch.bias)
         ys.append(y)
     return ys, U
 
@@ -83,7 +83,7 @@ def _through_gain(dy: Tensor, branch: Branch, y: Tensor | None) -> tuple[Tensor,
     """``dz = g * dy``, and dm where y is given."""
     if branch.gain is None:
         return dy, None
-    dz, dot = training.scaled_grad(dy, y, branch.gain)
+    dz, dot = elementwise.scaled_grad(dy, y, branch.gain)
     return dz, None if dot is None else grad_of_m(dot, dy, branch)
 
 
@@ -94,11 +94,11 @@ def _add_low_rank(dx: Tensor | None, dU: Tensor, branches: Sequence[Branch], dro
     A = _stacked_A(branches, dx.dtype)
     if dropout is None:
         return dx.addmm_(dU, A)
-    return training.dropout_add_(dx, dU @ A, dropout.p, dropout.seed)
+    return elementwise.dropout_add_(dx, dU @ A, dropout.p, dropout.seed)
 
 
 def _dropped(rows: Tensor, dropout: Dropout | None) -> Tensor:
-    return rows if dropout is None else training.dropout(rows, dropout.p, dropout.seed)
+    return rows if dropout is None else elementwise.dropout(rows, dropout.p, dropout.seed)
 
 
 def _stacked_A(branches: Sequence[Branch], dtype: torch.dtype) -> Tensor:

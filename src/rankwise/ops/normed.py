@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rankwise.ops import training
+from rankwise.ops import elementwise
 
 _made: Any = WeakTensorKeyDictionary()
 # Of each norm's output that lives, what it was made from. No attribute of the tensor: that would be saved with it.
@@ -55,7 +55,7 @@ class Normed:
 
     def rows(self) -> Tensor:
         """x (T, K), made again."""
-        return training.rms_norm(_rows(self.h), self.w, self.eps, self.offset, self.cast_first)[0]
+        return elementwise.rms_norm(_rows(self.h), self.w, self.eps, self.offset, self.cast_first)[0]
 
     def grad_A(self, dU: Tensor, product: OfRows) -> Tensor:
         """``dU^T x`` (R, K)."""

@@ -42,7 +42,7 @@ DEQUANTIZE_LAUNCHES, GAIN_LAUNCHES = 7, 62
 LAUNCH_SECONDS = 15e-6
 """From Python: about 7 us for an operation of torch's, 25 us for a Triton kernel, and the bookkeeping of autograd."""
 GAIN_TENSORS = 3
-# DoRA's backward pass reads two tensors of a layer's output and writes one (ops.training.scaled_grad).
+# DoRA's backward pass reads two tensors of a layer's output and writes one (ops.elementwise.scaled_grad).
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from rankwise.errors import ModelError
-from rankwise.planning.terms import TOO_SLOW
 from rankwise.planning.quick_fakes import QuickFakes
+from rankwise.planning.terms import TOO_SLOW
 
 NEVER = 1 << 62
 DEVICE_OF = torch.ops.prim.device.default

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rankwise.ops import training
+from rankwise.ops import elementwise
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted, grad_of_bias, grad_of_m
 from rankwise.ops.cpu.memory import OF_OUTPUTS, roomy
 from rankwise.ops.cpu.products import MOST_TERMS, Factor, Term, add_products, pay, row_product, take
@@ -122,7 +122,7 @@ def _grad_x(terms: list[Term], dU: Tensor, branches: Sequence[Branch], dropout: 
     if dropout is None:
         return add_products([*terms, low_rank], dU.new_empty(shape))
     dx = add_products(terms, dU.new_empty(shape))
-    return training.dropout_add_(dx, add_products([low_rank], dU.new_empty(shape)), dropout.p, dropout.seed)
+    return elementwise.dropout_add_(dx, add_products([low_rank], dU.new_empty(shape)), dropout.p, dropout.seed)
 
 
 def _dense(rows: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def _dense(rows: Tensor) -> Tensor:
 
 
 def _dropped(rows: Tensor, dropout: Dropout | None) -> Tensor:
-    return rows if dropout is None else training.dropout(rows, dropout.p, dropout.seed)
+    return rows if dropout is None else elementwise.dropout(rows, dropout.p, dropout.seed)
 
 
 def _factor(matrix: Tensor) -> Factor:

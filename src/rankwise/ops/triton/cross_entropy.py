@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankwise.ops.checks_training import bad_target
-from rankwise.ops.reference_training import IGNORED
+from rankwise.ops.elementwise_checks import bad_target
+from rankwise.ops.elementwise_reference import IGNORED
 from rankwise.ops.triton.rows import as_rows, write_back
 from rankwise.ops.triton.tile import launching_on, power_of_two, round_to
 
@@ -168,7 +168,7 @@ def cross_entropy_(
     want_entropy: bool,
     want_correct: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(loss, entropy, correct) and the gradient in place, as `rankwise.ops.reference_training.cross_entropy_`."""
+    """(loss, entropy, correct) and the gradient in place, as `rankwise.ops.elementwise_reference.cross_entropy_`."""
     wrong = bad_target(targets, logits.shape[1], IGNORED)
     if wrong is not None:
         raise wrong

@@ -1,4 +1,4 @@
-"""Dropout whose mask is a hash of the seed and the flat index, that of `rankwise.ops.reference_training` to the bit.
+"""Dropout whose mask is a hash of the seed and the flat index, that of `rankwise.ops.elementwise_reference` to the bit.
 
 Words are passed to the kernels as signed 32-bit numbers and not specialised: each seed has other words, and none may
 cause a compilation.
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankwise.ops.reference_training import dropout_keys, dropout_threshold
+from rankwise.ops.elementwise_reference import dropout_keys, dropout_threshold
 from rankwise.ops.triton.tile import launching_on, round_to
 
 # Elements per program, a divisor of 2^32, and its warps.

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankwise.errors import QuantizationError
-from rankwise.ops import reference_training as reference
-from rankwise.ops.checks_training import ACTIVATIONS
+from rankwise.ops import elementwise_reference as reference
 from rankwise.ops.cpu import native
+from rankwise.ops.elementwise_checks import ACTIVATIONS
 
 if native.obstacle() is not None:
     pytest.skip(f"no native library: {native.obstacle()}", allow_module_level=True)
 
-from rankwise.ops.cpu import training
+from rankwise.ops.cpu import elementwise
 
 LEVELS = native.LEVELS[: native.library().rw_best_level() + 1]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -57,7 +57,7 @@ def assert_as_exact(
     ``terms``: the size of what is summed, where the sum may cancel.
     """
     exact = call(reference, run, tuple(map(doubled, arguments)), in_place)
-    rounded, found = call(reference, run, arguments, in_place), call(training, run, arguments, in_place)
+    rounded, found = call(reference, run, arguments, in_place), call(elementwise, run, arguments, in_place)
     assert len(found) == len(exact)
     for one, expected, true in zip(found, rounded, exact):
         assert (one.dtype, one.shape) == (expected.dtype, expected.shape)
@@ -103,7 +103,7 @@ def test_low_rank_add(level: str, dtype: torch.dtype, T: int, N: int, R: int) ->
 def test_low_rank_add_leaves_the_gaps_between_rows_alone(level: str) -> None:
     buffer = torch.randn(9, 50)
     before = buffer.clone()
-    training.low_rank_add_(buffer[:, 10:31], torch.randn(9, 4), torch.randn(21, 4), 1.0, None, None)
+    elementwise.low_rank_add_(buffer[:, 10:31], torch.randn(9, 4), torch.randn(21, 4), 1.0, None, None)
     assert torch.equal(buffer[:, :10], before[:, :10])
     assert torch.equal(buffer[:, 31:], before[:, 31:])
     assert not torch.equal(buffer, before)
@@ -116,7 +116,7 @@ def test_scaled_grad(level: str, dtype: torch.dtype, T: int, N: int) -> None:
     for apart in (False, True):
         dy, y = rows(T, N, dtype, apart=apart), rows(T, N, dtype, apart=apart, seed=1)
         assert_as_exact("scaled_grad", (dy, y, g), float32=1e-5)
-        dz, dot = training.scaled_grad(dy, None, g)
+        dz, dot = elementwise.scaled_grad(dy, None, g)
         assert dot is None
         assert torch.equal(dz, reference.scaled_grad(dy, None, g)[0])
 
@@ -144,15 +144,15 @@ def test_glu(level: str, dtype: torch.dtype, T: int, N: int, act: str) -> None:
         assert_as_exact("glu", (gate, up, act))
         for product in (False, True):
             assert_as_exact("glu_backward", (dout, gate, up, act, product))
-        again = training.glu_backward(dout, gate, up, act, True)[2]
-        assert torch.equal(again, training.glu(gate, up, act))
+        again = elementwise.glu_backward(dout, gate, up, act, True)[2]
+        assert torch.equal(again, elementwise.glu(gate, up, act))
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_activations_of_large_and_small_numbers(level: str, act: str) -> None:
     x = torch.cat([torch.linspace(-120, 120, 48001), torch.tensor([1e-30, -1e-30, 1e10, -1e10, 1e30, -1e30])])
     one = torch.ones_like(x)
-    product, (slope, dup, _) = training.glu(x, one, act), training.glu_backward(one, x, one, act, False)
+    product, (slope, dup, _) = elementwise.glu(x, one, act), elementwise.glu_backward(one, x, one, act, False)
     true, (true_slope, *_) = (
         reference.glu(x.double(), one.double(), act),
         reference.glu_backward(one.double(), x.double(), one.double(), act, False),
@@ -179,7 +179,7 @@ def test_rope(level: str, dtype: torch.dtype, table_dtype: torch.dtype, D: int, 
         ):
             assert_as_exact("rope", (q, cos, sin, inverse))
             assert_as_exact("rope_", (q, cos, sin, inverse), in_place=True)
-            assert training.rope(q, cos, sin, inverse).transpose(1, 2).is_contiguous()
+            assert elementwise.rope(q, cos, sin, inverse).transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -197,7 +197,8 @@ def test_cross_entropy(level: str, dtype: torch.dtype, V: int, smoothing: float,
             arguments = (logits, targets, scale, smoothing, softcap, multiplier, True, True, True)
             assert_as_exact("cross_entropy_", arguments, in_place=True, float32=4 * FLOAT32)
             found, expected = (
-                module.cross_entropy_(clone_with_strides(logits), *arguments[1:])[2] for module in (training, reference)
+                module.cross_entropy_(clone_with_strides(logits), *arguments[1:])[2]
+                for module in (elementwise, reference)
             )
             assert found == expected
 
@@ -205,7 +206,7 @@ def test_cross_entropy(level: str, dtype: torch.dtype, V: int, smoothing: float,
 def test_cross_entropy_without_gradients_changes_nothing(level: str) -> None:
     logits, targets = torch.randn(5, 100), torch.tensor([0, 99, -100, 5, 6])
     before = logits.clone()
-    loss, entropy, correct = training.cross_entropy_(logits, targets, 1.0, 0.0, None, 1.0, False, False, False)
+    loss, entropy, correct = elementwise.cross_entropy_(logits, targets, 1.0, 0.0, None, 1.0, False, False, False)
     assert torch.equal(logits, before)
     assert (entropy, correct) == (None, None)
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.double(), targets, reduction="sum"))
@@ -217,7 +218,7 @@ def test_correct_means_the_first_largest(level: str) -> None:
     logits[2, [3, 30]] = 2.0
     logits[3, 39] = 1.0
     targets = torch.tensor([0, 30, 3, 39])
-    assert training.cross_entropy_(logits, targets, 1.0, 0.0, None, 1.0, False, False, True)[2] == 3
+    assert elementwise.cross_entropy_(logits, targets, 1.0, 0.0, None, 1.0, False, False, True)[2] == 3
 
 
 @pytest.mark.parametrize("column", [3, 77])
@@ -225,10 +226,10 @@ def test_nan_and_masked_logits(level: str, column: int) -> None:
     """A NaN reaches the loss; logits of minus infinity have no probability."""
     logits, targets = torch.randn(2, 80), torch.tensor([5, 6])
     logits[0, column] = float("nan")
-    assert training.cross_entropy_(logits.clone(), targets, 1.0, 0.0, None, 1.0, True, True, False)[0].isnan()
+    assert elementwise.cross_entropy_(logits.clone(), targets, 1.0, 0.0, None, 1.0, True, True, False)[0].isnan()
     logits[0, column] = -float("inf")
     found, expected = logits.clone(), logits.clone()
-    results = training.cross_entropy_(found, targets, 1.0, 0.0, None, 1.0, True, True, False)
+    results = elementwise.cross_entropy_(found, targets, 1.0, 0.0, None, 1.0, True, True, False)
     wanted = reference.cross_entropy_(expected, targets, 1.0, 0.0, None, 1.0, True, True, False)
     torch.testing.assert_close(results[:2], wanted[:2], rtol=1e-6, atol=0)
     torch.testing.assert_close(found, expected)
@@ -239,7 +240,7 @@ def test_nan_and_masked_logits(level: str, column: int) -> None:
 def test_targets_out_of_range(level: str, target: int) -> None:
     logits, targets = torch.randn(3, 10), torch.tensor([1, target, 2])
     before = logits.clone()
-    for module in (training, reference):
+    for module in (elementwise, reference):
         with pytest.raises(QuantizationError, match=f"RW621.*row 1 is {target}"):
             module.cross_entropy_(logits, targets, 1.0, 0.0, None, 1.0, True, False, False)
     assert torch.equal(logits, before)
@@ -257,9 +258,9 @@ def test_targets_out_of_range(level: str, target: int) -> None:
 def test_dropout_equals_the_reference_to_the_bit(T, N, p, seed, dtype, level) -> None:
     native.set_level(level)
     x, dx = rows(T, N, dtype), rows(T, N, dtype, seed=1)
-    found = training.dropout(x, p, seed)
+    found = elementwise.dropout(x, p, seed)
     assert torch.equal(found, reference.dropout(x, p, seed))
-    assert torch.equal(training.dropout_add_(dx.clone(), x, p, seed), reference.dropout_add_(dx.clone(), x, p, seed))
+    assert torch.equal(elementwise.dropout_add_(dx.clone(), x, p, seed), reference.dropout_add_(dx.clone(), x, p, seed))
     native.set_level(None)
 
 
@@ -275,17 +276,17 @@ def test_threads_change_no_bit(level: str) -> None:
     targets = torch.randint(0, N, (T,))
 
     def results() -> list[torch.Tensor]:
-        normal, rstd = training.rms_norm(x, w, 1e-5, 0, True)
+        normal, rstd = elementwise.rms_norm(x, w, 1e-5, 0, True)
         logits = x.clone()
         return [
-            training.low_rank_add_(x.clone(), y[:, :16], y[:257, :16].contiguous(), 0.5, g, None),
-            *training.scaled_grad(x, y, g),
+            elementwise.low_rank_add_(x.clone(), y[:, :16], y[:257, :16].contiguous(), 0.5, g, None),
+            *elementwise.scaled_grad(x, y, g),
             normal,
-            training.rms_norm_backward(y, x, w, rstd, 0, x),
-            *training.glu_backward(x, y, x, "silu", True),
-            *training.cross_entropy_(logits, targets, 1.0, 0.1, None, 1.0, True, True, True),
+            elementwise.rms_norm_backward(y, x, w, rstd, 0, x),
+            *elementwise.glu_backward(x, y, x, "silu", True),
+            *elementwise.cross_entropy_(logits, targets, 1.0, 0.1, None, 1.0, True, True, True),
             logits,
-            training.dropout(x, 0.3, 1),
+            elementwise.dropout(x, 0.3, 1),
         ]
 
     try:

@@ -1,4 +1,4 @@
-"""Runs `triton_training_cases` in other processes, and compiles every kernel as it is launched for cards not here."""
+"""Run `triton_elementwise_cases` in other processes, and compile every kernel as cards that are not here launch it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from rankwise import ops
 from rankwise.errors import QuantizationError
-from rankwise.ops import run_training, training
-from rankwise.ops.checks_training import ACTIVATIONS
+from rankwise.ops import elementwise, elementwise_table
+from rankwise.ops.elementwise_checks import ACTIVATIONS
 from rankwise.ops.packed_weight import PackedWeight
 
 triton = pytest.importorskip("triton")
 
-CASES = Path(__file__).with_name("triton_training_cases.py")
+CASES = Path(__file__).with_name("triton_elementwise_cases.py")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CARDS = {"RTX 3090": 86, "RTX 4090": 89, "H100": 90}
 POINTERS = {
@@ -66,9 +66,14 @@ def test_cuda_tensors_get_triton_and_cpu_tensors_do_not(monkeypatch: pytest.Monk
     monkeypatch.setattr(Tensor, "is_cuda", True)
     monkeypatch.setattr(Tensor, "is_cpu", False)
     monkeypatch.setattr(Tensor, "device", torch.device("cuda"))
-    assert run_training._module(torch.ones(1, dtype=torch.bfloat16)).__name__ == "rankwise.ops.triton.training"
+    assert (
+        elementwise_table.module_for(torch.ones(1, dtype=torch.bfloat16)).__name__ == "rankwise.ops.triton.elementwise"
+    )
     monkeypatch.undo()
-    assert run_training._module(torch.ones(1, dtype=torch.float16)).__name__ == "rankwise.ops.reference_training"
+    assert (
+        elementwise_table.module_for(torch.ones(1, dtype=torch.float16)).__name__
+        == "rankwise.ops.elementwise_reference"
+    )
 
 
 def bf16(*shape: int) -> Tensor:
@@ -234,7 +239,7 @@ def test_row_cross_without_triton(dtype: torch.dtype) -> None:
     W, A, B = torch.randn(33, 50).to(dtype), torch.randn(5, 50), torch.randn(33, 5)
     truth = ((W.double() @ A.double().T) * B.double()).sum(1)
     for weight in (W, W.T.contiguous().T):
-        torch.testing.assert_close(training.row_cross(weight, A, B).double(), truth, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(elementwise.row_cross(weight, A, B).double(), truth, rtol=1e-5, atol=1e-4)
     torch.library.opcheck(torch.ops.rankwise.row_cross.default, (W, A, B), test_utils=OPCHECKS)
 
 
@@ -242,9 +247,9 @@ def test_row_cross_without_triton(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize(("N", "K"), [(9, 128), (3, 7), (0, 64)])
 def test_row_cross_4bit_without_triton(N: int, K: int, double: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rankwise.ops import reference_training
+    from rankwise.ops import elementwise_reference
 
-    monkeypatch.setattr(reference_training, "CHUNK_ELEMENTS", 256)
+    monkeypatch.setattr(elementwise_reference, "CHUNK_ELEMENTS", 256)
     packed = ops.quantize_weight(torch.randn(N, K), double_quant=double)
     A, B = torch.randn(5, K), torch.randn(N, 5)
     W = ops.dequantize_weight(packed, torch.bfloat16)
@@ -259,4 +264,4 @@ def test_factors_that_do_not_fit_are_refused() -> None:
     W, A, B = torch.ones(3, 4), torch.ones(2, 4), torch.ones(3, 2)
     for bad in ((W, A.T, B), (W, A, B.T), (W, A.int(), B), (W[0], A, B)):
         with pytest.raises(QuantizationError, match=r"RW620.*row_cross needs W \(N, K\)"):
-            training.row_cross(*bad)
+            elementwise.row_cross(*bad)

@@ -4,7 +4,7 @@ Legend: T = rows (all leading dimensions together), N and D = columns, R = rank,
 B, H, L = batch, heads, positions. float16 and bfloat16 are computed in float32 and rounded once at the end, unless the
 formula says otherwise; float64 stays float64.
 
-Arguments are checked by the public functions in ``rankwise.ops.training``.
+Arguments are checked by the public functions in ``rankwise.ops.elementwise``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rankwise.ops.checks_training import bad_target, sum_dtype
+from rankwise.ops.elementwise_checks import bad_target, sum_dtype
 
 IGNORED = -100
 """The target of a row that has no label, as in ``torch.nn.functional.cross_entropy``."""

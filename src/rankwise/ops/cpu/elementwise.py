@@ -1,7 +1,7 @@
 """The element-wise parts of a training step on the native library, with the signatures of
-`rankwise.ops.reference_training`: float32 and bfloat16, as exact as the reference.
+`rankwise.ops.elementwise_reference`: float32 and bfloat16, as exact as the reference.
 
-The callers in ``rankwise.ops.training`` have checked types and shapes.
+The callers in ``rankwise.ops.elementwise`` have checked types and shapes.
 
 Legend: T = rows (all leading dimensions together), N and D = columns, R = rank, V = vocabulary, C = rows with logits;
 B, H, L = batch, heads, positions.
@@ -15,14 +15,14 @@ from functools import cache
 import torch
 from torch import Tensor, get_num_threads
 
-from rankwise.ops.checks_training import ACTIVATIONS, bad_target
+from rankwise.ops import elementwise_reference as reference
 from rankwise.ops.cpu.memory import OF_SHORT_LIVED, roomy
 from rankwise.ops.cpu.native import library
-from rankwise.ops.reference_training import IGNORED, dropout_keys, dropout_threshold
+from rankwise.ops.elementwise_checks import ACTIVATIONS, bad_target
+from rankwise.ops.elementwise_reference import IGNORED, dropout_keys, dropout_threshold
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1}
 _ACTIVATION = {name: number for number, name in enumerate(ACTIVATIONS)}
-_threads = torch.get_num_threads
 
 
 def low_rank_add_(y: Tensor, u: Tensor, B: Tensor, scale: float, g: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -54,7 +54,10 @@ def scaled_grad(dy: Tensor, y: Tensor | None, g: Tensor) -> tuple[Tensor, Tensor
 
 def row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """cross_n = <W_n A^T, B_n>, float32 (N,)."""
-    W, A, B = W.contiguous(), A.float().contiguous(), B.float().contiguous()
+    if not W.is_contiguous():
+        # A transposed view, such as the weight of a Conv1D, would have to be copied whole.
+        return reference.row_cross(W, A, B)
+    A, B = A.float().contiguous(), B.float().contiguous()
     cross = torch.empty(W.shape[0], dtype=torch.float32)
     _functions().rw_row_cross(
         W.data_ptr(), A.data_ptr(), B.data_ptr(), cross.data_ptr(), *W.shape, A.shape[0], _DTYPE[W.dtype],
@@ -162,7 +165,7 @@ def cross_entropy_(
     want_entropy: bool,
     want_correct: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See `rankwise.ops.reference_training.cross_entropy_`."""
+    """See `rankwise.ops.elementwise_reference.cross_entropy_`."""
     rows, stride = _rows(logits)
     targets, (C, V) = targets.contiguous(), logits.shape
     sums = (ctypes.c_double * 3)()

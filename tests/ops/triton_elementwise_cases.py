@@ -1,4 +1,4 @@
-"""Triton's parts of a training step against the reference. `test_triton_training` runs this file in its own processes.
+"""Triton's element-wise operators against the reference. `test_triton_elementwise` runs this file in other processes.
 
 The device is the CPU where Triton interprets its kernels (TRITON_INTERPRET=1 before Python starts), else a CUDA card.
 """
@@ -16,10 +16,10 @@ from torch.nn import functional
 
 from rankwise import ops
 from rankwise.errors import QuantizationError
+from rankwise.ops import elementwise, elementwise_table
+from rankwise.ops import elementwise_reference as reference
 from rankwise.ops import reference as four_bit
-from rankwise.ops import reference_training as reference
-from rankwise.ops import run_training, training
-from rankwise.ops.checks_training import ACTIVATIONS
+from rankwise.ops.elementwise_checks import ACTIVATIONS
 from rankwise.ops.linear_cross_entropy import LogitShape, linear_cross_entropy
 from rankwise.ops.low_rank_linear import Branch, Dropout, low_rank_linear
 from rankwise.ops.triton.row_cross import bfloat16_parts
@@ -66,8 +66,8 @@ def assert_as_good(ours: Tensor, plain: Tensor, truth: Tensor) -> None:
 
 def test_triton_is_what_runs() -> None:
     for dtype in DTYPES:
-        assert run_training._module(randn(1, dtype=dtype)).__name__ == "rankwise.ops.triton.training"
-    assert run_training._module(randn(1).double()) is reference
+        assert elementwise_table.module_for(randn(1, dtype=dtype)).__name__ == "rankwise.ops.triton.elementwise"
+    assert elementwise_table.module_for(randn(1).double()) is reference
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -81,7 +81,7 @@ def test_low_rank_add(T: int, N: int, R: int, dtype: torch.dtype) -> None:
         truth = y.double() + 0.7 * u.double() @ B.double().T
         truth = truth * (1 if g is None else g.double()) + (0 if bias is None else bias.double())
         plain = reference.low_rank_add_(y.clone(), u, B, 0.7, g, bias)
-        assert training.low_rank_add_(y, u, B, 0.7, g, bias) is y
+        assert elementwise.low_rank_add_(y, u, B, 0.7, g, bias) is y
         assert_as_good(y, plain, truth)
 
 
@@ -89,51 +89,51 @@ def test_low_rank_add_takes_rows_that_are_apart_and_leaves_what_lies_between() -
     wide_y, wide_u, B = randn(3, 4, 40), randn(3, 4, 12), randn(24, 5)
     before, y, u = wide_y.clone(), wide_y[..., 8:32], wide_u[..., 3:8]
     expected = y + 2 * u @ B.T
-    training.low_rank_add_(y, u, B, 2)
+    elementwise.low_rank_add_(y, u, B, 2)
     torch.testing.assert_close(y, expected)
     assert torch.equal(wide_y[..., :8], before[..., :8])
     assert torch.equal(wide_y[..., 32:], before[..., 32:])
     turned = randn(24, 7).T
     expected = turned + u[0, :1] @ B.T
-    training.low_rank_add_(turned, u[0, :1].expand(7, 5), B.T.contiguous().T, 1.0)
+    elementwise.low_rank_add_(turned, u[0, :1].expand(7, 5), B.T.contiguous().T, 1.0)
     torch.testing.assert_close(turned, expected)
 
 
 @pytest.mark.parametrize("shapes", [((0, 4), (0, 2), (4, 2)), ((3, 0), (3, 2), (0, 2))])
 def test_low_rank_add_of_nothing(shapes: tuple[tuple[int, int], ...]) -> None:
     y, u, B = (randn(*shape) for shape in shapes)
-    assert training.low_rank_add_(y, u, B, 1.0).shape == shapes[0]
+    assert elementwise.low_rank_add_(y, u, B, 1.0).shape == shapes[0]
 
 
 def test_low_rank_add_of_rank_zero() -> None:
     y, g = randn(3, 5), rand(5)
     expected = y * g
-    assert torch.equal(training.low_rank_add_(y, randn(3, 0), randn(5, 0), 1.0, g), expected)
+    assert torch.equal(elementwise.low_rank_add_(y, randn(3, 0), randn(5, 0), 1.0, g), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("T", "N"), [(1, 1), (7, 130), (300, 40), (513, 3)])
 def test_scaled_grad(T: int, N: int, dtype: torch.dtype) -> None:
     dy, y, g = randn(T, N, dtype=dtype), randn(T, N, dtype=dtype), rand(N)
-    dz, dot = training.scaled_grad(dy, y, g)
+    dz, dot = elementwise.scaled_grad(dy, y, g)
     plain, plain_dot = reference.scaled_grad(dy, y, g)
     assert torch.equal(dz, plain)
     assert_as_good(dot, plain_dot, (dy.double() * y.double()).sum(0))
-    again = training.scaled_grad(dy, y, g)
+    again = elementwise.scaled_grad(dy, y, g)
     assert torch.equal(dz, again[0])
     assert torch.equal(dot, again[1])
-    alone, nothing = training.scaled_grad(dy, None, g)
+    alone, nothing = elementwise.scaled_grad(dy, None, g)
     assert torch.equal(alone, dz)
     assert nothing is None
 
 
 def test_scaled_grad_of_strided_rows_and_of_none() -> None:
     wide, y, g = randn(2, 3, 20), randn(20, 6).T.reshape(2, 3, 20)[..., :8], rand(8)
-    dz, dot = training.scaled_grad(wide[..., 4:12], y, g)
+    dz, dot = elementwise.scaled_grad(wide[..., 4:12], y, g)
     assert dz.is_contiguous()
     assert torch.equal(dz, wide[..., 4:12] * g)
     torch.testing.assert_close(dot, (wide[..., 4:12] * y).sum((0, 1)))
-    dz, dot = training.scaled_grad(randn(0, 8), randn(0, 8), g)
+    dz, dot = elementwise.scaled_grad(randn(0, 8), randn(0, 8), g)
     assert dz.shape == (0, 8)
     assert not dot.any()
 
@@ -146,13 +146,13 @@ def test_gated_activations(T: int, N: int, dtype: torch.dtype, act: str) -> None
     wide = gate.double().requires_grad_(), up.double().requires_grad_()
     truth = reference.glu(*wide, act)
     d_gate, d_up = torch.autograd.grad(truth, wide, dout.double())
-    assert_as_good(training.glu(gate, up, act), reference.glu(gate, up, act), truth.detach())
+    assert_as_good(elementwise.glu(gate, up, act), reference.glu(gate, up, act), truth.detach())
     kept = gate.clone(), up.clone(), dout.clone()
-    found, plain = training.glu_backward(dout, gate, up, act), reference.glu_backward(dout, gate, up, act, True)
+    found, plain = elementwise.glu_backward(dout, gate, up, act), reference.glu_backward(dout, gate, up, act, True)
     for ours, ref, exact in zip(found, plain, (d_gate, d_up, truth.detach())):
         assert_as_good(ours, ref, exact)
     assert all(torch.equal(now, before) for now, before in zip((gate, up, dout), kept))
-    fewer = training.glu_backward(dout, gate, up, act, want_product=False)
+    fewer = elementwise.glu_backward(dout, gate, up, act, want_product=False)
     assert torch.equal(fewer[0], found[0])
     assert torch.equal(fewer[1], found[1])
     assert fewer[2] is None
@@ -162,15 +162,15 @@ def test_gated_activations(T: int, N: int, dtype: torch.dtype, act: str) -> None
 def test_gated_activations_of_extreme_and_strided_gates(act: str) -> None:
     gate = torch.tensor([[-1e30, -100.0, -20.0, -0.0, 1e-30, 20.0, 1e15]], device=DEVICE)
     one = torch.ones_like(gate)
-    torch.testing.assert_close(training.glu(gate, one, act), reference.glu(gate, one, act), rtol=1e-5, atol=1e-7)
-    found = training.glu_backward(one, gate, one, act)
+    torch.testing.assert_close(elementwise.glu(gate, one, act), reference.glu(gate, one, act), rtol=1e-5, atol=1e-7)
+    found = elementwise.glu_backward(one, gate, one, act)
     torch.testing.assert_close(found, reference.glu_backward(one, gate, one, act, True), rtol=1e-5, atol=1e-6)
     both, dout = randn(2, 3, 40), randn(20, 6).T.reshape(2, 3, 20)
     gate, up = both[..., :20], both[..., 20:]
-    assert training.glu(gate, up, act).is_contiguous()
-    torch.testing.assert_close(training.glu(gate, up, act), reference.glu(gate, up, act))
+    assert elementwise.glu(gate, up, act).is_contiguous()
+    torch.testing.assert_close(elementwise.glu(gate, up, act), reference.glu(gate, up, act))
     torch.testing.assert_close(
-        training.glu_backward(dout, gate, up, act), reference.glu_backward(dout, gate, up, act, True)
+        elementwise.glu_backward(dout, gate, up, act), reference.glu_backward(dout, gate, up, act, True)
     )
 
 
@@ -181,14 +181,14 @@ def test_rms_norm(T: int, D: int, offset: int, cast_first: bool, dtype: torch.dt
     x, dy, past = (3 * randn(T, D, dtype=dtype) for _ in range(3))
     for w in (randn(D, dtype=dtype), randn(D)):
         how = (1e-5, offset, cast_first)
-        found, plain = training.rms_norm(x, w, *how), reference.rms_norm(x, w, *how)
+        found, plain = elementwise.rms_norm(x, w, *how), reference.rms_norm(x, w, *how)
         truth = reference.rms_norm(x.double(), w.double(), *how)
         for ours, ref, exact in zip(found, plain, truth):
             assert_as_good(ours, ref, exact)
         for residual in (None, past):
             wide = None if residual is None else residual.double()
             assert_as_good(
-                training.rms_norm_backward(dy, x, w, found[1], offset, residual),
+                elementwise.rms_norm_backward(dy, x, w, found[1], offset, residual),
                 reference.rms_norm_backward(dy, x, w, plain[1], offset, residual),
                 reference.rms_norm_backward(dy.double(), x.double(), w.double(), truth[1], offset, wide),
             )
@@ -197,11 +197,11 @@ def test_rms_norm(T: int, D: int, offset: int, cast_first: bool, dtype: torch.dt
 def test_rms_norm_of_rows_that_are_apart() -> None:
     wide, dy, w = randn(2, 3, 40), randn(20, 6).T.reshape(2, 3, 20), randn(20)
     x = wide[..., 10:30]
-    y, rstd = training.rms_norm(x, w, 1e-5)
+    y, rstd = elementwise.rms_norm(x, w, 1e-5)
     expected, expected_rstd = reference.rms_norm(x, w, 1e-5, 0, True)
     assert y.is_contiguous()
     torch.testing.assert_close((y, rstd), (expected, expected_rstd))
-    found = training.rms_norm_backward(dy, x, w, rstd, 1, x)
+    found = elementwise.rms_norm_backward(dy, x, w, rstd, 1, x)
     torch.testing.assert_close(found, reference.rms_norm_backward(dy, x, w, rstd, 1, x))
 
 
@@ -213,22 +213,22 @@ def test_rope(heads: int, D: int, turned: int, dtype: torch.dtype, inverse: bool
         for batches, table_dtype in ((1, dtype), (2, torch.float32)):
             cos, sin = (randn(batches, 5, turned, dtype=table_dtype) for _ in range(2))
             kept, truth = q.clone(), reference.rope(q.double(), cos.double(), sin.double(), inverse)
-            found, plain = training.rope(q, cos, sin, inverse), reference.rope(q, cos, sin, inverse)
+            found, plain = elementwise.rope(q, cos, sin, inverse), reference.rope(q, cos, sin, inverse)
             assert torch.equal(q, kept)
             assert found.transpose(1, 2).is_contiguous()
             assert_as_good(found, plain, truth)
             in_place = q.clone()
-            assert training.rope_(in_place, cos, sin, inverse) is in_place
+            assert elementwise.rope_(in_place, cos, sin, inverse) is in_place
             assert torch.equal(in_place, found)
 
 
 def test_rope_of_nothing_and_of_shared_memory() -> None:
     angles = randn(1, 5, 4)
-    assert training.rope(randn(0, 2, 5, 4), angles, angles).shape == (0, 2, 5, 4)
+    assert elementwise.rope(randn(0, 2, 5, 4), angles, angles).shape == (0, 2, 5, 4)
     shared = randn(1, 1, 5, 4).expand(1, 3, 5, 4)
-    torch.testing.assert_close(training.rope(shared, angles, angles), reference.rope(shared, angles, angles, False))
+    torch.testing.assert_close(elementwise.rope(shared, angles, angles), reference.rope(shared, angles, angles, False))
     with pytest.raises(RuntimeError, match="single memory location"):
-        training.rope_(shared, angles, angles)
+        elementwise.rope_(shared, angles, angles)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
@@ -270,7 +270,7 @@ def test_cross_entropy(V: int, smoothing: float, softcap: float | None, dtype: t
     plain, truth, ours = logits.clone(), logits.double(), logits.clone()
     expected = reference.cross_entropy_(truth, targets, *options, True, True, True)
     rounded = reference.cross_entropy_(plain, targets, *options, True, True, True)
-    found = training.cross_entropy_(ours, targets, *options, True, want_entropy=True, want_correct=True)
+    found = elementwise.cross_entropy_(ours, targets, *options, True, want_entropy=True, want_correct=True)
     assert [part.dtype for part in found] == [torch.float64, torch.float64, torch.int64]
     torch.testing.assert_close(found[0], expected[0], rtol=2e-6, atol=1e-5)
     torch.testing.assert_close(found[1], expected[1], rtol=2e-6, atol=1e-5)
@@ -278,7 +278,7 @@ def test_cross_entropy(V: int, smoothing: float, softcap: float | None, dtype: t
     assert_as_good(ours, plain, truth)
     assert not ours[2].any()
     unchanged = logits.clone()
-    loss, entropy, correct = training.cross_entropy_(unchanged, targets, *options, False)
+    loss, entropy, correct = elementwise.cross_entropy_(unchanged, targets, *options, False)
     assert torch.equal(unchanged, logits)
     assert (loss, entropy, correct) == (found[0], None, None)
 
@@ -288,7 +288,7 @@ def test_the_gradient_of_cross_entropy_is_autograds() -> None:
     loss = functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=0.2)
     (grad,) = torch.autograd.grad(loss, logits)
     ours = logits.detach().clone()
-    found = training.cross_entropy_(ours, targets, 1.0, 0.2)[0]
+    found = elementwise.cross_entropy_(ours, targets, 1.0, 0.2)[0]
     torch.testing.assert_close(found, loss.detach().double())
     torch.testing.assert_close(ours, grad)
 
@@ -297,7 +297,7 @@ def test_the_first_of_equal_logits_is_the_guess() -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0], [2.0, 2.0, 1.0], [0.0, 0.0, 0.0]], device=DEVICE)
     for targets, hits in (([1, 0, 0], 3), ([2, 1, 1], 0), ([1, -100, 2], 1)):
         targets = torch.tensor(targets, device=DEVICE)
-        assert training.cross_entropy_(logits.clone(), targets, want_correct=True)[2] == hits
+        assert elementwise.cross_entropy_(logits.clone(), targets, want_correct=True)[2] == hits
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -307,7 +307,7 @@ def test_extreme_logits(softcap: float | None) -> None:
     targets = torch.tensor([4999, 4600, 7, 0], device=DEVICE)
     truth = logits.double()
     expected = reference.cross_entropy_(truth, targets, 1.0, 0.0, softcap, 1.0, True, True, False)
-    found = training.cross_entropy_(logits, targets, softcap=softcap, want_entropy=True)
+    found = elementwise.cross_entropy_(logits, targets, softcap=softcap, want_entropy=True)
     torch.testing.assert_close(found[:2], expected[:2], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits.double(), truth, rtol=1e-5, atol=1e-7)
 
@@ -317,15 +317,15 @@ def test_cross_entropy_of_strided_rows_of_none_and_of_bad_targets() -> None:
     before, logits = wide.clone(), wide[:, 10:20]
     expected, found = logits.clone(), logits
     loss = reference.cross_entropy_(expected, targets, 1.0, 0.0, None, 1.0, True, False, False)[0]
-    torch.testing.assert_close(training.cross_entropy_(found, targets)[0], loss)
+    torch.testing.assert_close(elementwise.cross_entropy_(found, targets)[0], loss)
     torch.testing.assert_close(found, expected)
     assert torch.equal(wide[:, :10], before[:, :10])
     assert torch.equal(wide[:, 20:], before[:, 20:])
-    nothing = training.cross_entropy_(randn(0, 9), targets[:0], want_entropy=True, want_correct=True)
+    nothing = elementwise.cross_entropy_(randn(0, 9), targets[:0], want_entropy=True, want_correct=True)
     assert [float(part) for part in nothing] == [0.0, 0.0, 0.0]
     for bad in (10, -1):
         with pytest.raises(QuantizationError, match=f"RW621.*row 1 is {bad}"):
-            training.cross_entropy_(randn(2, 10), torch.tensor([0, bad], device=DEVICE))
+            elementwise.cross_entropy_(randn(2, 10), torch.tensor([0, bad], device=DEVICE))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -334,17 +334,17 @@ def test_dropout_equals_the_reference_to_the_bit(seed: int, dtype: torch.dtype) 
     for shape in ((1,), (7, 301), (3, 5, 200), (0, 4)):
         x, dx = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype)
         for p in (0.0, 0.05, 0.5, 0.999):
-            assert torch.equal(training.dropout(x, p, seed), reference.dropout(x, p, seed))
+            assert torch.equal(elementwise.dropout(x, p, seed), reference.dropout(x, p, seed))
             expected = reference.dropout_add_(dx.clone(), x, p, seed)
-            assert torch.equal(training.dropout_add_(dx.clone(), x, p, seed), expected)
+            assert torch.equal(elementwise.dropout_add_(dx.clone(), x, p, seed), expected)
 
 
 def test_dropout_of_strided_tensors_counts_their_elements() -> None:
     x, dx = randn(12, 9).T, randn(12, 9).T
     expected = reference.dropout_add_(dx.clone(), x, 0.3, 5)
-    assert training.dropout(x, 0.3, 5).is_contiguous()
-    assert torch.equal(training.dropout(x, 0.3, 5), reference.dropout(x.contiguous(), 0.3, 5))
-    assert training.dropout_add_(dx, x, 0.3, 5) is dx
+    assert elementwise.dropout(x, 0.3, 5).is_contiguous()
+    assert torch.equal(elementwise.dropout(x, 0.3, 5), reference.dropout(x.contiguous(), 0.3, 5))
+    assert elementwise.dropout_add_(dx, x, 0.3, 5) is dx
     assert torch.equal(dx, expected)
 
 
@@ -354,10 +354,10 @@ def test_dropout_of_strided_tensors_counts_their_elements() -> None:
 def test_row_cross(N: int, K: int, R: int, factors: torch.dtype, dtype: torch.dtype) -> None:
     W, A, B = randn(N, K, dtype=dtype), randn(R, K, dtype=factors), randn(N, R, dtype=factors)
     truth = ((W.double() @ A.double().T) * B.double()).sum(1)
-    found = training.row_cross(W, A, B)
+    found = elementwise.row_cross(W, A, B)
     assert_as_good(found, reference.row_cross(W, A, B), truth)
-    assert torch.equal(found, training.row_cross(W, A, B))
-    assert_as_good(training.row_cross(W.T.contiguous().T, A, B), found, truth)
+    assert torch.equal(found, elementwise.row_cross(W, A, B))
+    assert_as_good(elementwise.row_cross(W.T.contiguous().T, A, B), found, truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,4 +1,4 @@
-"""What must hold before an element-wise kernel of `rankwise.ops.training` gets a pointer; RW620 otherwise.
+"""What must hold before an element-wise kernel of `rankwise.ops.elementwise` gets a pointer; RW620 otherwise.
 
 Legend: T = rows, N and D = columns, R = rank, V = vocabulary, C = rows with logits; B, H, L = batch, heads, positions.
 """
@@ -18,7 +18,7 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 _DTYPES = (*DTYPES, torch.float64)
 
 
-def low_rank_add(y: Tensor, u: Tensor, B: Tensor, g: Tensor | None, bias: Tensor | None) -> None:
+def low_rank_add_(y: Tensor, u: Tensor, B: Tensor, scale: float, g: Tensor | None, bias: Tensor | None) -> None:
     if (
         y.dim() == 0
         or u.shape != (*y.shape[:-1], B.shape[-1])
@@ -42,7 +42,7 @@ def scaled_grad(dy: Tensor, y: Tensor | None, g: Tensor) -> None:
         raise _misfit("scaled_grad needs dy and y (T, N) of one dtype and g (N,)", dy=dy, y=y, g=g)
 
 
-def rms_norm(x: Tensor, w: Tensor, offset: int) -> None:
+def rms_norm(x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) -> None:
     if x.dim() == 0 or not _columns(x, w) or offset not in (0, 1):
         raise _misfit(f"rms_norm needs x (T, D), w (D,) and offset 0 or 1 (it got {offset})", x=x, w=w)
 
@@ -63,22 +63,36 @@ def rms_norm_backward(
         )
 
 
-def glu(gate: Tensor, up: Tensor, act: str, dout: Tensor | None = None) -> None:
+def glu(gate: Tensor, up: Tensor, act: str) -> None:
+    _glu(gate, up, act, None)
+
+
+def glu_backward(dout: Tensor, gate: Tensor, up: Tensor, act: str, want_product: bool) -> None:
+    _glu(gate, up, act, dout)
+
+
+def _glu(gate: Tensor, up: Tensor, act: str, dout: Tensor | None) -> None:
     if act not in ACTIVATIONS:
         raise QuantizationError("RW620", f"there is no activation {act!r}: use one of {', '.join(ACTIVATIONS)}.")
     if gate.dim() == 0 or not _same(gate, up) or (dout is not None and not _same(gate, dout)):
         raise _misfit("glu needs tensors of one shape (T, N) and dtype", gate=gate, up=up, dout=dout)
 
 
-def rope(q: Tensor, cos: Tensor, sin: Tensor) -> None:
+def rope(q: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
     good = q.dim() == 4 and cos.dim() == 3 and cos.shape == sin.shape and cos.dtype == sin.dtype
     good = good and cos.shape[0] in (1, q.shape[0]) and cos.shape[1] == q.shape[2] and cos.shape[2] <= q.shape[3]
     if not good or cos.shape[2] % 2 or not _supported(q, cos) or q.device != sin.device:
         raise _misfit("rope needs q (B, H, L, D), cos and sin (B or 1, L, D'), D' even, D' <= D", q=q, cos=cos, sin=sin)
 
 
-def cross_entropy(
-    logits: Tensor, targets: Tensor, label_smoothing: float, softcap: float | None, multiplier: float
+def cross_entropy_(
+    logits: Tensor,
+    targets: Tensor,
+    scale: float,
+    label_smoothing: float,
+    softcap: float | None,
+    multiplier: float,
+    *wanted: bool,
 ) -> None:
     good = logits.dim() == 2 and targets.shape == logits.shape[:1] and targets.dtype == torch.int64
     if not good or not _supported(logits, logits) or targets.device != logits.device or logits.shape[1] == 0:
@@ -91,14 +105,22 @@ def cross_entropy(
         )
 
 
-def dropout(dx: Tensor, z: Tensor, p: float) -> None:
+def dropout(x: Tensor, p: float, seed: int) -> None:
+    dropout_add_(x, x, p, seed)
+
+
+def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int) -> None:
     if not 0 <= p < 1:
         raise QuantizationError("RW620", f"dropout cannot drop with probability {p}: use a number in [0, 1).")
     if not _same(dx, z):
         raise _misfit("dropout_add_ needs dx and z of one shape and dtype", dx=dx, z=z)
 
 
-def row_cross(shape: Sequence[int], dtype: torch.dtype, A: Tensor, B: Tensor, device: torch.device) -> None:
+def row_cross(W: Tensor, A: Tensor, B: Tensor) -> None:
+    row_cross_of(W.shape, W.dtype, A, B, W.device)
+
+
+def row_cross_of(shape: Sequence[int], dtype: torch.dtype, A: Tensor, B: Tensor, device: torch.device) -> None:
     good = len(shape) == 2 and A.dim() == 2 and B.dim() == 2 and dtype in _DTYPES
     good = good and A.shape[1] == shape[1] and B.shape == (shape[0], A.shape[0])
     if not good or not _supported(A, B) or A.device != device:

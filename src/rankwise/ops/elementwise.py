@@ -1,8 +1,7 @@
 """The element-wise parts of a training step: one pass over memory each, no autograd.
 
-Float32 and bfloat16 on a CPU run in the native library, called directly: PyTorch's dispatcher would cost more than some
-of the kernels. On CUDA, Triton kernels run where Triton is installed. Traced tensors (FakeTensor, ``torch.compile``) go
-through operators registered in ``rankwise.ops.library_training``; everything else runs in plain PyTorch.
+Float32 and bfloat16 on a CPU run in the native library. On CUDA, Triton kernels run where Triton is installed.
+Everything else runs in plain PyTorch. `rankwise.ops.elementwise_table` has a row for each function.
 
 Legend: T = rows (all leading dimensions together), N and D = columns, R = rank, V = vocabulary, C = rows with logits;
 B, H, L = batch, heads, positions. bfloat16 is computed in float32 and rounded once, unless the formula says otherwise.
@@ -11,15 +10,10 @@ Results depend neither on the number of threads nor on chance. Arguments that do
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from rankwise.ops import library_training
-from rankwise.ops import run_training as run
-from rankwise.ops.checks_training import ACTIVATIONS
-
-_operators = library_training.operators
-_PLAIN = (Tensor, torch.nn.Parameter)
+from rankwise.ops.elementwise_checks import ACTIVATIONS
+from rankwise.ops.elementwise_table import call
 
 
 def low_rank_add_(
@@ -29,10 +23,7 @@ def low_rank_add_(
 
     y (T, N), u (T, R) and B (N, R) of one dtype; g (N,) float32; bias (N,). Rows of y and u may be apart.
     """
-    if _traced(y):
-        _operators.low_rank_add_(y, u, B, scale, g, bias)
-        return y
-    return run.low_rank_add_(y, u, B, scale, g, bias)
+    return call("low_rank_add_", y, u, B, scale, g, bias)
 
 
 def scaled_grad(dy: Tensor, y: Tensor | None, g: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -40,10 +31,7 @@ def scaled_grad(dy: Tensor, y: Tensor | None, g: Tensor) -> tuple[Tensor, Tensor
 
     dy and y (T, N) of one dtype; g (N,) float32 -> dz as dy, contiguous; dot (N,) float32.
     """
-    if _traced(dy):
-        dz, dot = _operators.scaled_grad(dy, y, g)
-        return dz, None if y is None else dot
-    return run.scaled_grad(dy, y, g)
+    return call("scaled_grad", dy, y, g)
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float, offset: int = 0, cast_first: bool = True) -> tuple[Tensor, Tensor]:
@@ -52,9 +40,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float, offset: int = 0, cast_first: bool
     With ``cast_first``, ``x rstd`` is rounded to x's dtype before it is multiplied, as transformers' Llama does; Gemma
     is offset 1 without it. x (T, D), w (D,) -> y as x, contiguous; rstd (T,) float32.
     """
-    if _traced(x):
-        return _operators.rms_norm(x, w, eps, offset, cast_first)
-    return run.rms_norm(x, w, eps, offset, cast_first)
+    return call("rms_norm", x, w, eps, offset, cast_first)
 
 
 def rms_norm_backward(
@@ -64,16 +50,12 @@ def rms_norm_backward(
 
     dy, x and residual_grad (T, D), w (D,), rstd (T,) float32 -> dx as x, contiguous.
     """
-    if _traced(dy):
-        return _operators.rms_norm_backward(dy, x, w, rstd, offset, residual_grad)
-    return run.rms_norm_backward(dy, x, w, rstd, offset, residual_grad)
+    return call("rms_norm_backward", dy, x, w, rstd, offset, residual_grad)
 
 
 def glu(gate: Tensor, up: Tensor, act: str) -> Tensor:
     """``act(gate) * up`` with act "silu", "gelu_tanh" or "gelu": (T, N) each, rows may be apart -> contiguous."""
-    if _traced(gate):
-        return _operators.glu(gate, up, act)
-    return run.glu(gate, up, act)
+    return call("glu", gate, up, act)
 
 
 def glu_backward(
@@ -83,10 +65,7 @@ def glu_backward(
 
     (T, N) each, rows of the inputs may be apart -> three contiguous tensors.
     """
-    if _traced(dout):
-        dgate, dup, product = _operators.glu_backward(dout, gate, up, act, want_product)
-        return dgate, dup, product if want_product else None
-    return run.glu_backward(dout, gate, up, act, want_product)
+    return call("glu_backward", dout, gate, up, act, want_product)
 
 
 def rope(q: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
@@ -95,17 +74,12 @@ def rope(q: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     q (B, H, L, D), any strides; cos and sin (B or 1, L, D'), D' even and at most D: the other columns stay.
     -> (B, H, L, D), the transpose of a contiguous (B, L, H, D).
     """
-    if _traced(q):
-        return _operators.rope(q, cos, sin, inverse).transpose(1, 2)
-    return run.rope(q, cos, sin, inverse)
+    return call("rope", q, cos, sin, inverse)
 
 
 def rope_(q: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     """`rope` in place: q (B, H, L, D), any strides; cos and sin (B or 1, L, D')."""
-    if _traced(q):
-        _operators.rope_(q, cos, sin, inverse)
-        return q
-    return run.rope_(q, cos, sin, inverse)
+    return call("rope_", q, cos, sin, inverse)
 
 
 def cross_entropy_(
@@ -132,11 +106,18 @@ def cross_entropy_(
     Raises:
         QuantizationError: RW621, a target is neither -100 nor in [0, V).
     """
-    options = (scale, label_smoothing, softcap, multiplier, want_grad, want_entropy, want_correct)
-    if _traced(logits):
-        loss, entropy, correct = _operators.cross_entropy_(logits, targets, *options)
-        return loss, entropy if want_entropy else None, correct if want_correct else None
-    return run.cross_entropy_(logits, targets, *options)
+    return call(
+        "cross_entropy_",
+        logits,
+        targets,
+        scale,
+        label_smoothing,
+        softcap,
+        multiplier,
+        want_grad,
+        want_entropy,
+        want_correct,
+    )
 
 
 def row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -144,9 +125,7 @@ def row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
     W (N, K), A (R, K), B (N, R), each of its own floating dtype, all on one device -> (N,) float32.
     """
-    if _traced(W):
-        return _operators.row_cross(W, A, B)
-    return run.row_cross(W, A, B)
+    return call("row_cross", W, A, B)
 
 
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
@@ -155,22 +134,12 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     x of any shape, 0 <= p < 1, any integer seed (its low 64 bits count) -> as x, contiguous. The mask depends on the
     number of elements before an element, not on the shape.
     """
-    if _traced(x):
-        return _operators.dropout(x, p, seed)
-    return run.dropout(x, p, seed)
+    return call("dropout", x, p, seed)
 
 
 def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int) -> Tensor:
     """``dx <- dx + z * mask / (1 - p)`` in place, with the mask of `dropout`: dx and z of one shape and dtype."""
-    if _traced(dx):
-        _operators.dropout_add_(dx, z, p, seed)
-        return dx
-    return run.dropout_add_(dx, z, p, seed)
-
-
-def _traced(tensor: Tensor) -> bool:
-    """Whether the call must go through PyTorch's dispatcher."""
-    return type(tensor) not in _PLAIN or torch.compiler.is_compiling()
+    return call("dropout_add_", dx, z, p, seed)
 
 
 __all__ = [
