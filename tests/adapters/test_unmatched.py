@@ -12,7 +12,7 @@ from adapted_models import logits, step
 import rankwise as rw
 from rankwise.errors import AdapterError, ConfigError, RankwiseWarning
 from rankwise.planning.adapted import adaptation
-from rankwise.planning.shape import shape_of
+from rankwise.planning.architectures import shape_of
 from tiny_models import tiny_llama, tiny_moe
 
 STACK = "mlp.experts.gate_up_proj"
