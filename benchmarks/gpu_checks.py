@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from rankwise import ops
-from rankwise.adapters.operator import DenseWeight
 from rankwise.ops import elementwise_reference, elementwise_table, reference
+from rankwise.ops.branch import Frozen
 from rankwise.ops.low_rank_linear import Branch, Dropout, low_rank_linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -178,7 +178,7 @@ def check_layer(T: int, N: int, K: int, r: int, dtype: torch.dtype, device: str,
     dy = made(T, N)
 
     def ours(x: Tensor, A: Tensor, B: Tensor, m: Tensor | None = None) -> Tensor:
-        return low_rank_linear(x, (Branch(DenseWeight(W), 2.0, A, B, None, m, gain),), dropout)[0]
+        return low_rank_linear(x, (Branch(Frozen(W), 2.0, A, B, None, m, gain),), dropout)[0]
 
     def plain(x: Tensor, A: Tensor, B: Tensor, m: Tensor | None = None) -> Tensor:
         mask = elementwise_reference.keep_mask(x, p, 11) / (1 - p) if p else torch.ones_like(x)

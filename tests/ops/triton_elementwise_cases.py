@@ -369,12 +369,12 @@ def test_row_cross(N: int, K: int, R: int, factors: torch.dtype, dtype: torch.dt
 def test_row_cross_of_a_packed_weight(
     N: int, K: int, block_size: int, R: int, double: bool, dtype: torch.dtype
 ) -> None:
-    packed = four_bit.quantize_weight(randn(N, K), "nf4", block_size, double)
-    W = four_bit.dequantize_weight(packed, dtype)
+    packed = ops.quantize_weight(randn(N, K), "nf4", block_size, double)
+    W = four_bit.dequantize_4bit(packed, dtype)
     for factors in (torch.float32, torch.bfloat16):
         A, B = randn(R, K, dtype=factors), randn(N, R, dtype=factors)
         truth = ((W.double() @ A.double().T) * B.double()).sum(1)
-        found = four_bit.row_cross_4bit(packed, A, B, dtype)
+        found = ops.row_cross_4bit(packed, A, B, dtype)
         assert_as_good(found, reference.row_cross(W, A, B), truth)
 
 
