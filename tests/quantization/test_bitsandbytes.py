@@ -208,11 +208,12 @@ def test_a_partly_merged_model_says_which_layers_are_dense(bnb, tmp_path):
     torch.testing.assert_close(logits(peer), logits(model), rtol=1e-5, atol=1e-5)
 
 
-def test_an_adapted_model_writes_its_base_under_the_old_names(tmp_path):
+def test_a_model_without_its_adapter_writes_its_base_under_the_old_names(tmp_path):
     model = BUILD["llama"]()
     quantize(model, Nf4Config())
     plain = logits(model)
     rw.add_adapter(model, rw.LoraConfig(target_modules="all-linear"))
+    rw.remove_adapter(model, "default")
     model.save_pretrained(tmp_path)
     assert not any("base_layer" in name for name in load_file(tmp_path / "model.safetensors"))
     assert torch.equal(logits(load_ours(tmp_path)), plain)
