@@ -14,7 +14,7 @@ import rankwise as rw
 from rankwise.adapters import experts as adapted
 from rankwise.errors import AdapterError, ConfigError, RankwiseWarning
 from rankwise.planning.adapted import adaptation
-from rankwise.planning.shape import shape_of
+from rankwise.planning.architectures import shape_of
 from rankwise.quantization.experts import four_bit_stacks
 from rankwise.quantization.linear import weight_count
 from tiny_models import tiny_llama, tiny_moe

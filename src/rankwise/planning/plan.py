@@ -34,7 +34,6 @@ from rankwise.planning.hardware import Hardware, choose_hardware
 from rankwise.planning.optimizers import check_device
 from rankwise.planning.recommend import PASSES, Recommendation, recommend
 from rankwise.planning.settings import SHARED, PlanSettings
-from rankwise.planning.shape import read_shape
 from rankwise.planning.speed import Pace, assumed_pace, micro_batch_seconds, nominal_pace, tokens_per_second
 from rankwise.planning.terms import TOO_SLOW, MemoryEstimate
 from rankwise.planning.workload import Workload
