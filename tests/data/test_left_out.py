@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from tiny_tokenizers import CHATML, MARKED, byte_tokenizer, sentencepiece_tokenizer
 
 from rankwise.data import Encoded, encode_rows, rows_from_records
@@ -122,6 +124,30 @@ def test_what_is_left_out_is_named(template: str, turns: Any, tools: Any, lost: 
     message = refusal(template, *turns, tools=tools)
     assert message.startswith("RW221: rows.jsonl, line 1: the chat template ")
     assert lost in message
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3_training", "llama3_1", "gptoss_training", "lfm2_2_5", "glm4moe"])
+def test_templates_of_known_models_write_tools_and_calls(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    called = {**CALLED, "tool_calls": [{**CALL, "id": "abcdef123"}]}
+    tool = {"type": "function", "function": {**TOOL["function"], "description": 'says "rain"'}}
+    assert encoded(template, ASKED, called, {**RESULT, "content": '4 "x"\n'}, SAID, tools=[tool]).report.rows == 1
+    assert not [item for item in recwarn if item.category is RankwiseWarning]
+
+
+@pytest.mark.parametrize("between", ["", "\n"])
+def test_a_template_may_mark_the_stop_token_by_itself(between: str) -> None:
+    marked = "{% endgeneration %}" + between + "{% generation %}<|im_end|>{% endgeneration %}"
+    template = MARKED.replace(
+        "{% endgeneration %}{% else %}{{ message.content }}{% endif %}<|im_end|>",
+        f"{marked}{{% else %}}{{{{ message.content }}}}<|im_end|>{{% endif %}}",
+    )
+    found = encoded(template, ASKED, SAID, ASKED, SAID)
+    text = byte_tokenizer().decode(found.dataset[0]["input_ids"])
+    assert text.count("It is 4.") == 2
+    assert text.count("<|im_end|>") == 4
+    trained = byte_tokenizer().decode([label for label in found.dataset[0]["labels"] if label != -100])
+    assert trained.replace("\n", "") == "It is 4.<|im_end|>It is 4.<|im_end|>"
 
 
 def test_text_in_parts_is_one_text() -> None:

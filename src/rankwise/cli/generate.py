@@ -116,13 +116,11 @@ class Speaker:
             return self.tokenizer(
                 prompt.removesuffix(self.wording.suffix) + self.wording.suffix, return_tensors="pt"
             ).to(self.model.device)
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            chat_template=self.wording.template,
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        ).to(self.model.device)
+        from rankwise.data import chat_text
+
+        asked = [{"role": "user", "content": prompt}]
+        text = chat_text(self.tokenizer, asked, chat_template=self.wording.template)
+        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(self.model.device)
 
     def _pad_token(self) -> int | None:
         pad = self.tokenizer.pad_token_id

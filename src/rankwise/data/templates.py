@@ -157,7 +157,7 @@ class ChatRenderer:
             first = row.first_trained
             start = len(self._before(text, messages, tools, first)) if first else 0
             spans = [span for span in marked if span[1] > start]
-        spans = [(start, self._turn_end(text, start, end)) for start, end in spans]
+        spans = self._whole_turns(text, spans)
         self._check_turns(text, spans)
         closed = self.stop is None and spans[-1][1] == len(text)
         return Rendered(_segments(text, spans), opened=False, closed=closed, left_out=lost.optional)
@@ -265,6 +265,15 @@ class ChatRenderer:
         before = self._render(messages[:index], tools, generation_prompt=True)
         return _prefix(before, text, index)
 
+    def _whole_turns(self, text: str, spans: Sequence[Span]) -> list[Span]:
+        """Each up to its stop token, which some templates mark once more by itself."""
+        turns: list[Span] = []
+        for start, end in spans:
+            free = max(start, turns[-1][1]) if turns else start
+            if free < end or not turns:
+                turns.append((free, self._turn_end(text, free, end)))
+        return turns
+
     def _turn_end(self, text: str, start: int, end: int) -> int:
         """Up to the stop token of the turn: what the template writes behind it the model never generates."""
         if self.stop is None:
@@ -279,9 +288,13 @@ class ChatRenderer:
         """Raise RowRefused where there is no answer, or one that would teach the model to say nothing."""
         if not any(start < end for start, end in spans):
             raise RowRefused("RW212", "the chat template marks no assistant text in this row")
+        before = -1
         for number, (start, end) in enumerate(spans, 1):
-            if start < end and not text[start:end].replace(self.stop or "\0", "").strip():
+            # Some templates mark the stop token by itself, right behind the answer.
+            is_answer = before < 0 or text[before:start].strip()
+            if start < end and is_answer and not text[start:end].replace(self.stop or "\0", "").strip():
                 raise RowRefused("RW222", f"the assistant's turn {number} holds only its stop token")
+            before = end
 
 
 def chat_text(

@@ -16,7 +16,7 @@ from transformers import set_seed
 from rankwise.adapters import add_adapter
 from rankwise.adapters.baselines import add_baseline
 from rankwise.config import BASELINES, LoraConfig
-from rankwise.data import Encoded, Rows, encode_rows, read_rows, read_template, warn_of_overlap
+from rankwise.data import Encoded, Rows, chat_text, encode_rows, read_rows, read_template, warn_of_overlap
 from rankwise.data.encoded_cache import encode_rows_once
 from rankwise.errors import ConfigError, RunError, warn
 from rankwise.models import ModelSource, choose_device, fetch_model
@@ -180,13 +180,8 @@ def answerer(
     for a prompt beyond the model's learned positions.
     """
     if chat:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            chat_template=template,
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
+        text = chat_text(tokenizer, [{"role": "user", "content": prompt}], chat_template=template)
+        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     else:
         inputs = tokenizer(prompt.removesuffix(ending) + ending, return_tensors="pt")
     ids = {key: inputs[key] for key in ("input_ids", "attention_mask")}
