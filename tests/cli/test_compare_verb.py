@@ -116,9 +116,11 @@ def test_unknown_methods_are_named(rankwise: Callable[..., Any], rows_file: Path
     assert "'lore'" in done.stderr
 
 
-@pytest.mark.parametrize(("code", "said"), [("RW540", "training stopped"), ("RW550", "training failed: RW550: full")])
+@pytest.mark.parametrize(
+    ("code", "said"), [("RW540", "training was interrupted"), ("RW550", "training failed: RW550: full")]
+)
 def test_a_run_that_the_user_stopped_has_not_failed(code: str, said: str, capsys: pytest.CaptureFixture[str]):
     """Its own advice, --resume, is not what continues a comparison."""
     outcome = Outcome("failed", 1.0, {"code": code, "message": "full"})
     Lines(Output()).ended(Job("train", None), outcome, Picture([], 1, 2, None))
-    assert capsys.readouterr().out == f"base: {said}  [1 steps done, 2 to come]\n"
+    assert capsys.readouterr().out == f"base: {said}  [1 step done, 2 to come]\n"

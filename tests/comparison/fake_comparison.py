@@ -19,11 +19,11 @@ class Quiet:
     def say(self, text: str) -> None: ...
 
 
-def compare(**given: object) -> object:
+def compare(*, watcher: Quiet | None = None, **given: object) -> object:
     stages.CLI = stages.MEASURE = stages.PREPARE = "fake_stage"
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
     run.environments = lambda jobs, device: [{} for _ in range(jobs)]
-    return run.compare(read_settings(CompareSettings, None, given), Quiet())
+    return run.compare(read_settings(CompareSettings, None, given), watcher or Quiet())
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fake_comparison import compare
+from fake_comparison import Quiet, compare
 
 from rankwise.comparison import run, stages
-from rankwise.errors import ConfigError, RankwiseWarning, RunError
+from rankwise.errors import ConfigError, Interrupted, RankwiseWarning, RunError
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning")
 TIMES = {"wall_seconds", "seconds", "created", "total", "runs_seconds"}
@@ -282,3 +282,38 @@ def test_ctrl_c_lets_the_runs_end_and_the_same_call_continues(tmp_path: Path):
     assert "RW587" in errors
     found: Any = compare(**options)
     assert {item["status"] for item in found["runs"]} == {"finished"}
+
+
+def test_interrupted_steps_are_neither_done_nor_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Ctrl-C while two of six trainings run: what ended before is done, those are interrupted, the rest is to come."""
+    monkeypatch.setenv("FAKE_STEP_SECONDS", "0.2")
+    pictures: list[Any] = []
+
+    class Stopping(Quiet):
+        def ended(self, job: Any, outcome: Any, picture: Any) -> None:
+            pictures.append(picture)
+
+        def tick(self, picture: Any) -> None:
+            if picture.done >= 2 and len(picture.running) == 2:
+                raise KeyboardInterrupt
+
+    options = given(tmp_path, methods="lora,dora,full", learning_rates="2e-4", seeds=2, jobs=2)
+    with pytest.raises(Interrupted, match="RW587"):
+        compare(**options, watcher=Stopping())
+    last = pictures[-1]
+    assert last.failed == 0
+    assert last.interrupted > 0
+    assert last.done == len(list((tmp_path / "out" / "cells").glob("*.json")))
+    # Six trainings and their measurements, the base's own, and the preparation.
+    assert last.done + last.interrupted + last.left == 14
+    found: Any = compare(**options)
+    assert {item["status"] for item in found["runs"]} == {"finished"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_from_outside_interrupts_a_step_and_does_not_fail_it(number: int, tmp_path: Path):
+    outcome = stages.outcome_from(stages.Job("measure", None), tmp_path, -number, {}, 1.0)
+    assert outcome.is_interrupted
+    assert outcome.again
+    killed = stages.outcome_from(stages.Job("measure", None), tmp_path, -signal.SIGKILL, {}, 1.0)
+    assert not killed.is_interrupted

@@ -18,7 +18,7 @@ from rankwise.cli.tables import light_table, titled
 from rankwise.cli.words import duration
 from rankwise.comparison.settings import SHARED, CompareOptions, CompareSettings, check_compare
 from rankwise.reports.naming import method_name, metric_name
-from rankwise.reports.numbers import byte_size, estimate, short_count, span
+from rankwise.reports.numbers import byte_size, estimate, plural, short_count, span
 from rankwise.reports.summary import caution
 
 if TYPE_CHECKING:
@@ -42,10 +42,6 @@ PANELS = {
     "Recommendation": ("memory", "max_hours", "merge"),
     "Equal for every run, as in rankwise train": SHARED,
 }
-
-
-STOPPED = ("RW540", "RW541", "RW542", "RW543")
-# What a step says that the user's Ctrl-C has reached, too; the comparison's own last line says how to go on.
 
 
 class Lines:
@@ -198,8 +194,9 @@ def _doing(job: Job) -> str:
 def _ended(job: Job, outcome: Outcome, picture: Picture) -> str:
     if outcome.status == "finished":
         what = f"{_doing(job)} took {duration(outcome.seconds)}"
-    elif (outcome.error or {}).get("code") in STOPPED:
-        what = f"{_doing(job)} stopped"
+    elif outcome.is_interrupted:
+        # Its own advice, --resume, is not what continues a comparison.
+        what = f"{_doing(job)} was interrupted"
     else:
         error = outcome.error or {}
         what = f"{_doing(job)} failed: {error.get('code')}: {error.get('message')}"
@@ -208,7 +205,9 @@ def _ended(job: Job, outcome: Outcome, picture: Picture) -> str:
 
 def _progress(picture: Picture) -> str:
     left = "" if picture.seconds_left is None else f", about {duration(picture.seconds_left)} left"
-    return f"{picture.done} steps done, {picture.left} to come{left}"
+    counts = {"failed": picture.failed, "interrupted": picture.interrupted}
+    others = "".join(f", {count} {word}" for word, count in counts.items() if count)
+    return f"{plural(picture.done, 'step')} done{others}, {picture.left} to come{left}"
 
 
 VERB = Verb(

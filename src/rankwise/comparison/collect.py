@@ -11,8 +11,8 @@ from typing import Any
 from rankwise.comparison.matrix import Cell
 from rankwise.comparison.measure_files import FACTS_FILE, PERPLEXITY
 from rankwise.comparison.schedule import Plan, state_of
-from rankwise.comparison.schema import EVAL_LOSS, EVALUATION_FOLDER, Message, Run
-from rankwise.comparison.stages import Job, Stage, outcome_of
+from rankwise.comparison.schema import EVAL_LOSS, EVALUATION_FOLDER, Message, Run, Status
+from rankwise.comparison.stages import INTERRUPTED_CODES, Job, Stage, outcome_of
 from rankwise.comparison.verdicts import Scores
 from rankwise.errors import RunError
 from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE
@@ -44,13 +44,15 @@ def _run(plan: Plan, cell: Cell, phase: Any, skipped: Mapping[str, str] | None) 
     error, finished = _error(plan, cell)
     facts = read_json(folder / FACTS_FILE)
     known = record or {}
+    stopped = error is not None and error["code"] in INTERRUPTED_CODES
+    status: Status = "finished" if finished else "skipped" if skipped else "interrupted" if stopped else "failed"
     return {
         "id": cell.id,
         "method": cell.method,
         "seed": cell.seed,
         "learning_rate": cell.learning_rate,
         "phase": phase,
-        "status": "finished" if finished else "skipped" if skipped else "failed",
+        "status": status,
         "error": error,
         "folder": folder.relative_to(plan.output).as_posix(),
         "record": record,

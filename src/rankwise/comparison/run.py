@@ -264,6 +264,8 @@ def _warn_of_edges_and_failures(runs: list[Run], methods: Mapping[str, Any]) -> 
     for run in runs:
         if run["status"] == "failed" and run["error"]:
             warn("RW588", f"{run['id']} failed: {run['error']['code']}: {run['error']['message']}")
+        elif run["status"] == "interrupted":
+            warn("RW597", f"{run['id']} was interrupted, so it has no figures; the same command takes it up again.")
         elif run["status"] == "finished" and run["error"]:
             warn("RW589", f"{run['id']} trained, but: {run['error']['code']}: {run['error']['message']}")
 

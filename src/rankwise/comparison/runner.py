@@ -41,6 +41,9 @@ class Picture:
     # Jobs still to come, those in progress included.
     seconds_left: float | None
     # None before anything has ended.
+    failed: int = 0
+    interrupted: int = 0
+    # Jobs of this call that were stopped on request; no job is counted twice.
 
 
 class Watcher(Protocol):
@@ -69,6 +72,8 @@ class Runner:
     # Job -> its process and its slot.
     spent: list[tuple[Job, float]] = dataclasses.field(default_factory=list)
     done: int = 0
+    failed: int = 0
+    interrupted: set[Job] = dataclasses.field(default_factory=set)
 
     def carry_out(self, next_jobs: Callable[[], list[Job]]) -> None:
         """Raises Interrupted (RW587) after Ctrl-C or SIGTERM, when every run has saved its step."""
@@ -119,12 +124,18 @@ class Runner:
             ticks += 1
             time.sleep(POLL_SECONDS)
 
-    def _end(self, job: Job, code: int) -> None:
+    def _end(self, job: Job, code: int, *, stopping: bool = False) -> None:
         worker, _ = self.running.pop(job)
         outcome = stages.outcome_from(job, self.output, code, worker.document(), round(worker.seconds(), 3))
-        stages.keep_outcome(job, self.output, outcome)
-        self.spent.append((job, outcome.seconds))
-        self.done += 1
+        if outcome.is_interrupted:
+            self.interrupted.add(job)
+        else:
+            self.spent.append((job, outcome.seconds))
+            self.done += outcome.status == "finished"
+            self.failed += outcome.status == "failed"
+        if not (stopping and outcome.is_interrupted):
+            # Where only this step was interrupted, its outcome keeps this call from starting it again and again.
+            stages.keep_outcome(job, self.output, outcome)
         self.watcher.ended(job, outcome, self.picture())
 
     def _stop(self) -> None:
@@ -134,7 +145,7 @@ class Runner:
         while self.running and time.monotonic() < deadline:
             for job, code in [(job, worker.poll()) for job, (worker, _) in self.running.items()]:
                 if code is not None:
-                    self._end(job, code)
+                    self._end(job, code, stopping=True)
             time.sleep(POLL_SECONDS)
 
     def picture(self) -> Picture:
@@ -142,8 +153,9 @@ class Runner:
             Running(job, worker.seconds(), stages.last_step(job.folder(self.output)), self.total_steps(job))
             for job, (worker, _) in self.running.items()
         ]
-        left = self.left()
-        return Picture(running, self.done, len(left), self._seconds_left(left, running))
+        left = [job for job in self.left() if job not in self.interrupted]
+        pace = self._seconds_left(left, running)
+        return Picture(running, self.done, len(left), pace, self.failed, len(self.interrupted))
 
     def _seconds_left(self, left: Sequence[Job], running: Sequence[Running]) -> float | None:
         """What the jobs left take at the pace so far, less what the running ones have spent."""

@@ -19,7 +19,7 @@ EVALUATION_FOLDER = "evaluation"
 EVAL_LOSS = "eval_loss"
 
 Phase = Literal["search", "final"]
-Status = Literal["finished", "failed", "skipped"]
+Status = Literal["finished", "failed", "interrupted", "skipped"]
 Verdict = Literal["better", "worse", "equivalent", "cannot tell"]
 Goal = Literal["best quality", "within limits"]
 
@@ -52,7 +52,7 @@ class Run(TypedDict):
     # "search": tried a learning rate that was not chosen; "final": counts for the method's figures.
     status: Status
     error: Message | None
-    # Why it failed or was skipped.
+    # Why it failed, was interrupted or was skipped.
     folder: str
     # Relative to the comparison's folder, with forward slashes.
     record: dict[str, Any] | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,8 @@ BASE = "base"
 KILLED = "RW583"
 TOO_LARGE = "RW562"
 # The plan says that the run cannot fit.
-INTERRUPTED_CODES = ("RW540", "RW541", "RW542", "RW543")
+INTERRUPTED = "RW597"
+INTERRUPTED_CODES = ("RW540", "RW541", "RW542", "RW543", INTERRUPTED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Outcome:
     seconds: float
     error: dict[str, str] | None = None
     again: bool = False
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether somebody asked it to stop: it has neither been done nor failed."""
+        return self.error is not None and self.error["code"] in INTERRUPTED_CODES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +113,9 @@ def outcome_from(job: Job, output: Path, code: int, document: Mapping[str, Any],
     """What an exit code and the printed document mean."""
     if code == 0:
         return Outcome("finished", seconds)
+    if -code in (signal.SIGINT, signal.SIGTERM):
+        message = f"{job.stage} of {job.id} was interrupted before it ended; the same command takes it up again."
+        return Outcome("failed", seconds, {"code": INTERRUPTED, "message": message}, again=True)
     found = document.get("error")
     if code < 0 or not isinstance(found, Mapping):
         return Outcome("failed", seconds, _cut_off(job, output, code), again=code < 0)
