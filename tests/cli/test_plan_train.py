@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -62,6 +63,16 @@ def test_the_prediction_counts_what_the_meter_counts(train, tmp_path):
     assert train().code == 0
     record = record_of(tmp_path)
     assert record["predicted_peak_memory_bytes"] == pytest.approx(record["peak_memory_bytes"], rel=0.5)
+
+
+def test_an_evaluation_of_longer_rows_decides(train, tmp_path):
+    rows = tmp_path / "long.jsonl"
+    rows.write_text(4 * (json.dumps({"prompt": "a ", "completion": "b" * 400}) + "\n"))
+    done = train("--eval-data", rows, "--max-length", 512)
+    assert done.code == 0
+    assert re.search(r"for 4 rows of 4\d\d tokens of an evaluation; there are", done.stdout)
+    alone = train("--overwrite")
+    assert re.search(r"for 4 rows of \d\d tokens; there are", alone.stdout)
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(train, little_memory, tmp_path):

@@ -158,7 +158,7 @@ def layer_bytes(step: Step) -> int:
         per_token = _full_per_token(step)
     else:
         per_token = _norms(step) + _attention(step) + _mlp(step) + _low_rank(step)
-    return round(step.T * per_token + scores_bytes(step) + _mask(step) + _cast_weights(step))
+    return round(step.T * per_token + scores_bytes(step) + _mask(step) + cast_weights_bytes(step))
 
 
 def unsaved_bytes(step: Step) -> int:
@@ -166,8 +166,7 @@ def unsaved_bytes(step: Step) -> int:
     shape = step.shape
     if step.method == "full" or shape.family == "gpt2" or step.has(*READ_FIRST, "embed_tokens", "input_layernorm"):
         return 0
-    attention = round(step.T * _attention(step) + scores_bytes(step) + _mask(step))
-    norms = _norms(step)
+    attention, norms = attention_bytes(step), _norms(step)
     if step.has("o_proj"):
         return attention + round(step.T * norms / shape.norms_per_layer)
     return attention + round(step.T * (norms - _kept_around_mlp(step) + _unsaved_of_mlp(step)))
@@ -222,6 +221,11 @@ def _keeps_v(step: Step) -> bool:
 def _kept_by_v(step: Step) -> int:
     """Out of a fused projection v is a view, which keeps what q and k came out of too."""
     return step.s * (step.shape.queries + step.shape.keys) if step.shape.fused_qkv else 0
+
+
+def attention_bytes(step: Step) -> int:
+    """What a layer's attention holds: q, k, v, the output, its mask as numbers, its scores."""
+    return round(step.T * _attention(step) + scores_bytes(step) + _mask(step))
 
 
 def _mask(step: Step) -> int:
@@ -312,7 +316,7 @@ def _low_rank(step: Step) -> float:
     return own + s * sum(width for name, width in outputs if step.has(name))
 
 
-def _cast_weights(step: Step) -> float:
+def cast_weights_bytes(step: Step) -> float:
     """Autocast keeps a 16-bit copy of every float32 weight that it multiplied with; stacked experts it leaves alone."""
     shape = step.shape
     cast = step.layer_weights - 3 * shape.experts * shape.mlp * shape.hidden

@@ -18,6 +18,8 @@ HOLES_OF_PYTORCHS_STEP = 40 << 20
 HOLES_CHECKPOINTED, HOLES_OF_FULL, HOLES_OF_ADAPTERS, HOLES_ELSE = (0.2, 0.0), (0.1, 0.4), (0.5, 0.02), (0.5, 0.0)
 # Shares of all gradients and of what is kept, all measured: see `heap_holes_bytes`.
 CLOSED_FORM_ERROR = {"cpu": 0.15, "cuda": 0.10}
+EVALUATION_ERROR = 0.20
+# Of tensors against dry runs of a forward pass (tests/planning/test_evaluating.py); no evaluation was measured.
 
 
 def assembled(
@@ -52,13 +54,14 @@ def assembled(
     else:
         kept_bytes = max(found.get("activations", 0) for found in phases.values())
         terms["overhead"] += CPU_LIBRARY_BYTES + heap_holes_bytes(method, workload, trained_bytes, kept_bytes)
+    errors = DRY_RUN_ERROR if exact else CLOSED_FORM_ERROR
     return MemoryEstimate(
         method=method,
         peak_bytes=sum(terms.values()),
         breakdown=terms,
         trainable_parameters=trainable,
         total_parameters=total,
-        error=(DRY_RUN_ERROR if exact else CLOSED_FORM_ERROR)[workload.device_type],
+        error=EVALUATION_ERROR if workload.evaluation else errors[workload.device_type],
         exact=exact,
         phase=name.split()[0],  # type: ignore[arg-type]
         outside_bytes=outside,

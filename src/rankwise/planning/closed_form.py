@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from math import prod
 
 from rankwise.config import DORA, FOUR_BITS
-from rankwise.planning import activations, backward, weights
+from rankwise.planning import activations, backward, evaluating, weights
 from rankwise.planning.activations import Step
 from rankwise.planning.adapted import STACKS, Adaptation, AdaptedStack, adaptation
 from rankwise.planning.architectures import read_shape
@@ -110,6 +110,9 @@ def phases(
 ) -> dict[str, Terms]:
     """{phase: the terms that it adds to the fixed ones}."""
     step = step_of(shape, method, workload, adapted)
+    if workload.evaluation:
+        dense = {"transient": unpacked_bytes(shape, method, workload)}
+        return evaluating.forward_bytes(step) | {"forward through 4-bit weights": dense}
     layer, held = activations.layer_bytes(step), backward.backward_bytes(step)
     again = workload.gradient_checkpointing
     saved = shape.layers * (activations.checkpoint_bytes(step) if again else layer)

@@ -73,16 +73,17 @@ class MemoryGuard:
         if verdict_of(smallest, self.hardware.memory_bytes) == "too big":
             self._refuse(smallest, "even one row of 16 tokens")
 
-    def before_training(self, batch: Any) -> int | None:
-        """``batch``: rows, tokens and trained_share of the largest micro-batch."""
+    def before_training(self, batch: Any, evaluation: Any) -> int | None:
+        """Rows, tokens and trained_share of the largest micro-batch that will come, and of evaluations (None: there are
+        none). What takes more is predicted."""
         if self._refused_target is not None:
             self._warn_of(self._refused_target)
         if self.workload is None or self.hardware is None:
             return None
-        trained = max(batch.trained_share, 1 / batch.tokens)
-        self.workload = dataclasses.replace(
-            self.workload, batch_size=batch.rows, max_length=max(2, batch.tokens), trained_share=trained
-        )
+        works = [_of_batch(self.workload, batch)]
+        if evaluation is not None:
+            works.append(_of_batch(dataclasses.replace(self.workload, evaluation=True), evaluation))
+        self.workload = max(works, key=lambda work: self._ask(work).peak_bytes)
         self.predicted = self._ask(self.workload)
         if self.hardware.device_type == "cpu":
             # Loading leaves more behind than the model: tokenizer, data, and free heap, which the steps would take.
@@ -94,9 +95,9 @@ class MemoryGuard:
         # The weights are loaded by now: what is free is no measure any more, what was free before loading is.
         verdict = verdict_of(self.predicted, self.hardware.memory_bytes)
         peak = self.baseline_bytes + comparable(self.predicted, self.hardware.device_type)
-        self.say(self._sentence(batch, peak, verdict))
+        self.say(self._sentence(peak, verdict))
         if verdict == "too big":
-            self._refuse(self.predicted, f"a batch of the {batch.rows} longest rows ({batch.tokens:,} tokens each)")
+            self._refuse(self.predicted, f"a batch of {_in_words(self.workload)}")
         return peak
 
     def advice(self) -> str | None:
@@ -111,17 +112,17 @@ class MemoryGuard:
     def _warn_of(self, error: InputError) -> None:
         warn("RW564", f"the memory of this run cannot be predicted, and it starts all the same: {error.message}")
 
-    def _sentence(self, batch: Any, peak_bytes: int, verdict: str) -> str:
+    def _sentence(self, peak_bytes: int, verdict: str) -> str:
         """``peak_bytes`` first: the number that the run holds against its measured peak at the end."""
         assert self.predicted is not None
+        assert self.workload is not None
         assert self.hardware is not None
         had, error = self.baseline_bytes, self.predicted.error * self.predicted.peak_bytes / peak_bytes
         own = f" ({byte_size(had)} that the process has, {byte_size(peak_bytes - had)} for the training)" if had else ""
-        counted = "" if self.workload is None or self.workload.fast else ", of PyTorch's own step"
+        counted = "" if self.workload.fast else ", of PyTorch's own step"
         return (
             f"predicted peak {byte_size(peak_bytes)} ±{error:.0%}{own}{counted}, for "
-            f"{batch.rows} rows of {batch.tokens:,} tokens; there are {byte_size(self.hardware.memory_bytes)}: "
-            f"{verdict}"
+            f"{_in_words(self.workload)}; there are {byte_size(self.hardware.memory_bytes)}: {verdict}"
         ).replace("%", " %")
 
     def _refuse(self, estimate: MemoryEstimate, what: str) -> None:
@@ -187,6 +188,16 @@ def workload_of(settings: Mapping[str, Any], hardware: Hardware) -> Workload:
     dtype = hardware.dtype if settings["dtype"] == "auto" else settings["dtype"]
     kind: Literal["cuda", "cpu"] = "cuda" if hardware.device_type == "cuda" else "cpu"
     return on_device(Workload(**{**fields, "dtype": dtype, "device_type": kind}), hardware)
+
+
+def _of_batch(workload: Workload, batch: Any) -> Workload:
+    trained = max(batch.trained_share, 1 / batch.tokens)
+    return dataclasses.replace(workload, batch_size=batch.rows, max_length=max(2, batch.tokens), trained_share=trained)
+
+
+def _in_words(workload: Workload) -> str:
+    where = " of an evaluation" if workload.evaluation else ""
+    return f"{workload.batch_size} rows of {workload.max_length:,} tokens{where}"
 
 
 def _described(change: Change) -> str:

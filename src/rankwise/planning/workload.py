@@ -65,6 +65,9 @@ class Workload:
     trained_share: float = 1.0
     # Share of the tokens that have labels: logits are kept for these alone. 1.0 is the worst case.
 
+    evaluation: bool = False
+    # A batch of an evaluation: nothing is saved for a backward pass. The closed form alone counts it.
+
     def __post_init__(self) -> None:
         problems = [*_number_problems(self), *_choice_problems(self)]
         if problems:

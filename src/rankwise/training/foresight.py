@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
 from typing import Any, Protocol
+
+from rankwise.training.state import undisturbed_random_states
 
 IGNORED = -100
 ROWS_AT_ONCE = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
-class LongestBatch:
-    """The micro-batch that needs most memory: the longest rows together, padded to the longest of them."""
+class Batch:
+    """A micro-batch, as far as memory depends on it."""
 
     rows: int
     tokens: int
-    # Of the longest row, after truncation.
+    # Of each row: of the longest where they are padded to it, of the mean where they are laid end to end.
     trained_share: float
     # Of rows * tokens, in the loss.
 
@@ -26,20 +31,72 @@ class Foresight(Protocol):
     def before_loading(self) -> None:
         """Nothing of the model is in memory yet."""
 
-    def before_training(self, batch: LongestBatch) -> int | None:
-        """Everything is loaded and encoded. Gives the peak to expect, as the run's own meter will count it."""
+    def before_training(self, batch: Batch, evaluation: Batch | None) -> int | None:
+        """Everything is loaded and encoded: the largest micro-batches of training and of evaluations.
+
+        Gives the peak to expect, as the run's own meter will count it.
+        """
 
 
-def longest_batch(dataset: Any, batch_size: int) -> LongestBatch:
-    """The longest ``batch_size`` rows of an encoded data set (``input_ids``, ``labels``)."""
+def largest_batch(trainer: Any, *, flat: bool) -> Batch:
+    """The largest micro-batch of all that will come; ``flat``: rows are laid end to end, not padded."""
+    return _largest(trainer.train_dataset, coming_batches(trainer), flat=flat)
+
+
+def largest_evaluation(trainer: Any, *, flat: bool) -> Batch | None:
+    """The same of an evaluation, which takes its rows in their order; None where there is none."""
     import numpy as np
 
-    lengths = _lengths(dataset)
-    longest = np.argsort(lengths)[::-1][:batch_size]
-    tokens = int(lengths[longest[0]])
-    labels = dataset.select(longest.tolist())["labels"]
+    if trainer.eval_dataset is None:
+        return None
+    rows = np.arange(len(trainer.eval_dataset))
+    return _largest(trainer.eval_dataset, [_table(rows, trainer.args.per_device_eval_batch_size)], flat=flat)
+
+
+def coming_batches(trainer: Any) -> Iterator[Any]:
+    """Of each epoch the row numbers of the micro-batches that its steps take (batches, rows), by the Trainer's own
+    sampler, which the seed fixes; -1 where the last batch has fewer rows."""
+    import numpy as np
+
+    arguments = trainer.args
+    with undisturbed_random_states():
+        loader = trainer.get_train_dataloader()
+        steps_an_epoch = math.ceil(len(loader) / arguments.gradient_accumulation_steps)
+        left = trainer.total_steps
+        for epoch in itertools.count():
+            loader.set_epoch(epoch)
+            order = np.array(list(itertools.chain.from_iterable(loader.batch_sampler)))
+            yield _table(order, arguments.per_device_train_batch_size)[: left * arguments.gradient_accumulation_steps]
+            left -= steps_an_epoch
+            if left <= 0:
+                return
+
+
+def _table(rows: Any, batch_size: int) -> Any:
+    """Row numbers by batch: (batches, batch_size)."""
+    import numpy as np
+
+    return np.pad(rows, (0, -len(rows) % batch_size), constant_values=-1).reshape(-1, batch_size)
+
+
+def _largest(dataset: Any, tables: Any, *, flat: bool) -> Batch:
+    """Of encoded rows (``input_ids``, ``labels``) the batch of most tokens, padding among them; then of the longest."""
+    import numpy as np
+
+    # Row -1 has no tokens.
+    lengths = np.append(_lengths(dataset), 0)
+    most: tuple[int, int] = (0, 0)
+    found: Any = None
+    for table in tables:
+        longest, together = lengths[table].max(1), lengths[table].sum(1)
+        tokens = together if flat else longest * (table >= 0).sum(1)
+        best = np.lexsort((longest, tokens))[-1]
+        if (tokens[best], longest[best]) > most:
+            most, found = (tokens[best], longest[best]), table[best][table[best] >= 0]
+    labels = dataset.select(found.tolist())["labels"]
     trained = sum(label != IGNORED for row in labels for label in row)
-    return LongestBatch(len(longest), tokens, min(1.0, max(trained, 1) / (len(longest) * tokens)))
+    tokens_a_row = math.ceil(most[0] / len(found))
+    return Batch(len(found), tokens_a_row, min(1.0, max(trained, 1) / (len(found) * tokens_a_row)))
 
 
 def longest_row(dataset: Any) -> int:

@@ -5,6 +5,7 @@ Order matters: everything is read and checked before anything is written, the ol
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from rankwise.records import RunRecord, check_writable, load_record
 from rankwise.training import output, preflight, setup
 from rankwise.training.arguments import check_combinations, check_names, check_optimizer, sft_arguments
 from rankwise.training.checkpoints import Checkpoint, newest_valid
-from rankwise.training.foresight import Foresight, LongestBatch, longest_batch
+from rankwise.training.foresight import Foresight, largest_batch, largest_evaluation
 from rankwise.training.memory_savers import OFFLOADED, OffloadedAdamW, check_memory_savers
 from rankwise.training.meters import Progress
 from rankwise.training.metrics import evaluations
@@ -237,12 +238,12 @@ def _prepare(
     trainable = setup.attach(loaded.model, given.method, lora, given.seed)
     done = optimize_for_training(loaded.model) if given.fast and given.method not in BASELINES else None
     _check_before_training(given, loaded.model, data)
-    predicted = _predicted_peak(given, data, foresight)
     checkpoint = _checkpoint_to_resume(given.output) if mode == "resume" else None
     padded = _why_padded(given, loaded.model, done)
     trainer = _trainer(given, loaded, data, checkpoint, padding_free=padded is None)
     if checkpoint is not None and not _same_length(given):
         _check_length(given, checkpoint, trainer.total_steps)
+    predicted = _predicted_peak(given, trainer, foresight, flat=padded is None)
     record = RunRecord(
         method=given.method,
         seed=given.seed,
@@ -288,14 +289,16 @@ def _check_before_training(given: TrainSettings, model: Any, data: setup.Data) -
     preflight.check_disk(model, given.output, given.save_total_limit + 1)
 
 
-def _predicted_peak(given: TrainSettings, data: setup.Data, foresight: Foresight | None) -> int | None:
-    """Of the largest micro-batch; packed rows are full."""
+def _predicted_peak(
+    given: TrainSettings, trainer: RankwiseTrainer, foresight: Foresight | None, *, flat: bool
+) -> int | None:
+    """Of the largest micro-batch that will come, or of evaluations; packed rows are full."""
     if foresight is None:
         return None
-    batch = longest_batch(data.train.dataset, given.batch_size)
+    batch = largest_batch(trainer, flat=flat)
     if given.packing:
-        batch = LongestBatch(given.batch_size, given.max_length, batch.trained_share)
-    return foresight.before_training(batch)
+        batch = dataclasses.replace(batch, rows=given.batch_size, tokens=given.max_length)
+    return foresight.before_training(batch, largest_evaluation(trainer, flat=flat))
 
 
 def _checkpoint_to_resume(folder: Path) -> Checkpoint | None:

@@ -1,0 +1,63 @@
+"""An evaluation's peak by the closed form against a forward pass of the model on fake tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from planning_models import config_of, skeleton
+
+from rankwise.planning import MemoryEstimate, Workload
+from rankwise.planning.closed_form import of_shape
+from rankwise.planning.dry_run import trace
+from rankwise.planning.shape import shape_of
+from rankwise.planning.step import loss_of
+
+SMALL = {
+    "vocab_size": 1024,
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+}
+CHANGES = {"gpt2": {"intermediate_size": 512, "n_positions": 4096}}
+
+
+def forward_only(model: Any, batch: Any, autocast: Any) -> torch.Tensor:
+    """The loss of an evaluation, then something to go back from that holds nothing."""
+    with torch.no_grad():
+        loss_of(model, batch, autocast)
+    return torch.stack([parameter.sum() * 0 for parameter in model.parameters() if parameter.requires_grad]).sum()
+
+
+def tensors(estimate: MemoryEstimate) -> int:
+    return estimate.peak_bytes - estimate.breakdown["overhead"]
+
+
+DENSE = [(family, method) for family in ("llama", "qwen3", "gemma2", "gpt2") for method in ("lora", "qdora", "full")]
+# The experts' gradients, were they trained, would outweigh a forward pass of so few tokens.
+MIXTURES = [("qwen3_moe", "lora"), ("qwen3_moe", "qdora")]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("family", "method"), [*DENSE, *MIXTURES])
+def test_an_evaluation_holds_what_its_forward_pass_does(family, method, device):
+    changes = SMALL | CHANGES.get(family, {})
+    workload = Workload(batch_size=4, max_length=512, r=8, device_type=device)
+    found = of_shape(shape_of(config_of(family, **changes)), method, dataclasses.replace(workload, evaluation=True))
+    counted = trace(skeleton(family, **changes), method, workload, loss=forward_only)
+    assert counted.phase == found.phase == "forward"
+    assert tensors(found) == pytest.approx(tensors(counted), rel=found.error)
+
+
+@pytest.mark.parametrize("method", ["lora", "qdora", "full"])
+def test_it_takes_less_than_training_on_the_same_rows(method):
+    workload = Workload(batch_size=4, max_length=512, r=8)
+    shape = shape_of(config_of("llama"))
+    evaluated = of_shape(shape, method, dataclasses.replace(workload, evaluation=True))
+    assert evaluated.peak_bytes < of_shape(shape, method, workload).peak_bytes
