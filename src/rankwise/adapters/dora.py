@@ -23,6 +23,7 @@ from rankwise.adapters.low_rank import (
 )
 from rankwise.adapters.operator import branch_of, drawn_dropout
 from rankwise.ops.low_rank_linear import low_rank_linear
+from rankwise.ops.selection import is_traced
 from rankwise.quantization.linear import Linear4bit
 
 
@@ -123,29 +124,30 @@ class Dora(nn.Module):
         So it is computed once per optimizer step, whatever the micro-batches, recomputations and evaluations.
         """
         A, B = self.lora_A, self.lora_B
+        if is_traced():
+            # A compiled graph computes them itself: knowing whether kept ones are fresh is not for graphs.
+            return self._new_row_norms(base, A, B)
         if (norms := self._norms.get((A, B), self._norms_key(base))) is not None:
             return norms
         # Made under inference_mode they could not be kept, and each token would compute them anew.
         with torch.inference_mode(A.is_inference()), torch.no_grad():
-            return self._new_row_norms(base, A, B)
+            return self._norms.keep((A, B), self._norms_key(base), self._new_row_norms(base, A, B))
 
     def _new_row_norms(self, base: nn.Module, A: Tensor, B: Tensor) -> Tensor:
         squared = self._base_norms(base)
         if isinstance(base, Linear4bit):
-            norms = row_norms(squared, base.row_cross(A, self.full_B()), A, self.full_B(), self.scaling)
-        else:
-            norms = adapted_row_norms(dense_weight(base), squared, A, self.full_B(), self.scaling)
-        return self._norms.keep((A, B), self._norms_key(base), norms)
+            return row_norms(squared, base.row_cross(A, self.full_B()), A, self.full_B(), self.scaling)
+        return adapted_row_norms(dense_weight(base), squared, A, self.full_B(), self.scaling)
 
     def _norms_key(self, base: nn.Module) -> Key:
         return *weight_key(base), self.scaling
 
     def _base_norms(self, base: nn.Module) -> Tensor:
         """``||W||^2`` per row, kept while the base stays as it is; of a 4-bit base without a dense W."""
-        if (kept := self._squared.get((), weight_key(base))) is not None:
+        if not is_traced() and (kept := self._squared.get((), weight_key(base))) is not None:
             return kept
         squared = base.row_norms().square() if isinstance(base, Linear4bit) else row_norms_squared(dense_weight(base))
-        return self._squared.keep((), weight_key(base), squared)
+        return squared if is_traced() else self._squared.keep((), weight_key(base), squared)
 
     def enabled(self, rows: Tensor) -> Tensor:
         """Of one value per output row, those of the rows that adapt."""
