@@ -1,44 +1,184 @@
-"""How often 95 % intervals of a paired difference hold the truth: ours, and one with Satterthwaite's degrees.
+"""How often verdicts of a comparison are false, and how often a detectable effect is found, in simulated comparisons.
 
     python benchmarks/interval_coverage.py
 
-Differences d[s, i] = seed[s] + example[i] + rest[s, i] around 0, 300 examples, 2000 simulated comparisons a row.
+writes ``docs/results/interval_coverage.md``. Each of m methods has S seeds on n rows in G clusters:
+
+    loss[m, s, i] = 2 + gap[m] + seed[m, s] + method x row[m, i] + rest[m, s, i]
+
+with method x row effects of mean 0, their signs opposite for even and odd m. All verdicts come from ``compare_all``,
+the detectable effect from ``minimum_detectable_effect`` with the spreads of 100 pilot comparisons.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+
 import numpy as np
+import results
 from scipy import stats
 
-from rankwise.comparison.statistics import Estimate, paired_by_example
+from rankwise.comparison.statistics import ALPHA, minimum_detectable_effect, paired_by_example, pooled
+from rankwise.comparison.verdicts import Scores, compare_all
+from rankwise.records import write_text
 
-EXAMPLES, TIMES = 300, 2000
-SPREADS = ((0.0, 0.3, 0.1), (0.02, 0.3, 0.1), (0.07, 0.3, 0.1), (0.03, 0.3, 0.3), (0.14, 0.0, 0.1))
-# Standard deviations of seeds, examples and the rest.
+ROWS, LEVEL = 300, 2.0
+SEED_SD, ROW_SD, REST_SD = 0.002, 0.1, 0.05
+PILOTS = 100
+SIGMA = 1.3
+# Of the lognormal distribution; its skewness is 13.
 
 
-def satterthwaite(estimate: Estimate) -> float:
-    """Half the width of the interval ``mean -+ t(df) * SE``."""
-    variances, degrees = np.array(estimate.parts).T
-    df = variances.sum() ** 2 / (variances**2 / degrees).sum()
-    return float(stats.t.ppf(0.975, df) * np.sqrt(variances.sum()))
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    effects: str
+    clusters: str = "300"
+    seeds: int = 5
+    methods: int = 2
+    weighted: bool = False
+    # By tokens, 3 to 60 a row.
+    shared: float = 0.0
+    # Part of the effects' variance that all rows of a cluster share.
+
+
+SKEWED = "lognormal"
+CELLS = (
+    *(Cell("Gaussian", seeds=seeds) for seeds in (2, 3, 5, 10)),
+    *(Cell("Gaussian", clusters) for clusters in ("100", "20", "20 Zipf")),
+    Cell("Gaussian", "100", weighted=True, shared=0.5),
+    *(Cell("Gaussian", "100", seeds, methods=4) for seeds in (3, 5)),
+    *(Cell("t, 3 degrees", clusters) for clusters in ("300", "20")),
+    *(Cell(SKEWED, clusters) for clusters in ("300", "100", "20", "20 Zipf")),
+    *(Cell(SKEWED, "20 Zipf", seeds) for seeds in (2, 3, 10)),
+    *(Cell(SKEWED, clusters, methods=4) for clusters in ("100", "20 Zipf")),
+    *(Cell(SKEWED, clusters, weighted=True) for clusters in ("100", "20 Zipf")),
+    *(Cell(SKEWED, clusters, shared=0.5) for clusters in ("100", "20", "20 Zipf")),
+)
+
+
+def cluster_of_row(clusters: str) -> list[int]:
+    """(n,) numbers; Zipf: the g-th largest cluster has 1 / g of the rows of the largest."""
+    count = int(clusters.split()[0])
+    shares = 1 / np.arange(1, count + 1) if "Zipf" in clusters else np.ones(count)
+    ends = np.round(np.cumsum(shares) / shares.sum() * ROWS).astype(int)
+    return np.searchsorted(ends, np.arange(ROWS), side="right").tolist()
+
+
+def effects(draw: np.random.Generator, cell: Cell, size: int) -> np.ndarray:
+    """Of mean 0 and standard deviation 1."""
+    if cell.effects == SKEWED:
+        square = math.exp(SIGMA**2)
+        return (draw.lognormal(0, SIGMA, size) - math.sqrt(square)) / math.sqrt((square - 1) * square)
+    return draw.standard_t(3, size) / math.sqrt(3) if cell.effects.startswith("t") else draw.standard_normal(size)
+
+
+def simulated(draw: np.random.Generator, cell: Cell, gap: float) -> dict[str, Scores]:
+    """The second half of the methods is worse by ``gap``, or better where that is negative."""
+    clusters = cluster_of_row(cell.clusters)
+    weights = draw.integers(3, 60, ROWS).astype(float) if cell.weighted else np.ones(ROWS)
+    found = {}
+    for number in range(cell.methods):
+        own = math.sqrt(1 - cell.shared) * effects(draw, cell, ROWS)
+        own = own + math.sqrt(cell.shared) * effects(draw, cell, max(clusters) + 1)[clusters]
+        losses = LEVEL + gap * (number >= cell.methods // 2) + (-1) ** number * ROW_SD * own
+        losses = losses + draw.normal(0, SEED_SD, (cell.seeds, 1)) + draw.normal(0, REST_SD, (cell.seeds, ROWS))
+        values = dict(enumerate(np.average(losses, axis=1, weights=weights).tolist()))
+        ids = [str(index) for index in range(ROWS)]
+        found[str(number)] = Scores(values, dict(enumerate(losses.tolist())), ids, weights.tolist(), clusters)
+    return found
+
+
+def examples_of(scores: Scores) -> np.ndarray:
+    return np.array([scores.examples[seed] for seed in sorted(scores.examples)])
+
+
+def students_is_false(scores: dict[str, Scores]) -> bool:
+    """Whether any pair is apart by Student's t with G - 1 degrees and no correction for skewness, as until 2026."""
+    pairs = list(itertools.combinations(scores.values(), 2))
+    return any(_students_level(a, b) < ALPHA / len(pairs) for a, b in pairs)
+
+
+def _students_level(a: Scores, b: Scores) -> float:
+    d, w, clusters = examples_of(a) - examples_of(b), np.array(a.weights) / np.mean(a.weights), np.array(a.clusters)
+    delta = d @ w / ROWS
+    u = np.stack([np.bincount(clusters, weights=row) for row in w * (d - delta[:, None])]) / ROWS
+    S, G = u.shape
+    V_rest = G / S * np.sum((u - u.mean(0)) ** 2) / ((S - 1) * (G - 1))
+    V_seed, V_rows = delta.var(ddof=1) / S, max(0.0, G / (G - 1) * np.sum(u.mean(0) ** 2) - V_rest)
+    levels = np.array([ALPHA, ALPHA / 6])
+    half = np.sqrt(stats.t.isf(levels / 2, S - 1) ** 2 * V_seed + stats.t.isf(levels / 2, G - 1) ** 2 * V_rows)
+    # The two levels that are asked for: of one pair and of six.
+    return 0.0 if abs(delta.mean()) > half[1] else ALPHA / 5 if abs(delta.mean()) > half[0] else 1.0
+
+
+def verdicts(scores: dict[str, Scores], margin: float) -> list[tuple[bool, str]]:
+    """Of every pair: whether its methods are of different halves, and the verdict."""
+    found = compare_all("eval_loss", scores, higher_is_better=False, relative_margin=margin / LEVEL)
+    half = len(scores) // 2
+    return [((int(item["a"]) < half) != (int(item["b"]) < half), item["verdict"]) for item in found]
+
+
+def measured(cell: Cell, times: int) -> list[str]:
+    """Shares in per cent: false "better" by Student's t and by ours, false "equivalent" at the margin, effect found."""
+    draw = np.random.default_rng(0)
+    pilots = [simulated(draw, cell, 0.0) for _ in range(PILOTS)]
+    options = {"weights": pilots[0]["0"].weights, "clusters": pilots[0]["0"].clusters}
+    pilot = pooled(
+        [paired_by_example(examples_of(one["0"]), examples_of(one["1"]), **options) for one in pilots], cell.seeds
+    )
+    error = pilot.standard_error
+    assert error is not None
+    students, different, equivalent, found = [], [], [], []
+    for number in range(times):
+        scores = simulated(draw, cell, 0.0)
+        students.append(students_is_false(scores))
+        different.append(any(said in ("better", "worse") for _, said in verdicts(scores, 1e-9)))
+        if number % 2:
+            continue
+        margin = 6 * error * (cell.seeds if cell.seeds < 4 else 1)
+        # The margin is a share of the mean of all methods, which lies between the halves.
+        at_margin = verdicts(simulated(draw, cell, margin), margin / (1 + margin / 2 / LEVEL))
+        equivalent.append(any(apart and said == "equivalent" for apart, said in at_margin))
+        # Skewed effects make it harder to tell on one side, so both are asked, by turns.
+        sign = 1 if number % 4 else -1
+        effect = minimum_detectable_effect(pilot.parts, methods=cell.methods, margin=error, skewness=pilot.skewness)
+        assert effect is not None
+        right = "better" if sign > 0 else "worse"
+        found += [said == right for apart, said in verdicts(simulated(draw, cell, sign * effect), error) if apart]
+    return [f"{100 * np.mean(shares):.1f}" for shares in (students, different, equivalent, found)]
 
 
 def main() -> None:
-    print("seeds  sd of seeds  examples  rest    ours  Satterthwaite")
-    draw = np.random.default_rng(0)
-    for seeds in (2, 3, 5):
-        for of_seeds, of_examples, of_rest in SPREADS:
-            ours = theirs = 0
-            for _ in range(TIMES):
-                d = draw.normal(0, of_seeds, (seeds, 1)) + draw.normal(0, of_examples, (1, EXAMPLES))
-                d = d + draw.normal(0, of_rest, (seeds, EXAMPLES))
-                estimate = paired_by_example(d, np.zeros_like(d))
-                low, high = estimate.interval()
-                ours += low <= 0 <= high
-                theirs += abs(estimate.mean) <= satterthwaite(estimate)
-            shares = f"{ours / TIMES:.3f}  {theirs / TIMES:.3f}"
-            print(f"{seeds:5}  {of_seeds:11}  {of_examples:8}  {of_rest:4}   {shares}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=1000, help="simulated comparisons a row; half for columns 3 and 4")
+    parser.add_argument("--output", type=Path, default=results.FOLDER)
+    given = parser.parse_args()
+    rows = []
+    for cell in CELLS:
+        clusters = cell.clusters + (", shared" if cell.shared else "") + (", tokens" if cell.weighted else "")
+        facts = [cell.effects, clusters, str(cell.seeds), str(cell.methods)]
+        rows.append([*facts, *measured(cell, given.times)])
+        print(*rows[-1], sep="  ", flush=True)
+    headings = ["method x row effects", "clusters", "seeds", "methods"]
+    headings += ["false better or worse, Student's t", "false better or worse", "false equivalent", "effect found"]
+    lines = ["# How often verdicts are false", "", f"`{results.command()}`", "", ABOUT.format(times=given.times), ""]
+    write_text(given.output / "interval_coverage.md", "\n".join([*lines, *results.table(headings, rows)]) + "\n")
+
+
+ABOUT = """In per cent of {times} simulated comparisons of 300 rows (half as many in the last two columns), through the
+functions that `rankwise compare` uses.
+
+- **False better or worse**: methods without a difference, and any pair is called better or worse; the goal is 5.
+  *Student's t* is an interval of clustered errors with G - 1 degrees of freedom, without a correction of skewness.
+- **False equivalent**: methods that differ by exactly the margin, and any such pair is called equivalent.
+- **Effect found**: the methods differ by what `minimum_detectable_effect` gives for these spreads; the goal is 80.
+
+*Zipf*: the g-th largest cluster has 1 / g of the rows of the largest. *Shared*: half of the effects' variance is common
+to the rows of a cluster. *Tokens*: rows weigh 3 to 60."""
 
 
 if __name__ == "__main__":

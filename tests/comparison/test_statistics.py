@@ -12,7 +12,7 @@ from rankwise.comparison.statistics import (
     mean_of_seeds,
     minimum_detectable_effect,
     paired_by_example,
-    pooled_parts,
+    pooled,
     spread_parts,
 )
 from rankwise.errors import RunError
@@ -131,7 +131,7 @@ def test_the_minimum_detectable_effect_needs_two_seeds_and_does_not_go_below_the
 def test_measured_spreads_give_the_effect_that_the_true_ones_give():
     draw = np.random.default_rng(6)
     d = draw.normal(0, 0.02, (40, 30, 1)) + draw.normal(0, 0.3, (40, 1, 400)) + draw.normal(0, 0.1, (40, 30, 400))
-    measured = pooled_parts([paired_by_example(item, np.zeros_like(item)) for item in d], seeds=5)
+    measured = pooled([paired_by_example(item, np.zeros_like(item)) for item in d], seeds=5).parts
     expected = spread_parts(seed_sd=0.02 / 2**0.5, seeds=5, row_sd=0.3, rows=400, rest_sd=0.1)
     assert minimum_detectable_effect(measured, methods=3) == pytest.approx(
         minimum_detectable_effect(expected, methods=3), rel=0.05

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from rankwise.comparison.schema import EVAL_LOSS, MinimumDetectableEffect
 from rankwise.comparison.settings import CompareOptions
-from rankwise.comparison.statistics import POWER, minimum_detectable_effect, pooled_parts, spread_parts
+from rankwise.comparison.statistics import POWER, minimum_detectable_effect, pooled, spread_parts
 from rankwise.comparison.verdicts import Scores, estimate_difference
 
 
@@ -18,10 +18,12 @@ def detectable_effect(
 ) -> MinimumDetectableEffect:
     """With so many seeds and evaluation rows; ``scores`` are those of the metric that decides, method by method."""
     pairs = [pair for pair in itertools.combinations(scores.values(), 2) if set(pair[0].values) & set(pair[1].values)]
-    parts = pooled_parts([estimate_difference(a, b)[0] for a, b in pairs], seeds)
-    if parts:
+    measured = pooled([estimate_difference(a, b)[0] for a, b in pairs], seeds)
+    if measured.parts:
         level = abs(fmean(value for item in scores.values() for value in item.values.values()))
-        absolute = minimum_detectable_effect(parts, methods=len(given.methods), margin=given.margin * level)
+        absolute = minimum_detectable_effect(
+            measured.parts, methods=len(given.methods), margin=given.margin * level, skewness=measured.skewness
+        )
         relative = absolute / level if absolute is not None and level else None
         assumption = "runs spread as the finished ones here do"
     else:

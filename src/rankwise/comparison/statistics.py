@@ -209,15 +209,15 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def minimum_detectable_effect(
-    parts: Sequence[tuple[float, float]], *, methods: int, margin: float = 0.0
+    parts: Sequence[tuple[float, float]], *, methods: int, margin: float = 0.0, skewness: float = 0.0
 ) -> float | None:
     """Smallest true difference that is called better or worse four times in five; None without ``parts``.
 
-    ``parts``: (variance of the mean, degrees of freedom) as in Estimate, taken as true. A difference ``x`` is called
-    so where it is above ``half(alpha / m)``, and not equivalent, which is above ``margin - half(2 alpha)``. m is the
-    middle one of Holm's divisors for one method that differs from all others. With x = effect + sqrt(V) z, the effect
-    sought is the 80 % quantile of the higher bound less sqrt(V) z, here of 20,000 draws (seed 0) of z and of the
-    variances that a comparison would estimate.
+    ``parts`` and ``skewness`` are those of Estimate, taken as true; a difference to either side is as likely. A
+    difference ``x`` is called better where it is above ``half(alpha / m)``, and not equivalent, which is above
+    ``margin - half(2 alpha)``. m is the middle one of Holm's divisors for one method that differs from all others.
+    With x = effect + sqrt(V) z, the effect sought is the 80 % quantile of the higher bound less sqrt(V) z, here of
+    20,000 draws (seed 0) of z and of the variances that a comparison would estimate.
     """
     if not parts:
         return None
@@ -226,11 +226,11 @@ def minimum_detectable_effect(
     z = draw.standard_normal(SIMULATED)
     m = max(1.0, math.comb(methods, 2) - (methods - 2) / 2)
     estimated = V * draw.chisquare(degrees, (SIMULATED, len(V))) / degrees
-    different, equivalent = (
-        np.sqrt(estimated @ special.stdtrit(degrees, level) ** 2) for level in (ALPHA / 2 / m, ALPHA)
-    )
-    needed = np.maximum(different, margin - equivalent) - math.sqrt(V.sum()) * z
-    return float(np.quantile(needed, POWER))
+    t_different, t_equivalent = (-special.stdtrit(degrees, level) for level in (ALPHA / 2 / m, ALPHA))
+    to_the_tail = np.append(t_different[:-1], _reach(t_different[-1], skewness))
+    not_equivalent = margin - np.sqrt(estimated @ t_equivalent**2)
+    needed = [np.maximum(np.sqrt(estimated @ t**2), not_equivalent) for t in (t_different, to_the_tail)]
+    return float(np.quantile(np.array(needed) - math.sqrt(V.sum()) * z, POWER))
 
 
 def spread_parts(
@@ -248,12 +248,13 @@ def spread_parts(
     return (by_seed, seeds - 1.0), *(((row_sd**2 / rows, rows - 1.0),) if rows > 1 else ())
 
 
-def pooled_parts(estimates: Sequence[Estimate], seeds: int) -> tuple[tuple[float, float], ...]:
-    """The mean parts of measured differences, for so many seeds as are planned."""
+def pooled(estimates: Sequence[Estimate], seeds: int) -> Estimate:
+    """Measured differences as one around 0, with their mean parts and skewness, for so many seeds as are planned."""
     measured = [estimate for estimate in estimates if estimate.parts]
     if seeds < 2 or not measured:
-        return ()
+        return Estimate(0.0)
     by_seed = float(np.mean([item.parts[0][0] * len(item.per_seed) for item in measured])) / seeds
     rows = [item.parts[1] for item in measured if len(item.parts) > 1]
     by_row = [(float(np.mean([variance for variance, _ in rows])), min(degrees for _, degrees in rows))] if rows else []
-    return (by_seed, seeds - 1.0), *by_row
+    skewness = float(np.mean([abs(item.skewness) for item in measured]))
+    return Estimate(0.0, ((by_seed, seeds - 1.0), *by_row), skewness)
