@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.text import Text
@@ -20,6 +20,9 @@ from rankwise.cli.words import printable
 from rankwise.errors import ConfigError, RunError, warn
 from rankwise.evaluation.loading import record_of
 from rankwise.records import RunRecord
+
+if TYPE_CHECKING:
+    from rankwise.cli.conversations import Conversation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Answer:
     prompt: str
     base: str | None
     tuned: str | None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    # The conversation that ends with the prompt, where there is more of it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,22 +66,23 @@ class Speaker:
     adapted: bool
     sampling: Sampling
 
-    def answer(self, prompt: str, *, both: bool) -> Answer:
+    def answer(self, asked: Conversation, *, both: bool) -> Answer:
         """The tuned model's answer, or the base's where there is no adapter; with ``both``, both."""
         from rankwise.adapters import adapter_disabled
 
+        messages = asked.messages if len(asked.messages) > 1 else None
         if not self.adapted:
-            return Answer(prompt, self._continue(prompt), None)
-        tuned = self._continue(prompt)
+            return Answer(asked.prompt, self._continue(asked), None, messages)
+        tuned = self._continue(asked)
         if not both:
-            return Answer(prompt, None, tuned)
+            return Answer(asked.prompt, None, tuned, messages)
         with adapter_disabled(self.model):
-            return Answer(prompt, self._continue(prompt), tuned)
+            return Answer(asked.prompt, self._continue(asked), tuned, messages)
 
-    def _continue(self, prompt: str) -> str:
+    def _continue(self, asked: Conversation) -> str:
         import torch
 
-        inputs = self._encode(prompt)
+        inputs = self._encode(asked)
         length = inputs["input_ids"].shape[1]
         room = self._room(length)
         chosen: dict[str, Any] = {"do_sample": False}
@@ -110,17 +116,18 @@ class Speaker:
             )
         return room
 
-    def _encode(self, prompt: str) -> Any:
+    def _encode(self, asked: Conversation) -> Any:
         """(1, length) token ids and their mask, on the model's device."""
-        if not self.wording.chat:
-            return self.tokenizer(
-                prompt.removesuffix(self.wording.suffix) + self.wording.suffix, return_tensors="pt"
-            ).to(self.model.device)
         from rankwise.data import chat_text
 
-        asked = [{"role": "user", "content": prompt}]
-        text = chat_text(self.tokenizer, asked, chat_template=self.wording.template)
-        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(self.model.device)
+        if self.wording.chat:
+            template = self.wording.template
+            text = chat_text(self.tokenizer, asked.messages, asked.tools, chat_template=template, place=asked.place)
+        else:
+            text = asked.prompt.removesuffix(self.wording.suffix) + self.wording.suffix
+        # A template writes the tokens of a beginning itself.
+        encoded = self.tokenizer(text, add_special_tokens=not self.wording.chat, return_tensors="pt")
+        return encoded.to(self.model.device)
 
     def _pad_token(self) -> int | None:
         pad = self.tokenizer.pad_token_id
@@ -134,11 +141,15 @@ def run(settings: GenerateSettings, output: Output) -> Mapping[str, Any]:
     check_paths(model=settings.model)
     record = record_of(settings.adapter)
     name = settings.model or base_model_name(settings.adapter)
+    from rankwise.cli.conversations import read_conversations
+
+    conversations = read_conversations(settings)
     with output.waiting(f"loading {name}"):
         speaker, device = _load(settings, name, record)
     answers = []
-    for prompt in settings.prompt:
-        answers.append(speaker.answer(prompt, both=settings.compare))
+    _check_chat(settings, speaker.wording)
+    for asked in conversations:
+        answers.append(speaker.answer(asked, both=settings.compare))
         print_answer(output, answers[-1])
     return {
         "model": name,
@@ -147,6 +158,19 @@ def run(settings: GenerateSettings, output: Output) -> Mapping[str, Any]:
         "chat_template": speaker.wording.chat,
         "answers": [dataclasses.asdict(answer) for answer in answers],
     }
+
+
+def _check_chat(settings: GenerateSettings, wording: Wording) -> None:
+    """Raise ConfigError (RW127) for options that only a chat template can write into the model's input."""
+    idle = [f"--{name}" for name in ("system", "messages") if getattr(settings, name) is not None]
+    if not idle or wording.chat:
+        return
+    why = f"{settings.adapter} was trained without one" if settings.adapter else "the model has none"
+    raise ConfigError(
+        "RW127",
+        f"{' and '.join(idle)} need a chat template, and {'--raw asks for none' if settings.raw else why}; leave out "
+        f"{'--raw' if settings.raw else 'them'}, or give the model's template with --chat-template FILE.",
+    )
 
 
 def _load(settings: GenerateSettings, name: str, record: RunRecord | None) -> tuple[Speaker, str]:
@@ -229,6 +253,8 @@ VERB = Verb(
     examples=(
         'rankwise generate --model demo --prompt "What is a list in Python?"',
         'rankwise generate --adapter runs/first --prompt "Hello" --compare',
+        "rankwise generate --adapter runs/first --prompt-file questions.txt --json",
+        'rankwise generate --model demo --messages chat.json --system "Be brief."',
     ),
-    metavars={"model": "M", "adapter": "A", "chat_template": "FILE"},
+    metavars={"model": "M", "adapter": "A", "chat_template": "FILE", "prompt_file": "FILE", "messages": "FILE"},
 )

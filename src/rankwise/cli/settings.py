@@ -38,8 +38,15 @@ class GenerateSettings(Settings):
     """The options of ``rankwise generate``."""
 
     prompt: Annotated[tuple[str, ...], BeforeValidator(text_list)] = Field(
-        min_length=1, description="Text to answer; may be given several times.", json_schema_extra={"repeated": True}
+        (),
+        description="Text to answer; may be given several times; - reads one a line from standard input.",
+        json_schema_extra={"repeated": True},
     )
+    prompt_file: Path | None = Field(None, description="File with a prompt a line; .jsonl: texts, or their `prompt`.")
+    messages: Path | None = Field(
+        None, description="Conversation to continue: a JSON list of {role, content}; .jsonl: one conversation a line."
+    )
+    system: str | None = Field(None, min_length=1, description="System message before each prompt and conversation.")
     adapter: Path | None = Field(None, description="Run folder or PEFT adapter folder.")
     model: str | None = Field(None, description=f"{MODEL} With --adapter: the base it was trained on.")
     compare: bool = Field(False, description="Show base and tuned model side by side.")

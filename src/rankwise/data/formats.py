@@ -275,6 +275,11 @@ def _prompt_messages(record: Record) -> dict[str, Any]:
     return {"messages": prompt + answer, "tools": _tools(record), "first_trained": len(prompt)}
 
 
+def conversation(record: Record) -> tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...] | None]:
+    """Messages and tools of a row whose answer is still to come. Raises BadRow."""
+    return _message_list(record, "messages"), _tools(record)
+
+
 def _message_list(record: Record, column: str) -> tuple[Message, ...]:
     messages = record.get(column)
     if not isinstance(messages, list) or not messages:

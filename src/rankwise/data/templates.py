@@ -298,18 +298,28 @@ class ChatRenderer:
 
 
 def chat_text(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, chat_template: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None = None,
+    *,
+    chat_template: str | None = None,
+    place: str = "the prompt",
 ) -> str:
-    """The conversation up to where an answer would start. Raises DataError RW211, RW225."""
-    render = ChatRenderer(tokenizer, chat_template)._render
+    """The conversation up to where an answer would start. Raises DataError RW211, RW221, RW225 with ``place``."""
+    render = functools.partial(ChatRenderer(tokenizer, chat_template)._render, generation_prompt=True)
+    offered = list(tools) if tools else None
 
-    def text() -> Iterator[str]:
+    def texts() -> Iterator[str]:
         try:
-            yield render(messages, None, generation_prompt=True)
+            text = render(messages, offered)
+            lost = left_out(messages, offered, text, {}, render)
+            if lost.required:
+                raise RowRefused("RW221", f"the chat template leaves out {', '.join(lost.required)}")
+            yield text
         except RowRefused as error:
-            raise DataError(error.code, f"the prompt: {error.message}.") from None
+            raise DataError(error.code, f"{place}: {error.message}.") from None
 
-    [found] = bounded(text, lambda _: "the prompt")
+    [found] = bounded(texts, lambda _: place)
     return str(found)
 
 

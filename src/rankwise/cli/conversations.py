@@ -1,0 +1,142 @@
+"""What ``rankwise generate`` is to answer: prompts and conversations, from options, files and standard input."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rankwise.cli.settings import GenerateSettings
+from rankwise.data.formats import BadRow, conversation, text_field
+from rankwise.data.rows import Message
+from rankwise.errors import ConfigError, DataError
+from rankwise.foreign import parse_json
+
+STDIN = "-"
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """What a model is to answer: a prompt is a conversation of one message."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Any, ...] | None = None
+    place: str = "the prompt"
+    # How a message names it.
+
+    @property
+    def prompt(self) -> str:
+        return str(self.messages[-1]["content"])
+
+
+def read_conversations(settings: GenerateSettings) -> list[Conversation]:
+    """Everything to answer, in order: prompts, those of the file, conversations.
+
+    Raises ConfigError: RW124 where there is nothing to answer, RW125 for two readers of standard input, RW126 for a
+    system message that meets another. DataError: RW201, RW205 for a file that cannot be read, RW203 for what is no
+    prompt or conversation in it, RW204 for none.
+    """
+    sources = [*settings.prompt, *(str(path) for path in (settings.prompt_file, settings.messages) if path)]
+    if sources.count(STDIN) > 1:
+        raise ConfigError("RW125", "standard input (-) can be read once; give the rest by files or --prompt TEXT.")
+    prompts = [text for given in settings.prompt for text in (_prompts(STDIN) if given == STDIN else [given])]
+    prompts += _prompts(str(settings.prompt_file)) if settings.prompt_file else []
+    found = [Conversation(({"role": "user", "content": text},)) for text in prompts]
+    found += _conversations(str(settings.messages)) if settings.messages else []
+    if not found:
+        options = "--prompt TEXT, --prompt-file FILE or --messages FILE"
+        raise ConfigError("RW124", f"there is nothing to answer; give {options}.")
+    return [_with_system(one, settings.system) for one in found] if settings.system is not None else found
+
+
+def _with_system(given: Conversation, system: str) -> Conversation:
+    if any(message["role"] == "system" for message in given.messages):
+        text = f"{given.place} has a system message of its own; leave --system or that message out."
+        raise ConfigError("RW126", text)
+    return dataclasses.replace(given, messages=({"role": "system", "content": system}, *given.messages))
+
+
+def _prompts(source: str) -> list[str]:
+    """One a line; of JSON lines each is a text or an object with a `prompt`."""
+    name, text = _read(source)
+    lines = _lines(name, text)
+    if not source.endswith(".jsonl"):
+        return _all_of([line for _, line in lines], name)
+    return _all_of([_checked(_prompt, _parsed(line), place) for place, line in lines], name)
+
+
+def _prompt(record: Any) -> str:
+    return text_field(record if isinstance(record, dict) else {"prompt": record}, "prompt")
+
+
+def _conversations(source: str) -> list[Conversation]:
+    """A JSON file holds one, or a list of them; JSON lines hold one each."""
+    name, text = _read(source)
+    whole = _parsed(text)
+    if isinstance(whole, BadRow) and not source.endswith(".json"):
+        items = [(place, _parsed(line)) for place, line in _lines(name, text)]
+    elif isinstance(whole, list) and not any(isinstance(item, dict) and "role" in item for item in whole):
+        items = [(f"{name}, conversation {number}", item) for number, item in enumerate(whole, 1)]
+    else:
+        items = [(name, whole)]
+    made = [_checked(functools.partial(_conversation, place), item, place) for place, item in items]
+    return _all_of(made, name)
+
+
+def _conversation(place: str, record: Any) -> Conversation:
+    if not isinstance(record, list | dict):
+        raise BadRow(f"expected a list of messages or an object with `messages`, found {str(record)[:40]!r}")
+    messages, tools = conversation({"messages": record} if isinstance(record, list) else record)
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise BadRow(f"expected a `user` or `tool` message to answer at the end, found `{messages[-1]['role']}`")
+    return Conversation(messages, tools, place)
+
+
+def _read(source: str) -> tuple[str, str]:
+    """Name and text of a file, or of standard input."""
+    name = "standard input" if source == STDIN else source
+    try:
+        content = sys.stdin.buffer.read() if source == STDIN else Path(source).read_bytes()
+        return name, content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError("RW205", f"{name} is not UTF-8 (byte {error.start}); save it as such.") from None
+    except OSError as error:
+        raise DataError("RW201", f"cannot open {name}: {error.strerror or error}.") from None
+
+
+def _lines(name: str, text: str) -> list[tuple[str, str]]:
+    """Places and lines; a text may hold Unicode's other line breaks."""
+    lines = enumerate(text.replace("\r\n", "\n").split("\n"), 1)
+    return [(f"{name}, line {number}", line) for number, line in lines if line.strip()]
+
+
+def _parsed(text: str) -> Any:
+    """JSON, or what is wrong with it."""
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        return BadRow(f"invalid JSON ({error})")
+
+
+def _checked(make: Callable[[Any], T], record: Any, place: str) -> T | BadRow:
+    try:
+        if isinstance(record, BadRow):
+            raise record
+        return make(record)
+    except BadRow as error:
+        return BadRow(f"{place}: {error}")
+
+
+def _all_of(items: Sequence[T | BadRow], name: str) -> list[T]:
+    """Raise DataError where one is bad (RW203, the first three named), or there is none (RW204)."""
+    bad = [str(item) for item in items if isinstance(item, BadRow)]
+    if bad:
+        more = f"; {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise DataError("RW203", f"{'; '.join(bad[:3])}{more}. Mend or remove these.")
+    if not items:
+        raise DataError("RW204", f"{name} holds nothing to answer; give at least one prompt or conversation.")
+    return [item for item in items if not isinstance(item, BadRow)]

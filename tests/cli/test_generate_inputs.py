@@ -1,0 +1,196 @@
+"""What ``rankwise generate`` answers: prompts and conversations from options, files and standard input."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+
+import pytest
+
+from rankwise.data import chat_text
+from rankwise.models import load_tokenizer
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {}}}]}
+TOOL_TEMPLATE = (
+    "{{ tools | tojson if tools else '' }}{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}"
+    "{{ m.tool_calls | tojson if m.tool_calls else '' }}</s>{% endfor %}"
+)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The texts that the model is to continue."""
+    texts = []
+
+    def note(*arguments, **more):
+        texts.append(chat_text(*arguments, **more))
+        return texts[-1]
+
+    monkeypatch.setattr("rankwise.data.chat_text", note)
+    return texts
+
+
+@pytest.fixture
+def generate(rankwise, model_folder):
+    return lambda *arguments: rankwise("generate", "--model", model_folder, "--max-new-tokens", 1, *arguments)
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    return lambda text: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def chat(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def test_prompts_of_every_source_are_answered_in_order(generate, stdin, tmp_path):
+    stdin("\N{BYTE ORDER MARK}one\r\n\n two \nth\u2028ree".encode())
+    file = write(tmp_path / "prompts.txt", "five\n\nsix\n")
+    done = generate("--prompt", "zero", "--prompt", "-", "--prompt", "four", "--prompt-file", file, "--json")
+    assert done.code == 0, done.stderr
+    prompts = [answer["prompt"] for answer in done.document["answers"]]
+    assert prompts == ["zero", "one", " two ", "th\u2028ree", "four", "five", "six"]
+    assert all(isinstance(answer["base"], str) for answer in done.document["answers"])
+
+
+def test_a_file_of_json_lines_holds_texts_or_rows(generate, tmp_path):
+    lines = [json.dumps("two\nlines"), json.dumps({"prompt": "a row", "completion": "ignored"})]
+    done = generate("--prompt-file", write(tmp_path / "rows.jsonl", "\n".join(lines)), "--json")
+    assert [answer["prompt"] for answer in done.document["answers"]] == ["two\nlines", "a row"]
+
+
+def test_a_system_message_stands_before_each_prompt(generate, seen):
+    done = generate("--system", "Be brief.", "--prompt", "a", "--prompt", "b", "--json")
+    assert seen == [f"<s>system: Be brief.</s><s>user: {prompt}</s><s>assistant: " for prompt in "ab"]
+    assert done.document["answers"][0]["messages"] == chat(("system", "Be brief."), ("user", "a"))
+
+
+@pytest.mark.parametrize("form", ["list", "object", "list of lists", "lines", "line", "stdin"])
+def test_a_conversation_is_continued(form, generate, seen, stdin, tmp_path):
+    one = chat(("user", "Hi"), ("assistant", "Hello"), ("user", "Who?"))
+    text = "<s>user: Hi</s><s>assistant: Hello</s><s>user: Who?</s><s>assistant: "
+    name, content, count = {
+        "list": ("a.json", one, 1),
+        "object": ("a.json", {"messages": one}, 1),
+        "list of lists": ("a.json", [one, {"messages": one}], 2),
+        "lines": ("a.jsonl", f"{json.dumps(one)}\n\n{json.dumps({'messages': one})}\n", 2),
+        "line": ("a.jsonl", one, 1),
+        "stdin": ("-", one, 1),
+    }[form]
+    stdin(json.dumps(one).encode())
+    done = generate("--messages", name if name == "-" else write(tmp_path / name, content), "--json")
+    assert done.code == 0, done.stderr
+    assert seen == [text] * count
+    assert done.document["answers"][0]["prompt"] == "Who?"
+    assert done.document["answers"][0]["messages"] == one
+
+
+def test_tools_and_calls_go_to_the_template(generate, seen, tmp_path):
+    messages = [*chat(("user", "Rain?")), CALL, *chat(("tool", "sunny"))]
+    file = write(tmp_path / "a.json", {"messages": messages, "tools": TOOLS})
+    template = write(tmp_path / "tools.jinja", TOOL_TEMPLATE)
+    assert generate("--messages", file, "--chat-template", template).code == 0
+    assert seen[0].startswith(json.dumps(TOOLS))
+    assert json.dumps(CALL["tool_calls"]) in seen[0]
+    done = generate("--messages", file)
+    assert done.code == 2
+    assert f"error RW221: {file}: the chat template leaves out `tools`" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("template", "code"),
+    [
+        ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", "RW221"),
+        ("{{ raise_exception('no system') if messages[0].role == 'system' }}{{ messages[0].content }}", "RW211"),
+    ],
+)
+def test_a_template_without_system_messages_is_refused(template, code, generate, tmp_path):
+    file = write(tmp_path / "t.jinja", template)
+    assert generate("--prompt", "a", "--chat-template", file).code == 0
+    done = generate("--prompt", "a", "--system", "Be brief.", "--chat-template", file)
+    assert (done.code, f"error {code}: the prompt: " in done.stderr) == (2, True)
+
+
+def test_a_base_model_has_no_place_for_a_conversation(rankwise, gpt2_folder, model_folder, tmp_path):
+    file = write(tmp_path / "a.json", chat(("user", "Hi")))
+    plain = tmp_path / "plain"
+    shutil.copytree(model_folder, plain)
+    (plain / "chat_template.jinja").unlink()
+    for more in (("--system", "x", "--prompt", "y"), ("--messages", file)):
+        for model in (("--model", plain), ("--model", model_folder, "--raw")):
+            done = rankwise("generate", *model, *more)
+            assert (done.code, f"error RW127: {more[0]} need" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "said"),
+    [
+        ("[", "RW203", "invalid JSON"),
+        ("[" * 100_000, "RW203", "nested too deeply"),
+        ("", "RW203", "invalid JSON"),
+        ("[]", "RW204", "nothing to answer"),
+        ("3", "RW203", "expected a list of messages or an object with `messages`, found '3'"),
+        ("{}", "RW203", "expected a list of messages in `messages`"),
+        (chat(("user", "a"), ("assistant", "b")), "RW203", "to answer at the end, found `assistant`"),
+        (chat(("boss", "a")), "RW203", "'boss'"),
+        (chat(("user", None)), "RW203", "`content` of message 1"),
+        ([chat(("user", "a")), chat(("user", ""))], "RW203", "conversation 2: expected text"),
+        ([{"role": "user", "content": "a"}, 3], "RW203", "as message 2"),
+        ({"messages": chat(("user", "a")), "tools": 3}, "RW203", "`tools`"),
+        (chat(("system", "own"), ("user", "a")), "RW126", "system message of its own"),
+    ],
+)
+def test_what_is_no_conversation_is_named(content, code, said, generate, tmp_path):
+    file = write(tmp_path / "a.json", content)
+    done = generate("--messages", file, *(("--system", "x") if code == "RW126" else ()))
+    assert done.code == 2
+    assert done.stderr.startswith(f"error {code}: {file}")
+    assert said in done.stderr
+
+
+def test_bad_lines_are_named_together(generate, tmp_path):
+    file = write(tmp_path / "a.jsonl", "\n".join(['"good"', "3.5", "{", '{"text": "x"}', "null", "[]", '""']))
+    done = generate("--prompt-file", file)
+    assert done.stderr.startswith(f"error RW203: {file}, line 3: invalid JSON")
+    assert "line 4: expected text in `prompt`" in done.stderr
+    assert "line 5: " in done.stderr
+    assert "; 2 more. Mend or remove these." in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ((), "RW124"),
+        (("--system", "x"), "RW124"),
+        (("--prompt", "-", "--prompt", "-"), "RW125"),
+        (("--prompt", "-", "--messages", "-"), "RW125"),
+        (("--prompt", "-"), "RW204"),
+        (("--prompt-file", "{tmp}/none.txt"), "RW201"),
+        (("--messages", "{tmp}"), "RW201"),
+        (("--prompt-file", "{tmp}/latin.txt"), "RW205"),
+        (("--system", "", "--prompt", "x"), "RW103"),
+    ],
+)
+def test_what_cannot_be_answered_has_a_code(arguments, code, generate, stdin, tmp_path):
+    stdin(b" \n")
+    (tmp_path / "latin.txt").write_bytes("né".encode("latin-1"))
+    done = generate(*(argument.format(tmp=tmp_path) for argument in arguments))
+    assert done.code == 2
+    assert done.stderr.startswith(f"error {code}: ")
+
+
+def test_the_tokens_are_those_of_the_template_alone(model_folder):
+    """Text and ids of transformers' own rendering."""
+    tokenizer = load_tokenizer(str(model_folder))
+    messages = chat(("user", "Hi"))
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert tokenizer(chat_text(tokenizer, messages), add_special_tokens=False)["input_ids"] == ids
