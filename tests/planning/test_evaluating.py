@@ -10,9 +10,9 @@ import torch
 from planning_models import config_of, skeleton
 
 from rankwise.planning import MemoryEstimate, Workload
+from rankwise.planning.architectures import shape_of
 from rankwise.planning.closed_form import of_shape
 from rankwise.planning.dry_run import trace
-from rankwise.planning.shape import shape_of
 from rankwise.planning.step import loss_of
 
 SMALL = {
