@@ -7,27 +7,40 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
+
+import regex
 
 from rankwise.config import ALL_LINEAR, LoraConfig
 from rankwise.errors import AdapterError, warn
 
 Value = TypeVar("Value")
 NO_EFFECT = "RW420"
+LONGEST_MATCH_SECONDS = 0.5
 
 
 def matches(name: str, wanted: str | Sequence[str]) -> bool:
     """A string is a full-match regular expression; a list matches whole names or their ends after a dot."""
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
+        return _match(wanted, name, regex.fullmatch) is not None
     return any(name == key or name.endswith(f".{key}") for key in wanted)
 
 
 def matches_pattern(key: str, name: str) -> bool:
     """Whether ``(.*\\.)?(KEY)$`` matches, as in PEFT's rank_pattern and alpha_pattern."""
-    return re.match(rf"(.*\.)?({key})$", name) is not None
+    return _match(rf"(.*\.)?({key})$", name) is not None
+
+
+def _match(pattern: str, name: str, how: Callable[..., Any] = regex.match) -> Any:
+    """Raises AdapterError (RW401) for an expression that would not end: it may come with an adapter from elsewhere."""
+    try:
+        return how(pattern, name, timeout=LONGEST_MATCH_SECONDS)
+    except (TimeoutError, regex.error) as error:
+        reason = f"takes more than {LONGEST_MATCH_SECONDS} s" if isinstance(error, TimeoutError) else f"fails ({error})"
+        raise AdapterError(
+            "RW401", f"the regular expression {pattern!r} {reason} on the name {name}; write it without nested repeats."
+        ) from None
 
 
 def pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
@@ -222,7 +235,7 @@ def _layer_of(name: str, config: LoraConfig) -> int | None:
 
 def _index_in(pattern: str, name: str) -> int | None:
     # The first index in the path counts; a later one may be an expert's.
-    found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name)
+    found = _match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name)
     return int(found["index"]) if found else None
 
 

@@ -21,6 +21,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from rankwise.cli.main import main
+from rankwise.errors import RunError
+from rankwise.foreign import parse_json, read_json
+from rankwise.records import load_record, read_metrics
 from rankwise.training.checkpoints import MANIFEST, _write_manifest
 from reports.comparison_folders import write_comparison
 
@@ -376,3 +379,106 @@ def _failure_of(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str 
     if code not in (0, 2) or "RW900" in said or "Traceback" in said or "RW550" in said:
         return f"exit {code}: {last[:1000]}"
     return f"{len(said):,} characters" if len(said) > 20_000 else None
+
+
+def test_more_layers_than_a_model_has(rankwise, model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((model_folder / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2**31}))
+    with limited(SECONDS):
+        done = rankwise("generate", "--model", tmp_path / "model", "--prompt", "Hi")
+    assert done.code == 2
+    assert "error RW302: " in done.stderr
+    assert "num_hidden_layers" in done.stderr
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_an_expression_that_does_not_end(field, rankwise, run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    path = tmp_path / "run" / "adapter_config.json"
+    endless = r"(\w|\w\w|\w\w\w|\w\w\w\w|\.)+[#!]"
+    value = {endless: 2} if field == "rank_pattern" else endless
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with limited(SECONDS):
+        done = rankwise("generate", "--adapter", tmp_path / "run", "--prompt", "Hi")
+    assert done.code == 2
+    assert "takes more than" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("verb", ["generate", "merge", "evaluate"])
+def test_a_missing_shard(verb, rankwise, sharded, run_folder, rows_file, tmp_path):
+    shutil.copytree(sharded, tmp_path / "model")
+    sorted((tmp_path / "model").glob("*.safetensors"))[1].unlink()
+    given = {
+        "generate": ("--prompt", "Hi"),
+        "merge": ("--adapter", run_folder, "--output", tmp_path / "out"),
+        "evaluate": ("--task", "perplexity", "--data", rows_file, "--output", tmp_path / "out"),
+    }
+    done = rankwise(verb, "--model", tmp_path / "model", *given[verb])
+    assert done.code == 2
+    assert "error RW305: " in done.stderr or "error RW306: " in done.stderr
+    assert "-of-0" in done.stderr
+    assert not any(tmp_path.rglob("model.safetensors*json.*"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("target_modules", [-1, 5]),
+        ("target_modules", 5),
+        ("modules_to_save", [None]),
+        ("exclude_modules", {"q_proj": 1}),
+        ("rank_pattern", {"(?i)q_proj": "x"}),
+        ("layers_pattern", [3]),
+        ("use_dora", "yes"),
+        ("use_rslora", 3),
+        ("layers_to_transform", ["0"]),
+    ],
+)
+def test_an_adapter_setting_of_another_type_is_named(field, value, rankwise, run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    path = tmp_path / "run" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    done = rankwise("inspect", tmp_path / "run")
+    assert done.code == 2
+    assert "error RW410: " in done.stderr
+    assert field in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\xff", "utf-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[" * 70 + b"]" * 70, "nested more than 64 levels"),
+        (b'{"a": NaN}', "nan"),
+        (b'{"a": 1e999}', "no finite number"),
+        (b'{"a": ' + b"9" * 50 + b"}", "50 digits"),
+        (b'"\\ud800"', "surrogates"),
+    ],
+)
+def test_json_of_others_has_limits(content, reason):
+    with pytest.raises(ValueError) as caught:
+        parse_json(content)
+    assert reason in str(caught.value).lower()
+
+
+def test_a_named_pipe_is_no_settings_file(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with limited(10), pytest.raises(ValueError, match="no regular file"):
+        read_json(tmp_path / "config.json")
+
+
+def test_a_record_of_other_types_is_named_by_field(tmp_path):
+    (tmp_path / "run.json").write_text('{"method": "lora", "seed": 0, "settings": {}, "base_model": []}')
+    with pytest.raises(RunError, match="RW501: .*base_model"):
+        load_record(tmp_path)
+
+
+def test_a_damaged_line_of_metrics_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2}\n{"step": 2, "lo')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+    path.write_bytes(b'{"step": 1, "loss": 2}\n\xff\n{"step": 2, "loss": 1}\n')
+    with pytest.raises(RunError, match="RW501: .*line 2"):
+        list(read_metrics(tmp_path))

@@ -122,12 +122,12 @@ def _model(folder: Path) -> dict[str, Any]:
     if not files:
         refuse_pickles(folder)
         raise ModelError("RW301", f"{folder} holds a config.json and no .safetensors file; its weights are missing.")
-    quantization = config.get("quantization_config")
+    names, quantization = config.get("architectures"), config.get("quantization_config")
     weights = _weights(files, ModelError, "RW302")
     if isinstance(quantization, dict) and quantization.get("load_in_4bit"):
         weights = dataclasses.replace(weights, packed=_packed(files))
     return {
-        "architecture": ", ".join(str(name) for name in config.get("architectures") or ["unknown"]),
+        "architecture": ", ".join(map(str, names)) if isinstance(names, list) and names else "unknown",
         "model_type": config.get("model_type"),
         "layers": config.get("num_hidden_layers", config.get("n_layer")),
         "hidden_size": config.get("hidden_size", config.get("n_embd")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.models.folder import read_config, weights_names
+from rankwise.models.folder import existing_weights, read_config
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.weights_file import sha256_of_files
 
@@ -19,11 +19,14 @@ def model_hash(model: str | ModelSource) -> str:
 
 
 def weights_files(source: ModelSource) -> list[Path]:
-    """The files whose tensors make up the model, of a source that lies on this machine."""
+    """The files whose tensors make up the model, of a source that lies on this machine.
+
+    Raises ModelError (RW305) for one that is missing.
+    """
     assert source.path is not None
     if source.is_gguf:
         return [source.path]
-    return [source.path / name for name in weights_names(source.path, read_config(source.path))]
+    return [source.path / name for name in existing_weights(source.path, read_config(source.path))]
 
 
 def model_facts(model: PreTrainedModel, source: str | ModelSource) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -15,6 +16,8 @@ from rankwise.quantization.listing import some_of
 from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
 
 CONFIG_FILE = "config.json"
+MOST_PARTS = 10_000
+COUNTS = re.compile(r"(layers?|experts|blocks?)$|depth")
 GENERATION_FILE = "generation_config.json"
 ADAPTER_FILE = "adapter_config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -53,13 +56,7 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> FolderCont
     check_architecture(config, folder, trust_remote_code=trust_remote_code)
     check_generation(folder)
     refuse_pickles(folder)
-    names = weights_names(folder, config)
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise ModelError(
-            "RW305",
-            f"{folder} lacks {len(missing)} of {len(names)} weights files: {some_of(missing)}; download it again.",
-        )
+    names = existing_weights(folder, config)
     headers = {name: read_header(folder / name) for name in names}
     _check_index(folder, headers)
     return FolderContent(config, headers)
@@ -80,7 +77,21 @@ def read_config(folder: Path) -> dict[str, Any]:
             "RW302",
             f"{folder / CONFIG_FILE} has the model_type {config['model_type']!r}, which is no name; download it again.",
         )
+    _check_counts(config, folder)
     return config
+
+
+def _check_counts(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise ModelError (RW302) for more layers or experts than a model has: each is built, one after the other, before
+    any weight is looked at. Models of several parts have a config for each."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key, value in part.items():
+            if isinstance(value, int) and value > MOST_PARTS and COUNTS.search(key):
+                raise ModelError(
+                    "RW302",
+                    f"{folder / CONFIG_FILE} has {key} = {value:,}, and a model has at most {MOST_PARTS:,}; "
+                    "download it again.",
+                )
 
 
 @dataclasses.dataclass
@@ -201,6 +212,18 @@ def weights_names(folder: Path, config: Mapping[str, Any] | None = None) -> list
     if (folder / INDEX_FILE).is_file():
         return _shards(folder, INDEX_FILE)
     raise ModelError("RW305", f"{folder} holds no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}; download it again.")
+
+
+def existing_weights(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """``weights_names``, all of which are there. Raises ModelError (RW305)."""
+    names = weights_names(folder, config)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(
+            "RW305",
+            f"{folder} lacks {len(missing)} of {len(names)} weights files: {some_of(missing)}; download it again.",
+        )
+    return names
 
 
 def _shards(folder: Path, index: str) -> list[str]:
