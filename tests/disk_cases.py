@@ -1,6 +1,8 @@
 """Verbs on a disk that fails. `test_disk_faults` runs this file under a preloaded `failing_disk.c`.
 
-    LD_PRELOAD=failing_disk.so python disk_cases.py FOLDER ERROR STRIDE VERB...
+    LD_PRELOAD=failing_disk.so python disk_cases.py FOLDER VERB:ERROR:STRIDE...
+
+ERROR is a name of errno, `short` for half of a write, or SIGKILL.
 
 Each verb is called with its first failing call at 1, 1 + STRIDE, ... while it has so many. Prints what went wrong.
 """
@@ -12,7 +14,9 @@ import ctypes
 import errno
 import io
 import json
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,17 +35,19 @@ LASTING = {"ENOSPC", "EDQUOT", "EROFS", "EMFILE"}
 
 
 class Cases:
-    def __init__(self, folder: Path, error: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder, self.output = folder, folder / "made" / "out"
         self.output.parent.mkdir(exist_ok=True)
         self.library = ctypes.CDLL(None)
-        self.error = error
+        self.error = "ENOSPC"
         self.problems: list[str] = []
 
     def call(self, words: Sequence[object], fail_at: int = 0) -> tuple[int, str]:
         """Exit code and stderr; ``fail_at`` 0 fails nothing."""
+        if fail_at and self.error == "SIGKILL":
+            return self.killed(words, fail_at), ""
         said = io.StringIO()
-        number = 0 if self.error == "short" else getattr(errno, self.error)
+        number = getattr(errno, self.error, 0)
         place = f"{self.folder}/made/".encode() if fail_at else b""
         self.library.disk_fail(place, fail_at, number, int(self.error in LASTING))
         try:
@@ -51,6 +57,18 @@ class Cases:
             self.seen = self.library.disk_calls()
             self.library.disk_fail(b"", 0, 0, 0)
         return code, said.getvalue()
+
+    def killed(self, words: Sequence[object], at_call: int) -> int:
+        """The exit code of a process that is killed at that call, or 0 where it has fewer."""
+        child = os.fork()
+        if not child:
+            self.library.disk_fail(f"{self.folder}/made/".encode(), at_call, -signal.SIGKILL, 0)
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            os._exit(main([str(word) for word in words]))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        self.seen = at_call if code else at_call - 1
+        return code
 
     def prepare(self) -> None:
         """A model, rows, a run that was stopped at half its steps, and a finished one."""
@@ -108,9 +126,11 @@ class Cases:
 
     def check_failure(self, where: str, code: int, said: str, again: Callable[[], Sequence[object]], same: str) -> None:
         said = " ".join(said.split())
-        if code != 2 or "RW900" in said or "error RW" not in said:
+        if self.error == "SIGKILL":
+            assert code == -signal.SIGKILL, said
+        elif code != 2 or "RW900" in said or "error RW" not in said:
             self.problems.append(f"{where}: exit code {code}: {said}")
-        if str(self.output.parent) not in said or ".partial-" in said:
+        elif str(self.output.parent) not in said or ".partial-" in said:
             self.problems.append(f"{where}: it does not name the file: {said}")
         self.check_files(where, said)
         code, said = self.call(again())
@@ -141,18 +161,21 @@ class Cases:
         record = self.output / "run.json"
         if record.is_file():
             status = json.loads(record.read_text())["status"]
-            if status not in ("failed", "replaced", "interrupted") and self.error not in LASTING:
+            if status not in ("failed", "replaced", "interrupted") and self.error not in {*LASTING, "SIGKILL"}:
                 self.problems.append(f"{where}: the record says {status}")
             if status == "failed" and "--resume" not in said:
                 self.problems.append(f"{where}: no advice to resume: {said}")
         for checkpoint in list_checkpoints(self.output):
             check_checkpoint(checkpoint)
         for path in self.output.rglob("*.safetensors"):
-            load_file(path)
-        for path in self.output.rglob("*.jsonl"):
-            [json.loads(line) for line in path.read_text().splitlines()]
-        for path in self.output.rglob("*.json"):
-            json.loads(path.read_text())
+            if self.is_final(path):
+                load_file(path)
+        for path in self.output.rglob("*.json*"):
+            if self.is_final(path):
+                [json.loads(line) for line in ([path.read_text()] if path.suffix == ".json" else path.open())]
+
+    def is_final(self, path: Path) -> bool:
+        return not any(part.startswith(".") for part in path.relative_to(self.output).parts)
 
     def command_after(self, *first: str) -> Sequence[object]:
         status = json.loads((self.output / "run.json").read_text())["status"] if self.has_record() else ""
@@ -194,12 +217,13 @@ VERBS = {
 }
 
 if __name__ == "__main__":
-    cases = Cases(Path(sys.argv[1]), sys.argv[2])
     torch.set_num_threads(1)
+    cases = Cases(Path(sys.argv[1]))
     if not (cases.folder / "evaluated").exists():
         cases.prepare()
-    for name in sys.argv[4:]:
-        print(f"{name}: {cases.sweep(name, int(sys.argv[3]))} calls", flush=True)
+    for spec in sys.argv[2:]:
+        verb, cases.error, stride = spec.split(":")
+        print(f"{spec}: {cases.sweep(verb, int(stride))} calls", flush=True)
         for line in cases.problems:
             print(line)
         cases.problems.clear()

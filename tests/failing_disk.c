@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -15,7 +16,7 @@
 static char folder[PATH_MAX];
 static int at_call, number, lasting, seen;
 
-/* Failures begin with the call `n` (0: none); `error` 0 writes half of what was asked. */
+/* Failures begin with the call `n` (0: none). `error` 0 writes half of what was asked, below 0 it is a signal. */
 void disk_fail(const char *below, int n, int error, int last) {
     snprintf(folder, sizeof folder, "%s", below);
     at_call = n, number = error, lasting = last, seen = 0;
@@ -40,7 +41,9 @@ static int fails_at(int dir, const char *path) {
     if (path) strncat(place, path, sizeof place - strlen(place) - 1);
     if (strncmp(place, folder, strlen(folder))) return 0;
     seen++;
-    return at_call && (lasting ? seen >= at_call : seen == at_call);
+    int fails = at_call && (lasting ? seen >= at_call : seen == at_call);
+    if (fails && number < 0) kill(getpid(), -number);
+    return fails;
 }
 
 #define REAL(name) static __typeof__(&name) real; if (!real) real = (__typeof__(real))dlsym(RTLD_NEXT, #name)

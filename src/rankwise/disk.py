@@ -88,11 +88,13 @@ def hold(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # Never a file of that name with something in it, which is not ours.
-            if path is not None and os.fstat(handle).st_size == 0:
-                with contextlib.suppress(OSError):
-                    path.unlink()
-            os.close(handle)
+            try:
+                # Never a file of that name with something in it, which is not ours.
+                if path is not None and os.fstat(handle).st_size == 0:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+            finally:
+                os.close(handle)
     finally:
         for parent in made:
             # One that holds something by now stays.

@@ -238,6 +238,17 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path):
     assert caught.value.code == "RW581"
 
 
+@pytest.mark.parametrize("name", ["cells", "runs", "best"])
+def test_links_in_the_place_of_its_folders_are_refused(name: str, tmp_path: Path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "precious.txt").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    with pytest.raises(RunError, match=f"RW554.*{name}"):
+        compare(**given(tmp_path))
+    assert (tmp_path / "elsewhere" / "precious.txt").exists()
+
+
 def test_two_calls_at_once_are_one_too_many(tmp_path: Path):
     from rankwise.disk import hold
 

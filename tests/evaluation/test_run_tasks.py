@@ -12,6 +12,7 @@ from small_engines import byte_engine, byte_model, nobody, save_byte_model, writ
 
 from rankwise.adapters import add_adapter, save_adapter
 from rankwise.config import LoraConfig
+from rankwise.disk import hold
 from rankwise.errors import ConfigError, DataError, Interrupted, RankwiseWarning, RunError
 from rankwise.evaluation.generation import Decoding
 from rankwise.evaluation.loading import template_of
@@ -341,3 +342,44 @@ def test_the_observer_sees_every_question(model: Path, rows: Path, tmp_path: Pat
     evaluate(settings(model, "perplexity", rows, tmp_path / "out"), observer)
     assert watcher.seen[0] == ("perplexity on base", 0, 12)
     assert watcher.seen[-1] == ("perplexity on base", 12, 12)
+
+
+def test_a_link_in_the_place_of_a_task_is_refused(model: Path, rows: Path, tmp_path: Path):
+    evaluate(settings(model, "perplexity", rows, tmp_path / "others"))
+    before = (tmp_path / "others" / "perplexity" / "result.json").read_bytes()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "perplexity").symlink_to(tmp_path / "others" / "perplexity", target_is_directory=True)
+    with pytest.raises(RunError, match="RW554"):
+        evaluate(settings(model, "perplexity", rows, tmp_path / "out", overwrite=True, limit=2))
+    assert (tmp_path / "others" / "perplexity" / "result.json").read_bytes() == before
+
+
+def test_an_overwriting_cut_off_keeps_no_old_answers(
+    model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Cut off at each removal: the same command without --overwrite is refused or gives the new result."""
+    new = settings(model, "perplexity", rows, tmp_path / "out", max_length=8)
+    [fresh] = evaluate(settings(model, "perplexity", rows, tmp_path / "fresh", max_length=8))
+    for at_call in range(3):
+        evaluate(settings(model, "perplexity", rows, tmp_path / "out", overwrite=True))
+        with monkeypatch.context() as patch:
+            calls, real = iter(range(at_call)), Path.unlink
+            patch.setattr(Path, "unlink", lambda path, **named: _cut(real, calls, path, **named))  # noqa: B023
+            with pytest.raises(KeyboardInterrupt):
+                evaluate(new.model_copy(update={"overwrite": True}))
+        with pytest.raises(RunError, match="RW570"):
+            evaluate(new)
+    [found] = evaluate(new.model_copy(update={"overwrite": True}))
+    assert found.metrics == fresh.metrics
+
+
+def _cut(real: Any, calls: Any, *args: Any, **named: Any) -> Any:
+    if next(calls, None) is None:
+        raise KeyboardInterrupt
+    return real(*args, **named)
+
+
+def test_one_evaluation_at_a_time(model: Path, rows: Path, tmp_path: Path):
+    with hold(tmp_path / "out"), pytest.raises(RunError, match="RW582"):
+        evaluate(settings(model, "perplexity", rows, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
