@@ -155,6 +155,24 @@ def test_text_in_parts_is_one_text() -> None:
     assert encoded(CHATML, ASKED, {**SAID, "content": parts}).dataset[0] == encoded(CHATML, ASKED, SAID).dataset[0]
 
 
+def test_tools_beside_a_prompt_go_to_the_template_too() -> None:
+    rows = rows_from_records([(1, {"prompt": "rain?", "completion": "4", "tools": json.dumps([TOOL])})], "rows.jsonl")
+    tokenizer = byte_tokenizer(chat_template=WITH_TOOLS)
+    [example] = encode_rows(rows, tokenizer, max_length=2048).dataset
+    assert json.dumps(TOOL) in tokenizer.decode(example["input_ids"])
+    with pytest.raises(DataError, match=r"RW221: .* leaves out `tools`\. "):
+        encode_rows(rows, byte_tokenizer(), max_length=2048)
+    with pytest.warns(RankwiseWarning, match=r"RW226: .* does not see `tools` \(in 1\)"):
+        encode_rows(rows, byte_tokenizer(chat_template=None), max_length=2048)
+
+
+def test_calls_in_sharegpt_turns_are_calls() -> None:
+    turns = [{"from": "human", "value": "rain?"}, {"from": "gpt", "value": "Let me see.", "tool_calls": [CALL]}]
+    rows = rows_from_records([(1, {"conversations": turns})], "rows.jsonl")
+    with pytest.raises(DataError, match=r"RW221: .* leaves out `tool_calls` of message 2\. "):
+        encode_rows(rows, byte_tokenizer(), max_length=256)
+
+
 def test_a_drop_that_depends_on_the_words_is_found() -> None:
     template = CHATML.replace("{{ message.content }}", "{{ '' if 'secret' in message.content else message.content }}")
     turns = [({"role": "user", "content": text}, SAID) for text in ("open", "secret", "open")]
@@ -179,7 +197,7 @@ def test_what_a_row_can_do_without_is_warned_of(template: str, turns: Any, named
     with pytest.warns(RankwiseWarning) as told:
         encoded(template, *turns)
     [message] = [str(item.message) for item in told]
-    assert message.startswith("RW226: of the 1 rows of rows.jsonl the chat template leaves out ")
+    assert message.startswith("RW226: of the 1 rows of rows.jsonl the model does not see ")
     assert named in message
 
 

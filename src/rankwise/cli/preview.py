@@ -48,10 +48,10 @@ def run(settings: PreviewSettings, output: Output) -> Mapping[str, Any]:
 
 
 def _print(output: Output, preview: Preview, report: EncodingReport, settings: PreviewSettings) -> None:
-    cut = f", cut from {preview.full_tokens}" if preview.truncated else ""
+    cut = f", cut from {_about(preview.estimated)}{preview.full_tokens:,}" if preview.truncated else ""
     stop = "the stop token included" if preview.stop_token else "NO stop token among them"
     trained = f"{preview.trained_tokens} trained on ({preview.trained_share:.0%}), {stop}"
-    lengths = f"median {report.median_length:.0f} tokens, longest {report.longest:,}"
+    lengths = f"median {report.median_length:,.0f} tokens, longest {_about(report.estimated_rows)}{report.longest:,}"
     fate = f"{report.truncated_rows:,} cut and {report.dropped_rows:,} left out at --max-length {settings.max_length}"
     for label, text in (
         ("row", f"{preview.place}: {plural(preview.tokens, 'token')}{cut}; {trained}"),
@@ -68,6 +68,10 @@ def _print(output: Output, preview: Preview, report: EncodingReport, settings: P
     )
     output.line()
     output.console.print(rendered(preview, marks=marks), soft_wrap=True)
+
+
+def _about(estimated: int) -> str:
+    return "about " if estimated else ""
 
 
 def _bad_rows(report: EncodingReport) -> Iterator[str]:

@@ -160,8 +160,9 @@ def _write(rows: Rows, path: Path, columns: dict[str, Any]) -> Path:
 def _record(row: Row, rows: Rows, columns: dict[str, Any]) -> dict[str, Any]:
     if row.kind == "text":
         return {"text": row.text}
+    tools = {"tools": row.tools} if row.tools else {}
     if row.kind == "chat":
-        messages, tools = [dict(message) for message in row.messages], {"tools": row.tools} if row.tools else {}
+        messages = [dict(message) for message in row.messages]
         if row.first_trained:
             return {"prompt": messages[: row.first_trained], "completion": messages[row.first_trained :], **tools}
         return {"messages": messages, **tools}
@@ -169,7 +170,7 @@ def _record(row: Row, rows: Rows, columns: dict[str, Any]) -> dict[str, Any]:
         return {"mr": row.prompt.removesuffix("\n"), "ref": row.completion}
     usual = ("question", "answer") if rows.separator == "\n" else ("prompt", "completion")
     names = (columns["prompt_column"] or usual[0], columns["completion_column"] or usual[1])
-    return dict(zip(names, (row.prompt, row.completion)))
+    return {**dict(zip(names, (row.prompt, row.completion))), **tools}
 
 
 def _meaning(rows: Rows) -> Any:

@@ -11,6 +11,7 @@ from rankwise.errors import DataError, warn
 NAMED = 3
 REMEDY = "Mend or remove these rows"
 REMEDIES = {
+    "RW211": "Mend these rows or the template",
     "RW212": "Give a template with {% generation %} marks by --chat-template FILE",
     "RW221": "Give a template that writes it by --chat-template FILE, or take it out of the rows",
 }

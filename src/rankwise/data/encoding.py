@@ -265,8 +265,8 @@ def warn_of_left_out(left_out: Mapping[str, int], total: int, source: str) -> No
         named = ", ".join(f"{name} (in {count:,})" for name, count in left_out.items())
         warn(
             "RW226",
-            f"of the {total:,} rows of {source} the chat template leaves out {named}; the model sees nothing of it. "
-            "Give a template that writes it by --chat-template FILE, if it matters.",
+            f"of the {total:,} rows of {source} the model does not see {named}; if it should, give a chat template "
+            "that writes it by --chat-template FILE.",
             stacklevel=4,
         )
 

@@ -6,6 +6,7 @@ raises once, with the places of the bad ones, or leaves them out.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -141,7 +142,12 @@ def _convert(
             if isinstance(record, BadRow):
                 raise record
             if layout is not None:
-                rows.append(Row(layout.kind, source, line, **layout.fields(record), counted_in=unit))
+                fields = layout.fields(record)
+                if layout.kind == "prompt" and layout.uses_template:
+                    # Beside a prompt, the name may also be that of a column of another meaning.
+                    with contextlib.suppress(BadRow):
+                        fields["tools"] = _tools(record)
+                rows.append(Row(layout.kind, source, line, **fields, counted_in=unit))
         except BadRow as bad:
             problems.append(Problem(source, line, unit, "RW203", str(bad), index))
     return rows, problems
@@ -259,7 +265,8 @@ def _sharegpt(record: Record) -> dict[str, Any]:
         if not isinstance(turn, Mapping) or not isinstance(turn.get("from"), str):
             raise BadRow(f"expected `from` and `value` in turn {number} of `conversations`, found {str(turn)[:60]!r}")
         role = SHAREGPT_ROLES.get(turn["from"], turn["from"])
-        messages.append({"role": role, "content": turn.get("value")})
+        more = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        messages.append({**more, "role": role, "content": turn.get("value")})
     system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
     return _messages({"messages": system + messages, "tools": record.get("tools")})
 

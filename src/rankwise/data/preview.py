@@ -34,9 +34,10 @@ class Preview:
     tokens: int
     trained_tokens: int
     full_tokens: int
-    # Before truncation.
+    # Before truncation; of a row far longer than that an estimate.
     stop_token: bool
     # Whether a stop token is trained on.
+    estimated: bool
 
     @property
     def truncated(self) -> bool:
@@ -88,6 +89,7 @@ def preview_row(
         trained_tokens=sum(trained),
         full_tokens=encoded.length,
         stop_token=not encoder.stop_ids().isdisjoint(labels),
+        estimated=encoded.estimated,
     )
 
 

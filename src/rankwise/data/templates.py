@@ -125,7 +125,8 @@ def _plain_pair(row: Row, *, separator: str, eos_token: str) -> Rendered:
     if not row.completion.replace(eos_token, "").strip():
         raise RowRefused("RW222", "the completion holds only its stop token")
     segments = (Segment(row.prompt + separator, False), Segment(row.completion, True))
-    return Rendered(segments, opened=True, closed=not row.completion.endswith(eos_token))
+    left_out = ("`tools`",) if row.tools else ()
+    return Rendered(segments, opened=True, closed=not row.completion.endswith(eos_token), left_out=left_out)
 
 
 class ChatRenderer:
