@@ -111,8 +111,7 @@ def phases(
     """{phase: the terms that it adds to the fixed ones}."""
     step = step_of(shape, method, workload, adapted)
     if workload.evaluation:
-        dense = {"transient": unpacked_bytes(shape, method, workload)}
-        return evaluating.forward_bytes(step) | {"forward through 4-bit weights": dense}
+        return evaluating.forward_bytes(step, unpacked_bytes(shape, method, workload))
     layer, held = activations.layer_bytes(step), backward.backward_bytes(step)
     again = workload.gradient_checkpointing
     saved = shape.layers * (activations.checkpoint_bytes(step) if again else layer)

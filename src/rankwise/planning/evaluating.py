@@ -12,14 +12,17 @@ MASKS_AT_ONCE = 3
 # Of truths, a byte for each pair of positions, while transformers joins them into one.
 
 
-def forward_bytes(step: Step) -> dict[str, dict[str, int]]:
-    """{phase: {term: bytes}}: the masks when they are made, a layer, and the loss of a chunk."""
+def forward_bytes(step: Step, unpacked: int) -> dict[str, dict[str, int]]:
+    """{phase: {term: bytes}}: the masks when they are made, a layer, and the loss of a chunk.
+
+    ``unpacked``: a 4-bit weight that is made dense for its product.
+    """
     stream = activations.checkpoint_bytes(step)
     masks, cast = activations.masks_bytes(step), cast_bytes(step)
     made = max(masks, MASKS_AT_ONCE * step.T * step.row_tokens if step.masked else 0)
     return {
         "forward at the masks": {"transient": stream + made},
-        "forward": {"transient": stream + masks + cast + layer_bytes(step)},
+        "forward": {"transient": stream + masks + cast + layer_bytes(step) + unpacked},
         "forward at the loss": {"transient": 2 * stream + masks + cast, "logits": activations.loss_bytes(step)},
     }
 
