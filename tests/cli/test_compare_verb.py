@@ -51,6 +51,8 @@ def test_every_run_is_measured(comparison: dict[str, Any], folder: Path):
         assert tasks["perplexity"]["count"] == comparison["data"]["eval"]["rows"]
         assert run["adapter_bytes"] == (folder / run["folder"] / "adapter_model.safetensors").stat().st_size
         assert run["merged"]["max_logit_difference"] < 1e-3
+        assert run["merged"]["rounding_logit_difference"] > 0
+        assert run["merged"]["is_more_than_rounding"] is False
         assert run["merged"]["generate_tokens_per_second_merged"] > 0
         assert all(norm > 0 for norm in run["update_norms"].values())
         assert len(run["update_norms"]) == 14

@@ -159,6 +159,8 @@ def _run(folder: Path, name: str, rate: float, seed: int, phase: str, hostile: b
 def _merged(draw: random.Random) -> dict[str, float]:
     return {
         "max_logit_difference": 2e-5 * (1 + draw.random()),
+        "rounding_logit_difference": 2e-5,
+        "is_more_than_rounding": False,
         "generate_tokens_per_second_merged": 41 + draw.random(),
         "generate_tokens_per_second_unmerged": 29 + draw.random(),
     }

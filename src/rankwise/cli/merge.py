@@ -48,6 +48,7 @@ def run(settings: MergeSettings, output: Output) -> Mapping[str, Any]:
 
 
 def _verify(settings: MergeSettings, trained_on: FourBitConfig | None, output: Output) -> Verification:
+    from rankwise.export.rounding import is_more_than_rounding
     from rankwise.export.verify import read_text, verify_merge
 
     text = None if settings.text is None else read_text(settings.text)
@@ -64,9 +65,15 @@ def _verify(settings: MergeSettings, trained_on: FourBitConfig | None, output: O
     table.add_column("way")
     table.add_column("perplexity", justify="right")
     table.add_column("largest logit difference", justify="right")
+    table.add_column("explained by")
     for variant in verification.variants:
-        table.add_row(variant.name, f"{variant.perplexity:.3f}", f"{variant.largest_logit_difference:.3f}")
+        difference, rounding = variant.largest_logit_difference, verification.rounding
+        cause = "more than rounding" if is_more_than_rounding(difference, rounding) else "rounding"
+        table.add_row(
+            variant.name, f"{variant.perplexity:.3f}", f"{difference:.3g}", cause if difference else "the reference"
+        )
     output.console.print(titled(f"on {verification.tokens:,} tokens", table))
+    output.line(f"Rounding to the model's dtype alone moves a logit by up to {verification.rounding:.3g}.")
     return verification
 
 

@@ -29,6 +29,7 @@ from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.record import TaskResult
 from rankwise.evaluation.run import answer_task
 from rankwise.evaluation.tasks.base import Task
+from rankwise.export.rounding import is_more_than_rounding, rounding_cost
 from rankwise.models.positions import answer_room
 from rankwise.records import RunRecord, load_record, write_json
 
@@ -223,9 +224,13 @@ def _merge_facts(
     if getattr(engine.model, "hf_quantizer", None) is not None:
         engine.model = engine.model.dequantize()
     after = _logits(engine, rows[:CHECKED_ROWS], job["max_length"])
+    difference = max((one - two).abs().max().item() for one, two in zip(before, after))
+    rounding = rounding_cost(engine.model, _ids(engine, rows[:CHECKED_ROWS], job["max_length"]))
     _, merged_speed = _answers(engine, rows, shown)
     merged: MergedCheck = {
-        "max_logit_difference": max((one - two).abs().max().item() for one, two in zip(before, after)),
+        "max_logit_difference": difference,
+        "rounding_logit_difference": rounding,
+        "is_more_than_rounding": is_more_than_rounding(difference, rounding),
         "generate_tokens_per_second_merged": merged_speed,
         "generate_tokens_per_second_unmerged": speed,
     }
@@ -234,11 +239,13 @@ def _merge_facts(
 
 @torch.inference_mode()
 def _logits(engine: Engine, rows: Rows, max_length: int) -> list[Tensor]:
-    found = []
-    for row in engine.encoder(rows).encode(rows.items, max_length):
-        ids = torch.tensor([row.ids[:max_length]], device=engine.model.device)
-        found.append(engine.model(input_ids=ids, use_cache=False).logits.float().cpu())
-    return found
+    ids = _ids(engine, rows, max_length)
+    return [engine.model(input_ids=one, use_cache=False).logits.float().cpu() for one in ids]
+
+
+def _ids(engine: Engine, rows: Rows, max_length: int) -> list[Tensor]:
+    encoded = engine.encoder(rows).encode(rows.items)
+    return [torch.tensor([row.ids[:max_length]], device=engine.model.device) for row in encoded]
 
 
 @torch.no_grad()

@@ -266,7 +266,15 @@ def _warn_of_edges_and_failures(runs: list[Run], methods: Mapping[str, Any]) -> 
             warn("RW588", f"{run['id']} failed: {run['error']['code']}: {run['error']['message']}")
         elif run["status"] == "interrupted":
             warn("RW597", f"{run['id']} was interrupted, so it has no figures; the same command takes it up again.")
-        elif run["status"] == "finished" and run["error"]:
+        merged = run["merged"]
+        # A comparison of an older version did not judge it.
+        if merged and merged.get("is_more_than_rounding"):
+            warn(
+                "RW589",
+                f"{run['id']}: merging moved a logit by {merged['max_logit_difference']:.3g}, and rounding alone by "
+                f"{merged['rounding_logit_difference']:.3g}: the merged model does not say the same.",
+            )
+        if run["status"] == "finished" and run["error"]:
             warn("RW589", f"{run['id']} trained, but: {run['error']['code']}: {run['error']['message']}")
 
 

@@ -36,6 +36,10 @@ class MergedCheck(TypedDict):
 
     max_logit_difference: float | None
     # Largest absolute difference of a logit, merged against unmerged, on evaluation rows.
+    rounding_logit_difference: float | None
+    # The same of the merged model against its own weights computed in the next wider dtype.
+    is_more_than_rounding: bool | None
+    # Whether the first cannot be explained by the second.
     generate_tokens_per_second_merged: float | None
     generate_tokens_per_second_unmerged: float | None
 

@@ -23,6 +23,7 @@ from rankwise.adapters.trained_base import dtype_of, quantization_of
 from rankwise.data import stdlib_rows
 from rankwise.errors import DataError
 from rankwise.export.merged import Onto, base_source, stored_quantization
+from rankwise.export.rounding import rounding_cost
 from rankwise.models import load_model
 from rankwise.quantization.config import FourBitConfig
 from rankwise.quantization.in_place import quantize
@@ -50,6 +51,8 @@ class Verification:
     tokens: int
     closest: Onto
     # Of the merges that can be written, the one whose logits stay closest to the model as trained.
+    rounding: float
+    # Largest difference of a logit between a merged model and its own weights computed in the next wider dtype.
 
 
 def verify_merge(
@@ -81,14 +84,17 @@ def verify_merge(
         merge_adapter(model, reversible=False)
         model = model.dequantize()
         variants.append(measure("merged onto the dequantized", model))
+        rounding = rounding_cost(model, ids)
         quantize(model, four_bit)
         variants.append(measure(REQUANTIZED, model))
     del model
     if stored is None:
-        variants.insert(1, measure("merged onto the original", _merged_original(adapter, load)))
+        model = _merged_original(adapter, load)
+        variants.insert(1, measure("merged onto the original", model))
+        rounding = rounding_cost(model, ids)
     written = [variant for variant in variants if variant.name in MERGED_ONTO]
     closest = min(written, key=lambda variant: variant.largest_logit_difference)
-    return Verification(tuple(variants), sum(chunk.numel() for chunk in ids), MERGED_ONTO[closest.name])
+    return Verification(tuple(variants), sum(chunk.numel() for chunk in ids), MERGED_ONTO[closest.name], rounding)
 
 
 def read_text(path: Path) -> str:

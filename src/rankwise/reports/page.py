@@ -256,17 +256,28 @@ def _merged(comparison: Comparison) -> list[dict[str, str]]:
             for key in ("unmerged", "merged")
         }
         logits = [value for check in checks if is_number(value := check.get("max_logit_difference"))]
+        rounding = [value for check in checks if is_number(value := check.get("rounding_logit_difference"))]
         gain = speeds["merged"] / speeds["unmerged"] - 1 if speeds["merged"] and speeds["unmerged"] else None
         found.append(
             {
                 "method": name,
-                "logits": f"{max(logits):.1e}" if logits else "–",
+                "logits": significant(max(logits, default=None), 2),
+                "rounding": significant(max(rounding, default=None), 2),
+                "judgement": _merge_judgement(checks),
                 "unmerged": significant(speeds["unmerged"]),
                 "merged": significant(speeds["merged"]),
                 "gain": f"{'+' if gain > 0 else ''}{percent(gain)}" if gain is not None else "–",
             }
         )
     return found
+
+
+def _merge_judgement(checks: Sequence[Mapping[str, Any]]) -> str:
+    """Older comparisons did not measure what rounding costs."""
+    found = [check.get("is_more_than_rounding") for check in checks]
+    if any(found):
+        return "more than rounding"
+    return "rounding" if False in found else "–"
 
 
 def _mean(values: Sequence[Any]) -> float | None:

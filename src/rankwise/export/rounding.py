@@ -1,0 +1,62 @@
+"""What rounding to a model's dtype costs its logits: the measure for how much a merge may move them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROUNDING_FACTOR = 4.0
+# A merge adds one rounding of each weight to those of the products, and both models round: independent errors of one
+# size add up to less than twice it. The largest of other tokens' errors may be another twice as large.
+
+
+def is_more_than_rounding(difference: float, rounding: float) -> bool:
+    """Whether logits differ by more than the rounding of their model explains. Not a number is more."""
+    return not difference <= ROUNDING_FACTOR * rounding
+
+
+@torch.no_grad()
+def rounding_cost(model: Any, ids: Sequence[Tensor]) -> float:
+    """Largest difference of a logit between ``model`` and the same weights computed in the next wider dtype."""
+    narrow = [_logits(model, one) for one in ids]
+    with _computing_wider(model):
+        wide = [_logits(model, one) for one in ids]
+    return max((a - b).abs().max().item() for a, b in zip(narrow, wide))
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.double()
+
+
+@contextmanager
+def _computing_wider(model: nn.Module) -> Iterator[None]:
+    """Each module's own weights are widened for its call and put back after it: no copy of the model is made."""
+    kept: dict[nn.Module, dict[str, Tensor]] = {}
+
+    def widen(module: nn.Module, _: Any) -> None:
+        kept[module] = {name: value.data for name, value in module._parameters.items() if value is not None}
+        for name, value in kept[module].items():
+            if value.is_floating_point():
+                module._parameters[name].data = value.to(_wider(value.dtype))  # type: ignore[union-attr]
+
+    def put_back(module: nn.Module, _: Any, __: Any) -> None:
+        for name, value in kept.pop(module).items():
+            module._parameters[name].data = value  # type: ignore[union-attr]
+
+    owners = [module for module in model.modules() if any(p is not None for p in module._parameters.values())]
+    hooks = [module.register_forward_pre_hook(widen) for module in owners]
+    hooks += [module.register_forward_hook(put_back, always_call=True) for module in owners]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _wider(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
