@@ -12,6 +12,7 @@ from training_rows import snapshot, write_rows
 
 from rankwise.data import encode_rows, read_rows
 from rankwise.data.encoded_cache import encode_rows_once
+from rankwise.disk import hold
 from rankwise.models import fetch_model, model_facts
 from rankwise.quantization.config import Fp4Config, Nf4Config
 from rankwise.training.prepared import load_prepared
@@ -39,6 +40,18 @@ def test_a_kept_base_is_the_same_model(model_folder: Path, tmp_path: Path, quant
     assert again.name_or_path == fresh.name_or_path
     source = fetch_model(str(model_folder))
     assert model_facts(again, source) == model_facts(fresh, source)
+
+
+def test_what_a_kill_left_goes_and_another_process_is_not_disturbed(model_folder: Path, tmp_path: Path):
+    cache = tmp_path / "cache"
+    loaded(model_folder, cache, Nf4Config())
+    (folder,) = cache.iterdir()
+    folder.rename(cache / f".{folder.name}.partial-0a1b2c3d")
+    with hold(folder):
+        loaded(model_folder, cache, Nf4Config())
+        assert not folder.exists()
+    loaded(model_folder, cache, Nf4Config())
+    assert list(cache.iterdir()) == [folder]
 
 
 def test_formats_do_not_share_a_place_and_plain_folders_are_not_copied(model_folder: Path, tmp_path: Path):

@@ -10,15 +10,13 @@ import copy
 import hashlib
 import importlib.metadata
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rankwise.disk import flush_tree, follow_umask
+from rankwise.disk import hold, whole_folder
+from rankwise.errors import RunError
 from rankwise.models import ModelSource, load_model, model_hash
 from rankwise.models.folder import read_config
 from rankwise.models.load import load_tokenizer
@@ -78,14 +76,12 @@ def _key(source: ModelSource, dtype: torch.dtype | None, quantization: FourBitCo
 
 
 def _keep(model: Any, folder: Path) -> None:
-    """Written beside its place and renamed: whole or not at all. Of two that write it, either will do."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    """Whole or not at all. Where another process is writing the same, that one's will do."""
     try:
-        model.save_pretrained(temporary)
-        follow_umask(temporary)
-        flush_tree(temporary)
-        if not folder.exists():
-            os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with hold(folder):
+            if not folder.exists():
+                with whole_folder(folder) as unfinished:
+                    model.save_pretrained(unfinished)
+    except RunError as error:
+        if error.code != "RW582":
+            raise
