@@ -1,7 +1,7 @@
 """The two modules that stand in a model where something adapts: a layer with adapters over it, a module trained whole.
 
 Both keep the names of what they wrap: in ``model.state_dict()`` the base's tensors have the keys they had before, so
-that checkpoints written by any trainer still load into the plain model.
+that it still loads into the plain model.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rankwise.adapters.base_layer import features
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.embedding import EmbeddingLora
 from rankwise.adapters.lora import Lora
+from rankwise.ops.selection import is_traced
 
 if TYPE_CHECKING:
     from rankwise.adapters.shared_input import SharedInput
@@ -84,7 +85,8 @@ class AdaptedLayer(OverBase):
     def forward(self, x: Tensor) -> Tensor:
         if self.active is None:
             return self.base_layer(x)
-        if self.shared is not None and (y := self.shared.output(self, x)) is not None:
+        # What members have waiting for each other is not for graphs, which compute them apart anyway.
+        if self.shared is not None and not is_traced() and (y := self.shared.output(self, x)) is not None:
             return y
         return self.adapters[self.active](self.base_layer, x)
 
