@@ -66,6 +66,24 @@ bench: $(STAMP) ## timings against the peers, into docs/results (half an hour on
 	@test -f $(E2E)/trainset.csv || { echo "needs E2E's trainset.csv and devset.csv; set E2E=FOLDER"; exit 1; }
 	$(BIN)/python benchmarks/end_to_end.py $(E2E)/trainset.csv --eval-data $(E2E)/devset.csv
 
+# The showcase: a grid from 3e-5 to 1e-2 holds the optima of adapters and of full fine-tuning, three times apart.
+GSM8K ?= ../shared/data/gsm8k
+SHOWN := --model demo --methods lora,dora,qlora,qdora,full --seeds 3 --learning-rates 3e-5,1e-4,3e-4,1e-3,3e-3,1e-2
+SHOWN += --save-total-limit 1
+CHROMIUM := $${RANKWISE_CHROMIUM:-chromium} --headless --no-sandbox --disable-gpu --hide-scrollbars
+
+showcase: $(STAMP) ## the comparisons shown in docs/results (about 45 minutes each on two quiet AMX or Zen 4 cores)
+	$(BIN)/rankwise compare $(SHOWN) --data $(E2E)/trainset.csv --eval-data $(E2E)/devset.csv --max-length 128 \
+		--batch-size 8 --search-steps 20 --max-steps 60 --eval-steps 30 --output runs/showcase/e2e
+	$(BIN)/rankwise compare $(SHOWN) --data $(GSM8K)/train.jsonl --max-length 256 \
+		--batch-size 4 --eval-limit 64 --search-steps 12 --max-steps 40 --eval-steps 20 --output runs/showcase/gsm8k
+	for name in e2e gsm8k; do \
+		mkdir -p docs/results/$$name; \
+		cp runs/showcase/$$name/report.html runs/showcase/$$name/report.md docs/results/$$name; \
+		$(CHROMIUM) --window-size=1280,1500 --screenshot=docs/results/$$name/report.png \
+			file://$(CURDIR)/docs/results/$$name/report.html; \
+	done
+
 docs: $(STAMP) ## the documentation as HTML
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	$(BIN)/sphinx-build -W -q docs docs/_build
@@ -73,4 +91,4 @@ docs: $(STAMP) ## the documentation as HTML
 clean: ## remove what the other words made
 	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: help setup demo test check format families grid browser bench docs clean
+.PHONY: help setup demo test check format families grid browser bench showcase docs clean

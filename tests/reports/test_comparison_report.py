@@ -332,3 +332,11 @@ def test_one_folder_keeps_its_own_figures(tmp_path, capsys):
     written = json.loads((tmp_path / "elsewhere" / "report.json").read_text())
     assert written["differences"] == document["differences"]
     assert not (folder / "report.html").exists()
+
+
+def test_a_mark_of_caution_never_stands_alone_on_a_line(tmp_path):
+    """The space before it does not break."""
+    folder = tmp_path / "c"
+    write_comparison(folder)
+    html = write_report(folder)[0].read_text(encoding="utf-8")
+    assert '.weak strong::after { content: "\\00a0!"' in html

@@ -161,3 +161,21 @@ def test_without_a_script_everything_that_matters_is_there(browser, report):
     assert page.locator(".filters").is_hidden()
     assert page.locator(".example:visible").count() > 0
     context.close()
+
+
+def test_on_a_phone_sort_controls_look_like_controls_and_no_mark_stands_alone(opened):
+    page = opened(375)
+    style = page.evaluate(
+        """() => {
+            const button = document.querySelector(".methods thead button");
+            const found = getComputedStyle(button);
+            return [parseFloat(found.borderTopWidth), button.getBoundingClientRect().height];
+        }"""
+    )
+    assert style[0] >= 1
+    assert style[1] >= 32
+    marks = page.evaluate(
+        """() => [...document.querySelectorAll(".trust .weak strong")]
+            .map((strong) => getComputedStyle(strong, "::after").content)"""
+    )
+    assert all(mark == '"\u00a0!"' for mark in marks)
