@@ -24,7 +24,7 @@ REFUSED = [
     ("llama", {"target_modules": ["q_proj", "v_proj|k_proj"]}, "RW401", ["'v_proj|k_proj'"]),
     ("llama", {"target_modules": ["q_proj", ""]}, "RW401", ["''"]),
     ("llama", {"target_modules": "nothing.*"}, "RW401", ["target_modules='nothing.*'"]),
-    ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [0, 7, -1]}, "RW401", ["-1, 7", "layers 0 to 1"]),
+    ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [0, 7, 9]}, "RW401", ["7, 9", "layers 0 to 1"]),
     (
         "llama",
         {"target_modules": ["q_proj"], "layers_to_transform": 2},
