@@ -29,7 +29,6 @@ def _declarations_only() -> ModuleType:
     def accept(*_: Any, **__: Any) -> None: ...
 
     module = ModuleType("pydantic")
-    vars(module).update(
-        BaseModel=Declared, Field=accept, BeforeValidator=accept, ConfigDict=dict, ValidationError=ValueError
-    )
+    validators = dict.fromkeys(("Field", "BeforeValidator", "AfterValidator"), accept)
+    vars(module).update(BaseModel=Declared, ConfigDict=dict, ValidationError=ValueError, **validators)
     return module
