@@ -67,10 +67,17 @@ def parse_json(
     return found
 
 
-def read_object(path: Path, *, error: type[RankwiseError], code: str, constants: bool = False) -> dict[str, Any]:
+def read_object(
+    path: Path,
+    *,
+    error: type[RankwiseError],
+    code: str,
+    constants: bool = False,
+    largest_bytes: int = LARGEST_BYTES,
+) -> dict[str, Any]:
     """The object in a JSON file. Raises ``error(code)`` with one sentence that names the file and the fault."""
     try:
-        content = read_json(path, constants=constants)
+        content = read_json(path, constants=constants, largest_bytes=largest_bytes)
     except (OSError, ValueError) as problem:
         raise error(code, f"cannot read {path} as JSON ({reason_of(problem)}); get it again.") from None
     if not isinstance(content, dict):

@@ -14,6 +14,7 @@ from rankwise.errors import AdapterError, ConfigError
 from rankwise.foreign import read_object
 
 CONFIG_FILE = "adapter_config.json"
+LARGEST_BYTES = 4 << 20
 
 _SHARED_FIELDS = (
     "r",
@@ -99,7 +100,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The JSON document of an adapter folder. Raises AdapterError (RW409) when it is missing or no JSON object."""
     if not (folder / CONFIG_FILE).exists():
         raise AdapterError("RW409", f"{folder} holds no {CONFIG_FILE}; give the folder of an adapter.")
-    return read_object(folder / CONFIG_FILE, error=AdapterError, code="RW409")
+    return read_object(folder / CONFIG_FILE, error=AdapterError, code="RW409", largest_bytes=LARGEST_BYTES)
 
 
 def scaled_alpha(config: LoraConfig) -> Callable[[float, int], float]:
