@@ -1,27 +1,18 @@
 """Low-rank adapters: LoRA and DoRA on any base layer, in PEFT's names and PEFT's format."""
 
-from rankwise.adapters.checkpoint import (
-    adapter_parameters,
-    adapter_tensors,
-    load_adapter,
-    load_tensors,
-    save_adapter,
-)
+from rankwise.adapters.attached import AdaptedModule, AdapterReport, adapter_config, has_adapter, report
+from rankwise.adapters.checkpoint import load_adapter, load_tensors
 from rankwise.adapters.inject import (
-    AdaptedModule,
-    AdapterReport,
-    adapter_config,
     adapter_disabled,
     add_adapter,
     disable_adapter,
     enable_adapter,
-    has_adapter,
     plan_adapter,
     remove_adapter,
-    report,
     set_adapter,
 )
 from rankwise.adapters.merge import merge_adapter, unmerge_adapter
+from rankwise.adapters.saving import adapter_parameters, adapter_tensors, save_adapter
 
 __all__ = [
     "AdaptedModule",

@@ -9,7 +9,6 @@ metadata.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,38 +17,42 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters.base_layer import is_conv1d
-from rankwise.adapters.experts import (
-    StackLora,
-    from_peft_A,
-    from_peft_B,
-    ordered_stacks,
-    peft_A,
-    peft_B,
-    peft_keys,
-)
-from rankwise.adapters.fused import enabled_rows, from_blocks, to_blocks
-from rankwise.adapters.inject import (
+from rankwise.adapters.attached import (
     DEFAULT_NAME,
     AdaptedModule,
     AdapterReport,
-    adapted_experts,
     adapted_layers,
+    report,
+    trained_copies,
+)
+from rankwise.adapters.experts import (
+    from_peft_A,
+    from_peft_B,
+    ordered_stacks,
+    peft_keys,
+)
+from rankwise.adapters.fused import enabled_rows, from_blocks
+from rankwise.adapters.inject import (
     attach,
     disable_adapter,
     enable_adapter,
     plan_adapter,
     remove_adapter,
-    report,
-    stacks_of,
-    trained_copies,
 )
 from rankwise.adapters.layer import AdaptedLayer, TrainedCopy
-from rankwise.adapters.peft_config import CONFIG_FILE, from_peft, read_config, scaled_alpha, to_peft
+from rankwise.adapters.peft_config import CONFIG_FILE, from_peft, read_config
+from rankwise.adapters.saving import (
+    PARTS_FIELDS,
+    PARTS_KEY,
+    PREFIX,
+    WEIGHTS_FILE,
+    adapter_parameters,
+    is_at_work,
+    tensor_keys,
+)
 from rankwise.adapters.state import (
     AdapterState,
     base_modules,
-    base_parameter,
     inner_module,
     replace_parameter,
     state_and_name,
@@ -57,139 +60,7 @@ from rankwise.adapters.state import (
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError, ConfigError
 from rankwise.foreign import parse_json
-from rankwise.matching import matches, suffixes
-from rankwise.records import write_bytes, write_json
 from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-PARTS_KEY = "rankwise.enable_lora"
-PARTS_FIELDS = ("enable_lora", "rank_pattern", "alpha_pattern")
-# What PEFT's fields cannot say of a fused projection; kept in the metadata.
-
-
-def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
-    """{key in PEFT's file: live parameter} of an adapter, the active one by default.
-
-    For a partly adapted fused projection the parameters are the compact A, B and m; the file holds them expanded. Those
-    of E stacked experts are (E, r, in) and (E, out, r).
-    """
-    state, name = state_and_name(model, name)
-    found: dict[str, nn.Parameter] = {}
-    for path, layer in adapted_layers(model, name):
-        adapter: Any = layer.adapters[name]
-        for key, attribute in _tensor_keys(path, layer.base_layer, adapter.magnitude is not None).items():
-            found[key] = getattr(adapter, attribute)
-    for path, experts in adapted_experts(model, name):
-        found |= _stack_parameters(path, stacks_of(experts, name))
-    for path, copy in trained_copies(model, name):
-        found |= {f"{PREFIX}{path}.{key}": value for key, value in copy.adapters[name].named_parameters()}
-    adapted = {path for path, _ in adapted_layers(model, name)}
-    for key in state.replaced.get(name, {}):
-        path, _, leaf = key.rpartition(".")
-        if leaf == "bias":
-            found[f"{PREFIX}{path}{'.base_layer' if path in adapted else ''}.bias"] = base_parameter(model, key)
-    return found
-
-
-def save_adapter(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    name: str | None = None,
-    base_model: str | None = None,
-    state_dict: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write an adapter (the active one by default) as a PEFT folder, each file whole or not at all.
-
-    ``base_model`` is what transformers' ``from_pretrained(folder)`` loads; by default the model's own name.
-    ``state_dict``: the model's, gathered elsewhere, whose values are written in place of the live ones. Raises
-    AdapterError (RW421) where it lacks some.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state, name = state_and_name(model, name)
-    config = state.configs[name]
-    modules = [item for item in report(model, name).modules if item.kind != "trained whole"]
-    document = to_peft(
-        _as_one_lora(config, modules),
-        _portable_targets(model, config, modules),
-        base_model or getattr(model, "name_or_path", None) or None,
-        _is_transposed([layer.base_layer for _, layer in adapted_layers(model, name)]),
-    )
-    metadata = {"format": "pt"}
-    if config.enable_lora:
-        metadata[PARTS_KEY] = json.dumps({name: _plain(getattr(config, name)) for name in PARTS_FIELDS})
-    write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(adapter_tensors(model, name, state_dict), metadata))
-    write_json(folder / CONFIG_FILE, document)
-
-
-def _is_transposed(bases: list[nn.Module]) -> bool:
-    """PEFT's fan_in_fan_out. It says nothing of stacked experts, of which PEFT asks the module."""
-    return bool(bases) and all(map(is_conv1d, bases))
-
-
-def adapter_tensors(
-    model: nn.Module, name: str | None = None, state_dict: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """The tensors of an adapter as PEFT's file has them, detached, on the CPU; ``state_dict`` as in `save_adapter`."""
-    state, name = state_and_name(model, name)
-    live: Mapping[str, Tensor] = adapter_parameters(model, name)
-    found = live if state_dict is None else _taken_from(state_dict, model, live)
-    tensors: dict[str, Tensor] = {key: value.detach() for key, value in found.items()}
-    for path, layer in adapted_layers(model, name):
-        if layer.adapters[name].parts is not None:
-            tensors |= _expanded(layer, name, _tensor_keys(path, layer.base_layer, True), tensors)
-    for path, experts in adapted_experts(model, name):
-        stacked = _stack_parameters(path, stacks_of(experts, name))
-        tensors |= {key: peft_A(tensors[key]) if "lora_A" in key else peft_B(tensors[key]) for key in stacked}
-    for path, copy in trained_copies(model, name):
-        tensors |= {f"{PREFIX}{path}.{key}": value.detach() for key, value in copy.adapters[name].named_buffers()}
-    replaced = _replaced_tensors(model, state, name)
-    tensors = replaced | tensors if _is_at_work(state, name) else tensors | replaced
-    return {key: tensors[key].cpu().contiguous() for key in sorted(tensors)}
-
-
-def _taken_from(state_dict: Mapping[str, Tensor], model: nn.Module, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    names = {id(value): key for key, value in model.state_dict(keep_vars=True).items()}
-    missing = [key for key, value in live.items() if names[id(value)] not in state_dict]
-    if missing:
-        raise AdapterError(
-            "RW421",
-            f"state_dict lacks {len(missing)} of the adapter's tensors ({missing[0]}, ...); give the whole model's, or "
-            "leave it out.",
-        )
-    return {key: state_dict[names[id(value)]] for key, value in live.items()}
-
-
-def _expanded(
-    layer: AdaptedLayer, name: str, keys: Mapping[str, str], tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """B and m of a partly adapted projection over all its rows."""
-    adapter: Any = layer.adapters[name]
-    key_of = {attribute: key for key, attribute in keys.items()}
-    found = {key_of["lora_B"]: to_blocks(tensors[key_of["lora_B"]], adapter.parts)}
-    if adapter.magnitude is not None:
-        m = adapter.full_magnitude(layer.base_layer)
-        rows = enabled_rows(adapter.parts, m.shape[0], m.device)
-        found[key_of["magnitude"]] = m.index_copy(0, rows, tensors[key_of["magnitude"]].to(m))
-    return found
-
-
-def _is_at_work(state: AdapterState, name: str) -> bool:
-    return state.active == name and not state.disabled
-
-
-def _replaced_tensors(model: nn.Module, state: AdapterState, name: str) -> dict[str, Tensor]:
-    """The parameters of the base that the adapter replaces, live while it is at work, else as it left them."""
-    adapted = {path for path, _ in adapted_layers(model, name)}
-    at_work = _is_at_work(state, name)
-    tensors = {}
-    for key, kept in state.replaced.get(name, {}).items():
-        path, _, leaf = key.rpartition(".")
-        value = base_parameter(model, key).detach() if at_work else kept
-        tensors[f"{PREFIX}{path}{'.base_layer' if path in adapted else ''}.{leaf}"] = value
-    return tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +136,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str | No
 def _load_end_weights(model: nn.Module, tensors: Mapping[str, Tensor], state: AdapterState, name: str) -> None:
     """An embedding or head that came along with the adapter stands in for the base's while the adapter is at work."""
     trained_whole = {f"{PREFIX}{path}.weight" for path, _ in trained_copies(model, name)}
-    at_work = _is_at_work(state, name)
+    at_work = is_at_work(state, name)
     for key, weight in end_weights(model).items():
         if key not in tensors or key in trained_whole or torch.equal(tensors[key].to(weight), weight):
             continue
@@ -287,22 +158,6 @@ def end_weights(model: nn.Module) -> dict[str, Tensor]:
     return {f"{PREFIX}{path}.{way}weight": modules[path].weight for path in paths for way in ("", "base_layer.")}  # type: ignore[misc]
 
 
-def _tensor_keys(path: str, base: nn.Module, magnitude: bool) -> dict[str, str]:
-    """{key in PEFT's file: attribute of the adapter}."""
-    start = f"{PREFIX}{path}."
-    if isinstance(base, nn.Embedding):
-        keys = {f"{start}lora_embedding_A": "lora_A", f"{start}lora_embedding_B": "lora_B"}
-    else:
-        keys = {f"{start}lora_A.weight": "lora_A", f"{start}lora_B.weight": "lora_B"}
-    return keys | ({f"{start}lora_magnitude_vector": "magnitude"} if magnitude else {})
-
-
-def _stack_parameters(path: str, stacks: Mapping[str, StackLora]) -> dict[str, nn.Parameter]:
-    starts = peft_keys(f"{PREFIX}{path}", list(stacks))
-    found = {f"{starts[leaf]}lora_A.weight": lora.lora_A for leaf, lora in stacks.items()}
-    return found | {f"{starts[leaf]}lora_B.weight": lora.lora_B for leaf, lora in stacks.items()}
-
-
 def _compact(key: str, tensor: Tensor, layer: AdaptedLayer, name: str) -> Tensor:
     adapter: Any = layer.adapters[name]
     if adapter.parts is None or key.endswith("lora_A.weight"):
@@ -318,24 +173,6 @@ def _compact(key: str, tensor: Tensor, layer: AdaptedLayer, name: str) -> Tensor
     return B
 
 
-def _as_one_lora(config: LoraConfig, modules: list[AdaptedModule]) -> LoraConfig:
-    """The configuration by which PEFT computes the same: fused projections as one LoRA of rank n r."""
-    ranks, alphas, grow = {}, {}, scaled_alpha(config)
-    for item in modules:
-        if item.parts is not None:
-            ranks[item.name] = item.r * sum(item.parts)
-            alphas[item.name] = grow(item.lora_alpha, sum(item.parts))
-    return (
-        dataclasses.replace(
-            config,
-            rank_pattern={**ranks, **config.rank_pattern},
-            alpha_pattern={**alphas, **config.alpha_pattern},
-        )
-        if ranks
-        else config
-    )
-
-
 def _with_parts(config: LoraConfig, metadata: Mapping[str, str]) -> LoraConfig:
     """The inverse of ``_as_one_lora``, by what the file's metadata says. Raises AdapterError (RW409)."""
     if PARTS_KEY not in metadata:
@@ -345,20 +182,6 @@ def _with_parts(config: LoraConfig, metadata: Mapping[str, str]) -> LoraConfig:
         return dataclasses.replace(config, **{name: stored[name] for name in PARTS_FIELDS})
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise AdapterError("RW409", f"the metadata {PARTS_KEY} of {WEIGHTS_FILE} cannot be read: {error}.") from None
-
-
-def _plain(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in mapping.items()}
-
-
-def _portable_targets(model: nn.Module, config: LoraConfig, modules: list[AdaptedModule]) -> str | list[str]:
-    """ "all-linear" spelled out: the shortest list of endings that names the adapted modules and no others."""
-    if config.target_modules != "all-linear":
-        return config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
-    names = [item.name for item in modules if item.experts is None]
-    endings = sorted(suffixes(names))
-    same = {name for name, _ in base_modules(model) if name and matches(name, endings)} == set(names)
-    return endings if same and not config.exclude_modules else names
 
 
 def _check_fit(
@@ -403,7 +226,7 @@ def _expected_shapes(model: nn.Module, config: LoraConfig, planned: list[Adapted
             "lora_B": (item.out_features, r),
             "magnitude": (item.out_features,),
         }
-        keys = _tensor_keys(item.name, base, config.use_dora)
+        keys = tensor_keys(item.name, base, config.use_dora)
         shapes |= {key: by_attribute[attribute] for key, attribute in keys.items()}
     adapted = {item.name for item in planned if item.kind != "trained whole"}
     return shapes | _expected_biases(modules, config, adapted)

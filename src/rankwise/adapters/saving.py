@@ -1,4 +1,4 @@
-"""``save_pretrained`` of a model that carries an adapter: a folder in PEFT's format, as PEFT's models write it.
+"""Write adapters in PEFT's format: by ``save_adapter``, and by ``save_pretrained`` of a model that carries one.
 
 transformers' own method would write the whole base with our tensors beside it under names that nobody else reads, and
 that folder loads as the untrained base. Trainers and ``push_to_hub`` call the model's method, so it is replaced there.
@@ -6,7 +6,9 @@ that folder loads as the untrained base. Trainers and ``push_to_hub`` call the m
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import json
 import re
 import weakref
 from collections.abc import Mapping
@@ -16,15 +18,35 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from rankwise.adapters.state import AdapterState
+from rankwise.adapters.attached import (
+    AdaptedModule,
+    adapted_experts,
+    adapted_layers,
+    report,
+    stacks_of,
+    trained_copies,
+)
+from rankwise.adapters.base_layer import is_conv1d
+from rankwise.adapters.experts import StackLora, peft_A, peft_B, peft_keys
+from rankwise.adapters.fused import enabled_rows, to_blocks
+from rankwise.adapters.layer import AdaptedLayer
+from rankwise.adapters.peft_config import CONFIG_FILE, scaled_alpha, to_peft
+from rankwise.adapters.state import AdapterState, base_modules, base_parameter, state_and_name
+from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError
-from rankwise.records import write_bytes
+from rankwise.matching import matches, suffixes
+from rankwise.records import write_bytes, write_json
 
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+PARTS_KEY = "rankwise.enable_lora"
+# What PEFT's fields cannot say of a fused projection; kept in the metadata.
+PARTS_FIELDS = ("enable_lora", "rank_pattern", "alpha_pattern")
+# transformers' name of a Trainer's checkpoint.
 TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
-"""transformers' name of a Trainer's checkpoint."""
 TRAINER_WEIGHTS = "model.safetensors"
+# Options that change what ``save_pretrained`` writes, with the values that change nothing.
 NOT_FOR_ADAPTERS = {"push_to_hub": False, "variant": None, "save_peft_format": True, "distributed_checkpoint": False}
-"""Options that change what ``save_pretrained`` writes, with the values that change nothing."""
 
 
 class SavePretrained:
@@ -67,9 +89,6 @@ def _check_options(given: Mapping[str, Any]) -> None:
 
 def _save(model: nn.Module, state: AdapterState, folder: Path, state_dict: Mapping[str, Tensor] | None) -> None:
     """The active adapter into ``folder``, the others into folders of their names within, as PEFT keeps several."""
-    # What writes adapters stands on what attaches them, which puts this class on the model.
-    from rankwise.adapters.checkpoint import adapter_parameters, save_adapter
-
     assert state.active is not None, "a model with adapters has an active one, disabled or not"
     for name in state.configs:
         place = folder if name == state.active else folder / name
@@ -81,3 +100,175 @@ def _save(model: nn.Module, state: AdapterState, folder: Path, state_dict: Mappi
         source = {key: value for key, value in named if id(value) in live}
         tensors = {key: (state_dict or source)[key].detach().cpu().contiguous() for key in source}
         write_bytes(folder / TRAINER_WEIGHTS, safetensors.torch.save(tensors, {"format": "pt"}))
+
+
+def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
+    """{key in PEFT's file: live parameter} of an adapter, the active one by default.
+
+    For a partly adapted fused projection the parameters are the compact A, B and m; the file holds them expanded. Those
+    of E stacked experts are (E, r, in) and (E, out, r).
+    """
+    state, name = state_and_name(model, name)
+    found: dict[str, nn.Parameter] = {}
+    for path, layer in adapted_layers(model, name):
+        adapter: Any = layer.adapters[name]
+        for key, attribute in tensor_keys(path, layer.base_layer, adapter.magnitude is not None).items():
+            found[key] = getattr(adapter, attribute)
+    for path, experts in adapted_experts(model, name):
+        found |= stack_parameters(path, stacks_of(experts, name))
+    for path, copy in trained_copies(model, name):
+        found |= {f"{PREFIX}{path}.{key}": value for key, value in copy.adapters[name].named_parameters()}
+    adapted = {path for path, _ in adapted_layers(model, name)}
+    for key in state.replaced.get(name, {}):
+        path, _, leaf = key.rpartition(".")
+        if leaf == "bias":
+            found[f"{PREFIX}{path}{'.base_layer' if path in adapted else ''}.bias"] = base_parameter(model, key)
+    return found
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    base_model: str | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write an adapter (the active one by default) as a PEFT folder, each file whole or not at all.
+
+    ``base_model`` is what transformers' ``from_pretrained(folder)`` loads; by default the model's own name.
+    ``state_dict``: the model's, gathered elsewhere, whose values are written in place of the live ones. Raises
+    AdapterError (RW421) where it lacks some.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state, name = state_and_name(model, name)
+    config = state.configs[name]
+    modules = [item for item in report(model, name).modules if item.kind != "trained whole"]
+    document = to_peft(
+        _as_one_lora(config, modules),
+        _portable_targets(model, config, modules),
+        base_model or getattr(model, "name_or_path", None) or None,
+        _is_transposed([layer.base_layer for _, layer in adapted_layers(model, name)]),
+    )
+    metadata = {"format": "pt"}
+    if config.enable_lora:
+        metadata[PARTS_KEY] = json.dumps({name: _plain(getattr(config, name)) for name in PARTS_FIELDS})
+    write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(adapter_tensors(model, name, state_dict), metadata))
+    write_json(folder / CONFIG_FILE, document)
+
+
+def _is_transposed(bases: list[nn.Module]) -> bool:
+    """PEFT's fan_in_fan_out. It says nothing of stacked experts, of which PEFT asks the module."""
+    return bool(bases) and all(map(is_conv1d, bases))
+
+
+def adapter_tensors(
+    model: nn.Module, name: str | None = None, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of an adapter as PEFT's file has them, detached, on the CPU; ``state_dict`` as in `save_adapter`."""
+    state, name = state_and_name(model, name)
+    live: Mapping[str, Tensor] = adapter_parameters(model, name)
+    found = live if state_dict is None else _taken_from(state_dict, model, live)
+    tensors: dict[str, Tensor] = {key: value.detach() for key, value in found.items()}
+    for path, layer in adapted_layers(model, name):
+        if layer.adapters[name].parts is not None:
+            tensors |= _expanded(layer, name, tensor_keys(path, layer.base_layer, True), tensors)
+    for path, experts in adapted_experts(model, name):
+        stacked = stack_parameters(path, stacks_of(experts, name))
+        tensors |= {key: peft_A(tensors[key]) if "lora_A" in key else peft_B(tensors[key]) for key in stacked}
+    for path, copy in trained_copies(model, name):
+        tensors |= {f"{PREFIX}{path}.{key}": value.detach() for key, value in copy.adapters[name].named_buffers()}
+    replaced = _replaced_tensors(model, state, name)
+    tensors = replaced | tensors if is_at_work(state, name) else tensors | replaced
+    return {key: tensors[key].cpu().contiguous() for key in sorted(tensors)}
+
+
+def _taken_from(state_dict: Mapping[str, Tensor], model: nn.Module, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    names = {id(value): key for key, value in model.state_dict(keep_vars=True).items()}
+    missing = [key for key, value in live.items() if names[id(value)] not in state_dict]
+    if missing:
+        raise AdapterError(
+            "RW421",
+            f"state_dict lacks {len(missing)} of the adapter's tensors ({missing[0]}, ...); give the whole model's, or "
+            "leave it out.",
+        )
+    return {key: state_dict[names[id(value)]] for key, value in live.items()}
+
+
+def _expanded(
+    layer: AdaptedLayer, name: str, keys: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """B and m of a partly adapted projection over all its rows."""
+    adapter: Any = layer.adapters[name]
+    key_of = {attribute: key for key, attribute in keys.items()}
+    found = {key_of["lora_B"]: to_blocks(tensors[key_of["lora_B"]], adapter.parts)}
+    if adapter.magnitude is not None:
+        m = adapter.full_magnitude(layer.base_layer)
+        rows = enabled_rows(adapter.parts, m.shape[0], m.device)
+        found[key_of["magnitude"]] = m.index_copy(0, rows, tensors[key_of["magnitude"]].to(m))
+    return found
+
+
+def is_at_work(state: AdapterState, name: str) -> bool:
+    return state.active == name and not state.disabled
+
+
+def _replaced_tensors(model: nn.Module, state: AdapterState, name: str) -> dict[str, Tensor]:
+    """The parameters of the base that the adapter replaces, live while it is at work, else as it left them."""
+    adapted = {path for path, _ in adapted_layers(model, name)}
+    at_work = is_at_work(state, name)
+    tensors = {}
+    for key, kept in state.replaced.get(name, {}).items():
+        path, _, leaf = key.rpartition(".")
+        value = base_parameter(model, key).detach() if at_work else kept
+        tensors[f"{PREFIX}{path}{'.base_layer' if path in adapted else ''}.{leaf}"] = value
+    return tensors
+
+
+def tensor_keys(path: str, base: nn.Module, magnitude: bool) -> dict[str, str]:
+    """{key in PEFT's file: attribute of the adapter}."""
+    start = f"{PREFIX}{path}."
+    if isinstance(base, nn.Embedding):
+        keys = {f"{start}lora_embedding_A": "lora_A", f"{start}lora_embedding_B": "lora_B"}
+    else:
+        keys = {f"{start}lora_A.weight": "lora_A", f"{start}lora_B.weight": "lora_B"}
+    return keys | ({f"{start}lora_magnitude_vector": "magnitude"} if magnitude else {})
+
+
+def stack_parameters(path: str, stacks: Mapping[str, StackLora]) -> dict[str, nn.Parameter]:
+    starts = peft_keys(f"{PREFIX}{path}", list(stacks))
+    found = {f"{starts[leaf]}lora_A.weight": lora.lora_A for leaf, lora in stacks.items()}
+    return found | {f"{starts[leaf]}lora_B.weight": lora.lora_B for leaf, lora in stacks.items()}
+
+
+def _as_one_lora(config: LoraConfig, modules: list[AdaptedModule]) -> LoraConfig:
+    """The configuration by which PEFT computes the same: fused projections as one LoRA of rank n r."""
+    ranks, alphas, grow = {}, {}, scaled_alpha(config)
+    for item in modules:
+        if item.parts is not None:
+            ranks[item.name] = item.r * sum(item.parts)
+            alphas[item.name] = grow(item.lora_alpha, sum(item.parts))
+    return (
+        dataclasses.replace(
+            config,
+            rank_pattern={**ranks, **config.rank_pattern},
+            alpha_pattern={**alphas, **config.alpha_pattern},
+        )
+        if ranks
+        else config
+    )
+
+
+def _plain(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in mapping.items()}
+
+
+def _portable_targets(model: nn.Module, config: LoraConfig, modules: list[AdaptedModule]) -> str | list[str]:
+    """ "all-linear" spelled out: the shortest list of endings that names the adapted modules and no others."""
+    if config.target_modules != "all-linear":
+        return config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
+    names = [item.name for item in modules if item.experts is None]
+    endings = sorted(suffixes(names))
+    same = {name for name, _ in base_modules(model) if name and matches(name, endings)} == set(names)
+    return endings if same and not config.exclude_modules else names

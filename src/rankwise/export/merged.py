@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters import load_adapter, merge_adapter, peft_config
+from rankwise.adapters.attached import AdaptedModule
 from rankwise.adapters.base_layer import is_conv1d
-from rankwise.adapters.checkpoint import PREFIX, AdapterFile, end_weights, read_adapter, stack_keys
+from rankwise.adapters.checkpoint import AdapterFile, end_weights, read_adapter, stack_keys
 from rankwise.adapters.experts import from_peft_A, from_peft_B, merged_stack
 from rankwise.adapters.fused import enabled_rows
-from rankwise.adapters.inject import AdaptedModule
 from rankwise.adapters.low_rank import merged_weight
+from rankwise.adapters.saving import PREFIX
 from rankwise.adapters.trained_base import base_model_of, dtype_of, quantization_of, revision_of, sha256_of_base
 from rankwise.disk import hold, whole_folder
 from rankwise.errors import AdapterError, ModelError, RunError, warn

@@ -12,7 +12,7 @@ from torch import nn
 
 from rankwise.adapters import adapter_parameters, has_adapter, load_tensors, save_adapter
 from rankwise.adapters.baselines import has_baseline, load_baseline_weights, save_baseline
-from rankwise.adapters.checkpoint import WEIGHTS_FILE
+from rankwise.adapters.saving import WEIGHTS_FILE
 from rankwise.errors import RunError
 from rankwise.training.checkpoints import check_no_pickles
 

@@ -1,0 +1,147 @@
+"""What adapters a model carries: their modules, as values to report and as the layers that lie in the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from rankwise.adapters.base_layer import features
+from rankwise.adapters.experts import AdaptedExperts, StackLora, stack_shape
+from rankwise.adapters.layer import AdaptedLayer, TrainedCopy
+from rankwise.adapters.parameters import experts_left_out
+from rankwise.adapters.state import (
+    AdapterState,
+    base_modules,
+    state_and_name,
+    wrappers,
+)
+from rankwise.adapters.targets import enabled_parts
+from rankwise.config import LoraConfig
+from rankwise.matching import LeftOut, pattern_value
+from rankwise.quantization.linear import weight_count
+
+DEFAULT_NAME = "default"
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedModule:
+    """One module that an adapter changes, or one stack of experts. ``kind``: LoRA or DoRA, or "trained whole"
+    (modules_to_save). Of a stack ``name`` is the parameter's, and the features are those of one expert.
+    """
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    r: int
+    lora_alpha: float
+    parts: tuple[bool, ...] | None = None
+    experts: int | None = None
+    # How many are stacked; None for a module.
+
+    @property
+    def path(self) -> str:
+        """Of the module: of a stack that of its experts."""
+        return self.name if self.experts is None else self.name.rpartition(".")[0]
+
+    @property
+    def leaf(self) -> str:
+        """The stack's name in its experts."""
+        return self.name.rpartition(".")[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterReport:
+    """What ``add_adapter`` or ``load_adapter`` did to the model."""
+
+    name: str
+    modules: tuple[AdaptedModule, ...]
+    trainable_parameters: int
+    total_parameters: int
+    left_out: LeftOut | None = None
+    # Stacked experts of a mixture that neither adapt nor train whole.
+
+    def __str__(self) -> str:
+        kinds = ", ".join(sorted({module.kind for module in self.modules}))
+        share = 100 * self.trainable_parameters / max(1, self.total_parameters)
+        return (
+            f"{len(self.modules)} modules adapted ({kinds}); {self.trainable_parameters:,} of "
+            f"{self.total_parameters:,} parameters train ({share:.2f} %)"
+        ) + (f"; {self.left_out}" if self.left_out else "")
+
+
+def report(model: nn.Module, name: str | None = None) -> AdapterReport:
+    """The modules of an adapter (the active one by default) and the model's parameter counts."""
+    state, name = state_and_name(model, name)
+    config, modules = state.configs[name], []
+    for path, layer in adapted_layers(model, name):
+        modules.append(planned_module(config, path, layer.base_layer))
+    for path, experts in adapted_experts(model, name):
+        leaves = (f"{path}.{leaf}" for leaf in stacks_of(experts, name))
+        modules += [planned_stack(config, stack, {path: experts.base_layer}) for stack in leaves]
+    for path, copy in trained_copies(model, name):
+        modules.append(AdaptedModule(path, "trained whole", *whole_features(copy.original), 0, 0))
+    parameters = list(model.parameters())
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    missing = experts_left_out(dict(base_modules(model)), config, [item.name for item in modules])
+    return AdapterReport(name, tuple(modules), trainable, sum(map(weight_count, parameters)), missing)
+
+
+def has_adapter(model: nn.Module) -> bool:
+    return bool(getattr(model, "rankwise_adapters", AdapterState()).configs)
+
+
+def adapter_config(model: nn.Module, name: str | None = None) -> LoraConfig:
+    """The configuration of an adapter, the active one by default."""
+    state, name = state_and_name(model, name, merged=True)
+    return state.configs[name]
+
+
+def adapted_layers(model: nn.Module, name: str) -> Iterator[tuple[str, AdaptedLayer]]:
+    """(path, layer) of every layer that the adapter ``name`` lies over."""
+    for path, module in wrappers(model):
+        if isinstance(module, AdaptedLayer) and name in module.adapters:
+            yield path, module
+
+
+def adapted_experts(model: nn.Module, name: str) -> Iterator[tuple[str, AdaptedExperts]]:
+    """(path, experts) of every experts module that the adapter ``name`` lies over."""
+    for path, module in wrappers(model):
+        if isinstance(module, AdaptedExperts) and name in module.adapters:
+            yield path, module
+
+
+def stacks_of(experts: AdaptedExperts, name: str) -> dict[str, StackLora]:
+    """{stack: its low-rank pairs} of an adapter, in the order of the module's parameters."""
+    adapter: Any = experts.adapters[name]
+    return {leaf: adapter.stacks[leaf] for leaf in experts.base_layer._parameters if leaf in adapter.stacks}
+
+
+def trained_copies(model: nn.Module, name: str) -> Iterator[tuple[str, TrainedCopy]]:
+    """(path, module) of every module that the adapter ``name`` trains whole."""
+    for path, module in wrappers(model):
+        if isinstance(module, TrainedCopy) and name in module.adapters:
+            yield path, module
+
+
+def planned_module(config: LoraConfig, name: str, base: nn.Module) -> AdaptedModule:
+    r = pattern_value(config.rank_pattern, name, config.r)
+    lora_alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+    parts = enabled_parts(config, name, base)
+    return AdaptedModule(name, "DoRA" if config.use_dora else "LoRA", *features(base), r, lora_alpha, parts)
+
+
+def planned_stack(config: LoraConfig, name: str, modules: Mapping[str, nn.Module]) -> AdaptedModule:
+    path, _, leaf = name.rpartition(".")
+    r = pattern_value(config.rank_pattern, name, config.r)
+    lora_alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+    stack = stack_shape(modules[path], leaf)
+    return AdaptedModule(name, "LoRA", stack.in_features, stack.out_features, r, lora_alpha, experts=stack.experts)
+
+
+def whole_features(module: nn.Module) -> tuple[int, int]:
+    weight = getattr(module, "weight", None)
+    return (weight.shape[-1], weight.shape[0]) if isinstance(weight, Tensor) else (0, 0)
