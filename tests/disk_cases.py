@@ -163,7 +163,8 @@ class Cases:
             status = json.loads(record.read_text())["status"]
             if status not in ("failed", "replaced", "interrupted") and self.error not in {*LASTING, "SIGKILL"}:
                 self.problems.append(f"{where}: the record says {status}")
-            if status == "failed" and "--resume" not in said:
+            knows_how = any(words in said for words in ("--resume", "the same command", "rankwise-lock"))
+            if self.error != "SIGKILL" and not knows_how:
                 self.problems.append(f"{where}: no advice to resume: {said}")
         for checkpoint in list_checkpoints(self.output):
             check_checkpoint(checkpoint)
