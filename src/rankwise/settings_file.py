@@ -5,6 +5,7 @@ Anchors are refused: a few bytes of them stand for gigabytes. A date is text, as
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 
 from rankwise.errors import ConfigError
 
-LARGEST_BYTES = 1 << 20
+LARGEST_BYTES = 1 << 18
 DEEPEST = 16
 PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 
@@ -35,8 +36,8 @@ class _PlainLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [str(self.construct_object(key, deep=True)) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
+        if len(set(keys)) < len(keys):
+            [(twice, _)] = Counter(keys).most_common(1)
             raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
