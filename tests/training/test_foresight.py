@@ -101,8 +101,9 @@ def test_of_padded_rows_the_longest_decides_and_of_rows_laid_end_to_end_their_su
     assert largest_batch(trainer, flat=True) == Batch(2, 19, 34 / 38)
 
 
-def test_evaluations_take_their_rows_in_order(make_trainer: MakeTrainer) -> None:
+def test_an_evaluation_is_foreseen_as_it_is_laid_out(make_trainer: MakeTrainer) -> None:
+    """Several rows lie in one, the last token of each is only asked for, and the micro-batch plays no part."""
     trainer = with_rows(make_trainer, [5] * 9, [3, 9, 20, 4, 30], batch_size=2)
-    assert largest_evaluation(trainer, flat=False) == Batch(2, 20, (18 + 2) / 40)
-    assert largest_evaluation(trainer, flat=True) == Batch(1, 30, 28 / 30)
-    assert largest_evaluation(with_rows(make_trainer, [5] * 9), flat=False) is None
+    assert largest_evaluation(trainer) == Batch(1, 61, 56 / 61)
+    assert largest_evaluation(with_rows(make_trainer, [5] * 9, [200] * 40)) == Batch(5, 199, 198 / 199)
+    assert largest_evaluation(with_rows(make_trainer, [5] * 9)) is None

@@ -130,14 +130,14 @@ class Scorer:
             if self._packing is None:
                 self._packing = self._packing_is_right(targets)
             self.packs = self._packing
-        return list(self._batches(targets))
+        return list(self.batches(targets))
 
     def score(self, targets: Sequence[Target]) -> Iterator[dict[int, Score]]:
         """Batches of {number of the target: its score}."""
         for batch in self.plan(targets):
             yield self.score_batch(batch, targets)
 
-    def _batches(self, targets: Sequence[Target]) -> Iterator[list[Row]]:
+    def batches(self, targets: Sequence[Target]) -> Iterator[list[Row]]:
         sequences = [target.ids for target in targets]
         budget = self.budget
         if self.packs:
@@ -196,7 +196,7 @@ class Scorer:
         return torch.autocast(self.model.device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
     def _all(self, targets: Sequence[Target]) -> dict[int, Score]:
-        batches = (self.score_batch(batch, targets) for batch in self._batches(targets))
+        batches = (self.score_batch(batch, targets) for batch in self.batches(targets))
         return {index: score for batch in batches for index, score in batch.items()}
 
     def _positions_at_once(self) -> int:

@@ -8,6 +8,9 @@ import math
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+from rankwise.acceleration.packing import members_of
+from rankwise.acceleration.scoring import loss_scorer
+from rankwise.training.loss import evaluation_targets
 from rankwise.training.state import undisturbed_random_states
 
 IGNORED = -100
@@ -43,14 +46,17 @@ def largest_batch(trainer: Any, *, flat: bool) -> Batch:
     return _largest(trainer.train_dataset, coming_batches(trainer), flat=flat)
 
 
-def largest_evaluation(trainer: Any, *, flat: bool) -> Batch | None:
-    """The same of an evaluation, which takes its rows in their order; None where there is none."""
-    import numpy as np
-
+def largest_evaluation(trainer: Any) -> Batch | None:
+    """The same of an evaluation, whose batches depend on its rows alone; None where there is none."""
     if trainer.eval_dataset is None:
         return None
-    rows = np.arange(len(trainer.eval_dataset))
-    return _largest(trainer.eval_dataset, [_table(rows, trainer.args.per_device_eval_batch_size)], flat=flat)
+    targets = evaluation_targets(trainer.eval_dataset)
+    scorer = loss_scorer(trainer.model)
+    scorer.packs = True
+    batches = [(len(rows), max(row.length for row in rows), rows) for rows in scorer.batches(targets)]
+    count, tokens, rows = max(batches, key=lambda batch: batch[0] * batch[1], default=(1, 1, []))
+    asked = sum(len(targets[member].places) for member in members_of(rows))
+    return Batch(count, tokens, min(1.0, max(asked, 1) / (count * tokens)))
 
 
 def coming_batches(trainer: Any) -> Iterator[Any]:

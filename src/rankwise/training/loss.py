@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rankwise.acceleration.scoring import Target, trained_target
+from rankwise.data.encoding import IGNORED
+
 
 @dataclasses.dataclass(frozen=True)
 class LossParts:
@@ -80,3 +83,9 @@ def _entropy_and_accuracy(logits: Tensor, wanted: Tensor) -> tuple[float, float]
     log_p = F.log_softmax(logits, dim=-1)
     entropy = -(log_p.exp() * log_p).sum(-1).mean()
     return entropy.item(), (logits.argmax(-1) == wanted).float().mean().item()
+
+
+def evaluation_targets(dataset: Any) -> list[Target]:
+    """What the encoded rows of an evaluation ask; a row without a trained token behind another asks nothing."""
+    trained = ([label != IGNORED for label in row] for row in dataset["labels"])
+    return [target for target in map(trained_target, dataset["input_ids"], trained) if target is not None]

@@ -298,7 +298,7 @@ def _predicted_peak(
     batch = largest_batch(trainer, flat=flat)
     if given.packing:
         batch = dataclasses.replace(batch, rows=given.batch_size, tokens=given.max_length)
-    return foresight.before_training(batch, largest_evaluation(trainer, flat=flat))
+    return foresight.before_training(batch, largest_evaluation(trainer))
 
 
 def _checkpoint_to_resume(folder: Path) -> Checkpoint | None:

@@ -19,13 +19,18 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_trainer import SFTTrainer
 
 from rankwise.acceleration import LossOptions, fused_head
-from rankwise.acceleration.scoring import Score, Scorer, loss_scorer, trained_target
+from rankwise.acceleration.scoring import Score, Scorer, loss_scorer
 from rankwise.config import logging_steps_of
-from rankwise.data.encoding import IGNORED
 from rankwise.errors import RunError, warn
 from rankwise.records import write_json
 from rankwise.training.checkpoints import Checkpoint, remove_old, save_checkpoint
-from rankwise.training.loss import LossParts, fused_head_is_right, loss_from_logits, trained_positions
+from rankwise.training.loss import (
+    LossParts,
+    evaluation_targets,
+    fused_head_is_right,
+    loss_from_logits,
+    trained_positions,
+)
 from rankwise.training.meters import Progress
 from rankwise.training.state import (
     check_optimizer_state,
@@ -237,8 +242,7 @@ class RankwiseTrainer(SFTTrainer):
         The Trainer's own averages over batches, and its batches round otherwise in 16 bits.
         """
         rows = dataloader.dataset
-        labels = ([label != IGNORED for label in row] for row in rows["labels"])
-        targets = [t for t in map(trained_target, rows["input_ids"], labels) if t is not None]
+        targets = evaluation_targets(rows)
         # As the Trainer does; the next step sets both back.
         self.model.eval()
         if callable(getattr(self.optimizer, "eval", None)):
