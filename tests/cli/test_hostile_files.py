@@ -469,6 +469,15 @@ def test_a_named_pipe_is_no_settings_file(tmp_path):
         read_json(tmp_path / "config.json")
 
 
+def test_a_base_model_that_is_no_name_is_shown_as_it_is(rankwise, run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    path = tmp_path / "run" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": ["x"]}))
+    done = rankwise("inspect", tmp_path / "run")
+    assert done.code == 0
+    assert "['x']" in done.stdout
+
+
 def test_a_record_of_other_types_is_named_by_field(tmp_path):
     (tmp_path / "run.json").write_text('{"method": "lora", "seed": 0, "settings": {}, "base_model": []}')
     with pytest.raises(RunError, match="RW501: .*base_model"):

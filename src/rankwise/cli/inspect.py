@@ -202,7 +202,7 @@ def _print(output: Output, document: Mapping[str, Any]) -> None:
     rows += _run_rows(document["run"]) if "run" in document else []
     rows += _fit_rows(document["fits"]) if "fits" in document else []
     for label, text in rows:
-        output.line(f"{label:<16}{shortened(text)}")
+        output.line(f"{label:<16}{shortened(str(text))}")
 
 
 def _adapter_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
