@@ -128,7 +128,10 @@ def test_a_base_model_has_no_place_for_a_conversation(rankwise, gpt2_folder, mod
     for more in (("--system", "x", "--prompt", "y"), ("--messages", file)):
         for model in (("--model", plain), ("--model", model_folder, "--raw")):
             done = rankwise("generate", *model, *more)
-            assert (done.code, f"error RW127: {more[0]} need" in done.stderr) == (2, True)
+            assert (done.code, f"error RW127: only a chat template can write {more[0]}, and" in done.stderr) == (
+                2,
+                True,
+            )
 
 
 @pytest.mark.parametrize(

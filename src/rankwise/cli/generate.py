@@ -165,11 +165,13 @@ def _check_chat(settings: GenerateSettings, wording: Wording) -> None:
     idle = [f"--{name}" for name in ("system", "messages") if getattr(settings, name) is not None]
     if not idle or wording.chat:
         return
-    why = f"{settings.adapter} was trained without one" if settings.adapter else "the model has none"
+    trained = settings.adapter is not None
+    why = f"{settings.adapter} was trained without one" if trained else "the model has none"
+    why, away = ("--raw asks for none", "--raw") if settings.raw else (why, "them")
     raise ConfigError(
         "RW127",
-        f"{' and '.join(idle)} need a chat template, and {'--raw asks for none' if settings.raw else why}; leave out "
-        f"{'--raw' if settings.raw else 'them'}, or give the model's template with --chat-template FILE.",
+        f"only a chat template can write {' and '.join(idle)}, and {why}; leave out {away}, or give the model's "
+        "template with --chat-template FILE.",
     )
 
 
