@@ -491,3 +491,13 @@ def test_a_damaged_line_of_metrics_is_named(tmp_path):
     path.write_bytes(b'{"step": 1, "loss": 2}\n\xff\n{"step": 2, "loss": 1}\n')
     with pytest.raises(RunError, match="RW501: .*line 2"):
         list(read_metrics(tmp_path))
+
+
+def test_what_is_damaged_was_sound_before(rankwise, stopped, compared, settings, model_folder, rows_file, tmp_path):
+    """Else every round above would be refused for another reason."""
+    shutil.copytree(stopped, tmp_path / "run")
+    data = ["--data", rows_file, "--eval-data", rows_file]
+    done = rankwise("train", "--model", model_folder, *data, "--output", tmp_path / "run", *TRAIN, "--resume")
+    assert done.code == 0, done.stderr
+    assert rankwise("report", compared, "--output", tmp_path / "report").code == 0
+    assert rankwise("preview", "--config", settings / "run.yaml").code == 0
