@@ -6,7 +6,6 @@ import math
 import os
 
 from rankwise.errors import ConfigError
-from rankwise.planning.closed_form import closed_form
 from rankwise.planning.terms import METHODS, MemoryEstimate
 from rankwise.planning.workload import Workload
 
@@ -36,4 +35,7 @@ def estimate(
         return dry_run(
             model, method, workload, deadline=deadline, trust_remote_code=trust_remote_code, revision=revision
         )
+    # Not above: every --help imports this package.
+    from rankwise.planning.closed_form import closed_form
+
     return closed_form(model, method, workload, trust_remote_code=trust_remote_code, revision=revision)
