@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rankwise.data.bounded import bounded
 from rankwise.data.left_out import LeftOut, characters, left_out
 from rankwise.data.rows import Message, Row, Rows
+from rankwise.data.tool_arguments import suit_arguments
 from rankwise.errors import DataError
 
 if TYPE_CHECKING:
@@ -142,8 +143,10 @@ class ChatRenderer:
         # By shapes of conversations.
 
     def __call__(self, row: Row) -> Rendered:
-        messages, tools = _conversation(row), list(row.tools) if row.tools else None
+        tools = list(row.tools) if row.tools else None
         template = self._template(tools)
+        write = functools.partial(self._render, tools=tools, generation_prompt=False)
+        messages = suit_arguments(_conversation(row), write)
         marked: list[Span] | None = None
         if GENERATION_MARK.search(template):
             text, marked = self._marked(template, messages, tools)
@@ -312,8 +315,9 @@ def chat_text(
 
     def texts() -> Iterator[str]:
         try:
-            text = render(messages, offered)
-            lost = left_out(messages, offered, text, {}, render)
+            asked = suit_arguments(messages, functools.partial(render, tools=offered))
+            text = render(asked, offered)
+            lost = left_out(asked, offered, text, {}, render)
             if lost.required:
                 raise RowRefused("RW221", f"the chat template leaves out {', '.join(lost.required)}")
             yield text

@@ -1,0 +1,78 @@
+"""Arguments of tool calls come as objects or as their JSON text, and a chat template is written for one of the two.
+
+A template for objects quotes and escapes a text (Qwen 2.5, Llama 3.1) or refuses it; one for texts writes an object
+as Python does or refuses it (DeepSeek).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rankwise.data.rows import Message
+from rankwise.errors import DataError
+
+
+def suit_arguments(messages: Sequence[Message], render: Callable[[Sequence[Message]], str]) -> Sequence[Message]:
+    """The conversation with its arguments in the form which the template writes as JSON, as far as one is."""
+    if not any(_forms(message) for message in messages):
+        return messages
+    others = [_in_the_other_form(message) for message in messages]
+    try:
+        fits = not _is_misread(messages, render(messages))
+    except DataError:
+        fits = False
+    if fits:
+        return messages
+    try:
+        return messages if _is_misread(others, render(others)) else others
+    except DataError:
+        return messages
+
+
+def _is_misread(messages: Sequence[Message], text: str) -> bool:
+    """Whether a text stands in quotes and escapes, or an object in Python's spelling."""
+    given = [arguments for message in messages for arguments, _ in _forms(message)]
+    wrong = [_json(item) if isinstance(item, str) else str(item) for item in given]
+    return any(spelt in text for item, spelt in zip(given, wrong) if spelt != _json(item) or isinstance(item, str))
+
+
+def _forms(message: Message) -> list[tuple[Any, Any]]:
+    """Of each call the arguments and their other form; none of a call without an object of arguments."""
+    return [forms for call in message.get("tool_calls") or () if (forms := _both(_function(call).get("arguments")))]
+
+
+def _both(arguments: Any) -> tuple[Any, Any] | None:
+    if isinstance(arguments, Mapping):
+        return arguments, _json(arguments)
+    try:
+        parsed = json.loads(arguments) if isinstance(arguments, str) else None
+    except (ValueError, RecursionError):
+        return None
+    return (arguments, parsed) if isinstance(parsed, Mapping) else None
+
+
+def _in_the_other_form(message: Message) -> Message:
+    if not _forms(message):
+        return message
+    return {**message, "tool_calls": [_changed(call) for call in message["tool_calls"]]}
+
+
+def _changed(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    forms = _both(_function(call).get("arguments"))
+    if forms is None:
+        return call
+    changed = {**_function(call), "arguments": forms[1]}
+    return {**call, "function": changed} if "function" in call else changed
+
+
+def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What names the function: the call, or what it holds as OpenAI's API writes it."""
+    inner = call.get("function", call)
+    return inner if isinstance(inner, Mapping) else {}
+
+
+def _json(value: Any) -> str:
+    # As the filter tojson of transformers' templates writes it.
+    return json.dumps(value, ensure_ascii=False)
