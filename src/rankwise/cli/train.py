@@ -12,7 +12,7 @@ from rankwise.cli.output import Output
 from rankwise.cli.progress import watching
 from rankwise.cli.words import duration, parameter_count
 from rankwise.config import TrainSettings
-from rankwise.errors import RunError, is_out_of_memory
+from rankwise.errors import DataError, RunError, is_out_of_memory
 from rankwise.records import RunRecord, load_record, read_metrics
 from rankwise.reports.numbers import byte_size
 
@@ -94,12 +94,13 @@ PANELS = {
 
 NOT_OF_THE_RUN = {"output", "resume", "overwrite", "trust_remote_code"}
 # Code from elsewhere runs on explicit request alone, and a run folder may come from elsewhere.
+PATHS = ("model", "data", "eval_data", "chat_template")
 
 
 def settings_of_the_run(given: Mapping[str, Any]) -> Mapping[str, Any]:
     """With --resume: what ``run.json`` in --output says, so that no option has to be given again.
 
-    Raises RunError (RW503 to RW506) where the folder holds no run to resume.
+    Raises RunError (RW503 to RW506) where the folder holds no run to resume, DataError (RW201) for missing data.
     """
     if given.get("resume") is not True or not isinstance(given.get("output"), str):
         return {}
@@ -111,7 +112,36 @@ def settings_of_the_run(given: Mapping[str, Any]) -> Mapping[str, Any]:
     if "epochs" in given:
         # They would have no effect beside the run's own.
         known.discard("max_steps")
-    return {name: value for name, value in load_record(folder).settings.items() if name in known}
+    settings = load_record(folder).settings
+    found = {name: value for name, value in {**settings, **_found_again(folder, settings)}.items() if name in known}
+    _check_data({name: value for name, value in found.items() if name not in given})
+    return found
+
+
+def _check_data(settings: Mapping[str, Any]) -> None:
+    """Raise DataError (RW201) for files that the run names and that are not there: the user has not written them."""
+    from rankwise.data import check_there
+
+    for name in ("data", "eval_data"):
+        if isinstance(path := settings.get(name), str):
+            try:
+                check_there(path)
+            except DataError:
+                option = f"--{name.replace('_', '-')}"
+                text = f"there is no file or folder {path}, which the run took as {option}; give it with {option} PATH."
+                raise DataError("RW201", text) from None
+
+
+def _found_again(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Relative paths of a run that was started in another working directory, which its ``output`` gives away."""
+    place, output = folder.resolve(), Path(str(settings.get("output")))
+    start = place
+    for _ in output.parts:
+        start = start.parent
+    if start == Path.cwd() or start / output != place or output.is_absolute():
+        return {}
+    paths = {name: start / settings[name] for name in PATHS if isinstance(settings.get(name), str)}
+    return {name: str(path) for name, path in paths.items() if path.exists()}
 
 
 def run(settings: TrainSettings, output: Output) -> Mapping[str, Any]:
