@@ -197,3 +197,11 @@ def test_the_tokens_are_those_of_the_template_alone(model_folder):
     messages = chat(("user", "Hi"))
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert tokenizer(chat_text(tokenizer, messages), add_special_tokens=False)["input_ids"] == ids
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.csv", "p.parquet", "p.txt.gz"])
+def test_a_file_that_is_no_list_of_prompts_is_refused(name, generate, tmp_path):
+    """Its lines would be prompts, its header too."""
+    done = generate("--prompt-file", write(tmp_path / name, "prompt\na\n"))
+    assert done.code == 2
+    assert f"RW202: {tmp_path / name} is no list of prompts; " in done.stderr

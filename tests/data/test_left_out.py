@@ -189,7 +189,7 @@ def test_a_drop_that_depends_on_the_words_is_found() -> None:
             (ASKED, {**SAID, "reasoning_content": "4"}, ASKED, {**SAID, "reasoning_content": "so 4"}),
             "the `reasoning_content` of earlier answers (in 1)",
         ),
-        (CHATML, (ASKED, {**SAID, "weight": 0}), "`weight` (in 1)"),
+        (CHATML, (ASKED, {**SAID, "mood": 0}), "`mood` (in 1)"),
         (CHATML, (ASKED, {**SAID, "thoughts": {"why": "so"}}), "`thoughts` (in 1)"),
     ],
 )

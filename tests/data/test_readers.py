@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -405,3 +406,79 @@ def test_the_shared_files_are_recognised(shared: Path) -> None:
     for name, (count, layout) in expected.items():
         rows = read_rows(shared / name)
         assert (len(rows), rows.format) == (count, layout)
+
+
+@pytest.mark.parametrize(
+    ("record", "named"),
+    [
+        ({"context": "Paris is big.", "question": "where?", "answer": "Paris", "id": 7}, "`context` in 1 of 1 rows"),
+        ({"prompt": "a", "completion": "b", "system": "Be brief.", "source": "web"}, "`system` in 1 of 1 rows"),
+        ({"text": "a", "meta": {"language": "en"}}, "`meta` in 1 of 1 rows"),
+        ({"prompt": [CHAT["messages"][0]], "completion": "x", "history": [["a", "b"]]}, "`history` in 1 of 1 rows"),
+    ],
+)
+def test_columns_that_are_not_read_are_named(record: dict[str, Any], named: str) -> None:
+    with pytest.warns(RankwiseWarning) as told:
+        rows_from_records([(1, record)], "rows.jsonl")
+    [message] = [str(item.message) for item in told]
+    assert message.startswith("RW227: rows.jsonl is read as ")
+    assert f"({named})" in message
+
+
+@pytest.mark.parametrize(
+    "record", [CHAT, {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}]
+)
+def test_a_system_column_is_the_first_message(record: dict[str, Any]) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    [row] = rows_from_records([(1, {**record, "system": "Be brief."})], "rows.jsonl")
+    assert row.messages == (system, *CHAT["messages"])
+    with pytest.raises(DataError, match=r"RW203: .* expected `system` or a system message, found both"):
+        rows_from_records([(1, {"messages": [system, *CHAT["messages"]], "system": "x"})], "rows.jsonl")
+
+
+@pytest.mark.parametrize("excluded", [{"weight": 0}, {"train": False}, {"training": False}])
+def test_an_answer_that_is_not_to_be_trained_on_is_a_bad_row(excluded: dict[str, Any]) -> None:
+    turns = [CHAT["messages"][0], {**ANSWER, **excluded}, *CHAT["messages"]]
+    with pytest.raises(DataError, match=r"RW203: .* found message 2 of `messages` with `(weight` 0|train.*` false)"):
+        rows_from_records([(1, {"messages": turns})], "rows.jsonl")
+    kept = dict.fromkeys(excluded, 1)
+    [row] = rows_from_records([(1, {"messages": [turns[0], {**ANSWER, **kept}]})], "rows.jsonl")
+    assert row.messages == tuple(CHAT["messages"])
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion,completion\na,b,c\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"RW207: .*rows\.csv has two columns `completion`; rename or remove one"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_nulls_that_fill_up_objects_of_a_table_are_left_out(saved: bool, tmp_path: Path) -> None:
+    """A column has one type, so that each function gets the fields of the others."""
+    tools = [{"name": name, "parameters": {name: {"type": "string"}}} for name in ("a", "b")]
+    calls = [{"name": name, "arguments": {name: "1"}} for name in ("a", "b")]
+    record = {"messages": [CHAT["messages"][0], {"role": "assistant", "content": "hm", "tool_calls": calls}]}
+    table = pyarrow.Table.from_pylist([{**record, "tools": tools}])
+    if saved:
+        datasets.Dataset(table).save_to_disk(tmp_path / "saved")
+    else:
+        pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    [row] = read_rows(tmp_path / ("saved" if saved else "rows.parquet"))
+    assert (list(row.tools or ()), row.messages[1]["tool_calls"]) == (tools, calls)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array([2**57], pyarrow.timestamp("ms")),
+        pyarrow.Array.from_buffers(
+            pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")]
+        ),
+    ],
+)
+def test_a_parquet_value_that_python_cannot_hold_names_its_column(column: pyarrow.Array, tmp_path: Path) -> None:
+    table = pyarrow.table({"prompt": ["a"], "completion": ["b"], "when": column})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"RW206: cannot read the column `when` of .*rows\.parquet: "):
+        read_rows(tmp_path / "rows.parquet")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rankwise.cli.settings import GenerateSettings
+from rankwise.data.files import kind_of
 from rankwise.data.formats import BadRow, conversation, text_field
 from rankwise.data.rows import Message
 from rankwise.errors import ConfigError, DataError
@@ -62,6 +63,9 @@ def _with_system(given: Conversation, system: str) -> Conversation:
 
 def _prompts(source: str) -> list[str]:
     """One a line; of JSON lines each is a text or an object with a `prompt`."""
+    kind = kind_of(Path(source))
+    if kind not in (None, ".txt", ".jsonl") or source.endswith(".gz"):
+        raise DataError("RW202", f"{source} is no list of prompts; give one a line as text, or as .jsonl.")
     name, text = _read(source)
     lines = _lines(name, text)
     if not source.endswith(".jsonl"):

@@ -14,10 +14,14 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rankwise.data.formats import E2E_LINES, TEXT, BadRow, Format, Record
 from rankwise.data.rows import Unit
 from rankwise.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Numbered = Iterator[tuple[int, Record | BadRow]]
 # The csv module's own limit of 128 KiB is too short for documents in a table.
@@ -175,7 +179,7 @@ def _table(delimiters: str) -> Callable[[Path, bytes], Numbered]:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text, delimiters), strict=True)
         previous_limit = csv.field_size_limit(LONGEST_FIELD_BYTES)
         try:
-            yield from _table_rows(reader)
+            yield from _table_rows(path, reader)
         except csv.Error as error:
             raise DataError(
                 "RW206", f"{path}, line {reader.line_num}: broken table ({error}); check the quotes up to there."
@@ -192,7 +196,7 @@ def _delimiter(text: str, delimiters: str) -> str:
     return next((mark for mark in delimiters if len(next(csv.reader([header], delimiter=mark))) > 1), delimiters[0])
 
 
-def _table_rows(reader: csv._reader) -> Numbered:  # type: ignore[name-defined]
+def _table_rows(path: Path, reader: csv._reader) -> Numbered:  # type: ignore[name-defined]
     header: list[str] | None = None
     start = 1
     for values in reader:
@@ -200,6 +204,8 @@ def _table_rows(reader: csv._reader) -> Numbered:  # type: ignore[name-defined]
             pass
         elif header is None:
             header = [name.strip() for name in values]
+            if twice := next((name for name in header if name and header.count(name) > 1), None):
+                raise DataError("RW207", f"{path} has two columns `{twice}`; rename or remove one of them.")
         elif len(values) != len(header):
             yield start, BadRow(f"expected {len(header)} columns ({', '.join(header)}), found {len(values)}")
         else:
@@ -217,7 +223,29 @@ def _parquet(path: Path, content: bytes) -> Numbered:
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError("RW206", f"cannot read {path} as parquet: {reason}.") from None
-    yield from enumerate(table.to_pylist(), 1)
+    yield from table_records(table, str(path))
+
+
+def table_records(table: pyarrow.Table, source: str) -> Numbered:
+    """Numbered rows of a table, without the nulls by which its columns fill up objects of different fields.
+
+    Raises DataError (RW206) naming the column that holds what Python cannot.
+    """
+    columns = {}
+    for name, column in zip(table.column_names, table.columns):
+        try:
+            columns[name] = [_without_nulls(value) for value in column.to_pylist()]
+        except (ValueError, OverflowError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError("RW206", f"cannot read the column `{name}` of {source}: {reason}.") from None
+    for number in range(table.num_rows):
+        yield number + 1, {name: values[number] for name, values in columns.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _text_lines(path: Path, content: bytes) -> Numbered:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, TypeGuard
@@ -28,6 +29,8 @@ SHAREGPT_ROLES = {
     "system": "system",
     "tool": "tool",
 }
+WEIGHTS = ("weight", "train", "training")
+# By which OpenAI's files and axolotl's say whether an answer is trained on. Here each one is.
 
 
 LOOKED_AT = 100
@@ -121,6 +124,8 @@ def rows_from_records(
     check_bad_rows(problems, len(records), allowed=skip_bad_rows)
     assert layout is not None, "without a record that shows the layout every row is bad"
     _tell_of_numbers([record for _, record in records], source, layout)
+    if not (prompt_column or completion_column):
+        _tell_of_unread([record for _, record in records], source, layout)
     return Rows(
         items=rows,
         kind=layout.kind,
@@ -162,6 +167,25 @@ def _tell_of_numbers(records: Sequence[Record | BadRow], source: str, layout: Fo
     found = ", ".join(f"`{column}` in {count:,} of {len(records):,} rows" for column, count in counts.items() if count)
     if found:
         warn("RW224", f"{source} holds numbers ({found}); they are read as text, as a .csv would hold them.")
+
+
+def _tell_of_unread(records: Sequence[Record | BadRow], source: str, layout: Format) -> None:
+    """Of columns with something to read in them; numbers, single words and truth values are notes about a row."""
+    read = {*layout.columns, *layout.optional, *(("tools",) if layout.uses_template else ())}
+    counts = Counter(
+        name
+        for record in records
+        if isinstance(record, Mapping)
+        for name, value in record.items()
+        if name not in read and value and (isinstance(value, list | dict) or " " in str(value).strip())
+    )
+    found = ", ".join(f"`{name}` in {count:,} of {len(records):,} rows" for name, count in counts.items() if count)
+    if found:
+        warn(
+            "RW227",
+            f"{source} is read as {layout.name}, and the model sees nothing of its other columns ({found}); if it "
+            "should, write them into the columns that are read.",
+        )
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -250,7 +274,7 @@ def _text(record: Record) -> dict[str, Any]:
 
 
 def _messages(record: Record) -> dict[str, Any]:
-    messages = _message_list(record, "messages")
+    messages = _conversation(record)
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRow("expected at least one `assistant` message in `messages`, found none to train on")
     return {"messages": messages, "tools": _tools(record)}
@@ -267,8 +291,7 @@ def _sharegpt(record: Record) -> dict[str, Any]:
         role = SHAREGPT_ROLES.get(turn["from"], turn["from"])
         more = {key: value for key, value in turn.items() if key not in ("from", "value")}
         messages.append({**more, "role": role, "content": turn.get("value")})
-    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    return _messages({"messages": system + messages, "tools": record.get("tools")})
+    return _messages({**record, "messages": messages})
 
 
 def _prompt_messages(record: Record) -> dict[str, Any]:
@@ -284,7 +307,17 @@ def _prompt_messages(record: Record) -> dict[str, Any]:
 
 def conversation(record: Record) -> tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...] | None]:
     """Messages and tools of a row whose answer is still to come. Raises BadRow."""
-    return _message_list(record, "messages"), _tools(record)
+    return _conversation(record), _tools(record)
+
+
+def _conversation(record: Record) -> tuple[Message, ...]:
+    """The messages behind the row's `system`, where it has one."""
+    messages = _message_list(record, "messages")
+    if not record.get("system"):
+        return messages
+    if messages[0]["role"] == "system":
+        raise BadRow("expected `system` or a system message, found both")
+    return _message_list({"system": [{"role": "system", "content": record["system"]}]}, "system") + messages
 
 
 def _message_list(record: Record, column: str) -> tuple[Message, ...]:
@@ -304,7 +337,10 @@ def _message(message: object, place: str) -> Message:
     content = "" if is_call and message.get("content") is None else _content(message, place)
     if not content and not is_call and message["role"] in ("user", "assistant"):
         raise BadRow(f"expected text in `content` of {place}, found {_found(message, 'content')}")
-    kept = {key: value for key, value in message.items() if value is not None and key != "tool_calls"}
+    for key in WEIGHTS if message["role"] == "assistant" else ():
+        if message.get(key) is not None and not message[key]:
+            raise BadRow(f"expected only answers to train on, found {place} with `{key}` {json.dumps(message[key])}")
+    kept = {key: value for key, value in message.items() if value is not None and key not in ("tool_calls", *WEIGHTS)}
     return {**kept, "content": content, **({"tool_calls": calls} if calls else {})}
 
 
@@ -361,8 +397,8 @@ E2E_LINES = Format(
 TEXT = Format("text (text)", "text", ("text",), _text, uses_template=False)
 # In order: a table with the columns of several takes the first.
 FORMATS: Collection[Format] = (
-    Format("chat (messages)", "chat", ("messages",), _messages),
-    Format("chat (conversations)", "chat", ("conversations",), _sharegpt),
+    Format("chat (messages)", "chat", ("messages",), _messages, optional=("system",)),
+    Format("chat (conversations)", "chat", ("conversations",), _sharegpt, optional=("system",)),
     Format("prompt and completion", "prompt", ("prompt", "completion"), _pair("prompt", "completion")),
     Format("prompt and response", "prompt", ("prompt", "response"), _pair("prompt", "response")),
     Format(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.data.files import KINDS, kind_of, read_file
+from rankwise.data.files import KINDS, kind_of, read_file, table_records
 from rankwise.data.formats import rows_from_records
 from rankwise.data.rows import Problem, Row, Rows
 from rankwise.data.stdlib import STDLIB, stdlib_rows
@@ -196,4 +196,6 @@ def _one_line(error: BaseException) -> str:
 
 
 def _from_dataset(dataset: Dataset, source: str, options: dict[str, Any]) -> Rows:
-    return rows_from_records(enumerate(dataset.to_list(), 1), source, counted_in="row", **options)
+    return rows_from_records(
+        table_records(dataset.with_format("arrow")[:], source), source, counted_in="row", **options
+    )
