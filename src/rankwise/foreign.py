@@ -1,11 +1,14 @@
-"""JSON that others wrote, read within limits: size, depth, digits and characters are checked before anyone uses it."""
+"""Files that others wrote, read within limits: the size, depth, digits and characters of JSON, the size of gzip."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import gzip
+import io
 import json
 import stat
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -18,6 +21,8 @@ LARGEST_BYTES = 50_000_000
 DEEPEST = 64
 LONGEST_NUMBER = 40
 # Digits of a whole number: tokenizers write a maximum length of 10^30, and longer ones fit in no float.
+UNPACKED_BYTES, UNPACKED_TIMES = 200_000_000, 50
+# What gzip may unpack to: so much, and so many times what it takes on disk. Text shrinks to a fifth, zeros 1,000 times.
 
 T = TypeVar("T")
 
@@ -64,6 +69,21 @@ def parse_json(
     if not halves and ("\\ud" in text or "\\uD" in text):
         # Such a half is no character, and nothing that holds it can be written again.
         json.dumps(found, ensure_ascii=False).encode("utf-8")
+    return found
+
+
+def unpacked(content: bytes) -> bytes:
+    """What gzip packed. Raises ValueError with the reason: cut short, no gzip, or far larger than it looks."""
+    limit = UNPACKED_BYTES + UNPACKED_TIMES * len(content)
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+            found = file.read(limit + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"it is cut short or no gzip file ({error})") from None
+    if len(found) > limit:
+        raise ValueError(
+            f"its {len(content):,} bytes unpack to more than {limit:,}; if that is right, give the unpacked file"
+        )
     return found
 
 

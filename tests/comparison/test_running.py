@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_comparison import Quiet, compare
 
 from rankwise.comparison import run, stages
+from rankwise.comparison.matrix import Cell
 from rankwise.errors import ConfigError, Interrupted, RankwiseWarning, RunError
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning")
@@ -328,3 +329,13 @@ def test_a_signal_from_outside_interrupts_a_step_and_does_not_fail_it(number: in
     assert outcome.again
     killed = stages.outcome_from(stages.Job("measure", None), tmp_path, -signal.SIGKILL, {}, 1.0)
     assert not killed.is_interrupted
+
+
+def test_an_outcome_without_a_code_is_no_outcome(tmp_path: Path):
+    job = stages.Job("train", Cell("lora", 2e-4, 0))
+    path = stages.beside(job.name(tmp_path), ".json")
+    path.parent.mkdir()
+    path.write_text('{"status": "failed", "seconds": 1.0, "error": {"message": "x"}}')
+    with pytest.raises(RunError, match="holds no code and message") as caught:
+        stages.outcome_of(job, tmp_path)
+    assert caught.value.code == "RW581"

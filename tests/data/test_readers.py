@@ -253,6 +253,7 @@ BAD_FILES: dict[str, tuple[str, bytes, str, str]] = {
     "unknown extension": ("rows.docx", b"x", "RW202", ".docx is no kind of data file"),
     "no extension": ("rows", b"x", "RW202", "no extension"),
     "truncated gzip": ("rows.csv.gz", gzip.compress(b"mr,ref\n" * 99)[:-9], "RW206", "cut short or no gzip file"),
+    "gzip bomb": ("rows.csv.gz", gzip.compress(b"0" * 300_000_000, 1), "RW206", "unpack to more than"),
     "no gzip": ("rows.csv.gz", b"mr,ref\na,b\n", "RW206", "cut short or no gzip file"),
     "no parquet": ("rows.parquet", b"PAR1 not really", "RW206", "as parquet"),
     "a cut array": ("rows.json", b'[{"text": "a"},\n {"text": "b"}', "RW206", "line 2: expected `,` or `]`"),

@@ -75,6 +75,18 @@ def test_a_damaged_file_is_said_and_passed_over(tmp_path, content):
         assert measured_pace(cpu_hardware(), "lora", "float32") is None
 
 
+@pytest.mark.parametrize("rate", [0, -1.0, "fast", [1.0], None])
+def test_a_pace_that_is_none_is_said_and_passed_over(rate, tmp_path):
+    calibrate(hardware := cpu_hardware(), ("lora",), "float32", lambda _: None)
+    path = tmp_path / "rankwise" / "machine.json"
+    content = json.loads(path.read_text())
+    for machine in content["machines"].values():
+        machine["methods"]["lora"]["flops_per_second"] = rate
+    path.write_text(json.dumps(content))
+    with pytest.warns(RankwiseWarning, match="RW144"):
+        assert measured_pace(hardware, "lora", "float32") is None
+
+
 def test_without_a_file_nothing_is_known_and_nothing_said(recwarn):
     assert measured_pace(cpu_hardware(), "lora", "float32") is None
     assert not recwarn.list

@@ -78,6 +78,20 @@ def test_kept_rows_are_the_same_rows(tokenizer: Any, tmp_path: Path):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+@pytest.mark.parametrize("place", [-1, 200])
+def test_kept_rows_that_were_damaged_are_encoded_anew(place: int, tokenizer: Any, tmp_path: Path):
+    """Other ids would train another model, and ends outside the arrays end the process."""
+    rows = read_rows(write_rows(tmp_path / "rows.jsonl", 30))
+    options: dict[str, Any] = {"max_length": 64, "chat_template": None, "name": "train", "cache": tmp_path / "cache"}
+    fresh = encode_rows_once(rows, tokenizer, **options)
+    (path,) = (tmp_path / "cache").iterdir()
+    sound = path.read_bytes()
+    for damaged in (sound[:place] + b"\x7f" + sound[place:][1:], sound[:place]):
+        path.write_bytes(damaged)
+        assert encode_rows_once(rows, tokenizer, **options).dataset.to_list() == fresh.dataset.to_list()
+        assert path.read_bytes() != damaged
+
+
 def test_other_rows_and_other_rules_are_encoded_anew(tokenizer: Any, tmp_path: Path):
     rows = read_rows(write_rows(tmp_path / "rows.jsonl", 30))
     options: dict[str, Any] = {"chat_template": None, "name": "train", "cache": tmp_path / "cache"}

@@ -280,10 +280,10 @@ def _warn_of_edges_and_failures(runs: list[Run], methods: Mapping[str, Any]) -> 
 
 def _warn_of_shared_steps(plan: Plan) -> None:
     """The base's own measurement, and the cache: what the report lacks without them."""
-    for job, lacks in ((Job("measure", None), "the base model's figures"), (Job("prepare", None), "a prepared base")):
+    for job, lacks in ((Job("measure", None), "figures of the base model"), (Job("prepare", None), "a prepared base")):
         outcome = stages.outcome_of(job, plan.output)
         if outcome is not None and outcome.error is not None:
-            warn("RW589", f"there are no figures of {lacks}: {outcome.error['code']}: {outcome.error['message']}")
+            warn("RW589", f"the comparison lacks {lacks}: {outcome.error['code']}: {outcome.error['message']}")
 
 
 def _merge(given: CompareOptions, run: Run, watcher: Watcher) -> str | None:

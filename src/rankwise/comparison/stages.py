@@ -68,7 +68,10 @@ def outcome_of(job: Job, output: Path) -> Outcome | None:
     """How it ended; None while it has not. A finished record counts even where a kill came before its outcome."""
     path = beside(job.name(output), ".json")
     try:
-        return checked(Outcome, read_json(path))
+        outcome = checked(Outcome, read_json(path))
+        if outcome.error is not None and not {"code", "message"} <= outcome.error.keys():
+            raise ValueError("error: it holds no code and message")
+        return outcome
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:

@@ -13,7 +13,7 @@ from rankwise.data.encoding import Encoded, EncodingReport, _Table, complain, en
 from rankwise.data.rows import Rows
 from rankwise.records import write_bytes
 
-VERSION = 2
+VERSION = 3
 # Of the encoding: to be raised whenever the same rows give other ids or labels.
 COLUMNS = ("ids", "labels", "ends")
 
@@ -31,10 +31,10 @@ def encode_rows_once(
     """``encode_rows``, or what an earlier call on the same rows left in ``cache``. Warns and raises as that does."""
     key = _key(rows, tokenizer, max_length, chat_template)
     path = None if key is None else cache / f"rows-{key[:32]}.safetensors"
-    if path is not None and path.is_file():
-        encoded = _read(path, rows, max_length, name)
-        complain(encoded.report, rows, max_length)
-        return encoded
+    known = None if path is None else _read(path, rows, max_length, name)
+    if known is not None:
+        complain(known.report, rows, max_length)
+        return known
     encoded = encode_rows(
         rows,
         tokenizer,
@@ -76,7 +76,12 @@ def _stored(encoded: Encoded) -> bytes:
     arrays = {name: np.asarray(_values(column), dtype=np.int32) for name, column in joined.items()}
     arrays["ends"] = np.asarray(first.offsets, dtype=np.int32)
     report = json.dumps(dataclasses.asdict(encoded.report))
-    return safetensors.numpy.save(arrays, metadata={"report": report})
+    digest = _digest(report, *(arrays[name].tobytes() for name in COLUMNS))
+    return safetensors.numpy.save(arrays, metadata={"report": report, "sha256": digest})
+
+
+def _digest(report: str, *columns: bytes) -> str:
+    return hashlib.sha256(b"".join([report.encode(), *columns])).hexdigest()
 
 
 def _values(column: Any) -> Any:
@@ -84,14 +89,24 @@ def _values(column: Any) -> Any:
     return part.values
 
 
-def _read(path: Path, rows: Rows, max_length: int, name: str) -> Encoded:
+def _read(path: Path, rows: Rows, max_length: int, name: str) -> Encoded | None:
+    """None where there is no such file, or where a disk or a hand has changed what was written."""
     import safetensors
 
+    if not path.is_file():
+        return None
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            columns = {column: file.get_tensor(column).tobytes() for column in COLUMNS}
+    except (OSError, safetensors.SafetensorError, TypeError, UnicodeDecodeError):
+        return None
+    # Wrong ids would train another model, and wrong ends read outside the arrays.
+    if metadata.get("sha256") != _digest(metadata.get("report", ""), *columns.values()):
+        return None
     table = _Table(max_length)
-    with safetensors.safe_open(path, framework="numpy") as file:
-        skipped = [problem.to_json() for problem in rows.problems]
-        own = {"name": name, "skipped": skipped, "skipped_rows": len(skipped)}
-        report = EncodingReport(**{**json.loads(file.metadata()["report"]), **own})
-        for column in COLUMNS:
-            setattr(table, column, array("i", file.get_tensor(column).tobytes()))
-    return Encoded(table.dataset(), report)
+    for column, content in columns.items():
+        setattr(table, column, array("i", content))
+    skipped = [problem.to_json() for problem in rows.problems]
+    own = {"name": name, "skipped": skipped, "skipped_rows": len(skipped)}
+    return Encoded(table.dataset(), EncodingReport(**{**json.loads(metadata["report"]), **own}))

@@ -5,13 +5,11 @@ from __future__ import annotations
 import codecs
 import csv
 import dataclasses
-import gzip
 import hashlib
 import io
 import itertools
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,10 @@ from typing import TYPE_CHECKING, Any
 from rankwise.data.formats import E2E_LINES, TEXT, BadRow, Format, Record
 from rankwise.data.rows import Unit
 from rankwise.errors import DataError
+from rankwise.foreign import unpacked
+
+if TYPE_CHECKING:
+    import pyarrow
 
 if TYPE_CHECKING:
     import pyarrow
@@ -79,9 +81,9 @@ def _unpacked(path: Path, stored: bytes) -> bytes:
     if path.suffix.lower() != ".gz":
         return stored
     try:
-        return gzip.decompress(stored)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError("RW206", f"cannot unpack {path}: {error}; the file is cut short or no gzip file.") from None
+        return unpacked(stored)
+    except ValueError as error:
+        raise DataError("RW206", f"cannot unpack {path}: {error}.") from None
 
 
 def _decoded(path: Path, content: bytes) -> str:

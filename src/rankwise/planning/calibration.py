@@ -12,10 +12,12 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic
 
 from rankwise.errors import warn
-from rankwise.foreign import read_json
+from rankwise.foreign import checked, read_json, reason_of
 from rankwise.planning.facts import ModelFacts, facts_of
 from rankwise.planning.hardware import Hardware
 from rankwise.planning.speed import Pace, flops_per_token, traffic_bytes
@@ -45,6 +47,28 @@ class Timing:
     seconds: float
 
 
+Rate = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rates:
+    """Of one method, as the file holds them."""
+
+    flops_per_second: Rate
+    bytes_per_second: Rate | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Machine:
+    """What the file holds of one device and dtype."""
+
+    methods: dict[str, dict[str, Any]]
+    # Each as _Rates.
+    date: str
+    threads: int
+    torch: str
+
+
 def cache_folder() -> Path:
     """Where the user's caches lie on this system."""
     if platform.system() == "Windows":
@@ -58,12 +82,12 @@ def cache_folder() -> Path:
 
 def measured_pace(hardware: Hardware, method: str, dtype: str) -> Pace | None:
     """What was measured for this device, method and dtype, if anything. A damaged file is passed over with RW144."""
-    found = _read().get(_key(hardware, dtype), {})
-    entry = found.get("methods", {}).get(method)
-    if entry is None:
+    found = _read().get(_key(hardware, dtype))
+    if found is None or method not in found.methods:
         return None
-    basis = f"measured on this machine on {found['date']} ({found['threads']} threads, torch {found['torch']})"
-    return Pace(entry["flops_per_second"], entry["bytes_per_second"], True, basis)
+    rates = checked(_Rates, found.methods[method])
+    basis = f"measured on this machine on {found.date} ({found.threads} threads, torch {found.torch})"
+    return Pace(rates.flops_per_second, rates.bytes_per_second, True, basis)
 
 
 def calibrate(
@@ -79,16 +103,13 @@ def calibrate(
         results[method] = {"flops_per_second": pace, "bytes_per_second": bandwidth}
         seconds = ", ".join(f"{timing.seconds:.2f} s for {timing.tokens:,} tokens" for timing in timings)
         say(f"{method:<6} {seconds}: {pace / 1e9:,.0f} GFLOP/s")
-    known = _read()
-    entry = known.get(_key(hardware, dtype), {})
-    known[_key(hardware, dtype)] = {
-        "methods": {**entry.get("methods", {}), **results},
-        "date": time.strftime("%Y-%m-%d"),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
+    known, key = _read(), _key(hardware, dtype)
+    before = known[key].methods if key in known else {}
+    today, threads = time.strftime("%Y-%m-%d"), torch.get_num_threads()
+    known[key] = _Machine({**before, **results}, today, threads, str(torch.__version__))
     cache_folder().mkdir(parents=True, exist_ok=True)
-    write_json(cache_folder() / FILE, {"schema": SCHEMA, "machines": known})
+    machines = {name: dataclasses.asdict(machine) for name, machine in known.items()}
+    write_json(cache_folder() / FILE, {"schema": SCHEMA, "machines": machines})
     return results
 
 
@@ -175,13 +196,20 @@ def _key(hardware: Hardware, dtype: str) -> str:
     return f"{hardware.name}, {dtype}"
 
 
-def _read() -> dict[str, Any]:
+def _read() -> dict[str, _Machine]:
     path = cache_folder() / FILE
     try:
         content = read_json(path)
-        return dict(content["machines"]) if content["schema"] == SCHEMA else {}
+        if content["schema"] != SCHEMA:
+            return {}
+        machines = {name: checked(_Machine, machine) for name, machine in dict(content["machines"]).items()}
+        for machine in machines.values():
+            for rates in machine.methods.values():
+                checked(_Rates, rates)
+        return machines
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        warn("RW144", f"{path} cannot be read ({error}), so its timings are passed over; --calibrate writes it anew.")
+        reason = reason_of(error)
+        warn("RW144", f"{path} cannot be read ({reason}), so its timings are passed over; --calibrate writes it anew.")
         return {}

@@ -57,6 +57,11 @@ def test_equal_numbers_are_equal_however_they_are_written():
     assert not is_correct("A: 18", "#### -18")
 
 
+def test_a_digit_that_is_repeated_without_end_is_no_number():
+    """A fraction of five million digits would take minutes."""
+    assert extract_answer("The answer is " + "9" * 5_000_000) is None
+
+
 def test_a_reference_without_a_number_is_refused():
     with pytest.raises(DataError) as caught:
         is_correct("18", "eighteen")

@@ -13,7 +13,7 @@ from rankwise.evaluation.metrics.vicuna import read_vicuna, relative_score
 REFERENCE = {"r1", "r2"}
 
 
-def row(first: str, second: str, score: object) -> dict:
+def row(first: object, second: str, score: object) -> dict:
     return {"answer1_id": first, "answer2_id": second, "score": score}
 
 
@@ -40,9 +40,11 @@ def test_orders_come_from_the_ids_and_failures_are_left_out():
         row("b", "r2", [9, float("nan")]),
         row("b", "r2", [9]),
         row("b", "r2", "9 9"),
+        row("b", "r2", [1e308, 1e308]),
+        row("b", "r2", [10**400, 1]),
     ]
     score = relative_score(ratings, REFERENCE)
-    assert score.to_json() == {"reference_first": 70.0, "system_first": 150.0, "mean": 110.0, "failed": 5}
+    assert score.to_json() == {"reference_first": 70.0, "system_first": 150.0, "mean": 110.0, "failed": 7}
     assert score.count == 3
 
 
@@ -56,6 +58,7 @@ def test_one_order_alone_has_no_other():
     [
         ([row("a", "b", [1, 1])], "RW240"),
         ([row("r1", "r2", [1, 1])], "RW240"),
+        ([row(["r1"], "a", [1, 1])], "RW240"),
         ([{"answer1_id": "r1", "score": [1, 1]}], "RW240"),
         ([row("r1", "a", [-1, -1])], "RW242"),
     ],

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rankwise.errors import DataError
+from rankwise.foreign import parse_json, unpacked
 
 JSON_SUFFIXES = (".jsonl", ".json")
 SHOWN = 3
@@ -48,13 +47,13 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
         if path.suffix.lower() == ".gz":
-            content = gzip.decompress(content)
+            content = unpacked(content)
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         reason = f"byte 0x{content[error.start]:02x} in line {line} is not UTF-8; convert the file with iconv"
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        reason = f"it is cut short or no gzip file ({error})"
+    except ValueError as error:
+        reason = str(error)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
     raise DataError("RW230", f"cannot read {path}: {reason}.")
@@ -76,8 +75,8 @@ def _array(path: Path, text: str) -> Sequence[Any]:
 
 def _parsed(path: Path, number: int, text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text, constants=True, halves=True)
+    except ValueError as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise DataError(
             "RW238", f"{path}, line {number}: this is no JSON ({reason}); write one object a line."

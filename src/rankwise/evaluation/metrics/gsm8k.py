@@ -18,6 +18,8 @@ PATTERN = re.compile(rf"(?:{DIGITS})(?:\s?/\s?(?:{DIGITS}))?")
 SIGN = re.compile(r"(?P<left>\S?)(?P<gap>\s*)[$£€]?[-\u2212\u2013](?P<space>\s?)[$£€]?\s?$")
 SIGN_REACH = 12
 # Characters before a number in which its sign may stand.
+LONGEST_NUMBER = 1000
+# Characters. A model that repeats a digit writes longer ones, and a fraction of millions of digits takes minutes.
 ANSWER = r"\bfinal answer\b|\banswer\s*(?:is|:|=)"
 MARKERS = (
     re.compile(r"####(?P<rest>[^\n]*)"),
@@ -155,7 +157,9 @@ def _first_number(rest: str) -> Fraction | None:
 
 
 def _value(found: re.Match[str]) -> Fraction | None:
-    """The number matched, with its sign; None for a division by zero."""
+    """The number matched, with its sign; None for a division by zero, and for one that is too long to be an answer."""
+    if len(found[0]) > LONGEST_NUMBER:
+        return None
     top, _, bottom = re.sub(r"[^\d./]", "", found[0]).partition("/")
     divisor = Fraction(Decimal(bottom)) if bottom else Fraction(1)
     if not divisor:

@@ -8,7 +8,6 @@ taken once with the reference's answer shown first and once with the system's, s
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from rankwise.errors import DataError, warn
 from rankwise.evaluation.metrics.files import read_records, shortened
 
 DECIMALS = 2
+LARGEST_RATING = 1e6
+# Judges rate from 1 to 10. Numbers near the largest float would add up to infinity.
 FAILED = (-1.0, -1.0)
 # What a rating that failed has for a score.
 
@@ -47,8 +48,9 @@ class RelativeScore:
 def relative_score(ratings: Sequence[Mapping[str, Any]], reference_ids: Collection[str]) -> RelativeScore:
     """Score ``ratings``: mappings with ``answer1_id``, ``answer2_id`` and ``score``, the two ratings in that order.
 
-    An answer whose id is in ``reference_ids`` is the reference's. A score that is absent, negative or no pair of
-    numbers is a failed rating. Raises DataError: RW240 a row without one answer of each, RW242 no rating to use.
+    An answer whose id is in ``reference_ids`` is the reference's. A score that is absent, negative, above
+    ``LARGEST_RATING`` or no pair of numbers is a failed rating.
+    Raises DataError: RW240 a row without one answer of each, RW242 no rating to use.
     """
     sums = {True: [0.0, 0.0], False: [0.0, 0.0]}
     # Reference first? -> sums of the reference's and the system's ratings.
@@ -72,17 +74,18 @@ def _percent(reference: float, system: float) -> float | None:
 
 
 def score_pair(score: Any) -> tuple[float, float] | None:
-    """Two ratings of 0 or more, or None for a failed rating."""
+    """Two ratings from 0 to ``LARGEST_RATING``, or None for a failed rating."""
     if not isinstance(score, Sequence) or isinstance(score, str) or len(score) != 2:
         return None
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in score):
         return None
-    return (float(score[0]), float(score[1])) if all(0 <= value < math.inf for value in score) else None
+    return (float(score[0]), float(score[1])) if all(0 <= value <= LARGEST_RATING for value in score) else None
 
 
 def _reference_first(number: int, row: Mapping[str, Any], reference_ids: Collection[str]) -> bool:
     ids = [row.get("answer1_id"), row.get("answer2_id")]
-    known = [name in reference_ids for name in ids]
+    # A file may hold lists there, which no set can look up.
+    known = [isinstance(name, str) and name in reference_ids for name in ids]
     if None in ids or sum(known) != 1:
         found = "neither is" if not any(known) else "both are"
         problem = (
