@@ -448,3 +448,31 @@ def test_experts_that_train_or_that_nothing_reaches():
     foreign = tiny_moe("llama4_text", **llama4, interleave_moe_layer_step=1)
     with pytest.warns(RankwiseWarning, match="RW422.*which no adapter reaches"):
         rw.add_adapter(foreign, rw.LoraConfig(r=2))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "named"),
+    [
+        ("deepseek_v2", {"use_dora": True}, "gate_proj, up_proj, down_proj"),
+        ("deepseek_v2", {"target_modules": r".*shared_experts\.(up|down)_proj"}, "up_proj, down_proj"),
+        ("deepseek_v2", {"target_modules": ["q_proj", "o_proj"]}, None),
+        ("mixtral", {"target_parameters": BOTH}, None),
+    ],
+)
+def test_adapters_that_peft_would_put_on_the_experts_are_said_and_others_load_there(family, settings, named, tmp_path):
+    model = tiny_moe(family, **MIXTURES[family])
+    base = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RankwiseWarning)
+        rw.add_adapter(model, rw.LoraConfig(r=2, **settings))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.save_pretrained(tmp_path)
+    told = [item.message.message for item in caught if getattr(item.message, "code", None) == "RW559"]
+    assert len(told) == (named is not None)
+    if named:
+        assert f"target_modules {named} for the stacked experts" in told[0]
+        assert f"--exclude-modules {named.replace(', ', ',')}." in told[0]
+    else:
+        theirs = pytest.importorskip("peft").PeftModel.from_pretrained(base, str(tmp_path))
+        assert torch.allclose(logits(theirs.eval()), logits(model.eval()), atol=1e-6)

@@ -93,6 +93,24 @@ def test_four_bit_options_without_four_bits_are_said(settings: Any) -> None:
     assert "RW529" not in watcher.warnings
 
 
+@pytest.mark.parametrize(
+    ("method", "chosen", "named"),
+    [
+        ("full", {"target_modules": ("q_proj",), "r": 4, "bias": "all"}, "--r, --target-modules, --bias"),
+        ("full", {"bias": "all", "modules_to_save": ("lm_head",)}, "--r, --bias, --modules-to-save"),
+        ("prefix", {"r": 4, "lora_dropout": 0.1}, "--lora-dropout"),
+        ("bottleneck", {"r": 4, "target_modules": "q_proj"}, "--target-modules"),
+        ("prefix", {"r": 4}, ""),
+    ],
+)
+def test_adapter_options_that_the_method_does_not_use_are_said(
+    method: str, chosen: dict[str, Any], named: str, settings: Any
+) -> None:
+    record = train(settings(method=method, max_steps=1, **chosen))
+    told = [item["message"] for item in record.warnings if item["code"] == "RW529"]
+    assert [message.split(":")[0] for message in told] == ([named] if named else [])
+
+
 def test_lora_on_a_checkpoint_of_four_bits_is_recorded(settings: Any, tokenizer: Any, tmp_path: Path) -> None:
     model = tiny_llama()
     quantize(model, Nf4Config(double_quant=True))

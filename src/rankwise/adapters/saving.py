@@ -17,6 +17,7 @@ from typing import Any
 
 import safetensors.torch
 from torch import Tensor, nn
+from transformers import conversion_mapping
 
 from rankwise.adapters.attached import (
     AdaptedModule,
@@ -33,7 +34,7 @@ from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.peft_config import CONFIG_FILE, scaled_alpha, to_peft
 from rankwise.adapters.state import AdapterState, base_modules, base_parameter, state_and_name
 from rankwise.config import LoraConfig
-from rankwise.errors import AdapterError
+from rankwise.errors import AdapterError, warn
 from rankwise.matching import matches, suffixes
 from rankwise.records import write_bytes, write_json
 
@@ -47,6 +48,8 @@ TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
 TRAINER_WEIGHTS = "model.safetensors"
 # Options that change what ``save_pretrained`` writes, with the values that change nothing.
 NOT_FOR_ADAPTERS = {"push_to_hub": False, "variant": None, "save_peft_format": True, "distributed_checkpoint": False}
+# Former names of experts, which PEFT (0.21) takes for the stacked experts wherever it finds them in target_modules.
+FORMER_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 
 
 class SavePretrained:
@@ -151,11 +154,34 @@ def save_adapter(
         base_model or getattr(model, "name_or_path", None) or None,
         _is_transposed([layer.base_layer for _, layer in adapted_layers(model, name)]),
     )
+    _warn_of_former_experts(model, [path for path, _ in adapted_layers(model, name)])
     metadata = {"format": "pt"}
     if config.enable_lora:
         metadata[PARTS_KEY] = json.dumps({name: _plain(getattr(config, name)) for name in PARTS_FIELDS})
     write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(adapter_tensors(model, name, state_dict), metadata))
     write_json(folder / CONFIG_FILE, document)
+
+
+def _warn_of_former_experts(model: nn.Module, adapted: list[str]) -> None:
+    """Say where PEFT puts the adapters of a mixture's dense layers and shared experts on its stacked experts (RW559).
+
+    No spelling of target_modules avoids that: PEFT looks at the last name of each entry and of each match alone.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    patterns = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    mistaken = (
+        [end for end in FORMER_EXPERTS if any(matches(path, [end]) for path in adapted)]
+        if patterns.get(kind) == "qwen2_moe"
+        else []
+    )
+    if mistaken:
+        warn(
+            "RW559",
+            f"PEFT cannot load this adapter: in a model of type {kind} it takes the target_modules "
+            f"{', '.join(mistaken)} for the stacked experts. rankwise loads it, and `rankwise merge` makes a model for "
+            f"every program; for an adapter that PEFT loads, train with --exclude-modules {','.join(mistaken)}.",
+            stacklevel=3,
+        )
 
 
 def _is_transposed(bases: list[nn.Module]) -> bool:

@@ -40,6 +40,11 @@ from rankwise.training.session import Extras, Session
 from rankwise.training.state import TrainerFacts, reading_state
 from rankwise.training.trainer import PROGRESS_FILE, STATE_FILE, RankwiseTrainer
 
+FOUR_BIT_OPTIONS = ("quant_type", "block_size", "double_quant")
+ADAPTER_OPTIONS = tuple(
+    field.name for field in dataclasses.fields(LoraConfig) if field.name in TrainSettings.model_fields
+)
+
 
 def train(settings: TrainSettings, observer: Observer | None = None, foresight: Foresight | None = None) -> RunRecord:
     """Fine-tune as ``settings`` say and leave a run folder (DESIGN 5) in ``settings.output``.
@@ -81,8 +86,7 @@ def _check_settings(given: TrainSettings) -> LoraConfig:
         schedule=given.lr_scheduler_type,
         tensorboard=given.tensorboard,
     )
-    if given.method not in FOUR_BITS:
-        _warn_of_idle_options(given)
+    _warn_of_idle_options(given)
     # A 4-bit format that cannot be is refused here, before anything is read.
     quantization_for(given)
     return _lora_config(given)
@@ -116,10 +120,20 @@ def quantization_for(given: TrainSettings) -> FourBitConfig | None:
 
 
 def _warn_of_idle_options(given: TrainSettings) -> None:
-    idle = [name for name in ("quant_type", "block_size", "double_quant") if getattr(given, name) != _defaults()[name]]
+    if given.method not in FOUR_BITS:
+        _warn_where_set(given, FOUR_BIT_OPTIONS, "only qlora and qdora make 4-bit weights")
+    if given.method == "full":
+        _warn_where_set(given, ADAPTER_OPTIONS, "it trains all weights and adds no adapter")
+    if given.method in BASELINES:
+        names = tuple(name for name in ADAPTER_OPTIONS if name != "r")
+        _warn_where_set(given, names, "of the adapter's options this baseline takes --r alone")
+
+
+def _warn_where_set(given: TrainSettings, names: tuple[str, ...], reason: str) -> None:
+    idle = [name for name in names if getattr(given, name) != _defaults()[name]]
     if idle:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-        warn("RW529", f"{options}: no effect with --method {given.method}; only qlora and qdora make 4-bit weights.")
+        warn("RW529", f"{options}: no effect with --method {given.method}; {reason}.")
 
 
 def _defaults() -> dict[str, Any]:
