@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -141,3 +144,25 @@ def test_processor_time_counts_and_waiting_does_not(monkeypatch: pytest.MonkeyPa
     # The child waits: its pipe is full.
     time.sleep(1.5)
     assert len(list(items)) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_of_the_fork_is_heard(number: signal.Signals) -> None:
+    """Python throws away what handlers raise in the hooks of a fork, and most of the time is spent there."""
+    program = f"""
+import os, signal
+from rankwise.data.bounded import bounded
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+signal.signal({int(number)}, stop)
+parent = os.getpid()
+os.register_at_fork(after_in_parent=lambda: os.kill(parent, {int(number)}))
+try:
+    list(bounded(lambda: iter([1]), str))
+except KeyboardInterrupt:
+    print("heard")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("heard\n", "")

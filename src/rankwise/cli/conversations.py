@@ -103,6 +103,8 @@ def _conversation(place: str, record: Any) -> Conversation:
 def _read(source: str) -> tuple[str, str]:
     """Name and text of a file, or of standard input."""
     name = "standard input" if source == STDIN else source
+    if source == STDIN and sys.stdin is None:
+        raise DataError("RW201", "standard input is closed; give the prompts in a file or by --prompt TEXT.")
     try:
         content = sys.stdin.buffer.read() if source == STDIN else Path(source).read_bytes()
         return name, content.decode("utf-8-sig")

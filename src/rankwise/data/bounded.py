@@ -62,6 +62,8 @@ def _fork() -> int:
     # Tokenizers warn of a fork unless this is set. The child tokenizes nothing.
     named = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = named or "true"
+    # What a handler raises inside the fork's own hooks Python throws away, and a stop would go unheard.
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         with warnings.catch_warnings():
             # Python warns of a fork beside threads: locks that they hold stay locked. Templates take none.
@@ -73,6 +75,7 @@ def _fork() -> int:
         # In the child too, where nothing reads it.
         if named is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
 
 def _serve(items: Callable[[], Iterator[Any]], writer: int) -> NoReturn:

@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,7 +207,7 @@ def _table_rows(path: Path, reader: csv._reader) -> Numbered:  # type: ignore[na
             pass
         elif header is None:
             header = [name.strip() for name in values]
-            if twice := next((name for name in header if name and header.count(name) > 1), None):
+            if twice := next((name for name, count in Counter(header).items() if name and count > 1), None):
                 raise DataError("RW207", f"{path} has two columns `{twice}`; rename or remove one of them.")
         elif len(values) != len(header):
             yield start, BadRow(f"expected {len(header)} columns ({', '.join(header)}), found {len(values)}")

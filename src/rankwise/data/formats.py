@@ -170,12 +170,15 @@ def _tell_of_numbers(records: Sequence[Record | BadRow], source: str, layout: Fo
 
 
 def _tell_of_unread(records: Sequence[Record | BadRow], source: str, layout: Format) -> None:
-    """Of columns with something to read in them; numbers, single words and truth values are notes about a row."""
+    """Of columns with something to read in them; numbers, single words and truth values are notes about a row.
+
+    Rows of another layout are bad, and named as such.
+    """
     read = {*layout.columns, *layout.optional, *(("tools",) if layout.uses_template else ())}
     counts = Counter(
         name
         for record in records
-        if isinstance(record, Mapping)
+        if isinstance(record, Mapping) and all(column in record for column in layout.columns)
         for name, value in record.items()
         if name not in read and value and (isinstance(value, list | dict) or " " in str(value).strip())
     )
