@@ -124,6 +124,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch: p
 
 ERRORS: dict[str, tuple[Exception, str]] = {
     "python": (OSError(errno.ENOSPC, "No space left on device", "/x/file"), "/x/file: no space left on device; free"),
+    "ulimit": (OSError(errno.EFBIG, "File too large", "/x/file"), "/x/file: file too large; raise the limit"),
     "a copy": (OSError(errno.ENOSPC, "No space left", "/source", None, "/target"), "/target: no space left"),
     "tokenizers": (Exception("No space left on device (os error 28)"), "out: no space left on device; free space"),
     "safetensors": (RuntimeError("Error: I/O error: Input/output error (os error 5)"), "out: input/output error"),

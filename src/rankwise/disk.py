@@ -21,7 +21,8 @@ from rankwise.errors import RankwiseError, RunError, warn
 TOKEN = "[0-9a-f]{8}"
 # What ends the name of everything unfinished, as secrets.token_hex(4) makes it.
 REMEDIES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space there"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space there"),
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable"),
     errno.ENOTEMPTY: "move away what it holds",

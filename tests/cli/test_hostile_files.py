@@ -501,3 +501,19 @@ def test_what_is_damaged_was_sound_before(rankwise, stopped, compared, settings,
     assert done.code == 0, done.stderr
     assert rankwise("report", compared, "--output", tmp_path / "report").code == 0
     assert rankwise("preview", "--config", settings / "run.yaml").code == 0
+
+
+@pytest.mark.parametrize("verb", ["generate", "evaluate"])
+def test_a_model_that_computes_nan_says_so(verb, rankwise, model_folder, rows_file, tmp_path):
+    """Its weights are sound: a number in the configuration is not."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((model_folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "yarn", "factor": 0, "rope_theta": 10000.0}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    given = {
+        "generate": ("--prompt", "Hi"),
+        "evaluate": ("--task", "perplexity", "--data", rows_file, "--output", tmp_path / "out"),
+    }
+    done = rankwise(verb, "--model", tmp_path / "model", *given[verb])
+    assert done.code == 2
+    assert "error RW323: " in done.stderr

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from rankwise.errors import ModelError
 from rankwise.evaluation.generation import Decoding, Generator, Prompt, batches_by_length, repeating_tokens, sample
 from tiny_models import tiny_gpt2, tiny_llama
 
@@ -105,3 +106,14 @@ def test_batches_hold_prompts_of_like_length_in_any_order():
     order = random.Random(5).sample(range(40), 40)
     shuffled = batches_by_length([asked[index] for index in order], budget=200, new_tokens=10, max_rows=8)
     assert [[order[i] for i in batch] for batch in shuffled] == batches
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"temperature": 1.0}])
+def test_a_model_that_computes_nan_writes_nothing(options: dict[str, Any]):
+    """Of NaN the argmax is a token like any other."""
+    model = tiny_llama()
+    model.model.norm.variance_epsilon = float("nan")
+    decoding = Decoding(max_new_tokens=3, stop_ids=STOPS, **options)
+    with pytest.raises(ModelError, match="computes NaN") as caught:
+        Generator(model, decoding).answers(prompts(2))
+    assert caught.value.code == "RW323"

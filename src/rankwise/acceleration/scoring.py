@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rankwise.acceleration import attention
 from rankwise.acceleration.packing import Ids, Row, Tree, batches_of, build_trees, lay_out, pack
-from rankwise.errors import warn
+from rankwise.errors import ModelError, warn
 
 ROW_TOKENS = 256
 # A row's attention costs its length squared, and short rows waste room: little of either.
@@ -155,7 +155,7 @@ class Scorer:
                 yield batch[start : start + step]
 
     def score_batch(self, rows: Sequence[Row], targets: Sequence[Target]) -> dict[int, Score]:
-        """Scores of one batch of ``plan``, by the number of the target."""
+        """Scores of one batch of ``plan``, by the number of the target. Raises ModelError (RW323) for NaN."""
         places: list[tuple[int, int]] = []
         wanted: list[int] = []
         owners: list[tuple[int, int]] = []
@@ -167,6 +167,8 @@ class Scorer:
                     wanted += asked.wanted
                     owners.append((member, len(asked.wanted)))
         log_p, likeliest = self._log_p(rows, places, wanted)
+        if any(map(math.isnan, log_p)):
+            raise no_number(self.model)
         scores, position = {}, 0
         for member, count in owners:
             end = position + count
@@ -238,6 +240,16 @@ class Scorer:
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = (str(error).splitlines() or ["no message"])[0][:100]
             return f"{type(error).__name__}: {reason}"
+
+
+def no_number(model: Any) -> ModelError:
+    """The error for logits that are NaN or infinite, of which no likelihood and no next token can be told."""
+    wider = ", or give --dtype bfloat16: float16 ends at 65,504" if model.dtype == torch.float16 else ""
+    return ModelError(
+        "RW323",
+        f"the model ({type(model).__name__}) computes NaN or infinity; check the numbers in its config.json and the "
+        f"scale of its adapter (lora_alpha, r){wider}.",
+    )
 
 
 def packing_problem(model: Any) -> str | None:

@@ -82,6 +82,8 @@ class Speaker:
     def _continue(self, asked: Conversation) -> str:
         import torch
 
+        from rankwise.evaluation.generation import only_numbers
+
         inputs = self._encode(asked)
         length = inputs["input_ids"].shape[1]
         room = self._room(length)
@@ -90,7 +92,13 @@ class Speaker:
             torch.manual_seed(self.sampling.seed)
             chosen = {"do_sample": True, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
         with torch.inference_mode():
-            tokens = self.model.generate(**inputs, max_new_tokens=room, pad_token_id=self._pad_token(), **chosen)
+            tokens = self.model.generate(
+                **inputs,
+                max_new_tokens=room,
+                pad_token_id=self._pad_token(),
+                logits_processor=[only_numbers(self.model)],
+                **chosen,
+            )
         return self.tokenizer.decode(tokens[0, length:], skip_special_tokens=True).strip()
 
     def _room(self, prompt_tokens: int) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rankwise.acceleration.packing import common_length
+from rankwise.acceleration.scoring import no_number
 from rankwise.evaluation.growing_cache import as_tensor, growing_cache, repeated, shares_prefixes
 
 SHARED_TOKENS = 32
@@ -103,7 +104,7 @@ class Generator:
         self._prefix = beginning, cache
 
     def answers(self, prompts: Sequence[Prompt], stopped: Stopped | None = None) -> list[list[int]]:
-        """Token ids of the answers, stop tokens left out."""
+        """Token ids of the answers, stop tokens left out. Raises ModelError (RW323) where the model computes NaN."""
         if self.decoding.num_beams > 1:
             return self._beam_search(prompts, stopped)
         return self._step_by_step(prompts, stopped)
@@ -126,7 +127,9 @@ class Generator:
                 position_ids=batch.positions,
                 **self._cached(batch.cache),
             )
-            chosen = self._choose(output.logits[:, -1].float(), answers, generators, batch.rows)
+            logits = output.logits[:, -1].float()
+            check_logits(self.model, logits)
+            chosen = self._choose(logits, answers, generators, batch.rows)
             for row, token in zip(batch.rows, chosen):
                 if token >= 0:
                     answers[row].append(token)
@@ -184,7 +187,7 @@ class Generator:
             use_cache=True,
         )
         size, start = self.decoding.no_repeat_ngram_size, ids.shape[1]
-        processors: Any = [_without_repeats(start, size)] if size else None
+        processors: Any = [only_numbers(self.model)] + [_without_repeats(start, size)] * bool(size)
         tokens = self.model.generate(
             input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
         )
@@ -240,6 +243,22 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     # The likeliest token always stays: what stands before it sums to 0.
     p[p.cumsum(-1) - p >= top_p] = 0
     return int(order[torch.multinomial(p, 1, generator=generator)])
+
+
+def only_numbers(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """``check_logits`` for transformers' ``generate``, as one of its logits processors."""
+
+    def process(_: Tensor, scores: Tensor) -> Tensor:
+        check_logits(model, scores)
+        return scores
+
+    return process
+
+
+def check_logits(model: Any, logits: Tensor) -> None:
+    """Raises ModelError (RW323) for a row that holds NaN, or whose largest logit is infinite."""
+    if not logits.amax(-1).isfinite().all():
+        raise no_number(model)
 
 
 def _without_repeats(start: int, size: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -207,6 +207,8 @@ def _merge_in_memory(base: Base, adapter: Path, output: Path) -> int:
     merge_adapter(model, reversible=False)
     if base.quantization is not None:
         model = model.dequantize()
+    for name, parameter in model.named_parameters():
+        _check_merged(name, parameter.detach())
     model.save_pretrained(output)
     if tokenizer is not None:
         tokenizer.save_pretrained(output)
@@ -398,9 +400,20 @@ def _maker(
             raise ModelError(
                 "RW323", f"the weights of {weights.folder} hold NaN or infinity in {origin}; get them again."
             )
-        return change(tensor)
+        merged = change(tensor)
+        _check_merged(name, merged)
+        return merged
 
     return make
+
+
+def _check_merged(name: str, W: Tensor) -> None:
+    if W.is_floating_point() and W.itemsize > 1 and not is_finite(W):
+        raise AdapterError(
+            "RW412",
+            f"merging makes NaN or infinity of {name} in {str(W.dtype).removeprefix('torch.')}; the adapter's numbers "
+            "or its scale (lora_alpha, r in adapter_config.json) are too large for it.",
+        )
 
 
 def _write_index(weights: Weights, extra: Mapping[str, tuple[str, Change]], last: str, output: Path) -> None:

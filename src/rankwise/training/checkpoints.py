@@ -188,8 +188,8 @@ def _named_errors(folder: Path) -> Iterator[None]:
         code, advice = ("RW513", "free some space") if full else ("RW514", "check the disk and its permissions")
         raise RunError(
             code,
-            f"cannot write the weights in {folder}: {error}; {advice} and continue with --resume, earlier "
-            "checkpoints are untouched.",
+            f"cannot write the weights in {folder}: {(found and found.strerror) or error}; {advice} and continue with "
+            "--resume, earlier checkpoints are untouched.",
         ) from error
 
 
