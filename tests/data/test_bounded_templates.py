@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 from tiny_tokenizers import CHATML, byte_tokenizer
@@ -144,6 +145,19 @@ def test_processor_time_counts_and_waiting_does_not(monkeypatch: pytest.MonkeyPa
     # The child waits: its pipe is full.
     time.sleep(1.5)
     assert len(list(items)) == 3
+
+
+def test_a_very_long_conversation_is_named_as_a_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is rendered up to each answer, which takes a good template long, too."""
+    monkeypatch.setattr(bounded, "SECONDS", 0.2)
+
+    def forever() -> Iterator[int]:
+        while True:
+            pass
+        yield 0
+
+    with pytest.raises(DataError, match=r"RW225: row 0: .*, or split a conversation of very many messages\."):
+        list(bounded.bounded(forever, lambda number: f"row {number}"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -55,7 +55,8 @@ def bounded(items: Callable[[], Iterator[Any]], place: Callable[[int], str]) -> 
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
     if status:
-        raise DataError("RW225", f"{place(made)}: {_excess(status)}; give another template by --chat-template FILE.")
+        remedy = "give another template by --chat-template FILE, or split a conversation of very many messages"
+        raise DataError("RW225", f"{place(made)}: {_excess(status)}; {remedy}.")
 
 
 def _fork() -> int:
