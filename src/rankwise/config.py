@@ -487,3 +487,17 @@ def _one_sentence(error: pydantic.ValidationError, kind: type[Settings]) -> str:
             reason = item["msg"].removeprefix("Value error, ")
             problems.append(f"{name} is {item['input']!r}: {reason[0].lower()}{reason[1:]}")
     return "; ".join(dict.fromkeys(problems)) + "."
+
+
+def idle_options(method: str) -> dict[str, tuple[str, ...]]:
+    """{reason: options of `rankwise train`} of those that have no effect on ``method``."""
+    adapter = tuple(field.name for field in dataclasses.fields(LoraConfig) if field.name in TrainSettings.model_fields)
+    idle: dict[str, tuple[str, ...]] = {}
+    if method not in FOUR_BITS:
+        idle["only qlora and qdora make 4-bit weights"] = ("quant_type", "block_size", "double_quant")
+    if method == "full":
+        idle["it trains all weights and adds no adapter"] = adapter
+    if method in BASELINES:
+        rest = tuple(name for name in adapter if name != "r")
+        idle["of the adapter's options this baseline takes --r alone"] = rest
+    return idle

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from rankwise.comparison.matrix import Cell, choose_rate, final_cells, planned_runs, search_cells
+from rankwise.comparison.matrix import Cell, cell_settings, choose_rate, final_cells, planned_runs, search_cells
 from rankwise.comparison.settings import CompareSettings, check_compare, shared_training
 from rankwise.config import TrainSettings, read_settings
 from rankwise.errors import ConfigError
@@ -41,11 +43,24 @@ def test_ids_tell_cells_apart():
 
 def test_every_option_of_train_is_shared_or_has_its_counterpart():
     own = {"model", "data", "eval_data", "output", "method", "learning_rate", "seed"}
-    without = {"cache", "sample_prompt", "tensorboard", "resume", "overwrite"}
+    without = {"cache", "sample_prompt", "tensorboard", "resume", "overwrite", "skip_bad_rows"}
     shared = shared_training(settings())
     assert set(shared) == set(TrainSettings.model_fields) - own - without
     defaults = {name: TrainSettings.model_fields[name].default for name in shared}
     assert all(shared[name] == defaults[name] for name in ("r", "batch_size", "optimizer", "max_steps"))
+
+
+def test_a_run_gets_the_options_that_its_method_uses():
+    shared = shared_training(settings(r=4, quant_type="fp4", target_modules="q_proj"))
+
+    def options(method: str) -> set[str]:
+        return set(cell_settings(Cell(method, 1e-4, 0), Path("out"), shared, {}, None))
+
+    assert {"r", "target_modules"} <= options("lora")
+    assert "quant_type" not in options("lora")
+    assert {"r", "target_modules", "quant_type"} <= options("qdora")
+    assert not {"r", "target_modules", "quant_type"} & options("full")
+    assert options("prefix") & {"r", "target_modules", "quant_type"} == {"r"}
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,18 @@ def test_failures_are_recorded_and_the_rest_goes_on(tmp_path: Path):
     assert found["recommendation"]["method"] == "lora"
 
 
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [("full", "--r, --target-modules: "), ("full,prefix", "--target-modules: "), ("full,lora", None)],
+)
+def test_options_that_no_method_uses_are_said(methods: str, said: str | None, tmp_path: Path):
+    changes = {"methods": methods, "learning_rates": "2e-4", "seeds": 1, "r": 4, "target_modules": "q_proj"}
+    found: Any = compare(**given(tmp_path, **changes))
+    told = [item["message"] for item in found["warnings"] if item["code"] == "RW529"]
+    assert len(told) == (said is not None)
+    assert all(message.startswith(said) for message in told)
+
+
 def test_what_was_killed_is_tried_again_and_what_diverged_only_on_request(tmp_path: Path):
     options = given(tmp_path, methods="lora,bottleneck,qdora", learning_rates="2e-4", seeds=1)
     compare(**options)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.comparison.schema import RUNS_FOLDER
+from rankwise.config import idle_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +64,13 @@ def choose_rate(losses: Mapping[float, float | None]) -> tuple[float | None, boo
 def cell_settings(
     cell: Cell, output: Path, shared: Mapping[str, Any], inputs: Mapping[str, Any], steps: int | None
 ) -> dict[str, Any]:
-    """The settings file of ``rankwise train`` for a cell. ``inputs``: model, data and eval_data."""
-    given = {**shared, **inputs, "method": cell.method, "learning_rate": cell.learning_rate, "seed": cell.seed}
+    """The settings file of ``rankwise train`` for a cell. ``inputs``: model, data and eval_data.
+
+    Options that have no effect on the cell's method are left out: they are there for the other methods.
+    """
+    idle: set[str] = set().union(*idle_options(cell.method).values())
+    used = {name: value for name, value in shared.items() if name not in idle}
+    given = {**used, **inputs, "method": cell.method, "learning_rate": cell.learning_rate, "seed": cell.seed}
     if steps is not None:
         given["max_steps"] = steps
     return {**given, "output": str(cell.folder(output))}

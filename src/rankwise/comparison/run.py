@@ -47,7 +47,7 @@ from rankwise.comparison.stages import Job
 from rankwise.comparison.statistics import CONFIDENCE
 from rankwise.comparison.summary import all_differences, all_methods, scores_by_metric, searches
 from rankwise.comparison.tasks import make_tasks
-from rankwise.config import FOUR_BITS
+from rankwise.config import FOUR_BITS, idle_options
 from rankwise.disk import coded_errors, discard_folder, hold, remove_strays
 from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, warn
 from rankwise.records import write_json
@@ -99,10 +99,22 @@ def _announce(given: CompareOptions, inputs: Inputs, effect: MinimumDetectableEf
     seeds = plural(given.seeds, "seed")
     watcher.say(f"{plural(runs, 'run')}: {methods}, {rates} on seed 0, {seeds} at each method's best.")
     watcher.say(f"{inputs.train_rows:,} rows to train on, {inputs.eval_rows:,} to evaluate on.")
+    _warn_of_idle_options(given)
     if given.seeds < 2:
         warn("RW585", "one seed cannot tell luck from merit: there will be no intervals and no verdicts; --seeds 3.")
         return
     watcher.say(f"{_smallest(effect)}, assuming that {effect['assumption']}.")
+
+
+def _warn_of_idle_options(given: CompareOptions) -> None:
+    """Say which options have no effect on any of the methods; each run leaves out what has none on its own."""
+    without = [{name for names in idle_options(method).values() for name in names} for method in given.methods]
+    fields = type(given).model_fields
+    common = [name for name in fields if name in set.intersection(*without)]
+    idle = [name for name in common if getattr(given, name) != fields[name].get_default()]
+    if idle:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        warn("RW529", f"{options}: no effect with --methods {','.join(given.methods)}; no method of these uses it.")
 
 
 def _smallest(effect: MinimumDetectableEffect) -> str:

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from rankwise.acceleration import Acceleration, flattening_obstacle, limit_generated_kernels, optimize_for_training
-from rankwise.config import BASELINES, DORA, FOUR_BITS, LoraConfig, TrainSettings
+from rankwise.config import BASELINES, DORA, FOUR_BITS, LoraConfig, TrainSettings, idle_options
 from rankwise.data import Rows
 from rankwise.disk import hold
 from rankwise.errors import RankwiseWarning, warn
@@ -39,11 +39,6 @@ from rankwise.training.provenance import device_record, versions
 from rankwise.training.session import Extras, Session
 from rankwise.training.state import TrainerFacts, reading_state
 from rankwise.training.trainer import PROGRESS_FILE, STATE_FILE, RankwiseTrainer
-
-FOUR_BIT_OPTIONS = ("quant_type", "block_size", "double_quant")
-ADAPTER_OPTIONS = tuple(
-    field.name for field in dataclasses.fields(LoraConfig) if field.name in TrainSettings.model_fields
-)
 
 
 def train(settings: TrainSettings, observer: Observer | None = None, foresight: Foresight | None = None) -> RunRecord:
@@ -120,20 +115,11 @@ def quantization_for(given: TrainSettings) -> FourBitConfig | None:
 
 
 def _warn_of_idle_options(given: TrainSettings) -> None:
-    if given.method not in FOUR_BITS:
-        _warn_where_set(given, FOUR_BIT_OPTIONS, "only qlora and qdora make 4-bit weights")
-    if given.method == "full":
-        _warn_where_set(given, ADAPTER_OPTIONS, "it trains all weights and adds no adapter")
-    if given.method in BASELINES:
-        names = tuple(name for name in ADAPTER_OPTIONS if name != "r")
-        _warn_where_set(given, names, "of the adapter's options this baseline takes --r alone")
-
-
-def _warn_where_set(given: TrainSettings, names: tuple[str, ...], reason: str) -> None:
-    idle = [name for name in names if getattr(given, name) != _defaults()[name]]
-    if idle:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-        warn("RW529", f"{options}: no effect with --method {given.method}; {reason}.")
+    for reason, names in idle_options(given.method).items():
+        idle = [name for name in names if getattr(given, name) != _defaults()[name]]
+        if idle:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+            warn("RW529", f"{options}: no effect with --method {given.method}; {reason}.")
 
 
 def _defaults() -> dict[str, Any]:
