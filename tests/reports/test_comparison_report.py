@@ -90,6 +90,19 @@ def test_the_verdicts_correction_is_explained_where_the_bars_are(tmp_path):
     assert "Holm" not in report_of(tmp_path / "d", seeds=(0,))[0].text.partition("Which differences are real")[2][:400]
 
 
+def test_pairs_without_two_common_seeds_are_not_called_tested(tmp_path):
+    folder = tmp_path / "c"
+    folder.mkdir()
+    write_comparison(folder)
+    file = folder / "comparison.json"
+    document = json.loads(file.read_text())
+    for item in document["differences"]:
+        item.update(p_value=None, p_value_holm=None, interval=None, verdict="cannot tell")
+    file.write_text(json.dumps(document))
+    text = write_report(folder)[1].read_text()
+    assert "Tested: **Not at all** (no two methods have two finished seeds in common)" in text
+
+
 def test_the_json_has_a_flat_record_a_run_and_the_figures(tmp_path):
     _, _, document = report_of(tmp_path / "c")
     finals = [run for run in document["runs"] if run["phase"] == "final" and run["status"] == "finished"]

@@ -142,9 +142,12 @@ def _test(comparison: Comparison) -> Fact | None:
         return None
     if seeds_of(comparison) < 2:
         return Fact("Tested", "Not at all", "one seed cannot tell a difference from luck", True)
-    paired = all(item["paired_by_example"] for item in items)
+    tested = [item for item in items if item["p_value"] is not None]
+    if not tested:
+        return Fact("Tested", "Not at all", "no two methods have two finished seeds in common", True)
+    paired = all(item["paired_by_example"] for item in tested)
     how = "Paired by example" if paired else "Paired by seed"
-    note = f"{plural(len(items), 'pair')}, Holm's correction, {percent(comparison['confidence'])} intervals"
+    note = f"{plural(len(tested), 'pair')}, Holm's correction, {percent(comparison['confidence'])} intervals"
     return Fact("Tested", how, note)
 
 
