@@ -205,3 +205,16 @@ def test_a_folder_replaces_another_only_when_asked(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "out", replace=True) as folder:
         (folder / "new").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+def test_nothing_is_appended_behind_a_link(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match="RW554"), appending(tmp_path / "metrics.jsonl"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_folder_that_takes_no_files_is_an_error_and_no_endless_loop() -> None:
+    with pytest.raises(RunError, match="RW551"), hold(Path("/proc/new")):
+        pass

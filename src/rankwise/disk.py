@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from rankwise.errors import RankwiseError, RunError, warn
 
+MOST_TRIES = 1000
 TOKEN = "[0-9a-f]{8}"
 # What ends the name of everything unfinished, as secrets.token_hex(4) makes it.
 REMEDIES = {
@@ -106,12 +107,16 @@ def hold(folder: Path) -> Iterator[None]:
 def _locked(place: Path) -> tuple[int, Path | None]:
     """A handle that holds the lock, and the lock's file; None for the folder itself."""
     path = place.with_name(f".{place.name}.rankwise-lock")
+    tries_left = MOST_TRIES
     while True:
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
             handle, own = _opened(path, place)
         except FileNotFoundError:
-            # Another process made the parent and has just removed it again.
+            # Another process made the parent and has just removed it again; or no file can be made there, as in /proc.
+            tries_left -= 1
+            if not tries_left:
+                raise
             continue
         try:
             _flock(handle, place)
@@ -197,7 +202,11 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def appending(path: Path) -> Iterator[BinaryIO]:
-    """``path``, open for writing behind what it holds; what was written goes again where not all of it could be."""
+    """``path``, open for writing behind what it holds; what was written goes again where not all of it could be.
+
+    Raises RunError (RW554) for a link.
+    """
+    refuse_links(path.parent, [path.name])
     with naming(path), path.open("ab") as file:
         size = file.tell()
         try:
@@ -282,13 +291,14 @@ def _remove_partials(output: Path) -> None:
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
-    """Raise RunError (RW554) for links in the place of folders of ours: what goes into them would lie elsewhere."""
+    """Raise RunError (RW554) for links in the place of folders and files of ours: what goes into them would lie
+    elsewhere."""
     links = [name for name in names if (folder / name).is_symlink()]
     if links:
         raise RunError(
             "RW554",
-            f"{folder} holds links in the place of folders ({', '.join(links)}), which are never followed; put the "
-            "folder itself there, or give another --output.",
+            f"{folder} holds links in the place of its own folders or files ({', '.join(links)}), which are never "
+            "followed; put there what they point to, or give another --output.",
         )
 
 

@@ -98,3 +98,14 @@ def test_a_result_goes_to_disk_and_back(tmp_path: Path):
         load_result(tmp_path)
     with pytest.raises(RunError, match="RW574"):
         load_result(tmp_path / "nowhere")
+
+
+def test_a_file_behind_a_link_is_left_alone(tmp_path: Path):
+    """A folder from elsewhere may hold one: its target would lose a half line and get ours."""
+    precious = tmp_path / "precious.txt"
+    precious.write_text("no line end")
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / EXAMPLES_FILE).symlink_to(precious)
+    with pytest.raises(RunError, match="RW554"):
+        Journal(tmp_path / "task")
+    assert precious.read_text() == "no line end"

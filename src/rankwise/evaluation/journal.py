@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rankwise.disk import appending, remove_strays
+from rankwise.disk import appending, refuse_links, remove_strays
 from rankwise.errors import RunError
 from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE, Example, read_examples
 from rankwise.foreign import parse_json, read_json, reason_of
@@ -73,6 +73,7 @@ class Lines:
     """An append-only file of JSON lines. A last line that was cut short is taken away when it is opened."""
 
     def __init__(self, path: Path) -> None:
+        refuse_links(path.parent, [path.name])
         self.path = path
         self._drop_half_a_line()
 
