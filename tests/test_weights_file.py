@@ -65,7 +65,7 @@ DAMAGE = {
     "no object": ([1, 2], "not an object"),
     "cut JSON": (b'{"a": {', "no valid JSON"),
     "not UTF-8": (b'{"\xff": 1}', "no valid JSON"),
-    "NaN": (b'{"a": NaN}', "NaN is no JSON"),
+    "NaN": (b'{"a": NaN}', "NaN is no finite number"),
     "same name twice": (b'{"a": {"dtype": "F32"}, "a": {"dtype": "F32"}}', "occurs twice"),
     "endless nesting": (b'{"a":' + b"[" * 100_000, "no valid JSON"),
     "metadata of numbers": ({"__metadata__": {"a": 1}, "a": entry()}, "does not map text to text"),

@@ -70,7 +70,8 @@ def test_an_evaluation_of_longer_rows_decides(train, tmp_path):
     rows.write_text(4 * (json.dumps({"prompt": "a ", "completion": "b" * 400}) + "\n"))
     done = train("--eval-data", rows, "--max-length", 512)
     assert done.code == 0
-    assert re.search(r"for 4 rows of 4\d\d tokens of an evaluation; there are", done.stdout)
+    # The scorer computes what rows share once: four equal ones are one.
+    assert re.search(r"for 1 row of 4\d\d tokens of an evaluation; there are", done.stdout)
     alone = train("--overwrite")
     assert re.search(r"for 4 rows of \d\d tokens; there are", alone.stdout)
 

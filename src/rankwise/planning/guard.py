@@ -17,7 +17,7 @@ from rankwise.planning.plan import estimator_of, is_slowed, on_device, ratio_pac
 from rankwise.planning.speed import micro_batch_seconds
 from rankwise.planning.terms import METHODS, MemoryEstimate
 from rankwise.planning.workload import Workload
-from rankwise.reports.numbers import byte_size
+from rankwise.reports.numbers import byte_size, plural
 
 SMALLEST = {"batch_size": 1, "max_length": 16, "trained_share": 1.0}
 """A step that no run undercuts: what does not even fit so is refused before the weights are read."""
@@ -197,7 +197,7 @@ def _of_batch(workload: Workload, batch: Any) -> Workload:
 
 def _in_words(workload: Workload) -> str:
     where = " of an evaluation" if workload.evaluation else ""
-    return f"{workload.batch_size} rows of {workload.max_length:,} tokens{where}"
+    return f"{plural(workload.batch_size, 'row')} of {workload.max_length:,} tokens{where}"
 
 
 def _described(change: Change) -> str:
