@@ -74,9 +74,9 @@ CHROMIUM := $${RANKWISE_CHROMIUM:-chromium} --headless --no-sandbox --disable-gp
 
 showcase: $(STAMP) ## the comparisons shown in docs/results (about 45 minutes each on two quiet AMX or Zen 4 cores)
 	$(BIN)/rankwise compare $(SHOWN) --data $(E2E)/trainset.csv --eval-data $(E2E)/devset.csv --max-length 128 \
-		--batch-size 8 --search-steps 20 --max-steps 60 --eval-steps 30 --output runs/showcase/e2e
+		--batch-size 8 --eval-limit 128 --search-steps 10 --max-steps 40 --eval-steps 20 --output runs/showcase/e2e
 	$(BIN)/rankwise compare $(SHOWN) --data $(GSM8K)/train.jsonl --max-length 256 \
-		--batch-size 4 --eval-limit 64 --search-steps 12 --max-steps 40 --eval-steps 20 --output runs/showcase/gsm8k
+		--batch-size 4 --eval-limit 64 --search-steps 8 --max-steps 24 --eval-steps 12 --output runs/showcase/gsm8k
 	for name in e2e gsm8k; do \
 		mkdir -p docs/results/$$name; \
 		cp runs/showcase/$$name/report.html runs/showcase/$$name/report.md docs/results/$$name; \
