@@ -63,13 +63,13 @@ def suffixes(names: Iterable[str]) -> list[str]:
 class Names:
     """The dotted names in a model."""
 
+    # All modules but the model itself.
     modules: Collection[str]
-    # All but the model itself.
+    # The modules that can adapt: linear layers and embeddings.
     adaptable: Collection[str]
-    # Of them those that can adapt: linear layers and embeddings.
     parameters: Collection[str]
+    # The parameters that are stacked experts.
     stacks: Collection[str]
-    # Of the parameters the stacked experts.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +77,10 @@ class LeftOut:
     """Stacked experts that train neither as a whole nor by an adapter."""
 
     parameters: int
+    # Parameters of the whole model.
     total: int
-    # Of the whole model.
+    # What reaches the experts, with what is named already; empty where no adapter can.
     target_parameters: tuple[str, ...]
-    # What reaches them, with what is named already; empty where no adapter can.
 
     def __str__(self) -> str:
         share = 100 * self.parameters / max(1, self.total)
@@ -213,8 +213,9 @@ def _listed(items: Iterable[object]) -> str:
 
 def _close(missing: Iterable[object], names: Iterable[str]) -> str:
     """``did you mean q_proj, v_proj?``, or nothing."""
-    known, last = suffixes(names), [str(key).rpartition(".")[2] for key in missing]
-    close = [item for key in last for item in difflib.get_close_matches(key, known, n=2, cutoff=0.5)]
+    known = {name.lower(): name for name in suffixes(names)}
+    last = [str(key).rpartition(".")[2].lower() for key in missing]
+    close = [known[item] for key in last for item in difflib.get_close_matches(key, known, n=2, cutoff=0.5)]
     return f"did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
 
 

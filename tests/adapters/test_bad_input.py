@@ -52,6 +52,7 @@ def fails(model, folder, code: str, *parts: str) -> None:
     ("settings", "code", "part"),
     [
         ({"target_modules": ["q_prj"]}, "RW401", "did you mean q_proj"),
+        ({"target_modules": ["Q_PROJ"]}, "RW401", "did you mean q_proj"),
         ({"target_modules": "nothing.*"}, "RW401", "adapters fit layers that end in embed_tokens, q_proj"),
         ({"target_modules": ["mlp"]}, "RW402", "model.layers.0.mlp (LlamaMLP)"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_haed"]}, "RW404", "lm_head"),
