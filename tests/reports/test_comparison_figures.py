@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +11,13 @@ from comparison_folders import write_comparison
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.reports import numbers, page, pareto_plot
+from rankwise.reports import figure, numbers, pareto_plot
 from rankwise.reports.curves_plot import Curve, curve_panels
 from rankwise.reports.examples import OUTCOMES, answers_of, evenly
 from rankwise.reports.figure import MARKERS
 from rankwise.reports.folder import load_comparison
 from rankwise.reports.forest_plot import forest_scale, pairs_of
+from rankwise.reports.losses import Losses
 from rankwise.reports.naming import layer_and_kind, method_numbers, metric_name
 from rankwise.reports.norms_plot import norms_of
 from rankwise.reports.pareto_plot import Spot, pareto_front
@@ -128,9 +128,9 @@ def test_the_pareto_line_is_what_brute_force_finds(values, higher):
 
 def test_what_is_not_drawn_takes_no_room_in_the_panels():
     """Of runs that tried another learning rate the training loss is not drawn: a bad rate must not press the rest."""
-    final = Curve("lora", 0, 1e-4, True, [(1, 2.0), (10, 1.0)], [(0, 2.0), (10, 1.0)], 10)
-    tried = Curve("lora", 0, 1e-1, False, [(10, 90.0)], [(0, 2.0), (10, 1.5)], 10)
-    without = Curve("lora", 0, 1e-1, False, [], [(0, 2.0), (10, 1.5)], 10)
+    final = Curve("lora", 0, 1e-4, True, Losses([(1, 2.0), (10, 1.0)], [(0, 2.0), (10, 1.0)], 10))
+    tried = Curve("lora", 0, 1e-1, False, Losses([(10, 90.0)], [(0, 2.0), (10, 1.5)], 10))
+    without = Curve("lora", 0, 1e-1, False, Losses([], [(0, 2.0), (10, 1.5)], 10))
     assert curve_panels([final, tried], ["lora"], {"lora": 0}) == curve_panels([final, without], ["lora"], {"lora": 0})
 
 
@@ -198,7 +198,7 @@ def contrast(a: str, b: str) -> float:
 
 
 def palettes() -> list[dict[str, str]]:
-    css = (Path(page.TEMPLATES) / "report.css").read_text(encoding="utf-8")
+    css = figure.STYLE_FILE.read_text(encoding="utf-8")
     blocks = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
     return [dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for block in blocks]
 
@@ -266,7 +266,7 @@ def test_names_of_points_that_stand_close_do_not_meet():
     assert len(names) == len(spots)
     boxes = []
     for x, y, dx, anchor, text in names:
-        width = pareto_plot.LETTER * len(text)
+        width = figure.LETTER * len(text)
         left = float(x) / 100 * pareto_plot.NARROW + float(dx) - (width if anchor == "end" else 0)
         boxes.append((left, float(y) - 10, left + width, float(y)))
     for a, b in itertools.combinations(boxes, 2):

@@ -13,7 +13,8 @@ from xml.etree import ElementTree
 import pytest
 
 from rankwise.reports import loss_svg
-from rankwise.reports.loss_plot import COLOURS
+from rankwise.reports.figure import LEFT, RIGHT, WIDTH
+from rankwise.reports.loss_plot import HEIGHT
 from rankwise.reports.scale import nice_ticks, robust_range, smoothed, spread, tick_label, whole_ticks
 
 NAME = "{http://www.w3.org/2000/svg}"
@@ -32,16 +33,25 @@ def texts(svg: str) -> list[str]:
     return [element.text or "" for element in ElementTree.fromstring(svg).iter(f"{NAME}text")]
 
 
+def groups(svg: str, name: str) -> list[ElementTree.Element]:
+    return [element for element in ElementTree.fromstring(svg).iter(f"{NAME}g") if element.get("class") == name]
+
+
 def test_one_run_shows_both_losses_and_the_best_step() -> None:
     svg = loss_svg(lines(), "demo, lora")
     assert {"demo, lora", "training", "evaluation", "optimizer step", "loss per token"} <= set(texts(svg))
     assert "kept: step 15, 1.500" in texts(svg)
-    root = ElementTree.fromstring(svg)
-    assert len([circle for circle in root.iter(f"{NAME}circle") if circle.get("class") == "dot f1"]) == 5
+    (evaluations,) = (item for item in groups(svg, "m1") if item.find(f"{NAME}circle") is not None)
+    assert len([circle for circle in evaluations.iter(f"{NAME}circle") if circle.get("class") == "dot"]) == 5
 
 
 def test_kept_step_may_be_another_than_the_lowest() -> None:
     assert "kept: step 20, 1.750" in texts(loss_svg(lines(), "t", kept_step=20))
+
+
+def pixels(share: str | None) -> float:
+    """Per cent of the plot's width in pixels of the document."""
+    return float((share or "").rstrip("%")) / 100 * (WIDTH - LEFT - RIGHT)
 
 
 def crossing(step: int, at: float) -> list[dict[str, Any]]:
@@ -55,12 +65,12 @@ def crossing(step: int, at: float) -> list[dict[str, Any]]:
 def test_the_note_of_the_kept_step_lies_on_no_curve(step: int, at: float) -> None:
     root = ElementTree.fromstring(loss_svg(crossing(step, at), "t", kept_step=20))
     (note,) = (item for item in root.iter(f"{NAME}text") if "note" in item.get("class", ""))
-    x, baseline = float(note.get("x", "")), float(note.get("y", ""))
+    x, baseline = pixels(note.get("x")) + float(note.get("dx", "")), float(note.get("y", ""))
     left = x if note.get("text-anchor") == "start" else x - 7 * len(note.text or "")
     right = left + 7 * len(note.text or "")
-    assert baseline < 440 - 52
+    assert baseline < HEIGHT
     points = [
-        tuple(map(float, point.split()))
+        (pixels(point.split()[0]), float(point.split()[1]))
         for path in root.iter(f"{NAME}path")
         for point in path.get("d", "").removeprefix("M").split("L")
     ]
@@ -71,7 +81,10 @@ def test_the_note_of_the_kept_step_lies_on_no_curve(step: int, at: float) -> Non
 def test_several_runs_are_named_and_told_apart() -> None:
     svg = loss_svg({"LoRA": lines(), "DoRA": lines(shift=0.2), "a<b & a very long name": lines(shift=0.4)}, "compared")
     assert {"LoRA", "DoRA", "a<b & a very long…"[:18]} <= {text[:18] for text in texts(svg)}
-    assert all(colour in svg for pair in COLOURS[:3] for colour in pair)
+    colours = [re.findall(rf"\.m{index} {{ color: (#\w+); }}", svg) for index in range(3)]
+    assert all(len(pair) == 2 for pair in colours), "in light and in dark mode"
+    assert len({colour for pair in colours for colour in pair}) == 6
+    assert all(groups(svg, f"m{index}") for index in range(3))
 
 
 def test_it_is_self_contained_and_knows_dark_mode() -> None:
@@ -95,8 +108,8 @@ def test_it_is_self_contained_and_knows_dark_mode() -> None:
 def test_odd_input_gives_a_plot_within_its_frame(rows: list[dict[str, Any]]) -> None:
     root = ElementTree.fromstring(loss_svg(rows, "<odd> & 'quoted'"))
     for circle in root.iter(f"{NAME}circle"):
-        assert 0 <= float(circle.get("cx", "")) <= 800
-        assert 0 <= float(circle.get("cy", "")) <= 440
+        assert 0 <= pixels(circle.get("cx")) <= 592
+        assert 0 <= float(circle.get("cy", "")) <= HEIGHT
     assert "nan" not in ElementTree.tostring(root, encoding="unicode").lower().replace("tabular-nums", "")
 
 
@@ -135,8 +148,10 @@ def test_reports_import_no_torch() -> None:
 def test_the_name_of_the_axis_lies_on_no_figure() -> None:
     """Losses that differ in the fourth digit have long tick labels."""
     rows = [{"step": step, "loss": 10.65 - 0.001 * step} for step in range(1, 5)]
-    ticks = re.findall(r'class="tick" text-anchor="end" x="([\d.]+)"[^>]*>([^<]+)<', loss_svg(rows, "run"))
+    ticks = re.findall(
+        r'<text x="0%" y="[\d.]+" dx="(-\d+)" text-anchor="end" class="tick">([^<]+)<', loss_svg(rows, "run")
+    )
     assert max(len(text) for _, text in ticks) >= 6
-    axis = float(re.search(r"translate\(([\d.]+) [\d.]+\) rotate\(-90\)", loss_svg(rows, "run"))[1])
+    axis = float(re.search(r"translate\((-?[\d.]+) [\d.]+\) rotate\(-90\)", loss_svg(rows, "run"))[1])
     # 12px figures are 7 wide, and the turned name reaches 5 to the right of its base line.
     assert all(float(x) - 7 * len(text) > axis + 5 for x, text in ticks)

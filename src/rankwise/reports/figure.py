@@ -1,13 +1,16 @@
-"""Inline SVG that fits any width: across, everything is in per cent, down in pixels, so that text keeps its size.
+"""SVG that fits any width: across, everything is in per cent, down in pixels, so that text keeps its size.
 
-A plot is ``<div class="plot"><svg width="100%">``; labels stand outside the box of the SVG, in the padding of the div.
-Colours are CSS variables of the page (``--c`` is the colour of the method of the group), for light, dark and print.
+In a page a plot is ``<div class="plot"><svg width="100%">``; labels stand outside the box of the SVG, in the padding of
+the div. ``document`` is a plot in a file of its own. ``figure.css`` has the style of both: the classes ``m0`` to ``m7``
+give a group the colour of a method, and ``currentColor`` in the other rules is that colour.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -15,6 +18,17 @@ from markupsafe import Markup, escape
 from rankwise.reports.scale import Scale, nice_ticks, tick_label
 
 Point = tuple[float, float]
+# Left, top, right and bottom in pixels.
+Box = tuple[float, float, float, float]
+# Where a text stands beside a point: dx, dy, anchor.
+Place = tuple[float, float, str]
+TEMPLATES = Path(__file__).parent / "templates"
+STYLE_FILE = TEMPLATES / "figure.css"
+# Pixels: a letter's mean width, the height of a line of text.
+LETTER, LINE = 7.2, 13.0
+# Of a document, in pixels: its width, and the margin on the left and on the right of its plot.
+WIDTH, LEFT, RIGHT = 800, 76, 132
+# One shape a method, so that nothing rests on colour alone: disc, square, diamond, triangles, cross, pentagon, bow tie.
 MARKERS = (
     "M-4.6 0A4.6 4.6 0 1 1 4.6 0A4.6 4.6 0 1 1-4.6 0Z",
     "M-4.2-4.2H4.2V4.2H-4.2Z",
@@ -25,7 +39,6 @@ MARKERS = (
     "M0-5.6L5.3-1.7L3.3 4.5H-3.3L-5.3-1.7Z",
     "M-5.4-3.2L0 0L5.4-3.2V3.2L0 0L-5.4 3.2Z",
 )
-# One shape a method, so that nothing rests on colour alone: disc, square, diamond, triangles, cross, pentagon, bow tie.
 
 
 def tag(name: str, *content: Any, **attributes: Any) -> Markup:
@@ -125,6 +138,67 @@ def plot(
     """The SVG with room for labels around it: pixels above, right, below and left."""
     drawing = tag("svg", *parts, width="100%", height=height, role="img", aria_label=description)
     return tag("div", drawing, class_="plot", style=f"padding:{above}px {right}px {below}px {left}px")
+
+
+def document(top: int, frame_height: int, title: str, caption: str, *parts: Any, description: str = "") -> str:
+    """A plot in a file of its own: ``parts`` stand in a frame below ``title`` and ``caption``.
+
+    The file is self-contained, its text is text, and it follows the reader's light or dark mode.
+    """
+    height = top + frame_height + 52
+    frame = tag("svg", *parts, x=LEFT, y=top, width=WIDTH - LEFT - RIGHT, height=frame_height, overflow="visible")
+    drawing = tag(
+        "svg",
+        tag("title", title, id="t"),
+        tag("desc", description or caption, id="d"),
+        tag("style", Markup(_style())),
+        tag("rect", class_="page", width=WIDTH, height=height, rx=6),
+        tag("text", title, class_="title", x=LEFT, y=30),
+        tag("text", caption, class_="tick", x=LEFT, y=52),
+        frame,
+        xmlns="http://www.w3.org/2000/svg",
+        viewBox=f"0 0 {WIDTH} {height}",
+        role="img",
+        aria_labelledby="t d",
+    )
+    return f"{drawing}\n"
+
+
+def _style() -> str:
+    """``figure.css`` with its variables filled in, which few viewers but browsers know: first light, then dark."""
+    css = STYLE_FILE.read_text(encoding="utf-8")
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#\w+);", block)) for block in re.findall(r":root \{(.*?)\}", css, re.DOTALL)[:2]
+    )
+    rules = css[css.index(".m0 {") :]
+    coloured = "".join(f"{rule}\n" for rule in rules.splitlines() if "var(" in rule)
+    variable = re.compile(r"var\(--([\w-]+)\)")
+    in_dark = variable.sub(lambda found: dark[found[1]], coloured)
+    return f"{variable.sub(lambda found: light[found[1]], rules)}@media (prefers-color-scheme: dark) {{\n{in_dark}}}\n"
+
+
+def text_box(x: float, baseline: float, text: str, anchor: str) -> Box:
+    width = LETTER * len(text)
+    left = {"start": x, "end": x - width, "middle": x - width / 2}[anchor]
+    return left, baseline - LINE + 3, left + width, baseline + 3
+
+
+def place_text(point: Point, text: str, places: Iterable[Place], taken: Sequence[Box], within: Box) -> Place:
+    """Of ``places`` around ``point``, in pixels, the first one where ``text`` meets least of ``taken``.
+
+    What lies outside ``within`` counts as if something stood there.
+    """
+
+    def met(place: Place) -> float:
+        box = text_box(point[0] + place[0], point[1] + place[1], text, place[2])
+        outside = (box[2] - box[0]) * (box[3] - box[1]) - shared_area(box, within)
+        return outside + sum(shared_area(box, other) for other in taken)
+
+    return min(places, key=met)
+
+
+def shared_area(a: Box, b: Box) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
 def value_range(values: Iterable[float], *, air: float = 0.08) -> tuple[float, float]:

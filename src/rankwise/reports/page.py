@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -17,7 +16,7 @@ from markupsafe import Markup
 from rankwise.reports import forest_plot, memory_plot, pareto_plot, summary
 from rankwise.reports.curves_plot import curve_panels, curves_of, is_cut
 from rankwise.reports.examples import OUTCOMES, answers_of
-from rankwise.reports.figure import MARKERS, tag
+from rankwise.reports.figure import MARKERS, STYLE_FILE, TEMPLATES, tag
 from rankwise.reports.folder import Comparison
 from rankwise.reports.naming import long_name, method_name, method_numbers, metric_name, metric_unit
 from rankwise.reports.norms_plot import norms_of, norms_svg
@@ -35,10 +34,9 @@ from rankwise.reports.numbers import (
 )
 from rankwise.reports.rates_plot import rates_svg
 
-TEMPLATES = Path(__file__).parent / "templates"
 TIME_UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
-MOST_PAIRS = 10
 # Rows of the forest plot that stand open; the rest can be unfolded.
+MOST_PAIRS = 10
 
 
 def page(comparison: Comparison) -> str:
@@ -54,7 +52,7 @@ def page(comparison: Comparison) -> str:
     )
     environment.filters["capitalize_first"] = capital
     script = Markup((TEMPLATES / "report.js").read_text(encoding="utf-8"))
-    style = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
+    style = Markup("\n".join(path.read_text(encoding="utf-8") for path in (STYLE_FILE, TEMPLATES / "report.css")))
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
         f"script-src 'sha256-{_sha256(script)}'"

@@ -11,20 +11,19 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rankwise.reports.figure import Frame, group, label, line, marker, value_range
+from rankwise.reports.figure import Box, Frame, group, label, line, marker, place_text, text_box, value_range
 from rankwise.reports.folder import Comparison
 from rankwise.reports.naming import method_name
 from rankwise.reports.numbers import half_width, is_number
 from rankwise.reports.scale import nice_ticks, tick_label
 
 HEIGHT = 250
-NARROW = 250.0
 # Width of the plot on a phone, in pixels: labels are placed so that they do not meet even there.
-LETTER, LINE = 7.2, 13.0
+NARROW = 250.0
+# Places of a label, the better one first.
 PLACES = ((8, -7, "start"), (-8, -7, "end"), (8, 17, "start"), (-8, 17, "end"), (9, 4, "start"), (-9, 4, "end"))
-# dx, dy and anchor of a label, the better place first.
-FAR = tuple((dx, dy, anchor) for dy in (-24, -38, -52, -66, 34) for dx, anchor in ((3, "start"), (-3, "end")))
 # Where points stand close: further off, at the end of a line from the point.
+FAR = tuple((dx, dy, anchor) for dy in (-24, -38, -52, -66, 34) for dx, anchor in ((3, "start"), (-3, "end")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,47 +132,15 @@ def _spot(spot: Spot, frame: Frame, number: int) -> Markup:
 
 def _labels(spots: Sequence[Spot], frame: Frame, numbers: Mapping[str, int]) -> list[Markup]:
     """Names beside their points, each in the first place where it meets no other name, point or edge."""
-    taken = [_box(*_pixel(frame, spot), 6.0, 6.0) for spot in spots]
+    pixels = [(frame.x(spot.cost) / 100 * NARROW, round(frame.y(spot.quality), 1)) for spot in spots]
+    taken: list[Box] = [(x - 6, y - 6, x + 6, y + 6) for x, y in pixels]
     found = []
-    for spot in spots:
-        x, y = _pixel(frame, spot)
+    for spot, (x, y) in zip(spots, pixels):
         name = method_name(spot.method)
-        width = LETTER * len(name)
-        dx, dy, anchor, box = min(
-            ((dx, dy, anchor, _text_box(x + dx, y + dy, width, anchor)) for dx, dy, anchor in (*PLACES, *FAR)),
-            key=lambda place: sum(_meets(place[3], other) for other in taken) + _outside(place[3]),
-        )
-        taken.append(box)
+        dx, dy, anchor = place_text((x, y), name, (*PLACES, *FAR), taken, (-10.0, 0.0, NARROW + 18, float(HEIGHT)))
+        taken.append(text_box(x + dx, y + dy, name, anchor))
         across = frame.x(spot.cost)
         lead = [line(across, y, across, y + dy, "lead")] if (dx, dy, anchor) in FAR else []
         text = label(across, y + dy, name, "name halo", dx=dx, anchor=anchor)
         found.append(group(f"m{numbers[spot.method]}", *lead, text))
     return found
-
-
-Box = tuple[float, float, float, float]
-# Left, top, right, bottom in pixels.
-
-
-def _pixel(frame: Frame, spot: Spot) -> tuple[float, float]:
-    return frame.x(spot.cost) / 100 * NARROW, round(frame.y(spot.quality), 1)
-
-
-def _box(x: float, y: float, half_width_: float, half_height: float) -> Box:
-    return x - half_width_, y - half_height, x + half_width_, y + half_height
-
-
-def _text_box(x: float, baseline: float, width: float, anchor: str) -> Box:
-    left = {"start": x, "end": x - width, "middle": x - width / 2}[anchor]
-    return left, baseline - LINE + 3, left + width, baseline + 3
-
-
-def _meets(a: Box, b: Box) -> float:
-    """The area that two boxes share."""
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def _outside(box: Box) -> float:
-    """What lies beyond the plot counts as if something stood there."""
-    area = (box[2] - box[0]) * (box[3] - box[1])
-    return area - _meets(box, (-10.0, 0.0, NARROW + 18, float(HEIGHT)))

@@ -1,0 +1,47 @@
+"""The losses of one run, as its ``metrics.jsonl`` holds them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rankwise.reports.figure import Point
+from rankwise.reports.numbers import is_number
+from rankwise.reports.scale import smoothed
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """(step, loss) of the training log and of the evaluations."""
+
+    training: Sequence[Point]
+    evaluation: Sequence[Point]
+    kept_step: int | None = None
+
+    @classmethod
+    def of(cls, lines: Iterable[Mapping[str, Any]], kept_step: int | None = None) -> Losses:
+        """Lines without a step or without a finite loss are passed over."""
+        rows = list(lines)
+        return cls(_points(rows, "loss"), _points(rows, "eval_loss"), kept_step)
+
+    @property
+    def smooth(self) -> list[Point]:
+        values = smoothed([loss for _, loss in self.training], len(self.training) / 12)
+        return [(step, value) for (step, _), value in zip(self.training, values)]
+
+    @property
+    def best(self) -> Point | None:
+        """The evaluation of the kept step, else the lowest after the start."""
+        trained = [point for point in self.evaluation if point[0] > 0]
+        chosen = [point for point in trained if point[0] == self.kept_step]
+        return next(iter(chosen), min(trained, key=lambda point: point[1], default=None))
+
+    @property
+    def last_step(self) -> float:
+        return max((step for step, _ in [*self.training, *self.evaluation]), default=1)
+
+
+def _points(rows: Iterable[Mapping[str, Any]], key: str) -> list[Point]:
+    found = [(row.get("step"), row.get(key)) for row in rows]
+    return [(float(step), float(loss)) for step, loss in found if is_number(step) and is_number(loss)]
