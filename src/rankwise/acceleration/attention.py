@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
+from rankwise.compat.torch import writes_to
 from rankwise.ops import attention as kernel
 from rankwise.ops.selection import as_autocast, transforms_functions
 
@@ -111,7 +112,7 @@ def mask_ranges(mask: Tensor) -> Ranges | None:
     Remembered for the mask seen last: every layer of a model gets the same one.
     """
     global _last
-    version = 0 if mask.is_inference() else mask._version
+    version = writes_to(mask)
     if _last is not None and _last[0]() is mask and _last[1] == version:
         return _last[2]
     ranges = _find_ranges(mask) if mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1 else None

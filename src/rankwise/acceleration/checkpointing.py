@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import output_capturing
 
 from rankwise.acceleration.replace import Undo, class_forward, replace_forward
-from rankwise.adapters.base_layer import has_hooks
+from rankwise.compat.torch import hooks_around, tree_iter
+from rankwise.compat.transformers import checkpointing_by, checkpointing_of, collects_outputs, is_collecting_hook
 from rankwise.ops.selection import is_traced
 
 UNDERSTOOD = {"use_reentrant", "preserve_rng_state"}
@@ -66,12 +65,8 @@ def _block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if not _can_run_again(self, args, kwargs):
         return plain(*args, **kwargs)
     # transformers hands over the block as it runs without checkpointing, and what caches ask for is settled.
-    torchs = self._gradient_checkpointing_func
-    self._gradient_checkpointing_func = functools.partial(_run, self, torchs)
-    try:
+    with checkpointing_by(self, functools.partial(_run, self, checkpointing_of(self))):
         return plain(*args, **kwargs)
-    finally:
-        self._gradient_checkpointing_func = torchs
 
 
 def _can_run_again(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -83,7 +78,7 @@ def _can_run_again(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return False
     if not args or not isinstance(args[0], Tensor) or args[0].device.type != "cpu":
         return False
-    torchs = block._gradient_checkpointing_func
+    torchs = checkpointing_of(block)
     if getattr(torchs, "func", torchs) is not checkpoint or not set(getattr(torchs, "keywords", ())) <= UNDERSTOOD:
         return False
     others = tree_iter((args[1:], kwargs))
@@ -94,14 +89,12 @@ def _can_run_again(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether a hook sees the module's call. transformers' own stay when no output is collected."""
-    if not has_hooks(module):
-        return False
-    if any((module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
+    after_forward, *others = hooks_around(module)
+    if any(others):
         return True
-    if output_capturing._active_collector.get():
+    if after_forward and collects_outputs():
         return True
-    hooks = module._forward_hooks.values()
-    return any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks)
+    return not all(map(is_collecting_hook, after_forward.values()))
 
 
 def _run(block: Any, torchs: Callable[..., Any], function: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:

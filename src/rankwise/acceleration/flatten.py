@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rankwise.acceleration.probe import probe
-from rankwise.acceleration.recognise import is_fake
+from rankwise.compat.torch import is_fake
 
 LENGTHS = (3, 4)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}

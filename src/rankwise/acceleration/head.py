@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.acceleration.probe import probe
-from rankwise.acceleration.recognise import is_fake
 from rankwise.acceleration.replace import ATTRIBUTE, class_forward
 from rankwise.adapters.base_layer import has_hooks, is_own
+from rankwise.compat.torch import is_fake
 from rankwise.ops.linear_cross_entropy import LogitShape
 
 IGNORED = -100

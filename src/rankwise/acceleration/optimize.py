@@ -23,6 +23,7 @@ from rankwise.acceleration.replace import ATTRIBUTE, Record, Undo, put_back
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.shared_input import SharedInput
+from rankwise.compat.transformers import attention_of
 from rankwise.ops.handback import offered_by
 
 
@@ -80,7 +81,7 @@ def optimize_for_training(model: nn.Module, *, keep_memory: bool = True) -> Acce
 
 
 def optimize(model: nn.Module, undo: Undo, *, keep_memory: bool = True, fuse_loss: bool = True) -> Acceleration:
-    """``optimize_for_training`` on a plain model, with ``undo`` to be added to; on errors the model is plain again."""
+    """``optimize_for_training`` of a plain model: appends undo steps to ``undo``, and rolls back on error."""
     try:
         return _optimize(model, undo, keep_memory=keep_memory, fuse_loss=fuse_loss)
     except BaseException:
@@ -139,7 +140,7 @@ def _restore_copy(model: Any) -> None:
             for adapter in module.adapters.values():
                 _keep_output(adapter)
     config = getattr(model, "config", None)
-    if getattr(config, "_attn_implementation", None) == attention.NAME:
+    if attention_of(config) == attention.NAME:
         model.set_attn_implementation("sdpa")
 
 
@@ -150,7 +151,7 @@ def fused_head(model: nn.Module) -> Head | None:
 
 def _use_attention(model: Any, undo: Undo, left: list[str]) -> bool:
     config = getattr(model, "config", None)
-    if config is None or getattr(config, "_attn_implementation", None) != "sdpa":
+    if config is None or attention_of(config) != "sdpa":
         return False
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     device_type = next(model.parameters()).device.type

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rankwise.compat.torch import unsafe_view
 from rankwise.ops import elementwise
 from rankwise.ops.handback import Handback, offered_with_heads
 from rankwise.ops.normed import Normed, remember
@@ -19,7 +20,7 @@ from rankwise.ops.normed import Normed, remember
 def rms_norm(x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) -> Tensor:
     """``w * x / sqrt(mean(x^2) + eps)`` over the last dimension, w frozen; see ``ops.elementwise.rms_norm``."""
     y, rstd = RmsNorm.apply(x, w, eps, offset, cast_first)
-    # An x without a gradient the norm does not keep: its owner may write to it, and y costs as much.
+    # If x needs no gradient the norm saves nothing, and whoever owns x may write to it: a branch keeps y instead.
     if y.requires_grad:
         remember(y, Normed(x.detach(), w, rstd, eps, offset, cast_first))
     return y
@@ -106,4 +107,4 @@ class Glu(torch.autograd.Function):
 
 def _shaped(rows: Tensor, like: Tensor) -> Tensor:
     """No view: autograd lets nobody write to one that a Function gives."""
-    return torch.ops.aten._unsafe_view(rows, like.shape)
+    return unsafe_view(rows, like.shape)

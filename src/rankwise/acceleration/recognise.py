@@ -6,7 +6,6 @@ twin takes its place only where the results agree.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +18,8 @@ from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_
 from rankwise.adapters.base_layer import has_hooks
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.operator import branch_of, drawn_dropout
+from rankwise.compat.torch import is_fake
+from rankwise.compat.transformers import rotary_of, set_rotary
 from rankwise.ops.low_rank_linear import low_rank_linear_of_glu
 from rankwise.ops.selection import is_traced, native_on_cpu, takes_triton
 
@@ -26,7 +27,6 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 # Of the largest value, between a part and its twin.
 STAND_IN = "rankwise_layer"
 # Attribute of another library's adapted layer: the layer of ours that computes in its place.
-ROPE = "apply_rotary_pos_emb"
 NORM_FORMS = ((0, True), (1, False), (0, False))
 # (offset, cast_first) of ops.elementwise.rms_norm, Llama's first.
 ACTIVATIONS = {
@@ -81,20 +81,18 @@ def replace_ropes(model: nn.Module, undo: Undo) -> int:
         return 0
     count = 0
     for name in sorted(names):
-        namespace: Any = sys.modules.get(name)
-        original = getattr(namespace, ROPE, None)
+        original = rotary_of(name)
         if original is None or not (isinstance(original, FastRope) or _rope_agrees(original, like)):
             continue
-        if not isinstance(original, FastRope):
-            setattr(namespace, ROPE, FastRope(original))
-        twin = getattr(namespace, ROPE)
+        twin = original if isinstance(original, FastRope) else FastRope(original)
+        set_rotary(name, twin)
         twin.users.add(model)
-        undo.add(_leaving(namespace, twin, weakref.ref(model)))
+        undo.add(_leaving(name, twin, weakref.ref(model)))
         count += 1
     return count
 
 
-def _leaving(namespace: Any, twin: FastRope, model: weakref.ref[nn.Module]) -> Callable[[], None]:
+def _leaving(module_name: str, twin: FastRope, model: weakref.ref[nn.Module]) -> Callable[[], None]:
     """The function belongs to all models of a family: the last one that leaves puts the original back.
 
     A model that goes without leaving takes nothing with it: others may be between a step and its recomputation.
@@ -103,8 +101,9 @@ def _leaving(namespace: Any, twin: FastRope, model: weakref.ref[nn.Module]) -> C
     def leave() -> None:
         if (user := model()) is not None:
             twin.users.discard(user)
-        if not twin.users and getattr(namespace, ROPE, None) is twin:
-            setattr(namespace, ROPE, twin.original)
+        is_there = rotary_of(module_name) is twin
+        if is_there and not twin.users:
+            set_rotary(module_name, twin.original)
 
     return leave
 
@@ -256,12 +255,6 @@ def _random(like: Tensor, *shape: int) -> Tensor | None:
         return torch.empty(shape, dtype=like.dtype, device=like.device)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=generator).to(like)
-
-
-def is_fake(tensor: Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(tensor, FakeTensor)
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

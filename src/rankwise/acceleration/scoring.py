@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rankwise.acceleration import attention
 from rankwise.acceleration.packing import Ids, Row, Tree, batches_of, build_trees, lay_out, pack
+from rankwise.compat.transformers import attention_of
 from rankwise.errors import ModelError, warn
 
 ROW_TOKENS = 256
@@ -255,8 +256,8 @@ def no_number(model: Any) -> ModelError:
 def packing_problem(model: Any) -> str | None:
     """Why rows of several sequences cannot be tried on this model, by its configuration; None where they can."""
     config = model.config.get_text_config(decoder=True)
-    if config._attn_implementation not in ("sdpa", "eager", attention.NAME):
-        return f"attention {config._attn_implementation} takes no mask of this kind"
+    if (name := attention_of(config)) not in ("sdpa", "eager", attention.NAME):
+        return f"attention {name} takes no mask of this kind"
     return None
 
 
@@ -274,7 +275,7 @@ def _vocabulary(model: Any) -> int:
 
 def hidden_states(model: Any, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
     """Last hidden states (B, R, H) of token ids (B, R) at their positions, under a boolean mask (B, 1, R, R)."""
-    if model.config.get_text_config(decoder=True)._attn_implementation == "eager":
+    if attention_of(model.config.get_text_config(decoder=True)) == "eager":
         mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
     output = model.base_model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
     hidden: Tensor = output.last_hidden_state

@@ -19,6 +19,7 @@ from rankwise.adapters.state import (
     wrappers,
 )
 from rankwise.adapters.targets import enabled_parts
+from rankwise.compat.torch import own_parameters
 from rankwise.config import LoraConfig
 from rankwise.matching import LeftOut, pattern_value
 from rankwise.quantization.linear import weight_count
@@ -117,7 +118,7 @@ def adapted_experts(model: nn.Module, name: str) -> Iterator[tuple[str, AdaptedE
 def stacks_of(experts: AdaptedExperts, name: str) -> dict[str, StackLora]:
     """{stack: its low-rank pairs} of an adapter, in the order of the module's parameters."""
     adapter: Any = experts.adapters[name]
-    return {leaf: adapter.stacks[leaf] for leaf in experts.base_layer._parameters if leaf in adapter.stacks}
+    return {leaf: adapter.stacks[leaf] for leaf in own_parameters(experts.base_layer) if leaf in adapter.stacks}
 
 
 def trained_copies(model: nn.Module, name: str) -> Iterator[tuple[str, TrainedCopy]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.adapters.freshness import Key, frozen_key
+from rankwise.compat.torch import hooks_around, with_own_parts
 
 REPLACED = "rankwise_replaced"
 # Attribute of a module whose forward is ours: the instance's forward before, and the names of what ours finds there.
@@ -27,7 +28,7 @@ scores, grouped layers one block of W for each group. What an adapter adds would
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody must see the module's call."""
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+    return any(hooks_around(module))
 
 
 def is_own(module: nn.Module) -> bool:
@@ -116,7 +117,7 @@ def with_weight(base: nn.Module, W: Tensor) -> nn.Module:
         layer: Any = base
         return layer.dense_layer(W) if hasattr(base, "dense_layer") else _linear(W, getattr(base, "bias", None))
     plain: Any = copy.copy(base)
-    plain._parameters = dict(base._parameters)
+    with_own_parts(plain)
     transposed = is_conv1d(base) or isinstance(base, nn.Embedding)
     plain.weight = nn.Parameter(W.T.contiguous() if transposed else W, requires_grad=False)
     return plain

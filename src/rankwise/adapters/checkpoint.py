@@ -57,6 +57,7 @@ from rankwise.adapters.state import (
     replace_parameter,
     state_and_name,
 )
+from rankwise.compat.torch import own_parameters
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError, ConfigError
 from rankwise.foreign import parse_json
@@ -251,7 +252,7 @@ def _expected_biases(
 ) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for path, module in modules.items():
-        bias = module._parameters.get("bias")
+        bias = own_parameters(module).get("bias")
         if bias is not None and (config.bias == "all" or (config.bias == "lora_only" and path in adapted)):
             inner = ".base_layer" if path in adapted else ""
             shapes[f"{PREFIX}{path}{inner}.bias"] = tuple(bias.shape)

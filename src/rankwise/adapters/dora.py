@@ -149,6 +149,10 @@ class Dora(nn.Module):
         squared = base.row_norms().square() if isinstance(base, Linear4bit) else row_norms_squared(dense_weight(base))
         return squared if is_traced() else self._squared.keep((), weight_key(base), squared)
 
+    def kept_tensors(self) -> list[Tensor]:
+        """The row norms and gains that are kept, and the copies that tell whether they are fresh."""
+        return [tensor for kept in (self._norms, self._squared, self._gain) for tensor in kept.tensors()]
+
     def enabled(self, rows: Tensor) -> Tensor:
         """Of one value per output row, those of the rows that adapt."""
         return rows if self.parts is None else rows[enabled_rows(self.parts, self._out_features, rows.device)]

@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from rankwise.adapters.layer import OverBase
 from rankwise.adapters.low_rank import init_low_rank_, merged_weight
 from rankwise.adapters.operator import computes_in
+from rankwise.compat.torch import own_parameters, share_hooks, with_own_parts
+from rankwise.compat.transformers import gate_of
 from rankwise.ops.expert_lora import DenseStack, ExpertBranch, low_rank_experts
 from rankwise.ops.grouped import Rows
 from rankwise.ops.selection import is_traced
@@ -30,7 +32,6 @@ from rankwise.quantization.experts import (
     dequantize_stack,
     first_leaf,
     forward_by_expert,
-    gate_of,
     product,
     stack_at,
     weighed,
@@ -50,7 +51,7 @@ class StackShape:
 
 def stack_shape(module: Any, leaf: str) -> StackShape:
     """Of the stack ``leaf`` of an experts module of transformers' interface."""
-    stack, parameter = stack_at(module, leaf), module._parameters[leaf]
+    stack, parameter = stack_at(module, leaf), module.get_parameter(leaf)
     shape = parameter.shape if stack is None else stack.scales.shape
     dtype = parameter.dtype if stack is None else stack.scales.dtype
     K, N = shape[1:] if module.is_transposed else shape[:0:-1]
@@ -107,19 +108,14 @@ class ExpertsLora(nn.Module):
     def merge(self, base: nn.Module) -> nn.Module:
         """A module like ``base`` whose adapted stacks are dense and merged; ``base`` does not change."""
         merged: Any = copy.copy(base)
-        merged._parameters, merged._modules = dict(base._parameters), dict(base._modules)
+        with_own_parts(merged)
         for leaf, lora in self.stacks.items():
             stack = stack_at(merged, leaf)
             if stack is not None:
                 dequantize_stack(stack)
-            W = merged._parameters[leaf].detach()
-            W = lora.merge(W, transposed=merged.is_transposed)  # type: ignore[operator]
-            merged._parameters[leaf] = nn.Parameter(W, requires_grad=False)
+            W = lora.merge(merged.get_parameter(leaf).detach(), transposed=merged.is_transposed)  # type: ignore[operator]
+            setattr(merged, leaf, nn.Parameter(W, requires_grad=False))
         return merged
-
-
-WATCHED = ("_forward_", "_backward_", "_is_full_backward_hook")
-# What a module keeps of those who watch its calls begins with.
 
 
 class AdaptedExperts(OverBase):
@@ -127,7 +123,7 @@ class AdaptedExperts(OverBase):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.__dict__.update({name: kept for name, kept in vars(base_layer).items() if name.startswith(WATCHED)})
+        share_hooks(self, base_layer)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (T, H), top_k_index (T, k) of experts, top_k_weights (T, k) -> (T, H)."""
@@ -180,8 +176,8 @@ def branches_of(base: Any, adapter: ExpertsLora, x: Tensor) -> tuple[ExpertBranc
 
 
 def _branch(base: Any, leaf: str, lora: StackLora | None, dtype: torch.dtype) -> ExpertBranch | None:
-    parameter, stack = base._parameters[leaf], stack_at(base, leaf)
-    bias = base._parameters[f"{leaf}_bias"] if base.has_bias else None
+    parameter, stack = base.get_parameter(leaf), stack_at(base, leaf)
+    bias = base.get_parameter(f"{leaf}_bias") if base.has_bias else None
     if parameter.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype is not dtype)):
         return None
     if stack is None:
@@ -221,7 +217,7 @@ class PackedStack:
 def ordered_stacks(base: nn.Module, leaves: Iterable[str]) -> list[str]:
     """``leaves`` in the order in which PEFT nests its wrappers: that of the module's own parameters."""
     wanted = set(leaves)
-    return [leaf for leaf in base._parameters if leaf in wanted]
+    return [leaf for leaf in own_parameters(base) if leaf in wanted]
 
 
 def peft_keys(path: str, leaves: Sequence[str]) -> dict[str, str]:

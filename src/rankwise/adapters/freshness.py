@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from rankwise.compat.torch import StorageWeakRef, is_fake, writes_to
 from rankwise.ops.selection import is_traced, transforms_functions
 
 Key = tuple[object, ...]
@@ -50,15 +49,18 @@ class Kept:
             self._copies = [tensor.detach().clone() for tensor in trained if _comparable(tensor)]
         return value
 
+    def tensors(self) -> list[Tensor]:
+        """All that it holds: the copies to compare with and the value."""
+        return self._copies if self._value is None else [*self._copies, self._value]
+
 
 def frozen_key(tensor: Tensor) -> Key:
     """Identity of a frozen tensor, of its storage and of what was written to it."""
     if transforms_functions():
         # Tensors that it wraps have no storage, and nothing is kept.
         return id(tensor), 0, 0
-    version = 0 if tensor.is_inference() else tensor._version
     # Weak, so that memory can go, and held, so that no later storage gets its address.
-    return id(tensor), StorageWeakRef(tensor.untyped_storage()), version
+    return id(tensor), StorageWeakRef(tensor.untyped_storage()), writes_to(tensor)
 
 
 def _key(trained: tuple[Tensor, ...], frozen: Key) -> Key:
@@ -72,7 +74,7 @@ def _trackable(tensors: tuple[Tensor, ...]) -> bool:
 
 
 def _comparable(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
+    return tensor.device.type == "cpu" and not is_fake(tensor)
 
 
 @functools.cache

@@ -41,6 +41,7 @@ from rankwise.adapters.state import (
     wrappers,
 )
 from rankwise.adapters.targets import check_enable_lora, module_names, target_names
+from rankwise.compat.torch import own_parameters
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError
 from rankwise.matching import check_targets, warn_of_experts, warn_of_idle
@@ -199,7 +200,7 @@ def _biases(model: nn.Module, config: LoraConfig, name: str) -> dict[str, nn.Par
     whole = tuple(path for path, _ in trained_copies(model, name))
     found = {}
     for path, module in base_modules(model):
-        bias = module._parameters.get("bias")
+        bias = own_parameters(module).get("bias")
         if bias is not None and path not in whole and (config.bias == "all" or path in adapted):
             found[f"{path}.bias"] = bias
     return found

@@ -12,6 +12,7 @@ from rankwise.adapters.experts import AdaptedExperts
 from rankwise.adapters.inject import enable_adapter
 from rankwise.adapters.layer import TrainedCopy
 from rankwise.adapters.state import Wrapper, adapter_state, inner_module, state_and_name, wrappers
+from rankwise.compat.transformers import tie_weights_as
 from rankwise.errors import AdapterError
 
 
@@ -45,7 +46,7 @@ def unmerge_adapter(model: nn.Module) -> None:
     for path, module in state.merged:
         model.set_submodule(path, module)
     if state.tied_before_merge is not None:
-        _tie_again(model, *state.tied_before_merge)
+        tie_weights_as(model, *state.tied_before_merge)
     state.merged = state.tied_before_merge = None
 
 
@@ -72,11 +73,4 @@ def _untie_head(model: nn.Module) -> tuple[bool, dict[str, str]] | None:
     config: Any = getattr(model, "config", None)
     if config is None or not getattr(config, "tie_word_embeddings", False):
         return None
-    before = (True, dict(getattr(model, "all_tied_weights_keys", {})))
-    _tie_again(model, False, {})
-    return before
-
-
-def _tie_again(model: Any, tie_word_embeddings: bool, keys: dict[str, str]) -> None:
-    model.config.tie_word_embeddings = tie_word_embeddings
-    model.all_tied_weights_keys = keys
+    return tie_weights_as(model, False, {})

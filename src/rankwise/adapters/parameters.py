@@ -8,6 +8,7 @@ from torch import nn
 
 from rankwise.adapters.base_layer import is_adaptable
 from rankwise.adapters.targets import Modules
+from rankwise.compat.torch import own_parameters
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError
 from rankwise.matching import LeftOut, Names, left_out, matches
@@ -66,15 +67,15 @@ def _holds_experts(module: nn.Module, leaf: str) -> bool:
 
 def _named(modules: Modules) -> Iterator[str]:
     for path, module in modules.items():
-        for leaf, parameter in module._parameters.items():
+        for leaf, parameter in own_parameters(module).items():
             if parameter is not None:
                 yield f"{path}.{leaf}" if path else leaf
 
 
 def _obstacle(modules: Modules, name: str, config: LoraConfig) -> str | None:
     path, _, leaf = name.rpartition(".")
-    module, parameter = modules[path], modules[path]._parameters[leaf]
-    assert parameter is not None, "named"
+    module = modules[path]
+    parameter = module.get_parameter(leaf)
     if stack_at(module, leaf) is None and parameter.dim() != 3:
         shape = tuple(parameter.shape)
         return f"it is {shape} and no stack of experts' matrices (linear layers go into target_modules)"

@@ -17,7 +17,6 @@ from typing import Any
 
 import safetensors.torch
 from torch import Tensor, nn
-from transformers import conversion_mapping
 
 from rankwise.adapters.attached import (
     AdaptedModule,
@@ -33,6 +32,7 @@ from rankwise.adapters.fused import enabled_rows, to_blocks
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.peft_config import CONFIG_FILE, scaled_alpha, to_peft
 from rankwise.adapters.state import AdapterState, base_modules, base_parameter, state_and_name
+from rankwise.compat.transformers import is_experts_family
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError, warn
 from rankwise.matching import matches, suffixes
@@ -167,11 +167,10 @@ def _warn_of_former_experts(model: nn.Module, adapted: list[str]) -> None:
 
     No spelling of target_modules avoids that: PEFT looks at the last name of each entry and of each match alone.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    patterns = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    kind = str(getattr(getattr(model, "config", None), "model_type", None))
     mistaken = (
         [end for end in FORMER_EXPERTS if any(matches(path, [end]) for path in adapted)]
-        if patterns.get(kind) == "qwen2_moe"
+        if is_experts_family(kind, "qwen2_moe")
         else []
     )
     if mistaken:

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.operator import branch_of, drawn_dropout
+from rankwise.compat.torch import writes_to
 from rankwise.errors import AdapterError
 from rankwise.ops.low_rank_linear import low_rank_linear
 
+# Layers stop sharing when unfetched outputs exceed fetched ones by this many. That is decided between optimizer steps
+# only, so that gradient checkpointing recomputes the same graph.
 PATIENCE = 4
-# Outputs left unfetched more often than fetched by so much: these layers do not read the same input after all. That is
-# acted on once the parameters have changed: gradient checkpointing has to find the forward pass as it was.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Outputs:
     # By id of the member.
 
     def are_of(self, x: Tensor) -> bool:
-        return self.x() is x and self.version == _version(x) and self.grad == torch.is_grad_enabled()
+        return self.x() is x and self.version == writes_to(x) and self.grad == torch.is_grad_enabled()
 
 
 class SharedInput:
@@ -78,7 +79,7 @@ class SharedInput:
         # One member's for all: their counts of writes may differ, and a step asks in the name of each.
         first = self._layers[0]()
         adapter: Any = first.adapters[first.active] if first is not None and first.active else None
-        version = _version(adapter.lora_A) if hasattr(adapter, "lora_A") else self._judged
+        version = writes_to(adapter.lora_A) if hasattr(adapter, "lora_A") else self._judged
         if version != self._judged:
             self._apart, self._judged = self._missed > PATIENCE, version
         return self._apart
@@ -98,7 +99,7 @@ class SharedInput:
         ys = low_rank_linear(x, branches, drawn_dropout(adapter.dropout, adapter.training))
         waiting = {id(member): y for member, y in zip(layers, ys)}
         y = waiting.pop(id(layer))
-        self._kept = Outputs(weakref.ref(x), _version(x), torch.is_grad_enabled(), waiting)
+        self._kept = Outputs(weakref.ref(x), writes_to(x), torch.is_grad_enabled(), waiting)
         return y
 
 
@@ -123,7 +124,3 @@ def _compatible(layers: Sequence[AdaptedLayer]) -> bool:
         and adapter.lora_A.dtype == first.lora_A.dtype
         for adapter in adapters
     )
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version

@@ -85,9 +85,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def base_parameter(model: nn.Module, key: str) -> nn.Parameter:
     """A parameter of the base by the name it had before any wrapping."""
     path, _, leaf = key.rpartition(".")
-    parameter = dict(base_modules(model))[path]._parameters[leaf]
-    assert parameter is not None, f"{key} is a parameter"
-    return parameter
+    return dict(base_modules(model))[path].get_parameter(leaf)
 
 
 @torch.no_grad()

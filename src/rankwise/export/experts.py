@@ -7,7 +7,6 @@ makes it, changed, and taken apart as saving does, both by transformers' own rul
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rankwise.compat.transformers import Conversion, collected, converted, taken_apart
 from rankwise.errors import ModelError
 from rankwise.ops import dequantize_weight, quantize_weight
 from rankwise.quantization.config import FourBitConfig
@@ -79,18 +79,13 @@ class StackedExperts:
         return found.to(stored.dtype)
 
     def _parts(self, stack: str) -> dict[str, Tensor]:
-        from transformers.core_model_loading import revert_weight_conversion
-
         parts = self._sources[stack]
-        if parts[0][1] is None:
-            return {parts[0][0]: self._changed(stack, self._weights.tensor(parts[0][0]))}
-        converter = copy.deepcopy(parts[0][1][0])
-        for name, found in parts:
-            assert found is not None
-            converter.add_tensor(stack, name, found[1], partial(self._weights.tensor, name))
-        made = converter.convert(stack, model=self._skeleton, config=self._skeleton.config)
-        whole = next(iter(made.values()))
-        return revert_weight_conversion(self._skeleton, {stack: self._changed(stack, whole)})
+        name, conversion = parts[0]
+        if conversion is None:
+            return {name: self._changed(stack, self._weights.tensor(name))}
+        readers = [(found, partial(self._weights.tensor, name)) for name, found in parts if found is not None]
+        whole = converted(self._skeleton, stack, readers)
+        return taken_apart(self._skeleton, stack, self._changed(stack, whole))
 
     def _changed(self, stack: str, W: Tensor) -> Tensor:
         shape = self._skeleton.get_parameter(stack).shape
@@ -102,23 +97,14 @@ class StackedExperts:
         return self._wanted[stack](W)
 
 
-Part = tuple[str, tuple[Any, str] | None]
-"""Name in the files; the converter that takes it and its pattern for it, or None where it is the stack itself."""
+# Name in the files; the conversion that takes the tensor, or None where it is the stack itself.
+Part = tuple[str, Conversion | None]
 
 
 def _sources(skeleton: Any, names: Collection[str], stacks: set[str]) -> dict[str, list[Part]]:
     """{stack: what it is made of}, in the order in which loading collects it."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    mapping = get_model_conversion_mapping(skeleton)
-    renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
-    converters = [item for item in mapping if isinstance(item, WeightConverter)]
-    owners = {pattern: item for item in converters for pattern in item.source_patterns}
-    state = skeleton.state_dict()
     found: dict[str, list[Part]] = {}
-    for name in sorted(names, key=dot_natural_key) if stacks else ():
-        stack, pattern = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, state)
+    for name, stack, conversion in collected(skeleton, names) if stacks else ():
         if stack in stacks:
-            found.setdefault(stack, []).append((name, None if pattern is None else (owners[pattern], pattern)))
+            found.setdefault(stack, []).append((name, conversion))
     return found

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.compat.torch import own_parameters
+
 ROUNDING_FACTOR = 4.0
 # A merge adds one rounding of each weight to those of the products, and both models round: independent errors of one
 # size add up to less than twice it. The largest of other tokens' errors may be another twice as large.
@@ -39,16 +41,16 @@ def _computing_wider(model: nn.Module) -> Iterator[None]:
     kept: dict[nn.Module, dict[str, Tensor]] = {}
 
     def widen(module: nn.Module, _: Any) -> None:
-        kept[module] = {name: value.data for name, value in module._parameters.items() if value is not None}
+        kept[module] = {name: value.data for name, value in own_parameters(module).items() if value is not None}
         for name, value in kept[module].items():
             if value.is_floating_point():
-                module._parameters[name].data = value.to(_wider(value.dtype))  # type: ignore[union-attr]
+                module.get_parameter(name).data = value.to(_wider(value.dtype))
 
     def put_back(module: nn.Module, _: Any, __: Any) -> None:
         for name, value in kept.pop(module).items():
-            module._parameters[name].data = value  # type: ignore[union-attr]
+            module.get_parameter(name).data = value
 
-    owners = [module for module in model.modules() if any(p is not None for p in module._parameters.values())]
+    owners = [module for module in model.modules() if any(p is not None for p in own_parameters(module).values())]
     hooks = [module.register_forward_pre_hook(widen) for module in owners]
     hooks += [module.register_forward_hook(put_back, always_call=True) for module in owners]
     try:

@@ -13,11 +13,12 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankwise.compat.transformers import gguf_read_once
 from rankwise.errors import ModelError, RankwiseError, warn
 from rankwise.models.device import choose_device
 from rankwise.models.folder import FolderContent, check_folder, has_tokenizer
 from rankwise.models.gguf_file import read_gguf_header
-from rankwise.models.quiet import gguf_read_once, quiet, reason_of
+from rankwise.models.quiet import quiet, reason_of
 from rankwise.models.skeleton import load_skeleton
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.quantization.listing import some_of
@@ -56,7 +57,7 @@ def load_model(
         loaded = _load_folder(source, wanted, choice.device, quantization, trust_remote_code)
     _check_finite(loaded, source)
     # What adapters name as their base: a hub id or an absolute path, never a folder of the cache.
-    loaded.name_or_path = loaded.config._name_or_path = source.base_model
+    loaded.name_or_path = loaded.config.name_or_path = source.base_model
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     if tokenizer is not None:
         _check_vocabulary(loaded, tokenizer, source)

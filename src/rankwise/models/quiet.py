@@ -1,10 +1,8 @@
-"""How transformers is called: quietly, without doing slow things twice, and with its errors as one sentence."""
+"""How transformers is called: quietly, and with its errors as one sentence."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import os
 import sys
 from collections.abc import Iterator
 
@@ -24,32 +22,6 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def gguf_read_once() -> Iterator[None]:
-    """Let transformers' GGUF loader reuse what it works out twice (the header) or per module (the table of names).
-
-    Both are pure functions of the gguf package; for the demo model their repetition is half of the loading time.
-    """
-    import gguf
-    from transformers import modeling_gguf_pytorch_utils as loader
-
-    repeated = ((gguf, "GGUFReader"), (gguf, "get_tensor_name_map"), (loader, "tqdm"))
-    kept = {(module, name): getattr(module, name) for module, name in repeated}
-    try:
-        for (module, name), original in kept.items():
-            # Of tqdm, disable=None means: no bar without a terminal.
-            new = (
-                functools.partial(original, disable=True if os.environ.get("TQDM_DISABLE") else None)
-                if name == "tqdm"
-                else functools.cache(original)
-            )
-            setattr(module, name, new)
-        yield
-    finally:
-        for (module, name), original in kept.items():
-            setattr(module, name, original)
 
 
 def reason_of(error: Exception) -> str:

@@ -6,10 +6,11 @@ import os
 import tempfile
 from typing import TYPE_CHECKING, Any
 
+from rankwise.compat.transformers import gguf_read_once
 from rankwise.errors import ModelError
 from rankwise.models.folder import check_architecture, read_config
 from rankwise.models.gguf_file import read_gguf_header
-from rankwise.models.quiet import gguf_read_once, quiet, reason_of
+from rankwise.models.quiet import quiet, reason_of
 from rankwise.models.source import ModelSource, fetch_model
 
 if TYPE_CHECKING:

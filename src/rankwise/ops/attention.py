@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from rankwise.compat.torch import is_watched
 from rankwise.errors import QuantizationError
 from rankwise.ops import library_attention, reference_attention, selection
 from rankwise.ops.cpu import attention as native_attention
@@ -103,12 +104,7 @@ def _is_bound(bound: Tensor, q: Tensor) -> bool:
 
 def _watched(*tensors: Tensor) -> bool:
     """Whether a compiler, a fake mode, a functional transform or a tensor subclass must see the call."""
-    return (
-        selection.is_traced()
-        or any(type(x) not in _PLAIN for x in tensors)
-        or torch._C._len_torch_dispatch_stack() != 0
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return is_watched() or any(type(x) not in _PLAIN for x in tensors)
 
 
 class _Attention(torch.autograd.Function):

@@ -15,7 +15,8 @@ from typing import ParamSpec, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+
+from rankwise.compat.torch import plain_tensors
 
 Parameters = ParamSpec("Parameters")
 
@@ -78,7 +79,7 @@ def _kept(make: Callable[Parameters, Tensor]) -> Callable[Parameters, Tensor]:
     @cache
     @wraps(make)
     def kept(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Tensor:
-        with torch.inference_mode(False), torch._C._DisableFuncTorch(), _disable_current_modes():
+        with plain_tensors():
             return make(*args, **kwargs)
 
     return cast(Callable[Parameters, Tensor], kept)

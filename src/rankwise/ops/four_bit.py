@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rankwise.compat.torch import has_tangents, is_watched
 from rankwise.ops import library as _library
 from rankwise.ops.checks import check_rows
 from rankwise.ops.packed_weight import PackedWeight
@@ -21,9 +22,6 @@ _ops = torch.ops.rankwise
 
 # In front of every product of a few rows: where caches are cold, looking each up in its module takes microseconds.
 _is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
-_tracing_state, _dispatch_modes = torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack
-_forward_ad = torch.autograd.forward_ad
-_transform_level = torch._C._functorch.maybe_current_level
 
 
 def quantize_weight(
@@ -164,7 +162,7 @@ def _transformed() -> bool:
     they would refuse the one and give no tangent to the other, without a word."""
     if _is_compiling():
         return False
-    return transforms_functions() or _forward_ad._current_level >= 0
+    return transforms_functions() or has_tangents()
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -173,10 +171,10 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def _nothing_watches(*tensors: Tensor | None) -> bool:
     """Whether no gradient, compiler, tracer, fake mode, functional transform or tensor subclass needs to see what is
     made of these."""
-    if _is_compiling() or _tracing_state() is not None:
+    if is_watched():
         return False
     with_grad = _is_grad_enabled()
     for tensor in tensors:
         if tensor is not None and (type(tensor) not in _PLAIN or (with_grad and tensor.requires_grad)):
             return False
-    return _dispatch_modes() == 0 and _transform_level() is None and _forward_ad._current_level < 0
+    return True

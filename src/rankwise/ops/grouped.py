@@ -14,8 +14,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
+
+from rankwise.compat.torch import is_fake
 
 ALIGNED_BYTES = 16
 # grouped_mm wants rows to begin at multiples of it.
@@ -29,7 +30,7 @@ def rows_per_expert(experts: Tensor, count: int) -> list[int]:
 
     Fake tensors have no values: they stand for a step whose tokens are spread evenly, over the first ``MOST_TRACED``.
     """
-    if isinstance(experts, FakeTensor):
+    if is_fake(experts):
         traced = min(count, MOST_TRACED)
         return [(experts.numel() + index) // traced for index in range(traced)] + [0] * (count - traced)
     return torch.bincount(experts, minlength=count).tolist()

@@ -13,7 +13,8 @@ import dataclasses
 from typing import Any
 
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from rankwise.compat.torch import WeakTensorKeyDictionary, viewed, writes_to
 
 _offers: Any = WeakTensorKeyDictionary()
 # Of each output of a layer that lives. No attribute of the tensor: that would be saved with it.
@@ -46,12 +47,12 @@ def offer(y: Tensor, handback: Handback) -> None:
 
 def offered_by(y: Tensor) -> Handback | None:
     """What came with y, as long as nobody wrote to it."""
-    return _offers.get(y) if y._version == 0 else None
+    return _offers.get(y) if writes_to(y) == 0 else None
 
 
 def offered_with_heads(q: Tensor) -> Handback | None:
     """What came with y (B, L, H D), of which q (B, H, L, D) shows all, head by head."""
-    y = q._base
+    y = viewed(q)
     if y is None or q.transpose(1, 2).shape[:2] != y.shape[:2] or q.numel() != y.numel():
         return None
     is_whole = q.transpose(1, 2).is_contiguous() and q.storage_offset() == y.storage_offset()

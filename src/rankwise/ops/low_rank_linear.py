@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rankwise.compat.torch import unsafe_view, writes_to
 from rankwise.ops import elementwise, low_rank_plain, normed, selection
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Frozen, Wanted
 from rankwise.ops.handback import Handback, offer
@@ -147,7 +148,7 @@ class _Made:
     def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
         """(..., N_i). No views: autograd lets nobody write to one that a Function gives, and Falcon adds to its MLP's
         output in place."""
-        return tuple(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])) for y in self.ys)
+        return tuple(unsafe_view(y, (*x.shape[:-1], y.shape[-1])) for y in self.ys)
 
 
 def _forward(x: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> _Made:
@@ -174,9 +175,9 @@ def _all_rows(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if tensor is None else _rows(tensor) for tensor in tensors]
 
 
+# Zero-size aliases of the outputs that are kept, None for the others. They share the outputs' version counters, to
+# detect in-place writes that autograd's own check would turn into an error.
 Kept = Sequence[Tensor | None]
-"""Per branch whose output is kept an empty tensor that shares the output's count of writes, else None. Saved is the
-product, of which the output is an alias that counts apart: autograd's own check would end such a step in an error."""
 
 
 def _trains_m(branches: Sequence[Branch]) -> list[bool]:
@@ -195,7 +196,7 @@ def _counter_of(output: Tensor) -> Tensor:
 
 
 def _are_written_over(kept: Kept) -> bool:
-    return any(counter is not None and counter._version > 0 for counter in kept)
+    return any(counter is not None and writes_to(counter) > 0 for counter in kept)
 
 
 def _only(kept: Kept, ys: Sequence[Tensor]) -> list[Tensor | None]:

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from rankwise.compat.torch import WeakTensorKeyDictionary, writes_to
 from rankwise.ops import elementwise
 
 _made: Any = WeakTensorKeyDictionary()
@@ -69,13 +69,13 @@ Source = Kept | Normed
 def remember(x: Tensor, normed: Normed) -> None:
     """That x, to which nobody has written yet, is what ``normed`` says; not in float16: rstd * dU may overflow."""
     if x.dtype is not torch.float16:
-        _made[x] = normed, x._version
+        _made[x] = normed, writes_to(x)
 
 
 def source_of(x: Tensor) -> Source:
     """What to keep of x: itself where it is no norm's output, or somebody wrote to it since."""
     normed, version = _made.get(x, (None, 0))
-    return Kept(x) if normed is None or x._version != version else normed
+    return Kept(x) if normed is None or writes_to(x) != version else normed
 
 
 def tensors_of(source: Source) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

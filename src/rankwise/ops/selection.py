@@ -15,8 +15,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from rankwise.compat.torch import is_fake, transform_interpreter
 from rankwise.errors import QuantizationError, warn
 
 _MODULES = {
@@ -77,7 +77,7 @@ def native_on_cpu() -> bool:
 
 def transforms_functions() -> bool:
     """Whether a transform of ``torch.func`` is at work: kernels and gradients by hand know nothing of its tensors."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return transform_interpreter() is not None
 
 
 def is_traced() -> bool:
@@ -94,14 +94,14 @@ def as_autocast(x: Tensor) -> Tensor:
 
 def takes_native(tensor: Tensor) -> bool:
     """Whether the native library works on this tensor: a plain one on a CPU, or a fake one in its place."""
-    known = type(tensor) in (Tensor, torch.nn.Parameter) or (_fakes_as == "cpu" and isinstance(tensor, FakeTensor))
+    known = type(tensor) in (Tensor, torch.nn.Parameter) or (_fakes_as == "cpu" and is_fake(tensor))
     return known and tensor.is_cpu and native_on_cpu() and not transforms_functions()
 
 
 @contextmanager
 def fakes_as(device_type: str) -> Iterator[None]:
-    """Inside, fake tensors of a CPU take the way of real ones of a ``"cpu"`` or a ``"cuda"`` card, on which Triton
-    kernels work: their storages are those of a real step there."""
+    """Within this context fake CPU tensors dispatch as if on ``device_type``, ``"cpu"`` or ``"cuda"`` (where Triton
+    kernels work): their storages are those of a real step there."""
     global _fakes_as
     before, _fakes_as = _fakes_as, device_type
     try:
@@ -119,7 +119,7 @@ def takes_triton(tensor: Tensor) -> bool:
     """Whether Triton kernels work on this tensor of a card, or on one that a fake tensor of a CPU stands for."""
     if tensor.is_cuda:
         return runs_triton(tensor.device)
-    return _fakes_as == "cuda" and isinstance(tensor, FakeTensor)
+    return _fakes_as == "cuda" and is_fake(tensor)
 
 
 def _choose(device: str) -> str:

@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
+from rankwise.compat.transformers import attention_of
 from rankwise.ops.selection import as_autocast
 
 NAME = "rankwise_card"
@@ -21,7 +22,7 @@ NAME = "rankwise_card"
 
 def use_card_attention(model: Any) -> None:
     """Where the model would take torch's scaled_dot_product_attention, let it take this module's."""
-    if getattr(model.config, "_attn_implementation", None) != "sdpa":
+    if attention_of(model.config) != "sdpa":
         return
     AttentionInterface.register(NAME, card_attention)
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rankwise.adapters import adapter_parameters, has_adapter
 from rankwise.adapters.base_layer import features, is_linear
+from rankwise.compat.torch import FakeTensorMode
+from rankwise.compat.transformers import choose_experts, fake_masks_looked_at
 from rankwise.errors import ModelError, RankwiseError
 from rankwise.matching import matches
 from rankwise.ops import selection
@@ -32,7 +33,7 @@ from rankwise.planning.offload import offloaded
 from rankwise.planning.optimizers import rule_of, state_bytes
 from rankwise.planning.parallel import Group, divisors, layer_and_root
 from rankwise.planning.scratch import SCRATCH, kept_memory, kept_norms, lives_in_kept_memory
-from rankwise.planning.step import autocast_dtype, make_batch, single_row, take_step, true_counts
+from rankwise.planning.step import autocast_dtype, make_batch, take_step, true_counts
 from rankwise.planning.terms import MemoryEstimate
 from rankwise.planning.tracker import StorageTracker
 from rankwise.planning.workload import Workload
@@ -80,7 +81,7 @@ def trace(
     config: Any = skeleton.config
     # Eager experts ask for values that fake tensors do not have.
     if fake:
-        config._experts_implementation = "grouped_mm"
+        choose_experts(config, "grouped_mm")
     total = sum(parameter.numel() for parameter in skeleton.parameters())
     rule_of(workload.optimizer)
     tracker = new_tracker(workload, vocabulary_of(skeleton), fake=fake)
@@ -88,7 +89,9 @@ def trace(
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     tracker.answers.true_counts |= _enabled_rows(skeleton, workload)
     way = selection.fakes_as(workload.device_type)
-    with _explaining(skeleton), mode, way, single_row(fake=fake and workload.batch_size == 1), tracker:
+    # The tracker says that a mask hides nothing: a single row has no padding.
+    masks = fake_masks_looked_at() if fake and workload.batch_size == 1 else nullcontext()
+    with _explaining(skeleton), mode, way, masks, tracker:
         materialize(skeleton, weights_dtype(method, workload), fill=not fake)
         flat = attach(skeleton, method, workload)
         tracker.answers.true_counts |= true_counts(workload, flat=flat)

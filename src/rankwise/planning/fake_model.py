@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from rankwise.acceleration import flattening_obstacle, optimize_for_training
 from rankwise.acceleration.loss import accept_labels
 from rankwise.acceleration.optimize import fuse_parts, look_into
 from rankwise.acceleration.replace import Undo
+from rankwise.compat.torch import is_fake, own_buffers, own_parameters
+from rankwise.compat.transformers import kept_in_float32
 from rankwise.config import DORA, FOUR_BITS
 from rankwise.planning.card_attention import use_card_attention
 from rankwise.planning.workload import Workload
@@ -27,7 +28,7 @@ def materialize(
     Floating parameters take ``dtype``, except those of modules that the model keeps in float32; buffers stay as they
     are. Tied parameters stay tied. ``fill``: with small random values, and zero for what is no floating number.
     """
-    keep = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    keep = kept_in_float32(model)
     made: dict[int, tuple[Tensor, Any]] = {}
 
     def remade(tensor: Tensor, wanted: torch.dtype) -> Any:
@@ -37,14 +38,14 @@ def materialize(
         return made[id(tensor)][1]
 
     for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
+        for name, parameter in own_parameters(module).items():
             if parameter is not None:
                 full = f"{path}.{name}"
                 wanted = torch.float32 if any(part in full.split(".") for part in keep) else dtype
-                module._parameters[name] = remade(parameter, wanted)
-        for name, buffer in module._buffers.items():
+                own_parameters(module)[name] = remade(parameter, wanted)
+        for name, buffer in own_buffers(module).items():
             if buffer is not None:
-                module._buffers[name] = remade(buffer, buffer.dtype)
+                own_buffers(module)[name] = remade(buffer, buffer.dtype)
         for name, value in list(vars(module).items()):
             # Some modules hold plain tensors beside their buffers, such as rotary embeddings' original frequencies.
             if isinstance(value, Tensor) and value.is_meta:
@@ -96,7 +97,7 @@ def _accelerate_for_cpu(model: nn.Module, workload: Workload) -> bool:
     # Autocast to float16 gives our attention what it does not take.
     if not done.attention or workload.dtype == "float16":
         return False
-    if isinstance(next(model.parameters()), FakeTensor):
+    if is_fake(next(model.parameters())):
         # flattening_obstacle compares values; here the signature decides.
         names = inspect.signature(type(model).forward).parameters
         return {"position_ids", "logits_to_keep"} <= set(names) and not drops_attention(model)

@@ -7,12 +7,23 @@ and runs ours, which it does not look up, in Python: most of a dry run's time. S
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+
+from rankwise.compat.torch import (
+    FakeTensor,
+    fake_mode,
+    foreach_norm,
+    foreach_sqrt,
+    in_kernel_invocation_manager,
+    storage_address,
+    to_copy,
+    unsafe_view,
+)
 
 _aten = torch.ops.aten
 _CPU = torch.device("cpu")
@@ -30,7 +41,7 @@ VIEWS = frozenset(
         _aten.transpose.int,
         _aten.unsqueeze.default,
         _aten.view.default,
-        _aten._unsafe_view.default,
+        unsafe_view.default,
     }
 )
 """They share the storage of their first argument; their meta kernels are quick."""
@@ -40,7 +51,7 @@ IN_PLACE = frozenset(
 """They give their first argument back."""
 NEW = frozenset(
     {
-        _aten._to_copy.default,
+        to_copy.default,
         _aten.add.Tensor,
         _aten.cat.default,
         _aten.clamp_min.default,
@@ -64,7 +75,7 @@ NEW = frozenset(
     }
 )
 """Their results have storages of their own; so have those of all our operators."""
-EACH = {_aten._foreach_norm.Scalar: _aten.linalg_vector_norm.default, _aten._foreach_sqrt.default: _aten.sqrt.default}
+EACH = {foreach_norm.Scalar: _aten.linalg_vector_norm.default, foreach_sqrt.default: _aten.sqrt.default}
 """Of a list of tensors they make a list: {operation on lists: the same on one tensor}."""
 
 
@@ -84,7 +95,7 @@ class QuickFakes:
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result, or NotImplemented where the fake mode must see to it."""
-        mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        mode = fake_mode()
         if mode is None:
             return NotImplemented
         if func in IN_PLACE and _is_fake_on_cpu(args[0]):
@@ -134,7 +145,7 @@ class QuickFakes:
 
 
 def _changes_a_list(func: Any) -> bool:
-    return func.namespace == "aten" and func._opname.startswith("_foreach_") and func._opname.endswith("_")
+    return func.namespace == "aten" and re.fullmatch(r"_foreach_\w+_", func.overloadpacket.__name__) is not None
 
 
 def _described(values: Iterable[Any]) -> tuple[Any, ...]:
@@ -158,8 +169,10 @@ def _made_from(result: Any, args: tuple[Any, ...]) -> Any:
     if result is None:
         return None
     tensors = result if isinstance(result, tuple) else (result,)
-    given = {item.untyped_storage()._cdata for item in args if isinstance(item, Tensor)}
-    if not all(_is_fake_on_cpu(tensor) and tensor.untyped_storage()._cdata not in given for tensor in tensors):
+    given = {storage_address(item.untyped_storage()) for item in args if isinstance(item, Tensor)}
+    if not all(
+        _is_fake_on_cpu(tensor) and storage_address(tensor.untyped_storage()) not in given for tensor in tensors
+    ):
         return NotImplemented
     return _Made(tuple((item.shape, item.stride(), item.dtype) for item in tensors), isinstance(result, tuple))
 

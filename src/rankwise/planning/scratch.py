@@ -73,7 +73,4 @@ def kept_norms(model: nn.Module) -> Iterator[Tensor]:
     """The row norms and gains that DoRA layers keep, and on real tensors the copies beside them."""
     for layer in model.modules():
         if isinstance(layer, Dora):
-            for kept in (layer._norms, layer._squared, layer._gain):
-                yield from kept._copies
-                if kept._value is not None:
-                    yield kept._value
+            yield from layer.kept_tensors()

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import masking_utils
 
 from rankwise.acceleration import LossOptions, fused_head
 from rankwise.planning.workload import Workload
@@ -50,20 +48,6 @@ def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: 
     starts = torch.arange(B, device=device)[:, None] * L
     inputs = {"input_ids": ids.view(1, -1), "position_ids": torch.arange(L, device=device).repeat(B)[None]}
     return Batch(inputs, labels.view(1, -1), (starts + positions).reshape(-1))
-
-
-@contextmanager
-def single_row(*, fake: bool) -> Iterator[None]:
-    """Inside, transformers looks whether a fake mask hides anything, and the tracker says no; by itself it takes a mask
-    without values for one that does. A single row has no padding, so that attention is given no mask."""
-    masks: Any = masking_utils
-    before = masks.is_tracing
-    if fake:
-        masks.is_tracing = lambda tensor=None: before()
-    try:
-        yield
-    finally:
-        masks.is_tracing = before
 
 
 def true_counts(workload: Workload, *, flat: bool) -> dict[int, int]:

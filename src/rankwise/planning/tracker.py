@@ -20,10 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from rankwise.compat.torch import TorchDispatchMode, grouped_mm, is_fake, local_scalar, storage_address, tree_iter
 from rankwise.errors import ModelError
 from rankwise.planning.quick_fakes import QuickFakes
 from rankwise.planning.terms import TOO_SLOW
@@ -87,7 +85,7 @@ class StorageTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is DEVICE_OF:
-            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
+            return args[0].fake_device if is_fake(args[0]) else func(*args)
         if time.monotonic() > self.deadline:
             raise ModelError(
                 TOO_SLOW,
@@ -113,7 +111,7 @@ class StorageTracker(TorchDispatchMode):
     def see(self, tensor: Tensor, term: str | None = None) -> None:
         """Count the tensor's storage, unless it is known; with ``term``, say what it is for."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_address(storage)
         known = self._known.get(key)
         if known is None or known[0]() is None:
             if self.hosted or tensor.device.type == "meta":
@@ -233,16 +231,16 @@ class Answers:
         aten = torch.ops.aten
         if func is aten.index.Tensor and any(_is_flags(index) for index in args[1]):
             return func(args[0], self._as_indices(args[1]), **kwargs)
-        if not args or not _is_fake(args[0]):
+        if not args or not is_fake(args[0]):
             return NotImplemented
-        if func is aten._local_scalar_dense.default:
+        if func is local_scalar.default:
             dtype = args[0].dtype
             return True if dtype is torch.bool else (1.0 if dtype.is_floating_point else 1)
         if func is aten.equal.default:
             return True
         if func is aten.nonzero.default:
             return args[0].new_empty((self._count(args[0]), args[0].dim()), dtype=torch.long)
-        if func is aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
+        if func is grouped_mm.default and args[0].dtype is not torch.bfloat16:
             # Its rule for shapes knows bfloat16 alone, its kernels know more.
             return _grouped_product(*args, **kwargs)
         return NotImplemented
@@ -268,8 +266,4 @@ def _grouped_product(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, 
 
 
 def _is_flags(index: Any) -> bool:
-    return isinstance(index, Tensor) and index.dtype is torch.bool and _is_fake(index)
-
-
-def _is_fake(tensor: Any) -> bool:
-    return isinstance(tensor, FakeTensor)
+    return isinstance(index, Tensor) and index.dtype is torch.bool and is_fake(index)

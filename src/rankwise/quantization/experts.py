@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise import ops
+from rankwise.compat.torch import own_modules
+from rankwise.compat.transformers import choose_experts_of_module, gate_of, register_experts, spreads_experts
 from rankwise.ops.codes import NESTED_BLOCK
 from rankwise.ops.grouped import inverse, rows_per_expert
 from rankwise.ops.packed_weight import SCALES, PackedWeight
@@ -206,11 +208,6 @@ def first_leaf(module: Any) -> str:
     return "gate_up_proj" if module.has_gate else "up_proj"
 
 
-def gate_of(module: Any) -> Callable[[Tensor], Tensor]:
-    """From what comes out of the first product to what goes into the second."""
-    return module._apply_gate if module.has_gate else module.act_fn
-
-
 def _expert(module: Any, index: int, x: Tensor, multiply: Product) -> Tensor:
     """One expert's output (t, H) for its t rows."""
     inner = gate_of(module)(multiply(module, first_leaf(module), index, x))
@@ -232,7 +229,7 @@ def product(module: Any, leaf: str, index: int, x: Tensor) -> Tensor:
 
 def stack_at(experts: nn.Module, leaf: str) -> Stack | None:
     """The 4-bit stack ``leaf`` of a module, or None where it has none."""
-    return Stack(experts, leaf) if isinstance(experts._modules.get(leaf + SUFFIX), StackScales) else None
+    return Stack(experts, leaf) if isinstance(own_modules(experts).get(leaf + SUFFIX), StackScales) else None
 
 
 def four_bit_stacks(model: nn.Module) -> Iterator[tuple[str, Stack]]:
@@ -250,7 +247,7 @@ def foreign(experts: nn.Module, leaf: str) -> str | None:
     understood = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "config"))
     if not understood or leaf not in LEAVES:
         return f"{type(experts).__name__} does not compute through transformers' interface for experts"
-    if getattr(module, "_is_expert_parallel", False):
+    if spreads_experts(module):
         return "its experts are spread over devices"
     return None
 
@@ -309,9 +306,7 @@ def _use_ours(experts: Any) -> None:
     """By a config of the module's own: other experts of the model keep their implementation."""
     if "dense_config" in experts.__dict__:
         return
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward_4bit)
+    register_experts(IMPLEMENTATION, forward_4bit)
     experts.dense_config = experts.config
     experts.config = copy.copy(experts.config)
-    experts.config._experts_implementation_internal = IMPLEMENTATION
+    choose_experts_of_module(experts.config, IMPLEMENTATION)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.compat.torch import is_fake
 from rankwise.errors import QuantizationError
 from rankwise.ops.checks import DTYPES
 from rankwise.quantization.config import METHOD, FourBitConfig
@@ -149,9 +150,7 @@ def _check_weights(model: nn.Module, names: list[str]) -> None:
 
 
 def _has_values(weight: Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return not weight.is_meta and not isinstance(weight, FakeTensor)
+    return not weight.is_meta and not is_fake(weight)
 
 
 def is_finite(weight: Tensor) -> bool:

@@ -7,24 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from rankwise.compat.torch import share_hooks
 from rankwise.quantization.config import dtype_named
 from rankwise.quantization.experts import dequantize_stack, four_bit_stacks
 from rankwise.quantization.linear import Linear4bit
 
-# The attributes of a module that hold the hooks around its call.
-HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
-)
-
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put ``layer`` at ``name``. The old hooks stay: the new layer shares their collections, so that their handles
-    still remove them."""
-    old = model.get_submodule(name)
-    for hooks in HOOKS:
-        setattr(layer, hooks, getattr(old, hooks))
+    """Put ``layer`` at ``name``, under the hooks of the old one."""
+    share_hooks(layer, model.get_submodule(name))
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)
 

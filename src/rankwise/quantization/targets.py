@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rankwise.compat.torch import own_parameters
+from rankwise.compat.transformers import dense_by_default, is_converted
 from rankwise.errors import QuantizationError, warn
 from rankwise.quantization.config import FourBitConfig
 from rankwise.quantization.experts import StackScales, obstacle
@@ -26,8 +28,6 @@ def target_names(model: nn.Module, config: FourBitConfig) -> list[list[str]]:
         QuantizationError: RW610 when nothing is left, of experts (``target_stacks``) neither; RW615 for a pattern that
             is no regular expression.
     """
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
     _check_patterns(model, config)
     patterns = [*dense_patterns(model), *(config.modules_to_not_convert or ())]
     tied = _tied_modules(model)
@@ -35,9 +35,9 @@ def target_names(model: nn.Module, config: FourBitConfig) -> list[list[str]]:
     left_out: set[nn.Module] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         # A weight that is no parameter is made anew for every forward: normalized, pruned.
-        if is_dense_linear(module) and "weight" in module._parameters:
+        if is_dense_linear(module) and "weight" in own_parameters(module):
             chosen.setdefault(module, []).append(name)
-            if module in tied or not should_convert_module(name, patterns):
+            if module in tied or not is_converted(name, patterns):
                 left_out.add(module)
     names = [found for module, found in chosen.items() if module not in left_out]
     if not names and not target_stacks(model, config):
@@ -57,10 +57,9 @@ def _why_nothing(model: nn.Module, dense: int) -> str:
 def dense_patterns(model: nn.Module) -> list[str]:
     """Names of what stays dense in any model, in the notation of transformers' ``should_convert_module``."""
     from transformers import PreTrainedModel
-    from transformers.quantizers.base import get_keys_to_not_convert
 
     if isinstance(model, PreTrainedModel):
-        found = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
+        found = dense_by_default(model)
     else:
         find: Any = getattr(model, "get_output_embeddings", None)
         head = find() if callable(find) else None
@@ -118,14 +117,12 @@ def target_stacks(model: nn.Module, config: FourBitConfig) -> list[str]:
 
 
 def _wanted_stacks(model: nn.Module, config: FourBitConfig) -> list[str]:
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
     patterns = [*dense_patterns(model), *(config.modules_to_not_convert or ())]
     # An exclusion names the stack or its module.
     return [
         name
         for name in expert_tensors(model)
-        if all(should_convert_module(part, patterns) for part in (name, name.rpartition(".")[0]))
+        if all(is_converted(part, patterns) for part in (name, name.rpartition(".")[0]))
     ]
 
 

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
     register_quantizer,
 )
-from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
+from transformers.quantizers.base import HfQuantizer
 
 from rankwise import ops
+from rankwise.compat import transformers as compat
 from rankwise.errors import QuantizationError
 from rankwise.ops.packed_weight import PackedWeight
 from rankwise.quantization.bitsandbytes_format import (
@@ -80,7 +80,7 @@ def mark_quantized(model: PreTrainedModel, config: FourBitConfig) -> None:
     marked.is_quantized, marked.quantization_method = True, METHOD
     marked.hf_quantizer = quantizer
     model.config.quantization_config = quantizer.quantization_config
-    _assign_is_quantized(model)
+    compat.mark_quantized(model)
     describe(model, quantizer.quantization_config)
 
 
@@ -227,15 +227,14 @@ class FourBitQuantizer(HfQuantizer):
         )
         put_stack(module, leaf, scales)
         # Else a family's own code draws normal numbers for codes that are missing, before we can say so.
-        module._is_hf_initialized = True  # type: ignore[assignment]
+        compat.mark_initialized(module)
         return scales
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         self._raise_failures(model)
         # Its inverse would run while saving, where our own writer is at work.
-        conversions = getattr(model, "_weight_conversions", None) or []
-        marked: Any = model
-        marked._weight_conversions = [item for item in conversions if not _is_ours(item)]
+        conversions = compat.conversions_of(model) or []
+        compat.set_conversions(model, [item for item in conversions if not _is_ours(item)])
         describe(model, self.quantization_config)
         warn_about_experts(model, self.quantization_config, stored=self.pre_quantized)
         return model
@@ -245,7 +244,7 @@ class FourBitQuantizer(HfQuantizer):
         for name, stack in four_bit_stacks(model):
             path = name.rpartition(".")[0]
             others = stack.experts.named_parameters(prefix=path, recurse=False)
-            missing += [other for other, tensor in others if not getattr(tensor, "_is_hf_initialized", False)]
+            missing += [other for other, tensor in others if not compat.is_initialized(tensor)]
         missing = list(dict.fromkeys(missing))
         if missing and not self.failures:
             raise QuantizationError(
@@ -269,8 +268,7 @@ class FourBitQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         dequantize(model, dtype)
-        # transformers from 5.24 on drops it itself: dense stacks are saved as the family's checkpoints have them.
-        vars(model).pop("_weight_conversions", None)
+        compat.forget_conversions(model)
         return model
 
 
@@ -298,13 +296,9 @@ def _keep_stacks_whole(model: PreTrainedModel) -> None:
     stacks = [name for name, _ in four_bit_stacks(model)]
     if not stacks:
         return
-    found = getattr(model, "_weight_conversions", None)
-    if found is None:
-        # What it would take itself; a model that was not loaded has nothing to say about prefixes.
-        known = get_model_conversion_mapping(model, add_legacy=False)
-        found = [item for item in known if not isinstance(item, PrefixChange)]
-    marked: Any = model
-    marked._weight_conversions = [item for item in found if not _makes(item, stacks)]
+    found = compat.conversions_of(model)
+    found = compat.known_conversions(model) if found is None else found
+    compat.set_conversions(model, [item for item in found if not _makes(item, stacks)])
 
 
 def _makes(conversion: Any, names: list[str]) -> bool:
@@ -406,7 +400,7 @@ class DeserializeOperation(ConversionOps):
 def _wanted_dtype(model: Any, name: str) -> torch.dtype:
     """transformers leaves the dtype of what passes through this operation to it: the model's, or that of its plan."""
     parameter = model.get_parameter_or_buffer(name)
-    for pattern, dtype in model._get_dtype_plan(model.config.dtype).items():
+    for pattern, dtype in compat.dtype_plan(model, model.config.dtype).items():
         if re.search(pattern.replace("*", ".*"), name):
             return dtype
     return parameter.dtype

@@ -14,6 +14,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from trl.trainer.sft_config import SFTConfig
 
+from rankwise.compat.transformers import use_one_device
 from rankwise.errors import ConfigError
 from rankwise.known_names import OPTIMIZERS, close_names
 from rankwise.training.memory_savers import OFFLOADED
@@ -137,8 +138,7 @@ def sft_arguments(
         )
     # An environment variable of accelerate's would otherwise decide.
     arguments.mixed_precision = precision
-    # Without torchrun one device trains; several visible GPUs would be wrapped in DataParallel, which trl refuses.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
+    use_one_device(arguments)
     return arguments
 
 

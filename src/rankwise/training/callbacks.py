@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rankwise.acceleration import give_back_freed_memory
 from rankwise.adapters import adapter_parameters, has_adapter
+from rankwise.compat.transformers import learning_rate_of
 from rankwise.training.interrupt import Interrupt
 from rankwise.training.meters import MemoryMeter, StepClock
 from rankwise.training.metrics import MetricsFile
@@ -62,7 +63,7 @@ class Watch(TrainerCallback):
         self.clock.start()
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any) -> None:
-        self.rate = self.trainer._get_learning_rate()
+        self.rate = learning_rate_of(self.trainer)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.clock.stop()

@@ -48,7 +48,7 @@ def load_prepared(
     if quantization is not None:
         _describe_as_asked(model, quantization)
     # What adapters name as their base is the model itself, never this copy.
-    model.name_or_path = model.config._name_or_path = source.base_model
+    model.name_or_path = model.config.name_or_path = source.base_model
     return model, load_tokenizer(source, trust_remote_code=trust_remote_code)
 
 

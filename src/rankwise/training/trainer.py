@@ -20,6 +20,9 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from rankwise.acceleration import LossOptions, fused_head
 from rankwise.acceleration.scoring import Score, Scorer, loss_scorer
+from rankwise.compat.torch import set_last_rates
+from rankwise.compat.transformers import pair_with_next_labels
+from rankwise.compat.trl import metrics_of
 from rankwise.config import logging_steps_of
 from rankwise.errors import RunError, warn
 from rankwise.records import write_json
@@ -90,7 +93,7 @@ class RankwiseTrainer(SFTTrainer):
         # Every loss here is normalised by the trained tokens of the whole accumulated batch, whatever the model's
         # forward accepts, and label i + 1 belongs to position i.
         self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = True
+        pair_with_next_labels(self)
         # trl's fused head is a Triton kernel; its stand-in elsewhere scores masked positions too and took 1.8 times
         # as long as a whole step of SmolLM2-135M on a CPU.
         has_kernel = self.args.device.type == "cuda"
@@ -191,7 +194,7 @@ class RankwiseTrainer(SFTTrainer):
         return loss + self.router_aux_loss_coef * parts.aux_loss / steps
 
     def _note(self, parts: LossParts) -> None:
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics = metrics_of(self, "train" if self.model.training else "eval")
         metrics["entropy"].append(parts.entropy)
         metrics["mean_token_accuracy"].append(parts.accuracy)
         if parts.aux_loss is not None and self.aux_loss_enabled:
@@ -254,7 +257,7 @@ class RankwiseTrainer(SFTTrainer):
                 scores |= scorer.score_batch(batch, targets)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         count = sum(len(score.tokens) for score in scores.values()) or 1
-        self._metrics["eval"]["mean_token_accuracy"].append(sum(score.hits for score in scores.values()) / count)
+        metrics_of(self, "eval")["mean_token_accuracy"].append(sum(score.hits for score in scores.values()) / count)
         loss = -math.fsum(score.total for score in scores.values()) / count
         return EvalLoopOutput(np.empty(0), None, {f"{metric_key_prefix}_loss": loss}, len(rows))
 
@@ -272,7 +275,7 @@ class RankwiseTrainer(SFTTrainer):
         except EvaluationStopped:
             self.control.should_evaluate = False
             self.control.should_training_stop = True
-            self._metrics["eval"].clear()
+            metrics_of(self, "eval").clear()
             return {"eval_loss": math.nan}
         if skip_scheduler and self.state.global_step > 0:
             # An evaluation that was due when the run was interrupted; it may name the best checkpoint.
@@ -326,8 +329,9 @@ class RankwiseTrainer(SFTTrainer):
         scheduler = self.lr_scheduler
         if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
             factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-            scheduler._last_lr = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
-            for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
+            rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+            set_last_rates(scheduler, rates)
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
 
     def _load_scaler(self, checkpoint: str | None) -> None:

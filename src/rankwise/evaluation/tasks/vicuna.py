@@ -228,7 +228,7 @@ def _answer_id(example: Example) -> str:
 
 def _answer(example: Example, engine: Engine) -> dict[str, Any]:
     """A line as the benchmark's own tools write it."""
-    model = str(engine.model.config._name_or_path)
+    model = str(engine.model.config.name_or_path)
     return {
         "answer_id": _answer_id(example),
         "model_id": model,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, get_num_threads
 from torch.nn import functional
 
+from rankwise.compat.torch import storage_users
 from rankwise.ops.cpu import products
 from rankwise.ops.cpu.memory import on_huge_pages
 from rankwise.ops.cpu.native import library
@@ -139,7 +140,7 @@ def _memory(shape: Sequence[int], dtype: torch.dtype, *, exact: bool) -> Tensor:
         storage: torch.UntypedStorage = _kept.storage
         fits = storage.nbytes() == size or (storage.nbytes() > size and not exact)
         # The two are `_kept`'s own; one more: a tensor handed out earlier still lives in it.
-        if fits and torch._C._storage_Use_Count(storage._cdata) == 2:
+        if fits and storage_users(storage) == 2:
             # With cold caches, setting a new tensor to the storage costs 0.1 ms, this a tenth.
             if kept.shape != shape or kept.dtype is not dtype:
                 kept = _keep(lambda: torch.empty(0, dtype=dtype).set_(storage).resize_(shape))

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rankwise.compat.torch import in_backward_pass
 from rankwise.ops.cpu.native import library
 
 OF_OUTPUTS, OF_SHORT_LIVED = 4 << 10, 8 << 10
@@ -41,6 +42,6 @@ def roomy(shape: Sequence[int], dtype: torch.dtype, spare_bytes: int) -> Tensor:
     what was split off would hold its blocks apart (20 to 47 MB more with DoRA).
     """
     shape, count = tuple(shape), math.prod(shape)
-    if count * dtype.itemsize < _LEAST_BYTES or torch._C._current_graph_task_id() != -1:
+    if count * dtype.itemsize < _LEAST_BYTES or in_backward_pass():
         return torch.empty(shape, dtype=dtype)
     return torch.empty(count + spare_bytes // dtype.itemsize, dtype=dtype).resize_(shape)

@@ -16,8 +16,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from rankwise.compat.torch import is_fake
 from rankwise.ops.cpu.native import library
 from rankwise.ops.cpu.packed import NativeWeight
 from rankwise.ops.packed_weight import PackedWeight
@@ -50,7 +50,7 @@ class Factor:
             if not W.codes.is_cpu:
                 return None
             # Fake codes are never read.
-            return cls(W.codes if isinstance(W.codes, FakeTensor) else NativeWeight(W), W.shape[1])
+            return cls(W.codes if is_fake(W.codes) else NativeWeight(W), W.shape[1])
         if W.dtype not in _DTYPE or not W.is_cpu:
             return None
         if W.stride(1) == 1:
@@ -134,7 +134,7 @@ def add_products(
     Every a has out's dtype, which `take` admits, and dense rows; g and bias are float32 (N,). ``rest``, laid out as
     out, takes what rounding it left. Fake tensors stay as they are.
     """
-    if isinstance(out, FakeTensor):
+    if is_fake(out):
         return out
     T, N = out.shape
     array = (_Term * len(terms))(*map(_struct, terms))
@@ -164,7 +164,7 @@ def row_product(
     (T, R), C = q.shape, m.shape[1]
     out = torch.empty((C, R) if by_column else (R, C), dtype=dtype)
     dot = None if y is None else torch.empty(C, dtype=torch.float32)
-    if isinstance(out, FakeTensor):
+    if is_fake(out):
         return out, dot
     _functions().rw_row_product(
         _DTYPE[q.dtype], q.data_ptr(), q.stride(0), m.data_ptr(), m.stride(0), _pointer(y),

@@ -1,0 +1,193 @@
+"""What we use of torch beside its promised interface.
+
+What stands in front of every operation are torch's own builtins under our names: where caches are cold, looking each up
+in its module takes microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakTensorKeyDictionary
+
+# --- tensors that stand for others ---
+
+# `FakeTensor`, `FakeTensorMode`: shapes without values, for the dry run. `TorchDispatchMode`: the dry run sees every
+# operation. `in_kernel_invocation_manager`: a kernel sees a fake tensor as the meta tensor that it wraps. `tree_iter`:
+# the tensors in nested arguments. `StorageWeakRef`: a storage's identity that does not keep its memory.
+# `WeakTensorKeyDictionary`: notes on a tensor that are not saved with it and go with it.
+
+
+def is_fake(value: object) -> bool:
+    return isinstance(value, FakeTensor)
+
+
+# --- who must see an operation ---
+
+# The innermost transform of torch.func: kernels of ours know nothing of its tensors.
+transform_interpreter = torch._C._functorch.peek_interpreter_stack
+
+_is_compiling = torch.compiler.is_compiling
+_tracing_state, _dispatch_modes = torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack
+_forward_ad = torch.autograd.forward_ad
+
+
+def is_watched() -> bool:
+    """Whether a compiler, a tracer, a dispatch mode, a transform of ``torch.func`` or forward-mode differentiation must
+    see each operation, so that no kernel may run past the dispatcher."""
+    return (
+        _is_compiling()
+        or _tracing_state() is not None
+        or _dispatch_modes() != 0
+        or transform_interpreter() is not None
+        or has_tangents()
+    )
+
+
+def has_tangents() -> bool:
+    """Whether forward-mode differentiation is at work: our gradients are for the backward pass alone."""
+    return _forward_ad._current_level >= 0
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Within this, tensors are made as if no transform, no dispatch mode and no inference mode were at work: a table
+    that a process keeps must serve every later caller."""
+    with torch.inference_mode(False), torch._C._DisableFuncTorch(), _disable_current_modes():
+        yield
+
+
+def fake_mode() -> Any:
+    """The active fake mode or None; the dry run makes fake tensors itself, past the mode's slow bookkeeping."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+
+
+def in_backward_pass() -> bool:
+    """Whether autograd is running a backward pass, where checkpointing computes layers again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+# --- storages and versions ---
+
+
+def storage_address(storage: torch.UntypedStorage) -> int:
+    """Identity of a storage, also of one without memory, whose ``data_ptr()`` is 0."""
+    return storage._cdata
+
+
+def storage_users(storage: torch.UntypedStorage) -> int:
+    """How many tensors and storage objects share it: kept memory is given out again only when nobody uses it."""
+    return torch._C._storage_Use_Count(storage._cdata)
+
+
+def writes_to(tensor: Tensor) -> int:
+    """How often somebody wrote to the tensor in place; 0 where inference mode does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def viewed(tensor: Tensor) -> Tensor | None:
+    """The tensor of which ``tensor`` is a view, or None."""
+    return tensor._base
+
+
+# --- operators ---
+
+# A new shape of the same memory that autograd does not take for a view: whoever gets it may write to it in place.
+unsafe_view = torch.ops.aten._unsafe_view
+# By what names the dry run meets a cast, a ``.item()``, a product of experts, a norm and a root of many tensors.
+to_copy = torch.ops.aten._to_copy
+local_scalar = torch.ops.aten._local_scalar_dense
+grouped_mm = torch.ops.aten._grouped_mm
+foreach_norm = torch.ops.aten._foreach_norm
+foreach_sqrt = torch.ops.aten._foreach_sqrt
+
+
+# --- modules ---
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The live dictionary of a module's own parameters. ``named_parameters`` leaves out what is None or stands twice,
+    and cannot be written to."""
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    return module._buffers
+
+
+def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
+    return module._modules
+
+
+def with_own_parts(copied: nn.Module) -> None:
+    """Let a shallow copy of a module hold parameters and modules of its own, without touching the original's."""
+    copied._parameters, copied._modules = dict(copied._parameters), dict(copied._modules)
+
+
+def hooks_around(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """The hooks that see a module's call: after its forward pass; before it, after and before its backward pass."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
+
+
+def share_hooks(new: nn.Module, old: nn.Module) -> None:
+    """Let ``new`` be seen by the hooks of ``old``, in the same collections: their handles still remove them."""
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+
+
+# --- schedules ---
+
+
+def set_last_rates(scheduler: torch.optim.lr_scheduler.LRScheduler, rates: Sequence[float | Tensor]) -> None:
+    """Let the scheduler report these rates as those of the next step: a resumed run may be longer than the first."""
+    scheduler._last_lr = list(rates)
+
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "StorageWeakRef",
+    "TorchDispatchMode",
+    "WeakTensorKeyDictionary",
+    "fake_mode",
+    "foreach_norm",
+    "foreach_sqrt",
+    "grouped_mm",
+    "has_tangents",
+    "hooks_around",
+    "in_backward_pass",
+    "in_kernel_invocation_manager",
+    "is_fake",
+    "is_watched",
+    "local_scalar",
+    "own_buffers",
+    "own_modules",
+    "own_parameters",
+    "plain_tensors",
+    "set_last_rates",
+    "share_hooks",
+    "storage_address",
+    "storage_users",
+    "to_copy",
+    "transform_interpreter",
+    "tree_iter",
+    "unsafe_view",
+    "viewed",
+    "with_own_parts",
+    "writes_to",
+]

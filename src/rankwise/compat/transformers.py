@@ -1,0 +1,279 @@
+"""What we use of transformers beside its promised interface. transformers is imported where a function needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+
+# --- configurations ---
+
+
+def attention_of(config: Any) -> str | None:
+    """The name of the attention implementation; there is a public way to set it, and none to read it."""
+    return getattr(config, "_attn_implementation", None)
+
+
+def choose_experts(config: PreTrainedConfig, name: str) -> None:
+    """The implementation of experts, in all parts of a configuration. ``set_experts_implementation`` of a model refuses
+    names that the class does not list."""
+    config._experts_implementation = name
+
+
+def register_experts(name: str, function: Callable[..., Tensor]) -> None:
+    """Make ``name`` an implementation of experts; attention has an exported interface for that, experts have none."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(name, function)
+
+
+def choose_experts_of_module(config: PreTrainedConfig, name: str) -> None:
+    """The same for the copy of a configuration that one module holds, past the setter's look at its parts."""
+    config._experts_implementation_internal = name
+
+
+def spreads_experts(experts: nn.Module) -> bool:
+    """Whether expert parallelism holds a part of the experts on each device."""
+    return getattr(experts, "_is_expert_parallel", False)
+
+
+def gate_of(experts: Any) -> Callable[[Tensor], Tensor]:
+    """From what comes out of the first product to what goes into the second: families override it."""
+    return experts._apply_gate if experts.has_gate else experts.act_fn
+
+
+# --- what a model says of its weights ---
+
+
+def kept_in_float32(model: Any) -> tuple[str, ...]:
+    """Names of the modules whose weights must not become float16, by the class alone."""
+    return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+
+def dense_by_default(model: PreTrainedModel) -> list[str]:
+    """Names of what transformers' own quantizers leave dense: heads, what is tied to them, what stays in float32."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    return [*get_keys_to_not_convert(model), *kept_in_float32(model)]
+
+
+def is_converted(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a module's name is none of ``patterns``, in the notation of ``modules_to_not_convert``."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    return should_convert_module(name, list(patterns))
+
+
+def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
+    """{pattern: dtype} of the weights that loading a model in ``dtype`` puts in another one."""
+    return model._get_dtype_plan(dtype)
+
+
+def mark_quantized(model: PreTrainedModel) -> None:
+    """Say on each part of the model that is a model itself that the whole is quantized, as loading does."""
+    from transformers.quantizers.base import _assign_is_quantized
+
+    _assign_is_quantized(model)
+
+
+def mark_initialized(module: nn.Module) -> None:
+    """Keep a family's own code from drawing random numbers for weights that are missing."""
+    module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def is_initialized(tensor: Tensor) -> bool:
+    """Whether loading found a weight for the tensor."""
+    return getattr(tensor, "_is_hf_initialized", False)
+
+
+def tie_weights_as(model: Any, is_tied: bool, keys: dict[str, str]) -> tuple[bool, dict[str, str]]:
+    """Set what saving reads to leave tied weights out ({name: the one it is tied to}); gives what it read before."""
+    before = (model.config.tie_word_embeddings, dict(getattr(model, "all_tied_weights_keys", {})))
+    model.config.tie_word_embeddings, model.all_tied_weights_keys = is_tied, keys
+    return before
+
+
+# --- conversions between the names and shapes in files and those of a model ---
+
+
+def conversions_of(model: PreTrainedModel) -> list[Any] | None:
+    """What loading converted, whose inverse saving applies; None for a model that was not loaded."""
+    return getattr(model, "_weight_conversions", None)
+
+
+def known_conversions(model: PreTrainedModel) -> list[Any]:
+    """What saving inverts for a model that was not loaded: the family's, without prefixes, of which it says nothing."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    known = get_model_conversion_mapping(model, add_legacy=False)
+    return [item for item in known if not isinstance(item, PrefixChange)]
+
+
+def set_conversions(model: PreTrainedModel, conversions: list[Any]) -> None:
+    model._weight_conversions = conversions  # type: ignore[assignment]
+
+
+def forget_conversions(model: PreTrainedModel) -> None:
+    """As transformers does from 5.24 on when it dequantizes: dense stacks are saved as the family's files have them."""
+    vars(model).pop("_weight_conversions", None)
+
+
+def is_experts_family(kind: str, family: str) -> bool:
+    """Whether models of type ``kind`` are converted as those of ``family``; PEFT reads the same table."""
+    from transformers import conversion_mapping
+
+    return conversion_mapping._MODEL_TO_CONVERSION_PATTERN.get(kind) == family
+
+
+# A converter and the pattern of the name that it takes.
+Conversion = tuple[Any, str]
+
+
+def collected(skeleton: Any, names: Iterable[str]) -> Iterator[tuple[str, str, Conversion | None]]:
+    """(name in the files, parameter that loading makes of the tensor, conversion that takes it or None for a renamed
+    one), in the order in which loading collects them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(skeleton)
+    renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
+    converters = [item for item in mapping if isinstance(item, WeightConverter)]
+    owners = {pattern: item for item in converters for pattern in item.source_patterns}
+    state = skeleton.state_dict()
+    for name in sorted(names, key=dot_natural_key):
+        parameter, pattern = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, state)
+        yield name, parameter, None if pattern is None else (owners[pattern], pattern)
+
+
+def converted(skeleton: Any, parameter: str, parts: Sequence[tuple[Conversion, Callable[[], Tensor]]]) -> Tensor:
+    """The parameter that loading makes of ``parts``."""
+    converter = copy.deepcopy(parts[0][0][0])
+    for (_, pattern), read in parts:
+        converter.add_tensor(parameter, parameter, pattern, read)
+    return next(iter(converter.convert(parameter, model=skeleton, config=skeleton.config).values()))
+
+
+def taken_apart(skeleton: Any, parameter: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The tensors that saving makes of a parameter, by their names in the files."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(skeleton, {parameter: tensor})
+
+
+# --- the forward pass ---
+
+
+@contextlib.contextmanager
+def fake_masks_looked_at() -> Iterator[None]:
+    """Within this, transformers asks a fake mask whether it hides anything, as it asks a real one. By itself it takes
+    every fake mask for one that does, and keeps a mask that real steps of a single row drop."""
+    from transformers import masking_utils
+
+    masks: Any = masking_utils
+    before = masks.is_tracing
+    masks.is_tracing = lambda tensor=None: before()
+    try:
+        yield
+    finally:
+        masks.is_tracing = before
+
+
+ROTARY = "apply_rotary_pos_emb"
+
+
+def rotary_of(module_name: str) -> Callable[..., Any] | None:
+    """The function that turns q and k in the modeling code of a family, or None where that has none."""
+    return getattr(sys.modules.get(module_name), ROTARY, None)
+
+
+def set_rotary(module_name: str, function: Callable[..., Any]) -> None:
+    """Patch it: the modeling code calls it as a global name, and no option chooses it."""
+    setattr(sys.modules[module_name], ROTARY, function)
+
+
+def checkpointing_of(block: Any) -> Callable[..., Any]:
+    """What a block under gradient checkpointing calls in the place of its own forward."""
+    return block._gradient_checkpointing_func
+
+
+@contextlib.contextmanager
+def checkpointing_by(block: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """Within this, the block calls ``function``: transformers lets a model choose options, not the function."""
+    before = block._gradient_checkpointing_func
+    block._gradient_checkpointing_func = function
+    try:
+        yield
+    finally:
+        block._gradient_checkpointing_func = before
+
+
+def collects_outputs() -> bool:
+    """Whether the call in progress was asked for hidden states or attention weights, which hooks collect."""
+    from transformers.utils import output_capturing
+
+    return bool(output_capturing._active_collector.get())
+
+
+def is_collecting_hook(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is one of those; they stay on their modules when no output is collected."""
+    from transformers.utils import output_capturing
+
+    return getattr(hook, "__module__", None) == output_capturing.__name__
+
+
+# --- reading GGUF ---
+
+
+@contextlib.contextmanager
+def gguf_read_once() -> Iterator[None]:
+    """Within this, the GGUF loader reuses what it works out twice (the header) or per module (the table of names).
+
+    Both are pure functions of the gguf package; for the demo model their repetition is half of the loading time.
+    """
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as loader
+
+    repeated = ((gguf, "GGUFReader"), (gguf, "get_tensor_name_map"), (loader, "tqdm"))
+    kept = {(module, name): getattr(module, name) for module, name in repeated}
+    try:
+        for (module, name), original in kept.items():
+            # Of tqdm, disable=None means: no bar without a terminal.
+            new = (
+                functools.partial(original, disable=True if os.environ.get("TQDM_DISABLE") else None)
+                if name == "tqdm"
+                else functools.cache(original)
+            )
+            setattr(module, name, new)
+        yield
+    finally:
+        for (module, name), original in kept.items():
+            setattr(module, name, original)
+
+
+# --- the Trainer ---
+
+
+def learning_rate_of(trainer: Trainer) -> float:
+    """Of the step in progress, whatever kind of schedule gives it."""
+    return trainer._get_learning_rate()
+
+
+def use_one_device(arguments: TrainingArguments) -> None:
+    """Without torchrun one device trains: several visible GPUs would be wrapped in DataParallel, which trl refuses."""
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+
+
+def pair_with_next_labels(trainer: Trainer) -> None:
+    """Say that label i + 1 belongs to position i, whatever the model's own loss does: trained tokens are counted so."""
+    trainer._loss_shifts_labels = True

@@ -1,0 +1,13 @@
+"""What we use of trl beside its promised interface."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trl.trainer.sft_trainer import SFTTrainer
+
+
+def metrics_of(trainer: SFTTrainer, mode: str) -> dict[str, list[float]]:
+    """What the trainer averages and logs beside the loss, in mode "train" or "eval"; our own losses add to it."""
+    return trainer._metrics[mode]

@@ -1,0 +1,287 @@
+"""Canaries of ``compat.torch``: each test is named after what it watches, and checks what the source relies on."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from rankwise.compat import torch as compat
+
+
+def test_FakeTensorMode_gives_shapes_without_values():
+    with compat.FakeTensorMode() as mode:
+        made = torch.empty(3, 4) @ torch.empty(4, 5)
+        assert compat.fake_mode() is mode
+    assert compat.is_fake(made)
+    assert made.shape == (3, 5)
+    assert made.fake_device == torch.device("cpu")
+    assert compat.fake_mode() is None
+
+
+def test_FakeTensor_is_made_of_a_meta_tensor():
+    with compat.FakeTensorMode() as mode:
+        made = compat.FakeTensor(mode, torch.empty(2, device="meta"), torch.device("cpu"))
+        assert made.device.type == "cpu"
+        with compat.in_kernel_invocation_manager(mode):
+            assert made.device.type == "meta"
+
+
+def test_TorchDispatchMode_sees_every_operation():
+    seen = []
+
+    class Mode(compat.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        torch.ones(2).add(1)
+    assert torch.ops.aten.add.Tensor in seen
+
+
+def test_tree_iter_finds_what_is_nested():
+    assert list(compat.tree_iter(((1, [2]), {"a": 3}))) == [1, 2, 3]
+
+
+def test_StorageWeakRef_tells_storages_apart():
+    a, b = torch.zeros(2), torch.zeros(2)
+    ref = compat.StorageWeakRef
+    assert ref(a.untyped_storage()) == ref(a[1:].untyped_storage())
+    assert ref(a.untyped_storage()) != ref(b.untyped_storage())
+
+
+def test_WeakTensorKeyDictionary_lets_its_keys_go():
+    notes, kept, gone = compat.WeakTensorKeyDictionary(), torch.zeros(1), torch.zeros(1)
+    notes[kept] = notes[gone] = "note"
+    del gone
+    assert len(notes) == 1
+    assert notes.get(kept) == "note"
+    assert notes.get(kept.clone()) is None
+
+
+def test_nobody_watches_a_plain_call():
+    assert not compat.is_watched()
+    assert compat.transform_interpreter() is None
+
+
+def test_maybe_a_transform_of_torch_func_watches_peek_interpreter_stack():
+    found = []
+
+    def f(x: Tensor) -> Tensor:
+        found.append((compat.is_watched(), compat.transform_interpreter() is not None))
+        return x.sum()
+
+    torch.func.grad(f)(torch.ones(2))
+    assert found == [(True, True)]
+
+
+def test_len_torch_dispatch_stack_counts_a_fake_mode():
+    with compat.FakeTensorMode():
+        assert compat.is_watched()
+
+
+def test_get_tracing_state_sees_a_trace():
+    found = []
+
+    def f(x: Tensor) -> Tensor:
+        found.append(compat.is_watched())
+        return x + 1
+
+    torch.jit.trace(f, torch.ones(2), check_trace=False)
+    assert found == [True]
+
+
+def test_current_level_of_forward_ad_tells_of_tangents():
+    assert not compat.has_tangents()
+    with forward_ad.dual_level():
+        assert compat.has_tangents()
+        assert compat.is_watched()
+
+
+def test_DisableFuncTorch_and_disable_current_modes_make_plain_tensors():
+    made = []
+
+    def f(x: Tensor) -> Tensor:
+        with compat.plain_tensors():
+            made.append(torch.ones(2))
+        return x.sum()
+
+    torch.func.grad(f)(torch.ones(2))
+    with compat.FakeTensorMode(), torch.inference_mode(), compat.plain_tensors():
+        made.append(torch.ones(2))
+    for tensor in made:
+        assert type(tensor) is Tensor
+        assert not tensor.is_inference()
+        assert tensor.tolist() == [1, 1]
+
+
+def test_current_graph_task_id_tells_a_backward_pass():
+    found = []
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda grad: found.append(compat.in_backward_pass()))
+    assert not compat.in_backward_pass()
+    y.sum().backward()
+    assert found == [True]
+
+
+def test_cdata_of_a_storage_identifies_it_without_memory():
+    a = torch.empty(2, device="meta")
+    b = torch.empty(2, device="meta")
+    assert compat.storage_address(a.untyped_storage()) == compat.storage_address(a[1:].untyped_storage())
+    assert compat.storage_address(a.untyped_storage()) != compat.storage_address(b.untyped_storage())
+
+
+def test_storage_Use_Count_counts_tensors_and_storages():
+    tensor = torch.zeros(4)
+    storage = tensor.untyped_storage()
+    assert compat.storage_users(storage) == 2
+    view = tensor[1:]
+    assert compat.storage_users(storage) == 3
+    del view
+    assert compat.storage_users(storage) == 2
+
+
+def test_version_counts_writes():
+    tensor = torch.zeros(2)
+    view = tensor[:1]
+    tensor.add_(1)
+    assert compat.writes_to(tensor) == compat.writes_to(view) == 1
+    tensor.data.add_(1)
+    assert compat.writes_to(tensor) == 1
+    with torch.inference_mode():
+        assert compat.writes_to(torch.zeros(2)) == 0
+
+
+def test_version_is_shared_with_an_alias_that_holds_nothing():
+    output = torch.zeros(3)
+    counter = output.detach()
+    counter.data = output.new_empty(0)
+    output.add_(1)
+    assert compat.writes_to(counter) == 1
+
+
+def test_base_is_what_a_view_shows():
+    tensor = torch.zeros(2, 3)
+    assert compat.viewed(tensor.view(3, 2).t()) is tensor
+    assert compat.viewed(tensor) is None
+
+
+def test_unsafe_view_is_no_view_to_autograd():
+    class Shaped(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return compat.unsafe_view(x * 2, (6,))
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad.view(2, 3)
+
+    y = Shaped.apply(torch.ones(2, 3, requires_grad=True))
+    y.add_(1)
+    assert y.tolist() == [3] * 6
+
+
+@pytest.mark.parametrize(
+    ("operator", "overload", "call"),
+    [
+        (compat.to_copy, "default", lambda: torch.ones(2).to(torch.float64)),
+        (compat.local_scalar, "default", lambda: torch.ones(()).item()),
+        (compat.foreach_norm, "Scalar", lambda: torch._foreach_norm([torch.ones(2)])),
+        (compat.foreach_sqrt, "default", lambda: torch._foreach_sqrt([torch.ones(2)])),
+        (
+            compat.grouped_mm,
+            "default",
+            lambda: nn.functional.grouped_mm(
+                torch.ones(8, 8, dtype=torch.bfloat16),
+                torch.ones(1, 8, 8, dtype=torch.bfloat16),
+                offs=torch.tensor([8], dtype=torch.int32),
+            ),
+        ),
+        (compat.unsafe_view, "default", lambda: torch.ones(2, 1, 3) @ torch.ones(3, 4)),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_private_operators_run_where_the_dry_run_expects_them(operator, overload, call):
+    seen = []
+
+    class Mode(compat.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        call()
+    assert getattr(operator, overload) in seen
+
+
+def test_parameters_buffers_and_modules_of_a_module_are_live_dictionaries():
+    module = nn.BatchNorm1d(2, affine=False)
+    assert set(compat.own_buffers(module)) == {"running_mean", "running_var", "num_batches_tracked"}
+    linear = nn.Linear(2, 3, bias=False)
+    assert set(compat.own_parameters(linear)) == {"weight", "bias"}
+    compat.own_parameters(linear)["weight"] = nn.Parameter(torch.zeros(3, 2))
+    assert not linear.weight.any()
+    assert compat.own_modules(nn.Sequential(linear)) == {"0": linear}
+
+
+def test_a_shallow_copy_with_own_parts_leaves_the_original_alone():
+    module = nn.Sequential(nn.Linear(2, 2))
+    module.register_parameter("own", nn.Parameter(torch.ones(1)))
+    copied = copy.copy(module)
+    compat.with_own_parts(copied)
+    copied.own = nn.Parameter(torch.zeros(1))
+    copied.add_module("1", nn.ReLU())
+    assert module.own.item() == 1
+    assert len(module) == 1
+
+
+REGISTER = {
+    "register_forward_hook": lambda *_: None,
+    "register_forward_pre_hook": lambda *_: None,
+    "register_full_backward_hook": lambda *_: None,
+    "register_full_backward_pre_hook": lambda *_: None,
+}
+
+
+@pytest.mark.parametrize(("place", "register"), enumerate(REGISTER))
+def test_hooks_around_a_module_are_four_collections(place, register):
+    module = nn.Linear(1, 1)
+    handle = getattr(module, register)(REGISTER[register])
+    assert [len(hooks) for hooks in compat.hooks_around(module)] == [int(index == place) for index in range(4)]
+    handle.remove()
+    assert not any(compat.hooks_around(module))
+
+
+def test_shared_hooks_are_all_that_a_module_keeps_of_them():
+    old, new, calls = nn.Linear(1, 1), nn.Linear(1, 1), []
+    handle = old.register_forward_hook(lambda module, args, kwargs, y: calls.append(kwargs), with_kwargs=True)
+    compat.share_hooks(new, old)
+    new(input=torch.ones(1, 1))
+    assert [list(kwargs) for kwargs in calls] == [["input"]]
+    handle.remove()
+    new(torch.ones(1, 1))
+    assert len(calls) == 1
+    # A collection that torch adds would not be shared.
+    assert {name for name in vars(nn.Module()) if "_hook" in name and "state_dict" not in name} == {*compat._HOOKS}
+
+
+def test_last_lr_is_what_a_scheduler_reports():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    compat.set_last_rates(scheduler, [0.25])
+    assert scheduler.get_last_lr() == [0.25]
+
+
+def test_module_apply_and_load_from_state_dict_take_what_ours_take():
+    """Ours override both: the precision of scales and magnitudes, and wrong dtypes in a state dict."""
+    module = nn.Linear(1, 1)
+    module._apply(lambda tensor: tensor.double(), recurse=True)
+    assert module.weight.dtype is torch.float64
+    errors: list[str] = []
+    module._load_from_state_dict({"weight": torch.zeros(2, 2)}, "", {}, True, [], [], errors)
+    assert "size mismatch" in errors[0]
