@@ -20,14 +20,14 @@ from rankwise.quantization.linear import Linear4bit
 from rankwise.quantization.transformers_plugin import DeserializeOperation, FourBitQuantizer, QuantizeOperation
 from rankwise.training.trainer import RankwiseTrainer
 
-OPERATION = {"__init__": "hf_quantizer", "convert": "input_dict"}
-# (class: {method: the base's leading parameters}). Of modules the underscored methods alone: nn.Module's others are
+OPERATION = {"convert": "input_dict"}
+# {class: {method: the base's leading parameters}}. Of modules the underscored methods alone: nn.Module's others are
 # meant to be overridden.
 OVERRIDDEN: dict[type, dict[str, str]] = {
     RankwiseTrainer: {
         "__init__": "model args",
         "compute_loss": "model inputs return_outputs num_items_in_batch",
-        "training_step": "model inputs num_items_in_batch",
+        "training_step": "",
         "evaluation_loop": "dataloader description prediction_loss_only ignore_keys metric_key_prefix",
         "floating_point_ops": "inputs",
         "create_model_card": "",
@@ -51,6 +51,7 @@ OVERRIDDEN: dict[type, dict[str, str]] = {
         "param_needs_quantization": "model param_name",
         "is_serializable": "",
         "get_quantize_ops": "",
+        "get_load_operations": "",
         "update_weight_conversions": "weight_conversions model",
         "get_state_dict_and_metadata": "model",
         "_process_model_before_weight_loading": "model",

@@ -74,14 +74,15 @@ def test_keep_in_fp32_modules_and_get_dtype_plan(llama: LlamaForCausalLM):
 def test_get_keys_to_not_convert_and_should_convert_module(llama: LlamaForCausalLM):
     assert compat.dense_by_default(llama) == ["lm_head"]
     assert not compat.is_converted("lm_head", ["lm_head"])
-    assert not compat.is_converted("model.layers.0.mlp.up_proj", ["layers.0.mlp"])
-    assert compat.is_converted("model.layers.1.mlp.up_proj", ["layers.0.mlp", "lm_head"])
+    assert not compat.is_converted("model.layers.0.mlp.up_proj", ["model.layers.0.mlp"])
+    assert not compat.is_converted("model.layers.0.mlp.up_proj", ["up_proj"])
+    assert compat.is_converted("model.layers.1.mlp.up_proj", ["model.layers.0.mlp", "lm_head"])
 
 
 def test_assign_is_quantized_marks_the_parts_that_are_models(llama: LlamaForCausalLM):
-    llama.is_quantized = True
     compat.mark_quantized(llama)
-    assert llama.model._is_quantized
+    assert llama.config._is_quantized
+    assert llama.model.config._is_quantized
 
 
 def test_is_hf_initialized_keeps_weights_from_being_drawn_again():
