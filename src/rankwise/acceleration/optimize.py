@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import weakref
 from collections.abc import Callable
@@ -211,7 +212,7 @@ def _share_inputs(blocks: dict[AdaptedLayer, str], seen: list[Seen], undo: Undo)
         together = SharedInput(group)
         for layer in group:
             layer.shared = together
-            undo.add(lambda layer=layer: setattr(layer, "shared", None))  # type: ignore[misc]
+            undo.add(functools.partial(setattr, layer, "shared", None))
     return len(shared)
 
 
@@ -225,13 +226,13 @@ def _trust_handbacks(seen: list[Seen], undo: Undo) -> None:
     """Layers whose output was promised back need not keep it."""
     for call in seen:
         handback = offered_by(call.y)
-        if handback is not None and handback.is_promised and call.layer.active is not None:
-            adapter: Any = call.layer.adapters[call.layer.active]
+        adapter = call.layer.at_work
+        if handback is not None and handback.is_promised and isinstance(adapter, Dora):
             adapter.comes_back = True
-            undo.add(lambda adapter=adapter: _keep_output(adapter))  # type: ignore[misc]
+            undo.add(functools.partial(_keep_output, adapter))
 
 
-def _keep_output(adapter: Any) -> None:
+def _keep_output(adapter: nn.Module) -> None:
     if isinstance(adapter, Dora):
         adapter.comes_back = False
 

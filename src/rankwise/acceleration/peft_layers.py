@@ -111,14 +111,16 @@ def _is_current(module: Any, layer: AdaptedLayer, name: str) -> bool:
     if any(has_hooks(part[name]) for part in parts if name in part):
         return False
     A, B, m = _parameters(module, name)
-    known: Any = dict(layer.adapters).get(name)
-    held = None if known is None else (known.lora_A, known.lora_B, known.magnitude)
-    if held is None or any(a is not b for a, b in zip(held, (A, B, m))) or known.scaling != module.scaling[name]:
+    known = layer.adapter(name) if name in layer.adapters else None
+    held = () if known is None else (known.lora_A, known.lora_B, known.magnitude)
+    is_same = len(held) == 3 and all(a is b for a, b in zip(held, (A, B, m)))
+    if known is None or not is_same or known.scaling != module.scaling[name]:
         if getattr(module.lora_B[name], "bias", None) is not None:
             return False
         layer.adapters[name] = _adapter_over(module, layer.base_layer, name)
-    adapter: Any = layer.adapters[name]
-    adapter.lora_dropout.p = float(getattr(module.lora_dropout[name], "p", 0.0))
+    adapter = layer.adapter(name)
+    assert isinstance(adapter, Lora | Dora), "over a linear layer"
+    adapter.dropout = _dropout(module, name)
     return A.dtype.is_floating_point
 
 
@@ -131,16 +133,16 @@ def _parameters(module: Any, name: str) -> tuple[nn.Parameter, nn.Parameter, nn.
 def _adapter_over(module: Any, base: nn.Module, name: str) -> Lora | Dora:
     """An adapter of ours whose parameters are PEFT's."""
     (A, B, m), scaling = _parameters(module, name), module.scaling[name]
-    dropout = float(getattr(module.lora_dropout[name], "p", 0.0))
-    options: dict[str, Any] = {"dropout": dropout, "dtype": A.dtype, "device": "meta"}
-    adapter: Lora | Dora
-    if m is None:
-        adapter = Lora(base, A.shape[0], scaling, **options)
-    else:
-        adapter = Dora(base, A.shape[0], scaling, **options)
+    kind = Lora if m is None else Dora
+    adapter = kind(base, A.shape[0], scaling, dropout=_dropout(module, name), dtype=A.dtype, device="meta")
+    if isinstance(adapter, Dora) and m is not None:
         adapter.magnitude = m
     adapter.lora_A, adapter.lora_B = A, B
     return adapter
+
+
+def _dropout(module: Any, name: str) -> float:
+    return float(getattr(module.lora_dropout[name], "p", 0.0))
 
 
 def _base_view(base: Any) -> nn.Module | None:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from rankwise.acceleration.parts import Glu, rms_norm, rope
 from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
 from rankwise.adapters.base_layer import has_hooks
+from rankwise.adapters.dora import Dora
 from rankwise.adapters.layer import AdaptedLayer
+from rankwise.adapters.lora import Lora
 from rankwise.adapters.operator import branch_of, drawn_dropout
 from rankwise.compat.torch import is_fake
 from rankwise.compat.transformers import rotary_of, set_rotary
@@ -152,16 +154,10 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
 def down_of_glu(down: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
     """``down(act(gate) * up)``; over an adapted layer the product is not kept for the backward pass."""
     layer = down.__dict__.get(STAND_IN, down)
-    if (
-        isinstance(layer, AdaptedLayer)
-        and is_free(layer)
-        and not has_hooks(down)
-        and layer.is_ready
-        and layer.active is not None
-    ):
-        adapter: Any = layer.adapters[layer.active]
-        branch = branch_of(adapter, layer.base_layer, gate)
-        if branch is not None:
+    if isinstance(layer, AdaptedLayer) and is_free(layer) and not has_hooks(down) and layer.is_ready:
+        adapter = layer.at_work
+        branch = branch_of(adapter, layer.base_layer, gate) if isinstance(adapter, Lora | Dora) else None
+        if adapter is not None and branch is not None:
             return low_rank_linear_of_glu(gate, up, act, branch, drawn_dropout(adapter.dropout, adapter.training))
     return down(Glu.apply(gate, up, act))
 

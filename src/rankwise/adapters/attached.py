@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -117,8 +116,9 @@ def adapted_experts(model: nn.Module, name: str) -> Iterator[tuple[str, AdaptedE
 
 def stacks_of(experts: AdaptedExperts, name: str) -> dict[str, StackLora]:
     """{stack: its low-rank pairs} of an adapter, in the order of the module's parameters."""
-    adapter: Any = experts.adapters[name]
-    return {leaf: adapter.stacks[leaf] for leaf in own_parameters(experts.base_layer) if leaf in adapter.stacks}
+    adapter = experts.adapter(name)
+    found = ((leaf, adapter.of(leaf)) for leaf in own_parameters(experts.base_layer))
+    return {leaf: lora for leaf, lora in found if lora is not None}
 
 
 def trained_copies(model: nn.Module, name: str) -> Iterator[tuple[str, TrainedCopy]]:

@@ -64,41 +64,48 @@ def is_quantized(module: nn.Module) -> bool:
 
 def features(base: nn.Module) -> tuple[int, int]:
     """(in, out)."""
-    layer: Any = base
     if isinstance(base, nn.Embedding):
         return base.num_embeddings, base.embedding_dim
     if is_conv1d(base):
-        return layer.weight.shape[0], layer.weight.shape[1]
+        in_features, out_features = stored_weight(base).shape
+        return in_features, out_features
+    layer: Any = base
     return layer.in_features, layer.out_features
+
+
+def stored_weight(base: nn.Module) -> Tensor:
+    """What the base calls ``weight``, in whatever shape and format."""
+    W = base.weight
+    assert isinstance(W, Tensor), "of a layer that adapts"
+    return W
 
 
 def dense_weight(base: nn.Module) -> Tensor:
     """W as (out, in) in the base's dtype: a view where the layer holds it, a new tensor where it is quantized."""
-    layer: Any = base
     if is_quantized(base):
+        layer: Any = base
         return layer.dequantize()
-    transposed = is_conv1d(base) or isinstance(base, nn.Embedding)
-    return layer.weight.detach().T if transposed else layer.weight.detach()
+    W = stored_weight(base).detach()
+    return W.T if is_conv1d(base) or isinstance(base, nn.Embedding) else W
 
 
 def frozen_product(base: nn.Module, x: Tensor) -> Tensor:
     """``W x`` without the bias: (..., out)."""
-    layer: Any = base
     if is_own(base):
         if type(base) is nn.Linear:
-            return F.linear(x, layer.weight)
+            return F.linear(x, base.weight)
         if is_conv1d(base):
-            return x @ layer.weight
+            return x @ stored_weight(base)
         if hasattr(base, "product"):
-            return layer.product(x)
-    y = base(x)
-    return y if getattr(base, "bias", None) is None else y - layer.bias
+            return base.product(x)  # type: ignore[operator]
+    y, bias = base(x), getattr(base, "bias", None)
+    return y if bias is None else y - bias
 
 
 def weight_dtype(base: nn.Module) -> torch.dtype:
     """The floating dtype in which the base computes."""
-    layer: Any = base
-    return layer.weight.dtype if layer.weight.dtype.is_floating_point else layer.dtype
+    dtype = stored_weight(base).dtype
+    return dtype if dtype.is_floating_point else base.dtype  # type: ignore[return-value]
 
 
 def weight_device(base: nn.Module) -> torch.device:
@@ -107,8 +114,8 @@ def weight_device(base: nn.Module) -> torch.device:
 
 def weight_key(base: nn.Module) -> Key:
     """Changes whenever the base's weight is replaced, written to, moved or read in another dtype."""
-    layer: Any = base
-    return *frozen_key(layer.weight), weight_dtype(base), layer.weight.device
+    W = stored_weight(base)
+    return *frozen_key(W), weight_dtype(base), W.device
 
 
 def with_weight(base: nn.Module, W: Tensor) -> nn.Module:
@@ -116,7 +123,7 @@ def with_weight(base: nn.Module, W: Tensor) -> nn.Module:
     if is_quantized(base):
         layer: Any = base
         return layer.dense_layer(W) if hasattr(base, "dense_layer") else _linear(W, getattr(base, "bias", None))
-    plain: Any = copy.copy(base)
+    plain = copy.copy(base)
     with_own_parts(plain)
     transposed = is_conv1d(base) or isinstance(base, nn.Embedding)
     plain.weight = nn.Parameter(W.T.contiguous() if transposed else W, requires_grad=False)

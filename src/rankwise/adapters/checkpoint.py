@@ -39,7 +39,7 @@ from rankwise.adapters.inject import (
     plan_adapter,
     remove_adapter,
 )
-from rankwise.adapters.layer import AdaptedLayer, TrainedCopy
+from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.peft_config import CONFIG_FILE, from_peft, read_config
 from rankwise.adapters.saving import (
     PARTS_FIELDS,
@@ -53,9 +53,9 @@ from rankwise.adapters.saving import (
 from rankwise.adapters.state import (
     AdapterState,
     base_modules,
-    inner_module,
     replace_parameter,
     state_and_name,
+    unwrapped,
 )
 from rankwise.compat.torch import own_parameters
 from rankwise.config import LoraConfig
@@ -152,15 +152,13 @@ def _load_end_weights(model: nn.Module, tensors: Mapping[str, Tensor], state: Ad
 def end_weights(model: nn.Module) -> dict[str, Tensor]:
     """The base's embedding and output head under the keys by which PEFT saves them beside an adapter on them."""
     finders: list[Any] = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
-    ends = [end for find in finders if find is not None and (end := find()) is not None]
-    inner = [inner_module(end) if isinstance(end, AdaptedLayer | TrainedCopy) else end for end in ends]
-    paths = [path for path, module in base_modules(model) if any(module is end for end in inner)]
-    modules = dict(base_modules(model))
-    return {f"{PREFIX}{path}.{way}weight": modules[path].weight for path in paths for way in ("", "base_layer.")}  # type: ignore[misc]
+    ends = [unwrapped(end) for find in finders if find is not None and (end := find()) is not None]
+    weights = {path: module.weight for path, module in base_modules(model) if any(module is end for end in ends)}
+    return {f"{PREFIX}{path}.{way}weight": W for path, W in weights.items() for way in ("", "base_layer.")}  # type: ignore[misc]
 
 
 def _compact(key: str, tensor: Tensor, layer: AdaptedLayer, name: str) -> Tensor:
-    adapter: Any = layer.adapters[name]
+    adapter = layer.adapter(name)
     if adapter.parts is None or key.endswith("lora_A.weight"):
         return tensor
     if key.endswith("lora_magnitude_vector"):

@@ -5,8 +5,6 @@ Shapes: ids (...), E (vocabulary, dim), lora_A (r, vocabulary), lora_B (dim, r),
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -71,9 +69,6 @@ class EmbeddingLora(nn.Module):
 
     def full_B(self) -> Tensor:
         return self.lora_B.detach()
-
-    def full_magnitude(self, base: nn.Module) -> Any:
-        return None if self.magnitude is None else self.magnitude.detach()
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}"

@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,9 +65,9 @@ class StackLora(nn.Module):
     def __init__(self, stack: StackShape, r: int, scaling: float, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.r, self.scaling = r, scaling
-        where: dict[str, Any] = {"dtype": dtype, "device": stack.device}
-        self.lora_A = nn.Parameter(torch.empty(stack.experts, r, stack.in_features, **where))
-        self.lora_B = nn.Parameter(torch.empty(stack.experts, stack.out_features, r, **where))
+        empty = partial(torch.empty, dtype=dtype, device=stack.device)
+        self.lora_A = nn.Parameter(empty(stack.experts, r, stack.in_features))
+        self.lora_B = nn.Parameter(empty(stack.experts, stack.out_features, r))
 
     def reset_parameters(self, *, zero_b: bool = True) -> None:
         # All experts' ranks at once: one draw, as of a linear layer of rank E r.
@@ -101,24 +102,26 @@ class ExpertsLora(nn.Module):
         super().__init__()
         self.stacks = nn.ModuleDict()
 
+    def pairs(self) -> Iterable[tuple[str, StackLora]]:
+        return cast(Iterable[tuple[str, StackLora]], self.stacks.items())
+
     def of(self, leaf: str) -> StackLora | None:
-        found: Any = self.stacks
-        return found[leaf] if leaf in found else None  # noqa: SIM401  (a ModuleDict has no get)
+        return dict(self.pairs()).get(leaf)
 
     def merge(self, base: nn.Module) -> nn.Module:
         """A module like ``base`` whose adapted stacks are dense and merged; ``base`` does not change."""
         merged: Any = copy.copy(base)
         with_own_parts(merged)
-        for leaf, lora in self.stacks.items():
+        for leaf, lora in self.pairs():
             stack = stack_at(merged, leaf)
             if stack is not None:
                 dequantize_stack(stack)
-            W = lora.merge(merged.get_parameter(leaf).detach(), transposed=merged.is_transposed)  # type: ignore[operator]
+            W = lora.merge(merged.get_parameter(leaf).detach(), transposed=merged.is_transposed)
             setattr(merged, leaf, nn.Parameter(W, requires_grad=False))
         return merged
 
 
-class AdaptedExperts(OverBase):
+class AdaptedExperts(OverBase[ExpertsLora]):
     """A layer's experts under adapters. Whoever watches the base's calls sees those of what stands in its place."""
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -127,19 +130,17 @@ class AdaptedExperts(OverBase):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (T, H), top_k_index (T, k) of experts, top_k_weights (T, k) -> (T, H)."""
-        if self.active is None:
+        if (adapter := self.at_work) is None:
             return self.base_layer.forward(hidden_states, top_k_index, top_k_weights)
-        adapter: Any = self.adapters[self.active]
         return experts_forward(self.base_layer, adapter, hidden_states, top_k_index, top_k_weights)
 
 
 @torch.no_grad()
 def relative_updates(experts: AdaptedExperts) -> dict[str, float]:
     """``||s B A||_F / ||W||_F`` over all experts of each stack that the active adapter adapts."""
-    assert experts.active is not None, "the adapter is at work"
-    adapter: Any = experts.adapters[experts.active]
+    assert experts.at_work is not None, "asked for of an adapter that computes"
     found = {}
-    for leaf, lora in adapter.stacks.items():
+    for leaf, lora in experts.at_work.pairs():
         stack = stack_at(experts.base_layer, leaf)
         W = experts.base_layer.get_parameter(leaf) if stack is None else stack.dequantize()
         A, B = lora.lora_A.float(), lora.lora_B.float()

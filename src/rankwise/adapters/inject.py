@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from rankwise.adapters.base_layer import weight_device, weight_dtype
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.embedding import EmbeddingLora
 from rankwise.adapters.experts import AdaptedExperts, ExpertsLora, StackLora, stack_shape
-from rankwise.adapters.layer import AdaptedLayer, Adapter, OverBase, TrainedCopy
+from rankwise.adapters.layer import AdaptedLayer, OverBase, TrainedCopy
 from rankwise.adapters.lora import Lora
 from rankwise.adapters.parameters import experts_left_out, names_in, parameter_names
 from rankwise.adapters.saving import SavePretrained
@@ -38,6 +38,7 @@ from rankwise.adapters.state import (
     replace_parameter,
     state_and_name,
     take_replaced,
+    unwrapped,
     wrappers,
 )
 from rankwise.adapters.targets import check_enable_lora, module_names, target_names
@@ -45,6 +46,8 @@ from rankwise.compat.torch import own_parameters
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError
 from rankwise.matching import check_targets, warn_of_experts, warn_of_idle
+
+Kind = TypeVar("Kind", AdaptedLayer, AdaptedExperts, TrainedCopy)
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, *, name: str = DEFAULT_NAME) -> AdapterReport:
@@ -72,7 +75,6 @@ def plan_adapter(
     if not is_foreign:
         check_targets(config, there)
     stacks = parameter_names(modules, config)
-    # An empty list of target_modules leaves the stacks alone to adapt.
     # An empty list of target_modules leaves the stacks alone to adapt.
     stacks_suffice = bool(stacks) and (is_foreign or not config.target_modules)
     targets = target_names(modules, _output_head(model), config, may_be_none=stacks_suffice)
@@ -103,10 +105,10 @@ def attach(
             _add_stack(_wrap(model, item.path, AdaptedExperts), config, item, name)
         else:
             layer = _wrap(model, item.name, AdaptedLayer)
-            layer.adapters[name] = _new_adapter(config, item, layer.base_layer).train(layer.training)
+            layer.adapters[name] = adapter = _new_adapter(config, item, layer.base_layer).train(layer.training)
             layer.is_head = layer.base_layer is _output_head(model)
-            if isinstance(layer.adapters[name], Dora):
-                layer.adapters[name].is_overwritten = _overwrites_outputs(model)
+            if isinstance(adapter, Dora):
+                adapter.is_overwritten = _overwrites_outputs(model)
     if config.adapter_dtype == "base":
         for _, module in wrappers(model):
             if isinstance(module, OverBase) and name in module.adapters:
@@ -210,7 +212,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     """The base module that maps hidden states to logits, or None for a model without one."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
-    return inner_module(head) if isinstance(head, AdaptedLayer | TrainedCopy) else head
+    return None if head is None else unwrapped(head)
 
 
 def _add_stack(experts: AdaptedExperts, config: LoraConfig, item: AdaptedModule, name: str) -> None:
@@ -220,34 +222,29 @@ def _add_stack(experts: AdaptedExperts, config: LoraConfig, item: AdaptedModule,
     dtype = torch.float32 if config.adapter_dtype == "float32" else stack.dtype
     lora = StackLora(stack, item.r, config.scaling(item.r, item.lora_alpha), dtype=dtype)
     lora.reset_parameters(zero_b=config.init_lora_weights)
-    adapter: Any = experts.adapters[name]
-    adapter.stacks[item.leaf] = lora
+    experts.adapter(name).stacks[item.leaf] = lora
 
 
-def _new_adapter(config: LoraConfig, item: AdaptedModule, base: nn.Module) -> Adapter:
+def _new_adapter(config: LoraConfig, item: AdaptedModule, base: nn.Module) -> Lora | Dora | EmbeddingLora:
     dtype = torch.float32 if config.adapter_dtype == "float32" else weight_dtype(base)
-    where: dict[str, Any] = {"dtype": dtype, "device": weight_device(base)}
-    scaling, zero_b = config.scaling(item.r, item.lora_alpha), config.init_lora_weights
+    device, scaling = weight_device(base), config.scaling(item.r, item.lora_alpha)
+    adapter: Lora | Dora | EmbeddingLora
     if isinstance(base, nn.Embedding):
-        embedding = EmbeddingLora(base, item.r, scaling, use_dora=config.use_dora, **where)
-        embedding.reset_parameters(base, zero_b=zero_b)
-        return embedding
-    where |= {"dropout": config.lora_dropout, "parts": item.parts}
-    if config.use_dora:
-        dora = Dora(base, item.r, scaling, **where)
-        dora.reset_parameters(base, zero_b=zero_b)
-        return dora
-    lora = Lora(base, item.r, scaling, **where)
-    lora.reset_parameters(zero_b=zero_b)
-    return lora
+        adapter = EmbeddingLora(base, item.r, scaling, use_dora=config.use_dora, dtype=dtype, device=device)
+    else:
+        kind = Dora if config.use_dora else Lora
+        adapter = kind(base, item.r, scaling, dropout=config.lora_dropout, parts=item.parts, dtype=dtype, device=device)
+    adapter.reset_parameters(base, zero_b=config.init_lora_weights)
+    return adapter
 
 
-def _wrap(model: nn.Module, path: str, kind: type[Any]) -> Any:
+def _wrap(model: nn.Module, path: str, kind: type[Kind]) -> Kind:
     module = model.get_submodule(path)
-    if not isinstance(module, kind):
-        module = kind(module).train(module.training)
-        model.set_submodule(path, module)
-    return module
+    if isinstance(module, kind):
+        return module
+    wrapper = kind(module).train(module.training)
+    model.set_submodule(path, wrapper)
+    return wrapper
 
 
 def _check_name(model: nn.Module, config: LoraConfig, name: str) -> None:

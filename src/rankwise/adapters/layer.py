@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.base_layer import features
 from rankwise.adapters.dora import Dora
-from rankwise.adapters.embedding import EmbeddingLora
 from rankwise.adapters.lora import Lora
+from rankwise.adapters.operator import Adapter
 from rankwise.ops.selection import is_traced
 
 if TYPE_CHECKING:
     from rankwise.adapters.shared_input import SharedInput
 
-Adapter = Lora | Dora | EmbeddingLora
+Over = TypeVar("Over")
 
 
-class OverBase(nn.Module):
+class OverBase(nn.Module, Generic[Over]):
     """A frozen base and the adapters that can lie over it, of which at most one is active. What it lacks itself, such
     as a layer's bias, is the base's."""
 
@@ -37,6 +37,14 @@ class OverBase(nn.Module):
         # Adapters whose A and B take the dtype that the base is cast to (``adapter_dtype="base"``).
         self.cast_with_base: set[str] = set()
         keep_names(self, "base_layer")
+
+    def adapter(self, name: str) -> Over:
+        return cast(Over, self.adapters[name])
+
+    @property
+    def at_work(self) -> Over | None:
+        """The active adapter."""
+        return None if self.active is None else self.adapter(self.active)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if recurse:
@@ -54,7 +62,9 @@ class OverBase(nn.Module):
             return getattr(super().__getattr__("base_layer"), name)
 
 
-def _keeping_precision(adapter: Any, fn: Callable[[Tensor], Tensor], *, cast_pair: bool) -> Callable[[Tensor], Tensor]:
+def _keeping_precision(
+    adapter: nn.Module, fn: Callable[[Tensor], Tensor], *, cast_pair: bool
+) -> Callable[[Tensor], Tensor]:
     """``fn`` without its casts of m below float32, and without those of A and B unless ``cast_pair``."""
 
     def apply(tensor: Tensor) -> Tensor:
@@ -70,7 +80,7 @@ def _keeping_precision(adapter: Any, fn: Callable[[Tensor], Tensor], *, cast_pai
     return apply
 
 
-class AdaptedLayer(OverBase):
+class AdaptedLayer(OverBase[Adapter]):
     """A linear layer or an embedding under adapters."""
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -98,8 +108,7 @@ class AdaptedLayer(OverBase):
     @property
     def weight(self) -> Tensor:
         """The base's, for models that peek at a layer's dtype; of an output head the adapted one, with gradients."""
-        if self.is_head and self.active is not None:
-            adapter: Any = self.adapters[self.active]
+        if self.is_head and isinstance(adapter := self.at_work, Lora | Dora):
             return adapter.effective_weight(self.base_layer)
         return self.base_layer.weight  # type: ignore[return-value]
 
@@ -142,8 +151,7 @@ class TrainedCopy(nn.Module):
 
 
 def is_private(name: str) -> bool:
-    """Whether an attribute is not for others: a copy is made by its own ``__deepcopy__``, and who keeps notes on a
-    module, as accelerate its hooks, does not mean what stands around it."""
+    """Underscore names are not forwarded to the base: copy.deepcopy and accelerate would act on the wrong module."""
     return name.startswith("_")
 
 

@@ -20,6 +20,8 @@ class Lora(nn.Module):
     """
 
     magnitude: None = None
+    # Of DoRA alone: its magnitudes need the output again.
+    comes_back = False
 
     def __init__(
         self,
@@ -46,7 +48,7 @@ class Lora(nn.Module):
     def dropout(self, p: float) -> None:
         self.lora_dropout.p = p
 
-    def reset_parameters(self, *, zero_b: bool = True) -> None:
+    def reset_parameters(self, base: nn.Module, *, zero_b: bool = True) -> None:
         init_low_rank_(self.lora_A, self.lora_B, zero_b=zero_b)
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
@@ -67,6 +69,9 @@ class Lora(nn.Module):
         """``W + s B A`` with gradients to A and B: (out, in) in the base's dtype."""
         W = dense_weight(base)
         return W + (self.scaling * to_blocks(self.lora_B, self.parts) @ self.lora_A).to(W.dtype)
+
+    def fixed_gain(self, base: nn.Module) -> None:
+        """LoRA has none."""
 
     def full_B(self) -> Tensor:
         """B as (out, rank of the whole update)."""

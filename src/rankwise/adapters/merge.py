@@ -55,10 +55,9 @@ def _merged(module: Wrapper) -> nn.Module:
         return inner_module(module)
     if isinstance(module, TrainedCopy):
         return module.chosen()
-    adapter: Any = module.adapters[module.active]
     if isinstance(module, AdaptedExperts):
-        return adapter.merge(module.base_layer)
-    return with_weight(module.base_layer, adapter.merge(module.base_layer))
+        return module.adapter(module.active).merge(module.base_layer)
+    return with_weight(module.base_layer, module.adapter(module.active).merge(module.base_layer))
 
 
 def _touches_tied_weight(model: nn.Module, wrapped: list[tuple[str, Wrapper]]) -> bool:

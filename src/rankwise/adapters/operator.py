@@ -7,12 +7,13 @@ same formulas through autograd, in ``lora.py`` and ``dora.py``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters.base_layer import is_conv1d, is_own
+from rankwise.adapters.base_layer import is_conv1d, is_own, stored_weight
+from rankwise.adapters.fused import Parts
 from rankwise.ops.branch import Branch, Dropout, Frozen
 from rankwise.ops.selection import is_traced
 from rankwise.quantization.linear import Linear4bit
@@ -20,19 +21,51 @@ from rankwise.quantization.linear import Linear4bit
 SEEDS = 1 << 31
 
 
+class Adapter(Protocol):
+    """What lies over one base layer: a pair A (r, in), B (out, r) and, in DoRA, a magnitude m for each output row.
+
+    It never owns the base, which each of its methods is given.
+    """
+
+    scaling: float
+    training: bool
+
+    @property
+    def lora_A(self) -> nn.Parameter: ...
+    @property
+    def lora_B(self) -> nn.Parameter: ...
+    @property
+    def parts(self) -> Parts | None: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def magnitude(self) -> nn.Parameter | None: ...
+    def merge(self, base: nn.Module) -> Tensor: ...
+
+
+class LinearAdapter(Adapter, Protocol):
+    """An adapter of a linear layer, which the operator can compute."""
+
+    # Whether what follows gives the output back in the backward pass.
+    comes_back: bool
+
+    def fixed_gain(self, base: nn.Module) -> Tensor | None: ...
+    def effective_weight(self, base: nn.Module) -> Tensor: ...
+
+
 def frozen_weight(base: nn.Module, x: Tensor) -> Frozen | None:
     """The weight of ``base`` as the operator takes it, or None where it cannot."""
-    layer: Any = base
-    if is_traced() or layer.weight.requires_grad or not computes_in(x.dtype, x.device) or not is_own(base):
+    W = stored_weight(base)
+    if is_traced() or W.requires_grad or not computes_in(x.dtype, x.device) or not is_own(base):
         return None
     if type(base) is Linear4bit:
-        computes_as = layer.compute_dtype or x.dtype
-        return Frozen(layer.packed) if layer.dtype is x.dtype is computes_as else None
-    if layer.weight.dtype is not x.dtype:
+        computes_as = base.compute_dtype or x.dtype
+        return Frozen(base.packed) if base.dtype is x.dtype is computes_as else None
+    if W.dtype is not x.dtype:
         return None
     if type(base) is nn.Linear:
-        return Frozen(layer.weight)
-    return Frozen(layer.weight.T) if is_conv1d(base) else None
+        return Frozen(W)
+    return Frozen(W.T) if is_conv1d(base) else None
 
 
 def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
@@ -41,17 +74,17 @@ def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
     return not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) == dtype
 
 
-def branch_of(adapter: Any, base: nn.Module, x: Tensor) -> Branch | None:
+def branch_of(adapter: LinearAdapter, base: nn.Module, x: Tensor) -> Branch | None:
     """The operator's view of one adapted layer, or None where it does not apply."""
     frozen = frozen_weight(base, x) if adapter.parts is None else None
     if frozen is None:
         return None
     m = adapter.magnitude
-    gain = None if m is None else adapter.fixed_gain(base)
+    gain = adapter.fixed_gain(base)
     if m is not None and gain is None:
         return None
     A, B, bias = adapter.lora_A, adapter.lora_B, getattr(base, "bias", None)
-    return Branch(frozen, adapter.scaling, A, B, bias, m, gain, comes_back=m is not None and adapter.comes_back)
+    return Branch(frozen, adapter.scaling, A, B, bias, m, gain, adapter.comes_back)
 
 
 def drawn_dropout(p: float, training: bool) -> Dropout | None:

@@ -27,6 +27,7 @@ from rankwise.adapters.attached import (
     trained_copies,
 )
 from rankwise.adapters.base_layer import is_conv1d
+from rankwise.adapters.dora import Dora
 from rankwise.adapters.experts import StackLora, peft_A, peft_B, peft_keys
 from rankwise.adapters.fused import enabled_rows, to_blocks
 from rankwise.adapters.layer import AdaptedLayer
@@ -114,7 +115,7 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
     state, name = state_and_name(model, name)
     found: dict[str, nn.Parameter] = {}
     for path, layer in adapted_layers(model, name):
-        adapter: Any = layer.adapters[name]
+        adapter = layer.adapter(name)
         for key, attribute in tensor_keys(path, layer.base_layer, adapter.magnitude is not None).items():
             found[key] = getattr(adapter, attribute)
     for path, experts in adapted_experts(model, name):
@@ -197,7 +198,7 @@ def adapter_tensors(
     found = live if state_dict is None else _taken_from(state_dict, model, live)
     tensors: dict[str, Tensor] = {key: value.detach() for key, value in found.items()}
     for path, layer in adapted_layers(model, name):
-        if layer.adapters[name].parts is not None:
+        if layer.adapter(name).parts is not None:
             tensors |= _expanded(layer, name, tensor_keys(path, layer.base_layer, True), tensors)
     for path, experts in adapted_experts(model, name):
         stacked = stack_parameters(path, stacks_of(experts, name))
@@ -225,10 +226,11 @@ def _expanded(
     layer: AdaptedLayer, name: str, keys: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """B and m of a partly adapted projection over all its rows."""
-    adapter: Any = layer.adapters[name]
+    adapter = layer.adapter(name)
+    assert adapter.parts is not None, "partly adapted"
     key_of = {attribute: key for key, attribute in keys.items()}
     found = {key_of["lora_B"]: to_blocks(tensors[key_of["lora_B"]], adapter.parts)}
-    if adapter.magnitude is not None:
+    if isinstance(adapter, Dora):
         m = adapter.full_magnitude(layer.base_layer)
         rows = enabled_rows(adapter.parts, m.shape[0], m.device)
         found[key_of["magnitude"]] = m.index_copy(0, rows, tensors[key_of["magnitude"]].to(m))

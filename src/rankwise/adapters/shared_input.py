@@ -15,7 +15,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from rankwise.adapters.dora import Dora
 from rankwise.adapters.layer import AdaptedLayer
+from rankwise.adapters.lora import Lora
 from rankwise.adapters.operator import branch_of, drawn_dropout
 from rankwise.compat.torch import writes_to
 from rankwise.errors import AdapterError
@@ -78,25 +80,24 @@ class SharedInput:
     def _are_apart(self) -> bool:
         # One member's for all: their counts of writes may differ, and a step asks in the name of each.
         first = self._layers[0]()
-        adapter: Any = first.adapters[first.active] if first is not None and first.active else None
-        version = writes_to(adapter.lora_A) if hasattr(adapter, "lora_A") else self._judged
+        adapter = None if first is None else first.at_work
+        version = self._judged if adapter is None else writes_to(adapter.lora_A)
         if version != self._judged:
             self._apart, self._judged = self._missed > PATIENCE, version
         return self._apart
 
     def _compute(self, layer: AdaptedLayer, x: Tensor) -> Tensor | None:
         layers = [member for member in (ref() for ref in self._layers) if member is not None]
-        if layer not in layers or not _compatible(layers):
+        adapters = _compatible(layers) if layer in layers else None
+        if adapters is None:
             return None
         branches = []
-        for member in layers:
-            assert member.active is not None, "compatible layers are adapted"
-            branch = branch_of(member.adapters[member.active], member.base_layer, x)
+        for adapter, member in zip(adapters, layers, strict=True):
+            branch = branch_of(adapter, member.base_layer, x)
             if branch is None:
                 return None
             branches.append(branch)
-        adapter: Any = layer.adapters[layer.active]  # type: ignore[index]
-        ys = low_rank_linear(x, branches, drawn_dropout(adapter.dropout, adapter.training))
+        ys = low_rank_linear(x, branches, drawn_dropout(adapters[0].dropout, adapters[0].training))
         waiting = {id(member): y for member, y in zip(layers, ys)}
         y = waiting.pop(id(layer))
         self._kept = Outputs(weakref.ref(x), writes_to(x), torch.is_grad_enabled(), waiting)
@@ -112,15 +113,10 @@ def refuse_pickling() -> NoReturn:
     )
 
 
-def _compatible(layers: Sequence[AdaptedLayer]) -> bool:
-    """Whether all are adapted as a whole, with one dropout, in one mode."""
+def _compatible(layers: Sequence[AdaptedLayer]) -> list[Lora | Dora] | None:
+    """Their adapters, where all are adapted with one dropout, in one mode and one dtype."""
     if not all(layer.is_ready for layer in layers):
-        return False
-    adapters: list[Any] = [layer.adapters[layer.active] for layer in layers]  # type: ignore[index]
-    first = adapters[0]
-    return all(
-        hasattr(adapter, "low_rank")
-        and (adapter.dropout, adapter.training) == (first.dropout, first.training)
-        and adapter.lora_A.dtype == first.lora_A.dtype
-        for adapter in adapters
-    )
+        return None
+    adapters = [adapter for layer in layers if isinstance(adapter := layer.at_work, Lora | Dora)]
+    kinds = {(adapter.dropout, adapter.training, adapter.lora_A.dtype) for adapter in adapters}
+    return adapters if len(adapters) == len(layers) and len(kinds) == 1 else None

@@ -69,23 +69,26 @@ def inner_module(wrapper: Wrapper) -> nn.Module:
     return wrapper.original if isinstance(wrapper, TrainedCopy) else wrapper.base_layer
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    return inner_module(module) if isinstance(module, Wrapper) else module
+
+
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model's modules as they were before any wrapping, under the names they had."""
-    hidden: list[str] = []
+    # named_modules goes depth-first: what stands in a wrapper follows it.
+    inside = None
     for path, module in model.named_modules():
-        if any(path.startswith(prefix) for prefix in hidden):
+        if inside is not None and path.startswith(inside):
             continue
         if isinstance(module, Wrapper):
-            hidden.append(f"{path}.")
-            yield path, inner_module(module)
-        else:
-            yield path, module
+            inside = f"{path}."
+        yield path, unwrapped(module)
 
 
 def base_parameter(model: nn.Module, key: str) -> nn.Parameter:
     """A parameter of the base by the name it had before any wrapping."""
     path, _, leaf = key.rpartition(".")
-    return dict(base_modules(model))[path].get_parameter(leaf)
+    return unwrapped(model.get_submodule(path)).get_parameter(leaf)
 
 
 @torch.no_grad()

@@ -263,9 +263,8 @@ def _adapter_norms(model: nn.Module) -> dict[str, float]:
             continue
         W = dense_weight(inner_module(wrapper)).float()
         if isinstance(wrapper, AdaptedLayer):
-            assert wrapper.active is not None, "the run's adapter is at work"
-            adapter: Any = wrapper.adapters[wrapper.active]
-            norms[name] = _relative(adapter.merge(with_weight(wrapper.base_layer, W)), W)
+            assert wrapper.at_work is not None, "the run's adapter is at work"
+            norms[name] = _relative(wrapper.at_work.merge(with_weight(wrapper.base_layer, W)), W)
         elif hasattr(wrapper.chosen(), "weight"):
             norms[name] = _relative(dense_weight(wrapper.chosen()).float(), W)
     return norms
