@@ -8,7 +8,7 @@ kernel does not cover goes to sdpa.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from rankwise.compat.torch import writes_to
 from rankwise.ops import attention as kernel
 from rankwise.ops.selection import as_autocast, transforms_functions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 NAME = "rankwise"
 _UNKNOWN_TO_THE_KERNEL = ("position_bias", "softcap", "s_aux")
@@ -40,7 +43,7 @@ def obstacle(dtype: torch.dtype, device_type: str, head_width: int = 64) -> str 
     return kernel.obstacle(like, like, like)
 
 
-def config_obstacle(config: Any) -> str | None:
+def config_obstacle(config: PreTrainedConfig) -> str | None:
     """What a model's configuration asks of attention and the kernel does not compute, or None."""
     dropped = next((name for name in ("attention_dropout", "attn_pdrop") if getattr(config, name, 0)), None)
     if dropped is not None:
@@ -50,7 +53,7 @@ def config_obstacle(config: Any) -> str | None:
     return None
 
 
-def head_width(config: Any) -> int:
+def head_width(config: PreTrainedConfig) -> int:
     """D of a configuration, 64 where it names neither a width nor heads."""
     try:
         width = getattr(config, "head_dim", None)

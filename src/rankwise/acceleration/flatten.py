@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankwise.acceleration.probe import probe
 from rankwise.compat.torch import is_fake
@@ -16,7 +15,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 # Of the largest logit.
 
 
-def flattening_obstacle(model: Any) -> str | None:
+def flattening_obstacle(model: nn.Module) -> str | None:
     """Why rows cannot be laid end to end, or None where they can.
 
     Tried with two short rows: their last logits in one row (no mask, position_ids from 0 each) must equal those apart.
@@ -39,7 +38,7 @@ def flattening_obstacle(model: Any) -> str | None:
     return "rows laid end to end get other logits than apart"
 
 
-def _last_logits(model: Any, lengths: list[int]) -> Tensor:
+def _last_logits(model: nn.Module, lengths: list[int]) -> Tensor:
     """Logits (1, sum of lengths, V) of rows laid end to end; row i holds the ids 1, 2, ... from i on."""
     device = next(model.parameters()).device
     start = 0 if len(lengths) > 1 else LENGTHS.index(lengths[0])

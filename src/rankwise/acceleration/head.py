@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import RLock, get_ident
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from rankwise.acceleration.replace import ATTRIBUTE, class_forward
 from rankwise.adapters.base_layer import has_hooks, is_own
 from rankwise.compat.torch import is_fake
 from rankwise.ops.linear_cross_entropy import LogitShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 IGNORED = -100
 # The label of a position that is not scored.
@@ -47,27 +50,27 @@ class Head:
     # Of the loss that balances experts; None where the model's own loss is another one when that is asked for.
 
 
-def find_head(model: Any) -> Head | None:
+def find_head(model: nn.Module) -> Head | None:
     """The head whose loss can be fused, or None where the model does not compute its logits by calling one."""
     head = answering_head(model)
     return None if head is None else losing_head(model, head)
 
 
-def output_head(model: Any) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
     find = getattr(model, "get_output_embeddings", None)
     return find() if callable(find) else None
 
 
-def answering_head(model: Any) -> Head | None:
+def answering_head(model: nn.Module) -> Head | None:
     """The head of which the model's logits are made, seen in one pass of two tokens; its loss is not looked at."""
     module = output_head(model)
     if module is None or not is_own(module) or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return None
-    head = Head(module, _configured_shape(model.config), getattr(model, "loss_function", None), _router_weight(model))
+    head = Head(module, _configured_shape(model), getattr(model, "loss_function", None), _router_weight(model))
     return head if _answers_as(model, head) else None
 
 
-def losing_head(model: Any, head: Head) -> Head | None:
+def losing_head(model: nn.Module, head: Head) -> Head | None:
     """``head`` where the model's own loss is the one that we fuse, else None."""
     if not _loses_as(model, head):
         return None
@@ -77,23 +80,23 @@ def losing_head(model: Any, head: Head) -> Head | None:
     return head
 
 
-def current_head(model: Any) -> Head | None:
+def current_head(model: nn.Module) -> Head | None:
     """The head as it is now: adapters, merging and resizing put other modules in its place.
 
     None where our loss does not stand for the model's, which may have been given another since, or a hook on its head.
     """
     state = model.__dict__.get(ATTRIBUTE, {})
     head: Head | None = state.get("head")
-    if head is not None and model.get_output_embeddings() is not head.module:
+    if head is not None and output_head(model) is not head.module:
         state["head"] = head = find_head(model)
     if head is None or has_hooks(head.module) or head.loss_function != getattr(model, "loss_function", None):
         return None
     return head
 
 
-def asks_for_routers(model: Any, given: dict[str, Any]) -> bool:
+def asks_for_routers(model: nn.Module, given: dict[str, Any]) -> bool:
     asked = given.get("output_router_logits")
-    return bool(getattr(_text_config(model.config), "output_router_logits", False) if asked is None else asked)
+    return bool(getattr(_text_config(model), "output_router_logits", False) if asked is None else asked)
 
 
 def with_router_loss(head: Head, loss: Tensor, outputs: Any) -> Tensor:
@@ -104,9 +107,9 @@ def with_router_loss(head: Head, loss: Tensor, outputs: Any) -> Tensor:
     return loss + head.router_weight * router.to(loss.device)
 
 
-def _router_weight(model: Any) -> float:
+def _router_weight(model: nn.Module) -> float:
     """By which a mixture-of-experts model multiplies its balancing loss."""
-    places = (model, model.config, _text_config(model.config))
+    places = (model, getattr(model, "config", None), _text_config(model))
     found = (getattr(place, name, None) for name in ROUTER_WEIGHTS for place in places)
     return next((float(weight) for weight in found if isinstance(weight, (int, float))), 0.0)
 
@@ -135,19 +138,20 @@ def answering(head: nn.Module, answer: Callable[[Tensor], Tensor]) -> Iterator[l
                 head.forward = before
 
 
-def _configured_shape(config: Any) -> LogitShape:
+def _configured_shape(model: nn.Module) -> LogitShape:
     """From the names that transformers' configurations use: Gemma's softcap, Granite's divisor, Cohere's factor."""
-    config = _text_config(config)
+    config = _text_config(model)
     softcap = getattr(config, "final_logit_softcapping", None)
     divisor = getattr(config, "logits_scaling", None) or 1.0
     return LogitShape((getattr(config, "logit_scale", None) or 1.0) / divisor, softcap)
 
 
-def _text_config(config: Any) -> Any:
+def _text_config(model: nn.Module) -> PreTrainedConfig:
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _answers_as(model: Any, head: Head) -> bool:
+def _answers_as(model: nn.Module, head: Head) -> bool:
     """Whether the model's logits are ``head.shape`` of what its head answers, found by letting it answer PROBE."""
 
     def answer(hidden: Tensor) -> Tensor:
@@ -168,14 +172,14 @@ def _answers_as(model: Any, head: Head) -> bool:
     return bool(torch.allclose(logits.detach().float(), expected.float(), rtol=2e-2, atol=1e-3))
 
 
-def _loses_as(model: Any, head: Head, **asked: Any) -> bool:
+def _loses_as(model: nn.Module, head: Head, **asked: Any) -> bool:
     """Whether the model's own loss is that of label i + 1 at position i, and what balances experts: its head answers
     logits of which every position's differ. Fake tensors have no values: there the loss is trusted."""
     parameter = next(model.parameters())
     if is_fake(parameter):
         return True
     labels = torch.tensor([PROBE_LABELS], device=parameter.device)
-    size = getattr(head.module, "out_features", None) or _text_config(model.config).vocab_size
+    size = getattr(head.module, "out_features", None) or _text_config(model).vocab_size
     entries = torch.arange(size * len(PROBE_LABELS), dtype=torch.float32, device=parameter.device)
     logits = (5 * torch.sin(entries)).view(1, len(PROBE_LABELS), size)
     with answering(head.module, lambda hidden: logits.to(hidden.dtype).expand(*hidden.shape[:-1], size)):

@@ -26,7 +26,7 @@ class FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (W,) = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])
         dx = input_grad_out(rows, W, rows.new_empty(len(rows), W.shape[1]))

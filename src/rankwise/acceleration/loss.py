@@ -33,7 +33,7 @@ class LossOptions:
     want_stats: bool = False
     # Entropy and hits are counted too.
     found: list[LossSums] = dataclasses.field(default_factory=list)
-    # The sums of each call: whoever wraps ``forward`` (accelerate's autocast) may make the model's output anew.
+    # The sums of each call. A list, because accelerate's autocast wrapper rebuilds the model's output.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +46,12 @@ class FusedLoss:
 
 
 def fused_loss(
-    model: Any, head: Head, inputs: dict[str, Any], labels: Tensor, options: LossOptions | None = None
+    forward: Callable[..., Any], head: Head, inputs: dict[str, Any], labels: Tensor, options: LossOptions | None = None
 ) -> FusedLoss:
-    """Sum over scored positions of the cross-entropy of label i + 1 at position i; labels (B, L), -100 unscored."""
+    """Sum over scored positions of the cross-entropy of label i + 1 at position i; labels (B, L), -100 unscored.
+
+    ``forward``: the model's own.
+    """
     options = options or LossOptions()
     if labels.shape[1] == 1:
         # No token follows; the loss is zero, as of any batch without labels.
@@ -59,7 +62,7 @@ def fused_loss(
         # A batch without labels still has to give a loss of zero with gradients.
         positions = torch.zeros(1, dtype=torch.long, device=labels.device)
     with answering(head.module, _meaningless) as noted:
-        outputs = model(**inputs, logits_to_keep=positions)
+        outputs = forward(**inputs, logits_to_keep=positions)
     chosen = scored[:, positions]
     hidden, targets = noted[0][chosen], labels[:, 1:][:, positions][chosen]
     sums = _sums(head, hidden, targets, options.label_smoothing, options.want_stats)
@@ -67,7 +70,7 @@ def fused_loss(
     return FusedLoss(sums, scored.sum(), outputs)
 
 
-def accept_labels(model: Any, head: Head, undo: Undo) -> None:
+def accept_labels(model: nn.Module, head: Head, undo: Undo) -> None:
     """Let ``model(..., labels=labels)`` use the fused loss; its output then carries no logits."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -245,7 +245,7 @@ def _noting(seen: list[Seen]) -> Callable[[Any, tuple[Any, ...], Any], None]:
     return note
 
 
-def _run_two_tokens(model: Any) -> str | None:
+def _run_two_tokens(model: nn.Module) -> str | None:
     """Why that failed, or None."""
     ids = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
     return probe(model, lambda: model(input_ids=ids, use_cache=False), grad=True)[1]

@@ -40,7 +40,7 @@ class RmsNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return None, None, None, None, None
         x, w, rstd = ctx.saved_tensors
@@ -68,7 +68,7 @@ class Rope(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin, turned = ctx.saved_tensors
         if turned is not None:
             ctx.handback.give(turned_back(turned, cos, sin).transpose(1, 2).flatten(2).flatten(0, 1))
@@ -98,7 +98,7 @@ class Glu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         rows, of_gate, of_up = (tensor.reshape(-1, gate.shape[-1]) for tensor in (dy, gate, up))
         d_gate, d_up, _ = elementwise.glu_backward(rows, of_gate, of_up, ctx.act, want_product=False)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from rankwise.errors import RankwiseError, is_out_of_memory
 
 Answer = TypeVar("Answer")
 
 
-def probe(model: Any, ask: Callable[[], Answer], *, grad: bool = False) -> tuple[Answer | None, str | None]:
+def probe(model: nn.Module, ask: Callable[[], Answer], *, grad: bool = False) -> tuple[Answer | None, str | None]:
     """What ``ask`` gives with the model in evaluation mode, or why the model cannot be asked so.
 
     ``grad``: with gradients recorded, as in a training step. Our own errors, and want of memory, are no answers: they

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from rankwise.acceleration import attention
 from rankwise.acceleration.packing import Ids, Row, Tree, batches_of, build_trees, lay_out, pack
 from rankwise.compat.transformers import attention_of
 from rankwise.errors import ModelError, warn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROW_TOKENS = 256
 # A row's attention costs its length squared, and short rows waste room: little of either.
@@ -82,7 +85,7 @@ def trained_target(ids: Sequence[int], trained: Sequence[bool]) -> Target | None
     return Target(tuple(ids[:-1]), places, tuple(ids[place + 1] for place in places)) if places else None
 
 
-def loss_scorer(model: Any, *, max_rows: int | None = None, autocast: torch.dtype | None = None) -> Scorer:
+def loss_scorer(model: PreTrainedModel, *, max_rows: int | None = None, autocast: torch.dtype | None = None) -> Scorer:
     """The scorer of every loss that is reported, in training and later.
 
     16 bits round a token's loss differently in another batch, so the batches depend on the rows alone.
@@ -98,7 +101,7 @@ class Scorer:
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         *,
         budget: int,
         max_rows: int | None = None,
@@ -243,7 +246,7 @@ class Scorer:
             return f"{type(error).__name__}: {reason}"
 
 
-def no_number(model: Any) -> ModelError:
+def no_number(model: PreTrainedModel) -> ModelError:
     """The error for logits that are NaN or infinite, of which no likelihood and no next token can be told."""
     wider = ", or give --dtype bfloat16: float16 ends at 65,504" if model.dtype == torch.float16 else ""
     return ModelError(
@@ -253,7 +256,7 @@ def no_number(model: Any) -> ModelError:
     )
 
 
-def packing_problem(model: Any) -> str | None:
+def packing_problem(model: PreTrainedModel) -> str | None:
     """Why rows of several sequences cannot be tried on this model, by its configuration; None where they can."""
     config = model.config.get_text_config(decoder=True)
     if (name := attention_of(config)) not in ("sdpa", "eager", attention.NAME):
@@ -261,7 +264,7 @@ def packing_problem(model: Any) -> str | None:
     return None
 
 
-def window_of(model: Any) -> int | None:
+def window_of(model: PreTrainedModel) -> int | None:
     """How many tokens the layers with the narrowest view see; None where all see everything."""
     config = model.config.get_text_config(decoder=True)
     names = WINDOWS if getattr(config, "use_sliding_window", True) else WINDOWS[1:]
@@ -269,11 +272,11 @@ def window_of(model: Any) -> int | None:
     return min((window for window in found if isinstance(window, int)), default=None)
 
 
-def _vocabulary(model: Any) -> int:
+def _vocabulary(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config(decoder=True).vocab_size)
 
 
-def hidden_states(model: Any, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+def hidden_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
     """Last hidden states (B, R, H) of token ids (B, R) at their positions, under a boolean mask (B, 1, R, R)."""
     if attention_of(model.config.get_text_config(decoder=True)) == "eager":
         mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
@@ -282,12 +285,12 @@ def hidden_states(model: Any, ids: Tensor, positions: Tensor, mask: Tensor) -> T
     return hidden
 
 
-def _head_logits(model: Any, hidden: Tensor) -> Callable[[Tensor], Tensor]:
+def _head_logits(model: PreTrainedModel, hidden: Tensor) -> Callable[[Tensor], Tensor]:
     head = model.get_output_embeddings()
     return lambda where: head(hidden[where[:, 0], where[:, 1]]).float()
 
 
-def _whole_logits(model: Any, ids: Tensor) -> Callable[[Tensor], Tensor]:
+def _whole_logits(model: PreTrainedModel, ids: Tensor) -> Callable[[Tensor], Tensor]:
     logits = model(input_ids=ids, use_cache=False).logits
     return lambda where: logits[where[:, 0], where[:, 1]].float()
 
@@ -340,7 +343,7 @@ def _difference(plain: Mapping[int, Score], packed: Mapping[int, Score], dtype: 
 
 
 @torch.no_grad()
-def _head_problem(model: Any, ids: Ids) -> str | None:
+def _head_problem(model: PreTrainedModel, ids: Ids) -> str | None:
     """Whether the output head on the last hidden states is all that makes the logits."""
     tokens = torch.tensor([ids], device=model.device)
     logits = model(input_ids=tokens, use_cache=False).logits.float()

@@ -46,7 +46,7 @@ def baseline_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(getattr(model, ATTRIBUTE).named_parameters())
 
 
-def save_baseline(model: Any, folder: Path, base_model: str | None = None) -> None:
+def save_baseline(model: nn.Module, folder: Path, base_model: str | None = None) -> None:
     """``adapter_config.json`` and ``adapter_model.safetensors``."""
     part = getattr(model, ATTRIBUTE)
     is_prefix = isinstance(part, Prefix)
@@ -63,7 +63,7 @@ def save_baseline(model: Any, folder: Path, base_model: str | None = None) -> No
     write_json(folder / CONFIG_FILE, dict(sorted(config.items())))
 
 
-def load_baseline(model: Any, folder: Path) -> None:
+def load_baseline(model: nn.Module, folder: Path) -> None:
     """Put the baseline in ``folder`` on the model. Raises ConfigError (RW172) when it is none or does not fit."""
     try:
         config = read_config(folder)

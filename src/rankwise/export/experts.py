@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from rankwise.compat.transformers import Conversion, collected, converted, taken
 from rankwise.errors import ModelError
 from rankwise.ops import dequantize_weight, quantize_weight
 from rankwise.quantization.config import FourBitConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 KEPT = 2
 # Stacks at a time: files go through a layer expert by expert, and so through two stacks at once.
@@ -49,7 +52,7 @@ class StackedExperts:
     becomes of each stack: {name of its parameter: change}.
     """
 
-    def __init__(self, skeleton: Any, weights: Weights, wanted: Mapping[str, Change]) -> None:
+    def __init__(self, skeleton: PreTrainedModel, weights: Weights, wanted: Mapping[str, Change]) -> None:
         self._skeleton, self._weights, self._wanted = skeleton, weights, wanted
         self._sources = _sources(skeleton, weights.names(), set(wanted))
         self._made: dict[str, dict[str, Tensor]] = {}
@@ -101,7 +104,7 @@ class StackedExperts:
 Part = tuple[str, Conversion | None]
 
 
-def _sources(skeleton: Any, names: Collection[str], stacks: set[str]) -> dict[str, list[Part]]:
+def _sources(skeleton: PreTrainedModel, names: Collection[str], stacks: set[str]) -> dict[str, list[Part]]:
     """{stack: what it is made of}, in the order in which loading collects it."""
     found: dict[str, list[Part]] = {}
     for name, stack, conversion in collected(skeleton, names) if stacks else ():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.compat.torch import own_parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROUNDING_FACTOR = 4.0
 # A merge adds one rounding of each weight to those of the products, and both models round: independent errors of one
@@ -22,7 +25,7 @@ def is_more_than_rounding(difference: float, rounding: float) -> bool:
 
 
 @torch.no_grad()
-def rounding_cost(model: Any, ids: Sequence[Tensor]) -> float:
+def rounding_cost(model: PreTrainedModel, ids: Sequence[Tensor]) -> float:
     """Largest difference of a logit between ``model`` and the same weights computed in the next wider dtype."""
     narrow = [_logits(model, one) for one in ids]
     with _computing_wider(model):
@@ -30,7 +33,7 @@ def rounding_cost(model: Any, ids: Sequence[Tensor]) -> float:
     return max((a - b).abs().max().item() for a, b in zip(narrow, wide))
 
 
-def _logits(model: Any, ids: Tensor) -> Tensor:
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits.double()
 

@@ -10,9 +10,8 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +26,9 @@ from rankwise.export.rounding import rounding_cost
 from rankwise.models import load_model
 from rankwise.quantization.config import FourBitConfig
 from rankwise.quantization.in_place import quantize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REFERENCE = "adapter, as trained"
 MERGED_ONTO: dict[str, Onto] = {"merged onto the original": "original", "merged onto the dequantized": "quantized"}
@@ -89,7 +91,9 @@ def verify_merge(
         variants.append(measure(REQUANTIZED, model))
     del model
     if stored is None:
-        model = _merged_original(adapter, load)
+        model, _ = load()
+        load_adapter(model, adapter)
+        merge_adapter(model, reversible=False)
         variants.insert(1, measure("merged onto the original", model))
         rounding = rounding_cost(model, ids)
     written = [variant for variant in variants if variant.name in MERGED_ONTO]
@@ -112,19 +116,12 @@ def default_text() -> str:
     return "\n".join(f"{row.prompt}\n{row.completion}" for row in stdlib_rows("eval"))
 
 
-def _format(model: Any) -> FourBitConfig | None:
+def _format(model: PreTrainedModel) -> FourBitConfig | None:
     quantizer = getattr(model, "hf_quantizer", None)
     return None if quantizer is None else copy.copy(quantizer.quantization_config)
 
 
-def _merged_original(adapter: Path, load: Callable[[], Any]) -> Any:
-    model, _ = load()
-    load_adapter(model, adapter)
-    merge_adapter(model, reversible=False)
-    return model
-
-
-def _chunks(tokenizer: Any, text: str) -> list[Tensor]:
+def _chunks(tokenizer: PreTrainedTokenizerBase | None, text: str) -> list[Tensor]:
     if tokenizer is None:
         raise DataError(
             "RW219", "the base comes without a tokenizer, so a text cannot be encoded to compare merges on."
@@ -144,7 +141,7 @@ class _Meter:
         self.reference: list[Tensor] = []
 
     @torch.inference_mode()
-    def __call__(self, name: str, model: Any) -> Variant:
+    def __call__(self, name: str, model: PreTrainedModel) -> Variant:
         model.eval()
         total, count, largest = 0.0, 0, 0.0
         seen = []

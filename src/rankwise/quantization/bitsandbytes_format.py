@@ -89,12 +89,12 @@ def _state_json(weight: PackedWeight) -> bytes:
     return json.dumps(state).encode()
 
 
-def has_parts(state: Mapping[str, Any], prefix: str) -> bool:
+def has_parts(state: Mapping[str, Tensor], prefix: str) -> bool:
     """Whether ``state`` holds the weight of the layer at ``prefix`` in bitsandbytes' layout, or a part of it."""
     return any(f"{prefix}weight.{part}" in state for part in PARTS)
 
 
-def part_names(state: Mapping[str, Any], prefix: str) -> list[str]:
+def part_names(state: Mapping[str, Tensor], prefix: str) -> list[str]:
     return [name for part in PARTS if (name := f"{prefix}weight.{part}") in state]
 
 

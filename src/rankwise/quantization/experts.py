@@ -110,7 +110,7 @@ class StackScales(nn.Module):
         super()._apply(apply, recurse)
         return self
 
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
         """A wrong dtype is an error."""
         if not check_scale_dtypes(self, state, prefix, arguments[-1]):
             return
@@ -140,8 +140,8 @@ class Stack:
         return _Product.apply(x, self, index, transposed)
 
     def run(self, x: Tensor, index: int, *, across: bool) -> Tensor:
-        product: Any = ops.linear_4bit_input_grad if across else ops.linear_4bit
-        return product(x, self.scales.of_expert(index, self.codes[index]))
+        W = self.scales.of_expert(index, self.codes[index])
+        return ops.linear_4bit_input_grad(x, W) if across else ops.linear_4bit(x, W)
 
     @property
     def packed(self) -> PackedWeight:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from rankwise import ops
+from rankwise.compat.torch import own_parameters
 from rankwise.errors import QuantizationError
 from rankwise.ops.checks import check_dtype, check_type
 from rankwise.ops.packed_weight import SCALES, PackedWeight, empty_scales, packed_shape
@@ -118,9 +119,9 @@ class Linear4bit(nn.Module):
     @classmethod
     def from_linear(cls, linear: nn.Module, **weight_format: Any) -> Linear4bit:
         """The 4-bit twin of an ``nn.Linear`` or a transformers ``Conv1D``; keywords and errors of ``from_weight``."""
-        source: Any = linear
-        weight = source.weight.detach()
-        layer = cls.from_weight(weight.T if is_conv1d(linear) else weight, source.bias, **weight_format)
+        weight = linear.get_parameter("weight").detach()
+        bias = own_parameters(linear)["bias"]
+        layer = cls.from_weight(weight.T if is_conv1d(linear) else weight, bias, **weight_format)
         layer.was_conv1d = is_conv1d(linear)
         return layer.train(linear.training)
 
@@ -171,11 +172,11 @@ class Linear4bit(nn.Module):
         """
         W = self.dequantize() if weight is None else weight.detach()
         bias = None if self.bias is None else nn.Parameter(self.bias.detach().to(W.dtype), requires_grad=False)
-        dense: Any = _empty_conv1d(self.shape) if self.was_conv1d else _empty_linear(self.shape)
+        dense = _empty_conv1d(self.shape) if self.was_conv1d else _empty_linear(self.shape)
         dense.weight = nn.Parameter(W.T.contiguous() if self.was_conv1d else W, requires_grad=False)
         if bias is None and self.was_conv1d:
             bias = nn.Parameter(W.new_zeros(self.out_features), requires_grad=False)
-        dense.bias = bias
+        dense.register_parameter("bias", bias)
         dense.train(self.training)
         return dense
 
@@ -202,7 +203,7 @@ class Linear4bit(nn.Module):
         self.dtype = cast_to
         return self
 
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
         """Takes this class's own names or bitsandbytes' (``weight.absmax``, ...); a wrong dtype is an error."""
         errors: list[str] = arguments[-1]
         try:
@@ -214,7 +215,7 @@ class Linear4bit(nn.Module):
         if check_scale_dtypes(self, state, prefix, errors):
             super()._load_from_state_dict(state, prefix, *arguments)
 
-    def _unpack(self, state: dict[str, Any], prefix: str) -> None:
+    def _unpack(self, state: dict[str, Tensor], prefix: str) -> None:
         stored = from_bitsandbytes(state, f"{prefix}weight")
         check_shape(f"{prefix}weight", stored.shape, self.shape)
         device = self.weight.device
@@ -224,8 +225,23 @@ class Linear4bit(nn.Module):
         state.update({prefix + name: tensor for name, tensor in stored.tensors.items()})
 
 
+class Holder(Protocol):
+    """What holds the scales and the format of a 4-bit weight: a layer, or a module beside the codes of a stack."""
+
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+    quant_type: str
+    block_size: int
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def register_buffer(self, name: str, tensor: Tensor | None) -> None: ...
+
+
 def set_format(
-    holder: Any,
+    holder: Holder,
     quant_type: str,
     block_size: int,
     double_quant: bool,
@@ -240,7 +256,7 @@ def set_format(
         holder.register_buffer(name, buffer)
 
 
-def packed_of(holder: Any, codes: Tensor) -> PackedWeight:
+def packed_of(holder: Holder, codes: Tensor) -> PackedWeight:
     """The 4-bit weight whose scales and format are attributes of ``holder``."""
     return PackedWeight(
         codes,
@@ -261,7 +277,7 @@ def computed_in(dtype: torch.dtype | None, x: Tensor, run: Callable[[Tensor], Te
     return run(x.to(dtype)).to(x.dtype)
 
 
-def keeping_scales(holder: Any, fn: Callable[[Tensor], Tensor]) -> tuple[Callable[[Tensor], Tensor], torch.dtype]:
+def keeping_scales(holder: Holder, fn: Callable[[Tensor], Tensor]) -> tuple[Callable[[Tensor], Tensor], torch.dtype]:
     """For ``Module._apply``: ``fn`` without its casts of the scales, and the dtype that it casts the weights to."""
     scales = {id(scale) for name in SCALES if (scale := getattr(holder, name)) is not None}
 
@@ -273,7 +289,7 @@ def keeping_scales(holder: Any, fn: Callable[[Tensor], Tensor]) -> tuple[Callabl
     return apply, fn(torch.empty(0, dtype=holder.dtype, device=holder.absmax.device)).dtype
 
 
-def check_scale_dtypes(holder: nn.Module, state: dict[str, Any], prefix: str, errors: list[str]) -> bool:
+def check_scale_dtypes(holder: nn.Module, state: dict[str, Tensor], prefix: str, errors: list[str]) -> bool:
     """Whether codes and scales in ``state`` have the dtypes of ``holder``; else an error (RW604) joins ``errors``."""
     # copy_ would cast silently, and a cast code or scale is a wrong weight.
     held = ((name, getattr(holder, name, None)) for name in ("weight", *SCALES))
@@ -317,10 +333,11 @@ def is_dense_linear(module: nn.Module) -> bool:
 
 def features(linear: nn.Module) -> tuple[int, int]:
     """(in, out) of a dense linear layer."""
-    layer: Any = linear
     if is_conv1d(linear):
-        return layer.weight.shape[0], layer.weight.shape[1]
-    return layer.in_features, layer.out_features
+        in_features, out_features = linear.get_parameter("weight").shape
+        return in_features, out_features
+    assert isinstance(linear, nn.Linear), "the only other kind"
+    return linear.in_features, linear.out_features
 
 
 def weight_count(parameter: Tensor) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -35,7 +33,8 @@ def dequantize(model: nn.Module, dtype: torch.dtype | str | None = None) -> int:
             places.setdefault(id(module), []).append(name)
     # By name, so that each layer is freed once it is replaced.
     for names in places.values():
-        layer: Any = model.get_submodule(names[0])
+        layer = model.get_submodule(names[0])
+        assert isinstance(layer, Linear4bit), "found by its class"
         dense = layer.dense_layer(None if wanted is None else layer.dequantize().to(wanted))
         for name in names:
             replace_layer(model, name, dense)

@@ -27,6 +27,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from rankwise import ops
 from rankwise.compat import transformers as compat
+from rankwise.compat.torch import own_parameters
 from rankwise.errors import QuantizationError
 from rankwise.ops.packed_weight import PackedWeight
 from rankwise.quantization.bitsandbytes_format import (
@@ -185,7 +186,7 @@ class FourBitQuantizer(HfQuantizer):
 
     def _put_empty(self, model: PreTrainedModel, names: list[str], stored: Stored | None = None) -> Linear4bit:
         """An empty `Linear4bit` in place of the dense layer; its weight is still to come."""
-        linear: Any = model.get_submodule(names[0])
+        linear = model.get_submodule(names[0])
         config = self.quantization_config
         layer = Linear4bit(
             *features(linear),
@@ -193,12 +194,12 @@ class FourBitQuantizer(HfQuantizer):
             block_size=stored.block_size if stored else config.block_size,
             double_quant=stored.double_quant if stored else config.double_quant,
             # The dtype that the model is loaded in: that of a merged layer must fit its neighbours.
-            dtype=linear.weight.dtype,
+            dtype=linear.get_parameter("weight").dtype,
             compute_dtype=config.compute_dtype,
             device="meta",
             was_conv1d=is_conv1d(linear),
         )
-        layer.bias = linear.bias
+        layer.bias = own_parameters(linear)["bias"]
         layer.train(linear.training)
         for name in names:
             if is_conv1d(linear) and stored is None:
