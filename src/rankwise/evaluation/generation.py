@@ -8,6 +8,7 @@ B rows, L tokens.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import inspect
@@ -16,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rankwise.acceleration.packing import common_length
 from rankwise.acceleration.scoring import no_number
-from rankwise.evaluation.growing_cache import as_tensor, growing_cache, repeated, shares_prefixes
 
 SHARED_TOKENS = 32
 # A common beginning shorter than this is not worth a pass of its own.
@@ -83,7 +84,7 @@ class Generator:
         self.model = model
         self.decoding = decoding
         self.pad = pad
-        self._prefix: tuple[tuple[int, ...], Any] = ((), None)
+        self._prefix: tuple[tuple[int, ...], DynamicCache | None] = ((), None)
 
     def share(self, prompts: Sequence[Prompt]) -> None:
         """Compute what all ``prompts`` begin with once, for the batches to come."""
@@ -92,8 +93,9 @@ class Generator:
         shared = min([shared, *(len(prompt.ids) - 1 for prompt in prompts)])
         if shared < SHARED_TOKENS or len(prompts) < 2 or self.decoding.num_beams > 1:
             return
-        cache = growing_cache(self.model)
-        if not shares_prefixes(cache):
+        cache = DynamicCache(config=self.model.config)
+        # A layer with a window, or one that keeps a state, holds more than the keys and values that a row can copy.
+        if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
             return
         beginning = prompts[0].ids[:shared]
         with torch.inference_mode():
@@ -109,7 +111,7 @@ class Generator:
             return self._beam_search(prompts, stopped)
         return self._step_by_step(prompts, stopped)
 
-    def _cached(self, cache: Any) -> dict[str, Any]:
+    def _cached(self, cache: DynamicCache) -> dict[str, Any]:
         """The arguments of a step: its cache under the name that this version of transformers has for it."""
         known = inspect.signature(self.model.forward).parameters
         last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
@@ -197,15 +199,19 @@ class Generator:
 class _Running:
     """The rows of a batch that still write, and the tensors of their next step."""
 
-    def __init__(self, prompts: Sequence[Prompt], prefix: tuple[tuple[int, ...], Any], model: Any, pad: int) -> None:
+    def __init__(
+        self, prompts: Sequence[Prompt], prefix: tuple[tuple[int, ...], DynamicCache | None], model: Any, pad: int
+    ) -> None:
         beginning, cache = prefix
-        shared = len(beginning)
-        uses_prefix = shared > 0 and all(prompt.ids[:shared] == beginning for prompt in prompts)
-        start = shared if uses_prefix else 0
+        start = len(beginning)
+        if cache is not None and all(prompt.ids[:start] == beginning for prompt in prompts):
+            self.cache = copy.deepcopy(cache)
+            self.cache.batch_repeat_interleave(len(prompts))
+        else:
+            start, self.cache = 0, DynamicCache(config=model.config)
         self.ids, mask = as_tensor([list(prompt.ids[start:]) for prompt in prompts], pad, model.device)
         self.positions = start + (mask.cumsum(-1) - 1).clamp(min=0)
         self.mask = torch.cat([mask.new_ones(len(prompts), start), mask], dim=1)
-        self.cache = repeated(cache, len(prompts)) if uses_prefix else growing_cache(model)
         self.rows = list(range(len(prompts)))
         # Number of the prompt in each row, -1 where it has stopped.
 
@@ -225,6 +231,14 @@ class _Running:
             self.rows = [self.rows[index] for index in left]
         self.ids = ids
         return True
+
+
+def as_tensor(rows: list[list[int]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Left-padded token ids (B, L) and their mask (B, L)."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
 
 
 def repeating_tokens(answer: Sequence[int], size: int) -> list[int]:
