@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rankwise.data.bad_rows import check_bad_rows
+from rankwise.data.bad_rows import NEVER, check_bad_rows
 from rankwise.data.bounded import bounded
 from rankwise.data.rows import Problem, Row, Rows
 from rankwise.data.templates import ChatRenderer, Rendered, RowRefused, Segment, renderer
@@ -114,7 +114,7 @@ class RowEncoder:
         """Ids of some rows, at least up to ``max_length``. Raises DataError naming the rows that are refused."""
         found = list(self.try_encode(rows, max_length))
         problems = [item for item in found if isinstance(item, Problem)]
-        check_bad_rows(problems, len(rows), allowed=0)
+        check_bad_rows(problems, len(rows))
         warn_of_left_out(self.left_out, len(rows), rows[0].source if rows else "")
         return [item for item in found if isinstance(item, EncodedRow)]
 
@@ -231,7 +231,7 @@ def encode_rows(
     max_length: int,
     chat_template: str | None = None,
     name: str = "train",
-    skip_bad_rows: int | None = 0,
+    skip_bad_rows: int | None = NEVER,
 ) -> Encoded:
     """Token ids and labels of all rows; only completions or assistant turns, each with its stop token, are trained.
 

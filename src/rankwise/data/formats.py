@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, TypeGuard
 
-from rankwise.data.bad_rows import check_bad_rows
+from rankwise.data.bad_rows import NEVER, check_bad_rows
 from rankwise.data.rows import Kind, Message, Problem, Row, Rows, Unit, content_sha256
 from rankwise.errors import DataError, warn
 
@@ -106,12 +106,12 @@ def rows_from_records(
     completion_column: str | None = None,
     only: Format | None = None,
     counted_in: Unit = "line",
-    skip_bad_rows: int | None = 0,
+    skip_bad_rows: int | None = NEVER,
 ) -> Rows:
     """Rows from ``(line, record)`` pairs, in the format ``only`` or that of the first record which has one.
 
     ``counted_in`` says what the numbers count, for messages. Up to ``skip_bad_rows`` bad rows (None: all of them) are
-    left out and warned of (RW223), as long as there are good ones.
+    left out and warned of (RW223), as long as there are good ones; NEVER leaves out none and advises no option.
 
     Raises DataError: RW203 naming the bad rows, RW204 when there is none, RW207 for unknown columns.
     """
