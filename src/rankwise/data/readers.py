@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankwise.data.bad_rows import NEVER
 from rankwise.data.files import KINDS, kind_of, read_file, table_records
 from rankwise.data.formats import rows_from_records
 from rankwise.data.rows import Problem, Row, Rows
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 NAMED_FILES = 10
+HUB_SECONDS = 10
 SPLIT_WORDS = {
     "train": ("train",),
     "validation": ("valid", "val", "dev", "eval"),
@@ -33,7 +36,7 @@ def read_rows(
     split: str = "train",
     prompt_column: str | None = None,
     completion_column: str | None = None,
-    skip_bad_rows: int | None = 0,
+    skip_bad_rows: int | None = NEVER,
 ) -> Rows:
     """All rows of ``source``, checked; up to ``skip_bad_rows`` bad ones (None: all) are left out, and warned of.
 
@@ -180,15 +183,40 @@ def _read_hub(source: str, split: str, options: dict[str, Any]) -> Rows:
     from datasets.exceptions import DatasetsError
 
     name, _, configuration = source.partition(":")
-    try:
-        loaded = datasets.load_dataset(name, configuration or None, split=split)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise DataError(
-            "RW208",
-            f"{source!r} is no file or folder here, and the hub does not give its split {split!r}: "
-            f"{_one_line(error)}. Check the name and the network, or give a local file.",
-        ) from None
+    with hub_or_cache() as answers:
+        try:
+            loaded = datasets.load_dataset(name, configuration or None, split=split)
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+            reason = _one_line(error) if answers else "it cannot be reached, and the cache does not hold the set"
+            raise DataError(
+                "RW208",
+                f"{source!r} is no file or folder here, and the hub does not give its split {split!r}: {reason}. "
+                "Check the name and the network, or give a local file.",
+            ) from None
     return _from_dataset(loaded, source, options)
+
+
+@contextlib.contextmanager
+def hub_or_cache() -> Iterator[bool]:
+    """Whether the hub answers. Where it does not, ``datasets`` looks into its cache alone within this context.
+
+    ``datasets`` itself asks a hub that cannot be reached again and again, for half a minute.
+    """
+    import datasets
+    from huggingface_hub import constants, get_session
+
+    before = datasets.config.HF_HUB_OFFLINE
+    answers = not before
+    if answers:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+        except Exception:  # noqa: BLE001  the exceptions of the hub's client differ from version to version
+            answers = False
+    datasets.config.HF_HUB_OFFLINE = not answers
+    try:
+        yield answers
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _one_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rankwise.data.readers import hub_or_cache
 from rankwise.data.rows import content_sha256
 from rankwise.errors import ConfigError, DataError
 from rankwise.evaluation.engine import Engine
@@ -74,7 +75,8 @@ class HarnessTask(Task):
             manager, spec = TaskManager(), HARNESS_NAMES.get(self.name, self.name)
             if spec not in manager.all_tasks:
                 raise unknown_task(self.name, manager.all_tasks)
-            return self._built(manager, spec)
+            with hub_or_cache():
+                return self._built(manager, spec)
         if yaml_file is None:
             entries = TaskManager().task_index
             if self.name not in entries:
