@@ -26,7 +26,13 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rankwise.data import Rows, encode_rows, preview_row, read_template, rows_from_records
 from rankwise.data.encoding import RowEncoder
+from rankwise.data.templates import ChatRenderer
 from rankwise.errors import DataError, RankwiseWarning
+
+# Writes a number of its own in front of each answer, so that none stands as another one does.
+SAYS_ITS_NUMBER = CHATML.replace("<|im_start|>{{ message", "<|im_start|>{{ loop.index0 }} {{ message").replace(
+    "<|im_start|>assistant", "<|im_start|>{{ messages|length }} assistant"
+)
 
 TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
     "byte": byte_tokenizer,
@@ -202,6 +208,37 @@ def test_the_stop_token_is_the_templates_not_the_tokenizers() -> None:
     encoded = encode_rows(rows(chat("no?", "no")), tokenizer, max_length=256)
     assert trained_text(tokenizer, encoded.dataset[0]) == "no<|im_end|>"
     assert encoded.report.stop_token_rows == 1
+
+
+@pytest.mark.parametrize("template", [CHATML, CLOSED, WITH_BOS, WITHOUT_STOP, SAYS_ITS_NUMBER])
+def test_answers_in_the_middle_are_the_same_without_rendering_up_to_each(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rendering the conversation up to each answer costs time quadratic in their number."""
+    words = ["user", "assistant", "a", "no", "a", "a", "assistant\nno", " yes ", "is it?\n", "no<|im_end|>\n", "is"]
+    long = [words[(7 * n + n // 11) % len(words)] for n in range(120)]
+    [row] = rows(chat(*long))
+    tokenizer = byte_tokenizer(chat_template=template, eos_token="</s>")
+    rendered: list[int] = []
+    render = ChatRenderer._render
+
+    def counted(self: ChatRenderer, messages: Any, *rest: Any, **named: Any) -> str:
+        rendered.append(len(messages))
+        return render(self, messages, *rest, **named)
+
+    monkeypatch.setattr(ChatRenderer, "_render", counted)
+    found = ChatRenderer(tokenizer, None)(row)
+    few = len(rendered)
+    monkeypatch.setattr("rankwise.data.templates._framed", lambda *_: None)
+    assert found == ChatRenderer(tokenizer, None)(row)
+    assert sum(segment.trained for segment in found.segments) == 60
+    assert few <= len(rendered) - few
+    plain = rows(chat(*(f"text {n}" for n in range(120))))
+    rendered.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(ChatRenderer, "_render", counted)
+    ChatRenderer(tokenizer, None)(plain[0])
+    assert (len(rendered) > 100) if template == SAYS_ITS_NUMBER else (len(rendered) < 10)
 
 
 @pytest.mark.parametrize(

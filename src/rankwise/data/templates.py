@@ -31,6 +31,8 @@ LONGEST_FILE_BYTES = 1 << 20
 MOST_CHARACTERS, MOST_GROWTH = 1 << 20, 20
 # A text longer than both is no text of the row's any more: so many characters, and so many for each of the row's own.
 Span = tuple[int, int]
+Frame = tuple[str, str, str]
+# What stands between the message before an answer and the answer's place, in that place before its words, and behind.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -232,15 +234,25 @@ class ChatRenderer:
     def _grown_spans(
         self, text: str, messages: Sequence[Message], tools: list[Any] | None, first_trained: int
     ) -> list[Span]:
-        spans = []
+        """The answers, found by rendering the conversation before and up to each: a cost quadratic in their number.
+
+        So an answer in the middle that stands in the text as one of its kind did before is taken from there.
+        """
+        spans: list[Span] = []
+        frames: dict[object, Frame] = {}
         for index, message in enumerate(messages):
             if message["role"] != "assistant" or index < first_trained:
                 continue
-            start = len(self._before(text, messages, tools, index))
-            end = len(text)
-            if index + 1 < len(messages):
-                end = self._turn_border(text, start, messages, tools, index)
-            spans.append((start, end))
+            kind = tuple((turn["role"], *sorted(turn)) for turn in messages[max(0, index - 1) : index + 1])
+            is_last = index + 1 == len(messages)
+            frame = None if is_last else frames.get(kind)
+            span = _framed(text, messages, index, frame, spans[-1][1]) if frame else None
+            if span is None:
+                start = len(self._before(text, messages, tools, index))
+                span = start, len(text) if is_last else self._turn_border(text, start, messages, tools, index)
+                if (found := _frame(text, messages, index, span)) is not None:
+                    frames[kind] = found
+            spans.append(span)
         return spans
 
     def _turn_border(
@@ -370,6 +382,27 @@ def _prefix(part: str, whole: str, index: int) -> str:
         f"what the chat template writes up to message {index + 1} is not how it begins the whole conversation "
         f"({part[at : at + 30]!r} becomes {whole[at : at + 30]!r}), so the assistant's text cannot be told apart",
     )
+
+
+def _frame(text: str, messages: Sequence[Message], index: int, span: Span) -> Frame | None:
+    """What the template writes around the answer ``messages[index]`` at ``span``; None where that cannot be told."""
+    before, own = messages[index - 1]["content"], messages[index]["content"]
+    behind = text.rfind(before, 0, span[0]) + len(before)
+    place = text.find(own, *span)
+    if not before or not own or behind < len(before) or place < 0:
+        return None
+    return text[behind : span[0]], text[span[0] : place], text[place + len(own) : span[1]]
+
+
+def _framed(text: str, messages: Sequence[Message], index: int, frame: Frame, position: int) -> Span | None:
+    """The span of ``messages[index]`` where it and the message before it stand in ``frame``, behind ``position``."""
+    before, own = messages[index - 1]["content"], messages[index]["content"]
+    header, opening, tail = frame
+    whole = f"{before}{header}{opening}{own}{tail}"
+    place = text.find(before, position)
+    if not before or not own or place < 0 or not text.startswith(whole, place):
+        return None
+    return place + len(before) + len(header), place + len(whole)
 
 
 def _segments(text: str, spans: Sequence[Span]) -> tuple[Segment, ...]:
