@@ -16,15 +16,16 @@ from rankwise.errors import DataError, warn
 from rankwise.evaluation.metrics.files import read_records, shortened
 
 DECIMALS = 2
+# Judges are asked for 1 to 10, and a file may hold any scale from 0. Numbers near the largest float would add up to
+# infinity.
 LARGEST_RATING = 1e6
-# Judges rate from 1 to 10. Numbers near the largest float would add up to infinity.
-FAILED = (-1.0, -1.0)
 # What a rating that failed has for a score.
+FAILED = (-1.0, -1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class RelativeScore:
-    """Percentages of the reference's score; None for an order that was not rated."""
+    """Percentages of the reference's score; None for an order without ratings, or with none but 0 for the reference."""
 
     reference_first: float | None
     system_first: float | None
