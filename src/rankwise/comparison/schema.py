@@ -192,7 +192,9 @@ class ParetoPoint(TypedDict):
 class Recommendation(TypedDict):
     method: str | None
     reason: str
-    # One sentence.
+    # One sentence with the method's name.
+    why: str
+    # The same without the name, for pages on which the name stands above it.
     config: str | None
     # ``recommended.yaml``, relative to the comparison's folder.
     command: str | None
