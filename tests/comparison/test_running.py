@@ -360,6 +360,7 @@ def test_a_method_cannot_run_where_training_never_began(
 ):
     job = stages.Job("train", Cell("lora", 2e-4, 0))
     job.folder(tmp_path).mkdir(parents=True)
+    (tmp_path / "cells").mkdir()
     (job.folder(tmp_path) / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n' * steps)
     document = {"error": {"code": code, "kind": kind, "message": "why"}}
     outcome = stages.outcome_from(job, tmp_path, 2, document, 1.0)
@@ -376,6 +377,7 @@ def test_the_jobs_of_earlier_calls_are_known_and_no_others(tmp_path: Path):
         stages.Job("measure", Cell("lora", 2e-4, 1)),
         stages.Job("measure", None),
     ]
+    (tmp_path / "cells").mkdir()
     for job in [*begun, stages.Job("train", Cell("dora", 1e-4, 0)), stages.Job("train", Cell("lora", 1e-4, 7))]:
         stages.keep_outcome(job, tmp_path, stages.Outcome("finished", 2.0))
     assert set(possible_jobs(plan)) == set(begun)
@@ -384,7 +386,7 @@ def test_the_jobs_of_earlier_calls_are_known_and_no_others(tmp_path: Path):
 
 def test_a_system_without_locks_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    with pytest.raises(ConfigError, match="RW599"):
+    with pytest.raises(RunError, match="RW599"):
         compare(**given(tmp_path))
     assert not (tmp_path / "out").exists()
 

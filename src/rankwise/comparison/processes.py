@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from rankwise.comparison.stages import beside
-from rankwise.errors import ConfigError
+from rankwise.errors import RunError
 
 # Linux's prctl: which signal a process gets when its parent dies.
 PR_SET_PDEATHSIG = 1
 
 
 def check_system() -> None:
-    """Raise ConfigError (RW599) where files have no locks, and processes no signals, as POSIX knows them."""
+    """Raise RunError (RW599) where files have no locks, and processes no signals, as POSIX knows them."""
     try:
         import fcntl  # noqa: F401
     except ImportError:
-        raise ConfigError(
+        raise RunError(
             "RW599",
             f"rankwise compare starts and stops its runs as POSIX systems do, and this one ({sys.platform}) is none; "
             "use Linux, macOS, or the Windows Subsystem for Linux (WSL).",

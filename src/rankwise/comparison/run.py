@@ -61,8 +61,9 @@ ENDINGS = (".in", ".json", ".yaml")
 def compare(given: CompareOptions, watcher: Watcher) -> Comparison:
     """Run what is missing in ``given.output``, then write ``comparison.json`` and what it recommends.
 
-    Raises ConfigError (RW165 to RW168, RW599), RunError: RW580 a folder of other settings, RW581 a folder of something
-    else, RW551 a file cannot be written, RW582 another call works in it, RW584 no run finished; Interrupted (RW587).
+    Raises ConfigError (RW165 to RW168), RunError: RW580 a folder of other settings, RW581 a folder of something else,
+    RW551 a file cannot be written, RW582 another call works in it, RW584 no run finished, RW599 a system that is not
+    POSIX; Interrupted (RW587).
     """
     check_compare(given)
     check_system()
