@@ -23,8 +23,8 @@ from rankwise.reports.summary import caution, cell
 
 if TYPE_CHECKING:
     from rankwise.comparison.runner import Picture
-    from rankwise.comparison.schema import Comparison, Method
     from rankwise.comparison.stages import Job, Outcome
+    from rankwise.reports.schema import Comparison, Method
 
 # Columns of the table after the metric's: the figure's name in the record, and the heading.
 COSTS = {

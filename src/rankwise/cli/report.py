@@ -69,8 +69,8 @@ def _recommend(
     from rankwise.comparison.collect import metrics_of
     from rankwise.comparison.finish import best_run, recommended_yaml
     from rankwise.comparison.recommendation import recommend
-    from rankwise.comparison.schema import RECOMMENDED_FILE
     from rankwise.records import write_text
+    from rankwise.reports.schema import RECOMMENDED_FILE
 
     metric = str(document["primary_metric"])
     higher = metrics_of(runs).get(metric, False)

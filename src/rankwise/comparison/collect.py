@@ -12,13 +12,13 @@ from typing import Any
 from rankwise.comparison.matrix import Cell
 from rankwise.comparison.measure_files import FACTS_FILE, PERPLEXITY
 from rankwise.comparison.schedule import Plan, state_of
-from rankwise.comparison.schema import EVAL_LOSS, EVALUATION_FOLDER, Message, Phase, Run, Status
 from rankwise.comparison.stages import INTERRUPTED_CODES, Job, Stage, outcome_of
 from rankwise.comparison.verdicts import Scores
 from rankwise.errors import RunError
 from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE
 from rankwise.foreign import read_object
 from rankwise.records import RUN_FILE, load_record
+from rankwise.reports.schema import EVAL_LOSS, EVALUATION_FOLDER, Message, Phase, Run, Status
 
 
 def collect_runs(plan: Plan) -> list[Run]:

@@ -6,11 +6,11 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from rankwise.comparison.schema import Difference, Method, ParetoPoint, Recommendation
 from rankwise.config import BASELINES, DORA
 from rankwise.reports.costs import Range, is_above, memory_range, seconds_range
 from rankwise.reports.naming import long_name, metric_in_sentence
 from rankwise.reports.numbers import byte_size, capital, duration, listed, plural, significant
+from rankwise.reports.schema import Difference, Method, ParetoPoint, Recommendation
 
 # vLLM and SGLang take the adapters of LoRA and refuse these.
 REFUSED_BY_SERVERS = (*DORA, *BASELINES)

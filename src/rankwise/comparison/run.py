@@ -31,7 +31,17 @@ from rankwise.comparison.runner import (
     seconds_spent,
 )
 from rankwise.comparison.schedule import Plan, jobs_left, jobs_to_do, possible_jobs, probe_of
-from rankwise.comparison.schema import (
+from rankwise.comparison.settings import CompareOptions, CompareSettings, check_compare, shared_training
+from rankwise.comparison.stages import Job
+from rankwise.comparison.statistics import CONFIDENCE
+from rankwise.comparison.summary import all_differences, all_methods, ranked, scores_by_metric, searches
+from rankwise.comparison.tasks import make_tasks
+from rankwise.config import FOUR_BITS, idle_options
+from rankwise.disk import coded_errors, discard_folder, hold, remove_strays
+from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, warn
+from rankwise.records import write_json
+from rankwise.reports.numbers import percent, plural, significant
+from rankwise.reports.schema import (
     BEST_FOLDER,
     COMPARISON_FILE,
     EVAL_LOSS,
@@ -43,16 +53,6 @@ from rankwise.comparison.schema import (
     MinimumDetectableEffect,
     Run,
 )
-from rankwise.comparison.settings import CompareOptions, CompareSettings, check_compare, shared_training
-from rankwise.comparison.stages import Job
-from rankwise.comparison.statistics import CONFIDENCE
-from rankwise.comparison.summary import all_differences, all_methods, ranked, scores_by_metric, searches
-from rankwise.comparison.tasks import make_tasks
-from rankwise.config import FOUR_BITS, idle_options
-from rankwise.disk import coded_errors, discard_folder, hold, remove_strays
-from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, warn
-from rankwise.records import write_json
-from rankwise.reports.numbers import percent, plural, significant
 
 # Of the files of a job in ``DIR/cells`` that are written whole.
 ENDINGS = (".in", ".json", ".yaml")

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rankwise.comparison.matrix import Cell, choose_rate, final_cells, search_cells
-from rankwise.comparison.schema import RateSearch, SearchedRate
 from rankwise.comparison.stages import Job, Outcome, Stage, outcome_of
 from rankwise.errors import RunError
 from rankwise.records import RunRecord, load_record
+from rankwise.reports.schema import RateSearch, SearchedRate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 from rankwise.comparison.collect import metrics_of, scores_of
 from rankwise.comparison.recommendation import pareto_set
 from rankwise.comparison.schedule import Plan, state_of
-from rankwise.comparison.schema import Difference, Method, RateSearch, Run
 from rankwise.comparison.statistics import mean_of_seeds
 from rankwise.comparison.verdicts import Scores, compare_all, tie_groups
 from rankwise.reports.merging import figures_of
+from rankwise.reports.schema import Difference, Method, RateSearch, Run
 
 SERVING = {
     "lora": ["transformers with PEFT", "vLLM and SGLang (mind their list of ranks)", "llama.cpp", "merged: anywhere"],

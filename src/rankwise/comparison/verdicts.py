@@ -8,8 +8,8 @@ import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from rankwise.comparison.schema import Difference, Verdict
 from rankwise.comparison.statistics import ALPHA, Estimate, holm, mean_of_seeds, paired_by_example
+from rankwise.reports.schema import Difference, Verdict
 
 
 @dataclasses.dataclass(frozen=True)
