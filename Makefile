@@ -12,7 +12,7 @@ help: ## this list
 
 setup: $(STAMP) ## make .venv with the project, its tools and the demo model
 
-$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
+$(VENV)/.installed: pyproject.toml setup.py $(shell find csrc -type f)
 	@command -v $(PYTHON) >/dev/null || { echo "needs Python 3.11 or newer as '$(PYTHON)'; set PYTHON=..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV); PyTorch and its relatives take minutes the first time"

@@ -183,7 +183,7 @@ def decodes_in_caches(workload: Workload) -> bool:
 def computes_in_float32() -> bool:
     """Whether our products and attention compute in float32 on this CPU, so that they take float32 beside bfloat16.
 
-    csrc/products.cpp and csrc/attention.cpp decide so; here it is decided without torch, whose import a plan avoids.
+    csrc/common/level.cpp decides so; here it is decided without torch, whose import a plan avoids.
     """
     return _is_built() and "avx2" in cpu_flags() and "avx512_bf16" not in cpu_flags()
 
