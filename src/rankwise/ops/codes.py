@@ -20,11 +20,11 @@ from rankwise.compat.torch import plain_tensors
 
 Parameters = ParamSpec("Parameters")
 
+# Elements of ``absmax`` that share one second-level scale (QLoRA, section 3).
 NESTED_BLOCK = 256
-"""Elements of ``absmax`` that share one second-level scale (QLoRA, section 3)."""
 
+# Equal bins of [-1, 1] in which bitsandbytes' CPU code looks up the nearest 8-bit code.
 DYNAMIC_BINS = 65536
-"""Equal bins of [-1, 1] in which bitsandbytes' CPU code looks up the nearest 8-bit code."""
 
 # Quantiles of N(0, 1) scaled to [-1, 1] with an exact zero (QLoRA, appendix E).
 _NF4 = (

@@ -13,8 +13,8 @@ from rankwise.errors import QuantizationError
 from rankwise.ops.checks import check_dtype, check_type
 from rankwise.ops.codes import QUANT_TYPES
 
+# Our name among transformers' quantization methods. It is never written to a file: checkpoints are bitsandbytes'.
 METHOD = "rankwise_4bit"
-"""Our name among transformers' quantization methods. It is never written to a file: checkpoints are bitsandbytes'."""
 
 
 @dataclass
@@ -112,8 +112,8 @@ class Fp4Config(FourBitConfig):
     quant_type: ClassVar[str] = "fp4"
 
 
-CONFIGS: dict[Any, type[FourBitConfig]] = {kind.quant_type: kind for kind in (Nf4Config, Fp4Config)}
 # By the name of their type.
+CONFIGS: dict[Any, type[FourBitConfig]] = {kind.quant_type: kind for kind in (Nf4Config, Fp4Config)}
 
 
 def _names(names: Any) -> list[str] | None:

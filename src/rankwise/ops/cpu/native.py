@@ -15,8 +15,8 @@ import torch
 
 from rankwise.errors import QuantizationError
 
+# From slow to fast, in the numbering of csrc/rankwise_native.h. On Arm, "portable" includes NEON.
 LEVELS = ("portable", "avx2", "avx512")
-"""From slow to fast, in the numbering of csrc/rankwise_native.h. On Arm, "portable" includes NEON."""
 
 _INTERFACE = 8
 _HOW_TO_BUILD = (
