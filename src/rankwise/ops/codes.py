@@ -50,11 +50,6 @@ class CodeTable:
     order: tuple[int, ...]
     """(16,) codes in ascending order of their values."""
 
-    @property
-    def zero_code(self) -> int:
-        """The code of 0.0: the pad of an odd last element."""
-        return self.order[sum(bound < 0.0 for bound in self.bound)]
-
 
 def _table(name: str, values: Tensor) -> CodeTable:
     order = torch.argsort(values, stable=True)
