@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.compat import lm_eval
-from rankwise.data.readers import hub_or_cache
+from rankwise.compat.datasets import hub_or_cache
 from rankwise.data.rows import content_sha256
 from rankwise.errors import ConfigError, DataError
 from rankwise.evaluation.engine import Engine
