@@ -39,8 +39,8 @@ class AdaptedModule:
     r: int
     lora_alpha: float
     parts: tuple[bool, ...] | None = None
-    # How many are stacked; None for a module.
     experts: int | None = None
+    # How many are stacked; None for a module.
 
     @property
     def path(self) -> str:
@@ -61,8 +61,8 @@ class AdapterReport:
     modules: tuple[AdaptedModule, ...]
     trainable_parameters: int
     total_parameters: int
-    # Stacked experts of a mixture that neither adapt nor train whole.
     left_out: LeftOut | None = None
+    # Stacked experts of a mixture that neither adapt nor train whole.
 
     def __str__(self) -> str:
         kinds = ", ".join(sorted({module.kind for module in self.modules}))

@@ -39,9 +39,17 @@ class MemoryGuard:
     """
 
     def __init__(
-        self, settings: Mapping[str, Any], say: Callable[[str], None], own_memory: Callable[[], int], *, ignore: bool
+        self,
+        settings: Mapping[str, Any],
+        say: Callable[[str], None],
+        own_memory: Callable[[], int],
+        *,
+        ignore: bool,
+        sharers: int = 1,
     ) -> None:
         self.settings, self.say, self.own_memory, self.ignore = settings, say, own_memory, ignore
+        self.sharers = sharers
+        # Processes of this run on this machine: each has its part of a CPU's memory, and a card of its own.
         self.baseline_bytes = 0
         self.hardware: Hardware | None = None
         self.workload: Workload | None = None
@@ -56,6 +64,9 @@ class MemoryGuard:
             warn("RW564", f"there is no memory plan for {method}; the run starts without a prediction.")
             return
         self.hardware = this_machine() if self.settings["device"] != "cpu" else cpu_hardware()
+        if self.hardware.device_type == "cpu":
+            part = self.hardware.memory_bytes // self.sharers
+            self.hardware = dataclasses.replace(self.hardware, memory_bytes=part)
         # What the libraries have taken by now stays, and the meter of a CPU run counts it.
         self.baseline_bytes = self.own_memory() if self.hardware.device_type == "cpu" else 0
         self._fetched()
@@ -183,8 +194,10 @@ def _over(stored: Stored | None, ask: Estimator) -> Estimator:
 
 
 def workload_of(settings: Mapping[str, Any], hardware: Hardware) -> Workload:
-    """The step of a run, every row of full length."""
+    """The step of a run, every row of full length; of several processes that of one."""
     fields = {name: settings[name] for name in Workload.__dataclass_fields__ if name in settings}
+    fields["devices"] = settings.get("devices") or 1
+    fields["strategy"] = (settings.get("strategy") or "ddp") if fields["devices"] > 1 else "single"
     dtype = hardware.dtype if settings["dtype"] == "auto" else settings["dtype"]
     kind: Literal["cuda", "cpu"] = "cuda" if hardware.device_type == "cuda" else "cpu"
     return on_device(Workload(**{**fields, "dtype": dtype, "device_type": kind}), hardware)
