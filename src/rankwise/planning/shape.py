@@ -47,6 +47,10 @@ class Module:
     def is_linear(self) -> bool:
         return self.kind in ("linear", "conv1d")
 
+    @property
+    def is_adaptable(self) -> bool:
+        return self.is_linear or self.kind == "embedding"
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
