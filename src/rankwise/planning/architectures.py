@@ -6,7 +6,6 @@ Module names are transformers', so that target_modules mean here what they mean 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import prod
@@ -14,9 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rankwise.errors import ModelError
-from rankwise.models.folder import read_config
-from rankwise.models.source import fetch_model
-from rankwise.planning.shape import Fields, Module, Shape, gguf_config
+from rankwise.planning.shape import Fields, Module, Shape
 
 Family = Callable[[Fields], Shape]
 
@@ -294,16 +291,6 @@ FAMILIES: dict[str, Family] = {
 # Families that transformers builds only where the hidden size is a multiple of the heads; the others round down.
 WHOLE_HEADS = frozenset({"llama", "gemma2", "gemma3", "gemma3_text", "gpt2"})
 HEAD_FIELDS = "hidden_size, num_attention_heads, num_key_value_heads"
-
-
-def read_shape(model: str | os.PathLike[str], *, trust_remote_code: bool = False, revision: str | None = None) -> Shape:
-    """The shape of a hub id, folder, GGUF file or demo; of a hub id the weights are not downloaded.
-
-    Raises ModelError: as ``fetch_model`` and ``read_config`` do; RW325, RW326 as ``shape_of``.
-    """
-    source = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-    config = gguf_config(source) if source.is_gguf else read_config(source.path)  # type: ignore[arg-type]
-    return shape_of(config, str(source.path or source.name))
 
 
 def shape_of(config: Mapping[str, Any], name: str = "the config") -> Shape:

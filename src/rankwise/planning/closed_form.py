@@ -11,7 +11,6 @@ peak  = fixed + max of
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from math import prod
@@ -20,7 +19,6 @@ from rankwise.config import DORA, FOUR_BITS
 from rankwise.planning import activations, backward, evaluating, weights
 from rankwise.planning.activations import Step
 from rankwise.planning.adapted import STACKS, Adaptation, AdaptedStack, adaptation
-from rankwise.planning.architectures import read_shape
 from rankwise.planning.assemble import assembled
 from rankwise.planning.optimizers import rule_of, state_bytes
 from rankwise.planning.shape import Shape
@@ -30,24 +28,10 @@ from rankwise.planning.workload import Workload
 Terms = dict[str, int]
 
 
-def closed_form(
-    model: str | os.PathLike[str],
-    method: str,
-    workload: Workload,
-    *,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-) -> MemoryEstimate:
-    """The peak of one step. Raises ModelError: as ``read_shape`` does; AdapterError RW401 to RW404 for targets;
-    ConfigError RW132 for an optimizer whose memory is not known."""
+def of_shape(shape: Shape, method: str, workload: Workload) -> MemoryEstimate:
+    """The peak of one step. Raises AdapterError: RW401 to RW404 and RW419 for targets; ConfigError: RW132 for an
+    optimizer whose memory is not known."""
     started = time.perf_counter()
-    shape = read_shape(model, trust_remote_code=trust_remote_code, revision=revision)
-    return of_shape(shape, method, workload, started=started)
-
-
-def of_shape(shape: Shape, method: str, workload: Workload, *, started: float | None = None) -> MemoryEstimate:
-    """The same for a shape at hand."""
-    started = time.perf_counter() if started is None else started
     adapted = None if method == "full" else adaptation(shape, workload.lora_config(use_dora=method in DORA))
     tensors = list(weights.trained_tensors(shape, method, workload, adapted))
     state, elsewhere = state_bytes(workload.optimizer, tensors)

@@ -10,10 +10,11 @@ from rankwise.errors import AdapterError, InputError, RunError, warn
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.planning.changes import FOUR_BIT_OF, Advisor, Change
 from rankwise.planning.check import comparable
-from rankwise.planning.facts import Stored, read_facts
+from rankwise.planning.estimate import estimator_of
+from rankwise.planning.facts import Stored, read_model
 from rankwise.planning.fitting import Estimator, Remembering, verdict_of
 from rankwise.planning.hardware import Hardware, cpu_hardware, this_machine
-from rankwise.planning.plan import estimator_of, is_slowed, on_device, ratio_pace_of
+from rankwise.planning.plan import is_slowed, on_device, ratio_pace_of
 from rankwise.planning.speed import micro_batch_seconds
 from rankwise.planning.terms import METHODS, MemoryEstimate
 from rankwise.planning.workload import Workload
@@ -160,11 +161,9 @@ class MemoryGuard:
 
     def _asker(self) -> Remembering:
         if self._estimate is None:
-            source = self._fetched()
-            self.facts = read_facts(source)
-            code = self.settings["trust_remote_code"]
-            asked = estimator_of(source.path or source.name, trust_remote_code=code)
-            self._estimate = Remembering(_over(self.facts.stored, asked))
+            model = read_model(self._fetched())
+            self.facts = model.facts
+            self._estimate = Remembering(_over(self.facts.stored, estimator_of(model)))
         return self._estimate
 
     def _fetched(self) -> ModelSource:
