@@ -19,7 +19,7 @@ from rankwise.config import DORA, FOUR_BITS
 from rankwise.planning import activations, backward, evaluating, weights
 from rankwise.planning.activations import Step
 from rankwise.planning.adapted import STACKS, Adaptation, AdaptedStack, adaptation
-from rankwise.planning.assemble import assembled
+from rankwise.planning.assemble import Found, assembled
 from rankwise.planning.optimizers import rule_of, state_bytes
 from rankwise.planning.shape import Shape
 from rankwise.planning.terms import MemoryEstimate
@@ -38,21 +38,19 @@ def of_shape(shape: Shape, method: str, workload: Workload) -> MemoryEstimate:
     fixed = fixed_terms(shape, method, workload, adapted) | {"optimizer": state}
     layer, root = weights.sharding_groups(shape, method, workload, adapted)
     moving = phases(shape, method, workload, adapted, tensors)
-    return assembled(
-        method,
-        workload,
+    found = Found(
         phases={phase: fixed | terms for phase, terms in moving.items()},
         trainable=shape.parameters if adapted is None else adapted.parameters,
         total=shape.parameters,
+        trained_bytes=weights.tensor_bytes(tensors),
         elsewhere_bytes=elsewhere,
         max_positions=shape.max_positions,
-        exact=False,
-        seconds=time.perf_counter() - started,
         layer=layer,
         root=root,
-        trained_bytes=weights.tensor_bytes(tensors),
+        exact=False,
         notes=notes_of(shape, method, workload),
     )
+    return assembled(method, workload, found, started)
 
 
 def fixed_terms(shape: Shape, method: str, workload: Workload, adapted: Adaptation | None) -> Terms:

@@ -26,7 +26,7 @@ from rankwise.matching import matches
 from rankwise.ops import selection
 from rankwise.planning import cuda
 from rankwise.planning.architectures import FAMILIES
-from rankwise.planning.assemble import assembled
+from rankwise.planning.assemble import Found, assembled
 from rankwise.planning.counted_optimizer import make_state, new_optimizer
 from rankwise.planning.fake_model import attach, materialize, weights_dtype
 from rankwise.planning.offload import offloaded
@@ -101,20 +101,18 @@ def trace(
         tracker.see_all(kept_norms(skeleton), "adapters")
     shapes = [(tuple(item.shape), item.element_size()) for item in trained(skeleton)]
     layer, root = sharding_groups_of(skeleton)
-    return assembled(
-        method,
-        workload,
+    found = Found(
         phases=tracker.peaks(divisors(workload)),
-        layer=layer,
-        root=root,
-        trained_bytes=sum(item.nbytes for item in trained(skeleton)),
         trainable=sum(item.numel() for item in trained(skeleton)),
         total=total,
+        trained_bytes=sum(item.nbytes for item in trained(skeleton)),
         elsewhere_bytes=state_bytes(workload.optimizer, shapes)[1],
         max_positions=getattr(config.get_text_config(), "max_position_embeddings", None),
+        layer=layer,
+        root=root,
         exact=True,
-        seconds=time.perf_counter() - started,
     )
+    return assembled(method, workload, found, started)
 
 
 def sharding_groups_of(model: nn.Module) -> tuple[Group, Group]:

@@ -29,7 +29,7 @@ from rankwise.planning.fitting import (
 )
 from rankwise.planning.hardware import Hardware, choose_hardware
 from rankwise.planning.optimizers import check_device
-from rankwise.planning.recommend import PASSES, Recommendation, recommend
+from rankwise.planning.recommend import PASSES, Recommendation, Wish, recommend
 from rankwise.planning.settings import SHARED, PlanSettings
 from rankwise.planning.speed import Pace, assumed_pace, micro_batch_seconds, nominal_pace, tokens_per_second
 from rankwise.planning.terms import TOO_SLOW, MemoryEstimate
@@ -224,16 +224,8 @@ class _Planner:
         passes = PASSES[:1] if self.is_slow else PASSES
         if self.is_slow:
             self.say("dry runs of other settings ...")
-        recommendation = recommend(
-            self.advisor,
-            self.methods,
-            self.settings.goal,
-            self.workload,
-            accumulation,
-            self._given(),
-            passes,
-            is_mixture=self.facts.experts > 0,
-        )
+        wish = Wish(self.settings.goal, self._given(), accumulation, is_mixture=self.facts.experts > 0)
+        recommendation = recommend(self.advisor, self.methods, self.workload, wish, passes)
         subject = recommendation.method or recommendation.estimate.method
         cheap = PASSES[0] if self.is_slow else None
         refused = {item.method for item in unplanned}
