@@ -29,10 +29,10 @@ EXPERT_WIDTH = ("moe_intermediate_size", "intermediate_size")
 class Stored:
     """What ``quantization_config`` of a config.json says about the weights in the files."""
 
-    format: str
     # transformers' quant_method: gptq, fp8, bitsandbytes, ...
-    four_bit: bool = False
+    format: str
     # bitsandbytes' 4 bits, which training takes as they are.
+    four_bit: bool = False
     double_quant: bool = False
 
     @property
@@ -69,15 +69,15 @@ class ModelFacts:
     width: int
     vocabulary: int
     head_is_tied: bool
-    idle_expert_parameters: int = 0
     # Parameters of experts that a token does not visit: L (E - e) 3 h w with the width w of an expert.
-    visited_share: float = 1.0
+    idle_expert_parameters: int = 0
     # Of the experts those that a token visits: e / E.
+    visited_share: float = 1.0
     experts: int = 0
-    position_rows: int | None = None
     # Of a table of learned positions, which no row of tokens can outgrow; None: there is none.
-    stored: Stored | None = None
+    position_rows: int | None = None
     # How the files hold the weights, where they are quantized already.
+    stored: Stored | None = None
 
     @property
     def head_parameters(self) -> int:

@@ -22,10 +22,10 @@ from rankwise.reports.numbers import byte_size, plural
 
 SMALLEST = {"batch_size": 1, "max_length": 16, "trained_share": 1.0}
 """A step that no run undercuts: what does not even fit so is refused before the weights are read."""
-RESIDENT = ("weights_4bit", "weights", "adapters")
 # Terms that are in memory before the first step.
-BITSANDBYTES_BLOCK = 64
+RESIDENT = ("weights_4bit", "weights", "adapters")
 # Of its 4-bit checkpoints: transformers' configuration of them names no other.
+BITSANDBYTES_BLOCK = 64
 AFTER_FAILURE = 0.85
 """Where the memory ran out although the plan said it fits, a change counts as fitting below this share of the plan."""
 

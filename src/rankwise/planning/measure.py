@@ -23,8 +23,8 @@ from rankwise.planning.workload import Workload
 
 STEPS = 3
 INTERVAL_SECONDS = 0.002
-KILLED = (-9, 137)
 # By the kernel, mostly because memory ran out; the second where a shell stands between.
+KILLED = (-9, 137)
 MEMORY_WORDS = ("MemoryError", "OutOfMemoryError", "DefaultCPUAllocator")
 
 

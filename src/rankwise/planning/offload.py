@@ -11,8 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from rankwise.planning.tracker import StorageTracker
 
-LEAST_ELEMENTS_BYTES = 1024
 # trl leaves smaller tensors where they are.
+LEAST_ELEMENTS_BYTES = 1024
 
 
 @contextmanager

@@ -51,15 +51,15 @@ class MethodRow:
 
     estimate: MemoryEstimate
     verdict: Verdict
-    spare_bytes: int
     # Memory less peak: negative where it is too big.
-    max_batch_size: int
+    spare_bytes: int
     # Rows of ``max_length``; 0: not one.
-    longest_row_tokens: int
+    max_batch_size: int
     # At the batch size asked for.
+    longest_row_tokens: int
     tokens_per_second: float | None
-    seconds: float | None
     # Of the whole run, where its length is known.
+    seconds: float | None
 
     def to_json(self) -> dict[str, Any]:
         own = self.estimate
@@ -102,15 +102,15 @@ class Plan:
     hardware: Hardware
     workload: Workload
     accumulation: int
-    rows: tuple[MethodRow, ...]
     # One at least.
+    rows: tuple[MethodRow, ...]
     unplanned: tuple[Unplanned, ...]
     recommendation: Recommendation
-    changes: tuple[Change, ...]
     # Of the recommended method (or of the first) at the settings asked for.
+    changes: tuple[Change, ...]
     changes_of: str
-    pace_basis: str | None
     # Where the speeds come from; None: no figure is known.
+    pace_basis: str | None
     run_tokens: int | None
 
     def to_json(self) -> dict[str, Any]:

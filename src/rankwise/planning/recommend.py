@@ -34,18 +34,18 @@ PASSES: tuple[frozenset[str], ...] = (
 class Recommendation:
     """``settings`` are those of ``rankwise train`` that differ from its defaults or were asked for."""
 
-    method: str | None
     # None: nothing fits.
+    method: str | None
     settings: dict[str, Any]
-    estimate: MemoryEstimate
     # Of the recommended run, or of the smallest one where nothing fits.
+    estimate: MemoryEstimate
     workload: Workload
     time_factor: float
     reasons: tuple[Rule, ...]
-    missing_bytes: int = 0
     # Where nothing fits: what the smallest run lacks.
-    is_tight: bool = False
+    missing_bytes: int = 0
     # It fits only without the error to expect, and nothing smaller fits with it.
+    is_tight: bool = False
 
     @property
     def serving(self) -> tuple[str, ...]:

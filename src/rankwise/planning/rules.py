@@ -29,16 +29,16 @@ class Situation:
 
     method: str
     goal: str
-    fits: dict[str, bool]
     # {method: whether some settings without loss make it fit}, for those planned for.
-    settings: dict[str, Any]
+    fits: dict[str, bool]
     # As ``rankwise train`` takes them.
-    changed: frozenset[str]
+    settings: dict[str, Any]
     # Names among them that differ from what was asked for.
-    accumulation: int = 1
+    changed: frozenset[str]
     # Micro-batches a step, as asked for.
-    is_mixture: bool = False
+    accumulation: int = 1
     # Whether the model has experts, which "all-linear" does not reach.
+    is_mixture: bool = False
 
     @property
     def leaves_experts(self) -> bool:
@@ -62,10 +62,10 @@ class Rule:
     """One line of advice."""
 
     name: str
-    scenario: str
     # When it applies, in words.
-    when: Callable[[Situation], bool]
+    scenario: str
     # The same for the program.
+    when: Callable[[Situation], bool]
     reason: str
     source: str
     evidence: Evidence

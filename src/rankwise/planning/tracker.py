@@ -27,8 +27,8 @@ from rankwise.planning.quick_fakes import QuickFakes
 from rankwise.planning.terms import TOO_SLOW
 
 NEVER = 1 << 62
-DEVICE_OF = torch.ops.prim.device.default
 # Half of all that is asked of fake tensors: a fake tensor knows the answer itself.
+DEVICE_OF = torch.ops.prim.device.default
 
 
 @dataclasses.dataclass(slots=True)
@@ -38,8 +38,8 @@ class Storage:
     size_bytes: int
     born: int
     phase: str
-    recomputing: bool
     # Made in a backward pass while gradients are recorded: checkpointing runs a block again.
+    recomputing: bool
     as_logits: bool
     died: int = NEVER
     term: str | None = None
