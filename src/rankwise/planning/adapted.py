@@ -178,7 +178,7 @@ def _places(shape: Shape) -> Places:
         item.name: Place(item.kind, item.is_linear, item.is_adaptable, item is head, item.outputs)
         for item in shape.modules
     }
-    return found | {name: Place("holds others") for name in _containers(shape)}
+    return found | {name: Place("a block of layers") for name in _containers(shape)}
 
 
 def _containers(shape: Shape) -> list[str]:

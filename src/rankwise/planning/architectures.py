@@ -113,6 +113,7 @@ def decoder(given: Fields, line: Line) -> Shape:
     )
     moe = _experts(fields, family) if line.experts else None
     width = moe.f if moe else fields.required("intermediate_size")[0]
+    window, windowed_share = _window(given, family, layers)
     modules = [Module(f"{path}.embed_tokens", "embedding", V, h)]
     for index in range(layers):
         layer = f"{path}.layers.{index}"
@@ -140,7 +141,8 @@ def decoder(given: Fields, line: Line) -> Shape:
         fused_qkv=line.fused,
         norms_per_layer=line.norms_per_layer,
         attention_dropout=fields.share("attention_dropout", 0.0),
-        **_window(given, family, layers),
+        window=window,
+        windowed_share=windowed_share,
         eager=line.eager,
         softcapped=line.eager and bool(given.config.get("attn_logit_softcapping", GEMMA2_SOFTCAP)),
         capped_logits=bool(given.config.get("final_logit_softcapping", CAPPED_LOGITS.get(family))),
@@ -161,13 +163,13 @@ ONLY_WHERE_USED = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3")
 GLOBAL_EVERY = 6
 
 
-def _window(fields: Fields, family: str, layers: int) -> dict[str, Any]:
-    """How far back layers look, and the share of those that do not look at all tokens; nothing where all do."""
+def _window(fields: Fields, family: str, layers: int) -> tuple[int | None, float]:
+    """How far back layers look, and the share of those that do not look at all tokens; (None, 0) where all do."""
     default = WINDOW if family in (*WINDOWED, *ONLY_WHERE_USED) else None
     if family in ONLY_WHERE_USED and not fields.flag("use_sliding_window", False):
-        return {}
+        return None, 0.0
     if fields.config.get("sliding_window", default) is None:
-        return {}
+        return None, 0.0
     window = fields.count("sliding_window", WINDOW)
     kinds = fields.entries("layer_types")
     if family in ALL_LAYERS_WINDOWED:
@@ -179,7 +181,7 @@ def _window(fields: Fields, family: str, layers: int) -> dict[str, Any]:
         windowed = sum(bool((index + 1) % every) for index in range(layers))
     else:
         windowed = max(0, layers - fields.count("max_window_layers", 28))
-    return {"window": window, "windowed_share": windowed / layers}
+    return window, windowed / layers
 
 
 def _norm_names(line: Line) -> tuple[str, ...]:

@@ -163,7 +163,7 @@ def _prepared(
         num_key_value_heads=HEADS,
     )
     with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config)
     total = sum(parameter.numel() for parameter in model.parameters())
     materialize(model, weights_dtype(method, workload), fill=True, device=device_type)
     flat = attach(model, method, workload)

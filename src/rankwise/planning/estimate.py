@@ -42,7 +42,8 @@ def estimate(
         from rankwise.planning.dry_run import dry_run
 
         if not isinstance(model, str | os.PathLike):
-            model, trust_remote_code = model.place, model.trust_remote_code
+            trust_remote_code = model.trust_remote_code
+            model = model.place
         return dry_run(
             model, method, workload, deadline=deadline, trust_remote_code=trust_remote_code, revision=revision
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from rankwise.errors import AdapterError, InputError, RunError, warn
 from rankwise.models.source import ModelSource, fetch_model
@@ -28,6 +28,19 @@ RESIDENT = ("weights_4bit", "weights", "adapters")
 BITSANDBYTES_BLOCK = 64
 AFTER_FAILURE = 0.85
 """Where the memory ran out although the plan said it fits, a change counts as fitting below this share of the plan."""
+
+
+class Rows(Protocol):
+    """A micro-batch: rows, tokens of a row, and the share of the tokens that have labels."""
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def trained_share(self) -> float: ...
 
 
 class MemoryGuard:
@@ -85,7 +98,7 @@ class MemoryGuard:
         if verdict_of(smallest, self.hardware.memory_bytes) == "too big":
             self._refuse(smallest, "even one row of 16 tokens")
 
-    def before_training(self, batch: Any, evaluation: Any) -> int | None:
+    def before_training(self, batch: Rows, evaluation: Rows | None) -> int | None:
         """Rows, tokens and trained_share of the largest micro-batch that will come, and of evaluations (None: there are
         none). What takes more is predicted."""
         if self._refused_target is not None:
@@ -202,7 +215,7 @@ def workload_of(settings: Mapping[str, Any], hardware: Hardware) -> Workload:
     return on_device(Workload(**{**fields, "dtype": dtype, "device_type": kind}), hardware)
 
 
-def _of_batch(workload: Workload, batch: Any) -> Workload:
+def _of_batch(workload: Workload, batch: Rows) -> Workload:
     trained = max(batch.trained_share, 1 / batch.tokens)
     return dataclasses.replace(workload, batch_size=batch.rows, max_length=max(2, batch.tokens), trained_share=trained)
 
@@ -218,7 +231,7 @@ def _described(change: Change) -> str:
     return f"{options}: {byte_size(change.estimate.peak_bytes)}, {change.time_words}"
 
 
-def _option(name: str, value: Any) -> str:
+def _option(name: str, value: object) -> str:
     flag = f"--{name.replace('_', '-')}"
     if name == "fast":
         return f"{flag} in place of --no-fast"

@@ -196,7 +196,7 @@ MOST_LAYERS = 10_000
 LAYER_COUNTS = ("num_hidden_layers", "n_layer")
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

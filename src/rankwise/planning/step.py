@@ -19,6 +19,7 @@ from rankwise.planning.workload import Workload
 
 IGNORED = -100
 Enter = Callable[[str], None]
+LossOf = Callable[[nn.Module, "Batch", torch.dtype | None], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +63,14 @@ def autocast_dtype(method: str, workload: Workload) -> torch.dtype | None:
 
 
 def take_step(
-    model: nn.Module, optimizer: Any, batch: Batch, enter: Enter, autocast: torch.dtype | None, loss: Any = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    enter: Enter,
+    autocast: torch.dtype | None,
+    loss: LossOf | None = None,
 ) -> None:
-    """Forward, backward, clipping, optimizer. ``enter`` is told when a phase begins."""
+    """Forward, backward, clipping, optimizer. ``enter`` is told when a phase begins; ``loss`` replaces ``loss_of``."""
     enter("forward")
     value = (loss or loss_of)(model, batch, autocast)
     enter("backward")
