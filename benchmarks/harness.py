@@ -25,7 +25,7 @@ from rankwise.data.files import read_file
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.harness_model import EngineLM
 from rankwise.evaluation.journal import Responses
-from rankwise.evaluation.loading import load_as_trained
+from rankwise.evaluation.loading import LoadOptions, load_as_trained
 from rankwise.evaluation.tasks.harness import HarnessTask
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     logging.disable(logging.WARNING)
-    loaded = load_as_trained(given.model, (), dtype=given.dtype)
+    loaded = load_as_trained(given.model, (), LoadOptions(dtype=given.dtype))
     engine = Engine(loaded.model, loaded.tokenizer, batch_size=given.batch)
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -98,20 +98,20 @@ def run_task(
     """``rankwise evaluate`` on a model that is loaded: the same files. ``answers`` are predictions by example."""
     place = folder / EVALUATION_FOLDER / task.name
     settings = {"task": task.name, "data_sha256": task.data_sha256, "task_settings": task.describe()}
-    _open(place, settings)
     adapter = None if job["method"] is None else folder
-    result, _ = answer_task(task, engine, place, settings, model=job["model"], adapter=adapter, answers=answers)
+    opened = _open(place, settings)
+    result, _ = answer_task(task, engine, opened, model=job["model"], adapter=adapter, answers=answers)
     return result
 
 
-def _open(place: Path, settings: Mapping[str, Any]) -> None:
+def _open(place: Path, settings: Mapping[str, Any]) -> journal.Opened:
     """Whether an older result still stands was decided when this step was started; what is of another kind goes."""
     try:
-        journal.open_folder(place, settings, overwrite=False)
+        return journal.open_folder(place, settings, overwrite=False)
     except RunError as error:
         if error.code != "RW570":
             raise
-        journal.open_folder(place, settings, overwrite=True)
+        return journal.open_folder(place, settings, overwrite=True)
 
 
 def load_run(job: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from rankwise.data.rows import Problem
 from rankwise.errors import DataError, warn
 
-NEVER = -1
 # As ``skip_bad_rows``: the caller has no such option, and a message must not advise one.
+NEVER = -1
 NAMED = 3
 REMEDY = "Mend or remove these rows"
 REMEDIES = {

@@ -14,8 +14,8 @@ from rankwise.data.encoding import Encoded, EncodingReport, _Table, complain, en
 from rankwise.data.rows import Rows
 from rankwise.records import write_bytes
 
-VERSION = 3
 # Of the encoding: to be raised whenever the same rows give other ids or labels.
+VERSION = 3
 COLUMNS = ("ids", "labels", "ends")
 
 

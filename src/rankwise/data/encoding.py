@@ -21,18 +21,19 @@ from rankwise.data.bounded import bounded
 from rankwise.data.rows import Problem, Row, Rows
 from rankwise.data.templates import ChatRenderer, Rendered, RowRefused, Segment, renderer
 from rankwise.errors import DataError, warn
+from rankwise.foreign import JsonObject
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
+# Rows are tokenized in batches, of which the first bound that is reached ends one.
 ROWS_PER_BATCH = 2000
 CHARACTERS_PER_BATCH = 1 << 24
-# Rows are tokenized in batches, of which the first bound that is reached ends one.
-WHOLE_CHARACTERS, SPARE_TOKENS = 100_000, 256
 # A longer text is tokenized only as far as max_length tokens reach, and so many more: what stands behind them
 # decides the last tokens of a text that is cut.
+WHOLE_CHARACTERS, SPARE_TOKENS = 100_000, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +178,7 @@ class RowEncoder:
         return [ids[text] for text in texts]
 
 
-def _message(render: ChatRenderer, row: Row) -> dict[str, Any]:
+def _message(render: ChatRenderer, row: Row) -> JsonObject:
     """A rendered row as JSON, from one process to the other."""
     item = _rendered_or_not(render, row)
     if isinstance(item, Problem):
@@ -186,7 +187,7 @@ def _message(render: ChatRenderer, row: Row) -> dict[str, Any]:
     return {"segments": segments, "closed": item.closed, "left_out": item.left_out, "stop": render.stop}
 
 
-def _from_message(message: dict[str, Any], render: ChatRenderer) -> Rendered | Problem:
+def _from_message(message: JsonObject, render: ChatRenderer) -> Rendered | Problem:
     if "problem" in message:
         return Problem(*message["problem"])
     render.stop = message["stop"]

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,19 +21,24 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rankwise.acceleration.packing import common_length
 from rankwise.acceleration.scoring import no_number
+from rankwise.foreign import JsonObject
 
-SHARED_TOKENS = 32
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # A common beginning shorter than this is not worth a pass of its own.
-LEAVE_AT = 0.75
+SHARED_TOKENS = 32
 # Finished rows leave when at most this share of the batch still runs: each departure copies the cache.
+LEAVE_AT = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How answers are chosen. ``stop_ids`` end an answer and are no part of it."""
+    """How answers are chosen. ``stop_ids`` and ``stop_strings`` end an answer and are no part of it."""
 
     max_new_tokens: int
     stop_ids: frozenset[int]
+    stop_strings: tuple[str, ...] = ()
     num_beams: int = 1
     length_penalty: float = 1.0
     # Beam search ranks by sum log p / length ** length_penalty.
@@ -42,10 +47,6 @@ class Decoding:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**fields, "stop_ids": sorted(self.stop_ids)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Prompt:
     repeat: int = 0
 
 
-Stopped = Callable[[list[int]], bool]
 # Whether the ids of an answer so far hold a stop string.
+Stopped = Callable[[list[int]], bool]
 
 
 def batches_by_length(prompts: Sequence[Prompt], *, budget: int, new_tokens: int, max_rows: int) -> list[list[int]]:
@@ -87,7 +88,9 @@ class Generator:
         self._prefix: tuple[tuple[int, ...], DynamicCache | None] = ((), None)
 
     def share(self, prompts: Sequence[Prompt]) -> None:
-        """Compute what all ``prompts`` begin with once, for the batches to come."""
+        """Compute what all ``prompts`` begin with, for the batches to come; once, however often this is called."""
+        if self._prefix[1] is not None:
+            return
         shared = min((common_length(prompts[0].ids, prompt.ids) for prompt in prompts), default=0)
         # The last token of a prompt must be run with its batch: its logits are the first answer token.
         shared = min([shared, *(len(prompt.ids) - 1 for prompt in prompts)])
@@ -111,7 +114,7 @@ class Generator:
             return self._beam_search(prompts, stopped)
         return self._step_by_step(prompts, stopped)
 
-    def _cached(self, cache: DynamicCache) -> dict[str, Any]:
+    def _cached(self, cache: DynamicCache) -> JsonObject:
         """The arguments of a step: its cache under the name that this version of transformers has for it."""
         known = inspect.signature(self.model.forward).parameters
         last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
@@ -144,7 +147,11 @@ class Generator:
         return answers
 
     def _choose(
-        self, logits: Tensor, answers: Sequence[list[int]], generators: Sequence[Any], rows: Sequence[int]
+        self,
+        logits: Tensor,
+        answers: Sequence[list[int]],
+        generators: Sequence[torch.Generator | None],
+        rows: Sequence[int],
     ) -> list[int]:
         """The next token of each row, -1 where it is a stop token or the row has stopped before."""
         if self.decoding.no_repeat_ngram_size:
@@ -200,7 +207,11 @@ class _Running:
     """The rows of a batch that still write, and the tensors of their next step."""
 
     def __init__(
-        self, prompts: Sequence[Prompt], prefix: tuple[tuple[int, ...], DynamicCache | None], model: Any, pad: int
+        self,
+        prompts: Sequence[Prompt],
+        prefix: tuple[tuple[int, ...], DynamicCache | None],
+        model: PreTrainedModel,
+        pad: int,
     ) -> None:
         beginning, cache = prefix
         start = len(beginning)
@@ -259,7 +270,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     return int(order[torch.multinomial(p, 1, generator=generator)])
 
 
-def only_numbers(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
+def only_numbers(model: PreTrainedModel) -> Callable[[Tensor, Tensor], Tensor]:
     """``check_logits`` for transformers' ``generate``, as one of its logits processors."""
 
     def process(_: Tensor, scores: Tensor) -> Tensor:
@@ -269,7 +280,7 @@ def only_numbers(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
     return process
 
 
-def check_logits(model: Any, logits: Tensor) -> None:
+def check_logits(model: PreTrainedModel, logits: Tensor) -> None:
     """Raises ModelError (RW323) for a row that holds NaN, or whose largest logit is infinite."""
     if not logits.amax(-1).isfinite().all():
         raise no_number(model)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rankwise.errors import DataError
 from rankwise.evaluation.metrics.bleu_nist import MtevalStatistics, mteval_statistics
 from rankwise.evaluation.metrics.java import missing_java
 from rankwise.evaluation.metrics.meteor import meteor
 from rankwise.evaluation.metrics.ptb import ptb_tokenize
+from rankwise.foreign import JsonObject
 
 METRICS = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
 ON_JAVA = ("METEOR", "ROUGE_L", "CIDEr")
@@ -33,7 +33,7 @@ class E2eScores:
     missing: str | None = None
     # Why there is no METEOR, ROUGE_L and CIDEr, and how to get them.
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Rounded as the official scorer prints them."""
         return {**{name: rounded(self.metrics[name]) for name in METRICS}, "count": self.count}
 
