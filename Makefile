@@ -12,7 +12,7 @@ help: ## this list
 
 setup: $(STAMP) ## make .venv with the project, its tools and the demo model
 
-$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
+$(VENV)/.installed: pyproject.toml setup.py $(shell find csrc -type f)
 	@command -v $(PYTHON) >/dev/null || { echo "needs Python 3.11 or newer as '$(PYTHON)'; set PYTHON=..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV); PyTorch and its relatives take minutes the first time"
@@ -56,8 +56,8 @@ browser: $(STAMP) ## the comparison report in a real browser (needs a `chromium`
 # Folder with E2E's trainset.csv and devset.csv, for the runs from end to end.
 E2E ?= ../shared/data/e2e
 
-bench: $(STAMP) ## timings against the peers, into docs/results (half an hour on a quiet machine)
-	$(BIN)/python benchmarks/four_bits.py --processes 8 --output docs/results
+bench: $(STAMP) ## timings against the peers, into benchmarks/results and docs/results (half an hour on a quiet machine)
+	$(BIN)/python benchmarks/four_bits.py --processes 8
 	$(BIN)/python benchmarks/quantized_load.py
 	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/scaling.py

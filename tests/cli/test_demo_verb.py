@@ -18,4 +18,4 @@ def test_the_demo_ends_with_a_report_and_a_recommendation(
     assert (folder / "report.html").is_file()
     lines = done.stdout.strip().splitlines()
     assert any(line.startswith("report") and str(folder / "report.html") in line for line in lines)
-    assert "LoRA is the only method with a result" in lines[-1]
+    assert "LoRA: it is the only method with a result" in lines[-1]

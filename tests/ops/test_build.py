@@ -13,7 +13,7 @@ import pytest
 from rankwise.ops.cpu import native
 
 ROOT = Path(__file__).parents[2]
-SANITIZE = ROOT / "csrc" / "sanitize.sh"
+SANITIZE = ROOT / "csrc" / "sanitize" / "run.sh"
 
 needs_source = pytest.mark.skipif(not SANITIZE.exists(), reason="needs the source tree")
 

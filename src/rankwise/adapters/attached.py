@@ -39,8 +39,8 @@ class AdaptedModule:
     r: int
     lora_alpha: float
     parts: tuple[bool, ...] | None = None
-    experts: int | None = None
     # How many are stacked; None for a module.
+    experts: int | None = None
 
     @property
     def path(self) -> str:
@@ -61,8 +61,8 @@ class AdapterReport:
     modules: tuple[AdaptedModule, ...]
     trainable_parameters: int
     total_parameters: int
-    left_out: LeftOut | None = None
     # Stacked experts of a mixture that neither adapt nor train whole.
+    left_out: LeftOut | None = None
 
     def __str__(self) -> str:
         kinds = ", ".join(sorted({module.kind for module in self.modules}))

@@ -176,7 +176,7 @@ def _report(error: RankwiseError, cause: BaseException, *, as_json: bool) -> int
     message = print_message(kind, error.code, error.message)
     if as_json:
         try:
-            print_document({"error": {"code": error.code, "message": message}})
+            print_document({"error": {"code": error.code, "kind": type(error).__name__, "message": message}})
         except OSError:
             # It may be stdout that cannot be written.
             _give_up_stdout()

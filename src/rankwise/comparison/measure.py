@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.comparison.measure_files import FACTS_FILE, MERGEABLE, PERPLEXITY
-from rankwise.comparison.schema import EVALUATION_FOLDER, MergedCheck
 from rankwise.comparison.tasks import make_tasks
 from rankwise.config import BASELINES
 from rankwise.data import Rows, read_rows, read_template
@@ -32,6 +31,7 @@ from rankwise.evaluation.tasks.base import Task
 from rankwise.export.rounding import is_more_than_rounding, rounding_cost
 from rankwise.models.positions import answer_room
 from rankwise.records import RunRecord, load_record, write_json
+from rankwise.reports.schema import EVALUATION_FOLDER, MergedCheck
 
 ANSWERED = 12
 # Rows that the model also answers, for people to read.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rankwise.compat.datasets import hub_or_cache
 from rankwise.data.bad_rows import NEVER
 from rankwise.data.files import KINDS, kind_of, read_file, table_records
 from rankwise.data.formats import Columns, rows_from_records
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 NAMED_FILES = 10
-HUB_SECONDS = 10
 SPLIT_WORDS = {
     "train": ("train",),
     "validation": ("valid", "val", "dev", "eval"),
@@ -197,29 +196,6 @@ def _read_hub(source: str, split: str, how: _How) -> Rows:
                 "Check the name and the network, or give a local file.",
             ) from None
     return _from_dataset(loaded, source, how)
-
-
-@contextlib.contextmanager
-def hub_or_cache() -> Iterator[bool]:
-    """Whether the hub answers. Where it does not, ``datasets`` looks into its cache alone within this context.
-
-    ``datasets`` itself asks a hub that cannot be reached again and again, for half a minute.
-    """
-    import datasets
-    from huggingface_hub import constants, get_session
-
-    before = datasets.config.HF_HUB_OFFLINE
-    answers = not before
-    if answers:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-        except Exception:  # noqa: BLE001  the exceptions of the hub's client differ from version to version
-            answers = False
-    datasets.config.HF_HUB_OFFLINE = not answers
-    try:
-        yield answers
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _one_line(error: BaseException) -> str:

@@ -90,7 +90,7 @@ RULES: tuple[Rule, ...] = (
         "lora-simple",
         "LoRA: the fastest and simplest",
         lambda s: s.method == "lora" and s.goal == "speed",
-        "the fewest operations a token of the four: no weights to dequantize, no norms; no latency once merged",
+        "the fewest operations a token: no weights to dequantize, no norms; no latency once merged",
         f"{LORA_PAPER}, section 4; DoRA was 26 % slower in PEFT's own suite (Llama-3.2-3B, L40S)",
         "published",
     ),

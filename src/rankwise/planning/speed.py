@@ -21,7 +21,7 @@ ASSUMED_EFFICIENCY = 0.40
 ASSUMED_BANDWIDTH_SHARE = 0.8
 ASSUMED_CPU_FLOPS_PER_CORE = {"bfloat16": 100e9, "float16": 40e9, "float32": 40e9}
 """Cautious: `rankwise plan --calibrate` gave 111 to 303 GFLOP/s for one core with bfloat16 instructions (docs/plan.md);
-LoRA's steps with AVX2 alone come to 44 a core (docs/results/steps_float32_peer.md)."""
+LoRA's steps with AVX2 alone come to 44 a core (docs/results/steps.md)."""
 ASSUMED_CPU = {"bfloat16": "a Zen 4", "float16": "an AMD EPYC with AVX2", "float32": "an AMD EPYC with AVX2"}
 HOST_LINK_BYTES_PER_SECOND = 20e9
 """PCIe 4.0 x16 moves 32 GB/s at most in one direction (PCI-SIG); about two thirds are reached."""
