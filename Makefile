@@ -29,8 +29,13 @@ demo: $(VENV)/.installed ## plan and compare four methods on a small chat model,
 	$(BIN)/rankwise demo
 
 # Two tests at a time or more, each on one thread: threads of several processes would wait for each other.
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
 test: check ## every check: style, types, layer directions, tests
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+test-all: check ## the same with the long forms: whole tables, the C++ library under the sanitizers
+	$(PYTEST) -m "not grid and not families"
 
 check: $(STAMP) ## style, types and layer directions only
 	$(BIN)/ruff check
@@ -91,4 +96,4 @@ docs: $(STAMP) ## the documentation as HTML
 clean: ## remove what the other words made
 	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: help setup demo test check format families grid browser bench showcase docs clean
+.PHONY: help setup demo test test-all check format families grid browser bench showcase docs clean

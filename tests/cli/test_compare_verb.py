@@ -1,4 +1,4 @@
-"""`rankwise compare` with real runs in real processes on a tiny model."""
+"""`rankwise compare` with real runs on a tiny model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from in_process import steps_in_this_process
 from rankwise.cli.compare import COSTS, Lines, table_of, verdict_lines
 from rankwise.cli.main import main
 from rankwise.cli.output import Output
@@ -22,6 +23,7 @@ from rankwise.reports.folder import load_comparison
 from rankwise.reports.forest_plot import pairs_of
 from rankwise.reports.naming import method_name
 
+pytestmark = pytest.mark.slow
 OPTIONS = ["--methods", "lora,qdora", "--seeds", 1, "--learning-rates", 0.01, "--max-steps", 3, "--batch-size", 4]
 OPTIONS += ["--r", 2, "--max-length", 64, "--logging-steps", 1, "--device", "cpu", "--dtype", "float32"]
 
@@ -37,8 +39,10 @@ def command(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 @pytest.fixture(scope="module")
 def folder(command: list[str]) -> Path:
-    """A finished comparison: two methods, one seed, one rate."""
-    assert main(command) == 0
+    """A finished comparison: two methods, one seed, one rate. Its trainings are processes, its other steps are not."""
+    with pytest.MonkeyPatch.context() as patch:
+        steps_in_this_process(patch, but=["train"])
+        assert main(command) == 0
     return Path(command[command.index("--output") + 1])
 
 
