@@ -37,6 +37,21 @@ def plan(rankwise, model_folder):
     return call
 
 
+def test_the_config_is_read_once(plan, monkeypatch):
+    from rankwise.planning import facts
+
+    read, real = [], facts.read_config
+    monkeypatch.setattr(facts, "read_config", lambda *arguments: read.append(1) or real(*arguments))
+    assert plan("--memory", ENOUGH).code == 0
+    assert len(read) == 1
+
+
+def test_a_plan_of_two_methods_speaks_of_no_others(plan):
+    reasons = json.dumps(plan("--memory", ENOUGH, "--method", "lora,qlora", "--json").document["recommendation"])
+    assert "fewest operations a token" in reasons
+    assert "of the four" not in reasons
+
+
 def test_the_document_has_the_promised_shape(plan):
     done = plan("--memory", ENOUGH, "--json")
     assert done.code == 0

@@ -60,6 +60,25 @@ def test_trainable_parameters_are_those_of_add_adapter(family, use_dora):
         ), settings
 
 
+def test_a_whole_name_chooses_its_layer_itself():
+    """As in PEFT, whatever layers_to_transform says: the plan counts what the model trains."""
+    named = {"target_modules": ("model.layers.1.self_attn.v_proj",), "layers_to_transform": (0,)}
+    config = Workload(**named).lora_config(use_dora=False)
+    planned = adaptation(shape_of(config_of("llama")), config)
+    assert [item.module.name for item in planned.adapted] == ["model.layers.1.self_attn.v_proj"]
+    assert planned.parameters == add_adapter(skeleton("llama"), config).trainable_parameters
+
+
+@pytest.mark.parametrize("enabled", [{"no_such": (True,)}, {"q_proj": (True, False, True)}])
+def test_what_is_said_of_wrong_parts_is_what_add_adapter_says(enabled):
+    config = Workload(enable_lora=enabled).lora_config(use_dora=False)
+    with pytest.raises(AdapterError) as planned:
+        adaptation(shape_of(config_of("llama")), config)
+    with pytest.raises(AdapterError) as added:
+        add_adapter(skeleton("llama"), config)
+    assert planned.value.message == added.value.message
+
+
 @pytest.mark.parametrize(
     "settings",
     [
