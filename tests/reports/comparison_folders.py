@@ -24,8 +24,8 @@ TRUTH: dict[str, dict[str, float]] = {
 }
 EXAMPLES = 60
 SERVED = (
-    ["transformers with PEFT", "vLLM and SGLang (mind their list of ranks)", "llama.cpp", "merged: anywhere"],
-    ["transformers with PEFT", "merged: anywhere (vLLM and SGLang reject DoRA adapters)"],
+    ["PEFT, as it is", "vLLM, as it is", "SGLang, as it is", "merged (`rankwise merge`): anywhere"],
+    ["PEFT, as it is", "vLLM: `rankwise export --for vllm`, since it refuses DoRA's magnitudes"],
 )
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447}
 # Student's t at 97.5 %, by degrees of freedom.

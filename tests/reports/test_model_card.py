@@ -109,21 +109,31 @@ def test_a_bar_in_a_value_does_not_break_the_table() -> None:
 
 
 SERVING = {
-    "plain": ({}, ["`--max-lora-rank` must be at least 8", "which is what this adapter has"], ["merge first"]),
+    "plain": ({}, ["vLLM, as it is", "SGLang, as it is", "export --for llama.cpp"], ["max-lora-rank", "since it"]),
     "dora": (
         {"use_dora": True},
-        ["vLLM and SGLang reject DoRA", "not DoRA's magnitudes: merge first"],
+        ["--for vllm`, since it refuses DoRA's magnitudes", "--for sglang`, since it refuses DoRA's"],
         ["max-lora-rank"],
     ),
-    "rank pattern": ({"rank_pattern": {"q": 64}}, ["must be at least 64", "`rank_pattern`: merge first"], []),
-    "alpha pattern": ({"alpha_pattern": {"q": 64}}, ["vLLM seems to ignore `alpha_pattern`"], []),
-    "rslora": ({"use_rslora": True}, ["rsLoRA's scale: merge first"], []),
+    "rank pattern": (
+        {"rank_pattern": {"q": 65}},
+        ["--for vllm` and --max-lora-rank 128, since it ignores `rank_pattern`"],
+        ["vLLM, as it is"],
+    ),
+    "rank of one value": ({"r": 64}, ["vLLM, as it is, with --max-lora-rank 64"], []),
+    "too large a rank": ({"r": 600}, ["rank 600 is beyond its largest, 512"], []),
+    "alpha pattern": ({"alpha_pattern": {"q": 64}}, ["since it ignores `alpha_pattern`"], []),
+    "rslora": ({"use_rslora": True}, ["vLLM, as it is", "--for sglang`, since it ignores rsLoRA's scale"], []),
     "stacked experts": (
         {"target_parameters": ["mlp.experts.down_proj"]},
-        ["(`target_parameters`) was not tried", "adapters on stacked experts: merge first"],
-        [],
+        ["vLLM: merge first, adapters on stacked experts were not tried there", "export --for llama.cpp"],
+        ["vLLM, as it is"],
     ),
-    "modules to save": ({"modules_to_save": ["lm_head"]}, ["`modules_to_save`: merge first"], []),
+    "modules to save": (
+        {"modules_to_save": ["lm_head"]},
+        ["PEFT, as it is", "no server takes `modules_to_save` beside an adapter"],
+        ["vLLM", "llama.cpp"],
+    ),
 }
 
 
@@ -142,7 +152,7 @@ def test_method_stands_in_for_an_absent_adapter_config() -> None:
     card = model_card(record("dora"))
 
     assert "DoRA adapter of rank 8 and alpha 16" in card
-    assert "vLLM and SGLang reject DoRA" in card
+    assert "it refuses DoRA's magnitudes" in card
     assert "dora" in front_matter(card)["tags"]
 
 

@@ -20,6 +20,7 @@ from rankwise.errors import AdapterError, ModelError, RunError
 from rankwise.foreign import read_object
 from rankwise.records import RUN_FILE, load_record
 from rankwise.reports.numbers import byte_size, plural
+from rankwise.serving import served
 
 SHOWN_PROBLEMS = 3
 
@@ -111,6 +112,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
         "adapted_modules": len({name.partition(".lora_")[0] for name in weights.shapes if ".lora_" in name}),
         **weights.describe(),
         "norm_of_B": norms_of_b(path, weights.shapes),
+        "serving": list(served("dora" if config.use_dora else "lora", document)),
     }
 
 
@@ -221,6 +223,7 @@ def _adapter_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "size", _size(found)
     yield "tensors", f"{found['tensors']:,} over {plural(found['adapted_modules'], 'module')}"
     yield "norm of B", _norm_sentence(found["norm_of_B"])
+    yield from (("served by" if index == 0 else "", place) for index, place in enumerate(found["serving"]))
 
 
 def _norm_sentence(norms: Mapping[str, Any]) -> str:

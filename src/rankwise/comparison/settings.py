@@ -27,8 +27,6 @@ NOT_SHARED = {
     "tensorboard",
     "cache",
     "skip_bad_rows",
-    "devices",
-    "strategy",
     "resume",
     "overwrite",
 }

@@ -25,16 +25,16 @@ class Card:
     """One accelerator, as it is sold."""
 
     name: str
-    # Nominal.
     memory_gib: float
+    # Nominal.
     kind: MemoryKind
     gigabytes_per_second: float
-    # None where the vendor publishes no figure.
     teraflops: float | None
+    # None where the vendor publishes no figure.
     source: str
     has_bfloat16: bool = True
-    # Peak in float32 over the one in 16 bits, nearly: by the same sheets, of a group the smallest.
     float32_share: float = 1 / 2
+    # Peak in float32 over the one in 16 bits, nearly: by the same sheets, of a group the smallest.
 
     @property
     def usable_bytes(self) -> int:

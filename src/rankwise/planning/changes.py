@@ -20,10 +20,10 @@ Seconds = Callable[[MemoryEstimate, Workload], float]
 """Seconds of one micro-batch; only ratios are taken."""
 
 FOUR_BIT_OF = {"lora": "qlora", "dora": "qdora", "full": "lora"}
-# Share of the memory that a change must save to be shown.
 WORTHWHILE = 0.02
-# Combinations looked at before giving up.
+# Share of the memory that a change must save to be shown.
 LARGEST_SEARCH = 400
+# Combinations looked at before giving up.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Step:
     group: str
     label: str
     costs: int
-    # As ``rankwise train`` takes them; "method" among them.
     settings: Mapping[str, Any]
+    # As ``rankwise train`` takes them; "method" among them.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Change:
     method: str
     workload: Workload
     estimate: MemoryEstimate
-    # Negative where it takes more.
     saved_bytes: int
-    # Of the same rows.
+    # Negative where it takes more.
     time_factor: float
+    # Of the same rows.
     verdict: str
 
     @property

@@ -49,7 +49,8 @@ def check_method(
 
     Raises ConfigError: RW134 where they would take more than ``memory_bytes``; RW133 as ``measure`` does.
     """
-    predicted = estimate(model, method, workload, exact=exact, trust_remote_code=trust_remote_code, revision=revision)
+    place: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    predicted = estimate(model, method, workload, exact=exact, **place)
     needed = max(predicted.peak_bytes, dense_bytes(predicted, workload))
     if needed > memory_bytes:
         raise ConfigError(
@@ -57,7 +58,7 @@ def check_method(
             f"three real steps of {method} would take {byte_size(needed)} and there are {byte_size(memory_bytes)}; "
             "lower --batch-size or --max-length, take another --method, or leave --check out.",
         )
-    measured = measure(model, method, workload, trust_remote_code=trust_remote_code, revision=revision)
+    measured = measure(model, method, workload, **place)
     return Check(
         method,
         measured.device_type,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -35,7 +35,7 @@ class CountedOptimizer(torch.optim.Optimizer):
         self.name = name
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         copies = []
         for group in self.param_groups:
             for parameter in group["params"]:

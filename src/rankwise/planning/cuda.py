@@ -6,10 +6,10 @@ Each term is named and small; none hides in a factor.
 from __future__ import annotations
 
 MIB = 1 << 20
-# The caching allocator hands out multiples of this (c10/cuda/CUDACachingAllocator: kMinBlockSize).
 ROUNDING_BYTES = 512
-# Blocks up to the first come out of 2 MiB segments, up to the second out of 20 MiB ones.
+# The caching allocator hands out multiples of this (c10/cuda/CUDACachingAllocator: kMinBlockSize).
 SMALL_BYTES, LARGE_BYTES = MIB, 10 * MIB
+# Blocks up to the first come out of 2 MiB segments, up to the second out of 20 MiB ones.
 
 
 def rounded(size_bytes: int) -> int:

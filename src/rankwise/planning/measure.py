@@ -15,20 +15,16 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rankwise.errors import ConfigError, InternalError
 from rankwise.planning.terms import METHODS
 from rankwise.planning.workload import Workload
 
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-    from transformers import PreTrainedModel
-
 STEPS = 3
 INTERVAL_SECONDS = 0.002
-# By the kernel, mostly because memory ran out; the second where a shell stands between.
 KILLED = (-9, 137)
+# By the kernel, mostly because memory ran out; the second where a shell stands between.
 MEMORY_WORDS = ("MemoryError", "OutOfMemoryError", "DefaultCPUAllocator")
 
 
@@ -92,7 +88,7 @@ def carry_out(order: dict[str, Any]) -> Measurement:
     from rankwise.planning.step import autocast_dtype, make_batch, take_step
 
     workload, method = Workload(**order["workload"]), order["method"]
-    model = load_skeleton(order["model"], trust_remote_code=order["trust_remote_code"], revision=order["revision"])
+    model: Any = load_skeleton(order["model"], trust_remote_code=order["trust_remote_code"], revision=order["revision"])
     device = workload.device_type
     _warm_up(device, workload)
     baseline = _anonymous_bytes() if device == "cpu" else 0
@@ -119,7 +115,7 @@ def carry_out(order: dict[str, Any]) -> Measurement:
     return Measurement(peak, baseline, tuple(seconds), device)
 
 
-def _offloading(model: PreTrainedModel, workload: Workload) -> AbstractContextManager[object]:
+def _offloading(model: Any, workload: Workload) -> AbstractContextManager[Any]:
     """As the trainer offloads activations: a context for every step."""
     if not workload.activation_offloading:
         return nullcontext()
@@ -136,7 +132,7 @@ def _warm_up(device: str, workload: Workload) -> None:
     torch.nn.functional.cross_entropy((x @ x).float(), torch.zeros(64, dtype=torch.long, device=device)).backward()
 
 
-def _real_optimizer(model: PreTrainedModel, workload: Workload) -> Optimizer:
+def _real_optimizer(model: Any, workload: Workload) -> Any:
     """By transformers' name, or our own. Raises ConfigError (RW132) for one that cannot be made here."""
     import torch
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from rankwise.config import FOUR_BITS
 from rankwise.planning.changes import Advisor, Change, Step, possible_steps
-from rankwise.planning.rules import PAGED, SERVING, SERVING_OF_EXPERTS, Rule, Situation, reasons
+from rankwise.planning.rules import PAGED, Rule, Situation, reasons
 from rankwise.planning.terms import MemoryEstimate
 from rankwise.planning.workload import Workload
+from rankwise.serving import served
 
 ORDER = {
     "speed": ("lora", "qlora", "dora", "qdora", "full"),
@@ -34,24 +35,24 @@ PASSES: tuple[frozenset[str], ...] = (
 class Recommendation:
     """``settings`` are those of ``rankwise train`` that differ from its defaults or were asked for."""
 
-    # None: nothing fits.
     method: str | None
+    # None: nothing fits.
     settings: dict[str, Any]
-    # Of the recommended run, or of the smallest one where nothing fits.
     estimate: MemoryEstimate
+    # Of the recommended run, or of the smallest one where nothing fits.
     workload: Workload
     time_factor: float
     reasons: tuple[Rule, ...]
-    # Where nothing fits: what the smallest run lacks.
     missing_bytes: int = 0
-    # It fits only without the error to expect, and nothing smaller fits with it.
+    # Where nothing fits: what the smallest run lacks.
     is_tight: bool = False
+    # It fits only without the error to expect, and nothing smaller fits with it.
 
     @property
     def serving(self) -> tuple[str, ...]:
-        if self.workload.target_parameters and self.method in ("lora", "qlora"):
-            return SERVING_OF_EXPERTS
-        return SERVING.get(self.method or "", ())
+        work = self.workload
+        asked = {"r": work.r, "rank_pattern": work.rank_pattern, "target_parameters": work.target_parameters}
+        return () if self.method is None else served(self.method, asked)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -66,28 +67,23 @@ class Recommendation:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class Wish:
-    """What is asked for besides the step. ``given``: settings, to be written back with the changes on top."""
-
-    goal: str
-    given: Mapping[str, Any]
-    accumulation: int = 1
-    # The model has experts.
-    is_mixture: bool = False
-
-
 def recommend(
     advisor: Advisor,
     methods: Sequence[str],
+    goal: str,
     workload: Workload,
-    wish: Wish,
+    accumulation: int,
+    given: Mapping[str, Any],
     passes: Sequence[frozenset[str]] = PASSES,
+    *,
+    is_mixture: bool = False,
 ) -> Recommendation:
     """The first method in the goal's order that fits, changing as little as that takes; where none fits with its error,
-    the first that does without."""
-    accumulation = wish.accumulation
-    order = [method for method in ORDER[wish.goal] if method in methods]
+    the first that does without.
+
+    ``given``: settings as asked for, to be written back with the changes on top.
+    """
+    order = [method for method in ORDER[goal] if method in methods]
     gentle: dict[str, bool] = {}
     # The last pass has hundreds of combinations; where the smallest of them is too big all are.
     runs = {method: _smallest(advisor, method, workload, accumulation, passes[-1]) for method in order}
@@ -98,7 +94,7 @@ def recommend(
             change = None if is_hopeless else _fastest(advisor, method, workload, accumulation, allowed, verdict)
             gentle.setdefault(method, change is not None)
             if change is not None:
-                return _explained(change, method, gentle, wish)
+                return _explained(change, method, goal, gentle, given, accumulation, is_mixture)
     return _nothing_fits(advisor, min(runs.values(), key=lambda run: run.estimate.peak_bytes))
 
 
@@ -144,12 +140,19 @@ def _loss(change: Change) -> tuple[float, ...]:
     return (max(costs, default=0), sum(costs), -length, *time, len(costs), -change.workload.batch_size)
 
 
-def _explained(change: Change, method: str, fits: Mapping[str, bool], wish: Wish) -> Recommendation:
-    settings = {**wish.given, **change.settings, "method": method}
+def _explained(
+    change: Change,
+    method: str,
+    goal: str,
+    fits: Mapping[str, bool],
+    given: Mapping[str, Any],
+    accumulation: int,
+    is_mixture: bool,
+) -> Recommendation:
+    settings = {**given, **change.settings, "method": method}
     if method not in FOUR_BITS:
         settings = {name: value for name, value in settings.items() if name not in FOUR_BIT_SETTINGS}
-    changed = frozenset(change.settings)
-    situation = Situation(method, wish.goal, dict(fits), settings, changed, wish.accumulation, wish.is_mixture)
+    situation = Situation(method, goal, dict(fits), settings, frozenset(change.settings), accumulation, is_mixture)
     return Recommendation(
         method,
         settings,

@@ -29,16 +29,16 @@ class Situation:
 
     method: str
     goal: str
-    # {method: whether some settings without loss make it fit}, for those planned for.
     fits: dict[str, bool]
-    # As ``rankwise train`` takes them.
+    # {method: whether some settings without loss make it fit}, for those planned for.
     settings: dict[str, Any]
-    # Names among them that differ from what was asked for.
+    # As ``rankwise train`` takes them.
     changed: frozenset[str]
-    # Micro-batches a step, as asked for.
+    # Names among them that differ from what was asked for.
     accumulation: int = 1
-    # Whether the model has experts, which "all-linear" does not reach.
+    # Micro-batches a step, as asked for.
     is_mixture: bool = False
+    # Whether the model has experts, which "all-linear" does not reach.
 
     @property
     def leaves_experts(self) -> bool:
@@ -62,10 +62,10 @@ class Rule:
     """One line of advice."""
 
     name: str
-    # When it applies, in words.
     scenario: str
-    # The same for the program.
+    # When it applies, in words.
     when: Callable[[Situation], bool]
+    # The same for the program.
     reason: str
     source: str
     evidence: Evidence
@@ -90,7 +90,7 @@ RULES: tuple[Rule, ...] = (
         "lora-simple",
         "LoRA: the fastest and simplest",
         lambda s: s.method == "lora" and s.goal == "speed",
-        "the fewest operations a token: no weights to dequantize, no norms; no latency once merged",
+        "the fewest operations a token of the four: no weights to dequantize, no norms; no latency once merged",
         f"{LORA_PAPER}, section 4; DoRA was 26 % slower in PEFT's own suite (Llama-3.2-3B, L40S)",
         "published",
     ),
@@ -106,8 +106,8 @@ RULES: tuple[Rule, ...] = (
         "lora-serving",
         "LoRA: many adapters served over one base",
         lambda s: s.method in ("lora", "qlora") and s.goal == "serving",
-        "vLLM and SGLang serve plain LoRA adapters and reject DoRA's; a DoRA adapter has to be merged first",
-        "vLLM and SGLang, July 2026",
+        "vLLM and SGLang serve plain LoRA adapters and reject DoRA's; DoRA has to be exported with an error, or merged",
+        "vLLM and SGLang, November 2026",
         "tried",
     ),
     Rule(
@@ -243,20 +243,6 @@ RULES: tuple[Rule, ...] = (
         f"{QLORA_PAPER}, appendix A.2 (r from 8 to 256); {LORA_PAPER}, section 7.2",
         "published",
     ),
-)
-
-SERVING: dict[str, tuple[str, ...]] = {
-    "lora": (
-        "as an adapter: PEFT, vLLM (r 1, 8, 16, 32, 64, ...; more than 16 needs --max-lora-rank), SGLang, llama.cpp",
-        "merged (`rankwise merge`): anywhere",
-    ),
-    "dora": ("as an adapter: PEFT; vLLM and SGLang reject DoRA (July 2026)", "merged (`rankwise merge`): anywhere"),
-    "full": ("an ordinary model: anywhere",),
-}
-SERVING |= {"qlora": SERVING["lora"], "qdora": SERVING["dora"]}
-SERVING_OF_EXPERTS = (
-    "as an adapter on stacked experts: PEFT; servers were not tried",
-    "merged (`rankwise merge`): anywhere",
 )
 
 

@@ -16,8 +16,8 @@ from rankwise.errors import ModelError
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.models.source import ModelSource
 
-# conv1d: a linear layer stored transposed; plain: stacked experts and routers, which no adapter can wrap.
 Kind = Literal["linear", "conv1d", "embedding", "norm", "plain"]
+# conv1d: a linear layer stored transposed; plain: stacked experts and routers, which no adapter can wrap.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Module:
     inputs: int
     outputs: int
     bias: bool = False
-    # Parameters of a norm or of plain tensors.
     extra: int = 0
+    # Parameters of a norm or of plain tensors.
 
-    # Of stacked experts, whose weights are among the plain ones: the shape of each tensor, (E, out, in).
     stacks: tuple[tuple[int, int, int], ...] = ()
+    # Of stacked experts, whose weights are among the plain ones: the shape of each tensor, (E, out, in).
 
     @property
     def weights(self) -> int:
@@ -47,10 +47,6 @@ class Module:
     def is_linear(self) -> bool:
         return self.kind in ("linear", "conv1d")
 
-    @property
-    def is_adaptable(self) -> bool:
-        return self.is_linear or self.kind == "embedding"
-
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -59,8 +55,8 @@ class Shape:
     family: str
     hidden: int
     layers: int
-    # Width of the dense MLP, or of one expert.
     mlp: int
+    # Width of the dense MLP, or of one expert.
     heads: int
     kv_heads: int
     head_dim: int
@@ -70,24 +66,24 @@ class Shape:
     modules: tuple[Module, ...]
     experts: int = 0
     experts_per_token: int = 0
-    # Width of the expert that sees every token.
     shared_mlp: int = 0
+    # Width of the expert that sees every token.
     qk_norm: bool = False
     fused_qkv: bool = False
     norms_per_layer: int = 2
-    # Of the model itself, in its hidden states.
     dropout: float = 0.0
-    # Of its attention weights.
+    # Of the model itself, in its hidden states.
     attention_dropout: float = 0.0
+    # Of its attention weights.
     window: int | None = None
-    # Of the layers, those that look back at ``window`` tokens alone.
     windowed_share: float = 0.0
-    # transformers computes its scores one operation after the other, with no kernel for attention.
+    # Of the layers, those that look back at ``window`` tokens alone.
     eager: bool = False
-    # They pass a tanh.
+    # transformers computes its scores one operation after the other, with no kernel for attention.
     softcapped: bool = False
-    # So do the logits.
+    # They pass a tanh.
     capped_logits: bool = False
+    # So do the logits.
 
     @property
     def queries(self) -> int:
@@ -192,11 +188,11 @@ class Fields:
 
 
 MOST_LAYERS = 10_000
-# Each layer becomes objects here: a config.json from anywhere must not fill the memory.
 LAYER_COUNTS = ("num_hidden_layers", "n_layer")
+# Each layer becomes objects here: a config.json from anywhere must not fill the memory.
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

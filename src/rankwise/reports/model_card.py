@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from rankwise.config import DEMO, DEMO_HUB_ID, DORA, FOUR_BITS
 from rankwise.records import RunRecord
+from rankwise.serving import served
 
 NAMES = {
     "lora": "LoRA adapter",
@@ -303,41 +304,8 @@ def _code(title: str, lines: Sequence[str]) -> str:
 
 def _serving(method: str, config: Mapping[str, Any]) -> str:
     """What the adapter's own properties rule out; nothing is promised beyond that."""
-    if method == "full":
-        return "It is an ordinary model of its architecture: whatever serves the base model can be given this folder."
-    merged = "`rankwise merge` writes an ordinary model, which whatever serves the base model can be given."
-    lines = [*_vllm(config), *_llama_cpp(config), f"- Anywhere else: {merged}"]
-    return "As of July 2026, and without warranty:\n\n" + "\n".join(lines)
-
-
-def _vllm(config: Mapping[str, Any]) -> list[str]:
-    if config.get("use_dora"):
-        return ["- vLLM and SGLang reject DoRA adapters: merge first."]
-    ranks = [int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())]
-    lines = [f"- vLLM: `--max-lora-rank` must be at least {max(ranks)} (it takes 1, 8, 16, 32, 64 and up; default 16)."]
-    if config.get("target_parameters"):
-        lines.append("- vLLM with adapters on stacked experts (`target_parameters`) was not tried: PEFT reads them.")
-    if config.get("alpha_pattern"):
-        lines.append("- vLLM seems to ignore `alpha_pattern`, which this adapter has: merge first.")
-    return lines
-
-
-def _llama_cpp(config: Mapping[str, Any]) -> list[str]:
-    named = {
-        "DoRA's magnitudes": config.get("use_dora"),
-        "`alpha_pattern`": config.get("alpha_pattern"),
-        "`rank_pattern`": config.get("rank_pattern"),
-        "adapters on stacked experts": config.get("target_parameters"),
-        "rsLoRA's scale": config.get("use_rslora"),
-        "`modules_to_save`": config.get("modules_to_save"),
-        "biases": config.get("bias", "none") != "none",
-    }
-    beyond = [name for name, present in named.items() if present]
-    if beyond:
-        return [
-            f"- llama.cpp's LoRA conversion takes only A, B and one alpha, and not {', '.join(beyond)}: merge first."
-        ]
-    return ["- llama.cpp's LoRA conversion takes A, B and one alpha, which is what this adapter has."]
+    places = served(method, config)
+    return "As of November 2026, and without warranty:\n\n" + "\n".join(f"- {place}" for place in places)
 
 
 def _warnings(record: RunRecord) -> str:

@@ -192,9 +192,7 @@ class ParetoPoint(TypedDict):
 class Recommendation(TypedDict):
     method: str | None
     reason: str
-    # One sentence with the method's name.
-    why: str
-    # The same without the name, for pages on which the name stands above it.
+    # One sentence.
     config: str | None
     # ``recommended.yaml``, relative to the comparison's folder.
     command: str | None

@@ -1,0 +1,138 @@
+"""What each server takes of an adapter: one table, read by `plan`, `inspect`, the model card, `compare` and `export`.
+
+Read in the servers' sources in November 2026. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's --max-lora-rank. An adapter of any rank up to the flag's value loads."""
+VLLM_DEFAULT_RANK = 16
+AS_IT_IS = "PEFT, as it is"
+GGUF = "llama.cpp and Ollama: `rankwise export --for llama.cpp`"
+ANYWHERE = "merged (`rankwise merge`): anywhere"
+BASELINES = {
+    "full": ("anywhere that serves the base: an ordinary model",),
+    "bottleneck": ("nowhere: a baseline, measured for comparison",),
+    "prefix": (AS_IT_IS,),
+}
+
+Trait = Literal["dora", "rslora", "rank_pattern", "alpha_pattern", "experts", "bias", "modules_to_save"]
+WORDS: dict[Trait, str] = {
+    "dora": "DoRA's magnitudes",
+    "rslora": "rsLoRA's scale",
+    "rank_pattern": "`rank_pattern`",
+    "alpha_pattern": "`alpha_pattern`",
+    "experts": "adapters on stacked experts",
+    "bias": "trained biases",
+    "modules_to_save": "`modules_to_save`",
+}
+MERGED_ONLY: tuple[Trait, ...] = ("bias", "modules_to_save")
+"""What no low-rank export can carry."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """A program that lays adapters over a base, and what of PEFT's folder it does not take."""
+
+    name: str
+    form: Literal["peft", "gguf"]
+    # What `rankwise export` writes for it.
+    refuses: tuple[Trait, ...] = ()
+    # It stops with an error.
+    ignores: tuple[Trait, ...] = ()
+    # It answers, and wrongly.
+    kept: tuple[Trait, ...] = ()
+    # What an export need not take out: the server computes the same.
+
+
+SERVERS: dict[str, Server] = {
+    "peft": Server("PEFT", "peft", kept=("experts",)),
+    "vllm": Server("vLLM", "peft", ("dora", *MERGED_ONLY), ("rank_pattern", "alpha_pattern"), kept=("experts",)),
+    "sglang": Server("SGLang", "peft", ("dora", "experts", *MERGED_ONLY), ("rslora", "rank_pattern", "alpha_pattern")),
+    "llama.cpp": Server("llama.cpp", "gguf", kept=("experts",)),
+    "ollama": Server("Ollama", "gguf", kept=("experts",)),
+}
+"""By the names of `rankwise export --for`."""
+
+
+def traits_of(config: Mapping[str, Any]) -> tuple[Trait, ...]:
+    """What sets an adapter apart from plain LoRA of one rank and one alpha, by its ``adapter_config.json``."""
+    found: dict[Trait, Any] = {
+        "dora": config.get("use_dora"),
+        "rslora": config.get("use_rslora"),
+        "rank_pattern": config.get("rank_pattern"),
+        "alpha_pattern": config.get("alpha_pattern"),
+        "experts": config.get("target_parameters"),
+        "bias": config.get("bias", "none") != "none",
+        "modules_to_save": config.get("modules_to_save"),
+    }
+    return tuple(trait for trait, present in found.items() if present)
+
+
+def vllm_rank(r: int) -> int | None:
+    """The least value of --max-lora-rank that admits rank ``r``; None beyond the largest."""
+    return next((rank for rank in VLLM_RANKS if rank >= r), None)
+
+
+def served(method: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Where what ``method`` trains can be served, a line each: as it is, by `rankwise export`, or merged."""
+    if method in BASELINES:
+        return BASELINES[method]
+    traits = traits_of({**config, "use_dora": config.get("use_dora") or method in ("dora", "qdora")})
+    if any(trait in MERGED_ONLY for trait in traits):
+        return AS_IT_IS, f"no server takes {_words(traits, MERGED_ONLY)} beside an adapter", ANYWHERE
+    r = max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
+    return AS_IT_IS, _by_folder("vllm", traits, r), _by_folder("sglang", traits, r), GGUF, ANYWHERE
+
+
+def _by_folder(target: str, traits: Sequence[Trait], r: int) -> str:
+    """How a server that reads PEFT's folders comes by this adapter."""
+    server, flag = SERVERS[target], ""
+    if target == "vllm" and r > VLLM_DEFAULT_RANK and "dora" not in traits:
+        value = vllm_rank(r)
+        flag = f" and --max-lora-rank {value}" if value else f"; rank {r} is beyond its largest, {VLLM_RANKS[-1]}"
+    if "experts" in traits:
+        return f"{server.name}: merge first, {WORDS['experts']} were not tried there"
+    export = f"{server.name}: `rankwise export --for {target}`"
+    if refused := _words(traits, server.refuses):
+        return f"{export}{flag}, since it refuses {refused}"
+    if ignored := _words(traits, server.ignores):
+        return f"{export}{flag}, since it ignores {ignored}"
+    return f"{server.name}, as it is" + flag.replace(" and", ", with")
+
+
+def _words(traits: Sequence[Trait], among: Sequence[Trait]) -> str:
+    return ", ".join(WORDS[trait] for trait in traits if trait in among)
+
+
+def served_by(target: str, folder: str, base: str, r: int) -> tuple[str, ...]:
+    """The commands that serve what `rankwise export --for TARGET` wrote to ``folder``, over the model ``base``."""
+    name = Path(folder).name
+    flag = f" --max-lora-rank {vllm_rank(r)}" if r > VLLM_DEFAULT_RANK else ""
+    commands = {
+        "peft": (f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")',),
+        "vllm": (f"vllm serve {base} --enable-lora --lora-modules {name}={folder}{flag}",),
+        "sglang": (f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {name}={folder}",),
+        "llama.cpp": (f"llama-server --model BASE.gguf --lora {folder}/adapter.gguf",),
+        "ollama": (f"ollama create {name} --file {folder}/Modelfile", f"ollama run {name}"),
+    }
+    return commands[target]
+
+
+def served_whole(target: str, folder: str) -> tuple[str, ...]:
+    """The commands that serve a merged model in ``folder``."""
+    name = Path(folder).name
+    commands = {
+        "peft": (f'AutoModelForCausalLM.from_pretrained("{folder}")',),
+        "vllm": (f"vllm serve {folder}",),
+        "sglang": (f"python -m sglang.launch_server --model-path {folder}",),
+        "llama.cpp": (f"llama-server --model {folder}/model.gguf",),
+        "ollama": (f"ollama create {name} --file {folder}/Modelfile", f"ollama run {name}"),
+    }
+    return commands[target]
