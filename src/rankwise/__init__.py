@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         unmerge_adapter,
     )
     from rankwise.config import LoraConfig
+    from rankwise.export.adapter import export_adapter
+    from rankwise.export.combined import combine_adapters
     from rankwise.models import load_model
     from rankwise.quantization import Fp4Config, Linear4bit, Nf4Config, quantize
 
@@ -40,8 +42,10 @@ _HOMES = {
     "adapter_disabled": "rankwise.adapters",
     "adapter_parameters": "rankwise.adapters",
     "add_adapter": "rankwise.adapters",
+    "combine_adapters": "rankwise.export.combined",
     "disable_adapter": "rankwise.adapters",
     "enable_adapter": "rankwise.adapters",
+    "export_adapter": "rankwise.export.adapter",
     "load_adapter": "rankwise.adapters",
     "load_model": "rankwise.models",
     "merge_adapter": "rankwise.adapters",
@@ -63,8 +67,10 @@ __all__ = [
     "adapter_disabled",
     "adapter_parameters",
     "add_adapter",
+    "combine_adapters",
     "disable_adapter",
     "enable_adapter",
+    "export_adapter",
     "load_adapter",
     "load_model",
     "merge_adapter",

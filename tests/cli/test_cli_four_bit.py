@@ -70,7 +70,7 @@ def test_inspect_says_whether_an_adapter_fits_a_4_bit_base(packed_run, packed_fo
 def test_generate_without_quantization_means_it(wish, four_bit, adapted, packed_run, packed_folder):
     adapter = packed_run if adapted else None
     settings = GenerateSettings(prompt=("Hi",), model=str(packed_folder), adapter=adapter, quantization=wish)
-    speaker, _ = generate._load(settings, str(packed_folder), generate.record_of(adapter))
+    speaker, _ = generate.load_speaker(settings, str(packed_folder), generate.record_of(adapter))
     assert any(isinstance(module, Linear4bit) for module in speaker.model.modules()) is four_bit
     assert speaker.adapted is adapted
 

@@ -28,18 +28,18 @@ class Node:
 
     ids: Ids
     parent: int
-    # Position of the first token in its path.
     start: int
-    # Where its first token stands in the tree.
+    # Position of the first token in its path.
     offset: int
+    # Where its first token stands in the tree.
 
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
     """Sequences of one common beginning. ``paths[i]`` gives the tree's columns of sequence i, in order."""
 
-    # Numbers of the sequences that were given.
     members: tuple[int, ...]
+    # Numbers of the sequences that were given.
     nodes: tuple[Node, ...]
     paths: tuple[tuple[int, ...], ...]
 

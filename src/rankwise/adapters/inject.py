@@ -41,11 +41,11 @@ from rankwise.adapters.state import (
     unwrapped,
     wrappers,
 )
-from rankwise.adapters.targets import module_names, places_of
+from rankwise.adapters.targets import check_enable_lora, module_names, target_names
 from rankwise.compat.torch import own_parameters
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError
-from rankwise.matching import check_enable_lora, check_targets, target_names, warn_of_experts, warn_of_idle
+from rankwise.matching import check_targets, warn_of_experts, warn_of_idle
 
 Kind = TypeVar("Kind", AdaptedLayer, AdaptedExperts, TrainedCopy)
 
@@ -69,7 +69,7 @@ def plan_adapter(
     ``is_foreign``: PEFT may have written the configuration, which takes targets that are not in the model; they are
     said (RW420) and no error.
     """
-    _check_name(model, config, name)
+    check_name(model, config, name)
     modules = dict(base_modules(model))
     there = names_in(modules)
     if not is_foreign:
@@ -77,9 +77,7 @@ def plan_adapter(
     stacks = parameter_names(modules, config)
     # An empty list of target_modules leaves the stacks alone to adapt.
     stacks_suffice = bool(stacks) and (is_foreign or not config.target_modules)
-    targets = target_names(
-        config, places_of(modules, _output_head(model)), type(model).__name__, may_be_none=stacks_suffice
-    )
+    targets = target_names(modules, _output_head(model), config, may_be_none=stacks_suffice)
     check_enable_lora(config, targets)
     warn_of_idle(config, there, [*targets, *stacks], targets=is_foreign)
     if not is_foreign:
@@ -249,7 +247,7 @@ def _wrap(model: nn.Module, path: str, kind: type[Kind]) -> Kind:
     return wrapper
 
 
-def _check_name(model: nn.Module, config: LoraConfig, name: str) -> None:
+def check_name(model: nn.Module, config: LoraConfig, name: str) -> None:
     state = getattr(model, "rankwise_adapters", AdapterState())
     configs = state.configs
     if state.merged is not None:

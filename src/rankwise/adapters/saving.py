@@ -153,7 +153,7 @@ def save_adapter(
         _as_one_lora(config, modules),
         _portable_targets(model, config, modules),
         base_model or getattr(model, "name_or_path", None) or None,
-        _is_transposed([layer.base_layer for _, layer in adapted_layers(model, name)]),
+        is_transposed([layer.base_layer for _, layer in adapted_layers(model, name)]),
     )
     _warn_of_former_experts(model, [path for path, _ in adapted_layers(model, name)])
     metadata = {"format": "pt"}
@@ -184,7 +184,7 @@ def _warn_of_former_experts(model: nn.Module, adapted: list[str]) -> None:
         )
 
 
-def _is_transposed(bases: list[nn.Module]) -> bool:
+def is_transposed(bases: list[nn.Module]) -> bool:
     """PEFT's fan_in_fan_out. It says nothing of stacked experts, of which PEFT asks the module."""
     return bool(bases) and all(map(is_conv1d, bases))
 
@@ -296,6 +296,11 @@ def _portable_targets(model: nn.Module, config: LoraConfig, modules: list[Adapte
     if config.target_modules != "all-linear":
         return config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
     names = [item.name for item in modules if item.experts is None]
+    return names if config.exclude_modules else shortest_targets(model, names)
+
+
+def shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
+    """The shortest list of endings that matches the modules ``names`` and no others; ``names`` where there is none."""
     endings = sorted(suffixes(names))
     same = {name for name, _ in base_modules(model) if name and matches(name, endings)} == set(names)
-    return endings if same and not config.exclude_modules else names
+    return endings if same else names

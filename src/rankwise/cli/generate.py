@@ -72,14 +72,15 @@ class Speaker:
 
         messages = asked.messages if len(asked.messages) > 1 else None
         if not self.adapted:
-            return Answer(asked.prompt, self._continue(asked), None, messages)
-        tuned = self._continue(asked)
+            return Answer(asked.prompt, self.say(asked), None, messages)
+        tuned = self.say(asked)
         if not both:
             return Answer(asked.prompt, None, tuned, messages)
         with adapter_disabled(self.model):
-            return Answer(asked.prompt, self._continue(asked), tuned, messages)
+            return Answer(asked.prompt, self.say(asked), tuned, messages)
 
-    def _continue(self, asked: Conversation) -> str:
+    def say(self, asked: Conversation, streamer: Any = None) -> str:
+        """The answer of the model as it is now; ``streamer``, one of transformers', gets its tokens as they come."""
         import torch
 
         from rankwise.evaluation.generation import only_numbers
@@ -97,6 +98,7 @@ class Speaker:
                 max_new_tokens=room,
                 pad_token_id=self._pad_token(),
                 logits_processor=[only_numbers(self.model)],
+                streamer=streamer,
                 **chosen,
             )
         return self.tokenizer.decode(tokens[0, length:], skip_special_tokens=True).strip()
@@ -153,7 +155,7 @@ def run(settings: GenerateSettings, output: Output) -> Mapping[str, Any]:
 
     conversations = read_conversations(settings)
     with output.waiting(f"loading {name}"):
-        speaker, device = _load(settings, name, record)
+        speaker, device = load_speaker(settings, name, record)
     answers = []
     _check_chat(settings, speaker.wording)
     for asked in conversations:
@@ -183,15 +185,20 @@ def _check_chat(settings: GenerateSettings, wording: Wording) -> None:
     )
 
 
-def _load(settings: GenerateSettings, name: str, record: RunRecord | None) -> tuple[Speaker, str]:
+def load_speaker(settings: GenerateSettings, name: str, record: RunRecord | None) -> tuple[Speaker, str]:
     """The model with its adapter, on its device, and the device in words."""
-    from rankwise.evaluation.loading import LoadOptions, load_as_trained
+    from rankwise.evaluation.loading import load_as_trained
 
-    options = LoadOptions(
-        settings.dtype, settings.quantization, settings.device, settings.trust_remote_code, settings.revision
+    loaded = load_as_trained(
+        name,
+        () if settings.adapter is None else (settings.adapter,),
+        named=settings.model is not None,
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
+        revision=settings.revision,
     )
-    adapters = () if settings.adapter is None else (settings.adapter,)
-    loaded = load_as_trained(name, adapters, options, named=settings.model is not None)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
     wording = _wording(settings, record, loaded.tokenizer)
     return Speaker(loaded.model, loaded.tokenizer, wording, settings.adapter is not None, sampling), loaded.device

@@ -16,7 +16,22 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from rankwise.cli import compare, demo, evaluate, explain, generate, inspect, merge, plan, preview, report, score, train
+from rankwise.cli import (
+    chat,
+    compare,
+    demo,
+    evaluate,
+    explain,
+    export,
+    generate,
+    inspect,
+    merge,
+    plan,
+    preview,
+    report,
+    score,
+    train,
+)
 from rankwise.cli.help import verb_command, verb_group
 from rankwise.cli.options import Verb, command_of
 from rankwise.cli.output import (
@@ -40,7 +55,6 @@ from rankwise.errors import (
 )
 from rankwise.known_names import OPTIONS, close_names
 from rankwise.records import WAIT_POLICIES
-from rankwise.training import ranks
 from rankwise.training.interrupt import terminable
 
 VERBS: tuple[Verb, ...] = (
@@ -51,7 +65,9 @@ VERBS: tuple[Verb, ...] = (
     report.VERB,
     evaluate.VERB,
     generate.VERB,
+    chat.VERB,
     merge.VERB,
+    export.VERB,
     inspect.VERB,
     score.VERB,
     explain.VERB,
@@ -64,6 +80,7 @@ EXAMPLES = (
     "rankwise train    --model demo --data rows.jsonl --output runs/first",
     'rankwise generate --adapter runs/first --prompt "Hello" --compare',
     "rankwise merge    --adapter runs/first --output merged",
+    "rankwise export   --adapter runs/first --for vllm --output served",
 )
 LIBRARIES = ("rankwise", "torch", "transformers", "trl", "datasets", "safetensors")
 
@@ -136,47 +153,42 @@ def _version(name: str) -> str:
 
 
 def _invoke(verb: Verb, settings: Settings, as_json: bool) -> None:
-    _refuse_several_processes(verb)
+    if "output" in verb.settings.model_fields:
+        _refuse_several_processes(verb.name)
     try:
         with terminable(), stdout_for_the_document(as_json=as_json):
             document = verb.run(settings, Output(as_json=as_json))
     except KeyboardInterrupt:
         raise Interrupted("RW543", f"{verb.name} was stopped by Ctrl-C or SIGTERM.") from None
-    if as_json and document is not None:
+    if as_json:
         print_document(document)
 
 
-def _refuse_several_processes(verb: Verb) -> None:
+def _refuse_several_processes(verb: str) -> None:
     """Raise ConfigError (RW117) in each process of a launcher that started several: they would all write the same."""
-    if verb is train.VERB and ranks.place() is not None:
-        return
     # Those that accelerate reads, and SLURM's where ranks were made of its tasks.
     names = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
     if {"RANK", "LOCAL_RANK"} & set(os.environ):
         names.append("SLURM_NTASKS")
     found = {name: os.environ[name] for name in names if os.environ.get(name, "").strip().isdecimal()}
     several = [f"{name}={value}" for name, value in found.items() if int(value) > 1]
-    if several and "output" in verb.settings.model_fields:
-        how = "start it with torchrun or --devices N" if verb is train.VERB else "start it once, without a launcher"
+    if several:
         raise ConfigError(
             "RW117",
-            f"{verb.name} was started in several processes ({', '.join(several)}), and each would do the whole work "
-            f"and write the same files; {how}, or unset these variables if there is one process.",
+            f"{verb} was started in several processes ({', '.join(several)}), which is not supported yet: each would "
+            "do the whole work and write the same files; start it once, without torchrun, accelerate launch or srun, "
+            "or unset these variables if there is one process.",
         )
-    # A variable of torchrun's that holds no number would end in an error of a library.
-    ranks.place()
 
 
 def _report(error: RankwiseError, cause: BaseException, *, as_json: bool) -> int:
     if debugging():
         traceback.print_exception(cause, file=sys.stderr)
-    if not ranks.is_first_to_tell():
-        return error.exit_code
     kind = "interrupted" if isinstance(error, Interrupted) else "error"
     message = print_message(kind, error.code, error.message)
     if as_json:
         try:
-            print_document({"error": {"code": error.code, "kind": type(error).__name__, "message": message}})
+            print_document({"error": {"code": error.code, "message": message}})
         except OSError:
             # It may be stdout that cannot be written.
             _give_up_stdout()

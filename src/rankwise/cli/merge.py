@@ -12,7 +12,11 @@ from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.settings import MergeSettings
 from rankwise.cli.tables import light_table, titled
+from rankwise.errors import ConfigError
+from rankwise.records import write_json
 from rankwise.reports.numbers import byte_size, plural
+
+COMBINED_FILE = "combined.json"
 
 if TYPE_CHECKING:
     from rankwise.export.verify import Verification
@@ -20,17 +24,21 @@ if TYPE_CHECKING:
 
 
 def run(settings: MergeSettings, output: Output) -> Mapping[str, Any]:
-    refuse_comparisons([settings.adapter])
+    refuse_comparisons(settings.adapter)
     check_paths(model=settings.model, output=settings.output)
+    _check_options(settings)
     from rankwise.export.merged import format_of, merge_to_folder, refuse_to_overwrite
 
     refuse_to_overwrite(settings.output)
+    if settings.combine is not None:
+        return _combine(settings, output)
+    (adapter,) = settings.adapter
     trained_on = format_of(settings.quantization, double_quant=settings.double_quant)
     verification = _verify(settings, trained_on, output) if settings.verify else None
     onto = settings.onto or (verification.closest if verification else "original")
     with output.waiting("merging"):
         report = merge_to_folder(
-            settings.adapter,
+            adapter,
             settings.output,
             model=settings.model,
             onto=onto,
@@ -41,10 +49,52 @@ def run(settings: MergeSettings, output: Output) -> Mapping[str, Any]:
         )
     size = sum(path.stat().st_size for path in settings.output.rglob("*") if path.is_file())
     modules = plural(report.merged_modules, "module")
-    output.line(f"{'merged':<12}{settings.adapter} into {report.base_model}, {report.onto} weights: {modules}")
+    output.line(f"{'merged':<12}{adapter} into {report.base_model}, {report.onto} weights: {modules}")
     output.line(f"{'written':<12}{settings.output}  ({byte_size(size)}, an ordinary transformers model)")
     output.line(f'{"try":<12}rankwise generate --model {settings.output} --prompt "..."')
     return {**dataclasses.asdict(report), "output": str(settings.output), "size_bytes": size}
+
+
+def _check_options(settings: MergeSettings) -> None:
+    """Raise ConfigError (RW753) for several adapters that nothing combines, and for options without effect."""
+    if settings.combine is None:
+        idle = [name for name in ("weights", "rank", "density") if getattr(settings, name) is not None]
+        idle += ["adapter"] if len(settings.adapter) > 1 else []
+        why = "goes with --combine, which makes one adapter of several"
+    else:
+        idle = [name for name in ("onto", "quantization", "text") if getattr(settings, name) is not None]
+        idle += ["verify"] if settings.verify else []
+        why = "is of a merged model, and --combine writes an adapter; merge that afterwards"
+    if idle:
+        raise ConfigError("RW753", f"{', '.join(f'--{name}' for name in idle)} {why}.")
+
+
+def _combine(settings: MergeSettings, output: Output) -> Mapping[str, Any]:
+    from rankwise.adapters.checkpoint import read_adapter
+    from rankwise.disk import hold, whole_folder
+    from rankwise.evaluation.loading import base_of
+    from rankwise.export.combined import Combination, combine_folders
+    from rankwise.models import fetch_model, load_skeleton
+
+    assert settings.combine is not None, "asked for"
+    count = len(settings.adapter)
+    weights = settings.weights or (1 / count,) * count
+    wanted = Combination(weights, settings.combine, settings.rank, settings.density, settings.seed)
+    base = settings.model or base_of(settings.adapter)
+    source = fetch_model(base, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    skeleton = load_skeleton(source, trust_remote_code=settings.trust_remote_code)
+    files = [read_adapter(skeleton, adapter) for adapter in settings.adapter]
+    with hold(settings.output), whole_folder(settings.output) as folder:
+        r = combine_folders(skeleton, files, wanted, folder, source.base_model)
+        write_json(
+            folder / COMBINED_FILE,
+            {"adapters": [str(adapter) for adapter in settings.adapter], **dataclasses.asdict(wanted), "r": r},
+        )
+    parts = ", ".join(f"{weight:g} x {adapter}" for weight, adapter in zip(weights, settings.adapter))
+    output.line(f"{'combined':<12}{parts} by {settings.combine}: an adapter of rank {r}")
+    output.line(f"{'written':<12}{settings.output}")
+    output.line(f'{"try":<12}rankwise generate --adapter {settings.output} --prompt "..."')
+    return {**dataclasses.asdict(wanted), "r": r, "base_model": source.base_model, "output": str(settings.output)}
 
 
 def _verify(settings: MergeSettings, trained_on: FourBitConfig | None, output: Output) -> Verification:
@@ -54,7 +104,7 @@ def _verify(settings: MergeSettings, trained_on: FourBitConfig | None, output: O
     text = None if settings.text is None else read_text(settings.text)
     with output.waiting("measuring each way of merging"):
         verification = verify_merge(
-            settings.adapter,
+            settings.adapter[0],
             settings.model,
             text=text,
             trained_on=trained_on,
@@ -85,6 +135,7 @@ VERB = Verb(
     examples=(
         "rankwise merge --adapter runs/first --output merged",
         "rankwise merge --adapter runs/qlora --output merged --verify",
+        "rankwise merge --adapter runs/a --adapter runs/b --weights 0.7,0.3 --combine linear --output both",
     ),
     metavars={"adapter": "A", "output": "DIR", "model": "M", "text": "FILE"},
 )

@@ -30,8 +30,7 @@ class Verb:
 
     name: str
     settings: type[Settings]
-    run: Callable[[Any, Output], Mapping[str, Any] | None]
-    # Gives the document of --json; None where another process writes it.
+    run: Callable[[Any, Output], Mapping[str, Any]]
     summary: str
     examples: Sequence[str]
     panels: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
@@ -83,7 +82,10 @@ def command_of(verb: Verb, invoke: Callable[[Settings, bool], None]) -> Callable
     def command(**given: Any) -> None:
         as_json, config = given.pop("json"), given.pop("config")
         # An option that may be repeated comes as an empty list where it is not given.
-        values = {name: tuple(value) or None if isinstance(value, list) else value for name, value in given.items()}
+        values = {
+            options[name].flag.replace("-", "_"): tuple(value) or None if isinstance(value, list) else value
+            for name, value in given.items()
+        }
         settings = read_settings(verb.settings, Path(config) if config else None, values, verb.earlier)
         check_path_options(settings)
         invoke(settings, as_json)
@@ -103,7 +105,8 @@ def _option(verb: Verb, name: str, field: FieldInfo) -> Option:
         kind = "repeated"
     else:
         kind = "switch" if bool in types_ else "value"
-    flag = name.replace("_", "-")
+    # A word of Python's cannot name a field, and is its alias: --for.
+    flag = (field.alias or name).replace("_", "-")
     metavar = verb.metavars.get(name) or ("TEXT" if kind == "repeated" else _metavar(types_))
     return Option(name, flag, metavar, _help(field), kind, bool(extra.get("repeated")))
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, overload
-
-from rankwise.foreign import Fields
 
 Kind = Literal["chat", "prompt", "text"]
 Unit = Literal["line", "row"]
-Message = Fields
+Message = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,7 +26,7 @@ class Row:
     prompt: str = ""
     completion: str = ""
     text: str = ""
-    tools: tuple[Fields, ...] | None = None
+    tools: tuple[Mapping[str, Any], ...] | None = None
     # Functions a chat row offers; handed to the chat template.
     first_trained: int = 0
     # Assistant messages before this index belong to the prompt.

@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rankwise.errors import RunError
-from rankwise.foreign import Fields, JsonObject, checked, parse_json, read_json, reason_of
+from rankwise.foreign import checked, parse_json, read_json, reason_of
 from rankwise.records import write_json
 
 RESULT_FILE = "result.json"
@@ -30,10 +31,10 @@ class Example:
     references: Sequence[str] | None = None
     cluster: str | None = None
     # Questions about one source text share it: their scores are not independent.
-    details: Fields = dataclasses.field(default_factory=dict)
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     # What the task needs to score again, such as the log-likelihood of each choice.
 
-    def to_json(self) -> JsonObject:
+    def to_json(self) -> dict[str, Any]:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return fields if self.details else {key: value for key, value in fields.items() if key != "details"}
 
@@ -53,7 +54,7 @@ class TaskResult:
     # Clustered where questions share a source text; None where the metric has none.
     count: int
     # Questions scored.
-    settings: Fields
+    settings: Mapping[str, Any]
     data_sha256: str | None
     versions: Mapping[str, str]
     wall_seconds: float
@@ -64,7 +65,7 @@ class TaskResult:
     notes: Sequence[str] = ()
     # What a reader should know: metrics that could not be computed, answers that were empty.
 
-    def to_json(self) -> JsonObject:
+    def to_json(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def save(self, folder: Path) -> None:

@@ -111,8 +111,8 @@ class Base:
     source: ModelSource
     quantization: FourBitConfig | None
     dtype: torch.dtype | None
-    # The 4-bit values are those of the files, and none are made.
     stored: bool = False
+    # The 4-bit values are those of the files, and none are made.
     trust_remote_code: bool = False
 
     @property
@@ -208,7 +208,7 @@ def _merge_in_memory(base: Base, adapter: Path, output: Path) -> int:
     if base.quantization is not None:
         model = model.dequantize()
     for name, parameter in model.named_parameters():
-        _check_merged(name, parameter.detach())
+        check_merged(name, parameter.detach())
     model.save_pretrained(output)
     if tokenizer is not None:
         tokenizer.save_pretrained(output)
@@ -401,13 +401,13 @@ def _maker(
                 "RW323", f"the weights of {weights.folder} hold NaN or infinity in {origin}; get them again."
             )
         merged = change(tensor)
-        _check_merged(name, merged)
+        check_merged(name, merged)
         return merged
 
     return make
 
 
-def _check_merged(name: str, W: Tensor) -> None:
+def check_merged(name: str, W: Tensor) -> None:
     if W.is_floating_point() and W.itemsize > 1 and not is_finite(W):
         raise AdapterError(
             "RW412",

@@ -51,10 +51,10 @@ class Variant:
 class Verification:
     variants: tuple[Variant, ...]
     tokens: int
-    # Of the merges that can be written, the one whose logits stay closest to the model as trained.
     closest: Onto
-    # Largest difference of a logit between a merged model and its own weights computed in the next wider dtype.
+    # Of the merges that can be written, the one whose logits stay closest to the model as trained.
     rounding: float
+    # Largest difference of a logit between a merged model and its own weights computed in the next wider dtype.
 
 
 def verify_merge(

@@ -26,14 +26,14 @@ class ModelSource:
     """A model by kind and place; nothing has been read yet."""
 
     kind: Kind
-    # As the user gave it.
     name: str
-    # The folder or the GGUF file; of a hub id its downloaded snapshot, None before ``fetch_model``.
+    # As the user gave it.
     path: Path | None
-    # What an adapter's `base_model_name_or_path` should say: a hub id or an absolute path.
+    # The folder or the GGUF file; of a hub id its downloaded snapshot, None before ``fetch_model``.
     base_model: str
-    # The commit of a downloaded hub model.
+    # What an adapter's `base_model_name_or_path` should say: a hub id or an absolute path.
     revision: str | None = None
+    # The commit of a downloaded hub model.
 
     @property
     def is_gguf(self) -> bool:

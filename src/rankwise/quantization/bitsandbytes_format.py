@@ -44,8 +44,8 @@ class StoredWeight:
     quant_type: str
     block_size: int
     dtype: torch.dtype
-    # (out, in), or of stacked experts (E, N, K).
     shape: tuple[int, ...]
+    # (out, in), or of stacked experts (E, N, K).
 
     offset: float | None = None
 

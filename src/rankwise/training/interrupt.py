@@ -35,9 +35,7 @@ def terminable() -> Iterator[None]:
     try:
         yield
     finally:
-        # Whoever has set another handler meanwhile wants it to stay.
-        if signal.getsignal(signal.SIGTERM) is stop:
-            signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -1,0 +1,88 @@
+"""``rankwise chat``: talk to a model in the terminal, turn by turn, through its chat template."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rankwise.cli.conversations import Conversation
+from rankwise.cli.folders import refuse_comparisons
+from rankwise.cli.generate import Speaker, base_model_name, load_speaker
+from rankwise.cli.glance import check_paths
+from rankwise.cli.options import Verb
+from rankwise.cli.output import Output
+from rankwise.cli.settings import ChatSettings, GenerateSettings
+from rankwise.cli.words import printable
+from rankwise.errors import ConfigError
+from rankwise.evaluation.loading import record_of
+
+FORGET, LEAVE = "/new", "/exit"
+
+
+def run(settings: ChatSettings, output: Output) -> Mapping[str, Any]:
+    refuse_comparisons([settings.adapter] if settings.adapter is not None else [])
+    check_paths(model=settings.model)
+    record = record_of(settings.adapter)
+    name = settings.model or base_model_name(settings.adapter)
+    with output.waiting(f"loading {name}"):
+        speaker, device = load_speaker(GenerateSettings(**settings.model_dump()), name, record)
+    if not speaker.wording.chat:
+        raise ConfigError(
+            "RW754",
+            f"a conversation needs a chat template, and {settings.adapter or name} has none; give one with "
+            "--chat-template FILE, or ask single prompts with rankwise generate.",
+        )
+    output.line(f"{settings.adapter or name} on {device}; {FORGET} begins anew, {LEAVE} or Ctrl-D ends.", style="dim")
+    messages = _talk(speaker, settings.system, output)
+    return {"model": name, "adapter": str(settings.adapter) if settings.adapter else None, "messages": messages}
+
+
+def _talk(speaker: Speaker, system: str | None, output: Output) -> list[Mapping[str, Any]]:
+    """Answer line by line until the input ends; the messages of the last conversation."""
+    start: list[Mapping[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+    messages = list(start)
+    for said in _lines(output):
+        if said == FORGET:
+            messages = list(start)
+            continue
+        messages.append({"role": "user", "content": said})
+        answer = speaker.say(Conversation(tuple(messages)), _streamer(speaker.tokenizer))
+        messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+def _lines(output: Output) -> Iterator[str]:
+    """What the user says, without empty lines."""
+    while True:
+        try:
+            # `input` edits lines on a terminal; with --json what it shows must not reach the document.
+            said = input("> " if output.is_terminal and sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if said == LEAVE:
+            return
+        if said:
+            yield said
+
+
+def _streamer(tokenizer: Any) -> Any:
+    """Prints an answer word by word as it comes."""
+    from transformers import TextStreamer
+
+    class Printing(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            # A terminal obeys control characters, and a model may write them.
+            print(printable(text), end="\n" if stream_end else "", flush=True)
+
+    return Printing(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+VERB = Verb(
+    name="chat",
+    settings=ChatSettings,
+    run=run,
+    summary="Talk to a tuned model, or a base model, in the terminal.",
+    examples=("rankwise chat --adapter runs/first", 'rankwise chat --model demo --system "Be brief."'),
+    metavars={"model": "M", "adapter": "A", "chat_template": "FILE"},
+)

@@ -1,0 +1,215 @@
+"""``rankwise export``: write an adapter as a server reads it, and say what that costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rankwise.cli.folders import refuse_comparisons
+from rankwise.cli.glance import check_paths
+from rankwise.cli.options import Verb
+from rankwise.cli.output import Output
+from rankwise.cli.settings import ExportSettings
+from rankwise.cli.tables import light_table, titled
+from rankwise.errors import ConfigError, warn
+from rankwise.reports.numbers import plural
+from rankwise.serving import SERVERS
+
+if TYPE_CHECKING:
+    from rankwise.evaluation.loading import Loaded
+    from rankwise.export.adapter import ExportReport, Rows
+    from rankwise.models import ModelSource
+
+TEMPLATE_FILE = "chat_template.jinja"
+SHOWN_LAYERS = 8
+
+
+def run(settings: ExportSettings, output: Output) -> Mapping[str, Any]:
+    refuse_comparisons([settings.adapter])
+    check_paths(model=settings.model, data=[settings.data], output=settings.output)
+    _check_options(settings)
+    from rankwise.export.merged import refuse_to_overwrite
+    from rankwise.export.proof import server_python
+
+    refuse_to_overwrite(settings.output)
+    if settings.verify:
+        server_python(settings.target, settings.server_python)
+    report = _export_merged(settings, output) if settings.merged else _export_adapter(settings, output)
+    _print(output, settings, report)
+    return {**dataclasses.asdict(report), "output": str(settings.output)}
+
+
+def _check_options(settings: ExportSettings) -> None:
+    """Raise ConfigError (RW735) for options without effect."""
+    is_gguf = SERVERS[settings.target].form == "gguf"
+    if settings.merged:
+        why = "a merged model is exact"
+        names = ("rank", "max_error") if settings.verify else ("rank", "max_error", "data")
+        idle = [name for name in names if getattr(settings, name) is not None]
+    else:
+        why = "it is the type of a merged GGUF, which --merged writes"
+        idle = ["quantize"] if settings.quantize is not None else []
+    if not is_gguf and not idle:
+        why = f"{SERVERS[settings.target].name} reads no GGUF"
+        idle = [name for name in ("quantize", "base_gguf") if getattr(settings, name) is not None]
+    if settings.server_python is not None and not settings.verify and not idle:
+        why, idle = "no server is started without --verify", ["server_python"]
+    if idle:
+        named = " and ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise ConfigError("RW735", f"{named} would have no effect: {why}; leave it out.")
+
+
+def _export_merged(settings: ExportSettings, output: Output) -> ExportReport:
+    from rankwise.export.whole import WholeModel, export_merged
+
+    wanted = WholeModel(
+        settings.target,
+        settings.model,
+        settings.base_gguf,
+        settings.quantize,
+        settings.revision,
+        settings.trust_remote_code,
+    )
+    with output.waiting("merging"):
+        report = export_merged(settings.adapter, settings.output, wanted)
+    return _proven(settings, output, report) if settings.verify else report
+
+
+def _export_adapter(settings: ExportSettings, output: Output) -> ExportReport:
+    """Of a model without weights where the update is written as it is; else of the model as it was trained."""
+    from rankwise.adapters.checkpoint import read_adapter
+    from rankwise.export.adapter import Wanted, export_file, export_live
+    from rankwise.models import load_skeleton
+
+    source = _source(settings)
+    template = settings.adapter / TEMPLATE_FILE
+    is_gguf = SERVERS[settings.target].form == "gguf"
+    wanted = Wanted(
+        settings.target,
+        settings.rank,
+        settings.max_error,
+        settings.base_gguf or (source.path if is_gguf and source.is_gguf else None),
+        template if template.is_file() else None,
+    )
+    skeleton = load_skeleton(source, trust_remote_code=settings.trust_remote_code)
+    file = read_adapter(skeleton, settings.adapter)
+    converts = wanted.converts(file)
+    if settings.data is not None and not converts and not settings.verify:
+        raise ConfigError(
+            "RW735",
+            "--data weighs the error of a conversion and gives --verify its prompts, and this adapter is written "
+            "exactly; leave it out, or ask for a conversion with --max-error or a lower --rank.",
+        )
+    if not converts:
+        skeleton.name_or_path = source.base_model
+        report = export_file(skeleton, file, settings.output, wanted)
+        return _proven(settings, output, report) if settings.verify else report
+    loaded, rows = _load(settings, source.name, output)
+    if not rows.inputs:
+        warn(
+            "RW736",
+            f"{settings.adapter} leads to no rows (they are not recorded, or not here any more), so the error of the "
+            "conversion is in Frobenius norm, which takes far higher ranks than real inputs do; give --data.",
+        )
+    with output.waiting("converting, and comparing with the adapter as trained"):
+        report = export_live(loaded.model, settings.output, wanted, rows)
+    return _proven(settings, output, report, loaded.model, rows) if settings.verify else report
+
+
+def _source(settings: ExportSettings) -> ModelSource:
+    from rankwise.export.merged import base_source
+
+    return base_source(
+        settings.adapter, settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+    )
+
+
+def _proven(
+    settings: ExportSettings, output: Output, report: ExportReport, model: Any = None, rows: Rows | None = None
+) -> ExportReport:
+    from rankwise.cli.export_proof import proven
+
+    source = _source(settings)
+    if rows is None:
+        loaded, rows = _load(settings, source.name, output)
+        model = loaded.model
+    with output.waiting(f"asking {SERVERS[settings.target].name}"):
+        return proven(settings, model, source, report, rows)
+
+
+def _load(settings: ExportSettings, name: str, output: Output) -> tuple[Loaded, Rows]:
+    from rankwise.cli.export_rows import rows_of
+    from rankwise.evaluation.loading import load_as_trained
+
+    with output.waiting("loading the model as it was trained"):
+        loaded = load_as_trained(
+            name,
+            (settings.adapter,),
+            named=settings.model is not None,
+            trust_remote_code=settings.trust_remote_code,
+            revision=settings.revision,
+        )
+    return loaded, rows_of(settings.adapter, settings.data, loaded.tokenizer)
+
+
+def _print(output: Output, settings: ExportSettings, report: ExportReport) -> None:
+    if report.conversion is not None:
+        _print_conversion(output, report)
+    name = SERVERS[settings.target].name
+    exact = "" if report.conversion else ", exactly"
+    how = "merged into the base" if settings.merged else f"of rank {report.r}{exact}"
+    output.line(f"{'exported':<12}{settings.adapter} for {name}: {plural(report.modules, 'module')} {how}")
+    output.line(f"{'written':<12}{settings.output}")
+    if report.proof is not None:
+        proof = report.proof
+        output.line(
+            f"{'proven':<12}{proof.server} differs from the trained model by {proof.difference:.3g} nats a token over "
+            f"{proof.tokens:,} tokens (without the adapter by {proof.base_difference:.3g}); of {proof.prompts} texts "
+            f"{proof.equal_texts} are ours and {proof.changed_texts} not the base's"
+        )
+    for index, command in enumerate(report.commands):
+        output.line(f"{'serve' if not index else '':<12}{command}")
+
+
+def _print_conversion(output: Output, report: ExportReport) -> None:
+    from rankwise.export.adapter import RECORD_FILE
+
+    conversion, likeness = report.conversion, report.likeness
+    assert conversion is not None, "something was converted"
+    table = light_table()
+    table.add_column("layer")
+    table.add_column("relative error", justify="right")
+    worst = sorted(conversion.by_layer.items(), key=lambda item: -item[1])
+    for name, error in worst[:SHOWN_LAYERS]:
+        table.add_row(name, f"{error:.4f}")
+    if len(worst) > SHOWN_LAYERS:
+        table.add_row(
+            f"... {len(worst) - SHOWN_LAYERS} more, which {RECORD_FILE} lists", f"<= {worst[SHOWN_LAYERS][1]:.4f}"
+        )
+    table.add_row("all layers", f"{conversion.error:.4f}")
+    norm = f"on the inputs of {conversion.tokens:,} tokens" if conversion.tokens else "in Frobenius norm"
+    output.console.print(titled(f"the update as LoRA of rank {conversion.r}: its error {norm}", table))
+    if likeness is None:
+        return
+    output.line(
+        f"On {likeness.tokens:,} held-out tokens: logits differ by {likeness.largest_logit_difference:.3g} at most and "
+        f"{likeness.mean_logit_difference:.3g} on average; {likeness.top1_agreement:.1%} of the likeliest tokens agree."
+    )
+    output.line(
+        f"Perplexity: base {likeness.perplexity_base:.4g}, adapter as trained {likeness.perplexity_adapter:.4g}, "
+        f"exported {likeness.perplexity_exported:.4g}."
+    )
+
+
+VERB = Verb(
+    name="export",
+    settings=ExportSettings,
+    run=run,
+    summary="Write an adapter as vLLM, SGLang, llama.cpp, Ollama or PEFT reads it; DoRA as LoRA, with its error.",
+    examples=(
+        "rankwise export --adapter runs/first --for vllm --output served",
+        "rankwise export --adapter runs/dora --for llama.cpp --output served --max-error 0.05",
+    ),
+    metavars={"adapter": "A", "output": "DIR", "model": "M", "data": "D"},
+)

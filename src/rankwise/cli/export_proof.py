@@ -1,0 +1,72 @@
+"""``rankwise export --verify``: start the server on what was written, beside the base, and keep the proof."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rankwise.cli.export_rows import prompts_of
+from rankwise.cli.settings import ExportSettings
+from rankwise.disk import discard_folder
+from rankwise.errors import RunError
+from rankwise.export.adapter import RECORD_FILE, ExportReport, Rows
+from rankwise.export.gguf_adapter import ADAPTER_FILE
+from rankwise.export.gguf_model import MODEL_FILE, requantize, write_folder_gguf
+from rankwise.export.proof import PROMPTS, Served, prove, server_python
+from rankwise.models import ModelSource, load_model
+from rankwise.records import write_json
+from rankwise.serving import SERVERS
+
+
+def proven(settings: ExportSettings, model: Any, source: ModelSource, report: ExportReport, rows: Rows) -> ExportReport:
+    """``report`` with its proof, in the folder too. Raises RunError (RW738) where the server answers otherwise than
+    ``model``; the folder goes then."""
+    python = server_python(settings.target, settings.server_python)
+    with tempfile.TemporaryDirectory(prefix="rankwise-verify-") as scratch:
+        served = _served(settings, source, report.r, Path(scratch))
+        try:
+            proof = prove(settings.target, python, model, served, prompts_of(rows, PROMPTS))
+        except RunError:
+            discard_folder(settings.output)
+            raise
+    report = dataclasses.replace(report, proof=proof)
+    write_json(settings.output / RECORD_FILE, dataclasses.asdict(report))
+    return report
+
+
+def _served(settings: ExportSettings, source: ModelSource, r: int, scratch: Path) -> Served:
+    is_gguf = SERVERS[settings.target].form == "gguf"
+    base = _gguf_base(settings, source, scratch) if is_gguf else _folder_base(source, scratch)
+    if settings.merged:
+        return Served(base, merged=settings.output / MODEL_FILE if is_gguf else settings.output)
+    return Served(base, settings.output / ADAPTER_FILE if is_gguf else settings.output, r)
+
+
+def _gguf_base(settings: ExportSettings, source: ModelSource, scratch: Path) -> Path:
+    """The base as a GGUF, for a merged model quantized as that is."""
+    given = settings.base_gguf or (source.path if source.is_gguf else None)
+    if given is not None and settings.quantize is None:
+        return given
+    made = scratch / "base.gguf"
+    if given is not None:
+        requantize(made, given, settings.quantize)
+    else:
+        assert source.path is not None, "a fetched model lies on this machine"
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=settings.trust_remote_code)
+        write_folder_gguf(made, source.path, config, settings.quantize)
+    return made
+
+
+def _folder_base(source: ModelSource, scratch: Path) -> Path:
+    """The base as a folder of transformers'."""
+    if not source.is_gguf and source.path is not None:
+        return source.path
+    model, tokenizer = load_model(source)
+    model.save_pretrained(scratch / "base")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(scratch / "base")
+    return scratch / "base"

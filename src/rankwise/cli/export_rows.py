@@ -1,0 +1,71 @@
+"""Rows for ``rankwise export``: those whose inputs weigh an error, those to compare on, and prompts for a server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankwise.data import check_there, encode_rows, read_rows
+from rankwise.errors import DataError
+from rankwise.evaluation.loading import max_length_of, record_of, template_of
+from rankwise.export.adapter import Rows
+from rankwise.export.likeness import Row
+from rankwise.export.verify import CHUNK_TOKENS, MAX_TOKENS, default_text
+
+SAMPLED_ROWS = 400
+HELD_OUT_ROWS = 40
+IGNORED = -100
+SHORTEST_PROMPT, LONGEST_PROMPT = 8, 256
+
+
+def rows_of(adapter: Path, data: str | None, tokenizer: Any) -> Rows:
+    """Those of `--data`, else the run's own, some set aside to compare on; without any the built-in text alone."""
+    record = record_of(adapter)
+    options = {} if record is None else record.settings
+    source = data or options.get("data")
+    if source is None or (data is None and not _is_there(str(source))):
+        return Rows((), _default_rows(tokenizer))
+    given = ("prompt_column", "completion_column") if data is None else ()
+    return _encoded(adapter, str(source), {name: options.get(name) for name in given}, tokenizer)
+
+
+def _is_there(source: str) -> bool:
+    try:
+        check_there(source)
+    except DataError:
+        return False
+    return True
+
+
+def _encoded(adapter: Path, source: str, columns: Mapping[str, Any], tokenizer: Any) -> Rows:
+    rows = read_rows(source, split="train", skip_bad_rows=None, **columns)
+    encoded = encode_rows(
+        rows[:: max(1, len(rows) // SAMPLED_ROWS)],
+        tokenizer,
+        max_length=max_length_of([adapter]),
+        chat_template=template_of([adapter]),
+        skip_bad_rows=None,
+    )
+    found = [Row(torch.tensor(item["input_ids"]), torch.tensor(item["labels"])) for item in encoded.dataset]
+    step = max(2, len(found) // HELD_OUT_ROWS)
+    held_out = found[::step] if len(found) > 1 else found
+    inputs = [row.ids for index, row in enumerate(found) if index % step or len(found) == 1]
+    return Rows(inputs, held_out)
+
+
+def _default_rows(tokenizer: Any) -> list[Any]:
+    ids = torch.tensor(tokenizer(default_text(), add_special_tokens=False)["input_ids"][:MAX_TOKENS])
+    return [Row(chunk, chunk) for chunk in ids.split(CHUNK_TOKENS) if len(chunk) > 1]
+
+
+def prompts_of(rows: Rows, count: int) -> list[list[int]]:
+    """What stands before the first label, of ``count`` held-out rows; of rows without a prompt their beginning."""
+    found = []
+    for row in [*rows.held_out][:count]:
+        labels = row.labels.tolist()
+        start = next((index for index, label in enumerate(labels) if label != IGNORED), len(labels))
+        found.append(row.ids.tolist()[: start if start >= SHORTEST_PROMPT else SHORTEST_PROMPT][-LONGEST_PROMPT:])
+    return found

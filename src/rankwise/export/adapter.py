@@ -1,0 +1,181 @@
+"""``rankwise export``: an adapter as a server reads it, in a folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from rankwise.adapters.attached import report
+from rankwise.adapters.checkpoint import AdapterFile
+from rankwise.adapters.saving import adapter_tensors
+from rankwise.adapters.state import state_and_name
+from rankwise.disk import hold, whole_folder
+from rankwise.errors import AdapterError, ConfigError
+from rankwise.export.converted import Conversion, convert
+from rankwise.export.gguf_adapter import ADAPTER_FILE, check_base, gguf_pairs, write_adapter
+from rankwise.export.gguf_names import GgufNames
+from rankwise.export.likeness import Likeness, Row, likeness
+from rankwise.export.merged import refuse_to_overwrite
+from rankwise.export.modelfile import MODELFILE, modelfile
+from rankwise.export.portable import (
+    Pair,
+    check_rank,
+    folded_pairs,
+    refuse_unserved,
+    to_one_rank,
+    write_portable,
+)
+from rankwise.export.proof import Proof
+from rankwise.records import write_json, write_text
+from rankwise.serving import SERVERS, served_by
+
+RECORD_FILE = "export.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What to write: for which server, of which rank, or of the least rank that keeps which error."""
+
+    target: str
+    r: int | None = None
+    max_error: float | None = None
+    base_gguf: Path | None = None
+    # The model that a GGUF adapter is to lie over; Ollama's Modelfile names it.
+    template: Path | None = None
+    # A chat template's file, copied beside the adapter.
+
+    def __post_init__(self) -> None:
+        if self.target not in SERVERS:
+            raise ConfigError("RW733", f"there is no export for {self.target!r}; give one of {', '.join(SERVERS)}.")
+        if self.target == "ollama" and self.base_gguf is None:
+            raise ConfigError(
+                "RW737", "Ollama lays an adapter over a GGUF; give the base's with --base-gguf, or write --merged."
+            )
+
+    def converts(self, file: AdapterFile) -> bool:
+        """Whether the update has to be approximated: DoRA's has full rank, and a lower rank may be asked for."""
+        largest = max((item.r * sum(item.parts or (1,)) for item in file.planned), default=0)
+        lower = self.r is not None and self.r < largest
+        return file.config.use_dora or self.max_error is not None or lower
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """What was written, as in ``export.json``. ``conversion`` and ``likeness`` are None where nothing was lost."""
+
+    target: str
+    base_model: str | None
+    r: int
+    modules: int
+    conversion: Conversion | None
+    likeness: Likeness | None
+    commands: tuple[str, ...]
+    proof: Proof | None = None
+    # Of --verify.
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Token ids (T,) that weigh the error of a conversion, and rows on which the result is compared."""
+
+    inputs: Sequence[Tensor] = ()
+    held_out: Sequence[Row] = ()
+
+
+def export_adapter(
+    model: Any,
+    folder: str | Path,
+    *,
+    target: str,
+    rank: int | None = None,
+    max_error: float | None = None,
+    rows: Sequence[Tensor] = (),
+    base_gguf: str | Path | None = None,
+) -> ExportReport:
+    """Write the model's active adapter as ``target`` (vllm, sglang, llama.cpp, ollama, peft) reads it.
+
+    LoRA is written exactly. DoRA becomes LoRA of ``rank``, or of the least rank that keeps the relative error
+    ``max_error`` (default 0.05) on the inputs that ``rows`` (token ids, each (T,)) give its layers; without rows the
+    error is in Frobenius norm. ``base_gguf``: the model that a GGUF adapter is for, to hold it against.
+
+    Raises AdapterError: RW407 no adapter, RW730 trained weights that are no pairs, RW731 a rank that the server cannot
+    take, RW732 an error that no rank keeps, RW734 experts of a higher rank, RW742 a tied embedding; ConfigError
+    (RW733, RW737); ModelError: RW740, RW741, RW743; RunError: RW532, RW551, RW582.
+    """
+    wanted = Wanted(target, rank, max_error, None if base_gguf is None else Path(base_gguf))
+    return export_live(model, Path(folder), wanted, Rows(rows))
+
+
+def export_live(model: Any, folder: Path, wanted: Wanted, rows: Rows) -> ExportReport:
+    """As ``export_adapter``, with a comparison on held-out rows where something is converted."""
+    state, name = state_and_name(model, None)
+    file = AdapterFile(state.configs[name], list(report(model, name).modules), adapter_tensors(model, name))
+    with hold(folder):
+        refuse_to_overwrite(folder)
+        refuse_unserved(file, wanted.target)
+        pairs, conversion = _low_rank(model, name, file, wanted, rows.inputs)
+        compared = likeness(model, file, name, pairs, rows.held_out) if conversion and rows.held_out else None
+        return _write(folder, model, file, wanted, (pairs, conversion, compared))
+
+
+def export_file(skeleton: nn.Module, file: AdapterFile, folder: Path, wanted: Wanted) -> ExportReport:
+    """Of an adapter that was read, and a model without weights, where nothing is converted."""
+    with hold(folder):
+        refuse_to_overwrite(folder)
+        refuse_unserved(file, wanted.target)
+        pairs = to_one_rank(folded_pairs(skeleton, file), wanted.r)
+        return _write(folder, skeleton, file, wanted, (pairs, None, None))
+
+
+def _low_rank(
+    model: Any, name: str, file: AdapterFile, wanted: Wanted, rows: Sequence[Tensor]
+) -> tuple[dict[str, Pair], Conversion | None]:
+    folded = folded_pairs(model, file)
+    if not wanted.converts(file):
+        return to_one_rank(folded, wanted.r), None
+    stacks = {item.name: folded[item.name] for item in file.planned if item.experts is not None}
+    pairs, conversion = convert(model, name, rows, r=wanted.r, max_error=wanted.max_error)
+    if stacks and max(pair.r for pair in stacks.values()) > conversion.r:
+        raise AdapterError(
+            "RW734",
+            f"the adapter's stacked experts keep their rank, and the others would get {conversion.r}; leave --rank and "
+            "--max-error out, or give a --rank that is not below theirs.",
+        )
+    return to_one_rank({**stacks, **pairs}, conversion.r), conversion
+
+
+Found = tuple[Mapping[str, Pair], Conversion | None, Likeness | None]
+
+
+def _write(folder: Path, model: Any, file: AdapterFile, wanted: Wanted, found: Found) -> ExportReport:
+    pairs, conversion, compared = found
+    r = next(iter(pairs.values())).r
+    check_rank(r, wanted.target)
+    base = getattr(model, "name_or_path", None) or None
+    commands = served_by(wanted.target, str(folder), base or "BASE", r)
+    result = ExportReport(wanted.target, base, r, len(pairs), conversion, compared, commands)
+    with whole_folder(folder) as partial:
+        if SERVERS[wanted.target].form == "gguf":
+            _write_gguf(partial, model, wanted, pairs, base)
+        else:
+            write_portable(partial, model, file, pairs, base)
+        if wanted.template is not None:
+            shutil.copyfile(wanted.template, partial / wanted.template.name)
+        write_json(partial / RECORD_FILE, dataclasses.asdict(result))
+    return result
+
+
+def _write_gguf(folder: Path, model: Any, wanted: Wanted, pairs: Mapping[str, Pair], base: str | None) -> None:
+    names = GgufNames(model.config)
+    renamed = gguf_pairs(model, names, pairs)
+    if wanted.base_gguf is not None:
+        check_base(wanted.base_gguf, names, renamed)
+    write_adapter(folder / ADAPTER_FILE, names, renamed, base)
+    if wanted.target == "ollama" and wanted.base_gguf is not None:
+        base_gguf = wanted.base_gguf.resolve()
+        write_text(folder / MODELFILE, modelfile(base_gguf, named=str(base_gguf), adapter=f"./{ADAPTER_FILE}"))

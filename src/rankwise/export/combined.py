@@ -1,0 +1,197 @@
+"""One adapter made of several, as PEFT's ``add_weighted_adapter`` makes it.
+
+With weight w, scale s and pair (A, B) of each adapter, and for each module over those that adapt it:
+
+- cat     A = [w s A; ...], B = [B, ...]: exactly the weighted sum of the updates; its rank is the sum of the ranks
+- svd     B = U_r S_r, A = V_r^T of the weighted sum  dW = sum w s B A: the closest of rank r
+- linear  A = sum sign(w) sqrt(|w| s) A, B = sum sqrt(|w| s) B: cheap, and not the sum of the updates
+- ties    as linear, but of each A and B only the largest share ``density``, and of those the entries whose sign most
+          have (Yadav et al. 2023, arXiv 2306.01708), averaged over the adapters that keep them
+- dare_ties  as ties, with a random share instead of the largest, scaled up (Yu et al. 2023, arXiv 2311.03099)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.adapters.attached import AdapterReport, report
+from rankwise.adapters.checkpoint import AdapterFile, load_tensors
+from rankwise.adapters.inject import attach, check_name
+from rankwise.adapters.saving import adapter_tensors
+from rankwise.adapters.state import base_modules, state_and_name
+from rankwise.config import LoraConfig
+from rankwise.errors import AdapterError, ConfigError
+from rankwise.export.portable import (
+    Pair,
+    portable_config,
+    portable_modules,
+    portable_tensors,
+    scaled_pairs,
+    to_one_rank,
+    write_portable,
+)
+from rankwise.quantization.listing import some_of
+
+Way = Literal["linear", "cat", "svd", "ties", "dare_ties"]
+DEFAULT_DENSITY = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Combination:
+    """How adapters are combined. ``rank``: of svd, default the largest; ``density``: of ties and dare_ties, the share
+    of entries that is kept; ``seed``: of dare_ties, None: torch's random numbers as they come."""
+
+    weights: Sequence[float]
+    way: Way = "linear"
+    rank: int | None = None
+    density: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.way not in get_args(Way):
+            problems.append(f"there is no way {self.way!r} to combine; give one of {', '.join(get_args(Way))}")
+        if self.density is not None and (self.way not in ("ties", "dare_ties") or not 0 < self.density <= 1):
+            problems.append(f"a density of {self.density:g} goes with ties and dare_ties, from above 0 to 1")
+        if self.rank is not None and (self.way != "svd" or self.rank < 1):
+            problems.append(f"a rank ({self.rank}) is chosen for svd alone, from 1")
+        if not all(math.isfinite(weight) for weight in self.weights):
+            problems.append(f"the weights are {list(self.weights)}; give numbers")
+        if problems:
+            raise ConfigError("RW750", "; ".join(problems) + ".")
+
+
+def combine_adapters(
+    model: Any,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    *,
+    name: str = "combined",
+    combine: Way = "linear",
+    rank: int | None = None,
+    density: float | None = None,
+) -> AdapterReport:
+    """Lay an adapter ``name`` over the model that combines loaded ``adapters``, and make it the active one.
+
+    ``combine``, ``rank`` and ``density`` as in PEFT's ``add_weighted_adapter`` (combination_type, svd_rank); the random
+    choice of dare_ties follows torch's seed. Raises ConfigError (RW750), AdapterError: RW405, RW407, RW751 DoRA,
+    experts or trained weights, RW752 ranks that cannot be added.
+    """
+    files = []
+    for each in adapters:
+        state, found = state_and_name(model, each)
+        files.append(
+            AdapterFile(state.configs[found], list(report(model, found).modules), adapter_tensors(model, found))
+        )
+    pairs, file = combined(model, files, Combination(weights, combine, rank, density))
+    r = next(iter(pairs.values())).r
+    config = portable_config(model, file, r)
+    check_name(model, config, name)
+    made = attach(model, config, portable_modules(file, r), name)
+    load_tensors(model, portable_tensors(model, file, pairs), name)
+    return made
+
+
+def combine_folders(
+    model: nn.Module, files: Sequence[AdapterFile], wanted: Combination, folder: Path, base_model: str | None
+) -> int:
+    """Write adapters that were read as one PEFT folder, and give its rank. ``model`` may lie on the meta device."""
+    pairs, file = combined(model, files, wanted)
+    write_portable(folder, model, file, pairs, base_model)
+    return next(iter(pairs.values())).r
+
+
+@torch.no_grad()
+def combined(
+    model: nn.Module, files: Sequence[AdapterFile], wanted: Combination
+) -> tuple[dict[str, Pair], AdapterFile]:
+    """The pairs of the combination, padded to one rank, and the modules that it adapts."""
+    if not files or len(files) != len(wanted.weights):
+        raise ConfigError("RW750", f"{len(files)} adapters and {len(wanted.weights)} weights; give one for each.")
+    for file in files:
+        _refuse(file)
+    found = [scaled_pairs(model, file) for file in files]
+    items = {item.name: item for file in files for item in file.planned}
+    r = _rank(files, wanted)
+    pairs = {}
+    with torch.random.fork_rng(devices=[], enabled=wanted.seed is not None):
+        if wanted.seed is not None:
+            torch.manual_seed(wanted.seed)
+        for path in [path for path, _ in base_modules(model) if path in items]:
+            here = [(*one[path], w) for one, w in zip(found, wanted.weights) if path in one]
+            pairs[path] = _pair(here, wanted, r, path)
+    planned = [items[path] for path in pairs]
+    return to_one_rank(pairs, r), AdapterFile(LoraConfig(r=r, lora_alpha=r), planned, {})
+
+
+def _refuse(file: AdapterFile) -> None:
+    other = sorted(key for key in file.tensors if ".lora_" not in key)
+    stacks = [item.name for item in file.planned if item.experts is not None]
+    if file.config.use_dora or other or stacks:
+        what = "is DoRA" if file.config.use_dora else f"trains {some_of(other or stacks)}"
+        raise AdapterError(
+            "RW751",
+            f"one of the adapters {what}, and only plain LoRA of layers can be combined; write DoRA as LoRA first "
+            "(rankwise export --for peft), or merge them one after the other.",
+        )
+
+
+def _rank(files: Sequence[AdapterFile], wanted: Combination) -> int:
+    ranks = [max(item.r * sum(item.parts or (1,)) for item in file.planned) for file in files]
+    if wanted.way == "cat":
+        return sum(ranks)
+    return wanted.rank or max(ranks)
+
+
+Scaled = tuple[Pair, float, float]
+"""(pair, s, w) of one adapter on one module."""
+
+
+def _pair(here: Sequence[Scaled], wanted: Combination, r: int, path: str) -> Pair:
+    if wanted.way == "cat":
+        A = torch.cat([pair.A * w * s for pair, s, w in here], dim=0)
+        return Pair(A, torch.cat([pair.B for pair, _, _ in here], dim=1))
+    if wanted.way == "svd":
+        dW = torch.stack([w * s * (pair.B @ pair.A) for pair, s, w in here]).sum(dim=0)
+        U, S, Vh = torch.linalg.svd(dW, full_matrices=False)
+        return Pair(Vh[:r].contiguous(), U[:, :r] * S[:r])
+    if len({pair.r for pair, _, _ in here}) > 1:
+        ranks = ", ".join(str(pair.r) for pair, _, _ in here)
+        raise AdapterError(
+            "RW752", f"{path} has adapters of the ranks {ranks}, which {wanted.way} cannot add; take cat or svd."
+        )
+    roots = [math.sqrt(abs(w) * s) for _, s, w in here]
+    signed = [math.copysign(root, w) for root, (_, _, w) in zip(roots, here)]
+    A = _sum([pair.A for pair, _, _ in here], signed, wanted)
+    return Pair(A, _sum([pair.B for pair, _, _ in here], roots, wanted))
+
+
+def _sum(tensors: Sequence[Tensor], weights: Sequence[float], wanted: Combination) -> Tensor:
+    by_weight = torch.tensor(weights)[:, None, None]
+    if wanted.way == "linear":
+        return (torch.stack(list(tensors)) * by_weight).sum(dim=0)
+    density = wanted.density or DEFAULT_DENSITY
+    prune = _largest if wanted.way == "ties" else _random
+    kept = torch.stack([tensor if density >= 1 else prune(tensor, density) for tensor in tensors])
+    majority = torch.where(kept.sum(dim=0) >= 0, 1, -1)
+    agrees = kept.sign() == majority
+    return (kept * by_weight * agrees).sum(dim=0) / agrees.sum(dim=0).clamp(min=1.0)
+
+
+def _largest(tensor: Tensor, density: float) -> Tensor:
+    """The share ``density`` of the entries that are largest, zero elsewhere."""
+    chosen = torch.topk(tensor.abs().flatten(), int(density * tensor.numel())).indices
+    mask = torch.zeros(tensor.numel()).index_fill_(0, chosen, 1)
+    return tensor * mask.view_as(tensor)
+
+
+def _random(tensor: Tensor, density: float) -> Tensor:
+    """A random share ``density`` of the entries, scaled so that the mean stays."""
+    return tensor * torch.bernoulli(torch.full_like(tensor, density)) / density

@@ -1,0 +1,115 @@
+"""``adapter.gguf``: low-rank pairs as llama.cpp and Ollama lay them over a base.
+
+The loader computes W x + (alpha / r) B A x, with r read from each B; alpha = r makes that scale 1. In numpy's order
+lora_a is (r, in) and lora_b (out, r), of E experts (E, r, in) and (E, out, r), of an embedding (vocabulary, r) and
+(dim, r).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from rankwise.adapters.state import base_modules
+from rankwise.disk import naming
+from rankwise.errors import AdapterError, ModelError
+from rankwise.export.gguf_names import GgufNames
+from rankwise.export.portable import Pair, Pairs
+from rankwise.models.gguf_file import GgufHeader, read_gguf_header
+from rankwise.quantization.listing import some_of
+
+ADAPTER_FILE = "adapter.gguf"
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+
+
+def gguf_pairs(model: Any, names: GgufNames, pairs: Pairs) -> dict[str, Pair]:
+    """By the GGUF's names and in its orders: lora_a and lora_b, as above.
+
+    Raises AdapterError (RW742) for what llama.cpp would not compute: an adapter on a head or an embedding that are
+    one tensor.
+    """
+    found: dict[str, Pair] = {}
+    modules = dict(base_modules(model))
+    for name, pair in pairs.items():
+        for part in names.of(name):
+            B = part.of(pair.B)
+            if isinstance(modules.get(name), nn.Embedding):
+                found[part.name] = Pair(pair.A.T, B)
+            else:
+                found[part.name] = Pair(pair.A, names.rows(name, B) if B.dim() == 2 else B)
+    tied = bool(getattr(names.config, "tie_word_embeddings", False))
+    if tied and (ends := [name for name in (EMBEDDING, HEAD) if name in found]):
+        raise AdapterError(
+            "RW742",
+            f"the adapter changes {some_of(ends)}, and in this base embedding and head are one tensor, to which "
+            "llama.cpp would apply it twice or not at all; write a merged model with --merged.",
+        )
+    return found
+
+
+def check_base(base: Path, names: GgufNames, pairs: Pairs) -> GgufHeader:
+    """Hold the pairs against the GGUF that they will lie over. Raises ModelError: RW310 a damaged file, RW743 one of
+    another architecture, or without a tensor of that shape."""
+    header = read_gguf_header(base)
+    found = header.metadata["general.architecture"]
+    if found != names.architecture:
+        raise ModelError(
+            "RW743", f"{base} is of the architecture {found}, and the adapter's base is {names.architecture}."
+        )
+    problems = [
+        f"{name} is {_shape(header, name)} and the adapter's {(a, b)}"
+        for name, pair in pairs.items()
+        for a, b in [_ends(name, pair)]
+        if _shape(header, name) != (a, b)
+    ]
+    if problems:
+        raise ModelError("RW743", f"{base} is another model than the adapter's base: {some_of(problems)}.")
+    return header
+
+
+def _ends(name: str, pair: Pair) -> tuple[int, int]:
+    """(in, out) of the weight below; an embedding's rows are its vocabulary."""
+    a, b = (pair.B.shape[0], pair.A.shape[0]) if name == EMBEDDING else (pair.A.shape[-1], pair.B.shape[-2])
+    return a, b
+
+
+def _shape(header: GgufHeader, name: str) -> tuple[int, ...] | None:
+    return header.tensors[name].shape[:2] if name in header.tensors else None
+
+
+def write_adapter(path: Path, names: GgufNames, pairs: Pairs, base_name: str | None) -> None:
+    """``pairs`` as `gguf_pairs` gives them, all of one rank, in float32."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, names.architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    (r,) = {pair.B.shape[-1] for pair in pairs.values()}
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(r))
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    if base_name:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, base_name)
+    for name, tensor in _tensors(pairs):
+        writer.add_tensor(name, _array(tensor))
+    with naming(path):
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+
+
+def _tensors(pairs: Pairs) -> Iterator[tuple[str, Tensor]]:
+    for name, pair in pairs.items():
+        yield f"{name}.lora_a", pair.A
+        yield f"{name}.lora_b", pair.B
+
+
+def _array(tensor: Tensor) -> Any:
+    return np.ascontiguousarray(tensor.float().numpy())

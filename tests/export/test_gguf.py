@@ -1,0 +1,200 @@
+"""GGUF files: transformers reads merged ones as the model that was trained; adapters fit base files name by name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf_cases import FAMILIES, saved
+
+import rankwise as rw
+from rankwise.adapters import adapter_disabled
+from rankwise.errors import AdapterError, ModelError, RunError
+from rankwise.export.gguf_model import write_folder_gguf
+from rankwise.export.proof import LLAMA, Served, prove, server_python
+from rankwise.export.whole import WholeModel, export_merged
+from rankwise.models.gguf_file import read_gguf_header
+from tiny_models import tiny_llama
+
+IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
+# transformers reads no experts' GGUF of Mixtral's.
+READ_BY_TRANSFORMERS = [kind for kind in FAMILIES if kind != "mixtral"]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def base_gguf(model, folder: Path, kind: str = "f32") -> Path:
+    write_folder_gguf(folder / "base.gguf", folder / "base", model.config, kind)
+    return folder / "base.gguf"
+
+
+@pytest.mark.parametrize("kind", READ_BY_TRANSFORMERS)
+def test_transformers_reads_a_merged_gguf_as_the_model_that_was_trained(tmp_path, kind):
+    model = saved(kind, tmp_path)
+    export_merged(tmp_path / "adapter", tmp_path / "served", WholeModel("llama.cpp", kind="f32"))
+    loaded, tokenizer = rw.load_model(tmp_path / "served" / "model.gguf")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-3, atol=1e-3)
+    with adapter_disabled(model):
+        assert not torch.allclose(logits(loaded), logits(model), atol=1e-2)
+    assert tokenizer.convert_tokens_to_ids("ab") == 95
+
+
+@pytest.mark.parametrize("kind", READ_BY_TRANSFORMERS)
+def test_an_adapter_s_pairs_added_to_the_base_s_tensors_are_the_merged_model(tmp_path, kind):
+    """llama.cpp's own arithmetic by hand: W + (alpha / r) B A, tensor by tensor of the base's file."""
+    model = saved(kind, tmp_path)
+    base = base_gguf(model, tmp_path)
+    rw.export_adapter(model, tmp_path / "served", target="llama.cpp", base_gguf=base)
+    adapter = gguf.GGUFReader(tmp_path / "served" / "adapter.gguf")
+    pairs = {tensor.name: np.array(tensor.data) for tensor in adapter.tensors}
+    alpha = adapter.fields["adapter.lora.alpha"].contents()
+    patched = gguf.GGUFReader(shutil.copy(base, tmp_path / "patched.gguf"), "r+")
+    for tensor in patched.tensors:
+        if f"{tensor.name}.lora_a" in pairs:
+            A, B = (pairs.pop(f"{tensor.name}.lora_{side}") for side in "ab")
+            tensor.data[...] += alpha / B.shape[-1] * (B @ A)
+    assert not pairs
+    patched.data.flush()
+    loaded, _ = rw.load_model(tmp_path / "patched.gguf")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-3, atol=1e-3)
+
+
+def test_a_gguf_base_keeps_its_header_and_untouched_tensors(tmp_path):
+    model = saved("llama", tmp_path, target_modules=["q_proj", "down_proj"], use_dora=True)
+    base = base_gguf(model, tmp_path, "q8_0")
+    export_merged(tmp_path / "adapter", tmp_path / "served", WholeModel("ollama", str(tmp_path / "base"), base))
+    before, after = gguf.GGUFReader(base), gguf.GGUFReader(tmp_path / "served" / "model.gguf")
+    same = {"general.file_type"}
+    assert set(before.fields) == set(after.fields)
+    for name, field in before.fields.items():
+        if name not in same and not name.startswith("GGUF."):
+            assert field.contents() == after.fields[name].contents()
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in after.tensors}
+    assert kinds["blk.0.attn_q.weight"] == "F16"
+    assert kinds["blk.0.attn_v.weight"] == "Q8_0"
+    untouched = {t.name: t.data for t in before.tensors if "attn_q" not in t.name and "ffn_down" not in t.name}
+    for tensor in after.tensors:
+        if tensor.name in untouched:
+            assert np.array_equal(tensor.data, untouched[tensor.name])
+    lines = (tmp_path / "served" / "Modelfile").read_text().splitlines()
+    assert lines == ["FROM ./model.gguf", 'PARAMETER stop "</s>"', "PARAMETER num_ctx 64"]
+
+
+def test_a_merge_into_a_gguf_is_the_merge_of_its_weights(tmp_path):
+    model = saved("llama", tmp_path, use_dora=True, target_modules=["q_proj", "k_proj", "embed_tokens"])
+    base = base_gguf(model, tmp_path)
+    export_merged(tmp_path / "adapter", tmp_path / "served", WholeModel("llama.cpp", None, base, "f32"))
+    loaded, _ = rw.load_model(tmp_path / "served" / "model.gguf")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+def test_a_type_is_written_where_rows_are_whole_blocks(tmp_path, kind):
+    model = saved("llama", tmp_path)
+    export_merged(tmp_path / "adapter", tmp_path / "served", WholeModel("llama.cpp", kind=kind))
+    header = read_gguf_header(tmp_path / "served" / "model.gguf")
+    kinds = {name: gguf.GGMLQuantizationType(t.ggml_type).name for name, t in header.tensors.items()}
+    assert kinds["blk.0.attn_q.weight"] == kind.upper()
+    # Rows of 48 are no whole blocks of 32.
+    assert kinds["blk.0.ffn_down.weight"] == ("F16" if kind[0] == "q" else kind.upper())
+    assert kinds["output_norm.weight"] == "F32"
+    loaded, _ = rw.load_model(tmp_path / "served" / "model.gguf")
+    allowed = {"f16": 0.01, "bf16": 0.05, "q8_0": 0.05}.get(kind, 1.0)
+    assert (logits(loaded) - logits(model)).abs().max() < allowed
+
+
+def test_a_base_of_another_model_is_refused_and_nothing_is_left(tmp_path):
+    model = saved("llama", tmp_path)
+    (tmp_path / "other").mkdir()
+    other = base_gguf(saved("qwen2", tmp_path / "other"), tmp_path / "other")
+    small = tiny_llama(intermediate_size=64)
+    rw.add_adapter(small, rw.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))
+    base = base_gguf(model, tmp_path)
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(base.read_bytes()[:-100])
+    for adapted, file, code in [(model, other, "RW743"), (small, base, "RW743"), (model, cut, "RW310")]:
+        with pytest.raises(ModelError, match=code):
+            rw.export_adapter(adapted, tmp_path / "served", target="llama.cpp", base_gguf=file)
+        assert not (tmp_path / "served").exists()
+
+
+def test_what_llama_cpp_does_not_know_is_refused(tmp_path):
+    from tiny_models import tiny_falcon
+
+    falcon = tiny_falcon()
+    rw.add_adapter(falcon, rw.LoraConfig(r=2))
+    with pytest.raises(ModelError, match="RW740.*falcon"):
+        rw.export_adapter(falcon, tmp_path / "served", target="llama.cpp")
+    tied = tiny_llama(tie_word_embeddings=True)
+    rw.add_adapter(tied, rw.LoraConfig(r=2, target_modules=["embed_tokens"]))
+    with pytest.raises(AdapterError, match="RW742"):
+        rw.export_adapter(tied, tmp_path / "served", target="llama.cpp")
+    assert list(tmp_path.iterdir()) == []
+
+
+def has_llama_cpp() -> bool:
+    try:
+        return bool(server_python("llama.cpp", None))
+    except RunError:
+        return False
+
+
+needs_llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason=f"{LLAMA.variable} names no Python with xllamacpp")
+PROMPTS = [[1, 5, 9, 14, 33, 60], [1, 44, 3, 8, 20, 21, 22]]
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_llama_cpp_answers_as_the_trained_model(tmp_path, kind):
+    model = saved(kind, tmp_path)
+    base = base_gguf(model, tmp_path)
+    rw.export_adapter(model, tmp_path / "served", target="llama.cpp", base_gguf=base)
+    export_merged(tmp_path / "adapter", tmp_path / "whole", WholeModel("llama.cpp", kind="f32"))
+    python = server_python("llama.cpp", None)
+    for served in (
+        Served(base, tmp_path / "served" / "adapter.gguf", 3),
+        Served(base, merged=tmp_path / "whole" / "model.gguf"),
+    ):
+        proof = prove("llama.cpp", python, model, served, PROMPTS)
+        assert proof.difference < 2e-3 < proof.effect
+
+
+@needs_llama_cpp
+def test_an_adapter_of_another_scale_or_without_effect_does_not_pass(tmp_path):
+    model = saved("llama", tmp_path)
+    base = base_gguf(model, tmp_path)
+    rw.export_adapter(model, tmp_path / "served", target="llama.cpp", base_gguf=base)
+    python = server_python("llama.cpp", None)
+    path = tmp_path / "served" / "adapter.gguf"
+    file = gguf.GGUFReader(path, "r+")
+    file.fields["adapter.lora.alpha"].parts[-1][0] *= 2
+    file.data.flush()
+    with pytest.raises(RunError, match="RW738.*twice that is allowed"):
+        prove("llama.cpp", python, model, Served(base, path, 3), PROMPTS)
+    with torch.no_grad():
+        for parameter in rw.adapter_parameters(model).values():
+            parameter.zero_()
+    file.fields["adapter.lora.alpha"].parts[-1][0] = 1e-9
+    file.data.flush()
+    with pytest.raises(RunError, match="RW738.*nothing is proven"):
+        prove("llama.cpp", python, model, Served(base, path, 3), PROMPTS)
+
+
+def test_a_server_that_is_not_there_is_named_with_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.delenv(LLAMA.variable, raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RunError, match="RW739.*pip install xllamacpp"):
+        server_python("llama.cpp", None)
+    with pytest.raises(RunError, match="RW739.*unproven"):
+        server_python("sglang", None)
+    with pytest.raises(RunError, match="RW739.*there is no"):
+        server_python("vllm", tmp_path / "python")
+    assert server_python("vllm", Path(os.path.realpath("/bin/sh"))).endswith("sh")
