@@ -12,7 +12,7 @@ help: ## this list
 
 setup: $(STAMP) ## make .venv with the project, its tools and the demo model
 
-$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
+$(VENV)/.installed: pyproject.toml setup.py $(shell find csrc -type f)
 	@command -v $(PYTHON) >/dev/null || { echo "needs Python 3.11 or newer as '$(PYTHON)'; set PYTHON=..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV); PyTorch and its relatives take minutes the first time"
@@ -29,8 +29,13 @@ demo: $(VENV)/.installed ## plan and compare four methods on a small chat model,
 	$(BIN)/rankwise demo
 
 # Two tests at a time or more, each on one thread: threads of several processes would wait for each other.
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
 test: check ## every check: style, types, layer directions, tests
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+test-all: check ## the same with the long forms: whole tables, the C++ library under the sanitizers
+	$(PYTEST) -m "not grid and not families"
 
 check: $(STAMP) ## style, types and layer directions only
 	$(BIN)/ruff check
@@ -56,8 +61,8 @@ browser: $(STAMP) ## the comparison report in a real browser (needs a `chromium`
 # Folder with E2E's trainset.csv and devset.csv, for the runs from end to end.
 E2E ?= ../shared/data/e2e
 
-bench: $(STAMP) ## timings against the peers, into docs/results (half an hour on a quiet machine)
-	$(BIN)/python benchmarks/four_bits.py --processes 8 --output docs/results
+bench: $(STAMP) ## timings against the peers, into benchmarks/results and docs/results (half an hour on a quiet machine)
+	$(BIN)/python benchmarks/four_bits.py --processes 8
 	$(BIN)/python benchmarks/quantized_load.py
 	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/scaling.py
@@ -91,4 +96,4 @@ docs: $(STAMP) ## the documentation as HTML
 clean: ## remove what the other words made
 	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: help setup demo test check format families grid browser bench showcase docs clean
+.PHONY: help setup demo test test-all check format families grid browser bench showcase docs clean

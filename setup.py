@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +21,18 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 NAME = "rankwise.ops.cpu._native"
+FAMILIES = ("attention", "elementwise", "four_bit", "products")
 ERROR_PAGE = "docs/errors.md"
-# No contraction of a * b + c: the results equal PyTorch's to the bit.
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-g0"]
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-LEVELS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
-FAMILIES = ("level", "training")
-LEVEL_FLAGS = {f"{family}_{level}": flags for family in FAMILIES for level, flags in LEVELS.items()}
-for family in ("attention", "products"):
-    LEVEL_FLAGS[f"{family}_avx2"] = LEVELS["avx2"]
-    LEVEL_FLAGS[f"{family}_avx512_bf16"] = LEVELS["avx512_bf16"]
-for family in ("attention", "products"):
-    LEVEL_FLAGS[f"{family}_amx"] = [*LEVELS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
-OPTIONAL = {"_avx512_bf16": "-mavx512bf16", "_amx": "-mamx-bf16"}
-# Levels that an older compiler may lack; the one below takes their place.
-SOURCES = ["native", "attention", "parallel", "products", "training"]
-SOURCES += ["level_portable", "training_portable", *LEVEL_FLAGS]
+# Besides the options of csrc/levels.txt.
+FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-g0", "-Icsrc"]
+# Compiled once, for any processor of the platform.
+PLAIN = ("common/huge_pages", "common/level", "common/parallel", *(f"{name}/{name}" for name in FAMILIES))
+
+
+def read_levels() -> dict[str, tuple[list[str], list[str]]]:
+    """Families and compiler options by instruction set. The name ``"every"`` has the options of all files."""
+    lines = [line.split() for line in Path("csrc/levels.txt").read_text(encoding="utf-8").splitlines()]
+    return {line[0]: (line[1].split(","), line[2:]) for line in lines if line and line[0] != "#"}
 
 
 class BuildNative(build_ext):
@@ -62,25 +57,36 @@ class BuildNative(build_ext):
                 f"only compilers that take GCC's options are supported, not {self.compiler.compiler_type}"
             )
         with ThreadPoolExecutor() as pool:
-            objects = [one for made in pool.map(self._compile, SOURCES) for one in made]
+            objects = [one for made in self._compile(pool) for one in made]
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(objects, str(target), extra_postargs=["-pthread"], target_lang="c++")
 
-    def _compile(self, name: str) -> list[str]:
-        x86 = platform.machine().lower() in ("x86_64", "amd64")
-        flags = [*FLAGS, *(LEVEL_FLAGS.get(name, []) if x86 else [])]
-        try:
-            return self._object(name, flags)
-        except CompileError:
-            missing = next((flag for ending, flag in OPTIONAL.items() if name.endswith(ending)), None)
-            if missing is None:
-                raise
-            self.warn(f"this compiler has no {missing}; the level below takes its place")
-            return self._object(name, FLAGS)
+    def _compile(self, pool: Executor) -> list[list[str]]:
+        levels = read_levels()
+        _, every = levels.pop("every")
+        if platform.machine().lower() not in ("x86_64", "amd64"):
+            levels = {"portable": levels["portable"]}
+        begun = {
+            name: [
+                pool.submit(self._object, f"{family}/kernels", name, [*every, *flags, f"-DRW_ISA={name}"])
+                for family in families
+            ]
+            for name, (families, flags) in levels.items()
+        }
+        made = [one.result() for one in begun.pop("portable")]
+        has = []
+        for name, kernels in begun.items():
+            try:
+                made += [one.result() for one in kernels]
+                has.append(f"-DRW_HAS_{name}")
+            except CompileError:
+                self.warn(f"this compiler cannot make code for {name}; the instruction sets before it take its place")
+        return [*made, *pool.map(lambda name: self._object(name, "any", [*every, *has]), PLAIN)]
 
-    def _object(self, name: str, flags: list[str]) -> list[str]:
-        return self.compiler.compile([f"csrc/{name}.cpp"], output_dir=self.build_temp, extra_postargs=flags)
+    def _object(self, name: str, level: str, flags: list[str]) -> list[str]:
+        folder = str(Path(self.build_temp, level))
+        return self.compiler.compile([f"csrc/{name}.cpp"], output_dir=folder, extra_postargs=[*FLAGS, *flags])
 
 
 class TagForEveryPython(bdist_wheel):
@@ -103,6 +109,6 @@ class CarryErrorPage(build_py):
 
 
 commands: dict[str, Any] = {"build_py": CarryErrorPage, "build_ext": BuildNative, "bdist_wheel": TagForEveryPython}
-sources = [f"csrc/{name}.cpp" for name in SOURCES]
-depends = [str(path) for path in sorted(Path("csrc").glob("*.h*"))]
+sources = [f"csrc/{name}.cpp" for name in (*PLAIN, *(f"{family}/kernels" for family in FAMILIES))]
+depends = [str(path) for path in (*sorted(Path("csrc").rglob("*.h*")), Path("csrc/levels.txt"))]
 setup(cmdclass=commands, ext_modules=[Extension(NAME, sources, depends=depends, optional=True)])

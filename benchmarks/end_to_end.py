@@ -1,11 +1,12 @@
 """`rankwise train` against TRL's SFTTrainer with PEFT (and bitsandbytes) on the E2E data: examples per second.
 
     python benchmarks/end_to_end.py ../shared/data/e2e/trainset.csv --eval-data ../shared/data/e2e/devset.csv
-    ... --dtype float32 --name end_to_end_float32   # what `train` takes on a CPU without bfloat16 instructions
+    ... --dtype float32   # what `train` takes on a CPU without bfloat16 instructions
 
 Both train the same base on the same rows, as often, with the same rank, dropout, learning rate and seed, each in a
 process of its own, and both adapters are then scored by one evaluator. Examples per second count the training steps
-alone: loading, tokenizing and evaluating are left out. Writes end_to_end.json and end_to_end.md into docs/results.
+alone: loading, tokenizing and evaluating are left out. Writes a JSON file into benchmarks/results, and
+docs/results/end_to_end.md anew.
 
 The peer runs with TRL's defaults, but for what is named above and gradient checkpointing, which is off on both sides.
 """
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "eval_rows": given.eval_rows,
         "rows": rows,
     }
-    results.save(given.output, given.name, result, markdown(result))
+    results.publish(given.output, "end_to_end", result, page, given.name)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -76,7 +77,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval-rows", type=int, default=128, help="spread evenly over the evaluation data")
     parser.add_argument("--dtype", choices=contenders.DTYPES, default="bfloat16", help="of the frozen weights")
-    parser.add_argument("--name", default="end_to_end", help="of the two files in --output")
+    parser.add_argument("--name", default="", help="of the JSON file in --output; default: by processor and dtype")
     parser.add_argument("--output", type=Path, default=results.FOLDER)
     for name in ("--child", "--method", "--ours", "--peer", "--answer"):
         parser.add_argument(name, help=argparse.SUPPRESS)
@@ -256,34 +257,42 @@ def padded(batch: Sequence[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, 
 # --- the table ---
 
 
-def markdown(result: dict[str, Any]) -> list[str]:
-    rows = result["rows"]
-    lora = next((row["eval_loss"]["peer"] for row in rows if row["method"] == "lora"), None)
+def page(runs: list[results.Run]) -> list[str]:
     headings = (
-        *("method", "examples/s: TRL + PEFT", "ours", "times as fast", "loss: base", "TRL + PEFT", "ours"),
-        *("ours / peer's LoRA", "peak MB: TRL + PEFT", "ours", "ours / peer", "process MB: TRL + PEFT", "ours"),
+        *("processor", "dtype", "steps", "method", "examples/s: TRL + PEFT", "ours", "times as fast"),
+        *("loss: base", "TRL + PEFT", "ours", "ours / peer's LoRA"),
+        *("peak MB: TRL + PEFT", "ours", "ours / peer", "process MB: TRL + PEFT", "ours"),
     )
+    first = runs[0]
     return [
-        f"# End to end on E2E: {result['model']}, {result['steps']} steps of {result['batch']} rows",
+        f"# End to end on E2E: {first['model']}, steps of {first['batch']} rows",
         "",
-        *results.where_from(result),
-        f"{result['dtype']}, r = {contenders.R} on all linear layers, dropout {result['dropout']:g}, learning rate "
-        f"{result['learning_rate']:g}, at most {result['max_length']} tokens a row. Goals in brackets.",
+        *results.where_from(runs),
+        f"r = {contenders.R} on all linear layers, dropout {first['dropout']:g}, learning rate "
+        f"{first['learning_rate']:g}, at most {first['max_length']} tokens a row. Goals, of bfloat16 on a processor "
+        "with products for it, in brackets.",
         "",
-        *results.table(headings, [cells(row, lora) for row in rows]),
+        *results.table(headings, [line for run in runs for line in lines_of(run)]),
         "",
-        *other_tokens(rows),
-        f"Examples per second of the training steps. Loss per labelled token over {result['eval_rows']} rows of the "
-        "evaluation data, by one evaluator. Peak: anonymous memory while training, and of the process's whole life. "
-        "The peer's gradient checkpointing is off, its precision the one above, its other options are TRL's defaults.",
+        *(line for run in runs for line in other_tokens(run)),
+        "Examples per second of the training steps. Loss per labelled token over rows of the evaluation data, "
+        f"{', '.join(dict.fromkeys(str(run['eval_rows']) for run in runs))} of them, by one evaluator. Peak: anonymous "
+        "memory while training, and of the process's whole life. The peer's gradient checkpointing is off, its "
+        "precision the one above, its other options are TRL's defaults.",
     ]
 
 
-def other_tokens(rows: list[dict[str, Any]]) -> list[str]:
+def lines_of(run: results.Run) -> list[list[str]]:
+    lora = next((row["eval_loss"]["peer"] for row in run["rows"] if row["method"] == "lora"), None)
+    return [[*results.row_name(run), str(run["steps"]), *cells(row, lora)] for row in run["rows"]]
+
+
+def other_tokens(run: results.Run) -> list[str]:
     """Said where the two sides did not train on the same number of tokens."""
     lines = [
-        f"- {row['method']}: {row['peer'][key]:,} {key.replace('_', ' ')} by TRL, {row['ours'][key]:,} by ours."
-        for row in rows
+        f"- {results.processor(run)}, {row['method']}: {row['peer'][key]:,} {key.replace('_', ' ')} by TRL, "
+        f"{row['ours'][key]:,} by ours."
+        for row in run["rows"]
         for key in ("tokens", "trained_tokens")
         if row["peer"][key] != row["ours"][key]
     ]

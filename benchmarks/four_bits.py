@@ -1,12 +1,12 @@
 """4-bit kernels beside bitsandbytes and the bf16 layer, alternating in one run.
 
-    python benchmarks/four_bits.py --processes 8 --output docs/results
+    python benchmarks/four_bits.py --processes 8
 
 Each round times every contender of a row once, so that a busy moment of the machine hits all of them; medians are
 reported, of the rounds and then of the processes. Where a virtual machine's cores lie decides how fast memory is and
 may change between two processes: hence several, and a row that only stores as many bytes as dequantizing does. The
-float32 layer is there because PyTorch's bfloat16 products are far slower on CPUs without instructions for them. Writes
-NAME.json and NAME.md.
+float32 layer is there because PyTorch's bfloat16 products are far slower on CPUs without instructions for them.
+Writes a JSON file into benchmarks/results, and docs/results/four_bits.md anew.
 
 Legend: T = rows of x, K = in features, N = out features.
 """
@@ -17,22 +17,20 @@ import argparse
 import logging
 import multiprocessing
 import os
-import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rankwise import ops
 from rankwise.ops.cpu import native
-from rankwise.records import write_json, write_text
 
 # bitsandbytes logs a missing optional package on import.
 logging.disable(logging.WARNING)
@@ -41,9 +39,7 @@ import bitsandbytes.functional  # noqa: E402
 
 Contenders = dict[str, Callable[[], Any]]
 
-
 SLOW_SECONDS = 20
-
 # Of each row: whom we are compared with, and how many times faster we must be.
 MANY_ROWS = "T={} forward + input gradient"
 PROMISES = (
@@ -229,45 +225,73 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     return {
-        "bitsandbytes": version("bitsandbytes"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
         "cpu_level": native.level(),
         "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 2),
     }
 
 
-def markdown(result: dict[str, Any]) -> str:
-    (N, K), processes = result["shape"], result["processes"]
-    facts = ", ".join(f"{name} {value}" for name, value in processes[0]["environment"].items())
-    lines = [f"# Four bits, {N} x {K} bf16, NF4 in blocks of 64", "", f"{facts}, processes {len(processes)}", ""]
-    lines += ["| times faster, median of the processes | than | found | least | most | wanted | kept in |"]
-    lines += ["|---|---|---|---|---|---|---|"]
-    for check in result["checks"]:
-        found = " | ".join(f"{check[name]:.2f}" for name in ("ratio", "least", "most", "at_least"))
-        lines.append(f"| {check['row']} | {check['peer']} | {found} | {check['kept_in']} of {len(processes)} |")
-    lines += ["", "| | contender | ms |", "|---|---|---|"]
-    for row, times in result["milliseconds"].items():
-        lines += [f"| {row} | {name} | {value:.3f} |" for name, value in times.items()]
-    lines += ["", *dequantization(processes)]
-    lines += ["", "| largest error against float64 | contender | of the largest result |", "|---|---|---|"]
-    for row, errors in result["largest_relative_error"].items():
-        lines += [f"| {row} | {name} | {error:.1e} |" for name, error in errors.items()]
-    return "\n".join(lines) + "\n"
+def page(runs: list[results.Run]) -> list[str]:
+    N, K = runs[0]["shape"]
+    names = [results.processor(run) for run in runs]
+    return [
+        f"# Four bits, {N} x {K} bf16, NF4 in blocks of 64",
+        "",
+        *results.where_from(runs),
+        "Times faster than what is named, with how many of the processes kept the goal:",
+        "",
+        *results.table(("operation", "than", "wanted", *names), promises(runs)),
+        "",
+        "Milliseconds, medians of alternating rounds, and of processes where there are several:",
+        "",
+        *results.table(("operation", "contender", *names), side_by_side(runs, "milliseconds", "{:,.3f}")),
+        "",
+        "Dequantization beside the memory's limit, process by process, the one with the fastest memory first:",
+        "",
+        *dequantization(runs),
+        "",
+        "Largest error against float64, over the largest result:",
+        "",
+        *results.table(("rows", "contender", *names), side_by_side(runs, "largest_relative_error", "{:.1e}")),
+    ]
 
 
-def dequantization(processes: list[dict[str, Any]]) -> list[str]:
-    """Of each process, the one with the fastest memory first: how near to the memory's limit we are there."""
-    lines = ["| dequantize, ms: ours | store | copy | bitsandbytes | times faster | of a copy's rate |"]
-    lines += ["|---|---|---|---|---|---|"]
-    rows = [(one["milliseconds"]["dequantize"], one["dequantize_share_of_copy_bandwidth"]) for one in processes]
-    for times, share in sorted(rows, key=lambda row: row[0]["store to kept memory"]):
-        store, copy = (times[f"{what} to kept memory"] for what in ("store", "copy"))
-        ours, peer = times["ours"], times["bitsandbytes"]
-        lines.append(f"| {ours:.2f} | {store:.2f} | {copy:.2f} | {peer:.2f} | {peer / ours:.1f} | {share:.0%} |")
-    return lines
+def promises(runs: list[results.Run]) -> Iterator[list[str]]:
+    for row, peer, bound in PROMISES:
+        cells = []
+        for run in runs:
+            check = next(item for item in run["checks"] if (item["row"], item["peer"]) == (row, peer))
+            several = len(run["processes"])
+            spread = f", {check['least']:.2f} to {check['most']:.2f}" if several > 1 else ""
+            kept = f"{check['kept_in']} of {several}" if several > 1 else ("kept" if check["kept"] else "missed")
+            cells.append(f"{check['ratio']:.2f}{spread} ({kept})")
+        yield [row, peer, f"{bound:.2f}", *cells]
+
+
+def side_by_side(runs: list[results.Run], key: str, form: str) -> Iterator[list[str]]:
+    """A line for each operation and contender, a cell a run; empty where a run had no such contender."""
+    pairs = dict.fromkeys((row, name) for run in runs for row, found in run[key].items() for name in found)
+    for row, name in sorted(pairs, key=lambda pair: list(runs[0][key]).index(pair[0])):
+        found = [run[key].get(row, {}).get(name) for run in runs]
+        yield [row, name, *("" if value is None else form.format(value) for value in found)]
+
+
+def dequantization(runs: list[results.Run]) -> list[str]:
+    headings = ("processor", "ours, ms", "store", "copy", "bitsandbytes", "times faster", "of a copy's rate")
+    lines = []
+    for run in runs:
+        for one in sorted(run["processes"], key=lambda one: _dequantize(one).get("store to kept memory", 0.0)):
+            times, share = _dequantize(one), one["dequantize_share_of_copy_bandwidth"]
+            names = ("ours", "store to kept memory", "copy to kept memory", "bitsandbytes")
+            cells = [results.number(value) for value in map(times.get, names)]
+            faster = results.number(times["bitsandbytes"] / times["ours"], 1)
+            lines.append([results.processor(run), *cells, faster, f"{100 * share:.0f} %"])
+    return results.table(headings, lines)
+
+
+def _dequantize(process: dict[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = process["milliseconds"]["dequantize"]
+    return found
 
 
 def main() -> None:
@@ -275,14 +299,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(4096, 4096), metavar=("N", "K"))
     parser.add_argument("--rounds", type=int, default=41)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--name", default="four_bits", help="of the files that are written")
-    parser.add_argument("--output", type=Path, default=Path("runs/four_bits"))
+    parser.add_argument("--name", default="", help="of the JSON file in --output; default: by processor")
+    parser.add_argument("--output", type=Path, default=results.FOLDER)
     given = parser.parse_args()
-    result = summary(measure_in(given.processes, *given.size, given.rounds))
-    given.output.mkdir(parents=True, exist_ok=True)
-    write_json(given.output / f"{given.name}.json", result)
-    write_text(given.output / f"{given.name}.md", markdown(result))
-    print(markdown(result))
+    about = {"command": results.command(), "machine": results.machine(), "versions": results.versions()}
+    found = summary(measure_in(given.processes, *given.size, given.rounds))
+    results.publish(given.output, "four_bits", {**about, **found}, page, given.name)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
     python benchmarks/generation.py [--dtype float32] [--batch 1] [--rounds 5]
 
-The demo model, greedy, r = 16 on all linear layers; every contender in every round, medians. Writes generation.json and
-generation.md into docs/results.
+The demo model, greedy, r = 16 on all linear layers; every contender in every round, medians. Writes a JSON file into
+benchmarks/results, and docs/results/generation.md anew.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,31 +67,31 @@ def main() -> None:
         "batch": given.batch,
         "ms_per_token": {name: median / NEW * 1e3 for name, median in timing.medians(seconds).items()},
     }
-    results.save(given.output, "generation", result, markdown(result))
+    results.publish(given.output, "generation", result, page)
 
 
-def markdown(result: dict[str, Any]) -> list[str]:
-    ms = result["ms_per_token"]
+def page(runs: list[results.Run]) -> list[str]:
+    headings = ("processor", "dtype", "rows", "bare model", "method", "PEFT", "ours", "ours / bare", "times as fast")
+    return [
+        "# Generating with an adapter: demo",
+        "",
+        *results.where_from(runs),
+        f"Milliseconds a token, greedy, {NEW} tokens after {PROMPT}. 4-bit peers are bitsandbytes'.",
+        "",
+        *results.table(headings, [line for run in runs for line in lines_of(run)]),
+    ]
+
+
+def lines_of(run: results.Run) -> Iterator[list[str]]:
+    ms = run["ms_per_token"]
     bare = ms["bare model"]
-    rows = []
     for method in contenders.METHODS:
         peer, own = ms[f"{method}: PEFT"], ms[f"{method}: ours"]
-        rows.append(
-            [
-                method,
-                *(results.number(value, 1) for value in (peer, own)),
-                *map(results.number, (own / bare, peer / own)),
-            ]
-        )
-    return [
-        f"# Generating with an adapter: demo, {result['dtype']}, {result['batch']} row(s)",
-        "",
-        *results.where_from(result),
-        f"Milliseconds a token, greedy, {NEW} tokens after {PROMPT}; the bare model takes {results.number(bare, 1)}. "
-        "4-bit peers are bitsandbytes'.",
-        "",
-        *results.table(["method", "PEFT", "ours", "ours / bare", "times as fast"], rows),
-    ]
+        yield [
+            *(*results.row_name(run), str(run["batch"]), results.number(bare, 1), method),
+            *(results.number(value, 1) for value in (peer, own)),
+            *map(results.number, (own / bare, peer / own)),
+        ]
 
 
 if __name__ == "__main__":

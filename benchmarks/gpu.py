@@ -1,12 +1,13 @@
 """Training on a CUDA card: every kernel checked, then layers and whole Llama shapes timed against the frozen products.
 
-    python benchmarks/gpu.py --output docs/results
+    python benchmarks/gpu.py
 
 One call, under ten minutes, from a source tree: it needs torch, transformers and triton, and times PEFT, bitsandbytes
 and Unsloth where they are installed. First every kernel is judged against float64; then come a Llama of 8B and of 1B
 with random weights and layers of 4096 and 8192 (bfloat16, r = 16 on all linear layers, 8,192 tokens per micro-batch, no
 recomputation), as multiples of all frozen matrix products, timed in the same rounds; last the 4-bit kernels alone.
-Prints one table, and writes gpu.json and gpu.md. What does not fit in the time or on the card is left out with a note.
+Prints one table, and writes benchmarks/results/gpu.json and docs/results/gpu.md. What does not fit in the time or on
+the card is left out with a note.
 Exit code 1 when a check fails. ``--device cpu --tiny`` tries the script itself, on shapes without meaning.
 """
 
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = markdown(content, rows)
     if "four-bits" in given.sections:
         lines += four_bits(given, deadline, content)
-    results.save(given.output, "gpu", content, lines)
+    results.publish(given.output, "gpu", content, lambda _: lines, "gpu")
     return 1 if failed else 0
 
 
@@ -76,7 +77,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=560, help="when to stop beginning new timings")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="shapes of a few elements, to try the script")
-    parser.add_argument("--output", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--output", type=Path, default=results.FOLDER)
     given = parser.parse_args(arguments)
     if given.tiny:
         given.shapes, given.sizes, given.batch, given.length = ["tiny"], [64], 2, 16
@@ -145,7 +146,7 @@ def markdown(content: dict[str, Any], rows: list[Row]) -> list[str]:
     return [
         f"# Training steps on {content['card']}",
         "",
-        *results.where_from(content),
+        *results.where_from([content]),
         f"CUDA {content['cuda']}. {checks}{''.join(f'; FAILED: {line}' for line in content['checks_failed'])}.",
         "",
         f"bfloat16, r = {contenders.R} on all linear layers, {content['batch']} x {content['length']} tokens, no "

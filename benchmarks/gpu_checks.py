@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rankwise import ops
-from rankwise.ops import elementwise_reference, elementwise_table, reference
+from rankwise.ops import elementwise_reference, reference, table
 from rankwise.ops.branch import Frozen
 from rankwise.ops.low_rank_linear import Branch, Dropout, low_rank_linear
 
@@ -97,7 +97,7 @@ def check_elementwise(T: int, N: int, r: int, dtype: torch.dtype, device: str) -
     count = 0
     for name, arguments in _elementwise_calls(T, N, r, dtype, device):
         what = f"{name} {T} x {N} {dtype}"
-        ours = _tensors(elementwise_table.run(name, *_copied(arguments)))
+        ours = _tensors(table.run(name, *_copied(arguments)))
         plain = _tensors(getattr(elementwise_reference, name)(*_copied(arguments)))
         truth = _tensors(getattr(elementwise_reference, name)(*_copied(arguments, torch.float64)))
         for found, allowed, true in zip(ours, plain, truth, strict=True):
@@ -139,7 +139,7 @@ def _elementwise_calls(
 def check_dropout(T: int, N: int, dtype: torch.dtype, device: str) -> int:
     """The mask is the same everywhere."""
     x = torch.randn(T, N, generator=torch.Generator().manual_seed(2)).to(dtype)
-    ours, plain = elementwise_table.run("dropout", x.to(device), 0.1, 7), elementwise_reference.dropout(x, 0.1, 7)
+    ours, plain = table.run("dropout", x.to(device), 0.1, 7), elementwise_reference.dropout(x, 0.1, 7)
     assert torch.equal(ours.cpu(), plain), f"dropout differs: {T} x {N} {dtype}"
     return 1
 

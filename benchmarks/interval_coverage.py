@@ -155,7 +155,7 @@ def measured(cell: Cell, times: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=1000, help="simulated comparisons a row; half for columns 3 and 4")
-    parser.add_argument("--output", type=Path, default=results.FOLDER)
+    parser.add_argument("--output", type=Path, default=results.PAGES)
     given = parser.parse_args()
     rows = []
     for cell in CELLS:

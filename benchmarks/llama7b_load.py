@@ -195,7 +195,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
-    parser.add_argument("--output", type=Path, help="folder for llama7b_load.json and .md")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for llama7b_load.json and its page",
+    )
     parser.add_argument("--double-quant", action="store_true")
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -212,20 +216,19 @@ def main() -> int:
     return report(results, given)
 
 
-def report(results: list[dict[str, Any]], given: argparse.Namespace) -> int:
+def report(phases: list[dict[str, Any]], given: argparse.Namespace) -> int:
     """Print and write the results; 1 when a phase took more memory than it may."""
+    import results
     import torch
 
-    from rankwise.records import write_json, write_text
-
     settings = {"layers": given.layers, "double_quant": given.double_quant, "torch": torch.__version__}
-    text = table(results, settings)
-    print(text)
+    text = table(phases, settings)
     if given.output:
-        given.output.mkdir(parents=True, exist_ok=True)
-        write_json(given.output / "llama7b_load.json", {**settings, "phases": results})
-        write_text(given.output / "llama7b_load.md", text)
-    return int(any(result["peak_anonymous_bytes"] > result["limit_bytes"] for result in results))
+        content = {**settings, "phases": phases}
+        results.publish(given.output, "llama7b_load", content, lambda _: text.splitlines(), "llama7b_load")
+    else:
+        print(text)
+    return int(any(phase["peak_anonymous_bytes"] > phase["limit_bytes"] for phase in phases))
 
 
 if __name__ == "__main__":

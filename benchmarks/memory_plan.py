@@ -2,11 +2,11 @@
 
     python benchmarks/memory_plan.py            # the demo model and a random Llama of 0.6B; some minutes
     python benchmarks/memory_plan.py --quick    # the demo model, one method
-    python benchmarks/memory_plan.py --dtype bfloat16 --methods lora qlora --name memory_avx2    # not the machine's own
+    python benchmarks/memory_plan.py --dtype bfloat16 --methods lora qlora    # not the machine's own
 
 Each measurement takes three real steps of random weights in a process of its own: on a CPU the growth of its anonymous
-memory, on CUDA the peak of torch's allocator. Writes memory.json and memory.md into docs/results, or
-memory_float32.json and .md where the machine trains in float32.
+memory, on CUDA the peak of torch's allocator. Writes a JSON file into benchmarks/results, and docs/results/memory.md
+anew.
 """
 
 from __future__ import annotations
@@ -63,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "dtype": given.dtype,
         "rows": rows,
     }
-    usual = "memory" if given.dtype == "bfloat16" else f"memory_{given.dtype}"
-    results.save(given.output, given.name or usual, result, markdown(result))
+    results.publish(given.output, "memory", result, page, given.name)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -72,7 +71,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one method on the demo model: does it run at all?")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=this_machine().dtype)
-    parser.add_argument("--name", help="of the files; default: memory, or memory_float32")
+    parser.add_argument("--name", default="", help="of the JSON file in --output; default: by processor and dtype")
     parser.add_argument("--output", type=Path, default=results.FOLDER)
     return parser.parse_args(arguments)
 
@@ -97,29 +96,33 @@ def row_of(name: str, model: str, method: str, batch: int, length: int, again: b
     }
 
 
-def markdown(result: dict[str, Any]) -> list[str]:
-    headings = ("model", "method", "checkpointing", "measured", "dry run", "off by", "closed form", "off by")
-    cells = []
-    for row in result["rows"]:
-        measured, dry, closed = (row[f"{key}_bytes"] for key in ("measured", "dry_run", "closed_form"))
-        off = [f"{100 * (found / measured - 1):+.1f} %" for found in (dry, closed)]
-        missed = "" if abs(dry / measured - 1) <= GOAL else f" (within {GOAL:.0%}: missed)".replace("%", " %")
-        sizes = [f"{size / 1e6:,.0f}" for size in (measured, dry, closed)]
-        checkpointing = "yes" if row["checkpointing"] else "no"
-        cells.append(
-            [row["model"], row["method"], checkpointing, sizes[0], sizes[1], off[0] + missed, sizes[2], off[1]]
-        )
-    slowest = {key: max(row[f"{key}_seconds"] for row in result["rows"]) for key in ("dry_run", "closed_form")}
+def page(runs: list[results.Run]) -> list[str]:
+    headings = ("processor", "dtype", "model", "method", "checkpointing", "measured")
+    predicted = ("dry run", "off by", "closed form", "off by")
+    slowest = {
+        key: max(row[f"{key}_seconds"] for run in runs for row in run["rows"]) for key in ("dry_run", "closed_form")
+    }
     return [
-        f"# Memory: predicted and measured, {result['dtype']}",
+        "# Memory: predicted and measured",
         "",
-        *results.where_from(result),
-        *results.table(headings, cells),
+        *results.where_from(runs),
+        *results.table(
+            (*headings, *predicted), [[*results.row_name(run), *cells(row)] for run in runs for row in run["rows"]]
+        ),
         "",
         "MB (10^6 bytes): what three steps with AdamW take beyond the libraries, r = 16 on all linear layers. "
         f"The slowest dry run took {slowest['dry_run']:.1f} s, the slowest closed form "
         f"{slowest['closed_form']:.2f} s.",
     ]
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    measured, dry, closed = (row[f"{key}_bytes"] for key in ("measured", "dry_run", "closed_form"))
+    off = [f"{100 * (found / measured - 1):+.1f} %" for found in (dry, closed)]
+    missed = "" if abs(dry / measured - 1) <= GOAL else f" (within {GOAL:.0%}: missed)".replace("%", " %")
+    sizes = [f"{size / 1e6:,.0f}" for size in (measured, dry, closed)]
+    checkpointing = "yes" if row["checkpointing"] else "no"
+    return [row["model"], row["method"], checkpointing, sizes[0], sizes[1], off[0] + missed, sizes[2], off[1]]
 
 
 if __name__ == "__main__":

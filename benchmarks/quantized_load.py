@@ -3,7 +3,7 @@
     python benchmarks/quantized_load.py                 # the demo model, as bfloat16 safetensors; a minute
     python benchmarks/quantized_load.py --model FOLDER
 
-Writes quantized_load.json and quantized_load.md into docs/results.
+Writes a JSON file into benchmarks/results, and docs/results/quantized_load.md anew.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rounds": given.rounds,
         "seconds": {way: statistics.median(times) for way, times in seconds.items()},
     }
-    results.save(given.output, "quantized_load", result, markdown(result))
+    results.publish(given.output, "quantized_load", result, page)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -68,20 +68,21 @@ def measured(folder: str, rounds: int) -> dict[str, list[float]]:
     return {way: times[1:] for way, times in seconds.items()}
 
 
-def markdown(result: dict[str, Any]) -> list[str]:
-    plain = result["seconds"]["plain"]
+def page(runs: list[results.Run]) -> list[str]:
     cells = []
-    for way, median in result["seconds"].items():
-        goal = GOAL_SECONDS if way in OURS else None
-        beyond = "" if way == "plain" else results.judged(median - plain, goal, at_most=True, digits=3)
-        cells.append([way, f"{median:.3f}", beyond])
+    for run in runs:
+        plain = run["seconds"]["plain"]
+        for way, median in run["seconds"].items():
+            goal = GOAL_SECONDS if way in OURS else None
+            beyond = "" if way == "plain" else results.judged(median - plain, goal, at_most=True, digits=3)
+            cells.append([results.processor(run), way, f"{median:.3f}", beyond])
     return [
-        f"# Loading {result['model']} and quantizing it on the way",
+        f"# Loading {runs[0]['model']} and quantizing it on the way",
         "",
-        *results.where_from(result),
-        *results.table(("load", "seconds", "beyond the plain load"), cells),
+        *results.where_from(runs),
+        *results.table(("processor", "load", "seconds", "beyond the plain load"), cells),
         "",
-        f"Medians of {result['rounds']} alternating rounds of `from_pretrained`, from the system's file cache. "
+        f"Medians of {runs[0]['rounds']} alternating rounds of `from_pretrained`, from the system's file cache. "
         "Goals in brackets.",
     ]
 

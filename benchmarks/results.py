@@ -1,11 +1,16 @@
-"""What every result says about where it comes from, and its two files: JSON and Markdown."""
+"""Where results lie and what each says about its origin.
+
+A run of a benchmark is one JSON file in ``benchmarks/results``; ``docs/results/SUBJECT.md`` is made from all runs of a
+subject, a processor a column or a row.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,7 +19,12 @@ import torch
 
 from rankwise.records import write_json, write_text
 
-FOLDER = Path(__file__).parents[1] / "docs" / "results"
+FOLDER = Path(__file__).parent / "results"
+PAGES = Path(__file__).parents[1] / "docs" / "results"
+# Of x86 processors what decides the speed of products, the fastest first: the name, and the flag of /proc/cpuinfo.
+INSTRUCTIONS = {"AMX": "amx_bf16", "AVX-512 BF16": "avx512_bf16", "AVX-512": "avx512f", "AVX2": "avx2"}
+
+Run = dict[str, Any]
 PACKAGES = ("rankwise", "torch", "transformers", "peft", "bitsandbytes", "trl", "triton", "unsloth")
 
 
@@ -33,7 +43,8 @@ def _version(package: str) -> str | None:
 def machine() -> dict[str, Any]:
     """In words: no names of hosts or folders."""
     return {
-        "processor": _processor(),
+        "processor": _cpuinfo("model name") or platform.machine(),
+        "instructions": _instructions(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gb": _memory_gb(),
@@ -41,13 +52,18 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def _cpuinfo(key: str) -> str:
+    """The first value of ``key``; empty where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.machine()
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+
+
+def _instructions() -> str:
+    flags = set(_cpuinfo("flags").split())
+    return next((name for name, flag in INSTRUCTIONS.items() if flag in flags), platform.machine())
 
 
 def _memory_gb() -> float | None:
@@ -64,17 +80,31 @@ def command() -> str:
     return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *parts])
 
 
-def where_from(result: dict[str, Any]) -> list[str]:
-    """Markdown: command, machine, versions."""
-    about, found = result["machine"], result["versions"]
-    installed = ", ".join(f"{name} {number}" for name, number in found.items() if number)
-    return [
-        f"`{result['command']}`",
-        "",
-        f"{about['processor']}, {about['cores']} cores, {about['threads']} threads, {about['memory_gb']} GB, "
-        f"Python {about['python']}; {installed}.",
-        "",
-    ]
+def processor(run: Run) -> str:
+    """``Intel Xeon, AMX``: what a column or a row of a page is called."""
+    about = run["machine"]
+    words = about["processor"].replace("(R)", "").removesuffix(" Processor")
+    return ", ".join(filter(None, (words, about.get("instructions"))))
+
+
+def where_from(runs: Iterable[Run]) -> list[str]:
+    """Markdown: machine, versions, command and notes of each run."""
+    lines = []
+    for run in runs:
+        about = run["machine"]
+        installed = ", ".join(f"{name} {number}" for name, number in run["versions"].items() if number)
+        memory = f", {about['memory_gb']} GB" if about.get("memory_gb") else ""
+        lines.append(
+            f"- **{processor(run)}** ({about['cores']} cores, {about['threads']} threads{memory}), Python "
+            f"{about['python']}; {installed}: `{run['command']}`"
+        )
+        lines += [f"  {note}" for note in run.get("notes", ())]
+    return [*lines, ""]
+
+
+def row_name(run: Run) -> tuple[str, str]:
+    """The first two cells of a row: processor and dtype."""
+    return processor(run), run["dtype"]
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -97,9 +127,36 @@ def judged(value: float | None, goal: float | None, *, at_most: bool, digits: in
     return f"{value:.{digits}f} ({'<=' if at_most else '>='} {goal:g}: {'kept' if kept else 'missed'})"
 
 
-def save(folder: Path, name: str, result: dict[str, Any], lines: Sequence[str]) -> None:
-    """NAME.json and NAME.md, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{name}.json", result)
-    write_text(folder / f"{name}.md", "\n".join(lines) + "\n")
+def publish(output: Path, subject: str, run: Run, page: Callable[[list[Run]], list[str]], name: str = "") -> None:
+    """Write the run as OUTPUT/NAME.json, and the page of its subject from all runs there, into ``docs/results``.
+
+    With another OUTPUT than ``benchmarks/results`` the page lies there, too.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / f"{name or usual_name(subject, run)}.json", run)
+    lines = page(runs_of(subject, output))
+    write_text((PAGES if output == FOLDER else output) / f"{subject}.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def usual_name(subject: str, run: Run) -> str:
+    """``steps_avx2_float32``."""
+    words = [subject, run["machine"]["instructions"].lower().replace("-", "").replace(" ", "_")]
+    return "_".join([*words, *(run[key] for key in ("dtype",) if run.get(key, "bfloat16") != "bfloat16")])
+
+
+def runs_of(subject: str, folder: Path) -> list[Run]:
+    """All runs of a subject, the processor with the fastest instructions first, bfloat16 before float32."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{subject}_*.json"))]
+    order = list(INSTRUCTIONS)
+    return sorted(found, key=lambda run: (order.index(_known(run, order)), run.get("dtype", "")))
+
+
+def _known(run: Run, order: list[str]) -> str:
+    name = run["machine"].get("instructions")
+    return name if name in order else order[-1]
+
+
+def sections(page: Callable[[Run], list[str]]) -> Callable[[list[Run]], list[str]]:
+    """A page with a section a run, for tables that say nothing side by side."""
+    return lambda runs: [line for run in runs for line in page(run)]

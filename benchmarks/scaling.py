@@ -5,7 +5,8 @@
 
 Lengths: one sequence a step, all tokens labelled, and attention of the same shape timed in the same rounds, so that its
 share, which grows with the length, can be taken off. Vocabularies: a Llama of random weights and small width, each size
-in a process of its own. Writes scaling.json and scaling.md into docs/results.
+in a process of its own. Writes a JSON file into benchmarks/results, and docs/results/scaling.md
+anew.
 
 Legend: B = sequences, L = tokens of each, H = heads, D = width of a head.
 """
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "attention": by_length["attention"],
         "vocabularies": by_vocabulary,
     }
-    results.save(given.output, "scaling", result, markdown(result))
+    results.publish(given.output, "scaling", result, page)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -178,7 +179,7 @@ def markdown(result: dict[str, Any]) -> list[str]:
     return [
         f"# Scaling: {result['method']}, bfloat16",
         "",
-        *results.where_from(result),
+        *results.where_from([result]),
         f"## Length: {result['model']}, one sequence",
         "",
         *length_table(result["lengths"]),
@@ -194,6 +195,9 @@ def markdown(result: dict[str, Any]) -> list[str]:
         "MB (10^6 bytes) of anonymous memory during steps with AdamW. Growth: the peak less the larger weights, "
         f"against that of the first vocabulary; the goal is {GOAL_GROWTH:g}.",
     ]
+
+
+page = results.sections(markdown)
 
 
 def length_table(rows: list[dict[str, Any]]) -> list[str]:

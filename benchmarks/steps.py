@@ -7,8 +7,9 @@
 
 For each method one fresh process calls our step, PEFT's and the floor in turn and takes medians; then the same with the
 optimizer's step inside, where DoRA's norms are due. Peak memory is measured with each side in a process of its own,
-optimizer included. Writes steps.json and steps.md into docs/results. What glibc's thresholds give us (freed memory is
-kept) holds for the whole process, so in the timings PEFT has it too; "alone" is each side in its own process.
+optimizer included. Writes a JSON file into benchmarks/results and docs/results/steps.md anew. What glibc's thresholds
+give us (freed memory is kept) holds for the whole process, so in the timings PEFT has it too; "alone" is each side in
+its own process.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rounds": given.rounds,
         "rows": rows,
     }
-    results.save(given.output, given.name, result, markdown(result))
+    results.publish(given.output, "steps", result, page, given.name)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -77,7 +78,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="medians are of that many, after one to warm up")
     parser.add_argument("--dtype", choices=contenders.DTYPES, default="bfloat16", help="of the frozen weights")
     parser.add_argument("--peer-dtype", choices=contenders.DTYPES, help="of PEFT's and of the floor (default: --dtype)")
-    parser.add_argument("--name", default="steps", help="of the two files in --output")
+    parser.add_argument("--name", default="", help="of the JSON file in --output; default: by processor and dtype")
     parser.add_argument("--quick", action="store_true", help="one round of 2 x 16 tokens: does it run at all?")
     parser.add_argument("--output", type=Path, default=results.FOLDER)
     for name in ("--child", "--method", "--side", "--answer"):
@@ -202,24 +203,21 @@ def ratios(row: dict[str, Any], tokens: int) -> dict[str, float]:
     return found
 
 
-def markdown(result: dict[str, Any]) -> list[str]:
-    rows = result["rows"]
-    adapters = {side: " and ".join(rows[0]["adapter_dtypes"][side]) for side in contenders.SIDES} if rows else {}
-    what = f"{result['model']}, {result['dtype']}, {result['batch']} x {result['length']} tokens"
+def page(runs: list[results.Run]) -> list[str]:
+    rows = [(run, row) for run in runs for row in run["rows"]]
     return [
-        f"# Training steps: {what}, all labelled",
+        f"# Training steps of {runs[0]['model']}: ours, PEFT's, and the frozen products alone",
         "",
-        *results.where_from(result),
-        *other_dtype(result),
-        f"r = {contenders.R} on all linear layers; adapters in each side's default dtype "
-        f"({', '.join(f'{side}: {found}' for side, found in adapters.items())}). Goals in brackets.",
+        *results.where_from(runs),
+        f"r = {contenders.R} on all linear layers, every token labelled; adapters in float32 on both sides. Goals, of "
+        "bfloat16 on a processor with products for it, in brackets.",
         "",
         *times(rows),
         "",
-        f"Seconds of forward and backward, medians of {result['rounds']} alternating rounds; then with AdamW's step "
-        "inside, after which DoRA's norms are new. The floor is every frozen product of the model, forward and input "
-        'gradient, once. These steps share a process in which freed memory is kept, PEFT\'s too; "alone" is each '
-        "side, with its optimizer, in a process of its own.",
+        "Seconds of forward and backward, medians of alternating rounds; then with AdamW's step inside, after which "
+        "DoRA's norms are new. The floor is every frozen product of the model, forward and input gradient, once. These "
+        'steps share a process in which freed memory is kept, PEFT\'s too; "alone" is each side, with its optimizer, '
+        "in a process of its own.",
         "",
         *memory(rows),
         "",
@@ -230,10 +228,11 @@ def markdown(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def other_dtype(result: dict[str, Any]) -> list[str]:
-    if result["peer_dtype"] == result["dtype"]:
-        return []
-    return [f"PEFT's model and the floor are in {result['peer_dtype']}, ours in {result['dtype']}.", ""]
+def about(run: results.Run) -> list[str]:
+    """The first cells of a row: processor, dtype (of the peer and the floor, too, where it is another), tokens."""
+    name, dtype = results.row_name(run)
+    peer = run["peer_dtype"]
+    return [name, dtype if peer == dtype else f"{dtype} (PEFT, floor: {peer})", f"{run['batch']} x {run['length']}"]
 
 
 def named(row: dict[str, Any]) -> str:
@@ -246,16 +245,19 @@ def against(row: dict[str, Any], key: str, *, at_most: bool = True) -> str:
     return results.judged(row["ratios"].get(key), goals.get(key), at_most=at_most)
 
 
-def times(rows: list[dict[str, Any]]) -> list[str]:
-    plain = ("method", "floor", "PEFT", "ours", "ours / floor", "ours / our LoRA", "times as fast as PEFT", "tokens/s")
-    headings = (*plain, "with AdamW: PEFT", "ours", "ours / floor", "times as fast", "alone: times as fast")
+ABOUT = ("processor", "dtype", "tokens", "method")
+
+
+def times(rows: list[tuple[results.Run, dict[str, Any]]]) -> list[str]:
+    plain = ("floor", "PEFT", "ours", "ours / floor", "ours / our LoRA", "times as fast as PEFT", "tokens/s")
+    headings = (*ABOUT, *plain, "with AdamW: PEFT", "ours", "ours / floor", "times as fast", "alone: times as fast")
     cells = []
-    for row in rows:
+    for run, row in rows:
         step, full = timing.medians(row["seconds"]), timing.medians(row["seconds_with_optimizer"])
         found = row["ratios"]
         cells.append(
             [
-                *(named(row), *(results.number(step[key], 3) for key in ("floor", "peft", "ours"))),
+                *(*about(run), named(row), *(results.number(step[key], 3) for key in ("floor", "peft", "ours"))),
                 *(against(row, "floor"), against(row, "of our LoRA"), against(row, "faster", at_most=False)),
                 *(results.number(found["tokens_per_second"], 0), *(f"{full[key]:.3f}" for key in ("peft", "ours"))),
                 *(results.number(found[f"{key}, with optimizer"]) for key in ("floor", "faster")),
@@ -265,28 +267,31 @@ def times(rows: list[dict[str, Any]]) -> list[str]:
     return results.table(headings, cells)
 
 
-def memory(rows: list[dict[str, Any]]) -> list[str]:
+def memory(rows: list[tuple[results.Run, dict[str, Any]]]) -> list[str]:
     columns = ("saved: PEFT", "ours", "ours / PEFT", "peak: PEFT", "ours", "ours / PEFT", "life: PEFT", "ours")
     cells = []
-    for row in rows:
+    for run, row in rows:
         saved, peak, life = (
             [results.number(row[key][side] / 1e6, 0) for side in ("peft", "ours")]
             for key in ("saved_bytes", "peak_memory_bytes", "process_peak_bytes")
         )
-        cells.append([named(row), *saved, against(row, "saved"), *peak, against(row, "memory"), *life])
-    return results.table(("method", *columns), cells)
+        cells.append([*about(run), named(row), *saved, against(row, "saved"), *peak, against(row, "memory"), *life])
+    return results.table((*ABOUT, *columns), cells)
 
 
-def products(rows: list[dict[str, Any]]) -> list[str]:
-    if any(row["flops"]["ours"] is None for row in rows):
-        return ["Operations are not counted: in plain PyTorch, bfloat16 steps take minutes on this processor."]
-    counts = [(row, (row["floor_flops"], row["flops"]["peft"], row["flops"]["ours"])) for row in rows]
-    cells = [[named(row), *(results.number(count / 1e9, 1) for count in found)] for row, found in counts]
+def products(rows: list[tuple[results.Run, dict[str, Any]]]) -> list[str]:
+    """Operations, which are the same wherever the same is trained: of each batch and dtype once a method."""
+    cells: dict[tuple[str, ...], list[str]] = {}
+    for run, row in rows:
+        counts = (row["floor_flops"], row["flops"]["peft"], row["flops"]["ours"])
+        if None not in counts:
+            names = (*about(run)[1:], named(row))
+            cells.setdefault(names, [*names, *(results.number(count / 1e9, 1) for count in counts)])
     note = (
         "10^9 operations of a step by torch's counter, with our products made by plain PyTorch and attention by torch: "
-        "it does not see native kernels."
+        "it does not see native kernels. Where such a step takes minutes they are not counted."
     )
-    return [*results.table(("method", "floor", "PEFT", "ours"), cells), "", note]
+    return [*results.table((*ABOUT[1:], "floor", "PEFT", "ours"), cells.values()), "", note]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils import flop_counter
 
-from rankwise.ops import library  # noqa: F401  registers our operators
+from rankwise.ops import table  # noqa: F401  registers our operators
 
 Call = Callable[[], object]
 Prepared = tuple[Call, Call]

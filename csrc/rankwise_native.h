@@ -1,4 +1,4 @@
-// C interface of the native 4-bit kernels. Called through ctypes; knows nothing of torch.
+// C interface of the native library. It is called through ctypes and knows nothing of torch.
 //
 // Legend: n elements in row-major order, b a block of block_size of them; T rows of x, K in features, N out features.
 // The caller has checked every size: see src/rankwise/ops/checks.py.
@@ -19,7 +19,8 @@ extern "C" {
 enum rw_dtype { RW_FLOAT32 = 0, RW_BFLOAT16 = 1, RW_FLOAT16 = 2 };
 enum rw_level_number { RW_PORTABLE = 0, RW_AVX2 = 1, RW_AVX512 = 2 };
 
-// w'_i = value[code_i] * absmax_b, or with nested_absmax: absmax_b = dynamic_map[absmax[b]] * nested_absmax[b / 256] + offset.
+// w'_i = value[code_i] * absmax_b, or with nested_absmax: absmax_b = dynamic_map[absmax[b]] * nested_absmax[b / 256] +
+// offset.
 typedef struct rw_weight {
     const uint8_t* packed;       // code of element 2j in the high nibble of byte j
     const void* absmax;          // float per block, or uint8_t per block when nested_absmax is given
@@ -74,68 +75,75 @@ typedef struct rw_attention {
     int dtype;             // of q, k, v and all results but lse: bfloat16 or, where the level takes it, float32
 } rw_attention;
 
-// Whether the current level has attention, and attention in float32; the two functions below must not be called where it has not.
+// Whether the current level has attention, and attention in float32; the two functions below must not be called where
+// it has not.
 RW_EXPORT int rw_attention_available(void);
 RW_EXPORT int rw_attention_takes_float32(void);
 // Whether heads whose size is a multiple of 32 run on AMX, and a switch for it: 0 keeps to AVX-512.
 RW_EXPORT int rw_attention_uses_amx(void);
 RW_EXPORT void rw_attention_allow_amx(int allowed);
 
-// out (B, Lq, H, D) = softmax(scale q k^T) v; lse float (B, H, Lq), the logarithm of the sum of exponentials. A query that sees no key
-// gets zeros and -inf.
+// out (B, Lq, H, D) = softmax(scale q k^T) v; lse float (B, H, Lq), the logarithm of the sum of exponentials. A query
+// that sees no key gets zeros and -inf.
 RW_EXPORT void rw_attention_forward(const rw_attention* attention, void* out, float* lse, int threads);
 
-// Contiguous dq (B, Lq, H, D), dk and dv (B, Lk, Hkv, D) of grad (B, Lq, H, D), given the results of the forward function.
-RW_EXPORT void rw_attention_backward(const rw_attention* attention, const void* out, const float* lse, const rw_heads* grad, void* dq,
-                                     void* dk, void* dv, int threads);
+// Contiguous dq (B, Lq, H, D), dk and dv (B, Lk, Hkv, D) of grad (B, Lq, H, D), given the results of the forward
+// function.
+RW_EXPORT void rw_attention_backward(const rw_attention* attention, const void* out, const float* lse,
+                                     const rw_heads* grad, void* dq, void* dk, void* dv, int threads);
 
-// The element-wise parts of a training step, in float32 or bfloat16; strides of rows in elements, rows dense. What each computes stands
-// in src/rankwise/ops/elementwise_reference.py.
+// The element-wise parts of a training step, in float32 or bfloat16; strides of rows in elements, rows dense. What each
+// computes stands in src/rankwise/ops/elementwise_reference.py.
 enum rw_activation { RW_SILU = 0, RW_GELU_TANH = 1, RW_GELU = 2 };
 
 // y (T, N) <- g * (y + scale * u B^T) + bias; u (T, R), B (N, R), g and bias (N) or null.
-RW_EXPORT void rw_low_rank_add(void* y, int64_t y_stride, const void* u, int64_t u_stride, const void* B, float scale, const float* g,
-                               const float* bias, int64_t T, int64_t N, int64_t R, int dtype, int threads);
+RW_EXPORT void rw_low_rank_add(void* y, int64_t y_stride, const void* u, int64_t u_stride, const void* B, float scale,
+                               const float* g, const float* bias, int64_t T, int64_t N, int64_t R, int dtype,
+                               int threads);
 
 // cross_n = <W_n A^T, B_n>: W (N, K) of dtype, A (R, K) and B (N, R) float.
-RW_EXPORT void rw_row_cross(const void* W, const float* A, const float* B, float* cross, int64_t N, int64_t K, int64_t R, int dtype,
-                            int threads);
+RW_EXPORT void rw_row_cross(const void* W, const float* A, const float* B, float* cross, int64_t N, int64_t K,
+                            int64_t R, int dtype, int threads);
 
 // dz = dy * g, and dot = sum_T dy * y unless y is null.
-RW_EXPORT void rw_scaled_grad(const void* dy, int64_t dy_stride, const void* y, int64_t y_stride, const float* g, void* dz, float* dot,
-                              int64_t T, int64_t N, int dtype, int threads);
+RW_EXPORT void rw_scaled_grad(const void* dy, int64_t dy_stride, const void* y, int64_t y_stride, const float* g,
+                              void* dz, float* dot, int64_t T, int64_t N, int dtype, int threads);
 
-RW_EXPORT void rw_rms_norm(const void* x, int64_t x_stride, const void* w, float eps, int offset, int cast_first, void* y, float* rstd,
-                           int64_t T, int64_t D, int dtype, int threads);
+RW_EXPORT void rw_rms_norm(const void* x, int64_t x_stride, const void* w, float eps, int offset, int cast_first,
+                           void* y, float* rstd, int64_t T, int64_t D, int dtype, int threads);
 
 // residual may be null.
-RW_EXPORT void rw_rms_norm_backward(const void* dy, int64_t dy_stride, const void* x, int64_t x_stride, const void* w, const float* rstd,
-                                    int offset, const void* residual, int64_t residual_stride, void* dx, int64_t T, int64_t D, int dtype,
-                                    int threads);
+RW_EXPORT void rw_rms_norm_backward(const void* dy, int64_t dy_stride, const void* x, int64_t x_stride, const void* w,
+                                    const float* rstd, int offset, const void* residual, int64_t residual_stride,
+                                    void* dx, int64_t T, int64_t D, int dtype, int threads);
 
 // product = act(gate) * up; with dout also dgate and dup, and product may then be null.
-RW_EXPORT void rw_glu(const void* dout, int64_t dout_stride, const void* gate, int64_t gate_stride, const void* up, int64_t up_stride,
-                      int act, void* dgate, void* dup, void* product, int64_t T, int64_t N, int dtype, int threads);
+RW_EXPORT void rw_glu(const void* dout, int64_t dout_stride, const void* gate, int64_t gate_stride, const void* up,
+                      int64_t up_stride, int act, void* dgate, void* dup, void* product, int64_t T, int64_t N,
+                      int dtype, int threads);
 
-// strides: of batch, head and position; sizes: B, H, L, D and the columns that turn. cos and sin (L, rotary), batch_stride apart.
-RW_EXPORT void rw_rope(const void* q, const int64_t* q_stride, const void* cos, const void* sin, int64_t batch_stride, int inverse,
-                       void* out, const int64_t* out_stride, const int64_t* sizes, int dtype, int table_dtype, int threads);
+// strides: of batch, head and position; sizes: B, H, L, D and the columns that turn. cos and sin (L, rotary),
+// batch_stride apart.
+RW_EXPORT void rw_rope(const void* q, const int64_t* q_stride, const void* cos, const void* sin, int64_t batch_stride,
+                       int inverse, void* out, const int64_t* out_stride, const int64_t* sizes, int dtype,
+                       int table_dtype, int threads);
 
-// sums: loss, entropy, rows predicted right. softcap 0: none. Returns -1, or the first row whose target is out of range.
-RW_EXPORT int64_t rw_cross_entropy(void* logits, int64_t stride, const int64_t* targets, int64_t C, int64_t V, float scale,
-                                   float label_smoothing, float softcap, float multiplier, int want_grad, int want_entropy,
-                                   int want_correct, double* sums, int dtype, int threads);
+// sums: loss, entropy, rows predicted right. softcap 0: none. Returns -1, or the first row whose target is out of
+// range.
+RW_EXPORT int64_t rw_cross_entropy(void* logits, int64_t stride, const int64_t* targets, int64_t C, int64_t V,
+                                   float scale, float label_smoothing, float softcap, float multiplier, int want_grad,
+                                   int want_entropy, int want_correct, double* sums, int dtype, int threads);
 
 // out = z * factor where the hash of the index is at least the threshold, else 0; with `add`, out grows by it.
-RW_EXPORT void rw_dropout(const void* z, void* out, int add, float factor, uint32_t threshold, uint32_t before, uint32_t middle, int64_t n,
-                          int dtype, int threads);
+RW_EXPORT void rw_dropout(const void* z, void* out, int add, float factor, uint32_t threshold, uint32_t before,
+                          uint32_t middle, int64_t n, int dtype, int threads);
 
 // One term of a sum of products: a W^T, or, with `across`, a W.
 typedef struct rw_term {
     const void* a;  // (T, length) of the call's dtype, rows a_stride apart
     int64_t a_stride;
-    int64_t length;     // what is summed over
-    const void* w;      // rows of w_stride elements: the columns of the result or, with `across`, what is summed over
+    int64_t length;  // what is summed over
+    const void* w;   // rows of w_stride elements: the columns of the result or, with `across`, what is summed over
     int64_t w_stride;
     const rw_weight* packed;  // a weight of 4 bits in place of w, or null
     const float* gain;        // (length,) or null: times the elements that are summed over
@@ -143,29 +151,32 @@ typedef struct rw_term {
     int w_dtype;              // float32 or bfloat16
     int across;
     const void* a_rest;  // what rounding a to bfloat16 left, as a lies, or null; only with exact
-    int exact;           // on tiles a float32 w without `across` counts as two bfloat16 numbers, its rounded value and the rest
+    int exact;  // on tiles a float32 w without `across` counts as two bfloat16 numbers, its rounded value and the rest
 } rw_term;
 
-// Whether the current level has sums of products; the functions below must not be called where it has not. And a switch for them.
+// Whether the current level has sums of products; the functions below must not be called where it has not. And a switch
+// for them.
 RW_EXPORT int rw_products_available(void);
-// Whether they multiply tiles of bfloat16 pairs, and nothing else; otherwise they compute in float32, where PyTorch's own bfloat16 products
-// find no instruction either.
+// Whether they multiply tiles of bfloat16 pairs, and nothing else; otherwise they compute in float32, where PyTorch's
+// own bfloat16 products find no instruction either.
 RW_EXPORT int rw_products_are_tiles(void);
 RW_EXPORT void rw_products_allow(int allowed);
 // Whether they run on AMX, and a switch for it: 0 keeps to AVX-512.
 RW_EXPORT int rw_products_use_amx(void);
 RW_EXPORT void rw_products_allow_amx(int allowed);
 
-// out (T, N) = g * (sum of at most 16 terms) + bias, rounded once; g and bias (N) or null. rest: what rounding to bfloat16 left, as out
-// lies, or null. dtype, of every a, of out and of rest: bfloat16 or, without tiles, float32.
-RW_EXPORT void rw_products(const rw_term* terms, int count, int dtype, int64_t T, int64_t N, const float* g, const float* bias, void* out,
-                           void* rest, int64_t out_stride, int threads);
+// out (T, N) = g * (sum of at most 16 terms) + bias, rounded once; g and bias (N) or null. rest: what rounding to
+// bfloat16 left, as out lies, or null. dtype, of every a, of out and of rest: bfloat16 or, without tiles, float32.
+RW_EXPORT void rw_products(const rw_term* terms, int count, int dtype, int64_t T, int64_t N, const float* g,
+                           const float* bias, void* out, void* rest, int64_t out_stride, int threads);
 
-// out (R, C), or (C, R) with by_column, = scale * gain * q^T m of q (T, R) and m (T, C), of dtype as above; gain (C) or null. out is float32
-// or bfloat16. dot (C) = sum_T m * y, unless null; with divisor (C) divided by it, and 0 where that is 0.
-RW_EXPORT void rw_row_product(int dtype, const void* q, int64_t q_stride, const void* m, int64_t m_stride, const void* y, int64_t y_stride,
-                              int64_t T, int64_t R, int64_t C, float scale, const float* gain, int by_column, void* out, int out_dtype,
-                              const float* divisor, float* dot, int threads);
+// out (R, C), or (C, R) with by_column, = scale * gain * q^T m of q (T, R) and m (T, C), of dtype as above; gain (C) or
+// null. out is float32 or bfloat16. dot (C) = sum_T m * y, unless null; with divisor (C) divided by it, and 0 where
+// that is 0.
+RW_EXPORT void rw_row_product(int dtype, const void* q, int64_t q_stride, const void* m, int64_t m_stride,
+                              const void* y, int64_t y_stride, int64_t T, int64_t R, int64_t C, float scale,
+                              const float* gain, int by_column, void* out, int out_dtype, const float* divisor,
+                              float* dot, int threads);
 
 #ifdef __cplusplus
 }

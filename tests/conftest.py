@@ -15,6 +15,12 @@ from tiny_models import tiny_gpt2, tiny_llama
 SHARED = Path(os.environ.get("RANKWISE_SHARED", Path(__file__).parents[2] / "shared"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: what starts last should be short, or one worker waits for the other."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder with real data and reference results; tests that need it are skipped where it is absent."""

@@ -29,6 +29,7 @@ import end_to_end  # noqa: E402
 import gpu  # noqa: E402
 import gpu_checks  # noqa: E402
 import gpu_models  # noqa: E402
+import pages  # noqa: E402
 import quantized_load  # noqa: E402
 import results  # noqa: E402
 import scaling  # noqa: E402
@@ -145,6 +146,39 @@ def test_command_leaves_folders_of_the_machine_out(monkeypatch: pytest.MonkeyPat
     assert results.command() == "python benchmarks/steps.py smol --rounds 3"
 
 
+@pytest.mark.parametrize("subject", pages.SUBJECTS)
+def test_a_page_is_what_its_runs_make(subject: str) -> None:
+    """``python benchmarks/pages.py`` writes them again after a change of their layout."""
+    assert (results.PAGES / f"{subject}.md").read_text(encoding="utf-8") == pages.text_of(subject)
+
+
+def test_runs_of_other_processors_join_the_page_of_their_subject(tmp_path: Path) -> None:
+    def run(instructions: str, dtype: str) -> results.Run:
+        about = {"processor": "Intel(R) Xeon(R) Processor", "instructions": instructions, "cores": 2, "threads": 2}
+        return {
+            "machine": {**about, "memory_gb": None, "python": "3"},
+            "versions": {"torch": "2", "peft": None},
+            "command": "python benchmarks/x.py",
+            "dtype": dtype,
+        }
+
+    def page(runs: list[results.Run]) -> list[str]:
+        return [*results.where_from(runs), *results.table(["processor", "dtype"], map(results.row_name, runs))]
+
+    for instructions, dtype in (("AVX2", "float32"), ("AVX2", "bfloat16"), ("AMX", "bfloat16")):
+        results.publish(tmp_path, "subject", run(instructions, dtype), page)
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == [
+        "subject_amx.json",
+        "subject_avx2.json",
+        "subject_avx2_float32.json",
+    ]
+    lines = (tmp_path / "subject.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| Intel")]
+    named = ("AMX | bfloat16", "AVX2 | bfloat16", "AVX2 | float32")
+    assert rows == [f"| Intel Xeon, {name} |" for name in named]
+    assert lines[0] == "- **Intel Xeon, AMX** (2 cores, 2 threads), Python 3; torch 2: `python benchmarks/x.py`"
+
+
 # --- each benchmark, once ---
 
 
@@ -152,7 +186,7 @@ def test_command_leaves_folders_of_the_machine_out(monkeypatch: pytest.MonkeyPat
 def test_steps_measures_and_writes(base: Path, tmp_path: Path) -> None:
     output = tmp_path / "results"
     steps.main([str(base), "--methods", "qdora", "--quick", "--output", str(output)])
-    result = json.loads((output / "steps.json").read_text())
+    result = json.loads(next(output.glob("steps_*.json")).read_text())
     (row,) = result["rows"]
     assert set(row["seconds"]) == {"ours", "peft", "our LoRA", "floor"}
     assert row["ratios"]["saved"] < 0.3, "the layers' inputs and little else"
@@ -164,7 +198,7 @@ def test_steps_measures_and_writes(base: Path, tmp_path: Path) -> None:
 
 def test_quantized_load_measures_and_writes(base: Path, tmp_path: Path) -> None:
     quantized_load.main(["--model", str(base), "--rounds", "1", "--output", str(tmp_path)])
-    result = json.loads((tmp_path / "quantized_load.json").read_text())
+    result = json.loads(next(tmp_path.glob("quantized_load_*.json")).read_text())
     assert set(result["seconds"]) == {"plain", *quantized_load.OURS, "NF4, bitsandbytes"}
     assert "Loading base" in (tmp_path / "quantized_load.md").read_text()
 
@@ -178,7 +212,7 @@ def test_end_to_end_trains_both_on_the_same_rows(base: Path, tmp_path: Path, mon
     output = tmp_path / "results"
     small = ["--methods", "lora", "--steps", "2", "--batch", "2", "--max-length", "32", "--eval-rows", "5"]
     end_to_end.main([str(data), "--eval-data", str(data), "--model", str(base), *small, "--output", str(output)])
-    (row,) = json.loads((output / "end_to_end.json").read_text())["rows"]
+    (row,) = json.loads(next(output.glob("end_to_end_*.json")).read_text())["rows"]
     assert row["ours"]["examples"] == row["peer"]["examples"] == 4
     for key in ("tokens", "trained_tokens"):
         assert row["ours"][key] == row["peer"][key], "the same tokens, and the same of them with a label"
@@ -239,7 +273,7 @@ def test_scaling_measures_and_writes(base: Path, tmp_path: Path) -> None:
         "1",
     ]
     scaling.main([str(base), *small, "--output", str(output)])
-    result = json.loads((output / "scaling.json").read_text())
+    result = json.loads(next(output.glob("scaling_*.json")).read_text())
     assert [row["length"] for row in result["lengths"]] == [16, 32]
     first, second = (row["saved_bytes"] for row in result["lengths"])
     assert first < second < 2.5 * first, "memory grows with the tokens, not with their square"
@@ -273,12 +307,12 @@ def automatic() -> Iterator[None]:
 def test_gpu_checks_pass_here_and_find_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     passed, failed = gpu_checks.check_everything("cpu", quick=True)
     assert failed == []
-    right: Callable[..., Any] = gpu_checks.elementwise_table.run
+    right: Callable[..., Any] = gpu_checks.table.run
 
     def wrong(name: str, *given: Any) -> Any:
         return 1.01 * right(name, *given) if name == "glu" else right(name, *given)
 
-    monkeypatch.setattr(gpu_checks.elementwise_table, "run", wrong)
+    monkeypatch.setattr(gpu_checks.table, "run", wrong)
     fewer, failed = gpu_checks.check_everything("cpu", quick=True)
     assert fewer < passed
     assert all("glu" in line for line in failed)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import torch
 from transformers import (
     AutoConfig,
@@ -78,6 +81,22 @@ _FAMILIES_OF_EXPERTS = {
         "num_experts_per_tok": 3,
         "norm_topk_prob": True,
     },
+    "deepseek_v2": {
+        "intermediate_size": 32,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "q_lora_rank": None,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+    },
     # Transposed, with biases, gate and up interleaved.
     "gpt_oss": {"intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
@@ -92,3 +111,11 @@ def tiny_moe(family: str, seed: int = 0, **overrides: object) -> PreTrainedModel
         if name.endswith("_bias"):
             torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def save_with_tokenizer(model: PreTrainedModel, tokenizer_folder: Path, folder: Path) -> Path:
+    """``model`` as a folder, with the tokenizer of another one."""
+    model.save_pretrained(folder)
+    for file in tokenizer_folder.glob("token*"):
+        shutil.copy(file, folder)
+    return folder

@@ -354,6 +354,12 @@ class TrainSettings(Settings):
         "auto", description="Dtype of the base: auto is bfloat16 where the device has it."
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Device; auto takes the fastest.")
+    devices: int | None = Field(
+        None, ge=1, le=LARGEST_BATCH, description="Train in N processes on this machine, each on a device of its own."
+    )
+    strategy: Literal["ddp", "fsdp"] | None = Field(
+        None, description="What several processes share: ddp (default) gives each the whole model, fsdp a part of it."
+    )
     packing: bool = Field(False, description="Fill every row with several examples that do not see each other.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     activation_offloading: bool = Field(

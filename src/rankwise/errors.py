@@ -6,7 +6,7 @@
     │   ├── DataError               RW2xx  rows, files, templates, tokens
     │   ├── ModelError              RW3xx  base models: folders, GGUF, weights, devices
     │   ├── AdapterError            RW4xx  targets, adapter files, merging
-    │   ├── RunError                RW5xx  output folders, checkpoints, preflight checks
+    │   ├── RunError                RW5xx  output folders, checkpoints, preflight checks; RW7xx several processes
     │   └── QuantizationError       RW6xx  4-bit formats and kernels
     │                               RW7xx  export, serving and other later parts, of the kind that fits
     ├── InternalError               exit 1: a fault of ours

@@ -9,7 +9,7 @@ import io
 import json
 import stat
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -24,6 +24,9 @@ LONGEST_NUMBER = 40
 UNPACKED_BYTES, UNPACKED_TIMES = 200_000_000, 50
 # What gzip may unpack to: so much, and so many times what it takes on disk. Text shrinks to a fifth, zeros 1,000 times.
 
+# What JSON holds between braces, to fill and to read.
+JsonObject = dict[str, Any]
+Fields = Mapping[str, Any]
 T = TypeVar("T")
 
 

@@ -25,6 +25,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "max-length": ("max-seq-length", "max-seq-len", "cutoff-len", "seq-len", "block-size"),
     "optimizer": ("optim",),
     "warmup-steps": ("warmup", "num-warmup-steps"),
+    "devices": ("nproc-per-node", "num-processes", "num-gpus", "gpus", "world-size"),
     "dtype": ("torch-dtype", "precision", "bf16", "fp16"),
     "max-new-tokens": ("max-tokens",),
     "resume": ("resume-from-checkpoint",),

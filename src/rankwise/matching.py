@@ -122,6 +122,97 @@ def ending(name: str) -> str:
     return ".".join(name.split(".")[-3:])
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """One module, as far as the rules of targets look at it. ``kind``: as messages name it; ``outputs``: of a linear
+    layer, its output rows."""
+
+    kind: str
+    is_linear: bool = False
+    is_adaptable: bool = False
+    # The output head, which "all-linear" leaves out.
+    is_head: bool = False
+    outputs: int = 0
+
+
+# By name, in the model's order.
+Places = Mapping[str, Place]
+
+
+def target_names(config: LoraConfig, places: Places, model: str, *, may_be_none: bool = False) -> list[str]:
+    """Names of the modules to adapt. ``model``: its name in messages.
+
+    Raises AdapterError: RW401 nothing matches, RW402 something matches that is no linear layer or embedding.
+    """
+    matched = [name for name, place in places.items() if _is_target(name, place, config)]
+    if not matched and not may_be_none:
+        raise AdapterError("RW401", _nothing_matches(config, places, model))
+    wrong = [name for name in matched if not places[name].is_adaptable]
+    if wrong:
+        kinds = ", ".join(f"{name} ({places[name].kind})" for name in wrong[:3])
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise AdapterError(
+            "RW402",
+            f"target_modules={_shown(config.target_modules)} matches {kinds}{more}, which no adapter can wrap; name "
+            f"linear layers, such as {_examples(places)}.",
+        )
+    return matched
+
+
+def _is_target(name: str, place: Place, config: LoraConfig) -> bool:
+    wanted = config.target_modules
+    if wanted is None or (config.exclude_modules and matches(name, config.exclude_modules)):
+        return False
+    if config.trains_whole(name):
+        return False
+    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+        return place.is_linear and not place.is_head
+    # As in PEFT a whole name chooses its layer itself.
+    is_whole = not isinstance(wanted, str) and name in wanted
+    return is_whole or (matches(name, wanted) and is_in_layers(name, config))
+
+
+def _nothing_matches(config: LoraConfig, places: Places, model: str) -> str:
+    limits = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+    narrowed = " and ".join(name for name in limits if getattr(config, name))
+    asked = f"target_modules={_shown(config.target_modules)}" + (f" (with {narrowed})" if narrowed else "")
+    return f"{asked} matches none of the {model}'s modules; its linear layers end in {_examples(places)}."
+
+
+def _examples(places: Places) -> str:
+    return ", ".join(suffixes(name for name, place in places.items() if place.is_linear)[:8]) or "(none)"
+
+
+def _shown(wanted: str | Sequence[str] | None) -> str:
+    return repr(wanted) if isinstance(wanted, str) or wanted is None else repr(list(wanted))
+
+
+def enabled_parts(config: LoraConfig, name: str, place: Place) -> tuple[bool, ...] | None:
+    """The parts of a fused projection that adapt, or None for a layer that adapts whole. Raises RW403."""
+    for key, parts in config.enable_lora.items():
+        if not matches(name, [key]):
+            continue
+        if not place.is_linear or place.outputs % len(parts):
+            raise AdapterError(
+                "RW403",
+                f"enable_lora[{key!r}] splits {name} into {len(parts)} equal parts, and it has {place.outputs} output "
+                "rows; give as many values as the projection has parts.",
+            )
+        return tuple(bool(part) for part in parts)
+    return None
+
+
+def check_enable_lora(config: LoraConfig, names: Collection[str]) -> None:
+    """Raises AdapterError (RW403) for an enable_lora key that names no adapted module."""
+    unused = [key for key in config.enable_lora if not any(matches(name, [key]) for name in names)]
+    if unused:
+        raise AdapterError(
+            "RW403",
+            f"enable_lora names {', '.join(unused)}, and no adapted module ends in that; the adapted modules end in "
+            f"{', '.join(suffixes(names))}.",
+        )
+
+
 def check_targets(config: LoraConfig, names: Names) -> None:
     """Raises AdapterError with every target that names nothing: RW404 where only ``modules_to_save`` has some, else
     RW401."""

@@ -59,6 +59,13 @@ class RunRecord:
     # Per file: path, sha256, rows, tokens, trained tokens, truncated and dropped rows.
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     device: dict[str, Any] = dataclasses.field(default_factory=dict)
+    devices: int = 1
+    # Processes that trained together, each on a device of its own. Speeds are those of all together, memory that of the
+    # process with the most.
+    strategy: str | None = None
+    # How several shared the model: ddp or fsdp.
+    frozen_bytes: int | None = None
+    # The most bytes of frozen weights that one process holds between steps.
     warnings: list[dict[str, str]] = dataclasses.field(default_factory=list)
     files: list[str] = dataclasses.field(default_factory=list)
     # What the run wrote into its folder besides the files of every run: --overwrite removes these by name.

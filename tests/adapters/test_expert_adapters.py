@@ -378,22 +378,7 @@ MIXTURES = {
     "gpt_oss": {},
     "olmoe": {"intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
     "granitemoe": {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "deepseek_v2": {
-        "intermediate_size": 32,
-        "moe_intermediate_size": 32,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "n_shared_experts": 1,
-        "q_lora_rank": None,
-        "kv_lora_rank": 8,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 8,
-        "num_key_value_heads": 4,
-    },
+    "deepseek_v2": {},
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rankwise.cli.main import main
-from tiny_models import tiny_gpt2
+from tiny_models import save_with_tokenizer, tiny_gpt2
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
 CHAT_TEMPLATE = (
@@ -79,11 +78,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def gpt2_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPT-2 of 12 positions with the tokenizer of bytes."""
-    folder = tmp_path_factory.mktemp("gpt2")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(model_folder / name, folder)
-    tiny_gpt2(vocab_size=259, n_positions=12).save_pretrained(folder)
-    return folder
+    model = tiny_gpt2(vocab_size=259, n_positions=12)
+    return save_with_tokenizer(model, model_folder, tmp_path_factory.mktemp("gpt2"))
 
 
 @pytest.fixture(scope="session")

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import yaml
 
-from tiny_models import tiny_moe
+from tiny_models import save_with_tokenizer, tiny_moe
 
 TARGETS = ("--target-modules", "", "--target-parameters", "experts.gate_up_proj,experts.down_proj")
 
 
 @pytest.fixture(scope="module")
 def experts_folder(model_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny-moe")
     vocabulary = json.loads((model_folder / "config.json").read_text())["vocab_size"]
-    tiny_moe("qwen3_moe", vocab_size=vocabulary, moe_intermediate_size=32).save_pretrained(folder)
-    for file in model_folder.glob("*token*"):
-        shutil.copy(file, folder)
-    return folder
+    model = tiny_moe("qwen3_moe", vocab_size=vocabulary, moe_intermediate_size=32)
+    return save_with_tokenizer(model, model_folder, tmp_path_factory.mktemp("tiny-moe"))
 
 
 def test_the_plan_has_a_row_for_what_trains_them(rankwise, experts_folder, tmp_path):

@@ -1,21 +1,29 @@
-"""`rankwise compare` with real runs in real processes on a tiny model."""
+"""`rankwise compare` with real runs on a tiny model."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from rankwise.cli.compare import Lines, verdict_lines
+from in_process import steps_in_this_process
+from rankwise.cli.compare import COSTS, Lines, table_of, verdict_lines
 from rankwise.cli.main import main
 from rankwise.cli.output import Output
 from rankwise.comparison.runner import Picture
 from rankwise.comparison.stages import Job, Outcome
 from rankwise.records import load_record
+from rankwise.reports import summary
+from rankwise.reports.folder import load_comparison
+from rankwise.reports.forest_plot import pairs_of
+from rankwise.reports.naming import method_name
 
+pytestmark = pytest.mark.slow
 OPTIONS = ["--methods", "lora,qdora", "--seeds", 1, "--learning-rates", 0.01, "--max-steps", 3, "--batch-size", 4]
 OPTIONS += ["--r", 2, "--max-length", 64, "--logging-steps", 1, "--device", "cpu", "--dtype", "float32"]
 
@@ -31,8 +39,10 @@ def command(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 @pytest.fixture(scope="module")
 def folder(command: list[str]) -> Path:
-    """A finished comparison: two methods, one seed, one rate."""
-    assert main(command) == 0
+    """A finished comparison: two methods, one seed, one rate. Its trainings are processes, its other steps are not."""
+    with pytest.MonkeyPatch.context() as patch:
+        steps_in_this_process(patch, but=["train"])
+        assert main(command) == 0
     return Path(command[command.index("--output") + 1])
 
 
@@ -70,6 +80,23 @@ def test_one_seed_is_said_to_tell_nothing(comparison: dict[str, Any]):
     said = "\n".join(verdict_lines(comparison))  # type: ignore[arg-type]
     assert "the runs cannot tell LoRA from QDoRA: difference" in said
     assert "eval_loss" not in comparison["recommendation"]["reason"]
+
+
+def test_console_and_report_show_the_same_digits(comparison: dict[str, Any], folder: Path):
+    """With one seed nothing says how many digits are known, and both still agree."""
+    console = Console(width=200, file=io.StringIO())
+    console.print(table_of(comparison))  # type: ignore[arg-type]
+    shown = console.file.getvalue()
+    loaded = load_comparison(folder)
+    for row in summary.rows(loaded):
+        texts = [
+            cell.text for (key, _), cell in zip(summary.columns(loaded), row.cells) if key in (*COSTS, "eval_loss")
+        ]
+        assert len(texts) == 6
+        line = next(line for line in shown.splitlines() if line.strip().startswith(method_name(row.method)))
+        assert all(text in line for text in texts)
+    (pair,) = pairs_of(loaded, "eval_loss")
+    assert pair.text.lstrip("+\u2212") in "\n".join(verdict_lines(comparison))  # type: ignore[arg-type]
 
 
 def test_the_matrix_costs_little_more_than_its_runs(comparison: dict[str, Any]):
@@ -126,3 +153,11 @@ def test_a_run_that_the_user_stopped_has_not_failed(code: str, said: str, capsys
     outcome = Outcome("failed", 1.0, {"code": code, "message": "full"})
     Lines(Output()).ended(Job("train", None), outcome, Picture([], 1, 2, None))
     assert capsys.readouterr().out == f"base: {said}  [1 step done, 2 to come]\n"
+
+
+def test_a_report_is_not_written_into_a_file(folder: Path, rankwise: Callable[..., Any], tmp_path: Path):
+    (tmp_path / "report.html").touch()
+    done = rankwise("report", folder, "--output", tmp_path / "report.html")
+    assert done.code == 2
+    assert "RW503" in done.stderr
+    assert "report.html is a file; give a folder" in " ".join(done.stderr.split())

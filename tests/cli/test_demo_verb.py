@@ -6,10 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 
+from in_process import steps_in_this_process
+
+
+@pytest.mark.slow
 def test_the_demo_ends_with_a_report_and_a_recommendation(
-    model_folder: Path, tmp_path: Path, rankwise: Callable[..., Any]
+    model_folder: Path, tmp_path: Path, rankwise: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ):
+    steps_in_this_process(monkeypatch)
     folder = tmp_path / "demo"
     done = rankwise(
         "demo", "--model", model_folder, "--output", folder, "--methods", "lora", "--max-steps", 1, "--eval-limit", 4
@@ -18,4 +24,4 @@ def test_the_demo_ends_with_a_report_and_a_recommendation(
     assert (folder / "report.html").is_file()
     lines = done.stdout.strip().splitlines()
     assert any(line.startswith("report") and str(folder / "report.html") in line for line in lines)
-    assert "LoRA is the only method with a result" in lines[-1]
+    assert "LoRA: it is the only method with a result" in lines[-1]

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 E2E = "mr,ref\n" + "".join(f'"name[{name}], area[river]","{name} is by the river."\n' for name in ("Aromi", "Zizzi"))
 
@@ -108,8 +110,17 @@ def test_a_folder_of_another_evaluation_is_refused(rankwise, model_folder: Path,
     assert rankwise(*call, "--limit", 2, "--overwrite").code == 0
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in the process that is stopped: more threads add in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_evaluation_goes_on(model_folder: Path, tmp_path: Path, number: int):
+def test_a_stopped_evaluation_goes_on(model_folder: Path, tmp_path: Path, number: int, rankwise, one_thread: None):
     rows = [{"prompt": f"Number {n} ", "completion": "word " * (1 + n % 40)} for n in range(600)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     base = [sys.executable, "-m", "rankwise.cli.main", "evaluate", "--model", str(model_folder), "--task", "perplexity"]
@@ -136,6 +147,6 @@ def test_a_stopped_evaluation_goes_on(model_folder: Path, tmp_path: Path, number
         assert json.loads(stdout)["error"]["code"] == "RW572"
     assert 0 < predictions.read_bytes().count(b"\n") < 600
     for name in ("part", "whole"):
-        subprocess.run([*command, "--output", name], cwd=tmp_path, env=environment, check=True, capture_output=True)
+        assert rankwise(*command[3:], "--output", name).code == 0
     whole = tmp_path / "whole" / "perplexity" / "predictions.jsonl"
     assert predictions.read_bytes() == whole.read_bytes()

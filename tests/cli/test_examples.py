@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,17 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def run(script: str, *arguments: object) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """An example with these arguments, as a script; what it printed."""
+
+    def call(script: str, *arguments: object) -> str:
+        path = str(ROOT / "examples" / script)
+        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+        runpy.run_path(path, run_name="__main__")
+        return capsys.readouterr().out
+
+    return call
 
 
 def test_there_is_a_test_for_every_example():
@@ -30,17 +35,17 @@ def test_there_is_a_test_for_every_example():
 
 @pytest.mark.parametrize("arguments", [[], ["a model alone"]])
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
-def test_an_example_without_its_arguments_prints_its_usage(script, arguments):
-    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 2
-    assert f"usage: {script}" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_an_example_without_its_arguments_prints_its_usage(script, arguments, run, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(script, *arguments)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert f"usage: {script}" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("script", ["plain_loop.py", "with_trl.py"])
-def test_training_examples_leave_an_adapter_that_merges(script, model_folder, tmp_path):
+def test_training_examples_leave_an_adapter_that_merges(script, model_folder, tmp_path, run):
     assert "a PEFT adapter is in" in run(script, model_folder, tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     said = run("merge_peft_adapter.py", model_folder, tmp_path / "adapter", tmp_path / "merged")

@@ -4,40 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 
 import pytest
 
-from tiny_models import tiny_moe
+from tiny_models import save_with_tokenizer, tiny_moe
 
-DEEPSEEK = {
-    "intermediate_size": 32,
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "n_shared_experts": 1,
-    "q_lora_rank": None,
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "num_key_value_heads": 4,
-}
 OPTION = re.compile(r"--target-parameters (\S+?)[.;,]?(?=\s|$)")
 
 
 @pytest.fixture(scope="module", params=["mixtral", "deepseek_v2"])
 def mixture(request, model_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(model_folder / name, folder)
-    tiny_moe(request.param, vocab_size=259, **(DEEPSEEK if request.param == "deepseek_v2" else {})).save_pretrained(
-        folder
-    )
-    return folder
+    model = tiny_moe(request.param, vocab_size=259)
+    return save_with_tokenizer(model, model_folder, tmp_path_factory.mktemp(request.param))
 
 
 def test_train_says_it_and_takes_what_it_says(rankwise, mixture, rows_file, tmp_path):

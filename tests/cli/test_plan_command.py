@@ -98,13 +98,22 @@ def test_what_only_fits_without_its_error_is_recommended_with_a_warning(rankwise
     assert "only without its error margin" in saved.read_text()
 
 
-@pytest.mark.parametrize(("strategy", "words"), [("ddp", "DistributedDataParallel"), ("fsdp", "fully_shard")])
-def test_several_devices_are_not_started_and_that_is_said(plan, tmp_path, strategy, words):
+def test_a_command_that_cannot_shard_says_so(plan, tmp_path):
     saved = tmp_path / "plan.yaml"
-    said = plan("--memory", ENOUGH, "--devices", 4, "--strategy", strategy, "--save", saved).stdout
-    assert "runs one process on one device and does not start 4" in " ".join(said.split())
-    assert words in said
-    assert f"A share of 4 devices ({strategy})" in saved.read_text()
+    said = plan("--memory", ENOUGH, "--devices", 4, "--strategy", "fsdp", "--save", saved).stdout
+    assert "does not shard a model over 4 devices yet" in " ".join(said.split())
+    assert "fully_shard" in said
+    assert "A share of 4 devices (fsdp)" in saved.read_text()
+    assert "devices:" not in saved.read_text()
+
+
+def test_the_command_starts_as_many_processes_as_were_planned_for(plan, tmp_path):
+    done = plan("--memory", ENOUGH, "--devices", 4, "--json")
+    assert "--devices 4" in done.document["command"]
+    saved = tmp_path / "plan.yaml"
+    plan("--memory", ENOUGH, "--devices", 4, "--strategy", "ddp", "--save", saved)
+    assert "devices: 4" in saved.read_text()
+    assert "strategy: ddp" in saved.read_text()
 
 
 def test_a_strategy_for_one_device_is_a_mistake(plan):

@@ -36,9 +36,9 @@ def main(arguments: list[str]) -> int:
 def train(settings: dict[str, Any], *, resume: bool) -> int:
     folder, method, seed = Path(settings["output"]), settings["method"], settings["seed"]
     if folder.exists() != resume:
-        return refuse("RW502", "the folder and --resume do not fit")
+        return refuse("RW502", "RunError", "the folder and --resume do not fit")
     if method == "prefix":
-        return refuse("RW171", "not on this model")
+        return refuse("RW171", "ConfigError", "not on this model")
     folder.mkdir(parents=True, exist_ok=True)
     record = (
         load_record(folder)
@@ -53,7 +53,7 @@ def train(settings: dict[str, Any], *, resume: bool) -> int:
         if method == "bottleneck" and step == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         if method == "qdora" and step == 1:
-            return refuse("RW530", "the loss is nan at step 2")
+            return refuse("RW530", "RunError", "the loss is nan at step 2")
         with open(folder / METRICS_FILE, "a") as metrics:
             metrics.write(json.dumps({"step": step + 1, "loss": 3.0, "train_seconds": 0.5 * (step + 1)}) + "\n")
         (folder / f"step-{step}").touch()
@@ -86,8 +86,8 @@ def measure(job: dict[str, Any]) -> None:
     write_json(folder / "measured.json", {"adapter_bytes": 1000, "merged": None, "update_norms": {"q_proj": 0.1}})
 
 
-def refuse(code: str, message: str) -> int:
-    print(json.dumps({"error": {"code": code, "message": message}}))
+def refuse(code: str, kind: str, message: str) -> int:
+    print(json.dumps({"error": {"code": code, "kind": kind, "message": message}}))
     return 2
 
 

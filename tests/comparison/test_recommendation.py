@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rankwise.comparison.recommendation import pareto_points, pareto_set, recommend
+from rankwise.comparison.recommendation import pareto_set, recommend
 
 
 def method(
@@ -182,5 +182,23 @@ def test_a_baseline_is_not_recommended_beside_methods_of_use():
 
 def test_the_pareto_set_holds_what_nothing_beats():
     methods: Any = {**METHODS, "full": method(1.52, 12, 1200)}
-    assert pareto_set(pareto_points(methods, "eval_loss"), higher_is_better=False) == {"lora", "qlora", "dora"}
-    assert pareto_set(pareto_points(methods, "eval_loss"), higher_is_better=True) == {"full", "qlora", "lora"}
+    assert pareto_set(methods, "eval_loss", higher_is_better=False) == {"lora", "qlora", "dora"}
+    assert pareto_set(methods, "eval_loss", higher_is_better=True) == {"full", "qlora", "lora"}
+
+
+def test_noise_of_the_clock_lets_no_method_into_the_pareto_set():
+    """DoRA's mean time is the lower one, within ranges that overlap, and its loss is the higher one."""
+    methods: Any = {"lora": method(2.70, 2, 9.8, spread=0.1), "dora": method(2.71, 2, 9.0, spread=0.1)}
+    assert pareto_set(methods, "eval_loss", higher_is_better=False) == {"lora"}
+    methods["dora"] = method(2.71, 2, 7.0, spread=0.1)
+    assert pareto_set(methods, "eval_loss", higher_is_better=False) == {"lora", "dora"}
+    single = {name: {**item, "seeds": 1} for name, item in methods.items()}
+    assert pareto_set(single, "eval_loss", higher_is_better=False) == {"lora"}
+
+
+@pytest.mark.parametrize("memory", [None, 7])
+def test_the_reason_is_the_same_with_the_name_and_without(memory: float | None):
+    found = choice("cannot tell", memory=memory)
+    where = "of the 3 methods within 7.00 GB: " if memory else ""
+    assert found["why"].startswith(f"{where}the runs cannot tell it from DoRA")
+    assert found["reason"] == f"LoRA{', ' if memory else ': '}{found['why']}"

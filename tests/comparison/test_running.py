@@ -1,4 +1,7 @@
-"""The matrix with runs that take no time: order, failures, kills, changed settings. The processes are real."""
+"""The matrix with runs that take no time: order, failures, kills, changed settings.
+
+Where a test asks for ``real_processes`` every step is a process, as it is for users; elsewhere steps run in this one.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,24 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_comparison import Quiet, compare
 
+from in_process import steps_in_this_process
 from rankwise.comparison import run, stages
 from rankwise.comparison.matrix import Cell
+from rankwise.comparison.schedule import Plan, possible_jobs
 from rankwise.errors import ConfigError, Interrupted, RankwiseWarning, RunError
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning")
 TIMES = {"wall_seconds", "seconds", "created", "total", "runs_seconds"}
+
+
+@pytest.fixture
+def real_processes() -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def _quick_steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "real_processes" not in request.fixturenames:
+        steps_in_this_process(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +80,7 @@ def starts(folder: Path) -> list[str]:
     return (folder / "started.txt").read_text().split()
 
 
+@pytest.mark.usefixtures("real_processes")
 def test_each_method_runs_at_its_own_best_rate_and_nothing_runs_twice(tmp_path: Path):
     found: Any = compare(**given(tmp_path))
     assert sorted(starts(tmp_path / "out")) == sorted({run["id"] for run in found["runs"]})
@@ -153,6 +169,7 @@ def test_a_memory_budget_gives_each_method_its_own_micro_batch(tmp_path: Path, d
     assert settings["full"]["batch_size"] < settings["lora"]["batch_size"]
 
 
+@pytest.mark.usefixtures("real_processes")
 def test_failures_are_recorded_and_the_rest_goes_on(tmp_path: Path):
     methods = "lora,bottleneck,prefix,qdora"
     with pytest.warns(RankwiseWarning, match="RW588"):
@@ -182,6 +199,7 @@ def test_options_that_no_method_uses_are_said(methods: str, said: str | None, tm
     assert all(message.startswith(said) for message in told)
 
 
+@pytest.mark.usefixtures("real_processes")
 def test_what_was_killed_is_tried_again_and_what_diverged_only_on_request(tmp_path: Path):
     options = given(tmp_path, methods="lora,bottleneck,qdora", learning_rates="2e-4", seeds=1)
     compare(**options)
@@ -201,6 +219,8 @@ def test_no_run_at_all_is_an_error(tmp_path: Path):
     assert "RW171" in caught.value.message
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("real_processes")
 @pytest.mark.parametrize("moment", [0.2, 1.5])
 def test_a_killed_comparison_continues_and_ends_as_if_nothing_had_happened(tmp_path: Path, moment: float):
     """kill -9 of the comparison; its runs end by themselves, and no finished one is repeated."""
@@ -277,6 +297,7 @@ def test_equal_time_gives_each_method_the_steps_that_fit(tmp_path: Path):
     assert found["runs"][0]["record"]["settings"]["max_steps"] == 60
 
 
+@pytest.mark.usefixtures("real_processes")
 def test_jobs_side_by_side_give_the_same_comparison(tmp_path: Path):
     options = {"methods": "lora,full", "learning_rates": "2e-4"}
     one: Any = compare(**given(tmp_path, "one", **options))
@@ -286,6 +307,7 @@ def test_jobs_side_by_side_give_the_same_comparison(tmp_path: Path):
     assert first == second
 
 
+@pytest.mark.usefixtures("real_processes")
 def test_ctrl_c_lets_the_runs_end_and_the_same_call_continues(tmp_path: Path):
     script, settings = Path(__file__).parent / "fake_comparison.py", tmp_path / "settings.json"
     options = given(tmp_path, methods="lora", learning_rates="2e-4")
@@ -308,6 +330,7 @@ def test_ctrl_c_lets_the_runs_end_and_the_same_call_continues(tmp_path: Path):
     assert {item["status"] for item in found["runs"]} == {"finished"}
 
 
+@pytest.mark.usefixtures("real_processes")
 def test_interrupted_steps_are_neither_done_nor_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Ctrl-C while two of six trainings run: what ended before is done, those are interrupted, the rest is to come."""
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0.2")
@@ -341,6 +364,53 @@ def test_a_signal_from_outside_interrupts_a_step_and_does_not_fail_it(number: in
     assert outcome.again
     killed = stages.outcome_from(stages.Job("measure", None), tmp_path, -signal.SIGKILL, {}, 1.0)
     assert not killed.is_interrupted
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "steps", "expected"),
+    [
+        ("RW171", "ConfigError", 0, True),
+        ("RW401", "AdapterError", 0, True),
+        ("RW562", "RunError", 0, True),
+        ("RW502", "RunError", 0, False),
+        ("RW201", "DataError", 0, False),
+        ("RW171", "ConfigError", 1, False),
+    ],
+)
+def test_a_method_cannot_run_where_training_never_began(
+    code: str, kind: str, steps: int, expected: bool, tmp_path: Path
+):
+    job = stages.Job("train", Cell("lora", 2e-4, 0))
+    job.folder(tmp_path).mkdir(parents=True)
+    (tmp_path / "cells").mkdir()
+    (job.folder(tmp_path) / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n' * steps)
+    document = {"error": {"code": code, "kind": kind, "message": "why"}}
+    outcome = stages.outcome_from(job, tmp_path, 2, document, 1.0)
+    assert outcome.cannot_run == expected
+    stages.keep_outcome(job, tmp_path, outcome)
+    assert stages.outcome_of(job, tmp_path) == outcome
+
+
+def test_the_jobs_of_earlier_calls_are_known_and_no_others(tmp_path: Path):
+    """A method whose name or rate has the signs of a file name is no riddle: nothing is read from names."""
+    plan = Plan(tmp_path, ("lora", "my-lr1-seed2"), (1e-4, 2e-4), 2, True)
+    begun = [
+        stages.Job("train", Cell("my-lr1-seed2", 1e-4, 0, True)),
+        stages.Job("measure", Cell("lora", 2e-4, 1)),
+        stages.Job("measure", None),
+    ]
+    (tmp_path / "cells").mkdir()
+    for job in [*begun, stages.Job("train", Cell("dora", 1e-4, 0)), stages.Job("train", Cell("lora", 1e-4, 7))]:
+        stages.keep_outcome(job, tmp_path, stages.Outcome("finished", 2.0))
+    assert set(possible_jobs(plan)) == set(begun)
+    assert stages.seconds_of_all(tmp_path) == 10.0
+
+
+def test_a_system_without_locks_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(RunError, match="RW599"):
+        compare(**given(tmp_path))
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_outcome_without_a_code_is_no_outcome(tmp_path: Path):

@@ -14,7 +14,6 @@ from torch import nn
 from trl.trainer.sft_trainer import SFTTrainer
 
 from rankwise.adapters.layer import OverBase
-from rankwise.evaluation.growing_cache import GrowingLayer
 from rankwise.quantization.experts import StackScales
 from rankwise.quantization.linear import Linear4bit
 from rankwise.quantization.transformers_plugin import DeserializeOperation, FourBitQuantizer, QuantizeOperation
@@ -31,6 +30,8 @@ OVERRIDDEN: dict[type, dict[str, str]] = {
         "evaluation_loop": "dataloader description prediction_loss_only ignore_keys metric_key_prefix",
         "floating_point_ops": "inputs",
         "create_model_card": "",
+        "get_train_dataloader": "",
+        "get_batch_samples": "epoch_iterator",
         "_get_grad_norm": "model grad_norm",
         "_evaluate": "trial ignore_keys_for_eval skip_scheduler",
         "_determine_best_metric": "metrics trial",
@@ -60,13 +61,6 @@ OVERRIDDEN: dict[type, dict[str, str]] = {
     },
     QuantizeOperation: OPERATION,
     DeserializeOperation: OPERATION,
-    GrowingLayer: {
-        "lazy_initialization": "key_states value_states",
-        "update": "key_states value_states",
-        "batch_repeat_interleave": "repeats",
-        "batch_select_indices": "indices",
-        "reorder_cache": "beam_idx",
-    },
     OverBase: {"_apply": "fn recurse"},
     Linear4bit: {
         "_apply": "fn recurse",

@@ -59,6 +59,21 @@ def test_one_bad_row_more_is_an_error(tmp_path: Path) -> None:
         encode_rows(rows, byte_tokenizer(), max_length=64, skip_bad_rows=READ)
 
 
+def test_where_there_is_no_option_none_is_advised(tmp_path: Path) -> None:
+    """``evaluate`` and ``compare`` read without it."""
+    path = write(tmp_path / "rows.jsonl", *LINES)
+    with pytest.raises(DataError, match=r"RW203: rows\.jsonl, line 1: .* Mend or remove these rows\.$"):
+        read_rows(path)
+    rows = read_rows(write(tmp_path / "rows.jsonl", *LINES[4:]))
+    with pytest.raises(DataError, match=r"RW222: rows\.jsonl, line 2: .* Mend or remove these rows\.$"):
+        encode_rows(rows, byte_tokenizer(), max_length=64)
+    (tmp_path / "rows.jsonl").unlink()
+    for name in ("a.jsonl", "b.jsonl"):
+        write(tmp_path / name, GOOD, "bad")
+    with pytest.raises(DataError, match=r"RW203: a\.jsonl, line 2: .*Mend or remove these rows\.$"):
+        read_rows(tmp_path)
+
+
 def test_without_a_good_row_nothing_is_left_out(tmp_path: Path) -> None:
     for lines, code in ((["not json", "[]"], "RW203"), (['{"prompt": "", "completion": "b"}'], "RW203")):
         with pytest.raises(DataError, match=rf"{code}: rows\.jsonl, line 1: .*Mend or remove these rows\.$"):

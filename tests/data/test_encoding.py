@@ -26,7 +26,17 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rankwise.data import Rows, encode_rows, preview_row, read_template, rows_from_records
 from rankwise.data.encoding import RowEncoder
+from rankwise.data.templates import ChatRenderer
 from rankwise.errors import DataError, RankwiseWarning
+
+# Writes a number of its own in front of each answer, so that none stands as another one does.
+SAYS_ITS_NUMBER = CHATML.replace("<|im_start|>{{ message", "<|im_start|>{{ loop.index0 }} {{ message").replace(
+    "<|im_start|>assistant", "<|im_start|>{{ messages|length }} assistant"
+)
+
+WITH_CALLS = CHATML.replace(
+    "message.content }}", "message.content }}{{ message.tool_calls|tojson if message.tool_calls }}"
+)
 
 TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
     "byte": byte_tokenizer,
@@ -202,6 +212,65 @@ def test_the_stop_token_is_the_templates_not_the_tokenizers() -> None:
     encoded = encode_rows(rows(chat("no?", "no")), tokenizer, max_length=256)
     assert trained_text(tokenizer, encoded.dataset[0]) == "no<|im_end|>"
     assert encoded.report.stop_token_rows == 1
+
+
+@pytest.fixture
+def rendered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many messages each rendering had."""
+    counts: list[int] = []
+    render = ChatRenderer._render
+
+    def counted(self: ChatRenderer, messages: Any, *rest: Any, **named: Any) -> str:
+        counts.append(len(messages))
+        return render(self, messages, *rest, **named)
+
+    monkeypatch.setattr(ChatRenderer, "_render", counted)
+    return counts
+
+
+def with_calls(*texts: str) -> dict[str, Any]:
+    """A question, and calls of a tool with its answers until the model knows."""
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "is it?"}]
+    for text in texts:
+        call = {"type": "function", "function": {"name": "look", "arguments": {"at": text}}}
+        messages += [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": text}]
+    return {"messages": [*messages, {"role": "assistant", "content": "yes"}]}
+
+
+WORDS = ["user", "assistant", "a", "no", "a", "a", "assistant\nno", " yes ", "is it?\n", "no<|im_end|>\n", "is"]
+LONG = [WORDS[(7 * n + n // 11) % len(WORDS)] for n in range(120)]
+
+
+@pytest.mark.parametrize("template", [CHATML, CLOSED, WITH_BOS, WITHOUT_STOP, SAYS_ITS_NUMBER, WITH_CALLS])
+@pytest.mark.parametrize("record", [chat(*LONG), with_calls(*LONG[:40])], ids=["chat", "calls"])
+def test_answers_are_the_same_without_rendering_up_to_each(
+    template: str, record: dict[str, Any], rendered: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "tool_calls" in str(record) and template != WITH_CALLS:
+        pytest.skip("the template writes no calls")
+    [row] = rows(record)
+    tokenizer = byte_tokenizer(chat_template=template, eos_token="</s>")
+    found = ChatRenderer(tokenizer, None)(row)
+    few = len(rendered)
+    monkeypatch.setattr(ChatRenderer, "_behind", lambda *_: None)
+    assert found == ChatRenderer(tokenizer, None)(row)
+    assert sum(segment.trained for segment in found.segments) == (60 if "tool_calls" not in str(record) else 41)
+    assert few <= len(rendered) - few
+
+
+@pytest.mark.parametrize(
+    ("template", "record", "most"),
+    [
+        (CHATML, chat(*(f"text {n}" for n in range(120))), 10),
+        (CLOSED, chat(*(f"text {n}" for n in range(120))), 10),
+        (WITH_CALLS, with_calls(*(f"text {n}" for n in range(60))), 12),
+    ],
+)
+def test_renderings_do_not_grow_with_the_conversation(
+    template: str, record: dict[str, Any], most: int, rendered: list[int]
+) -> None:
+    ChatRenderer(byte_tokenizer(chat_template=template), None)(rows(record)[0])
+    assert 3 < len(rendered) < most
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ import hashlib
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -350,9 +352,29 @@ def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
     assert "it has train, test" in refusal(tmp_path / "two", split="dev")
 
 
-def test_the_hub_is_asked_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
 
+    def head(url: str, timeout: float) -> None:
+        asked.append(timeout)
+        raise ConnectionError("no network")
+
+    def load(name: str, configuration: str | None, *, split: str) -> datasets.Dataset:
+        assert datasets.config.HF_HUB_OFFLINE, "only the cache is looked into"
+        if name == "nobody/nothing":
+            raise ConnectionError("Couldn't reach it on the Hub")
+        return datasets.Dataset.from_list([{"question": "a", "answer": "b"}])
+
+    before = datasets.config.HF_HUB_OFFLINE
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=head))
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert len(read_rows("openai/gsm8k:main")) == 1
+    assert "it cannot be reached, and the cache does not hold the set" in refusal("nobody/nothing")
+    assert asked == [10, 10]
+    assert before == datasets.config.HF_HUB_OFFLINE
+
+
+def test_the_hub_is_asked_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def load(name: str, configuration: str | None, *, split: str) -> datasets.Dataset:
@@ -362,6 +384,7 @@ def test_the_hub_is_asked_through_datasets(monkeypatch: pytest.MonkeyPatch) -> N
         return datasets.Dataset.from_list([{"question": "a", "answer": "b"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=lambda url, timeout: None))
     rows = read_rows("openai/gsm8k:main", split="test")
     assert asked == [("openai/gsm8k", "main", "test")]
     assert rows[0].place == "openai/gsm8k:main, row 1"

@@ -44,6 +44,18 @@ def test_the_examples_of_wei_et_al_come_from_the_harness(data: Path):
         worked_examples(9, None, read_problems(str(data)))
 
 
+def test_prompts_are_those_of_the_harness_own_task(data: Path):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra eval)")
+    from rankwise.evaluation.tasks.harness import HarnessTask
+
+    asked = HarnessTask("gsm8k_cot", data=str(data), fewshot_data=None, num_fewshot=None, limit=None)
+    [task] = asked.tasks.values()
+    task.build_all_requests()
+    problems = read_problems(str(data))
+    worked = worked_examples(8, None, problems)
+    assert [instance.args[0] for instance in task.instances] == [worked.prompt(row.prompt) for row in problems]
+
+
 def test_answers_are_scored_and_the_beginning_is_shared(data: Path, tmp_path: Path):
     worked = Worked([("How much is 90 + 1?", "#### 91")] * 3, "ab")
     task = make(data, worked)

@@ -315,9 +315,9 @@ def test_reference_gradients() -> None:
     for ranges in RANGES:
         seen = ranges(2, 5, 5)
         assert torch.autograd.gradcheck(lambda q, k, v: reference(q, k, v, *seen), (q, k, v))  # noqa: B023
-        out, _ = reference_attention.attention_forward(q, k, v, *seen, 0.5)
+        out, lse = reference_attention.attention_forward(q, k, v, *seen, 0.5)
         grad = torch.randn(out.shape, generator=generator, dtype=torch.float64)
-        written = reference_attention.attention_backward(grad, q, k, v, out, *seen, 0.5)
+        written = reference_attention.attention_backward(grad, q, k, v, out, lse, *seen, 0.5)
         for one, other in zip(written, torch.autograd.grad(out, (q, k, v), grad)):
             torch.testing.assert_close(one, other)
 

@@ -13,7 +13,7 @@ import pytest
 from rankwise.ops.cpu import native
 
 ROOT = Path(__file__).parents[2]
-SANITIZE = ROOT / "csrc" / "sanitize.sh"
+SANITIZE = ROOT / "csrc" / "sanitize" / "run.sh"
 
 needs_source = pytest.mark.skipif(not SANITIZE.exists(), reason="needs the source tree")
 
@@ -44,7 +44,7 @@ def test_without_a_compiler_the_build_succeeds_and_says_so(tmp_path: Path) -> No
 
 
 @needs_source
-@pytest.mark.slow
+@pytest.mark.long
 def test_with_a_compiler_the_library_lies_in_the_package(tmp_path: Path) -> None:
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
@@ -62,7 +62,7 @@ def test_where_a_compiler_is_the_library_is_installed() -> None:
 
 
 @needs_source
-@pytest.mark.slow
+@pytest.mark.long
 def test_clean_under_the_sanitizers(tmp_path: Path) -> None:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no C++ compiler")

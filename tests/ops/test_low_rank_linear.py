@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rankwise.ops import elementwise
+from rankwise.ops import elementwise, quantize_weight, selection
 from rankwise.ops.branch import Frozen
 from rankwise.ops.low_rank_linear import Branch, Dropout, low_rank_linear, low_rank_linear_of_glu
 
@@ -212,3 +212,30 @@ def test_bfloat16_is_no_worse_than_plain_bfloat16() -> None:
         return max(float((y.double() - y0).abs().max()) for y, y0 in zip(ys, exact))
 
     assert errors(fast=True) <= 1.25 * errors(fast=False)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("four_bits", [False, True])
+@pytest.mark.parametrize("native", [False, True])
+def test_updates_below_half_a_unit_of_the_output_count(
+    dora: bool, four_bits: bool, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 such an update moves few outputs, each by a whole unit. On average they move by the update."""
+    if not native:
+        monkeypatch.setattr(selection, "takes_native", lambda _: False)
+    T, K, N, r = 512, 64, 256, 4
+    generator = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((T, K), (N, K)))
+    A, B = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((r, K), (N, r)))
+    # At the start of training DoRA's gain is 1: another one would move every output off bfloat16's grid.
+    gain = torch.ones(N) if dora else None
+    frozen = Frozen(quantize_weight(W) if four_bits else W)
+    base, adapted = (
+        low_rank_linear(x, [Branch(frozen, scale, A, B, m=gain, gain=gain)])[0].double() for scale in (0.0, 2.0**-12)
+    )
+    update = 2.0**-12 * (x.double() @ A.double().T @ B.double().T)
+    unit = torch.exp2(base.abs().log2().floor() - 7)
+    is_small = update.abs() < unit / 4
+    assert is_small.double().mean() > 0.5
+    moved = ((adapted - base) * update.sign())[is_small].sum() / update.abs()[is_small].sum()
+    assert float(moved) == pytest.approx(1, abs=0.06)

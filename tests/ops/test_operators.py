@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import warnings
 
 import pytest
@@ -12,7 +13,10 @@ from torch.nn import functional
 
 from rankwise import ops
 from rankwise.errors import QuantizationError, RankwiseWarning
-from rankwise.ops import reference, selection
+from rankwise.ops import elementwise_reference, reference, reference_attention, selection, table
+from rankwise.ops.cpu import attention as native_attention
+from rankwise.ops.cpu import elementwise as native_elementwise
+from rankwise.ops.cpu import four_bit as native_four_bit
 
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -49,6 +53,18 @@ def test_exported_names() -> None:
         "row_norms_4bit",
         "set_implementation",
     ]
+
+
+@pytest.mark.parametrize("name", table.OPERATORS)
+def test_the_native_function_of_an_operator_has_the_signature_of_the_reference(name: str) -> None:
+    specification = table.OPERATORS[name].reference
+    native = {
+        reference: native_four_bit,
+        elementwise_reference: native_elementwise,
+        reference_attention: native_attention,
+    }[specification]
+    wanted, found = (list(inspect.signature(getattr(module, name)).parameters) for module in (specification, native))
+    assert found == wanted
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rankwise import ops
 from rankwise.errors import QuantizationError
-from rankwise.ops import elementwise, elementwise_table
+from rankwise.ops import elementwise, table
 from rankwise.ops.elementwise_checks import ACTIVATIONS
 from rankwise.ops.packed_weight import PackedWeight
 
@@ -50,6 +50,7 @@ def run_cases(tmp_path: Path, interpret: str) -> None:
     assert "skipped" not in summary
 
 
+@pytest.mark.slow
 def test_kernels_equal_the_reference_under_the_interpreter(tmp_path: Path) -> None:
     run_cases(tmp_path, "1")
 
@@ -66,14 +67,9 @@ def test_cuda_tensors_get_triton_and_cpu_tensors_do_not(monkeypatch: pytest.Monk
     monkeypatch.setattr(Tensor, "is_cuda", True)
     monkeypatch.setattr(Tensor, "is_cpu", False)
     monkeypatch.setattr(Tensor, "device", torch.device("cuda"))
-    assert (
-        elementwise_table.module_for(torch.ones(1, dtype=torch.bfloat16)).__name__ == "rankwise.ops.triton.elementwise"
-    )
+    assert table.module_for(torch.ones(1, dtype=torch.bfloat16)).__name__ == "rankwise.ops.triton.elementwise"
     monkeypatch.undo()
-    assert (
-        elementwise_table.module_for(torch.ones(1, dtype=torch.float16)).__name__
-        == "rankwise.ops.elementwise_reference"
-    )
+    assert table.module_for(torch.ones(1, dtype=torch.float16)).__name__ == "rankwise.ops.elementwise_reference"
 
 
 def bf16(*shape: int) -> Tensor:

@@ -42,6 +42,7 @@ def run_cases(tmp_path: Path, interpret: str) -> None:
     assert "skipped" not in summary
 
 
+@pytest.mark.slow
 def test_kernels_equal_the_reference_under_the_interpreter(tmp_path: Path) -> None:
     run_cases(tmp_path, "1")
 

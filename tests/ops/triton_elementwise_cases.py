@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from rankwise import ops
 from rankwise.errors import QuantizationError
-from rankwise.ops import elementwise, elementwise_table
+from rankwise.ops import elementwise, table
 from rankwise.ops import elementwise_reference as reference
 from rankwise.ops import reference as four_bit
 from rankwise.ops.elementwise_checks import ACTIVATIONS
@@ -66,8 +66,8 @@ def assert_as_good(ours: Tensor, plain: Tensor, truth: Tensor) -> None:
 
 def test_triton_is_what_runs() -> None:
     for dtype in DTYPES:
-        assert elementwise_table.module_for(randn(1, dtype=dtype)).__name__ == "rankwise.ops.triton.elementwise"
-    assert elementwise_table.module_for(randn(1).double()) is reference
+        assert table.module_for(randn(1, dtype=dtype)).__name__ == "rankwise.ops.triton.elementwise"
+    assert table.module_for(randn(1).double()) is reference
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,7 +11,7 @@ import pytest
 from rankwise.config import TrainSettings
 from rankwise.planning import Workload
 from rankwise.planning.changes import FAST, Advisor, possible_steps
-from rankwise.planning.recommend import ORDER, recommend
+from rankwise.planning.recommend import ORDER, Wish, recommend
 from rankwise.planning.rules import RULES, Situation
 from rankwise.planning.terms import METHODS
 from toy_memory import PER_TOKEN, WEIGHTS, toy_estimate
@@ -32,7 +32,7 @@ def advisor(memory):
 
 def advise(memory, methods=METHODS, goal="speed", workload=WORK, accumulation=1):
     given = {**GIVEN, "gradient_accumulation": accumulation, "batch_size": workload.batch_size}
-    return recommend(advisor(memory), methods, goal, workload, accumulation, given)
+    return recommend(advisor(memory), methods, workload, Wish(goal, given, accumulation))
 
 
 def test_with_room_lora_is_taken_as_it_was_asked_for():

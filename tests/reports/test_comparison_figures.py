@@ -109,7 +109,10 @@ points = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, m
 
 @given(points, st.booleans())
 def test_the_pareto_line_is_what_brute_force_finds(values, higher):
-    spots = [Spot(str(index), cost, quality, (0, 0), None) for index, (cost, quality) in enumerate(values)]
+    spots = [
+        Spot(str(index), cost, quality, (cost, cost), None, (cost, cost))
+        for index, (cost, quality) in enumerate(values)
+    ]
     sign = 1 if higher else -1
 
     def beaten(spot):
@@ -121,9 +124,19 @@ def test_the_pareto_line_is_what_brute_force_finds(values, higher):
         )
 
     front = pareto_front(spots, higher_is_better=higher)
-    expected = {(spot.cost, spot.quality) for spot in spots if not beaten(spot)}
-    assert {(spot.cost, spot.quality) for spot in front} == expected
-    assert len(front) == len(expected)
+    assert {spot.method for spot in front} == {spot.method for spot in spots if not beaten(spot)}
+    assert [spot.cost for spot in front] == sorted(spot.cost for spot in front)
+
+
+def test_costs_that_ranges_do_not_part_let_nothing_onto_the_pareto_line():
+    better = Spot("lora", 9.8, 2.70, (9.0, 10.6), None, (9.0, 10.6))
+    faster = Spot("dora", 9.0, 2.71, (8.2, 9.8), None, (8.2, 9.8))
+    assert pareto_front([better, faster], higher_is_better=False) == [better]
+    apart = Spot("dora", 7.0, 2.71, (6.5, 7.5), None, (6.5, 7.5))
+    assert pareto_front([better, apart], higher_is_better=False) == [apart, better]
+    # One seed: no range, so the better figure alone counts.
+    once = [Spot(spot.method, spot.cost, spot.quality, spot.cost_range, None) for spot in (better, apart)]
+    assert pareto_front(once, higher_is_better=False) == once[:1]
 
 
 def test_what_is_not_drawn_takes_no_room_in_the_panels():

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -101,6 +102,40 @@ def test_pairs_without_two_common_seeds_are_not_called_tested(tmp_path):
     file.write_text(json.dumps(document))
     text = write_report(folder)[1].read_text()
     assert "Tested: **Not at all** (no two methods have two finished seeds in common)" in text
+
+
+def changed_report(folder: Path, change: Callable[[dict], None]) -> tuple[Page, str]:
+    folder.mkdir()
+    write_comparison(folder)
+    file = folder / "comparison.json"
+    document = json.loads(file.read_text())
+    change(document)
+    file.write_text(json.dumps(document))
+    html, text, _ = write_report(folder)
+    return Page(html.read_text()), text.read_text()
+
+
+def test_a_failed_run_is_told_once(tmp_path):
+    """The comparison warned of it while it ran, and the report lists it among what was left out."""
+    why = "the memory of the device is full"
+
+    def warn(document: dict) -> None:
+        failed = [run["id"] for run in document["runs"] if run["status"] == "failed"]
+        message = f"{failed[0]} failed: RW550: {why}; lower --batch-size."
+        document["warnings"] += [{"code": "RW588", "message": message}, {"code": "RW586", "message": "at the edge"}]
+
+    page, text = changed_report(tmp_path / "c", warn)
+    assert page.text.count(why) == text.count(why) == 1
+    assert "at the edge" in page.text
+
+
+def test_the_verdict_does_not_repeat_the_name_above_it(tmp_path):
+    def reason(document: dict) -> None:
+        document["recommendation"] |= {"reason": "DoRA: it is better than LoRA.", "why": "it is better than LoRA."}
+
+    page, text = changed_report(tmp_path / "c", reason)
+    assert "**DoRA.** It is better than LoRA." in text
+    assert "DoRA: it" not in page.text
 
 
 def test_the_json_has_a_flat_record_a_run_and_the_figures(tmp_path):

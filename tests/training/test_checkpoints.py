@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
+import multiprocessing
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -143,38 +143,32 @@ def test_unfinished_ones_are_not_seen_and_are_cleared(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-1", "step-x"]
 
 
-SAVER = """
-import itertools, sys
-from pathlib import Path
-import torch
-from rankwise.training.checkpoints import save_checkpoint, remove_old, list_checkpoints
-from rankwise.training.state import save_state
-folder = Path(sys.argv[1])
-first = max((item.step for item in list_checkpoints(folder)), default=0) + 1
-for step in itertools.count(first):
-    value = torch.full((200_000,), float(step))
-    save_checkpoint(folder, step, lambda path: save_state(path, "optimizer", {"step": step, "value": value}))
-    remove_old(folder, 1)
-    print(step, flush=True)
-"""
+def save_for_ever(folder: Path, said: Connection) -> None:
+    first = max((item.step for item in list_checkpoints(folder)), default=0) + 1
+    for step in itertools.count(first):
+        state = {"step": step, "value": torch.full((200_000,), float(step))}
+        save_checkpoint(folder, step, lambda path, state=state: save_state(path, "optimizer", state))
+        remove_old(folder, 1)
+        said.send(step)
 
 
 def test_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path: Path) -> None:
-    """A process that only saves is killed at random moments, again and again."""
+    """A process that only saves is killed at random moments, again and again.
+
+    It is forked from this one: a new one would import torch for seconds.
+    """
     draw = random.Random(0)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    fork = multiprocessing.get_context("fork")
     last = 0
     for _ in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, env=environment
-        )
-        assert process.stdout is not None
+        said, says = fork.Pipe(duplex=False)
+        process = fork.Process(target=save_for_ever, args=(tmp_path, says), daemon=True)
+        process.start()
         for _ in range(draw.randrange(1, 4)):
-            process.stdout.readline()
+            said.recv()
         time.sleep(draw.random() * 0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process.kill()
+        process.join()
         found = newest_valid(tmp_path, no_damage)
         assert found is not None
         state = load_state(found.path, "optimizer")

@@ -16,6 +16,7 @@ from rankwise.adapters import add_adapter
 from rankwise.config import LoraConfig
 from rankwise.errors import RankwiseWarning, RunError
 from rankwise.training.loss import fused_head_is_right, keeps_positions, loss_from_logits
+from rankwise.training.state import random_states
 from rankwise.training.trainer import RankwiseTrainer
 from tiny_models import tiny_llama
 
@@ -244,7 +245,7 @@ def test_scaler_state_is_json_and_comes_back(make_trainer: Any, tmp_path: Path) 
     trainer = make_trainer(tmp_path / "run", max_steps=1)
     trainer.train()
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    trainer._write_checkpoint(tmp_path)
+    trainer._write_checkpoint(tmp_path, [random_states()])
     assert (tmp_path / "scaler.json").exists()
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
     trainer._load_scaler(str(tmp_path))

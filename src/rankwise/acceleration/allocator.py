@@ -14,11 +14,11 @@ from functools import cache
 
 # Numbers of mallopt's parameters, from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-MMAP_BYTES = 32 << 20
 # Blocks below come from the heap, where they are used again. Rows of ever different lengths would tear holes of larger
 # blocks into it (2.1 GB at the peak of a run that takes 1.8 GB so), and an old glibc takes no more.
-TRIM_BYTES = 1 << 30
+MMAP_BYTES = 32 << 20
 # Free memory at the heap's end that is kept.
+TRIM_BYTES = 1 << 30
 TOP_PAD_BYTES = 64 << 20
 
 # oneDNN generates code for every new number of tokens, and it and torch keep that of the last 1024 products: 6 MB a

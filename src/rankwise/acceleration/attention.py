@@ -123,8 +123,8 @@ def mask_ranges(mask: Tensor) -> Ranges | None:
     return ranges
 
 
-ROWS_AT_ONCE = 512
 # Of rows laid end to end the mask alone is the square of all tokens; whole, its comparisons would be three more.
+ROWS_AT_ONCE = 512
 
 
 @torch.no_grad()

@@ -26,8 +26,8 @@ from rankwise.compat.torch import hooks_around, tree_iter
 from rankwise.compat.transformers import checkpointing_by, checkpointing_of, collects_outputs, is_collecting_hook
 from rankwise.ops.selection import is_traced
 
-UNDERSTOOD = {"use_reentrant", "preserve_rng_state"}
 # Of the options of torch's checkpointing: others ask for what only its own does.
+UNDERSTOOD = {"use_reentrant", "preserve_rng_state"}
 
 
 class Places:

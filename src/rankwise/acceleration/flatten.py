@@ -11,8 +11,8 @@ from rankwise.acceleration.probe import probe
 from rankwise.compat.torch import is_fake
 
 LENGTHS = (3, 4)
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 # Of the largest logit.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
 def flattening_obstacle(model: nn.Module) -> str | None:

@@ -26,16 +26,16 @@ from rankwise.ops.linear_cross_entropy import LogitShape
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-IGNORED = -100
 # The label of a position that is not scored.
-PROBE = (-30.0, -3.0, -0.5, 0.0, 0.25, 2.0, 7.0, 40.0)
+IGNORED = -100
 # Logits that the probing head answers: they tell identity, scale and softcap apart.
+PROBE = (-30.0, -3.0, -0.5, 0.0, 0.25, 2.0, 7.0, 40.0)
 PROBE_LABELS = (0, 3, IGNORED, 5, 1)
-ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 # Names under which models and configurations keep the weight of the loss that balances experts.
+ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 
-_one_at_a_time = RLock()
 # A head that notes its input is one for all threads.
+_one_at_a_time = RLock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Head:
 
     module: nn.Module
     shape: LogitShape
-    loss_function: Any = None
     # The model's own, with which ours was found to agree.
-    router_weight: float | None = 0.0
+    loss_function: Any = None
     # Of the loss that balances experts; None where the model's own loss is another one when that is asked for.
+    router_weight: float | None = 0.0
 
 
 def find_head(model: nn.Module) -> Head | None:

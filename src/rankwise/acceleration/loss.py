@@ -30,10 +30,10 @@ class LossOptions:
     """What ``model(..., loss_options=...)`` may ask of the fused loss."""
 
     label_smoothing: float = 0.0
-    want_stats: bool = False
     # Entropy and hits are counted too.
-    found: list[LossSums] = dataclasses.field(default_factory=list)
+    want_stats: bool = False
     # The sums of each call. A list, because accelerate's autocast wrapper rebuilds the model's output.
+    found: list[LossSums] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,21 +35,21 @@ class Seen:
     layer: AdaptedLayer
     x: Tensor
     y: Tensor
-    grad: bool
     # Whether gradients were recorded.
+    grad: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Acceleration:
     """What was done to a model. Counts of modules; the reasons say what was left alone and why."""
 
-    shared_inputs: int = 0
     # Groups of adapted layers that make one pass over their input.
+    shared_inputs: int = 0
     norms: int = 0
     mlps: int = 0
     ropes: int = 0
-    linears: int = 0
     # Frozen layers without an adapter, whose products PyTorch makes without instructions for them.
+    linears: int = 0
     attention: bool = False
     fused_loss: bool = False
     keeps_memory: bool = False

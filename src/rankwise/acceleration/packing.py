@@ -28,18 +28,18 @@ class Node:
 
     ids: Ids
     parent: int
-    start: int
     # Position of the first token in its path.
-    offset: int
+    start: int
     # Where its first token stands in the tree.
+    offset: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
     """Sequences of one common beginning. ``paths[i]`` gives the tree's columns of sequence i, in order."""
 
-    members: tuple[int, ...]
     # Numbers of the sequences that were given.
+    members: tuple[int, ...]
     nodes: tuple[Node, ...]
     paths: tuple[tuple[int, ...], ...]
 

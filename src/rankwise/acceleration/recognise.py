@@ -25,12 +25,12 @@ from rankwise.compat.transformers import rotary_of, set_rotary
 from rankwise.ops.low_rank_linear import low_rank_linear_of_glu
 from rankwise.ops.selection import is_traced, native_on_cpu, takes_triton
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 # Of the largest value, between a part and its twin.
-STAND_IN = "rankwise_layer"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 # Attribute of another library's adapted layer: the layer of ours that computes in its place.
-NORM_FORMS = ((0, True), (1, False), (0, False))
+STAND_IN = "rankwise_layer"
 # (offset, cast_first) of ops.elementwise.rms_norm, Llama's first.
+NORM_FORMS = ((0, True), (1, False), (0, False))
 ACTIVATIONS = {
     "SiLUActivation": "silu",
     "SiLU": "silu",

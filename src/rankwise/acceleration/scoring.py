@@ -24,23 +24,23 @@ from rankwise.errors import ModelError, warn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROW_TOKENS = 256
 # A row's attention costs its length squared, and short rows waste room: little of either.
+ROW_TOKENS = 256
+# A tree may grow to so many tokens, or of the longest sequences: worked examples before all questions are shared then.
 TREE_TOKENS = 1024
 TREE_SEQUENCES = 3
-# A tree may grow to so many of the longest sequences: worked examples in front of all questions are shared then.
-LOGITS_AT_ONCE = 1 << 25
 # Logits computed together: 128 MiB in float32.
-LOSS_TOKENS, LOSS_LOGITS = 1024, 1 << 22
+LOGITS_AT_ONCE = 1 << 25
 # Of a batch whose loss is wanted: an evaluation during training may not need more memory than a step.
-WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+LOSS_TOKENS, LOSS_LOGITS = 1024, 1 << 22
 # Names under which configurations say how many tokens their local layers see.
-CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-LOW_PRECISION_TOLERANCE = 0.1
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 # Root mean square over tokens of the error relative to 1 + |log p|. Rounding in bfloat16 is about 0.02 of it, and a
 # mask that the model does not honour is off by whole units.
-HEAD_TOLERANCE = 0.02
+CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+LOW_PRECISION_TOLERANCE = 0.1
 # Of a logit: the same sums in the same order, so that only a scaling or capping behind the head shows.
+HEAD_TOLERANCE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +115,11 @@ class Scorer:
         self.pad = pad
         self.logits_at_once = logits_at_once
         self.autocast = autocast
-        self.packs = False
         # Whether the rows of the last plan are packed.
+        self.packs = False
         self.window = window_of(model)
-        self._packing: bool | None = None
         # Whether packed rows are right on this model; found out on the first targets.
+        self._packing: bool | None = None
         self._told = False
 
     def plan(self, targets: Sequence[Target]) -> list[list[Row]]:

@@ -17,10 +17,10 @@ from rankwise.adapters.state import (
     state_and_name,
     wrappers,
 )
-from rankwise.adapters.targets import enabled_parts
+from rankwise.adapters.targets import place_of
 from rankwise.compat.torch import own_parameters
 from rankwise.config import LoraConfig
-from rankwise.matching import LeftOut, pattern_value
+from rankwise.matching import LeftOut, enabled_parts, pattern_value
 from rankwise.quantization.linear import weight_count
 
 DEFAULT_NAME = "default"
@@ -39,8 +39,8 @@ class AdaptedModule:
     r: int
     lora_alpha: float
     parts: tuple[bool, ...] | None = None
-    experts: int | None = None
     # How many are stacked; None for a module.
+    experts: int | None = None
 
     @property
     def path(self) -> str:
@@ -61,8 +61,8 @@ class AdapterReport:
     modules: tuple[AdaptedModule, ...]
     trainable_parameters: int
     total_parameters: int
-    left_out: LeftOut | None = None
     # Stacked experts of a mixture that neither adapt nor train whole.
+    left_out: LeftOut | None = None
 
     def __str__(self) -> str:
         kinds = ", ".join(sorted({module.kind for module in self.modules}))
@@ -131,7 +131,7 @@ def trained_copies(model: nn.Module, name: str) -> Iterator[tuple[str, TrainedCo
 def planned_module(config: LoraConfig, name: str, base: nn.Module) -> AdaptedModule:
     r = pattern_value(config.rank_pattern, name, config.r)
     lora_alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
-    parts = enabled_parts(config, name, base)
+    parts = enabled_parts(config, name, place_of(base))
     return AdaptedModule(name, "DoRA" if config.use_dora else "LoRA", *features(base), r, lora_alpha, parts)
 
 

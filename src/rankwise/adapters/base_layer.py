@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from rankwise.adapters.freshness import Key, frozen_key
 from rankwise.compat.torch import hooks_around, with_own_parts
 
-REPLACED = "rankwise_replaced"
 # Attribute of a module whose forward is ours: the instance's forward before, and the names of what ours finds there.
+REPLACED = "rankwise_replaced"
 
 OTHER_RESULTS = frozenset({"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"})
 """Subclasses of ``nn.Linear`` in transformers whose forward gives something else than W x + b: routers a tuple of

@@ -21,8 +21,8 @@ from rankwise.errors import AdapterError, ConfigError
 from rankwise.records import write_bytes, write_json
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-ATTRIBUTE = "rankwise_baseline"
 # Under which the model holds what trains, so that optimizers and devices find it.
+ATTRIBUTE = "rankwise_baseline"
 TYPES = {"prefix": "PREFIX_TUNING", "bottleneck": "BOTTLENECK"}
 
 

@@ -21,8 +21,8 @@ from torch.nn.functional import gelu, linear
 from rankwise.errors import ConfigError
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 # What sublayers of a block are called in transformers.
+FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 
 
 class Bottleneck(nn.Module):

@@ -41,11 +41,11 @@ from rankwise.adapters.state import (
     unwrapped,
     wrappers,
 )
-from rankwise.adapters.targets import check_enable_lora, module_names, target_names
+from rankwise.adapters.targets import module_names, places_of
 from rankwise.compat.torch import own_parameters
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError
-from rankwise.matching import check_targets, warn_of_experts, warn_of_idle
+from rankwise.matching import check_enable_lora, check_targets, target_names, warn_of_experts, warn_of_idle
 
 Kind = TypeVar("Kind", AdaptedLayer, AdaptedExperts, TrainedCopy)
 
@@ -77,7 +77,9 @@ def plan_adapter(
     stacks = parameter_names(modules, config)
     # An empty list of target_modules leaves the stacks alone to adapt.
     stacks_suffice = bool(stacks) and (is_foreign or not config.target_modules)
-    targets = target_names(modules, _output_head(model), config, may_be_none=stacks_suffice)
+    targets = target_names(
+        config, places_of(modules, _output_head(model)), type(model).__name__, may_be_none=stacks_suffice
+    )
     check_enable_lora(config, targets)
     warn_of_idle(config, there, [*targets, *stacks], targets=is_foreign)
     if not is_foreign:

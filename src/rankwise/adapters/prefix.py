@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from rankwise.errors import ConfigError
 
-CACHE_NAMES = ("cache", "past_key_values")
 # transformers 5.2x renames the argument.
+CACHE_NAMES = ("cache", "past_key_values")
 
 
 class Prefix(nn.Module):

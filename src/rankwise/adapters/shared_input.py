@@ -35,8 +35,8 @@ class Outputs:
     x: weakref.ref[Tensor]
     version: int
     grad: bool
-    waiting: dict[int, Tensor]
     # By id of the member.
+    waiting: dict[int, Tensor]
 
     def are_of(self, x: Tensor) -> bool:
         return self.x() is x and self.version == writes_to(x) and self.grad == torch.is_grad_enabled()
@@ -51,8 +51,8 @@ class SharedInput:
         self._kept: Outputs | None = None
         self._missed = 0
         self._apart = False
-        self._judged = -1
         # Version of the first member's A when it was last decided whether they compute apart.
+        self._judged = -1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
         # Copied layers are no members, and compute apart.

@@ -21,19 +21,19 @@ class AdapterState:
     """Lives on the model as ``rankwise_adapters``."""
 
     configs: dict[str, LoraConfig] = dataclasses.field(default_factory=dict)
-    active: str | None = None
     # The adapter that computes and trains, unless ``disabled``.
+    active: str | None = None
     disabled: bool = False
-    inference_only: set[str] = dataclasses.field(default_factory=set)
     # Adapters loaded with trainable=False: they stay frozen when they become active.
-    base_values: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    inference_only: set[str] = dataclasses.field(default_factory=set)
     # The base's own values of parameters that some adapter replaces (biases, an embedding that came along).
-    replaced: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
+    base_values: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     # Per adapter its values of those parameters, current while it is not at work.
-    merged: list[tuple[str, Wrapper]] | None = None
+    replaced: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
     # The wrapped modules that a reversible merge took out, by name.
-    tied_before_merge: tuple[bool, dict[str, str]] | None = None
+    merged: list[tuple[str, Wrapper]] | None = None
     # What a merge that unties head and embedding changed: config.tie_word_embeddings and all_tied_weights_keys.
+    tied_before_merge: tuple[bool, dict[str, str]] | None = None
 
 
 def adapter_state(model: nn.Module, *, create: bool = False) -> AdapterState:

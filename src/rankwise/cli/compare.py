@@ -18,14 +18,22 @@ from rankwise.cli.tables import light_table, titled
 from rankwise.cli.words import duration
 from rankwise.comparison.settings import SHARED, CompareOptions, CompareSettings, check_compare
 from rankwise.reports.naming import method_name, metric_name
-from rankwise.reports.numbers import byte_size, estimate, plural, short_count, span
-from rankwise.reports.summary import caution
+from rankwise.reports.numbers import difference, plural, span
+from rankwise.reports.summary import caution, cell
 
 if TYPE_CHECKING:
     from rankwise.comparison.runner import Picture
-    from rankwise.comparison.schema import Comparison, Method
     from rankwise.comparison.stages import Job, Outcome
+    from rankwise.reports.schema import Comparison, Method
 
+# Columns of the table after the metric's: the figure's name in the record, and the heading.
+COSTS = {
+    "learning_rate": "rate",
+    "trainable_parameters": "trained",
+    "peak_memory_bytes": "memory",
+    "tokens_per_second": "tokens/s",
+    "wall_seconds": "time",
+}
 PANELS = {
     "Model and data": ("model", "data", "eval_data", "output"),
     "What is compared": (
@@ -126,7 +134,7 @@ def table_of(comparison: Comparison) -> Group:
     title = f"{heading}, mean over seeds" + (" and 95 % interval" if has_intervals else " (one seed: no interval)")
     table = light_table()
     interval = ("interval",) if has_intervals else ()
-    for name in ("method", "", heading, *interval, "rate", "trained", "memory", "tokens/s", "time"):
+    for name in ("method", "", heading, *interval, *COSTS.values()):
         table.add_column(name, justify="left" if name in ("method", "") else "right", no_wrap=True)
     for name in sorted(known, key=lambda name: known[name]["mean"][metric], reverse=better):
         table.add_row(method_name(name), *_cells(known[name], metric, has_intervals))
@@ -134,17 +142,15 @@ def table_of(comparison: Comparison) -> Group:
 
 
 def _cells(item: Method, metric: str, has_intervals: bool) -> Iterator[str]:
+    """The figures as the report shows them."""
     yield item["group"] or ""
-    interval = item["interval"].get(metric)
-    yield estimate(item["mean"][metric], interval)[0]
+    yield cell(item, metric).text
     if has_intervals:
+        interval = item["interval"].get(metric)
         yield span(interval) if interval else "(one seed)"
-    yield f"{item['learning_rate']:g}{'!' if item['learning_rate_at_edge'] else ''}"
-    trained = item["trainable_parameters"]
-    yield short_count(trained) if trained else ""
-    yield byte_size(item["peak_memory_bytes"]) if item["peak_memory_bytes"] else ""
-    yield f"{item['tokens_per_second']:,.0f}" if item["tokens_per_second"] else ""
-    yield duration(item["wall_seconds"]) if item["wall_seconds"] is not None else ""
+    for key in COSTS:
+        found = cell(item, key)
+        yield f"{found.text}{'!' if found.note == 'edge' else ''}"
 
 
 def verdict_lines(comparison: Comparison) -> Iterator[str]:
@@ -159,7 +165,7 @@ def verdict_lines(comparison: Comparison) -> Iterator[str]:
             "cannot tell": f"the runs cannot tell {a} from {b}",
         }[verdict]
         interval = item["interval"]
-        text = estimate(item["difference"], interval)[0]
+        text = difference(item["difference"], interval)[0]
         yield f"{words}: difference {text} ({span(interval)})" if interval else f"{words}: difference {text}"
 
 

@@ -140,16 +140,11 @@ def _proven(
 
 def _load(settings: ExportSettings, name: str, output: Output) -> tuple[Loaded, Rows]:
     from rankwise.cli.export_rows import rows_of
-    from rankwise.evaluation.loading import load_as_trained
+    from rankwise.evaluation.loading import LoadOptions, load_as_trained
 
     with output.waiting("loading the model as it was trained"):
-        loaded = load_as_trained(
-            name,
-            (settings.adapter,),
-            named=settings.model is not None,
-            trust_remote_code=settings.trust_remote_code,
-            revision=settings.revision,
-        )
+        options = LoadOptions(trust_remote_code=settings.trust_remote_code, revision=settings.revision)
+        loaded = load_as_trained(name, (settings.adapter,), options, named=settings.model is not None)
     return loaded, rows_of(settings.adapter, settings.data, loaded.tokenizer)
 
 

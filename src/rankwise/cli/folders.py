@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from rankwise.comparison.schema import BEST_FOLDER, COMPARISON_FILE
 from rankwise.errors import RunError
+from rankwise.reports.schema import BEST_FOLDER, COMPARISON_FILE
 
 
 def refuse_comparisons(folders: Iterable[Path]) -> None:

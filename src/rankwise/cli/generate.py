@@ -187,18 +187,13 @@ def _check_chat(settings: GenerateSettings, wording: Wording) -> None:
 
 def load_speaker(settings: GenerateSettings, name: str, record: RunRecord | None) -> tuple[Speaker, str]:
     """The model with its adapter, on its device, and the device in words."""
-    from rankwise.evaluation.loading import load_as_trained
+    from rankwise.evaluation.loading import LoadOptions, load_as_trained
 
-    loaded = load_as_trained(
-        name,
-        () if settings.adapter is None else (settings.adapter,),
-        named=settings.model is not None,
-        dtype=settings.dtype,
-        quantization=settings.quantization,
-        device=settings.device,
-        trust_remote_code=settings.trust_remote_code,
-        revision=settings.revision,
+    options = LoadOptions(
+        settings.dtype, settings.quantization, settings.device, settings.trust_remote_code, settings.revision
     )
+    adapters = () if settings.adapter is None else (settings.adapter,)
+    loaded = load_as_trained(name, adapters, options, named=settings.model is not None)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
     wording = _wording(settings, record, loaded.tokenizer)
     return Speaker(loaded.model, loaded.tokenizer, wording, settings.adapter is not None, sampling), loaded.device

@@ -55,6 +55,7 @@ from rankwise.errors import (
 )
 from rankwise.known_names import OPTIONS, close_names
 from rankwise.records import WAIT_POLICIES
+from rankwise.training import ranks
 from rankwise.training.interrupt import terminable
 
 VERBS: tuple[Verb, ...] = (
@@ -153,42 +154,47 @@ def _version(name: str) -> str:
 
 
 def _invoke(verb: Verb, settings: Settings, as_json: bool) -> None:
-    if "output" in verb.settings.model_fields:
-        _refuse_several_processes(verb.name)
+    _refuse_several_processes(verb)
     try:
         with terminable(), stdout_for_the_document(as_json=as_json):
             document = verb.run(settings, Output(as_json=as_json))
     except KeyboardInterrupt:
         raise Interrupted("RW543", f"{verb.name} was stopped by Ctrl-C or SIGTERM.") from None
-    if as_json:
+    if as_json and document is not None:
         print_document(document)
 
 
-def _refuse_several_processes(verb: str) -> None:
+def _refuse_several_processes(verb: Verb) -> None:
     """Raise ConfigError (RW117) in each process of a launcher that started several: they would all write the same."""
+    if verb is train.VERB and ranks.place() is not None:
+        return
     # Those that accelerate reads, and SLURM's where ranks were made of its tasks.
     names = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
     if {"RANK", "LOCAL_RANK"} & set(os.environ):
         names.append("SLURM_NTASKS")
     found = {name: os.environ[name] for name in names if os.environ.get(name, "").strip().isdecimal()}
     several = [f"{name}={value}" for name, value in found.items() if int(value) > 1]
-    if several:
+    if several and "output" in verb.settings.model_fields:
+        how = "start it with torchrun or --devices N" if verb is train.VERB else "start it once, without a launcher"
         raise ConfigError(
             "RW117",
-            f"{verb} was started in several processes ({', '.join(several)}), which is not supported yet: each would "
-            "do the whole work and write the same files; start it once, without torchrun, accelerate launch or srun, "
-            "or unset these variables if there is one process.",
+            f"{verb.name} was started in several processes ({', '.join(several)}), and each would do the whole work "
+            f"and write the same files; {how}, or unset these variables if there is one process.",
         )
+    # A variable of torchrun's that holds no number would end in an error of a library.
+    ranks.place()
 
 
 def _report(error: RankwiseError, cause: BaseException, *, as_json: bool) -> int:
     if debugging():
         traceback.print_exception(cause, file=sys.stderr)
+    if not ranks.is_first_to_tell():
+        return error.exit_code
     kind = "interrupted" if isinstance(error, Interrupted) else "error"
     message = print_message(kind, error.code, error.message)
     if as_json:
         try:
-            print_document({"error": {"code": error.code, "message": message}})
+            print_document({"error": {"code": error.code, "kind": type(error).__name__, "message": message}})
         except OSError:
             # It may be stdout that cannot be written.
             _give_up_stdout()

@@ -30,7 +30,8 @@ class Verb:
 
     name: str
     settings: type[Settings]
-    run: Callable[[Any, Output], Mapping[str, Any]]
+    run: Callable[[Any, Output], Mapping[str, Any] | None]
+    # Gives the document of --json; None where another process writes it.
     summary: str
     examples: Sequence[str]
     panels: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)

@@ -209,7 +209,7 @@ def recommendation_lines(plan: Plan, command: str | None) -> Iterator[tuple[str,
     for index, rule in enumerate(advice.reasons):
         yield "because" if index == 0 else "", f"{rule.reason} [{rule.source}]"
     yield "run", command
-    if plan.workload.devices > 1:
+    if plan.workload.strategy == "fsdp":
         yield "alone", one_process(plan.workload)
     yield from (("serve" if index == 0 else "", text) for index, text in enumerate(advice.serving))
 
@@ -225,14 +225,11 @@ def tight_sentence(plan: Plan) -> str:
 
 
 def one_process(work: Workload) -> str:
-    """What the command does, and does not, on several devices."""
-    text = (
-        f"`rankwise train` runs one process on one device and does not start {work.devices}: the sizes are those of a "
-        f"device's share in a training loop of your own under torchrun"
+    """What the command does not do on several devices."""
+    return (
+        f"`rankwise train` does not shard a model over {work.devices} devices yet: the sizes are those of a device's "
+        "share in a training loop of your own under torchrun with fully_shard; the command takes the whole model."
     )
-    if work.strategy == "fsdp":
-        return f"{text} with fully_shard; by itself the command takes the whole model."
-    return f"{text} with DistributedDataParallel; by itself the command takes {work.devices} times as many steps."
 
 
 def larger_card(estimate: MemoryEstimate) -> str:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.words import one_line
 from rankwise.disk import hold
+from rankwise.records import check_writable
 from rankwise.reports.settings import ReportSettings, output_of
-
-if TYPE_CHECKING:
-    from rankwise.comparison.verdicts import Scores
 
 
 def run(settings: ReportSettings, output: Output) -> Mapping[str, Any]:
@@ -21,6 +19,8 @@ def run(settings: ReportSettings, output: Output) -> Mapping[str, Any]:
     from rankwise.reports.folder import read_object
 
     target = output_of(settings)
+    if settings.output is not None:
+        check_writable(target)
     with output.waiting("writing the report"), hold(target):
         if len(settings.folders) == 1:
             files = write_report(settings.folders[0], target)
@@ -37,67 +37,24 @@ def _summarise(target: Path) -> Callable[..., dict[str, Any]]:
     """What the comparison itself computes from runs, for runs that lie in several folders."""
 
     def summarise(document: Mapping[str, Any], place_of: Callable[[Mapping[str, Any]], Path]) -> dict[str, Any]:
-        from rankwise.comparison.collect import metrics_of, scores_of
-        from rankwise.comparison.verdicts import compare_all
+        from rankwise.comparison import summary
+        from rankwise.comparison.collect import metrics_of
 
         runs: list[Any] = [{**run, "folder": str(place_of(run).resolve())} for run in document["runs"]]
-        final = [run for run in runs if run["phase"] == "final" and run["status"] == "finished"]
         better = metrics_of(runs)
-        scores: dict[str, dict[str, Scores]] = {}
-        for metric in better:
-            own = {name: [run for run in final if run["method"] == name] for name in document["methods"]}
-            found = {name: scores_of(Path(), runs_of, metric) for name, runs_of in own.items()}
-            scores[metric] = {name: item for name, item in found.items() if item is not None}
+        scores = summary.scores_by_metric(Path(), document["methods"], runs)
         margin = float(document["settings"].get("margin") or 0.01)
-        differences = [
-            item
-            for metric, by_method in scores.items()
-            for item in compare_all(metric, by_method, higher_is_better=better[metric], relative_margin=margin)
-        ]
-        methods = _methods(document, scores, better, differences)
-        recommendation = _recommend(document, runs, methods, differences, better, margin, target)
+        differences = summary.all_differences(scores, better, margin)
+        methods: dict[str, Any] = {}
+        for name, facts in document["methods"].items():
+            figures = summary.method_figures(name, runs, scores, better)
+            methods[name] = {**facts, **figures, "skipped": None if figures["seeds"] else facts["skipped"]}
+        metric = str(document["primary_metric"])
+        methods = summary.ranked(methods, differences, metric, higher_is_better=better.get(metric, False))
+        recommendation = _recommend(document, runs, methods, differences, margin, target)
         return {"methods": methods, "differences": differences, "recommendation": recommendation}
 
     return summarise
-
-
-def _methods(
-    document: Mapping[str, Any],
-    scores: Mapping[str, Mapping[str, Any]],
-    better: Mapping[str, bool],
-    differences: list[Any],
-) -> dict[str, Any]:
-    """Each method with the figures of all its runs."""
-    from rankwise.comparison.recommendation import pareto_points, pareto_set
-    from rankwise.comparison.statistics import mean_of_seeds
-    from rankwise.comparison.verdicts import tie_groups
-    from rankwise.reports.merging import figures_of
-
-    methods: dict[str, Any] = {}
-    for name, facts in document["methods"].items():
-        values = {metric: _by_seed(by_method[name]) for metric, by_method in scores.items() if name in by_method}
-        means = {metric: mean_of_seeds(list(by_seed.values())) for metric, by_seed in values.items()}
-        intervals = {metric: mean.interval() for metric, mean in means.items()}
-        methods[name] = {
-            **facts,
-            **figures_of(document, name),
-            "mean": {metric: mean.mean for metric, mean in means.items()},
-            "interval": {metric: None if pair is None else list(pair) for metric, pair in intervals.items()},
-            "seed_sd": {metric: mean.seed_sd for metric, mean in means.items()},
-            "per_seed": values,
-            "higher_is_better": {metric: better[metric] for metric in means},
-        }
-    metric = str(document["primary_metric"])
-    points = pareto_points(methods, metric)
-    higher = better.get(metric, False)
-    best = pareto_set(points, higher_is_better=higher)
-    order = sorted((point["quality"] * (-1 if higher else 1), point["method"]) for point in points)
-    groups = tie_groups([name for _, name in order], [item for item in differences if item["metric"] == metric])
-    return {name: {**facts, "group": groups.get(name), "pareto": name in best} for name, facts in methods.items()}
-
-
-def _by_seed(scores: Scores) -> dict[str, float]:
-    return {str(seed): scores.values[seed] for seed in sorted(scores.values)}
 
 
 def _recommend(
@@ -105,18 +62,18 @@ def _recommend(
     runs: list[Any],
     methods: Mapping[str, Any],
     differences: list[Any],
-    better: Mapping[str, bool],
     margin: float,
     target: Path,
 ) -> dict[str, Any]:
     """The recommendation over all runs, with its settings written to ``target``."""
+    from rankwise.comparison.collect import metrics_of
     from rankwise.comparison.finish import best_run, recommended_yaml
     from rankwise.comparison.recommendation import recommend
-    from rankwise.comparison.schema import RECOMMENDED_FILE
     from rankwise.records import write_text
+    from rankwise.reports.schema import RECOMMENDED_FILE
 
     metric = str(document["primary_metric"])
-    higher = better.get(metric, False)
+    higher = metrics_of(runs).get(metric, False)
     limits = document["recommendation"].get("limits") or {}
     found = recommend(
         methods,

@@ -83,7 +83,9 @@ def _vicuna(settings: ScoreSettings, output: Output) -> Mapping[str, Any]:
     _line(output, "ratings", f"{score.count:,} used, {score.failed:,} failed")
     for name in ("reference_first", "system_first", "mean"):
         value = document[name]
-        text = "not rated" if value is None else f"{value:.2f} % of the reference"
+        text = (
+            "none: no rating, or none but 0 for the reference" if value is None else f"{value:.2f} % of the reference"
+        )
         _line(output, name.replace("_", " "), text)
     return document
 

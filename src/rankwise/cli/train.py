@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.cli.glance import check_paths
+from rankwise.cli.launch import continued, launch
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Output
 from rankwise.cli.progress import watching
@@ -15,9 +17,11 @@ from rankwise.config import TrainSettings
 from rankwise.errors import DataError, RunError, is_out_of_memory
 from rankwise.records import RunRecord, load_record, read_metrics
 from rankwise.reports.numbers import byte_size
+from rankwise.training import ranks
 
 if TYPE_CHECKING:
     from rankwise.planning.guard import MemoryGuard
+    from rankwise.training.observer import Observer
 
 SERVED = ("lora", "qlora", "dora", "qdora", "full")
 # Methods whose result `generate` loads; the baselines are there to be compared.
@@ -71,6 +75,8 @@ PANELS = {
     ),
     "Device, memory and speed": (
         "device",
+        "devices",
+        "strategy",
         "dtype",
         "fast",
         "gradient_checkpointing",
@@ -144,17 +150,26 @@ def _found_again(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(path) for name, path in paths.items() if path.exists()}
 
 
-def run(settings: TrainSettings, output: Output) -> Mapping[str, Any]:
+def run(settings: TrainSettings, output: Output) -> Mapping[str, Any] | None:
+    """None where the document is another process's: the launched ones', or that of the one that writes."""
     from rankwise.training.output import check_output
 
     check_paths(model=settings.model, data=(settings.data, settings.eval_data), output=settings.output)
+    settings = continued(settings)
     # Again in the run, which other programs start too; here it comes before torch is loaded.
     check_output(settings.output, resume=settings.resume, overwrite=settings.overwrite)
+    where = ranks.place()
+    processes = settings.devices or 1
+    if where is None and processes > 1:
+        ranks.check_processes(settings, processes)
+        launch(settings, as_json=output.as_json)
+        return None
+    output.console.quiet = not ranks.is_writer()
     from rankwise.training.run import train
 
     guard = _guard(settings, output)
     try:
-        with watching(output, every=settings.logging_steps) as observer:
+        with watching(output, every=settings.logging_steps) if ranks.is_writer() else _unwatched() as observer:
             record = train(settings, observer, guard)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -162,14 +177,29 @@ def run(settings: TrainSettings, output: Output) -> Mapping[str, Any]:
         raise _out_of_memory(error, guard) from error
     for label, text in summary(settings.output, record):
         output.line(f"{label:<12}{text}")
-    return {"output": str(settings.output)} | record.to_json()
+    return {"output": str(settings.output)} | record.to_json() if ranks.is_writer() else None
+
+
+@contextlib.contextmanager
+def _unwatched() -> Iterator[Observer]:
+    from rankwise.training.observer import SilentObserver
+
+    yield SilentObserver()
 
 
 def _guard(settings: TrainSettings, output: Output) -> MemoryGuard:
     from rankwise.planning.guard import MemoryGuard
     from rankwise.training.meters import anonymous_memory_bytes
 
-    return MemoryGuard(settings.model_dump(), output.line, anonymous_memory_bytes, ignore=settings.ignore_plan)
+    where = ranks.place()
+    started = {} if where is None else {"devices": where.count}
+    return MemoryGuard(
+        settings.model_dump() | started,
+        output.line,
+        anonymous_memory_bytes,
+        ignore=settings.ignore_plan,
+        sharers=1 if where is None else where.local_count,
+    )
 
 
 def _out_of_memory(error: BaseException, guard: MemoryGuard) -> RunError:

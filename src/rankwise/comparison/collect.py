@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -11,13 +12,13 @@ from typing import Any
 from rankwise.comparison.matrix import Cell
 from rankwise.comparison.measure_files import FACTS_FILE, PERPLEXITY
 from rankwise.comparison.schedule import Plan, state_of
-from rankwise.comparison.schema import EVAL_LOSS, EVALUATION_FOLDER, Message, Run, Status
 from rankwise.comparison.stages import INTERRUPTED_CODES, Job, Stage, outcome_of
 from rankwise.comparison.verdicts import Scores
 from rankwise.errors import RunError
 from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE
 from rankwise.foreign import read_object
 from rankwise.records import RUN_FILE, load_record
+from rankwise.reports.schema import EVAL_LOSS, EVALUATION_FOLDER, Message, Phase, Run, Status
 
 
 def collect_runs(plan: Plan) -> list[Run]:
@@ -38,7 +39,7 @@ def _is_there(output: Path, cell: Cell) -> bool:
     return outcome_of(Job("train", cell), output) is not None
 
 
-def _run(plan: Plan, cell: Cell, phase: Any, skipped: Mapping[str, str] | None) -> Run:
+def _run(plan: Plan, cell: Cell, phase: Phase, skipped: Mapping[str, str] | None) -> Run:
     folder = cell.folder(plan.output)
     record = _record(folder) if (folder / RUN_FILE).is_file() else None
     error, finished = _error(plan, cell)
@@ -109,25 +110,33 @@ def metrics_of(runs: Sequence[Run]) -> dict[str, bool]:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class _Examples:
+    ids: list[str]
+    values: list[float]
+    weights: list[float] | None
+    clusters: list[str] | None
+
+
 def scores_of(output: Path, runs: Sequence[Run], metric: str) -> Scores | None:
     """One method's final, finished runs on a metric; None where none has it."""
     values: dict[int, float] = {}
     examples: dict[int, list[float]] = {}
-    ids: list[str] = []
-    weights: list[float] | None = None
-    clusters: list[Any] | None = None
+    first: _Examples | None = None
     for run in runs:
         value = value_of(run, metric)
         if value is None:
             continue
         values[run["seed"]] = value
         read = _examples(output / run["folder"], metric, value)
-        if read is not None and (not ids or read[0] == ids):
-            ids, examples[run["seed"]], weights, clusters = read
+        if read is not None and (first is None or read.ids == first.ids):
+            first = first or read
+            examples[run["seed"]] = read.values
     if not values:
         return None
-    complete = set(examples) == set(values)
-    return Scores(values, examples, ids, weights, clusters) if complete else Scores(values)
+    if first is None or set(examples) != set(values):
+        return Scores(values)
+    return Scores(values, examples, first.ids, first.weights, first.clusters)
 
 
 def value_of(run: Run, metric: str) -> float | None:
@@ -141,10 +150,8 @@ def value_of(run: Run, metric: str) -> float | None:
     return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
 
 
-def _examples(
-    folder: Path, metric: str, value: float
-) -> tuple[list[str], list[float], list[float] | None, list[Any] | None] | None:
-    """(ids, values, weights, clusters) when the metric is the mean of the examples' own scores; else None."""
+def _examples(folder: Path, metric: str, value: float) -> _Examples | None:
+    """The examples' own scores where the metric is their mean; else None."""
     task, _, name = (PERPLEXITY, ".", "loss") if metric == EVAL_LOSS else metric.partition(".")
     path = folder / EVALUATION_FOLDER / task / EXAMPLES_FILE
     if not path.is_file():
@@ -158,10 +165,8 @@ def _examples(
     weights = [float(row["scores"]["tokens"]) for row in rows] if task == PERPLEXITY else None
     total = sum(weights) if weights else len(found)
     mean = sum(x * w for x, w in zip(found, weights or [1.0] * len(found))) / total
-    # Accuracies may be given in per cent over examples of 0 and 1.
-    scale = next((scale for scale in (1.0, 100.0) if abs(mean * scale - value) <= 1e-6 * max(1.0, abs(value))), None)
-    if scale is None:
+    if abs(mean - value) > 1e-6 * max(1.0, abs(value)):
         return None
     names = [row.get("cluster") for row in rows]
     clusters = [row["id"] if name is None else f"cluster {name}" for row, name in zip(rows, names)]
-    return [row["id"] for row in rows], [x * scale for x in found], weights, clusters if any(names) else None
+    return _Examples([row["id"] for row in rows], found, weights, clusters if any(names) else None)

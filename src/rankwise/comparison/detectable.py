@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping
 from statistics import fmean
 
-from rankwise.comparison.schema import EVAL_LOSS, MinimumDetectableEffect
 from rankwise.comparison.settings import CompareOptions
 from rankwise.comparison.statistics import POWER, minimum_detectable_effect, pooled, spread_parts
 from rankwise.comparison.verdicts import Scores, estimate_difference
+from rankwise.reports.schema import EVAL_LOSS, MinimumDetectableEffect
 
 
 def detectable_effect(

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.comparison.collect import read_json, value_of
-from rankwise.comparison.schema import (
+from rankwise.config import TrainSettings
+from rankwise.disk import discard_folder, whole_folder
+from rankwise.records import write_text
+from rankwise.reports.schema import (
     BEST_FOLDER,
     COMPARISON_FILE,
     MERGED_FOLDER,
@@ -17,9 +20,6 @@ from rankwise.comparison.schema import (
     Recommendation,
     Run,
 )
-from rankwise.config import TrainSettings
-from rankwise.disk import discard_folder, whole_folder
-from rankwise.records import write_text
 
 LEFT_OUT = ("checkpoints", "evaluation", "runs")
 NOT_SETTINGS = {"output", "cache", "resume", "overwrite"}

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rankwise.comparison.schema import BEST_FOLDER, MERGED_FOLDER
 from rankwise.comparison.settings import SAME_RUNS, SHARED, CompareOptions
 from rankwise.disk import refuse_links
 from rankwise.errors import RunError
 from rankwise.foreign import checked, read_json, reason_of
 from rankwise.records import write_json
+from rankwise.reports.schema import BEST_FOLDER, MERGED_FOLDER
 
 SETTINGS_FILE = "settings.json"
 NEUTRAL = {"device", "ignore_plan", "logging_steps", "save_steps", "save_total_limit", "trust_remote_code"}

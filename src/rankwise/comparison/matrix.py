@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.comparison.schema import RUNS_FOLDER
 from rankwise.config import idle_options
+from rankwise.reports.schema import RUNS_FOLDER
 
 
 @dataclasses.dataclass(frozen=True)

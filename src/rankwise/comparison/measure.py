@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.comparison.measure_files import FACTS_FILE, MERGEABLE, PERPLEXITY
-from rankwise.comparison.schema import EVALUATION_FOLDER, MergedCheck
 from rankwise.comparison.tasks import make_tasks
 from rankwise.config import BASELINES
 from rankwise.data import Rows, read_rows, read_template
@@ -32,6 +31,7 @@ from rankwise.evaluation.tasks.base import Task
 from rankwise.export.rounding import is_more_than_rounding, rounding_cost
 from rankwise.models.positions import answer_room
 from rankwise.records import RunRecord, load_record, write_json
+from rankwise.reports.schema import EVALUATION_FOLDER, MergedCheck
 
 ANSWERED = 12
 # Rows that the model also answers, for people to read.
@@ -98,20 +98,20 @@ def run_task(
     """``rankwise evaluate`` on a model that is loaded: the same files. ``answers`` are predictions by example."""
     place = folder / EVALUATION_FOLDER / task.name
     settings = {"task": task.name, "data_sha256": task.data_sha256, "task_settings": task.describe()}
-    _open(place, settings)
     adapter = None if job["method"] is None else folder
-    result, _ = answer_task(task, engine, place, settings, model=job["model"], adapter=adapter, answers=answers)
+    opened = _open(place, settings)
+    result, _ = answer_task(task, engine, opened, model=job["model"], adapter=adapter, answers=answers)
     return result
 
 
-def _open(place: Path, settings: Mapping[str, Any]) -> None:
+def _open(place: Path, settings: Mapping[str, Any]) -> journal.Opened:
     """Whether an older result still stands was decided when this step was started; what is of another kind goes."""
     try:
-        journal.open_folder(place, settings, overwrite=False)
+        return journal.open_folder(place, settings, overwrite=False)
     except RunError as error:
         if error.code != "RW570":
             raise
-        journal.open_folder(place, settings, overwrite=True)
+        return journal.open_folder(place, settings, overwrite=True)
 
 
 def load_run(job: Mapping[str, Any]) -> tuple[Any, Any]:

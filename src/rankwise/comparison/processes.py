@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import fcntl
 import json
 import os
 import signal
@@ -17,9 +16,22 @@ from pathlib import Path
 from typing import IO, Any
 
 from rankwise.comparison.stages import beside
+from rankwise.errors import RunError
 
-PR_SET_PDEATHSIG = 1
 # Linux's prctl: which signal a process gets when its parent dies.
+PR_SET_PDEATHSIG = 1
+
+
+def check_system() -> None:
+    """Raise RunError (RW599) where files have no locks, and processes no signals, as POSIX knows them."""
+    try:
+        import fcntl  # noqa: F401
+    except ImportError:
+        raise RunError(
+            "RW599",
+            f"rankwise compare starts and stops its runs as POSIX systems do, and this one ({sys.platform}) is none; "
+            "use Linux, macOS, or the Windows Subsystem for Linux (WSL).",
+        ) from None
 
 
 @dataclasses.dataclass
@@ -55,6 +67,8 @@ def start(module: str, arguments: Sequence[str], name: Path, environment: Mappin
 
     The process holds the lock of ``NAME.lock`` and inherits no terminal signals: whoever started it decides.
     """
+    import fcntl
+
     name.parent.mkdir(parents=True, exist_ok=True)
     stdout = beside(name, ".out")
     with open(stdout, "wb") as out, open(beside(name, ".log"), "ab") as log, _lock_file(name) as lock:
@@ -75,6 +89,8 @@ def start(module: str, arguments: Sequence[str], name: Path, environment: Mappin
 
 def is_locked(name: Path) -> bool:
     """Whether a process of an earlier call still works on it."""
+    import fcntl
+
     with _lock_file(name) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from rankwise.comparison.schema import Difference, Method, ParetoPoint, Recommendation
 from rankwise.config import BASELINES, DORA
+from rankwise.reports.costs import Range, is_above, memory_range, seconds_range
 from rankwise.reports.naming import long_name, metric_in_sentence
 from rankwise.reports.numbers import byte_size, capital, duration, listed, plural, significant
+from rankwise.reports.schema import Difference, Method, ParetoPoint, Recommendation
 
-MEMORY_TOLERANCE = 0.05
-# Peaks that lie closer are equal: the peak of a run is that of its largest batch, which another seed draws otherwise,
-# and the plan is not more exact.
-REFUSED_BY_SERVERS = (*DORA, *BASELINES)
 # vLLM and SGLang take the adapters of LoRA and refuse these.
-
-Range = tuple[float, float]
+REFUSED_BY_SERVERS = (*DORA, *BASELINES)
 
 
 def pareto_points(methods: Mapping[str, Method], metric: str) -> list[ParetoPoint]:
@@ -33,10 +30,20 @@ def pareto_points(methods: Mapping[str, Method], metric: str) -> list[ParetoPoin
     ]
 
 
-def pareto_set(points: Sequence[ParetoPoint], *, higher_is_better: bool) -> set[str]:
-    """Those that no other one beats: at least as good in quality, memory and time, and better in one of them."""
-    keys = {point["method"]: _costs(point, higher_is_better) for point in points}
-    return {name for name, own in keys.items() if not any(_dominates(other, own) for other in keys.values())}
+def pareto_set(methods: Mapping[str, Method], metric: str, *, higher_is_better: bool) -> set[str]:
+    """Those with a figure that no other one beats: in quality, memory and time nowhere worse, and better in one.
+
+    Memory and time count only where the ranges over seeds part, as in the recommendation.
+    """
+    sign = -1 if higher_is_better else 1
+    names = [name for name, item in methods.items() if metric in item["mean"]]
+
+    def is_worse(a: str, b: str) -> bool:
+        """In at least one of the three."""
+        costs = [is_above(cost(methods[a]), cost(methods[b])) for cost in (memory_range, seconds_range)]
+        return any([sign * methods[a]["mean"][metric] > sign * methods[b]["mean"][metric], *costs])
+
+    return {name for name in names if not any(is_worse(name, other) and not is_worse(other, name) for other in names)}
 
 
 def recommend(
@@ -62,7 +69,8 @@ def recommend(
     fitting = [point for point in usable if _fits(point, memory_bytes, hours)]
     base = _empty(metric, memory_bytes, hours, points)
     if not fitting:
-        return {**base, "reason": _nothing_fits(points, memory_bytes, hours)}
+        nothing = _nothing_fits(points, memory_bytes, hours)
+        return {**base, "reason": nothing, "why": nothing}
     quality = {point["method"]: -point["quality"] if higher_is_better else point["quality"] for point in fitting}
     best = min(fitting, key=lambda point: (quality[point["method"]], point["method"]))
     tied = [point for point in fitting if point is best or _is_tied(best, point, metric, margin, differences)]
@@ -75,11 +83,16 @@ def recommend(
         for found in [_tested(best["method"], point["method"], metric, differences)]
     }
     limits = _limits(memory_bytes, hours)
-    where = f", of the {plural(len(fitting), 'method')} within {limits}" if limits else ""
-    name = f"{capital(long_name(chosen))}{where}"
-    reason = f"{name}{_reason(chosen, best['method'], names, verdicts, why)}{_figures(methods[chosen], metric)}"
-    others = [name for name in names if name != chosen]
-    return {**base, "method": chosen, "reason": f"{reason}{_failures(methods[chosen])}.", "ties": others}
+    where = f"of the {plural(len(fitting), 'method')} within {limits}" if limits else ""
+    told = f"{_reason(chosen, best['method'], names, verdicts, why)}{_figures(methods[chosen], metric)}"
+    told += f"{_failures(methods[chosen])}."
+    return {
+        **base,
+        "method": chosen,
+        "reason": f"{capital(long_name(chosen))}{', ' + where if where else ''}: {told}",
+        "why": f"{where}: {told}" if where else told,
+        "ties": [name for name in names if name != chosen],
+    }
 
 
 def cheapest(names: Sequence[str], methods: Mapping[str, Method]) -> tuple[str, list[str]]:
@@ -89,18 +102,18 @@ def cheapest(names: Sequence[str], methods: Mapping[str, Method]) -> tuple[str, 
     two methods, and their order does not matter. ``names`` come best first; the first one left is taken.
     """
     left = list(names)
-    why: list[tuple[list[str], str, tuple[str, str]]] = []
-    for ranges, words in _costs_in_order(methods):
-        known = {name: pair for name in left if (pair := ranges(name)) is not None}
+    why: list[tuple[list[str], str, _Cost]] = []
+    for cost in _COSTS:
+        known = {name: pair for name in left if (pair := cost.range_of(name, methods[name])) is not None}
         if len(known) < 2:
             continue
         least = min(known, key=lambda name: (known[name][1], name))
-        out = [name for name, (low, _) in known.items() if low > known[least][1]]
+        out = [name for name in known if is_above(known[name], known[least])]
         if out:
-            why.append((out, least, words))
+            why.append((out, least, cost))
             left = [name for name in left if name not in out]
     chosen = left[0]
-    said = [_against(out, least, words, chosen) for out, least, words in why]
+    said = [_against(out, least, cost, chosen) for out, least, cost in why]
     if len(left) > 1:
         said.append(f"nothing in cost parts it from {listed(map(long_name, left[1:]))}, whose mean is worse")
     if methods[chosen]["seeds"] < 2:
@@ -108,44 +121,46 @@ def cheapest(names: Sequence[str], methods: Mapping[str, Method]) -> tuple[str, 
     return chosen, said
 
 
-def _costs_in_order(methods: Mapping[str, Method]) -> list[tuple[Callable[[str], Range | None], tuple[str, str]]]:
-    """(range of a method, what is said of one method and of several that have more)."""
+@dataclasses.dataclass(frozen=True)
+class _Cost:
+    """What a method costs, and what is said of one method and of several that cost more."""
 
-    def seconds(name: str) -> Range | None:
-        found = methods[name].get("ranges", {}).get("wall_seconds")
-        # One measurement has no range.
-        return (found[0], found[1]) if found and methods[name]["seeds"] > 1 else None
-
-    def memory(name: str) -> Range | None:
-        peak = methods[name]["peak_memory_bytes"]
-        low, high = methods[name].get("ranges", {}).get("peak_memory_bytes") or (peak, peak)
-        return None if low is None or high is None else (low / (1 + MEMORY_TOLERANCE), high)
-
-    def parameters(name: str) -> Range | None:
-        count = methods[name].get("trainable_parameters")
-        return None if count is None else (count, count)
-
-    def refusals(name: str) -> Range:
-        is_refused = name in REFUSED_BY_SERVERS
-        return is_refused, is_refused
-
-    return [
-        (seconds, ("takes longer", "take longer")),
-        (memory, ("needs more memory", "need more memory")),
-        (parameters, ("trains more parameters", "train more parameters")),
-        (refusals, ("is refused by vLLM and SGLang", "are refused by vLLM and SGLang")),
-    ]
+    range_of: Callable[[str, Method], Range | None]
+    one: str
+    several: str
+    # Whether it is said beside which method.
+    is_relative: bool = True
 
 
-def _against(out: Sequence[str], least: str, words: tuple[str, str], chosen: str) -> str:
-    text = f"{listed(map(long_name, out))} {words[len(out) > 1]}"
-    return text if least == chosen or "refused" in text else f"{text} than {long_name(least)}"
+def _parameters(name: str, method: Method) -> Range | None:
+    count = method.get("trainable_parameters")
+    return None if count is None else (count, count)
+
+
+def _refusals(name: str, method: Method) -> Range:
+    is_refused = name in REFUSED_BY_SERVERS
+    return is_refused, is_refused
+
+
+# In the order in which they decide.
+_COSTS = (
+    _Cost(lambda _, method: seconds_range(method), "takes longer", "take longer"),
+    _Cost(lambda _, method: memory_range(method), "needs more memory", "need more memory"),
+    _Cost(_parameters, "trains more parameters", "train more parameters"),
+    _Cost(_refusals, "is refused by vLLM and SGLang", "are refused by vLLM and SGLang", is_relative=False),
+)
+
+
+def _against(out: Sequence[str], least: str, cost: _Cost, chosen: str) -> str:
+    text = f"{listed(map(long_name, out))} {cost.several if len(out) > 1 else cost.one}"
+    return text if least == chosen or not cost.is_relative else f"{text} than {long_name(least)}"
 
 
 def _empty(metric: str, memory: int | None, hours: float | None, points: list[ParetoPoint]) -> Recommendation:
     return {
         "method": None,
         "reason": "",
+        "why": "",
         "config": None,
         "command": None,
         "run": None,
@@ -157,15 +172,6 @@ def _empty(metric: str, memory: int | None, hours: float | None, points: list[Pa
         "ties": [],
         "pareto": points,
     }
-
-
-def _costs(point: ParetoPoint, higher_is_better: bool) -> tuple[float, float, float]:
-    quality = -point["quality"] if higher_is_better else point["quality"]
-    return quality, point["peak_memory_bytes"] or math.inf, point["wall_seconds"] or math.inf
-
-
-def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return all(x <= y for x, y in zip(a, b)) and a != b
 
 
 def _fits(point: ParetoPoint, memory: int | None, hours: float | None) -> bool:
@@ -207,16 +213,16 @@ def _nothing_fits(points: Sequence[ParetoPoint], memory: int | None, hours: floa
 def _reason(chosen: str, best: str, tied: Sequence[str], verdicts: Mapping[str, str | None], why: Sequence[str]) -> str:
     """What follows the name: the verdicts in their own words, then what decided where no verdict does."""
     if not verdicts:
-        return " is the only method with a result"
+        return "it is the only method with a result"
     if len(tied) > 1:
-        return f": {_ties(chosen, best, tied, verdicts)}; {', and '.join(why)}"
+        return f"{_ties(chosen, best, tied, verdicts)}; {', and '.join(why)}"
     tested = [name for name in sorted(verdicts) if verdicts[name] is not None]
     untested = [name for name in sorted(verdicts) if verdicts[name] is None]
     parts = [f"it is better than {listed(map(long_name, tested))}"] if tested else []
     if untested:
         names = listed(map(long_name, untested))
         parts.append(f"on one seed, which cannot tell luck from merit, its figure is better than that of {names}")
-    return f": {listed(parts)}"
+    return listed(parts)
 
 
 def _ties(chosen: str, best: str, tied: Sequence[str], verdicts: Mapping[str, str | None]) -> str:

@@ -17,8 +17,9 @@ from rankwise.comparison.commands import Commands
 from rankwise.comparison.detectable import detectable_effect
 from rankwise.comparison.folder import SETTINGS_FILE, check_folder, check_same
 from rankwise.comparison.inputs import Inputs, check_adapter, prepare_inputs
-from rankwise.comparison.matrix import Cell, planned_runs
+from rankwise.comparison.matrix import planned_runs
 from rankwise.comparison.measure_files import MERGEABLE, PERPLEXITY
+from rankwise.comparison.processes import check_system
 from rankwise.comparison.recommendation import recommend
 from rankwise.comparison.runner import (
     STATE_FILE,
@@ -29,8 +30,18 @@ from rankwise.comparison.runner import (
     forget_unfinished,
     seconds_spent,
 )
-from rankwise.comparison.schedule import Plan, jobs_left, jobs_to_do, probe_of
-from rankwise.comparison.schema import (
+from rankwise.comparison.schedule import Plan, jobs_left, jobs_to_do, possible_jobs, probe_of
+from rankwise.comparison.settings import CompareOptions, CompareSettings, check_compare, shared_training
+from rankwise.comparison.stages import Job
+from rankwise.comparison.statistics import CONFIDENCE
+from rankwise.comparison.summary import all_differences, all_methods, ranked, scores_by_metric, searches
+from rankwise.comparison.tasks import make_tasks
+from rankwise.config import FOUR_BITS, idle_options
+from rankwise.disk import coded_errors, discard_folder, hold, remove_strays
+from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, warn
+from rankwise.records import write_json
+from rankwise.reports.numbers import percent, plural, significant
+from rankwise.reports.schema import (
     BEST_FOLDER,
     COMPARISON_FILE,
     EVAL_LOSS,
@@ -42,28 +53,20 @@ from rankwise.comparison.schema import (
     MinimumDetectableEffect,
     Run,
 )
-from rankwise.comparison.settings import CompareOptions, CompareSettings, check_compare, shared_training
-from rankwise.comparison.stages import Job
-from rankwise.comparison.statistics import CONFIDENCE
-from rankwise.comparison.summary import all_differences, all_methods, scores_by_metric, searches
-from rankwise.comparison.tasks import make_tasks
-from rankwise.config import FOUR_BITS, idle_options
-from rankwise.disk import coded_errors, discard_folder, hold, remove_strays
-from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, warn
-from rankwise.records import write_json
-from rankwise.reports.numbers import percent, plural, significant
 
-ENDINGS = (".in", ".json", ".yaml")
 # Of the files of a job in ``DIR/cells`` that are written whole.
+ENDINGS = (".in", ".json", ".yaml")
 
 
 def compare(given: CompareOptions, watcher: Watcher) -> Comparison:
     """Run what is missing in ``given.output``, then write ``comparison.json`` and what it recommends.
 
     Raises ConfigError (RW165 to RW168), RunError: RW580 a folder of other settings, RW581 a folder of something else,
-    RW551 a file cannot be written, RW582 another call works in it, RW584 no run finished; Interrupted (RW587).
+    RW551 a file cannot be written, RW582 another call works in it, RW584 no run finished, RW599 a system that is not
+    POSIX; Interrupted (RW587).
     """
     check_compare(given)
+    check_system()
     told: list[Message] = []
     with hold(given.output), coded_errors(given.output, "and the same command continues"), _told(told):
         check_folder(given.output)
@@ -80,7 +83,7 @@ def compare(given: CompareOptions, watcher: Watcher) -> Comparison:
                 shutil.rmtree(given.output)
             raise
         plan = _plan(given)
-        before = scores_by_metric(plan, collect_runs(plan)).get(given.metric, {})
+        before = scores_by_metric(plan.output, plan.methods, collect_runs(plan)).get(given.metric, {})
         effect = detectable_effect(given, before, seeds=given.seeds, rows=inputs.eval_rows)
         _announce(given, inputs, effect, watcher)
         try:
@@ -159,7 +162,7 @@ def _carry_out(given: CompareOptions, plan: Plan, inputs: Inputs, watcher: Watch
     commands = Commands(given, plan, inputs)
     first = [Job("prepare", None)]
     probes = [probe_of(plan, method) for method in plan.methods] if given.minutes else []
-    known = [*first, *probes, *_known_jobs(plan)]
+    known = [*first, *probes, *possible_jobs(plan)]
     names = [job.name(plan.output).name + ending for job in (*known, *jobs_left(plan)) for ending in ENDINGS]
     remove_strays(plan.output / "cells", names)
     forget_unfinished(plan.output, known, retry=given.retry)
@@ -177,19 +180,6 @@ def _open_jobs(jobs: Sequence[Job], plan: Plan) -> list[Job]:
     return [job for job in jobs if stages.outcome_of(job, plan.output) is None]
 
 
-def _known_jobs(plan: Plan) -> Iterator[Job]:
-    """Every job that may have an outcome."""
-    for path in sorted((plan.output / "cells").glob("*.json")):
-        name, _, stage = path.stem.rpartition(".")
-        method, _, rest = name.partition("-lr")
-        rate, _, seed = rest.rpartition("-seed")
-        if name == stages.BASE:
-            yield Job(stage, None)  # type: ignore[arg-type]
-        elif rate:
-            number, _, short = seed.partition("-")
-            yield Job(stage, Cell(method, float(rate), int(number), short == "short"))  # type: ignore[arg-type]
-
-
 def _conclude(
     given: CompareOptions,
     plan: Plan,
@@ -204,9 +194,10 @@ def _conclude(
     better = metrics_of(runs)
     if given.metric not in better:
         raise RunError("RW589", f"--metric {given.metric} was not measured; there are {', '.join(better)}.")
-    scores = scores_by_metric(plan, runs)
+    scores = scores_by_metric(plan.output, plan.methods, runs)
     differences = all_differences(scores, better, given.margin)
-    methods = all_methods(plan, runs, scores, differences, metric=given.metric)
+    methods = all_methods(plan, runs, scores)
+    methods = ranked(methods, differences, given.metric, higher_is_better=better[given.metric])
     _warn_of_edges_and_failures(runs, methods)
     _warn_of_shared_steps(plan)
     found = recommend(
@@ -323,8 +314,7 @@ def _seconds(plan: Plan, jobs: int, clock: Clock) -> dict[str, float]:
     """Of all calls: total, the processes' own, and what the comparison itself added."""
     clock.keep(now=True)
     total = seconds_spent(plan.output)
-    outcomes = [stages.outcome_of(job, plan.output) for job in _known_jobs(plan)]
-    runs = sum(outcome.seconds for outcome in outcomes if outcome is not None)
+    runs = stages.seconds_of_all(plan.output)
     return {"total": total, "runs": round(runs, 3), "overhead": round(total - runs / jobs, 3)}
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rankwise.comparison.matrix import Cell, choose_rate, final_cells, search_cells
-from rankwise.comparison.schema import RateSearch, SearchedRate
-from rankwise.comparison.stages import Job, Outcome, Stage, is_skip, outcome_of
+from rankwise.comparison.stages import Job, Outcome, Stage, outcome_of
 from rankwise.errors import RunError
 from rankwise.records import RunRecord, load_record
+from rankwise.reports.schema import RateSearch, SearchedRate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,17 @@ def jobs_left(plan: Plan) -> list[Job]:
     return left + [Job(stage, None) for stage in _open_stages(plan, None) if plan.base]
 
 
+def possible_jobs(plan: Plan) -> Iterator[Job]:
+    """The jobs begun by earlier calls that this plan may lead to, whichever learning rates are chosen."""
+    begun = {path.name.rpartition(".")[0] for path in (plan.output / "cells").glob("*")}
+    cells: list[Cell | None] = [None]
+    for method in plan.methods:
+        cells += search_cells(method, plan.rates, short=plan.short)
+        cells += [cell for rate in plan.rates for cell in final_cells(method, rate, plan.seeds)]
+    jobs = (Job(stage, cell) for cell in dict.fromkeys(cells) for stage in _stages(plan, cell))
+    return (job for job in jobs if job.name(plan.output).name in begun)
+
+
 def state_of(plan: Plan, method: str) -> MethodState:
     """Read from disk, so that it is the same after a kill."""
     search = search_cells(method, plan.rates, short=plan.short)
@@ -82,7 +93,7 @@ def state_of(plan: Plan, method: str) -> MethodState:
         return MethodState(_search(plan, search), True, [], failed, [])
     jobs = [Job("train", cell) for cell in search]
     outcomes = {job: outcome_of(job, plan.output) for job in jobs}
-    reason = next((why for job in jobs if (why := _skip_reason(plan, job, outcomes[job]))), None)
+    reason = next((why for outcome in outcomes.values() if (why := _skip_reason(outcome))), None)
     if reason is not None:
         return MethodState(_search(plan, search), True, [], reason, [])
     open_jobs = [job for job, outcome in outcomes.items() if outcome is None]
@@ -94,7 +105,7 @@ def state_of(plan: Plan, method: str) -> MethodState:
         return MethodState(found, True, [], None, [])
     cells = final_cells(method, rate, plan.seeds)
     first = Job("train", cells[0])
-    reason = _skip_reason(plan, first, outcome_of(first, plan.output))
+    reason = _skip_reason(outcome_of(first, plan.output))
     waiting = [] if reason else [job for cell in cells for job in _next_stage(plan, cell)]
     if not search:
         found = {"tried": _search(plan, cells[:1])["tried"], "chosen": rate, "at_edge": False}
@@ -163,8 +174,8 @@ def finished_record(output: Path, cell: Cell) -> RunRecord | None:
         return None
 
 
-def _skip_reason(plan: Plan, job: Job, outcome: Outcome | None) -> dict[str, str] | None:
-    return outcome.error if outcome is not None and is_skip(job, plan.output, outcome) else None
+def _skip_reason(outcome: Outcome | None) -> dict[str, str] | None:
+    return outcome.error if outcome is not None and outcome.cannot_run else None
 
 
 def _method(job: Job) -> str:

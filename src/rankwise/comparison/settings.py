@@ -27,6 +27,8 @@ NOT_SHARED = {
     "tensorboard",
     "cache",
     "skip_bad_rows",
+    "devices",
+    "strategy",
     "resume",
     "overwrite",
 }

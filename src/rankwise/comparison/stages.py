@@ -17,25 +17,30 @@ Stage = Literal["prepare", "probe", "train", "measure"]
 CLI = "rankwise.cli.main"
 MEASURE = "rankwise.comparison.measure"
 PREPARE = "rankwise.comparison.prepare"
-PROBES_FOLDER = "probes"
 # Short runs that only measure the seconds of a step.
-BASE = "base"
+PROBES_FOLDER = "probes"
 # Stands for a cell where the base is prepared, and where the unadapted model is evaluated.
+BASE = "base"
 KILLED = "RW583"
-TOO_LARGE = "RW562"
 # The plan says that the run cannot fit.
+TOO_LARGE = "RW562"
+# Kinds of errors that every seed of a method has, where they come before the first step.
+OF_METHOD = ("ConfigError", "ModelError", "AdapterError", "QuantizationError")
 INTERRUPTED = "RW597"
 INTERRUPTED_CODES = ("RW540", "RW541", "RW542", "RW543", INTERRUPTED)
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a stage ended. ``again``: it was cut off from outside, so that the next call takes it up again."""
+    """How a stage ended."""
 
     status: Literal["finished", "failed"]
     seconds: float
     error: dict[str, str] | None = None
+    # It was cut off from outside, so that the next call takes it up again.
     again: bool = False
+    # A training that never began: the method cannot run here, and other seeds of it need no try.
+    cannot_run: bool = False
 
     @property
     def is_interrupted(self) -> bool:
@@ -87,6 +92,11 @@ def keep_outcome(job: Job, output: Path, outcome: Outcome) -> None:
     write_json(beside(job.name(output), ".json"), dataclasses.asdict(outcome))
 
 
+def seconds_of_all(output: Path) -> float:
+    """Of every step that ended in this folder, those of earlier calls included."""
+    return sum(checked(Outcome, read_json(path)).seconds for path in (output / "cells").glob("*.json"))
+
+
 def forget_outcome(job: Job, output: Path) -> None:
     beside(job.name(output), ".json").unlink(missing_ok=True)
 
@@ -123,7 +133,9 @@ def outcome_from(job: Job, output: Path, code: int, document: Mapping[str, Any],
     if code < 0 or not isinstance(found, Mapping):
         return Outcome("failed", seconds, _cut_off(job, output, code), again=code < 0)
     error = {"code": str(found.get("code")), "message": str(found.get("message"))}
-    return Outcome("failed", seconds, error, again=error["code"] in INTERRUPTED_CODES)
+    stepped = any("loss" in line for line in read_metrics(job.folder(output)))
+    cannot_run = job.stage == "train" and not stepped and (found.get("kind") in OF_METHOD or error["code"] == TOO_LARGE)
+    return Outcome("failed", seconds, error, error["code"] in INTERRUPTED_CODES, cannot_run)
 
 
 def _cut_off(job: Job, output: Path, code: int) -> dict[str, str]:
@@ -133,15 +145,6 @@ def _cut_off(job: Job, output: Path, code: int) -> dict[str, str]:
     else:
         reason = f"it ended with code {code}"
     return {"code": KILLED, "message": f"{job.stage} of {job.id}: {reason}; see {log}."}
-
-
-def is_skip(job: Job, output: Path, outcome: Outcome) -> bool:
-    """Whether training never began: then the method cannot run here, and other seeds of it need no try."""
-    if job.stage != "train" or outcome.status != "failed" or outcome.again or outcome.error is None:
-        return False
-    stepped = any("loss" in line for line in read_metrics(job.folder(output)))
-    code = outcome.error["code"]
-    return not stepped and (code[:3] in ("RW1", "RW3", "RW4", "RW6") or code == TOO_LARGE)
 
 
 def last_step(folder: Path) -> int:

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import statistics as plain
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rankwise.comparison.collect import metrics_of, scores_of
-from rankwise.comparison.recommendation import pareto_points, pareto_set
+from rankwise.comparison.recommendation import pareto_set
 from rankwise.comparison.schedule import Plan, state_of
-from rankwise.comparison.schema import Difference, Method, RateSearch, Run
 from rankwise.comparison.statistics import mean_of_seeds
 from rankwise.comparison.verdicts import Scores, compare_all, tie_groups
-from rankwise.reports.merging import ranges_of
+from rankwise.reports.merging import figures_of
+from rankwise.reports.schema import Difference, Method, RateSearch, Run
 from rankwise.serving import served
 
 
-def scores_by_metric(plan: Plan, runs: Sequence[Run]) -> dict[str, dict[str, Scores]]:
-    """Metric -> method -> scores of its final runs."""
-    final = {
-        method: [run for run in runs if run["method"] == method and run["phase"] == "final" and is_good(run)]
-        for method in plan.methods
-    }
+def scores_by_metric(output: Path, methods: Iterable[str], runs: Sequence[Run]) -> dict[str, dict[str, Scores]]:
+    """Metric -> method -> scores of its final runs, whose folders are relative to ``output``."""
+    final = {method: [run for run in finals_of(method, runs) if run["status"] == "finished"] for method in methods}
     found: dict[str, dict[str, Scores]] = {}
     for metric in metrics_of(runs):
-        scores = {method: scores_of(plan.output, own, metric) for method, own in final.items()}
+        scores = {method: scores_of(output, own, metric) for method, own in final.items()}
         found[metric] = {method: item for method, item in scores.items() if item is not None}
     return found
 
 
-def is_good(run: Run) -> bool:
-    return run["status"] == "finished"
+def finals_of(method: str, runs: Sequence[Run]) -> list[Run]:
+    return [run for run in runs if run["method"] == method and run["phase"] == "final"]
 
 
 def all_differences(
@@ -43,83 +40,56 @@ def all_differences(
     ]
 
 
-def all_methods(
-    plan: Plan,
-    runs: Sequence[Run],
-    scores: Mapping[str, Mapping[str, Scores]],
-    differences: Sequence[Difference],
-    *,
-    metric: str,
-) -> dict[str, Method]:
-    """A row of the table per method, the skipped ones included."""
+def all_methods(plan: Plan, runs: Sequence[Run], scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, Method]:
+    """A row of the table per method, the skipped ones included; ``ranked`` adds groups and the Pareto set."""
     better = metrics_of(runs)
-    methods = {name: _method(plan, name, runs, scores, better) for name in plan.methods}
-    primary = [item for item in differences if item["metric"] == metric]
-    points = pareto_points(methods, metric)
-    best = pareto_set(points, higher_is_better=better.get(metric, False))
-    order = sorted(
-        (point["method"] for point in points),
-        key=lambda name: -methods[name]["mean"][metric] if better.get(metric, False) else methods[name]["mean"][metric],
-    )
-    groups = tie_groups(order, primary)
-    for name, method in methods.items():
-        method["group"], method["pareto"] = groups.get(name), name in best
-    return methods
+    found: dict[str, Method] = {}
+    for name in plan.methods:
+        state = state_of(plan, name)
+        records = [run["record"] or {} for run in finals_of(name, runs) if run["status"] == "finished"]
+        found[name] = {
+            **method_figures(name, runs, scores, better),  # type: ignore[typeddict-item]
+            "learning_rate": state.final[0].learning_rate if state.final else None,
+            "learning_rate_at_edge": state.search["at_edge"],
+            "group": None,
+            "pareto": False,
+            "serving": list(served(name, records[0].get("settings") or {} if records else {})),
+            "skipped": f"{state.skipped['code']}: {state.skipped['message']}" if state.skipped else None,
+        }
+    return found
 
 
-def searches(plan: Plan) -> dict[str, RateSearch]:
-    return {method: state_of(plan, method).search for method in plan.methods}
-
-
-def _method(
-    plan: Plan,
-    name: str,
-    runs: Sequence[Run],
-    scores: Mapping[str, Mapping[str, Scores]],
-    better: Mapping[str, bool],
-) -> Method:
-    state = state_of(plan, name)
-    own = [run for run in runs if run["method"] == name and run["phase"] == "final"]
-    good = [run for run in own if is_good(run)]
-    estimates = {
-        metric: mean_of_seeds([by_method[name].values[seed] for seed in sorted(by_method[name].values)])
+def method_figures(
+    name: str, runs: Sequence[Run], scores: Mapping[str, Mapping[str, Scores]], better: Mapping[str, bool]
+) -> dict[str, Any]:
+    """What the final runs of a method measured: quality by metric, and cost."""
+    values = {
+        metric: {str(seed): by_method[name].values[seed] for seed in sorted(by_method[name].values)}
         for metric, by_method in scores.items()
         if name in by_method
     }
+    estimates = {metric: mean_of_seeds(list(by_seed.values())) for metric, by_seed in values.items()}
     intervals = {metric: estimate.interval() for metric, estimate in estimates.items()}
-    records = [run["record"] or {} for run in good]
     return {
         "mean": {metric: estimate.mean for metric, estimate in estimates.items()},
         "interval": {metric: None if pair is None else list(pair) for metric, pair in intervals.items()},
         "seed_sd": {metric: estimate.seed_sd for metric, estimate in estimates.items()},
-        "per_seed": {
-            metric: {str(seed): scores[metric][name].values[seed] for seed in sorted(scores[metric][name].values)}
-            for metric in estimates
-        },
+        "per_seed": values,
         "higher_is_better": {metric: better[metric] for metric in estimates},
-        "seeds": len(good),
-        "failed": len([run for run in own if run["status"] == "failed"]),
-        "learning_rate": state.final[0].learning_rate if state.final else None,
-        "learning_rate_at_edge": state.search["at_edge"],
-        "tokens_per_second": _mean(records, "tokens_per_second"),
-        "examples_per_second": _mean(records, "examples_per_second"),
-        "peak_memory_bytes": _largest(records, "peak_memory_bytes"),
-        "predicted_peak_memory_bytes": _largest(records, "predicted_peak_memory_bytes"),
-        "wall_seconds": _mean(records, "wall_seconds"),
-        "ranges": ranges_of(records),
-        "trainable_parameters": _largest(records, "trainable_parameters"),
-        "adapter_bytes": max((run["adapter_bytes"] for run in good if run["adapter_bytes"]), default=None),
-        "group": None,
-        "pareto": False,
-        "serving": list(served(name, records[0].get("settings") or {} if records else {})),
-        "skipped": f"{state.skipped['code']}: {state.skipped['message']}" if state.skipped else None,
+        **figures_of(finals_of(name, runs)),
     }
 
 
-def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    values = [float(record[key]) for record in records if record.get(key) is not None]
-    return plain.fmean(values) if values else None
+def ranked(
+    methods: Mapping[str, Method], differences: Sequence[Difference], metric: str, *, higher_is_better: bool
+) -> dict[str, Method]:
+    """The methods with their tie groups and whether they are in the Pareto set."""
+    best = pareto_set(methods, metric, higher_is_better=higher_is_better)
+    known = [name for name, item in methods.items() if metric in item["mean"]]
+    order = sorted(known, key=lambda name: methods[name]["mean"][metric], reverse=higher_is_better)
+    groups = tie_groups(order, [item for item in differences if item["metric"] == metric])
+    return {name: {**item, "group": groups.get(name), "pareto": name in best} for name, item in methods.items()}
 
 
-def _largest(records: Sequence[Mapping[str, Any]], key: str) -> int | None:
-    return max((int(record[key]) for record in records if record.get(key) is not None), default=None)
+def searches(plan: Plan) -> dict[str, RateSearch]:
+    return {method: state_of(plan, method).search for method in plan.methods}

@@ -8,8 +8,8 @@ import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from rankwise.comparison.schema import Difference, Verdict
 from rankwise.comparison.statistics import ALPHA, Estimate, holm, mean_of_seeds, paired_by_example
+from rankwise.reports.schema import Difference, Verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +29,32 @@ class Scores:
     clusters: Sequence[Hashable] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """Two methods: the estimate of ``a - b`` over the seeds that both have."""
+
+    a: str
+    b: str
+    estimate: Estimate
+    # Whether examples were paired.
+    by_example: bool
+    # Examples or, where there are none, seeds.
+    count: int
+    seeds: Sequence[int]
+
+
 def estimate_difference(a: Scores, b: Scores) -> tuple[Estimate, bool, int]:
     """``a - b`` over the seeds that both have; whether examples could be paired, and how many."""
-    seeds = sorted(set(a.values) & set(b.values))
+    seeds = _common(a, b)
     by_example = bool(a.ids) and list(a.ids) == list(b.ids) and set(seeds) <= set(a.examples) & set(b.examples)
     if by_example:
         left, right = ([scores.examples[seed] for seed in seeds] for scores in (a, b))
         return paired_by_example(left, right, weights=a.weights, clusters=a.clusters), True, len(a.ids)
     return mean_of_seeds([a.values[seed] - b.values[seed] for seed in seeds]), False, len(seeds)
+
+
+def _common(a: Scores, b: Scores) -> list[int]:
+    return sorted(set(a.values) & set(b.values))
 
 
 def compare_all(
@@ -51,53 +69,45 @@ def compare_all(
     means = [mean_of_seeds(list(item.values.values())).mean for item in scores.values()]
     margin = relative_margin * abs(sum(means) / len(means)) if means else 0.0
     pairs = [
-        (a, b, *estimate_difference(scores[a], scores[b]))
+        _Pair(a, b, *estimate_difference(scores[a], scores[b]), seeds)
         for a, b in itertools.combinations(scores, 2)
-        if set(scores[a].values) & set(scores[b].values)
+        if (seeds := _common(scores[a], scores[b]))
     ]
-    different = holm([estimate.p_value() for _, _, estimate, _, _ in pairs])
-    equivalent = holm([estimate.equivalence_p(margin) for _, _, estimate, _, _ in pairs])
-    return [
-        _difference(metric, a, b, estimate, paired, count, p_holm, equivalence_holm, margin, higher_is_better, scores)
-        for (a, b, estimate, paired, count), p_holm, equivalence_holm in zip(pairs, different, equivalent)
-    ]
+    different = holm([pair.estimate.p_value() for pair in pairs])
+    equivalent = holm([pair.estimate.equivalence_p(margin) for pair in pairs])
+    found = []
+    for pair, p_holm, equivalence_holm in zip(pairs, different, equivalent):
+        said = verdict(pair.estimate.mean, p_holm, equivalence_holm, higher_is_better=higher_is_better)
+        found.append(_difference(metric, pair, margin, (p_holm, equivalence_holm), said))
+    return found
 
 
 def _difference(
-    metric: str,
-    a: str,
-    b: str,
-    estimate: Estimate,
-    paired: bool,
-    count: int,
-    p_holm: float | None,
-    equivalence_holm: float | None,
-    margin: float,
-    higher_is_better: bool,
-    scores: Mapping[str, Scores],
+    metric: str, pair: _Pair, margin: float, corrected: tuple[float | None, float | None], said: Verdict
 ) -> Difference:
+    """``corrected``: the p-values of the tests of a difference and of equivalence."""
+    estimate = pair.estimate
     interval = estimate.interval()
-    seeds = sorted(set(scores[a].values) & set(scores[b].values))
     return {
-        "a": a,
-        "b": b,
+        "a": pair.a,
+        "b": pair.b,
         "metric": metric,
         "difference": estimate.mean,
         "interval": None if interval is None else list(interval),
         "standard_error": estimate.standard_error,
         "p_value": estimate.p_value(),
-        "p_value_holm": p_holm,
+        "p_value_holm": corrected[0],
         "equivalence_p": estimate.equivalence_p(margin),
-        "equivalence_p_holm": equivalence_holm,
+        "equivalence_p_holm": corrected[1],
         "margin": margin,
-        "verdict": verdict(estimate.mean, p_holm, equivalence_holm, higher_is_better=higher_is_better),
+        "verdict": said,
         "seed_sd": estimate.seed_sd,
         "example_se": estimate.example_se,
-        "pairs": count,
+        "pairs": pair.count,
         "clusters": estimate.clusters,
-        "seeds": len(seeds),
-        "per_seed": {str(seed): value for seed, value in zip(seeds, estimate.per_seed)},
-        "paired_by_example": paired,
+        "seeds": len(pair.seeds),
+        "per_seed": {str(seed): value for seed, value in zip(pair.seeds, estimate.per_seed)},
+        "paired_by_example": pair.by_example,
     }
 
 

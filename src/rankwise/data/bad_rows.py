@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from rankwise.data.rows import Problem
 from rankwise.errors import DataError, warn
 
+# As ``skip_bad_rows``: the caller has no such option, and a message must not advise one.
+NEVER = -1
 NAMED = 3
 REMEDY = "Mend or remove these rows"
 REMEDIES = {
@@ -17,10 +19,11 @@ REMEDIES = {
 }
 
 
-def check_bad_rows(problems: Sequence[Problem], total: int, *, allowed: int | None, before: int = 0) -> None:
+def check_bad_rows(problems: Sequence[Problem], total: int, *, allowed: int | None = NEVER, before: int = 0) -> None:
     """Warn of bad rows (RW223) where ``allowed`` may be left out (None: any number) and good ones remain.
 
-    ``total`` counts good and bad rows; ``before`` of the source had been left out already.
+    ``total`` counts good and bad rows; ``before`` of the source had been left out already. The error advises the
+    option that leaves rows out, except where ``allowed`` is NEVER.
     Raises DataError with the code of the first bad row where there are more than may be left out.
     """
     if not problems:
@@ -29,8 +32,9 @@ def check_bad_rows(problems: Sequence[Problem], total: int, *, allowed: int | No
     if count < total and (allowed is None or before + count <= allowed):
         warn("RW223", f"{count} of {total:,} rows of {problems[0].source} are left out: {listed(problems)}.")
         return
-    skipping = f", or have `train` leave them out with --skip-bad-rows {before + count}" if count < total else ""
-    spent = f" (--skip-bad-rows {allowed})" if allowed else ""
+    has_option = allowed != NEVER and count < total
+    skipping = f", or have `train` leave them out with --skip-bad-rows {before + count}" if has_option else ""
+    spent = f" (--skip-bad-rows {allowed})" if allowed and allowed > 0 else ""
     rest = f"; and {count - NAMED} more of {total:,} rows" if count > NAMED else ""
     remedy = REMEDIES.get(code, REMEDY)
     raise DataError(code, f"{listed(problems)}{rest}{spent}. {remedy}{skipping}.")

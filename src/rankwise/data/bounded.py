@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rankwise.errors import DataError
+from rankwise.foreign import JsonObject
 
-SECONDS, SECONDS_AN_ITEM, SECONDS_A_BYTE = 5, 0.02, 5e-7
 # Of processor time, which a busy machine does not use up: so much, and with every item made a little more.
-MEMORY_BYTES = 1 << 30
+SECONDS, SECONDS_AN_ITEM, SECONDS_A_BYTE = 5, 0.02, 5e-7
 # Of address space, besides what the process has already; a fork shares that.
-OUT_OF_MEMORY = 77
+MEMORY_BYTES = 1 << 30
 # An exit status that no signal and no fault of Python's has.
+OUT_OF_MEMORY = 77
 
 
 def bounded(items: Callable[[], Iterator[Any]], place: Callable[[int], str]) -> Iterator[Any]:
@@ -99,7 +100,7 @@ def _serve(items: Callable[[], Iterator[Any]], writer: int) -> NoReturn:
         os._exit(status)
 
 
-def _messages(items: Callable[[], Iterator[Any]]) -> Iterator[dict[str, Any]]:
+def _messages(items: Callable[[], Iterator[Any]]) -> Iterator[JsonObject]:
     try:
         for item in items():
             yield {"item": item}
@@ -111,7 +112,7 @@ def _messages(items: Callable[[], Iterator[Any]]) -> Iterator[dict[str, Any]]:
         yield {"fault": traceback.format_exc()}
 
 
-def _item(message: dict[str, Any]) -> Any:
+def _item(message: JsonObject) -> Any:
     if "error" in message:
         raise DataError(*message["error"])
     if "fault" in message:

@@ -9,12 +9,13 @@ from array import array
 from pathlib import Path
 from typing import Any
 
+from rankwise.data.bad_rows import NEVER
 from rankwise.data.encoding import Encoded, EncodingReport, _Table, complain, encode_rows
 from rankwise.data.rows import Rows
 from rankwise.records import write_bytes
 
-VERSION = 3
 # Of the encoding: to be raised whenever the same rows give other ids or labels.
+VERSION = 3
 COLUMNS = ("ids", "labels", "ends")
 
 
@@ -25,7 +26,7 @@ def encode_rows_once(
     max_length: int,
     chat_template: str | None,
     name: str,
-    skip_bad_rows: int | None = 0,
+    skip_bad_rows: int | None = NEVER,
     cache: Path,
 ) -> Encoded:
     """``encode_rows``, or what an earlier call on the same rows left in ``cache``. Warns and raises as that does."""

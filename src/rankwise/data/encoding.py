@@ -16,23 +16,24 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rankwise.data.bad_rows import check_bad_rows
+from rankwise.data.bad_rows import NEVER, check_bad_rows
 from rankwise.data.bounded import bounded
 from rankwise.data.rows import Problem, Row, Rows
 from rankwise.data.templates import ChatRenderer, Rendered, RowRefused, Segment, renderer
 from rankwise.errors import DataError, warn
+from rankwise.foreign import JsonObject
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
+# Rows are tokenized in batches, of which the first bound that is reached ends one.
 ROWS_PER_BATCH = 2000
 CHARACTERS_PER_BATCH = 1 << 24
-# Rows are tokenized in batches, of which the first bound that is reached ends one.
-WHOLE_CHARACTERS, SPARE_TOKENS = 100_000, 256
 # A longer text is tokenized only as far as max_length tokens reach, and so many more: what stands behind them
 # decides the last tokens of a text that is cut.
+WHOLE_CHARACTERS, SPARE_TOKENS = 100_000, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ class RowEncoder:
         """Ids of some rows, at least up to ``max_length``. Raises DataError naming the rows that are refused."""
         found = list(self.try_encode(rows, max_length))
         problems = [item for item in found if isinstance(item, Problem)]
-        check_bad_rows(problems, len(rows), allowed=0)
+        check_bad_rows(problems, len(rows))
         warn_of_left_out(self.left_out, len(rows), rows[0].source if rows else "")
         return [item for item in found if isinstance(item, EncodedRow)]
 
@@ -177,7 +178,7 @@ class RowEncoder:
         return [ids[text] for text in texts]
 
 
-def _message(render: ChatRenderer, row: Row) -> dict[str, Any]:
+def _message(render: ChatRenderer, row: Row) -> JsonObject:
     """A rendered row as JSON, from one process to the other."""
     item = _rendered_or_not(render, row)
     if isinstance(item, Problem):
@@ -186,7 +187,7 @@ def _message(render: ChatRenderer, row: Row) -> dict[str, Any]:
     return {"segments": segments, "closed": item.closed, "left_out": item.left_out, "stop": render.stop}
 
 
-def _from_message(message: dict[str, Any], render: ChatRenderer) -> Rendered | Problem:
+def _from_message(message: JsonObject, render: ChatRenderer) -> Rendered | Problem:
     if "problem" in message:
         return Problem(*message["problem"])
     render.stop = message["stop"]
@@ -231,7 +232,7 @@ def encode_rows(
     max_length: int,
     chat_template: str | None = None,
     name: str = "train",
-    skip_bad_rows: int | None = 0,
+    skip_bad_rows: int | None = NEVER,
 ) -> Encoded:
     """Token ids and labels of all rows; only completions or assistant turns, each with its stop token, are trained.
 

@@ -23,9 +23,6 @@ from rankwise.foreign import unpacked
 if TYPE_CHECKING:
     import pyarrow
 
-if TYPE_CHECKING:
-    import pyarrow
-
 Numbered = Iterator[tuple[int, Record | BadRow]]
 # The csv module's own limit of 128 KiB is too short for documents in a table.
 LONGEST_FIELD_BYTES = 1 << 30
@@ -52,20 +49,18 @@ def kind_of(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in KINDS else None
 
 
-def read_file(path: Path) -> FileContent:
+def read_file(path: Path, kind: str | None = None) -> FileContent:
     """All records of ``path`` with the lines they start at; those of a JSON array or of parquet by their number.
 
+    ``kind`` is the extension of another file, where that of ``path`` says nothing.
     Raises DataError: RW201 cannot be opened, RW202 unknown extension, RW205 not UTF-8, RW206 damaged.
     """
-    kind = kind_of(path)
+    kind = kind or kind_of(path)
     if kind is None:
         found = path.suffix or "no extension"
         kinds = ", ".join(KINDS)
         raise DataError("RW202", f"cannot read {path}: {found} is no kind of data file; give {kinds} (also .gz).")
-    try:
-        stored = path.read_bytes()
-    except OSError as error:
-        raise DataError("RW201", f"cannot open {path}: {error.strerror or error}.") from None
+    stored = _stored(path)
     content = _unpacked(path, stored)
     records = list(KINDS[kind](path, content))
     only = None
@@ -76,6 +71,18 @@ def read_file(path: Path) -> FileContent:
     is_array = kind == ".json" and content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
     unit: Unit = "row" if is_array or kind == ".parquet" else "line"
     return FileContent(records, hashlib.sha256(stored).hexdigest(), only, unit)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, gzipped or not, without a byte order mark. Raises DataError RW201, RW205, RW206."""
+    return _decoded(path, _unpacked(path, _stored(path)))
+
+
+def _stored(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError("RW201", f"cannot open {path}: {error.strerror or error}.") from None
 
 
 def _unpacked(path: Path, stored: bytes) -> bytes:

@@ -13,13 +13,15 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
-from rankwise.data.bad_rows import check_bad_rows
+from rankwise.data.bad_rows import NEVER, check_bad_rows
 from rankwise.data.rows import Kind, Message, Problem, Row, Rows, Unit, content_sha256
 from rankwise.errors import DataError, warn
+from rankwise.foreign import Fields, JsonObject
 
-Record = Mapping[str, Any]
+Record = Fields
+Columns = tuple[str | None, str | None]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "human": "user",
@@ -29,12 +31,12 @@ SHAREGPT_ROLES = {
     "system": "system",
     "tool": "tool",
 }
-WEIGHTS = ("weight", "train", "training")
 # By which OpenAI's files and axolotl's say whether an answer is trained on. Here each one is.
+WEIGHTS = ("weight", "train", "training")
 
 
-LOOKED_AT = 100
 # Records of which the first that has a layout decides.
+LOOKED_AT = 100
 
 
 class BadRow(ValueError):
@@ -48,7 +50,7 @@ class Format:
     name: str
     kind: Kind
     columns: tuple[str, ...]
-    fields: Callable[[Record], dict[str, Any]]
+    fields: Callable[[Record], JsonObject]
     # Raises BadRow.
     uses_template: bool = True
     separator: str = ""
@@ -56,10 +58,10 @@ class Format:
     # Columns that are read where they are there.
 
 
-def detect(record: Record, source: str, prompt_column: str | None, completion_column: str | None) -> Format:
+def detect(record: Record, source: str, columns: Columns) -> Format:
     """The format of ``record``. Raises DataError RW207 when its columns fit none."""
-    if prompt_column or completion_column:
-        return _named_columns(record, source, prompt_column, completion_column)
+    if any(columns):
+        return _named_columns(record, source, *columns)
     if isinstance(record.get("prompt"), list) and "completion" in record:
         return PROMPT_MESSAGES
     for known in FORMATS:
@@ -73,14 +75,12 @@ def detect(record: Record, source: str, prompt_column: str | None, completion_co
     )
 
 
-def _first_layout(
-    records: Sequence[Record], source: str, prompt_column: str | None, completion_column: str | None
-) -> Format | None:
+def _first_layout(records: Sequence[Record], source: str, columns: Columns) -> Format | None:
     """Of the first record that has one; None without records. Raises DataError RW207 where none has one."""
     first_error = None
     for record in records:
         try:
-            return detect(record, source, prompt_column, completion_column)
+            return detect(record, source, columns)
         except DataError as error:
             first_error = first_error or error
     if first_error is not None:
@@ -102,16 +102,16 @@ def rows_from_records(
     source: str,
     *,
     sha256: str | None = None,
-    prompt_column: str | None = None,
-    completion_column: str | None = None,
+    columns: Columns = (None, None),
     only: Format | None = None,
     counted_in: Unit = "line",
-    skip_bad_rows: int | None = 0,
+    skip_bad_rows: int | None = NEVER,
 ) -> Rows:
     """Rows from ``(line, record)`` pairs, in the format ``only`` or that of the first record which has one.
 
-    ``counted_in`` says what the numbers count, for messages. Up to ``skip_bad_rows`` bad rows (None: all of them) are
-    left out and warned of (RW223), as long as there are good ones.
+    ``columns``: those of the prompt and the completion, where the user has named them. ``counted_in`` says what the
+    numbers count, for messages. Up to ``skip_bad_rows`` bad rows (None: all of them) are left out and warned of
+    (RW223), as long as there are good ones; NEVER leaves out none and advises no option.
 
     Raises DataError: RW203 naming the bad rows, RW204 when there is none, RW207 for unknown columns.
     """
@@ -119,12 +119,12 @@ def rows_from_records(
     if not records:
         raise DataError("RW204", f"{source} holds no rows; give a file with at least one example.")
     shown = [record for _, record in records if isinstance(record, Mapping)][:LOOKED_AT]
-    layout = only or _first_layout(shown, source, prompt_column, completion_column)
+    layout = only or _first_layout(shown, source, columns)
     rows, problems = _convert(records, source, layout, counted_in)
     check_bad_rows(problems, len(records), allowed=skip_bad_rows)
     assert layout is not None, "without a record that shows the layout every row is bad"
     _tell_of_numbers([record for _, record in records], source, layout)
-    if not (prompt_column or completion_column):
+    if not any(columns):
         _tell_of_unread([record for _, record in records], source, layout)
     return Rows(
         items=rows,
@@ -240,15 +240,15 @@ def _type_name(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _pair(prompt: str, completion: str) -> Callable[[Record], dict[str, Any]]:
-    def fields(record: Record) -> dict[str, Any]:
+def _pair(prompt: str, completion: str) -> Callable[[Record], JsonObject]:
+    def fields(record: Record) -> JsonObject:
         return {"prompt": text_field(record, prompt), "completion": text_field(record, completion)}
 
     return fields
 
 
-def _alpaca(context: str, answer: str) -> Callable[[Record], dict[str, Any]]:
-    def fields(record: Record) -> dict[str, Any]:
+def _alpaca(context: str, answer: str) -> Callable[[Record], JsonObject]:
+    def fields(record: Record) -> JsonObject:
         prompt = text_field(record, "instruction")
         extra = record.get(context)
         if extra is not None and not isinstance(extra, str) and not _is_number(extra):
@@ -260,10 +260,10 @@ def _alpaca(context: str, answer: str) -> Callable[[Record], dict[str, Any]]:
     return fields
 
 
-def _line_pair(prompt: str, completion: str) -> Callable[[Record], dict[str, Any]]:
+def _line_pair(prompt: str, completion: str) -> Callable[[Record], JsonObject]:
     """Data-to-text: the prompt is one line, ended by a newline."""
 
-    def fields(record: Record) -> dict[str, Any]:
+    def fields(record: Record) -> JsonObject:
         return {
             "prompt": text_field(record, prompt).strip() + "\n",
             "completion": text_field(record, completion).strip(),
@@ -272,18 +272,18 @@ def _line_pair(prompt: str, completion: str) -> Callable[[Record], dict[str, Any
     return fields
 
 
-def _text(record: Record) -> dict[str, Any]:
+def _text(record: Record) -> JsonObject:
     return {"text": text_field(record, "text")}
 
 
-def _messages(record: Record) -> dict[str, Any]:
+def _messages(record: Record) -> JsonObject:
     messages = _conversation(record)
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRow("expected at least one `assistant` message in `messages`, found none to train on")
     return {"messages": messages, "tools": _tools(record)}
 
 
-def _sharegpt(record: Record) -> dict[str, Any]:
+def _sharegpt(record: Record) -> JsonObject:
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise BadRow(f"expected a list of turns in `conversations`, found {_found(record, 'conversations')}")
@@ -297,7 +297,7 @@ def _sharegpt(record: Record) -> dict[str, Any]:
     return _messages({**record, "messages": messages})
 
 
-def _prompt_messages(record: Record) -> dict[str, Any]:
+def _prompt_messages(record: Record) -> JsonObject:
     prompt = _message_list(record, "prompt")
     if isinstance(record.get("completion"), str):
         answer: tuple[Message, ...] = ({"role": "assistant", "content": text_field(record, "completion")},)
@@ -308,7 +308,7 @@ def _prompt_messages(record: Record) -> dict[str, Any]:
     return {"messages": prompt + answer, "tools": _tools(record), "first_trained": len(prompt)}
 
 
-def conversation(record: Record) -> tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...] | None]:
+def conversation(record: Record) -> tuple[tuple[Message, ...], tuple[Fields, ...] | None]:
     """Messages and tools of a row whose answer is still to come. Raises BadRow."""
     return _conversation(record), _tools(record)
 
@@ -358,7 +358,7 @@ def _content(message: Record, place: str) -> str:
     return encodable("".join(map(str, texts)), f"`content` of {place}")
 
 
-def _tool_calls(message: Record, place: str) -> list[Mapping[str, Any]]:
+def _tool_calls(message: Record, place: str) -> list[Fields]:
     """Calls of named functions, as OpenAI's API writes them or without the `function` around the name."""
     calls = message.get("tool_calls")
     if calls is None:
@@ -374,7 +374,7 @@ def _tool_calls(message: Record, place: str) -> list[Mapping[str, Any]]:
     return calls
 
 
-def _tools(record: Record) -> tuple[Mapping[str, Any], ...] | None:
+def _tools(record: Record) -> tuple[Fields, ...] | None:
     """A list of JSON schemas, or its JSON: a table has no column for schemas of different fields."""
     tools = record.get("tools")
     if isinstance(tools, str) and tools.strip():

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rankwise.data.rows import Message
 from rankwise.errors import DataError
+from rankwise.foreign import Fields, JsonObject
 
-FIRST_MARK = 73_190_284_600_000
+# As transformers annotates them.
+Tools = list[Any] | None
 # Digits stay as they are in any case, in JSON and beside any word; nobody's data hold these by chance.
-REASONING = ("reasoning_content", "thinking", "reasoning")
+FIRST_MARK = 73_190_284_600_000
 # Names of one thing: transformers gives the first two to every template.
+REASONING = ("reasoning_content", "thinking", "reasoning")
 CALLS = ("tool_calls", "function_call")
-UNWRITTEN = {"role", "content", "name", "id", "tool_call_id", *REASONING, *CALLS}
 # Besides what is asked for by itself: names and ids that many templates have no use for.
+UNWRITTEN = {"role", "content", "name", "id", "tool_call_id", *REASONING, *CALLS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +54,10 @@ class _Thing:
 
 def left_out(
     messages: Sequence[Message],
-    tools: Sequence[Any] | None,
+    tools: Tools,
     text: str,
-    known: dict[Any, LeftOut],
-    render: Callable[[Sequence[Message], Any], str],
+    known: dict[Hashable, LeftOut],
+    render: Callable[[Sequence[Message], Tools], str],
 ) -> LeftOut:
     """What of a conversation is not in its ``text``. ``known`` keeps answers by the shape of the conversation."""
     shape = (len(tools or ()), *map(_shape, messages))
@@ -67,14 +70,12 @@ def left_out(
     return found
 
 
-def _shape(message: Message) -> tuple[Any, ...]:
+def _shape(message: Message) -> tuple[Hashable, ...]:
     calls = [len(message.get(key) or ()) for key in CALLS]
     return (message["role"], bool(message["content"]), *calls, *sorted(message))
 
 
-def _ask(
-    messages: Sequence[Message], tools: Sequence[Any] | None, render: Callable[[Sequence[Message], Any], str]
-) -> LeftOut:
+def _ask(messages: Sequence[Message], tools: Tools, render: Callable[[Sequence[Message], Tools], str]) -> LeftOut:
     marks = map(str, itertools.count(FIRST_MARK))
     things: list[_Thing] = []
     marked_tools = None if tools is None else [_marked_tool(tool, marks, things) for tool in tools]
@@ -94,7 +95,7 @@ def _ask(
     )
 
 
-def _marked_tool(tool: Mapping[str, Any], marks: Iterator[str], things: list[_Thing]) -> Any:
+def _marked_tool(tool: Fields, marks: Iterator[str], things: list[_Thing]) -> Fields:
     mark = next(marks)
     things.append(_Thing("`tools`", (mark,), True))
     return _marked(tool, mark, spare=("type",))
@@ -102,7 +103,7 @@ def _marked_tool(tool: Mapping[str, Any], marks: Iterator[str], things: list[_Th
 
 def _marked_message(
     message: Message, index: int, is_last: bool, marks: Iterator[str], things: list[_Thing]
-) -> dict[str, Any]:
+) -> JsonObject:
     """``is_last``: no later answer of the assistant follows. Templates may drop what it thought before."""
     place = f"of message {index + 1}"
     copy = dict(message)

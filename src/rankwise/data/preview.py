@@ -71,7 +71,7 @@ def preview_row(
     total = len(rows) + len(rows.problems)
     if not 0 <= index < total:
         raise DataError("RW217", f"{rows.source} has no row {index}; its {total} rows count from 0.")
-    check_bad_rows([problem for problem in rows.problems if problem.index == index], 1, allowed=0)
+    check_bad_rows([problem for problem in rows.problems if problem.index == index], 1)
     encoder = RowEncoder(rows, tokenizer, chat_template)
     row = rows[index - sum((problem.index or 0) < index for problem in rows.problems)]
     [encoded] = encoder.encode([row], max_length)

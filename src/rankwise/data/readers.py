@@ -7,16 +7,18 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from rankwise.compat.datasets import hub_or_cache
+from rankwise.data.bad_rows import NEVER
 from rankwise.data.files import KINDS, kind_of, read_file, table_records
-from rankwise.data.formats import rows_from_records
-from rankwise.data.rows import Problem, Row, Rows
+from rankwise.data.formats import Columns, rows_from_records
+from rankwise.data.rows import Problem, Rows
 from rankwise.data.stdlib import STDLIB, stdlib_rows
 from rankwise.errors import DataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 NAMED_FILES = 10
@@ -33,7 +35,7 @@ def read_rows(
     split: str = "train",
     prompt_column: str | None = None,
     completion_column: str | None = None,
-    skip_bad_rows: int | None = 0,
+    skip_bad_rows: int | None = NEVER,
 ) -> Rows:
     """All rows of ``source``, checked; up to ``skip_bad_rows`` bad ones (None: all) are left out, and warned of.
 
@@ -46,20 +48,24 @@ def read_rows(
     RW205 not UTF-8, RW206 damaged file, RW207 unknown columns, RW208 hub or split not available,
     RW209 files of different layouts in one folder.
     """
-    options = {
-        "prompt_column": prompt_column,
-        "completion_column": completion_column,
-        "skip_bad_rows": skip_bad_rows,
-    }
+    how = _How((prompt_column, completion_column), skip_bad_rows)
     if str(source) == STDLIB:
         return stdlib_rows(split=split)
     check_there(source)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _read_folder(path, split, options)
+        return _read_folder(path, split, how)
     if path.exists():
-        return _read_path(path, path.name, options)
-    return _read_hub(str(source), split, options)
+        return _read_path(path, path.name, how)
+    return _read_hub(str(source), split, how)
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """How records become rows."""
+
+    columns: Columns
+    skip_bad_rows: int | None
 
 
 def check_there(source: str | Path) -> None:
@@ -72,46 +78,45 @@ def _looks_like_a_path(source: str) -> bool:
     return kind_of(Path(source)) is not None or source.endswith(".gz") or not HUB_ID.fullmatch(source)
 
 
-def _read_path(path: Path, name: str, options: dict[str, Any]) -> Rows:
+def _read_path(path: Path, name: str, how: _How) -> Rows:
     content = read_file(path)
-    named = options["prompt_column"] or options["completion_column"]
-    only = None if named else content.only
     return rows_from_records(
-        content.records, name, sha256=content.sha256, only=only, counted_in=content.counted_in, **options
+        content.records,
+        name,
+        sha256=content.sha256,
+        columns=how.columns,
+        only=None if any(how.columns) else content.only,
+        counted_in=content.counted_in,
+        skip_bad_rows=how.skip_bad_rows,
     )
 
 
-def _read_folder(folder: Path, split: str, options: dict[str, Any]) -> Rows:
+def _read_folder(folder: Path, split: str, how: _How) -> Rows:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _read_saved(folder, split, options)
+        return _read_saved(folder, split, how)
     files = _files_of_split(folder, split)
-    parts = _read_files(folder, files, options)
+    parts = _read_files(folder, files, how)
     formats = {part.format: part.source for part in parts}
     if len(formats) > 1:
         found = "; ".join(f"{source} is {name}" for name, source in formats.items())
         raise DataError("RW209", f"the files in {folder} have different layouts: {found}. Give one of them.")
     names_and_hashes = "\n".join(f"{part.source} {part.sha256}" for part in parts)
-    rows: list[Row] = [row for part in parts for row in part]
-    first = parts[0]
-    return Rows(
-        items=rows,
-        kind=first.kind,
+    return dataclasses.replace(
+        parts[0],
+        items=[row for part in parts for row in part],
         source=folder.name,
         sha256=hashlib.sha256(names_and_hashes.encode()).hexdigest(),
-        format=first.format,
-        uses_template=first.uses_template,
-        separator=first.separator,
         problems=_numbered_on(parts),
     )
 
 
-def _read_files(folder: Path, files: Sequence[Path], options: dict[str, Any]) -> list[Rows]:
+def _read_files(folder: Path, files: Sequence[Path], how: _How) -> list[Rows]:
     """Each file's rows; the bad rows that may be left out are those of all files together."""
     parts: list[Rows] = []
-    allowed = options["skip_bad_rows"]
+    allowed = how.skip_bad_rows
     for file in files:
         left = None if allowed is None else allowed - sum(len(part.problems) for part in parts)
-        parts.append(_read_path(file, str(file.relative_to(folder)), {**options, "skip_bad_rows": left}))
+        parts.append(_read_path(file, str(file.relative_to(folder)), _How(how.columns, left)))
     return parts
 
 
@@ -156,7 +161,7 @@ def _split_of(name: str) -> str | None:
     return None
 
 
-def _read_saved(folder: Path, split: str, options: dict[str, Any]) -> Rows:
+def _read_saved(folder: Path, split: str, how: _How) -> Rows:
     import datasets
 
     try:
@@ -165,37 +170,38 @@ def _read_saved(folder: Path, split: str, options: dict[str, Any]) -> Rows:
         raise DataError("RW206", f"cannot read {folder} as a saved data set: {_one_line(error)}.") from None
     if isinstance(loaded, datasets.DatasetDict):
         loaded = _chosen_split(loaded, split, str(folder))
-    return _from_dataset(loaded, folder.name, options)
+    return _from_dataset(loaded, folder.name, how)
 
 
-def _chosen_split(parts: Any, split: str, source: str) -> Dataset:
+def _chosen_split(parts: DatasetDict, split: str, source: str) -> Dataset:
     if split not in parts:
         raise DataError("RW208", f"{source} has no split {split!r}; it has {', '.join(parts)}.")
     return parts[split]
 
 
-def _read_hub(source: str, split: str, options: dict[str, Any]) -> Rows:
+def _read_hub(source: str, split: str, how: _How) -> Rows:
     """``datasets`` 4 and later run no code of a repository; older loading scripts are refused by it."""
     import datasets
     from datasets.exceptions import DatasetsError
 
     name, _, configuration = source.partition(":")
-    try:
-        loaded = datasets.load_dataset(name, configuration or None, split=split)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise DataError(
-            "RW208",
-            f"{source!r} is no file or folder here, and the hub does not give its split {split!r}: "
-            f"{_one_line(error)}. Check the name and the network, or give a local file.",
-        ) from None
-    return _from_dataset(loaded, source, options)
+    with hub_or_cache() as answers:
+        try:
+            loaded = datasets.load_dataset(name, configuration or None, split=split)
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+            reason = _one_line(error) if answers else "it cannot be reached, and the cache does not hold the set"
+            raise DataError(
+                "RW208",
+                f"{source!r} is no file or folder here, and the hub does not give its split {split!r}: {reason}. "
+                "Check the name and the network, or give a local file.",
+            ) from None
+    return _from_dataset(loaded, source, how)
 
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
 
 
-def _from_dataset(dataset: Dataset, source: str, options: dict[str, Any]) -> Rows:
-    return rows_from_records(
-        table_records(dataset.with_format("arrow")[:], source), source, counted_in="row", **options
-    )
+def _from_dataset(dataset: Dataset, source: str, how: _How) -> Rows:
+    records = table_records(dataset.with_format("arrow")[:], source)
+    return rows_from_records(records, source, columns=how.columns, counted_in="row", skip_bad_rows=how.skip_bad_rows)

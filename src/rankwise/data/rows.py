@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, overload
+
+from rankwise.foreign import Fields
 
 Kind = Literal["chat", "prompt", "text"]
 Unit = Literal["line", "row"]
-Message = Mapping[str, Any]
+Message = Fields
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class Row:
     prompt: str = ""
     completion: str = ""
     text: str = ""
-    tools: tuple[Mapping[str, Any], ...] | None = None
+    tools: tuple[Fields, ...] | None = None
     # Functions a chat row offers; handed to the chat template.
     first_trained: int = 0
     # Assistant messages before this index belong to the prompt.

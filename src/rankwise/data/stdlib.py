@@ -18,8 +18,8 @@ from rankwise.errors import DataError
 
 STDLIB = "stdlib"
 SPLITS = {"train": False, "eval": True, "validation": True, "test": True}
-EVAL_BYTES = 26
 # A tenth of the 256 values of a hash's first byte.
+EVAL_BYTES = 26
 SENTENCE_CHARACTERS = (12, 200)
 SIGNATURE_CHARACTERS = 160
 SENTENCE_END = re.compile(r"[.!?](?= [A-Z`'\"(]|$)")

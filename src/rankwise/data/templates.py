@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.data.bounded import bounded
-from rankwise.data.left_out import LeftOut, characters, left_out
+from rankwise.data.left_out import LeftOut, Tools, characters, left_out
 from rankwise.data.rows import Message, Row, Rows
 from rankwise.data.tool_arguments import suit_arguments
 from rankwise.errors import DataError
@@ -28,8 +29,8 @@ GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 GENERATION_TAGS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 PROBE_ANSWER = "probed answer"
 LONGEST_FILE_BYTES = 1 << 20
-MOST_CHARACTERS, MOST_GROWTH = 1 << 20, 20
 # A text longer than both is no text of the row's any more: so many characters, and so many for each of the row's own.
+MOST_CHARACTERS, MOST_GROWTH = 1 << 20, 20
 Span = tuple[int, int]
 
 
@@ -139,7 +140,7 @@ class ChatRenderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
-        self._known: dict[Any, LeftOut] = {}
+        self._known: dict[Hashable, LeftOut] = {}
         # By shapes of conversations.
 
     def __call__(self, row: Row) -> Rendered:
@@ -197,13 +198,13 @@ class ChatRenderer:
             )
         return None
 
-    def _template(self, tools: list[Any] | None) -> str:
+    def _template(self, tools: Tools) -> str:
         try:
             return self.tokenizer.get_chat_template(self.chat_template, tools)
         except ValueError as error:
             raise DataError("RW210", f"no chat template fits: {_one_line(error)}.") from None
 
-    def _render(self, messages: Sequence[Message], tools: list[Any] | None, *, generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[Message], tools: Tools, *, generation_prompt: bool) -> str:
         with _refusals():
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
@@ -214,7 +215,7 @@ class ChatRenderer:
             )
             return _sane(str(text), messages, tools)
 
-    def _marked(self, template: str, messages: Sequence[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
+    def _marked(self, template: str, messages: Sequence[Message], tools: Tools) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         with _refusals():
@@ -229,23 +230,41 @@ class ChatRenderer:
             )
             return _sane(texts[0], messages, tools), spans[0]
 
-    def _grown_spans(
-        self, text: str, messages: Sequence[Message], tools: list[Any] | None, first_trained: int
-    ) -> list[Span]:
-        spans = []
+    def _grown_spans(self, text: str, messages: Sequence[Message], tools: Tools, first_trained: int) -> list[Span]:
+        """The answers, found by rendering the conversation up to each: a cost quadratic in their number.
+
+        So an answer in the middle that follows on its header as one of its kind did before is read from the text.
+        """
+        spans: list[Span] = []
+        headers: dict[Hashable, str] = {}
         for index, message in enumerate(messages):
             if message["role"] != "assistant" or index < first_trained:
                 continue
-            start = len(self._before(text, messages, tools, index))
-            end = len(text)
-            if index + 1 < len(messages):
-                end = self._turn_border(text, start, messages, tools, index)
-            spans.append((start, end))
+            kind = tuple((turn["role"], *sorted(turn)) for turn in messages[max(0, index - 1) : index + 1])
+            is_last = index + 1 == len(messages)
+            span = None
+            if kind in headers and not is_last:
+                span = self._behind(headers[kind], text, messages, index, spans[-1][1])
+            if span is None:
+                start = len(self._before(text, messages, tools, index))
+                span = start, len(text) if is_last else self._turn_border(text, start, messages, tools, index)
+                # With another number of stop tokens the first of them would not end the answer.
+                if self.stop is not None and text.count(self.stop, *span) == 1:
+                    headers[kind] = _header(text, messages, index, start)
+            spans.append(span)
         return spans
 
-    def _turn_border(
-        self, text: str, start: int, messages: Sequence[Message], tools: list[Any] | None, index: int
-    ) -> int:
+    def _behind(self, header: str, text: str, messages: Sequence[Message], index: int, position: int) -> Span | None:
+        """``messages[index]`` where ``header`` follows the message before it, the first one behind ``position``."""
+        before, own = messages[index - 1]["content"], json.dumps(messages[index], ensure_ascii=False, default=str)
+        place = text.find(before, position)
+        if not header or not before or place < 0 or not text.startswith(header, place + len(before)):
+            return None
+        start = place + len(before) + len(header)
+        end = text.find(str(self.stop), start)
+        return None if end < 0 or str(self.stop) in own else (start, end + len(str(self.stop)))
+
+    def _turn_border(self, text: str, start: int, messages: Sequence[Message], tools: Tools, index: int) -> int:
         """Where the answer ``messages[index]``, which starts at ``start``, ends in ``text``."""
         grown = self._render(messages[: index + 1], tools, generation_prompt=False)
         if text.startswith(grown):
@@ -258,7 +277,7 @@ class ChatRenderer:
             return text.index(stop, end) + len(stop)
         return len(_prefix(grown, text, index))
 
-    def _before(self, text: str, messages: Sequence[Message], tools: list[Any] | None, index: int) -> str:
+    def _before(self, text: str, messages: Sequence[Message], tools: Tools, index: int) -> str:
         """The text in front of the answer ``messages[index]``, as generation would see it."""
         if index == 0:
             raise RowRefused(
@@ -304,7 +323,7 @@ class ChatRenderer:
 def chat_text(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
-    tools: Sequence[Any] | None = None,
+    tools: Sequence[Message] | None = None,
     *,
     chat_template: str | None = None,
     place: str = "the prompt",
@@ -343,7 +362,7 @@ def _refusals() -> Iterator[None]:
         raise RowRefused("RW211", f"the chat template refuses it: {_one_line(error)}") from None
 
 
-def _sane(text: str, messages: Sequence[Message], tools: list[Any] | None) -> str:
+def _sane(text: str, messages: Sequence[Message], tools: Tools) -> str:
     """``text`` itself. Raises DataError (RW225) where it is out of all proportion to the row."""
     if len(text) > MOST_CHARACTERS and len(text) > MOST_GROWTH * characters((messages, tools)):
         raise DataError(
@@ -370,6 +389,13 @@ def _prefix(part: str, whole: str, index: int) -> str:
         f"what the chat template writes up to message {index + 1} is not how it begins the whole conversation "
         f"({part[at : at + 30]!r} becomes {whole[at : at + 30]!r}), so the assistant's text cannot be told apart",
     )
+
+
+def _header(text: str, messages: Sequence[Message], index: int, start: int) -> str:
+    """What stands between the words of the message before ``messages[index]`` and ``start``; empty where unclear."""
+    before = messages[index - 1]["content"]
+    place = text.rfind(before, 0, start)
+    return text[place + len(before) : start] if before and place >= 0 else ""
 
 
 def _segments(text: str, spans: Sequence[Span]) -> tuple[Segment, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rankwise.data.rows import Message
 from rankwise.errors import DataError
+from rankwise.foreign import Fields
 
 
 def suit_arguments(messages: Sequence[Message], render: Callable[[Sequence[Message]], str]) -> Sequence[Message]:
@@ -59,7 +60,7 @@ def _in_the_other_form(message: Message) -> Message:
     return {**message, "tool_calls": [_changed(call) for call in message["tool_calls"]]}
 
 
-def _changed(call: Mapping[str, Any]) -> Mapping[str, Any]:
+def _changed(call: Fields) -> Fields:
     forms = _both(_function(call).get("arguments"))
     if forms is None:
         return call
@@ -67,7 +68,7 @@ def _changed(call: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**call, "function": changed} if "function" in call else changed
 
 
-def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
+def _function(call: Fields) -> Fields:
     """What names the function: the call, or what it holds as OpenAI's API writes it."""
     inner = call.get("function", call)
     return inner if isinstance(inner, Mapping) else {}

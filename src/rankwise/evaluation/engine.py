@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,11 +17,14 @@ from rankwise.data.rows import Row, Rows
 from rankwise.evaluation.generation import Decoding, Generator, Prompt, batches_by_length
 from rankwise.models.positions import table_rows
 
-SCORING_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 # Tokens of a batch that is scored: enough to keep the device busy.
+SCORING_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
 GENERATING_ROWS = {"cpu": 64, "cuda": 256, "mps": 64}
-CACHE_BYTES = 1 << 30
 # Keys and values of a batch that is written, on a CPU; on a card a quarter of what is free.
+CACHE_BYTES = 1 << 30
 
 
 @dataclasses.dataclass
@@ -29,7 +32,8 @@ class Engine:
     """Model and tokenizer on their device. ``template`` is Jinja text that replaces the tokenizer's."""
 
     model: Any
-    tokenizer: Any
+    # A PreTrainedModel that generates, for which transformers has no type.
+    tokenizer: PreTrainedTokenizerBase
     template: str | None = None
     batch_size: int | None = None
     # Most sequences in a batch; None leaves it to budgets.

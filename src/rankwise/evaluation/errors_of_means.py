@@ -1,12 +1,13 @@
-r"""How far off a mean may be, with and without questions that share a source text. Imports numpy alone.
+r"""How far off a mean may be, with and without questions that share a source text.
 
 Miller, "Adding Error Bars to Evals", arXiv 2411.00640. A score is a weighted mean ``m = sum w_i s_i / sum w_i``
 (w = 1 for accuracy, w = tokens for a loss). With ``r_i = w_i (s_i - m)`` and clusters c,
 
     SE(m)^2  =  G / (G - 1)  *  sum_c (sum_{i in c} r_i)^2  /  (sum w)^2
 
-which for w = 1 and clusters of one question is the usual sd / sqrt(n). A paired difference is the mean of
-``s_i(a) - s_i(b)`` on the same questions, with the same formula.
+which for w = 1 and clusters of one question is the usual sd / sqrt(n). The 95 % interval is the mean plus and minus
+t SE, with t the 97.5 % quantile of Student's distribution with G - 1 degrees of freedom. A paired difference is the
+mean of ``s_i(a) - s_i(b)`` on the same questions, with the same formula.
 
 A ratio of sums ``m = S / R`` is linear in its questions to first order, ``m - E m ~ sum u_i``; shares of several ratios
 and of two systems add up question by question, and n questions give
@@ -21,14 +22,12 @@ import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-
-NORMAL_95 = 1.959963984540054
-# Quantile of the normal distribution: question counts are in the hundreds.
+from scipy import special
 
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """A mean, its standard error (None with fewer than two clusters), and the number of clusters."""
+    """A mean, its standard error (None with fewer than two clusters), and the number of its independent clusters."""
 
     value: float
     standard_error: float | None
@@ -37,9 +36,10 @@ class Mean:
     @property
     def interval(self) -> tuple[float, float] | None:
         """The 95 % interval."""
-        if self.standard_error is None:
+        if self.standard_error is None or self.clusters < 2:
             return None
-        return self.value - NORMAL_95 * self.standard_error, self.value + NORMAL_95 * self.standard_error
+        reach = float(special.stdtrit(self.clusters - 1, 0.975)) * self.standard_error
+        return self.value - reach, self.value + reach
 
 
 def mean_of(

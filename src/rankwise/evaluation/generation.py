@@ -8,31 +8,37 @@ B rows, L tokens.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rankwise.acceleration.packing import common_length
 from rankwise.acceleration.scoring import no_number
-from rankwise.evaluation.growing_cache import as_tensor, growing_cache, repeated, shares_prefixes
+from rankwise.foreign import JsonObject
 
-SHARED_TOKENS = 32
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # A common beginning shorter than this is not worth a pass of its own.
-LEAVE_AT = 0.75
+SHARED_TOKENS = 32
 # Finished rows leave when at most this share of the batch still runs: each departure copies the cache.
+LEAVE_AT = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How answers are chosen. ``stop_ids`` end an answer and are no part of it."""
+    """How answers are chosen. ``stop_ids`` and ``stop_strings`` end an answer and are no part of it."""
 
     max_new_tokens: int
     stop_ids: frozenset[int]
+    stop_strings: tuple[str, ...] = ()
     num_beams: int = 1
     length_penalty: float = 1.0
     # Beam search ranks by sum log p / length ** length_penalty.
@@ -41,10 +47,6 @@ class Decoding:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**fields, "stop_ids": sorted(self.stop_ids)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Prompt:
     repeat: int = 0
 
 
-Stopped = Callable[[list[int]], bool]
 # Whether the ids of an answer so far hold a stop string.
+Stopped = Callable[[list[int]], bool]
 
 
 def batches_by_length(prompts: Sequence[Prompt], *, budget: int, new_tokens: int, max_rows: int) -> list[list[int]]:
@@ -83,17 +85,20 @@ class Generator:
         self.model = model
         self.decoding = decoding
         self.pad = pad
-        self._prefix: tuple[tuple[int, ...], Any] = ((), None)
+        self._prefix: tuple[tuple[int, ...], DynamicCache | None] = ((), None)
 
     def share(self, prompts: Sequence[Prompt]) -> None:
-        """Compute what all ``prompts`` begin with once, for the batches to come."""
+        """Compute what all ``prompts`` begin with, for the batches to come; once, however often this is called."""
+        if self._prefix[1] is not None:
+            return
         shared = min((common_length(prompts[0].ids, prompt.ids) for prompt in prompts), default=0)
         # The last token of a prompt must be run with its batch: its logits are the first answer token.
         shared = min([shared, *(len(prompt.ids) - 1 for prompt in prompts)])
         if shared < SHARED_TOKENS or len(prompts) < 2 or self.decoding.num_beams > 1:
             return
-        cache = growing_cache(self.model)
-        if not shares_prefixes(cache):
+        cache = DynamicCache(config=self.model.config)
+        # A layer with a window, or one that keeps a state, holds more than the keys and values that a row can copy.
+        if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
             return
         beginning = prompts[0].ids[:shared]
         with torch.inference_mode():
@@ -109,7 +114,7 @@ class Generator:
             return self._beam_search(prompts, stopped)
         return self._step_by_step(prompts, stopped)
 
-    def _cached(self, cache: Any) -> dict[str, Any]:
+    def _cached(self, cache: DynamicCache) -> JsonObject:
         """The arguments of a step: its cache under the name that this version of transformers has for it."""
         known = inspect.signature(self.model.forward).parameters
         last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
@@ -142,7 +147,11 @@ class Generator:
         return answers
 
     def _choose(
-        self, logits: Tensor, answers: Sequence[list[int]], generators: Sequence[Any], rows: Sequence[int]
+        self,
+        logits: Tensor,
+        answers: Sequence[list[int]],
+        generators: Sequence[torch.Generator | None],
+        rows: Sequence[int],
     ) -> list[int]:
         """The next token of each row, -1 where it is a stop token or the row has stopped before."""
         if self.decoding.no_repeat_ngram_size:
@@ -197,15 +206,23 @@ class Generator:
 class _Running:
     """The rows of a batch that still write, and the tensors of their next step."""
 
-    def __init__(self, prompts: Sequence[Prompt], prefix: tuple[tuple[int, ...], Any], model: Any, pad: int) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        prefix: tuple[tuple[int, ...], DynamicCache | None],
+        model: PreTrainedModel,
+        pad: int,
+    ) -> None:
         beginning, cache = prefix
-        shared = len(beginning)
-        uses_prefix = shared > 0 and all(prompt.ids[:shared] == beginning for prompt in prompts)
-        start = shared if uses_prefix else 0
+        start = len(beginning)
+        if cache is not None and all(prompt.ids[:start] == beginning for prompt in prompts):
+            self.cache = copy.deepcopy(cache)
+            self.cache.batch_repeat_interleave(len(prompts))
+        else:
+            start, self.cache = 0, DynamicCache(config=model.config)
         self.ids, mask = as_tensor([list(prompt.ids[start:]) for prompt in prompts], pad, model.device)
         self.positions = start + (mask.cumsum(-1) - 1).clamp(min=0)
         self.mask = torch.cat([mask.new_ones(len(prompts), start), mask], dim=1)
-        self.cache = repeated(cache, len(prompts)) if uses_prefix else growing_cache(model)
         self.rows = list(range(len(prompts)))
         # Number of the prompt in each row, -1 where it has stopped.
 
@@ -227,6 +244,14 @@ class _Running:
         return True
 
 
+def as_tensor(rows: list[list[int]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Left-padded token ids (B, L) and their mask (B, L)."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
 def repeating_tokens(answer: Sequence[int], size: int) -> list[int]:
     """Tokens that would repeat an n-gram of ``answer``."""
     if len(answer) < size:
@@ -245,7 +270,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     return int(order[torch.multinomial(p, 1, generator=generator)])
 
 
-def only_numbers(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
+def only_numbers(model: PreTrainedModel) -> Callable[[Tensor, Tensor], Tensor]:
     """``check_logits`` for transformers' ``generate``, as one of its logits processors."""
 
     def process(_: Tensor, scores: Tensor) -> Tensor:
@@ -255,7 +280,7 @@ def only_numbers(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
     return process
 
 
-def check_logits(model: Any, logits: Tensor) -> None:
+def check_logits(model: PreTrainedModel, logits: Tensor) -> None:
     """Raises ModelError (RW323) for a row that holds NaN, or whose largest logit is infinite."""
     if not logits.amax(-1).isfinite().all():
         raise no_number(model)

@@ -5,7 +5,6 @@ Texts become ids exactly as in the harness' own HFLM; the requests are then scor
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -20,11 +19,11 @@ from rankwise.acceleration.scoring import Target, target_of
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.generation import Decoding, Prompt
 from rankwise.evaluation.journal import Responses
-from rankwise.evaluation.tasks.answers import before_stops, stops_at, with_room
+from rankwise.evaluation.tasks.answers import fitting, with_room, writer
 from rankwise.evaluation.tasks.base import Tell
 
-NEW_TOKENS = 256
 # HFLM's default length of an answer.
+NEW_TOKENS = 256
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -52,7 +51,7 @@ class EngineLM(TemplateLM):
         return self.engine.max_length
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        if add_special_tokens is None and not string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+        if add_special_tokens is None and not string.startswith(str(self.tokenizer.decode(self.prefix_token_id))):
             return list(self.tokenizer.encode(string))
         return list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
 
@@ -116,37 +115,32 @@ class EngineLM(TemplateLM):
     def _generate(
         self, asked: Mapping[str, Any], prompts: Sequence[Prompt], keys: Sequence[str], before: int, total: int
     ) -> None:
-        decoding, stops = self._decoding(asked)
+        decoding = self._decoding(asked)
         if decoding.max_new_tokens >= self.max_length:
             # HFLM gives up here; elsewhere the prompt makes room for the answer, as it does there.
             longest = max(len(prompt.ids) for prompt in prompts)
             decoding = with_room(decoding, self.max_length, longest, "lm-evaluation-harness")
-        room = max(1, self.max_length - decoding.max_new_tokens)
-        prompts = [dataclasses.replace(prompt, ids=prompt.ids[-room:]) for prompt in prompts]
-        generator, stopped = self.engine.generator(decoding), stops_at(self.engine, stops)
-        generator.share(prompts)
-        known = self.responses.known
+        prompts = fitting(self.engine, prompts, decoding, "lm-evaluation-harness")
+        write, known = writer(self.engine, prompts, decoding), self.responses.known
         for batch in self.engine.batches(prompts, decoding):
             if not all(keys[index] in known for index in batch):
-                answers = generator.answers([prompts[index] for index in batch], stopped)
-                written = [before_stops(self.engine.decode(ids), stops) for ids in answers]
-                self.responses.append(dict(zip((keys[index] for index in batch), written)))
+                self.responses.append(dict(zip((keys[index] for index in batch), write(batch))))
             self.tell(before + sum(key in known for key in keys), total)
 
-    def _decoding(self, asked: Mapping[str, Any]) -> tuple[Decoding, list[str]]:
+    def _decoding(self, asked: Mapping[str, Any]) -> Decoding:
         until = asked.get("until") or []
         end = self.tokenizer.decode(self.eot_token_id)
-        stops = [stop for stop in ([until] if isinstance(until, str) else [*until, end]) if stop]
+        stops = [until] if isinstance(until, str) else [*until, end]
         length = next((asked[name] for name in LENGTH_NAMES if asked.get(name) is not None), NEW_TOKENS)
         temperature = float(asked.get("temperature") or 0.0) if asked.get("do_sample") is not False else 0.0
-        decoding = Decoding(
+        return Decoding(
             max_new_tokens=int(length),
             stop_ids=self.engine.stop_ids(),
+            stop_strings=tuple(filter(None, stops)),
             num_beams=int(asked.get("num_beams") or 1),
             temperature=temperature,
             top_p=float(asked.get("top_p") or 1.0),
         )
-        return decoding, stops
 
     @property
     def tokenizer_name(self) -> str:

@@ -6,28 +6,37 @@ is refused. Batch size is no part of it.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rankwise.disk import appending, refuse_links, remove_strays
 from rankwise.errors import RunError
 from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE, Example, read_examples
-from rankwise.foreign import parse_json, read_json, reason_of
+from rankwise.foreign import Fields, JsonObject, parse_json, read_json, reason_of
 from rankwise.records import write_bytes, write_json
 
 IDENTITY_FILE = "settings.json"
 RESPONSES_FILE = "responses.jsonl"
 
 
-def identity_hash(identity: Mapping[str, Any]) -> str:
+def identity_hash(identity: Fields) -> str:
     """sha256 over sorted JSON."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def open_folder(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A folder that belongs to the evaluation which ``identity`` describes."""
+
+    folder: Path
+    identity: Fields
+
+
+def open_folder(folder: Path, identity: Fields, *, overwrite: bool) -> Opened:
     """Make ``folder`` ready for the evaluation that ``identity`` describes: new, or one to go on with.
 
     Raises RunError (RW570) naming what differs when the folder belongs to another evaluation.
@@ -47,6 +56,7 @@ def open_folder(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / IDENTITY_FILE, identity)
+    return Opened(folder, identity)
 
 
 def _identity_in(folder: Path) -> Any:
@@ -77,7 +87,7 @@ class Lines:
         self.path = path
         self._drop_half_a_line()
 
-    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+    def append(self, records: Iterable[Fields]) -> None:
         """All ``records`` in one write, on disk when this returns."""
         text = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
         with appending(self.path) as file:
@@ -118,7 +128,7 @@ class Responses:
 
     def __init__(self, folder: Path) -> None:
         self.lines = Lines(folder / RESPONSES_FILE)
-        self.known: dict[str, Any] = {}
+        self.known: JsonObject = {}
         lines = self.lines.path.read_bytes().split(b"\n") if self.lines.path.exists() else []
         for number, line in enumerate(filter(None, lines), 1):
             try:
@@ -131,6 +141,6 @@ class Responses:
                     "use --overwrite.",
                 ) from None
 
-    def append(self, responses: Mapping[str, Any]) -> None:
+    def append(self, responses: Fields) -> None:
         self.lines.append({"request": key, "response": value} for key, value in responses.items())
         self.known.update(responses)

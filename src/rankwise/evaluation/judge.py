@@ -17,11 +17,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from rankwise.disk import appending
 from rankwise.errors import ConfigError, DataError, warn
 from rankwise.evaluation.metrics.vicuna import FAILED
+from rankwise.foreign import Fields, JsonObject
 
 DEFAULT_PROMPT = """\
 Two assistants have answered the same question. Compare their answers.
@@ -52,8 +52,8 @@ OUT_OF_TEN = r"(?:[ \t]*/[ \t]*10)?"
 DECORATION = r"[ \t*_`\"'()\[\]]*"
 MARKS = re.compile(rf"^{DECORATION}({MARK}){OUT_OF_TEN}[ \t,;]+({MARK}){OUT_OF_TEN}{DECORATION}\.?\r?$", re.MULTILINE)
 HIGHEST_MARK = 10.0
-WRONG_ADDRESS = {401, 403, 404}
 # Statuses that every further request would get too.
+WRONG_ADDRESS = {401, 403, 404}
 TRY_AGAIN = {408, 409, 425, 429}
 LONGEST_PAUSE_SECONDS = 120.0
 REPLY_BYTES_LIMIT = 4 << 20
@@ -82,13 +82,13 @@ class Rating:
     text: str
     # The judge's reply, or why there is none.
     score: tuple[float, float]
-    metadata: Mapping[str, Any]
+    metadata: Fields
 
     @property
     def failed(self) -> bool:
         return self.score == FAILED
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """A row as ``rankwise score vicuna --ratings`` reads it."""
         return {**dataclasses.asdict(self), "score": list(self.score)}
 
@@ -129,7 +129,7 @@ class JudgeClient:
         url = self.url.rstrip("/")
         return url if url.endswith("/chat/completions") else f"{url}/chat/completions"
 
-    def request(self, question: str, answer_1: str, answer_2: str) -> dict[str, Any]:
+    def request(self, question: str, answer_1: str, answer_2: str) -> JsonObject:
         """The body of one request."""
         texts = {"question": question, "answer_1": answer_1, "answer_2": answer_2}
         # In one pass: an answer that holds a placeholder is left as it is.
@@ -167,7 +167,7 @@ class JudgeCache:
             return
 
     @staticmethod
-    def key(endpoint: str, request: Mapping[str, Any], number: int) -> str:
+    def key(endpoint: str, request: Fields, number: int) -> str:
         """SHA-256 of what is sent where, and of which reply is meant: a useless one is kept, and the next asked for."""
         text = json.dumps([endpoint, request, number], sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -192,7 +192,7 @@ class _Pair:
 
     question: Question
     answers: tuple[Answer, Answer]
-    request: Mapping[str, Any]
+    request: Fields
 
 
 def judge_answers(
@@ -255,7 +255,7 @@ def _ask_all(
 
 
 def _ask(
-    client: JudgeClient, cache: JudgeCache, request: Mapping[str, Any], stop: threading.Event
+    client: JudgeClient, cache: JudgeCache, request: Fields, stop: threading.Event
 ) -> tuple[str, tuple[float, float]]:
     """Reply and marks of one request, or the last problem and FAILED."""
     problem = "it was not asked"
@@ -315,7 +315,7 @@ class _Answer:
     wait_seconds: float = 0.0
 
 
-def _post(client: JudgeClient, request: Mapping[str, Any]) -> _Answer:
+def _post(client: JudgeClient, request: Fields) -> _Answer:
     import http.client
     import urllib.error
     import urllib.request

@@ -10,7 +10,7 @@ from typing import Any
 
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, DataError, ModelError
-from rankwise.foreign import read_json
+from rankwise.foreign import JsonObject, read_json
 from rankwise.records import RUN_FILE, RunRecord, load_record
 
 
@@ -24,26 +24,27 @@ class Loaded:
     adapters: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class LoadOptions:
+    """How a base is to be loaded; auto is as its adapters were trained, else what suits the device and no 4 bits."""
+
+    dtype: str = "auto"
+    quantization: str = "auto"
+    # auto, none, nf4 or fp4.
+    device: str = "auto"
+    trust_remote_code: bool = False
+    revision: str | None = None
+
+
 def record_of(adapter: Path | None) -> RunRecord | None:
     """The record beside an adapter; adapters from elsewhere have none."""
     return load_record(adapter) if adapter is not None and (adapter / RUN_FILE).is_file() else None
 
 
-def load_as_trained(
-    name: str,
-    adapters: Sequence[Path],
-    *,
-    named: bool = True,
-    dtype: str = "auto",
-    quantization: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-) -> Loaded:
+def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *, named: bool = True) -> Loaded:
     """The model ``name`` with ``adapters`` laid over it, none of them trainable; the last one is active.
 
-    ``dtype`` and ``quantization`` (auto, none, nf4, fp4): auto is as the adapters were trained, else what suits the
-    device and no 4 bits. ``named``: the user named the model; otherwise its revision is the one trained on.
+    ``named``: the user named the model; otherwise its revision is the one trained on.
     Raises ConfigError (RW151) when the adapters were trained on different bases, ModelError (RW322) without a
     tokenizer, and what ``load_model`` and ``load_adapter`` raise. Warns RW417 of adapters of another hub model.
     """
@@ -61,16 +62,17 @@ def load_as_trained(
     if named:
         for adapter in adapters:
             warns_of_other_hub_model(name, adapter, read_config(adapter))
-    choice = choose_device(device)
+    choice = choose_device(options.device)
+    keeps_revision = options.revision is not None or named or not adapters
     model, tokenizer = load_model(
         name,
-        dtype=_dtype(dtype, adapters, choice.dtype),
+        dtype=_dtype(options.dtype, adapters, choice.dtype),
         device=str(choice.device),
-        quantization=_quantization(quantization, adapters),
-        trust_remote_code=trust_remote_code,
-        revision=revision if revision is not None or named or not adapters else revision_of(adapters[0]),
+        quantization=_quantization(options.quantization, adapters),
+        trust_remote_code=options.trust_remote_code,
+        revision=options.revision if keeps_revision else revision_of(adapters[0]),
     )
-    if quantization == "none" and getattr(model, "hf_quantizer", None) is not None:
+    if options.quantization == "none" and getattr(model, "hf_quantizer", None) is not None:
         # The files themselves hold 4-bit weights.
         model = model.dequantize()
     if tokenizer is None:
@@ -94,13 +96,13 @@ class LoadSettings:
     # Of the base that the adapters name.
 
 
-def load_settings(adapters: Sequence[Path], *, dtype: str, quantization: str, device: str) -> LoadSettings:
+def load_settings(adapters: Sequence[Path], options: LoadOptions) -> LoadSettings:
     """What ``load_as_trained`` makes of ``auto``, without loading anything. Raises as it does."""
     from rankwise.adapters.trained_base import revision_of
     from rankwise.models import choose_device
 
-    config = _quantization(quantization, adapters)
-    kind = str(_dtype(dtype, adapters, choose_device(device).dtype)).removeprefix("torch.")
+    config = _quantization(options.quantization, adapters)
+    kind = str(_dtype(options.dtype, adapters, choose_device(options.device).dtype)).removeprefix("torch.")
     described = None if config is None else str(sorted(config.to_dict().items(), key=str))
     return LoadSettings(kind, described, revision_of(adapters[0]) if adapters else None)
 
@@ -169,7 +171,7 @@ def adapter_names(count: int) -> tuple[str, ...]:
     return ("default",) if count == 1 else tuple(f"adapter_{index}" for index in range(1, count + 1))
 
 
-def _same(what: str, found: dict[str, Any], option: str) -> None:
+def _same(what: str, found: JsonObject, option: str) -> None:
     if len({str(value) for value in found.values()}) > 1:
         each = "; ".join(f"{adapter} has {value}" for adapter, value in found.items())
         raise ConfigError(

@@ -8,10 +8,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rankwise.errors import RunError
-from rankwise.foreign import checked, parse_json, read_json, reason_of
+from rankwise.foreign import Fields, JsonObject, checked, parse_json, read_json, reason_of
 from rankwise.records import write_json
 
 RESULT_FILE = "result.json"
@@ -31,10 +30,10 @@ class Example:
     references: Sequence[str] | None = None
     cluster: str | None = None
     # Questions about one source text share it: their scores are not independent.
-    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    details: Fields = dataclasses.field(default_factory=dict)
     # What the task needs to score again, such as the log-likelihood of each choice.
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return fields if self.details else {key: value for key, value in fields.items() if key != "details"}
 
@@ -54,7 +53,7 @@ class TaskResult:
     # Clustered where questions share a source text; None where the metric has none.
     count: int
     # Questions scored.
-    settings: Mapping[str, Any]
+    settings: Fields
     data_sha256: str | None
     versions: Mapping[str, str]
     wall_seconds: float
@@ -65,7 +64,7 @@ class TaskResult:
     notes: Sequence[str] = ()
     # What a reader should know: metrics that could not be computed, answers that were empty.
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def save(self, folder: Path) -> None:

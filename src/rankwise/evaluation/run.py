@@ -11,12 +11,13 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from rankwise.disk import coded_errors, hold, refuse_links, remove_strays
 from rankwise.errors import ConfigError, Interrupted, warn
 from rankwise.evaluation import journal
 from rankwise.evaluation.loading import (
+    LoadOptions,
     base_of,
     load_as_trained,
     load_settings,
@@ -26,6 +27,7 @@ from rankwise.evaluation.loading import (
 from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE, Example, TaskResult, load_result, read_examples
 from rankwise.evaluation.settings import EvaluateSettings
 from rankwise.evaluation.tasks.registry import make_tasks
+from rankwise.foreign import Fields, JsonObject
 from rankwise.records import RunRecord, write_json
 
 if TYPE_CHECKING:
@@ -63,24 +65,23 @@ class SilentObserver:
 def answer_task(
     task: Task,
     engine: Engine,
-    folder: Path,
-    identity: Mapping[str, Any],
+    place: journal.Opened,
     *,
     model: str,
     adapter: Path | None,
     answers: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[TaskResult, list[Example]]:
-    """Ask ``task`` of a loaded model and leave its result and predictions in ``folder``, opened for ``identity``.
+    """Ask ``task`` of a loaded model and leave its result and predictions in ``place``.
 
     ``answers``: predictions by example that take the place of the task's own, which has none.
     """
     started = time.monotonic()
-    found = task.run(engine, folder, progress)
+    found = task.run(engine, place.folder, progress)
     if answers:
         found = [dataclasses.replace(item, prediction=answers.get(item.id, item.prediction)) for item in found]
     found = list(task.with_scores(found))
-    journal.rewrite(folder, found)
+    journal.rewrite(place.folder, found)
     summary = task.summarize(found)
     result = TaskResult(
         task=task.name,
@@ -91,20 +92,20 @@ def answer_task(
         higher_is_better={name: task.higher_is_better.get(name, True) for name in summary.metrics},
         standard_errors=summary.standard_errors,
         count=len(found),
-        settings=settings_of(task, identity),
+        settings=settings_of(task, place.identity),
         data_sha256=task.data_sha256,
         versions=versions(),
         wall_seconds=time.monotonic() - started,
         clusters=summary.clusters,
         notes=summary.notes,
     )
-    result.save(folder)
+    result.save(place.folder)
     return result, found
 
 
-def settings_of(task: Task, identity: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(task: Task, identity: Fields) -> JsonObject:
     """What a result was made with, as it is read back from JSON."""
-    found: dict[str, Any] = json.loads(json.dumps({**identity, **task.extra_settings()}, default=str))
+    found: JsonObject = json.loads(json.dumps({**identity, **task.extra_settings()}, default=str))
     return found
 
 
@@ -128,7 +129,7 @@ class Difference:
     standard_error: float | None
     interval: tuple[float, float] | None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return dataclasses.asdict(self)
 
 
@@ -174,18 +175,19 @@ class _Run:
         with hold(root), coded_errors(root, "and the same command goes on with the answers so far"):
             return self._evaluate(root, identities)
 
-    def _evaluate(self, root: Path, identities: dict[tuple[str, str], dict[str, Any]]) -> Evaluation:
+    def _evaluate(self, root: Path, identities: dict[tuple[str, str], JsonObject]) -> Evaluation:
         folders = {key: self._folder(root, *key) for key in identities}
         parts = [folder.relative_to(root) for folder in folders.values()]
         refuse_links(root, {str(path) for part in parts for path in (part, *part.parents[:-1])})
-        for key, identity in identities.items():
-            journal.open_folder(folders[key], identity, overwrite=self.settings.overwrite)
+        places = {
+            key: journal.open_folder(folders[key], identity, overwrite=self.settings.overwrite)
+            for key, identity in identities.items()
+        }
         results, examples = [], {}
         try:
             for task in self.tasks:
                 for variant in self.variants:
-                    folder = folders[variant.label, task.name]
-                    result, found = self._result(task, variant, folder, identities[variant.label, task.name])
+                    result, found = self._result(task, variant, places[variant.label, task.name])
                     self.observer.result(variant.label, result)
                     results.append((variant.label, result))
                     examples[variant.label, task.name] = found
@@ -201,14 +203,15 @@ class _Run:
             write_json(root / DIFFERENCES_FILE, [item.to_json() for item in differences])
         return Evaluation(root, results, differences)
 
-    def _result(
-        self, task: Task, variant: Variant, folder: Path, identity: dict[str, Any]
-    ) -> tuple[TaskResult, list[Example]]:
-        settings = settings_of(task, identity)
-        if (folder / RESULT_FILE).is_file():
-            known = load_result(folder)
-            examples = list(read_examples(folder / EXAMPLES_FILE))
-            if known.settings == settings and known.count == len(examples) and task.stands(known):
+    def _result(self, task: Task, variant: Variant, place: journal.Opened) -> tuple[TaskResult, list[Example]]:
+        if (place.folder / RESULT_FILE).is_file():
+            known = load_result(place.folder)
+            examples = list(read_examples(place.folder / EXAMPLES_FILE))
+            if (
+                known.settings == settings_of(task, place.identity)
+                and known.count == len(examples)
+                and task.stands(known)
+            ):
                 return known, examples
         engine = self._engine()
         self._activate(engine, variant)
@@ -218,8 +221,7 @@ class _Run:
         return answer_task(
             task,
             engine,
-            folder,
-            identity,
+            place,
             model=self.name,
             adapter=variant.adapter,
             progress=lambda done, total: self.observer.progress(label, done, total),
@@ -233,16 +235,7 @@ class _Run:
 
         self.observer.phase(f"Loading {self.name}")
         given = self.settings
-        loaded = load_as_trained(
-            self.name,
-            given.adapter,
-            named=given.model is not None,
-            dtype=given.dtype,
-            quantization=given.quantization,
-            device=given.device,
-            trust_remote_code=given.trust_remote_code,
-            revision=given.revision,
-        )
+        loaded = load_as_trained(self.name, given.adapter, _load_options(given), named=given.model is not None)
         self.names = {str(adapter): name for adapter, name in zip(given.adapter, loaded.adapters)}
         self.engine = Engine(loaded.model, loaded.tokenizer, self.template, given.batch_size)
         return self.engine
@@ -272,12 +265,12 @@ class _Run:
                 ]
         return found
 
-    def _identities(self) -> dict[tuple[str, str], dict[str, Any]]:
+    def _identities(self) -> dict[tuple[str, str], JsonObject]:
         """What each task's answers depend on, by (label, task)."""
         from rankwise.models import fetch_model, model_hash
 
         given = self.settings
-        computed = load_settings(given.adapter, dtype=given.dtype, quantization=given.quantization, device=given.device)
+        computed = load_settings(given.adapter, _load_options(given))
         revision = computed.revision if given.model is None and given.revision is None else given.revision
         source = fetch_model(self.name, revision=revision, trust_remote_code=given.trust_remote_code)
         common = {
@@ -303,7 +296,7 @@ class _Run:
         name = re.sub(r"[^\w.-]+", "-", task)
         return root / label / name if len(self.variants) > 1 else root / name
 
-    def _default_name(self, identities: dict[tuple[str, str], dict[str, Any]]) -> str:
+    def _default_name(self, identities: dict[tuple[str, str], JsonObject]) -> str:
         content = {"|".join(key): value for key, value in identities.items()}
         stem = re.sub(r"[^\w.-]+", "-", Path(self.name).name)
         return f"{stem}-{journal.identity_hash(content)[:10]}"
@@ -352,6 +345,10 @@ def _base(adapters: Sequence[Path]) -> str:
     if not adapters:
         raise ConfigError("RW122", "there is nothing to evaluate; give --model M, --adapter FOLDER or both.")
     return base_of(adapters)
+
+
+def _load_options(given: EvaluateSettings) -> LoadOptions:
+    return LoadOptions(given.dtype, given.quantization, given.device, given.trust_remote_code, given.revision)
 
 
 def _template(settings: EvaluateSettings) -> str | None:

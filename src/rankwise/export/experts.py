@@ -22,8 +22,8 @@ from rankwise.quantization.config import FourBitConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-KEPT = 2
 # Stacks at a time: files go through a layer expert by expert, and so through two stacks at once.
+KEPT = 2
 
 
 class Weights(Protocol):

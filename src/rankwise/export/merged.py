@@ -111,8 +111,8 @@ class Base:
     source: ModelSource
     quantization: FourBitConfig | None
     dtype: torch.dtype | None
-    stored: bool = False
     # The 4-bit values are those of the files, and none are made.
+    stored: bool = False
     trust_remote_code: bool = False
 
     @property

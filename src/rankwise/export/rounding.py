@@ -14,9 +14,9 @@ from rankwise.compat.torch import own_parameters
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROUNDING_FACTOR = 4.0
 # A merge adds one rounding of each weight to those of the products, and both models round: independent errors of one
 # size add up to less than twice it. The largest of other tokens' errors may be another twice as large.
+ROUNDING_FACTOR = 4.0
 
 
 def is_more_than_rounding(difference: float, rounding: float) -> bool:

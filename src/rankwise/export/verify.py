@@ -51,10 +51,10 @@ class Variant:
 class Verification:
     variants: tuple[Variant, ...]
     tokens: int
-    closest: Onto
     # Of the merges that can be written, the one whose logits stay closest to the model as trained.
-    rounding: float
+    closest: Onto
     # Largest difference of a logit between a merged model and its own weights computed in the next wider dtype.
+    rounding: float
 
 
 def verify_merge(

@@ -26,14 +26,14 @@ class ModelSource:
     """A model by kind and place; nothing has been read yet."""
 
     kind: Kind
-    name: str
     # As the user gave it.
-    path: Path | None
+    name: str
     # The folder or the GGUF file; of a hub id its downloaded snapshot, None before ``fetch_model``.
-    base_model: str
+    path: Path | None
     # What an adapter's `base_model_name_or_path` should say: a hub id or an absolute path.
-    revision: str | None = None
+    base_model: str
     # The commit of a downloaded hub model.
+    revision: str | None = None
 
     @property
     def is_gguf(self) -> bool:

@@ -15,10 +15,10 @@ from torch.nn import functional
 
 from rankwise.compat.torch import is_watched
 from rankwise.errors import QuantizationError
-from rankwise.ops import library_attention, reference_attention, selection
+from rankwise.ops import reference_attention, selection
+from rankwise.ops.checks import attention_forward
 from rankwise.ops.cpu import attention as native_attention
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+from rankwise.ops.table import PLAIN
 
 
 def attention(
@@ -50,7 +50,7 @@ def attention(
             forced (`rankwise.ops.set_implementation`) and cannot run.
     """
     q, k, v = map(selection.as_autocast, (q, k, v))
-    check(q, k, v, start, end)
+    attention_forward(q, k, v, start, end, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     choice = selection.forced()
     if choice == "reference":
@@ -59,9 +59,11 @@ def attention(
     ask = native_attention.unfit if torch.compiler.is_compiling() else native_attention.obstacle
     why = ask(q, k, v, scale)
     if why is not None:
-        return _elsewhere(q, k, v, start, end, scale, choice, why)
+        if choice == "native":
+            raise QuantizationError("RW607", f"the implementation 'native' was forced and cannot run: {why}")
+        return _elsewhere(q, k, v, start, end, scale, why)
     if _watched(q, k, v):
-        return library_attention.dispatched(q, k, v, start, end, scale)
+        return torch.ops.rankwise.attention_forward(q, k, v, start, end, scale)[0]
     return _Attention.apply(q, k, v, start, end, scale)
 
 
@@ -78,33 +80,9 @@ def obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> str
     return native_attention.obstacle(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None) -> None:
-    """Raise QuantizationError RW622, all mismatches at once, unless the arguments fit together."""
-    good = q.dim() == k.dim() == 4 and k.shape == v.shape and q.dtype == k.dtype == v.dtype
-    good = good and q.device == k.device == v.device and q.is_floating_point()
-    good = good and (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3])
-    good = good and q.shape[3] > 0 and k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0
-    for bound in (start, end):
-        good = good and (bound is None or _is_bound(bound, q))
-    if not good:
-        named = {"q": q, "k": k, "v": v, "start": start, "end": end}
-        found = ", ".join(
-            f"{name} {tuple(x.shape)} {x.dtype} on {x.device}" for name, x in named.items() if x is not None
-        )
-        raise QuantizationError(
-            "RW622",
-            "attention needs q (B, Lq, H, D), k and v (B, Lk, Hkv, D) of one dtype, H a multiple of Hkv, start and end "
-            f"(B, Lq) int32, all on one device; it got {found}.",
-        )
-
-
-def _is_bound(bound: Tensor, q: Tensor) -> bool:
-    return bound.shape == q.shape[:2] and bound.dtype is torch.int32 and bound.device == q.device
-
-
 def _watched(*tensors: Tensor) -> bool:
     """Whether a compiler, a fake mode, a functional transform or a tensor subclass must see the call."""
-    return is_watched() or any(type(x) not in _PLAIN for x in tensors)
+    return is_watched() or any(type(x) not in PLAIN for x in tensors)
 
 
 class _Attention(torch.autograd.Function):
@@ -128,18 +106,9 @@ class _Attention(torch.autograd.Function):
 
 
 def _elsewhere(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    scale: float,
-    choice: str,
-    why: str,
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None, scale: float, why: str
 ) -> Tensor:
     """PyTorch's own kernel; said once where the native one was to be expected."""
-    if choice == "native":
-        raise QuantizationError("RW607", f"the implementation 'native' was forced and cannot run: {why}")
     if q.device.type == "cpu" and q.dtype is torch.bfloat16:
         selection.say_once("RW608", f"attention runs in PyTorch's scaled_dot_product_attention, slowly: {why}")
     run = partial(functional.scaled_dot_product_attention, scale=scale, enable_gqa=q.shape[2] != k.shape[2])

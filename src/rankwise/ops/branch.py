@@ -11,6 +11,9 @@ from torch.nn import functional as F
 from rankwise.ops.four_bit import dequantize_weight, linear_4bit, linear_4bit_input_grad
 from rankwise.ops.packed_weight import PackedWeight
 
+# Of 4-bit kernels on any device: see `rankwise.ops.cpu.four_bit` and `rankwise.ops.triton.product`.
+_FEW_ROWS = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
@@ -26,8 +29,15 @@ class Frozen:
         """``dx + dz W``, in place where dx (T, K) is given: dz (T, N) -> (T, K)."""
         if dx is None:
             return dz @ self.weight if isinstance(self.weight, Tensor) else linear_4bit_input_grad(dz, self.weight)
-        W = self.weight if isinstance(self.weight, Tensor) else dequantize_weight(self.weight, dz.dtype)
-        return dx.addmm_(dz, W)
+        return dx.addmm_(dz, self.dense(dz.dtype))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """W; of 4 bits a new tensor of ``dtype``."""
+        return self.weight if isinstance(self.weight, Tensor) else dequantize_weight(self.weight, dtype)
+
+    def is_decoded_for(self, x: Tensor) -> bool:
+        """Whether W is of 4 bits and x (T, K) has so few rows that kernels multiply them without a dense W."""
+        return not isinstance(self.weight, Tensor) and x.shape[0] <= _FEW_ROWS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""What must hold before a kernel gets a pointer: types, dtypes, shapes and buffer sizes.
+"""What must hold before a kernel of four bits or of attention gets a pointer: types, dtypes, shapes, buffer sizes.
 
-Legend: K = in features, N = out features.
+A function with the name of an operator checks all of its arguments. Legend: K = in features, N = out features.
 """
 
 from __future__ import annotations
@@ -35,6 +35,55 @@ def check_dtype(dtype: torch.dtype, what: str) -> None:
     """Raise QuantizationError RW605 unless ``dtype`` is one that the kernels compute in."""
     if dtype not in DTYPES:
         raise QuantizationError("RW605", f"{what} is {dtype}: convert it to float32, bfloat16 or float16 first.")
+
+
+def quantize_4bit(w: Tensor, quant_type: str, block_size: int) -> None:
+    check_type(quant_type, block_size)
+    check_dtype(w.dtype, "the weight")
+
+
+def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype) -> None:
+    check_weight(weight)
+    check_dtype(dtype, "the dtype asked for")
+
+
+def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
+    check_weight(weight)
+    check_rows(x, weight.shape, 1, weight.codes.device)
+    check_bias(bias, x, weight.shape)
+
+
+def linear_4bit_input_grad(grad: Tensor, weight: PackedWeight) -> None:
+    check_weight(weight)
+    check_rows(grad, weight.shape, 0, weight.codes.device)
+
+
+def row_norms_4bit(weight: PackedWeight, dtype: torch.dtype) -> None:
+    check_matrix(weight.shape)
+    dequantize_4bit(weight, dtype)
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None, scale: float | None
+) -> None:
+    """Raise QuantizationError RW622, all mismatches at once, unless the arguments fit together."""
+    good = q.dim() == k.dim() == 4 and k.shape == v.shape and q.dtype == k.dtype == v.dtype
+    good = good and q.device == k.device == v.device and q.is_floating_point()
+    good = good and (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3])
+    good = good and q.shape[3] > 0 and k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0
+    for bound in (start, end):
+        is_bound = bound is None or (bound.shape == q.shape[:2] and bound.dtype is torch.int32)
+        good = good and is_bound and (bound is None or bound.device == q.device)
+    if not good:
+        named = {"q": q, "k": k, "v": v, "start": start, "end": end}
+        found = ", ".join(
+            f"{name} {tuple(x.shape)} {x.dtype} on {x.device}" for name, x in named.items() if x is not None
+        )
+        raise QuantizationError(
+            "RW622",
+            "attention needs q (B, Lq, H, D), k and v (B, Lk, Hkv, D) of one dtype, H a multiple of Hkv, start and end "
+            f"(B, Lq) int32, all on one device; it got {found}.",
+        )
 
 
 def check_weight(weight: PackedWeight) -> None:

@@ -20,11 +20,11 @@ from rankwise.compat.torch import plain_tensors
 
 Parameters = ParamSpec("Parameters")
 
+# Elements of ``absmax`` that share one second-level scale (QLoRA, section 3).
 NESTED_BLOCK = 256
-"""Elements of ``absmax`` that share one second-level scale (QLoRA, section 3)."""
 
+# Equal bins of [-1, 1] in which bitsandbytes' CPU code looks up the nearest 8-bit code.
 DYNAMIC_BINS = 65536
-"""Equal bins of [-1, 1] in which bitsandbytes' CPU code looks up the nearest 8-bit code."""
 
 # Quantiles of N(0, 1) scaled to [-1, 1] with an exact zero (QLoRA, appendix E).
 _NF4 = (
@@ -49,11 +49,6 @@ class CodeTable:
     """(15,) midpoints of the sorted values, ascending. A value on a bound belongs to the lower side."""
     order: tuple[int, ...]
     """(16,) codes in ascending order of their values."""
-
-    @property
-    def zero_code(self) -> int:
-        """The code of 0.0: the pad of an odd last element."""
-        return self.order[sum(bound < 0.0 for bound in self.bound)]
 
 
 def _table(name: str, values: Tensor) -> CodeTable:

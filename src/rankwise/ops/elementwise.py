@@ -1,7 +1,7 @@
 """The element-wise parts of a training step: one pass over memory each, no autograd.
 
 Float32 and bfloat16 on a CPU run in the native library. On CUDA, Triton kernels run where Triton is installed.
-Everything else runs in plain PyTorch. `rankwise.ops.elementwise_table` has a row for each function.
+Everything else runs in plain PyTorch. `rankwise.ops.table` has a row for each function.
 
 Legend: T = rows (all leading dimensions together), N and D = columns, R = rank, V = vocabulary, C = rows with logits;
 B, H, L = batch, heads, positions. bfloat16 is computed in float32 and rounded once, unless the formula says otherwise.
@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rankwise.ops.elementwise_checks import ACTIVATIONS
-from rankwise.ops.elementwise_table import call
+from rankwise.ops.table import call
 
 
 def low_rank_add_(

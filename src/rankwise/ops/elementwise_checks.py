@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import QuantizationError
-from rankwise.ops.checks import DTYPES
+from rankwise.ops.checks import DTYPES, dequantize_4bit
+from rankwise.ops.packed_weight import PackedWeight
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
@@ -118,6 +119,11 @@ def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int) -> None:
 
 def row_cross(W: Tensor, A: Tensor, B: Tensor) -> None:
     row_cross_of(W.shape, W.dtype, A, B, W.device)
+
+
+def row_cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtype) -> None:
+    dequantize_4bit(weight, dtype)
+    row_cross_of(weight.shape, dtype, A, B, weight.codes.device)
 
 
 def row_cross_of(shape: Sequence[int], dtype: torch.dtype, A: Tensor, B: Tensor, device: torch.device) -> None:

@@ -17,11 +17,11 @@ from torch.nn import functional
 
 from rankwise.ops.elementwise_checks import bad_target, sum_dtype
 
+# The target of a row that has no label, as in ``torch.nn.functional.cross_entropy``.
 IGNORED = -100
-"""The target of a row that has no label, as in ``torch.nn.functional.cross_entropy``."""
 
-CHUNK_ELEMENTS = 1 << 22
 # Of a weight, held in float32 at a time.
+CHUNK_ELEMENTS = 1 << 22
 
 _WORD = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rankwise.compat.torch import has_tangents, is_watched
-from rankwise.ops import library as _library
+from rankwise.ops import table
 from rankwise.ops.checks import check_rows
 from rankwise.ops.packed_weight import PackedWeight
 from rankwise.ops.selection import as_autocast, transforms_functions
@@ -43,7 +43,7 @@ def dequantize_weight(weight: PackedWeight, dtype: torch.dtype | None = None) ->
     """
     dtype = dtype or weight.dtype
     if _nothing_watches(weight.codes, weight.absmax, weight.nested_absmax, weight.offset):
-        return _library.run_dequantize_4bit(weight, dtype)
+        return table.run("dequantize_4bit", weight, dtype)
     return _ops.dequantize_4bit(*weight.parts, dtype)
 
 
@@ -115,7 +115,7 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> 
     # The dispatcher and its autograd wrapper take 8 us, a tenth to a half of a single-row product: pass by where
     # neither has work.
     if _nothing_watches(x, weight.codes, bias):
-        return _library.run_linear_4bit(x, weight, bias)
+        return table.run("linear_4bit", x, weight, bias)
     if _transformed():
         check_rows(x, weight.shape, 1, weight.codes.device)
         return functional.linear(x, _ops.dequantize_4bit(*weight.parts, x.dtype), bias)
@@ -152,8 +152,8 @@ def row_cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtyp
     """
     dtype = dtype or weight.dtype
     # Called at every optimizer step for every layer: past the dispatcher where nothing traces.
-    if type(weight.codes) in _PLAIN and not _is_compiling():
-        return _library.run_row_cross_4bit(weight, A, B, dtype)
+    if type(weight.codes) in table.PLAIN and not _is_compiling():
+        return table.run("row_cross_4bit", weight, A, B, dtype)
     return _ops.row_cross_4bit(*weight.parts, A, B, dtype)
 
 
@@ -165,9 +165,6 @@ def _transformed() -> bool:
     return transforms_functions() or has_tangents()
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
 def _nothing_watches(*tensors: Tensor | None) -> bool:
     """Whether no gradient, compiler, tracer, fake mode, functional transform or tensor subclass needs to see what is
     made of these."""
@@ -175,6 +172,6 @@ def _nothing_watches(*tensors: Tensor | None) -> bool:
         return False
     with_grad = _is_grad_enabled()
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or (with_grad and tensor.requires_grad)):
+        if tensor is not None and (type(tensor) not in table.PLAIN or (with_grad and tensor.requires_grad)):
             return False
     return True

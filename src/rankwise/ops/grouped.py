@@ -20,9 +20,9 @@ from rankwise.compat.torch import is_fake
 
 ALIGNED_BYTES = 16
 # grouped_mm wants rows to begin at multiples of it.
-MOST_TRACED = 16
 # An expert takes a trace milliseconds in each layer. What is kept of all rows stays the same; what lives for one expert
 # at a time is of 1/16 of them at most, as where tokens are spread less evenly.
+MOST_TRACED = 16
 
 
 def rows_per_expert(experts: Tensor, count: int) -> list[int]:

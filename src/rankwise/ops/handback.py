@@ -16,18 +16,18 @@ from torch import Tensor
 
 from rankwise.compat.torch import WeakTensorKeyDictionary, viewed, writes_to
 
-_offers: Any = WeakTensorKeyDictionary()
 # Of each output of a layer that lives. No attribute of the tensor: that would be saved with it.
+_offers: Any = WeakTensorKeyDictionary()
 
 
 @dataclasses.dataclass
 class Handback:
     """Between a layer and what follows it, of one output y in one forward pass."""
 
-    is_wanted: bool
     # The layer does not keep y.
+    is_wanted: bool
+    # What follows will give y back.
     is_promised: bool = False
-    # Somebody will give y back.
     _rows: Tensor | None = None
 
     def give(self, rows: Tensor) -> None:

@@ -22,8 +22,8 @@ from rankwise.ops.elementwise_checks import sum_dtype
 
 CHUNK_BYTES = 32 << 20
 # Of logits: few enough to stay near a CPU's caches, enough rows for an efficient product.
-SMALLEST_CHUNK = 16
 # Rows.
+SMALLEST_CHUNK = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +44,8 @@ class LossSums:
 
     loss: Tensor
     entropy: Tensor | None
-    correct: Tensor | None
     # Positions whose likeliest token is the target.
+    correct: Tensor | None
 
 
 def linear_cross_entropy(

@@ -146,8 +146,8 @@ class _Made:
     steps: ModuleType | low_rank.Steps
 
     def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(..., N_i). No views: autograd lets nobody write to one that a Function gives, and Falcon adds to its MLP's
-        output in place."""
+        """(..., N_i). No views: autograd forbids writing in place to a view that a Function returns, and Falcon adds to
+        its MLP's output in place."""
         return tuple(unsafe_view(y, (*x.shape[:-1], y.shape[-1])) for y in self.ys)
 
 

@@ -14,19 +14,31 @@ from torch.nn import functional as F
 from rankwise.ops import elementwise
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted, grad_of_bias, grad_of_m
 
+# Up to so many rows of float32, PyTorch's small products are faster than the native addition of a low-rank branch.
 FEW_ROWS = 16
-"""Up to so many rows of float32, PyTorch's small products are faster than the native addition of a low-rank branch."""
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def forward(rows: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> tuple[list[Tensor], Tensor]:
     """The outputs (T, N_i), and U = drop(x) [A_1; A_2; ...]^T (T, R)."""
     U = _dropped(rows, dropout) @ _stacked_A(branches, rows.dtype).T
-    ys = []
-    for branch, U_i in zip(branches, U.split([branch.A.shape[0] for branch in branches], dim=1)):
-        y = branch.frozen.product(rows)
-        elementwise.low_rank_add_(y, U_i, branch.B.to(rows.dtype), branch.scale, branch.gain, branch.bias)
-        ys.append(y)
-    return ys, U
+    parts = U.split([branch.A.shape[0] for branch in branches], dim=1)
+    return [_output(rows, U_i, branch) for U_i, branch in zip(parts, branches)], U
+
+
+def _output(rows: Tensor, U: Tensor, branch: Branch) -> Tensor:
+    """``g * (x W^T + s U B^T) + b``: (T, N)."""
+    B, gain, bias = branch.B.to(rows.dtype), branch.gain, branch.bias
+    if rows.dtype not in _HALF or branch.frozen.is_decoded_for(rows):
+        return elementwise.low_rank_add_(branch.frozen.product(rows), U, B, branch.scale, gain, bias)
+    # A rounded product plus an update below half a unit in its last place rounds to the product: the update would be
+    # lost. So the product is added to the update, and both are summed in float32 and rounded once.
+    y = torch.addmm(U.new_empty(()), U, B.T, beta=0, alpha=branch.scale)
+    y.addmm_(rows, branch.frozen.dense(rows.dtype).T)
+    if gain is None and bias is None:
+        return y
+    return elementwise.low_rank_add_(y, U[:, :0], B[:, :0], 1.0, gain, bias)
 
 
 def are_few(x: Tensor) -> bool:

@@ -20,11 +20,11 @@ from torch import Tensor
 from rankwise.compat.torch import WeakTensorKeyDictionary, writes_to
 from rankwise.ops import elementwise
 
-_made: Any = WeakTensorKeyDictionary()
 # Of each norm's output that lives, what it was made from. No attribute of the tensor: that would be saved with it.
+_made: Any = WeakTensorKeyDictionary()
 
+# ``dU^T rows``: dU (T, R), rows (T, K) -> (R, K).
 OfRows = Callable[[Tensor, Tensor], Tensor]
-"""``dU^T rows``: dU (T, R), rows (T, K) -> (R, K)."""
 
 
 @dataclasses.dataclass(frozen=True)

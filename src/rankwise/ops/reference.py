@@ -18,6 +18,7 @@ the block). Arguments are checked by the public functions in ``rankwise.ops``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from rankwise.ops.codes import (
     dynamic_bins,
     dynamic_map,
 )
+from rankwise.ops.elementwise_reference import row_chunks, row_cross
 from rankwise.ops.packed_weight import PackedWeight, packed_shape
 
 # Elements worked on at once: a multiple of every block size, so temporaries stay at a few MB whatever the weight.
@@ -129,6 +131,25 @@ def row_norms_4bit(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     return torch.linalg.vector_norm(dequantize_4bit(weight, dtype), dim=1, dtype=torch.float32)
 
 
+def row_cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+    """cross_n = <W'_n A^T, B_n>, float32 (N,), of W' rounded to ``dtype``."""
+    return row_cross_in_chunks(weight, B, lambda part, B: row_cross(dequantize_4bit(part, dtype), A, B))
+
+
+def row_cross_in_chunks(weight: PackedWeight, B: Tensor, cross: Callable[[PackedWeight, Tensor], Tensor]) -> Tensor:
+    """What ``cross`` gives for a chunk of the weight's rows and the same rows of B, end to end."""
+    if not weight.rows_are_blocks:
+        return cross(weight, B)
+    N, K = weight.shape
+    codes, absmax = weight.codes.view(N, K // 2), _scales(weight).view(N, K // weight.block_size)
+    sums = []
+    for rows in row_chunks(N, K):
+        shape = (rows.stop - rows.start, K)
+        part = PackedWeight(codes[rows], absmax[rows].reshape(-1), shape, weight.quant_type, weight.block_size)
+        sums.append(cross(part, B[rows]))
+    return torch.cat(sums) if sums else B.new_empty(0, dtype=torch.float32)
+
+
 def not_finite(w: Tensor, start: int = 0) -> QuantizationError:
     """The error that names the first NaN or Inf of ``w``, whose elements begin at flat index ``start``."""
     flat = w.reshape(-1)
@@ -155,5 +176,7 @@ __all__ = [
     "not_finite",
     "quantize_4bit",
     "quantize_absmax",
+    "row_cross_4bit",
+    "row_cross_in_chunks",
     "row_norms_4bit",
 ]

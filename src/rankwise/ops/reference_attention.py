@@ -38,11 +38,15 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
+    lse: Tensor,
     start: Tensor | None,
     end: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dV = P^T dO, dS = P * (dO V^T - delta), delta = <dO, O>, dQ = scale dS K, dK = scale dS^T Q."""
+    """dV = P^T dO, dS = P * (dO V^T - delta), delta = <dO, O>, dQ = scale dS K, dK = scale dS^T Q.
+
+    ``lse`` is float32, too coarse for float64 gradients: P is made from its own.
+    """
     p, _ = _weights(q, k, start, end, scale)
     g, wide = grad.to(p.dtype), out.to(p.dtype)
     delta = (g * wide).sum(-1).transpose(1, 2)

@@ -1,6 +1,5 @@
-"""Which modules of a shape an adapter changes and what it adds, by the rules of ``rankwise.adapters.targets``.
+"""Which modules of a shape an adapter changes and what it adds, by the rules of `rankwise.matching`. No torch.
 
-Written again without torch, so that a plan answers at once; a test holds the two together over many settings.
 r rank, (in, out) of a layer; with enabled parts, n of p equal parts adapt.
 """
 
@@ -10,16 +9,19 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from math import prod
 
-from rankwise.config import ALL_LINEAR, LoraConfig
+from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError
 from rankwise.matching import (
     Names,
+    Place,
+    Places,
+    check_enable_lora,
     check_targets,
-    is_in_layers,
+    enabled_parts,
     left_out,
     matches,
     pattern_value,
-    suffixes,
+    target_names,
     warn_of_experts,
     warn_of_idle,
 )
@@ -108,14 +110,8 @@ def adaptation(shape: Shape, config: LoraConfig) -> Adaptation:
     names = _names(shape)
     check_targets(config, names)
     stacks = tuple(_stacks(shape, config))
-    adapted = tuple(_adapted(shape, config)) if config.target_modules or not stacks else ()
-    unused = [key for key in config.enable_lora if not any(matches(item.module.name, [key]) for item in adapted)]
-    if unused:
-        raise AdapterError(
-            "RW403",
-            f"enable_lora names {', '.join(unused)}, and no adapted module ends in that; the linear layers of this "
-            f"{shape.family} model end in {', '.join(_endings(shape))}.",
-        )
+    adapted = tuple(_adapted(shape, config, may_be_none=bool(stacks) and not config.target_modules))
+    check_enable_lora(config, [item.module.name for item in adapted])
     experts = {f"{item.name}.{leaf}": prod(size) for item in shape.modules for leaf, size in zip(STACKS, item.stacks)}
     adapted_stacks = [item.name for item in stacks]
     warn_of_experts(config, left_out(config, experts, experts, adapted_stacks, shape.parameters))
@@ -146,7 +142,7 @@ def _names(shape: Shape) -> Names:
     parameters = _parameters(shape)
     return Names(
         modules=[*_containers(shape), *(module.name for module in shape.modules)],
-        adaptable=[item.name for item in shape.modules if item.is_linear or item.kind == "embedding"],
+        adaptable=[item.name for item in shape.modules if item.is_adaptable],
         parameters=list(parameters),
         stacks=[name for name, module in parameters.items() if module.stacks],
     )
@@ -168,59 +164,27 @@ def _obstacle(module: Module, config: LoraConfig) -> str | None:
     return None
 
 
-def _adapted(shape: Shape, config: LoraConfig) -> Iterator[Adapted]:
-    chosen = [module for module in shape.modules if _is_target(module.name, module, shape, config)]
-    containers = [name for name in _containers(shape) if _is_target(name, None, shape, config)]
-    wrong = [item.name for item in chosen if not (item.is_linear or item.kind == "embedding")] + containers
-    if wrong:
-        raise AdapterError(
-            "RW402",
-            f"target_modules={config.target_modules!r} matches {', '.join(wrong[:3])}, which no adapter can wrap; name "
-            f"linear layers, such as {', '.join(_endings(shape))}.",
-        )
-    if not chosen:
-        raise AdapterError(
-            "RW401",
-            f"target_modules={config.target_modules!r} matches no module of this {shape.family} model; its linear "
-            f"layers end in {', '.join(_endings(shape))}.",
-        )
-    for module in chosen:
-        r = pattern_value(config.rank_pattern, module.name, config.r)
-        yield Adapted(module, r, _parts(module, config), config.use_dora)
+def _adapted(shape: Shape, config: LoraConfig, *, may_be_none: bool) -> Iterator[Adapted]:
+    places = _places(shape)
+    modules = {module.name: module for module in shape.modules}
+    for name in target_names(config, places, f"{shape.family} model", may_be_none=may_be_none):
+        r = pattern_value(config.rank_pattern, name, config.r)
+        yield Adapted(modules[name], r, enabled_parts(config, name, places[name]), config.use_dora)
 
 
-def _is_target(name: str, module: Module | None, shape: Shape, config: LoraConfig) -> bool:
-    wanted = config.target_modules
-    if wanted is None or (config.exclude_modules and matches(name, config.exclude_modules)):
-        return False
-    if config.trains_whole(name):
-        return False
-    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
-        return module is not None and module.is_linear and module is not shape.modules[-1]
-    return matches(name, wanted) and is_in_layers(name, config)
-
-
-def _parts(module: Module, config: LoraConfig) -> tuple[bool, ...] | None:
-    for key, parts in config.enable_lora.items():
-        if matches(module.name, [key]):
-            if not module.is_linear or module.outputs % len(parts):
-                raise AdapterError(
-                    "RW403",
-                    f"enable_lora[{key!r}] splits {module.name} into {len(parts)} equal parts, and it has "
-                    f"{module.outputs} output rows; give as many values as the projection has parts.",
-                )
-            return tuple(map(bool, parts))
-    return None
+def _places(shape: Shape) -> Places:
+    head = shape.modules[-1]
+    found = {
+        item.name: Place(item.kind, item.is_linear, item.is_adaptable, item is head, item.outputs)
+        for item in shape.modules
+    }
+    return found | {name: Place("a block of layers") for name in _containers(shape)}
 
 
 def _containers(shape: Shape) -> list[str]:
     """Paths of modules that hold others."""
     paths = {module.name.rsplit(".", depth)[0] for module in shape.modules for depth in range(1, 5)}
     return sorted(paths - {module.name for module in shape.modules})
-
-
-def _endings(shape: Shape) -> list[str]:
-    return suffixes(module.name for module in shape.modules if module.is_linear)[:8]
 
 
 def _whole(shape: Shape, wanted: Sequence[str]) -> Iterator[Module]:

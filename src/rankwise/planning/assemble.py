@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Mapping
 
 from rankwise.planning import cuda
@@ -11,62 +13,71 @@ from rankwise.planning.workload import Workload
 from rankwise.reports.numbers import byte_size
 
 DRY_RUN_ERROR = {"cpu": 0.08, "cuda": 0.05}
-CPU_LIBRARY_BYTES = 50 << 20
+CLOSED_FORM_ERROR = {"cpu": 0.15, "cuda": 0.10}
+# Of tensors against dry runs of a forward pass (tests/planning/test_evaluating.py); no evaluation was measured.
+EVALUATION_ERROR = 0.20
 # What a step leaves in its libraries on a CPU (generated kernels, thread pools, the heap's ends): the measured growth
 # less the tensors was 47 to 60 MB over methods and checkpointing on the demo model.
+CPU_LIBRARY_BYTES = 50 << 20
+# Shares of all gradients and of what is kept, all measured: see `heap_holes_bytes`.
 HOLES_OF_PYTORCHS_STEP = 40 << 20
 HOLES_CHECKPOINTED, HOLES_OF_FULL, HOLES_OF_ADAPTERS, HOLES_ELSE = (0.2, 0.0), (0.1, 0.4), (0.5, 0.02), (0.5, 0.0)
-# Shares of all gradients and of what is kept, all measured: see `heap_holes_bytes`.
-CLOSED_FORM_ERROR = {"cpu": 0.15, "cuda": 0.10}
-EVALUATION_ERROR = 0.20
-# Of tensors against dry runs of a forward pass (tests/planning/test_evaluating.py); no evaluation was measured.
 
 
-def assembled(
-    method: str,
-    workload: Workload,
-    *,
-    phases: Mapping[str, dict[str, int]],
-    trainable: int,
-    total: int,
-    elsewhere_bytes: int,
-    max_positions: int | None,
-    exact: bool,
-    seconds: float,
-    trained_bytes: int,
-    layer: Group,
-    root: Group,
-    notes: tuple[str, ...] = (),
-) -> MemoryEstimate:
-    """One device's estimate, of the phase in which it holds most. ``phases``: {phase: {term: bytes}}, not yet shared
-    among devices; ``trained_bytes``: of all that trains; ``layer``: the largest layer; ``root``: what lies outside of
-    the layers."""
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What one way of estimating has found of a step, not yet shared among devices."""
+
+    # {phase: {term: bytes}}
+    phases: Mapping[str, dict[str, int]]
+    # Parameters that train, and all that the model has without an adapter.
+    trainable: int
+    total: int
+    # Bytes of all that trains, and of the optimizer's state that lives in the host's memory.
+    trained_bytes: int
+    elsewhere_bytes: int
+    max_positions: int | None
+    # What FSDP2 gathers at once: the largest layer, and all that lies outside of the layers.
+    layer: Group
+    root: Group
+    exact: bool
+    notes: tuple[str, ...] = ()
+
+
+def assembled(method: str, workload: Workload, found: Found, started: float) -> MemoryEstimate:
+    """One device's estimate, of the phase in which it holds most. ``started``: by ``time.perf_counter``."""
     shares = {}
-    for name, found in phases.items():
-        whole = {term: found.get(term, 0) for term in TERMS}
-        phase = name.split()[0]
-        shares[name] = per_device(whole, workload, phase=phase, layer=layer, root=root, trained_bytes=trained_bytes)
+    for name, terms in found.phases.items():
+        whole = {term: terms.get(term, 0) for term in TERMS}
+        shares[name] = per_device(
+            whole,
+            workload,
+            phase=name.split()[0],
+            layer=found.layer,
+            root=found.root,
+            trained_bytes=found.trained_bytes,
+        )
     name, terms = max(shares.items(), key=lambda item: sum(item[1].values()))
     outside = outside_bytes(workload, sum(terms.values()))
     terms["overhead"] += outside
     if workload.device_type == "cuda":
         terms["overhead"] += cuda.workspace_bytes()
     else:
-        kept_bytes = max(found.get("activations", 0) for found in phases.values())
-        terms["overhead"] += CPU_LIBRARY_BYTES + heap_holes_bytes(method, workload, trained_bytes, kept_bytes)
-    errors = DRY_RUN_ERROR if exact else CLOSED_FORM_ERROR
+        kept_bytes = max(terms.get("activations", 0) for terms in found.phases.values())
+        terms["overhead"] += CPU_LIBRARY_BYTES + heap_holes_bytes(method, workload, found.trained_bytes, kept_bytes)
+    errors = DRY_RUN_ERROR if found.exact else CLOSED_FORM_ERROR
     return MemoryEstimate(
         method=method,
         peak_bytes=sum(terms.values()),
         breakdown=terms,
-        trainable_parameters=trainable,
-        total_parameters=total,
+        trainable_parameters=found.trainable,
+        total_parameters=found.total,
         error=EVALUATION_ERROR if workload.evaluation else errors[workload.device_type],
-        exact=exact,
+        exact=found.exact,
         phase=name.split()[0],  # type: ignore[arg-type]
         outside_bytes=outside,
-        notes=(*notes, *_notes(workload, elsewhere_bytes, max_positions)),
-        seconds=round(seconds, 3),
+        notes=(*found.notes, *_notes(workload, found.elsewhere_bytes, found.max_positions)),
+        seconds=round(time.perf_counter() - started, 3),
     )
 
 

@@ -26,8 +26,8 @@ from rankwise.planning.workload import Workload
 from rankwise.records import write_json
 
 FILE = "machine.json"
-SCHEMA = 3
 # 1: of steps without the fused parts; 2: dequantization counted by its bytes alone.
+SCHEMA = 3
 SHAPES: dict[str, dict[str, Any]] = {
     "cpu": {"hidden_size": 1024, "intermediate_size": 2752, "rows": (1, 4), "tokens": 256},
     "cuda": {"hidden_size": 4096, "intermediate_size": 11008, "rows": (1, 8), "tokens": 1024},
@@ -62,8 +62,8 @@ class _Rates:
 class _Machine:
     """What the file holds of one device and dtype."""
 
-    methods: dict[str, dict[str, Any]]
     # Each as _Rates.
+    methods: dict[str, dict[str, Any]]
     date: str
     threads: int
     torch: str
@@ -163,7 +163,7 @@ def _prepared(
         num_key_value_heads=HEADS,
     )
     with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config)
     total = sum(parameter.numel() for parameter in model.parameters())
     materialize(model, weights_dtype(method, workload), fill=True, device=device_type)
     flat = attach(model, method, workload)

@@ -25,16 +25,16 @@ class Card:
     """One accelerator, as it is sold."""
 
     name: str
-    memory_gib: float
     # Nominal.
+    memory_gib: float
     kind: MemoryKind
     gigabytes_per_second: float
-    teraflops: float | None
     # None where the vendor publishes no figure.
+    teraflops: float | None
     source: str
     has_bfloat16: bool = True
-    float32_share: float = 1 / 2
     # Peak in float32 over the one in 16 bits, nearly: by the same sheets, of a group the smallest.
+    float32_share: float = 1 / 2
 
     @property
     def usable_bytes(self) -> int:

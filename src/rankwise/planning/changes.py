@@ -20,10 +20,10 @@ Seconds = Callable[[MemoryEstimate, Workload], float]
 """Seconds of one micro-batch; only ratios are taken."""
 
 FOUR_BIT_OF = {"lora": "qlora", "dora": "qdora", "full": "lora"}
-WORTHWHILE = 0.02
 # Share of the memory that a change must save to be shown.
-LARGEST_SEARCH = 400
+WORTHWHILE = 0.02
 # Combinations looked at before giving up.
+LARGEST_SEARCH = 400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Step:
     group: str
     label: str
     costs: int
-    settings: Mapping[str, Any]
     # As ``rankwise train`` takes them; "method" among them.
+    settings: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Change:
     method: str
     workload: Workload
     estimate: MemoryEstimate
-    saved_bytes: int
     # Negative where it takes more.
-    time_factor: float
+    saved_bytes: int
     # Of the same rows.
+    time_factor: float
     verdict: str
 
     @property

@@ -49,8 +49,7 @@ def check_method(
 
     Raises ConfigError: RW134 where they would take more than ``memory_bytes``; RW133 as ``measure`` does.
     """
-    place: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
-    predicted = estimate(model, method, workload, exact=exact, **place)
+    predicted = estimate(model, method, workload, exact=exact, trust_remote_code=trust_remote_code, revision=revision)
     needed = max(predicted.peak_bytes, dense_bytes(predicted, workload))
     if needed > memory_bytes:
         raise ConfigError(
@@ -58,7 +57,7 @@ def check_method(
             f"three real steps of {method} would take {byte_size(needed)} and there are {byte_size(memory_bytes)}; "
             "lower --batch-size or --max-length, take another --method, or leave --check out.",
         )
-    measured = measure(model, method, workload, **place)
+    measured = measure(model, method, workload, trust_remote_code=trust_remote_code, revision=revision)
     return Check(
         method,
         measured.device_type,

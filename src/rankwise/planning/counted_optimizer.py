@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
@@ -35,7 +35,7 @@ class CountedOptimizer(torch.optim.Optimizer):
         self.name = name
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         copies = []
         for group in self.param_groups:
             for parameter in group["params"]:

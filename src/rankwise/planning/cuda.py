@@ -6,10 +6,10 @@ Each term is named and small; none hides in a factor.
 from __future__ import annotations
 
 MIB = 1 << 20
-ROUNDING_BYTES = 512
 # The caching allocator hands out multiples of this (c10/cuda/CUDACachingAllocator: kMinBlockSize).
-SMALL_BYTES, LARGE_BYTES = MIB, 10 * MIB
+ROUNDING_BYTES = 512
 # Blocks up to the first come out of 2 MiB segments, up to the second out of 20 MiB ones.
+SMALL_BYTES, LARGE_BYTES = MIB, 10 * MIB
 
 
 def rounded(size_bytes: int) -> int:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 
 from rankwise.adapters import adapter_parameters, has_adapter
 from rankwise.adapters.base_layer import features, is_linear
@@ -26,14 +26,14 @@ from rankwise.matching import matches
 from rankwise.ops import selection
 from rankwise.planning import cuda
 from rankwise.planning.architectures import FAMILIES
-from rankwise.planning.assemble import assembled
+from rankwise.planning.assemble import Found, assembled
 from rankwise.planning.counted_optimizer import make_state, new_optimizer
 from rankwise.planning.fake_model import attach, materialize, weights_dtype
 from rankwise.planning.offload import offloaded
 from rankwise.planning.optimizers import rule_of, state_bytes
 from rankwise.planning.parallel import Group, divisors, layer_and_root
 from rankwise.planning.scratch import SCRATCH, kept_memory, kept_norms, lives_in_kept_memory
-from rankwise.planning.step import autocast_dtype, make_batch, take_step, true_counts
+from rankwise.planning.step import LossOf, autocast_dtype, make_batch, take_step, true_counts
 from rankwise.planning.terms import MemoryEstimate
 from rankwise.planning.tracker import StorageTracker
 from rankwise.planning.workload import Workload
@@ -63,14 +63,14 @@ def dry_run(
 
 
 def trace(
-    skeleton: nn.Module,
+    skeleton: PreTrainedModel,
     method: str,
     workload: Workload,
     *,
     started: float | None = None,
     deadline: float = math.inf,
     fake: bool = True,
-    loss: Any = None,
+    loss: LossOf | None = None,
 ) -> MemoryEstimate:
     """The same for a model on the meta device, which is used up.
 
@@ -78,7 +78,7 @@ def trace(
     place of ``step.loss_of``, with its arguments.
     """
     started = time.perf_counter() if started is None else started
-    config: Any = skeleton.config
+    config = skeleton.config
     # Eager experts ask for values that fake tensors do not have.
     if fake:
         choose_experts(config, "grouped_mm")
@@ -101,20 +101,18 @@ def trace(
         tracker.see_all(kept_norms(skeleton), "adapters")
     shapes = [(tuple(item.shape), item.element_size()) for item in trained(skeleton)]
     layer, root = sharding_groups_of(skeleton)
-    return assembled(
-        method,
-        workload,
+    found = Found(
         phases=tracker.peaks(divisors(workload)),
-        layer=layer,
-        root=root,
-        trained_bytes=sum(item.nbytes for item in trained(skeleton)),
         trainable=sum(item.numel() for item in trained(skeleton)),
         total=total,
+        trained_bytes=sum(item.nbytes for item in trained(skeleton)),
         elsewhere_bytes=state_bytes(workload.optimizer, shapes)[1],
         max_positions=getattr(config.get_text_config(), "max_position_embeddings", None),
+        layer=layer,
+        root=root,
         exact=True,
-        seconds=time.perf_counter() - started,
     )
+    return assembled(method, workload, found, started)
 
 
 def sharding_groups_of(model: nn.Module) -> tuple[Group, Group]:
@@ -142,7 +140,7 @@ def new_tracker(workload: Workload, vocabulary: int | None, *, fake: bool = True
     return StorageTracker(vocabulary=vocabulary, scratch=SCRATCH, counted_before=before)
 
 
-def vocabulary_of(model: Any) -> int | None:
+def vocabulary_of(model: PreTrainedModel) -> int | None:
     config = model.config.get_text_config()
     return getattr(config, "vocab_size", None)
 
@@ -152,7 +150,13 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def run_steps(
-    model: nn.Module, method: str, workload: Workload, tracker: StorageTracker, *, flat: bool, loss: Any = None
+    model: nn.Module,
+    method: str,
+    workload: Workload,
+    tracker: StorageTracker,
+    *,
+    flat: bool,
+    loss: LossOf | None = None,
 ) -> None:
     """Take a step under ``tracker``, which is active; it learns what each storage is for."""
     label_model(model, tracker)
@@ -184,12 +188,12 @@ def label_model(model: nn.Module, tracker: StorageTracker) -> None:
     tracker.see_all((item for item in model.buffers() if id(item) not in four_bit), "weights")
 
 
-def label_optimizer(optimizer: Any, tracker: StorageTracker) -> None:
+def label_optimizer(optimizer: torch.optim.Optimizer, tracker: StorageTracker) -> None:
     for state in optimizer.state.values():
         tracker.see_all((value for value in state.values() if isinstance(value, torch.Tensor)), "optimizer")
 
 
-def _label_gradient(tracker: StorageTracker) -> Any:
+def _label_gradient(tracker: StorageTracker) -> Callable[[torch.Tensor], None]:
     def label(parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
             tracker.see(parameter.grad, "gradients")
@@ -198,7 +202,7 @@ def _label_gradient(tracker: StorageTracker) -> Any:
 
 
 @contextmanager
-def _explaining(model: nn.Module) -> Iterator[None]:
+def _explaining(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     except RankwiseError:
@@ -213,7 +217,7 @@ def _explaining(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def _another_way(model: Any) -> str:
+def _another_way(model: PreTrainedModel) -> str:
     if getattr(model.config, "model_type", None) in FAMILIES:
         return "plan without --exact"
     return (

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+from typing import TYPE_CHECKING
 
 from rankwise.errors import ConfigError
 from rankwise.planning.terms import METHODS, MemoryEstimate
 from rankwise.planning.workload import Workload
 
+if TYPE_CHECKING:
+    from rankwise.planning.facts import PlannedModel
+    from rankwise.planning.fitting import Estimator
+
 
 def estimate(
-    model: str | os.PathLike[str],
+    model: str | os.PathLike[str] | PlannedModel,
     method: str,
     workload: Workload | None = None,
     *,
@@ -22,9 +28,12 @@ def estimate(
 ) -> MemoryEstimate:
     """Peak memory of one step of ``method`` on ``model``: hub id, folder, GGUF file or demo; its weights are not read.
 
-    ``exact`` runs the real step on fake tensors (seconds), until ``deadline`` by ``time.monotonic``; otherwise the
-    closed form answers from the config. Raises ConfigError: RW130 for settings, RW131 for an unknown method;
-    ModelError: RW135 after the deadline, RW325 ff. and as ``load_skeleton`` does.
+    A model that was read for a plan brings its own ``trust_remote_code`` and revision. ``exact`` runs the real step on
+    fake tensors (seconds), until ``deadline`` by ``time.monotonic``; otherwise the closed form answers from the config.
+
+    Raises ConfigError: RW130 for settings, RW131 for an unknown method, RW132 for an optimizer whose memory is not
+    known; AdapterError: RW401 to RW404 and RW419 for targets; ModelError: RW135 after the deadline, RW325 ff. and as
+    ``fetch_model`` and ``load_skeleton`` do.
     """
     if method not in METHODS:
         raise ConfigError("RW131", f"there is no method {method!r}; give one of {', '.join(METHODS)}.")
@@ -32,10 +41,23 @@ def estimate(
     if exact:
         from rankwise.planning.dry_run import dry_run
 
+        if not isinstance(model, str | os.PathLike):
+            trust_remote_code = model.trust_remote_code
+            model = model.place
         return dry_run(
             model, method, workload, deadline=deadline, trust_remote_code=trust_remote_code, revision=revision
         )
     # Not above: every --help imports this package.
-    from rankwise.planning.closed_form import closed_form
+    from rankwise.models.source import fetch_model
+    from rankwise.planning.closed_form import of_shape
+    from rankwise.planning.facts import read_model
 
-    return closed_form(model, method, workload, trust_remote_code=trust_remote_code, revision=revision)
+    if isinstance(model, str | os.PathLike):
+        source = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+        model = read_model(source)
+    return of_shape(model.known_shape(), method, workload)
+
+
+def estimator_of(model: PlannedModel) -> Estimator:
+    """The closed form for one model."""
+    return functools.partial(estimate, model)

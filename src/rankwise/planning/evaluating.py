@@ -1,46 +1,45 @@
-"""Bytes that a forward pass of an evaluation holds at its three heights, where nothing is saved for a backward pass.
+"""Bytes that an evaluation's forward pass holds at its three heights; nothing is saved for a backward pass.
 
-The symbols are those of ``planning.activations``. Imports no torch.
+The letters are those of `planning.step_facts`. Imports no torch.
 """
 
 from __future__ import annotations
 
-from rankwise.planning import activations, backward
-from rankwise.planning.activations import Step
+from rankwise.planning import backward, head, saved
+from rankwise.planning.step_facts import StepFacts
 
+# Masks of truths, a byte for each pair of positions, while transformers joins them into one.
 MASKS_AT_ONCE = 3
-# Of truths, a byte for each pair of positions, while transformers joins them into one.
 
 
-def forward_bytes(step: Step, unpacked: int) -> dict[str, dict[str, int]]:
+def forward_bytes(step: StepFacts, unpacked: int) -> dict[str, dict[str, int]]:
     """{phase: {term: bytes}}: the masks when they are made, a layer, and the loss of a chunk.
 
     ``unpacked``: a 4-bit weight that is made dense for its product.
     """
-    stream = activations.checkpoint_bytes(step)
-    masks, cast = activations.masks_bytes(step), cast_bytes(step)
+    stream, masks, cast = step.stream_bytes, saved.masks_bytes(step), cast_bytes(step)
     made = max(masks, MASKS_AT_ONCE * step.T * step.row_tokens if step.masked else 0)
     return {
         "forward at the masks": {"transient": stream + made},
         "forward": {"transient": stream + masks + cast + layer_bytes(step) + unpacked},
-        "forward at the loss": {"transient": 2 * stream + masks + cast, "logits": activations.loss_bytes(step)},
+        "forward at the loss": {"transient": 2 * stream + masks + cast, "logits": head.loss_bytes(step)},
     }
 
 
-def layer_bytes(step: Step) -> int:
+def layer_bytes(step: StepFacts) -> int:
     """A layer's norm and the larger of attention and MLP: gate, up and their product; five steps of GPT-2's gelu; of
     experts what they keep in training, too. Of eager scores there is a copy while their softmax is made."""
     shape, s = step.shape, step.s
-    attention = activations.attention_bytes(step) + (s * step.P if shape.eager else 0)
+    attention = saved.attention_bytes(step) + (s * step.P if shape.eager else 0)
     if shape.experts:
         mlp = sum(backward.experts_forward_bytes(step))
     else:
         mlp = step.T * s * shape.mlp * (5 if shape.family == "gpt2" else 3)
-    return activations.checkpoint_bytes(step) + max(mlp, attention)
+    return step.stream_bytes + max(mlp, attention)
 
 
-def cast_bytes(step: Step) -> int:
+def cast_bytes(step: StepFacts) -> int:
     """Autocast's 16-bit copies of full fine-tuning's weights, of all layers and the head, until the pass ends."""
-    if step.method != "full" or step.s != 2:
+    if not step.autocasts:
         return 0
-    return round(step.shape.layers * activations.cast_weights_bytes(step)) + activations.head_bytes(step)
+    return round(step.shape.layers * saved.cast_weights_bytes(step)) + head.weight_bytes(step)

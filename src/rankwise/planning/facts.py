@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from rankwise.models.folder import read_config
@@ -28,10 +29,10 @@ EXPERT_WIDTH = ("moe_intermediate_size", "intermediate_size")
 class Stored:
     """What ``quantization_config`` of a config.json says about the weights in the files."""
 
-    format: str
     # transformers' quant_method: gptq, fp8, bitsandbytes, ...
-    four_bit: bool = False
+    format: str
     # bitsandbytes' 4 bits, which training takes as they are.
+    four_bit: bool = False
     double_quant: bool = False
 
     @property
@@ -68,15 +69,15 @@ class ModelFacts:
     width: int
     vocabulary: int
     head_is_tied: bool
-    idle_expert_parameters: int = 0
     # Parameters of experts that a token does not visit: L (E - e) 3 h w with the width w of an expert.
-    visited_share: float = 1.0
+    idle_expert_parameters: int = 0
     # Of the experts those that a token visits: e / E.
+    visited_share: float = 1.0
     experts: int = 0
-    position_rows: int | None = None
     # Of a table of learned positions, which no row of tokens can outgrow; None: there is none.
-    stored: Stored | None = None
+    position_rows: int | None = None
     # How the files hold the weights, where they are quantized already.
+    stored: Stored | None = None
 
     @property
     def head_parameters(self) -> int:
@@ -92,22 +93,49 @@ class ModelFacts:
         return max(0, total - (0 if self.head_is_tied else self.head_parameters))
 
 
+@dataclasses.dataclass(frozen=True)
+class PlannedModel:
+    """A model to plan for. Its config is read once, and its weights are not."""
+
+    source: ModelSource
+    config: Mapping[str, Any]
+    facts: ModelFacts
+    # None: the closed form does not know the family.
+    shape: Shape | None
+    trust_remote_code: bool = False
+
+    @property
+    def place(self) -> str | Path:
+        """What loads it again. A local model has no revision to ask for."""
+        return self.source.path if self.source.path is not None else self.source.name
+
+    def known_shape(self) -> Shape:
+        """Raises ModelError (RW325, RW326) as ``shape_of`` does where there is no shape."""
+        return self.shape if self.shape is not None else shape_of(self.config, str(self.place))
+
+
+def read_model(source: ModelSource, *, trust_remote_code: bool = False) -> PlannedModel:
+    """A fetched model. Raises ModelError (RW326) as ``shape_of`` does."""
+    assert source.path is not None
+    config = gguf_config(source) if source.is_gguf else read_config(source.path)
+    shape = shape_of(config, str(source.path)) if config.get("model_type") in FAMILIES else None
+    facts = _of_gguf(source) if source.is_gguf and shape is None else _facts(config, shape)
+    return PlannedModel(source, config, facts, shape, trust_remote_code)
+
+
 def read_facts(source: ModelSource) -> ModelFacts:
     """The sizes of a fetched model. Raises ModelError (RW326) as ``shape_of`` does."""
-    assert source.path is not None
-    if not source.is_gguf:
-        return facts_of(read_config(source.path), str(source.path))
-    config = gguf_config(source)
-    return facts_of(config, str(source.path)) if config["model_type"] in FAMILIES else _of_gguf(source)
+    return read_model(source).facts
 
 
 def facts_of(config: Mapping[str, Any], name: str = "the config") -> ModelFacts:
     """From a config.json: by the shape, where the closed form knows the family, so that the two cannot differ."""
-    if config.get("model_type") in FAMILIES:
-        facts = _of_shape(shape_of(config, name))
-    else:
-        text = config.get("text_config")
-        facts = _of_config(text if isinstance(text, Mapping) else config)
+    return _facts(config, shape_of(config, name) if config.get("model_type") in FAMILIES else None)
+
+
+def _facts(config: Mapping[str, Any], shape: Shape | None) -> ModelFacts:
+    text = config.get("text_config")
+    facts = _of_config(text if isinstance(text, Mapping) else config) if shape is None else _of_shape(shape)
     return dataclasses.replace(facts, position_rows=config_table_rows(config), stored=stored_quantization(config))
 
 

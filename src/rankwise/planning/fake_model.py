@@ -29,7 +29,7 @@ def materialize(
     are. Tied parameters stay tied. ``fill``: with small random values, and zero for what is no floating number.
     """
     keep = kept_in_float32(model)
-    made: dict[int, tuple[Tensor, Any]] = {}
+    made: dict[int, tuple[Tensor, Tensor]] = {}
 
     def remade(tensor: Tensor, wanted: torch.dtype) -> Any:
         if id(tensor) not in made:

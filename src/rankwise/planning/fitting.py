@@ -13,10 +13,10 @@ Verdict = Literal["fits", "tight", "too big"]
 
 MOST_ROWS = 4096
 MOST_TOKENS = 1 << 20
-LINE_TOKENS, LINE_ROWS = 512, (1, 8, 64, 512)
 # Of the dry runs that only serve to draw a line.
-LINE_ERROR = 0.15
+LINE_TOKENS, LINE_ROWS = 512, (1, 8, 64, 512)
 # Attention masks and the like grow faster than a line.
+LINE_ERROR = 0.15
 
 
 class Estimator(Protocol):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from rankwise.errors import AdapterError, InputError, RunError, warn
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.planning.changes import FOUR_BIT_OF, Advisor, Change
 from rankwise.planning.check import comparable
-from rankwise.planning.facts import Stored, read_facts
+from rankwise.planning.estimate import estimator_of
+from rankwise.planning.facts import Stored, read_model
 from rankwise.planning.fitting import Estimator, Remembering, verdict_of
 from rankwise.planning.hardware import Hardware, cpu_hardware, this_machine
-from rankwise.planning.plan import estimator_of, is_slowed, on_device, ratio_pace_of
+from rankwise.planning.plan import is_slowed, on_device, ratio_pace_of
 from rankwise.planning.speed import micro_batch_seconds
 from rankwise.planning.terms import METHODS, MemoryEstimate
 from rankwise.planning.workload import Workload
@@ -21,12 +22,25 @@ from rankwise.reports.numbers import byte_size, plural
 
 SMALLEST = {"batch_size": 1, "max_length": 16, "trained_share": 1.0}
 """A step that no run undercuts: what does not even fit so is refused before the weights are read."""
-RESIDENT = ("weights_4bit", "weights", "adapters")
 # Terms that are in memory before the first step.
-BITSANDBYTES_BLOCK = 64
+RESIDENT = ("weights_4bit", "weights", "adapters")
 # Of its 4-bit checkpoints: transformers' configuration of them names no other.
+BITSANDBYTES_BLOCK = 64
 AFTER_FAILURE = 0.85
 """Where the memory ran out although the plan said it fits, a change counts as fitting below this share of the plan."""
+
+
+class Rows(Protocol):
+    """A micro-batch: rows, tokens of a row, and the share of the tokens that have labels."""
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def trained_share(self) -> float: ...
 
 
 class MemoryGuard:
@@ -39,9 +53,17 @@ class MemoryGuard:
     """
 
     def __init__(
-        self, settings: Mapping[str, Any], say: Callable[[str], None], own_memory: Callable[[], int], *, ignore: bool
+        self,
+        settings: Mapping[str, Any],
+        say: Callable[[str], None],
+        own_memory: Callable[[], int],
+        *,
+        ignore: bool,
+        sharers: int = 1,
     ) -> None:
         self.settings, self.say, self.own_memory, self.ignore = settings, say, own_memory, ignore
+        self.sharers = sharers
+        # Processes of this run on this machine: each has its part of a CPU's memory, and a card of its own.
         self.baseline_bytes = 0
         self.hardware: Hardware | None = None
         self.workload: Workload | None = None
@@ -56,6 +78,9 @@ class MemoryGuard:
             warn("RW564", f"there is no memory plan for {method}; the run starts without a prediction.")
             return
         self.hardware = this_machine() if self.settings["device"] != "cpu" else cpu_hardware()
+        if self.hardware.device_type == "cpu":
+            part = self.hardware.memory_bytes // self.sharers
+            self.hardware = dataclasses.replace(self.hardware, memory_bytes=part)
         # What the libraries have taken by now stays, and the meter of a CPU run counts it.
         self.baseline_bytes = self.own_memory() if self.hardware.device_type == "cpu" else 0
         self._fetched()
@@ -73,7 +98,7 @@ class MemoryGuard:
         if verdict_of(smallest, self.hardware.memory_bytes) == "too big":
             self._refuse(smallest, "even one row of 16 tokens")
 
-    def before_training(self, batch: Any, evaluation: Any) -> int | None:
+    def before_training(self, batch: Rows, evaluation: Rows | None) -> int | None:
         """Rows, tokens and trained_share of the largest micro-batch that will come, and of evaluations (None: there are
         none). What takes more is predicted."""
         if self._refused_target is not None:
@@ -149,11 +174,9 @@ class MemoryGuard:
 
     def _asker(self) -> Remembering:
         if self._estimate is None:
-            source = self._fetched()
-            self.facts = read_facts(source)
-            code = self.settings["trust_remote_code"]
-            asked = estimator_of(source.path or source.name, trust_remote_code=code)
-            self._estimate = Remembering(_over(self.facts.stored, asked))
+            model = read_model(self._fetched())
+            self.facts = model.facts
+            self._estimate = Remembering(_over(self.facts.stored, estimator_of(model)))
         return self._estimate
 
     def _fetched(self) -> ModelSource:
@@ -183,14 +206,16 @@ def _over(stored: Stored | None, ask: Estimator) -> Estimator:
 
 
 def workload_of(settings: Mapping[str, Any], hardware: Hardware) -> Workload:
-    """The step of a run, every row of full length."""
+    """The step of a run, every row of full length; of several processes that of one."""
     fields = {name: settings[name] for name in Workload.__dataclass_fields__ if name in settings}
+    fields["devices"] = settings.get("devices") or 1
+    fields["strategy"] = (settings.get("strategy") or "ddp") if fields["devices"] > 1 else "single"
     dtype = hardware.dtype if settings["dtype"] == "auto" else settings["dtype"]
     kind: Literal["cuda", "cpu"] = "cuda" if hardware.device_type == "cuda" else "cpu"
     return on_device(Workload(**{**fields, "dtype": dtype, "device_type": kind}), hardware)
 
 
-def _of_batch(workload: Workload, batch: Any) -> Workload:
+def _of_batch(workload: Workload, batch: Rows) -> Workload:
     trained = max(batch.trained_share, 1 / batch.tokens)
     return dataclasses.replace(workload, batch_size=batch.rows, max_length=max(2, batch.tokens), trained_share=trained)
 
@@ -206,7 +231,7 @@ def _described(change: Change) -> str:
     return f"{options}: {byte_size(change.estimate.peak_bytes)}, {change.time_words}"
 
 
-def _option(name: str, value: Any) -> str:
+def _option(name: str, value: object) -> str:
     flag = f"--{name.replace('_', '-')}"
     if name == "fast":
         return f"{flag} in place of --no-fast"

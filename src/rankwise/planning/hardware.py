@@ -38,18 +38,18 @@ class Hardware:
     name: str
     device_type: DeviceType
     memory_bytes: int
-    has_bfloat16: bool | None
     # None: unknown, taken as yes.
+    has_bfloat16: bool | None
     bytes_per_second: float | None
-    flops_per_second: float | None
     # Peak, dense, in 16 bits.
+    flops_per_second: float | None
     source: str
-    note: str | None = None
     # On the memory.
+    note: str | None = None
     cores: int | None = None
     float32_flops_per_second: float | None = None
-    assumption: str | None = None
     # Which of several cards a name was taken for, and how to name the others.
+    assumption: str | None = None
 
     @property
     def dtype(self) -> Literal["bfloat16", "float16", "float32"]:

@@ -15,16 +15,20 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import ConfigError, InternalError
 from rankwise.planning.terms import METHODS
 from rankwise.planning.workload import Workload
 
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from transformers import PreTrainedModel
+
 STEPS = 3
 INTERVAL_SECONDS = 0.002
-KILLED = (-9, 137)
 # By the kernel, mostly because memory ran out; the second where a shell stands between.
+KILLED = (-9, 137)
 MEMORY_WORDS = ("MemoryError", "OutOfMemoryError", "DefaultCPUAllocator")
 
 
@@ -88,7 +92,7 @@ def carry_out(order: dict[str, Any]) -> Measurement:
     from rankwise.planning.step import autocast_dtype, make_batch, take_step
 
     workload, method = Workload(**order["workload"]), order["method"]
-    model: Any = load_skeleton(order["model"], trust_remote_code=order["trust_remote_code"], revision=order["revision"])
+    model = load_skeleton(order["model"], trust_remote_code=order["trust_remote_code"], revision=order["revision"])
     device = workload.device_type
     _warm_up(device, workload)
     baseline = _anonymous_bytes() if device == "cpu" else 0
@@ -115,7 +119,7 @@ def carry_out(order: dict[str, Any]) -> Measurement:
     return Measurement(peak, baseline, tuple(seconds), device)
 
 
-def _offloading(model: Any, workload: Workload) -> AbstractContextManager[Any]:
+def _offloading(model: PreTrainedModel, workload: Workload) -> AbstractContextManager[object]:
     """As the trainer offloads activations: a context for every step."""
     if not workload.activation_offloading:
         return nullcontext()
@@ -132,7 +136,7 @@ def _warm_up(device: str, workload: Workload) -> None:
     torch.nn.functional.cross_entropy((x @ x).float(), torch.zeros(64, dtype=torch.long, device=device)).backward()
 
 
-def _real_optimizer(model: Any, workload: Workload) -> Any:
+def _real_optimizer(model: PreTrainedModel, workload: Workload) -> Optimizer:
     """By transformers' name, or our own. Raises ConfigError (RW132) for one that cannot be made here."""
     import torch
 

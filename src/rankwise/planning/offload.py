@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from rankwise.planning.tracker import StorageTracker
 
-LEAST_ELEMENTS_BYTES = 1024
 # trl leaves smaller tensors where they are.
+LEAST_ELEMENTS_BYTES = 1024
 
 
 @contextmanager
@@ -22,13 +21,13 @@ def offloaded(tracker: StorageTracker) -> Iterator[None]:
     As trl's ``OffloadActivations``: parameters and what is no activation stay.
     """
 
-    def pack(tensor: Tensor) -> Any:
+    def pack(tensor: Tensor) -> Tensor | tuple[Tensor]:
         if isinstance(tensor, nn.Parameter) or tensor.nbytes < LEAST_ELEMENTS_BYTES:
             return tensor
         with tracker.elsewhere():
             return (tensor.clone(),)
 
-    def unpack(packed: Any) -> Tensor:
+    def unpack(packed: Tensor | tuple[Tensor]) -> Tensor:
         return packed[0].clone() if isinstance(packed, tuple) else packed
 
     with saved_tensors_hooks(pack, unpack):

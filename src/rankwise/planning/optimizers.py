@@ -13,11 +13,11 @@ from rankwise.errors import ConfigError
 
 Shape = tuple[int, ...]
 
-EIGHT_BIT_LEAST = 4096
 # bitsandbytes keeps smaller tensors' states in 32 bits.
+EIGHT_BIT_LEAST = 4096
 EIGHT_BIT_BLOCK = 256
-PAGED_LEAST = 100_000
 # bitsandbytes keeps smaller tensors' states on the device.
+PAGED_LEAST = 100_000
 TORCHAO_BLOCK = 256
 
 
@@ -30,11 +30,11 @@ class OptimizerRule:
 
     state: Callable[[Shape, int], int]
     paged: bool = False
-    hosted: bool = False
     # The whole state lives in the host's memory.
+    hosted: bool = False
     copies: bool = False
-    cuda_only: bool = False
     # bitsandbytes', which works on CUDA cards alone.
+    cuda_only: bool = False
 
 
 def two_moments(shape: Shape, element_bytes: int) -> int:

@@ -13,8 +13,8 @@ from math import ceil
 from rankwise.planning.workload import Workload
 
 SHARDED = ("weights_4bit", "weights", "adapters", "gradients", "optimizer")
-BLOCKS_AT_ONCE = 2
 # FSDP2 gathers the next layer while one computes, and reduces one layer's gradients while the next makes its own.
+BLOCKS_AT_ONCE = 2
 
 
 @dataclasses.dataclass(frozen=True)

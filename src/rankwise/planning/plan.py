@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,12 +12,10 @@ from typing import Any
 from rankwise.config import FOUR_BITS
 from rankwise.errors import ConfigError, ModelError, QuantizationError, RankwiseError
 from rankwise.models.source import ModelSource, fetch_model
-from rankwise.planning.architectures import read_shape
 from rankwise.planning.calibration import measured_pace
 from rankwise.planning.changes import Advisor, Change, reachable
-from rankwise.planning.closed_form import of_shape
-from rankwise.planning.estimate import estimate
-from rankwise.planning.facts import ModelFacts, read_facts
+from rankwise.planning.estimate import estimate, estimator_of
+from rankwise.planning.facts import read_model
 from rankwise.planning.fitting import (
     MOST_TOKENS,
     Estimator,
@@ -32,7 +29,7 @@ from rankwise.planning.fitting import (
 )
 from rankwise.planning.hardware import Hardware, choose_hardware
 from rankwise.planning.optimizers import check_device
-from rankwise.planning.recommend import PASSES, Recommendation, recommend
+from rankwise.planning.recommend import PASSES, Recommendation, Wish, recommend
 from rankwise.planning.settings import SHARED, PlanSettings
 from rankwise.planning.speed import Pace, assumed_pace, micro_batch_seconds, nominal_pace, tokens_per_second
 from rankwise.planning.terms import TOO_SLOW, MemoryEstimate
@@ -44,7 +41,6 @@ DECIDED = (
     *("activation_offloading", "optimizer"),
 )
 """Written into every saved plan, given or not."""
-UNKNOWN_FAMILY = "RW325"
 EXACT_SECONDS = (60.0, 900.0)
 """What dry runs of one method may take of several: at first, and again where the others are done."""
 
@@ -55,15 +51,15 @@ class MethodRow:
 
     estimate: MemoryEstimate
     verdict: Verdict
-    spare_bytes: int
     # Memory less peak: negative where it is too big.
-    max_batch_size: int
+    spare_bytes: int
     # Rows of ``max_length``; 0: not one.
-    longest_row_tokens: int
+    max_batch_size: int
     # At the batch size asked for.
+    longest_row_tokens: int
     tokens_per_second: float | None
-    seconds: float | None
     # Of the whole run, where its length is known.
+    seconds: float | None
 
     def to_json(self) -> dict[str, Any]:
         own = self.estimate
@@ -106,15 +102,15 @@ class Plan:
     hardware: Hardware
     workload: Workload
     accumulation: int
-    rows: tuple[MethodRow, ...]
     # One at least.
+    rows: tuple[MethodRow, ...]
     unplanned: tuple[Unplanned, ...]
     recommendation: Recommendation
-    changes: tuple[Change, ...]
     # Of the recommended method (or of the first) at the settings asked for.
+    changes: tuple[Change, ...]
     changes_of: str
-    pace_basis: str | None
     # Where the speeds come from; None: no figure is known.
+    pace_basis: str | None
     run_tokens: int | None
 
     def to_json(self) -> dict[str, Any]:
@@ -174,16 +170,6 @@ def is_slowed(fast: bool, hardware: Hardware) -> bool:
     return not fast and hardware.device_type != "mps"
 
 
-def estimator_of(model: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Estimator:
-    """The closed form for one model, whose config is read once. Raises ModelError as ``read_shape`` does."""
-    shape = read_shape(model, trust_remote_code=trust_remote_code)
-
-    def closed(method: str, workload: Workload) -> MemoryEstimate:
-        return of_shape(shape, method, workload)
-
-    return closed
-
-
 def pace_of(hardware: Hardware, dtype: str) -> Callable[[str], Pace | None]:
     """method -> what was measured on this machine for it, else a share of the data sheet."""
 
@@ -221,11 +207,11 @@ class _Planner:
         self.settings, self.source, self.hardware, self.methods = settings, source, hardware, methods
         self.workload, self.say = work, say if settings.exact else lambda _: None
         self.deadline = math.inf
-        self.facts: ModelFacts = read_facts(source)
+        self.model = read_model(source, trust_remote_code=settings.trust_remote_code)
+        self.facts = self.model.facts
         self._check_length()
-        # A local model has no revision to ask for again.
-        self.place = source.path if source.path is not None else source.name
-        self.is_slow = False
+        # Each setting but batch and length costs two dry runs or more where the closed form does not answer.
+        self.is_slow = settings.exact and self.model.shape is None
         self.estimate = Remembering(self._estimator())
         self.pace, self.ratio_pace = pace_of(hardware, work.dtype), ratio_pace_of(hardware, methods, work.dtype)
         asked_slow = is_slowed(settings.fast, hardware)
@@ -235,20 +221,11 @@ class _Planner:
         rows, unplanned = self._rows()
         self.methods = [row.estimate.method for row in rows]
         accumulation = self.settings.gradient_accumulation
-        # Each setting but batch and length costs two dry runs or more where the closed form does not answer.
         passes = PASSES[:1] if self.is_slow else PASSES
         if self.is_slow:
             self.say("dry runs of other settings ...")
-        recommendation = recommend(
-            self.advisor,
-            self.methods,
-            self.settings.goal,
-            self.workload,
-            accumulation,
-            self._given(),
-            passes,
-            is_mixture=self.facts.experts > 0,
-        )
+        wish = Wish(self.settings.goal, self._given(), accumulation, is_mixture=self.facts.experts > 0)
+        recommendation = recommend(self.advisor, self.methods, self.workload, wish, passes)
         subject = recommendation.method or recommendation.estimate.method
         cheap = PASSES[0] if self.is_slow else None
         refused = {item.method for item in unplanned}
@@ -318,23 +295,13 @@ class _Planner:
 
     def _estimator(self) -> Estimator:
         """The closed form; with --exact, for an architecture that it does not know, lines through dry runs."""
-        try:
-            return estimator_of(self.place, trust_remote_code=self.settings.trust_remote_code)
-        except ModelError as error:
-            if error.code != UNKNOWN_FAMILY or not self.settings.exact:
-                raise
-        self.is_slow = True
-        return Interpolating(self._dry_run)
+        if self.is_slow:
+            return Interpolating(self._dry_run)
+        self.model.known_shape()
+        return estimator_of(self.model)
 
     def _dry_run(self, method: str, workload: Workload) -> MemoryEstimate:
-        return estimate(
-            self.place,
-            method,
-            workload,
-            exact=True,
-            deadline=self.deadline,
-            trust_remote_code=self.settings.trust_remote_code,
-        )
+        return estimate(self.model, method, workload, exact=True, deadline=self.deadline)
 
     def _row(self, method: str) -> MethodRow:
         memory, own = self.hardware.memory_bytes, self.estimate(method, self.workload)
@@ -374,7 +341,10 @@ class _Planner:
     def _given(self) -> dict[str, Any]:
         """What the user set, and what every plan decides, in the words of ``rankwise train``."""
         decided = {*DECIDED, *(("double_quant",) if set(self.methods) & set(FOUR_BITS) else ())}
-        named = [name for name in SHARED if name in self.settings.model_fields_set or name in decided]
+        # `rankwise train` refuses --strategy fsdp.
+        untrained = ("devices", "strategy") if self.settings.strategy == "fsdp" else ()
+        asked = self.settings.model_fields_set - {*untrained}
+        named = [name for name in SHARED if name in asked or name in decided]
         given = {name: getattr(self.settings, name) for name in named}
         return {"model": self.settings.model} | given
 

@@ -35,18 +35,18 @@ PASSES: tuple[frozenset[str], ...] = (
 class Recommendation:
     """``settings`` are those of ``rankwise train`` that differ from its defaults or were asked for."""
 
-    method: str | None
     # None: nothing fits.
+    method: str | None
     settings: dict[str, Any]
-    estimate: MemoryEstimate
     # Of the recommended run, or of the smallest one where nothing fits.
+    estimate: MemoryEstimate
     workload: Workload
     time_factor: float
     reasons: tuple[Rule, ...]
-    missing_bytes: int = 0
     # Where nothing fits: what the smallest run lacks.
-    is_tight: bool = False
+    missing_bytes: int = 0
     # It fits only without the error to expect, and nothing smaller fits with it.
+    is_tight: bool = False
 
     @property
     def serving(self) -> tuple[str, ...]:
@@ -67,23 +67,28 @@ class Recommendation:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class Wish:
+    """What is asked for besides the step. ``given``: settings, to be written back with the changes on top."""
+
+    goal: str
+    given: Mapping[str, Any]
+    accumulation: int = 1
+    # The model has experts.
+    is_mixture: bool = False
+
+
 def recommend(
     advisor: Advisor,
     methods: Sequence[str],
-    goal: str,
     workload: Workload,
-    accumulation: int,
-    given: Mapping[str, Any],
+    wish: Wish,
     passes: Sequence[frozenset[str]] = PASSES,
-    *,
-    is_mixture: bool = False,
 ) -> Recommendation:
     """The first method in the goal's order that fits, changing as little as that takes; where none fits with its error,
-    the first that does without.
-
-    ``given``: settings as asked for, to be written back with the changes on top.
-    """
-    order = [method for method in ORDER[goal] if method in methods]
+    the first that does without."""
+    accumulation = wish.accumulation
+    order = [method for method in ORDER[wish.goal] if method in methods]
     gentle: dict[str, bool] = {}
     # The last pass has hundreds of combinations; where the smallest of them is too big all are.
     runs = {method: _smallest(advisor, method, workload, accumulation, passes[-1]) for method in order}
@@ -94,7 +99,7 @@ def recommend(
             change = None if is_hopeless else _fastest(advisor, method, workload, accumulation, allowed, verdict)
             gentle.setdefault(method, change is not None)
             if change is not None:
-                return _explained(change, method, goal, gentle, given, accumulation, is_mixture)
+                return _explained(change, method, gentle, wish)
     return _nothing_fits(advisor, min(runs.values(), key=lambda run: run.estimate.peak_bytes))
 
 
@@ -140,19 +145,12 @@ def _loss(change: Change) -> tuple[float, ...]:
     return (max(costs, default=0), sum(costs), -length, *time, len(costs), -change.workload.batch_size)
 
 
-def _explained(
-    change: Change,
-    method: str,
-    goal: str,
-    fits: Mapping[str, bool],
-    given: Mapping[str, Any],
-    accumulation: int,
-    is_mixture: bool,
-) -> Recommendation:
-    settings = {**given, **change.settings, "method": method}
+def _explained(change: Change, method: str, fits: Mapping[str, bool], wish: Wish) -> Recommendation:
+    settings = {**wish.given, **change.settings, "method": method}
     if method not in FOUR_BITS:
         settings = {name: value for name, value in settings.items() if name not in FOUR_BIT_SETTINGS}
-    situation = Situation(method, goal, dict(fits), settings, frozenset(change.settings), accumulation, is_mixture)
+    changed = frozenset(change.settings)
+    situation = Situation(method, wish.goal, dict(fits), settings, changed, wish.accumulation, wish.is_mixture)
     return Recommendation(
         method,
         settings,

@@ -29,16 +29,16 @@ class Situation:
 
     method: str
     goal: str
-    fits: dict[str, bool]
     # {method: whether some settings without loss make it fit}, for those planned for.
-    settings: dict[str, Any]
+    fits: dict[str, bool]
     # As ``rankwise train`` takes them.
-    changed: frozenset[str]
+    settings: dict[str, Any]
     # Names among them that differ from what was asked for.
-    accumulation: int = 1
+    changed: frozenset[str]
     # Micro-batches a step, as asked for.
-    is_mixture: bool = False
+    accumulation: int = 1
     # Whether the model has experts, which "all-linear" does not reach.
+    is_mixture: bool = False
 
     @property
     def leaves_experts(self) -> bool:
@@ -62,10 +62,10 @@ class Rule:
     """One line of advice."""
 
     name: str
-    scenario: str
     # When it applies, in words.
-    when: Callable[[Situation], bool]
+    scenario: str
     # The same for the program.
+    when: Callable[[Situation], bool]
     reason: str
     source: str
     evidence: Evidence
@@ -90,7 +90,7 @@ RULES: tuple[Rule, ...] = (
         "lora-simple",
         "LoRA: the fastest and simplest",
         lambda s: s.method == "lora" and s.goal == "speed",
-        "the fewest operations a token of the four: no weights to dequantize, no norms; no latency once merged",
+        "the fewest operations a token: no weights to dequantize, no norms; no latency once merged",
         f"{LORA_PAPER}, section 4; DoRA was 26 % slower in PEFT's own suite (Llama-3.2-3B, L40S)",
         "published",
     ),

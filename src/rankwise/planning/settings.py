@@ -33,7 +33,7 @@ SHARED = (
     *("modules_to_save", "use_rslora"),
     *("adapter_dtype", "quant_type", "block_size", "double_quant", "batch_size", "gradient_accumulation"),
     *("max_length", "max_steps", "epochs", "gradient_checkpointing", "activation_offloading", "optimizer", "dtype"),
-    *("fast",),
+    *("fast", "devices", "strategy"),
     *("model", "trust_remote_code", "revision"),
 )
 """Options that ``rankwise train`` has too; ``--save`` writes those that were given or chosen."""

@@ -16,8 +16,8 @@ from rankwise.errors import ModelError
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.models.source import ModelSource
 
-Kind = Literal["linear", "conv1d", "embedding", "norm", "plain"]
 # conv1d: a linear layer stored transposed; plain: stacked experts and routers, which no adapter can wrap.
+Kind = Literal["linear", "conv1d", "embedding", "norm", "plain"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Module:
     inputs: int
     outputs: int
     bias: bool = False
-    extra: int = 0
     # Parameters of a norm or of plain tensors.
+    extra: int = 0
 
-    stacks: tuple[tuple[int, int, int], ...] = ()
     # Of stacked experts, whose weights are among the plain ones: the shape of each tensor, (E, out, in).
+    stacks: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def weights(self) -> int:
@@ -47,6 +47,10 @@ class Module:
     def is_linear(self) -> bool:
         return self.kind in ("linear", "conv1d")
 
+    @property
+    def is_adaptable(self) -> bool:
+        return self.is_linear or self.kind == "embedding"
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -55,8 +59,8 @@ class Shape:
     family: str
     hidden: int
     layers: int
-    mlp: int
     # Width of the dense MLP, or of one expert.
+    mlp: int
     heads: int
     kv_heads: int
     head_dim: int
@@ -66,24 +70,24 @@ class Shape:
     modules: tuple[Module, ...]
     experts: int = 0
     experts_per_token: int = 0
-    shared_mlp: int = 0
     # Width of the expert that sees every token.
+    shared_mlp: int = 0
     qk_norm: bool = False
     fused_qkv: bool = False
     norms_per_layer: int = 2
-    dropout: float = 0.0
     # Of the model itself, in its hidden states.
-    attention_dropout: float = 0.0
+    dropout: float = 0.0
     # Of its attention weights.
+    attention_dropout: float = 0.0
     window: int | None = None
-    windowed_share: float = 0.0
     # Of the layers, those that look back at ``window`` tokens alone.
-    eager: bool = False
+    windowed_share: float = 0.0
     # transformers computes its scores one operation after the other, with no kernel for attention.
-    softcapped: bool = False
+    eager: bool = False
     # They pass a tanh.
-    capped_logits: bool = False
+    softcapped: bool = False
     # So do the logits.
+    capped_logits: bool = False
 
     @property
     def queries(self) -> int:
@@ -188,11 +192,11 @@ class Fields:
 
 
 MOST_LAYERS = 10_000
-LAYER_COUNTS = ("num_hidden_layers", "n_layer")
 # Each layer becomes objects here: a config.json from anywhere must not fill the memory.
+LAYER_COUNTS = ("num_hidden_layers", "n_layer")
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

@@ -22,8 +22,8 @@ UNITS = {
 MOST_BARE = 100_000
 """A number without a unit above this is no count of GB that a machine has."""
 MOST_BYTES = 2**63
-LONGEST_TEXT = 40
 # Of what a message repeats.
+LONGEST_TEXT = 40
 
 _SIZE = re.compile(r"(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?|\.\d+)\s*([kmgt]?i?b?)", re.IGNORECASE)
 _THOUSANDS = re.compile(r",(?=\d{3}(?!\d))")

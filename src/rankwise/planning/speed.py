@@ -21,14 +21,14 @@ ASSUMED_EFFICIENCY = 0.40
 ASSUMED_BANDWIDTH_SHARE = 0.8
 ASSUMED_CPU_FLOPS_PER_CORE = {"bfloat16": 100e9, "float16": 40e9, "float32": 40e9}
 """Cautious: `rankwise plan --calibrate` gave 111 to 303 GFLOP/s for one core with bfloat16 instructions (docs/plan.md);
-LoRA's steps with AVX2 alone come to 44 a core (docs/results/steps_float32_peer.md)."""
+LoRA's steps with AVX2 alone come to 44 a core (docs/results/steps.md)."""
 ASSUMED_CPU = {"bfloat16": "a Zen 4", "float16": "an AMD EPYC with AVX2", "float32": "an AMD EPYC with AVX2"}
 HOST_LINK_BYTES_PER_SECOND = 20e9
 """PCIe 4.0 x16 moves 32 GB/s at most in one direction (PCI-SIG); about two thirds are reached."""
 NOMINAL_CARD = "RTX 4090"
 """Stands for a device without figures where only ratios of times are asked for."""
-PACKED_BYTES = 0.53
 # Of a 4-bit weight with its scales.
+PACKED_BYTES = 0.53
 DEQUANTIZE_SHARE = 0.5
 """Of the bandwidth that other traffic reaches, the share that dequantization reaches within a step.
 
@@ -37,12 +37,12 @@ steps are met on five cards (`tests/planning/test_published_times.py`). No card 
 """
 LAUNCHES = {"forward": 39, "backward": 92}
 """Kernels that the host launches for a layer and micro-batch, LoRA on all seven linear layers: our own count."""
-DEQUANTIZE_LAUNCHES, GAIN_LAUNCHES = 7, 62
 # One for each linear layer and pass; DoRA's of a backward pass.
+DEQUANTIZE_LAUNCHES, GAIN_LAUNCHES = 7, 62
 LAUNCH_SECONDS = 15e-6
 """From Python: about 7 us for an operation of torch's, 25 us for a Triton kernel, and the bookkeeping of autograd."""
-GAIN_TENSORS = 3
 # DoRA's backward pass reads two tensors of a layer's output and writes one (ops.elementwise.scaled_grad).
+GAIN_TENSORS = 3
 
 
 @dataclasses.dataclass(frozen=True)

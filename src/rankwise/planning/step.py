@@ -19,6 +19,7 @@ from rankwise.planning.workload import Workload
 
 IGNORED = -100
 Enter = Callable[[str], None]
+LossOf = Callable[[nn.Module, "Batch", torch.dtype | None], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +28,14 @@ class Batch:
 
     inputs: dict[str, Tensor]
     labels: Tensor
-    positions: Tensor
     # (P,): what is scored, the same in each row.
+    positions: Tensor
 
 
 def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: bool = False) -> Batch:
-    """Rows of full length. Of several one is padded by a token, as batches are whose rows differ in length.
+    """Rows of full length. The last of several rows is padded by a token, as in batches whose rows differ in length.
 
-    ``flat``: the rows laid end to end in one, told apart by their positions, as the trainer does where it can.
+    ``flat``: the rows lie end to end in one row, told apart by their positions, as the trainer lays them where it can.
     """
     B, L = workload.batch_size, workload.max_length
     P = workload.trained_tokens // B
@@ -51,7 +52,7 @@ def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: 
 
 
 def true_counts(workload: Workload, *, flat: bool) -> dict[int, int]:
-    """Of flags over the positions that have a next token, how many are scored."""
+    """{length of a tensor of flags: how many are set}, for the flags that say which positions are scored."""
     B, L = workload.batch_size, workload.max_length
     return {B * L - 1: workload.trained_tokens} if flat else {L - 1: workload.trained_tokens // B}
 
@@ -62,9 +63,14 @@ def autocast_dtype(method: str, workload: Workload) -> torch.dtype | None:
 
 
 def take_step(
-    model: nn.Module, optimizer: Any, batch: Batch, enter: Enter, autocast: torch.dtype | None, loss: Any = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    enter: Enter,
+    autocast: torch.dtype | None,
+    loss: LossOf | None = None,
 ) -> None:
-    """Forward, backward, clipping, optimizer. ``enter`` is told when a phase begins."""
+    """Forward, backward, clipping, optimizer. ``enter`` is told when a phase begins; ``loss`` replaces ``loss_of``."""
     enter("forward")
     value = (loss or loss_of)(model, batch, autocast)
     enter("backward")

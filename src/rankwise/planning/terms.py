@@ -43,24 +43,24 @@ class MemoryEstimate:
 
     method: str
     peak_bytes: int
-    breakdown: dict[str, int]
     # {term: bytes} over ``TERMS``, at the moment of the peak; they sum to ``peak_bytes``.
+    breakdown: dict[str, int]
     trainable_parameters: int
-    total_parameters: int
     # Without the adapter, tied weights once, 4-bit weights by their elements.
-    error: float
+    total_parameters: int
     # Relative error to expect of ``peak_bytes``, as measured for this way of estimating.
-    exact: bool
+    error: float
     # A dry run of the real model, or the closed form.
-    phase: Phase = "backward"
+    exact: bool
     # Of the step, in which the peak lies.
-    outside_bytes: int = 0
+    phase: Phase = "backward"
     # The part of ``overhead`` that torch's allocator does not see: peak_bytes - outside_bytes is comparable with
     # torch.cuda.max_memory_allocated(), and with the growth of anonymous memory on a CPU.
-    notes: tuple[str, ...] = ()
+    outside_bytes: int = 0
     # What the reader should know: a length beyond the model's, states that live elsewhere, experts left dense.
-    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
     # That the estimate itself took.
+    seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "notes": list(self.notes)}

@@ -27,8 +27,8 @@ from rankwise.planning.quick_fakes import QuickFakes
 from rankwise.planning.terms import TOO_SLOW
 
 NEVER = 1 << 62
-DEVICE_OF = torch.ops.prim.device.default
 # Half of all that is asked of fake tensors: a fake tensor knows the answer itself.
+DEVICE_OF = torch.ops.prim.device.default
 
 
 @dataclasses.dataclass(slots=True)
@@ -38,8 +38,8 @@ class Storage:
     size_bytes: int
     born: int
     phase: str
-    recomputing: bool
     # Made in a backward pass while gradients are recorded: checkpointing runs a block again.
+    recomputing: bool
     as_logits: bool
     died: int = NEVER
     term: str | None = None
@@ -67,20 +67,17 @@ class StorageTracker(TorchDispatchMode):
         self.quick = QuickFakes()
         self.rounding, self.vocabulary, self.scratch = rounding, vocabulary, scratch or {}
         self.phase = "setup"
-        self.live_bytes = self.peak_bytes = 0
-        self.clock = self.peak_clock = 0
-        self.peak_phase = "forward"
-        self.peak_scratch_bytes = 0
+        self.clock = 0
         self.forward_ends: list[int] = []
-        self.entered: list[tuple[int, str]] = []
         # (clock, phase) of every beginning.
-        self.scratches: dict[int, int] = {}
+        self.entered: list[tuple[int, str]] = []
         # {clock: the largest scratch memory of an operation then}.
+        self.scratches: dict[int, int] = {}
         self.storages: list[Storage] = []
+        # While this is set, new storages live in another memory.
         self.hosted = False
-        # Storages that live in another memory, while this is set.
-        self.deadline = math.inf
         # By time.monotonic(): no operation begins after it.
+        self.deadline = math.inf
         self._known: dict[int, tuple[Any, Storage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -105,7 +102,6 @@ class StorageTracker(TorchDispatchMode):
         if name in self.scratch:
             scratch_bytes = self.scratch[name](args, kwargs)
             self.scratches[self.clock] = max(scratch_bytes, self.scratches.get(self.clock, 0))
-            self._look(scratch_bytes)
         return result
 
     def see(self, tensor: Tensor, term: str | None = None) -> None:
@@ -129,22 +125,14 @@ class StorageTracker(TorchDispatchMode):
         self._known[key] = entry = (reference, record)
         self.storages.append(record)
         self.clock += 1
-        self.live_bytes += size
-        self._look(0)
         return entry
 
     def _end(self, key: int, record: Storage) -> None:
         record.died = self.clock
         self.clock += 1
-        self.live_bytes -= record.size_bytes
         known = self._known.get(key)
         if known is not None and known[1] is record:
             del self._known[key]
-
-    def _look(self, scratch_bytes: int) -> None:
-        if self.phase != "setup" and self.live_bytes + scratch_bytes > self.peak_bytes:
-            self.peak_bytes, self.peak_scratch_bytes = self.live_bytes + scratch_bytes, scratch_bytes
-            self.peak_clock, self.peak_phase = self.clock, self.phase
 
     def enter(self, phase: str) -> None:
         """Begin a phase: forward, backward or optimizer. The peak is looked for from the first one on."""
@@ -152,7 +140,6 @@ class StorageTracker(TorchDispatchMode):
             self.forward_ends.append(self.clock)
         self.phase = phase
         self.entered.append((self.clock, phase))
-        self._look(0)
 
     @contextmanager
     def elsewhere(self) -> Iterator[None]:
@@ -166,10 +153,6 @@ class StorageTracker(TorchDispatchMode):
     def see_all(self, tensors: Iterable[Tensor], term: str) -> None:
         for tensor in tensors:
             self.see(tensor, term)
-
-    def breakdown(self) -> dict[str, int]:
-        """{term: bytes} at the moment of the peak; they sum to ``peak_bytes``."""
-        return self._terms_at(self.peak_clock, self.peak_scratch_bytes)
 
     def peaks(self, divisors: Mapping[str, int] = MappingProxyType({})) -> dict[str, dict[str, int]]:
         """{phase: {term: bytes}} at that moment of each phase at which ``sum of bytes(term) / divisors(term)`` peaks.

@@ -21,8 +21,8 @@ from rankwise.planning.workload import Workload
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NESTED_BLOCK = 256
 
+# The shape of a trained tensor, and its bytes per element.
 Tensor = tuple[TensorShape, int]
-"""The shape of a trained tensor, and its bytes per element."""
 
 
 def packed_bytes(weights: int, block_size: int, *, double_quant: bool) -> int:
@@ -36,15 +36,15 @@ def packed_bytes(weights: int, block_size: int, *, double_quant: bool) -> int:
 
 
 def packed(module: Module, shape: Shape, workload: Workload) -> list[TensorShape]:
-    """Of a module's weights those that become 4-bit: of linear layers but the output head, and stacks of experts of
-    whole blocks each."""
+    """Shapes of the module's weights that become 4-bit: linear layers except the output head, and stacks of experts
+    whose matrices are whole blocks."""
     if module.is_linear and module is not shape.modules[-1]:
         return [(module.outputs, module.inputs)]
     return [stack for stack in module.stacks if prod(stack[1:]) % workload.block_size == 0]
 
 
 def made_dense(shape: Shape, workload: Workload) -> Iterator[int]:
-    """Weights of each 4-bit matrix that a product makes dense, of a stack of experts one expert."""
+    """Element counts of the 4-bit weights that products make dense; of stacked experts that of one expert."""
     return (prod(tensor[-2:]) for module in shape.modules for tensor in packed(module, shape, workload))
 
 
@@ -78,7 +78,7 @@ def base_element_bytes(method: str, workload: Workload) -> int:
 
 
 def dense_bytes(shape: Shape, method: str, workload: Workload) -> int:
-    """What is not 4-bit: ``n s``, tied tensors once; of a 4-bit layer its bias, of experts what has no whole blocks."""
+    """All that is not 4-bit: ``n s``, tied tensors once; biases of 4-bit layers, and experts without whole blocks."""
     count = shape.parameters
     if method in FOUR_BITS:
         count -= sum(prod(tensor) for module in shape.modules for tensor in packed(module, shape, workload))
@@ -181,8 +181,10 @@ def decodes_in_caches(workload: Workload) -> bool:
 
 @functools.cache
 def computes_in_float32() -> bool:
-    """Whether this CPU's own products and attention compute in float32, and so take it beside bfloat16: as
-    csrc/products.cpp and csrc/attention.cpp decide, but without torch, which a closed form does not wait for."""
+    """Whether our products and attention compute in float32 on this CPU, so that they take float32 beside bfloat16.
+
+    csrc/common/level.cpp decides so; here it is decided without torch, whose import a plan avoids.
+    """
     return _is_built() and "avx2" in cpu_flags() and "avx512_bf16" not in cpu_flags()
 
 

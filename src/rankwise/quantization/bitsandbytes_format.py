@@ -44,8 +44,8 @@ class StoredWeight:
     quant_type: str
     block_size: int
     dtype: torch.dtype
-    shape: tuple[int, ...]
     # (out, in), or of stacked experts (E, N, K).
+    shape: tuple[int, ...]
 
     offset: float | None = None
 

@@ -13,8 +13,8 @@ from rankwise.weights_file import TensorInfo, read_header
 
 _PART = re.compile(r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)", re.DOTALL)
 
-_ENDS = ("weight", "_proj")
 # Of the names of weights, and of stacked experts.
+_ENDS = ("weight", "_proj")
 
 
 def stored_weights(files: Iterable[str | Path]) -> dict[str, StoredWeight]:

@@ -13,8 +13,8 @@ from rankwise.errors import QuantizationError
 from rankwise.ops.checks import check_dtype, check_type
 from rankwise.ops.codes import QUANT_TYPES
 
+# Our name among transformers' quantization methods. It is never written to a file: checkpoints are bitsandbytes'.
 METHOD = "rankwise_4bit"
-"""Our name among transformers' quantization methods. It is never written to a file: checkpoints are bitsandbytes'."""
 
 
 @dataclass
@@ -29,23 +29,23 @@ class FourBitConfig(QuantizationConfigMixin):
 
     quant_method: Any = field(default=METHOD, init=False, repr=False)
 
-    block_size: int = 64
     # Elements per scale along the row-major flattening: a power of two from 32 to 4096.
+    block_size: int = 64
 
-    double_quant: bool = False
     # Keep the scales themselves in 8 bits: 0.37 bits per parameter less (QLoRA, section 3).
+    double_quant: bool = False
 
-    modules_to_not_convert: Sequence[str] | None = None
     # Modules that stay dense besides the output head: names, their beginnings or ends, or regular expressions.
+    modules_to_not_convert: Sequence[str] | None = None
 
-    compute_dtype: Any = None
     # The dtype of the products, a torch.dtype or its name; None: that of the activations.
+    compute_dtype: Any = None
 
-    weights_dtype: torch.dtype | None = field(default=None, init=False, repr=False, compare=False)
     # The dtype of the weights before, once a model is quantized: the compute dtype written to its config.json.
+    weights_dtype: torch.dtype | None = field(default=None, init=False, repr=False, compare=False)
 
-    dense_modules: list[str] | None = field(default=None, init=False, repr=False, compare=False)
     # The linear layers left dense, once a model is quantized: written to its config.json.
+    dense_modules: list[str] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if type(self.block_size) is not int:
@@ -112,8 +112,8 @@ class Fp4Config(FourBitConfig):
     quant_type: ClassVar[str] = "fp4"
 
 
-CONFIGS: dict[Any, type[FourBitConfig]] = {kind.quant_type: kind for kind in (Nf4Config, Fp4Config)}
 # By the name of their type.
+CONFIGS: dict[Any, type[FourBitConfig]] = {kind.quant_type: kind for kind in (Nf4Config, Fp4Config)}
 
 
 def _names(names: Any) -> list[str] | None:

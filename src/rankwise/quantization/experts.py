@@ -39,8 +39,8 @@ from rankwise.quantization.linear import (
     set_format,
 )
 
+# Our name among transformers' implementations of experts.
 IMPLEMENTATION = "rankwise_4bit"
-"""Our name among transformers' implementations of experts."""
 SUFFIX = "_scales"
 LEAVES = ("gate_up_proj", "up_proj", "down_proj")
 
@@ -174,8 +174,8 @@ def forward_4bit(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_we
     return forward_by_expert(self, hidden_states, top_k_index, top_k_weights, product)
 
 
+# (experts module, name of a stack, index of an expert, its rows (t, K)) -> what its matrix gives (t, N).
 Product = Callable[[Any, str, int, Tensor], Tensor]
-"""(experts module, name of a stack, index of an expert, its rows (t, K)) -> what its matrix gives (t, N)."""
 
 
 def forward_by_expert(

@@ -30,23 +30,23 @@ from rankwise.quantization.targets import (
 class QuantizationReport:
     """What ``quantize`` did."""
 
-    layers: tuple[str, ...]
     # Names of the layers that are 4-bit now.
+    layers: tuple[str, ...]
 
-    stacks: tuple[str, ...]
     # Names of the stacked expert tensors that are 4-bit now.
+    stacks: tuple[str, ...]
 
-    dense: tuple[str, ...]
     # Linear layers that stay dense.
+    dense: tuple[str, ...]
 
-    experts: tuple[str, ...]
     # Stacked expert tensors that stay dense.
+    experts: tuple[str, ...]
 
-    bytes_before: int
     # Bytes of the quantized weights before ...
+    bytes_before: int
 
-    bytes_after: int
     # ... and of codes and scales now.
+    bytes_after: int
 
     def __str__(self) -> str:
         kept = ", ".join(self.dense[:3]) + (", ..." if len(self.dense) > 3 else "")

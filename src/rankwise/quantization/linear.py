@@ -321,8 +321,8 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+# Subclasses of ``nn.Linear`` whose own forward is the same product, x W^T + b, by name as for ``Conv1D``.
 PLAIN_SUBCLASSES = frozenset({"FalconLinear"})
-"""Subclasses of ``nn.Linear`` whose own forward is the same product, x W^T + b, by name as for ``Conv1D``."""
 
 
 def is_dense_linear(module: nn.Module) -> bool:

@@ -124,9 +124,11 @@ def _compare(
         return None
     sign = 1 if _is_higher_better(result, score) else -1
     rival = rows[other] if other else {}
-    examples = [
-        _example(key, base[key], rows[method][key], rival.get(key), method, other, score, sign) for key in common
-    ]
+    examples = []
+    for key in common:
+        answers = [_answer(None, base[key], score), _answer(method, rows[method][key], score)]
+        answers += [_answer(other, rival[key], score)] if key in rival else []
+        examples.append(_example(key, base[key], rows[method][key].get("prompt"), answers, sign))
     kept = {outcome: [item for item in examples if item.outcome == outcome] for outcome in OUTCOMES}
     shown = [item for found in kept.values() for item in evenly(_changed_first(found), SHOWN)]
     run = shown_run(comparison, method)
@@ -142,25 +144,17 @@ def _changed_first(items: Sequence[Example]) -> Sequence[Example]:
     return [item for item in answered if item.is_changed] or answered
 
 
-def _example(
-    key: str,
-    base: Mapping[str, Any],
-    row: Mapping[str, Any],
-    rival: Mapping[str, Any] | None,
-    method: str,
-    other: str | None,
-    score: str,
-    sign: int,
-) -> Example:
-    before, after = _answer(None, base, score), _answer(method, row, score)
+def _example(key: str, base: Mapping[str, Any], prompt: object, answers: Sequence[Answer], sign: int) -> Example:
+    """``answers``: the base's, the method's, and where there is one the other method's."""
+    before, after, *others = answers
     references = base.get("references") or ()
     return Example(
         key,
-        _clean(base.get("prompt") or row.get("prompt") or ""),
+        _clean(base.get("prompt") or prompt or ""),
         tuple(_clean(text) for text in references[:3]) if isinstance(references, list) else (),
         before,
         after,
-        _answer(other, rival, score) if rival is not None else None,
+        next(iter(others), None),
         _outcome(before.score, after.score, sign),
     )
 

@@ -5,98 +5,30 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, get_origin, get_type_hints, is_typeddict
 
 from rankwise.errors import RunError
 from rankwise.foreign import parse_json, read_json
 from rankwise.records import read_metrics
+from rankwise.reports import schema
 from rankwise.reports.numbers import is_number
+from rankwise.reports.schema import COMPARISON_FILE, EVALUATION_FOLDER, SCHEMA
 
-COMPARISON_FILE = "comparison.json"
-EVALUATION_FOLDER = "evaluation"
-SCHEMA = 1
-LARGEST_BYTES = 1 << 28
 # Of one file: a report is made from what a person reads, not from gigabytes.
+LARGEST_BYTES = 1 << 28
+EMPTY: dict[Any, Any] = {dict: {}, list: [], str: "", bool: False}
 
-TOP: dict[str, Any] = {
-    "command": "",
-    "settings": {},
-    "created": "",
-    "versions": {},
-    "device": {},
-    "model": {},
-    "data": {},
-    "primary_metric": "eval_loss",
-    "confidence": 0.95,
-    "base": {},
-    "warnings": [],
-    "runs": [],
-    "methods": {},
-    "differences": [],
-    "recommendation": {},
-    "minimum_detectable_effect": {},
-    "learning_rates": {},
-    "seconds": {},
-}
-RUN: dict[str, Any] = {
-    "id": "",
-    "method": "",
-    "seed": 0,
-    "learning_rate": None,
-    "phase": "final",
-    "status": "finished",
-    "error": None,
-    "folder": "",
-    "record": None,
-    "tasks": {},
-    "adapter_bytes": None,
-    "merged": None,
-    "update_norms": None,
-    "tokens_per_second": None,
-    "peak_memory_bytes": None,
-    "predicted_peak_memory_bytes": None,
-    "wall_seconds": None,
-}
-METHOD: dict[str, Any] = {
-    "mean": {},
-    "interval": {},
-    "seed_sd": {},
-    "per_seed": {},
-    "higher_is_better": {},
-    "seeds": 0,
-    "failed": 0,
-    "learning_rate": None,
-    "learning_rate_at_edge": False,
-    "tokens_per_second": None,
-    "peak_memory_bytes": None,
-    "predicted_peak_memory_bytes": None,
-    "wall_seconds": None,
-    "ranges": {},
-    "trainable_parameters": None,
-    "adapter_bytes": None,
-    "group": None,
-    "pareto": False,
-    "serving": [],
-    "skipped": None,
-}
-DIFFERENCE: dict[str, Any] = {
-    "a": "",
-    "b": "",
-    "metric": "eval_loss",
-    "difference": None,
-    "interval": None,
-    "p_value_holm": None,
-    "equivalence_p": None,
-    "equivalence_p_holm": None,
-    "margin": None,
-    "verdict": "cannot tell",
-    "seed_sd": None,
-    "pairs": 0,
-    "seeds": 0,
-    "per_seed": {},
-    "paired_by_example": False,
-}
-# The parts of the file that reports read, with what stands in for a part that is not there.
+
+def _defaults(kind: Any, **given: Any) -> dict[str, Any]:
+    """What stands in for a part of ``kind`` that is not there: ``given``, an empty one of its type, or None."""
+    hints = get_type_hints(kind).items()
+    return {key: {} if is_typeddict(hint) else EMPTY.get(get_origin(hint) or hint) for key, hint in hints} | given
+
+
+TOP = _defaults(schema.Comparison, primary_metric=schema.EVAL_LOSS, confidence=0.95)
+RUN = _defaults(schema.Run, seed=0, phase="final", status="finished")
+METHOD = _defaults(schema.Method, seeds=0, failed=0)
+DIFFERENCE = _defaults(schema.Difference, metric=schema.EVAL_LOSS, verdict="cannot tell", pairs=0, seeds=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +37,8 @@ class Comparison:
 
     document: Mapping[str, Any]
     folder: Path
-    places: Mapping[str, Path]
     # Run id -> the comparison's folder that it lies in.
+    places: Mapping[str, Path]
 
     def __getitem__(self, key: str) -> Any:
         return self.document[key]

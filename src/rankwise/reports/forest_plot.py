@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from rankwise.reports.figure import across, dot, label, line, plot, tag
 from rankwise.reports.folder import Comparison
-from rankwise.reports.numbers import decimals_for, fixed, half_width, is_number, signed, significant
+from rankwise.reports.numbers import difference, half_width, is_number, significant
 from rankwise.reports.scale import Scale, nice_ticks, tick_label
 
 ROW_HEIGHT = 34
@@ -43,11 +43,7 @@ class Pair:
         """``−0.0212 ± 0.0081``, to the digits that the interval supports."""
         if not is_number(self.difference):
             return "–"
-        half = half_width(self.interval)
-        if half is None:
-            return f"{'+' if self.difference > 0 else ''}{significant(self.difference, 2)}"
-        decimals = decimals_for(half)
-        return f"{signed(self.difference, decimals)} ± {fixed(half, decimals)}"
+        return " ".join(difference(self.difference, self.interval)).strip()
 
 
 def pairs_of(comparison: Comparison, metric: str) -> list[Pair]:
@@ -114,8 +110,8 @@ def _margin(pair: Pair, scale: Scale) -> Markup:
 
 
 def _pair(item: Mapping[str, Any], higher: bool) -> Pair:
-    difference = item["difference"]
-    is_turned = is_number(difference) and (difference < 0 if higher else difference > 0)
+    given = item["difference"]
+    is_turned = is_number(given) and (given < 0 if higher else given > 0)
     sign = -1 if is_turned else 1
     bounds: Sequence[float] | None = item["interval"] if half_width(item["interval"]) is not None else None
     low_high = sorted(sign * bound for bound in bounds) if bounds else None
@@ -123,7 +119,7 @@ def _pair(item: Mapping[str, Any], higher: bool) -> Pair:
         item["b"] if is_turned else item["a"],
         item["a"] if is_turned else item["b"],
         item["metric"],
-        sign * difference if is_number(difference) else None,
+        sign * given if is_number(given) else None,
         (low_high[0], low_high[1]) if low_high else None,
         item["margin"] if is_number(item["margin"]) else None,
         TURNED.get(item["verdict"], item["verdict"]) if is_turned else item["verdict"],

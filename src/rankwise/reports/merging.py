@@ -49,32 +49,28 @@ def merge(comparisons: Sequence[Comparison]) -> Comparison:
     return Comparison(filled(document), first.folder, places)
 
 
-def figures_of(document: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """A method's figures from the records of its final runs: means, and of memory the largest."""
-    own = [run for run in document["runs"] if run["method"] == method and run["phase"] == "final"]
-    good = [run for run in own if run["status"] == "finished" and run["record"]]
-    means = {key: _known(good, key) for key in ("tokens_per_second", "examples_per_second", "wall_seconds")}
+def figures_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One method's figures from its final runs: means, and of memory the largest."""
+    good = [run for run in runs if run["status"] == "finished"]
+    records = [run["record"] or {} for run in good]
+    means = {key: _known(records, key) for key in ("tokens_per_second", "examples_per_second", "wall_seconds")}
     largest = {
-        key: _known(good, key) for key in ("peak_memory_bytes", "predicted_peak_memory_bytes", "trainable_parameters")
+        key: _known(records, key)
+        for key in ("peak_memory_bytes", "predicted_peak_memory_bytes", "trainable_parameters")
     }
+    costs = {key: _known(records, key) for key in ("wall_seconds", "peak_memory_bytes")}
     return {
         "seeds": len(good),
-        "failed": sum(run["status"] == "failed" for run in own),
-        "skipped": None if good else document["methods"][method]["skipped"],
+        "failed": sum(run["status"] == "failed" for run in runs),
         **{key: fmean(values) if values else None for key, values in means.items()},
         **{key: max(values, default=None) for key, values in largest.items()},
-        "ranges": ranges_of([run["record"] for run in good]),
+        "adapter_bytes": max(_known(good, "adapter_bytes"), default=None),
+        "ranges": {key: [min(values), max(values)] for key, values in costs.items() if values},
     }
 
 
-def ranges_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Lowest and highest cost over a method's runs; what none of them measured is left out."""
-    found = {key: [r[key] for r in records if is_number(r.get(key))] for key in ("wall_seconds", "peak_memory_bytes")}
-    return {key: [min(values), max(values)] for key, values in found.items() if values}
-
-
-def _known(runs: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    return [value for run in runs if is_number(value := run["record"].get(key))]
+def _known(items: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    return [value for item in items if is_number(value := item.get(key))]
 
 
 def _joined(comparisons: Sequence[Comparison]) -> dict[str, Any]:

@@ -65,6 +65,15 @@ def estimate(mean: Any, interval: Any) -> tuple[str, str]:
     return fixed(mean, decimals), f"±{THIN}{half:,.{decimals}f}"
 
 
+def difference(value: float, interval: Any) -> tuple[str, str]:
+    """``("−0.0212", "± 0.0081")``: as ``estimate``, with its sign; two digits where no interval can be given."""
+    half = half_width(interval)
+    if half is None:
+        return f"{'+' if value > 0 else ''}{significant(value, 2)}", ""
+    decimals = decimals_for(half)
+    return signed(value, decimals), f"± {fixed(half, decimals)}"
+
+
 def span(interval: Sequence[float]) -> str:
     """``10.62 to 10.70``: both ends with the digits that the width supports."""
     low, high = interval

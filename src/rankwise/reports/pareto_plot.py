@@ -11,6 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from rankwise.reports.costs import Range, is_above, memory_range, seconds_range
 from rankwise.reports.figure import Box, Frame, group, label, line, marker, place_text, text_box, value_range
 from rankwise.reports.folder import Comparison
 from rankwise.reports.naming import method_name
@@ -18,6 +19,7 @@ from rankwise.reports.numbers import half_width, is_number
 from rankwise.reports.scale import nice_ticks, tick_label
 
 HEIGHT = 250
+RANGES = {"peak_memory_bytes": memory_range, "wall_seconds": seconds_range}
 # Width of the plot on a phone, in pixels: labels are placed so that they do not meet even there.
 NARROW = 250.0
 # Places of a label, the better one first.
@@ -33,34 +35,50 @@ class Spot:
     method: str
     cost: float
     quality: float
-    cost_range: tuple[float, float]
-    quality_range: tuple[float, float] | None
+    cost_range: Range
+    quality_range: Range | None
+    # Costs within such ranges are equal; None where seeds tell no costs apart.
+    told_apart: Range | None = None
 
 
 def spots_of(comparison: Comparison, cost: str, scale: float) -> list[Spot]:
-    """Methods with both figures; ``cost`` is a field of the records, divided by ``scale``."""
+    """Methods with both figures; ``cost``, a key of ``RANGES``, is divided by ``scale``."""
     found = []
     for name in comparison.with_result():
         facts = comparison["methods"][name]
-        values = [run["record"][cost] / scale for run in comparison.finals_of(name) if _has(run["record"], cost)]
-        mean = facts[cost] / scale if is_number(facts[cost]) else None
-        if mean is None:
+        if not is_number(facts[cost]):
             continue
-        interval = facts["interval"].get(comparison.metric)
-        bounds = (interval[0], interval[1]) if half_width(interval) is not None else None
-        span = (min([mean, *values]), max([mean, *values]))
-        found.append(Spot(name, mean, facts["mean"][comparison.metric], span, bounds))
+        low, high = facts["ranges"].get(cost) or (facts[cost], facts[cost])
+        told_apart = RANGES[cost](facts)
+        found.append(
+            Spot(
+                name,
+                facts[cost] / scale,
+                facts["mean"][comparison.metric],
+                (low / scale, high / scale),
+                _bounds(facts["interval"].get(comparison.metric)),
+                None if told_apart is None else (told_apart[0] / scale, told_apart[1] / scale),
+            )
+        )
     return found
 
 
+def _bounds(interval: Any) -> Range | None:
+    return None if half_width(interval) is None else (interval[0], interval[1])
+
+
 def pareto_front(spots: Sequence[Spot], *, higher_is_better: bool) -> list[Spot]:
-    """The spots that no other beats in cost and quality, by rising cost."""
+    """The spots that no other beats, by rising cost: in cost and quality nowhere worse, and better in one.
+
+    Costs differ where their ranges part, as in the recommendation.
+    """
     sign = 1 if higher_is_better else -1
-    front: list[Spot] = []
-    for spot in sorted(spots, key=lambda spot: (spot.cost, -sign * spot.quality)):
-        if not front or sign * spot.quality > sign * front[-1].quality:
-            front.append(spot)
-    return front
+
+    def is_worse(a: Spot, b: Spot) -> bool:
+        return sign * a.quality < sign * b.quality or is_above(a.told_apart, b.told_apart)
+
+    front = [spot for spot in spots if not any(is_worse(spot, other) and not is_worse(other, spot) for other in spots)]
+    return sorted(front, key=lambda spot: (spot.cost, -sign * spot.quality))
 
 
 def pareto_svg(
@@ -86,10 +104,6 @@ def pareto_svg(
         left=52,
         right=20,
     )
-
-
-def _has(record: Any, key: str) -> bool:
-    return isinstance(record, Mapping) and is_number(record.get(key))
 
 
 def _frame(spots: Sequence[Spot], limit: float | None) -> Frame:

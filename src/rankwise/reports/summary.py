@@ -31,6 +31,8 @@ TWO_SEEDS = (
     "Two seeds tell little: the spread over seeds is known from two runs of each method, so intervals are wide and "
     "“cannot tell” is the usual verdict, also where a method is better; run with --seeds 3 or more."
 )
+# Warnings that a run failed, was left out or was interrupted: ``left_out`` says that of the runs themselves.
+OF_RUNS = ("RW588", "RW597")
 FEW_SEEDS = {1: ONE_SEED, 2: TWO_SEEDS}
 
 
@@ -95,11 +97,10 @@ def data_title(comparison: Comparison) -> str:
 def verdict(comparison: Comparison) -> str:
     """The sentence at the top: the recommendation's own, else that there is none."""
     recommendation = comparison["recommendation"]
-    reason = str(recommendation.get("reason") or "").strip()
-    if reason:
-        # The method's name stands above the sentence already; older comparisons begin with the option's word for it.
-        method = str(recommendation.get("method"))
-        return visible(capital(reason.removeprefix(f"{capital(long_name(method))}: ").removeprefix(f"{method}: ")))
+    # The method's name stands above the sentence already; older comparisons have no sentence without it.
+    told = str(recommendation.get("why") or recommendation.get("reason") or "").strip()
+    if told:
+        return visible(capital(told))
     if recommendation.get("method"):
         return f"Take {long_name(recommendation['method'])}."
     return "No method can be recommended: no run finished."
@@ -286,13 +287,14 @@ def left_out(comparison: Comparison) -> list[dict[str, str]]:
 
 
 def told_warnings(comparison: Comparison) -> list[dict[str, str]]:
-    """Warnings of the comparison and of its runs, each once, with how many runs had it."""
+    """Warnings of the comparison and of its runs, each once, with how many runs had it; without ``OF_RUNS``."""
     counts: dict[tuple[str, str], int] = {}
     for run in comparison["runs"]:
         for item in (run["record"] or {}).get("warnings") or []:
             key = (str(item.get("code") or ""), str(item.get("message") or ""))
             counts[key] = counts.get(key, 0) + 1
-    own = {(str(item.get("code") or ""), str(item.get("message") or "")): 0 for item in comparison["warnings"]}
+    told = [item for item in comparison["warnings"] if item.get("code") not in OF_RUNS]
+    own = {(str(item.get("code") or ""), str(item.get("message") or "")): 0 for item in told}
     return [
         {"code": code, "message": visible(message), "runs": plural(count, "run") if count else ""}
         for (code, message), count in (own | counts).items()

@@ -121,6 +121,8 @@ def sft_arguments(
             shuffle_dataset=packing,
             gradient_checkpointing=gradient_checkpointing,
             activation_offloading=activation_offloading,
+            # The loss does not come out of the model's output, so DDP would take every parameter for unused.
+            ddp_find_unused_parameters=False,
             ddp_broadcast_buffers=False,  # the only buffers are constants, such as the scales of 4-bit layers
             eval_strategy="steps" if evaluate else "no",
             eval_steps=eval_steps or TENTH,

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from rankwise.acceleration import give_back_freed_memory
 from rankwise.adapters import adapter_parameters, has_adapter
 from rankwise.compat.transformers import learning_rate_of
+from rankwise.training import ranks
 from rankwise.training.interrupt import Interrupt
 from rankwise.training.meters import MemoryMeter, StepClock
 from rankwise.training.metrics import MetricsFile
@@ -39,7 +40,7 @@ class Watch(TrainerCallback):
     def __init__(
         self,
         trainer: RankwiseTrainer,
-        metrics: MetricsFile,
+        metrics: MetricsFile | None,
         memory: MemoryMeter,
         observer: Observer,
         tick: Callable[[], None],
@@ -78,6 +79,8 @@ class Watch(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         logs: dict[str, Any] = more["logs"]
+        if self.metrics is None:
+            return
         if "eval_loss" in logs:
             self.metrics.append({"step": state.global_step, **_evaluation(logs)})
         elif "loss" in logs:
@@ -127,17 +130,17 @@ class CheckGradients(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Once the user has asked to stop: save at the end of the step, or break off the evaluation."""
+    """Once the user has asked any process to stop: save at the end of the step, or break off the evaluation."""
 
     def __init__(self, interrupt: Interrupt) -> None:
         self.interrupt = interrupt
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any) -> None:
-        if self.interrupt.requested:
+        if ranks.agreed(self.interrupt.requested):
             control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
 
     def on_prediction_step(self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any) -> None:
-        if self.interrupt.requested:
+        if ranks.agreed(self.interrupt.requested):
             raise EvaluationStopped
 
 

@@ -24,6 +24,7 @@ class LossParts:
     loss: Tensor
     entropy: float
     accuracy: float
+    positions: int
     aux_loss: Tensor | None
 
 
@@ -57,7 +58,7 @@ def loss_from_logits(
     total = F.cross_entropy(logits, wanted, reduction="sum", label_smoothing=label_smoothing)
     count = trained.sum() if num_items is None else torch.as_tensor(num_items)
     entropy, accuracy = _entropy_and_accuracy(logits.detach(), wanted)
-    return LossParts(total / count.clamp(min=1), entropy, accuracy, getattr(outputs, "aux_loss", None))
+    return LossParts(total / count.clamp(min=1), entropy, accuracy, len(wanted), getattr(outputs, "aux_loss", None))
 
 
 def keeps_positions(model: nn.Module) -> bool:

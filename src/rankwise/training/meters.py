@@ -121,6 +121,11 @@ class MemoryMeter:
             self.seen = max(self.seen, self.now())
 
 
+def frozen_bytes(model: nn.Module) -> int:
+    """What this process holds of what does not train: frozen parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad)
+
+
 def mapped_bytes(model: nn.Module) -> int:
     """Of the model's frozen tensors, what lies in mapped files, where Linux tells it: safetensors in their own dtype.
 

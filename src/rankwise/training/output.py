@@ -23,6 +23,8 @@ MAY_CHANGE = {
     "resume",
     "overwrite",
     "device",
+    # The number of processes is compared by check_same_processes: torchrun counts them too.
+    "devices",
     "ignore_plan",
     "logging_steps",
     "save_steps",
@@ -106,6 +108,18 @@ def check_same_run(output: Path, settings: Mapping[str, Any], defaults: Mapping[
             "RW507",
             f"the run in {output} was started with other settings: {'; '.join(changed)}; resume with the same "
             "settings, or start a new run in another folder.",
+        )
+
+
+def check_same_processes(output: Path, processes: int) -> None:
+    """Raise RunError (RW703) where another number of processes would continue a run than has made its checkpoints."""
+    before = load_record(output).devices
+    if before != processes:
+        raise RunError(
+            "RW703",
+            f"the run in {output} was trained in {before} process{'' if before == 1 else 'es'} and {processes} would "
+            "continue it; each has random states of its own and its part of each batch, so start as many, with "
+            "--devices or torchrun.",
         )
 
 

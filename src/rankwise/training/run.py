@@ -9,7 +9,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,12 @@ from rankwise.models import choose_device, model_facts
 from rankwise.quantization.config import CONFIGS, FourBitConfig
 from rankwise.quantization.linear import weight_count
 from rankwise.records import RunRecord, check_writable, load_record
-from rankwise.training import output, preflight, setup
+from rankwise.training import output, preflight, ranks, setup
 from rankwise.training.arguments import check_combinations, check_names, check_optimizer, sft_arguments
 from rankwise.training.checkpoints import Checkpoint, newest_valid
 from rankwise.training.foresight import Foresight, largest_batch, largest_evaluation
 from rankwise.training.memory_savers import OFFLOADED, OffloadedAdamW, check_memory_savers
-from rankwise.training.meters import Progress
+from rankwise.training.meters import Progress, frozen_bytes
 from rankwise.training.metrics import evaluations
 from rankwise.training.observer import Observer, SilentObserver
 from rankwise.training.provenance import device_record, versions
@@ -46,6 +46,8 @@ def train(settings: TrainSettings, observer: Observer | None = None, foresight: 
 
     ``foresight`` is asked for the peak memory before the model is loaded and before the first step; it may refuse.
 
+    Under torchrun every process calls it: all train, and the first of them writes.
+
     Raises InputError before anything is written when settings, data, model or output folder are at fault; RunError
     during training (a loss that is not finite, no gradient, a full disk: the last checkpoint stays); Interrupted
     after Ctrl-C or SIGTERM, when the step has been saved and ``resume=True`` continues it.
@@ -54,15 +56,26 @@ def train(settings: TrainSettings, observer: Observer | None = None, foresight: 
     told: list[dict[str, str]] = []
     limit_generated_kernels()
     check_writable(settings.output)
-    with _quiet(), _told_warnings(observer, told), hold(settings.output):
+    device_type = torch.device(choose_device(settings.device, settings.dtype).device).type
+    with _quiet(), _told_warnings(observer, told), ranks.joined(device_type), _held(settings.output):
+        ranks.check_processes(settings, ranks.count())
+        ranks.check_alike(
+            {f"--{name.replace('_', '-')}": value for name, value in settings.model_dump(mode="json").items()}
+        )
         mode = output.check_output(settings.output, resume=settings.resume, overwrite=settings.overwrite)
         lora = _check_settings(settings)
         if mode == "resume":
             output.check_same_run(settings.output, settings.model_dump(mode="json"), _defaults())
+            output.check_same_processes(settings.output, ranks.count())
             if _is_finished(settings):
                 return load_record(settings.output)
         session = _prepare(settings, mode, lora, observer or SilentObserver(), foresight)
         return session.carry_out(started, told)
+
+
+def _held(folder: Path) -> AbstractContextManager[None]:
+    """The writer holds the folder; the others would wait for it."""
+    return hold(folder) if ranks.is_writer() else nullcontext()
 
 
 def _check_settings(given: TrainSettings) -> LoraConfig:
@@ -233,6 +246,13 @@ def _prepare(
     preflight.check_positions(loaded.model, [one.dataset for one in data.sets])
     base = model_facts(loaded.model, loaded.source)
     described = data.describe()
+    ranks.check_alike(
+        {
+            **{f"the sha256 of the {name} data": part["sha256"] for name, part in described.items()},
+            "the sha256 of the model": base["sha256"],
+            **{f"the version of {name}": version for name, version in versions().items()},
+        }
+    )
     if mode == "resume":
         output.check_same_inputs(given.output, described, base)
     trainable = setup.attach(loaded.model, given.method, lora, given.seed)
@@ -243,7 +263,9 @@ def _prepare(
     trainer = _trainer(given, loaded, data, checkpoint, padding_free=padded is None)
     if checkpoint is not None and not _same_length(given):
         _check_length(given, checkpoint, trainer.total_steps)
-    predicted = _predicted_peak(given, trainer, foresight, flat=padded is None)
+    # Batches differ between processes; the one with the largest counts.
+    each = ranks.gathered(_predicted_peak(given, trainer, foresight, flat=padded is None))
+    predicted = max((peak for peak in each if peak is not None), default=None)
     record = RunRecord(
         method=given.method,
         seed=given.seed,
@@ -253,6 +275,9 @@ def _prepare(
         total_parameters=sum(map(weight_count, loaded.model.parameters())),
         base_model=base,
         data=described,
+        devices=ranks.count(),
+        strategy=(given.strategy or "ddp") if ranks.count() > 1 else None,
+        frozen_bytes=max(ranks.gathered(frozen_bytes(loaded.model))),
         versions=versions(),
         device={
             **device_record(loaded.device, loaded.dtype),

@@ -14,7 +14,7 @@ from torch import Tensor
 from rankwise.disk import coded_errors, remove_strays
 from rankwise.errors import Interrupted, warn
 from rankwise.records import RUN_FILE, RunRecord, load_record, write_skipped_rows
-from rankwise.training import callbacks, finish, output
+from rankwise.training import callbacks, finish, output, ranks
 from rankwise.training.checkpoints import Checkpoint, remove_unfinished
 from rankwise.training.interrupt import Interrupt, interrupts
 from rankwise.training.meters import MemoryMeter, mapped_bytes
@@ -23,6 +23,7 @@ from rankwise.training.observer import Observer
 from rankwise.training.old_run import OWN_FILES, clear_run
 from rankwise.training.preflight import GradientCheck
 from rankwise.training.trainer import RankwiseTrainer
+from rankwise.training.weights import weights_digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Session:
     record: RunRecord
     extras: Extras
     observer: Observer
+    metrics: MetricsFile | None = None
+    # Of the process that writes.
 
     def carry_out(self, started: float, told: list[dict[str, str]]) -> RunRecord:
         """Train to the end and write the results; the record says how it went, also when it fails.
@@ -58,8 +61,12 @@ class Session:
         self.started = started - self.trainer.progress.wall_seconds
         self.record.warnings = told
         self.record.device["loss"] = self.trainer.loss_in_words
-        with coded_errors(self.folder, "and give the same command again"):
-            self._open_folder()
+        # Nobody may look for an old run any more once the writer begins a new one.
+        ranks.barrier()
+        if ranks.is_writer():
+            with coded_errors(self.folder, "and give the same command again"):
+                self._open_folder()
+        ranks.check_same_file(self.folder / RUN_FILE)
         try:
             with coded_errors(self.folder, "and continue with --resume"):
                 self._carry_out()
@@ -86,13 +93,20 @@ class Session:
         self.record.save(self.folder)
 
     def _carry_out(self) -> None:
-        write_skipped_rows(self.folder, self.record.data)
-        remove_unfinished(self.folder)
         step = self.checkpoint.step if self.checkpoint else None
-        self.metrics = MetricsFile(self.folder, resume_step=step)
+        if ranks.is_writer():
+            write_skipped_rows(self.folder, self.record.data)
+            remove_unfinished(self.folder)
+            self.metrics = MetricsFile(self.folder, resume_step=step)
         stopped = self._train()
         if stopped is not None:
             raise stopped
+        if ranks.count() > 1:
+            ranks.check_alike({"the sha256 of the trained weights": weights_digest(self.trainer.model)})
+        if ranks.is_writer():
+            self._write_results()
+
+    def _write_results(self) -> None:
         self._finish()
         self._complete_record("finished")
         finish.write_plot(self.folder, self.record)
@@ -114,7 +128,10 @@ class Session:
                 self.observer.phase(f"Training, resuming from step {self.checkpoint.step}")
                 self.trainer.resume(self.checkpoint)
         state = self.trainer.state
-        if not interrupt.requested or (state.global_step >= state.max_steps and self._is_evaluated()):
+        self.trainer.progress.peak_memory_bytes = max(ranks.gathered(self.trainer.progress.peak_memory_bytes))
+        # The writer alone knows what has been written.
+        is_done = state.global_step >= state.max_steps and ranks.gathered(ranks.is_writer() and self._is_evaluated())[0]
+        if not ranks.agreed(interrupt.requested) or is_done:
             return None
         if state.global_step == 0:
             return Interrupted("RW542", f"stopped before the first step; {self.folder} holds nothing to resume yet.")
@@ -129,7 +146,7 @@ class Session:
         check = GradientCheck(trainer.model, overflow_is_normal=trainer.args.fp16)
         trainer.add_callback(callbacks.Watch(trainer, self.metrics, memory, self.observer, self._tick))
         trainer.add_callback(callbacks.CheckGradients(check))
-        if self.extras.answer is not None:
+        if self.extras.answer is not None and self.metrics is not None:
             trainer.add_callback(callbacks.Sample(self.extras.answer, self.observer, self.metrics))
         if self.extras.early_stopping is not None:
             trainer.add_callback(callbacks.EarlyStopping(self.extras.early_stopping))
@@ -162,6 +179,9 @@ class Session:
 
     def _close_early(self, status: str) -> None:
         """The record and the plot of a run that did not end well, as far as the disk takes them."""
+        ranks.end_alone()
+        if not ranks.is_writer():
+            return
         self._complete_record(status)
         for write in (self.record.save, lambda folder: finish.write_plot(folder, self.record)):
             # The first error is the one to tell, and often the cause of these.

@@ -7,14 +7,17 @@ it leaves the random states alone); telemetry and the model card (nothing leaves
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback
+from transformers import PrinterCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -26,6 +29,7 @@ from rankwise.compat.trl import metrics_of
 from rankwise.config import logging_steps_of
 from rankwise.errors import RunError, warn
 from rankwise.records import write_json
+from rankwise.training import ranks
 from rankwise.training.checkpoints import Checkpoint, remove_old, save_checkpoint
 from rankwise.training.loss import (
     LossParts,
@@ -35,6 +39,7 @@ from rankwise.training.loss import (
     trained_positions,
 )
 from rankwise.training.meters import Progress
+from rankwise.training.shares import Remainder, share_batches
 from rankwise.training.state import (
     check_optimizer_state,
     check_random_states,
@@ -89,6 +94,11 @@ class RankwiseTrainer(SFTTrainer):
         self.last_grad_norm: float | None = None
         self._scorer: Scorer | None = None
         # Of evaluations; whether the model can score several rows in one is found out once.
+        self.remainder: Remainder | None = None
+        # Of the last batch of an epoch, where several processes train.
+        if ranks.rank():
+            # Every process draws dropout masks of its own; those of the first are the masks of a run in one process.
+            set_seed((self.args.seed + ranks.rank()) % 2**32)
         self.remove_callback(PrinterCallback)
         # Every loss here is normalised by the trained tokens of the whole accumulated batch, whatever the model's
         # forward accepts, and label i + 1 belongs to position i.
@@ -131,13 +141,16 @@ class RankwiseTrainer(SFTTrainer):
             loss = self._own_loss(model, inputs, num_items_in_batch, smoothing)
         else:
             loss = self._loss_from_logits(model, inputs, num_items_in_batch, smoothing)
-        if training:
-            self._count(inputs)
         return loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        counted = self._counted(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
-        value = loss.item()
+        # A loss that is not finite in one process is not in the sum either, so all end together.
+        value, tokens, examples = ranks.summed([loss.item(), *counted])
+        value /= ranks.count()
+        self.progress.tokens += int(tokens)
+        self.progress.examples += int(examples)
         if not math.isfinite(value):
             raise RunError(
                 "RW530",
@@ -165,12 +178,19 @@ class RankwiseTrainer(SFTTrainer):
         routing = {"output_router_logits": True} if self.aux_loss_enabled else {}
         given = {**inputs, **routing, "use_cache": False}
         outputs = model(**given, num_items_in_batch=num_items, loss_options=options)
-        sums, count = options.found[-1], max(1, int(trained_positions(inputs["labels"])))
+        sums, positions = options.found[-1], int(trained_positions(inputs["labels"]))
+        count = max(1, positions)
         loss = sums.loss / (count if num_items is None else torch.as_tensor(num_items, device=sums.loss.device))
         assert sums.entropy is not None, "asked for"
         assert sums.correct is not None, "asked for"
         return self._with_aux_loss(
-            LossParts(loss, float(sums.entropy) / count, int(sums.correct) / count, getattr(outputs, "aux_loss", None)),
+            LossParts(
+                loss,
+                float(sums.entropy) / count,
+                int(sums.correct) / count,
+                positions,
+                getattr(outputs, "aux_loss", None),
+            ),
             num_items,
         )
 
@@ -195,19 +215,20 @@ class RankwiseTrainer(SFTTrainer):
 
     def _note(self, parts: LossParts) -> None:
         metrics = metrics_of(self, "train" if self.model.training else "eval")
-        metrics["entropy"].append(parts.entropy)
-        metrics["mean_token_accuracy"].append(parts.accuracy)
+        entropy, accuracy = ranks.mean([parts.entropy, parts.accuracy], parts.positions)
+        metrics["entropy"].append(entropy)
+        metrics["mean_token_accuracy"].append(accuracy)
         if parts.aux_loss is not None and self.aux_loss_enabled:
             metrics["aux_loss"].append(parts.aux_loss.item())
 
-    def _count(self, inputs: dict[str, Any]) -> None:
+    def _counted(self, inputs: dict[str, Any]) -> tuple[int, int]:
+        """Tokens that are no padding, and examples."""
+        if self.remainder is not None and self.remainder.is_it(inputs):
+            return 0, 0
         if "attention_mask" in inputs:
-            self.progress.tokens += int(inputs["attention_mask"].sum())
-            self.progress.examples += len(inputs["input_ids"])
-        else:
-            # Packed: one row, in which each example starts at position 0.
-            self.progress.tokens += inputs["input_ids"].numel()
-            self.progress.examples += int((inputs["position_ids"] == 0).sum())
+            return int(inputs["attention_mask"].sum()), len(inputs["input_ids"])
+        # Packed: one row, in which each example starts at position 0.
+        return inputs["input_ids"].numel(), int((inputs["position_ids"] == 0).sum())
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
@@ -253,12 +274,18 @@ class RankwiseTrainer(SFTTrainer):
         scores: dict[int, Score] = {}
         with undisturbed_random_states():
             scorer = self._loss_scorer()
-            for batch in scorer.plan(targets):
-                scores |= scorer.score_batch(batch, targets)
+            batches = scorer.plan(targets)
+            # Several processes take turns, and go on together, so that all can be stopped at the same batch.
+            for start in range(0, len(batches), ranks.count()):
+                for batch in batches[start + ranks.rank() : start + ranks.rank() + 1]:
+                    scores |= scorer.score_batch(batch, targets)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        count = sum(len(score.tokens) for score in scores.values()) or 1
-        metrics_of(self, "eval")["mean_token_accuracy"].append(sum(score.hits for score in scores.values()) / count)
-        loss = -math.fsum(score.total for score in scores.values()) / count
+        own = [(score.total, len(score.tokens), score.hits) for score in scores.values()]
+        everyone = list(itertools.chain.from_iterable(ranks.gathered(own)))
+        count = sum(tokens for _, tokens, _ in everyone) or 1
+        metrics_of(self, "eval")["mean_token_accuracy"].append(sum(hits for _, _, hits in everyone) / count)
+        # An exact sum: it does not depend on which process had which rows.
+        loss = -math.fsum(total for total, _, _ in everyone) / count
         return EvalLoopOutput(np.empty(0), None, {f"{metric_key_prefix}_loss": loss}, len(rows))
 
     def _loss_scorer(self) -> Scorer:
@@ -294,17 +321,24 @@ class RankwiseTrainer(SFTTrainer):
         step = self.state.global_step
         if self.last_saved == step:
             return
-        save_checkpoint(self.run_folder, step, self._write_checkpoint, checkpoint_bytes(self.model))
+        # Each process draws random numbers of its own, and has a peak of its own.
+        states = ranks.gathered(random_states())
+        self.progress.peak_memory_bytes = max(ranks.gathered(self.progress.peak_memory_bytes))
+        if ranks.is_writer():
+            write = functools.partial(self._write_checkpoint, states=states)
+            save_checkpoint(self.run_folder, step, write, checkpoint_bytes(self.model))
+            remove_old(self.run_folder, self.checkpoint_limit, self.state.best_global_step)
         self.last_saved = step
-        remove_old(self.run_folder, self.checkpoint_limit, self.state.best_global_step)
+        ranks.barrier()
 
-    def _write_checkpoint(self, folder: Path) -> None:
+    def _write_checkpoint(self, folder: Path, states: Sequence[dict[str, Any]]) -> None:
         self._save(str(folder))
         save_state(folder, "optimizer", self.optimizer.state_dict())
         save_state(folder, "scheduler", self.lr_scheduler.state_dict())
         if self.accelerator.scaler is not None:
             save_state(folder, "scaler", self.accelerator.scaler.state_dict())
-        save_state(folder, "random", random_states())
+        for rank, state in enumerate(states):
+            save_state(folder, _random_file(rank), state)
         self.state.save_to_json(str(folder / STATE_FILE))
         write_json(folder / PROGRESS_FILE, self.progress.to_json())
 
@@ -341,8 +375,9 @@ class RankwiseTrainer(SFTTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            states = load_state(Path(checkpoint), "random")
-            with reading_state(Path(checkpoint), "random"):
+            name = _random_file(ranks.rank())
+            states = load_state(Path(checkpoint), name)
+            with reading_state(Path(checkpoint), name):
                 check_random_states(states)
                 set_random_states(states)
 
@@ -355,6 +390,25 @@ class RankwiseTrainer(SFTTrainer):
         """Train on from ``checkpoint`` until the run's last step."""
         self.last_saved = checkpoint.step
         self.train(resume_from_checkpoint=str(checkpoint.path))
+
+    # --- the rows of one of several processes ---
+
+    def get_train_dataloader(self) -> Any:
+        loader: Any = super().get_train_dataloader()
+        if ranks.count() == 1:
+            return loader
+        split = self.args.per_device_train_batch_size, ranks.count(), ranks.rank()
+        self.remainder = Remainder(len(loader.dataset), *split)
+        return share_batches(loader, *split)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any) -> Any:
+        if self.remainder is not None and self.remainder.is_idle:
+            epoch_iterator = map(self._masked_at_the_end, epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, *args)
+
+    def _masked_at_the_end(self, batch: dict[str, Any]) -> dict[str, Any]:
+        assert self.remainder is not None
+        return self.remainder.masked(batch) if self.accelerator.gradient_state.end_of_dataloader else batch
 
     # --- the loop ---
 
@@ -387,3 +441,8 @@ class RankwiseTrainer(SFTTrainer):
     def _send_telemetry(self) -> None: ...
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+def _random_file(rank: int) -> str:
+    """The name under which a checkpoint keeps the random states of a process."""
+    return f"random-{rank}" if rank else "random"

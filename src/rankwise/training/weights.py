@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,14 @@ def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """{name: parameter} of what trains; names as in the adapter's file where there is an adapter."""
     named = adapter_parameters(model).items() if has_adapter(model) else model.named_parameters()
     return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+
+def weights_digest(model: nn.Module) -> str:
+    """The sha256 of what trains, bit by bit."""
+    digest = hashlib.sha256()
+    for parameter in trainable_tensors(model).values():
+        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def checkpoint_bytes(model: nn.Module) -> int:

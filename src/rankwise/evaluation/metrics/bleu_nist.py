@@ -39,8 +39,8 @@ RULES = (
 SPACES = re.compile(f"{SPACE}+")
 END_OF_SEGMENT = re.compile(f"</seg{SPACE}*>", re.IGNORECASE)
 ASCII_LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
-HALF_AT = 1.5
 # A prediction this many times shorter than the references keeps half of its NIST.
+HALF_AT = 1.5
 
 Words = Sequence[str]
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rankwise.errors import DataError
 from rankwise.evaluation.metrics.bleu_nist import MtevalStatistics, mteval_statistics
-from rankwise.evaluation.metrics.cider import cider
 from rankwise.evaluation.metrics.java import missing_java
 from rankwise.evaluation.metrics.meteor import meteor
 from rankwise.evaluation.metrics.ptb import ptb_tokenize
-from rankwise.evaluation.metrics.rouge_l import rouge_l
+from rankwise.foreign import JsonObject
 
 METRICS = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
 ON_JAVA = ("METEOR", "ROUGE_L", "CIDEr")
@@ -35,7 +33,7 @@ class E2eScores:
     missing: str | None = None
     # Why there is no METEOR, ROUGE_L and CIDEr, and how to get them.
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Rounded as the official scorer prints them."""
         return {**{name: rounded(self.metrics[name]) for name in METRICS}, "count": self.count}
 
@@ -70,10 +68,26 @@ def _scores_on_java(
     tokens = iter(ptb_tokenize([text for group in references for text in group]))
     refs = [[next(tokens) for _ in group] for group in references]
     texts = ptb_tokenize(predictions)
-    rouge, ciders = [rouge_l(text, group) for text, group in zip(texts, refs)], cider(texts, refs)
     scores["METEOR"], meteors = meteor(texts, refs)
+    rouge, ciders = rouge_l_and_cider(texts, refs)
     scores["ROUGE_L"], scores["CIDEr"] = sum(rouge) / len(rouge), sum(ciders) / len(ciders)
     return {"METEOR": tuple(meteors), "ROUGE_L": tuple(rouge), "CIDEr": tuple(ciders)}
+
+
+def rouge_l_and_cider(
+    predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[list[float], list[float]]:
+    """ROUGE-L and CIDEr-D of each tokenized prediction by coco-caption, which is what the official scorer runs."""
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    gts = {index: list(group) for index, group in enumerate(references)}
+    res = {index: [text] for index, text in enumerate(predictions)}
+    rouge = Rouge().compute_score(gts, res)[1].tolist()
+    if not any(text.split() for group in references for text in group):
+        # Without a word in any reference its table of document frequencies is empty, which it does not allow for.
+        return rouge, [0.0] * len(predictions)
+    return rouge, Cider().compute_score(gts, res)[1].tolist()
 
 
 def _check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:

@@ -14,17 +14,11 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rankwise.data.files import kind_of
 from rankwise.errors import DataError, warn
-from rankwise.evaluation.metrics.files import (
-    JSON_SUFFIXES,
-    kind_of,
-    listed,
-    no_duplicates,
-    read_records,
-    read_text,
-    shortened,
-)
+from rankwise.evaluation.metrics.files import listed, no_duplicates, read_records, read_text, shortened
 
+JSON_SUFFIXES = (".jsonl", ".json")
 TABLE_SUFFIXES = (".tsv", ".csv")
 # A column is the one whose name begins so.
 CONTEXT_COLUMN = re.compile(r"mr|src|source|meaning|da|dial(ogue)?[_ .-]act", re.IGNORECASE)

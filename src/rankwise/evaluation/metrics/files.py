@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from rankwise.data import files
+from rankwise.data.formats import BadRow
 from rankwise.errors import DataError
-from rankwise.foreign import parse_json, unpacked
+from rankwise.foreign import Fields
 
-JSON_SUFFIXES = (".jsonl", ".json")
 SHOWN = 3
 
 
@@ -18,7 +19,7 @@ class Record(NamedTuple):
     """One object and the line it stands in, counted from 1."""
 
     line: int
-    fields: Mapping[str, Any]
+    fields: Fields
 
     def text(self, path: Path, *names: str) -> str:
         """The first of the fields ``names`` that is there. Raises DataError (RW238) for none, or for one not text."""
@@ -36,68 +37,39 @@ class Record(NamedTuple):
         return value
 
 
-def kind_of(path: Path) -> str:
-    """The extension in lower case, ``.gz`` aside."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    return next((suffix for suffix in reversed(suffixes) if suffix != ".gz"), "")
-
-
 def read_text(path: Path) -> str:
-    """UTF-8 text, gzipped or not, without a byte order mark. Raises DataError (RW230)."""
-    try:
-        content = path.read_bytes()
-        if path.suffix.lower() == ".gz":
-            content = unpacked(content)
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        reason = f"byte 0x{content[error.start]:02x} in line {line} is not UTF-8; convert the file with iconv"
-    except ValueError as error:
-        reason = str(error)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-    raise DataError("RW230", f"cannot read {path}: {reason}.")
+    """The text of a file as ``rankwise.data`` reads it. Raises DataError (RW230)."""
+    with _coded():
+        return files.read_text(path)
 
 
 def read_records(path: Path) -> Sequence[Record]:
     """JSON lines, or one JSON array of objects. Raises DataError: RW230 cannot be read, RW238 no JSON objects."""
-    text = read_text(path)
-    if text.lstrip().startswith("["):
-        return [_record(path, number, value) for number, value in enumerate(_array(path, text), 1)]
-    lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-    return [_record(path, number, _parsed(path, number, line)) for number, line in lines]
+    with _coded():
+        content = files.read_file(path, ".json")
+    for line, record in content.records:
+        if isinstance(record, BadRow):
+            raise DataError("RW238", f"{path}, {content.counted_in} {line}: {record}.")
+    return [Record(line, record) for line, record in content.records if not isinstance(record, BadRow)]
 
 
-def _array(path: Path, text: str) -> Sequence[Any]:
-    content = _parsed(path, 1, text)
-    return content if isinstance(content, list) else [content]
-
-
-def _parsed(path: Path, number: int, text: str) -> Any:
+@contextlib.contextmanager
+def _coded() -> Iterator[None]:
+    """Texts and ratings have a code of their own."""
     try:
-        return parse_json(text, constants=True, halves=True)
-    except ValueError as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise DataError(
-            "RW238", f"{path}, line {number}: this is no JSON ({reason}); write one object a line."
-        ) from None
+        yield
+    except DataError as error:
+        raise DataError("RW230", f"cannot read a file of texts: {error.message}") from None
 
 
-def _record(path: Path, number: int, value: Any) -> Record:
-    if not isinstance(value, dict):
-        kind = type(value).__name__
-        raise DataError("RW238", f"{path}, line {number}: expected a JSON object with named fields, found a {kind}.")
-    return Record(number, value)
-
-
-def no_duplicates(path: Path, name: str, values: Sequence[str], lines: Sequence[int]) -> None:
+def no_duplicates(place: Path | str, name: str, values: Sequence[str], lines: Sequence[int]) -> None:
     """Raises DataError (RW234) with the lines of the first two ``values`` that are equal."""
     seen: dict[str, int] = {}
     for value, line in zip(values, lines):
         if value in seen:
             raise DataError(
                 "RW234",
-                f"{path}: lines {seen[value]} and {line} have the same {name}, {shortened(value)}; keep one of them.",
+                f"{place}: lines {seen[value]} and {line} have the same {name}, {shortened(value)}; keep one of them.",
             )
         seen[value] = line
 

@@ -13,22 +13,22 @@ from rankwise.errors import DataError, warn
 from rankwise.evaluation.metrics.files import Record, listed, no_duplicates, read_records, shortened
 
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
-PATTERN = re.compile(rf"(?:{DIGITS})(?:\s?/\s?(?:{DIGITS}))?")
 # A number without its sign; 3/4 is one number.
+PATTERN = re.compile(rf"(?:{DIGITS})(?:\s?/\s?(?:{DIGITS}))?")
 SIGN = re.compile(r"(?P<left>\S?)(?P<gap>\s*)[$£€]?[-\u2212\u2013](?P<space>\s?)[$£€]?\s?$")
-SIGN_REACH = 12
 # Characters before a number in which its sign may stand.
-LONGEST_NUMBER = 1000
+SIGN_REACH = 12
 # Characters. A model that repeats a digit writes longer ones, and a fraction of millions of digits takes minutes.
+LONGEST_NUMBER = 1000
+# A solution behind ``A:`` that goes on to say what the answer is counts by that.
 ANSWER = r"\bfinal answer\b|\banswer\s*(?:is|:|=)"
 MARKERS = (
     re.compile(r"####(?P<rest>[^\n]*)"),
     re.compile(r"\\boxed\s*\{(?P<rest>[^{}\n]*)"),
     re.compile(rf"(?im:{ANSWER}|^\s*A:(?![^\n]*(?:{ANSWER})))(?P<rest>[^\n]*)"),
 )
-# A solution behind ``A:`` that goes on to say what the answer is counts by that.
-CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 # Notes for a calculator in GSM8K's own solutions: 48/2 = <<48/2=24>>24.
+CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,9 @@ from rankwise.errors import DataError
 from rankwise.evaluation.metrics.java import METEOR_JAR, java_program
 
 ARGUMENTS = ("Meteor", "-", "-", "-stdio", "-l", "en", "-norm")
+# Far more than it needs: this only ends a program that hangs.
 SECONDS = 1200
 SECONDS_PER_TEXT = 2
-# Far more than it needs: this only ends a program that hangs.
 
 
 def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, list[float]]:

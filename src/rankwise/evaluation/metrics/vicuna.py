@@ -8,23 +8,25 @@ taken once with the reference's answer shown first and once with the system's, s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from rankwise.errors import DataError, warn
-from rankwise.evaluation.metrics.files import read_records, shortened
+from rankwise.evaluation.metrics.files import no_duplicates, read_records
+from rankwise.foreign import Fields, JsonObject
 
 DECIMALS = 2
+# Judges are asked for 1 to 10, and a file may hold any scale from 0. Numbers near the largest float would add up to
+# infinity.
 LARGEST_RATING = 1e6
-# Judges rate from 1 to 10. Numbers near the largest float would add up to infinity.
-FAILED = (-1.0, -1.0)
 # What a rating that failed has for a score.
+FAILED = (-1.0, -1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class RelativeScore:
-    """Percentages of the reference's score; None for an order that was not rated."""
+    """Percentages of the reference's score; None for an order without ratings, or with none but 0 for the reference."""
 
     reference_first: float | None
     system_first: float | None
@@ -39,13 +41,13 @@ class RelativeScore:
         rated = [score for score in (self.reference_first, self.system_first) if score is not None]
         return sum(rated) / len(rated) if rated else None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         scores = {name: getattr(self, name) for name in ("reference_first", "system_first", "mean")}
         rounded = {name: None if score is None else round(score, DECIMALS) for name, score in scores.items()}
         return {**rounded, "failed": self.failed}
 
 
-def relative_score(ratings: Sequence[Mapping[str, Any]], reference_ids: Collection[str]) -> RelativeScore:
+def relative_score(ratings: Sequence[Fields], reference_ids: Collection[str]) -> RelativeScore:
     """Score ``ratings``: mappings with ``answer1_id``, ``answer2_id`` and ``score``, the two ratings in that order.
 
     An answer whose id is in ``reference_ids`` is the reference's. A score that is absent, negative, above
@@ -82,7 +84,7 @@ def score_pair(score: Any) -> tuple[float, float] | None:
     return (float(score[0]), float(score[1])) if all(0 <= value <= LARGEST_RATING for value in score) else None
 
 
-def _reference_first(number: int, row: Mapping[str, Any], reference_ids: Collection[str]) -> bool:
+def _reference_first(number: int, row: Fields, reference_ids: Collection[str]) -> bool:
     ids = [row.get("answer1_id"), row.get("answer2_id")]
     # A file may hold lists there, which no set can look up.
     known = [isinstance(name, str) and name in reference_ids for name in ids]
@@ -96,29 +98,21 @@ def _reference_first(number: int, row: Mapping[str, Any], reference_ids: Collect
     return known[0]
 
 
-def read_vicuna(ratings: Sequence[Path], reference_answers: Path) -> tuple[list[Mapping[str, Any]], set[str]]:
+def read_vicuna(ratings: Sequence[Path], reference_answers: Path) -> tuple[list[Fields], set[str]]:
     """Rating rows of all files, and the ids of the reference's answers.
 
     Raises DataError: RW230, RW238 a file cannot be read, RW234 a rating or an answer twice, RW239 an empty file.
     """
     answers = read_records(reference_answers)
     ids = [record.text(reference_answers, "answer_id") for record in answers]
-    _no_duplicates(reference_answers, "answer_id", ids)
-    rows = [(path, record) for path in ratings for record in read_records(path)]
+    no_duplicates(reference_answers, "answer_id", ids, [record.line for record in answers])
+    rows = [record for path in ratings for record in read_records(path)]
+    names = ", ".join(map(str, ratings))
     if not rows or not ids:
-        empty = reference_answers if not ids else ", ".join(map(str, ratings))
-        raise DataError("RW239", f"{empty} is empty; there is nothing to score.")
-    reviews = [record.fields["review_id"] for _, record in rows if record.fields.get("review_id") is not None]
-    _no_duplicates(", ".join(map(str, ratings)), "review_id", reviews)
-    return [record.fields for _, record in rows], set(ids)
-
-
-def _no_duplicates(place: object, name: str, values: Sequence[Any]) -> None:
-    seen = set()
-    for value in values:
-        if str(value) in seen:
-            raise DataError("RW234", f"{place}: {name} {shortened(str(value))} stands there twice; keep one.")
-        seen.add(str(value))
+        raise DataError("RW239", f"{names if ids else reference_answers} is empty; there is nothing to score.")
+    named = [record for record in rows if record.fields.get("review_id") is not None]
+    no_duplicates(names, "review_id", [str(record.fields["review_id"]) for record in named], [r.line for r in named])
+    return [record.fields for record in rows], set(ids)
 
 
 def warn_of_failed(score: RelativeScore) -> None:

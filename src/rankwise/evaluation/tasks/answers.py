@@ -8,17 +8,17 @@ from pathlib import Path
 
 from rankwise.errors import warn
 from rankwise.evaluation.engine import Engine
-from rankwise.evaluation.generation import Decoding, Prompt, Stopped
+from rankwise.evaluation.generation import Decoding, Prompt
 from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.base import Tell, answer_in_batches
 
-STOP_WINDOW_TOKENS = 24
 # A stop string is looked for among so many of the last tokens.
+STOP_WINDOW_TOKENS = 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What is asked, in ids and in words. ``score`` turns the answer's text into an example's scores."""
+    """What is asked, in ids and in words."""
 
     id: str
     ids: tuple[int, ...]
@@ -36,43 +36,40 @@ def write_answers(
     *,
     task: str,
     finish: Callable[[Question, str], Example],
-    stop_strings: Sequence[str] = (),
 ) -> list[Example]:
     """The examples that ``finish`` makes of each question and the text of its answer, in the order of questions."""
     longest = max((len(question.ids) for question in questions), default=0)
     decoding = with_room(decoding, engine.max_length, longest, task)
-    prompts = _fitting(engine, questions, decoding, task)
-    generator = engine.generator(decoding)
-    stopped = stops_at(engine, stop_strings) if stop_strings else None
-    shared = False
+    prompts = fitting(engine, [Prompt(question.ids) for question in questions], decoding, task)
+    write = writer(engine, prompts, decoding)
 
     def answer(batch: Sequence[int]) -> list[Example]:
-        nonlocal shared
-        if not shared:
-            generator.share(prompts)
-            shared = True
-        answers = generator.answers([prompts[index] for index in batch], stopped)
-        texts = [before_stops(engine.decode(ids), stop_strings) for ids in answers]
-        return [finish(questions[index], text) for index, text in zip(batch, texts)]
+        return [finish(questions[index], text) for index, text in zip(batch, write(batch))]
 
     ids = [question.id for question in questions]
     return answer_in_batches(ids, engine.batches(prompts, decoding), answer, folder, tell)
+
+
+def writer(engine: Engine, prompts: Sequence[Prompt], decoding: Decoding) -> Callable[[Sequence[int]], list[str]]:
+    """A function that writes the answers to a batch of ``prompts``, which are given to it by their numbers."""
+    generator = engine.generator(decoding)
+
+    def ends(ids: list[int]) -> bool:
+        tail = engine.decode(ids[-STOP_WINDOW_TOKENS:])
+        return any(stop in tail for stop in decoding.stop_strings)
+
+    def write(batch: Sequence[int]) -> list[str]:
+        generator.share(prompts)
+        answers = generator.answers([prompts[index] for index in batch], ends if decoding.stop_strings else None)
+        return [before_stops(engine.decode(ids), decoding.stop_strings) for ids in answers]
+
+    return write
 
 
 def before_stops(text: str, stop_strings: Sequence[str]) -> str:
     """``text`` up to the first stop string."""
     ends = [place for stop in stop_strings if (place := text.find(stop)) >= 0]
     return text[: min(ends)] if ends else text
-
-
-def stops_at(engine: Engine, stop_strings: Sequence[str]) -> Stopped:
-    """Whether an answer holds one of the strings, by its last tokens."""
-
-    def stopped(ids: list[int]) -> bool:
-        tail = engine.decode(ids[-STOP_WINDOW_TOKENS:])
-        return any(stop in tail for stop in stop_strings)
-
-    return stopped
 
 
 def with_room(decoding: Decoding, positions: int, longest: int, task: str) -> Decoding:
@@ -91,14 +88,14 @@ def with_room(decoding: Decoding, positions: int, longest: int, task: str) -> De
     return dataclasses.replace(decoding, max_new_tokens=room)
 
 
-def _fitting(engine: Engine, questions: Sequence[Question], decoding: Decoding, task: str) -> list[Prompt]:
+def fitting(engine: Engine, prompts: Sequence[Prompt], decoding: Decoding, task: str) -> list[Prompt]:
     """Prompts that leave room for the answer: longer ones lose their beginning, and that is said (RW254)."""
     room = max(1, engine.max_length - decoding.max_new_tokens)
-    cut = sum(len(question.ids) > room for question in questions)
+    cut = sum(len(prompt.ids) > room for prompt in prompts)
     if cut:
         warn(
             "RW254",
-            f"{task}: {cut:,} of {len(questions):,} prompts are longer than the {room:,} tokens that the model has for "
+            f"{task}: {cut:,} of {len(prompts):,} prompts are longer than the {room:,} tokens that the model has for "
             "them; they lose their beginning.",
         )
-    return [Prompt(question.ids[-room:]) for question in questions]
+    return [dataclasses.replace(prompt, ids=prompt.ids[-room:]) for prompt in prompts]

@@ -6,16 +6,16 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rankwise.errors import warn
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.errors_of_means import Mean, clusters_of, mean_of, paired_difference
 from rankwise.evaluation.journal import Journal
 from rankwise.evaluation.record import Example, TaskResult
+from rankwise.foreign import JsonObject
 
-Tell = Callable[[int, int], None]
 # Progress: questions done, of how many.
+Tell = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Task(ABC):
     higher_is_better: Mapping[str, bool]
 
     @abstractmethod
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """What the answers depend on besides model and data; goes into the record."""
 
-    def extra_settings(self) -> dict[str, Any]:
+    def extra_settings(self) -> JsonObject:
         """What the figures depend on and the answers do not, such as a judge."""
         return {}
 

@@ -11,9 +11,8 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rankwise.data.files import kind_of, read_file
 from rankwise.data.formats import BadRow, rows_from_records
@@ -31,10 +30,11 @@ from rankwise.evaluation.tasks.base import (
     summary_of_means,
     warn_of_empty,
 )
+from rankwise.foreign import Fields, JsonObject
 
 NEW_TOKENS = 32
-FOLDERS = {"siqa": "social_i_qa", "arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}
 # Their names in the LLM-Adapters repository, where they differ.
+FOLDERS = {"siqa": "social_i_qa", "arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}
 WORDS = {
     "boolq": ("true", "false"),
     "piqa": ("solution1", "solution2"),
@@ -45,8 +45,8 @@ WORDS = {
     "arc_challenge": ("answer1", "answer2", "answer3", "answer4", "answer5"),
     "openbookqa": ("answer1", "answer2", "answer3", "answer4"),
 }
-INDENT = " " * 16
 # That project's template is indented; adapters trained with it have seen the blanks.
+INDENT = " " * 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Instructions:
 
     source: str
     sha256: str
-    rows: Sequence[Mapping[str, Any]]
+    rows: Sequence[Fields]
 
 
 def instructions_in(task: str, data: str) -> Instructions | None:
@@ -120,7 +120,7 @@ class Commonsense(Task):
             "length_penalty": length_penalty,
         }
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         return {"protocol": "generative", "prompt_style": self.prompt_style, **self.decoding}
 
     @property
@@ -178,12 +178,12 @@ def adapters_prompt(instruction: str, context: str = "") -> str:
     return "\n\n".join([opening, *(f"{INDENT}### {title}:\n{INDENT}{text}" for title, text in sections)])
 
 
-def _unique_id(row: Mapping[str, Any], number: int) -> str:
+def _unique_id(row: Fields, number: int) -> str:
     content = json.dumps([row["instruction"], row.get("input"), row["answer"]], ensure_ascii=True)
     return f"{number}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
-def _clusters(rows: Sequence[Mapping[str, Any]]) -> list[str | None]:
+def _clusters(rows: Sequence[Fields]) -> list[str | None]:
     """Questions that are asked more than once, with other choices, belong together."""
     stems = [re.split(r"\n\n", row["instruction"])[0] for row in rows]
     counts = Counter(stems)

@@ -19,11 +19,12 @@ from rankwise.evaluation.metrics.e2e import METRICS, E2eScores, score_e2e
 from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.answers import Question, write_answers
 from rankwise.evaluation.tasks.base import Summary, Task, Tell, warn_of_empty
+from rankwise.foreign import JsonObject
 
-NEW_TOKENS = 64
 # The LoRA repository's length of an answer.
-RESAMPLES = 200
+NEW_TOKENS = 64
 # Of the bootstrap, for metrics that sums over examples make: its standard error is known to about 5 %.
+RESAMPLES = 200
 RESAMPLED = ("BLEU", "NIST")
 
 
@@ -63,7 +64,7 @@ class E2e(Task):
         }
         self._scores: dict[tuple[str, ...], E2eScores] = {}
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         return {**self.decoding, "meaning_representations": len(self.groups)}
 
     @property

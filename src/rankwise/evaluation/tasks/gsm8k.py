@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rankwise.data import Rows, read_rows
 from rankwise.data.rows import Row
@@ -31,11 +30,12 @@ from rankwise.evaluation.tasks.base import (
     warn_of_empty,
 )
 from rankwise.evaluation.tasks.names import harness_folder
+from rankwise.foreign import JsonObject
 
 HUB = "openai/gsm8k:main"
 NEW_TOKENS = 256
-STOPS = ("Question:", "Q:")
 # The model goes on with a question of its own.
+STOPS = ("Question:", "Q:")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Gsm8k(Task):
         self.worked = worked
         self.decoding = {"max_new_tokens": max_new_tokens or NEW_TOKENS, "num_beams": num_beams}
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         return {**self.decoding, "num_fewshot": len(self.worked.pairs), "fewshot_sha256": self.worked.sha256}
 
     @property
@@ -126,11 +126,10 @@ class Gsm8k(Task):
             Question(_id(row, number), row_ids, row.prompt, (row.completion,))
             for number, (row, row_ids) in enumerate(zip(self.rows, ids))
         ]
-        decoding = Decoding(stop_ids=engine.stop_ids(encoder.stop_ids()), **self.decoding)
-        stops = STOPS if self.worked.pairs else ()
-        return write_answers(
-            engine, questions, decoding, folder, tell, task=self.name, finish=_finish, stop_strings=stops
-        )
+        stop_strings = STOPS if self.worked.pairs else ()
+        stop_ids = engine.stop_ids(encoder.stop_ids())
+        decoding = Decoding(stop_ids=stop_ids, stop_strings=stop_strings, **self.decoding)
+        return write_answers(engine, questions, decoding, folder, tell, task=self.name, finish=_finish)
 
     def summarize(self, examples: Sequence[Example]) -> Summary:
         notes = warn_of_empty(self.name, examples)

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rankwise.compat import lm_eval
+from rankwise.compat.datasets import hub_or_cache
 from rankwise.data.rows import content_sha256
 from rankwise.errors import ConfigError, DataError
 from rankwise.evaluation.engine import Engine
@@ -24,6 +26,7 @@ SOURCE_FIELDS = ("passage", "context", "article", "paragraph", "story", "backgro
 PRIMARY = ("acc_norm", "acc", "exact_match", "f1", "bleu", "word_perplexity")
 SHOWN_CHARACTERS = 2000
 SAME = 1e-9
+# simple_evaluate's: the same worked examples as by its command line.
 FEWSHOT_SEED = 1234
 
 
@@ -66,20 +69,17 @@ class HarnessTask(Task):
         self._aggregates: dict[str, float] = {}
 
     def _load(self, data: str | None, fewshot_data: str | None) -> tuple[dict[str, Any], dict[str, Any], str]:
-        from lm_eval.tasks import TaskManager
-
         folder = Path(self._folder.name)
         yaml_file = self._yaml_file()
-        if data is None and yaml_file is None:
-            manager, spec = TaskManager(), HARNESS_NAMES.get(self.name, self.name)
-            if spec not in manager.all_tasks:
-                raise unknown_task(self.name, manager.all_tasks)
-            return self._built(manager, spec)
         if yaml_file is None:
-            entries = TaskManager().task_index
-            if self.name not in entries:
-                raise unknown_task(self.name, entries)
-            yaml_file = entries[self.name].yaml_path
+            spec = HARNESS_NAMES.get(self.name, self.name) if data is None else self.name
+            files = lm_eval.task_files()
+            if spec not in files:
+                raise unknown_task(self.name, files)
+            if data is None:
+                with hub_or_cache():
+                    return self._built(spec)
+            yaml_file = files[spec]
         docs = None
         sha256 = None
         if data is not None:
@@ -88,18 +88,17 @@ class HarnessTask(Task):
             if fewshot_data is not None:
                 docs["train"], self._fewshot_sha256 = read_docs(self.name, fewshot_data)
         path = write_task(folder, self.name, Path(str(yaml_file)), docs)
-        tasks, groups, found = self._built(TaskManager(include_path=str(folder), include_defaults=False), str(path))
+        tasks, groups, found = self._built(str(path), folder)
         return tasks, groups, sha256 or found
 
     def _yaml_file(self) -> Path | None:
         path = harness_folder() / "tasks" / YAML_FILES.get(self.name, "-")
         return path if path.is_file() else None
 
-    def _built(self, manager: Any, spec: str) -> tuple[dict[str, Any], dict[str, Any], str]:
+    def _built(self, spec: str, folder: Path | None = None) -> tuple[dict[str, Any], dict[str, Any], str]:
         """Tasks, groups, and the hash of what they ask. Foreign code reads foreign data: any error becomes one line."""
         try:
-            loaded = manager.load([spec])
-            tasks = dict(loaded["tasks"])
+            tasks, groups = lm_eval.built(spec, folder)
             documents = [dict(doc) for task in tasks.values() for doc in _first(task.eval_docs, self.limit)]
         except Exception as error:
             reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
@@ -108,7 +107,7 @@ class HarnessTask(Task):
                 f"lm-evaluation-harness cannot build the task {self.name} ({reason}); check the network, or give its "
                 "data with --data F.",
             ) from error
-        return tasks, dict(loaded["groups"]), content_sha256(documents)
+        return tasks, groups, content_sha256(documents)
 
     def describe(self) -> dict[str, Any]:
         versions = {name: str(task.VERSION) for name, task in self.tasks.items()}
@@ -119,7 +118,7 @@ class HarnessTask(Task):
         return found | ({} if self._fewshot_sha256 is None else {"fewshot_sha256": self._fewshot_sha256})
 
     def _shots(self, task: Any) -> int:
-        own = task.get_config("num_fewshot")
+        own = lm_eval.own_shots(task)
         # The harness never overrides a task that says 0.
         return int(own or 0) if self.num_fewshot is None or own == 0 else self.num_fewshot
 
@@ -128,22 +127,12 @@ class HarnessTask(Task):
         return self._hash
 
     def run(self, engine: Engine, folder: Path, tell: Tell) -> list[Example]:
-        from lm_eval.evaluator import evaluate
-
         from rankwise.evaluation.harness_model import EngineLM
 
         model = EngineLM(engine, Responses(folder), tell)
         for task in self.tasks.values():
-            task.set_config(key="num_fewshot", value=self._shots(task))
-            # simple_evaluate's seed: the same worked examples as by its command line.
-            task.set_fewshot_seed(seed=FEWSHOT_SEED)
-        results = evaluate(
-            lm=model,
-            task_dict={"tasks": self.tasks, "groups": self.groups},
-            limit=self.limit,
-            bootstrap_iters=0,
-            log_samples=True,
-        )
+            lm_eval.show_examples(task, self._shots(task), FEWSHOT_SEED)
+        results = lm_eval.evaluated(model, self.tasks, self.groups, self.limit)
         self._note(results)
         samples = {name: results["samples"][name] for name in self.tasks}
         return [example for name, rows in samples.items() for example in self._examples(name, rows)]

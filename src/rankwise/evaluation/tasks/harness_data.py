@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rankwise.data.files import kind_of, read_file
 from rankwise.data.formats import BadRow
 from rankwise.errors import DataError
 from rankwise.evaluation.tasks.commonsense import Instructions, instructions_in
+from rankwise.foreign import Fields, JsonObject
 
-HARNESS_NAMES = {"siqa": "social_iqa"}
 # Their names there, where they differ.
+HARNESS_NAMES = {"siqa": "social_iqa"}
 YAML_FILES = {
     "boolq": "super_glue/boolq/default.yaml",
     "piqa": "piqa/piqa.yaml",
@@ -38,7 +38,7 @@ COLUMNS = {
     "openbookqa": ("question_stem", "choices", "answerKey"),
 }
 LETTERS = "ABCDE"
-Doc = dict[str, Any]
+Doc = JsonObject
 
 
 def read_docs(task: str, data: str) -> tuple[list[Doc], str]:
@@ -75,7 +75,7 @@ def read_docs(task: str, data: str) -> tuple[list[Doc], str]:
 
 def write_task(folder: Path, task: str, yaml_file: Path, docs: Mapping[str, Sequence[Doc]] | None) -> Path:
     """A YAML file in ``folder`` that is ``yaml_file`` with ``docs`` for its data (by split), or with its own."""
-    content: dict[str, Any] = {"include": str(yaml_file), "task": HARNESS_NAMES.get(task, task)}
+    content: JsonObject = {"include": str(yaml_file), "task": HARNESS_NAMES.get(task, task)}
     if docs is not None:
         files = {}
         for split, rows in docs.items():
@@ -100,7 +100,7 @@ def write_task(folder: Path, task: str, yaml_file: Path, docs: Mapping[str, Sequ
     return path
 
 
-def _restored(task: str, row: Mapping[str, Any], source: Instructions, line: int) -> Doc:
+def _restored(task: str, row: Fields, source: Instructions, line: int) -> Doc:
     if task not in RESTORERS:
         lost = "the passages" if task == "boolq" else "the capitals of the original"
         raise DataError(

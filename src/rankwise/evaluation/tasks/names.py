@@ -13,8 +13,8 @@ from rankwise.errors import ConfigError
 COMMONSENSE = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 OWN = ("perplexity", "e2e", *COMMONSENSE, "gsm8k", "vicuna")
 INSTALL = "pip install 'rankwise[eval]'"
-NAMED = re.compile(r"""^(?:task|group|tag):[ \t]*["']?([\w.:-]+)""", re.MULTILINE)
 # What a YAML file of the harness calls itself.
+NAMED = re.compile(r"""^(?:task|group|tag):[ \t]*["']?([\w.:-]+)""", re.MULTILINE)
 
 
 def harness_folder() -> Path:

@@ -8,8 +8,8 @@ from typing import Literal
 from rankwise.errors import ConfigError
 from rankwise.evaluation.settings import EvaluateSettings
 
-Kind = Literal["perplexity", "e2e", "generative", "loglikelihood", "gsm8k", "vicuna", "other"]
 # generative and loglikelihood: the commonsense sets under the one protocol and the other; other: lm-evaluation-harness.
+Kind = Literal["perplexity", "e2e", "generative", "loglikelihood", "gsm8k", "vicuna", "other"]
 
 WORDS: Mapping[Kind, str] = {
     "perplexity": "perplexity",
@@ -22,6 +22,7 @@ WORDS: Mapping[Kind, str] = {
 }
 COMMONSENSE: tuple[Kind, ...] = ("generative", "loglikelihood")
 WITH_EXAMPLES: tuple[Kind, ...] = ("loglikelihood", "gsm8k", "other")
+# Options that are not here go with every task.
 USED_BY: Mapping[str, tuple[Kind, ...]] = {
     "protocol": COMMONSENSE,
     "prompt_style": ("generative",),
@@ -43,7 +44,6 @@ USED_BY: Mapping[str, tuple[Kind, ...]] = {
     "judge_key_env": ("vicuna",),
     "reference_answers": ("vicuna",),
 }
-# Options that are not here go with every task.
 
 
 def given_options(settings: EvaluateSettings) -> list[str]:

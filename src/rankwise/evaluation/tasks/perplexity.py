@@ -9,7 +9,6 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rankwise.acceleration.packing import members_of
 from rankwise.acceleration.scoring import Target, trained_target
@@ -20,6 +19,7 @@ from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.errors_of_means import Mean, clusters_of, mean_of, paired_difference
 from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.base import Summary, Task, Tell, answer_in_batches
+from rankwise.foreign import JsonObject
 
 SHOWN_CHARACTERS = 500
 
@@ -35,7 +35,7 @@ class Perplexity(Task):
         self.rows = rows
         self.max_length = max_length
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         return {"max_length": self.max_length, "format": self.rows.format, "rows": len(self.rows)}
 
     @property

@@ -13,16 +13,16 @@ from rankwise.evaluation.tasks.options import Kind, check_options, given_options
 if TYPE_CHECKING:
     from rankwise.evaluation.tasks.base import Task
 
+# Tasks that need --data, and what it is.
 WHERE = {
     "perplexity": "any file of rows",
     "e2e": "testset_w_refs.csv of github.com/tuetschek/e2e-dataset",
     "vicuna": "the 80 questions as JSON lines of question_id and text",
 }
-# Tasks that need --data, and what it is.
-LORA_BEAM_PENALTY, LORA_NGRAM = 0.9, 4
 # LoRA paper, table 11.
-PAPER_BEAMS = 4
+LORA_BEAM_PENALTY, LORA_NGRAM = 0.9, 4
 # LLM-Adapters' and DoRA's evaluation of the commonsense sets.
+PAPER_BEAMS = 4
 
 
 def make_tasks(settings: EvaluateSettings) -> list[Task]:

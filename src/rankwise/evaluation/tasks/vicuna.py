@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,11 +19,12 @@ from rankwise.evaluation.metrics.files import read_records
 from rankwise.evaluation.record import Example, TaskResult
 from rankwise.evaluation.tasks.answers import Question, write_answers
 from rankwise.evaluation.tasks.base import Summary, Task, Tell, warn_of_empty
+from rankwise.foreign import Fields, JsonObject
 from rankwise.records import write_text
 
 NEW_TOKENS = 1024
-GUANACO = "### Human: {}\n### Assistant:"
 # Where there is no chat template: the form that the QLoRA paper's models were trained on.
+GUANACO = "### Human: {}\n### Assistant:"
 GUANACO_STOPS = ("### Human",)
 ANSWERS_FILE, RATINGS_FILE, CACHE_FILE = "answers.jsonl", "ratings.jsonl", "judge.jsonl"
 FIRST = {"reference_first": True, "system_first": False}
@@ -76,10 +76,10 @@ class Vicuna(Task):
             "seed": seed,
         }
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         return dict(self.decoding)
 
-    def extra_settings(self) -> dict[str, Any]:
+    def extra_settings(self) -> JsonObject:
         if self.judge is None:
             return {}
         answers = hashlib.sha256(self.judge.reference_answers.read_bytes()).hexdigest()
@@ -95,10 +95,8 @@ class Vicuna(Task):
 
     def run(self, engine: Engine, folder: Path, tell: Tell) -> list[Example]:
         questions, stops, stop_ids = self._questions(engine)
-        decoding = Decoding(stop_ids=engine.stop_ids(stop_ids), **self.decoding)  # type: ignore[arg-type]
-        examples = write_answers(
-            engine, questions, decoding, folder, tell, task=self.name, finish=_finish, stop_strings=stops
-        )
+        decoding = Decoding(stop_ids=engine.stop_ids(stop_ids), stop_strings=stops, **self.decoding)  # type: ignore[arg-type]
+        examples = write_answers(engine, questions, decoding, folder, tell, task=self.name, finish=_finish)
         _write_lines(folder / ANSWERS_FILE, [_answer(example, engine) for example in examples])
         if self.judge:
             return self._judged(examples, folder, tell)
@@ -135,7 +133,7 @@ class Vicuna(Task):
         )
         _write_lines(folder / RATINGS_FILE, [rating.to_json() for rating in ratings])
         reference_ids = self._reference_ids()
-        marks: dict[str, list[Mapping[str, Any]]] = {}
+        marks: dict[str, list[Fields]] = {}
         for rating in ratings:
             marks.setdefault(str(rating.question_id), []).append(rating.to_json())
         return [dataclasses.replace(e, **_marked(marks[e.id], reference_ids)) for e in examples]
@@ -195,17 +193,17 @@ class Vicuna(Task):
         return {answer_id for answer_id, _ in self.references.values()}
 
 
-def _ratings(examples: Sequence[Example]) -> list[Mapping[str, Any]]:
+def _ratings(examples: Sequence[Example]) -> list[Fields]:
     return [row for example in examples for row in example.details.get("ratings", ())]
 
 
-def _marked(ratings: Sequence[Mapping[str, Any]], reference_ids: set[str]) -> dict[str, Any]:
+def _marked(ratings: Sequence[Fields], reference_ids: set[str]) -> JsonObject:
     """Scores of one question: marks of the reference and the system, summed over the orders that were rated."""
     reference, system = _sums(ratings, reference_ids)
     return {"scores": {"reference": reference, "system": system}, "details": {"ratings": list(ratings)}}
 
 
-def _sums(ratings: Sequence[Mapping[str, Any]], reference_ids: set[str]) -> tuple[float, float]:
+def _sums(ratings: Sequence[Fields], reference_ids: set[str]) -> tuple[float, float]:
     from rankwise.evaluation.metrics.vicuna import score_pair
 
     reference = system = 0.0
@@ -226,7 +224,7 @@ def _answer_id(example: Example) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:22]
 
 
-def _answer(example: Example, engine: Engine) -> dict[str, Any]:
+def _answer(example: Example, engine: Engine) -> JsonObject:
     """A line as the benchmark's own tools write it."""
     model = str(engine.model.config.name_or_path)
     return {
@@ -237,7 +235,7 @@ def _answer(example: Example, engine: Engine) -> dict[str, Any]:
     }
 
 
-def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _write_lines(path: Path, rows: Sequence[Fields]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows))
 
 

@@ -126,7 +126,7 @@ def _call(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None, scale: float
 ) -> tuple[tuple[Tensor | None, ...], _Attention]:
     """The C view of the inputs, and the tensors whose memory it points to. Sizes were checked by
-    `rankwise.ops.attention.check`; once more, because a wrong one here would write outside."""
+    `rankwise.ops.checks.attention_forward`; once more, because a wrong one here would write outside."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     start, end = (None if x is None else x.contiguous() for x in (start, end))
     (B, Lq, H, D), (_, Lk, Hkv, _) = q.shape, k.shape

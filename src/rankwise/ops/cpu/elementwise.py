@@ -10,7 +10,6 @@ B, H, L = batch, heads, positions.
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 
 import torch
 from torch import Tensor, get_num_threads
@@ -31,7 +30,7 @@ def low_rank_add_(y: Tensor, u: Tensor, B: Tensor, scale: float, g: Tensor | Non
     u, u_stride = _rows(u)
     B, g, bias = B.contiguous(), _floats(g), _floats(bias)
     N, R = B.shape
-    _functions().rw_low_rank_add(
+    library().rw_low_rank_add(
         out.data_ptr(), out_stride, u.data_ptr(), u_stride, B.data_ptr(), scale, _pointer(g), _pointer(bias),
         _count(y, N), N, R, _DTYPE[y.dtype], get_num_threads(),
     )  # fmt: skip
@@ -45,7 +44,7 @@ def scaled_grad(dy: Tensor, y: Tensor | None, g: Tensor) -> tuple[Tensor, Tensor
     factor, N = g.float().contiguous(), g.shape[0]
     dz = torch.empty(dy.shape, dtype=dy.dtype)
     dot = None if y is None else torch.empty(N, dtype=torch.float32)
-    _functions().rw_scaled_grad(
+    library().rw_scaled_grad(
         dy.data_ptr(), dy_stride, _pointer(rows), y_stride, factor.data_ptr(), dz.data_ptr(), _pointer(dot),
         _count(dy, N), N, _DTYPE[dy.dtype], get_num_threads(),
     )  # fmt: skip
@@ -59,7 +58,7 @@ def row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return reference.row_cross(W, A, B)
     A, B = A.float().contiguous(), B.float().contiguous()
     cross = torch.empty(W.shape[0], dtype=torch.float32)
-    _functions().rw_row_cross(
+    library().rw_row_cross(
         W.data_ptr(), A.data_ptr(), B.data_ptr(), cross.data_ptr(), *W.shape, A.shape[0], _DTYPE[W.dtype],
         get_num_threads(),
     )  # fmt: skip
@@ -72,7 +71,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) ->
     D = w.shape[0]
     w, T = w.to(x.dtype).contiguous(), _count(x, D)
     y, rstd = roomy(x.shape, x.dtype, OF_SHORT_LIVED), torch.empty(T, dtype=torch.float32)
-    _functions().rw_rms_norm(
+    library().rw_rms_norm(
         x.data_ptr(), x_stride, w.data_ptr(), eps, offset, cast_first, y.data_ptr(), rstd.data_ptr(),
         T, D, _DTYPE[x.dtype], get_num_threads(),
     )  # fmt: skip
@@ -88,7 +87,7 @@ def rms_norm_backward(
     residual, residual_stride = (None, 0) if residual_grad is None else _rows(residual_grad)
     w, rstd, D = w.to(x.dtype).contiguous(), rstd.float().contiguous(), w.shape[0]
     dx = torch.empty(x.shape, dtype=x.dtype)
-    _functions().rw_rms_norm_backward(
+    library().rw_rms_norm_backward(
         dy.data_ptr(), dy_stride, x.data_ptr(), x_stride, w.data_ptr(), rstd.data_ptr(), offset,
         _pointer(residual), residual_stride, dx.data_ptr(), _count(x, D), D, _DTYPE[x.dtype], get_num_threads(),
     )  # fmt: skip
@@ -100,7 +99,7 @@ def glu(gate: Tensor, up: Tensor, act: str) -> Tensor:
     gate, gate_stride = _rows(gate)
     up, up_stride = _rows(up)
     product, N = roomy(gate.shape, gate.dtype, OF_SHORT_LIVED), gate.shape[-1]
-    _functions().rw_glu(
+    library().rw_glu(
         None, 0, gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, _ACTIVATION[act],
         None, None, product.data_ptr(), _count(gate, N), N, _DTYPE[gate.dtype], get_num_threads(),
     )  # fmt: skip
@@ -117,7 +116,7 @@ def glu_backward(
     shape, dtype, N = gate.shape, gate.dtype, gate.shape[-1]
     dgate, dup = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
     product = torch.empty(shape, dtype=dtype) if with_product else None
-    _functions().rw_glu(
+    library().rw_glu(
         dout.data_ptr(), dout_stride, gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, _ACTIVATION[act],
         dgate.data_ptr(), dup.data_ptr(), _pointer(product), _count(gate, N), N, _DTYPE[dtype], get_num_threads(),
     )  # fmt: skip
@@ -147,7 +146,7 @@ def _turn(q: Tensor, cos: Tensor, sin: Tensor, inverse: bool, out: Tensor, out_s
         cos, sin = cos.float(), sin.float()
     cos, sin = cos.contiguous(), sin.contiguous()
     batches, L, rotary = cos.shape
-    _functions().rw_rope(
+    library().rw_rope(
         q.data_ptr(), _Strides(*q.stride()[:3]), cos.data_ptr(), sin.data_ptr(), 0 if batches == 1 else L * rotary,
         inverse, out.data_ptr(), _Strides(*out_stride), _Sizes(*q.shape, rotary),
         _DTYPE[q.dtype], _DTYPE[cos.dtype], get_num_threads(),
@@ -169,7 +168,7 @@ def cross_entropy_(
     rows, stride = _rows(logits)
     targets, (C, V) = targets.contiguous(), logits.shape
     sums = (ctypes.c_double * 3)()
-    wrong = _functions().rw_cross_entropy(
+    wrong = library().rw_cross_entropy(
         rows.data_ptr(), stride, targets.data_ptr(), C, V, scale, label_smoothing, softcap or 0.0, multiplier,
         want_grad, want_entropy, want_correct, sums, _DTYPE[logits.dtype], get_num_threads(),
     )  # fmt: skip
@@ -199,7 +198,7 @@ def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int) -> Tensor:
 
 
 def _drop(z: Tensor, out: Tensor, p: float, seed: int, *, add: bool) -> None:
-    _functions().rw_dropout(
+    library().rw_dropout(
         z.data_ptr(), out.data_ptr(), add, 1 / (1 - p), dropout_threshold(p), *dropout_keys(seed),
         z.numel(), _DTYPE[z.dtype], get_num_threads(),
     )  # fmt: skip
@@ -233,28 +232,6 @@ def _floats(vector: Tensor | None) -> Tensor | None:
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-@cache
-def _functions() -> ctypes.CDLL:
-    """The library, with the signatures of these functions declared."""
-    loaded = library()
-    p, i, n, x, w = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_uint32
-    signatures = {
-        "rw_low_rank_add": (None, [p, n, p, n, p, x, p, p, n, n, n, i, i]),
-        "rw_row_cross": (None, [p, p, p, p, n, n, n, i, i]),
-        "rw_scaled_grad": (None, [p, n, p, n, p, p, p, n, n, i, i]),
-        "rw_rms_norm": (None, [p, n, p, x, i, i, p, p, n, n, i, i]),
-        "rw_rms_norm_backward": (None, [p, n, p, n, p, p, i, p, n, p, n, n, i, i]),
-        "rw_glu": (None, [p, n, p, n, p, n, i, p, p, p, n, n, i, i]),
-        "rw_rope": (None, [p, p, p, p, n, i, p, p, p, i, i, i]),
-        "rw_cross_entropy": (n, [p, n, p, n, n, x, x, x, x, i, i, i, p, i, i]),
-        "rw_dropout": (None, [p, p, i, x, w, w, w, n, i, i]),
-    }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
-    return loaded
 
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Four bits on the native library, with the signatures of `rankwise.ops.reference` and the same results.
 
 Quantized and dequantized values equal the reference to the bit. Products use the same dequantized weight and sum in
-float32. The callers in ``rankwise.ops.library`` have checked types, shapes and buffer sizes.
+float32. The callers in ``rankwise.ops.table`` have checked types, shapes and buffer sizes.
 
 Legend: T = rows of x, K = in features, N = out features.
 """
@@ -17,12 +17,13 @@ from torch import Tensor, get_num_threads
 from torch.nn import functional
 
 from rankwise.compat.torch import storage_users
-from rankwise.ops.cpu import products
+from rankwise.ops import elementwise_reference
+from rankwise.ops.cpu import elementwise, products
 from rankwise.ops.cpu.memory import on_huge_pages
 from rankwise.ops.cpu.native import library
 from rankwise.ops.cpu.packed import NativeWeight, tables
 from rankwise.ops.packed_weight import PackedWeight, packed_shape
-from rankwise.ops.reference import dequantize_absmax, not_finite, quantize_absmax
+from rankwise.ops.reference import dequantize_absmax, not_finite, quantize_absmax, row_cross_in_chunks
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -108,6 +109,12 @@ def row_norms_4bit(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     return norms
 
 
+def row_cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+    """cross_n = <W'_n A^T, B_n>, float32 (N,), of W' rounded to ``dtype``."""
+    cross = elementwise_reference.row_cross if dtype is torch.float16 else elementwise.row_cross
+    return row_cross_in_chunks(weight, B, lambda part, B: cross(dequantize_4bit(part, dtype), A, B))
+
+
 def _product(a: Tensor, factor: products.Factor, columns: int, *, across: bool, bias: Tensor | None = None) -> Tensor:
     """``a W'^T + b``, or with ``across`` ``a W'``: a (..., summed over) -> (..., columns)."""
     rows = a.reshape(-1, a.shape[-1])
@@ -166,5 +173,6 @@ __all__ = [
     "linear_4bit_input_grad",
     "quantize_4bit",
     "quantize_absmax",
+    "row_cross_4bit",
     "row_norms_4bit",
 ]

@@ -15,8 +15,8 @@ import torch
 
 from rankwise.errors import QuantizationError
 
+# From slow to fast, in the numbering of csrc/rankwise_native.h. On Arm, "portable" includes NEON.
 LEVELS = ("portable", "avx2", "avx512")
-"""From slow to fast, in the numbering of csrc/rankwise_native.h. On Arm, "portable" includes NEON."""
 
 _INTERFACE = 8
 _HOW_TO_BUILD = (
@@ -102,21 +102,39 @@ _SUFFIXES = (".so", ".dylib", ".dll")
 
 
 def _declare(loaded: ctypes.CDLL) -> None:
-    pointer, integer, count = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    weight = ctypes.POINTER(Weight)
+    """Result and arguments of each function, in the order of csrc/rankwise_native.h."""
+    p, i, n, x, u = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_uint32
+    w = ctypes.POINTER(Weight)
     signatures = {
-        "rw_quantize_4bit": (count, [pointer, integer, count, count, pointer, pointer, pointer, pointer, integer]),
-        "rw_dequantize_4bit": (None, [weight, count, count, integer, pointer, integer]),
-        "rw_linear_4bit": (None, [weight, pointer, count, count, count, integer, pointer, pointer, integer]),
-        "rw_row_norms_4bit": (None, [weight, count, count, integer, pointer, integer]),
-        "rw_attention_available": (integer, []),
-        "rw_attention_uses_amx": (integer, []),
-        "rw_attention_allow_amx": (None, [integer]),
-        "rw_attention_forward": (None, [pointer, pointer, pointer, integer]),
-        "rw_attention_backward": (None, [pointer] * 7 + [integer]),
-        "rw_share_threads": (None, [pointer]),
-        "rw_use_huge_pages": (None, [pointer, count]),
-        "rw_set_level": (None, [integer]),
+        "rw_set_level": (None, [i]),
+        "rw_share_threads": (None, [p]),
+        "rw_use_huge_pages": (None, [p, n]),
+        "rw_quantize_4bit": (n, [p, i, n, n, p, p, p, p, i]),
+        "rw_dequantize_4bit": (None, [w, n, n, i, p, i]),
+        "rw_linear_4bit": (None, [w, p, n, n, n, i, p, p, i]),
+        "rw_row_norms_4bit": (None, [w, n, n, i, p, i]),
+        "rw_attention_available": (i, []),
+        "rw_attention_takes_float32": (i, []),
+        "rw_attention_uses_amx": (i, []),
+        "rw_attention_allow_amx": (None, [i]),
+        "rw_attention_forward": (None, [p, p, p, i]),
+        "rw_attention_backward": (None, [p, p, p, p, p, p, p, i]),
+        "rw_low_rank_add": (None, [p, n, p, n, p, x, p, p, n, n, n, i, i]),
+        "rw_row_cross": (None, [p, p, p, p, n, n, n, i, i]),
+        "rw_scaled_grad": (None, [p, n, p, n, p, p, p, n, n, i, i]),
+        "rw_rms_norm": (None, [p, n, p, x, i, i, p, p, n, n, i, i]),
+        "rw_rms_norm_backward": (None, [p, n, p, n, p, p, i, p, n, p, n, n, i, i]),
+        "rw_glu": (None, [p, n, p, n, p, n, i, p, p, p, n, n, i, i]),
+        "rw_rope": (None, [p, p, p, p, n, i, p, p, p, i, i, i]),
+        "rw_cross_entropy": (n, [p, n, p, n, n, x, x, x, x, i, i, i, p, i, i]),
+        "rw_dropout": (None, [p, p, i, x, u, u, u, n, i, i]),
+        "rw_products_available": (i, []),
+        "rw_products_are_tiles": (i, []),
+        "rw_products_allow": (None, [i]),
+        "rw_products_use_amx": (i, []),
+        "rw_products_allow_amx": (None, [i]),
+        "rw_products": (None, [p, i, i, n, n, p, p, p, p, n, i]),
+        "rw_row_product": (None, [i, p, n, p, n, p, n, n, n, n, x, p, i, p, i, p, p, i]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(loaded, name)

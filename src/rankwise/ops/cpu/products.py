@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -78,7 +77,7 @@ class Term:
 
 def available() -> bool:
     """Whether this CPU and build have sums of products."""
-    return bool(_functions().rw_products_available())
+    return bool(library().rw_products_available())
 
 
 def take(dtype: torch.dtype) -> bool:
@@ -104,22 +103,22 @@ def replace_torch(dtype: torch.dtype) -> bool:
 
 def on_tiles() -> bool:
     """Whether they multiply pairs of bfloat16 that are packed in tiles: on AMX, or with AVX-512 BF16."""
-    return bool(_functions().rw_products_are_tiles())
+    return bool(library().rw_products_are_tiles())
 
 
 def allow(allowed: bool) -> None:
     """Switch them off (and on again) for the whole process: for tests."""
-    _functions().rw_products_allow(allowed)
+    library().rw_products_allow(allowed)
 
 
 def use_amx() -> bool:
     """Whether the tiles are AMX's."""
-    return bool(_functions().rw_products_use_amx())
+    return bool(library().rw_products_use_amx())
 
 
 def allow_amx(allowed: bool) -> None:
     """Keep to AVX-512 (and no longer) for the whole process: for tests."""
-    _functions().rw_products_allow_amx(allowed)
+    library().rw_products_allow_amx(allowed)
 
 
 def add_products(
@@ -138,7 +137,7 @@ def add_products(
         return out
     T, N = out.shape
     array = (_Term * len(terms))(*map(_struct, terms))
-    _functions().rw_products(
+    library().rw_products(
         array, len(terms), _DTYPE[out.dtype], T, N, _pointer(g), _pointer(bias), out.data_ptr(), _pointer(rest),
         out.stride(0), torch.get_num_threads(),
     )  # fmt: skip
@@ -166,7 +165,7 @@ def row_product(
     dot = None if y is None else torch.empty(C, dtype=torch.float32)
     if is_fake(out):
         return out, dot
-    _functions().rw_row_product(
+    library().rw_row_product(
         _DTYPE[q.dtype], q.data_ptr(), q.stride(0), m.data_ptr(), m.stride(0), _pointer(y),
         0 if y is None else y.stride(0), T, R, C, scale, _pointer(gain), by_column, out.data_ptr(), _DTYPE[dtype],
         _pointer(divisor), _pointer(dot), torch.get_num_threads(),
@@ -208,19 +207,3 @@ def _struct(term: Term) -> _Term:
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-@cache
-def _functions() -> ctypes.CDLL:
-    """The library, with the signatures of these functions declared."""
-    loaded = library()
-    p, i, n, x = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-    loaded.rw_products_available.restype, loaded.rw_products_available.argtypes = i, []
-    loaded.rw_products_are_tiles.restype, loaded.rw_products_are_tiles.argtypes = i, []
-    loaded.rw_products_allow.restype, loaded.rw_products_allow.argtypes = None, [i]
-    loaded.rw_products_use_amx.restype, loaded.rw_products_use_amx.argtypes = i, []
-    loaded.rw_products_allow_amx.restype, loaded.rw_products_allow_amx.argtypes = None, [i]
-    loaded.rw_products.restype, loaded.rw_products.argtypes = None, [p, i, i, n, n, p, p, p, p, n, i]
-    loaded.rw_row_product.restype = None
-    loaded.rw_row_product.argtypes = [i, p, n, p, n, p, n, n, n, n, x, p, i, p, i, p, p, i]
-    return loaded

@@ -1,6 +1,6 @@
 """The element-wise parts of a training step on Triton, with the signatures of `rankwise.ops.elementwise_reference`.
 
-float32, bfloat16 and float16. The callers in ``rankwise.ops.elementwise_table`` have checked types and shapes.
+float32, bfloat16 and float16. The callers in ``rankwise.ops.table`` have checked types and shapes.
 """
 
 from __future__ import annotations

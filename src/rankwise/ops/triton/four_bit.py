@@ -1,7 +1,7 @@
 """Four bits on Triton kernels, with the signatures of `rankwise.ops.reference` and the same results.
 
 Quantized and dequantized values equal the reference to the bit. Products use the same dequantized weight and sum in
-float32. The callers in ``rankwise.ops.library`` have checked types, shapes and buffer sizes.
+float32. The callers in ``rankwise.ops.table`` have checked types, shapes and buffer sizes.
 
 Up to 16 rows, products read the packed weight only. Larger ones dequantize it, for the time of one product, and leave
 the product to torch, which then costs less than tensor cores that wait for decoding. So does the input gradient, which
@@ -21,7 +21,7 @@ from torch.nn import functional
 from rankwise.ops import reference
 from rankwise.ops.packed_weight import PackedWeight, packed_shape
 from rankwise.ops.reference import dequantize_absmax, quantize_absmax
-from rankwise.ops.triton import dequantize, product, quantize, row_norms
+from rankwise.ops.triton import dequantize, product, quantize, row_cross, row_norms
 
 
 def quantize_4bit(w: Tensor, quant_type: str = "nf4", block_size: int = 64) -> tuple[Tensor, Tensor]:
@@ -69,6 +69,13 @@ def row_norms_4bit(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     return torch.linalg.vector_norm(dequantize_4bit(weight, dtype), dim=1, dtype=torch.float32)
 
 
+def row_cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+    """cross_n = <W'_n A^T, B_n>, float32 (N,), of W' rounded to ``dtype``."""
+    if weight.rows_are_blocks:
+        return row_cross.row_cross_4bit(weight, A, B, dtype)
+    return row_cross.row_cross(dequantize_4bit(weight, dtype), A, B)
+
+
 __all__ = [
     "dequantize_4bit",
     "dequantize_absmax",
@@ -76,5 +83,6 @@ __all__ = [
     "linear_4bit_input_grad",
     "quantize_4bit",
     "quantize_absmax",
+    "row_cross_4bit",
     "row_norms_4bit",
 ]

@@ -18,8 +18,8 @@ from rankwise.ops.triton.tile import launching_on, power_of_two, round_to
 # (rows and columns of y per program, ranks multiplied at once at the most, warps). Without tensor cores a product takes
 # more registers: twice the float32 tile spills.
 _HALF, _FLOAT = (64, 128, 64, 4), (64, 64, 32, 4)
-_FEWEST = 16
 # Ranks that tensor cores multiply.
+_FEWEST = 16
 
 
 @triton.jit

@@ -19,8 +19,8 @@ from torch import Tensor
 from rankwise.ops.packed_weight import PackedWeight
 from rankwise.ops.triton.tile import INTERPRETED, buffers, decode, launching_on, power_of_two, round_to, row_tile
 
+# Up to so many rows are multiplied here. It is also the least side of a tile that tensor cores take.
 FEW_ROWS = 16
-"""Up to so many rows are multiplied here. It is also the least side of a tile that tensor cores take."""
 
 # (weight rows per program, elements of a row at once, warps): 16 bytes of codes per thread, the widest load there is.
 # Several rows of x: the fewest weight rows that tensor cores take, for many programs; 512 columns spill registers.

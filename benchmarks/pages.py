@@ -1,0 +1,40 @@
+"""Make the pages of docs/results again from the runs in benchmarks/results, without measuring anything.
+
+    python benchmarks/pages.py
+
+A benchmark makes the page of its own subject; this is for a changed layout, or for runs that came from other machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import end_to_end
+import four_bits
+import generation
+import memory_plan
+import quantized_load
+import results
+import scaling
+import steps
+
+from rankwise.records import write_text
+
+SUBJECTS: dict[str, Callable[[list[results.Run]], list[str]]] = {
+    "steps": steps.page,
+    "end_to_end": end_to_end.page,
+    "memory": memory_plan.page,
+    "four_bits": four_bits.page,
+    "quantized_load": quantized_load.page,
+    "generation": generation.page,
+    "scaling": scaling.page,
+}
+
+
+def text_of(subject: str) -> str:
+    return "\n".join(SUBJECTS[subject](results.runs_of(subject, results.FOLDER))) + "\n"
+
+
+if __name__ == "__main__":
+    for name in SUBJECTS:
+        write_text(results.PAGES / f"{name}.md", text_of(name))

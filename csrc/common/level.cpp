@@ -1,0 +1,102 @@
+// Finds out once what the processor can do, and keeps one table of kernels for each level.
+#include "common/level.hpp"
+
+#include <atomic>
+
+#if defined(RW_HAS_amx) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace rankwise {
+
+// Of csrc/levels.txt. The build defines RW_HAS_... for each instruction set that the compiler could target.
+#define RW_FAMILIES(ISA)                         \
+    namespace ISA {                              \
+    extern const FourBitKernels four_bit;        \
+    extern const ElementwiseKernels elementwise; \
+    extern const AttentionKernels attention;     \
+    extern const ProductKernels products;        \
+    }
+RW_FAMILIES(portable)
+RW_FAMILIES(avx2)
+RW_FAMILIES(avx512)
+RW_FAMILIES(avx512_bf16)
+RW_FAMILIES(amx)
+
+namespace {
+
+constexpr int kInterface = 8;
+
+#if defined(RW_HAS_amx) && defined(__linux__)
+// Whether the processor has the instructions and the system gives this process their registers.
+bool amx_is_usable() {
+    constexpr long request_permission = 0x1023, tile_data = 18;  // arch_prctl's ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    const unsigned needed = (1u << 22) | (1u << 24);  // AMX-BF16, AMX-TILE
+    return (d & needed) == needed && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
+
+struct Levels {
+    Level at[3];
+    int best = RW_PORTABLE;
+
+    Levels() {
+        Level made = {&portable::four_bit, &portable::elementwise, nullptr, nullptr, nullptr, nullptr};
+        at[RW_PORTABLE] = at[RW_AVX2] = at[RW_AVX512] = made;
+#ifdef RW_HAS_avx2
+        __builtin_cpu_init();
+        if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+            return;
+        made = {&avx2::four_bit, &avx2::elementwise, &avx2::attention, nullptr, &avx2::products, nullptr};
+        at[RW_AVX2] = at[RW_AVX512] = made, best = RW_AVX2;
+#ifdef RW_HAS_avx512
+        if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw")) return;
+        if (!__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) return;
+        // Attention and products stay AVX2's where AVX-512 cannot multiply bfloat16.
+        made.four_bit = &avx512::four_bit, made.elementwise = &avx512::elementwise;
+#ifdef RW_HAS_avx512_bf16
+        if (__builtin_cpu_supports("avx512bf16")) {
+            made = {&avx512_bf16::four_bit,  &avx512_bf16::elementwise,
+                    &avx512_bf16::attention, nullptr,
+                    &avx512_bf16::products,  nullptr};
+#if defined(RW_HAS_amx) && defined(__linux__)
+            if (amx_is_usable()) made.attention_on_amx = &amx::attention, made.products_on_amx = &amx::products;
+#endif
+        }
+#endif
+        at[RW_AVX512] = made, best = RW_AVX512;
+#endif
+#endif
+    }
+};
+
+const Levels& levels() {
+    static const Levels made;
+    return made;
+}
+
+std::atomic<int> current{RW_PORTABLE};
+
+}  // namespace
+
+const Level& level() { return levels().at[current.load(std::memory_order_relaxed)]; }
+
+}  // namespace rankwise
+
+extern "C" {
+
+int rw_interface(void) { return rankwise::kInterface; }
+
+int rw_best_level(void) { return rankwise::levels().best; }
+
+int rw_level(void) { return rankwise::current; }
+
+void rw_set_level(int number) {
+    if (number >= RW_PORTABLE && number <= rankwise::levels().best) rankwise::current = number;
+}
+
+}  // extern "C"

@@ -1,0 +1,97 @@
+// Pairs of bfloat16 multiplied with AVX-512's dot products: two vectors of columns by some rows of sums in registers. A
+// pair of a row goes to all columns from memory.
+#pragma once
+
+#include "products/pairs.hpp"
+
+namespace rankwise::RW_ISA {
+
+struct VectorUnit {
+    // Nothing to set up; with a constructor, so that a session that nobody reads is no warning.
+    struct Session {
+        Session() {}
+    };
+
+    static constexpr int kPairs = kTileStep / 2;
+
+    static inline __attribute__((always_inline)) __m512i to_all(const uint16_t* pair) {
+        int32_t both;
+        std::memcpy(&both, pair, sizeof both);
+        return _mm512_set1_epi32(both);
+    }
+
+    // Pairs [0, pairs) of one step.
+    template <int Rows, int Vectors>
+    static inline __attribute__((always_inline)) void add_pairs(const uint16_t* a, int64_t stride, const uint32_t* b,
+                                                                int pairs, __m512 (&sum)[Rows][Vectors]) {
+        for (int pair = 0; pair < pairs; ++pair, a += 2, b += 16) {
+            __m512i column[Vectors];
+            for (int v = 0; v < Vectors; ++v) column[v] = _mm512_load_si512(b + v * kTileWords);
+#pragma GCC unroll 16
+            for (int r = 0; r < Rows; ++r) {
+                const __m512i x = to_all(a + r * stride);
+                for (int v = 0; v < Vectors; ++v) sum[r][v] = dot_pairs(sum[r][v], x, column[v]);
+            }
+        }
+    }
+
+    template <bool Add, int Rows, int Vectors>
+    static __attribute__((noinline)) void multiply_rows(const Block& block, int64_t row, const uint32_t* b, float* sums,
+                                                        int64_t stride) {
+        __m512 sum[Rows][Vectors];
+#pragma GCC unroll 16
+        for (int r = 0; r < Rows; ++r)
+            for (int v = 0; v < Vectors; ++v)
+                sum[r][v] = Add ? _mm512_loadu_ps(sums + r * stride + 16 * v) : _mm512_setzero_ps();
+        for (int i = 0; i < block.count; ++i) {
+            const PairSegment& segment = block.segments[i];
+            const uint16_t* a = segment.a + row * segment.stride;
+            int64_t left = segment.pairs;
+            for (; left >= kPairs; left -= kPairs, a += kTileStep, b += kStepWords)
+                add_pairs<Rows, Vectors>(a, segment.stride, b, kPairs, sum);
+            if (left == 0) continue;
+            add_pairs<Rows, Vectors>(a, segment.stride, b, static_cast<int>(left), sum);
+            b += kStepWords;
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < Rows; ++r)
+            for (int v = 0; v < Vectors; ++v) _mm512_storeu_ps(sums + r * stride + 16 * v, sum[r][v]);
+    }
+
+    // Sixteen sums at once: more would not hide more of what each waits for the one before it.
+    template <bool Add>
+    static void multiply_panel(const Block& block, const uint32_t* b, bool narrow, float* sums, int64_t stride) {
+        if (narrow) {
+            for (int64_t row = 0; row < block.rows; row += 16)
+                multiply_rows<Add, 16, 1>(block, row, b, sums + row * stride, stride);
+        } else {
+            for (int64_t row = 0; row < block.rows; row += 8)
+                multiply_rows<Add, 8, 2>(block, row, b, sums + row * stride, stride);
+        }
+    }
+
+    static void multiply_pairs(const uint32_t* left, const uint32_t* right, int64_t steps, float* out) {
+        for (int rank = 0; rank < 16; rank += 4) {
+            __m512 sum[4][4];
+            for (int r = 0; r < 4; ++r)
+                for (int c = 0; c < 4; ++c) sum[r][c] = _mm512_setzero_ps();
+            const uint32_t *a = left + 16 * rank, *b = right;
+            for (int64_t step = 0; step < steps; ++step, a += kTileWords, b += 2 * kStepWords)
+                for (int pair = 0; pair < 16; ++pair) {
+                    __m512i column[4];
+#pragma GCC unroll 4
+                    for (int c = 0; c < 4; ++c) column[c] = _mm512_load_si512(b + c * kTileWords + 16 * pair);
+#pragma GCC unroll 4
+                    for (int r = 0; r < 4; ++r) {
+                        const __m512i x = _mm512_set1_epi32(static_cast<int>(a[16 * r + pair]));
+#pragma GCC unroll 4
+                        for (int c = 0; c < 4; ++c) sum[r][c] = dot_pairs(sum[r][c], x, column[c]);
+                    }
+                }
+            for (int r = 0; r < 4; ++r)
+                for (int c = 0; c < 4; ++c) _mm512_storeu_ps(out + 64 * (rank + r) + 16 * c, sum[r][c]);
+        }
+    }
+};
+
+}  // namespace rankwise::RW_ISA

@@ -1,0 +1,274 @@
+// Sums of products where no instruction multiplies bfloat16: everything is widened to float32 and multiplied by fused
+// multiply-adds, so that weights, factors and what rounding left of a row count unrounded. Blocks of 6 rows by two
+// vectors of columns, over packed strips that stay in the second-level cache. D: the dtype of the rows; float32 ones
+// are read where they lie.
+#pragma once
+
+#include "common/multiply_float.hpp"
+#include "common/scratch.hpp"
+#include "products/dots.hpp"
+#include "products/terms.hpp"
+
+namespace rankwise::RW_ISA {
+namespace {
+
+constexpr int64_t kStripsOfPanel = kPanel / kStrip;
+constexpr int64_t kPieceElements = 256;  // of a row that is decoded or converted before it is packed
+
+// Rows of the weight are columns of the result: a strip of them, [from, to) of what is summed over.
+template <int D>
+void pack_strip_of_outputs(const FloatSegment& segment, int64_t N, int64_t n, float* strip) {
+    struct Owner {};
+    const rw_term& term = *segment.term;
+    const int64_t count = N - n < kStrip ? N - n : kStrip;
+    if (is_plain(term) && count == kStrip && segment.length() % W == 0)
+        return transpose_strip(static_cast<const float*>(term.w) + n * term.w_stride + segment.from, term.w_stride,
+                               segment.length(), strip);
+    float* rows = scratch<Owner, float, 0>(kStrip * kPieceElements);
+    std::memset(rows + count * kPieceElements, 0, static_cast<std::size_t>((kStrip - count) * kPieceElements * 4));
+    for (int64_t k = segment.from; k < segment.to; k += kPieceElements) {
+        const int64_t length = segment.to - k < kPieceElements ? segment.to - k : kPieceElements;
+        for (int64_t i = 0; i < count; ++i) fetch_floats<D>(term, n + i, k, length, rows + i * kPieceElements);
+        transpose_strip(rows, kPieceElements, length, strip + (k - segment.from) * kStrip);
+    }
+}
+
+// Rows of the weight are summed over: columns [n, n + columns) of them into strips `strip_floats` apart.
+template <int D>
+void pack_strips_across(const FloatSegment& segment, int64_t n, int64_t columns, float* strips, int64_t strip_floats) {
+    struct Owner {};
+    const rw_term& term = *segment.term;
+    float* fetched = scratch<Owner, float, 0>(columns + kStrip);
+    std::memset(fetched + columns, 0, sizeof(float) * kStrip);
+    const bool in_place = is_plain(term) && columns % kStrip == 0;
+    for (int64_t k = segment.from; k < segment.to; ++k, strips += kStrip) {
+        if (!term.packed) {
+            // Each row may lie in another page, where the hardware's own prefetching ends.
+            const int64_t size = term.w_dtype == RW_FLOAT32 ? 4 : 2;
+            const char* ahead = static_cast<const char*>(term.w) + ((k + 8) * term.w_stride + n) * size;
+            for (int64_t i = 0; i < columns * size; i += 64) __builtin_prefetch(ahead + i);
+        }
+        const float* row = in_place ? static_cast<const float*>(term.w) + k * term.w_stride + n : fetched;
+        if (!in_place) fetch_floats<D>(term, k, n, columns, fetched);
+        float* to = strips;
+        for (int64_t c = 0; c < columns; c += kStrip, to += strip_floats) {
+            store<RW_FLOAT32>(to, 0, load<RW_FLOAT32>(row, c));
+            store<RW_FLOAT32>(to, W, load<RW_FLOAT32>(row, c + W));
+        }
+    }
+}
+
+// The strips of columns [n, end) of all segments.
+template <int D>
+void pack_strips(const FloatSegments& segments, int64_t N, int64_t n, int64_t end, float* strips) {
+    const int64_t strip_floats = segments.length * kStrip;
+    for (int i = 0; i < segments.count; ++i) {
+        const FloatSegment& segment = segments.of[i];
+        float* out = strips + segment.at * kStrip;
+        if (segment.term->across) pack_strips_across<D>(segment, n, end - n, out, strip_floats);
+        else
+            for (int64_t c = n; c < end; c += kStrip, out += strip_floats) pack_strip_of_outputs<D>(segment, N, c, out);
+    }
+}
+
+// The rows of a block in one segment, `stride` apart.
+struct LeftRows {
+    const float* rows;
+    int64_t stride, length;
+};
+
+// Rows [row, row + count) of every segment. Widened ones lie end to end in `wide` and are one; returns how many there
+// are.
+template <int D>
+int left_rows(const FloatSegments& segments, int64_t row, int64_t count, float* wide, LeftRows* left) {
+    if constexpr (D == RW_FLOAT32) {
+        for (int i = 0; i < segments.count; ++i) {
+            const rw_term& term = *segments.of[i].term;
+            left[i] = {static_cast<const float*>(term.a) + row * term.a_stride + segments.of[i].from, term.a_stride,
+                       segments.of[i].length()};
+        }
+        return segments.count;
+    } else {
+        widen_rows<D>(segments, row, count, wide, segments.length);
+        left[0] = {wide, segments.length, segments.length};
+        return 1;
+    }
+}
+
+// One block of at most kBlockRows rows against the strips of columns [n, end). Sums are kept in `kept` but for the last
+// steps.
+template <int D>
+struct BlockOfRows {
+    const ProductJob* job;
+    int64_t row, n, end, length;
+    bool is_first, is_last;
+    const LeftRows* left;
+    int parts;
+    const float* strips;
+    float* kept;  // (rows, strips * kStrip)
+    int64_t kept_stride;
+
+    template <int Rows>
+    __attribute__((noinline)) void multiply() const {
+        const float* strip = strips;
+        for (int64_t c = n; c < end; c += kStrip, strip += length * kStrip) {
+            Floats sums[Rows][2] = {};
+            float* at = kept + (c - n);
+            if (!is_first) load_sums<Rows>(at, kept_stride, sums);
+            const float* part = strip;
+            for (int i = 0; i < parts; part += left[i].length * kStrip, ++i)
+                multiply_add<Rows>(left[i].rows, left[i].stride, 1, part, kStrip, left[i].length, sums);
+            if (!is_last) {
+                store_sums<Rows>(sums, at, kept_stride);
+                continue;
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < Rows; ++r) {
+                const int64_t to = (row + r) * job->out_stride + c, rest = job->N - c;
+                if (rest >= kStrip) {
+                    store_product<D>(*job, to, c, sums[r][0], Whole{});
+                    store_product<D>(*job, to + W, c + W, sums[r][1], Whole{});
+                } else {
+                    store_product<D>(*job, to, c, sums[r][0], Some{static_cast<int>(rest < W ? rest : W)});
+                    if (rest > W) store_product<D>(*job, to + W, c + W, sums[r][1], Some{static_cast<int>(rest - W)});
+                }
+            }
+        }
+    }
+};
+
+template <int D>
+void product_of_rows(const ProductJob& job, const ProductShare& share) {
+    struct Owner {};
+    if (is_few_rows(job)) return product_of_dots<D>(job, share);
+    int64_t steps = 0;
+    for (int i = 0; i < job.count; ++i) steps += job.terms[i].steps;
+    const int64_t at_once = job.steps_at_once, n = share.first * kPanel,
+                  end = share.last * kPanel < job.N ? share.last * kPanel : job.N;
+    const int64_t width = (end - n + kStrip - 1) / kStrip * kStrip, rows = share.to - share.from;
+    float* strips = scratch<Owner, float, 0>(width * at_once * kFloatStep);
+    float* wide = D == RW_FLOAT32 ? nullptr : scratch<Owner, float, 1>(kBlockRows * at_once * kFloatStep);
+    float* kept = at_once >= steps ? nullptr : scratch<Owner, float, 2>(rows * width);
+    for (int64_t first = 0; first < steps; first += at_once) {
+        const FloatSegments segments(job, first, first + at_once < steps ? first + at_once : steps);
+        pack_strips<D>(segments, job.N, n, end, strips);
+        for (int64_t row = share.from; row < share.to; row += kBlockRows) {
+            const int64_t count = share.to - row < kBlockRows ? share.to - row : kBlockRows;
+            LeftRows left[kMostTerms];
+            const int parts = left_rows<D>(segments, row, count, wide, left);
+            const BlockOfRows<D> block = {&job,
+                                          row,
+                                          n,
+                                          end,
+                                          segments.length,
+                                          first == 0,
+                                          first + at_once >= steps,
+                                          left,
+                                          parts,
+                                          strips,
+                                          kept + (row - share.from) * width,
+                                          width};
+            with_rows(count, [&](auto rows_of_block) { block.template multiply<decltype(rows_of_block)::value>(); });
+        }
+    }
+}
+
+void product_float(const ProductJob& job, const ProductShare& share) {
+    job.dtype == RW_FLOAT32 ? product_of_rows<RW_FLOAT32>(job, share) : product_of_rows<RW_BFLOAT16>(job, share);
+}
+
+// q of a chunk, transposed and widened: (R, stride).
+template <int D>
+void widen_left(const RowProductJob& job, int64_t row, int64_t rows, float* left, int64_t stride) {
+    for (int64_t t = 0; t < rows; ++t)
+        for (int64_t r = 0; r < job.R; ++r)
+            left[r * stride + t] = load_as_float<D>(job.q, (row + t) * job.q_stride + r);
+}
+
+// Columns [c, c + part) of the chunk's rows of m to a strip, and their sums of m * y.
+template <int D, class Part>
+RW_INLINE void widen_strip(const RowProductJob& job, int64_t chunk, int64_t row, int64_t rows, int64_t c, Part part,
+                           float* strip) {
+    Floats dot[2] = {};
+    for (int64_t t = 0; t < rows; ++t) {
+        const Floats m = load<D>(job.m, (row + t) * job.m_stride + c, part);
+        store<RW_FLOAT32>(strip, t * kStrip, m);
+        if (job.dots) dot[t % 2] = madd(m, load<D>(job.y, (row + t) * job.y_stride + c, part), dot[t % 2]);
+    }
+    if (job.dots) store<RW_FLOAT32>(job.dots, chunk * job.C + c, dot[0] + dot[1], part);
+}
+
+template <int D>
+void row_product_of(const RowProductJob& job, int64_t chunk, int64_t first, int64_t last) {
+    struct Owner {};
+    constexpr int64_t stride = kChunkRows + 16;  // not a power of two, whose rows would fall into few sets of the cache
+    const int64_t row = chunk * kChunkRows, rows = job.T - row < kChunkRows ? job.T - row : kChunkRows,
+                  ranks = (job.R + 15) / 16 * 16;
+    float* left = scratch<Owner, float, 0>(job.R * stride);
+    alignas(64) float strip[kChunkRows * kStrip];
+    widen_left<D>(job, row, rows, left, stride);
+    for (int64_t c = first; c < last; c += kStrip) {
+        for (int64_t half = 0; half < 2; ++half) {
+            const int64_t some = last - c - half * W;
+            if (some >= W) widen_strip<D>(job, chunk, row, rows, c + half * W, Whole{}, strip + half * W);
+            else if (some > 0)
+                widen_strip<D>(job, chunk, row, rows, c + half * W, Some{static_cast<int>(some)}, strip + half * W);
+            else
+                for (int64_t t = 0; t < rows; ++t) store<RW_FLOAT32>(strip, t * kStrip + half * W, Floats{});
+        }
+        for (int64_t r = 0; r < job.R; r += kBlockRows) {
+            const int64_t count = job.R - r < kBlockRows ? job.R - r : kBlockRows;
+            alignas(64) float sums[kBlockRows * kStrip];
+            with_rows(count, [&](auto rows_of_block) {
+                constexpr int Rows = decltype(rows_of_block)::value;
+                multiply_block<Rows>(left + r * stride, stride, strip, rows, sums);
+            });
+            float* to = job.sums + (chunk * ranks + r) * job.C + c;
+            const auto bytes = sizeof(float) * static_cast<std::size_t>(last - c < kStrip ? last - c : kStrip);
+            for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * job.C, sums + i * kStrip, bytes);
+        }
+    }
+}
+
+void row_product_float(const RowProductJob& job, int64_t chunk, int64_t first, int64_t last) {
+    job.dtype == RW_FLOAT32 ? row_product_of<RW_FLOAT32>(job, chunk, first, last)
+                            : row_product_of<RW_BFLOAT16>(job, chunk, first, last);
+}
+
+// Adds up the chunks of columns [first, last), in order, and writes them as the caller wants them.
+void finish_row_product_float(const RowProductJob& job, int64_t first, int64_t last) {
+    const int64_t chunks = (job.T + kChunkRows - 1) / kChunkRows, ranks = (job.R + 15) / 16 * 16;
+    each_vector(last - first, [&](int64_t i, auto part) RW_INLINED {
+        const int64_t c = first + i;
+        if (job.dot) {
+            Floats sum = {};
+            for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += load<RW_FLOAT32>(job.dots, chunk * job.C + c, part);
+            if (job.divisor) {
+                const Floats divisor = load<RW_FLOAT32>(job.divisor, c, part);
+                sum = divisor != 0.0f ? sum / divisor : Floats{};
+            }
+            store<RW_FLOAT32>(job.dot, c, sum, part);
+        }
+        Floats factor = all(job.scale);
+        if (job.gain) factor *= load<RW_FLOAT32>(job.gain, c, part);
+        for (int64_t r = 0; r < job.R; ++r) {
+            Floats sum = {};
+            for (int64_t chunk = 0; chunk < chunks; ++chunk)
+                sum += load<RW_FLOAT32>(job.sums, (chunk * ranks + r) * job.C + c, part);
+            sum *= factor;
+            if (!job.by_column) {
+                job.out_dtype == RW_FLOAT32 ? store<RW_FLOAT32>(job.out, r * job.C + c, sum, part)
+                                            : store<RW_BFLOAT16>(job.out, r * job.C + c, sum, part);
+                continue;
+            }
+            for (int64_t n = 0; n < W && c + n < last; ++n) {
+                const int64_t at = (c + n) * job.R + r;
+                job.out_dtype == RW_FLOAT32 ? store_float<RW_FLOAT32>(job.out, at, sum[n])
+                                            : store_float<RW_BFLOAT16>(job.out, at, sum[n]);
+            }
+        }
+    });
+}
+
+}  // namespace
+}  // namespace rankwise::RW_ISA

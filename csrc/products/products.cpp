@@ -1,0 +1,170 @@
+// The C interface of sums of products: prepares operands, cuts the result into shares.
+#include <atomic>
+#include <cstring>
+
+#include "common/level.hpp"
+#include "common/parallel.hpp"
+#include "common/scratch.hpp"
+
+namespace {
+
+using namespace rankwise;
+
+// Rows of one task where sums are kept between parts of the steps.
+constexpr int64_t kKeptRows = 2048;
+constexpr int64_t kLeastRows = 128;
+
+// Switches for tests.
+std::atomic<bool> allowed{true}, amx_allowed{true};
+
+// Whether tiles can be read from rows at this distance: the rows have whole steps, and the stride causes no cache-set
+// conflicts.
+bool is_readable(int64_t length, int64_t stride) {
+    if (length % kTileStep != 0) return false;
+    const int64_t bytes = 2 * stride;
+    return bytes % 64 != 0 || bytes / 64 % 32 != 0;
+}
+
+int64_t padded_stride(int64_t length) {
+    const int64_t stride = ceil_div(length, kTileStep) * kTileStep;
+    return is_readable(stride, stride) ? stride : stride + kTileStep;
+}
+
+// Whether a term's rows are copied: to where tiles can be read from, or beside what their rounding left.
+bool is_copied(const rw_term& term) { return term.a_rest || !is_readable(term.length, term.a_stride); }
+
+// Rows [first, last) of a, and of what its rounding left, side by side.
+void copy_rows(const rw_term& term, int64_t first, int64_t last, int64_t stride, uint16_t* out) {
+    const auto *a = static_cast<const uint16_t*>(term.a), *rest = static_cast<const uint16_t*>(term.a_rest);
+    const auto bytes = 2 * static_cast<std::size_t>(term.length);
+    const int64_t length = rest ? 2 * term.length : term.length;
+    for (int64_t t = first; t < last; ++t) {
+        uint16_t* row = out + t * stride;
+        std::memcpy(row, a + t * term.a_stride, bytes);
+        if (rest) std::memcpy(row + term.length, rest + t * term.a_stride, bytes);
+        std::memset(row + length, 0, 2 * static_cast<std::size_t>(stride - length));
+    }
+}
+
+// Makes terms whose rows tiles can read, and returns how many. An exact term becomes two: all of a times the rounded
+// weight, and the rounded a times the weight's rest. The product of both rests is below the precision of float32 sums.
+int prepare_for_tiles(const rw_term* terms, int count, int64_t T, int threads, ProductTerm* prepared) {
+    struct Owner {};
+    const auto length_of = [](const rw_term& term) { return term.a_rest ? 2 * term.length : term.length; };
+    int64_t elements = 0;
+    for (int i = 0; i < count; ++i)
+        if (is_copied(terms[i])) elements += T * padded_stride(length_of(terms[i]));
+    uint16_t* copy = elements ? scratch<Owner, uint16_t, 0>(elements) : nullptr;
+    int made = 0;
+    for (int i = 0; i < count; ++i) {
+        const rw_term& term = terms[i];
+        ProductTerm& whole = prepared[made++];
+        whole = {term, static_cast<const uint16_t*>(term.a), term.a_stride, 0, term.length, false};
+        whole.source.length = length_of(term);
+        whole.steps = ceil_div(whole.source.length, kTileStep);
+        if (is_copied(term)) {
+            const int64_t stride = padded_stride(whole.source.length), per_task = ceil_div(int64_t{1} << 17, stride);
+            parallel(ceil_div(T, per_task), threads, [&](int64_t task) {
+                copy_rows(term, task * per_task, (task + 1) * per_task < T ? (task + 1) * per_task : T, stride, copy);
+            });
+            whole.a = copy, whole.a_stride = stride;
+            copy += T * stride;
+        }
+        if (!term.exact) continue;
+        // What of a row lies past the term's own length meets zeros of the packed weight.
+        ProductTerm& rest = prepared[made++];
+        rest = whole;
+        rest.source.length = term.length, rest.steps = ceil_div(term.length, kTileStep), rest.is_rest = true;
+    }
+    return made;
+}
+
+// Terms as they are.
+int prepare(const rw_term* terms, int count, int64_t step, ProductTerm* prepared) {
+    for (int i = 0; i < count; ++i)
+        prepared[i] = {terms[i],          static_cast<const uint16_t*>(terms[i].a),
+                       terms[i].a_stride, ceil_div(terms[i].length, step),
+                       terms[i].length,   false};
+    return count;
+}
+
+int64_t equal_part(int64_t total, int64_t most) { return ceil_div(total, ceil_div(total, most)); }
+
+// Parts of the panels: a multiple of the threads, chosen so that no thread ends much later than another.
+int64_t panel_parts(int64_t panels, int64_t most, int64_t threads) {
+    const int64_t least = ceil_div(ceil_div(panels, most), threads) * threads;
+    int64_t best = least, best_load = 0;
+    for (int64_t parts = least; parts <= 3 * least && parts <= panels; parts += threads) {
+        const int64_t load = parts / threads * ceil_div(panels, parts);
+        if (best_load == 0 || load < best_load) best = parts, best_load = load;
+    }
+    return best < panels ? best : panels;
+}
+
+}  // namespace
+
+const ProductKernels* rankwise::current_products() {
+    if (!allowed) return nullptr;
+    const Level& current = level();
+    return current.products_on_amx && amx_allowed ? current.products_on_amx : current.products;
+}
+
+extern "C" {
+
+int rw_products_available(void) { return current_products() != nullptr; }
+
+int rw_products_are_tiles(void) { return current_products() != nullptr && current_products()->layout.reads_tiles; }
+
+void rw_products_allow(int allow) { allowed = allow != 0; }
+
+int rw_products_use_amx(void) { return current_products() && current_products() == level().products_on_amx; }
+
+void rw_products_allow_amx(int allow) { amx_allowed = allow != 0; }
+
+void rw_products(const rw_term* terms, int count, int dtype, int64_t T, int64_t N, const float* g, const float* bias,
+                 void* out, void* rest, int64_t out_stride, int threads) {
+    if (T == 0 || N == 0) return;
+    threads = threads > 0 ? threads : 1;
+    const ProductKernels* kernels = current_products();
+    const ProductLayout& layout = kernels->layout;
+    ProductTerm prepared[kMostTerms];
+    const int made = layout.reads_tiles ? prepare_for_tiles(terms, count, T, threads, prepared)
+                                        : prepare(terms, count, layout.step, prepared);
+    int64_t steps = 0;
+    for (int i = 0; i < made; ++i) steps += prepared[i].steps;
+    const int64_t at_once = equal_part(steps, layout.most_steps);
+    const ProductJob job = {prepared, made, at_once, T, N, g, bias, dtype, out, rest, out_stride};
+    const int64_t panels = ceil_div(N, kPanel), most = layout.packed_bytes / (at_once * layout.panel_step_bytes);
+    const int64_t columns = ceil_div(panels, panel_parts(panels, most > 0 ? most : 1, threads)),
+                  parts = ceil_div(panels, columns);
+    int64_t row_parts = at_once == steps ? 1 : ceil_div(T, kKeptRows);
+    while (parts * row_parts < threads && T / row_parts > kLeastRows) ++row_parts;
+    const int64_t rows = ceil_div(ceil_div(T, row_parts), kRowBlock) * kRowBlock;
+    row_parts = ceil_div(T, rows);
+    parallel(parts * row_parts, threads, [&](int64_t task) {
+        const int64_t part = task % parts, row = task / parts * rows;
+        const int64_t last = (part + 1) * columns < panels ? (part + 1) * columns : panels;
+        kernels->product(job, {part * columns, last, row, row + rows < T ? row + rows : T});
+    });
+}
+
+void rw_row_product(int dtype, const void* q, int64_t q_stride, const void* m, int64_t m_stride, const void* y,
+                    int64_t y_stride, int64_t T, int64_t R, int64_t C, float scale, const float* gain, int by_column,
+                    void* out, int out_dtype, const float* divisor, float* dot, int threads) {
+    struct Owner {};
+    const int64_t chunks = ceil_div(T, kChunkRows), ranks = ceil_div(R, 16) * 16, parts = ceil_div(C, kChunkColumns);
+    float* sums = scratch<Owner, float, 0>(chunks * ranks * C);
+    float* dots = dot ? scratch<Owner, float, 1>(chunks * C) : nullptr;
+    const RowProductJob job = {dtype, q,    q_stride, m,    m_stride,  y,         y_stride, T,       R,  C,
+                               sums,  dots, scale,    gain, by_column, out_dtype, out,      divisor, dot};
+    const ProductKernels* kernels = current_products();
+    const auto last_of = [&](int64_t part) { return (part + 1) * kChunkColumns < C ? (part + 1) * kChunkColumns : C; };
+    parallel(chunks * parts, threads, [&](int64_t task) {
+        const int64_t part = task % parts;
+        kernels->row_product(job, task / parts, part * kChunkColumns, last_of(part));
+    });
+    parallel(parts, threads,
+             [&](int64_t part) { kernels->finish_row_product(job, part * kChunkColumns, last_of(part)); });
+}
+
+}  // extern "C"

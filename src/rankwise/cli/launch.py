@@ -1,0 +1,92 @@
+"""Several processes of ``rankwise train`` on this machine, by torch's elastic launcher, as torchrun starts them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+
+import typer
+
+from rankwise.config import TrainSettings
+from rankwise.errors import ConfigError, Interrupted, RunError
+from rankwise.records import load_record, write_text
+from rankwise.training import ranks
+from rankwise.training.output import holds_run
+
+INTERRUPTED = Interrupted.exit_code
+
+
+def launch(settings: TrainSettings, *, as_json: bool) -> None:
+    """Train in ``settings.devices`` processes and wait for them; what they have to say they say themselves.
+
+    Raises typer.Exit with their code where they did not finish, RunError (RW704) where all were killed.
+    """
+    # torch is loaded here and not with the command line.
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    assert settings.devices is not None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // settings.devices)))
+    # A process that was asked to stop ends its step and saves: as long as the others would wait for it.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(ranks.PATIENCE_SECONDS))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=settings.devices,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+    )
+    # The launcher tells what the processes have told already.
+    logging.disable(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="rankwise-") as folder:
+        file = Path(folder) / "train.yaml"
+        write_text(file, json.dumps(settings.model_dump(mode="json", exclude_unset=True), ensure_ascii=False))
+        command = ("-m", "rankwise", "train", "--config", str(file), *(["--json"] if as_json else []))
+        try:
+            elastic_launch(config, sys.executable)(*command)
+        except SignalException:
+            raise typer.Exit(INTERRUPTED) from None
+        except ChildFailedError as error:
+            raise _failure({number: failure.exitcode for number, failure in error.failures.items()}) from None
+
+
+def _failure(codes: dict[int, int]) -> Exception:
+    """What to raise for the exit codes of the processes; that of a killed one is the signal's number below zero."""
+    told = [code for code in codes.values() if code > 0]
+    if told:
+        return typer.Exit(next((code for code in told if code != INTERRUPTED), INTERRUPTED))
+    killed = ", ".join(f"process {number} by {signal.Signals(-code).name}" for number, code in codes.items())
+    return RunError(
+        "RW704",
+        f"the processes were killed ({killed}); continue from the last checkpoint with --resume, if there is one.",
+    )
+
+
+def continued(settings: TrainSettings) -> TrainSettings:
+    """The settings of a process that torchrun has started anew (--max-restarts): it resumes what the last one left.
+
+    Raises ConfigError (RW147) for --overwrite, which would remove that; Interrupted (RW543) for a run that was stopped.
+    """
+    if settings.overwrite and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0:
+        raise ConfigError(
+            "RW147",
+            "--overwrite and torchrun's --max-restarts do not go together: each restart would remove what the last one "
+            f"had trained; remove {settings.output} yourself, or leave one of the two out.",
+        )
+    if not ranks.restarts() or not holds_run(settings.output):
+        return settings
+    if load_record(settings.output).status == "interrupted":
+        raise Interrupted("RW543", "train was stopped by Ctrl-C or SIGTERM, and is not started again.")
+    return settings.model_copy(update={"resume": True})

@@ -1,0 +1,57 @@
+"""What we use of lm-evaluation-harness beside its command line and ``simple_evaluate``.
+
+Its Python interface changes between minor versions. It is imported where a function needs it: that takes seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from lm_eval.api.task import Task
+
+
+def task_files() -> dict[str, Path | None]:
+    """{name: the YAML file that describes it, or None} of every task, group and tag."""
+    from lm_eval.tasks import TaskManager
+
+    return {
+        name: Path(entry.yaml_path) if entry.yaml_path else None for name, entry in TaskManager().task_index.items()
+    }
+
+
+def built(spec: str, folder: Path | None = None) -> tuple[dict[str, Task], dict[str, Any]]:
+    """({name: task}, {name: group}) of a task's name, or of a YAML file in ``folder``; data sets are read."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
+    loaded = manager.load([spec])
+    return dict(loaded["tasks"]), dict(loaded["groups"])
+
+
+def own_shots(task: Task) -> int | None:
+    """How many worked examples the task's description asks for."""
+    shots: int | None = task.get_config("num_fewshot")
+    return shots
+
+
+def show_examples(task: Task, shots: int, seed: int) -> None:
+    """Let the task show ``shots`` worked examples, drawn as ``simple_evaluate`` draws them with ``seed``."""
+    task.set_config(key="num_fewshot", value=shots)
+    task.set_fewshot_seed(seed=seed)
+
+
+def evaluated(model: LM, tasks: Mapping[str, Task], groups: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
+    """The harness' results with the sample of every question; ``simple_evaluate`` would build the tasks anew."""
+    from lm_eval.evaluator import evaluate
+
+    return evaluate(
+        lm=model,
+        task_dict={"tasks": dict(tasks), "groups": dict(groups)},
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=True,
+    )

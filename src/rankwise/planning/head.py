@@ -1,0 +1,62 @@
+"""Bytes of the output head: logits on the way forward, its gradient on the way back. Imports no torch.
+
+The letters are those of `planning.step_facts`.
+"""
+
+from __future__ import annotations
+
+from rankwise.planning.step_facts import StepFacts
+
+# Bytes of the logits of a chunk, and its fewest rows, as in ops.linear_cross_entropy.
+CHUNK_BYTES, SMALLEST_CHUNK = 32 << 20, 16
+
+
+def loss_bytes(step: StepFacts) -> int:
+    """Logits of a chunk of scored tokens. Through a head that trains they have float32 copies: 16 bytes each in all."""
+    V, scored = step.shape.vocabulary, step.workload.trained_tokens
+    if not step.workload.fast:
+        return _plain_loss_bytes(step)
+    trains = step.is_full or "lm_head" in step.adapted
+    rows = min(scored, max(SMALLEST_CHUNK, CHUNK_BYTES // ((4 if trains else step.s) * V)))
+    return rows * V * (16 if trains else step.s)
+
+
+def _plain_loss_bytes(step: StepFacts) -> int:
+    """All logits, their float32 copy, and the log-probabilities of the loss and of the entropy: s + 20 bytes each.
+
+    accelerate gives an autocast model's logits back in float32, from which the scored ones are picked: 4 bytes more. A
+    softcap keeps what its tanh gives: s more. Offloading takes away what is kept: that, and the loss's
+    log-probabilities.
+    """
+    each = step.s + 20 + (4 if step.autocasts else 0)
+    if step.workload.activation_offloading:
+        each -= 4
+    elif step.shape.capped_logits:
+        each += step.s
+    return each * step.shape.vocabulary * step.workload.trained_tokens
+
+
+def weight_bytes(step: StepFacts) -> int:
+    """V h s."""
+    return step.shape.vocabulary * step.shape.hidden * step.s
+
+
+def first_gradient_bytes(step: StepFacts) -> int:
+    """What a head that trains holds as the backward pass begins: the gradient of a chunk, and the sum over chunks
+    before and after it is added. In full fine-tuning in 16 bits the sum's float32 copy is the most."""
+    if step.autocasts:
+        return gradient_bytes(step)
+    return 3 * weight_bytes(step) if step.is_full or step.whole_head else 0
+
+
+def gradient_bytes(step: StepFacts) -> int:
+    """The gradient of a head that trains, which is there from the beginning of the backward pass on: V h."""
+    if step.is_full:
+        return embedding_gradient_bytes(step)
+    return weight_bytes(step) if step.whole_head else 0
+
+
+def embedding_gradient_bytes(step: StepFacts) -> int:
+    """The last gradient of full fine-tuning, as large as the head's. Where the embedding is the head, too, both
+    gradients are there at that moment, beside their sum."""
+    return 4 * step.shape.vocabulary * step.shape.hidden if step.is_full else 0

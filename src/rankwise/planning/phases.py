@@ -1,0 +1,144 @@
+"""What each phase of a step adds to what is always there, by the closed form. Imports no torch.
+
+    forward     saved by all layers + logits
+    backward    saved by all layers + what the last layer's gradients take (with checkpointing the input of each
+                layer is saved, and one layer is made again)
+    its end     all gradients + one layer, or + the embedding's gradient
+    optimizer   all gradients + the optimizer's copies
+
+The letters are those of `planning.step_facts`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from rankwise.planning import backward, head, saved
+from rankwise.planning.step_facts import StepFacts
+
+Terms = dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """The heights of one training step. ``gradients``: bytes of all gradients. ``copies``: what the optimizer's step
+    holds of them once more. ``unpacked``: the largest 4-bit weight that is made dense for its product."""
+
+    step: StepFacts
+    gradients: int
+    copies: int
+    unpacked: int
+    # Biases train, so that every layer needs gradients, whatever adapts.
+    biases_train: bool = False
+
+    def phases(self) -> Iterator[tuple[str, Terms]]:
+        """(phase, its terms); a phase's first word is its name in ``MemoryEstimate``."""
+        step = self.step
+        yield "forward", {"activations": self.saved + self.outside, "logits": head.loss_bytes(step)}
+        if step.shape.experts and not self.again and not step.is_full:
+            yield "forward through experts", self.through_experts()
+        at_head = {"activations": self.saved + self.outside, "transient": head.first_gradient_bytes(step)}
+        yield "backward at the head", at_head
+        yield "backward", self.last_layer()
+        yield "backward at the first layer", self.first_layer()
+        if step.scores:
+            yield from self.through_scores()
+        yield "backward at the embedding", {"gradients": self.gradients, "transient": 2 * self.tied_gradient}
+        yield "optimizer", {"gradients": self.gradients, "transient": self.copies}
+
+    @property
+    def again(self) -> bool:
+        """Checkpointing makes each layer again."""
+        return self.step.workload.gradient_checkpointing
+
+    @property
+    def offloads(self) -> bool:
+        return self.step.workload.activation_offloading
+
+    @property
+    def layer(self) -> int:
+        return saved.layer_bytes(self.step)
+
+    @property
+    def unsaved(self) -> int:
+        """Of the first layer. Checkpointing and biases that train leave nothing out."""
+        return 0 if self.again or self.biases_train else saved.unsaved_bytes(self.step)
+
+    @property
+    def saved(self) -> int:
+        """By all layers, on the device."""
+        if self.offloads:
+            return 0
+        each = self.step.stream_bytes if self.again else self.layer
+        return self.step.shape.layers * each - self.unsaved
+
+    @property
+    def outside(self) -> int:
+        return saved.outside_layers_bytes(self.step)
+
+    @property
+    def made_again(self) -> int:
+        """One layer, beyond its checkpoint."""
+        return self.layer - saved.kept_twice_bytes(self.step) if self.again else 0
+
+    @property
+    def outside_then(self) -> int:
+        """What of ``outside`` is there on the way back: with checkpointing a layer's input and the mask."""
+        return self.step.stream_bytes + saved.masks_bytes(self.step) if self.again else 0
+
+    @property
+    def held(self) -> int:
+        """Gradients on their way through a layer, and a weight made dense."""
+        from_host = self.offloads and not self.again
+        own = backward.offloaded_backward_bytes if from_host else backward.backward_bytes
+        return own(self.step) + self.unpacked
+
+    @property
+    def last_gradient(self) -> int:
+        """Of the embedding, which comes last."""
+        return head.embedding_gradient_bytes(self.step)
+
+    @property
+    def tied_gradient(self) -> int:
+        return self.last_gradient if self.step.shape.tied else 0
+
+    def last_layer(self) -> Terms:
+        """The way back through the layer behind all others, whose saved tensors are all there."""
+        return {
+            "activations": self.saved + self.made_again + self.outside_then,
+            "gradients": head.gradient_bytes(self.step),
+            "transient": self.held,
+        }
+
+    def first_layer(self) -> Terms:
+        """The way back through the first layer: its own tensors, and the gradients of all the others."""
+        own = self.made_again if self.offloads else self.layer - self.unsaved
+        return {
+            "activations": own + (self.step.stream_bytes if self.again else 0),
+            "gradients": self.gradients - self.last_gradient + self.tied_gradient,
+            "transient": self.held,
+        }
+
+    def through_scores(self) -> Iterator[tuple[str, Terms]]:
+        """The way back through attention that keeps its scores, in the last layer and in the first."""
+        if self.offloads and not self.again:
+            transient = backward.offloaded_scores_bytes(self.step) + self.tied_gradient
+            terms = {"gradients": self.gradients - self.last_gradient, "transient": transient}
+            yield "backward through scores", terms
+            return
+        scores, gone = backward.scores_backward_bytes(self.step)
+        last = self.saved + self.made_again + self.outside_then - gone
+        yield "backward through scores", {"activations": last, "transient": scores + self.last_gradient}
+        yield (
+            "backward through the first layer's scores",
+            {
+                "activations": self.layer + self.outside_then - gone,
+                "gradients": self.gradients - self.last_gradient,
+                "transient": scores + self.tied_gradient,
+            },
+        )
+
+    def through_experts(self) -> Terms:
+        inside, unsaved = backward.experts_forward_bytes(self.step)
+        return {"activations": self.saved + self.outside - unsaved, "transient": inside}

@@ -1,0 +1,30 @@
+"""What a method costs over its seeds, as a range: two methods differ in cost only where their ranges part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# Peaks that lie closer are equal: the peak of a run is that of its largest batch, which another seed draws otherwise,
+# and the plan is not more exact.
+MEMORY_TOLERANCE = 0.05
+
+Range = tuple[float, float]
+
+
+def seconds_range(facts: Mapping[str, Any]) -> Range | None:
+    """Of a run of the method with these facts (``comparison.json``'s); None for one measurement, which has no range."""
+    found = facts.get("ranges", {}).get("wall_seconds")
+    return (found[0], found[1]) if found and facts["seeds"] > 1 else None
+
+
+def memory_range(facts: Mapping[str, Any]) -> Range | None:
+    """Bytes; the lower end by ``MEMORY_TOLERANCE`` lower."""
+    peak = facts["peak_memory_bytes"]
+    low, high = facts.get("ranges", {}).get("peak_memory_bytes") or (peak, peak)
+    return None if low is None or high is None else (low / (1 + MEMORY_TOLERANCE), high)
+
+
+def is_above(a: Range | None, b: Range | None) -> bool:
+    """Whether ``a`` lies above ``b`` with all of it; what is not known parts nothing."""
+    return a is not None and b is not None and a[0] > b[1]

@@ -1,0 +1,283 @@
+"""Several processes that train one model: which of them this is, and what they tell each other.
+
+torchrun, or ``rankwise train --devices N``, starts the processes and says in the environment which is which. In a
+process that was started alone every function here gives at once what it was given. torch is imported at the first call
+that needs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rankwise.config import BASELINES, TrainSettings
+from rankwise.errors import ConfigError, RunError
+
+T = TypeVar("T")
+
+# How long a process waits for an answer of the others. Longer than the writer needs for a checkpoint.
+PATIENCE_SECONDS = 600
+# How long a file of the writer may take to appear elsewhere: NFS remembers for 30 seconds that there was none.
+FILE_SECONDS = 35
+# As torchrun writes them, all whole numbers.
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """One of several processes; ``local`` counts those of the same machine."""
+
+    rank: int
+    count: int
+    local_rank: int
+    local_count: int
+
+    def __str__(self) -> str:
+        return f"process {self.rank} of {self.count}"
+
+
+def place() -> Place | None:
+    """Where this process stands among those of its launcher; None for one that was started alone.
+
+    Raises ConfigError (RW136) for an environment that no torchrun has written.
+    """
+    given = {name: os.environ[name].strip() for name in NUMBERS if os.environ.get(name, "").strip()}
+    wrong = [f"{name}={value}" for name, value in given.items() if not value.isdecimal()]
+    if wrong:
+        raise ConfigError(
+            "RW136",
+            f"the environment holds {', '.join(wrong)}, where torchrun writes whole numbers; unset these variables, or "
+            "start with torchrun.",
+        )
+    if int(given.get("WORLD_SIZE", 1)) < 2:
+        return None
+    missing = [name for name in (*NUMBERS, "MASTER_ADDR") if not os.environ.get(name, "").strip()]
+    if missing or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        fault = f"and not {', '.join(missing)}" if missing else f"and RANK={given['RANK']}"
+        raise ConfigError(
+            "RW136",
+            f"the environment holds WORLD_SIZE={given['WORLD_SIZE']} {fault}; start with torchrun, which writes all of "
+            "them, or with --devices N, or unset WORLD_SIZE.",
+        )
+    return Place(*(int(given[name]) for name in NUMBERS[:4]))
+
+
+def is_writer() -> bool:
+    """Whether this process writes files and talks to the user: one of all does."""
+    where = place()
+    return where is None or where.rank == 0
+
+
+def count() -> int:
+    """How many processes have joined."""
+    group = _group()
+    return 1 if group is None else int(group.get_world_size())
+
+
+def rank() -> int:
+    group = _group()
+    return 0 if group is None else int(group.get_rank())
+
+
+@contextmanager
+def joined(device_type: str) -> Iterator[None]:
+    """Within this context the processes can hear each other; none leaves it before all have come to its end.
+
+    Raises ConfigError (RW139) for a device that cannot be one of several; RunError (RW702) where another process has
+    ended, or has not answered for PATIENCE_SECONDS.
+    """
+    where = place()
+    if where is None or _group() is not None:
+        yield
+        return
+    import torch.distributed as dist
+
+    check_cards(device_type, where.local_count)
+    if device_type == "cuda":
+        import torch
+
+        torch.cuda.set_device(where.local_rank)
+    with _naming_lost_processes(where):
+        # What the processes tell each other lies in CPU memory; gradients lie where the model does.
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE_SECONDS))
+        yield
+        barrier()
+        dist.destroy_process_group()
+
+
+def check_processes(settings: TrainSettings, processes: int) -> None:
+    """Raise ConfigError for options that do not go with the number of processes: RW137 --devices, RW138 --strategy
+    without several, RW146 a method that trains in one alone, RW148 a strategy that is not there yet."""
+    where = place()
+    if settings.devices is not None and settings.devices != processes:
+        start = f"the launcher started {processes}" if where else "this is one process"
+        raise ConfigError(
+            "RW137",
+            f"--devices is {settings.devices} and {start}; leave --devices out under torchrun, and outside of it train "
+            "with the program `rankwise train`, which starts the processes.",
+        )
+    if processes == 1:
+        if settings.strategy is not None:
+            raise ConfigError(
+                "RW138",
+                f"--strategy {settings.strategy} is for several processes and this is one; give --devices N too.",
+            )
+        return
+    if settings.method in BASELINES:
+        raise ConfigError("RW146", f"--method {settings.method} trains in one process; leave --devices out.")
+    if settings.strategy == "fsdp":
+        raise ConfigError(
+            "RW148", "--strategy fsdp is not there yet; --strategy ddp trains with a whole model on each device."
+        )
+
+
+def check_cards(device_type: str, processes: int) -> None:
+    """Raise ConfigError (RW139) where this machine has no device for each of so many processes."""
+    if device_type == "cuda":
+        import torch
+
+        cards = torch.cuda.device_count()
+        if processes > cards:
+            raise ConfigError(
+                "RW139",
+                f"{processes} processes need a card each and this machine shows {cards}; start as many processes as "
+                "there are cards, or give --device cpu.",
+            )
+    elif device_type != "cpu":
+        raise ConfigError("RW139", f"several processes cannot share the device {device_type}; give --device cpu.")
+
+
+def end_alone() -> None:
+    """From here on this process ends by itself: a launcher sends SIGTERM to the others once one has ended, and whoever
+    still writes down why it failed, or says so, would be cut short."""
+    if place() is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextmanager
+def _naming_lost_processes(where: Place) -> Iterator[None]:
+    import torch.distributed as dist
+
+    try:
+        try:
+            yield
+        except BaseException:
+            end_alone()
+            raise
+    except RuntimeError as error:
+        # gloo raises plain RuntimeErrors that name its source files.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise RunError(
+            "RW702",
+            f"{where} has lost the others: one has ended (killed, or its machine is gone), or has not answered for "
+            f"{PATIENCE_SECONDS // 60} minutes; continue from the last checkpoint with --resume.",
+        ) from error
+
+
+def gathered(value: T) -> list[T]:
+    """The ``value`` of every process, by rank."""
+    group = _group()
+    if group is None:
+        return [value]
+    found: list[Any] = [None] * count()
+    group.all_gather_object(found, value)
+    return found
+
+
+def summed(values: Sequence[float]) -> list[float]:
+    """The sums of ``values`` over all processes."""
+    group = _group()
+    if group is None:
+        return list(values)
+    import torch
+
+    total = torch.tensor(values, dtype=torch.float64)
+    group.all_reduce(total)
+    return total.tolist()
+
+
+def mean(values: Sequence[float], weight: float) -> list[float]:
+    """Means of ``values`` over all processes, in which this one has so much ``weight``."""
+    if _group() is None:
+        return list(values)
+    *sums, weights = summed([*(value * weight for value in values), weight])
+    return [total / max(weights, 1.0) for total in sums]
+
+
+def agreed(wish: bool) -> bool:
+    """Whether any process has this wish."""
+    return summed([float(wish)])[0] > 0
+
+
+def barrier() -> None:
+    """Wait until every process has come here."""
+    summed([0.0])
+
+
+def check_alike(values: Mapping[str, Any]) -> None:
+    """Raise RunError (RW700) naming each of ``values`` that differs between the processes."""
+    everyone = gathered(dict(values))
+    wrong = [
+        f"{name} is {other.get(name)!r} in process {number} and {everyone[0].get(name)!r} in process 0"
+        for name in everyone[0]
+        for number, other in enumerate(everyone)
+        if other.get(name) != everyone[0].get(name)
+    ]
+    if wrong:
+        raise RunError(
+            "RW700", f"the processes of this run do not do the same: {'; '.join(wrong)}; give all of them the same."
+        )
+
+
+def check_same_file(path: Path) -> None:
+    """Raise RunError (RW701) where a process does not see the file that the writer has just written."""
+    barrier()
+    for _ in range(FILE_SECONDS):
+        seen = gathered(hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None)
+        if len(set(seen)) == 1:
+            return
+        time.sleep(1)
+    others = ", ".join(str(number) for number, digest in enumerate(seen) if digest != seen[0])
+    raise RunError(
+        "RW701",
+        f"process {others} does not see {path}, which process 0 has written; give an --output that all machines share.",
+    )
+
+
+def restarts() -> int:
+    """How often the launcher has started these processes anew (torchrun's --max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+
+
+def is_first_to_tell() -> bool:
+    """Of several processes that fail one tells the user why: the first, which the others fail because of."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    import torch.distributed as dist
+
+    try:
+        # The launcher's own store, which outlives its processes.
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))  # type: ignore[attr-defined]
+        return bool(store.add(f"rankwise/told/{restarts()}", 1) == 1)
+    except dist.DistError:
+        # The launcher is gone: told twice is better than not at all.
+        return True
+
+
+def _group() -> Any:
+    """torch.distributed, once the processes have joined."""
+    import torch.distributed as dist
+
+    return dist if dist.is_available() and dist.is_initialized() else None
