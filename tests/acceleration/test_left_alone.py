@@ -227,7 +227,7 @@ def test_an_error_on_the_way_leaves_the_model_plain(monkeypatch: pytest.MonkeyPa
     def fail(*_: Any) -> bool:
         raise MemoryError
 
-    monkeypatch.setattr("rankwise.acceleration.optimize._use_attention", fail)
+    monkeypatch.setattr("rankwise.acceleration.optimize.use_attention", fail)
     with pytest.raises(MemoryError):
         rw.optimize_for_training(model)
     assert not any("forward" in module.__dict__ for module in model.modules())

@@ -1,11 +1,11 @@
 """What makes a training step fast beyond the adapters' own operators; put into a model in place, and reversible."""
 
 from rankwise.acceleration.allocator import give_back_freed_memory, limit_generated_kernels
-from rankwise.acceleration.flatten import flattening_obstacle
 from rankwise.acceleration.linears import use_native_products
 from rankwise.acceleration.loss import LossOptions
 from rankwise.acceleration.optimize import Acceleration, fused_head, optimize_for_training, restore
 from rankwise.acceleration.peft_layers import accelerate_peft
+from rankwise.acceleration.rows import flattening_obstacle
 
 __all__ = [
     "Acceleration",

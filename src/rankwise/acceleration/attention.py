@@ -1,24 +1,33 @@
-"""Our attention on a CPU, registered with transformers under the name "rankwise".
+"""Attention for training, registered with transformers under the name "rankwise".
 
 transformers' own mask function for sdpa makes the mask, so padding, packing and sliding windows mean what they mean
-there; a mask in which every query sees one contiguous range of keys is given to the kernel as that range. Whatever the
-kernel does not cover goes to sdpa.
+there. On a CPU our kernel takes a mask in which every query sees one contiguous range of keys as that range. Rows laid
+end to end come without such a mask, as their bounds (`rankwise.acceleration.rows`): our kernel takes them as ranges on
+a CPU, torch's variable-length flash attention takes them on a card. Whatever is not covered goes to sdpa.
+
+Legend: B rows, H heads, Hkv key-value heads, L positions, Lk keys, D width of a head; bounds (1, 1, 1, N + 1) int32 the
+cumulative lengths of N rows laid end to end.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import varlen
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from rankwise.compat.torch import writes_to
 from rankwise.ops import attention as kernel
-from rankwise.ops.selection import as_autocast, transforms_functions
+from rankwise.ops.selection import as_autocast, stands_on_card, transforms_functions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -26,7 +35,44 @@ if TYPE_CHECKING:
 NAME = "rankwise"
 _UNKNOWN_TO_THE_KERNEL = ("position_bias", "softcap", "s_aux")
 
+# What torch's flash attention takes: compute capability, dtypes and width of a head.
+_FLASH_CAPABILITY = (8, 0)
+_FLASH_DTYPES = (torch.float16, torch.bfloat16)
+_FLASH_WIDTH = 256
+
 Ranges = tuple[Tensor, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of `attention`: whether bounds came in the mask's place, and the sliding window that it named."""
+
+    by_bounds: bool
+    window: int | None
+
+
+_calls: list[Call] | None = None
+
+
+@contextmanager
+def noting() -> Iterator[list[Call]]:
+    """Inside, the list that is given holds every call of `attention`."""
+    global _calls
+    before, _calls = _calls, []
+    try:
+        yield _calls
+    finally:
+        _calls = before
+
+
+def as_mask(cumulative_lengths: Tensor) -> Tensor:
+    """Bounds of rows (N + 1,) int32 in the form that transformers hands to every layer as it is."""
+    return cumulative_lengths.to(torch.int32)[None, None, None]
+
+
+def is_bounds(mask: Tensor | None) -> bool:
+    """Whether these are bounds and no mask."""
+    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4
 
 
 def register() -> None:
@@ -35,12 +81,26 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-def obstacle(dtype: torch.dtype, device_type: str, head_width: int = 64) -> str | None:
-    """Why the kernel is of no use for such a model, or None."""
-    if device_type != "cpu":
+def obstacle(dtype: torch.dtype, device: torch.device, head_width: int = 64) -> str | None:
+    """Why such a model would get no attention here that skips what no query sees, or None."""
+    if device.type == "cuda":
+        return _card_obstacle(dtype, torch.cuda.get_device_capability(device), head_width)
+    if device.type != "cpu":
         return "the device has fast attention of its own"
     like = torch.empty(1, 2, 1, head_width, dtype=dtype)
     return kernel.obstacle(like, like, like)
+
+
+def _card_obstacle(dtype: torch.dtype, capability: tuple[int, int], head_width: int) -> str | None:
+    if dtype not in _FLASH_DTYPES:
+        return f"flash attention takes 16-bit numbers, and the model computes in {dtype}"
+    if capability < _FLASH_CAPABILITY:
+        return "flash attention needs compute capability 8.0, and this card has {}.{}".format(*capability)
+    if head_width > _FLASH_WIDTH or head_width % 8:
+        return f"flash attention takes heads of up to {_FLASH_WIDTH} columns in steps of 8, and these have {head_width}"
+    if not {"window_size", "enable_gqa"} <= set(inspect.signature(varlen.varlen_attn).parameters):
+        return f"the flash attention of torch {torch.__version__} takes no sliding windows or grouped heads"
+    return None
 
 
 def config_obstacle(config: PreTrainedConfig) -> str | None:
@@ -79,17 +139,49 @@ def attention(
     # Rotary positions leave q and k in float32 beside a v in 16 bits; the kernel is asked about what it will get.
     query, key, value = map(as_autocast, (query, key, value))
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    covered = (
-        dropout == 0.0
-        and not transforms_functions()
-        and query.shape[2] > 1
-        and all(kwargs.get(name) is None for name in _UNKNOWN_TO_THE_KERNEL)
-        and kernel.obstacle(q, k, v, scale=scaling) is None
+    window = kwargs.get("sliding_window")
+    if _calls is not None:
+        _calls.append(Call(is_bounds(attention_mask), window))
+    special = (
+        dropout != 0.0 or transforms_functions() or any(kwargs.get(name) is not None for name in _UNKNOWN_TO_THE_KERNEL)
     )
+    if is_bounds(attention_mask):
+        assert attention_mask is not None
+        if not special and _takes_flash(q, k, v):
+            return _flash(q, k, v, attention_mask, scaling, window, kwargs.get("max_length_q")), None
+        if not special and kernel.obstacle(q, k, v, scale=scaling) is None:
+            return kernel.attention(q, k, v, *bounds_as_ranges(attention_mask, q.shape[1], window), scale=scaling), None
+        attention_mask = bounds_as_mask(attention_mask, q.shape[1], window)
+    covered = not special and query.shape[2] > 1 and kernel.obstacle(q, k, v, scale=scaling) is None
     ranges = _ranges(module, query, key, attention_mask, is_causal) if covered else None
     if ranges is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     return kernel.attention(q, k, v, *ranges, scale=scaling), None
+
+
+def _takes_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return stands_on_card(q) and q.dtype in _FLASH_DTYPES and q.shape[-1] == v.shape[-1] <= _FLASH_WIDTH
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float | None, window: int | None, longest: int | None
+) -> Tensor:
+    """q (1, T, H, D), k and v (1, T, Hkv, D) -> (1, T, H, D). A window of W sees a token and the W - 1 before it."""
+    most = q.shape[1] if longest is None else longest
+    out = varlen.varlen_attn(
+        q[0],
+        k[0],
+        v[0],
+        bounds.flatten(),
+        bounds.flatten(),
+        most,
+        most,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    assert isinstance(out, Tensor)
+    return out[None]
 
 
 def _ranges(
@@ -106,24 +198,46 @@ def _ranges(
     return zeros, torch.full(shape, key.shape[2], dtype=torch.int32)
 
 
-_last: tuple[weakref.ref[Tensor], int, Ranges | None] | None = None
+# The ranges found last, of which tensor (at which version) and window: every layer of a model asks for the same ones.
+_last: tuple[weakref.ref[Tensor], tuple[int, int | None], Ranges | None] | None = None
+
+
+def _remembered(tensor: Tensor, window: int | None, find: Callable[[], Ranges | None]) -> Ranges | None:
+    global _last
+    state = (writes_to(tensor), window)
+    if _last is None or _last[0]() is not tensor or _last[1] != state:
+        _last = (weakref.ref(tensor), state, find())
+    return _last[2]
 
 
 def mask_ranges(mask: Tensor) -> Ranges | None:
-    """The ranges of a boolean mask (B, 1, L, Lk), or None for one that is no range everywhere.
-
-    Remembered for the mask seen last: every layer of a model gets the same one.
-    """
-    global _last
-    version = writes_to(mask)
-    if _last is not None and _last[0]() is mask and _last[1] == version:
-        return _last[2]
-    ranges = _find_ranges(mask) if mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1 else None
-    _last = (weakref.ref(mask), version, ranges)
-    return ranges
+    """The ranges of a boolean mask (B, 1, L, Lk), or None for one that is no range everywhere."""
+    is_one = mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1
+    return _remembered(mask, None, lambda: _find_ranges(mask) if is_one else None)
 
 
-# Of rows laid end to end the mask alone is the square of all tokens; whole, its comparisons would be three more.
+def bounds_as_ranges(bounds: Tensor, length: int, window: int | None) -> Ranges:
+    """start and end (1, T) of the keys that each of T = ``length`` queries sees in its own row."""
+    found = _remembered(bounds, window, lambda: _ranges_of_bounds(bounds, length, window))
+    assert found is not None
+    return found
+
+
+def _ranges_of_bounds(bounds: Tensor, length: int, window: int | None) -> Ranges:
+    cumulative = bounds.flatten()
+    start = torch.repeat_interleave(cumulative[:-1], cumulative.diff(), output_size=length)
+    end = torch.arange(1, length + 1, dtype=torch.int32, device=bounds.device)
+    return (start if window is None else torch.maximum(start, end - window))[None], end[None]
+
+
+def bounds_as_mask(bounds: Tensor, length: int, window: int | None) -> Tensor:
+    """The boolean mask (1, 1, T, T) that says the same, for what takes no ranges."""
+    start, end = bounds_as_ranges(bounds, length, window)
+    keys = torch.arange(length, device=bounds.device)
+    return ((keys >= start[..., None]) & (keys < end[..., None]))[:, None]
+
+
+# Of a mask's rows. Of rows laid end to end the mask alone is the square of all tokens; its comparisons are three more.
 ROWS_AT_ONCE = 512
 
 

@@ -3,7 +3,8 @@
 The model runs with its output head replaced by one that only notes what it was given; the loss is then taken from those
 hidden states, chunk by chunk, at scored positions alone.
 
-B batch, L positions, P positions that any row of the batch is scored at, V vocabulary.
+Legend: B rows, L positions, P scored positions of all rows, V vocabulary. A position is scored where the label behind
+it is not -100.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rankwise.acceleration.head import IGNORED, Head, answering, asks_for_router
 from rankwise.acceleration.replace import ATTRIBUTE, Record, Undo, class_forward, replace_forward
 from rankwise.adapters.operator import computes_in
 from rankwise.ops.linear_cross_entropy import LossSums, chunk_rows, linear_cross_entropy
-from rankwise.ops.selection import is_traced
+from rankwise.ops.selection import is_traced, stands_on_card
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +31,12 @@ class LossOptions:
     """What ``model(..., loss_options=...)`` may ask of the fused loss."""
 
     label_smoothing: float = 0.0
-    # Entropy and hits are counted too.
+    # Count entropy and hits too.
     want_stats: bool = False
-    # The sums of each call. A list, because accelerate's autocast wrapper rebuilds the model's output.
+    # (P,) int64: `scored_positions` of the labels. Whoever gives them has checked the labels, and the device need not
+    # be waited for.
+    scored: Tensor | None = None
+    # The sums of each call. A list, because accelerate's autocast wrapper builds the model's output anew.
     found: list[LossSums] = dataclasses.field(default_factory=list)
 
 
@@ -41,8 +45,14 @@ class FusedLoss:
     """Sums over the scored positions of a batch, how many there were, and the model's other outputs."""
 
     sums: LossSums
-    count: Tensor
+    count: int
     outputs: Any
+
+
+def scored_positions(labels: Tensor) -> Tensor:
+    """Of labels (B, L) the scored positions as indices into all B L of them: (P,) int64."""
+    scored = F.pad(labels[:, 1:] != IGNORED, (0, 1))
+    return scored.flatten().nonzero().squeeze(1)
 
 
 def fused_loss(
@@ -53,21 +63,15 @@ def fused_loss(
     ``forward``: the model's own.
     """
     options = options or LossOptions()
-    if labels.shape[1] == 1:
-        # No token follows; the loss is zero, as of any batch without labels.
-        labels = F.pad(labels, (0, 1), value=IGNORED)
-    scored = labels[:, 1:] != IGNORED
-    positions = scored.any(dim=0).nonzero().squeeze(1)
-    if len(positions) == 0:
-        # A batch without labels still has to give a loss of zero with gradients.
-        positions = torch.zeros(1, dtype=torch.long, device=labels.device)
+    scored = scored_positions(labels) if options.scored is None else options.scored
     with answering(head.module, _meaningless) as noted:
-        outputs = forward(**inputs, logits_to_keep=positions)
-    chosen = scored[:, positions]
-    hidden, targets = noted[0][chosen], labels[:, 1:][:, positions][chosen]
-    sums = _sums(head, hidden, targets, options.label_smoothing, options.want_stats)
+        outputs = forward(**inputs)
+    hidden = noted[0].flatten(0, 1).index_select(0, scored)
+    # The label behind a scored position stands in the same row.
+    targets = labels.flatten().index_select(0, scored + 1)
+    sums = _sums(head, hidden, targets, options)
     outputs["logits"] = None
-    return FusedLoss(sums, scored.sum(), outputs)
+    return FusedLoss(sums, len(scored), outputs)
 
 
 def accept_labels(model: nn.Module, head: Head, undo: Undo) -> None:
@@ -101,7 +105,7 @@ def _forward_with_labels(self: Any, *args: Any, loss_options: LossOptions | None
     if "use_cache" in inspect.signature(plain).parameters and given.get("use_cache") is None:
         given["use_cache"] = False
     found = fused_loss(plain, head, given, labels, loss_options)
-    count = found.count.clamp(min=1) if num_items is None else torch.as_tensor(num_items, device=labels.device)
+    count = max(1, found.count) if num_items is None else torch.as_tensor(num_items, device=labels.device)
     loss = found.sums.loss / count
     found.outputs["loss"] = with_router_loss(head, loss, found.outputs)
     if loss_options is not None:
@@ -123,7 +127,7 @@ def _keeps_all(logits_to_keep: Any) -> bool:
     return isinstance(logits_to_keep, int) and logits_to_keep == 0
 
 
-def _sums(head: Head, hidden: Tensor, targets: Tensor, label_smoothing: float, want_stats: bool) -> LossSums:
+def _sums(head: Head, hidden: Tensor, targets: Tensor, options: LossOptions) -> LossSums:
     module: Any = head.module
     if type(module) is nn.Linear and not module.weight.requires_grad and module.weight.dtype == hidden.dtype:
         trains_bias = module.bias is not None and module.bias.requires_grad
@@ -133,17 +137,19 @@ def _sums(head: Head, hidden: Tensor, targets: Tensor, label_smoothing: float, w
                 module.weight,
                 targets,
                 shape=head.shape,
-                label_smoothing=label_smoothing,
+                label_smoothing=options.label_smoothing,
                 bias=module.bias,
-                want_stats=want_stats,
+                want_stats=options.want_stats,
+                checked=options.scored is not None,
             )
-    return _sums_through(head, hidden, targets, label_smoothing)
+    return _sums_through(head, hidden, targets, options.label_smoothing)
 
 
 def _sums_through(head: Head, hidden: Tensor, targets: Tensor, label_smoothing: float) -> LossSums:
     """As above through the head itself, which may be adapted, quantized or trained; chunks are computed again for the
     backward pass."""
-    rows = chunk_rows(max(1, int(getattr(head.module, "out_features", 1))), 4)
+    vocabulary = max(1, int(getattr(head.module, "out_features", 1)))
+    rows = chunk_rows(vocabulary, 4, on_card=stands_on_card(hidden))
     sums = []
     for piece, wanted in zip(hidden.split(rows), targets.split(rows)):
         if torch.is_grad_enabled():

@@ -21,11 +21,13 @@ from rankwise.acceleration.loss import accept_labels
 from rankwise.acceleration.probe import probe
 from rankwise.acceleration.recognise import adapted_layers, replace_mlps, replace_norms, replace_ropes
 from rankwise.acceleration.replace import ATTRIBUTE, Record, Undo, put_back
+from rankwise.acceleration.rows import replace_masks
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.shared_input import SharedInput
 from rankwise.compat.transformers import attention_of
 from rankwise.ops.handback import offered_by
+from rankwise.ops.selection import stands_on_card
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,7 @@ def _optimize(model: nn.Module, undo: Undo, *, keep_memory: bool, fuse_loss: boo
         mlps=mlps,
         ropes=ropes,
         linears=replace_linears(model, undo),
-        attention=_use_attention(model, undo, left),
+        attention=use_attention(model, undo, left),
         fused_loss=head is not None,
         keeps_memory=keep_memory and on_cpu and keep_freed_memory(),
     )
@@ -150,23 +152,33 @@ def fused_head(model: nn.Module) -> Head | None:
     return current_head(model)
 
 
-def _use_attention(model: Any, undo: Undo, left: list[str]) -> bool:
+def use_attention(model: Any, undo: Undo, left: list[str]) -> bool:
+    """Whether attention now skips what no query sees; ``left`` gets the reason where it does not."""
     config = getattr(model, "config", None)
     if config is None or attention_of(config) != "sdpa":
         return False
+    parameter = next(model.parameters())
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    device_type = next(model.parameters()).device.type
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     why_not = attention.config_obstacle(text)
-    why_not = why_not or attention.obstacle(getattr(model, "dtype", dtype), device_type, attention.head_width(text))
-    if why_not is not None:
-        if device_type == "cpu":
-            left.append(f"attention stays torch's: {why_not}")
-        return False
-    attention.register()
-    model.set_attn_implementation(attention.NAME)
-    undo.add(lambda: model.set_attn_implementation("sdpa"))
-    return True
+    why_not = why_not or attention.obstacle(
+        getattr(model, "dtype", dtype), parameter.device, attention.head_width(text)
+    )
+    mine = Undo()
+    if why_not is None:
+        attention.register()
+        model.set_attn_implementation(attention.NAME)
+        mine.add(lambda: model.set_attn_implementation("sdpa"))
+        if replace_masks(model, mine, bounds=True) or not stands_on_card(parameter):
+            undo.add(mine)
+            return True
+        why_not = "its layers do not take the bounds of rows for a mask"
+        mine()
+    if stands_on_card(parameter):
+        replace_masks(model, undo, bounds=False)
+    if parameter.device.type in ("cpu", "cuda"):
+        left.append(f"attention stays torch's: {why_not}")
+    return False
 
 
 def look_into(

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rankwise.ops.elementwise_checks import ACTIVATIONS
+from rankwise.ops.elementwise_checks import ACTIVATIONS, check_targets
+from rankwise.ops.elementwise_reference import IGNORED
+from rankwise.ops.selection import is_traced
 from rankwise.ops.table import call
 
 
@@ -93,6 +95,7 @@ def cross_entropy_(
     *,
     want_entropy: bool = False,
     want_correct: bool = False,
+    checked: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(loss, entropy, correct), each summed over the rows whose target is not -100.
 
@@ -101,11 +104,14 @@ def cross_entropy_(
     become ``scale * dloss/dlogits``, zero in ignored rows; otherwise they stay.
 
     logits (C, V); targets (C,) int64 -> loss float64 (); entropy ``-sum p log p`` float64 (), or None; correct int64
-    (), the rows whose first largest logit is the target, or None.
+    (), the rows whose first largest logit is the target, or None. ``checked``: the targets were checked before; on a
+    card the check waits for it. A compiler sees no check; on a card a bad target then gives a loss of NaN.
 
     Raises:
         QuantizationError: RW621, a target is neither -100 nor in [0, V).
     """
+    if not checked and type(targets) is Tensor and not is_traced():
+        check_targets(targets, logits.shape[1], IGNORED)
     return call(
         "cross_entropy_",
         logits,

@@ -134,6 +134,13 @@ def row_cross_of(shape: Sequence[int], dtype: torch.dtype, A: Tensor, B: Tensor,
         raise _misfit(f"row_cross needs W (N, K) (it got {weight}), A (R, K) and B (N, R)", A=A, B=B)
 
 
+def check_targets(targets: Tensor, vocabulary: int, ignored: int) -> None:
+    """Raise QuantizationError (RW621) for a target outside [0, V) that is not ``ignored``; waits for a card."""
+    wrong = bad_target(targets, vocabulary, ignored)
+    if wrong is not None:
+        raise wrong
+
+
 def bad_target(targets: Tensor, vocabulary: int, ignored: int) -> QuantizationError | None:
     """The error that names the first target outside [0, V), or None."""
     bad = ((targets < 0) & (targets != ignored)) | (targets >= vocabulary)

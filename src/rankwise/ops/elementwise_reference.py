@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rankwise.ops.elementwise_checks import bad_target, sum_dtype
+from rankwise.ops.elementwise_checks import check_targets, sum_dtype
 
 # The target of a row that has no label, as in ``torch.nn.functional.cross_entropy``.
 IGNORED = -100
@@ -132,9 +132,7 @@ def cross_entropy_(
     z = multiplier * logits, then softcap * tanh(z / softcap); p = softmax(z).
     dloss/dlogits = (p - (1 - s) onehot - s / V) * multiplier * (1 - tanh^2).
     """
-    wrong = bad_target(targets, logits.shape[1], IGNORED)
-    if wrong is not None:
-        raise wrong
+    check_targets(targets, logits.shape[1], IGNORED)
     rows = (targets != IGNORED).nonzero().squeeze(1)
     target, V = targets[rows].unsqueeze(1), logits.shape[1]
     z = multiplier * wide(logits[rows])

@@ -18,12 +18,19 @@ from torch.autograd.function import once_differentiable
 
 from rankwise.ops import elementwise
 from rankwise.ops.dense import input_grad_out, linear_out
-from rankwise.ops.elementwise_checks import sum_dtype
+from rankwise.ops.elementwise_checks import check_targets, sum_dtype
+from rankwise.ops.elementwise_reference import IGNORED
+from rankwise.ops.selection import stands_on_card
 
+# Logits of a chunk on a CPU: few enough to stay near its caches, enough rows for an efficient product.
 CHUNK_BYTES = 32 << 20
-# Of logits: few enough to stay near a CPU's caches, enough rows for an efficient product.
-# Rows.
+# Rows of such a chunk at least.
 SMALLEST_CHUNK = 16
+# On a card a chunk holds whole tiles of a product, enough of them for all its processors; each chunk reads the weight
+# twice. By memory as many as fit, within these bounds.
+CARD_CHUNK_BYTES = 512 << 20
+CARD_TILE = 256
+CARD_ROWS = (1024, 2048)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,21 +64,31 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     bias: Tensor | None = None,
     want_stats: bool = False,
+    checked: bool = False,
 ) -> LossSums:
     """``F.cross_entropy(f(hidden @ weight.T + bias).float(), targets, reduction="sum")``, differentiable in hidden;
     float64 stays float64.
 
     hidden (T, D), weight (V, D) and bias (V,) in one dtype, targets (T,) int64; a target of -100 is not scored.
-    ``want_stats`` adds the entropy and the hits.
+    ``want_stats`` adds the entropy and the hits. ``checked``: the targets were checked before; on a card the check, one
+    for all chunks, waits for it.
+
+    Raises:
+        QuantizationError: RW621, a target is neither -100 nor in [0, V).
     """
+    if not checked and targets.is_cuda:
+        check_targets(targets, weight.shape[0], IGNORED)
     options = (shape or LogitShape(), label_smoothing, want_stats)
     loss, entropy, correct = _ChunkedLoss.apply(hidden, weight, bias, targets, *options)
     return LossSums(loss, entropy, correct)
 
 
-def chunk_rows(vocabulary: int, element_size: int) -> int:
-    """Rows whose logits take about CHUNK_BYTES."""
-    return max(SMALLEST_CHUNK, CHUNK_BYTES // (vocabulary * element_size))
+def chunk_rows(vocabulary: int, element_size: int, *, on_card: bool) -> int:
+    """Rows whose logits make a chunk."""
+    if not on_card:
+        return max(SMALLEST_CHUNK, CHUNK_BYTES // (vocabulary * element_size))
+    least, most = CARD_ROWS
+    return min(most, max(least, CARD_CHUNK_BYTES // (vocabulary * element_size) // CARD_TILE * CARD_TILE))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -87,7 +104,8 @@ class _ChunkedLoss(torch.autograd.Function):
         want_stats: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = max(1, min(len(hidden), chunk_rows(weight.shape[0], weight.element_size())))
+        wanted = chunk_rows(weight.shape[0], weight.element_size(), on_card=stands_on_card(hidden))
+        rows = max(1, min(len(hidden), wanted))
         scratch = hidden.new_empty(rows, weight.shape[0])
         sums = []
         for start in range(0, len(hidden), rows):
@@ -129,6 +147,7 @@ def _score_(
         want_grad=want_grad,
         want_entropy=want_stats,
         want_correct=want_stats,
+        checked=True,
     )
 
 

@@ -117,9 +117,12 @@ def runs_triton(device: torch.device) -> bool:
 
 def takes_triton(tensor: Tensor) -> bool:
     """Whether Triton kernels work on this tensor of a card, or on one that a fake tensor of a CPU stands for."""
-    if tensor.is_cuda:
-        return runs_triton(tensor.device)
-    return _fakes_as == "cuda" and is_fake(tensor)
+    return runs_triton(tensor.device) if tensor.is_cuda else stands_on_card(tensor)
+
+
+def stands_on_card(tensor: Tensor) -> bool:
+    """Whether the tensor is on a CUDA card, or is a fake tensor of a CPU that stands for one."""
+    return tensor.is_cuda or (_fakes_as == "cuda" and is_fake(tensor))
 
 
 def _choose(device: str) -> str:

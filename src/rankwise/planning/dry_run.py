@@ -94,7 +94,7 @@ def trace(
     with _explaining(skeleton), mode, way, masks, tracker:
         materialize(skeleton, weights_dtype(method, workload), fill=not fake)
         flat = attach(skeleton, method, workload)
-        tracker.answers.true_counts |= true_counts(workload, flat=flat)
+        tracker.answers.true_counts |= true_counts(workload)
         kept = kept_memory(skeleton) if fake and workload.device_type == "cpu" else []
         tracker.see_all(kept, "adapters")
         run_steps(skeleton, method, workload, tracker, flat=flat, loss=loss)

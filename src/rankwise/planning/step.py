@@ -51,10 +51,9 @@ def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: 
     return Batch(inputs, labels.view(1, -1), (starts + positions).reshape(-1))
 
 
-def true_counts(workload: Workload, *, flat: bool) -> dict[int, int]:
-    """{length of a tensor of flags: how many are set}, for the flags that say which positions are scored."""
-    B, L = workload.batch_size, workload.max_length
-    return {B * L - 1: workload.trained_tokens} if flat else {L - 1: workload.trained_tokens // B}
+def true_counts(workload: Workload) -> dict[int, int]:
+    """{length of a tensor of flags: how many are set}, for the flags over all positions that say which are scored."""
+    return {workload.batch_size * workload.max_length: workload.trained_tokens}
 
 
 def autocast_dtype(method: str, workload: Workload) -> torch.dtype | None:

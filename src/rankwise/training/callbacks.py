@@ -52,15 +52,16 @@ class Watch(TrainerCallback):
         self.tick = tick
         # Called at every step, to keep the wall time of the progress.
         self.clock = StepClock(trainer.progress)
-        self.rate = 0.0
         # Of the step in progress.
+        self.rate = 0.0
+        # At the step that was logged last.
+        self.b_norm: float | None = None
         self.best = math.inf
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.best = min((entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry), default=math.inf)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer.step_loss = 0.0
         self.clock.start()
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any) -> None:
@@ -72,9 +73,12 @@ class Watch(TrainerCallback):
         self.trainer.progress.steps += 1
         self.trainer.progress.loss_sum += self.trainer.step_loss
         self.trainer.progress.peak_memory_bytes = self.memory.peak()
+        # However short a run is, its curve has two ends.
+        is_end = state.global_step in (1, state.max_steps)
+        if is_end or state.global_step % state.logging_steps == 0:
+            self.b_norm = b_norm(self.trainer.model)
         self.observer.step(self._info(state))
-        if state.global_step in (1, state.max_steps):
-            # However short a run is, its curve has two ends.
+        if is_end:
             control.should_log = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
@@ -100,8 +104,7 @@ class Watch(TrainerCallback):
             "train_seconds": round(progress.train_seconds, 3),
             "peak_memory_bytes": progress.peak_memory_bytes,
         }
-        norm = b_norm(self.trainer.model)
-        return values if norm is None else {**values, "b_norm": norm}
+        return values if self.b_norm is None else {**values, "b_norm": self.b_norm}
 
     def _info(self, state: TrainerState) -> StepInfo:
         return StepInfo(
@@ -113,7 +116,7 @@ class Watch(TrainerCallback):
             peak_memory_bytes=self.memory.peak(),
             grad_norm=self.trainer.last_grad_norm,
             learning_rate=self.rate,
-            b_norm=b_norm(self.trainer.model),
+            b_norm=self.b_norm,
             seconds_left=self.clock.seconds_left(state.max_steps - state.global_step),
         )
 
@@ -201,8 +204,8 @@ def b_norm(model: Any) -> float | None:
     if not has_adapter(model):
         return None
     parameters = adapter_parameters(model).items()
-    norms = [value.float().norm() for key, value in parameters if key.endswith((".lora_B.weight", ".lora_embedding_B"))]
-    return torch.stack(norms).norm().item() if norms else None
+    found = [value.float() for key, value in parameters if key.endswith((".lora_B.weight", ".lora_embedding_B"))]
+    return torch.nn.utils.get_total_norm(found).item() if found else None
 
 
 def _evaluation(logs: dict[str, Any]) -> dict[str, Any]:

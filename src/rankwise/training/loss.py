@@ -22,8 +22,8 @@ class LossParts:
     """A loss and what trl reports beside it, all over the trained positions."""
 
     loss: Tensor
-    entropy: float
-    accuracy: float
+    entropy: Tensor | float
+    accuracy: Tensor | float
     positions: int
     aux_loss: Tensor | None
 
@@ -65,11 +65,6 @@ def keeps_positions(model: nn.Module) -> bool:
     """Whether the model can compute its logits at chosen positions only; the others are never in the loss."""
     inner = getattr(model, "module", model)
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
-
-
-def trained_positions(labels: Tensor) -> Tensor:
-    """How many positions of labels (B, L) are scored, a scalar tensor."""
-    return (labels[:, 1:] != -100).sum()
 
 
 def _without_labels(inputs: dict[str, Any], positions: Tensor | None) -> dict[str, Any]:

@@ -22,8 +22,8 @@ class StepInfo:
     grad_norm: float | None
     # Before clipping.
     learning_rate: float
+    # 2-norm over all B matrices at the last logged step: how far the adapter has moved. None for a full fine-tuning.
     b_norm: float | None
-    # 2-norm over all B matrices: how far the adapter has moved. None for a full fine-tuning.
     seconds_left: float
 
 

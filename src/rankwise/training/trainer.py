@@ -30,13 +30,13 @@ from rankwise.config import logging_steps_of
 from rankwise.errors import RunError, warn
 from rankwise.records import write_json
 from rankwise.training import ranks
+from rankwise.training.batches import KEY, Counting, counted
 from rankwise.training.checkpoints import Checkpoint, remove_old, save_checkpoint
 from rankwise.training.loss import (
     LossParts,
     evaluation_targets,
     fused_head_is_right,
     loss_from_logits,
-    trained_positions,
 )
 from rankwise.training.meters import Progress
 from rankwise.training.shares import Remainder, share_batches
@@ -89,8 +89,10 @@ class RankwiseTrainer(SFTTrainer):
         self.checkpoint_limit = save_total_limit
         self.progress = progress or Progress()
         self.last_saved: int | None = None
+        # Summed over the micro-batches of the last step.
         self.step_loss = 0.0
-        # Summed over the micro-batches of the step in progress; whoever watches sets it back.
+        # Of the step in progress, on the device; they are read once, before the optimizer steps.
+        self._losses: list[Tensor] = []
         self.last_grad_norm: float | None = None
         self._scorer: Scorer | None = None
         # Of evaluations; whether the model can score several rows in one is found out once.
@@ -100,16 +102,17 @@ class RankwiseTrainer(SFTTrainer):
             # Every process draws dropout masks of its own; those of the first are the masks of a run in one process.
             set_seed((self.args.seed + ranks.rank()) % 2**32)
         self.remove_callback(PrinterCallback)
+        self.data_collator = Counting(self.data_collator, self.model.config.get_text_config().vocab_size)
         # Every loss here is normalised by the trained tokens of the whole accumulated batch, whatever the model's
         # forward accepts, and label i + 1 belongs to position i.
         self.model_accepts_loss_kwargs = True
         pair_with_next_labels(self)
-        # trl's fused head is a Triton kernel; its stand-in elsewhere scores masked positions too and took 1.8 times
-        # as long as a whole step of SmolLM2-135M on a CPU.
+        # Ours, in chunks, where the model was made fast (rankwise.acceleration): two products of the head a step.
+        self.own_loss = fused_head(self.model) is not None
+        # trl's fused head is a Triton kernel, computes the logits a third time and takes no label smoothing. Its
+        # stand-in on a CPU scores masked positions too and took 1.8 times as long as a whole step of SmolLM2-135M.
         has_kernel = self.args.device.type == "cuda"
-        self.fused_head = has_kernel and fused_head_is_right(self.model)
-        self.own_loss = not self.fused_head and fused_head(self.model) is not None
-        # Ours, in chunks, where the model was made fast (rankwise.acceleration).
+        self.fused_head = has_kernel and not self.own_loss and fused_head_is_right(self.model)
         if has_kernel and not self.fused_head and not self.own_loss:
             head = type(self.model.get_output_embeddings()).__name__
             warn(
@@ -133,31 +136,23 @@ class RankwiseTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        found = inputs.pop(KEY, None) or counted(inputs)
         training = self.model.training
         smoothing = self.label_smoothing if training else 0.0
         if return_outputs or (self.fused_head and smoothing == 0):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         elif self._takes_own_loss():
-            loss = self._own_loss(model, inputs, num_items_in_batch, smoothing)
+            loss = self._own_loss(model, inputs, num_items_in_batch, smoothing, found.scored)
         else:
             loss = self._loss_from_logits(model, inputs, num_items_in_batch, smoothing)
+        if training:
+            self._tokens += found.tokens
+            self._examples += found.examples
         return loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        counted = self._counted(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
-        # A loss that is not finite in one process is not in the sum either, so all end together.
-        value, tokens, examples = ranks.summed([loss.item(), *counted])
-        value /= ranks.count()
-        self.progress.tokens += int(tokens)
-        self.progress.examples += int(examples)
-        if not math.isfinite(value):
-            raise RunError(
-                "RW530",
-                f"the loss is {value} at step {self.state.global_step + 1}; lower --learning-rate"
-                + (", or train with --dtype bfloat16 or float32." if self.args.fp16 else "."),
-            )
-        self.step_loss += value
+        self._losses.append(loss.detach())
         return loss
 
     def _takes_own_loss(self) -> bool:
@@ -171,25 +166,25 @@ class RankwiseTrainer(SFTTrainer):
         return self.own_loss
 
     def _own_loss(
-        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, smoothing: float
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items: Tensor | int | None,
+        smoothing: float,
+        scored: Tensor,
     ) -> Tensor:
         """From chunks of logits at scored positions."""
-        options = LossOptions(label_smoothing=smoothing, want_stats=True)
+        options = LossOptions(label_smoothing=smoothing, want_stats=True, scored=scored)
         routing = {"output_router_logits": True} if self.aux_loss_enabled else {}
         given = {**inputs, **routing, "use_cache": False}
         outputs = model(**given, num_items_in_batch=num_items, loss_options=options)
-        sums, positions = options.found[-1], int(trained_positions(inputs["labels"]))
-        count = max(1, positions)
+        sums, count = options.found[-1], max(1, len(scored))
         loss = sums.loss / (count if num_items is None else torch.as_tensor(num_items, device=sums.loss.device))
         assert sums.entropy is not None, "asked for"
         assert sums.correct is not None, "asked for"
         return self._with_aux_loss(
             LossParts(
-                loss,
-                float(sums.entropy) / count,
-                int(sums.correct) / count,
-                positions,
-                getattr(outputs, "aux_loss", None),
+                loss, sums.entropy / count, sums.correct / count, len(scored), getattr(outputs, "aux_loss", None)
             ),
             num_items,
         )
@@ -219,23 +214,20 @@ class RankwiseTrainer(SFTTrainer):
         metrics["entropy"].append(entropy)
         metrics["mean_token_accuracy"].append(accuracy)
         if parts.aux_loss is not None and self.aux_loss_enabled:
-            metrics["aux_loss"].append(parts.aux_loss.item())
+            metrics["aux_loss"].append(parts.aux_loss.detach())
 
-    def _counted(self, inputs: dict[str, Any]) -> tuple[int, int]:
-        """Tokens that are no padding, and examples."""
-        if self.remainder is not None and self.remainder.is_it(inputs):
-            return 0, 0
-        if "attention_mask" in inputs:
-            return int(inputs["attention_mask"].sum()), len(inputs["input_ids"])
-        # Packed: one row, in which each example starts at position 0.
-        return inputs["input_ids"].numel(), int((inputs["position_ids"] == 0).sum())
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        # They stay on the device until a line is written.
+        for values in metrics_of(self, "train" if self.model.training else "eval").values():
+            values[:] = map(float, values)
+        super().log(logs, *args, **kwargs)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         scaler = self.accelerator.scaler
-        self.last_grad_norm = float(norm)
+        self._read_step(norm)
         if math.isfinite(self.last_grad_norm):
-            return norm
+            return self.last_grad_norm
         if scaler is None:
             raise RunError(
                 "RW531",
@@ -249,7 +241,21 @@ class RankwiseTrainer(SFTTrainer):
                 "lower --learning-rate, or train with --dtype float32.",
             )
         # An overflow of the scaled gradients: the scaler skips this step and lowers its scale.
-        return norm
+        return self.last_grad_norm
+
+    def _read_step(self, norm: Any) -> None:
+        """Loss and gradient norm of the step in progress: the one time in a step that the device is waited for."""
+        device = self._losses[0].device
+        values = torch.stack([*self._losses, torch.as_tensor(norm, device=device)]).tolist()
+        self._losses.clear()
+        *losses, self.last_grad_norm = values
+        self.step_loss = math.fsum(losses)
+        if not math.isfinite(self.step_loss):
+            raise RunError(
+                "RW530",
+                f"the loss is {self.step_loss} at step {self.state.global_step + 1}; lower --learning-rate"
+                + (", or train with --dtype bfloat16 or float32." if self.args.fp16 else "."),
+            )
 
     # --- evaluation ---
 

@@ -1,0 +1,151 @@
+"""Rows laid end to end, told apart by where they begin instead of by a mask of every pair of tokens.
+
+The collator of packed and of padding-free rows says where each row begins (``cu_seq_lens_q``). From the positions
+transformers would make a (T, T) mask of them. Here the bounds of the rows take the mask's place: transformers hands a
+mask of four dimensions to every layer's attention as it is. A right-padded batch on a card needs no mask at all: under
+causal attention no token sees the padding behind it.
+
+Legend: T tokens of all rows together, N rows, bounds (1, 1, 1, N + 1) int32 the cumulative lengths of the rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rankwise.acceleration import attention
+from rankwise.acceleration.probe import probe
+from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
+from rankwise.compat.torch import is_fake
+from rankwise.ops.selection import stands_on_card
+
+# Of the rows that a model is tried with.
+LENGTHS = (3, 4)
+# Of the largest logit.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+def flattening_obstacle(model: Any) -> str | None:
+    """Why rows cannot be laid end to end, or None where they can.
+
+    Tried with two short rows: their last logits in one row must equal those apart.
+    """
+    parameters = inspect.signature(type(model).forward).parameters
+    missing = [name for name in ("position_ids", "logits_to_keep") if name not in parameters]
+    if missing:
+        return f"the model takes no {missing[0]}"
+    if is_fake(next(model.parameters())):
+        return "a fake model's values cannot be compared"
+    device = next(model.parameters()).device
+    tried = [end_to_end(LENGTHS, device), *(end_to_end([length], device, row) for row, length in enumerate(LENGTHS))]
+    logits, why_not = probe(model, lambda: [model(**given).logits[0] for given in tried])
+    if logits is None:
+        return f"the model could not be tried with positions ({why_not})"
+    together, *apart = logits
+    last = together[torch.tensor(LENGTHS).cumsum(0) - 1]
+    return None if close(last, torch.stack([row[-1] for row in apart])) else "they get other logits than apart"
+
+
+def end_to_end(lengths: Sequence[int], device: torch.device, first: int = 0) -> dict[str, Any]:
+    """What trl's padding-free collator gives for rows of these lengths: row i holds the ids i + 1, i + 2, ..."""
+    ids = [torch.arange(row + 1, row + 1 + length) for row, length in enumerate(lengths, start=first)]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+    return {
+        "input_ids": torch.cat(ids)[None].to(device),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+        "use_cache": False,
+    }
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether logits agree up to the rounding of their dtype."""
+    limit = TOLERANCE.get(a.dtype, 0.0) * float(b.float().abs().max())
+    return float((a.float() - b.float()).abs().max()) <= limit
+
+
+def replace_masks(model: Any, undo: Undo, *, bounds: bool) -> bool:
+    """Let the model's decoder take the bounds of rows for a mask (where ``bounds``, which needs our attention), and on
+    a card no mask for right padding; says whether it does.
+
+    Tried with two short rows: their logits must be those that the model's own masks give.
+    """
+    if not isinstance(model, PreTrainedModel) or not model._supports_flash_attn:
+        # The class promises that its layers name their windows to attention instead of trusting a mask.
+        return False
+    decoder = model.base_model
+    if decoder is model or not is_free(decoder):
+        return False
+    mine = Undo()
+    forward = _forward_with_bounds if bounds else _forward_without_padding
+    # Whoever reads the signature finds the class's own.
+    forward.__signature__ = inspect.signature(type(decoder).forward)  # type: ignore[attr-defined]
+    device = next(model.parameters()).device
+    wanted = None if is_fake(next(model.parameters())) else _logits(model, device, bounds=bounds)
+    replace_forward(decoder, forward, mine)
+    if not _agrees(model, device, wanted, bounds=bounds):
+        mine()
+        return False
+    undo.add(mine)
+    return True
+
+
+def _agrees(model: Any, device: torch.device, wanted: Tensor | None, *, bounds: bool) -> bool:
+    with attention.noting() as calls:
+        found = _logits(model, device, bounds=bounds)
+    if found is None or (wanted is None and not is_fake(found)):
+        return False
+    if bounds and not (calls and all(call.by_bounds for call in calls)):
+        return False
+    if bounds and _window(model.config) and not any(call.window for call in calls):
+        # Its layers do not say which of them have the window.
+        return False
+    return wanted is None or close(found, wanted)
+
+
+def _logits(model: Any, device: torch.device, *, bounds: bool) -> Tensor | None:
+    """Of two rows, end to end or padded on the right; of padded ones those at real tokens."""
+    if bounds:
+        return probe(model, lambda: model(**end_to_end(LENGTHS, device)).logits)[0]
+    width = max(LENGTHS)
+    ids = torch.arange(1, 1 + len(LENGTHS) * width, device=device).view(len(LENGTHS), width)
+    mask = (torch.arange(width) < torch.tensor(LENGTHS)[:, None]).to(device)
+    given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    logits = probe(model, lambda: model(**given).logits, grad=True)[0]
+    return logits if logits is None or is_fake(logits) else logits.detach()[mask]
+
+
+def _window(config: Any) -> bool:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "attention_chunk_size", None):
+        return True
+    return bool(getattr(text, "sliding_window", None)) and getattr(text, "use_sliding_window", True)
+
+
+def _forward_with_bounds(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    starts = kwargs.get("cu_seq_lens_q")
+    if starts is not None and kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None:
+        kwargs["attention_mask"] = attention.as_mask(starts)
+    return _forward_without_padding(self, *args, **kwargs)
+
+
+def _forward_without_padding(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    mask = kwargs.get("attention_mask")
+    may_go = mask is not None and mask.dim() == 2 and torch.is_grad_enabled() and kwargs.get("past_key_values") is None
+    if may_go and stands_on_card(mask) and (is_fake(mask) or _is_right_padded(mask)):
+        kwargs["attention_mask"] = None
+    return class_forward(self)(*args, **kwargs)
+
+
+def _is_right_padded(mask: Tensor) -> bool:
+    """Whether no row (B, L) has a token behind its padding."""
+    kept = mask.bool()
+    return bool((kept[:, :-1] | ~kept[:, 1:]).all())

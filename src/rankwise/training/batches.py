@@ -1,0 +1,54 @@
+"""What a micro-batch holds, counted while its tensors are still on the host: a card is asked nothing for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from rankwise.acceleration.loss import scored_positions
+from rankwise.data.encoding import IGNORED
+from rankwise.ops.elementwise_checks import check_targets
+
+KEY = "counted"
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """Of one micro-batch."""
+
+    # Tokens that are no padding.
+    tokens: int
+    examples: int
+    # (P,) int64, on the device of the labels: `scored_positions`.
+    scored: Tensor
+
+    def to(self, *to: Any, **how: Any) -> Counted:
+        """As of a tensor; accelerate moves what has this method to the device."""
+        return dataclasses.replace(self, scored=self.scored.to(*to, **how))
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting:
+    """A collator that puts a ``Counted`` into each batch of another."""
+
+    collate: Callable[[Any], dict[str, Any]]
+    vocabulary: int
+
+    def __call__(self, examples: Any) -> dict[str, Any]:
+        """Raises QuantizationError (RW621) for a label that is no token number."""
+        batch = self.collate(examples)
+        check_targets(batch["labels"].flatten(), self.vocabulary, IGNORED)
+        return {**batch, KEY: counted(batch)}
+
+
+def counted(batch: dict[str, Any]) -> Counted:
+    """Of what trl's collator gives: rows (B, L) with an attention mask, or rows laid end to end (1, T)."""
+    if "attention_mask" in batch:
+        tokens, examples = int(batch["attention_mask"].sum()), len(batch["input_ids"])
+    else:
+        # Each row begins at position 0.
+        tokens, examples = batch["input_ids"].numel(), int((batch["position_ids"] == 0).sum())
+    return Counted(tokens, examples, scored_positions(batch["labels"]))
