@@ -254,3 +254,8 @@ def test_loss_shifts_labels_is_an_attribute_that_the_trainer_sets(trainer: Train
     trainer._loss_shifts_labels = False
     compat.pair_with_next_labels(trainer)
     assert trainer._loss_shifts_labels
+
+
+def test_supports_flash_attn_is_said_by_the_class(llama: LlamaForCausalLM):
+    assert compat.names_windows(llama)
+    assert not compat.names_windows(nn.Module())

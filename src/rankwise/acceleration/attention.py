@@ -81,14 +81,15 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-def obstacle(dtype: torch.dtype, device: torch.device, head_width: int = 64) -> str | None:
-    """Why such a model would get no attention here that skips what no query sees, or None."""
-    if device.type == "cuda":
-        return _card_obstacle(dtype, torch.cuda.get_device_capability(device), head_width)
-    if device.type != "cpu":
+def obstacle(dtype: torch.dtype, like: Tensor, head_width: int = 64) -> str | None:
+    """Why a model on the device of ``like`` would get no attention here that skips what no query sees, or None."""
+    if stands_on_card(like):
+        capability = torch.cuda.get_device_capability(like.device) if like.is_cuda else _FLASH_CAPABILITY
+        return _card_obstacle(dtype, capability, head_width)
+    if not like.is_cpu:
         return "the device has fast attention of its own"
-    like = torch.empty(1, 2, 1, head_width, dtype=dtype)
-    return kernel.obstacle(like, like, like)
+    q = torch.empty(1, 2, 1, head_width, dtype=dtype)
+    return kernel.obstacle(q, q, q)
 
 
 def _card_obstacle(dtype: torch.dtype, capability: tuple[int, int], head_width: int) -> str | None:

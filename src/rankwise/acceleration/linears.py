@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
 from rankwise.adapters.operator import computes_in
 from rankwise.ops.dense import input_grad_out, is_slow_in_torch, linear_out
-from rankwise.ops.selection import is_traced
+from rankwise.ops.selection import is_traced, stands_on_card
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -43,7 +43,8 @@ def use_native_products(model: nn.Module) -> int:
 
 def replace_linears(model: nn.Module, undo: Undo) -> int:
     """Every frozen linear layer in bfloat16, where that pays; gives their number."""
-    if next(model.parameters()).device.type != "cpu" or not is_slow_in_torch(torch.bfloat16):
+    parameter = next(model.parameters())
+    if not parameter.is_cpu or stands_on_card(parameter) or not is_slow_in_torch(torch.bfloat16):
         return 0
     found = [module for module in model.modules() if _is_frozen_linear(module) and is_free(module)]
     for module in found:

@@ -160,10 +160,8 @@ def use_attention(model: Any, undo: Undo, left: list[str]) -> bool:
     parameter = next(model.parameters())
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    why_not = attention.config_obstacle(text)
-    why_not = why_not or attention.obstacle(
-        getattr(model, "dtype", dtype), parameter.device, attention.head_width(text)
-    )
+    dtype, width = getattr(model, "dtype", dtype), attention.head_width(text)
+    why_not = attention.config_obstacle(text) or attention.obstacle(dtype, parameter, width)
     mine = Undo()
     if why_not is None:
         attention.register()

@@ -22,6 +22,7 @@ from rankwise.acceleration import attention
 from rankwise.acceleration.probe import probe
 from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
 from rankwise.compat.torch import is_fake
+from rankwise.compat.transformers import names_windows
 from rankwise.ops.selection import stands_on_card
 
 # Of the rows that a model is tried with.
@@ -78,8 +79,7 @@ def replace_masks(model: Any, undo: Undo, *, bounds: bool) -> bool:
 
     Tried with two short rows: their logits must be those that the model's own masks give.
     """
-    if not isinstance(model, PreTrainedModel) or not model._supports_flash_attn:
-        # The class promises that its layers name their windows to attention instead of trusting a mask.
+    if not isinstance(model, PreTrainedModel) or not names_windows(model):
         return False
     decoder = model.base_model
     if decoder is model or not is_free(decoder):

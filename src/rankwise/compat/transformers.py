@@ -23,6 +23,12 @@ def attention_of(config: Any) -> str | None:
     return getattr(config, "_attn_implementation", None)
 
 
+def names_windows(model: nn.Module) -> bool:
+    """Whether the class promises what flash attention needs: layers name their sliding windows to the attention
+    function instead of trusting a mask."""
+    return getattr(model, "_supports_flash_attn", False)
+
+
 def choose_experts(config: PreTrainedConfig, name: str) -> None:
     """The implementation of experts, in all parts of a configuration. ``set_experts_implementation`` of a model refuses
     names that the class does not list."""
