@@ -84,7 +84,9 @@ showcase: $(STAMP) ## the comparisons shown in docs/results (about 45 minutes ea
 		--batch-size 4 --eval-limit 64 --search-steps 8 --max-steps 24 --eval-steps 12 --output runs/showcase/gsm8k
 	for name in e2e gsm8k; do \
 		mkdir -p docs/results/$$name; \
-		cp runs/showcase/$$name/report.html runs/showcase/$$name/report.md docs/results/$$name; \
+		for page in report.html report.md; do \
+			sed 's|$(CURDIR)/||g; s|$(dir $(CURDIR))|../|g' runs/showcase/$$name/$$page > docs/results/$$name/$$page; \
+		done; \
 		$(CHROMIUM) --window-size=1280,1500 --screenshot=docs/results/$$name/report.png \
 			file://$(CURDIR)/docs/results/$$name/report.html; \
 	done
