@@ -156,3 +156,22 @@ def test_fake_tensors_stand_on_a_card_only_inside() -> None:
     plain = torch.zeros(2)
     with selection.fakes_as("cuda"):
         assert not selection.stands_on_card(plain)
+
+
+@pytest.mark.parametrize("name", WITH_BOUNDS)
+@pytest.mark.parametrize("flash", [True, False])
+def test_a_padded_batch_on_a_card_is_rows_of_one_length(
+    name: str, flash: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.arange(3, 3 + 2 * 20).view(2, 20)
+    mask = (torch.arange(20) < torch.tensor([20, 11])[:, None]).long()
+    wanted = family(name).eval()(input_ids=ids, attention_mask=mask).logits
+    model = family(name).eval()
+    assert ours(model)
+    monkeypatch.setattr(rows, "stands_on_card", lambda _: True)
+    monkeypatch.setattr(attention, "_takes_flash", lambda *_: flash)
+    monkeypatch.setattr(varlen, "varlen_attn", by_segments)
+    with attention.noting() as calls:
+        found = model(input_ids=ids, attention_mask=mask).logits
+    assert all(call.by_bounds for call in calls)
+    assert torch.allclose(found[mask.bool()], wanted[mask.bool()], atol=1e-5)

@@ -146,14 +146,20 @@ def attention(
     special = (
         dropout != 0.0 or transforms_functions() or any(kwargs.get(name) is not None for name in _UNKNOWN_TO_THE_KERNEL)
     )
+    covered = not special and not stands_on_card(q) and kernel.obstacle(q, k, v, scale=scaling) is None
     if is_bounds(attention_mask):
         assert attention_mask is not None
+        B, L = q.shape[:2]
         if not special and _takes_flash(q, k, v):
-            return _flash(q, k, v, attention_mask, scaling, window, kwargs.get("max_length_q")), None
-        if not special and kernel.obstacle(q, k, v, scale=scaling) is None:
-            return kernel.attention(q, k, v, *bounds_as_ranges(attention_mask, q.shape[1], window), scale=scaling), None
-        attention_mask = bounds_as_mask(attention_mask, q.shape[1], window)
-    covered = not special and query.shape[2] > 1 and kernel.obstacle(q, k, v, scale=scaling) is None
+            q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+            longest = L if B > 1 else kwargs.get("max_length_q", L)
+            return _flash(q, k, v, attention_mask, longest, scaling, window).unflatten(0, (B, L)), None
+        # Rows of one length are masked alike.
+        attention_mask = attention_mask[..., :2] if B > 1 else attention_mask
+        if covered and B == 1:
+            return kernel.attention(q, k, v, *bounds_as_ranges(attention_mask, L, window), scale=scaling), None
+        attention_mask = bounds_as_mask(attention_mask, L, window)
+    covered = covered and query.shape[2] > 1
     ranges = _ranges(module, query, key, attention_mask, is_causal) if covered else None
     if ranges is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
@@ -165,24 +171,15 @@ def _takes_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _flash(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float | None, window: int | None, longest: int | None
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float | None, window: int | None
 ) -> Tensor:
-    """q (1, T, H, D), k and v (1, T, Hkv, D) -> (1, T, H, D). A window of W sees a token and the W - 1 before it."""
-    most = q.shape[1] if longest is None else longest
-    out = varlen.varlen_attn(
-        q[0],
-        k[0],
-        v[0],
-        bounds.flatten(),
-        bounds.flatten(),
-        most,
-        most,
-        scale=scale,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
+    """q (T, H, D), k and v (T, Hkv, D) -> (T, H, D). A window of W sees a token and the W - 1 before it."""
+    rows = bounds.flatten()
+    sees = (-1 if window is None else window - 1, 0)
+    grouped = q.shape[1] != k.shape[1]
+    out = varlen.varlen_attn(q, k, v, rows, rows, longest, longest, scale=scale, window_size=sees, enable_gqa=grouped)
     assert isinstance(out, Tensor)
-    return out[None]
+    return out
 
 
 def _ranges(

@@ -95,7 +95,7 @@ def optimize(model: nn.Module, undo: Undo, *, keep_memory: bool = True, fuse_los
 
 def _optimize(model: nn.Module, undo: Undo, *, keep_memory: bool, fuse_loss: bool) -> Acceleration:
     parameter = next(model.parameters())
-    on_cpu = parameter.device.type in ("cpu", "meta")
+    on_cpu = parameter.device.type in ("cpu", "meta") and not stands_on_card(parameter)
     left: list[str] = []
     norms, mlps, ropes = fuse_parts(model, undo)
     head, shared_inputs = look_into(model, undo, left, fuse_loss=fuse_loss)

@@ -131,18 +131,27 @@ def _window(config: Any) -> bool:
 
 
 def _forward_with_bounds(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    starts = kwargs.get("cu_seq_lens_q")
-    if starts is not None and kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None:
-        kwargs["attention_mask"] = attention.as_mask(starts)
-    return _forward_without_padding(self, *args, **kwargs)
+    mask, bounds = kwargs.get("attention_mask"), kwargs.get("cu_seq_lens_q")
+    if mask is not None and _is_superfluous(mask):
+        B, L = mask.shape
+        kwargs["attention_mask"] = attention.as_mask(torch.arange(0, B * L + 1, L, device=mask.device))
+    elif mask is None and bounds is not None and kwargs.get("past_key_values") is None:
+        kwargs["attention_mask"] = attention.as_mask(bounds)
+    return class_forward(self)(*args, **kwargs)
 
 
 def _forward_without_padding(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     mask = kwargs.get("attention_mask")
-    may_go = mask is not None and mask.dim() == 2 and torch.is_grad_enabled() and kwargs.get("past_key_values") is None
-    if may_go and stands_on_card(mask) and (is_fake(mask) or _is_right_padded(mask)):
+    if mask is not None and _is_superfluous(mask):
         kwargs["attention_mask"] = None
     return class_forward(self)(*args, **kwargs)
+
+
+def _is_superfluous(mask: Tensor) -> bool:
+    """Whether a mask (B, L) hides right padding alone from a training step on a card; asks the card for it."""
+    if mask.dim() != 2 or not torch.is_grad_enabled() or not stands_on_card(mask):
+        return False
+    return is_fake(mask) or _is_right_padded(mask)
 
 
 def _is_right_padded(mask: Tensor) -> bool:

@@ -23,7 +23,7 @@ from rankwise.adapters.low_rank import (
 )
 from rankwise.adapters.operator import branch_of, drawn_dropout
 from rankwise.ops.low_rank_linear import low_rank_linear
-from rankwise.ops.selection import is_traced
+from rankwise.ops.selection import is_traced, stands_on_card
 from rankwise.quantization.linear import Linear4bit
 
 
@@ -112,7 +112,7 @@ class Dora(nn.Module):
         # Made under inference_mode it could not be kept.
         with torch.inference_mode(norms.is_inference()), torch.no_grad():
             g = self._gain_over(norms)
-        if g.device.type == "cpu" and not bool(g.all()):
+        if g.is_cpu and not stands_on_card(g) and not bool(g.all()):
             return None
         self._gain_of = norms
         return self._gain.keep((self.magnitude,), key, g)

@@ -1,0 +1,259 @@
+"""What a training step asks of a CUDA card, counted without one: launches, waits, masks, products of the head, bytes.
+
+    python benchmarks/gpu_paper.py [--json]
+
+The step is the one of `rankwise train`: one micro-batch of rows, padded on the right or laid end to end, our loss at
+the scored positions, clipping, fused AdamW, one reading of loss and gradient norm. Models and inputs are fake tensors
+of a CPU that dispatch as a card's, so nothing is computed and no kernel is timed.
+
+- A launch is one dispatched operator that is neither a view nor an allocation, or one Triton grid. An operator of ours
+  that starts several kernels counts with all of them (KERNELS).
+- The step counted is the second: gradients do not exist before it, and norms are made anew.
+- Launches and bytes of a layer are the difference between models of three and of two layers, forward and backward; the
+  optimizer's are left out. Bytes are those of all tensors that the launches read and write, each once a launch.
+- A wait is an operator whose result the host needs: a number, or the places of what is not zero.
+- A mask is any tensor of at least L x L truths, or of the numbers made from them, L the positions of a row.
+
+Legend: L positions of a row, T tokens of a micro-batch, V vocabulary, M rows of a product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from stand_in import source_tree
+
+source_tree()
+
+import contenders  # noqa: E402
+import torch  # noqa: E402
+from gpu_models import LLAMA  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+import rankwise as rw  # noqa: E402
+from rankwise.acceleration import LossOptions  # noqa: E402
+from rankwise.ops import selection  # noqa: E402
+from rankwise.planning.tracker import Answers  # noqa: E402
+
+# Four rows of 2,048 tokens of which half are scored, in the 8B shape.
+ROWS, LENGTH, SHAPE = 4, 2048, "8B"
+FORMS = ("padded", "packed")
+# Kernels of our operators that start more than one, forward and backward alike.
+KERNELS = {
+    "linear_4bit": 2,
+    "add_input_grad_4bit": 2,
+    # The kernel, and three sums over rows.
+    "cross_entropy_": 4,
+}
+# Operators that compute nothing although their schema shows no alias.
+FREE = (
+    "prim.",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "_unsafe_view",
+    "detach",
+    "alias",
+    "lift_fresh",
+    "_local_scalar_dense",
+)
+WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_unique2")
+PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "linear_4bit")
+
+
+class Counts(TorchDispatchMode):
+    """Counts what is dispatched inside."""
+
+    def __init__(self, length: int, vocabulary: int) -> None:
+        super().__init__()
+        self.answers = Answers()
+        self.length, self.vocabulary = length, vocabulary
+        self.launches: Counter[str] = Counter()
+        self.bytes = 0
+        self.waits: Counter[str] = Counter()
+        self.masks = 0
+        # M of every product with the output head.
+        self.head_products: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        result = self.answers(func, args, given)
+        if result is NotImplemented:
+            result = func(*args, **given)
+        name = func.name().partition("::")[2].partition(".")[0]
+        read, made = list(tensors_in((args, given))), list(tensors_in(result))
+        self.waits[name] += name in WAITS
+        self.masks += any(self._is_mask(tensor) for tensor in made)
+        if name in PRODUCTS and any(self.vocabulary in tensor.shape for tensor in read):
+            self.head_products.append(rows_of(read, made))
+        if is_launch(func, name):
+            self.launches[name] += KERNELS.get(name, 1)
+            self.bytes += sum(tensor.nbytes for tensor in {id(x): x for x in [*read, *made]}.values())
+        return result
+
+    def _is_mask(self, tensor: Tensor) -> bool:
+        return tensor.dim() >= 2 and tensor.shape[-1] == tensor.shape[-2] >= self.length and tensor.dim() != 2
+
+
+def tensors_in(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def rows_of(read: list[Tensor], made: list[Tensor]) -> int:
+    """M of a product whose weight is the head's."""
+    return (made or read)[0].shape[0]
+
+
+def is_launch(func: Any, name: str) -> bool:
+    """Whether a card would start a kernel for the operator."""
+    if func.namespace == "prim" or name in FREE:
+        return False
+    # A view gives what it was given under another shape: an alias that it does not write to.
+    return not any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns)
+
+
+def llama(layers: int, method: str) -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(**{**LLAMA[SHAPE], "num_hidden_layers": layers}, max_position_embeddings=LENGTH)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if contenders.is_four_bit(method):
+        rw.quantize(model, rw.Nf4Config(double_quant=True))
+    options = {"r": contenders.R, "lora_alpha": contenders.ALPHA, "target_modules": contenders.ALL_LINEAR}
+    rw.add_adapter(model, rw.LoraConfig(**options, use_dora=contenders.is_dora(method)))
+    model.train()
+    rw.optimize_for_training(model)
+    return model
+
+
+def batch_of(form: str) -> dict[str, Any]:
+    """As trl's collator gives it."""
+    ids = torch.zeros(ROWS, LENGTH, dtype=torch.long)
+    if form == "padded":
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    flat = ids.view(1, -1)
+    bounds = torch.zeros(ROWS + 1, dtype=torch.int32)
+    lengths = {"max_length_q": LENGTH, "max_length_k": LENGTH}
+    return {
+        "input_ids": flat,
+        "position_ids": flat,
+        "labels": flat,
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        **lengths,
+    }
+
+
+def micro_batch(model: Any, form: str) -> Tensor:
+    """Forward and backward as the trainer makes them; gives the loss."""
+    batch = batch_of(form)
+    scored = torch.zeros(ROWS * LENGTH // 2, dtype=torch.long)
+    options = LossOptions(want_stats=True, scored=scored)
+    out = model(**batch, use_cache=False, num_items_in_batch=ROWS * LENGTH, loss_options=options)
+    out.loss.backward()
+    return out.loss.detach()
+
+
+def optimizer_step(model: Any, optimizer: torch.optim.Optimizer, losses: list[Tensor]) -> None:
+    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
+    # The trainer's one reading of a step.
+    bool(torch.stack([*losses, norm]).isfinite().all())
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def counted(method: str, form: str, layers: int, *, whole: bool) -> Counts:
+    """Of the second step of a model of so many layers: the forward and backward pass, or the whole step."""
+    counts = Counts(LENGTH, LLAMA[SHAPE]["vocab_size"])
+    with FakeTensorMode(allow_non_fake_inputs=True), selection.fakes_as("cuda"), Quiet():
+        model = llama(layers, method)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+        optimizer_step(model, optimizer, [micro_batch(model, form)])
+        with counts:
+            losses = [micro_batch(model, form)]
+            if whole:
+                optimizer_step(model, optimizer, losses)
+    return counts
+
+
+class Quiet(TorchDispatchMode):
+    """Answers what asks for values outside of what is counted."""
+
+    answers = Answers()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = self.answers(func, args, kwargs or {})
+        return func(*args, **(kwargs or {})) if result is NotImplemented else result
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    method: str
+    form: str
+    launches_per_layer: int
+    host_syncs_per_step: int
+    masked_attention_ops: int
+    # M of each product with the output head.
+    head_products: list[int]
+    bytes_per_layer: int
+    # {operator: launches a layer}
+    operators: dict[str, int]
+
+
+def row(method: str, form: str) -> Row:
+    less, more = (counted(method, form, layers, whole=False) for layers in (2, 3))
+    step = counted(method, form, 2, whole=True)
+    return Row(
+        method,
+        form,
+        launches_per_layer=more.launches.total() - less.launches.total(),
+        host_syncs_per_step=step.waits.total(),
+        masked_attention_ops=step.masks,
+        head_products=step.head_products,
+        bytes_per_layer=more.bytes - less.bytes,
+        operators=dict((more.launches - less.launches).most_common()),
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [
+        "| method | rows | launches a layer | waits a step | L x L masks | products with the head (M) | GB a layer |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in rows:
+        products = ", ".join(f"{M:,}" for M in one.head_products)
+        lines.append(
+            f"| {one.method} | {one.form} | {one.launches_per_layer} | {one.host_syncs_per_step} "
+            f"| {one.masked_attention_ops} | {products} | {one.bytes_per_layer / 1e9:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--methods", default=",".join(contenders.METHODS))
+    given = parser.parse_args(arguments)
+    contenders.silence()
+    rows = [row(method, form) for method in given.methods.split(",") for form in FORMS]
+    print(json.dumps([dataclasses.asdict(one) for one in rows], indent=1) if given.json else table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
