@@ -49,10 +49,11 @@ FORMS = ("padded", "packed")
 # Kernels of our operators that start more than one, forward and backward alike.
 KERNELS = {
     "linear_4bit": 2,
-    "add_input_grad_4bit": 2,
+    "linear_4bit_input_grad": 2,
     # The kernel, and three sums over rows.
     "cross_entropy_": 4,
 }
+SCRATCH = ("linear_4bit", "linear_4bit_input_grad")
 # Operators that compute nothing although their schema shows no alias.
 FREE = (
     "prim.",
@@ -97,6 +98,9 @@ class Counts(TorchDispatchMode):
         if is_launch(func, name):
             self.launches[name] += KERNELS.get(name, 1)
             self.bytes += sum(tensor.nbytes for tensor in {id(x): x for x in [*read, *made]}.values())
+            if name in SCRATCH:
+                # The dense weight, written by one kernel and read by the next.
+                self.bytes += 2 * read[0].shape[-1] * made[0].shape[-1] * made[0].element_size()
         return result
 
     def _is_mask(self, tensor: Tensor) -> bool:

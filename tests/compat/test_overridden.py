@@ -27,6 +27,7 @@ OVERRIDDEN: dict[type, dict[str, str]] = {
         "__init__": "model args",
         "compute_loss": "model inputs return_outputs num_items_in_batch",
         "training_step": "",
+        "log": "logs",
         "evaluation_loop": "dataloader description prediction_loss_only ignore_keys metric_key_prefix",
         "floating_point_ops": "inputs",
         "create_model_card": "",

@@ -225,13 +225,13 @@ class RankwiseTrainer(SFTTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         scaler = self.accelerator.scaler
-        self._read_step(norm)
-        if math.isfinite(self.last_grad_norm):
-            return self.last_grad_norm
+        value = self.last_grad_norm = self._read_step(norm)
+        if math.isfinite(value):
+            return value
         if scaler is None:
             raise RunError(
                 "RW531",
-                f"the gradient norm is {self.last_grad_norm} at step {self.state.global_step + 1}, so that step was "
+                f"the gradient norm is {value} at step {self.state.global_step + 1}, so that step was "
                 "not taken; lower --learning-rate or --max-grad-norm.",
             )
         if scaler.get_scale() < 1:
@@ -241,21 +241,21 @@ class RankwiseTrainer(SFTTrainer):
                 "lower --learning-rate, or train with --dtype float32.",
             )
         # An overflow of the scaled gradients: the scaler skips this step and lowers its scale.
-        return self.last_grad_norm
+        return value
 
-    def _read_step(self, norm: Any) -> None:
-        """Loss and gradient norm of the step in progress: the one time in a step that the device is waited for."""
+    def _read_step(self, norm: Any) -> float:
+        """The gradient norm; sets the loss of the step. The one time in a step that the device is waited for."""
         device = self._losses[0].device
         values = torch.stack([*self._losses, torch.as_tensor(norm, device=device)]).tolist()
         self._losses.clear()
-        *losses, self.last_grad_norm = values
-        self.step_loss = math.fsum(losses)
+        self.step_loss = math.fsum(values[:-1])
         if not math.isfinite(self.step_loss):
             raise RunError(
                 "RW530",
                 f"the loss is {self.step_loss} at step {self.state.global_step + 1}; lower --learning-rate"
                 + (", or train with --dtype bfloat16 or float32." if self.args.fp16 else "."),
             )
+        return float(values[-1])
 
     # --- evaluation ---
 
