@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from rankwise.data.encoding import IGNORED
+from rankwise.training.batches import KEY, Counted
 
 
 class Shares(BatchSampler):
@@ -43,14 +44,10 @@ class Remainder:
 
     def __init__(self, rows: int, size: int, count: int, rank: int) -> None:
         self.is_idle = 0 < rows % (size * count) <= rank
-        self._labels: Any = None
 
     def masked(self, batch: dict[str, Any]) -> dict[str, Any]:
-        self._labels = torch.full_like(batch["labels"], IGNORED)
-        return {**batch, "labels": self._labels}
-
-    def is_it(self, batch: dict[str, Any]) -> bool:
-        return self._labels is not None and batch["labels"] is self._labels
+        labels = torch.full_like(batch["labels"], IGNORED)
+        return {**batch, "labels": labels, KEY: Counted(0, 0, labels.new_empty(0))}
 
 
 def share_batches(loader: Any, size: int, count: int, rank: int) -> Any:

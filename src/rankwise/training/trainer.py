@@ -93,6 +93,8 @@ class RankwiseTrainer(SFTTrainer):
         self.step_loss = 0.0
         # Of the step in progress, on the device; they are read once, before the optimizer steps.
         self._losses: list[Tensor] = []
+        # Seen in the step in progress.
+        self._tokens = self._examples = 0
         self.last_grad_norm: float | None = None
         self._scorer: Scorer | None = None
         # Of evaluations; whether the model can score several rows in one is found out once.
@@ -244,18 +246,25 @@ class RankwiseTrainer(SFTTrainer):
         return value
 
     def _read_step(self, norm: Any) -> float:
-        """The gradient norm; sets the loss of the step. The one time in a step that the device is waited for."""
+        """The gradient norm; notes loss, tokens and examples of the step, over all processes.
+
+        The one time in a step that the device is waited for. A loss that is not finite in one process is not in the sum
+        either, so all end together.
+        """
         device = self._losses[0].device
-        values = torch.stack([*self._losses, torch.as_tensor(norm, device=device)]).tolist()
-        self._losses.clear()
-        self.step_loss = math.fsum(values[:-1])
+        *losses, value = torch.stack([*self._losses, torch.as_tensor(norm, device=device)]).tolist()
+        loss, tokens, examples = ranks.summed([math.fsum(losses), self._tokens, self._examples])
+        self._losses, self._tokens, self._examples = [], 0, 0
+        self.step_loss = loss / ranks.count()
+        self.progress.tokens += int(tokens)
+        self.progress.examples += int(examples)
         if not math.isfinite(self.step_loss):
             raise RunError(
                 "RW530",
                 f"the loss is {self.step_loss} at step {self.state.global_step + 1}; lower --learning-rate"
                 + (", or train with --dtype bfloat16 or float32." if self.args.fp16 else "."),
             )
-        return float(values[-1])
+        return float(value)
 
     # --- evaluation ---
 
