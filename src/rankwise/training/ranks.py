@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, SupportsFloat, TypeVar
 
 from rankwise.config import BASELINES, TrainSettings
 from rankwise.errors import ConfigError, RunError
@@ -207,11 +207,11 @@ def summed(values: Sequence[float]) -> list[float]:
     return total.tolist()
 
 
-def mean(values: Sequence[float], weight: float) -> list[float]:
+def mean(values: Sequence[SupportsFloat], weight: float) -> list[SupportsFloat]:
     """Means of ``values`` over all processes, in which this one has so much ``weight``."""
     if _group() is None:
         return list(values)
-    *sums, weights = summed([*(value * weight for value in values), weight])
+    *sums, weights = summed([*(float(value) * weight for value in values), weight])
     return [total / max(weights, 1.0) for total in sums]
 
 
