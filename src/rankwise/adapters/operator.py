@@ -12,11 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters.base_layer import is_conv1d, is_own, stored_weight
+from rankwise.adapters.base_layer import is_own, stored_weight
 from rankwise.adapters.fused import Parts
 from rankwise.ops.branch import Branch, Dropout, Frozen
 from rankwise.ops.selection import is_traced
-from rankwise.quantization.linear import Linear4bit
+from rankwise.quantization.linear import Linear4bit, is_conv1d
 
 SEEDS = 1 << 31
 

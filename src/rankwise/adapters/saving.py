@@ -26,7 +26,6 @@ from rankwise.adapters.attached import (
     stacks_of,
     trained_copies,
 )
-from rankwise.adapters.base_layer import is_conv1d
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.experts import StackLora, peft_A, peft_B, peft_keys
 from rankwise.adapters.fused import enabled_rows, to_blocks
@@ -37,6 +36,7 @@ from rankwise.compat.transformers import is_experts_family
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError, warn
 from rankwise.matching import matches, suffixes
+from rankwise.quantization.linear import is_conv1d
 from rankwise.records import write_bytes, write_json
 
 WEIGHTS_FILE = "adapter_model.safetensors"

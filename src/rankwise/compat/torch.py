@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_iter
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch._subclasses.fake_tensor import in_kernel_invocation_manager as in_kernel_invocation_manager
+from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_iter as tree_iter
+from torch.utils.weak import WeakTensorKeyDictionary as WeakTensorKeyDictionary
 
 # --- tensors that stand for others ---
 
@@ -156,38 +159,3 @@ def share_hooks(new: nn.Module, old: nn.Module) -> None:
 def set_last_rates(scheduler: torch.optim.lr_scheduler.LRScheduler, rates: Sequence[float | Tensor]) -> None:
     """Let the scheduler report these rates as those of the next step: a resumed run may be longer than the first."""
     scheduler._last_lr = list(rates)
-
-
-__all__ = [
-    "FakeTensor",
-    "FakeTensorMode",
-    "StorageWeakRef",
-    "TorchDispatchMode",
-    "WeakTensorKeyDictionary",
-    "fake_mode",
-    "foreach_norm",
-    "foreach_sqrt",
-    "grouped_mm",
-    "has_tangents",
-    "hooks_around",
-    "in_backward_pass",
-    "in_kernel_invocation_manager",
-    "is_fake",
-    "is_watched",
-    "local_scalar",
-    "own_buffers",
-    "own_modules",
-    "own_parameters",
-    "plain_tensors",
-    "set_last_rates",
-    "share_hooks",
-    "storage_address",
-    "storage_users",
-    "to_copy",
-    "transform_interpreter",
-    "tree_iter",
-    "unsafe_view",
-    "viewed",
-    "with_own_parts",
-    "writes_to",
-]

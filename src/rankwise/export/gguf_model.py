@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters.base_layer import is_conv1d
 from rankwise.adapters.checkpoint import AdapterFile
 from rankwise.adapters.experts import merged_stack
 from rankwise.adapters.fused import enabled_rows
@@ -33,6 +32,7 @@ from rankwise.export.merged import check_merged
 from rankwise.export.portable import folded_pairs
 from rankwise.export.shards import ShardedWeights
 from rankwise.models.gguf_file import read_gguf_header
+from rankwise.quantization.linear import is_conv1d
 from rankwise.quantization.listing import some_of
 
 MODEL_FILE = "model.gguf"

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from rankwise.adapters import load_adapter, merge_adapter, peft_config
 from rankwise.adapters.attached import AdaptedModule
-from rankwise.adapters.base_layer import is_conv1d
 from rankwise.adapters.checkpoint import AdapterFile, end_weights, read_adapter, stack_keys
 from rankwise.adapters.experts import from_peft_A, from_peft_B, merged_stack
 from rankwise.adapters.fused import enabled_rows
@@ -36,6 +35,7 @@ from rankwise.models.folder import read_config
 from rankwise.ops import dequantize_weight, quantize_weight
 from rankwise.quantization.config import CONFIGS, FourBitConfig, rewrite_bitsandbytes_config
 from rankwise.quantization.in_place import is_finite
+from rankwise.quantization.linear import is_conv1d
 from rankwise.quantization.listing import some_of
 from rankwise.quantization.targets import target_names, target_stacks
 from rankwise.records import write_json
