@@ -22,7 +22,7 @@ from typing import Any
 import contenders
 import results
 
-from rankwise.planning import METHODS, Workload, estimate, measure
+from rankwise.planning import PLANNED, Workload, estimate, measure
 from rankwise.planning.check import comparable
 from rankwise.planning.hardware import this_machine
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         models = [("demo, 4 x 256 tokens", demo, 4, 256)]
         if not given.quick:
             models.append(("Llama of 0.6B, 2 x 256 tokens", folder, 2, 256))
-        methods = METHODS[:1] if given.quick else given.methods
+        methods = PLANNED[:1] if given.quick else given.methods
         rows = [
             row_of(name, model, method, batch, length, again, given.dtype)
             for name, model, batch, length in models
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one method on the demo model: does it run at all?")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--methods", nargs="+", choices=PLANNED, default=PLANNED)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=this_machine().dtype)
     parser.add_argument("--name", default="", help="of the JSON file in --output; default: by processor and dtype")
     parser.add_argument("--output", type=Path, default=results.FOLDER)

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from rankwise.config import TrainSettings, read_settings
+from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError
+from rankwise.options import option_words, spelled
+from rankwise.settings_file import read_settings
 
 NEEDED = {"model": "m", "data": "d", "output": "o"}
 SPELLINGS: dict[str, tuple[str, list[Any], Any]] = {
@@ -47,6 +49,14 @@ def test_a_file_takes_what_the_command_line_takes(case: str, tmp_path: Path) -> 
         file.write_text(yaml.safe_dump({name.replace("_", "-"): spelling}), encoding="utf-8")
         assert getattr(read_settings(TrainSettings, file, NEEDED), name) == expected
         assert getattr(read_settings(TrainSettings, None, {**NEEDED, name: spelling}), name) == expected
+    again = read_settings(TrainSettings, None, {**NEEDED, name: spelled(expected)})
+    assert getattr(again, name) == expected
+
+
+def test_a_number_is_spelled_as_it_is():
+    assert [spelled(value) for value in (0.0002, 1e-9, 3, 0.1234567891)] == ["0.0002", "1e-09", "3", "0.1234567891"]
+    assert option_words("fast", False) == ["--no-fast"]
+    assert option_words("target_modules", ["q", "v"]) == ["--target-modules", "q,v"]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +68,7 @@ def test_a_file_takes_what_the_command_line_takes(case: str, tmp_path: Path) -> 
         ("alpha_pattern", "q_proj=x", "--alpha-pattern is 'x'"),
         ("enable_lora", "c_attn=1:2", "--enable-lora is '2'"),
         ("layers_to_transform", "0,a", "--layers-to-transform is 'a'"),
+        ("layers_to_transform", "0,-1", "--layers-to-transform is '-1': input should be greater than or equal to 0."),
         ("modules_to_save", 3.5, "--modules-to-save is 3.5"),
         ("bias", "some", "--bias is 'some'"),
         ("quant_type", "int4", "--quant-type is 'int4'"),

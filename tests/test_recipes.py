@@ -11,13 +11,14 @@ import pytest
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
 import rankwise as rw
-from rankwise.config import TrainSettings, read_settings
+from rankwise.config import DORA, TrainSettings
 from rankwise.models import load_skeleton
 from rankwise.planning import Workload, estimate
 from rankwise.planning.guard import workload_of
 from rankwise.planning.hardware import choose_hardware
 from rankwise.quantization.targets import four_bit_layers
-from rankwise.training.run import _lora_config, quantization_for
+from rankwise.settings_file import read_settings
+from rankwise.training.setup import quantization_for
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FILES = sorted(RECIPES.glob("*.yaml"))
@@ -67,7 +68,7 @@ def test_a_recipe_builds(file, tmp_path):
     if (four_bits := quantization_for(settings)) is not None:
         rw.quantize(model, four_bits)
         assert len(list(four_bit_layers(model))) == 7 * LAYERS
-    rw.add_adapter(model, _lora_config(settings))
+    rw.add_adapter(model, settings.lora_config(use_dora=settings.method in DORA))
     trainable = sum(p.numel() for p in rw.adapter_parameters(model).values())
     assert trainable == TRAINABLE[file.stem]
     assert all(p.device.type == "meta" for p in model.parameters())

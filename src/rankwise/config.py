@@ -1,101 +1,162 @@
 """What a user can set: the adapter and the training run. Imports no torch.
 
-``LoraConfig`` speaks PEFT's names. ``TrainSettings`` is the command line of ``rankwise train`` and the keys of
-its YAML file; it stops at ``training.run``, inner functions take plain arguments.
+``LoraConfig`` speaks PEFT's names. ``TrainSettings`` is the command line of ``rankwise train`` and the keys of its YAML
+file. An option stands in one table, from which others inherit:
+
+    AdapterOptions            an adapter           LoraConfig
+    └── StepOptions           one training step    the memory plan's ``Workload``, and
+        └── RunOptions        one training run     CompareSettings: equal for all its runs
+            └── TrainSettings
+
+``PlanSettings`` has StepOptions, and ModelOptions and LengthOptions as RunOptions has.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeGuard, get_args
 
-import pydantic
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from rankwise.errors import ConfigError
-from rankwise.known_names import OPTIONS, close_names
+from rankwise.options import (
+    ALL_LINEAR,
+    Batch,
+    Count,
+    Length,
+    Modules,
+    Names,
+    NotNegative,
+    Panel,
+    Positive,
+    Rank,
+    Seed,
+    Settings,
+    Share,
+    Whole,
+    comma_list,
+    named_parts,
+    named_values,
+    option,
+)
 
 Bias = Literal["none", "all", "lora_only"]
 AdapterDtype = Literal["float32", "base"]
 Method = Literal["lora", "qlora", "dora", "qdora", "full", "bottleneck", "prefix"]
 QuantType = Literal["nf4", "fp4"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 
+METHODS: tuple[str, ...] = get_args(Method)
 FOUR_BITS = ("qlora", "qdora")
 DORA = ("dora", "qdora")
-BASELINES = ("bottleneck", "prefix")
 # The papers' other methods, which are compared but merge into nothing.
+BASELINES = ("bottleneck", "prefix")
 
-ALL_LINEAR = "all-linear"
-
-_NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
-
-# Bounds of options, far above what anyone trains: whatever lies below them fits into 64 bits, in products too.
-MANY = 10**9
-LARGEST_SEED = 2**32 - 1
-# NumPy's.
-LARGEST_BATCH = 2**16
-LONGEST_ROW = 2**22
-LARGEST_RANK = 2**16
-LARGEST_NUMBER = 1e30
-# Float32 holds it.
-SMALLEST_TEMPERATURE = 1e-4
-# Logits divided by less can be infinite.
-
+# The model that `demo` stands for, and its name on the hub.
 DEMO = "demo"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# The model that `demo` stands for, and its name on the hub.
+
+MODEL = "Hub id, folder, .gguf file, or `demo`."
+TRAINING_DATA = "Training data: hub id, folder, or .jsonl/.json/.csv/.parquet file (also .gz)."
+
+
+_adapter = functools.partial(option, Panel.ADAPTER)
+_training = functools.partial(option, Panel.TRAINING)
+_device = functools.partial(option, Panel.DEVICE)
+_saving = functools.partial(option, Panel.SAVING)
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig:
+class AdapterOptions:
+    """The options of an adapter: each is one of ``train``, ``compare`` and ``plan`` too."""
+
+    # A is (r, in), B is (out, r).
+    r: Annotated[Rank, _adapter("Rank of the adapter; width of a bottleneck, length of a prefix.")] = 16
+    # s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
+    lora_alpha: Annotated[Positive, _adapter("Scale of the adapter: the update is multiplied by alpha / r.")] = 32
+    # On the input of that path; the frozen product never sees it.
+    lora_dropout: Annotated[Share, _adapter("Dropout on the low-rank path.")] = 0.0
+    # A list matches a module's whole name or its end after a dot; a string is a full-match regular expression;
+    # "all-linear" is every linear layer but the output head.
+    target_modules: Annotated[
+        Modules | None, _adapter('Module names, comma-separated; or a regular expression; or "all-linear".')
+    ] = ALL_LINEAR
+    # They match like a list of target_modules, and adapt besides those; target_modules=[] adapts experts alone. As in
+    # PEFT exclude_modules, layers_to_transform and layers_pattern leave them alone: a whole name chooses a layer.
+    target_parameters: Annotated[
+        Names | None,
+        _adapter(
+            "Stacked experts to adapt too, by parameter: mlp.experts.gate_up_proj,mlp.experts.down_proj; "
+            'with --target-modules "" they alone.'
+        ),
+    ] = None
+    # They match like target_modules.
+    exclude_modules: Annotated[Modules | None, _adapter("Module names to leave alone.")] = None
+    # They are saved with the adapter (a new output head, for example). A tied head is untied.
+    modules_to_save: Annotated[Names | None, _adapter("Modules to train whole, comma-separated.")] = None
+    # Kalajdzievski 2023.
+    use_rslora: Annotated[bool, _adapter("Scale by alpha / sqrt(r).")] = False
+    # float32 keeps A, B and m in full precision and rounds them to the layer's dtype in the product; base takes half
+    # the adapter's memory, and loses small updates to rounding.
+    adapter_dtype: Annotated[AdapterDtype, _adapter("float32, or base for the base model's dtype.")] = "float32"
+    bias: Annotated[Bias, _adapter("Biases of the base to train: none, all, or those of adapted layers.")] = "none"
+    # A whole name among the target_modules stands for itself.
+    layers_to_transform: Annotated[
+        int | Sequence[Whole] | None,
+        BeforeValidator(comma_list),
+        _adapter("Adapt only these layers, counted from 0; needs a list of --target-modules.", metavar="N,..."),
+    ] = None
+    # A key matches as the regular expression (.*\.)?(KEY)$.
+    rank_pattern: Annotated[
+        Mapping[str, Rank],
+        BeforeValidator(named_values),
+        Field(default_factory=dict),
+        _adapter(
+            "Another rank for some modules: q_proj=4,v_proj=8; a name may be a regular expression.",
+            metavar="NAME=R,...",
+        ),
+    ] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Annotated[
+        Mapping[str, Positive],
+        BeforeValidator(named_values),
+        Field(default_factory=dict),
+        _adapter("Another --lora-alpha for some modules, written like --rank-pattern.", metavar="NAME=X,..."),
+    ] = dataclasses.field(default_factory=dict)
+    # As in loralib's MergedLinear: {"c_attn": [True, False, True]} adapts q and v of GPT-2 and freezes k. Keys match
+    # like target_modules.
+    enable_lora: Annotated[
+        Mapping[str, Sequence[bool]],
+        BeforeValidator(named_parts),
+        Field(default_factory=dict),
+        _adapter(
+            "Adapt only some equal parts of a fused layer: c_attn=1:0:1 leaves out the second of three.",
+            metavar="NAME=1:0:1,...",
+        ),
+    ] = dataclasses.field(default_factory=dict)
+
+
+ADAPTER = tuple(field.name for field in dataclasses.fields(AdapterOptions))
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig(AdapterOptions):
     """LoRA (Hu et al. 2021) or, with ``use_dora``, DoRA (Liu et al. 2024). Field names and meanings are PEFT's.
 
     Raises ConfigError (RW101) with every wrong field in one message.
     """
 
-    r: int = 16
-    # Rank of the update: A is (r, in), B is (out, r).
-    lora_alpha: float = 32
-    # The update is scaled by s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
-    lora_dropout: float = 0.0
-    # Dropout on the input of the low-rank path; the frozen product never sees it.
-    target_modules: str | Sequence[str] | None = ALL_LINEAR
-    # A list matches a module's whole name or its end after a dot; a string is a full-match regular expression;
-    # "all-linear" is every linear layer but the output head.
-    target_parameters: Sequence[str] | None = None
-    # Stacked experts, by the names of their parameters: ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]. They
-    # match like a list of target_modules, and adapt besides those; target_modules=[] adapts experts alone. As in PEFT
-    # exclude_modules, layers_to_transform and layers_pattern leave them alone: a whole name chooses a layer.
-    use_dora: bool = False
     # Train a magnitude per output row besides A and B.
-    use_rslora: bool = False
-    # Scale by lora_alpha / sqrt(r) (Kalajdzievski 2023).
-    exclude_modules: str | Sequence[str] | None = None
-    # Matched like target_modules; what it matches is left alone.
-    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    # Another r for some modules; a key matches as the regular expression (.*\.)?(KEY)$.
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    # Another lora_alpha for some modules, matched like rank_pattern.
-    bias: Bias = "none"
-    # Which biases of the base train: none, all of the model's, or those of adapted layers.
-    modules_to_save: Sequence[str] | None = None
-    # Modules trained whole and saved with the adapter (a new output head, for example). A tied head is untied.
-    layers_to_transform: int | Sequence[int] | None = None
-    # Only these layer indices are adapted; goes with a list of target_modules, of which a whole name stands for itself.
-    layers_pattern: str | Sequence[str] | None = None
+    use_dora: bool = False
     # Name of the module list that layers_to_transform counts in, where it is not the first in the path.
-    enable_lora: Mapping[str, Sequence[bool]] = dataclasses.field(default_factory=dict)
-    # Fused projections of which only some equal parts adapt, as in loralib's MergedLinear:
-    # {"c_attn": [True, False, True]} adapts q and v of GPT-2 and freezes k. Keys match like target_modules.
-    init_lora_weights: bool = True
+    layers_pattern: str | Sequence[str] | None = None
     # True: A Kaiming-uniform, B zero, so that training starts at the base model. False: B random too (for tests).
-    adapter_dtype: AdapterDtype = "float32"
-    # float32 keeps A, B and m in full precision and rounds them to the layer's dtype in the product; base stores
-    # them in the base's dtype (half the adapter's memory, and small updates are lost to rounding).
+    init_lora_weights: bool = True
 
     def __post_init__(self) -> None:
         wrong = list(_type_problems(self))
@@ -223,193 +284,133 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-class Settings(BaseModel):
-    """Base of every settings table: unknown keys are refused, and keys may be spelled with hyphens."""
+@dataclasses.dataclass(frozen=True)
+class StepOptions(AdapterOptions):
+    """The options of one training step: its memory depends on them."""
 
-    # Built at the first use: every --help would wait for all ten. No option means infinity, and `nan` passes no test.
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), defer_build=True, allow_inf_nan=False
-    )
+    quant_type: Annotated[QuantType, option(Panel.FOUR_BITS, "4-bit type of qlora and qdora.")] = "nf4"
+    block_size: Annotated[int, option(Panel.FOUR_BITS, "Weights per 4-bit scale: a power of two from 32 to 4096.")] = 64
+    double_quant: Annotated[bool, option(Panel.FOUR_BITS, "Keep the 4-bit scales in 8 bits.")] = True
+    batch_size: Annotated[Batch, _training("Rows per micro-batch.")] = 8
+    max_length: Annotated[Length, _training("Tokens per row; longer rows are cut, counted and reported.")] = 1024
+    optimizer: Annotated[
+        str, _training("Optimizer, by transformers' name (paged_adamw_8bit, ...), or adamw_offload.")
+    ] = "adamw_torch"
+    gradient_checkpointing: Annotated[bool, _device("Recompute activations: less memory, more time.")] = False
+    activation_offloading: Annotated[
+        bool, _device("Keep activations in CPU memory until the backward pass needs them (accelerators only).")
+    ] = False
+    # False: PyTorch's own step: no fused parts, kernels or losses of ours.
+    fast: Annotated[
+        bool,
+        _device("Fused operators, own attention on CPUs, no padding, memory kept between steps."),
+    ] = True
 
-
-SettingsT = TypeVar("SettingsT", bound=Settings)
-
-
-def comma_list(value: Any) -> Any:
-    """Text is a list with commas in it, or of one item; anything else is left to the check of its type."""
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return (value,) if isinstance(value, int | float) else value
-
-
-def module_list(value: Any) -> Any:
-    """A comma makes a list, and so does a bare module name: as a regular expression it would match almost nothing.
-    Nothing is the empty list."""
-    is_list = isinstance(value, str) and value != ALL_LINEAR and ("," in value or re.fullmatch(r"\w*", value))
-    return comma_list(value) if is_list else value
-
-
-def text_list(value: Any) -> Any:
-    """One text is a list of one; its commas are its own."""
-    return (value,) if isinstance(value, str) else value
+    def lora_config(self, *, use_dora: bool) -> LoraConfig:
+        """The adapter. Raises ConfigError (RW101)."""
+        return LoraConfig(**{name: getattr(self, name) for name in ADAPTER}, use_dora=use_dora)
 
 
-def named_values(value: Any) -> Any:
-    """``q_proj=4,v_proj=8`` as a mapping. A name may hold ``=``, a comma only in a YAML mapping."""
-    if not isinstance(value, str):
-        return value
-    pairs = [part.rpartition("=") for part in comma_list(value)]
-    if not all(name.strip() and item.strip() for name, _, item in pairs):
-        raise ValueError("write NAME=VALUE, with commas between several")
-    return {name.strip(): item.strip() for name, _, item in pairs}
+class ModelOptions(Settings):
+    """How a model is fetched."""
+
+    trust_remote_code: Annotated[
+        bool,
+        option(Panel.LOADING, "Run Python code that comes with a hub repository."),
+    ] = False
+    revision: Annotated[str | None, option(Panel.LOADING, "Branch, tag or commit of a hub model.")] = None
 
 
-def named_parts(value: Any) -> Any:
-    """``c_attn=1:0:1`` as a mapping to switches."""
-    named = named_values(value)
-    if not isinstance(named, Mapping):
-        return named
-    return {name: tuple(item.split(":")) if isinstance(item, str) else item for name, item in named.items()}
+class TextOptions(Settings):
+    """How rows of data become text."""
+
+    chat_template: Annotated[
+        Path | None, option(Panel.TEXT, "Jinja file that overrides the tokenizer's template.", metavar="FILE")
+    ] = None
+    prompt_column: Annotated[
+        str | None,
+        option(Panel.TEXT, "Column with the prompt, for tables of other names."),
+    ] = None
+    completion_column: Annotated[str | None, option(Panel.TEXT, "Column with the completion.")] = None
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Of prompts and completions, as the readers of data take them."""
+        return {"prompt_column": self.prompt_column, "completion_column": self.completion_column}
 
 
-def _no_tiny_temperature(value: float) -> float:
-    if 0 < value < SMALLEST_TEMPERATURE:
-        raise ValueError(f"give 0, or {SMALLEST_TEMPERATURE:g} and more")
-    return value
+class LengthOptions(Settings):
+    """How many steps a run takes, and in which dtype."""
+
+    gradient_accumulation: Annotated[Batch, _training("Micro-batches per optimizer step.")] = 1
+    max_steps: Annotated[Count | None, _training("Optimizer steps; overrides --epochs.")] = None
+    epochs: Annotated[float, _training("Passes over the training data.", gt=0, le=1e6)] = 1.0
+    dtype: Annotated[Dtype, _device("Dtype of the base: auto is bfloat16 where the device has it.")] = "auto"
 
 
-Temperature = Annotated[float, AfterValidator(_no_tiny_temperature)]
+class RunOptions(ModelOptions, TextOptions, LengthOptions, StepOptions):
+    """The options of ``rankwise train`` that are equal for all runs of a comparison."""
+
+    lr_scheduler_type: Annotated[str, _training("Schedule: linear, cosine, constant, ... (transformers).")] = "linear"
+    warmup_steps: Annotated[Whole, _training("Steps over which the learning rate rises from 0.")] = 0
+    weight_decay: Annotated[NotNegative, _training("AdamW's weight decay.")] = 0.0
+    max_grad_norm: Annotated[NotNegative, _training("Gradients are clipped to this norm; 0 switches it off.")] = 1.0
+    label_smoothing: Annotated[Share, _training("Label smoothing.")] = 0.0
+    packing: Annotated[bool, _training("Fill every row with several examples that do not see each other.")] = False
+    early_stopping: Annotated[Count | None, _training("Stop after N evaluations without a better loss.")] = None
+
+    device: Annotated[Device, _device("Device; auto takes the fastest.")] = "auto"
+    ignore_plan: Annotated[bool, _device("Train although the predicted memory is more than there is.")] = False
+
+    save_steps: Annotated[Count | None, _saving("Checkpoint every N steps; default: at each evaluation.")] = None
+    save_total_limit: Annotated[Count, _saving("Checkpoints kept, the best one besides.")] = 2
+    eval_steps: Annotated[Count | None, _saving("Evaluate every N steps; default: a tenth of the run.")] = None
+    eval_limit: Annotated[
+        Whole | None,
+        _saving("Evaluate on the first N rows; 0: on all; default: on 256, spread evenly, where there are more."),
+    ] = None
+    logging_steps: Annotated[
+        Count | None, _saving("Log every N steps; default: a tenth of the run, at most 10. First and last always.")
+    ] = None
 
 
-class TrainSettings(Settings):
+class TrainSettings(RunOptions):
     """The options of ``rankwise train``, and the keys of its ``--config`` file."""
 
-    model: str = Field(description="Hub id, folder, .gguf file, or `demo`.")
-    data: str = Field(description="Training data: hub id, folder, or .jsonl/.json/.csv/.parquet file (also .gz).")
-    output: Path = Field(description="Run folder to write.")
-    eval_data: str | None = Field(None, description="Evaluation data, in any of the same forms.")
-    method: Method = Field("lora", description="lora, qlora, dora, qdora, full, bottleneck or prefix.")
+    model: Annotated[str, option(Panel.MODEL, MODEL, metavar="M")]
+    data: Annotated[str, option(Panel.MODEL, TRAINING_DATA, metavar="D")]
+    output: Annotated[Path, option(Panel.MODEL, "Run folder to write.", metavar="DIR")]
+    eval_data: Annotated[
+        str | None,
+        option(Panel.MODEL, "Evaluation data, in any of the same forms.", metavar="E"),
+    ] = None
+    method: Annotated[Method, option(Panel.MODEL, "lora, qlora, dora, qdora, full, bottleneck or prefix.")] = "lora"
+    skip_bad_rows: Annotated[Whole, option(Panel.MODEL, "Leave out up to N bad rows of each file, and list them.")] = 0
 
-    r: int = Field(
-        16, ge=1, le=LARGEST_RANK, description="Rank of the adapter; width of a bottleneck, length of a prefix."
+    learning_rate: Annotated[Positive, _training("Peak learning rate.")] = 2e-4
+    seed: Annotated[Seed, _training("Seed of the adapter, the data order and dropout.")] = 0
+    devices: Annotated[Batch | None, _device("Train in N processes on this machine, each on a device of its own.")] = (
+        None
     )
-    lora_alpha: float = Field(
-        32, gt=0, le=LARGEST_NUMBER, description="Scale of the adapter: the update is multiplied by alpha / r."
-    )
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the low-rank path.")
-    target_modules: Annotated[str | tuple[str, ...], BeforeValidator(module_list)] = Field(
-        ALL_LINEAR, description='Module names, comma-separated; or a regular expression; or "all-linear".'
-    )
-    target_parameters: Annotated[tuple[str, ...] | None, BeforeValidator(comma_list)] = Field(
-        None,
-        description="Stacked experts to adapt too, by parameter: mlp.experts.gate_up_proj,mlp.experts.down_proj; "
-        'with --target-modules "" they alone.',
-    )
-    exclude_modules: Annotated[str | tuple[str, ...] | None, BeforeValidator(module_list)] = Field(
-        None, description="Module names to leave alone."
-    )
-    modules_to_save: Annotated[tuple[str, ...] | None, BeforeValidator(comma_list)] = Field(
-        None, description="Modules to train whole, comma-separated."
-    )
-    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r).")
-    adapter_dtype: AdapterDtype = Field("float32", description="float32, or base for the base model's dtype.")
-    bias: Bias = Field("none", description="Biases of the base to train: none, all, or those of adapted layers.")
-    layers_to_transform: Annotated[
-        tuple[Annotated[int, Field(ge=0, le=MANY)], ...] | None, BeforeValidator(comma_list)
-    ] = Field(None, description="Adapt only these layers, counted from 0; needs a list of --target-modules.")
-    rank_pattern: Annotated[dict[str, Annotated[int, Field(ge=1, le=LARGEST_RANK)]], BeforeValidator(named_values)] = (
-        Field({}, description="Another rank for some modules: q_proj=4,v_proj=8; a name may be a regular expression.")
-    )
-    alpha_pattern: Annotated[
-        dict[str, Annotated[float, Field(gt=0, le=LARGEST_NUMBER)]], BeforeValidator(named_values)
-    ] = Field({}, description="Another --lora-alpha for some modules, written like --rank-pattern.")
-    enable_lora: Annotated[dict[str, tuple[bool, ...]], BeforeValidator(named_parts)] = Field(
-        {}, description="Adapt only some equal parts of a fused layer: c_attn=1:0:1 leaves out the second of three."
-    )
+    strategy: Annotated[
+        Literal["ddp", "fsdp"] | None,
+        _device("What several processes share: ddp (default) gives each the whole model, fsdp a part of it."),
+    ] = None
+    cache: Annotated[
+        Path | None,
+        _device("Keep the quantized base and the encoded rows in this folder, for other runs of the same."),
+    ] = None
 
-    quant_type: QuantType = Field("nf4", description="4-bit type of qlora and qdora.")
-    block_size: int = Field(64, description="Weights per 4-bit scale: a power of two from 32 to 4096.")
-    double_quant: bool = Field(True, description="Keep the 4-bit scales in 8 bits.")
-
-    max_steps: int | None = Field(None, ge=1, le=MANY, description="Optimizer steps; overrides --epochs.")
-    epochs: float = Field(1.0, gt=0, le=1e6, description="Passes over the training data.")
-    batch_size: int = Field(8, ge=1, le=LARGEST_BATCH, description="Rows per micro-batch.")
-    gradient_accumulation: int = Field(1, ge=1, le=LARGEST_BATCH, description="Micro-batches per optimizer step.")
-    max_length: int = Field(
-        1024, ge=2, le=LONGEST_ROW, description="Tokens per row; longer rows are cut, counted and reported."
-    )
-    learning_rate: float = Field(2e-4, gt=0, le=LARGEST_NUMBER, description="Peak learning rate.")
-    lr_scheduler_type: str = Field("linear", description="Schedule: linear, cosine, constant, ... (transformers).")
-    warmup_steps: int = Field(0, ge=0, le=MANY, description="Steps over which the learning rate rises from 0.")
-    weight_decay: float = Field(0.0, ge=0, le=LARGEST_NUMBER, description="AdamW's weight decay.")
-    max_grad_norm: float = Field(
-        1.0, ge=0, le=LARGEST_NUMBER, description="Gradients are clipped to this norm; 0 switches it off."
-    )
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing.")
-    optimizer: str = Field(
-        "adamw_torch", description="Optimizer, by transformers' name (paged_adamw_8bit, ...), or adamw_offload."
-    )
-    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of the adapter, the data order and dropout.")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="Dtype of the base: auto is bfloat16 where the device has it."
-    )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Device; auto takes the fastest.")
-    devices: int | None = Field(
-        None, ge=1, le=LARGEST_BATCH, description="Train in N processes on this machine, each on a device of its own."
-    )
-    strategy: Literal["ddp", "fsdp"] | None = Field(
-        None, description="What several processes share: ddp (default) gives each the whole model, fsdp a part of it."
-    )
-    packing: bool = Field(False, description="Fill every row with several examples that do not see each other.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
-    activation_offloading: bool = Field(
-        False, description="Keep activations in CPU memory until the backward pass needs them (accelerators only)."
-    )
-    fast: bool = Field(
-        True, description="Fused operators, own attention on CPUs, no padding, memory kept between steps."
-    )
-    chat_template: Path | None = Field(None, description="Jinja file that overrides the tokenizer's template.")
-    prompt_column: str | None = Field(None, description="Column with the prompt, for tables of other names.")
-    completion_column: str | None = Field(None, description="Column with the completion.")
-    skip_bad_rows: int = Field(0, ge=0, le=MANY, description="Leave out up to N bad rows of each file, and list them.")
-
-    save_steps: int | None = Field(
-        None, ge=1, le=MANY, description="Checkpoint every N steps; default: at each evaluation."
-    )
-    save_total_limit: int = Field(2, ge=1, le=MANY, description="Checkpoints kept, the best one besides.")
-    eval_steps: int | None = Field(
-        None, ge=1, le=MANY, description="Evaluate every N steps; default: a tenth of the run."
-    )
-    eval_limit: int | None = Field(
-        None,
-        ge=0,
-        le=MANY,
-        description="Evaluate on the first N rows; 0: on all; default: on 256, spread evenly, where there are more.",
-    )
-    logging_steps: int | None = Field(
-        None,
-        ge=1,
-        le=MANY,
-        description="Log every N steps; default: a tenth of the run, at most 10. First and last always.",
-    )
-    early_stopping: int | None = Field(
-        None, ge=1, le=MANY, description="Stop after N evaluations without a better loss."
-    )
-    sample_prompt: str | None = Field(None, description="Answered again at every evaluation.")
-    tensorboard: bool = Field(False, description="Write TensorBoard events too (extra `tensorboard`).")
-
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with a hub repository.")
-    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
-    cache: Path | None = Field(
-        None, description="Keep the quantized base and the encoded rows in this folder, for other runs of the same."
-    )
-    ignore_plan: bool = Field(False, description="Train although the predicted memory is more than there is.")
-    resume: bool = Field(
-        False,
-        description="Continue the run in --output from its last checkpoint, with its settings where none are given; a "
-        "larger --max-steps or --epochs lengthens it.",
-    )
-    overwrite: bool = Field(False, description="Replace the run in --output.")
+    sample_prompt: Annotated[str | None, _saving("Answered again at every evaluation.")] = None
+    tensorboard: Annotated[bool, _saving("Write TensorBoard events too (extra `tensorboard`).")] = False
+    resume: Annotated[
+        bool,
+        _saving(
+            "Continue the run in --output from its last checkpoint, with its settings where none are given; a larger "
+            "--max-steps or --epochs lengthens it."
+        ),
+    ] = False
+    overwrite: Annotated[bool, _saving("Replace the run in --output.")] = False
 
 
 def logging_steps_of(steps: int) -> int:
@@ -417,93 +418,13 @@ def logging_steps_of(steps: int) -> int:
     return min(10, max(1, steps // 10))
 
 
-def read_settings(
-    kind: type[SettingsT],
-    file: Path | None,
-    given: Mapping[str, Any],
-    earlier: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
-) -> SettingsT:
-    """Settings from a YAML ``file`` (keys are the long options) overridden by what the command line ``given``.
-
-    ``earlier`` gets both and gives what holds below them, such as the settings of a run that is resumed.
-
-    Raises ConfigError: RW102 the file cannot be read, RW103 with every wrong or unknown key in one message, RW104 for
-    text that holds no characters.
-    """
-    merged = {
-        **(_from_file(file) if file else {}),
-        **{key: value for key, value in given.items() if value is not None},
-    }
-    if earlier is not None:
-        merged = {**earlier(merged), **merged}
-    _refuse_half_characters(merged)
-    try:
-        return kind.model_validate(merged)
-    except pydantic.ValidationError as error:
-        raise ConfigError("RW103", _one_sentence(error, kind)) from None
-
-
-def _from_file(file: Path) -> dict[str, Any]:
-    _refuse_half_characters({"config": str(file)})
-    # Not above: --help needs no YAML.
-    from rankwise.settings_file import read_settings_file
-
-    return read_settings_file(file)
-
-
-def _refuse_half_characters(given: Mapping[str, Any]) -> None:
-    """Raise ConfigError (RW104) for a NUL or a byte that is no UTF-8 (Python: a lone surrogate): no path can hold the
-    one, and no record the other."""
-    for name, value in given.items():
-        odd = next((found for text in _texts([name, value]) if (found := _NO_CHARACTER.search(text))), None)
-        if odd is not None:
-            what = "a NUL" if odd[0] == "\0" else "a byte that is no UTF-8"
-            raise ConfigError(
-                "RW104", f"--{name.replace('_', '-')} holds {what} at position {odd.start()}; give text in UTF-8."
-            )
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _texts([*value.keys(), *value.values()])
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
-
-
-def _one_sentence(error: pydantic.ValidationError, kind: type[Settings]) -> str:
-    problems = []
-    for item in error.errors():
-        name = "--" + ".".join(str(part) for part in item["loc"][:1]).replace("_", "-")
-        extra = getattr(kind.model_fields.get(str(item["loc"][0])), "json_schema_extra", None)
-        if isinstance(extra, dict) and extra.get("argument"):
-            name = "the first argument"
-        if item["type"] == "extra_forbidden":
-            ours = [field.replace("_", "-") for field in kind.model_fields]
-            close = close_names(name.removeprefix("--"), ours, OPTIONS, cutoff=0.6)
-            hint = f" (did you mean --{close[0]}?)" if close else ""
-            problems.append(f"{name} is no option{hint}")
-        elif item["type"] == "missing":
-            problems.append(f"{name} is missing")
-        elif item["type"] == "literal_error" and not name.startswith("--"):
-            problems.append(f"{name} is {item['input']!r}; give {item['ctx']['expected'].replace(chr(39), '')}")
-        else:
-            reason = item["msg"].removeprefix("Value error, ")
-            problems.append(f"{name} is {item['input']!r}: {reason[0].lower()}{reason[1:]}")
-    return "; ".join(dict.fromkeys(problems)) + "."
-
-
 def idle_options(method: str) -> dict[str, tuple[str, ...]]:
     """{reason: options of `rankwise train`} of those that have no effect on ``method``."""
-    adapter = tuple(field.name for field in dataclasses.fields(LoraConfig) if field.name in TrainSettings.model_fields)
     idle: dict[str, tuple[str, ...]] = {}
     if method not in FOUR_BITS:
         idle["only qlora and qdora make 4-bit weights"] = ("quant_type", "block_size", "double_quant")
     if method == "full":
-        idle["it trains all weights and adds no adapter"] = adapter
+        idle["it trains all weights and adds no adapter"] = ADAPTER
     if method in BASELINES:
-        rest = tuple(name for name in adapter if name != "r")
-        idle["of the adapter's options this baseline takes --r alone"] = rest
+        idle["of the adapter's options this baseline takes --r alone"] = tuple(name for name in ADAPTER if name != "r")
     return idle

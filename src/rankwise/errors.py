@@ -18,7 +18,10 @@ A code is stable and has a section of its own in ``docs/errors.md``, which ``ran
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
 
 class RankwiseError(Exception):
@@ -75,11 +78,42 @@ class RankwiseWarning(UserWarning):
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"
 
+    def to_json(self) -> dict[str, str]:
+        return {"code": self.code, "message": self.message}
+
+
+@contextlib.contextmanager
+def heard(tell: Callable[[RankwiseWarning], bool]) -> Iterator[None]:
+    """Call ``tell`` with each of our warnings; those of which it returns True are shown as well."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", category=RankwiseWarning)
+        show = warnings.showwarning
+
+        def hear(message: Warning | str, *rest: Any, **named: Any) -> None:
+            if not isinstance(message, RankwiseWarning) or tell(message):
+                show(message, *rest, **named)
+
+        warnings.showwarning = hear
+        yield
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """CUDA's own error, Python's, and what torch's CPU allocator says in a RuntimeError."""
     cpu_allocator = "DefaultCPUAllocator" in str(error) and "memory" in str(error)
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or cpu_allocator
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, as part of a sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".;:") if lines else "no message"
+
+
+def out_of_memory(error: BaseException, changes: str | None = None) -> RunError:
+    """RW550, with the ``changes`` of settings that would fit where they are known."""
+    usual = "lower --batch-size or --max-length, or switch on --gradient-checkpointing"
+    remedy = f"what would fit, the cheapest first: {changes}" if changes else usual
+    return RunError("RW550", f"the memory of the device is full ({first_line(error)}); {remedy}.")
 
 
 def warn(code: str, message: str, *, stacklevel: int = 2) -> None:

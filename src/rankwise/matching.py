@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 import regex
 
-from rankwise.config import ALL_LINEAR, LoraConfig
+from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError, warn
+from rankwise.options import ALL_LINEAR
 
 Value = TypeVar("Value")
 NO_EFFECT = "RW420"

@@ -1,22 +1,106 @@
-"""The YAML file of ``--config``, read within limits: plain values, mappings and lists.
+"""Settings out of the command line and the YAML file of ``--config``, which is read within limits.
 
-Anchors are refused: a few bytes of them stand for gigabytes. A date is text, as every option that could hold one is.
+The file holds plain values, mappings and lists. Anchors are refused: a few bytes of them stand for gigabytes. A date is
+text, as every option that could hold one is.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pydantic
 import yaml
+from pydantic_core import ErrorDetails
 
 from rankwise.errors import ConfigError
+from rankwise.known_names import OPTIONS, close_names
+from rankwise.options import Settings, flag
 
 LARGEST_BYTES = 1 << 18
 DEEPEST = 16
 PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
+_NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def read_settings(
+    kind: type[SettingsT],
+    file: Path | None,
+    given: Mapping[str, Any],
+    earlier: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+) -> SettingsT:
+    """Settings from a YAML ``file`` (keys are the long options) overridden by what the command line ``given``.
+
+    ``earlier`` gets both and gives what holds below them, such as the settings of a run that is resumed.
+
+    Raises ConfigError: RW102 the file cannot be read, RW103 with every wrong or unknown key in one message, RW104 for
+    text that holds no characters.
+    """
+    if file is not None:
+        _refuse_half_characters({"config": str(file)})
+    merged = {
+        **(read_settings_file(file) if file else {}),
+        **{key: value for key, value in given.items() if value is not None},
+    }
+    if earlier is not None:
+        merged = {**earlier(merged), **merged}
+    _refuse_half_characters(merged)
+    try:
+        return kind.model_validate(merged)
+    except pydantic.ValidationError as error:
+        raise ConfigError("RW103", _one_sentence(error, kind)) from None
+
+
+def _refuse_half_characters(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError (RW104) for a NUL or a byte that is no UTF-8 (Python: a lone surrogate): no path can hold the
+    one, and no record the other."""
+    for name, value in given.items():
+        odd = next((found for text in _texts([name, value]) if (found := _NO_CHARACTER.search(text))), None)
+        if odd is not None:
+            what = "a NUL" if odd[0] == "\0" else "a byte that is no UTF-8"
+            raise ConfigError("RW104", f"{flag(name)} holds {what} at position {odd.start()}; give text in UTF-8.")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*value.keys(), *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
+def _one_sentence(error: pydantic.ValidationError, kind: type[Settings]) -> str:
+    problems = error.errors()
+    depths: dict[object, int] = {}
+    for item in problems:
+        depths[item["loc"][0]] = max(depths.get(item["loc"][0], 0), len(item["loc"]))
+    # Of a value that may be of several types, the fault that lies deepest tells most.
+    said = [_problem(item, kind) for item in problems if len(item["loc"]) == depths[item["loc"][0]]]
+    return "; ".join(dict.fromkeys(said)) + "."
+
+
+def _problem(item: ErrorDetails, kind: type[Settings]) -> str:
+    field = str(item["loc"][0])
+    extra = getattr(kind.model_fields.get(field), "json_schema_extra", None)
+    is_argument = isinstance(extra, dict) and bool(extra.get("argument"))
+    name = "the first argument" if is_argument else flag(field)
+    if item["type"] == "extra_forbidden":
+        ours = [flag(other).removeprefix("--") for other in kind.model_fields]
+        close = close_names(name.removeprefix("--"), ours, OPTIONS, cutoff=0.6)
+        return f"{name} is no option" + (f" (did you mean --{close[0]}?)" if close else "")
+    if item["type"] == "missing":
+        return f"{name} is missing"
+    if item["type"] == "literal_error" and is_argument:
+        return f"{name} is {item['input']!r}; give {item['ctx']['expected'].replace(chr(39), '')}"
+    reason = item["msg"].removeprefix("Value error, ")
+    return f"{name} is {item['input']!r}: {reason[0].lower()}{reason[1:]}"
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rankwise.adapters.baselines import (
+    ATTRIBUTE,
     add_baseline,
-    baseline_parameters,
     load_baseline,
     save_baseline,
 )
@@ -33,7 +33,7 @@ def trained(make, method: str, size: int = 4):
     add_baseline(model, method, size)
     torch.manual_seed(1)
     with torch.no_grad():
-        for value in baseline_parameters(model).values():
+        for value in getattr(model, ATTRIBUTE).parameters():
             value.add_(torch.randn_like(value) * 0.5)
     return model.eval()
 
@@ -65,7 +65,7 @@ def test_the_baseline_trains_and_the_base_does_not(make, method):
     assert sum(value.numel() for value in trainable) == count
     first = model(input_ids=IDS, labels=IDS).loss
     first.backward()
-    assert all(value.grad is not None for value in baseline_parameters(model).values())
+    assert all(value.grad is not None for value in getattr(model, ATTRIBUTE).parameters())
     optimizer = torch.optim.SGD(trainable, lr=0.1)
     for _ in range(3):
         optimizer.step()

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
-from pydantic import BeforeValidator, Field
 
 from rankwise.cli import main as cli
-from rankwise.cli.options import Verb
-from rankwise.config import Settings, comma_list
+from rankwise.cli.options import Verb, options_of
 from rankwise.errors import DataError, Interrupted, warn
+from rankwise.options import Count, Names, Panel, Settings, option
 from rankwise.records import WAIT_POLICIES
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -25,8 +24,8 @@ HELP_LIMIT_SECONDS = 0.5
 
 
 class PlaySettings(Settings):
-    count: int = Field(1, ge=1, description="How many.")
-    names: Annotated[tuple[str, ...], BeforeValidator(comma_list)] = Field((), description="Which ones.")
+    count: Annotated[Count, option(Panel.OTHER, "How many.")] = 1
+    names: Annotated[Names, option(Panel.OTHER, "Which ones.")] = ()
 
 
 def play(run):
@@ -90,10 +89,8 @@ def test_help_of_a_verb_has_an_example_and_every_option(verb, rankwise):
     done = rankwise(verb.name, "--help")
     assert done.code == 0
     assert f"  {verb.examples[0]}" in done.stdout
-    for field, info in verb.settings.model_fields.items():
-        extra = info.json_schema_extra or {}
-        shown = verb.metavars.get(field, "FOLDER") if "argument" in extra else field.replace("_", "-")
-        assert shown in done.stdout
+    for shown in options_of(verb):
+        assert (shown.metavar if shown.kind == "argument" else shown.flag) in done.stdout
     assert "--json" in done.stdout
     assert "--config FILE.yaml" in done.stdout
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,6 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from rankwise.cli.main import VERBS
 from rankwise.cli.options import options_of, panels_of
+from rankwise.config import ADAPTER, AdapterOptions, LoraConfig
+from rankwise.options import Panel
+from rankwise.planning.workload import Workload
 from rankwise.training import finish, setup
 
 
@@ -21,14 +25,24 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb.panels], ids=lambda verb: verb.name)
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
 def test_every_option_stands_under_a_heading_and_what_is_required_under_the_first(verb):
-    named = [name for names in verb.panels.values() for name in names]
+    named = [option.field for options in panels_of(verb).values() for option in options]
     assert sorted(named) == sorted(option.field for option in options_of(verb))
-    assert list(panels_of(verb)) == list(verb.panels)
+    assert sorted(named) == sorted(verb.settings.model_fields)
     first, *others = panels_of(verb).values()
     assert not [option.flag for options in others for option in options if "(required)" in option.help]
     assert first
+
+
+@pytest.mark.parametrize("name", ["train", "compare", "plan"])
+def test_an_option_of_the_adapter_is_one_of_every_verb_that_trains_or_plans(name):
+    (verb,) = (verb for verb in VERBS if verb.name == name)
+    fields = {field.name for field in dataclasses.fields(AdapterOptions)}
+    assert [option.field for option in panels_of(verb)[Panel.ADAPTER]] == list(ADAPTER)
+    assert fields == set(ADAPTER)
+    assert fields <= {field.name for field in dataclasses.fields(Workload)}
+    assert fields <= {field.name for field in dataclasses.fields(LoraConfig)}
 
 
 def test_sizes_are_shown_as_sizes(rankwise):

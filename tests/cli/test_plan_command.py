@@ -14,10 +14,12 @@ import pytest
 import yaml
 
 from rankwise.cli.main import main
+from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError
-from rankwise.planning import METHODS, calibration, hardware
+from rankwise.planning import PLANNED, calibration, hardware
 from rankwise.planning import plan as planning
 from rankwise.planning.terms import TERMS
+from rankwise.settings_file import read_settings
 
 ARGUMENTS = ("--batch-size", 4, "--max-length", 64)
 ENOUGH, LITTLE = "8GB", "1MB"
@@ -56,7 +58,7 @@ def test_the_document_has_the_promised_shape(plan):
     done = plan("--memory", ENOUGH, "--json")
     assert done.code == 0
     document = done.document
-    assert set(document["methods"]) == set(METHODS)
+    assert set(document["methods"]) == set(PLANNED)
     for entry in document["methods"].values():
         assert entry["peak_bytes"] == sum(entry["breakdown"].values())
         assert set(entry["breakdown"]) == set(TERMS)
@@ -123,6 +125,25 @@ def test_a_strategy_for_one_device_is_a_mistake(plan):
     assert "--devices N" in done.stderr
 
 
+def test_every_option_of_the_adapter_is_planned_and_saved(plan, tmp_path):
+    """They are those of `rankwise train`, which reads the file."""
+    saved = tmp_path / "plan.yaml"
+
+    def planned(*options):
+        targets = ("--method", "lora", "--target-modules", "q_proj,v_proj")
+        document = plan("--memory", ENOUGH, *targets, "--save", saved, "--json", *options).document
+        settings = read_settings(TrainSettings, saved, {"data": "D", "output": "O"})
+        return document["methods"]["lora"]["trainable_parameters"], settings
+
+    whole, _ = planned()
+    first, settings = planned("--layers-to-transform", "0")
+    assert 0 < first < whole
+    assert settings.layers_to_transform == (0,)
+    narrow, settings = planned("--rank-pattern", "q_proj=1")
+    assert 0 < narrow < whole
+    assert settings.rank_pattern == {"q_proj": 1}
+
+
 def test_without_our_fused_parts_the_plan_says_so_and_saves_it(plan, tmp_path):
     saved = tmp_path / "plan.yaml"
     done = plan("--memory", ENOUGH, "--no-fast", "--save", saved)
@@ -184,7 +205,7 @@ def test_people_read_a_table_bars_advice_and_a_command(plan, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     done = plan("--memory", ENOUGH)
     assert done.code == 0
-    for method in METHODS:
+    for method in PLANNED:
         assert f"\n{method}" in done.stdout
     for word in ("weights", "activ.", "logits", "peak ±", "largest", "take", "because", "run", "serve", "arXiv"):
         assert word in done.stdout
@@ -452,7 +473,7 @@ def test_what_was_measured_here_is_used(plan, tmp_path, monkeypatch):
     monkeypatch.setattr(hardware, "_may_have_gpu", lambda: False)
     found = hardware.this_machine()
     pace = {"flops_per_second": 1e12, "bytes_per_second": None}
-    entry = {"methods": dict.fromkeys(METHODS, pace), "date": "2026-01-01", "threads": 1, "torch": "2.13"}
+    entry = {"methods": dict.fromkeys(PLANNED, pace), "date": "2026-01-01", "threads": 1, "torch": "2.13"}
     (tmp_path / "cache").mkdir()
     machines = {f"{found.name}, {found.dtype}": entry}
     (tmp_path / "cache" / "machine.json").write_text(json.dumps({"schema": calibration.SCHEMA, "machines": machines}))

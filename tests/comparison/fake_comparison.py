@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rankwise.comparison import run, stages
 from rankwise.comparison.settings import CompareSettings
-from rankwise.config import read_settings
+from rankwise.settings_file import read_settings
 
 
 class Quiet:

@@ -8,8 +8,9 @@ import pytest
 
 from rankwise.comparison.matrix import Cell, cell_settings, choose_rate, final_cells, planned_runs, search_cells
 from rankwise.comparison.settings import CompareSettings, check_compare, shared_training
-from rankwise.config import TrainSettings, read_settings
+from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError
+from rankwise.settings_file import read_settings
 
 
 def settings(**changes: object) -> CompareSettings:
@@ -43,7 +44,7 @@ def test_ids_tell_cells_apart():
 
 def test_every_option_of_train_is_shared_or_has_its_counterpart():
     own = {"model", "data", "eval_data", "output", "method", "learning_rate", "seed"}
-    without = {"cache", "sample_prompt", "tensorboard", "resume", "overwrite", "skip_bad_rows"}
+    without = {"cache", "sample_prompt", "tensorboard", "resume", "overwrite", "skip_bad_rows", "devices", "strategy"}
     shared = shared_training(settings())
     assert set(shared) == set(TrainSettings.model_fields) - own - without
     defaults = {name: TrainSettings.model_fields[name].default for name in shared}

@@ -24,7 +24,7 @@ def test_automatic_on_a_card_with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> N
     pretend(monkeypatch, cards=1)
     choice = choose_device()
 
-    assert (choice.device, choice.dtype, choice.needs_loss_scaling) == ("cuda:0", torch.bfloat16, False)
+    assert (choice.device, choice.dtype) == ("cuda:0", torch.bfloat16)
     assert choice.reason == "cuda:0: Card 0; bfloat16: the card computes in it"
 
 
@@ -32,7 +32,7 @@ def test_automatic_on_a_t4_is_float16_with_loss_scaling(monkeypatch: pytest.Monk
     pretend(monkeypatch, cards=1, bf16=False)
     choice = choose_device()
 
-    assert (choice.dtype, choice.needs_loss_scaling) == (torch.float16, True)
+    assert choice.dtype == torch.float16
     assert "loss scaling" in choice.reason
     with pytest.raises(ModelError, match="use float16"):
         choose_device("cuda", "bfloat16")

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rankwise.constants import IGNORED
 from rankwise.errors import QuantizationError
 from rankwise.ops import elementwise_reference as reference
 from rankwise.ops.cpu import native
@@ -191,7 +192,7 @@ def test_cross_entropy(level: str, dtype: torch.dtype, V: int, smoothing: float,
         logits = (4 * rows(C, V, dtype, apart=C == 6)).mul_(1)
         logits = logits if C != 6 else (4 * torch.randn(C, 2 * V)).to(dtype)[:, V:]
         targets = torch.randint(0, V, (C,), generator=torch.Generator().manual_seed(V))
-        targets[1:2] = reference.IGNORED
+        targets[1:2] = IGNORED
         targets[3:4] = logits[3].argmax() if C > 3 else 0
         for multiplier, scale in ((1.0, 1.0), (0.7, 0.25)):
             arguments = (logits, targets, scale, smoothing, softcap, multiplier, True, True, True)

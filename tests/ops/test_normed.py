@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from rankwise.acceleration.parts import rms_norm
 from rankwise.ops.branch import Frozen
 from rankwise.ops.low_rank_linear import Branch, Dropout, low_rank_linear
-from rankwise.ops.normed import Kept, Normed, source_of
+from rankwise.ops.normed import Normed, Plain, source_of
 
 EPS = 1e-5
 
@@ -88,11 +88,11 @@ def test_what_was_written_to_or_is_float16_is_kept_itself() -> None:
     h, w = torch.randn(4, 5, requires_grad=True), torch.ones(5)
     x = rms_norm(h, w, EPS, 0, True)
     x.mul_(2)
-    assert isinstance(source_of(x), Kept)
-    assert isinstance(source_of(rms_norm(h.half(), w.half(), EPS, 0, True)), Kept)
+    assert isinstance(source_of(x), Plain)
+    assert isinstance(source_of(rms_norm(h.half(), w.half(), EPS, 0, True)), Plain)
     with torch.no_grad():
-        assert isinstance(source_of(rms_norm(h, w, EPS, 0, True)), Kept)
-    assert isinstance(source_of(rms_norm(h, w, EPS, 0, True) + 0), Kept)
+        assert isinstance(source_of(rms_norm(h, w, EPS, 0, True)), Plain)
+    assert isinstance(source_of(rms_norm(h, w, EPS, 0, True) + 0), Plain)
 
 
 def test_what_a_norm_does_not_keep_is_not_kept_for_it() -> None:

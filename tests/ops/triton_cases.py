@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from rankwise import ops
+from rankwise.constants import BLOCK_SIZES
 from rankwise.errors import QuantizationError
 from rankwise.ops import reference
-from rankwise.ops.checks import BLOCK_SIZES
 from rankwise.ops.packed_weight import PackedWeight
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"

@@ -11,7 +11,7 @@ from rankwise.planning.adapted import adaptation
 from rankwise.planning.architectures import shape_of
 from rankwise.planning.closed_form import of_shape
 from rankwise.planning.dry_run import sharding_groups_of, trace
-from rankwise.planning.fake_model import attach, materialize, weights_dtype
+from rankwise.planning.fake_model import materialize, prepare, weights_dtype
 from rankwise.planning.parallel import Group, layer_and_root, per_device
 from rankwise.planning.weights import sharding_groups
 
@@ -85,7 +85,7 @@ def test_the_groups_of_the_closed_form_are_those_of_the_model(method):
     layer, root = sharding_groups(shape_of(config_of("llama", **SMALL)), method, workload, adapted)
     model = skeleton("llama", **SMALL)
     materialize(model, weights_dtype(method, workload), fill=True)
-    attach(model, method, workload)
+    prepare(model, method, workload)
     found_layer, found_root = sharding_groups_of(model)
     assert root == found_root
     assert layer.gradient_bytes == found_layer.gradient_bytes

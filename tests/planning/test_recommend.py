@@ -13,7 +13,7 @@ from rankwise.planning import Workload
 from rankwise.planning.changes import FAST, Advisor, possible_steps
 from rankwise.planning.recommend import ORDER, Wish, recommend
 from rankwise.planning.rules import RULES, Situation
-from rankwise.planning.terms import METHODS
+from rankwise.planning.terms import PLANNED
 from toy_memory import PER_TOKEN, WEIGHTS, toy_estimate
 
 WORK = Workload(batch_size=8, max_length=1024, r=16)
@@ -30,7 +30,7 @@ def advisor(memory):
     return Advisor(toy_estimate, seconds, memory)
 
 
-def advise(memory, methods=METHODS, goal="speed", workload=WORK, accumulation=1):
+def advise(memory, methods=PLANNED, goal="speed", workload=WORK, accumulation=1):
     given = {**GIVEN, "gradient_accumulation": accumulation, "batch_size": workload.batch_size}
     return recommend(advisor(memory), methods, workload, Wish(goal, given, accumulation))
 
@@ -152,7 +152,7 @@ def test_prices_are_those_of_the_estimates():
 
 
 def test_every_change_is_made_of_options_that_train_has():
-    for method in METHODS:
+    for method in PLANNED:
         for step in possible_steps(method, WORK, 1):
             TrainSettings.model_validate({"model": "m", "data": "d", "output": "o", **step.settings})
 
@@ -174,7 +174,7 @@ def test_claims_of_dora_s_quality_are_marked_as_mixed():
             assert rule.evidence == "mixed"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PLANNED)
 @pytest.mark.parametrize("goal", sorted(ORDER))
 def test_some_rule_explains_every_recommendation(method, goal):
     narrow = method in ("qlora", "qdora")

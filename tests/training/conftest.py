@@ -54,6 +54,8 @@ def make_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> TrainerM
         rows: int = 37,
         eval_rows: int = 0,
         trainer: dict[str, Any] | None = None,
+        precision: str = "no",
+        padding_free: bool = False,
         **arguments: Any,
     ) -> RankwiseTrainer:
         model = model or tiny_llama()
@@ -61,33 +63,29 @@ def make_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> TrainerM
         if lora is not None:
             add_adapter(model, lora)
         given: dict[str, Any] = {
-            "device_type": "cpu",
-            "precision": "no",
             "batch_size": 2,
             "gradient_accumulation": 2,
             "max_steps": 20,
-            "epochs": 1.0,
             "learning_rate": 1e-2,
-            "schedule": "linear",
             "warmup_steps": 4,
-            "weight_decay": 0.0,
-            "max_grad_norm": 1.0,
-            "optimizer": "adamw_torch",
             "seed": 3,
-            "packing": False,
             "max_length": 32,
-            "gradient_checkpointing": False,
-            "activation_offloading": False,
-            "evaluate": eval_rows > 0,
             "eval_steps": 5 if eval_rows else None,
-            "eval_on_start": False,
             "save_steps": 10,
             "logging_steps": 5,
-            "tensorboard": False,
+            **arguments,
         }
+        settings = TrainSettings(model="M", data="D", output=folder or tmp_path / "run", **given)
         return RankwiseTrainer(
             model=model,
-            args=sft_arguments(folder or tmp_path / "run", **{**given, **arguments}),
+            args=sft_arguments(
+                settings,
+                device_type="cpu",
+                precision=precision,
+                evaluates=eval_rows > 0,
+                eval_on_start=False,
+                padding_free=padding_free,
+            ),
             processing_class=tokenizer,
             train_dataset=encoded_rows(rows),
             eval_dataset=encoded_rows(eval_rows, seed=9) if eval_rows else None,

@@ -17,13 +17,13 @@ CASES: dict[str, dict[str, Any]] = {
     "mid-epoch, dropout, accumulation, warm-up, linear": {},
     "dora": {"lora": LoraConfig(r=4, use_dora=True, lora_dropout=0.1)},
     "at the end of an epoch": {"rows": 40},
-    "cosine, clipping off, sgd": {"schedule": "cosine", "max_grad_norm": 0.0, "optimizer": "sgd"},
-    "adafactor, constant": {"optimizer": "adafactor", "schedule": "constant", "warmup_steps": 0},
+    "cosine, clipping off, sgd": {"lr_scheduler_type": "cosine", "max_grad_norm": 0.0, "optimizer": "sgd"},
+    "adafactor, constant": {"optimizer": "adafactor", "lr_scheduler_type": "constant", "warmup_steps": 0},
     "patterns, biases, trained whole": {
         "lora": LoraConfig(r=4, rank_pattern={"q_proj": 2}, modules_to_save=["lm_head"], lora_dropout=0.1)
     },
     "evaluations between": {"eval_rows": 5, "eval_steps": 3},
-    "plateau": {"eval_rows": 5, "eval_steps": 5, "schedule": "reduce_lr_on_plateau", "warmup_steps": 0},
+    "plateau": {"eval_rows": 5, "eval_steps": 5, "lr_scheduler_type": "reduce_lr_on_plateau", "warmup_steps": 0},
     "packing": {"packing": True, "rows": 120},
     "checkpointed activations": {"gradient_checkpointing": True},
     "full": {"lora": None, "learning_rate": 1e-3},
@@ -84,8 +84,8 @@ def test_resuming_the_last_step_trains_no_further(tmp_path: Path, make_trainer: 
 
 
 def test_resumed_cadence_is_that_of_the_new_settings(tmp_path: Path, make_trainer: Any) -> None:
-    make_trainer(tmp_path / "run", max_steps=10, schedule="constant").train()
-    again = make_trainer(tmp_path / "run", max_steps=16, schedule="constant", save_steps=3, logging_steps=2)
+    make_trainer(tmp_path / "run", max_steps=10, lr_scheduler_type="constant").train()
+    again = make_trainer(tmp_path / "run", max_steps=16, lr_scheduler_type="constant", save_steps=3, logging_steps=2)
     again.resume(list_checkpoints(tmp_path / "run")[-1])
     assert [item.step for item in list_checkpoints(tmp_path / "run")] == [15, 16]
     assert [entry["step"] for entry in again.state.log_history if "loss" in entry] == [5, 10, 12, 14, 16]

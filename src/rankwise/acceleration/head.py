@@ -21,13 +21,12 @@ from rankwise.acceleration.probe import probe
 from rankwise.acceleration.replace import ATTRIBUTE, class_forward
 from rankwise.adapters.base_layer import has_hooks, is_own
 from rankwise.compat.torch import is_fake
+from rankwise.constants import IGNORED
 from rankwise.ops.linear_cross_entropy import LogitShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# The label of a position that is not scored.
-IGNORED = -100
 # Logits that the probing head answers: they tell identity, scale and softcap apart.
 PROBE = (-30.0, -3.0, -0.5, 0.0, 0.25, 2.0, 7.0, 40.0)
 PROBE_LABELS = (0, 3, IGNORED, 5, 1)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from rankwise.adapters.base_layer import features
 from rankwise.adapters.experts import AdaptedExperts, StackLora, stack_shape
 from rankwise.adapters.layer import AdaptedLayer, TrainedCopy
 from rankwise.adapters.parameters import experts_left_out
@@ -21,7 +20,7 @@ from rankwise.adapters.targets import place_of
 from rankwise.compat.torch import own_parameters
 from rankwise.config import LoraConfig
 from rankwise.matching import LeftOut, enabled_parts, pattern_value
-from rankwise.quantization.linear import weight_count
+from rankwise.quantization.linear import features, weight_count
 
 DEFAULT_NAME = "default"
 

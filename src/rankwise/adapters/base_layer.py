@@ -58,17 +58,6 @@ def is_quantized(module: nn.Module) -> bool:
     return hasattr(module, "dequantize")
 
 
-def features(base: nn.Module) -> tuple[int, int]:
-    """(in, out)."""
-    if isinstance(base, nn.Embedding):
-        return base.num_embeddings, base.embedding_dim
-    if is_conv1d(base):
-        in_features, out_features = stored_weight(base).shape
-        return in_features, out_features
-    layer: Any = base
-    return layer.in_features, layer.out_features
-
-
 def stored_weight(base: nn.Module) -> Tensor:
     """What the base calls ``weight``, in whatever shape and format."""
     W = base.weight

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from rankwise.adapters.bottleneck import add_bottleneck
 from rankwise.adapters.peft_config import CONFIG_FILE, read_config
 from rankwise.adapters.prefix import Prefix, add_prefix
+from rankwise.adapters.saving import WEIGHTS_FILE
 from rankwise.errors import AdapterError, ConfigError
 from rankwise.records import write_bytes, write_json
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 # Under which the model holds what trains, so that optimizers and devices find it.
 ATTRIBUTE = "rankwise_baseline"
 TYPES = {"prefix": "PREFIX_TUNING", "bottleneck": "BOTTLENECK"}
@@ -39,11 +39,6 @@ def add_baseline(model: nn.Module, method: str, size: int) -> int:
 
 def has_baseline(model: nn.Module) -> bool:
     return hasattr(model, ATTRIBUTE)
-
-
-def baseline_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """{name: live parameter}."""
-    return dict(getattr(model, ATTRIBUTE).named_parameters())
 
 
 def save_baseline(model: nn.Module, folder: Path, base_model: str | None = None) -> None:

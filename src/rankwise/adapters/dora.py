@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.adapters.base_layer import dense_weight, features, frozen_product, weight_key
+from rankwise.adapters.base_layer import dense_weight, frozen_product, weight_key
 from rankwise.adapters.freshness import Kept, Key, frozen_key
 from rankwise.adapters.fused import Parts, enabled_rows, low_rank_product, to_blocks
 from rankwise.adapters.lora import empty_pair
@@ -24,7 +24,7 @@ from rankwise.adapters.low_rank import (
 from rankwise.adapters.operator import branch_of, drawn_dropout
 from rankwise.ops.low_rank_linear import low_rank_linear
 from rankwise.ops.selection import is_traced, stands_on_card
-from rankwise.quantization.linear import Linear4bit
+from rankwise.quantization.linear import Linear4bit, features
 
 
 class Dora(nn.Module):

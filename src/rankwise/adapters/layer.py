@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters.base_layer import features
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.lora import Lora
 from rankwise.adapters.operator import Adapter
 from rankwise.ops.selection import is_traced
+from rankwise.quantization.linear import features
 
 if TYPE_CHECKING:
     from rankwise.adapters.shared_input import SharedInput

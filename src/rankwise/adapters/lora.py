@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.adapters.base_layer import dense_weight, features
+from rankwise.adapters.base_layer import dense_weight
 from rankwise.adapters.fused import Parts, low_rank_product, to_blocks
 from rankwise.adapters.low_rank import init_low_rank_, merged_weight
 from rankwise.adapters.operator import branch_of, drawn_dropout
 from rankwise.ops.low_rank_linear import low_rank_linear
+from rankwise.quantization.linear import features
 
 
 class Lora(nn.Module):

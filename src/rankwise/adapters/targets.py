@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from rankwise.adapters.base_layer import features, is_adaptable, is_linear
+from rankwise.adapters.base_layer import is_adaptable, is_linear
 from rankwise.matching import Place, Places, matches
+from rankwise.quantization.linear import features
 
 # A model's modules by name, the model itself under the empty name, as ``named_modules`` gives them.
 Modules = Mapping[str, nn.Module]

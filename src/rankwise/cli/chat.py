@@ -84,5 +84,4 @@ VERB = Verb(
     run=run,
     summary="Talk to a tuned model, or a base model, in the terminal.",
     examples=("rankwise chat --adapter runs/first", 'rankwise chat --model demo --system "Be brief."'),
-    metavars={"model": "M", "adapter": "A", "chat_template": "FILE"},
 )

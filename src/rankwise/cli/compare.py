@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -13,10 +13,10 @@ from rich.text import Text
 
 from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
-from rankwise.cli.output import Output
+from rankwise.cli.output import Document, Output
 from rankwise.cli.tables import light_table, titled
 from rankwise.cli.words import duration
-from rankwise.comparison.settings import SHARED, CompareOptions, CompareSettings, check_compare
+from rankwise.comparison.settings import CompareSettings, check_compare
 from rankwise.reports.naming import method_name, metric_name
 from rankwise.reports.numbers import difference, plural, span
 from rankwise.reports.summary import caution, cell
@@ -33,22 +33,6 @@ COSTS = {
     "peak_memory_bytes": "memory",
     "tokens_per_second": "tokens/s",
     "wall_seconds": "time",
-}
-PANELS = {
-    "Model and data": ("model", "data", "eval_data", "output"),
-    "What is compared": (
-        "methods",
-        "seeds",
-        "learning_rates",
-        "search_steps",
-        "minutes",
-        "memory_budget",
-        "jobs",
-        "retry",
-    ),
-    "What is measured": ("task", "task_data", "task_limit", "metric", "margin", "seed_sd", "row_sd", "merged_check"),
-    "Recommendation": ("memory", "max_hours", "merge"),
-    "Equal for every run, as in rankwise train": SHARED,
 }
 
 
@@ -93,7 +77,7 @@ class Board(Lines):
         return table
 
 
-def run(settings: CompareOptions, output: Output) -> Mapping[str, Any]:
+def run(settings: CompareSettings, output: Output) -> Document:
     from rankwise.evaluation.tasks.names import check_tasks
 
     check_compare(settings)
@@ -109,7 +93,7 @@ def run(settings: CompareOptions, output: Output) -> Mapping[str, Any]:
     return comparison
 
 
-def report(comparison: Comparison, settings: CompareOptions, output: Output) -> None:
+def report(comparison: Comparison, settings: CompareSettings, output: Output) -> None:
     """The table, the verdicts, the recommendation, and the files."""
     output.line()
     output.console.print(table_of(comparison))
@@ -169,7 +153,7 @@ def verdict_lines(comparison: Comparison) -> Iterator[str]:
         yield f"{words}: difference {text} ({span(interval)})" if interval else f"{words}: difference {text}"
 
 
-def _places(comparison: Comparison, settings: CompareOptions) -> Iterator[tuple[str, str]]:
+def _places(comparison: Comparison, settings: CompareSettings) -> Iterator[tuple[str, str]]:
     found, folder = comparison["recommendation"], settings.output
     yield "record", str(folder / "comparison.json")
     if (folder / "report.html").is_file():
@@ -226,22 +210,4 @@ VERB = Verb(
         "rankwise compare --model demo --data train.csv --eval-data dev.csv \\",
         "    --methods lora,dora --learning-rates 1e-4,2e-4,5e-4 --output comparison",
     ),
-    panels=PANELS,
-    metavars={
-        "model": "M",
-        "data": "D",
-        "output": "DIR",
-        "eval_data": "E",
-        "learning_rates": "X,...",
-        "memory": "SIZE",
-        "memory_budget": "SIZE",
-        "task": "TASK",
-        "task_data": "TASK=D",
-        "metric": "NAME",
-        "chat_template": "FILE",
-        "layers_to_transform": "N,...",
-        "rank_pattern": "NAME=R,...",
-        "alpha_pattern": "NAME=X,...",
-        "enable_lora": "NAME=1:0:1,...",
-    },
 )

@@ -5,39 +5,37 @@ Nothing is downloaded: the model lies in a package, the data are the docstrings 
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
-
-from pydantic import BeforeValidator, Field
 
 from rankwise.cli import compare, plan
 from rankwise.cli.generate import Answer, print_answer
 from rankwise.cli.options import Verb
-from rankwise.cli.output import Output
-from rankwise.comparison.settings import CompareOptions, CompareSettings
-from rankwise.config import BASELINES, MANY, Settings, comma_list, read_settings
+from rankwise.cli.output import Document, Output
+from rankwise.comparison.settings import CompareSettings
+from rankwise.config import BASELINES, DEMO, MODEL
+from rankwise.options import Count, Names, Panel, Settings, option
 from rankwise.planning.settings import PlanSettings
 
 SHOWN = 3
-STDLIB = "stdlib"
 EXAMPLES = Path("evaluation") / "perplexity" / "predictions.jsonl"
+_option = functools.partial(option, Panel.OTHER)
 
 
 class DemoSettings(Settings):
     """The options of ``rankwise demo``. The same command continues a demo that was stopped."""
 
-    output: Path = Field(Path("runs/demo-comparison"), description="Folder of the comparison.")
-    model: str = Field("demo", description="Hub id, folder, .gguf file, or `demo`.")
-    methods: Annotated[tuple[str, ...], BeforeValidator(comma_list)] = Field(
-        ("lora", "qlora", "dora", "qdora"), description="Methods to compare."
-    )
-    max_steps: int = Field(20, ge=1, le=MANY, description="Optimizer steps of each run.")
-    eval_limit: int = Field(32, ge=1, le=MANY, description="Rows to evaluate on.")
+    output: Annotated[Path, _option("Folder of the comparison.", metavar="DIR")] = Path("runs/demo-comparison")
+    model: Annotated[str, _option(MODEL, metavar="M")] = DEMO
+    methods: Annotated[Names, _option("Methods to compare.")] = ("lora", "qlora", "dora", "qdora")
+    max_steps: Annotated[Count, _option("Optimizer steps of each run.")] = 20
+    eval_limit: Annotated[Count, _option("Rows to evaluate on.")] = 32
 
 
-def run(settings: DemoSettings, output: Output) -> Mapping[str, Any]:
+def run(settings: DemoSettings, output: Output) -> Document:
     output.line(f"{settings.model} learns to say what a Python function does, from its signature alone.\n")
     chosen = _compare_settings(settings)
     output.line("What would fit here:\n")
@@ -52,7 +50,9 @@ def run(settings: DemoSettings, output: Output) -> Mapping[str, Any]:
     return {"plan": planned, "comparison": comparison}
 
 
-def _compare_settings(settings: DemoSettings) -> CompareOptions:
+def _compare_settings(settings: DemoSettings) -> CompareSettings:
+    from rankwise.data.stdlib import STDLIB
+
     given = {
         "model": settings.model,
         "data": STDLIB,
@@ -65,17 +65,16 @@ def _compare_settings(settings: DemoSettings) -> CompareOptions:
         "eval_steps": max(1, settings.max_steps // 2),
         "max_length": 160,
     }
-    return read_settings(CompareSettings, None, given)
+    return CompareSettings.model_validate(given)
 
 
-def _plan_settings(chosen: CompareOptions) -> PlanSettings:
-    shared = chosen.model_dump()
+def _plan_settings(chosen: CompareSettings) -> PlanSettings:
     methods = tuple(name for name in chosen.methods if name not in BASELINES)
-    given = {"model": chosen.model, "method": methods, **{name: shared[name] for name in ("max_length", "max_steps")}}
-    return read_settings(PlanSettings, None, given)
+    sizes = {"max_length": chosen.max_length, "max_steps": chosen.max_steps}
+    return PlanSettings.model_validate({"model": chosen.model, "method": methods, **sizes})
 
 
-def _answers(comparison: Mapping[str, Any], folder: Path) -> Iterator[Answer]:
+def _answers(comparison: Document, folder: Path) -> Iterator[Answer]:
     """What the base and the recommended run wrote to the same prompts, from their records."""
     base = _predictions(folder / (comparison["base"]["folder"] or "") / EXAMPLES)
     run_id = comparison["recommendation"]["run"]
@@ -100,6 +99,5 @@ VERB = Verb(
     run=run,
     summary="Plan and compare four methods on the demo model and Python's own docstrings, in minutes.",
     examples=("rankwise demo",),
-    metavars={"output": "DIR", "model": "M"},
     hidden=True,
 )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rankwise.cli.folders import refuse_comparisons
 from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
-from rankwise.cli.output import Output
+from rankwise.cli.output import Document, Output
 from rankwise.cli.tables import light_table, titled
 from rankwise.evaluation.settings import EvaluateSettings
 from rankwise.reports.numbers import plural
@@ -75,7 +75,7 @@ def watching(output: Output) -> Iterator[Observer]:
         yield BarWatcher(output, bars)
 
 
-def run(settings: EvaluateSettings, output: Output) -> Mapping[str, Any]:
+def run(settings: EvaluateSettings, output: Output) -> Document:
     from rankwise.evaluation.tasks.names import check_tasks
 
     refuse_comparisons(settings.adapter)
@@ -149,33 +149,4 @@ VERB = Verb(
         "rankwise evaluate --adapter lora --adapter dora --task e2e --data test.csv",
         "rankwise evaluate --model demo --task arc_challenge --limit 200",
     ),
-    panels={
-        "What is measured": ("task", "model", "adapter", "base", "data", "output", "limit", "overwrite"),
-        "Prompts": ("protocol", "prompt_style", "num_fewshot", "fewshot_data", "chat_template"),
-        "Decoding": (
-            "max_new_tokens",
-            "num_beams",
-            "length_penalty",
-            "no_repeat_ngram_size",
-            "temperature",
-            "top_p",
-            "seed",
-        ),
-        "Perplexity": ("max_length", "prompt_column", "completion_column"),
-        "Judge (vicuna)": ("judge_url", "judge_model", "judge_key_env", "reference_answers"),
-        "Loading": ("batch_size", "dtype", "quantization", "device", "trust_remote_code", "revision"),
-    },
-    metavars={
-        "task": "NAME",
-        "model": "M",
-        "adapter": "A",
-        "data": "[TASK=]D",
-        "output": "DIR",
-        "fewshot_data": "D",
-        "judge_url": "URL",
-        "judge_model": "NAME",
-        "judge_key_env": "VARIABLE",
-        "reference_answers": "FILE",
-        "chat_template": "FILE",
-    },
 )

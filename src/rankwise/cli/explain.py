@@ -12,14 +12,14 @@ from typing import Any
 from rich.text import Text
 
 from rankwise.cli.options import Verb
-from rankwise.cli.output import Output
+from rankwise.cli.output import Document, Output
 from rankwise.cli.settings import ExplainSettings
 from rankwise.errors import ConfigError
 
 SECTION = re.compile(r"^### (RW\d{3}) — (.+)\n\n((?:(?!<a |#).*\n)*)", re.MULTILINE)
 
 
-def run(settings: ExplainSettings, output: Output) -> Mapping[str, Any]:
+def run(settings: ExplainSettings, output: Output) -> Document:
     sections = read_sections()
     code = _code(settings.code, sections)
     title, text = sections[code]
@@ -56,5 +56,4 @@ VERB = Verb(
     run=run,
     summary="Print what a message's code means: what happened, why, what to do.",
     examples=("rankwise explain RW203", "rankwise explain 203 --json"),
-    metavars={"code": "CODE"},
 )

@@ -206,5 +206,4 @@ VERB = Verb(
         "rankwise export --adapter runs/first --for vllm --output served",
         "rankwise export --adapter runs/dora --for llama.cpp --output served --max-error 0.05",
     ),
-    metavars={"adapter": "A", "output": "DIR", "model": "M", "data": "D"},
 )

@@ -13,7 +13,7 @@ from rich.text import Text
 from rankwise.cli.folders import refuse_comparisons
 from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
-from rankwise.cli.output import Output
+from rankwise.cli.output import Document, Output
 from rankwise.cli.settings import GenerateSettings
 from rankwise.cli.tables import light_table, titled
 from rankwise.cli.words import printable
@@ -144,7 +144,7 @@ class Speaker:
         return pad if pad is not None else self.tokenizer.eos_token_id
 
 
-def run(settings: GenerateSettings, output: Output) -> Mapping[str, Any]:
+def run(settings: GenerateSettings, output: Output) -> Document:
     if settings.compare and settings.adapter is None:
         raise ConfigError("RW121", "--compare shows base and tuned model side by side; give --adapter FOLDER too.")
     refuse_comparisons([settings.adapter] if settings.adapter is not None else [])
@@ -231,7 +231,8 @@ def print_answer(output: Output, answer: Answer) -> None:
         if output.is_terminal:
             output.console.print(side_by_side(answer))
         else:
-            output.line(_below_each_other(answer))
+            lines = (answer.prompt, f"  base:  {answer.base}", f"  tuned: {answer.tuned}", "")
+            output.line(printable("\n".join(lines)))
         return
     text = answer.tuned if answer.tuned is not None else answer.base
     output.line(printable(answer.prompt), style="bold")
@@ -247,11 +248,6 @@ def side_by_side(answer: Answer) -> Group:
     return titled(printable(answer.prompt), table)
 
 
-def _below_each_other(answer: Answer) -> str:
-    lines = (answer.prompt, f"  base:  {answer.base}", f"  tuned: {answer.tuned}", "")
-    return printable("\n".join(lines))
-
-
 VERB = Verb(
     name="generate",
     settings=GenerateSettings,
@@ -263,5 +259,4 @@ VERB = Verb(
         "rankwise generate --adapter runs/first --prompt-file questions.txt --json",
         'rankwise generate --model demo --messages chat.json --system "Be brief."',
     ),
-    metavars={"model": "M", "adapter": "A", "chat_template": "FILE", "prompt_file": "FILE", "messages": "FILE"},
 )

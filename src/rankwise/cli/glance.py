@@ -8,8 +8,8 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rankwise.config import Settings
 from rankwise.errors import ConfigError
+from rankwise.options import Settings, flag
 
 MAY_BE_PATHS = {"model", "data", "eval_data", "fewshot_data", "reference_answers"}
 # Fields of text that name a hub id, or a path in which ~ stands for a home.
@@ -20,7 +20,7 @@ def check_path_options(settings: Settings) -> None:
     for name, given in _paths(settings):
         fault = _fault_of(given)
         if fault is not None:
-            raise ConfigError("RW105", f"--{name.replace('_', '-')} {given} {fault}.")
+            raise ConfigError("RW105", f"{flag(name)} {given} {fault}.")
 
 
 def _paths(settings: Settings) -> Iterator[tuple[str, Path | str]]:

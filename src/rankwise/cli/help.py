@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -52,9 +51,10 @@ def print_verb_help(verb: Verb, command_path: str) -> None:
     required = [option.label for options in panels.values() for option in options if "(required)" in option.help]
     usage = " ".join([command_path, *required, "[options]"])
     _print_head(console, usage, verb.summary, verb.examples)
-    rows = {title: [(option.label, option.help) for option in options] for title, options in panels.items()}
+    rows = {str(title): [(option.label, option.help) for option in options] for title, options in panels.items()}
     rows["Every verb"] = list(COMMON_OPTIONS)
-    width = _label_width(label for group in rows.values() for label, _ in group)
+    labels = (label for group in rows.values() for label, _ in group)
+    width = max(len(label) for label in labels if len(label) <= WIDEST_LABEL)
     for title, group in rows.items():
         _print_rows(console, title, group, width)
 
@@ -68,10 +68,6 @@ def _print_head(console: Console, usage: str, summary: str, examples: Any) -> No
     console.print(Text(f"\n{summary}\n"))
     for example in examples:
         console.print(Text(f"  {example}", style="green"), soft_wrap=True)
-
-
-def _label_width(labels: Iterable[str]) -> int:
-    return max(len(label) for label in labels if len(label) <= WIDEST_LABEL)
 
 
 def _print_rows(console: Console, title: str, rows: list[tuple[str, str]], width: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rankwise.cli.folders import refuse_comparisons
 from rankwise.cli.options import Verb
-from rankwise.cli.output import Output, shortened
+from rankwise.cli.output import Document, Output, shortened
 from rankwise.cli.settings import InspectSettings
 from rankwise.cli.sparkline import sparkline
 from rankwise.cli.words import parameter_count
@@ -50,7 +50,7 @@ class Weights:
         }
 
 
-def run(settings: InspectSettings, output: Output) -> Mapping[str, Any]:
+def run(settings: InspectSettings, output: Output) -> Document:
     folder = settings.folder
     document: dict[str, Any] = {"folder": str(folder)} | _describe(folder)
     if settings.model is not None:
@@ -183,7 +183,7 @@ def norms_of_b(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, A
     }
 
 
-def _fit(folder: Path, model: str, found: Mapping[str, Any]) -> dict[str, Any]:
+def _fit(folder: Path, model: str, found: Document) -> dict[str, Any]:
     """Whether the adapter fits ``model``; only shapes are compared, on a model without weights."""
     from rankwise.adapters.checkpoint import read_adapter
     from rankwise.models import is_other_hub_model, load_skeleton
@@ -198,7 +198,7 @@ def _fit(folder: Path, model: str, found: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": model, "fits": True, "another_base": trained_on}
 
 
-def _print(output: Output, document: Mapping[str, Any]) -> None:
+def _print(output: Output, document: Document) -> None:
     printers = {"adapter": _adapter_rows, "model": _model_rows, "run": lambda _: iter(())}
     rows = [("folder", document["folder"]), *printers[document["kind"]](document)]
     rows += _run_rows(document["run"]) if "run" in document else []
@@ -207,7 +207,7 @@ def _print(output: Output, document: Mapping[str, Any]) -> None:
         output.line(f"{label:<16}{shortened(str(text))}")
 
 
-def _adapter_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _adapter_rows(found: Document) -> Iterator[tuple[str, str]]:
     root = "sqrt(r)" if found["use_rslora"] else "r"
     yield "kind", f"{found['method']} adapter in PEFT's format"
     yield "base model", found["base_model"] or "not named"
@@ -226,7 +226,7 @@ def _adapter_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from (("served by" if index == 0 else "", place) for index, place in enumerate(found["serving"]))
 
 
-def _norm_sentence(norms: Mapping[str, Any]) -> str:
+def _norm_sentence(norms: Document) -> str:
     """The norm by layer as a curve, since one layer of 0 says more than the total."""
     layers = norms["layers"]
     if not layers or norms["total"] == 0:
@@ -237,7 +237,7 @@ def _norm_sentence(norms: Mapping[str, Any]) -> str:
     return f"{norms['total']:.4g}; by layer {low:.3g} to {high:.3g}  {curve}{dead}"
 
 
-def _model_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _model_rows(found: Document) -> Iterator[tuple[str, str]]:
     yield "kind", f"model: {found['architecture']} ({found['model_type']})"
     if found["layers"]:
         yield "layers", f"{found['layers']} of width {found['hidden_size']}"
@@ -246,12 +246,12 @@ def _model_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "tokenizer", "present" if found["tokenizer"] else "missing: token ids only, no training on text"
 
 
-def _size(found: Mapping[str, Any]) -> str:
+def _size(found: Document) -> str:
     dtypes = ", ".join(found["dtypes"])
     return f"{parameter_count(found['parameters'])} parameters, {dtypes}, {byte_size(found['size_bytes'])}"
 
 
-def _run_rows(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _run_rows(run: Document) -> Iterator[tuple[str, str]]:
     yield "run", f"{run['method']}, {run['status']}, seed {run['seed']}"
     if run["steps"] is not None:
         kept = f", the adapter is that of step {run['kept_step']}" if run["kept_step"] is not None else ""
@@ -262,7 +262,7 @@ def _run_rows(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "training loss", f"{run['train_loss']:.4f}"
 
 
-def _fit_rows(fit: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _fit_rows(fit: Document) -> Iterator[tuple[str, str]]:
     if fit["fits"]:
         trained_on = fit["another_base"]
         yield (
@@ -285,5 +285,4 @@ VERB = Verb(
     run=run,
     summary="Say what an adapter, run or model folder holds, and whether an adapter fits a base.",
     examples=("rankwise inspect runs/first", "rankwise inspect runs/first --model demo"),
-    metavars={"folder": "FOLDER", "model": "M"},
 )

@@ -43,17 +43,18 @@ from rankwise.cli.output import (
     print_message,
     stdout_for_the_document,
 )
-from rankwise.config import Settings
 from rankwise.disk import coded_error
 from rankwise.errors import (
     ConfigError,
     InternalError,
     Interrupted,
     RankwiseError,
-    RunError,
+    first_line,
     is_out_of_memory,
+    out_of_memory,
 )
 from rankwise.known_names import OPTIONS, close_names
+from rankwise.options import Settings
 from rankwise.records import WAIT_POLICIES
 from rankwise.training import ranks
 from rankwise.training.interrupt import terminable
@@ -208,12 +209,11 @@ def _as_ours(error: Exception) -> RankwiseError:
     if hasattr(error, "format_message"):
         return ConfigError("RW120", _usage_sentence(error))
     if is_out_of_memory(error):
-        remedy = "lower --batch-size or --max-length, or switch on --gradient-checkpointing"
-        return RunError("RW550", f"the memory of the device is full ({_first_line(error)}); {remedy}.")
+        return out_of_memory(error)
     if (coded := coded_error(error)) is not None:
         return coded
     advice = f"please report it with what {DEBUG_VARIABLE}=1 prints"
-    return InternalError("RW900", f"a fault of rankwise: {type(error).__name__}: {_first_line(error)}; {advice}.")
+    return InternalError("RW900", f"a fault of rankwise: {type(error).__name__}: {first_line(error)}; {advice}.")
 
 
 def _usage_sentence(error: Any) -> str:
@@ -234,11 +234,6 @@ def _no_such_option(error: Any) -> str | None:
     return f"no such option: {given}" + (
         f", did you mean {' or '.join(f'--{name}' for name in close)}?" if close else ""
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".;:") if lines else "no message"
 
 
 def _give_up_stdout() -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rankwise.cli.folders import refuse_comparisons
 from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
-from rankwise.cli.output import Output
+from rankwise.cli.output import Document, Output
 from rankwise.cli.settings import MergeSettings
 from rankwise.cli.tables import light_table, titled
 from rankwise.errors import ConfigError
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from rankwise.quantization.config import FourBitConfig
 
 
-def run(settings: MergeSettings, output: Output) -> Mapping[str, Any]:
+def run(settings: MergeSettings, output: Output) -> Document:
     refuse_comparisons(settings.adapter)
     check_paths(model=settings.model, output=settings.output)
     _check_options(settings)
@@ -69,7 +68,7 @@ def _check_options(settings: MergeSettings) -> None:
         raise ConfigError("RW753", f"{', '.join(f'--{name}' for name in idle)} {why}.")
 
 
-def _combine(settings: MergeSettings, output: Output) -> Mapping[str, Any]:
+def _combine(settings: MergeSettings, output: Output) -> Document:
     from rankwise.adapters.checkpoint import read_adapter
     from rankwise.disk import hold, whole_folder
     from rankwise.evaluation.loading import base_of
@@ -137,5 +136,4 @@ VERB = Verb(
         "rankwise merge --adapter runs/qlora --output merged --verify",
         "rankwise merge --adapter runs/a --adapter runs/b --weights 0.7,0.3 --combine linear --output both",
     ),
-    metavars={"adapter": "A", "output": "DIR", "model": "M", "text": "FILE"},
 )

@@ -17,10 +17,9 @@ import typer
 from pydantic.fields import FieldInfo
 
 from rankwise.cli.glance import check_path_options
-from rankwise.cli.output import Output
-from rankwise.config import Settings, read_settings
+from rankwise.cli.output import Document, Output
+from rankwise.options import Panel, Settings, spelled
 
-OTHER_PANEL = "Options"
 METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 
 
@@ -30,16 +29,13 @@ class Verb:
 
     name: str
     settings: type[Settings]
-    run: Callable[[Any, Output], Mapping[str, Any] | None]
     # Gives the document of --json; None where another process writes it.
+    run: Callable[[Any, Output], Document | None]
     summary: str
     examples: Sequence[str]
-    panels: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
-    # Heading in the help -> fields under it; fields not named here stand under "Options".
-    metavars: Mapping[str, str] = dataclasses.field(default_factory=dict)
     hidden: bool = False
-    earlier: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     # From the options that were given: settings that hold below them, in place of the defaults.
+    earlier: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +43,7 @@ class Option:
     """A field of a settings table as the command line sees it."""
 
     field: str
+    panel: Panel
     flag: str
     metavar: str
     help: str
@@ -57,23 +54,18 @@ class Option:
     def label(self) -> str:
         if self.kind == "argument":
             return self.metavar
-        if self.kind == "switch":
-            return f"--[no-]{self.flag}"
-        return f"--{self.flag} {self.metavar}"
+        return f"--[no-]{self.flag}" if self.kind == "switch" else f"--{self.flag} {self.metavar}"
 
 
 def options_of(verb: Verb) -> list[Option]:
     """The options of a verb, in the order of its settings table."""
-    return [_option(verb, name, field) for name, field in verb.settings.model_fields.items()]
+    return [_option(name, field) for name, field in verb.settings.model_fields.items()]
 
 
-def panels_of(verb: Verb) -> dict[str, list[Option]]:
+def panels_of(verb: Verb) -> dict[Panel, list[Option]]:
     """Heading -> options under it, in the order of the help."""
-    heading = {name: title for title, names in verb.panels.items() for name in names}
-    panels: dict[str, list[Option]] = {title: [] for title in verb.panels}
-    for option in options_of(verb):
-        panels.setdefault(heading.get(option.field, OTHER_PANEL), []).append(option)
-    return {title: options for title, options in panels.items() if options}
+    panels = {panel: [option for option in options_of(verb) if option.panel is panel] for panel in Panel}
+    return {panel: options for panel, options in panels.items() if options}
 
 
 def command_of(verb: Verb, invoke: Callable[[Settings, bool], None]) -> Callable[..., None]:
@@ -81,6 +73,9 @@ def command_of(verb: Verb, invoke: Callable[[Settings, bool], None]) -> Callable
     options = {option.field: option for option in options_of(verb)}
 
     def command(**given: Any) -> None:
+        # Not above: --help needs no YAML.
+        from rankwise.settings_file import read_settings
+
         as_json, config = given.pop("json"), given.pop("config")
         # An option that may be repeated comes as an empty list where it is not given.
         values = {
@@ -97,23 +92,23 @@ def command_of(verb: Verb, invoke: Callable[[Settings, bool], None]) -> Callable
     return command
 
 
-def _option(verb: Verb, name: str, field: FieldInfo) -> Option:
-    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+def _option(name: str, field: FieldInfo) -> Option:
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict), f"{name} is not declared with option()"
     types_ = _plain_types(field.annotation)
-    if extra.get("argument"):
-        kind: Literal["switch", "value", "repeated", "argument"] = "argument"
-    elif extra.get("repeated"):
-        kind = "repeated"
-    else:
-        kind = "switch" if bool in types_ else "value"
+    kind: Literal["switch", "value", "repeated", "argument"] = "switch" if bool in types_ else "value"
+    if extra["argument"] or extra["repeated"]:
+        kind = "argument" if extra["argument"] else "repeated"
     # A word of Python's cannot name a field, and is its alias: --for.
     flag = (field.alias or name).replace("_", "-")
-    metavar = verb.metavars.get(name) or ("TEXT" if kind == "repeated" else _metavar(types_))
-    return Option(name, flag, metavar, _help(field), kind, bool(extra.get("repeated")))
+    metavar = str(extra["metavar"] or ("TEXT" if kind == "repeated" else _metavar(types_)))
+    return Option(name, Panel(str(extra["panel"])), flag, metavar, _help(field), kind, bool(extra["repeated"]))
 
 
 def _plain_types(annotation: Any) -> list[Any]:
-    """``str | tuple[str, ...] | None`` -> [str, tuple]; a Literal stays as it is."""
+    """``str | Sequence[str] | None`` -> [str, Sequence]; a Literal stays as it is."""
+    if get_origin(annotation) is Annotated:
+        return _plain_types(get_args(annotation)[0])
     if get_origin(annotation) in (typing.Union, types.UnionType):
         return [kind for part in get_args(annotation) for kind in _plain_types(part)]
     if get_origin(annotation) is Literal:
@@ -123,10 +118,8 @@ def _plain_types(annotation: Any) -> list[Any]:
 
 
 def _metavar(kinds: Sequence[Any]) -> str:
-    if tuple in kinds:
+    if Sequence in kinds:
         return "NAME,..."
-    if dict in kinds:
-        return "NAME=X,..."
     if get_origin(kinds[0]) is Literal:
         return "|".join(str(choice) for choice in get_args(kinds[0]))
     return METAVARS.get(kinds[0], "TEXT")
@@ -136,12 +129,10 @@ def _help(field: FieldInfo) -> str:
     text = field.description or ""
     if field.is_required():
         return f"{text} (required)"
-    if field.default is None or field.default is False or field.default in ({}, ()):
+    default = field.get_default(call_default_factory=True, validated_data={})
+    if default is None or default is False or default in ({}, ()):
         return text
-    default = "on" if field.default is True else field.default
-    if isinstance(default, tuple):
-        default = ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in default)
-    return f"{text} (default: {default:g})" if isinstance(default, float) else f"{text} (default: {default})"
+    return f"{text} (default: {'on' if default is True else spelled(default)})"
 
 
 def _parameter(option: Option) -> inspect.Parameter:
@@ -149,9 +140,9 @@ def _parameter(option: Option) -> inspect.Parameter:
         kind: Any = list[str] if option.is_repeated else str
         annotation: Any = Annotated[kind, typer.Argument(metavar=option.metavar)]
         return inspect.Parameter(option.field, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
-    flag = f"--{option.flag}/--no-{option.flag}" if option.kind == "switch" else f"--{option.flag}"
+    name = f"--{option.flag}/--no-{option.flag}" if option.kind == "switch" else f"--{option.flag}"
     kind = {"switch": bool, "repeated": list[str]}.get(option.kind, str)
-    annotation = Annotated[kind | None, typer.Option(flag, metavar=option.metavar)]
+    annotation = Annotated[kind | None, typer.Option(name, metavar=option.metavar)]
     return inspect.Parameter(option.field, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 

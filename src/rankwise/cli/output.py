@@ -16,7 +16,10 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.markup import escape
 
-from rankwise.errors import RankwiseWarning
+from rankwise.errors import RankwiseWarning, heard
+
+# What a verb gives back, and --json prints.
+Document = Mapping[str, Any]
 
 DEBUG_VARIABLE = "RANKWISE_DEBUG"
 
@@ -69,7 +72,7 @@ def debugging() -> bool:
     return os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
 
 
-def print_document(document: Mapping[str, Any], stream: TextIO | None = None) -> None:
+def print_document(document: Document, stream: TextIO | None = None) -> None:
     """The one JSON document of ``--json``. A figure that is not a number is null: JSON has no NaN."""
     text = json.dumps(_without_nan(document), indent=2, ensure_ascii=False, allow_nan=False, default=str)
     # Half a character, as names of files can hold it, becomes JSON's escape of it.
@@ -137,16 +140,13 @@ def only_our_messages() -> Iterator[None]:
     """Print each RankwiseWarning once; keep other libraries' logs, warnings and progress bars silent."""
     seen: set[str] = set()
 
-    def show(message: Warning | str, *rest: Any, **named: Any) -> None:
-        if not isinstance(message, RankwiseWarning):
-            before(message, *rest, **named)
-        elif str(message) not in seen:
-            seen.add(str(message))
-            print_message("warning", message.code, message.message)
+    def tell(warning: RankwiseWarning) -> bool:
+        if str(warning) not in seen:
+            seen.add(str(warning))
+            print_message("warning", warning.code, warning.message)
+        return False
 
-    with warnings.catch_warnings(), _silence() if not debugging() else contextlib.nullcontext():
-        before = warnings.showwarning
-        warnings.showwarning = show
+    with heard(tell), _silence() if not debugging() else contextlib.nullcontext():
         if not debugging():
             warnings.simplefilter("ignore")
         warnings.simplefilter("always", RankwiseWarning)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.cli.options import Verb
-from rankwise.cli.output import Output
+from rankwise.cli.output import Document, Output
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError
+from rankwise.options import option_words
 from rankwise.planning.settings import PlanSettings
 from rankwise.records import write_text
 from rankwise.reports.numbers import byte_size
@@ -22,39 +23,8 @@ if TYPE_CHECKING:
     from rankwise.planning.plan import Plan
     from rankwise.planning.recommend import Recommendation
 
-PANELS = {
-    "Model and method": ("model", "method", "goal", "trust_remote_code", "revision"),
-    "Device": ("gpu", "memory", "devices", "strategy"),
-    "One step": (
-        "batch_size",
-        "gradient_accumulation",
-        "max_length",
-        "trained_share",
-        "gradient_checkpointing",
-        "activation_offloading",
-        "fast",
-        "optimizer",
-        "dtype",
-    ),
-    "Adapter": (
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "target_modules",
-        "target_parameters",
-        "exclude_modules",
-        "modules_to_save",
-        "use_rslora",
-        "adapter_dtype",
-    ),
-    "Four bits (qlora, qdora)": ("quant_type", "block_size", "double_quant"),
-    "The whole run": ("rows", "epochs", "max_steps"),
-    "How sure": ("exact", "check", "calibrate"),
-    "Files": ("svg", "save"),
-}
 
-
-def run(settings: PlanSettings, output: Output) -> Mapping[str, Any]:
+def run(settings: PlanSettings, output: Output) -> Document:
     from rankwise.cli import plan_view
     from rankwise.planning.plan import make_plan
 
@@ -89,28 +59,15 @@ def command_of(recommendation: Recommendation, saved: Path | None) -> str | None
         return None
     if saved is not None:
         return f"rankwise train --config {shlex.quote(str(saved))} --data D --output O"
-    options = [f"{_flag(name, value)}" for name, value in differing(recommendation.settings).items()]
-    return " ".join(["rankwise train", *options, "--data D --output O"])
+    words = [word for name, value in differing(recommendation.settings).items() for word in option_words(name, value)]
+    return f"rankwise train {shlex.join(words)} --data D --output O"
 
 
 def differing(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that are not what ``rankwise train`` does by itself; model and method always."""
-    fields = TrainSettings.model_fields
     named = {name: settings[name] for name in ("model", "method")}
-    others = {name: value for name, value in settings.items() if name not in named}
-    return named | {name: value for name, value in others.items() if value != fields[name].get_default()}
-
-
-def _flag(name: str, value: Any) -> str:
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
-    text = ",".join(map(str, value)) if isinstance(value, tuple | list) else _plain(value)
-    return f"--{flag} {shlex.quote(text)}"
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    usual = TrainSettings.defaults() | named
+    return named | {name: value for name, value in settings.items() if value != usual[name]}
 
 
 def _write(settings: PlanSettings, plan: Plan) -> dict[str, str]:
@@ -211,6 +168,4 @@ VERB = Verb(
         "rankwise plan --model demo --memory 24GB --max-length 2048 --save plan.yaml",
         "rankwise plan --calibrate",
     ),
-    panels=PANELS,
-    metavars={"model": "M", "method": "NAME,...", "gpu": "NAME", "memory": "SIZE", "svg": "FILE", "save": "FILE"},
 )

@@ -60,9 +60,8 @@ def show(plan: Plan, command: str | None, output: Output) -> None:
     for bar in bars(plan, output.console.width):
         output.console.print(bar, soft_wrap=True)
     output.line()
-    print_lines(
-        [*unplanned_lines(plan), *change_lines(plan), *recommendation_lines(plan, command), *footnotes(plan)], output
-    )
+    unplanned = [(f"{item.method}:", f"cannot be planned: {item.code}: {item.message}") for item in plan.unplanned]
+    print_lines([*unplanned, *change_lines(plan), *recommendation_lines(plan, command), *footnotes(plan)], output)
 
 
 def heading(plan: Plan) -> Iterator[str]:
@@ -87,7 +86,7 @@ def heading(plan: Plan) -> Iterator[str]:
 
 
 def _targets(work: Workload) -> str:
-    named = [work.target_modules] if isinstance(work.target_modules, str) else [*work.target_modules]
+    named = [work.target_modules] if isinstance(work.target_modules, str) else [*(work.target_modules or ())]
     return ",".join([*named, *(work.target_parameters or ())])
 
 
@@ -167,12 +166,6 @@ def _bar(row: MethodRow, memory: int, high: float, room: int) -> Text:
         cells[-1] = ("▶", VERDICT_STYLES["too big"])
     cells[min(room - 1, round(memory / high * room))] = ("|", "bold")
     return Text.assemble(*cells)
-
-
-def unplanned_lines(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Why a method has no sizes."""
-    for item in plan.unplanned:
-        yield f"{item.method}:", f"cannot be planned: {item.code}: {item.message}"
 
 
 def change_lines(plan: Plan) -> Iterator[tuple[str, str]]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from rankwise.cli.options import Verb
-from rankwise.cli.output import Output
+from rankwise.cli.output import Document, Output
 from rankwise.cli.settings import PreviewSettings
 from rankwise.cli.words import printable
 from rankwise.reports.numbers import plural
@@ -24,7 +24,7 @@ OPEN, CLOSE = "[[", "]]"
 NAMED_ROWS = 10
 
 
-def run(settings: PreviewSettings, output: Output) -> Mapping[str, Any]:
+def run(settings: PreviewSettings, output: Output) -> Document:
     from rankwise.data import encode_rows, first_good_row, preview_row, read_rows, read_template
     from rankwise.models import load_tokenizer
 
@@ -62,10 +62,8 @@ def _print(output: Output, preview: Preview, report: EncodingReport, settings: P
         *(("bad rows", bad) for bad in _bad_rows(report)),
     ):
         output.line(f"{label:<12}{text}")
-    marks = _uses_marks(output)
-    output.line(
-        f"{'trained on':<12}what stands between {OPEN} and {CLOSE}" if marks else f"{'trained on':<12}what is green"
-    )
+    marks = not output.is_terminal or output.console.no_color
+    output.line(f"{'trained on':<12}what {f'stands between {OPEN} and {CLOSE}' if marks else 'is green'}")
     output.line()
     output.console.print(rendered(preview, marks=marks), soft_wrap=True)
 
@@ -80,10 +78,6 @@ def _bad_rows(report: EncodingReport) -> Iterator[str]:
         yield f"{problem['row']}: {problem['why']} ({problem['code']})"
     if count := report.skipped_rows:
         yield f"{plural(count, 'row')} in all (--json lists them); `train` stops without --skip-bad-rows {count}"
-
-
-def _uses_marks(output: Output) -> bool:
-    return not output.is_terminal or output.console.no_color
 
 
 def rendered(preview: Preview, *, marks: bool) -> Text:
@@ -107,5 +101,4 @@ VERB = Verb(
         "rankwise preview --model demo --data rows.jsonl",
         "rankwise preview --model demo --data rows.jsonl --row 12 --max-length 256",
     ),
-    metavars={"model": "M", "data": "D", "chat_template": "FILE"},
 )

@@ -104,5 +104,4 @@ VERB = Verb(
         "rankwise report runs/comparison",
         "rankwise report runs/laptop runs/server --output runs/report",
     ),
-    metavars={"folders": "FOLDER...", "output": "DIR"},
 )

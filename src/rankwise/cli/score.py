@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rankwise.cli.options import Verb
-from rankwise.cli.output import Output
+from rankwise.cli.output import Document, Output
 from rankwise.errors import ConfigError, warn
 from rankwise.evaluation.score_settings import ScoreSettings
+from rankwise.options import flag
 from rankwise.reports.numbers import plural
 
 NEEDED = {
@@ -20,7 +20,7 @@ NEEDED = {
 LABEL_WIDTH = 18
 
 
-def run(settings: ScoreSettings, output: Output) -> Mapping[str, Any]:
+def run(settings: ScoreSettings, output: Output) -> Document:
     check_options(settings)
     return SCORERS[settings.what](settings, output)
 
@@ -37,7 +37,7 @@ def check_options(settings: ScoreSettings) -> None:
 
 
 def _flags(names: Sequence[str]) -> str:
-    flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+    flags = " and ".join(flag(name) for name in names)
     return f"{flags} {'is' if len(names) == 1 else 'are'}"
 
 
@@ -47,7 +47,7 @@ def _path(path: Path | None) -> Path:
     return path
 
 
-def _e2e(settings: ScoreSettings, output: Output) -> Mapping[str, Any]:
+def _e2e(settings: ScoreSettings, output: Output) -> Document:
     from rankwise.evaluation.metrics.e2e import METRICS, ON_JAVA, score_e2e
     from rankwise.evaluation.metrics.e2e_files import read_e2e
 
@@ -64,7 +64,7 @@ def _e2e(settings: ScoreSettings, output: Output) -> Mapping[str, Any]:
     return document
 
 
-def _gsm8k(settings: ScoreSettings, output: Output) -> Mapping[str, Any]:
+def _gsm8k(settings: ScoreSettings, output: Output) -> Document:
     from rankwise.evaluation.metrics.gsm8k import read_gsm8k, score_gsm8k
 
     scores = score_gsm8k(*read_gsm8k(_path(settings.predictions), _path(settings.references)))
@@ -74,7 +74,7 @@ def _gsm8k(settings: ScoreSettings, output: Output) -> Mapping[str, Any]:
     return scores.to_json()
 
 
-def _vicuna(settings: ScoreSettings, output: Output) -> Mapping[str, Any]:
+def _vicuna(settings: ScoreSettings, output: Output) -> Document:
     from rankwise.evaluation.metrics.vicuna import read_vicuna, relative_score, warn_of_failed
 
     score = relative_score(*read_vicuna(settings.ratings or (), _path(settings.reference_answers)))
@@ -94,7 +94,7 @@ def _line(output: Output, label: str, text: str) -> None:
     output.line(f"{label:<{LABEL_WIDTH}}{text}")
 
 
-SCORERS: Mapping[str, Callable[[ScoreSettings, Output], Mapping[str, Any]]] = {
+SCORERS: Mapping[str, Callable[[ScoreSettings, Output], Document]] = {
     "e2e": _e2e,
     "gsm8k": _gsm8k,
     "vicuna": _vicuna,
@@ -110,11 +110,4 @@ VERB = Verb(
         "rankwise score vicuna --ratings a.jsonl --ratings b.jsonl \\",
         "    --reference-answers answers.jsonl",
     ),
-    metavars={
-        "what": "e2e|gsm8k|vicuna",
-        "predictions": "FILE",
-        "references": "FILE",
-        "ratings": "FILE",
-        "reference_answers": "FILE",
-    },
 )

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from rankwise.cli.glance import check_paths
 from rankwise.cli.launch import continued, launch
 from rankwise.cli.options import Verb
-from rankwise.cli.output import Output
+from rankwise.cli.output import Document, Output
 from rankwise.cli.progress import watching
 from rankwise.cli.words import duration, parameter_count
-from rankwise.config import TrainSettings
-from rankwise.errors import DataError, RunError, is_out_of_memory
+from rankwise.config import BASELINES, TrainSettings
+from rankwise.errors import DataError, is_out_of_memory, out_of_memory
+from rankwise.options import flag
 from rankwise.records import RunRecord, load_record, read_metrics
 from rankwise.reports.numbers import byte_size
 from rankwise.training import ranks
@@ -22,81 +23,6 @@ from rankwise.training import ranks
 if TYPE_CHECKING:
     from rankwise.planning.guard import MemoryGuard
     from rankwise.training.observer import Observer
-
-SERVED = ("lora", "qlora", "dora", "qdora", "full")
-# Methods whose result `generate` loads; the baselines are there to be compared.
-PANELS = {
-    "Model and data": (
-        "model",
-        "data",
-        "output",
-        "eval_data",
-        "method",
-        "chat_template",
-        "prompt_column",
-        "completion_column",
-        "skip_bad_rows",
-        "max_length",
-        "packing",
-        "trust_remote_code",
-        "revision",
-    ),
-    "Adapter": (
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "target_modules",
-        "target_parameters",
-        "exclude_modules",
-        "modules_to_save",
-        "use_rslora",
-        "adapter_dtype",
-        "bias",
-        "layers_to_transform",
-        "rank_pattern",
-        "alpha_pattern",
-        "enable_lora",
-    ),
-    "Four bits (qlora, qdora)": ("quant_type", "block_size", "double_quant"),
-    "Training": (
-        "max_steps",
-        "epochs",
-        "batch_size",
-        "gradient_accumulation",
-        "learning_rate",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "weight_decay",
-        "max_grad_norm",
-        "label_smoothing",
-        "optimizer",
-        "seed",
-        "early_stopping",
-    ),
-    "Device, memory and speed": (
-        "device",
-        "devices",
-        "strategy",
-        "dtype",
-        "fast",
-        "gradient_checkpointing",
-        "activation_offloading",
-        "ignore_plan",
-        "cache",
-    ),
-    "Evaluating, saving, continuing": (
-        "eval_steps",
-        "eval_limit",
-        "sample_prompt",
-        "logging_steps",
-        "save_steps",
-        "save_total_limit",
-        "tensorboard",
-        "resume",
-        "overwrite",
-    ),
-}
-
 
 NOT_OF_THE_RUN = {"output", "resume", "overwrite", "trust_remote_code"}
 # Code from elsewhere runs on explicit request alone, and a run folder may come from elsewhere.
@@ -133,7 +59,7 @@ def _check_data(settings: Mapping[str, Any]) -> None:
             try:
                 check_there(path)
             except DataError:
-                option = f"--{name.replace('_', '-')}"
+                option = flag(name)
                 text = f"there is no file or folder {path}, which the run took as {option}; give it with {option} PATH."
                 raise DataError("RW201", text) from None
 
@@ -150,7 +76,7 @@ def _found_again(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(path) for name, path in paths.items() if path.exists()}
 
 
-def run(settings: TrainSettings, output: Output) -> Mapping[str, Any] | None:
+def run(settings: TrainSettings, output: Output) -> Document | None:
     """None where the document is another process's: the launched ones', or that of the one that writes."""
     from rankwise.training.output import check_output
 
@@ -174,7 +100,7 @@ def run(settings: TrainSettings, output: Output) -> Mapping[str, Any] | None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise _out_of_memory(error, guard) from error
+        raise out_of_memory(error, guard.advice()) from error
     for label, text in summary(settings.output, record):
         output.line(f"{label:<12}{text}")
     return {"output": str(settings.output)} | record.to_json() if ranks.is_writer() else None
@@ -202,18 +128,6 @@ def _guard(settings: TrainSettings, output: Output) -> MemoryGuard:
     )
 
 
-def _out_of_memory(error: BaseException, guard: MemoryGuard) -> RunError:
-    lines = str(error).strip().splitlines()
-    reason = lines[0].rstrip(".;:") if lines else "no message"
-    changes = guard.advice()
-    remedy = (
-        f"what would fit, the cheapest first: {changes}"
-        if changes
-        else "lower --batch-size or --max-length, or switch on --gradient-checkpointing"
-    )
-    return RunError("RW550", f"the memory of the device is full ({reason}); {remedy}.")
-
-
 def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
     """What a finished run came to, as labelled lines."""
     yield "loss", loss_sentence(folder, record)
@@ -225,8 +139,10 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
         yield "trained", f"{parameter_count(record.trainable_parameters)} parameters, {share:.2f} % of the model"
     yield "speed", _speed(record)
     yield "written", f"{folder}  (curve: {folder / 'loss.svg'})"
-    if record.method in SERVED:
-        yield "try", f'rankwise generate --{_as_model(record)} {folder} --prompt "..."' + _compare(record)
+    # The baselines are there to be compared: `generate` loads none.
+    if record.method not in BASELINES:
+        kind, compare = ("model", "") if record.method == "full" else ("adapter", " --compare")
+        yield "try", f'rankwise generate --{kind} {folder} --prompt "..."{compare}'
 
 
 def loss_sentence(folder: Path, record: RunRecord) -> str:
@@ -244,23 +160,12 @@ def _speed(record: RunRecord) -> str:
     if record.tokens_per_second is not None:
         parts.append(f"{record.tokens_per_second:,.0f} tokens/s")
     if record.peak_memory_bytes is not None:
-        parts.append(f"peak memory {byte_size(record.peak_memory_bytes)}{_predicted(record)}")
+        plan = record.predicted_peak_memory_bytes
+        predicted = "" if plan is None else f" (predicted {byte_size(plan)})"
+        parts.append(f"peak memory {byte_size(record.peak_memory_bytes)}{predicted}")
     if record.wall_seconds is not None:
         parts.append(f"{duration(record.wall_seconds)} in all")
     return ", ".join(parts)
-
-
-def _predicted(record: RunRecord) -> str:
-    peak = record.predicted_peak_memory_bytes
-    return "" if peak is None else f" (predicted {byte_size(peak)})"
-
-
-def _as_model(record: RunRecord) -> str:
-    return "model" if record.method == "full" else "adapter"
-
-
-def _compare(record: RunRecord) -> str:
-    return "" if record.method == "full" else " --compare"
 
 
 VERB = Verb(
@@ -274,17 +179,5 @@ VERB = Verb(
         "    --method dora --r 8 --max-steps 200 --output runs/dora",
         "rankwise train --resume --output runs/first",
     ),
-    panels=PANELS,
-    metavars={
-        "model": "M",
-        "data": "D",
-        "output": "DIR",
-        "eval_data": "E",
-        "chat_template": "FILE",
-        "layers_to_transform": "N,...",
-        "rank_pattern": "NAME=R,...",
-        "alpha_pattern": "NAME=X,...",
-        "enable_lora": "NAME=1:0:1,...",
-    },
     earlier=settings_of_the_run,
 )

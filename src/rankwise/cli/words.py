@@ -26,11 +26,5 @@ def one_line(text: str, limit: int = 240) -> str:
 
 def printable(text: str) -> str:
     """``text`` with control characters made visible: foreign text must not steer the terminal."""
-    return "".join(
-        character if character in "\n\t" or character.isprintable() else _visible(character) for character in text
-    )
-
-
-def _visible(character: str) -> str:
-    code = ord(character)
-    return chr(0x2400 + code) if code < 0x20 else f"\\u{code:04x}"
+    codes = {ord(character) for character in text if character not in "\n\t" and not character.isprintable()}
+    return text.translate({code: chr(0x2400 + code) if code < 0x20 else f"\\u{code:04x}" for code in codes})

@@ -14,8 +14,9 @@ from rankwise.comparison.inputs import Inputs
 from rankwise.comparison.matrix import Cell, cell_settings
 from rankwise.comparison.runner import steps_of
 from rankwise.comparison.schedule import Plan, probe_of
-from rankwise.comparison.settings import CompareOptions, shared_training
+from rankwise.comparison.settings import CompareSettings, shared_training
 from rankwise.comparison.stages import Job
+from rankwise.config import BASELINES
 from rankwise.errors import warn
 from rankwise.records import write_json
 from rankwise.reports.numbers import byte_size
@@ -29,7 +30,7 @@ MEASURED = ("task_limit", "eval_data", "columns", "max_length", "chat_template",
 class Commands:
     """What to start for a job."""
 
-    def __init__(self, given: CompareOptions, plan: Plan, inputs: Inputs) -> None:
+    def __init__(self, given: CompareSettings, plan: Plan, inputs: Inputs) -> None:
         self.given, self.plan, self.inputs = given, plan, inputs
         self.shared = shared_training(given)
         self.batches = {method: self._batch(method) for method in plan.methods}
@@ -111,9 +112,7 @@ class Commands:
         """With --memory-budget: the largest micro-batch that is planned to fit, the rows of a step as asked for."""
         if self.given.memory_budget is None:
             return {}
-        from rankwise.planning.terms import METHODS
-
-        if method not in METHODS:
+        if method in BASELINES:
             warn("RW564", f"there is no memory plan for {method}; it keeps --batch-size {self.shared['batch_size']}.")
             return {}
         rows = self.shared["batch_size"] * self.shared["gradient_accumulation"]
@@ -152,7 +151,7 @@ class Commands:
             "cache": str(self._cache()),
             "method": job.cell.method if job.cell else None,
             "eval_data": self.inputs.evaluation,
-            "columns": {name: self.shared[name] for name in ("prompt_column", "completion_column")},
+            "columns": self.given.columns,
             "merged_check": self.given.merged_check,
             "tasks": list(self.given.task),
             "task_data": list(self.given.task_data),

@@ -7,14 +7,14 @@ import math
 from collections.abc import Mapping
 from statistics import fmean
 
-from rankwise.comparison.settings import CompareOptions
+from rankwise.comparison.settings import CompareSettings
 from rankwise.comparison.statistics import POWER, minimum_detectable_effect, pooled, spread_parts
 from rankwise.comparison.verdicts import Scores, estimate_difference
 from rankwise.reports.schema import EVAL_LOSS, MinimumDetectableEffect
 
 
 def detectable_effect(
-    given: CompareOptions, scores: Mapping[str, Scores], *, seeds: int, rows: int
+    given: CompareSettings, scores: Mapping[str, Scores], *, seeds: int, rows: int
 ) -> MinimumDetectableEffect:
     """With so many seeds and evaluation rows; ``scores`` are those of the metric that decides, method by method."""
     pairs = [pair for pair in itertools.combinations(scores.values(), 2) if set(pair[0].values) & set(pair[1].values)]

@@ -64,20 +64,15 @@ def recommended_yaml(output: Path, settings: Mapping[str, Any], reason: str) -> 
     """The run's own settings, those at their defaults left out, with an output folder of its own."""
     import yaml
 
-    fields = TrainSettings.model_fields
+    defaults = TrainSettings.defaults()
     kept = {
-        name.replace("_", "-"): value
-        for name, value in settings.items()
-        if name in fields and name not in NOT_SETTINGS and (fields[name].is_required() or not _is_default(name, value))
+        name.replace("_", "-"): settings[name]
+        for name in ("model", "data", *defaults)
+        if name in settings and name not in NOT_SETTINGS and settings[name] != defaults.get(name)
     }
     kept["method"] = settings["method"]
     kept["output"] = str(output.resolve() / "recommended")
     return f"# {reason}\n" + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=1000)
-
-
-def _is_default(name: str, value: Any) -> bool:
-    default = TrainSettings.model_fields[name].get_default()
-    return value == (list(default) if isinstance(default, tuple) else default)
 
 
 def copy_run(run: Path, target: Path) -> None:

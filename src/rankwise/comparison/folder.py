@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rankwise.comparison.settings import SAME_RUNS, SHARED, CompareOptions
+from rankwise.comparison.settings import SAME_RUNS, SHARED, CompareSettings
 from rankwise.disk import refuse_links
 from rankwise.errors import RunError
 from rankwise.foreign import checked, read_json, reason_of
+from rankwise.options import flag
 from rankwise.records import write_json
 from rankwise.reports.schema import BEST_FOLDER, MERGED_FOLDER
 
@@ -48,7 +49,7 @@ class _Identity:
     data: dict[str, str]
 
 
-def check_same(output: Path, given: CompareOptions, data: Mapping[str, Any]) -> None:
+def check_same(output: Path, given: CompareSettings, data: Mapping[str, Any]) -> None:
     """Note what the runs of this folder depend on, or compare with what was noted.
 
     More methods, seeds, learning rates or tasks may come: runs that are there stay what they are. Raises RunError
@@ -64,7 +65,7 @@ def check_same(output: Path, given: CompareOptions, data: Mapping[str, Any]) -> 
     except (OSError, ValueError) as error:
         raise RunError("RW581", f"cannot read {path}: {reason_of(error)}; give another --output.") from None
     changed = [
-        f"--{name.replace('_', '-')} was {before.options.get(name)!r} and is {value!r}"
+        f"{flag(name)} was {before.options.get(name)!r} and is {value!r}"
         for name, value in now["options"].items()
         if name not in NEUTRAL and before.options.get(name, value) != value
     ]
@@ -81,7 +82,7 @@ def check_same(output: Path, given: CompareOptions, data: Mapping[str, Any]) -> 
         )
 
 
-def _identity(given: CompareOptions, data: Mapping[str, Any]) -> dict[str, Any]:
+def _identity(given: CompareSettings, data: Mapping[str, Any]) -> dict[str, Any]:
     options = given.model_dump(mode="json")
     names = ("model", *SAME_RUNS, *SHARED)
     return {

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.comparison.settings import CompareOptions
+from rankwise.comparison.settings import CompareSettings
 from rankwise.config import BASELINES, LoraConfig
 from rankwise.data import Row, Rows, read_rows, warn_of_overlap
 from rankwise.errors import ConfigError, DataError, ModelError
@@ -37,7 +37,7 @@ class Inputs:
     eval_rows: int
 
 
-def prepare_inputs(given: CompareOptions, check: Callable[[dict[str, Any]], None]) -> Inputs:
+def prepare_inputs(given: CompareSettings, check: Callable[[dict[str, Any]], None]) -> Inputs:
     """Read both sets once; where the evaluation set is a part of something, write that part into ``DIR/data``.
 
     ``check`` sees the description of the data first, and may refuse it.
@@ -46,8 +46,7 @@ def prepare_inputs(given: CompareOptions, check: Callable[[dict[str, Any]], None
     hash of its prompts: rows of one prompt stay together, and the order of the file does not matter.
     Raises DataError as the readers do, ConfigError (RW168) when rows cannot be split.
     """
-    options = given.model_dump()
-    columns = {name: options[name] for name in ("prompt_column", "completion_column")}
+    columns = given.columns
     folder = given.output / "data"
     rows = read_rows(given.data, split="train", **columns)
     held_out = _own_evaluation(given, rows, columns)
@@ -56,7 +55,7 @@ def prepare_inputs(given: CompareOptions, check: Callable[[dict[str, Any]], None
     if held_out is None:
         rows, held_out = split_by_prompt(rows, EVAL_SHARE)
         how = "a tenth of the training data, by prompt"
-    part = limited(held_out, options["eval_limit"])
+    part = limited(held_out, given.eval_limit)
     overlap = warn_of_overlap(rows, part)
     described = {
         "train": {"source": rows.source, "sha256": _content_hash(rows), "rows": len(rows)},
@@ -72,19 +71,17 @@ def prepare_inputs(given: CompareOptions, check: Callable[[dict[str, Any]], None
     return Inputs(train, evaluation, described, len(rows), len(part))
 
 
-def check_adapter(given: CompareOptions) -> None:
+def check_adapter(given: CompareSettings) -> None:
     """Before hours of training: adapter settings that name what is not in the model or leave a mixture's experts out,
     said as ``add_adapter`` does.
 
     Raises AdapterError as ``plan_adapter`` does, and ModelError where there is no such model.
     """
-    settings = given.model_dump()
-    names = [field.name for field in dataclasses.fields(LoraConfig) if field.name in settings]
-    config, usual = LoraConfig(**{name: settings[name] for name in names}), LoraConfig()
+    config, usual = given.lora_config(use_dora=False), LoraConfig()
     asked = any(getattr(config, name) != getattr(usual, name) for name in NAMING)
     if not set(given.methods) - {"full", *BASELINES}:
         return
-    remote = {name: settings[name] for name in ("trust_remote_code", "revision")}
+    remote: dict[str, Any] = {"trust_remote_code": given.trust_remote_code, "revision": given.revision}
     if not asked and not _is_mixture(given.model, remote):
         return
     from rankwise.adapters import plan_adapter
@@ -128,7 +125,7 @@ def prompt_of(row: Row) -> str:
     return row.prompt if row.kind == "prompt" else row.text
 
 
-def _own_evaluation(given: CompareOptions, rows: Rows, columns: dict[str, Any]) -> Rows | None:
+def _own_evaluation(given: CompareSettings, rows: Rows, columns: dict[str, Any]) -> Rows | None:
     if given.eval_data is not None:
         return read_rows(given.eval_data, split="validation", **columns)
     if Path(given.data).expanduser().is_file():

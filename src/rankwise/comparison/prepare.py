@@ -15,7 +15,7 @@ from rankwise.comparison.measure import answering
 from rankwise.config import TrainSettings
 from rankwise.models import fetch_model
 from rankwise.training.prepared import is_worth_keeping
-from rankwise.training.run import encode_data, load_base, quantization_for, read_data
+from rankwise.training.setup import encode_data, load_for_training, quantization_for, read_data
 
 
 def prepare(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,9 +25,9 @@ def prepare(job: Mapping[str, Any]) -> dict[str, Any]:
         source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
         if made and not is_worth_keeping(source, quantization_for(given)):
             continue
-        loaded = load_base(given)
+        loaded = load_for_training(given)
         if not made:
-            encode_data(given, loaded, *read_data(given))
+            encode_data(given, loaded.tokenizer, *read_data(given))
         made.append(given.method)
         del loaded
     return {"prepared": made}

@@ -5,9 +5,8 @@ from __future__ import annotations
 import datetime
 import shlex
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any
 
@@ -31,14 +30,15 @@ from rankwise.comparison.runner import (
     seconds_spent,
 )
 from rankwise.comparison.schedule import Plan, jobs_left, jobs_to_do, possible_jobs, probe_of
-from rankwise.comparison.settings import CompareOptions, CompareSettings, check_compare, shared_training
+from rankwise.comparison.settings import CompareSettings, check_compare
 from rankwise.comparison.stages import Job
 from rankwise.comparison.statistics import CONFIDENCE
 from rankwise.comparison.summary import all_differences, all_methods, ranked, scores_by_metric, searches
 from rankwise.comparison.tasks import make_tasks
 from rankwise.config import FOUR_BITS, idle_options
 from rankwise.disk import coded_errors, discard_folder, hold, remove_strays
-from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, warn
+from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, heard, warn
+from rankwise.options import flag, option_words
 from rankwise.records import write_json
 from rankwise.reports.numbers import percent, plural, significant
 from rankwise.reports.schema import (
@@ -58,7 +58,7 @@ from rankwise.reports.schema import (
 ENDINGS = (".in", ".json", ".yaml")
 
 
-def compare(given: CompareOptions, watcher: Watcher) -> Comparison:
+def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
     """Run what is missing in ``given.output``, then write ``comparison.json`` and what it recommends.
 
     Raises ConfigError (RW165 to RW168), RunError: RW580 a folder of other settings, RW581 a folder of something else,
@@ -95,7 +95,7 @@ def compare(given: CompareOptions, watcher: Watcher) -> Comparison:
                 clock.keep(now=True)
 
 
-def _announce(given: CompareOptions, inputs: Inputs, effect: MinimumDetectableEffect, watcher: Watcher) -> None:
+def _announce(given: CompareSettings, inputs: Inputs, effect: MinimumDetectableEffect, watcher: Watcher) -> None:
     short = given.search_steps is not None
     runs = planned_runs(len(given.methods), len(given.learning_rates), given.seeds, short=short)
     methods, rates = plural(len(given.methods), "method"), plural(len(given.learning_rates), "learning rate")
@@ -109,15 +109,14 @@ def _announce(given: CompareOptions, inputs: Inputs, effect: MinimumDetectableEf
     watcher.say(f"{_smallest(effect)}, assuming that {effect['assumption']}.")
 
 
-def _warn_of_idle_options(given: CompareOptions) -> None:
+def _warn_of_idle_options(given: CompareSettings) -> None:
     """Say which options have no effect on any of the methods; each run leaves out what has none on its own."""
     without = [{name for names in idle_options(method).values() for name in names} for method in given.methods]
-    fields = type(given).model_fields
-    common = [name for name in fields if name in set.intersection(*without)]
-    idle = [name for name in common if getattr(given, name) != fields[name].get_default()]
+    common, defaults = set.intersection(*without), given.defaults()
+    idle = [flag(name) for name in defaults if name in common and getattr(given, name) != defaults[name]]
     if idle:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-        warn("RW529", f"{options}: no effect with --methods {','.join(given.methods)}; no method of these uses it.")
+        methods = ",".join(given.methods)
+        warn("RW529", f"{', '.join(idle)}: no effect with --methods {methods}; no method of these uses it.")
 
 
 def _smallest(effect: MinimumDetectableEffect) -> str:
@@ -127,16 +126,15 @@ def _smallest(effect: MinimumDetectableEffect) -> str:
     return f"{found}: {' = '.join(part for part in (absolute, relative) if part)}"
 
 
-def _check_tasks(given: CompareOptions, inputs: Inputs) -> None:
+def _check_tasks(given: CompareSettings, inputs: Inputs) -> None:
     """Before hours of training: a task that does not exist, or lacks its data or a package; a metric of no task."""
-    shared = shared_training(given)
     tasks = make_tasks(
         given.task,
         eval_data=inputs.evaluation,
         data=given.task_data,
         limit=given.task_limit,
-        max_length=shared["max_length"],
-        columns={name: shared[name] for name in ("prompt_column", "completion_column")},
+        max_length=given.max_length,
+        columns=given.columns,
     )
     name, _, metric = given.metric.partition(".")
     known = next((list(task.higher_is_better) for task in tasks if task.name == name and name != PERPLEXITY), None)
@@ -145,10 +143,10 @@ def _check_tasks(given: CompareOptions, inputs: Inputs) -> None:
         raise ConfigError("RW167", f"--metric is {given.metric!r}, which is not measured; there are {choice}.")
 
 
-def _plan(given: CompareOptions) -> Plan:
+def _plan(given: CompareSettings) -> Plan:
     return Plan(
         given.output,
-        given.methods,
+        tuple(given.methods),
         given.learning_rates,
         given.seeds,
         given.search_steps is not None,
@@ -157,7 +155,7 @@ def _plan(given: CompareOptions) -> Plan:
     )
 
 
-def _carry_out(given: CompareOptions, plan: Plan, inputs: Inputs, watcher: Watcher, clock: Clock) -> None:
+def _carry_out(given: CompareSettings, plan: Plan, inputs: Inputs, watcher: Watcher, clock: Clock) -> None:
     """First what all runs share, then the steps of --minutes, then the runs."""
     commands = Commands(given, plan, inputs)
     first = [Job("prepare", None)]
@@ -181,7 +179,7 @@ def _open_jobs(jobs: Sequence[Job], plan: Plan) -> list[Job]:
 
 
 def _conclude(
-    given: CompareOptions,
+    given: CompareSettings,
     plan: Plan,
     inputs: Inputs,
     told: list[Message],
@@ -289,7 +287,7 @@ def _warn_of_shared_steps(plan: Plan) -> None:
             warn("RW589", f"the comparison lacks {lacks}: {outcome.error['code']}: {outcome.error['message']}")
 
 
-def _merge(given: CompareOptions, run: Run, watcher: Watcher) -> str | None:
+def _merge(given: CompareSettings, run: Run, watcher: Watcher) -> str | None:
     """The best run as an ordinary model in ``DIR/merged``: a 4-bit run onto the values that it was measured on."""
     import subprocess
     import sys
@@ -302,7 +300,7 @@ def _merge(given: CompareOptions, run: Run, watcher: Watcher) -> str | None:
     watcher.say("Merging the recommended adapter.")
     command = ["merge", "--adapter", str(output / BEST_FOLDER), "--output", str(output / MERGED_FOLDER)]
     command += ["--onto", "quantized"] if run["method"] in FOUR_BITS else []
-    command += ["--trust-remote-code"] if given.model_dump()["trust_remote_code"] else []
+    command += ["--trust-remote-code"] if given.trust_remote_code else []
     done = subprocess.run([sys.executable, "-m", stages.CLI, *command], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         warn("RW589", f"--merge failed: {done.stderr.strip()[-500:]}")
@@ -318,45 +316,25 @@ def _seconds(plan: Plan, jobs: int, clock: Clock) -> dict[str, float]:
     return {"total": total, "runs": round(runs, 3), "overhead": round(total - runs / jobs, 3)}
 
 
-def command_line(given: CompareOptions) -> str:
+def command_line(given: CompareSettings) -> str:
     """The command that repeats this comparison."""
     words = ["rankwise", "compare"]
+    defaults = given.defaults()
     for name, value in given.model_dump(mode="json").items():
-        field = CompareSettings.model_fields[name]
-        default = None if field.is_required() else field.get_default()
-        if value == (list(default) if isinstance(default, tuple) else default) or name in ("retry", "jobs"):
+        if value == defaults.get(name) or name in ("retry", "jobs"):
             continue
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{name.replace('_', '-')}")
-        elif name in ("memory", "memory_budget"):
-            words += [flag, f"{value}B"]
-        elif name in ("task", "task_data"):
-            words += [word for item in value for word in (flag, item)]
-        elif isinstance(value, dict):
-            words += [flag, ",".join(f"{key}={_short(item)}" for key, item in value.items())]
-        else:
-            words += [flag, ",".join(map(_short, value)) if isinstance(value, list) else _short(value)]
+        several = name in ("task", "task_data")
+        in_bytes = name in ("memory", "memory_budget")
+        for item in value if several else [f"{value}B" if in_bytes else value]:
+            words += option_words(name, item)
     return shlex.join(words)
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, list):
-        return ":".join(str(int(item)) for item in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-@contextmanager
-def _told(told: list[Message]) -> Iterator[None]:
+def _told(told: list[Message]) -> AbstractContextManager[None]:
     """Our warnings are shown as always, and kept for the report."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("always", category=RankwiseWarning)
-        show = warnings.showwarning
 
-        def tell(message: Any, *rest: Any, **named: Any) -> None:
-            if isinstance(message, RankwiseWarning):
-                told.append({"code": message.code, "message": message.message})
-            show(message, *rest, **named)
+    def tell(warning: RankwiseWarning) -> bool:
+        told.append({"code": warning.code, "message": warning.message})
+        return True
 
-        warnings.showwarning = tell
-        yield
+    return heard(tell)

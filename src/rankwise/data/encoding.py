@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rankwise.constants import IGNORED
 from rankwise.data.bad_rows import NEVER, check_bad_rows
 from rankwise.data.bounded import bounded
 from rankwise.data.rows import Problem, Row, Rows
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
 # Rows are tokenized in batches, of which the first bound that is reached ends one.
 ROWS_PER_BATCH = 2000
 CHARACTERS_PER_BATCH = 1 << 24

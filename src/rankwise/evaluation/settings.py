@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 
-from rankwise.config import (
-    LARGEST_BATCH,
-    LARGEST_SEED,
-    LONGEST_ROW,
-    MANY,
-    Settings,
+from rankwise.config import Device, Dtype, ModelOptions
+from rankwise.errors import ConfigError
+from rankwise.options import (
+    Batch,
+    Count,
+    Length,
+    Panel,
+    Seed,
     Temperature,
+    Tokens,
+    Whole,
     comma_list,
+    option,
     text_list,
 )
-from rankwise.errors import ConfigError
 
 Protocol = Literal["generative", "loglikelihood"]
 PromptStyle = Literal["llm-adapters", "trained"]
@@ -32,107 +37,141 @@ def task_list(value: Any) -> Any:
     return tuple(name for item in items for name in (comma_list(item) if isinstance(item, str) else (item,)))
 
 
-class EvaluateSettings(Settings):
+_measured = functools.partial(option, Panel.MEASURED)
+_prompts = functools.partial(option, Panel.PROMPTS)
+_decoding = functools.partial(option, Panel.DECODING)
+_judge = functools.partial(option, Panel.JUDGE)
+_loading = functools.partial(option, Panel.LOADING)
+
+
+class LoadingOptions(ModelOptions):
+    """How a model that was trained is loaded."""
+
+    dtype: Annotated[
+        Dtype, _loading("Dtype of the base; auto: as the adapter was trained, else what suits the device.")
+    ] = "auto"
+    quantization: Annotated[
+        Literal["auto", "none", "nf4", "fp4"], _loading("4-bit layers or not; auto: as the adapter was trained.")
+    ] = "auto"
+    device: Annotated[Device, _loading("Device; auto takes the fastest.")] = "auto"
+
+
+class EvaluateSettings(LoadingOptions):
     """The options of ``rankwise evaluate``, and the keys of its ``--config`` file."""
 
-    task: Annotated[tuple[str, ...], BeforeValidator(task_list)] = Field(
-        min_length=1,
-        description="perplexity, e2e, boolq, piqa, siqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa, "
-        "gsm8k, vicuna, or any task of lm-evaluation-harness; may be given several times.",
-        json_schema_extra={"repeated": True},
-    )
-    model: str | None = Field(
-        None, description="Hub id, folder, .gguf file, or `demo`. Default: the base that the adapter names."
-    )
-    adapter: Annotated[tuple[Path, ...], BeforeValidator(text_list)] = Field(
-        (),
-        description="Run folder or PEFT adapter folder; several are evaluated beside their base.",
-        json_schema_extra={"repeated": True},
-    )
-    base: bool | None = Field(
-        None, description="Evaluate the base model too; default: where several adapters are given."
-    )
-    data: Annotated[tuple[str, ...], BeforeValidator(text_list)] = Field(
-        (),
-        description="File, folder or hub id with the task's data; TASK=DATA where tasks have data of their own.",
-        json_schema_extra={"repeated": True},
-    )
-    output: Path | None = Field(
-        None, description="Folder for results and predictions; default: one under `evaluations`, named by the settings."
-    )
-    limit: int | None = Field(None, ge=1, le=MANY, description="Only the first N questions of each task.")
-    overwrite: bool = Field(False, description="Replace the results in --output.")
+    task: Annotated[
+        tuple[str, ...],
+        BeforeValidator(task_list),
+        _measured(
+            "perplexity, e2e, boolq, piqa, siqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa, gsm8k, "
+            "vicuna, or any task of lm-evaluation-harness; may be given several times.",
+            metavar="NAME",
+            repeated=True,
+            min_length=1,
+        ),
+    ]
+    model: Annotated[
+        str | None,
+        _measured("Hub id, folder, .gguf file, or `demo`. Default: the base that the adapter names.", metavar="M"),
+    ] = None
+    adapter: Annotated[
+        tuple[Path, ...],
+        BeforeValidator(text_list),
+        _measured(
+            "Run folder or PEFT adapter folder; several are evaluated beside their base.", metavar="A", repeated=True
+        ),
+    ] = ()
+    base: Annotated[
+        bool | None, _measured("Evaluate the base model too; default: where several adapters are given.")
+    ] = None
+    data: Annotated[
+        tuple[str, ...],
+        BeforeValidator(text_list),
+        _measured(
+            "File, folder or hub id with the task's data; TASK=DATA where tasks have data of their own.",
+            metavar="[TASK=]D",
+            repeated=True,
+        ),
+    ] = ()
+    output: Annotated[
+        Path | None,
+        _measured(
+            "Folder for results and predictions; default: one under `evaluations`, named by the settings.",
+            metavar="DIR",
+        ),
+    ] = None
+    limit: Annotated[Count | None, _measured("Only the first N questions of each task.")] = None
+    overwrite: Annotated[bool, _measured("Replace the results in --output.")] = False
 
-    protocol: Protocol | None = Field(
-        None,
-        description="Commonsense sets: generative (an answer is written and read) or loglikelihood (answers are "
-        "scored). Default: what the data are for.",
-    )
-    prompt_style: PromptStyle = Field(
-        "llm-adapters",
-        description="Generative commonsense prompts: the template of the LLM-Adapters and DoRA papers, or as training "
-        "writes such rows.",
-    )
-    num_fewshot: int | None = Field(
-        None,
-        ge=0,
-        le=MANY,
-        description="Worked examples in front of each question; default: gsm8k 8, others the task's own.",
-    )
-    fewshot_data: str | None = Field(None, description="Where those examples come from: a file like that of --data.")
-    max_new_tokens: int | None = Field(
-        None, ge=1, le=LONGEST_ROW, description="Longest answer, in tokens; default: the task's own."
-    )
-    num_beams: int | None = Field(
-        None,
-        ge=1,
-        le=LARGEST_BATCH,
-        description="Beam search; default: 1 (greedy), 4 for generative commonsense sets as in the papers.",
-    )
-    length_penalty: float | None = Field(
-        None, description="Beam search divides by length to this power; default: 0.9 for e2e (LoRA paper), else 1."
-    )
-    no_repeat_ngram_size: int | None = Field(
-        None,
-        ge=0,
-        le=LONGEST_ROW,
-        description="No repeated n-gram in an answer; default: 4 for e2e with beams (LoRA paper), else 0.",
-    )
-    temperature: Temperature = Field(
-        0.0, ge=0, le=1000, description="vicuna: 0 takes the likeliest token; above 0 samples."
-    )
-    top_p: float = Field(1.0, gt=0, le=1, description="vicuna: sample from the likeliest tokens of this share.")
-    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of the sampling.")
-    max_length: int | None = Field(
-        None,
-        ge=2,
-        le=LONGEST_ROW,
-        description="perplexity: tokens per row; default: as the adapters were trained, else 1024.",
-    )
-    prompt_column: str | None = Field(None, description="perplexity: column with the prompt.")
-    completion_column: str | None = Field(None, description="perplexity: column with the completion.")
-    chat_template: Path | None = Field(None, description="Jinja file that overrides the tokenizer's template.")
+    protocol: Annotated[
+        Protocol | None,
+        _prompts(
+            "Commonsense sets: generative (an answer is written and read) or loglikelihood (answers are scored). "
+            "Default: what the data are for."
+        ),
+    ] = None
+    prompt_style: Annotated[
+        PromptStyle,
+        _prompts(
+            "Generative commonsense prompts: the template of the LLM-Adapters and DoRA papers, or as training writes "
+            "such rows."
+        ),
+    ] = "llm-adapters"
+    num_fewshot: Annotated[
+        Whole | None,
+        _prompts("Worked examples in front of each question; default: gsm8k 8, others the task's own."),
+    ] = None
+    fewshot_data: Annotated[
+        str | None, _prompts("Where those examples come from: a file like that of --data.", metavar="D")
+    ] = None
 
-    judge_url: str | None = Field(None, description="vicuna: OpenAI-compatible endpoint that compares answers.")
-    judge_model: str | None = Field(None, description="vicuna: name of the judging model there.")
-    judge_key_env: str = Field("OPENAI_API_KEY", description="vicuna: environment variable that holds the key.")
-    reference_answers: str | None = Field(None, description="vicuna: the reference system's answers (JSONL).")
+    chat_template: Annotated[
+        Path | None, _prompts("Jinja file that overrides the tokenizer's template.", metavar="FILE")
+    ] = None
 
-    batch_size: int | None = Field(
-        None,
-        ge=1,
-        le=LARGEST_BATCH,
-        description="Most sequences in a batch; default: as many as a budget of tokens admits.",
-    )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="Dtype of the base; auto: as the adapter was trained, else what suits the device."
-    )
-    quantization: Literal["auto", "none", "nf4", "fp4"] = Field(
-        "auto", description="4-bit layers or not; auto: as the adapters were trained."
-    )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Device; auto takes the fastest.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with a hub repository.")
-    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    max_new_tokens: Annotated[
+        Tokens | None,
+        _decoding("Longest answer, in tokens; default: the task's own."),
+    ] = None
+    num_beams: Annotated[
+        Batch | None,
+        _decoding("Beam search; default: 1 (greedy), 4 for generative commonsense sets as in the papers."),
+    ] = None
+    length_penalty: Annotated[
+        float | None,
+        _decoding("Beam search divides by length to this power; default: 0.9 for e2e (LoRA paper), else 1."),
+    ] = None
+    no_repeat_ngram_size: Annotated[
+        Whole | None,
+        _decoding("No repeated n-gram in an answer; default: 4 for e2e with beams (LoRA paper), else 0."),
+    ] = None
+    temperature: Annotated[Temperature, _decoding("vicuna: 0 takes the likeliest token; above 0 samples.")] = 0.0
+    top_p: Annotated[float, _decoding("vicuna: sample from the likeliest tokens of this share.", gt=0, le=1)] = 1.0
+    seed: Annotated[Seed, _decoding("Seed of the sampling.")] = 0
+
+    max_length: Annotated[
+        Length | None,
+        option(Panel.PERPLEXITY, "perplexity: tokens per row; default: as the adapters were trained, else 1024."),
+    ] = None
+
+    prompt_column: Annotated[str | None, option(Panel.PERPLEXITY, "perplexity: column with the prompt.")] = None
+    completion_column: Annotated[str | None, option(Panel.PERPLEXITY, "perplexity: column with the completion.")] = None
+
+    judge_url: Annotated[
+        str | None, _judge("vicuna: OpenAI-compatible endpoint that compares answers.", metavar="URL")
+    ] = None
+    judge_model: Annotated[str | None, _judge("vicuna: name of the judging model there.", metavar="NAME")] = None
+    judge_key_env: Annotated[
+        str,
+        _judge("vicuna: environment variable that holds the key.", metavar="VARIABLE"),
+    ] = "OPENAI_API_KEY"
+    reference_answers: Annotated[
+        str | None, _judge("vicuna: the reference system's answers (JSONL).", metavar="FILE")
+    ] = None
+
+    batch_size: Annotated[
+        Batch | None, _loading("Most sequences in a batch; default: as many as a budget of tokens admits.")
+    ] = None
 
     def data_of(self, task: str) -> str | None:
         """The data given for one task: ``TASK=DATA`` before data for all. Raises as ``split_data``."""

@@ -29,9 +29,9 @@ from rankwise.errors import AdapterError, ModelError, RunError, warn
 from rankwise.export.dequantized import DequantizedWeights
 from rankwise.export.experts import Change, StackedExperts, rounding
 from rankwise.export.safetensors_writer import bytes_of, write_safetensors
-from rankwise.export.shards import INDEX_FILE, ShardedWeights
+from rankwise.export.shards import ShardedWeights
 from rankwise.models import ModelSource, fetch_model, load_model, load_skeleton, model_hash, warns_of_other_hub_model
-from rankwise.models.folder import read_config
+from rankwise.models.folder import INDEX_FILE, read_config
 from rankwise.ops import dequantize_weight, quantize_weight
 from rankwise.quantization.config import CONFIGS, FourBitConfig, rewrite_bitsandbytes_config
 from rankwise.quantization.in_place import is_finite

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from rankwise.errors import ModelError
 from rankwise.foreign import read_json
+from rankwise.models.folder import INDEX_FILE
 from rankwise.weights_file import TensorInfo, read_header
 
 SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 
 class ShardedWeights:

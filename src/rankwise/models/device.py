@@ -22,11 +22,6 @@ class DeviceChoice:
     dtype: torch.dtype
     reason: str
 
-    @property
-    def needs_loss_scaling(self) -> bool:
-        """float16 gradients underflow unless the loss is scaled up; bfloat16 has float32's range."""
-        return str(self.dtype) == "torch.float16"
-
 
 def choose_device(device: str | None = "auto", dtype: str | torch.dtype | None = "auto") -> DeviceChoice:
     """The device to run on and the base's dtype there.

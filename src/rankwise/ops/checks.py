@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rankwise.constants import BLOCK_SIZES, NESTED_BLOCK
 from rankwise.errors import QuantizationError
-from rankwise.ops.codes import NESTED_BLOCK, QUANT_TYPES
+from rankwise.ops.codes import QUANT_TYPES
 from rankwise.ops.packed_weight import PackedWeight
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -20,8 +20,6 @@ from rankwise.compat.torch import plain_tensors
 
 Parameters = ParamSpec("Parameters")
 
-# Elements of ``absmax`` that share one second-level scale (QLoRA, section 3).
-NESTED_BLOCK = 256
 
 # Equal bins of [-1, 1] in which bitsandbytes' CPU code looks up the nearest 8-bit code.
 DYNAMIC_BINS = 65536

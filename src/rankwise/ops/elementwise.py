@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rankwise.constants import IGNORED
 from rankwise.ops.elementwise_checks import ACTIVATIONS, check_targets
-from rankwise.ops.elementwise_reference import IGNORED
 from rankwise.ops.selection import is_traced
 from rankwise.ops.table import call
 

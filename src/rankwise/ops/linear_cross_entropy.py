@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rankwise.constants import IGNORED
 from rankwise.ops import elementwise
 from rankwise.ops.dense import input_grad_out, linear_out
 from rankwise.ops.elementwise_checks import check_targets, sum_dtype
-from rankwise.ops.elementwise_reference import IGNORED
 from rankwise.ops.selection import stands_on_card
 
 # Logits of a chunk on a CPU: few enough to stay near its caches, enough rows for an efficient product.

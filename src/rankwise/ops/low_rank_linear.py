@@ -177,7 +177,7 @@ def _all_rows(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 # Zero-size aliases of the outputs that are kept, None for the others. They share the outputs' version counters, to
 # detect in-place writes that autograd's own check would turn into an error.
-Kept = Sequence[Tensor | None]
+KeptOutputs = Sequence[Tensor | None]
 
 
 def _trains_m(branches: Sequence[Branch]) -> list[bool]:
@@ -185,7 +185,7 @@ def _trains_m(branches: Sequence[Branch]) -> list[bool]:
     return [branch.m is not None and branch.m.requires_grad for branch in branches]
 
 
-def _kept(needed: Sequence[bool], outputs: Sequence[Tensor]) -> Kept:
+def _kept(needed: Sequence[bool], outputs: Sequence[Tensor]) -> KeptOutputs:
     return [_counter_of(output) if is_needed else None for output, is_needed in zip(outputs, needed)]
 
 
@@ -195,11 +195,11 @@ def _counter_of(output: Tensor) -> Tensor:
     return counter
 
 
-def _are_written_over(kept: Kept) -> bool:
+def _are_written_over(kept: KeptOutputs) -> bool:
     return any(counter is not None and writes_to(counter) > 0 for counter in kept)
 
 
-def _only(kept: Kept, ys: Sequence[Tensor]) -> list[Tensor | None]:
+def _only(kept: KeptOutputs, ys: Sequence[Tensor]) -> list[Tensor | None]:
     return [None if counter is None else y for counter, y in zip(kept, ys)]
 
 

@@ -28,7 +28,7 @@ OfRows = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class Plain:
     """x (..., K) itself."""
 
     x: Tensor
@@ -63,7 +63,7 @@ class Normed:
         return product(scaled, _rows(self.h)) * (self.offset + self.w.float())
 
 
-Source = Kept | Normed
+Source = Plain | Normed
 
 
 def remember(x: Tensor, normed: Normed) -> None:
@@ -75,25 +75,25 @@ def remember(x: Tensor, normed: Normed) -> None:
 def source_of(x: Tensor) -> Source:
     """What to keep of x: itself where it is no norm's output, or somebody wrote to it since."""
     normed, version = _made.get(x, (None, 0))
-    return Kept(x) if normed is None or writes_to(x) != version else normed
+    return Plain(x) if normed is None or writes_to(x) != version else normed
 
 
 def tensors_of(source: Source) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Three to save, by which `with_tensors` makes the source whole again."""
-    return (source.x, None, None) if isinstance(source, Kept) else (source.h, source.w, source.rstd)
+    return (source.x, None, None) if isinstance(source, Plain) else (source.h, source.w, source.rstd)
 
 
 def without_tensors(source: Source) -> Source:
     """Tensors are saved by autograd, which notices when they change."""
     gone: Any = None
-    if isinstance(source, Kept):
-        return Kept(gone)
+    if isinstance(source, Plain):
+        return Plain(gone)
     return dataclasses.replace(source, h=gone, w=gone, rstd=gone)
 
 
 def with_tensors(source: Source, x_or_h: Tensor, w: Tensor, rstd: Tensor) -> Source:
-    if isinstance(source, Kept):
-        return Kept(x_or_h)
+    if isinstance(source, Plain):
+        return Plain(x_or_h)
     return dataclasses.replace(source, h=x_or_h, w=w, rstd=rstd)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rankwise.ops.codes import NESTED_BLOCK
+from rankwise.constants import NESTED_BLOCK
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

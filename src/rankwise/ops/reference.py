@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rankwise.constants import NESTED_BLOCK
 from rankwise.errors import QuantizationError
 from rankwise.ops.codes import (
     DYNAMIC_BINS,
-    NESTED_BLOCK,
     code_bounds,
     code_order,
     code_table,

@@ -24,8 +24,8 @@ from typing import Any, get_args, get_origin
 import torch
 from torch import Tensor
 
+from rankwise.constants import NESTED_BLOCK
 from rankwise.ops import checks, elementwise_checks, elementwise_reference, reference, reference_attention, selection
-from rankwise.ops.codes import NESTED_BLOCK
 from rankwise.ops.cpu import attention as native_attention
 from rankwise.ops.packed_weight import PackedWeight, packed_shape
 

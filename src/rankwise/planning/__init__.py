@@ -5,7 +5,7 @@
 
 from rankwise.planning.estimate import estimate
 from rankwise.planning.measure import Measurement, measure
-from rankwise.planning.terms import METHODS, TERMS, MemoryEstimate
+from rankwise.planning.terms import PLANNED, TERMS, MemoryEstimate
 from rankwise.planning.workload import Workload
 
-__all__ = ["METHODS", "TERMS", "Measurement", "MemoryEstimate", "Workload", "estimate", "measure"]
+__all__ = ["PLANNED", "TERMS", "Measurement", "MemoryEstimate", "Workload", "estimate", "measure"]

@@ -151,7 +151,7 @@ def _prepared(
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rankwise.planning.fake_model import attach, materialize, weights_dtype
+    from rankwise.planning.fake_model import materialize, prepare, weights_dtype
     from rankwise.planning.step import autocast_dtype, make_batch, take_step
 
     config = LlamaConfig(
@@ -166,7 +166,7 @@ def _prepared(
         model = LlamaForCausalLM(config)
     total = sum(parameter.numel() for parameter in model.parameters())
     materialize(model, weights_dtype(method, workload), fill=True, device=device_type)
-    flat = attach(model, method, workload)
+    flat = prepare(model, method, workload)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     batch, autocast = make_batch(workload, device_type, flat=flat), autocast_dtype(method, workload)

@@ -27,7 +27,7 @@ LARGEST_SEARCH = 400
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class SingleChange:
     """One setting changed. ``group``: at most one step of a group in a combination."""
 
     group: str
@@ -41,7 +41,7 @@ class Step:
 class Change:
     """Some steps together: what they come to."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[SingleChange, ...]
     method: str
     workload: Workload
     estimate: MemoryEstimate
@@ -89,7 +89,7 @@ class Change:
         }
 
 
-def possible_steps(method: str, workload: Workload, accumulation: int) -> list[Step]:
+def possible_steps(method: str, workload: Workload, accumulation: int) -> list[SingleChange]:
     """Every single change that makes this run smaller. Halving the batch doubles the accumulation: the same rows."""
     return [
         *_batches(workload, accumulation),
@@ -101,38 +101,38 @@ def possible_steps(method: str, workload: Workload, accumulation: int) -> list[S
     ]
 
 
-def _batches(workload: Workload, accumulation: int) -> Iterator[Step]:
+def _batches(workload: Workload, accumulation: int) -> Iterator[SingleChange]:
     rows, times = workload.batch_size, 1
     while rows > 1 and rows % 2 == 0:
         rows, times = rows // 2, times * 2
         settings = {"batch_size": rows, "gradient_accumulation": accumulation * times}
-        yield Step("batch", f"batch {workload.batch_size} -> {rows}", 0, settings)
+        yield SingleChange("batch", f"batch {workload.batch_size} -> {rows}", 0, settings)
     if rows > 1:
         settings = {"batch_size": 1, "gradient_accumulation": accumulation * workload.batch_size}
-        yield Step("batch", f"batch {workload.batch_size} -> 1", 0, settings)
+        yield SingleChange("batch", f"batch {workload.batch_size} -> 1", 0, settings)
 
 
-def _recomputing(workload: Workload) -> Iterator[Step]:
+def _recomputing(workload: Workload) -> Iterator[SingleChange]:
     if not workload.gradient_checkpointing:
-        yield Step("checkpointing", "gradient checkpointing", 0, {"gradient_checkpointing": True})
+        yield SingleChange("checkpointing", "gradient checkpointing", 0, {"gradient_checkpointing": True})
     if not workload.activation_offloading and workload.device_type != "cpu":
-        yield Step("offloading", "activation offloading", 0, {"activation_offloading": True})
+        yield SingleChange("offloading", "activation offloading", 0, {"activation_offloading": True})
 
 
-def _optimizers(method: str, workload: Workload) -> Iterator[Step]:
+def _optimizers(method: str, workload: Workload) -> Iterator[SingleChange]:
     if workload.device_type == "cpu" or workload.optimizer not in ("adamw_torch", "adamw_torch_fused"):
         return
-    yield Step("optimizer", f"optimizer {PAGED}", 1, {"optimizer": PAGED})
+    yield SingleChange("optimizer", f"optimizer {PAGED}", 1, {"optimizer": PAGED})
     if method == "full":
-        yield Step("optimizer", f"optimizer {HOSTED}", 0, {"optimizer": HOSTED})
+        yield SingleChange("optimizer", f"optimizer {HOSTED}", 0, {"optimizer": HOSTED})
 
 
-def _approximations(method: str) -> Iterator[Step]:
+def _approximations(method: str) -> Iterator[SingleChange]:
     if method in FOUR_BIT_OF:
         other = FOUR_BIT_OF[method]
-        yield Step("method", f"{method} -> {other}", 1 if other in FOUR_BITS else 2, {"method": other})
+        yield SingleChange("method", f"{method} -> {other}", 1 if other in FOUR_BITS else 2, {"method": other})
     if method == "full":
-        yield Step("method", "full -> qlora", 2, {"method": "qlora"})
+        yield SingleChange("method", "full -> qlora", 2, {"method": "qlora"})
 
 
 def reachable(methods: Iterable[str]) -> set[str]:
@@ -143,28 +143,30 @@ def reachable(methods: Iterable[str]) -> set[str]:
     return found
 
 
-def _smaller_adapters(method: str, workload: Workload) -> Iterator[Step]:
+def _smaller_adapters(method: str, workload: Workload) -> Iterator[SingleChange]:
     if method == "full":
         return
     if workload.r > 8:
-        yield Step("rank", f"r {workload.r} -> 8", 2, {"r": 8, "lora_alpha": workload.lora_alpha * 8 / workload.r})
+        yield SingleChange(
+            "rank", f"r {workload.r} -> 8", 2, {"r": 8, "lora_alpha": workload.lora_alpha * 8 / workload.r}
+        )
 
 
-def _shorter_rows(workload: Workload) -> Iterator[Step]:
+def _shorter_rows(workload: Workload) -> Iterator[SingleChange]:
     length = workload.max_length
     while length > 256:
         length //= 2
-        yield Step("length", f"max-length {workload.max_length:,} -> {length:,}", 3, {"max_length": length})
+        yield SingleChange("length", f"max-length {workload.max_length:,} -> {length:,}", 3, {"max_length": length})
 
 
-def apply(steps: Sequence[Step], method: str, workload: Workload) -> tuple[str, Workload]:
+def apply(steps: Sequence[SingleChange], method: str, workload: Workload) -> tuple[str, Workload]:
     """The method and workload after these steps."""
     settings = {name: value for step in steps for name, value in step.settings.items()}
     fields = {name: value for name, value in settings.items() if name in Workload.__dataclass_fields__}
     return settings.get("method", method), dataclasses.replace(workload, **fields)
 
 
-FAST = Step("fast", "--no-fast -> --fast", 0, {"fast": True})
+FAST = SingleChange("fast", "--no-fast -> --fast", 0, {"fast": True})
 """For a run that was asked to take PyTorch's own step; a device on which ours does not run is offered no other."""
 
 
@@ -178,11 +180,11 @@ class Advisor:
         self.estimate, self.seconds, self.memory_bytes = estimate, seconds, memory_bytes
         self.asked_slow = asked_slow
 
-    def _steps(self, method: str, workload: Workload, accumulation: int) -> list[Step]:
+    def _steps(self, method: str, workload: Workload, accumulation: int) -> list[SingleChange]:
         steps = possible_steps(method, workload, accumulation)
         return [*steps, FAST] if self.asked_slow else steps
 
-    def price(self, steps: Sequence[Step], method: str, workload: Workload) -> Change:
+    def price(self, steps: Sequence[SingleChange], method: str, workload: Workload) -> Change:
         before = self.estimate(method, workload)
         changed_method, changed = apply(steps, method, workload)
         after = self.estimate(changed_method, changed)
@@ -244,21 +246,21 @@ class Advisor:
         return sorted(found, key=_price_of)[:count]
 
 
-def _grouped(steps: Sequence[Step]) -> list[list[Step]]:
-    groups: dict[str, list[Step]] = {}
+def _grouped(steps: Sequence[SingleChange]) -> list[list[SingleChange]]:
+    groups: dict[str, list[SingleChange]] = {}
     for step in steps:
         groups.setdefault(step.group, []).append(step)
     return list(groups.values())
 
 
-def _combinations(groups: Sequence[Sequence[Step]]) -> Iterator[tuple[Step, ...]]:
+def _combinations(groups: Sequence[Sequence[SingleChange]]) -> Iterator[tuple[SingleChange, ...]]:
     """Up to four steps, of different groups."""
     for size in range(1, min(4, len(groups)) + 1):
         for chosen in itertools.combinations(groups, size):
             yield from itertools.product(*chosen)
 
 
-def _effort(steps: Sequence[Step]) -> tuple[int, int, int]:
+def _effort(steps: Sequence[SingleChange]) -> tuple[int, int, int]:
     """What keeps the result comes first, then what touches few settings."""
     return max(step.costs for step in steps), len(steps), sum(step.costs for step in steps)
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rankwise.adapters import adapter_parameters, has_adapter
-from rankwise.adapters.base_layer import features, is_linear
+from rankwise.adapters.base_layer import is_linear
 from rankwise.compat.torch import FakeTensorMode
 from rankwise.compat.transformers import choose_experts, fake_masks_looked_at
 from rankwise.errors import ModelError, RankwiseError
@@ -28,7 +28,7 @@ from rankwise.planning import cuda
 from rankwise.planning.architectures import FAMILIES
 from rankwise.planning.assemble import Found, assembled
 from rankwise.planning.counted_optimizer import make_state, new_optimizer
-from rankwise.planning.fake_model import attach, materialize, weights_dtype
+from rankwise.planning.fake_model import materialize, prepare, weights_dtype
 from rankwise.planning.offload import offloaded
 from rankwise.planning.optimizers import rule_of, state_bytes
 from rankwise.planning.parallel import Group, divisors, layer_and_root
@@ -38,6 +38,7 @@ from rankwise.planning.terms import MemoryEstimate
 from rankwise.planning.tracker import StorageTracker
 from rankwise.planning.workload import Workload
 from rankwise.quantization.experts import four_bit_stacks
+from rankwise.quantization.linear import features
 from rankwise.quantization.targets import four_bit_layers, four_bit_modules
 
 
@@ -93,7 +94,7 @@ def trace(
     masks = fake_masks_looked_at() if fake and workload.batch_size == 1 else nullcontext()
     with _explaining(skeleton), mode, way, masks, tracker:
         materialize(skeleton, weights_dtype(method, workload), fill=not fake)
-        flat = attach(skeleton, method, workload)
+        flat = prepare(skeleton, method, workload)
         tracker.answers.true_counts |= true_counts(workload)
         kept = kept_memory(skeleton) if fake and workload.device_type == "cpu" else []
         tracker.see_all(kept, "adapters")

@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from rankwise.errors import ConfigError
-from rankwise.planning.terms import METHODS, MemoryEstimate
+from rankwise.planning.terms import PLANNED, MemoryEstimate
 from rankwise.planning.workload import Workload
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ def estimate(
     known; AdapterError: RW401 to RW404 and RW419 for targets; ModelError: RW135 after the deadline, RW325 ff. and as
     ``fetch_model`` and ``load_skeleton`` do.
     """
-    if method not in METHODS:
-        raise ConfigError("RW131", f"there is no method {method!r}; give one of {', '.join(METHODS)}.")
+    if method not in PLANNED:
+        raise ConfigError("RW131", f"there is no method {method!r}; give one of {', '.join(PLANNED)}.")
     workload = workload or Workload()
     if exact:
         from rankwise.planning.dry_run import dry_run

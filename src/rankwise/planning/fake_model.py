@@ -65,7 +65,7 @@ def weights_dtype(method: str, workload: Workload) -> torch.dtype:
     return torch.float32 if method == "full" else getattr(torch, workload.dtype)
 
 
-def attach(model: nn.Module, method: str, workload: Workload) -> bool:
+def prepare(model: nn.Module, method: str, workload: Workload) -> bool:
     """Quantize, add the adapter and, if asked to, make steps fast, as the trainer does; says whether it would lay rows
     end to end."""
     from rankwise.adapters import add_adapter

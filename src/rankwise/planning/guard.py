@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 from rankwise.errors import AdapterError, InputError, RunError, warn
 from rankwise.models.source import ModelSource, fetch_model
+from rankwise.options import option_words
 from rankwise.planning.changes import FOUR_BIT_OF, Advisor, Change
 from rankwise.planning.check import comparable
 from rankwise.planning.estimate import estimator_of
@@ -16,7 +17,7 @@ from rankwise.planning.fitting import Estimator, Remembering, verdict_of
 from rankwise.planning.hardware import Hardware, cpu_hardware, this_machine
 from rankwise.planning.plan import is_slowed, on_device, ratio_pace_of
 from rankwise.planning.speed import micro_batch_seconds
-from rankwise.planning.terms import METHODS, MemoryEstimate
+from rankwise.planning.terms import PLANNED, MemoryEstimate
 from rankwise.planning.workload import Workload
 from rankwise.reports.numbers import byte_size, plural
 
@@ -74,7 +75,7 @@ class MemoryGuard:
 
     def before_loading(self) -> None:
         method = self.settings["method"]
-        if method not in METHODS:
+        if method not in PLANNED:
             warn("RW564", f"there is no memory plan for {method}; the run starts without a prediction.")
             return
         self.hardware = this_machine() if self.settings["device"] != "cpu" else cpu_hardware()
@@ -232,9 +233,4 @@ def _described(change: Change) -> str:
 
 
 def _option(name: str, value: object) -> str:
-    flag = f"--{name.replace('_', '-')}"
-    if name == "fast":
-        return f"{flag} in place of --no-fast"
-    if value is True:
-        return flag
-    return f"{flag} {','.join(value) if isinstance(value, Sequence) and not isinstance(value, str) else value}"
+    return "--fast in place of --no-fast" if name == "fast" else " ".join(option_words(name, value))

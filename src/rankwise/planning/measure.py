@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import ConfigError, InternalError
-from rankwise.planning.terms import METHODS
+from rankwise.planning.terms import PLANNED
 from rankwise.planning.workload import Workload
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def measure(
     Raises ConfigError (RW131) for an unknown method, (RW133) for a workload of several devices, or when the process
     ends without an answer, as it does when the memory does not suffice.
     """
-    if method not in METHODS:
-        raise ConfigError("RW131", f"there is no method {method!r}; give one of {', '.join(METHODS)}.")
+    if method not in PLANNED:
+        raise ConfigError("RW131", f"there is no method {method!r}; give one of {', '.join(PLANNED)}.")
     if workload.devices > 1:
         raise ConfigError("RW133", f"steps on {workload.devices} devices cannot be measured here; measure on one.")
     order = {
@@ -88,7 +88,7 @@ def carry_out(order: dict[str, Any]) -> Measurement:
     import torch
 
     from rankwise.models import load_skeleton
-    from rankwise.planning.fake_model import attach, materialize, weights_dtype
+    from rankwise.planning.fake_model import materialize, prepare, weights_dtype
     from rankwise.planning.step import autocast_dtype, make_batch, take_step
 
     workload, method = Workload(**order["workload"]), order["method"]
@@ -97,7 +97,7 @@ def carry_out(order: dict[str, Any]) -> Measurement:
     _warm_up(device, workload)
     baseline = _anonymous_bytes() if device == "cpu" else 0
     materialize(model, weights_dtype(method, workload), fill=True, device=device)
-    flat = attach(model, method, workload)
+    flat = prepare(model, method, workload)
     optimizer = _real_optimizer(model, workload)
     batch, autocast, seconds = make_batch(workload, device, flat=flat), autocast_dtype(method, workload), []
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rankwise.config import FOUR_BITS
-from rankwise.planning.changes import Advisor, Change, Step, possible_steps
+from rankwise.planning.changes import Advisor, Change, SingleChange, possible_steps
 from rankwise.planning.rules import PAGED, Rule, Situation, reasons
 from rankwise.planning.terms import MemoryEstimate
 from rankwise.planning.workload import Workload
@@ -119,23 +119,23 @@ def _fastest(
 
 def _combinations(
     method: str, workload: Workload, accumulation: int, allowed: frozenset[str]
-) -> Iterator[tuple[Step, ...]]:
+) -> Iterator[tuple[SingleChange, ...]]:
     steps = [step for step in possible_steps(method, workload, accumulation) if step.group in allowed]
     steps += list(_larger_batches(workload, accumulation))
-    groups: dict[str, list[Step | None]] = {}
+    groups: dict[str, list[SingleChange | None]] = {}
     for step in steps:
         groups.setdefault(step.group, [None]).append(step)
     for chosen in itertools.product(*groups.values()):
         yield tuple(step for step in chosen if step is not None)
 
 
-def _larger_batches(workload: Workload, accumulation: int) -> Iterator[Step]:
+def _larger_batches(workload: Workload, accumulation: int) -> Iterator[SingleChange]:
     """Fewer, larger micro-batches of the same rows: faster where there is room."""
     rows, times = workload.batch_size, accumulation
     while times > 1 and times % 2 == 0:
         rows, times = rows * 2, times // 2
         settings = {"batch_size": rows, "gradient_accumulation": times}
-        yield Step("batch", f"batch {workload.batch_size} -> {rows}", 0, settings)
+        yield SingleChange("batch", f"batch {workload.batch_size} -> {rows}", 0, settings)
 
 
 def _loss(change: Change) -> tuple[float, ...]:
@@ -164,7 +164,7 @@ def _explained(change: Change, method: str, fits: Mapping[str, bool], wish: Wish
 
 def _smallest(advisor: Advisor, method: str, workload: Workload, accumulation: int, allowed: frozenset[str]) -> Change:
     """Every saving on."""
-    last: dict[str, Step] = {}
+    last: dict[str, SingleChange] = {}
     for step in possible_steps(method, workload, accumulation):
         if step.group in allowed and step.settings.get("optimizer", PAGED) == PAGED:
             last[step.group] = step

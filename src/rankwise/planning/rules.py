@@ -10,7 +10,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from rankwise.config import ALL_LINEAR, DORA, FOUR_BITS
+from rankwise.config import DORA, FOUR_BITS
+from rankwise.options import ALL_LINEAR
 
 Evidence = Literal["published", "mixed", "computed", "tried"]
 

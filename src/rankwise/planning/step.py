@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.acceleration import LossOptions, fused_head
+from rankwise.constants import IGNORED
 from rankwise.planning.workload import Workload
 
-IGNORED = -100
 Enter = Callable[[str], None]
 LossOf = Callable[[nn.Module, "Batch", torch.dtype | None], Tensor]
 

@@ -10,7 +10,7 @@ Phase = Literal["forward", "backward", "optimizer"]
 # The code of a dry run that took longer than it was given.
 TOO_SLOW = "RW135"
 
-METHODS = ("full", "lora", "qlora", "dora", "qdora")
+PLANNED = ("full", "lora", "qlora", "dora", "qdora")
 
 TERMS = (
     "weights_4bit",

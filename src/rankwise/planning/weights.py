@@ -11,6 +11,7 @@ from math import ceil, prod
 from pathlib import Path
 
 from rankwise.config import DORA, FOUR_BITS
+from rankwise.constants import NESTED_BLOCK
 from rankwise.planning.adapted import Adaptation, Adapted, AdaptedStack
 from rankwise.planning.hardware import cpu_flags
 from rankwise.planning.optimizers import Shape as TensorShape
@@ -19,7 +20,6 @@ from rankwise.planning.shape import Module, Shape
 from rankwise.planning.workload import Workload
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-NESTED_BLOCK = 256
 
 # The shape of a trained tensor, and its bytes per element.
 Tensor = tuple[TensorShape, int]

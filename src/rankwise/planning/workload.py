@@ -3,70 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
-from rankwise.config import ALL_LINEAR, AdapterDtype, Bias, LoraConfig, QuantType
+from rankwise.config import QuantType, StepOptions
+from rankwise.constants import BLOCK_SIZES
 from rankwise.errors import ConfigError
 
 Strategy = Literal["single", "ddp", "fsdp"]
 DeviceType = Literal["cpu", "cuda"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-
 
 @dataclasses.dataclass(frozen=True)
-class Workload:
-    """One training step. Names and meanings are those of ``TrainSettings``.
+class Workload(StepOptions):
+    """One training step: ``batch_size`` rows a device, each of them ``max_length`` tokens long.
 
     Raises ConfigError (RW130) with every wrong field in one message.
     """
 
-    batch_size: int = 8
-    # Rows per micro-batch and device.
-    max_length: int = 1024
-    # Tokens per row: every row is taken to be this long.
-
-    r: int = 16
-    lora_alpha: float = 32
-    lora_dropout: float = 0.0
-    target_modules: str | Sequence[str] = ALL_LINEAR
-    target_parameters: Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
-    modules_to_save: Sequence[str] | None = None
-    use_rslora: bool = False
-    adapter_dtype: AdapterDtype = "float32"
-    bias: Bias = "none"
-    layers_to_transform: Sequence[int] | None = None
-    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    enable_lora: Mapping[str, Sequence[bool]] = dataclasses.field(default_factory=dict)
-
-    quant_type: QuantType = "nf4"
-    block_size: int = 64
-    double_quant: bool = True
-
-    gradient_checkpointing: bool = False
-    activation_offloading: bool = False
-    # Saved activations wait in the host's memory.
-    optimizer: str = "adamw_torch"
-    # transformers' name, or adamw_offload.
-    dtype: Dtype = "bfloat16"
     # Of the base and of the computation; full fine-tuning keeps float32 weights beside it.
+    dtype: Dtype = "bfloat16"
     device_type: DeviceType = "cuda"
     devices: int = 1
-    strategy: Strategy = "single"
     # single: one device; ddp: a whole copy on each; fsdp: FSDP2, parameters sharded over the devices.
-    fast: bool = True
-    # False: PyTorch's own step, as ``--no-fast`` trains: no fused parts, kernels or losses of ours.
-    triton: bool = True
+    strategy: Strategy = "single"
     # Of a card: whether Triton is there, on which our gated MLPs run; torch for Linux brings it.
-    trained_share: float = 1.0
+    triton: bool = True
     # Share of the tokens that have labels: logits are kept for these alone. 1.0 is the worst case.
-
-    evaluation: bool = False
+    trained_share: float = 1.0
     # A batch of an evaluation: nothing is saved for a backward pass. The closed form alone counts it.
+    evaluation: bool = False
 
     def __post_init__(self) -> None:
         problems = [*_number_problems(self), *_choice_problems(self)]
@@ -89,26 +55,6 @@ class Workload:
         """Positions that are scored: at most all but the last of each row."""
         positions = max(1, min(self.max_length - 1, round(self.max_length * self.trained_share)))
         return self.batch_size * positions
-
-    def lora_config(self, *, use_dora: bool) -> LoraConfig:
-        """The adapter's settings. Raises ConfigError (RW101)."""
-        return LoraConfig(
-            r=self.r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules=self.target_modules,
-            target_parameters=self.target_parameters,
-            exclude_modules=self.exclude_modules,
-            modules_to_save=self.modules_to_save,
-            use_dora=use_dora,
-            use_rslora=self.use_rslora,
-            adapter_dtype=self.adapter_dtype,
-            bias=self.bias,
-            layers_to_transform=self.layers_to_transform,
-            rank_pattern=self.rank_pattern,
-            alpha_pattern=self.alpha_pattern,
-            enable_lora=self.enable_lora,
-        )
 
 
 def _number_problems(workload: Workload) -> list[str]:

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankwise.constants import BLOCK_SIZES, NESTED_BLOCK
 from rankwise.errors import QuantizationError
 from rankwise.foreign import parse_json
-from rankwise.ops.checks import BLOCK_SIZES
-from rankwise.ops.codes import NESTED_BLOCK, QUANT_TYPES, code_values, dynamic_map
+from rankwise.ops.codes import QUANT_TYPES, code_values, dynamic_map
 from rankwise.ops.packed_weight import PackedWeight, packed_shape
 
 STATE = "quant_state.bitsandbytes__"

@@ -332,12 +332,13 @@ def is_dense_linear(module: nn.Module) -> bool:
 
 
 def features(linear: nn.Module) -> tuple[int, int]:
-    """(in, out) of a dense linear layer."""
+    """(in, out) of a linear layer; of an embedding (vocabulary, width)."""
+    layer: Any = linear
+    if isinstance(linear, nn.Embedding):
+        return linear.num_embeddings, linear.embedding_dim
     if is_conv1d(linear):
-        in_features, out_features = linear.get_parameter("weight").shape
-        return in_features, out_features
-    assert isinstance(linear, nn.Linear), "the only other kind"
-    return linear.in_features, linear.out_features
+        return layer.weight.shape[0], layer.weight.shape[1]
+    return layer.in_features, layer.out_features
 
 
 def weight_count(parameter: Tensor) -> int:

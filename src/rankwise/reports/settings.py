@@ -5,23 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 
-from rankwise.config import Settings, text_list
 from rankwise.errors import ConfigError
+from rankwise.options import Panel, Settings, option, text_list
 
 
 class ReportSettings(Settings):
     """The options of ``rankwise report``."""
 
-    folders: Annotated[tuple[Path, ...], BeforeValidator(text_list)] = Field(
-        min_length=1,
-        description="Folders that `rankwise compare` wrote; several are joined into one report.",
-        json_schema_extra={"argument": True, "repeated": True},
-    )
-    output: Path | None = Field(
-        None, description="Folder for the report; default: the comparison's own. Needed for several folders."
-    )
+    folders: Annotated[
+        tuple[Path, ...],
+        BeforeValidator(text_list),
+        option(
+            Panel.OTHER,
+            "Folders that `rankwise compare` wrote; several are joined into one report.",
+            metavar="FOLDER...",
+            argument=True,
+            repeated=True,
+            min_length=1,
+        ),
+    ]
+    output: Annotated[
+        Path | None,
+        option(
+            Panel.OTHER,
+            "Folder for the report; default: the comparison's own. Needed for several folders.",
+            metavar="DIR",
+        ),
+    ] = None
 
 
 def output_of(settings: ReportSettings) -> Path:

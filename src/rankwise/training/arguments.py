@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,31 +14,34 @@ from transformers.training_args import OptimizerNames
 from trl.trainer.sft_config import SFTConfig
 
 from rankwise.compat.transformers import use_one_device
+from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError
 from rankwise.known_names import OPTIMIZERS, close_names
+from rankwise.options import flag
 from rankwise.training.memory_savers import OFFLOADED
 
-TENTH = 0.1
 # Of the run: how often it is evaluated and saved where the user does not say.
+TENTH = 0.1
+# They need values that `rankwise train` has no options for.
 SCHEDULES_WITH_PARAMETERS = {"cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"}
-# Need values that `rankwise train` has no options for.
+NEED_EVALUATIONS = ("early_stopping", "eval_steps", "eval_limit", "sample_prompt")
 
 
-def check_names(optimizer: str, schedule: str) -> None:
+def check_names(given: TrainSettings) -> None:
     """Raise ConfigError: RW110 for an optimizer, RW111 for a schedule that transformers does not have."""
-    _check_name("RW110", "--optimizer", optimizer, [*(item.value for item in OptimizerNames), OFFLOADED])
+    _check_name("RW110", "--optimizer", given.optimizer, [*(item.value for item in OptimizerNames), OFFLOADED])
     schedules = {item.value for item in SchedulerType} - SCHEDULES_WITH_PARAMETERS
-    _check_name("RW111", "--lr-scheduler-type", schedule, schedules)
+    _check_name("RW111", "--lr-scheduler-type", given.lr_scheduler_type, schedules)
 
 
-def check_combinations(*, eval_data: bool, needs_eval: dict[str, Any], schedule: str, tensorboard: bool) -> None:
+def check_combinations(given: TrainSettings) -> None:
     """Raise ConfigError (RW112) for options that mean nothing without another one or without a package."""
-    idle = [name for name, value in needs_eval.items() if value is not None]
-    if schedule in ("reduce_lr_on_plateau", "greedy"):
-        idle.append(f"--lr-scheduler-type {schedule}")
-    if idle and not eval_data:
+    idle = [flag(name) for name in NEED_EVALUATIONS if getattr(given, name) is not None]
+    if given.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        idle.append(f"--lr-scheduler-type {given.lr_scheduler_type}")
+    if idle and given.eval_data is None:
         raise ConfigError("RW112", f"{', '.join(idle)}: needs evaluations; give --eval-data too.")
-    if tensorboard and importlib.util.find_spec("tensorboard") is None:
+    if given.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("RW112", '--tensorboard needs a package: pip install "rankwise[tensorboard]".')
 
 
@@ -62,34 +64,15 @@ def mixed_precision(method: str, dtype: torch.dtype, device_type: str) -> tuple[
 
 
 def sft_arguments(
-    output: Path,
+    given: TrainSettings,
     *,
     device_type: str,
     precision: str,
-    batch_size: int,
-    gradient_accumulation: int,
-    max_steps: int | None,
-    epochs: float,
-    learning_rate: float,
-    schedule: str,
-    warmup_steps: int,
-    weight_decay: float,
-    max_grad_norm: float,
-    optimizer: str,
-    seed: int,
-    packing: bool,
-    padding_free: bool = False,
-    max_length: int,
-    gradient_checkpointing: bool,
-    activation_offloading: bool,
-    evaluate: bool,
-    eval_steps: int | None,
+    evaluates: bool,
     eval_on_start: bool,
-    save_steps: int | None,
-    logging_steps: int | None,
-    tensorboard: bool,
+    padding_free: bool = False,
 ) -> SFTConfig:
-    """The Trainer's arguments.
+    """The Trainer's arguments. ``evaluates``: there are rows to evaluate on.
 
     Cadences of None become a tenth of the run (for logging at most 10 steps), counted once its length is known.
     """
@@ -97,42 +80,44 @@ def sft_arguments(
         # transformers renames gradient_checkpointing in 5.2x; the old name works in every version we admit.
         warnings.simplefilter("ignore", FutureWarning)
         arguments = SFTConfig(
-            output_dir=str(output),
+            output_dir=str(given.output),
             use_cpu=device_type == "cpu",
             bf16=precision == "bf16",
             fp16=precision == "fp16",
-            per_device_train_batch_size=batch_size,
-            per_device_eval_batch_size=batch_size,
-            gradient_accumulation_steps=gradient_accumulation,
-            max_steps=max_steps or -1,
-            num_train_epochs=epochs,
-            learning_rate=learning_rate,
-            lr_scheduler_type=schedule,
-            warmup_steps=warmup_steps,
-            weight_decay=weight_decay,
-            max_grad_norm=max_grad_norm,
-            optim="adamw_torch" if optimizer == OFFLOADED else optimizer,
-            seed=seed,
-            data_seed=seed,
-            packing=packing,
+            per_device_train_batch_size=given.batch_size,
+            per_device_eval_batch_size=given.batch_size,
+            gradient_accumulation_steps=given.gradient_accumulation,
+            max_steps=given.max_steps or -1,
+            num_train_epochs=given.epochs,
+            learning_rate=given.learning_rate,
+            lr_scheduler_type=given.lr_scheduler_type,
+            warmup_steps=given.warmup_steps,
+            weight_decay=given.weight_decay,
+            max_grad_norm=given.max_grad_norm,
+            optim="adamw_torch" if given.optimizer == OFFLOADED else given.optimizer,
+            seed=given.seed,
+            data_seed=given.seed,
+            packing=given.packing,
             padding_free=padding_free,
             eval_packing=False,
-            max_length=max_length if packing else None,  # rows were cut, counted and reported when they were encoded
-            shuffle_dataset=packing,
-            gradient_checkpointing=gradient_checkpointing,
-            activation_offloading=activation_offloading,
+            # Rows were cut, counted and reported when they were encoded.
+            max_length=given.max_length if given.packing else None,
+            shuffle_dataset=given.packing,
+            gradient_checkpointing=given.gradient_checkpointing,
+            activation_offloading=given.activation_offloading,
             # The loss does not come out of the model's output, so DDP would take every parameter for unused.
             ddp_find_unused_parameters=False,
-            ddp_broadcast_buffers=False,  # the only buffers are constants, such as the scales of 4-bit layers
-            eval_strategy="steps" if evaluate else "no",
-            eval_steps=eval_steps or TENTH,
+            # The only buffers are constants, such as the scales of 4-bit layers.
+            ddp_broadcast_buffers=False,
+            eval_strategy="steps" if evaluates else "no",
+            eval_steps=given.eval_steps or TENTH,
             eval_on_start=eval_on_start,
             save_strategy="steps",
-            save_steps=save_steps or eval_steps or TENTH,
-            logging_steps=logging_steps or TENTH,
-            metric_for_best_model="loss" if evaluate else None,
+            save_steps=given.save_steps or given.eval_steps or TENTH,
+            logging_steps=given.logging_steps or TENTH,
+            metric_for_best_model="loss" if evaluates else None,
             greater_is_better=False,
-            report_to=["tensorboard"] if tensorboard else "none",
+            report_to=["tensorboard"] if given.tensorboard else "none",
             disable_tqdm=True,
             log_level="error",
             logging_nan_inf_filter=False,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from rankwise.acceleration.loss import scored_positions
-from rankwise.data.encoding import IGNORED
+from rankwise.constants import IGNORED
 from rankwise.ops.elementwise_checks import check_targets
 
 KEY = "counted"

@@ -29,7 +29,7 @@ CARD_FILE = "README.md"
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class KeptStep:
     """The step whose weights the run keeps."""
 
     step: int
@@ -37,16 +37,16 @@ class Kept:
     eval_loss: float | None
 
 
-def choose_kept(losses: Mapping[int, float], last_step: int, best_step: int | None) -> Kept:
+def choose_kept(losses: Mapping[int, float], last_step: int, best_step: int | None) -> KeptStep:
     """The best step by evaluation loss where there was one, else the last. ``losses``: {step: evaluation loss}."""
     if best_step is None or best_step not in losses:
         why = "no evaluation data" if not losses else "no evaluation gave a finite loss"
-        return Kept(last_step, f"the last step ({why})", losses.get(last_step))
+        return KeptStep(last_step, f"the last step ({why})", losses.get(last_step))
     counted = sum(1 for step in losses if step > 0)
-    return Kept(best_step, f"lowest loss of {counted} evaluation{'' if counted == 1 else 's'}", losses[best_step])
+    return KeptStep(best_step, f"lowest loss of {counted} evaluation{'' if counted == 1 else 's'}", losses[best_step])
 
 
-def warn_if_worse(initial: float | None, kept: Kept) -> None:
+def warn_if_worse(initial: float | None, kept: KeptStep) -> None:
     """Say so when no step was better than the base model."""
     if initial is not None and kept.eval_loss is not None and kept.eval_loss >= initial:
         warn(
@@ -56,7 +56,7 @@ def warn_if_worse(initial: float | None, kept: Kept) -> None:
         )
 
 
-def restore_kept(model: Any, output: Path, kept: Kept, last_step: int) -> None:
+def restore_kept(model: Any, output: Path, kept: KeptStep, last_step: int) -> None:
     """Put the kept step's weights back into the model, if training went on after it."""
     if kept.step == last_step:
         return

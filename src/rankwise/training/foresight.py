@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 from rankwise.acceleration.packing import members_of
 from rankwise.acceleration.scoring import loss_scorer
+from rankwise.constants import IGNORED
 from rankwise.training.loss import evaluation_targets
 from rankwise.training.state import undisturbed_random_states
 
-IGNORED = -100
 ROWS_AT_ONCE = 10_000
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.acceleration.scoring import Target, trained_target
-from rankwise.data.encoding import IGNORED
+from rankwise.constants import IGNORED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ def loss_from_logits(
     One forward through the model's own head, at the P positions alone where the model can (logits_to_keep).
     ``inputs`` holds labels (B, L) with -100 where nothing is trained; position i is scored on label i + 1.
     """
-    trained = inputs["labels"][:, 1:] != -100
+    trained = inputs["labels"][:, 1:] != IGNORED
     positions = trained.any(dim=0).nonzero().squeeze(1) if keeps_positions(model) else None
     outputs: Any = model(**_without_labels(inputs, positions))
     logits, chosen = outputs.logits, trained

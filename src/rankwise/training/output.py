@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from rankwise.disk import refuse_links, strays
 from rankwise.errors import RunError
+from rankwise.options import flag
 from rankwise.records import RUN_FILE, check_writable, load_record
 from rankwise.training.checkpoints import FOLDER
 from rankwise.training.old_run import REPLACED, check_replaceable, read_old_run
@@ -99,7 +100,7 @@ def check_same_run(output: Path, settings: Mapping[str, Any], defaults: Mapping[
     before = {**defaults, **load_record(output).settings}
     free = MAY_CHANGE | COMPARED_BY_CONTENT | {*LENGTH}
     changed = [
-        f"--{name.replace('_', '-')} was {_given(before.get(name))} and is {_given(value)}"
+        f"{flag(name)} was {_given(before.get(name))} and is {_given(value)}"
         for name, value in settings.items()
         if _differs(name, before.get(name), value, free)
     ]

@@ -1,4 +1,4 @@
-"""``train``: the one place where settings become plain arguments.
+"""``train``: a run from its settings to its folder. Below setup.py and arguments.py nothing knows the settings.
 
 Order matters: everything is read and checked before anything is written, the old run included.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -18,13 +17,12 @@ import torch
 import transformers
 
 from rankwise.acceleration import Acceleration, flattening_obstacle, limit_generated_kernels, optimize_for_training
-from rankwise.config import BASELINES, DORA, FOUR_BITS, LoraConfig, TrainSettings, idle_options
-from rankwise.data import Rows
+from rankwise.config import BASELINES, DORA, LoraConfig, TrainSettings, idle_options
 from rankwise.disk import hold
-from rankwise.errors import RankwiseWarning, warn
+from rankwise.errors import RankwiseWarning, heard, warn
 from rankwise.foreign import checked, read_json
 from rankwise.models import choose_device, model_facts
-from rankwise.quantization.config import CONFIGS, FourBitConfig
+from rankwise.options import flag
 from rankwise.quantization.linear import weight_count
 from rankwise.records import RunRecord, check_writable, load_record
 from rankwise.training import output, preflight, ranks, setup
@@ -65,7 +63,7 @@ def train(settings: TrainSettings, observer: Observer | None = None, foresight: 
         mode = output.check_output(settings.output, resume=settings.resume, overwrite=settings.overwrite)
         lora = _check_settings(settings)
         if mode == "resume":
-            output.check_same_run(settings.output, settings.model_dump(mode="json"), _defaults())
+            output.check_same_run(settings.output, settings.model_dump(mode="json"), settings.defaults())
             output.check_same_processes(settings.output, ranks.count())
             if _is_finished(settings):
                 return load_record(settings.output)
@@ -79,66 +77,21 @@ def _held(folder: Path) -> AbstractContextManager[None]:
 
 
 def _check_settings(given: TrainSettings) -> LoraConfig:
-    check_names(given.optimizer, given.lr_scheduler_type)
+    check_names(given)
     device_type = torch.device(choose_device(given.device, given.dtype).device).type
     check_memory_savers(given.optimizer, device_type, activation_offloading=given.activation_offloading)
-    needs_eval = {
-        "--early-stopping": given.early_stopping,
-        "--eval-steps": given.eval_steps,
-        "--eval-limit": given.eval_limit,
-        "--sample-prompt": given.sample_prompt,
-    }
-    check_combinations(
-        eval_data=given.eval_data is not None,
-        needs_eval=needs_eval,
-        schedule=given.lr_scheduler_type,
-        tensorboard=given.tensorboard,
-    )
+    check_combinations(given)
     _warn_of_idle_options(given)
     # A 4-bit format that cannot be is refused here, before anything is read.
-    quantization_for(given)
-    return _lora_config(given)
-
-
-def _lora_config(given: TrainSettings) -> LoraConfig:
-    return LoraConfig(
-        r=given.r,
-        lora_alpha=given.lora_alpha,
-        lora_dropout=given.lora_dropout,
-        target_modules=given.target_modules,
-        target_parameters=given.target_parameters,
-        exclude_modules=given.exclude_modules,
-        modules_to_save=given.modules_to_save,
-        use_rslora=given.use_rslora,
-        use_dora=given.method in DORA,
-        adapter_dtype=given.adapter_dtype,
-        bias=given.bias,
-        layers_to_transform=given.layers_to_transform,
-        rank_pattern=given.rank_pattern,
-        alpha_pattern=given.alpha_pattern,
-        enable_lora=given.enable_lora,
-    )
-
-
-def quantization_for(given: TrainSettings) -> FourBitConfig | None:
-    """By default QLoRA's: NF4 with double quantization (section 3 of the paper)."""
-    if given.method not in FOUR_BITS:
-        return None
-    return CONFIGS[given.quant_type](block_size=given.block_size, double_quant=given.double_quant)
+    setup.quantization_for(given)
+    return given.lora_config(use_dora=given.method in DORA)
 
 
 def _warn_of_idle_options(given: TrainSettings) -> None:
     for reason, names in idle_options(given.method).items():
-        idle = [name for name in names if getattr(given, name) != _defaults()[name]]
+        idle = [flag(name) for name in names if getattr(given, name) != given.defaults()[name]]
         if idle:
-            options = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-            warn("RW529", f"{options}: no effect with --method {given.method}; {reason}.")
-
-
-def _defaults() -> dict[str, Any]:
-    """As ``model_dump(mode="json")`` writes them."""
-    fields = TrainSettings.model_fields.items()
-    return {name: field.get_default() for name, field in fields if not field.is_required()}
+            warn("RW529", f"{', '.join(idle)}: no effect with --method {given.method}; {reason}.")
 
 
 def _is_finished(given: TrainSettings) -> bool:
@@ -187,62 +140,18 @@ def _check_length(given: TrainSettings, checkpoint: Checkpoint, now: int) -> Non
     )
 
 
-def load_base(given: TrainSettings) -> setup.Loaded:
-    """The base model and its tokenizer."""
-    return setup.load_for_training(
-        given.model,
-        method=given.method,
-        quantization=quantization_for(given),
-        dtype=given.dtype,
-        device=given.device,
-        trust_remote_code=given.trust_remote_code,
-        revision=given.revision,
-        cache=given.cache,
-    )
-
-
-def read_data(given: TrainSettings) -> tuple[Rows, Rows | None, str | None]:
-    """Rows to train on, rows to evaluate on, and the chat template that was given."""
-    return setup.read_data(
-        train=given.data,
-        evaluation=given.eval_data,
-        eval_limit=given.eval_limit,
-        columns={"prompt_column": given.prompt_column, "completion_column": given.completion_column},
-        chat_template=given.chat_template,
-        skip_bad_rows=given.skip_bad_rows,
-    )
-
-
-def encode_data(
-    given: TrainSettings, loaded: setup.Loaded, rows: Rows, eval_rows: Rows | None, template: str | None
-) -> setup.Data:
-    """Token ids and labels of both sets."""
-    if template is not None:
-        # Saved with the run, so that whoever loads it writes prompts as they were in training.
-        loaded.tokenizer.chat_template = template
-    return setup.encode_data(
-        rows,
-        eval_rows,
-        loaded.tokenizer,
-        max_length=given.max_length,
-        template=template,
-        skip_bad_rows=given.skip_bad_rows,
-        cache=given.cache,
-    )
-
-
 def _prepare(
     given: TrainSettings, mode: output.Mode, lora: LoraConfig, observer: Observer, foresight: Foresight | None
 ) -> Session:
     """Read, load and check everything; nothing is written."""
     observer.phase("Reading data")
-    rows, eval_rows, template = read_data(given)
+    rows, eval_rows, template = setup.read_data(given)
     observer.phase("Loading the model")
     if foresight is not None:
         foresight.before_loading()
-    loaded = load_base(given)
+    loaded = setup.load_for_training(given)
     observer.phase("Encoding data")
-    data = encode_data(given, loaded, rows, eval_rows, template)
+    data = setup.encode_data(given, loaded.tokenizer, rows, eval_rows, template)
     preflight.check_positions(loaded.model, [one.dataset for one in data.sets])
     base = model_facts(loaded.model, loaded.source)
     described = data.describe()
@@ -255,7 +164,7 @@ def _prepare(
     )
     if mode == "resume":
         output.check_same_inputs(given.output, described, base)
-    trainable = setup.attach(loaded.model, given.method, lora, given.seed)
+    trainable = setup.make_trainable(loaded.model, given.method, lora, given.seed)
     done = optimize_for_training(loaded.model) if given.fast and given.method not in BASELINES else None
     _check_before_training(given, loaded.model, data)
     checkpoint = _checkpoint_to_resume(given.output) if mode == "resume" else None
@@ -287,7 +196,8 @@ def _prepare(
         },
     )
     probe = setup.probe_of(data.train.dataset, loaded.device)
-    extras = Extras(given.early_stopping, _answerer(given, loaded, data), probe)
+    answer = None if given.sample_prompt is None else setup.answerer(given.sample_prompt, loaded, data)
+    extras = Extras(given.early_stopping, answer, probe)
     return Session(given.output, mode, trainer, loaded.tokenizer, checkpoint, record, extras, observer)
 
 
@@ -335,40 +245,22 @@ def _checkpoint_to_resume(folder: Path) -> Checkpoint | None:
 
 def _trainer(
     given: TrainSettings,
-    loaded: setup.Loaded,
+    loaded: setup.LoadedBase,
     data: setup.Data,
     checkpoint: Checkpoint | None,
     *,
     padding_free: bool,
 ) -> RankwiseTrainer:
     arguments = sft_arguments(
-        given.output,
+        given,
         device_type=loaded.device.type,
         precision=loaded.precision,
-        batch_size=given.batch_size,
-        gradient_accumulation=given.gradient_accumulation,
-        max_steps=given.max_steps,
-        epochs=given.epochs,
-        learning_rate=given.learning_rate,
-        schedule=given.lr_scheduler_type,
-        warmup_steps=given.warmup_steps,
-        weight_decay=given.weight_decay,
-        max_grad_norm=given.max_grad_norm,
-        optimizer=given.optimizer,
-        seed=given.seed,
-        packing=given.packing,
-        padding_free=padding_free,
-        max_length=given.max_length,
-        gradient_checkpointing=given.gradient_checkpointing,
-        activation_offloading=given.activation_offloading,
-        evaluate=data.evaluation is not None,
-        eval_steps=given.eval_steps,
+        evaluates=data.evaluation is not None,
         eval_on_start=data.evaluation is not None and not _is_evaluated(given.output, checkpoint),
-        save_steps=given.save_steps,
-        logging_steps=given.logging_steps,
-        tensorboard=given.tensorboard,
+        padding_free=padding_free,
     )
     check_optimizer(arguments, loaded.model)
+    own = OffloadedAdamW, {"lr": given.learning_rate, "weight_decay": given.weight_decay}
     return RankwiseTrainer(
         model=loaded.model,
         args=arguments,
@@ -378,14 +270,8 @@ def _trainer(
         label_smoothing=given.label_smoothing,
         save_total_limit=given.save_total_limit,
         progress=_progress_of(checkpoint),
-        optimizer_cls_and_kwargs=_own_optimizer(given),
+        optimizer_cls_and_kwargs=own if given.optimizer == OFFLOADED else None,
     )
-
-
-def _own_optimizer(given: TrainSettings) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
-    if given.optimizer != OFFLOADED:
-        return None
-    return OffloadedAdamW, {"lr": given.learning_rate, "weight_decay": given.weight_decay}
 
 
 def _is_evaluated(folder: Path, checkpoint: Checkpoint | None) -> bool:
@@ -414,21 +300,6 @@ def _progress_of(checkpoint: Checkpoint | None) -> Progress:
         return checked(Progress, read_json(checkpoint.path / PROGRESS_FILE, constants=True))
 
 
-def _answerer(given: TrainSettings, loaded: setup.Loaded, data: setup.Data) -> Any:
-    if given.sample_prompt is None:
-        return None
-    has_template = data.template is not None or loaded.tokenizer.chat_template is not None
-    chat = has_template and data.rows.kind != "text" and data.rows.uses_template
-    return setup.answerer(
-        loaded.model,
-        loaded.tokenizer,
-        given.sample_prompt,
-        chat=chat,
-        template=data.template,
-        ending=data.rows.prompt_ending,
-    )
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars of libraries: the observer shows progress."""
@@ -444,26 +315,16 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-@contextmanager
-def _told_warnings(observer: Observer | None, told: list[dict[str, str]]) -> Iterator[None]:
+def _told_warnings(observer: Observer | None, told: list[dict[str, str]]) -> AbstractContextManager[None]:
     """Our warnings, from whichever part, go to the observer and into the record; without an observer, also on."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("always", category=RankwiseWarning)
-        show = warnings.showwarning
 
-        def tell(message: Any, category: Any, *where: Any, **more: Any) -> None:
-            if not isinstance(message, RankwiseWarning):
-                show(message, category, *where, **more)
-                return
-            said = {"code": message.code, "message": message.message}
-            if said in told:
-                # By the memory plan already.
-                return
-            told.append(said)
-            if observer is None:
-                show(message, category, *where, **more)
-            else:
-                observer.warning(message.code, message.message)
+    def tell(warning: RankwiseWarning) -> bool:
+        # The memory plan may have said it already.
+        is_new = warning.to_json() not in told
+        if is_new:
+            told.append(warning.to_json())
+        if is_new and observer is not None:
+            observer.warning(warning.code, warning.message)
+        return is_new and observer is None
 
-        warnings.showwarning = tell
-        yield
+    return heard(tell)

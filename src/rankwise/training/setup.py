@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +14,13 @@ from transformers import set_seed
 
 from rankwise.adapters import add_adapter
 from rankwise.adapters.baselines import add_baseline
-from rankwise.config import BASELINES, LoraConfig
+from rankwise.config import BASELINES, FOUR_BITS, LoraConfig, TrainSettings
 from rankwise.data import Encoded, Rows, chat_text, encode_rows, read_rows, read_template, warn_of_overlap
 from rankwise.data.encoded_cache import encode_rows_once
 from rankwise.errors import ConfigError, RunError, warn
 from rankwise.models import ModelSource, choose_device, fetch_model
 from rankwise.models.positions import answer_room, table_rows
-from rankwise.quantization.config import FourBitConfig
+from rankwise.quantization.config import CONFIGS, FourBitConfig
 from rankwise.training.arguments import mixed_precision
 from rankwise.training.prepared import load_prepared
 
@@ -37,8 +36,8 @@ class Data:
     train: Encoded
     evaluation: Encoded | None
     rows: Rows
-    template: str | None
     # Jinja text of --chat-template.
+    template: str | None
     eval_rows: Rows | None = None
 
     @property
@@ -56,40 +55,33 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
+class LoadedBase:
     """A model ready to train, and how."""
 
     source: ModelSource
     model: Any
     tokenizer: Any
     device: torch.device
-    dtype: torch.dtype
     # In which the model computes.
-    precision: str
+    dtype: torch.dtype
     # "no", "bf16" or "fp16": the Trainer's mixed precision.
+    precision: str
     device_reason: str
 
 
-def read_data(
-    *,
-    train: str,
-    evaluation: str | None,
-    eval_limit: int | None,
-    columns: dict[str, str | None],
-    chat_template: Path | None,
-    skip_bad_rows: int = 0,
-) -> tuple[Rows, Rows | None, str | None]:
+def read_data(given: TrainSettings) -> tuple[Rows, Rows | None, str | None]:
     """Training rows, evaluation rows and the text of the chat template; all errors are DataErrors of the readers.
 
     A source with several splits gives its ``train`` for training and its ``validation`` for evaluation.
     """
-    options: dict[str, Any] = {**columns, "skip_bad_rows": skip_bad_rows}
-    rows = read_rows(train, split="train", **options)
-    eval_rows = None if evaluation is None else read_rows(evaluation, split="validation", **options)
-    if eval_rows is not None:
-        eval_rows = limited(eval_rows, eval_limit)
-        warn_of_overlap(rows, eval_rows)
-    return rows, eval_rows, None if chat_template is None else read_template(chat_template)
+    template = None if given.chat_template is None else read_template(given.chat_template)
+    rows = read_rows(given.data, split="train", **given.columns, skip_bad_rows=given.skip_bad_rows)
+    if given.eval_data is None:
+        return rows, None, template
+    eval_rows = read_rows(given.eval_data, split="validation", **given.columns, skip_bad_rows=given.skip_bad_rows)
+    eval_rows = limited(eval_rows, given.eval_limit)
+    warn_of_overlap(rows, eval_rows)
+    return rows, eval_rows, template
 
 
 def limited(rows: Rows, limit: int | None) -> Rows:
@@ -107,60 +99,53 @@ def limited(rows: Rows, limit: int | None) -> Rows:
     return sample
 
 
-def encode_data(
-    rows: Rows,
-    eval_rows: Rows | None,
-    tokenizer: Any,
-    *,
-    max_length: int,
-    template: str | None,
-    skip_bad_rows: int = 0,
-    cache: Path | None = None,
-) -> Data:
-    """Token ids and labels of both sets, by the same rules."""
-    options: dict[str, Any] = {
-        "max_length": max_length,
-        "chat_template": template,
-        "skip_bad_rows": skip_bad_rows,
-    }
-    encode = encode_rows if cache is None else functools.partial(encode_rows_once, cache=cache)
-    train = encode(rows, tokenizer, name="train", **options)
-    evaluation = None
-    if eval_rows is not None:
-        evaluation = encode(eval_rows, tokenizer, name="eval", **options)
+def encode_data(given: TrainSettings, tokenizer: Any, rows: Rows, eval_rows: Rows | None, template: str | None) -> Data:
+    """Token ids and labels of both sets, by the same rules.
+
+    The tokenizer keeps the chat template that was given: it is saved with the run, so that whoever loads the run writes
+    prompts as they were in training.
+    """
+    if template is not None:
+        tokenizer.chat_template = template
+    encode = functools.partial(
+        encode_rows if given.cache is None else functools.partial(encode_rows_once, cache=given.cache),
+        tokenizer=tokenizer,
+        max_length=given.max_length,
+        chat_template=template,
+        skip_bad_rows=given.skip_bad_rows,
+    )
+    train = encode(rows, name="train")
+    evaluation = None if eval_rows is None else encode(eval_rows, name="eval")
     return Data(train, evaluation, rows, template, eval_rows)
 
 
-def load_for_training(
-    name: str,
-    *,
-    method: str,
-    quantization: FourBitConfig | None,
-    dtype: str,
-    device: str,
-    trust_remote_code: bool,
-    revision: str | None,
-    cache: Path | None = None,
-) -> Loaded:
+def quantization_for(given: TrainSettings) -> FourBitConfig | None:
+    """By default QLoRA's: NF4 with double quantization (section 3 of the paper)."""
+    if given.method not in FOUR_BITS:
+        return None
+    return CONFIGS[given.quant_type](block_size=given.block_size, double_quant=given.double_quant)
+
+
+def load_for_training(given: TrainSettings) -> LoadedBase:
     """The base model on its device, in the dtype that the method needs, in training mode."""
-    choice = choose_device(device, dtype)
+    choice = choose_device(given.device, given.dtype)
     where = torch.device(choice.device)
-    weights, precision = mixed_precision(method, choice.dtype, where.type)
-    source = fetch_model(name, revision=revision, trust_remote_code=trust_remote_code)
+    weights, precision = mixed_precision(given.method, choice.dtype, where.type)
+    source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
     model, tokenizer = load_prepared(
         source,
         dtype=weights,
         device=choice.device,
-        quantization=quantization,
-        trust_remote_code=trust_remote_code,
-        cache=cache,
+        quantization=quantization_for(given),
+        trust_remote_code=given.trust_remote_code,
+        cache=given.cache,
     )
     if tokenizer is None:
-        raise ConfigError("RW115", f"{name} comes without a tokenizer, so text cannot be encoded for it.")
-    return Loaded(source, model, tokenizer, where, choice.dtype, precision, choice.reason)
+        raise ConfigError("RW115", f"{given.model} comes without a tokenizer, so text cannot be encoded for it.")
+    return LoadedBase(source, model, tokenizer, where, choice.dtype, precision, choice.reason)
 
 
-def attach(model: Any, method: str, config: LoraConfig, seed: int) -> int:
+def make_trainable(model: Any, method: str, config: LoraConfig, seed: int) -> int:
     """Put the method's adapter on the model, or free all of it for ``full``; gives the count of what trains."""
     set_seed(seed)
     if method == "full":
@@ -171,18 +156,19 @@ def attach(model: Any, method: str, config: LoraConfig, seed: int) -> int:
     return add_adapter(model, config).trainable_parameters
 
 
-def answerer(
-    model: Any, tokenizer: Any, prompt: str, *, chat: bool, template: str | None, ending: str
-) -> Callable[[], str]:
+def answerer(prompt: str, loaded: LoadedBase, data: Data) -> Callable[[], str]:
     """A function that lets the model answer ``prompt``, greedily: it draws no random numbers.
 
-    ``ending`` is what the prompts of the training rows end with where no template writes them. Raises RunError (RW533)
-    for a prompt beyond the model's learned positions.
+    Where no template writes prompts, this one ends as those of the training rows do. Raises RunError (RW533) for a
+    prompt beyond the model's learned positions.
     """
-    if chat:
-        text = chat_text(tokenizer, [{"role": "user", "content": prompt}], chat_template=template)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    # It has the template that was given, if one was.
+    if tokenizer.chat_template is not None and data.rows.kind != "text" and data.rows.uses_template:
+        text = chat_text(tokenizer, [{"role": "user", "content": prompt}], chat_template=data.template)
         inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     else:
+        ending = data.rows.prompt_ending
         inputs = tokenizer(prompt.removesuffix(ending) + ending, return_tensors="pt")
     ids = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     tokens = ids["input_ids"].shape[1]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader
 
-from rankwise.data.encoding import IGNORED
+from rankwise.constants import IGNORED
 from rankwise.training.batches import KEY, Counted
 
 

@@ -76,14 +76,12 @@ class RankwiseTrainer(SFTTrainer):
     def __init__(
         self,
         *,
-        base_model: str | None = None,
         label_smoothing: float = 0.0,
         save_total_limit: int = 2,
         progress: Progress | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.base_model = base_model
         self.label_smoothing = label_smoothing
         self.run_folder = Path(str(self.args.output_dir))
         self.checkpoint_limit = save_total_limit
@@ -358,7 +356,7 @@ class RankwiseTrainer(SFTTrainer):
         write_json(folder / PROGRESS_FILE, self.progress.to_json())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        save_weights(self.model, Path(output_dir or self.run_folder), self.base_model)
+        save_weights(self.model, Path(output_dir or self.run_folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.model, Path(resume_from_checkpoint))

@@ -18,12 +18,12 @@ from rankwise.errors import RunError
 from rankwise.training.checkpoints import check_no_pickles
 
 
-def save_weights(model: nn.Module, folder: Path, base_model: str | None = None) -> None:
+def save_weights(model: nn.Module, folder: Path) -> None:
     """Write the active adapter, or the whole model where there is none (method full), as safetensors."""
     if has_adapter(model):
-        save_adapter(model, folder, base_model=base_model)
+        save_adapter(model, folder)
     elif has_baseline(model):
-        save_baseline(model, folder, base_model)
+        save_baseline(model, folder)
     else:
         model.save_pretrained(folder)  # type: ignore[operator]
 

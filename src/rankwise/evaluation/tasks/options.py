@@ -7,6 +7,7 @@ from typing import Literal
 
 from rankwise.errors import ConfigError
 from rankwise.evaluation.settings import EvaluateSettings
+from rankwise.options import flag
 
 # generative and loglikelihood: the commonsense sets under the one protocol and the other; other: lm-evaluation-harness.
 Kind = Literal["perplexity", "e2e", "generative", "loglikelihood", "gsm8k", "vicuna", "other"]
@@ -56,7 +57,7 @@ def check_options(settings: EvaluateSettings, kinds: Sequence[Kind]) -> None:
     """Raises ConfigError (RW152) for options that none of the tasks, which are of ``kinds``, uses."""
     given = given_options(settings)
     problems = [
-        f"{_flag(name)} belongs to {', '.join(WORDS[kind] for kind in USED_BY[name])}"
+        f"{flag(name)} belongs to {', '.join(WORDS[kind] for kind in USED_BY[name])}"
         for name in given
         if not set(kinds) & set(USED_BY[name])
     ]
@@ -74,7 +75,7 @@ def _without_partner(settings: EvaluateSettings, given: Sequence[str], kinds: Se
     if "length_penalty" in given and not searches:
         found.append("--length-penalty goes with --num-beams above 1")
     if settings.temperature == 0:
-        found += [f"{_flag(name)} goes with --temperature above 0" for name in ("top_p", "seed") if name in given]
+        found += [f"{flag(name)} goes with --temperature above 0" for name in ("top_p", "seed") if name in given]
     if "chat_template" in given and not _uses_template(settings, kinds):
         found.append("--chat-template goes with --prompt-style trained, and for gsm8k with --num-fewshot 0")
     return found
@@ -88,7 +89,3 @@ def _uses_template(settings: EvaluateSettings, kinds: Sequence[Kind]) -> bool:
     if settings.num_fewshot != 0:
         users.discard("gsm8k")
     return bool(users)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

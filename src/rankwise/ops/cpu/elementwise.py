@@ -14,11 +14,12 @@ import ctypes
 import torch
 from torch import Tensor, get_num_threads
 
+from rankwise.constants import IGNORED
 from rankwise.ops import elementwise_reference as reference
 from rankwise.ops.cpu.memory import OF_SHORT_LIVED, roomy
 from rankwise.ops.cpu.native import library
 from rankwise.ops.elementwise_checks import ACTIVATIONS, bad_target
-from rankwise.ops.elementwise_reference import IGNORED, dropout_keys, dropout_threshold
+from rankwise.ops.elementwise_reference import dropout_keys, dropout_threshold
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1}
 _ACTIVATION = {name: number for number, name in enumerate(ACTIVATIONS)}

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankwise.ops.elementwise_reference import IGNORED
+from rankwise.constants import IGNORED
 from rankwise.ops.triton.rows import as_rows, write_back
 from rankwise.ops.triton.tile import launching_on, power_of_two, round_to
 

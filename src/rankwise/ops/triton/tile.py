@@ -19,14 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rankwise import constants
 from rankwise.errors import QuantizationError
-from rankwise.ops import codes
 from rankwise.ops.codes import code_values, dynamic_map
 from rankwise.ops.packed_weight import PackedWeight
 
 # Decided where the kernels are decorated: from then on they are either interpreted or compiled.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-NESTED_BLOCK = tl.constexpr(codes.NESTED_BLOCK)
+NESTED_BLOCK = tl.constexpr(constants.NESTED_BLOCK)
 
 DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 

@@ -1,0 +1,10 @@
+"""Numbers on which several rooms agree. Imports nothing."""
+
+from __future__ import annotations
+
+# The label of a position that is not scored, as PyTorch and transformers have it.
+IGNORED = -100
+# Weights that share one 4-bit scale.
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+# First-level scales that share one second-level scale (QLoRA, section 3).
+NESTED_BLOCK = 256

@@ -1,0 +1,173 @@
+"""How a settings table declares an option: its bounds, its heading in ``--help``, and how text becomes its value.
+
+A field is ``name: Annotated[TYPE, option(Panel.X, "What it does.")] = DEFAULT``. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+ALL_LINEAR = "all-linear"
+
+# Bounds of numbers, far above what anyone trains: whatever lies below them fits into 64 bits, in products too.
+MANY = 10**9
+Count = Annotated[int, Field(ge=1, le=MANY)]
+Whole = Annotated[int, Field(ge=0, le=MANY)]
+Batch = Annotated[int, Field(ge=1, le=2**16)]
+LONGEST_ROW = 2**22
+Length = Annotated[int, Field(ge=2, le=LONGEST_ROW)]
+Tokens = Annotated[int, Field(ge=1, le=LONGEST_ROW)]
+Rank = Annotated[int, Field(ge=1, le=2**16)]
+# NumPy's.
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+# Float32 holds it.
+LARGEST_NUMBER = 1e30
+Positive = Annotated[float, Field(gt=0, le=LARGEST_NUMBER)]
+NotNegative = Annotated[float, Field(ge=0, le=LARGEST_NUMBER)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+# Logits divided by less can be infinite.
+SMALLEST_TEMPERATURE = 1e-4
+
+
+class Panel(enum.StrEnum):
+    """The headings of ``--help``, in their order. One stands beside each field."""
+
+    MODEL = "Model and data"
+    TEXT = "Text of the rows"
+    COMPARED = "What is compared"
+    MEASURED = "What is measured"
+    PROMPTS = "Prompts"
+    DECODING = "Decoding"
+    PERPLEXITY = "Perplexity"
+    JUDGE = "Judge (vicuna)"
+    RECOMMENDATION = "Recommendation"
+    OTHER = "Options"
+    ADAPTER = "Adapter"
+    FOUR_BITS = "Four bits (qlora, qdora)"
+    TRAINING = "Training"
+    DEVICE = "Device, memory and speed"
+    SAVING = "Evaluating, saving, continuing"
+    SURE = "How sure"
+    FILES = "Files"
+    LOADING = "Loading"
+
+
+def option(
+    panel: Panel,
+    description: str,
+    *,
+    metavar: str | None = None,
+    argument: bool = False,
+    repeated: bool = False,
+    **rules: Any,
+) -> Any:
+    """A field of a settings table as the command line shows it. ``rules`` are those of pydantic's ``Field``.
+
+    ``metavar`` stands for the value in the help, where the type alone says too little. An ``argument`` is given without
+    a flag; a ``repeated`` option may be given several times.
+    """
+    shown: dict[str, Any] = {"panel": panel, "metavar": metavar, "argument": argument, "repeated": repeated}
+    return Field(description=description, json_schema_extra=shown, **rules)
+
+
+class Settings(BaseModel):
+    """Base of every settings table: unknown keys are refused, and keys may be spelled with hyphens."""
+
+    # Built at the first use: every --help would wait for all ten. No option means infinity, and `nan` passes no test.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), defer_build=True, allow_inf_nan=False
+    )
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """{option: its default} of the options that need not be given, as ``model_dump(mode="json")`` writes them."""
+        found = {
+            name: field.get_default(call_default_factory=True, validated_data={})
+            for name, field in cls.model_fields.items()
+            if not field.is_required()
+        }
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+def flag(name: str) -> str:
+    """``--max-steps`` of the field ``max_steps``."""
+    return f"--{name.replace('_', '-')}"
+
+
+def option_words(name: str, value: Any) -> list[str]:
+    """What the command line takes for a value: ``["--r", "8"]``, ``["--no-fast"]``."""
+    if isinstance(value, bool):
+        return [flag(name if value else f"no_{name}")]
+    return [flag(name), spelled(value)]
+
+
+def spelled(value: Any) -> str:
+    """The text that the command line reads as ``value``: ``q_proj,v_proj``, ``c_attn=1:0:1``, ``0.0002``."""
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={_part(item)}" for key, item in value.items())
+    return ",".join(map(_part, value)) if isinstance(value, list | tuple) else _part(value)
+
+
+def _part(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ":".join(str(int(item)) for item in value)
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
+
+
+def comma_list(value: Any) -> Any:
+    """Text is a list with commas in it, or of one item; anything else is left to the check of its type."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    if isinstance(value, list):
+        return tuple(value)
+    return (value,) if isinstance(value, int | float) else value
+
+
+def module_list(value: Any) -> Any:
+    """A comma makes a list, and so does a bare module name: as a regular expression it would match almost nothing.
+    Nothing is the empty list."""
+    is_text = isinstance(value, str) and (value == ALL_LINEAR or not ("," in value or re.fullmatch(r"\w*", value)))
+    return value if is_text else comma_list(value)
+
+
+def text_list(value: Any) -> Any:
+    """One text or path is a list of one; the commas of a text are its own."""
+    return (value,) if isinstance(value, str | Path) else value
+
+
+def named_values(value: Any) -> Any:
+    """``q_proj=4,v_proj=8`` as a mapping. A name may hold ``=``, a comma only in a YAML mapping."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.rpartition("=") for part in comma_list(value)]
+    if not all(name.strip() and item.strip() for name, _, item in pairs):
+        raise ValueError("write NAME=VALUE, with commas between several")
+    return {name.strip(): item.strip() for name, _, item in pairs}
+
+
+def named_parts(value: Any) -> Any:
+    """``c_attn=1:0:1`` as a mapping to switches."""
+    named = named_values(value)
+    if not isinstance(named, Mapping):
+        return named
+    parts = {name: item.split(":") if isinstance(item, str) else item for name, item in named.items()}
+    return {name: tuple(item) if isinstance(item, list) else item for name, item in parts.items()}
+
+
+def _no_tiny_temperature(value: float) -> float:
+    if 0 < value < SMALLEST_TEMPERATURE:
+        raise ValueError(f"give 0, or {SMALLEST_TEMPERATURE:g} and more")
+    return value
+
+
+Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(_no_tiny_temperature)]
+Names = Annotated[Sequence[str], BeforeValidator(comma_list)]
+# Names, or a regular expression.
+Modules = Annotated[str | Sequence[str], BeforeValidator(module_list)]
