@@ -207,7 +207,8 @@ def test_rms_norm_of_rows_that_are_apart() -> None:
 
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "D", "turned"), [(1, 2, 2), (9, 64, 64), (3, 80, 20), (70, 128, 128), (2, 6, 0)])
+# A program turns 16 heads of 128 columns: of 20 the last tile is a part.
+@pytest.mark.parametrize(("heads", "D", "turned"), [(1, 2, 2), (9, 64, 64), (3, 80, 20), (20, 128, 128), (2, 6, 0)])
 def test_rope(heads: int, D: int, turned: int, dtype: torch.dtype, inverse: bool) -> None:
     for q in (randn(2, 5, heads, D, dtype=dtype).transpose(1, 2), randn(2, heads, D, 5, dtype=dtype).transpose(2, 3)):
         for batches, table_dtype in ((1, dtype), (2, torch.float32)):
