@@ -46,14 +46,13 @@ def all_methods(plan: Plan, runs: Sequence[Run], scores: Mapping[str, Mapping[st
     found: dict[str, Method] = {}
     for name in plan.methods:
         state = state_of(plan, name)
-        records = [run["record"] or {} for run in finals_of(name, runs) if run["status"] == "finished"]
         found[name] = {
             **method_figures(name, runs, scores, better),  # type: ignore[typeddict-item]
             "learning_rate": state.final[0].learning_rate if state.final else None,
             "learning_rate_at_edge": state.search["at_edge"],
             "group": None,
             "pareto": False,
-            "serving": list(served(name, records[0].get("settings") or {} if records else {})),
+            "serving": list(served(name, settings_of(name, runs))),
             "skipped": f"{state.skipped['code']}: {state.skipped['message']}" if state.skipped else None,
         }
     return found
@@ -78,6 +77,11 @@ def method_figures(
         "higher_is_better": {metric: better[metric] for metric in estimates},
         **figures_of(finals_of(name, runs)),
     }
+
+
+def settings_of(name: str, runs: Sequence[Run]) -> Mapping[str, Any]:
+    """What the method's final runs were set to, by the first record of them."""
+    return next(((run["record"] or {}).get("settings") or {} for run in finals_of(name, runs)), {})
 
 
 def ranked(
