@@ -1,8 +1,9 @@
-"""Seconds that lm-evaluation-harness waits for a model: behind our engine, and behind its own HFLM.
+"""Processor seconds that a model takes for lm-evaluation-harness' requests: behind our engine, and behind HFLM.
 
     python benchmarks/harness.py TASK=FILE [TASK=FILE ...] [--limit 64] [--shots 0] [--batch 16] [--rounds 3]
 
-One loaded model, the same requests, dtype and number of rows in a batch; both sides in every round, medians. FILE has
+One loaded model, the same requests, dtype and number of rows in a batch; both sides in every round, medians. Processor
+time is that of all threads, and a busy machine does not stretch it: set OMP_NUM_THREADS=1 where it is busy. FILE has
 rows as `rankwise evaluate --task TASK --data FILE` reads them; with --shots N its last rows are the worked examples.
 A task that writes answers is timed in the same way. Prints a table; writes nothing.
 """
@@ -15,6 +16,7 @@ import io
 import json
 import logging
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +69,13 @@ def timed(name: str, engine: Engine, requests: list[Any], rounds: int) -> tuple[
     def hflm() -> None:
         answers["HFLM"] = getattr(theirs, kind)(requests, disable_tqdm=True)
 
-    calls = {"ours": (ours, timing.nothing), "HFLM": (hflm, timing.nothing)}
-    medians = timing.medians(timing.alternate(calls, rounds))
+    seconds: dict[str, list[float]] = {"ours": [], "HFLM": []}
+    for _ in range(rounds):
+        for side, call in (("ours", ours), ("HFLM", hflm)):
+            start = time.process_time()
+            call()
+            seconds[side].append(time.process_time() - start)
+    medians = timing.medians(seconds)
     allowed = TOLERANCE[str(engine.model.dtype).removeprefix("torch.")]
     different = sum(
         a != b if isinstance(a, str) else abs(a[0] - b[0]) > allowed

@@ -48,6 +48,12 @@ def test_orders_come_from_the_ids_and_failures_are_left_out():
     assert score.count == 3
 
 
+def test_a_rating_of_zero_counts_and_a_reference_without_marks_has_no_percentage():
+    score = relative_score([row("r1", "a", [8, 0]), row("r2", "b", [2, 5]), row("a", "r1", [5, 0])], REFERENCE)
+    assert score.to_json() == {"reference_first": 50.0, "system_first": None, "mean": 50.0, "failed": 0}
+    assert score.count == 3
+
+
 def test_one_order_alone_has_no_other():
     score = relative_score([row("r1", "a", [8, 6])], REFERENCE)
     assert score.to_json() == {"reference_first": 75.0, "system_first": None, "mean": 75.0, "failed": 0}
