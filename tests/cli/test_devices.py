@@ -117,6 +117,20 @@ def test_one_process_writes_and_speaks(runs: Runs) -> None:
     assert states == {"random.json", "random-1.json"}
 
 
+def test_a_sharded_run_is_the_unsharded_one(runs: Runs, given: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "sharded"
+    options = ("--method", "qdora", "--batch-size", 2, "--devices", 2, "--strategy", "fsdp", "--sample-prompt", "a")
+    code, stderr = ended(start([*given, *options, "--output", folder]))
+    assert code == 0, stderr
+    whole, sharded = record(runs.two), record(folder)
+    assert sharded["strategy"] == "fsdp"
+    assert sharded["frozen_bytes"] <= 0.55 * whole["frozen_bytes"]
+    assert lines(folder, "loss") == lines(runs.two, "loss")
+    assert lines(folder, "eval_loss") == lines(runs.two, "eval_loss")
+    expected, found = weights(runs.two), weights(folder)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
 def children(pid: int) -> list[int]:
     """The processes of a launcher, by rank."""
     found = {}
@@ -296,7 +310,7 @@ def settings(**changes: Any) -> TrainSettings:
         ({"devices": 2}, 1, "RW137"),
         ({"strategy": "ddp"}, 1, "RW138"),
         ({"method": "prefix"}, 2, "RW146"),
-        ({"strategy": "fsdp"}, 2, "RW148"),
+        ({"strategy": "fsdp", "method": "full"}, 2, "RW148"),
     ],
 )
 def test_options_that_do_not_go_with_the_processes_are_refused(

@@ -100,22 +100,20 @@ def test_what_only_fits_without_its_error_is_recommended_with_a_warning(rankwise
     assert "only without its error margin" in saved.read_text()
 
 
-def test_a_command_that_cannot_shard_says_so(plan, tmp_path):
-    saved = tmp_path / "plan.yaml"
-    said = plan("--memory", ENOUGH, "--devices", 4, "--strategy", "fsdp", "--save", saved).stdout
-    assert "does not shard a model over 4 devices yet" in " ".join(said.split())
-    assert "fully_shard" in said
-    assert "A share of 4 devices (fsdp)" in saved.read_text()
-    assert "devices:" not in saved.read_text()
+def test_a_command_that_is_refused_says_so(plan):
+    given = ("--memory", ENOUGH, "--devices", 4, "--strategy", "fsdp")
+    assert "RW148" in plan(*given, "--method", "full").stdout
+    assert "RW148" not in plan(*given, "--method", "lora").stdout
 
 
 def test_the_command_starts_as_many_processes_as_were_planned_for(plan, tmp_path):
     done = plan("--memory", ENOUGH, "--devices", 4, "--json")
     assert "--devices 4" in done.document["command"]
     saved = tmp_path / "plan.yaml"
-    plan("--memory", ENOUGH, "--devices", 4, "--strategy", "ddp", "--save", saved)
-    assert "devices: 4" in saved.read_text()
-    assert "strategy: ddp" in saved.read_text()
+    for strategy in ("ddp", "fsdp"):
+        plan("--memory", ENOUGH, "--devices", 4, "--strategy", strategy, "--save", saved)
+        assert "devices: 4" in saved.read_text()
+        assert f"strategy: {strategy}" in saved.read_text()
 
 
 def test_a_strategy_for_one_device_is_a_mistake(plan):

@@ -285,3 +285,11 @@ def test_module_apply_and_load_from_state_dict_take_what_ours_take():
     errors: list[str] = []
     module._load_from_state_dict({"weight": torch.zeros(2, 2)}, "", {}, True, [], [], errors)
     assert "size mismatch" in errors[0]
+
+
+def test__lazy_init_makes_the_root_of_sharded_units():
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    assert callable(FSDPModule._get_fsdp_state)
+    assert callable(FSDPState._lazy_init)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -259,3 +261,14 @@ def test_loss_shifts_labels_is_an_attribute_that_the_trainer_sets(trainer: Train
 def test_supports_flash_attn_is_said_by_the_class(llama: LlamaForCausalLM):
     assert compat.names_windows(llama)
     assert not compat.names_windows(nn.Module())
+
+
+def test__no_split_modules_names_the_decoder_layers():
+    assert len(compat.decoder_layers(tiny_llama())) == 2
+
+
+def test__is_accelerate_prepared_keeps_accelerate_from_wrapping():
+    model = nn.Linear(2, 2)
+    compat.leave_unwrapped(model)
+    assert model._is_accelerate_prepared
+    assert '"_is_accelerate_prepared", False' in inspect.getsource(accelerate.Accelerator.prepare_model)

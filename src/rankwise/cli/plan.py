@@ -116,8 +116,6 @@ def as_yaml(plan: Plan) -> str:
         f"# Planned for {plan.hardware.name}: predicted peak {peak}{tight}.\n"
         "# rankwise train --config THIS-FILE --data D --output O\n"
     )
-    if plan.workload.strategy == "fsdp":
-        head += f"# A share of {plan.workload.devices} devices ({plan.workload.strategy}); the command runs on one.\n"
     return head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 

@@ -202,8 +202,8 @@ def recommendation_lines(plan: Plan, command: str | None) -> Iterator[tuple[str,
     for index, rule in enumerate(advice.reasons):
         yield "because" if index == 0 else "", f"{rule.reason} [{rule.source}]"
     yield "run", command
-    if plan.workload.strategy == "fsdp":
-        yield "alone", one_process(plan.workload)
+    if plan.workload.strategy == "fsdp" and advice.method == "full":
+        yield "alone", "`rankwise train` does not shard weights that train yet (RW148): the command is refused."
     yield from (("serve" if index == 0 else "", text) for index, text in enumerate(advice.serving))
 
 
@@ -214,14 +214,6 @@ def tight_sentence(plan: Plan) -> str:
     return (
         f"it fits only without its error margin: with it the peak may reach {byte_size(most)}, and there are "
         f"{byte_size(plan.hardware.memory_bytes)}. Nothing smaller fits with it; memory may run out in the first steps."
-    )
-
-
-def one_process(work: Workload) -> str:
-    """What the command does not do on several devices."""
-    return (
-        f"`rankwise train` does not shard a model over {work.devices} devices yet: the sizes are those of a device's "
-        "share in a training loop of your own under torchrun with fully_shard; the command takes the whole model."
     )
 
 

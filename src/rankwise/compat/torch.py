@@ -33,6 +33,14 @@ def is_fake(value: object) -> bool:
     return isinstance(value, FakeTensor)
 
 
+# --- sharded models ---
+
+
+def begin_sharded(model: Any) -> None:
+    """Make ``model`` the root of its FSDP2 units; otherwise the unit that is called first becomes one."""
+    model._get_fsdp_state()._lazy_init()
+
+
 # --- who must see an operation ---
 
 # The innermost transform of torch.func: kernels of ours know nothing of its tensors.

@@ -269,6 +269,17 @@ def gguf_read_once() -> Iterator[None]:
 # --- the Trainer ---
 
 
+def leave_unwrapped(model: Any) -> None:
+    """Keep accelerate from wrapping a model for DDP, which takes no sharded parameters."""
+    model._is_accelerate_prepared = True
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The layers that transformers would not split between devices; none of a model that does not name their class."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
 def learning_rate_of(trainer: Trainer) -> float:
     """Of the step in progress, whatever kind of schedule gives it."""
     return trainer._get_learning_rate()

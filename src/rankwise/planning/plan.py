@@ -341,10 +341,7 @@ class _Planner:
     def _given(self) -> dict[str, Any]:
         """What the user set, and what every plan decides, in the words of ``rankwise train``."""
         decided = {*DECIDED, *(("double_quant",) if set(self.methods) & set(FOUR_BITS) else ())}
-        # `rankwise train` refuses --strategy fsdp.
-        untrained = ("devices", "strategy") if self.settings.strategy == "fsdp" else ()
-        asked = self.settings.model_fields_set - {*untrained}
-        named = [name for name in SHARED if name in asked or name in decided]
+        named = [name for name in SHARED if name in self.settings.model_fields_set or name in decided]
         given = {name: getattr(self.settings, name) for name in named}
         return {"model": self.settings.model} | given
 

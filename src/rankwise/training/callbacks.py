@@ -187,14 +187,15 @@ class EarlyStopping(TrainerCallback):
 class Sample(TrainerCallback):
     """Lets the model answer one fixed prompt at every evaluation."""
 
-    def __init__(self, answer: Callable[[], str], observer: Observer, metrics: MetricsFile) -> None:
+    def __init__(self, answer: Callable[[], str], observer: Observer, metrics: MetricsFile | None) -> None:
         self.answer = answer
         self.observer = observer
         self.metrics = metrics
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         text = self.answer()
-        self.metrics.append({"step": state.global_step, "sample": text})
+        if self.metrics is not None:
+            self.metrics.append({"step": state.global_step, "sample": text})
         self.observer.sample(state.global_step, text)
 
 

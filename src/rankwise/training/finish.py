@@ -21,7 +21,8 @@ from rankwise.records import RunRecord, read_metrics, write_text
 from rankwise.reports import model_card
 from rankwise.reports.loss_plot import loss_svg
 from rankwise.training.checkpoints import FOLDER, Checkpoint, check_checkpoint, temporary_folder
-from rankwise.training.preflight import check_reload
+from rankwise.training.preflight import check_file, check_reload
+from rankwise.training.sharding import is_sharded
 from rankwise.training.weights import load_weights, save_weights
 
 PLOT_FILE = "loss.svg"
@@ -65,10 +66,8 @@ def restore_kept(model: Any, output: Path, kept: KeptStep, last_step: int) -> No
     load_weights(model, checkpoint.path)
 
 
-def write_final(
-    model: Any, tokenizer: Any, output: Path, probe: dict[str, Tensor], announce: Callable[[list[str]], None]
-) -> None:
-    """Final weights and tokenizer into the run folder; an adapter is loaded back to prove it (RW524).
+def write_final(model: Any, tokenizer: Any, output: Path, announce: Callable[[list[str]], None]) -> None:
+    """Final weights and tokenizer into the run folder.
 
     Each file appears whole or not at all, and only after ``announce`` has been given the names of all.
     """
@@ -85,7 +84,17 @@ def write_final(
             (output / name).parent.mkdir(exist_ok=True)
             os.replace(folder / name, output / name)
         flush(output)
-    if has_adapter(model):
+
+
+def prove_reload(model: Any, output: Path, probe: dict[str, Tensor]) -> None:
+    """Load a written adapter back into its base: it must say the same (RW524).
+
+    Of a sharded base the norms of a new adapter could only be computed once all of it is gathered: there the file is
+    compared with what was trained.
+    """
+    if is_sharded(model):
+        check_file(model, output)
+    elif has_adapter(model):
         # A reloaded adapter starts plain: both sides of the comparison add their terms in the same order.
         restore(model)
         check_reload(model, output, probe)

@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from rankwise.adapters import adapter_parameters, has_adapter, load_adapter, remove_adapter
 from rankwise.adapters.baselines import has_baseline
+from rankwise.adapters.saving import WEIGHTS_FILE, adapter_tensors
 from rankwise.errors import RunError, warn
 from rankwise.models.positions import table_rows
 from rankwise.training.checkpoints import check_space
@@ -131,6 +133,18 @@ def check_reload(model: nn.Module, folder: Path, probe: dict[str, Tensor]) -> No
             "RW524",
             f"the adapter in {folder} gives other logits after reloading (largest difference {difference:.3g}), so it "
             "is not what was trained; please report this model and these settings.",
+        )
+
+
+def check_file(model: nn.Module, folder: Path) -> None:
+    """The adapter's file in ``folder`` must hold the live tensors to the bit. Raises RunError (RW524)."""
+    stored = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    wrong = [name for name, value in adapter_tensors(model).items() if not torch.equal(stored[name], value)]
+    if wrong:
+        raise RunError(
+            "RW524",
+            f"the adapter in {folder} is not what was trained ({_some(wrong)}); please report this model and these "
+            "settings.",
         )
 
 

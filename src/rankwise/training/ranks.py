@@ -135,9 +135,9 @@ def check_processes(settings: TrainSettings, processes: int) -> None:
         return
     if settings.method in BASELINES:
         raise ConfigError("RW146", f"--method {settings.method} trains in one process; leave --devices out.")
-    if settings.strategy == "fsdp":
+    if settings.strategy == "fsdp" and settings.method == "full":
         raise ConfigError(
-            "RW148", "--strategy fsdp is not there yet; --strategy ddp trains with a whole model on each device."
+            "RW148", "--strategy fsdp shards frozen weights, and --method full freezes none; take --strategy ddp."
         )
 
 

@@ -35,6 +35,7 @@ from rankwise.training.metrics import evaluations
 from rankwise.training.observer import Observer, SilentObserver
 from rankwise.training.provenance import device_record, versions
 from rankwise.training.session import Extras, Session
+from rankwise.training.sharding import shard
 from rankwise.training.state import TrainerFacts, reading_state
 from rankwise.training.trainer import PROGRESS_FILE, STATE_FILE, RankwiseTrainer
 
@@ -170,6 +171,8 @@ def _prepare(
     checkpoint = _checkpoint_to_resume(given.output) if mode == "resume" else None
     padded = _why_padded(given, loaded.model, done)
     trainer = _trainer(given, loaded, data, checkpoint, padding_free=padded is None)
+    if given.strategy == "fsdp":
+        shard(loaded.model, loaded.device.type)
     if checkpoint is not None and not _same_length(given):
         _check_length(given, checkpoint, trainer.total_steps)
     # Batches differ between processes; the one with the largest counts.

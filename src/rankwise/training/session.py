@@ -22,6 +22,7 @@ from rankwise.training.metrics import MetricsFile, evaluations
 from rankwise.training.observer import Observer
 from rankwise.training.old_run import OWN_FILES, clear_run
 from rankwise.training.preflight import GradientCheck
+from rankwise.training.sharding import is_sharded
 from rankwise.training.trainer import RankwiseTrainer
 from rankwise.training.weights import weights_digest
 
@@ -103,11 +104,20 @@ class Session:
             raise stopped
         if ranks.count() > 1:
             ranks.check_alike({"the sha256 of the trained weights": weights_digest(self.trainer.model)})
+        # What each process does to its model is the same, in case the model is sharded.
+        losses = ranks.gathered(evaluations(self.folder) if ranks.is_writer() else {})[0]
+        state = self.trainer.state
+        kept = finish.choose_kept(losses, state.global_step, state.best_global_step)
+        finish.restore_kept(self.trainer.model, self.folder, kept, state.global_step)
+        if ranks.is_writer():
+            self._finish(losses.get(0), kept)
+        ranks.barrier()
+        if ranks.is_writer() or is_sharded(self.trainer.model):
+            finish.prove_reload(self.trainer.model, self.folder, self.extras.probe)
         if ranks.is_writer():
             self._write_results()
 
     def _write_results(self) -> None:
-        self._finish()
         self._complete_record("finished")
         finish.write_plot(self.folder, self.record)
         finish.write_card(self.trainer.model, self.folder, self.record)
@@ -146,7 +156,7 @@ class Session:
         check = GradientCheck(trainer.model, overflow_is_normal=trainer.args.fp16)
         trainer.add_callback(callbacks.Watch(trainer, self.metrics, memory, self.observer, self._tick))
         trainer.add_callback(callbacks.CheckGradients(check))
-        if self.extras.answer is not None and self.metrics is not None:
+        if self.extras.answer is not None and (ranks.is_writer() or is_sharded(trainer.model)):
             trainer.add_callback(callbacks.Sample(self.extras.answer, self.observer, self.metrics))
         if self.extras.early_stopping is not None:
             trainer.add_callback(callbacks.EarlyStopping(self.extras.early_stopping))
@@ -160,14 +170,11 @@ class Session:
     def _tick(self) -> None:
         self.trainer.progress.wall_seconds = time.monotonic() - self.started
 
-    def _finish(self) -> None:
+    def _finish(self, initial_eval_loss: float | None, kept: finish.KeptStep) -> None:
         self.observer.phase("Saving")
         state, record = self.trainer.state, self.record
-        losses = evaluations(self.folder)
-        kept = finish.choose_kept(losses, state.global_step, state.best_global_step)
-        finish.restore_kept(self.trainer.model, self.folder, kept, state.global_step)
-        finish.write_final(self.trainer.model, self.tokenizer, self.folder, self.extras.probe, self._announce)
-        record.initial_eval_loss, record.eval_loss = losses.get(0), kept.eval_loss
+        finish.write_final(self.trainer.model, self.tokenizer, self.folder, self._announce)
+        record.initial_eval_loss, record.eval_loss = initial_eval_loss, kept.eval_loss
         record.steps, record.kept_step, record.kept_because = state.global_step, kept.step, kept.because
         finish.warn_if_worse(record.initial_eval_loss, kept)
         if state.global_step < state.max_steps:

@@ -39,6 +39,7 @@ from rankwise.training.loss import (
     loss_from_logits,
 )
 from rankwise.training.meters import Progress
+from rankwise.training.sharding import average_gradients, is_sharded, roots_gathered
 from rankwise.training.shares import Remainder, share_batches
 from rankwise.training.state import (
     check_optimizer_state,
@@ -153,6 +154,8 @@ class RankwiseTrainer(SFTTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._losses.append(loss.detach())
+        if is_sharded(self.model) and self.accelerator.sync_gradients:
+            average_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
         return loss
 
     def _takes_own_loss(self) -> bool:
@@ -285,13 +288,17 @@ class RankwiseTrainer(SFTTrainer):
         if callable(getattr(self.optimizer, "eval", None)):
             self.optimizer.eval()
         scores: dict[int, Score] = {}
-        with undisturbed_random_states():
+        with undisturbed_random_states(), roots_gathered(self.model):
             scorer = self._loss_scorer()
             batches = scorer.plan(targets)
             # Several processes take turns, and go on together, so that all can be stopped at the same batch.
             for start in range(0, len(batches), ranks.count()):
-                for batch in batches[start + ranks.rank() : start + ranks.rank() + 1]:
-                    scores |= scorer.score_batch(batch, targets)
+                turn = start + ranks.rank()
+                if turn < len(batches):
+                    scores |= scorer.score_batch(batches[turn], targets)
+                elif is_sharded(self.model):
+                    # The others gather each layer with this process's part.
+                    scorer.score_batch(batches[start], targets)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         own = [(score.total, len(score.tokens), score.hits) for score in scores.values()]
         everyone = list(itertools.chain.from_iterable(ranks.gathered(own)))
