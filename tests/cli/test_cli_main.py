@@ -177,7 +177,7 @@ def test_with_json_stdout_is_one_document_whatever_is_printed(with_verb):
 def test_with_json_an_error_is_a_document_too(arguments, with_verb):
     done = with_verb(raising(DataError("RW203", "line 3.")), "--json", *arguments)
     assert done.code == 2
-    assert set(done.document["error"]) == {"code", "message"}
+    assert set(done.document["error"]) == {"code", "kind", "message"}
     assert done.document["error"]["code"] in done.stderr
 
 

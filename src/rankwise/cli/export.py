@@ -204,6 +204,7 @@ VERB = Verb(
     summary="Write an adapter as vLLM, SGLang, llama.cpp, Ollama or PEFT reads it; DoRA as LoRA, with its error.",
     examples=(
         "rankwise export --adapter runs/first --for vllm --output served",
-        "rankwise export --adapter runs/dora --for llama.cpp --output served --max-error 0.05",
+        "rankwise export --adapter runs/dora --for llama.cpp --max-error 0.05 \\",
+        "    --output served",
     ),
 )

@@ -134,6 +134,7 @@ VERB = Verb(
     examples=(
         "rankwise merge --adapter runs/first --output merged",
         "rankwise merge --adapter runs/qlora --output merged --verify",
-        "rankwise merge --adapter runs/a --adapter runs/b --weights 0.7,0.3 --combine linear --output both",
+        "rankwise merge --adapter runs/a --adapter runs/b --combine linear \\",
+        "    --weights 0.7,0.3 --output both",
     ),
 )

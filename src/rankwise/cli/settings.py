@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field
 from rankwise.config import MODEL, ModelOptions, TextOptions
 from rankwise.evaluation.settings import LoadingOptions
 from rankwise.options import (
+    LARGEST_NUMBER,
     Length,
     Panel,
     Rank,
@@ -109,7 +110,7 @@ class MergeSettings(BaseOptions):
         _option("Write one adapter made of several, which merge and export take, and no merged model."),
     ] = None
     weights: Annotated[
-        tuple[float, ...] | None,
+        tuple[Annotated[float, Field(le=LARGEST_NUMBER)], ...] | None,
         BeforeValidator(comma_list),
         _option("With --combine, a weight for each adapter: 0.7,0.3. Default: equal ones that sum to 1."),
     ] = None
