@@ -35,7 +35,8 @@ class Moments:
     def phases(self) -> Iterator[tuple[str, Terms]]:
         """(phase, its terms); a phase's first word is its name in ``MemoryEstimate``."""
         step = self.step
-        yield "forward", {"activations": self.saved + self.outside, "logits": head.loss_bytes(step)}
+        logits = head.loss_bytes(step)
+        yield "forward", {"activations": self.saved + self.outside, "logits": logits, "transient": self.cast}
         if step.shape.experts and not self.again and not step.is_full:
             yield "forward through experts", self.through_experts()
         at_head = {"activations": self.saved + self.outside, "transient": head.first_gradient_bytes(step)}
@@ -76,6 +77,12 @@ class Moments:
     @property
     def outside(self) -> int:
         return saved.outside_layers_bytes(self.step)
+
+    @property
+    def cast(self) -> int:
+        """Autocast's copies of all layers' weights, which live until the forward pass ends. Layers that are not made
+        again save theirs."""
+        return round(self.step.shape.layers * saved.cast_weights_bytes(self.step)) if self.again else 0
 
     @property
     def made_again(self) -> int:
