@@ -24,7 +24,7 @@ from rankwise.acceleration.replace import ATTRIBUTE, Record, Undo, class_forward
 from rankwise.adapters.operator import computes_in
 from rankwise.constants import IGNORED
 from rankwise.ops.linear_cross_entropy import LossSums, chunk_rows, linear_cross_entropy
-from rankwise.ops.selection import is_traced, stands_on_card
+from rankwise.ops.selection import is_traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,8 @@ def _sums_through(head: Head, hidden: Tensor, targets: Tensor, label_smoothing: 
     """As above through the head itself, which may be adapted, quantized or trained; chunks are computed again for the
     backward pass."""
     vocabulary = max(1, int(getattr(head.module, "out_features", 1)))
-    rows = chunk_rows(vocabulary, 4, on_card=stands_on_card(hidden))
+    # Small chunks on a card too: float32 copies take 16 bytes a logit, where a frozen head needs 2.
+    rows = chunk_rows(vocabulary, 4, on_card=False)
     sums = []
     for piece, wanted in zip(hidden.split(rows), targets.split(rows)):
         if torch.is_grad_enabled():

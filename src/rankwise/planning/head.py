@@ -19,7 +19,7 @@ def loss_bytes(step: StepFacts) -> int:
     if not step.workload.fast:
         return _plain_loss_bytes(step)
     trains = step.is_full or "lm_head" in step.adapted
-    rows = min(scored, chunk_rows(V, 4 if trains else step.s, on_card=step.on_card))
+    rows = min(scored, chunk_rows(V, 4 if trains else step.s, on_card=step.on_card and not trains))
     return rows * V * (16 if trains else step.s)
 
 
