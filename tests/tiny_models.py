@@ -18,23 +18,24 @@ from transformers import (
     PreTrainedModel,
 )
 
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 
 def tiny_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
     """A two-layer Llama of random weights, small enough for exact tests."""
-    settings = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**{**settings, **overrides})).eval()
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **overrides})).eval()
 
 
 def tiny_gpt2(seed: int = 0, **overrides: object) -> GPT2LMHeadModel:

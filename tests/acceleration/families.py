@@ -20,32 +20,19 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tiny_models import tiny_gpt2, tiny_llama
-
-COMMON: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+from tiny_models import SIZES, tiny_gpt2, tiny_llama
 
 MAKERS: dict[str, Any] = {
     "llama": tiny_llama,
     "llama_tied": lambda: tiny_llama(tie_word_embeddings=True),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**COMMON)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON, head_dim=16)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16)),
     "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**COMMON, head_dim=16, final_logit_softcapping=5.0, attn_logit_softcapping=None, sliding_window=8)
+        Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=5.0, attn_logit_softcapping=None, sliding_window=8)
     ),
-    "granite": lambda: GraniteForCausalLM(GraniteConfig(**COMMON, logits_scaling=4.0, embedding_multiplier=3.0)),
-    "phi": lambda: PhiForCausalLM(PhiConfig(**COMMON, partial_rotary_factor=0.5)),
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2)),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0, embedding_multiplier=3.0)),
+    "phi": lambda: PhiForCausalLM(PhiConfig(**SIZES, partial_rotary_factor=0.5)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
     "gpt2": tiny_gpt2,
 }
 

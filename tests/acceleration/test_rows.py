@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rankwise as rw
+from marks import needs_avx2
 from rankwise.acceleration import attention, restore, rows
 from rankwise.acceleration.replace import Undo
 from rankwise.acceleration.rows import end_to_end, replace_masks
@@ -102,14 +104,14 @@ def test_right_padding_needs_no_mask_on_a_card(name: str, monkeypatch: pytest.Mo
     assert seen.elements >= 2 * 20 * 20
 
 
+@needs_avx2
 def test_no_mask_of_all_pairs_is_made() -> None:
     given = end_to_end(LENGTHS, torch.device("cpu"))
     model = family("qwen3", torch.bfloat16)
     with LargestMask() as seen:
         model(**given)
     assert seen.elements >= sum(LENGTHS) ** 2
-    if not rw.optimize_for_training(model).attention:
-        pytest.skip("our attention does not run on this processor")
+    assert rw.optimize_for_training(model).attention
     with LargestMask() as seen:
         model(**given)
     assert seen.elements < sum(LENGTHS) ** 2
@@ -127,6 +129,14 @@ def test_models_without_the_promise_keep_the_masks(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(type(model), "_supports_flash_attn", False)
     assert not ours(model)
     assert "forward" not in model.model.__dict__
+
+
+def test_each_family_keeps_its_own_signature() -> None:
+    first, second = family("llama"), family("mixtral")
+    assert ours(first)
+    assert ours(second)
+    for model in (first, second):
+        assert inspect.signature(model.model.forward) == inspect.signature(type(model.model)(model.config).forward)
 
 
 def test_restore_takes_the_bounds_out() -> None:

@@ -9,26 +9,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rankwise as rw
-from tiny_models import tiny_gpt2, tiny_llama, tiny_moe
+from tiny_models import SIZES, tiny_gpt2, tiny_llama, tiny_moe
 
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-_SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 
 
 def tiny(kind: str, **overrides: object):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**_SIZES, **overrides})).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **overrides})).eval()
     # Norms of ones and biases of zeros would hide a wrong transform.
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rankwise.chunks import CARD_TILE, chunk_rows
 from rankwise.ops import linear_cross_entropy as chunked
-from rankwise.ops.linear_cross_entropy import LogitShape, chunk_rows, linear_cross_entropy
+from rankwise.ops.linear_cross_entropy import LogitShape, linear_cross_entropy
 
 SHAPES = (LogitShape(), LogitShape(0.5), LogitShape(1.3, 2.0))
 TARGETS = torch.tensor([1, -100, 3, 10, 0])
@@ -68,4 +69,4 @@ def test_no_rows_have_a_loss_of_zero_with_gradients(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("vocabulary", "rows"), [(32_000, 2048), (128_256, 2048), (151_936, 1536), (262_144, 1024)])
 def test_chunks_of_a_card_hold_whole_tiles(vocabulary: int, rows: int) -> None:
     assert chunk_rows(vocabulary, 2, on_card=True) == rows
-    assert rows % chunked.CARD_TILE == 0
+    assert rows % CARD_TILE == 0

@@ -7,8 +7,7 @@ import itertools
 import pytest
 from planning_models import FAMILIES, config_of, skeleton
 
-from rankwise.ops import linear_cross_entropy
-from rankwise.planning import Workload, head
+from rankwise.planning import Workload
 from rankwise.planning.architectures import shape_of
 from rankwise.planning.closed_form import of_shape
 from rankwise.planning.dry_run import trace
@@ -125,13 +124,6 @@ def test_closed_form_of_mixed_precision_on_a_cpu(family):
 @pytest.mark.parametrize(("family", "method"), [("llama", "lora"), ("llama", "full"), ("gemma", "qdora")])
 def test_closed_form_of_a_card_without_triton(family, method, checkpointing):
     assert -0.03 <= compared(family, method, step("cuda", checkpointing, 8, 1024, triton=False)) <= 0.08
-
-
-@pytest.mark.parametrize("on_card", [False, True])
-def test_the_loss_is_taken_in_the_operator_s_chunks(on_card):
-    for vocabulary, size in itertools.product((17, 32_000, 151_936, 262_144, 10**7), (2, 4)):
-        rows = linear_cross_entropy.chunk_rows(vocabulary, size, on_card=on_card)
-        assert head.chunk_rows(vocabulary, size, on_card=on_card) == rows
 
 
 @pytest.mark.grid

@@ -22,8 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from rankwise.acceleration.head import Head, answering, asks_for_routers, current_head, with_router_loss
 from rankwise.acceleration.replace import ATTRIBUTE, Record, Undo, class_forward, replace_forward
 from rankwise.adapters.operator import computes_in
+from rankwise.chunks import chunk_rows
 from rankwise.constants import IGNORED
-from rankwise.ops.linear_cross_entropy import LossSums, chunk_rows, linear_cross_entropy
+from rankwise.ops.linear_cross_entropy import LossSums, linear_cross_entropy
 from rankwise.ops.selection import is_traced
 
 

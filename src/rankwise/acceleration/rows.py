@@ -85,8 +85,12 @@ def replace_masks(model: Any, undo: Undo, *, bounds: bool) -> bool:
     if decoder is model or not is_free(decoder):
         return False
     mine = Undo()
-    forward = _forward_with_bounds if bounds else _forward_without_padding
-    # Whoever reads the signature finds the class's own.
+    change = _forward_with_bounds if bounds else _forward_without_padding
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return change(self, *args, **kwargs)
+
+    # Whoever reads the signature finds the class's own; a function for each model, since families differ in it.
     forward.__signature__ = inspect.signature(type(decoder).forward)  # type: ignore[attr-defined]
     device = next(model.parameters()).device
     wanted = None if is_fake(next(model.parameters())) else _logits(model, device, bounds=bounds)

@@ -16,21 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rankwise.chunks import chunk_rows
 from rankwise.constants import IGNORED
 from rankwise.ops import elementwise
 from rankwise.ops.dense import input_grad_out, linear_out
 from rankwise.ops.elementwise_checks import check_targets, sum_dtype
 from rankwise.ops.selection import stands_on_card
-
-# Logits of a chunk on a CPU: few enough to stay near its caches, enough rows for an efficient product.
-CHUNK_BYTES = 32 << 20
-# Rows of such a chunk at least.
-SMALLEST_CHUNK = 16
-# On a card a chunk holds whole tiles of a product, enough of them for all its processors; each chunk reads the weight
-# twice. By memory as many as fit, within these bounds.
-CARD_CHUNK_BYTES = 512 << 20
-CARD_TILE = 256
-CARD_ROWS = (1024, 2048)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,14 +72,6 @@ def linear_cross_entropy(
     options = (shape or LogitShape(), label_smoothing, want_stats)
     loss, entropy, correct = _ChunkedLoss.apply(hidden, weight, bias, targets, *options)
     return LossSums(loss, entropy, correct)
-
-
-def chunk_rows(vocabulary: int, element_size: int, *, on_card: bool) -> int:
-    """Rows whose logits make a chunk."""
-    if not on_card:
-        return max(SMALLEST_CHUNK, CHUNK_BYTES // (vocabulary * element_size))
-    least, most = CARD_ROWS
-    return min(most, max(least, CARD_CHUNK_BYTES // (vocabulary * element_size) // CARD_TILE * CARD_TILE))
 
 
 class _ChunkedLoss(torch.autograd.Function):

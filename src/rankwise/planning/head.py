@@ -5,12 +5,8 @@ The letters are those of `planning.step_facts`.
 
 from __future__ import annotations
 
+from rankwise.chunks import chunk_rows
 from rankwise.planning.step_facts import StepFacts
-
-# Bytes of the logits of a chunk, and its fewest rows, as in ops.linear_cross_entropy; on a card also its most rows,
-# and the rows of a tile.
-CHUNK_BYTES, SMALLEST_CHUNK = 32 << 20, 16
-CARD_CHUNK_BYTES, CARD_ROWS, CARD_TILE = 512 << 20, (1024, 2048), 256
 
 
 def loss_bytes(step: StepFacts) -> int:
@@ -21,15 +17,6 @@ def loss_bytes(step: StepFacts) -> int:
     trains = step.is_full or "lm_head" in step.adapted
     rows = min(scored, chunk_rows(V, 4 if trains else step.s, on_card=step.on_card and not trains))
     return rows * V * (16 if trains else step.s)
-
-
-def chunk_rows(vocabulary: int, element_size: int, *, on_card: bool) -> int:
-    """Rows whose logits make a chunk; a test holds this against the operator's own."""
-    row_bytes = vocabulary * element_size
-    if not on_card:
-        return max(SMALLEST_CHUNK, CHUNK_BYTES // row_bytes)
-    least, most = CARD_ROWS
-    return min(most, max(least, CARD_CHUNK_BYTES // row_bytes // CARD_TILE * CARD_TILE))
 
 
 def _plain_loss_bytes(step: StepFacts) -> int:

@@ -1,0 +1,21 @@
+"""In how many rows at once the loss is taken: for the operator, and for the plan, which imports no torch."""
+
+from __future__ import annotations
+
+# Logits of a chunk on a CPU: few enough to stay near its caches, enough rows for an efficient product.
+CHUNK_BYTES = 32 << 20
+# Rows of such a chunk at least.
+SMALLEST_CHUNK = 16
+# On a card a chunk holds whole tiles of a product, enough of them for all its processors; each chunk reads the weight
+# twice. By memory as many as fit, within these bounds.
+CARD_CHUNK_BYTES = 512 << 20
+CARD_TILE = 256
+CARD_ROWS = (1024, 2048)
+
+
+def chunk_rows(vocabulary: int, element_size: int, *, on_card: bool) -> int:
+    """Rows whose logits make a chunk."""
+    if not on_card:
+        return max(SMALLEST_CHUNK, CHUNK_BYTES // (vocabulary * element_size))
+    least, most = CARD_ROWS
+    return min(most, max(least, CARD_CHUNK_BYTES // (vocabulary * element_size) // CARD_TILE * CARD_TILE))
