@@ -146,9 +146,13 @@ ADAPTER = tuple(field.name for field in dataclasses.fields(AdapterOptions))
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig(AdapterOptions):
-    """LoRA (Hu et al. 2021) or, with ``use_dora``, DoRA (Liu et al. 2024). Field names and meanings are PEFT's.
+    """LoRA (Hu et al. 2021) or, with ``use_dora``, DoRA (Liu et al. 2024). Names and meanings of the fields are PEFT's.
 
-    Raises ConfigError (RW101) with every wrong field in one message.
+    Weights are (out, in), A is (r, in), B is (out, r) and s is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with
+    ``use_rslora``. LoRA computes ``W x + s B A x``, and DoRA ``m / ||W + s B A|| * (W + s B A) x`` with a norm per row.
+
+    Raises:
+        ConfigError: RW101, with every wrong field in one message.
     """
 
     # Train a magnitude per output row besides A and B.

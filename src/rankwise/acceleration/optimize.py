@@ -72,12 +72,19 @@ class Acceleration:
 
 
 def optimize_for_training(model: nn.Module, *, keep_memory: bool = True) -> Acceleration:
-    """Make training steps of ``model`` fast, in place; results stay the same up to rounding.
+    """Make training steps of ``model`` fast, in place. Results stay the same up to rounding.
 
-    Call it after ``add_adapter``. Attention and allocator concern CPUs; shared inputs and the fused loss every device;
-    norms, rotary positions and gated MLPs are fused on a CPU and, by Triton, on CUDA. A plain loop gets them too:
-    ``model(input_ids=ids, labels=ids).loss``, whose output then carries no logits. Calling it again starts over;
-    ``restore(model)`` takes everything out but the allocator's thresholds.
+    Call it after ``add_adapter``. Shared inputs and the fused loss are for every device. Norms, rotary positions and
+    gated MLPs are fused on a CPU and, by Triton, on CUDA. Attention and the allocator concern CPUs. In a loop of your
+    own, ``model(input_ids=ids, labels=ids).loss`` is the fused loss; such an output carries no logits. Another call
+    starts over, and ``rankwise.acceleration.restore(model)`` undoes everything but the allocator's thresholds.
+
+    Args:
+        model: A transformers model with an adapter.
+        keep_memory: On a CPU with glibc, keep freed blocks for the next step instead of returning them to the system.
+
+    Returns:
+        What was made fast, and what was left alone and why; ``print`` shows it.
     """
     restore(model)
     return optimize(model, Undo(), keep_memory=keep_memory)

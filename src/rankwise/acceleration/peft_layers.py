@@ -32,10 +32,11 @@ MISSING = "PEFT is not installed (`pip install 'rankwise[peft]'`), and get_peft_
 
 
 def accelerate_peft(model: nn.Module) -> Acceleration:
-    """Make the LoRA and DoRA layers of a PEFT model fast, in place; ``rankwise.acceleration.restore(model)`` undoes it.
+    """Make the LoRA and DoRA layers of a PEFT model fast, in place.
 
-    Parameters and state dict stay what they were, so PEFT saves, loads, merges and switches adapters as before. With
+    Parameters and state dict stay as they are, so PEFT saves, loads, merges and switches adapters as before. With
     dropout, DoRA drops on the low-rank path only, where PEFT computes the frozen product a second time.
+    ``rankwise.acceleration.restore(model)`` undoes it.
 
     Raises:
         AdapterError: RW416, the model has no LoRA layer of PEFT's over a linear layer.

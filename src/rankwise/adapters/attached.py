@@ -94,7 +94,7 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def adapter_config(model: nn.Module, name: str | None = None) -> LoraConfig:
-    """The configuration of an adapter, the active one by default."""
+    """The configuration of an adapter, by default the active one."""
     state, name = state_and_name(model, name, merged=True)
     return state.configs[name]
 

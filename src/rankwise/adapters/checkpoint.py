@@ -100,10 +100,17 @@ def read_folder(folder: Path) -> tuple[LoraConfig, WeightsHeader]:
 def load_adapter(
     model: nn.Module, folder: str | Path, *, name: str = DEFAULT_NAME, trainable: bool = True
 ) -> AdapterReport:
-    """Lay the adapter of a PEFT folder over the model, in place, and make it the active one.
+    """Add the adapter of a PEFT folder to the model in place, and make it the active one. The base is frozen.
 
-    The base is frozen; the adapter trains unless ``trainable`` is False. Nothing changes when it raises, which is
-    for the reasons of ``read_adapter``.
+    Args:
+        model: A model that the adapter fits.
+        folder: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        name: The adapter's name among those of the model.
+        trainable: Whether the adapter trains.
+
+    Raises:
+        AdapterError: For a folder that cannot be read or does not fit, as ``read_adapter`` says. The model is then
+            unchanged.
     """
     file = read_adapter(model, folder, name)
     attach(model, file.config, file.planned, name, trainable=trainable)

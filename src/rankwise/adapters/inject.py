@@ -51,11 +51,21 @@ Kind = TypeVar("Kind", AdaptedLayer, AdaptedExperts, TrainedCopy)
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, *, name: str = DEFAULT_NAME) -> AdapterReport:
-    """Freeze the model and lay a new adapter over its target modules, in place; it becomes the active one.
+    """Freeze the model, add a new adapter to its target modules in place, and make it the active one.
 
-    Raises AdapterError: RW401-RW404 and RW419 for targets, RW405 for a name that is taken or cannot be one, RW406 for a
-    second adapter that trains biases. Nothing changes when it raises. Warns of settings that name nothing (RW420), and
-    where "all-linear" leaves a mixture's experts out (RW422).
+    Args:
+        model: Any PyTorch model, dense or 4-bit.
+        config: Rank, scale, targets and kind of the adapter.
+        name: The adapter's name among those of the model.
+
+    Returns:
+        What was adapted and what was left out; ``print`` shows it as a sentence.
+
+    Raises:
+        AdapterError: RW401 to RW404 and RW419 for targets that are not there or cannot adapt, RW405 for a name that is
+            taken or cannot be one, RW406 for a second adapter that trains biases. The model is then unchanged.
+
+    Warns of settings that match nothing (RW420), and of experts that "all-linear" leaves out (RW422).
     """
     planned = plan_adapter(model, config, name)
     return attach(model, config, planned, name)
@@ -129,9 +139,9 @@ def _overwrites_outputs(model: nn.Module) -> bool:
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
-    """Make ``name`` the active adapter: it computes and trains, the others are frozen and out of the way.
+    """Make the adapter ``name`` the active one. It computes and trains; the others are frozen and have no effect.
 
-    An adapter loaded with ``trainable=False`` stays frozen.
+    An adapter that was loaded with ``trainable=False`` stays frozen.
     """
     state, name = state_and_name(model, name)
     take_replaced(model, state)
@@ -148,7 +158,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
 
 
 def disable_adapter(model: nn.Module) -> None:
-    """Let the model compute as its base does, until ``enable_adapter``."""
+    """Let the model compute as its base does until ``enable_adapter`` is called."""
     state, _ = state_and_name(model, None)
     take_replaced(model, state)
     state.disabled = True
@@ -157,7 +167,7 @@ def disable_adapter(model: nn.Module) -> None:
 
 
 def enable_adapter(model: nn.Module) -> None:
-    """Undo ``disable_adapter``."""
+    """Let the active adapter take effect again after ``disable_adapter``."""
     state, name = state_and_name(model, None)
     if not state.disabled:
         return
@@ -169,7 +179,7 @@ def enable_adapter(model: nn.Module) -> None:
 
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """Within this context the model computes as its base does; afterwards as before, also when contexts are nested."""
+    """A context in which the model computes as its base does. Contexts may be nested."""
     was_disabled = state_and_name(model, None)[0].disabled
     disable_adapter(model)
     try:
@@ -180,7 +190,10 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def remove_adapter(model: nn.Module, name: str | None = None) -> None:
-    """Take an adapter out; layers that no adapter needs any more are plain again. The base is as it was."""
+    """Remove an adapter, by default the active one. Layers without any adapter become plain layers again.
+
+    The base weights are as they were before the adapter was added.
+    """
     state, name = state_and_name(model, name)
     disable_adapter(model)
     del state.configs[name]

@@ -18,12 +18,18 @@ from rankwise.errors import AdapterError
 
 @torch.no_grad()
 def merge_adapter(model: nn.Module, *, reversible: bool = True) -> None:
-    """Fold the active adapter into the weights, in place: plain layers again, no inference cost.
+    """Add the active adapter's update to the base weights, in place. The layers are plain again and cost no more.
 
-    A 4-bit layer becomes a 16-bit one, and of 4-bit experts each stack that adapts. ``reversible`` keeps the wrapped
-    layers, with the base's original weights, for ``unmerge_adapter`` (which is then exact); without it they are freed.
-    Other loaded adapters go with the layers.
-    Raises AdapterError: RW407 no adapter, RW408 already merged.
+    A 4-bit layer becomes a 16-bit one, and so does each stack of 4-bit experts that adapts. Other loaded adapters are
+    removed with the layers.
+
+    Args:
+        model: A model with an active adapter.
+        reversible: Keep the wrapped layers with the base's original weights for ``unmerge_adapter``, which is then
+            exact to the bit. False frees that memory.
+
+    Raises:
+        AdapterError: RW407 where there is no adapter, RW408 where one is merged already.
     """
     state, _ = state_and_name(model, None)
     enable_adapter(model)
@@ -39,7 +45,11 @@ def merge_adapter(model: nn.Module, *, reversible: bool = True) -> None:
 
 
 def unmerge_adapter(model: nn.Module) -> None:
-    """Undo ``merge_adapter``, to the bit. Raises AdapterError (RW408) when nothing reversible was merged."""
+    """Undo ``merge_adapter``: every weight is equal to the bit to what it was before.
+
+    Raises:
+        AdapterError: RW408 where nothing was merged reversibly.
+    """
     state = adapter_state(model)
     if state.merged is None:
         raise AdapterError("RW408", "nothing to unmerge: no adapter was merged with reversible=True.")

@@ -107,10 +107,11 @@ def _save(model: nn.Module, state: AdapterState, folder: Path, state_dict: Mappi
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
-    """{key in PEFT's file: live parameter} of an adapter, the active one by default.
+    """The live parameters of an adapter, by default the active one, under their names in PEFT's file.
 
-    For a partly adapted fused projection the parameters are the compact A, B and m; the file holds them expanded. Those
-    of E stacked experts are (E, r, in) and (E, out, r).
+    A is (r, in), B is (out, r) and DoRA's magnitude is (out,). Adapters on E stacked experts have A (E, r, in) and B
+    (E, out, r). For a partly adapted fused projection the parameters are the compact A, B and m, which the file holds
+    expanded.
     """
     state, name = state_and_name(model, name)
     found: dict[str, nn.Parameter] = {}
@@ -138,11 +139,18 @@ def save_adapter(
     base_model: str | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write an adapter (the active one by default) as a PEFT folder, each file whole or not at all.
+    """Write an adapter, by default the active one, as a PEFT folder. Each file is written whole or not at all.
 
-    ``base_model`` is what transformers' ``from_pretrained(folder)`` loads; by default the model's own name.
-    ``state_dict``: the model's, gathered elsewhere, whose values are written in place of the live ones. Raises
-    AdapterError (RW421) where it lacks some.
+    Args:
+        model: A model with an adapter.
+        folder: Gets ``adapter_model.safetensors`` and ``adapter_config.json``.
+        name: Which adapter.
+        base_model: The base that transformers loads for this folder; by default the model's own name.
+        state_dict: Values to write in place of the live ones, under the model's names: those that were gathered from
+            several processes, for example.
+
+    Raises:
+        AdapterError: RW421 where ``state_dict`` lacks a tensor.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

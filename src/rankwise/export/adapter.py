@@ -97,15 +97,26 @@ def export_adapter(
     rows: Sequence[Tensor] = (),
     base_gguf: str | Path | None = None,
 ) -> ExportReport:
-    """Write the model's active adapter as ``target`` (vllm, sglang, llama.cpp, ollama, peft) reads it.
+    """Write the model's active adapter in the form that a server reads.
 
-    LoRA is written exactly. DoRA becomes LoRA of ``rank``, or of the least rank that keeps the relative error
-    ``max_error`` (default 0.05) on the inputs that ``rows`` (token ids, each (T,)) give its layers; without rows the
-    error is in Frobenius norm. ``base_gguf``: the model that a GGUF adapter is for, to hold it against.
+    LoRA is written exactly, with every scale folded into B. DoRA becomes a LoRA adapter that errs least.
 
-    Raises AdapterError: RW407 no adapter, RW730 trained weights that are no pairs, RW731 a rank that the server cannot
-    take, RW732 an error that no rank keeps, RW734 experts of a higher rank, RW742 a tied embedding; ConfigError
-    (RW733, RW737); ModelError: RW740, RW741, RW743; RunError: RW532, RW551, RW582.
+    Args:
+        model: A model with an active adapter.
+        folder: The output folder.
+        target: ``vllm``, ``sglang``, ``llama.cpp``, ``ollama`` or ``peft``.
+        rank: The rank to write; a lower rank than the adapter's compresses it.
+        max_error: The least rank is taken whose relative error is below this (default 0.05 for DoRA).
+        rows: Token ids, each (T,), whose inputs to the layers define the error. Without rows the error is in
+            Frobenius norm, which needs far higher ranks.
+        base_gguf: The GGUF model that a GGUF adapter is for; names and shapes are checked against it.
+
+    Raises:
+        AdapterError: RW407 no adapter, RW730 trained weights that fit in no pair, RW731 a rank that the server cannot
+            take, RW732 an error that no rank keeps, RW734 experts of a higher rank, RW742 a tied embedding.
+        ConfigError: RW733, RW737, options that do not belong together.
+        ModelError: RW740, RW741, RW743, a base that cannot be written as GGUF.
+        RunError: RW532, RW551, RW582, an output folder that cannot be written.
     """
     wanted = Wanted(target, rank, max_error, None if base_gguf is None else Path(base_gguf))
     return export_live(model, Path(folder), wanted, Rows(rows))

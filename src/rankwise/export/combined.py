@@ -78,11 +78,22 @@ def combine_adapters(
     rank: int | None = None,
     density: float | None = None,
 ) -> AdapterReport:
-    """Lay an adapter ``name`` over the model that combines loaded ``adapters``, and make it the active one.
+    """Combine loaded adapters into a new one, which becomes active. It equals PEFT's ``add_weighted_adapter``.
 
-    ``combine``, ``rank`` and ``density`` as in PEFT's ``add_weighted_adapter`` (combination_type, svd_rank); the random
-    choice of dare_ties follows torch's seed. Raises ConfigError (RW750), AdapterError: RW405, RW407, RW751 DoRA,
-    experts or trained weights, RW752 ranks that cannot be added.
+    Args:
+        model: A model with several loaded LoRA adapters.
+        adapters: Their names.
+        weights: A factor for each of them.
+        name: The name of the result.
+        combine: How: ``linear``, ``cat``, ``svd``, ``ties`` or ``dare_ties`` (PEFT's ``combination_type``).
+        rank: The rank of the result of ``svd`` (PEFT's ``svd_rank``).
+        density: The share of values that ``ties`` and ``dare_ties`` keep. The random choice of ``dare_ties`` follows
+            torch's seed.
+
+    Raises:
+        ConfigError: RW750, options that do not belong together.
+        AdapterError: RW405 a name that is taken, RW407 an adapter that is not loaded, RW751 DoRA, experts or trained
+            weights, RW752 ranks that cannot be added.
     """
     files = []
     for each in adapters:

@@ -42,11 +42,23 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """A causal language model and its tokenizer (None where there is none).
+    """Load a causal language model and its tokenizer.
 
-    ``dtype``: None keeps the stored one (float32 for GGUF), "auto" takes ``choose_device``'s. ``device``: None is the
-    CPU, as in transformers; "auto" takes the fastest. ``quantization``: a transformers quantization config; GGUF
-    weights are dequantized first. Raises ModelError, RW301 to RW317.
+    Args:
+        model: A hub id, a folder, a ``.gguf`` file, or ``"demo"``.
+        dtype: The dtype of the weights. None keeps the stored one (float32 for GGUF); ``"auto"`` takes bfloat16 where
+            the device computes in it.
+        device: None loads to the CPU, as transformers does; ``"auto"`` takes the fastest device.
+        quantization: A transformers quantization config, such as ``Nf4Config``. Each tensor is quantized as it is
+            read. GGUF weights are dequantized first.
+        trust_remote_code: Run Python code that comes with a hub repository.
+        revision: A branch, tag or commit of a hub repository.
+
+    Returns:
+        The model and its tokenizer; None where the source has no tokenizer.
+
+    Raises:
+        ModelError: RW301 to RW317, one for each way in which a source cannot be loaded.
     """
     source = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code)
     choice = choose_device(device or "cpu", "auto" if isinstance(dtype, str) and dtype == "auto" else dtype)

