@@ -1,4 +1,4 @@
-"""Chat templates are strangers' programs: sandboxed by Jinja, and here bounded in time and memory."""
+"""Run chat templates with bounded time and memory. They are foreign programs; Jinja's sandbox bounds neither."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ OUT_OF_MEMORY = 77
 
 
 def bounded(items: Callable[[], Iterator[Any]], place: Callable[[int], str]) -> Iterator[Any]:
-    """What ``items()`` yields, JSON values, made by a forked process with limits of time and memory.
+    """Yield the JSON values of ``items()``, computed in a forked process with limits of time and memory.
 
-    A process alone can be stopped in the middle of ``10**10**8``. It is forked, so that nothing has to be imported
-    or sent to it; where there is no fork (Windows), nothing is bounded. ``place(n)`` names item ``n`` in messages.
+    Only a process can be stopped in the middle of ``10**10**8``. Forking means that nothing has to be imported in it or
+    sent to it. Where there is no fork (Windows), there are no limits. ``place(n)`` names item ``n`` in messages.
 
-    Raises DataError as ``items`` does, and RW225 where it takes more than there is.
+    Raises DataError as ``items`` does, and RW225 where a limit is reached.
     """
     if not hasattr(os, "fork"):
         yield from items()
@@ -81,7 +81,7 @@ def _fork() -> int:
 
 
 def _serve(items: Callable[[], Iterator[Any]], writer: int) -> NoReturn:
-    """The child: write a line an item, and end without the parent's cleaning up."""
+    """The child process: write one line per item, and exit without the parent's cleanup."""
     status = 1
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -121,7 +121,7 @@ def _item(message: JsonObject) -> Any:
 
 
 def _limit() -> None:
-    """SIGPROF ends this process when its time is used up; allocations beyond the memory fail."""
+    """SIGPROF ends this process when its CPU time is used up, and allocations above the memory limit fail."""
     import resource
 
     # Collecting would touch, and so copy, all that the parent has.

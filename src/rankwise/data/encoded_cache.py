@@ -1,4 +1,4 @@
-"""Encoded rows kept on disk between runs, by the hash of everything that they depend on."""
+"""A cache on disk for encoded rows. The key is a hash of everything that the encoding depends on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def encode_rows_once(
     skip_bad_rows: int | None = NEVER,
     cache: Path,
 ) -> Encoded:
-    """``encode_rows``, or what an earlier call on the same rows left in ``cache``. Warns and raises as that does."""
+    """Encode the rows, or read what an earlier call on the same rows left in ``cache``.
+
+    Warnings and errors are those of ``encode_rows``.
+    """
     key = _key(rows, tokenizer, max_length, chat_template)
     path = None if key is None else cache / f"rows-{key[:32]}.safetensors"
     known = None if path is None else _read(path, rows, max_length, name)
@@ -52,7 +55,7 @@ def encode_rows_once(
 
 
 def _key(rows: Rows, tokenizer: Any, max_length: int, chat_template: str | None) -> str | None:
-    """None for a tokenizer that cannot be told by its content."""
+    """The cache key; None for a tokenizer whose content cannot be hashed."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -91,7 +94,7 @@ def _values(column: Any) -> Any:
 
 
 def _read(path: Path, rows: Rows, max_length: int, name: str) -> Encoded | None:
-    """None where there is no such file, or where a disk or a hand has changed what was written."""
+    """The cached rows; None where there is no such file, or where its content does not match its hash."""
     import safetensors
 
     if not path.is_file():

@@ -38,7 +38,7 @@ WHOLE_CHARACTERS, SPARE_TOKENS = 100_000, 256
 
 @dataclasses.dataclass(frozen=True)
 class EncodingReport:
-    """What became of the rows. Lengths in tokens."""
+    """Counts and lengths of the encoded rows. Lengths are in tokens."""
 
     name: str
     rows: int
@@ -69,7 +69,7 @@ class EncodingReport:
 
     @property
     def trained_share(self) -> float:
-        """Share of the tokens that is in the loss, 0 to 1."""
+        """The share of the tokens that is in the loss, between 0 and 1."""
         return self.trained_tokens / self.tokens
 
 
@@ -83,7 +83,7 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EncodedRow:
-    """One row before truncation, or of a row far too long its beginning."""
+    """One row before truncation. Of a very long row only the beginning is here."""
 
     ids: list[int]
     trained: list[bool]
@@ -94,7 +94,10 @@ class EncodedRow:
 
 
 class RowEncoder:
-    """Tokenizes rows of one kind. ``template`` names the way they are written; ``stop_ids`` end an answer."""
+    """Tokenizes rows of one kind.
+
+    ``template`` names how the rows are written, and ``stop_ids`` are the tokens that end an answer.
+    """
 
     def __init__(self, rows: Rows, tokenizer: PreTrainedTokenizerBase | None, chat_template: str | None) -> None:
         if tokenizer is None:
@@ -112,7 +115,7 @@ class RowEncoder:
         return {token}
 
     def encode(self, rows: Sequence[Row], max_length: int | None = None) -> list[EncodedRow]:
-        """Ids of some rows, at least up to ``max_length``. Raises DataError naming the rows that are refused."""
+        """Token ids of some rows, at least up to ``max_length``. Raises DataError, which names the refused rows."""
         found = list(self.try_encode(rows, max_length))
         problems = [item for item in found if isinstance(item, Problem)]
         check_bad_rows(problems, len(rows))
@@ -120,7 +123,7 @@ class RowEncoder:
         return [item for item in found if isinstance(item, EncodedRow)]
 
     def try_encode(self, rows: Sequence[Row], max_length: int | None = None) -> Iterator[EncodedRow | Problem]:
-        """Per row what came of it. ``left_out`` counts what the template does not write of them."""
+        """Encode each row, or say why it cannot be. ``left_out`` counts what the template does not write."""
         self.left_out: Counter[str] = Counter()
         for batch in _batches(self._rendered(rows)):
             texts = [item for item in batch if isinstance(item, Rendered)]
@@ -151,7 +154,7 @@ class RowEncoder:
         ]
 
     def _beginning(self, item: Rendered, max_length: int) -> EncodedRow:
-        """As much of a long row as has the ids up to ``max_length``; all of it where its text makes few tokens."""
+        """Enough of a long row to give ``max_length`` ids; the whole row where its text makes few tokens."""
         characters = WHOLE_CHARACTERS
         while characters < item.characters:
             [piece] = tokenize_segments(self._ids, [_cut(item.segments, characters)])
@@ -179,7 +182,7 @@ class RowEncoder:
 
 
 def _message(render: ChatRenderer, row: Row) -> JsonObject:
-    """A rendered row as JSON, from one process to the other."""
+    """A rendered row as JSON, which is what crosses from one process to the other."""
     item = _rendered_or_not(render, row)
     if isinstance(item, Problem):
         return {"problem": dataclasses.astuple(item)}
@@ -215,7 +218,7 @@ def _batches(items: Iterator[Rendered | Problem]) -> Iterator[list[Rendered | Pr
 
 
 def _cut(segments: Sequence[Segment], characters: int) -> list[Segment]:
-    """The first ``characters`` of a text."""
+    """The first ``characters`` characters of the text."""
     kept = []
     for segment in segments:
         if characters <= 0:
@@ -261,7 +264,10 @@ def encode_rows(
 
 
 def warn_of_left_out(left_out: Mapping[str, int], total: int, source: str) -> None:
-    """Of what a template does not write and a row can do without: fields of its own, thoughts of earlier turns."""
+    """Warn of parts that the template does not write and a row can do without.
+
+    These are unknown fields and the reasoning of earlier turns.
+    """
     if left_out:
         named = ", ".join(f"{name} (in {count:,})" for name, count in left_out.items())
         warn(
@@ -273,7 +279,7 @@ def warn_of_left_out(left_out: Mapping[str, int], total: int, source: str) -> No
 
 
 def complain(report: EncodingReport, rows: Rows, max_length: int) -> None:
-    """Raise or warn as the report asks for; bad rows aside."""
+    """Raise or warn as the report requires. Bad rows are handled elsewhere."""
     warn_of_left_out(report.left_out, len(rows), rows.source)
     if report.rows == 0:
         raise DataError(
@@ -299,7 +305,7 @@ def complain(report: EncodingReport, rows: Rows, max_length: int) -> None:
 
 
 class _Table:
-    """Grows the two columns in flat int32 arrays: a tenth of the memory of lists of lists."""
+    """Collects the two columns in flat int32 arrays, which take a tenth of the memory of lists of lists."""
 
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
@@ -360,7 +366,10 @@ class _Table:
 
 
 def _opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts in front of every text (a BOS token), found by looking; what it puts behind is ours."""
+    """The ids that the tokenizer puts in front of every text, such as a BOS token. They are found by tokenizing a text.
+
+    Ids at the end are added by us.
+    """
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     for start in range(len(full) - len(bare) + 1):
@@ -375,9 +384,9 @@ Pieces = tuple[list[int], list[bool], bool]
 def tokenize_segments(
     tokenize: Callable[[list[str]], list[list[int]]], rows: Sequence[Sequence[Segment]]
 ) -> Iterator[Pieces]:
-    """Per row its ids, which of them are trained, and whether its segments had to be tokenized apart.
+    """For each row: its ids, which of them are trained, and whether its segments were tokenized apart.
 
-    ``tokenize`` takes texts to ids without special tokens; it needs no offsets, so slow tokenizers do too.
+    ``tokenize`` maps texts to ids without special tokens. It needs no offsets, so slow tokenizers work too.
     """
     whole = tokenize(["".join(segment.text for segment in row) for row in rows])
     parts = iter(tokenize([segment.text for row in rows for segment in row]))

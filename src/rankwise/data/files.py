@@ -1,4 +1,4 @@
-"""One file on disk to ``(line, record)`` pairs: JSON lines, JSON, CSV, TSV, parquet, text; each plain or gzipped."""
+"""Read one file into ``(line, record)`` pairs: JSON lines, JSON, CSV, TSV, parquet or text, plain or gzipped."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LINE_SEPARATOR = "||"
 
 @dataclasses.dataclass(frozen=True)
 class FileContent:
-    """A parsed file. ``only`` is the format that the kind of file alone decides (text files), else None."""
+    """A parsed file. ``only`` is the format where the kind of file decides it (text files), else None."""
 
     records: Sequence[tuple[int, Record | BadRow]]
     sha256: str
@@ -42,7 +42,7 @@ class FileContent:
 
 
 def kind_of(path: Path) -> str | None:
-    """The extension that decides how ``path`` is read, ``.gz`` aside; None for a kind that is not read."""
+    """The extension that decides how ``path`` is read, without ``.gz``; None for an unknown kind."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
@@ -50,9 +50,10 @@ def kind_of(path: Path) -> str | None:
 
 
 def read_file(path: Path, kind: str | None = None) -> FileContent:
-    """All records of ``path`` with the lines they start at; those of a JSON array or of parquet by their number.
+    """All records of ``path``, each with its first line, or with its number in JSON arrays and parquet.
 
-    ``kind`` is the extension of another file, where that of ``path`` says nothing.
+    ``kind`` overrides the extension of ``path``.
+
     Raises DataError: RW201 cannot be opened, RW202 unknown extension, RW205 not UTF-8, RW206 damaged.
     """
     kind = kind or kind_of(path)
@@ -133,7 +134,7 @@ def _as_record(record: object) -> Record | BadRow:
 
 
 def _json(path: Path, content: bytes) -> Numbered:
-    """A JSON array of objects, or objects one a line as many ``.json`` files hold."""
+    """The records of a JSON array of objects. Many ``.json`` files hold one object per line; these are read too."""
     text = _decoded(path, content)
     start = _skip(text, 0)
     if start == len(text):
@@ -182,7 +183,7 @@ def _json_array(path: Path, text: str, start: int) -> Numbered:
 
 
 def _table(delimiters: str) -> Callable[[Path, bytes], Numbered]:
-    """A reader of tables whose header decides which of ``delimiters`` is theirs."""
+    """A reader of tables. The header decides which of ``delimiters`` the table uses."""
 
     def read(path: Path, content: bytes) -> Numbered:
         text = _decoded(path, content)
@@ -201,7 +202,7 @@ def _table(delimiters: str) -> Callable[[Path, bytes], Numbered]:
 
 
 def _delimiter(text: str, delimiters: str) -> str:
-    """The first that parts the header: spreadsheets of many countries write ``;`` where a decimal has a comma."""
+    """The first delimiter that occurs in the header. Spreadsheets write ``;`` where the decimal sign is a comma."""
     header = next((line for line in io.StringIO(text, newline=None) if line.strip()), "")[:LONGEST_HEADER]
     return next((mark for mark in delimiters if len(next(csv.reader([header], delimiter=mark))) > 1), delimiters[0])
 
@@ -237,9 +238,9 @@ def _parquet(path: Path, content: bytes) -> Numbered:
 
 
 def table_records(table: pyarrow.Table, source: str) -> Numbered:
-    """Numbered rows of a table, without the nulls by which its columns fill up objects of different fields.
+    """Numbered rows of a table, without the nulls that fill up objects whose fields differ.
 
-    Raises DataError (RW206) naming the column that holds what Python cannot.
+    Raises DataError (RW206), which names the column whose values Python cannot hold.
     """
     columns = {}
     for name, column in zip(table.column_names, table.columns):

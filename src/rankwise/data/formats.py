@@ -1,7 +1,7 @@
-"""The layouts of training data, told apart by their columns, and the checks of a row.
+"""The layouts of training data, recognized by their columns, and the checks of a row.
 
-``detect`` picks a ``Format`` from a record; ``rows_from_records`` turns every record into a ``Row`` and
-raises once, with the places of the bad ones, or leaves them out.
+``detect`` picks a ``Format`` from a record. ``rows_from_records`` turns every record into a ``Row``. It raises once for
+all bad records, with their places, or leaves them out.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def detect(record: Record, source: str, columns: Columns) -> Format:
 
 
 def _first_layout(records: Sequence[Record], source: str, columns: Columns) -> Format | None:
-    """Of the first record that has one; None without records. Raises DataError RW207 where none has one."""
+    """The format of the first record that has one; None without records. Raises DataError RW207 where none has one."""
     first_error = None
     for record in records:
         try:
@@ -159,7 +159,7 @@ def _convert(
 
 
 def _tell_of_numbers(records: Sequence[Record | BadRow], source: str, layout: Format) -> None:
-    """Of a .csv every value is text; other kinds of file may hold numbers."""
+    """Warn where numbers are read as text. In a .csv every value is text; other files may hold numbers."""
     counts = {
         column: sum(isinstance(record, Mapping) and _is_number(record.get(column)) for record in records)
         for column in (*layout.columns, *layout.optional)
@@ -170,9 +170,9 @@ def _tell_of_numbers(records: Sequence[Record | BadRow], source: str, layout: Fo
 
 
 def _tell_of_unread(records: Sequence[Record | BadRow], source: str, layout: Format) -> None:
-    """Of columns with something to read in them; numbers, single words and truth values are notes about a row.
+    """Warn of columns that are not read and hold text. Numbers, single words and truth values count as notes.
 
-    Rows of another layout are bad, and named as such.
+    Rows of another layout are reported as bad rows instead.
     """
     read = {*layout.columns, *layout.optional, *(("tools",) if layout.uses_template else ())}
     counts = Counter(
@@ -196,14 +196,14 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _is_number(value: object) -> TypeGuard[int | float | Decimal]:
-    """Whole or not, and finite: pandas writes a missing number as NaN."""
+    """Whether the value is a finite number. pandas writes a missing number as NaN."""
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         return False
     return isinstance(value, int) or math.isfinite(value)
 
 
 def text_field(record: Record, column: str) -> str:
-    """A string that is not blank, or a number as text. Raises BadRow."""
+    """The column's text; a number is taken as its digits. Raises BadRow for blank text or another type."""
     value = record.get(column)
     if _is_number(value):
         return str(value)
@@ -213,7 +213,7 @@ def text_field(record: Record, column: str) -> str:
 
 
 def encodable(text: str, place: str) -> str:
-    """``text`` itself. Raises BadRow for half a surrogate pair, which JSON can hold and no tokenizer takes."""
+    """The text unchanged. Raises BadRow for half a surrogate pair, which JSON can hold and no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -261,7 +261,7 @@ def _alpaca(context: str, answer: str) -> Callable[[Record], JsonObject]:
 
 
 def _line_pair(prompt: str, completion: str) -> Callable[[Record], JsonObject]:
-    """Data-to-text: the prompt is one line, ended by a newline."""
+    """A reader of data-to-text rows: the prompt is one line and ends with a newline."""
 
     def fields(record: Record) -> JsonObject:
         return {
@@ -309,12 +309,12 @@ def _prompt_messages(record: Record) -> JsonObject:
 
 
 def conversation(record: Record) -> tuple[tuple[Message, ...], tuple[Fields, ...] | None]:
-    """Messages and tools of a row whose answer is still to come. Raises BadRow."""
+    """The messages and tools of a row whose answer is to be generated. Raises BadRow."""
     return _conversation(record), _tools(record)
 
 
 def _conversation(record: Record) -> tuple[Message, ...]:
-    """The messages behind the row's `system`, where it has one."""
+    """The row's messages, with its `system` field as the first one where it has one."""
     messages = _message_list(record, "messages")
     if not record.get("system"):
         return messages
@@ -359,7 +359,7 @@ def _content(message: Record, place: str) -> str:
 
 
 def _tool_calls(message: Record, place: str) -> list[Fields]:
-    """Calls of named functions, as OpenAI's API writes them or without the `function` around the name."""
+    """The calls of a message, in OpenAI's form or without the `function` wrapper."""
     calls = message.get("tool_calls")
     if calls is None:
         return []
@@ -375,7 +375,7 @@ def _tool_calls(message: Record, place: str) -> list[Fields]:
 
 
 def _tools(record: Record) -> tuple[Fields, ...] | None:
-    """A list of JSON schemas, or its JSON: a table has no column for schemas of different fields."""
+    """The tools of a row: a list of JSON schemas, or its JSON text, because a table has no column for schemas."""
     tools = record.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:

@@ -1,8 +1,9 @@
-"""Does a chat template write all of a row? Found by rendering it with and without marks.
+"""Find the parts of a row that a chat template does not write, by rendering the row with and without marks.
 
-A marked copy of the conversation has a number of its own in front of and behind each text. A number that the template
-does not write stands for a text that it leaves out. One copy answers for all conversations of the same shape; where a
-row's own text lacks a message's words, that row is asked itself, because templates also look at what is written.
+A marked copy of the conversation has a distinct number before and after each text. A number that is missing in the
+output stands for a text that the template leaves out. The answer for one conversation holds for all of the same shape.
+Where a row's own text lacks the words of a message, that row is rendered with marks too, because templates also look at
+the content.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ UNWRITTEN = {"role", "content", "name", "id", "tool_call_id", *REASONING, *CALLS
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """What a template does not write, in words: what a row cannot be trained on without, and what it can."""
+    """What a template does not write, in words: parts that a row needs for training, and parts that it does not."""
 
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
@@ -37,7 +38,10 @@ class LeftOut:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Thing:
-    """What a template should write, and its marks; ``part`` is what is lost where only some of them are."""
+    """A part that a template should write, with its marks.
+
+    ``part`` says what is lost where only some of the marks are missing.
+    """
 
     name: str
     marks: tuple[str, ...]
@@ -59,7 +63,10 @@ def left_out(
     known: dict[Hashable, LeftOut],
     render: Callable[[Sequence[Message], Tools], str],
 ) -> LeftOut:
-    """What of a conversation is not in its ``text``. ``known`` keeps answers by the shape of the conversation."""
+    """The parts of a conversation that are missing in its ``text``.
+
+    ``known`` caches the answer by the conversation's shape.
+    """
     shape = (len(tools or ()), *map(_shape, messages))
     is_whole = all(message["content"].strip() in text for message in messages)
     if is_whole and shape in known:
@@ -104,7 +111,10 @@ def _marked_tool(tool: Fields, marks: Iterator[str], things: list[_Thing]) -> Fi
 def _marked_message(
     message: Message, index: int, is_last: bool, marks: Iterator[str], things: list[_Thing]
 ) -> JsonObject:
-    """``is_last``: no later answer of the assistant follows. Templates may drop what it thought before."""
+    """A message with marks.
+
+    ``is_last``: no later answer follows. Templates may drop the reasoning of earlier answers.
+    """
     place = f"of message {index + 1}"
     copy = dict(message)
     if message["content"]:
@@ -132,7 +142,7 @@ def _marked_message(
 
 
 def _marked_call(call: Any, place: str, marks: Iterator[str], things: list[_Thing]) -> Any:
-    """A call of a function by name, as OpenAI's API writes it or without the ``function`` around it."""
+    """A function call with marks, in OpenAI's form or without the ``function`` wrapper."""
     if not isinstance(call, Mapping):
         return call
     inner = call.get("function")
@@ -146,7 +156,10 @@ def _marked_call(call: Any, place: str, marks: Iterator[str], things: list[_Thin
 
 
 def _marked(value: Any, mark: str, spare: Sequence[str] = ()) -> Any:
-    """``value`` with ``mark`` in every text and for every number; what stands under the keys ``spare`` stays."""
+    """``value`` with ``mark`` in every text and in place of every number.
+
+    Values under the keys in ``spare`` are unchanged.
+    """
     if isinstance(value, str):
         return f"{mark}{value}"
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -159,7 +172,7 @@ def _marked(value: Any, mark: str, spare: Sequence[str] = ()) -> Any:
 
 
 def characters(value: Any) -> int:
-    """Of all text in ``value``, its keys included; other things count as one."""
+    """The number of characters in all texts and keys of ``value``. Any other value counts as one."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Mapping):

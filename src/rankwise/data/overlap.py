@@ -1,4 +1,4 @@
-"""Do the evaluation rows occur in the training rows?"""
+"""Find evaluation rows that occur in the training rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ NAMED_ROWS = 5
 
 
 def warn_of_overlap(train: Rows, evaluation: Rows) -> int:
-    """How many rows of ``evaluation`` stand in ``train``, and a warning that names them (RW218)."""
+    """Count the rows of ``evaluation`` that are also in ``train``, and name them in a warning (RW218)."""
     twins = overlapping_rows(train, evaluation)
     if twins:
         named = "; ".join(f"{row.place} is {twin.place}" for row, twin in twins[:NAMED_ROWS])
@@ -24,7 +24,7 @@ def warn_of_overlap(train: Rows, evaluation: Rows) -> int:
 
 
 def overlapping_rows(train: Rows, evaluation: Rows) -> list[tuple[Row, Row]]:
-    """(a row of ``evaluation``, the first row of ``train`` of the same text), case and white space aside."""
+    """Pairs of an evaluation row and the first training row with the same text. Case and white space are ignored."""
     seen: dict[str, Row] = {}
     for row in train:
         seen.setdefault(_normalised(row), row)

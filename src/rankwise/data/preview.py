@@ -49,7 +49,7 @@ class Preview:
 
 
 def first_good_row(rows: Rows, report: EncodingReport) -> int:
-    """Its index in the source, from 0; ``report`` is that of encoding ``rows``, and says which are bad."""
+    """The index of the first row in the source, from 0, that ``report`` does not list as bad."""
     bad = {problem["row"] for problem in report.skipped}
     unread = {problem.index for problem in rows.problems}
     indices = (index for index in itertools.count() if index not in unread)
@@ -64,9 +64,9 @@ def preview_row(
     max_length: int,
     chat_template: str | None = None,
 ) -> Preview:
-    """Row ``index`` of the source (from 0) as ``encode_rows`` would encode it, also with nothing to train on.
+    """Row ``index`` of the source (from 0) as ``encode_rows`` would encode it, even if nothing of it is trained on.
 
-    Raises DataError: RW217 there is no such row; for a bad row what is wrong with it; otherwise as ``encode_rows``.
+    Raises DataError: RW217 where there is no such row, a bad row's own error, and otherwise as ``encode_rows``.
     """
     total = len(rows) + len(rows.problems)
     if not 0 <= index < total:

@@ -62,14 +62,14 @@ def read_rows(
 
 @dataclasses.dataclass(frozen=True)
 class _How:
-    """How records become rows."""
+    """The options that decide how records become rows."""
 
     columns: Columns
     skip_bad_rows: int | None
 
 
 def check_there(source: str | Path) -> None:
-    """Raise DataError (RW201) where ``source`` can only be a path and nothing is there; nothing is read."""
+    """Raise DataError (RW201) where ``source`` must be a path and does not exist. Nothing is read."""
     if not Path(source).expanduser().exists() and _looks_like_a_path(str(source)):
         raise DataError("RW201", f"there is no file or folder {source}; check the path.")
 
@@ -111,7 +111,7 @@ def _read_folder(folder: Path, split: str, how: _How) -> Rows:
 
 
 def _read_files(folder: Path, files: Sequence[Path], how: _How) -> list[Rows]:
-    """Each file's rows; the bad rows that may be left out are those of all files together."""
+    """The rows of each file. ``skip_bad_rows`` counts the bad rows of all files together."""
     parts: list[Rows] = []
     allowed = how.skip_bad_rows
     for file in files:
@@ -121,7 +121,7 @@ def _read_files(folder: Path, files: Sequence[Path], how: _How) -> list[Rows]:
 
 
 def _numbered_on(parts: Sequence[Rows]) -> tuple[Problem, ...]:
-    """The files' bad rows, numbered through all files."""
+    """The bad rows of all files, numbered continuously."""
     problems: list[Problem] = []
     before = 0
     for part in parts:
@@ -154,7 +154,7 @@ def _files_of_split(folder: Path, split: str) -> Sequence[Path]:
 
 
 def _split_of(name: str) -> str | None:
-    """The split a file name speaks of: ``trainset.csv`` is train, ``dev.jsonl`` is validation."""
+    """The split that a file name stands for: ``trainset.csv`` is train, ``dev.jsonl`` is validation."""
     for split, words in SPLIT_WORDS.items():
         if re.search(rf"(^|[^a-z])({'|'.join(words)})", name.lower()):
             return split
@@ -180,7 +180,7 @@ def _chosen_split(parts: DatasetDict, split: str, source: str) -> Dataset:
 
 
 def _read_hub(source: str, split: str, how: _How) -> Rows:
-    """``datasets`` 4 and later run no code of a repository; older loading scripts are refused by it."""
+    """The rows of a hub data set. ``datasets`` 4 and later runs no code of a repository and refuses loading scripts."""
     import datasets
     from datasets.exceptions import DatasetsError
 

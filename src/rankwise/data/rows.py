@@ -1,4 +1,4 @@
-"""What every reader gives and every encoder takes: rows of one kind, each with the place it came from."""
+"""The rows that every reader returns and every encoder takes, each with the place it came from."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Row:
         return f"{self.source}, {self.counted_in} {self.line}"
 
     def content(self) -> str:
-        """All text of the row, for hashing and for comparing rows."""
+        """All text of the row, for hashing and comparing."""
         turns = [f"{message['role']}\n{message.get('content') or ''}" for message in self.messages]
         return "\n".join([*turns, self.prompt + self.completion, self.text]).strip()
 
@@ -88,7 +88,7 @@ class Rows(Sequence[Row]):
 
     @property
     def prompt_ending(self) -> str:
-        """What a prompt given by hand has to end with to look like those in training: E2E rows hold their newline."""
+        """The ending that a prompt needs to look like those of the training rows. E2E prompts end with a newline."""
         return self.separator or ("\n" if self.items and self.items[0].prompt.endswith("\n") else "")
 
     @overload
@@ -108,7 +108,7 @@ class Rows(Sequence[Row]):
 
 
 def content_sha256(records: Iterable[Any]) -> str:
-    """sha256 over the records' JSON, for data that is no file."""
+    """sha256 over the JSON of the records, for data that is not a file."""
     digest = hashlib.sha256()
     for record in records:
         digest.update(json.dumps(record, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")

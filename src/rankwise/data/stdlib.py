@@ -1,6 +1,6 @@
-"""The demo data set that every machine has: what the standard library's functions, classes and methods do.
+"""The demo data set, made from Python itself: what functions, classes and methods of the standard library do.
 
-Prompt: the signature in a short instruction. Completion: the first sentence of the docstring.
+The prompt is the signature in a short instruction. The completion is the first sentence of the docstring.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ xmlrpc.server zipapp zipfile zipimport zoneinfo
 
 
 def stdlib_rows(split: str = "train") -> Rows:
-    """A tenth of the rows is ``split="eval"``, the rest ``"train"``; chosen by hash, no sentence is in both.
+    """A tenth of the rows is ``split="eval"`` and the rest is ``"train"``. The split is by hash, and no sentence is in
+    both.
 
-    The same Python gives the same rows in the same order. Raises DataError: RW208 unknown split, RW204 when Python
-    runs without docstrings (``-OO``).
+    The same Python gives the same rows in the same order. Raises DataError: RW208 unknown split, RW204 when Python runs
+    without docstrings (``-OO``).
     """
     if split not in SPLITS:
         raise DataError("RW208", f"the demo data has no split {split!r}; it has train and eval.")
@@ -68,7 +69,7 @@ def _is_eval(text: str) -> bool:
 
 
 def _unique() -> Iterator[Record]:
-    """The first row of each sentence: a module's twins (posixpath and ntpath) and aliases say the same."""
+    """The first row of each sentence. Twin modules (posixpath and ntpath) and aliases repeat sentences."""
     seen = set()
     for record in (record for name in MODULE_NAMES.split() for record in _module_records(name)):
         if record["completion"] not in seen:
@@ -89,7 +90,7 @@ def _module_records(name: str) -> Iterator[Record]:
 
 
 def _public(module: ModuleType, members: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """Members with a public name that this module defines itself."""
+    """The members with a public name that this module defines itself."""
     names = module.__dict__.get("__all__")
     for name, member in members.items():
         if isinstance(member, classmethod | staticmethod):
@@ -102,7 +103,7 @@ def _public(module: ModuleType, members: Mapping[str, object]) -> Iterator[tuple
 
 
 def _belongs(module: ModuleType, member: object) -> bool:
-    """A C accelerator's members (``_json``) belong to its module; what was imported from elsewhere does not."""
+    """Whether the module defines the member. Members of its C accelerator (``_json``) count; imported ones do not."""
     home = getattr(member, "__module__", None)
     return home is None or home.lstrip("_").split(".")[0] == module.__name__.split(".")[0]
 

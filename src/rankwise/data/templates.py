@@ -1,8 +1,9 @@
-"""A row as text: pieces that are trained on and pieces that are not.
+"""Rows as text: segments that are trained on and segments that are not.
 
-With a chat template, the trained pieces are the assistant's turns, each with its stop token. A template that marks
-them itself (``{% generation %}``) is taken at its word; for any other the turn is what ``messages[:i+1]`` adds to
-``messages[:i]`` with the generation prompt, and a template for which that is not so is refused.
+With a chat template, the trained segments are the assistant's turns, each with its stop token. A template with ``{%
+generation %}`` marks says itself which text is the assistant's. For any other template a turn is the text that
+``messages[:i+1]`` adds to ``messages[:i]`` with the generation prompt. A template for which that does not hold is
+refused.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Rendered:
 
 
 class RowRefused(DataError):
-    """One row cannot be written; others may. The message names no row."""
+    """This row cannot be written; others may be. The message does not name the row."""
 
 
 def read_template(path: Path) -> str:
@@ -90,9 +91,9 @@ def read_template(path: Path) -> str:
 def renderer(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, chat_template: str | None
 ) -> tuple[str, Callable[[Row], Rendered]]:
-    """How rows of this kind are written for this tokenizer: the name of the way, and the function.
+    """How rows of this kind are written for this tokenizer: the name of the way, and the function that writes a row.
 
-    Raises DataError RW210 for chat rows where there is no template, RW213 where no stop token is known.
+    Raises DataError RW210 for chat rows without a template, RW213 where no stop token is known.
     """
     has_template = bool(chat_template or tokenizer.chat_template)
     if rows.kind == "chat" and not has_template:
@@ -132,9 +133,9 @@ def _plain_pair(row: Row, *, separator: str, eos_token: str) -> Rendered:
 
 
 class ChatRenderer:
-    """Rows through a chat template. ``stop`` is the special token that ends an assistant's turn, if one does.
+    """Writes rows through a chat template. ``stop`` is the special token that ends an assistant's turn, if there is one.
 
-    Only ``bounded`` processes may call a renderer, and read its ``stop`` where nobody has yet.
+    Only processes started by ``bounded`` may call a renderer, or read ``stop`` for the first time.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
@@ -169,7 +170,7 @@ class ChatRenderer:
 
     @functools.cached_property
     def stop(self) -> str | None:
-        """The first special token that the template writes behind an assistant's text."""
+        """The first special token that the template writes after an assistant's text."""
         probe: list[Message] = [
             {"role": "user", "content": "question"},
             {"role": "assistant", "content": PROBE_ANSWER},
@@ -231,9 +232,9 @@ class ChatRenderer:
             return _sane(texts[0], messages, tools), spans[0]
 
     def _grown_spans(self, text: str, messages: Sequence[Message], tools: Tools, first_trained: int) -> list[Span]:
-        """The answers, found by rendering the conversation up to each: a cost quadratic in their number.
+        """The spans of the answers, found by rendering the conversation up to each. The cost is quadratic in their number.
 
-        So an answer in the middle that follows on its header as one of its kind did before is read from the text.
+        An answer in the middle whose header is known from an earlier one is therefore found in the text instead.
         """
         spans: list[Span] = []
         headers: dict[Hashable, str] = {}
@@ -255,7 +256,10 @@ class ChatRenderer:
         return spans
 
     def _behind(self, header: str, text: str, messages: Sequence[Message], index: int, position: int) -> Span | None:
-        """``messages[index]`` where ``header`` follows the message before it, the first one behind ``position``."""
+        """The span of ``messages[index]`` where ``header`` follows the message before it.
+
+        The first such place after ``position`` counts.
+        """
         before, own = messages[index - 1]["content"], json.dumps(messages[index], ensure_ascii=False, default=str)
         place = text.find(before, position)
         if not header or not before or place < 0 or not text.startswith(header, place + len(before)):
@@ -265,7 +269,7 @@ class ChatRenderer:
         return None if end < 0 or str(self.stop) in own else (start, end + len(str(self.stop)))
 
     def _turn_border(self, text: str, start: int, messages: Sequence[Message], tools: Tools, index: int) -> int:
-        """Where the answer ``messages[index]``, which starts at ``start``, ends in ``text``."""
+        """The end in ``text`` of the answer ``messages[index]``, which starts at ``start``."""
         grown = self._render(messages[: index + 1], tools, generation_prompt=False)
         if text.startswith(grown):
             return len(grown)
@@ -278,7 +282,7 @@ class ChatRenderer:
         return len(_prefix(grown, text, index))
 
     def _before(self, text: str, messages: Sequence[Message], tools: Tools, index: int) -> str:
-        """The text in front of the answer ``messages[index]``, as generation would see it."""
+        """The text before the answer ``messages[index]``, as at generation."""
         if index == 0:
             raise RowRefused(
                 "RW212",
@@ -289,7 +293,7 @@ class ChatRenderer:
         return _prefix(before, text, index)
 
     def _whole_turns(self, text: str, spans: Sequence[Span]) -> list[Span]:
-        """Each up to its stop token, which some templates mark once more by itself."""
+        """Each span extended to its stop token. Some templates write the stop token outside their generation marks."""
         turns: list[Span] = []
         for start, end in spans:
             free = max(start, turns[-1][1]) if turns else start
@@ -298,7 +302,7 @@ class ChatRenderer:
         return turns
 
     def _turn_end(self, text: str, start: int, end: int) -> int:
-        """Up to the stop token of the turn: what the template writes behind it the model never generates."""
+        """The end of the turn's stop token. The model never generates what the template writes after it."""
         if self.stop is None:
             return end
         inside = text.rfind(self.stop, start, end)
@@ -308,7 +312,7 @@ class ChatRenderer:
         return behind + len(self.stop) if text.startswith(self.stop, behind) else end
 
     def _check_turns(self, text: str, spans: Sequence[Span]) -> None:
-        """Raise RowRefused where there is no answer, or one that would teach the model to say nothing."""
+        """Raise RowRefused where there is no answer, or where an answer is only a stop token."""
         if not any(start < end for start, end in spans):
             raise RowRefused("RW212", "the chat template marks no assistant text in this row")
         before = -1
@@ -328,7 +332,10 @@ def chat_text(
     chat_template: str | None = None,
     place: str = "the prompt",
 ) -> str:
-    """The conversation up to where an answer would start. Raises DataError RW211, RW221, RW225 with ``place``."""
+    """The conversation up to the point where an answer would start.
+
+    Raises DataError RW211, RW221, RW225 with ``place``.
+    """
     render = functools.partial(ChatRenderer(tokenizer, chat_template)._render, generation_prompt=True)
     offered = list(tools) if tools else None
 
@@ -349,7 +356,7 @@ def chat_text(
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """A template is a program: whatever it raises is its refusal of a row. Memory is the business of ``bounded``."""
+    """Turn any error of a template into a refusal of the row. ``bounded`` handles memory."""
     import jinja2
 
     try:
@@ -363,7 +370,7 @@ def _refusals() -> Iterator[None]:
 
 
 def _sane(text: str, messages: Sequence[Message], tools: Tools) -> str:
-    """``text`` itself. Raises DataError (RW225) where it is out of all proportion to the row."""
+    """The text unchanged. Raises DataError (RW225) where it is far longer than the row can explain."""
     if len(text) > MOST_CHARACTERS and len(text) > MOST_GROWTH * characters((messages, tools)):
         raise DataError(
             "RW225",
@@ -392,7 +399,7 @@ def _prefix(part: str, whole: str, index: int) -> str:
 
 
 def _header(text: str, messages: Sequence[Message], index: int, start: int) -> str:
-    """What stands between the words of the message before ``messages[index]`` and ``start``; empty where unclear."""
+    """The text between the message before ``messages[index]`` and ``start``; empty where that is unclear."""
     before = messages[index - 1]["content"]
     place = text.rfind(before, 0, start)
     return text[place + len(before) : start] if before and place >= 0 else ""

@@ -1,7 +1,7 @@
-"""Arguments of tool calls come as objects or as their JSON text, and a chat template is written for one of the two.
+"""Give tool-call arguments the form that a chat template expects: an object, or its JSON text.
 
-A template for objects quotes and escapes a text (Qwen 2.5, Llama 3.1) or refuses it; one for texts writes an object
-as Python does or refuses it (DeepSeek).
+A template for objects quotes and escapes a text (Qwen 2.5, Llama 3.1) or refuses it. A template for texts writes an
+object as Python does, or refuses it (DeepSeek).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rankwise.foreign import Fields
 
 
 def suit_arguments(messages: Sequence[Message], render: Callable[[Sequence[Message]], str]) -> Sequence[Message]:
-    """The conversation with its arguments in the form which the template writes as JSON, as far as one is."""
+    """The conversation with its arguments in the form that the template writes as JSON, if there is one."""
     if not any(_forms(message) for message in messages):
         return messages
     others = [_in_the_other_form(message) for message in messages]
@@ -33,14 +33,14 @@ def suit_arguments(messages: Sequence[Message], render: Callable[[Sequence[Messa
 
 
 def _is_misread(messages: Sequence[Message], text: str) -> bool:
-    """Whether a text stands in quotes and escapes, or an object in Python's spelling."""
+    """Whether the template has quoted and escaped a text, or written an object in Python's spelling."""
     given = [arguments for message in messages for arguments, _ in _forms(message)]
     wrong = [_json(item) if isinstance(item, str) else str(item) for item in given]
     return any(spelt in text for item, spelt in zip(given, wrong) if spelt != _json(item) or isinstance(item, str))
 
 
 def _forms(message: Message) -> list[tuple[Any, Any]]:
-    """Of each call the arguments and their other form; none of a call without an object of arguments."""
+    """The arguments of each call, and the other form of them. Calls without an object of arguments are left out."""
     return [forms for call in message.get("tool_calls") or () if (forms := _both(_function(call).get("arguments")))]
 
 
@@ -69,7 +69,7 @@ def _changed(call: Fields) -> Fields:
 
 
 def _function(call: Fields) -> Fields:
-    """What names the function: the call, or what it holds as OpenAI's API writes it."""
+    """The part that names the function: the call itself, or its `function` field in OpenAI's form."""
     inner = call.get("function", call)
     return inner if isinstance(inner, Mapping) else {}
 
