@@ -1,4 +1,4 @@
-"""The runs of a comparison as their records on disk tell them."""
+"""Collect the runs of a comparison from their records on disk."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _run(plan: Plan, cell: Cell, phase: Phase, skipped: Mapping[str, str] | None
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    """Without what says only how the run was started this time."""
+    """The record without the parts that say only how the run was started this time."""
     record = load_record(folder).to_json()
     settings = {key: value for key, value in record["settings"].items() if key not in ("resume", "overwrite")}
     return {**record, "settings": settings}
@@ -80,7 +80,7 @@ def _stages(plan: Plan) -> tuple[Stage, ...]:
 
 
 def _error(plan: Plan, cell: Cell) -> tuple[Message | None, bool]:
-    """What went wrong in any of its stages, and whether its training finished."""
+    """The error of any of its stages, and whether its training finished."""
     outcomes = {stage: outcome_of(Job(stage, cell), plan.output) for stage in _stages(plan)}
     errors = [outcome.error for outcome in outcomes.values() if outcome is not None and outcome.error is not None]
     error: Message | None = {"code": errors[0]["code"], "message": errors[0]["message"]} if errors else None
@@ -89,7 +89,7 @@ def _error(plan: Plan, cell: Cell) -> tuple[Message | None, bool]:
 
 
 def read_tasks(folder: Path, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """TASK -> its result, of a run's folder; an earlier call may have left more than these."""
+    """The result of each task in a run's folder. An earlier call may have left more tasks than these."""
     found = {task: read_json(folder / EVALUATION_FOLDER / task / RESULT_FILE) for task in (PERPLEXITY, *tasks)}
     return {task: result for task, result in found.items() if result}
 
@@ -100,7 +100,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def metrics_of(runs: Sequence[Run]) -> dict[str, bool]:
-    """Metric -> whether higher is better: the evaluation loss, and every task's metrics but the loss again."""
+    """Metric -> whether higher is better, for the evaluation loss and every metric of the tasks except the loss
+    again.
+    """
     found = {EVAL_LOSS: False} if any((run["record"] or {}).get("eval_loss") is not None for run in runs) else {}
     for run in runs:
         for task, result in run["tasks"].items():
@@ -119,7 +121,7 @@ class _Examples:
 
 
 def scores_of(output: Path, runs: Sequence[Run], metric: str) -> Scores | None:
-    """One method's final, finished runs on a metric; None where none has it."""
+    """The scores of one method's finished final runs on a metric; None where no run has it."""
     values: dict[int, float] = {}
     examples: dict[int, list[float]] = {}
     first: _Examples | None = None
@@ -140,7 +142,9 @@ def scores_of(output: Path, runs: Sequence[Run], metric: str) -> Scores | None:
 
 
 def value_of(run: Run, metric: str) -> float | None:
-    """A run's figure. The evaluation loss is the one measured row by row where there is one, else the record's."""
+    """A run's value of a metric. The evaluation loss is the one measured row by row if there is one, else the
+    record's.
+    """
     if metric == EVAL_LOSS:
         measured = run["tasks"].get(PERPLEXITY, {}).get("metrics", {}).get("loss")
         found = measured if measured is not None else (run["record"] or {}).get("eval_loss")
@@ -151,7 +155,7 @@ def value_of(run: Run, metric: str) -> float | None:
 
 
 def _examples(folder: Path, metric: str, value: float) -> _Examples | None:
-    """The examples' own scores where the metric is their mean; else None."""
+    """The scores of the examples if the metric is their mean; else None."""
     task, _, name = (PERPLEXITY, ".", "loss") if metric == EVAL_LOSS else metric.partition(".")
     path = folder / EVALUATION_FOLDER / task / EXAMPLES_FILE
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""What is started for each step of a comparison: module, arguments, and the settings that they read."""
+"""The command of each step of a comparison: its module, its arguments, and the settings that these read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MEASURED = ("task_limit", "eval_data", "columns", "max_length", "chat_template",
 
 
 class Commands:
-    """What to start for a job."""
+    """Makes the command of a job."""
 
     def __init__(self, given: CompareSettings, plan: Plan, inputs: Inputs) -> None:
         self.given, self.plan, self.inputs = given, plan, inputs
@@ -46,7 +46,7 @@ class Commands:
         return stages.MEASURE, [str(path)]
 
     def steps(self, job: Job) -> int:
-        """Optimizer steps of a training, for showing and for the time left."""
+        """The number of optimizer steps of a training, for the progress display and the time left."""
         if job.cell is None or job.stage not in ("train", "probe"):
             return 0
         steps = self._max_steps(job)
@@ -56,7 +56,7 @@ class Commands:
         return max(1, math.ceil(self.inputs.train_rows / batch) * math.ceil(self.shared["epochs"]))
 
     def is_outdated(self, job: Job) -> bool:
-        """Whether what a finished step left is not what this call asks for: more methods, other or further tasks."""
+        """Whether a finished step's output does not answer this call: other methods or tasks are asked for now."""
         before = read_json(stages.beside(job.name(self.plan.output), ".in"))
         if job.stage == "prepare":
             return [run["method"] for run in before.get("runs", [])] != list(self.plan.methods)
@@ -105,11 +105,11 @@ class Commands:
         return cell_settings(cell, self.plan.output, shared, inputs, steps)
 
     def _first_runs(self) -> list[dict[str, Any]]:
-        """Of each method one run's settings."""
+        """The settings of one run of each method."""
         return [self._cell_settings(Cell(method, self.plan.rates[0], 0), None) for method in self.plan.methods]
 
     def _batch(self, method: str) -> dict[str, Any]:
-        """With --memory-budget: the largest micro-batch that is planned to fit, the rows of a step as asked for."""
+        """With --memory-budget: the largest micro-batch that is planned to fit. The rows of a step stay the same."""
         if self.given.memory_budget is None:
             return {}
         if method in BASELINES:
@@ -140,7 +140,7 @@ class Commands:
         return estimate(_model(self.given.model), method, workload).peak_bytes
 
     def _cache(self) -> Path:
-        """Base models as runs need them, and encoded rows."""
+        """The folder with base models, as the runs need them, and encoded rows."""
         return self.plan.output.resolve() / "cache"
 
     def _measuring(self, job: Job) -> dict[str, Any]:
@@ -167,6 +167,6 @@ def _data_of(job: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _model(name: str) -> str:
-    """As the user wrote it, a path in full."""
+    """The model as the user wrote it; a path in full."""
     path = Path(name).expanduser()
     return str(path.resolve()) if name != "demo" and path.exists() else name

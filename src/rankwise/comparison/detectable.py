@@ -1,4 +1,4 @@
-"""The smallest difference that a comparison finds: from its finished runs, or before there are any from assumptions."""
+"""The smallest difference that a comparison finds: from its finished runs, or from assumptions before there are any."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from rankwise.reports.schema import EVAL_LOSS, MinimumDetectableEffect
 def detectable_effect(
     given: CompareSettings, scores: Mapping[str, Scores], *, seeds: int, rows: int
 ) -> MinimumDetectableEffect:
-    """With so many seeds and evaluation rows; ``scores`` are those of the metric that decides, method by method."""
+    """The smallest difference that so many seeds and evaluation rows find.
+
+    ``scores`` are those of the metric that decides, for each method.
+    """
     pairs = [pair for pair in itertools.combinations(scores.values(), 2) if set(pair[0].values) & set(pair[1].values)]
     measured = pooled([estimate_difference(a, b)[0] for a, b in pairs], seeds)
     if measured.parts:

@@ -1,4 +1,4 @@
-"""The end of a comparison: the recommended settings, the adapter of the best run, merged on request."""
+"""The end of a comparison: the recommended settings, the adapter of the best run, and on request the merged model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOT_SETTINGS = {"output", "cache", "resume", "overwrite"}
 
 
 def best_run(runs: Sequence[Run], method: str, metric: str, *, higher_is_better: bool) -> Run | None:
-    """Of the method's final runs the one with the best figure."""
+    """The final run of the method with the best value."""
     final = [run for run in runs if run["method"] == method and run["phase"] == "final" and run["status"] == "finished"]
     scored = [(value, run) for run in final if (value := value_of(run, metric)) is not None]
     if not scored:
@@ -35,7 +35,7 @@ def best_run(runs: Sequence[Run], method: str, metric: str, *, higher_is_better:
 
 
 def hand_over(output: Path, found: Recommendation, run: Run) -> Recommendation:
-    """Write ``recommended.yaml`` and ``best``, and say in the recommendation where they are."""
+    """Write ``recommended.yaml`` and ``best``, and note in the recommendation where they are."""
     record = run["record"] or {}
     write_text(output / RECOMMENDED_FILE, recommended_yaml(output, record["settings"], found["reason"]))
     copy_run(output / run["folder"], output / BEST_FOLDER)
@@ -50,7 +50,9 @@ def hand_over(output: Path, found: Recommendation, run: Run) -> Recommendation:
 
 
 def forget_other_results(output: Path, run: str | None) -> None:
-    """Take away what an earlier call recommended where it was another run: a merged model of it would be mistaken."""
+    """Remove what an earlier call recommended if it was another run, so that its merged model is not mistaken for
+    this one's.
+    """
     before = read_json(output / COMPARISON_FILE).get("recommendation", {}).get("run")
     if before == run and run is not None:
         return
@@ -61,7 +63,7 @@ def forget_other_results(output: Path, run: str | None) -> None:
 
 
 def recommended_yaml(output: Path, settings: Mapping[str, Any], reason: str) -> str:
-    """The run's own settings, those at their defaults left out, with an output folder of its own."""
+    """The run's settings, without those at their defaults, and with an output folder of its own."""
     import yaml
 
     defaults = TrainSettings.defaults()
@@ -76,7 +78,7 @@ def recommended_yaml(output: Path, settings: Mapping[str, Any], reason: str) -> 
 
 
 def copy_run(run: Path, target: Path) -> None:
-    """The run's folder without its checkpoints and evaluations, whole or not at all."""
+    """Copy the run's folder without checkpoints and evaluations, whole or not at all."""
     with whole_folder(target, replace=True) as folder:
         left_out = shutil.ignore_patterns(*LEFT_OUT)
         shutil.copytree(run, folder, ignore=left_out, dirs_exist_ok=True)

@@ -1,4 +1,4 @@
-"""The comparison's folder: whether it may be used, and what it was started with."""
+"""The folder of a comparison: whether it may be used, and the settings it was started with."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def check_folder(output: Path) -> None:
 
 @dataclasses.dataclass
 class _Identity:
-    """What the runs of a folder depend on, as it was noted."""
+    """The noted settings that the runs of a folder depend on."""
 
     options: dict[str, Any]
     data: dict[str, str]
 
 
 def check_same(output: Path, given: CompareSettings, data: Mapping[str, Any]) -> None:
-    """Note what the runs of this folder depend on, or compare with what was noted.
+    """Note the settings that the runs of this folder depend on, or compare them with those noted before.
 
-    More methods, seeds, learning rates or tasks may come: runs that are there stay what they are. Raises RunError
-    (RW580) naming everything else that differs.
+    More methods, seeds, learning rates or tasks may be added, because finished runs stay valid. Raises RunError
+    (RW580), which names everything else that differs.
     """
     now = json.loads(json.dumps(_identity(given, data)))
     path = output / SETTINGS_FILE

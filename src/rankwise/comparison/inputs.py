@@ -28,7 +28,7 @@ NAMING = (
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Where each run reads its rows from, and what the record says of them."""
+    """The files that each run reads its rows from, and what the record says of them."""
 
     train: str
     evaluation: str
@@ -38,12 +38,12 @@ class Inputs:
 
 
 def prepare_inputs(given: CompareSettings, check: Callable[[dict[str, Any]], None]) -> Inputs:
-    """Read both sets once; where the evaluation set is a part of something, write that part into ``DIR/data``.
+    """Read both sets once. Where the evaluation set is part of another set, write that part into ``DIR/data``.
 
-    ``check`` sees the description of the data first, and may refuse it.
+    ``check`` is called first with the description of the data, and may raise.
 
-    Without --eval-data the source's own validation part is taken, else a tenth of the training data, chosen by the
-    hash of its prompts: rows of one prompt stay together, and the order of the file does not matter.
+    Without --eval-data the source's own validation part is taken, else a tenth of the training data. That tenth is
+    chosen by the hash of the prompts: rows of one prompt stay together, and the order of the file does not matter.
     Raises DataError as the readers do, ConfigError (RW168) when rows cannot be split.
     """
     columns = given.columns
@@ -72,8 +72,9 @@ def prepare_inputs(given: CompareSettings, check: Callable[[dict[str, Any]], Non
 
 
 def check_adapter(given: CompareSettings) -> None:
-    """Before hours of training: adapter settings that name what is not in the model or leave a mixture's experts out,
-    said as ``add_adapter`` does.
+    """Report adapter settings that do not fit the model as ``add_adapter`` does, before hours of training.
+
+    These are settings that name absent modules, and those that leave out a mixture's experts.
 
     Raises AdapterError as ``plan_adapter`` does, and ModelError where there is no such model.
     """
@@ -99,7 +100,9 @@ def _is_mixture(model: str, remote: Mapping[str, Any]) -> bool:
 
 
 def split_by_prompt(rows: Rows, share: float) -> tuple[Rows, Rows]:
-    """(the rest, at least ``share`` of the rows): whole groups of equal prompts, those of the smallest hashes."""
+    """(the other rows, at least ``share`` of the rows). Groups of equal prompts stay whole; the smallest hashes are
+    taken.
+    """
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         groups.setdefault(prompt_of(row), []).append(index)
@@ -118,7 +121,7 @@ def split_by_prompt(rows: Rows, share: float) -> tuple[Rows, Rows]:
 
 
 def prompt_of(row: Row) -> str:
-    """What the row asks: rows that share it are one cluster."""
+    """The prompt of the row. Rows with the same prompt form a cluster."""
     if row.kind == "chat":
         asked = [message for message in row.messages if message["role"] == "user"]
         return str(asked[0].get("content") or "") if asked else row.content()
@@ -141,7 +144,7 @@ def _own_evaluation(given: CompareSettings, rows: Rows, columns: dict[str, Any])
 
 
 def _write(rows: Rows, path: Path, columns: dict[str, Any]) -> Path:
-    """The rows in a layout that is read and rendered as they were. Raises ConfigError (RW168) where there is none."""
+    """Write the rows in a layout that reads and renders as before. Raises ConfigError (RW168) where there is none."""
     text = "".join(json.dumps(_record(row, rows, columns), ensure_ascii=False) + "\n" for row in rows)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         path.parent.mkdir(parents=True, exist_ok=True)

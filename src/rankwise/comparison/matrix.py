@@ -1,4 +1,4 @@
-"""The cells of a comparison: which runs there are, what each is called, and its settings."""
+"""The cells of a comparison: which runs there are, their names and their settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rankwise.reports.schema import RUNS_FOLDER
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run: a method at a learning rate with a seed. ``short`` runs only try a rate, in fewer steps."""
+    """One run: a method at a learning rate with a seed. A ``short`` run only tries a rate and has fewer steps."""
 
     method: str
     learning_rate: float
@@ -30,19 +30,19 @@ class Cell:
 
 
 def search_cells(method: str, rates: Sequence[float], *, short: bool) -> list[Cell]:
-    """The runs that try a method's learning rates, all on seed 0; none for a single rate that is run anyway."""
+    """The runs that try a method's learning rates, all on seed 0; none if there is only one rate."""
     if len(rates) == 1:
         return []
     return [Cell(method, rate, 0, short) for rate in sorted(rates)]
 
 
 def final_cells(method: str, rate: float, seeds: int) -> list[Cell]:
-    """The runs that count. With searches at full length the one of seed 0 is there already and is not run twice."""
+    """The runs that count. After searches at full length the run of seed 0 exists and is not repeated."""
     return [Cell(method, rate, seed) for seed in range(seeds)]
 
 
 def planned_runs(methods: int, rates: int, seeds: int, *, short: bool) -> int:
-    """How many runs a comparison takes in all."""
+    """The number of runs of the whole comparison."""
     search = 0 if rates == 1 else rates
     shared = 1 if search and not short else 0
     return methods * (search + seeds - shared)
@@ -51,8 +51,8 @@ def planned_runs(methods: int, rates: int, seeds: int, *, short: bool) -> int:
 def choose_rate(losses: Mapping[float, float | None]) -> tuple[float | None, bool]:
     """The rate of the lowest loss, and whether it lies at the edge of those tried.
 
-    A failed run (None, or a loss that is no number) is never chosen, and still counts as tried: the best rate beside
-    one that diverged is no edge.
+    A failed run (None, or a loss that is not finite) is never chosen but counts as tried: a best rate beside a diverged
+    one is not at the edge.
     """
     finite = {rate: loss for rate, loss in losses.items() if loss is not None and math.isfinite(loss)}
     if not finite:
@@ -66,7 +66,7 @@ def cell_settings(
 ) -> dict[str, Any]:
     """The settings file of ``rankwise train`` for a cell. ``inputs``: model, data and eval_data.
 
-    Options that have no effect on the cell's method are left out: they are there for the other methods.
+    Options without effect on the cell's method are left out; they are for the other methods.
     """
     idle: set[str] = set().union(*idle_options(cell.method).values())
     used = {name: value for name, value in shared.items() if name not in idle}

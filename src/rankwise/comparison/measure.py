@@ -1,6 +1,7 @@
-"""``python -m rankwise.comparison.measure JOB.json``: what a finished run is like, in one process with one loading.
+"""``python -m rankwise.comparison.measure JOB.json``: measure a finished run in one process that loads the model once.
 
-Loss of every evaluation row, the tasks, a few answers, merged against unmerged, and how far each weight moved.
+It measures the loss of every evaluation row, the tasks, some answers, merged against unmerged, and the change of each
+weight.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ CHECKED_ROWS = 4
 
 
 def measure(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Write ``evaluation/TASK`` and ``measured.json`` into the run's folder; gives the latter's content.
+    """Write ``evaluation/TASK`` and ``measured.json`` into the run's folder. Returns the content of the latter.
 
     ``job``: folder, model, cache, method (None for the base), dtype, device, trust_remote_code, revision; eval_data,
     columns, max_length, chat_template; merged_check; tasks, task_data, task_limit.
@@ -82,7 +83,7 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _engine(job: Mapping[str, Any], model: Any, tokenizer: Any, template: str | None) -> Engine:
-    """Losses come from the operators that the run was evaluated with."""
+    """The engine of the evaluation. Its operators are those that the run was evaluated with."""
     if job["method"] is None:
         return Engine(model, tokenizer, template)
     record = load_record(Path(job["folder"]))
@@ -95,7 +96,9 @@ def _engine(job: Mapping[str, Any], model: Any, tokenizer: Any, template: str | 
 def run_task(
     task: Task, engine: Engine, folder: Path, job: Mapping[str, Any], answers: Mapping[str, str]
 ) -> TaskResult:
-    """``rankwise evaluate`` on a model that is loaded: the same files. ``answers`` are predictions by example."""
+    """Run one task of ``rankwise evaluate`` on the loaded model, with the same files. ``answers`` are predictions by
+    example.
+    """
     place = folder / EVALUATION_FOLDER / task.name
     settings = {"task": task.name, "data_sha256": task.data_sha256, "task_settings": task.describe()}
     adapter = None if job["method"] is None else folder
@@ -105,7 +108,9 @@ def run_task(
 
 
 def _open(place: Path, settings: Mapping[str, Any]) -> journal.Opened:
-    """Whether an older result still stands was decided when this step was started; what is of another kind goes."""
+    """Open the folder of a task. Results of another kind are removed; this step was started because they are
+    outdated.
+    """
     try:
         return journal.open_folder(place, settings, overwrite=False)
     except RunError as error:
@@ -115,7 +120,7 @@ def _open(place: Path, settings: Mapping[str, Any]) -> journal.Opened:
 
 
 def load_run(job: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The model of a run with what it trained, in evaluation mode; the base where there is no method."""
+    """The trained model of a run in evaluation mode; the base where there is no method."""
     from rankwise.adapters.trained_base import quantization_of
     from rankwise.models import choose_device, fetch_model
     from rankwise.training.prepared import load_prepared
@@ -145,7 +150,7 @@ def load_run(job: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _dtype(record: RunRecord | None, usual: torch.dtype) -> torch.dtype | None:
-    """As the base was in training. A whole model keeps the float32 of its files: 16 bits would round its updates."""
+    """The dtype of the base in training. A fully trained model keeps float32: 16 bits would round its updates away."""
     if record is None:
         return usual
     return None if record.method == "full" else getattr(torch, record.device["dtype"])
@@ -162,13 +167,13 @@ def _load_adapter(model: Any, folder: Path, method: str) -> None:
 
 
 def _shown(rows: Rows) -> list[int]:
-    """Numbers of some rows, spread evenly."""
+    """The indices of some rows, spread evenly."""
     return list(range(0, len(rows), max(1, len(rows) // ANSWERED)))[:ANSWERED]
 
 
 @torch.inference_mode()
 def _answers(engine: Engine, rows: Rows, numbers: Sequence[int]) -> tuple[dict[str, str], float | None]:
-    """Greedy answers to some rows, one at a time, and the tokens per second of writing them."""
+    """Greedy answers to some rows, one at a time, and the tokens per second of generating them."""
     asked = _asked(engine, rows, numbers)
     answers: dict[str, str] = {}
     tokens, seconds = 0, 0.0
@@ -186,7 +191,7 @@ def _answers(engine: Engine, rows: Rows, numbers: Sequence[int]) -> tuple[dict[s
 
 
 def _asked(engine: Engine, rows: Rows, numbers: Sequence[int]) -> list[tuple[int, ...]]:
-    """The ids that the model goes on from: the prompt, or the beginning of a plain text."""
+    """The ids that the model continues: the prompt, or the beginning of a plain text."""
     chosen, encoder = [rows[number] for number in numbers], engine.encoder(rows)
     if rows.kind == "text":
         return [tuple(row.ids[:TEXT_PROMPT]) for row in encoder.encode(chosen, TEXT_PROMPT)]
@@ -209,7 +214,7 @@ def _written(engine: Engine, ids: Tensor, count: int) -> list[int]:
 def _merge_facts(
     job: Mapping[str, Any], engine: Engine, rows: Rows, shown: Sequence[int], speed: float | None
 ) -> dict[str, Any]:
-    """Merge the adapter in memory: what the logits and the speed become, and how far each weight moved."""
+    """Merge the adapter in memory. Returns how logits and speed change, and how far each weight moved."""
     if job["method"] == "full":
         return {"merged": None, "update_norms": _full_norms(job, engine.model)}
     if job["method"] not in MERGEABLE:
@@ -250,7 +255,7 @@ def _ids(engine: Engine, rows: Rows, max_length: int) -> list[Tensor]:
 
 @torch.no_grad()
 def _adapter_norms(model: nn.Module) -> dict[str, float]:
-    """Of every adapted weight, merged in float32: in 16 bits rounding alone would look like an update."""
+    """The relative change of every adapted weight, merged in float32: rounding to 16 bits would look like an update."""
     from rankwise.adapters.base_layer import dense_weight, with_weight
     from rankwise.adapters.experts import AdaptedExperts, relative_updates
     from rankwise.adapters.layer import AdaptedLayer
@@ -277,7 +282,7 @@ def _relative(new: Tensor, W: Tensor) -> float:
 
 @torch.no_grad()
 def _full_norms(job: Mapping[str, Any], model: nn.Module) -> dict[str, float]:
-    """Of the matrices of a fully fine-tuned model, against the base's, both in the float32 that it trained in."""
+    """The relative change of the matrices of a fully fine-tuned model, in the float32 in which it trained."""
     base, _ = load_run({**job, "method": None, "dtype": "float32"})
     return {name: _relative(_float32(model.get_submodule(name)), _float32(module)) for name, module in _matrices(base)}
 
@@ -294,12 +299,12 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _stored_bytes(folder: Path) -> int:
-    """Of the weights in the run folder's top level: the adapter's file, or a whole model's."""
+    """The bytes of the weights in the run folder's top level: an adapter's file, or a whole model's."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def answering(work: Callable[[], dict[str, Any]], doing: str) -> int:
-    """Do ``work`` and print its document; exit codes and errors are those of a verb of the command line."""
+    """Run ``work`` and print its document. Exit codes and errors are those of a verb of the command line."""
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", RankwiseWarning)
     try:

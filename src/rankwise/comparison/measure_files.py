@@ -1,4 +1,4 @@
-"""Names that ``measure`` writes and others read. Imports no torch."""
+"""The file names that ``measure`` writes and other modules read. Imports no torch."""
 
 from rankwise.config import FOUR_BITS
 

@@ -1,6 +1,6 @@
-"""``python -m rankwise.comparison.prepare JOB.json``: bases and encoded rows into the cache, before the first run.
+"""``python -m rankwise.comparison.prepare JOB.json``: put bases and encoded rows into the cache before the first run.
 
-So no run pays for reading a GGUF file, quantizing or tokenizing, and runs side by side do not do it twice.
+Then no run has to read a GGUF file, quantize or tokenize, and parallel runs do not do it twice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rankwise.training.setup import encode_data, load_for_training, quantization
 
 
 def prepare(job: Mapping[str, Any]) -> dict[str, Any]:
-    """``job``: ``runs``, the settings of one run of each method. Gives the kinds of base that were made ready."""
+    """``job``: ``runs``, the settings of one run of each method. Returns the kinds of base that were prepared."""
     made: list[str] = []
     for given in one_of_each_kind([TrainSettings.model_validate(settings) for settings in job["runs"]]):
         source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
@@ -34,7 +34,7 @@ def prepare(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def one_of_each_kind(runs: Sequence[TrainSettings]) -> list[TrainSettings]:
-    """Runs that start from the same base in the same dtype need it once: 4-bit, float32 (full) or 16-bit."""
+    """One run of each kind of base. Runs that start from the same base in the same dtype share it."""
     kinds: dict[tuple[bool, bool], TrainSettings] = {}
     for given in runs:
         kinds.setdefault((quantization_for(given) is not None, given.method == "full"), given)

@@ -1,4 +1,4 @@
-"""One process per step of a run: its output in files, its end with its parent's, its folder locked while it lives."""
+"""One process for each step of a run. Its output goes to files, it ends with its parent, and it locks its folder."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class Worker:
         return time.monotonic() - self.started
 
     def stop(self) -> None:
-        """Ask it to save and end, as Ctrl-C would."""
+        """Ask the process to save and exit, as Ctrl-C would."""
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGINT)
 
     def document(self) -> dict[str, Any]:
-        """The JSON document that it printed; empty where it did not get that far."""
+        """The JSON document that it printed; empty if it did not come that far."""
         try:
             found = json.loads(self.stdout.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -63,9 +63,10 @@ class Worker:
 
 
 def start(module: str, arguments: Sequence[str], name: Path, environment: Mapping[str, str]) -> Worker:
-    """``python -m module arguments``; stdout goes to ``NAME.out``, stderr behind what ``NAME.log`` holds.
+    """Start ``python -m module arguments``. stdout goes to ``NAME.out``; stderr is appended to ``NAME.log``.
 
-    The process holds the lock of ``NAME.lock`` and inherits no terminal signals: whoever started it decides.
+    The process holds the lock of ``NAME.lock`` and receives no signals of the terminal: its parent decides when it
+    stops.
     """
     import fcntl
 
@@ -88,7 +89,7 @@ def start(module: str, arguments: Sequence[str], name: Path, environment: Mappin
 
 
 def is_locked(name: Path) -> bool:
-    """Whether a process of an earlier call still works on it."""
+    """Whether a process of an earlier call is still working on it."""
     import fcntl
 
     with _lock_file(name) as lock:

@@ -1,4 +1,4 @@
-"""One method out of those compared: within the user's limits, best first, and of equals the cheaper one."""
+"""Recommend one of the compared methods: the best within the user's limits, and the cheapest of equal ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REFUSED_BY_SERVERS = (*DORA, *BASELINES)
 
 
 def pareto_points(methods: Mapping[str, Method], metric: str) -> list[ParetoPoint]:
-    """Every method that has a figure, as (quality, memory, time)."""
+    """The (quality, memory, time) of every method that has a value of the metric."""
     return [
         {
             "method": name,
@@ -31,15 +31,16 @@ def pareto_points(methods: Mapping[str, Method], metric: str) -> list[ParetoPoin
 
 
 def pareto_set(methods: Mapping[str, Method], metric: str, *, higher_is_better: bool) -> set[str]:
-    """Those with a figure that no other one beats: in quality, memory and time nowhere worse, and better in one.
+    """The methods that no other one beats. To beat is to be nowhere worse in quality, memory and time, and better in
+    one.
 
-    Memory and time count only where the ranges over seeds part, as in the recommendation.
+    Memory and time count only where the ranges over seeds do not overlap, as in the recommendation.
     """
     sign = -1 if higher_is_better else 1
     names = [name for name, item in methods.items() if metric in item["mean"]]
 
     def is_worse(a: str, b: str) -> bool:
-        """In at least one of the three."""
+        """Whether ``a`` is worse than ``b`` in at least one of the three."""
         costs = [is_above(cost(methods[a]), cost(methods[b])) for cost in (memory_range, seconds_range)]
         return any([sign * methods[a]["mean"][metric] > sign * methods[b]["mean"][metric], *costs])
 
@@ -56,12 +57,12 @@ def recommend(
     memory_bytes: int | None,
     hours: float | None,
 ) -> Recommendation:
-    """The best method within the limits; of those that no test separates from it, the one of the lowest cost.
+    """The best method within the limits. Of those that no test separates from it, the cheapest is taken.
 
     Cost is compared in this order: seconds of a run, peak memory, trained parameters, servers that take the adapter.
-    Seconds and memory count only where the ranges over seeds part (``cheapest``). A pair with one common seed (others
-    failed, or none were asked for) cannot be tested; it is tied where it differs by less than ``margin``, a share of
-    the best value.
+    Seconds and memory count only where the ranges over seeds do not overlap (``cheapest``). A pair with one common seed
+    (others failed, or none were asked for) cannot be tested. Such a pair is tied if it differs by less than ``margin``,
+    a share of the best value.
     """
     points = pareto_points(methods, metric)
     # Baselines are measured for comparison; their adapters neither merge nor load elsewhere.
@@ -96,10 +97,11 @@ def recommend(
 
 
 def cheapest(names: Sequence[str], methods: Mapping[str, Method]) -> tuple[str, list[str]]:
-    """The method of the lowest cost, and in words what spoke against the others.
+    """The method of the lowest cost, and the reasons against the others in words.
 
-    A method falls out where its lowest figure lies above the highest figure of another one: noise of a clock parts no
-    two methods, and their order does not matter. ``names`` come best first; the first one left is taken.
+    A method drops out if its lowest figure lies above the highest figure of another one. Noise of the clock therefore
+    decides nothing, and the order of the checks does not matter. ``names`` come best first; the first one left is
+    taken.
     """
     left = list(names)
     why: list[tuple[list[str], str, _Cost]] = []
@@ -123,7 +125,7 @@ def cheapest(names: Sequence[str], methods: Mapping[str, Method]) -> tuple[str, 
 
 @dataclasses.dataclass(frozen=True)
 class _Cost:
-    """What a method costs, and what is said of one method and of several that cost more."""
+    """One kind of cost, with the words for one method and for several that cost more."""
 
     range_of: Callable[[str, Method], Range | None]
     one: str
@@ -189,7 +191,7 @@ def _is_tied(
 
 
 def _tested(a: str, b: str, metric: str, differences: Sequence[Difference]) -> Difference | None:
-    """The two methods' difference, where at least two common seeds gave it an interval."""
+    """The difference of the two methods, if at least two common seeds gave it an interval."""
     return next(
         (
             item
@@ -211,7 +213,7 @@ def _nothing_fits(points: Sequence[ParetoPoint], memory: int | None, hours: floa
 
 
 def _reason(chosen: str, best: str, tied: Sequence[str], verdicts: Mapping[str, str | None], why: Sequence[str]) -> str:
-    """What follows the name: the verdicts in their own words, then what decided where no verdict does."""
+    """The text after the name: the verdicts, then what decided where no verdict does."""
     if not verdicts:
         return "it is the only method with a result"
     if len(tied) > 1:
@@ -226,7 +228,9 @@ def _reason(chosen: str, best: str, tied: Sequence[str], verdicts: Mapping[str, 
 
 
 def _ties(chosen: str, best: str, tied: Sequence[str], verdicts: Mapping[str, str | None]) -> str:
-    """What the tests said of the best mean and of each method that is not worse; the subject is ``chosen``."""
+    """The results of the tests for the best mean and each method that is not worse. The sentence's subject is
+    ``chosen``.
+    """
     words = {
         "equivalent": "it is equivalent to",
         "cannot tell": "the runs cannot tell it from",

@@ -110,7 +110,9 @@ def _announce(given: CompareSettings, inputs: Inputs, effect: MinimumDetectableE
 
 
 def _warn_of_idle_options(given: CompareSettings) -> None:
-    """Say which options have no effect on any of the methods; each run leaves out what has none on its own."""
+    """Warn of options that have no effect on any of the methods. A run leaves out those without effect on its own
+    method.
+    """
     without = [{name for names in idle_options(method).values() for name in names} for method in given.methods]
     common, defaults = set.intersection(*without), given.defaults()
     idle = [flag(name) for name in defaults if name in common and getattr(given, name) != defaults[name]]
@@ -127,7 +129,7 @@ def _smallest(effect: MinimumDetectableEffect) -> str:
 
 
 def _check_tasks(given: CompareSettings, inputs: Inputs) -> None:
-    """Before hours of training: a task that does not exist, or lacks its data or a package; a metric of no task."""
+    """Check the tasks before hours of training: unknown tasks, missing data or packages, unknown metrics."""
     tasks = make_tasks(
         given.task,
         eval_data=inputs.evaluation,
@@ -156,7 +158,7 @@ def _plan(given: CompareSettings) -> Plan:
 
 
 def _carry_out(given: CompareSettings, plan: Plan, inputs: Inputs, watcher: Watcher, clock: Clock) -> None:
-    """First what all runs share, then the steps of --minutes, then the runs."""
+    """Run the steps that all runs share, then the speed runs of --minutes, then the runs."""
     commands = Commands(given, plan, inputs)
     first = [Job("prepare", None)]
     probes = [probe_of(plan, method) for method in plan.methods] if given.minutes else []
@@ -280,7 +282,7 @@ def _warn_of_edges_and_failures(runs: list[Run], methods: Mapping[str, Any]) -> 
 
 
 def _warn_of_shared_steps(plan: Plan) -> None:
-    """The base's own measurement, and the cache: what the report lacks without them."""
+    """Warn where the base's measurement or the cache failed: the report lacks something without them."""
     for job, lacks in ((Job("measure", None), "figures of the base model"), (Job("prepare", None), "a prepared base")):
         outcome = stages.outcome_of(job, plan.output)
         if outcome is not None and outcome.error is not None:
@@ -288,7 +290,7 @@ def _warn_of_shared_steps(plan: Plan) -> None:
 
 
 def _merge(given: CompareSettings, run: Run, watcher: Watcher) -> str | None:
-    """The best run as an ordinary model in ``DIR/merged``: a 4-bit run onto the values that it was measured on."""
+    """Write the best run as an ordinary model to ``DIR/merged``. A 4-bit run merges onto its dequantized base."""
     import subprocess
     import sys
 
@@ -309,7 +311,7 @@ def _merge(given: CompareSettings, run: Run, watcher: Watcher) -> str | None:
 
 
 def _seconds(plan: Plan, jobs: int, clock: Clock) -> dict[str, float]:
-    """Of all calls: total, the processes' own, and what the comparison itself added."""
+    """The seconds of all calls: total, in the processes of the steps, and in the comparison itself."""
     clock.keep(now=True)
     total = seconds_spent(plan.output)
     runs = stages.seconds_of_all(plan.output)
@@ -331,7 +333,7 @@ def command_line(given: CompareSettings) -> str:
 
 
 def _told(told: list[Message]) -> AbstractContextManager[None]:
-    """Our warnings are shown as always, and kept for the report."""
+    """Show warnings as always, and keep ours for the report."""
 
     def tell(warning: RankwiseWarning) -> bool:
         told.append({"code": warning.code, "message": warning.message})

@@ -1,4 +1,6 @@
-"""Carry out a matrix of runs: a process per step, some at a time, each outcome on disk before the next decision."""
+"""Run a matrix of jobs: one process for each step, some in parallel. Each outcome is on disk before the next
+decision.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ STATE_FILE = "state.json"
 
 @dataclasses.dataclass(frozen=True)
 class Running:
-    """A job in progress, for showing. ``step`` and ``total`` are 0 where there are none."""
+    """A job in progress, for the display. ``step`` and ``total`` are 0 for jobs without steps."""
 
     job: Job
     seconds: float
@@ -33,7 +35,7 @@ class Running:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """The whole matrix at one moment."""
+    """The state of the whole matrix at one moment."""
 
     running: Sequence[Running]
     done: int
@@ -47,7 +49,7 @@ class Picture:
 
 
 class Watcher(Protocol):
-    """Whoever shows what happens."""
+    """The interface of a progress display."""
 
     def started(self, job: Job) -> None: ...
     def ended(self, job: Job, outcome: Outcome, picture: Picture) -> None: ...
@@ -57,7 +59,7 @@ class Watcher(Protocol):
 
 @dataclasses.dataclass
 class Runner:
-    """Starts what ``next_jobs`` gives until it gives nothing more."""
+    """Starts the jobs of ``next_jobs`` until it returns none."""
 
     output: Path
     command: Callable[[Job], tuple[str, list[str]]]
@@ -76,7 +78,7 @@ class Runner:
     interrupted: set[Job] = dataclasses.field(default_factory=set)
 
     def carry_out(self, next_jobs: Callable[[], list[Job]]) -> None:
-        """Raises Interrupted (RW587) after Ctrl-C or SIGTERM, when every run has saved its step."""
+        """Run all jobs. Raises Interrupted (RW587) after Ctrl-C or SIGTERM, when every run has saved its step."""
         told = False
         try:
             while True:
@@ -110,7 +112,7 @@ class Runner:
         self.watcher.started(job)
 
     def _wait(self) -> None:
-        """Until something ends."""
+        """Wait until a process ends."""
         ticks = 0
         while True:
             ended = [(job, code) for job, (worker, _) in self.running.items() if (code := worker.poll()) is not None]
@@ -158,7 +160,7 @@ class Runner:
         return Picture(running, self.done, len(left), pace, self.failed, len(self.interrupted))
 
     def _seconds_left(self, left: Sequence[Job], running: Sequence[Running]) -> float | None:
-        """What the jobs left take at the pace so far, less what the running ones have spent."""
+        """The seconds that the remaining jobs take at the pace so far, less those that the running ones have used."""
         if not self.spent:
             return None
         total = sum(map(self._usual_seconds, left))
@@ -166,7 +168,7 @@ class Runner:
         return max(0.0, total) / len(self.environments)
 
     def _usual_seconds(self, job: Job) -> float:
-        """Of a job like it so far: trainings by their steps, which searches may have fewer of."""
+        """The seconds of similar jobs so far. Trainings are scaled by their steps, because searches may have fewer."""
         alike = [(done, seconds) for done, seconds in self.spent if done.stage == job.stage]
         steps = sum(self.total_steps(done) for done, _ in alike)
         if alike and steps:
@@ -176,7 +178,7 @@ class Runner:
 
 
 class Clock:
-    """Adds the seconds of this call to those of earlier ones, in ``state.json``; a kill loses a few."""
+    """Adds the seconds of this call to those of earlier ones in ``state.json``. A kill loses a few seconds."""
 
     def __init__(self, output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
@@ -191,7 +193,7 @@ class Clock:
 
 
 def seconds_spent(output: Path) -> float:
-    """Of all calls on this folder so far."""
+    """The seconds of all calls on this folder so far."""
     try:
         return float(read_json(output / STATE_FILE)["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -199,7 +201,7 @@ def seconds_spent(output: Path) -> float:
 
 
 def environments(jobs: int, device: str) -> list[dict[str, str]]:
-    """A device for each job at a time; on a CPU an equal part of its cores."""
+    """The environment of each parallel job: its own device, or an equal part of a CPU's cores."""
     import os
 
     import torch
@@ -216,7 +218,7 @@ def environments(jobs: int, device: str) -> list[dict[str, str]]:
 
 
 def forget_unfinished(output: Path, jobs: Sequence[Job], *, retry: bool) -> None:
-    """Let what was cut off, and with ``retry`` all that failed, be done again."""
+    """Let interrupted jobs run again, and with ``retry`` all failed ones too."""
     for job in jobs:
         outcome = stages.outcome_of(job, output)
         if outcome is not None and outcome.status == "failed" and (retry or outcome.again):
@@ -224,7 +226,7 @@ def forget_unfinished(output: Path, jobs: Sequence[Job], *, retry: bool) -> None
 
 
 def steps_of(folder: Path) -> Any:
-    """Seconds of training so far at each logged step of a run: [(step, seconds)]."""
+    """The (step, seconds of training so far) pairs that a run has logged."""
     from rankwise.records import read_metrics
 
     return [(line["step"], line["train_seconds"]) for line in read_metrics(folder) if "train_seconds" in line]

@@ -1,4 +1,4 @@
-"""What to do next, from what is done: searches first, then seed after seed over all methods."""
+"""Decide what runs next from what is done: searches first, then seed after seed over all methods."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Plan:
 
 @dataclasses.dataclass
 class MethodState:
-    """One method as far as it has come."""
+    """How far one method has come."""
 
     search: RateSearch
     searched: bool
@@ -46,7 +46,7 @@ class MethodState:
 
 
 def jobs_to_do(plan: Plan) -> list[Job]:
-    """Jobs that can start now, in order of preference, those in progress included."""
+    """The jobs that can start now, in order of preference, including those in progress."""
     states = {method: state_of(plan, method) for method in plan.methods}
     found = [job for state in states.values() if not state.searched for job in state.waiting]
     final = [job for state in states.values() if state.searched for job in state.waiting]
@@ -57,7 +57,7 @@ def jobs_to_do(plan: Plan) -> list[Job]:
 
 
 def jobs_left(plan: Plan) -> list[Job]:
-    """The jobs still to come, as far as they are known: the rates of final runs may stand in for those to be chosen."""
+    """The remaining jobs. Before rates are chosen, those of final runs are placeholders."""
     left: list[Job] = []
     for method in plan.methods:
         state = state_of(plan, method)
@@ -76,7 +76,7 @@ def jobs_left(plan: Plan) -> list[Job]:
 
 
 def possible_jobs(plan: Plan) -> Iterator[Job]:
-    """The jobs begun by earlier calls that this plan may lead to, whichever learning rates are chosen."""
+    """The jobs begun by earlier calls that this plan may lead to, for any choice of learning rates."""
     begun = {path.name.rpartition(".")[0] for path in (plan.output / "cells").glob("*")}
     cells: list[Cell | None] = [None]
     for method in plan.methods:
@@ -87,7 +87,7 @@ def possible_jobs(plan: Plan) -> Iterator[Job]:
 
 
 def state_of(plan: Plan, method: str) -> MethodState:
-    """Read from disk, so that it is the same after a kill."""
+    """The state of a method, read from disk, so that it is the same after a kill."""
     search = search_cells(method, plan.rates, short=plan.short)
     if (failed := _failed_probe(plan, method)) is not None:
         return MethodState(_search(plan, search), True, [], failed, [])
@@ -113,7 +113,7 @@ def state_of(plan: Plan, method: str) -> MethodState:
 
 
 def probe_of(plan: Plan, method: str) -> Job:
-    """The short run that measures a method's seconds a step."""
+    """The short run that measures the seconds of a method's step."""
     return Job("probe", Cell(method, plan.rates[0], 0))
 
 
@@ -123,7 +123,7 @@ def _failed_probe(plan: Plan, method: str) -> dict[str, str] | None:
 
 
 def _next_stage(plan: Plan, cell: Cell | None) -> Iterator[Job]:
-    """The first stage of a cell that has no outcome. Nothing follows a training that failed."""
+    """The first stage of a cell without an outcome. Nothing follows a failed training."""
     for stage in _stages(plan, cell):
         job = Job(stage, cell)
         outcome = outcome_of(job, plan.output)
@@ -164,7 +164,7 @@ def _search(plan: Plan, cells: list[Cell]) -> RateSearch:
 
 
 def finished_record(output: Path, cell: Cell) -> RunRecord | None:
-    """The record of a cell whose training is done; None for any other."""
+    """The record of a cell whose training is done; otherwise None."""
     outcome = outcome_of(Job("train", cell), output)
     if outcome is None or outcome.status != "finished":
         return None

@@ -1,4 +1,4 @@
-"""The steps of a run, each a process of its own, and what they left on disk: a restart knows from that what is done."""
+"""The stages of a run, each a process, and the files that they leave. A restart learns from these what is done."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Outcome:
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether somebody asked it to stop: it has neither been done nor failed."""
+        """Whether the stage was asked to stop; it is then neither done nor failed."""
         return self.error is not None and self.error["code"] in INTERRUPTED_CODES
 
 
@@ -65,12 +65,12 @@ class Job:
         return output / PROBES_FOLDER / self.id if self.stage == "probe" else self.cell.folder(output)
 
     def name(self, output: Path) -> Path:
-        """Its files in ``DIR/cells`` without their endings."""
+        """The path in ``DIR/cells`` of the job's files, without their endings."""
         return output / "cells" / f"{self.id}.{self.stage}"
 
 
 def outcome_of(job: Job, output: Path) -> Outcome | None:
-    """How it ended; None while it has not. A finished record counts even where a kill came before its outcome."""
+    """How the job ended; None if it has not. A finished record counts even if a kill came before the outcome."""
     path = beside(job.name(output), ".json")
     try:
         outcome = checked(Outcome, read_json(path))
@@ -93,7 +93,7 @@ def keep_outcome(job: Job, output: Path, outcome: Outcome) -> None:
 
 
 def seconds_of_all(output: Path) -> float:
-    """Of every step that ended in this folder, those of earlier calls included."""
+    """The seconds of every step that ended in this folder, including earlier calls."""
     return sum(checked(Outcome, read_json(path)).seconds for path in (output / "cells").glob("*.json"))
 
 
@@ -102,17 +102,17 @@ def forget_outcome(job: Job, output: Path) -> None:
 
 
 def beside(name: Path, ending: str) -> Path:
-    """``NAME`` and an ending; names hold dots, which ``with_suffix`` would cut."""
+    """``NAME`` with an ending. Names contain dots, which ``with_suffix`` would cut."""
     return name.with_name(name.name + ending)
 
 
 def status_of(folder: Path) -> str | None:
-    """Of the run in ``folder``; None where there is none."""
+    """The status of the run in ``folder``; None where there is none."""
     return load_record(folder).status if (folder / RUN_FILE).is_file() else None
 
 
 def train_arguments(job: Job, output: Path, settings: Mapping[str, Any]) -> list[str]:
-    """``rankwise train`` for a cell, from its last checkpoint where there is one."""
+    """The arguments of ``rankwise train`` for a cell; it resumes from its last checkpoint if there is one."""
     import yaml
 
     folder, config = job.folder(output), beside(job.name(output), ".yaml")
@@ -148,5 +148,5 @@ def _cut_off(job: Job, output: Path, code: int) -> dict[str, str]:
 
 
 def last_step(folder: Path) -> int:
-    """Of a running run, by its metrics."""
+    """The last step of a running run, from its metrics."""
     return max((int(line.get("step", 0)) for line in read_metrics(folder)), default=0)

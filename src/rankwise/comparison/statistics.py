@@ -1,11 +1,11 @@
-"""Intervals, paired differences and equivalence. Plain numbers in, plain numbers out; nothing here knows of runs.
+"""Intervals, paired differences and equivalence. Input and output are plain numbers; nothing here knows about runs.
 
 Legend: S seeds, n examples, G clusters of examples; ``d[s, i]`` is the difference of two methods on example i under
 seed s, ``w[i]`` the weight of the example (its tokens) with mean 1, ``h[g]`` the share of the weight in cluster g.
 
 The model of a paired difference is crossed: ``d[s, i] = delta + seed[s] + example[i] + rest[s, i]``, since every seed
-is evaluated on the same examples. Both the seeds and the examples are a sample, so both belong into the error of
-``delta``: leaving one out is what makes single-seed and small-test-set conclusions flip.
+is evaluated on the same examples. Both the seeds and the examples are samples, so both are part of the error of
+``delta``. Leaving one of them out gives conclusions that do not repeat.
 """
 
 from __future__ import annotations
@@ -89,14 +89,14 @@ class Estimate:
         return one_sided if gap > 0 else 1 - one_sided
 
     def _half(self, alpha: float, side: int) -> float:
-        """From the mean to the upper limit (side 1) or the lower one (side -1)."""
+        """The distance from the mean to the upper limit (side 1) or the lower one (side -1)."""
         quantiles = [-float(special.stdtrit(degrees, alpha / 2)) for _, degrees in self.parts]
         reaches = [*quantiles[:-1], _reach(quantiles[-1], side * self.skewness)]
         squares = (reach**2 * variance for reach, (variance, _) in zip(reaches, self.parts) if variance)
         return math.sqrt(sum(squares))
 
     def _level(self, distance: float, side: int) -> float:
-        """``alpha`` with ``half(alpha, side) = distance``."""
+        """The ``alpha`` for which ``half(alpha, side) = distance``."""
         if self.standard_error == 0 or distance == 0:
             return 0.0 if distance > 0 else 1.0
 
@@ -249,7 +249,7 @@ def spread_parts(
 
 
 def pooled(estimates: Sequence[Estimate], seeds: int) -> Estimate:
-    """Measured differences as one around 0, with their mean parts and skewness, for so many seeds as are planned."""
+    """Measured differences as one estimate around 0: their mean parts and skewness, for the planned number of seeds."""
     measured = [estimate for estimate in estimates if estimate.parts]
     if seeds < 2 or not measured:
         return Estimate(0.0)

@@ -1,4 +1,4 @@
-"""``comparison.json`` out of the runs: means, intervals, differences, groups, recommendation."""
+"""``comparison.json`` from the runs: means, intervals, differences, groups, recommendation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rankwise.serving import served
 
 
 def scores_by_metric(output: Path, methods: Iterable[str], runs: Sequence[Run]) -> dict[str, dict[str, Scores]]:
-    """Metric -> method -> scores of its final runs, whose folders are relative to ``output``."""
+    """Metric -> method -> scores of its final runs. The runs' folders are relative to ``output``."""
     final = {method: [run for run in finals_of(method, runs) if run["status"] == "finished"] for method in methods}
     found: dict[str, dict[str, Scores]] = {}
     for metric in metrics_of(runs):
@@ -41,7 +41,7 @@ def all_differences(
 
 
 def all_methods(plan: Plan, runs: Sequence[Run], scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, Method]:
-    """A row of the table per method, the skipped ones included; ``ranked`` adds groups and the Pareto set."""
+    """A row of the table for each method, including the skipped ones. ``ranked`` adds groups and the Pareto set."""
     better = metrics_of(runs)
     found: dict[str, Method] = {}
     for name in plan.methods:
@@ -61,7 +61,7 @@ def all_methods(plan: Plan, runs: Sequence[Run], scores: Mapping[str, Mapping[st
 def method_figures(
     name: str, runs: Sequence[Run], scores: Mapping[str, Mapping[str, Scores]], better: Mapping[str, bool]
 ) -> dict[str, Any]:
-    """What the final runs of a method measured: quality by metric, and cost."""
+    """The figures of a method's final runs: quality by metric, and cost."""
     values = {
         metric: {str(seed): by_method[name].values[seed] for seed in sorted(by_method[name].values)}
         for metric, by_method in scores.items()
@@ -80,7 +80,7 @@ def method_figures(
 
 
 def settings_of(name: str, runs: Sequence[Run]) -> Mapping[str, Any]:
-    """What the method's final runs were set to, by the first record of them."""
+    """The settings of the method's final runs, from the first record."""
     return next(((run["record"] or {}).get("settings") or {} for run in finals_of(name, runs)), {})
 
 

@@ -1,4 +1,4 @@
-"""What every run is evaluated on: the loss on the evaluation data, then the tasks that were asked for."""
+"""What every run is evaluated on: the loss on the evaluation data, then the chosen tasks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def make_tasks(
     max_length: int,
     columns: Mapping[str, str | None],
 ) -> list[Task]:
-    """The tasks with their data read. ``data``: TASK=FILE of those that need some; ``limit``: their examples at most.
+    """The tasks with their data. ``data``: TASK=FILE for tasks that need a file; ``limit``: the most examples of a
+    task.
 
     Raises what ``rankwise evaluate`` raises for tasks that do not exist or lack data or packages.
     """

@@ -1,5 +1,8 @@
-"""From paired differences to verdicts and tie groups. There are three answers: better (or worse), equivalent, cannot
-tell; a test that finds nothing is not a proof that there is nothing."""
+"""From paired differences to verdicts and tie groups.
+
+There are three verdicts: better (or worse), equivalent, and cannot tell. A test that finds no difference does not prove
+that there is none.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from rankwise.reports.schema import Difference, Verdict
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """One method on one metric: a value per seed, and where the metric is a mean over examples, the examples' own.
+    """One method on one metric: a value for each seed, and the examples' own values where the metric is their mean.
 
-    ``examples``: (S, n) in the metric's unit; ``weights``: (n,), so that the weighted mean over examples is the
-    metric; ``clusters``: (n,) names of the groups (one source text, one question) that examples come from.
+    ``examples``: (S, n) in the metric's unit; ``weights``: (n,), so that the weighted mean over examples is the metric;
+    ``clusters``: (n,) names of the groups (one source text, one question) that examples come from.
     """
 
     values: Mapping[int, float]
@@ -31,7 +34,7 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class _Pair:
-    """Two methods: the estimate of ``a - b`` over the seeds that both have."""
+    """Two methods, and the estimate of ``a - b`` over the seeds that both have."""
 
     a: str
     b: str
@@ -44,7 +47,7 @@ class _Pair:
 
 
 def estimate_difference(a: Scores, b: Scores) -> tuple[Estimate, bool, int]:
-    """``a - b`` over the seeds that both have; whether examples could be paired, and how many."""
+    """``a - b`` over the seeds that both have, whether examples could be paired, and their number."""
     seeds = _common(a, b)
     by_example = bool(a.ids) and list(a.ids) == list(b.ids) and set(seeds) <= set(a.examples) & set(b.examples)
     if by_example:
@@ -114,10 +117,10 @@ def _difference(
 def verdict(
     difference: float, p_holm: float | None, equivalence_holm: float | None, *, higher_is_better: bool
 ) -> Verdict:
-    """Of ``a - b``, about ``a``, from p-values that are corrected over the pairs.
+    """The verdict on ``a - b``, from the point of view of ``a``, by p-values that are corrected over the pairs.
 
-    Equivalence is asked first: a difference that is surely there and surely smaller than the margin is one that the
-    user has said not to care about.
+    Equivalence comes first: a difference that surely exists and is surely smaller than the margin does not matter to
+    the user.
     """
     if equivalence_holm is not None and equivalence_holm < ALPHA:
         return "equivalent"
@@ -127,10 +130,10 @@ def verdict(
 
 
 def tie_groups(order: Sequence[str], differences: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Letters for methods, best first in ``order``: two that share a letter were not told apart (Piepho 2004).
+    """Letters for methods, best first in ``order``. Two methods that share a letter were not told apart (Piepho 2004).
 
     Insert and absorb: start with one group of all; split it by every pair that differs; drop groups within others.
-    None has a letter where nothing could be tested, with one seed.
+    Where nothing could be tested, with one seed, no method has a letter.
     """
     if differences and all(item["p_value"] is None for item in differences):
         return {}

@@ -133,9 +133,10 @@ def _plain_pair(row: Row, *, separator: str, eos_token: str) -> Rendered:
 
 
 class ChatRenderer:
-    """Writes rows through a chat template. ``stop`` is the special token that ends an assistant's turn, if there is one.
+    """Writes rows through a chat template.
 
-    Only processes started by ``bounded`` may call a renderer, or read ``stop`` for the first time.
+    ``stop`` is the special token that ends an assistant's turn, if there is one. Only processes started by ``bounded``
+    may call a renderer, or read ``stop`` for the first time.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
@@ -232,9 +233,10 @@ class ChatRenderer:
             return _sane(texts[0], messages, tools), spans[0]
 
     def _grown_spans(self, text: str, messages: Sequence[Message], tools: Tools, first_trained: int) -> list[Span]:
-        """The spans of the answers, found by rendering the conversation up to each. The cost is quadratic in their number.
+        """The spans of the answers, found by rendering the conversation up to each of them.
 
-        An answer in the middle whose header is known from an earlier one is therefore found in the text instead.
+        The cost is quadratic in their number. An answer in the middle whose header is known from an earlier one is
+        therefore found in the text instead.
         """
         spans: list[Span] = []
         headers: dict[Hashable, str] = {}

@@ -25,8 +25,9 @@ def write_report(folder: Path, output: Path | None = None) -> list[Path]:
 
 
 def merged_report(folders: Sequence[Path], output: Path, summarise: Summarise) -> list[Path]:
-    """One report of several folders of the same comparison. ``summarise`` computes methods, differences and the
-    recommendation of the joined runs again: ``summarise(document, place_of_run)``.
+    """Write one report of several folders of the same comparison.
+
+    ``summarise(document, place_of_run)`` computes methods, differences and the recommendation of the joined runs again.
 
     Raises RunError: RW592, RW593 as ``write_report``; RW594 the folders are of different comparisons.
     """
@@ -53,7 +54,7 @@ def write_reports(comparison: Comparison, output: Path) -> list[Path]:
 
 
 def report_json(comparison: Comparison) -> dict[str, Any]:
-    """For programs. Each of ``runs`` is a run's record with its place in the comparison beside it."""
+    """The report for programs. ``runs`` holds the record of each run and its place in the comparison."""
     recommendation = comparison["recommendation"]
     order = ("method", "reason", "config")
     return {
@@ -71,6 +72,6 @@ def report_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def _flat(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The record's fields, and over them what the comparison knows of the run."""
+    """The fields of the record, overridden by what the comparison says of the run."""
     record = run["record"] or {}
     return {**record, **{key: value for key, value in run.items() if key != "record" and value is not None}}

@@ -1,4 +1,4 @@
-"""What a method costs over its seeds, as a range: two methods differ in cost only where their ranges part."""
+"""The cost of a method over its seeds, as a range. Two methods differ in cost where their ranges do not overlap."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Range = tuple[float, float]
 
 
 def seconds_range(facts: Mapping[str, Any]) -> Range | None:
-    """Of a run of the method with these facts (``comparison.json``'s); None for one measurement, which has no range."""
+    """The seconds of a run over the seeds of the method; None for one measurement, which has no range."""
     found = facts.get("ranges", {}).get("wall_seconds")
     return (found[0], found[1]) if found and facts["seeds"] > 1 else None
 
 
 def memory_range(facts: Mapping[str, Any]) -> Range | None:
-    """Bytes; the lower end by ``MEMORY_TOLERANCE`` lower."""
+    """The peak bytes over the seeds of the method. The lower end is lowered by ``MEMORY_TOLERANCE``."""
     peak = facts["peak_memory_bytes"]
     low, high = facts.get("ranges", {}).get("peak_memory_bytes") or (peak, peak)
     return None if low is None or high is None else (low / (1 + MEMORY_TOLERANCE), high)
 
 
 def is_above(a: Range | None, b: Range | None) -> bool:
-    """Whether ``a`` lies above ``b`` with all of it; what is not known parts nothing."""
+    """Whether the whole range ``a`` lies above ``b``. An unknown range is never above another."""
     return a is not None and b is not None and a[0] > b[1]

@@ -1,4 +1,4 @@
-"""Loss curves of every run, one panel a method on one scale: its seeds in colour, the other methods in grey."""
+"""Loss curves of every run on one scale. Each method has a panel: its seeds in colour, other methods in grey."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LONGEST_LINE = 400
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """One run's losses. The training loss is drawn of final runs alone, smoothed."""
+    """The losses of one run. The training loss is drawn for final runs only, and is smoothed."""
 
     method: str
     seed: int
@@ -59,20 +59,20 @@ def curves_of(comparison: Comparison) -> list[Curve]:
 
 
 def curve_panels(curves: Sequence[Curve], order: Sequence[str], numbers: Mapping[str, int]) -> list[Markup]:
-    """One SVG a method that has a curve, in ``order``."""
+    """One SVG for each method that has a curve, in ``order``."""
     frame = _frame(curves)
     methods = [name for name in order if any(curve.method == name for curve in curves)]
     return [_panel(name, curves, frame, numbers) for name in methods]
 
 
 def is_cut(curves: Sequence[Curve]) -> bool:
-    """Whether some evaluation lies above the scale."""
+    """Whether an evaluation lies above the scale."""
     high = _frame(curves).y.high
     return any(loss > high for curve in curves for _, loss in curve.evaluation)
 
 
 def _frame(curves: Sequence[Curve]) -> Frame:
-    """The first fall of the loss is left out of the scale: it would press together what comes after it."""
+    """The frame of the plot. Its scale leaves out the first fall of the loss, which would compress the rest."""
     last = max((curve.losses.last_step for curve in curves), default=1)
     settled = [
         loss
@@ -116,7 +116,7 @@ def _draw(curve: Curve, frame: Frame) -> Markup:
 
 
 def _best_label(curves: Sequence[Curve], frame: Frame) -> Markup:
-    """The lowest loss that was kept, above the lowest ring: curves that fall leave room there."""
+    """The label of the lowest kept loss. It stands above the lowest ring, where falling curves leave room."""
     best = min((curve.losses.best for curve in curves if curve.losses.best), key=lambda point: point[1], default=None)
     if best is None:
         return Markup("")

@@ -1,6 +1,6 @@
-"""What the adapted models answer beside the base model: won, lost or tied, by the task's own score of each example.
+"""Answers of the adapted models beside the base model's: won, lost or tied, by the task's own score of each example.
 
-Which examples are shown is nobody's choice: those of each outcome are taken evenly from the whole file.
+The examples shown are not chosen by hand: they are spread evenly over those of each outcome.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """One method against the base model on one task: how often each outcome came, and some of each."""
+    """One method against the base model on one task: the number of each outcome, and some examples of each."""
 
     task: str
     method: str
@@ -72,7 +72,10 @@ class Answers:
 
 
 def answers_of(comparison: Comparison) -> list[Answers]:
-    """For each task and method with answers of its own and of the base model; the recommended method first."""
+    """The answers for each task and method, where both the method and the base model have them.
+
+    The recommended method comes first.
+    """
     order = comparison.with_result()
     chosen = comparison["recommendation"].get("method")
     methods = sorted(order, key=lambda name: name != chosen)
@@ -89,14 +92,14 @@ def answers_of(comparison: Comparison) -> list[Answers]:
 
 
 def shown_run(comparison: Comparison, method: str) -> Mapping[str, Any] | None:
-    """The recommended run where it is this method's, else the final run of the lowest seed."""
+    """The recommended run if it is this method's, else the method's final run with the lowest seed."""
     runs = sorted(comparison.finals_of(method), key=lambda run: run["seed"])
     chosen = comparison["recommendation"].get("run")
     return next((run for run in runs if run["id"] == chosen), next(iter(runs), None))
 
 
 def evenly(items: Sequence[Example], count: int) -> list[Example]:
-    """``count`` of ``items``, spread over the whole list."""
+    """``count`` of the items, spread evenly over the whole list."""
     if len(items) <= count:
         return list(items)
     return [items[(2 * index + 1) * len(items) // (2 * count)] for index in range(count)]
@@ -139,13 +142,13 @@ def _compare(
 
 
 def _changed_first(items: Sequence[Example]) -> Sequence[Example]:
-    """Of those that both models answered, only the ones that differ, where there are any: equal texts show nothing."""
+    """The items whose two answers differ, if there are any: equal texts show nothing."""
     answered = [item for item in items if item.base.text and item.answer.text]
     return [item for item in answered if item.is_changed] or answered
 
 
 def _example(key: str, base: Mapping[str, Any], prompt: object, answers: Sequence[Answer], sign: int) -> Example:
-    """``answers``: the base's, the method's, and where there is one the other method's."""
+    """An example from ``answers``: the base's, the method's, and where there is one the other method's."""
     before, after, *others = answers
     references = base.get("references") or ()
     return Example(
@@ -160,7 +163,7 @@ def _example(key: str, base: Mapping[str, Any], prompt: object, answers: Sequenc
 
 
 def _outcome(before: float | None, after: float | None, sign: int) -> Outcome:
-    """Equal to six digits is a tie; an answer without a score, too."""
+    """Won, lost or tied. Scores that are equal to six digits tie, and so does an answer without a score."""
     if before is None or after is None:
         return "tied"
     gap = sign * (after - before)
@@ -194,7 +197,7 @@ def _scores(row: Mapping[str, Any]) -> Mapping[str, Any]:
 def _score_name(
     result: Mapping[str, Any], base: Mapping[str, Mapping[str, Any]], rows: Mapping[str, Mapping[str, Any]]
 ) -> str | None:
-    """The task's primary metric where the examples have it, else the first score that both sides have."""
+    """The task's primary metric if the examples have it, else the first score that both sides have."""
     first = next((_scores(base[key]).keys() & _scores(rows[key]).keys() for key in base if key in rows), set())
     primary = result.get("primary")
     return str(primary) if primary in first else min(first, default=None)

@@ -1,8 +1,9 @@
-"""SVG that fits any width: across, everything is in per cent, down in pixels, so that text keeps its size.
+"""SVG plots that fit any width. Horizontal positions are in per cent, vertical ones in pixels, so that text keeps its
+size.
 
-In a page a plot is ``<div class="plot"><svg width="100%">``; labels stand outside the box of the SVG, in the padding of
-the div. ``document`` is a plot in a file of its own. ``figure.css`` has the style of both: the classes ``m0`` to ``m7``
-give a group the colour of a method, and ``currentColor`` in the other rules is that colour.
+In a page a plot is ``<div class="plot"><svg width="100%">``. Labels stand outside the box of the SVG, in the padding of
+the div. ``document`` makes a plot in a file of its own. ``figure.css`` styles both: the classes ``m0`` to ``m7`` give a
+group the colour of a method, and ``currentColor`` in the other rules is that colour.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ MARKERS = (
 
 
 def tag(name: str, *content: Any, **attributes: Any) -> Markup:
-    """An element. Content and attributes are escaped unless they are Markup; ``class_`` is ``class``."""
+    """An element of SVG or HTML. Content and attributes are escaped unless they are Markup; ``class_`` becomes
+    ``class``.
+    """
     given = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(_text(value))}"'
         for key, value in attributes.items()
@@ -70,7 +73,7 @@ def label(x: float, y: float, text: Any, class_: str = "", *, dx: float = 0, anc
 
 
 def marker(kind: int, x: float, y: float, class_: str = "mark", tip: str = "") -> Markup:
-    """The shape of method number ``kind``. A path knows no per cent, so an SVG inside places it."""
+    """The shape of method number ``kind``. A path cannot be placed in per cent, so a nested SVG places it."""
     path = tag("path", *([tag("title", tip)] if tip else []), d=MARKERS[kind % len(MARKERS)], class_=class_)
     return tag("svg", path, x=across(x), y=y, overflow="visible", width=1, height=1)
 
@@ -85,7 +88,7 @@ def group(class_: str, *parts: Any) -> Markup:
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """Where data lies: ``x`` maps to per cent, ``y`` to pixels from the top."""
+    """The data area: ``x`` maps to per cent and ``y`` to pixels from the top."""
 
     x: Scale
     y: Scale
@@ -96,7 +99,7 @@ class Frame:
         return cls(Scale(*x, 0, 100), Scale(*y, height, 0), height)
 
     def curve(self, points: Sequence[Point], class_: str, tip: str = "") -> Markup:
-        """A line through ``points``, cut off at the edge of the plot; its stroke does not stretch with the plot."""
+        """A line through ``points``, clipped at the edge of the plot. Its stroke does not stretch with the plot."""
         if len(points) < 2:
             return Markup("")
         d = "M" + "L".join(f"{self.x(x):.2f} {self.y(y):.1f}" for x, y in points)
@@ -141,7 +144,7 @@ def plot(
 
 
 def document(top: int, frame_height: int, title: str, caption: str, *parts: Any, description: str = "") -> str:
-    """A plot in a file of its own: ``parts`` stand in a frame below ``title`` and ``caption``.
+    """A plot in a file of its own, with ``title`` and ``caption`` above the frame.
 
     The file is self-contained, its text is text, and it follows the reader's light or dark mode.
     """
@@ -165,7 +168,7 @@ def document(top: int, frame_height: int, title: str, caption: str, *parts: Any,
 
 
 def _style() -> str:
-    """``figure.css`` with its variables filled in, which few viewers but browsers know: first light, then dark."""
+    """``figure.css`` with its variables replaced by values, because few viewers but browsers support them."""
     css = STYLE_FILE.read_text(encoding="utf-8")
     light, dark = (
         dict(re.findall(r"--([\w-]+): (#\w+);", block)) for block in re.findall(r":root \{(.*?)\}", css, re.DOTALL)[:2]
@@ -184,9 +187,9 @@ def text_box(x: float, baseline: float, text: str, anchor: str) -> Box:
 
 
 def place_text(point: Point, text: str, places: Iterable[Place], taken: Sequence[Box], within: Box) -> Place:
-    """Of ``places`` around ``point``, in pixels, the first one where ``text`` meets least of ``taken``.
+    """The first of ``places`` around ``point``, in pixels, where ``text`` overlaps least with ``taken``.
 
-    What lies outside ``within`` counts as if something stood there.
+    The area outside ``within`` counts as taken.
     """
 
     def met(place: Place) -> float:
@@ -202,7 +205,7 @@ def shared_area(a: Box, b: Box) -> float:
 
 
 def value_range(values: Iterable[float], *, air: float = 0.08) -> tuple[float, float]:
-    """The range of ``values`` with some air on both sides; never empty."""
+    """The range of ``values`` with a margin on both sides; never empty."""
     found = list(values)
     if not found:
         return 0.0, 1.0

@@ -1,4 +1,4 @@
-"""A comparison as its folder holds it: ``comparison.json``, the runs' metrics, and what the models answered."""
+"""A comparison as its folder holds it: ``comparison.json``, the metrics of the runs, and the models' answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EMPTY: dict[Any, Any] = {dict: {}, list: [], str: "", bool: False}
 
 
 def _defaults(kind: Any, **given: Any) -> dict[str, Any]:
-    """What stands in for a part of ``kind`` that is not there: ``given``, an empty one of its type, or None."""
+    """The values for a part of ``kind`` that is missing: ``given``, an empty one of its type, or None."""
     hints = get_type_hints(kind).items()
     return {key: {} if is_typeddict(hint) else EMPTY.get(get_origin(hint) or hint) for key, hint in hints} | given
 
@@ -33,7 +33,7 @@ DIFFERENCE = _defaults(schema.Difference, metric=schema.EVAL_LOSS, verdict="cann
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The content of one or more comparison folders, and where each run's files lie."""
+    """The content of one or more comparison folders, and the place of each run's files."""
 
     document: Mapping[str, Any]
     folder: Path
@@ -55,7 +55,7 @@ class Comparison:
         return [run for run in self.finals if run["method"] == method]
 
     def is_higher_better(self, metric: str) -> bool:
-        """By the methods' own statement; a loss is better when low, anything else when high."""
+        """What the methods' records say; by default a loss is better when low and anything else when high."""
         for facts in self["methods"].values():
             if metric in facts["higher_is_better"]:
                 return bool(facts["higher_is_better"][metric])
@@ -72,7 +72,7 @@ class Comparison:
         return [name for name in self.ranked() if is_number(self["methods"][name]["mean"].get(self.metric))]
 
     def metrics_of(self, run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """The lines of the run's ``metrics.jsonl``; none when the folder is not here any more."""
+        """The lines of the run's ``metrics.jsonl``; none when the folder no longer exists."""
         return [line for line in read_metrics(self.place_of(run)) if isinstance(line, Mapping)]
 
     def place_of(self, run: Mapping[str, Any]) -> Path:
@@ -89,7 +89,7 @@ class Comparison:
 
 
 def load_comparison(folder: Path) -> Comparison:
-    """Read ``folder``/comparison.json. What reports need and is not there is filled with "not measured".
+    """Read ``comparison.json`` of the folder. Missing parts that a report needs are filled with "not measured".
 
     Raises RunError: RW592 no comparison here, RW593 it cannot be read.
     """
@@ -105,12 +105,12 @@ def load_comparison(folder: Path) -> Comparison:
 
 
 def read_object(path: Path) -> Any:
-    """The content of a JSON file. Raises ValueError for a file that is no JSON or too large to be a record."""
+    """The content of a JSON file. Raises ValueError for a file that is not JSON or is too large to be a record."""
     return read_json(path, largest_bytes=LARGEST_BYTES, constants=True)
 
 
 def filled(content: Any) -> dict[str, Any]:
-    """``content`` with every part that reports read. Raises ValueError for another kind of file."""
+    """``content`` with every part that a report reads. Raises ValueError for another kind of file."""
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not an object")
     if content.get("schema") != SCHEMA:
@@ -123,7 +123,7 @@ def filled(content: Any) -> dict[str, Any]:
 
 
 def _over(defaults: Mapping[str, Any], given: Any, what: str) -> dict[str, Any]:
-    """``given`` over ``defaults``, each part of the type of its default."""
+    """``given`` laid over ``defaults``. Each part must have the type of its default."""
     if not isinstance(given, Mapping):
         raise ValueError(f"{what} is a {type(given).__name__}, not an object")
     result = {**defaults, **given}
@@ -142,7 +142,7 @@ def is_number_like(value: object) -> bool:
 
 
 def inside(folder: Path, relative: str) -> Path:
-    """``folder``/``relative``, which may not leave the folder: the path comes from a file.
+    """``folder``/``relative``. The relative path comes from a file, so it must not leave the folder.
 
     Raises RunError (RW593) for an absolute path or one with ``..`` in it.
     """
@@ -153,14 +153,14 @@ def inside(folder: Path, relative: str) -> Path:
 
 
 def read_answers(place: Path, task: str, result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The examples of one evaluation, one object each; none when the file is not here."""
+    """The examples of one evaluation, one object each; none when the file no longer exists."""
     name = str(result.get("examples") or "predictions.jsonl")
     path = inside(inside(place, f"{EVALUATION_FOLDER}/{task}"), name)
     return list(_objects(path)) if path.is_file() and path.stat().st_size <= LARGEST_BYTES else []
 
 
 def _objects(path: Path) -> Iterator[Mapping[str, Any]]:
-    """JSON objects, a line each; a line cut short by a kill ends them."""
+    """The JSON objects of a file with one per line. A line that a kill cut short ends them."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:

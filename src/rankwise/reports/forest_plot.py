@@ -1,4 +1,4 @@
-"""The forest plot: a row for each pair of methods, a dot for each seed, the mean with its interval, the margin."""
+"""The forest plot: one row for each pair of methods, with a dot for each seed, the mean, its interval, the margin."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TURNED = {"better": "worse", "worse": "better"}
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two methods on one metric, turned so that ``a`` is the one with the better mean."""
+    """Two methods on one metric. ``a`` is the one with the better mean."""
 
     a: str
     b: str
@@ -68,7 +68,7 @@ def forest_scale(pairs: Iterable[Pair]) -> Scale:
 
 
 def forest_row(pair: Pair, scale: Scale) -> Markup:
-    """The strip of one pair."""
+    """The plot of one pair."""
     middle = ROW_HEIGHT / 2
     parts = [_margin(pair, scale), line(scale(0), 0, scale(0), ROW_HEIGHT, "zero")]
     for seed, value in pair.per_seed.items():
@@ -92,7 +92,7 @@ def forest_axis(scale: Scale) -> Markup:
 
 
 def _ticks(scale: Scale) -> tuple[list[float], list[str]]:
-    """As many round values as have room for their labels on a narrow strip."""
+    """As many round values as have room for their labels on a narrow plot."""
     for count in (6, 5, 4, 3):
         ticks = nice_ticks(scale.low, scale.high, count)
         texts = [tick_label(tick, ticks).replace("-", "\u2212") for tick in ticks]

@@ -42,10 +42,10 @@ def loss_svg(
     *,
     kept_step: int | None = None,
 ) -> str:
-    """The lines of one ``metrics.jsonl``, or ``{name: lines}`` of several runs to compare, as an SVG document.
+    """An SVG document of the lines of one ``metrics.jsonl``, or of ``{name: lines}`` to compare several runs.
 
-    The logged training loss is drawn lightly under its moving average, evaluations as points, the kept checkpoint
-    (``kept_step``, by default the lowest evaluation) with a ring. Lines without a loss are passed over.
+    The logged training loss is drawn lightly under its moving average, evaluations are points, and a ring marks the
+    kept checkpoint (``kept_step``, by default the lowest evaluation). Lines without a loss are ignored.
     """
     if isinstance(metrics, Mapping):
         runs = {name: Losses.of(lines) for name, lines in metrics.items()}
@@ -100,7 +100,7 @@ def _run(name: str, losses: Losses, colours: tuple[int, int], frame: Frame) -> M
 
 
 def _note(losses: Losses, frame: Frame) -> Markup:
-    """What was kept, beside its ring where the curves leave the most room: rather inward, rather below."""
+    """The label of the kept checkpoint, beside its ring where the curves leave the most room."""
     if losses.best is None:
         return Markup("")
     step, loss = losses.best
@@ -120,7 +120,7 @@ def _pixel(point: Point, frame: Frame) -> Point:
 
 
 def _boxes(points: Sequence[Point], frame: Frame) -> Iterator[Box]:
-    """Around the line through ``points``, every few pixels."""
+    """Boxes around the line through ``points``, every few pixels."""
     for (x, y), (next_x, next_y) in itertools.pairwise(_pixel(point, frame) for point in points):
         count = max(1, round((next_x - x) / 4))
         for index in range(count + 1):
@@ -129,7 +129,7 @@ def _boxes(points: Sequence[Point], frame: Frame) -> Iterator[Box]:
 
 
 def _end_labels(ends: Sequence[tuple[str, Sequence[Point]]], frame: Frame) -> Iterator[Markup]:
-    """Names at the right ends of the lines, in their colours: no legend to look up."""
+    """The names of the lines at their right ends, in their colours, which makes a legend unnecessary."""
     known = [(index, name, frame.y(points[-1][1])) for index, (name, points) in enumerate(ends) if points]
     heights = spread([y for _, _, y in known], LABEL_GAP, 0, HEIGHT)
     for y, (index, name, _) in zip(heights, known):

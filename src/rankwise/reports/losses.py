@@ -13,7 +13,7 @@ from rankwise.reports.scale import smoothed
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-    """(step, loss) of the training log and of the evaluations."""
+    """The (step, loss) pairs of the training log and of the evaluations."""
 
     training: Sequence[Point]
     evaluation: Sequence[Point]
@@ -21,7 +21,7 @@ class Losses:
 
     @classmethod
     def of(cls, lines: Iterable[Mapping[str, Any]], kept_step: int | None = None) -> Losses:
-        """Lines without a step or without a finite loss are passed over."""
+        """The losses of a run's metrics. Lines without a step or without a finite loss are ignored."""
         rows = list(lines)
         return cls(_points(rows, "loss"), _points(rows, "eval_loss"), kept_step)
 
@@ -32,7 +32,7 @@ class Losses:
 
     @property
     def best(self) -> Point | None:
-        """The evaluation of the kept step, else the lowest after the start."""
+        """The evaluation of the kept step, else the lowest one after the start."""
         trained = [point for point in self.evaluation if point[0] > 0]
         chosen = [point for point in trained if point[0] == self.kept_step]
         return next(iter(chosen), min(trained, key=lambda point: point[1], default=None))

@@ -1,4 +1,4 @@
-"""``report.md``: the report in short, for a pull request or a terminal."""
+"""``report.md``: the short report, for a pull request or a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&])")
 
 
 def markdown(comparison: Comparison) -> str:
-    """Headings, one table of methods, one of differences; the rest in a line each."""
+    """The report as headings, a table of methods, a table of differences, and one line for each other fact."""
     parts = [
         f"# {_text(summary.title(comparison))}",
         _verdict(comparison),
@@ -103,5 +103,5 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _text(text: str) -> str:
-    """One line in which no character means anything to Markdown or HTML."""
+    """The text on one line, with every character escaped that Markdown or HTML would interpret."""
     return SPECIAL.sub(r"\\\1", " ".join(visible(text).split()))

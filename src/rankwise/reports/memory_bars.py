@@ -35,7 +35,10 @@ class MemoryBar:
 
 
 def memory_svg(bars: Sequence[MemoryBar], title: str, caption: str, limit_bytes: int, limit_name: str) -> str:
-    """``bars`` from top to bottom, a part a colour, a vertical line at ``limit_bytes``; the peak stands at each end."""
+    """Bars from top to bottom, with a colour for each part and a vertical line at ``limit_bytes``.
+
+    The peak stands at the end of each bar.
+    """
     largest = max((bar.peak_bytes * (1 + bar.error) for bar in bars), default=1)
     scale = Scale(0, max(min(largest, MOST_OF_LIMIT * limit_bytes), 1.08 * limit_bytes), 0, 100)
     height = ROW * len(bars)
@@ -86,7 +89,7 @@ def _bar(bar: MemoryBar, middle: float, scale: Scale, colours: Mapping[str, str]
 
 
 def _end(bar: MemoryBar, middle: float, scale: Scale, limit_bytes: int) -> Iterator[Markup]:
-    """The peak in figures, with the whisker of its error or the arrow of a bar that goes on."""
+    """The peak in figures, with the error bar of the prediction, or an arrow where the bar is cut off."""
     end, dx = 100.0, 19
     if bar.peak_bytes > scale.high:
         arrow = tag("path", d=ARROW, class_="arrow")

@@ -1,4 +1,4 @@
-"""Bars of the memory that was measured, with a mark where it was predicted."""
+"""Bars of measured memory, each with a mark at the predicted value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several comparison folders as one: the same comparison, run on several machines by seeds, rates or methods."""
+"""Join several folders of the same comparison, which ran on several machines by seeds, rates or methods."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ FREE = (
 
 
 def merge(comparisons: Sequence[Comparison]) -> Comparison:
-    """The union of the runs; a cell that stands in two folders counts once, as the first has it.
+    """The union of the runs. A cell that is in two folders counts once, with the values of the first.
 
-    The figures of methods and differences are of the first folder still: they have to be computed again.
-    Raises RunError (RW594) with everything that differs where the folders are not of one comparison.
+    The figures of methods and differences are still those of the first folder and must be computed again. Raises
+    RunError (RW594) with everything that differs where the folders are not of one comparison.
     """
     first, *rest = comparisons
     differing = [line for other in rest for line in _differing(first, other)]
@@ -50,7 +50,7 @@ def merge(comparisons: Sequence[Comparison]) -> Comparison:
 
 
 def figures_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One method's figures from its final runs: means, and of memory the largest."""
+    """The figures of one method from its final runs: means, and the largest memory."""
     good = [run for run in runs if run["status"] == "finished"]
     records = [run["record"] or {} for run in good]
     means = {key: _known(records, key) for key in ("tokens_per_second", "examples_per_second", "wall_seconds")}
@@ -101,7 +101,7 @@ def _joined(comparisons: Sequence[Comparison]) -> dict[str, Any]:
 
 
 def _differing(a: Comparison, b: Comparison) -> list[str]:
-    """What makes two folders different comparisons, in words."""
+    """The differences that make two folders different comparisons, in words."""
     pairs = {f"setting {key}": (a["settings"].get(key), b["settings"].get(key)) for key in _settings(a, b)}
     pairs |= {f"{part} data": (_sha(a, part), _sha(b, part)) for part in ("train", "eval")}
     for name in dict.fromkeys([*a["methods"], *b["methods"]]):

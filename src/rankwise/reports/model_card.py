@@ -1,4 +1,4 @@
-"""``README.md`` of a run folder: a model card for the hub and for whoever finds the folder in a year.
+"""``README.md`` of a run folder: a model card for the hub and for later readers of the folder.
 
 Every figure comes from the run's record. Statements about other software carry their date.
 """
@@ -50,7 +50,7 @@ class Module(Protocol):
 
 
 class Report(Protocol):
-    """What the card takes from ``AdapterReport``."""
+    """The part of ``AdapterReport`` that the card uses."""
 
     @property
     def modules(self) -> Sequence[Module]: ...
@@ -178,7 +178,7 @@ def _settings(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _data(data: Mapping[str, Any]) -> str:
-    """One column per file where the record keeps several, paths by their last part."""
+    """The data of the run: one column per file where the record keeps several, and only the last part of a path."""
     files = {name: facts for name, facts in data.items() if isinstance(facts, Mapping)}
     if not files:
         return _table(("what", "value"), [(name, _place(name, value)) for name, value in data.items()])
@@ -231,7 +231,10 @@ class FourBit:
 
 
 def _four_bit(record: RunRecord) -> FourBit | None:
-    """By the record, in its own form or in bitsandbytes' of older ones; what a method implies where it says nothing."""
+    """The 4-bit format of the base according to the record, or what the method implies where the record does not say.
+
+    Older records have bitsandbytes' form.
+    """
     facts = record.base_model
     stored = facts.get("quantization")
     if not stored:
@@ -303,7 +306,7 @@ def _code(title: str, lines: Sequence[str]) -> str:
 
 
 def _serving(method: str, config: Mapping[str, Any]) -> str:
-    """What the adapter's own properties rule out; nothing is promised beyond that."""
+    """Where the adapter can be served, from its own properties alone."""
     places = served(method, config)
     return "As of November 2026, and without warranty:\n\n" + "\n".join(f"- {place}" for place in places)
 

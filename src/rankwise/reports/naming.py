@@ -1,4 +1,4 @@
-"""What methods, metrics and modules are called, and which colour and shape a method has in every figure."""
+"""The names of methods, metrics and modules, and the colour and shape of each method in every figure."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def method_name(method: str) -> str:
 
 
 def long_name(method: str) -> str:
-    """In a sentence: ``LoRA``, ``full fine-tuning``."""
+    """The name in a sentence: ``LoRA``, ``full fine-tuning``."""
     return LONG_NAMES.get(method, method_name(method))
 
 
 def method_numbers(methods: Iterable[str]) -> dict[str, int]:
-    """A number for each method, for its colour and shape: the known ones always have the same."""
+    """A number for each method, which chooses its colour and shape. Known methods always have the same number."""
     numbers = {name: index for index, name in enumerate(NAMES)}
     for name in methods:
         numbers.setdefault(name, len(numbers))
@@ -48,7 +48,7 @@ def metric_name(metric: str) -> str:
 
 
 def metric_in_sentence(metric: str) -> str:
-    """``evaluation loss``, ``BLEU on e2e``: a task's own figure keeps its letters."""
+    """``evaluation loss``, ``BLEU on e2e``: the name in a sentence. A task's own metric keeps its capitals."""
     return METRICS[metric].lower() if metric in METRICS else metric_name(metric)
 
 

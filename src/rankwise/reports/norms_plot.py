@@ -1,4 +1,4 @@
-"""How much each layer was changed: a heat map a method, rows the kinds of module, columns the layers."""
+"""A heat map for each method of how much each layer changed: rows are kinds of modules, columns are layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONGEST_NAME = 11
 
 @dataclasses.dataclass(frozen=True)
 class Norms:
-    """Mean over seeds of the update's norm, by kind of module and layer; ``outside`` are modules in no layer."""
+    """The mean over seeds of the update's norm, by kind of module and layer. ``outside`` are modules in no layer."""
 
     method: str
     cells: Mapping[tuple[str, int], float]
@@ -59,7 +59,7 @@ def norms_of(comparison: Comparison, method: str) -> Norms | None:
 
 
 def norms_svg(norms: Norms, number: int, largest: float) -> Markup:
-    """Cells as dark as their share of ``largest``, which all methods have in common."""
+    """Cells as dark as their share of ``largest``, which is the same for all methods."""
     kinds, layers = norms.kinds, max(norms.layers, 1)
     parts = []
     for row, kind in enumerate(kinds):

@@ -1,4 +1,4 @@
-"""Figures and foreign text as a reader wants them: rounded to what is known, with units, nothing invisible."""
+"""Numbers and foreign text for readers: rounded to what is known, with units and without invisible characters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COUNT_UNITS = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """A finite number. JSON written by Python may hold NaN and infinity, which no figure can be drawn from."""
+    """Whether the value is a finite number. JSON written by Python may hold NaN and infinity."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -42,7 +42,7 @@ def fixed(value: float, decimals: int) -> str:
 
 
 def signed(value: float, decimals: int) -> str:
-    """With its sign, except for a zero."""
+    """The number with its sign; zero has none."""
     text = fixed(value, decimals)
     return text if not any(digit in text for digit in "123456789") or text.startswith(MINUS) else f"+{text}"
 
@@ -141,19 +141,19 @@ def listed(names: Iterable[str], joint: str = "and") -> str:
 
 
 def visible(text: Any) -> str:
-    """Foreign text with what cannot be seen made visible: control characters and marks that turn the reading order."""
+    """Foreign text in which control characters and marks that turn the reading order are written out."""
     return "".join(char if char in "\n\t" or not _is_hidden(char) else f"\\u{ord(char):04x}" for char in str(text))
 
 
 def _is_hidden(char: str) -> bool:
-    """Controls, lone surrogates and the bidirectional overrides; joiners stay, for words need them."""
+    """Whether the character is a control, a lone surrogate or a bidirectional override. Joiners are parts of words."""
     if char in "\u200c\u200d\u00ad":
         return False
     return unicodedata.category(char) in ("Cc", "Cs", "Cf")
 
 
 def shortened(text: str, limit: int) -> str:
-    """``text`` cut at ``limit`` characters, saying how many are left out."""
+    """``text`` cut at ``limit`` characters, with the number of characters left out."""
     if len(text) <= limit:
         return text
     return f"{text[:limit]}… ({len(text) - limit:,} more characters)"

@@ -1,7 +1,7 @@
-"""``report.html``: one file with its style and its script inside, that asks no network for anything.
+"""``report.html``: one file that contains its style and its script and makes no network request.
 
-A content security policy allows the one script by its hash, so that nothing which a prompt or a name brings along
-could run even if it got past the escaping.
+A content security policy allows the one script by its hash. Nothing in a prompt or a name could run, even if it were
+not escaped.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _content(comparison: Comparison) -> dict[str, Any]:
 
 
 def _swatch(method: str, numbers: Mapping[str, int]) -> Markup:
-    """The method's shape in its colour, in front of its name."""
+    """The shape of the method in its colour, shown before its name."""
     number = numbers.get(method, 0)
     path = tag("path", d=MARKERS[number % len(MARKERS)], class_="mark")
     return tag("svg", path, class_=f"swatch m{number}", viewBox="-7 -7 14 14", aria_hidden="true")
@@ -243,7 +243,7 @@ def _norms(comparison: Comparison, numbers: Mapping[str, int]) -> dict[str, Any]
 
 
 def _merged(comparison: Comparison) -> list[dict[str, str]]:
-    """Per method: the largest logit difference of its runs, and the mean speeds."""
+    """For each method the largest logit difference of its runs, and the mean speeds."""
     found = []
     for name in comparison.with_result():
         checks = [run["merged"] for run in comparison.finals_of(name) if run["merged"]]
@@ -271,7 +271,7 @@ def _merged(comparison: Comparison) -> list[dict[str, str]]:
 
 
 def _merge_judgement(checks: Sequence[Mapping[str, Any]]) -> str:
-    """Older comparisons did not measure what rounding costs."""
+    """What rounding costs, and whether merging costs more. Older comparisons did not measure it."""
     found = [check.get("is_more_than_rounding") for check in checks]
     if any(found):
         return "more than rounding"
@@ -304,7 +304,7 @@ def _runs(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def _broken(command: str) -> str:
-    """A command on several lines, as the shell reads it; one with quotes in it is left alone."""
+    """The command on several lines, as a shell reads it. A command with quotes is left as it is."""
     return command if any(quote in command for quote in "'\"\\") else command.replace(" --", " \\\n    --")
 
 

@@ -1,6 +1,6 @@
-"""Quality against what it costs: a point for each method, bars for what is not certain, and the Pareto line.
+"""Quality against cost: a point for each method, bars for the uncertainty, and the Pareto line.
 
-The Pareto line joins the methods that no other one beats in both: a step between them, for nothing lies in between.
+The Pareto line joins the methods that no other one beats in both. It is a step, because no method lies between two.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FAR = tuple((dx, dy, anchor) for dy in (-24, -38, -52, -66, 34) for dx, anchor i
 
 @dataclasses.dataclass(frozen=True)
 class Spot:
-    """One method: cost, quality, and the ranges of both where they are known."""
+    """The cost and quality of one method, and the ranges of both where they are known."""
 
     method: str
     cost: float
@@ -42,7 +42,7 @@ class Spot:
 
 
 def spots_of(comparison: Comparison, cost: str, scale: float) -> list[Spot]:
-    """Methods with both figures; ``cost``, a key of ``RANGES``, is divided by ``scale``."""
+    """The methods that have both figures. ``cost`` is a key of ``RANGES``, and is divided by ``scale``."""
     found = []
     for name in comparison.with_result():
         facts = comparison["methods"][name]
@@ -68,9 +68,10 @@ def _bounds(interval: Any) -> Range | None:
 
 
 def pareto_front(spots: Sequence[Spot], *, higher_is_better: bool) -> list[Spot]:
-    """The spots that no other beats, by rising cost: in cost and quality nowhere worse, and better in one.
+    """The spots that no other one beats, by rising cost.
 
-    Costs differ where their ranges part, as in the recommendation.
+    A spot beats another if it is nowhere worse and better in cost or quality. Costs differ where their ranges do not
+    overlap, as in the recommendation.
     """
     sign = 1 if higher_is_better else -1
 
@@ -89,7 +90,7 @@ def pareto_svg(
     higher_is_better: bool,
     limit: float | None = None,
 ) -> Markup:
-    """The plot; ``limit`` is the user's, drawn where it lies within the plot."""
+    """The plot. ``limit`` is the user's limit, and is drawn if it lies within the plot."""
     frame = _frame(spots, limit)
     ticks = nice_ticks(frame.x.low, frame.x.high, 4)
     return frame.svg(
@@ -123,7 +124,7 @@ def _limit(frame: Frame, limit: float | None) -> Markup:
 
 
 def _front(front: Sequence[Spot], frame: Frame) -> Markup:
-    """From each method across to the cost of the next, then to its quality; open to the right."""
+    """The line from each method across to the cost of the next and then to its quality, open to the right."""
     parts = []
     for spot, after in zip(front, [*front[1:], None]):
         end = 100.0 if after is None else frame.x(after.cost)
@@ -145,7 +146,7 @@ def _spot(spot: Spot, frame: Frame, number: int) -> Markup:
 
 
 def _labels(spots: Sequence[Spot], frame: Frame, numbers: Mapping[str, int]) -> list[Markup]:
-    """Names beside their points, each in the first place where it meets no other name, point or edge."""
+    """Names beside their points, each at the first place where it overlaps no other name, point or edge."""
     pixels = [(frame.x(spot.cost) / 100 * NARROW, round(frame.y(spot.quality), 1)) for spot in spots]
     taken: list[Box] = [(x - 6, y - 6, x + 6, y + 6) for x, y in pixels]
     found = []

@@ -1,4 +1,6 @@
-"""What the search of learning rates found: a line a method over the rates tried, the chosen rate ringed."""
+"""The result of the learning-rate search: a line for each method over the rates tried, with a ring at the chosen
+rate.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ LABEL_GAP = 15
 
 
 def rates_svg(comparison: Comparison, numbers: Mapping[str, int]) -> Markup | None:
-    """None when no method tried more than one rate."""
+    """The plot; None when no method tried more than one rate."""
     tried = {name: _points(search) for name, search in comparison["learning_rates"].items()}
     tried = {name: points for name, points in tried.items() if points}
     rates = sorted({x for points in tried.values() for x, _ in points})

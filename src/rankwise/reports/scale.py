@@ -48,7 +48,7 @@ def tick_label(value: float, ticks: Sequence[float]) -> str:
 
 
 def robust_range(shown: Sequence[float], noisy: Sequence[float]) -> tuple[float, float]:
-    """A range with all of ``shown`` and the middle 98 % of ``noisy`` in it, and a little air."""
+    """A range that holds all of ``shown``, the middle 98 % of ``noisy``, and a margin."""
     ordered = sorted(noisy)
     edge = len(ordered) // 100
     values = [*shown, *ordered[edge : len(ordered) - edge]]
@@ -60,7 +60,7 @@ def robust_range(shown: Sequence[float], noisy: Sequence[float]) -> tuple[float,
 
 
 def smoothed(values: Sequence[float], span: float) -> list[float]:
-    """Exponential moving average over about ``span`` values, without the pull of its start."""
+    """An exponential moving average over about ``span`` values, corrected for its start."""
     keep = 1 - 2 / (max(span, 1.0) + 1)
     total = weight = 0.0
     result = []
@@ -71,7 +71,7 @@ def smoothed(values: Sequence[float], span: float) -> list[float]:
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """``positions`` moved apart as little as a top-down pass can, so that labels do not overlap."""
+    """``positions`` moved apart so that labels do not overlap, by as little as a pass from top to bottom allows."""
     order = sorted(range(len(positions)), key=positions.__getitem__)
     placed = list(positions)
     floor = low

@@ -165,9 +165,9 @@ class RateSearch(TypedDict):
 
 
 class MinimumDetectableEffect(TypedDict):
-    """Smallest true difference that 80 % of such comparisons would find, from the spreads of the finished runs.
+    """The smallest true difference that 80 % of such comparisons would find, from the spreads of the finished runs.
 
-    Before the first run it is said from assumed spreads, and so it stays where one seed measured none.
+    Before the first run it follows from assumed spreads. With one seed nothing better is known.
     """
 
     metric: str

@@ -1,4 +1,4 @@
-"""What the report says in words: the verdict, how far it can be trusted, and the rows of its tables."""
+"""The words of the report: the verdict, how far it can be trusted, and the rows of its tables."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FEW_SEEDS = {1: ONE_SEED, 2: TWO_SEEDS}
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """One item of the strip of trust; ``is_weak`` marks what should make a reader careful."""
+    """One item of the list that says how far to trust the report. ``is_weak`` marks a reason to be careful."""
 
     title: str
     value: str
@@ -48,7 +48,7 @@ class Fact:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A cell of the table: what is read, what it is sorted by, and the interval."""
+    """A cell of the table: its text, its sort key, and the interval."""
 
     text: str
     sort: float | str | None = None
@@ -63,7 +63,7 @@ class Row:
 
 
 def seeds_of(comparison: Comparison) -> int:
-    """The most seeds that a method finished with."""
+    """The largest number of seeds that a method finished with."""
     return most_seeds(comparison["methods"])
 
 
@@ -72,7 +72,7 @@ def most_seeds(methods: Mapping[str, Any]) -> int:
 
 
 def caution(methods: Mapping[str, Any]) -> str:
-    """What a reader has to know of so few seeds; nothing where there are three or more."""
+    """What a reader must know about so few seeds; empty for three or more."""
     return FEW_SEEDS.get(most_seeds(methods), "")
 
 
@@ -95,7 +95,7 @@ def data_title(comparison: Comparison) -> str:
 
 
 def verdict(comparison: Comparison) -> str:
-    """The sentence at the top: the recommendation's own, else that there is none."""
+    """The sentence at the top: that of the recommendation, or that there is none."""
     recommendation = comparison["recommendation"]
     # The method's name stands above the sentence already; older comparisons have no sentence without it.
     told = str(recommendation.get("why") or recommendation.get("reason") or "").strip()
@@ -107,7 +107,7 @@ def verdict(comparison: Comparison) -> str:
 
 
 def trust(comparison: Comparison) -> list[Fact]:
-    """The strip of trust, from what was run to what it was run on."""
+    """The facts that say how far to trust the report, from what was run to the hardware."""
     facts = [_seeds(comparison), _evaluated(comparison), _test(comparison), _tuning(comparison)]
     return [fact for fact in [*facts, _detectable(comparison), _hardware(comparison)] if fact is not None]
 
@@ -191,7 +191,7 @@ def _hardware(comparison: Comparison) -> Fact | None:
 
 
 def columns(comparison: Comparison) -> list[tuple[str, str]]:
-    """(key, heading) of the table: the primary metric first, then each task's own, then what it costs."""
+    """The (key, heading) pairs of the table: the primary metric, each task's own metric, then the costs."""
     found = [("group", "Tie group"), (comparison.metric, metric_name(comparison.metric))]
     for metric in shown_metrics(comparison):
         found.append((metric, metric_name(metric)))
@@ -208,7 +208,7 @@ def columns(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def shown_metrics(comparison: Comparison) -> list[str]:
-    """Besides the primary metric: the evaluation loss, and the primary metric of each task."""
+    """The metrics besides the primary one: the evaluation loss, and the primary metric of each task."""
     primary = ["eval_loss", *(f"{name}.{result.get('primary')}" for name, result in _tasks(comparison).items())]
     known = all_metrics(comparison)
     return [metric for metric in dict.fromkeys(primary) if metric in known and metric != comparison.metric]
@@ -241,7 +241,7 @@ FORMATS = {
 
 
 def cell(facts: Mapping[str, Any], key: str) -> Cell:
-    """The figure ``key`` of a method."""
+    """The figure ``key`` of a method as a cell."""
     if key == "group":
         return Cell(str(facts["group"] or "–"), str(facts["group"] or "~"))
     if key == "serving":
@@ -287,7 +287,7 @@ def left_out(comparison: Comparison) -> list[dict[str, str]]:
 
 
 def told_warnings(comparison: Comparison) -> list[dict[str, str]]:
-    """Warnings of the comparison and of its runs, each once, with how many runs had it; without ``OF_RUNS``."""
+    """Warnings of the comparison and of its runs, each once, with the number of runs that had it."""
     counts: dict[tuple[str, str], int] = {}
     for run in comparison["runs"]:
         for item in (run["record"] or {}).get("warnings") or []:
