@@ -1,4 +1,4 @@
-"""In how many rows at once the loss is taken: for the operator, and for the plan, which imports no torch."""
+"""The number of rows in a chunk of the loss, for the operator and for the plan. Imports no torch."""
 
 from __future__ import annotations
 

@@ -339,7 +339,7 @@ class TextOptions(Settings):
 
     @property
     def columns(self) -> dict[str, Any]:
-        """Of prompts and completions, as the readers of data take them."""
+        """The columns of prompts and completions, in the form that the readers of data take."""
         return {"prompt_column": self.prompt_column, "completion_column": self.completion_column}
 
 

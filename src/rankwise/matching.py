@@ -34,7 +34,7 @@ def matches_pattern(key: str, name: str) -> bool:
 
 
 def _match(pattern: str, name: str, how: Callable[..., Any] = regex.match) -> Any:
-    """Raises AdapterError (RW401) for an expression that would not end: it may come with an adapter from elsewhere."""
+    """Match an expression. Raises AdapterError (RW401) if it would not end: it may come from a foreign adapter."""
     try:
         return how(pattern, name, timeout=LONGEST_MATCH_SECONDS)
     except (TimeoutError, regex.error) as error:
@@ -204,7 +204,7 @@ def enabled_parts(config: LoraConfig, name: str, place: Place) -> tuple[bool, ..
 
 
 def check_enable_lora(config: LoraConfig, names: Collection[str]) -> None:
-    """Raises AdapterError (RW403) for an enable_lora key that names no adapted module."""
+    """Raise AdapterError (RW403) for an enable_lora key that matches no adapted module."""
     unused = [key for key in config.enable_lora if not any(matches(name, [key]) for name in names)]
     if unused:
         raise AdapterError(

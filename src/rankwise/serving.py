@@ -81,7 +81,7 @@ def vllm_rank(r: int) -> int | None:
 
 
 def served(method: str, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Where what ``method`` trains can be served, a line each: as it is, by `rankwise export`, or merged."""
+    """Where the result of ``method`` can be served, one line each: as it is, by `rankwise export`, or merged."""
     if method in BASELINES:
         return BASELINES[method]
     traits = traits_of({**config, "use_dora": config.get("use_dora") or method in ("dora", "qdora")})

@@ -55,7 +55,7 @@ AGAIN = "download it again"
 
 
 class TensorInfo(NamedTuple):
-    """Where one tensor lies: its bytes are [begin, end) of the file's data section."""
+    """The place of one tensor: its bytes are [begin, end) of the file's data section."""
 
     dtype: str
     shape: tuple[int, ...]

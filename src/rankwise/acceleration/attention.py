@@ -252,7 +252,7 @@ def _find_ranges(mask: Tensor) -> Ranges | None:
 
 
 def _ranges_of_rows(seen: Tensor) -> Ranges | None:
-    """Of (B, rows, Lk)."""
+    """The visible ranges of keys for each row of a mask (B, rows, Lk)."""
     count = seen.sum(-1, dtype=torch.int32)
     first = seen.byte().argmax(-1).to(torch.int32)
     end = torch.where(count > 0, first + count, first)

@@ -49,7 +49,7 @@ class Places:
 
 
 def replace_checkpointing(model: nn.Module, undo: Undo) -> None:
-    """For every block that transformers may checkpoint, whenever it does."""
+    """Let our checkpointing serve every block that transformers may checkpoint, whenever it does."""
     stacks: dict[str, list[nn.Module]] = defaultdict(list)
     for name, module in model.named_modules():
         if isinstance(module, GradientCheckpointingLayer) and "forward" not in module.__dict__:
@@ -98,7 +98,7 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _run(block: Any, torchs: Callable[..., Any], function: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:
-    """In the place of torch's ``checkpoint(function, hidden, *args)``."""
+    """Called in place of torch's ``checkpoint(function, hidden, *args)``."""
     places, index = block.rankwise_place
     trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
     keeps_rng = getattr(torchs, "keywords", {}).get("preserve_rng_state", True)

@@ -107,7 +107,7 @@ def with_router_loss(head: Head, loss: Tensor, outputs: Any) -> Tensor:
 
 
 def _router_weight(model: nn.Module) -> float:
-    """By which a mixture-of-experts model multiplies its balancing loss."""
+    """The factor by which a mixture-of-experts model multiplies its balancing loss."""
     places = (model, getattr(model, "config", None), _text_config(model))
     found = (getattr(place, name, None) for name in ROUTER_WEIGHTS for place in places)
     return next((float(weight) for weight in found if isinstance(weight, (int, float))), 0.0)
@@ -115,7 +115,7 @@ def _router_weight(model: nn.Module) -> float:
 
 @contextmanager
 def answering(head: nn.Module, answer: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    """In this thread the head notes what it is given, and answers ``answer`` of it."""
+    """A context in which, in this thread, the head records its input and returns ``answer`` of it."""
     noted: list[Tensor] = []
     thread = get_ident()
 
@@ -138,7 +138,9 @@ def answering(head: nn.Module, answer: Callable[[Tensor], Tensor]) -> Iterator[l
 
 
 def _configured_shape(model: nn.Module) -> LogitShape:
-    """From the names that transformers' configurations use: Gemma's softcap, Granite's divisor, Cohere's factor."""
+    """The scale and soft cap that transformers' configurations name: Gemma's softcap, Granite's divisor, Cohere's
+    factor.
+    """
     config = _text_config(model)
     softcap = getattr(config, "final_logit_softcapping", None)
     divisor = getattr(config, "logits_scaling", None) or 1.0

@@ -52,7 +52,7 @@ class FusedLoss:
 
 
 def scored_positions(labels: Tensor) -> Tensor:
-    """Of labels (B, L) the scored positions as indices into all B L of them: (P,) int64."""
+    """The scored positions of labels (B, L), as indices into all B L of them: (P,) int64."""
     scored = F.pad(labels[:, 1:] != IGNORED, (0, 1))
     return scored.flatten().nonzero().squeeze(1)
 

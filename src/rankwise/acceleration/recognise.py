@@ -262,7 +262,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
-    """Ours, and those that stand in for another library's, with their names in the model."""
+    """Our adapted layers and those that replace another library's, with their names in the model."""
     for name, module in model.named_modules():
         layer = module.__dict__.get(STAND_IN, module)
         if isinstance(layer, AdaptedLayer):

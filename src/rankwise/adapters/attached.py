@@ -43,7 +43,7 @@ class AdaptedModule:
 
     @property
     def path(self) -> str:
-        """Of the module: of a stack that of its experts."""
+        """The path of the module; for a stack, that of its experts."""
         return self.name if self.experts is None else self.name.rpartition(".")[0]
 
     @property

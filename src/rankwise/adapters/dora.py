@@ -154,7 +154,7 @@ class Dora(nn.Module):
         return [tensor for kept in (self._norms, self._squared, self._gain) for tensor in kept.tensors()]
 
     def enabled(self, rows: Tensor) -> Tensor:
-        """Of one value per output row, those of the rows that adapt."""
+        """The values of the rows that adapt, from one value for each output row."""
         return rows if self.parts is None else rows[enabled_rows(self.parts, self._out_features, rows.device)]
 
     def merge(self, base: nn.Module) -> Tensor:

@@ -51,7 +51,7 @@ class StackShape:
 
 
 def stack_shape(module: Any, leaf: str) -> StackShape:
-    """Of the stack ``leaf`` of an experts module of transformers' interface."""
+    """The shape of the stack ``leaf`` in an experts module of transformers' interface."""
     stack, parameter = stack_at(module, leaf), module.get_parameter(leaf)
     shape = parameter.shape if stack is None else stack.scales.shape
     dtype = parameter.dtype if stack is None else stack.scales.dtype

@@ -105,7 +105,7 @@ class SharedInput:
 
 
 def refuse_pickling() -> NoReturn:
-    """Raises AdapterError (RW418)."""
+    """Refuse to be pickled. Raises AdapterError (RW418)."""
     raise AdapterError(
         "RW418",
         "a model that optimize_for_training or accelerate_peft has changed cannot be pickled; call "
@@ -114,7 +114,7 @@ def refuse_pickling() -> NoReturn:
 
 
 def _compatible(layers: Sequence[AdaptedLayer]) -> list[Lora | Dora] | None:
-    """Their adapters, where all are adapted with one dropout, in one mode and one dtype."""
+    """The adapters of the layers if all are adapted with the same dropout, mode and dtype."""
     if not all(layer.is_ready for layer in layers):
         return None
     adapters = [adapter for layer in layers if isinstance(adapter := layer.at_work, Lora | Dora)]

@@ -200,7 +200,7 @@ def load_speaker(settings: GenerateSettings, name: str, record: RunRecord | None
 
 
 def _wording(settings: GenerateSettings, record: RunRecord | None, tokenizer: Any) -> Wording:
-    """As asked; else as the adapter was trained; else the tokenizer's chat template where it has one."""
+    """How prompts are written: as the user asked, else as in training, else by the tokenizer's chat template."""
     from rankwise.data import read_template
     from rankwise.evaluation.loading import template_of
 

@@ -1,4 +1,4 @@
-"""Where a verb writes: people read the console, programs read the one document of ``--json``."""
+"""The output of a verb: text for people on the console, or the one document of ``--json`` for programs."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def print_message(kind: str, code: str, text: str) -> str:
 
 @contextlib.contextmanager
 def stdout_for_the_document(*, as_json: bool) -> Iterator[None]:
-    """With ``--json``, whatever a library prints to stdout goes to stderr."""
+    """With ``--json``, redirect to stderr whatever a library prints to stdout."""
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         yield
 

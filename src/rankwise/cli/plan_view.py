@@ -208,7 +208,7 @@ def recommendation_lines(plan: Plan, command: str | None) -> Iterator[tuple[str,
 
 
 def tight_sentence(plan: Plan) -> str:
-    """That the run may still be too big, said plainly."""
+    """A plain warning that the run may still be too large."""
     advice = plan.recommendation
     most = advice.estimate.peak_bytes * (1 + advice.estimate.error)
     return (

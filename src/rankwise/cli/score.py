@@ -26,7 +26,9 @@ def run(settings: ScoreSettings, output: Output) -> Document:
 
 
 def check_options(settings: ScoreSettings) -> None:
-    """Raises ConfigError (RW155) for files that are missing, or that belong to another benchmark."""
+    """Check the files of a benchmark. Raises ConfigError (RW155) for missing ones and for those of another
+    benchmark.
+    """
     needed = NEEDED[settings.what]
     missing = [name for name in needed if not getattr(settings, name)]
     strange = [name for name in ScoreSettings.model_fields if name not in (*needed, "what") and getattr(settings, name)]

@@ -30,10 +30,7 @@ PATHS = ("model", "data", "eval_data", "chat_template")
 
 
 def settings_of_the_run(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """With --resume: what ``run.json`` in --output says, so that no option has to be given again.
-
-    Raises RunError (RW503 to RW506) where the folder holds no run to resume, DataError (RW201) for missing data.
-    """
+    """With --resume: the settings in ``run.json`` of --output, so that no option has to be repeated."""
     if given.get("resume") is not True or not isinstance(given.get("output"), str):
         return {}
     from rankwise.training.output import check_output

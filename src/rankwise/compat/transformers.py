@@ -53,7 +53,7 @@ def spreads_experts(experts: nn.Module) -> bool:
 
 
 def gate_of(experts: Any) -> Callable[[Tensor], Tensor]:
-    """From what comes out of the first product to what goes into the second: families override it."""
+    """The function between the first and the second product of an expert. Families override it."""
     return experts._apply_gate if experts.has_gate else experts.act_fn
 
 
@@ -281,12 +281,14 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 
 
 def learning_rate_of(trainer: Trainer) -> float:
-    """Of the step in progress, whatever kind of schedule gives it."""
+    """The learning rate of the step in progress, for any kind of schedule."""
     return trainer._get_learning_rate()
 
 
 def use_one_device(arguments: TrainingArguments) -> None:
-    """Without torchrun one device trains: several visible GPUs would be wrapped in DataParallel, which trl refuses."""
+    """Without torchrun, train on one device: transformers would wrap several visible GPUs in DataParallel, which trl
+    refuses.
+    """
     arguments._n_gpu = min(arguments.n_gpu, 1)
 
 

@@ -104,7 +104,7 @@ class Engine:
         return RowEncoder(rows, self.tokenizer, self.template)
 
     def prompt_ids(self, encoder: RowEncoder, rows: Sequence[Row]) -> list[tuple[int, ...]]:
-        """Of prompt-and-completion rows the ids in front of the first trained one: what a trained model answers."""
+        """The ids before the first trained one, for prompt-and-completion rows. A trained model answers these."""
         return [tuple(row.ids[: row.trained.index(True)]) for row in encoder.encode(rows)]
 
     def text_ids(self, text: str) -> tuple[int, ...]:

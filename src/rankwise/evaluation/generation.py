@@ -281,7 +281,7 @@ def only_numbers(model: PreTrainedModel) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def check_logits(model: PreTrainedModel, logits: Tensor) -> None:
-    """Raises ModelError (RW323) for a row that holds NaN, or whose largest logit is infinite."""
+    """Raise ModelError (RW323) for a row that contains NaN, or whose largest logit is infinite."""
     if not logits.amax(-1).isfinite().all():
         raise no_number(model)
 

@@ -95,9 +95,9 @@ class Rating:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeClient:
-    """Where the judge is, and how often it is asked.
+    """The address of the judge, and the limits of asking it.
 
-    Raises ConfigError: RW156 for an address that is none, RW157 for a prompt without its three places.
+    Raises ConfigError: RW156 for an address that is not a URL, RW157 for a prompt without its three places.
     """
 
     url: str
@@ -177,7 +177,9 @@ class JudgeCache:
             return self._replies.get(key)
 
     def put(self, key: str, reply: str) -> None:
-        """On disk when this returns. The newline comes first, so that a line cut short stays alone."""
+        """Store a reply; it is on disk when this returns. The newline is written first, so that a cut line stays
+        alone.
+        """
         line = json.dumps({"key": key, "reply": reply}, ensure_ascii=True)
         with self._lock:
             self._replies[key] = reply

@@ -30,7 +30,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Likeness:
-    """Of the exported adapter to the trained one, over all tokens and the whole vocabulary."""
+    """How close the exported adapter is to the trained one, over all tokens and the whole vocabulary."""
 
     tokens: int
     largest_logit_difference: float
@@ -43,7 +43,7 @@ class Likeness:
 
 
 class _Sums:
-    """Of the losses of one of the three models."""
+    """Sums over the losses of one of the three models."""
 
     def __init__(self) -> None:
         self.loss, self.count = 0.0, 0

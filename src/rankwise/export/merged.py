@@ -99,7 +99,7 @@ def merge_to_folder(
 
 
 def refuse_to_overwrite(output: Path) -> None:
-    """Raises RunError (RW532) unless ``output`` is missing or an empty folder."""
+    """Raise RunError (RW532) unless ``output`` is missing or an empty folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError("RW532", f"{output} is not empty; give a new folder, nothing is overwritten.")
 

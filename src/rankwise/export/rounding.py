@@ -40,7 +40,7 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 @contextmanager
 def _computing_wider(model: nn.Module) -> Iterator[None]:
-    """Each module's own weights are widened for its call and put back after it: no copy of the model is made."""
+    """A context in which each module's weights are widened for its call and then restored. The model is not copied."""
     kept: dict[nn.Module, dict[str, Tensor]] = {}
 
     def widen(module: nn.Module, _: Any) -> None:

@@ -96,7 +96,7 @@ def _check_counts(config: Mapping[str, Any], folder: Path) -> None:
 
 @dataclasses.dataclass
 class _Generation:
-    """Of ``generation_config.json`` what decides how a model answers."""
+    """The part of ``generation_config.json`` that decides how a model answers."""
 
     bos_token_id: TokenId | None = None
     pad_token_id: TokenId | None = None
@@ -161,7 +161,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def check_architecture(config: Mapping[str, Any], folder: Path, *, trust_remote_code: bool) -> None:
-    """Raises ModelError RW303 or RW304 unless transformers can build a causal language model of this config."""
+    """Raise ModelError RW303 or RW304 unless transformers can build a causal language model of this config."""
     has_code = bool(config.get("auto_map"))
     if has_code and trust_remote_code:
         return

@@ -102,7 +102,7 @@ def load_tokenizer(
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Raises ModelError (RW317) for values that transformers takes over from ``tokenizer_config.json`` unseen."""
+    """Raise ModelError (RW317) for values of ``tokenizer_config.json`` that transformers would use unchecked."""
     longest, template = tokenizer.model_max_length, tokenizer.chat_template
     if not isinstance(longest, int | float) or isinstance(longest, bool) or not longest > 0:
         raise ModelError("RW317", f"the tokenizer in {path} has the model_max_length {longest!r}; give a number.")
@@ -141,9 +141,8 @@ def _load_folder(
 def _quantization_arguments(
     path: Path, content: FolderContent, quantization: Any, trust_remote_code: bool
 ) -> dict[str, Any]:
-    """For transformers: the one place where a quantized checkpoint meets a wish for another.
-
-    A checkpoint of bitsandbytes becomes our 4-bit layers; a wish for 4 bits is granted by what it holds.
+    """The quantization arguments for transformers. A quantized checkpoint may meet a request for another format
+    here.
     """
     from rankwise.quantization.transformers_plugin import register
 
@@ -311,7 +310,7 @@ def _check_shapes(source: ModelSource, content: FolderContent, trust_remote_code
 
 
 def _check_finite(model: PreTrainedModel, source: ModelSource) -> None:
-    """Raises ModelError (RW323) for NaN or infinity in the weights; one pass over them."""
+    """Raise ModelError (RW323) for NaN or infinity in the weights. It takes one pass over them."""
     import torch
 
     broken = []

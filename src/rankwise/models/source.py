@@ -83,7 +83,7 @@ def warns_of_other_hub_model(model: str, adapter: Path, config: Mapping[str, Any
 
 
 def _hub_id(name: object) -> str | None:
-    """Without regard to case, as the hub looks names up."""
+    """The hub id in lower case, because the hub ignores case."""
     if name == DEMO:
         return DEMO_HUB_ID.casefold()
     if not isinstance(name, str) or not HUB_ID.fullmatch(name) or Path(name).expanduser().exists():

@@ -60,7 +60,7 @@ class Branch:
 
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """Each element of x kept with probability 1 - p on its way into A; the mask follows from the seed."""
+    """Dropout on the input of A: each element of x is kept with probability 1 - p. The mask follows from the seed."""
 
     p: float
     seed: int

@@ -180,5 +180,5 @@ def _misfit(needs: str, **tensors: Tensor | None) -> QuantizationError:
 
 
 def sum_dtype(tensor: Tensor) -> torch.dtype:
-    """In which sums over many rows are kept: float64, which Apple's GPUs do not have."""
+    """The dtype of sums over many rows: float64, except on Apple's GPUs, which do not have it."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64

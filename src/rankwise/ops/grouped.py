@@ -56,7 +56,7 @@ class Rows:
 
     @functools.cached_property
     def ends(self) -> Tensor:
-        """Where each expert's rows end: int32 (E,), on the device and without waiting for it."""
+        """The end of each expert's rows: int32 (E,), on the device, computed without a host synchronization."""
         ones = torch.ones_like(self.experts, dtype=torch.int32)
         sizes = ones.new_zeros(self.count).index_add_(0, self.experts, ones)
         return sizes.cumsum(0, dtype=torch.int32)

@@ -181,7 +181,7 @@ KeptOutputs = Sequence[Tensor | None]
 
 
 def _trains_m(branches: Sequence[Branch]) -> list[bool]:
-    """Only a trained magnitude needs the output again."""
+    """Whether a magnitude trains; only then the backward pass needs the output."""
     return [branch.m is not None and branch.m.requires_grad for branch in branches]
 
 
@@ -222,7 +222,7 @@ def _with_tensors(
 
 
 def _wanted(needs: Sequence[bool]) -> list[Wanted]:
-    """Per branch, whether A, B, bias and m need a gradient."""
+    """For each branch, whether A, B, bias and m need a gradient."""
     return [Wanted(*needs[start : start + 4]) for start in range(0, len(needs), 4)]
 
 

@@ -270,7 +270,7 @@ OPERATORS = {
 
 
 def _parameters(name: str, operator: Operator) -> list[inspect.Parameter]:
-    """Of the reference, with a 4-bit weight in its parts."""
+    """The parameters of the reference, with a 4-bit weight given as its parts."""
     found: list[inspect.Parameter] = []
     for parameter in inspect.signature(getattr(operator.reference, name), eval_str=True).parameters.values():
         parts = _PARTS if parameter.annotation is PackedWeight else {parameter.name: parameter.annotation}
@@ -279,7 +279,7 @@ def _parameters(name: str, operator: Operator) -> list[inspect.Parameter]:
 
 
 def _schema(name: str, operator: Operator) -> str:
-    """From the annotations of the reference."""
+    """The operator's schema, from the annotations of the reference."""
     parameters = _parameters(name, operator)
     given = inspect.signature(getattr(operator.reference, name), eval_str=True).return_annotation
     if operator.results is None:

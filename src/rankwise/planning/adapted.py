@@ -39,7 +39,7 @@ class Adapted:
 
     @property
     def rank(self) -> int:
-        """Of the whole update: r for each enabled part."""
+        """The rank of the whole update: r for each enabled part."""
         return self.r * (1 if self.parts is None else sum(self.parts))
 
     @property

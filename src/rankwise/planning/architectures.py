@@ -339,7 +339,7 @@ def shape_of(config: Mapping[str, Any], name: str = "the config") -> Shape:
 
 
 def _check_heads(shape: Shape, name: str) -> None:
-    """Raises ModelError (RW326) for heads that no model of transformers has: its attention would fail."""
+    """Raise ModelError (RW326) for numbers of heads with which attention would fail."""
     wrong = []
     if shape.hidden % shape.heads and shape.family in WHOLE_HEADS:
         wrong.append(f"the hidden size {shape.hidden} is no multiple of its {shape.heads} attention heads")

@@ -1,4 +1,4 @@
-"""From the terms of a step to the answer: the device's overhead, several devices, notes. Imports no torch."""
+"""Turn the terms of a step into the plan: the device's overhead, several devices, notes. Imports no torch."""
 
 from __future__ import annotations
 

@@ -11,15 +11,7 @@ from rankwise.planning.step_facts import StepFacts
 
 
 def scores_backward_bytes(step: StepFacts) -> tuple[int, int]:
-    """On the way back through one layer's scores: (gradients that are held, what was saved and is freed by then).
-
-    =====================  ==========================================  ===================================
-    attention              live gradients                              freed
-    =====================  ==========================================  ===================================
-    eager                  two of P in float32                         MLP, norms behind, 16-bit weights
-    PyTorch's plain kernel one of P in float32, two of q, k and v      MLP, norms behind
-    =====================  ==========================================  ===================================
-    """
+    """The backward pass of one layer's scores: (gradients that are held, saved tensors that are freed by then)."""
     shape = step.shape
     norms = (shape.norms_per_layer - 1) * shape.hidden * (4 + step.s)
     gone = round(step.T * (norms + mlp_bytes(step)))

@@ -52,7 +52,7 @@ Rate = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 
 @dataclasses.dataclass(frozen=True)
 class _Rates:
-    """Of one method, as the file holds them."""
+    """The rates of one method, as the file holds them."""
 
     flops_per_second: Rate
     bytes_per_second: Rate | None = None
@@ -70,7 +70,7 @@ class _Machine:
 
 
 def cache_folder() -> Path:
-    """Where the user's caches lie on this system."""
+    """The folder for the user's caches on this system."""
     if platform.system() == "Windows":
         base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
     elif platform.system() == "Darwin":

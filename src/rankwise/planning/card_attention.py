@@ -21,7 +21,7 @@ NAME = "rankwise_card"
 
 
 def use_card_attention(model: Any) -> None:
-    """Where the model would take torch's scaled_dot_product_attention, let it take this module's."""
+    """Replace torch's scaled_dot_product_attention in the model by the functions of this module."""
     if attention_of(model.config) != "sdpa":
         return
     AttentionInterface.register(NAME, card_attention)

@@ -136,7 +136,7 @@ def _approximations(method: str) -> Iterator[SingleChange]:
 
 
 def reachable(methods: Iterable[str]) -> set[str]:
-    """These methods and those that a change may turn them into."""
+    """These methods, and those into which a change may turn them."""
     found = set(methods)
     while more := {FOUR_BIT_OF[method] for method in found if method in FOUR_BIT_OF} - found:
         found |= more
@@ -209,10 +209,7 @@ class Advisor:
         groups: Container[str] | None = None,
         refused: Container[str] = (),
     ) -> list[Change]:
-        """Each change alone, of a group the first that fits or else the one that saves most; useless ones left out.
-
-        ``groups``: those looked at, where an estimate is dear. ``refused``: methods that cannot be planned.
-        """
+        """Each useful change by itself. Of a group it is the first that fits, or else the one that saves most."""
         steps = [
             step
             for step in self._steps(method, workload, accumulation)
@@ -254,7 +251,7 @@ def _grouped(steps: Sequence[SingleChange]) -> list[list[SingleChange]]:
 
 
 def _combinations(groups: Sequence[Sequence[SingleChange]]) -> Iterator[tuple[SingleChange, ...]]:
-    """Up to four steps, of different groups."""
+    """Combinations of up to four changes from different groups."""
     for size in range(1, min(4, len(groups)) + 1):
         for chosen in itertools.combinations(groups, size):
             yield from itertools.product(*chosen)

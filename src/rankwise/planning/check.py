@@ -74,5 +74,7 @@ def dense_bytes(predicted: MemoryEstimate, workload: Workload) -> int:
 
 
 def comparable(predicted: MemoryEstimate, device_type: str) -> int:
-    """On CUDA the meter is torch's allocator, which does not see the context and what lies unused in its segments."""
+    """The part of the prediction that the meter sees. torch's CUDA allocator sees neither the context nor unused
+    segments.
+    """
     return predicted.peak_bytes - (predicted.outside_bytes if device_type == "cuda" else 0)

@@ -123,7 +123,7 @@ def sharding_groups_of(model: nn.Module) -> tuple[Group, Group]:
 
 
 def _enabled_rows(model: nn.Module, workload: Workload) -> dict[int, int]:
-    """Of the flags over a fused projection's rows, how many adapt."""
+    """The number of rows that adapt, from the flags over a fused projection's rows."""
     counts = {}
     for name, module in model.named_modules():
         parts = next((parts for key, parts in workload.enable_lora.items() if matches(name, [key])), None)

@@ -51,7 +51,7 @@ class Stored:
 
 
 def stored_quantization(config: Mapping[str, Any]) -> Stored | None:
-    """None where the files hold plain weights."""
+    """The quantization of the stored weights; None for plain weights."""
     stored = config.get("quantization_config")
     if not isinstance(stored, Mapping) or not stored:
         return None
@@ -110,7 +110,7 @@ class PlannedModel:
         return self.source.path if self.source.path is not None else self.source.name
 
     def known_shape(self) -> Shape:
-        """Raises ModelError (RW325, RW326) as ``shape_of`` does where there is no shape."""
+        """The model's shape. Raises ModelError (RW325, RW326) as ``shape_of`` does where there is none."""
         return self.shape if self.shape is not None else shape_of(self.config, str(self.place))
 
 
@@ -129,7 +129,9 @@ def read_facts(source: ModelSource) -> ModelFacts:
 
 
 def facts_of(config: Mapping[str, Any], name: str = "the config") -> ModelFacts:
-    """From a config.json: by the shape, where the closed form knows the family, so that the two cannot differ."""
+    """The facts of a config.json. For a known family they come from the closed form's shape, so the two cannot
+    differ.
+    """
     return _facts(config, shape_of(config, name) if config.get("model_type") in FAMILIES else None)
 
 
@@ -153,7 +155,7 @@ def _of_shape(shape: Shape) -> ModelFacts:
 
 
 def _idle(parameters: int, experts: int, visited: int) -> int:
-    """Of all experts' parameters those that a token does not visit: (E - e) / E."""
+    """The share of the experts' parameters that a token does not use: (E - e) / E."""
     return parameters * max(0, experts - visited) // experts if experts else 0
 
 

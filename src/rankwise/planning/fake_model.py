@@ -61,7 +61,7 @@ def _empty_like(tensor: Tensor, dtype: torch.dtype, device: torch.device | str, 
 
 
 def weights_dtype(method: str, workload: Workload) -> torch.dtype:
-    """Of the base: the trainer keeps float32 weights for full fine-tuning, where 16 bits would lose small updates."""
+    """The dtype of the base. Full fine-tuning keeps float32 weights, because 16 bits would lose small updates."""
     return torch.float32 if method == "full" else getattr(torch, workload.dtype)
 
 

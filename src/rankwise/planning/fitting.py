@@ -38,7 +38,7 @@ class Remembering:
         self._scale: dict[str, float] = {}
 
     def anchor(self, method: str, workload: Workload, better: MemoryEstimate) -> None:
-        """From now on answers for ``method`` are scaled to ``better`` at ``workload``; there it is the answer."""
+        """Scale the answers for ``method`` so that the answer at ``workload`` is ``better``."""
         own = self(method, workload)
         self._scale[method] = better.peak_bytes / max(1, own.peak_bytes)
         self._known = {key: value for key, value in self._known.items() if key[0] != method}

@@ -127,7 +127,7 @@ class MemoryGuard:
         return peak
 
     def advice(self) -> str | None:
-        """After the memory ran out: the three cheapest changes that would fit, in words; None where none is known."""
+        """The three cheapest changes that would fit, in words, after the memory ran out; None where none is known."""
         if self.workload is None or self.hardware is None:
             return None
         limit = self.hardware.memory_bytes

@@ -185,7 +185,7 @@ def _may_have_gpu() -> bool:
 
 
 def _torch_is_built_for_gpus() -> bool:
-    """From the text of torch's version file: it is not imported."""
+    """Whether the installed torch supports GPUs, from the text of its version file, without importing it."""
     spec = importlib.util.find_spec("torch")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         text = Path(folder, "version.py").read_text(encoding="utf-8")
@@ -266,7 +266,7 @@ def cpu_name() -> str:
 
 
 def cpu_has_bfloat16() -> bool:
-    """As ``rankwise.models.device`` decides with torch: the processor has instructions for it."""
+    """Whether the processor has bfloat16 instructions. ``rankwise.models.device`` decides the same with torch."""
     return bool(BF16_FLAGS & cpu_flags())
 
 

@@ -120,7 +120,7 @@ def carry_out(order: dict[str, Any]) -> Measurement:
 
 
 def _offloading(model: PreTrainedModel, workload: Workload) -> AbstractContextManager[object]:
-    """As the trainer offloads activations: a context for every step."""
+    """A context for every step in which activations are offloaded as the trainer does it."""
     if not workload.activation_offloading:
         return nullcontext()
     from trl.models.activation_offloading import get_act_offloading_ctx_manager
@@ -137,7 +137,7 @@ def _warm_up(device: str, workload: Workload) -> None:
 
 
 def _real_optimizer(model: PreTrainedModel, workload: Workload) -> Optimizer:
-    """By transformers' name, or our own. Raises ConfigError (RW132) for one that cannot be made here."""
+    """The optimizer of transformers' name, or our own. Raises ConfigError (RW132) if it cannot be made here."""
     import torch
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

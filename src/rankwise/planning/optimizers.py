@@ -117,7 +117,7 @@ RULES: dict[str, OptimizerRule] = {
 
 
 def rule_of(optimizer: str) -> OptimizerRule:
-    """Raises ConfigError (RW132) for an optimizer whose memory is not known."""
+    """The memory rule of an optimizer. Raises ConfigError (RW132) if it is not known."""
     if optimizer not in RULES:
         raise ConfigError(
             "RW132",

@@ -33,10 +33,7 @@ class Group:
 
 
 def layer_and_root(parts: Iterable[tuple[str, Group]]) -> tuple[Group, Group]:
-    """Of (name, its bytes): the largest layer, and all that lies outside of the layers.
-
-    A layer is what a number in the name tells apart: ``model.layers.3`` of ``model.layers.3.mlp.up_proj.weight``.
-    """
+    """The bytes of the largest layer, and of everything outside of the layers, from (name, bytes) pairs."""
     groups: dict[str, Group] = {}
     for name, part in parts:
         found = re.match(r"(.*?\.\d+)\.", name)

@@ -63,12 +63,12 @@ class Moments:
 
     @property
     def unsaved(self) -> int:
-        """Of the first layer. Checkpointing and biases that train leave nothing out."""
+        """The bytes that the first layer does not save. Checkpointing and trained biases leave nothing out."""
         return 0 if self.again or self.biases_train else saved.unsaved_bytes(self.step)
 
     @property
     def saved(self) -> int:
-        """By all layers, on the device."""
+        """The bytes that all layers save on the device."""
         if self.offloads:
             return 0
         each = self.step.stream_bytes if self.again else self.layer
@@ -103,7 +103,7 @@ class Moments:
 
     @property
     def last_gradient(self) -> int:
-        """Of the embedding, which comes last."""
+        """The gradient of the embedding, which comes last."""
         return head.embedding_gradient_bytes(self.step)
 
     @property

@@ -245,7 +245,7 @@ class _Planner:
         )
 
     def _check_length(self) -> None:
-        """Raises ConfigError (RW130) for rows that the model has no positions for."""
+        """Raise ConfigError (RW130) for rows that are longer than the model's positions."""
         most, asked = self.facts.position_rows, self.workload.max_length
         if most is not None and asked > most:
             raise ConfigError(
@@ -328,7 +328,7 @@ class _Planner:
         return micro_batch_seconds(own, self.facts, workload, self.ratio_pace(own.method))
 
     def _pace_basis(self) -> str | None:
-        """Where the rows' speeds come from; by method where they come from several places."""
+        """The sources of the rows' speeds, by method where they differ."""
         found: dict[str, list[str]] = {}
         for method in self.methods:
             pace = self.pace(method)

@@ -149,7 +149,7 @@ def _changes_a_list(func: Any) -> bool:
 
 
 def _described(values: Iterable[Any]) -> tuple[Any, ...]:
-    """Raises TypeError for a tensor that has values or lies on another device."""
+    """A key for the tensor. Raises TypeError for one that has values or is on another device."""
     return tuple(map(_description, values))
 
 
@@ -165,7 +165,7 @@ def _description(value: Any) -> Any:
 
 
 def _made_from(result: Any, args: tuple[Any, ...]) -> Any:
-    """None, what a fresh result is made from, or NotImplemented for any other result."""
+    """The tensor that a fresh result is made from; None if there is none, NotImplemented for any other result."""
     if result is None:
         return None
     tensors = result if isinstance(result, tuple) else (result,)

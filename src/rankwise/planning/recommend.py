@@ -106,7 +106,7 @@ def recommend(
 def _fastest(
     advisor: Advisor, method: str, workload: Workload, accumulation: int, allowed: frozenset[str], verdict: str
 ) -> Change | None:
-    """Of the combinations with this verdict, the one that loses least, then the fastest; None where none has it."""
+    """The combination with this verdict that loses least, then the fastest; None where there is none."""
     found: list[Change] = []
     for steps in _combinations(method, workload, accumulation, allowed):
         change = advisor.price(steps, method, workload)

@@ -51,7 +51,7 @@ def _kept_around_mlp(step: StepFacts) -> float:
 
 
 def _unsaved_of_mlp(step: StepFacts) -> float:
-    """Where down_proj alone adapts, the MLP keeps only what down_proj reads; a fused MLP keeps what that is made of."""
+    """Where only down_proj adapts, the MLP saves only down_proj's input, or what a fused MLP makes it from."""
     alone = step.has("mlp.down_proj") and not step.has(*MLP_FIRST) and not step.shape.experts
     return 3 * step.s * step.shape.mlp if alone and not step.fused_mlp else 0
 

@@ -139,7 +139,7 @@ class Fields:
         return self.required(name)[0]
 
     def flag(self, name: str, default: bool) -> bool:
-        """Raises ModelError (RW326) for what is neither true nor false: the text "false" would count as true."""
+        """A field that is true or false. Raises ModelError (RW326) otherwise: the text "false" would count as true."""
         value = self.config.get(name)
         if value not in (None, False, True):
             raise self._wrong(name, "true or false")
@@ -178,7 +178,9 @@ class Fields:
 
     @property
     def max_positions(self) -> int | None:
-        """None where the config does not tell. Raises ModelError (RW326) for what is no count."""
+        """The number of positions; None where the config has none. Raises ModelError (RW326) for anything but a
+        count.
+        """
         names = ("max_position_embeddings", "n_positions")
         given = [name for name in names if self.config.get(name) is not None]
         return self.required(given[0])[0] if given else None

@@ -59,7 +59,7 @@ def parse_size(text: str | int | float) -> int:
 
 
 def _shortened(text: object) -> str:
-    """As it was given; of what fills a screen the beginning."""
+    """The value as it was given; of a very long one the beginning."""
     given = str(text)
     return repr(given if len(given) <= LONGEST_TEXT else f"{given[:LONGEST_TEXT]}...")
 

@@ -170,7 +170,7 @@ def offloaded_bytes(facts: ModelFacts, workload: Workload) -> float:
 
 
 def nominal_pace(dtype: str) -> Pace:
-    """For ratios of times on a device of which nothing is known."""
+    """A pace for ratios of times on an unknown device."""
     pace = assumed_pace(of_card(find_card(NOMINAL_CARD)[0]), dtype)
     assert pace is not None
     return pace
@@ -179,7 +179,7 @@ def nominal_pace(dtype: str) -> Pace:
 def tokens_per_second(
     estimate: MemoryEstimate, facts: ModelFacts, workload: Workload, pace: Pace | None
 ) -> float | None:
-    """Of all devices together; communication between them is not counted."""
+    """The tokens per second of all devices together. Communication between them is not counted."""
     if pace is None:
         return None
     return workload.devices * workload.tokens / micro_batch_seconds(estimate, facts, workload, pace)

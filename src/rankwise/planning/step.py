@@ -99,7 +99,7 @@ def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Ten
 
 
 def loss_from(logits: Tensor, batch: Batch) -> Tensor:
-    """From the model's own logits (B, P, V)."""
+    """The loss from the model's own logits (B, P, V)."""
     V = logits.shape[-1]
     # The trainer picks the scored ones by a mask: a copy of them all.
     scored = torch.arange(logits.numel() // V, device=logits.device)

@@ -197,7 +197,7 @@ LEAST_KEPT_BYTES, MOST_KEPT_BYTES = 1 << 20, 256 << 20
 
 
 def kept_dense_bytes(shape: Shape, method: str, workload: Workload) -> int:
-    """On a CPU the memory of the largest dequantized weight is kept for the next one, from 1 to 256 MiB."""
+    """On a CPU the memory of the largest dequantized weight, if it has 1 to 256 MiB: it is kept for the next one."""
     if method not in FOUR_BITS or workload.device_type != "cpu" or decodes_in_caches(workload):
         return 0
     element = DTYPE_BYTES[workload.dtype]

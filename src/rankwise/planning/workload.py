@@ -42,7 +42,7 @@ class Workload(StepOptions):
 
     @property
     def tokens(self) -> int:
-        """Per micro-batch and device."""
+        """The tokens of a micro-batch on one device."""
         return self.batch_size * self.max_length
 
     @property

@@ -303,7 +303,7 @@ def dequantize_stack(stack: Stack, dtype: torch.dtype | None = None) -> None:
 
 
 def _use_ours(experts: Any) -> None:
-    """By a config of the module's own: other experts of the model keep their implementation."""
+    """Let this module use our experts, by a config of its own. Other experts of the model keep their implementation."""
     if "dense_config" in experts.__dict__:
         return
     register_experts(IMPLEMENTATION, forward_4bit)

@@ -17,7 +17,7 @@ KEY = "counted"
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """Of one micro-batch."""
+    """The targets of one micro-batch."""
 
     # Tokens that are no padding.
     tokens: int
@@ -26,7 +26,7 @@ class Counted:
     scored: Tensor
 
     def to(self, *to: Any, **how: Any) -> Counted:
-        """As of a tensor; accelerate moves what has this method to the device."""
+        """Move to a device like a tensor. accelerate calls this method."""
         return dataclasses.replace(self, scored=self.scored.to(*to, **how))
 
 
@@ -38,7 +38,7 @@ class Counting:
     vocabulary: int
 
     def __call__(self, examples: Any) -> dict[str, Any]:
-        """Raises QuantizationError (RW621) for a label that is no token number."""
+        """Collate a batch. Raises QuantizationError (RW621) for a label that is not a token number."""
         batch = self.collate(examples)
         check_targets(batch["labels"].flatten(), self.vocabulary, IGNORED)
         return {**batch, KEY: counted(batch)}

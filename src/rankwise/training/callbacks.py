@@ -133,7 +133,7 @@ class CheckGradients(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Once the user has asked any process to stop: save at the end of the step, or break off the evaluation."""
+    """After an interrupt in any process: save at the end of the step, or stop the evaluation."""
 
     def __init__(self, interrupt: Interrupt) -> None:
         self.interrupt = interrupt
@@ -148,11 +148,11 @@ class StopOnInterrupt(TrainerCallback):
 
 
 class GiveBackHoles(TrainerCallback):
-    """On a CPU: gives the heap's free pages back once steps have made the process larger.
+    """On a CPU: return the heap's free pages to the system when steps have made the process larger.
 
-    Batches of ever different sizes leave holes between blocks in use, and the next step takes new memory beside them.
-    Giving back costs page faults in the step after it, so a step's end is compared with the largest that followed such
-    a giving back: holes grow it, larger batches raise what it is compared with.
+    Batches of varying size leave holes between used blocks, and the next step takes new memory beside them. Returning
+    pages costs page faults in the next step. So the size at a step's end is compared with the largest that followed an
+    earlier return: holes raise the size, and larger batches raise the value that it is compared with.
     """
 
     def __init__(self, now: Callable[[], int]) -> None:

@@ -32,7 +32,7 @@ class Foresight(Protocol):
     """A memory plan that looks at a run before it starts. Either call may raise and so refuse the run."""
 
     def before_loading(self) -> None:
-        """Nothing of the model is in memory yet."""
+        """The prediction before the model is in memory."""
 
     def before_training(self, batch: Batch, evaluation: Batch | None) -> int | None:
         """Everything is loaded and encoded: the largest micro-batches of training and of evaluations.

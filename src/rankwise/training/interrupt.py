@@ -23,7 +23,9 @@ class Interrupt:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Within this context SIGTERM ends the work as Ctrl-C does, by KeyboardInterrupt: temporary files go."""
+    """A context in which SIGTERM stops the work as Ctrl-C does, by KeyboardInterrupt, so that temporary files are
+    removed.
+    """
 
     def stop(signal_number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -42,7 +44,7 @@ def terminable() -> Iterator[None]:
 
 @contextmanager
 def interrupts(interrupt: Interrupt) -> Iterator[Interrupt]:
-    """Within this context the two signals go to ``interrupt``; only the main thread receives any."""
+    """A context in which both signals are passed to ``interrupt``. Only the main thread receives signals."""
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return

@@ -1,4 +1,4 @@
-"""Where a run comes from: library versions, device."""
+"""The origin of a run: library versions and device."""
 
 from __future__ import annotations
 

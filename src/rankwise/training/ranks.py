@@ -46,10 +46,7 @@ class Place:
 
 
 def place() -> Place | None:
-    """Where this process stands among those of its launcher; None for one that was started alone.
-
-    Raises ConfigError (RW136) for an environment that no torchrun has written.
-    """
+    """The place of this process among those of its launcher; None for a process that was started alone."""
     given = {name: os.environ[name].strip() for name in NUMBERS if os.environ.get(name, "").strip()}
     wrong = [f"{name}={value}" for name, value in given.items() if not value.isdecimal()]
     if wrong:
@@ -90,7 +87,7 @@ def rank() -> int:
 
 @contextmanager
 def joined(device_type: str) -> Iterator[None]:
-    """Within this context the processes can hear each other; none leaves it before all have come to its end.
+    """A context in which the processes can communicate. No process leaves it before all have reached its end.
 
     Raises ConfigError (RW139) for a device that cannot be one of several; RunError (RW702) where another process has
     ended, or has not answered for PATIENCE_SECONDS.

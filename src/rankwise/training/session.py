@@ -196,7 +196,7 @@ class Session:
                 write(self.folder)
 
     def _complete_record(self, status: str) -> None:
-        """As far as the run got."""
+        """Complete the record as far as the run came."""
         self._tick()
         record, progress = self.record, self.trainer.progress
         record.status = status

@@ -120,7 +120,7 @@ def encode_data(given: TrainSettings, tokenizer: Any, rows: Rows, eval_rows: Row
 
 
 def quantization_for(given: TrainSettings) -> FourBitConfig | None:
-    """By default QLoRA's: NF4 with double quantization (section 3 of the paper)."""
+    """The 4-bit config of a method. The default is QLoRA's: NF4 with double quantization (section 3 of the paper)."""
     if given.method not in FOUR_BITS:
         return None
     return CONFIGS[given.quant_type](block_size=given.block_size, double_quant=given.double_quant)

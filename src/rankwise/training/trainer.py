@@ -176,7 +176,7 @@ class RankwiseTrainer(SFTTrainer):
         smoothing: float,
         scored: Tensor,
     ) -> Tensor:
-        """From chunks of logits at scored positions."""
+        """The loss from chunks of logits at scored positions."""
         options = LossOptions(label_smoothing=smoothing, want_stats=True, scored=scored)
         routing = {"output_router_logits": True} if self.aux_loss_enabled else {}
         given = {**inputs, **routing, "use_cache": False}

@@ -63,7 +63,7 @@ def _coded() -> Iterator[None]:
 
 
 def no_duplicates(place: Path | str, name: str, values: Sequence[str], lines: Sequence[int]) -> None:
-    """Raises DataError (RW234) with the lines of the first two ``values`` that are equal."""
+    """Raise DataError (RW234) if two values are equal, with the lines of the first two."""
     seen: dict[str, int] = {}
     for value, line in zip(values, lines):
         if value in seen:

@@ -20,7 +20,7 @@ SECONDS_PER_TEXT = 0.05
 
 
 def ptb_tokenize(texts: Sequence[str]) -> list[str]:
-    """Each text as words between single spaces.
+    """The tokens of each text, joined by single spaces.
 
     The texts are given at once, in order, since the tokenizer looks across line ends.
     Raises DataError (RW237) when Java fails.

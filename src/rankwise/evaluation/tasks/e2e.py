@@ -107,7 +107,9 @@ class E2e(Task):
         return Summary(present, {name: errors[name] for name in present}, None, notes)
 
     def difference(self, a: Sequence[Example], b: Sequence[Example]) -> dict[str, Mean]:
-        """Of the metrics; the error is that of the paired differences of examples, of BLEU and NIST a bootstrap's."""
+        """The difference of each metric. BLEU and NIST take a bootstrap's error, the others that of the paired
+        differences.
+        """
         of_a, of_b = self._scored(a), self._scored(b)
         found: dict[str, Mean] = {}
         for name in METRICS:

@@ -18,7 +18,7 @@ NAMED = re.compile(r"""^(?:task|group|tag):[ \t]*["']?([\w.:-]+)""", re.MULTILIN
 
 
 def harness_folder() -> Path:
-    """Where lm-evaluation-harness is installed; it is not imported. Raises ConfigError (RW153)."""
+    """The folder of the installed lm-evaluation-harness, which is not imported. Raises ConfigError (RW153)."""
     found = _installed_harness()
     if found is None:
         raise ConfigError("RW153", f"this task needs lm-evaluation-harness, which is not installed; run `{INSTALL}`.")

@@ -54,7 +54,7 @@ def given_options(settings: EvaluateSettings) -> list[str]:
 
 
 def check_options(settings: EvaluateSettings, kinds: Sequence[Kind]) -> None:
-    """Raises ConfigError (RW152) for options that none of the tasks, which are of ``kinds``, uses."""
+    """Raise ConfigError (RW152) for options that none of the tasks uses. ``kinds`` are the kinds of the tasks."""
     given = given_options(settings)
     problems = [
         f"{flag(name)} belongs to {', '.join(WORDS[kind] for kind in USED_BY[name])}"

@@ -156,7 +156,7 @@ class Vicuna(Task):
         return Summary(metrics, errors, None, notes)
 
     def difference(self, a: Sequence[Example], b: Sequence[Example]) -> dict[str, Mean]:
-        """Of the metrics themselves; the error is that of the questions' shares ``u_q(a) - u_q(b)``."""
+        """The difference of each metric. Its error is that of the questions' shares ``u_q(a) - u_q(b)``."""
         from rankwise.evaluation.metrics.vicuna import relative_score
 
         shares_a, shares_b = self._shares(a), self._shares(b)

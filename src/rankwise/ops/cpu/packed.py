@@ -29,7 +29,9 @@ class NativeWeight:
         )
 
     def address(self) -> int:
-        """Of the C view. FSDP moves the storage of a weight between the forward and the backward pass: read again."""
+        """The address of the C view. FSDP moves a weight's storage between the passes, so it is read again each
+        time.
+        """
         self.struct.packed, self.struct.absmax = self.buffers[0].data_ptr(), self.buffers[1].data_ptr()
         return ctypes.addressof(self.struct)
 
