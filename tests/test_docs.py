@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -90,6 +91,11 @@ def test_every_python_block_compiles() -> None:
     assert len(blocks) >= 5
     for page, block in blocks:
         compile(block, page, "exec")
+
+
+def test_the_picture_of_the_rooms_is_fresh() -> None:
+    rooms = runpy.run_path(str(ROOT / "docs" / "_ext" / "rooms.py"))
+    assert (ROOT / "docs" / "architecture.svg").read_text() == rooms["picture"](ROOT / "pyproject.toml")
 
 
 @pytest.mark.long

@@ -186,7 +186,8 @@ def change_sentence(change: Change) -> str:
 
 def recommendation_lines(plan: Plan, command: str | None) -> Iterator[tuple[str, str]]:
     advice = plan.recommendation
-    yield "", ""
+    if plan.changes or plan.unplanned:
+        yield "", ""
     if advice.method is None or command is None:
         work = advice.workload
         yield (
