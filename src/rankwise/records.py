@@ -1,4 +1,4 @@
-"""What a run leaves behind, to and from JSON. Imports no torch.
+"""The records of a run, to and from JSON. Imports no torch.
 
 ``run.json`` is one ``RunRecord``; ``metrics.jsonl`` is one object per logged step and one per evaluation.
 """

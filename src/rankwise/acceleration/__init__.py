@@ -1,4 +1,4 @@
-"""What makes a training step fast beyond the adapters' own operators; put into a model in place, and reversible."""
+"""Make a training step fast, beyond the adapters' own operators. Everything is in place and can be undone."""
 
 from rankwise.acceleration.allocator import give_back_freed_memory, limit_generated_kernels
 from rankwise.acceleration.linears import use_native_products

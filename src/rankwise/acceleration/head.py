@@ -1,4 +1,4 @@
-"""The output head of a causal model, and whether a loss taken from its input is the model's own.
+"""The output head of a causal model, and whether a loss from the head's input equals the model's own loss.
 
 What a model does to its logits after the head (a softcap, a scale) and adds to the loss (a balance of experts) is read
 from its configuration and checked by running it with a head that answers known numbers.

@@ -1,4 +1,4 @@
-"""Frozen layers that nothing adapts, on a CPU where PyTorch's own bfloat16 products find no instruction."""
+"""Frozen layers without an adapter, on CPUs where PyTorch has no bfloat16 instructions for their products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``optimize_for_training``: everything that makes a step fast, put into a model in place, said, and reversible."""
+"""``optimize_for_training``: apply everything that makes a step fast, in place, and report it. It can be undone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sequences that share beginnings, laid out so that no token is computed twice and next to none is padding.
+"""Sequences with common beginnings, arranged so that no token is computed twice and there is almost no padding.
 
 A ``Tree`` is a trie of token sequences. Its nodes lie in one row behind each other, several trees in a row:
 

@@ -1,4 +1,4 @@
-"""Ask a model something before it trains, and take an error for an answer."""
+"""Run a model once before training to learn something about it. An error is an answer, too."""
 
 from __future__ import annotations
 

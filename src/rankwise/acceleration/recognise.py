@@ -1,4 +1,4 @@
-"""Find the element-wise parts of a model that have a fast twin, and check that the twin says the same.
+"""Find the element-wise parts of a model that have a fast version, and check that both give the same result.
 
 Nothing is assumed from a class's name alone: one instance of each class computes a random input both ways, and the
 twin takes its place only where the results agree.

@@ -1,4 +1,4 @@
-"""Rows laid end to end, told apart by where they begin instead of by a mask of every pair of tokens.
+"""Rows laid end to end, separated by their bounds instead of by a mask over all pairs of tokens.
 
 The collator of packed and of padding-free rows says where each row begins (``cu_seq_lens_q``). From the positions
 transformers would make a (T, T) mask of them. Here the bounds of the rows take the mask's place: transformers hands a

@@ -1,4 +1,4 @@
-"""log p(continuation | context) for many pairs: shared contexts are computed once, rows carry no padding to speak of.
+"""log p(continuation | context) for many pairs. Shared contexts are computed once, with almost no padding.
 
     score(context, continuation) = sum_t log p(y_t | context, y_<t),   greedy: whether each y_t is the argmax
 

@@ -1,4 +1,4 @@
-"""What adapters a model carries: their modules, as values to report and as the layers that lie in the model."""
+"""The adapters of a model and the modules they adapt: values for reports, and the layers in the model."""
 
 from __future__ import annotations
 

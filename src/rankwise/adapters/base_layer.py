@@ -1,4 +1,4 @@
-"""What an adapter asks of the layer below it, for every kind of base.
+"""What an adapter needs from the layer below it, for every kind of base.
 
 A base is ``nn.Linear``, transformers' ``Conv1D`` (its weight is stored transposed), ``nn.Embedding`` (read as a linear
 layer over one-hot ids: in = vocabulary, out = dimension), or anything else that offers ``in_features``,

@@ -1,4 +1,4 @@
-"""The two baselines that are no low-rank adapters: putting them on a model, and their files.
+"""The two baselines that are not low-rank adapters: adding them to a model, and their files.
 
 ``prefix`` is saved in PEFT's format (``prompt_embeddings``: (P, 2 layers heads head size), keys and values of each
 layer in turn). PEFT has no bottleneck adapters; theirs is ``adapter_config.json`` with ``peft_type: BOTTLENECK``, which

@@ -1,4 +1,4 @@
-"""Keep a value that was computed from parameters, and know when it has to be computed anew.
+"""Cache a value that is computed from parameters, and know when it is out of date.
 
 A tensor's version counter sees the in-place operations of PyTorch, and its storage every replacement. Some writers go
 past both: optimizers with kernels of their own (fused AdamW, bitsandbytes), which the hook on every optimizer's step

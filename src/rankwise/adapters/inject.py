@@ -1,4 +1,4 @@
-"""Put adapters into a model and switch between them; its class stays what it was, its target layers are wrapped."""
+"""Add adapters to a model and switch between them. The model keeps its class; its target layers are wrapped."""
 
 from __future__ import annotations
 

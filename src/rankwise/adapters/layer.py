@@ -1,4 +1,4 @@
-"""The two modules that stand in a model where something adapts: a layer with adapters over it, a module trained whole.
+"""The two wrappers in an adapted model: a layer with adapters, and a module that is trained whole.
 
 Both keep the names of what they wrap: in ``model.state_dict()`` the base's tensors have the keys they had before, so
 that it still loads into the plain model.

@@ -1,4 +1,4 @@
-"""Merge an adapter into plain layers, and take it back out."""
+"""Merge an adapter into plain layers, and undo it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which parameters of a model ``target_parameters`` names, by the rules of PEFT, and why one cannot be adapted."""
+"""The parameters that ``target_parameters`` names, by PEFT's rules, and why one cannot be adapted."""
 
 from __future__ import annotations
 

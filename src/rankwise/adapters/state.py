@@ -1,4 +1,4 @@
-"""What a model knows about its adapters, and the parameters of the base itself that an adapter replaces."""
+"""The state of a model's adapters, and the parameters of the base that an adapter replaces."""
 
 from __future__ import annotations
 

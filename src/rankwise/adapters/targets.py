@@ -1,4 +1,4 @@
-"""A model's modules as the rules of `rankwise.matching` look at them."""
+"""A model's modules in the form that the rules of `rankwise.matching` read."""
 
 from __future__ import annotations
 

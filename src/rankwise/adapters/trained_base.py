@@ -1,4 +1,4 @@
-"""What a run folder or a PEFT folder says about the base its adapter was trained on."""
+"""The base that an adapter was trained on, according to its run folder or PEFT folder."""
 
 from __future__ import annotations
 

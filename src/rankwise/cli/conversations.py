@@ -1,4 +1,4 @@
-"""What ``rankwise generate`` is to answer: prompts and conversations, from options, files and standard input."""
+"""The prompts and conversations for ``rankwise generate``, from options, files and standard input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows for ``rankwise export``: those whose inputs weigh an error, those to compare on, and prompts for a server."""
+"""The rows that ``rankwise export`` uses: to weigh errors, to compare on, and to ask a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of ours that are mistaken for each other."""
+"""Tell our kinds of folders apart where a user gives the wrong one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a look at the paths can refuse before a verb loads torch and its relatives, which takes seconds."""
+"""Refuse wrong paths before a verb loads torch and its relatives, which takes seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one function that gives a memory plan. Imports no torch before it is needed."""
+"""The function that estimates memory. Imports no torch before it is needed."""
 
 from __future__ import annotations
 

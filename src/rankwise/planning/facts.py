@@ -1,4 +1,4 @@
-"""What the pace of training depends on, from config.json or a GGUF header. Imports no torch.
+"""The facts of a model that decide the speed of training, from config.json or a GGUF header. Imports no torch.
 
 L layers, h width, V vocabulary, E experts of which e see a token.
 """

@@ -1,4 +1,4 @@
-"""The real model and its real adapters on fake tensors: shapes and dtypes, in no memory."""
+"""The real model with its real adapters on fake tensors, which have shapes and dtypes but no memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does it fit, how far from it, and the largest batch and longest row that do. Works on any function that estimates."""
+"""Whether a run fits, by how much, and the largest batch and longest row that fit. For any estimating function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of a run that is about to start: say the peak, refuse what cannot fit, advise when memory ran out."""
+"""Plan a run that is about to start: report the peak, refuse what cannot fit, and advise when memory ran out."""
 
 from __future__ import annotations
 

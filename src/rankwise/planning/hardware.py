@@ -1,4 +1,4 @@
-"""What a plan is held against: a named card, an amount of memory, or this machine. Imports torch only for a GPU."""
+"""The hardware of a plan: a named card, an amount of memory, or this machine. Imports torch only for a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Take three real steps in a fresh process and measure their peak: what a plan is checked against.
+"""Take three real steps in a fresh process and measure their peak, to check a plan.
 
 The weights are random, so that nothing is downloaded: memory does not depend on their values. Run as
 ``python -m rankwise.planning.measure``, it reads one JSON object from its standard input and writes one.

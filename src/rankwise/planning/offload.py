@@ -1,4 +1,4 @@
-"""Activation offloading in a trace: what is saved for the backward pass waits in the host's memory."""
+"""Activation offloading in a trace: tensors saved for the backward pass are moved to the host's memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each optimizer keeps per trained tensor, in bytes on the device. Imports no torch.
+"""The bytes on the device that each optimizer keeps for a trained tensor. Imports no torch.
 
 n elements in a tensor, s bytes each.
 """

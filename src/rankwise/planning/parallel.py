@@ -1,4 +1,4 @@
-"""What DDP and FSDP2 change, per device. Imports no torch.
+"""The effect of DDP and FSDP2 on the memory of each device. Imports no torch.
 
 N devices; the batch is per device, so activations stay what they are.
 """

@@ -1,4 +1,4 @@
-"""What each phase of a step adds to what is always there, by the closed form. Imports no torch.
+"""The memory that each phase of a step adds to what is always held, by the closed form. Imports no torch.
 
     forward     saved by all layers + logits
     backward    saved by all layers + what the last layer's gradients take (with checkpointing the input of each

@@ -1,4 +1,4 @@
-"""The whole answer of ``rankwise plan``: one row for each method, the recommendation, and the changes worth knowing."""
+"""The answer of ``rankwise plan``: a row for each method, the recommendation, and the useful changes."""
 
 from __future__ import annotations
 

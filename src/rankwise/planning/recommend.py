@@ -1,4 +1,4 @@
-"""One recommendation: the method that the goal asks for, with the settings that let it fit at the least cost."""
+"""The recommendation: the method that the goal asks for, with the settings that make it fit at the least cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory of CPU kernels that no trace sees, and what they keep between calls. By operation."""
+"""Memory of CPU kernels that a trace does not see, and what they keep between calls, by operation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of ``rankwise plan``. Those that ``rankwise train`` has too carry its names, defaults and meanings."""
+"""The options of ``rankwise plan``. Options that ``rankwise train`` also has are the same there."""
 
 from __future__ import annotations
 

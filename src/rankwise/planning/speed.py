@@ -1,4 +1,4 @@
-"""How long a micro-batch takes: what the device computes and moves, or what the host needs to launch it.
+"""The time of a micro-batch: what the device computes and moves, or what the host needs to launch it.
 
     seconds = max( FLOP / pace + bytes / bandwidth,  launches x seconds of a launch )
 

@@ -1,4 +1,4 @@
-"""What the closed form's equations read of a step. Imports no torch.
+"""The values of a step that the equations of the closed form use. Imports no torch.
 
 T tokens, L of them a row, h hidden width, q and k widths of queries and of keys, f MLP width, s bytes per element,
 R ranks of the layer's adapters, H heads, V vocabulary, P = T L H scores. The same letters stand in `planning.saved`,

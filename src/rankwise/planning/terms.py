@@ -1,4 +1,4 @@
-"""The answer of a memory plan and the terms of which it consists. Imports no torch."""
+"""The result of a memory plan and its terms. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Count live storages, on fake and on real tensors alike, to a peak in bytes that is split into terms.
+"""Count live storages, fake or real, up to a peak in bytes that is split into terms.
 
 Every operation passes a dispatch mode. A storage is alive from the operation that first returns it until Python and
 autograd have both let it go, which a weak reference tells. The clock is a counter of such events: what was alive at the

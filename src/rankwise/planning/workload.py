@@ -1,4 +1,4 @@
-"""What is trained and how, as far as memory depends on it. Imports no torch."""
+"""The settings of a training step on which its memory depends. Imports no torch."""
 
 from __future__ import annotations
 

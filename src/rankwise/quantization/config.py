@@ -1,4 +1,4 @@
-"""How weights become 4 bits, as a transformers quantization config: also what ``from_pretrained`` takes."""
+"""The options of 4-bit quantization, as a transformers quantization config that ``from_pretrained`` takes."""
 
 from __future__ import annotations
 

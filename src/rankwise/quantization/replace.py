@@ -1,4 +1,4 @@
-"""Replace layers of a model in memory: one by another, and all 4-bit weights by the dense ones that they stand for."""
+"""Replace layers of a loaded model: one by another, or all 4-bit weights by their dense values."""
 
 from __future__ import annotations
 

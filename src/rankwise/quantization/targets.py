@@ -1,4 +1,4 @@
-"""Which layers become 4-bit and which stay dense, for a model in memory and for one that is about to load alike."""
+"""The layers that become 4-bit and those that stay dense, by the same rules for loaded and for loading models."""
 
 from __future__ import annotations
 

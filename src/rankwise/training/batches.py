@@ -1,4 +1,4 @@
-"""What a micro-batch holds, counted while its tensors are still on the host: a card is asked nothing for it."""
+"""Count the targets of a micro-batch while its tensors are on the host, so that a card is not asked for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens at the events of a run: measuring, logging, watching gradients, sampling, stopping."""
+"""The Trainer's callbacks: measuring, logging, watching gradients, sampling, stopping."""
 
 from __future__ import annotations
 

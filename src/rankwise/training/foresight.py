@@ -1,4 +1,4 @@
-"""What a run tells a memory plan, and what the plan may answer. The command line connects the two."""
+"""The interface between a run and its memory plan. The command line connects the two."""
 
 from __future__ import annotations
 

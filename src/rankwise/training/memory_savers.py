@@ -1,4 +1,4 @@
-"""Ways to train in less accelerator memory, and where each can run: paged and 8-bit optimizers, offloading."""
+"""Options that save accelerator memory, and where each works: paged and 8-bit optimizers, offloading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured while training: seconds of the steps, tokens, examples, memory."""
+"""The measurements of training: seconds of the steps, tokens, examples, memory."""
 
 from __future__ import annotations
 

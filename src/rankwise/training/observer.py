@@ -1,4 +1,4 @@
-"""Who watches a run: the command line shows progress, a notebook may draw it, by default nobody looks. No torch."""
+"""The observer of a run: the command line shows progress; by default nothing is shown. Imports no torch."""
 
 from __future__ import annotations
 

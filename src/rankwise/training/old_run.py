@@ -1,4 +1,4 @@
-"""What ``--overwrite`` removes: what the old run wrote, by name, and nothing else in its folder."""
+"""``--overwrite``: remove the files that the old run wrote, by name, and nothing else in its folder."""
 
 from __future__ import annotations
 

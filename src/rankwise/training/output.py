@@ -1,4 +1,4 @@
-"""The run folder before a run: may it be written, what is in it, and does a resumed run still mean the same.
+"""Check the run folder before a run: whether it may be written, and whether a resumed run has the same settings.
 
 Imports no torch: the command line asks before it is loaded.
 """

@@ -1,4 +1,4 @@
-"""Base models kept on disk as a run needs them, by the hash of their weights and of what was done to them.
+"""A cache on disk of prepared base models. The key is a hash of their weights and of what was done to them.
 
 Reading a GGUF file and quantizing take seconds to minutes, and every run of a comparison needs the same result. A
 model that lies there already as it is needed (a folder, no quantization asked for) is not copied.

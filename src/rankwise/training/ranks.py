@@ -1,4 +1,4 @@
-"""Several processes that train one model: which of them this is, and what they tell each other.
+"""Several processes that train one model: the place of this one among them, and their communication.
 
 torchrun, or ``rankwise train --devices N``, starts the processes and says in the environment which is which. In a
 process that was started alone every function here gives at once what it was given. torch is imported at the first call

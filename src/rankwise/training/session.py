@@ -1,4 +1,4 @@
-"""The part of a run that writes: train, stop or finish, and leave a run folder that says what happened."""
+"""The part of a run that writes: train, stop or finish, and leave a run folder that records what happened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything a run needs in memory: rows, model, adapter. Nothing is written here."""
+"""Load everything that a run needs in memory: rows, model, adapter. Nothing is written here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""trl's SFTTrainer with our adapters, our checkpoints and a loss that is right for every head.
+"""trl's SFTTrainer with our adapters, our checkpoints and a loss that is correct for every head.
 
 What is overridden, and why: saving and loading (the Trainer's own are pickles in folders that can be half-written);
 the loss, where trl's fused head would bypass an adapted output head; evaluation (its loss is the mean over tokens and
