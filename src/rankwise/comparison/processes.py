@@ -20,6 +20,8 @@ from rankwise.errors import RunError
 
 # Linux's prctl: which signal a process gets when its parent dies.
 PR_SET_PDEATHSIG = 1
+# In place of an exit code: the machine on which the step ran is gone.
+LOST = -1000
 
 
 def check_system() -> None:
@@ -55,11 +57,16 @@ class Worker:
 
     def document(self) -> dict[str, Any]:
         """The JSON document that it printed; empty if it did not come that far."""
-        try:
-            found = json.loads(self.stdout.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return document_in(self.stdout)
+
+
+def document_in(stdout: Path) -> dict[str, Any]:
+    """The JSON document in the output of a step; empty if it did not come that far."""
+    try:
+        found = json.loads(stdout.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def start(module: str, arguments: Sequence[str], name: Path, environment: Mapping[str, str]) -> Worker:

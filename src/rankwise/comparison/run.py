@@ -19,6 +19,7 @@ from rankwise.comparison.inputs import Inputs, check_adapter, prepare_inputs
 from rankwise.comparison.matrix import planned_runs
 from rankwise.comparison.measure_files import MERGEABLE, PERPLEXITY
 from rankwise.comparison.processes import check_system
+from rankwise.comparison.ray_cluster import connect
 from rankwise.comparison.recommendation import recommend
 from rankwise.comparison.runner import (
     STATE_FILE,
@@ -169,8 +170,12 @@ def _carry_out(given: CompareSettings, plan: Plan, inputs: Inputs, watcher: Watc
     for job in known:
         if commands.is_outdated(job):
             stages.forget_outcome(job, plan.output)
-    slots = environments(given.jobs, str(given.model_dump()["device"]))
-    runner = Runner(plan.output, commands.of, commands.steps, slots, watcher, clock, lambda: jobs_left(plan))
+    device = str(given.model_dump()["device"])
+    cluster = connect(given.address, device) if given.executor == "ray" else None
+    slots = [{}] * (given.jobs or cluster.places) if cluster else environments(given.jobs or 1, device)
+    start = cluster.start if cluster else None
+    clock.lanes = len(slots)
+    runner = Runner(plan.output, commands.of, commands.steps, slots, watcher, clock, lambda: jobs_left(plan), start)
     for group in (first, probes):
         runner.carry_out(partial(_open_jobs, group, plan))
     runner.carry_out(lambda: jobs_to_do(plan))
@@ -242,7 +247,7 @@ def _conclude(
         "recommendation": found,
         "minimum_detectable_effect": effect,
         "learning_rates": searches(plan),
-        "seconds": _seconds(plan, given.jobs, clock),
+        "seconds": _seconds(plan, clock),
     }
     write_json(given.output / COMPARISON_FILE, comparison)
     return comparison
@@ -310,12 +315,12 @@ def _merge(given: CompareSettings, run: Run, watcher: Watcher) -> str | None:
     return MERGED_FOLDER
 
 
-def _seconds(plan: Plan, jobs: int, clock: Clock) -> dict[str, float]:
+def _seconds(plan: Plan, clock: Clock) -> dict[str, float]:
     """The seconds of all calls: total, in the processes of the steps, and in the comparison itself."""
     clock.keep(now=True)
     total = seconds_spent(plan.output)
     runs = stages.seconds_of_all(plan.output)
-    return {"total": total, "runs": round(runs, 3), "overhead": round(total - runs / jobs, 3)}
+    return {"total": total, "runs": round(runs, 3), "overhead": round(total - runs / clock.lanes, 3)}
 
 
 def command_line(given: CompareSettings) -> str:
@@ -323,7 +328,7 @@ def command_line(given: CompareSettings) -> str:
     words = ["rankwise", "compare"]
     defaults = given.defaults()
     for name, value in given.model_dump(mode="json").items():
-        if value == defaults.get(name) or name in ("retry", "jobs"):
+        if value == defaults.get(name) or name in ("retry", "jobs", "executor", "address"):
             continue
         several = name in ("task", "task_data")
         in_bytes = name in ("memory", "memory_budget")

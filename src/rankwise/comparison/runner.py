@@ -5,21 +5,24 @@ decision.
 from __future__ import annotations
 
 import dataclasses
+import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from rankwise.comparison import processes, stages
-from rankwise.comparison.processes import Worker
 from rankwise.comparison.stages import Job, Outcome
 from rankwise.errors import Interrupted
 from rankwise.foreign import read_json
 from rankwise.records import write_json
 
 POLL_SECONDS = 0.2
-STOP_SECONDS = 120.0
 # How long a run may take to save its step once it has been asked to stop.
+STOP_SECONDS = 120.0
+# So often a step may lose its machine; then it counts as killed, and the rest goes on.
+MOST_LOSSES = 3
 STATE_FILE = "state.json"
 
 
@@ -48,6 +51,15 @@ class Picture:
     # Jobs of this call that were stopped on request; no job is counted twice.
 
 
+class Started(Protocol):
+    """A step in progress: a process here, or a task elsewhere."""
+
+    def poll(self) -> int | None: ...
+    def seconds(self) -> float: ...
+    def stop(self) -> None: ...
+    def document(self) -> dict[str, Any]: ...
+
+
 class Watcher(Protocol):
     """The interface of a progress display."""
 
@@ -70,8 +82,11 @@ class Runner:
     watcher: Watcher
     clock: Clock
     left: Callable[[], Sequence[Job]]
-    running: dict[Job, tuple[Worker, int]] = dataclasses.field(default_factory=dict)
+    # What starts a step elsewhere than in a process of this machine.
+    start: Callable[[str, Sequence[str], Path, Mapping[str, str]], Started] | None = None
     # Job -> its process and its slot.
+    running: dict[Job, tuple[Started, int]] = dataclasses.field(default_factory=dict)
+    lost: Counter[Job] = dataclasses.field(default_factory=Counter)
     spent: list[tuple[Job, float]] = dataclasses.field(default_factory=list)
     done: int = 0
     failed: int = 0
@@ -107,7 +122,8 @@ class Runner:
     def _start(self, job: Job) -> None:
         slot = min(set(range(len(self.environments))) - {slot for _, slot in self.running.values()})
         module, arguments = self.command(job)
-        worker = processes.start(module, arguments, self._name(job), self.environments[slot])
+        start = self.start or processes.start
+        worker = start(module, arguments, self._name(job), self.environments[slot])
         self.running[job] = worker, slot
         self.watcher.started(job)
 
@@ -128,6 +144,12 @@ class Runner:
 
     def _end(self, job: Job, code: int, *, stopping: bool = False) -> None:
         worker, _ = self.running.pop(job)
+        if code == processes.LOST:
+            self.lost[job] += 1
+            if self.lost[job] < MOST_LOSSES and not stopping:
+                self.watcher.say(f"{job.id}: its machine is gone; the step starts again on another one.")
+                return
+            code = -signal.SIGKILL
         outcome = stages.outcome_from(job, self.output, code, worker.document(), round(worker.seconds(), 3))
         if outcome.is_interrupted:
             self.interrupted.add(job)
@@ -185,6 +207,8 @@ class Clock:
         self.path = output / STATE_FILE
         self.before = seconds_spent(output)
         self.started = self.kept = time.monotonic()
+        # Steps at a time.
+        self.lanes = 1
 
     def keep(self, *, now: bool = False) -> None:
         if now or time.monotonic() - self.kept > 5:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -74,7 +74,20 @@ class CompareSettings(RunOptions):
             metavar="SIZE",
         ),
     ] = None
-    jobs: Annotated[int, _compared("Runs at a time: one per device, or CPU processes.", ge=1, le=1000)] = 1
+    jobs: Annotated[
+        int | None,
+        _compared(
+            "Runs at a time: one per device, or CPU processes. Default: 1; with Ray as many as the cluster holds.",
+            ge=1,
+            le=1000,
+        ),
+    ] = None
+    executor: Annotated[
+        Literal["local", "ray"], _compared("Where runs take place: on this machine, or on a Ray cluster.")
+    ] = "local"
+    address: Annotated[
+        str | None, _compared("Address of the Ray cluster; default: RAY_ADDRESS, else the one on this machine.")
+    ] = None
     retry: Annotated[bool, _compared("Run again what failed.")] = False
 
     task: Annotated[
@@ -139,6 +152,8 @@ def check_compare(given: CompareSettings) -> None:
             raise ConfigError("RW166", f"{name} names {', '.join(twice)} more than once; name each once.")
     if not given.learning_rates or any(not 0 < rate < math.inf for rate in given.learning_rates):
         raise ConfigError("RW167", f"--learning-rates is {given.learning_rates}; give rates above 0.")
+    if given.address is not None and given.executor != "ray":
+        raise ConfigError("RW167", "--address is that of a Ray cluster; add --executor ray.")
     if given.minutes is not None and (given.max_steps is not None or given.search_steps is not None):
         raise ConfigError("RW167", "--minutes sets the steps of every run; leave --max-steps and --search-steps out.")
     if given.metric != "eval_loss" and given.metric.partition(".")[0] not in given.task:

@@ -1,0 +1,126 @@
+"""``compare --executor ray``: the steps of the runs as tasks of a Ray cluster, over a folder that all nodes share.
+
+Ray is the engine: it knows the nodes, places a task where its cores and cards are free, and notices lost nodes. A task
+starts the step's process as on one machine (`processes.start`) and returns its exit code. Everything else, outcomes and
+logs included, is in the comparison's folder, so that the same command goes on after the driver has died.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.comparison import processes
+from rankwise.errors import ConfigError, RunError
+
+POLL_SECONDS = 0.2
+STOP_SECONDS = 120.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """A connected cluster. ``needs`` are the cores and cards of a step; ``places`` is how many steps fit at a time."""
+
+    needs: Mapping[str, float]
+    places: int
+
+    def start(self, module: str, arguments: Sequence[str], name: Path, environment: Mapping[str, str]) -> RayWorker:
+        """`processes.start` on the node that Ray chooses."""
+        import ray
+
+        # A lost step is not repeated by Ray: the runner starts the step again, from its last checkpoint.
+        task = ray.remote(max_retries=0, **self.needs)(_step)
+        reference = task.remote(module, list(arguments), str(name), dict(environment), os.getcwd())
+        return RayWorker(reference, time.monotonic(), processes.beside(name, ".out"))
+
+
+@dataclasses.dataclass
+class RayWorker:
+    """A step on the cluster, with the interface of `processes.Worker`."""
+
+    reference: Any
+    started: float
+    stdout: Path
+
+    def poll(self) -> int | None:
+        """The exit code, None while the step waits or runs, LOST if its node is gone.
+
+        Raises RunError (RW556) where a node does not see the comparison's folder.
+        """
+        import ray
+        from ray import exceptions
+
+        if not ray.wait([self.reference], timeout=0)[0]:
+            return None
+        try:
+            return int(ray.get(self.reference))
+        except exceptions.TaskCancelledError:
+            return -signal.SIGINT
+        except exceptions.RayTaskError as error:
+            raise RunError("RW556", f"{str(error.cause) or error}.") from None
+        except exceptions.RayError:
+            return processes.LOST
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def stop(self) -> None:
+        """Ask the step to save and exit, as Ctrl-C would."""
+        import ray
+
+        ray.cancel(self.reference)
+
+    def document(self) -> dict[str, Any]:
+        return processes.document_in(self.stdout)
+
+
+def connect(address: str | None, device: str) -> Cluster:
+    """Join the running cluster at ``address`` (default: RAY_ADDRESS, else the one on this machine).
+
+    A step takes one card and its share of the node's cores; on a cluster without cards, or with ``device`` "cpu", it
+    takes all cores of the smallest node. Raises ConfigError (RW555) without Ray or without a cluster.
+    """
+    # Ray would report its use to its makers.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError("RW555", "--executor ray needs Ray; install it: pip install 'rankwise[cluster]'.") from None
+    try:
+        ray.init(address or os.environ.get("RAY_ADDRESS") or "auto", log_to_driver=False, ignore_reinit_error=True)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        at = f"at {address}" if address else "on this machine"
+        reason = str(error).splitlines()[0]
+        raise ConfigError("RW555", f"no Ray cluster answers {at} ({reason}); start one: ray start --head.") from None
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    cards = [node for node in nodes if node.get("GPU")] if device != "cpu" else []
+    if cards:
+        needs = {"num_gpus": 1.0, "num_cpus": min(max(1.0, node["CPU"] // node["GPU"]) for node in cards)}
+        return Cluster(needs, int(sum(node["GPU"] for node in cards)))
+    cores = min(node["CPU"] for node in nodes)
+    return Cluster({"num_cpus": cores}, int(sum(node["CPU"] // cores for node in nodes)))
+
+
+def _step(module: str, arguments: list[str], name: str, environment: dict[str, str], folder: str) -> int:
+    """Run one step on this node and return its exit code. A cancelled task is interrupted like a process by Ctrl-C."""
+    place = Path(folder, name)
+    if not place.parent.is_dir():
+        raise FileNotFoundError(
+            f"the node {socket.gethostname()} does not see {place.parent}; give --output on a file system that all "
+            "nodes share, under the same path"
+        )
+    os.chdir(folder)
+    worker = processes.start(module, arguments, Path(name), environment)
+    try:
+        while (code := worker.poll()) is None:
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        worker.stop()
+        code = worker.process.wait(STOP_SECONDS)
+    return code

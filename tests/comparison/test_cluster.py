@@ -1,0 +1,112 @@
+"""``compare --executor ray``: lost machines, and a real Ray cluster of two nodes where Ray is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fake_comparison import Quiet, compare
+from test_running import _real_stages, given, starts, without_times  # noqa: F401  (a fixture)
+
+from in_process import steps_in_this_process
+from rankwise.comparison import processes, run
+from rankwise.comparison.processes import LOST
+from rankwise.comparison.ray_cluster import connect
+from rankwise.errors import ConfigError
+
+pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning")
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+
+
+def unreliable(losses: int) -> Any:
+    """A cluster on which the first training loses its machine so many times."""
+    left = {"losses": losses}
+
+    def start(module: str, arguments: list[str], name: Path, environment: dict[str, str]) -> Any:
+        if name.name.startswith("lora") and name.name.endswith("seed0.train") and left["losses"]:
+            left["losses"] -= 1
+            return processes.Worker(SimpleNamespace(poll=lambda: LOST), time.monotonic(), name)  # type: ignore[arg-type]
+        return processes.start(module, arguments, name, environment)
+
+    return SimpleNamespace(places=2, start=start)
+
+
+@pytest.mark.parametrize(("losses", "finished"), [(2, 4), (3, 3)])
+def test_a_lost_step_starts_again_but_not_for_ever(
+    losses: int, finished: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps_in_this_process(monkeypatch)
+    monkeypatch.setattr(run, "connect", lambda *_: unreliable(losses))
+    found: Any = compare(**given(tmp_path, methods="lora,full", learning_rates="2e-4", executor="ray"))
+    assert sum(item["status"] == "finished" for item in found["runs"]) == finished
+    errors = [item["error"]["code"] for item in found["runs"] if item["error"]]
+    assert errors == ["RW583"] * (4 - finished)
+
+
+def test_an_address_without_ray_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--executor ray") as caught:
+        compare(**given(tmp_path, address="auto"))
+    assert caught.value.code == "RW167"
+
+
+def test_no_cluster_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError) as caught:
+        connect("127.0.0.1:1", "cpu")
+    assert caught.value.code == "RW555"
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    # The nodes keep the environment of their start.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    monkeypatch.setenv("FAKE_STEP_SECONDS", "0.3")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    second = cluster.add_node(num_cpus=1)
+    yield cluster, second
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_killed_node_changes_nothing_in_the_report(
+    two_nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, second = two_nodes
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    watcher = NodeKiller(cluster, second)
+    kwargs = {"learning_rates": "2e-4", "methods": "lora,full"}
+    found: Any = compare(watcher=watcher, **given(tmp_path, "ray", executor="ray", **kwargs))
+    assert watcher.lost
+    local: Any = compare(**given(tmp_path, "local", **kwargs))
+    assert set(starts(tmp_path / "ray")) == set(starts(tmp_path / "local"))
+    assert without_times(found["methods"], tmp_path / "ray") == without_times(local["methods"], tmp_path / "local")
+
+
+class NodeKiller(Quiet):
+    """Kills the second node once two trainings run."""
+
+    def __init__(self, cluster: Any, node: Any) -> None:
+        self.cluster, self.node, self.lost = cluster, node, False
+
+    def tick(self, picture: Any) -> None:
+        if self.node is not None and sum(item.step > 0 for item in picture.running) == 2:
+            self.cluster.remove_node(self.node, allow_graceful=False)
+            self.node = None
+
+    def say(self, text: str) -> None:
+        self.lost |= "its machine is gone" in text
