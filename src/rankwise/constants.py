@@ -1,4 +1,4 @@
-"""Numbers on which several rooms agree. Imports nothing."""
+"""Numbers that several rooms share. Imports nothing."""
 
 from __future__ import annotations
 

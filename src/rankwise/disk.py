@@ -1,4 +1,4 @@
-"""Writing to folders so that a kill, a full disk or a second process leaves nothing half-made. Imports no torch.
+"""Write to folders so that a kill, a full disk or a second process leaves nothing half-written. Imports no torch.
 
 A file and a folder appear whole or not at all, one process at a time writes to a folder, nothing behind a link is
 touched, and an error of the system names the file and what to do.

@@ -1,4 +1,4 @@
-"""Files that others wrote, read within limits: the size, depth, digits and characters of JSON, the size of gzip."""
+"""Read foreign files within limits: the size, depth, digits and characters of JSON, the size of gzip."""
 
 from __future__ import annotations
 

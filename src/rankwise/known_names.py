@@ -1,4 +1,4 @@
-"""Names that people know from other tools, and what they are here: for advice on names that do not exist."""
+"""Option names of other tools and their names here, to give advice where an option does not exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which names of a model an adapter's settings mean, by PEFT's rules, and what is said of those that mean nothing.
+"""The names in a model that an adapter's settings select, by PEFT's rules, and messages about those that select none.
 
 Knows names alone and imports no torch: the adapters ask it about a model, the memory plan about a config.json.
 """

@@ -34,7 +34,10 @@ class FrozenLinear(torch.autograd.Function):
 
 
 def use_native_products(model: nn.Module) -> int:
-    """Let our products serve frozen layers without an adapter, where that is faster. Returns the number of layers."""
+    """Let our products serve frozen layers without an adapter, where that is faster. Returns the number of layers.
+
+    For evaluation and generation, as ``optimize_for_training`` does for training.
+    """
     return replace_linears(model, Undo())
 
 

@@ -1,4 +1,9 @@
-"""Run a layer and its adapter through the operator with hand-written gradients, where that operator applies."""
+"""Run a layer and its adapter through the operator with hand-written gradients, where that operator applies.
+
+It applies to whole layers over a dense, transposed (Conv1D) or 4-bit weight that is frozen, in that weight's dtype.
+Everything else (fused projections of which parts adapt, autocast, compiled graphs, weights that train too) takes the
+same formulas through autograd, in ``lora.py`` and ``dora.py``.
+"""
 
 from __future__ import annotations
 

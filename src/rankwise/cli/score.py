@@ -1,4 +1,4 @@
-"""``rankwise score``: files in, figures out, no model."""
+"""``rankwise score``: score existing texts, without a model."""
 
 from __future__ import annotations
 

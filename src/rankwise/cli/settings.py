@@ -1,4 +1,4 @@
-"""Settings tables of the verbs that have none elsewhere."""
+"""The settings tables of verbs that have none elsewhere."""
 
 from __future__ import annotations
 

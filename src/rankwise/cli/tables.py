@@ -1,4 +1,4 @@
-"""The look of every table on the console: no lines, a dim head, its title above it."""
+"""The style of every table on the console: no lines, a dim head, the title above."""
 
 from __future__ import annotations
 

@@ -30,7 +30,10 @@ PATHS = ("model", "data", "eval_data", "chat_template")
 
 
 def settings_of_the_run(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """With --resume: the settings in ``run.json`` of --output, so that no option has to be repeated."""
+    """With --resume: the settings in ``run.json`` of --output, so that no option has to be repeated.
+
+    Raises RunError (RW503 to RW506) where the folder holds no run to resume, DataError (RW201) for missing data.
+    """
     if given.get("resume") is not True or not isinstance(given.get("output"), str):
         return {}
     from rankwise.training.output import check_output

@@ -1,4 +1,4 @@
-"""Every touch of what another library does not promise to keep: one file per library, a reason at each name.
+"""Everything that uses private parts of other libraries: one file per library, with a reason for each name.
 
 Private names, patched modules and undocumented internals are used here and nowhere else
 (``tests/compat/test_private_names.py``). A canary in ``tests/compat`` says by name what a new version moved. What a

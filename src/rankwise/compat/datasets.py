@@ -1,4 +1,4 @@
-"""What we use of datasets beside its promised interface."""
+"""The private parts of datasets that we use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What we use of lm-evaluation-harness beside its command line and ``simple_evaluate``.
+"""The parts of lm-evaluation-harness that we use besides its command line and ``simple_evaluate``.
 
 Its Python interface changes between minor versions. It is imported where a function needs it: that takes seconds.
 """

@@ -1,4 +1,4 @@
-"""What we use of torch beside its promised interface.
+"""The private parts of torch that we use.
 
 What stands in front of every operation are torch's own builtins under our names: where caches are cold, looking each up
 in its module takes microseconds.

@@ -1,4 +1,4 @@
-"""What we use of transformers beside its promised interface. transformers is imported where a function needs it."""
+"""The private parts of transformers that we use. transformers is imported where a function needs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What we use of trl beside its promised interface."""
+"""The private parts of trl that we use."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a model can do, in figures: tasks, metrics and their records."""
+"""Evaluation of models: tasks, metrics and their records."""

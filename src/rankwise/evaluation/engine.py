@@ -1,4 +1,4 @@
-"""A loaded model as the tasks see it: scoring, answering, encoding, and how much goes into a batch."""
+"""A loaded model in the form that the tasks use: scoring, answering, encoding, and the size of a batch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Engine:
 
     @cached_property
     def max_length(self) -> int:
-        """Tokens that the model can see: by its table of positions where it has one, else by its config."""
+        """The number of tokens that the model can see: the size of its position table, or the config's value."""
         rows = table_rows(self.model)
         if rows is not None:
             return rows
@@ -70,7 +70,7 @@ class Engine:
 
     @contextlib.contextmanager
     def as_in_training(self) -> Iterator[Scorer]:
-        """A scorer of losses on the model as it was evaluated in training: the same operators and batches."""
+        """A scorer that computes losses as the trainer's evaluation did: the same operators and batches."""
         if self.trained_fast:
             optimize_for_training(self.model, keep_memory=False)
         try:
@@ -83,13 +83,13 @@ class Engine:
         return Generator(self.model, decoding, pad=self.pad)
 
     def batches(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[list[int]]:
-        """Numbers of prompts that are answered together."""
+        """The indices of the prompts that are answered together."""
         rows = self.batch_size or max(1, GENERATING_ROWS.get(self.device_type, 64) // decoding.num_beams)
         tokens = self._cache_bytes() // max(1, self._bytes_per_token()) // decoding.num_beams
         return batches_by_length(prompts, budget=tokens, new_tokens=decoding.max_new_tokens, max_rows=rows)
 
     def stop_ids(self, more: Iterable[int | None] = ()) -> frozenset[int]:
-        """Tokens that end an answer: the tokenizer's, the model's, and ``more``."""
+        """The tokens that end an answer: the tokenizer's, the model's, and ``more``."""
         found = {self.tokenizer.eos_token_id, *more}
         for config in (getattr(self.model, "generation_config", None), self.model.config):
             ids = getattr(config, "eos_token_id", None)
@@ -108,7 +108,7 @@ class Engine:
         return [tuple(row.ids[: row.trained.index(True)]) for row in encoder.encode(rows)]
 
     def text_ids(self, text: str) -> tuple[int, ...]:
-        """Ids of a text as it is, with the tokenizer's opening token where it has one."""
+        """The ids of a plain text, with the tokenizer's opening token if it has one."""
         return tuple(self.tokenizer(text)["input_ids"])
 
     def _bytes_per_token(self) -> int:

@@ -1,4 +1,4 @@
-r"""How far off a mean may be, with and without questions that share a source text.
+"""Standard errors of means, with and without clusters of questions that share a source text.
 
 Miller, "Adding Error Bars to Evals", arXiv 2411.00640. A score is a weighted mean ``m = sum w_i s_i / sum w_i``
 (w = 1 for accuracy, w = tokens for a loss). With ``r_i = w_i (s_i - m)`` and clusters c,
@@ -9,7 +9,7 @@ which for w = 1 and clusters of one question is the usual sd / sqrt(n). The 95 %
 t SE, with t the 97.5 % quantile of Student's distribution with G - 1 degrees of freedom. A paired difference is the
 mean of ``s_i(a) - s_i(b)`` on the same questions, with the same formula.
 
-A ratio of sums ``m = S / R`` is linear in its questions to first order, ``m - E m ~ sum u_i``; shares of several ratios
+A ratio of sums ``m = S / R`` is linear in its questions to first order, ``m - E m ~ sum u_i``. Shares of several ratios
 and of two systems add up question by question, and n questions give
 
     u_i  =  (s_i - m r_i) / R,        SE^2  =  n / (n - 1)  *  sum_i u_i^2
@@ -83,13 +83,13 @@ def shares_of_ratio(s: np.ndarray, r: np.ndarray) -> np.ndarray:
 
 
 def error_of_shares(shares: np.ndarray) -> float | None:
-    """The standard error that (n,) shares add up to; None for fewer than two questions."""
+    """The standard error from (n,) shares; None for fewer than two questions."""
     n = len(shares)
     return math.sqrt(n / (n - 1) * float((shares**2).sum())) if n > 1 else None
 
 
 def clusters_of(names: Sequence[str | None]) -> list[str] | None:
-    """Cluster names for ``mean_of``; None where every question stands for itself."""
+    """Cluster names for ``mean_of``; None where every question is a cluster of its own."""
     if all(name is None for name in names):
         return None
     return [f"question {index}" if name is None else f"cluster {name}" for index, name in enumerate(names)]

@@ -1,7 +1,7 @@
-"""Answers for many prompts: greedy, sampled, or by beam search; token ids in, token ids out.
+"""Generate answers to many prompts by greedy decoding, sampling or beam search. Token ids in, token ids out.
 
-Greedy decoding takes the argmax at each step. Prompts of like length share a batch, left-padded and with positions
-of their own; rows that have stopped leave the batch; what all prompts begin with is computed once.
+Greedy decoding takes the argmax at each step. Prompts of similar length share a batch, left-padded and with their own
+positions. Finished rows leave the batch. The common beginning of all prompts is computed once.
 
 B rows, L tokens.
 """
@@ -51,7 +51,7 @@ class Decoding:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """Token ids of a prompt. ``repeat`` tells equal prompts apart that are to be drawn anew."""
+    """The token ids of a prompt. ``repeat`` distinguishes equal prompts that are sampled several times."""
 
     ids: tuple[int, ...]
     repeat: int = 0
@@ -62,9 +62,9 @@ Stopped = Callable[[list[int]], bool]
 
 
 def batches_by_length(prompts: Sequence[Prompt], *, budget: int, new_tokens: int, max_rows: int) -> list[list[int]]:
-    """Numbers of prompts of like length, longest first; a batch holds ``budget`` tokens with the answers to come.
+    """Indices of prompts of similar length, longest first. A batch holds ``budget`` tokens, including the answers.
 
-    Depends on the set of prompts, not on their order.
+    The result depends on the set of prompts and not on their order.
     """
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].ids), prompts[i].ids, prompts[i].repeat))
     batches: list[list[int]] = []
@@ -79,7 +79,7 @@ def batches_by_length(prompts: Sequence[Prompt], *, budget: int, new_tokens: int
 
 
 class Generator:
-    """Writes answers on one model. ``pad`` is any token id."""
+    """Generates answers with one model. ``pad`` is any token id."""
 
     def __init__(self, model: Any, decoding: Decoding, *, pad: int = 0) -> None:
         self.model = model
@@ -88,7 +88,7 @@ class Generator:
         self._prefix: tuple[tuple[int, ...], DynamicCache | None] = ((), None)
 
     def share(self, prompts: Sequence[Prompt]) -> None:
-        """Compute what all ``prompts`` begin with, for the batches to come; once, however often this is called."""
+        """Compute the common beginning of all ``prompts`` for the following batches. Repeated calls cost nothing."""
         if self._prefix[1] is not None:
             return
         shared = min((common_length(prompts[0].ids, prompt.ids) for prompt in prompts), default=0)
@@ -109,13 +109,13 @@ class Generator:
         self._prefix = beginning, cache
 
     def answers(self, prompts: Sequence[Prompt], stopped: Stopped | None = None) -> list[list[int]]:
-        """Token ids of the answers, stop tokens left out. Raises ModelError (RW323) where the model computes NaN."""
+        """The token ids of the answers, without stop tokens. Raises ModelError (RW323) where the model computes NaN."""
         if self.decoding.num_beams > 1:
             return self._beam_search(prompts, stopped)
         return self._step_by_step(prompts, stopped)
 
     def _cached(self, cache: DynamicCache) -> JsonObject:
-        """The arguments of a step: its cache under the name that this version of transformers has for it."""
+        """The cache as an argument of a step, under the name that this version of transformers uses."""
         known = inspect.signature(self.model.forward).parameters
         last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         return {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True, **last}
@@ -153,7 +153,7 @@ class Generator:
         generators: Sequence[torch.Generator | None],
         rows: Sequence[int],
     ) -> list[int]:
-        """The next token of each row, -1 where it is a stop token or the row has stopped before."""
+        """The next token of each row; -1 for a stop token and for rows that have stopped."""
         if self.decoding.no_repeat_ngram_size:
             for index, row in enumerate(rows):
                 if row >= 0:
@@ -169,7 +169,7 @@ class Generator:
         return [-1 if row < 0 or token in self.decoding.stop_ids else token for row, token in zip(rows, tokens)]
 
     def _random(self, prompt: Prompt) -> torch.Generator | None:
-        """Draws of a prompt depend on it and the seed, not on the batch it is in."""
+        """The random generator of a prompt. It depends on the prompt and the seed, and not on the batch."""
         if self.decoding.temperature == 0:
             return None
         # Hashed: torch's generator on the CPU takes 32 bits of a seed.
@@ -178,7 +178,7 @@ class Generator:
 
     @torch.inference_mode()
     def _beam_search(self, prompts: Sequence[Prompt], stopped: Stopped | None) -> list[list[int]]:
-        """transformers' beam search; n-grams are counted in the answer alone."""
+        """Beam search by transformers. Repeated n-grams are counted in the answer only."""
         from transformers import GenerationConfig
 
         ids, mask = as_tensor([list(prompt.ids) for prompt in prompts], self.pad, self.model.device)
@@ -204,7 +204,7 @@ class Generator:
 
 
 class _Running:
-    """The rows of a batch that still write, and the tensors of their next step."""
+    """The unfinished rows of a batch, and the tensors of their next step."""
 
     def __init__(
         self,
@@ -227,7 +227,7 @@ class _Running:
         # Number of the prompt in each row, -1 where it has stopped.
 
     def advance(self, chosen: Sequence[int], running: Sequence[bool]) -> bool:
-        """Take the chosen tokens as the next input; False when no row runs any more."""
+        """Use the chosen tokens as the next input. Returns False when no row is left."""
         self.rows = [row if runs else -1 for row, runs in zip(self.rows, running)]
         left = [index for index, row in enumerate(self.rows) if row >= 0]
         if not left:
@@ -263,7 +263,7 @@ def repeating_tokens(answer: Sequence[int], size: int) -> list[int]:
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
-    """A draw from softmax(logits / T) among the likeliest tokens that make up ``top_p``."""
+    """A sample from softmax(logits / T), restricted to the likeliest tokens that make up ``top_p``."""
     p, order = torch.softmax(logits.cpu() / temperature, -1).sort(descending=True)
     # The likeliest token always stays: what stands before it sums to 0.
     p[p.cumsum(-1) - p >= top_p] = 0

@@ -1,6 +1,6 @@
-"""Our engine behind the model interface of lm-evaluation-harness. Imported only where that package is needed.
+"""Our engine as a model of lm-evaluation-harness. Imported only where that package is needed.
 
-Texts become ids exactly as in the harness' own HFLM; the requests are then scored and answered by our engine.
+Texts become ids exactly as in the harness' own HFLM. Our engine then scores and answers the requests.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class EngineLM(TemplateLM):
 
 
 def _repeats(requests: Sequence[Any]) -> list[int]:
-    """How often each request came before: repeats of a sampled one are drawn anew."""
+    """How often each request occurred before. A repeated request is sampled anew."""
     seen: dict[str, int] = {}
     found = []
     for request in requests:

@@ -1,7 +1,7 @@
-"""Predictions on disk while an evaluation runs: appended batch by batch, so that a kill loses one batch at most.
+"""Predictions on disk during an evaluation. They are appended batch by batch, so that a kill loses at most one batch.
 
-A folder belongs to one evaluation: ``settings.json`` holds what its answers depend on, and a folder of another one
-is refused. Batch size is no part of it.
+A folder belongs to one evaluation: ``settings.json`` holds everything that its answers depend on, and a folder of
+another evaluation is refused. The batch size is not part of it.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Opened:
 
 
 def open_folder(folder: Path, identity: Fields, *, overwrite: bool) -> Opened:
-    """Make ``folder`` ready for the evaluation that ``identity`` describes: new, or one to go on with.
+    """Prepare ``folder`` for the evaluation that ``identity`` describes: create it, or continue in it.
 
-    Raises RunError (RW570) naming what differs when the folder belongs to another evaluation.
+    Raises RunError (RW570), which names what differs, when the folder belongs to another evaluation.
     """
     remove_strays(folder, (IDENTITY_FILE, EXAMPLES_FILE, RESULT_FILE))
     known = _identity_in(folder)
@@ -80,7 +80,7 @@ def _short(value: Any) -> str:
 
 
 class Lines:
-    """An append-only file of JSON lines. A last line that was cut short is taken away when it is opened."""
+    """An append-only file of JSON lines. A last line that was cut short is removed when the file is opened."""
 
     def __init__(self, path: Path) -> None:
         refuse_links(path.parent, [path.name])
@@ -88,7 +88,7 @@ class Lines:
         self._drop_half_a_line()
 
     def append(self, records: Iterable[Fields]) -> None:
-        """All ``records`` in one write, on disk when this returns."""
+        """Append all ``records`` in one write. They are on disk when this returns."""
         text = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
         with appending(self.path) as file:
             file.write(text.encode("utf-8", errors="backslashreplace"))
@@ -111,14 +111,14 @@ class Journal:
         self.done: dict[str, Example] = {example.id: example for example in read_examples(self.lines.path)}
 
     def append(self, examples: Iterable[Example]) -> None:
-        """Keep a batch; what is known already stays as it is."""
+        """Keep the predictions of a batch. Known predictions are not changed."""
         new = [example for example in examples if example.id not in self.done]
         self.lines.append(example.to_json() for example in new)
         self.done.update((example.id, example) for example in new)
 
 
 def rewrite(folder: Path, examples: Iterable[Example]) -> None:
-    """The predictions of a finished task, in the order of the data."""
+    """Write the predictions of a finished task in the order of the data."""
     text = "".join(json.dumps(example.to_json(), ensure_ascii=False, default=str) + "\n" for example in examples)
     write_bytes(folder / EXAMPLES_FILE, text.encode("utf-8", errors="backslashreplace"))
 

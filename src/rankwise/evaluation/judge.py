@@ -1,8 +1,8 @@
 """A judge behind an OpenAI-compatible endpoint rates pairs of answers, in both orders.
 
-A reply is written to disk before it is used, under the hash of the request, so no request is paid for twice, not even
-after kill -9. What cannot be had (time-outs, 429, 500, replies without two ratings) is asked again with growing pauses
-and then recorded as failed: a rating of (-1, -1), which the score leaves out.
+A reply is written to disk under the hash of its request before it is used, so no request is paid for twice, even after
+kill -9. Failed requests (time-outs, 429, 500, replies without two ratings) are repeated with growing pauses. Then they
+are recorded as failed: a rating of (-1, -1), which the score leaves out.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Rating:
-    """A judge's marks for two answers; ``score`` is (-1, -1) where it gave none."""
+    """A judge's ratings of two answers; ``score`` is (-1, -1) where it failed."""
 
     review_id: str
     question_id: int | str
@@ -143,7 +143,7 @@ class JudgeClient:
 
 
 def judge_key(variable: str = DEFAULT_KEY_VARIABLE) -> str | None:
-    """The key that the environment holds; None where it holds none, as local servers need none."""
+    """The key in the environment; None if there is none, because local servers need none."""
     return os.environ.get(variable, "").strip() or None
 
 
@@ -159,7 +159,7 @@ class JudgeCache:
                 self._take(line)
 
     def _take(self, line: bytes) -> None:
-        """A line cut short by a kill is no entry: its request is asked again."""
+        """Read a line. One that a kill cut short is ignored, and its request is sent again."""
         try:
             entry = json.loads(line)
             self._replies[entry["key"]] = str(entry["reply"])
@@ -240,7 +240,7 @@ def _ask_all(
     pairs: Mapping[str, _Pair],
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, tuple[str, tuple[float, float]]]:
-    """{key: reply and marks}. The first refusal of the endpoint itself stops the rest."""
+    """{key: (reply, ratings)}. An endpoint that refuses the first request stops the rest."""
     replies: dict[str, tuple[str, tuple[float, float]]] = {}
     stop = threading.Event()
     pool = ThreadPoolExecutor(max_workers=client.concurrency)
@@ -259,7 +259,7 @@ def _ask_all(
 def _ask(
     client: JudgeClient, cache: JudgeCache, request: Fields, stop: threading.Event
 ) -> tuple[str, tuple[float, float]]:
-    """Reply and marks of one request, or the last problem and FAILED."""
+    """The reply and ratings of one request, or the last problem and FAILED."""
     problem = "it was not asked"
     useless = 0
     for attempt in range(client.attempts):
@@ -293,13 +293,13 @@ def _ask(
 
 
 def _pause(client: JudgeClient, attempt: int, answer: _Answer) -> float:
-    """Doubles with each attempt, spread so that parallel requests do not come back at once."""
+    """The pause before the next attempt. It doubles each time and is spread, so that parallel requests separate."""
     pause = client.pause_seconds * 2**attempt * random.uniform(0.5, 1.0)
     return min(max(pause, answer.wait_seconds), LONGEST_PAUSE_SECONDS)
 
 
 def parse_marks(reply: str) -> tuple[float, float] | None:
-    """The first line that holds two numbers from 0 to 10 and nothing else."""
+    """The two numbers of the first line that holds two numbers from 0 to 10 and nothing else."""
     for found in MARKS.finditer(reply):
         marks = float(found[1]), float(found[2])
         if max(marks) <= HIGHEST_MARK:
@@ -309,7 +309,7 @@ def parse_marks(reply: str) -> tuple[float, float] | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Answer:
-    """What one HTTP request came to: a reply, or a problem and whether another attempt may help."""
+    """The result of one HTTP request: a reply, or a problem and whether another attempt may help."""
 
     reply: str | None = None
     problem: str = ""

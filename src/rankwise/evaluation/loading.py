@@ -1,4 +1,4 @@
-"""A model with its adapters, loaded as they were trained: the base in 4 bits or not, in its dtype and revision."""
+"""Load a model with its adapters as they were trained: the base's dtype, revision and 4-bit format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rankwise.records import RUN_FILE, RunRecord, load_record
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model in evaluation mode. ``adapters`` are the names under which its adapters were loaded, in order."""
+    """A model in evaluation mode. ``adapters`` are the names of its adapters, in order."""
 
     model: Any
     tokenizer: Any
@@ -26,7 +26,9 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class LoadOptions:
-    """How a base is to be loaded; auto is as its adapters were trained, else what suits the device and no 4 bits."""
+    """How to load a base. "auto" means as its adapters were trained; without a record, what suits the device, not
+    4-bit.
+    """
 
     dtype: str = "auto"
     quantization: str = "auto"
@@ -42,7 +44,7 @@ def record_of(adapter: Path | None) -> RunRecord | None:
 
 
 def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *, named: bool = True) -> Loaded:
-    """The model ``name`` with ``adapters`` laid over it, none of them trainable; the last one is active.
+    """Load the model ``name`` with frozen ``adapters``. The last one is active.
 
     ``named``: the user named the model; otherwise its revision is the one trained on.
     Raises ConfigError (RW151) when the adapters were trained on different bases, ModelError (RW322) without a
@@ -97,7 +99,7 @@ class LoadSettings:
 
 
 def load_settings(adapters: Sequence[Path], options: LoadOptions) -> LoadSettings:
-    """What ``load_as_trained`` makes of ``auto``, without loading anything. Raises as it does."""
+    """What "auto" in the options stands for, without loading anything. Raises as ``load_as_trained``."""
     from rankwise.adapters.trained_base import revision_of
     from rankwise.models import choose_device
 
@@ -117,10 +119,10 @@ def base_of(adapters: Sequence[Path]) -> str:
 
 
 def template_of(adapters: Sequence[Path]) -> str | None:
-    """Jinja text of the chat template that the runs in ``adapters`` were given, as it lies in their folders.
+    """The chat template that the runs in ``adapters`` were given, as Jinja text from their folders.
 
-    None where none was given: the base's tokenizer has the template then. Adapters without a record are not asked.
-    Raises ConfigError (RW151) when the runs were trained with different ones, DataError (RW211) when it is not there.
+    None where none was given: then the base's tokenizer has the template. Adapters without a record are ignored.
+    Raises ConfigError (RW151) when the runs were trained with different ones, DataError (RW211) when it is missing.
     """
     records = {str(adapter): record for adapter in adapters if (record := record_of(adapter)) is not None}
     given = [name for name, record in records.items() if record.settings.get("chat_template")]
@@ -139,7 +141,7 @@ def template_of(adapters: Sequence[Path]) -> str | None:
 
 
 def max_length_of(adapters: Sequence[Path]) -> int:
-    """Tokens per row as the runs in ``adapters`` had them; the default of training where none has a record.
+    """The tokens per row in the runs of ``adapters``; the default of training where none has a record.
 
     Raises ConfigError (RW151) when they were trained with different ones.
     """
@@ -151,7 +153,7 @@ def max_length_of(adapters: Sequence[Path]) -> int:
 
 
 def _stored_template(folder: Path) -> str | None:
-    """What the tokenizer saved in ``folder`` has; transformers writes a file of its own, and older ones a key."""
+    """The template of the tokenizer saved in ``folder``: a file of its own, or a key in older versions."""
     try:
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     except FileNotFoundError:

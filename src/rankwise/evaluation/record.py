@@ -1,6 +1,6 @@
-"""What an evaluation leaves behind, to and from JSON. Imports no torch.
+"""The records of an evaluation, to and from JSON. Imports no torch.
 
-``DIR/TASK/result.json`` is one ``TaskResult``; ``predictions.jsonl`` beside it has one ``Example`` a line.
+``DIR/TASK/result.json`` is one ``TaskResult``; ``predictions.jsonl`` beside it has one ``Example`` per line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EXAMPLES_FILE = "predictions.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One question, what the model made of it, and how that scored."""
+    """One question, the model's prediction, and its scores."""
 
     id: str
     # Unique within its task, and the same for every model.

@@ -1,4 +1,4 @@
-"""``evaluate``: tasks and models in, results and predictions out. The one place where settings become arguments."""
+"""``evaluate``: tasks and models in, results and predictions out. Only this module knows the settings."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PACKAGES = ("rankwise", "torch", "transformers", "tokenizers", "datasets", "lm-e
 
 
 class Observer(Protocol):
-    """Who watches an evaluation."""
+    """The interface of a progress display."""
 
     def phase(self, text: str) -> None:
         """A new phase begins."""
@@ -72,9 +72,9 @@ def answer_task(
     answers: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[TaskResult, list[Example]]:
-    """Ask ``task`` of a loaded model and leave its result and predictions in ``place``.
+    """Run ``task`` on a loaded model and write its result and predictions to ``place``.
 
-    ``answers``: predictions by example that take the place of the task's own, which has none.
+    ``answers``: predictions by example that replace the task's own, which then asks nothing.
     """
     started = time.monotonic()
     found = task.run(engine, place.folder, progress)
@@ -104,7 +104,7 @@ def answer_task(
 
 
 def settings_of(task: Task, identity: Fields) -> JsonObject:
-    """What a result was made with, as it is read back from JSON."""
+    """The settings of a result, in the form that is read back from JSON."""
     found: JsonObject = json.loads(json.dumps({**identity, **task.extra_settings()}, default=str))
     return found
 
@@ -228,7 +228,7 @@ class _Run:
         )
 
     def _engine(self) -> Engine:
-        """Base and adapters, loaded at the first question that has no answer yet."""
+        """The base with its adapters, loaded at the first question that has no answer yet."""
         if self.engine is not None:
             return self.engine
         from rankwise.evaluation.engine import Engine
@@ -266,7 +266,7 @@ class _Run:
         return found
 
     def _identities(self) -> dict[tuple[str, str], JsonObject]:
-        """What each task's answers depend on, by (label, task)."""
+        """Everything that the answers of each task depend on, by (label, task)."""
         from rankwise.models import fetch_model, model_hash
 
         given = self.settings
@@ -303,7 +303,9 @@ class _Run:
 
 
 def _warn_of_other_rows(task: Task, record: RunRecord | None) -> None:
-    """Say (RW596) that the run's own loss is of another part of the same data; two figures would look like a fault."""
+    """Warn (RW596) that the run's own loss is over other rows of the same data, which explains two different
+    figures.
+    """
     known = {} if record is None else record.data.get("eval") or {}
     rows = task.describe().get("rows")
     if task.name != "perplexity" or known.get("sha256") != task.data_sha256 or known.get("rows") in (rows, None):
@@ -317,7 +319,7 @@ def _warn_of_other_rows(task: Task, record: RunRecord | None) -> None:
 
 
 def variants_of(adapters: Sequence[Path], base: bool | None) -> list[Variant]:
-    """What is evaluated: the adapters, and the base with several of them, without any, or where it is asked for."""
+    """The models to evaluate: the adapters, and the base with several of them, without any, or on request."""
     labels: list[str] = []
     for adapter in adapters:
         stem = re.sub(r"[^\w.-]+", "-", adapter.resolve().name) or "adapter"
@@ -352,7 +354,7 @@ def _load_options(given: EvaluateSettings) -> LoadOptions:
 
 
 def _template(settings: EvaluateSettings) -> str | None:
-    """Jinja text as asked; else as the adapters were trained. None is the tokenizer's own."""
+    """The chat template: the user's, else that of the training. None means the tokenizer's own."""
     from rankwise.data import read_template
 
     if settings.chat_template is not None:

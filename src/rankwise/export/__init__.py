@@ -1,1 +1,1 @@
-"""What leaves the project for others: merged models."""
+"""Write models and adapters for other programs."""

@@ -1,4 +1,4 @@
-"""``rankwise export``: an adapter as a server reads it, in a folder that appears whole or not at all."""
+"""``rankwise export``: write an adapter for a server, in a folder that appears whole or not at all."""
 
 from __future__ import annotations
 

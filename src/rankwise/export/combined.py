@@ -1,4 +1,4 @@
-"""One adapter made of several, as PEFT's ``add_weighted_adapter`` makes it.
+"""Combine several adapters into one, as PEFT's ``add_weighted_adapter`` does.
 
 With weight w, scale s and pair (A, B) of each adapter, and for each module over those that adapt it:
 

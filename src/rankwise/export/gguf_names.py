@@ -1,4 +1,4 @@
-"""What llama.cpp calls a transformers model's tensors, and how it orders their rows.
+"""The names of a transformers model's tensors in llama.cpp, and the order of their rows there.
 
 Rows of W (out, in) and of B (out, r) are ordered alike. llama's family interleaves the two halves of each head of q
 and k, since llama.cpp rotates neighbours where transformers rotates halves. Stacked experts lie in one tensor for

@@ -1,4 +1,4 @@
-"""How close an exported adapter answers to the one that was trained, on rows that the export did not see."""
+"""Compare the answers of an exported adapter with those of the trained one, on rows that the export did not use."""
 
 from __future__ import annotations
 

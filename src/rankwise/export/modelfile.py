@@ -1,4 +1,4 @@
-"""``Modelfile``: what Ollama makes a model of. The chat template is the GGUF's own; its Jinja is left to Ollama."""
+"""``Modelfile``: what Ollama creates a model from. The chat template stays in the GGUF."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter as every server reads it: plain LoRA of one rank, every scale folded into B.
+"""An adapter that every server reads: plain LoRA of one rank, with every scale folded into B.
 
 dW = s B A is written as A' = A and B' = s B with r' = lora_alpha' = R, so that each reader's scale is 1; A' and B' are
 padded with zeros to the rank R of all modules. Shapes: A (r, in), B (out, r); of E stacked experts (E, r, in) and

@@ -1,4 +1,4 @@
-"""What rounding to a model's dtype costs its logits: the measure for how much a merge may move them."""
+"""The effect of rounding to the model's dtype on its logits. It is the measure for how much a merge may move them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by a server's own Python: serve a model and an adapter, and say what they answer. Imports nothing of rankwise.
+"""Run by a server's own Python: serve a model and an adapter, and print their answers. Imports nothing of rankwise.
 
 In (standard input, JSON): server, model, adapter (a path or null), r, prompts and answers (lists of token ids),
 new_tokens. Out (the last line of standard output, JSON): for "base" and, with an adapter, "adapted" the greedy "texts"

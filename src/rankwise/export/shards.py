@@ -1,4 +1,4 @@
-"""The weights of a model folder, one tensor at a time, whatever files they lie in."""
+"""The weights of a model folder, one tensor at a time, independent of the files that hold them."""
 
 from __future__ import annotations
 

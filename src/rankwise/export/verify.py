@@ -1,4 +1,4 @@
-"""How much of what was trained survives each way of merging, measured on a text.
+"""Measure on a text how much of what was trained survives each way of merging.
 
 The model that trained (adapter over its base, 4-bit or not) is the reference; every variant is compared with it by
 perplexity and by the largest difference of a logit.

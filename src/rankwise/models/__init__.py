@@ -1,4 +1,4 @@
-"""Base models: where they come from, whether they are sound, how they are loaded, on which device.
+"""Base models: where they come from, their checks, loading, and devices.
 
 Nothing here imports torch or transformers before a function needs it.
 """

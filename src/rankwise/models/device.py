@@ -1,4 +1,4 @@
-"""Which device and dtype a run uses, and the reason in one line."""
+"""The device and dtype of a run, with the reason in one line."""
 
 from __future__ import annotations
 

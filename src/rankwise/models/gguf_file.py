@@ -1,4 +1,4 @@
-"""The header of a GGUF file, checked as hostile input before the readers that trust it are let near.
+"""Check the header of a GGUF file as hostile input, before readers that trust it see the file.
 
 A GGUF file: b"GGUF", u32 version, u64 tensors, u64 entries; the entries (key, type, value); the tensors (name, dims,
 type, offset); then the tensors' bytes from the next multiple of the alignment. Numbers are little-endian.

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: one snapshot folder each, which then passes the same checks as any folder."""
+"""Models of the Hugging Face hub: one snapshot folder each, which passes the same checks as any folder."""
 
 from __future__ import annotations
 

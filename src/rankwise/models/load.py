@@ -141,8 +141,9 @@ def _load_folder(
 def _quantization_arguments(
     path: Path, content: FolderContent, quantization: Any, trust_remote_code: bool
 ) -> dict[str, Any]:
-    """The quantization arguments for transformers. A quantized checkpoint may meet a request for another format
-    here.
+    """The quantization arguments for transformers. A quantized checkpoint may meet a request for another format here.
+
+    A checkpoint of bitsandbytes becomes our 4-bit layers; a wish for 4 bits is granted by what it holds.
     """
     from rankwise.quantization.transformers_plugin import register
 

@@ -11,7 +11,15 @@ from rankwise.planning.step_facts import StepFacts
 
 
 def scores_backward_bytes(step: StepFacts) -> tuple[int, int]:
-    """The backward pass of one layer's scores: (gradients that are held, saved tensors that are freed by then)."""
+    """The backward pass of one layer's scores: (gradients that are held, saved tensors that are freed by then).
+
+    =====================  ==========================================  ===================================
+    attention              live gradients                              freed
+    =====================  ==========================================  ===================================
+    eager                  two of P in float32                         MLP, norms behind, 16-bit weights
+    PyTorch's plain kernel one of P in float32, two of q, k and v      MLP, norms behind
+    =====================  ==========================================  ===================================
+    """
     shape = step.shape
     norms = (shape.norms_per_layer - 1) * shape.hidden * (4 + step.s)
     gone = round(step.T * (norms + mlp_bytes(step)))

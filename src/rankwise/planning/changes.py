@@ -209,7 +209,10 @@ class Advisor:
         groups: Container[str] | None = None,
         refused: Container[str] = (),
     ) -> list[Change]:
-        """Each useful change by itself. Of a group it is the first that fits, or else the one that saves most."""
+        """Each useful change by itself. Of a group it is the first that fits, or else the one that saves most.
+
+        ``groups``: those looked at, where an estimate is dear. ``refused``: methods that cannot be planned.
+        """
         steps = [
             step
             for step in self._steps(method, workload, accumulation)

@@ -33,7 +33,10 @@ class Group:
 
 
 def layer_and_root(parts: Iterable[tuple[str, Group]]) -> tuple[Group, Group]:
-    """The bytes of the largest layer, and of everything outside of the layers, from (name, bytes) pairs."""
+    """The bytes of the largest layer, and of everything outside of the layers, from (name, bytes) pairs.
+
+    A layer is what a number in the name tells apart: ``model.layers.3`` of ``model.layers.3.mlp.up_proj.weight``.
+    """
     groups: dict[str, Group] = {}
     for name, part in parts:
         found = re.match(r"(.*?\.\d+)\.", name)

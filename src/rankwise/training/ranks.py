@@ -46,7 +46,10 @@ class Place:
 
 
 def place() -> Place | None:
-    """The place of this process among those of its launcher; None for a process that was started alone."""
+    """The place of this process among those of its launcher; None for a process that was started alone.
+
+    Raises ConfigError (RW136) for an environment that no torchrun has written.
+    """
     given = {name: os.environ[name].strip() for name in NUMBERS if os.environ.get(name, "").strip()}
     wrong = [f"{name}={value}" for name, value in given.items() if not value.isdecimal()]
     if wrong:

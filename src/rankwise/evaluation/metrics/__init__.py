@@ -1,1 +1,1 @@
-"""Metrics of texts that are there already: no model, no torch."""
+"""Metrics of existing texts. They need no model and no torch."""

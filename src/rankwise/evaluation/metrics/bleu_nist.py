@@ -46,7 +46,9 @@ Words = Sequence[str]
 
 
 def tokenize(text: str) -> list[str]:
-    """The words of ``text``: entities resolved, ASCII lower-cased, punctuation apart unless it stands in a number."""
+    """The words of ``text``: entities are resolved, ASCII is lower-cased, and punctuation is separated except in
+    numbers.
+    """
     text = SPACES.sub(" ", END_OF_SEGMENT.split(text, maxsplit=1)[0]).replace("<skipped>", "")
     for entity, character in ENTITIES:
         text = text.replace(entity, character)
@@ -58,7 +60,7 @@ def tokenize(text: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class MtevalStatistics:
-    """What BLEU and NIST need of each of N examples; sums over examples give the scores of a corpus."""
+    """The statistics of N examples for BLEU and NIST. Sums over examples give the scores of a corpus."""
 
     matches: NDArray[np.int64]
     # (N, 4): n-grams of the prediction that a reference has, each as often as in the reference that has it most.
@@ -115,7 +117,7 @@ def _length_penalty(ratio: float) -> float:
 
 
 def mteval_statistics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> MtevalStatistics:
-    """Statistics of N predictions against the references of each; the information comes from all references."""
+    """Statistics of N predictions against their references. The information comes from all references."""
     tokenized = [[tokenize(text) for text in group] for group in references]
     information = ngram_information(words for group in tokenized for words in group)
     rows = [
@@ -141,7 +143,7 @@ def ngrams(words: Words, longest: int = NIST_ORDER) -> Counter[tuple[str, ...]]:
 
 
 def ngram_information(texts: Iterable[Words]) -> dict[tuple[str, ...], float]:
-    """``log2(count(w_1..w_n-1) / count(w_1..w_n))``; the history of a single word is every word there is."""
+    """``log2(count(w_1..w_n-1) / count(w_1..w_n))``. The history of a single word is the number of all words."""
     counts: Counter[tuple[str, ...]] = Counter()
     total = 0
     for words in texts:

@@ -34,7 +34,7 @@ class E2eScores:
     # Why there is no METEOR, ROUGE_L and CIDEr, and how to get them.
 
     def to_json(self) -> JsonObject:
-        """Rounded as the official scorer prints them."""
+        """The scores, rounded as the official scorer prints them."""
         return {**{name: rounded(self.metrics[name]) for name in METRICS}, "count": self.count}
 
 

@@ -36,7 +36,7 @@ RENAMED = (("eattype", "type"), ("pricerange", "price"))
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """Texts of one file with the meaning representation of each, where the file has one, and its line."""
+    """The texts of a file, each with its line and, if the file has one, its meaning representation."""
 
     path: Path
     contexts: Sequence[str | None]
@@ -176,7 +176,7 @@ def _reference_records(path: Path, by_context: bool) -> Groups:
 
 
 def _has_header(text: str) -> bool:
-    """Whether a text file is a table under another name: its first line names both columns, with a tab between."""
+    """Whether a text file is really a table: its first line names both columns, separated by a tab."""
     first, tab, second = text.partition("\n")[0].strip().partition("\t")
     return bool(tab and CONTEXT_COLUMN.fullmatch(first) and PREDICTION_COLUMN.match(second))
 
@@ -265,7 +265,7 @@ def _joined(given: Texts, known: Groups) -> list[Sequence[str]]:
 
 
 def _loosened(context: str) -> str:
-    """A meaning representation without what differs between its ways of writing: case, names, punctuation."""
+    """A meaning representation without what varies in writing it: case, names, punctuation."""
     text = re.sub(r"[\W_]+", "", context.casefold())
     for name, other in RENAMED:
         text = text.replace(name, other)

@@ -1,4 +1,4 @@
-"""Text and JSON lines as the scorers read them, with the place in every message."""
+"""Read text and JSON lines for the scorers. Every message names the place."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ class Record(NamedTuple):
     fields: Fields
 
     def text(self, path: Path, *names: str) -> str:
-        """The first of the fields ``names`` that is there. Raises DataError (RW238) for none, or for one not text."""
+        """The first of the fields ``names`` that exists. Raises DataError (RW238) where none exists, or it is not
+        text.
+        """
         name = next((name for name in names if name in self.fields), None)
         if name is None:
             there = ", ".join(map(str, self.fields)) or "nothing"
@@ -55,7 +57,7 @@ def read_records(path: Path) -> Sequence[Record]:
 
 @contextlib.contextmanager
 def _coded() -> Iterator[None]:
-    """Texts and ratings have a code of their own."""
+    """Give reading errors of texts and ratings a code of their own."""
     try:
         yield
     except DataError as error:

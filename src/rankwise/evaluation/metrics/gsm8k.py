@@ -1,4 +1,4 @@
-"""GSM8K: the final number of a solution, and whether it is the right one (Cobbe et al. 2021)."""
+"""GSM8K: the final number of a solution, and whether it is correct (Cobbe et al. 2021)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 
 @dataclasses.dataclass(frozen=True)
 class Gsm8kScores:
-    """Which of N predictions end in the right number."""
+    """Which of N predictions end with the correct number."""
 
     right: tuple[bool, ...]
     unanswered: int
@@ -52,11 +52,11 @@ class Gsm8kScores:
 
 
 def extract_answer(text: str) -> Fraction | None:
-    """The number that ``text`` ends up with, or None.
+    r"""The final number of ``text``, or None.
 
-    The first that is there: after ``####``; in ``\\boxed{}``; after ``answer is``, ``answer:`` or ``A:``, where the
-    number behind the last equals sign of the line counts; the last number of all. Commas, currency signs, units and
-    a full stop are no part of it.
+    The first rule that matches: after ``####``; in ``\boxed{}``; after ``answer is``, ``answer:`` or ``A:``, where the
+    number after the line's last equals sign counts; the last number of all. Commas, currency signs, units and a full
+    stop are not part of it.
     """
     text = CALCULATOR.sub("", text)
     for marker in MARKERS:
@@ -169,7 +169,7 @@ def _value(found: re.Match[str]) -> Fraction | None:
 
 
 def _is_negative(before: str) -> bool:
-    """Whether a minus that ends ``before`` is a sign. In ``16 - 3``, ``20-30`` and ``covid-19`` it is none."""
+    """Whether the minus at the end of ``before`` is a sign. In ``16 - 3``, ``20-30`` and ``covid-19`` it is not."""
     sign = SIGN.search(before)
     if sign is None or sign["left"].isdigit() or sign["left"] in tuple(")%"):
         return False

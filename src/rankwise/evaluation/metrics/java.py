@@ -1,6 +1,6 @@
-"""Java programs that come with the extra ``eval``: found without importing it, fed through pipes, never left behind.
+"""Java programs of the extra ``eval``: found without importing it, fed through pipes, never left running.
 
-No temporary file is written; a process ends with the block that started it, and at the end of its input when this
+No temporary file is written. A process ends with the block that started it, and at the end of its input when this
 process is killed.
 """
 
@@ -29,7 +29,9 @@ PROBE_SECONDS = 60
 
 
 def missing_java() -> str | None:
-    """What METEOR and the tokenizer lack on this machine and how to get it, as a clause; None when all is there."""
+    """What METEOR and the tokenizer need that is missing here, and how to get it, as a clause; None if nothing is
+    missing.
+    """
     absent = [name for name in (TOKENIZER_JAR, METEOR_JAR, METEOR_TABLE) if not _file(name).is_file()]
     if absent:
         return f"{PACKAGE} is not installed; get it with `pip install 'rankwise[eval]'`"
@@ -83,7 +85,7 @@ class Program:
         return line.rstrip("\n")
 
     def filter(self, text: str) -> str:
-        """All output for ``text`` as the whole input. Raises DataError (RW237) when the program fails."""
+        """The output for ``text`` as the whole input. Raises DataError (RW237) when the program fails."""
         output, _ = self._process.communicate(text)
         if self._process.returncode:
             raise self.crash()

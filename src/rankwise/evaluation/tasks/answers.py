@@ -1,4 +1,4 @@
-"""Prompts in, texts out: what the tasks that write answers share."""
+"""Generate texts for prompts: what the generating tasks share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STOP_WINDOW_TOKENS = 24
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What is asked, in ids and in words."""
+    """A question, in ids and in words."""
 
     id: str
     ids: tuple[int, ...]
@@ -37,7 +37,7 @@ def write_answers(
     task: str,
     finish: Callable[[Question, str], Example],
 ) -> list[Example]:
-    """The examples that ``finish`` makes of each question and the text of its answer, in the order of questions."""
+    """The examples that ``finish`` makes of each question and its answer, in the order of the questions."""
     longest = max((len(question.ids) for question in questions), default=0)
     decoding = with_room(decoding, engine.max_length, longest, task)
     prompts = fitting(engine, [Prompt(question.ids) for question in questions], decoding, task)
@@ -73,9 +73,9 @@ def before_stops(text: str, stop_strings: Sequence[str]) -> str:
 
 
 def with_room(decoding: Decoding, positions: int, longest: int, task: str) -> Decoding:
-    """``decoding`` with an answer so short that the longest prompt fits in front of it, or half of all positions do.
+    """``decoding`` with answers short enough that the longest prompt fits, or that take half of all positions.
 
-    That is said (RW256). ``positions``: tokens that the model can see.
+    A shortened answer is warned of (RW256). ``positions``: tokens that the model can see.
     """
     room = max(1, positions // 2, positions - longest)
     if longest + decoding.max_new_tokens <= positions or decoding.max_new_tokens <= room:
@@ -89,7 +89,7 @@ def with_room(decoding: Decoding, positions: int, longest: int, task: str) -> De
 
 
 def fitting(engine: Engine, prompts: Sequence[Prompt], decoding: Decoding, task: str) -> list[Prompt]:
-    """Prompts that leave room for the answer: longer ones lose their beginning, and that is said (RW254)."""
+    """Prompts that leave room for the answer. Longer ones lose their beginning, which is warned of (RW254)."""
     room = max(1, engine.max_length - decoding.max_new_tokens)
     cut = sum(len(prompt.ids) > room for prompt in prompts)
     if cut:

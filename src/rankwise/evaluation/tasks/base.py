@@ -1,4 +1,4 @@
-"""What a task is to the runner, and what most tasks share."""
+"""The interface of a task, and what most tasks share."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Task(ABC):
 
     @abstractmethod
     def describe(self) -> JsonObject:
-        """What the answers depend on besides model and data; goes into the record."""
+        """What the answers depend on besides model and data. It is written to the record."""
 
     def extra_settings(self) -> JsonObject:
         """What the figures depend on and the answers do not, such as a judge."""
@@ -57,7 +57,7 @@ class Task(ABC):
         """All examples, in the order of the data; ``folder`` keeps them as they come."""
 
     def with_scores(self, examples: Sequence[Example]) -> Sequence[Example]:
-        """``examples`` with what only the whole set can score; most tasks score each answer as it comes."""
+        """``examples`` with scores that need the whole set. Most tasks score each answer at once."""
         return examples
 
     @abstractmethod
@@ -76,9 +76,9 @@ def answer_in_batches(
     folder: Path,
     tell: Tell,
 ) -> list[Example]:
-    """Examples for ``ids``, batch by batch, each on disk before the next begins.
+    """Examples for ``ids``, batch by batch. Each batch is on disk before the next begins.
 
-    A batch of which anything is missing is answered whole, so that an answer never depends on an interruption.
+    A batch with a missing example is answered as a whole, so that an answer never depends on an interruption.
     """
     journal = Journal(folder)
     tell(sum(name in journal.done for name in ids), len(ids))
@@ -110,7 +110,7 @@ def difference_of_means(a: Sequence[Example], b: Sequence[Example], names: Seque
 
 
 def warn_of_empty(task: str, examples: Sequence[Example]) -> list[str]:
-    """Say (RW253) how many answers are empty; they are scored like any other."""
+    """Warn (RW253) of empty answers, with their number. They are scored like others."""
     empty = sum(not example.prediction.strip() for example in examples)
     if not empty:
         return []

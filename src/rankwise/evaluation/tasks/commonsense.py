@@ -161,13 +161,13 @@ class Commonsense(Task):
 
 
 def extract_answer(task: str, text: str) -> str:
-    """The first answer word in ``text``, in lower case as the data have it; empty where there is none."""
+    """The first answer word in ``text``, in lower case like the data; empty if there is none."""
     found = re.search("|".join(WORDS[task]), text)
     return found.group() if found else ""
 
 
 def adapters_prompt(instruction: str, context: str = "") -> str:
-    """Alpaca's prompt, laid out as LLM-Adapters does, blanks included."""
+    """Alpaca's prompt exactly as LLM-Adapters writes it, including its blanks."""
     given = ", paired with an input that provides further context" if context else ""
     # A blank behind the sentence, without a context only: so it stands there.
     opening = (
@@ -184,7 +184,7 @@ def _unique_id(row: Fields, number: int) -> str:
 
 
 def _clusters(rows: Sequence[Fields]) -> list[str | None]:
-    """Questions that are asked more than once, with other choices, belong together."""
+    """Clusters of questions that occur more than once with other choices."""
     stems = [re.split(r"\n\n", row["instruction"])[0] for row in rows]
     counts = Counter(stems)
     if len(counts) == len(stems):

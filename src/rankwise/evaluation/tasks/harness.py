@@ -96,7 +96,7 @@ class HarnessTask(Task):
         return path if path.is_file() else None
 
     def _built(self, spec: str, folder: Path | None = None) -> tuple[dict[str, Any], dict[str, Any], str]:
-        """Tasks, groups, and the hash of what they ask. Foreign code reads foreign data: any error becomes one line."""
+        """Tasks, groups, and the hash of their questions. Any error of the foreign code becomes one line."""
         try:
             tasks, groups = lm_eval.built(spec, folder)
             documents = [dict(doc) for task in tasks.values() for doc in _first(task.eval_docs, self.limit)]
@@ -138,7 +138,7 @@ class HarnessTask(Task):
         return [example for name, rows in samples.items() for example in self._examples(name, rows)]
 
     def _note(self, results: Mapping[str, Any]) -> None:
-        """Aggregates of the task asked for: of a group its own, else of the single task."""
+        """Keep the aggregates of the requested task: a group's own, else the single task's."""
         wanted = next(iter(self.groups), None) or next(iter(self.tasks))
         found = {**results["results"].get(wanted, {}), **results.get("groups", {}).get(wanted, {})}
         numbers = {key: float(value) for key, value in found.items() if _is_metric(key, value)}
@@ -171,7 +171,7 @@ class HarnessTask(Task):
         return Summary(self._aggregates, errors, None if clusters is None else len(set(clusters)))
 
     def _mean(self, name: str, value: float, examples: Sequence[Example]) -> Mean | None:
-        """The mean over examples, where the harness' figure is one."""
+        """The mean over examples, if the harness' figure is one."""
         if not all(name in example.scores for example in examples):
             return None
         mean = mean_of([e.scores[name] for e in examples], clusters_of([e.cluster for e in examples]))

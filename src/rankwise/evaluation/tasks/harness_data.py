@@ -1,6 +1,6 @@
-"""Local data for tasks of lm-evaluation-harness: rows in the set's own form, or LLM-Adapters rows turned back into it.
+"""Local data for tasks of lm-evaluation-harness: rows in the set's own form, or LLM-Adapters rows converted to it.
 
-The prompts stay the harness' own: a task is its YAML file with the place of the data changed.
+The prompts are the harness' own: a task is its YAML file with another place of the data.
 """
 
 from __future__ import annotations

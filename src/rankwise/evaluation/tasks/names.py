@@ -1,4 +1,4 @@
-"""Which tasks there are: ours by a list, lm-evaluation-harness' by its files. Imports neither it nor torch."""
+"""The names of all tasks: ours from a list, lm-evaluation-harness' from its files. Imports neither it nor torch."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def _installed_harness() -> Path | None:
 
 
 def check_tasks(names: Iterable[str]) -> None:
-    """Raise ConfigError (RW154) for a name that is none of ours and stands in no file of lm-evaluation-harness, within
-    seconds: to import that and let it build its list takes many. RW153 where it is not installed.
+    """Raise ConfigError (RW154) for a name that is not ours and is in no file of lm-evaluation-harness.
 
-    A name that stands there somewhere may still be no task; that is for the harness to tell.
+    This takes a fraction of the time in which the harness builds its list. RW153 where it is not installed. A name that
+    occurs somewhere may still not be a task; the harness reports that.
     """
     for name in names:
         if name not in OWN:

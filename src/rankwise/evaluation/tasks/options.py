@@ -1,4 +1,4 @@
-"""Which options of ``rankwise evaluate`` each task uses. One that none of a command's tasks uses is refused."""
+"""The options of ``rankwise evaluate`` that each task uses. An option that no task of a command uses is refused."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def check_options(settings: EvaluateSettings, kinds: Sequence[Kind]) -> None:
 
 
 def _without_partner(settings: EvaluateSettings, given: Sequence[str], kinds: Sequence[Kind]) -> list[str]:
-    """Options that change nothing without another one."""
+    """Options that have no effect without another one."""
     found = []
     searches = (settings.num_beams or 1) > 1 or (settings.num_beams is None and "generative" in kinds)
     if "length_penalty" in given and not searches:
@@ -82,7 +82,7 @@ def _without_partner(settings: EvaluateSettings, given: Sequence[str], kinds: Se
 
 
 def _uses_template(settings: EvaluateSettings, kinds: Sequence[Kind]) -> bool:
-    """Whether a task writes its questions as training does. Worked examples and LLM-Adapters' template are texts."""
+    """Whether a task writes its questions as training does. Worked examples and LLM-Adapters' template do not."""
     users = set(kinds) & set(USED_BY["chat_template"])
     if settings.prompt_style != "trained":
         users.discard("generative")

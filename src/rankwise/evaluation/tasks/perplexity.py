@@ -58,7 +58,7 @@ class Perplexity(Task):
             return answer_in_batches(ids, list(plan), answer, folder, tell)
 
     def _targets(self, engine: Engine) -> dict[int, Target]:
-        """What each row asks, by its number; rows with nothing to score are left out and counted (RW216)."""
+        """The target of each row, by its index. Rows with nothing to score are left out and counted (RW216)."""
         encoder = engine.encoder(self.rows)
         limit = min(self.max_length, engine.max_length)
         targets, cut = {}, 0
@@ -124,7 +124,7 @@ def _texts(row: Row) -> tuple[str, str]:
 
 
 def _clusters(rows: Rows) -> dict[str, str]:
-    """Names for prompts that stand in the data more than once: their completions are not independent."""
+    """Cluster names for prompts that occur more than once: their completions are not independent."""
     seen: dict[str, int] = {}
     for row in rows:
         asked = _texts(row)[0]

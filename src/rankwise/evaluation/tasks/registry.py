@@ -1,4 +1,4 @@
-"""Tasks by name. Reads and checks each task's data; imports lm-evaluation-harness only where a task needs it."""
+"""Find tasks by name, and read and check their data. lm-evaluation-harness is imported only where it is needed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PAPER_BEAMS = 4
 
 
 def make_tasks(settings: EvaluateSettings) -> list[Task]:
-    """All tasks asked for, with their data read. Raises as ``make_task``, and RW152 for an option that none uses."""
+    """The requested tasks with their data. Raises as ``make_task``, and RW152 for an option that no task uses."""
     duplicates = sorted({name for name in settings.task if settings.task.count(name) > 1})
     if duplicates:
         raise ConfigError("RW152", f"--task {', '.join(duplicates)} is given twice; once is enough.")

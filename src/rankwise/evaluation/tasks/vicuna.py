@@ -1,4 +1,4 @@
-"""Vicuna: answers to open questions, and where a judge is given, its ratings against a reference system's answers."""
+"""Vicuna: answers to open questions. With a judge, its ratings of them against a reference system's answers."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Vicuna(Task):
         return {"judge": {"url": self.judge.url, "model": self.judge.model, "reference_answers_sha256": answers}}
 
     def stands(self, result: TaskResult) -> bool:
-        """Failed ratings are asked for again."""
+        """Failed ratings are requested again."""
         return not result.metrics.get("failed")
 
     @property
@@ -184,7 +184,7 @@ class Vicuna(Task):
         return found | ({"mean": np.mean(list(found.values()), axis=0)} if found else {})
 
     def _marks(self, example: Example, reference_first: bool) -> tuple[float, float]:
-        """Marks of the reference and the system in one of the orders; zeros where that failed."""
+        """The ratings of the reference and the system in one of the orders; zeros where that failed."""
         ids = self._reference_ids()
         rows = [r for r in example.details.get("ratings", ()) if (r["answer1_id"] in ids) == reference_first]
         return _sums(rows, ids)
