@@ -51,6 +51,7 @@ Method = Literal["lora", "qlora", "dora", "qdora", "full", "bottleneck", "prefix
 QuantType = Literal["nf4", "fp4"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Objective = Literal["sft", "dpo", "kto", "grpo"]
 
 METHODS: tuple[str, ...] = get_args(Method)
 FOUR_BITS = ("qlora", "qdora")
@@ -70,6 +71,7 @@ _adapter = functools.partial(option, Panel.ADAPTER)
 _training = functools.partial(option, Panel.TRAINING)
 _device = functools.partial(option, Panel.DEVICE)
 _saving = functools.partial(option, Panel.SAVING)
+_objective = functools.partial(option, Panel.OBJECTIVE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,7 +380,36 @@ class RunOptions(ModelOptions, TextOptions, LengthOptions, StepOptions):
     ] = None
 
 
-class TrainSettings(RunOptions):
+class ObjectiveOptions(Settings):
+    """What a run learns from. An option that its objective does not have stays None."""
+
+    objective: Annotated[
+        Objective,
+        _objective(
+            "What to learn from. sft: demonstrations; dpo: pairs of a better and a worse answer; kto: answers marked "
+            "good or bad; grpo: rewards."
+        ),
+    ] = "sft"
+    beta: Annotated[
+        Positive | None, _objective("dpo, kto: how strongly the model is kept near its reference; default: 0.1.")
+    ] = None
+    loss_type: Annotated[
+        str | None, _objective("dpo: sigmoid (default), ipo, hinge, ...; kto: kto (default) or apo_zero_unpaired.")
+    ] = None
+    desirable_weight: Annotated[Positive | None, _objective("kto: weight of good answers; default: 1.")] = None
+    undesirable_weight: Annotated[Positive | None, _objective("kto: weight of bad answers; default: 1.")] = None
+
+
+# {objective: those of its options that not every objective has}.
+OBJECTIVE_OPTIONS: Mapping[Objective, tuple[str, ...]] = {
+    "sft": ("label_smoothing", "packing"),
+    "dpo": ("beta", "loss_type"),
+    "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight"),
+    "grpo": (),
+}
+
+
+class TrainSettings(ObjectiveOptions, RunOptions):
     """The options of ``rankwise train``, and the keys of its ``--config`` file."""
 
     model: Annotated[str, option(Panel.MODEL, MODEL, metavar="M")]

@@ -51,6 +51,7 @@ class Panel(enum.StrEnum):
     ADAPTER = "Adapter"
     FOUR_BITS = "Four bits (qlora, qdora)"
     TRAINING = "Training"
+    OBJECTIVE = "Objective"
     DEVICE = "Device, memory and speed"
     SAVING = "Evaluating, saving, continuing"
     SURE = "How sure"

@@ -35,6 +35,8 @@ class RunRecord:
     seed: int
     settings: dict[str, Any]
     # Every option of the run, as given or by default.
+    objective: str = "sft"
+    # What it learned from: sft, dpo, kto or grpo.
     train_loss: float | None = None
     initial_eval_loss: float | None = None
     # Evaluation loss before the first step.

@@ -17,6 +17,7 @@ from rankwise.adapters.layer import OverBase
 from rankwise.quantization.experts import StackScales
 from rankwise.quantization.linear import Linear4bit
 from rankwise.quantization.transformers_plugin import DeserializeOperation, FourBitQuantizer, QuantizeOperation
+from rankwise.training.spine import RunTrainer
 from rankwise.training.trainer import RankwiseTrainer
 
 OPERATION = {"convert": "input_dict"}
@@ -26,13 +27,16 @@ OVERRIDDEN: dict[type, dict[str, str]] = {
     RankwiseTrainer: {
         "__init__": "model args",
         "compute_loss": "model inputs return_outputs num_items_in_batch",
-        "training_step": "",
-        "log": "logs",
         "evaluation_loop": "dataloader description prediction_loss_only ignore_keys metric_key_prefix",
-        "floating_point_ops": "inputs",
-        "create_model_card": "",
         "get_train_dataloader": "",
         "get_batch_samples": "epoch_iterator",
+    },
+    RunTrainer: {
+        "__init__": "",
+        "training_step": "",
+        "log": "logs",
+        "floating_point_ops": "inputs",
+        "create_model_card": "",
         "_get_grad_norm": "model grad_norm",
         "_evaluate": "trial ignore_keys_for_eval skip_scheduler",
         "_determine_best_metric": "metrics trial",

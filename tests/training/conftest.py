@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rankwise.adapters import add_adapter
 from rankwise.config import LoraConfig, TrainSettings
-from rankwise.training.arguments import sft_arguments
+from rankwise.training.arguments import Surroundings, sft_arguments
 from rankwise.training.trainer import RankwiseTrainer
 from tiny_models import tiny_llama
 
@@ -80,11 +80,13 @@ def make_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> TrainerM
             model=model,
             args=sft_arguments(
                 settings,
-                device_type="cpu",
-                precision=precision,
-                evaluates=eval_rows > 0,
-                eval_on_start=False,
-                padding_free=padding_free,
+                Surroundings(
+                    device_type="cpu",
+                    precision=precision,
+                    evaluates=eval_rows > 0,
+                    eval_on_start=False,
+                    padding_free=padding_free,
+                ),
             ),
             processing_class=tokenizer,
             train_dataset=encoded_rows(rows),

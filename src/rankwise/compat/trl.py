@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, SupportsFloat
+from typing import Protocol, SupportsFloat
 
-if TYPE_CHECKING:
-    from trl.trainer.sft_trainer import SFTTrainer
+# Of all of trl's trainers; it sends telemetry and writes cards.
+from trl.trainer.base_trainer import _BaseTrainer as TrlTrainer
+
+__all__ = ["TrlTrainer", "metrics_of"]
 
 
-def metrics_of(trainer: SFTTrainer, mode: str) -> dict[str, list[SupportsFloat]]:
+class Metered(Protocol):
+    """A trainer of trl's."""
+
+    _metrics: dict[str, dict[str, list[SupportsFloat]]]
+
+
+def metrics_of(trainer: Metered, mode: str) -> dict[str, list[SupportsFloat]]:
     """What the trainer averages and logs beside the loss, in mode "train" or "eval"; our own losses add to it."""
     return trainer._metrics[mode]

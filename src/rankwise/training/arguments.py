@@ -1,14 +1,15 @@
-"""Names and numbers of a run as trl's ``SFTConfig``; names that do not exist are refused with the closest ones."""
+"""A run's settings as the arguments of trl's trainers; names that do not exist are refused with the closest ones."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from trl.trainer.sft_config import SFTConfig
@@ -19,6 +20,8 @@ from rankwise.errors import ConfigError
 from rankwise.known_names import OPTIMIZERS, close_names
 from rankwise.options import flag
 from rankwise.training.memory_savers import OFFLOADED
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 # Of the run: how often it is evaluated and saved where the user does not say.
 TENTH = 0.1
@@ -63,27 +66,49 @@ def mixed_precision(method: str, dtype: torch.dtype, device_type: str) -> tuple[
     return dtype, "no"
 
 
-def sft_arguments(
-    given: TrainSettings,
-    *,
-    device_type: str,
-    precision: str,
-    evaluates: bool,
-    eval_on_start: bool,
-    padding_free: bool = False,
-) -> SFTConfig:
-    """The Trainer's arguments. ``evaluates``: there are rows to evaluate on.
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+    """What the arguments of a run depend on beside its settings."""
+
+    device_type: str
+    # "no", "bf16" or "fp16".
+    precision: str
+    # Whether there are rows to evaluate on, and whether an evaluation comes before the first step.
+    evaluates: bool
+    eval_on_start: bool
+    # Whether rows may be laid end to end.
+    padding_free: bool = False
+
+
+def sft_arguments(given: TrainSettings, around: Surroundings) -> SFTConfig:
+    """Of demonstrations."""
+    return run_arguments(
+        SFTConfig,
+        given,
+        around,
+        packing=given.packing,
+        padding_free=around.padding_free,
+        eval_packing=False,
+        # Rows were cut, counted and reported when they were encoded.
+        max_length=given.max_length if given.packing else None,
+        shuffle_dataset=given.packing,
+        activation_offloading=given.activation_offloading,
+    )
+
+
+def run_arguments(kind: type[Arguments], given: TrainSettings, around: Surroundings, **own: Any) -> Arguments:
+    """The Trainer's arguments of any objective, with its ``own`` beside them.
 
     Cadences of None become a tenth of the run (for logging at most 10 steps), counted once its length is known.
     """
     with warnings.catch_warnings():
         # transformers renames gradient_checkpointing in 5.2x; the old name works in every version we admit.
         warnings.simplefilter("ignore", FutureWarning)
-        arguments = SFTConfig(
+        arguments = kind(
             output_dir=str(given.output),
-            use_cpu=device_type == "cpu",
-            bf16=precision == "bf16",
-            fp16=precision == "fp16",
+            use_cpu=around.device_type == "cpu",
+            bf16=around.precision == "bf16",
+            fp16=around.precision == "fp16",
             per_device_train_batch_size=given.batch_size,
             per_device_eval_batch_size=given.batch_size,
             gradient_accumulation_steps=given.gradient_accumulation,
@@ -97,34 +122,28 @@ def sft_arguments(
             optim="adamw_torch" if given.optimizer == OFFLOADED else given.optimizer,
             seed=given.seed,
             data_seed=given.seed,
-            packing=given.packing,
-            padding_free=padding_free,
-            eval_packing=False,
-            # Rows were cut, counted and reported when they were encoded.
-            max_length=given.max_length if given.packing else None,
-            shuffle_dataset=given.packing,
             gradient_checkpointing=given.gradient_checkpointing,
-            activation_offloading=given.activation_offloading,
             # The loss does not come out of the model's output, so DDP would take every parameter for unused.
             ddp_find_unused_parameters=False,
             # The only buffers are constants, such as the scales of 4-bit layers.
             ddp_broadcast_buffers=False,
-            eval_strategy="steps" if evaluates else "no",
+            eval_strategy="steps" if around.evaluates else "no",
             eval_steps=given.eval_steps or TENTH,
-            eval_on_start=eval_on_start,
+            eval_on_start=around.eval_on_start,
             save_strategy="steps",
             save_steps=given.save_steps or given.eval_steps or TENTH,
             logging_steps=given.logging_steps or TENTH,
-            metric_for_best_model="loss" if evaluates else None,
+            metric_for_best_model="loss" if around.evaluates else None,
             greater_is_better=False,
             report_to=["tensorboard"] if given.tensorboard else "none",
             disable_tqdm=True,
             log_level="error",
             logging_nan_inf_filter=False,
-            dataloader_pin_memory=device_type == "cuda",
+            dataloader_pin_memory=around.device_type == "cuda",
+            **own,
         )
     # An environment variable of accelerate's would otherwise decide.
-    arguments.mixed_precision = precision
+    arguments.mixed_precision = around.precision
     use_one_device(arguments)
     return arguments
 
@@ -136,7 +155,7 @@ def _check_name(code: str, option: str, name: str, known: Iterable[str]) -> None
         raise ConfigError(code, f"{option} is {name!r}, which does not exist; the closest are {', '.join(close)}.")
 
 
-def check_optimizer(arguments: SFTConfig, model: Any) -> None:
+def check_optimizer(arguments: TrainingArguments, model: Any) -> None:
     """Raise ConfigError (RW110) for an optimizer whose package is missing or that needs options we do not have."""
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments, model)

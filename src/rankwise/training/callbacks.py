@@ -18,7 +18,7 @@ from rankwise.training.meters import MemoryMeter, StepClock
 from rankwise.training.metrics import MetricsFile
 from rankwise.training.observer import Observer, StepInfo
 from rankwise.training.preflight import GradientCheck
-from rankwise.training.trainer import EvaluationStopped, RankwiseTrainer
+from rankwise.training.spine import EvaluationStopped, RunTrainer
 
 LOGGED = {
     "loss": "loss",
@@ -39,7 +39,7 @@ class Watch(TrainerCallback):
 
     def __init__(
         self,
-        trainer: RankwiseTrainer,
+        trainer: RunTrainer,
         metrics: MetricsFile | None,
         memory: MemoryMeter,
         observer: Observer,

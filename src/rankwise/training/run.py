@@ -26,18 +26,20 @@ from rankwise.options import flag
 from rankwise.quantization.linear import weight_count
 from rankwise.records import RunRecord, check_writable, load_record
 from rankwise.training import output, preflight, ranks, setup
-from rankwise.training.arguments import check_combinations, check_names, check_optimizer, sft_arguments
+from rankwise.training.arguments import Surroundings, check_combinations, check_names, check_optimizer
 from rankwise.training.checkpoints import Checkpoint, newest_valid
 from rankwise.training.foresight import Foresight, largest_batch, largest_evaluation
+from rankwise.training.learning import Learning, check_options
 from rankwise.training.memory_savers import OFFLOADED, OffloadedAdamW, check_memory_savers
 from rankwise.training.meters import Progress, frozen_bytes
 from rankwise.training.metrics import evaluations
+from rankwise.training.objectives import learning_of
 from rankwise.training.observer import Observer, SilentObserver
 from rankwise.training.provenance import device_record, versions
 from rankwise.training.session import Extras, Session
 from rankwise.training.sharding import shard
+from rankwise.training.spine import PROGRESS_FILE, STATE_FILE, RunTrainer
 from rankwise.training.state import TrainerFacts, reading_state
-from rankwise.training.trainer import PROGRESS_FILE, STATE_FILE, RankwiseTrainer
 
 
 def train(settings: TrainSettings, observer: Observer | None = None, foresight: Foresight | None = None) -> RunRecord:
@@ -82,6 +84,7 @@ def _check_settings(given: TrainSettings) -> LoraConfig:
     device_type = torch.device(choose_device(given.device, given.dtype).device).type
     check_memory_savers(given.optimizer, device_type, activation_offloading=given.activation_offloading)
     check_combinations(given)
+    check_options(given)
     _warn_of_idle_options(given)
     # A 4-bit format that cannot be is refused here, before anything is read.
     setup.quantization_for(given)
@@ -145,6 +148,7 @@ def _prepare(
     given: TrainSettings, mode: output.Mode, lora: LoraConfig, observer: Observer, foresight: Foresight | None
 ) -> Session:
     """Read, load and check everything; nothing is written."""
+    learning = learning_of(given.objective)
     observer.phase("Reading data")
     rows, eval_rows, template = setup.read_data(given)
     observer.phase("Loading the model")
@@ -152,7 +156,7 @@ def _prepare(
         foresight.before_loading()
     loaded = setup.load_for_training(given)
     observer.phase("Encoding data")
-    data = setup.encode_data(given, loaded.tokenizer, rows, eval_rows, template)
+    data = learning.encode(given, loaded.tokenizer, rows, eval_rows, template)
     preflight.check_positions(loaded.model, [one.dataset for one in data.sets])
     base = model_facts(loaded.model, loaded.source)
     described = data.describe()
@@ -170,7 +174,7 @@ def _prepare(
     _check_before_training(given, loaded.model, data)
     checkpoint = _checkpoint_to_resume(given.output) if mode == "resume" else None
     padded = _why_padded(given, loaded.model, done)
-    trainer = _trainer(given, loaded, data, checkpoint, padding_free=padded is None)
+    trainer = _trainer(learning, given, loaded, data, checkpoint, padding_free=padded is None)
     if given.strategy == "fsdp":
         shard(loaded.model, loaded.device.type)
     if checkpoint is not None and not _same_length(given):
@@ -180,6 +184,7 @@ def _prepare(
     predicted = max((peak for peak in each if peak is not None), default=None)
     record = RunRecord(
         method=given.method,
+        objective=given.objective,
         seed=given.seed,
         settings=given.model_dump(mode="json"),
         predicted_peak_memory_bytes=predicted,
@@ -228,7 +233,7 @@ def _check_before_training(given: TrainSettings, model: Any, data: setup.Data) -
 
 
 def _predicted_peak(
-    given: TrainSettings, trainer: RankwiseTrainer, foresight: Foresight | None, *, flat: bool
+    given: TrainSettings, trainer: RunTrainer, foresight: Foresight | None, *, flat: bool
 ) -> int | None:
     """Of the largest micro-batch that will come, or of evaluations; packed rows are full."""
     if foresight is None:
@@ -247,34 +252,36 @@ def _checkpoint_to_resume(folder: Path) -> Checkpoint | None:
 
 
 def _trainer(
+    learning: Learning,
     given: TrainSettings,
     loaded: setup.LoadedBase,
     data: setup.Data,
     checkpoint: Checkpoint | None,
     *,
     padding_free: bool,
-) -> RankwiseTrainer:
-    arguments = sft_arguments(
-        given,
+) -> RunTrainer:
+    evaluates = data.evaluation is not None
+    around = Surroundings(
         device_type=loaded.device.type,
         precision=loaded.precision,
-        evaluates=data.evaluation is not None,
-        eval_on_start=data.evaluation is not None and not _is_evaluated(given.output, checkpoint),
+        evaluates=evaluates,
+        eval_on_start=evaluates and not _is_evaluated(given.output, checkpoint),
         padding_free=padding_free,
     )
+    arguments = learning.arguments(given, around)
     check_optimizer(arguments, loaded.model)
     own = OffloadedAdamW, {"lr": given.learning_rate, "weight_decay": given.weight_decay}
-    return RankwiseTrainer(
-        model=loaded.model,
-        args=arguments,
-        processing_class=loaded.tokenizer,
-        train_dataset=data.train.dataset,
-        eval_dataset=data.evaluation.dataset if data.evaluation else None,
-        label_smoothing=given.label_smoothing,
-        save_total_limit=given.save_total_limit,
-        progress=_progress_of(checkpoint),
-        optimizer_cls_and_kwargs=own if given.optimizer == OFFLOADED else None,
-    )
+    common = {
+        "model": loaded.model,
+        "args": arguments,
+        "processing_class": loaded.tokenizer,
+        "train_dataset": data.train.dataset,
+        "eval_dataset": data.evaluation.dataset if data.evaluation else None,
+        "save_total_limit": given.save_total_limit,
+        "progress": _progress_of(checkpoint),
+        "optimizer_cls_and_kwargs": own if given.optimizer == OFFLOADED else None,
+    }
+    return learning.trainer(given, common)
 
 
 def _is_evaluated(folder: Path, checkpoint: Checkpoint | None) -> bool:

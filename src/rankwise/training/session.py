@@ -23,7 +23,7 @@ from rankwise.training.observer import Observer
 from rankwise.training.old_run import OWN_FILES, clear_run
 from rankwise.training.preflight import GradientCheck
 from rankwise.training.sharding import is_sharded
-from rankwise.training.trainer import RankwiseTrainer
+from rankwise.training.spine import RunTrainer
 from rankwise.training.weights import weights_digest
 
 
@@ -44,7 +44,7 @@ class Session:
 
     folder: Path
     mode: output.Mode
-    trainer: RankwiseTrainer
+    trainer: RunTrainer
     tokenizer: Any
     checkpoint: Checkpoint | None
     record: RunRecord

@@ -1,0 +1,45 @@
+"""What differs between the objectives of a run, and which options each has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import TrainingArguments
+
+from rankwise.config import OBJECTIVE_OPTIONS, TrainSettings
+from rankwise.data import Rows
+from rankwise.errors import ConfigError
+from rankwise.options import flag
+from rankwise.training.arguments import Surroundings
+from rankwise.training.setup import Data
+from rankwise.training.spine import RunTrainer
+
+# Called with the settings, the tokenizer, the rows to train and to evaluate on, and the text of a chat template.
+Encode = Callable[[TrainSettings, Any, Rows, Rows | None, str | None], Data]
+
+
+@dataclasses.dataclass(frozen=True)
+class Learning:
+    """The parts of a run that depend on its objective."""
+
+    # Rows to token ids.
+    encode: Encode
+    # Those of the trainer's class.
+    arguments: Callable[[TrainSettings, Surroundings], TrainingArguments]
+    # Takes the settings and what every trainer takes: model, args, data sets, tokenizer, progress.
+    trainer: Callable[[TrainSettings, Mapping[str, Any]], RunTrainer]
+
+
+def check_options(given: TrainSettings) -> None:
+    """Raise ConfigError (RW760) for options that the run's objective does not have."""
+    own = OBJECTIVE_OPTIONS[given.objective]
+    others = sorted({name for names in OBJECTIVE_OPTIONS.values() for name in names} - set(own))
+    idle = [flag(name) for name in others if getattr(given, name) != given.defaults()[name]]
+    if idle:
+        raise ConfigError(
+            "RW760",
+            f"{', '.join(idle)}: no option of --objective {given.objective}, whose own are "
+            f"{', '.join(map(flag, own)) or 'none'}; leave it out, or give another objective.",
+        )

@@ -1,0 +1,20 @@
+"""Learning from demonstrations: the tokens of an answer, each given those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rankwise.config import TrainSettings
+from rankwise.training.arguments import sft_arguments
+from rankwise.training.learning import Learning
+from rankwise.training.setup import encode_data
+from rankwise.training.trainer import RankwiseTrainer
+
+
+def learning() -> Learning:
+    return Learning(encode_data, sft_arguments, _trainer)
+
+
+def _trainer(given: TrainSettings, common: Mapping[str, Any]) -> RankwiseTrainer:
+    return RankwiseTrainer(label_smoothing=given.label_smoothing, **common)

@@ -1,0 +1,275 @@
+"""What every objective's trainer has from us: one host sync a step, checkpoints, resuming, the loop.
+
+trl's trainers differ in their data and their loss alone. ``RunTrainer`` stands before one of them among the bases of a
+class, and overrides what they inherit from transformers' Trainer: saving and loading (its own are pickles in folders
+that can be half-written), telemetry and the model card (nothing leaves the machine, and the card is ours).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, set_seed
+
+from rankwise.compat.torch import set_last_rates
+from rankwise.compat.trl import TrlTrainer, metrics_of
+from rankwise.config import logging_steps_of
+from rankwise.errors import RunError
+from rankwise.records import write_json
+from rankwise.training import ranks
+from rankwise.training.checkpoints import Checkpoint, remove_old, save_checkpoint
+from rankwise.training.meters import Progress
+from rankwise.training.sharding import average_gradients, is_sharded
+from rankwise.training.state import (
+    check_optimizer_state,
+    check_random_states,
+    load_state,
+    random_states,
+    reading_state,
+    save_state,
+    set_random_states,
+)
+from rankwise.training.weights import checkpoint_bytes, load_weights, save_weights
+
+PROGRESS_FILE = "progress.json"
+# The name under which the Trainer looks for it.
+STATE_FILE = "trainer_state.json"
+
+
+class EvaluationStopped(Exception):
+    """The user asked to stop while an evaluation was running."""
+
+
+class RunTrainer(TrlTrainer):
+    """Trains what requires a gradient in ``model`` and keeps whole checkpoints under ``args.output_dir``.
+
+    ``save_total_limit`` newest checkpoints stay, the best by evaluation loss besides. A subclass computes the loss,
+    and counts tokens and examples of the step in progress in ``step_tokens`` and ``step_examples``.
+    """
+
+    # transformers declares these optional; all are set while training.
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    # trl's trainers make it: by mode, then by name.
+    _metrics: Any
+
+    def __init__(self, *, save_total_limit: int = 2, progress: Progress | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.run_folder = Path(str(self.args.output_dir))
+        self.checkpoint_limit = save_total_limit
+        self.progress = progress or Progress()
+        self.last_saved: int | None = None
+        # Summed over the micro-batches of the last step.
+        self.step_loss = 0.0
+        # Of the step in progress, on the device; they are read once, before the optimizer steps.
+        self._losses: list[Tensor] = []
+        self.step_tokens = self.step_examples = 0
+        self.last_grad_norm: float | None = None
+        if ranks.rank():
+            # Every process draws dropout masks of its own; those of the first are the masks of a run in one process.
+            set_seed((self.args.seed + ranks.rank()) % 2**32)
+        self.remove_callback(PrinterCallback)
+
+    @property
+    @abstractmethod
+    def loss_in_words(self) -> str:
+        """How the loss is computed, for the record."""
+
+    # --- a step ---
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._losses.append(loss.detach())
+        if is_sharded(self.model) and self.accelerator.sync_gradients:
+            average_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        # They stay on the device until a line is written.
+        for values in metrics_of(self, "train" if self.model.training else "eval").values():
+            values[:] = map(float, values)
+        super().log(logs, *args, **kwargs)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        scaler = self.accelerator.scaler
+        value = self.last_grad_norm = self._read_step(norm)
+        if math.isfinite(value):
+            return value
+        if scaler is None:
+            raise RunError(
+                "RW531",
+                f"the gradient norm is {value} at step {self.state.global_step + 1}, so that step was "
+                "not taken; lower --learning-rate or --max-grad-norm.",
+            )
+        if scaler.get_scale() < 1:
+            raise RunError(
+                "RW531",
+                f"the gradients overflow float16 at step {self.state.global_step + 1} even at a loss scale below 1; "
+                "lower --learning-rate, or train with --dtype float32.",
+            )
+        # An overflow of the scaled gradients: the scaler skips this step and lowers its scale.
+        return value
+
+    def _read_step(self, norm: Any) -> float:
+        """The gradient norm; notes loss, tokens and examples of the step, over all processes.
+
+        The one time in a step that the device is waited for. A loss that is not finite in one process is not in the sum
+        either, so all end together.
+        """
+        device = self._losses[0].device
+        *losses, value = torch.stack([*self._losses, torch.as_tensor(norm, device=device)]).tolist()
+        loss, tokens, examples = ranks.summed([math.fsum(losses), self.step_tokens, self.step_examples])
+        self._losses, self.step_tokens, self.step_examples = [], 0, 0
+        self.step_loss = loss / ranks.count()
+        self.progress.tokens += int(tokens)
+        self.progress.examples += int(examples)
+        if not math.isfinite(self.step_loss):
+            raise RunError(
+                "RW530",
+                f"the loss is {self.step_loss} at step {self.state.global_step + 1}; lower --learning-rate"
+                + (", or train with --dtype bfloat16 or float32." if self.args.fp16 else "."),
+            )
+        return float(value)
+
+    # --- evaluation ---
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        try:
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except EvaluationStopped:
+            self.control.should_evaluate = False
+            self.control.should_training_stop = True
+            metrics_of(self, "eval").clear()
+            return {"eval_loss": math.nan}
+        if skip_scheduler and self.state.global_step > 0:
+            # An evaluation that was due when the run was interrupted; it may name the best checkpoint.
+            self._determine_best_metric(metrics, trial)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        best = super()._determine_best_metric(metrics, trial)
+        if best:
+            self.control.should_save = True
+        return best
+
+    # --- checkpoints ---
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        if self.last_saved == step:
+            return
+        # Each process draws random numbers of its own, and has a peak of its own.
+        states = ranks.gathered(random_states())
+        self.progress.peak_memory_bytes = max(ranks.gathered(self.progress.peak_memory_bytes))
+        if ranks.is_writer():
+            write = functools.partial(self._write_checkpoint, states=states)
+            save_checkpoint(self.run_folder, step, write, checkpoint_bytes(self.model))
+            remove_old(self.run_folder, self.checkpoint_limit, self.state.best_global_step)
+        self.last_saved = step
+        ranks.barrier()
+
+    def _write_checkpoint(self, folder: Path, states: Sequence[dict[str, Any]]) -> None:
+        self._save(str(folder))
+        save_state(folder, "optimizer", self.optimizer.state_dict())
+        save_state(folder, "scheduler", self.lr_scheduler.state_dict())
+        if self.accelerator.scaler is not None:
+            save_state(folder, "scaler", self.accelerator.scaler.state_dict())
+        for rank, state in enumerate(states):
+            save_state(folder, _random_file(rank), state)
+        self.state.save_to_json(str(folder / STATE_FILE))
+        write_json(folder / PROGRESS_FILE, self.progress.to_json())
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        save_weights(self.model, Path(output_dir or self.run_folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            folder = Path(checkpoint)
+            state = load_state(folder, "optimizer")
+            with reading_state(folder, "optimizer"):
+                check_optimizer_state(state, self.optimizer)
+                self.optimizer.load_state_dict(state)
+            self.lr_scheduler.load_state_dict(load_state(folder, "scheduler", like=self.lr_scheduler.state_dict()))
+            self._follow_schedule()
+
+    def _follow_schedule(self) -> None:
+        """The learning rate of the next step, by this run's length: the checkpoint may be that of a shorter run."""
+        scheduler = self.lr_scheduler
+        if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+            rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+            set_last_rates(scheduler, rates)
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            scaler = self.accelerator.scaler
+            scaler.load_state_dict(load_state(Path(checkpoint), "scaler", like=scaler.state_dict()))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            name = _random_file(ranks.rank())
+            states = load_state(Path(checkpoint), name)
+            with reading_state(Path(checkpoint), name):
+                check_random_states(states)
+                set_random_states(states)
+
+    def _load_best_model(self) -> None:
+        step = self.state.best_global_step
+        if step is not None:
+            load_weights(self.model, self.run_folder / "checkpoints" / f"step-{step}")
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Train on from ``checkpoint`` until the run's last step."""
+        self.last_saved = checkpoint.step
+        self.train(resume_from_checkpoint=str(checkpoint.path))
+
+    # --- the loop ---
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        result = super()._init_training_state(max_steps, *args, **kwargs)
+        # A resumed state brings the old cadence with it; the settings of this run count.
+        self.state.compute_steps(self.args, max_steps)
+        if self.args.logging_steps < 1:
+            self.state.logging_steps = logging_steps_of(max_steps)
+        return result
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Resumed from the last step, or stopped while evaluating before the first: the Trainer would take one more.
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        # Nobody reads it, and counting parameters at every micro-batch takes time.
+        return 0
+
+    # --- nothing leaves the machine, and the model card is ours ---
+
+    def _send_telemetry(self) -> None: ...
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+def _random_file(rank: int) -> str:
+    """The name under which a checkpoint keeps the random states of a process."""
+    return f"random-{rank}" if rank else "random"
