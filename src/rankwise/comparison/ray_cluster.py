@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.comparison import processes
+from rankwise.comparison.stages import beside
 from rankwise.errors import ConfigError, RunError
 
 POLL_SECONDS = 0.2
@@ -37,7 +38,7 @@ class Cluster:
         # A lost step is not repeated by Ray: the runner starts the step again, from its last checkpoint.
         task = ray.remote(max_retries=0, **self.needs)(_step)
         reference = task.remote(module, list(arguments), str(name), dict(environment), os.getcwd())
-        return RayWorker(reference, time.monotonic(), processes.beside(name, ".out"))
+        return RayWorker(reference, time.monotonic(), beside(name, ".out"))
 
 
 @dataclasses.dataclass
