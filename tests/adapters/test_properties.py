@@ -249,6 +249,30 @@ def test_dora_computes_its_norms_once_per_optimizer_step(monkeypatch):
     assert len(calls) == layers
 
 
+class PastTheVersions(torch.optim.Optimizer):
+    """As optimizers with kernels of their own write: no version counter sees it."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.add_(0.1)
+
+
+def test_dora_norms_are_renewed_by_an_optimizer_step_that_no_version_shows(monkeypatch):
+    """Where no copies are compared, as on a card, the optimizers' hook alone tells of the step."""
+    monkeypatch.setattr("rankwise.adapters.freshness._comparable", lambda tensor: False)
+    model, config = build("dora", "llama", torch.float32)
+    rw.add_adapter(model, config)
+    before = logits(model)
+    PastTheVersions(rw.adapter_parameters(model).values()).step()
+    found = logits(model)
+    # A copy keeps nothing.
+    torch.testing.assert_close(found, logits(copy.deepcopy(model)))
+    assert not torch.allclose(found, before, atol=1e-3)
+
+
 def test_adapter_dtype_base_stores_the_pair_in_the_base_dtype():
     model, config = build("dora", "llama", torch.bfloat16, adapter_dtype="base")
     rw.add_adapter(model, config)

@@ -111,6 +111,30 @@ def test_settings_that_all_name_something_are_not_warned_of():
     assert said(lambda: rw.add_adapter(tiny_moe("qwen3_moe"), experts)) == []
 
 
+def test_a_pattern_matches_whole_names_behind_a_dot_as_in_peft():
+    """`proj` is not the end of `q_proj`, for the adapters as for the plan."""
+    model = tiny_llama()
+    patterns = {"rank_pattern": {"proj": 2, "self_attn.v_proj": 3}, "alpha_pattern": {"proj": 4}}
+    config = rw.LoraConfig(r=5, target_modules=["q_proj", "v_proj"], **patterns)
+    messages = said(lambda: rw.add_adapter(model, config))
+    assert "rank_pattern names 'proj'" in " ".join(messages)
+    assert "alpha_pattern names 'proj'" in " ".join(messages)
+    planned = []
+    assert said(lambda: planned.append(adaptation(shape_of(model.config.to_dict()), config))) == messages
+    parameters = rw.adapter_parameters(model)
+    ranks = {key: value.shape[0] for key, value in parameters.items() if "lora_A" in key}
+    assert sorted(ranks.values()) == [3, 3, 5, 5]
+    assert all((rank == 3) == ("v_proj" in key) for key, rank in ranks.items())
+    assert sorted(item.r for item in planned[0].adapted) == [3, 3, 5, 5]
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(
+        tiny_llama(), peft.LoraConfig(r=5, target_modules=["q_proj", "v_proj"], **patterns, task_type="CAUSAL_LM")
+    )
+    assert ranks == {
+        key.replace(".default", ""): value.shape[0] for key, value in theirs.named_parameters() if "lora_A" in key
+    }
+
+
 def test_a_layer_without_a_target_is_said():
     model = tiny_moe("qwen3_moe", mlp_only_layers=[0])
     config = rw.LoraConfig(target_modules=["gate_proj"], layers_to_transform=[0, 1])

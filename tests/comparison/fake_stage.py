@@ -11,6 +11,7 @@ import random
 import signal
 import sys
 import time
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,17 @@ def measure(job: dict[str, Any]) -> None:
     center = 3.0 if job["method"] is None else load_record(folder).eval_loss
     draw = random.Random(str(folder.name))
     losses = [center + 0.3 * (index - 4.5) + draw.gauss(0, 0.01) for index in range(10)]
+    tokens = [3 + index for index in range(10)]
     lines = [
-        {"id": str(index), "cluster": None, "scores": {"loss": loss, "tokens": 5}} for index, loss in enumerate(losses)
+        {"id": str(index), "cluster": f"text {index // 2}", "scores": {"loss": loss, "tokens": tokens[index]}}
+        for index, loss in enumerate(losses)
     ]
     (place / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    result = {"task": "perplexity", "metrics": {"loss": sum(losses) / 10}, "higher_is_better": {"loss": False}}
+    result = {
+        "task": "perplexity",
+        "metrics": {"loss": sum(map(mul, losses, tokens)) / sum(tokens)},
+        "higher_is_better": {"loss": False},
+    }
     write_json(place / "result.json", result)
     for task in job["tasks"]:
         found = {"task": task, "metrics": {"accuracy": 50.0}, "higher_is_better": {"accuracy": True}}

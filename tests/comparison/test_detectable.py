@@ -13,8 +13,8 @@ from rankwise.comparison.settings import CompareSettings
 from rankwise.comparison.verdicts import Scores
 
 
-def given(**more: Any) -> Any:
-    return CompareSettings(model="demo", data="x.csv", output=Path("out"), methods="lora,dora", **more)
+def given(methods: str = "lora,dora", **more: Any) -> Any:
+    return CompareSettings(model="demo", data="x.csv", output=Path("out"), methods=methods, **more)
 
 
 def test_rows_are_counted_for_the_loss_and_not_for_a_metric_of_a_task():
@@ -50,6 +50,18 @@ def test_finished_runs_replace_what_is_assumed():
     assert large["absolute"] > 1.5 * small["absolute"]
     assert large["relative"] == pytest.approx(large["absolute"] / 2, rel=0.05)
     assert "finished ones" in large["assumption"]
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_more_methods_need_a_larger_difference(measured):
+    draw = np.random.default_rng(0)
+    found = {name: scores(draw, 0.1) for name in ("lora", "dora")} if measured else {}
+    two, five = (
+        detectable_effect(given(methods), found, seeds=3, rows=200)
+        for methods in ("lora,dora", "lora,dora,qlora,qdora,full")
+    )
+    assert (two["comparisons"], five["comparisons"]) == (1, 10)
+    assert five["relative"] > 1.2 * two["relative"]
 
 
 def test_methods_without_a_common_seed_measure_nothing():

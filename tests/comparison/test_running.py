@@ -94,6 +94,24 @@ def test_each_method_runs_at_its_own_best_rate_and_nothing_runs_twice(tmp_path: 
     assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == json.loads(json.dumps(found))
 
 
+def test_examples_keep_their_weights_and_clusters(tmp_path: Path):
+    """The stand-in rows are of 3 to 12 tokens, two to a cluster; unweighted they have another mean."""
+    found: Any = compare(**given(tmp_path, methods="lora,full", learning_rates="2e-4"))
+    (pair,) = found["differences"]
+    assert (pair["metric"], pair["pairs"], pair["clusters"], pair["paired_by_example"]) == ("eval_loss", 10, 5, True)
+    runs = {(run["method"], run["seed"]): tmp_path / "out" / run["folder"] for run in found["runs"]}
+    differences = {seed: mean_loss(runs["lora", seed]) - mean_loss(runs["full", seed]) for seed in (0, 1)}
+    assert pair["per_seed"] == pytest.approx({str(seed): value for seed, value in differences.items()})
+    assert pair["difference"] == pytest.approx(sum(differences.values()) / 2)
+
+
+def mean_loss(folder: Path) -> float:
+    """Over all tokens of the evaluation."""
+    lines = (folder / "evaluation" / "perplexity" / "predictions.jsonl").read_text().splitlines()
+    scores = [json.loads(line)["scores"] for line in lines]
+    return sum(item["loss"] * item["tokens"] for item in scores) / sum(item["tokens"] for item in scores)
+
+
 def test_a_second_call_runs_nothing_and_says_the_same(tmp_path: Path):
     options = given(tmp_path, methods="lora", learning_rates="1e-4,2e-4")
     first: Any = compare(**options)

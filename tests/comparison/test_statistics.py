@@ -83,6 +83,22 @@ def test_intervals_of_three_seeds_hold_what_they_promise(seed_sd):
     assert held / 400 >= 0.92
 
 
+@pytest.mark.parametrize(("seed_sd", "row_sd", "rest_sd"), [(0.05, 0.0, 0.01), (0.0, 0.3, 0.0), (0.0, 0.0, 0.3)])
+def test_intervals_are_as_wide_as_their_sources_ask_and_no_wider(seed_sd, row_sd, rest_sd):
+    """The square of the standard error is on the mean the variance, whatever its source is."""
+    draw = np.random.default_rng(11)
+    found = []
+    for _ in range(300):
+        d = draw.normal(0, seed_sd, (5, 1)) + draw.normal(0, row_sd, 300) + draw.normal(0, rest_sd, (5, 300))
+        estimate = paired_by_example(d, np.zeros_like(d))
+        found.append(estimate.standard_error**2)
+        low, high = estimate.interval()
+        # One source alone: Student's interval, with the degrees of freedom of that source; skewness adds little.
+        reach = stats.t.ppf(0.975, 299 if row_sd else 4) * estimate.standard_error
+        assert 0.65 * reach < (high - low) / 2 < 1.1 * reach
+    assert np.mean(found) == pytest.approx(seed_sd**2 / 5 + row_sd**2 / 300 + rest_sd**2 / 1500, rel=0.15)
+
+
 def test_a_single_seed_gives_no_interval():
     assert mean_of_seeds([2.0]).interval() is None
     estimate = paired_by_example([[1.0, 2.0, 3.0]], [[1.0, 1.5, 2.0]])
@@ -120,6 +136,13 @@ def test_the_minimum_detectable_effect_is_found_four_times_in_five(seeds, row_sd
         estimate = paired_by_example(d, np.zeros_like(d))
         found += estimate.p_value() < 0.05 <= estimate.equivalence_p(margin)
     assert 0.74 < found / 400 < 0.88
+
+
+@pytest.mark.parametrize(("methods", "divisor"), [(2, 1), (3, 2.5), (5, 8.5)])
+def test_the_minimum_detectable_effect_counts_the_comparisons(methods, divisor):
+    """With degrees of freedom without end the reach is the normal quantile at Holm's middle divisor."""
+    expected = stats.norm.isf(0.025 / divisor) + stats.norm.ppf(0.8)
+    assert minimum_detectable_effect([(1.0, 1e7)], methods=methods) == pytest.approx(expected, rel=0.02)
 
 
 def test_the_minimum_detectable_effect_needs_two_seeds_and_does_not_go_below_the_margin():

@@ -102,6 +102,15 @@ def test_every_tensor_keeps_its_dtype_and_the_index_is_right(trained, tmp_path):
             assert ours.get_tensor(name).dtype == theirs.get_tensor(name).dtype
 
 
+@pytest.mark.parametrize("trained", ["dora", "tied_head", "adapted_tied_head"], indirect=True)
+def test_the_index_counts_every_byte_also_of_a_head_that_was_tied(trained, tmp_path):
+    merge_to_folder(trained[0], tmp_path / "merged")
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    held = {name: load_file(tmp_path / "merged" / file) for name, file in index["weight_map"].items()}
+    assert "lm_head.weight" in held
+    assert index["metadata"]["total_size"] == sum(tensors[name].nbytes for name, tensors in held.items())
+
+
 @pytest.mark.parametrize("trained", ["lora"], indirect=True)
 def test_nothing_is_left_behind_when_it_fails(trained, tmp_path, monkeypatch):
     adapter, _, _ = trained

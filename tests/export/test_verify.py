@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import rankwise as rw
@@ -59,6 +60,24 @@ def test_a_format_without_a_record_can_be_named(run, tmp_path, double_quant):
     )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert bool((logits(merged) - trained).abs().max() < 1e-4) == double_quant
+
+
+def test_merged_onto_the_quantized_the_values_are_those_of_the_dtype_that_trained(tmp_path):
+    """Rounding float32 weights to 4 bits gives other values than rounding the bfloat16 ones that a run quantized."""
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    model, _ = load_model(str(tmp_path / "base"), dtype=torch.bfloat16, quantization=Nf4Config(double_quant=True))
+    facts = model_facts(model, resolve_model(str(tmp_path / "base")))
+    rw.add_adapter(model, rw.LoraConfig(r=2, target_modules=["q_proj"]))
+    rw.save_adapter(model, tmp_path / "run", base_model=str(tmp_path / "base"))
+    name, found = "model.layers.1.mlp.down_proj", {}
+    for dtype in ("bfloat16", "float32"):
+        settings = {"model": str(tmp_path / "base")}
+        RunRecord("qlora", 0, settings, base_model={**facts, "dtype": dtype}).save(tmp_path / "run")
+        merge_to_folder(tmp_path / "run", tmp_path / dtype, onto="quantized")
+        found[dtype] = load_file(tmp_path / dtype / "model.safetensors")[f"{name}.weight"]
+    assert facts["dtype"] == "bfloat16"
+    assert torch.equal(found["bfloat16"], model.get_submodule(name).dequantize().float())
+    assert not torch.equal(found["bfloat16"], found["float32"])
 
 
 def test_sixteen_bit_adapters_have_nothing_to_merge_onto(tmp_path):

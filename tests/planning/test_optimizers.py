@@ -1,8 +1,9 @@
-"""Which optimizers a plan refuses without a CUDA card: those that the trainer refuses there."""
+"""What optimizers hold by the plan, and which it refuses without a CUDA card: those that the trainer refuses there."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from rankwise.errors import ConfigError
 from rankwise.planning.optimizers import RULES, check_device
@@ -24,3 +25,19 @@ def test_plan_and_train_refuse_the_same(optimizer, device):
         check_memory_savers, optimizer, device, activation_offloading=False
     )
     check_device(optimizer, "cuda", "a card")
+
+
+@pytest.mark.parametrize("shape", [(4095,), (64, 64), (4097,), (100, 300)])
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit", "Lion8bit", "AdamW32bit"])
+def test_states_of_bitsandbytes_are_as_large_as_planned(name, shape):
+    """Values, and the scales of each moment; the tables of 256 values are shared by all parameters."""
+    optimizers = pytest.importorskip("bitsandbytes.optim")
+    parameter = torch.nn.Parameter(torch.zeros(shape))
+    # Not paged, since pages are made on a card.
+    optimizer = getattr(optimizers, name.removeprefix("Paged"))([parameter])
+    optimizer.fill_qmap()
+    optimizer.init_state(optimizer.param_groups[0], parameter, 0, 0)
+    held = optimizer.state[parameter].items()
+    found = sum(value.nbytes for key, value in held if torch.is_tensor(value) and "qmap" not in key)
+    ours = {"AdamW8bit": "adamw_8bit", "PagedAdamW8bit": "paged_adamw_8bit", "Lion8bit": "lion_8bit"}
+    assert RULES[ours.get(name, "paged_adamw_32bit")].state(shape, 4) == found

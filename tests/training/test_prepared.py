@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,19 @@ def test_other_rows_and_other_rules_are_encoded_anew(tokenizer: Any, tmp_path: P
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} </s>{% endfor %}"
     encode_rows_once(rows, tokenizer, max_length=16, **options)
     assert len(list((tmp_path / "cache").iterdir())) == 4
+
+
+def test_the_same_messages_trained_from_another_turn_on_are_encoded_anew(tokenizer: Any, tmp_path: Path):
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} </s>{% endfor %}"
+    turns = [{"role": role, "content": f"w{index}"} for index, role in enumerate(["user", "assistant"] * 2)]
+    options: dict[str, Any] = {"max_length": 32, "chat_template": None, "name": "train", "cache": tmp_path / "cache"}
+    trained = []
+    for first in (1, 3):
+        path = tmp_path / f"from-{first}.jsonl"
+        path.write_text(json.dumps({"prompt": turns[:first], "completion": turns[first:]}) + "\n")
+        (labels,) = encode_rows_once(read_rows(path), tokenizer, **options).dataset["labels"]
+        trained.append(sum(label != -100 for label in labels))
+    assert trained[0] > trained[1] > 0
 
 
 def test_a_run_from_the_cache_is_the_same_run(settings: Any, tmp_path: Path):

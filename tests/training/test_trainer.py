@@ -18,7 +18,7 @@ from rankwise.errors import RankwiseWarning, RunError
 from rankwise.training.loss import fused_head_is_right, keeps_positions, loss_from_logits
 from rankwise.training.state import random_states
 from rankwise.training.trainer import RankwiseTrainer
-from tiny_models import tiny_llama
+from tiny_models import tiny_llama, tiny_moe
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -65,31 +65,70 @@ def test_evaluation_loss_is_the_mean_over_tokens(head: str, make_trainer: Any) -
     assert found == pytest.approx(mean_loss(trainer.model, encoded_rows(7, seed=9)), rel=1e-6)
 
 
+# Rows per batch and batches per step, of the same eight rows.
+BATCHINGS = ((8, 1), (2, 4))
+ONE_STEP = {
+    "max_steps": 1,
+    "max_grad_norm": 0.0,
+    "warmup_steps": 0,
+    "optimizer": "sgd",
+    "learning_rate": 1.0,
+    "rows": 8,
+}
+
+
+def step_of(trainer: Any) -> dict[str, torch.Tensor]:
+    """The gradients of its only step, which SGD takes at a learning rate of 1."""
+    model = stirred(trainer.model)
+    before = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    trainer.train()
+    return {name: value - model.get_parameter(name) for name, value in before.items()}
+
+
+def assert_same_step(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    for name, value in one.items():
+        assert value.abs().max() > 0, name
+        torch.testing.assert_close(value, other[name], rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning")
-def test_accumulated_step_has_the_gradients_of_one_big_batch(head: str, make_trainer: Any, tmp_path: Path) -> None:
+def test_accumulated_step_has_the_gradients_of_one_big_batch(
+    head: str, fast: bool, make_trainer: Any, tmp_path: Path
+) -> None:
     grads = []
-    for batch_size, accumulation in ((8, 1), (2, 4)):
-        trainer = make_trainer(
-            tmp_path / str(batch_size),
-            lora=HEADS[head],
-            rows=8,
-            max_steps=1,
-            batch_size=batch_size,
-            gradient_accumulation=accumulation,
-            max_grad_norm=0.0,
-            warmup_steps=0,
-            optimizer="sgd",
-            learning_rate=1.0,
-        )
-        model = stirred(trainer.model)
-        before = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-        trainer.train()
-        grads.append({name: before[name] - model.get_parameter(name) for name in before})
+    for batch_size, accumulation in BATCHINGS:
+        model = tiny_llama()
+        add_adapter(model, HEADS[head])
+        if fast:
+            optimize_for_training(model)
+        given = {"model": model, "lora": None, "batch_size": batch_size, "gradient_accumulation": accumulation}
+        trainer = make_trainer(tmp_path / str(batch_size), **given, **ONE_STEP)
+        assert trainer.own_loss == fast
+        grads.append(step_of(trainer))
     assert any(".lm_head" in f".{name}" for name in grads[0]) == (head != "untouched")
-    for name, value in grads[0].items():
-        assert value.abs().max() > 0, name
-        torch.testing.assert_close(value, grads[1][name], rtol=2e-4, atol=2e-6)
+    assert_same_step(*grads)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_loss_of_the_routers_is_a_mean_over_accumulated_batches(
+    fast: bool, make_trainer: Any, tmp_path: Path
+) -> None:
+    """Eight equal rows: each batch has the routers' loss of all."""
+    grads = []
+    for batch_size, accumulation in BATCHINGS:
+        # So large that four times its gradient is another step.
+        model = tiny_moe("mixtral", router_aux_loss_coef=50.0)
+        add_adapter(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+        if fast:
+            optimize_for_training(model)
+        given = {"model": model, "lora": None, "batch_size": batch_size, "gradient_accumulation": accumulation}
+        trainer = make_trainer(tmp_path / str(batch_size), **given, **ONE_STEP)
+        assert (trainer.own_loss, trainer.aux_loss_enabled) == (fast, True)
+        trainer.train_dataset = trainer.train_dataset.select([0] * 8)
+        grads.append(step_of(trainer))
+    assert_same_step(*grads)
 
 
 @pytest.mark.parametrize("head", ["untouched", "adapted", "adapted, dora"])
@@ -164,6 +203,17 @@ def test_label_smoothing_is_that_of_torch_in_one_forward(make_trainer: Any) -> N
     loss = trainer.compute_loss(model, dict(batch)).item()
     assert len(calls) == 1
     assert loss == pytest.approx(mean_loss(model, encoded_rows(4), smoothing=0.1), rel=1e-5)
+
+
+def test_label_smoothing_is_not_in_the_loss_of_an_evaluation(make_trainer: Any) -> None:
+    trainer = make_trainer(trainer={"label_smoothing": 0.3}, eval_rows=4, lora=LoraConfig(r=4))
+    model = stirred(trainer.model)
+    expected = mean_loss(model, encoded_rows(4, seed=9))
+    assert mean_loss(model, encoded_rows(4, seed=9), smoothing=0.3) > expected * 1.001
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    batch = trainer.data_collator([trainer.eval_dataset[index] for index in range(4)])
+    model.eval()
+    assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_packed_examples_do_not_see_each_other(make_trainer: Any) -> None:
