@@ -128,6 +128,15 @@ ERRORS: dict[str, tuple[Exception, str]] = {
     "a copy": (OSError(errno.ENOSPC, "No space left", "/source", None, "/target"), "/target: no space left"),
     "tokenizers": (Exception("No space left on device (os error 28)"), "out: no space left on device; free space"),
     "safetensors": (RuntimeError("Error: I/O error: Input/output error (os error 5)"), "out: input/output error"),
+    "safetensors, open": (
+        FileNotFoundError("No such file or directory: /x/w"),
+        "/x/w: cannot be opened; check the disk",
+    ),
+    "safetensors, map": (OSError("No such device (os error 19)"), "out: no such device; check the disk"),
+    "torch": (
+        RuntimeError("unable to open file </x/w> in read-only mode: Too many open files (24)"),
+        "/x/w: too many open files; raise the limit",
+    ),
     "copytree": (shutil.Error([("a", "b", "[Errno 122] Disk quota exceeded: 'b'")]), "out: disk quota exceeded"),
     "bytes": (OSError(errno.EROFS, "Read-only file system", b"/x"), "/x: read-only file system; make it writable"),
 }
@@ -143,10 +152,17 @@ def test_an_error_of_the_system_has_a_code_and_a_remedy(kind: str) -> None:
     assert coded.message.endswith("and then this.")
 
 
+def test_a_name_hides_no_reason(tmp_path: Path) -> None:
+    """Of an error without a number Python shows the name alone, once there is one."""
+    with pytest.raises(FileNotFoundError, match="No such file or directory: /x/w"), whole_file(tmp_path / "out"):
+        raise FileNotFoundError("No such file or directory: /x/w")
+
+
 @pytest.mark.parametrize(
     "error",
     [
         ValueError("no number"),
+        FileNotFoundError("Cannot find the requested files in the local cache"),
         OSError("a library's own"),
         BrokenPipeError(errno.EPIPE, "Broken pipe"),
         ConfigError("RW101", "(os error 28)"),

@@ -34,15 +34,24 @@ CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno
 def system_error(error: BaseException) -> OSError | None:
     """The operating system's error that ``error`` is, or that stands in its text alone.
 
-    Libraries written in Rust (tokenizers, safetensors) and ``shutil.copytree`` raise exceptions of their own.
+    Libraries written in Rust (tokenizers, safetensors), torch and ``shutil.copytree`` raise exceptions of their own.
     """
     if isinstance(error, RankwiseError | ConnectionError):
         return None
     if isinstance(error, OSError) and error.errno is not None:
         return error if error.errno > 0 else None
-    found = re.search(r"(?:\(os error |\[Errno )(\d+)", str(error))
-    number = int(found[1]) if found else 0
-    return OSError(number, os.strerror(number)) if number in (*REMEDIES, errno.EIO) else None
+    if hidden := re.fullmatch("No such file or directory: (.+)", str(error)):
+        # safetensors says so of every file that it cannot open, whatever the system's reason was.
+        return OSError(errno.EIO, "cannot be opened", hidden[1])
+    if mapped := re.search(r"unable to .*file <(.+)>.*\((\d+)\)", str(error)):
+        return OSError(int(mapped[2]), os.strerror(int(mapped[2])), mapped[1])
+    found = re.search(r"(\(os error |\[Errno )(\d+)", str(error))
+    if found is None:
+        return None
+    number = int(found[2])
+    # Of other kinds of exceptions and from Python itself it may be an error of the network.
+    is_rusts = isinstance(error, OSError) and found[1] == "(os error "
+    return OSError(number, os.strerror(number)) if is_rusts or number in (*REMEDIES, errno.EIO) else None
 
 
 def coded_error(
@@ -195,7 +204,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None or path.name in os.path.basename(_text(error.filename)):
+        # One without a number holds its reason in its text, which a name would hide.
+        if error.errno is not None and (error.filename is None or path.name in os.path.basename(_text(error.filename))):
             error.filename, error.filename2 = str(path), None
         raise
 
