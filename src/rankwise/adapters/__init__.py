@@ -1,12 +1,13 @@
 """Low-rank adapters: LoRA and DoRA on any base layer, in PEFT's names and PEFT's format."""
 
 from rankwise.adapters.attached import AdaptedModule, AdapterReport, adapter_config, has_adapter, report
-from rankwise.adapters.checkpoint import load_adapter, load_tensors
+from rankwise.adapters.checkpoint import hotswap_adapter, load_adapter, load_tensors
 from rankwise.adapters.inject import (
     adapter_disabled,
     add_adapter,
     disable_adapter,
     enable_adapter,
+    mixed_adapters,
     plan_adapter,
     remove_adapter,
     set_adapter,
@@ -25,9 +26,11 @@ __all__ = [
     "disable_adapter",
     "enable_adapter",
     "has_adapter",
+    "hotswap_adapter",
     "load_adapter",
     "load_tensors",
     "merge_adapter",
+    "mixed_adapters",
     "plan_adapter",
     "remove_adapter",
     "report",

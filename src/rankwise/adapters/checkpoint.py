@@ -47,6 +47,7 @@ from rankwise.adapters.saving import (
     PREFIX,
     WEIGHTS_FILE,
     adapter_parameters,
+    adapter_tensors,
     is_at_work,
     tensor_keys,
 )
@@ -61,6 +62,7 @@ from rankwise.compat.torch import own_parameters
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError, ConfigError
 from rankwise.foreign import parse_json
+from rankwise.quantization.listing import some_of
 from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
 
 
@@ -120,6 +122,52 @@ def load_adapter(
         remove_adapter(model, name)
         raise
     return report(model, name)
+
+
+def hotswap_adapter(model: nn.Module, folder: str | Path, *, name: str | None = None) -> AdapterReport:
+    """Give a loaded adapter (the active one by default) the values of a PEFT folder, in place.
+
+    As PEFT's function of this name: the tensors stay where they are, so that what was compiled is not compiled anew.
+    The folder adapts the same modules by the same ranks; another scale s' goes into B, as (s'/s) B. Nothing changes
+    when it raises: AdapterError RW407, RW408, RW623 for another shape, and those of ``read_adapter``.
+    """
+    from accelerate.utils import extract_model_from_parallel
+
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    state, name = state_and_name(model, name)
+    file = read_adapter(model, folder, f"{name}_swapped_in")
+    here, there = report(model, name).modules, file.planned
+    other = {item.name for item in {_shape_of(item) for item in here} ^ {_shape_of(item) for item in there}}
+    other |= {*file.tensors} ^ {*adapter_tensors(model, name)} | {*state.replaced.get(name, {})}
+    if other:
+        raise AdapterError(
+            "RW623",
+            f"the adapter in {folder} cannot take the place of {name!r}, which differs in {some_of(sorted(other))}: "
+            "modules, ranks and kind (LoRA or DoRA) have to be the same, and weights of the base stay as they are; "
+            "load it beside with load_adapter, and switch with set_adapter.",
+        )
+    was = {item.name: item for item in here}
+    modules = dict(base_modules(model))
+    for item in (item for item in there if item.kind != "trained whole"):
+        s = state.configs[name].scaling(item.r, was[item.name].lora_alpha)
+        ratio = file.config.scaling(item.r, item.lora_alpha) / s
+        if ratio != 1:
+            key = _key_of_B(modules[item.path], item, file)
+            file.tensors[key] = ratio * file.tensors[key].float()
+    load_tensors(model, file.tensors, name)
+    return report(model, name)
+
+
+def _shape_of(item: AdaptedModule) -> AdaptedModule:
+    return dataclasses.replace(item, lora_alpha=0)
+
+
+def _key_of_B(base: nn.Module, item: AdaptedModule, file: AdapterFile) -> str:
+    if item.experts is not None:
+        keys = stack_keys(base, item, file.planned)
+    else:
+        keys = tensor_keys(item.name, base, file.config.use_dora)
+    return next(key for key, attribute in keys.items() if attribute == "lora_B")
 
 
 @torch.no_grad()

@@ -78,13 +78,16 @@ class Dora(nn.Module):
         if (branch := branch_of(self, base, x)) is not None:
             y = low_rank_linear(x, (branch,), drawn_dropout(self.dropout, self.training))[0]
             return y.clone() if self.is_overwritten else y
-        y = frozen_product(base, x)
+        y = self.over(base, x, frozen_product(base, x))
+        bias = getattr(base, "bias", None)
+        return y if bias is None else y + bias
+
+    def over(self, base: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """``g * (y + s B A drop(x))`` for y = W x without the bias."""
         g = self.gain(base)
         # g - 1 is added rather than g multiplied: in bfloat16 a gain close to 1 would round to 1.
         y = torch.addcmul(y, y, (g - 1).to(y.dtype))
-        y = torch.addcmul(y, self.low_rank(x), (g * self.scaling).to(y.dtype))
-        bias = getattr(base, "bias", None)
-        return y if bias is None else y + bias
+        return torch.addcmul(y, self.low_rank(x), (g * self.scaling).to(y.dtype))
 
     def low_rank(self, x: Tensor) -> Tensor:
         """``B A drop(x)``: (..., out)."""

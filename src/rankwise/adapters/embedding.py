@@ -46,7 +46,10 @@ class EmbeddingLora(nn.Module):
                 self.magnitude.copy_(self.row_norms(base))
 
     def forward(self, base: nn.Module, ids: Tensor) -> Tensor:
-        y = base(ids)
+        return self.over(base, ids, base(ids))
+
+    def over(self, base: nn.Module, ids: Tensor, y: Tensor) -> Tensor:
+        """The same for y = E[ids]."""
         low = F.linear(F.embedding(ids, self.lora_A.T.to(y.dtype)), self.lora_B.to(y.dtype))
         # Gemma's embedding multiplies what it looks up; the update belongs inside that product.
         scale = getattr(base, "embed_scale", None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ from rankwise.adapters.attached import (
     DEFAULT_NAME,
     AdaptedModule,
     AdapterReport,
+    adapted_experts,
     adapted_layers,
     planned_module,
     planned_stack,
@@ -48,6 +49,8 @@ from rankwise.errors import AdapterError
 from rankwise.matching import check_enable_lora, check_targets, target_names, warn_of_experts, warn_of_idle
 
 Kind = TypeVar("Kind", AdaptedLayer, AdaptedExperts, TrainedCopy)
+# As PEFT calls rows of a batch without an adapter.
+BASE_ROW = "__base__"
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, *, name: str = DEFAULT_NAME) -> AdapterReport:
@@ -187,6 +190,34 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         if not was_disabled:
             enable_adapter(model)
+
+
+@contextmanager
+def mixed_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Within this context the adapter ``names[i]`` computes row i of a batch; ``"__base__"``: the base alone.
+
+    PEFT's ``adapter_names``, with DoRA too. In ``generate`` the rows that it repeats (beams, several answers) keep the
+    adapter of their prompt. Raises AdapterError: RW407 a name that is not there, RW624 an adapter that changes more
+    than layers; and in the model's forward RW625 for a batch of other rows.
+    """
+    state = adapter_state(model)
+    for name in {*names} - {BASE_ROW}:
+        state_and_name(model, name)
+        if state.replaced.get(name) or any(True for _ in (*adapted_experts(model, name), *trained_copies(model, name))):
+            raise AdapterError(
+                "RW624",
+                f"the adapter {name!r} changes more than linear layers and embeddings (biases, modules trained whole "
+                "or stacked experts), which one batch cannot mix; switch between requests with set_adapter.",
+            )
+    layers = [module for _, module in wrappers(model) if isinstance(module, AdaptedLayer)]
+    with adapter_disabled(model):
+        for layer in layers:
+            layer.mixed = tuple(names)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.mixed = None
 
 
 def remove_adapter(model: nn.Module, name: str | None = None) -> None:

@@ -7,15 +7,17 @@ that it still loads into the plain model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from rankwise.adapters.base_layer import frozen_product
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.lora import Lora
 from rankwise.adapters.operator import Adapter
+from rankwise.errors import AdapterError
 from rankwise.ops.selection import is_traced
 from rankwise.quantization.linear import features
 
@@ -91,14 +93,38 @@ class AdaptedLayer(OverBase[Adapter]):
         self.prepare: Callable[[], bool] | None = None
         # Fused losses multiply by the output head's weight themselves, past its forward.
         self.is_head = False
+        # Within `mixed_adapters`: the adapter of each row of a batch.
+        self.mixed: Sequence[str] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.active is None:
-            return self.base_layer(x)
+            return self.base_layer(x) if self.mixed is None else self._mixed_output(x, self.mixed)
         # What members have waiting for each other is not for graphs, which compute them apart anyway.
         if self.shared is not None and not is_traced() and (y := self.shared.output(self, x)) is not None:
             return y
         return self.adapters[self.active](self.base_layer, x)
+
+    def _mixed_output(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """One product with W for all rows, and each adapter over its own. Raises AdapterError (RW625).
+
+        Rows of `generate` are repeated in place (beams, several answers of a prompt): equally many in a row for each
+        name.
+        """
+        repeated, left = divmod(x.shape[0], len(names)) if names else (0, 0)
+        # Of flattened tokens nobody knows the row: a mixture's experts get them sorted.
+        if left or not repeated or (x.is_floating_point() and x.dim() < 3):
+            raise AdapterError(
+                "RW625",
+                f"{len(names)} adapters are named, and a layer gets an input of shape {tuple(x.shape)}; name one for "
+                "each row of the batch, in a model whose adapted layers read (batch, tokens, features).",
+            )
+        y = frozen_product(self.base_layer, x)
+        each = [name for name in names for _ in range(repeated)]
+        for name in dict.fromkeys(name for name in names if name in self.adapters):
+            rows = torch.tensor([index for index, one in enumerate(each) if one == name], device=x.device)
+            y[rows] = self.adapter(name).over(self.base_layer, x[rows], y[rows])
+        bias = getattr(self.base_layer, "bias", None)
+        return y if bias is None else y + bias
 
     @property
     def is_ready(self) -> bool:

@@ -55,7 +55,11 @@ class Lora(nn.Module):
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         if (branch := branch_of(self, base, x)) is not None:
             return low_rank_linear(x, (branch,), drawn_dropout(self.dropout, self.training))[0]
-        return torch.add(base(x), self.low_rank(x), alpha=self.scaling)
+        return self.over(base, x, base(x))
+
+    def over(self, base: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """``y + s B A drop(x)`` for y = W x, with the bias or without."""
+        return torch.add(y, self.low_rank(x), alpha=self.scaling)
 
     def low_rank(self, x: Tensor) -> Tensor:
         """``B A drop(x)``: (..., out)."""
