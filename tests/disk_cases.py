@@ -89,6 +89,8 @@ class Cases:
         for name in record["files"]:
             (self.folder / "stopped" / name).unlink()
         self.must(["merge", "--adapter", self.folder / "finished", "--output", self.folder / "merged"])
+        self.must(self.export("vllm", "exported"))
+        self.must(self.export("llama.cpp", "exported_gguf"))
         self.must(self.evaluate("evaluated"))
 
     def must(self, words: Sequence[object]) -> None:
@@ -105,6 +107,9 @@ class Cases:
         given = {"adapter": "finished", "data": "rows.jsonl", "output": output}
         words = [word for name, value in given.items() for word in (f"--{name}", self.folder / value)]
         return ["evaluate", "--task", "perplexity", "--base", "--batch-size", 4, "--device", "cpu", *words]
+
+    def export(self, target: str, output: str) -> list[object]:
+        return ["export", "--for", target, "--adapter", self.folder / "finished", "--output", self.folder / output]
 
     def sweep(self, verb: str, stride: int) -> int:
         """The number of the call at which it succeeded."""
@@ -189,6 +194,8 @@ class Cases:
 
 
 def equal(one: Path, other: Path) -> bool:
+    if one.suffix == ".gguf":
+        return one.read_bytes() == other.read_bytes()
     ours, theirs = load_file(one), load_file(other)
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
@@ -208,6 +215,18 @@ VERBS = {
         words := ["merge", "--adapter", case.folder / "finished", "--output", case.output],
         lambda: words,
         "merged/model.safetensors",
+    ),
+    "export": lambda case: (
+        None,
+        words := case.export("vllm", "made/out"),
+        lambda: words,
+        "exported/adapter_model.safetensors",
+    ),
+    "gguf": lambda case: (
+        None,
+        words := case.export("llama.cpp", "made/out"),
+        lambda: words,
+        "exported_gguf/adapter.gguf",
     ),
     "evaluate": lambda case: (
         None,

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+# Values of vLLM's --max-lora-rank. An adapter of any rank up to the flag's value loads.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values of vLLM's --max-lora-rank. An adapter of any rank up to the flag's value loads."""
 VLLM_DEFAULT_RANK = 16
 AS_IT_IS = "PEFT, as it is"
 GGUF = "llama.cpp and Ollama: `rankwise export --for llama.cpp`"
@@ -32,8 +32,8 @@ WORDS: dict[Trait, str] = {
     "bias": "trained biases",
     "modules_to_save": "`modules_to_save`",
 }
+# What no low-rank export can carry.
 MERGED_ONLY: tuple[Trait, ...] = ("bias", "modules_to_save")
-"""What no low-rank export can carry."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,24 +41,22 @@ class Server:
     """A program that lays adapters over a base, and what of PEFT's folder it does not take."""
 
     name: str
-    form: Literal["peft", "gguf"]
     # What `rankwise export` writes for it.
-    refuses: tuple[Trait, ...] = ()
+    form: Literal["peft", "gguf"]
     # It stops with an error.
-    ignores: tuple[Trait, ...] = ()
+    refuses: tuple[Trait, ...] = ()
     # It answers, and wrongly.
-    kept: tuple[Trait, ...] = ()
-    # What an export need not take out: the server computes the same.
+    ignores: tuple[Trait, ...] = ()
 
 
+# By the names of `rankwise export --for`.
 SERVERS: dict[str, Server] = {
-    "peft": Server("PEFT", "peft", kept=("experts",)),
-    "vllm": Server("vLLM", "peft", ("dora", *MERGED_ONLY), ("rank_pattern", "alpha_pattern"), kept=("experts",)),
+    "peft": Server("PEFT", "peft"),
+    "vllm": Server("vLLM", "peft", ("dora", *MERGED_ONLY), ("rank_pattern", "alpha_pattern")),
     "sglang": Server("SGLang", "peft", ("dora", "experts", *MERGED_ONLY), ("rslora", "rank_pattern", "alpha_pattern")),
-    "llama.cpp": Server("llama.cpp", "gguf", kept=("experts",)),
-    "ollama": Server("Ollama", "gguf", kept=("experts",)),
+    "llama.cpp": Server("llama.cpp", "gguf", ("dora", *MERGED_ONLY)),
+    "ollama": Server("Ollama", "gguf", ("dora", *MERGED_ONLY)),
 }
-"""By the names of `rankwise export --for`."""
 
 
 def traits_of(config: Mapping[str, Any]) -> tuple[Trait, ...]:
@@ -73,6 +71,11 @@ def traits_of(config: Mapping[str, Any]) -> tuple[Trait, ...]:
         "modules_to_save": config.get("modules_to_save"),
     }
     return tuple(trait for trait, present in found.items() if present)
+
+
+def refusing(trait: Trait) -> str:
+    """The servers of PEFT's folders that refuse it, in words."""
+    return " and ".join(server.name for server in SERVERS.values() if server.form == "peft" and trait in server.refuses)
 
 
 def vllm_rank(r: int) -> int | None:

@@ -14,6 +14,7 @@ from gguf_cases import FAMILIES, saved
 
 import rankwise as rw
 from rankwise.adapters import adapter_disabled
+from rankwise.cli.main import main
 from rankwise.errors import AdapterError, ModelError, RunError
 from rankwise.export.gguf_model import write_folder_gguf
 from rankwise.export.proof import LLAMA, Served, prove, server_python
@@ -124,6 +125,29 @@ def test_a_base_of_another_model_is_refused_and_nothing_is_left(tmp_path):
         with pytest.raises(ModelError, match=code):
             rw.export_adapter(adapted, tmp_path / "served", target="llama.cpp", base_gguf=file)
         assert not (tmp_path / "served").exists()
+
+
+def test_bad_bases_by_the_command_line_give_one_error_and_leave_nothing(tmp_path, capsys):
+    model = saved("llama", tmp_path)
+    base = base_gguf(model, tmp_path)
+    (tmp_path / "other").mkdir()
+    other = base_gguf(saved("qwen2", tmp_path / "other"), tmp_path / "other")
+    content = base.read_bytes()
+    cases = {other: "RW743", tmp_path / "missing.gguf": "RW"}
+    for kept in (0, 3, 40, 900, len(content) - 100):
+        cut = tmp_path / f"cut{kept}.gguf"
+        cut.write_bytes(content[:kept])
+        cases[cut] = "RW310"
+    before = sorted(tmp_path.iterdir())
+    for file, code in cases.items():
+        for more in ([], ["--merged"], ["--merged", "--quantize", "q8_0"]):
+            given = ["--adapter", tmp_path / "adapter", "--output", tmp_path / "served", "--base-gguf", file, *more]
+            assert main(["export", "--for", "llama.cpp", *map(str, given)]) == 2
+            said = capsys.readouterr().err
+            assert said.count("error RW") == 1
+            assert f"error {code}" in said
+            assert "Traceback" not in said
+            assert sorted(tmp_path.iterdir()) == before, (file, more)
 
 
 def test_what_llama_cpp_does_not_know_is_refused(tmp_path):

@@ -107,6 +107,12 @@ def test_what_a_server_refuses_is_refused(tmp_path, settings, target, code):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_experts_are_refused_where_the_server_takes_none(tmp_path):
+    make, settings = CASES["experts"]
+    with pytest.raises(AdapterError, match="RW730.*experts"):
+        rw.export_adapter(adapted(make, **settings), tmp_path / "served", target="sglang")
+
+
 def test_nothing_is_overwritten_and_no_server_is_guessed(tmp_path):
     model = adapted(tiny_llama)
     rw.export_adapter(model, tmp_path / "served", target="vllm")
@@ -177,6 +183,36 @@ def test_the_stated_error_is_the_error_and_its_rank_the_least(tmp_path):
     assert measured_error(model, tmp_path / "served", rows()) == pytest.approx(report.conversion.error, rel=1e-3)
     lower = rw.export_adapter(model, tmp_path / "lower", target="vllm", rank=report.r - 1, rows=rows())
     assert lower.conversion.error > 0.2
+
+
+def sharp_llama():
+    """Its logits are large enough for losses to tell adapters apart."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(20)
+    return model
+
+
+def test_the_rank_grows_until_held_out_rows_are_as_likely(tmp_path, monkeypatch):
+    # A --max-error of 0.2 allows four times as much.
+    monkeypatch.setattr("rankwise.export.converted.PERPLEXITY_CHANGE", 1e-4)
+    model = trained_dora(sharp_llama)
+    held_out, given = rows(5, seed=1), {"target": "vllm", "max_error": 0.2, "rows": rows()}
+
+    @torch.no_grad()
+    def loss(model):
+        return sum(float(model(input_ids=row[None], labels=row[None]).loss) for row in held_out) / len(held_out)
+
+    def change(folder):
+        return abs(loss(peft.PeftModel.from_pretrained(sharp_llama(), folder)) - loss(model))
+
+    least = rw.export_adapter(model, tmp_path / "least", **given)
+    report = rw.export_adapter(model, tmp_path / "served", held_out=held_out, **given)
+    assert least.r == least.conversion.least_r == report.conversion.least_r < report.r == report.conversion.r
+    assert change(tmp_path / "served") < 4e-4 < change(tmp_path / "least")
+    assert report.likeness.perplexity_exported == pytest.approx(report.likeness.perplexity_adapter, rel=4e-4)
+    with pytest.raises(AdapterError, match="RW732.*perplexity"):
+        convert(model, "default", rows(), r=None, max_error=0.2, keeps=lambda pairs: False)
 
 
 def test_the_inputs_choose_better_directions_than_the_weights(tmp_path):

@@ -187,6 +187,10 @@ def _print_conversion(output: Output, report: ExportReport) -> None:
     output.console.print(titled(f"the update as LoRA of rank {conversion.r}: its error {norm}", table))
     if likeness is None:
         return
+    if conversion.r > conversion.least_r:
+        output.line(
+            f"Rank {conversion.least_r} keeps that error; rank {conversion.r} the perplexity of the held-out rows, too."
+        )
     output.line(
         f"On {likeness.tokens:,} held-out tokens: logits differ by {likeness.largest_logit_difference:.3g} at most and "
         f"{likeness.mean_logit_difference:.3g} on average; {likeness.top1_agreement:.1%} of the likeliest tokens agree."

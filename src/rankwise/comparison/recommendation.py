@@ -11,8 +11,9 @@ from rankwise.reports.costs import Range, is_above, memory_range, seconds_range
 from rankwise.reports.naming import long_name, metric_in_sentence
 from rankwise.reports.numbers import byte_size, capital, duration, listed, plural, significant
 from rankwise.reports.schema import Difference, Method, ParetoPoint, Recommendation
+from rankwise.serving import refusing
 
-# vLLM and SGLang take the adapters of LoRA and refuse these.
+# Servers take the adapters of LoRA and refuse these.
 REFUSED_BY_SERVERS = (*DORA, *BASELINES)
 
 
@@ -149,7 +150,7 @@ _COSTS = (
     _Cost(lambda _, method: seconds_range(method), "takes longer", "take longer"),
     _Cost(lambda _, method: memory_range(method), "needs more memory", "need more memory"),
     _Cost(_parameters, "trains more parameters", "train more parameters"),
-    _Cost(_refusals, "is refused by vLLM and SGLang", "are refused by vLLM and SGLang", is_relative=False),
+    _Cost(_refusals, f"is refused by {refusing('dora')}", f"are refused by {refusing('dora')}", is_relative=False),
 )
 
 

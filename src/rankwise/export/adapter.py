@@ -10,22 +10,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rankwise.adapters.attached import report
 from rankwise.adapters.checkpoint import AdapterFile
-from rankwise.adapters.saving import adapter_tensors
 from rankwise.adapters.state import state_and_name
 from rankwise.disk import hold, whole_folder
 from rankwise.errors import AdapterError, ConfigError
-from rankwise.export.converted import Conversion, convert
+from rankwise.export.converted import Conversion, allowed_change, convert
 from rankwise.export.gguf_adapter import ADAPTER_FILE, check_base, gguf_pairs, write_adapter
 from rankwise.export.gguf_names import GgufNames
-from rankwise.export.likeness import Likeness, Row, likeness
+from rankwise.export.likeness import Likeness, Row, keeps_perplexity, likeness
 from rankwise.export.merged import refuse_to_overwrite
 from rankwise.export.modelfile import MODELFILE, modelfile
 from rankwise.export.portable import (
     Pair,
     check_rank,
     folded_pairs,
+    live_adapter,
     refuse_unserved,
     to_one_rank,
     write_portable,
@@ -95,6 +94,7 @@ def export_adapter(
     rank: int | None = None,
     max_error: float | None = None,
     rows: Sequence[Tensor] = (),
+    held_out: Sequence[Tensor] = (),
     base_gguf: str | Path | None = None,
 ) -> ExportReport:
     """Write the model's active adapter in the form that a server reads.
@@ -109,6 +109,7 @@ def export_adapter(
         max_error: The least rank is taken whose relative error is below this (default 0.05 for DoRA).
         rows: Token ids, each (T,), whose inputs to the layers define the error. Without rows the error is in
             Frobenius norm, which needs far higher ranks.
+        held_out: Token ids, each (T,). Without ``rank`` the rank grows until their perplexity changes by at most 1 %.
         base_gguf: The GGUF model that a GGUF adapter is for; names and shapes are checked against it.
 
     Raises:
@@ -119,17 +120,17 @@ def export_adapter(
         RunError: RW532, RW551, RW582, an output folder that cannot be written.
     """
     wanted = Wanted(target, rank, max_error, None if base_gguf is None else Path(base_gguf))
-    return export_live(model, Path(folder), wanted, Rows(rows))
+    return export_live(model, Path(folder), wanted, Rows(rows, [Row(ids, ids) for ids in held_out]))
 
 
 def export_live(model: Any, folder: Path, wanted: Wanted, rows: Rows) -> ExportReport:
     """As ``export_adapter``, with a comparison on held-out rows where something is converted."""
-    state, name = state_and_name(model, None)
-    file = AdapterFile(state.configs[name], list(report(model, name).modules), adapter_tensors(model, name))
+    _, name = state_and_name(model, None)
+    file = live_adapter(model, name)
     with hold(folder):
         refuse_to_overwrite(folder)
         refuse_unserved(file, wanted.target)
-        pairs, conversion = _low_rank(model, name, file, wanted, rows.inputs)
+        pairs, conversion = _low_rank(model, name, file, wanted, rows)
         compared = likeness(model, file, name, pairs, rows.held_out) if conversion and rows.held_out else None
         return _write(folder, model, file, wanted, (pairs, conversion, compared))
 
@@ -144,20 +145,28 @@ def export_file(skeleton: nn.Module, file: AdapterFile, folder: Path, wanted: Wa
 
 
 def _low_rank(
-    model: Any, name: str, file: AdapterFile, wanted: Wanted, rows: Sequence[Tensor]
+    model: Any, name: str, file: AdapterFile, wanted: Wanted, rows: Rows
 ) -> tuple[dict[str, Pair], Conversion | None]:
     folded = folded_pairs(model, file)
     if not wanted.converts(file):
         return to_one_rank(folded, wanted.r), None
     stacks = {item.name: folded[item.name] for item in file.planned if item.experts is not None}
-    pairs, conversion = convert(model, name, rows, r=wanted.r, max_error=wanted.max_error)
-    if stacks and max(pair.r for pair in stacks.values()) > conversion.r:
+    least = max((pair.r for pair in stacks.values()), default=0)
+    if wanted.r is not None and least > wanted.r:
         raise AdapterError(
             "RW734",
-            f"the adapter's stacked experts keep their rank, and the others would get {conversion.r}; leave --rank and "
-            "--max-error out, or give a --rank that is not below theirs.",
+            f"the adapter's stacked experts keep their rank of {least}, and --rank is {wanted.r}; give one that is not "
+            "below theirs.",
         )
-    return to_one_rank({**stacks, **pairs}, conversion.r), conversion
+    keeps = None
+    if wanted.r is None and rows.held_out:
+        keeps_these = keeps_perplexity(model, file, name, rows.held_out, allowed_change(wanted.max_error))
+
+        def keeps(pairs: dict[str, Pair]) -> bool:
+            return keeps_these(to_one_rank({**stacks, **pairs}))
+
+    pairs, conversion = convert(model, name, rows.inputs, r=wanted.r, max_error=wanted.max_error, keeps=keeps)
+    return to_one_rank({**stacks, **pairs}, max(least, conversion.r)), conversion
 
 
 Found = tuple[Mapping[str, Pair], Conversion | None, Likeness | None]

@@ -21,15 +21,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters.attached import AdapterReport, report
+from rankwise.adapters.attached import AdapterReport
 from rankwise.adapters.checkpoint import AdapterFile, load_tensors
 from rankwise.adapters.inject import attach, check_name
-from rankwise.adapters.saving import adapter_tensors
-from rankwise.adapters.state import base_modules, state_and_name
+from rankwise.adapters.state import base_modules
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError, ConfigError
 from rankwise.export.portable import (
     Pair,
+    live_adapter,
     portable_config,
     portable_modules,
     portable_tensors,
@@ -95,12 +95,7 @@ def combine_adapters(
         AdapterError: RW405 a name that is taken, RW407 an adapter that is not loaded, RW751 DoRA, experts or trained
             weights, RW752 ranks that cannot be added.
     """
-    files = []
-    for each in adapters:
-        state, found = state_and_name(model, each)
-        files.append(
-            AdapterFile(state.configs[found], list(report(model, found).modules), adapter_tensors(model, found))
-        )
+    files = [live_adapter(model, each) for each in adapters]
     pairs, file = combined(model, files, Combination(weights, combine, rank, density))
     r = next(iter(pairs.values())).r
     config = portable_config(model, file, r)

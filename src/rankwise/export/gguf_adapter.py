@@ -7,12 +7,11 @@ lora_a is (r, in) and lora_b (out, r), of E experts (E, r, in) and (E, out, r), 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from rankwise.adapters.state import base_modules
 from rankwise.disk import naming
@@ -60,25 +59,16 @@ def check_base(base: Path, names: GgufNames, pairs: Pairs) -> GgufHeader:
         raise ModelError(
             "RW743", f"{base} is of the architecture {found}, and the adapter's base is {names.architecture}."
         )
-    problems = [
-        f"{name} is {_shape(header, name)} and the adapter's {(a, b)}"
-        for name, pair in pairs.items()
-        for a, b in [_ends(name, pair)]
-        if _shape(header, name) != (a, b)
-    ]
+    problems = []
+    for name, pair in pairs.items():
+        there = header.tensors[name].shape[:2] if name in header.tensors else None
+        # (in, out) of the weight below; an embedding's rows are its vocabulary.
+        ends = (pair.B.shape[0], pair.A.shape[0]) if name == EMBEDDING else (pair.A.shape[-1], pair.B.shape[-2])
+        if there != ends:
+            problems.append(f"{name} is {there} and the adapter's {ends}")
     if problems:
         raise ModelError("RW743", f"{base} is another model than the adapter's base: {some_of(problems)}.")
     return header
-
-
-def _ends(name: str, pair: Pair) -> tuple[int, int]:
-    """(in, out) of the weight below; an embedding's rows are its vocabulary."""
-    a, b = (pair.B.shape[0], pair.A.shape[0]) if name == EMBEDDING else (pair.A.shape[-1], pair.B.shape[-2])
-    return a, b
-
-
-def _shape(header: GgufHeader, name: str) -> tuple[int, ...] | None:
-    return header.tensors[name].shape[:2] if name in header.tensors else None
 
 
 def write_adapter(path: Path, names: GgufNames, pairs: Pairs, base_name: str | None) -> None:
@@ -94,8 +84,9 @@ def write_adapter(path: Path, names: GgufNames, pairs: Pairs, base_name: str | N
     if base_name:
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, base_name)
-    for name, tensor in _tensors(pairs):
-        writer.add_tensor(name, _array(tensor))
+    for name, pair in pairs.items():
+        for side, tensor in (("a", pair.A), ("b", pair.B)):
+            writer.add_tensor(f"{name}.lora_{side}", np.ascontiguousarray(tensor.float().numpy()))
     with naming(path):
         try:
             writer.write_header_to_file()
@@ -103,13 +94,3 @@ def write_adapter(path: Path, names: GgufNames, pairs: Pairs, base_name: str | N
             writer.write_tensors_to_file()
         finally:
             writer.close()
-
-
-def _tensors(pairs: Pairs) -> Iterator[tuple[str, Tensor]]:
-    for name, pair in pairs.items():
-        yield f"{name}.lora_a", pair.A
-        yield f"{name}.lora_b", pair.B
-
-
-def _array(tensor: Tensor) -> Any:
-    return np.ascontiguousarray(tensor.float().numpy())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,56 +43,76 @@ class Likeness:
     perplexity_exported: float
 
 
-class _Sums:
-    """Sums over the losses of one of the three models."""
+@torch.no_grad()
+def keeps_perplexity(
+    model: Any, file: AdapterFile, name: str, rows: Sequence[Row], share: float
+) -> Callable[[Pairs], bool]:
+    """Whether pairs keep the perplexity of ``rows`` within ``share`` of the trained adapter's, as a function of them.
 
-    def __init__(self) -> None:
-        self.loss, self.count = 0.0, 0
+    |mean d| + 2 standard errors <= log(1 + share), where d are the differences of the labels' losses. The errors take
+    at most half of that: few rows, or rounding to 16 bits, would otherwise refuse every rank.
+    """
+    trained, most = _losses(model, rows), math.log1p(share)
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        self.loss += cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORED, reduction="sum").item()
-        self.count += int((labels[1:] != IGNORED).sum())
+    def keeps(pairs: Pairs) -> bool:
+        with _laid_over(model, file, name, pairs):
+            d = _losses(model, rows) - trained
+        return float(d.mean().abs() + min(2 * d.std() / len(d) ** 0.5, most / 2)) <= most
 
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.loss / self.count) if self.count else math.nan
+    return keeps
 
 
 @torch.no_grad()
 def likeness(model: Any, file: AdapterFile, name: str, pairs: Pairs, rows: Sequence[Row]) -> Likeness:
-    """Lay the exported pairs over ``model`` beside the adapter ``name``, which is active, and compare."""
+    """The exported pairs beside the adapter ``name``, which is active."""
+    with _laid_over(model, file, name, pairs):
+        return _compare(model, name, rows)
+
+
+@contextmanager
+def _laid_over(model: Any, file: AdapterFile, name: str, pairs: Pairs) -> Iterator[None]:
+    """Within this context the pairs are the active adapter instead of ``name``."""
     r = next(iter(pairs.values())).r
     attach(model, portable_config(model, file, r), portable_modules(file, r), EXPORTED, trainable=False)
     try:
         load_tensors(model, portable_tensors(model, file, pairs), EXPORTED)
-        return _compare(model, name, rows)
+        yield
     finally:
         remove_adapter(model, EXPORTED)
         set_adapter(model, name)
 
 
 def _compare(model: Any, name: str, rows: Sequence[Row]) -> Likeness:
-    sums = base, trained, exported = _Sums(), _Sums(), _Sums()
+    losses: tuple[list[Tensor], ...] = ([], [], [])
     largest, total, agreed, tokens = 0.0, 0.0, 0, 0
     for row in rows:
-        ids, labels = row.ids[None].to(model.device), row.labels.to(model.device)
-        logits = []
-        for active in (name, EXPORTED):
-            set_adapter(model, active)
-            logits.append(_logits(model, ids))
         with adapter_disabled(model):
-            base.add(_logits(model, ids), labels)
-        difference = (logits[0] - logits[1]).abs()
+            base = _logits(model, row)
+        set_adapter(model, name)
+        trained = _logits(model, row)
+        set_adapter(model, EXPORTED)
+        exported = _logits(model, row)
+        difference = (trained - exported).abs()
         largest, total = max(largest, difference.max().item()), total + difference.mean(dim=-1).sum().item()
-        agreed += int((logits[0].argmax(-1) == logits[1].argmax(-1)).sum())
+        agreed += int((trained.argmax(-1) == exported.argmax(-1)).sum())
         tokens += len(row.ids)
-        for one, each in zip(sums[1:], logits):
-            one.add(each, labels)
+        for found, logits in zip(losses, (base, trained, exported)):
+            found.append(_loss(logits, row))
     return Likeness(
-        tokens, largest, total / tokens, agreed / tokens, base.perplexity, trained.perplexity, exported.perplexity
+        tokens, largest, total / tokens, agreed / tokens, *(float(torch.cat(one).mean().exp()) for one in losses)
     )
 
 
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    found: Tensor = model(input_ids=ids, use_cache=False).logits[0].float()
+def _losses(model: Any, rows: Sequence[Row]) -> Tensor:
+    """Of every label, row by row."""
+    return torch.cat([_loss(_logits(model, row), row) for row in rows])
+
+
+def _loss(logits: Tensor, row: Row) -> Tensor:
+    labels = row.labels[1:].to(logits.device)
+    return cross_entropy(logits[:-1][labels != IGNORED], labels[labels != IGNORED], reduction="none")
+
+
+def _logits(model: Any, row: Row) -> Tensor:
+    found: Tensor = model(input_ids=row.ids[None].to(model.device), use_cache=False).logits[0].float()
     return found

@@ -15,12 +15,19 @@ import safetensors.torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.adapters.attached import AdaptedModule
+from rankwise.adapters.attached import AdaptedModule, report
 from rankwise.adapters.checkpoint import AdapterFile, stack_keys
 from rankwise.adapters.experts import from_peft_A, from_peft_B, peft_A, peft_B
 from rankwise.adapters.peft_config import CONFIG_FILE, to_peft
-from rankwise.adapters.saving import PREFIX, WEIGHTS_FILE, is_transposed, shortest_targets, tensor_keys
-from rankwise.adapters.state import base_modules
+from rankwise.adapters.saving import (
+    PREFIX,
+    WEIGHTS_FILE,
+    adapter_tensors,
+    is_transposed,
+    shortest_targets,
+    tensor_keys,
+)
+from rankwise.adapters.state import base_modules, state_and_name
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError
 from rankwise.quantization.listing import some_of
@@ -48,14 +55,23 @@ Pairs = Mapping[str, Pair]
 """By the name of the module, or of the stack's parameter."""
 
 
+def live_adapter(model: nn.Module, name: str | None) -> AdapterFile:
+    """An adapter of a living model (by default the active one), as if it had been read from a folder."""
+    state, name = state_and_name(model, name)
+    return AdapterFile(state.configs[name], list(report(model, name).modules), adapter_tensors(model, name))
+
+
 def refuse_unserved(file: AdapterFile, target: str) -> None:
-    """Raise AdapterError (RW730) for trained weights that no low-rank pair can carry."""
+    """Raise AdapterError (RW730) for trained weights that no low-rank pair can carry, and for experts' where the server
+    takes none."""
     whole = sorted(key.removeprefix(PREFIX) for key in file.tensors if ".lora_" not in key)
-    if whole:
+    stacks = [item.name for item in file.planned if item.experts is not None]
+    if whole or (stacks and "experts" in SERVERS[target].refuses):
+        what = f"trains {some_of(whole)} whole" if whole else f"adapts the stacked experts {some_of(stacks)}"
         raise AdapterError(
             "RW730",
-            f"the adapter trains {some_of(whole)} whole, and {SERVERS[target].name} takes low-rank pairs alone; write "
-            "a merged model with --merged, or with rankwise merge.",
+            f"the adapter {what}, and {SERVERS[target].name} takes low-rank pairs of layers alone; write a merged "
+            "model with --merged, or with rankwise merge.",
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from rankwise.config import DORA, FOUR_BITS
 from rankwise.options import ALL_LINEAR
+from rankwise.serving import refusing
 
 Evidence = Literal["published", "mixed", "computed", "tried"]
 
@@ -107,8 +108,9 @@ RULES: tuple[Rule, ...] = (
         "lora-serving",
         "LoRA: many adapters served over one base",
         lambda s: s.method in ("lora", "qlora") and s.goal == "serving",
-        "vLLM and SGLang serve plain LoRA adapters and reject DoRA's; DoRA has to be exported with an error, or merged",
-        "vLLM and SGLang, November 2026",
+        f"{refusing('dora')} serve plain LoRA adapters and reject DoRA's; DoRA has to be exported with an error, or "
+        "merged",
+        f"{refusing('dora')}, November 2026",
         "tried",
     ),
     Rule(

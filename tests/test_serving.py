@@ -1,0 +1,31 @@
+"""One table says what each server takes, and the page shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rankwise.serving import SERVERS, WORDS, refusing, served, traits_of, vllm_rank
+
+PAGE = Path(__file__).parent.parent / "docs" / "serving.md"
+FORMS = {"peft": "PEFT's folder", "gguf": "`adapter.gguf`"}
+
+
+@pytest.mark.parametrize("target", SERVERS)
+def test_the_page_has_the_table(target):
+    server = SERVERS[target]
+    refused, ignored = (", ".join(WORDS[trait] for trait in traits) for traits in (server.refuses, server.ignores))
+    assert f"| {server.name} | {FORMS[server.form]} | {refused} | {ignored} |" in PAGE.read_text(encoding="utf-8")
+
+
+def test_ranks_are_those_of_vllms_flag():
+    assert [vllm_rank(r) for r in (1, 3, 16, 17, 512, 513)] == [1, 8, 16, 32, 512, None]
+
+
+def test_who_refuses_dora_is_said_from_the_table():
+    assert refusing("dora") == "vLLM and SGLang"
+    assert traits_of({"use_dora": True, "bias": "all"}) == ("dora", "bias")
+    config = {"r": 40, "use_rslora": True}
+    assert "vLLM, as it is, with --max-lora-rank 64" in served("lora", config)
+    assert "SGLang: `rankwise export --for sglang`, since it ignores rsLoRA's scale" in served("lora", config)
