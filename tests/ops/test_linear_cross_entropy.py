@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from rankwise.chunks import CARD_TILE, chunk_rows
 from rankwise.ops import linear_cross_entropy as chunked
-from rankwise.ops.linear_cross_entropy import LogitShape, linear_cross_entropy
+from rankwise.ops.linear_cross_entropy import LogitShape, linear_cross_entropy, linear_log_probs
 
 SHAPES = (LogitShape(), LogitShape(0.5), LogitShape(1.3, 2.0))
 TARGETS = torch.tensor([1, -100, 3, 10, 0])
@@ -54,6 +54,24 @@ def test_equals_the_loss_of_whole_logits(dtype: torch.dtype, shape: LogitShape, 
     entropy = torch.distributions.Categorical(logits=scored).entropy().sum()
     torch.testing.assert_close(found.entropy, entropy, rtol=1e-5, atol=1e-6)
     assert found.correct == (scored.argmax(1) == TARGETS[TARGETS != -100]).sum()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log_probs_equal_those_of_whole_logits(shape: LogitShape, temperature: float, dtype: torch.dtype) -> None:
+    """Each target's, and the gradient of a sum that weighs each otherwise."""
+    hidden, weight, bias = given(dtype, biased=True)
+    targets, weights = torch.tensor([1, 7, 3, 10, 0]), torch.tensor([0.3, -2.0, 0.0, 1.0, 5.0], dtype=dtype)
+    logits = shape(F.linear(hidden, weight, bias)) / temperature
+    expected = torch.log_softmax(logits, -1).gather(1, targets[:, None]).squeeze(1)
+    found = linear_log_probs(hidden, weight, targets, shape=shape.at(temperature), bias=bias, want_stats=True)
+    torch.testing.assert_close(found.log_probs, expected)
+    grads = [torch.autograd.grad((weights * each).sum(), hidden)[0] for each in (found.log_probs, expected)]
+    torch.testing.assert_close(*grads)
+    entropy = torch.distributions.Categorical(logits=logits.double()).entropy().sum()
+    torch.testing.assert_close(found.entropy, entropy, rtol=1e-5, atol=1e-6)
+    assert found.correct == (logits.argmax(1) == targets).sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -24,7 +24,7 @@ from rankwise.acceleration.replace import ATTRIBUTE, Record, Undo, class_forward
 from rankwise.adapters.operator import computes_in
 from rankwise.chunks import chunk_rows
 from rankwise.constants import IGNORED
-from rankwise.ops.linear_cross_entropy import LossSums, linear_cross_entropy
+from rankwise.ops.linear_cross_entropy import LossSums, linear_cross_entropy, linear_log_probs
 from rankwise.ops.selection import is_traced
 
 
@@ -35,6 +35,9 @@ class LossOptions:
     label_smoothing: float = 0.0
     # Count entropy and hits too.
     want_stats: bool = False
+    # The log-probability of each label too, of logits divided by the temperature; then no label is smoothed.
+    want_log_probs: bool = False
+    temperature: float = 1.0
     # (P,) int64: `scored_positions` of the labels. Whoever gives them has checked the labels, and the device need not
     # be waited for.
     scored: Tensor | None = None
@@ -131,23 +134,24 @@ def _keeps_all(logits_to_keep: Any) -> bool:
 
 def _sums(head: Head, hidden: Tensor, targets: Tensor, options: LossOptions) -> LossSums:
     module: Any = head.module
+    head = dataclasses.replace(head, shape=head.shape.at(options.temperature))
     if type(module) is nn.Linear and not module.weight.requires_grad and module.weight.dtype == hidden.dtype:
         trains_bias = module.bias is not None and module.bias.requires_grad
         if not trains_bias and computes_in(hidden.dtype, hidden.device):
-            return linear_cross_entropy(
-                hidden,
-                module.weight,
-                targets,
-                shape=head.shape,
-                label_smoothing=options.label_smoothing,
-                bias=module.bias,
-                want_stats=options.want_stats,
-                checked=options.scored is not None,
-            )
-    return _sums_through(head, hidden, targets, options.label_smoothing)
+            asked: dict[str, Any] = {
+                "shape": head.shape,
+                "bias": module.bias,
+                "want_stats": options.want_stats,
+                "checked": options.scored is not None,
+            }
+            if options.want_log_probs:
+                return linear_log_probs(hidden, module.weight, targets, **asked)
+            smoothing = options.label_smoothing
+            return linear_cross_entropy(hidden, module.weight, targets, label_smoothing=smoothing, **asked)
+    return _sums_through(head, hidden, targets, options)
 
 
-def _sums_through(head: Head, hidden: Tensor, targets: Tensor, label_smoothing: float) -> LossSums:
+def _sums_through(head: Head, hidden: Tensor, targets: Tensor, options: LossOptions) -> LossSums:
     """As above through the head itself, which may be adapted, quantized or trained; chunks are computed again for the
     backward pass."""
     vocabulary = max(1, int(getattr(head.module, "out_features", 1)))
@@ -156,16 +160,21 @@ def _sums_through(head: Head, hidden: Tensor, targets: Tensor, label_smoothing: 
     sums = []
     for piece, wanted in zip(hidden.split(rows), targets.split(rows)):
         if torch.is_grad_enabled():
-            sums.append(checkpoint(_chunk, head, piece, wanted, label_smoothing, use_reentrant=False))
+            sums.append(checkpoint(_chunk, head, piece, wanted, options, use_reentrant=False))
         else:
-            sums.append(_chunk(head, piece, wanted, label_smoothing))
-    loss, entropy, correct = (torch.stack(part).sum() for part in zip(*sums))
-    return LossSums(loss, entropy.detach(), correct)
+            sums.append(_chunk(head, piece, wanted, options))
+    losses, entropy, correct = zip(*sums)
+    stats = torch.stack(entropy).sum().detach(), torch.stack(correct).sum()
+    if not options.want_log_probs:
+        return LossSums(torch.stack(losses).sum(), *stats)
+    log_probs = -torch.cat(losses)
+    return LossSums(-log_probs.sum(), *stats, log_probs)
 
 
-def _chunk(head: Head, hidden: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk(head: Head, hidden: Tensor, targets: Tensor, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
     logits = head.shape(head.module(hidden)).float()
-    loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+    reduction = "none" if options.want_log_probs else "sum"
+    loss = F.cross_entropy(logits, targets, reduction=reduction, label_smoothing=options.label_smoothing)
     with torch.no_grad():
         log_p = F.log_softmax(logits, dim=-1)
         entropy = -(log_p.exp() * log_p).sum()

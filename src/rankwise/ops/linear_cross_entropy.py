@@ -3,13 +3,14 @@
     loss = sum_t CE(f(h_t W^T), target_t) / count        f(z) = cap * tanh(m z / cap), or m z without a cap
 
 Legend: T = positions, D = hidden size, V = vocabulary. The gradient of h is made in the same pass as the loss, while a
-chunk of logits is at hand, so the head's product runs once forward and once backward, as without chunks.
+chunk of logits is at hand, so the head's product runs once forward and once backward, as without chunks. That holds for
+the log-probability of each target too: row t of its gradient depends on h_t alone, and is scaled by dL/dlog p_t later.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,15 +36,22 @@ class LogitShape:
         z = logits if self.multiplier == 1.0 else logits * self.multiplier
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
+    def at(self, temperature: float) -> LogitShape:
+        """The shape of the logits divided by a temperature."""
+        cap = None if self.softcap is None else self.softcap / temperature
+        return LogitShape(self.multiplier / temperature, cap)
+
 
 @dataclasses.dataclass(frozen=True)
 class LossSums:
-    """Sums over the scored positions; only the loss is differentiable."""
+    """Sums over the scored positions; only the loss is differentiable, and what it is the sum of."""
 
     loss: Tensor
     entropy: Tensor | None
     # Positions whose likeliest token is the target.
     correct: Tensor | None
+    # (T,): log p of each target, where it was asked for. The loss is minus their sum.
+    log_probs: Tensor | None = None
 
 
 def linear_cross_entropy(
@@ -74,6 +82,27 @@ def linear_cross_entropy(
     return LossSums(loss, entropy, correct)
 
 
+def linear_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    shape: LogitShape | None = None,
+    bias: Tensor | None = None,
+    want_stats: bool = False,
+    checked: bool = False,
+) -> LossSums:
+    """``log_softmax(f(hidden @ weight.T + bias).float(), -1)`` at the targets, (T,), differentiable in hidden.
+
+    Arguments and errors as of ``linear_cross_entropy``; no target is -100.
+    """
+    if not checked:
+        check_targets(targets, weight.shape[0], IGNORED)
+    found = _ChunkedLogProbs.apply(hidden, weight, bias, targets, shape or LogitShape(), want_stats)
+    log_probs, entropy, correct = found
+    return LossSums(-log_probs.sum(), entropy, correct, log_probs)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -88,21 +117,13 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         wanted = chunk_rows(weight.shape[0], weight.element_size(), on_card=stands_on_card(hidden))
-        rows = max(1, min(len(hidden), wanted))
-        scratch = hidden.new_empty(rows, weight.shape[0])
         sums = []
-        for start in range(0, len(hidden), rows):
-            piece = slice(start, min(start + rows, len(hidden)))
-            logits = linear_out(hidden[piece], weight, scratch[: piece.stop - start])
-            if bias is not None:
-                logits += bias
+        for piece, logits in _chunks(hidden, weight, bias, wanted):
             sums.append(_score_(logits, targets[piece], shape, label_smoothing, grad is not None, want_stats))
             if grad is not None:
                 input_grad_out(logits, weight, grad[piece])
         ctx.save_for_backward(grad)
-        loss, entropy, correct = (
-            [_total(part, hidden) for part in zip(*sums)] if sums else [_total((), hidden) for _ in range(3)]
-        )
+        loss, entropy, correct = _totals(sums, hidden)
         loss = loss if hidden.dtype is torch.float64 else loss.float()
         if not want_stats:
             return loss, None, None
@@ -115,6 +136,60 @@ class _ChunkedLoss(torch.autograd.Function):
         (grad,) = ctx.saved_tensors
         # A scalar in float32: rounded to bfloat16 it would be off by up to 0.4 %, in every gradient alike.
         return grad * upstream, None, None, None, None, None, None
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        shape: LogitShape,
+        want_stats: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # Small chunks on a card too: the softmax's sum is taken in float32.
+        wanted = chunk_rows(weight.shape[0], 4, on_card=False)
+        log_probs, sums = [hidden.new_empty(0, dtype=_wide(hidden))], []
+        for piece, logits in _chunks(hidden, weight, bias, wanted):
+            z = shape(logits.to(_wide(hidden)))
+            log_probs.append(z.gather(1, targets[piece, None]).squeeze(1) - z.logsumexp(1))
+            if grad is not None or want_stats:
+                sums.append(_score_(logits, targets[piece], shape, 0.0, grad is not None, want_stats))
+            if grad is not None:
+                input_grad_out(logits, weight, grad[piece])
+        ctx.save_for_backward(grad)
+        _, entropy, correct = _totals(sums, hidden)
+        if not want_stats:
+            return torch.cat(log_probs), None, None
+        ctx.mark_non_differentiable(entropy, correct)
+        return torch.cat(log_probs), entropy, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+        (grad,) = ctx.saved_tensors
+        # The saved gradient is that of the loss, -log p. The factor stays in float32 as above.
+        return (grad * -upstream[:, None]).to(grad.dtype), None, None, None, None, None
+
+
+def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: int) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of ``hidden``, about ``wanted`` at once, and their logits, which live until the next."""
+    rows = max(1, min(len(hidden), wanted))
+    scratch = hidden.new_empty(rows, weight.shape[0])
+    for start in range(0, len(hidden), rows):
+        piece = slice(start, min(start + rows, len(hidden)))
+        logits = linear_out(hidden[piece], weight, scratch[: piece.stop - start])
+        if bias is not None:
+            logits += bias
+        yield piece, logits
+
+
+def _wide(hidden: Tensor) -> torch.dtype:
+    """In which logarithms are taken."""
+    return torch.promote_types(hidden.dtype, torch.float32)
 
 
 def _score_(
@@ -132,6 +207,11 @@ def _score_(
         want_correct=want_stats,
         checked=True,
     )
+
+
+def _totals(sums: Sequence[tuple[Tensor | None, ...]], hidden: Tensor) -> list[Tensor]:
+    """Loss, entropy and hits of all chunks."""
+    return [_total(part, hidden) for part in zip(*sums)] if sums else [_total((), hidden) for _ in range(3)]
 
 
 def _total(parts: Sequence[Tensor | None], hidden: Tensor) -> Tensor:
