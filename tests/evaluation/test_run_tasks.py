@@ -10,11 +10,11 @@ import pytest
 import torch
 from small_engines import byte_engine, byte_model, nobody, save_byte_model, write_lines
 
+from rankwise.acceleration.generation import Decoding
 from rankwise.adapters import add_adapter, save_adapter
 from rankwise.config import LoraConfig
 from rankwise.disk import hold
 from rankwise.errors import ConfigError, DataError, Interrupted, RankwiseWarning, RunError
-from rankwise.evaluation.generation import Decoding
 from rankwise.evaluation.loading import template_of
 from rankwise.evaluation.record import Example, load_result, read_examples
 from rankwise.evaluation.run import Observer, SilentObserver, evaluate, evaluate_all, variants_of

@@ -83,7 +83,7 @@ class Speaker:
         """The answer of the model as it is now; ``streamer``, one of transformers', gets its tokens as they come."""
         import torch
 
-        from rankwise.evaluation.generation import only_numbers
+        from rankwise.acceleration.generation import only_numbers
 
         inputs = self._encode(asked)
         length = inputs["input_ids"].shape[1]

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rankwise.acceleration import optimize_for_training, restore
+from rankwise.acceleration.generation import Decoding, Generator, Prompt, batches_that_fit
 from rankwise.acceleration.scoring import Scorer, loss_scorer
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.rows import Row, Rows
-from rankwise.evaluation.generation import Decoding, Generator, Prompt, batches_by_length
 from rankwise.models.positions import table_rows
 
 if TYPE_CHECKING:
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 # Tokens of a batch that is scored: enough to keep the device busy.
 SCORING_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
-GENERATING_ROWS = {"cpu": 64, "cuda": 256, "mps": 64}
-# Keys and values of a batch that is written, on a CPU; on a card a quarter of what is free.
-CACHE_BYTES = 1 << 30
 
 
 @dataclasses.dataclass
@@ -84,9 +81,7 @@ class Engine:
 
     def batches(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[list[int]]:
         """The indices of the prompts that are answered together."""
-        rows = self.batch_size or max(1, GENERATING_ROWS.get(self.device_type, 64) // decoding.num_beams)
-        tokens = self._cache_bytes() // max(1, self._bytes_per_token()) // decoding.num_beams
-        return batches_by_length(prompts, budget=tokens, new_tokens=decoding.max_new_tokens, max_rows=rows)
+        return batches_that_fit(self.model, prompts, decoding, self.batch_size)
 
     def stop_ids(self, more: Iterable[int | None] = ()) -> frozenset[int]:
         """The tokens that end an answer: the tokenizer's, the model's, and ``more``."""
@@ -110,14 +105,3 @@ class Engine:
     def text_ids(self, text: str) -> tuple[int, ...]:
         """The ids of a plain text, with the tokenizer's opening token if it has one."""
         return tuple(self.tokenizer(text)["input_ids"])
-
-    def _bytes_per_token(self) -> int:
-        config = self.model.config.get_text_config(decoder=True)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * int(config.num_hidden_layers) * int(heads) * int(size) * self.model.dtype.itemsize
-
-    def _cache_bytes(self) -> int:
-        if self.device_type == "cuda":
-            return torch.cuda.mem_get_info(self.model.device)[0] // 4
-        return CACHE_BYTES

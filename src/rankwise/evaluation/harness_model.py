@@ -14,10 +14,10 @@ from typing import Any
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from rankwise.acceleration.generation import Decoding, Prompt
 from rankwise.acceleration.packing import members_of
 from rankwise.acceleration.scoring import Target, target_of
 from rankwise.evaluation.engine import Engine
-from rankwise.evaluation.generation import Decoding, Prompt
 from rankwise.evaluation.journal import Responses
 from rankwise.evaluation.tasks.answers import fitting, with_room, writer
 from rankwise.evaluation.tasks.base import Tell

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from rankwise.errors import DataError, RankwiseWarning
-from rankwise.evaluation.metrics.gsm8k import extract_answer, is_correct, read_gsm8k, score_gsm8k
+from rankwise.evaluation.metrics.gsm8k import is_correct, read_gsm8k, score_gsm8k
+from rankwise.final_number import extract_answer
 
 ANSWERS = {
     "She makes 9 * 2 = $18 a day.\nA: 18": 18,

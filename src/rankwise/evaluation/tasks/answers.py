@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rankwise.acceleration.generation import Decoding, Prompt
 from rankwise.errors import warn
 from rankwise.evaluation.engine import Engine
-from rankwise.evaluation.generation import Decoding, Prompt
 from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.base import Tell, answer_in_batches
 

@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from rankwise.acceleration.generation import Decoding
 from rankwise.data.files import kind_of, read_file
 from rankwise.data.formats import BadRow, rows_from_records
 from rankwise.errors import DataError
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.errors_of_means import Mean
-from rankwise.evaluation.generation import Decoding
 from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.answers import Question, write_answers
 from rankwise.evaluation.tasks.base import (

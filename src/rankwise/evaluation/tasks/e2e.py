@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from rankwise.acceleration.generation import Decoding
 from rankwise.data import Rows
 from rankwise.errors import DataError, warn
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.errors_of_means import Mean, mean_of, paired_difference
-from rankwise.evaluation.generation import Decoding
 from rankwise.evaluation.metrics.e2e import METRICS, E2eScores, score_e2e
 from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.answers import Question, write_answers

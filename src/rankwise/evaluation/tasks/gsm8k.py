@@ -12,13 +12,13 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from rankwise.acceleration.generation import Decoding
 from rankwise.data import Rows, read_rows
 from rankwise.data.rows import Row
 from rankwise.errors import DataError
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.errors_of_means import Mean
-from rankwise.evaluation.generation import Decoding
-from rankwise.evaluation.metrics.gsm8k import extract_answer, is_correct
+from rankwise.evaluation.metrics.gsm8k import is_correct
 from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.answers import Question, write_answers
 from rankwise.evaluation.tasks.base import (
@@ -30,6 +30,7 @@ from rankwise.evaluation.tasks.base import (
     warn_of_empty,
 )
 from rankwise.evaluation.tasks.names import harness_folder
+from rankwise.final_number import extract_answer
 from rankwise.foreign import JsonObject
 
 HUB = "openai/gsm8k:main"

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from rankwise.acceleration.generation import Decoding
 from rankwise.data.rows import Row, Rows
 from rankwise.errors import DataError
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.errors_of_means import Mean, error_of_shares, mean_of, shares_of_ratio
-from rankwise.evaluation.generation import Decoding
 from rankwise.evaluation.metrics.files import read_records
 from rankwise.evaluation.record import Example, TaskResult
 from rankwise.evaluation.tasks.answers import Question, write_answers

@@ -1,7 +1,8 @@
 """Generate answers to many prompts by greedy decoding, sampling or beam search. Token ids in, token ids out.
 
 Greedy decoding takes the argmax at each step. Prompts of similar length share a batch, left-padded and with their own
-positions. Finished rows leave the batch. The common beginning of all prompts is computed once.
+positions. Finished rows leave the batch. The common beginning of all prompts is computed once, and so is a prompt that
+is answered several times.
 
 B rows, L tokens.
 """
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 SHARED_TOKENS = 32
 # Finished rows leave when at most this share of the batch still runs: each departure copies the cache.
 LEAVE_AT = 0.75
+# Rows that are written together at the most.
+ROWS = {"cpu": 64, "cuda": 256, "mps": 64}
+# Keys and values of a batch that is written, on a CPU; on a card a quarter of what is free.
+CACHE_BYTES = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,9 @@ class Decoding:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    # Answers that the model learns from: they keep the stop token that ended them; the rows of a batch draw at once,
+    # on the device, from all tokens; and what layers keep for their next call serves one with gradients too.
+    to_train_on: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +86,25 @@ def batches_by_length(prompts: Sequence[Prompt], *, budget: int, new_tokens: int
     return batches
 
 
+def batches_that_fit(
+    model: Any, prompts: Sequence[Prompt], decoding: Decoding, max_rows: int | None = None
+) -> list[list[int]]:
+    """``batches_by_length`` within the memory for keys and values."""
+    device = model.device
+    rows = max_rows or max(1, ROWS.get(device.type, 64) // decoding.num_beams)
+    room = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else CACHE_BYTES
+    tokens = room // max(1, cache_bytes_per_token(model)) // decoding.num_beams
+    return batches_by_length(prompts, budget=tokens, new_tokens=decoding.max_new_tokens, max_rows=rows)
+
+
+def cache_bytes_per_token(model: Any) -> int:
+    """Of keys and values in all layers."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * int(config.num_hidden_layers) * int(heads) * int(size) * int(model.dtype.itemsize)
+
+
 class Generator:
     """Generates answers with one model. ``pad`` is any token id."""
 
@@ -86,6 +113,7 @@ class Generator:
         self.decoding = decoding
         self.pad = pad
         self._prefix: tuple[tuple[int, ...], DynamicCache | None] = ((), None)
+        self._draws = torch.Generator(model.device).manual_seed(decoding.seed) if decoding.to_train_on else None
 
     def share(self, prompts: Sequence[Prompt]) -> None:
         """Compute the common beginning of all ``prompts`` for the following batches. Repeated calls cost nothing."""
@@ -110,9 +138,10 @@ class Generator:
 
     def answers(self, prompts: Sequence[Prompt], stopped: Stopped | None = None) -> list[list[int]]:
         """The token ids of the answers, without stop tokens. Raises ModelError (RW323) where the model computes NaN."""
-        if self.decoding.num_beams > 1:
-            return self._beam_search(prompts, stopped)
-        return self._step_by_step(prompts, stopped)
+        with torch.no_grad() if self.decoding.to_train_on else torch.inference_mode():
+            if self.decoding.num_beams > 1:
+                return self._beam_search(prompts, stopped)
+            return self._step_by_step(prompts, stopped)
 
     def _cached(self, cache: DynamicCache) -> JsonObject:
         """The cache as an argument of a step, under the name that this version of transformers uses."""
@@ -120,7 +149,6 @@ class Generator:
         last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         return {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True, **last}
 
-    @torch.inference_mode()
     def _step_by_step(self, prompts: Sequence[Prompt], stopped: Stopped | None) -> list[list[int]]:
         batch = _Running(prompts, self._prefix, self.model, self.pad)
         answers: list[list[int]] = [[] for _ in prompts]
@@ -132,15 +160,15 @@ class Generator:
                 position_ids=batch.positions,
                 **self._cached(batch.cache),
             )
-            logits = output.logits[:, -1].float()
+            logits = batch.spread(output.logits[:, -1]).float()
             check_logits(self.model, logits)
             chosen = self._choose(logits, answers, generators, batch.rows)
-            for row, token in zip(batch.rows, chosen):
-                if token >= 0:
+            goes_on = [token >= 0 and token not in self.decoding.stop_ids for token in chosen]
+            for row, token, goes in zip(batch.rows, chosen, goes_on):
+                if goes or (token >= 0 and self.decoding.to_train_on):
                     answers[row].append(token)
             running = [
-                token >= 0 and not (stopped is not None and stopped(answers[row]))
-                for row, token in zip(batch.rows, chosen)
+                goes and not (stopped is not None and stopped(answers[row])) for row, goes in zip(batch.rows, goes_on)
             ]
             if not batch.advance(chosen, running):
                 break
@@ -153,30 +181,34 @@ class Generator:
         generators: Sequence[torch.Generator | None],
         rows: Sequence[int],
     ) -> list[int]:
-        """The next token of each row; -1 for a stop token and for rows that have stopped."""
+        """The next token of each row; -1 for rows that have stopped."""
         if self.decoding.no_repeat_ngram_size:
             for index, row in enumerate(rows):
                 if row >= 0:
                     banned = repeating_tokens(answers[row], self.decoding.no_repeat_ngram_size)
                     logits[index, banned] = -torch.inf
-        if self.decoding.temperature > 0:
+        if self.decoding.temperature == 0:
+            tokens = logits.argmax(-1).tolist()
+        elif self._draws is not None:
+            p = torch.softmax(logits / self.decoding.temperature, -1)
+            tokens = torch.multinomial(p, 1, generator=self._draws).squeeze(1).tolist()
+        else:
             tokens = [
                 sample(logits[index], self.decoding.temperature, self.decoding.top_p, generators[row])
+                if row >= 0
+                else -1
                 for index, row in enumerate(rows)
             ]
-        else:
-            tokens = logits.argmax(-1).tolist()
-        return [-1 if row < 0 or token in self.decoding.stop_ids else token for row, token in zip(rows, tokens)]
+        return [-1 if row < 0 else token for row, token in zip(rows, tokens)]
 
     def _random(self, prompt: Prompt) -> torch.Generator | None:
         """The random generator of a prompt. It depends on the prompt and the seed, and not on the batch."""
-        if self.decoding.temperature == 0:
+        if self.decoding.temperature == 0 or self._draws is not None:
             return None
         # Hashed: torch's generator on the CPU takes 32 bits of a seed.
         name = f"{self.decoding.seed} {prompt.repeat} {prompt.ids}"
         return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))
 
-    @torch.inference_mode()
     def _beam_search(self, prompts: Sequence[Prompt], stopped: Stopped | None) -> list[list[int]]:
         """Beam search by transformers. Repeated n-grams are counted in the answer only."""
         from transformers import GenerationConfig
@@ -215,16 +247,31 @@ class _Running:
     ) -> None:
         beginning, cache = prefix
         start = len(beginning)
-        if cache is not None and all(prompt.ids[:start] == beginning for prompt in prompts):
+        asked, self._owners = [prompt.ids for prompt in prompts], None
+        if any(prompt.repeat for prompt in prompts):
+            asked = list(dict.fromkeys(asked))
+            place = {ids: number for number, ids in enumerate(asked)}
+            # Of each prompt the row that runs it in the first step.
+            self._owners = torch.tensor([place[prompt.ids] for prompt in prompts], device=model.device)
+        if cache is not None and all(ids[:start] == beginning for ids in asked):
             self.cache = copy.deepcopy(cache)
-            self.cache.batch_repeat_interleave(len(prompts))
+            self.cache.batch_repeat_interleave(len(asked))
         else:
             start, self.cache = 0, DynamicCache(config=model.config)
-        self.ids, mask = as_tensor([list(prompt.ids[start:]) for prompt in prompts], pad, model.device)
+        self.ids, mask = as_tensor([list(ids[start:]) for ids in asked], pad, model.device)
         self.positions = start + (mask.cumsum(-1) - 1).clamp(min=0)
-        self.mask = torch.cat([mask.new_ones(len(prompts), start), mask], dim=1)
+        self.mask = torch.cat([mask.new_ones(len(asked), start), mask], dim=1)
         self.rows = list(range(len(prompts)))
         # Number of the prompt in each row, -1 where it has stopped.
+
+    def spread(self, logits: Tensor) -> Tensor:
+        """Logits of each prompt; after the first step cache, mask and positions have a row for each, too."""
+        if (owners := self._owners) is None:
+            return logits
+        self._owners = None
+        self.cache.batch_select_indices(owners)
+        self.mask, self.positions = self.mask[owners], self.positions[owners]
+        return logits[owners]
 
     def advance(self, chosen: Sequence[int], running: Sequence[bool]) -> bool:
         """Use the chosen tokens as the next input. Returns False when no row is left."""

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from rankwise.acceleration.generation import Decoding, Generator, Prompt, batches_by_length, repeating_tokens, sample
 from rankwise.errors import ModelError
-from rankwise.evaluation.generation import Decoding, Generator, Prompt, batches_by_length, repeating_tokens, sample
 from tiny_models import tiny_gpt2, tiny_llama
 
 STOPS = frozenset(range(5, 13))

@@ -1,0 +1,70 @@
+"""The final number of a worked solution, by the rules of GSM8K (Cobbe et al. 2021)."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from fractions import Fraction
+
+DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
+# A number without its sign; 3/4 is one number.
+PATTERN = re.compile(rf"(?:{DIGITS})(?:\s?/\s?(?:{DIGITS}))?")
+SIGN = re.compile(r"(?P<left>\S?)(?P<gap>\s*)[$£€]?[-\u2212\u2013](?P<space>\s?)[$£€]?\s?$")
+# Characters before a number in which its sign may stand.
+SIGN_REACH = 12
+# Characters. A model that repeats a digit writes longer ones, and a fraction of millions of digits takes minutes.
+LONGEST_NUMBER = 1000
+# A solution behind ``A:`` that goes on to say what the answer is counts by that.
+ANSWER = r"\bfinal answer\b|\banswer\s*(?:is|:|=)"
+MARKERS = (
+    re.compile(r"####(?P<rest>[^\n]*)"),
+    re.compile(r"\\boxed\s*\{(?P<rest>[^{}\n]*)"),
+    re.compile(rf"(?im:{ANSWER}|^\s*A:(?![^\n]*(?:{ANSWER})))(?P<rest>[^\n]*)"),
+)
+# Notes for a calculator in GSM8K's own solutions: 48/2 = <<48/2=24>>24.
+CALCULATOR = re.compile(r"<<[^<>\n]*>>")
+
+
+def extract_answer(text: str) -> Fraction | None:
+    r"""The final number of ``text``, or None.
+
+    The first rule that matches: after ``####``; in ``\boxed{}``; after ``answer is``, ``answer:`` or ``A:``, where the
+    number after the line's last equals sign counts; the last number of all. Commas, currency signs, units and a full
+    stop are not part of it.
+    """
+    text = CALCULATOR.sub("", text)
+    for marker in MARKERS:
+        for found in marker.finditer(text):
+            number = _first_number(found["rest"])
+            if number is not None:
+                return number
+    numbers = list(PATTERN.finditer(text))
+    return _value(numbers[-1]) if numbers else None
+
+
+def _first_number(rest: str) -> Fraction | None:
+    """The first number behind the last equals sign, or of the whole text where none stands there."""
+    found = PATTERN.search(rest.rpartition("=")[2]) or PATTERN.search(rest)
+    return _value(found) if found else None
+
+
+def _value(found: re.Match[str]) -> Fraction | None:
+    """The number matched, with its sign; None for a division by zero, and for one that is too long to be an answer."""
+    if len(found[0]) > LONGEST_NUMBER:
+        return None
+    top, _, bottom = re.sub(r"[^\d./]", "", found[0]).partition("/")
+    divisor = Fraction(Decimal(bottom)) if bottom else Fraction(1)
+    if not divisor:
+        return None
+    value = Fraction(Decimal(top)) / divisor
+    return -value if _is_negative(found.string[max(0, found.start() - SIGN_REACH) : found.start()]) else value
+
+
+def _is_negative(before: str) -> bool:
+    """Whether the minus at the end of ``before`` is a sign. In ``16 - 3``, ``20-30`` and ``covid-19`` it is not."""
+    sign = SIGN.search(before)
+    if sign is None or sign["left"].isdigit() or sign["left"] in tuple(")%"):
+        return False
+    if sign["space"]:
+        return sign["left"] in tuple("=:(#*{") or not before[: sign.start("left") + 1].strip()
+    return bool(sign["gap"]) or not sign["left"].isalnum()
