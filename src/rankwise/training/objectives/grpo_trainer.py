@@ -1,0 +1,270 @@
+"""trl's GRPOTrainer on one model: it writes, it learns, and with its adapter switched off it is the reference.
+
+    A_i = (r_i - mean_j r_j) / (std_j r_j + 1e-4)        over the answers j to the same prompt
+    loss = - mean_t min(rho_t A, clip(rho_t) A) + beta (exp(d_t) - d_t - 1),    d_t = log p_ref - log p of token t
+
+Rewards, advantages, loss and figures are trl's. What is overridden, and why: generation (evaluation's own, with a
+growing cache, batches by length, and one pass over a prompt however many answers it gets); log-probabilities (chunks of
+logits at the answers' tokens alone); the reference (trl would load a second, dense model); the order of prompts (it
+depends on the epoch alone, so that a resumed run finds it again); evaluation (the mean reward of greedy answers).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.trainer_utils import EvalLoopOutput
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from rankwise.acceleration.generation import Decoding, Generator, Prompt, batches_that_fit
+from rankwise.adapters import adapter_disabled
+from rankwise.compat.trl import RepeatSampler, metrics_of
+from rankwise.constants import IGNORED
+from rankwise.errors import ConfigError, warn
+from rankwise.foreign import JsonObject
+from rankwise.training.log_probs import scored, without_padding_in_front
+from rankwise.training.objectives.rewards import Reward
+from rankwise.training.spine import RunTrainer
+from rankwise.training.state import undisturbed_random_states
+
+# Stands where trl expects a reference model.
+REFERENCE: Any = "the model with its adapter switched off"
+# Prompts of an evaluation between two looks at whether the user has stopped it.
+EVALUATED_AT_ONCE = 64
+# So many first steps without a difference between rewards are said.
+SILENT_STEPS = 10
+
+
+@dataclasses.dataclass
+class GrpoArguments(GRPOConfig):
+    """trl's. ``beta`` stays 0 there: for another trl loads a reference model."""
+
+    reference_beta: float = 0.0
+    padding_free: bool = False
+
+
+class EpochSampler(RepeatSampler):
+    """trl's, whose order depends on seed and epoch alone."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
+
+
+class GrpoTrainer(RunTrainer, GRPOTrainer):
+    """Data sets have the columns ``input_ids``, a prompt's tokens, and ``asked``: JSON of the ``prompt`` as reward
+    functions see it, and of the other ``columns`` for them. ``stop_ids`` end an answer."""
+
+    args: GrpoArguments
+    # All answers to a prompt may get one reward: then nothing has a gradient.
+    silence_is_normal = True
+
+    def __init__(self, *, rewards: Sequence[Reward], stop_ids: frozenset[int], **kwargs: Any) -> None:
+        _check(kwargs["args"])
+        model, own_optimizer = kwargs["model"], kwargs.pop("optimizer_cls_and_kwargs", None)
+        forward = model.__dict__.get("forward")
+        super().__init__(reward_funcs=list(rewards), **kwargs)
+        self.optimizer_cls_and_kwargs = own_optimizer
+        # trl's fused head has put itself in front of it.
+        del model.forward
+        if forward is not None:
+            model.forward = forward
+        if self.args.reference_beta:
+            self.beta, self.ref_model = self.args.reference_beta, REFERENCE
+        self.eos_token_ids = sorted(stop_ids)
+        # Of the answers being written, because trl hands on the prompts alone.
+        self._prompt_ids: list[list[int]] = []
+        self._columns: list[JsonObject] = []
+        self._silent_steps = 0
+
+    @property
+    def loss_in_words(self) -> str:
+        return "trl's, of log-probabilities in chunks"
+
+    # --- a step ---
+
+    def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
+        return EpochSampler(
+            self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            seed=self.args.seed,
+        )
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._prompt_ids = [row["input_ids"] for row in inputs]
+        prompts = self._ask([row["asked"] for row in inputs])
+        found: dict[str, Any] = super()._generate_and_score_completions([{"prompt": prompt} for prompt in prompts])
+        self._note_silence(metrics_of(self, "train")["frac_reward_zero_std"][-1] == 1)
+        return found
+
+    def _ask(self, rows: Sequence[str]) -> list[Any]:
+        """The prompts of a batch, whose other columns are kept for the rewards."""
+        asked = [json.loads(row) for row in rows]
+        self._columns = [one["columns"] for one in asked]
+        return [one["prompt"] for one in asked]
+
+    def _note_silence(self, is_silent: bool) -> None:
+        self._silent_steps = self._silent_steps + 1 if is_silent else -(10**9)
+        if self._silent_steps == SILENT_STEPS:
+            warn(
+                "RW778",
+                f"in the first {SILENT_STEPS} steps all answers to a prompt got the same reward, so nothing was "
+                "learned; check the reward with `rankwise generate`, raise --temperature or --num-generations, or "
+                "begin with easier prompts.",
+            )
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return self._prompt_ids, None, {}
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> tuple[list[list[int]], None]:
+        # Of torch's generator, whose state is part of a checkpoint.
+        seed = int(torch.randint(2**31, ()))
+        return self._answers(prompt_ids, temperature=self.temperature, seed=seed), None
+
+    def _answers(self, prompt_ids: Sequence[Sequence[int]], *, temperature: float, seed: int = 0) -> list[list[int]]:
+        """Token ids of an answer to each, with the stop token that ended it."""
+        seen: Counter[tuple[int, ...]] = Counter()
+        prompts = []
+        for ids in map(tuple, prompt_ids):
+            prompts.append(Prompt(ids, repeat=seen[ids]))
+            seen[ids] += 1
+        stops = frozenset(self.eos_token_ids)
+        decoding = Decoding(self.max_completion_length, stops, temperature=temperature, seed=seed, to_train_on=True)
+        answers: list[list[int]] = [[] for _ in prompts]
+        with _evaluating(self.model):
+            generator = Generator(self.model, decoding, pad=self.processing_class.pad_token_id)
+            for batch in batches_that_fit(self.model, prompts, decoding):
+                for index, ids in zip(batch, generator.answers([prompts[index] for index in batch])):
+                    answers[index] = ids
+        return answers
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        rewards: Tensor = super()._calculate_rewards(self._columns, prompts, completions, completion_ids_list)
+        return rewards
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of the last ``logits_to_keep`` tokens (B, C), zeros where they are padding; the entropy is their mean."""
+        is_reference = model is REFERENCE
+        size = batch_size or len(input_ids)
+        found = []
+        with _as_reference(self.model) if is_reference else nullcontext(), self.accelerator.autocast():
+            for ids, mask in zip(input_ids.split(size), attention_mask.split(size)):
+                labels = ids.masked_fill(mask == 0, IGNORED)
+                labels[:, :-logits_to_keep] = IGNORED
+                inputs = without_padding_in_front(ids, mask, labels, flat=self.args.padding_free)
+                found.append(
+                    scored(
+                        self.model if is_reference else model,
+                        inputs,
+                        temperature=self.temperature,
+                        want_entropy=compute_entropy,
+                        want_aux_loss=compute_aux_loss,
+                    )
+                )
+        mask = attention_mask[:, -logits_to_keep:].bool()
+        log_probs = torch.cat([each.log_probs for each in found])
+        log_probs = log_probs.new_zeros(mask.shape).masked_scatter(mask, log_probs)
+        entropies = [each.entropy for each in found if each.entropy is not None]
+        aux_losses = [each.aux_loss for each in found if each.aux_loss is not None]
+        return (
+            log_probs,
+            # One micro-batch: trl averages over its tokens.
+            entropies[0].to(log_probs.dtype).expand(mask.shape) if entropies else None,
+            torch.stack(aux_losses).mean() if aux_losses else None,
+        )
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.model.training:
+            masks = inputs["prompt_mask"], inputs["completion_mask"]
+            self.step_tokens += sum(int(mask.sum()) for mask in masks)
+            self.step_examples += len(masks[0])
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    # --- evaluation ---
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The mean reward of greedy answers, one to each prompt; the loss is minus that."""
+        rows = dataloader.dataset
+        self.model.eval()
+        rewards = []
+        with undisturbed_random_states():
+            for start in range(0, len(rows), EVALUATED_AT_ONCE):
+                rewards.append(self._rewards_of(rows[start : start + EVALUATED_AT_ONCE]))
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        each = torch.cat(rewards).nanmean(0)
+        reward = float((each * self.reward_weights.to(each)).nansum())
+        figures = {f"{metric_key_prefix}_reward": reward, f"{metric_key_prefix}_loss": -reward}
+        for name, value in zip(self.reward_func_names, each.tolist(), strict=True):
+            figures[f"{metric_key_prefix}_rewards/{name}/mean"] = value
+        return EvalLoopOutput(np.empty(0), None, figures, len(rows))
+
+    def _rewards_of(self, rows: Mapping[str, Sequence[Any]]) -> Tensor:
+        """(rows, rewards)."""
+        prompts = self._ask(rows["asked"])
+        answers = self._answers(rows["input_ids"], temperature=0.0)
+        texts = self.processing_class.batch_decode(answers, skip_special_tokens=True)
+        completions = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        return self._calculate_rewards([], prompts, completions, answers)
+
+
+def _check(arguments: GrpoArguments) -> None:
+    """Raise ConfigError (RW776) for ways of generation that would not write with the adapter, or would ruin it."""
+    if arguments.use_vllm:
+        raise ConfigError(
+            "RW776",
+            "generation by vLLM is refused: trl hands it the model's parameters by name, and vLLM would write without "
+            "the adapter or with 4-bit weights that it takes for dense ones; leave use_vllm out.",
+        )
+    if arguments.use_transformers_continuous_batching:
+        raise ConfigError(
+            "RW776",
+            "continuous batching is refused: trl casts the model that trains to 16 bits for it, and small updates of "
+            "the adapter would be lost; leave use_transformers_continuous_batching out.",
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards as before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _as_reference(model: nn.Module) -> Iterator[None]:
+    with _evaluating(model), adapter_disabled(model):
+        yield

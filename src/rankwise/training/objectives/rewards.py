@@ -1,0 +1,224 @@
+"""Rewards of ``--objective grpo``: what scores an answer, from a Python file or built in, checked at every call.
+
+A reward function has trl's signature: keyword arguments ``prompts``, ``completions``, ``completion_ids`` and each
+column of the data, all lists of one length; it returns a number for each completion, or None where it has none to give.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import importlib.util
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import ConfigError, DataError, RankwiseError, RunError, first_line
+from rankwise.final_number import extract_answer
+from rankwise.weights_file import sha256_of
+
+# What trl calls it with.
+Function = Callable[..., Any]
+BUILT_IN = "answer, format=REGEX, length=N"
+FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[^:]+)")
+# Columns that hold the right answer, the first that is there.
+REFERENCES = ("answer", "solution")
+# What trl hands over beside the columns of the data.
+TRLS = {"prompts", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+# Characters of a prompt or an answer in a message.
+SHOWN = 80
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """One ``--reward``. ``sha256``: of its file, which a resumed run must find unchanged."""
+
+    spec: str
+    name: str
+    function: Function
+    sha256: str | None = None
+
+    @property
+    def __name__(self) -> str:
+        """Under which trl logs it."""
+        return self.name
+
+    def __call__(self, *, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        """A number or None for each completion.
+
+        Raises RunError: RW772 the function raises, RW773 it does not give one value for each completion, RW774 a value
+        is no finite number.
+        """
+        given = {"prompts": prompts, "completions": completions, **columns}
+        try:
+            found = self._called(given)
+        except RankwiseError:
+            raise
+        except Exception as error:
+            raise self._raised(given, error) from error
+        try:
+            values = list(found)
+        except TypeError:
+            raise self._wrong_count(f"a {type(found).__name__}", len(completions)) from None
+        if len(values) != len(completions):
+            raise self._wrong_count(f"{len(values)} values", len(completions))
+        return [self._number(value, given, place) for place, value in enumerate(values)]
+
+    def _called(self, given: Mapping[str, Any]) -> Any:
+        """trl asks that functions take ``**kwargs``; ours need only name what they use."""
+        taken = inspect.signature(self.function).parameters.values()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
+            given = {name: given[name] for name in (parameter.name for parameter in taken) if name in given}
+        found = self.function(**given)
+        return asyncio.run(found) if inspect.iscoroutine(found) else found
+
+    def _raised(self, given: Mapping[str, Any], error: Exception) -> RunError:
+        """The error of the whole batch, or of the first sample that raises alone."""
+        count, where = len(given["completions"]), "a batch of answers"
+        for place in range(count):
+            one = {name: _at(value, place, count) for name, value in given.items()}
+            try:
+                self._called(one)
+            except Exception as alone:  # noqa: BLE001  foreign code raises what it likes
+                error, where = alone, _sample(given, place)
+                break
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        return RunError(
+            "RW772", f"the reward {self.spec} raised {reason}, on {where}; let it return a number for every answer."
+        )
+
+    def _wrong_count(self, found: str, count: int) -> RunError:
+        return RunError(
+            "RW773",
+            f"the reward {self.spec} returned {found} for {count} answers; let it return a list with one number for "
+            "each of `completions`.",
+        )
+
+    def _number(self, value: Any, given: Mapping[str, Any], place: int) -> float | None:
+        if value is None:
+            return None
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise RunError(
+                "RW774",
+                f"the reward {self.spec} returned {str(value)[:SHOWN]}, which is no finite number, for "
+                f"{_sample(given, place)}; let it return a number, or None where it has nothing to say.",
+            )
+        return number
+
+
+def read_rewards(specs: Sequence[str]) -> list[Reward]:
+    """The rewards by what ``--reward`` says of each; the code of files runs.
+
+    Raises ConfigError: RW770 for what is neither a function in a file nor built in, RW771 for a file or a function
+    that is not there or does not load, or that nobody can call.
+    """
+    rewards = [_read(spec) for spec in specs]
+    names = [reward.name for reward in rewards]
+    # One name stands for one figure in the metrics.
+    return [
+        dataclasses.replace(reward, name=f"{reward.name}_{place}") if names.count(reward.name) > 1 else reward
+        for place, reward in enumerate(rewards, 1)
+    ]
+
+
+def _read(spec: str) -> Reward:
+    if file := FILE.fullmatch(spec):
+        return _from_file(spec, Path(file["path"]).expanduser(), file["name"])
+    kind, _, value = spec.partition("=")
+    if spec == "answer":
+        return Reward(spec, "answer", answer)
+    if kind == "format" and value:
+        return Reward(spec, "format", functools.partial(format_, pattern=_pattern(spec, value)))
+    if kind == "length" and value.isdecimal() and int(value):
+        return Reward(spec, "length", functools.partial(length, tokens=int(value)))
+    raise ConfigError(
+        "RW770", f"--reward {spec} is neither FILE.py:NAME, a function in a Python file, nor built in: {BUILT_IN}."
+    )
+
+
+def _pattern(spec: str, text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ConfigError("RW770", f"--reward {spec} holds no regular expression ({error}).") from None
+
+
+def _from_file(spec: str, path: Path, name: str) -> Reward:
+    if not path.is_file():
+        raise ConfigError("RW771", f"--reward {spec}: there is no file {path}; check the path.")
+    module_spec = importlib.util.spec_from_file_location(f"rankwise_reward_{path.stem}", path)
+    assert module_spec is not None, "its name ends with .py"
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    # Where dataclasses and the like of that file look for it.
+    sys.modules[module_spec.name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError("RW771", f"--reward {spec}: {path} does not load ({reason}); mend it.") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        there = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        what = f"has no {name}" if function is None else f"holds {name}, which is no function"
+        raise ConfigError("RW771", f"--reward {spec}: {path} {what}; its functions are {', '.join(there) or 'none'}.")
+    return Reward(spec, name, function, sha256_of(path))
+
+
+def answer(completions: Sequence[Any], **columns: Any) -> list[float]:
+    """1 where an answer ends with the number that the row's own answer ends with, as GSM8K counts it; else 0.
+
+    Raises DataError (RW781) where the data have no column with the right answer, or no number is in one.
+    """
+    column = next((name for name in REFERENCES if name in columns), None)
+    if column is None:
+        there = ", ".join(sorted(set(columns) - TRLS)) or "none besides the prompts"
+        raise DataError(
+            "RW781",
+            f"--reward answer compares with a column {' or '.join(REFERENCES)}, and the data have {there}; rename the "
+            "one with the right answer.",
+        )
+    wanted = [extract_answer(str(reference)) for reference in columns[column]]
+    for reference, number in zip(columns[column], wanted):
+        if number is None:
+            raise DataError("RW781", f"--reward answer found no number in `{column}`: {str(reference)[:SHOWN]!r}.")
+    return [float(extract_answer(text_of(one)) == number) for one, number in zip(completions, wanted)]
+
+
+def format_(completions: Sequence[Any], *, pattern: re.Pattern[str]) -> list[float]:
+    """1 where ``pattern`` is found in an answer, else 0."""
+    return [float(pattern.search(text_of(one)) is not None) for one in completions]
+
+
+def length(completion_ids: Sequence[Sequence[int]], *, tokens: int) -> list[float]:
+    """1 for answers of at most N tokens, min(1, max(0, 2 - length / N)) for all."""
+    return [min(1.0, max(0.0, 2 - len(ids) / tokens)) for ids in completion_ids]
+
+
+def text_of(completion: Any) -> str:
+    """A completion's text: trl gives messages where the prompt is one of messages."""
+    return completion if isinstance(completion, str) else "".join(str(part["content"]) for part in completion)
+
+
+def _at(value: Any, place: int, count: int) -> Any:
+    """Of a column its one value; what is no column, such as the trainer's state, is everybody's."""
+    return value[place : place + 1] if isinstance(value, list | tuple) and len(value) == count else value
+
+
+def _sample(given: Mapping[str, Any], place: int) -> str:
+    prompt, completion = (given[name][place] for name in ("prompts", "completions"))
+    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return f"the answer {_short(text_of(completion))} to the prompt {_short(asked)}"
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
