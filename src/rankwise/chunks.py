@@ -1,4 +1,4 @@
-"""The number of rows in a chunk of the loss, for the operator and for the plan. Imports no torch."""
+"""The number of rows in a chunk of the loss and in a batch of answers. Also for the plan: imports no torch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ SMALLEST_CHUNK = 16
 CARD_CHUNK_BYTES = 512 << 20
 CARD_TILE = 256
 CARD_ROWS = (1024, 2048)
+# Answers that are written together at the most.
+WRITTEN_ROWS = {"cpu": 64, "cuda": 256, "mps": 64}
 
 
 def chunk_rows(vocabulary: int, element_size: int, *, on_card: bool) -> int:

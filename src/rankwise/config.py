@@ -38,11 +38,14 @@ from rankwise.options import (
     Seed,
     Settings,
     Share,
+    Tokens,
+    WarmTemperature,
     Whole,
     comma_list,
     named_parts,
     named_values,
     option,
+    text_list,
 )
 
 Bias = Literal["none", "all", "lora_only"]
@@ -391,13 +394,42 @@ class ObjectiveOptions(Settings):
         ),
     ] = "sft"
     beta: Annotated[
-        Positive | None, _objective("dpo, kto: how strongly the model is kept near its reference; default: 0.1.")
+        Positive | None,
+        _objective(
+            "dpo, kto, grpo: how strongly the model is kept near its reference; default: 0.1, with grpo not at all."
+        ),
     ] = None
     loss_type: Annotated[
-        str | None, _objective("dpo: sigmoid (default), ipo, hinge, ...; kto: kto (default) or apo_zero_unpaired.")
+        str | None,
+        _objective(
+            "dpo: sigmoid (default), ipo, hinge, ...; kto: kto (default) or apo_zero_unpaired; grpo: dapo (default), "
+            "grpo, dr_grpo or bnpo."
+        ),
     ] = None
     desirable_weight: Annotated[Positive | None, _objective("kto: weight of good answers; default: 1.")] = None
     undesirable_weight: Annotated[Positive | None, _objective("kto: weight of bad answers; default: 1.")] = None
+    reward: Annotated[
+        Sequence[str] | None,
+        BeforeValidator(text_list),
+        _objective(
+            "grpo: what scores an answer: FILE.py:NAME, a function in a Python file; or answer, format=REGEX, "
+            "length=N. May be given several times; their sum counts.",
+            metavar="R",
+            repeated=True,
+        ),
+    ] = None
+    reward_weights: Annotated[
+        Sequence[float] | None,
+        BeforeValidator(comma_list),
+        _objective("grpo: a factor for each --reward, in their order; default: 1 each.", metavar="X,..."),
+    ] = None
+    num_generations: Annotated[
+        int | None, _objective("grpo: answers to a prompt, which are compared; default: 8.", ge=2, le=2**16)
+    ] = None
+    max_completion_length: Annotated[Tokens | None, _objective("grpo: tokens of an answer; default: 256.")] = None
+    temperature: Annotated[
+        WarmTemperature | None, _objective("grpo: answers are drawn at this temperature; default: 1.")
+    ] = None
 
 
 # {objective: those of its options that not every objective has}.
@@ -405,7 +437,15 @@ OBJECTIVE_OPTIONS: Mapping[Objective, tuple[str, ...]] = {
     "sft": ("label_smoothing", "packing"),
     "dpo": ("beta", "loss_type"),
     "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight"),
-    "grpo": (),
+    "grpo": (
+        "beta",
+        "loss_type",
+        "reward",
+        "reward_weights",
+        "num_generations",
+        "max_completion_length",
+        "temperature",
+    ),
 }
 
 

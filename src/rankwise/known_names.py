@@ -33,6 +33,17 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "method": ("use-dora", "finetuning-type", "peft-type", "load-in-4bit"),
     "methods": ("method",),
     "task": ("tasks", "benchmark"),
+    "objective": ("training-type", "stage", "rlhf-type"),
+    "reward": ("reward-funcs", "reward-func", "reward-function", "rewards"),
+    "num-generations": ("group-size", "num-samples"),
+    "max-completion-length": ("max-new-tokens",),
+}
+# What trl's GRPO has and ours has not, and why.
+REFUSED: dict[str, str] = {
+    "use_vllm": "trl hands vLLM the parameters by name, so it would write without the adapter, or with 4-bit weights "
+    "that it takes for dense ones",
+    "use_transformers_continuous_batching": "trl casts the model that trains to 16 bits for it, and small updates of "
+    "the adapter would be lost",
 }
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adamw_torch": ("adam", "adamw", "adamw_hf"),

@@ -169,6 +169,8 @@ def _no_tiny_temperature(value: float) -> float:
 
 
 Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(_no_tiny_temperature)]
+# Of draws that must differ.
+WarmTemperature = Annotated[float, Field(ge=SMALLEST_TEMPERATURE, le=1000)]
 Names = Annotated[Sequence[str], BeforeValidator(comma_list)]
 # Names, or a regular expression.
 Modules = Annotated[str | Sequence[str], BeforeValidator(module_list)]

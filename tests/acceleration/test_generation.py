@@ -108,6 +108,48 @@ def test_batches_hold_prompts_of_like_length_in_any_order():
     assert [[order[i] for i in batch] for batch in shuffled] == batches
 
 
+@pytest.mark.parametrize("make", MODELS)
+def test_answers_to_train_on_end_with_their_stop_token(make):
+    """Equal prompts are run once, among others of other lengths."""
+    model, asked = make(), prompts()
+    repeated = [Prompt(prompt.ids, repeat=turn) for prompt in asked for turn in range(3)]
+    plain = Generator(model, Decoding(12, STOPS)).answers(asked)
+    found = Generator(model, Decoding(12, STOPS, to_train_on=True)).answers(repeated)
+    assert len({len(answer) for answer in plain}) > 1
+    for number, answer in enumerate(found):
+        wanted = plain[number // 3]
+        assert answer[: len(wanted)] == wanted
+        assert len(answer) == min(12, len(wanted) + 1)
+        assert all((token in STOPS) == (place == len(wanted)) for place, token in enumerate(answer))
+
+
+def test_draws_to_train_on_follow_the_model_s_probabilities_and_the_seed():
+    model, [prompt] = tiny_llama(), prompts(1)
+    with torch.no_grad():
+        model.lm_head.weight *= 20
+        p = torch.softmax(model(torch.tensor([prompt.ids])).logits[0, -1].double() / 0.7, -1)
+    asked = [Prompt(prompt.ids, repeat=turn) for turn in range(4000)]
+    drawn = {}
+    for seed in (0, 1):
+        decoding = Decoding(1, frozenset(), temperature=0.7, seed=seed, to_train_on=True)
+        drawn[seed] = [answer[0] for answer in Generator(model, decoding).answers(asked)]
+        assert drawn[seed] == [answer[0] for answer in Generator(model, decoding).answers(asked)]
+    assert drawn[0] != drawn[1]
+    counts = torch.bincount(torch.tensor(drawn[0]), minlength=97) / len(asked)
+    deviation = (p * (1 - p) / len(asked)).sqrt()
+    assert 0.05 < p.max() < 0.9
+    assert ((counts - p).abs() <= 5 * deviation + 1e-3).all()
+
+
+def test_a_row_that_has_stopped_draws_no_more_for_another():
+    """The draws of a prompt depend on it and the seed, also where rows stop at different steps."""
+    model, asked = tiny_llama(), prompts(8)
+    generator = Generator(model, Decoding(10, STOPS, temperature=1.0, seed=3))
+    together = generator.answers(asked)
+    assert len({len(answer) for answer in together}) > 1
+    assert together == [generator.answers([prompt])[0] for prompt in asked]
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"temperature": 1.0}])
 def test_a_model_that_computes_nan_writes_nothing(options: dict[str, Any]):
     """Of NaN the argmax is a token like any other."""

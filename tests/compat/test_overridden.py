@@ -17,6 +17,7 @@ from rankwise.adapters.layer import OverBase
 from rankwise.quantization.experts import StackScales
 from rankwise.quantization.linear import Linear4bit
 from rankwise.quantization.transformers_plugin import DeserializeOperation, FourBitQuantizer, QuantizeOperation
+from rankwise.training.objectives.grpo_trainer import GrpoTrainer
 from rankwise.training.spine import RunTrainer
 from rankwise.training.trainer import RankwiseTrainer
 
@@ -30,6 +31,18 @@ OVERRIDDEN: dict[type, dict[str, str]] = {
         "evaluation_loop": "dataloader description prediction_loss_only ignore_keys metric_key_prefix",
         "get_train_dataloader": "",
         "get_batch_samples": "epoch_iterator",
+    },
+    GrpoTrainer: {
+        "__init__": "model reward_funcs args",
+        "compute_loss": "model inputs return_outputs num_items_in_batch",
+        "evaluation_loop": "dataloader description prediction_loss_only ignore_keys metric_key_prefix",
+        "_get_train_sampler": "dataset",
+        "_generate_and_score_completions": "inputs",
+        "_tokenize_prompts": "prompts",
+        "_generate_single_turn": "prompt_ids images multimodal_fields num_generations",
+        "_calculate_rewards": "inputs prompts completions completion_ids_list",
+        "_get_per_token_logps_and_entropies": "model input_ids attention_mask logits_to_keep batch_size "
+        "compute_entropy compute_aux_loss",
     },
     RunTrainer: {
         "__init__": "",

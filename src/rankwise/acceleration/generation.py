@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import hashlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rankwise.acceleration.packing import common_length
 from rankwise.acceleration.scoring import no_number
+from rankwise.chunks import WRITTEN_ROWS
 from rankwise.foreign import JsonObject
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 SHARED_TOKENS = 32
 # Finished rows leave when at most this share of the batch still runs: each departure copies the cache.
 LEAVE_AT = 0.75
-# Rows that are written together at the most.
-ROWS = {"cpu": 64, "cuda": 256, "mps": 64}
 # Keys and values of a batch that is written, on a CPU; on a card a quarter of what is free.
 CACHE_BYTES = 1 << 30
 
@@ -91,10 +90,19 @@ def batches_that_fit(
 ) -> list[list[int]]:
     """``batches_by_length`` within the memory for keys and values."""
     device = model.device
-    rows = max_rows or max(1, ROWS.get(device.type, 64) // decoding.num_beams)
+    rows = max_rows or max(1, WRITTEN_ROWS.get(device.type, 64) // decoding.num_beams)
     room = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else CACHE_BYTES
     tokens = room // max(1, cache_bytes_per_token(model)) // decoding.num_beams
     return batches_by_length(prompts, budget=tokens, new_tokens=decoding.max_new_tokens, max_rows=rows)
+
+
+def stop_ids_of(model: Any, tokenizer: Any, more: Iterable[int | None] = ()) -> frozenset[int]:
+    """Tokens that end an answer: the tokenizer's, the model's, and ``more``."""
+    found = {tokenizer.eos_token_id, *more}
+    for config in (getattr(model, "generation_config", None), model.config):
+        ids = getattr(config, "eos_token_id", None)
+        found |= set(ids) if isinstance(ids, list | tuple) else {ids}
+    return frozenset(int(token) for token in found if token is not None)
 
 
 def cache_bytes_per_token(model: Any) -> int:

@@ -26,20 +26,23 @@ NAMED_ROWS = 10
 
 def run(settings: PreviewSettings, output: Output) -> Document:
     from rankwise.data import encode_rows, first_good_row, preview_row, read_rows, read_template
+    from rankwise.data.prompts import Room, encode_prompts, prompt_formats
     from rankwise.models import load_tokenizer
 
-    rows = read_rows(
-        settings.data,
-        prompt_column=settings.prompt_column,
-        completion_column=settings.completion_column,
-        skip_bad_rows=settings.skip_bad_rows,
-    )
+    asks = settings.objective == "grpo"
+    layout = {"formats": prompt_formats(**settings.columns)} if asks else settings.columns
+    rows = read_rows(settings.data, skip_bad_rows=settings.skip_bad_rows, **layout)
     template = None if settings.chat_template is None else read_template(settings.chat_template)
     tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code, revision=settings.revision)
     limits: dict[str, Any] = {"max_length": settings.max_length, "chat_template": template}
-    report = encode_rows(rows, tokenizer, **limits, skip_bad_rows=settings.skip_bad_rows).report
+    if asks:
+        room = Room(settings.max_length, settings.max_completion_length)
+        encoded = encode_prompts(rows, tokenizer, room, chat_template=template, skip_bad_rows=settings.skip_bad_rows)
+        report = encoded.report
+    else:
+        report = encode_rows(rows, tokenizer, **limits, skip_bad_rows=settings.skip_bad_rows).report
     index = first_good_row(rows, report) if settings.row is None else settings.row
-    preview = preview_row(rows, index, tokenizer, **limits)
+    preview = preview_row(rows, index, tokenizer, **limits, prompt_alone=asks)
     _print(output, preview, report, settings)
     return {
         "row": dataclasses.asdict(preview) | {"index": index, "truncated": preview.truncated},
@@ -51,19 +54,23 @@ def _print(output: Output, preview: Preview, report: EncodingReport, settings: P
     cut = f", cut from {_about(preview.estimated)}{preview.full_tokens:,}" if preview.truncated else ""
     stop = "the stop token included" if preview.stop_token else "NO stop token among them"
     trained = f"{preview.trained_tokens} trained on ({preview.trained_share:.0%}), {stop}"
+    share = f"{report.trained_share:.0%} of the tokens trained on"
     lengths = f"median {report.median_length:,.0f} tokens, longest {_about(report.estimated_rows)}{report.longest:,}"
     fate = f"{report.truncated_rows:,} cut and {report.dropped_rows:,} left out at --max-length {settings.max_length}"
+    if settings.objective == "grpo":
+        trained, share = "the answer is the model's", f"each leaves {settings.max_completion_length} for an answer"
     for label, text in (
         ("row", f"{preview.place}: {plural(preview.tokens, 'token')}{cut}; {trained}"),
         ("format", preview.format),
         ("template", preview.template),
-        ("data set", f"{plural(report.rows, 'row')}, {lengths}; {report.trained_share:.0%} of the tokens trained on"),
+        ("data set", f"{plural(report.rows, 'row')}, {lengths}; {share}"),
         ("truncation", fate),
         *(("bad rows", bad) for bad in _bad_rows(report)),
     ):
         output.line(f"{label:<12}{text}")
     marks = not output.is_terminal or output.console.no_color
-    output.line(f"{'trained on':<12}what {f'stands between {OPEN} and {CLOSE}' if marks else 'is green'}")
+    if settings.objective != "grpo":
+        output.line(f"{'trained on':<12}what {f'stands between {OPEN} and {CLOSE}' if marks else 'is green'}")
     output.line()
     output.console.print(rendered(preview, marks=marks), soft_wrap=True)
 

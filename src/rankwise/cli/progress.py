@@ -140,7 +140,8 @@ def watching(output: Output, *, every: int | None) -> Iterator[Observer]:
 
 def figures(info: StepInfo) -> str:
     """Speed, memory, norms and time left in one line."""
-    parts = [f"{info.tokens_per_second:,.0f} tokens/s", byte_size(info.memory_bytes)]
+    parts = [f"{name} {value:.3g}" for name, value in info.figures.items()]
+    parts += [f"{info.tokens_per_second:,.0f} tokens/s", byte_size(info.memory_bytes)]
     if info.grad_norm is not None:
         parts.append(f"gradient {info.grad_norm:.3g}")
     if info.b_norm is not None:
@@ -174,7 +175,8 @@ def _bar(phase: str, info: StepInfo) -> Table:
 
 
 def _figures_line(info: StepInfo) -> Text:
-    parts = [f"{info.tokens_per_second:,.0f} tokens/s"]
+    parts = [f"{name} {value:.3g}" for name, value in info.figures.items()]
+    parts.append(f"{info.tokens_per_second:,.0f} tokens/s")
     parts.append(f"memory {byte_size(info.memory_bytes)} (peak {byte_size(info.peak_memory_bytes)})")
     if info.grad_norm is not None:
         parts.append(f"gradient {info.grad_norm:.3g}")

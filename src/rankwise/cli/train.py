@@ -14,7 +14,7 @@ from rankwise.cli.output import Document, Output
 from rankwise.cli.progress import watching
 from rankwise.cli.words import duration, parameter_count
 from rankwise.config import BASELINES, TrainSettings
-from rankwise.errors import DataError, is_out_of_memory, out_of_memory
+from rankwise.errors import ConfigError, DataError, is_out_of_memory, out_of_memory
 from rankwise.options import flag
 from rankwise.records import RunRecord, load_record, read_metrics
 from rankwise.reports.numbers import byte_size
@@ -32,7 +32,8 @@ PATHS = ("model", "data", "eval_data", "chat_template")
 def settings_of_the_run(given: Mapping[str, Any]) -> Mapping[str, Any]:
     """With --resume: the settings in ``run.json`` of --output, so that no option has to be repeated.
 
-    Raises RunError (RW503 to RW506) where the folder holds no run to resume, DataError (RW201) for missing data.
+    Raises RunError (RW503 to RW506) where the folder holds no run to resume, DataError (RW201) for missing data, and
+    ConfigError (RW770) where a Python file of its rewards is not given again.
     """
     if given.get("resume") is not True or not isinstance(given.get("output"), str):
         return {}
@@ -45,9 +46,22 @@ def settings_of_the_run(given: Mapping[str, Any]) -> Mapping[str, Any]:
         # They would have no effect beside the run's own.
         known.discard("max_steps")
     settings = load_record(folder).settings
+    _check_rewards(folder, settings, given)
     found = {name: value for name, value in {**settings, **_found_again(folder, settings)}.items() if name in known}
     _check_data({name: value for name, value in found.items() if name not in given})
     return found
+
+
+def _check_rewards(folder: Path, settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise ConfigError (RW770) for Python code that the run names: it runs on explicit request alone."""
+    specs = settings.get("reward") or ()
+    if "reward" not in given and any(".py:" in spec for spec in specs):
+        again = " ".join(f"--reward {spec}" for spec in specs)
+        raise ConfigError(
+            "RW770",
+            f"the run in {folder} was rewarded by a Python file, and such a file runs on request alone; give it again: "
+            f"{again}.",
+        )
 
 
 def _check_data(settings: Mapping[str, Any]) -> None:
@@ -130,7 +144,14 @@ def _guard(settings: TrainSettings, output: Output) -> MemoryGuard:
 
 def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
     """What a finished run came to, as labelled lines."""
-    yield "loss", loss_sentence(folder, record)
+    yield (
+        ("reward", reward_sentence(folder, record))
+        if record.objective == "grpo"
+        else (
+            "loss",
+            loss_sentence(folder, record),
+        )
+    )
     if record.kept_step is not None:
         because = f": {record.kept_because}" if record.kept_because else ""
         yield "kept", f"step {record.kept_step} of {record.steps}{because}"
@@ -153,6 +174,16 @@ def loss_sentence(folder: Path, record: RunRecord) -> str:
     if not logged:
         return "not logged"
     return f"{logged[0]:.4f} -> {logged[-1]:.4f} on the training data, first and last as logged (no --eval-data)"
+
+
+def reward_sentence(folder: Path, record: RunRecord) -> str:
+    """As above of the mean reward, of which the evaluation loss is the negative."""
+    if record.initial_eval_loss is not None and record.eval_loss is not None:
+        return f"{-record.initial_eval_loss:.4f} -> {-record.eval_loss:.4f} on the evaluation data"
+    logged = [line["reward"] for line in read_metrics(folder) if line.get("reward") is not None]
+    if not logged:
+        return "not logged"
+    return f"{logged[0]:.4f} -> {logged[-1]:.4f} on the training prompts, first and last as logged (no --eval-data)"
 
 
 def _speed(record: RunRecord) -> str:

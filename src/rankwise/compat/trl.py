@@ -6,8 +6,9 @@ from typing import Protocol, SupportsFloat
 
 # Of all of trl's trainers; it sends telemetry and writes cards.
 from trl.trainer.base_trainer import _BaseTrainer as TrlTrainer
+from trl.trainer.utils import RepeatSampler
 
-__all__ = ["TrlTrainer", "metrics_of"]
+__all__ = ["RepeatSampler", "TrlTrainer", "metrics_of"]
 
 
 class Metered(Protocol):

@@ -56,18 +56,23 @@ class Format:
     separator: str = ""
     optional: tuple[str, ...] = ()
     # Columns that are read where they are there.
+    holds: type = object
+    # What the first column holds, where that tells layouts of the same columns apart.
 
 
-def detect(record: Record, source: str, columns: Columns) -> Format:
-    """The format of ``record``. Raises DataError RW207 when its columns fit none."""
+def detect(record: Record, source: str, columns: Columns, formats: Collection[Format] | None = None) -> Format:
+    """The format of ``record`` among ``formats``, those of training data by default.
+
+    Raises DataError RW207 when its columns fit none.
+    """
     if any(columns):
         return _named_columns(record, source, *columns)
-    if isinstance(record.get("prompt"), list) and "completion" in record:
+    if formats is None and isinstance(record.get("prompt"), list) and "completion" in record:
         return PROMPT_MESSAGES
-    for known in FORMATS:
-        if all(column in record for column in known.columns):
+    for known in FORMATS if formats is None else formats:
+        if all(column in record for column in known.columns) and isinstance(record[known.columns[0]], known.holds):
             return known
-    layouts = "; ".join("/".join(known.columns) for known in FORMATS)
+    layouts = "; ".join(dict.fromkeys("/".join(known.columns) for known in formats or FORMATS))
     raise DataError(
         "RW207",
         f"{source} has the columns {_listed(record)}, which is no known layout ({layouts}); "
@@ -75,12 +80,14 @@ def detect(record: Record, source: str, columns: Columns) -> Format:
     )
 
 
-def _first_layout(records: Sequence[Record], source: str, columns: Columns) -> Format | None:
+def _first_layout(
+    records: Sequence[Record], source: str, columns: Columns, formats: Collection[Format] | None
+) -> Format | None:
     """The format of the first record that has one; None without records. Raises DataError RW207 where none has one."""
     first_error = None
     for record in records:
         try:
-            return detect(record, source, columns)
+            return detect(record, source, columns, formats)
         except DataError as error:
             first_error = first_error or error
     if first_error is not None:
@@ -106,6 +113,7 @@ def rows_from_records(
     only: Format | None = None,
     counted_in: Unit = "line",
     skip_bad_rows: int | None = NEVER,
+    formats: Collection[Format] | None = None,
 ) -> Rows:
     """Rows from ``(line, record)`` pairs, in the format ``only`` or that of the first record which has one.
 
@@ -119,12 +127,13 @@ def rows_from_records(
     if not records:
         raise DataError("RW204", f"{source} holds no rows; give a file with at least one example.")
     shown = [record for _, record in records if isinstance(record, Mapping)][:LOOKED_AT]
-    layout = only or _first_layout(shown, source, columns)
+    layout = only or _first_layout(shown, source, columns, formats)
     rows, problems = _convert(records, source, layout, counted_in)
     check_bad_rows(problems, len(records), allowed=skip_bad_rows)
     assert layout is not None, "without a record that shows the layout every row is bad"
     _tell_of_numbers([record for _, record in records], source, layout)
-    if not any(columns):
+    # Of other formats the rest of a record is read too.
+    if not any(columns) and formats is None:
         _tell_of_unread([record for _, record in records], source, layout)
     return Rows(
         items=rows,

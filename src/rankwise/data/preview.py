@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rankwise.data.bad_rows import check_bad_rows
-from rankwise.data.encoding import EncodingReport, RowEncoder
+from rankwise.data.encoding import EncodedRow, EncodingReport, RowEncoder
 from rankwise.data.rows import Rows
 from rankwise.data.templates import Segment
 from rankwise.errors import DataError
@@ -63,8 +63,11 @@ def preview_row(
     *,
     max_length: int,
     chat_template: str | None = None,
+    prompt_alone: bool = False,
 ) -> Preview:
     """Row ``index`` of the source (from 0) as ``encode_rows`` would encode it, even if nothing of it is trained on.
+
+    With ``prompt_alone`` as ``encode_prompts`` would encode it.
 
     Raises DataError: RW217 where there is no such row, a bad row's own error, and otherwise as ``encode_rows``.
     """
@@ -75,6 +78,9 @@ def preview_row(
     encoder = RowEncoder(rows, tokenizer, chat_template)
     row = rows[index - sum((problem.index or 0) < index for problem in rows.problems)]
     [encoded] = encoder.encode([row], max_length)
+    if prompt_alone:
+        length = encoded.trained.index(True)
+        encoded = EncodedRow(encoded.ids[:length], encoded.trained[:length], encoded.split, length)
     ids, trained = encoded.ids[:max_length], encoded.trained[:max_length]
     labels = {token for token, is_trained in zip(ids, trained) if is_trained}
     return Preview(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rankwise.compat.datasets import hub_or_cache
 from rankwise.data.bad_rows import NEVER
 from rankwise.data.files import KINDS, kind_of, read_file, table_records
-from rankwise.data.formats import Columns, rows_from_records
+from rankwise.data.formats import Columns, Format, rows_from_records
 from rankwise.data.rows import Problem, Rows
 from rankwise.data.stdlib import STDLIB, stdlib_rows
 from rankwise.errors import DataError
@@ -36,19 +36,21 @@ def read_rows(
     prompt_column: str | None = None,
     completion_column: str | None = None,
     skip_bad_rows: int | None = NEVER,
+    formats: Collection[Format] | None = None,
 ) -> Rows:
     """All rows of ``source``, checked; up to ``skip_bad_rows`` bad ones (None: all) are left out, and warned of.
 
     ``source`` is a .jsonl, .json, .csv, .tsv, .parquet or .txt file (also .gz); a folder of such files or one that
     ``datasets`` saved; a hub id, with ``:name`` for one of its configurations; or ``stdlib``, the demo set.
     ``split`` chooses among a folder's or hub data set's parts; a single file is read whole.
-    The layout is told by the columns (see ``docs/data.md``) unless both column names are given.
+    The layout is told by the columns (see ``docs/data.md``) unless both column names are given. ``formats``: other
+    layouts than those of training data.
 
     Raises DataError: RW201 nothing there, RW202 unknown extension, RW203 bad rows by line or number, RW204 no rows,
     RW205 not UTF-8, RW206 damaged file, RW207 unknown columns, RW208 hub or split not available,
     RW209 files of different layouts in one folder.
     """
-    how = _How((prompt_column, completion_column), skip_bad_rows)
+    how = _How((prompt_column, completion_column), skip_bad_rows, formats)
     if str(source) == STDLIB:
         return stdlib_rows(split=split)
     check_there(source)
@@ -66,6 +68,7 @@ class _How:
 
     columns: Columns
     skip_bad_rows: int | None
+    formats: Collection[Format] | None = None
 
 
 def check_there(source: str | Path) -> None:
@@ -85,9 +88,10 @@ def _read_path(path: Path, name: str, how: _How) -> Rows:
         name,
         sha256=content.sha256,
         columns=how.columns,
-        only=None if any(how.columns) else content.only,
+        only=None if any(how.columns) or how.formats is not None else content.only,
         counted_in=content.counted_in,
         skip_bad_rows=how.skip_bad_rows,
+        formats=how.formats,
     )
 
 
@@ -116,7 +120,7 @@ def _read_files(folder: Path, files: Sequence[Path], how: _How) -> list[Rows]:
     allowed = how.skip_bad_rows
     for file in files:
         left = None if allowed is None else allowed - sum(len(part.problems) for part in parts)
-        parts.append(_read_path(file, str(file.relative_to(folder)), _How(how.columns, left)))
+        parts.append(_read_path(file, str(file.relative_to(folder)), dataclasses.replace(how, skip_bad_rows=left)))
     return parts
 
 
@@ -204,4 +208,11 @@ def _one_line(error: BaseException) -> str:
 
 def _from_dataset(dataset: Dataset, source: str, how: _How) -> Rows:
     records = table_records(dataset.with_format("arrow")[:], source)
-    return rows_from_records(records, source, columns=how.columns, counted_in="row", skip_bad_rows=how.skip_bad_rows)
+    return rows_from_records(
+        records,
+        source,
+        columns=how.columns,
+        counted_in="row",
+        skip_bad_rows=how.skip_bad_rows,
+        formats=how.formats,
+    )

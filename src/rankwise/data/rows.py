@@ -34,6 +34,8 @@ class Row:
     # Assistant messages before this index belong to the prompt.
     counted_in: Unit = "line"
     # What ``line`` counts: rows in JSON arrays, parquet and hub data.
+    columns: Fields | None = None
+    # Of a prompt that is to be answered: the whole record, for rewards.
 
     @property
     def place(self) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rankwise.acceleration import optimize_for_training, restore
-from rankwise.acceleration.generation import Decoding, Generator, Prompt, batches_that_fit
+from rankwise.acceleration.generation import Decoding, Generator, Prompt, batches_that_fit, stop_ids_of
 from rankwise.acceleration.scoring import Scorer, loss_scorer
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.rows import Row, Rows
@@ -85,11 +85,7 @@ class Engine:
 
     def stop_ids(self, more: Iterable[int | None] = ()) -> frozenset[int]:
         """The tokens that end an answer: the tokenizer's, the model's, and ``more``."""
-        found = {self.tokenizer.eos_token_id, *more}
-        for config in (getattr(self.model, "generation_config", None), self.model.config):
-            ids = getattr(config, "eos_token_id", None)
-            found |= set(ids) if isinstance(ids, list | tuple) else {ids}
-        return frozenset(int(token) for token in found if token is not None)
+        return stop_ids_of(self.model, self.tokenizer, more)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -89,7 +89,8 @@ def phases(
         return evaluating.forward_bytes(step, unpacked)
     biases_train = adapted is not None and bool(adapted.biases)
     gradients, copies = weights.tensor_bytes(tensors), step_copies_bytes(workload, tensors)
-    return dict(Moments(step, gradients, copies, unpacked, biases_train).phases())
+    found = dict(Moments(step, gradients, copies, unpacked, biases_train).phases())
+    return found | ({"generation": evaluating.written_bytes(step, unpacked)} if workload.written else {})
 
 
 def unpacked_bytes(shape: Shape, method: str, workload: Workload) -> int:

@@ -1,4 +1,5 @@
-"""Bytes that an evaluation's forward pass holds at its three heights; nothing is saved for a backward pass.
+"""Bytes that an evaluation's forward pass holds at its three heights, and generation at its end; nothing is saved for a
+backward pass.
 
 The letters are those of `planning.step_facts`. Imports no torch.
 """
@@ -24,6 +25,14 @@ def forward_bytes(step: StepFacts, unpacked: int) -> dict[str, dict[str, int]]:
         "forward": {"transient": stream + masks + cast + layer_bytes(step) + unpacked},
         "forward at the loss": {"transient": 2 * stream + masks + cast, "logits": head.loss_bytes(step)},
     }
+
+
+def written_bytes(step: StepFacts, unpacked: int) -> dict[str, int]:
+    """Of answers at their full length: keys and values of all layers, of one layer once more while they grow, and the
+    logits of a token each, which are drawn from in float32."""
+    shape, rows = step.shape, step.workload.written
+    layer = 2 * rows * step.workload.max_length * shape.keys * step.s
+    return {"transient": (shape.layers + 1) * layer + unpacked, "logits": rows * shape.vocabulary * (step.s + 2 * 4)}
 
 
 def layer_bytes(step: StepFacts) -> int:

@@ -18,7 +18,7 @@ from rankwise.planning.hardware import Hardware, cpu_hardware, this_machine
 from rankwise.planning.plan import is_slowed, on_device, ratio_pace_of
 from rankwise.planning.speed import micro_batch_seconds
 from rankwise.planning.terms import PLANNED, MemoryEstimate
-from rankwise.planning.workload import Workload
+from rankwise.planning.workload import Workload, written_rows
 from rankwise.reports.numbers import byte_size, plural
 
 SMALLEST = {"batch_size": 1, "max_length": 16, "trained_share": 1.0}
@@ -213,6 +213,8 @@ def workload_of(settings: Mapping[str, Any], hardware: Hardware) -> Workload:
     fields["strategy"] = (settings.get("strategy") or "ddp") if fields["devices"] > 1 else "single"
     dtype = hardware.dtype if settings["dtype"] == "auto" else settings["dtype"]
     kind: Literal["cuda", "cpu"] = "cuda" if hardware.device_type == "cuda" else "cpu"
+    answers = settings["batch_size"] * settings["gradient_accumulation"]
+    fields["written"] = written_rows(settings["objective"], answers, kind)
     return on_device(Workload(**{**fields, "dtype": dtype, "device_type": kind}), hardware)
 
 

@@ -12,7 +12,7 @@ from rankwise.config import LengthOptions, ModelOptions, StepOptions, TrainSetti
 from rankwise.errors import ConfigError
 from rankwise.options import Batch, Count, Names, Panel, option
 from rankwise.planning.terms import PLANNED
-from rankwise.planning.workload import Workload
+from rankwise.planning.workload import Workload, written_rows
 
 ALL = "all"
 Goal = Literal["speed", "quality", "serving"]
@@ -33,6 +33,10 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
         ),
     ] = None
     method: Annotated[Names, _model("lora, qlora, dora, qdora or full; several with commas; or all.")] = (ALL,)
+    objective: Annotated[
+        Literal["sft", "grpo"],
+        _model("sft, or grpo: the keys and values of the answers that are written, too."),
+    ] = "sft"
     goal: Annotated[Goal, _model("What decides where several methods fit: speed, quality or serving.")] = "speed"
 
     gpu: Annotated[str | None, _device("Card to plan for, by name; default: this machine.", metavar="NAME")] = None
@@ -79,8 +83,9 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
             )
         names = [name for name in type(self).model_fields if name in Workload.__dataclass_fields__]
         given = {name: getattr(self, name) for name in names if name not in ("dtype", "strategy")}
+        written = written_rows(self.objective, self.batch_size * self.gradient_accumulation, device_type)
         strategy = self.strategy or "ddp" if self.devices > 1 else "single"
-        return Workload(**given, dtype=dtype, device_type=device_type, strategy=strategy)  # type: ignore[arg-type]
+        return Workload(**given, dtype=dtype, device_type=device_type, strategy=strategy, written=written)  # type: ignore[arg-type]
 
 
 # Options that `rankwise train` has too: --save writes those that were given or chosen. It adds the method itself.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-Phase = Literal["forward", "backward", "optimizer"]
+Phase = Literal["forward", "backward", "optimizer", "generation"]
 
 # The code of a dry run that took longer than it was given.
 TOO_SLOW = "RW135"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
+from rankwise.chunks import WRITTEN_ROWS
 from rankwise.config import QuantType, StepOptions
 from rankwise.constants import BLOCK_SIZES
 from rankwise.errors import ConfigError
@@ -33,6 +34,9 @@ class Workload(StepOptions):
     trained_share: float = 1.0
     # A batch of an evaluation: nothing is saved for a backward pass. The closed form alone counts it.
     evaluation: bool = False
+    # Answers that are written together before the step, to ``max_length`` tokens with their prompts; 0: none are. The
+    # closed form alone counts their keys and values.
+    written: int = 0
 
     def __post_init__(self) -> None:
         problems = [*_number_problems(self), *_choice_problems(self)]
@@ -55,6 +59,11 @@ class Workload(StepOptions):
         """Positions that are scored: at most all but the last of each row."""
         positions = max(1, min(self.max_length - 1, round(self.max_length * self.trained_share)))
         return self.batch_size * positions
+
+
+def written_rows(objective: str, answers: int, device_type: DeviceType) -> int:
+    """``Workload.written`` of a run with so many answers a step."""
+    return min(answers, WRITTEN_ROWS[device_type]) if objective == "grpo" else 0
 
 
 def _number_problems(workload: Workload) -> list[str]:

@@ -22,6 +22,7 @@ NAMES = {
     "qdora": "QDoRA adapter",
     "full": "fully fine-tuned model",
 }
+# Fields of the record, in the order of the card.
 RESULTS = {
     "train_loss": "training loss",
     "initial_eval_loss": "evaluation loss before training",
@@ -37,9 +38,13 @@ RESULTS = {
     "predicted_peak_memory_bytes": "predicted peak memory in bytes",
     "wall_seconds": "seconds in all",
 }
-# Fields of the record, in the order of the card.
-LOCAL_SETTINGS = ("model", "data", "eval_data", "output", "resume", "overwrite", "chat_template")
+# What an evaluation loss is the negative of.
+REWARDS = {
+    "initial_eval_loss": "evaluation reward before training",
+    "eval_loss": "evaluation reward of the weights kept",
+}
 # They name places on one machine, or stand elsewhere on the card.
+LOCAL_SETTINGS = ("model", "data", "eval_data", "output", "resume", "overwrite", "chat_template")
 
 
 class Module(Protocol):
@@ -169,12 +174,17 @@ def _cell(value: Any) -> str:
 
 
 def _results(record: RunRecord) -> list[tuple[str, Any]]:
-    found = ((name, getattr(record, field)) for field, name in RESULTS.items())
-    return [(name, value) for name, value in found if value is not None]
+    names = RESULTS if record.objective != "grpo" else RESULTS | REWARDS
+    found = ((name, field, getattr(record, field)) for field, name in names.items())
+    is_reward = REWARDS if record.objective == "grpo" else ()
+    return [(name, -value if field in is_reward else value) for name, field, value in found if value is not None]
 
 
 def _settings(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value in settings.items() if value is not None and name not in LOCAL_SETTINGS]
+    # A reward's file lies on one machine.
+    rewards = [_short(spec) if ".py:" in spec else spec for spec in settings.get("reward") or ()]
+    known = {**settings, "reward": rewards or None}
+    return [(name, value) for name, value in known.items() if value is not None and name not in LOCAL_SETTINGS]
 
 
 def _data(data: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ class Watch(TrainerCallback):
         if self.metrics is None:
             return
         if "eval_loss" in logs:
-            self.metrics.append({"step": state.global_step, **_evaluation(logs)})
+            self.metrics.append({"step": state.global_step, **_evaluation(logs, self.trainer.logged)})
         elif "loss" in logs:
             self.metrics.append({"step": state.global_step, **self._values(logs)})
 
@@ -96,7 +96,7 @@ class Watch(TrainerCallback):
         self.best = min(self.best, loss)
 
     def _values(self, logs: dict[str, Any]) -> dict[str, Any]:
-        values = {ours: logs[theirs] for theirs, ours in LOGGED.items() if theirs in logs}
+        values = {ours: logs[theirs] for theirs, ours in {**LOGGED, **self.trainer.logged}.items() if theirs in logs}
         progress = self.trainer.progress
         values |= {
             "tokens_per_second": round(self.clock.tokens_per_second, 1),
@@ -118,6 +118,7 @@ class Watch(TrainerCallback):
             learning_rate=self.rate,
             b_norm=self.b_norm,
             seconds_left=self.clock.seconds_left(state.max_steps - state.global_step),
+            figures=self.trainer.step_figures,
         )
 
 
@@ -209,6 +210,7 @@ def b_norm(model: Any) -> float | None:
     return torch.nn.utils.get_total_norm(found).item() if found else None
 
 
-def _evaluation(logs: dict[str, Any]) -> dict[str, Any]:
+def _evaluation(logs: dict[str, Any], logged: Mapping[str, str]) -> dict[str, Any]:
     names = {"eval_loss": "eval_loss", "eval_mean_token_accuracy": "eval_token_accuracy", "eval_runtime": "seconds"}
+    names |= {f"eval_{theirs}": f"eval_{ours}" for theirs, ours in logged.items()}
     return {ours: logs[theirs] for theirs, ours in names.items() if theirs in logs} | {"epoch": logs.get("epoch", 0.0)}

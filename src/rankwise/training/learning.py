@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from transformers import TrainingArguments
 
 from rankwise.config import OBJECTIVE_OPTIONS, TrainSettings
 from rankwise.data import Rows
+from rankwise.data.formats import Format
 from rankwise.errors import ConfigError
 from rankwise.options import flag
 from rankwise.training.arguments import Surroundings
+from rankwise.training.foresight import Batch, largest_batch, largest_evaluation
 from rankwise.training.setup import Data
 from rankwise.training.spine import RunTrainer
 
@@ -28,8 +30,15 @@ class Learning:
     encode: Encode
     # Those of the trainer's class.
     arguments: Callable[[TrainSettings, Surroundings], TrainingArguments]
-    # Takes the settings and what every trainer takes: model, args, data sets, tokenizer, progress.
-    trainer: Callable[[TrainSettings, Mapping[str, Any]], RunTrainer]
+    # Takes the settings, the data and what every trainer takes: model, args, data sets, tokenizer, progress.
+    trainer: Callable[[TrainSettings, Data, Mapping[str, Any]], RunTrainer]
+    # Layouts of the data; None for those of training data.
+    formats: Collection[Format] | None = None
+    # Whether rows hold the tokens to learn.
+    has_labels: bool = True
+    # What memory depends on: of the largest micro-batch, ``flat`` where rows are laid end to end, and of evaluations.
+    largest_batch: Callable[..., Batch] = largest_batch
+    largest_evaluation: Callable[[Any], Batch | None] = largest_evaluation
 
 
 def check_options(given: TrainSettings) -> None:

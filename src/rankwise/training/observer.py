@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Protocol
 
 
@@ -25,6 +26,8 @@ class StepInfo:
     # 2-norm over all B matrices at the last logged step: how far the adapter has moved. None for a full fine-tuning.
     b_norm: float | None
     seconds_left: float
+    # What the objective has to say besides, by name: the mean reward of the step's answers, ...
+    figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Observer(Protocol):

@@ -158,6 +158,7 @@ def check_same_inputs(output: Path, data: Mapping[str, Mapping[str, Any]], base_
     pairs = {
         "--data": (before.data.get("train", {}), data["train"], "sha256"),
         "--chat-template": (before.data.get("train", {}), data["train"], "chat_template_sha256"),
+        "--reward": (before.data.get("train", {}), data["train"], "rewards_sha256"),
         "--eval-data": (before.data.get("eval", {}), data.get("eval", {}), "sha256"),
         "--model": (before.base_model, base_model, "sha256"),
     }

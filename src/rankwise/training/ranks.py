@@ -117,7 +117,7 @@ def joined(device_type: str) -> Iterator[None]:
 
 def check_processes(settings: TrainSettings, processes: int) -> None:
     """Raise ConfigError for options that do not go with the number of processes: RW137 --devices, RW138 --strategy
-    without several, RW146 a method that trains in one alone, RW148 a strategy that is not there yet."""
+    without several, RW146 and RW779 what trains in one alone, RW148 a strategy that is not there yet."""
     where = place()
     if settings.devices is not None and settings.devices != processes:
         start = f"the launcher started {processes}" if where else "this is one process"
@@ -135,6 +135,12 @@ def check_processes(settings: TrainSettings, processes: int) -> None:
         return
     if settings.method in BASELINES:
         raise ConfigError("RW146", f"--method {settings.method} trains in one process; leave --devices out.")
+    if settings.objective == "grpo":
+        raise ConfigError(
+            "RW779",
+            f"--objective grpo trains in one process, and these are {processes}: answers and rewards are not shared "
+            "between processes yet; leave --devices out.",
+        )
     if settings.strategy == "fsdp" and settings.method == "full":
         raise ConfigError(
             "RW148", "--strategy fsdp shards frozen weights, and --method full freezes none; take --strategy ddp."

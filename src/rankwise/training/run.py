@@ -28,7 +28,7 @@ from rankwise.records import RunRecord, check_writable, load_record
 from rankwise.training import output, preflight, ranks, setup
 from rankwise.training.arguments import Surroundings, check_combinations, check_names, check_optimizer
 from rankwise.training.checkpoints import Checkpoint, newest_valid
-from rankwise.training.foresight import Foresight, largest_batch, largest_evaluation
+from rankwise.training.foresight import Foresight
 from rankwise.training.learning import Learning, check_options
 from rankwise.training.memory_savers import OFFLOADED, OffloadedAdamW, check_memory_savers
 from rankwise.training.meters import Progress, frozen_bytes
@@ -148,9 +148,9 @@ def _prepare(
     given: TrainSettings, mode: output.Mode, lora: LoraConfig, observer: Observer, foresight: Foresight | None
 ) -> Session:
     """Read, load and check everything; nothing is written."""
-    learning = learning_of(given.objective)
+    learning = learning_of(given)
     observer.phase("Reading data")
-    rows, eval_rows, template = setup.read_data(given)
+    rows, eval_rows, template = setup.read_data(given, learning.formats)
     observer.phase("Loading the model")
     if foresight is not None:
         foresight.before_loading()
@@ -171,7 +171,7 @@ def _prepare(
         output.check_same_inputs(given.output, described, base)
     trainable = setup.make_trainable(loaded.model, given.method, lora, given.seed)
     done = optimize_for_training(loaded.model) if given.fast and given.method not in BASELINES else None
-    _check_before_training(given, loaded.model, data)
+    _check_before_training(learning, given, loaded.model, data)
     checkpoint = _checkpoint_to_resume(given.output) if mode == "resume" else None
     padded = _why_padded(given, loaded.model, done)
     trainer = _trainer(learning, given, loaded, data, checkpoint, padding_free=padded is None)
@@ -180,7 +180,7 @@ def _prepare(
     if checkpoint is not None and not _same_length(given):
         _check_length(given, checkpoint, trainer.total_steps)
     # Batches differ between processes; the one with the largest counts.
-    each = ranks.gathered(_predicted_peak(given, trainer, foresight, flat=padded is None))
+    each = ranks.gathered(_predicted_peak(learning, given, trainer, foresight, flat=padded is None))
     predicted = max((peak for peak in each if peak is not None), default=None)
     record = RunRecord(
         method=given.method,
@@ -219,29 +219,30 @@ def _why_padded(given: TrainSettings, model: Any, done: Acceleration | None) -> 
     return flattening_obstacle(model)
 
 
-def _check_before_training(given: TrainSettings, model: Any, data: setup.Data) -> None:
+def _check_before_training(learning: Learning, given: TrainSettings, model: Any, data: setup.Data) -> None:
     report = data.train.report
-    preflight.check_labels(
-        tokens=report.tokens,
-        trained_tokens=report.trained_tokens,
-        stop_rows=report.stop_token_rows,
-        whole_texts=data.rows.kind == "text",
-        source=data.rows.source,
-    )
+    if learning.has_labels:
+        preflight.check_labels(
+            tokens=report.tokens,
+            trained_tokens=report.trained_tokens,
+            stop_rows=report.stop_token_rows,
+            whole_texts=data.rows.kind == "text",
+            source=data.rows.source,
+        )
     preflight.check_trainable(model, given.method)
     preflight.check_disk(model, given.output, given.save_total_limit + 1)
 
 
 def _predicted_peak(
-    given: TrainSettings, trainer: RunTrainer, foresight: Foresight | None, *, flat: bool
+    learning: Learning, given: TrainSettings, trainer: RunTrainer, foresight: Foresight | None, *, flat: bool
 ) -> int | None:
     """Of the largest micro-batch that will come, or of evaluations; packed rows are full."""
     if foresight is None:
         return None
-    batch = largest_batch(trainer, flat=flat)
+    batch = learning.largest_batch(trainer, flat=flat)
     if given.packing:
         batch = dataclasses.replace(batch, rows=given.batch_size, tokens=given.max_length)
-    return foresight.before_training(batch, largest_evaluation(trainer))
+    return foresight.before_training(batch, learning.largest_evaluation(trainer))
 
 
 def _checkpoint_to_resume(folder: Path) -> Checkpoint | None:
@@ -281,7 +282,7 @@ def _trainer(
         "progress": _progress_of(checkpoint),
         "optimizer_cls_and_kwargs": own if given.optimizer == OFFLOADED else None,
     }
-    return learning.trainer(given, common)
+    return learning.trainer(given, data, common)
 
 
 def _is_evaluated(folder: Path, checkpoint: Checkpoint | None) -> bool:

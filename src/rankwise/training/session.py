@@ -153,7 +153,9 @@ class Session:
 
     def _add_callbacks(self, memory: MemoryMeter, interrupt: Interrupt) -> None:
         trainer = self.trainer
-        check = GradientCheck(trainer.model, overflow_is_normal=trainer.args.fp16)
+        check = GradientCheck(
+            trainer.model, overflow_is_normal=trainer.args.fp16, silence_is_normal=trainer.silence_is_normal
+        )
         trainer.add_callback(callbacks.Watch(trainer, self.metrics, memory, self.observer, self._tick))
         trainer.add_callback(callbacks.CheckGradients(check))
         if self.extras.answer is not None and (ranks.is_writer() or is_sharded(trainer.model)):

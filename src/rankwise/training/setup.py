@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from rankwise.adapters.baselines import add_baseline
 from rankwise.config import BASELINES, FOUR_BITS, LoraConfig, TrainSettings
 from rankwise.data import Encoded, Rows, chat_text, encode_rows, read_rows, read_template, warn_of_overlap
 from rankwise.data.encoded_cache import encode_rows_once
+from rankwise.data.formats import Format
 from rankwise.errors import ConfigError, RunError, warn
 from rankwise.models import ModelSource, choose_device, fetch_model
 from rankwise.models.positions import answer_room, table_rows
@@ -39,6 +40,8 @@ class Data:
     # Jinja text of --chat-template.
     template: str | None
     eval_rows: Rows | None = None
+    # What else the record says of the training data.
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def sets(self) -> list[Encoded]:
@@ -46,7 +49,7 @@ class Data:
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """{"train": ..., "eval": ...}: where each set came from, its sha256 and what became of its rows."""
-        described = {"train": _described(self.rows, self.train)}
+        described = {"train": {**_described(self.rows, self.train), **self.notes}}
         if self.template is not None:
             described["train"]["chat_template_sha256"] = hashlib.sha256(self.template.encode()).hexdigest()
         if self.evaluation is not None and self.eval_rows is not None:
@@ -69,16 +72,19 @@ class LoadedBase:
     device_reason: str
 
 
-def read_data(given: TrainSettings) -> tuple[Rows, Rows | None, str | None]:
+def read_data(given: TrainSettings, formats: Collection[Format] | None = None) -> tuple[Rows, Rows | None, str | None]:
     """Training rows, evaluation rows and the text of the chat template; all errors are DataErrors of the readers.
 
     A source with several splits gives its ``train`` for training and its ``validation`` for evaluation.
     """
     template = None if given.chat_template is None else read_template(given.chat_template)
-    rows = read_rows(given.data, split="train", **given.columns, skip_bad_rows=given.skip_bad_rows)
+    # Formats of an objective's own know its columns.
+    columns = given.columns if formats is None else {}
+    options = {**columns, "skip_bad_rows": given.skip_bad_rows, "formats": formats}
+    rows = read_rows(given.data, split="train", **options)
     if given.eval_data is None:
         return rows, None, template
-    eval_rows = read_rows(given.eval_data, split="validation", **given.columns, skip_bad_rows=given.skip_bad_rows)
+    eval_rows = read_rows(given.eval_data, split="validation", **options)
     eval_rows = limited(eval_rows, given.eval_limit)
     warn_of_overlap(rows, eval_rows)
     return rows, eval_rows, template

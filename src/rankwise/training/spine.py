@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,10 @@ class RunTrainer(TrlTrainer):
     lr_scheduler: Any
     # trl's trainers make it: by mode, then by name.
     _metrics: Any
+    # {trl's name: ours} of figures of a step that go into metrics.jsonl, besides those of every objective.
+    logged: Mapping[str, str] = {}
+    # Whether a step may leave all gradients at zero.
+    silence_is_normal = False
 
     def __init__(self, *, save_total_limit: int = 2, progress: Progress | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -82,6 +86,11 @@ class RunTrainer(TrlTrainer):
     @abstractmethod
     def loss_in_words(self) -> str:
         """How the loss is computed, for the record."""
+
+    @property
+    def step_figures(self) -> dict[str, float]:
+        """What else is shown of the last step, and written beside its loss."""
+        return {}
 
     # --- a step ---
 

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rankwise.acceleration.generation import Decoding
 from rankwise.data import Rows, read_rows
@@ -108,7 +109,7 @@ class Gsm8k(Task):
         self.problems = problems
         self.rows: Sequence[Row] = problems.items[:limit]
         self.worked = worked
-        self.decoding = {"max_new_tokens": max_new_tokens or NEW_TOKENS, "num_beams": num_beams}
+        self.decoding: dict[str, Any] = {"max_new_tokens": max_new_tokens or NEW_TOKENS, "num_beams": num_beams}
 
     def describe(self) -> JsonObject:
         return {**self.decoding, "num_fewshot": len(self.worked.pairs), "fewshot_sha256": self.worked.sha256}

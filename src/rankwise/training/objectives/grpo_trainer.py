@@ -21,16 +21,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from rankwise.acceleration import fused_head
 from rankwise.acceleration.generation import Decoding, Generator, Prompt, batches_that_fit
 from rankwise.adapters import adapter_disabled
 from rankwise.compat.trl import RepeatSampler, metrics_of
 from rankwise.constants import IGNORED
 from rankwise.errors import ConfigError, warn
 from rankwise.foreign import JsonObject
+from rankwise.known_names import REFUSED
 from rankwise.training.log_probs import scored, without_padding_in_front
 from rankwise.training.objectives.rewards import Reward
 from rankwise.training.spine import RunTrainer
@@ -38,6 +41,16 @@ from rankwise.training.state import undisturbed_random_states
 
 # Stands where trl expects a reference model.
 REFERENCE: Any = "the model with its adapter switched off"
+# {trl's name: ours} in metrics.jsonl, and of those that are shown at each step.
+LOGGED = {
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "kl": "kl",
+    "frac_reward_zero_std": "equal_rewards",
+    "completions/mean_length": "completion_tokens",
+    "completions/clipped_ratio": "cut_completions",
+}
+SHOWN = {"reward": "reward", "kl": "KL", "completions/mean_length": "answer tokens"}
 # Prompts of an evaluation between two looks at whether the user has stopped it.
 EVALUATED_AT_ONCE = 64
 # So many first steps without a difference between rewards are said.
@@ -56,6 +69,7 @@ class EpochSampler(RepeatSampler):
     """trl's, whose order depends on seed and epoch alone."""
 
     def set_epoch(self, epoch: int) -> None:
+        assert self.seed is not None, "ours are seeded"
         self.generator.manual_seed(self.seed + epoch)
 
 
@@ -64,6 +78,9 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
     functions see it, and of the other ``columns`` for them. ``stop_ids`` end an answer."""
 
     args: GrpoArguments
+    # trl declares these optional; its arguments have defaults for all.
+    processing_class: PreTrainedTokenizerBase
+    max_completion_length: int
     # All answers to a prompt may get one reward: then nothing has a gradient.
     silence_is_normal = True
 
@@ -80,6 +97,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         if self.args.reference_beta:
             self.beta, self.ref_model = self.args.reference_beta, REFERENCE
         self.eos_token_ids = sorted(stop_ids)
+        self.logged = LOGGED | {f"rewards/{name}/mean": f"reward_{name}" for name in self.reward_func_names}
         # Of the answers being written, because trl hands on the prompts alone.
         self._prompt_ids: list[list[int]] = []
         self._columns: list[JsonObject] = []
@@ -87,18 +105,19 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
 
     @property
     def loss_in_words(self) -> str:
-        return "trl's, of log-probabilities in chunks"
+        return f"trl's, of log-probabilities from {'chunks of' if fused_head(self.model) else 'whole'} logits"
+
+    @property
+    def step_figures(self) -> dict[str, float]:
+        metrics = metrics_of(self, "train")
+        return {ours: float(metrics[theirs][-1]) for theirs, ours in SHOWN.items() if metrics.get(theirs)}
 
     # --- a step ---
 
     def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
-        return EpochSampler(
-            self.train_dataset if dataset is None else dataset,
-            mini_repeat_count=self.num_generations,
-            batch_size=self.args.generation_batch_size // self.num_generations,
-            repeat_count=self.num_iterations * self.args.steps_per_generation,
-            seed=self.args.seed,
-        )
+        given: Any = super()._get_train_sampler(dataset)
+        counts = given.mini_repeat_count, given.batch_size, given.repeat_count
+        return EpochSampler(given.data_source, *counts, seed=given.seed)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._prompt_ids = [row["input_ids"] for row in inputs]
@@ -135,14 +154,14 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         """Token ids of an answer to each, with the stop token that ended it."""
         seen: Counter[tuple[int, ...]] = Counter()
         prompts = []
-        for ids in map(tuple, prompt_ids):
-            prompts.append(Prompt(ids, repeat=seen[ids]))
-            seen[ids] += 1
+        for prompt in map(tuple, prompt_ids):
+            prompts.append(Prompt(prompt, repeat=seen[prompt]))
+            seen[prompt] += 1
         stops = frozenset(self.eos_token_ids)
         decoding = Decoding(self.max_completion_length, stops, temperature=temperature, seed=seed, to_train_on=True)
         answers: list[list[int]] = [[] for _ in prompts]
         with _evaluating(self.model):
-            generator = Generator(self.model, decoding, pad=self.processing_class.pad_token_id)
+            generator = Generator(self.model, decoding, pad=int(self.processing_class.pad_token_id))
             for batch in batches_that_fit(self.model, prompts, decoding):
                 for index, ids in zip(batch, generator.answers([prompts[index] for index in batch])):
                     answers[index] = ids
@@ -212,7 +231,10 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
     ) -> EvalLoopOutput:
         """The mean reward of greedy answers, one to each prompt; the loss is minus that."""
         rows = dataloader.dataset
+        # As the Trainer does; the next step sets both back.
         self.model.eval()
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
         rewards = []
         with undisturbed_random_states():
             for start in range(0, len(rows), EVALUATED_AT_ONCE):
@@ -239,18 +261,9 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
 
 def _check(arguments: GrpoArguments) -> None:
     """Raise ConfigError (RW776) for ways of generation that would not write with the adapter, or would ruin it."""
-    if arguments.use_vllm:
-        raise ConfigError(
-            "RW776",
-            "generation by vLLM is refused: trl hands it the model's parameters by name, and vLLM would write without "
-            "the adapter or with 4-bit weights that it takes for dense ones; leave use_vllm out.",
-        )
-    if arguments.use_transformers_continuous_batching:
-        raise ConfigError(
-            "RW776",
-            "continuous batching is refused: trl casts the model that trains to 16 bits for it, and small updates of "
-            "the adapter would be lost; leave use_transformers_continuous_batching out.",
-        )
+    for name, reason in REFUSED.items():
+        if getattr(arguments, name):
+            raise ConfigError("RW776", f"{name} is refused: {reason}; leave it out.")
 
 
 @contextmanager

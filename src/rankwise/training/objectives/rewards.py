@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rankwise.data.prompts import ANSWERS
 from rankwise.errors import ConfigError, DataError, RankwiseError, RunError, first_line
 from rankwise.final_number import extract_answer
 from rankwise.weights_file import sha256_of
@@ -26,8 +27,6 @@ from rankwise.weights_file import sha256_of
 Function = Callable[..., Any]
 BUILT_IN = "answer, format=REGEX, length=N"
 FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[^:]+)")
-# Columns that hold the right answer, the first that is there.
-REFERENCES = ("answer", "solution")
 # What trl hands over beside the columns of the data.
 TRLS = {"prompts", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 # Characters of a prompt or an answer in a message.
@@ -179,12 +178,12 @@ def answer(completions: Sequence[Any], **columns: Any) -> list[float]:
 
     Raises DataError (RW781) where the data have no column with the right answer, or no number is in one.
     """
-    column = next((name for name in REFERENCES if name in columns), None)
+    column = next((name for name in ANSWERS if name in columns), None)
     if column is None:
         there = ", ".join(sorted(set(columns) - TRLS)) or "none besides the prompts"
         raise DataError(
             "RW781",
-            f"--reward answer compares with a column {' or '.join(REFERENCES)}, and the data have {there}; rename the "
+            f"--reward answer compares with a column {' or '.join(ANSWERS)}, and the data have {there}; rename the "
             "one with the right answer.",
         )
     wanted = [extract_answer(str(reference)) for reference in columns[column]]

@@ -8,7 +8,7 @@ from typing import Any
 from rankwise.config import TrainSettings
 from rankwise.training.arguments import sft_arguments
 from rankwise.training.learning import Learning
-from rankwise.training.setup import encode_data
+from rankwise.training.setup import Data, encode_data
 from rankwise.training.trainer import RankwiseTrainer
 
 
@@ -16,5 +16,5 @@ def learning() -> Learning:
     return Learning(encode_data, sft_arguments, _trainer)
 
 
-def _trainer(given: TrainSettings, common: Mapping[str, Any]) -> RankwiseTrainer:
+def _trainer(given: TrainSettings, data: Data, common: Mapping[str, Any]) -> RankwiseTrainer:
     return RankwiseTrainer(label_smoothing=given.label_smoothing, **common)

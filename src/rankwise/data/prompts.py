@@ -1,0 +1,176 @@
+"""Prompts that are to be answered: the layouts of their rows, and their token ids up to where an answer starts.
+
+A row is a row of training data whose answer is PLACE, so that prompts are written as in training. What the data hold as
+the right answer is for rewards, as all other columns are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rankwise.data.bad_rows import check_bad_rows
+from rankwise.data.encoding import Encoded, EncodingReport, RowEncoder
+from rankwise.data.formats import BadRow, Format, Record, conversation, text_field
+from rankwise.data.rows import Problem, Row, Rows
+from rankwise.errors import DataError, warn
+from rankwise.foreign import Fields, JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PLACE = "answer"
+# Columns in which rewards look for the right answer, the first that is there.
+ANSWERS = ("answer", "solution")
+
+
+def prompt_formats(prompt_column: str | None = None, completion_column: str | None = None) -> Collection[Format]:
+    """The layouts of prompts; the one of these columns where they are named."""
+    if prompt_column is None:
+        return PROMPTS
+    return (Format(f"prompts ({prompt_column})", "prompt", (prompt_column,), _text(prompt_column, completion_column)),)
+
+
+def _text(prompt: str, completion: str | None) -> Callable[[Record], JsonObject]:
+    def fields(record: Record) -> JsonObject:
+        known = None if completion is None else record.get(completion)
+        return {"prompt": text_field(record, prompt), "completion": PLACE, "columns": _with_answer(record, known)}
+
+    return fields
+
+
+def _instruction(record: Record) -> JsonObject:
+    prompt, known = text_field(record, "instruction"), record.get("output", record.get("response"))
+    context = next((name for name in ("input", "context") if record.get(name)), None)
+    if context is not None:
+        prompt = f"{prompt}\n\n{text_field(record, context)}"
+    return {"prompt": prompt, "completion": PLACE, "columns": _with_answer(record, known)}
+
+
+def _messages(column: str) -> Callable[[Record], JsonObject]:
+    """A conversation that is to go on. The assistant's message at its end is the right answer."""
+
+    def fields(record: Record) -> JsonObject:
+        messages, tools = conversation({**record, "messages": record[column]})
+        known = record.get("completion")
+        if messages[-1]["role"] == "assistant":
+            messages, known = messages[:-1], messages[-1]["content"]
+        if not messages:
+            raise BadRow(f"expected a message of the user in `{column}`, found the assistant's alone")
+        return {
+            "messages": (*messages, {"role": "assistant", "content": PLACE}),
+            "tools": tools,
+            "first_trained": len(messages),
+            "columns": _with_answer(record, known),
+        }
+
+    return fields
+
+
+def _with_answer(record: Record, known: object) -> Fields:
+    """The record, and what it holds as the answer under a name that rewards look for."""
+    if isinstance(known, list) and known and isinstance(known[-1], Mapping):
+        known = known[-1].get("content")
+    has_one = any(name in record for name in ANSWERS)
+    return record if has_one or not isinstance(known, str) else {**record, ANSWERS[0]: known}
+
+
+# In order, as those of training data.
+PROMPTS: Collection[Format] = (
+    Format("prompts (messages)", "chat", ("messages",), _messages("messages"), optional=("system",)),
+    Format("prompts (prompt as messages)", "chat", ("prompt",), _messages("prompt"), holds=list),
+    Format("prompts (prompt)", "prompt", ("prompt",), _text("prompt", "completion")),
+    Format(
+        "prompts (instruction, input)",
+        "prompt",
+        ("instruction",),
+        _instruction,
+        separator="\n",
+        optional=("input", "context"),
+    ),
+    Format("prompts (question)", "prompt", ("question",), _text("question", None), separator="\n"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """Tokens of a row at the most, and how many of them are the answer's."""
+
+    max_length: int
+    answer: int
+
+    @property
+    def prompt(self) -> int:
+        return self.max_length - self.answer
+
+
+def encode_prompts(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase | None,
+    room: Room,
+    *,
+    chat_template: str | None = None,
+    name: str = "train",
+    skip_bad_rows: int | None = None,
+) -> Encoded:
+    """Columns ``input_ids``, a prompt's ids, and ``asked``, JSON of what rewards are given besides: ``{"prompt": ...,
+    "columns": {...}}``. Prompts that leave no room for an answer are left out, counted and warned of (RW782).
+
+    Raises DataError: RW780 where no prompt is left; otherwise as ``encode_rows``.
+    """
+    from datasets import Dataset
+
+    encoder = RowEncoder(rows, tokenizer, chat_template)
+    problems, lengths, kept = [], [], []
+    names = [name for name in dict.fromkeys(name for row in rows for name in row.columns or ()) if name != "prompt"]
+    for row, item in zip(rows, encoder.try_encode(rows.items)):
+        if isinstance(item, Problem):
+            problems.append(item)
+            continue
+        ids = item.ids[: item.trained.index(True)]
+        lengths.append(len(ids))
+        if len(ids) <= room.prompt:
+            kept.append({"input_ids": ids, "asked": _asked(row, names)})
+    check_bad_rows(problems, len(rows), allowed=skip_bad_rows, before=len(rows.problems))
+    _tell_of_long(rows, len(lengths), len(kept), room)
+    bad = [*rows.problems, *problems]
+    report = EncodingReport(
+        name=name,
+        rows=len(kept),
+        tokens=sum(len(row["input_ids"]) for row in kept),
+        trained_tokens=0,
+        truncated_rows=0,
+        dropped_rows=len(lengths) - len(kept),
+        longest=max(lengths),
+        median_length=statistics.median(lengths),
+        template=encoder.template,
+        stop_token_rows=0,
+        skipped_rows=len(bad),
+        skipped=[problem.to_json() for problem in bad],
+    )
+    return Encoded(Dataset.from_list(kept), report)
+
+
+def _asked(row: Row, names: Sequence[str]) -> str:
+    """As JSON, because a column may hold values of several kinds; each row has each column, as trl's rewards expect."""
+    columns = row.columns or {}
+    prompt = list(row.messages[: row.first_trained]) if row.kind == "chat" else row.prompt
+    return json.dumps({"prompt": prompt, "columns": {name: columns.get(name) for name in names}}, default=str)
+
+
+def _tell_of_long(rows: Rows, count: int, kept: int, room: Room) -> None:
+    if not kept:
+        raise DataError(
+            "RW780",
+            f"none of the {count:,} prompts of {rows.source} fits into the {room.prompt:,} tokens that --max-length "
+            f"{room.max_length} leaves beside {room.answer} of an answer; raise --max-length.",
+        )
+    if kept < count:
+        warn(
+            "RW782",
+            f"{count - kept:,} of {count:,} prompts of {rows.source} have more than the {room.prompt:,} tokens that "
+            f"--max-length {room.max_length} leaves beside {room.answer} of an answer; they are left out.",
+        )

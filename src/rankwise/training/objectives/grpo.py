@@ -1,0 +1,158 @@
+"""Learning from rewards: GRPO (Shao et al. 2024).
+
+The model answers each prompt several times, each answer is scored, and answers that score above the mean of their group
+become likelier. What a run needs of it is here; the trainer is in grpo_trainer.py, what scores in rewards.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rankwise.acceleration.generation import stop_ids_of
+from rankwise.config import BASELINES, TrainSettings
+from rankwise.data import Rows
+from rankwise.data.encoding import RowEncoder
+from rankwise.data.prompts import Room, encode_prompts, prompt_formats
+from rankwise.errors import ConfigError
+from rankwise.models.positions import table_rows
+from rankwise.options import flag
+from rankwise.training.arguments import Surroundings, run_arguments
+from rankwise.training.foresight import Batch, longest_row
+from rankwise.training.learning import Learning
+from rankwise.training.objectives.grpo_trainer import GrpoArguments, GrpoTrainer
+from rankwise.training.objectives.rewards import BUILT_IN, Reward, read_rewards
+from rankwise.training.setup import Data
+
+# Where the user does not say.
+GENERATIONS, NEW_TOKENS, TEMPERATURE, LOSS = 8, 256, 1.0, "dapo"
+LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
+
+
+def learning(given: TrainSettings) -> Learning:
+    """Raises ConfigError for settings that cannot be, and as ``read_rewards`` does."""
+    _check(given)
+    rewards = read_rewards(given.reward or ())
+    return Learning(
+        functools.partial(_encode, rewards=rewards),
+        _arguments,
+        functools.partial(_trainer, rewards=rewards),
+        formats=prompt_formats(**given.columns),
+        has_labels=False,
+        largest_batch=_largest_batch,
+        largest_evaluation=lambda trainer: None,
+    )
+
+
+def _check(given: TrainSettings) -> None:
+    """Raise ConfigError: RW770 without a reward, RW775 for numbers that do not fit together, RW777 for a reference that
+    would be a second model, RW783 for a loss that there is not."""
+    if not given.reward:
+        raise ConfigError(
+            "RW770",
+            f"--objective grpo needs --reward: FILE.py:NAME, a function in a Python file, or one of {BUILT_IN}.",
+        )
+    if given.reward_weights is not None and len(given.reward_weights) != len(given.reward):
+        raise ConfigError(
+            "RW775",
+            f"--reward-weights has {len(given.reward_weights)} factors and there are {len(given.reward)} rewards; give "
+            "one for each.",
+        )
+    answers, group = given.batch_size * given.gradient_accumulation, given.num_generations or GENERATIONS
+    if answers % group:
+        raise ConfigError(
+            "RW775",
+            f"a step has --batch-size {given.batch_size} x --gradient-accumulation {given.gradient_accumulation} = "
+            f"{answers} answers, which is no multiple of --num-generations {group}: all answers to a prompt belong to "
+            "one step; change one of the three.",
+        )
+    if _new_tokens(given) >= given.max_length:
+        raise ConfigError(
+            "RW775",
+            f"--max-completion-length {_new_tokens(given)} leaves no room for a prompt within --max-length "
+            f"{given.max_length}, which counts both; raise the one or lower the other.",
+        )
+    if given.beta and (given.method == "full" or given.method in BASELINES):
+        raise ConfigError(
+            "RW777",
+            f"--beta {given.beta:g} keeps the model near its reference, the base under the adapter, and --method "
+            f"{given.method} would need a second model for that; leave --beta out, or take lora, qlora, dora or qdora.",
+        )
+    if given.loss_type is not None and given.loss_type not in LOSSES:
+        raise ConfigError("RW783", f"--loss-type {given.loss_type} is none of grpo's: {', '.join(LOSSES)}.")
+
+
+def _new_tokens(given: TrainSettings) -> int:
+    return given.max_completion_length or NEW_TOKENS
+
+
+def _arguments(given: TrainSettings, around: Surroundings) -> GrpoArguments:
+    return run_arguments(
+        GrpoArguments,
+        given,
+        around,
+        num_generations=given.num_generations or GENERATIONS,
+        # Evaluations answer each prompt once.
+        num_generations_eval=1,
+        max_completion_length=_new_tokens(given),
+        temperature=given.temperature or TEMPERATURE,
+        loss_type=given.loss_type or LOSS,
+        reward_weights=None if given.reward_weights is None else list(given.reward_weights),
+        reference_beta=given.beta or 0.0,
+        padding_free=around.padding_free,
+    )
+
+
+def _encode(
+    given: TrainSettings,
+    tokenizer: Any,
+    rows: Rows,
+    eval_rows: Rows | None,
+    template: str | None,
+    *,
+    rewards: Sequence[Reward],
+) -> Data:
+    if template is not None:
+        tokenizer.chat_template = template
+    encode = functools.partial(
+        encode_prompts,
+        tokenizer=tokenizer,
+        room=Room(given.max_length, _new_tokens(given)),
+        chat_template=template,
+        skip_bad_rows=given.skip_bad_rows,
+    )
+    train = encode(rows, name="train")
+    evaluation = None if eval_rows is None else encode(eval_rows, name="eval")
+    hashes = [reward.sha256 for reward in rewards if reward.sha256 is not None]
+    notes = {"rewards_sha256": hashlib.sha256(" ".join(hashes).encode()).hexdigest()} if hashes else {}
+    return Data(train, evaluation, rows, template, eval_rows, notes)
+
+
+def _trainer(given: TrainSettings, data: Data, common: Mapping[str, Any], *, rewards: Sequence[Reward]) -> GrpoTrainer:
+    model, tokenizer = common["model"], common["processing_class"]
+    longest, places = longest_row(common["train_dataset"]) + _new_tokens(given), table_rows(model)
+    if places is not None and longest > places:
+        raise ConfigError(
+            "RW775",
+            f"the longest prompt and {flag('max_completion_length')} make {longest:,} tokens, and this "
+            f"{type(model).__name__} has learned positions for {places:,}; give --max-length {places} or less.",
+        )
+    group = given.num_generations or GENERATIONS
+    prompts = given.batch_size * given.gradient_accumulation // group
+    if prompts > len(common["train_dataset"]):
+        raise ConfigError(
+            "RW775",
+            f"a step asks {prompts} prompts and there are {len(common['train_dataset'])}; lower --batch-size or "
+            "--gradient-accumulation, or raise --num-generations.",
+        )
+    stops = stop_ids_of(model, tokenizer, RowEncoder(data.rows, tokenizer, data.template).stop_ids())
+    return GrpoTrainer(rewards=rewards, stop_ids=stops, **common)
+
+
+def _largest_batch(trainer: Any, *, flat: bool) -> Batch:
+    """Answers of full length to the longest prompt."""
+    new, rows = trainer.max_completion_length, trainer.args.per_device_train_batch_size
+    tokens = longest_row(trainer.train_dataset) + new
+    return Batch(rows, tokens, new / tokens)

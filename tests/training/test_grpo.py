@@ -1,0 +1,435 @@
+"""Learning from rewards: as trl with PEFT, on one model, resumable to the bit; whatever is wrong is one error."""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from training_rows import WORDS, Recorder
+from transformers import PreTrainedTokenizerFast
+
+import rankwise as rw
+from rankwise.acceleration import optimize_for_training
+from rankwise.adapters import adapter_parameters, add_adapter
+from rankwise.config import LoraConfig
+from rankwise.data.encoding import RowEncoder
+from rankwise.errors import Interrupted, RankwiseError
+from rankwise.records import load_record, read_metrics
+from rankwise.training.log_probs import scored, without_padding_in_front
+from rankwise.training.objectives.grpo_trainer import GrpoArguments, GrpoTrainer
+from rankwise.training.objectives.rewards import Reward
+from rankwise.training.run import train
+from tiny_models import tiny_gpt2, tiny_llama
+
+REWARDS = """
+def many(completions, **kwargs):
+    return [len(set(text.split())) / 8 for text in completions]
+
+def none(completions, **kwargs):
+    return [0.0 for _ in completions]
+
+def wrong(completions, **kwargs):
+    return [1.0]
+"""
+ARGUMENTS: dict[str, Any] = {
+    "use_cpu": True,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "num_generations": 4,
+    "max_completion_length": 6,
+    "temperature": 0.8,
+    "max_steps": 4,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "seed": 3,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
+# Enough for 20 steps in one epoch: the next has another order than trl's.
+COUNT = 40
+COMPARED = ("loss", "grad_norm", "kl", "reward", "reward_std", "entropy", "completions/mean_length")
+
+
+def write_prompts(path: Path, count: int = 6) -> Path:
+    rows = [{"prompt": f"{WORDS[7 * i % 90]} {WORDS[11 * i % 90]}", "answer": f"#### {i}"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def asked(tokenizer: PreTrainedTokenizerFast, count: int) -> tuple[list[str], Dataset]:
+    """Prompts as text, and as our trainer takes them."""
+    prompts = [" ".join(WORDS[(7 * i + 3 * j) % 90] for j in range(2 + i % 3)) for i in range(count)]
+    rows = [
+        {"input_ids": tokenizer(prompt)["input_ids"], "asked": json.dumps({"prompt": prompt, "columns": {}})}
+        for prompt in prompts
+    ]
+    return prompts, Dataset.from_list(rows)
+
+
+def told(self: Any, prompt_ids: Sequence[Sequence[int]], *_: Any, **__: Any) -> tuple[list[list[int]], None]:
+    """In the place of generation: one to six tokens that depend on the prompt and on its turn."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    answers = []
+    for ids in map(tuple, prompt_ids):
+        draw = random.Random(f"{ids} {seen[ids]}")
+        answers.append([draw.randrange(4, 94) for _ in range(draw.randrange(0, 6))] + [2])
+        seen[ids] += 1
+    return answers, None
+
+
+def count_words(completions: Sequence[str], **_: Any) -> list[float]:
+    return [sum(int(word[1:]) for word in text.split()) % 7 / 7 for text in completions]
+
+
+def ours(tokenizer: Any, folder: Path, *, fast: bool = True, flat: bool = False, **changed: Any) -> GrpoTrainer:
+    model = changed.pop("model", None) or tiny_llama()
+    torch.manual_seed(7)
+    lora = changed.pop("lora", LoraConfig(r=4, lora_alpha=8, init_lora_weights=False))
+    add_adapter(model, lora)
+    if fast:
+        optimize_for_training(model)
+    return GrpoTrainer(
+        rewards=[Reward("count_words", "count_words", changed.pop("function", count_words))],
+        stop_ids=frozenset({2}),
+        model=model,
+        args=GrpoArguments(str(folder), padding_free=flat, **{**ARGUMENTS, "reference_beta": 0.2, **changed}),
+        processing_class=tokenizer,
+        train_dataset=asked(tokenizer, COUNT)[1],
+    )
+
+
+def theirs(tokenizer: Any, folder: Path, adapter: dict[str, torch.Tensor], **changed: Any) -> Any:
+    """trl's trainer over PEFT's model with the same adapter."""
+    import peft
+    from trl import GRPOConfig, GRPOTrainer
+
+    trainer = GRPOTrainer(
+        model=tiny_llama(),
+        reward_funcs=count_words,
+        args=GRPOConfig(str(folder), **{**ARGUMENTS, "beta": 0.2, **changed}),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_dict({"prompt": asked(tokenizer, COUNT)[0]}),
+        peft_config=peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
+    )
+    for key, value in adapter.items():
+        trainer.model.get_parameter(key.replace(".weight", ".default.weight")).data.copy_(value)
+    return trainer
+
+
+def batches_of(trainer: Any) -> list[torch.Tensor]:
+    """Filled while it trains: advantages, and the reference's log-probabilities of the answers' tokens."""
+    plain, noted = trainer._generate_and_score_completions, []
+
+    def note(inputs: Any) -> Any:
+        batch = plain(inputs)
+        noted.extend([batch["advantages"], batch["ref_per_token_logps"] * batch["completion_mask"]])
+        return batch
+
+    trainer._generate_and_score_completions = note
+    return noted
+
+
+@pytest.fixture
+def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trl import GRPOTrainer
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", told)
+    monkeypatch.setattr(GrpoTrainer, "_generate_single_turn", told)
+
+
+@pytest.mark.parametrize(("fast", "flat"), [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+@pytest.mark.filterwarnings("ignore")
+def test_steps_are_those_of_trl_and_peft(
+    fixed: None, fast: bool, flat: bool, loss_type: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    given = {"loss_type": loss_type, "max_steps": 20}
+    mine = ours(tokenizer, tmp_path / "ours", fast=fast, flat=flat, **given)
+    start = {key: value.detach().clone() for key, value in adapter_parameters(mine.model).items()}
+    found = batches_of(mine)
+    mine.train()
+    # Made only now, because making a trainer seeds the order within a step.
+    other = theirs(tokenizer, tmp_path / "theirs", start, **given)
+    expected = batches_of(other)
+    other.train()
+    assert len(found) == 40
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    logs = [[entry for entry in trainer.state.log_history if "loss" in entry] for trainer in (mine, other)]
+    for step, (a, b) in enumerate(zip(*logs, strict=True), 1):
+        for figure in COMPARED:
+            assert a[figure] == pytest.approx(b[figure], rel=1e-3 if step > 3 else 1e-4, abs=1e-5), (step, figure)
+    assert abs(logs[0][0]["kl"]) > 1e-3
+    assert abs(logs[0][0]["grad_norm"]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("make", "lora", "flat"),
+    [
+        (tiny_llama, None, False),
+        (tiny_gpt2, None, False),
+        (tiny_llama, LoraConfig(r=2), True),
+        (tiny_llama, LoraConfig(r=2), False),
+        (tiny_llama, LoraConfig(r=2, modules_to_save=["lm_head"]), True),
+    ],
+)
+def test_log_probs_do_not_depend_on_padding(make: Any, lora: LoraConfig | None, flat: bool) -> None:
+    """Also where positions are learned: trl counts them from the padding. And through a head that trains."""
+    model = make()
+    if lora is not None:
+        add_adapter(model, lora)
+        optimize_for_training(model)
+    torch.manual_seed(0)
+    rows, starts = [torch.randint(3, 97, (size,)) for size in (5, 9, 7)], [2, 4, 6]
+    before = max(starts)
+    ids = torch.zeros(3, before + max(len(row) - start for row, start in zip(rows, starts)), dtype=torch.long)
+    mask, labels, expected = torch.zeros_like(ids), torch.full_like(ids, -100), []
+    for number, (row, start) in enumerate(zip(rows, starts)):
+        end = before - start + len(row)
+        ids[number, before - start : end], mask[number, before - start : end] = row, 1
+        labels[number, before:end] = row[start:]
+        log_p = torch.log_softmax(model(row[None]).logits[0].float() / 0.7, -1)
+        expected.append(log_p[start - 1 : -1].gather(1, row[start:, None]).squeeze(1))
+    inputs = without_padding_in_front(ids, mask, labels, flat=flat)
+    found = scored(model, inputs, temperature=0.7, want_entropy=True)
+    torch.testing.assert_close(found.log_probs, torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+
+def live_bytes() -> int:
+    """Of all parameters and buffers in the process, each storage once."""
+    gc.collect()
+    modules = [each for each in gc.get_objects() if isinstance(each, nn.Module)]
+    tensors = [item for each in modules for item in (*each._parameters.values(), *each._buffers.values())]
+    storages = [item.untyped_storage() for item in tensors if item is not None]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_no_second_base_appears(four_bit: bool, tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny_llama(hidden_size=64, intermediate_size=64)
+    if four_bit:
+        rw.quantize(model, rw.Nf4Config())
+    seen: list[int] = []
+
+    def watching(completions: Sequence[str], **_: Any) -> list[float]:
+        seen.append(live_bytes())
+        return count_words(completions)
+
+    # Others' models may still be alive.
+    base = live_bytes()
+    trainer = ours(tokenizer, tmp_path, model=model, lora=LoraConfig(r=1), function=watching, max_steps=2)
+    adapter = sum(value.nbytes for value in adapter_parameters(model).values())
+    reference = trainer.ref_model
+    trainer.train()
+    assert reference is not None
+    assert len(seen) == 2
+    assert max(seen) - base - adapter < 0.02 * sum(value.nbytes for value in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"lora": LoraConfig(r=4, use_dora=True, lora_dropout=0.1)},
+        {"gradient_checkpointing": True},
+        {"flat": True},
+        {"fast": False},
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_it_writes_and_learns_in_turn(changed: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
+    """What generation leaves behind in layers must not keep gradients away."""
+    trainer = ours(tokenizer, tmp_path, **changed)
+    before = {key: value.detach().clone() for key, value in adapter_parameters(trainer.model).items()}
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 4
+    assert all(entry["grad_norm"] > 0 for entry in logged)
+    after = adapter_parameters(trainer.model)
+    assert all(not torch.equal(before[key], after[key]) for key in before)
+    assert trainer.model.training
+
+
+def test_vllm_and_continuous_batching_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+    for option in ("use_vllm", "use_transformers_continuous_batching"):
+        with pytest.raises(RankwiseError, match=option) as caught:
+            ours(tokenizer, tmp_path, **{option: True})
+        assert caught.value.code == "RW776"
+
+
+# --- whole runs ---
+
+
+@pytest.fixture
+def rewarded(settings: Any, tmp_path: Path) -> Any:
+    def make(**changes: Any) -> Any:
+        (tmp_path / "rewards.py").write_text(REWARDS)
+        given = {
+            "objective": "grpo",
+            "data": str(write_prompts(tmp_path / "prompts.jsonl")),
+            "eval_data": None,
+            "eval_steps": None,
+            "save_steps": 2,
+            "reward": [f"{tmp_path}/rewards.py:many"],
+            "num_generations": 4,
+            "batch_size": 4,
+            "gradient_accumulation": 2,
+            "max_completion_length": 8,
+            "max_steps": 6,
+            "beta": 0.05,
+        }
+        return settings(**{**given, **changes})
+
+    return make
+
+
+def adapter_of(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("method", ["lora", "qdora"])
+def test_an_interrupted_run_goes_on_to_the_same_bits(method: str, rewarded: Any, tmp_path: Path) -> None:
+    """Past the end of an epoch, whose prompts are shuffled anew; what is drawn for answers too."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    given = {"method": method, "lora_dropout": 0.1, "logging_steps": 1}
+    train(rewarded(output=straight, **given))
+    with pytest.raises(Interrupted):
+        train(rewarded(output=stopped, **given), Recorder(stop_at=5))
+    train(rewarded(output=stopped, **given, resume=True))
+    assert adapter_of(straight) == adapter_of(stopped)
+    lines = [[line["reward"] for line in read_metrics(folder) if "reward" in line] for folder in (straight, stopped)]
+    assert lines[0] == lines[1]
+
+
+def test_a_run_says_what_it_was_rewarded_for(rewarded: Any, tmp_path: Path) -> None:
+    watcher = Recorder()
+    specs = [f"{tmp_path}/rewards.py:many", "length=4"]
+    record = train(rewarded(reward=specs, reward_weights=[1.0, 0.5], logging_steps=1), watcher)
+    assert record.status == "finished"
+    assert load_record(tmp_path / "run").objective == "grpo"
+    assert record.data["train"]["rewards_sha256"]
+    lines = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert len(lines) == 6
+    for line in lines:
+        assert line["reward"] == pytest.approx(line["reward_many"] + 0.5 * line["reward_length"], abs=1e-5)
+        assert {"kl", "equal_rewards", "completion_tokens", "cut_completions"} <= line.keys()
+    assert [info.figures["reward"] for info in watcher.steps] == pytest.approx([line["reward"] for line in lines])
+    assert record.examples_per_second
+
+
+def test_evaluations_give_the_reward_of_greedy_answers(rewarded: Any, tmp_path: Path) -> None:
+    held_out = str(write_prompts(tmp_path / "held-out.jsonl", 5))
+    record = train(rewarded(eval_data=held_out, eval_steps=3, save_steps=None))
+    evaluations = [line for line in read_metrics(tmp_path / "run") if line.get("eval_loss") is not None]
+    assert [line["step"] for line in evaluations] == [0, 3, 6]
+    assert all(line["eval_reward"] == pytest.approx(-line["eval_loss"]) for line in evaluations)
+    best = min(evaluations[1:], key=lambda line: line["eval_loss"])
+    assert record.kept_step == best["step"]
+    plain = tmp_path / "plain"
+    train(rewarded(output=plain))
+    train(rewarded(output=tmp_path / "watched", eval_data=held_out, eval_steps=2))
+    rewards = [[x["reward"] for x in read_metrics(f) if "reward" in x] for f in (plain, tmp_path / "watched")]
+    assert rewards[0] == rewards[1], "evaluations may not change a run"
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no reward": ({"reward": None}, "RW770"),
+    "an unknown reward": ({"reward": ["correct"]}, "RW770"),
+    "a function that is not there": ({"reward": ["FILE:absent"]}, "RW771"),
+    "a wrong count": ({"reward": ["FILE:wrong"]}, "RW773"),
+    "answers of one prompt in two steps": ({"num_generations": 3}, "RW775"),
+    "more weights than rewards": ({"reward_weights": [1.0, 2.0]}, "RW775"),
+    "no room for prompts": ({"max_completion_length": 16}, "RW775"),
+    "fewer prompts than a step asks": ({"batch_size": 32}, "RW775"),
+    "a reference for full fine-tuning": ({"method": "full"}, "RW777"),
+    "no prompt that fits": ({"max_completion_length": 15}, "RW780"),
+    "an unknown loss": ({"loss_type": "sigmoid"}, "RW783"),
+    "an option of another objective": ({"packing": True}, "RW760"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.filterwarnings("ignore")
+def test_bad_input_is_one_error(case: str, rewarded: Any, tmp_path: Path) -> None:
+    changes, code = BAD[case]
+    if changes.get("reward"):
+        changes = {"reward": [spec.replace("FILE", f"{tmp_path}/rewards.py") for spec in changes["reward"]]}
+    with pytest.raises(RankwiseError) as caught:
+        train(rewarded(**changes))
+    assert caught.value.code == code
+
+
+def test_another_reward_does_not_continue_a_run(rewarded: Any, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(rewarded(), Recorder(stop_at=2))
+    given = rewarded(resume=True)
+    (tmp_path / "rewards.py").write_text(REWARDS.replace("/ 8", "/ 9"))
+    with pytest.raises(RankwiseError, match="--reward") as caught:
+        train(given)
+    assert caught.value.code == "RW508"
+
+
+def test_rewards_that_are_all_equal_are_said(rewarded: Any, tmp_path: Path) -> None:
+    watcher = Recorder()
+    train(rewarded(reward=[f"{tmp_path}/rewards.py:none"], max_steps=11, beta=None), watcher)
+    assert watcher.warnings.count("RW778") == 1
+    assert all(info.grad_norm == 0 for info in watcher.steps)
+
+
+def test_prompts_are_written_as_in_training(rewarded: Any, tmp_path: Path, tokenizer: Any) -> None:
+    """Messages and texts, with the right answer where the data hold one."""
+    from rankwise.data import read_rows
+    from rankwise.data.prompts import PROMPTS
+
+    layouts: dict[str, dict[str, Any]] = {
+        "prompt": {"prompt": "w1 w2", "completion": "w3"},
+        "question": {"question": "w1 w2", "answer": "w3"},
+        "instruction": {"instruction": "w1", "input": "w2", "output": "w3"},
+        "alone": {"prompt": "w1 w2", "solution": "w3", "level": 2},
+    }
+    for name, row in layouts.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        asked_rows, trained_rows = read_rows(path, formats=PROMPTS), None
+        columns = asked_rows[0].columns
+        assert columns is not None
+        assert columns.get("answer", columns.get("solution")) == "w3"
+        if name == "alone":
+            assert columns["level"] == 2
+            continue
+        trained_rows = read_rows(path)
+        ids = [RowEncoder(rows, tokenizer, None).encode([rows[0]])[0] for rows in (asked_rows, trained_rows)]
+        prompts = [row.ids[: row.trained.index(True)] for row in ids]
+        assert prompts[0] == prompts[1]
+
+
+def test_conversations_end_before_the_answer(tmp_path: Path) -> None:
+    from rankwise.data import read_rows
+    from rankwise.data.prompts import PROMPTS
+
+    user, assistant = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w3"}
+    path = tmp_path / "chat.jsonl"
+    answered = {"answer": "w3"}
+    for row in ({"messages": [user, assistant]}, {"messages": [user], **answered}, {"prompt": [user], **answered}):
+        path.write_text(json.dumps(row) + "\n")
+        [found] = read_rows(path, formats=PROMPTS)
+        assert found.columns is not None
+        assert found.columns["answer"] == "w3"
+        assert found.messages[: found.first_trained] == (user,)
+    path.write_text(json.dumps({"messages": [assistant]}) + "\n")
+    with pytest.raises(RankwiseError) as caught:
+        read_rows(path, formats=PROMPTS)
+    assert caught.value.code == "RW203"
