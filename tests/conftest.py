@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
@@ -14,11 +16,29 @@ from tiny_models import tiny_gpt2, tiny_llama
 
 SHARED = Path(os.environ.get("RANKWISE_SHARED", Path(__file__).parents[2] / "shared"))
 
+CHROMIUM_ARGUMENTS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first: what starts last should be short, or one worker waits for the other."""
     slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium; tests that look at a page are skipped where it or its package is absent."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+    program = os.environ.get("RANKWISE_CHROMIUM") or shutil.which("chromium")
+    if program is None:
+        pytest.skip("no program `chromium`; install Debian's package or set RANKWISE_CHROMIUM")
+    with playwright.sync_playwright() as running:
+        opened = running.chromium.launch(executable_path=program, args=CHROMIUM_ARGUMENTS.split())
+        yield opened
+        opened.close()
 
 
 @pytest.fixture

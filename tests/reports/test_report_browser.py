@@ -5,9 +5,7 @@ Needs the package playwright and Debian's Chromium (`make browser`); another Chr
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 
 import pytest
 from comparison_folders import write_comparison
@@ -15,22 +13,6 @@ from comparison_folders import write_comparison
 from rankwise.reports.comparison import write_report
 
 pytestmark = pytest.mark.browser
-CHROMIUM = os.environ.get("RANKWISE_CHROMIUM") or shutil.which("chromium")
-ARGUMENTS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no program `chromium`; install Debian's package or set RANKWISE_CHROMIUM")
-    with playwright.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS.split())
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module", params=["plain", "hostile", "one seed"])

@@ -17,9 +17,11 @@ import typer
 from typer.main import get_command
 
 from rankwise.cli import (
+    board,
     chat,
     compare,
     demo,
+    doctor,
     evaluate,
     explain,
     export,
@@ -29,6 +31,7 @@ from rankwise.cli import (
     plan,
     preview,
     report,
+    schema,
     score,
     train,
 )
@@ -59,12 +62,13 @@ from rankwise.records import WAIT_POLICIES
 from rankwise.training import ranks
 from rankwise.training.interrupt import terminable
 
-VERBS: tuple[Verb, ...] = (
+_VERBS: tuple[Verb, ...] = (
     preview.VERB,
     plan.VERB,
     train.VERB,
     compare.VERB,
     report.VERB,
+    board.VERB,
     evaluate.VERB,
     generate.VERB,
     chat.VERB,
@@ -73,8 +77,10 @@ VERBS: tuple[Verb, ...] = (
     inspect.VERB,
     score.VERB,
     explain.VERB,
+    doctor.VERB,
     demo.VERB,
 )
+VERBS = (*_VERBS, schema.verb_of(_VERBS))
 SUMMARY = "Fine-tune a language model with low-rank adapters, wisely: LoRA, QLoRA, DoRA and QDoRA."
 EXAMPLES = (
     "rankwise plan     --model demo --memory 16GB",
@@ -122,7 +128,6 @@ def _share_the_cores() -> None:
 def build_app(verbs: Sequence[Verb] = VERBS) -> typer.Typer:
     app = typer.Typer(
         cls=verb_group(tuple(verbs), SUMMARY, EXAMPLES),
-        add_completion=False,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
@@ -163,6 +168,8 @@ def _invoke(verb: Verb, settings: Settings, as_json: bool) -> None:
         raise Interrupted("RW543", f"{verb.name} was stopped by Ctrl-C or SIGTERM.") from None
     if as_json and document is not None:
         print_document(document)
+    if document is not None and (code := verb.exit_code(document)):
+        raise typer.Exit(code)
 
 
 def _refuse_several_processes(verb: Verb) -> None:

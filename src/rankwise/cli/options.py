@@ -36,6 +36,8 @@ class Verb:
     hidden: bool = False
     # From the options that were given: settings that hold below them, in place of the defaults.
     earlier: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    # The exit code of a document that tells of a mistake which stopped nothing.
+    exit_code: Callable[[Document], int] = lambda _: 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,11 +140,19 @@ def _help(field: FieldInfo) -> str:
 def _parameter(option: Option) -> inspect.Parameter:
     if option.kind == "argument":
         kind: Any = list[str] if option.is_repeated else str
-        annotation: Any = Annotated[kind, typer.Argument(metavar=option.metavar)]
-        return inspect.Parameter(option.field, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+        is_required = "(required)" in option.help
+        default = inspect.Parameter.empty if is_required else None
+        annotation: Any = Annotated[kind if is_required else kind | None, typer.Argument(metavar=option.metavar)]
+        return inspect.Parameter(option.field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
     name = f"--{option.flag}/--no-{option.flag}" if option.kind == "switch" else f"--{option.flag}"
     kind = {"switch": bool, "repeated": list[str]}.get(option.kind, str)
-    annotation = Annotated[kind | None, typer.Option(name, metavar=option.metavar)]
+    choices = option.metavar.split("|") if "|" in option.metavar else []
+
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    given = typer.Option(name, metavar=option.metavar, autocompletion=complete if choices else None)
+    annotation = Annotated[kind | None, given]
     return inspect.Parameter(option.field, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 

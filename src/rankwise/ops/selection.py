@@ -129,9 +129,8 @@ def _choose(device: str) -> str:
     choice = forced()
     if choice == "auto":
         return _automatic(device)
-    obstacle = _obstacle(choice, device)
-    if obstacle is not None:
-        raise QuantizationError("RW607", f"the implementation {choice!r} was forced and cannot run: {obstacle}")
+    if (why := obstacle(choice, device)) is not None:
+        raise QuantizationError("RW607", f"the implementation {choice!r} was forced and cannot run: {why}")
     return choice
 
 
@@ -140,14 +139,13 @@ def _automatic(device: str) -> str:
     if wanted is None:
         say_once("RW608", f"there are no 4-bit kernels for {device}: plain PyTorch runs, slowly.")
         return "reference"
-    obstacle = _obstacle(wanted, device)
-    if obstacle is None:
+    if (why := obstacle(wanted, device)) is None:
         return wanted
-    say_once("RW608", f"4-bit products run in plain PyTorch, slowly: {obstacle}")
+    say_once("RW608", f"4-bit products run in plain PyTorch, slowly: {why}")
     return "reference"
 
 
-def _obstacle(choice: str, device: str) -> str | None:
+def obstacle(choice: str, device: str) -> str | None:
     """Why ``choice`` cannot run on ``device`` and what to do, or None where it can."""
     if choice == "native":
         if device != "cpu":

@@ -47,7 +47,7 @@ class _Attention(ctypes.Structure):
 
 def obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     """Why the native kernel cannot run on these tensors, in a sentence, or None where it can."""
-    return unfit(q, k, v, scale) or _missing(q.dtype)
+    return unfit(q, k, v, scale) or missing(q.dtype)
 
 
 def unfit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
@@ -63,7 +63,7 @@ def unfit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     return None
 
 
-def _missing(dtype: torch.dtype) -> str | None:
+def missing(dtype: torch.dtype) -> str | None:
     """Why no native attention of ``dtype`` runs in this process, or None where one does."""
     why = _missing_library()
     if why is None and not native.library().rw_attention_available():

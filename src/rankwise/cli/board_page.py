@@ -1,0 +1,174 @@
+"""The page of ``rankwise board`` in Gradio: which parts there are, and what each gets when it is looked at."""
+
+from __future__ import annotations
+
+import functools
+import html
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from rankwise.cli.conversations import Conversation
+from rankwise.cli.generate import Speaker, base_model_name, load_speaker
+from rankwise.cli.settings import GenerateSettings
+from rankwise.data.rows import Message
+from rankwise.errors import ConfigError, RankwiseError
+from rankwise.evaluation.loading import record_of
+from rankwise.reports.board import comparison_panel, find, overview, run_panels, style
+
+REFRESH_SECONDS = 2.0
+NONE = "(none)"
+ADAPTER_FILE = "adapter_model.safetensors"
+History = list[Message]
+
+
+def serve(page: gr.Blocks, host: str, port: int | None, login: tuple[str, str] | None) -> str:
+    """Serve in threads of its own; the page's address. Raises ConfigError (RW796) where the port or host is taken."""
+    try:
+        _, local, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            auth=login,
+            share=False,
+            ssr_mode=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            footer_links=[],
+            run_history=False,
+            head=f"<style>{style()}</style>",
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        text = f"the board cannot be served on {host}, port {port or 'any'} ({reason}); give another --port or --host."
+        raise ConfigError("RW796", text) from None
+    return str(local)
+
+
+def build(root: Path) -> gr.Blocks:
+    with gr.Blocks(title="rankwise board", analytics_enabled=False) as page:
+        gr.HTML(f"<h2>rankwise board: {html.escape(str(root))}</h2>")
+        with gr.Tab("Runs"):
+            chosen = _Chosen(root)
+        with gr.Tab("All runs"):
+            table = gr.HTML(elem_id="all-runs")
+        with gr.Tab("Comparisons"):
+            comparison = gr.Dropdown([NONE], value=NONE, label="Comparison", allow_custom_value=True)
+            report = gr.HTML(elem_id="comparison")
+        with gr.Tab("Chat"):
+            adapter = _chat(root)
+        seen = gr.State("")
+        parts = [chosen.first, chosen.second, comparison, adapter, *chosen.panels, table, seen]
+        refresh = functools.partial(_refresh, root)
+        inputs = [chosen.first, chosen.second, comparison, adapter, seen]
+        for event in (page.load, gr.Timer(REFRESH_SECONDS).tick):
+            event(refresh, inputs, parts, show_progress="hidden", api_visibility="private")
+        comparison.change(functools.partial(_report, root), comparison, report, api_visibility="private")
+    return page
+
+
+class _Chosen:
+    """Two runs side by side, one below the other on a narrow screen."""
+
+    def __init__(self, root: Path) -> None:
+        with gr.Row():
+            self.first = gr.Dropdown([NONE], value=None, label="Run", allow_custom_value=True)
+            self.second = gr.Dropdown([NONE], value=NONE, label="Beside it", allow_custom_value=True)
+        with gr.Row():
+            self.panels = [gr.HTML(elem_id=name, min_width=320) for name in ("first-run", "second-run")]
+        for menu in (self.first, self.second):
+            show = functools.partial(_panels, root)
+            menu.change(show, [self.first, self.second], self.panels, show_progress="hidden", api_visibility="private")
+
+
+def _refresh(root: Path, first: str, second: str, comparison: str, adapter: str, seen: str) -> list[Any]:
+    """Everything, where something has changed in the folder since ``seen``; else nothing."""
+    runs, comparisons = find(root)
+    now = "\n".join([*(f"{run.name} {run.changed} {run.state.split()[0]}" for run in runs), *comparisons])
+    if now == seen:
+        return [gr.skip()] * 8
+    names = [run.name for run in runs]
+    tuned = [run.name for run in runs if (run.folder / ADAPTER_FILE).is_file()]
+    first = first if first in names else next(iter(names), NONE)
+    return [
+        gr.update(choices=names or [NONE], value=first),
+        gr.update(choices=[NONE, *names], value=second if second in names else NONE),
+        gr.update(choices=[NONE, *comparisons], value=comparison if comparison in comparisons else NONE),
+        gr.update(choices=tuned or [NONE], value=adapter if adapter in tuned else next(iter(tuned), NONE)),
+        *_panels(root, first, second),
+        str(overview(runs)),
+        now,
+    ]
+
+
+def _panels(root: Path, first: str, second: str) -> list[str]:
+    """HTML of two runs; a name that no run has gives nothing."""
+    found = {run.name: run for run in find(root)[0]}
+    names = [name for name in (first, second) if name in found]
+    panels = dict(zip(names, run_panels([found[name] for name in names])))
+    return [str(panels.get(name, "")) for name in (first, second)]
+
+
+def _report(root: Path, name: str) -> str:
+    folder = find(root)[1].get(name)
+    return "" if folder is None else str(comparison_panel(folder))
+
+
+def _chat(root: Path) -> gr.Dropdown:
+    """Base and tuned model answer the same messages, each in a conversation of its own."""
+    adapter = gr.Dropdown([NONE], value=NONE, label="Tuned by the run", allow_custom_value=True)
+    with gr.Row():
+        books = [gr.Chatbot(label=name, render_markdown=False, min_width=320) for name in ("base", "tuned")]
+    said = gr.Textbox(label="Say something to both", lines=2, submit_btn="Ask both")
+    ask = functools.partial(_ask, root)
+    said.submit(ask, [adapter, said, *books], [said, *books], concurrency_limit=1, api_visibility="private")
+    adapter.change(lambda: ([], []), None, books, api_visibility="private")
+    return adapter
+
+
+def _ask(root: Path, name: str, said: str, base: History, tuned: History) -> Iterator[tuple[str, History, History]]:
+    found = {run.name: run for run in find(root)[0]}
+    if name not in found or not said.strip():
+        raise gr.Error("choose a run with an adapter and write something")
+    base, tuned = ([*_plain(history), {"role": "user", "content": said}] for history in (base, tuned))
+    yield "", base, tuned
+    from rankwise.adapters import adapter_disabled
+
+    try:
+        with _LOCK:
+            speaker = _speaker(found[name].folder, (found[name].folder / ADAPTER_FILE).stat().st_mtime_ns)
+            tuned = [*tuned, {"role": "assistant", "content": _say(speaker, tuned)}]
+            yield "", base, tuned
+            with adapter_disabled(speaker.model):
+                base = [*base, {"role": "assistant", "content": _say(speaker, base)}]
+    except (RankwiseError, OSError) as error:
+        raise gr.Error(html.escape(str(error)), print_exception=False) from None
+    yield "", base, tuned
+
+
+_LOCK = threading.Lock()
+
+
+@functools.lru_cache(maxsize=1)
+def _speaker(adapter: Path, changed: int) -> Speaker:
+    """The model of a run, the last one asked: loading takes seconds and gigabytes."""
+    given = GenerateSettings.model_validate({"adapter": adapter})
+    return load_speaker(given, base_model_name(adapter), record_of(adapter))[0]
+
+
+def _say(speaker: Speaker, messages: History) -> str:
+    # Without a chat template a model knows single prompts alone.
+    return speaker.say(Conversation(tuple(messages if speaker.wording.chat else messages[-1:])))
+
+
+def _plain(history: Any) -> History:
+    """Messages as templates take them: Gradio gives the content as a list of parts."""
+    return [{"role": item["role"], "content": _text(item["content"])} for item in history or []]
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)

@@ -1,0 +1,83 @@
+"""``rankwise schema``: what a verb's ``--config`` file may hold, as JSON schema: editors complete and check by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import core_schema
+
+from rankwise.cli.options import Verb
+from rankwise.cli.output import Document, Output, print_document
+from rankwise.errors import ConfigError
+from rankwise.known_names import close_names
+from rankwise.options import Panel, Settings, option
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+# YAML 1.1, as the files are read, takes 2e-4 for text: a float needs a dot there. Settings take such text for a number.
+NUMERIC_TEXT = {"type": "string", "pattern": r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"}
+
+
+class SchemaSettings(Settings):
+    """The options of ``rankwise schema``."""
+
+    verb: Annotated[str, option(Panel.OTHER, "Verb whose file is described.", metavar="VERB", argument=True)] = "train"
+
+
+class _FileSchema(GenerateJsonSchema):
+    """What validation takes, in place of what it gives: lists and mappings may be text, as on the command line."""
+
+    def function_before_schema(self, schema: core_schema.BeforeValidatorFunctionSchema) -> dict[str, Any]:
+        return {"anyOf": [super().function_before_schema(schema), {"type": "string"}]}
+
+    def float_schema(self, schema: core_schema.FloatSchema) -> dict[str, Any]:
+        return {"anyOf": [super().float_schema(schema), NUMERIC_TEXT]}
+
+
+def verb_of(verbs: Sequence[Verb]) -> Verb:
+    """The verb ``schema`` over these."""
+
+    def run(settings: SchemaSettings, output: Output) -> Document:
+        known = {verb.name: verb for verb in verbs}
+        if settings.verb not in known:
+            close = close_names(settings.verb, known, {}, cutoff=0.4) or list(known)
+            raise ConfigError("RW793", f"{settings.verb!r} is no verb of rankwise; the closest are {', '.join(close)}.")
+        document = file_schema(known[settings.verb])
+        if not output.as_json:
+            # As it is, so that `rankwise schema > train.schema.json` holds a schema.
+            print_document(document)
+        return document
+
+    return Verb(
+        name="schema",
+        settings=SchemaSettings,
+        run=run,
+        summary="Print the JSON schema of a verb's --config file, for editors that complete and check YAML.",
+        examples=("rankwise schema > train.schema.json", "rankwise schema compare > compare.schema.json"),
+    )
+
+
+def file_schema(verb: Verb) -> dict[str, Any]:
+    """The schema of the file that ``verb --config`` reads. Nothing is required: an option may be given beside it."""
+    found = verb.settings.model_json_schema(schema_generator=_FileSchema)
+    properties = {name.replace("_", "-"): _plain(field) for name, field in found["properties"].items()}
+    # Keys may be spelled with underscores too.
+    both = {name.replace("-", "_"): {"$ref": f"#/properties/{name}"} for name in properties if "-" in name}
+    parts = {key: found[key] for key in ("$defs",) if key in found}
+    return {
+        "$schema": DIALECT,
+        "title": f"rankwise {verb.name} --config",
+        "description": verb.summary,
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {**properties, **both},
+        **parts,
+    }
+
+
+def _plain(field: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the titles, which repeat the names, and what the command line alone needs."""
+    return {
+        key: value for key, value in field.items() if key not in ("title", "panel", "metavar", "argument", "repeated")
+    }

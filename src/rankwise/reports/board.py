@@ -1,0 +1,276 @@
+"""What `rankwise board` shows: the runs and comparisons below a folder, as pieces of HTML. Everything is only read."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import html
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from rankwise.errors import RankwiseError
+from rankwise.records import METRICS_FILE, RUN_FILE, RunRecord, load_record, read_metrics
+from rankwise.reports.figure import STYLE_FILE, TEMPLATES, Frame, Point, dot, group, line, value_range
+from rankwise.reports.folder import load_comparison
+from rankwise.reports.losses import Losses
+from rankwise.reports.naming import method_name
+from rankwise.reports.numbers import byte_size, duration, is_number, short_count, significant, visible
+from rankwise.reports.page import page
+from rankwise.reports.scale import robust_range, whole_ticks
+from rankwise.reports.schema import COMPARISON_FILE
+
+# Folders of a run or a comparison that hold no run.
+NOT_ENTERED = {"checkpoints", "cache", "cells", "merged"}
+DEEPEST = 5
+# A run whose files have not changed for so long has been killed, or its steps are very long.
+SILENT_SECONDS = 120
+LONGEST_LINE = 400
+# Samples and warnings of a run that are shown, the newest.
+MOST_TEXTS = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A run folder; ``name`` is its path below the board's folder. What could not be read is told in ``problem``."""
+
+    name: str
+    folder: Path
+    # Seconds since the epoch at which the record or the metrics changed last.
+    changed: float
+    record: RunRecord | None
+    metrics: Sequence[Mapping[str, Any]]
+    problem: str = ""
+
+    @property
+    def state(self) -> str:
+        """The record's status. A record that says "running" long after its last line is of a killed run."""
+        status = "unreadable" if self.record is None else self.record.status
+        silent = time.time() - self.changed
+        return f"silent for {duration(silent)}" if status == "running" and silent > SILENT_SECONDS else status
+
+    @property
+    def model(self) -> str:
+        if self.record is None:
+            return ""
+        name = str(self.record.base_model.get("name") or self.record.settings.get("model") or "")
+        return visible(name.replace("\\", "/").rstrip("/").rpartition("/")[2])
+
+    @property
+    def losses(self) -> Losses:
+        return Losses.of(self.metrics, None if self.record is None else self.record.kept_step)
+
+    def points(self, key: str) -> list[Point]:
+        found = [(item.get("step"), item.get(key)) for item in self.metrics]
+        return [(float(step), float(value)) for step, value in found if is_number(step) and is_number(value)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """Curves over the steps: (class, name, points) each, and a level that they are held against."""
+
+    title: str
+    curves: Sequence[tuple[str, str, Sequence[Point]]]
+    limit: float | None = None
+
+
+def find(root: Path) -> tuple[list[Found], dict[str, Path]]:
+    """The runs below ``root``, the newest first, and {name: folder} of the comparisons."""
+    runs, comparisons = [], {}
+    for folder, files in _folders(root):
+        name = str(folder.relative_to(root)) if folder != root else folder.resolve().name
+        if RUN_FILE in files:
+            runs.append(_found(name, folder))
+        if COMPARISON_FILE in files:
+            comparisons[name] = folder
+    return sorted(runs, key=lambda run: run.changed, reverse=True), comparisons
+
+
+def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    for place, names, files in os.walk(root):
+        folder = Path(place)
+        depth = len(folder.relative_to(root).parts)
+        names[:] = sorted(
+            name for name in names if depth < DEEPEST and name not in NOT_ENTERED and not name.startswith(".")
+        )
+        yield folder, files
+
+
+def _found(name: str, folder: Path) -> Found:
+    record, problem = _record(folder, _stamp(folder / RUN_FILE))
+    metrics, damage = _metrics(folder, _stamp(folder / METRICS_FILE))
+    changed = max(_stamp(folder / file)[0] for file in (RUN_FILE, METRICS_FILE)) / 1e9
+    return Found(name, folder, changed, record, metrics, problem or damage)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """What changes with the file's content; zeros where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
+
+
+@functools.lru_cache(maxsize=2048)
+def _record(folder: Path, stamp: tuple[int, int]) -> tuple[RunRecord | None, str]:
+    try:
+        return load_record(folder), ""
+    except RankwiseError as error:
+        return None, str(error)
+
+
+@functools.lru_cache(maxsize=2048)
+def _metrics(folder: Path, stamp: tuple[int, int]) -> tuple[Sequence[Mapping[str, Any]], str]:
+    """The lines that can be read, and what is wrong with the first that cannot; the last one may be half-written."""
+    lines: list[Mapping[str, Any]] = []
+    try:
+        for item in read_metrics(folder):
+            lines.append(item)
+    except (RankwiseError, OSError) as error:
+        return lines, str(error)
+    return lines, ""
+
+
+def style() -> str:
+    """The figures' style and the board's."""
+    return "\n".join(path.read_text(encoding="utf-8") for path in (STYLE_FILE, TEMPLATES / "board.css"))
+
+
+def run_panels(runs: Sequence[Found]) -> list[Markup]:
+    """One panel a run. Their charts have the same scales, so that they can be compared by eye."""
+    charts = [_charts(run) for run in runs]
+    frames = [_frame(alike) for alike in zip(*charts, strict=True)]
+    panels = []
+    for run, own in zip(runs, charts):
+        drawn = [(chart, _draw(chart, frame)) for chart, frame in zip(own, frames)]
+        panels.append(_render("board_run.html", **_content(run), charts=drawn))
+    return panels
+
+
+def overview(runs: Sequence[Found]) -> Markup:
+    """A table with a row a run."""
+    rows = [(run, _figures(run)) for run in runs]
+    return _render("board_runs.html", rows=rows, age=lambda run: duration(max(0.0, time.time() - run.changed)))
+
+
+def comparison_panel(folder: Path) -> Markup:
+    """The whole report of a comparison, in a frame of its own that may ask for nothing and reach nothing."""
+    try:
+        report = page(load_comparison(folder))
+    except RankwiseError as error:
+        return Markup('<p class="caution">{}</p>').format(str(error))
+    frame = '<iframe class="report" title="Report of {}" sandbox="allow-scripts" srcdoc="{}"></iframe>'
+    return Markup(frame).format(folder.name, Markup(html.escape(report)))
+
+
+def _render(template: str, **content: Any) -> Markup:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(TEMPLATES)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return Markup(environment.get_template(template).render(**content))
+
+
+def _content(run: Found) -> dict[str, Any]:
+    record = run.record
+    samples = [
+        (item.get("step", 0), visible(str(item["sample"]))) for item in run.metrics if item.get("sample") is not None
+    ]
+    return {
+        "run": run,
+        "method": "" if record is None else method_name(record.method),
+        "facts": [(name, text) for name, text in _figures(run).items() if text],
+        "samples": samples[: -MOST_TEXTS - 1 : -1],
+        "prompt": "" if record is None else visible(str(record.settings.get("sample_prompt") or "")),
+        "warnings": [] if record is None else record.warnings[-MOST_TEXTS:],
+    }
+
+
+def _figures(run: Found) -> dict[str, str]:
+    """What a run has come to so far, in words; a figure that it has not is empty."""
+    record, losses = run.record, run.losses
+    settings = {} if record is None else record.settings
+    last = run.metrics[-1] if run.metrics else {}
+    total = settings.get("max_steps")
+    memory, speed = run.points("peak_memory_bytes"), run.points("tokens_per_second")
+    plan = None if record is None else record.predicted_peak_memory_bytes
+    trained = None if record is None else record.trainable_parameters
+    against = f" of {byte_size(plan)} planned ({memory[-1][1] / plan:.0%})" if memory and plan else ""
+    seconds = run.points("train_seconds")
+    step = f"{last.get('step', 0):,}" + (f" of {total:,}" if is_number(total) else "")
+    return {
+        "step": step if run.metrics else "",
+        "training loss": significant(losses.training[-1][1], 4) if losses.training else "",
+        "evaluation loss": _change(losses),
+        "speed": f"{significant(speed[-1][1])} tokens/s" if speed else "",
+        "memory": f"{byte_size(memory[-1][1])}{against}" if memory else "",
+        "training time": duration(seconds[-1][1]) if seconds else "",
+        "trained": f"{short_count(trained)} parameters" if trained else "",
+        "data": "" if record is None else visible(str(record.data.get("train", {}).get("source") or "")),
+    }
+
+
+def _change(losses: Losses) -> str:
+    if not losses.evaluation:
+        return ""
+    first, best = losses.evaluation[0], losses.best
+    start = significant(first[1], 4)
+    return start if best is None else f"{start} → {significant(best[1], 4)} at step {best[0]:,.0f}"
+
+
+def _charts(run: Found) -> list[Chart]:
+    losses = run.losses
+    plan = None if run.record is None else run.record.predicted_peak_memory_bytes
+    limit = plan / 1e9 if plan else None
+    memory = [(step, value / 1e9) for step, value in run.points("peak_memory_bytes")]
+    return [
+        Chart(
+            "Loss a token: training (line, smoothed) and evaluation (points)",
+            [("m0 training", "training", losses.training), ("m0 smooth", "smoothed", losses.smooth),
+             ("m1 evaluation", "evaluation", losses.evaluation)],
+        ),
+        Chart("Peak memory in GB, and the plan (dashed)", [("m2 smooth", "peak", memory)], limit),
+        Chart("Tokens a second", [("m7 smooth", "tokens/s", run.points("tokens_per_second"))]),
+        Chart("Norm of the gradient", [("m3 smooth", "gradient", run.points("grad_norm"))]),
+        Chart("Norm of B: how far the adapter has moved", [("m6 smooth", "B", run.points("b_norm"))]),
+    ]  # fmt: skip
+
+
+def _frame(charts: Sequence[Chart]) -> Frame:
+    """One for the same chart of all runs."""
+    curves = [points for chart in charts for _, _, points in chart.curves]
+    last = max((step for points in curves for step, _ in points), default=1.0)
+    limits = [chart.limit for chart in charts if chart.limit is not None]
+    if len(charts[0].curves) > 1:
+        # A loss of the first steps would press together what comes after it.
+        shown = [value for chart in charts for _, _, points in chart.curves[1:] for _, value in points]
+        return Frame.of((0, max(last, 1)), robust_range(shown, []), 190)
+    low, high = value_range([*(value for points in curves for _, value in points), *limits], air=0.1)
+    return Frame.of((0, max(last, 1)), (max(low, 0.0), high), 110)
+
+
+def _draw(chart: Chart, frame: Frame) -> Markup:
+    parts = []
+    for class_, name, points in chart.curves:
+        colour, kind = class_.split()
+        every = math.ceil(len(points) / LONGEST_LINE) or 1
+        drawn = [point for point in points[::every] if point[1] <= frame.y.high]
+        marked = drawn if kind == "evaluation" else points[-1:] if kind == "smooth" else []
+        dots = [
+            dot(frame.x(step), round(frame.y(value), 1), 3, "dot", f"step {step:,.0f}: {name} {significant(value, 4)}")
+            for step, value in marked
+        ]
+        parts.append(group(colour, frame.curve(drawn, kind), *dots))
+    if chart.limit is not None:
+        parts.append(line(0, round(frame.y(chart.limit), 1), 100, round(frame.y(chart.limit), 1), "limit"))
+    ticks = whole_ticks(int(frame.x.high), 4)
+    base = frame.base(ticks, [f"{tick:,}" for tick in ticks])
+    return frame.svg(chart.title, frame.grid(), base, *parts, below=26, left=52, right=16)
