@@ -55,6 +55,7 @@ QuantType = Literal["nf4", "fp4"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Objective = Literal["sft", "dpo", "kto", "grpo"]
+Tracker = Literal["wandb", "trackio", "tensorboard", "mlflow"]
 
 METHODS: tuple[str, ...] = get_args(Method)
 FOUR_BITS = ("qlora", "qdora")
@@ -477,7 +478,12 @@ class TrainSettings(ObjectiveOptions, RunOptions):
     ] = None
 
     sample_prompt: Annotated[str | None, _saving("Answered again at every evaluation.")] = None
-    tensorboard: Annotated[bool, _saving("Write TensorBoard events too (extra `tensorboard`).")] = False
+    report_to: Annotated[
+        tuple[Tracker, ...],
+        BeforeValidator(comma_list),
+        _saving("Trackers to tell too: wandb, trackio, tensorboard, mlflow.", metavar="NAME,..."),
+    ] = ()
+    tensorboard: Annotated[bool, _saving("The same as --report-to tensorboard.")] = False
     resume: Annotated[
         bool,
         _saving(
@@ -486,6 +492,11 @@ class TrainSettings(ObjectiveOptions, RunOptions):
         ),
     ] = False
     overwrite: Annotated[bool, _saving("Replace the run in --output.")] = False
+    dry_run: Annotated[bool, _saving("Check everything, say what would be done, and write nothing.")] = False
+
+    @property
+    def trackers(self) -> list[Tracker]:
+        return sorted({*self.report_to, *(["tensorboard"] if self.tensorboard else [])})
 
 
 def logging_steps_of(steps: int) -> int:

@@ -44,7 +44,8 @@ def test_ids_tell_cells_apart():
 
 def test_every_option_of_train_is_shared_or_has_its_counterpart():
     own = {"model", "data", "eval_data", "output", "method", "learning_rate", "seed"}
-    without = {"cache", "sample_prompt", "tensorboard", "resume", "overwrite", "skip_bad_rows", "devices", "strategy"}
+    without = {"cache", "sample_prompt", "tensorboard", "report_to", "skip_bad_rows", "devices", "strategy"}
+    without |= {"resume", "overwrite", "dry_run"}
     shared = shared_training(settings())
     assert set(shared) == set(TrainSettings.model_fields) - own - without
     defaults = {name: TrainSettings.model_fields[name].default for name in shared}

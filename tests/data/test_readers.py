@@ -393,6 +393,44 @@ def test_the_hub_is_asked_through_datasets(monkeypatch: pytest.MonkeyPatch) -> N
     assert "Couldn't reach it" in message
 
 
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("openai/gsm8k", ("openai/gsm8k", None, "validation")),
+        ("openai/gsm8k:main", ("openai/gsm8k", "main", "validation")),
+        ("openai/gsm8k:train", ("openai/gsm8k", None, "train")),
+        ("openai/gsm8k:main:test", ("openai/gsm8k", "main", "test")),
+        ("openai/gsm8k:train[:5%]", ("openai/gsm8k", None, "train[:5%]")),
+        ("openai/gsm8k:main:train[10:20]", ("openai/gsm8k", "main", "train[10:20]")),
+        ("openai/gsm8k:train_sft[:1%]", ("openai/gsm8k", None, "train_sft[:1%]")),
+        ("gsm8k[:100]", ("gsm8k", None, "validation[:100]")),
+    ],
+)
+def test_a_hub_id_may_name_configuration_split_and_slice(source, asked, monkeypatch):
+    heard = []
+
+    def load(name: str, configuration: str | None, *, split: str) -> datasets.Dataset:
+        heard.append((name, configuration, split))
+        return datasets.Dataset.from_list([{"question": "a", "answer": "b"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=lambda url, timeout: None))
+    assert read_rows(source, split="validation").source == source
+    assert heard == [asked]
+
+
+def test_a_slice_that_is_none_is_told_in_one_sentence(monkeypatch):
+    def load(name: str, configuration: str | None, *, split: str) -> datasets.Dataset:
+        raise ValueError(f"Unrecognized instruction format: {split}")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=lambda url, timeout: None))
+    message = refusal("openai/gsm8k:train[five]")
+    assert message.startswith("RW208")
+    assert "the hub does not give its split 'train[five]': Unrecognized instruction format" in message
+    assert refusal("openai/gsm8k:train[:5%").startswith("RW201")
+
+
 def test_a_slice_is_rows_again(tmp_path: Path) -> None:
     rows = read_rows(jsonl(tmp_path / "rows.jsonl", *({"text": str(n)} for n in range(5))))
     assert [row.text for row in rows[1:3]] == ["1", "2"]

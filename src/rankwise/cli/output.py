@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -56,7 +57,10 @@ class Output:
 
     @property
     def is_terminal(self) -> bool:
-        """A terminal that can be drawn on; otherwise plain lines."""
+        """A terminal, or a notebook's cell, that can be drawn on; otherwise plain lines."""
+        if self.console.is_jupyter:
+            # What rich redraws a cell with.
+            return importlib.util.find_spec("ipywidgets") is not None
         return self.console.is_terminal and not self.console.is_dumb_terminal
 
     def waiting(self, text: str) -> contextlib.AbstractContextManager[Any]:

@@ -17,14 +17,14 @@ from rankwise.config import BASELINES, TrainSettings
 from rankwise.errors import ConfigError, DataError, is_out_of_memory, out_of_memory
 from rankwise.options import flag
 from rankwise.records import RunRecord, load_record, read_metrics
-from rankwise.reports.numbers import byte_size
+from rankwise.reports.numbers import byte_size, plural
 from rankwise.training import ranks
 
 if TYPE_CHECKING:
     from rankwise.planning.guard import MemoryGuard
     from rankwise.training.observer import Observer
 
-NOT_OF_THE_RUN = {"output", "resume", "overwrite", "trust_remote_code"}
+NOT_OF_THE_RUN = {"output", "resume", "overwrite", "dry_run", "trust_remote_code"}
 # Code from elsewhere runs on explicit request alone, and a run folder may come from elsewhere.
 PATHS = ("model", "data", "eval_data", "chat_template")
 
@@ -115,7 +115,8 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(error, guard.advice()) from error
-    for label, text in summary(settings.output, record):
+    is_dry = settings.dry_run and record.status != "finished"
+    for label, text in foreseen(settings, record) if is_dry else summary(settings.output, record):
         output.line(f"{label:<12}{text}")
     return {"output": str(settings.output)} | record.to_json() if ranks.is_writer() else None
 
@@ -142,6 +143,31 @@ def _guard(settings: TrainSettings, output: Output) -> MemoryGuard:
     )
 
 
+def foreseen(settings: TrainSettings, record: RunRecord) -> Iterator[tuple[str, str]]:
+    """What a run would do, as labelled lines."""
+    base = record.base_model
+    yield "model", f"{base.get('name', settings.model)}, {record.method}, on {record.device['reason']}"
+    for name, part in record.data.items():
+        lost = f"; {part['truncated_rows']:,} cut, {part['dropped_rows']:,} left out at --max-length"
+        kept = f"{plural(part['rows'], 'row')}, {part['tokens']:,} tokens, {part['trained_tokens']:,} trained on"
+        yield {"train": "data", "eval": "evaluation"}[name], f"{part['source']}: {kept}{lost}"
+    yield "trains", trained_share(record)
+    rows = settings.batch_size * settings.gradient_accumulation * record.devices
+    yield "steps", f"{record.steps} of {plural(rows, 'row')}"
+    if settings.resume:
+        what = "continues the run there from its last checkpoint"
+    else:
+        what = "replaces the run there" if settings.overwrite else "is made"
+    yield "output", f"{settings.output}, which {what}"
+    yield "dry run", "every check before the first step passed; nothing was written"
+
+
+def trained_share(record: RunRecord) -> str:
+    assert record.trainable_parameters is not None
+    share = f", {100 * record.trainable_parameters / record.total_parameters:.2f} %" if record.total_parameters else ""
+    return f"{parameter_count(record.trainable_parameters)} parameters{share} of the model"
+
+
 def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
     """What a finished run came to, as labelled lines."""
     yield (
@@ -156,8 +182,7 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
         because = f": {record.kept_because}" if record.kept_because else ""
         yield "kept", f"step {record.kept_step} of {record.steps}{because}"
     if record.trainable_parameters is not None and record.total_parameters:
-        share = 100 * record.trainable_parameters / record.total_parameters
-        yield "trained", f"{parameter_count(record.trainable_parameters)} parameters, {share:.2f} % of the model"
+        yield "trained", trained_share(record)
     yield "speed", _speed(record)
     yield "written", f"{folder}  (curve: {folder / 'loss.svg'})"
     # The baselines are there to be compared: `generate` loads none.

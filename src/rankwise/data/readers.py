@@ -20,7 +20,8 @@ from rankwise.errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+# owner/name, owner/name:configuration, owner/name:split, owner/name:configuration:split; each with a slice behind.
+HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[\w.-]+)?)(?::([\w.-]+))?(?::([\w.-]+))?(\[[^\[\]]*\])?")
 NAMED_FILES = 10
 SPLIT_WORDS = {
     "train": ("train",),
@@ -41,10 +42,10 @@ def read_rows(
     """All rows of ``source``, checked; up to ``skip_bad_rows`` bad ones (None: all) are left out, and warned of.
 
     ``source`` is a .jsonl, .json, .csv, .tsv, .parquet or .txt file (also .gz); a folder of such files or one that
-    ``datasets`` saved; a hub id, with ``:name`` for one of its configurations; or ``stdlib``, the demo set.
-    ``split`` chooses among a folder's or hub data set's parts; a single file is read whole.
-    The layout is told by the columns (see ``docs/data.md``) unless both column names are given. ``formats``: other
-    layouts than those of training data.
+    ``datasets`` saved; a hub id; or ``stdlib``, the demo set. A hub id may name a configuration, a split and a slice:
+    ``owner/name:configuration:train[:5%]``, or any of them. Where it names no split, ``split`` chooses, as it does
+    among a folder's parts; a single file is read whole. The layout is told by the columns (see ``docs/data.md``)
+    unless both column names are given. ``formats``: other layouts than those of training data.
 
     Raises DataError: RW201 nothing there, RW202 unknown extension, RW203 bad rows by line or number, RW204 no rows,
     RW205 not UTF-8, RW206 damaged file, RW207 unknown columns, RW208 hub or split not available,
@@ -183,15 +184,28 @@ def _chosen_split(parts: DatasetDict, split: str, source: str) -> Dataset:
     return parts[split]
 
 
+def _hub_parts(source: str, split: str) -> tuple[str, str | None, str]:
+    """``owner/name:train[:5%]`` -> name, configuration and split, as ``datasets.load_dataset`` takes them.
+
+    A single word behind the name is a split where it has a slice or one of the usual names, else a configuration.
+    """
+    found = HUB_ID.fullmatch(source)
+    assert found is not None
+    name, configuration, named, part = found.groups()
+    if named is None and configuration is not None and (part or configuration in SPLIT_WORDS):
+        configuration, named = None, configuration
+    return name, configuration, f"{named or split}{part or ''}"
+
+
 def _read_hub(source: str, split: str, how: _How) -> Rows:
     """The rows of a hub data set. ``datasets`` 4 and later runs no code of a repository and refuses loading scripts."""
     import datasets
     from datasets.exceptions import DatasetsError
 
-    name, _, configuration = source.partition(":")
+    name, configuration, split = _hub_parts(source, split)
     with hub_or_cache() as answers:
         try:
-            loaded = datasets.load_dataset(name, configuration or None, split=split)
+            loaded = datasets.load_dataset(name, configuration, split=split)
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             reason = _one_line(error) if answers else "it cannot be reached, and the cache does not hold the set"
             raise DataError(

@@ -46,6 +46,12 @@ def check_combinations(given: TrainSettings) -> None:
         raise ConfigError("RW112", f"{', '.join(idle)}: needs evaluations; give --eval-data too.")
     if given.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("RW112", '--tensorboard needs a package: pip install "rankwise[tensorboard]".')
+    missing = [name for name in given.trackers if importlib.util.find_spec(name) is None]
+    if missing:
+        names = ", ".join(missing)
+        raise ConfigError(
+            "RW794", f"--report-to {names} needs what is not installed here; run pip install {' '.join(missing)}."
+        )
 
 
 def mixed_precision(method: str, dtype: torch.dtype, device_type: str) -> tuple[torch.dtype, str]:
@@ -135,7 +141,11 @@ def run_arguments(kind: type[Arguments], given: TrainSettings, around: Surroundi
             logging_steps=given.logging_steps or TENTH,
             metric_for_best_model="loss" if around.evaluates else None,
             greater_is_better=False,
-            report_to=["tensorboard"] if given.tensorboard else "none",
+            report_to=given.trackers or "none",
+            project="rankwise",
+            run_name=given.output.name,
+            # Trackio would upload a copy of the run to the hub at its end.
+            trackio_static_space_id=False,
             disable_tqdm=True,
             log_level="error",
             logging_nan_inf_filter=False,

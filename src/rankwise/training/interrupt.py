@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 
 class Interrupt:
-    """Whether the user has asked to stop."""
+    """Whether the user has asked to stop. ``say`` tells that the first signal was heard."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
         self.requested = False
+        self.say = say
 
     def handle(self, signal_number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        # A signal may come in the middle of a line that is being printed, where Python prints no other.
+        with contextlib.suppress(RuntimeError):
+            self.say("Stopping after this step (a second time: at once)")
 
 
 @contextmanager

@@ -34,6 +34,8 @@ MAY_CHANGE = {
     "early_stopping",
     "sample_prompt",
     "tensorboard",
+    "report_to",
+    "dry_run",
     "trust_remote_code",
 }
 # Settings that do not touch what is learned.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,13 @@ def train(settings: TrainSettings, observer: Observer | None = None, foresight: 
     Raises InputError before anything is written when settings, data, model or output folder are at fault; RunError
     during training (a loss that is not finite, no gradient, a full disk: the last checkpoint stays); Interrupted
     after Ctrl-C or SIGTERM, when the step has been saved and ``resume=True`` continues it.
+
+    With ``dry_run`` it does all this but train, writes nothing, and gives the record that the run would begin with.
     """
     started = time.monotonic()
     told: list[dict[str, str]] = []
+    if settings.dry_run:
+        settings = settings.model_copy(update={"cache": None})
     limit_generated_kernels()
     check_writable(settings.output)
     device_type = torch.device(choose_device(settings.device, settings.dtype).device).type
@@ -71,12 +75,24 @@ def train(settings: TrainSettings, observer: Observer | None = None, foresight: 
             if _is_finished(settings):
                 return load_record(settings.output)
         session = _prepare(settings, mode, lora, observer or SilentObserver(), foresight)
-        return session.carry_out(started, told)
+        return session.foreseen(told) if settings.dry_run else session.carry_out(started, told)
 
 
-def _held(folder: Path) -> AbstractContextManager[None]:
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
     """The writer holds the folder; the others would wait for it."""
-    return hold(folder) if ranks.is_writer() else nullcontext()
+    if not ranks.is_writer():
+        yield
+        return
+    is_new = not folder.exists()
+    with hold(folder):
+        try:
+            yield
+        finally:
+            # The Trainer makes the folder before all is known to be right. Where nothing came into it, it goes again.
+            if is_new:
+                with suppress(OSError):
+                    folder.rmdir()
 
 
 def _check_settings(given: TrainSettings) -> LoraConfig:

@@ -84,6 +84,10 @@ class Session:
             raise
         return self.record
 
+    def foreseen(self, told: list[dict[str, str]]) -> RunRecord:
+        """The record that the run would begin with, and its steps. Nothing is written."""
+        return dataclasses.replace(self.record, warnings=told, status="dry run", steps=self.trainer.total_steps)
+
     def _open_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.mode == "overwrite":
@@ -127,7 +131,7 @@ class Session:
     def _train(self) -> Interrupted | None:
         """Train; what the user's wish to stop came to, if there was one."""
         device_type = self.trainer.args.device.type
-        interrupt = Interrupt()
+        interrupt = Interrupt(self.observer.phase)
         meter = MemoryMeter(device_type, self.trainer.progress.peak_memory_bytes, mapped_bytes(self.trainer.model))
         with meter as memory, interrupts(interrupt):
             self._add_callbacks(memory, interrupt)

@@ -1,0 +1,73 @@
+"""``--report-to``: transformers' own callbacks get what is logged, and the run stays what it was."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, get_args
+
+import pytest
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
+
+from rankwise.config import Tracker
+from rankwise.errors import ConfigError
+from rankwise.records import read_metrics
+from rankwise.training.run import train
+
+
+class Recording(TrainerCallback):
+    """Stands for the callback of a tracker."""
+
+    seen: list[dict[str, float]]
+    named: str
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        Recording.named = f"{args.project}/{args.run_name}"
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        Recording.seen.append(dict(logs, step=state.global_step))
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tracker is found, and records."""
+    Recording.seen = []
+    for name in get_args(Tracker):
+        monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, name, Recording)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: object())
+
+
+@pytest.mark.parametrize("given", [{"report_to": ("trackio",)}, {"report_to": "wandb"}, {"tensorboard": True}])
+def test_a_tracker_gets_what_is_logged_and_the_run_is_the_same(given, settings, tmp_path, installed):
+    plain = train(settings(output=tmp_path / "plain"))
+    assert Recording.seen == []
+    told = train(settings(output=tmp_path / "told", **given))
+    ours = [line for line in read_metrics(tmp_path / "told") if "loss" in line]
+    theirs = [logs for logs in Recording.seen if "loss" in logs]
+    assert [(line["step"], line["loss"]) for line in ours] == [(logs["step"], logs["loss"]) for logs in theirs]
+    assert Recording.named == "rankwise/told"
+    assert told.train_loss == plain.train_loss
+    assert told.eval_loss == plain.eval_loss
+
+
+@pytest.mark.parametrize("name", get_args(Tracker))
+def test_transformers_knows_each_tracker_by_our_name(name):
+    assert name in integration_utils.INTEGRATION_TO_CALLBACK
+
+
+def test_missing_packages_are_named_together_and_nothing_is_written(settings, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name in get_args(Tracker) else found(name, *more)
+    )
+    with pytest.raises(ConfigError) as caught:
+        train(settings(output=tmp_path / "run", report_to=("wandb", "mlflow")))
+    assert caught.value.code == "RW794"
+    assert "--report-to mlflow, wandb" in caught.value.message
+    assert "pip install mlflow wandb" in caught.value.message
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_tracker_is_refused(settings):
+    with pytest.raises(ValueError, match="wandb"):
+        settings(report_to="wandbb")
