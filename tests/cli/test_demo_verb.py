@@ -24,4 +24,7 @@ def test_the_demo_ends_with_a_report_and_a_recommendation(
     assert (folder / "report.html").is_file()
     lines = done.stdout.strip().splitlines()
     assert any(line.startswith("report") and str(folder / "report.html") in line for line in lines)
-    assert "LoRA: it is the only method with a result" in lines[-1]
+    assert any("LoRA: it is the only method with a result" in line for line in lines)
+    chapters = [line for line in lines if line[:2] in ("1.", "2.", "3.", "4.")]
+    assert [line[0] for line in chapters] == ["1", "2", "3", "4"]
+    assert f"rankwise chat --adapter {folder / 'best'}" in done.stdout

@@ -19,6 +19,8 @@ from rankwise.comparison.settings import CompareSettings
 from rankwise.config import BASELINES, DEMO, MODEL
 from rankwise.options import Count, Names, Panel, Settings, option
 from rankwise.planning.settings import PlanSettings
+from rankwise.reports.naming import method_name
+from rankwise.reports.numbers import listed
 
 SHOWN = 3
 EXAMPLES = Path("evaluation") / "perplexity" / "predictions.jsonl"
@@ -36,18 +38,35 @@ class DemoSettings(Settings):
 
 
 def run(settings: DemoSettings, output: Output) -> Document:
-    output.line(f"{settings.model} learns to say what a Python function does, from its signature alone.\n")
+    output.line(f"{settings.model} learns to say what a Python function does, from its signature alone.")
     chosen = _compare_settings(settings)
-    output.line("What would fit here:\n")
+    _chapter(output, "1. What fits on this machine?")
     planned = plan.run(_plan_settings(chosen), output)
-    output.line("\nOne short run of each method, so that they can be compared on this machine:\n")
+    named = listed([method_name(method) for method in chosen.methods])
+    _chapter(output, f"2. Train: a short run of {named} each")
     comparison = compare.run(chosen, output)
-    output.line("\nSignatures that the models were not trained on, before and after:\n")
+    _chapter(output, "3. What came out? Signatures that no model was trained on, before and after")
     for answer in _answers(comparison, settings.output):
         print_answer(output, answer)
-    output.line(f"{'report':<12}{settings.output / 'report.html'}")
     output.line(comparison["recommendation"]["reason"], style="bold")
+    _chapter(output, "4. What next?")
+    for label, text in _next_steps(comparison, settings):
+        output.line(f"{label:<16}{text}")
     return {"plan": planned, "comparison": comparison}
+
+
+def _chapter(output: Output, title: str) -> None:
+    output.line(f"\n{title}\n", style="bold")
+
+
+def _next_steps(comparison: Document, settings: DemoSettings) -> Iterator[tuple[str, str]]:
+    """Commands that go on from here."""
+    found = comparison["recommendation"]
+    yield "look", f"{settings.output / 'report.html'} in a browser, or: rankwise board {settings.output.parent}"
+    if found["adapter"]:
+        yield "talk to it", f"rankwise chat --adapter {settings.output / found['adapter']}"
+    yield "your own data", f"rankwise train --model {settings.model} --data my.jsonl --output runs/first"
+    yield "a larger model", 'rankwise plan --model meta-llama/Llama-3.1-8B --gpu "RTX 4090"'
 
 
 def _compare_settings(settings: DemoSettings) -> CompareSettings:

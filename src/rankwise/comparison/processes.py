@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from rankwise.comparison import warm
 from rankwise.comparison.stages import beside
 from rankwise.errors import RunError
 
@@ -40,7 +41,7 @@ def check_system() -> None:
 class Worker:
     """A running process. Its exit code is negative where a signal ended it."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | warm.Forked
     started: float
     stdout: Path
 
@@ -73,12 +74,15 @@ def start(module: str, arguments: Sequence[str], name: Path, environment: Mappin
     """Start ``python -m module arguments``. stdout goes to ``NAME.out``; stderr is appended to ``NAME.log``.
 
     The process holds the lock of ``NAME.lock`` and receives no signals of the terminal: its parent decides when it
-    stops.
+    stops. Where that is possible, it is forked off a process that has loaded the libraries.
     """
     import fcntl
 
     name.parent.mkdir(parents=True, exist_ok=True)
     stdout = beside(name, ".out")
+    if warm.takes(module):
+        files = (stdout, beside(name, ".log"), beside(name, ".lock"))
+        return Worker(warm.Forked(module, arguments, files, environment, _prepare), time.monotonic(), stdout)
     with open(stdout, "wb") as out, open(beside(name, ".log"), "ab") as log, _lock_file(name) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         process = subprocess.Popen(

@@ -1,0 +1,104 @@
+"""Processes forked off one that has loaded the libraries, so that a step of a comparison starts at once.
+
+Importing torch, transformers and trl takes most of the time of a short step. Python's fork server imports them once
+and forks for every step; a step is still a process of its own, with its own memory, its own end and its own lock. The
+server itself computes nothing, since a process that has used OpenMP threads or a card must not fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from rankwise.planning.hardware import this_machine
+
+# What the steps import, and nothing that looks for a card.
+PRELOADED = ("rankwise.cli.main", "rankwise.comparison.measure", "rankwise.comparison.prepare", "rankwise.training.run")
+
+
+def takes(module: str) -> bool:
+    """Whether steps of ``module`` are forked: on Linux, without a card, which no process may use across a fork."""
+    return module in PRELOADED and sys.platform == "linux" and this_machine().device_type == "cpu"
+
+
+class Forked:
+    """A step in progress, with the part of ``subprocess.Popen`` that a comparison needs."""
+
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        files: tuple[Path, Path, Path],
+        environment: Mapping[str, str],
+        prepare: Callable[[], None],
+    ) -> None:
+        """``files``: stdout, stderr (behind what it holds), and the lock, which is held when this returns."""
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(list(PRELOADED))
+        ready, told = server.Pipe(duplex=False)
+        surroundings = {**os.environ, **environment}
+        # Where this process ends early, a daemon gets SIGTERM: it saves its step and ends.
+        self._process = server.Process(
+            target=_work, args=(module, arguments, files, surroundings, os.getcwd(), told, prepare), daemon=True
+        )
+        self._process.start()
+        told.close()
+        with contextlib.suppress(EOFError):
+            ready.recv()
+        ready.close()
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self._process.pid is not None and self._process.is_alive():
+            os.kill(self._process.pid, number)
+
+
+def _work(
+    module: str,
+    arguments: Sequence[str],
+    files: tuple[Path, Path, Path],
+    environment: Mapping[str, str],
+    folder: str,
+    told: Connection,
+    prepare: Callable[[], None],
+) -> None:
+    import fcntl
+
+    os.setsid()
+    prepare()
+    # As Python sets it when it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    out, log, lock = files
+    held = os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    told.send(None)
+    told.close()
+    _redirect(out, os.O_TRUNC, 1)
+    _redirect(log, os.O_APPEND, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    if "OMP_NUM_THREADS" in environment:
+        import torch
+
+        # OpenMP has read the variable when it was loaded, in the server.
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    step: Any = importlib.import_module(module)
+    sys.exit(step.main(list(arguments)))
+
+
+def _redirect(file: Path, how: int, number: int) -> None:
+    handle = os.open(file, os.O_WRONLY | os.O_CREAT | how)
+    os.dup2(handle, number)
+    os.close(handle)

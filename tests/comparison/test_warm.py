@@ -1,0 +1,108 @@
+"""Steps that are forked off a process with the libraries loaded: the same files, ends and locks as a new process."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rankwise.comparison import processes, stages, warm
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="steps are forked on Linux alone")
+REAL = warm.PRELOADED
+STEP = """
+import os, signal, sys, time
+
+def main(arguments):
+    what = arguments[0]
+    print(what, os.environ.get("STEP_SAYS"), os.getcwd(), flush=True)
+    print("to the log", file=sys.stderr, flush=True)
+    if what == "fail":
+        return 3
+    if what == "raise":
+        raise ValueError("a fault")
+    if what == "wait":
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            return 130
+    return 0
+"""
+
+
+@pytest.fixture(autouse=True)
+def _light_step(tmp_path, monkeypatch):
+    """A step that imports nothing; the server loads nothing for it."""
+    (tmp_path / "light_step.py").write_text(STEP)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(warm, "PRELOADED", ("light_step",))
+    monkeypatch.chdir(tmp_path)
+
+
+def start(what: str, name: Path, **environment: str) -> processes.Worker:
+    worker = processes.start("light_step", [what], name, environment)
+    assert isinstance(worker.process, warm.Forked)
+    return worker
+
+
+def ended(worker: processes.Worker) -> int:
+    deadline = time.monotonic() + 60
+    while (code := worker.poll()) is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert code is not None, "still running"
+    return code
+
+
+def text(name: Path, ending: str) -> str:
+    return stages.beside(name, ending).read_text()
+
+
+@pytest.mark.parametrize(("what", "code"), [("end", 0), ("fail", 3), ("raise", 1)])
+def test_it_leaves_what_a_process_leaves(what, code, tmp_path):
+    name = tmp_path / "cells" / "lora.train"
+    for _ in range(2):
+        assert ended(start(what, name, STEP_SAYS="hello")) == code
+    # stdout is of the last one, the log of all.
+    assert text(name, ".out") == f"{what} hello {tmp_path}\n"
+    assert text(name, ".log").count("to the log") == 2
+    assert ("ValueError: a fault" in text(name, ".log")) == (what == "raise")
+
+
+def test_it_holds_its_lock_and_can_be_asked_to_stop(tmp_path):
+    name = tmp_path / "cells" / "lora.train"
+    worker = start("wait", name)
+    assert processes.is_locked(name)
+    while not text(name, ".out"):
+        time.sleep(0.01)
+    worker.stop()
+    assert ended(worker) == 130
+    assert not processes.is_locked(name)
+    # A second time there is nobody to ask.
+    worker.stop()
+
+
+def test_a_killed_step_has_the_signal_as_its_code(tmp_path):
+    worker = start("wait", tmp_path / "cells" / "lora.train")
+    worker.process.send_signal(signal.SIGKILL)
+    assert ended(worker) == -signal.SIGKILL
+
+
+def test_the_environment_is_that_of_now(tmp_path, monkeypatch):
+    assert ended(start("end", tmp_path / "first")) == 0
+    monkeypatch.setenv("STEP_SAYS", "later")
+    assert ended(start("end", tmp_path / "second")) == 0
+    assert text(tmp_path / "first", ".out").split()[1] == "None"
+    assert text(tmp_path / "second", ".out").split()[1] == "later"
+
+
+def test_with_a_card_steps_are_new_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(warm, "this_machine", lambda: type("Card", (), {"device_type": "cuda"})())
+    assert not warm.takes("light_step")
+    assert not warm.takes("no_such_module")
+
+
+def test_what_is_loaded_beforehand_is_what_the_steps_are():
+    assert {stages.CLI, stages.MEASURE, stages.PREPARE} <= set(REAL)
