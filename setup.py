@@ -8,6 +8,7 @@ runs.
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -25,6 +26,8 @@ FAMILIES = ("attention", "elementwise", "four_bit", "products")
 ERROR_PAGE = "docs/errors.md"
 # Besides the options of csrc/levels.txt.
 FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-g0", "-Icsrc"]
+# Set where a wheel is built to be given to others: then nothing may be missing from the library.
+STRICT = bool(os.environ.get("RANKWISE_REQUIRE_NATIVE"))
 # Compiled once, for any processor of the platform.
 PLAIN = ("common/huge_pages", "common/level", "common/parallel", *(f"{name}/{name}" for name in FAMILIES))
 
@@ -45,7 +48,9 @@ class BuildNative(build_ext):
         try:
             self._build(ext)
         # Any failure of any compiler means the same thing here: go on without the library, and say so.
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
+            if STRICT:
+                raise
             self.warn(
                 f"the native 4-bit kernels were not built ({error}). rankwise works without them, in plain PyTorch; "
                 "for the fast ones install a C++17 compiler and install rankwise again."
@@ -81,6 +86,8 @@ class BuildNative(build_ext):
                 made += [one.result() for one in kernels]
                 has.append(f"-DRW_HAS_{name}")
             except CompileError:
+                if STRICT:
+                    raise
                 self.warn(f"this compiler cannot make code for {name}; the instruction sets before it take its place")
         return [*made, *pool.map(lambda name: self._object(name, "any", [*every, *has]), PLAIN)]
 
@@ -111,4 +118,4 @@ class CarryErrorPage(build_py):
 commands: dict[str, Any] = {"build_py": CarryErrorPage, "build_ext": BuildNative, "bdist_wheel": TagForEveryPython}
 sources = [f"csrc/{name}.cpp" for name in (*PLAIN, *(f"{family}/kernels" for family in FAMILIES))]
 depends = [str(path) for path in (*sorted(Path("csrc").rglob("*.h*")), Path("csrc/levels.txt"))]
-setup(cmdclass=commands, ext_modules=[Extension(NAME, sources, depends=depends, optional=True)])
+setup(cmdclass=commands, ext_modules=[Extension(NAME, sources, depends=depends, optional=not STRICT)])

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from rankwise.models import load_model
     from rankwise.quantization import Fp4Config, Linear4bit, Nf4Config, quantize
 
-__version__ = "0.1.0"
-
 _HOMES = {
     "Fp4Config": "rankwise.quantization",
     "Linear4bit": "rankwise.quantization",
@@ -90,12 +88,15 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "ops"})
+    return sorted({*globals(), *__all__, "ops", "__version__"})
 
 
 def __getattr__(name: str) -> Any:
     if name == "ops":
         return importlib.import_module("rankwise.ops")
+    if name == "__version__":
+        # What was installed knows it, from the tag that it was built from.
+        return importlib.import_module("importlib.metadata").version("rankwise")
     if name not in _HOMES:
         raise AttributeError(f"module 'rankwise' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

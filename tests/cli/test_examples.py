@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import runpy
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
+
+from rankwise.cli.main import VERBS
+from rankwise.cli.options import options_of
+from rankwise.settings_file import read_settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,3 +58,23 @@ def test_training_examples_leave_an_adapter_that_merges(script, model_folder, tm
     said = run("merge_peft_adapter.py", model_folder, tmp_path / "adapter", tmp_path / "merged")
     assert float(said.split("after merging: ")[1].split()[0]) < 1e-4
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_the_commands_of_the_notebook_have_options_that_exist():
+    """The notebook is for a service with a card; here each command is read as the command line reads it."""
+    notebook = json.loads((ROOT / "examples" / "free_gpu.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    [file] = [text.partition("\n")[2] for text in cells if text.startswith("%%writefile run.yaml\n")]
+    lines = [line for text in cells for line in text.split("\n") if line.startswith("!rankwise ")]
+    commands = [shlex.split(line)[1:] for line in lines]
+    verbs = {verb.name: verb for verb in VERBS}
+    assert {words[0] for words in commands} == {"doctor", "plan", "preview", "train", "generate", "merge", "export"}
+    for name, *words in commands:
+        kinds = {option.flag: option.kind for option in options_of(verbs[name])} | {"config": "value"}
+        given = {}
+        while words:
+            flag = words.pop(0).removeprefix("--")
+            given[flag.replace("-", "_")] = True if kinds[flag] == "switch" else words.pop(0)
+        if given.pop("config", None) == "run.yaml":
+            given |= {key.replace("-", "_"): value for key, value in yaml.safe_load(file).items()}
+        assert read_settings(verbs[name].settings, None, given)
