@@ -28,13 +28,19 @@ class Recording(TrainerCallback):
         Recording.seen.append(dict(logs, step=state.global_step))
 
 
+def find_only_trackers_as(monkeypatch: pytest.MonkeyPatch, spec: Any) -> None:
+    found = importlib.util.find_spec
+    names = get_args(Tracker)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: spec if name in names else found(name, *more))
+
+
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tracker is found, and records."""
     Recording.seen = []
     for name in get_args(Tracker):
         monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, name, Recording)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: object())
+    find_only_trackers_as(monkeypatch, object())
 
 
 @pytest.mark.parametrize("given", [{"report_to": ("trackio",)}, {"report_to": "wandb"}, {"tensorboard": True}])
@@ -56,10 +62,7 @@ def test_transformers_knows_each_tracker_by_our_name(name):
 
 
 def test_missing_packages_are_named_together_and_nothing_is_written(settings, tmp_path, monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: None if name in get_args(Tracker) else found(name, *more)
-    )
+    find_only_trackers_as(monkeypatch, None)
     with pytest.raises(ConfigError) as caught:
         train(settings(output=tmp_path / "run", report_to=("wandb", "mlflow")))
     assert caught.value.code == "RW794"
