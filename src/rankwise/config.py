@@ -496,7 +496,8 @@ class TrainSettings(ObjectiveOptions, RunOptions):
 
     @property
     def trackers(self) -> list[Tracker]:
-        return sorted({*self.report_to, *(["tensorboard"] if self.tensorboard else [])})
+        more: tuple[Tracker, ...] = ("tensorboard",) if self.tensorboard else ()
+        return sorted({*self.report_to, *more})
 
 
 def logging_steps_of(steps: int) -> int:
