@@ -495,7 +495,7 @@ class TrainSettings(ObjectiveOptions, RunOptions):
     dry_run: Annotated[bool, _saving("Check everything, say what would be done, and write nothing.")] = False
 
     @property
-    def trackers(self) -> list[Tracker]:
+    def trackers(self) -> list[str]:
         more: tuple[Tracker, ...] = ("tensorboard",) if self.tensorboard else ()
         return sorted({*self.report_to, *more})
 

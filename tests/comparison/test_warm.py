@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -77,8 +78,10 @@ def test_it_holds_its_lock_and_can_be_asked_to_stop(tmp_path):
     assert processes.is_locked(name)
     while not text(name, ".out"):
         time.sleep(0.01)
+    with pytest.raises(subprocess.TimeoutExpired):
+        worker.process.wait(0.01)
     worker.stop()
-    assert ended(worker) == 130
+    assert worker.process.wait(60) == 130
     assert not processes.is_locked(name)
     # A second time there is nobody to ask.
     worker.stop()

@@ -12,6 +12,7 @@ import importlib
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -58,6 +59,13 @@ class Forked:
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
         return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code. Raises subprocess.TimeoutExpired where it still runs after so many seconds."""
+        self._process.join(timeout)
+        if (code := self.poll()) is None:
+            raise subprocess.TimeoutExpired("a step of the comparison", timeout or 0.0)
+        return code
 
     def send_signal(self, number: int) -> None:
         if self._process.pid is not None and self._process.is_alive():
