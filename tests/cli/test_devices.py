@@ -1,9 +1,10 @@
-"""Two processes that train one model over gloo. Each launch takes seconds, so that few of them are looked at often."""
+"""Several processes that train one model over gloo, against one process."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -18,45 +19,65 @@ import safetensors.torch
 import torch
 
 from rankwise.cli.launch import _failure, continued
-from rankwise.cli.main import main
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, Interrupted, RunError
 from rankwise.records import RunRecord, read_metrics
 from rankwise.training import ranks
 from rankwise.training.batches import KEY
 from rankwise.training.shares import Remainder, Shares, share
+from several import LONG, Nursery, nursery
+from tiny_models import save_with_tokenizer, tiny_llama, tiny_moe
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-# 29 rows in batches of 4, and 2 of them a step: an epoch ends in a batch of one row. 12 steps are 3 epochs.
-ROWS, EVAL_ROWS, STEPS = 29, 7, 12
-# Seconds after which a run hangs, on a machine that has other work too.
-LONG = 500
+# 29 rows in batches of 4, and 2 of them a step: an epoch, 4 steps, ends in a batch of one row.
+ROWS, EVAL_ROWS, STEPS, BATCH = 29, 7, 6, 4
 OPTIONS = (
     *("--dtype", "float32", "--device", "cpu", "--r", 4, "--max-length", 48, "--learning-rate", 1e-3),
-    *("--gradient-accumulation", 2, "--max-steps", STEPS, "--eval-steps", 4, "--save-steps", 2, "--logging-steps", 1),
+    *("--gradient-accumulation", 2, "--max-steps", STEPS, "--eval-steps", 3, "--save-steps", 2, "--logging-steps", 1),
     *("--lr-scheduler-type", "constant", "--ignore-plan"),
 )
+needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> list[str]:
+def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    with nursery(tmp_path_factory.mktemp("several")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """A two-layer Llama whose 4-bit weights are read by rows: they are whole blocks. 259 rows are no multiple of 2."""
+    made = tiny_llama(vocab_size=259, hidden_size=64, intermediate_size=128)
+    return save_with_tokenizer(made, model_folder, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rows")
     for name, count in (("train", ROWS), ("eval", EVAL_ROWS)):
         rows = [{"prompt": f"{name} {index}: ", "completion": "abcdefgh"[: 2 + index % 6]} for index in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = ("--data", folder / "train.jsonl", "--eval-data", folder / "eval.jsonl")
-    return [str(item) for item in ("train", "--model", model_folder, *data, *OPTIONS)]
+    return folder
 
 
-def start(arguments: list[Any]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "rankwise", *map(str, arguments)]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=ENVIRONMENT, **pipes)
+@pytest.fixture(scope="module")
+def given(rows: Path, model: Path) -> list[str]:
+    data = ("--data", rows / "train.jsonl", "--eval-data", rows / "eval.jsonl")
+    return [str(item) for item in ("train", "--model", model, *data, *OPTIONS)]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    files = [safetensors.torch.load_file(path) for path in folder.glob("*.safetensors")]
+    return {name: tensor for file in files for name, tensor in file.items()}
+
+
+def differing(first: Path, second: Path) -> list[str]:
+    """Names of the trained tensors that are not equal to the bit."""
+    one, other = weights(first), weights(second)
+    assert one.keys() == other.keys() != set()
+    return [name for name in one if not torch.equal(one[name], other[name])]
 
 
 def lines(folder: Path, name: str) -> list[float]:
@@ -70,33 +91,105 @@ def record(folder: Path) -> dict[str, Any]:
 class Runs:
     """The runs that several tests look at: one process of batch 4, and two of batch 2."""
 
-    def __init__(self, folder: Path, given: list[str]) -> None:
+    def __init__(self, folder: Path, several: Nursery, given: list[str]) -> None:
         self.one, self.two = folder / "one", folder / "two"
-        two = start([*given, "--method", "qdora", "--batch-size", 2, "--devices", 2, "--output", self.two, "--json"])
-        assert main([*given, "--method", "qdora", "--batch-size", "4", "--output", str(self.one)]) == 0
-        self.stdout, self.stderr = two.communicate(timeout=LONG)
-        assert two.returncode == 0, self.stderr
+        one = several.run(1, [*given, "--method", "qdora", "--batch-size", BATCH, "--output", self.one])
+        assert one.codes == [0], one.stderr
+        self.done = several.run(2, [*given, "--method", "qdora", "--batch-size", 2, "--output", self.two, "--json"])
+        assert self.done.codes == [0, 0], self.done.stderr
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, given: list[str]) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"), given)
+def runs(tmp_path_factory: pytest.TempPathFactory, several: Nursery, given: list[str]) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), several, given)
 
 
-def test_two_processes_give_the_losses_of_one(runs: Runs) -> None:
-    expected, found = lines(runs.one, "loss"), lines(runs.two, "loss")
-    assert len(found) == STEPS
+def check_alike(one: Path, several: Path) -> None:
+    """Losses, evaluations and weights of a run in several processes are those of one process."""
+    expected, found = lines(one, "loss"), lines(several, "loss")
+    assert len(found) == record(one)["steps"]
     assert found[0] == pytest.approx(expected[0], rel=1e-6)
     assert found == pytest.approx(expected, rel=1e-4)
-    assert lines(runs.two, "entropy") == pytest.approx(lines(runs.one, "entropy"), rel=1e-4)
-    assert lines(runs.two, "eval_loss") == pytest.approx(lines(runs.one, "eval_loss"), rel=1e-5)
-    assert lines(runs.two, "eval_loss")[0] == lines(runs.one, "eval_loss")[0]
+    assert lines(several, "entropy") == pytest.approx(lines(one, "entropy"), rel=1e-4)
+    assert lines(several, "tokens") == lines(one, "tokens")
+    assert lines(several, "eval_loss") == pytest.approx(lines(one, "eval_loss"), rel=1e-5)
+    assert lines(several, "eval_loss")[0] == pytest.approx(lines(one, "eval_loss")[0], rel=1e-7)
+    learnt = weights(several)
+    for name, value in weights(one).items():
+        torch.testing.assert_close(learnt[name], value, rtol=1e-3, atol=2e-5)
 
 
 def test_two_processes_learn_what_one_learns(runs: Runs) -> None:
-    expected, found = weights(runs.one), weights(runs.two)
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+    check_alike(runs.one, runs.two)
+    assert lines(runs.two, "eval_loss")[0] == lines(runs.one, "eval_loss")[0]
+
+
+# Name: options, processes.
+CASES = {"full under fsdp": (("--method", "full", "--strategy", "fsdp"), 2)}
+METHODS = ("lora", "dora", "qlora", "qdora", "full")
+REST = {
+    f"{method}, {count} under {strategy}": (("--method", method, "--strategy", strategy), count)
+    for method in METHODS
+    for strategy in ("ddp", "fsdp")
+    for count in (2, 4)
+} | {
+    "packed rows, checkpointing, a trained head, 4 under fsdp": (
+        (
+            *("--method", "lora", "--packing", "--gradient-checkpointing"),
+            *("--modules-to-save", "lm_head", "--strategy", "fsdp"),
+        ),
+        4,
+    ),
+    "full, checkpointing, 4 under fsdp": (("--method", "full", "--gradient-checkpointing", "--strategy", "fsdp"), 4),
+    "float32 scales, 4 under fsdp": (("--method", "qdora", "--no-double-quant", "--strategy", "fsdp"), 4),
+    "rows that are no blocks, 4 under fsdp": (
+        ("--method", "qdora", "--block-size", "128", "--strategy", "fsdp"),
+        4,
+    ),
+    "an adapted embedding and biases, 2 under fsdp": (
+        ("--method", "dora", "--target-modules", "embed_tokens,q_proj", "--strategy", "fsdp"),
+        2,
+    ),
+    "adapted experts, 4 under fsdp": (
+        ("--method", "qlora", "--target-parameters", "down_proj", "--model", "mixtral", "--strategy", "fsdp"),
+        4,
+    ),
+    "plain operators, 2 under fsdp": (("--method", "dora", "--no-fast", "--strategy", "fsdp"), 2),
+}
+
+
+def check_case(
+    case: tuple[tuple[str, ...], int], several: Nursery, given: list[str], model_folder: Path, folder: Path
+) -> None:
+    options, count = case
+    if "mixtral" in options:
+        experts = save_with_tokenizer(tiny_moe("mixtral", vocab_size=259), model_folder, folder / "experts")
+        given = [str(experts) if before == "--model" else item for before, item in zip(["", *given], given)]
+        options = tuple(item for item in options if item not in ("--model", "mixtral"))
+    alone = options[: options.index("--strategy")]
+    # The head's vectors of a batch lie in one row where rows are packed: as many rows as processes.
+    one = several.run(1, [*given, *alone, "--batch-size", BATCH, "--output", folder / "one"])
+    assert one.codes == [0], one.stderr
+    together = several.run(count, [*given, *options, "--batch-size", BATCH // count, "--output", folder / "several"])
+    assert together.codes == [0] * count, together.stderr
+    check_alike(folder / "one", folder / "several")
+    assert record(folder / "several")["device"]["acceleration"] == record(folder / "one")["device"]["acceleration"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_what_trains_in_several_processes_learns_what_one_learns(
+    case: Any, several: Nursery, given: list[str], model_folder: Path, tmp_path: Path
+) -> None:
+    check_case(case, several, given, model_folder, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", REST.values(), ids=REST)
+def test_every_method_learns_in_several_processes_what_one_learns(
+    case: Any, several: Nursery, given: list[str], model_folder: Path, tmp_path: Path
+) -> None:
+    check_case(case, several, given, model_folder, tmp_path)
 
 
 def test_the_record_is_that_of_both(runs: Runs) -> None:
@@ -104,31 +197,252 @@ def test_the_record_is_that_of_both(runs: Runs) -> None:
     assert (two["devices"], two["strategy"], one["devices"], one["strategy"]) == (2, "ddp", 1, None)
     assert two["frozen_bytes"] == one["frozen_bytes"] > 0
     assert (two["status"], two["kept_step"]) == ("finished", one["kept_step"])
-    assert lines(runs.two, "tokens") == lines(runs.one, "tokens")
     assert two["tokens_per_second"] > 0
     assert two["peak_memory_bytes"] > 0
 
 
 def test_one_process_writes_and_speaks(runs: Runs) -> None:
-    assert json.loads(runs.stdout)["steps"] == STEPS
-    assert runs.stderr.count("Training ...") == 1
+    assert json.loads(runs.done.stdout)["steps"] == STEPS
+    assert runs.done.stderr.count("Training ...") == 1
     assert lines(runs.two, "step") == sorted(lines(runs.two, "step"))
     states = {path.name for path in next((runs.two / "checkpoints").iterdir()).glob("random*.json")}
     assert states == {"random.json", "random-1.json"}
 
 
-def test_a_sharded_run_is_the_unsharded_one(runs: Runs, given: list[str], tmp_path: Path) -> None:
+# Each process notes how many rows of the embedding it was given while the model was loaded.
+WATCHED = """
+from rankwise.training import setup
+loaded = setup.load_prepared
+def load(*args, **more):
+    model, tokenizer = loaded(*args, **more)
+    weight = model.get_input_embeddings().weight
+    assert weight.to_local().shape[0] == (130, 129)[rank], "loaded whole"
+    return model, tokenizer
+setup.load_prepared = load
+"""
+
+
+def test_a_sharded_run_reads_its_rows_and_is_the_unsharded_one(
+    runs: Runs, several: Nursery, given: list[str], tmp_path: Path
+) -> None:
     folder = tmp_path / "sharded"
-    options = ("--method", "qdora", "--batch-size", 2, "--devices", 2, "--strategy", "fsdp", "--sample-prompt", "a")
-    code, stderr = ended(start([*given, *options, "--output", folder]))
-    assert code == 0, stderr
+    options = ("--method", "qdora", "--batch-size", 2, "--strategy", "fsdp", "--sample-prompt", "a")
+    done = several.run(2, [*given, *options, "--output", folder], WATCHED)
+    assert done.codes == [0, 0], done.stderr
     whole, sharded = record(runs.two), record(folder)
     assert sharded["strategy"] == "fsdp"
     assert sharded["frozen_bytes"] <= 0.55 * whole["frozen_bytes"]
+    alike = ("base_model", "total_parameters", "trainable_parameters")
+    assert [sharded[name] for name in alike] == [whole[name] for name in alike]
+    assert sharded["device"]["acceleration"] == whole["device"]["acceleration"]
     assert lines(folder, "loss") == lines(runs.two, "loss")
     assert lines(folder, "eval_loss") == lines(runs.two, "eval_loss")
-    expected, found = weights(runs.two), weights(folder)
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert differing(runs.two, folder) == []
+
+
+# trl's trainer over PEFT's adapter, as `accelerate launch` would run them; a process of its own rows of each batch.
+PEFT = """
+import json
+import os
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from rankwise import LoraConfig, add_adapter, save_adapter
+from rankwise.data import encode_rows, read_rows
+
+base, data, folder = MODEL, DATA, Path(FOLDER)
+set_seed(0)
+adapted = AutoModelForCausalLM.from_pretrained(base)
+add_adapter(adapted, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0))
+save_adapter(adapted, folder / str(rank))
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / str(rank), is_trainable=True)
+tokenizer = AutoTokenizer.from_pretrained(base)
+trainer = SFTTrainer(
+    model=model,
+    args=SFTConfig(
+        output_dir=str(folder / "trl"), use_cpu=True, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        max_steps=3, learning_rate=1e-3, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
+        max_grad_norm=1.0, optim="adamw_torch", seed=0, data_seed=0, logging_steps=1, save_strategy="no",
+        report_to="none", max_length=None, bf16=False, gradient_checkpointing=False, disable_tqdm=True,
+    ),
+    train_dataset=encode_rows(read_rows(data), tokenizer=tokenizer, max_length=48, name="train").dataset,
+    processing_class=tokenizer,
+)
+trainer.train()
+losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+(folder / f"{rank}.json").write_text(json.dumps(losses))
+os._exit(0)
+"""
+
+
+@pytest.mark.long
+def test_trl_and_peft_have_the_same_losses_in_two_processes(
+    several: Nursery, given: list[str], model: Path, rows: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft", reason="compares with PEFT: pip install 'rankwise[bench]'")
+    options = ("--method", "lora", "--lora-alpha", 8, "--lora-dropout", 0, "--weight-decay", 0, "--max-grad-norm", 1)
+    # The first epoch's whole batches: at its end accelerate repeats rows.
+    length = ("--batch-size", 2, "--max-steps", 3, "--output", tmp_path / "ours")
+    ours = several.run(2, [*given, *options, *length])
+    assert ours.codes == [0, 0], ours.stderr
+    names = {"MODEL": model, "DATA": rows / "train.jsonl", "FOLDER": tmp_path}
+    head = "\n".join(f"{name} = {str(path)!r}" for name, path in names.items())
+    theirs = several.run(2, [], f"{head}\n{PEFT}")
+    assert theirs.codes == [0, 0], theirs.stderr
+    expected = json.loads((tmp_path / "0.json").read_text())
+    assert len(expected) == 3
+    assert lines(tmp_path / "ours", "loss") == pytest.approx(expected, rel=2e-5)
+
+
+# --- faults ---
+
+
+def check_failed(done: Any, *words: str) -> None:
+    """All processes ended, and one of them said why."""
+    assert 0 not in done.codes
+    assert done.stderr.count("error RW") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+@needs_proc
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
+def test_a_killed_process_ends_all_and_the_run_continues_to_the_bit(
+    runs: Runs, several: Nursery, given: list[str], strategy: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "killed"
+    options = ("--method", "qdora", "--batch-size", 2, "--strategy", strategy, "--output", folder)
+    launch = several.start(2, [*given, *options])
+    launch.wait_for(folder, "checkpoints/step-2")
+    os.kill(launch.pids[1], signal.SIGKILL)
+    done = launch.ended()
+    check_failed(done, "error RW702: process 0 of 2 has lost the others")
+    assert done.codes == [2, -signal.SIGKILL]
+    assert record(folder)["status"] == "failed"
+    again = several.run(2, ["train", "--resume", "--output", folder])
+    assert again.codes == [0, 0], again.stderr
+    assert differing(runs.two, folder) == []
+    assert lines(folder, "loss") == lines(runs.two, "loss")
+
+
+FAULTS = {
+    "a loss that is not finite in one process": (
+        """
+from rankwise.training.trainer import RankwiseTrainer
+compute = RankwiseTrainer.compute_loss
+def broken(self, *args, **more):
+    return compute(self, *args, **more) * (float("nan") if rank == 1 and self.state.global_step == 2 else 1)
+RankwiseTrainer.compute_loss = broken
+""",
+        ("RW530: the loss is nan at step 3",),
+    ),
+    "a full disk where the writer writes": (
+        """
+import errno
+from rankwise.training import spine
+def full(*args, **more):
+    raise OSError(errno.ENOSPC, "No space left on device")
+spine.save_state = full
+""",
+        ("RW513", "free some space"),
+    ),
+    "an error in one process": (
+        """
+from rankwise.training.trainer import RankwiseTrainer
+step = RankwiseTrainer.training_step
+def broken(self, *args, **more):
+    if rank == 1 and self.state.global_step == 2:
+        raise MemoryError
+    return step(self, *args, **more)
+RankwiseTrainer.training_step = broken
+""",
+        ("RW550",),
+    ),
+    "a process that cannot write where the others do": (
+        """
+import os
+from rankwise.training import ranks
+ranks.FILE_SECONDS = 2
+os.chdir(("here", "there")[rank])
+""",
+        ("RW701: process 1 does not see run",),
+    ),
+    "other data": (
+        """
+import os
+os.chdir(("here", "there")[rank])
+open("train.jsonl", "a").write('{"prompt": "another", "completion": "row"}\\n' * rank)
+""",
+        ("RW700", "the sha256 of the train data"),
+    ),
+    "another number of processes": ("", ("RW137: --devices is 4 and the launcher started 2",)),
+}
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_a_fault_in_one_process_ends_all_with_one_message(
+    what: str, several: Nursery, given: list[str], rows: Path, tmp_path: Path
+) -> None:
+    fault, words = FAULTS[what]
+    options: list[Any] = [*given, "--method", "lora", "--batch-size", 2, "--output"]
+    options.append("run" if "chdir" in fault else tmp_path / "run")
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text((rows / "train.jsonl").read_text())
+    if what == "other data":
+        options[options.index(str(rows / "train.jsonl"))] = "train.jsonl"
+    if what == "another number of processes":
+        options += ["--devices", 4]
+    fault = f"import os; os.chdir({str(tmp_path)!r})\n{fault}"
+    check_failed(several.run(2, options, fault), *words)
+
+
+@needs_proc
+def test_a_process_that_hangs_ends_all(several: Nursery, given: list[str], tmp_path: Path) -> None:
+    folder, patience = tmp_path / "hung", 10
+    fault = f"from rankwise.training import ranks; ranks.PATIENCE_SECONDS = {patience}"
+    options = ("--method", "lora", "--batch-size", 2, "--output", folder)
+    launch = several.start(2, [*given, "--max-steps", 2000, *options], fault, grace_seconds=2)
+    launch.wait_for(folder, "checkpoints/step-2")
+    os.kill(launch.pids[1], signal.SIGSTOP)
+    began = time.monotonic()
+    done = launch.ended()
+    check_failed(done, "error RW702: process 0 of 2 has lost the others")
+    assert done.codes == [2, -signal.SIGKILL]
+    assert time.monotonic() - began < patience + 60
+    assert record(folder)["status"] == "failed"
+
+
+def check_saved(folder: Path, stderr: str) -> None:
+    """The run was interrupted, and the step that it had come to is saved."""
+    assert stderr.count("interrupted RW") == 1, stderr
+    assert "interrupted RW540: stopped after step" in stderr
+    done = record(folder)
+    assert done["status"] == "interrupted"
+    assert (folder / "checkpoints" / f"step-{done['steps']}").is_dir()
+
+
+@needs_proc
+def test_a_signal_to_one_process_saves_once_and_ends_all(several: Nursery, given: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "stopped"
+    launch = several.start(2, [*given, "--max-steps", 2000, "--batch-size", 2, "--output", folder])
+    launch.wait_for(folder, "checkpoints/step-2")
+    os.kill(launch.pids[1], signal.SIGTERM)
+    done = launch.ended()
+    assert done.codes == [130, 130]
+    check_saved(folder, done.stderr)
+
+
+# --- torch's launcher ---
+
+
+def started(command: list[Any]) -> subprocess.Popen[str]:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", *map(str, command)], env=ENVIRONMENT, **pipes)
 
 
 def children(pid: int) -> list[int]:
@@ -143,9 +457,9 @@ def children(pid: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def running(arguments: list[Any], folder: Path, after: str) -> Iterator[subprocess.Popen[str]]:
+def running(command: list[Any], folder: Path, after: str) -> Iterator[subprocess.Popen[str]]:
     """A launched run, once ``after`` (a pattern) exists in its folder."""
-    run = start(arguments)
+    run = started(command)
     try:
         deadline = time.monotonic() + LONG
         while not list(folder.glob(after)) and run.poll() is None and time.monotonic() < deadline:
@@ -161,64 +475,65 @@ def ended(run: subprocess.Popen[str]) -> tuple[int, str]:
     return run.returncode, stderr
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
-def test_a_killed_process_ends_all_and_the_run_continues_to_the_bit(
-    runs: Runs, given: list[str], tmp_path: Path
-) -> None:
-    folder = tmp_path / "killed"
-    options = [*given, "--method", "qdora", "--batch-size", 2, "--devices", 2, "--output", folder]
-    with running(options, folder, "checkpoints/step-2") as run:
-        os.kill(children(run.pid)[1], signal.SIGKILL)
-        code, stderr = ended(run)
-    assert code == 2
-    assert stderr.count("error RW") == 1, stderr
-    assert "error RW702: process 0 of 2 has lost the others" in stderr
-    assert record(folder)["status"] == "failed"
-    again = start(["train", "--resume", "--output", folder])
-    code, stderr = ended(again)
-    assert code == 0, stderr
-    expected, found = weights(runs.two), weights(folder)
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
-    assert lines(folder, "loss") == lines(runs.two, "loss")
-
-
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
-def test_a_signal_to_one_process_saves_once_and_ends_all(given: list[str], tmp_path: Path) -> None:
+@needs_proc
+@pytest.mark.long
+def test_a_signal_to_the_command_saves_once_and_ends_all(given: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
-    options = [*given, "--max-steps", 2000, "--batch-size", 2, "--devices", 2, "--output", folder]
-    with running(options, folder, "checkpoints/step-2") as run:
-        os.kill(children(run.pid)[1], signal.SIGTERM)
+    options = ["--max-steps", 2000, "--batch-size", 2, "--devices", 2, "--output", folder]
+    with running(["rankwise", *given, *options], folder, "checkpoints/step-2") as run:
+        run.send_signal(signal.SIGTERM)
         code, stderr = ended(run)
     assert code == 130
-    assert stderr.count("interrupted RW") == 1, stderr
-    assert "interrupted RW540: stopped after step" in stderr
-    done = record(folder)
-    assert done["status"] == "interrupted"
-    assert (folder / "checkpoints" / f"step-{done['steps']}").is_dir()
+    check_saved(folder, stderr)
 
 
-UNEQUAL = """
-import os, sys
-from rankwise.cli.main import main
-sys.exit(main([*sys.argv[1:], "--seed", os.environ["RANK"]]))
+# What stands in the place of Python notes how it was started, and fails.
+FAKE = """#!/bin/sh
+echo "$RANK of $WORLD_SIZE: $*" >> "$NOTES"
+exit 3
 """
 
 
-def test_processes_that_differ_are_refused_with_one_message(given: list[str], tmp_path: Path) -> None:
-    script = tmp_path / "unequal.py"
-    script.write_text(UNEQUAL)
+def test_devices_start_as_many_processes_and_end_as_they_do(
+    rankwise: Any, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "python"
+    fake.write_text(FAKE)
+    fake.chmod(0o755)
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    monkeypatch.setattr("rankwise.cli.launch.sys.executable", str(fake))
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    done = rankwise(*given, "--devices", 2, "--output", tmp_path / "run")
+    logging.disable(logging.NOTSET)
+    assert (done.code, done.stdout) == (3, "")
+    notes = sorted((tmp_path / "notes").read_text().splitlines())
+    assert [note.partition(": ")[0] for note in notes] == ["0 of 2", "1 of 2"]
+    assert all("-m rankwise train --config" in note for note in notes)
+
+
+@needs_proc
+@pytest.mark.long
+def test_torchrun_starts_a_run_again_that_lost_a_process(runs: Runs, given: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "restarted"
     # Without -- torchrun would take --r for one of its own options.
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", str(script)]
-    done = subprocess.run(
-        [sys.executable, *launcher, *given, "--output", str(tmp_path / "run")],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=LONG,
-    )
-    assert done.returncode != 0
-    assert done.stderr.count("error RW") == 1, done.stderr
-    assert "RW700: the processes of this run do not do the same: --seed is 1 in process 1 and 0 in" in done.stderr
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1, "-m", "--"]
+    options = ["--method", "qdora", "--batch-size", 2, "--output", folder]
+    with running([*launcher, "rankwise", *given, *options], folder, "checkpoints/step-2") as run:
+        os.kill(children(run.pid)[1], signal.SIGKILL)
+        code, stderr = ended(run)
+    assert code == 0, stderr
+    assert record(folder)["status"] == "finished"
+    assert differing(runs.two, folder) == []
+    assert lines(folder, "loss") == lines(runs.two, "loss")
+
+
+def test_processes_that_differ_are_refused_with_one_message(several: Nursery, given: list[str], tmp_path: Path) -> None:
+    # The settings of each process are its own.
+    fault = "import rankwise.training.run as run; train = run.train\n"
+    fault += "run.train = lambda given, *more: train(given.model_copy(update={'seed': rank}), *more)"
+    done = several.run(2, [*given, "--output", tmp_path / "run"], fault)
+    check_failed(done, "RW700: the processes of this run do not do the same: --seed is 1 in process 1 and 0 in")
     assert not (tmp_path / "run").exists()
 
 
@@ -310,7 +625,7 @@ def settings(**changes: Any) -> TrainSettings:
         ({"devices": 2}, 1, "RW137"),
         ({"strategy": "ddp"}, 1, "RW138"),
         ({"method": "prefix"}, 2, "RW146"),
-        ({"strategy": "fsdp", "method": "full"}, 2, "RW148"),
+        ({"strategy": "fsdp", "method": "full", "optimizer": "adafactor"}, 2, "RW160"),
     ],
 )
 def test_options_that_do_not_go_with_the_processes_are_refused(

@@ -100,12 +100,6 @@ def test_what_only_fits_without_its_error_is_recommended_with_a_warning(rankwise
     assert "only without its error margin" in saved.read_text()
 
 
-def test_a_command_that_is_refused_says_so(plan):
-    given = ("--memory", ENOUGH, "--devices", 4, "--strategy", "fsdp")
-    assert "RW148" in plan(*given, "--method", "full").stdout
-    assert "RW148" not in plan(*given, "--method", "lora").stdout
-
-
 def test_the_command_starts_as_many_processes_as_were_planned_for(plan, tmp_path):
     done = plan("--memory", ENOUGH, "--devices", 4, "--json")
     assert "--devices 4" in done.document["command"]

@@ -293,3 +293,28 @@ def test__lazy_init_makes_the_root_of_sharded_units():
 
     assert callable(FSDPModule._get_fsdp_state)
     assert callable(FSDPState._lazy_init)
+
+
+def test_a_sharded_module_is_of_a_class_of_its_own_and_whole_while_gathered():
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Linear(4, 3, bias=False))
+    expected = model[0].weight.detach().clone()
+    assert not compat.is_unit(model)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        assert compat.is_unit(model)
+        assert compat.class_of(model) is nn.Sequential
+        assert compat.is_sharded(model[0].weight)
+        assert torch.equal(compat.own_part(model[0].weight), expected)
+        assert torch.equal(compat.own_rows(expected, model[0].weight), expected)
+        assert torch.equal(compat.rows_of_all(expected, model[0].weight), expected)
+        with compat.gathered(model, "0"):
+            assert not compat.is_sharded(model[0].weight)
+            assert torch.equal(model[0].weight, expected)
+        assert compat.is_sharded(model[0].weight)
+    finally:
+        distributed.destroy_process_group()

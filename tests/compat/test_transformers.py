@@ -267,8 +267,45 @@ def test__no_split_modules_names_the_decoder_layers():
     assert len(compat.decoder_layers(tiny_llama())) == 2
 
 
-def test__is_accelerate_prepared_keeps_accelerate_from_wrapping():
+def test_a_model_prepared_for_evaluation_is_not_wrapped_again():
+    source = inspect.getsource(accelerate.Accelerator.prepare_model)
+    assert '"_is_accelerate_prepared", False' in source
     model = nn.Linear(2, 2)
-    compat.leave_unwrapped(model)
+    accelerate.Accelerator(cpu=True).prepare_model(model, evaluation_mode=True)
     assert model._is_accelerate_prepared
-    assert '"_is_accelerate_prepared", False' in inspect.getsource(accelerate.Accelerator.prepare_model)
+
+
+def test__load_pretrained_model_comes_after_the_layers_and_before_the_weights(tmp_path: Path):
+    tiny_llama().save_pretrained(tmp_path)
+    seen = []
+    with compat.before_weights(lambda model: seen.extend(parameter.is_meta for parameter in model.parameters())):
+        model = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert seen
+    assert all(seen)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    LlamaForCausalLM.from_pretrained(tmp_path)
+    assert len(seen) == len(list(model.parameters()))
+
+
+def test_of_a_parameter_that_is_a_dtensor_the_process_reads_its_rows(tmp_path: Path):
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    expected = tiny_llama()
+    expected.save_pretrained(tmp_path)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        with compat.before_weights(lambda model: fully_shard(model, mesh=mesh)):
+            model = LlamaForCausalLM.from_pretrained(tmp_path)
+        found = model.model.layers[0].mlp.up_proj.weight.to_local()
+        assert torch.equal(found, expected.model.layers[0].mlp.up_proj.weight)
+        assert torch.equal(model(IDS).logits, expected(IDS).logits)
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_weight_converters_tell_parameters_made_of_several_tensors():
+    assert not compat.is_converted_by_parts(tiny_llama())
+    assert compat.is_converted_by_parts(tiny_moe("mixtral"))

@@ -20,7 +20,7 @@ from rankwise.adapters.targets import place_of
 from rankwise.compat.torch import own_parameters
 from rankwise.config import LoraConfig
 from rankwise.matching import LeftOut, enabled_parts, pattern_value
-from rankwise.quantization.linear import features, weight_count
+from rankwise.quantization.linear import count_weights, features
 
 DEFAULT_NAME = "default"
 
@@ -83,10 +83,9 @@ def report(model: nn.Module, name: str | None = None) -> AdapterReport:
         modules += [planned_stack(config, stack, {path: experts.base_layer}) for stack in leaves]
     for path, copy in trained_copies(model, name):
         modules.append(AdaptedModule(path, "trained whole", *whole_features(copy.original), 0, 0))
-    parameters = list(model.parameters())
-    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     missing = experts_left_out(dict(base_modules(model)), config, [item.name for item in modules])
-    return AdapterReport(name, tuple(modules), trainable, sum(map(weight_count, parameters)), missing)
+    return AdapterReport(name, tuple(modules), trainable, count_weights(model), missing)
 
 
 def has_adapter(model: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -43,7 +43,7 @@ from rankwise.adapters.state import (
     wrappers,
 )
 from rankwise.adapters.targets import module_names, places_of
-from rankwise.compat.torch import own_parameters
+from rankwise.compat.torch import gathered, own_parameters
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError
 from rankwise.matching import check_enable_lora, check_targets, target_names, warn_of_experts, warn_of_idle
@@ -120,7 +120,10 @@ def attach(
             _add_stack(_wrap(model, item.path, AdaptedExperts), config, item, name)
         else:
             layer = _wrap(model, item.name, AdaptedLayer)
-            layer.adapters[name] = adapter = _new_adapter(config, item, layer.base_layer).train(layer.training)
+            # DoRA's magnitudes are norms of whole rows.
+            with gathered(model, item.name) if config.use_dora else nullcontext():
+                adapter = _new_adapter(config, item, layer.base_layer).train(layer.training)
+            layer.adapters[name] = adapter
             layer.is_head = layer.base_layer is _output_head(model)
             if isinstance(adapter, Dora):
                 adapter.is_overwritten = _overwrites_outputs(model)

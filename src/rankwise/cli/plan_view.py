@@ -203,8 +203,6 @@ def recommendation_lines(plan: Plan, command: str | None) -> Iterator[tuple[str,
     for index, rule in enumerate(advice.reasons):
         yield "because" if index == 0 else "", f"{rule.reason} [{rule.source}]"
     yield "run", command
-    if plan.workload.strategy == "fsdp" and advice.method == "full":
-        yield "alone", "`rankwise train` does not shard weights that train yet (RW148): the command is refused."
     yield from (("serve" if index == 0 else "", text) for index, text in enumerate(advice.serving))
 
 

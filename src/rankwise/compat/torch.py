@@ -35,10 +35,67 @@ def is_fake(value: object) -> bool:
 
 # --- sharded models ---
 
+# A tensor of which each process holds some rows is a DTensor, and a module whose weights FSDP2 gathers is of a class of
+# its own. Both are told by what they offer: torch.distributed.tensor takes seconds to load.
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: its rows of a sharded one."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def own_rows(tensor: Tensor, like: Any) -> Tensor:
+    """A copy of the rows that this process holds of a tensor that is sharded as ``like``."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local().clone()
+
+
+def rows_of_all(rows: Tensor, like: Any) -> Tensor:
+    """The whole of a tensor that is sharded as ``like``, of which this process has ``rows``; every process asks."""
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((like.shape[0], *rows.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(rows, mesh, placements, run_check=False, shape=shape, stride=stride).full_tensor()
+
 
 def begin_sharded(model: Any) -> None:
     """Make ``model`` the root of its FSDP2 units; otherwise the unit that is called first becomes one."""
     model._get_fsdp_state()._lazy_init()
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers the weights of the module at once."""
+    return hasattr(type(module), "unshard")
+
+
+@contextmanager
+def gathered(model: Any, path: str) -> Iterator[None]:
+    """Within this, every process holds the whole weights of the unit that the module at ``path`` is a part of."""
+    if not is_unit(model):
+        yield
+        return
+    begin_sharded(model)
+    unit = part = model
+    for name in path.split("."):
+        part = getattr(part, name)
+        unit = part if is_unit(part) else unit
+    unit.unshard()
+    try:
+        yield
+    finally:
+        unit.reshard()
+
+
+def class_of(model: nn.Module) -> type[nn.Module]:
+    """The class that a model was made of; ``fully_shard`` gives it another one of the same name behind ``FSDP``."""
+    return next(kind for kind in type(model).__mro__ if not hasattr(kind, "unshard"))
 
 
 # --- who must see an operation ---

@@ -176,6 +176,36 @@ def taken_apart(skeleton: Any, parameter: str, tensor: Tensor) -> dict[str, Tens
     return revert_weight_conversion(skeleton, {parameter: tensor})
 
 
+# --- loading ---
+
+
+def is_converted_by_parts(model: PreTrainedModel) -> bool:
+    """Whether parameters are made of several tensors of the files, so that no process can read its rows alone."""
+    from transformers.core_model_loading import WeightConverter
+
+    return any(isinstance(item, WeightConverter) for item in known_conversions(model))
+
+
+@contextlib.contextmanager
+def before_weights(prepare: Callable[[PreTrainedModel], None]) -> Iterator[None]:
+    """Within this, ``from_pretrained`` hands over each model before it reads weights. Of parameters that are DTensors
+    by then a process reads its rows alone."""
+    from transformers import PreTrainedModel
+
+    loader: Any = PreTrainedModel
+    load = loader._load_pretrained_model
+
+    def prepare_and_load(model: PreTrainedModel, *arguments: Any, **more: Any) -> Any:
+        prepare(model)
+        return load(model, *arguments, **more)
+
+    loader._load_pretrained_model = staticmethod(prepare_and_load)
+    try:
+        yield
+    finally:
+        loader._load_pretrained_model = staticmethod(load)
+
+
 # --- the forward pass ---
 
 
@@ -267,11 +297,6 @@ def gguf_read_once() -> Iterator[None]:
 
 
 # --- the Trainer ---
-
-
-def leave_unwrapped(model: Any) -> None:
-    """Keep accelerate from wrapping a model for DDP, which takes no sharded parameters."""
-    model._is_accelerate_prepared = True
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:

@@ -35,7 +35,8 @@ def model_facts(model: PreTrainedModel, source: str | ModelSource) -> dict[str, 
     ``parameters`` counts tied weights once. Keys: name, kind, base_model, path, revision, sha256, architecture,
     model_type, parameters, dtype, quantization.
     """
-    from rankwise.quantization.linear import weight_count
+    from rankwise.compat.torch import class_of
+    from rankwise.quantization.linear import count_weights
 
     found = fetch_model(source)
     return {
@@ -45,9 +46,9 @@ def model_facts(model: PreTrainedModel, source: str | ModelSource) -> dict[str, 
         "path": None if found.path is None else str(found.path.resolve()),
         "revision": found.revision,
         "sha256": model_hash(found),
-        "architecture": type(model).__name__,
+        "architecture": class_of(model).__name__,
         "model_type": model.config.model_type,
-        "parameters": sum(map(weight_count, model.parameters())),
+        "parameters": count_weights(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": _quantization(model),
     }

@@ -314,11 +314,14 @@ def _check_finite(model: PreTrainedModel, source: ModelSource) -> None:
     """Raise ModelError (RW323) for NaN or infinity in the weights. It takes one pass over them."""
     import torch
 
+    from rankwise.compat.torch import own_part
+
     broken = []
     for name, parameter in model.named_parameters():
+        held = own_part(parameter.detach())
         # The sum is not finite where an element is not: one cheap pass, and a second one only for suspects.
-        suspicious = parameter.is_floating_point() and not torch.isfinite(parameter.detach().sum())
-        if suspicious and not torch.isfinite(parameter.detach()).all():
+        suspicious = held.is_floating_point() and not torch.isfinite(held.sum())
+        if suspicious and not torch.isfinite(held).all():
             broken.append(name)
     if broken:
         raise ModelError(

@@ -118,7 +118,8 @@ def trace(
 
 def sharding_groups_of(model: nn.Module) -> tuple[Group, Group]:
     """What FSDP2 gathers at once: (the largest layer, all that lies outside of the layers)."""
-    parts = model.named_parameters()
+    scales = ((name, scale) for name, scale in model.named_buffers() if name.endswith(".absmax"))
+    parts = (*model.named_parameters(), *scales)
     return layer_and_root((name, Group(part.nbytes, part.nbytes if part.requires_grad else 0)) for name, part in parts)
 
 

@@ -344,3 +344,9 @@ def features(linear: nn.Module) -> tuple[int, int]:
 def weight_count(parameter: Tensor) -> int:
     """Weights that a parameter holds: two in each byte of a packed one."""
     return parameter.numel() * (1 if parameter.dtype.is_floating_point else 2)
+
+
+def count_weights(model: nn.Module) -> int:
+    """Weights of a model, tied ones once; scales of 4-bit weights are none, also where they are parameters."""
+    named = model.named_parameters()
+    return sum(weight_count(parameter) for name, parameter in named if not name.endswith(".absmax"))

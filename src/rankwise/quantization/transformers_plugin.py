@@ -8,6 +8,7 @@ in, then hands over one weight at a time: dense ones to `QuantizeOperation`, the
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -27,7 +28,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from rankwise import ops
 from rankwise.compat import transformers as compat
-from rankwise.compat.torch import own_parameters
+from rankwise.compat.torch import is_sharded, own_parameters, own_part, own_rows, rows_of_all
 from rankwise.errors import QuantizationError
 from rankwise.ops.packed_weight import PackedWeight
 from rankwise.quantization.bitsandbytes_format import (
@@ -334,17 +335,29 @@ class QuantizeOperation(ConversionOps):
         quantizer = self.hf_quantizer
         weight = value.T if name in quantizer.transposed else value
         quantizer.loaded.add(name)
+        shared = layer if isinstance(layer, Linear4bit) and is_sharded(layer.weight) else None
+        shape = layer.shape if shared is None else (len(own_part(shared.weight)), shared.in_features)
+        double_quant = layer.double_quant and shared is None
         try:
-            if weight.shape != layer.shape:
-                raise QuantizationError(
-                    "RW612", f"it has shape {tuple(weight.shape)} where the model needs {layer.shape}"
-                )
-            return ops.quantize_weight(weight, layer.quant_type, layer.block_size, layer.double_quant)
+            if weight.shape != shape:
+                raise QuantizationError("RW612", f"it has shape {tuple(weight.shape)} where the model needs {shape}")
+            found = ops.quantize_weight(weight, layer.quant_type, layer.block_size, double_quant)
         except QuantizationError as error:
             quantizer.failures.append(QuantizationError(error.code, f"{name}: {error.message}"))
             # Loading goes on to its end, where the failures are raised.
-            nothing = torch.zeros(layer.shape, device=value.device)
-            return ops.quantize_weight(nothing, layer.quant_type, layer.block_size, layer.double_quant)
+            nothing = torch.zeros(shape, device=value.device)
+            found = ops.quantize_weight(nothing, layer.quant_type, layer.block_size, double_quant)
+        return found if shared is None else _scaled_with_others(found, shared)
+
+
+def _scaled_with_others(share: PackedWeight, layer: Linear4bit) -> PackedWeight:
+    """This process's rows of a weight that is quantized by several: its second-level scales are those of all rows."""
+    blocks = layer.in_features // layer.block_size
+    absmax = rows_of_all(share.absmax.view(len(share.codes), blocks), layer.weight).flatten()
+    nested_absmax = offset = None
+    if layer.double_quant:
+        absmax, nested_absmax, offset = ops.quantize_absmax(absmax)
+    return dataclasses.replace(share, absmax=own_rows(absmax, layer.absmax), nested_absmax=nested_absmax, offset=offset)
 
 
 class DeserializeOperation(ConversionOps):

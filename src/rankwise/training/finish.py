@@ -15,6 +15,7 @@ from rankwise.acceleration import restore
 from rankwise.adapters import has_adapter, report
 from rankwise.adapters.baselines import has_baseline
 from rankwise.adapters.peft_config import CONFIG_FILE
+from rankwise.compat.torch import is_unit
 from rankwise.disk import flush, flush_tree, follow_umask, refuse_links
 from rankwise.errors import warn
 from rankwise.records import RunRecord, read_metrics, write_text
@@ -22,7 +23,6 @@ from rankwise.reports import model_card
 from rankwise.reports.loss_plot import loss_svg
 from rankwise.training.checkpoints import FOLDER, Checkpoint, check_checkpoint, temporary_folder
 from rankwise.training.preflight import check_file, check_reload
-from rankwise.training.sharding import is_sharded
 from rankwise.training.weights import load_weights, save_weights
 
 PLOT_FILE = "loss.svg"
@@ -66,14 +66,20 @@ def restore_kept(model: Any, output: Path, kept: KeptStep, last_step: int) -> No
     load_weights(model, checkpoint.path)
 
 
-def write_final(model: Any, tokenizer: Any, output: Path, announce: Callable[[list[str]], None]) -> None:
-    """Final weights and tokenizer into the run folder.
+def write_final(
+    model: Any,
+    tokenizer: Any,
+    output: Path,
+    announce: Callable[[list[str]], None],
+    gathered: dict[str, Tensor] | None = None,
+) -> None:
+    """Final weights and tokenizer into the run folder; ``gathered`` as for ``save_weights``.
 
     Each file appears whole or not at all, and only after ``announce`` has been given the names of all.
     """
     model.config.use_cache = True
     with temporary_folder(output, "final") as folder:
-        save_weights(model, folder)
+        save_weights(model, folder, gathered)
         tokenizer.save_pretrained(folder)
         follow_umask(folder)
         flush_tree(folder)
@@ -92,9 +98,11 @@ def prove_reload(model: Any, output: Path, probe: dict[str, Tensor]) -> None:
     Of a sharded base the norms of a new adapter could only be computed once all of it is gathered: there the file is
     compared with what was trained.
     """
-    if is_sharded(model):
+    if not has_adapter(model):
+        return
+    if is_unit(model):
         check_file(model, output)
-    elif has_adapter(model):
+    else:
         # A reloaded adapter starts plain: both sides of the comparison add their terms in the same order.
         restore(model)
         check_reload(model, output, probe)

@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import nn
 
-from rankwise.training.sharding import local
+from rankwise.compat.torch import own_part
 
 
 @dataclasses.dataclass
@@ -126,7 +126,7 @@ class MemoryMeter:
 def frozen_bytes(model: nn.Module) -> int:
     """What this process holds of what does not train: frozen parameters and buffers."""
     tensors = (*model.parameters(), *model.buffers())
-    return sum(local(tensor).nbytes for tensor in tensors if not tensor.requires_grad)
+    return sum(own_part(tensor).nbytes for tensor in tensors if not tensor.requires_grad)
 
 
 def mapped_bytes(model: nn.Module) -> int:
@@ -145,7 +145,7 @@ def mapped_bytes(model: nn.Module) -> int:
     found = {}
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and not tensor.requires_grad:
-            storage = local(tensor).untyped_storage()
+            storage = own_part(tensor).untyped_storage()
             place = bisect.bisect_right(starts, storage.data_ptr()) - 1
             if place >= 0 and storage.data_ptr() < files[place][1]:
                 found[storage.data_ptr()] = storage.nbytes()

@@ -62,10 +62,15 @@ def _describe_as_asked(model: Any, quantization: FourBitConfig) -> None:
 
 
 def is_worth_keeping(source: ModelSource, quantization: FourBitConfig | None) -> bool:
+    return source.is_gguf or (quantization is not None and not is_quantized(source))
+
+
+def is_quantized(source: ModelSource) -> bool:
+    """Whether the files hold weights in another form than the model's: GGUF, or packed ones."""
     if source.is_gguf:
         return True
     assert source.path is not None
-    return quantization is not None and read_config(source.path).get("quantization_config") is None
+    return read_config(source.path).get("quantization_config") is not None
 
 
 def _key(source: ModelSource, dtype: torch.dtype | None, quantization: FourBitConfig | None) -> str:

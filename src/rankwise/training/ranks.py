@@ -30,6 +30,8 @@ PATIENCE_SECONDS = 600
 FILE_SECONDS = 35
 # As torchrun writes them, all whole numbers.
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+# Optimizers of torch's own that update each weight by itself, and so a shard as a whole weight.
+ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +119,7 @@ def joined(device_type: str) -> Iterator[None]:
 
 def check_processes(settings: TrainSettings, processes: int) -> None:
     """Raise ConfigError for options that do not go with the number of processes: RW137 --devices, RW138 --strategy
-    without several, RW146 and RW779 what trains in one alone, RW148 a strategy that is not there yet."""
+    without several, RW146 and RW779 what trains in one alone, RW160 an optimizer that may not go with shards."""
     where = place()
     if settings.devices is not None and settings.devices != processes:
         start = f"the launcher started {processes}" if where else "this is one process"
@@ -141,9 +143,11 @@ def check_processes(settings: TrainSettings, processes: int) -> None:
             f"--objective grpo trains in one process, and these are {processes}: answers and rewards are not shared "
             "between processes yet; leave --devices out.",
         )
-    if settings.strategy == "fsdp" and settings.method == "full":
+    if settings.strategy == "fsdp" and settings.method == "full" and settings.optimizer not in ELEMENTWISE:
         raise ConfigError(
-            "RW148", "--strategy fsdp shards frozen weights, and --method full freezes none; take --strategy ddp."
+            "RW160",
+            f"--strategy fsdp with --method full trains shards, and --optimizer {settings.optimizer} may need whole "
+            f"weights; take {', '.join(ELEMENTWISE)}, or --strategy ddp.",
         )
 
 

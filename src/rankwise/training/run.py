@@ -17,13 +17,14 @@ import torch
 import transformers
 
 from rankwise.acceleration import Acceleration, flattening_obstacle, limit_generated_kernels, optimize_for_training
+from rankwise.compat.torch import is_unit
 from rankwise.config import BASELINES, DORA, LoraConfig, TrainSettings, idle_options
 from rankwise.disk import hold
 from rankwise.errors import RankwiseWarning, heard, warn
 from rankwise.foreign import checked, read_json
 from rankwise.models import choose_device, model_facts
 from rankwise.options import flag
-from rankwise.quantization.linear import weight_count
+from rankwise.quantization.linear import count_weights
 from rankwise.records import RunRecord, check_writable, load_record
 from rankwise.training import output, preflight, ranks, setup
 from rankwise.training.arguments import Surroundings, check_combinations, check_names, check_optimizer
@@ -37,7 +38,7 @@ from rankwise.training.objectives import learning_of
 from rankwise.training.observer import Observer, SilentObserver
 from rankwise.training.provenance import device_record, versions
 from rankwise.training.session import Extras, Session
-from rankwise.training.sharding import shard
+from rankwise.training.sharding import looked_into, shard
 from rankwise.training.spine import PROGRESS_FILE, STATE_FILE, RunTrainer
 from rankwise.training.state import TrainerFacts, reading_state
 
@@ -186,13 +187,17 @@ def _prepare(
     if mode == "resume":
         output.check_same_inputs(given.output, described, base)
     trainable = setup.make_trainable(loaded.model, given.method, lora, given.seed)
-    done = optimize_for_training(loaded.model) if given.fast and given.method not in BASELINES else None
+    with looked_into(loaded.model):
+        done = optimize_for_training(loaded.model) if given.fast and given.method not in BASELINES else None
     _check_before_training(learning, given, loaded.model, data)
     checkpoint = _checkpoint_to_resume(given.output) if mode == "resume" else None
     padded = _why_padded(given, loaded.model, done)
     trainer = _trainer(learning, given, loaded, data, checkpoint, padding_free=padded is None)
     if given.strategy == "fsdp":
-        shard(loaded.model, loaded.device.type)
+        if not is_unit(loaded.model):
+            shard(loaded.model, loaded.device.type, trains_all=given.method == "full")
+        # Mixed precision alone: DDP takes no shards.
+        trainer.accelerator.prepare_model(loaded.model, evaluation_mode=True)
     if checkpoint is not None and not _same_length(given):
         _check_length(given, checkpoint, trainer.total_steps)
     # Batches differ between processes; the one with the largest counts.
@@ -205,7 +210,7 @@ def _prepare(
         settings=given.model_dump(mode="json"),
         predicted_peak_memory_bytes=predicted,
         trainable_parameters=trainable,
-        total_parameters=sum(map(weight_count, loaded.model.parameters())),
+        total_parameters=count_weights(loaded.model),
         base_model=base,
         data=described,
         devices=ranks.count(),

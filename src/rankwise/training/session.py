@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rankwise.compat.torch import is_unit
 from rankwise.disk import coded_errors, remove_strays
 from rankwise.errors import Interrupted, warn
 from rankwise.records import RUN_FILE, RunRecord, load_record, write_skipped_rows
@@ -22,7 +23,7 @@ from rankwise.training.metrics import MetricsFile, evaluations
 from rankwise.training.observer import Observer
 from rankwise.training.old_run import OWN_FILES, clear_run
 from rankwise.training.preflight import GradientCheck
-from rankwise.training.sharding import is_sharded
+from rankwise.training.sharding import whole_weights
 from rankwise.training.spine import RunTrainer
 from rankwise.training.weights import weights_digest
 
@@ -113,10 +114,11 @@ class Session:
         state = self.trainer.state
         kept = finish.choose_kept(losses, state.global_step, state.best_global_step)
         finish.restore_kept(self.trainer.model, self.folder, kept, state.global_step)
+        gathered = whole_weights(self.trainer.model)
         if ranks.is_writer():
-            self._finish(losses.get(0), kept)
+            self._finish(losses.get(0), kept, gathered)
         ranks.barrier()
-        if ranks.is_writer() or is_sharded(self.trainer.model):
+        if ranks.is_writer() or is_unit(self.trainer.model):
             finish.prove_reload(self.trainer.model, self.folder, self.extras.probe)
         if ranks.is_writer():
             self._write_results()
@@ -162,7 +164,7 @@ class Session:
         )
         trainer.add_callback(callbacks.Watch(trainer, self.metrics, memory, self.observer, self._tick))
         trainer.add_callback(callbacks.CheckGradients(check))
-        if self.extras.answer is not None and (ranks.is_writer() or is_sharded(trainer.model)):
+        if self.extras.answer is not None and (ranks.is_writer() or is_unit(trainer.model)):
             trainer.add_callback(callbacks.Sample(self.extras.answer, self.observer, self.metrics))
         if self.extras.early_stopping is not None:
             trainer.add_callback(callbacks.EarlyStopping(self.extras.early_stopping))
@@ -176,10 +178,12 @@ class Session:
     def _tick(self) -> None:
         self.trainer.progress.wall_seconds = time.monotonic() - self.started
 
-    def _finish(self, initial_eval_loss: float | None, kept: finish.KeptStep) -> None:
+    def _finish(
+        self, initial_eval_loss: float | None, kept: finish.KeptStep, gathered: dict[str, Tensor] | None
+    ) -> None:
         self.observer.phase("Saving")
         state, record = self.trainer.state, self.record
-        finish.write_final(self.trainer.model, self.tokenizer, self.folder, self._announce)
+        finish.write_final(self.trainer.model, self.tokenizer, self.folder, self._announce, gathered)
         record.initial_eval_loss, record.eval_loss = initial_eval_loss, kept.eval_loss
         record.steps, record.kept_step, record.kept_because = state.global_step, kept.step, kept.because
         finish.warn_if_worse(record.initial_eval_loss, kept)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,16 +15,20 @@ from transformers import set_seed
 
 from rankwise.adapters import add_adapter
 from rankwise.adapters.baselines import add_baseline
+from rankwise.compat.transformers import before_weights
 from rankwise.config import BASELINES, FOUR_BITS, LoraConfig, TrainSettings
 from rankwise.data import Encoded, Rows, chat_text, encode_rows, read_rows, read_template, warn_of_overlap
 from rankwise.data.encoded_cache import encode_rows_once
 from rankwise.data.formats import Format
 from rankwise.errors import ConfigError, RunError, warn
 from rankwise.models import ModelSource, choose_device, fetch_model
+from rankwise.models.describe import weights_files
 from rankwise.models.positions import answer_room, table_rows
 from rankwise.quantization.config import CONFIGS, FourBitConfig
+from rankwise.training import ranks
 from rankwise.training.arguments import mixed_precision
-from rankwise.training.prepared import load_prepared
+from rankwise.training.prepared import is_quantized, load_prepared
+from rankwise.training.sharding import shard_before_loading
 
 ANSWER_TOKENS = 64
 EVAL_ROWS = 256
@@ -133,19 +138,31 @@ def quantization_for(given: TrainSettings) -> FourBitConfig | None:
 
 
 def load_for_training(given: TrainSettings) -> LoadedBase:
-    """The base model on its device, in the dtype that the method needs, in training mode."""
+    """The base model on its device, in the dtype that the method needs; with --strategy fsdp, where its files allow it,
+    only this process's rows."""
     choice = choose_device(given.device, given.dtype)
     where = torch.device(choice.device)
     weights, precision = mixed_precision(given.method, choice.dtype, where.type)
     source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
-    model, tokenizer = load_prepared(
-        source,
-        dtype=weights,
-        device=choice.device,
-        quantization=quantization_for(given),
-        trust_remote_code=given.trust_remote_code,
-        cache=given.cache,
-    )
+    quantization = quantization_for(given)
+    by_rows: AbstractContextManager[None] = nullcontext()
+    if given.strategy == "fsdp" and not is_quantized(source) and (given.cache is None or quantization is None):
+        # The processes read together: they must find the same tensors.
+        ranks.check_alike(
+            {"the files of the model": {path.name: path.stat().st_size for path in weights_files(source)}}
+        )
+        names, trains_all = given.modules_to_save or (), given.method == "full"
+        shard = functools.partial(shard_before_loading, device_type=where.type, trained_whole=names)
+        by_rows = before_weights(functools.partial(shard, trains_all=trains_all))
+    with by_rows:
+        model, tokenizer = load_prepared(
+            source,
+            dtype=weights,
+            device=choice.device,
+            quantization=quantization,
+            trust_remote_code=given.trust_remote_code,
+            cache=given.cache,
+        )
     if tokenizer is None:
         raise ConfigError("RW115", f"{given.model} comes without a tokenizer, so text cannot be encoded for it.")
     return LoadedBase(source, model, tokenizer, where, choice.dtype, precision, choice.reason)

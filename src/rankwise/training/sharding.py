@@ -1,11 +1,11 @@
-"""FSDP2 for frozen weights: each process keeps its rows of them, and a layer's are whole only while the layer runs.
+"""FSDP2: each process keeps its rows of the weights, and a layer's are whole only while the layer runs.
 
 A unit is one decoder layer; what lies outside of the layers (embedding, last norm, head) is a unit of its own. Packed
-4-bit weights are sharded by row as they are, uint8. Their scales are buffers, 1/64 byte a weight where they are
-double-quantized, and replicated. What trains is replicated too: it is small, so that one sum of its gradients ends a
-step, and adapters, their optimizer and their checkpoints are those of any other run. The operators see the gathered
-weights: FSDP2 gathers into the same tensor each time, so that what a forward pass has saved is whole again in its
-backward pass.
+4-bit weights are sharded by row as they are, uint8, and so are their first-level scales. Second-level scales, 1/256 of
+them, are replicated. An adapter is replicated too: it is small, so that one sum of its gradients ends a step, and
+adapters, their optimizer and their checkpoints are those of any other run. ``full`` trains what is sharded: its
+gradients and its optimizer's states are shards as well. The operators see the gathered weights: FSDP2 gathers into the
+same tensor each time, so that what a forward pass has saved is whole again in its backward pass.
 """
 
 from __future__ import annotations
@@ -17,14 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.compat.torch import begin_sharded
-from rankwise.compat.transformers import decoder_layers, leave_unwrapped
+from rankwise.adapters.targets import module_names
+from rankwise.compat.torch import begin_sharded, is_sharded, is_unit, own_buffers, own_rows
+from rankwise.compat.transformers import decoder_layers, is_converted_by_parts
 from rankwise.errors import ConfigError
+from rankwise.quantization.experts import four_bit_stacks
+from rankwise.quantization.targets import four_bit_layers
 from rankwise.training import ranks
 
 
-def shard(model: Any, device_type: str) -> None:
-    """Keep this process's part of every frozen weight. Raises ConfigError (RW148) for a model of unknown layers."""
+def shard(model: Any, device_type: str, *, trains_all: bool) -> None:
+    """Keep this process's rows of every weight that does not train, with ``trains_all`` of every weight.
+
+    Raises ConfigError (RW148) for a model of unknown layers.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -33,34 +39,64 @@ def shard(model: Any, device_type: str) -> None:
         raise ConfigError(
             "RW148", f"--strategy fsdp shards by layer, and {type(model).__name__} does not say which; take ddp."
         )
+    for module in model.modules():
+        # FSDP2 shards parameters alone.
+        if (scales := own_buffers(module).pop("absmax", None)) is not None:
+            module.register_parameter("absmax", nn.Parameter(scales, requires_grad=False))
+
+    def is_apart(name: str, parameter: nn.Parameter) -> bool:
+        # Vectors stay whole: together they are less than a thousandth of a model.
+        return parameter.requires_grad or (parameter.dim() < 2 and not name.endswith(".absmax"))
+
+    apart = {parameter for name, parameter in model.named_parameters() if is_apart(name, parameter)}
     mesh = init_device_mesh(device_type, (ranks.count(),))
-    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
     for module in (*layers, model):
-        fully_shard(module, mesh=mesh, ignored_params=trained)
-    leave_unwrapped(model)
+        fully_shard(module, mesh=mesh, ignored_params=set() if trains_all else apart)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    if ranks.count() == 1:
-        return False
-    from torch.distributed.fsdp import FSDPModule
+def shard_before_loading(model: Any, device_type: str, trained_whole: Sequence[str], *, trains_all: bool) -> None:
+    """``shard`` a model without storage, so that of each weight only this process's rows are read.
 
-    return isinstance(model, FSDPModule)
+    ``trained_whole``: modules_to_save, of which every process trains a copy.
+    Nothing happens to a model whose rows are not those of its files; it is sharded once it has been loaded.
+    """
+    layers = (layer for _, layer in four_bit_layers(model))
+    in_rows = all(layer.packed.rows_are_blocks and not layer.was_conv1d for layer in layers)
+    if not in_rows or any(four_bit_stacks(model)) or is_converted_by_parts(model):
+        return
+    model.requires_grad_(trains_all)
+    modules = dict(model.named_modules())
+    for name in module_names(modules, trained_whole):
+        for parameter in modules[name].parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+    shard(model, device_type, trains_all=trains_all)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    if ranks.count() == 1:
-        return tensor
-    from torch.distributed.tensor import DTensor
-
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+@contextmanager
+def looked_into(model: Any) -> Iterator[None]:
+    """Within this context the parts of a sharded model can be tried: of each kind one is whole, and all outside of the
+    layers is."""
+    if not is_unit(model):
+        yield
+        return
+    kinds: set[type] = set()
+    shown = []
+    with roots_gathered(model):
+        for layer in filter(is_unit, model.modules()):
+            found = {type(module) for module in layer.modules()}
+            if layer is not model and not found <= kinds:
+                layer.unshard()
+                shown.append(layer)
+                kinds |= found
+        yield
+        for layer in shown:
+            layer.reshard()
 
 
 @contextmanager
 def roots_gathered(model: Any) -> Iterator[None]:
     """Within this context parts of a sharded model may be called past its own forward, which would gather its root."""
-    if not is_sharded(model):
+    if not is_unit(model):
         yield
         return
     begin_sharded(model)
@@ -73,12 +109,76 @@ def roots_gathered(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Make each gradient the mean over all processes."""
+    """Make each gradient the mean over all processes; of shards FSDP2 has made it already."""
     import torch.distributed as dist
 
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    grads = [p.grad for p in parameters if p.grad is not None and not is_sharded(p.grad)]
+    if not grads:
+        return
     flat = torch.cat([grad.flatten().float() for grad in grads])
     dist.all_reduce(flat)
     flat /= ranks.count()
     for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
         grad.copy_(mean.view(grad.shape))
+
+
+def trains_shards(model: nn.Module) -> bool:
+    return any(parameter.requires_grad and is_sharded(parameter) for parameter in model.parameters())
+
+
+def whole(tensor: Any) -> Tensor:
+    """All rows of a tensor, which every process asks for."""
+    found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return found
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
+    """The state of a model whose shards train, in the memory of the process that writes; None for any other model.
+
+    Every process takes part; tied weights stay one tensor.
+    """
+    if not trains_shards(model):
+        return None
+    state = model.state_dict(keep_vars=True)
+    found: dict[int, Tensor] = {}
+    for tensor in state.values():
+        if id(tensor) not in found:
+            gathered = whole(tensor.detach())
+            found[id(tensor)] = gathered.cpu() if ranks.is_writer() else gathered.new_empty(0)
+    return {name: found[id(tensor)] for name, tensor in state.items()}
+
+
+def whole_state(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state in which nothing is sharded, in the memory of the process that writes."""
+
+    def kept(value: Any) -> Any:
+        if not is_sharded(value):
+            return value
+        gathered = whole(value)
+        return gathered.cpu() if ranks.is_writer() else None
+
+    values = {
+        index: {name: kept(value) for name, value in moments.items()} for index, moments in state["state"].items()
+    }
+    return {**state, "state": values}
+
+
+def sharded_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """``whole_state`` the other way: moments become shards where their parameters are."""
+    from torch.distributed.tensor import DTensor
+
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def kept(value: Any, like: Any) -> Any:
+        if not is_sharded(like) or not isinstance(value, Tensor) or value.shape != like.shape:
+            return value
+        rows = own_rows(value, like)
+        return DTensor.from_local(
+            rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
+
+    values = {
+        index: {name: kept(value, parameters[index]) for name, value in moments.items()}
+        for index, moments in state["state"].items()
+    }
+    return {**state, "state": values}

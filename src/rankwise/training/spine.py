@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, set_seed
 
-from rankwise.compat.torch import set_last_rates
+from rankwise.compat.torch import is_unit, set_last_rates
 from rankwise.compat.trl import TrlTrainer, metrics_of
 from rankwise.config import logging_steps_of
 from rankwise.errors import RunError
@@ -26,7 +26,7 @@ from rankwise.records import write_json
 from rankwise.training import ranks
 from rankwise.training.checkpoints import Checkpoint, remove_old, save_checkpoint
 from rankwise.training.meters import Progress
-from rankwise.training.sharding import average_gradients, is_sharded
+from rankwise.training.sharding import average_gradients, sharded_state, whole, whole_state, whole_weights
 from rankwise.training.state import (
     check_optimizer_state,
     check_random_states,
@@ -97,7 +97,7 @@ class RunTrainer(TrlTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._losses.append(loss.detach())
-        if is_sharded(self.model) and self.accelerator.sync_gradients:
+        if is_unit(self.model) and self.accelerator.sync_gradients:
             average_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
         return loss
 
@@ -108,7 +108,7 @@ class RunTrainer(TrlTrainer):
         super().log(logs, *args, **kwargs)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = whole(super()._get_grad_norm(model, grad_norm))
         scaler = self.accelerator.scaler
         value = self.last_grad_norm = self._read_step(norm)
         if math.isfinite(value):
@@ -179,16 +179,23 @@ class RunTrainer(TrlTrainer):
         # Each process draws random numbers of its own, and has a peak of its own.
         states = ranks.gathered(random_states())
         self.progress.peak_memory_bytes = max(ranks.gathered(self.progress.peak_memory_bytes))
+        weights, optimizer = whole_weights(self.model), whole_state(self.optimizer.state_dict())
         if ranks.is_writer():
-            write = functools.partial(self._write_checkpoint, states=states)
+            write = functools.partial(self._write_checkpoint, states=states, weights=weights, optimizer=optimizer)
             save_checkpoint(self.run_folder, step, write, checkpoint_bytes(self.model))
             remove_old(self.run_folder, self.checkpoint_limit, self.state.best_global_step)
         self.last_saved = step
         ranks.barrier()
 
-    def _write_checkpoint(self, folder: Path, states: Sequence[dict[str, Any]]) -> None:
-        self._save(str(folder))
-        save_state(folder, "optimizer", self.optimizer.state_dict())
+    def _write_checkpoint(
+        self,
+        folder: Path,
+        states: Sequence[dict[str, Any]],
+        weights: dict[str, Tensor] | None,
+        optimizer: dict[str, Any],
+    ) -> None:
+        self._save(str(folder), weights)
+        save_state(folder, "optimizer", optimizer)
         save_state(folder, "scheduler", self.lr_scheduler.state_dict())
         if self.accelerator.scaler is not None:
             save_state(folder, "scaler", self.accelerator.scaler.state_dict())
@@ -198,7 +205,7 @@ class RunTrainer(TrlTrainer):
         write_json(folder / PROGRESS_FILE, self.progress.to_json())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        save_weights(self.model, Path(output_dir or self.run_folder))
+        save_weights(self.model, Path(output_dir or self.run_folder), state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.model, Path(resume_from_checkpoint))
@@ -209,7 +216,7 @@ class RunTrainer(TrlTrainer):
             state = load_state(folder, "optimizer")
             with reading_state(folder, "optimizer"):
                 check_optimizer_state(state, self.optimizer)
-                self.optimizer.load_state_dict(state)
+                self.optimizer.load_state_dict(sharded_state(state, self.optimizer))
             self.lr_scheduler.load_state_dict(load_state(folder, "scheduler", like=self.lr_scheduler.state_dict()))
             self._follow_schedule()
 

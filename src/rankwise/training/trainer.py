@@ -19,6 +19,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from rankwise.acceleration import LossOptions, fused_head
 from rankwise.acceleration.scoring import Score, Scorer, loss_scorer
+from rankwise.compat.torch import is_unit
 from rankwise.compat.transformers import pair_with_next_labels
 from rankwise.compat.trl import metrics_of
 from rankwise.errors import warn
@@ -30,7 +31,7 @@ from rankwise.training.loss import (
     fused_head_is_right,
     loss_from_logits,
 )
-from rankwise.training.sharding import is_sharded, roots_gathered
+from rankwise.training.sharding import roots_gathered
 from rankwise.training.shares import Remainder, share_batches
 from rankwise.training.spine import RunTrainer
 from rankwise.training.state import undisturbed_random_states
@@ -185,7 +186,7 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
                 turn = start + ranks.rank()
                 if turn < len(batches):
                     scores |= scorer.score_batch(batches[turn], targets)
-                elif is_sharded(self.model):
+                elif is_unit(self.model):
                     # The others gather each layer with this process's part.
                     scorer.score_batch(batches[start], targets)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)

@@ -9,23 +9,27 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankwise.adapters import adapter_parameters, has_adapter, load_tensors, save_adapter
 from rankwise.adapters.baselines import has_baseline, load_baseline_weights, save_baseline
 from rankwise.adapters.saving import WEIGHTS_FILE
+from rankwise.compat.torch import class_of, is_sharded, own_part, own_rows
 from rankwise.errors import RunError
 from rankwise.training.checkpoints import check_no_pickles
 
 
-def save_weights(model: nn.Module, folder: Path) -> None:
-    """Write the active adapter, or the whole model where there is none (method full), as safetensors."""
+def save_weights(model: nn.Module, folder: Path, gathered: dict[str, Tensor] | None = None) -> None:
+    """Write the active adapter, or the whole model where there is none (method full), as safetensors.
+
+    ``gathered``: the state of a model whose shards train (``sharding.whole_weights``).
+    """
     if has_adapter(model):
         save_adapter(model, folder)
     elif has_baseline(model):
         save_baseline(model, folder)
     else:
-        model.save_pretrained(folder)  # type: ignore[operator]
+        model.save_pretrained(folder, state_dict=gathered)  # type: ignore[operator]
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -53,10 +57,11 @@ def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """The sha256 of what trains, bit by bit."""
+    """The sha256 of what trains and is no shard, bit by bit."""
     digest = hashlib.sha256()
     for parameter in trainable_tensors(model).values():
-        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        if not is_sharded(parameter):
+            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -68,9 +73,10 @@ def checkpoint_bytes(model: nn.Module) -> int:
 @torch.no_grad()
 def _load_model(model: Any, folder: Path) -> None:
     # from_pretrained knows every layout that save_pretrained writes: shards, tied weights, renamed experts.
-    stored = type(model).from_pretrained(folder, dtype="auto", local_files_only=True)
+    stored: Any = class_of(model).from_pretrained(folder, dtype="auto", local_files_only=True)  # type: ignore[attr-defined]
     values = dict(stored.named_parameters())
     for name, parameter in model.named_parameters():
         if values[name].shape != parameter.shape:
             raise ValueError(f"{name} is {tuple(values[name].shape)} and the model has {tuple(parameter.shape)}")
-        parameter.copy_(values[name])
+        value = own_rows(values[name], parameter) if is_sharded(parameter) else values[name]
+        own_part(parameter).copy_(value)

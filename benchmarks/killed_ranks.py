@@ -1,0 +1,96 @@
+"""Kill a random process of a run at a random moment, resume the run, and compare its bits with a run left alone.
+
+    python benchmarks/killed_ranks.py MODEL DATA FOLDER [--times 10] [--processes 2] [-- OPTIONS OF rankwise train]
+
+Each time the whole run is done anew. A run that hangs for ten minutes, a second message or another bit is a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HANGS_SECONDS = 600
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "rankwise", "train", *map(str, arguments)]
+
+
+def processes_of(launcher: int) -> list[int]:
+    """The ranks that a launcher has started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            is_rank = b"\0RANK=" in (folder / "environ").read_bytes()
+        except OSError:
+            continue
+        if parent == launcher and is_rank:
+            found.append(int(folder.name))
+    return found
+
+
+def kill_one(launch: subprocess.Popen[str], within_seconds: float) -> str:
+    """Wait for a random while, then kill a random process; says when."""
+    while launch.poll() is None and not processes_of(launch.pid):
+        time.sleep(0.05)
+    delay = random.uniform(0, within_seconds)
+    time.sleep(delay)
+    there = processes_of(launch.pid)
+    if not there:
+        return f"after {delay:.1f} s, too late"
+    os.kill(random.choice(there), signal.SIGKILL)
+    return f"after {delay:.1f} s"
+
+
+def same_bits(folder: Path, other: Path) -> bool:
+    names = sorted(path.name for path in other.glob("*.safetensors"))
+    return bool(names) and all((folder / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("options", nargs="*", help="further options of rankwise train")
+    given = parser.parse_args()
+    random.seed(given.seed)
+    base = ("--model", given.model, "--data", given.data, "--devices", given.processes, *given.options)
+    began = time.monotonic()
+    subprocess.run(command(*base, "--output", given.folder / "alone"), check=True, capture_output=True)
+    usual, failures = time.monotonic() - began, 0
+    for number in range(given.times):
+        folder = given.folder / "killed"
+        shutil.rmtree(folder, ignore_errors=True)
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        launch = subprocess.Popen(command(*base, "--output", folder), **pipes)  # type: ignore[call-overload]
+        when = kill_one(launch, usual)
+        said = launch.communicate(timeout=HANGS_SECONDS)[1]
+        again = base if not (folder / "run.json").exists() else ("--resume",)
+        resumed = subprocess.run(
+            command(*again, "--output", folder), capture_output=True, text=True, timeout=HANGS_SECONDS
+        )
+        messages = said.count("error RW")
+        is_right = resumed.returncode == 0 and messages <= 1 and same_bits(folder, given.folder / "alone")
+        failures += not is_right
+        print(f"{number + 1}: killed {when}, {messages} message, {'same bits' if is_right else 'FAILED'}", flush=True)
+        if not is_right:
+            print(said, resumed.stderr, sep="\n")
+    print(f"{given.times - failures} of {given.times} runs ended with the bits of one left alone")
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
