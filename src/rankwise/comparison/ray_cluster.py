@@ -22,6 +22,8 @@ from rankwise.errors import ConfigError, RunError
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 120.0
+# How long the head of a cluster may take to answer.
+ANSWER_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +96,12 @@ def connect(address: str | None, device: str) -> Cluster:
     except ImportError:
         raise ConfigError("RW555", "--executor ray needs Ray; install it: pip install 'rankwise[cluster]'.") from None
     try:
-        ray.init(address or os.environ.get("RAY_ADDRESS") or "auto", log_to_driver=False, ignore_reinit_error=True)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+        address = address or os.environ.get("RAY_ADDRESS")
+        if address is not None and (port := address.rpartition(":")[2]).isdecimal():
+            # Ray itself would ask for minutes.
+            socket.create_connection((address.rpartition(":")[0], int(port)), ANSWER_SECONDS).close()
+        ray.init(address or "auto", log_to_driver=False, ignore_reinit_error=True)
+    except (OSError, ValueError, RuntimeError) as error:
         at = f"at {address}" if address else "on this machine"
         reason = str(error).splitlines()[0]
         raise ConfigError("RW555", f"no Ray cluster answers {at} ({reason}); start one: ray start --head.") from None
