@@ -22,7 +22,7 @@ from in_process import steps_in_this_process
 from rankwise.comparison import processes, run
 from rankwise.comparison.processes import LOST
 from rankwise.comparison.ray_cluster import connect
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, RunError
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning")
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
@@ -61,7 +61,7 @@ def test_an_address_without_ray_is_refused(tmp_path: Path) -> None:
 
 def test_no_cluster_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(RunError) as caught:
         connect("127.0.0.1:1", "cpu")
     assert caught.value.code == "RW555"
 

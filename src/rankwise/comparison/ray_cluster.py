@@ -18,7 +18,7 @@ from typing import Any
 
 from rankwise.comparison import processes
 from rankwise.comparison.stages import beside
-from rankwise.errors import ConfigError, RunError
+from rankwise.errors import RunError
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 120.0
@@ -87,14 +87,14 @@ def connect(address: str | None, device: str) -> Cluster:
     """Join the running cluster at ``address`` (default: RAY_ADDRESS, else the one on this machine).
 
     A step takes one card and its share of the node's cores; on a cluster without cards, or with ``device`` "cpu", it
-    takes all cores of the smallest node. Raises ConfigError (RW555) without Ray or without a cluster.
+    takes all cores of the smallest node. Raises RunError (RW555) without Ray or without a cluster.
     """
     # Ray would report its use to its makers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
     except ImportError:
-        raise ConfigError("RW555", "--executor ray needs Ray; install it: pip install 'rankwise[cluster]'.") from None
+        raise RunError("RW555", "--executor ray needs Ray; install it: pip install 'rankwise[cluster]'.") from None
     try:
         address = address or os.environ.get("RAY_ADDRESS")
         if address is not None and (port := address.rpartition(":")[2]).isdecimal():
@@ -104,7 +104,7 @@ def connect(address: str | None, device: str) -> Cluster:
     except (OSError, ValueError, RuntimeError) as error:
         at = f"at {address}" if address else "on this machine"
         reason = str(error).splitlines()[0]
-        raise ConfigError("RW555", f"no Ray cluster answers {at} ({reason}); start one: ray start --head.") from None
+        raise RunError("RW555", f"no Ray cluster answers {at} ({reason}); start one: ray start --head.") from None
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     cards = [node for node in nodes if node.get("GPU")] if device != "cpu" else []
     if cards:
