@@ -94,6 +94,19 @@ def served(method: str, config: Mapping[str, Any]) -> tuple[str, ...]:
     return AS_IT_IS, _by_folder("vllm", traits, r), _by_folder("sglang", traits, r), GGUF, ANYWHERE
 
 
+def served_in_short(method: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """`served` for a cell of a table: who reads the adapter, who reads an export of it, and merged."""
+    if method in BASELINES:
+        return BASELINES[method]
+    traits = traits_of({**config, "use_dora": config.get("use_dora") or method in ("dora", "qdora")})
+    if any(trait in (*MERGED_ONLY, "experts") for trait in traits):
+        return "PEFT", "merged: anywhere"
+    servers = [server for server in SERVERS.values() if server.name != "PEFT"]
+    plain = [s.name for s in servers if s.form == "peft" and not _words(traits, (*s.refuses, *s.ignores))]
+    exported = [server.name for server in servers if server.name not in plain]
+    return ", ".join(["PEFT", *plain]), f"by export: {', '.join(exported)}", "merged: anywhere"
+
+
 def _by_folder(target: str, traits: Sequence[Trait], r: int) -> str:
     """How a server that reads PEFT's folders comes by this adapter."""
     server, flag = SERVERS[target], ""

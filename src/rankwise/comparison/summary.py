@@ -13,7 +13,7 @@ from rankwise.comparison.statistics import mean_of_seeds
 from rankwise.comparison.verdicts import Scores, compare_all, tie_groups
 from rankwise.reports.merging import figures_of
 from rankwise.reports.schema import Difference, Method, RateSearch, Run
-from rankwise.serving import served
+from rankwise.serving import served_in_short
 
 
 def scores_by_metric(output: Path, methods: Iterable[str], runs: Sequence[Run]) -> dict[str, dict[str, Scores]]:
@@ -52,7 +52,7 @@ def all_methods(plan: Plan, runs: Sequence[Run], scores: Mapping[str, Mapping[st
             "learning_rate_at_edge": state.search["at_edge"],
             "group": None,
             "pareto": False,
-            "serving": list(served(name, settings_of(name, runs))),
+            "serving": list(served_in_short(name, settings_of(name, runs))),
             "skipped": f"{state.skipped['code']}: {state.skipped['message']}" if state.skipped else None,
         }
     return found

@@ -246,7 +246,7 @@ def cell(facts: Mapping[str, Any], key: str) -> Cell:
         return Cell(str(facts["group"] or "–"), str(facts["group"] or "~"))
     if key == "serving":
         places = [visible(place) for place in facts["serving"]]
-        return Cell(", ".join(places) or "–", len(places))
+        return Cell("; ".join(places) or "–", len(places))
     if key == "learning_rate":
         value = facts["learning_rate"]
         note = "edge" if facts["learning_rate_at_edge"] else ""
