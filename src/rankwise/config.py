@@ -435,8 +435,8 @@ class ObjectiveOptions(Settings):
 
 # {objective: those of its options that not every objective has}.
 OBJECTIVE_OPTIONS: Mapping[Objective, tuple[str, ...]] = {
-    "sft": ("label_smoothing", "packing"),
-    "dpo": ("beta", "loss_type"),
+    "sft": ("label_smoothing", "packing", "prompt_column", "completion_column"),
+    "dpo": ("beta", "loss_type", "label_smoothing"),
     "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight"),
     "grpo": (
         "beta",
@@ -446,8 +446,20 @@ OBJECTIVE_OPTIONS: Mapping[Objective, tuple[str, ...]] = {
         "num_generations",
         "max_completion_length",
         "temperature",
+        "prompt_column",
+        "completion_column",
     ),
 }
+# trl's names, the default first.
+LOSS_TYPES = {
+    "dpo": (
+        *("sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+        *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+    ),
+    "kto": ("kto", "apo_zero_unpaired"),
+}
+# Of those the ones that --label-smoothing acts on.
+SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
 
 
 class TrainSettings(ObjectiveOptions, RunOptions):
@@ -461,6 +473,14 @@ class TrainSettings(ObjectiveOptions, RunOptions):
         option(Panel.MODEL, "Evaluation data, in any of the same forms.", metavar="E"),
     ] = None
     method: Annotated[Method, option(Panel.MODEL, "lora, qlora, dora, qdora, full, bottleneck or prefix.")] = "lora"
+    adapter: Annotated[
+        Path | None,
+        option(
+            Panel.MODEL,
+            "Train this adapter on: a run or PEFT folder. With --objective dpo or kto it is the reference too.",
+            metavar="A",
+        ),
+    ] = None
     skip_bad_rows: Annotated[Whole, option(Panel.MODEL, "Leave out up to N bad rows of each file, and list them.")] = 0
 
     learning_rate: Annotated[Positive, _training("Peak learning rate.")] = 2e-4

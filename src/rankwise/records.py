@@ -42,6 +42,8 @@ class RunRecord:
     # Evaluation loss before the first step.
     eval_loss: float | None = None
     # Evaluation loss of the adapter that was kept.
+    eval_rewards: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    # Of an objective with rewards, at the same evaluation: reward_accuracy, reward_margin, ...
     tokens_per_second: float | None = None
     # Tokens that are no padding, over the seconds of the training steps.
     examples_per_second: float | None = None

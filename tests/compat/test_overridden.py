@@ -18,6 +18,7 @@ from rankwise.quantization.experts import StackScales
 from rankwise.quantization.linear import Linear4bit
 from rankwise.quantization.transformers_plugin import DeserializeOperation, FourBitQuantizer, QuantizeOperation
 from rankwise.training.objectives.grpo_trainer import GrpoTrainer
+from rankwise.training.objectives.preferences import MarkedTrainer, PairTrainer, PreferenceTrainer
 from rankwise.training.spine import RunTrainer
 from rankwise.training.trainer import RankwiseTrainer
 
@@ -44,6 +45,13 @@ OVERRIDDEN: dict[type, dict[str, str]] = {
         "_get_per_token_logps_and_entropies": "model input_ids attention_mask logits_to_keep batch_size "
         "compute_entropy compute_aux_loss",
     },
+    PreferenceTrainer: {
+        "__init__": "",
+        "compute_loss": "model inputs return_outputs num_items_in_batch",
+        "evaluation_loop": "dataloader description prediction_loss_only ignore_keys metric_key_prefix",
+    },
+    PairTrainer: {},
+    MarkedTrainer: {"_prepare_dataset": "dataset processing_class args dataset_name"},
     RunTrainer: {
         "__init__": "",
         "training_step": "",
@@ -146,7 +154,7 @@ def test_no_override_is_missed(subclasses: set[type]) -> None:
 
 @pytest.fixture
 def subclasses() -> set[type]:
-    todo, found = [nn.Module, SFTTrainer, *FourBitQuantizer.__mro__[1:-1]], set()
+    todo, found = [nn.Module, RunTrainer, SFTTrainer, *FourBitQuantizer.__mro__[1:-1]], set()
     while todo:
         below = set(todo.pop().__subclasses__()) - found
         found |= below

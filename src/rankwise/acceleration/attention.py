@@ -27,6 +27,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from rankwise.compat.torch import writes_to
 from rankwise.ops import attention as kernel
+from rankwise.ops import reference_attention
 from rankwise.ops.selection import as_autocast, stands_on_card, transforms_functions
 
 if TYPE_CHECKING:
@@ -70,9 +71,18 @@ def as_mask(cumulative_lengths: Tensor) -> Tensor:
     return cumulative_lengths.to(torch.int32)[None, None, None]
 
 
+def ranges_as_mask(start: Tensor, end: Tensor) -> Tensor:
+    """The keys that each of T queries sees, (T,) both, in the same form: (1, 1, 2, T)."""
+    return torch.stack([start, end]).to(torch.int32)[None, None]
+
+
 def is_bounds(mask: Tensor | None) -> bool:
     """Whether these are bounds and no mask."""
-    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4
+    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[2] == 1
+
+
+def _is_ranges(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[2] == 2
 
 
 def register() -> None:
@@ -159,6 +169,13 @@ def attention(
         if covered and B == 1:
             return kernel.attention(q, k, v, *bounds_as_ranges(attention_mask, L, window), scale=scaling), None
         attention_mask = bounds_as_mask(attention_mask, L, window)
+    if _is_ranges(attention_mask):
+        assert attention_mask is not None
+        start, end = attention_mask[0].unbind(1)
+        if not special and not stands_on_card(q):
+            return kernel.attention(q, k, v, start, end, scale=scaling), None
+        shape = q.shape[0], q.shape[1], k.shape[1]
+        attention_mask = reference_attention.visible(start, end, shape, q.device)[:, None]
     covered = covered and query.shape[2] > 1
     ranges = _ranges(module, query, key, attention_mask, is_causal) if covered else None
     if ranges is None:

@@ -69,12 +69,12 @@ def fused_loss(
     """
     options = options or LossOptions()
     scored = scored_positions(labels) if options.scored is None else options.scored
-    with answering(head.module, _meaningless) as noted:
+    with answering(head.module, meaningless) as noted:
         outputs = forward(**inputs)
     hidden = noted[0].flatten(0, 1).index_select(0, scored)
     # The label behind a scored position stands in the same row.
     targets = labels.flatten().index_select(0, scored + 1)
-    sums = _sums(head, hidden, targets, options)
+    sums = sums_at(head, hidden, targets, options)
     outputs["logits"] = None
     return FusedLoss(sums, len(scored), outputs)
 
@@ -83,7 +83,7 @@ def accept_labels(model: nn.Module, head: Head, undo: Undo) -> None:
     """Let ``model(..., labels=labels)`` use the fused loss; its output then carries no logits."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _forward_with_labels(self, *args, **kwargs)
+        return forward_with_labels(self, *args, **kwargs)
 
     # The signature, of this model's family alone, tells the Trainer which columns the model takes.
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
@@ -93,7 +93,7 @@ def accept_labels(model: nn.Module, head: Head, undo: Undo) -> None:
     undo.add(lambda: state.pop("head", None))
 
 
-def _forward_with_labels(self: Any, *args: Any, loss_options: LossOptions | None = None, **kwargs: Any) -> Any:
+def forward_with_labels(self: Any, *args: Any, loss_options: LossOptions | None = None, **kwargs: Any) -> Any:
     plain = class_forward(self)
     asks_otherwise = "shift_labels" in kwargs or "ignore_index" in kwargs
     if kwargs.get("labels") is None or asks_otherwise or is_traced():
@@ -132,7 +132,8 @@ def _keeps_all(logits_to_keep: Any) -> bool:
     return isinstance(logits_to_keep, int) and logits_to_keep == 0
 
 
-def _sums(head: Head, hidden: Tensor, targets: Tensor, options: LossOptions) -> LossSums:
+def sums_at(head: Head, hidden: Tensor, targets: Tensor, options: LossOptions) -> LossSums:
+    """Of the targets (P,) behind the hidden states (P, D)."""
     module: Any = head.module
     head = dataclasses.replace(head, shape=head.shape.at(options.temperature))
     if type(module) is nn.Linear and not module.weight.requires_grad and module.weight.dtype == hidden.dtype:
@@ -182,6 +183,6 @@ def _chunk(head: Head, hidden: Tensor, targets: Tensor, options: LossOptions) ->
     return loss, entropy, correct
 
 
-def _meaningless(hidden: Tensor) -> Tensor:
+def meaningless(hidden: Tensor) -> Tensor:
     """One logit a position."""
     return hidden.new_zeros((*hidden.shape[:-1], 1))

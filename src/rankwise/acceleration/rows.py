@@ -109,7 +109,7 @@ def _agrees(model: Any, device: torch.device, wanted: Tensor | None, *, bounds: 
         return False
     if bounds and not (calls and all(call.by_bounds for call in calls)):
         return False
-    if bounds and _window(model.config) and not any(call.window for call in calls):
+    if bounds and has_window(model.config) and not any(call.window for call in calls):
         # Its layers do not say which of them have the window.
         return False
     return wanted is None or close(found, wanted)
@@ -127,7 +127,8 @@ def _logits(model: Any, device: torch.device, *, bounds: bool) -> Tensor | None:
     return logits if logits is None or is_fake(logits) else logits.detach()[mask]
 
 
-def _window(config: Any) -> bool:
+def has_window(config: Any) -> bool:
+    """Whether some layers see a window of the tokens alone."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if getattr(text, "attention_chunk_size", None):
         return True

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Table
 from rich.text import Text
 
 from rankwise.cli.options import Verb
@@ -25,12 +26,15 @@ NAMED_ROWS = 10
 
 
 def run(settings: PreviewSettings, output: Output) -> Document:
-    from rankwise.data import encode_rows, first_good_row, preview_row, read_rows, read_template
+    from rankwise.data import encode_preferences, encode_rows, first_good_row, preview_row, read_rows, read_template
+    from rankwise.data.preference_formats import PREFERENCE_FORMATS
     from rankwise.data.prompts import Room, encode_prompts, prompt_formats
     from rankwise.models import load_tokenizer
 
-    asks = settings.objective == "grpo"
-    layout = {"formats": prompt_formats(**settings.columns)} if asks else settings.columns
+    asks, prefers = settings.objective == "grpo", settings.objective in PREFERENCE_FORMATS
+    layout: dict[str, Any] = {"formats": prompt_formats(**settings.columns)} if asks else settings.columns
+    if prefers:
+        layout = {"formats": PREFERENCE_FORMATS[settings.objective]}
     rows = read_rows(settings.data, skip_bad_rows=settings.skip_bad_rows, **layout)
     template = None if settings.chat_template is None else read_template(settings.chat_template)
     tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code, revision=settings.revision)
@@ -40,7 +44,8 @@ def run(settings: PreviewSettings, output: Output) -> Document:
         encoded = encode_prompts(rows, tokenizer, room, chat_template=template, skip_bad_rows=settings.skip_bad_rows)
         report = encoded.report
     else:
-        report = encode_rows(rows, tokenizer, **limits, skip_bad_rows=settings.skip_bad_rows).report
+        encode = encode_preferences if prefers else encode_rows
+        report = encode(rows, tokenizer, **limits, skip_bad_rows=settings.skip_bad_rows).report
     index = first_good_row(rows, report) if settings.row is None else settings.row
     preview = preview_row(rows, index, tokenizer, **limits, prompt_alone=asks)
     _print(output, preview, report, settings)
@@ -51,16 +56,13 @@ def run(settings: PreviewSettings, output: Output) -> Document:
 
 
 def _print(output: Output, preview: Preview, report: EncodingReport, settings: PreviewSettings) -> None:
-    cut = f", cut from {_about(preview.estimated)}{preview.full_tokens:,}" if preview.truncated else ""
-    stop = "the stop token included" if preview.stop_token else "NO stop token among them"
-    trained = f"{preview.trained_tokens} trained on ({preview.trained_share:.0%}), {stop}"
     share = f"{report.trained_share:.0%} of the tokens trained on"
     lengths = f"median {report.median_length:,.0f} tokens, longest {_about(report.estimated_rows)}{report.longest:,}"
     fate = f"{report.truncated_rows:,} cut and {report.dropped_rows:,} left out at --max-length {settings.max_length}"
     if settings.objective == "grpo":
-        trained, share = "the answer is the model's", f"each leaves {settings.max_completion_length} for an answer"
+        share = f"each leaves {settings.max_completion_length} for an answer"
     for label, text in (
-        ("row", f"{preview.place}: {plural(preview.tokens, 'token')}{cut}; {trained}"),
+        *_sides(preview, settings.objective),
         ("format", preview.format),
         ("template", preview.template),
         ("data set", f"{plural(report.rows, 'row')}, {lengths}; {share}"),
@@ -72,7 +74,32 @@ def _print(output: Output, preview: Preview, report: EncodingReport, settings: P
     if settings.objective != "grpo":
         output.line(f"{'trained on':<12}what {f'stands between {OPEN} and {CLOSE}' if marks else 'is green'}")
     output.line()
-    output.console.print(rendered(preview, marks=marks), soft_wrap=True)
+    if preview.rejected is None:
+        output.console.print(rendered(preview, marks=marks), soft_wrap=True)
+        return
+    table = Table("chosen", "rejected", box=None, padding=(0, 2, 0, 0))
+    table.add_row(rendered(preview, marks=marks), rendered(preview.rejected, marks=marks))
+    output.console.print(table)
+
+
+def _sides(preview: Preview, objective: str) -> Iterator[tuple[str, str]]:
+    """The row in figures; of a pair each side."""
+    if preview.rejected is not None:
+        yield "chosen", f"{preview.place}: {_figures(preview, objective)}"
+        yield "rejected", _figures(preview.rejected, objective)
+        return
+    yield "row", f"{preview.place}: {_figures(preview, objective)}"
+    if preview.label is not None:
+        yield "label", "good" if preview.label else "bad"
+
+
+def _figures(preview: Preview, objective: str) -> str:
+    cut = f", cut from {_about(preview.estimated)}{preview.full_tokens:,}" if preview.truncated else ""
+    stop = "the stop token included" if preview.stop_token else "NO stop token among them"
+    trained = f"{preview.trained_tokens} trained on ({preview.trained_share:.0%}), {stop}"
+    if objective == "grpo":
+        trained = "the answer is the model's"
+    return f"{plural(preview.tokens, 'token')}{cut}; {trained}"
 
 
 def _about(estimated: int) -> str:

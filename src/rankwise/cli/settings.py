@@ -35,7 +35,8 @@ class PreviewSettings(ModelOptions, TextOptions):
     model: Annotated[str, option(Panel.MODEL, MODEL, metavar="M")]
     data: Annotated[str, option(Panel.MODEL, DATA, metavar="D")]
     objective: Annotated[
-        Literal["sft", "grpo"], _option("sft: rows as `train` learns them; grpo: prompts that are to be answered.")
+        Literal["sft", "dpo", "kto", "grpo"],
+        _option("sft: rows as `train` learns them; dpo, kto: preferences; grpo: prompts that are to be answered."),
     ] = "sft"
     max_completion_length: Annotated[Tokens, _option("grpo: tokens of an answer.")] = 256
     row: Annotated[Whole | None, _option("Row to show, counted from 0; default: the first good one.")] = None

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 NOT_OF_THE_RUN = {"output", "resume", "overwrite", "dry_run", "trust_remote_code"}
 # Code from elsewhere runs on explicit request alone, and a run folder may come from elsewhere.
-PATHS = ("model", "data", "eval_data", "chat_template")
+PATHS = ("model", "data", "eval_data", "chat_template", "adapter")
 
 
 def settings_of_the_run(given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -105,8 +105,10 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
         launch(settings, as_json=output.as_json)
         return None
     output.console.quiet = not ranks.is_writer()
+    from rankwise.training.continued import with_adapters_options
     from rankwise.training.run import train
 
+    settings = with_adapters_options(settings)
     guard = _guard(settings, output)
     try:
         with watching(output, every=settings.logging_steps) if ranks.is_writer() else _unwatched() as observer:
@@ -181,6 +183,12 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
     if record.kept_step is not None:
         because = f": {record.kept_because}" if record.kept_because else ""
         yield "kept", f"step {record.kept_step} of {record.steps}{because}"
+    if "reward_accuracy" in record.eval_rewards:
+        accuracy, margin = (record.eval_rewards.get(f"reward_{name}") or 0.0 for name in ("accuracy", "margin"))
+        yield (
+            "rewards",
+            f"{accuracy:.1%} of the evaluation pairs have the better answer ahead, by {margin:.3g} on average",
+        )
     if record.trainable_parameters is not None and record.total_parameters:
         yield "trained", trained_share(record)
     yield "speed", _speed(record)

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Protocol, SupportsFloat
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, SupportsFloat
 
 # Of all of trl's trainers; it sends telemetry and writes cards.
 from trl.trainer.base_trainer import _BaseTrainer as TrlTrainer
 from trl.trainer.utils import RepeatSampler
 
-__all__ = ["RepeatSampler", "TrlTrainer", "metrics_of"]
+__all__ = ["RepeatSampler", "TrlTrainer", "heads_by", "metrics_of"]
+
+
+@contextmanager
+def heads_by(kind: type[TrlTrainer], give: Callable[..., None]) -> Iterator[None]:
+    """While a trainer of trl's class ``kind`` is made, ``give(model, ...)`` is called in the place of the function that
+    gives policy and reference trl's own output head."""
+    module: Any = sys.modules[kind.__module__]
+    before = module.add_fused_lm_head
+    module.add_fused_lm_head = give
+    try:
+        yield
+    finally:
+        module.add_fused_lm_head = before
 
 
 class Metered(Protocol):

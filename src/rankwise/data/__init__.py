@@ -7,6 +7,7 @@ encoded = encode_rows(rows, tokenizer, max_length=1024)     # input_ids and labe
 from rankwise.data.encoding import Encoded, EncodingReport, encode_rows
 from rankwise.data.formats import rows_from_records
 from rankwise.data.overlap import warn_of_overlap
+from rankwise.data.preferences import encode_preferences
 from rankwise.data.preview import Preview, first_good_row, preview_row
 from rankwise.data.readers import check_there, read_rows
 from rankwise.data.rows import Row, Rows
@@ -22,6 +23,7 @@ __all__ = [
     "Segment",
     "chat_text",
     "check_there",
+    "encode_preferences",
     "encode_rows",
     "first_good_row",
     "preview_row",

@@ -26,6 +26,7 @@ from rankwise.foreign import JsonObject
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pyarrow import ListArray
     from transformers import PreTrainedTokenizerBase
 
 # Rows are tokenized in batches, of which the first bound that is reached ends one.
@@ -354,15 +355,16 @@ class _Table:
         import pyarrow
         from datasets import Dataset
 
-        ends = pyarrow.array(self.ends, type=pyarrow.int32())
         columns = {"input_ids": self.ids, "labels": self.labels}
-        lists = {
-            name: pyarrow.ListArray.from_arrays(
-                ends, pyarrow.Array.from_buffers(pyarrow.int32(), len(values), [None, pyarrow.py_buffer(values)])
-            )
-            for name, values in columns.items()
-        }
-        return Dataset(pyarrow.table(lists))
+        return Dataset(pyarrow.table({name: list_column(values, self.ends) for name, values in columns.items()}))
+
+
+def list_column(values: array[int], ends: array[int]) -> ListArray:
+    """Lists of int32 that lie end to end in ``values``; ``ends`` begins with 0."""
+    import pyarrow
+
+    flat = pyarrow.Array.from_buffers(pyarrow.int32(), len(values), [None, pyarrow.py_buffer(values)])
+    return pyarrow.ListArray.from_arrays(pyarrow.array(ends, type=pyarrow.int32()), flat)
 
 
 def _opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 from collections import Counter
@@ -42,6 +43,8 @@ LOOKED_AT = 100
 class BadRow(ValueError):
     """What one record should have held, and what it holds."""
 
+    code = "RW203"
+
 
 @dataclasses.dataclass(frozen=True)
 class Format:
@@ -58,6 +61,12 @@ class Format:
     # Columns that are read where they are there.
     holds: type = object
     # What the first column holds, where that tells layouts of the same columns apart.
+    marks: tuple[str, ...] = ()
+    # Columns that it needs too and that hold no text.
+
+    def fits(self, record: Record) -> bool:
+        is_there = all(column in record for column in (*self.columns, *self.marks))
+        return is_there and isinstance(record[self.columns[0]], self.holds)
 
 
 def detect(record: Record, source: str, columns: Columns, formats: Collection[Format] | None = None) -> Format:
@@ -69,14 +78,18 @@ def detect(record: Record, source: str, columns: Columns, formats: Collection[Fo
         return _named_columns(record, source, *columns)
     if formats is None and isinstance(record.get("prompt"), list) and "completion" in record:
         return PROMPT_MESSAGES
-    for known in FORMATS if formats is None else formats:
-        if all(column in record for column in known.columns) and isinstance(record[known.columns[0]], known.holds):
-            return known
-    layouts = "; ".join(dict.fromkeys("/".join(known.columns) for known in formats or FORMATS))
+    known = FORMATS if formats is None else formats
+    found = next((layout for layout in known if layout.fits(record)), None)
+    if found is not None:
+        return found
+    names = "; ".join(dict.fromkeys("/".join((*layout.columns, *layout.marks)) for layout in known))
+    remedy = "name two of them with --prompt-column and --completion-column"
+    if formats is not None:
+        remedy = "rename its columns"
+    elif "chosen" in record and "rejected" in record:
+        remedy = "learn from pairs by --objective dpo or kto"
     raise DataError(
-        "RW207",
-        f"{source} has the columns {_listed(record)}, which is no known layout ({layouts}); "
-        "name two of them with --prompt-column and --completion-column.",
+        "RW207", f"{source} has the columns {_listed(record)}, which is no known layout ({names}); {remedy}."
     )
 
 
@@ -160,10 +173,12 @@ def _convert(
                 if layout.kind == "prompt" and layout.uses_template:
                     # Beside a prompt, the name may also be that of a column of another meaning.
                     with contextlib.suppress(BadRow):
-                        fields["tools"] = _tools(record)
-                rows.append(Row(layout.kind, source, line, **fields, counted_in=unit))
+                        fields["tools"] = tools_of(record)
+                worse = fields.pop("rejected", None)
+                make = functools.partial(Row, layout.kind, source, line, counted_in=unit)
+                rows.append(make(**fields, rejected=None if worse is None else make(**worse)))
         except BadRow as bad:
-            problems.append(Problem(source, line, unit, "RW203", str(bad), index))
+            problems.append(Problem(source, line, unit, bad.code, str(bad), index))
     return rows, problems
 
 
@@ -218,7 +233,7 @@ def text_field(record: Record, column: str) -> str:
         return str(value)
     if isinstance(value, str) and value.strip():
         return encodable(value, f"`{column}`")
-    raise BadRow(f"expected text in `{column}`, found {_found(record, column)}")
+    raise BadRow(f"expected text in `{column}`, found {found_in(record, column)}")
 
 
 def encodable(text: str, place: str) -> str:
@@ -231,7 +246,7 @@ def encodable(text: str, place: str) -> str:
     return text
 
 
-def _found(record: Record, column: str) -> str:
+def found_in(record: Record, column: str) -> str:
     if column not in record:
         return f"no such field (fields: {_listed(record) or 'none'})"
     value = record[column]
@@ -261,7 +276,7 @@ def _alpaca(context: str, answer: str) -> Callable[[Record], JsonObject]:
         prompt = text_field(record, "instruction")
         extra = record.get(context)
         if extra is not None and not isinstance(extra, str) and not _is_number(extra):
-            raise BadRow(f"expected text or nothing in `{context}`, found {_found(record, context)}")
+            raise BadRow(f"expected text or nothing in `{context}`, found {found_in(record, context)}")
         if extra is not None and str(extra).strip():
             prompt = f"{prompt}\n\n{extra}"
         return {"prompt": prompt, "completion": text_field(record, answer)}
@@ -289,13 +304,13 @@ def _messages(record: Record) -> JsonObject:
     messages = _conversation(record)
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRow("expected at least one `assistant` message in `messages`, found none to train on")
-    return {"messages": messages, "tools": _tools(record)}
+    return {"messages": messages, "tools": tools_of(record)}
 
 
 def _sharegpt(record: Record) -> JsonObject:
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
-        raise BadRow(f"expected a list of turns in `conversations`, found {_found(record, 'conversations')}")
+        raise BadRow(f"expected a list of turns in `conversations`, found {found_in(record, 'conversations')}")
     messages = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, Mapping) or not isinstance(turn.get("from"), str):
@@ -307,35 +322,35 @@ def _sharegpt(record: Record) -> JsonObject:
 
 
 def _prompt_messages(record: Record) -> JsonObject:
-    prompt = _message_list(record, "prompt")
+    prompt = message_list(record, "prompt")
     if isinstance(record.get("completion"), str):
         answer: tuple[Message, ...] = ({"role": "assistant", "content": text_field(record, "completion")},)
     else:
-        answer = _message_list(record, "completion")
+        answer = message_list(record, "completion")
     if not any(message["role"] == "assistant" for message in answer):
         raise BadRow("expected an `assistant` message in `completion`, found none to train on")
-    return {"messages": prompt + answer, "tools": _tools(record), "first_trained": len(prompt)}
+    return {"messages": prompt + answer, "tools": tools_of(record), "first_trained": len(prompt)}
 
 
 def conversation(record: Record) -> tuple[tuple[Message, ...], tuple[Fields, ...] | None]:
     """The messages and tools of a row whose answer is to be generated. Raises BadRow."""
-    return _conversation(record), _tools(record)
+    return _conversation(record), tools_of(record)
 
 
 def _conversation(record: Record) -> tuple[Message, ...]:
     """The row's messages, with its `system` field as the first one where it has one."""
-    messages = _message_list(record, "messages")
+    messages = message_list(record, "messages")
     if not record.get("system"):
         return messages
     if messages[0]["role"] == "system":
         raise BadRow("expected `system` or a system message, found both")
-    return _message_list({"system": [{"role": "system", "content": record["system"]}]}, "system") + messages
+    return message_list({"system": [{"role": "system", "content": record["system"]}]}, "system") + messages
 
 
-def _message_list(record: Record, column: str) -> tuple[Message, ...]:
+def message_list(record: Record, column: str) -> tuple[Message, ...]:
     messages = record.get(column)
     if not isinstance(messages, list) or not messages:
-        raise BadRow(f"expected a list of messages in `{column}`, found {_found(record, column)}")
+        raise BadRow(f"expected a list of messages in `{column}`, found {found_in(record, column)}")
     return tuple(_message(message, f"message {number} of `{column}`") for number, message in enumerate(messages, 1))
 
 
@@ -348,7 +363,7 @@ def _message(message: object, place: str) -> Message:
     is_call = message["role"] == "assistant" and bool(calls)
     content = "" if is_call and message.get("content") is None else _content(message, place)
     if not content and not is_call and message["role"] in ("user", "assistant"):
-        raise BadRow(f"expected text in `content` of {place}, found {_found(message, 'content')}")
+        raise BadRow(f"expected text in `content` of {place}, found {found_in(message, 'content')}")
     for key in WEIGHTS if message["role"] == "assistant" else ():
         if message.get(key) is not None and not message[key]:
             raise BadRow(f"expected only answers to train on, found {place} with `{key}` {json.dumps(message[key])}")
@@ -363,7 +378,7 @@ def _content(message: Record, place: str) -> str:
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
     if not parts or len(texts) != len(parts) or not all(isinstance(text, str) for text in texts):
-        raise BadRow(f"expected text in `content` of {place}, found {_found(message, 'content')}")
+        raise BadRow(f"expected text in `content` of {place}, found {found_in(message, 'content')}")
     return encodable("".join(map(str, texts)), f"`content` of {place}")
 
 
@@ -373,7 +388,7 @@ def _tool_calls(message: Record, place: str) -> list[Fields]:
     if calls is None:
         return []
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
-        raise BadRow(f"expected a list of objects in `tool_calls` of {place}, found {_found(message, 'tool_calls')}")
+        raise BadRow(f"expected a list of objects in `tool_calls` of {place}, found {found_in(message, 'tool_calls')}")
     for number, call in enumerate(calls, 1):
         function = call.get("function", call)
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -383,7 +398,7 @@ def _tool_calls(message: Record, place: str) -> list[Fields]:
     return calls
 
 
-def _tools(record: Record) -> tuple[Fields, ...] | None:
+def tools_of(record: Record) -> tuple[Fields, ...] | None:
     """The tools of a row: a list of JSON schemas, or its JSON text, because a table has no column for schemas."""
     tools = record.get("tools")
     if isinstance(tools, str) and tools.strip():
@@ -394,7 +409,7 @@ def _tools(record: Record) -> tuple[Fields, ...] | None:
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise BadRow(f"expected a list of objects in `tools`, found {_found({'tools': tools}, 'tools')}")
+        raise BadRow(f"expected a list of objects in `tools`, found {found_in({'tools': tools}, 'tools')}")
     return tuple(tools)
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from rankwise.data.bad_rows import check_bad_rows
 from rankwise.data.encoding import EncodedRow, EncodingReport, RowEncoder
-from rankwise.data.rows import Rows
+from rankwise.data.preferences import completion_start
+from rankwise.data.rows import Row, Rows
 from rankwise.data.templates import Segment
 from rankwise.errors import DataError
 
@@ -38,6 +39,10 @@ class Preview:
     stop_token: bool
     # Whether a stop token is trained on.
     estimated: bool
+    label: bool | None = None
+    # Of preferences: whether the answer is good.
+    rejected: Preview | None = None
+    # Of a pair: its worse answer.
 
     @property
     def truncated(self) -> bool:
@@ -77,11 +82,21 @@ def preview_row(
     check_bad_rows([problem for problem in rows.problems if problem.index == index], 1)
     encoder = RowEncoder(rows, tokenizer, chat_template)
     row = rows[index - sum((problem.index or 0) < index for problem in rows.problems)]
+    shown = _preview(rows, row, encoder, max_length, prompt_alone=prompt_alone)
+    if row.rejected is None:
+        return shown
+    return dataclasses.replace(shown, rejected=_preview(rows, row.rejected, encoder, max_length))
+
+
+def _preview(rows: Rows, row: Row, encoder: RowEncoder, max_length: int, *, prompt_alone: bool = False) -> Preview:
     [encoded] = encoder.encode([row], max_length)
     if prompt_alone:
         length = encoded.trained.index(True)
         encoded = EncodedRow(encoded.ids[:length], encoded.trained[:length], encoded.split, length)
     ids, trained = encoded.ids[:max_length], encoded.trained[:max_length]
+    if row.label is not None:
+        start = completion_start(encoded)
+        trained = [place >= start for place in range(len(ids))]
     labels = {token for token, is_trained in zip(ids, trained) if is_trained}
     return Preview(
         source=row.source,
@@ -96,6 +111,7 @@ def preview_row(
         full_tokens=encoded.length,
         stop_token=not encoder.stop_ids().isdisjoint(labels),
         estimated=encoded.estimated,
+        label=row.label,
     )
 
 

@@ -36,6 +36,10 @@ class Row:
     # What ``line`` counts: rows in JSON arrays, parquet and hub data.
     columns: Fields | None = None
     # Of a prompt that is to be answered: the whole record, for rewards.
+    rejected: Row | None = None
+    # Of a pair, of which this is the better answer: the worse one.
+    label: bool | None = None
+    # Of preferences: whether the answer is good.
 
     @property
     def place(self) -> str:
@@ -45,7 +49,8 @@ class Row:
     def content(self) -> str:
         """All text of the row, for hashing and comparing."""
         turns = [f"{message['role']}\n{message.get('content') or ''}" for message in self.messages]
-        return "\n".join([*turns, self.prompt + self.completion, self.text]).strip()
+        worse = [] if self.rejected is None else [self.rejected.content()]
+        return "\n".join([*turns, self.prompt + self.completion, self.text, *worse]).strip()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -91,7 +91,7 @@ def trace(
     tracker.answers.true_counts |= _enabled_rows(skeleton, workload)
     way = selection.fakes_as(workload.device_type)
     # The tracker says that a mask hides nothing: a single row has no padding.
-    masks = fake_masks_looked_at() if fake and workload.batch_size == 1 else nullcontext()
+    masks = fake_masks_looked_at() if fake and workload.sequences == 1 else nullcontext()
     with _explaining(skeleton), mode, way, masks, tracker:
         materialize(skeleton, weights_dtype(method, workload), fill=not fake)
         flat = prepare(skeleton, method, workload)

@@ -18,7 +18,7 @@ from rankwise.planning.hardware import Hardware, cpu_hardware, this_machine
 from rankwise.planning.plan import is_slowed, on_device, ratio_pace_of
 from rankwise.planning.speed import micro_batch_seconds
 from rankwise.planning.terms import PLANNED, MemoryEstimate
-from rankwise.planning.workload import Workload, written_rows
+from rankwise.planning.workload import Workload, sides_of, written_rows
 from rankwise.reports.numbers import byte_size, plural
 
 SMALLEST = {"batch_size": 1, "max_length": 16, "trained_share": 1.0}
@@ -209,6 +209,7 @@ def _over(stored: Stored | None, ask: Estimator) -> Estimator:
 def workload_of(settings: Mapping[str, Any], hardware: Hardware) -> Workload:
     """The step of a run, every row of full length; of several processes that of one."""
     fields = {name: settings[name] for name in Workload.__dataclass_fields__ if name in settings}
+    fields["sides"] = sides_of(settings["objective"])
     fields["devices"] = settings.get("devices") or 1
     fields["strategy"] = (settings.get("strategy") or "ddp") if fields["devices"] > 1 else "single"
     dtype = hardware.dtype if settings["dtype"] == "auto" else settings["dtype"]
@@ -225,7 +226,7 @@ def _of_batch(workload: Workload, batch: Rows) -> Workload:
 
 def _in_words(workload: Workload) -> str:
     where = " of an evaluation" if workload.evaluation else ""
-    return f"{plural(workload.batch_size, 'row')} of {workload.max_length:,} tokens{where}"
+    return f"{plural(workload.sequences, 'row')} of {workload.max_length:,} tokens{where}"
 
 
 def _described(change: Change) -> str:

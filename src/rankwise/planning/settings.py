@@ -12,7 +12,7 @@ from rankwise.config import LengthOptions, ModelOptions, StepOptions, TrainSetti
 from rankwise.errors import ConfigError
 from rankwise.options import Batch, Count, Names, Panel, option
 from rankwise.planning.terms import PLANNED
-from rankwise.planning.workload import Workload, written_rows
+from rankwise.planning.workload import Workload, sides_of, written_rows
 
 ALL = "all"
 Goal = Literal["speed", "quality", "serving"]
@@ -34,8 +34,8 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
     ] = None
     method: Annotated[Names, _model("lora, qlora, dora, qdora or full; several with commas; or all.")] = (ALL,)
     objective: Annotated[
-        Literal["sft", "grpo"],
-        _model("sft, or grpo: the keys and values of the answers that are written, too."),
+        Literal["sft", "dpo", "kto", "grpo"],
+        _model("What `train` learns from. dpo: a pair is two rows; grpo: the keys and values of answers count too."),
     ] = "sft"
     goal: Annotated[Goal, _model("What decides where several methods fit: speed, quality or serving.")] = "speed"
 
@@ -85,7 +85,8 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
         given = {name: getattr(self, name) for name in names if name not in ("dtype", "strategy")}
         written = written_rows(self.objective, self.batch_size * self.gradient_accumulation, device_type)
         strategy = self.strategy or "ddp" if self.devices > 1 else "single"
-        return Workload(**given, dtype=dtype, device_type=device_type, strategy=strategy, written=written)  # type: ignore[arg-type]
+        given |= {"sides": sides_of(self.objective), "written": written}
+        return Workload(**given, dtype=dtype, device_type=device_type, strategy=strategy)  # type: ignore[arg-type]
 
 
 # Options that `rankwise train` has too: --save writes those that were given or chosen. It adds the method itself.

@@ -37,7 +37,7 @@ def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: 
 
     ``flat``: the rows lie end to end in one row, told apart by their positions, as the trainer lays them where it can.
     """
-    B, L = workload.batch_size, workload.max_length
+    B, L = workload.sequences, workload.max_length
     P = workload.trained_tokens // B
     ids, mask, labels = (torch.ones(B, L, dtype=torch.long, device=device) for _ in range(3))
     labels[:, P + 1 :] = IGNORED
@@ -53,7 +53,7 @@ def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: 
 
 def true_counts(workload: Workload) -> dict[int, int]:
     """{length of a tensor of flags: how many are set}, for the flags over all positions that say which are scored."""
-    return {workload.batch_size * workload.max_length: workload.trained_tokens}
+    return {workload.tokens: workload.trained_tokens}
 
 
 def autocast_dtype(method: str, workload: Workload) -> torch.dtype | None:

@@ -137,7 +137,7 @@ class StepFacts:
     def masked(self) -> float:
         """Share of the layers that are given a mask. Several rows: all layers, since one row is padded. A single row:
         the layers whose window is no longer than the row."""
-        if self.workload.batch_size > 1:
+        if self.workload.sequences > 1:
             return 1.0
         window = self.shape.window
         return self.shape.windowed_share if window is not None and self.workload.max_length >= window else 0.0

@@ -32,6 +32,8 @@ class Workload(StepOptions):
     triton: bool = True
     # Share of the tokens that have labels: logits are kept for these alone. 1.0 is the worst case.
     trained_share: float = 1.0
+    # Sequences of a row: the two answers of a pair.
+    sides: int = 1
     # A batch of an evaluation: nothing is saved for a backward pass. The closed form alone counts it.
     evaluation: bool = False
     # Answers that are written together before the step, to ``max_length`` tokens with their prompts; 0: none are. The
@@ -45,9 +47,14 @@ class Workload(StepOptions):
         self.lora_config(use_dora=False)
 
     @property
+    def sequences(self) -> int:
+        """Per micro-batch and device."""
+        return self.batch_size * self.sides
+
+    @property
     def tokens(self) -> int:
         """The tokens of a micro-batch on one device."""
-        return self.batch_size * self.max_length
+        return self.sequences * self.max_length
 
     @property
     def has_triton_parts(self) -> bool:
@@ -58,7 +65,12 @@ class Workload(StepOptions):
     def trained_tokens(self) -> int:
         """Positions that are scored: at most all but the last of each row."""
         positions = max(1, min(self.max_length - 1, round(self.max_length * self.trained_share)))
-        return self.batch_size * positions
+        return self.sequences * positions
+
+
+def sides_of(objective: str) -> int:
+    """Sequences that a step takes of each row."""
+    return 2 if objective == "dpo" else 1
 
 
 def written_rows(objective: str, answers: int, device_type: DeviceType) -> int:

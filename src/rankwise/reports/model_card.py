@@ -22,6 +22,11 @@ NAMES = {
     "qdora": "QDoRA adapter",
     "full": "fully fine-tuned model",
 }
+LEARNED_FROM = {
+    "dpo": " from pairs of a better and a worse answer (DPO), against its own base as the reference",
+    "kto": " from answers marked good or bad (KTO), against its own base as the reference",
+    "grpo": " from rewards (GRPO)",
+}
 # Fields of the record, in the order of the card.
 RESULTS = {
     "train_loss": "training loss",
@@ -133,7 +138,8 @@ def _summary(record: RunRecord, base: str, config: Mapping[str, Any]) -> str:
         scale = "rank-stabilised scale" if config.get("use_rslora") else "scale"
         what += f" of rank {config.get('r')} and alpha {config.get('lora_alpha')} ({scale})"
     lines = [
-        f"{what} {'from' if record.method == 'full' else 'for'} `{base}`, trained by rankwise with seed {record.seed}."
+        f"{what} {'from' if record.method == 'full' else 'for'} `{base}`, trained by rankwise with seed {record.seed}"
+        f"{LEARNED_FROM.get(record.objective, '')}."
     ]
     if facts.get("kind") in ("gguf", "demo") or facts.get("name") == DEMO:
         lines.append(
@@ -177,7 +183,9 @@ def _results(record: RunRecord) -> list[tuple[str, Any]]:
     names = RESULTS if record.objective != "grpo" else RESULTS | REWARDS
     found = ((name, field, getattr(record, field)) for field, name in names.items())
     is_reward = REWARDS if record.objective == "grpo" else ()
-    return [(name, -value if field in is_reward else value) for name, field, value in found if value is not None]
+    rewards = [(f"evaluation's {name.replace('_', ' ')}", value) for name, value in record.eval_rewards.items()]
+    results = [(name, -value if field in is_reward else value) for name, field, value in found if value is not None]
+    return results + [(name, value) for name, value in rewards if value is not None]
 
 
 def _settings(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:

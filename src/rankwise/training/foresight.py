@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from rankwise.acceleration.packing import members_of
@@ -15,6 +15,8 @@ from rankwise.training.loss import evaluation_targets
 from rankwise.training.state import undisturbed_random_states
 
 ROWS_AT_ONCE = 10_000
+# The columns of encoded preferences that are in the loss.
+ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +24,12 @@ class Batch:
     """A micro-batch, as far as memory depends on it."""
 
     rows: int
+    # A pair is one.
     tokens: int
-    # Of each row: of the longest where they are padded to it, of the mean where they are laid end to end.
+    # Of each row or side of a pair: of the longest where they are padded to it, of the mean where they are laid end to
+    # end.
     trained_share: float
-    # Of rows * tokens, in the loss.
+    # Of all tokens, in the loss.
 
 
 class Foresight(Protocol):
@@ -43,12 +47,15 @@ class Foresight(Protocol):
 
 def largest_batch(trainer: Any, *, flat: bool) -> Batch:
     """The largest micro-batch of all that will come; ``flat``: rows are laid end to end, not padded."""
-    return _largest(trainer.train_dataset, coming_batches(trainer), flat=flat)
+    shared = flat and getattr(trainer, "shares_prompts", False)
+    lengths = _lengths(trainer.train_dataset, shared=shared)
+    return _largest(trainer.train_dataset, lengths, coming_batches(trainer), flat=flat)
 
 
 def largest_evaluation(trainer: Any) -> Batch | None:
     """The same of an evaluation, whose batches depend on its rows alone; None where there is none."""
-    if trainer.eval_dataset is None:
+    # An evaluation of preferences runs the batches of a step, and keeps nothing for a backward pass.
+    if trainer.eval_dataset is None or "labels" not in trainer.eval_dataset.column_names:
         return None
     targets = evaluation_targets(trainer.eval_dataset)
     scorer = loss_scorer(trainer.model)
@@ -85,24 +92,30 @@ def _table(rows: Any, batch_size: int) -> Any:
     return np.pad(rows, (0, -len(rows) % batch_size), constant_values=-1).reshape(-1, batch_size)
 
 
-def _largest(dataset: Any, tables: Any, *, flat: bool) -> Batch:
-    """Of encoded rows (``input_ids``, ``labels``) the batch of most tokens, padding among them; then of the longest."""
+def _largest(dataset: Any, sides: Any, tables: Any, *, flat: bool) -> Batch:
+    """Of encoded rows the batch of most tokens, padding among them; then of the longest. A pair is two rows."""
     import numpy as np
 
     # Row -1 has no tokens.
-    lengths = np.append(_lengths(dataset), 0)
+    lengths = np.vstack([sides, np.zeros_like(sides[:1])])
     most: tuple[int, int] = (0, 0)
     found: Any = None
     for table in tables:
-        longest, together = lengths[table].max(1), lengths[table].sum(1)
-        tokens = together if flat else longest * (table >= 0).sum(1)
+        longest, together = lengths[table].max((1, 2)), lengths[table].sum((1, 2))
+        tokens = together if flat else longest * (table >= 0).sum(1) * sides.shape[1]
         best = np.lexsort((longest, tokens))[-1]
         if (tokens[best], longest[best]) > most:
             most, found = (tokens[best], longest[best]), table[best][table[best] >= 0]
-    labels = dataset.select(found.tolist())["labels"]
-    trained = sum(label != IGNORED for row in labels for label in row)
-    tokens_a_row = math.ceil(most[0] / len(found))
-    return Batch(len(found), tokens_a_row, min(1.0, max(trained, 1) / (len(found) * tokens_a_row)))
+    trained = sum(map(_trained, dataset.select(found.tolist())))
+    sequences = len(found) * sides.shape[1]
+    tokens_a_row = math.ceil(most[0] / sequences)
+    return Batch(len(found), tokens_a_row, min(1.0, max(trained, 1) / (sequences * tokens_a_row)))
+
+
+def _trained(row: Mapping[str, Any]) -> int:
+    """Tokens of a row that are in the loss."""
+    answers = sum(len(row.get(name, ())) for name in ANSWERS)
+    return answers + sum(label != IGNORED for label in row.get("labels", ()))
 
 
 def longest_row(dataset: Any) -> int:
@@ -110,10 +123,16 @@ def longest_row(dataset: Any) -> int:
     return int(_lengths(dataset).max())
 
 
-def _lengths(dataset: Any) -> Any:
-    """Tokens of every row."""
+def _lengths(dataset: Any, *, shared: bool = False) -> Any:
+    """Tokens of every row, and of each side of a pair: (rows, sides). ``shared``: the first has the prompt of both."""
     import numpy as np
     import pyarrow.compute as pc
 
-    columns = dataset.select_columns(["input_ids"]).with_format("arrow")
-    return np.concatenate([pc.list_value_length(table["input_ids"]).to_numpy() for table in columns.iter(ROWS_AT_ONCE)])
+    def of(name: str) -> Any:
+        columns = dataset.select_columns([name]).with_format("arrow")
+        return np.concatenate([pc.list_value_length(table[name]).to_numpy() for table in columns.iter(ROWS_AT_ONCE)])
+
+    if "input_ids" in dataset.column_names:
+        return of("input_ids")[:, None]
+    prompts, answers = of("prompt_ids"), [of(name) for name in ANSWERS if name in dataset.column_names]
+    return np.stack([answer + (0 if side and shared else prompts) for side, answer in enumerate(answers)], axis=1)

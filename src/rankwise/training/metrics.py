@@ -31,6 +31,14 @@ def evaluations(folder: Path) -> dict[int, float]:
     return {line["step"]: line["eval_loss"] for line in read_metrics(folder) if line.get("eval_loss") is not None}
 
 
+def evaluated_rewards(folder: Path, step: int) -> dict[str, float | None]:
+    """What the evaluation after ``step`` found of rewards, by the names that training steps have them under."""
+    lines = (line for line in read_metrics(folder) if line["step"] == step and "eval_loss" in line)
+    last = max(lines, key=len, default={})
+    found = {key.removeprefix("eval_"): value for key, value in last.items() if key.startswith("eval_")}
+    return {name: value for name, value in found.items() if name.startswith(("reward", "log_prob", "kl"))}
+
+
 def _line(values: Mapping[str, Any]) -> str:
     # JSON has no NaN: a value that is none becomes null.
     clean = {key: None if isinstance(item, float) and not math.isfinite(item) else item for key, item in values.items()}

@@ -29,6 +29,7 @@ from rankwise.records import RunRecord, check_writable, load_record
 from rankwise.training import output, preflight, ranks, setup
 from rankwise.training.arguments import Surroundings, check_combinations, check_names, check_optimizer
 from rankwise.training.checkpoints import Checkpoint, newest_valid
+from rankwise.training.continued import continue_adapter, with_adapters_options
 from rankwise.training.foresight import Foresight
 from rankwise.training.learning import Learning, check_options
 from rankwise.training.memory_savers import OFFLOADED, OffloadedAdamW, check_memory_savers
@@ -57,6 +58,7 @@ def train(settings: TrainSettings, observer: Observer | None = None, foresight: 
     With ``dry_run`` it does all this but train, writes nothing, and gives the record that the run would begin with.
     """
     started = time.monotonic()
+    settings = with_adapters_options(settings)
     told: list[dict[str, str]] = []
     if settings.dry_run:
         settings = settings.model_copy(update={"cache": None})
@@ -186,7 +188,10 @@ def _prepare(
     )
     if mode == "resume":
         output.check_same_inputs(given.output, described, base)
-    trainable = setup.make_trainable(loaded.model, given.method, lora, given.seed)
+    if given.adapter is None:
+        trainable = setup.make_trainable(loaded.model, given.method, lora, given.seed)
+    else:
+        trainable = continue_adapter(loaded.model, given, base["sha256"])
     with looked_into(loaded.model):
         done = optimize_for_training(loaded.model) if given.fast and given.method not in BASELINES else None
     _check_before_training(learning, given, loaded.model, data)

@@ -19,7 +19,7 @@ from rankwise.training import callbacks, finish, output, ranks
 from rankwise.training.checkpoints import Checkpoint, remove_unfinished
 from rankwise.training.interrupt import Interrupt, interrupts
 from rankwise.training.meters import MemoryMeter, mapped_bytes
-from rankwise.training.metrics import MetricsFile, evaluations
+from rankwise.training.metrics import MetricsFile, evaluated_rewards, evaluations
 from rankwise.training.observer import Observer
 from rankwise.training.old_run import OWN_FILES, clear_run
 from rankwise.training.preflight import GradientCheck
@@ -185,6 +185,7 @@ class Session:
         state, record = self.trainer.state, self.record
         finish.write_final(self.trainer.model, self.tokenizer, self.folder, self._announce, gathered)
         record.initial_eval_loss, record.eval_loss = initial_eval_loss, kept.eval_loss
+        record.eval_rewards = evaluated_rewards(self.folder, kept.step)
         record.steps, record.kept_step, record.kept_because = state.global_step, kept.step, kept.because
         finish.warn_if_worse(record.initial_eval_loss, kept)
         if state.global_step < state.max_steps:

@@ -110,16 +110,25 @@ def limited(rows: Rows, limit: int | None) -> Rows:
     return sample
 
 
-def encode_data(given: TrainSettings, tokenizer: Any, rows: Rows, eval_rows: Rows | None, template: str | None) -> Data:
-    """Token ids and labels of both sets, by the same rules.
+def encode_data(
+    given: TrainSettings,
+    tokenizer: Any,
+    rows: Rows,
+    eval_rows: Rows | None,
+    template: str | None,
+    encode: Callable[..., Encoded] | None = None,
+) -> Data:
+    """Token ids of both sets, by the same rules: those of demonstrations, or of ``encode``.
 
     The tokenizer keeps the chat template that was given: it is saved with the run, so that whoever loads the run writes
     prompts as they were in training.
     """
     if template is not None:
         tokenizer.chat_template = template
+    if encode is None:
+        encode = encode_rows if given.cache is None else functools.partial(encode_rows_once, cache=given.cache)
     encode = functools.partial(
-        encode_rows if given.cache is None else functools.partial(encode_rows_once, cache=given.cache),
+        encode,
         tokenizer=tokenizer,
         max_length=given.max_length,
         chat_template=template,
@@ -220,8 +229,9 @@ def answerer(prompt: str, loaded: LoadedBase, data: Data) -> Callable[[], str]:
 
 def probe_of(dataset: Any, device: torch.device) -> dict[str, Tensor]:
     """The first training row, at most 64 tokens: input_ids (1, L)."""
-    ids = list(dataset[0]["input_ids"])[:PROBE_TOKENS]
-    return {"input_ids": torch.tensor([ids], device=device)}
+    row = dataset[0]
+    ids = [token for name in ("input_ids", "prompt_ids", "chosen_ids", "completion_ids") for token in row.get(name, ())]
+    return {"input_ids": torch.tensor([ids[:PROBE_TOKENS]], device=device)}
 
 
 def _described(rows: Rows, encoded: Encoded) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What a run can learn from. Each objective has a module, whose ``learning()`` is all that a run needs of it:
 
-    sft.py      demonstrations, by trl's SFTTrainer
-    grpo.py     rewards, by trl's GRPOTrainer
+    sft.py              demonstrations, by trl's SFTTrainer
+    preferences.py      pairs, by its DPOTrainer; answers marked good or bad, by its KTOTrainer
+    grpo.py             rewards, by its GRPOTrainer
 
 Reading, checks before training, checkpoints, resuming and the record are the run's own (run.py, spine.py).
 """
@@ -9,12 +10,11 @@ Reading, checks before training, checkpoints, resuming and the record are the ru
 from __future__ import annotations
 
 from rankwise.config import TrainSettings
-from rankwise.errors import ConfigError
 from rankwise.training.learning import Learning
 
 
 def learning_of(given: TrainSettings) -> Learning:
-    """Raises ConfigError: RW761 for an objective that is not built in yet; for its settings as each objective says."""
+    """Raises ConfigError for settings that the objective cannot have, as each says."""
     if given.objective == "sft":
         from rankwise.training.objectives import sft
 
@@ -23,4 +23,6 @@ def learning_of(given: TrainSettings) -> Learning:
         from rankwise.training.objectives import grpo
 
         return grpo.learning(given)
-    raise ConfigError("RW761", f"--objective {given.objective} is not built in yet; give sft or grpo.")
+    from rankwise.training.objectives import preferences
+
+    return preferences.learning(given)

@@ -28,7 +28,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rankwise.acceleration import fused_head
 from rankwise.acceleration.generation import Decoding, Generator, Prompt, batches_that_fit
-from rankwise.adapters import adapter_disabled
+from rankwise.adapters.reference import reference_at_work
 from rankwise.compat.trl import RepeatSampler, metrics_of
 from rankwise.constants import IGNORED
 from rankwise.errors import ConfigError, warn
@@ -279,5 +279,5 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _as_reference(model: nn.Module) -> Iterator[None]:
-    with _evaluating(model), adapter_disabled(model):
+    with _evaluating(model), reference_at_work(model):
         yield

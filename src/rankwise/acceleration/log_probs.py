@@ -1,0 +1,195 @@
+"""Log-probabilities of given tokens without the (tokens x vocabulary) logits: what preferences and rewards are learned
+from.
+
+trl's trainers ask their model for these by ``model(..., labels=labels, fused_lm_head=True)``; here such a call runs the
+model with an output head that only notes its input, without padding where attention permits, and takes chunks of
+logits at scored positions alone.
+
+Legend: B rows, L positions, T positions that are no padding, P scored positions of all rows, V vocabulary. A position
+is scored where the label behind it is not -100.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rankwise.acceleration import attention
+from rankwise.acceleration.head import answering, current_head
+from rankwise.acceleration.loss import LossOptions, forward_with_labels, meaningless, scored_positions, sums_at
+from rankwise.acceleration.probe import probe
+from rankwise.acceleration.replace import ATTRIBUTE, class_forward
+from rankwise.acceleration.rows import close, has_window
+from rankwise.compat.transformers import attention_of
+from rankwise.constants import IGNORED
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """How a model answers ``fused_lm_head=True``."""
+
+    # Rows are laid end to end, without padding.
+    flat: bool = False
+    # Besides, row i and row i + B / 2 share what both begin with: the prompt of a pair is computed once.
+    pairs: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenScores:
+    """Of each label but the first, (B, L - 1), under the names that trl's trainers read; 0 where it is -100."""
+
+    log_probs: Tensor
+    # Their mean over all scored tokens, at each; without gradient.
+    entropy: Tensor | None
+    aux_loss: Tensor | None
+
+    @property
+    def mean_logits(self) -> Tensor:
+        """trl logs them, and hits: they would cost one more pass over the logits, so there are none."""
+        return torch.zeros_like(self.log_probs)
+
+    @property
+    def is_top1(self) -> Tensor:
+        return torch.zeros_like(self.log_probs, dtype=torch.bool)
+
+
+def accept_scores(model: nn.Module, asked: Asked) -> bool:
+    """Let an accelerated model answer ``model(..., labels=labels, fused_lm_head=True)`` with TokenScores; whether its
+    output head is one that can be computed apart. ``restore`` takes it out with everything else."""
+    if current_head(model) is None:
+        return False
+
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        return _scored(self, **kwargs) if fused_lm_head else forward_with_labels(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
+    model.forward = types.MethodType(forward, model)
+    if asked.pairs and not _shares_prompts(model):
+        asked = dataclasses.replace(asked, pairs=False)
+    model.__dict__[ATTRIBUTE]["asked"] = asked
+    return True
+
+
+def asked_of(model: nn.Module) -> Asked:
+    """How the model answers now."""
+    asked: Asked = model.__dict__[ATTRIBUTE]["asked"]
+    return asked
+
+
+def _shares_prompts(model: Any) -> bool:
+    """Whether the answers of a pair may be laid around their prompt: tried, where attention sees all tokens alike."""
+    parameter = next(model.parameters())
+    text = model.config.get_text_config()
+    if attention_of(model.config) != attention.NAME or parameter.device.type != "cpu" or has_window(text):
+        return False
+    ids = torch.tensor([[1, 2, 3, 4, 0], [1, 2, 3, 5, 6]])
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    labels = ids.masked_fill((torch.arange(5) < 3) | (mask == 0), IGNORED)
+
+    def scores() -> list[Tensor]:
+        found = []
+        for asked in (Asked(), Asked(pairs=True)):
+            model.__dict__[ATTRIBUTE]["asked"] = asked
+            found.append(_scored(model, labels, ids, mask, want_stats=False).log_probs)
+        return found
+
+    found, _ = probe(model, scores)
+    return found is not None and close(*found)
+
+
+def _scored(
+    model: Any,
+    labels: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    want_stats: bool = True,
+    **more: Any,
+) -> TokenScores:
+    """``want_stats`` adds the entropy."""
+    head, asked = current_head(model), asked_of(model)
+    assert head is not None, "a hook was put on the output head"
+    scored = scored_positions(labels)
+    targets = labels.flatten().index_select(0, scored + 1)
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+    places = scored
+    if asked.pairs:
+        inputs, places = _pairs(input_ids, attention_mask, scored)
+    elif asked.flat:
+        inputs, places = _end_to_end(input_ids, attention_mask, scored)
+    with answering(head.module, meaningless) as noted:
+        outputs = class_forward(model)(**inputs, **{**more, "use_cache": False})
+    hidden = noted[0].flatten(0, 1).index_select(0, places)
+    options = LossOptions(want_stats=want_stats, want_log_probs=True, scored=scored)
+    found = sums_at(head, hidden, targets, options)
+    assert found.log_probs is not None, "asked for"
+
+    def spread(values: Tensor) -> Tensor:
+        whole = values.new_zeros(labels.numel()).index_copy(0, scored, values)
+        return whole.view(labels.shape)[:, :-1]
+
+    entropy = None
+    if found.entropy is not None and want_stats:
+        entropy = spread((found.entropy / max(1, len(scored))).to(found.log_probs.dtype).expand(len(scored)))
+    return TokenScores(spread(found.log_probs), entropy, getattr(outputs, "aux_loss", None))
+
+
+def _end_to_end(input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """The tokens of rows that are no padding as one row (1, T), each row from position 0; and where the scored are."""
+    kept = attention_mask.flatten().nonzero().squeeze(1)
+    positions = (attention_mask.cumsum(1) - 1).flatten()
+    lengths = attention_mask.sum(1)
+    bounds = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    longest = int(lengths.max())
+    inputs: dict[str, Any] = {
+        "input_ids": input_ids.flatten()[kept][None],
+        "position_ids": positions[kept][None],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+    return inputs, (attention_mask.flatten().cumsum(0) - 1)[scored]
+
+
+def _pairs(input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """The same, the prompt of each pair once: its first answer backwards, the prompt, its second answer.
+
+    So each token still sees one range of keys: a token of the first answer from itself to the end of the prompt, any
+    other from the beginning of the prompt to itself. Rows (B, L), right-padded; the first half are the first answers.
+    """
+    (B, L), device = input_ids.shape, input_ids.device
+    first_scored = torch.full((B,), L, device=device).scatter_reduce(0, scored // L, scored % L, "amin")
+    lengths = attention_mask.sum(1).tolist()
+    differs = input_ids[: B // 2] != input_ids[B // 2 :]
+    alike = torch.where(differs.any(1), differs.byte().argmax(1), L)
+    # The last token of the prompt is scored too: it says what each answer begins with.
+    shared = torch.minimum(alike, first_scored.view(2, -1).amin(0) + 1).tolist()
+    taken, slots = [], torch.zeros(B, L, dtype=torch.long)
+    starts, ends, begin = [], [], 0
+    for row, prompt in enumerate(shared):
+        first, second = lengths[row] - prompt, lengths[row + B // 2] - prompt
+        middle, end = begin + first, begin + first + prompt
+        backwards = torch.arange(prompt + first - 1, prompt - 1, -1)
+        forwards = torch.arange(prompt + second)
+        taken += [row * L + backwards, (row + B // 2) * L + forwards]
+        slots[row, prompt : prompt + first] = torch.arange(middle - 1, begin - 1, -1)
+        slots[row, :prompt] = torch.arange(middle, end)
+        slots[row + B // 2, : prompt + second] = torch.arange(middle, end + second)
+        own = torch.arange(begin, end + second)
+        starts.append(torch.where(own < middle, own, middle))
+        ends.append(torch.where(own < middle, end, own + 1))
+        begin = end + second
+    order = torch.cat(taken)
+    inputs = {
+        "input_ids": input_ids.flatten()[order][None],
+        "position_ids": (order % L)[None],
+        "attention_mask": attention.ranges_as_mask(torch.cat(starts), torch.cat(ends)),
+    }
+    return inputs, slots.flatten()[scored]

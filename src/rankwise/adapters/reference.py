@@ -1,0 +1,55 @@
+"""What a preference is measured against: the base alone, or the adapter that training began with. No second model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from rankwise.adapters.inject import adapter_disabled
+from rankwise.adapters.state import state_and_name, wrappers
+from rankwise.errors import AdapterError
+
+REFERENCE = "reference"
+
+
+def keep_reference(model: nn.Module) -> None:
+    """Keep a frozen copy of the active adapter, which ``reference_at_work`` puts in its place.
+
+    Raises AdapterError (RW406) for an adapter that trains biases: the base has them once.
+    """
+    state, name = state_and_name(model, None)
+    if state.replaced.get(name):
+        raise AdapterError(
+            "RW406", f"the adapter {name!r} trains biases of the base, so no copy of it can stand aside."
+        )
+    for _, module in wrappers(model):
+        if name in module.adapters:
+            module.adapters[REFERENCE] = copy.deepcopy(module.adapters[name]).requires_grad_(False)
+            for part in module.adapters[REFERENCE].modules():
+                if isinstance(part, nn.Dropout):
+                    part.p = 0.0
+    state.configs[REFERENCE] = state.configs[name]
+    state.inference_only.add(REFERENCE)
+
+
+@contextmanager
+def reference_at_work(model: nn.Module) -> Iterator[None]:
+    """Within this context the model computes as the reference does; what trains stays as it is."""
+    state, name = state_and_name(model, None)
+    if REFERENCE not in state.configs:
+        with adapter_disabled(model):
+            yield
+        return
+    _activate(model, REFERENCE)
+    try:
+        yield
+    finally:
+        _activate(model, name)
+
+
+def _activate(model: nn.Module, name: str) -> None:
+    for _, module in wrappers(model):
+        module.active = name if name in module.adapters else None

@@ -1,0 +1,65 @@
+"""Training that goes on with an adapter (``--adapter``): SFT, then DPO."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rankwise.adapters.checkpoint import load_adapter, read_folder
+from rankwise.adapters.reference import keep_reference
+from rankwise.config import ADAPTER, DORA, TrainSettings
+from rankwise.errors import ConfigError
+from rankwise.options import flag
+from rankwise.records import RUN_FILE, load_record
+
+
+def with_adapters_options(given: TrainSettings) -> TrainSettings:
+    """The settings with the options of the adapter that is continued; as they are where none is.
+
+    Raises AdapterError (RW409, RW410) for an adapter that cannot be read, ConfigError (RW764) for options that differ
+    from its own, or a method that does not train such an adapter.
+    """
+    if given.adapter is None:
+        return given
+    config, _ = read_folder(given.adapter)
+    kind, methods = ("DoRA", DORA) if config.use_dora else ("LoRA", ("lora", "qlora"))
+    if given.method not in methods:
+        raise ConfigError(
+            "RW764",
+            f"--adapter {given.adapter} is {kind}, which --method {given.method} does not train; give "
+            f"{' or '.join(methods)}.",
+        )
+    # Its file does not say in which dtype it trained.
+    own = {name: getattr(config, name) for name in ADAPTER if name != "adapter_dtype"}
+    defaults = given.defaults()
+    odd = [
+        flag(name) for name, value in own.items() if _plain(getattr(given, name)) not in (_plain(value), defaults[name])
+    ]
+    if odd:
+        raise ConfigError(
+            "RW764", f"{', '.join(odd)}: --adapter {given.adapter} has its own value; leave the option out."
+        )
+    return given.model_copy(update=own)
+
+
+def continue_adapter(model: Any, given: TrainSettings, base_sha256: str) -> int:
+    """Load the adapter to train on, and keep a frozen copy where it is the reference; gives the count of what trains.
+
+    Raises ConfigError (RW764) where the run that made it had another base, AdapterError where it does not fit.
+    """
+    assert given.adapter is not None
+    if (given.adapter / RUN_FILE).is_file():
+        theirs = load_record(given.adapter).base_model.get("sha256")
+        if theirs not in (None, base_sha256):
+            raise ConfigError(
+                "RW764",
+                f"--adapter {given.adapter} was trained on another base than --model {given.model} (their sha256 "
+                "differ); give the model that its run.json names.",
+            )
+    report = load_adapter(model, given.adapter)
+    if given.objective in ("dpo", "kto") or given.beta:
+        keep_reference(model)
+    return report.trainable_parameters
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

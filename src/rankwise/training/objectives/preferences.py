@@ -1,0 +1,309 @@
+"""Learning from preferences, by trl's DPOTrainer and KTOTrainer, without a second model.
+
+    dpo    -log sigmoid(beta (r(chosen) - r(rejected)))          r(y) = log p(y | x) - log p_ref(y | x)
+    kto    1 - sigmoid(beta (r(good) - z)),  1 - sigmoid(beta (z - r(bad)))        z: mean r of mismatched answers
+
+The reference is the model itself: with its adapter switched off, or with the frozen copy of the adapter that training
+began with. Its log-probabilities come first, while no graph of the step exists, and trl's losses take them for
+precomputed ones. Both models' come from the fast model, at the positions of answers alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers.trainer_utils import EvalLoopOutput
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_config import KTOConfig
+from trl.trainer.kto_trainer import KTOTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from rankwise.acceleration.log_probs import Asked, accept_scores, asked_of
+from rankwise.adapters.reference import reference_at_work
+from rankwise.compat.trl import TrlTrainer, heads_by, metrics_of
+from rankwise.config import BASELINES, LOSS_TYPES, OBJECTIVE_OPTIONS, SMOOTHED, TrainSettings
+from rankwise.constants import IGNORED
+from rankwise.data import Rows, encode_preferences
+from rankwise.data.preference_formats import PREFERENCE_FORMATS, unpaired
+from rankwise.errors import ConfigError, RunError
+from rankwise.training import ranks
+from rankwise.training.arguments import Surroundings, run_arguments
+from rankwise.training.learning import Learning
+from rankwise.training.loss import fused_head_is_right
+from rankwise.training.setup import Data, encode_data
+from rankwise.training.spine import RunTrainer
+from rankwise.training.state import undisturbed_random_states
+
+COUNTED = "counted"
+# {trl's name: ours} in metrics.jsonl, and of those that are shown at each step.
+REWARDS = {
+    "rewards/chosen": "reward_chosen",
+    "rewards/rejected": "reward_rejected",
+    "rewards/margins": "reward_margin",
+    "rewards/accuracies": "reward_accuracy",
+    "logps/chosen": "log_prob_chosen",
+    "logps/rejected": "log_prob_rejected",
+    "kl": "kl",
+}
+SHOWN = {"rewards/margins": "margin", "rewards/accuracies": "accuracy", "kl": "KL"}
+# Of trl's they would cost one more pass over the logits.
+UNKNOWN = ("logits/chosen", "logits/rejected", "mean_token_accuracy")
+
+
+class PreferenceTrainer(RunTrainer):
+    """What both trainers have in common. Stands before trl's among a class's bases."""
+
+    # The trl trainer behind this one.
+    behind: type[TrlTrainer]
+    # trl's own answer takes no more words.
+    ref_model: Any
+    precompute_ref_logps: bool
+
+    logged = REWARDS
+
+    def __init__(self, **kwargs: Any) -> None:
+        model, flat = kwargs["model"], kwargs["args"].flat
+        for name, module in model.named_modules():
+            # As in trl, no chance takes part in the base's answers; the adapter's dropout is the user's wish.
+            if isinstance(module, nn.Dropout) and not name.endswith("lora_dropout"):
+                module.p = 0.0
+        self.own_scores = accept_scores(model, Asked(flat=flat, pairs=flat and self.behind is DPOTrainer))
+        if not self.own_scores and not fused_head_is_right(model):
+            raise RunError(
+                "RW765",
+                f"the output head is a {type(model.get_output_embeddings()).__name__}, which trl's log-probabilities "
+                "would bypass, and ours need the fast step; leave --no-fast out, or leave the head unadapted.",
+            )
+        # A placeholder: without one trl loads the base once more.
+        with heads_by(self.behind, self._give_head):
+            optimizer = kwargs.pop("optimizer_cls_and_kwargs")
+            super().__init__(ref_model=nn.Module(), **kwargs)
+        # trl's trainers of preferences do not hand it on.
+        self.optimizer_cls_and_kwargs = optimizer
+        self.ref_model, self.precompute_ref_logps = None, True
+        self.data_collator = functools.partial(_counting, self.data_collator)
+
+    def _give_head(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        if type(model) is not nn.Module and not self.own_scores:
+            add_fused_lm_head(model, *args, **kwargs)
+
+    @property
+    def step_figures(self) -> dict[str, float]:
+        metrics = metrics_of(self, "train")
+        return {ours: float(metrics[theirs][-1]) for theirs, ours in SHOWN.items() if metrics.get(theirs)}
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the prompt of a pair is computed once for both answers."""
+        return self.own_scores and asked_of(self.model).pairs
+
+    @property
+    def loss_in_words(self) -> str:
+        if not self.own_scores:
+            return "trl's fused head"
+        return f"own log-probabilities, in chunks{', of prompts shared by both answers' if self.shares_prompts else ''}"
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        """Rows are encoded, cut and counted before."""
+        return dataset
+
+    # --- loss ---
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        tokens, examples = inputs.pop(COUNTED)
+        mode = "train" if self.model.training else "eval"
+        loss = super().compute_loss(model, {**inputs, **self.references(inputs)}, return_outputs, num_items_in_batch)
+        if self.own_scores:
+            for name in UNKNOWN:
+                metrics_of(self, mode).pop(name, None)
+        if mode == "train":
+            self.step_tokens += tokens
+            self.step_examples += examples
+        return loss
+
+    def references(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The reference's log-probabilities of a batch, under trl's names."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reference_log_probs(self, inputs: dict[str, Any], prefix: str = "") -> Tensor:
+        """log p_ref(y | x) of each sequence (B,)."""
+        ids, completions = inputs[f"{prefix}input_ids"], inputs[f"{prefix}completion_mask"]
+        asked = {"want_stats": False} if self.own_scores else {}
+        with reference_at_work(self.model):
+            found = self.model(
+                input_ids=ids,
+                attention_mask=inputs[f"{prefix}attention_mask"],
+                labels=ids.masked_fill(completions == 0, IGNORED),
+                use_cache=False,
+                fused_lm_head=True,
+                **asked,
+            )
+        return found.log_probs.sum(1)
+
+    # --- evaluation ---
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Means over rows: the Trainer's own gives a short last batch the weight of a full one."""
+        self.model.eval()
+        found: dict[str, list[tuple[float, int]]] = defaultdict(list)
+        metrics = metrics_of(self, "eval")
+        with undisturbed_random_states():
+            for inputs in dataloader:
+                rows: int = inputs[COUNTED][1]
+                loss = self.prediction_step(self.model, inputs, True)[0]
+                found["loss"].append((float(loss), rows))  # type: ignore[arg-type]
+                for name, values in metrics.items():
+                    found[name].append((float(values[-1]), rows))
+                metrics.clear()
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        means = {
+            name: sum(value * rows for value, rows in values) / sum(rows for _, rows in values)
+            for name, values in found.items()
+        }
+        mean_loss = means.pop("loss")
+        metrics |= {name: [value] for name, value in means.items()}
+        return EvalLoopOutput(np.empty(0), None, {f"{metric_key_prefix}_loss": mean_loss}, len(dataloader.dataset))
+
+
+class PairTrainer(PreferenceTrainer, DPOTrainer):
+    """Pairs."""
+
+    behind = DPOTrainer
+
+    def references(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        chosen, rejected = self.reference_log_probs(inputs).chunk(2)
+        return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+
+class MarkedTrainer(PreferenceTrainer, KTOTrainer):
+    """Answers marked good or bad."""
+
+    behind = KTOTrainer
+
+    def _prepare_dataset(self, dataset: Dataset, _: Any, arguments: KTOConfig, *__: Any) -> Dataset:
+        """As in trl, z is estimated from each prompt with the answer before it in its batch."""
+        if not self.calculate_KL:
+            return dataset
+
+        def shifted(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            answers = rows["completion_ids"]
+            return {"KL_completion_ids": [answers[-1], *answers[:-1]]}
+
+        size = arguments.per_device_train_batch_size
+        return dataset.map(shifted, batched=True, batch_size=size, keep_in_memory=True)
+
+    def references(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        found = {"ref_logps": self.reference_log_probs(inputs)}
+        return {**found, "ref_KL_logps": self.reference_log_probs(inputs, "KL_")} if self.calculate_KL else found
+
+
+def _counting(collate: Callable[[Any], dict[str, Any]], examples: list[Any]) -> dict[str, Any]:
+    """A batch of trl's collator, and (tokens that are no padding, examples), counted on the host."""
+    batch = collate(examples)
+    return {**batch, COUNTED: (int(batch["attention_mask"].sum()), len(examples))}
+
+
+@dataclasses.dataclass
+class PairArguments(DPOConfig):
+    """trl's. ``flat``: rows may be laid end to end."""
+
+    flat: bool = False
+
+
+@dataclasses.dataclass
+class MarkedArguments(KTOConfig):
+    """The same for answers marked good or bad."""
+
+    flat: bool = False
+
+
+def learning(given: TrainSettings) -> Learning:
+    """Raises ConfigError: RW760 for label smoothing without effect, RW762 for what cannot be trained so, RW763 for a
+    loss that the objective does not have."""
+    _check_loss(given)
+    _check_reference(given)
+    return Learning(
+        _encode, _arguments, _trainer, formats=PREFERENCE_FORMATS[given.objective], largest_evaluation=lambda _: None
+    )
+
+
+def _encode(given: TrainSettings, tokenizer: Any, rows: Rows, eval_rows: Rows | None, template: str | None) -> Data:
+    if given.objective == "kto":
+        rows, eval_rows = unpaired(rows), None if eval_rows is None else unpaired(eval_rows)
+    return encode_data(given, tokenizer, rows, eval_rows, template, encode_preferences)
+
+
+def _arguments(given: TrainSettings, around: Surroundings) -> PairArguments | MarkedArguments:
+    own = {name: getattr(given, name) for name in OBJECTIVE_OPTIONS[given.objective]}
+    kind: type[PairArguments | MarkedArguments] = PairArguments if given.objective == "dpo" else MarkedArguments
+    return run_arguments(
+        kind,
+        given,
+        around,
+        # Rows were cut when they were encoded; but KTO pairs prompts with the answers of others.
+        max_length=given.max_length,
+        disable_dropout=False,
+        activation_offloading=given.activation_offloading,
+        flat=around.padding_free,
+        **{name: value for name, value in own.items() if value is not None},
+    )
+
+
+def _trainer(given: TrainSettings, data: Data, common: Mapping[str, Any]) -> PreferenceTrainer:
+    return (PairTrainer if given.objective == "dpo" else MarkedTrainer)(**common)
+
+
+def _check_loss(given: TrainSettings) -> None:
+    known = LOSS_TYPES[given.objective]
+    loss = given.loss_type or known[0]
+    if loss not in known:
+        raise ConfigError(
+            "RW763", f"--loss-type {loss} is none of --objective {given.objective}'s, which are {', '.join(known)}."
+        )
+    if given.label_smoothing and loss not in SMOOTHED:
+        raise ConfigError(
+            "RW760",
+            f"--label-smoothing has no effect on --loss-type {loss}; leave it out, or give one of "
+            f"{', '.join(SMOOTHED)}.",
+        )
+    if loss == "exo_pair" and not given.label_smoothing:
+        raise ConfigError("RW763", "--loss-type exo_pair needs --label-smoothing above 0; its paper takes 0.001.")
+
+
+def _check_reference(given: TrainSettings) -> None:
+    if given.method == "full" or given.method in BASELINES:
+        raise ConfigError(
+            "RW762",
+            f"--objective {given.objective} compares with the base, which --method {given.method} changes; give lora, "
+            "qlora, dora or qdora, whose base stays as it is.",
+        )
+    if given.objective == "kto" and given.batch_size < 2:
+        raise ConfigError(
+            "RW762",
+            "--objective kto compares each answer with the others of its batch, and --batch-size is 1; give 2 or more.",
+        )
+    if ranks.count() > 1:
+        raise ConfigError("RW762", f"--objective {given.objective} trains in one process; leave --devices out.")

@@ -1,0 +1,87 @@
+"""Log-probabilities of tokens: in every layout and for every head those of the whole logits, and so their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny_models import tiny_llama
+from torch import Tensor
+
+import rankwise as rw
+from rankwise.acceleration import attention
+from rankwise.acceleration.log_probs import Asked, accept_scores, asked_of
+from rankwise.acceleration.optimize import optimize_for_training
+from rankwise.adapters import adapter_parameters
+
+LENGTHS, PROMPTS = (7, 11, 9, 6), (4, 5, 4, 5)
+
+
+def pairs() -> dict[str, Tensor]:
+    """Two pairs of unequal answers behind prompts of 4 and 5 tokens: rows 0 and 2, rows 1 and 3."""
+    draw = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 97, (4, max(LENGTHS)), generator=draw)
+    for row in (0, 1):
+        ids[row + 2, : PROMPTS[row]] = ids[row, : PROMPTS[row]]
+        # The first token of the answers agrees in one pair: the prompt ends before it all the same.
+        ids[3, 5] = ids[1, 5]
+    places = torch.arange(max(LENGTHS))
+    mask = (places < torch.tensor(LENGTHS)[:, None]).long()
+    answers = mask.bool() & (places >= torch.tensor(PROMPTS)[:, None])
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": (ids * mask).masked_fill(~answers, -100)}
+
+
+def adapted(**options: Any) -> Any:
+    """Moved away from its base, and fast; attention is ours in float32 too, by torch's products."""
+    model = tiny_llama()
+    rw.add_adapter(model, rw.LoraConfig(r=4, init_lora_weights=False, **options))
+    model.train()
+    attention.register()
+    optimize_for_training(model)
+    model.set_attn_implementation(attention.NAME)
+    return model
+
+
+def wanted(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities, and the mean entropy of scored tokens."""
+    logits = type(model).forward(model, batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    log_p = torch.log_softmax(logits.float(), -1)[:, :-1]
+    labels = batch["labels"][:, 1:]
+    scored = labels != -100
+    chosen = log_p.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return chosen * scored, entropy[scored].mean().detach()
+
+
+@pytest.mark.parametrize("asked", [Asked(), Asked(flat=True), Asked(pairs=True)], ids=["padded", "flat", "pairs"])
+@pytest.mark.parametrize("head", ["plain", "adapted", "trained"])
+def test_scores_and_gradients_are_those_of_the_logits(asked: Asked, head: str) -> None:
+    options = {"plain": {}, "adapted": {"target_modules": ["q_proj", "lm_head"]}, "trained": {}}[head]
+    model = adapted(**options, **({"modules_to_save": ["lm_head"]} if head == "trained" else {}))
+    assert accept_scores(model, asked)
+    assert asked_of(model).pairs is asked.pairs
+    batch, weights = pairs(), torch.tensor([1.0, -2.0, 0.5, 3.0])
+    parameters = list(adapter_parameters(model).values())
+    log_probs, entropy = wanted(model, batch)
+    grads = torch.autograd.grad((log_probs.sum(1) * weights).sum(), parameters)
+    found = model(**batch, fused_lm_head=True)
+    assert torch.allclose(found.log_probs, log_probs, atol=2e-5)
+    assert torch.allclose(found.entropy[log_probs != 0], entropy, atol=2e-5)
+    for own, theirs in zip(torch.autograd.grad((found.log_probs.sum(1) * weights).sum(), parameters), grads):
+        assert torch.allclose(own, theirs, atol=5e-5)
+
+
+def test_a_prompt_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = adapted(), []
+    accept_scores(model, Asked(pairs=True))
+    model.model.embed_tokens.register_forward_hook(lambda module, given, out: seen.append(given[0].numel()))
+    model(**pairs(), fused_lm_head=True)
+    assert seen == [sum(LENGTHS) - sum(PROMPTS[:2])]
+
+
+def test_a_model_with_windows_shares_no_prompt() -> None:
+    model = adapted()
+    model.config.sliding_window = 4
+    accept_scores(model, Asked(flat=True, pairs=True))
+    assert asked_of(model) == Asked(flat=True)

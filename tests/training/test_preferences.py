@@ -1,0 +1,239 @@
+"""DPO and KTO: equal to trl + PEFT, without a second model, resumed to the bit, and bad input said by its row."""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from tests.training.training_rows import WORDS, Recorder
+from torch import nn
+from transformers import AutoModelForCausalLM
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_config import KTOConfig
+from trl.trainer.kto_trainer import KTOTrainer
+
+import rankwise as rw
+from rankwise.config import TrainSettings
+from rankwise.errors import ConfigError, DataError, RankwiseError
+from rankwise.records import load_record, read_metrics
+from rankwise.training.run import train
+from rankwise.training.setup import make_trainable
+
+# trl's names and ours.
+COMPARED = {"loss": "loss", "rewards/chosen": "reward_chosen", "rewards/rejected": "reward_rejected"}
+SHORT = {"learning_rate": 3e-3, "lr_scheduler_type": "constant", "max_steps": 20, "logging_steps": 1, "batch_size": 4}
+
+
+def write_pairs(path: Path, count: int, seed: int = 0) -> Path:
+    """Prompts of two words. Better answers are of the first eight words, worse ones of the next eight."""
+    draw = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        prompt = " ".join(draw.sample(WORDS, 2)) + " "
+        better, worse = (draw.sample(part, draw.randrange(1, 4)) for part in (WORDS[:8], WORDS[8:16]))
+        lines.append({"prompt": prompt, "chosen": " ".join(better), "rejected": " ".join(worse)})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def write_marks(path: Path, count: int) -> Path:
+    pairs = [json.loads(line) for line in write_pairs(path, count).read_text().splitlines()]
+    draw = random.Random(1)
+    lines = []
+    for pair in pairs:
+        good = draw.random() < 0.5
+        lines.append({"prompt": pair["prompt"], "completion": pair["chosen" if good else "rejected"], "label": good})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def preferring(tmp_path: Path, settings: Any) -> Callable[..., TrainSettings]:
+    def make(objective: str = "dpo", **changes: Any) -> TrainSettings:
+        write = write_pairs if objective == "dpo" else write_marks
+        given = {"objective": objective, "data": str(write(tmp_path / f"{objective}.jsonl", 44)), "eval_data": None}
+        return settings(**{"eval_steps": None, **SHORT, **given, **changes})
+
+    return make
+
+
+def by_trl(given: TrainSettings, tokenizer: Any, folder: Path, **own: Any) -> list[dict[str, float]]:
+    """The logged steps of trl + PEFT from the same first adapter, on the same rows."""
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+    make_trainable(model, given.method, given.lora_config(use_dora=given.method == "dora"), given.seed)
+    rw.save_adapter(model, folder)
+    base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+    kind, config = (DPOTrainer, DPOConfig) if given.objective == "dpo" else (KTOTrainer, KTOConfig)
+    arguments = config(
+        output_dir=str(folder / "trl"),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=given.batch_size,
+        max_steps=given.max_steps,
+        learning_rate=given.learning_rate,
+        lr_scheduler_type=given.lr_scheduler_type,
+        seed=given.seed,
+        data_seed=given.seed,
+        max_length=given.max_length,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        **own,
+    )
+    trainer = kind(
+        model=PeftModel.from_pretrained(base, folder, is_trainable=True),
+        args=arguments,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list([json.loads(line) for line in Path(given.data).read_text().splitlines()]),
+    )
+    trainer.train()
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [
+        ("dpo", {"loss_type": "sigmoid"}),
+        ("dpo", {"loss_type": "ipo", "beta": 0.3}),
+        ("dpo", {"loss_type": "hinge"}),
+        ("kto", {"desirable_weight": 1.5}),
+    ],
+    ids=["sigmoid", "ipo", "hinge", "kto"],
+)
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+def test_losses_rewards_and_margins_equal_trls(
+    objective: str,
+    options: dict[str, Any],
+    fast: bool,
+    preferring: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+) -> None:
+    given = preferring(objective, fast=fast, **options)
+    theirs = by_trl(given, tokenizer, tmp_path / "oracle", **options)
+    train(given)
+    ours = [line for line in read_metrics(given.output) if "loss" in line]
+    assert len(ours) == len(theirs) == 20
+    for step, (own, wanted) in enumerate(zip(ours, theirs), 1):
+        for name, key in COMPARED.items():
+            if name in wanted:
+                tolerance = 1e-4 if step <= 3 else 1e-3
+                assert own[key] == pytest.approx(wanted[name], rel=tolerance, abs=tolerance * 1e-2), (step, name)
+    assert ours[-1]["loss"] != ours[0]["loss"]
+
+
+def storage_bytes() -> int:
+    """Of all parameters alive, each storage once."""
+    found = {
+        parameter.untyped_storage().data_ptr(): parameter.untyped_storage().nbytes()
+        for parameter in gc.get_objects()
+        if isinstance(parameter, nn.Parameter)
+    }
+    return sum(found.values())
+
+
+class Weighing(Recorder):
+    """Notes at every step how much the parameters alive take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+
+    def step(self, info: Any) -> None:
+        super().step(info)
+        self.bytes.append(storage_bytes())
+
+
+@pytest.mark.parametrize("method", ["lora", "qdora"])
+def test_there_is_no_second_model(method: str, preferring: Any, settings: Any, tmp_path: Path) -> None:
+    weighed = {}
+    for name, given in {
+        "sft": settings(method=method, max_steps=2, eval_data=None, eval_steps=None, output=tmp_path / "sft"),
+        "dpo": preferring(method=method, max_steps=2, output=tmp_path / "dpo"),
+        "kto": preferring("kto", method=method, max_steps=2, output=tmp_path / "kto"),
+    }.items():
+        # What earlier runs left behind.
+        gc.collect()
+        before, watcher = storage_bytes(), Weighing()
+        train(given, watcher)
+        weighed[name] = max(watcher.bytes) - before
+    assert weighed["sft"] > 0
+    assert weighed["dpo"] <= 1.02 * weighed["sft"]
+    assert weighed["kto"] <= 1.02 * weighed["sft"]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_a_stopped_run_resumes_to_the_same_bits(objective: str, preferring: Any, tmp_path: Path) -> None:
+    same = {"max_steps": 8, "save_steps": 2, "lora_dropout": 0.2, "gradient_checkpointing": True}
+    whole = preferring(objective, **same, output=tmp_path / "whole")
+    train(whole)
+    parted = preferring(objective, **same, output=tmp_path / "parted")
+    with pytest.raises(RankwiseError, match="RW540"):
+        train(parted, Recorder(stop_at=5))
+    train(preferring(objective, **same, output=tmp_path / "parted", resume=True))
+    files = [folder / "adapter_model.safetensors" for folder in (whole.output, parted.output)]
+    first, second = map(safetensors.torch.load_file, files)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_held_out_rewards_rise_and_are_recorded(preferring: Any, tmp_path: Path) -> None:
+    held_out = str(write_pairs(tmp_path / "held_out.jsonl", 18, seed=5))
+    given = preferring(eval_data=held_out, max_steps=40, eval_steps=10, learning_rate=1e-2)
+    train(given)
+    lines = [line for line in read_metrics(given.output) if "eval_reward_accuracy" in line]
+    assert lines[0]["eval_reward_accuracy"] == 0
+    assert lines[-1]["eval_reward_accuracy"] > 0.8
+    record = load_record(given.output)
+    assert record.objective == "dpo"
+    assert record.eval_rewards["reward_accuracy"] > 0.8
+    assert "DPO" in (given.output / "README.md").read_text()
+
+
+BAD_ROWS = {
+    "equal sides": ({"chosen": "w1", "rejected": "w1"}, "RW260"),
+    "a missing side": ({"chosen": "w1"}, "RW203"),
+    "an empty side": ({"chosen": "w1", "rejected": " "}, "RW203"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_pair_is_named_by_its_row(case: str, preferring: Any, tmp_path: Path) -> None:
+    sides, code = BAD_ROWS[case]
+    given = preferring()
+    with Path(given.data).open("a") as file:
+        file.write(json.dumps({"prompt": "w2 ", **sides}) + "\n")
+    with pytest.raises(DataError, match=r"dpo\.jsonl, line 45") as caught:
+        train(given)
+    assert caught.value.code == code
+    assert not given.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"objective": "sft", "beta": 0.1}, "RW760"),
+        ({"objective": "dpo", "desirable_weight": 2.0}, "RW760"),
+        ({"objective": "dpo", "packing": True}, "RW760"),
+        ({"objective": "dpo", "label_smoothing": 0.1}, "RW760"),
+        ({"objective": "kto", "batch_size": 1}, "RW762"),
+        ({"objective": "dpo", "method": "full"}, "RW762"),
+        ({"objective": "dpo", "loss_type": "kto"}, "RW763"),
+        ({"objective": "dpo", "loss_type": "exo_pair"}, "RW763"),
+    ],
+)
+def test_an_option_has_its_effect_or_is_refused(options: dict[str, Any], code: str, settings: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train(settings(**options))
+    assert caught.value.code == code
