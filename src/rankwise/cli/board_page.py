@@ -53,10 +53,10 @@ def build(root: Path) -> gr.Blocks:
         with gr.Tab("Runs"):
             chosen = _Chosen(root)
         with gr.Tab("All runs"):
-            table = gr.HTML(elem_id="all-runs")
+            table = _html("all-runs")
         with gr.Tab("Comparisons"):
             comparison = gr.Dropdown([NONE], value=NONE, label="Comparison", allow_custom_value=True)
-            report = gr.HTML(elem_id="comparison")
+            report = _html("comparison")
         with gr.Tab("Chat"):
             adapter = _chat(root)
         seen = gr.State("")
@@ -69,6 +69,11 @@ def build(root: Path) -> gr.Blocks:
     return page
 
 
+def _html(name: str) -> gr.HTML:
+    """A place for what `rankwise.reports.board` writes, which has a style of its own."""
+    return gr.HTML(elem_id=name, apply_default_css=False)
+
+
 class _Chosen:
     """Two runs side by side, one below the other on a narrow screen."""
 
@@ -76,8 +81,11 @@ class _Chosen:
         with gr.Row():
             self.first = gr.Dropdown([NONE], value=None, label="Run", allow_custom_value=True)
             self.second = gr.Dropdown([NONE], value=NONE, label="Beside it", allow_custom_value=True)
+        self.panels = []
         with gr.Row():
-            self.panels = [gr.HTML(elem_id=name, min_width=320) for name in ("first-run", "second-run")]
+            for name in ("first-run", "second-run"):
+                with gr.Column(min_width=320):
+                    self.panels.append(_html(name))
         for menu in (self.first, self.second):
             show = functools.partial(_panels, root)
             menu.change(show, [self.first, self.second], self.panels, show_progress="hidden", api_visibility="private")
@@ -120,7 +128,7 @@ def _chat(root: Path) -> gr.Dropdown:
     """Base and tuned model answer the same messages, each in a conversation of its own."""
     adapter = gr.Dropdown([NONE], value=NONE, label="Tuned by the run", allow_custom_value=True)
     with gr.Row():
-        books = [gr.Chatbot(label=name, render_markdown=False, min_width=320) for name in ("base", "tuned")]
+        books = [gr.Chatbot(label=name, render_markdown=False, min_width=320, height=360) for name in ("base", "tuned")]
     said = gr.Textbox(label="Say something to both", lines=2, submit_btn="Ask both")
     ask = functools.partial(_ask, root)
     said.submit(ask, [adapter, said, *books], [said, *books], concurrency_limit=1, api_visibility="private")

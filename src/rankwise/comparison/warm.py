@@ -8,6 +8,7 @@ server itself computes nothing, since a process that has used OpenMP threads or 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import multiprocessing
 import os
@@ -17,9 +18,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankwise.planning.hardware import this_machine
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext
 
 # What the steps import, and nothing that looks for a card.
 PRELOADED = ("rankwise.cli.main", "rankwise.comparison.measure", "rankwise.comparison.prepare", "rankwise.training.run")
@@ -28,6 +32,25 @@ PRELOADED = ("rankwise.cli.main", "rankwise.comparison.measure", "rankwise.compa
 def takes(module: str) -> bool:
     """Whether steps of ``module`` are forked: on Linux, without a card, which no process may use across a fork."""
     return module in PRELOADED and sys.platform == "linux" and this_machine().device_type == "cpu"
+
+
+@functools.cache
+def _server() -> ForkServerContext:
+    """The context of Python's fork server, which runs when this returns."""
+    # Not every system has it.
+    from multiprocessing import forkserver
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    kept = os.dup(2)
+    # What libraries say while they are imported is of no step.
+    _redirect(Path(os.devnull), 0, 2)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+    return context
 
 
 class Forked:
@@ -42,8 +65,7 @@ class Forked:
         prepare: Callable[[], None],
     ) -> None:
         """``files``: stdout, stderr (behind what it holds), and the lock, which is held when this returns."""
-        server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(list(PRELOADED))
+        server = _server()
         ready, told = server.Pipe(duplex=False)
         surroundings = {**os.environ, **environment}
         # Where this process ends early, a daemon gets SIGTERM: it saves its step and ends.
