@@ -19,9 +19,9 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeGuard, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from rankwise.errors import ConfigError
 from rankwise.options import (
@@ -150,6 +150,47 @@ class AdapterOptions:
 ADAPTER = tuple(field.name for field in dataclasses.fields(AdapterOptions))
 
 
+class Init(NamedTuple):
+    """How A and B start."""
+
+    # default, random, pissa, loftq, eva or orthogonal.
+    kind: str
+    # Of pissa: subspace iterations of a randomised SVD; None is an exact one.
+    niter: int | None = None
+    # Of eva: how many times its rank a layer may get when ranks are redistributed; 1 leaves them.
+    rho: float = 1.0
+
+
+_INIT = re.compile(
+    r"(?P<kind>pissa|loftq|eva|orthogonal)"
+    r"((?<=pissa)_niter_(?P<niter>\d{1,3})|(?<=eva)_rho_(?P<rho>[1-9]\d{0,2}(\.\d{1,6})?))?"
+)
+
+
+def _init_of(value: object) -> Init | None:
+    """None for a value that PEFT and we do not know."""
+    if isinstance(value, bool):
+        return Init("default" if value else "random")
+    found = _INIT.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        return None
+    niter, rho = found["niter"], found["rho"]
+    return Init(found["kind"], None if niter is None else int(niter), 1.0 if rho is None else float(rho))
+
+
+def _checked_init(value: str) -> str:
+    """``pissa:4`` and ``eva:2`` hold a number after a colon; PEFT's names are taken too."""
+    if value != "default" and _init_of(_peft_init(value)) is None:
+        raise ValueError("give default, pissa, pissa:N, loftq, eva, eva:RHO (1 or more) or orthogonal")
+    return value
+
+
+def _peft_init(value: str) -> bool | str:
+    if value == "default":
+        return True
+    return value.replace("pissa:", "pissa_niter_").replace("eva:", "eva_rho_")
+
+
 @dataclasses.dataclass(frozen=True)
 class LoraConfig(AdapterOptions):
     """LoRA (Hu et al. 2021) or, with ``use_dora``, DoRA (Liu et al. 2024). Names and meanings of the fields are PEFT's.
@@ -166,7 +207,12 @@ class LoraConfig(AdapterOptions):
     # Name of the module list that layers_to_transform counts in, where it is not the first in the path.
     layers_pattern: str | Sequence[str] | None = None
     # True: A Kaiming-uniform, B zero, so that training starts at the base model. False: B random too (for tests).
-    init_lora_weights: bool = True
+    # "pissa", "pissa_niter_N", "loftq", "eva" and "orthogonal" as in PEFT; "eva_rho_X" is PEFT's eva_config(rho=X), and
+    # "eva" alone keeps the ranks (rho=1). ``adapters.inits`` defines them.
+    init_lora_weights: bool | str = True
+    # Token ids whose rows of the embedding train, and no others: new tokens. A mapping names embeddings and heads by
+    # their module; a list is the input embedding's. A head of the same weight follows.
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         wrong = list(_type_problems(self))
@@ -186,6 +232,19 @@ class LoraConfig(AdapterOptions):
         problems = list(_lora_problems(self))
         if problems:
             raise ConfigError("RW101", "; ".join(problems) + ".")
+
+    @property
+    def init(self) -> Init:
+        """``init_lora_weights``, taken apart."""
+        return _init_of(self.init_lora_weights) or Init("default")
+
+    @property
+    def token_rows(self) -> dict[str | None, list[int]]:
+        """{module: token ids} of ``trainable_token_indices``; None stands for the input embedding."""
+        given = self.trainable_token_indices or ()
+        return {
+            name: list(ids) for name, ids in (given if isinstance(given, Mapping) else {None: given}).items() if ids
+        }
 
     def scaling(self, r: int, lora_alpha: float) -> float:
         """``s = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with rsLoRA."""
@@ -208,7 +267,15 @@ def _type_problems(config: LoraConfig) -> Iterator[str]:
         value = getattr(config, name)
         if not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
             yield f"{name} is {value!r} and must be a mapping from module names"
-    for name in ("use_dora", "use_rslora", "init_lora_weights"):
+    rows = config.trainable_token_indices
+    lists = list(rows.values()) if isinstance(rows, Mapping) else [] if rows is None else [rows]
+    ids = [index for one in lists if isinstance(one, Sequence) for index in one]
+    is_lists = all(isinstance(one, Sequence) and not isinstance(one, str) for one in lists)
+    if not is_lists or not all(type(index) is int and index >= 0 for index in ids):
+        yield f"trainable_token_indices is {rows!r} and must be a list of token ids, or lists by module"
+    elif any(len(set(one)) < len(one) for one in lists):
+        yield f"trainable_token_indices is {rows!r} and names a token twice"
+    for name in ("use_dora", "use_rslora"):
         if not isinstance(getattr(config, name), bool):
             yield f"{name} is {getattr(config, name)!r} and must be true or false"
 
@@ -234,7 +301,23 @@ def _lora_problems(config: LoraConfig) -> Sequence[str]:
         problems.append(f"bias is {config.bias!r} and must be one of {', '.join(get_args(Bias))}")
     if config.adapter_dtype not in get_args(AdapterDtype):
         problems.append(f"adapter_dtype is {config.adapter_dtype!r} and must be float32 or base")
-    return [*problems, *_target_problems(config)]
+    return [*problems, *_init_problems(config, ranks), *_target_problems(config)]
+
+
+def _init_problems(config: LoraConfig, ranks: Mapping[str, int]) -> Iterator[str]:
+    init, given = _init_of(config.init_lora_weights), f"init_lora_weights is {config.init_lora_weights!r}"
+    if init is None:
+        yield f"{given} and must be true, false, pissa, pissa_niter_N, loftq, eva, eva_rho_X or orthogonal"
+    elif init.kind not in ("default", "random"):
+        idle = {"enable_lora": "a part of a fused layer", "target_parameters": "stacked experts"}
+        yield from (
+            f"{given} with {name}, and {place} can only start by default"
+            for name, place in idle.items()
+            if getattr(config, name)
+        )
+        if init.kind == "orthogonal":
+            odd = [f"{name} = {rank}" for name, rank in ranks.items() if rank % 2]
+            yield from (f"{given}, which halves the rank, and {item} is odd" for item in odd)
 
 
 def _target_problems(config: LoraConfig) -> Iterator[str]:
@@ -298,6 +381,16 @@ def _is_number(value: object) -> TypeGuard[float]:
 class StepOptions(AdapterOptions):
     """The options of one training step: its memory depends on them."""
 
+    # In Python it is LoraConfig's init_lora_weights.
+    init: Annotated[
+        str,
+        AfterValidator(_checked_init),
+        _adapter(
+            "How A and B start: default, pissa or pissa:N (N iterations of a fast SVD), loftq, eva or eva:RHO (ranks "
+            "redistributed, up to RHO times --r), orthogonal.",
+            metavar="INIT",
+        ),
+    ] = "default"
     quant_type: Annotated[QuantType, option(Panel.FOUR_BITS, "4-bit type of qlora and qdora.")] = "nf4"
     block_size: Annotated[int, option(Panel.FOUR_BITS, "Weights per 4-bit scale: a power of two from 32 to 4096.")] = 64
     double_quant: Annotated[bool, option(Panel.FOUR_BITS, "Keep the 4-bit scales in 8 bits.")] = True
@@ -318,7 +411,8 @@ class StepOptions(AdapterOptions):
 
     def lora_config(self, *, use_dora: bool) -> LoraConfig:
         """The adapter. Raises ConfigError (RW101)."""
-        return LoraConfig(**{name: getattr(self, name) for name in ADAPTER}, use_dora=use_dora)
+        given = {name: getattr(self, name) for name in ADAPTER}
+        return LoraConfig(**given, use_dora=use_dora, init_lora_weights=_peft_init(self.init))
 
 
 class ModelOptions(Settings):
@@ -364,6 +458,15 @@ class RunOptions(ModelOptions, TextOptions, LengthOptions, StepOptions):
     lr_scheduler_type: Annotated[str, _training("Schedule: linear, cosine, constant, ... (transformers).")] = "linear"
     warmup_steps: Annotated[Whole, _training("Steps over which the learning rate rises from 0.")] = 0
     weight_decay: Annotated[NotNegative, _training("AdamW's weight decay.")] = 0.0
+    # Hayou et al. 2024, arXiv 2402.12354.
+    loraplus_ratio: Annotated[
+        float | None, _training("LoRA+: B's learning rate over A's; 16 is usual.", ge=1, le=1e6)
+    ] = None
+    # Jain et al. 2023, arXiv 2310.05914.
+    neftune_noise_alpha: Annotated[
+        Positive | None,
+        _training("NEFTune: noise on the embeddings in training, this over sqrt(length x width); 5 is usual."),
+    ] = None
     max_grad_norm: Annotated[NotNegative, _training("Gradients are clipped to this norm; 0 switches it off.")] = 1.0
     label_smoothing: Annotated[Share, _training("Label smoothing.")] = 0.0
     packing: Annotated[bool, _training("Fill every row with several examples that do not see each other.")] = False
@@ -483,6 +586,14 @@ class TrainSettings(ObjectiveOptions, RunOptions):
     ] = None
     skip_bad_rows: Annotated[Whole, option(Panel.MODEL, "Leave out up to N bad rows of each file, and list them.")] = 0
 
+    new_tokens: Annotated[
+        str | None,
+        _adapter(
+            "Tokens to add to the vocabulary, with commas between them, or a file with one a line; of embedding and "
+            "head their rows alone train.",
+            metavar="FILE|A,B",
+        ),
+    ] = None
     learning_rate: Annotated[Positive, _training("Peak learning rate.")] = 2e-4
     seed: Annotated[Seed, _training("Seed of the adapter, the data order and dropout.")] = 0
     devices: Annotated[Batch | None, _device("Train in N processes on this machine, each on a device of its own.")] = (
@@ -525,13 +636,50 @@ def logging_steps_of(steps: int) -> int:
     return min(10, max(1, steps // 10))
 
 
+# What a word after a method's name sets in `rankwise compare --methods METHOD+WORD`.
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{kind: {"init": kind} for kind in ("pissa", "loftq", "eva", "orthogonal")},
+    # The paper's ratio.
+    "plus": {"loraplus_ratio": 16.0},
+    "rslora": {"use_rslora": True},
+}
+
+
+def variant_of(name: str) -> tuple[str, dict[str, Any]]:
+    """``lora+pissa`` as the method and the options of `rankwise train` that its words set.
+
+    Raises ValueError for a method or a word that there is not, words that set the same, and words that the method has
+    no use for.
+    """
+    method, *words = name.split("+")
+    if method not in METHODS:
+        raise ValueError(f"{method!r} is no method")
+    options: dict[str, Any] = {}
+    idle = {option for names in idle_options(method).values() for option in names}
+    for word in words:
+        if word not in VARIANTS:
+            raise ValueError(f"{word!r} is no variant")
+        if options.keys() & VARIANTS[word].keys():
+            raise ValueError(f"two words of {name} set the same")
+        if idle & VARIANTS[word].keys() or (word == "loftq" and method not in FOUR_BITS):
+            raise ValueError(f"{method} has no use for {word}")
+        options |= VARIANTS[word]
+    return method, options
+
+
+# Options besides AdapterOptions that need an adapter.
+OF_ADAPTERS = ("init", "loraplus_ratio", "new_tokens")
+
+
 def idle_options(method: str) -> dict[str, tuple[str, ...]]:
     """{reason: options of `rankwise train`} of those that have no effect on ``method``."""
     idle: dict[str, tuple[str, ...]] = {}
     if method not in FOUR_BITS:
         idle["only qlora and qdora make 4-bit weights"] = ("quant_type", "block_size", "double_quant")
     if method == "full":
-        idle["it trains all weights and adds no adapter"] = ADAPTER
+        idle["it trains all weights and adds no adapter"] = (*ADAPTER, *OF_ADAPTERS)
     if method in BASELINES:
-        idle["of the adapter's options this baseline takes --r alone"] = tuple(name for name in ADAPTER if name != "r")
+        idle["of the adapter's options this baseline takes --r alone"] = tuple(
+            name for name in (*ADAPTER, *OF_ADAPTERS) if name != "r"
+        )
     return idle

@@ -134,6 +134,10 @@ class Place:
     # The output head, which "all-linear" leaves out.
     is_head: bool = False
     outputs: int = 0
+    # Why it cannot adapt, where its kind does not say so.
+    why_not: str = ""
+    # A linear layer that another library quantized: "all-linear" means it too.
+    is_foreign: bool = False
 
 
 # By name, in the model's order.
@@ -143,12 +147,20 @@ Places = Mapping[str, Place]
 def target_names(config: LoraConfig, places: Places, model: str, *, may_be_none: bool = False) -> list[str]:
     """Names of the modules to adapt. ``model``: its name in messages.
 
-    Raises AdapterError: RW401 nothing matches, RW402 something matches that is no linear layer or embedding.
+    Raises AdapterError: RW401 nothing matches, RW402 something matches that is no linear layer or embedding, RW431 a
+    layer that cannot adapt, RW432 one that another library quantized.
     """
     matched = [name for name, place in places.items() if _is_target(name, place, config)]
     if not matched and not may_be_none:
         raise AdapterError("RW401", _nothing_matches(config, places, model))
     wrong = [name for name in matched if not places[name].is_adaptable]
+    if reason := next((places[name].why_not for name in wrong if places[name].why_not), ""):
+        named = [name for name in wrong if places[name].why_not == reason]
+        shown = f"{named[0]} ({places[named[0]].kind})" + (f" and {len(named) - 1} more" if len(named) > 1 else "")
+        if places[named[0]].is_foreign:
+            remedy = "give the dense checkpoint, which --method qlora quantizes while it loads"
+            raise AdapterError("RW432", f"{shown} {reason}; {remedy}, or adapt other modules.")
+        raise AdapterError("RW431", f"{shown} {reason}; name linear layers, such as {_examples(places)}.")
     if wrong:
         kinds = ", ".join(f"{name} ({places[name].kind})" for name in wrong[:3])
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -167,7 +179,7 @@ def _is_target(name: str, place: Place, config: LoraConfig) -> bool:
     if config.trains_whole(name):
         return False
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
-        return place.is_linear and not place.is_head
+        return (place.is_linear or place.is_foreign) and not place.is_head
     # As in PEFT a whole name chooses its layer itself.
     is_whole = not isinstance(wanted, str) and name in wanted
     return is_whole or (matches(name, wanted) and is_in_layers(name, config))

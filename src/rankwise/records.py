@@ -68,6 +68,8 @@ class RunRecord:
     # process with the most.
     strategy: str | None = None
     # How several shared the model: ddp or fsdp.
+    learning_rates: dict[str, float] | None = None
+    # Of LoRA+: the peak rate of each group of parameters.
     frozen_bytes: int | None = None
     # The most bytes of frozen weights that one process holds between steps.
     warnings: list[dict[str, str]] = dataclasses.field(default_factory=list)

@@ -91,6 +91,8 @@ def served(method: str, config: Mapping[str, Any]) -> tuple[str, ...]:
     if any(trait in MERGED_ONLY for trait in traits):
         return AS_IT_IS, f"no server takes {_words(traits, MERGED_ONLY)} beside an adapter", ANYWHERE
     r = max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
+    # Of a run's settings: saved on the original weights, pissa's has twice the rank.
+    r *= 2 if str(config.get("init", "")).startswith("pissa") else 1
     return AS_IT_IS, _by_folder("vllm", traits, r), _by_folder("sglang", traits, r), GGUF, ANYWHERE
 
 

@@ -45,7 +45,7 @@ def test_ids_tell_cells_apart():
 def test_every_option_of_train_is_shared_or_has_its_counterpart():
     own = {"model", "data", "eval_data", "output", "method", "learning_rate", "seed"}
     without = {"cache", "sample_prompt", "tensorboard", "report_to", "skip_bad_rows", "devices", "strategy"}
-    without |= {"resume", "overwrite", "dry_run"}
+    without |= {"resume", "overwrite", "dry_run", "new_tokens"}
     shared = shared_training(settings())
     assert set(shared) == set(TrainSettings.model_fields) - own - without
     defaults = {name: TrainSettings.model_fields[name].default for name in shared}
@@ -92,3 +92,37 @@ def test_a_size_that_is_none_is_refused():
     with pytest.raises(ConfigError) as caught:
         settings(memory="much")
     assert caught.value.code == "RW140"
+
+
+def test_a_variant_is_a_method_of_its_own():
+    shared = shared_training(settings(loraplus_ratio=4, use_rslora=False))
+
+    def given(method: str) -> dict[str, object]:
+        return cell_settings(Cell(method, 1e-4, 0), Path("out"), shared, {}, None)
+
+    plain = given("lora")
+    assert (plain["method"], plain["init"], plain["loraplus_ratio"]) == ("lora", "default", 4)
+    chosen = given("qdora+pissa+plus+rslora")
+    assert (chosen["method"], chosen["init"], chosen["loraplus_ratio"]) == ("qdora", "pissa", 16)
+    assert chosen["use_rslora"] is True
+    assert "init" not in given("full")
+    TrainSettings.model_validate({**chosen, "model": "demo", "data": "rows.jsonl"})
+    assert len({Cell(name, 1e-4, 0).id for name in ("lora", "lora+eva", "lora+plus", "qlora+eva")}) == 4
+    check_compare(settings(methods=("lora", "lora+pissa", "dora", "qlora+loftq", "lora+plus", "lora+eva+rslora")))
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("lora+pisa", "'pisa' is no variant"),
+        ("lara+pissa", "'lara' is no method"),
+        ("lora+pissa+eva", "set the same"),
+        ("full+plus", "full has no use for plus"),
+        ("prefix+rslora", "prefix has no use for rslora"),
+        ("dora+loftq", "dora has no use for loftq"),
+    ],
+)
+def test_variants_that_cannot_be_are_refused(method, said):
+    with pytest.raises(ConfigError, match="RW165") as error:
+        check_compare(settings(methods=("lora", method)))
+    assert said in str(error.value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from rankwise.adapters.state import (
     wrappers,
 )
 from rankwise.adapters.targets import place_of
+from rankwise.adapters.token_rows import TokenRows
 from rankwise.compat.torch import own_parameters
 from rankwise.config import LoraConfig
 from rankwise.matching import LeftOut, enabled_parts, pattern_value
@@ -27,8 +28,9 @@ DEFAULT_NAME = "default"
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedModule:
-    """One module that an adapter changes, or one stack of experts. ``kind``: LoRA or DoRA, or "trained whole"
-    (modules_to_save). Of a stack ``name`` is the parameter's, and the features are those of one expert.
+    """One module that an adapter changes, or one stack of experts. Of a stack ``name`` is the parameter's, and the
+    features are those of one expert. ``kind``: LoRA or DoRA, "trained whole" (modules_to_save), or "new tokens"
+    (trainable_token_indices).
     """
 
     name: str
@@ -40,6 +42,13 @@ class AdaptedModule:
     parts: tuple[bool, ...] | None = None
     # How many are stacked; None for a module.
     experts: int | None = None
+    # Token ids whose rows train.
+    tokens: tuple[int, ...] = ()
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether A and B lie over it."""
+        return self.kind in ("LoRA", "DoRA")
 
     @property
     def path(self) -> str:
@@ -77,7 +86,11 @@ def report(model: nn.Module, name: str | None = None) -> AdapterReport:
     state, name = state_and_name(model, name)
     config, modules = state.configs[name], []
     for path, layer in adapted_layers(model, name):
-        modules.append(planned_module(config, path, layer.base_layer))
+        adapter = layer.adapter(name)
+        if not isinstance(adapter, TokenRows):
+            modules.append(planned_module(config, path, layer.base_layer))
+        elif not adapter.is_tied:
+            modules.append(planned_tokens(path, layer.base_layer, adapter.ids.tolist()))
     for path, experts in adapted_experts(model, name):
         leaves = (f"{path}.{leaf}" for leaf in stacks_of(experts, name))
         modules += [planned_stack(config, stack, {path: experts.base_layer}) for stack in leaves]
@@ -131,6 +144,10 @@ def planned_module(config: LoraConfig, name: str, base: nn.Module) -> AdaptedMod
     lora_alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
     parts = enabled_parts(config, name, place_of(base))
     return AdaptedModule(name, "DoRA" if config.use_dora else "LoRA", *features(base), r, lora_alpha, parts)
+
+
+def planned_tokens(name: str, base: nn.Module, ids: Iterable[int]) -> AdaptedModule:
+    return AdaptedModule(name, "new tokens", *features(base), 0, 0, tokens=tuple(ids))
 
 
 def planned_stack(config: LoraConfig, name: str, modules: Mapping[str, nn.Module]) -> AdaptedModule:

@@ -45,13 +45,40 @@ def is_linear(module: nn.Module) -> bool:
     """A linear layer that can be read: another library's packed weights without ``dequantize`` cannot. Layers that are
     linear by class alone (``OTHER_RESULTS``) are none.
     """
-    if type(module).__name__ in OTHER_RESULTS:
+    if type(module).__name__ in OTHER_RESULTS or why_not(module):
         return False
     if all(hasattr(module, name) for name in ("in_features", "out_features", "dequantize")):
         return True
     weight = getattr(module, "weight", None)
     readable = isinstance(weight, Tensor) and weight.is_floating_point()
     return readable and (isinstance(module, nn.Linear) or is_conv1d(module))
+
+
+def why_not(module: nn.Module) -> str:
+    """Why a layer that holds a weight of its own cannot adapt; "" where it can, or its kind says enough."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "is a convolution, whose update is no product A, B of a layer's input, and no server takes one"
+    # By name, as above: torch gives MultiheadAttention's out_proj a class of its own.
+    if isinstance(module, nn.MultiheadAttention) or type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return "belongs to torch's MultiheadAttention, which multiplies by its weights past any layer's forward"
+    if stored := foreign_format(module):
+        return f"holds its weight as {stored}, which rankwise cannot read"
+    return ""
+
+
+def foreign_format(module: nn.Module) -> str:
+    """What a linear layer that another library quantized holds in place of its weight; "" for any other module."""
+    if hasattr(module, "dequantize") or not hasattr(module, "in_features"):
+        return ""
+    packed = next((name for name in ("qweight", "W_q", "weight_packed") if hasattr(module, name)), "")
+    weight = getattr(module, "weight", None)
+    if packed or not isinstance(weight, Tensor):
+        return f"{packed} of a {type(module).__name__}" if packed else ""
+    kind = type(weight)
+    if kind.__module__.partition(".")[0] not in ("torch", "rankwise"):
+        return f"{kind.__module__.partition('.')[0]}'s {kind.__name__}"
+    # Scales lie beside it.
+    return str(weight.dtype) if weight.dtype.itemsize == 1 else ""
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -25,6 +25,7 @@ from rankwise.adapters.attached import (
     report,
     trained_copies,
 )
+from rankwise.adapters.base_layer import is_quantized
 from rankwise.adapters.experts import (
     from_peft_A,
     from_peft_B,
@@ -36,12 +37,14 @@ from rankwise.adapters.inject import (
     attach,
     disable_adapter,
     enable_adapter,
+    make_room,
     plan_adapter,
     remove_adapter,
 )
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.peft_config import CONFIG_FILE, from_peft, read_config
 from rankwise.adapters.saving import (
+    INIT_KEY,
     PARTS_FIELDS,
     PARTS_KEY,
     PREFIX,
@@ -58,12 +61,16 @@ from rankwise.adapters.state import (
     state_and_name,
     unwrapped,
 )
+from rankwise.adapters.token_rows import KEY as TOKENS
+from rankwise.adapters.token_rows import TokenRows
 from rankwise.compat.torch import own_parameters
 from rankwise.config import LoraConfig
-from rankwise.errors import AdapterError, ConfigError
+from rankwise.errors import AdapterError, ConfigError, warn
 from rankwise.foreign import parse_json
 from rankwise.quantization.listing import some_of
 from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
+
+BELONGS_ON_FOUR_BITS = "so it answers the rounding of a 4-bit base, which dense weights do not have"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +83,15 @@ class AdapterFile:
 
 
 def read_adapter(model: nn.Module, folder: str | Path, name: str = DEFAULT_NAME) -> AdapterFile:
-    """Read a PEFT folder for ``model``, which may lie on the meta device and does not change.
+    """Read a PEFT folder for ``model``, which may lie on the meta device and does not change, but for room for new
+    tokens.
 
     Raises AdapterError: RW409 files that cannot be read, RW410 a configuration that cannot be honoured, RW411 with
     every tensor that does not fit this model, RW412 values that are not finite, and those of ``add_adapter``.
     """
     folder = Path(folder)
     config, header = read_folder(folder)
+    make_room(model, config)
     planned = plan_adapter(model, config, name, is_foreign=True)
     _check_fit(model, config, planned, {key: info.shape for key, info in header.tensors.items()}, folder)
     _check_dtypes({key: info.dtype for key, info in header.tensors.items()}, folder)
@@ -113,8 +122,13 @@ def load_adapter(
     Raises:
         AdapterError: For a folder that cannot be read or does not fit, as ``read_adapter`` says. The model is then
             unchanged.
+
+    Warns (RW433) of LoftQ's adapter over a base that is not 4-bit.
     """
     file = read_adapter(model, folder, name)
+    modules = dict(base_modules(model))
+    if file.config.init.kind == "loftq" and not any(is_quantized(modules[item.path]) for item in file.planned):
+        warn("RW433", f"the adapter in {folder} started by loftq, {BELONGS_ON_FOUR_BITS}; load the base in 4 bits.")
     attach(model, file.config, file.planned, name, trainable=trainable)
     try:
         load_tensors(model, file.tensors, name)
@@ -174,6 +188,8 @@ def _key_of_B(base: nn.Module, item: AdaptedModule, file: AdapterFile) -> str:
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str | None = None) -> None:
     """Copy tensors, keyed and shaped as in PEFT's file, into an adapter that is already in place."""
     state, name = state_and_name(model, name)
+    if state.configs[name].init.kind == "pissa":
+        tensors = {**tensors, **_own_ranks(model, tensors, name)}
     layers = {PREFIX + path: layer for path, layer in adapted_layers(model, name)}
     for key, parameter in adapter_parameters(model, name).items():
         layer = layers.get(key.partition(".lora_")[0])
@@ -187,6 +203,35 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str | No
             if f"{PREFIX}{path}.{key}" in tensors:
                 buffer.copy_(tensors[f"{PREFIX}{path}.{key}"])
     _load_end_weights(model, tensors, state, name)
+
+
+def _own_ranks(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The A and B that train, of pissa's [A; A_0] and [B, -B_0]; the layers take over A_0 and B_0 as stored.
+
+    Raises AdapterError (RW428) where those are not what was taken out of this model's weights.
+    """
+    found: dict[str, Tensor] = {}
+    for path, layer in adapted_layers(model, name):
+        if isinstance(layer.adapter(name), TokenRows):
+            continue
+        key_A, key_B, *_ = tensor_keys(path, layer.base_layer, False)
+        (A, A_0), (B, B_0) = tensors[key_A].chunk(2), tensors[key_B].chunk(2, dim=1)
+        found |= {key_A: A, key_B: B}
+        if (origin := layer.origin) is None:
+            continue
+        A_0, B_0 = A_0.to(origin.A), -B_0.to(origin.B)
+        if not (torch.equal(A_0, origin.A) and torch.equal(B_0, origin.B)):
+            # Vectors may differ in sign between machines; their product does not.
+            now, then = (origin.B.float() @ origin.A.float()), (B_0.float() @ A_0.float())
+            if not (now - then).norm() <= 1e-3 * now.norm():
+                raise AdapterError(
+                    "RW428",
+                    f"the stored adapter began at other singular vectors of {path} than this model has; go on with the "
+                    "same base, init and seed.",
+                )
+            origin.A.copy_(A_0)
+            origin.B.copy_(B_0)
+    return found
 
 
 def _load_end_weights(model: nn.Module, tensors: Mapping[str, Tensor], state: AdapterState, name: str) -> None:
@@ -229,6 +274,8 @@ def _compact(key: str, tensor: Tensor, layer: AdaptedLayer, name: str) -> Tensor
 
 def _with_parts(config: LoraConfig, metadata: Mapping[str, str]) -> LoraConfig:
     """The inverse of ``_as_one_lora``, by what the file's metadata says. Raises AdapterError (RW409)."""
+    if metadata.get(INIT_KEY) == "loftq":
+        config = dataclasses.replace(config, init_lora_weights="loftq")
     if PARTS_KEY not in metadata:
         return config
     try:
@@ -268,6 +315,9 @@ def _expected_shapes(model: nn.Module, config: LoraConfig, planned: list[Adapted
     shapes: dict[str, tuple[int, ...]] = {}
     for item in planned:
         base = modules[item.path]
+        if item.kind == "new tokens":
+            shapes[f"{PREFIX}{item.name}.{TOKENS}"] = (len(item.tokens), base.get_parameter("weight").shape[1])
+            continue
         if item.kind == "trained whole":
             shapes |= {f"{PREFIX}{item.name}.{key}": tuple(value.shape) for key, value in base.state_dict().items()}
             continue
@@ -282,7 +332,7 @@ def _expected_shapes(model: nn.Module, config: LoraConfig, planned: list[Adapted
         }
         keys = tensor_keys(item.name, base, config.use_dora)
         shapes |= {key: by_attribute[attribute] for key, attribute in keys.items()}
-    adapted = {item.name for item in planned if item.kind != "trained whole"}
+    adapted = {item.name for item in planned if item.is_pair}
     return shapes | _expected_biases(modules, config, adapted)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,16 +17,20 @@ from rankwise.adapters.attached import (
     adapted_layers,
     planned_module,
     planned_stack,
+    planned_tokens,
     report,
     trained_copies,
     whole_features,
 )
-from rankwise.adapters.base_layer import weight_device, weight_dtype
+from rankwise.adapters.base_layer import is_quantized, weight_device, weight_dtype
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.embedding import EmbeddingLora
+from rankwise.adapters.eva import Batch
 from rankwise.adapters.experts import AdaptedExperts, ExpertsLora, StackLora, stack_shape
+from rankwise.adapters.inits import Beginning, Pair, beginning
 from rankwise.adapters.layer import AdaptedLayer, OverBase, TrainedCopy
 from rankwise.adapters.lora import Lora
+from rankwise.adapters.origin import Origin
 from rankwise.adapters.parameters import experts_left_out, names_in, parameter_names
 from rankwise.adapters.saving import SavePretrained
 from rankwise.adapters.state import (
@@ -43,6 +47,7 @@ from rankwise.adapters.state import (
     wrappers,
 )
 from rankwise.adapters.targets import module_names, places_of
+from rankwise.adapters.token_rows import TokenRows
 from rankwise.compat.torch import gathered, own_parameters
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError
@@ -53,25 +58,41 @@ Kind = TypeVar("Kind", AdaptedLayer, AdaptedExperts, TrainedCopy)
 BASE_ROW = "__base__"
 
 
-def add_adapter(model: nn.Module, config: LoraConfig, *, name: str = DEFAULT_NAME) -> AdapterReport:
+def add_adapter(
+    model: nn.Module,
+    config: LoraConfig,
+    *,
+    name: str = DEFAULT_NAME,
+    originals: nn.Module | None = None,
+    batches: Iterable[Batch] | None = None,
+) -> AdapterReport:
     """Freeze the model, add a new adapter to its target modules in place, and make it the active one.
 
     Args:
         model: Any PyTorch model, dense or 4-bit.
         config: Rank, scale, targets and kind of the adapter.
         name: The adapter's name among those of the model.
+        originals: For ``init_lora_weights`` "pissa" and "loftq" over a 4-bit base, the model before it was quantized.
+            A model that ``load_model`` quantized is read again without it.
+        batches: For "eva", training rows: dicts of input_ids (B, L) and, where there are any, attention_mask and
+            labels. They are gone through again until the directions settle.
 
     Returns:
         What was adapted and what was left out; ``print`` shows it as a sentence.
 
     Raises:
-        AdapterError: RW401 to RW404 and RW419 for targets that are not there or cannot adapt, RW405 for a name that is
-            taken or cannot be one, RW406 for a second adapter that trains biases. The model is then unchanged.
+        AdapterError: RW401 to RW404, RW419, RW431 and RW432 for targets that are not there or cannot adapt, RW434 for
+            rows of new tokens, RW405 for a name that is taken or cannot be one, RW406 for a second adapter beside one
+            that changes the base, RW423 and RW425 to RW429 for an init that cannot be. The model is then unchanged.
 
-    Warns of settings that match nothing (RW420), and of experts that "all-linear" leaves out (RW422).
+    Warns of settings that match nothing (RW420), of experts that "all-linear" leaves out (RW422), and of directions of
+    EVA that do not settle (RW430).
     """
     planned = plan_adapter(model, config, name)
-    return attach(model, config, planned, name)
+    start = beginning(model, config, planned, originals, batches)
+    if start is None:
+        return attach(model, config, planned, name)
+    return attach(model, start.config, start.planned, name, start=start)
 
 
 def plan_adapter(
@@ -100,11 +121,63 @@ def plan_adapter(
     planned = [planned_module(config, target, modules[target]) for target in targets]
     planned += [planned_stack(config, stack, modules) for stack in stacks]
     saved = module_names(modules, config.modules_to_save or ())
-    return planned + [AdaptedModule(item, "trained whole", *whole_features(modules[item]), 0, 0) for item in saved]
+    planned += [AdaptedModule(item, "trained whole", *whole_features(modules[item]), 0, 0) for item in saved]
+    return planned + _planned_rows(model, config, modules, {item.name for item in planned})
+
+
+def _planned_rows(
+    model: nn.Module, config: LoraConfig, modules: Mapping[str, nn.Module], taken: Collection[str]
+) -> list[AdaptedModule]:
+    """The modules of ``trainable_token_indices``. Raises AdapterError: RW434 for one that has no such rows."""
+    planned: list[AdaptedModule] = []
+    for key, ids in config.token_rows.items():
+        names = [name for name, module in modules.items() if module is input_embedding(model)]
+        names = names if key is None else module_names(modules, [key])
+        fits = [name for name in names if isinstance(modules[name], nn.Embedding | nn.Linear) and name not in taken]
+        if len(fits) != 1 or len(names) != 1:
+            raise AdapterError(
+                "RW434",
+                f"trainable_token_indices names {'the input embedding' if key is None else repr(key)}, which is "
+                f"{', '.join(names) or 'no module'}; name one embedding or head that adapts in no other way.",
+            )
+        weight = modules[fits[0]].get_parameter("weight")
+        if any(modules[item.name].get_parameter("weight") is weight for item in planned):
+            # The head of an embedding that is named too.
+            continue
+        rows = weight.shape[0]
+        if max(ids) >= rows:
+            raise AdapterError(
+                "RW434",
+                f"trainable_token_indices names token {max(ids)}, and {fits[0]} has {rows:,} rows; call "
+                "model.resize_token_embeddings first.",
+            )
+        planned.append(planned_tokens(fits[0], modules[fits[0]], ids))
+    return planned
+
+
+def make_room(model: nn.Module, config: LoraConfig) -> None:
+    """Resize embedding and head for the tokens of a stored adapter, whose rows come with it."""
+    most = max((max(ids) for ids in config.token_rows.values()), default=-1)
+    embedding = input_embedding(model)
+    if embedding is not None and most >= embedding.get_parameter("weight").shape[0]:
+        resize: Callable[..., Any] = model.resize_token_embeddings  # type: ignore[assignment]
+        resize(most + 1, mean_resizing=False)
+
+
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    find = getattr(model, "get_input_embeddings", None)
+    found = find() if callable(find) else None
+    return None if found is None else unwrapped(found)
 
 
 def attach(
-    model: nn.Module, config: LoraConfig, planned: list[AdaptedModule], name: str, *, trainable: bool = True
+    model: nn.Module,
+    config: LoraConfig,
+    planned: list[AdaptedModule],
+    name: str,
+    *,
+    trainable: bool = True,
+    start: Beginning | None = None,
 ) -> AdapterReport:
     """Carry out a plan: wrap, initialise, activate."""
     state = adapter_state(model, create=True)
@@ -116,13 +189,16 @@ def attach(
     for item in planned:
         if item.kind == "trained whole":
             _wrap(model, item.name, TrainedCopy).add(name)
+        elif item.kind == "new tokens":
+            _add_rows(model, item, name)
         elif item.experts is not None:
             _add_stack(_wrap(model, item.path, AdaptedExperts), config, item, name)
         else:
             layer = _wrap(model, item.name, AdaptedLayer)
             # DoRA's magnitudes are norms of whole rows.
             with gathered(model, item.name) if config.use_dora else nullcontext():
-                adapter = _new_adapter(config, item, layer.base_layer).train(layer.training)
+                pair = _begin(layer, item, config, start)
+                adapter = _new_adapter(config, item, layer.base_layer, pair).train(layer.training)
             layer.adapters[name] = adapter
             layer.is_head = layer.base_layer is _output_head(model)
             if isinstance(adapter, Dora):
@@ -206,11 +282,17 @@ def mixed_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     state = adapter_state(model)
     for name in {*names} - {BASE_ROW}:
         state_and_name(model, name)
-        if state.replaced.get(name) or any(True for _ in (*adapted_experts(model, name), *trained_copies(model, name))):
+        origins = any(layer.origin is not None for _, layer in adapted_layers(model, name))
+        if (
+            origins
+            or state.replaced.get(name)
+            or any(True for _ in (*adapted_experts(model, name), *trained_copies(model, name)))
+        ):
             raise AdapterError(
                 "RW624",
-                f"the adapter {name!r} changes more than linear layers and embeddings (biases, modules trained whole "
-                "or stacked experts), which one batch cannot mix; switch between requests with set_adapter.",
+                f"the adapter {name!r} changes more than linear layers and embeddings (biases, modules trained whole, "
+                "stacked experts, or weights that pissa took a part of), which one batch cannot mix; switch between "
+                "requests with set_adapter.",
             )
     layers = [module for _, module in wrappers(model) if isinstance(module, AdaptedLayer)]
     with adapter_disabled(model):
@@ -226,13 +308,26 @@ def mixed_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 def remove_adapter(model: nn.Module, name: str | None = None) -> None:
     """Remove an adapter, by default the active one. Layers without any adapter become plain layers again.
 
-    The base weights are as they were before the adapter was added.
+    The base weights are as they were before the adapter was added; after PiSSA they are so to rounding.
+
+    Raises:
+        AdapterError: RW424 for a PiSSA adapter over 4-bit layers, which hold what PiSSA left of their weights.
     """
     state, name = state_and_name(model, name)
+    rests = [layer for _, layer in adapted_layers(model, name) if layer.origin is not None]
+    if any(is_quantized(layer.base_layer) for layer in rests):
+        raise AdapterError(
+            "RW424",
+            f"the 4-bit base holds what pissa left of its weights, so the adapter {name!r} cannot be taken out; load "
+            "the model again.",
+        )
     disable_adapter(model)
     del state.configs[name]
     state.replaced.pop(name, None)
     state.inference_only.discard(name)
+    for layer in rests:
+        assert isinstance(layer.origin, Origin), "chosen so"
+        layer.base_layer, layer.origin = layer.origin.restored(layer.base_layer), None
     for path, module in list(wrappers(model)):
         if name in module.adapters:
             del module.adapters[name]
@@ -264,17 +359,49 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return None if head is None else unwrapped(head)
 
 
+def _add_rows(model: nn.Module, item: AdaptedModule, name: str) -> None:
+    """Rows of an embedding or head, and the same ones of the head that shares the embedding's weight."""
+    layer = _wrap(model, item.name, AdaptedLayer)
+    own = TokenRows(layer.base_layer, list(item.tokens))
+    layer.adapters[name] = own.train(layer.training)
+    head = _output_head(model)
+    layer.is_head = layer.base_layer is head
+    if head is None or layer.is_head or head.weight is not layer.base_layer.weight:
+        return
+    path = next(path for path, module in base_modules(model) if module is head)
+    tied = _wrap(model, path, AdaptedLayer)
+    tied.adapters[name] = TokenRows(head, list(item.tokens), own.rows).train(tied.training)
+    tied.is_head = True
+
+
 def _add_stack(experts: AdaptedExperts, config: LoraConfig, item: AdaptedModule, name: str) -> None:
     if name not in experts.adapters:
         experts.adapters[name] = ExpertsLora().train(experts.training)
     stack = stack_shape(experts.base_layer, item.leaf)
     dtype = torch.float32 if config.adapter_dtype == "float32" else stack.dtype
     lora = StackLora(stack, item.r, config.scaling(item.r, item.lora_alpha), dtype=dtype)
-    lora.reset_parameters(zero_b=config.init_lora_weights)
+    lora.reset_parameters(zero_b=config.init.kind != "random")
     experts.adapter(name).stacks[item.leaf] = lora
 
 
-def _new_adapter(config: LoraConfig, item: AdaptedModule, base: nn.Module) -> Lora | Dora | EmbeddingLora:
+@torch.no_grad()
+def _begin(layer: AdaptedLayer, item: AdaptedModule, config: LoraConfig, start: Beginning | None) -> Pair | None:
+    """The pair that an initialisation gives a layer; pissa also takes it out of the base."""
+    base = layer.base_layer
+    pair = None if start is None else start.pair(item, base)
+    if start is None or pair is None or config.init.kind != "pissa":
+        return pair
+    dtype = torch.float32 if config.adapter_dtype == "float32" else weight_dtype(base)
+    # What is taken out is what the adapter holds, rounded as it is.
+    A, B = (part.to(dtype) for part in pair)
+    layer.origin = Origin(A, B, config.scaling(item.r, item.lora_alpha))
+    layer.base_layer = layer.origin.taken_out_of(base, start.weight(item, base))
+    return A, B
+
+
+def _new_adapter(
+    config: LoraConfig, item: AdaptedModule, base: nn.Module, pair: Pair | None
+) -> Lora | Dora | EmbeddingLora:
     dtype = torch.float32 if config.adapter_dtype == "float32" else weight_dtype(base)
     device, scaling = weight_device(base), config.scaling(item.r, item.lora_alpha)
     adapter: Lora | Dora | EmbeddingLora
@@ -283,7 +410,13 @@ def _new_adapter(config: LoraConfig, item: AdaptedModule, base: nn.Module) -> Lo
     else:
         kind = Dora if config.use_dora else Lora
         adapter = kind(base, item.r, scaling, dropout=config.lora_dropout, parts=item.parts, dtype=dtype, device=device)
-    adapter.reset_parameters(base, zero_b=config.init_lora_weights)
+    adapter.reset_parameters(base, zero_b=config.init.kind != "random")
+    if pair is not None:
+        with torch.no_grad():
+            adapter.lora_A.copy_(pair[0])
+            adapter.lora_B.copy_(pair[1])
+            if adapter.magnitude is not None:
+                adapter.magnitude.copy_(adapter.row_norms(base))
     return adapter
 
 
@@ -306,8 +439,10 @@ def check_name(model: nn.Module, config: LoraConfig, name: str) -> None:
     if name in configs:
         remedy = f"give another name, or remove that one with rankwise.remove_adapter(model, {name!r})"
         raise AdapterError("RW405", f"the model already has an adapter {name!r}; {remedy}.")
-    if configs and any(other.bias != "none" for other in [*configs.values(), config]):
+    changing = (other.bias != "none" or other.init.kind == "pissa" for other in [*configs.values(), config])
+    if configs and any(changing):
         raise AdapterError(
             "RW406",
-            'adapters that train biases change the base itself and stand alone; use bias="none" for several.',
+            "adapters that train biases or start by pissa change the base itself and stand alone; for several use "
+            'bias="none" and another init.',
         )

@@ -17,6 +17,8 @@ from rankwise.adapters.base_layer import frozen_product
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.lora import Lora
 from rankwise.adapters.operator import Adapter
+from rankwise.adapters.origin import Origin
+from rankwise.adapters.token_rows import TokenRows
 from rankwise.errors import AdapterError
 from rankwise.ops.selection import is_traced
 from rankwise.quantization.linear import features
@@ -38,6 +40,8 @@ class OverBase(nn.Module, Generic[Over]):
         self.active: str | None = None
         # Adapters whose A and B take the dtype that the base is cast to (``adapter_dtype="base"``).
         self.cast_with_base: set[str] = set()
+        # What an adapter's initialisation took out of the base.
+        self.origin: Origin | None = None
         keep_names(self, "base_layer")
 
     def adapter(self, name: str) -> Over:
@@ -53,6 +57,8 @@ class OverBase(nn.Module, Generic[Over]):
             self.base_layer._apply(fn)
             for name, adapter in self.adapters.items():
                 adapter._apply(_keeping_precision(adapter, fn, cast_pair=name in self.cast_with_base))
+            if self.origin is not None:
+                self.origin._apply(_keeping_precision(self.origin, fn, cast_pair=bool(self.cast_with_base)))
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -71,6 +77,8 @@ def _keeping_precision(
 
     def apply(tensor: Tensor) -> Tensor:
         moved = fn(tensor)
+        if not moved.is_floating_point():
+            return moved
         m = getattr(adapter, "magnitude", None)
         # A gradient is cast beside its parameter.
         is_magnitude = m is not None and (tensor is m or tensor is m.grad)
@@ -98,7 +106,9 @@ class AdaptedLayer(OverBase[Adapter]):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.active is None:
-            return self.base_layer(x) if self.mixed is None else self._mixed_output(x, self.mixed)
+            if self.mixed is not None:
+                return self._mixed_output(x, self.mixed)
+            return self.base_layer(x) if self.origin is None else self.origin(self.base_layer, x)
         # What members have waiting for each other is not for graphs, which compute them apart anyway.
         if self.shared is not None and not is_traced() and (y := self.shared.output(self, x)) is not None:
             return y
@@ -134,7 +144,7 @@ class AdaptedLayer(OverBase[Adapter]):
     @property
     def weight(self) -> Tensor:
         """The base's, for models that peek at a layer's dtype; of an output head the adapted one, with gradients."""
-        if self.is_head and isinstance(adapter := self.at_work, Lora | Dora):
+        if self.is_head and isinstance(adapter := self.at_work, Lora | Dora | TokenRows):
             return adapter.effective_weight(self.base_layer)
         return self.base_layer.weight  # type: ignore[return-value]
 

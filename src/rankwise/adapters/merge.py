@@ -10,8 +10,9 @@ from torch import nn
 from rankwise.adapters.base_layer import with_weight
 from rankwise.adapters.experts import AdaptedExperts
 from rankwise.adapters.inject import enable_adapter
-from rankwise.adapters.layer import TrainedCopy
+from rankwise.adapters.layer import AdaptedLayer, TrainedCopy
 from rankwise.adapters.state import Wrapper, adapter_state, inner_module, state_and_name, wrappers
+from rankwise.adapters.token_rows import TokenRows
 from rankwise.compat.transformers import tie_weights_as
 from rankwise.errors import AdapterError
 
@@ -34,9 +35,13 @@ def merge_adapter(model: nn.Module, *, reversible: bool = True) -> None:
     state, _ = state_and_name(model, None)
     enable_adapter(model)
     wrapped = list(wrappers(model))
-    changes_tied = _touches_tied_weight(model, wrapped)
+    changes_tied = _touches_tied_weight(model, wrapped) and not _has_tied_rows(wrapped)
     for path, module in wrapped:
         model.set_submodule(path, _merged(module))
+    if _has_tied_rows(wrapped):
+        # Both were given the same rows.
+        ends: Any = model
+        ends.get_output_embeddings().weight = ends.get_input_embeddings().weight
     if changes_tied:
         state.tied_before_merge = _untie_head(model)
     state.merged = wrapped
@@ -75,6 +80,13 @@ def _touches_tied_weight(model: nn.Module, wrapped: list[tuple[str, Wrapper]]) -
     finders: list[Any] = [getattr(model, name, None) for name in ("get_output_embeddings", "get_input_embeddings")]
     ends = [find() for find in finders if find is not None]
     return any(module is end for _, module in wrapped for end in ends)
+
+
+def _has_tied_rows(wrapped: list[tuple[str, Wrapper]]) -> bool:
+    adapters = (
+        module.adapter(module.active) for _, module in wrapped if isinstance(module, AdaptedLayer) and module.active
+    )
+    return any(isinstance(adapter, TokenRows) and adapter.is_tied for adapter in adapters)
 
 
 def _untie_head(model: nn.Module) -> tuple[bool, dict[str, str]] | None:

@@ -29,6 +29,7 @@ _SHARED_FIELDS = (
     "modules_to_save",
     "layers_to_transform",
     "layers_pattern",
+    "trainable_token_indices",
     "use_dora",
     "use_rslora",
 )
@@ -41,7 +42,6 @@ _FIXED_FIELDS: dict[str, Any] = {
     "layer_replication": None,
     "lora_bias": False,
     "megatron_config": None,
-    "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
     "velora_config": None,
@@ -57,6 +57,7 @@ def to_peft(config: LoraConfig, targets: str | Sequence[str], base_model: str | 
     fields |= {
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "lora_alpha": _whole(config.lora_alpha),
+        "trainable_token_indices": _as_lists(config.trainable_token_indices),
         "alpha_pattern": {key: _whole(value) for key, value in config.alpha_pattern.items()},
         "rank_pattern": dict(config.rank_pattern),
         "base_model_name_or_path": base_model,
@@ -106,6 +107,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 def scaled_alpha(config: LoraConfig) -> Callable[[float, int], float]:
     """How lora_alpha grows when n parts of rank r become one LoRA of rank n r at the same scale."""
     return (lambda alpha, n: alpha * n**0.5) if config.use_rslora else (lambda alpha, n: alpha * n)
+
+
+def _as_lists(rows: Sequence[int] | Mapping[str, Sequence[int]] | None) -> Any:
+    return {key: list(ids) for key, ids in rows.items()} if isinstance(rows, Mapping) else rows and list(rows)
 
 
 def _whole(value: float) -> float | int:

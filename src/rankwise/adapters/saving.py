@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.attached import (
@@ -32,6 +33,8 @@ from rankwise.adapters.fused import enabled_rows, to_blocks
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.peft_config import CONFIG_FILE, scaled_alpha, to_peft
 from rankwise.adapters.state import AdapterState, base_modules, base_parameter, state_and_name
+from rankwise.adapters.token_rows import KEY as TOKENS
+from rankwise.adapters.token_rows import TokenRows
 from rankwise.compat.transformers import is_experts_family
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError, warn
@@ -42,6 +45,8 @@ from rankwise.records import write_bytes, write_json
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PARTS_KEY = "rankwise.enable_lora"
+# Of an adapter that belongs on 4-bit weights: "loftq", which PEFT's fields cannot say without starting it anew.
+INIT_KEY = "rankwise.init"
 # What PEFT's fields cannot say of a fused projection; kept in the metadata.
 PARTS_FIELDS = ("enable_lora", "rank_pattern", "alpha_pattern")
 # transformers' name of a Trainer's checkpoint.
@@ -102,7 +107,8 @@ def _save(model: nn.Module, state: AdapterState, folder: Path, state_dict: Mappi
         live = {id(parameter) for parameter in adapter_parameters(model, state.active).values()}
         named = model.state_dict(keep_vars=True).items()
         source = {key: value for key, value in named if id(value) in live}
-        tensors = {key: (state_dict or source)[key].detach().cpu().contiguous() for key in source}
+        # Copies: a tied head has the rows of the embedding's new tokens.
+        tensors = {key: (state_dict or source)[key].detach().to("cpu", copy=True).contiguous() for key in source}
         write_bytes(folder / TRAINER_WEIGHTS, safetensors.torch.save(tensors, {"format": "pt"}))
 
 
@@ -111,12 +117,15 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
 
     A is (r, in), B is (out, r) and DoRA's magnitude is (out,). Adapters on E stacked experts have A (E, r, in) and B
     (E, out, r). For a partly adapted fused projection the parameters are the compact A, B and m, which the file holds
-    expanded.
+    expanded. For PiSSA they are the r ranks that train, of the file's 2r.
     """
     state, name = state_and_name(model, name)
     found: dict[str, nn.Parameter] = {}
     for path, layer in adapted_layers(model, name):
         adapter = layer.adapter(name)
+        if isinstance(adapter, TokenRows):
+            found |= {} if adapter.is_tied else {f"{PREFIX}{path}.{TOKENS}": adapter.rows}
+            continue
         for key, attribute in tensor_keys(path, layer.base_layer, adapter.magnitude is not None).items():
             found[key] = getattr(adapter, attribute)
     for path, experts in adapted_experts(model, name):
@@ -156,7 +165,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     state, name = state_and_name(model, name)
     config = state.configs[name]
-    modules = [item for item in report(model, name).modules if item.kind != "trained whole"]
+    modules = [item for item in report(model, name).modules if item.is_pair]
     document = to_peft(
         _as_one_lora(config, modules),
         _portable_targets(model, config, modules),
@@ -165,6 +174,8 @@ def save_adapter(
     )
     _warn_of_former_experts(model, [path for path, _ in adapted_layers(model, name)])
     metadata = {"format": "pt"}
+    if config.init.kind == "loftq":
+        metadata[INIT_KEY] = config.init.kind
     if config.enable_lora:
         metadata[PARTS_KEY] = json.dumps({name: _plain(getattr(config, name)) for name in PARTS_FIELDS})
     write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(adapter_tensors(model, name, state_dict), metadata))
@@ -211,6 +222,8 @@ def adapter_tensors(
     for path, experts in adapted_experts(model, name):
         stacked = stack_parameters(path, stacks_of(experts, name))
         tensors |= {key: peft_A(tensors[key]) if "lora_A" in key else peft_B(tensors[key]) for key in stacked}
+    if state.configs[name].init.kind == "pissa":
+        tensors |= _on_first_weights(model, name, tensors)
     for path, copy in trained_copies(model, name):
         tensors |= {f"{PREFIX}{path}.{key}": value.detach() for key, value in copy.adapters[name].named_buffers()}
     replaced = _replaced_tensors(model, state, name)
@@ -242,6 +255,22 @@ def _expanded(
         m = adapter.full_magnitude(layer.base_layer)
         rows = enabled_rows(adapter.parts, m.shape[0], m.device)
         found[key_of["magnitude"]] = m.index_copy(0, rows, tensors[key_of["magnitude"]].to(m))
+    return found
+
+
+def _on_first_weights(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """[A; A_0] and [B, -B_0]: pissa's pairs as LoRA of rank 2r on the weights that they were taken out of."""
+    found: dict[str, Tensor] = {}
+    for path, layer in adapted_layers(model, name):
+        if isinstance(layer.adapter(name), TokenRows):
+            continue
+        key_A, key_B, *_ = tensor_keys(path, layer.base_layer, False)
+        A, B = tensors[key_A], tensors[key_B]
+        # An embedding begins by default.
+        first = (
+            (A.new_zeros(A.shape), B.new_zeros(B.shape)) if layer.origin is None else (layer.origin.A, layer.origin.B)
+        )
+        found |= {key_A: torch.cat([A, first[0].to(A)]), key_B: torch.cat([B, -first[1].to(B)], dim=1)}
     return found
 
 
@@ -278,8 +307,16 @@ def stack_parameters(path: str, stacks: Mapping[str, StackLora]) -> dict[str, nn
 
 
 def _as_one_lora(config: LoraConfig, modules: list[AdaptedModule]) -> LoraConfig:
-    """The configuration by which PEFT computes the same: fused projections as one LoRA of rank n r."""
+    """The configuration by which PEFT computes the same: fused projections as one LoRA of rank n r, pissa's of 2 r."""
     ranks, alphas, grow = {}, {}, scaled_alpha(config)
+    if config.init.kind == "pissa":
+        return dataclasses.replace(
+            config,
+            r=2 * config.r,
+            lora_alpha=grow(config.lora_alpha, 2),
+            rank_pattern={key: 2 * r for key, r in config.rank_pattern.items()},
+            alpha_pattern={key: grow(alpha, 2) for key, alpha in config.alpha_pattern.items()},
+        )
     for item in modules:
         if item.parts is not None:
             ranks[item.name] = item.r * sum(item.parts)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from rankwise.adapters.base_layer import is_adaptable, is_linear
+from rankwise.adapters.base_layer import foreign_format, is_adaptable, is_linear, why_not
 from rankwise.matching import Place, Places, matches
 from rankwise.quantization.linear import features
 
@@ -22,7 +22,10 @@ def places_of(modules: Modules, head: nn.Module | None) -> Places:
 def place_of(module: nn.Module, *, is_head: bool = False) -> Place:
     adapts = is_adaptable(module)
     outputs = features(module)[1] if adapts else 0
-    return Place(type(module).__name__, is_linear(module), adapts, is_head, outputs)
+    reason = "" if adapts else why_not(module)
+    return Place(
+        type(module).__name__, is_linear(module), adapts, is_head, outputs, reason, bool(foreign_format(module))
+    )
 
 
 def module_names(modules: Modules, wanted: Sequence[str]) -> list[str]:

@@ -43,12 +43,15 @@ def sha256_of_base(adapter: Path) -> str | None:
 
 
 def quantization_of(adapter: Path) -> FourBitConfig | None:
-    """The 4-bit format of the base that a run trained on, by its record; None for a 16-bit base or without a record.
+    """The 4-bit format of the base that a run's adapter belongs on, by its record; None for a 16-bit base or without a
+    record. It is that of training, but for pissa: its adapter belongs on the original weights, and what it left of them
+    was in 4 bits.
 
     Raises RunError (RW501) for a description that is none.
     """
-    stored = _facts(adapter).get("quantization")
-    if not stored:
+    record = _record(adapter)
+    stored = None if record is None else record.base_model.get("quantization")
+    if record is None or not stored or str(record.settings.get("init", "")).startswith("pissa"):
         return None
     from rankwise.quantization.config import METHOD, FourBitConfig, rewrite_bitsandbytes_config
 

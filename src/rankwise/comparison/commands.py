@@ -16,7 +16,7 @@ from rankwise.comparison.runner import steps_of
 from rankwise.comparison.schedule import Plan, probe_of
 from rankwise.comparison.settings import CompareSettings, shared_training
 from rankwise.comparison.stages import Job
-from rankwise.config import BASELINES
+from rankwise.config import BASELINES, variant_of
 from rankwise.errors import warn
 from rankwise.records import write_json
 from rankwise.reports.numbers import byte_size
@@ -134,10 +134,11 @@ class Commands:
         from rankwise.planning.guard import workload_of
         from rankwise.planning.hardware import cpu_hardware, this_machine
 
-        settings = {**self.shared, **changes, "method": method}
+        base, options = variant_of(method)
+        settings = {**self.shared, **changes, **options, "method": base}
         hardware = cpu_hardware() if settings["device"] == "cpu" else this_machine()
         workload = dataclasses.replace(workload_of(settings, hardware), max_length=self.shared["max_length"])
-        return estimate(_model(self.given.model), method, workload).peak_bytes
+        return estimate(_model(self.given.model), base, workload).peak_bytes
 
     def _cache(self) -> Path:
         """The folder with base models, as the runs need them, and encoded rows."""
@@ -149,7 +150,7 @@ class Commands:
             "folder": str(job.folder(self.plan.output)),
             "model": _model(self.given.model),
             "cache": str(self._cache()),
-            "method": job.cell.method if job.cell else None,
+            "method": variant_of(job.cell.method)[0] if job.cell else None,
             "eval_data": self.inputs.evaluation,
             "columns": self.given.columns,
             "merged_check": self.given.merged_check,

@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import idle_options
+from rankwise.config import idle_options, variant_of
 from rankwise.reports.schema import RUNS_FOLDER
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run: a method at a learning rate with a seed. A ``short`` run only tries a rate and has fewer steps."""
+    """One run: a method, with its variants, at a learning rate with a seed. A ``short`` run only tries a rate and has
+    fewer steps.
+    """
 
     method: str
     learning_rate: float
@@ -68,9 +70,10 @@ def cell_settings(
 
     Options without effect on the cell's method are left out; they are for the other methods.
     """
-    idle: set[str] = set().union(*idle_options(cell.method).values())
+    method, options = variant_of(cell.method)
+    idle: set[str] = set().union(*idle_options(method).values())
     used = {name: value for name, value in shared.items() if name not in idle}
-    given = {**used, **inputs, "method": cell.method, "learning_rate": cell.learning_rate, "seed": cell.seed}
+    given = {**used, **inputs, **options, "method": method, "learning_rate": cell.learning_rate, "seed": cell.seed}
     if steps is not None:
         given["max_steps"] = steps
     return {**given, "output": str(cell.folder(output))}

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from rankwise.config import BASELINES, DORA
+from rankwise.config import BASELINES, DORA, variant_of
 from rankwise.reports.costs import Range, is_above, memory_range, seconds_range
 from rankwise.reports.naming import long_name, metric_in_sentence
 from rankwise.reports.numbers import byte_size, capital, duration, listed, plural, significant
@@ -141,7 +141,7 @@ def _parameters(name: str, method: Method) -> Range | None:
 
 
 def _refusals(name: str, method: Method) -> Range:
-    is_refused = name in REFUSED_BY_SERVERS
+    is_refused = variant_of(name)[0] in REFUSED_BY_SERVERS
     return is_refused, is_refused
 
 

@@ -36,7 +36,7 @@ from rankwise.comparison.stages import Job
 from rankwise.comparison.statistics import CONFIDENCE
 from rankwise.comparison.summary import all_differences, all_methods, ranked, scores_by_metric, searches
 from rankwise.comparison.tasks import make_tasks
-from rankwise.config import FOUR_BITS, idle_options
+from rankwise.config import FOUR_BITS, idle_options, variant_of
 from rankwise.disk import coded_errors, discard_folder, hold, remove_strays
 from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, heard, warn
 from rankwise.options import flag, option_words
@@ -114,12 +114,15 @@ def _warn_of_idle_options(given: CompareSettings) -> None:
     """Warn of options that have no effect on any of the methods. A run leaves out those without effect on its own
     method.
     """
-    without = [{name for names in idle_options(method).values() for name in names} for method in given.methods]
+    methods = [variant_of(name)[0] for name in given.methods]
+    without = [{name for names in idle_options(method).values() for name in names} for method in methods]
     common, defaults = set.intersection(*without), given.defaults()
     idle = [flag(name) for name in defaults if name in common and getattr(given, name) != defaults[name]]
     if idle:
-        methods = ",".join(given.methods)
-        warn("RW529", f"{', '.join(idle)}: no effect with --methods {methods}; no method of these uses it.")
+        warn(
+            "RW529",
+            f"{', '.join(idle)}: no effect with --methods {','.join(given.methods)}; no method of these uses it.",
+        )
 
 
 def _smallest(effect: MinimumDetectableEffect) -> str:
@@ -299,14 +302,16 @@ def _merge(given: CompareSettings, run: Run, watcher: Watcher) -> str | None:
     import subprocess
     import sys
 
-    if run["method"] not in MERGEABLE:
+    method, options = variant_of(run["method"])
+    if method not in MERGEABLE:
         warn("RW589", f"--merge: the result of {run['method']} is not an adapter that merges.")
         return None
     output = given.output
     discard_folder(output / MERGED_FOLDER)
     watcher.say("Merging the recommended adapter.")
     command = ["merge", "--adapter", str(output / BEST_FOLDER), "--output", str(output / MERGED_FOLDER)]
-    command += ["--onto", "quantized"] if run["method"] in FOUR_BITS else []
+    # Pissa's adapter belongs on the original weights.
+    command += ["--onto", "quantized"] if method in FOUR_BITS and options.get("init") != "pissa" else []
     command += ["--trust-remote-code"] if given.trust_remote_code else []
     done = subprocess.run([sys.executable, "-m", stages.CLI, *command], capture_output=True, text=True, check=False)
     if done.returncode != 0:

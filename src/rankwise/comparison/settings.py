@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from rankwise.config import BASELINES, METHODS, MODEL, TRAINING_DATA, RunOptions
+from rankwise.config import BASELINES, METHODS, MODEL, TRAINING_DATA, VARIANTS, RunOptions, variant_of
 from rankwise.errors import ConfigError
 from rankwise.evaluation.settings import task_list
 from rankwise.options import LARGEST_NUMBER, MANY, Count, Names, Panel, comma_list, option, text_list
@@ -44,9 +44,12 @@ class CompareSettings(RunOptions):
         str | None,
         _model("Evaluation data; default: the data's own validation part, else a tenth of its prompts.", metavar="E"),
     ] = None
-    methods: Annotated[Names, _compared(f"Methods to compare, of {', '.join(METHODS)}.")] = tuple(
-        method for method in METHODS if method not in BASELINES
-    )
+    methods: Annotated[
+        Names,
+        _compared(
+            f"Methods to compare, of {', '.join(METHODS)}; variants as in qlora+loftq, of {', '.join(VARIANTS)}."
+        ),
+    ] = tuple(method for method in METHODS if method not in BASELINES)
     seeds: Annotated[
         int, _compared("Runs per method, with the seeds 0, 1, ...; with one, no interval.", ge=1, le=1000)
     ] = 3
@@ -142,10 +145,16 @@ def check_compare(given: CompareSettings) -> None:
     Raises ConfigError: RW165 unknown methods, RW166 duplicates of methods or rates, RW167 options that exclude
     each other.
     """
-    unknown = [name for name in given.methods if name not in METHODS]
-    if unknown or not given.methods:
-        named = ", ".join(map(repr, unknown)) or "nothing"
-        raise ConfigError("RW165", f"--methods names {named}; the methods are {', '.join(METHODS)}.")
+    try:
+        known = [variant_of(name) for name in given.methods]
+    except ValueError as error:
+        raise ConfigError(
+            "RW165",
+            f"--methods is {','.join(given.methods)}, and {error}; the methods are {', '.join(METHODS)}, and a + joins "
+            f"one of {', '.join(VARIANTS)} to a method with an adapter.",
+        ) from None
+    if not known:
+        raise ConfigError("RW165", f"--methods names nothing; the methods are {', '.join(METHODS)}.")
     for name, values in (("--methods", given.methods), ("--learning-rates", given.learning_rates)):
         twice = sorted({str(value) for value in values if values.count(value) > 1})
         if twice:

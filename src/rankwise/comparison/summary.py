@@ -11,6 +11,7 @@ from rankwise.comparison.recommendation import pareto_set
 from rankwise.comparison.schedule import Plan, state_of
 from rankwise.comparison.statistics import mean_of_seeds
 from rankwise.comparison.verdicts import Scores, compare_all, tie_groups
+from rankwise.config import variant_of
 from rankwise.reports.merging import figures_of
 from rankwise.reports.schema import Difference, Method, RateSearch, Run
 from rankwise.serving import served_in_short
@@ -52,7 +53,7 @@ def all_methods(plan: Plan, runs: Sequence[Run], scores: Mapping[str, Mapping[st
             "learning_rate_at_edge": state.search["at_edge"],
             "group": None,
             "pareto": False,
-            "serving": list(served_in_short(name, settings_of(name, runs))),
+            "serving": list(served_in_short(variant_of(name)[0], settings_of(name, runs))),
             "skipped": f"{state.skipped['code']}: {state.skipped['message']}" if state.skipped else None,
         }
     return found

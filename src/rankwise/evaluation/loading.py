@@ -81,11 +81,26 @@ def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *
         raise ModelError(
             "RW322", f"{name} comes without a tokenizer, so it cannot read a prompt; give one that has it."
         )
+    if adapters and read_folder(adapters[0])[0].token_rows:
+        # The run's own knows its new tokens.
+        tokenizer = tokenizer_of(adapters[0])
     names = adapter_names(len(adapters))
     for adapter_name, adapter in zip(names, adapters):
         load_adapter(model, adapter, name=adapter_name, trainable=False)
     use_native_products(model.requires_grad_(False))
     return Loaded(model.eval(), tokenizer, str(choice.device), names)
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer in an adapter's folder. Raises ModelError (RW317)."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            "RW317", f"the adapter in {folder} has new tokens, and its tokenizer cannot be loaded: {error}."
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.attached import AdapterReport
-from rankwise.adapters.checkpoint import AdapterFile, load_tensors
+from rankwise.adapters.checkpoint import BELONGS_ON_FOUR_BITS, AdapterFile, load_tensors
 from rankwise.adapters.inject import attach, check_name
 from rankwise.adapters.state import base_modules
 from rankwise.config import LoraConfig
@@ -138,6 +138,10 @@ def combined(
 
 
 def _refuse(file: AdapterFile) -> None:
+    if file.config.init.kind == "loftq":
+        raise AdapterError(
+            "RW433", f"one of the adapters started by loftq, {BELONGS_ON_FOUR_BITS}; merge it with --onto quantized."
+        )
     other = sorted(key for key in file.tensors if ".lora_" not in key)
     stacks = [item.name for item in file.planned if item.experts is not None]
     if file.config.use_dora or other or stacks:

@@ -138,16 +138,18 @@ def _refuse(best: float, most: int, limit: float, *, is_weighed: bool) -> NoRetu
 
 @torch.no_grad()
 def update_of(layer: AdaptedLayer, name: str) -> Tensor:
-    """``dW = diag(g - 1) W + diag(g) s B A`` in float32, with g = 1 for LoRA: (out, in)."""
+    """``dW = diag(g - 1) W + diag(g) s B A`` in float32, with g = 1 for LoRA: (out, in). After pissa W is what the base
+    holds, and s B_0 A_0, which was taken out of it, is subtracted."""
     # A Lora, Dora or EmbeddingLora: what they share beyond the protocol.
     adapter: Any = layer.adapter(name)
     base = layer.base_layer
     dW = adapter.scaling * (adapter.full_B().float() @ adapter.lora_A.float())
+    first = 0.0 if layer.origin is None else layer.origin.scaling * (layer.origin.B.float() @ layer.origin.A.float())
     if adapter.magnitude is None:
-        return dW
+        return dW - first
     m = adapter.full_magnitude(base) if isinstance(adapter, Dora) else adapter.magnitude
     g = gain(m.float(), adapter.row_norms(base))[:, None]
-    return (g - 1) * dense_weight(base).float() + g * dW
+    return (g - 1) * dense_weight(base).float() + g * dW - first
 
 
 def inputs_of(model: Any, layers: Mapping[str, AdaptedLayer], rows: Sequence[Tensor]) -> dict[str, list[Tensor]]:

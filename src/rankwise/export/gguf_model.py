@@ -62,7 +62,7 @@ def merged_changes(model: nn.Module, file: AdapterFile, names: GgufNames) -> dic
             A, B = pairs[item.name].A, pairs[item.name].B
             for part in names.of(item.name):
                 changes[part.name] = _stack_change(A, part.of(B))
-        elif item.kind != "trained whole":
+        elif item.is_pair:
             changes[names.of(item.name)[0].name] = _layer_change(modules[item.name], item, file, names)
     for key, value in file.tensors.items():
         if ".lora_" not in key:

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from rankwise.adapters import load_adapter, merge_adapter, peft_config
 from rankwise.adapters.attached import AdaptedModule
-from rankwise.adapters.checkpoint import AdapterFile, end_weights, read_adapter, stack_keys
+from rankwise.adapters.checkpoint import (
+    BELONGS_ON_FOUR_BITS,
+    AdapterFile,
+    end_weights,
+    read_adapter,
+    read_folder,
+    stack_keys,
+)
 from rankwise.adapters.experts import from_peft_A, from_peft_B, merged_stack
 from rankwise.adapters.fused import enabled_rows
 from rankwise.adapters.low_rank import merged_weight
@@ -89,11 +96,13 @@ def merge_to_folder(
         base = _base(adapter, source, onto, trained_on, trust_remote_code)
         _warn_of_another_base(adapter, source)
         # A GGUF's tensors have other names and packings; it goes through memory as an ordinary model.
-        merge = _merge_in_memory if source.is_gguf else _merge_streamed
+        # So do new tokens, for which embedding and head grow.
+        streams = not source.is_gguf and not read_folder(adapter)[0].token_rows
+        merge = _merge_streamed if streams else _merge_in_memory
         with whole_folder(output) as folder:
             count = merge(base, adapter, folder)
             _copy_tokenizer(adapter, folder)
-            report = MergeReport(str(adapter), source.name, count, onto, not source.is_gguf, verification)
+            report = MergeReport(str(adapter), source.name, count, onto, streams, verification)
             write_json(folder / RECORD_FILE, dataclasses.asdict(report))
     return report
 
@@ -160,6 +169,10 @@ def _base(
 ) -> Base:
     stored = stored_quantization(source)
     if onto == "original":
+        if read_folder(adapter)[0].init.kind == "loftq":
+            raise AdapterError(
+                "RW433", f"{adapter} started by loftq, {BELONGS_ON_FOUR_BITS}; merge it with --onto quantized."
+            )
         if stored is not None:
             raise ModelError(
                 "RW309",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.adapters.attached import AdaptedModule, report
-from rankwise.adapters.checkpoint import AdapterFile, stack_keys
+from rankwise.adapters.checkpoint import BELONGS_ON_FOUR_BITS, AdapterFile, stack_keys
 from rankwise.adapters.experts import from_peft_A, from_peft_B, peft_A, peft_B
 from rankwise.adapters.peft_config import CONFIG_FILE, to_peft
 from rankwise.adapters.saving import (
@@ -62,8 +62,14 @@ def live_adapter(model: nn.Module, name: str | None) -> AdapterFile:
 
 
 def refuse_unserved(file: AdapterFile, target: str) -> None:
-    """Raise AdapterError (RW730) for trained weights that no low-rank pair can carry, and for experts' where the server
-    takes none."""
+    """Raise AdapterError: RW730 for trained weights that no low-rank pair can carry, and for experts' where the server
+    takes none; RW433 for LoftQ's."""
+    if file.config.init.kind == "loftq":
+        raise AdapterError(
+            "RW433",
+            f"the adapter started by loftq, {BELONGS_ON_FOUR_BITS}; write a merged model with rankwise merge --onto "
+            "quantized.",
+        )
     whole = sorted(key.removeprefix(PREFIX) for key in file.tensors if ".lora_" not in key)
     stacks = [item.name for item in file.planned if item.experts is not None]
     if whole or (stacks and "experts" in SERVERS[target].refuses):
@@ -91,7 +97,7 @@ def scaled_pairs(model: nn.Module, file: AdapterFile) -> dict[str, tuple[Pair, f
             keys = {name: key for key, name in stack_keys(modules[item.path], item, file.planned).items()}
             A = from_peft_A(file.tensors[keys["lora_A"]], item.experts)
             B = from_peft_B(file.tensors[keys["lora_B"]], item.experts)
-        elif item.kind == "trained whole":
+        elif not item.is_pair:
             continue
         else:
             A, B = (file.tensors[key] for key in tensor_keys(item.name, modules[item.path], False))
@@ -111,7 +117,7 @@ def check_rank(r: int, target: str) -> None:
 
 def portable_config(model: nn.Module, file: AdapterFile, r: int) -> LoraConfig:
     """The configuration of the exported adapter: one rank, scale 1, the same modules."""
-    names = [item.name for item in file.planned if item.experts is None and item.kind != "trained whole"]
+    names = [item.name for item in file.planned if item.experts is None and item.is_pair]
     return LoraConfig(
         r=r,
         lora_alpha=r,
@@ -122,9 +128,7 @@ def portable_config(model: nn.Module, file: AdapterFile, r: int) -> LoraConfig:
 
 def portable_modules(file: AdapterFile, r: int) -> list[AdaptedModule]:
     return [
-        dataclasses.replace(item, kind="LoRA", r=r, lora_alpha=r, parts=None)
-        for item in file.planned
-        if item.kind != "trained whole"
+        dataclasses.replace(item, kind="LoRA", r=r, lora_alpha=r, parts=None) for item in file.planned if item.is_pair
     ]
 
 
@@ -133,7 +137,7 @@ def portable_tensors(model: nn.Module, file: AdapterFile, pairs: Pairs) -> dict[
     modules = dict(base_modules(model))
     tensors: dict[str, Tensor] = {}
     for item in file.planned:
-        if item.kind == "trained whole":
+        if not item.is_pair:
             continue
         pair = pairs[item.name]
         if item.experts is not None:
@@ -151,7 +155,7 @@ def write_portable(folder: Path, model: nn.Module, file: AdapterFile, pairs: Pai
     r = next(iter(pairs.values())).r
     config = portable_config(model, file, r)
     modules = dict(base_modules(model))
-    adapted = [modules[item.path] for item in file.planned if item.experts is None and item.kind != "trained whole"]
+    adapted = [modules[item.path] for item in file.planned if item.experts is None and item.is_pair]
     document = to_peft(config, config.target_modules or (), base_model, is_transposed(adapted))
     tensors = portable_tensors(model, file, pairs)
     write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, {"format": "pt"}))

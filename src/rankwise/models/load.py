@@ -6,6 +6,7 @@ A model comes back in evaluation mode, complete (no tensor was made up), and sav
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -68,12 +69,24 @@ def load_model(
     else:
         loaded = _load_folder(source, wanted, choice.device, quantization, trust_remote_code)
     _check_finite(loaded, source)
+    if quantization is not None:
+        remember_originals(loaded, source, trust_remote_code=trust_remote_code)
     # What adapters name as their base: a hub id or an absolute path, never a folder of the cache.
     loaded.name_or_path = loaded.config.name_or_path = source.base_model
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     if tokenizer is not None:
         _check_vocabulary(loaded, tokenizer, source)
     return loaded, tokenizer
+
+
+def remember_originals(loaded: PreTrainedModel, source: ModelSource, *, trust_remote_code: bool) -> None:
+    """Let a quantized model say how its weights were before: adapters that start by pissa or loftq ask for them."""
+    again = functools.partial(_original, source, trust_remote_code=trust_remote_code)
+    loaded.rankwise_originals = again  # type: ignore[assignment]
+
+
+def _original(source: ModelSource, *, trust_remote_code: bool) -> PreTrainedModel:
+    return load_model(source, trust_remote_code=trust_remote_code)[0]
 
 
 def load_tokenizer(

@@ -50,6 +50,7 @@ def fixed_terms(shape: Shape, method: str, workload: Workload, adapted: Adaptati
     """What lies in memory all the time, but for the optimizer's state."""
     own = [] if adapted is None else list(weights.trained_tensors(shape, method, workload, adapted))
     kept = weights.kept_norm_bytes(method, workload, adapted) + weights.kept_dense_bytes(shape, method, workload)
+    kept += weights.first_pair_bytes(method, workload, adapted)
     return {
         "weights_4bit": weights.weights_4bit_bytes(shape, method, workload),
         "weights": weights.dense_bytes(shape, method, workload),

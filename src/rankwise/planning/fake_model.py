@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import warnings
 from typing import Any
@@ -69,6 +70,8 @@ def prepare(model: nn.Module, method: str, workload: Workload) -> bool:
     """Quantize, add the adapter and, if asked to, make steps fast, as the trainer does; says whether it would lay rows
     end to end."""
     from rankwise.adapters import add_adapter
+    from rankwise.adapters.attached import DEFAULT_NAME, adapted_layers
+    from rankwise.adapters.origin import Origin
     from rankwise.quantization import quantize
     from rankwise.quantization.config import CONFIGS
 
@@ -78,7 +81,12 @@ def prepare(model: nn.Module, method: str, workload: Workload) -> bool:
     if method == "full":
         model.requires_grad_(True)
     else:
-        add_adapter(model, workload.lora_config(use_dora=method in DORA))
+        config = workload.lora_config(use_dora=method in DORA)
+        # How A and B start is decided by values, which are not here.
+        add_adapter(model, dataclasses.replace(config, init_lora_weights=True))
+        for _, layer in adapted_layers(model, DEFAULT_NAME) if config.init.kind == "pissa" else ():
+            pair = layer.adapter(DEFAULT_NAME)
+            layer.origin = Origin(pair.lora_A.detach().clone(), pair.lora_B.detach().clone(), pair.scaling)
     if workload.gradient_checkpointing:
         with warnings.catch_warnings():
             # transformers renames it in 5.2x; the old name works in every version that we admit.

@@ -121,6 +121,14 @@ def tensor_bytes(tensors: list[Tensor]) -> int:
     return sum(prod(shape) * size for shape, size in tensors)
 
 
+def first_pair_bytes(method: str, workload: Workload, adapted: Adaptation | None) -> int:
+    """Pissa keeps the A and B that it took out of the base, in the adapter's dtype."""
+    if adapted is None or not workload.init.startswith("pissa"):
+        return 0
+    element = 4 if workload.adapter_dtype == "float32" else base_element_bytes(method, workload)
+    return sum(element * sum(map(prod, item.shapes[:2])) for item in adapted.adapted)
+
+
 def kept_norm_bytes(method: str, workload: Workload, adapted: Adaptation | None) -> int:
     """DoRA keeps ``||W||^2``, ``||W + s B A||`` and g per output row in float32; on a CPU also copies of A, B, m and
     the norms, by which it notices writes past PyTorch."""

@@ -255,6 +255,9 @@ def _four_bit(record: RunRecord) -> FourBit | None:
     """
     facts = record.base_model
     stored = facts.get("quantization")
+    if str(record.settings.get("init", "")).startswith("pissa"):
+        # Its adapter belongs on the original weights.
+        return None
     if not stored:
         return FourBit() if record.method in FOUR_BITS else None
     compute = stored.get("compute_dtype") or stored.get("bnb_4bit_compute_dtype")

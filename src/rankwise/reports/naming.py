@@ -16,6 +16,14 @@ NAMES = {
     "bottleneck": "Bottleneck",
     "prefix": "Prefix",
 }
+VARIANTS = {
+    "pissa": "PiSSA",
+    "loftq": "LoftQ",
+    "eva": "EVA",
+    "orthogonal": "orthogonal",
+    "plus": "LoRA+",
+    "rslora": "rsLoRA",
+}
 LONG_NAMES = {"full": "full fine-tuning", "bottleneck": "bottleneck adapters", "prefix": "prefix tuning"}
 METRICS = {"eval_loss": "Evaluation loss", "perplexity.loss": "Loss", "perplexity.perplexity": "Perplexity"}
 UNITS = {"eval_loss": "nats per token"}
@@ -23,7 +31,10 @@ LAYER = re.compile(r"\.(\d+)\.")
 
 
 def method_name(method: str) -> str:
-    return NAMES.get(method) or visible(method)
+    """``lora+pissa`` -> LoRA (PiSSA); ``qlora+eva+plus`` -> QLoRA (EVA, LoRA+)."""
+    name, *words = method.split("+")
+    variants = ", ".join(VARIANTS.get(word) or visible(word) for word in words)
+    return (NAMES.get(name) or visible(name)) + (f" ({variants})" if words else "")
 
 
 def long_name(method: str) -> str:

@@ -15,7 +15,7 @@ from transformers.training_args import OptimizerNames
 from trl.trainer.sft_config import SFTConfig
 
 from rankwise.compat.transformers import use_one_device
-from rankwise.config import TrainSettings
+from rankwise.config import FOUR_BITS, TrainSettings
 from rankwise.errors import ConfigError
 from rankwise.known_names import OPTIMIZERS, close_names
 from rankwise.options import flag
@@ -44,6 +44,25 @@ def check_combinations(given: TrainSettings) -> None:
         idle.append(f"--lr-scheduler-type {given.lr_scheduler_type}")
     if idle and given.eval_data is None:
         raise ConfigError("RW112", f"{', '.join(idle)}: needs evaluations; give --eval-data too.")
+    kind = given.init.partition(":")[0]
+    if kind == "eva" and given.objective != "sft":
+        raise ConfigError(
+            "RW788",
+            f"--init eva looks at rows with labels, which --objective {given.objective} has none of; leave it out.",
+        )
+    whole = "--new-tokens" if given.new_tokens else f"--init {kind}" if kind not in ("default", "orthogonal") else ""
+    started = "--new-tokens" if given.new_tokens else f"--init {kind}" if kind != "default" else ""
+    if started and given.adapter is not None:
+        raise ConfigError(
+            "RW788", f"{started} starts an adapter, and --adapter goes on with one; leave one of them out."
+        )
+    if whole and given.strategy == "fsdp":
+        raise ConfigError("RW788", f"{whole} needs whole weights, which --strategy fsdp does not read; take ddp.")
+    if given.init == "loftq" and given.method not in FOUR_BITS:
+        raise ConfigError(
+            "RW112",
+            f"--init loftq makes up for 4-bit rounding, and --method {given.method} has none; take qlora or qdora.",
+        )
     if given.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("RW112", '--tensorboard needs a package: pip install "rankwise[tensorboard]".')
     missing = [name for name in given.trackers if importlib.util.find_spec(name) is None]
@@ -125,6 +144,7 @@ def run_arguments(kind: type[Arguments], given: TrainSettings, around: Surroundi
             warmup_steps=given.warmup_steps,
             weight_decay=given.weight_decay,
             max_grad_norm=given.max_grad_norm,
+            neftune_noise_alpha=given.neftune_noise_alpha,
             optim="adamw_torch" if given.optimizer == OFFLOADED else given.optimizer,
             seed=given.seed,
             data_seed=given.seed,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rankwise.adapters import adapter_parameters, has_adapter, load_adapter, remove_adapter
 from rankwise.adapters.baselines import has_baseline
 from rankwise.adapters.saving import WEIGHTS_FILE, adapter_tensors
+from rankwise.adapters.token_rows import KEY as TOKENS
 from rankwise.errors import RunError, warn
 from rankwise.models.positions import table_rows
 from rankwise.training.checkpoints import check_space
@@ -110,7 +111,8 @@ class GradientCheck:
         self.waiting = {key: self.waiting[key] for key in silent}
 
     def _may_wait(self, key: str) -> bool:
-        if ".experts." in key:
+        # A batch may hold none of the new tokens, or none whose column of A has moved.
+        if ".experts." in key or key.endswith(TOKENS) or "lora_embedding_B" in key:
             return True
         for ours, other in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
             partner = key.replace(ours, other) if ours in key else key.replace(other, ours)

@@ -19,7 +19,7 @@ from rankwise.disk import hold, whole_folder
 from rankwise.errors import RunError
 from rankwise.models import ModelSource, load_model, model_hash
 from rankwise.models.folder import read_config
-from rankwise.models.load import load_tokenizer
+from rankwise.models.load import load_tokenizer, remember_originals
 from rankwise.quantization.config import FourBitConfig
 from rankwise.quantization.targets import four_bit_modules
 
@@ -47,6 +47,7 @@ def load_prepared(
     model, _ = load_model(str(folder), quantization=copy.copy(quantization), **arguments)
     if quantization is not None:
         _describe_as_asked(model, quantization)
+        remember_originals(model, source, trust_remote_code=trust_remote_code)
     # What adapters name as their base is the model itself, never this copy.
     model.name_or_path = model.config.name_or_path = source.base_model
     return model, load_tokenizer(source, trust_remote_code=trust_remote_code)

@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from rankwise.acceleration import Acceleration, flattening_obstacle, limit_generated_kernels, optimize_for_training
+from rankwise.adapters import has_adapter
 from rankwise.compat.torch import is_unit
 from rankwise.config import BASELINES, DORA, LoraConfig, TrainSettings, idle_options
 from rankwise.disk import hold
@@ -35,9 +36,11 @@ from rankwise.training.learning import Learning, check_options
 from rankwise.training.memory_savers import OFFLOADED, OffloadedAdamW, check_memory_savers
 from rankwise.training.meters import Progress, frozen_bytes
 from rankwise.training.metrics import evaluations
+from rankwise.training.new_tokens import add_new_tokens, new_tokens
 from rankwise.training.objectives import learning_of
 from rankwise.training.observer import Observer, SilentObserver
 from rankwise.training.provenance import device_record, versions
+from rankwise.training.rates import loraplus_groups, with_groups
 from rankwise.training.session import Extras, Session
 from rankwise.training.sharding import looked_into, shard
 from rankwise.training.spine import PROGRESS_FILE, STATE_FILE, RunTrainer
@@ -174,10 +177,12 @@ def _prepare(
     if foresight is not None:
         foresight.before_loading()
     loaded = setup.load_for_training(given)
+    base = model_facts(loaded.model, loaded.source)
+    if given.new_tokens is not None and given.method not in ("full", *BASELINES):
+        lora = add_new_tokens(loaded.model, loaded.tokenizer, new_tokens(given.new_tokens), lora)
     observer.phase("Encoding data")
     data = learning.encode(given, loaded.tokenizer, rows, eval_rows, template)
     preflight.check_positions(loaded.model, [one.dataset for one in data.sets])
-    base = model_facts(loaded.model, loaded.source)
     described = data.describe()
     ranks.check_alike(
         {
@@ -188,16 +193,21 @@ def _prepare(
     )
     if mode == "resume":
         output.check_same_inputs(given.output, described, base)
+    checkpoint = _checkpoint_to_resume(given.output) if mode == "resume" else None
     if given.adapter is None:
-        trainable = setup.make_trainable(loaded.model, given.method, lora, given.seed)
+        trainable = setup.make_trainable(loaded.model, given, lora, data.train, checkpoint)
     else:
         trainable = continue_adapter(loaded.model, given, base["sha256"])
     with looked_into(loaded.model):
         done = optimize_for_training(loaded.model) if given.fast and given.method not in BASELINES else None
     _check_before_training(learning, given, loaded.model, data)
-    checkpoint = _checkpoint_to_resume(given.output) if mode == "resume" else None
     padded = _why_padded(given, loaded.model, done)
-    trainer = _trainer(learning, given, loaded, data, checkpoint, padding_free=padded is None)
+    groups = None
+    if given.loraplus_ratio is not None and has_adapter(loaded.model):
+        groups = loraplus_groups(
+            loaded.model, rate=given.learning_rate, ratio=given.loraplus_ratio, weight_decay=given.weight_decay
+        )
+    trainer = _trainer(learning, given, loaded, data, checkpoint, groups, padding_free=padded is None)
     if given.strategy == "fsdp":
         if not is_unit(loaded.model):
             shard(loaded.model, loaded.device.type, trains_all=given.method == "full")
@@ -220,6 +230,7 @@ def _prepare(
         data=described,
         devices=ranks.count(),
         strategy=(given.strategy or "ddp") if ranks.count() > 1 else None,
+        learning_rates=None if groups is None else {group["group"]: group["lr"] for group in groups},
         frozen_bytes=max(ranks.gathered(frozen_bytes(loaded.model))),
         versions=versions(),
         device={
@@ -239,6 +250,8 @@ def _why_padded(given: TrainSettings, model: Any, done: Acceleration | None) -> 
     """Why rows are padded to one length, or None where they are laid end to end."""
     if given.packing:
         return "packing fills rows to one length"
+    if given.neftune_noise_alpha is not None:
+        return "NEFTune's noise depends on a row's length"
     # Attention over rows laid end to end costs their product unless the kernel skips what no query sees, as ours does.
     if done is None or not done.attention:
         return "the attention in use does not skip what no query sees"
@@ -284,6 +297,7 @@ def _trainer(
     loaded: setup.LoadedBase,
     data: setup.Data,
     checkpoint: Checkpoint | None,
+    groups: list[dict[str, Any]] | None,
     *,
     padding_free: bool,
 ) -> RunTrainer:
@@ -297,7 +311,13 @@ def _trainer(
     )
     arguments = learning.arguments(given, around)
     check_optimizer(arguments, loaded.model)
-    own = OffloadedAdamW, {"lr": given.learning_rate, "weight_decay": given.weight_decay}
+    chosen: Any = None
+    if given.optimizer == OFFLOADED:
+        chosen = OffloadedAdamW, {"lr": given.learning_rate, "weight_decay": given.weight_decay}
+    if groups is not None:
+        chosen = with_groups(
+            chosen or transformers.Trainer.get_optimizer_cls_and_kwargs(arguments, loaded.model), groups
+        )
     common = {
         "model": loaded.model,
         "args": arguments,
@@ -306,7 +326,7 @@ def _trainer(
         "eval_dataset": data.evaluation.dataset if data.evaluation else None,
         "save_total_limit": given.save_total_limit,
         "progress": _progress_of(checkpoint),
-        "optimizer_cls_and_kwargs": own if given.optimizer == OFFLOADED else None,
+        "optimizer_cls_and_kwargs": chosen,
     }
     return learning.trainer(given, data, common)
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import set_seed
 
-from rankwise.adapters import add_adapter
+from rankwise.adapters import add_adapter, plan_adapter
+from rankwise.adapters.attached import DEFAULT_NAME
 from rankwise.adapters.baselines import add_baseline
+from rankwise.adapters.checkpoint import read_folder
+from rankwise.adapters.eva import MOST_BATCHES
+from rankwise.adapters.inject import attach
 from rankwise.compat.transformers import before_weights
 from rankwise.config import BASELINES, FOUR_BITS, LoraConfig, TrainSettings
+from rankwise.constants import IGNORED
 from rankwise.data import Encoded, Rows, chat_text, encode_rows, read_rows, read_template, warn_of_overlap
 from rankwise.data.encoded_cache import encode_rows_once
 from rankwise.data.formats import Format
@@ -27,6 +33,7 @@ from rankwise.models.positions import answer_room, table_rows
 from rankwise.quantization.config import CONFIGS, FourBitConfig
 from rankwise.training import ranks
 from rankwise.training.arguments import mixed_precision
+from rankwise.training.checkpoints import Checkpoint
 from rankwise.training.prepared import is_quantized, load_prepared
 from rankwise.training.sharding import shard_before_loading
 
@@ -177,15 +184,41 @@ def load_for_training(given: TrainSettings) -> LoadedBase:
     return LoadedBase(source, model, tokenizer, where, choice.dtype, precision, choice.reason)
 
 
-def make_trainable(model: Any, method: str, config: LoraConfig, seed: int) -> int:
-    """Put the method's adapter on the model, or free all of it for ``full``; gives the count of what trains."""
-    set_seed(seed)
-    if method == "full":
+def make_trainable(
+    model: Any, given: TrainSettings, config: LoraConfig, rows: Encoded, checkpoint: Checkpoint | None
+) -> int:
+    """Put the method's adapter on the model, or free all of it for ``full``; gives the count of what trains.
+
+    What a ``checkpoint`` will overwrite is not looked for again: eva's directions and loftq's decomposition.
+    """
+    set_seed(given.seed)
+    if given.method == "full":
         model.requires_grad_(True)
         return sum(parameter.numel() for parameter in model.parameters())
-    if method in BASELINES:
-        return add_baseline(model, method, config.r)
-    return add_adapter(model, config).trainable_parameters
+    if given.method in BASELINES:
+        return add_baseline(model, given.method, config.r)
+    if checkpoint is not None and config.init.kind in ("eva", "loftq", "orthogonal"):
+        if config.init.rho > 1:
+            stored = read_folder(checkpoint.path)[0]
+            moved = {name: getattr(stored, name) for name in ("target_modules", "rank_pattern", "alpha_pattern")}
+            config = dataclasses.replace(config, **moved)
+        return attach(model, config, plan_adapter(model, config), DEFAULT_NAME).trainable_parameters
+    batches = eva_batches(rows.dataset, given.batch_size, given.seed) if config.init.kind == "eva" else None
+    return add_adapter(model, config, batches=batches).trainable_parameters
+
+
+def eva_batches(dataset: Any, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Encoded rows in an order of their own, padded: input_ids, attention_mask and labels, each (B, L)."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    for start in range(0, min(len(order), size * MOST_BATCHES), size):
+        rows = dataset[order[start : start + size]]
+        ids = [torch.tensor(row) for row in rows["input_ids"]]
+        labels = [torch.tensor(row, dtype=torch.long) for row in rows["labels"]]
+        yield {
+            "input_ids": pad_sequence(ids, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        }
 
 
 def answerer(prompt: str, loaded: LoadedBase, data: Data) -> Callable[[], str]:

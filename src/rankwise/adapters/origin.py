@@ -1,0 +1,58 @@
+"""What an initialisation leaves of a base's weight, and the pair that it took out:  W = W_rest + s B_0 A_0.
+
+The layer then computes with W_rest, and the adapter starts at (A_0, B_0). Relative to W a trained pair is one LoRA of
+rank 2r at the same scale: s B A - s B_0 A_0 = s [B, -B_0] [A; A_0].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.adapters.base_layer import dense_weight, is_quantized, with_weight
+from rankwise.adapters.fused import low_rank_product
+from rankwise.adapters.low_rank import merged_weight
+from rankwise.quantization.linear import Linear4bit
+
+
+class Origin(nn.Module):
+    """The pair (A_0, B_0) beside a base that holds W_rest; it gives the layer its first weight while no adapter works.
+
+    A (r, in), B (out, r). They are buffers that no state dict holds: the adapter's file has them.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, A: Tensor, B: Tensor, scaling: float) -> None:
+        super().__init__()
+        self.scaling = scaling
+        self.register_buffer("A", A, persistent=False)
+        self.register_buffer("B", B, persistent=False)
+
+    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        """``W x + b`` as ``W_rest x + s B_0 A_0 x + b``: to rounding, since W itself is not kept."""
+        return torch.add(base(x), low_rank_product(x, self.A, self.B), alpha=self.scaling)
+
+    def restored(self, rest: nn.Module) -> nn.Module:
+        """The base with W again, of one that holds W_rest."""
+        return with_weight(rest, merged_weight(dense_weight(rest), self.A, self.B, self.scaling))
+
+    def taken_out_of(self, base: nn.Module, W: Tensor) -> nn.Module:
+        """A base that holds ``W_rest = W - s B_0 A_0``, in 4 bits where ``base`` is; W (out, in) as before 4 bits."""
+        rest = merged_weight(W, self.A, self.B, -self.scaling).to(getattr(base, "dtype", W.dtype))
+        if not is_quantized(base):
+            return with_weight(base, rest)
+        four_bit: Any = base
+        layer = Linear4bit.from_weight(
+            rest.to(four_bit.weight.device),
+            four_bit.bias,
+            quant_type=four_bit.quant_type,
+            block_size=four_bit.block_size,
+            double_quant=four_bit.double_quant,
+            compute_dtype=four_bit.compute_dtype,
+        )
+        layer.was_conv1d = four_bit.was_conv1d
+        return layer.train(four_bit.training)

@@ -1,0 +1,58 @@
+"""New tokens: the tokenizer learns them, embedding and head get a row for each, and only these rows train."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankwise.config import LoraConfig
+from rankwise.errors import ConfigError
+
+
+def new_tokens(given: str) -> list[str]:
+    """The lines of the file ``--new-tokens``, or what stands between its commas. Raises ConfigError (RW787)."""
+    try:
+        lines = Path(given).read_text(encoding="utf-8").splitlines() if Path(given).is_file() else given.split(",")
+    except (OSError, ValueError) as error:
+        raise ConfigError("RW787", f"--new-tokens {given} cannot be read: {error}.") from None
+    tokens = [line.strip() for line in lines if line.strip()]
+    if not tokens or len(set(tokens)) < len(tokens):
+        raise ConfigError("RW787", f"--new-tokens {given} holds {len(tokens)} tokens, and some twice; name each once.")
+    return tokens
+
+
+@torch.no_grad()
+def add_new_tokens(model: Any, tokenizer: Any, tokens: list[str], config: LoraConfig) -> LoraConfig:
+    """Add ``tokens`` to tokenizer, embedding and head, each row the mean of those of the pieces that the token was
+    before; the configuration by which these rows train.
+
+    Raises ConfigError (RW787) for tokens that the tokenizer has.
+    """
+    known = [token for token in tokens if token in tokenizer.get_vocab()]
+    if known:
+        raise ConfigError("RW787", f"--new-tokens names {', '.join(known)}, which the tokenizer has; leave them out.")
+    pieces = [tokenizer(token, add_special_tokens=False)["input_ids"] for token in tokens]
+    tokenizer.add_tokens(tokens)
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    before = len(model.get_input_embeddings().weight)
+    if max(ids) >= before:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    ends: dict[int, Any] = {}
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if end is not None:
+            # A head that shares the embedding's weight has the same rows.
+            ends.setdefault(id(end.weight), end)
+    for end in ends.values():
+        _start_rows(end.weight, before, ids, pieces)
+    names = {name for name, module in model.named_modules() if any(module is end for end in ends.values())}
+    return dataclasses.replace(config, trainable_token_indices=dict.fromkeys(sorted(names), ids))
+
+
+def _start_rows(W: Tensor, before: int, ids: list[int], pieces: list[list[int]]) -> None:
+    """W (vocabulary, dim): each new row the mean of its pieces' rows, of all rows where there are no pieces."""
+    for index, own in zip(ids, pieces, strict=True):
+        W[index] = (W[own] if own else W[:before]).float().mean(dim=0)

@@ -1,0 +1,55 @@
+"""LoRA+ (Hayou et al. 2024, arXiv 2402.12354, section 3):  B learns at ``ratio`` times A's rate.
+
+| group | what | rate |
+|---|---|---|
+| lora_A | A, and weights of modules that train whole | lr |
+| lora_B | B, DoRA's m, biases and other vectors | ratio x lr |
+| embedding | A and B of adapted embeddings | 1e-6, whatever lr is |
+
+Groups and the embedding's rate are those of the paper's code and of PEFT's ``create_loraplus_optimizer``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+from rankwise.adapters.embedding import EmbeddingLora
+from rankwise.errors import ConfigError
+
+EMBEDDING_RATE = 1e-6
+
+
+def loraplus_groups(model: nn.Module, *, rate: float, ratio: float, weight_decay: float) -> list[dict[str, Any]]:
+    """An optimizer's parameter groups, none empty; each says its name as ``group``."""
+    embedded = {id(p) for module in model.modules() if isinstance(module, EmbeddingLora) for p in module.parameters()}
+    # It looks at the model alone.
+    decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    rates = {"lora_A": rate, "lora_B": rate * ratio, "embedding": EMBEDDING_RATE}
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_vector = parameter.dim() == 1
+        group = "lora_B" if is_vector or name.endswith("lora_B") else "lora_A"
+        group = "embedding" if id(parameter) in embedded and not is_vector else group
+        groups.setdefault((group, weight_decay if name in decaying else 0.0), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rates[group], "weight_decay": decay, "group": group}
+        for (group, decay), parameters in sorted(groups.items(), key=lambda item: item[0][0])
+    ]
+
+
+def with_groups(chosen: tuple[Any, dict[str, Any]], groups: list[dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+    """An optimizer's class and arguments, for these groups. Raises ConfigError (RW786) where it makes its own."""
+    optimizer, options = chosen
+    own = {"params", "model", "optimizer_dict"} & options.keys()
+    if own or not isinstance(optimizer, type):
+        raise ConfigError(
+            "RW786",
+            "--loraplus-ratio sets a rate for each group of parameters, and this --optimizer makes its own groups; "
+            "take adamw_torch.",
+        )
+    return optimizer, {**options, "params": groups}
