@@ -1,6 +1,6 @@
 """Make a training step fast, beyond the adapters' own operators. Everything is in place and can be undone."""
 
-from rankwise.acceleration.allocator import give_back_freed_memory, limit_generated_kernels
+from rankwise.acceleration.allocator import give_back_freed_memory, grow_segments, limit_generated_kernels
 from rankwise.acceleration.linears import use_native_products
 from rankwise.acceleration.loss import LossOptions
 from rankwise.acceleration.optimize import Acceleration, fused_head, optimize_for_training, restore
@@ -14,6 +14,7 @@ __all__ = [
     "flattening_obstacle",
     "fused_head",
     "give_back_freed_memory",
+    "grow_segments",
     "limit_generated_kernels",
     "optimize_for_training",
     "restore",

@@ -25,11 +25,23 @@ TOP_PAD_BYTES = 64 << 20
 # step of full fine-tuning, in small blocks that hold the heap's holes apart. A step has far fewer shapes than this.
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
 
+# Under which torch looks for the settings of a card's allocator; the second is the newer name.
+SEGMENT_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
 
 def limit_generated_kernels() -> None:
     """Let oneDNN keep fewer generated kernels. Acts before the process's first product; what the user has set stays."""
     for name, value in KERNEL_CACHES.items():
         os.environ.setdefault(name, value)
+
+
+def grow_segments() -> str:
+    """Let a card's segments of memory grow, so that batches of ever different lengths leave no holes; gives torch's
+    settings. Acts before the process's first tensor on a card; what the user has set stays."""
+    name = next((name for name in SEGMENT_SETTINGS if name in os.environ), SEGMENT_SETTINGS[0])
+    if sys.platform.startswith("linux"):
+        os.environ.setdefault(name, "expandable_segments:True")
+    return os.environ.get(name, "")
 
 
 @cache

@@ -30,6 +30,13 @@ SCHEDULES_WITH_PARAMETERS = {"cosine_with_min_lr", "cosine_warmup_with_min_lr", 
 NEED_EVALUATIONS = ("early_stopping", "eval_steps", "eval_limit", "sample_prompt")
 
 
+def implementation_of(optimizer: str, device_type: str) -> str:
+    """transformers' name of what runs: on a card torch's AdamW is one kernel, without copies of all that trains."""
+    if optimizer == OFFLOADED:
+        return "adamw_torch"
+    return "adamw_torch_fused" if (optimizer, device_type) == ("adamw_torch", "cuda") else optimizer
+
+
 def check_names(given: TrainSettings) -> None:
     """Raise ConfigError: RW110 for an optimizer, RW111 for a schedule that transformers does not have."""
     _check_name("RW110", "--optimizer", given.optimizer, [*(item.value for item in OptimizerNames), OFFLOADED])
@@ -145,7 +152,7 @@ def run_arguments(kind: type[Arguments], given: TrainSettings, around: Surroundi
             weight_decay=given.weight_decay,
             max_grad_norm=given.max_grad_norm,
             neftune_noise_alpha=given.neftune_noise_alpha,
-            optim="adamw_torch" if given.optimizer == OFFLOADED else given.optimizer,
+            optim=implementation_of(given.optimizer, around.device_type),
             seed=given.seed,
             data_seed=given.seed,
             gradient_checkpointing=given.gradient_checkpointing,

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from rankwise.acceleration import grow_segments
 from rankwise.records import WAIT_POLICIES
+from rankwise.training.arguments import implementation_of
 
 PACKAGES = ("rankwise", "torch", "transformers", "trl", "accelerate", "datasets", "safetensors", "tokenizers")
 
@@ -25,11 +27,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def device_record(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Type, name and dtype of the device that trains; on a CPU its threads, and how they wait as far as it was said."""
+def device_record(device: torch.device, dtype: torch.dtype, optimizer: str) -> dict[str, Any]:
+    """Type, name and dtype of the device that trains; on a CPU its threads, and how they wait as far as it was said; on
+    a card the settings of its allocator, and by what ``optimizer`` runs."""
     record: dict[str, Any] = {"type": device.type, "dtype": str(dtype).removeprefix("torch.")}
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
+        record |= {"allocator": grow_segments(), "optimizer": implementation_of(optimizer, device.type)}
         return record | {"name": name, "memory_bytes": torch.cuda.get_device_properties(device).total_memory}
     waiting = {name: os.environ[name] for name in WAIT_POLICIES if name in os.environ}
     cpu = {"name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}

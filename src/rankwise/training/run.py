@@ -16,7 +16,13 @@ import datasets
 import torch
 import transformers
 
-from rankwise.acceleration import Acceleration, flattening_obstacle, limit_generated_kernels, optimize_for_training
+from rankwise.acceleration import (
+    Acceleration,
+    flattening_obstacle,
+    grow_segments,
+    limit_generated_kernels,
+    optimize_for_training,
+)
 from rankwise.adapters import has_adapter
 from rankwise.compat.torch import is_unit
 from rankwise.config import BASELINES, DORA, LoraConfig, TrainSettings, idle_options
@@ -66,6 +72,7 @@ def train(settings: TrainSettings, observer: Observer | None = None, foresight: 
     if settings.dry_run:
         settings = settings.model_copy(update={"cache": None})
     limit_generated_kernels()
+    grow_segments()
     check_writable(settings.output)
     device_type = torch.device(choose_device(settings.device, settings.dtype).device).type
     with _quiet(), _told_warnings(observer, told), ranks.joined(device_type), _held(settings.output):
@@ -234,7 +241,7 @@ def _prepare(
         frozen_bytes=max(ranks.gathered(frozen_bytes(loaded.model))),
         versions=versions(),
         device={
-            **device_record(loaded.device, loaded.dtype),
+            **device_record(loaded.device, loaded.dtype, given.optimizer),
             "reason": loaded.device_reason,
             "acceleration": str(done) if done else "off (--no-fast)",
             "rows": f"padded: {padded}" if padded else "laid end to end, without padding",
