@@ -1,80 +1,147 @@
 """Training on a CUDA card: every kernel checked, then layers and whole Llama shapes timed against the frozen products.
 
-    python benchmarks/gpu.py
+    python benchmarks/gpu.py [--seconds 560]
 
-One call, under ten minutes, from a source tree: it needs torch, transformers and triton, and times PEFT, bitsandbytes
-and Unsloth where they are installed. First every kernel is judged against float64; then come a Llama of 8B and of 1B
-with random weights and layers of 4096 and 8192 (bfloat16, r = 16 on all linear layers, 8,192 tokens per micro-batch, no
-recomputation), as multiples of all frozen matrix products, timed in the same rounds; last the 4-bit kernels alone.
-Prints one table, and writes benchmarks/results/gpu.json and docs/results/gpu.md. What does not fit in the time or on
-the card is left out with a note.
-Exit code 1 when a check fails. ``--device cpu --tiny`` tries the script itself, on shapes without meaning.
+From a source tree: it needs torch, transformers and triton, and times PEFT, bitsandbytes and Unsloth where they are
+installed. First every kernel is judged against float64, while the kernels of the timings compile beside; then come a
+Llama of 8B and of 1B with random weights (bfloat16, r = 16 on all linear layers, no recomputation): a plain loop, our
+step as `rankwise train` runs it, padded and packed, and the peers; then layers of 4096 and 8192, and the 4-bit kernels
+alone. Times are multiples of all frozen matrix products, timed in the same rounds.
+
+Every job runs in a process of its own under a time limit, so that nothing that fails takes down what follows. Its
+result is saved as soon as it is there, in benchmarks/results/gpu.json. After ``--seconds`` no job begins; the same
+command goes on where it stopped, with the same card, versions and sources. Each call prints the table of all that is
+there and writes docs/results/gpu.md.
+Exit code 1 when a check fails, 3 when something is left to do. ``--device cpu --tiny`` tries the script itself, on
+shapes without meaning.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from functools import partial
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from stand_in import source_tree
+from stand_in import SOURCE, source_tree
 
 source_tree()
 
-import contenders  # noqa: E402
-import gpu_checks  # noqa: E402
-import gpu_four_bits  # noqa: E402
-import gpu_models  # noqa: E402
+import gpu_page  # noqa: E402
 import results  # noqa: E402
 import torch  # noqa: E402
-from gpu_models import Row  # noqa: E402
-from gpu_unsloth import unsloth_rows  # noqa: E402
+from gpu_jobs import METHODS, Job, Wanted  # noqa: E402
+from gpu_models import LLAMA  # noqa: E402
 
-SECTIONS = ("models", "layers", "four-bits")
-# Multiples of the floor for the 8B shape on an H100, DoRA's step against LoRA's, and MB saved per token: issue 4.
-GOAL_MULTIPLE = {"lora": 1.45, "dora": 1.55, "qlora": 1.50, "qdora": 1.60}
-GOAL_DORA = 1.07
-GOAL_SAVED_MB = {"lora": 3.1, "dora": 3.6}
+from rankwise.records import write_json  # noqa: E402
+
+SECTIONS = ("checks", "models", "layers", "four-bits")
+# Processes that check and compile side by side.
+SIDE_BY_SIDE = 8
+HERE = Path(__file__).parent
+
+
+class Results:
+    """What is known so far: in the file after every job, whole or not at all."""
+
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        self.path = path
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        is_same = kept.get("about", {}).get("identity") == about["identity"]
+        if kept and not is_same:
+            say("the results there are of another card, version or source: they are made anew")
+        self.content = {"about": about, "jobs": kept.get("jobs", {}) if is_same else {}}
+
+    def keep(self, job: Job, found: dict[str, Any]) -> None:
+        self.content["jobs"][job.key] = {"job": dataclasses.asdict(job), "found": found}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, self.content)
+
+    def has(self, job: Job) -> bool:
+        return job.key in self.content["jobs"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
     if given.device == "cuda" and not torch.cuda.is_available():
-        print(
-            "no CUDA device here: benchmarks/gpu.py needs one (--device cpu --tiny tries the script).", file=sys.stderr
-        )
+        say("no CUDA device here: benchmarks/gpu.py needs one (--device cpu --tiny tries the script).")
         return 2
-    contenders.silence()
-    deadline = gpu_models.Deadline(given.seconds)
-    passed, failed = gpu_checks.check_everything(given.device, quick=given.tiny)
-    for line in failed:
-        print(f"CHECK FAILED  {line}", file=sys.stderr)
-    print(f"{passed} comparisons passed, {len(failed)} failed", file=sys.stderr, flush=True)
-    rows = []
-    for row in training_rows(given, deadline):
-        print(said(row), file=sys.stderr, flush=True)
-        rows.append(row)
-    content: dict[str, Any] = {**about(given), "checks_passed": passed, "checks_failed": failed}
-    content["rows"] = [asdict(row) for row in rows]
-    lines = markdown(content, rows)
-    if "four-bits" in given.sections:
-        lines += four_bits(given, deadline, content)
-    results.publish(given.output, "gpu", content, lambda _: lines, "gpu")
-    return 1 if failed else 0
+    end = time.monotonic() + given.seconds
+    wanted = Wanted(
+        tuple(given.sections), tuple(given.shapes), tuple(given.sizes), tuple(given.methods), sides(given.device),
+        given.batch, given.length, given.device,
+    )  # fmt: skip
+    kept = Results(given.output / "gpu.json", about(given))
+    left = do_all(wanted.first(), kept, end, side_by_side=1 if given.device == "cpu" else SIDE_BY_SIDE)
+    left += do_all(wanted.rows(), kept, end)
+    failed = gpu_page.publish(kept.content, given.output, results.PAGES if given.output == results.FOLDER else None)
+    if left:
+        say(f"{left} jobs are left: run the same command again")
+    return 1 if failed else 3 if left else 0
+
+
+def do_all(jobs: Iterable[Job], kept: Results, end: float, *, side_by_side: int = 1) -> int:
+    """Do what is not done yet as long as there is time; how many jobs are left."""
+    to_do = [job for job in jobs if not kept.has(job)]
+    done = 0
+    with ThreadPoolExecutor(side_by_side) as pool:
+        for start in range(0, len(to_do), side_by_side):
+            together = to_do[start : start + side_by_side]
+            seconds = end - time.monotonic()
+            if seconds <= 0:
+                break
+            # A job that the time of this call ends is not kept: it may have needed a moment more.
+            for job, found in zip(together, pool.map(lambda job: do(job, end), together)):
+                if found is None:
+                    continue
+                kept.keep(job, found)
+                done += 1
+                say(gpu_page.said(job, found))
+    return len(to_do) - done
+
+
+def do(job: Job, end: float) -> dict[str, Any] | None:
+    """What the job's process found, or the note that says why it found nothing; None where time ran out."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer, log = Path(folder) / "answer.json", Path(folder) / "log"
+        limit = min(job.seconds, end - time.monotonic())
+        with log.open("w", encoding="utf-8") as said:
+            process = subprocess.Popen(command_of(job, answer), stdout=said, stderr=said)
+            try:
+                code = process.wait(max(limit, 0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                return {"note": f"ended after {job.seconds} s"} if limit == job.seconds else None
+        if code == 0 and answer.is_file():
+            return dict(json.loads(answer.read_text(encoding="utf-8")))
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return {"note": f"exit code {code}: {lines[-1] if lines else 'it said nothing'}"[:300]}
+
+
+def command_of(job: Job, answer: Path) -> list[str]:
+    script = "gpu_unsloth.py" if job.side == "unsloth" else "gpu_job.py"
+    return [sys.executable, str(HERE / script), json.dumps(dataclasses.asdict(job)), "--answer", str(answer)]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--shapes", nargs="+", choices=list(gpu_models.LLAMA), default=["8B", "1B"])
+    parser.add_argument("--shapes", nargs="+", choices=list(LLAMA), default=["8B", "1B"])
     parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 8192], help="square layers")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--batch", type=int, default=4, help="sequences of a micro-batch")
     parser.add_argument("--length", type=int, default=2048, help="tokens of each")
-    parser.add_argument("--seconds", type=float, default=560, help="when to stop beginning new timings")
+    parser.add_argument("--seconds", type=float, default=560, help="of this call; no job runs longer")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="shapes of a few elements, to try the script")
     parser.add_argument("--output", type=Path, default=results.FOLDER)
@@ -84,117 +151,30 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return given
 
 
-def training_rows(given: argparse.Namespace, deadline: gpu_models.Deadline) -> Iterator[Row]:
-    """The dearest shape first, ours before the peers, so that the goals' numbers exist when time runs out."""
-    names = gpu_models.sides()
-    if "models" in given.sections:
-        for shape in given.shapes:
-            measure = partial(gpu_models.model_row, shape, given.batch, given.length, given.device)
-            yield from gpu_models.contended(f"Llama {shape}", given.device, deadline, measure, names)
-    if "layers" in given.sections:
-        for size in given.sizes:
-            measure = partial(gpu_models.layer_row, size, given.batch * given.length, given.device)
-            yield from gpu_models.contended(f"layer {size}", given.device, deadline, measure, names)
-    if "models" in given.sections:
-        yield from unsloth_rows(given.shapes, given.batch, given.length, deadline)
-
-
-def four_bits(given: argparse.Namespace, deadline: gpu_models.Deadline, content: dict[str, Any]) -> list[str]:
-    if given.device != "cuda":
-        return ["", "The 4-bit kernels alone: not on this device."]
-    if deadline.left() < 30:
-        return ["", "The 4-bit kernels alone: no time left."]
-    timed, bandwidth = gpu_four_bits.measure(given.sizes)
-    content["four_bits"] = [asdict(row) for row in timed]
-    content["copy_bytes_per_second"] = bandwidth
-    return ["", f"The 4-bit kernels alone; a copy reaches {bandwidth / 1e9:.0f} GB/s.", "", gpu_four_bits.table(timed)]
+def sides(device: str) -> tuple[str, ...]:
+    peers = ["peft", *(["unsloth"] if device == "cuda" else [])]
+    return ("ours", *(name for name in peers if importlib.util.find_spec(name)))
 
 
 def about(given: argparse.Namespace) -> dict[str, Any]:
-    """Everything that a timing depends on; a version is None for what is not installed."""
+    """Everything that a timing depends on; a version is None for what is not installed. ``identity``: what has to be
+    the same for results to stand side by side."""
     card = torch.cuda.get_device_name() if given.device == "cuda" else "no card (a trial of the script)"
+    versions = results.versions()
+    sources = [*sorted(SOURCE.rglob("*.py")), *sorted(HERE.glob("gpu*.py"))]
+    source = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     return {
         "command": results.command(),
         "card": card,
         "cuda": torch.version.cuda,
         "machine": results.machine(),
-        "versions": results.versions(),
-        "tokens": given.batch * given.length,
-        "batch": given.batch,
-        "length": given.length,
+        "versions": versions,
+        "identity": {"card": card, "versions": versions, "source": source},
     }
 
 
-def said(row: Row) -> str:
-    number = "" if row.multiple is None else f"{row.step_ms:.1f} ms, {row.multiple:.2f} of the floor"
-    return f"{row.what}  {row.method}  {row.side}  {number or row.note}"
-
-
-# --- the table ---
-
-
-def markdown(content: dict[str, Any], rows: list[Row]) -> list[str]:
-    others = [side for side in ("peft", "unsloth") if any(row.side == side for row in rows)]
-    named = {"peft": "PEFT", "unsloth": "Unsloth"}
-    headings = ["shape", "method", "floor ms", "ours ms", "with AdamW", "ours / floor", "saved MB/token", "peak GB"]
-    headings += ["tokens/s"]
-    for side in others:
-        headings += [f"{named[side]} / floor", "saved MB/token", "peak GB"]
-    found = {(row.what, row.method, row.side): row for row in rows}
-    cells = [_cells(row, found, others) for row in rows if row.side == "ours"]
-    checks = f"{content['checks_passed']} comparisons with float64 passed, {len(content['checks_failed'])} failed"
-    return [
-        f"# Training steps on {content['card']}",
-        "",
-        *results.where_from([content]),
-        f"CUDA {content['cuda']}. {checks}{''.join(f'; FAILED: {line}' for line in content['checks_failed'])}.",
-        "",
-        f"bfloat16, r = {contenders.R} on all linear layers, {content['batch']} x {content['length']} tokens, no "
-        "recomputation, random weights; goals (one H100, 8B) in brackets.",
-        "",
-        *results.table(headings, cells),
-        "",
-        *_dora_against_lora(found),
-        *_notes(content, rows),
-    ]
-
-
-def _cells(row: Row, found: dict[tuple[str, str, str], Row], others: list[str]) -> list[str]:
-    goals_apply = row.what == "Llama 8B"
-    saved = None if row.saved_bytes_per_token is None else row.saved_bytes_per_token / 1e6
-    cells = [
-        *(row.what, row.method, results.number(row.floor_ms, 2), results.number(row.step_ms, 2)),
-        results.number(row.with_optimizer_ms, 2),
-        results.judged(row.multiple, GOAL_MULTIPLE[row.method] if goals_apply else None, at_most=True),
-        results.judged(saved, GOAL_SAVED_MB.get(row.method) if goals_apply else None, at_most=True),
-        *(_gigabytes(row), results.number(row.tokens_per_second, 0)),
-    ]
-    for side in others:
-        peer = found.get((row.what, row.method, side), Row(row.what, row.method, side))
-        saved = None if peer.saved_bytes_per_token is None else peer.saved_bytes_per_token / 1e6
-        cells += [results.number(peer.multiple), results.number(saved), _gigabytes(peer)]
-    return cells
-
-
-def _gigabytes(row: Row) -> str:
-    return results.number(None if row.peak_bytes is None else row.peak_bytes / 1e9, 1)
-
-
-def _dora_against_lora(found: dict[tuple[str, str, str], Row]) -> list[str]:
-    lines = []
-    for what in dict.fromkeys(what for what, _, _ in found):
-        lora, dora = (found.get((what, method, "ours")) for method in ("lora", "dora"))
-        if lora is not None and dora is not None and lora.multiple and dora.multiple:
-            goal = GOAL_DORA if what == "Llama 8B" else None
-            ratio = results.judged(dora.multiple / lora.multiple, goal, at_most=True, digits=3)
-            lines += [f"- {what}: our DoRA takes {ratio} of our LoRA."]
-    return [*lines, ""] if lines else []
-
-
-def _notes(content: dict[str, Any], rows: list[Row]) -> list[str]:
-    missing = [name for name in ("peft", "bitsandbytes", "unsloth") if content["versions"].get(name) is None]
-    notes = [f"- {row.what}, {row.method}, {row.side}: {row.note}." for row in rows if row.note]
-    return [*notes, *([f"- Not installed: {', '.join(missing)}."] if missing else [])]
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

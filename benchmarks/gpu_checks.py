@@ -9,7 +9,7 @@ Legend: T = rows, K = in features, N = out features, r = rank.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,23 +17,27 @@ from torch import Tensor
 from torch.nn import functional
 
 from rankwise import ops
-from rankwise.ops import elementwise_reference, reference, table
+from rankwise.ops import card_reference, elementwise_reference, reference, table
 from rankwise.ops.branch import Frozen
 from rankwise.ops.low_rank_linear import Branch, Dropout, low_rank_linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WEIGHTS = (((256, 1024), 64), ((33, 320), 64), ((130, 4096), 4096), ((5, 65), 32), ((9, 33), 64), ((7,), 64))
-TRAINING_SHAPES = ((5, 48, 8), (33, 320, 16), (128, 1024, 16))
-# (T, N, r) of the element-wise parts.
-LAYERS = ((4, 96, 64, 8), (65, 320, 256, 16))
-# (T, N, K, r).
+# (T, N, r) of the element-wise parts; the last ones loop in every kernel.
+TRAINING_SHAPES = ((5, 48, 8), (33, 320, 16), (128, 1024, 16), (700, 5120, 16))
+# (T, N, K, r) of layers, and of what a step on a card fuses.
+LAYERS = ((4, 96, 64, 8), (65, 320, 256, 16), (70, 200, 128, 4))
+CARD_SHAPES = ((5, 48, 64, 3), (700, 320, 1088, 16), (3000, 4096, 4096, 16), (300, 520, 256, 96))
+# One below a tile of columns, and Llama's.
+VOCABULARIES = (1000, 128256)
 
 
-def check_everything(device: str, *, quick: bool = False) -> tuple[int, list[str]]:
-    """The number of comparisons that passed, and what failed. On a card the Triton kernels have to run."""
+def check_group(name: str, device: str, *, quick: bool = False) -> tuple[int, list[str]]:
+    """Of a group of `gpu_jobs.CHECKS` the number of comparisons that passed, and what failed. On a card the Triton
+    kernels have to run."""
     passed, failed = 0, []
     ops.set_implementation("triton" if device == "cuda" else "auto")
-    for check in _all_checks(device, quick):
+    for check in GROUPS[name](device, quick):
         try:
             passed += check()
         except Exception as error:  # noqa: BLE001  one kernel that cannot run must not hide the others
@@ -42,18 +46,48 @@ def check_everything(device: str, *, quick: bool = False) -> tuple[int, list[str
     return passed, failed
 
 
-def _all_checks(device: str, quick: bool) -> Iterator[Any]:
-    dtypes = DTYPES[:2] if quick else DTYPES
-    weights = WEIGHTS[1:2] if quick else WEIGHTS
+def _weight_checks(device: str, quick: bool) -> Iterator[Any]:
     for (shape, block_size), quant_type, double, dtype in itertools.product(
-        weights, ("nf4", "fp4"), (False, True), dtypes
+        WEIGHTS[1:2] if quick else WEIGHTS, ("nf4", "fp4"), (False, True), _dtypes(quick)
     ):
         w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
         yield lambda w=w, kind=quant_type, size=block_size, double=double: check_weight(w, kind, size, double)
-    for shape, dtype in itertools.product(TRAINING_SHAPES[:1] if quick else TRAINING_SHAPES, dtypes):
+
+
+def _elementwise_checks(device: str, quick: bool) -> Iterator[Any]:
+    for shape, dtype in itertools.product(TRAINING_SHAPES[:1] if quick else TRAINING_SHAPES, _dtypes(quick)):
         yield lambda shape=shape, dtype=dtype: check_elementwise(*shape, dtype, device)
-    for shape, dtype, dora, p in itertools.product(LAYERS, dtypes, (False, True), (0.0, 0.1)):
-        yield lambda shape=shape, dtype=dtype, dora=dora, p=p: check_layer(*shape, dtype, device, dora=dora, p=p)
+
+
+def _card_checks(device: str, quick: bool) -> Iterator[Any]:
+    for shape, dtype in itertools.product(CARD_SHAPES[:1] if quick else CARD_SHAPES, _dtypes(quick)):
+        yield lambda shape=shape, dtype=dtype: check_card(*shape, dtype, device)
+
+
+def _layer_checks(device: str, quick: bool) -> Iterator[Any]:
+    for shape, dtype, dora, p in itertools.product(LAYERS, _dtypes(quick), (False, True), (0.0, 0.1)):
+        for four_bits in (False, True):
+            yield lambda shape=shape, dtype=dtype, dora=dora, p=p, four_bits=four_bits: check_layer(
+                *shape, dtype, device, dora=dora, p=p, four_bits=four_bits
+            )
+
+
+def _loss_checks(device: str, quick: bool) -> Iterator[Any]:
+    for V, dtype in itertools.product((40,) if quick else VOCABULARIES, _dtypes(quick)):
+        yield lambda V=V, dtype=dtype: check_loss(V, dtype, device)
+
+
+def _dtypes(quick: bool) -> tuple[torch.dtype, ...]:
+    return DTYPES[:2] if quick else DTYPES
+
+
+GROUPS: dict[str, Callable[[str, bool], Iterator[Any]]] = {
+    "weights": _weight_checks,
+    "elementwise": _elementwise_checks,
+    "card": _card_checks,
+    "layers": _layer_checks,
+    "loss": _loss_checks,
+}
 
 
 # --- 4-bit weights ---
@@ -77,6 +111,9 @@ def check_weight(w: Tensor, quant_type: str, block_size: int, double: bool) -> i
 def check_products(w: Tensor, packed: ops.PackedWeight, what: str) -> int:
     norms = ops.row_norms_4bit(packed)
     torch.testing.assert_close(norms.double(), w.double().norm(dim=1), rtol=3e-6, atol=0, msg=f"norms: {what}")
+    A, B = torch.randn(5, w.shape[1], device=w.device), torch.randn(w.shape[0], 5, device=w.device)
+    exact = ((w.double() @ A.double().T) * B.double()).sum(1)
+    assert_as_good(ops.row_cross_4bit(packed, A, B), elementwise_reference.row_cross(w, A, B), exact, f"cross: {what}")
     for T in (1, 2, 16, 17):
         x = torch.randn(T, w.shape[1], device=w.device).to(w.dtype).requires_grad_()
         bias = torch.randn(w.shape[0], device=w.device).to(w.dtype)
@@ -86,7 +123,7 @@ def check_products(w: Tensor, packed: ops.PackedWeight, what: str) -> int:
         truth = x.double() @ w.double().T + bias.double()
         assert_as_good(y, functional.linear(x, w, bias), truth, f"product of {T} rows: {what}")
         assert_as_good(x.grad, grad @ w, grad.double() @ w.double(), f"input gradient of {T} rows: {what}")
-    return 9
+    return 10
 
 
 # --- element-wise parts of a step ---
@@ -129,6 +166,8 @@ def _elementwise_calls(
     q, angles = made(1, 2, T, 16), made(1, T, 16, dtype=torch.float32)
     for inverse in (False, True):
         yield "rope", (q, angles.cos().to(dtype), angles.sin().to(dtype), inverse)
+    A = made(r, 1000, dtype=torch.float32)
+    yield "row_cross", (made(N, 1000), A, made(N, r, dtype=torch.float32))
     targets = torch.randint(0, N, (T,), generator=generator)
     targets[0] = -100
     targets = targets.to(device)
@@ -159,10 +198,86 @@ def _tensors(result: Any) -> list[Tensor]:
     return [tensor for tensor in found if tensor is not None]
 
 
+# --- what a step on a card fuses ---
+
+
+def check_card(T: int, N: int, K: int, r: int, dtype: torch.dtype, device: str) -> int:
+    """The gradients of a branch, DoRA's gain and its product with a 4-bit weight, against float64."""
+    generator = torch.Generator().manual_seed(4)
+
+    def made(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+    what = f"{T} x {K} -> {N}, rank {r}, {dtype}"
+    dy, y, U, B, A = made(T, N), made(T, N), made(T, r), made(N, r), made(r, K, dtype=torch.float32)
+    g, m = (made(N, dtype=torch.float32).abs() + 0.5 for _ in range(2))
+    count = 0
+    for gain, folded, out in ((None, False, None), (g, False, y), (g, True, y)):
+        arguments = (torch.empty_like(U), dy, U, B, 0.5, gain, folded, out, None if out is None else m)
+        results = []
+        for run, given in (
+            (table.run, _copied(arguments)),
+            (_reference_of, _copied(arguments)),
+            (_reference_of, _copied(arguments, torch.float64)),
+        ):
+            found = run("low_rank_grads_", *given)
+            results.append([given[0], *_tensors(found)])
+        for ours, plain, truth in zip(*results, strict=True):
+            # dz is rounded before it is multiplied, which float64 does not do.
+            assert_as_good_on_average(ours, plain, truth, f"low_rank_grads_ {what}")
+            count += 1
+    W = made(N, K)
+    packed = ops.quantize_weight(W, double_quant=True) if K % 64 == 0 else None
+    squared = W.float().square().sum(1)
+    exact = m.double() / (W.double() + 0.5 * B.double() @ A.double()).norm(dim=1)
+    found = table.run("adapted_gain", W, squared, A, B.float(), m, 0.5)
+    assert_as_good(found, card_reference.adapted_gain(W, squared, A, B.float(), m, 0.5), exact, f"gain {what}")
+    if packed is not None:
+        dense = ops.dequantize_weight(packed)
+        squared = dense.float().square().sum(1)
+        found = table.run("adapted_gain_4bit", packed, squared, A, B.float(), m, 0.5, dtype)
+        exact = m.double() / (dense.double() + 0.5 * B.double() @ A.double()).norm(dim=1)
+        plain = card_reference.adapted_gain(dense, squared, A, B.float(), m, 0.5)
+        assert_as_good(found, plain, exact, f"gain of 4 bits {what}")
+        exact = g.double()[:, None] * ops.dequantize_weight(packed, torch.float32).double()
+        plain = card_reference.dequantize_gained_4bit(packed, g, dtype)
+        assert_as_good(ops.dequantize_weight(packed, dtype, g), plain, exact, f"weight with a gain {what}")
+        count += 2
+    return count + 1
+
+
+def _reference_of(name: str, *arguments: Any) -> Any:
+    return getattr(table.OPERATORS[name].reference, name)(*arguments)
+
+
+# --- the loss ---
+
+
+def check_loss(V: int, dtype: torch.dtype, device: str) -> int:
+    """The loss over V tokens and its gradient, chunked as in a step, against float64."""
+    generator = torch.Generator().manual_seed(5)
+    logits = (4 * torch.randn(6, V, generator=generator)).to(dtype).to(device)
+    targets = torch.tensor([0, V - 1, -100, V // 2, V // 3, 7], device=device)
+    count = 0
+    for smoothing, softcap in ((0.0, None), (0.1, 30.0)):
+        options = (2.0**-10, smoothing, softcap, 1.0, True, True, False)
+        ours, plain, truth = logits.clone(), logits.clone(), logits.double()
+        found = table.run("cross_entropy_", ours, targets, *options)
+        elementwise_reference.cross_entropy_(plain, targets, *options)
+        exact = elementwise_reference.cross_entropy_(truth, targets, *options)
+        assert_as_good(ours, plain, truth, f"gradient of the loss over {V} tokens {dtype}")
+        for sum_, right in zip(found[:2], exact[:2]):
+            torch.testing.assert_close(sum_, right, rtol=2e-6, atol=1e-4, msg=f"loss over {V} tokens {dtype}")
+        count += 3
+    return count
+
+
 # --- whole layers ---
 
 
-def check_layer(T: int, N: int, K: int, r: int, dtype: torch.dtype, device: str, *, dora: bool, p: float) -> int:
+def check_layer(
+    T: int, N: int, K: int, r: int, dtype: torch.dtype, device: str, *, dora: bool, p: float, four_bits: bool
+) -> int:
     """The operator under LoRA and DoRA with its gradients, against the formula through autograd."""
     generator = torch.Generator().manual_seed(3)
 
@@ -170,6 +285,8 @@ def check_layer(T: int, N: int, K: int, r: int, dtype: torch.dtype, device: str,
         return torch.randn(shape, generator=generator).to(dtype).to(device)
 
     W, dropout = made(N, K), Dropout(p, 11) if p else None
+    frozen = Frozen(ops.quantize_weight(W)) if four_bits else Frozen(W)
+    W = frozen.dense(dtype)
     gain = made(N, dtype=torch.float32).abs() + 0.5 if dora else None
     # Numbers of `dtype`, kept in float32: whether an implementation rounds A and B makes no difference.
     inputs = {"x": made(T, K), "A": made(r, K).float(), "B": made(N, r).float()}
@@ -178,7 +295,7 @@ def check_layer(T: int, N: int, K: int, r: int, dtype: torch.dtype, device: str,
     dy = made(T, N)
 
     def ours(x: Tensor, A: Tensor, B: Tensor, m: Tensor | None = None) -> Tensor:
-        return low_rank_linear(x, (Branch(Frozen(W), 2.0, A, B, None, m, gain),), dropout)[0]
+        return low_rank_linear(x, (Branch(frozen, 2.0, A, B, None, m, gain),), dropout)[0]
 
     def plain(x: Tensor, A: Tensor, B: Tensor, m: Tensor | None = None) -> Tensor:
         mask = elementwise_reference.keep_mask(x, p, 11) / (1 - p) if p else torch.ones_like(x)
@@ -191,7 +308,8 @@ def check_layer(T: int, N: int, K: int, r: int, dtype: torch.dtype, device: str,
     found, allowed = _with_gradients(ours, inputs, dy), _with_gradients(plain, inputs, dy)
     rounded = {name: tensor.to(dtype).double() for name, tensor in inputs.items()}
     truth = _with_gradients(plain, rounded | ({"m": inputs["m"].double()} if dora else {}), dy.double())
-    what = f"layer {T} x {K} -> {N} {dtype}{' with gain' if dora else ''}{' with dropout' if p else ''}"
+    kind = f"{' of 4 bits' if four_bits else ''}{' with gain' if dora else ''}{' with dropout' if p else ''}"
+    what = f"layer {T} x {K} -> {N} {dtype}{kind}"
     for name in found:
         assert_as_good_on_average(found[name], allowed[name], truth[name], f"{name} of a {what}")
     return len(found)

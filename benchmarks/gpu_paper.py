@@ -32,7 +32,9 @@ from stand_in import source_tree
 source_tree()
 
 import contenders  # noqa: E402
+import gpu_models  # noqa: E402
 import torch  # noqa: E402
+from gpu_jobs import Job  # noqa: E402
 from gpu_models import LLAMA  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
@@ -41,6 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 import rankwise as rw  # noqa: E402
 from rankwise.acceleration import LossOptions  # noqa: E402
 from rankwise.ops import selection  # noqa: E402
+from rankwise.ops.triton import low_rank_grads  # noqa: E402
 from rankwise.planning.tracker import Answers  # noqa: E402
 
 # Four rows of 2,048 tokens of which half are scored, in the 8B shape.
@@ -52,6 +55,11 @@ KERNELS = {
     "linear_4bit_input_grad": 2,
     # The kernel, and three sums over rows.
     "cross_entropy_": 4,
+    # One pass over dy, and the sums of its shares.
+    "low_rank_grads_": 2,
+    # The mixed term and A A^T, which 4 bits have a product of its own for; the gain.
+    "adapted_gain": 2,
+    "adapted_gain_4bit": 3,
 }
 SCRATCH = ("linear_4bit", "linear_4bit_input_grad")
 # Operators that compute nothing although their schema shows no alias.
@@ -101,6 +109,9 @@ class Counts(TorchDispatchMode):
             if name in SCRATCH:
                 # The dense weight, written by one kernel and read by the next.
                 self.bytes += 2 * read[0].shape[-1] * made[0].shape[-1] * made[0].element_size()
+            if name == "low_rank_grads_":
+                # Beside dU, dy, U and B there is more where there is a gain.
+                self.bytes += shares_bytes(read[1], read[0].shape[1], gained=len(read) > 4)
         return result
 
     def _is_mask(self, tensor: Tensor) -> bool:
@@ -120,6 +131,13 @@ def tensors_in(value: Any) -> Any:
 def rows_of(read: list[Tensor], made: list[Tensor]) -> int:
     """M of a product whose weight is the head's."""
     return (made or read)[0].shape[0]
+
+
+def shares_bytes(dy: Tensor, R: int, *, gained: bool) -> int:
+    """What the programs over dy write and the second kernel reads: shares of dU and dB in float32."""
+    T, N = dy.shape
+    blocks, run = low_rank_grads.grid(T, N, gained=gained)
+    return 2 * 4 * R * (blocks * T + -(-T // run) * N)
 
 
 def is_launch(func: Any, name: str) -> bool:
@@ -144,41 +162,14 @@ def llama(layers: int, method: str) -> Any:
     return model
 
 
-def batch_of(form: str) -> dict[str, Any]:
-    """As trl's collator gives it."""
-    ids = torch.zeros(ROWS, LENGTH, dtype=torch.long)
-    if form == "padded":
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    flat = ids.view(1, -1)
-    bounds = torch.zeros(ROWS + 1, dtype=torch.int32)
-    lengths = {"max_length_q": LENGTH, "max_length_k": LENGTH}
-    return {
-        "input_ids": flat,
-        "position_ids": flat,
-        "labels": flat,
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        **lengths,
-    }
-
-
 def micro_batch(model: Any, form: str) -> Tensor:
     """Forward and backward as the trainer makes them; gives the loss."""
-    batch = batch_of(form)
+    batch = gpu_models.batch_of(Job("model", f"Llama {SHAPE}", form=form, batch=ROWS, length=LENGTH, device="cpu"))
     scored = torch.zeros(ROWS * LENGTH // 2, dtype=torch.long)
     options = LossOptions(want_stats=True, scored=scored)
     out = model(**batch, use_cache=False, num_items_in_batch=ROWS * LENGTH, loss_options=options)
     out.loss.backward()
     return out.loss.detach()
-
-
-def optimizer_step(model: Any, optimizer: torch.optim.Optimizer, losses: list[Tensor]) -> None:
-    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
-    # The trainer's one reading of a step.
-    bool(torch.stack([*losses, norm]).isfinite().all())
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def counted(method: str, form: str, layers: int, *, whole: bool) -> Counts:
@@ -187,11 +178,11 @@ def counted(method: str, form: str, layers: int, *, whole: bool) -> Counts:
     with FakeTensorMode(allow_non_fake_inputs=True), selection.fakes_as("cuda"), Quiet():
         model = llama(layers, method)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-        optimizer_step(model, optimizer, [micro_batch(model, form)])
+        gpu_models.optimizer_step(model, optimizer, [micro_batch(model, form)])
         with counts:
             losses = [micro_batch(model, form)]
             if whole:
-                optimizer_step(model, optimizer, losses)
+                gpu_models.optimizer_step(model, optimizer, losses)
     return counts
 
 

@@ -37,20 +37,36 @@ def synchronize(device_type: str) -> None:
 
 
 def alternate(
-    contenders: Mapping[str, Prepared], rounds: int, *, warmup: int = 1, device_type: str = "cpu"
+    contenders: Mapping[str, Prepared], rounds: int, *, warmup: int = 1, device_type: str = "cpu", calls: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of every contender in every round: a round calls all of them, so that a busy moment hits them alike."""
+    """Seconds of a call of every contender in every round: a round calls all of them, so that a busy moment hits them
+    alike. Of several ``calls`` in a row the mean, between two events on a card: one call's launches do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(warmup + rounds):
         for name, (call, put_back) in contenders.items():
-            synchronize(device_type)
-            start = time.perf_counter()
-            call()
-            synchronize(device_type)
+            took = _seconds_of(call, put_back, device_type, calls)
             if number >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-            put_back()
+                seconds[name].append(took)
     return seconds
+
+
+def _seconds_of(call: Call, put_back: Call, device_type: str, calls: int) -> float:
+    synchronize(device_type)
+    if device_type == "cuda" and calls > 1:
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(calls):
+            call()
+            put_back()
+        last.record()
+        torch.cuda.synchronize()
+        return float(first.elapsed_time(last)) / 1e3 / calls
+    start = time.perf_counter()
+    call()
+    synchronize(device_type)
+    took = time.perf_counter() - start
+    put_back()
+    return took
 
 
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
