@@ -349,3 +349,35 @@ def test_hooks_that_come_later_are_called(part: str) -> None:
     found = model(**inputs()).loss.item()
     restore(model)
     assert found == pytest.approx(model(**inputs()).loss.item(), rel=1e-5)
+
+
+def test_a_model_over_several_devices_takes_the_fast_way() -> None:
+    """accelerate's hooks stand on every module and move its inputs; one device stands for several here."""
+    from accelerate import dispatch_model
+
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{index}": "cpu" for index in range(2)}
+    results = []
+    for hooked in (False, True):
+        torch.manual_seed(0)
+        model = adapted(dispatch_model(tiny_llama(), places, force_hooks=True) if hooked else tiny_llama())
+        done = rw.optimize_for_training(model)
+        loss = model(**inputs()).loss
+        loss.backward()
+        grads = [parameter.grad for parameter in rw.adapter_parameters(model).values()]
+        results.append((done, loss.detach(), grads))
+    (plain, loss, grads), (hooked, loss_of_hooked, grads_of_hooked) = results
+    assert hooked == plain
+    assert hooked.norms > 0
+    assert hooked.mlps > 0
+    assert torch.equal(loss, loss_of_hooked)
+    assert all(map(torch.equal, grads, grads_of_hooked))
+
+
+def test_modules_whose_weights_are_loaded_for_each_call_are_named() -> None:
+    from accelerate import cpu_offload
+
+    model = cpu_offload(tiny_llama(), execution_device=torch.device("cpu"))
+    done = rw.optimize_for_training(model)
+    assert any("modules stay slow: accelerate loads their weights" in line for line in done.left_alone)
+    assert done.norms == 0

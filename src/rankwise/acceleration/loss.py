@@ -71,9 +71,10 @@ def fused_loss(
     scored = scored_positions(labels) if options.scored is None else options.scored
     with answering(head.module, meaningless) as noted:
         outputs = forward(**inputs)
-    hidden = noted[0].flatten(0, 1).index_select(0, scored)
+    # Of a model over several devices, labels and hidden states may lie on two.
+    hidden = noted[0].flatten(0, 1).index_select(0, scored.to(noted[0].device))
     # The label behind a scored position stands in the same row.
-    targets = labels.flatten().index_select(0, scored + 1)
+    targets = labels.flatten().index_select(0, scored + 1).to(hidden.device)
     sums = sums_at(head, hidden, targets, options)
     outputs["logits"] = None
     return FusedLoss(sums, len(scored), outputs)
@@ -111,7 +112,7 @@ def forward_with_labels(self: Any, *args: Any, loss_options: LossOptions | None 
         given["use_cache"] = False
     found = fused_loss(plain, head, given, labels, loss_options)
     count = max(1, found.count) if num_items is None else torch.as_tensor(num_items, device=labels.device)
-    loss = found.sums.loss / count
+    loss = found.sums.loss / (count.to(found.sums.loss.device) if isinstance(count, Tensor) else count)
     found.outputs["loss"] = with_router_loss(head, loss, found.outputs)
     if loss_options is not None:
         loss_options.found.append(found.sums)
@@ -138,7 +139,8 @@ def sums_at(head: Head, hidden: Tensor, targets: Tensor, options: LossOptions) -
     head = dataclasses.replace(head, shape=head.shape.at(options.temperature))
     if type(module) is nn.Linear and not module.weight.requires_grad and module.weight.dtype == hidden.dtype:
         trains_bias = module.bias is not None and module.bias.requires_grad
-        if not trains_bias and computes_in(hidden.dtype, hidden.device):
+        is_near = module.weight.device == hidden.device
+        if not trains_bias and is_near and computes_in(hidden.dtype, hidden.device):
             asked: dict[str, Any] = {
                 "shape": head.shape,
                 "bias": module.bias,

@@ -25,6 +25,7 @@ from rankwise.acceleration.rows import replace_masks
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.shared_input import SharedInput
+from rankwise.compat.accelerate import loads_weights
 from rankwise.compat.transformers import attention_of
 from rankwise.ops.handback import offered_by
 from rankwise.ops.selection import stands_on_card
@@ -105,6 +106,8 @@ def _optimize(model: nn.Module, undo: Undo, *, keep_memory: bool, fuse_loss: boo
     on_cpu = parameter.device.type in ("cpu", "meta") and not stands_on_card(parameter)
     left: list[str] = []
     norms, mlps, ropes = fuse_parts(model, undo)
+    if slow := sum(map(loads_weights, model.modules())):
+        left.append(f"{slow} modules stay slow: accelerate loads their weights for each call")
     head, shared_inputs = look_into(model, undo, left, fuse_loss=fuse_loss)
     if on_cpu:
         replace_checkpointing(model, undo)

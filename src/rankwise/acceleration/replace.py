@@ -15,6 +15,7 @@ from torch import nn
 
 from rankwise.adapters.base_layer import REPLACED, has_hooks
 from rankwise.adapters.shared_input import refuse_pickling
+from rankwise.compat.accelerate import only_moves_inputs
 
 ATTRIBUTE = "rankwise_acceleration"
 
@@ -75,5 +76,12 @@ def class_forward(module: nn.Module) -> Callable[..., Any]:
 
 
 def is_free(module: nn.Module) -> bool:
-    """Whether nothing else stands in the module's way: a forward of its own, or hooks that must see its call."""
-    return "forward" not in module.__dict__ and not has_hooks(module)
+    """Whether nothing else stands in the module's way: a forward of its own, or hooks that must see its call. A forward
+    that moves inputs from another device does not: it comes before ours where that is needed (`forward_before`)."""
+    return ("forward" not in module.__dict__ or only_moves_inputs(module)) and not has_hooks(module)
+
+
+def forward_before(module: nn.Module) -> Callable[..., Any]:
+    """The forward that `replace_forward` found."""
+    before, _ = module.__dict__.get(REPLACED, (None, ()))
+    return class_forward(module) if before is None else before

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.adapters.freshness import Key, frozen_key
+from rankwise.compat.accelerate import only_moves_inputs
 from rankwise.compat.torch import hooks_around, with_own_parts
+from rankwise.ops.freshness import Key, frozen_key
 from rankwise.quantization.linear import is_conv1d
 
 # Attribute of a module whose forward is ours: the instance's forward before, and the names of what ours finds there.
@@ -33,8 +34,11 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_own(module: nn.Module) -> bool:
-    """Whether the module's call is what its class says: no hooks, and no forward on the instance but one of ours."""
-    return not has_hooks(module) and ("forward" not in module.__dict__ or REPLACED in module.__dict__)
+    """Whether the module's call is what its class says: no hooks, and no forward on the instance but one of ours, or
+    one that moves inputs from another device."""
+    if has_hooks(module):
+        return False
+    return "forward" not in module.__dict__ or REPLACED in module.__dict__ or only_moves_inputs(module)
 
 
 def is_adaptable(module: nn.Module) -> bool:
