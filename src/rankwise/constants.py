@@ -8,3 +8,7 @@ IGNORED = -100
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # First-level scales that share one second-level scale (QLoRA, section 3).
 NESTED_BLOCK = 256
+# Columns of a head that torch's flash attention takes at the most.
+FLASH_WIDTH = 256
+# Columns of 16 bits that lie in 16 bytes: to a multiple of it a rank is filled up on a card.
+ALIGNED = 8

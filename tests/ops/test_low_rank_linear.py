@@ -192,7 +192,16 @@ def test_dropout_follows_from_its_seed() -> None:
     assert not torch.equal(first, other)
 
 
-def test_bfloat16_is_no_worse_than_plain_bfloat16() -> None:
+def on_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps of a card, whose operators run in plain PyTorch here."""
+    monkeypatch.setattr(selection, "takes_native", lambda _: False)
+    monkeypatch.setattr(selection, "takes_triton", lambda _: True)
+
+
+@pytest.mark.parametrize("card", [False, True])
+def test_bfloat16_is_no_worse_than_plain_bfloat16(card: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if card:
+        on_card(monkeypatch)
     made = branches(torch.float64, dora=True, bias=False, widths=(48, 32), seed=3)
     x = torch.randn(256, 5, dtype=torch.float64)
 
@@ -216,20 +225,23 @@ def test_bfloat16_is_no_worse_than_plain_bfloat16() -> None:
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("four_bits", [False, True])
-@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("way", ["native", "plain", "card"])
 def test_updates_below_half_a_unit_of_the_output_count(
-    dora: bool, four_bits: bool, native: bool, monkeypatch: pytest.MonkeyPatch
+    dora: bool, four_bits: bool, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In bfloat16 such an update moves few outputs, each by a whole unit. On average they move by the update."""
-    if not native:
+    if way == "plain":
         monkeypatch.setattr(selection, "takes_native", lambda _: False)
+    if way == "card":
+        on_card(monkeypatch)
     T, K, N, r = 512, 64, 256, 4
     generator = torch.Generator().manual_seed(0)
     x, W = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((T, K), (N, K)))
     A, B = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((r, K), (N, r)))
     # At the start of training DoRA's gain is 1: another one would move every output off bfloat16's grid.
     gain = torch.ones(N) if dora else None
-    frozen = Frozen(quantize_weight(W) if four_bits else W)
+    # In the dtype of x, as a 4-bit layer holds it.
+    frozen = Frozen(dataclasses.replace(quantize_weight(W), dtype=W.dtype) if four_bits else W)
     base, adapted = (
         low_rank_linear(x, [Branch(frozen, scale, A, B, m=gain, gain=gain)])[0].double() for scale in (0.0, 2.0**-12)
     )
@@ -239,3 +251,63 @@ def test_updates_below_half_a_unit_of_the_output_count(
     assert is_small.double().mean() > 0.5
     moved = ((adapted - base) * update.sign())[is_small].sum() / update.abs()[is_small].sum()
     assert float(moved) == pytest.approx(1, abs=0.06)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("four_bits", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("of_glu", [False, True])
+def test_a_card_s_steps_are_no_worse_than_separate_products(
+    of_glu: bool, dora: bool, four_bits: bool, bias: bool, p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs and gradients of two layers with one input (ranks 3 and 16), by the norm of the error against float64."""
+    T, K, generator = 80, 64, torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    made, dense = [], []
+    for r, N in ((3, 40), (16, 24))[: 1 if of_glu else 2]:
+        W = random(N, K)
+        frozen = Frozen(dataclasses.replace(quantize_weight(W), dtype=W.dtype) if four_bits else W)
+        m = (random(N).float().abs() + 0.5).requires_grad_() if dora else None
+        gain = None if m is None else m.detach() / (random(N).float().abs() + 0.5)
+        A, B = (torch.randn(shape, generator=generator).requires_grad_() for shape in ((r, K), (N, r)))
+        made.append(Branch(frozen, SCALE, A, B, random(N).requires_grad_() if bias else None, m, gain))
+        # What 4 bits hold, before it is rounded: with a gain it is rounded once, together with the gain.
+        dense.append(frozen.dense(torch.float32))
+    dropout = Dropout(p, 7) if p else None
+    xs = [random(T, K).requires_grad_() for _ in range(2 if of_glu else 1)]
+    dys = [random(T, branch.B.shape[0]) for branch in made]
+    inputs = [*xs, *trained(made)]
+
+    def results() -> list[Tensor]:
+        if of_glu:
+            ys: Sequence[Tensor] = [low_rank_linear_of_glu(*xs, "silu", made[0], dropout)]
+        else:
+            ys = low_rank_linear(xs[0], made, dropout)
+        return [*(y.detach() for y in ys), *torch.autograd.grad(ys, inputs, dys)]
+
+    monkeypatch.setattr(selection, "takes_native", lambda _: False)
+    separate = results()
+    on_card(monkeypatch)
+    found = results()
+    wide = iter([tensor.detach().double().requires_grad_() for tensor in inputs])
+    wide_xs, ys = [next(wide) for _ in xs], []
+    x = F.silu(wide_xs[0]) * wide_xs[1] if of_glu else wide_xs[0]
+    leaves = list(wide_xs)
+    for branch, W in zip(made, dense):
+        own = [None if tensor is None else next(wide) for tensor in branch.tensors]
+        leaves += [tensor for tensor in own if tensor is not None]
+        A, B, of_bias, m = own
+        assert A is not None
+        assert B is not None
+        gain = None if branch.gain is None else branch.gain.double()
+        exact = dataclasses.replace(branch, frozen=Frozen(W.double()), A=A, B=B, bias=of_bias, m=m, gain=gain)
+        ys.append(plain(x, exact, dropout))
+    truth = [*(y.detach() for y in ys), *torch.autograd.grad(ys, leaves, [dy.double() for dy in dys])]
+    for index, (ours, other, right) in enumerate(zip(found, separate, truth, strict=True)):
+        assert (ours.dtype, ours.shape) == (other.dtype, other.shape)
+        error, allowed = (float((one.double() - right).norm() / right.norm()) for one in (ours, other))
+        assert error <= 1.5 * allowed + 1e-5, index

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from rankwise.errors import ConfigError
+from rankwise.planning.closed_form import step_copies_bytes
+from rankwise.planning.counted_optimizer import new_optimizer
 from rankwise.planning.optimizers import RULES, check_device
+from rankwise.planning.workload import Workload
+from rankwise.training.arguments import implementation_of
 from rankwise.training.memory_savers import check_memory_savers
 
 
@@ -41,3 +45,13 @@ def test_states_of_bitsandbytes_are_as_large_as_planned(name, shape):
     found = sum(value.nbytes for key, value in held if torch.is_tensor(value) and "qmap" not in key)
     ours = {"AdamW8bit": "adamw_8bit", "PagedAdamW8bit": "paged_adamw_8bit", "Lion8bit": "lion_8bit"}
     assert RULES[ours.get(name, "paged_adamw_32bit")].state(shape, 4) == found
+
+
+@pytest.mark.parametrize(("device", "copies"), [("cuda", False), ("cpu", True)])
+def test_adamw_on_a_card_is_fused_and_holds_no_copies(device, copies):
+    """As `train` runs it."""
+    workload = Workload(device_type=device)
+    (parameter,) = [torch.nn.Parameter(torch.zeros(3, 4))]
+    assert new_optimizer(workload, [parameter]).defaults["fused"] is not copies
+    assert (step_copies_bytes(workload, [((3, 4), 4)]) > 0) is copies
+    assert implementation_of(workload.optimizer, device) == ("adamw_torch" if copies else "adamw_torch_fused")

@@ -26,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from rankwise.compat.torch import writes_to
+from rankwise.constants import FLASH_WIDTH
 from rankwise.ops import attention as kernel
 from rankwise.ops import reference_attention
 from rankwise.ops.selection import as_autocast, stands_on_card, transforms_functions
@@ -36,10 +37,9 @@ if TYPE_CHECKING:
 NAME = "rankwise"
 _UNKNOWN_TO_THE_KERNEL = ("position_bias", "softcap", "s_aux")
 
-# What torch's flash attention takes: compute capability, dtypes and width of a head.
+# What torch's flash attention takes: compute capability and dtypes.
 _FLASH_CAPABILITY = (8, 0)
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
-_FLASH_WIDTH = 256
 
 Ranges = tuple[Tensor, Tensor]
 
@@ -107,8 +107,8 @@ def _card_obstacle(dtype: torch.dtype, capability: tuple[int, int], head_width: 
         return f"flash attention takes 16-bit numbers, and the model computes in {dtype}"
     if capability < _FLASH_CAPABILITY:
         return "flash attention needs compute capability 8.0, and this card has {}.{}".format(*capability)
-    if head_width > _FLASH_WIDTH or head_width % 8:
-        return f"flash attention takes heads of up to {_FLASH_WIDTH} columns in steps of 8, and these have {head_width}"
+    if head_width > FLASH_WIDTH or head_width % 8:
+        return f"flash attention takes heads of up to {FLASH_WIDTH} columns in steps of 8, and these have {head_width}"
     if not {"window_size", "enable_gqa"} <= set(inspect.signature(varlen.varlen_attn).parameters):
         return f"the flash attention of torch {torch.__version__} takes no sliding windows or grouped heads"
     return None
@@ -184,7 +184,7 @@ def attention(
 
 
 def _takes_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return stands_on_card(q) and q.dtype in _FLASH_DTYPES and q.shape[-1] == v.shape[-1] <= _FLASH_WIDTH
+    return stands_on_card(q) and q.dtype in _FLASH_DTYPES and q.shape[-1] == v.shape[-1] <= FLASH_WIDTH
 
 
 def _flash(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankwise.compat.torch import unsafe_view
+from rankwise.compat.torch import WeakTensorKeyDictionary, unsafe_view, writes_to
 from rankwise.ops import elementwise
 from rankwise.ops.handback import Handback, offered_with_heads
 from rankwise.ops.normed import Normed, remember
@@ -75,16 +75,28 @@ class Rope(torch.autograd.Function):
         return elementwise.rope(dy, cos, sin, inverse=True), None, None, None
 
 
+# Of the cosines of a step, which all its layers share: their inverse angles.
+_inverses: Any = WeakTensorKeyDictionary()
+
+
 def turned_back(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x of ``q = rope(x, cos, sin)``: of each pair of columns the inverse matrix, ((cos_2, sin_1), (-sin_2, cos_1))
-    over the determinant, which is not 1 where angles are scaled."""
+    """x of ``q = rope(x, cos, sin)``."""
+    kept = _inverses.get(cos)
+    if kept is None or kept[0] is not sin or kept[1] != (writes_to(cos), writes_to(sin)):
+        kept = sin, (writes_to(cos), writes_to(sin)), inverse_angles(cos, sin)
+        _inverses[cos] = kept
+    _, _, (inverse_cos, inverse_sin) = kept
+    return elementwise.rope(q, inverse_cos, inverse_sin, inverse=True)
+
+
+def inverse_angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines by which rope's transpose is its inverse: of each pair of columns the inverse matrix,
+    ((cos_2, sin_1), (-sin_2, cos_1)) over the determinant, which is not 1 where angles are scaled."""
     dtype = torch.promote_types(cos.dtype, torch.float32)
     (cos_1, cos_2), (sin_1, sin_2) = (table.to(dtype).chunk(2, dim=-1) for table in (cos, sin))
     determinant = cos_1 * cos_2 + sin_1 * sin_2
     halves = torch.stack([cos_2, cos_1, sin_2, sin_1]) / determinant
-    return elementwise.rope(
-        q, halves[:2].movedim(0, -2).flatten(-2), halves[2:].movedim(0, -2).flatten(-2), inverse=True
-    )
+    return halves[:2].movedim(0, -2).flatten(-2), halves[2:].movedim(0, -2).flatten(-2)
 
 
 class Glu(torch.autograd.Function):

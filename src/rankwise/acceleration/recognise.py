@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.acceleration.parts import Glu, rms_norm, rope
-from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
+from rankwise.acceleration.replace import Undo, class_forward, forward_before, is_free, replace_forward
 from rankwise.adapters.base_layer import has_hooks
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.layer import AdaptedLayer
@@ -23,7 +23,7 @@ from rankwise.adapters.operator import branch_of, drawn_dropout
 from rankwise.compat.torch import is_fake
 from rankwise.compat.transformers import rotary_of, set_rotary
 from rankwise.ops.low_rank_linear import low_rank_linear_of_glu
-from rankwise.ops.selection import is_traced, native_on_cpu, takes_triton
+from rankwise.ops.selection import is_traced, native_on_cpu, stands_on_card, takes_triton
 
 # Of the largest value, between a part and its twin.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -135,19 +135,21 @@ def _runs(x: Tensor) -> bool:
     """Whether the twins have a kernel of ours for ``x``: on Triton, or in the native library, which has no float16."""
     if is_traced() or x.dtype not in TOLERANCE:
         return False
+    if stands_on_card(x):
+        return takes_triton(x)
     return takes_triton(x) or (x.device.type == "cpu" and x.dtype is not torch.float16 and native_on_cpu())
 
 
 def _norm_forward(self: Any, x: Tensor) -> Tensor:
-    fits = self.weight.dtype == x.dtype and self.weight.shape[0] == x.shape[-1]
+    fits = self.weight.dtype == x.dtype and self.weight.shape[0] == x.shape[-1] and self.weight.device == x.device
     if not _runs(x) or self.weight.requires_grad or not fits:
-        return class_forward(self)(x)
+        return forward_before(self)(x)
     return rms_norm(x, self.weight, *self.rankwise_norm)
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     if not _runs(x) or has_hooks(self.act_fn):
-        return class_forward(self)(x)
+        return forward_before(self)(x)
     return down_of_glu(self.down_proj, self.gate_proj(x), self.up_proj(x), self.rankwise_act)
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.adapters.base_layer import dense_weight, frozen_product, weight_key
-from rankwise.adapters.freshness import Kept, Key, frozen_key
 from rankwise.adapters.fused import Parts, enabled_rows, low_rank_product, to_blocks
 from rankwise.adapters.lora import empty_pair
 from rankwise.adapters.low_rank import (
@@ -22,8 +21,11 @@ from rankwise.adapters.low_rank import (
     row_norms_squared,
 )
 from rankwise.adapters.operator import branch_of, drawn_dropout
+from rankwise.ops.elementwise import adapted_gain
+from rankwise.ops.four_bit import adapted_gain_4bit
+from rankwise.ops.freshness import Kept, Key, frozen_key
 from rankwise.ops.low_rank_linear import low_rank_linear
-from rankwise.ops.selection import is_traced, stands_on_card
+from rankwise.ops.selection import is_traced, stands_on_card, takes_triton
 from rankwise.quantization.linear import Linear4bit, features
 
 
@@ -108,6 +110,8 @@ class Dora(nn.Module):
     @torch.no_grad()
     def fixed_gain(self, base: nn.Module) -> Tensor | None:
         """`gain` without gradients, kept until the norms or m change; None on a CPU where an entry of it is zero."""
+        if self.parts is None and not is_traced() and takes_triton(self.magnitude):
+            return self._gain_on_card(base)
         norms = self.row_norms(base)
         key = frozen_key(norms)
         if norms is self._gain_of and (kept := self._gain.get((self.magnitude,), key)) is not None:
@@ -119,6 +123,19 @@ class Dora(nn.Module):
             return None
         self._gain_of = norms
         return self._gain.keep((self.magnitude,), key, g)
+
+    def _gain_on_card(self, base: nn.Module) -> Tensor:
+        """`fixed_gain` in two kernels, without norms to keep."""
+        A, B, m = self.lora_A, self.lora_B, self.magnitude
+        if (kept := self._gain.get((A, B, m), self._norms_key(base))) is not None:
+            return kept
+        with torch.inference_mode(A.is_inference()), torch.no_grad():
+            squared = self._base_norms(base)
+            if isinstance(base, Linear4bit):
+                g = adapted_gain_4bit(base.packed, squared, A, B, m, self.scaling)
+            else:
+                g = adapted_gain(dense_weight(base), squared, A, B, m, self.scaling)
+        return self._gain.keep((A, B, m), self._norms_key(base), g)
 
     @torch.no_grad()
     def row_norms(self, base: nn.Module) -> Tensor:

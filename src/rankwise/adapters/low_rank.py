@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from rankwise.ops.card_reference import gain as gain
+from rankwise.ops.card_reference import row_norms as row_norms
 from rankwise.ops.elementwise import row_cross
 
 # Rows of W that are held in float32 at a time while a norm or a merge is computed.
@@ -45,12 +47,6 @@ def merged_weight(
     return W.clone(memory_format=torch.contiguous_format).index_copy_(0, adapted_rows, merged[adapted_rows])
 
 
-def gain(m: Tensor, norms: Tensor) -> Tensor:
-    """``g = m / norms``, and 1 for a row of norm 0, which m cannot scale: (out,) in float32."""
-    is_zero = norms == 0
-    return torch.where(is_zero, 1.0, m / torch.where(is_zero, 1.0, norms))
-
-
 def row_norms_squared(W: Tensor) -> Tensor:
     """``||W||^2`` per row in float32: (out,)."""
     return torch.cat([W[rows].float().square().sum(dim=1) for rows in row_chunks(W)])
@@ -63,14 +59,6 @@ def adapted_row_norms(W: Tensor, W_squared: Tensor, A: Tensor, B: Tensor, s: flo
     ``row_norms_squared(W)``, constant while the base is frozen.
     """
     return row_norms(W_squared, row_cross(W, A, B), A, B, s)
-
-
-def row_norms(W_squared: Tensor, cross: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-    """As above from the mixed term ``cross`` = <W A^T, B> (out,)."""
-    A32, B32 = A.float(), B.float()
-    update = ((B32 @ (A32 @ A32.T)) * B32).sum(dim=1)
-    # Rounding can leave a hair below zero where the update cancels a row.
-    return (W_squared + 2 * s * cross + s * s * update).clamp_min(0).sqrt()
 
 
 def row_chunks(W: Tensor) -> list[slice]:

@@ -59,6 +59,8 @@ def frozen_weight(base: nn.Module, x: Tensor) -> Frozen | None:
     W = stored_weight(base)
     if is_traced() or W.requires_grad or not computes_in(x.dtype, x.device) or not is_own(base):
         return None
+    if W.device != x.device:
+        return None
     if type(base) is Linear4bit:
         computes_as = base.compute_dtype or x.dtype
         return Frozen(base.packed) if base.dtype is x.dtype is computes_as else None

@@ -33,6 +33,11 @@ def is_fake(value: object) -> bool:
     return isinstance(value, FakeTensor)
 
 
+def mode_of(tensor: Tensor) -> FakeTensorMode | None:
+    """The fake mode that the tensor belongs to, or None of a real one."""
+    return tensor.fake_mode if isinstance(tensor, FakeTensor) else None
+
+
 # --- sharded models ---
 
 # A tensor of which each process holds some rows is a DTensor, and a module whose weights FSDP2 gathers is of a class of

@@ -25,15 +25,17 @@ class Frozen:
         """``x W^T``, a new tensor: x (T, K) -> (T, N)."""
         return F.linear(x, self.weight) if isinstance(self.weight, Tensor) else linear_4bit(x, self.weight)
 
-    def add_input_grad(self, dz: Tensor, dx: Tensor | None) -> Tensor:
-        """``dx + dz W``, in place where dx (T, K) is given: dz (T, N) -> (T, K)."""
-        if dx is None:
-            return dz @ self.weight if isinstance(self.weight, Tensor) else linear_4bit_input_grad(dz, self.weight)
-        return dx.addmm_(dz, self.dense(dz.dtype))
+    def add_input_grad(self, dz: Tensor, dx: Tensor | None, gain: Tensor | None = None) -> Tensor:
+        """``dx + dz W``, in place where dx (T, K) is given: dz (T, N) -> (T, K). ``gain``: see `dense`."""
+        if dx is not None:
+            return dx.addmm_(dz, self.dense(dz.dtype, gain))
+        if isinstance(self.weight, Tensor) or gain is not None:
+            return dz @ self.dense(dz.dtype, gain)
+        return linear_4bit_input_grad(dz, self.weight)
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """W; of 4 bits a new tensor of ``dtype``."""
-        return self.weight if isinstance(self.weight, Tensor) else dequantize_weight(self.weight, dtype)
+    def dense(self, dtype: torch.dtype, gain: Tensor | None = None) -> Tensor:
+        """W; of 4 bits a new tensor of ``dtype``, each row times its ``gain`` (N,) where one is given."""
+        return self.weight if isinstance(self.weight, Tensor) else dequantize_weight(self.weight, dtype, gain)
 
     def is_decoded_for(self, x: Tensor) -> bool:
         """Whether W is of 4 bits and x (T, K) has so few rows that kernels multiply them without a dense W."""

@@ -134,6 +134,15 @@ def row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return call("row_cross", W, A, B)
 
 
+def adapted_gain(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, m: Tensor, scale: float) -> Tensor:
+    """``m / ||W + scale B A||`` per row, 1 where that is 0, with ``squared`` = ||W||^2: DoRA's gain, in few kernels on
+    a card.
+
+    W (N, K), A (R, K), B (N, R), each of its own floating dtype; squared and m (N,) float32 -> (N,) float32.
+    """
+    return call("adapted_gain", W, squared, A, B, m, scale)
+
+
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     """``x * mask / (1 - p)``; the mask is a hash of (seed, flat index), so no one has to keep it.
 
@@ -150,6 +159,7 @@ def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int) -> Tensor:
 
 __all__ = [
     "ACTIVATIONS",
+    "adapted_gain",
     "cross_entropy_",
     "dropout",
     "dropout_add_",

@@ -43,6 +43,20 @@ def scaled_grad(dy: Tensor, y: Tensor | None, g: Tensor) -> None:
         raise _misfit("scaled_grad needs dy and y (T, N) of one dtype and g (N,)", dy=dy, y=y, g=g)
 
 
+def low_rank_grads_(
+    dU: Tensor, dy: Tensor, U: Tensor, B: Tensor, scale: float, g: Tensor | None, folded: bool, y: Tensor | None,
+    m: Tensor | None,
+) -> None:  # fmt: skip
+    T, N = dy.shape if dy.dim() == 2 else (-1, -1)
+    good = dU.shape == U.shape and U.dim() == 2 and U.shape[0] == T and B.shape == (N, U.shape[1])
+    good = good and _alike(dU, dy, U, B) and (y is None or _same(dy, y)) and _columns(dy, g) and _columns(dy, m)
+    if not good or (folded and g is None):
+        raise _misfit(
+            "low_rank_grads_ needs dy and y (T, N), dU and U (T, R), B (N, R) of one dtype and g, m (N,)",
+            dU=dU, dy=dy, U=U, B=B, g=g, y=y, m=m,
+        )  # fmt: skip
+
+
 def rms_norm(x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) -> None:
     if x.dim() == 0 or not _columns(x, w) or offset not in (0, 1):
         raise _misfit(f"rms_norm needs x (T, D), w (D,) and offset 0 or 1 (it got {offset})", x=x, w=w)
@@ -124,6 +138,31 @@ def row_cross(W: Tensor, A: Tensor, B: Tensor) -> None:
 def row_cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtype) -> None:
     dequantize_4bit(weight, dtype)
     row_cross_of(weight.shape, dtype, A, B, weight.codes.device)
+
+
+def adapted_gain(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, m: Tensor, scale: float) -> None:
+    row_cross(W, A, B)
+    _per_row(W.shape[0], squared, m)
+
+
+def adapted_gain_4bit(
+    weight: PackedWeight, squared: Tensor, A: Tensor, B: Tensor, m: Tensor, scale: float, dtype: torch.dtype
+) -> None:
+    row_cross_4bit(weight, A, B, dtype)
+    _per_row(weight.shape[0], squared, m)
+
+
+def dequantize_gained_4bit(weight: PackedWeight, gain: Tensor, dtype: torch.dtype) -> None:
+    dequantize_4bit(weight, dtype)
+    if len(weight.shape) != 2:
+        raise _misfit(f"a gain needs a weight (N, K), not {tuple(weight.shape)}", gain=gain)
+    _per_row(weight.shape[0], gain)
+
+
+def _per_row(N: int, *vectors: Tensor) -> None:
+    for vector in vectors:
+        if vector.shape != (N,) or vector.dtype != torch.float32:
+            raise _misfit(f"a float32 number is needed for each of {N} rows", given=vector)
 
 
 def row_cross_of(shape: Sequence[int], dtype: torch.dtype, A: Tensor, B: Tensor, device: torch.device) -> None:

@@ -18,8 +18,6 @@ from torch.nn import functional
 from rankwise.constants import IGNORED
 from rankwise.ops.elementwise_checks import check_targets, sum_dtype
 
-# The target of a row that has no label, as in ``torch.nn.functional.cross_entropy``.
-
 # Of a weight, held in float32 at a time.
 CHUNK_ELEMENTS = 1 << 22
 

@@ -35,16 +35,19 @@ def quantize_weight(
     return PackedWeight(codes, absmax, tuple(w.shape), quant_type, block_size, nested_absmax, offset, w.dtype)
 
 
-def dequantize_weight(weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
+def dequantize_weight(weight: PackedWeight, dtype: torch.dtype | None = None, gain: Tensor | None = None) -> Tensor:
     """W' = value[code] * absmax in float32, rounded to ``dtype`` or the weight's own; a new tensor of its shape.
+
+    With ``gain`` (N,) float32, each row of W' (N, K) is multiplied by its gain before it is rounded.
 
     Raises:
         QuantizationError: RW601, RW602, RW605, and RW604 when the tensors do not hold a weight of that shape.
     """
     dtype = dtype or weight.dtype
+    name, more = ("dequantize_4bit", (dtype,)) if gain is None else ("dequantize_gained_4bit", (gain, dtype))
     if _nothing_watches(weight.codes, weight.absmax, weight.nested_absmax, weight.offset):
-        return table.run("dequantize_4bit", weight, dtype)
-    return _ops.dequantize_4bit(*weight.parts, dtype)
+        return table.run(name, weight, *more)
+    return getattr(_ops, name)(*weight.parts, *more)
 
 
 def quantize_4bit(w: Tensor, quant_type: str = "nf4", block_size: int = 64) -> tuple[Tensor, Tensor]:
@@ -155,6 +158,17 @@ def row_cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtyp
     if type(weight.codes) in table.PLAIN and not _is_compiling():
         return table.run("row_cross_4bit", weight, A, B, dtype)
     return _ops.row_cross_4bit(*weight.parts, A, B, dtype)
+
+
+def adapted_gain_4bit(weight: PackedWeight, squared: Tensor, A: Tensor, B: Tensor, m: Tensor, scale: float) -> Tensor:
+    """`rankwise.ops.elementwise.adapted_gain` of W' in the weight's dtype.
+
+    Raises:
+        QuantizationError: RW601, RW602, RW604, RW605, and RW620 when the arguments do not fit together.
+    """
+    if _nothing_watches(weight.codes, squared):
+        return table.run("adapted_gain_4bit", weight, squared, A, B, m, scale, weight.dtype)
+    return _ops.adapted_gain_4bit(*weight.parts, squared, A, B, m, scale, weight.dtype)
 
 
 def _transformed() -> bool:

@@ -11,7 +11,8 @@ gain g = m / ||W + s B A|| is a constant but for m (DoRA, section 4.3).
     dz = g * dy     dU_i = s dz B     dB = s dz^T U_i     dA = dU^T drop(x)     dx = sum_i dz_i W_i + drop(dU A)
     dm = sum_T dy * (y - b) / m
 
-The steps themselves stand in ``low_rank_plain`` and, for bfloat16 on most x86 CPUs, in ``cpu.low_rank``.
+The steps themselves stand in ``low_rank_plain``, for bfloat16 on most x86 CPUs in ``cpu.low_rank``, and for 16 bits on
+a card in ``low_rank_card``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rankwise.compat.torch import unsafe_view, writes_to
-from rankwise.ops import elementwise, low_rank_plain, normed, selection
+from rankwise.ops import elementwise, low_rank_card, low_rank_plain, normed, selection
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Frozen, Wanted
 from rankwise.ops.handback import Handback, offer
 
@@ -143,7 +144,7 @@ class _Made:
 
     ys: Sequence[Tensor]
     U: Tensor
-    steps: ModuleType | low_rank.Steps
+    steps: ModuleType | low_rank.Steps | low_rank_card.Steps
 
     def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
         """(..., N_i). No views: autograd forbids writing in place to a view that a Function returns, and Falcon adds to
@@ -158,12 +159,14 @@ def _forward(x: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> 
     return _Made(ys, U, steps)
 
 
-def _steps(rows: Tensor, branches: Sequence[Branch]) -> ModuleType | low_rank.Steps:
-    """What makes the steps for these rows: the native library or separate products."""
+def _steps(rows: Tensor, branches: Sequence[Branch]) -> ModuleType | low_rank.Steps | low_rank_card.Steps:
+    """What makes the steps for these rows: the native library, Triton's kernels or separate products."""
     if selection.takes_native(rows):
         from rankwise.ops.cpu import low_rank
 
         return low_rank.steps_for(rows, branches) or low_rank_plain
+    if rows.dtype in low_rank_plain.HALF and selection.takes_triton(rows):
+        return low_rank_card.steps_for(rows, branches)
     return low_rank_plain
 
 

@@ -17,20 +17,21 @@ from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted, grad_of_bi
 # Up to so many rows of float32, PyTorch's small products are faster than the native addition of a low-rank branch.
 FEW_ROWS = 16
 
-_HALF = (torch.bfloat16, torch.float16)
+# Dtypes of tensor cores, in which a product is rounded.
+HALF = (torch.bfloat16, torch.float16)
 
 
 def forward(rows: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> tuple[list[Tensor], Tensor]:
     """The outputs (T, N_i), and U = drop(x) [A_1; A_2; ...]^T (T, R)."""
-    U = _dropped(rows, dropout) @ _stacked_A(branches, rows.dtype).T
+    U = dropped(rows, dropout) @ _stacked_A(branches, rows.dtype).T
     parts = U.split([branch.A.shape[0] for branch in branches], dim=1)
-    return [_output(rows, U_i, branch) for U_i, branch in zip(parts, branches)], U
+    return [output(rows, U_i, branch.B.to(rows.dtype), branch) for U_i, branch in zip(parts, branches)], U
 
 
-def _output(rows: Tensor, U: Tensor, branch: Branch) -> Tensor:
+def output(rows: Tensor, U: Tensor, B: Tensor, branch: Branch) -> Tensor:
     """``g * (x W^T + s U B^T) + b``: (T, N)."""
-    B, gain, bias = branch.B.to(rows.dtype), branch.gain, branch.bias
-    if rows.dtype not in _HALF or branch.frozen.is_decoded_for(rows):
+    gain, bias = branch.gain, branch.bias
+    if rows.dtype not in HALF or branch.frozen.is_decoded_for(rows):
         return elementwise.low_rank_add_(branch.frozen.product(rows), U, B, branch.scale, gain, bias)
     # A rounded product plus an update below half a unit in its last place rounds to the product: the update would be
     # lost. So the product is added to the update, and both are summed in float32 and rounded once.
@@ -83,12 +84,12 @@ def backward(
         dB = (dz.T @ U[:, columns]).to(branch.B.dtype).mul_(branch.scale) if want.B else None
         grads.append(BranchGrads(dB, grad_of_bias(dy, branch) if want.bias else None, dm))
         dx = branch.frozen.add_input_grad(dz, dx) if want_dx else None
-    return dU, _add_low_rank(dx, dU, branches, dropout), grads
+    return dU, None if dx is None else add_low_rank(dx, dU, _stacked_A(branches, dx.dtype), dropout), grads
 
 
 def grad_A(dU: Tensor, rows: Tensor, dropout: Dropout | None) -> Tensor:
     """``dU^T drop(x)``: (R, K)."""
-    return dU.T @ _dropped(rows, dropout)
+    return dU.T @ dropped(rows, dropout)
 
 
 def _through_gain(dy: Tensor, branch: Branch, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -99,17 +100,14 @@ def _through_gain(dy: Tensor, branch: Branch, y: Tensor | None) -> tuple[Tensor,
     return dz, None if dot is None else grad_of_m(dot, dy, branch)
 
 
-def _add_low_rank(dx: Tensor | None, dU: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> Tensor | None:
+def add_low_rank(dx: Tensor, dU: Tensor, A: Tensor, dropout: Dropout | None) -> Tensor:
     """``dx + drop(dU A)``, in place."""
-    if dx is None:
-        return None
-    A = _stacked_A(branches, dx.dtype)
     if dropout is None:
         return dx.addmm_(dU, A)
     return elementwise.dropout_add_(dx, dU @ A, dropout.p, dropout.seed)
 
 
-def _dropped(rows: Tensor, dropout: Dropout | None) -> Tensor:
+def dropped(rows: Tensor, dropout: Dropout | None) -> Tensor:
     return rows if dropout is None else elementwise.dropout(rows, dropout.p, dropout.seed)
 
 

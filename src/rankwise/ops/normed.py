@@ -59,8 +59,8 @@ class Normed:
 
     def grad_A(self, dU: Tensor, product: OfRows) -> Tensor:
         """``dU^T x`` (R, K)."""
-        scaled = (dU * self.rstd.unsqueeze(1)).to(dU.dtype)
-        return product(scaled, _rows(self.h)) * (self.offset + self.w.float())
+        scaled = torch.mul(dU, self.rstd.unsqueeze(1), out=torch.empty_like(dU))
+        return product(scaled, _rows(self.h)) * (self.w if self.offset == 0 else self.offset + self.w.float())
 
 
 Source = Plain | Normed

@@ -29,6 +29,7 @@ _choice: str | None = None
 _modules: dict[str, ModuleType] = {}
 _said: set[str] = set()
 _fakes_as: str | None = None
+_fakes_have_triton = True
 
 
 def set_implementation(name: str) -> None:
@@ -99,15 +100,15 @@ def takes_native(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def fakes_as(device_type: str) -> Iterator[None]:
-    """Within this context fake CPU tensors dispatch as if on ``device_type``, ``"cpu"`` or ``"cuda"`` (where Triton
-    kernels work): their storages are those of a real step there."""
-    global _fakes_as
-    before, _fakes_as = _fakes_as, device_type
+def fakes_as(device_type: str, *, triton: bool = True) -> Iterator[None]:
+    """Within this context fake CPU tensors dispatch as if on ``device_type``, ``"cpu"`` or ``"cuda"`` (with or without
+    Triton): their storages are those of a real step there."""
+    global _fakes_as, _fakes_have_triton
+    before, _fakes_as, _fakes_have_triton = (_fakes_as, _fakes_have_triton), device_type, triton
     try:
         yield
     finally:
-        _fakes_as = before
+        _fakes_as, _fakes_have_triton = before
 
 
 def runs_triton(device: torch.device) -> bool:
@@ -116,8 +117,11 @@ def runs_triton(device: torch.device) -> bool:
 
 
 def takes_triton(tensor: Tensor) -> bool:
-    """Whether Triton kernels work on this tensor of a card, or on one that a fake tensor of a CPU stands for."""
-    return runs_triton(tensor.device) if tensor.is_cuda else stands_on_card(tensor)
+    """Whether Triton kernels work on this tensor of a card, or on one that a fake tensor of a CPU stands for; on a real
+    one of a CPU only where Triton is forced, for its interpreter."""
+    if tensor.is_cuda or (tensor.is_cpu and forced() == "triton"):
+        return runs_triton(tensor.device)
+    return stands_on_card(tensor) and _fakes_have_triton
 
 
 def stands_on_card(tensor: Tensor) -> bool:

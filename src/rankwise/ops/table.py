@@ -25,7 +25,15 @@ import torch
 from torch import Tensor
 
 from rankwise.constants import NESTED_BLOCK
-from rankwise.ops import checks, elementwise_checks, elementwise_reference, reference, reference_attention, selection
+from rankwise.ops import (
+    card_reference,
+    checks,
+    elementwise_checks,
+    elementwise_reference,
+    reference,
+    reference_attention,
+    selection,
+)
 from rankwise.ops.cpu import attention as native_attention
 from rankwise.ops.packed_weight import PackedWeight, packed_shape
 
@@ -114,6 +122,13 @@ def _for_row_cross(weight: PackedWeight, *_: Any) -> ModuleType:
     return reference if selection.transforms_functions() else _of_weight(weight)
 
 
+def _for_card(first: Tensor | PackedWeight, *_: Any) -> ModuleType:
+    if isinstance(first, Tensor) and first.dtype not in checks.DTYPES:
+        return card_reference
+    device = first.device if isinstance(first, Tensor) else first.codes.device
+    return _module("rankwise.ops.triton.card") if selection.runs_triton(device) else card_reference
+
+
 def _for_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> ModuleType:
     why = native_attention.obstacle(q, k, v, scale)
     if why is None:
@@ -198,6 +213,7 @@ def _attention_gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tupl
 
 _elementwise = functools.partial(Operator, elementwise_reference, choose=module_for)
 _four_bit = functools.partial(Operator, reference)
+_card = functools.partial(Operator, card_reference, choose=_for_card)
 
 OPERATORS = {
     "low_rank_add_": _elementwise(elementwise_checks.low_rank_add_),
@@ -253,6 +269,23 @@ OPERATORS = {
     ),
     "row_norms_4bit": _four_bit(checks.row_norms_4bit, _of_weight, _per_row),
     "row_cross_4bit": _four_bit(elementwise_checks.row_cross_4bit, _for_row_cross, _per_row),
+    "low_rank_grads_": _card(
+        elementwise_checks.low_rank_grads_,
+        results=lambda dU, dy, U, B, *_: (_wide(B, B.shape), _wide(dy, dy.shape[1:]), _as(dy)),
+        absent=lambda dU, dy, U, B, scale, g, folded, y, m: {
+            *([] if y is not None else [1]),
+            *([] if g is not None and not folded else [2]),
+        },
+        writes=True,
+    ),
+    "adapted_gain": _card(
+        elementwise_checks.adapted_gain, results=lambda W, *_: W.new_empty((W.shape[0],), dtype=torch.float32)
+    ),
+    "adapted_gain_4bit": _card(elementwise_checks.adapted_gain_4bit, results=_per_row),
+    "dequantize_gained_4bit": _card(
+        elementwise_checks.dequantize_gained_4bit,
+        results=lambda weight, gain, dtype: weight.codes.new_empty(tuple(weight.shape), dtype=dtype),
+    ),
     "attention_forward": Operator(
         reference_attention,
         checks.attention_forward,

@@ -13,7 +13,7 @@ from rankwise.config import DORA, FOUR_BITS
 from rankwise.planning import evaluating, weights
 from rankwise.planning.adapted import STACKS, Adaptation, AdaptedStack, adaptation
 from rankwise.planning.assemble import Found, assembled
-from rankwise.planning.optimizers import rule_of, state_bytes
+from rankwise.planning.optimizers import copies_on, state_bytes
 from rankwise.planning.phases import Moments, Terms
 from rankwise.planning.shape import Shape
 from rankwise.planning.step_facts import StepFacts
@@ -51,6 +51,7 @@ def fixed_terms(shape: Shape, method: str, workload: Workload, adapted: Adaptati
     own = [] if adapted is None else list(weights.trained_tensors(shape, method, workload, adapted))
     kept = weights.kept_norm_bytes(method, workload, adapted) + weights.kept_dense_bytes(shape, method, workload)
     kept += weights.first_pair_bytes(method, workload, adapted)
+    kept += weights.kept_copy_bytes(workload, adapted)
     return {
         "weights_4bit": weights.weights_4bit_bytes(shape, method, workload),
         "weights": weights.dense_bytes(shape, method, workload),
@@ -103,8 +104,8 @@ def unpacked_bytes(shape: Shape, method: str, workload: Workload) -> int:
 
 
 def step_copies_bytes(workload: Workload, tensors: list[weights.Tensor]) -> int:
-    """AdamW over all tensors at once (a card) holds sqrt(v) of each; one after the other, a few of the largest."""
-    if not rule_of(workload.optimizer).copies:
+    """An optimizer over all tensors at once (a card) copies each; one after the other, a few of the largest."""
+    if not copies_on(workload.device_type, workload.optimizer):
         return 0
     if workload.device_type == "cuda":
         return weights.tensor_bytes(tensors)

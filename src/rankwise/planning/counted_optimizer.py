@@ -11,9 +11,9 @@ from rankwise.planning.workload import Workload
 
 
 def new_optimizer(workload: Workload, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW as the device would run it (for a card all tensors at once), or a stand-in for what torch does not have."""
+    """AdamW as the device would run it (for a card in one kernel), or a stand-in for what torch does not have."""
     if workload.optimizer == "adamw_torch":
-        return torch.optim.AdamW(parameters, foreach=workload.device_type == "cuda")
+        return torch.optim.AdamW(parameters, fused=workload.device_type == "cuda")
     return CountedOptimizer(parameters, workload.optimizer)
 
 

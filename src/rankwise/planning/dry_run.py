@@ -24,6 +24,7 @@ from rankwise.compat.transformers import choose_experts, fake_masks_looked_at
 from rankwise.errors import ModelError, RankwiseError
 from rankwise.matching import matches
 from rankwise.ops import selection
+from rankwise.ops.rounded import copies_of
 from rankwise.planning import cuda
 from rankwise.planning.architectures import FAMILIES
 from rankwise.planning.assemble import Found, assembled
@@ -89,7 +90,7 @@ def trace(
     tracker.deadline = deadline
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     tracker.answers.true_counts |= _enabled_rows(skeleton, workload)
-    way = selection.fakes_as(workload.device_type)
+    way = selection.fakes_as(workload.device_type, triton=workload.triton)
     # The tracker says that a mask hides nothing: a single row has no padding.
     masks = fake_masks_looked_at() if fake and workload.sequences == 1 else nullcontext()
     with _explaining(skeleton), mode, way, masks, tracker:
@@ -99,7 +100,7 @@ def trace(
         kept = kept_memory(skeleton) if fake and workload.device_type == "cpu" else []
         tracker.see_all(kept, "adapters")
         run_steps(skeleton, method, workload, tracker, flat=flat, loss=loss)
-        tracker.see_all(kept_norms(skeleton), "adapters")
+        tracker.see_all([*kept_norms(skeleton), *copies_of(trained(skeleton))], "adapters")
     shapes = [(tuple(item.shape), item.element_size()) for item in trained(skeleton)]
     layer, root = sharding_groups_of(skeleton)
     found = Found(

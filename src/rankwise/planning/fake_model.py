@@ -11,9 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.acceleration import flattening_obstacle, optimize_for_training
-from rankwise.acceleration.loss import accept_labels
-from rankwise.acceleration.optimize import fuse_parts, look_into
-from rankwise.acceleration.replace import Undo
 from rankwise.compat.torch import is_fake, own_buffers, own_parameters
 from rankwise.compat.transformers import kept_in_float32
 from rankwise.config import DORA, FOUR_BITS
@@ -92,18 +89,20 @@ def prepare(model: nn.Module, method: str, workload: Workload) -> bool:
             # transformers renames it in 5.2x; the old name works in every version that we admit.
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable()  # type: ignore[operator]
-    accelerate = _accelerate_for_card if workload.device_type == "cuda" else _accelerate_for_cpu
-    flat = accelerate(model, workload)
+    flat = _accelerate(model, workload)
     model.train()
     return flat
 
 
-def _accelerate_for_cpu(model: nn.Module, workload: Workload) -> bool:
-    if not workload.fast:
+def _accelerate(model: nn.Module, workload: Workload) -> bool:
+    done = optimize_for_training(model) if workload.fast else None
+    stands_for_card = workload.device_type == "cuda" and next(model.parameters()).device.type == "cpu"
+    if done is None or not done.attention:
+        if stands_for_card:
+            use_card_attention(model)
         return False
-    done = optimize_for_training(model)
-    # Autocast to float16 gives our attention what it does not take.
-    if not done.attention or workload.dtype == "float16":
+    # Autocast to float16 gives our attention on a CPU what it does not take.
+    if workload.dtype == "float16" and workload.device_type == "cpu":
         return False
     if is_fake(next(model.parameters())):
         # flattening_obstacle compares values; here the signature decides.
@@ -117,21 +116,3 @@ def drops_attention(model: Any) -> bool:
     not laid end to end, since that would take the square of all tokens."""
     config = model.config
     return any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop"))
-
-
-def _accelerate_for_card(model: nn.Module, workload: Workload) -> bool:
-    """A trace of a card runs on CPU tensors, where ``optimize_for_training`` would put in what is for CPUs alone."""
-    if next(model.parameters()).device.type == "cuda":
-        if workload.fast:
-            optimize_for_training(model)
-        return False
-    use_card_attention(model)
-    if not workload.fast:
-        return False
-    undo = Undo()
-    if workload.triton:
-        fuse_parts(model, undo)
-    head, _ = look_into(model, undo)
-    if head is not None:
-        accept_labels(model, head, undo)
-    return False

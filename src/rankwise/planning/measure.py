@@ -142,7 +142,8 @@ def _real_optimizer(model: PreTrainedModel, workload: Workload) -> Optimizer:
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if workload.optimizer in ("adamw_torch", "adamw_torch_fused"):
-        return torch.optim.AdamW(parameters, fused=workload.optimizer.endswith("fused"))
+        fused = workload.optimizer.endswith("fused") or workload.device_type == "cuda"
+        return torch.optim.AdamW(parameters, fused=fused)
     if workload.device_type == "cuda" and any(word in workload.optimizer for word in ("8bit", "paged", "bnb")):
         from transformers import Trainer, TrainingArguments
 

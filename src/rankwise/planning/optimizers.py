@@ -91,7 +91,7 @@ def adafactor(shape: Shape, element_bytes: int) -> int:
 
 
 RULES: dict[str, OptimizerRule] = {
-    # foreach AdamW holds sqrt(v) of every tensor at once.
+    # AdamW tensor by tensor holds sqrt(v) of each.
     "adamw_torch": OptimizerRule(two_moments, copies=True),
     "adamw_torch_fused": OptimizerRule(two_moments),
     "adamw_offload": OptimizerRule(two_moments, hosted=True),
@@ -114,6 +114,11 @@ RULES: dict[str, OptimizerRule] = {
     "adagrad": OptimizerRule(one_moment, copies=True),
     "adafactor": OptimizerRule(adafactor, copies=True),
 }
+
+
+def copies_on(device_type: str, optimizer: str) -> bool:
+    """Whether a step holds a copy of each tensor; on a card torch's AdamW runs fused, without."""
+    return rule_of(optimizer).copies and (device_type, optimizer) != ("cuda", "adamw_torch")
 
 
 def rule_of(optimizer: str) -> OptimizerRule:

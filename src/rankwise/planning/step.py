@@ -26,7 +26,7 @@ LossOf = Callable[[nn.Module, "Batch", torch.dtype | None], Tensor]
 class Batch:
     """``inputs``: what the model is given besides labels; ``labels`` (B, L), -100 where nothing is scored."""
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     labels: Tensor
     # (P,): what is scored, the same in each row.
     positions: Tensor
@@ -35,7 +35,7 @@ class Batch:
 def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: bool = False) -> Batch:
     """Rows of full length. The last of several rows is padded by a token, as in batches whose rows differ in length.
 
-    ``flat``: the rows lie end to end in one row, told apart by their positions, as the trainer lays them where it can.
+    ``flat``: the rows lie end to end in one row, told apart by their bounds, as the trainer lays them where it can.
     """
     B, L = workload.sequences, workload.max_length
     P = workload.trained_tokens // B
@@ -47,7 +47,15 @@ def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: 
         return Batch({"input_ids": ids, "attention_mask": mask}, labels, positions)
     labels[:, 0] = IGNORED
     starts = torch.arange(B, device=device)[:, None] * L
-    inputs = {"input_ids": ids.view(1, -1), "position_ids": torch.arange(L, device=device).repeat(B)[None]}
+    bounds = torch.arange(0, B * L + 1, L, dtype=torch.int32, device=device)
+    inputs = {
+        "input_ids": ids.view(1, -1),
+        "position_ids": torch.arange(L, device=device).repeat(B)[None],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": L,
+        "max_length_k": L,
+    }
     return Batch(inputs, labels.view(1, -1), (starts + positions).reshape(-1))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from rankwise.config import FOUR_BITS
+from rankwise.constants import FLASH_WIDTH
 from rankwise.planning.shape import Shape
 from rankwise.planning.weights import DTYPE_BYTES, computes_in_float32, has_packed_experts
 from rankwise.planning.workload import Workload
@@ -94,9 +95,19 @@ class StepFacts:
 
     @property
     def own_attention(self) -> bool:
-        fast_cpu = self.workload.fast and self.workload.dtype != "float16" and not self.on_card and not self.scores
+        """Rows reach it by their bounds: our kernel on a CPU, in training flash attention on a card, whose models take
+        16-bit weights and heads of FLASH_WIDTH columns at the most."""
+        if not self.workload.fast or self.scores:
+            return False
         dtype = "float32" if self.is_full else self.workload.dtype
-        return fast_cpu and (dtype == "bfloat16" or computes_in_float32())
+        if self.on_card:
+            return dtype != "float32" and self.trains_without_masks and self.shape.head_dim <= FLASH_WIDTH
+        return self.workload.dtype != "float16" and (dtype == "bfloat16" or computes_in_float32())
+
+    @property
+    def trains_without_masks(self) -> bool:
+        """On a card a training step needs no mask for right padding."""
+        return self.on_card and self.workload.fast and not self.workload.evaluation and not self.shape.eager
 
     @property
     def four_bit_experts(self) -> bool:
@@ -135,9 +146,11 @@ class StepFacts:
 
     @property
     def masked(self) -> float:
-        """Share of the layers that are given a mask. Several rows: all layers, since one row is padded. A single row:
-        the layers whose window is no longer than the row."""
-        if self.workload.sequences > 1:
+        """Share of the layers that are given a mask: none where bounds take its place. Several rows: all layers, since
+        one row is padded. A single row: the layers whose window is no longer than the row."""
+        if self.own_attention and not self.workload.evaluation:
+            return 0.0
+        if self.workload.sequences > 1 and not self.trains_without_masks:
             return 1.0
         window = self.shape.window
         return self.shape.windowed_share if window is not None and self.workload.max_length >= window else 0.0

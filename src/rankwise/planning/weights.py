@@ -11,7 +11,7 @@ from math import ceil, prod
 from pathlib import Path
 
 from rankwise.config import DORA, FOUR_BITS
-from rankwise.constants import NESTED_BLOCK
+from rankwise.constants import ALIGNED, NESTED_BLOCK
 from rankwise.planning.adapted import Adaptation, Adapted, AdaptedStack
 from rankwise.planning.hardware import cpu_flags
 from rankwise.planning.optimizers import Shape as TensorShape
@@ -130,15 +130,24 @@ def first_pair_bytes(method: str, workload: Workload, adapted: Adaptation | None
 
 
 def kept_norm_bytes(method: str, workload: Workload, adapted: Adaptation | None) -> int:
-    """DoRA keeps ``||W||^2``, ``||W + s B A||`` and g per output row in float32; on a CPU also copies of A, B, m and
-    the norms, by which it notices writes past PyTorch."""
+    """DoRA keeps ``||W||^2``, ``||W + s B A||`` and g per output row in float32, on a card with Triton without the
+    norms; on a CPU also copies of A, B, m and the norms, by which it notices writes past PyTorch."""
     if method not in DORA or adapted is None:
         return 0
     rows = sum(item.module.outputs for item in adapted.adapted)
     if workload.device_type != "cpu":
-        return 12 * rows
+        return (8 if workload.triton else 12) * rows
     element = 4 if workload.adapter_dtype == "float32" else base_element_bytes(method, workload)
     return 20 * rows + sum(element * sum(map(prod, item.shapes[:2])) for item in adapted.adapted)
+
+
+def kept_copy_bytes(workload: Workload, adapted: Adaptation | None) -> int:
+    """On a card with Triton, A and B of a linear layer in the 16 bits of its base, each rank filled up to a multiple of
+    ALIGNED."""
+    if adapted is None or workload.device_type != "cuda" or not workload.triton or workload.dtype == "float32":
+        return 0
+    items = [item for item in adapted.adapted if item.parts is None and item.module.is_linear]
+    return sum(2 * -(-item.r // ALIGNED) * ALIGNED * (item.module.inputs + item.module.outputs) for item in items)
 
 
 def sharding_groups(shape: Shape, method: str, workload: Workload, adapted: Adaptation | None) -> tuple[Group, Group]:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rankwise.ops import card_reference
 from rankwise.ops.packed_weight import PackedWeight
 from rankwise.ops.triton.tile import block_scales, buffers, decode, launching_on, round_to
 
@@ -28,15 +29,20 @@ def dequantize_kernel(
     values: tl.tensor,
     dynamic_map: tl.tensor,
     out: tl.tensor,
+    gain: tl.tensor,
     n: tl.tensor,
     n_bytes: tl.tensor,
+    row_blocks: tl.tensor,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ) -> None:
-    """out.view(-1)[i] = value[code_i] * absmax[i // BLOCK], for the BLOCKS blocks of one program."""
+    """out.view(-1)[i] = value[code_i] * absmax[i // BLOCK], for the BLOCKS blocks of one program; times the gain of its
+    row, which holds ``row_blocks`` blocks."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     start = block * BLOCK
     scale = block_scales(block, start < n, absmax, nested_absmax, offset, dynamic_map)
+    if gain is not None:
+        scale *= tl.load(gain + block // row_blocks, mask=start < n, other=0.0)
     byte = (block * (BLOCK // 2))[:, None] + tl.arange(0, BLOCK // 2)[None, :]
     pairs = tl.load(packed + byte, mask=byte < n_bytes, other=0)
     first, second = decode(pairs, scale[:, None], values)
@@ -44,8 +50,15 @@ def dequantize_kernel(
     tl.store(out + element, round_to(tl.interleave(first, second), out.dtype.element_ty), mask=element < n)
 
 
-def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """W' = value[code] * absmax in ``dtype``, equal to the reference to the bit."""
+def dequantize_gained_4bit(weight: PackedWeight, gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """gain * W' by rows, in ``dtype``."""
+    if not weight.rows_are_blocks:
+        return card_reference.dequantize_gained_4bit(weight, gain, dtype)
+    return dequantize(weight, dtype, gain.contiguous())
+
+
+def dequantize(weight: PackedWeight, dtype: torch.dtype, gain: Tensor | None = None) -> Tensor:
+    """W' = value[code] * absmax in ``dtype``, equal to the reference to the bit; ``gain``: of rows of whole blocks."""
     out, n = torch.empty(tuple(weight.shape), dtype=dtype, device=weight.codes.device), weight.elements
     if n == 0:
         return out
@@ -53,8 +66,10 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
         dequantize_kernel[(triton.cdiv(n, _ELEMENTS),)](
             *buffers(weight),
             out,
+            gain,
             n,
             (n + 1) // 2,
+            1 if gain is None else weight.shape[1] // weight.block_size,
             BLOCK=weight.block_size,
             BLOCKS=_ELEMENTS // weight.block_size,
             num_warps=_WARPS,

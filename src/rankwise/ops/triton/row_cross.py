@@ -1,4 +1,5 @@
-"""``sum_r (W A^T) * B`` per row, W dense or packed: what DoRA's norm needs of a frozen weight, read once.
+"""``sum_r (W A^T) * B`` per row, W dense or packed: what DoRA's norm needs of a frozen weight, read once; and DoRA's
+gain, which a second kernel makes of it.
 
 Legend: N = out features, K = in features, R = rank.
 
@@ -17,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rankwise.ops import card_reference
 from rankwise.ops.packed_weight import PackedWeight
 from rankwise.ops.triton.rows import dot_operand
 from rankwise.ops.triton.tile import DTYPE, buffers, decode, launching_on, power_of_two, round_to, row_tile
@@ -27,6 +29,25 @@ _ROWS, _COLUMNS, _RUN, _WARPS = 64, 64, 1024, 4
 _PACKED_ROWS, _PACKED_COLUMNS = 16, 128
 # Ranks at once: the fewest that tensor cores take, and how many fit beside the rest.
 _FEWEST, _MOST = 16, 64
+# Rows of the kernel of gains, its ranks at once at the most, and its warps.
+_GAIN_ROWS, _GAIN_RANKS, _GAIN_WARPS = 32, 32, 4
+
+
+@triton.jit
+def add_product(w: tl.tensor, a: tl.tensor, product: tl.tensor) -> tl.tensor:
+    """product + w @ a, to float32's precision: w in bfloat16 or float32, a in bfloat16 or float32."""
+    if w.dtype == tl.bfloat16:
+        part = round_to(a.to(tl.float32), tl.bfloat16)
+        product = tl.dot(dot_operand(w), dot_operand(part), product, input_precision="ieee")
+        if a.dtype == tl.float32:
+            rest = a - part.to(tl.float32)
+            part = round_to(rest, tl.bfloat16)
+            product = tl.dot(dot_operand(w), dot_operand(part), product, input_precision="ieee")
+            part = round_to(rest - part.to(tl.float32), tl.bfloat16)
+            product = tl.dot(dot_operand(w), dot_operand(part), product, input_precision="ieee")
+    else:
+        product = tl.dot(w.to(tl.float32), a.to(tl.float32), product, input_precision="ieee")
+    return product
 
 
 @triton.jit
@@ -35,6 +56,7 @@ def row_cross_kernel(
     A: tl.tensor,
     B: tl.tensor,
     sums: tl.tensor,
+    gram: tl.tensor,
     N: tl.tensor,
     K: tl.tensor,
     R: tl.tensor,
@@ -44,22 +66,33 @@ def row_cross_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """sums[piece] = ((W @ A.T) * B).sum(1), for ROWS rows, RANKS ranks and RUN columns."""
+    """sums[piece] = ((W @ A.T) * B).sum(1), for ROWS rows, RANKS ranks and RUN columns; gram[piece] = A @ A.T of these
+    columns, where RANKS holds all ranks."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     rank = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
     in_rows, in_ranks = row < N, rank < R
     first = tl.program_id(2) * RUN
     product = tl.zeros((ROWS, RANKS), tl.float32)
+    squares = tl.zeros((RANKS, RANKS), tl.float32)
     for start in range(first, tl.minimum(first + RUN, K), COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         w_place = W + row[:, None] * stride + column[None, :]
-        w = tl.load(w_place, mask=in_rows[:, None] & (column < K)[None, :], other=0.0).to(A.dtype.element_ty)
+        w = tl.load(w_place, mask=in_rows[:, None] & (column < K)[None, :], other=0.0)
         a_place = A + rank[None, :] * K + column[:, None]
         a = tl.load(a_place, mask=in_ranks[None, :] & (column < K)[:, None], other=0.0)
-        product = tl.dot(dot_operand(w), dot_operand(a), product, input_precision="ieee")
+        product = add_product(w, a, product)
+        if gram is not None:  # noqa: SIM102  (known when compiled; the other when it runs)
+            # One row of programs is enough.
+            if tl.program_id(0) == 0:
+                wide = a.to(tl.float32)
+                squares = tl.dot(tl.trans(wide), wide, squares, input_precision="ieee")
+    if gram is not None:  # noqa: SIM102
+        if tl.program_id(0) == 0:
+            place = tl.program_id(2).to(tl.int64) * R * R + rank[:, None] * R + rank[None, :]
+            tl.store(gram + place, squares, mask=in_ranks[:, None] & in_ranks[None, :])
     b = tl.load(B + row[:, None] * R + rank[None, :], mask=in_rows[:, None] & in_ranks[None, :], other=0.0)
     piece = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(sums + piece.to(tl.int64) * N + row, tl.sum(product * b, axis=1), mask=in_rows)
+    tl.store(sums + piece.to(tl.int64) * N + row, tl.sum(product * b.to(tl.float32), axis=1), mask=in_rows)
 
 
 @triton.jit
@@ -70,8 +103,7 @@ def row_cross_4bit_kernel(
     offset: tl.tensor,
     values: tl.tensor,
     dynamic_map: tl.tensor,
-    A_first: tl.tensor,
-    A_second: tl.tensor,
+    A: tl.tensor,
     B: tl.tensor,
     sums: tl.tensor,
     N: tl.tensor,
@@ -86,7 +118,7 @@ def row_cross_4bit_kernel(
     RANKS: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> None:
-    """As `row_cross_kernel` on the packed weight, rounded to ROUNDED; A's elements 2j and 2j + 1 lie apart."""
+    """As `row_cross_kernel` on the packed weight, rounded to ROUNDED; A's even and odd elements are apart."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rank = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
     in_ranks = rank < R
@@ -99,78 +131,144 @@ def row_cross_4bit_kernel(
         )
         first, second = decode(pairs, scale, values)
         byte = start * (SPAN // 2) + tl.arange(0, SPANS * SPAN // 2)
-        a_place = rank[None, :] * row_bytes + byte[:, None]
+        a_place = A + 2 * (rank[None, :] * row_bytes + byte[:, None])
         inside = in_ranks[None, :] & (byte < row_bytes)[:, None]
-        a_first = tl.load(A_first + a_place, mask=inside, other=0.0)
-        a_second = tl.load(A_second + a_place, mask=inside, other=0.0)
-        first = round_to(tl.reshape(first, (ROWS, SPANS * SPAN // 2)), ROUNDED).to(A_first.dtype.element_ty)
-        second = round_to(tl.reshape(second, (ROWS, SPANS * SPAN // 2)), ROUNDED).to(A_first.dtype.element_ty)
-        product = tl.dot(dot_operand(first), dot_operand(a_first), product, input_precision="ieee")
-        product = tl.dot(dot_operand(second), dot_operand(a_second), product, input_precision="ieee")
+        first = round_to(tl.reshape(first, (ROWS, SPANS * SPAN // 2)), ROUNDED)
+        product = add_product(first, tl.load(a_place, mask=inside, other=0.0), product)
+        second = round_to(tl.reshape(second, (ROWS, SPANS * SPAN // 2)), ROUNDED)
+        product = add_product(second, tl.load(a_place + 1, mask=inside, other=0.0), product)
     inside_B = (rows < N)[:, None] & in_ranks[None, :]
     b = tl.load(B + rows.to(tl.int64)[:, None] * R + rank[None, :], mask=inside_B, other=0.0)
     piece = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(sums + piece.to(tl.int64) * N + rows, tl.sum(product * b, axis=1), mask=rows < N)
+    tl.store(sums + piece.to(tl.int64) * N + rows, tl.sum(product * b.to(tl.float32), axis=1), mask=rows < N)
+
+
+@triton.jit
+def gain_kernel(
+    sums: tl.tensor,
+    gram: tl.tensor,
+    squared: tl.tensor,
+    B: tl.tensor,
+    m: tl.tensor,
+    gain: tl.tensor,
+    scale: tl.tensor,
+    N: tl.tensor,
+    sum_pieces: tl.tensor,
+    gram_pieces: tl.tensor,
+    R: tl.constexpr,
+    RANKS: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> None:
+    """gain = m / sqrt(squared + 2 scale sums.sum(0) + scale^2 ((B @ gram.sum(0)) * B).sum(1)), 1 where that is 0."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_rows = row < N
+    cross = tl.zeros((ROWS,), tl.float32)
+    place = row
+    for _ in range(sum_pieces):
+        cross += tl.load(sums + place, mask=in_rows, other=0.0)
+        place += N
+    update = tl.zeros((ROWS,), tl.float32)
+    for first in range(0, R, RANKS):
+        left = first + tl.arange(0, RANKS)
+        b_left = tl.load(B + row[:, None] * R + left[None, :], mask=in_rows[:, None] & (left < R)[None, :], other=0.0)
+        for second in range(0, R, RANKS):
+            right = second + tl.arange(0, RANKS)
+            inside = (left < R)[:, None] & (right < R)[None, :]
+            between = tl.zeros((RANKS, RANKS), tl.float32)
+            for piece in range(gram_pieces):
+                between += tl.load(gram + piece * R * R + left[:, None] * R + right[None, :], mask=inside, other=0.0)
+            b_right = tl.load(
+                B + row[:, None] * R + right[None, :], mask=in_rows[:, None] & (right < R)[None, :], other=0.0
+            ).to(tl.float32)
+            update += tl.sum(tl.dot(b_left.to(tl.float32), between, input_precision="ieee") * b_right, axis=1)
+    norm = tl.load(squared + row, mask=in_rows, other=0.0) + 2 * scale * cross + scale * scale * update
+    # Rounding can leave a hair below zero where the update cancels a row; a row of norm 0 m cannot scale.
+    norm = tl.sqrt_rn(tl.maximum(norm, 0.0))
+    factor = tl.load(m + row, mask=in_rows, other=0.0).to(tl.float32)
+    tl.store(gain + row, tl.where(norm == 0.0, 1.0, factor / tl.where(norm == 0.0, 1.0, norm)), mask=in_rows)
 
 
 def row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """sum_r (W A^T)_nr B_nr in float32: (N,)."""
-    N, K = W.shape
-    A, B = _operands(A, B, W.dtype)
-    R = len(A)
-    if N * K * R == 0:
-        return torch.zeros(N, dtype=torch.float32, device=W.device)
-    W = W if W.stride(1) == 1 else W.contiguous()
-    ranks = _ranks(R)
-    grid = (triton.cdiv(N, _ROWS), triton.cdiv(R, ranks), triton.cdiv(K, _RUN))
-    sums = torch.empty((grid[1] * grid[2], N), dtype=torch.float32, device=W.device)
-    with launching_on(W.device):
-        row_cross_kernel[grid](
-            W, A, B, sums, N, K, R, W.stride(0),
-            RUN=_RUN, RANKS=ranks, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS, num_stages=2,
-            enable_fp_fusion=True,
-        )  # fmt: skip
-    return sums.sum(0)
+    if W.numel() * len(A) == 0:
+        return torch.zeros(len(W), dtype=torch.float32, device=W.device)
+    return _cross(W, A.contiguous(), B.contiguous(), None).sum(0)
 
 
 def row_cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
     """`row_cross` of the weight dequantized to ``dtype``. Its rows consist of whole blocks."""
-    N, K = weight.shape
-    A, B = _operands(A, B, dtype)
-    R = len(A)
-    if N * R == 0:
-        return torch.zeros(N, dtype=torch.float32, device=A.device)
-    columns, ranks = min(_PACKED_COLUMNS, power_of_two(K)), _ranks(R)
+    if weight.shape[0] * len(A) == 0:
+        return torch.zeros(weight.shape[0], dtype=torch.float32, device=A.device)
+    return _cross_4bit(weight, A.contiguous(), B.contiguous(), dtype).sum(0)
+
+
+def adapted_gain(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, m: Tensor, scale: float) -> Tensor:
+    """m / ||W + scale B A|| per row."""
+    if W.numel() * len(A) == 0:
+        return card_reference.adapted_gain(W, squared, A, B, m, scale)
+    A, B, R, pieces = A.contiguous(), B.contiguous(), len(A), triton.cdiv(W.shape[1], _RUN)
+    gram = torch.empty((pieces, R, R), dtype=torch.float32, device=A.device) if _ranks(R) >= R else None
+    sums = _cross(W, A, B, gram)
+    return _gain(sums, _gram(A) if gram is None else gram, squared, B, m, scale)
+
+
+def adapted_gain_4bit(
+    weight: PackedWeight, squared: Tensor, A: Tensor, B: Tensor, m: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """`adapted_gain` of W' rounded to ``dtype``."""
+    if not weight.rows_are_blocks or weight.shape[0] * len(A) == 0:
+        return card_reference.adapted_gain_4bit(weight, squared, A, B, m, scale, dtype)
+    A, B = A.contiguous(), B.contiguous()
+    return _gain(_cross_4bit(weight, A, B, dtype), _gram(A), squared, B, m, scale)
+
+
+def _cross(W: Tensor, A: Tensor, B: Tensor, gram: Tensor | None) -> Tensor:
+    """What the programs find, (pieces, N)."""
+    (N, K), R, ranks = W.shape, len(A), _ranks(len(A))
+    W = W if W.stride(1) == 1 else W.contiguous()
+    grid = (triton.cdiv(N, _ROWS), triton.cdiv(R, ranks), triton.cdiv(K, _RUN))
+    sums = torch.empty((grid[1] * grid[2], N), dtype=torch.float32, device=W.device)
+    with launching_on(W.device):
+        row_cross_kernel[grid](
+            W, A, B, sums, gram, N, K, R, W.stride(0),
+            RUN=_RUN, RANKS=ranks, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS, num_stages=2,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    return sums
+
+
+def _cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+    (N, K), R, ranks = weight.shape, len(A), _ranks(len(A))
+    columns = min(_PACKED_COLUMNS, power_of_two(K))
     span = min(weight.block_size, columns)
     run = max(_RUN, columns) // span
     grid = (triton.cdiv(N, _PACKED_ROWS), triton.cdiv(R, ranks), triton.cdiv(K // span, run))
     sums = torch.empty((grid[1] * grid[2], N), dtype=torch.float32, device=A.device)
     with launching_on(A.device):
         row_cross_4bit_kernel[grid](
-            *buffers(weight), A[:, ::2].contiguous(), A[:, 1::2].contiguous(), B, sums, N, K // span, K // 2, R,
+            *buffers(weight), A, B, sums, N, K // span, K // 2, R,
             ROUNDED=DTYPE[dtype], BLOCK=weight.block_size, SPAN=span, SPANS=columns // span, RUN=run, RANKS=ranks,
             ROWS=_PACKED_ROWS, num_warps=_WARPS, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
-    return sums.sum(0)
+    return sums
 
 
-def _operands(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A in the dtype in which it multiplies a W of ``dtype``, (R', K), and B to match, (N, R') float32."""
-    if dtype != torch.bfloat16:
-        return A.float().contiguous(), B.float().contiguous()
-    if A.dtype == torch.bfloat16:
-        return A.contiguous(), B.float().contiguous()
-    parts = bfloat16_parts(A)
-    return torch.cat(parts), B.float().repeat(1, len(parts))
+def _gain(sums: Tensor, gram: Tensor, squared: Tensor, B: Tensor, m: Tensor, scale: float) -> Tensor:
+    """From the pieces (pieces, N) of the mixed term and those (pieces, R, R) of A A^T."""
+    N, R = B.shape
+    gain = torch.empty(N, dtype=torch.float32, device=B.device)
+    with launching_on(gain.device):
+        gain_kernel[(triton.cdiv(N, _GAIN_ROWS),)](
+            sums, gram, squared.contiguous(), B, m.contiguous(), gain, float(scale), N, len(sums), len(gram),
+            R=R, RANKS=min(max(power_of_two(R), _FEWEST), _GAIN_RANKS), ROWS=_GAIN_ROWS, num_warps=_GAIN_WARPS,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    return gain
 
 
-def bfloat16_parts(A: Tensor) -> list[Tensor]:
-    """Three bfloat16 tensors whose sum is ``A.float()`` to 24 bits."""
-    rest, parts = A.float(), []
-    for _ in range(3):
-        parts.append(rest.to(torch.bfloat16))
-        rest = rest - parts[-1].float()
-    return parts
+def _gram(A: Tensor) -> Tensor:
+    """A A^T in one piece, (1, R, R) float32."""
+    return (A.float() @ A.float().T)[None]
 
 
 def _ranks(R: int) -> int:

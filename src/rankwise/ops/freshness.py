@@ -54,6 +54,11 @@ class Kept:
         return self._copies if self._value is None else [*self._copies, self._value]
 
 
+def trained_key(tensor: Tensor) -> Key | None:
+    """What changes whenever somebody writes to a trained tensor, or None where that cannot be known."""
+    return _key((tensor,), ()) if _trackable((tensor,)) else None
+
+
 def frozen_key(tensor: Tensor) -> Key:
     """Identity of a frozen tensor, of its storage and of what was written to it."""
     if transforms_functions():

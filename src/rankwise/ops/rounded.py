@@ -1,0 +1,122 @@
+"""16-bit copies of A and B for the products of a card: made anew once an optimizer step, of all adapters in one launch.
+
+    A' = [A_1; A_2; ...] (R', K)        B_i' (N_i, r_i')
+
+Zeros fill each r up to a multiple of ALIGNED, so that every branch's columns of U = x A'^T begin where tensor cores
+can read them, at rank 4 too.
+
+Legend: K = in features, N = out features, r = rank, R = the ranks of all branches together; a prime: with the zeros.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import operator
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankwise.compat.torch import WeakTensorKeyDictionary, mode_of
+from rankwise.constants import ALIGNED
+from rankwise.ops.branch import Branch
+from rankwise.ops.freshness import Key, trained_key
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """The copies for the branches of one input."""
+
+    # (R', K)
+    A: Tensor
+    # (N_i, r_i') each
+    B: Sequence[Tensor]
+    # r_i each
+    ranks: Sequence[int]
+
+    @property
+    def has_zeros(self) -> bool:
+        return any(B.shape[1] != rank for B, rank in zip(self.B, self.ranks))
+
+    @property
+    def columns(self) -> list[slice]:
+        """Those of each branch in U (T, R')."""
+        ends = list(itertools.accumulate(B.shape[1] for B in self.B))
+        return [slice(start, end) for start, end in zip([0, *ends], ends)]
+
+
+class _Copy:
+    """Of tensors that train, end to end in one matrix, and when each was copied."""
+
+    def __init__(self, tensors: Sequence[Tensor], whole: Tensor, parts: Sequence[Tensor]) -> None:
+        self.of = [weakref.ref(tensor) for tensor in tensors]
+        self.whole, self.parts = whole, parts
+        # Of nothing that was copied yet.
+        self._keys: list[Key | None] = [()] * len(parts)
+
+    def is_of(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
+        found = [reference() for reference in self.of]
+        return len(found) == len(tensors) and all(map(operator.is_, found, tensors)) and self.whole.dtype is dtype
+
+    def stale(self) -> list[tuple[Tensor, Tensor]]:
+        """What to copy where; from then on it counts as copied."""
+        pairs = []
+        for index, (reference, part) in enumerate(zip(self.of, self.parts)):
+            tensor = reference()
+            if tensor is not None and (key := trained_key(tensor)) != self._keys[index]:
+                self._keys[index] = key
+                pairs.append((part, tensor))
+        return pairs
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Copies of one place are made together; fake tensors of two modes do not mix."""
+        return self.whole.device, self.whole.dtype, mode_of(self.whole)
+
+
+# By the first tensor of each; no attribute of the tensor, which would be saved with it.
+_kept: Any = WeakTensorKeyDictionary()
+
+
+def rounded(branches: Sequence[Branch], dtype: torch.dtype) -> Rounded:
+    """The copies in ``dtype``, brought up to date."""
+    # In this order: leaving inference mode turns gradients on.
+    with torch.inference_mode(False), torch.no_grad():
+        stacks = [[branch.A for branch in branches], *([branch.B] for branch in branches)]
+        A, *Bs = (_copy(tensors, dtype, dim) for tensors, dim in zip(stacks, [0] + [1] * len(branches)))
+        _refresh([A, *Bs])
+    return Rounded(A.whole, [B.whole for B in Bs], [branch.A.shape[0] for branch in branches])
+
+
+def copies_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """What is kept of these tensors."""
+    return [kept.whole for tensor in tensors if (kept := _kept.get(tensor)) is not None]
+
+
+def _copy(tensors: Sequence[Tensor], dtype: torch.dtype, dim: int) -> _Copy:
+    """The one that is kept, or a new one, which nothing was copied into; ranks lie along ``dim``."""
+    kept = _kept.get(tensors[0])
+    if kept is not None and kept.is_of(tensors, dtype):
+        return kept
+    ends = list(itertools.accumulate(-(-tensor.shape[dim] // ALIGNED) * ALIGNED for tensor in tensors))
+    shape = list(tensors[0].shape)
+    shape[dim] = ends[-1]
+    whole = torch.zeros(shape, dtype=dtype, device=tensors[0].device)
+    parts = [whole.narrow(dim, start, tensor.shape[dim]) for start, tensor in zip([0, *ends], tensors)]
+    copy = _Copy(tensors, whole, parts)
+    if all(trained_key(tensor) is not None for tensor in tensors):
+        _kept[tensors[0]] = copy
+    return copy
+
+
+def _refresh(needed: Sequence[_Copy]) -> None:
+    """Bring these up to date and, where one of them was not, all others of their place too: they share its launch."""
+    pairs = [pair for copy in needed for pair in copy.stale()]
+    if not pairs:
+        return
+    place = needed[0].place
+    pairs += [pair for copy in list(_kept.values()) if copy.place == place for pair in copy.stale()]
+    torch._foreach_copy_([part for part, _ in pairs], [tensor for _, tensor in pairs])
