@@ -433,3 +433,12 @@ def test_conversations_end_before_the_answer(tmp_path: Path) -> None:
     with pytest.raises(RankwiseError) as caught:
         read_rows(path, formats=PROMPTS)
     assert caught.value.code == "RW203"
+
+
+def test_a_continued_adapter_is_its_own_reference(settings: Any, rewarded: Any, tmp_path: Path) -> None:
+    sft = tmp_path / "sft"
+    train(settings(output=sft, eval_data=None, eval_steps=None))
+    train(rewarded(adapter=str(sft), beta=0.1, logging_steps=1))
+    kl = [line["kl"] for line in read_metrics(tmp_path / "run") if "kl" in line]
+    assert kl[0] == pytest.approx(0, abs=1e-6)
+    assert kl[-1] > 1e-4
