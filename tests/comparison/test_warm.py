@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -91,6 +92,32 @@ def test_a_killed_step_has_the_signal_as_its_code(tmp_path):
     worker = start("wait", tmp_path / "cells" / "lora.train")
     worker.process.send_signal(signal.SIGKILL)
     assert ended(worker) == -signal.SIGKILL
+
+
+def test_it_ends_with_the_process_that_asked_for_it(tmp_path):
+    """Also where that is killed, and can tell nobody."""
+    name = tmp_path / "cells" / "lora.train"
+    code = (
+        "import sys, time; from pathlib import Path; from rankwise.comparison import processes, warm\n"
+        "warm.PRELOADED = ('light_step',)\n"
+        f"processes.start('light_step', ['wait'], Path({str(name)!r}), {{}}); time.sleep(60)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    asking = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    try:
+        until(lambda: stages.beside(name, ".out").is_file() and text(name, ".out") != "")
+        assert processes.is_locked(name)
+    finally:
+        asking.kill()
+        asking.wait()
+    until(lambda: not processes.is_locked(name))
+
+
+def until(is_so) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_the_environment_is_that_of_now(tmp_path, monkeypatch):

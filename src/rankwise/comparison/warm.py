@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -109,6 +110,7 @@ def _work(
     prepare()
     # As Python sets it when it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     out, log, lock = files
     held = os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     fcntl.flock(held, fcntl.LOCK_EX)
@@ -126,6 +128,14 @@ def _work(
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     step: Any = importlib.import_module(module)
     sys.exit(step.main(list(arguments)))
+
+
+def _end_with_parent() -> None:
+    """SIGTERM to this step once the process that asked for it is gone. The server lives as long as its steps."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _redirect(file: Path, how: int, number: int) -> None:
