@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import gguf
@@ -17,7 +18,7 @@ from rankwise.adapters import adapter_disabled
 from rankwise.cli.main import main
 from rankwise.errors import AdapterError, ModelError, RunError
 from rankwise.export.gguf_model import write_folder_gguf
-from rankwise.export.proof import LLAMA, Served, prove, server_python
+from rankwise.export.proof import LLAMA, Served, prove, run_server, server_python
 from rankwise.export.whole import WholeModel, export_merged
 from rankwise.models.gguf_file import read_gguf_header
 from tiny_models import tiny_llama
@@ -222,3 +223,33 @@ def test_a_server_that_is_not_there_is_named_with_how_to_get_it(monkeypatch, tmp
     with pytest.raises(RunError, match="RW739.*there is no"):
         server_python("vllm", tmp_path / "python")
     assert server_python("vllm", Path(os.path.realpath("/bin/sh"))).endswith("sh")
+
+
+FAKE_VLLM = """
+import atexit, sys
+__version__ = "0"
+print("a log")
+atexit.register(print, "another log")
+class SamplingParams:
+    def __init__(self, **options): ...
+class LLM:
+    def __init__(self, model, **options):
+        if model == "broken":
+            print("ValueError: the cause", file=sys.stderr)
+            raise RuntimeError("a process ended")
+    def generate(self, prompts, params, lora_request):
+        return []
+"""
+
+
+def test_what_a_server_prints_is_not_its_answer_and_its_first_error_is_told(tmp_path, monkeypatch):
+    package = tmp_path / "vllm"
+    (package / "lora").mkdir(parents=True)
+    (package / "__init__.py").write_text(FAKE_VLLM)
+    (package / "lora" / "__init__.py").touch()
+    (package / "lora" / "request.py").write_text("LoRARequest = tuple")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    job = {"server": "vllm", "model": "whole", "adapter": None, "prompts": [], "answers": [], "new_tokens": 1}
+    assert run_server(sys.executable, job) == {"version": "vLLM 0", "base": {"texts": [], "logprobs": []}}
+    with pytest.raises(RunError, match=r"RW739.*stopped with 1: ValueError: the cause\.$"):
+        run_server(sys.executable, {**job, "model": "broken"})

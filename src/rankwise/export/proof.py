@@ -11,6 +11,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -178,14 +179,14 @@ def _ask(target: str, python: str, served: Served, prompts: list[list[int]], ans
         "answers": answers,
         "new_tokens": NEW_TOKENS,
     }
-    told = _run(python, job)
+    told = run_server(python, job)
     if served.merged is not None:
-        told["adapted"] = _run(python, {**job, "model": str(served.merged)})["base"]
+        told["adapted"] = run_server(python, {**job, "model": str(served.merged)})["base"]
     return told
 
 
-def _run(python: str, job: dict[str, Any]) -> Any:
-    """Raises RunError (RW739) where the server fails, with what it said last."""
+def run_server(python: str, job: dict[str, Any]) -> Any:
+    """Raises RunError (RW739) where the server fails, with the error that it said first."""
     with tempfile.TemporaryFile("w+") as log:
         done = subprocess.run(
             [python, str(SCRIPT)], input=json.dumps(job), stdout=subprocess.PIPE, stderr=log, text=True, check=False
@@ -193,6 +194,8 @@ def _run(python: str, job: dict[str, Any]) -> Any:
         log.seek(0)
         said = [line for line in log.read().splitlines() if line.strip()]
     if done.returncode:
-        last = said[-1][:300] if said else "no reason"
-        raise RunError("RW739", f"{job['server']} by {python} stopped with {done.returncode}: {last}.")
-    return json.loads(done.stdout.splitlines()[-1])
+        # The first error is the cause; a server's last line says that one of its processes ended.
+        causes = (line for line in said if re.search(r"\b\w+(Error|Exception): ", line))
+        cause = next(causes, said[-1] if said else "no reason")[-300:]
+        raise RunError("RW739", f"{job['server']} by {python} stopped with {done.returncode}: {cause}.")
+    return json.loads(done.stdout)

@@ -1,13 +1,14 @@
 """Run by a server's own Python: serve a model and an adapter, and print their answers. Imports nothing of rankwise.
 
 In (standard input, JSON): server, model, adapter (a path or null), r, prompts and answers (lists of token ids),
-new_tokens. Out (the last line of standard output, JSON): for "base" and, with an adapter, "adapted" the greedy "texts"
+new_tokens. Out (standard output, JSON): for "base" and, with an adapter, "adapted" the greedy "texts"
 (ids) and the "logprobs" of each answer's tokens after its prompt; and the server's "version".
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import urllib.request
 from typing import Any
@@ -55,6 +56,9 @@ def llama_answers(address: str, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def vllm(job: dict[str, Any]) -> dict[str, Any]:
+    # vLLM's cache takes a good part of the memory otherwise.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     import vllm
     from vllm.lora.request import LoRARequest
 
@@ -79,6 +83,9 @@ def vllm(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    # Servers log to standard output, their processes too: that goes to the error stream, and the answers stand alone.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     given = json.load(sys.stdin)
-    result = {"llama.cpp": llama_cpp, "vllm": vllm}[given["server"]](given)
-    print("\n" + json.dumps(result), flush=True)
+    json.dump({"llama.cpp": llama_cpp, "vllm": vllm}[given["server"]](given), answers)
+    answers.close()
