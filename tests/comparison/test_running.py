@@ -230,6 +230,13 @@ def test_what_was_killed_is_tried_again_and_what_diverged_only_on_request(tmp_pa
     assert set(last) == {"bottleneck-lr0.0002-seed0", "qdora-lr0.0002-seed0"}
 
 
+@pytest.mark.parametrize(("code", "again"), [*((code, True) for code in stages.OF_DISK), ("RW530", False)])
+def test_what_the_disk_failed_to_keep_is_tried_again(code: str, again: bool, tmp_path: Path):
+    document = {"error": {"code": code, "kind": "RunError", "message": "no space left on device"}}
+    outcome = stages.outcome_from(stages.Job("train", Cell("lora", 1e-4, 0)), tmp_path, 2, document, 1.0)
+    assert (outcome.again, outcome.is_interrupted, outcome.cannot_run) == (again, False, False)
+
+
 def test_no_run_at_all_is_an_error(tmp_path: Path):
     with pytest.raises(RunError) as caught:
         compare(**given(tmp_path, methods="prefix", learning_rates="2e-4"))

@@ -28,6 +28,8 @@ TOO_LARGE = "RW562"
 OF_METHOD = ("ConfigError", "ModelError", "AdapterError", "QuantizationError")
 INTERRUPTED = "RW597"
 INTERRUPTED_CODES = ("RW540", "RW541", "RW542", "RW543", INTERRUPTED)
+# A disk that was full or failed says nothing of the run.
+OF_DISK = ("RW513", "RW514", "RW551")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +137,7 @@ def outcome_from(job: Job, output: Path, code: int, document: Mapping[str, Any],
     error = {"code": str(found.get("code")), "message": str(found.get("message"))}
     stepped = any("loss" in line for line in read_metrics(job.folder(output)))
     cannot_run = job.stage == "train" and not stepped and (found.get("kind") in OF_METHOD or error["code"] == TOO_LARGE)
-    return Outcome("failed", seconds, error, error["code"] in INTERRUPTED_CODES, cannot_run)
+    return Outcome("failed", seconds, error, error["code"] in (*INTERRUPTED_CODES, *OF_DISK), cannot_run)
 
 
 def _cut_off(job: Job, output: Path, code: int) -> dict[str, str]:
