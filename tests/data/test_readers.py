@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import time
 from pathlib import Path
@@ -246,6 +247,12 @@ def test_many_bad_rows_make_one_message(tmp_path: Path) -> None:
     assert "and 3 more of 7 rows" in message
 
 
+def parquet_with_a_name_of_bytes() -> bytes:
+    stream = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "completion": ["b"]}), stream, store_schema=False)
+    return stream.getvalue().replace(b"prompt", b"pr\xf2mpt")
+
+
 BAD_FILES: dict[str, tuple[str, bytes, str, str]] = {
     "no bytes": ("rows.jsonl", b"", "RW204", "holds no rows"),
     "an empty array": ("rows.json", b"[]", "RW204", "holds no rows"),
@@ -258,6 +265,7 @@ BAD_FILES: dict[str, tuple[str, bytes, str, str]] = {
     "gzip bomb": ("rows.csv.gz", gzip.compress(b"0" * 300_000_000, 1), "RW206", "unpack to more than"),
     "no gzip": ("rows.csv.gz", b"mr,ref\na,b\n", "RW206", "cut short or no gzip file"),
     "no parquet": ("rows.parquet", b"PAR1 not really", "RW206", "as parquet"),
+    "parquet of bytes": ("rows.parquet", parquet_with_a_name_of_bytes(), "RW206", "is no UTF-8"),
     "a cut array": ("rows.json", b'[{"text": "a"},\n {"text": "b"}', "RW206", "line 2: expected `,` or `]`"),
     "a broken array": ("rows.json", b'[{"text": "a"},\n {"text" "b"}]', "RW206", "line 2: expected a JSON array"),
     "an open quote": ("rows.csv", b'mr,ref\na,"b\nc,d\n', "RW206", "check the quotes"),

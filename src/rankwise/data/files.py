@@ -240,10 +240,14 @@ def _parquet(path: Path, content: bytes) -> Numbered:
 def table_records(table: pyarrow.Table, source: str) -> Numbered:
     """Numbered rows of a table, without the nulls that fill up objects whose fields differ.
 
-    Raises DataError (RW206), which names the column whose values Python cannot hold.
+    Raises DataError (RW206), which names the column whose values Python cannot hold, or says that a name is no text.
     """
     columns = {}
-    for name, column in zip(table.column_names, table.columns):
+    try:
+        names = table.column_names
+    except UnicodeDecodeError as error:
+        raise DataError("RW206", f"the name of a column of {source} is no UTF-8 ({error}); write it again.") from None
+    for name, column in zip(names, table.columns):
         try:
             columns[name] = [_without_nulls(value) for value in column.to_pylist()]
         except (ValueError, OverflowError) as error:
