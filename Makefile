@@ -74,6 +74,39 @@ families: $(STAMP) ## every causal family of transformers, tiny: fast steps agai
 grid: $(STAMP) ## the memory plan's closed form against its dry run, 960 combinations (half an hour)
 	$(BIN)/python -m pytest -m grid
 
+# Kills, faults and hostile files go on from another seed with SEED=N. 1,000,000 inputs: HOSTILE=65000.
+SEED ?= 1
+HOSTILE ?= 20000
+SHIM = $(VENV)/failing_disk.so
+TORTURED := PYTHONPATH=tests:tests/torture OMP_NUM_THREADS=1 $(BIN)/python tests/torture
+# Verbs and errors, each of which hits every call in turn.
+FAULTS := $(foreach verb,train resume overwrite cache merge export gguf whole evaluate compare,$(foreach error,\
+	ENOSPC EIO EDQUOT EMFILE short SIGKILL read-EIO read-EMFILE,$(verb):$(error):1))
+
+torture: ## kills, a fault at every call, hostile files, a long run (some six hours)
+	$(MAKE) -k torture-files torture-disk torture-kills torture-length
+
+torture-files: $(STAMP)
+	$(TORTURED)/hostile.py --seed $(SEED) --count $(HOSTILE)
+
+torture-disk: $(SHIM)
+	rm -rf $(VENV)/torture/disk && mkdir -p $(VENV)/torture/disk
+	LD_PRELOAD=$(abspath $(SHIM)) $(TORTURED)/disk_cases.py $(VENV)/torture/disk $(FAULTS)
+
+torture-kills: $(SHIM)
+	rm -rf $(VENV)/torture/kills
+	LD_PRELOAD=$(abspath $(SHIM)) $(TORTURED)/kills.py $(VENV)/torture/kills --seed $(SEED) --train 1000 --saves 100 \
+		--loading 50 --ranks 50 --merge 100 --export 100 --compare 100
+
+torture-length: $(STAMP)
+	$(TORTURED)/long_run.py $(VENV)/torture/length
+
+$(SHIM): tests/torture/failing_disk.c $(STAMP)
+	gcc -shared -fPIC -o $@ $< -ldl
+
+mutants: $(STAMP) ## 300 small faults planted in the source, each against its folder's tests (some hours)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/mutants.py --seed $(SEED) --count 300 --output $(VENV)/mutants.jsonl
+
 browser: $(STAMP) ## the comparison report and the board in a real browser (needs a `chromium` program)
 	@command -v $${RANKWISE_CHROMIUM:-chromium} >/dev/null || { echo "needs Chromium; set RANKWISE_CHROMIUM"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
@@ -127,4 +160,5 @@ docs: $(STAMP) ## the documentation as HTML
 clean: ## remove what the other words made
 	rm -rf $(VENV) .compat build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: help setup demo test test-all check format compat families grid browser bench showcase wheel docs clean
+.PHONY: help setup demo test test-all check format compat families grid torture torture-files torture-disk \
+	torture-kills torture-length mutants browser bench showcase wheel docs clean

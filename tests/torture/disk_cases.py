@@ -2,9 +2,10 @@
 
     LD_PRELOAD=failing_disk.so python disk_cases.py FOLDER VERB:ERROR:STRIDE...
 
-ERROR is a name of errno, `short` for half of a write, or SIGKILL.
+ERROR is a name of errno, `short` for half of a write, or SIGKILL; behind `read-` it hits reading and not writing.
 
-Each verb is called with its first failing call at 1, 1 + STRIDE, ... while it has so many. Prints what went wrong.
+Each verb is called with its first failing call at 1, 1 + STRIDE, ... while it has so many, or from another call on with
+VERB:ERROR:STRIDE:FIRST. Prints what went wrong.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from in_process import steps_in_this_process
 from rankwise.cli.main import main
 from rankwise.training.checkpoints import check_checkpoint, list_checkpoints
 from tiny_models import tiny_llama
@@ -38,6 +42,7 @@ class Cases:
     def __init__(self, folder: Path) -> None:
         self.folder, self.output = folder, folder / "made" / "out"
         self.output.parent.mkdir(exist_ok=True)
+        self.words = [f"w{index}" for index in range(90)]
         self.library = ctypes.CDLL(None)
         self.error = "ENOSPC"
         self.problems: list[str] = []
@@ -47,22 +52,30 @@ class Cases:
         if fail_at and self.error == "SIGKILL":
             return self.killed(words, fail_at), ""
         said = io.StringIO()
-        number = getattr(errno, self.error, 0)
-        place = f"{self.folder}/made/".encode() if fail_at else b""
-        self.library.disk_fail(place, fail_at, number, int(self.error in LASTING))
+        if fail_at:
+            name = self.error.removeprefix("read-")
+            # What is read lies beside the output too: the base, the adapter, the rows.
+            below = f"{self.folder}/" if self.reads else f"{self.folder}/made/"
+            last = int(name in LASTING)
+            self.library.disk_fail(below.encode(), fail_at, getattr(errno, name, 0), last, int(self.reads))
         try:
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
                 code = main([str(word) for word in words])
         finally:
-            self.seen = self.library.disk_calls()
-            self.library.disk_fail(b"", 0, 0, 0)
+            if fail_at:
+                self.seen = self.library.disk_calls()
+                self.library.disk_fail(b"", 0, 0, 0, 0)
         return code, said.getvalue()
+
+    @property
+    def reads(self) -> bool:
+        return self.error.startswith("read-")
 
     def killed(self, words: Sequence[object], at_call: int) -> int:
         """The exit code of a process that is killed at that call, or 0 where it has fewer."""
         child = os.fork()
         if not child:
-            self.library.disk_fail(f"{self.folder}/made/".encode(), at_call, -signal.SIGKILL, 0)
+            self.library.disk_fail(f"{self.folder}/made/".encode(), at_call, -signal.SIGKILL, 0, 0)
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
             os._exit(main([str(word) for word in words]))
@@ -70,17 +83,20 @@ class Cases:
         self.seen = at_call if code else at_call - 1
         return code
 
-    def prepare(self) -> None:
-        """A model, rows, a run that was stopped at half its steps, and a finished one."""
-        words = [f"w{index}" for index in range(90)]
-        vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
+    def prepare_base(self) -> None:
+        """A model of one layer, its tokenizer, and rows."""
+        vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *self.words])}
         inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
         inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         fast = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
         for part in (tiny_llama(num_hidden_layers=1), fast):
             part.save_pretrained(self.folder / "base")
-        rows = [{"prompt": f"{words[n]} ", "completion": words[n + 1]} for n in range(12)]
+        rows = [{"prompt": f"{self.words[n]} ", "completion": self.words[n + 1]} for n in range(12)]
         (self.folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def prepare(self) -> None:
+        """Besides, a run that was stopped at half its steps, a finished one, and what the verbs make of that."""
+        self.prepare_base()
         self.must(self.train("finished"))
         shutil.copytree(self.folder / "finished", self.folder / "stopped")
         record = json.loads((self.folder / "stopped" / "run.json").read_text())
@@ -89,9 +105,12 @@ class Cases:
         for name in record["files"]:
             (self.folder / "stopped" / name).unlink()
         self.must(["merge", "--adapter", self.folder / "finished", "--output", self.folder / "merged"])
-        self.must(self.export("vllm", "exported"))
-        self.must(self.export("llama.cpp", "exported_gguf"))
         self.must(self.evaluate("evaluated"))
+        self.must(self.train("cached", "--method", "qlora"))
+        for target in ("vllm", "llama.cpp"):
+            self.must(self.export(target, target))
+        self.must(self.export("vllm", "whole", "--merged"))
+        self.must(self.compare("compared"))
 
     def must(self, words: Sequence[object]) -> None:
         code, said = self.call(words)
@@ -108,14 +127,30 @@ class Cases:
         words = [word for name, value in given.items() for word in (f"--{name}", self.folder / value)]
         return ["evaluate", "--task", "perplexity", "--base", "--batch-size", 4, "--device", "cpu", *words]
 
-    def export(self, target: str, output: str) -> list[object]:
-        return ["export", "--for", target, "--adapter", self.folder / "finished", "--output", self.folder / output]
+    def export(self, target: str, output: str, *more: str) -> list[object]:
+        return [
+            "export",
+            "--for",
+            target,
+            "--adapter",
+            self.folder / "finished",
+            "--output",
+            self.folder / output,
+            *more,
+        ]
 
-    def sweep(self, verb: str, stride: int) -> int:
+    def compare(self, output: str) -> list[object]:
+        given = {"model": "base", "data": "rows.jsonl", "eval-data": "rows.jsonl", "output": output}
+        words = [word for name, value in given.items() for word in (f"--{name}", self.folder / value)]
+        length = ["--methods", "lora", "--seeds", 1, "--learning-rates", 0.01, "--max-steps", 1, "--batch-size", 4]
+        return ["compare", *words, *length, "--r", 2, "--device", "cpu", "--dtype", "float32"]
+
+    def sweep(self, verb: str, stride: int, first: int = 1) -> int:
         """The number of the call at which it succeeded."""
         before, words, again, same = VERBS[verb](self)
-        for fail_at in range(1, 1000, stride):
-            shutil.rmtree(self.output, ignore_errors=True)
+        for fail_at in range(first, 5000, stride):
+            shutil.rmtree(self.output.parent, ignore_errors=True)
+            self.output.parent.mkdir()
             if before is not None:
                 shutil.copytree(self.folder / before, self.output)
             code, said = self.call(words, fail_at)
@@ -135,7 +170,8 @@ class Cases:
             assert code == -signal.SIGKILL, said
         elif code != 2 or "RW900" in said or "error RW" not in said:
             self.problems.append(f"{where}: exit code {code}: {said}")
-        elif str(self.output.parent) not in said or ".partial-" in said:
+        elif ".partial-" in said or (not self.reads and str(self.output.parent) not in said):
+            # A library that reads does not always say which file it read.
             self.problems.append(f"{where}: it does not name the file: {said}")
         self.check_files(where, said)
         code, said = self.call(again())
@@ -146,13 +182,7 @@ class Cases:
 
     def check_result(self, where: str, same: str) -> None:
         """As without a failure, and nothing beside it."""
-        if same.endswith(".json"):
-            ours, theirs = (
-                json.loads((place / same).read_text()) for place in (self.output, self.folder / "evaluated")
-            )
-            if ours["metrics"] != theirs["metrics"]:
-                self.problems.append(f"{where}: {same} differs")
-        elif not equal(self.output / same.split("/")[1], self.folder / same):
+        if not equal(self.output / same.partition("/")[2], self.folder / same):
             self.problems.append(f"{where}: {same} differs")
         strays = [path.name for path in self.output.parent.iterdir() if path.name.startswith(".")]
         strays += [str(path) for path in self.output.rglob(".*")]
@@ -169,7 +199,7 @@ class Cases:
             if status not in ("failed", "replaced", "interrupted") and self.error not in {*LASTING, "SIGKILL"}:
                 self.problems.append(f"{where}: the record says {status}")
             knows_how = any(words in said for words in ("--resume", "the same command", "rankwise-lock"))
-            if self.error != "SIGKILL" and not knows_how:
+            if self.error != "SIGKILL" and not self.reads and not knows_how:
                 self.problems.append(f"{where}: no advice to resume: {said}")
         for checkpoint in list_checkpoints(self.output):
             check_checkpoint(checkpoint)
@@ -189,15 +219,29 @@ class Cases:
             return self.train("made/out")
         return self.train("made/out", *(first if status in ("replaced", "finished") and first else ("--resume",)))
 
+    def command_after_cached(self) -> Sequence[object]:
+        more = ("--resume",) if self.has_record() else ()
+        return self.train("made/out", "--method", "qlora", "--cache", f"{self.folder}/made/cache", *more)
+
     def has_record(self) -> bool:
         return (self.output / "run.json").is_file()
 
 
 def equal(one: Path, other: Path) -> bool:
-    if one.suffix == ".gguf":
-        return one.read_bytes() == other.read_bytes()
-    ours, theirs = load_file(one), load_file(other)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    """The tensors of weights, the numbers of an evaluation or a comparison, the bytes of another file."""
+    if one.suffix == ".safetensors":
+        ours, theirs = load_file(one), load_file(other)
+        return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    if one.suffix == ".json":
+        ours, theirs = (json.loads(path.read_text()) for path in (one, other))
+        if "runs" not in ours:
+            return ours["metrics"] == theirs["metrics"]
+        return [values(run) for run in ours["runs"]] == [values(run) for run in theirs["runs"]]
+    return one.read_bytes() == other.read_bytes()
+
+
+def values(run: dict[str, Any]) -> tuple[object, ...]:
+    return run["id"], run["status"], run["record"] and run["record"]["eval_loss"], run["update_norms"]
 
 
 ADAPTER = "finished/adapter_model.safetensors"
@@ -216,34 +260,52 @@ VERBS = {
         lambda: words,
         "merged/model.safetensors",
     ),
-    "export": lambda case: (
-        None,
-        words := case.export("vllm", "made/out"),
-        lambda: words,
-        "exported/adapter_model.safetensors",
-    ),
-    "gguf": lambda case: (
-        None,
-        words := case.export("llama.cpp", "made/out"),
-        lambda: words,
-        "exported_gguf/adapter.gguf",
-    ),
     "evaluate": lambda case: (
         None,
         case.evaluate("made/out"),
         lambda: case.evaluate("made/out"),
-        "finished/perplexity/result.json",
+        "evaluated/finished/perplexity/result.json",
+    ),
+    "export": lambda case: (
+        None,
+        words := case.export("vllm", "made/out"),
+        lambda: words,
+        "vllm/adapter_model.safetensors",
+    ),
+    "gguf": lambda case: (None, words := case.export("llama.cpp", "made/out"), lambda: words, "llama.cpp/adapter.gguf"),
+    "whole": lambda case: (
+        None,
+        words := case.export("vllm", "made/out", "--merged"),
+        lambda: words,
+        "whole/model.safetensors",
+    ),
+    # Its runs are steps of this process, so that their calls fail too.
+    "compare": lambda case: (None, words := case.compare("made/out"), lambda: words, "compared/comparison.json"),
+    # What is kept in the cache fails too, and what a failure leaves there is no other result.
+    "cache": lambda case: (
+        None,
+        case.train("made/out", "--method", "qlora", "--cache", f"{case.folder}/made/cache"),
+        lambda: case.command_after_cached(),
+        "cached/adapter_model.safetensors",
     ),
 }
 
-if __name__ == "__main__":
+
+def main_of(folder: Path, specs: Sequence[str]) -> int:
     torch.set_num_threads(1)
-    cases = Cases(Path(sys.argv[1]))
-    if not (cases.folder / "evaluated").exists():
+    steps_in_this_process(pytest.MonkeyPatch())
+    cases, failed = Cases(folder), 0
+    if not (cases.folder / "compared").exists():
         cases.prepare()
-    for spec in sys.argv[2:]:
-        verb, cases.error, stride = spec.split(":")
-        print(f"{spec}: {cases.sweep(verb, int(stride))} calls", flush=True)
+    for spec in specs:
+        verb, cases.error, *numbers = spec.split(":")
+        print(f"{spec}: {cases.sweep(verb, *map(int, numbers))} calls", flush=True)
         for line in cases.problems:
-            print(line)
+            print(line, flush=True)
+        failed += len(cases.problems)
         cases.problems.clear()
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main_of(Path(sys.argv[1]).resolve(), sys.argv[2:]))

@@ -1,0 +1,37 @@
+"""Every verb on a full, broken or read-only disk: a code, the file, what to do; and what is there is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from shim import run
+
+pytestmark = pytest.mark.slow
+
+# VERB:ERROR:STRIDE:FIRST. `make torture` fails every call of every verb in turn.
+CASES = (
+    "train:ENOSPC:41",
+    "train:SIGKILL:67",
+    "resume:EIO:31",
+    "overwrite:SIGKILL:61",
+    "merge:ENOSPC:19",
+    "merge:EIO:17",
+    "merge:SIGKILL:23",
+    "export:ENOSPC:5",
+    "export:SIGKILL:9",
+    "gguf:ENOSPC:5",
+    "gguf:EIO:7",
+    "evaluate:ENOSPC:19",
+    "evaluate:SIGKILL:23",
+)
+
+
+def test_a_failing_disk_stops_every_verb_by_code(library: Path, tmp_path: Path) -> None:
+    """In one process, since importing torch takes as long as all the calls."""
+    done = run(library, "disk_cases.py", [tmp_path, *CASES])
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert [line.rpartition(": ")[0] for line in lines] == list(CASES), done.stdout
+    # Far fewer calls, and the shim sees no more what is written.
+    assert all(int(line.split()[-2]) > (10 if line.startswith(("export", "gguf")) else 40) for line in lines)

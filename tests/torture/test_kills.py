@@ -1,0 +1,25 @@
+"""The short form of `kills.py`: each verb is killed some times, and goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from shim import run
+
+pytestmark = pytest.mark.slow
+
+KILLS = {"train": 4, "ranks": 1, "merge": 3, "export": 3, "compare": 1, "saves": 4, "loading": 2}
+
+
+def test_what_was_killed_goes_on_to_the_same_bits(library: Path, tmp_path: Path) -> None:
+    """In one process and its forks, since importing torch takes longer than all of them."""
+    counts = [word for name, count in KILLS.items() for word in (f"--{name}", count)]
+    done = run(library, "kills.py", [tmp_path, *counts])
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line for line in found if line["problems"]] == []
+    assert {line["kind"]: line["kills"] for line in found} == KILLS
+    # Most of them hit: an undisturbed verb takes as long as it takes.
+    assert sum(line["places"].get("had ended", 0) for line in found) < sum(KILLS.values()) / 2
