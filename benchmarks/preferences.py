@@ -221,7 +221,7 @@ def page(runs: list[results.Run]) -> list[str]:
         "",
         "Pairs per second of the training steps, the reference's passes among them. Peak: anonymous memory while "
         "training. Accuracy: the share of pairs that were not trained on whose better answer has the higher reward; "
-        "before training all rewards are 0, and none is ahead.",
+        "before training all rewards are 0 up to rounding, and the accuracy says nothing.",
     ]
 
 

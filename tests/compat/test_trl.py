@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import inspect
 
+import pytest
+from trl.trainer import dpo_trainer, kto_trainer
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
-from rankwise.compat.trl import metrics_of
+from rankwise.compat.trl import heads_by, metrics_of
 
 
 def test_metrics_of_both_modes_are_lists_that_are_logged(tiny_trainer):
@@ -22,3 +26,16 @@ def test_metrics_of_both_modes_are_lists_that_are_logged(tiny_trainer):
 def test_the_loss_of_SFTTrainer_takes_what_ours_hands_on():
     names = list(inspect.signature(SFTTrainer.compute_loss).parameters)
     assert names == ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]
+
+
+@pytest.mark.parametrize(("kind", "module"), [(DPOTrainer, dpo_trainer), (KTOTrainer, kto_trainer)])
+def test_trainers_of_preferences_give_heads_by_a_function_that_can_be_replaced(kind, module):
+    before, given = module.add_fused_lm_head, []
+    with heads_by(kind, given.append):
+        module.add_fused_lm_head("a model")
+    assert given == ["a model"]
+    assert module.add_fused_lm_head is before
+    # They read both models' answers from these, and the reference's from the batch where it was computed before.
+    source = inspect.getsource(kind)
+    assert "fused_lm_head=True" in source
+    assert 'inputs["ref_chosen_logps"]' in source or 'batch["ref_logps"]' in source
