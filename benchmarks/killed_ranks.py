@@ -64,10 +64,10 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("options", nargs="*", help="further options of rankwise train")
-    given = parser.parse_args()
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    given, options = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     random.seed(given.seed)
-    base = ("--model", given.model, "--data", given.data, "--devices", given.processes, *given.options)
+    base = ("--model", given.model, "--data", given.data, "--devices", given.processes, *options)
     began = time.monotonic()
     subprocess.run(command(*base, "--output", given.folder / "alone"), check=True, capture_output=True)
     usual, failures = time.monotonic() - began, 0

@@ -148,8 +148,11 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
     return {name: found[id(tensor)] for name, tensor in state.items()}
 
 
-def whole_state(state: dict[str, Any]) -> dict[str, Any]:
+def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimizer's state in which nothing is sharded, in the memory of the process that writes."""
+    state = optimizer.state_dict()
+    if not any(map(is_sharded, _parameters(optimizer))):
+        return state
 
     def kept(value: Any) -> Any:
         if not is_sharded(value):
@@ -167,7 +170,9 @@ def sharded_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> di
     """``whole_state`` the other way: moments become shards where their parameters are."""
     from torch.distributed.tensor import DTensor
 
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = _parameters(optimizer)
+    if not any(map(is_sharded, parameters)):
+        return state
 
     def kept(value: Any, like: Any) -> Any:
         if not is_sharded(like) or not isinstance(value, Tensor) or value.shape != like.shape:
@@ -182,3 +187,7 @@ def sharded_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> di
         for index, moments in state["state"].items()
     }
     return {**state, "state": values}
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

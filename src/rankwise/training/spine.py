@@ -179,7 +179,7 @@ class RunTrainer(TrlTrainer):
         # Each process draws random numbers of its own, and has a peak of its own.
         states = ranks.gathered(random_states())
         self.progress.peak_memory_bytes = max(ranks.gathered(self.progress.peak_memory_bytes))
-        weights, optimizer = whole_weights(self.model), whole_state(self.optimizer.state_dict())
+        weights, optimizer = whole_weights(self.model), whole_state(self.optimizer)
         if ranks.is_writer():
             write = functools.partial(self._write_checkpoint, states=states, weights=weights, optimizer=optimizer)
             save_checkpoint(self.run_folder, step, write, checkpoint_bytes(self.model))
