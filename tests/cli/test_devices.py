@@ -146,7 +146,7 @@ REST = {
         ("--method", "qdora", "--block-size", "128", "--strategy", "fsdp"),
         4,
     ),
-    "an adapted embedding and biases, 2 under fsdp": (
+    "an adapted embedding, 2 under fsdp": (
         ("--method", "dora", "--target-modules", "embed_tokens,q_proj", "--strategy", "fsdp"),
         2,
     ),
@@ -327,6 +327,23 @@ def test_a_killed_process_ends_all_and_the_run_continues_to_the_bit(
     assert again.codes == [0, 0], again.stderr
     assert differing(runs.two, folder) == []
     assert lines(folder, "loss") == lines(runs.two, "loss")
+
+
+@needs_proc
+@pytest.mark.long
+def test_shards_that_train_continue_to_the_bit(several: Nursery, given: list[str], tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = ("--method", "full", "--batch-size", 2, "--strategy", "fsdp", "--output")
+    done = several.run(2, [*given, *options, whole])
+    assert done.codes == [0, 0], done.stderr
+    launch = several.start(2, [*given, *options, killed])
+    launch.wait_for(killed, "checkpoints/step-2")
+    os.kill(launch.pids[0], signal.SIGKILL)
+    check_failed(launch.ended(), "error RW702: process 1 of 2 has lost the others")
+    again = several.run(2, ["train", "--resume", "--output", killed])
+    assert again.codes == [0, 0], again.stderr
+    assert differing(whole, killed) == []
+    assert lines(killed, "loss") == lines(whole, "loss")
 
 
 FAULTS = {
