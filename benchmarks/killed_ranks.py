@@ -76,7 +76,7 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         launch = subprocess.Popen(command(*base, "--output", folder), **pipes)  # type: ignore[call-overload]
-        when = kill_one(launch, usual)
+        when = kill_one(launch, 0.7 * usual)
         said = launch.communicate(timeout=HANGS_SECONDS)[1]
         again = base if not (folder / "run.json").exists() else ("--resume",)
         resumed = subprocess.run(
