@@ -287,3 +287,16 @@ def test_smaller_optimizers_are_smaller():
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] == pytest.approx(8 * shape.parameters, rel=1e-4)
     assert sizes[1] == pytest.approx((2 + 8 / 256) * shape.parameters, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["lora", "qdora"])
+def test_pissa_s_first_pairs_are_counted(method: str) -> None:
+    given = {"batch_size": 2, "max_length": 64, "r": 8, "device_type": "cuda", "dtype": "bfloat16"}
+    plain, pissa = (Workload(**given, init=init) for init in ("default", "pissa:4"))
+    shape = shape_of(config_of("llama"))
+    closed = [of_shape(shape, method, workload).peak_bytes for workload in (plain, pissa)]
+    traced = [trace(skeleton("llama"), method, workload).peak_bytes for workload in (plain, pissa)]
+    assert closed[1] - closed[0] == traced[1] - traced[0] > 0
+    others = [Workload(**given, init=init) for init in ("loftq", "eva:2", "orthogonal")]
+    assert {of_shape(shape, method, workload).peak_bytes for workload in others} == {closed[0]}
+    assert {trace(skeleton("llama"), method, workload).peak_bytes for workload in others} == {traced[0]}
