@@ -237,8 +237,8 @@ class LLM:
         if model == "broken":
             print("ValueError: the cause", file=sys.stderr)
             raise RuntimeError("a process ended")
-    def generate(self, prompts, params, lora_request):
-        return []
+    def generate(self, prompts, params, use_tqdm, lora_request):
+        return [] if use_tqdm is False else 1 / 0
 """
 
 

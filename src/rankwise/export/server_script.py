@@ -62,18 +62,19 @@ def vllm(job: dict[str, Any]) -> dict[str, Any]:
     import vllm
     from vllm.lora.request import LoRARequest
 
-    options = {"enable_lora": True, "max_lora_rank": job["r"], "max_loras": 1} if job["adapter"] else {}
-    model = vllm.LLM(model=job["model"], enforce_eager=True, max_model_len=1024, disable_log_stats=True, **options)
+    loras = {"enable_lora": True, "max_lora_rank": job["r"], "max_loras": 1} if job["adapter"] else {}
+    model = vllm.LLM(model=job["model"], enforce_eager=True, max_model_len=1024, disable_log_stats=True, **loras)
     found: dict[str, Any] = {"version": f"vLLM {vllm.__version__}"}
     for name in ("base", "adapted") if job["adapter"] else ("base",):
         lora = LoRARequest("adapter", 1, job["adapter"]) if name == "adapted" else None
+        # Its progress bar divides by zero where bars are disabled.
+        options = {"use_tqdm": False, "lora_request": lora}
         greedy = vllm.SamplingParams(temperature=0, max_tokens=job["new_tokens"])
         prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
-        texts = [list(out.outputs[0].token_ids) for out in model.generate(prompts, greedy, lora_request=lora)]
+        texts = [list(out.outputs[0].token_ids) for out in model.generate(prompts, greedy, **options)]
         whole = [{"prompt_token_ids": prompt + answer} for prompt, answer in zip(job["prompts"], job["answers"])]
-        scored = model.generate(
-            whole, vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0), lora_request=lora
-        )
+        scoring = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+        scored = model.generate(whole, scoring, **options)
         logprobs = []
         for out, prompt, answer in zip(scored, job["prompts"], job["answers"]):
             told = out.prompt_logprobs[len(prompt) :]
