@@ -21,5 +21,6 @@ def test_what_was_killed_goes_on_to_the_same_bits(library: Path, tmp_path: Path)
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line for line in found if line["problems"]] == []
     assert {line["kind"]: line["kills"] for line in found} == KILLS
-    # Most of them hit: an undisturbed verb takes as long as it takes.
-    assert sum(line["places"].get("had ended", 0) for line in found) < sum(KILLS.values()) / 2
+    # A kill at a call always hits; one at a moment comes too late where the machine has become less busy.
+    places = {line["kind"]: line["places"] for line in found}
+    assert "had ended" not in places["saves"]
