@@ -27,8 +27,9 @@ from rankwise.ops.triton.tile import DTYPE, buffers, decode, launching_on, power
 _ROWS, _COLUMNS, _RUN, _WARPS = 64, 64, 1024, 4
 # The same of a packed weight. Decoding takes registers: fewer rows.
 _PACKED_ROWS, _PACKED_COLUMNS = 16, 128
-# Ranks at once: the fewest that tensor cores take, and how many fit beside the rest.
-_FEWEST, _MOST = 16, 64
+# Ranks at once: the fewest that tensor cores take, and how many fit beside the rest; beside a dense weight fewer of an
+# A in float32, whose three parts are there at once.
+_FEWEST, _MOST, _MOST_IN_PARTS = 16, 64, 32
 # Rows of the kernel of gains, its ranks at once at the most, and its warps.
 _GAIN_ROWS, _GAIN_RANKS, _GAIN_WARPS = 32, 32, 4
 
@@ -207,7 +208,7 @@ def adapted_gain(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, m: Tensor, sc
     if W.numel() * len(A) == 0:
         return card_reference.adapted_gain(W, squared, A, B, m, scale)
     A, B, R, pieces = A.contiguous(), B.contiguous(), len(A), triton.cdiv(W.shape[1], _RUN)
-    gram = torch.empty((pieces, R, R), dtype=torch.float32, device=A.device) if _ranks(R) >= R else None
+    gram = torch.empty((pieces, R, R), dtype=torch.float32, device=A.device) if _ranks(A, W.dtype) >= R else None
     sums = _cross(W, A, B, gram)
     return _gain(sums, _gram(A) if gram is None else gram, squared, B, m, scale)
 
@@ -224,7 +225,7 @@ def adapted_gain_4bit(
 
 def _cross(W: Tensor, A: Tensor, B: Tensor, gram: Tensor | None) -> Tensor:
     """What the programs find, (pieces, N)."""
-    (N, K), R, ranks = W.shape, len(A), _ranks(len(A))
+    (N, K), R, ranks = W.shape, len(A), _ranks(A, W.dtype)
     W = W if W.stride(1) == 1 else W.contiguous()
     grid = (triton.cdiv(N, _ROWS), triton.cdiv(R, ranks), triton.cdiv(K, _RUN))
     sums = torch.empty((grid[1] * grid[2], N), dtype=torch.float32, device=W.device)
@@ -238,7 +239,7 @@ def _cross(W: Tensor, A: Tensor, B: Tensor, gram: Tensor | None) -> Tensor:
 
 
 def _cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
-    (N, K), R, ranks = weight.shape, len(A), _ranks(len(A))
+    (N, K), R, ranks = weight.shape, len(A), min(max(power_of_two(len(A)), _FEWEST), _MOST)
     columns = min(_PACKED_COLUMNS, power_of_two(K))
     span = min(weight.block_size, columns)
     run = max(_RUN, columns) // span
@@ -271,5 +272,7 @@ def _gram(A: Tensor) -> Tensor:
     return (A.float() @ A.float().T)[None]
 
 
-def _ranks(R: int) -> int:
-    return min(max(power_of_two(R), _FEWEST), _MOST)
+def _ranks(A: Tensor, of_weight: torch.dtype) -> int:
+    """Beside a dense weight."""
+    is_in_parts = A.dtype == torch.float32 and of_weight == torch.bfloat16
+    return min(max(power_of_two(len(A)), _FEWEST), _MOST_IN_PARTS if is_in_parts else _MOST)
