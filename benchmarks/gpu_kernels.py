@@ -127,7 +127,6 @@ def cases() -> dict[str, Callable[[], Any]]:
         "low rank gradients DoRA": lambda: _grads(bf16, 16, g, folded=False),
         "low rank gradients DoRA 64": lambda: _grads(bf16, 64, g, folded=False),
         "low rank gradients QDoRA": lambda: _grads(bf16, 16, g, folded=True),
-        "low rank gradients float32": lambda: _grads(ones, 16, g, folded=False),
         "scaled grad": lambda: scaled_grad.scaled_grad(bf16(32, N), bf16(32, N), g),
         "scaled grad alone": lambda: scaled_grad.scaled_grad(bf16(32, N), None, g),
         "cross entropy": lambda: cross_entropy.cross_entropy_(logits, target, 1.0, 0.0, None, 1.0, True, False, False),

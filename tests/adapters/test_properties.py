@@ -262,7 +262,7 @@ class PastTheVersions(torch.optim.Optimizer):
 
 def test_dora_norms_are_renewed_by_an_optimizer_step_that_no_version_shows(monkeypatch):
     """Where no copies are compared, as on a card, the optimizers' hook alone tells of the step."""
-    monkeypatch.setattr("rankwise.adapters.freshness._comparable", lambda tensor: False)
+    monkeypatch.setattr("rankwise.ops.freshness._comparable", lambda tensor: False)
     model, config = build("dora", "llama", torch.float32)
     rw.add_adapter(model, config)
     before = logits(model)

@@ -22,6 +22,7 @@ import gpu_kernels  # noqa: E402
 
 # The cards that most users have.
 OFTEN = (86, 89, 90)
+PAGE = BENCHMARKS.parent / "docs" / "results" / "gpu-kernels.md"
 
 
 @pytest.fixture(autouse=True)
@@ -43,13 +44,32 @@ def test_every_kernel_compiles_without_spilling(name: str, architecture: int) ->
         assert found.shared <= gpu_kernels.SHARED[architecture], found
 
 
-def test_every_kernel_has_a_case() -> None:
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", gpu_kernels.CARDS)
+@pytest.mark.parametrize("name", gpu_kernels.cases())
+def test_every_kernel_compiles_as_the_page_says_and_for_odd_sizes(name: str, architecture: int) -> None:
+    rows = {cells[0]: cells[1:] for cells in table()}
+    column = list(gpu_kernels.CARDS).index(architecture)
+    for launch, kernel in zip(gpu_kernels.launches(name), compiled(name, architecture)):
+        found = gpu_kernels.cell(gpu_kernels.usage(kernel), architecture)
+        assert found == rows[f"{name} ({launch.name})"][column]
+    assert compiled(name, architecture, aligned=False)
+
+
+def test_every_kernel_has_a_case_and_a_row_of_the_page() -> None:
     launched = {(name, launch.name) for name in gpu_kernels.cases() for launch in gpu_kernels.launches(name)}
     kernels = {name for module in gpu_kernels.MODULES for name in vars(module) if name.endswith("_kernel")}
     assert {f"{kernel}_kernel" for _, kernel in launched} == kernels
     folder = Path(gpu_kernels.row_cross.__file__).parent
     in_files = {name for path in folder.glob("*.py") for name in re.findall(r"def (\w+_kernel)\(", path.read_text())}
     assert in_files == kernels
+    assert {cells[0] for cells in table()} == {f"{name} ({kernel})" for name, kernel in launched}
+
+
+def table() -> list[list[str]]:
+    """The page's rows."""
+    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:] if "---" not in line]
 
 
 @pytest.mark.parametrize("name", ["dequantize", "dequantize double"])
