@@ -22,6 +22,15 @@ from rankwise.quantization.linear import is_conv1d
 # Attribute of a module whose forward is ours: the instance's forward before, and the names of what ours finds there.
 REPLACED = "rankwise_replaced"
 
+CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
 OTHER_RESULTS = frozenset({"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"})
 """Subclasses of ``nn.Linear`` in transformers whose forward gives something else than W x + b: routers a tuple of
 scores, grouped layers one block of W for each group. What an adapter adds would have no place there.
@@ -60,7 +69,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def why_not(module: nn.Module) -> str:
     """Why a layer that holds a weight of its own cannot adapt; "" where it can, or its kind says enough."""
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, CONVOLUTIONS):
         return "is a convolution, whose update is no product A, B of a layer's input, and no server takes one"
     # By name, as above: torch gives MultiheadAttention's out_proj a class of its own.
     if isinstance(module, nn.MultiheadAttention) or type(module).__name__ == "NonDynamicallyQuantizableLinear":
