@@ -461,11 +461,10 @@ import sys
 find, missing = PathFinder.find_spec, {{"pydantic", "trl", "datasets", "typer", "rich", "scipy", "gguf", "psutil"}}
 PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[0] in missing else find(name, *rest))
 sys.path.insert(0, {str(BENCHMARKS)!r})
-import gpu
-import rankwise
+import gpu, gpu_job, gpu_models, gpu_unsloth, rankwise
 assert rankwise.__file__.startswith({str(stand_in.SOURCE)!r})
 assert sys.modules["pydantic"].BaseModel.__name__ == "Declared"
-model = gpu.gpu_models.adapted(gpu.gpu_models.OneLayer(8, "cpu"), "dora", "ours", targets=["layer"])
+model = gpu_models.adapted(gpu_models.OneLayer(8, "cpu"), "dora", "ours", targets=["layer"])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

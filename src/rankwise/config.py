@@ -26,6 +26,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from rankwise.errors import ConfigError
 from rankwise.options import (
     ALL_LINEAR,
+    LARGEST_NUMBER,
     Batch,
     Count,
     Length,
@@ -523,7 +524,7 @@ class ObjectiveOptions(Settings):
         ),
     ] = None
     reward_weights: Annotated[
-        Sequence[float] | None,
+        Sequence[Annotated[float, Field(ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)]] | None,
         BeforeValidator(comma_list),
         _objective("grpo: a factor for each --reward, in their order; default: 1 each.", metavar="X,..."),
     ] = None

@@ -137,8 +137,12 @@ def test_a_stopped_evaluation_goes_on(model_folder: Path, tmp_path: Path, number
         # Where the tests run in a shell's background, SIGINT is ignored by all that they start.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    while process.poll() is None and not (predictions.exists() and predictions.stat().st_size):
-        time.sleep(0.01)
+    # A batch counts once it is flushed to disk, which is sure when the next one is written.
+    sizes: set[int] = set()
+    while process.poll() is None and len(sizes - {0}) < 2:
+        if predictions.exists():
+            sizes.add(predictions.stat().st_size)
+        time.sleep(0.001)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode != 0, "it had finished before the signal came"

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
 from rich.text import Text
 
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Document, Output
 from rankwise.cli.settings import PreviewSettings
+from rankwise.cli.tables import light_table
 from rankwise.cli.words import printable
 from rankwise.reports.numbers import plural
 
@@ -77,7 +77,9 @@ def _print(output: Output, preview: Preview, report: EncodingReport, settings: P
     if preview.rejected is None:
         output.console.print(rendered(preview, marks=marks), soft_wrap=True)
         return
-    table = Table("chosen", "rejected", box=None, padding=(0, 2, 0, 0))
+    table = light_table()
+    for side in ("chosen", "rejected"):
+        table.add_column(side)
     table.add_row(rendered(preview, marks=marks), rendered(preview.rejected, marks=marks))
     output.console.print(table)
 

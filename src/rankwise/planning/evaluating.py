@@ -36,14 +36,14 @@ def written_bytes(step: StepFacts, unpacked: int) -> dict[str, int]:
 
 
 def layer_bytes(step: StepFacts) -> int:
-    """A layer's norm and the larger of attention and MLP: gate, up and their product; five steps of GPT-2's gelu; of
-    experts what they keep in training, too. Of eager scores there is a copy while their softmax is made."""
+    """A layer's norm and the larger of attention and MLP: gate, up, act(gate) and the product; five steps of GPT-2's
+    gelu; of experts what they keep in training, too. Of eager scores there is a copy while their softmax is made."""
     shape, s = step.shape, step.s
     attention = saved.attention_bytes(step) + (s * step.P if shape.eager else 0)
     if shape.experts:
         mlp = sum(backward.experts_forward_bytes(step))
     else:
-        mlp = step.T * s * shape.mlp * (5 if shape.family == "gpt2" else 3)
+        mlp = step.T * s * shape.mlp * (5 if shape.family == "gpt2" else 4)
     return step.stream_bytes + max(mlp, attention)
 
 

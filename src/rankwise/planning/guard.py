@@ -209,13 +209,15 @@ def _over(stored: Stored | None, ask: Estimator) -> Estimator:
 def workload_of(settings: Mapping[str, Any], hardware: Hardware) -> Workload:
     """The step of a run, every row of full length; of several processes that of one."""
     fields = {name: settings[name] for name in Workload.__dataclass_fields__ if name in settings}
-    fields["sides"] = sides_of(settings["objective"])
+    # A comparison has no objective: it compares demonstrations.
+    objective = settings.get("objective", "sft")
+    fields["sides"] = sides_of(objective)
     fields["devices"] = settings.get("devices") or 1
     fields["strategy"] = (settings.get("strategy") or "ddp") if fields["devices"] > 1 else "single"
     dtype = hardware.dtype if settings["dtype"] == "auto" else settings["dtype"]
     kind: Literal["cuda", "cpu"] = "cuda" if hardware.device_type == "cuda" else "cpu"
     answers = settings["batch_size"] * settings["gradient_accumulation"]
-    fields["written"] = written_rows(settings["objective"], answers, kind)
+    fields["written"] = written_rows(objective, answers, kind)
     return on_device(Workload(**{**fields, "dtype": dtype, "device_type": kind}), hardware)
 
 

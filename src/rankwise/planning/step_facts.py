@@ -95,13 +95,13 @@ class StepFacts:
 
     @property
     def own_attention(self) -> bool:
-        """Rows reach it by their bounds: our kernel on a CPU, in training flash attention on a card, whose models take
+        """Rows reach it by their bounds, in evaluations too: our kernel on a CPU, flash attention on a card, which takes
         16-bit weights and heads of FLASH_WIDTH columns at the most."""
         if not self.workload.fast or self.scores:
             return False
         dtype = "float32" if self.is_full else self.workload.dtype
         if self.on_card:
-            return dtype != "float32" and self.trains_without_masks and self.shape.head_dim <= FLASH_WIDTH
+            return dtype != "float32" and self.shape.head_dim <= FLASH_WIDTH
         return self.workload.dtype != "float16" and (dtype == "bfloat16" or computes_in_float32())
 
     @property
@@ -148,7 +148,7 @@ class StepFacts:
     def masked(self) -> float:
         """Share of the layers that are given a mask: none where bounds take its place. Several rows: all layers, since
         one row is padded. A single row: the layers whose window is no longer than the row."""
-        if self.own_attention and not self.workload.evaluation:
+        if self.own_attention:
             return 0.0
         if self.workload.sequences > 1 and not self.trains_without_masks:
             return 1.0
