@@ -95,7 +95,7 @@ class StepFacts:
 
     @property
     def own_attention(self) -> bool:
-        """Rows reach it by their bounds, in evaluations too: our kernel on a CPU, flash attention on a card, which takes
+        """Rows reach it by their bounds, in evaluation too: our kernel on a CPU, flash attention on a card, for
         16-bit weights and heads of FLASH_WIDTH columns at the most."""
         if not self.workload.fast or self.scores:
             return False
