@@ -226,9 +226,10 @@ def test_a_server_that_is_not_there_is_named_with_how_to_get_it(monkeypatch, tmp
 
 
 FAKE_VLLM = """
-import atexit, sys
+import atexit, os, sys
 __version__ = "0"
 print("a log")
+atexit.register(os._exit, 6)
 atexit.register(print, "another log")
 class SamplingParams:
     def __init__(self, **options): ...
@@ -251,5 +252,5 @@ def test_what_a_server_prints_is_not_its_answer_and_its_first_error_is_told(tmp_
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     job = {"server": "vllm", "model": "whole", "adapter": None, "prompts": [], "answers": [], "new_tokens": 1}
     assert run_server(sys.executable, job) == {"version": "vLLM 0", "base": {"texts": [], "logprobs": []}}
-    with pytest.raises(RunError, match=r"RW739.*stopped with 1: ValueError: the cause\.$"):
+    with pytest.raises(RunError, match=r"RW739.*stopped with 6: ValueError: the cause\.$"):
         run_server(sys.executable, {**job, "model": "broken"})

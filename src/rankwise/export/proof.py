@@ -193,7 +193,8 @@ def run_server(python: str, job: dict[str, Any]) -> Any:
         )
         log.seek(0)
         said = [line for line in log.read().splitlines() if line.strip()]
-    if done.returncode:
+    # vLLM may abort while it ends, after its answers.
+    if not done.stdout:
         # The first error is the cause; a server's last line says that one of its processes ended.
         causes = (line for line in said if re.search(r"\b\w+(Error|Exception): ", line))
         cause = next(causes, said[-1] if said else "no reason")[-300:]

@@ -63,7 +63,10 @@ def vllm(job: dict[str, Any]) -> dict[str, Any]:
     from vllm.lora.request import LoRARequest
 
     loras = {"enable_lora": True, "max_lora_rank": job["r"], "max_loras": 1} if job["adapter"] else {}
-    model = vllm.LLM(model=job["model"], enforce_eager=True, max_model_len=1024, disable_log_stats=True, **loras)
+    # One sequence at a time: with adapters, vLLM 0.32 on a CPU fails on a batch of prompts.
+    model = vllm.LLM(
+        model=job["model"], enforce_eager=True, max_model_len=1024, max_num_seqs=1, disable_log_stats=True, **loras
+    )
     found: dict[str, Any] = {"version": f"vLLM {vllm.__version__}"}
     for name in ("base", "adapted") if job["adapter"] else ("base",):
         lora = LoRARequest("adapter", 1, job["adapter"]) if name == "adapted" else None
@@ -88,5 +91,5 @@ if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     given = json.load(sys.stdin)
-    json.dump({"llama.cpp": llama_cpp, "vllm": vllm}[given["server"]](given), answers)
+    answers.write(json.dumps({"llama.cpp": llama_cpp, "vllm": vllm}[given["server"]](given)))
     answers.close()
