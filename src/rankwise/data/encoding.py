@@ -305,38 +305,28 @@ def complain(report: EncodingReport, rows: Rows, max_length: int) -> None:
         )
 
 
-class _Table:
-    """Collects the two columns in flat int32 arrays, which take a tenth of the memory of lists of lists."""
+class Counts:
+    """What encoding counts while it goes over the rows, up to its report."""
 
-    def __init__(self, max_length: int) -> None:
-        self.max_length = max_length
-        self.ids, self.labels, self.ends = array("i"), array("i"), array("i", [0])
+    def __init__(self) -> None:
         self.lengths: list[int] = []
         self.trained = self.truncated = self.dropped = self.stopped = self.split = self.estimated = 0
 
-    def add(self, row: EncodedRow, stop_ids: set[int]) -> None:
-        ids, trained = row.ids[: self.max_length], row.trained[: self.max_length]
-        self.lengths.append(row.length)
-        self.estimated += row.estimated
-        if not any(trained):
-            self.dropped += 1
-            return
-        labels = [token if is_trained else IGNORED for token, is_trained in zip(ids, trained)]
-        self.ids.extend(ids)
-        self.labels.extend(labels)
-        self.ends.append(len(self.ids))
-        self.trained += sum(trained)
-        self.truncated += row.length > self.max_length
-        self.stopped += not stop_ids.isdisjoint(labels)
-        self.split += row.split
-
     def report(
-        self, name: str, template: str, left_out: Mapping[str, int], problems: Sequence[Problem]
+        self,
+        name: str,
+        template: str,
+        left_out: Mapping[str, int],
+        problems: Sequence[Problem],
+        *,
+        rows: int,
+        tokens: int,
     ) -> EncodingReport:
+        """``rows`` and ``tokens`` are those that the data set holds."""
         return EncodingReport(
             name=name,
-            rows=len(self.ends) - 1,
-            tokens=len(self.ids),
+            rows=rows,
+            tokens=tokens,
             trained_tokens=self.trained,
             truncated_rows=self.truncated,
             dropped_rows=self.dropped,
@@ -350,6 +340,37 @@ class _Table:
             skipped_rows=len(problems),
             skipped=[problem.to_json() for problem in problems],
         )
+
+
+class _Table:
+    """Collects the two columns in flat int32 arrays, which take a tenth of the memory of lists of lists."""
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+        self.ids, self.labels, self.ends = array("i"), array("i"), array("i", [0])
+        self.counts = Counts()
+
+    def add(self, row: EncodedRow, stop_ids: set[int]) -> None:
+        ids, trained = row.ids[: self.max_length], row.trained[: self.max_length]
+        self.counts.lengths.append(row.length)
+        self.counts.estimated += row.estimated
+        if not any(trained):
+            self.counts.dropped += 1
+            return
+        labels = [token if is_trained else IGNORED for token, is_trained in zip(ids, trained)]
+        self.ids.extend(ids)
+        self.labels.extend(labels)
+        self.ends.append(len(self.ids))
+        self.counts.trained += sum(trained)
+        self.counts.truncated += row.length > self.max_length
+        self.counts.stopped += not stop_ids.isdisjoint(labels)
+        self.counts.split += row.split
+
+    def report(
+        self, name: str, template: str, left_out: Mapping[str, int], problems: Sequence[Problem]
+    ) -> EncodingReport:
+        rows, tokens = len(self.ends) - 1, len(self.ids)
+        return self.counts.report(name, template, left_out, problems, rows=rows, tokens=tokens)
 
     def dataset(self) -> Dataset:
         import pyarrow

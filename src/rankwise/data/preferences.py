@@ -7,13 +7,12 @@ answer on: as in trl, what the template writes behind the answer belongs to it.
 from __future__ import annotations
 
 import itertools
-import statistics
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rankwise.data.bad_rows import NEVER, check_bad_rows
-from rankwise.data.encoding import Encoded, EncodedRow, EncodingReport, RowEncoder, complain, list_column
+from rankwise.data.encoding import Counts, Encoded, EncodedRow, EncodingReport, RowEncoder, complain, list_column
 from rankwise.data.rows import Problem, Row, Rows
 from rankwise.errors import warn
 
@@ -102,13 +101,12 @@ class _Table:
         self.columns = {name: (array("i"), array("i", [0])) for name in COLUMNS[paired]}
         self.labels: list[bool] = []
         self.paired = paired
-        self.lengths: list[int] = []
-        self.tokens = self.trained = self.truncated = self.dropped = self.equal = 0
-        self.stopped = self.split = self.estimated = 0
+        self.counts = Counts()
+        self.tokens = self.equal = 0
 
     def add(self, sides: Sequence[EncodedRow], label: bool | None, stop_ids: set[int]) -> None:
-        self.lengths += [side.length for side in sides]
-        self.estimated += any(side.estimated for side in sides)
+        self.counts.lengths += [side.length for side in sides]
+        self.counts.estimated += any(side.estimated for side in sides)
         ids = [side.ids[: self.max_length] for side in sides]
         start = min(map(completion_start, sides))
         if len(ids) == 2:
@@ -116,7 +114,7 @@ class _Table:
             common = next((place for place, (a, b) in enumerate(zip(*ids)) if a != b), min(map(len, ids)))
             start = min(start, common)
         if any(completion_start(side) >= len(cut) for side, cut in zip(sides, ids)):
-            self.dropped += 1
+            self.counts.dropped += 1
             return
         if len(ids) == 2 and ids[0] == ids[1]:
             self.equal += 1
@@ -126,31 +124,16 @@ class _Table:
             ends.append(len(values))
         self.labels.append(bool(label))
         self.tokens += sum(map(len, ids))
-        self.trained += sum(len(cut) - start for cut in ids)
-        self.truncated += any(side.length > self.max_length for side in sides)
-        self.stopped += not stop_ids.isdisjoint(ids[0][start:])
-        self.split += any(side.split for side in sides)
+        self.counts.trained += sum(len(cut) - start for cut in ids)
+        self.counts.truncated += any(side.length > self.max_length for side in sides)
+        self.counts.stopped += not stop_ids.isdisjoint(ids[0][start:])
+        self.counts.split += any(side.split for side in sides)
 
     def report(
         self, name: str, template: str, left_out: Mapping[str, int], problems: Sequence[Problem]
     ) -> EncodingReport:
-        return EncodingReport(
-            name=name,
-            rows=len(self.labels),
-            tokens=self.tokens,
-            trained_tokens=self.trained,
-            truncated_rows=self.truncated,
-            dropped_rows=self.dropped,
-            longest=max(self.lengths, default=0),
-            median_length=statistics.median(self.lengths) if self.lengths else 0,
-            template=template,
-            stop_token_rows=self.stopped,
-            split_rows=self.split,
-            estimated_rows=self.estimated,
-            left_out=dict(left_out),
-            skipped_rows=len(problems),
-            skipped=[problem.to_json() for problem in problems],
-        )
+        rows = len(self.labels)
+        return self.counts.report(name, template, left_out, problems, rows=rows, tokens=self.tokens)
 
     def dataset(self) -> Dataset:
         import pyarrow
