@@ -82,6 +82,12 @@ class RunTrainer(TrlTrainer):
             set_seed((self.args.seed + ranks.rank()) % 2**32)
         self.remove_callback(PrinterCallback)
 
+    def start_evaluation(self) -> None:
+        """Switch model and optimizer to evaluation, as the Trainer does. The next step switches both back."""
+        self.model.eval()
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
+
     @property
     @abstractmethod
     def loss_in_words(self) -> str:

@@ -173,10 +173,7 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
         """
         rows = dataloader.dataset
         targets = evaluation_targets(rows)
-        # As the Trainer does; the next step sets both back.
-        self.model.eval()
-        if callable(getattr(self.optimizer, "eval", None)):
-            self.optimizer.eval()
+        self.start_evaluation()
         scores: dict[int, Score] = {}
         with undisturbed_random_states(), roots_gathered(self.model):
             scorer = self._loss_scorer()

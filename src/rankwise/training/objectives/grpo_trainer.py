@@ -231,10 +231,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
     ) -> EvalLoopOutput:
         """The mean reward of greedy answers, one to each prompt; the loss is minus that."""
         rows = dataloader.dataset
-        # As the Trainer does; the next step sets both back.
-        self.model.eval()
-        if callable(getattr(self.optimizer, "eval", None)):
-            self.optimizer.eval()
+        self.start_evaluation()
         rewards = []
         with undisturbed_random_states():
             for start in range(0, len(rows), EVALUATED_AT_ONCE):

@@ -167,7 +167,7 @@ class PreferenceTrainer(RunTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Means over rows: the Trainer's own gives a short last batch the weight of a full one."""
-        self.model.eval()
+        self.start_evaluation()
         found: dict[str, list[tuple[float, int]]] = defaultdict(list)
         metrics = metrics_of(self, "eval")
         with undisturbed_random_states():
