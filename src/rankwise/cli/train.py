@@ -201,22 +201,21 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
 
 def loss_sentence(folder: Path, record: RunRecord) -> str:
     """Evaluation loss before and after; without evaluation data, the first and the last line of ``metrics.jsonl``."""
-    if record.initial_eval_loss is not None and record.eval_loss is not None:
-        return f"{record.initial_eval_loss:.4f} -> {record.eval_loss:.4f} on the evaluation data"
-    logged = [line["loss"] for line in read_metrics(folder) if line.get("loss") is not None]
-    if not logged:
-        return "not logged"
-    return f"{logged[0]:.4f} -> {logged[-1]:.4f} on the training data, first and last as logged (no --eval-data)"
+    return _change(folder, record, "loss", 1, "training data")
 
 
 def reward_sentence(folder: Path, record: RunRecord) -> str:
-    """As above of the mean reward, of which the evaluation loss is the negative."""
+    """The same of the mean reward. The evaluation loss is its negative."""
+    return _change(folder, record, "reward", -1, "training prompts")
+
+
+def _change(folder: Path, record: RunRecord, figure: str, sign: int, trained_on: str) -> str:
     if record.initial_eval_loss is not None and record.eval_loss is not None:
-        return f"{-record.initial_eval_loss:.4f} -> {-record.eval_loss:.4f} on the evaluation data"
-    logged = [line["reward"] for line in read_metrics(folder) if line.get("reward") is not None]
+        return f"{sign * record.initial_eval_loss:.4f} -> {sign * record.eval_loss:.4f} on the evaluation data"
+    logged = [line[figure] for line in read_metrics(folder) if line.get(figure) is not None]
     if not logged:
         return "not logged"
-    return f"{logged[0]:.4f} -> {logged[-1]:.4f} on the training prompts, first and last as logged (no --eval-data)"
+    return f"{logged[0]:.4f} -> {logged[-1]:.4f} on the {trained_on}, first and last as logged (no --eval-data)"
 
 
 def _speed(record: RunRecord) -> str:
