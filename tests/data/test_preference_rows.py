@@ -144,3 +144,10 @@ def test_a_preview_has_both_sides(tmp_path: Path) -> None:
     trained = ["".join(part.text for part in side.segments if part.trained) for side in (shown, shown.rejected)]
     assert "4" in trained[0]
     assert "5" in trained[1]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_the_demo_set_holds_no_preferences(objective: str) -> None:
+    with pytest.raises(DataError, match="`prompt`, `completion`") as caught:
+        read_rows("stdlib", formats=PREFERENCE_FORMATS[objective])
+    assert caught.value.code == "RW207"

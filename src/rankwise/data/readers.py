@@ -53,7 +53,7 @@ def read_rows(
     """
     how = _How((prompt_column, completion_column), skip_bad_rows, formats)
     if str(source) == STDLIB:
-        return stdlib_rows(split=split)
+        return stdlib_rows(split, formats)
     check_there(source)
     path = Path(source).expanduser()
     if path.is_dir():

@@ -9,10 +9,10 @@ import hashlib
 import importlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import ModuleType
 
-from rankwise.data.formats import Record, rows_from_records
+from rankwise.data.formats import Format, Record, rows_from_records
 from rankwise.data.rows import Rows
 from rankwise.errors import DataError
 
@@ -47,12 +47,12 @@ xmlrpc.server zipapp zipfile zipimport zoneinfo
 """
 
 
-def stdlib_rows(split: str = "train") -> Rows:
+def stdlib_rows(split: str = "train", formats: Collection[Format] | None = None) -> Rows:
     """A tenth of the rows is ``split="eval"`` and the rest is ``"train"``. The split is by hash, and no sentence is in
     both.
 
     The same Python gives the same rows in the same order. Raises DataError: RW208 unknown split, RW204 when Python runs
-    without docstrings (``-OO``).
+    without docstrings (``-OO``), RW207 where ``formats`` have none for prompts with completions.
     """
     if split not in SPLITS:
         raise DataError("RW208", f"the demo data has no split {split!r}; it has train and eval.")
@@ -61,7 +61,7 @@ def stdlib_rows(split: str = "train") -> Rows:
         for number, record in enumerate(_unique(), 1)
         if _is_eval(record["completion"]) == SPLITS[split]
     ]
-    return rows_from_records(records, STDLIB)
+    return rows_from_records(records, STDLIB, formats=formats)
 
 
 def _is_eval(text: str) -> bool:
