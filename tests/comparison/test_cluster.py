@@ -66,6 +66,13 @@ def test_no_cluster_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.code == "RW555"
 
 
+def test_without_a_cluster_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(RunError, match="RW555|Ray"):
+        compare(**given(tmp_path, executor="ray", address="127.0.0.1:1"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import ray

@@ -26,6 +26,7 @@ EXTRAS = {
     "cuda": "optimizers and kernels for CUDA cards",
     "peft": "rankwise.accelerate_peft",
     "board": "rankwise board",
+    "cluster": "rankwise compare --executor ray",
     "tensorboard": "train --report-to tensorboard",
 }
 # Environment variables that change which kernels run.

@@ -19,7 +19,7 @@ from rankwise.comparison.inputs import Inputs, check_adapter, prepare_inputs
 from rankwise.comparison.matrix import planned_runs
 from rankwise.comparison.measure_files import MERGEABLE, PERPLEXITY
 from rankwise.comparison.processes import check_system
-from rankwise.comparison.ray_cluster import connect
+from rankwise.comparison.ray_cluster import Cluster, connect
 from rankwise.comparison.recommendation import recommend
 from rankwise.comparison.runner import (
     STATE_FILE,
@@ -68,6 +68,7 @@ def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
     """
     check_compare(given)
     check_system()
+    cluster = connect(given.address, _device(given)) if given.executor == "ray" else None
     told: list[Message] = []
     with hold(given.output), coded_errors(given.output, "and the same command continues"), _told(told):
         check_folder(given.output)
@@ -88,7 +89,7 @@ def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
         effect = detectable_effect(given, before, seeds=given.seeds, rows=inputs.eval_rows)
         _announce(given, inputs, effect, watcher)
         try:
-            _carry_out(given, plan, inputs, watcher, clock)
+            _carry_out(given, plan, inputs, watcher, clock, cluster)
             return _conclude(given, plan, inputs, told, watcher, clock)
         finally:
             with suppress(OSError):
@@ -161,7 +162,13 @@ def _plan(given: CompareSettings) -> Plan:
     )
 
 
-def _carry_out(given: CompareSettings, plan: Plan, inputs: Inputs, watcher: Watcher, clock: Clock) -> None:
+def _device(given: CompareSettings) -> str:
+    return str(given.model_dump()["device"])
+
+
+def _carry_out(
+    given: CompareSettings, plan: Plan, inputs: Inputs, watcher: Watcher, clock: Clock, cluster: Cluster | None
+) -> None:
     """Run the steps that all runs share, then the speed runs of --minutes, then the runs."""
     commands = Commands(given, plan, inputs)
     first = [Job("prepare", None)]
@@ -173,9 +180,7 @@ def _carry_out(given: CompareSettings, plan: Plan, inputs: Inputs, watcher: Watc
     for job in known:
         if commands.is_outdated(job):
             stages.forget_outcome(job, plan.output)
-    device = str(given.model_dump()["device"])
-    cluster = connect(given.address, device) if given.executor == "ray" else None
-    slots = [{}] * (given.jobs or cluster.places) if cluster else environments(given.jobs or 1, device)
+    slots = [{}] * (given.jobs or cluster.places) if cluster else environments(given.jobs or 1, _device(given))
     start = cluster.start if cluster else None
     clock.lanes = len(slots)
     runner = Runner(plan.output, commands.of, commands.steps, slots, watcher, clock, lambda: jobs_left(plan), start)
