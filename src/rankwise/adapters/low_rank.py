@@ -1,4 +1,4 @@
-"""The algebra that LoRA and DoRA share (DESIGN 4), as functions of plain tensors.
+"""The algebra that LoRA and DoRA share, as functions of plain tensors.
 
 Shapes: x (..., in), W (out, in), A (r, in), B (out, r), m (out,), g (out,).  Scale: s = lora_alpha / r.
 """

@@ -54,7 +54,7 @@ from rankwise.training.state import TrainerFacts, reading_state
 
 
 def train(settings: TrainSettings, observer: Observer | None = None, foresight: Foresight | None = None) -> RunRecord:
-    """Fine-tune as ``settings`` say and leave a run folder (DESIGN 5) in ``settings.output``.
+    """Fine-tune as ``settings`` say and leave a run folder in ``settings.output``.
 
     ``foresight`` is asked for the peak memory before the model is loaded and before the first step; it may refuse.
 
