@@ -88,7 +88,7 @@ class AdaptedStack:
 
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
-    """All that trains: low-rank pairs of modules and of stacked experts, whole copies of modules, biases."""
+    """All that trains: low-rank pairs of modules and of stacked experts, modules trained whole, biases."""
 
     adapted: tuple[Adapted, ...]
     whole: tuple[Module, ...]

@@ -72,7 +72,8 @@ class Attention:
 @dataclasses.dataclass(frozen=True)
 class Experts:
     """Sizes of the experts: E of width f, of which a token visits k, and one of width ``shared`` that sees every token.
-    ``dense_layers`` have an MLP in their place."""
+    ``dense_layers`` have an MLP instead.
+    """
 
     E: int
     k: int
@@ -225,8 +226,10 @@ GEMMA3_TEXT = Line(
 
 
 def gemma3(fields: Fields) -> Shape:
-    """Gemma 3 with eyes: a decoder by ``text_config``, of which the hub's files leave sizes out, and a SigLIP tower by
-    ``vision_config``, which text never enters but whose weights are there and whose linear layers adapt.
+    """Gemma 3 with a vision tower: a decoder by ``text_config`` and a SigLIP tower by ``vision_config``.
+
+    The hub's files leave out sizes of ``text_config``. Text never enters the tower, but its weights take memory and its
+    linear layers adapt.
     """
     text, vision = fields.part("text_config"), fields.part("vision_config")
     tied = fields.flag("tie_word_embeddings", True)
@@ -339,7 +342,7 @@ def shape_of(config: Mapping[str, Any], name: str = "the config") -> Shape:
 
 
 def _check_heads(shape: Shape, name: str) -> None:
-    """Raise ModelError (RW326) for numbers of heads with which attention would fail."""
+    """Raise ModelError (RW326) for numbers of heads that attention cannot use."""
     wrong = []
     if shape.hidden % shape.heads and shape.family in WHOLE_HEADS:
         wrong.append(f"the hidden size {shape.hidden} is no multiple of its {shape.heads} attention heads")

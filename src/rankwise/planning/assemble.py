@@ -26,7 +26,7 @@ HOLES_CHECKPOINTED, HOLES_OF_FULL, HOLES_OF_ADAPTERS, HOLES_ELSE = (0.2, 0.0), (
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What one way of estimating has found of a step, not yet shared among devices."""
+    """The result of one way of estimating a step, before it is shared among devices."""
 
     # {phase: {term: bytes}}
     phases: Mapping[str, dict[str, int]]
@@ -45,7 +45,9 @@ class Found:
 
 
 def assembled(method: str, workload: Workload, found: Found, started: float) -> MemoryEstimate:
-    """One device's estimate, of the phase in which it holds most. ``started``: by ``time.perf_counter``."""
+    """The estimate of one device, for the phase in which it holds most. ``started`` is a time of
+    ``time.perf_counter``.
+    """
     shares = {}
     for name, terms in found.phases.items():
         whole = {term: terms.get(term, 0) for term in TERMS}
@@ -82,13 +84,14 @@ def assembled(method: str, workload: Workload, found: Found, started: float) -> 
 
 
 def heap_holes_bytes(method: str, workload: Workload, trained_bytes: int, kept_bytes: int) -> int:
-    """What lies unused between the blocks of a CPU's heap at the peak: shares of all gradients and of what is kept.
+    """Unused bytes between the blocks of a CPU's heap at the peak: shares of all gradients and of the kept tensors.
 
-    A gradient seldom fits into what an activation left, so gradients come beside freed activations, of which there are
-    fewer with checkpointing. Our adapters leave next to no holes besides (`ops.cpu.memory`), nor does our checkpointing
-    (`acceleration.checkpointing`); full fine-tuning computes in PyTorch's own operations, which leave one beside much
-    of what a layer keeps. Fitted to measured steps (glibc): `benchmarks/memory_plan.py`, adapters in bfloat16, too, and
-    full fine-tuning of its two models with 128 to 4,096 tokens a step.
+    A gradient seldom fits into the hole that an activation left, so gradients lie beside freed activations.
+    Checkpointing leaves fewer of them. Our adapters (`ops.cpu.memory`) and our checkpointing
+    (`acceleration.checkpointing`) leave almost no other holes. Full fine-tuning computes in PyTorch's own operations,
+    which leave one beside much of what a layer keeps. The shares are fitted to measured steps (glibc,
+    `benchmarks/memory_plan.py`), also to adapters in bfloat16 and to full fine-tuning of two models with 128 to 4,096
+    tokens a step.
     """
     of_gradients, of_kept = _hole_shares(method, workload)
     always = 0 if workload.fast else HOLES_OF_PYTORCHS_STEP
@@ -104,7 +107,7 @@ def _hole_shares(method: str, workload: Workload) -> tuple[float, float]:
 
 
 def outside_bytes(workload: Workload, tensors_bytes: int) -> int:
-    """What the device's memory holds besides what torch's allocator counts."""
+    """The bytes in the device's memory that torch's allocator does not count."""
     if workload.device_type == "cpu":
         return 0
     return cuda.context_bytes() + cuda.fragmentation_bytes(tensors_bytes)

@@ -29,15 +29,17 @@ def scores_backward_bytes(step: StepFacts) -> tuple[int, int]:
 
 
 def offloaded_scores_bytes(step: StepFacts) -> int:
-    """The same where the weights come back from the host alone: the weights and two gradients in float32, beside three
-    gradients of the stream."""
+    """The same where only the attention weights come back from the host: the weights and two gradients in float32,
+    beside three gradients of the stream.
+    """
     return 12 * step.P + 3 * step.stream_bytes
 
 
 def backward_bytes(step: StepFacts) -> int:
-    """On the way back through one layer: gradients of the MLP's parts and of the stream, beyond what is freed by then.
+    """The gradients in the backward pass of one layer, of the MLP's parts and of the stream, less what is freed by
+    then.
 
-    Full fine-tuning has them in float32. Of a layer that checkpointing made again more is freed.
+    Full fine-tuning has them in float32. With checkpointing, more of the layer is freed.
     """
     shape, s = step.shape, 4 if step.is_full else step.s
     h, f, again = shape.hidden, shape.mlp, step.workload.gradient_checkpointing
@@ -71,10 +73,11 @@ def _through_experts(step: StepFacts) -> int:
 
 
 def offloaded_backward_bytes(step: StepFacts) -> int:
-    """The same where what was saved comes back from the host, one tensor at a time for the operation that asks for it.
+    """The same where saved tensors come back from the host, one at a time for the operation that asks for each.
 
-    Held are two tensors of the MLP and three gradients; six in all with DoRA's scaled ones or where the product is made
-    again; seven through GPT-2's gelu. Stacked experts' transposed weight comes back too, since it is no parameter.
+    Two tensors of the MLP and three gradients are held; six in all with DoRA's scaled gradients or where the product is
+    computed again; seven through GPT-2's gelu. The transposed weight of stacked experts comes back too, since it is not
+    a parameter.
     """
     shape, s = step.shape, step.s
     h, f, k = shape.hidden, shape.mlp, shape.experts_per_token

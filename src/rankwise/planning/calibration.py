@@ -81,7 +81,7 @@ def cache_folder() -> Path:
 
 
 def measured_pace(hardware: Hardware, method: str, dtype: str) -> Pace | None:
-    """What was measured for this device, method and dtype, if anything. A damaged file is passed over with RW144."""
+    """The pace measured for this device, method and dtype, or None. A damaged file is ignored with warning RW144."""
     found = _read().get(_key(hardware, dtype))
     if found is None or method not in found.methods:
         return None
@@ -116,7 +116,7 @@ def calibrate(
 def solve(timings: Sequence[Timing]) -> tuple[float, float | None]:
     """Pace F and bandwidth B with seconds = flops / F + bytes / B in both timings.
 
-    Where that gives no positive B (the weights' traffic does not show), the larger batch alone gives F.
+    Where no positive B solves this, the weights' traffic does not show, and the larger batch alone gives F.
     """
     small, large = timings[0], timings[-1]
     determinant = small.flops * large.traffic_bytes - large.flops * small.traffic_bytes
@@ -147,7 +147,7 @@ def _time(method: str, rows: int, device_type: str, dtype: str) -> Timing:
 def _prepared(
     method: str, workload: Workload, device_type: str, shape: dict[str, Any]
 ) -> tuple[Callable[[], None], ModelFacts, MemoryEstimate]:
-    """A step as ``rankwise train`` takes it, fused parts and loss included, on a small random Llama."""
+    """A step as ``rankwise train`` takes it, with fused parts and loss, on a small random Llama."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -39,7 +39,7 @@ class SingleChange:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """Some steps together: what they come to."""
+    """Several single changes together, with their cost and the memory that they save."""
 
     steps: tuple[SingleChange, ...]
     method: str
@@ -53,7 +53,7 @@ class Change:
 
     @property
     def is_timed(self) -> bool:
-        """Whether ``time_factor`` is all there is: what an optimizer on the host takes is not counted."""
+        """Whether ``time_factor`` covers the whole step: an optimizer on the host takes time that is not counted."""
         return not any(step.settings.get("optimizer") == HOSTED for step in self.steps)
 
     @property
@@ -90,7 +90,9 @@ class Change:
 
 
 def possible_steps(method: str, workload: Workload, accumulation: int) -> list[SingleChange]:
-    """Every single change that makes this run smaller. Halving the batch doubles the accumulation: the same rows."""
+    """Every single change that makes this run smaller. Halving the batch doubles the accumulation, so the rows of a
+    step stay.
+    """
     return [
         *_batches(workload, accumulation),
         *_recomputing(workload),
@@ -160,7 +162,7 @@ def _shorter_rows(workload: Workload) -> Iterator[SingleChange]:
 
 
 def apply(steps: Sequence[SingleChange], method: str, workload: Workload) -> tuple[str, Workload]:
-    """The method and workload after these steps."""
+    """The method and the workload with these changes."""
     settings = {name: value for step in steps for name, value in step.settings.items()}
     fields = {name: value for name, value in settings.items() if name in Workload.__dataclass_fields__}
     return settings.get("method", method), dataclasses.replace(workload, **fields)
@@ -173,7 +175,7 @@ FAST = SingleChange("fast", "--no-fast -> --fast", 0, {"fast": True})
 class Advisor:
     """Prices changes of one run: ``method`` at ``workload`` with ``accumulation``, against ``memory_bytes``.
 
-    ``asked_slow``: that --no-fast was given, and may be taken back.
+    ``asked_slow``: the user gave --no-fast, and the advice may take it back.
     """
 
     def __init__(self, estimate: Estimator, seconds: Seconds, memory_bytes: int, *, asked_slow: bool = False) -> None:
@@ -261,10 +263,12 @@ def _combinations(groups: Sequence[Sequence[SingleChange]]) -> Iterator[tuple[Si
 
 
 def _effort(steps: Sequence[SingleChange]) -> tuple[int, int, int]:
-    """What keeps the result comes first, then what touches few settings."""
+    """Sort key: changes that keep the result come first, then those that touch few settings."""
     return max(step.costs for step in steps), len(steps), sum(step.costs for step in steps)
 
 
 def _price_of(change: Change) -> tuple[float, ...]:
-    """What is learnt before time (one that is not counted last), time before the number of settings touched."""
+    """Sort key: first the loss of quality, then the time (an unknown time last), then the number of settings
+    touched.
+    """
     return (change.costs, not change.is_timed, change.time_factor, len(change.steps), -change.saved_bytes)

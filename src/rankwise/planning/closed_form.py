@@ -47,7 +47,7 @@ def of_shape(shape: Shape, method: str, workload: Workload) -> MemoryEstimate:
 
 
 def fixed_terms(shape: Shape, method: str, workload: Workload, adapted: Adaptation | None) -> Terms:
-    """What lies in memory all the time, but for the optimizer's state."""
+    """The terms that are held through the whole step, without the optimizer's state."""
     own = [] if adapted is None else list(weights.trained_tensors(shape, method, workload, adapted))
     kept = weights.kept_norm_bytes(method, workload, adapted) + weights.kept_dense_bytes(shape, method, workload)
     kept += weights.first_pair_bytes(method, workload, adapted)
@@ -96,7 +96,9 @@ def phases(
 
 
 def unpacked_bytes(shape: Shape, method: str, workload: Workload) -> int:
-    """A 4-bit weight is made dense for its product, of experts one: the largest N K s, on a card for that time."""
+    """The dense copy of a 4-bit weight for its product: the largest N K s, of stacked experts one expert's. A card
+    holds it for that time only.
+    """
     if method not in FOUR_BITS or weights.decodes_in_caches(workload):
         return 0
     element = weights.DTYPE_BYTES[workload.dtype]

@@ -18,7 +18,7 @@ def new_optimizer(workload: Workload, parameters: list[torch.nn.Parameter]) -> t
 
 
 def make_state(optimizer: torch.optim.Optimizer) -> None:
-    """What every step but the first finds."""
+    """Make the state that every step but the first finds."""
     if isinstance(optimizer, CountedOptimizer):
         optimizer.step()
         return
@@ -28,7 +28,9 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 class CountedOptimizer(torch.optim.Optimizer):
-    """Holds the state that the rule of ``name`` gives for each parameter; a step takes its copies for a moment."""
+    """Holds the state that the rule of ``name`` gives for each parameter. Its step holds the rule's copies for a
+    moment.
+    """
 
     def __init__(self, parameters: list[torch.nn.Parameter], name: str) -> None:
         super().__init__(parameters, {})

@@ -35,7 +35,7 @@ def _plain_loss_bytes(step: StepFacts) -> int:
 
 
 def weight_bytes(step: StepFacts) -> int:
-    """V h s."""
+    """The head's weight: V h s."""
     return step.shape.vocabulary * step.shape.hidden * step.s
 
 
@@ -48,7 +48,7 @@ def first_gradient_bytes(step: StepFacts) -> int:
 
 
 def gradient_bytes(step: StepFacts) -> int:
-    """The gradient of a head that trains, which is there from the beginning of the backward pass on: V h."""
+    """The gradient of a trained head, which is held from the beginning of the backward pass: V h."""
     if step.is_full:
         return embedding_gradient_bytes(step)
     return weight_bytes(step) if step.whole_head else 0

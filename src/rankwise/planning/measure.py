@@ -76,7 +76,7 @@ def measure(
 
 
 def _no_answer(code: int, stderr: str) -> ConfigError:
-    """What to do depends on why: smaller steps help where memory ran out, and nowhere else."""
+    """The error's advice depends on the cause: smaller steps help only where memory ran out."""
     last = (stderr.strip().splitlines() or ["no message"])[-1]
     starved = code in KILLED or any(word in stderr for word in MEMORY_WORDS)
     remedy = "the memory did not suffice: make the batch or the rows smaller" if starved else "mend what it says"
@@ -84,7 +84,7 @@ def _no_answer(code: int, stderr: str) -> ConfigError:
 
 
 def carry_out(order: dict[str, Any]) -> Measurement:
-    """The process's work: build, step, look."""
+    """The work of the process: build the model, take the steps, measure."""
     import torch
 
     from rankwise.models import load_skeleton
@@ -129,7 +129,7 @@ def _offloading(model: PreTrainedModel, workload: Workload) -> AbstractContextMa
 
 
 def _warm_up(device: str, workload: Workload) -> None:
-    """A small product, so that what libraries take once is not laid at the model's door."""
+    """A small product, so that memory which libraries take once does not count as the model's."""
     import torch
 
     x = torch.ones(64, 64, dtype=getattr(torch, workload.dtype), device=device, requires_grad=True)

@@ -16,9 +16,9 @@ LEAST_ELEMENTS_BYTES = 1024
 
 @contextmanager
 def offloaded(tracker: StorageTracker) -> Iterator[None]:
-    """Saved tensors of 1 KiB and more are copied to the host, and back when the backward pass asks for them.
+    """Copy saved tensors of 1 KiB and more to the host, and back when the backward pass asks for them.
 
-    As trl's ``OffloadActivations``: parameters and what is no activation stay.
+    As with trl's ``OffloadActivations``, parameters and other tensors that are not activations stay.
     """
 
     def pack(tensor: Tensor) -> Tensor | tuple[Tensor]:

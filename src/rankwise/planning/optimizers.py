@@ -84,7 +84,7 @@ def nothing(shape: Shape, element_bytes: int) -> int:
 
 
 def adafactor(shape: Shape, element_bytes: int) -> int:
-    """Adafactor: of a matrix the row and column means of the squares, of a vector all of them, in float32."""
+    """Adafactor, in float32: of a matrix the row and column means of the squares, of a vector all squares."""
     if len(shape) < 2:
         return 4 * prod(shape)
     return 4 * (prod(shape[:-1]) + prod(shape[:-2]) * shape[-1])

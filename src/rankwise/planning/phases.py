@@ -22,8 +22,11 @@ Terms = dict[str, int]
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """The heights of one training step. ``gradients``: bytes of all gradients. ``copies``: what the optimizer's step
-    holds of them once more. ``unpacked``: the largest 4-bit weight that is made dense for its product."""
+    """The bytes held at each moment of one training step.
+
+    ``gradients``: all gradients. ``copies``: the optimizer's copies of them. ``unpacked``: the largest 4-bit weight
+    that is made dense for its product.
+    """
 
     step: StepFacts
     gradients: int
@@ -50,7 +53,7 @@ class Moments:
 
     @property
     def again(self) -> bool:
-        """Checkpointing makes each layer again."""
+        """Whether checkpointing computes each layer again."""
         return self.step.workload.gradient_checkpointing
 
     @property
@@ -80,23 +83,26 @@ class Moments:
 
     @property
     def cast(self) -> int:
-        """Autocast's copies of all layers' weights, which live until the forward pass ends. Layers that are not made
-        again save theirs."""
+        """Autocast's copies of all layers' weights, which live until the forward pass ends. Layers that are not
+        computed again save theirs.
+        """
         return round(self.step.shape.layers * saved.cast_weights_bytes(self.step)) if self.again else 0
 
     @property
     def made_again(self) -> int:
-        """One layer, beyond its checkpoint."""
+        """The tensors of one layer that is computed again, beyond its checkpoint."""
         return self.layer - saved.kept_twice_bytes(self.step) if self.again else 0
 
     @property
     def outside_then(self) -> int:
-        """What of ``outside`` is there on the way back: with checkpointing a layer's input and the mask."""
+        """The part of ``outside`` that is held in the backward pass: with checkpointing a layer's input and the
+        mask.
+        """
         return self.step.stream_bytes + saved.masks_bytes(self.step) if self.again else 0
 
     @property
     def held(self) -> int:
-        """Gradients on their way through a layer, and a weight made dense."""
+        """Gradients inside one layer's backward pass, and a dense copy of a 4-bit weight."""
         from_host = self.offloads and not self.again
         own = backward.offloaded_backward_bytes if from_host else backward.backward_bytes
         return own(self.step) + self.unpacked
@@ -111,7 +117,7 @@ class Moments:
         return self.last_gradient if self.step.shape.tied else 0
 
     def last_layer(self) -> Terms:
-        """The way back through the layer behind all others, whose saved tensors are all there."""
+        """The backward pass of the last layer, while the saved tensors of all layers are held."""
         return {
             "activations": self.saved + self.made_again + self.outside_then,
             "gradients": head.gradient_bytes(self.step),
@@ -119,7 +125,7 @@ class Moments:
         }
 
     def first_layer(self) -> Terms:
-        """The way back through the first layer: its own tensors, and the gradients of all the others."""
+        """The backward pass of the first layer: its own tensors, and the gradients of all the others."""
         own = self.made_again if self.offloads else self.layer - self.unsaved
         return {
             "activations": own + (self.step.stream_bytes if self.again else 0),
@@ -128,7 +134,7 @@ class Moments:
         }
 
     def through_scores(self) -> Iterator[tuple[str, Terms]]:
-        """The way back through attention that keeps its scores, in the last layer and in the first."""
+        """The backward pass of attention that keeps its scores, in the last layer and in the first."""
         if self.offloads and not self.again:
             transient = backward.offloaded_scores_bytes(self.step) + self.tied_gradient
             terms = {"gradients": self.gradients - self.last_gradient, "transient": transient}

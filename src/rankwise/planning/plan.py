@@ -47,7 +47,7 @@ EXACT_SECONDS = (60.0, 900.0)
 
 @dataclasses.dataclass(frozen=True)
 class MethodRow:
-    """One method at the settings asked for. Bytes, seconds."""
+    """One method at the given settings. Bytes, seconds."""
 
     estimate: MemoryEstimate
     verdict: Verdict
@@ -84,7 +84,9 @@ class MethodRow:
 
 @dataclasses.dataclass(frozen=True)
 class Unplanned:
-    """One method that this model or these settings do not take, or whose step cannot be run without values."""
+    """A method that cannot be planned: the model or the settings do not take it, or its step cannot run without
+    values.
+    """
 
     method: str
     code: str
@@ -166,12 +168,12 @@ def on_device(workload: Workload, hardware: Hardware) -> Workload:
 
 
 def is_slowed(fast: bool, hardware: Hardware) -> bool:
-    """Whether ``--no-fast`` is what keeps our parts and kernels away."""
+    """Whether ``--no-fast`` alone keeps our parts and kernels away."""
     return not fast and hardware.device_type != "mps"
 
 
 def pace_of(hardware: Hardware, dtype: str) -> Callable[[str], Pace | None]:
-    """method -> what was measured on this machine for it, else a share of the data sheet."""
+    """A function from a method to its pace: measured on this machine, or else a share of the data sheet."""
 
     def pace(method: str) -> Pace | None:
         return measured_pace(hardware, method, dtype) or assumed_pace(hardware, dtype)
@@ -180,8 +182,9 @@ def pace_of(hardware: Hardware, dtype: str) -> Callable[[str], Pace | None]:
 
 
 def ratio_pace_of(hardware: Hardware, methods: Sequence[str], dtype: str) -> Callable[[str], Pace]:
-    """The same for factors of time between runs of these methods, and of those that advice may turn them into: all
-    measured or all assumed, since a quotient of the two would say nothing.
+    """The same for ratios of time between these methods, and the methods that advice may turn them into.
+
+    All paces are measured or all are assumed, since a measured pace over an assumed one says nothing.
     """
     measured = {method: measured_pace(hardware, method, dtype) for method in reachable(methods)}
     assumed = assumed_pace(hardware, dtype) or nominal_pace(dtype)
@@ -190,7 +193,7 @@ def ratio_pace_of(hardware: Hardware, methods: Sequence[str], dtype: str) -> Cal
 
 
 def is_late(error: RankwiseError) -> bool:
-    """Whether a dry run gave up because of its time."""
+    """Whether a dry run stopped because of its time limit."""
     return error.code == TOO_SLOW
 
 
@@ -255,9 +258,10 @@ class _Planner:
             )
 
     def _rows(self) -> tuple[list[MethodRow], list[Unplanned]]:
-        """A row of each method that can be planned, and why the others cannot; one row at least, or the first error.
+        """A row for each method that can be planned, and the reasons of the others. Where every method fails, the first
+        error is raised.
 
-        With --exact a method that is slow waits until the others are done.
+        With --exact a slow method waits until the others are done.
         """
         rows: dict[str, MethodRow] = {}
         errors: dict[str, ConfigError | ModelError | QuantizationError] = {}
@@ -282,7 +286,7 @@ class _Planner:
         return [rows[method] for method in self.methods if method in rows], unplanned
 
     def _planned(self, method: str) -> MethodRow:
-        """The row of a method, with --exact by its dry run."""
+        """The row of one method; with --exact by its dry run."""
         if not self.settings.exact:
             return self._row(method)
         self.say(f"dry run of {method} ...")
@@ -321,7 +325,7 @@ class _Planner:
         )
 
     def _narrow(self, is_within: bool) -> Workload:
-        """The batch asked for where it fits, else one row: the longest row of a batch that is too big says nothing."""
+        """The given batch where it fits, else one row: the longest row of a batch that does not fit says nothing."""
         return self.workload if is_within else dataclasses.replace(self.workload, batch_size=1)
 
     def _seconds(self, own: MemoryEstimate, workload: Workload) -> float:
@@ -339,7 +343,7 @@ class _Planner:
         return "; ".join(f"{', '.join(methods)}: {basis}" for basis, methods in found.items())
 
     def _given(self) -> dict[str, Any]:
-        """What the user set, and what every plan decides, in the words of ``rankwise train``."""
+        """The settings that the user gave, and those that every plan decides, in the words of ``rankwise train``."""
         decided = {*DECIDED, *(("double_quant",) if set(self.methods) & set(FOUR_BITS) else ())}
         named = [name for name in SHARED if name in self.settings.model_fields_set or name in decided]
         given = {name: getattr(self.settings, name) for name in named}

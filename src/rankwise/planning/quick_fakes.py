@@ -1,7 +1,8 @@
 """Operations on fake tensors without the fake mode's bookkeeping.
 
-It looks each operation up among those that it has seen, under a key of all that a compiler could ask of its arguments,
-and runs ours, which it does not look up, in Python: most of a dry run's time. Shapes and storages are the same.
+The fake mode looks each operation up in its cache, under a key of everything that a compiler could ask of the
+arguments. It runs our operators in Python without a cache. Both together take most of a dry run's time. Here results
+are remembered under a smaller key, with the same shapes and storages.
 """
 
 from __future__ import annotations
@@ -81,20 +82,20 @@ EACH = {foreach_norm.Scalar: _aten.linalg_vector_norm.default, foreach_sqrt.defa
 
 @dataclasses.dataclass(frozen=True)
 class _Made:
-    """What a result is made from; ``is_tuple``: of several tensors."""
+    """How a result is made; ``is_tuple``: the result is several tensors."""
 
     tensors: tuple[tuple[Any, Any, torch.dtype], ...]
     is_tuple: bool
 
 
 class QuickFakes:
-    """Remembers what came out of which arguments: shapes, strides, dtypes and numbers."""
+    """Remembers which result follows from which arguments: shapes, strides, dtypes and numbers."""
 
     def __init__(self) -> None:
         self._seen: dict[Any, _Made | None] = {}
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result, or NotImplemented where the fake mode must see to it."""
+        """The result, or NotImplemented where the fake mode must compute it."""
         mode = fake_mode()
         if mode is None:
             return NotImplemented

@@ -69,7 +69,7 @@ class Recommendation:
 
 @dataclasses.dataclass(frozen=True)
 class Wish:
-    """What is asked for besides the step. ``given``: settings, to be written back with the changes on top."""
+    """The user's wishes besides the step. ``given``: settings to be written back, with the changes added."""
 
     goal: str
     given: Mapping[str, Any]
@@ -85,8 +85,9 @@ def recommend(
     wish: Wish,
     passes: Sequence[frozenset[str]] = PASSES,
 ) -> Recommendation:
-    """The first method in the goal's order that fits, changing as little as that takes; where none fits with its error,
-    the first that does without."""
+    """The first method in the goal's order that fits, with the fewest changes. Where none fits with its error, the
+    first that fits without it.
+    """
     accumulation = wish.accumulation
     order = [method for method in ORDER[wish.goal] if method in methods]
     gentle: dict[str, bool] = {}
@@ -106,7 +107,9 @@ def recommend(
 def _fastest(
     advisor: Advisor, method: str, workload: Workload, accumulation: int, allowed: frozenset[str], verdict: str
 ) -> Change | None:
-    """The combination with this verdict that loses least, then the fastest; None where there is none."""
+    """Among the combinations with this verdict, the one that loses least quality, then the fastest; None where there
+    is none.
+    """
     found: list[Change] = []
     for steps in _combinations(method, workload, accumulation, allowed):
         change = advisor.price(steps, method, workload)
@@ -163,7 +166,7 @@ def _explained(change: Change, method: str, fits: Mapping[str, bool], wish: Wish
 
 
 def _smallest(advisor: Advisor, method: str, workload: Workload, accumulation: int, allowed: frozenset[str]) -> Change:
-    """Every saving on."""
+    """The run with every saving switched on."""
     last: dict[str, SingleChange] = {}
     for step in possible_steps(method, workload, accumulation):
         if step.group in allowed and step.settings.get("optimizer", PAGED) == PAGED:
@@ -172,7 +175,7 @@ def _smallest(advisor: Advisor, method: str, workload: Workload, accumulation: i
 
 
 def _nothing_fits(advisor: Advisor, smallest: Change) -> Recommendation:
-    """What the smallest of all runs would take."""
+    """The memory that the smallest of all runs would take."""
     missing = max(0, smallest.estimate.peak_bytes - advisor.memory_bytes)
     own, work, time = smallest.estimate, smallest.workload, smallest.time_factor
     return Recommendation(None, {}, own, work, time, (), missing)

@@ -1,7 +1,8 @@
-"""Which method when: the advice, as a table. Every rule has a condition, a reason and a source; mixed evidence is said.
+"""Which method when, as a table. Every rule has a condition, a reason and a source, and says where the evidence is
+mixed.
 
-``evidence``: "published" stands in the source alone, "mixed" where sources disagree, "computed" follows from the plan's
-own figures, "tried" was found out by trying.
+``evidence``: "published" rests on the source alone, "mixed" means that sources disagree, "computed" follows from the
+plan's own figures, "tried" was found out by trying.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ HOSTED = "adamw_offload"
 
 @dataclasses.dataclass(frozen=True)
 class Situation:
-    """A recommendation that is being explained."""
+    """A recommendation and the facts that explain it."""
 
     method: str
     goal: str
@@ -44,7 +45,7 @@ class Situation:
 
     @property
     def leaves_experts(self) -> bool:
-        """Whether "all-linear" is not all of the model."""
+        """Whether "all-linear" leaves out experts of this model."""
         return (
             self.is_mixture
             and self.method != "full"

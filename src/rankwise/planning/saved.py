@@ -19,7 +19,7 @@ MLP_FIRST = ("gate_proj", "up_proj", "gate_up_proj")
 
 
 def layer_bytes(step: StepFacts) -> int:
-    """All that one layer keeps: norms, attention, MLP, adapters, and the 16-bit copies of weights that train."""
+    """All that one layer keeps: norms, attention, MLP, adapters, and 16-bit copies of trained weights."""
     if step.shape.family == "gpt2":
         per_token = _gpt2_per_token(step)
     elif step.is_full:
@@ -30,7 +30,7 @@ def layer_bytes(step: StepFacts) -> int:
 
 
 def unsaved_bytes(step: StepFacts) -> int:
-    """What the first layer does not keep, because it lies before the first adapter: no gradient goes there."""
+    """What the first layer does not keep: no gradient flows to the operations before the first adapter."""
     shape = step.shape
     if step.is_full or shape.family == "gpt2" or step.has(*READ_FIRST, "embed_tokens", "input_layernorm"):
         return 0
@@ -41,7 +41,7 @@ def unsaved_bytes(step: StepFacts) -> int:
 
 
 def _kept_around_mlp(step: StepFacts) -> float:
-    """Of the norms, where the MLP alone adapts: what its first layers read, and the norm behind the MLP."""
+    """The norms' part where only the MLP adapts: the input of its first layers, and the norm after the MLP."""
     shape, s = step.shape, step.s
     if shape.experts:
         return 0
@@ -59,7 +59,7 @@ def _unsaved_of_mlp(step: StepFacts) -> float:
 def _norms(step: StepFacts) -> float:
     """Two or four RMSNorms. A fused norm keeps its input, h s; PyTorch's keeps a float32 copy.
 
-    Where adapters do not share the norm's input, its output is kept for them. Outputs of norms behind attention and MLP
+    Where adapters do not share the norm's input, its output is kept for them. Outputs of norms after attention and MLP
     are only added, and not kept. Experts keep the tokens that they are given.
     """
     shape, s = step.shape, step.s
@@ -111,12 +111,12 @@ def scores_bytes(step: StepFacts) -> int:
 
 
 def copied_weight_bytes(step: StepFacts) -> int:
-    """Softmax gives float32. A step in 16 bits keeps a 16-bit copy of the weights besides."""
+    """Softmax gives float32, so a step in 16 bits also keeps a 16-bit copy of the attention weights."""
     return step.s if step.s == 2 else 0
 
 
 def mlp_bytes(step: StepFacts) -> float:
-    """What the MLP keeps of a token, for any method."""
+    """The bytes that the MLP keeps for a token, for any method."""
     if step.shape.family == "gpt2":
         return step.s * step.shape.mlp * 5
     if step.is_full and not step.shape.experts:
@@ -127,7 +127,7 @@ def mlp_bytes(step: StepFacts) -> float:
 def _mlp(step: StepFacts) -> float:
     """gate and up; where the MLP is not fused, also act(gate) and the product.
 
-    A fused MLP makes the product again. Over a frozen down_proj without an adapter nothing needs the product.
+    A fused MLP computes the product again. Over a frozen down_proj without an adapter nothing needs the product.
     """
     shape, s = step.shape, step.s
     if shape.experts:

@@ -1,4 +1,4 @@
-"""Memory of CPU kernels that a trace does not see, and what they keep between calls, by operation."""
+"""Memory of CPU kernels that a trace does not see, by operation, and the memory that they keep between calls."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def lives_in_kept_memory(name: str, result: Tensor) -> bool:
 
 
 def kept_memory(model: nn.Module) -> list[Tensor]:
-    """Stand-ins for what is kept between steps on a CPU and is not made by fake tensors.
+    """Stand-ins for memory that is kept between steps on a CPU and that fake tensors do not have.
 
-    The memory of the largest dequantized weight; and of every DoRA layer copies of A, B, magnitudes and norms, by
-    which it notices writes past PyTorch.
+    It holds the largest dequantized weight and, for every DoRA layer, copies of A, B, magnitudes and norms. The copies
+    show writes that bypass PyTorch's version counter.
     """
     kept = [copy for layer in model.modules() if isinstance(layer, Dora) for copy in _copies(layer)]
     dense = (holder for holder in four_bit_modules(model) if makes_dense(holder.dtype))

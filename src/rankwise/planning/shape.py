@@ -54,7 +54,7 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What memory depends on."""
+    """The sizes of a model that its memory depends on."""
 
     family: str
     hidden: int
@@ -101,13 +101,13 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """All of them, tied ones once."""
+        """The number of all parameters; tied ones count once."""
         head = self.modules[-1].parameters if self.tied else 0
         return sum(module.parameters for module in self.modules) - head
 
 
 class Fields:
-    """A config's fields; what is missing or wrong is gathered and raised once."""
+    """A config's fields. Missing and wrong ones are gathered and raised once."""
 
     def __init__(self, config: Mapping[str, Any], name: str) -> None:
         self.config, self.name = config, name
@@ -146,7 +146,7 @@ class Fields:
         return default if value is None else bool(value)
 
     def part(self, name: str) -> Fields:
-        """The config within this one. Raises ModelError (RW326) where there is none."""
+        """The config inside this one. Raises ModelError (RW326) where there is none."""
         found = self.config.get(name)
         if not isinstance(found, Mapping):
             raise ModelError(
@@ -155,7 +155,7 @@ class Fields:
         return Fields(found, f"{self.name} ({name})")
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Fields:
-        """The same, with what the config leaves out."""
+        """The same fields, with these values for those that the config leaves out."""
         given = {name: value for name, value in self.config.items() if value is not None}
         return Fields({**defaults, **given}, self.name)
 

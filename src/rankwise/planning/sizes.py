@@ -32,9 +32,9 @@ _THOUSANDS = re.compile(r",(?=\d{3}(?!\d))")
 def parse_size(text: str | int | float) -> int:
     """Bytes in ``24``, ``24GB``, ``24 gb``, ``24g`` (each 24e9) or ``24GiB`` (24 * 2^30).
 
-    A comma before three digits parts thousands (``1,024MB``), any other is a decimal point (``1,5TB``).
+    A comma before three digits separates thousands (``1,024MB``), any other comma is a decimal point (``1,5TB``).
 
-    Raises ConfigError (RW140) for text that is no size, and for nothing at all.
+    Raises ConfigError (RW140) for an empty text and for text that is not a size.
     """
     found = _SIZE.fullmatch(str(text).strip())
     unit = (found.group(2).lower() or "gb") if found else ""
@@ -59,7 +59,7 @@ def parse_size(text: str | int | float) -> int:
 
 
 def _shortened(text: object) -> str:
-    """The value as it was given; of a very long one the beginning."""
+    """The value as given; of a very long value only the beginning."""
     given = str(text)
     return repr(given if len(given) <= LONGEST_TEXT else f"{given[:LONGEST_TEXT]}...")
 

@@ -47,7 +47,7 @@ GAIN_TENSORS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """What a device reaches in training. ``basis`` says where the figures come from."""
+    """The speed that a device reaches in training. ``basis`` names the source of the figures."""
 
     flops_per_second: float
     bytes_per_second: float | None
@@ -56,7 +56,7 @@ class Pace:
 
 
 def assumed_pace(hardware: Hardware, dtype: str) -> Pace | None:
-    """Shares of a data sheet, or of a core like the one measured; None where no figure is known.
+    """Shares of a data sheet, or of a measured core; None where no figure is known.
 
     A device without instructions for bfloat16 computes it at the pace of float32.
     """
@@ -129,7 +129,9 @@ def traffic_bytes(estimate: MemoryEstimate, facts: ModelFacts, workload: Workloa
 
 
 def launch_seconds(method: str, facts: ModelFacts, workload: Workload) -> float:
-    """What the host of a card takes to launch a micro-batch: no micro-batch is faster. 0 on a processor."""
+    """Seconds that the host of a card takes to launch a micro-batch, a lower bound for the micro-batch. 0 on a
+    processor.
+    """
     if workload.device_type != "cuda":
         return 0.0
     launches = sum(LAUNCHES.values())
@@ -152,7 +154,7 @@ def micro_batch_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: W
 
 
 def _passes(workload: Workload) -> int:
-    """Over the weights, in a micro-batch."""
+    """The number of passes over the weights in a micro-batch."""
     return 3 if workload.gradient_checkpointing else 2
 
 

@@ -24,7 +24,7 @@ LossOf = Callable[[nn.Module, "Batch", torch.dtype | None], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """``inputs``: what the model is given besides labels; ``labels`` (B, L), -100 where nothing is scored."""
+    """``inputs``: the model's inputs without labels; ``labels`` (B, L), -100 where nothing is scored."""
 
     inputs: dict[str, Any]
     labels: Tensor
@@ -33,9 +33,10 @@ class Batch:
 
 
 def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: bool = False) -> Batch:
-    """Rows of full length. The last of several rows is padded by a token, as in batches whose rows differ in length.
+    """Rows of full length. The last of several rows has one token of padding, as in batches of rows with different
+    lengths.
 
-    ``flat``: the rows lie end to end in one row, told apart by their bounds, as the trainer lays them where it can.
+    ``flat``: the rows lie end to end in one row, separated by their bounds, where the trainer does so.
     """
     B, L = workload.sequences, workload.max_length
     P = workload.trained_tokens // B
@@ -77,7 +78,9 @@ def take_step(
     autocast: torch.dtype | None,
     loss: LossOf | None = None,
 ) -> None:
-    """Forward, backward, clipping, optimizer. ``enter`` is told when a phase begins; ``loss`` replaces ``loss_of``."""
+    """Forward, backward, clipping, optimizer. ``enter`` is called when a phase begins; ``loss`` replaces
+    ``loss_of``.
+    """
     enter("forward")
     value = (loss or loss_of)(model, batch, autocast)
     enter("backward")
@@ -94,7 +97,7 @@ def take_step(
 def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Tensor:
     """Mean cross-entropy over the scored positions, as the trainer computes it.
 
-    What it reports beside the loss (entropy and accuracy) is computed too: it takes memory.
+    The entropy and the accuracy that the trainer reports are computed too, because they take memory.
     """
     with torch.autocast(batch.labels.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         if fused_head(model) is not None:

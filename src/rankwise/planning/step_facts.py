@@ -66,12 +66,12 @@ class StepFacts:
 
     @property
     def wide(self) -> bool:
-        """Our parts take float32 and bfloat16. Full fine-tuning gives them these in any dtype."""
+        """Our parts take float32 and bfloat16. In full fine-tuning they get one of these in any dtype."""
         return self.is_full or self.workload.dtype != "float16"
 
     @property
     def native(self) -> bool:
-        """The native library's parts run."""
+        """Whether the native library's parts run."""
         return self.workload.fast and self.wide and not self.on_card and self.shape.family != "gpt2"
 
     @property
@@ -86,10 +86,10 @@ class StepFacts:
 
     @property
     def keeps_read(self) -> bool:
-        """Adapters keep what they read, unless one of our norms gave it: that norm keeps its own input.
+        """Whether adapters keep their input. They do not where one of our norms made it: that norm keeps its own input.
 
-        OLMo 2 has its norms behind attention and MLP, so that adapters read no norm's output. In float16 adapters keep
-        what they read in any case.
+        OLMo 2 has its norms after attention and MLP, so its adapters read no norm's output. In float16 adapters always
+        keep their input.
         """
         return not self.fused or self.workload.dtype == "float16" or self.shape.family == "olmo2"
 
@@ -126,7 +126,7 @@ class StepFacts:
 
     @property
     def drops_scores(self) -> bool:
-        """A CPU drops attention weights in PyTorch's plain kernel, which keeps them."""
+        """On a CPU, attention dropout runs in PyTorch's plain kernel, which keeps the weights."""
         return bool(self.shape.attention_dropout) and not self.on_card and not self.shape.eager
 
     @property
@@ -136,12 +136,14 @@ class StepFacts:
 
     @property
     def flat(self) -> bool:
-        """The trainer lays the rows of a batch end to end in one, which it does where our attention is in the model."""
+        """Whether the trainer lays the rows of a batch end to end in one, as it does where our attention is in the
+        model.
+        """
         return self.own_attention
 
     @property
     def row_tokens(self) -> int:
-        """Tokens of a row as the model sees it."""
+        """Tokens of a row in the model's input."""
         return self.T if self.flat else self.workload.max_length
 
     @property

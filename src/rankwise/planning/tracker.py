@@ -1,8 +1,8 @@
 """Count live storages, fake or real, up to a peak in bytes that is split into terms.
 
-Every operation passes a dispatch mode. A storage is alive from the operation that first returns it until Python and
-autograd have both let it go, which a weak reference tells. The clock is a counter of such events: what was alive at the
-moment of the peak is known afterwards, when it is also known what became of each storage.
+Every operation passes a dispatch mode. A storage lives from the operation that first returns it until Python and
+autograd have both released it, which a weak reference tells. The clock counts these events. After the step it is known
+which storages were alive at the moment of the peak, and what each of them was for.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class StorageTracker(TorchDispatchMode):
         return result
 
     def see(self, tensor: Tensor, term: str | None = None) -> None:
-        """Count the tensor's storage, unless it is known; with ``term``, say what it is for."""
+        """Count the tensor's storage, unless it is counted; ``term`` says what it is for."""
         storage = tensor.untyped_storage()
         key = storage_address(storage)
         known = self._known.get(key)
@@ -135,7 +135,7 @@ class StorageTracker(TorchDispatchMode):
             del self._known[key]
 
     def enter(self, phase: str) -> None:
-        """Begin a phase: forward, backward or optimizer. The peak is looked for from the first one on."""
+        """Begin a phase: forward, backward or optimizer. The peak is searched from the first phase on."""
         if self.phase == "forward":
             self.forward_ends.append(self.clock)
         self.phase = phase
@@ -143,7 +143,7 @@ class StorageTracker(TorchDispatchMode):
 
     @contextmanager
     def elsewhere(self) -> Iterator[None]:
-        """What is made here lives in another memory."""
+        """Inside, new storages belong to another memory."""
         before, self.hosted = self.hosted, True
         try:
             yield
@@ -155,9 +155,10 @@ class StorageTracker(TorchDispatchMode):
             self.see(tensor, term)
 
     def peaks(self, divisors: Mapping[str, int] = MappingProxyType({})) -> dict[str, dict[str, int]]:
-        """{phase: {term: bytes}} at that moment of each phase at which ``sum of bytes(term) / divisors(term)`` peaks.
+        """{phase: {term: bytes}} at the moment of each phase at which ``sum of bytes(term) / divisors(term)`` peaks.
 
-        Terms are given whole; divided they are what one of several devices holds, whose peak lies elsewhere.
+        The terms are not divided. Divided, they are what one of several devices holds; its peak may lie at another
+        moment.
         """
         changes = [0.0] * self.clock
         for storage in self.storages:
@@ -200,17 +201,17 @@ class StorageTracker(TorchDispatchMode):
 
 
 class Answers:
-    """What an operation gives that asks for values, which fake tensors do not have.
+    """The results of operations that ask for values, which fake tensors do not have.
 
-    A number is 1 and a truth is True: they are asked for in bookkeeping (step counts, whether a gain has a zero,
-    whether a mask is one of ranges). ``true_counts``: of a flag tensor of that length so many are set, else all.
+    A number is 1 and a truth is True, since only bookkeeping asks for them (step counts, whether a gain has a zero,
+    whether a mask is one of ranges). ``true_counts``: how many flags of a tensor of that length are set, else all.
     """
 
     def __init__(self, true_counts: dict[int, int] | None = None) -> None:
         self.true_counts = true_counts or {}
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """The answer, or NotImplemented where no value is asked for."""
+        """The answer, or NotImplemented for an operation that asks for no value."""
         aten = torch.ops.aten
         if func is aten.index.Tensor and any(_is_flags(index) for index in args[1]):
             return func(args[0], self._as_indices(args[1]), **kwargs)
@@ -232,7 +233,7 @@ class Answers:
         return self.true_counts.get(flags.numel(), flags.numel()) if flags.dim() == 1 else flags.numel()
 
     def _as_indices(self, given: Any) -> list[Tensor | None]:
-        """Flags as the indices that they stand for."""
+        """The indices of the flags that are set."""
         indices: list[Tensor | None] = []
         for index in given:
             if _is_flags(index):
@@ -243,7 +244,7 @@ class Answers:
 
 
 def _grouped_product(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-    """Of rows by expert (T, K) x (E, K, N) -> (T, N); of both (K, T) x (T, N) -> (E, K, N)."""
+    """The product of rows by expert (T, K) x (E, K, N) -> (T, N), or of both (K, T) x (T, N) -> (E, K, N)."""
     shape = (a.shape[0], b.shape[-1]) if b.dim() == 3 else (len(offs), a.shape[0], b.shape[1])  # type: ignore[arg-type]
     return a.new_empty(shape)
 

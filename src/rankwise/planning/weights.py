@@ -78,7 +78,9 @@ def base_element_bytes(method: str, workload: Workload) -> int:
 
 
 def dense_bytes(shape: Shape, method: str, workload: Workload) -> int:
-    """All that is not 4-bit: ``n s``, tied tensors once; biases of 4-bit layers, and experts without whole blocks."""
+    """Everything that is not 4-bit: ``n s``, tied tensors once; biases of 4-bit layers, and experts without whole
+    blocks.
+    """
     count = shape.parameters
     if method in FOUR_BITS:
         count -= sum(prod(tensor) for module in shape.modules for tensor in packed(module, shape, workload))
@@ -86,7 +88,7 @@ def dense_bytes(shape: Shape, method: str, workload: Workload) -> int:
 
 
 def trained_tensors(shape: Shape, method: str, workload: Workload, adapted: Adaptation | None) -> Iterator[Tensor]:
-    """Shape and element size of everything that trains."""
+    """The shape and the element size of each trained tensor."""
     base = base_element_bytes(method, workload)
     if adapted is None:
         last = len(shape.modules) - (1 if shape.tied else 0)
@@ -122,7 +124,7 @@ def tensor_bytes(tensors: list[Tensor]) -> int:
 
 
 def first_pair_bytes(method: str, workload: Workload, adapted: Adaptation | None) -> int:
-    """Pissa keeps the A and B that it took out of the base, in the adapter's dtype."""
+    """PiSSA keeps the A and B that it took out of the base, in the adapter's dtype."""
     if adapted is None or not workload.init.startswith("pissa"):
         return 0
     element = 4 if workload.adapter_dtype == "float32" else base_element_bytes(method, workload)
@@ -172,7 +174,7 @@ def _held_bytes(module: Module, shape: Shape, method: str, workload: Workload) -
 
 
 def _trained_by_path(shape: Shape, method: str, workload: Workload, adapted: Adaptation | None) -> dict[str, int]:
-    """{path: bytes of what trains there}."""
+    """{path: bytes of its trained tensors}."""
     base = base_element_bytes(method, workload)
     if adapted is None:
         return {module.name: module.parameters * base for module in shape.modules}
@@ -214,7 +216,9 @@ LEAST_KEPT_BYTES, MOST_KEPT_BYTES = 1 << 20, 256 << 20
 
 
 def kept_dense_bytes(shape: Shape, method: str, workload: Workload) -> int:
-    """On a CPU the memory of the largest dequantized weight, if it has 1 to 256 MiB: it is kept for the next one."""
+    """On a CPU, the memory of the largest dequantized weight if it has 1 to 256 MiB: the native library keeps it for
+    the next one.
+    """
     if method not in FOUR_BITS or workload.device_type != "cpu" or decodes_in_caches(workload):
         return 0
     element = DTYPE_BYTES[workload.dtype]

@@ -63,13 +63,13 @@ class Workload(StepOptions):
 
     @property
     def trained_tokens(self) -> int:
-        """Positions that are scored: at most all but the last of each row."""
+        """The number of scored positions: at most all but the last of each row."""
         positions = max(1, min(self.max_length - 1, round(self.max_length * self.trained_share)))
         return self.sequences * positions
 
 
 def sides_of(objective: str) -> int:
-    """Sequences that a step takes of each row."""
+    """The number of sequences that a step makes of each row."""
     return 2 if objective == "dpo" else 1
 
 
