@@ -1,4 +1,4 @@
-"""Make a training step fast, beyond the adapters' own operators. Everything is in place and can be undone."""
+"""Make a training step fast, beyond the adapters' own operators. Changes are made in place and can be undone."""
 
 from rankwise.acceleration.allocator import give_back_freed_memory, grow_segments, limit_generated_kernels
 from rankwise.acceleration.linears import use_native_products

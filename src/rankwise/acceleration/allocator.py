@@ -1,7 +1,7 @@
-"""Keep freed memory: glibc gives large blocks back to the system at every free, and each comes back as page faults.
+"""Keep freed memory. glibc returns large blocks to the system at every free, and each new block then costs page faults.
 
-The thresholds hold for the whole process and cannot be read back, so they are set once and stay. What is kept must not
-grow without bound either: `limit_generated_kernels` and `give_back_freed_memory` see to that.
+The thresholds hold for the whole process and cannot be read back, so they are set once and stay.
+`limit_generated_kernels` and `give_back_freed_memory` keep the held memory bounded.
 """
 
 from __future__ import annotations
@@ -30,14 +30,19 @@ SEGMENT_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 def limit_generated_kernels() -> None:
-    """Let oneDNN keep fewer generated kernels. Acts before the process's first product; what the user has set stays."""
+    """Let oneDNN keep fewer generated kernels. This acts before the process's first product; a user's own setting
+    stays.
+    """
     for name, value in KERNEL_CACHES.items():
         os.environ.setdefault(name, value)
 
 
 def grow_segments() -> str:
-    """Let a card's segments of memory grow, so that batches of ever different lengths leave no holes; gives torch's
-    settings. Acts before the process's first tensor on a card; what the user has set stays."""
+    """Let a card's memory segments grow, so that batches of ever different lengths leave no holes. Returns torch's
+    settings.
+
+    This acts before the process's first tensor on a card; a user's own setting stays.
+    """
     name = next((name for name in SEGMENT_SETTINGS if name in os.environ), SEGMENT_SETTINGS[0])
     if sys.platform.startswith("linux"):
         os.environ.setdefault(name, "expandable_segments:True")
@@ -46,7 +51,7 @@ def grow_segments() -> str:
 
 @cache
 def keep_freed_memory() -> bool:
-    """Raise glibc's thresholds; False where another allocator is at work."""
+    """Raise glibc's thresholds. Returns False under another allocator."""
     if not _has_glibc():
         return False
     mallopt = ctypes.CDLL(None).mallopt
@@ -57,7 +62,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Give the heap's free pages back to the system, those between blocks in use included; nothing without glibc."""
+    """Return the heap's free pages to the system, also those between blocks in use. Does nothing without glibc."""
     if _has_glibc():
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -46,7 +46,7 @@ Ranges = tuple[Tensor, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A call of `attention`: whether bounds came in the mask's place, and the sliding window that it named."""
+    """A call of `attention`: whether bounds took the mask's place, and its sliding window."""
 
     by_bounds: bool
     window: int | None
@@ -57,7 +57,7 @@ _calls: list[Call] | None = None
 
 @contextmanager
 def noting() -> Iterator[list[Call]]:
-    """Inside, the list that is given holds every call of `attention`."""
+    """Within this context, the list that it gives records every call of `attention`."""
     global _calls
     before, _calls = _calls, []
     try:
@@ -77,7 +77,7 @@ def ranges_as_mask(start: Tensor, end: Tensor) -> Tensor:
 
 
 def is_bounds(mask: Tensor | None) -> bool:
-    """Whether these are bounds and no mask."""
+    """Whether the mask holds bounds of rows."""
     return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[2] == 1
 
 
@@ -92,7 +92,7 @@ def register() -> None:
 
 
 def obstacle(dtype: torch.dtype, like: Tensor, head_width: int = 64) -> str | None:
-    """Why a model on the device of ``like`` would get no attention here that skips what no query sees, or None."""
+    """Why our attention would not skip unseen keys for a model on the device of ``like``, or None."""
     if stands_on_card(like):
         capability = torch.cuda.get_device_capability(like.device) if like.is_cuda else _FLASH_CAPABILITY
         return _card_obstacle(dtype, capability, head_width)
@@ -115,7 +115,7 @@ def _card_obstacle(dtype: torch.dtype, capability: tuple[int, int], head_width: 
 
 
 def config_obstacle(config: PreTrainedConfig) -> str | None:
-    """What a model's configuration asks of attention and the kernel does not compute, or None."""
+    """The feature of attention that a model's configuration asks for and the kernel does not compute, or None."""
     dropped = next((name for name in ("attention_dropout", "attn_pdrop") if getattr(config, name, 0)), None)
     if dropped is not None:
         return f"it drops weights while training ({dropped} {getattr(config, dropped):g})"
@@ -226,7 +226,7 @@ def _remembered(tensor: Tensor, window: int | None, find: Callable[[], Ranges | 
 
 
 def mask_ranges(mask: Tensor) -> Ranges | None:
-    """The ranges of a boolean mask (B, 1, L, Lk), or None for one that is no range everywhere."""
+    """The ranges of a boolean mask (B, 1, L, Lk), or None where some query sees more than one range."""
     is_one = mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1
     return _remembered(mask, None, lambda: _find_ranges(mask) if is_one else None)
 
@@ -246,7 +246,7 @@ def _ranges_of_bounds(bounds: Tensor, length: int, window: int | None) -> Ranges
 
 
 def bounds_as_mask(bounds: Tensor, length: int, window: int | None) -> Tensor:
-    """The boolean mask (1, 1, T, T) that says the same, for what takes no ranges."""
+    """The equivalent boolean mask (1, 1, T, T), for attention that takes no ranges."""
     start, end = bounds_as_ranges(bounds, length, window)
     keys = torch.arange(length, device=bounds.device)
     return ((keys >= start[..., None]) & (keys < end[..., None]))[:, None]

@@ -1,10 +1,10 @@
-"""Gradient checkpointing that leaves a CPU's heap whole.
+"""Gradient checkpointing that does not fragment a CPU's heap.
 
 torch's checkpointing records the graph of a block that it will run again. The graph's nodes, hundreds of small objects,
-lie between the large tensors that the block frees. glibc wants some bytes more for an aligned block than the hole that
-one of its size left, so the next block takes new memory: the heap grows with each by several times what is kept.
-Here a block first runs without a graph, and its output is copied to memory that was taken before the first block ran,
-side by side with the other outputs: B L h elements, read and written once a block.
+lie between the large tensors that the block frees. For an aligned block, glibc needs a few bytes more than a hole of
+the same size, so the next block takes new memory: each block enlarges the heap by several times what is kept. Here a
+block first runs without a graph. Its output is copied, beside the other outputs, to memory that was taken before the
+first block ran: B L h elements, read and written once for each block.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ UNDERSTOOD = {"use_reentrant", "preserve_rng_state"}
 
 
 class Places:
-    """Memory for the outputs of the blocks of one stack, until each is made."""
+    """Memory for the outputs of the blocks of one stack."""
 
     def __init__(self, blocks: int) -> None:
         self._blocks = blocks
         self._waiting: dict[int, Tensor] = {}
 
     def take(self, index: int, hidden: Tensor) -> Tensor:
-        """For the output of block ``index``, which is like its input; for those of all later blocks too, if need be."""
+        """The place for the output of block ``index``, which has its input's shape. Where needed, places for all
+        later blocks are made.
+        """
         place = self._waiting.pop(index, None)
         if place is not None and (place.shape, place.dtype) == (hidden.shape, hidden.dtype):
             return place
@@ -49,7 +51,7 @@ class Places:
 
 
 def replace_checkpointing(model: nn.Module, undo: Undo) -> None:
-    """Let our checkpointing serve every block that transformers may checkpoint, whenever it does."""
+    """Use our checkpointing for every block that transformers may checkpoint."""
     stacks: dict[str, list[nn.Module]] = defaultdict(list)
     for name, module in model.named_modules():
         if isinstance(module, GradientCheckpointingLayer) and "forward" not in module.__dict__:
@@ -70,8 +72,9 @@ def _block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _can_run_again(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether nothing but the hidden states and the block's own parameters takes part in its gradients, and nobody
-    looks into it."""
+    """Whether a block's gradients depend on its hidden states and its own parameters alone, and nothing observes the
+    block.
+    """
     if not (block.gradient_checkpointing and block.training and torch.is_grad_enabled()) or is_traced():
         return False
     if "rankwise_place" not in block.__dict__:
@@ -114,7 +117,7 @@ def _run(block: Any, torchs: Callable[..., Any], function: Callable[..., Any], h
 
 
 class _State:
-    """What a block's results depend on besides its inputs, at the time of its first run."""
+    """The state besides its inputs on which a block's results depend, at the time of its first run."""
 
     def __init__(self, keeps_rng: bool) -> None:
         self.rng = torch.get_rng_state() if keeps_rng else None

@@ -106,7 +106,7 @@ def stop_ids_of(model: Any, tokenizer: Any, more: Iterable[int | None] = ()) -> 
 
 
 def cache_bytes_per_token(model: Any) -> int:
-    """Of keys and values in all layers."""
+    """Bytes of the keys and values of one token in all layers."""
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -273,7 +273,9 @@ class _Running:
         # Number of the prompt in each row, -1 where it has stopped.
 
     def spread(self, logits: Tensor) -> Tensor:
-        """Logits of each prompt; after the first step cache, mask and positions have a row for each, too."""
+        """The logits of each prompt; after the first step the cache, the mask and the positions have one row for
+        each prompt, too.
+        """
         if (owners := self._owners) is None:
             return logits
         self._owners = None

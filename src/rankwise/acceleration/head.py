@@ -1,7 +1,7 @@
 """The output head of a causal model, and whether a loss from the head's input equals the model's own loss.
 
-What a model does to its logits after the head (a softcap, a scale) and adds to the loss (a balance of experts) is read
-from its configuration and checked by running it with a head that answers known numbers.
+A model may change its logits after the head (a softcap, a scale) and add to the loss (a balance of experts). Both are
+read from its configuration and checked by running the model with a head that answers known numbers.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def answering_head(model: nn.Module) -> Head | None:
-    """The head of which the model's logits are made, seen in one pass of two tokens; its loss is not looked at."""
+    """The head that makes the model's logits, found in one pass of two tokens. Its loss is not checked."""
     module = output_head(model)
     if module is None or not is_own(module) or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return None
@@ -70,7 +70,7 @@ def answering_head(model: nn.Module) -> Head | None:
 
 
 def losing_head(model: nn.Module, head: Head) -> Head | None:
-    """``head`` where the model's own loss is the one that we fuse, else None."""
+    """``head`` where the model's own loss is the fused one, else None."""
     if not _loses_as(model, head):
         return None
     reports_routers = "output_router_logits" in inspect.signature(model.forward).parameters
@@ -80,9 +80,10 @@ def losing_head(model: nn.Module, head: Head) -> Head | None:
 
 
 def current_head(model: nn.Module) -> Head | None:
-    """The head as it is now: adapters, merging and resizing put other modules in its place.
+    """The present head: adapters, merging and resizing put other modules in its place.
 
-    None where our loss does not stand for the model's, which may have been given another since, or a hook on its head.
+    None where our loss no longer equals the model's, because the model has another loss function or its head has a
+    hook.
     """
     state = model.__dict__.get(ATTRIBUTE, {})
     head: Head | None = state.get("head")
@@ -153,7 +154,7 @@ def _text_config(model: nn.Module) -> PreTrainedConfig:
 
 
 def _answers_as(model: nn.Module, head: Head) -> bool:
-    """Whether the model's logits are ``head.shape`` of what its head answers, found by letting it answer PROBE."""
+    """Whether the model's logits are ``head.shape`` of the head's answer. The head answers PROBE to find out."""
 
     def answer(hidden: Tensor) -> Tensor:
         return torch.tensor(PROBE, dtype=hidden.dtype, device=hidden.device).expand(*hidden.shape[:-1], len(PROBE))
@@ -174,8 +175,10 @@ def _answers_as(model: nn.Module, head: Head) -> bool:
 
 
 def _loses_as(model: nn.Module, head: Head, **asked: Any) -> bool:
-    """Whether the model's own loss is that of label i + 1 at position i, and what balances experts: its head answers
-    logits of which every position's differ. Fake tensors have no values: there the loss is trusted."""
+    """Whether the model's own loss is that of label i + 1 at position i, with the balance of experts.
+
+    The head answers logits that differ at every position. Fake tensors have no values; there the loss is trusted.
+    """
     parameter = next(model.parameters())
     if is_fake(parameter):
         return True

@@ -1,12 +1,12 @@
-"""Log-probabilities of given tokens without the (tokens x vocabulary) logits: what preferences and rewards are learned
-from.
+"""Log-probabilities of given tokens without the (tokens x vocabulary) logits, for learning from preferences and
+rewards.
 
-trl's trainers ask their model for these by ``model(..., labels=labels, fused_lm_head=True)``; here such a call runs the
-model with an output head that only notes its input, without padding where attention permits, and takes chunks of
-logits at scored positions alone.
+trl's trainers ask their model for them by ``model(..., labels=labels, fused_lm_head=True)``. Here such a call runs the
+model with an output head that only records its input, without padding where attention permits. Then it computes chunks
+of logits at scored positions alone.
 
-Legend: B rows, L positions, T positions that are no padding, P scored positions of all rows, V vocabulary. A position
-is scored where the label behind it is not -100.
+Legend: B rows, L positions, T positions without padding, P scored positions of all rows, V vocabulary. A position is
+scored where the label after it is not -100.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Asked:
 
 @dataclasses.dataclass(frozen=True)
 class TokenScores:
-    """Of each label but the first, (B, L - 1), under the names that trl's trainers read; 0 where it is -100."""
+    """The scores of each label but the first, (B, L - 1), under the names that trl's trainers read; 0 where the
+    label is -100.
+    """
 
     log_probs: Tensor
     # Their mean over all scored tokens, at each; without gradient.
@@ -51,7 +53,7 @@ class TokenScores:
 
     @property
     def mean_logits(self) -> Tensor:
-        """trl logs them, and hits: they would cost one more pass over the logits, so there are none."""
+        """None. trl only logs the mean of the logits, and it would cost one more pass over them."""
         return torch.zeros_like(self.log_probs)
 
     @property
@@ -60,8 +62,10 @@ class TokenScores:
 
 
 def accept_scores(model: nn.Module, asked: Asked) -> bool:
-    """Let an accelerated model answer ``model(..., labels=labels, fused_lm_head=True)`` with TokenScores; whether its
-    output head is one that can be computed apart. ``restore`` takes it out with everything else."""
+    """Let an accelerated model answer ``model(..., labels=labels, fused_lm_head=True)`` with TokenScores.
+
+    Returns whether the model's output head can be computed separately. ``restore`` undoes this with everything else.
+    """
     if current_head(model) is None:
         return False
 
@@ -77,13 +81,15 @@ def accept_scores(model: nn.Module, asked: Asked) -> bool:
 
 
 def asked_of(model: nn.Module) -> Asked:
-    """How the model answers now."""
+    """The model's present way of answering."""
     asked: Asked = model.__dict__[ATTRIBUTE]["asked"]
     return asked
 
 
 def _shares_prompts(model: Any) -> bool:
-    """Whether the answers of a pair may be laid around their prompt: tried, where attention sees all tokens alike."""
+    """Whether the answers of a pair may be laid around their prompt. This is tried where every layer sees all
+    tokens.
+    """
     parameter = next(model.parameters())
     text = model.config.get_text_config()
     if attention_of(model.config) != attention.NAME or parameter.device.type != "cpu" or has_window(text):
@@ -141,7 +147,9 @@ def _scored(
 
 
 def _end_to_end(input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """The tokens of rows that are no padding as one row (1, T), each row from position 0; and where the scored are."""
+    """The tokens of all rows without padding as one row (1, T), each row from position 0; and the places of the
+    scored ones.
+    """
     kept = attention_mask.flatten().nonzero().squeeze(1)
     positions = (attention_mask.cumsum(1) - 1).flatten()
     lengths = attention_mask.sum(1)
@@ -159,7 +167,7 @@ def _end_to_end(input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tu
 
 
 def _pairs(input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """The same, the prompt of each pair once: its first answer backwards, the prompt, its second answer.
+    """The same with the prompt of each pair once: its first answer backwards, the prompt, its second answer.
 
     So each token still sees one range of keys: a token of the first answer from itself to the end of the prompt, any
     other from the beginning of the prompt to itself. Rows (B, L), right-padded; the first half are the first answers.

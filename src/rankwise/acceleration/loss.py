@@ -1,10 +1,10 @@
 """The language-model loss without the (tokens x vocabulary) logits, for any causal model of transformers.
 
-The model runs with its output head replaced by one that only notes what it was given; the loss is then taken from those
-hidden states, chunk by chunk, at scored positions alone.
+The model runs with an output head that only records its input. The loss is then computed from those hidden states,
+chunk by chunk, at scored positions alone.
 
-Legend: B rows, L positions, P scored positions of all rows, V vocabulary. A position is scored where the label behind
-it is not -100.
+Legend: B rows, L positions, P scored positions of all rows, V vocabulary. A position is scored where the label after it
+is not -100.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rankwise.ops.selection import is_traced
 
 @dataclasses.dataclass(frozen=True)
 class LossOptions:
-    """What ``model(..., loss_options=...)`` may ask of the fused loss."""
+    """The options of the fused loss in ``model(..., loss_options=...)``."""
 
     label_smoothing: float = 0.0
     # Count entropy and hits too.
@@ -47,7 +47,7 @@ class LossOptions:
 
 @dataclasses.dataclass(frozen=True)
 class FusedLoss:
-    """Sums over the scored positions of a batch, how many there were, and the model's other outputs."""
+    """Sums over the scored positions of a batch, their number, and the model's other outputs."""
 
     sums: LossSums
     count: int
@@ -120,7 +120,7 @@ def forward_with_labels(self: Any, *args: Any, loss_options: LossOptions | None 
 
 
 def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What is given to each parameter, and whatever else is, by name."""
+    """All arguments by name, those of ``**kwargs`` included."""
     bound = inspect.signature(function).bind(*args, **kwargs)
     given = dict(bound.arguments)
     for name, parameter in bound.signature.parameters.items():
@@ -134,7 +134,7 @@ def _keeps_all(logits_to_keep: Any) -> bool:
 
 
 def sums_at(head: Head, hidden: Tensor, targets: Tensor, options: LossOptions) -> LossSums:
-    """Of the targets (P,) behind the hidden states (P, D)."""
+    """The sums over the targets (P,) that follow the hidden states (P, D)."""
     module: Any = head.module
     head = dataclasses.replace(head, shape=head.shape.at(options.temperature))
     if type(module) is nn.Linear and not module.weight.requires_grad and module.weight.dtype == hidden.dtype:

@@ -44,7 +44,7 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True)
 class Acceleration:
-    """What was done to a model. Counts of modules; the reasons say what was left alone and why."""
+    """The changes to a model: counts of modules, and why some were left alone."""
 
     # Groups of adapted layers that make one pass over their input.
     shared_inputs: int = 0
@@ -129,7 +129,7 @@ def _optimize(model: nn.Module, undo: Undo, *, keep_memory: bool, fuse_loss: boo
 
 
 def fuse_parts(model: nn.Module, undo: Undo) -> tuple[int, int, int]:
-    """Norms, gated MLPs and rotary functions that got a fast twin."""
+    """The numbers of norms, gated MLPs and rotary functions that were replaced."""
     return replace_norms(model, undo), replace_mlps(model, undo), replace_ropes(model, undo)
 
 
@@ -158,12 +158,12 @@ def _restore_copy(model: Any) -> None:
 
 
 def fused_head(model: nn.Module) -> Head | None:
-    """The head whose loss is fused, if ``optimize_for_training`` found one and ours stands for the model's still."""
+    """The head whose loss is fused, if ``optimize_for_training`` found one and our loss still equals the model's."""
     return current_head(model)
 
 
 def use_attention(model: Any, undo: Undo, left: list[str]) -> bool:
-    """Whether attention now skips what no query sees; ``left`` gets the reason where it does not."""
+    """Whether attention now skips keys that no query sees; where it does not, ``left`` gets the reason."""
     config = getattr(model, "config", None)
     if config is None or attention_of(config) != "sdpa":
         return False
@@ -192,8 +192,11 @@ def use_attention(model: Any, undo: Undo, left: list[str]) -> bool:
 def look_into(
     model: nn.Module, undo: Undo, left: list[str] | None = None, *, fuse_loss: bool = True
 ) -> tuple[Head | None, int]:
-    """Run two tokens through the model, its parts fused: the head whose loss can be fused, and the number of groups of
-    adapted layers that now share their input. ``left`` gets the reasons where there is none."""
+    """Run two tokens through the model with fused parts.
+
+    Returns the head whose loss can be fused, and the number of groups of adapted layers that now share their input.
+    ``left`` gets the reasons where there is none.
+    """
     left = [] if left is None else left
     seen: list[Seen] = []
     # Nothing shares the head's input, and a head with hooks is not taken for one that can be left out.
@@ -219,10 +222,11 @@ def look_into(
 
 
 def _share_inputs(blocks: dict[AdaptedLayer, str], seen: list[Seen], undo: Undo) -> int:
-    """Group the adapted layers of a block that were given the same tensor in the same gradient mode; how many groups.
+    """Group the adapted layers of a block that were given the same tensor in the same gradient mode. Returns the number
+    of groups.
 
-    Some models choose without gradients what they attend to. Not across blocks: what the first of them computes for all
-    is computed again with its block, and kept there.
+    Some models choose without gradients what they attend to. Groups do not span blocks, because checkpointing computes
+    a block's results again with its own block.
     """
     groups: dict[tuple[int, bool, str], list[AdaptedLayer]] = {}
     for call in seen:
@@ -243,7 +247,7 @@ def _block_of(name: str) -> str:
 
 
 def _trust_handbacks(seen: list[Seen], undo: Undo) -> None:
-    """Layers whose output was promised back need not keep it."""
+    """Let layers drop their output where a later part promised to give it back."""
     for call in seen:
         handback = offered_by(call.y)
         adapter = call.layer.at_work

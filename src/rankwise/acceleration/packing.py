@@ -5,8 +5,8 @@ A ``Tree`` is a trie of token sequences. Its nodes lie in one row behind each ot
     row      [context of q1 | its choice A | choice B | context of q2 | ...]
     position  0 1 2 3 4       5 6            5 6 7      0 1 2 ...
 
-A token attends to what stands before it in its own node and to the nodes that its node hangs from, and to nothing
-else: each path through the tree gets the logits that it would get alone.
+A token attends to the earlier tokens of its own node and to the node's ancestors, and to nothing else. So each path
+through the tree gets the same logits as it would alone.
 
 R tokens in a row, B rows in a batch, N nodes in a row.
 """
@@ -49,9 +49,9 @@ class Tree:
 
 
 def build_trees(sequences: Sequence[Ids], *, longest: int) -> list[Tree]:
-    """Trees over ``sequences``: those that share at least a quarter of their tokens with a neighbour stand together.
+    """Trees over ``sequences``. Those that share at least a quarter of their tokens with a neighbour are in one tree.
 
-    A tree grows to ``longest`` tokens, or as long as a single sequence is. The result depends on the set of
+    A tree has at most ``longest`` tokens, unless a single sequence is longer. The result depends on the set of
     sequences alone, not on their order.
     """
     order = sorted(range(len(sequences)), key=lambda index: sequences[index])
@@ -70,7 +70,7 @@ def build_trees(sequences: Sequence[Ids], *, longest: int) -> list[Tree]:
 
 
 def _tree(group: Sequence[int], sequences: Sequence[Ids]) -> Tree:
-    """A trie over lexicographically sorted sequences: each hangs from the path of the one before it."""
+    """A trie over lexicographically sorted sequences: each is attached to the path of the one before it."""
     nodes: list[Node] = []
     columns: list[tuple[int, ...]] = []
     # Per sequence the (node, column) that computes each of its tokens.

@@ -1,6 +1,6 @@
 """Element-wise parts of a transformer with gradients by hand: RMSNorm, rotary positions, gated activations.
 
-Each keeps for its backward pass what it read and nothing in between.  T = tokens, D = width.
+Each keeps only its input for the backward pass.  T = tokens, D = width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) ->
 
 
 class RmsNorm(torch.autograd.Function):
-    """See ``rms_norm``; gives ``1 / sqrt(mean(x^2) + eps)`` of each row, too."""
+    """See ``rms_norm``. Also returns ``1 / sqrt(mean(x^2) + eps)`` of each row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Rope(torch.autograd.Function):
-    """See ``rope``. With a handback its result is kept, as attention keeps it anyway, to turn it back into x."""
+    """See ``rope``. With a handback, its result is kept (attention keeps it anyway) and rotated back into x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, handback: Handback | None) -> Tensor:

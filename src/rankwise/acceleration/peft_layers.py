@@ -1,8 +1,8 @@
 """``accelerate_peft``: our operators inside a model that PEFT adapted; parameters, state dict and results stay PEFT's.
 
-Nothing of PEFT is imported: its layers are known by what they carry (lora_A, lora_B, scaling, base_layer). What a layer
-does beyond LoRA and DoRA over a linear layer (merged weights, several active adapters, mixed batches, other variants)
-it goes on doing itself.
+Nothing of PEFT is imported: its layers are recognised by their attributes (lora_A, lora_B, scaling, base_layer). PEFT
+itself goes on computing everything beyond LoRA and DoRA over a linear layer: merged weights, several active adapters,
+mixed batches, other variants.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _prepare(reference: weakref.ref[Any], layer: AdaptedLayer) -> bool:
-    """Bring ``layer`` to the adapter and mode of PEFT's layer; False where PEFT has to compute."""
+    """Give ``layer`` the adapter and the mode of PEFT's layer. Returns False where PEFT has to compute."""
     module = reference()
     layer.active = None
     if module is None or module.__dict__.get(STAND_IN) is not layer:
@@ -89,7 +89,7 @@ def _prepare(reference: weakref.ref[Any], layer: AdaptedLayer) -> bool:
 
 
 def _sole_adapter(module: Any) -> str | None:
-    """The adapter that alone is at work, if it is one that our operators compute."""
+    """The only active adapter, if it is one that our operators compute."""
     if module.disable_adapters or module.merged:
         return None
     names = [name for name in module.active_adapters if name in module.lora_A]
@@ -105,7 +105,7 @@ def _variant_name(variant: Any) -> str:
 
 
 def _is_current(module: Any, layer: AdaptedLayer, name: str) -> bool:
-    """See that ``layer`` holds PEFT's own parameters of this adapter; False where it cannot."""
+    """Make sure that ``layer`` holds PEFT's own parameters of this adapter. Returns False where it cannot."""
     if not _still_views(layer.base_layer, module.base_layer):
         return False
     parts = (module.lora_A, module.lora_B, module.lora_dropout, module.lora_magnitude_vector)
@@ -132,7 +132,7 @@ def _parameters(module: Any, name: str) -> tuple[nn.Parameter, nn.Parameter, nn.
 
 
 def _adapter_over(module: Any, base: nn.Module, name: str) -> Lora | Dora:
-    """An adapter of ours whose parameters are PEFT's."""
+    """An adapter of ours that holds PEFT's parameters."""
     (A, B, m), scaling = _parameters(module, name), module.scaling[name]
     kind = Lora if m is None else Dora
     adapter = kind(base, A.shape[0], scaling, dropout=_dropout(module, name), dtype=A.dtype, device="meta")
@@ -182,8 +182,10 @@ def _four_bit_view(base: Any, state: Any) -> Linear4bit | None:
 
 
 def _still_views(layer: nn.Module, base: Any) -> bool:
-    """Whether ``layer`` is the base, or still looks at its memory: bitsandbytes' layer repacks for a CPU's evaluation
-    and moves with its model."""
+    """Whether ``layer`` is the base, or still views the base's memory.
+
+    bitsandbytes' layer repacks its weight for evaluation on a CPU, and moves with its model.
+    """
     if layer is base:
         return True
     if not isinstance(layer, Linear4bit) or not is_own(base):

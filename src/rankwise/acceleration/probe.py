@@ -14,10 +14,9 @@ Answer = TypeVar("Answer")
 
 
 def probe(model: nn.Module, ask: Callable[[], Answer], *, grad: bool = False) -> tuple[Answer | None, str | None]:
-    """What ``ask`` gives with the model in evaluation mode, or why the model cannot be asked so.
+    """The result of ``ask`` with the model in evaluation mode, or why the model cannot run it.
 
-    ``grad``: with gradients recorded, as in a training step. Our own errors, and want of memory, are no answers: they
-    go on.
+    ``grad``: with gradients recorded, as in a training step. Our own errors and out-of-memory errors are raised.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -1,7 +1,7 @@
 """Find the element-wise parts of a model that have a fast version, and check that both give the same result.
 
-Nothing is assumed from a class's name alone: one instance of each class computes a random input both ways, and the
-twin takes its place only where the results agree.
+Nothing is assumed from a class's name alone: one instance of each class computes a random input both ways, and the fast
+version is used only where the results agree.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ACTIVATIONS = {
 
 
 def replace_norms(model: nn.Module, undo: Undo) -> int:
-    """Every RMSNorm that the twin equals; gives their number."""
+    """Replace every RMSNorm that the fast version equals. Returns their number."""
     norms = [module for module in model.modules() if _looks_like_norm(module)]
     forms: dict[type, tuple[int, bool] | None] = {}
     count = 0
@@ -59,7 +59,7 @@ def replace_norms(model: nn.Module, undo: Undo) -> int:
 
 
 def replace_mlps(model: nn.Module, undo: Undo) -> int:
-    """Every ``down(act(gate(x)) * up(x))``; gives their number."""
+    """Replace every ``down(act(gate(x)) * up(x))``. Returns their number."""
     checked: dict[tuple[type, str], bool] = {}
     count = 0
     for module in list(model.modules()):
@@ -76,7 +76,7 @@ def replace_mlps(model: nn.Module, undo: Undo) -> int:
 
 
 def replace_ropes(model: nn.Module, undo: Undo) -> int:
-    """The rotary functions of the Python modules that define this model's layers; gives their number."""
+    """Replace the rotary functions in the Python modules that define this model's layers. Returns their number."""
     names = {type(module).__module__ for module in model.modules()}
     like = torch.empty(0, device=next(model.parameters()).device)
     if not _runs(like):
@@ -95,9 +95,11 @@ def replace_ropes(model: nn.Module, undo: Undo) -> int:
 
 
 def _leaving(module_name: str, twin: FastRope, model: weakref.ref[nn.Module]) -> Callable[[], None]:
-    """The function belongs to all models of a family: the last one that leaves puts the original back.
+    """Undo the replacement of a function that all models of a family share: the last model to undo it restores the
+    original.
 
-    A model that goes without leaving takes nothing with it: others may be between a step and its recomputation.
+    A model that is deleted without undoing changes nothing, because other models may be between a step and its
+    recomputation.
     """
 
     def leave() -> None:
@@ -111,7 +113,7 @@ def _leaving(module_name: str, twin: FastRope, model: weakref.ref[nn.Module]) ->
 
 
 class FastRope:
-    """``apply_rotary_pos_emb`` of one family; calls of another form go to the original."""
+    """``apply_rotary_pos_emb`` of one family. Calls with other arguments go to the original."""
 
     def __init__(self, original: Callable[..., Any]) -> None:
         self.original = original
@@ -132,7 +134,7 @@ def _is_simple(x: Tensor, cos: Tensor) -> bool:
 
 
 def _runs(x: Tensor) -> bool:
-    """Whether the twins have a kernel of ours for ``x``: on Triton, or in the native library, which has no float16."""
+    """Whether we have a kernel for ``x``: in Triton, or in the native library, which has none for float16."""
     if is_traced() or x.dtype not in TOLERANCE:
         return False
     if stands_on_card(x):
@@ -223,7 +225,7 @@ def _mlp_agrees(module: Any, act: str) -> bool:
 
 
 def _mlp_dtype(module: nn.Module, base: Any) -> torch.dtype | None:
-    """Of what an MLP takes. Of 4-bit layers alone, without an adapter, no parameter tells it: they do themselves."""
+    """The dtype of an MLP's input. 4-bit layers without an adapter have no parameter that tells it; the layers do."""
     floating = (parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
     if base.weight.is_floating_point():
         return base.weight.dtype
@@ -246,7 +248,7 @@ def _rope_agrees(original: Callable[..., Any], like: Tensor) -> bool:
 
 
 def _random(like: Tensor, *shape: int) -> Tensor | None:
-    """Random numbers in a dtype and on a device that the twins run on, or None."""
+    """Random numbers in a dtype and on a device that our kernels run on, or None."""
     if not _runs(like):
         return None
     if is_fake(like):
@@ -256,7 +258,7 @@ def _random(like: Tensor, *shape: int) -> Tensor | None:
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, of the largest value. Fake tensors have no values: there the form is trusted."""
+    """The largest difference, relative to the largest value. Fake tensors have no values; there the form is trusted."""
     if is_fake(found) or is_fake(expected):
         return 0.0
     scale = expected.float().abs().max().clamp_min(1e-6)

@@ -1,7 +1,7 @@
-"""Replace the forward of single modules, and put everything back.
+"""Replace the forward of single modules, and undo it.
 
-A replacement stands on the instance, as a bound method, so that classes stay what they are and a deep copy of the model
-carries its own.
+A replacement is a bound method on the instance, so that classes stay unchanged and a deep copy of the model has its
+own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ATTRIBUTE = "rankwise_acceleration"
 
 
 class Record(dict[str, Any]):
-    """What was done to a model, at the model itself."""
+    """The changes to a model, kept on the model itself."""
 
     def __reduce__(self) -> NoReturn:
         refuse_pickling()
@@ -33,7 +33,7 @@ class Record(dict[str, Any]):
 
 
 class Undo:
-    """What has to be called to make a model plain again, the newest change first."""
+    """The calls that restore a model, the newest change first."""
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], None]] = []
@@ -49,7 +49,7 @@ class Undo:
 def replace_forward(module: nn.Module, forward: Callable[..., Any], undo: Undo, **notes: Any) -> None:
     """Let ``module`` compute by ``forward(module, ...)``, which finds ``notes`` as attributes.
 
-    A forward that already stood on the instance comes back with ``undo``.
+    ``undo`` restores a forward that was on the instance before.
     """
     module.__dict__[REPLACED] = (module.__dict__.get("forward"), tuple(notes))
     module.__dict__.update(notes)
@@ -58,7 +58,7 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any], undo: Undo, 
 
 
 def put_back(module: nn.Module) -> None:
-    """Undo ``replace_forward``; nothing where it did not happen, or no more."""
+    """Undo ``replace_forward``; does nothing where the module's forward was not replaced."""
     before, notes = module.__dict__.pop(REPLACED, (None, None))
     if notes is None:
         return
@@ -76,8 +76,10 @@ def class_forward(module: nn.Module) -> Callable[..., Any]:
 
 
 def is_free(module: nn.Module) -> bool:
-    """Whether nothing else stands in the module's way: a forward of its own, or hooks that must see its call. A forward
-    that moves inputs from another device does not: it comes before ours where that is needed (`forward_before`)."""
+    """Whether nothing prevents a replacement: no forward on the instance, and no hooks that must see the module's call.
+
+    A forward that moves inputs from another device is no obstacle: `forward_before` runs it before ours.
+    """
     return ("forward" not in module.__dict__ or only_moves_inputs(module)) and not has_hooks(module)
 
 

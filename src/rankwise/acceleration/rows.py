@@ -34,7 +34,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 def flattening_obstacle(model: Any) -> str | None:
     """Why rows cannot be laid end to end, or None where they can.
 
-    Tried with two short rows: their last logits in one row must equal those apart.
+    Two short rows are tried: their last logits in one row must equal those of the rows alone.
     """
     parameters = inspect.signature(type(model).forward).parameters
     missing = [name for name in ("position_ids", "logits_to_keep") if name not in parameters]
@@ -74,10 +74,10 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 
 def replace_masks(model: Any, undo: Undo, *, bounds: bool) -> bool:
-    """Let the model's decoder take the bounds of rows for a mask (where ``bounds``, which needs our attention), and on
-    a card no mask for right padding; says whether it does.
+    """Let the model's decoder take the bounds of rows as a mask (where ``bounds``, which needs our attention), and on a
+    card no mask for right padding. Returns whether it does.
 
-    Tried with two short rows: their logits must be those that the model's own masks give.
+    Two short rows are tried: their logits must equal those under the model's own masks.
     """
     if not isinstance(model, PreTrainedModel) or not names_windows(model):
         return False
@@ -116,7 +116,7 @@ def _agrees(model: Any, device: torch.device, wanted: Tensor | None, *, bounds: 
 
 
 def _logits(model: Any, device: torch.device, *, bounds: bool) -> Tensor | None:
-    """Of two rows, end to end or padded on the right; of padded ones those at real tokens."""
+    """Logits of two rows, end to end or padded on the right; of padded rows those at real tokens."""
     if bounds:
         return probe(model, lambda: model(**end_to_end(LENGTHS, device)).logits)[0]
     width = max(LENGTHS)
@@ -128,7 +128,7 @@ def _logits(model: Any, device: torch.device, *, bounds: bool) -> Tensor | None:
 
 
 def has_window(config: Any) -> bool:
-    """Whether some layers see a window of the tokens alone."""
+    """Whether some layers attend to a window of the tokens only."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if getattr(text, "attention_chunk_size", None):
         return True
@@ -153,13 +153,13 @@ def _forward_without_padding(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _is_superfluous(mask: Tensor) -> bool:
-    """Whether a mask (B, L) hides right padding alone from a training step on a card; asks the card for it."""
+    """Whether a mask (B, L) only hides right padding from a training step on a card. This waits for the card."""
     if mask.dim() != 2 or not torch.is_grad_enabled() or not stands_on_card(mask):
         return False
     return is_fake(mask) or _is_right_padded(mask)
 
 
 def _is_right_padded(mask: Tensor) -> bool:
-    """Whether no row (B, L) has a token behind its padding."""
+    """Whether no row (B, L) has a token after its padding."""
     kept = mask.bool()
     return bool((kept[:, :-1] | ~kept[:, 1:]).all())

@@ -45,7 +45,7 @@ HEAD_TOLERANCE = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A sequence to run, the positions of which it is asked what follows, and the tokens that should."""
+    """A sequence to run, its scored positions, and the wanted tokens after them."""
 
     ids: Ids
     places: Ids
@@ -70,7 +70,7 @@ class Score:
 
 
 def target_of(context: Sequence[int], continuation: Sequence[int], max_length: int) -> Target:
-    """The input that scores ``continuation``: what is too long loses its left end, as in lm-evaluation-harness."""
+    """The input that scores ``continuation``. A long input is cut on the left, as in lm-evaluation-harness."""
     if not continuation:
         raise ValueError("an empty continuation has no likelihood")
     whole = tuple([*context, *continuation][-(max_length + 1) :])
@@ -80,15 +80,15 @@ def target_of(context: Sequence[int], continuation: Sequence[int], max_length: i
 
 
 def trained_target(ids: Sequence[int], trained: Sequence[bool]) -> Target | None:
-    """The target that asks for the trained ones of ``ids``; None where none follows another token."""
+    """The target for the trained tokens of ``ids``; None where no trained token follows another token."""
     places = tuple(place for place in range(len(ids) - 1) if trained[place + 1])
     return Target(tuple(ids[:-1]), places, tuple(ids[place + 1] for place in places)) if places else None
 
 
 def loss_scorer(model: PreTrainedModel, *, max_rows: int | None = None, autocast: torch.dtype | None = None) -> Scorer:
-    """The scorer of every loss that is reported, in training and later.
+    """The scorer of every reported loss, in training and later.
 
-    16 bits round a token's loss differently in another batch, so the batches depend on the rows alone.
+    In 16 bits a token's loss may round differently in another batch, so the batches depend on the rows alone.
     """
     return Scorer(model, budget=LOSS_TOKENS, max_rows=max_rows, logits_at_once=LOSS_LOGITS, autocast=autocast)
 
@@ -228,13 +228,15 @@ class Scorer:
             )
 
     def _window_problem(self, longest: int) -> str | None:
-        """Our mask shows a token all of its sequence; a layer that should see less of it would see too much."""
+        """Why packing is wrong for rows of this length: our mask shows a token its whole sequence, and some layers
+        should see less.
+        """
         if self.window is None or self.window >= max(longest, ROW_TOKENS):
             return None
         return f"layers see {self.window:,} tokens, and a row has {max(longest, ROW_TOKENS):,}"
 
     def _measured_problem(self, probe: Sequence[Target], plain: Mapping[int, Score]) -> str | None:
-        """What goes wrong when ``probe`` is packed. Foreign models raise what they like where they cannot."""
+        """Why packing ``probe`` is wrong, or None. A foreign model may raise any error here."""
         self.packs = True
         try:
             longest = max(probe, key=lambda target: len(target.ids))
@@ -247,7 +249,7 @@ class Scorer:
 
 
 def no_number(model: PreTrainedModel) -> ModelError:
-    """The error for logits that are NaN or infinite, of which no likelihood and no next token can be told."""
+    """The error for NaN or infinite logits, which give neither a likelihood nor a next token."""
     wider = ", or give --dtype bfloat16: float16 ends at 65,504" if model.dtype == torch.float16 else ""
     return ModelError(
         "RW323",
@@ -265,7 +267,7 @@ def packing_problem(model: PreTrainedModel) -> str | None:
 
 
 def window_of(model: PreTrainedModel) -> int | None:
-    """How many tokens the layers with the narrowest view see; None where all see everything."""
+    """The number of tokens in the narrowest window of the layers; None where all layers see everything."""
     config = model.config.get_text_config(decoder=True)
     names = WINDOWS if getattr(config, "use_sliding_window", True) else WINDOWS[1:]
     found = [getattr(config, name, None) for name in names]
@@ -321,7 +323,7 @@ def _single_trees(sequences: Sequence[Ids]) -> Iterable[Tree]:
 
 
 def _probe(targets: Sequence[Target]) -> list[Target]:
-    """A few short targets, with two that share a beginning among them where there are such."""
+    """A few short targets; two of them share a beginning where there are such."""
     short = sorted({(len(target.ids), target.ids, target.places, target.wanted) for target in targets})[:64]
     pairs = [
         (a, b)
@@ -344,7 +346,7 @@ def _difference(plain: Mapping[int, Score], packed: Mapping[int, Score], dtype: 
 
 @torch.no_grad()
 def _head_problem(model: PreTrainedModel, ids: Ids) -> str | None:
-    """Whether the output head on the last hidden states is all that makes the logits."""
+    """Why the logits are not the output head on the last hidden states, or None."""
     tokens = torch.tensor([ids], device=model.device)
     logits = model(input_ids=tokens, use_cache=False).logits.float()
     hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state

@@ -28,9 +28,10 @@ DEFAULT_NAME = "default"
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedModule:
-    """One module that an adapter changes, or one stack of experts. Of a stack ``name`` is the parameter's, and the
-    features are those of one expert. ``kind``: LoRA or DoRA, "trained whole" (modules_to_save), or "new tokens"
-    (trainable_token_indices).
+    """One module that an adapter changes, or one stack of experts.
+
+    For a stack, ``name`` is the parameter's name and the features are those of one expert. ``kind``: LoRA or DoRA,
+    "trained whole" (modules_to_save), or "new tokens" (trainable_token_indices).
     """
 
     name: str
@@ -47,7 +48,7 @@ class AdaptedModule:
 
     @property
     def is_pair(self) -> bool:
-        """Whether A and B lie over it."""
+        """Whether the module has a pair A and B."""
         return self.kind in ("LoRA", "DoRA")
 
     @property
@@ -57,13 +58,13 @@ class AdaptedModule:
 
     @property
     def leaf(self) -> str:
-        """The stack's name in its experts."""
+        """The stack's name in its experts module."""
         return self.name.rpartition(".")[2]
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterReport:
-    """What ``add_adapter`` or ``load_adapter`` did to the model."""
+    """The result of ``add_adapter`` or ``load_adapter``."""
 
     name: str
     modules: tuple[AdaptedModule, ...]
@@ -112,14 +113,14 @@ def adapter_config(model: nn.Module, name: str | None = None) -> LoraConfig:
 
 
 def adapted_layers(model: nn.Module, name: str) -> Iterator[tuple[str, AdaptedLayer]]:
-    """(path, layer) of every layer that the adapter ``name`` lies over."""
+    """(path, layer) of every layer with the adapter ``name``."""
     for path, module in wrappers(model):
         if isinstance(module, AdaptedLayer) and name in module.adapters:
             yield path, module
 
 
 def adapted_experts(model: nn.Module, name: str) -> Iterator[tuple[str, AdaptedExperts]]:
-    """(path, experts) of every experts module that the adapter ``name`` lies over."""
+    """(path, experts) of every experts module with the adapter ``name``."""
     for path, module in wrappers(model):
         if isinstance(module, AdaptedExperts) and name in module.adapters:
             yield path, module

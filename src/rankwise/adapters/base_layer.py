@@ -38,13 +38,14 @@ scores, grouped layers one block of W for each group. What an adapter adds would
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody must see the module's call."""
+    """Whether the module has hooks, which must see its call."""
     return any(hooks_around(module))
 
 
 def is_own(module: nn.Module) -> bool:
-    """Whether the module's call is what its class says: no hooks, and no forward on the instance but one of ours, or
-    one that moves inputs from another device."""
+    """Whether the module computes what its class defines: no hooks, and no forward on the instance but ours or one
+    that moves inputs from another device.
+    """
     if has_hooks(module):
         return False
     return "forward" not in module.__dict__ or REPLACED in module.__dict__ or only_moves_inputs(module)
@@ -55,8 +56,10 @@ def is_adaptable(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A linear layer that can be read: another library's packed weights without ``dequantize`` cannot. Layers that are
-    linear by class alone (``OTHER_RESULTS``) are none.
+    """Whether this is a linear layer with a readable weight.
+
+    Packed weights of another library without ``dequantize`` are not readable. Layers that are linear by class only
+    (``OTHER_RESULTS``) do not count.
     """
     if type(module).__name__ in OTHER_RESULTS or why_not(module):
         return False
@@ -68,7 +71,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def why_not(module: nn.Module) -> str:
-    """Why a layer that holds a weight of its own cannot adapt; "" where it can, or its kind says enough."""
+    """Why a layer with a weight of its own cannot adapt; "" where it can, or where its class says enough."""
     if isinstance(module, CONVOLUTIONS):
         return "is a convolution, whose update is no product A, B of a layer's input, and no server takes one"
     # By name, as above: torch gives MultiheadAttention's out_proj a class of its own.
@@ -80,7 +83,7 @@ def why_not(module: nn.Module) -> str:
 
 
 def foreign_format(module: nn.Module) -> str:
-    """What a linear layer that another library quantized holds in place of its weight; "" for any other module."""
+    """The weight format of a linear layer that another library quantized; "" for any other module."""
     if hasattr(module, "dequantize") or not hasattr(module, "in_features"):
         return ""
     packed = next((name for name in ("qweight", "W_q", "weight_packed") if hasattr(module, name)), "")
@@ -99,7 +102,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def stored_weight(base: nn.Module) -> Tensor:
-    """What the base calls ``weight``, in whatever shape and format."""
+    """The base's attribute ``weight``, in its own shape and format."""
     W = base.weight
     assert isinstance(W, Tensor), "of a layer that adapts"
     return W

@@ -27,7 +27,7 @@ TYPES = {"prefix": "PREFIX_TUNING", "bottleneck": "BOTTLENECK"}
 
 
 def add_baseline(model: nn.Module, method: str, size: int) -> int:
-    """Put the baseline on the frozen model, in place; gives the count of what trains.
+    """Put the baseline on the frozen model, in place. Returns the number of trained parameters.
 
     ``size``: width of the bottlenecks, or length of the prefix. Raises ConfigError as ``add_bottleneck`` and
     ``add_prefix`` do.
@@ -59,7 +59,9 @@ def save_baseline(model: nn.Module, folder: Path, base_model: str | None = None)
 
 
 def load_baseline(model: nn.Module, folder: Path) -> None:
-    """Put the baseline in ``folder`` on the model. Raises ConfigError (RW172) when it is none or does not fit."""
+    """Put the baseline of ``folder`` on the model. Raises ConfigError (RW172) when the folder holds none or it does
+    not fit.
+    """
     try:
         config = read_config(folder)
         method = {name: method for method, name in TYPES.items()}[config["peft_type"]]
@@ -73,7 +75,9 @@ def load_baseline(model: nn.Module, folder: Path) -> None:
 
 @torch.no_grad()
 def load_baseline_weights(model: nn.Module, folder: Path) -> None:
-    """Copy what ``save_baseline`` wrote into the live parameters. Raises ConfigError (RW172) when it does not fit."""
+    """Copy the tensors that ``save_baseline`` wrote into the live parameters. Raises ConfigError (RW172) when they
+    do not fit.
+    """
     part = getattr(model, ATTRIBUTE)
     wanted = _prompt_embeddings(part) if isinstance(part, Prefix) else _plain(part)
     tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)

@@ -44,7 +44,8 @@ class Bottleneck(nn.Module):
 
 
 def add_bottleneck(model: nn.Module, width: int) -> nn.ModuleDict:
-    """Freeze ``model`` and put two bottlenecks into every block; gives them by the sublayer's path, dots as slashes.
+    """Freeze ``model`` and put two bottlenecks into every block. Returns them by the sublayer's path, with slashes for
+    dots.
 
     Raises ConfigError (RW170) for a model whose blocks have no sublayers of known names.
     """

@@ -75,7 +75,7 @@ BELONGS_ON_FOUR_BITS = "so it answers the rounding of a 4-bit base, which dense 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFile:
-    """An adapter folder, read and checked against a model: its configuration, what it adapts, and its tensors."""
+    """An adapter folder, read and checked against a model: its configuration, the adapted modules, and its tensors."""
 
     config: LoraConfig
     planned: list[AdaptedModule]
@@ -101,7 +101,9 @@ def read_adapter(model: nn.Module, folder: str | Path, name: str = DEFAULT_NAME)
 
 
 def read_folder(folder: Path) -> tuple[LoraConfig, WeightsHeader]:
-    """What an adapter folder says before a model is there to hold it against. Raises AdapterError (RW409, RW410)."""
+    """The contents of an adapter folder, before there is a model to check them against. Raises AdapterError (RW409,
+    RW410).
+    """
     document = read_config(folder)
     refuse_pickles(folder, error=AdapterError, code="RW409")
     header = read_header(folder / WEIGHTS_FILE, error=AdapterError, code="RW409")
@@ -206,9 +208,9 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str | No
 
 
 def _own_ranks(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The A and B that train, of pissa's [A; A_0] and [B, -B_0]; the layers take over A_0 and B_0 as stored.
+    """The trained A and B of PiSSA's [A; A_0] and [B, -B_0]; the layers take over A_0 and B_0 as stored.
 
-    Raises AdapterError (RW428) where those are not what was taken out of this model's weights.
+    Raises AdapterError (RW428) where A_0 and B_0 were not taken out of this model's weights.
     """
     found: dict[str, Tensor] = {}
     for path, layer in adapted_layers(model, name):
@@ -235,7 +237,7 @@ def _own_ranks(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> di
 
 
 def _load_end_weights(model: nn.Module, tensors: Mapping[str, Tensor], state: AdapterState, name: str) -> None:
-    """An embedding or head that came along with the adapter stands in for the base's while the adapter is at work."""
+    """Use an embedding or a head from the adapter's folder in place of the base's while the adapter is active."""
     trained_whole = {f"{PREFIX}{path}.weight" for path, _ in trained_copies(model, name)}
     at_work = is_at_work(state, name)
     for key, weight in end_weights(model).items():
@@ -273,7 +275,7 @@ def _compact(key: str, tensor: Tensor, layer: AdaptedLayer, name: str) -> Tensor
 
 
 def _with_parts(config: LoraConfig, metadata: Mapping[str, str]) -> LoraConfig:
-    """The inverse of ``_as_one_lora``, by what the file's metadata says. Raises AdapterError (RW409)."""
+    """The inverse of ``_as_one_lora``, by the file's metadata. Raises AdapterError (RW409)."""
     if metadata.get(INIT_KEY) == "loftq":
         config = dataclasses.replace(config, init_lora_weights="loftq")
     if PARTS_KEY not in metadata:
@@ -337,7 +339,7 @@ def _expected_shapes(model: nn.Module, config: LoraConfig, planned: list[Adapted
 
 
 def stack_keys(experts: nn.Module, item: AdaptedModule, planned: list[AdaptedModule]) -> dict[str, str]:
-    """{key in PEFT's file: lora_A or lora_B} of a stack, beside those of the same module that are planned too."""
+    """{key in PEFT's file: lora_A or lora_B} of a stack, given the other planned stacks of the same module."""
     beside = [other.leaf for other in planned if other.experts is not None and other.path == item.path]
     start = peft_keys(f"{PREFIX}{item.path}", ordered_stacks(experts, beside))[item.leaf]
     return {f"{start}lora_A.weight": "lora_A", f"{start}lora_B.weight": "lora_B"}

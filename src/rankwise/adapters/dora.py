@@ -141,7 +141,7 @@ class Dora(nn.Module):
     def row_norms(self, base: nn.Module) -> Tensor:
         """``||W + s B A||`` per row of the whole layer, float32 (out,); kept until W, A, B or the scale change.
 
-        So it is computed once per optimizer step, whatever the micro-batches, recomputations and evaluations.
+        So the norms are computed once per optimizer step, for all micro-batches, recomputations and evaluations.
         """
         A, B = self.lora_A, self.lora_B
         if is_traced():
@@ -170,7 +170,7 @@ class Dora(nn.Module):
         return squared if is_traced() else self._squared.keep((), weight_key(base), squared)
 
     def kept_tensors(self) -> list[Tensor]:
-        """The row norms and gains that are kept, and the copies that tell whether they are fresh."""
+        """The kept row norms and gains, and the copies that show whether they are current."""
         return [tensor for kept in (self._norms, self._squared, self._gain) for tensor in kept.tensors()]
 
     def enabled(self, rows: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class Dora(nn.Module):
         return to_blocks(self.lora_B.detach(), self.parts)
 
     def full_magnitude(self, base: nn.Module) -> Tensor:
-        """m as (out,), the rows' own norms where they do not adapt."""
+        """m as (out,), with their own norms for rows that do not adapt."""
         if self.parts is None:
             return self.magnitude.detach()
         m = row_norms_squared(dense_weight(base)).sqrt()

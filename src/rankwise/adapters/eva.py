@@ -57,7 +57,7 @@ class Components:
         self.settled = torch.zeros(self.count, dtype=torch.bool)
 
     def add(self, X: Tensor) -> None:
-        """One more batch of inputs; fewer than ``count`` wait for the next (PEFT leaves them out)."""
+        """Add one more batch of inputs. Fewer than ``count`` rows wait for the next batch (PEFT leaves them out)."""
         X = X if self.waiting is None else torch.cat([self.waiting, X])
         self.waiting = X if len(X) < self.count else None
         if self.waiting is not None:
@@ -72,7 +72,9 @@ class Components:
             self.settled = F.cosine_similarity(V, before) >= TAU
 
     def _centred(self, X: Tensor) -> Tensor:
-        """The batch around its mean; below what was seen before, that as its vectors, and what the mean moved by."""
+        """The centred batch below the earlier components, scaled by their singular values, and a row for the shift
+        of the mean.
+        """
         n, sums = len(X), X.sum(dim=0, dtype=torch.float64)
         scatter = (X - sums / n).square().sum(dim=0)
         if self.vectors is None or self.mean is None or self.singular is None or self.scatter is None:
@@ -130,7 +132,7 @@ def _until_settled(
     budget: int,
     batches: Iterable[Batch],
 ) -> dict[str, int]:
-    """Run batches, again from the first where they end, until all vectors that are needed settle; each layer's rank."""
+    """Run batches, again from the first after the last, until all needed vectors settle. Returns each layer's rank."""
     given = {name: pca[leader].count for name, leader in leaders.items()}
     for batch in itertools.islice(itertools.cycle(batches), MOST_BATCHES):
         open_ = [name for name, layer in pca.items() if not _is_settled(layer, given[name])]
@@ -160,7 +162,7 @@ def _is_settled(layer: Components, rank: int) -> bool:
 
 
 def _ranks(pca: Mapping[str, Components], leaders: Mapping[str, str], budget: int) -> dict[str, int]:
-    """Each layer's part of ``budget`` components; of layers with one input the leader has the largest."""
+    """Each layer's part of ``budget`` components. Among layers with one input, the leader has the largest."""
     named = [(name, share) for name in leaders for share in _explained(pca[leaders[name]])]
     order = torch.stack([share for _, share in named]).argsort(descending=True)[:budget]
     counts = Counter(named[index][0] for index in order.tolist())
@@ -182,7 +184,7 @@ def _vectors(layer: Components) -> Tensor:
 
 
 def _leaders(model: nn.Module, names: Mapping[str, int], batch: Batch) -> dict[str, str]:
-    """{layer: the first layer that reads the same input}, leaders before the others: each input is decomposed once."""
+    """{layer: the first layer that reads the same input}, leaders first: each input is decomposed once."""
     inputs: dict[str, int] = {}
     with _inputs_of(
         model, names, batch, lambda name, X: inputs.update({name: hash(X.float().cpu().numpy().tobytes())})
@@ -199,7 +201,7 @@ def _leaders(model: nn.Module, names: Mapping[str, int], batch: Batch) -> dict[s
 def _inputs_of(
     model: nn.Module, names: Iterable[str], batch: Batch, take: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Within this context ``take(name, X)`` is given the inputs of each layer at trained positions: (n, in)."""
+    """Within this context ``take(name, X)`` gets the inputs of each layer at trained positions: (n, in)."""
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     if "labels" in batch:
         mask = mask & (batch["labels"] != IGNORED)

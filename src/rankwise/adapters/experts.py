@@ -41,7 +41,9 @@ from rankwise.quantization.experts import (
 
 @dataclasses.dataclass(frozen=True)
 class StackShape:
-    """What an adapter asks of a stack: (E, in, out) and the floating dtype and device of its weights."""
+    """The facts of a stack that an adapter needs: (E, in, out), and the floating dtype and the device of its
+    weights.
+    """
 
     experts: int
     in_features: int
@@ -122,7 +124,7 @@ class ExpertsLora(nn.Module):
 
 
 class AdaptedExperts(OverBase[ExpertsLora]):
-    """A layer's experts under adapters. Whoever watches the base's calls sees those of what stands in its place."""
+    """A layer's experts under adapters. Hooks on the base see the calls of the module that stands in for it."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -168,8 +170,9 @@ def experts_forward(
 
 
 def branches_of(base: Any, adapter: ExpertsLora, x: Tensor) -> tuple[ExpertBranch, ExpertBranch] | None:
-    """The operator's view of both products, or None where it does not apply: compiled graphs, autocast to another
-    dtype than that of x, weights of another one or that train."""
+    """The operator's view of both products, or None where it does not apply: in compiled graphs, under autocast to
+    another dtype than that of x, and with weights that train or have another dtype.
+    """
     if is_traced() or not computes_in(x.dtype, x.device):
         return None
     up, down = (_branch(base, leaf, adapter.of(leaf), x.dtype) for leaf in (first_leaf(base), "down_proj"))
@@ -196,7 +199,7 @@ def _branch(base: Any, leaf: str, lora: StackLora | None, dtype: torch.dtype) ->
 
 @dataclasses.dataclass(frozen=True)
 class PackedStack:
-    """A 4-bit stack, of which one expert after the other is dequantized, anew for each product."""
+    """A 4-bit stack. One expert after the other is dequantized, again for each product."""
 
     stack: Stack
     transposed: bool

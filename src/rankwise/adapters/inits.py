@@ -1,4 +1,4 @@
-"""How an adapter begins, where it does not begin by default (PEFT's ``init_lora_weights``).
+"""How an adapter starts, where it does not start by default (PEFT's ``init_lora_weights``).
 
 Shapes: W (out, in), A (r, in), B (out, r); s is the adapter's scale.
 
@@ -9,7 +9,7 @@ Shapes: W (out, in), A (r, in), B (out, r); s is the adapter's scale.
 | eva | right singular vectors of the layer's inputs (`adapters.eva`) | 0 | W as it is |
 | orthogonal | random, with B A = 0 | random | W as it is |
 
-Embeddings, and with loftq layers that are not 4-bit, begin by default, as they do in PEFT.
+Embeddings, and with loftq layers that are not 4-bit, start by default, as in PEFT.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NEEDS_ORIGINALS = ("pissa", "loftq")
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
-    """What an initialisation found out before anything changes."""
+    """The findings of an initialisation, before anything changes."""
 
     config: LoraConfig
     planned: list[AdaptedModule]
@@ -46,12 +46,12 @@ class Beginning:
     directions: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def weight(self, item: AdaptedModule, base: nn.Module) -> Tensor:
-        """W (out, in) as it was before it was quantized, on the base's device."""
+        """W (out, in) before quantization, on the base's device."""
         return dense_weight(self.originals.get(item.name, base)).to(weight_device(base))
 
     @torch.no_grad()
     def pair(self, item: AdaptedModule, base: nn.Module) -> Pair | None:
-        """The pair that a layer begins with; None: by default."""
+        """The pair that a layer starts with; None for the default."""
         init, s = self.config.init, self.config.scaling(item.r, item.lora_alpha)
         if not _takes_part(init, item, base):
             return None
@@ -71,7 +71,7 @@ def beginning(
     originals: nn.Module | None,
     batches: Iterable[Batch] | None,
 ) -> Beginning | None:
-    """Check, and find out, what ``config.init`` needs; None where it is no init of this module.
+    """Check and compute what ``config.init`` needs; None where it is no init of this module.
 
     Raises AdapterError: RW423 a rank above what a layer has, RW425 no original weights, RW426 nothing that the init
     applies to, RW427 no rows for eva, RW429 rows of eva that give no directions.
@@ -172,7 +172,7 @@ def _original_layers(model: nn.Module, packed: list[str], originals: nn.Module |
 
 
 def _redistributed(config: LoraConfig, planned: list[AdaptedModule], found: Mapping[str, Tensor]) -> Beginning:
-    """Ranks as ``found`` has them, each at the scale that the layer had before; layers of rank 0 do not adapt."""
+    """The ranks that ``found`` has, each at the layer's earlier scale; layers of rank 0 do not adapt."""
     kept, ranks, alphas = [], dict(config.rank_pattern), dict(config.alpha_pattern)
     for item in planned:
         if item.name not in found:

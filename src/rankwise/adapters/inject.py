@@ -98,10 +98,10 @@ def add_adapter(
 def plan_adapter(
     model: nn.Module, config: LoraConfig, name: str = DEFAULT_NAME, *, is_foreign: bool = False
 ) -> list[AdaptedModule]:
-    """What ``add_adapter`` would adapt; checks everything and changes nothing.
+    """The modules that ``add_adapter`` would adapt. Checks everything and changes nothing.
 
-    ``is_foreign``: PEFT may have written the configuration, which takes targets that are not in the model; they are
-    said (RW420) and no error.
+    ``is_foreign``: PEFT may have written the configuration, and PEFT accepts targets that are not in the model. They
+    give a warning (RW420) and no error.
     """
     check_name(model, config, name)
     modules = dict(base_modules(model))
@@ -128,7 +128,7 @@ def plan_adapter(
 def _planned_rows(
     model: nn.Module, config: LoraConfig, modules: Mapping[str, nn.Module], taken: Collection[str]
 ) -> list[AdaptedModule]:
-    """The modules of ``trainable_token_indices``. Raises AdapterError: RW434 for one that has no such rows."""
+    """The modules of ``trainable_token_indices``. Raises AdapterError (RW434) for a module without such rows."""
     planned: list[AdaptedModule] = []
     for key, ids in config.token_rows.items():
         names = [name for name, module in modules.items() if module is input_embedding(model)]
@@ -156,7 +156,7 @@ def _planned_rows(
 
 
 def make_room(model: nn.Module, config: LoraConfig) -> None:
-    """Resize embedding and head for the tokens of a stored adapter, whose rows come with it."""
+    """Resize embedding and head for the tokens of a stored adapter, which holds their rows."""
     most = max((max(ids) for ids in config.token_rows.values()), default=-1)
     embedding = input_embedding(model)
     if embedding is not None and most >= embedding.get_parameter("weight").shape[0]:
@@ -216,7 +216,9 @@ def attach(
 
 
 def _overwrites_outputs(model: nn.Module) -> bool:
-    """Whether its forward changes what a linear layer gave: Falcon's parallel block does ``mlp_output += ...``."""
+    """Whether the model's forward changes a linear layer's output in place: Falcon's parallel block does
+    ``mlp_output += ...``.
+    """
     return getattr(getattr(model, "config", None), "model_type", None) == "falcon"
 
 
@@ -273,11 +275,11 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def mixed_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Within this context the adapter ``names[i]`` computes row i of a batch; ``"__base__"``: the base alone.
+    """Within this context the adapter ``names[i]`` computes row i of a batch; ``"__base__"`` stands for the base alone.
 
-    PEFT's ``adapter_names``, with DoRA too. In ``generate`` the rows that it repeats (beams, several answers) keep the
-    adapter of their prompt. Raises AdapterError: RW407 a name that is not there, RW624 an adapter that changes more
-    than layers; and in the model's forward RW625 for a batch of other rows.
+    As PEFT's ``adapter_names``, and with DoRA too. In ``generate`` repeated rows (beams, several answers) keep the
+    adapter of their prompt. Raises AdapterError: RW407 for an unknown name, RW624 for an adapter that changes more than
+    layers; and, in the model's forward, RW625 for a batch with another number of rows.
     """
     state = adapter_state(model)
     for name in {*names} - {BASE_ROW}:
@@ -360,7 +362,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 
 def _add_rows(model: nn.Module, item: AdaptedModule, name: str) -> None:
-    """Rows of an embedding or head, and the same ones of the head that shares the embedding's weight."""
+    """Add trained rows to an embedding or a head, and the same rows to a head that shares the embedding's weight."""
     layer = _wrap(model, item.name, AdaptedLayer)
     own = TokenRows(layer.base_layer, list(item.tokens))
     layer.adapters[name] = own.train(layer.training)
@@ -386,7 +388,7 @@ def _add_stack(experts: AdaptedExperts, config: LoraConfig, item: AdaptedModule,
 
 @torch.no_grad()
 def _begin(layer: AdaptedLayer, item: AdaptedModule, config: LoraConfig, start: Beginning | None) -> Pair | None:
-    """The pair that an initialisation gives a layer; pissa also takes it out of the base."""
+    """The pair that an initialisation gives a layer. PiSSA also subtracts it from the base."""
     base = layer.base_layer
     pair = None if start is None else start.pair(item, base)
     if start is None or pair is None or config.init.kind != "pissa":

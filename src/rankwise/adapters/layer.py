@@ -30,8 +30,9 @@ Over = TypeVar("Over")
 
 
 class OverBase(nn.Module, Generic[Over]):
-    """A frozen base and the adapters that can lie over it, of which at most one is active. What it lacks itself, such
-    as a layer's bias, is the base's."""
+    """A frozen base and its adapters, of which at most one is active. Missing attributes, such as a layer's bias,
+    are the base's.
+    """
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -115,10 +116,9 @@ class AdaptedLayer(OverBase[Adapter]):
         return self.adapters[self.active](self.base_layer, x)
 
     def _mixed_output(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """One product with W for all rows, and each adapter over its own. Raises AdapterError (RW625).
+        """One product with W for all rows, and each adapter on its own rows. Raises AdapterError (RW625).
 
-        Rows of `generate` are repeated in place (beams, several answers of a prompt): equally many in a row for each
-        name.
+        In `generate` rows are repeated in place (beams, several answers of a prompt), the same number for each name.
         """
         repeated, left = divmod(x.shape[0], len(names)) if names else (0, 0)
         # Of flattened tokens nobody knows the row: a mixture's experts get them sorted.
@@ -138,12 +138,14 @@ class AdaptedLayer(OverBase[Adapter]):
 
     @property
     def is_ready(self) -> bool:
-        """Whether an adapter is at work."""
+        """Whether an adapter is active."""
         return (self.prepare is None or self.prepare()) and self.active is not None
 
     @property
     def weight(self) -> Tensor:
-        """The base's, for models that peek at a layer's dtype; of an output head the adapted one, with gradients."""
+        """The base's weight, for models that read a layer's dtype; of an output head the adapted weight, with
+        gradients.
+        """
         if self.is_head and isinstance(adapter := self.at_work, Lora | Dora | TokenRows):
             return adapter.effective_weight(self.base_layer)
         return self.base_layer.weight  # type: ignore[return-value]
@@ -192,7 +194,7 @@ def is_private(name: str) -> bool:
 
 
 def keep_names(wrapper: nn.Module, inner: str) -> None:
-    """Hide ``inner.`` in the wrapper's state dict, on the way out and on the way in."""
+    """Hide ``inner.`` in the keys of the wrapper's state dict, in both directions."""
     wrapper.register_state_dict_post_hook(_without_prefix(inner))
     wrapper.register_load_state_dict_pre_hook(_with_prefix(inner))
 

@@ -15,7 +15,7 @@ from rankwise.quantization.linear import features
 
 
 class Lora(nn.Module):
-    """The low-rank pair of one linear layer. It never owns the layer; ``forward`` and ``merge`` are given it.
+    """The low-rank pair of one linear layer. It never owns the layer; ``forward`` and ``merge`` take it as an argument.
 
     lora_A (r, in) and lora_B (out, r); with ``parts`` as in ``adapters.fused``.
     """
@@ -76,7 +76,7 @@ class Lora(nn.Module):
         return W + (self.scaling * to_blocks(self.lora_B, self.parts) @ self.lora_A).to(W.dtype)
 
     def fixed_gain(self, base: nn.Module) -> None:
-        """LoRA has none."""
+        """None: LoRA has no gain."""
 
     def full_B(self) -> Tensor:
         """B as (out, rank of the whole update)."""

@@ -19,7 +19,7 @@ from rankwise.errors import AdapterError
 
 @torch.no_grad()
 def merge_adapter(model: nn.Module, *, reversible: bool = True) -> None:
-    """Add the active adapter's update to the base weights, in place. The layers are plain again and cost no more.
+    """Add the active adapter's update to the base weights, in place. The layers are plain again, with no extra cost.
 
     A 4-bit layer becomes a 16-bit one, and so does each stack of 4-bit experts that adapts. Other loaded adapters are
     removed with the layers.
@@ -76,7 +76,7 @@ def _merged(module: Wrapper) -> nn.Module:
 
 
 def _touches_tied_weight(model: nn.Module, wrapped: list[tuple[str, Wrapper]]) -> bool:
-    """Whether merging gives the output head or the embedding a weight of its own."""
+    """Whether merging gives the output head or the embedding its own weight."""
     finders: list[Any] = [getattr(model, name, None) for name in ("get_output_embeddings", "get_input_embeddings")]
     ends = [find() for find in finders if find is not None]
     return any(module is end for _, module in wrapped for end in ends)
@@ -90,7 +90,7 @@ def _has_tied_rows(wrapped: list[tuple[str, Wrapper]]) -> bool:
 
 
 def _untie_head(model: nn.Module) -> tuple[bool, dict[str, str]] | None:
-    """Say on the model that its head and its embedding are no longer one tensor, so that saving writes both."""
+    """Record on the model that its head and its embedding are no longer one tensor, so that saving writes both."""
     config: Any = getattr(model, "config", None)
     if config is None or not getattr(config, "tie_word_embeddings", False):
         return None

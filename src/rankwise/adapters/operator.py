@@ -22,9 +22,9 @@ SEEDS = 1 << 31
 
 
 class Adapter(Protocol):
-    """What lies over one base layer: a pair A (r, in), B (out, r) and, in DoRA, a magnitude m for each output row.
+    """The part over one base layer: a pair A (r, in), B (out, r) and, in DoRA, a magnitude m for each output row.
 
-    It never owns the base, which each of its methods is given.
+    It never owns the base, which each of its methods takes as an argument.
     """
 
     scaling: float
@@ -55,7 +55,7 @@ class LinearAdapter(Adapter, Protocol):
 
 
 def frozen_weight(base: nn.Module, x: Tensor) -> Frozen | None:
-    """The weight of ``base`` as the operator takes it, or None where it cannot."""
+    """The weight of ``base`` in the operator's form, or None where the operator cannot take it."""
     W = stored_weight(base)
     if is_traced() or W.requires_grad or not computes_in(x.dtype, x.device) or not is_own(base):
         return None
@@ -72,7 +72,7 @@ def frozen_weight(base: nn.Module, x: Tensor) -> Frozen | None:
 
 
 def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products of ``dtype`` stay in it: no autocast, or one to that very dtype."""
+    """Whether products of ``dtype`` stay in that dtype: without autocast, or with autocast to it."""
     kind = device.type
     return not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) == dtype
 

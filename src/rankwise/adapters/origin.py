@@ -1,4 +1,4 @@
-"""What an initialisation leaves of a base's weight, and the pair that it took out:  W = W_rest + s B_0 A_0.
+"""The rest of a base's weight after an initialisation, and the pair that was taken out of it:  W = W_rest + s B_0 A_0.
 
 The layer then computes with W_rest, and the adapter starts at (A_0, B_0). Relative to W a trained pair is one LoRA of
 rank 2r at the same scale: s B A - s B_0 A_0 = s [B, -B_0] [A; A_0].
@@ -18,9 +18,10 @@ from rankwise.quantization.linear import Linear4bit
 
 
 class Origin(nn.Module):
-    """The pair (A_0, B_0) beside a base that holds W_rest; it gives the layer its first weight while no adapter works.
+    """The pair (A_0, B_0) beside a base that holds W_rest. While no adapter is active, it restores the layer's first
+    weight.
 
-    A (r, in), B (out, r). They are buffers that no state dict holds: the adapter's file has them.
+    A (r, in), B (out, r). They are buffers outside of the state dict: the adapter's file holds them.
     """
 
     A: Tensor
@@ -37,7 +38,7 @@ class Origin(nn.Module):
         return torch.add(base(x), low_rank_product(x, self.A, self.B), alpha=self.scaling)
 
     def restored(self, rest: nn.Module) -> nn.Module:
-        """The base with W again, of one that holds W_rest."""
+        """The base with W again, from one that holds W_rest."""
         return with_weight(rest, merged_weight(dense_weight(rest), self.A, self.B, self.scaling))
 
     def taken_out_of(self, base: nn.Module, W: Tensor) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The parameters that ``target_parameters`` names, by PEFT's rules, and why one cannot be adapted."""
+"""The parameters that ``target_parameters`` names, by PEFT's rules, and the reasons why some cannot be adapted."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from rankwise.quantization.linear import weight_count
 def parameter_names(modules: Modules, config: LoraConfig) -> list[str]:
     """Names of the stacks of experts to adapt, in the model's order.
 
-    Raises AdapterError: RW419 for parameters that are no stacked experts, or whose experts compute in a way of their
-    own, or train whole.
+    Raises AdapterError: RW419 for parameters that are not stacked experts, that train whole, or whose experts have
+    their own way of computing.
     """
     wanted = config.target_parameters or ()
     found = [name for name in _named(modules) if matches(name, wanted)] if wanted else []
@@ -35,7 +35,7 @@ def parameter_names(modules: Modules, config: LoraConfig) -> list[str]:
 
 
 def names_in(modules: Modules) -> Names:
-    """What an adapter's settings can name."""
+    """The names that an adapter's settings can use."""
     parameters = list(_named(modules))
     return Names(
         modules=[name for name in modules if name],

@@ -36,7 +36,7 @@ class Prefix(nn.Module):
         return self.keys.shape[2]
 
     def fill(self, cache: Any, batch: int, dtype: torch.dtype) -> None:
-        """Put the prefix in front of what an empty cache will hold."""
+        """Put the prefix into an empty cache, before the text."""
         for layer in range(len(self.keys)):
             pair = (part[layer].to(dtype).expand(batch, -1, -1, -1) for part in (self.keys, self.values))
             cache.update(*pair, layer)
@@ -91,7 +91,7 @@ def _cache_name(model: nn.Module) -> str:
 
 
 def _in_front(prefix: Prefix) -> Any:
-    """A pre-hook that hands the prefix over as a cache and makes room for it in the mask."""
+    """A pre-hook that passes the prefix as a cache and makes room for it in the mask."""
 
     def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         from transformers import DynamicCache

@@ -1,4 +1,6 @@
-"""What a preference is measured against: the base alone, or the adapter that training began with. No second model."""
+"""The reference of a preference loss: the base alone, or the adapter at the start of training. There is no second
+model.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ def keep_reference(model: nn.Module) -> None:
 
 @contextmanager
 def reference_at_work(model: nn.Module) -> Iterator[None]:
-    """Within this context the model computes as the reference does; what trains stays as it is."""
+    """Within this context the model computes as the reference does. Trained parameters do not change."""
     state, name = state_and_name(model, None)
     if REFERENCE not in state.configs:
         with adapter_disabled(model):

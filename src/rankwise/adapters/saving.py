@@ -1,7 +1,8 @@
-"""Write adapters in PEFT's format: by ``save_adapter``, and by ``save_pretrained`` of a model that carries one.
+"""Write adapters in PEFT's format: by ``save_adapter``, and by ``save_pretrained`` of a model with an adapter.
 
-transformers' own method would write the whole base with our tensors beside it under names that nobody else reads, and
-that folder loads as the untrained base. Trainers and ``push_to_hub`` call the model's method, so it is replaced there.
+transformers' own method would write the whole base, and our tensors beside it under names that no other program reads;
+that folder would load as the untrained base. Trainers and ``push_to_hub`` call the model's method, so it is replaced
+there.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ FORMER_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 
 
 class SavePretrained:
-    """Stands on a model in place of its method, which goes on writing models without an adapter and merged ones."""
+    """Replaces a model's method. Models without an adapter and merged ones are still written by the original method."""
 
     def __init__(self, model: nn.Module) -> None:
         # Weak: a model that refers to itself is freed late.
@@ -97,7 +98,7 @@ def _check_options(given: Mapping[str, Any]) -> None:
 
 
 def _save(model: nn.Module, state: AdapterState, folder: Path, state_dict: Mapping[str, Tensor] | None) -> None:
-    """The active adapter into ``folder``, the others into folders of their names within, as PEFT keeps several."""
+    """Write the active adapter into ``folder``, and the others into subfolders with their names, as PEFT does."""
     assert state.active is not None, "a model with adapters has an active one, disabled or not"
     for name in state.configs:
         place = folder if name == state.active else folder / name
@@ -183,9 +184,9 @@ def save_adapter(
 
 
 def _warn_of_former_experts(model: nn.Module, adapted: list[str]) -> None:
-    """Say where PEFT puts the adapters of a mixture's dense layers and shared experts on its stacked experts (RW559).
+    """Warn (RW559) where PEFT puts the adapters of a mixture's dense layers and shared experts on its stacked experts.
 
-    No spelling of target_modules avoids that: PEFT looks at the last name of each entry and of each match alone.
+    No spelling of target_modules avoids this: PEFT looks at the last name of each entry and of each match alone.
     """
     kind = str(getattr(getattr(model, "config", None), "model_type", None))
     mistaken = (
@@ -204,7 +205,7 @@ def _warn_of_former_experts(model: nn.Module, adapted: list[str]) -> None:
 
 
 def is_transposed(bases: list[nn.Module]) -> bool:
-    """PEFT's fan_in_fan_out. It says nothing of stacked experts, of which PEFT asks the module."""
+    """PEFT's fan_in_fan_out. It does not apply to stacked experts: PEFT asks their module."""
     return bool(bases) and all(map(is_conv1d, bases))
 
 
@@ -259,7 +260,7 @@ def _expanded(
 
 
 def _on_first_weights(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """[A; A_0] and [B, -B_0]: pissa's pairs as LoRA of rank 2r on the weights that they were taken out of."""
+    """[A; A_0] and [B, -B_0]: PiSSA's pairs as LoRA of rank 2r on the weights before the pairs were taken out."""
     found: dict[str, Tensor] = {}
     for path, layer in adapted_layers(model, name):
         if isinstance(layer.adapter(name), TokenRows):
@@ -279,7 +280,7 @@ def is_at_work(state: AdapterState, name: str) -> bool:
 
 
 def _replaced_tensors(model: nn.Module, state: AdapterState, name: str) -> dict[str, Tensor]:
-    """The parameters of the base that the adapter replaces, live while it is at work, else as it left them."""
+    """The parameters of the base that the adapter replaces: live while it is active, else the values that it left."""
     adapted = {path for path, _ in adapted_layers(model, name)}
     at_work = is_at_work(state, name)
     tensors = {}
@@ -307,7 +308,9 @@ def stack_parameters(path: str, stacks: Mapping[str, StackLora]) -> dict[str, nn
 
 
 def _as_one_lora(config: LoraConfig, modules: list[AdaptedModule]) -> LoraConfig:
-    """The configuration by which PEFT computes the same: fused projections as one LoRA of rank n r, pissa's of 2 r."""
+    """The configuration by which PEFT computes the same: fused projections as one LoRA of rank n r, PiSSA's of rank
+    2 r.
+    """
     ranks, alphas, grow = {}, {}, scaled_alpha(config)
     if config.init.kind == "pissa":
         return dataclasses.replace(

@@ -30,7 +30,7 @@ PATIENCE = 4
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """What the other members made of an input, until they fetch it."""
+    """The other members' outputs for an input, until they fetch them."""
 
     x: weakref.ref[Tensor]
     version: int
@@ -43,7 +43,7 @@ class Outputs:
 
 
 class SharedInput:
-    """A group of adapted layers. Anything that one of them cannot do together they do apart."""
+    """A group of adapted layers. What they cannot compute together, each computes alone."""
 
     def __init__(self, layers: Sequence[AdaptedLayer]) -> None:
         # Weak: a copied or removed layer must not keep its former siblings alive.
@@ -62,7 +62,7 @@ class SharedInput:
         refuse_pickling()
 
     def output(self, layer: AdaptedLayer, x: Tensor) -> Tensor | None:
-        """What ``layer`` makes of x, or None where it has to be computed apart."""
+        """The output of ``layer`` for x, or None where the layer has to compute it alone."""
         # Read once: another thread may put other outputs in its place, never into it.
         kept = self._kept
         if kept is not None and kept.are_of(x):

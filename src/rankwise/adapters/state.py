@@ -18,7 +18,7 @@ Wrapper = AdaptedLayer | AdaptedExperts | TrainedCopy
 
 @dataclasses.dataclass
 class AdapterState:
-    """Lives on the model as ``rankwise_adapters``."""
+    """The state of a model's adapters, kept on the model as ``rankwise_adapters``."""
 
     configs: dict[str, LoraConfig] = dataclasses.field(default_factory=dict)
     # The adapter that computes and trains, unless ``disabled``.
@@ -93,7 +93,7 @@ def base_parameter(model: nn.Module, key: str) -> nn.Parameter:
 
 @torch.no_grad()
 def replace_parameter(model: nn.Module, state: AdapterState, name: str, key: str, value: Tensor) -> None:
-    """Let the adapter ``name``, which must not be at work, replace a parameter of the base while it is."""
+    """Let the adapter ``name``, which must not be active, replace a parameter of the base while it is active."""
     parameter = base_parameter(model, key)
     state.base_values.setdefault(key, parameter.detach().clone())
     state.replaced.setdefault(name, {})[key] = value.detach().clone().to(parameter)
@@ -101,14 +101,14 @@ def replace_parameter(model: nn.Module, state: AdapterState, name: str, key: str
 
 @torch.no_grad()
 def put_replaced(model: nn.Module, state: AdapterState) -> None:
-    """The active adapter goes to work: its values into the base."""
+    """Put the values of the newly active adapter into the base."""
     for key, value in state.replaced.get(state.active or "", {}).items():
         base_parameter(model, key).copy_(value)
 
 
 @torch.no_grad()
 def take_replaced(model: nn.Module, state: AdapterState) -> None:
-    """The active adapter stops working: its values aside, the base's own back."""
+    """Set the values of the adapter aside and restore the base's own."""
     if state.disabled:
         return
     for key, value in state.replaced.get(state.active or "", {}).items():

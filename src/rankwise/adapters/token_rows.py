@@ -58,7 +58,7 @@ class TokenRows(nn.Module):
         return E.detach().index_copy(0, self.ids, self.rows.to(E.dtype))
 
     def merge(self, base: nn.Module) -> Tensor:
-        """E' as a new tensor, as ``dense_weight`` has E."""
+        """E' as a new tensor, in the form that ``dense_weight`` gives E."""
         merged = self.effective_weight(base).detach()
         return merged.T if isinstance(base, nn.Embedding) else merged
 

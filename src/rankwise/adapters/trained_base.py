@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def base_model_of(adapter: Path) -> str:
-    """The base model that the folder names, findable from any working directory where a record says enough.
+    """The base model that the folder names; where a record says enough, it is found from any working directory.
 
-    Raises AdapterError (RW413) when it names none.
+    Raises AdapterError (RW413) when the folder names none.
     """
     record = _record(adapter)
     named = read_config(adapter).get("base_model_name_or_path") if record is None else _named_by(record)
@@ -44,10 +44,12 @@ def sha256_of_base(adapter: Path) -> str | None:
 
 def quantization_of(adapter: Path) -> FourBitConfig | None:
     """The 4-bit format of the base that a run's adapter belongs on, by its record; None for a 16-bit base or without a
-    record. It is that of training, but for pissa: its adapter belongs on the original weights, and what it left of them
-    was in 4 bits.
+    record.
 
-    Raises RunError (RW501) for a description that is none.
+    It is the format of training, except for PiSSA: its adapter belongs on the original weights, although the rest of
+    the weights was in 4 bits.
+
+    Raises RunError (RW501) for an invalid description.
     """
     record = _record(adapter)
     stored = None if record is None else record.base_model.get("quantization")
@@ -73,7 +75,7 @@ def dtype_of(adapter: Path) -> torch.dtype | None:
 
 
 def _named_by(record: RunRecord) -> Any:
-    """The hub id, ``demo``, or the absolute path of the base; what was typed only where nothing better leads to it."""
+    """The hub id, ``demo``, or the absolute path of the base; the name as typed only where no better one is known."""
     facts, typed = record.base_model, record.settings.get("model")
     if facts.get("kind") == "demo":
         return DEMO
