@@ -108,7 +108,7 @@ class _Attention(torch.autograd.Function):
 def _elsewhere(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None, scale: float, why: str
 ) -> Tensor:
-    """PyTorch's own kernel; said once where the native one was to be expected."""
+    """PyTorch's own kernel. A warning, once in a process, says so where the native kernel was to be expected."""
     if q.device.type == "cpu" and q.dtype is torch.bfloat16:
         selection.say_once("RW608", f"attention runs in PyTorch's scaled_dot_product_attention, slowly: {why}")
     run = partial(functional.scaled_dot_product_attention, scale=scale, enable_gqa=q.shape[2] != k.shape[2])

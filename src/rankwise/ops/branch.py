@@ -1,4 +1,4 @@
-"""What the adapter operator is given: frozen weights, their low-rank branches, dropout."""
+"""The arguments of the adapter operator: frozen weights, their low-rank branches, dropout."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Frozen:
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-    """One layer: its frozen weight and what trains beside it. ``m`` and ``gain`` are None without DoRA."""
+    """One layer: its frozen weight and the trained tensors beside it. ``m`` and ``gain`` are None without DoRA."""
 
     frozen: Frozen
     scale: float
@@ -70,7 +70,7 @@ class Dropout:
 
 @dataclasses.dataclass
 class BranchGrads:
-    """Gradients of what trains in one branch; None where none is wanted."""
+    """Gradients of the trained tensors of one branch; None for a tensor that needs none."""
 
     B: Tensor | None = None
     bias: Tensor | None = None

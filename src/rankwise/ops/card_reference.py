@@ -1,4 +1,4 @@
-"""What a step on a card fuses, in plain PyTorch: the specification of `rankwise.ops.triton.card`.
+"""The fused operators of a step on a card, in plain PyTorch: the specification of `rankwise.ops.triton.card`.
 
 Legend: T = rows, K = in features, N = out features, R = rank.
 """

@@ -1,4 +1,5 @@
-"""What must hold before a kernel of four bits or of attention gets a pointer: types, dtypes, shapes, buffer sizes.
+"""Checks of arguments before a kernel for 4-bit weights or attention gets a pointer: types, dtypes, shapes, buffer
+sizes.
 
 A function with the name of an operator checks all of its arguments. Legend: K = in features, N = out features.
 """

@@ -67,7 +67,9 @@ QUANT_TYPES = ("nf4", "fp4")
 
 
 def _kept(make: Callable[Parameters, Tensor]) -> Callable[Parameters, Tensor]:
-    """A table made once in a process: a plain tensor, whatever transform, fake mode or inference mode asks first."""
+    """Make a table once in a process. It is a plain tensor, even if the first caller is under a transform, a fake
+    mode or inference mode.
+    """
 
     @cache
     @wraps(make)

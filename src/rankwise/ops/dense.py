@@ -1,4 +1,4 @@
-"""Products with a dense frozen weight outside of any adapter: the output head, and layers that nothing adapts."""
+"""Products with a dense frozen weight outside of any adapter: the output head, and layers without an adapter."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def input_grad_out(dy: Tensor, W: Tensor, out: Tensor) -> Tensor:
 
 
 def is_slow_in_torch(dtype: torch.dtype) -> bool:
-    """Whether the functions above take ``dtype`` where PyTorch's products of it find no instruction."""
+    """Whether the functions above take ``dtype`` and PyTorch's products have no instruction for it."""
     if not selection.native_on_cpu():
         return False
     from rankwise.ops.cpu import products

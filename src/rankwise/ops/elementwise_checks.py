@@ -1,4 +1,5 @@
-"""What must hold before an element-wise kernel of `rankwise.ops.elementwise` gets a pointer; RW620 otherwise.
+"""Checks of arguments before an element-wise kernel of `rankwise.ops.elementwise` gets a pointer; RW620 where they
+fail.
 
 Legend: T = rows, N and D = columns, R = rank, V = vocabulary, C = rows with logits; B, H, L = batch, heads, positions.
 """

@@ -218,5 +218,5 @@ def _multiply(h: Tensor, factor: int) -> Tensor:
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in the dtype in which it is computed: float64 as it is, all others in float32."""
+    """x in the dtype of its computation: float64 stays, all others become float32."""
     return x if x.dtype == torch.float64 else x.float()

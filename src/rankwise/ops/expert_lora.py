@@ -135,7 +135,7 @@ def _forward(
 
 
 class _LowRankExperts(torch.autograd.Function):
-    """See ``low_rank_experts``. Inputs: what has no gradient, order, x, then A and B of both products."""
+    """See ``low_rank_experts``. Inputs: the arguments without gradients, order, x, then A and B of both products."""
 
     @staticmethod
     def forward(ctx: Any, fixed: tuple[Any, ...], order: Tensor, x: Tensor, *tensors: Tensor | None) -> Tensor:

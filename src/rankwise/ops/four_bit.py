@@ -172,16 +172,19 @@ def adapted_gain_4bit(weight: PackedWeight, squared: Tensor, A: Tensor, B: Tenso
 
 
 def _transformed() -> bool:
-    """Whether ``torch.func`` or forward-mode differentiation is at work. The operators of products know gradients only:
-    they would refuse the one and give no tangent to the other, without a word."""
+    """Whether ``torch.func`` or forward-mode differentiation is active.
+
+    The operators of products only have gradients: they would refuse the first and silently give the second no tangent.
+    """
     if _is_compiling():
         return False
     return transforms_functions() or has_tangents()
 
 
 def _nothing_watches(*tensors: Tensor | None) -> bool:
-    """Whether no gradient, compiler, tracer, fake mode, functional transform or tensor subclass needs to see what is
-    made of these."""
+    """Whether no gradient, compiler, tracer, fake mode, functional transform or tensor subclass needs to see
+    operations on these tensors.
+    """
     if is_watched():
         return False
     with_grad = _is_grad_enabled()

@@ -1,10 +1,10 @@
-"""Cache a value that is computed from parameters, and know when it is out of date.
+"""Cache a value that is computed from parameters, and detect when it is out of date.
 
-A tensor's version counter sees the in-place operations of PyTorch, and its storage every replacement. Some writers go
-past both: optimizers with kernels of their own (fused AdamW, bitsandbytes), which the hook on every optimizer's step
-catches, and code that writes through ``parameter.data``. On a CPU those are caught by comparing with a copy of the
-parameters (of rank size); on an accelerator that would force a synchronisation, and such a write counts from the next
-step of an optimizer on. A frozen base that is written to through ``.data`` is not noticed.
+A tensor's version counter counts PyTorch's in-place operations, and a replaced tensor has another storage. Two kinds of
+writers bypass both. Optimizers with their own kernels (fused AdamW, bitsandbytes) are caught by the hook on every
+optimizer's step. Code that writes through ``parameter.data`` is caught on a CPU by comparing with a copy of the
+parameters (of rank size); on an accelerator the comparison would force a synchronisation, so such a write is noticed at
+the next optimizer step only. A write to a frozen base through ``.data`` is not noticed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _steps_taken = 0
 
 
 class Kept:
-    """One value, kept while the ``trained`` tensors and the key of what is frozen stay as they are."""
+    """One value, kept while the ``trained`` tensors and the key of the frozen ones stay unchanged."""
 
     def __init__(self) -> None:
         self._key: Key | None = None
@@ -37,7 +37,7 @@ class Kept:
         return Kept, ()
 
     def get(self, trained: tuple[Tensor, ...], frozen: Key) -> Tensor | None:
-        """The value, or None where it is out of date or was never kept."""
+        """The value, or None where it is out of date or was never set."""
         if self._value is None or not _trackable(trained) or self._key != _key(trained, frozen):
             return None
         same = all(torch.equal(copy, tensor) for copy, tensor in zip(self._copies, filter(_comparable, trained)))
@@ -50,17 +50,17 @@ class Kept:
         return value
 
     def tensors(self) -> list[Tensor]:
-        """All that it holds: the copies to compare with and the value."""
+        """All tensors that this holds: the copies for comparison and the value."""
         return self._copies if self._value is None else [*self._copies, self._value]
 
 
 def trained_key(tensor: Tensor) -> Key | None:
-    """What changes whenever somebody writes to a trained tensor, or None where that cannot be known."""
+    """A key that changes with every write to a trained tensor, or None where writes cannot be detected."""
     return _key((tensor,), ()) if _trackable((tensor,)) else None
 
 
 def frozen_key(tensor: Tensor) -> Key:
-    """Identity of a frozen tensor, of its storage and of what was written to it."""
+    """The identity of a frozen tensor and its storage, and its version."""
     if transforms_functions():
         # Tensors that it wraps have no storage, and nothing is kept.
         return id(tensor), 0, 0

@@ -26,9 +26,10 @@ MOST_TRACED = 16
 
 
 def rows_per_expert(experts: Tensor, count: int) -> list[int]:
-    """How often each of ``count`` experts stands in ``experts`` (S,).
+    """The number of rows of each of ``count`` experts in ``experts`` (S,).
 
-    Fake tensors have no values: they stand for a step whose tokens are spread evenly, over the first ``MOST_TRACED``.
+    Fake tensors have no values: they stand for a step whose tokens are spread evenly over the first ``MOST_TRACED``
+    experts.
     """
     if is_fake(experts):
         traced = min(count, MOST_TRACED)
@@ -37,21 +38,21 @@ def rows_per_expert(experts: Tensor, count: int) -> list[int]:
 
 
 def inverse(order: Tensor) -> Tensor:
-    """The places to which ``order`` (S,), a permutation, has moved: ``x[order][inverse(order)]`` is x."""
+    """The inverse of a permutation ``order`` (S,): ``x[order][inverse(order)]`` is x."""
     places = torch.arange(order.numel(), device=order.device)
     return torch.empty_like(order).scatter_(0, order, places)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Which rows belong to which of ``count`` experts. ``experts``: (S,), of each row the expert, ascending."""
+    """The rows of each of ``count`` experts. ``experts``: (S,), the expert of each row, ascending."""
 
     experts: Tensor
     count: int
 
     @functools.cached_property
     def sizes(self) -> list[int]:
-        """Rows of each expert; of a card's tensor this waits for the card."""
+        """The number of rows of each expert. For a tensor on a card this waits for the card."""
         return rows_per_expert(self.experts, self.count)
 
     @functools.cached_property
@@ -62,7 +63,7 @@ class Rows:
         return sizes.cumsum(0, dtype=torch.int32)
 
     def slices(self) -> Iterator[tuple[int, slice]]:
-        """(expert, its rows) of every expert that has any."""
+        """(expert, its rows) of every expert with rows."""
         start = 0
         for index, size in enumerate(self.sizes):
             if size:

@@ -1,10 +1,10 @@
-"""Outputs of DoRA layers that need not be kept, since what follows gives them back in the backward pass.
+"""Outputs of DoRA layers that need not be kept, because a later part gives them back in the backward pass.
 
     q' = R y        y = R^-1 q'
 
-The gradient of a magnitude needs its layer's output y. Of q and k, attention keeps what rotary positions R made of
-them: their backward pass turns that back, right before the layer's own begins. A layer that is given nothing back makes
-its product again.
+The gradient of a magnitude needs its layer's output y. Attention keeps q and k after rotary positions R. The backward
+pass of R rotates them back, right before the backward pass of the layer. A layer that gets nothing back computes its
+product again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _offers: Any = WeakTensorKeyDictionary()
 
 @dataclasses.dataclass
 class Handback:
-    """Between a layer and what follows it, of one output y in one forward pass."""
+    """The connection between a layer and a later part, for one output y in one forward pass."""
 
     # The layer does not keep y.
     is_wanted: bool
@@ -31,22 +31,24 @@ class Handback:
     _rows: Tensor | None = None
 
     def give(self, rows: Tensor) -> None:
-        """y (T, N), in the backward pass."""
+        """Give y (T, N) back, in the backward pass."""
         self._rows = rows
 
     def take(self) -> Tensor | None:
-        """y (T, N), or None where nobody gave it; once, so that it lives no longer than needed."""
+        """y (T, N), or None where no part gave it back. Only the first call returns it, so that y is released as
+        early as possible.
+        """
         rows, self._rows = self._rows, None
         return rows
 
 
 def offer(y: Tensor, handback: Handback) -> None:
-    """Whoever finds y can promise to give it back."""
+    """Attach a handback to y. A later part that finds it can promise to give y back."""
     _offers[y] = handback
 
 
 def offered_by(y: Tensor) -> Handback | None:
-    """What came with y, as long as nobody wrote to it."""
+    """The handback attached to y, unless y was written to since."""
     return _offers.get(y) if writes_to(y) == 0 else None
 
 

@@ -27,7 +27,7 @@ from rankwise.ops.selection import stands_on_card
 
 @dataclasses.dataclass(frozen=True)
 class LogitShape:
-    """What a model does to its logits after the head: ``cap * tanh(multiplier * z / cap)``."""
+    """The model's change to its logits after the head: ``cap * tanh(multiplier * z / cap)``."""
 
     multiplier: float = 1.0
     softcap: float | None = None
@@ -176,7 +176,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
 
 def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: int) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of ``hidden``, about ``wanted`` at once, and their logits, which live until the next."""
+    """Rows of ``hidden``, about ``wanted`` at once, and their logits, which are valid until the next chunk."""
     rows = max(1, min(len(hidden), wanted))
     scratch = hidden.new_empty(rows, weight.shape[0])
     for start in range(0, len(hidden), rows):
@@ -188,14 +188,14 @@ def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: int) ->
 
 
 def _wide(hidden: Tensor) -> torch.dtype:
-    """In which logarithms are taken."""
+    """The dtype in which logarithms are computed."""
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
 def _score_(
     logits: Tensor, targets: Tensor, shape: LogitShape, label_smoothing: float, want_grad: bool, want_stats: bool
 ) -> tuple[Tensor | None, ...]:
-    """Loss, entropy and hits of a chunk, whose logits become their gradient where it is wanted."""
+    """Loss, entropy and hits of a chunk. Where a gradient is wanted, it overwrites the logits."""
     return elementwise.cross_entropy_(
         logits,
         targets,

@@ -140,7 +140,9 @@ class LowRankLinearOfGlu(torch.autograd.Function):
 
 @dataclasses.dataclass(frozen=True)
 class _Made:
-    """Of a forward pass: the products ys (T, N_i), U (T, R), and what made them and makes the backward pass."""
+    """The results of a forward pass: the products ys (T, N_i), U (T, R), and the steps that made them and make the
+    backward pass.
+    """
 
     ys: Sequence[Tensor]
     U: Tensor
@@ -160,7 +162,7 @@ def _forward(x: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> 
 
 
 def _steps(rows: Tensor, branches: Sequence[Branch]) -> ModuleType | low_rank.Steps | low_rank_card.Steps:
-    """What makes the steps for these rows: the native library, Triton's kernels or separate products."""
+    """The implementation of the steps for these rows: the native library, Triton's kernels or separate products."""
     if selection.takes_native(rows):
         from rankwise.ops.cpu import low_rank
 
@@ -207,14 +209,14 @@ def _only(kept: KeptOutputs, ys: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def _without_tensors(branch: Branch) -> Branch:
-    """The tensors are saved by autograd, which notices when they change."""
+    """The branch without its tensors. autograd saves them, and notices when they change."""
     return dataclasses.replace(branch, A=None, B=None, bias=None, m=None)  # type: ignore[arg-type]
 
 
 def _with_tensors(
     branches: Sequence[Branch], saved: Sequence[Tensor | None]
 ) -> tuple[list[Branch], list[Tensor | None]]:
-    """The branches with their tensors again, and the outputs that were kept, as rows."""
+    """The branches with their tensors again, and the kept outputs, as rows."""
     filled = []
     for index, branch in enumerate(branches):
         A, B, bias, m = saved[4 * index : 4 * index + 4]

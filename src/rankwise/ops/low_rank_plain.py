@@ -43,7 +43,7 @@ def output(rows: Tensor, U: Tensor, B: Tensor, branch: Branch) -> Tensor:
 
 
 def are_few(x: Tensor) -> bool:
-    """Whether `of_few_rows` is the faster way for x (..., K): generating, where calls cost more than what they do."""
+    """Whether `of_few_rows` is faster for x (..., K): in generation, calls take longer than their work."""
     return x.is_cpu and x.dtype is torch.float32 and x.numel() <= FEW_ROWS * x.shape[-1]
 
 

@@ -1,9 +1,9 @@
-"""What a low-rank branch keeps of its input for the backward pass: x, or what an RMSNorm made it from.
+"""What a low-rank branch keeps of its input for the backward pass: x, or the tensors from which an RMSNorm made x.
 
     x = (h rstd) * w        dA = dU^T x = ((rstd * dU)^T h) * w
 
 A norm keeps h and rstd for its own gradient. A branch that reads x keeps the same two, and its dA is that of h, with
-rows of dU and columns of dA scaled: x is neither kept nor made again.
+scaled rows of dU and scaled columns of dA: x is neither kept nor computed again.
 
 Legend: T = rows of x, K = columns, R = ranks.
 """
@@ -54,7 +54,7 @@ class Normed:
     cast_first: bool
 
     def rows(self) -> Tensor:
-        """x (T, K), made again."""
+        """x (T, K), computed again."""
         return elementwise.rms_norm(_rows(self.h), self.w, self.eps, self.offset, self.cast_first)[0]
 
     def grad_A(self, dU: Tensor, product: OfRows) -> Tensor:
@@ -67,24 +67,26 @@ Source = Plain | Normed
 
 
 def remember(x: Tensor, normed: Normed) -> None:
-    """That x, to which nobody has written yet, is what ``normed`` says; not in float16: rstd * dU may overflow."""
+    """Record that ``normed`` describes x, to which nobody has written yet. Not in float16, where rstd * dU may
+    overflow.
+    """
     if x.dtype is not torch.float16:
         _made[x] = normed, writes_to(x)
 
 
 def source_of(x: Tensor) -> Source:
-    """What to keep of x: itself where it is no norm's output, or somebody wrote to it since."""
+    """What to keep of x: x itself where it is no norm's output, or where it was written to since."""
     normed, version = _made.get(x, (None, 0))
     return Plain(x) if normed is None or writes_to(x) != version else normed
 
 
 def tensors_of(source: Source) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Three to save, by which `with_tensors` makes the source whole again."""
+    """Three tensors to save, from which `with_tensors` restores the source."""
     return (source.x, None, None) if isinstance(source, Plain) else (source.h, source.w, source.rstd)
 
 
 def without_tensors(source: Source) -> Source:
-    """Tensors are saved by autograd, which notices when they change."""
+    """The source without its tensors. autograd saves them, and notices when they change."""
     gone: Any = None
     if isinstance(source, Plain):
         return Plain(gone)

@@ -1,4 +1,4 @@
-"""One 4-bit weight as a value: its codes, its scales, and the format that gives them a meaning."""
+"""One 4-bit weight as a value: its codes, its scales, and their format."""
 
 from __future__ import annotations
 

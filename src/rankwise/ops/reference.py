@@ -137,7 +137,7 @@ def row_cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtyp
 
 
 def row_cross_in_chunks(weight: PackedWeight, B: Tensor, cross: Callable[[PackedWeight, Tensor], Tensor]) -> Tensor:
-    """What ``cross`` gives for a chunk of the weight's rows and the same rows of B, end to end."""
+    """The results of ``cross`` for chunks of the weight's rows and the same rows of B, concatenated."""
     if not weight.rows_are_blocks:
         return cross(weight, B)
     N, K = weight.shape

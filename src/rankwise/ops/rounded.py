@@ -1,9 +1,9 @@
-"""16-bit copies of A and B for the products of a card: made anew once an optimizer step, of all adapters in one launch.
+"""16-bit copies of A and B for the products of a card: made once an optimizer step, for all adapters in one launch.
 
     A' = [A_1; A_2; ...] (R', K)        B_i' (N_i, r_i')
 
-Zeros fill each r up to a multiple of ALIGNED, so that every branch's columns of U = x A'^T begin where tensor cores
-can read them, at rank 4 too.
+Zeros fill each r up to a multiple of ALIGNED, so that every branch's columns of U = x A'^T are aligned for tensor
+cores, at rank 4 too.
 
 Legend: K = in features, N = out features, r = rank, R = the ranks of all branches together; a prime: with the zeros.
 """
@@ -43,13 +43,13 @@ class Rounded:
 
     @property
     def columns(self) -> list[slice]:
-        """Those of each branch in U (T, R')."""
+        """The columns of each branch in U (T, R')."""
         ends = list(itertools.accumulate(B.shape[1] for B in self.B))
         return [slice(start, end) for start, end in zip([0, *ends], ends)]
 
 
 class _Copy:
-    """Of tensors that train, end to end in one matrix, and when each was copied."""
+    """Copies of trained tensors, concatenated in one matrix, and the state of each tensor at the time of its copy."""
 
     def __init__(self, tensors: Sequence[Tensor], whole: Tensor, parts: Sequence[Tensor]) -> None:
         self.of = [weakref.ref(tensor) for tensor in tensors]
@@ -62,7 +62,7 @@ class _Copy:
         return len(found) == len(tensors) and all(map(operator.is_, found, tensors)) and self.whole.dtype is dtype
 
     def stale(self) -> list[tuple[Tensor, Tensor]]:
-        """What to copy where; from then on it counts as copied."""
+        """(tensor, its place) for each outdated copy; from now on these copies count as current."""
         pairs = []
         for index, (reference, part) in enumerate(zip(self.of, self.parts)):
             tensor = reference()
@@ -73,7 +73,7 @@ class _Copy:
 
     @property
     def place(self) -> tuple[Any, ...]:
-        """Copies of one place are made together; fake tensors of two modes do not mix."""
+        """A key: copies with the same key are made together. Fake tensors of two modes do not mix."""
         return self.whole.device, self.whole.dtype, mode_of(self.whole)
 
 
@@ -92,12 +92,12 @@ def rounded(branches: Sequence[Branch], dtype: torch.dtype) -> Rounded:
 
 
 def copies_of(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """What is kept of these tensors."""
+    """The kept copies of these tensors."""
     return [kept.whole for tensor in tensors if (kept := _kept.get(tensor)) is not None]
 
 
 def _copy(tensors: Sequence[Tensor], dtype: torch.dtype, dim: int) -> _Copy:
-    """The one that is kept, or a new one, which nothing was copied into; ranks lie along ``dim``."""
+    """The kept copy, or a new one without values yet; ranks lie along ``dim``."""
     kept = _kept.get(tensors[0])
     if kept is not None and kept.is_of(tensors, dtype):
         return kept
@@ -113,7 +113,7 @@ def _copy(tensors: Sequence[Tensor], dtype: torch.dtype, dim: int) -> _Copy:
 
 
 def _refresh(needed: Sequence[_Copy]) -> None:
-    """Bring these up to date and, where one of them was not, all others of their place too: they share its launch."""
+    """Update these copies. If one of them was outdated, all copies with its key are updated in the same launch."""
     pairs = [pair for copy in needed for pair in copy.stale()]
     if not pairs:
         return

@@ -1,7 +1,7 @@
 """Which implementation runs: plain PyTorch, the native CPU library, or Triton.
 
-``auto`` takes the native library for CPU tensors and Triton for CUDA tensors, and plain PyTorch, said once, where
-they are missing.
+``auto`` takes the native library for CPU tensors and Triton for CUDA tensors. Where they are missing it takes plain
+PyTorch, and one message says so.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def is_traced() -> bool:
 
 
 def as_autocast(x: Tensor) -> Tensor:
-    """``x`` as autocast hands it to a product or to attention: in its dtype where it is on."""
+    """``x`` as autocast passes it to a product or to attention: in autocast's dtype where it is on."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
@@ -117,8 +117,10 @@ def runs_triton(device: torch.device) -> bool:
 
 
 def takes_triton(tensor: Tensor) -> bool:
-    """Whether Triton kernels work on this tensor of a card, or on one that a fake tensor of a CPU stands for; on a real
-    one of a CPU only where Triton is forced, for its interpreter."""
+    """Whether Triton kernels work on this tensor of a card, or on a fake CPU tensor that stands for one.
+
+    A real CPU tensor counts only where Triton is forced, for its interpreter.
+    """
     if tensor.is_cuda or (tensor.is_cpu and forced() == "triton"):
         return runs_triton(tensor.device)
     return stands_on_card(tensor) and _fakes_have_triton
@@ -175,7 +177,7 @@ def _known(name: str) -> str:
 
 
 def say_once(code: str, message: str) -> None:
-    """Warn, but not twice with the same message in one process."""
+    """Warn, but only once with the same message in a process."""
     if message not in _said:
         _said.add(message)
         warn(code, message, stacklevel=6)

@@ -54,7 +54,7 @@ _module = functools.cache(importlib.import_module)
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """The functions of a row take all arguments of the operator."""
+    """One row of the table. Its functions take all arguments of the operator."""
 
     # Its function of the operator's name is the specification.
     reference: ModuleType
@@ -118,7 +118,7 @@ def _of_second(_: Tensor, weight: PackedWeight, *__: Any) -> ModuleType:
 
 
 def _for_row_cross(weight: PackedWeight, *_: Any) -> ModuleType:
-    """Transforms wrap what is cut out of the weight, and a kernel cannot read that."""
+    """The module for `row_cross`. A kernel cannot read slices of a weight under a transform of ``torch.func``."""
     return reference if selection.transforms_functions() else _of_weight(weight)
 
 

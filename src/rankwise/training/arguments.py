@@ -31,7 +31,9 @@ NEED_EVALUATIONS = ("early_stopping", "eval_steps", "eval_limit", "sample_prompt
 
 
 def implementation_of(optimizer: str, device_type: str) -> str:
-    """transformers' name of what runs: on a card torch's AdamW is one kernel, without copies of all that trains."""
+    """transformers' name of the optimizer that runs. On a card torch's AdamW is one kernel, without copies of the
+    trained tensors.
+    """
     if optimizer == OFFLOADED:
         return "adamw_torch"
     return "adamw_torch_fused" if (optimizer, device_type) == ("adamw_torch", "cuda") else optimizer
@@ -45,7 +47,7 @@ def check_names(given: TrainSettings) -> None:
 
 
 def check_combinations(given: TrainSettings) -> None:
-    """Raise ConfigError (RW112) for options that mean nothing without another one or without a package."""
+    """Raise ConfigError (RW112) for options that have no effect without another option or a package."""
     idle = [flag(name) for name in NEED_EVALUATIONS if getattr(given, name) is not None]
     if given.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
         idle.append(f"--lr-scheduler-type {given.lr_scheduler_type}")
@@ -100,7 +102,7 @@ def mixed_precision(method: str, dtype: torch.dtype, device_type: str) -> tuple[
 
 @dataclasses.dataclass(frozen=True)
 class Surroundings:
-    """What the arguments of a run depend on beside its settings."""
+    """The facts besides the settings on which a run's arguments depend."""
 
     device_type: str
     # "no", "bf16" or "fp16".
@@ -113,7 +115,7 @@ class Surroundings:
 
 
 def sft_arguments(given: TrainSettings, around: Surroundings) -> SFTConfig:
-    """Of demonstrations."""
+    """trl's arguments for learning from demonstrations."""
     return run_arguments(
         SFTConfig,
         given,
@@ -129,7 +131,7 @@ def sft_arguments(given: TrainSettings, around: Surroundings) -> SFTConfig:
 
 
 def run_arguments(kind: type[Arguments], given: TrainSettings, around: Surroundings, **own: Any) -> Arguments:
-    """The Trainer's arguments of any objective, with its ``own`` beside them.
+    """The Trainer's arguments of any objective, together with the objective's ``own``.
 
     Cadences of None become a tenth of the run (for logging at most 10 steps), counted once its length is known.
     """

@@ -1,4 +1,4 @@
-"""Count the targets of a micro-batch while its tensors are on the host, so that a card is not asked for them."""
+"""Count the targets of a micro-batch while its tensors are on the host, so that counting does not wait for a card."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Counting:
 
 
 def counted(batch: dict[str, Any]) -> Counted:
-    """Of what trl's collator gives: rows (B, L) with an attention mask, or rows laid end to end (1, T)."""
+    """The counts for a batch of trl's collator: rows (B, L) with an attention mask, or rows laid end to end (1, T)."""
     if "attention_mask" in batch:
         tokens, examples = int(batch["attention_mask"].sum()), len(batch["input_ids"])
     else:

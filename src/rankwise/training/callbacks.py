@@ -202,7 +202,7 @@ class Sample(TrainerCallback):
 
 @torch.no_grad()
 def b_norm(model: Any) -> float | None:
-    """2-norm over all B matrices of the active adapter; None without one."""
+    """The 2-norm over all B matrices of the active adapter; None without an adapter."""
     if not has_adapter(model):
         return None
     parameters = adapter_parameters(model).items()

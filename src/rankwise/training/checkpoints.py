@@ -1,8 +1,8 @@
 """Checkpoints that exist whole or not at all.
 
 A checkpoint is written as ``checkpoints/.tmp-step-N-*``; every file and the folder are flushed to disk; the folder is
-renamed to ``checkpoints/step-N``; its parent is flushed; then older ones go. Whatever stops the process at whatever
-moment, the newest ``step-N`` is complete. ``manifest.json`` lists each file with its size and sha256, so that later
+renamed to ``checkpoints/step-N``; its parent is flushed; then older checkpoints are removed. Whenever the process
+stops, the newest ``step-N`` is complete. ``manifest.json`` lists each file with its size and sha256, so that later
 damage is found and named. Imports no torch.
 """
 
@@ -45,8 +45,8 @@ class Checkpoint:
 def save_checkpoint(run_folder: Path, step: int, write: Callable[[Path], None], size_bytes: int = 0) -> Checkpoint:
     """Let ``write(folder)`` fill a temporary folder, and make it ``checkpoints/step-N`` once all of it is on disk.
 
-    ``size_bytes`` is what will be written, for a look at the free space beforehand. Nothing of a failed attempt
-    remains. Raises RunError: RW513 when the disk is full, RW514 when it cannot be written.
+    ``size_bytes``: the expected size, to check the free space first. A failed attempt leaves nothing. Raises RunError:
+    RW513 when the disk is full, RW514 when it cannot be written.
     """
     with temporary_folder(run_folder, f"step-{step}", size_bytes) as temporary:
         write(temporary)
@@ -58,9 +58,10 @@ def save_checkpoint(run_folder: Path, step: int, write: Callable[[Path], None], 
 
 @contextmanager
 def temporary_folder(run_folder: Path, name: str, size_bytes: int = 0) -> Iterator[Path]:
-    """An empty folder beside the checkpoints, for files that are put in place once all of them are whole.
+    """An empty folder beside the checkpoints, for files that are moved to their places once all of them are whole.
 
-    What is left in it at the end goes. Raises RunError: RW513 when the disk is full, RW514 when it cannot be written.
+    Files that are left in it at the end are removed. Raises RunError: RW513 when the disk is full, RW514 when it cannot
+    be written.
     """
     parent = run_folder / FOLDER
     with _named_errors(parent):
@@ -74,7 +75,7 @@ def temporary_folder(run_folder: Path, name: str, size_bytes: int = 0) -> Iterat
 
 
 def list_checkpoints(run_folder: Path) -> list[Checkpoint]:
-    """Finished checkpoints, oldest first; unfinished ones are not among them. Their content is not looked at."""
+    """Finished checkpoints, oldest first, without unfinished ones. Their content is not read."""
     found = []
     for path in (run_folder / FOLDER).glob("step-*"):
         match = re.fullmatch(r"step-(\d+)", path.name)
@@ -106,10 +107,10 @@ def check_no_pickles(folder: Path) -> None:
 
 
 def newest_valid(run_folder: Path, on_damage: Callable[[RunError], None]) -> Checkpoint | None:
-    """The newest checkpoint that is undamaged; each damaged newer one is handed to ``on_damage``, never skipped
-    silently. None when there is no checkpoint at all.
+    """The newest checkpoint that is undamaged; None when there is no checkpoint.
 
-    Raises RunError: RW516 when every checkpoint is damaged, RW512 for one with pickles in it.
+    Each damaged newer one is passed to ``on_damage``, never skipped silently. Raises RunError: RW516 when every
+    checkpoint is damaged, RW512 for one with pickles in it.
     """
     checkpoints = list_checkpoints(run_folder)
     for checkpoint in reversed(checkpoints):
@@ -129,7 +130,7 @@ def newest_valid(run_folder: Path, on_damage: Callable[[RunError], None]) -> Che
 
 
 def remove_old(run_folder: Path, keep: int, best_step: int | None = None) -> list[int]:
-    """Remove all but the newest ``keep`` checkpoints and the best one; gives the steps that went."""
+    """Remove all but the newest ``keep`` checkpoints and the best one. Returns the removed steps."""
     checkpoints = list_checkpoints(run_folder)
     removed = [item for item in checkpoints[: max(0, len(checkpoints) - keep)] if item.step != best_step]
     for checkpoint in removed:
@@ -138,15 +139,16 @@ def remove_old(run_folder: Path, keep: int, best_step: int | None = None) -> lis
 
 
 def remove_unfinished(run_folder: Path) -> None:
-    """Clear away what killed processes left in the checkpoint folder."""
+    """Remove files that killed processes left in the checkpoint folder."""
     for path in (run_folder / FOLDER).glob(f"{TEMPORARY}*"):
         if _is_temporary(path):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def foreign_items(run_folder: Path) -> list[str]:
-    """Names in the checkpoint folder that no run put there: all but unfinished work and ``step-N`` folders whose
-    manifest names every file in them."""
+    """Names in the checkpoint folder that no run wrote: all but unfinished work and ``step-N`` folders whose
+    manifest names every file in them.
+    """
     folder = run_folder / FOLDER
     if not folder.is_dir():
         return [""] if folder.exists() else []
@@ -154,7 +156,7 @@ def foreign_items(run_folder: Path) -> list[str]:
 
 
 def remove_checkpoints(run_folder: Path) -> None:
-    """Remove every checkpoint and all unfinished work; what is foreign stays, and so does the folder."""
+    """Remove every checkpoint and all unfinished work. Foreign files stay, and so does the folder."""
     remove_unfinished(run_folder)
     for checkpoint in list_checkpoints(run_folder):
         if _is_own(checkpoint.path):
@@ -176,7 +178,7 @@ def check_space(folder: Path, size_bytes: int) -> None:
 
 @contextmanager
 def _named_errors(folder: Path) -> Iterator[None]:
-    """The operating system's errors as ours."""
+    """Raise the operating system's errors as ours."""
     try:
         yield
     except Exception as error:
@@ -251,7 +253,7 @@ def _put_in_place(temporary: Path, target: Path, step: int) -> Checkpoint:
 
 
 def _discard(path: Path) -> None:
-    """Remove a checkpoint so that a kill in between leaves no half of one under its name; of a link, the link."""
+    """Remove a checkpoint so that a kill in between leaves no half of it under its name; of a link, the link only."""
     if path.is_symlink():
         path.unlink()
         return

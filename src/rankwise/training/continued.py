@@ -1,4 +1,4 @@
-"""Training that goes on with an adapter (``--adapter``): SFT, then DPO."""
+"""Training that continues an adapter (``--adapter``): SFT, then DPO."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rankwise.records import RUN_FILE, load_record
 
 
 def with_adapters_options(given: TrainSettings) -> TrainSettings:
-    """The settings with the options of the adapter that is continued; as they are where none is.
+    """The settings with the options of the continued adapter; unchanged without one.
 
     Raises AdapterError (RW409, RW410) for an adapter that cannot be read, ConfigError (RW764) for options that differ
     from its own, or a method that does not train such an adapter.
@@ -42,7 +42,8 @@ def with_adapters_options(given: TrainSettings) -> TrainSettings:
 
 
 def continue_adapter(model: Any, given: TrainSettings, base_sha256: str) -> int:
-    """Load the adapter to train on, and keep a frozen copy where it is the reference; gives the count of what trains.
+    """Load the adapter to continue, and keep a frozen copy where it is the reference. Returns the number of trained
+    parameters.
 
     Raises ConfigError (RW764) where the run that made it had another base, AdapterError where it does not fit.
     """

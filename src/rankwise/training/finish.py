@@ -1,4 +1,4 @@
-"""The end of a run: which step is kept, the final weights, the proof that they reload, the plot."""
+"""The end of a run: the kept step, the final weights, the proof that they reload, the plot."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def choose_kept(losses: Mapping[int, float], last_step: int, best_step: int | No
 
 
 def warn_if_worse(initial: float | None, kept: KeptStep) -> None:
-    """Say so when no step was better than the base model."""
+    """Warn when no step was better than the base model."""
     if initial is not None and kept.eval_loss is not None and kept.eval_loss >= initial:
         warn(
             "RW526",
@@ -93,10 +93,11 @@ def write_final(
 
 
 def prove_reload(model: Any, output: Path, probe: dict[str, Tensor]) -> None:
-    """Load a written adapter back into its base: it must say the same (RW524).
+    """Load a written adapter back into its base: the logits must be equal (RW524).
 
-    Of a sharded base the norms of a new adapter could only be computed once all of it is gathered, and pissa's adapter
-    belongs on weights that are not here any more: there the file is compared with what was trained.
+    Over a sharded base, the norms of a new adapter could only be computed with all of the base gathered. PiSSA's
+    adapter belongs on weights that are no longer in memory. In both cases the file is compared with the trained
+    tensors.
     """
     if not has_adapter(model):
         return

@@ -21,7 +21,7 @@ ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids")
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A micro-batch, as far as memory depends on it."""
+    """The properties of a micro-batch on which memory depends."""
 
     rows: int
     # A pair is one.
@@ -39,21 +39,21 @@ class Foresight(Protocol):
         """The prediction before the model is in memory."""
 
     def before_training(self, batch: Batch, evaluation: Batch | None) -> int | None:
-        """Everything is loaded and encoded: the largest micro-batches of training and of evaluations.
+        """Called when everything is loaded and encoded, with the largest micro-batches of training and of evaluations.
 
-        Gives the peak to expect, as the run's own meter will count it.
+        Returns the expected peak, in the terms of the run's own meter.
         """
 
 
 def largest_batch(trainer: Any, *, flat: bool) -> Batch:
-    """The largest micro-batch of all that will come; ``flat``: rows are laid end to end, not padded."""
+    """The largest micro-batch of the run; ``flat``: rows are laid end to end, not padded."""
     shared = flat and getattr(trainer, "shares_prompts", False)
     lengths = _lengths(trainer.train_dataset, shared=shared)
     return _largest(trainer.train_dataset, lengths, coming_batches(trainer), flat=flat)
 
 
 def largest_evaluation(trainer: Any) -> Batch | None:
-    """The same of an evaluation, whose batches depend on its rows alone; None where there is none."""
+    """The largest batch of an evaluation, whose batches depend on its rows alone; None without evaluations."""
     # An evaluation of preferences runs the batches of a step, and keeps nothing for a backward pass.
     if trainer.eval_dataset is None or "labels" not in trainer.eval_dataset.column_names:
         return None
@@ -67,8 +67,10 @@ def largest_evaluation(trainer: Any) -> Batch | None:
 
 
 def coming_batches(trainer: Any) -> Iterator[Any]:
-    """Of each epoch the row numbers of the micro-batches that its steps take (batches, rows), by the Trainer's own
-    sampler, which the seed fixes; -1 where the last batch has fewer rows."""
+    """For each epoch the row numbers of the micro-batches that its steps take: (batches, rows).
+
+    They come from the Trainer's own sampler, which the seed fixes; -1 where the last batch has fewer rows.
+    """
     import numpy as np
 
     arguments = trainer.args
@@ -93,7 +95,7 @@ def _table(rows: Any, batch_size: int) -> Any:
 
 
 def _largest(dataset: Any, sides: Any, tables: Any, *, flat: bool) -> Batch:
-    """Of encoded rows the batch of most tokens, padding among them; then of the longest. A pair is two rows."""
+    """The batch with most tokens, padding included; then the one with the longest row. A pair is two rows."""
     import numpy as np
 
     # Row -1 has no tokens.
@@ -113,7 +115,7 @@ def _largest(dataset: Any, sides: Any, tables: Any, *, flat: bool) -> Batch:
 
 
 def _trained(row: Mapping[str, Any]) -> int:
-    """Tokens of a row that are in the loss."""
+    """The number of trained tokens of a row."""
     answers = sum(len(row.get(name, ())) for name in ANSWERS)
     return answers + sum(label != IGNORED for label in row.get("labels", ()))
 

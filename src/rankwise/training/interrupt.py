@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: in training the first lets the step end and saves it, the second ends at once."""
+"""Ctrl-C and SIGTERM: in training the first signal lets the step end and saves it, the second ends at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import FrameType
 
 
 class Interrupt:
-    """Whether the user has asked to stop. ``say`` tells that the first signal was heard."""
+    """Whether the user has asked to stop. ``say`` confirms the first signal."""
 
     def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
         self.requested = False

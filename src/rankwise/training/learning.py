@@ -1,4 +1,4 @@
-"""What differs between the objectives of a run, and which options each has."""
+"""The differences between the objectives of a run, and the options of each."""
 
 from __future__ import annotations
 

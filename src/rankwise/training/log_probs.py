@@ -1,6 +1,6 @@
-"""Log-probabilities of the tokens that a model has written, from chunks of its logits.
+"""Log-probabilities of generated tokens, from chunks of the model's logits.
 
-B rows, L positions, P scored positions of all rows, T tokens that are no padding.
+B rows, L positions, P scored positions of all rows, T tokens without padding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rankwise.acceleration.loss import scored_positions
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Of the scored positions, in the order of rows."""
+    """Values at the scored positions, in the order of rows."""
 
     # (P,), differentiable.
     log_probs: Tensor
@@ -33,7 +33,7 @@ def scored(
 ) -> Scored:
     """log p of each label i + 1 at position i, of logits divided by the temperature.
 
-    ``inputs`` as of a model, with labels (B, L) that are -100 where nothing is scored.
+    ``inputs``: those of a model, with labels (B, L) that are -100 where nothing is scored.
     """
     given: dict[str, Any] = {**inputs, "use_cache": False}
     if want_aux_loss:
@@ -53,7 +53,9 @@ def scored(
 def _from_logits(
     model: nn.Module, given: dict[str, Any], positions: Tensor, temperature: float, want_entropy: bool
 ) -> Scored:
-    """Where the model's logits are not what its head gives, or the model was not made fast."""
+    """The same from the model's own logits: for models that were not made fast, or whose head alone does not make
+    the logits.
+    """
     labels = given.pop("labels").flatten()
     outputs = model(**given)
     logits = outputs.logits.flatten(0, 1).index_select(0, positions).float() / temperature
@@ -64,9 +66,10 @@ def _from_logits(
 
 
 def without_padding_in_front(ids: Tensor, mask: Tensor, labels: Tensor, *, flat: bool) -> dict[str, Tensor]:
-    """Rows (B, L) with padding at both ends as inputs of a model: laid end to end where ``flat``, else padded behind.
+    """Rows (B, L) with padding at both ends as inputs of a model: laid end to end where ``flat``, else padded on the
+    right.
 
-    Positions count from a row's first token, as they do where it was written.
+    Positions count from a row's first token, as in generation.
     """
     if flat:
         real = mask.bool()

@@ -19,7 +19,7 @@ from rankwise.constants import IGNORED
 
 @dataclasses.dataclass(frozen=True)
 class LossParts:
-    """A loss and what trl reports beside it, all over the trained positions."""
+    """A loss and the figures that trl reports beside it, all over the trained positions."""
 
     loss: Tensor
     entropy: Tensor | float
@@ -31,8 +31,8 @@ class LossParts:
 def fused_head_is_right(model: nn.Module) -> bool:
     """Whether ``hidden @ head.weight.T + head.bias`` is what the head computes.
 
-    trl's fused head reads the weight and never calls the module. The weight of an adapted head is the adapted one, but
-    without dropout, and that of a quantized head is packed: only a plain layer is sure to be what its weight says.
+    trl's fused head reads the weight and never calls the module. An adapted head's weight is the adapted one, but
+    without dropout, and a quantized head's weight is packed: only a plain layer surely equals its weight.
     """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     return type(head) is nn.Linear
@@ -82,6 +82,6 @@ def _entropy_and_accuracy(logits: Tensor, wanted: Tensor) -> tuple[float, float]
 
 
 def evaluation_targets(dataset: Any) -> list[Target]:
-    """What the encoded rows of an evaluation ask; a row without a trained token behind another asks nothing."""
+    """The scored tokens of an evaluation's encoded rows. A row whose first token is its only trained one has none."""
     trained = ([label != IGNORED for label in row] for row in dataset["labels"])
     return [target for target in map(trained_target, dataset["input_ids"], trained) if target is not None]

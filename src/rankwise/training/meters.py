@@ -19,7 +19,7 @@ from rankwise.compat.torch import own_part
 
 @dataclasses.dataclass
 class Progress:
-    """What a run has done so far, over all its resumptions; part of every checkpoint."""
+    """The progress of a run, over all its resumptions; part of every checkpoint."""
 
     train_seconds: float = 0.0
     # Inside training steps only: reading data, evaluating and saving are left out.
@@ -49,7 +49,7 @@ class Progress:
 
 
 class StepClock:
-    """Adds the seconds between ``start`` and ``stop`` to a total, and knows the pace since it was made."""
+    """Adds the seconds between ``start`` and ``stop`` to a total, and gives the pace since it was made."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -79,11 +79,11 @@ class StepClock:
 
 
 class MemoryMeter:
-    """Memory in use and its peak, in bytes, on the device that trains.
+    """Memory in use and its peak, in bytes, on the training device.
 
-    CUDA counts for itself. On the CPU a thread looks at the process's anonymous memory (where Linux tells it, else at
-    its resident memory) every 20 ms, since the peak lies inside a step. ``mapped`` is added to it: weights that lie in
-    a mapped file need their memory too.
+    CUDA counts by itself. On a CPU a thread reads the process's anonymous memory (where Linux gives it, else its
+    resident memory) every 20 ms, since the peak lies inside a step. ``mapped`` is added: weights in a mapped file need
+    memory too.
     """
 
     def __init__(self, device_type: str, peak_bytes: int = 0, mapped: int = 0) -> None:
@@ -124,15 +124,16 @@ class MemoryMeter:
 
 
 def frozen_bytes(model: nn.Module) -> int:
-    """What this process holds of what does not train: frozen parameters and buffers."""
+    """Bytes of frozen parameters and buffers in this process."""
     tensors = (*model.parameters(), *model.buffers())
     return sum(own_part(tensor).nbytes for tensor in tensors if not tensor.requires_grad)
 
 
 def mapped_bytes(model: nn.Module) -> int:
-    """Of the model's frozen tensors, what lies in mapped files, where Linux tells it: safetensors in their own dtype.
+    """Bytes of the model's frozen tensors that lie in mapped files, where Linux tells it: safetensors in their own
+    dtype.
 
-    What trains is written to, and becomes anonymous memory then.
+    Trained tensors are written to, and become anonymous memory then.
     """
     try:
         lines = Path(f"/proc/{os.getpid()}/maps").read_text().splitlines()

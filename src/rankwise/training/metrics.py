@@ -32,7 +32,7 @@ def evaluations(folder: Path) -> dict[int, float]:
 
 
 def evaluated_rewards(folder: Path, step: int) -> dict[str, float | None]:
-    """What the evaluation after ``step`` found of rewards, by the names that training steps have them under."""
+    """The rewards of the evaluation after ``step``, under the names that training steps use."""
     lines = (line for line in read_metrics(folder) if line["step"] == step and "eval_loss" in line)
     last = max(lines, key=len, default={})
     found = {key.removeprefix("eval_"): value for key, value in last.items() if key.startswith("eval_")}

@@ -14,7 +14,7 @@ from rankwise.errors import ConfigError
 
 
 def new_tokens(given: str) -> list[str]:
-    """The lines of the file ``--new-tokens``, or what stands between its commas. Raises ConfigError (RW787)."""
+    """The lines of the file ``--new-tokens``, or its parts between commas. Raises ConfigError (RW787)."""
     try:
         lines = Path(given).read_text(encoding="utf-8").splitlines() if Path(given).is_file() else given.split(",")
     except (OSError, ValueError) as error:

@@ -31,7 +31,7 @@ class StepInfo:
 
 
 class Observer(Protocol):
-    """What a run tells its watcher. Every call comes from the training thread; keep them short."""
+    """Receives the events of a run. Every call comes from the training thread, so calls must be short."""
 
     def phase(self, text: str) -> None:
         """A new phase begins: ``Reading data``, ``Training``, ..."""
@@ -46,11 +46,11 @@ class Observer(Protocol):
         """The answer to the fixed sample prompt, after the evaluation of ``step``."""
 
     def warning(self, code: str, text: str) -> None:
-        """Something that does not stop the run."""
+        """A problem that does not stop the run."""
 
 
 class SilentObserver:
-    """Watches nothing."""
+    """Shows nothing."""
 
     def phase(self, text: str) -> None: ...
 

@@ -1,4 +1,4 @@
-"""``--overwrite``: remove the files that the old run wrote, by name, and nothing else in its folder."""
+"""``--overwrite``: remove the files that the old run wrote, by name, and no others in its folder."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ def read_old_run(output: Path) -> RunRecord | None:
 
 
 def check_replaceable(output: Path) -> None:
-    """Raise RunError naming what stands where the old run's files should be and is not the run's: RW504, RW554 for a
-    link in the place of the checkpoints' folder."""
+    """Raise RunError for files in the place of the old run's files that are not the run's.
+
+    RW504, or RW554 for a link in the place of the checkpoints' folder. The message names them.
+    """
     refuse_links(output, [FOLDER])
     foreign = [f"{FOLDER}/{name}" for name in foreign_items(output)]
     foreign += [path.name for path in _named_files(output) if path.is_dir()]
@@ -44,9 +46,9 @@ def check_replaceable(output: Path) -> None:
 
 
 def clear_run(output: Path) -> None:
-    """Remove the files of the old run but its record, which the new one replaces, and leave everything else.
+    """Remove the files of the old run and keep everything else; the new run replaces its record.
 
-    The record says so first: cut off in between, the folder holds no run that looks finished. Raises RunError (RW504,
+    The record is marked first: after a kill in between, no run in the folder looks finished. Raises RunError (RW504,
     RW554) before anything is removed, as ``check_replaceable`` does.
     """
     check_replaceable(output)
@@ -65,7 +67,7 @@ def clear_run(output: Path) -> None:
 
 
 def _named_files(output: Path) -> list[Path]:
-    """Files that the run wrote outside ``checkpoints``, as far as they exist. A record's names stay in the folder."""
+    """The existing files that the run wrote outside ``checkpoints``. A record's names cannot leave the folder."""
     record = read_old_run(output)
     names = {*OWN_FILES, *filter(_is_inside, record.files if record else ())}
     found = [output / name for name in sorted(names)]

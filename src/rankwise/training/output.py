@@ -49,11 +49,11 @@ LENGTH_FREE = (*CONSTANT, "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
 
 
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
-    """Whether a run may use this folder; nothing is written.
+    """Check whether a run may use this folder. Nothing is written.
 
-    Raises RunError: RW502 for a run that is there already, RW503 for a folder that cannot be written, RW504 for one
-    without a run and with other files, or where other files stand in the place of the run to overwrite, RW505 for
-    nothing to resume, RW506 for both options at once, RW554 for a link in the place of the checkpoints' folder.
+    Raises RunError: RW502 for a folder with a run, RW503 for a folder that cannot be written, RW504 for a folder with
+    other files and no run, or with other files in the place of the run to overwrite, RW505 for nothing to resume, RW506
+    for both options at once, RW554 for a link in the place of the checkpoints' folder.
     """
     if resume and overwrite:
         raise RunError("RW506", "--resume continues the old run and --overwrite replaces it; give one of them.")
@@ -84,20 +84,20 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
 
 
 def _foreign_names(output: Path) -> list[str]:
-    """What is in the folder, besides what a process that was killed left of its first file."""
+    """The names in the folder, without the first file of a killed process."""
     found = {path.name for path in output.iterdir()} if output.is_dir() else set()
     return sorted(found - {path.name for path in strays(output, [RUN_FILE])})
 
 
 def holds_run(output: Path) -> bool:
-    """Whether the record of a run is there; a folder of checkpoints alone may be anybody's."""
+    """Whether the folder has the record of a run. A folder of checkpoints alone may belong to something else."""
     return read_old_run(output) is not None
 
 
 def check_same_run(output: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raise RunError (RW507) naming every setting by which a resumed run would differ from the run in ``output``.
 
-    ``check_length`` judges the length. ``defaults`` hold for settings that did not exist when the run was started.
+    ``check_length`` checks the length. ``defaults`` stand for settings that did not exist when the run was started.
     """
     before = {**defaults, **load_record(output).settings}
     free = MAY_CHANGE | COMPARED_BY_CONTENT | {*LENGTH}
@@ -115,7 +115,7 @@ def check_same_run(output: Path, settings: Mapping[str, Any], defaults: Mapping[
 
 
 def check_same_processes(output: Path, processes: int) -> None:
-    """Raise RunError (RW703) where another number of processes would continue a run than has made its checkpoints."""
+    """Raise RunError (RW703) where another number of processes would continue a run than wrote its checkpoints."""
     before = load_record(output).devices
     if before != processes:
         raise RunError(
@@ -141,7 +141,7 @@ def check_length(output: Path, *, done: int, before: int, now: int, schedule: st
 
 
 def _differs(name: str, before: Any, now: Any, free: set[str]) -> bool:
-    """Of a file its content decides, later; one that is not there has none."""
+    """Whether a setting differs. Files are compared later, by their content; a missing file has none."""
     if name in COMPARED_BY_CONTENT - {"revision"}:
         return (before is None) != (now is None)
     return name not in free and before != now

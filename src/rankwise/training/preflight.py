@@ -1,4 +1,6 @@
-"""Checks before the first step, at the first steps and at the end. Each failure is one sentence with its remedy."""
+"""Checks before the first step, at the first steps and at the end. Each failure is one sentence that says what to
+do.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,10 @@ from rankwise.training.weights import checkpoint_bytes, trainable_tensors
 
 
 def check_labels(*, tokens: int, trained_tokens: int, stop_rows: int, whole_texts: bool, source: str) -> None:
-    """Labels that would teach nothing, or never to stop.
+    """Check that the labels teach something, and teach to stop.
 
-    ``stop_rows`` counts rows with a stop token in the labels; ``whole_texts`` says that the rows are plain texts,
-    which may go on. Raises RunError: RW521 when nothing is trained, RW525 when no row has a stop token.
+    ``stop_rows`` counts rows with a stop token in the labels; ``whole_texts`` says that the rows are plain texts, which
+    need no stop token. Raises RunError: RW521 when nothing is trained, RW525 when no row has a stop token.
     """
     if not trained_tokens:
         raise RunError(
@@ -67,7 +69,9 @@ def check_trainable(model: nn.Module, method: str) -> None:
 
 
 def check_disk(model: nn.Module, output: Path, checkpoints: int) -> None:
-    """Raise RunError (RW513) when ``checkpoints`` checkpoints, the one being written and the result will not fit."""
+    """Raise RunError (RW513) when ``checkpoints`` checkpoints, the one being written and the result will not fit on
+    the disk.
+    """
     check_space(output, checkpoint_bytes(model) * (checkpoints + 2))
 
 
@@ -90,7 +94,7 @@ class GradientCheck:
         return not self.waiting
 
     def look(self, step: int) -> None:
-        """Look at the gradients of step ``step``, before the optimizer uses them.
+        """Check the gradients of step ``step``, before the optimizer uses them.
 
         Raises RunError (RW523), naming the tensors that received none.
         """

@@ -1,7 +1,7 @@
-"""A cache on disk of prepared base models. The key is a hash of their weights and of what was done to them.
+"""A cache on disk of prepared base models. Its key is a hash of their weights and of the preparation.
 
-Reading a GGUF file and quantizing take seconds to minutes, and every run of a comparison needs the same result. A
-model that lies there already as it is needed (a folder, no quantization asked for) is not copied.
+Reading a GGUF file and quantizing take seconds to minutes, and every run of a comparison needs the same result. A model
+that needs no preparation (a folder, without quantization) is not copied.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def load_prepared(
     trust_remote_code: bool,
     cache: Path | None,
 ) -> tuple[Any, Any]:
-    """``load_model``, or the same weights to the bit from ``cache``, which is filled where they are not there yet."""
+    """``load_model``, or the same weights to the bit from ``cache``, which is filled on the first call."""
     arguments: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if cache is None or not is_worth_keeping(source, quantization):
         return load_model(source, quantization=quantization, **arguments)
@@ -54,7 +54,7 @@ def load_prepared(
 
 
 def _describe_as_asked(model: Any, quantization: FourBitConfig) -> None:
-    """A checkpoint names every dense module and a dtype; the model says what a fresh one says."""
+    """Give a model from the cache the description of a fresh one: a checkpoint names every dense module and a dtype."""
     for holder in (model.config, model.hf_quantizer):
         for name in ("compute_dtype", "modules_to_not_convert"):
             setattr(holder.quantization_config, name, getattr(quantization, name))
@@ -67,7 +67,7 @@ def is_worth_keeping(source: ModelSource, quantization: FourBitConfig | None) ->
 
 
 def is_quantized(source: ModelSource) -> bool:
-    """Whether the files hold weights in another form than the model's: GGUF, or packed ones."""
+    """Whether the files hold weights in another form than the model's: GGUF, or packed."""
     if source.is_gguf:
         return True
     assert source.path is not None
@@ -82,7 +82,7 @@ def _key(source: ModelSource, dtype: torch.dtype | None, quantization: FourBitCo
 
 
 def _keep(model: Any, folder: Path) -> None:
-    """Whole or not at all. Where another process is writing the same, that one's will do."""
+    """Write the folder whole or not at all. Where another process writes the same folder, that one stays."""
     try:
         with hold(folder):
             if not folder.exists():

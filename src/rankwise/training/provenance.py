@@ -17,7 +17,7 @@ PACKAGES = ("rankwise", "torch", "transformers", "trl", "accelerate", "datasets"
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of every library that could change a result; those not installed are left out."""
+    """Versions of Python and of every installed library that could change a result."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -28,8 +28,11 @@ def versions() -> dict[str, str]:
 
 
 def device_record(device: torch.device, dtype: torch.dtype, optimizer: str) -> dict[str, Any]:
-    """Type, name and dtype of the device that trains; on a CPU its threads, and how they wait as far as it was said; on
-    a card the settings of its allocator, and by what ``optimizer`` runs."""
+    """Type, name and dtype of the training device.
+
+    For a CPU also its threads and their waiting policy where one is set; for a card the settings of its allocator and
+    the implementation of ``optimizer``.
+    """
     record: dict[str, Any] = {"type": device.type, "dtype": str(dtype).removeprefix("torch.")}
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

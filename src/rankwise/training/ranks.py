@@ -1,7 +1,7 @@
 """Several processes that train one model: the place of this one among them, and their communication.
 
-torchrun, or ``rankwise train --devices N``, starts the processes and says in the environment which is which. In a
-process that was started alone every function here gives at once what it was given. torch is imported at the first call
+torchrun, or ``rankwise train --devices N``, starts the processes and describes them in environment variables. In a
+process that was started alone every function here returns its argument at once. torch is imported at the first call
 that needs it.
 """
 
@@ -74,13 +74,13 @@ def place() -> Place | None:
 
 
 def is_writer() -> bool:
-    """Whether this process writes files and talks to the user: one of all does."""
+    """Whether this process writes files and talks to the user. Exactly one of all processes does."""
     where = place()
     return where is None or where.rank == 0
 
 
 def count() -> int:
-    """How many processes have joined."""
+    """The number of processes that have joined."""
     group = _group()
     return 1 if group is None else int(group.get_world_size())
 
@@ -168,8 +168,11 @@ def check_cards(device_type: str, processes: int) -> None:
 
 
 def end_alone() -> None:
-    """From here on this process ends by itself: a launcher sends SIGTERM to the others once one has ended, and whoever
-    still writes down why it failed, or says so, would be cut short."""
+    """Let this process end by itself from now on.
+
+    A launcher sends SIGTERM to the others once one has ended, which would interrupt a process that still records why it
+    failed.
+    """
     if place() is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -218,7 +221,7 @@ def summed(values: Sequence[float]) -> list[float]:
 
 
 def mean(values: Sequence[SupportsFloat], weight: float) -> list[SupportsFloat]:
-    """Means of ``values`` over all processes, in which this one has so much ``weight``."""
+    """Means of ``values`` over all processes; ``weight`` is this process's weight."""
     if _group() is None:
         return list(values)
     *sums, weights = summed([*(float(value) * weight for value in values), weight])
@@ -226,12 +229,12 @@ def mean(values: Sequence[SupportsFloat], weight: float) -> list[SupportsFloat]:
 
 
 def agreed(wish: bool) -> bool:
-    """Whether any process has this wish."""
+    """Whether any process wishes this."""
     return summed([float(wish)])[0] > 0
 
 
 def barrier() -> None:
-    """Wait until every process has come here."""
+    """Wait until every process has reached this call."""
     summed([0.0])
 
 
@@ -271,7 +274,9 @@ def restarts() -> int:
 
 
 def is_first_to_tell() -> bool:
-    """Of several processes that fail one tells the user why: the first, which the others fail because of."""
+    """Whether this process tells the user why the processes fail: the first to fail does, since the others fail
+    because of it.
+    """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     import torch.distributed as dist

@@ -1,4 +1,5 @@
-"""``train``: a run from its settings to its folder. Below setup.py and arguments.py nothing knows the settings.
+"""``train``: a run from its settings to its folder. The modules below setup.py and arguments.py do not know the
+settings.
 
 Order matters: everything is read and checked before anything is written, the old run included.
 """
@@ -93,7 +94,7 @@ def train(settings: TrainSettings, observer: Observer | None = None, foresight: 
 
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """The writer holds the folder; the others would wait for it."""
+    """The writer locks the folder; the other processes would wait for it."""
     if not ranks.is_writer():
         yield
         return
@@ -128,7 +129,7 @@ def _warn_of_idle_options(given: TrainSettings) -> None:
 
 
 def _is_finished(given: TrainSettings) -> bool:
-    """Whether the run to resume is done, and no longer one is asked for."""
+    """Whether the run to resume is finished, and no longer run is asked for."""
     record = load_record(given.output)
     if record.status != "finished" or not _same_length(given):
         return False
@@ -154,7 +155,9 @@ def _same_length(given: TrainSettings) -> bool:
 
 
 def _check_length(given: TrainSettings, checkpoint: Checkpoint, now: int) -> None:
-    """Refuse what cannot be lengthened, and say (RW544) what the schedule does where it depends on the length."""
+    """Refuse a length that the run cannot have, and say (RW544) how the schedule changes where it depends on the
+    length.
+    """
     before, schedule = _state_of(checkpoint).max_steps, given.lr_scheduler_type
     output.check_length(given.output, done=checkpoint.step, before=before, now=now, schedule=schedule)
     if now == before or schedule in output.LENGTH_FREE:
@@ -348,7 +351,7 @@ def _is_evaluated(folder: Path, checkpoint: Checkpoint | None) -> bool:
 
 
 def _state_of(checkpoint: Checkpoint) -> TrainerFacts:
-    """The Trainer's own state. Raises RunError (RW511) for one that the Trainer could not go on with."""
+    """The Trainer's own state. Raises RunError (RW511) for a state that the Trainer could not continue from."""
     with reading_state(checkpoint.path, "trainer"):
         state = checked(TrainerFacts, read_json(checkpoint.path / STATE_FILE, constants=True))
         transformers.TrainerState.load_from_json(str(checkpoint.path / STATE_FILE))
@@ -366,7 +369,7 @@ def _progress_of(checkpoint: Checkpoint | None) -> Progress:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars of libraries: the observer shows progress."""
+    """Switch off the progress bars of libraries: the observer shows progress."""
     shown = transformers.utils.logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -380,7 +383,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _told_warnings(observer: Observer | None, told: list[dict[str, str]]) -> AbstractContextManager[None]:
-    """Our warnings, from whichever part, go to the observer and into the record; without an observer, also on."""
+    """Send our warnings from every part to the observer and into the record; without an observer, they are also
+    shown as warnings.
+    """
 
     def tell(warning: RankwiseWarning) -> bool:
         # The memory plan may have said it already.

@@ -30,7 +30,7 @@ from rankwise.training.weights import weights_digest
 
 @dataclasses.dataclass(frozen=True)
 class Extras:
-    """What not every run has."""
+    """The parts that only some runs have."""
 
     early_stopping: int | None
     answer: Callable[[], str] | None
@@ -41,7 +41,7 @@ class Extras:
 
 @dataclasses.dataclass
 class Session:
-    """A checked run: all that is left is to carry it out."""
+    """A checked run, ready to be carried out."""
 
     folder: Path
     mode: output.Mode
@@ -55,7 +55,7 @@ class Session:
     # Of the process that writes.
 
     def carry_out(self, started: float, told: list[dict[str, str]]) -> RunRecord:
-        """Train to the end and write the results; the record says how it went, also when it fails.
+        """Train to the end and write the results. The record says how the run ended, also when it fails.
 
         Raises Interrupted: RW540 saved and stopped, RW541 stopped at once, RW542 stopped before the first step;
         RunError where a file cannot be written: RW551, for weights RW513 and RW514.
@@ -131,7 +131,7 @@ class Session:
         self.record.save(self.folder)
 
     def _train(self) -> Interrupted | None:
-        """Train; what the user's wish to stop came to, if there was one."""
+        """Train. Returns the interruption if the user asked to stop, else None."""
         device_type = self.trainer.args.device.type
         interrupt = Interrupt(self.observer.phase)
         meter = MemoryMeter(device_type, self.trainer.progress.peak_memory_bytes, mapped_bytes(self.trainer.model))
@@ -196,7 +196,7 @@ class Session:
         self.record.save(self.folder)
 
     def _close_early(self, status: str) -> None:
-        """The record and the plot of a run that did not end well, as far as the disk takes them."""
+        """Write the record and the plot of a run that did not end well, as far as the disk permits."""
         ranks.end_alone()
         if not ranks.is_writer():
             return
@@ -207,7 +207,7 @@ class Session:
                 write(self.folder)
 
     def _complete_record(self, status: str) -> None:
-        """Complete the record as far as the run came."""
+        """Complete the record up to the point that the run reached."""
         self._tick()
         record, progress = self.record, self.trainer.progress
         record.status = status

@@ -44,7 +44,7 @@ PROBE_TOKENS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Encoded rows, and what the record says about them."""
+    """Encoded rows, and their description for the record."""
 
     train: Encoded
     evaluation: Encoded | None
@@ -60,7 +60,7 @@ class Data:
         return [self.train] if self.evaluation is None else [self.train, self.evaluation]
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """{"train": ..., "eval": ...}: where each set came from, its sha256 and what became of its rows."""
+        """{"train": ..., "eval": ...}: the source of each set, its sha256 and the counts of its rows."""
         described = {"train": {**_described(self.rows, self.train), **self.notes}}
         if self.template is not None:
             described["train"]["chat_template_sha256"] = hashlib.sha256(self.template.encode()).hexdigest()
@@ -71,7 +71,7 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedBase:
-    """A model ready to train, and how."""
+    """A model ready to train, and how it was loaded."""
 
     source: ModelSource
     model: Any
@@ -127,8 +127,8 @@ def encode_data(
 ) -> Data:
     """Token ids of both sets, by the same rules: those of demonstrations, or of ``encode``.
 
-    The tokenizer keeps the chat template that was given: it is saved with the run, so that whoever loads the run writes
-    prompts as they were in training.
+    The tokenizer keeps the given chat template. It is saved with the run, so that a later program writes prompts as in
+    training.
     """
     if template is not None:
         tokenizer.chat_template = template
@@ -187,9 +187,10 @@ def load_for_training(given: TrainSettings) -> LoadedBase:
 def make_trainable(
     model: Any, given: TrainSettings, config: LoraConfig, rows: Encoded, checkpoint: Checkpoint | None
 ) -> int:
-    """Put the method's adapter on the model, or free all of it for ``full``; gives the count of what trains.
+    """Put the method's adapter on the model, or unfreeze all of it for ``full``. Returns the number of trained
+    parameters.
 
-    What a ``checkpoint`` will overwrite is not looked for again: eva's directions and loftq's decomposition.
+    A resumed run skips what its ``checkpoint`` will overwrite: EVA's directions and LoftQ's decomposition.
     """
     set_seed(given.seed)
     if given.method == "full":
@@ -208,7 +209,7 @@ def make_trainable(
 
 
 def eva_batches(dataset: Any, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Encoded rows in an order of their own, padded: input_ids, attention_mask and labels, each (B, L)."""
+    """Encoded rows in a separate random order, padded: input_ids, attention_mask and labels, each (B, L)."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     for start in range(0, min(len(order), size * MOST_BATCHES), size):
         rows = dataset[order[start : start + size]]
@@ -224,8 +225,8 @@ def eva_batches(dataset: Any, size: int, seed: int) -> Iterator[dict[str, Tensor
 def answerer(prompt: str, loaded: LoadedBase, data: Data) -> Callable[[], str]:
     """A function that lets the model answer ``prompt``, greedily: it draws no random numbers.
 
-    Where no template writes prompts, this one ends as those of the training rows do. Raises RunError (RW533) for a
-    prompt beyond the model's learned positions.
+    Without a chat template, the prompt ends as those of the training rows do. Raises RunError (RW533) for a prompt
+    beyond the model's learned positions.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     # It has the template that was given, if one was.

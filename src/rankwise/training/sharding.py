@@ -74,8 +74,9 @@ def shard_before_loading(model: Any, device_type: str, trained_whole: Sequence[s
 
 @contextmanager
 def looked_into(model: Any) -> Iterator[None]:
-    """Within this context the parts of a sharded model can be tried: of each kind one is whole, and all outside of the
-    layers is."""
+    """Within this context the parts of a sharded model can be tried: one layer of each kind is gathered, and so is
+    everything outside of the layers.
+    """
     if not is_unit(model):
         yield
         return
@@ -95,7 +96,9 @@ def looked_into(model: Any) -> Iterator[None]:
 
 @contextmanager
 def roots_gathered(model: Any) -> Iterator[None]:
-    """Within this context parts of a sharded model may be called past its own forward, which would gather its root."""
+    """Within this context parts of a sharded model may be called without the model's own forward, which would gather
+    its root.
+    """
     if not is_unit(model):
         yield
         return
@@ -109,7 +112,7 @@ def roots_gathered(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Make each gradient the mean over all processes; of shards FSDP2 has made it already."""
+    """Make each gradient the mean over all processes. FSDP2 has done so for shards."""
     import torch.distributed as dist
 
     grads = [p.grad for p in parameters if p.grad is not None and not is_sharded(p.grad)]
@@ -127,7 +130,7 @@ def trains_shards(model: nn.Module) -> bool:
 
 
 def whole(tensor: Any) -> Tensor:
-    """All rows of a tensor, which every process asks for."""
+    """All rows of a tensor. Every process must call this."""
     found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
     return found
 
@@ -149,7 +152,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state in which nothing is sharded, in the memory of the process that writes."""
+    """An optimizer's state without shards, in the memory of the writing process."""
     state = optimizer.state_dict()
     if not any(map(is_sharded, _parameters(optimizer))):
         return state
@@ -167,7 +170,7 @@ def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def sharded_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """``whole_state`` the other way: moments become shards where their parameters are."""
+    """The inverse of ``whole_state``: moments become shards where their parameters are."""
     from torch.distributed.tensor import DTensor
 
     parameters = _parameters(optimizer)

@@ -1,4 +1,4 @@
-"""The rows of one of several processes: together they take the batches of one process, in its order."""
+"""The rows of one of several processes. Together the processes take the batches of one process, in its order."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rankwise.training.batches import KEY, Counted
 
 
 class Shares(BatchSampler):
-    """Of each batch of ``count * size`` rows the part of process ``rank``: ``size`` rows, one process after the other.
+    """The part of process ``rank`` of each batch of ``count * size`` rows: ``size`` rows, one process after the other.
 
-    The last batch of an epoch may be shorter. It is then split as evenly as can be; where it has fewer rows than there
-    are processes, those left over take its first row, of which ``Remainder`` lets them learn nothing. accelerate would
-    repeat rows there, and one process does not.
+    The last batch of an epoch may be shorter. It is then split as evenly as possible. Where it has fewer rows than
+    there are processes, the processes without a row take its first row, and ``Remainder`` masks its labels. accelerate
+    would repeat rows there, and one process does not.
     """
 
     def __init__(self, sampler: Any, size: int, count: int, rank: int) -> None:
@@ -30,7 +30,7 @@ class Shares(BatchSampler):
 
 
 def share(rows: list[Any], count: int, rank: int) -> list[Any]:
-    """Part ``rank`` of ``count`` of rows that are cut as evenly as can be, the first parts being the longer ones."""
+    """Part ``rank`` of ``count`` of rows that are split as evenly as possible; the first parts are the longer ones."""
     size, longer = divmod(len(rows), count)
     start = rank * size + min(rank, longer)
     return rows[start : start + size + (rank < longer)]

@@ -1,8 +1,8 @@
-"""What every objective's trainer has from us: one host sync a step, checkpoints, resuming, the loop.
+"""The common base of every objective's trainer: one host sync a step, checkpoints, resuming, the loop.
 
 trl's trainers differ in their data and their loss alone. ``RunTrainer`` stands before one of them among the bases of a
-class, and overrides what they inherit from transformers' Trainer: saving and loading (its own are pickles in folders
-that can be half-written), telemetry and the model card (nothing leaves the machine, and the card is ours).
+class, and overrides methods of transformers' Trainer: saving and loading (its own files are pickles in folders that can
+be half-written), telemetry and the model card (nothing leaves the machine, and the card is ours).
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class RunTrainer(TrlTrainer):
 
     @property
     def step_figures(self) -> dict[str, float]:
-        """What else is shown of the last step, and written beside its loss."""
+        """Further figures of the last step, shown and written beside its loss."""
         return {}
 
     # --- a step ---
@@ -135,10 +135,10 @@ class RunTrainer(TrlTrainer):
         return value
 
     def _read_step(self, norm: Any) -> float:
-        """The gradient norm; notes loss, tokens and examples of the step, over all processes.
+        """The gradient norm; records loss, tokens and examples of the step, over all processes.
 
-        The one time in a step that the device is waited for. A loss that is not finite in one process is not in the sum
-        either, so all end together.
+        This is the only wait for the device in a step. A loss that is not finite in one process makes the sum not
+        finite, so all processes end together.
         """
         device = self._losses[0].device
         *losses, value = torch.stack([*self._losses, torch.as_tensor(norm, device=device)]).tolist()
@@ -227,7 +227,7 @@ class RunTrainer(TrlTrainer):
             self._follow_schedule()
 
     def _follow_schedule(self) -> None:
-        """The learning rate of the next step, by this run's length: the checkpoint may be that of a shorter run."""
+        """Set the learning rate of the next step by this run's length: the checkpoint may come from a shorter run."""
         scheduler = self.lr_scheduler
         if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
             factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
@@ -255,7 +255,7 @@ class RunTrainer(TrlTrainer):
             load_weights(self.model, self.run_folder / "checkpoints" / f"step-{step}")
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Train on from ``checkpoint`` until the run's last step."""
+        """Continue from ``checkpoint`` until the run's last step."""
         self.last_saved = checkpoint.step
         self.train(resume_from_checkpoint=str(checkpoint.path))
 

@@ -42,7 +42,7 @@ STATE_ERRORS = (
 
 @dataclasses.dataclass
 class TrainerFacts:
-    """What is reckoned with of the Trainer's own state."""
+    """The facts of the Trainer's own state that we use."""
 
     epoch: float
     global_step: int
@@ -86,7 +86,7 @@ def load_state(folder: Path, name: str, like: Any = None) -> Any:
 
 @contextmanager
 def reading_state(folder: Path, name: str) -> Iterator[None]:
-    """What goes wrong with values from a checkpoint's file, as RunError (RW511)."""
+    """Raise errors about values of a checkpoint's file as RunError (RW511)."""
     try:
         yield
     except STATE_ERRORS as error:
@@ -137,7 +137,7 @@ def _check_form(found: Any, wanted: Any, place: str) -> None:
 
 
 def _kind(value: Any) -> Any:
-    """Numbers are of one kind, and None stands for a number that is not there."""
+    """A value's kind: all numbers are of one kind, and None counts as a missing number."""
     is_number = value is None or (isinstance(value, int | float | np.number) and not isinstance(value, bool))
     return float if is_number else type(value)
 
@@ -158,7 +158,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Put every generator back where ``random_states`` found it.
+    """Set every generator to the state in ``random_states``'s result.
 
     Raises RunError (RW511) when the states are of another number of CUDA devices.
     """
@@ -180,7 +180,9 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 @contextmanager
 def undisturbed_random_states() -> Iterator[None]:
-    """Whatever is drawn inside, training goes on as if it had not been: evaluations cannot change a run."""
+    """Within this context random numbers may be drawn without changing the training: evaluations cannot change a
+    run.
+    """
     states = random_states()
     try:
         yield

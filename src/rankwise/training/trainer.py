@@ -1,7 +1,7 @@
 """trl's SFTTrainer with our adapters and a loss that is correct for every head.
 
-What is overridden, and why: the loss, where trl's fused head would bypass an adapted output head; evaluation (its loss
-is the mean over tokens and it leaves the random states alone). What all objectives have in common is in spine.py.
+It overrides the loss, since trl's fused head would bypass an adapted output head, and the evaluation, whose loss is the
+mean over tokens and which leaves the random states alone. The parts that all objectives share are in spine.py.
 """
 
 from __future__ import annotations

@@ -51,13 +51,13 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """{name: parameter} of what trains; names as in the adapter's file where there is an adapter."""
+    """{name: parameter} of everything that trains; names as in the adapter's file where there is an adapter."""
     named = adapter_parameters(model).items() if has_adapter(model) else model.named_parameters()
     return {name: parameter for name, parameter in named if parameter.requires_grad}
 
 
 def weights_digest(model: nn.Module) -> str:
-    """The sha256 of what trains and is no shard, bit by bit."""
+    """The sha256 of the bits of everything that trains and is not a shard."""
     digest = hashlib.sha256()
     for parameter in trainable_tensors(model).values():
         if not is_sharded(parameter):
@@ -66,7 +66,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def checkpoint_bytes(model: nn.Module) -> int:
-    """About what a checkpoint takes: the trained weights and two float32 moments of each."""
+    """The approximate size of a checkpoint: the trained weights and two float32 moments of each."""
     return sum(value.numel() * (value.element_size() + 8) for value in trainable_tensors(model).values())
 
 

@@ -51,7 +51,7 @@ def obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
 
 
 def unfit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
-    """The part of `obstacle` that lies in the tensors: all that a compiler can trace."""
+    """The part of `obstacle` that depends on the tensors: all that a compiler can trace."""
     if q.device.type != "cpu":
         return f"the native kernel works on CPU tensors, and these are on {q.device}."
     if not (q.dtype == k.dtype == v.dtype and q.dtype in _DTYPE):
@@ -64,7 +64,7 @@ def unfit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
 
 
 def missing(dtype: torch.dtype) -> str | None:
-    """Why no native attention of ``dtype`` runs in this process, or None where one does."""
+    """Why this process has no native attention for ``dtype``, or None where it has one."""
     why = _missing_library()
     if why is None and not native.library().rw_attention_available():
         why = "it needs AVX2, which this CPU, this build or RANKWISE_CPU_LEVEL does not give."
@@ -142,7 +142,7 @@ def _call(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x with the elements of a head side by side."""
+    """x with the elements of a head contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

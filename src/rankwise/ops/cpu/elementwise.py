@@ -210,7 +210,7 @@ _Sizes = ctypes.c_int64 * 5
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """x as rows of dense columns at one distance, and that distance: x itself where it is that already."""
+    """x as rows of contiguous columns with one stride, and that stride: x itself where it has this layout."""
     columns = x.shape[-1]
     if x.is_contiguous():
         return x, columns

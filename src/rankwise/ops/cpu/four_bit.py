@@ -130,7 +130,7 @@ def _dequantize_into(out: Tensor, weight: NativeWeight) -> None:
 
 
 def _dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """The dequantized weight, (N, K), in memory that serves the next call too once this tensor is dropped."""
+    """The dequantized weight, (N, K), in memory that the next call reuses once this tensor is released."""
     out = _memory(weight.shape, dtype, exact=False)
     _dequantize_into(out, NativeWeight(weight))
     return out
@@ -159,7 +159,9 @@ def _memory(shape: Sequence[int], dtype: torch.dtype, *, exact: bool) -> Tensor:
 
 
 def _keep(make: Callable[[], Tensor]) -> Tensor:
-    """What ``make`` gives, kept for this thread. Made in inference mode, it could not be saved for a backward pass."""
+    """The result of ``make``, kept for this thread. It is made outside inference mode, whose tensors cannot be saved
+    for a backward pass.
+    """
     with torch.inference_mode(False):
         made = make()
     _kept.tensor, _kept.storage = made, made.untyped_storage()

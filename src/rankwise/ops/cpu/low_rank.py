@@ -24,7 +24,9 @@ from rankwise.ops.cpu.products import MOST_TERMS, Factor, Term, add_products, pa
 
 
 def steps_for(rows: Tensor, branches: Sequence[Branch]) -> Steps | None:
-    """The steps, where they apply: rows (T, K) that sums of products take, and weights that can be read in place."""
+    """The steps where they apply: for rows (T, K) that sums of products take, and for weights that can be read in
+    place.
+    """
     if len(branches) >= MOST_TERMS or not take(rows.dtype):
         return None
     factors = []
@@ -38,7 +40,7 @@ def steps_for(rows: Tensor, branches: Sequence[Branch]) -> Steps | None:
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The functions of `rankwise.ops.low_rank_plain`, with the frozen weights as the native library reads them."""
+    """The functions of `rankwise.ops.low_rank_plain`, with the frozen weights in the native library's form."""
 
     factors: Sequence[Factor]
 
@@ -126,7 +128,7 @@ def _grad_x(terms: list[Term], dU: Tensor, branches: Sequence[Branch], dropout: 
 
 
 def _dense(rows: Tensor) -> Tensor:
-    """Rows whose elements lie side by side."""
+    """Rows with contiguous elements."""
     return rows if rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1] else rows.contiguous()
 
 
@@ -135,7 +137,7 @@ def _dropped(rows: Tensor, dropout: Dropout | None) -> Tensor:
 
 
 def _factor(matrix: Tensor) -> Factor:
-    """A or B: float32 and bfloat16 are read in place."""
+    """A or B as a factor: float32 and bfloat16 are read in place."""
     if matrix.dtype not in (torch.float32, torch.bfloat16):
         matrix = matrix.float()
     matrix = matrix.contiguous()

@@ -1,4 +1,4 @@
-"""One 4-bit weight as the native library sees it."""
+"""One 4-bit weight in the native library's form."""
 
 from __future__ import annotations
 

@@ -32,9 +32,9 @@ _DTYPE = {torch.float32: 0, torch.bfloat16: 1}
 
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """The right factor of a term, as it lies in memory: rows of ``stride`` elements.
+    """The right factor of a term, in its memory layout: rows of ``stride`` elements.
 
-    ``across``: of the matrix W (N, K) that it stands for, what lies in rows is a column of W.
+    ``across``: the rows in memory are columns of the matrix W (N, K).
     """
 
     data: Tensor | NativeWeight
@@ -81,12 +81,12 @@ def available() -> bool:
 
 
 def take(dtype: torch.dtype) -> bool:
-    """Whether they take rows of ``dtype`` here."""
+    """Whether sums of products take rows of ``dtype`` here."""
     return available() and (dtype is torch.bfloat16 or (dtype is torch.float32 and not on_tiles()))
 
 
 def pay(rows: Tensor, W: Factor) -> bool:
-    """Whether they take these rows (T, K) and are faster than other products with the frozen weight W."""
+    """Whether sums of products take these rows (T, K) and are faster than other products with the frozen weight W."""
     if not take(rows.dtype):
         return False
     if rows.dtype is torch.float32:
@@ -97,27 +97,27 @@ def pay(rows: Tensor, W: Factor) -> bool:
 
 
 def replace_torch(dtype: torch.dtype) -> bool:
-    """Whether they take rows of ``dtype`` where PyTorch's own products find no instruction and are far slower."""
+    """Whether they take rows of ``dtype`` for which PyTorch's own products have no instruction and are far slower."""
     return dtype is torch.bfloat16 and take(dtype) and not on_tiles()
 
 
 def on_tiles() -> bool:
-    """Whether they multiply pairs of bfloat16 that are packed in tiles: on AMX, or with AVX-512 BF16."""
+    """Whether they multiply pairs of bfloat16 in tiles: with AMX or AVX-512 BF16."""
     return bool(library().rw_products_are_tiles())
 
 
 def allow(allowed: bool) -> None:
-    """Switch them off (and on again) for the whole process: for tests."""
+    """Switch sums of products off (and on again) for the whole process: for tests."""
     library().rw_products_allow(allowed)
 
 
 def use_amx() -> bool:
-    """Whether the tiles are AMX's."""
+    """Whether the tiles are those of AMX."""
     return bool(library().rw_products_use_amx())
 
 
 def allow_amx(allowed: bool) -> None:
-    """Keep to AVX-512 (and no longer) for the whole process: for tests."""
+    """Allow AMX, or AVX-512 only, for the whole process: for tests."""
     library().rw_products_allow_amx(allowed)
 
 

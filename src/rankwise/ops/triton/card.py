@@ -1,4 +1,4 @@
-"""What a step on a card fuses, on Triton, with the signatures of `rankwise.ops.card_reference`.
+"""The fused operators of a step on a card, on Triton, with the signatures of `rankwise.ops.card_reference`.
 
 The callers in ``rankwise.ops.table`` have checked types and shapes.
 """

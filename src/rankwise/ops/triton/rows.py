@@ -1,4 +1,4 @@
-"""What the kernels of a training step share: rows of a matrix in memory, and operands of ``tl.dot``.
+"""Helpers of the kernels of a training step: rows of a matrix in memory, and operands of ``tl.dot``.
 
 Legend: T = rows (all leading dimensions together), N = columns.
 """

@@ -1,10 +1,10 @@
-"""What a run can learn from. Each objective has a module, whose ``learning()`` is all that a run needs of it:
+"""The objectives of a run. Each has a module, whose ``learning()`` gives a run all that it needs:
 
     sft.py              demonstrations, by trl's SFTTrainer
     preferences.py      pairs, by its DPOTrainer; answers marked good or bad, by its KTOTrainer
     grpo.py             rewards, by its GRPOTrainer
 
-Reading, checks before training, checkpoints, resuming and the record are the run's own (run.py, spine.py).
+Reading, checks before training, checkpoints, resuming and the record are shared by all (run.py, spine.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Learning from rewards: GRPO (Shao et al. 2024).
 
 The model answers each prompt several times, each answer is scored, and answers that score above the mean of their group
-become likelier. What a run needs of it is here; the trainer is in grpo_trainer.py, what scores in rewards.py.
+become likelier. This module holds the run's part; the trainer is in grpo_trainer.py, and the scoring in rewards.py.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _trainer(given: TrainSettings, data: Data, common: Mapping[str, Any], *, rew
 
 
 def _largest_batch(trainer: Any, *, flat: bool) -> Batch:
-    """Answers of full length to the longest prompt."""
+    """The largest micro-batch: answers of full length to the longest prompt."""
     new, rows = trainer.max_completion_length, trainer.args.per_device_train_batch_size
     tokens = longest_row(trainer.train_dataset) + new
     return Batch(rows, tokens, new / tokens)

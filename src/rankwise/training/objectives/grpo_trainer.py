@@ -59,14 +59,14 @@ SILENT_STEPS = 10
 
 @dataclasses.dataclass
 class GrpoArguments(GRPOConfig):
-    """trl's. ``beta`` stays 0 there: for another trl loads a reference model."""
+    """trl's arguments. trl's own ``beta`` stays 0, because with another value trl loads a reference model."""
 
     reference_beta: float = 0.0
     padding_free: bool = False
 
 
 class EpochSampler(RepeatSampler):
-    """trl's, whose order depends on seed and epoch alone."""
+    """trl's sampler, with an order that depends on seed and epoch alone."""
 
     def set_epoch(self, epoch: int) -> None:
         assert self.seed is not None, "ours are seeded"
@@ -127,7 +127,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         return found
 
     def _ask(self, rows: Sequence[str]) -> list[Any]:
-        """The prompts of a batch, whose other columns are kept for the rewards."""
+        """The prompts of a batch. Their other columns are kept for the rewards."""
         asked = [json.loads(row) for row in rows]
         self._columns = [one["columns"] for one in asked]
         return [one["prompt"] for one in asked]
@@ -151,7 +151,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         return self._answers(prompt_ids, temperature=self.temperature, seed=seed), None
 
     def _answers(self, prompt_ids: Sequence[Sequence[int]], *, temperature: float, seed: int = 0) -> list[list[int]]:
-        """Token ids of an answer to each, with the stop token that ended it."""
+        """The token ids of an answer to each prompt, with the stop token that ended it."""
         seen: Counter[tuple[int, ...]] = Counter()
         prompts = []
         for prompt in map(tuple, prompt_ids):
@@ -182,7 +182,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         compute_aux_loss: bool = False,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Of the last ``logits_to_keep`` tokens (B, C), zeros where they are padding; the entropy is their mean."""
+        """Values of the last ``logits_to_keep`` tokens (B, C), zeros at padding; the entropy is their mean."""
         is_reference = model is REFERENCE
         size = batch_size or len(input_ids)
         found = []
@@ -265,7 +265,7 @@ def _check(arguments: GrpoArguments) -> None:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards as before."""
+    """Within this context the model is in evaluation mode; afterwards in its earlier mode."""
     training = model.training
     model.eval()
     try:

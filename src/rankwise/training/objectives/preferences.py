@@ -60,7 +60,7 @@ UNKNOWN = ("logits/chosen", "logits/rejected", "mean_token_accuracy")
 
 
 class PreferenceTrainer(RunTrainer):
-    """What both trainers have in common. Stands before trl's among a class's bases."""
+    """The common part of both trainers. It stands before trl's trainer among the bases of a class."""
 
     # The trl trainer behind this one.
     behind: type[TrlTrainer]
@@ -113,7 +113,7 @@ class PreferenceTrainer(RunTrainer):
         return f"own log-probabilities, in chunks{', of prompts shared by both answers' if self.shares_prompts else ''}"
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
-        """Rows are encoded, cut and counted before."""
+        """The data set itself: its rows are encoded, cut and counted already."""
         return dataset
 
     # --- loss ---
@@ -189,7 +189,7 @@ class PreferenceTrainer(RunTrainer):
 
 
 class PairTrainer(PreferenceTrainer, DPOTrainer):
-    """Pairs."""
+    """Trains on pairs."""
 
     behind = DPOTrainer
 
@@ -199,7 +199,7 @@ class PairTrainer(PreferenceTrainer, DPOTrainer):
 
 
 class MarkedTrainer(PreferenceTrainer, KTOTrainer):
-    """Answers marked good or bad."""
+    """Trains on answers marked good or bad."""
 
     behind = KTOTrainer
 
@@ -221,14 +221,14 @@ class MarkedTrainer(PreferenceTrainer, KTOTrainer):
 
 
 def _counting(collate: Callable[[Any], dict[str, Any]], examples: list[Any]) -> dict[str, Any]:
-    """A batch of trl's collator, and (tokens that are no padding, examples), counted on the host."""
+    """A batch of trl's collator, and (tokens without padding, examples), counted on the host."""
     batch = collate(examples)
     return {**batch, COUNTED: (int(batch["attention_mask"].sum()), len(examples))}
 
 
 @dataclasses.dataclass
 class PairArguments(DPOConfig):
-    """trl's. ``flat``: rows may be laid end to end."""
+    """trl's arguments. ``flat``: rows may be laid end to end."""
 
     flat: bool = False
 

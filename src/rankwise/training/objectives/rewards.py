@@ -1,7 +1,7 @@
-"""Rewards of ``--objective grpo``: what scores an answer, from a Python file or built in, checked at every call.
+"""Rewards of ``--objective grpo``: functions that score answers, from a Python file or built in, checked at every call.
 
 A reward function has trl's signature: keyword arguments ``prompts``, ``completions``, ``completion_ids`` and each
-column of the data, all lists of one length; it returns a number for each completion, or None where it has none to give.
+column of the data, all lists of one length. It returns a number for each completion, or None where it has none to give.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHOWN = 80
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-    """One ``--reward``. ``sha256``: of its file, which a resumed run must find unchanged."""
+    """One ``--reward``. ``sha256``: of its file, which must be unchanged when a run resumes."""
 
     spec: str
     name: str
@@ -44,7 +44,7 @@ class Reward:
 
     @property
     def __name__(self) -> str:
-        """Under which trl logs it."""
+        """The name under which trl logs it."""
         return self.name
 
     def __call__(self, *, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
@@ -69,7 +69,9 @@ class Reward:
         return [self._number(value, given, place) for place, value in enumerate(values)]
 
     def _called(self, given: Mapping[str, Any]) -> Any:
-        """trl asks that functions take ``**kwargs``; ours need only name what they use."""
+        """The function's result. trl asks that functions take ``**kwargs``; ours need only name the arguments that
+        they use.
+        """
         taken = inspect.signature(self.function).parameters.values()
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
             given = {name: given[name] for name in (parameter.name for parameter in taken) if name in given}
@@ -115,10 +117,10 @@ class Reward:
 
 
 def read_rewards(specs: Sequence[str]) -> list[Reward]:
-    """The rewards by what ``--reward`` says of each; the code of files runs.
+    """The rewards that ``--reward`` names; the code of files runs.
 
-    Raises ConfigError: RW770 for what is neither a function in a file nor built in, RW771 for a file or a function
-    that is not there or does not load, or that nobody can call.
+    Raises ConfigError: RW770 for a value that is neither a function in a file nor built in, RW771 for a file or a
+    function that is missing, does not load, or cannot be called.
     """
     rewards = [_read(spec) for spec in specs]
     names = [reward.name for reward in rewards]
@@ -209,7 +211,7 @@ def text_of(completion: Any) -> str:
 
 
 def _at(value: Any, place: int, count: int) -> Any:
-    """Of a column its one value; what is no column, such as the trainer's state, is everybody's."""
+    """One value of a column; a value that is not a column, such as the trainer's state, is the same for all."""
     return value[place : place + 1] if isinstance(value, list | tuple) and len(value) == count else value
 
 

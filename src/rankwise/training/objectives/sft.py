@@ -1,4 +1,4 @@
-"""Learning from demonstrations: the tokens of an answer, each given those before it."""
+"""Learning from demonstrations: the tokens of an answer, each given the tokens before it."""
 
 from __future__ import annotations
 
