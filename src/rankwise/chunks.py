@@ -16,7 +16,7 @@ WRITTEN_ROWS = {"cpu": 64, "cuda": 256, "mps": 64}
 
 
 def chunk_rows(vocabulary: int, element_size: int, *, on_card: bool) -> int:
-    """Rows whose logits make a chunk."""
+    """The number of rows whose logits make a chunk."""
     if not on_card:
         return max(SMALLEST_CHUNK, CHUNK_BYTES // (vocabulary * element_size))
     least, most = CARD_ROWS

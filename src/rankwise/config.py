@@ -1,7 +1,7 @@
-"""What a user can set: the adapter and the training run. Imports no torch.
+"""A user's settings: the adapter and the training run. Imports no torch.
 
-``LoraConfig`` speaks PEFT's names. ``TrainSettings`` is the command line of ``rankwise train`` and the keys of its YAML
-file. An option stands in one table, from which others inherit:
+``LoraConfig`` uses PEFT's names. ``TrainSettings`` is the command line of ``rankwise train`` and the keys of its YAML
+file. Each option is in one table, from which others inherit:
 
     AdapterOptions            an adapter           LoraConfig
     └── StepOptions           one training step    the memory plan's ``Workload``, and

@@ -32,7 +32,7 @@ CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The operating system's error that ``error`` is, or that stands in its text alone.
+    """The operating system's error in ``error``, which may contain it as text only.
 
     Libraries written in Rust (tokenizers, safetensors), torch and ``shutil.copytree`` raise exceptions of their own.
     """
@@ -73,7 +73,7 @@ def _text(name: object) -> str:
 
 @contextlib.contextmanager
 def coded_errors(place: Path, then: str) -> Iterator[None]:
-    """Raise errors of the system as RunError (RW551), which says what to do and ``then`` how to go on."""
+    """Raise errors of the system as RunError (RW551), which says what to do; ``then`` says how to continue."""
     try:
         yield
     except Exception as error:
@@ -200,7 +200,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let errors of the system name ``path`` where they name nothing, as a write does, or its temporary file."""
+    """Let errors of the system name ``path`` where they name no file, as a write does, or its temporary file."""
     try:
         yield
     except OSError as error:
@@ -212,7 +212,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def appending(path: Path) -> Iterator[BinaryIO]:
-    """``path``, open for writing behind what it holds; what was written goes again where not all of it could be.
+    """``path``, open for appending. If a write fails, the file is cut to its earlier length.
 
     Raises RunError (RW554) for a link.
     """
@@ -230,13 +230,13 @@ def appending(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_strays(folder: Path, names: Iterable[str]) -> None:
-    """Remove what killed processes left of writing ``names`` to ``folder``, which is held."""
+    """Remove the temporary files of killed processes for ``names`` in ``folder``, which is held."""
     for path in strays(folder, names):
         path.unlink(missing_ok=True)
 
 
 def strays(folder: Path, names: Iterable[str]) -> list[Path]:
-    """Temporary files of ``whole_file`` for ``names``, told by the whole of their names."""
+    """Temporary files of ``whole_file`` for ``names``, recognised by their whole names."""
     known = re.compile(rf"\.({'|'.join(map(re.escape, names))})\.{TOKEN}")
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     return [path for path in found if known.fullmatch(path.name) and path.is_file() and not path.is_symlink()]
@@ -273,7 +273,7 @@ def whole_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def _name_final(error: OSError, partial: Path, output: Path) -> None:
-    """Name the files as they would have been called in the end."""
+    """Name the files in an error by their final names."""
     for name in ("filename", "filename2"):
         if getattr(error, name) is not None:
             setattr(error, name, _text(getattr(error, name)).replace(str(partial), str(output)))
@@ -293,7 +293,9 @@ def _partial(output: Path) -> Path:
 
 
 def _remove_partials(output: Path) -> None:
-    """What killed processes left of writing or removing ``output``, told by the whole of its name."""
+    """Remove the temporary folders of killed processes that wrote or removed ``output``, recognised by their whole
+    names.
+    """
     known = re.compile(rf"\.{re.escape(output.name)}\.partial-{TOKEN}")
     for path in list(output.parent.iterdir()):
         if known.fullmatch(path.name) and not path.is_symlink():
@@ -301,8 +303,7 @@ def _remove_partials(output: Path) -> None:
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
-    """Raise RunError (RW554) for links in the place of folders and files of ours: what goes into them would lie
-    elsewhere."""
+    """Raise RunError (RW554) for links in the place of our folders and files: their content would lie elsewhere."""
     links = [name for name in names if (folder / name).is_symlink()]
     if links:
         raise RunError(
@@ -313,9 +314,9 @@ def refuse_links(folder: Path, names: Iterable[str]) -> None:
 
 
 def follow_umask(path: Path) -> None:
-    """Give a file, or a folder and all in it, the modes that ``open`` and ``mkdir`` give.
+    """Give a file, or a folder and all in it, the modes of ``open`` and ``mkdir``.
 
-    mkdtemp and safetensors make theirs for their owner alone, and whoever serves a model is often another.
+    mkdtemp and safetensors give access to the owner alone, and the user who serves a model is often another one.
     """
     # There is no way to ask for the mask but to set it; meanwhile others' files are private, never open.
     mask = os.umask(0o077)
@@ -325,14 +326,14 @@ def follow_umask(path: Path) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """Have every file and folder in ``folder`` on disk, and ``folder`` itself."""
+    """Flush every file and folder in ``folder``, and ``folder`` itself, to disk."""
     for path in sorted(folder.rglob("*"), reverse=True):
         flush(path)
     flush(folder)
 
 
 def flush(path: Path) -> None:
-    """Have a file, or the names in a folder, on disk."""
+    """Flush a file, or the names in a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -84,7 +84,7 @@ class RankwiseWarning(UserWarning):
 
 @contextlib.contextmanager
 def heard(tell: Callable[[RankwiseWarning], bool]) -> Iterator[None]:
-    """Call ``tell`` with each of our warnings; those of which it returns True are shown as well."""
+    """Call ``tell`` with each of our warnings; warnings for which it returns True are shown as well."""
     with warnings.catch_warnings():
         warnings.filterwarnings("always", category=RankwiseWarning)
         show = warnings.showwarning
@@ -98,13 +98,13 @@ def heard(tell: Callable[[RankwiseWarning], bool]) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's own error, Python's, and what torch's CPU allocator says in a RuntimeError."""
+    """Whether memory ran out: CUDA's own error, Python's, or a RuntimeError of torch's CPU allocator."""
     cpu_allocator = "DefaultCPUAllocator" in str(error) and "memory" in str(error)
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or cpu_allocator
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, as part of a sentence."""
+    """The message of another library's error, as part of a sentence."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".;:") if lines else "no message"
 
@@ -117,5 +117,5 @@ def out_of_memory(error: BaseException, changes: str | None = None) -> RunError:
 
 
 def warn(code: str, message: str, *, stacklevel: int = 2) -> None:
-    """Say something that does not stop the work. The command line prints it; Python code can filter it."""
+    """Report a problem that does not stop the work. The command line prints it; Python code can filter it."""
     warnings.warn(RankwiseWarning(code, message), stacklevel=stacklevel + 1)

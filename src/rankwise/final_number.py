@@ -43,7 +43,7 @@ def extract_answer(text: str) -> Fraction | None:
 
 
 def _first_number(rest: str) -> Fraction | None:
-    """The first number behind the last equals sign, or of the whole text where none stands there."""
+    """The first number after the last equals sign, or of the whole text without one."""
     found = PATTERN.search(rest.rpartition("=")[2]) or PATTERN.search(rest)
     return _value(found) if found else None
 

@@ -76,7 +76,7 @@ def parse_json(
 
 
 def unpacked(content: bytes) -> bytes:
-    """What gzip packed. Raises ValueError with the reason: cut short, no gzip, or far larger than it looks."""
+    """The content of gzip data. Raises ValueError with the reason: cut short, not gzip, or far larger than it looks."""
     limit = UNPACKED_BYTES + UNPACKED_TIMES * len(content)
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
@@ -114,9 +114,9 @@ def reason_of(error: Exception) -> str:
 
 
 def checked(kind: type[T], content: Any) -> T:
-    """``content`` as a ``kind``, a dataclass, with every field of the type that it declares.
+    """``content`` as a ``kind``, a dataclass, with every field of its declared type.
 
-    Fields that ``kind`` does not have are left out. Raises ValueError that names the first field at fault.
+    Other fields are left out. Raises ValueError that names the first field at fault.
     """
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__} and not an object")

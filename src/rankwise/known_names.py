@@ -58,7 +58,7 @@ SLIP = 0.85
 def close_names(
     name: str, known: Collection[str], table: dict[str, tuple[str, ...]], *, cutoff: float
 ) -> Sequence[str]:
-    """What ``name`` is called among ``known``, a slip of the keys allowed; else the names most like it."""
+    """The name for ``name`` among ``known``, typing errors allowed; else the most similar names."""
     meant = [ours for ours, theirs in table.items() if name.lower() in theirs and ours in known]
     called = {other: ours for ours, theirs in table.items() if ours in known for other in theirs}
     slips = difflib.get_close_matches(name, called, n=1, cutoff=SLIP)

@@ -1,6 +1,8 @@
-"""The names in a model that an adapter's settings select, by PEFT's rules, and messages about those that select none.
+"""The names in a model that an adapter's settings select, by PEFT's rules, and messages about settings that select
+none.
 
-Knows names alone and imports no torch: the adapters ask it about a model, the memory plan about a config.json.
+This module knows names alone and imports no torch: the adapters ask it about a model, the memory plan about a
+config.json.
 """
 
 from __future__ import annotations
@@ -113,20 +115,21 @@ def left_out(
 
 
 def warn_of_experts(config: LoraConfig, found: LeftOut | None) -> None:
-    """Say that "all-linear" is not all of a mixture (RW422)."""
+    """Warn (RW422) that "all-linear" leaves out experts of a mixture."""
     if found is not None and config.target_modules == ALL_LINEAR and not config.target_parameters:
         warn("RW422", f'target_modules "{ALL_LINEAR}" leaves the experts out: {found}.', stacklevel=3)
 
 
 def ending(name: str) -> str:
-    """``mlp.experts.down_proj`` of a parameter of stacked experts."""
+    """The ending of the name of stacked experts: ``mlp.experts.down_proj``."""
     return ".".join(name.split(".")[-3:])
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One module, as far as the rules of targets look at it. ``kind``: as messages name it; ``outputs``: of a linear
-    layer, its output rows."""
+    """One module, with the facts that the rules of targets use. ``kind``: its name in messages; ``outputs``: the
+    output rows of a linear layer.
+    """
 
     kind: str
     is_linear: bool = False
@@ -227,8 +230,9 @@ def check_enable_lora(config: LoraConfig, names: Collection[str]) -> None:
 
 
 def check_targets(config: LoraConfig, names: Names) -> None:
-    """Raises AdapterError with every target that names nothing: RW404 where only ``modules_to_save`` has some, else
-    RW401."""
+    """Raise AdapterError with every target that matches nothing: RW404 where they are in ``modules_to_save`` only,
+    else RW401.
+    """
     problems = dict(_missing_targets(config, names))
     if problems:
         code = "RW404" if set(problems) == {"modules_to_save"} else "RW401"
@@ -236,7 +240,8 @@ def check_targets(config: LoraConfig, names: Names) -> None:
 
 
 def warn_of_idle(config: LoraConfig, names: Names, adapted: Collection[str], *, targets: bool = False) -> None:
-    """Say what else of the settings names nothing (RW420), and with ``targets`` what ``check_targets`` would refuse.
+    """Warn (RW420) about other settings that match nothing, and with ``targets`` about those that ``check_targets``
+    would refuse.
 
     ``adapted``: the modules and stacks of experts that adapt.
     """
@@ -246,7 +251,7 @@ def warn_of_idle(config: LoraConfig, names: Names, adapted: Collection[str], *, 
 
 
 def _missing_targets(config: LoraConfig, names: Names) -> Iterator[tuple[str, str]]:
-    """(setting, what it names in vain and what is close to it)."""
+    """(setting, the names that match nothing and the closest names)."""
     yield from _missing_modules(config.target_modules, names)
     if missing := _unmatched(config.target_parameters, names.parameters):
         ends = ", ".join(dict.fromkeys(map(ending, names.stacks)))

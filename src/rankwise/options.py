@@ -1,4 +1,4 @@
-"""How a settings table declares an option: its bounds, its heading in ``--help``, and how text becomes its value.
+"""Declare an option in a settings table: its bounds, its heading in ``--help``, and how text becomes its value.
 
 A field is ``name: Annotated[TYPE, option(Panel.X, "What it does.")] = DEFAULT``. Imports no torch.
 """
@@ -36,7 +36,7 @@ SMALLEST_TEMPERATURE = 1e-4
 
 
 class Panel(enum.StrEnum):
-    """The headings of ``--help``, in their order. One stands beside each field."""
+    """The headings of ``--help``, in their order. Each field names one."""
 
     MODEL = "Model and data"
     TEXT = "Text of the rows"
@@ -68,10 +68,10 @@ def option(
     repeated: bool = False,
     **rules: Any,
 ) -> Any:
-    """A field of a settings table as the command line shows it. ``rules`` are those of pydantic's ``Field``.
+    """A field of a settings table in the form of the command line. ``rules`` are those of pydantic's ``Field``.
 
-    ``metavar`` stands for the value in the help, where the type alone says too little. An ``argument`` is given without
-    a flag; a ``repeated`` option may be given several times.
+    ``metavar`` replaces the value in the help, where the type alone says too little. An ``argument`` is given without a
+    flag; a ``repeated`` option may be given several times.
     """
     shown: dict[str, Any] = {"panel": panel, "metavar": metavar, "argument": argument, "repeated": repeated}
     return Field(description=description, json_schema_extra=shown, **rules)
@@ -102,7 +102,7 @@ def flag(name: str) -> str:
 
 
 def option_words(name: str, value: Any) -> list[str]:
-    """What the command line takes for a value: ``["--r", "8"]``, ``["--no-fast"]``."""
+    """The words of the command line for a value: ``["--r", "8"]``, ``["--no-fast"]``."""
     if isinstance(value, bool):
         return [flag(name if value else f"no_{name}")]
     return [flag(name), spelled(value)]
@@ -123,7 +123,7 @@ def _part(value: Any) -> str:
 
 
 def comma_list(value: Any) -> Any:
-    """Text is a list with commas in it, or of one item; anything else is left to the check of its type."""
+    """Text becomes a list, split at commas; anything else is left to the check of its type."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     if isinstance(value, list):
@@ -132,14 +132,15 @@ def comma_list(value: Any) -> Any:
 
 
 def module_list(value: Any) -> Any:
-    """A comma makes a list, and so does a bare module name: as a regular expression it would match almost nothing.
-    Nothing is the empty list."""
+    """Text with a comma, and a bare module name, become a list: a bare name as a regular expression would match
+    almost nothing. An empty text is the empty list.
+    """
     is_text = isinstance(value, str) and (value == ALL_LINEAR or not ("," in value or re.fullmatch(r"\w*", value)))
     return value if is_text else comma_list(value)
 
 
 def text_list(value: Any) -> Any:
-    """One text or path is a list of one; the commas of a text are its own."""
+    """One text or path becomes a list of one, commas included."""
     return (value,) if isinstance(value, str | Path) else value
 
 

@@ -146,13 +146,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
+    """Write a file whole or not at all."""
     with whole_file(path) as file:
         file.write(content)
 
 
 def check_writable(output: Path) -> None:
-    """Raise RunError (RW503) where the folder ``output`` is none, or neither it nor what is above it can be written."""
+    """Raise RunError (RW503) where ``output`` is not a folder, or neither it nor the folder above it can be written."""
     if output.exists() and not output.is_dir():
         raise RunError("RW503", f"--output {output} is a file; give a folder.")
     nearest = output

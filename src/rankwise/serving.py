@@ -1,4 +1,4 @@
-"""What each server takes of an adapter: one table, read by `plan`, `inspect`, the model card, `compare` and `export`.
+"""What each server takes of an adapter: one table for `plan`, `inspect`, the model card, `compare` and `export`.
 
 Read in the servers' sources in November 2026. Imports no torch.
 """
@@ -38,7 +38,7 @@ MERGED_ONLY: tuple[Trait, ...] = ("bias", "modules_to_save")
 
 @dataclasses.dataclass(frozen=True)
 class Server:
-    """A program that lays adapters over a base, and what of PEFT's folder it does not take."""
+    """A program that serves adapters over a base, and the parts of PEFT's format that it refuses."""
 
     name: str
     # What `rankwise export` writes for it.
@@ -60,7 +60,7 @@ SERVERS: dict[str, Server] = {
 
 
 def traits_of(config: Mapping[str, Any]) -> tuple[Trait, ...]:
-    """What sets an adapter apart from plain LoRA of one rank and one alpha, by its ``adapter_config.json``."""
+    """The differences of an adapter from plain LoRA with one rank and one alpha, by its ``adapter_config.json``."""
     found: dict[Trait, Any] = {
         "dora": config.get("use_dora"),
         "rslora": config.get("use_rslora"),
@@ -74,7 +74,7 @@ def traits_of(config: Mapping[str, Any]) -> tuple[Trait, ...]:
 
 
 def refusing(trait: Trait) -> str:
-    """The servers of PEFT's folders that refuse it, in words."""
+    """The names of the servers of PEFT's folders that refuse this trait."""
     return " and ".join(server.name for server in SERVERS.values() if server.form == "peft" and trait in server.refuses)
 
 
@@ -84,7 +84,9 @@ def vllm_rank(r: int) -> int | None:
 
 
 def served(method: str, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Where the result of ``method`` can be served, one line each: as it is, by `rankwise export`, or merged."""
+    """Where the result of ``method`` can be served, one line for each way: as it is, by `rankwise export`, or
+    merged.
+    """
     if method in BASELINES:
         return BASELINES[method]
     traits = traits_of({**config, "use_dora": config.get("use_dora") or method in ("dora", "qdora")})
@@ -97,7 +99,7 @@ def served(method: str, config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def served_in_short(method: str, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """`served` for a cell of a table: who reads the adapter, who reads an export of it, and merged."""
+    """`served` for a cell of a table: servers of the adapter, servers of its export, and merged."""
     if method in BASELINES:
         return BASELINES[method]
     traits = traits_of({**config, "use_dora": config.get("use_dora") or method in ("dora", "qdora")})
@@ -110,7 +112,7 @@ def served_in_short(method: str, config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _by_folder(target: str, traits: Sequence[Trait], r: int) -> str:
-    """How a server that reads PEFT's folders comes by this adapter."""
+    """How a server of PEFT's folders can serve this adapter."""
     server, flag = SERVERS[target], ""
     if target == "vllm" and r > VLLM_DEFAULT_RANK and "dora" not in traits:
         value = vllm_rank(r)
@@ -130,7 +132,7 @@ def _words(traits: Sequence[Trait], among: Sequence[Trait]) -> str:
 
 
 def served_by(target: str, folder: str, base: str, r: int) -> tuple[str, ...]:
-    """The commands that serve what `rankwise export --for TARGET` wrote to ``folder``, over the model ``base``."""
+    """The commands that serve the ``folder`` of `rankwise export --for TARGET`, over the model ``base``."""
     name = Path(folder).name
     flag = f" --max-lora-rank {vllm_rank(r)}" if r > VLLM_DEFAULT_RANK else ""
     commands = {

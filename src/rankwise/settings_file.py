@@ -1,7 +1,7 @@
-"""Settings out of the command line and the YAML file of ``--config``, which is read within limits.
+"""Settings from the command line and the YAML file of ``--config``, which is read within limits.
 
-The file holds plain values, mappings and lists. Anchors are refused: a few bytes of them stand for gigabytes. A date is
-text, as every option that could hold one is.
+The file holds plain values, mappings and lists. Anchors are refused: a few bytes of them can stand for gigabytes. A
+date is text, as every option that could hold one is.
 """
 
 from __future__ import annotations
@@ -168,7 +168,9 @@ def read_settings_file(file: Path) -> dict[str, Any]:
 
 
 def _where(error: Any) -> str:
-    """``: mapping values are not allowed here, line 2, column 4``; of YAML's two marks the one where it gave up."""
+    """``: mapping values are not allowed here, line 2, column 4``; of YAML's two positions the one at which parsing
+    stopped.
+    """
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if problem is None and not isinstance(error, yaml.YAMLError):
         problem = f"a value does not fit its tag ({type(error).__name__})"

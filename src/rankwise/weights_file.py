@@ -193,7 +193,7 @@ def _check_layout(tensors: dict[str, TensorInfo], *, data_start: int, size_bytes
 
 
 def pickles_in(folder: Path) -> list[Path]:
-    """Files of ``folder`` whose names are those of pickled weights or states, sorted."""
+    """Files of ``folder`` with names of pickled weights or states, sorted."""
     files = sorted(file for file in Path(folder).iterdir() if file.is_file())
     return [file for file in files if file.suffix.lower() in PICKLE_SUFFIXES]
 

@@ -1,4 +1,4 @@
-"""The page of ``rankwise board`` in Gradio: which parts there are, and what each gets when it is looked at."""
+"""The page of ``rankwise board`` in Gradio: its parts, and the content of each when it is opened."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ History = list[Message]
 
 
 def serve(page: gr.Blocks, host: str, port: int | None, login: tuple[str, str] | None) -> str:
-    """Serve in threads of its own; the page's address. Raises ConfigError (RW796) where the port or host is taken."""
+    """Serve the page in background threads. Returns its address. Raises ConfigError (RW796) where the port or host
+    is taken.
+    """
     try:
         _, local, _ = page.launch(
             server_name=host,
@@ -70,7 +72,7 @@ def build(root: Path) -> gr.Blocks:
 
 
 def _html(name: str) -> gr.HTML:
-    """A place for what `rankwise.reports.board` writes, which has a style of its own."""
+    """A place for HTML from `rankwise.reports.board`, which brings its own style."""
     return gr.HTML(elem_id=name, apply_default_css=False)
 
 
@@ -92,7 +94,7 @@ class _Chosen:
 
 
 def _refresh(root: Path, first: str, second: str, comparison: str, adapter: str, seen: str) -> list[Any]:
-    """Everything, where something has changed in the folder since ``seen``; else nothing."""
+    """All contents, where something in the folder has changed since ``seen``; else nothing."""
     runs, comparisons = find(root)
     now = "\n".join([*(f"{run.name} {run.changed} {run.state.split()[0]}" for run in runs), *comparisons])
     if now == seen:
@@ -161,7 +163,7 @@ _LOCK = threading.Lock()
 
 @functools.lru_cache(maxsize=1)
 def _speaker(adapter: Path, changed: int) -> Speaker:
-    """The model of a run, the last one asked: loading takes seconds and gigabytes."""
+    """The model of a run. The last one is kept, since loading takes seconds and gigabytes."""
     given = GenerateSettings.model_validate({"adapter": adapter})
     return load_speaker(given, base_model_name(adapter), record_of(adapter))[0]
 

@@ -39,7 +39,7 @@ def run(settings: ChatSettings, output: Output) -> Mapping[str, Any]:
 
 
 def _talk(speaker: Speaker, system: str | None, output: Output) -> list[Mapping[str, Any]]:
-    """Answer line by line until the input ends; the messages of the last conversation."""
+    """Answer line by line until the input ends. Returns the messages of the last conversation."""
     start: list[Mapping[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
     messages = list(start)
     for said in _lines(output):
@@ -53,7 +53,7 @@ def _talk(speaker: Speaker, system: str | None, output: Output) -> list[Mapping[
 
 
 def _lines(output: Output) -> Iterator[str]:
-    """What the user says, without empty lines."""
+    """The user's lines, without empty ones."""
     while True:
         try:
             # `input` edits lines on a terminal; with --json what it shows must not reach the document.
@@ -67,7 +67,7 @@ def _lines(output: Output) -> Iterator[str]:
 
 
 def _streamer(tokenizer: Any) -> Any:
-    """Prints an answer word by word as it comes."""
+    """Prints an answer word by word as it is generated."""
     from transformers import TextStreamer
 
     class Printing(TextStreamer):

@@ -37,7 +37,7 @@ COSTS = {
 
 
 class Lines:
-    """A line as each step of the matrix ends."""
+    """Prints a line whenever a step of the matrix ends."""
 
     def __init__(self, output: Output) -> None:
         self.output = output
@@ -55,7 +55,7 @@ class Lines:
 
 
 class Board(Lines):
-    """The runs in progress with their steps, redrawn; what has ended scrolls by above."""
+    """The runs in progress with their steps, redrawn; finished ones scroll by above."""
 
     def __init__(self, output: Output) -> None:
         super().__init__(output)
@@ -109,7 +109,7 @@ def report(comparison: Comparison, settings: CompareSettings, output: Output) ->
 
 
 def table_of(comparison: Comparison) -> Group:
-    """A row per method, best first; of methods that share a letter none was found better."""
+    """A row for each method, best first. Among methods with the same letter, none was found better."""
     metric, methods = comparison["primary_metric"], comparison["methods"]
     heading = metric_name(metric)
     known = {name: item for name, item in methods.items() if metric in item["mean"]}

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """What a model is to answer: a prompt is a conversation of one message."""
+    """A conversation that the model is to answer. A prompt is a conversation of one message."""
 
     messages: tuple[Message, ...]
     tools: tuple[Any, ...] | None = None

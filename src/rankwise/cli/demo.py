@@ -60,7 +60,7 @@ def _chapter(output: Output, title: str) -> None:
 
 
 def _next_steps(comparison: Document, settings: DemoSettings) -> Iterator[tuple[str, str]]:
-    """Commands that go on from here."""
+    """Commands for what to do next."""
     found = comparison["recommendation"]
     yield "look", f"{settings.output / 'report.html'} in a browser, or: rankwise board {settings.output.parent}"
     if found["adapter"]:
@@ -94,7 +94,7 @@ def _plan_settings(chosen: CompareSettings) -> PlanSettings:
 
 
 def _answers(comparison: Document, folder: Path) -> Iterator[Answer]:
-    """What the base and the recommended run wrote to the same prompts, from their records."""
+    """The answers of the base and of the recommended run to the same prompts, from their records."""
     base = _predictions(folder / (comparison["base"]["folder"] or "") / EXAMPLES)
     run_id = comparison["recommendation"]["run"]
     best = next((run for run in comparison["runs"] if run["id"] == run_id), None)

@@ -34,7 +34,7 @@ SWITCHES = ("RANKWISE_OPS", "RANKWISE_CPU_LEVEL", "TRITON_INTERPRET", "CUDA_VISI
 
 
 class DoctorSettings(Settings):
-    """The options of ``rankwise doctor``: only those of every verb."""
+    """The options of ``rankwise doctor``: only those that every verb has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Library:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What runs for one family of operators on one device; ``why`` says why nothing faster does."""
+    """The implementation that runs for one family of operators on one device; ``why`` says why no faster one does."""
 
     device: str
     family: str
@@ -59,7 +59,7 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What is wrong, or could be better. Only a problem keeps rankwise from working."""
+    """A fault, or a possible improvement. Only a problem keeps rankwise from working."""
 
     code: str
     message: str
@@ -161,7 +161,7 @@ def _usable(torch_: Any) -> list[str]:
 
 
 def _kernels(device: torch.device) -> Iterator[Kernel]:
-    """What `auto` or RANKWISE_OPS comes to on ``device``."""
+    """The implementations that `auto` or RANKWISE_OPS chooses on ``device``."""
     from rankwise.ops import selection
 
     wanted = {"cpu": "native", "cuda": "triton"}[device.type]
@@ -222,7 +222,7 @@ def _of_devices(torch_: Any) -> Iterator[Finding]:
 
 
 def _kernels_are_right(device: torch.device) -> bool:
-    """Whether a small matrix is quantized and restored to the same bits by what runs and by the reference."""
+    """Whether the running implementation quantizes and restores a small matrix to the same bits as the reference."""
     import torch
 
     from rankwise.errors import heard

@@ -39,7 +39,7 @@ def read_sections() -> dict[str, tuple[str, str]]:
 
 
 def _code(given: str, sections: Mapping[str, Any]) -> str:
-    """``203``, ``rw203`` and ``RW203:`` are RW203. Raises ConfigError (RW123) for what is no code."""
+    """``203``, ``rw203`` and ``RW203:`` are RW203. Raises ConfigError (RW123) for a text that is not a code."""
     number = re.search(r"\d+", given)
     code = f"RW{number.group()}" if number else given.strip().upper()
     if code in sections:

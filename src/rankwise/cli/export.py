@@ -1,4 +1,4 @@
-"""``rankwise export``: write an adapter as a server reads it, and say what that costs."""
+"""``rankwise export``: write an adapter in a server's form, and say how much that changes."""
 
 from __future__ import annotations
 
@@ -77,7 +77,9 @@ def _export_merged(settings: ExportSettings, output: Output) -> ExportReport:
 
 
 def _export_adapter(settings: ExportSettings, output: Output) -> ExportReport:
-    """Of a model without weights where the update is written as it is; else of the model as it was trained."""
+    """Export the adapter: from a model without weights where the update is written unchanged, else from the model as
+    trained.
+    """
     from rankwise.adapters.checkpoint import read_adapter
     from rankwise.export.adapter import Wanted, export_file, export_live
     from rankwise.models import load_skeleton

@@ -1,4 +1,4 @@
-"""``rankwise export --verify``: start the server on what was written, beside the base, and keep the proof."""
+"""``rankwise export --verify``: serve the export and the base with the real server, and keep the proof."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from rankwise.serving import SERVERS
 
 
 def proven(settings: ExportSettings, model: Any, source: ModelSource, report: ExportReport, rows: Rows) -> ExportReport:
-    """``report`` with its proof, in the folder too. Raises RunError (RW738) where the server answers otherwise than
-    ``model``; the folder goes then."""
+    """``report`` with its proof, which is also written to the folder.
+
+    Raises RunError (RW738) where the server's answers differ from ``model``'s; the folder is then removed.
+    """
     python = server_python(settings.target, settings.server_python)
     with tempfile.TemporaryDirectory(prefix="rankwise-verify-") as scratch:
         served = _served(settings, source, report.r, Path(scratch))
@@ -62,7 +64,7 @@ def _gguf_base(settings: ExportSettings, source: ModelSource, scratch: Path) -> 
 
 
 def _folder_base(source: ModelSource, scratch: Path) -> Path:
-    """The base as a folder of transformers'."""
+    """The base as a transformers folder."""
     if not source.is_gguf and source.path is not None:
         return source.path
     model, tokenizer = load_model(source)

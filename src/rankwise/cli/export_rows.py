@@ -1,4 +1,4 @@
-"""The rows that ``rankwise export`` uses: to weigh errors, to compare on, and to ask a server."""
+"""The rows that ``rankwise export`` uses: to weight errors, to compare models, and to ask a server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ SHORTEST_PROMPT, LONGEST_PROMPT = 8, 256
 
 
 def rows_of(adapter: Path, data: str | None, tokenizer: Any) -> Rows:
-    """Those of `--data`, else the run's own, some set aside to compare on; without any the built-in text alone."""
+    """The rows of `--data`, else the run's own, with some set aside for the comparison; without any, the built-in
+    text.
+    """
     record = record_of(adapter)
     options = {} if record is None else record.settings
     source = data or options.get("data")
@@ -62,7 +64,7 @@ def _default_rows(tokenizer: Any) -> list[Any]:
 
 
 def prompts_of(rows: Rows, count: int) -> list[list[int]]:
-    """What stands before the first label, of ``count`` held-out rows; of rows without a prompt their beginning."""
+    """The tokens before the first label of ``count`` held-out rows; of rows without a prompt their first tokens."""
     found = []
     for row in [*rows.held_out][:count]:
         labels = row.labels.tolist()

@@ -37,7 +37,7 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One prompt and what the models said; a model that was not asked is None."""
+    """One prompt and the models' answers; None for a model that was not asked."""
 
     prompt: str
     base: str | None
@@ -48,7 +48,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Wording:
-    """How a prompt becomes the model's input: through a chat template, or as it is with ``suffix`` behind."""
+    """How a prompt becomes the model's input: through a chat template, or unchanged and followed by ``suffix``."""
 
     chat: bool
     template: str | None = None
@@ -80,7 +80,9 @@ class Speaker:
             return Answer(asked.prompt, self.say(asked), tuned, messages)
 
     def say(self, asked: Conversation, streamer: Any = None) -> str:
-        """The answer of the model as it is now; ``streamer``, one of transformers', gets its tokens as they come."""
+        """The answer of the model in its present state; ``streamer``, one of transformers', gets the tokens as they
+        are generated.
+        """
         import torch
 
         from rankwise.acceleration.generation import only_numbers
@@ -104,8 +106,8 @@ class Speaker:
         return self.tokenizer.decode(tokens[0, length:], skip_special_tokens=True).strip()
 
     def _room(self, prompt_tokens: int) -> int:
-        """Tokens of the answer. Raises RunError (RW533) for a prompt beyond learned positions; says where they end it
-        sooner (RW256).
+        """The number of tokens for the answer. Raises RunError (RW533) for a prompt beyond the learned positions;
+        warns (RW256) where they shorten the answer.
         """
         from rankwise.models.positions import answer_room, table_rows
 
@@ -171,7 +173,7 @@ def run(settings: GenerateSettings, output: Output) -> Document:
 
 
 def _check_chat(settings: GenerateSettings, wording: Wording) -> None:
-    """Raise ConfigError (RW127) for options that only a chat template can write into the model's input."""
+    """Raise ConfigError (RW127) for options that need a chat template where there is none."""
     idle = [f"--{name}" for name in ("system", "messages") if getattr(settings, name) is not None]
     if not idle or wording.chat:
         return
@@ -186,7 +188,7 @@ def _check_chat(settings: GenerateSettings, wording: Wording) -> None:
 
 
 def load_speaker(settings: GenerateSettings, name: str, record: RunRecord | None) -> tuple[Speaker, str]:
-    """The model with its adapter, on its device, and the device in words."""
+    """The model with its adapter, on its device, and the name of the device."""
     from rankwise.evaluation.loading import LoadOptions, load_as_trained
 
     options = LoadOptions(
@@ -200,7 +202,7 @@ def load_speaker(settings: GenerateSettings, name: str, record: RunRecord | None
 
 
 def _wording(settings: GenerateSettings, record: RunRecord | None, tokenizer: Any) -> Wording:
-    """How prompts are written: as the user asked, else as in training, else by the tokenizer's chat template."""
+    """How prompts are written: as the user asks, else as in training, else by the tokenizer's chat template."""
     from rankwise.data import read_template
     from rankwise.evaluation.loading import template_of
 

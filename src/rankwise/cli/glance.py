@@ -16,7 +16,7 @@ MAY_BE_PATHS = {"model", "data", "eval_data", "fewshot_data", "reference_answers
 
 
 def check_path_options(settings: Settings) -> None:
-    """Raise ConfigError (RW105) for a path, of whichever option, that no file system can follow to a file or folder."""
+    """Raise ConfigError (RW105) for a path of any option that cannot be a file or a folder."""
     for name, given in _paths(settings):
         fault = _fault_of(given)
         if fault is not None:
@@ -31,7 +31,7 @@ def _paths(settings: Settings) -> Iterator[tuple[str, Path | str]]:
 
 
 def _fault_of(given: Path | str) -> str | None:
-    """The rest of a sentence that starts with the path. A path at which nothing is has no fault here."""
+    """The rest of a sentence that starts with the path. A path where nothing exists is no fault here."""
     path = given if isinstance(given, Path) else Path(given)
     try:
         path = path if path is given else path.expanduser()
@@ -58,7 +58,8 @@ def _fault_of(given: Path | str) -> str | None:
 
 
 def check_paths(*, model: str | None, data: Iterable[str | None] = (), output: Path | None = None) -> None:
-    """Raise DataError (RW201) or ModelError (RW301, RW302, RW311), as reading them would, for what is not there;
+    """Raise the errors of reading them for missing files: DataError (RW201) or ModelError (RW301, RW302, RW311).
+
     RunError (RW503) for an ``output`` that cannot be written.
     """
     from rankwise.data import check_there

@@ -1,4 +1,4 @@
-"""``rankwise inspect``: what a folder holds, read from its headers, and whether an adapter fits a base."""
+"""``rankwise inspect``: the content of a folder, read from its headers, and whether an adapter fits a base."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def run(settings: InspectSettings, output: Output) -> Document:
 
 
 def _describe(folder: Path) -> dict[str, Any]:
-    """What kind of folder it is decides what is said. Raises RunError (RW560) when it is none of them."""
+    """The description of a folder, by its kind. Raises RunError (RW560) when it is none of ours."""
     if not folder.is_dir():
         state = "is a file" if folder.exists() else "does not exist"
         raise RunError("RW560", f"{folder} {state}; give the folder of an adapter, a run or a model.")

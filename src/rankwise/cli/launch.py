@@ -23,7 +23,7 @@ INTERRUPTED = Interrupted.exit_code
 
 
 def launch(settings: TrainSettings, *, as_json: bool) -> None:
-    """Train in ``settings.devices`` processes and wait for them; what they have to say they say themselves.
+    """Train in ``settings.devices`` processes and wait for them. The processes print their own messages.
 
     Raises typer.Exit with their code where they did not finish, RunError (RW704) where all were killed.
     """
@@ -63,7 +63,7 @@ def launch(settings: TrainSettings, *, as_json: bool) -> None:
 
 
 def _failure(codes: dict[int, int]) -> Exception:
-    """What to raise for the exit codes of the processes; that of a killed one is the signal's number below zero."""
+    """The exception for the exit codes of the processes; a killed one has minus its signal's number."""
     told = [code for code in codes.values() if code > 0]
     if told:
         return typer.Exit(next((code for code in told if code != INTERRUPTED), INTERRUPTED))
@@ -75,7 +75,7 @@ def _failure(codes: dict[int, int]) -> Exception:
 
 
 def continued(settings: TrainSettings) -> TrainSettings:
-    """The settings of a process that torchrun has started anew (--max-restarts): it resumes what the last one left.
+    """The settings of a process that torchrun has restarted (--max-restarts): it resumes from the last checkpoint.
 
     Raises ConfigError (RW147) for --overwrite, which would remove that; Interrupted (RW543) for a run that was stopped.
     """

@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _share_the_cores() -> None:
-    """Let PyTorch's waiting threads sleep soon, unless the user has said how they wait.
+    """Let PyTorch's waiting threads sleep soon, unless the user has chosen how they wait.
 
     libgomp reads the variable when torch is loaded. By default a waiting thread spins 300,000 times, and no other
     process has its core meanwhile. A LoRA step beside one busy process took 4.53 s and takes 3.61 s with 1,000; alone
@@ -147,7 +147,7 @@ def _show_version(wanted: bool) -> None:
 def _root(
     version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version)] = False,
 ) -> None:
-    """Options that stand before the verb."""
+    """Options before the verb."""
 
 
 def _version(name: str) -> str:
@@ -210,7 +210,9 @@ def _report(error: RankwiseError, cause: BaseException, *, as_json: bool) -> int
 
 
 def _as_ours(error: Exception) -> RankwiseError:
-    """The error that the user reads. Ours pass; usage, memory and file-system errors get a code and a remedy."""
+    """The error that the user reads. Ours stay unchanged; usage, memory and file-system errors get a code and
+    advice.
+    """
     if isinstance(error, RankwiseError):
         return error
     if hasattr(error, "format_message"):
@@ -224,7 +226,7 @@ def _as_ours(error: Exception) -> RankwiseError:
 
 
 def _usage_sentence(error: Any) -> str:
-    """What the parser of the command line says, and where the options are listed."""
+    """The parser's message, and where the options are listed."""
     sentence = _no_such_option(error) or " ".join(error.format_message().split()).rstrip(".")
     path = error.ctx.command_path if getattr(error, "ctx", None) else "rankwise"
     joint = "" if sentence.endswith("?") else ";"
@@ -232,7 +234,7 @@ def _usage_sentence(error: Any) -> str:
 
 
 def _no_such_option(error: Any) -> str | None:
-    """The parser's own advice is likeness of letters alone: for --lr it is --help."""
+    """Our advice for an unknown option. The parser's own goes by letters alone: for --lr it is --help."""
     given, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
     if context is None or not hasattr(error, "possibilities") or not isinstance(given, str):
         return None
@@ -246,7 +248,7 @@ def _no_such_option(error: Any) -> str | None:
 
 
 def _give_up_stdout() -> None:
-    """What cannot be written any more must not raise again at exit."""
+    """Drop output that cannot be written any more, so that it does not raise again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

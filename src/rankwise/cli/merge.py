@@ -55,7 +55,7 @@ def run(settings: MergeSettings, output: Output) -> Document:
 
 
 def _check_options(settings: MergeSettings) -> None:
-    """Raise ConfigError (RW753) for several adapters that nothing combines, and for options without effect."""
+    """Raise ConfigError (RW753) for several adapters without --combine, and for options without effect."""
     if settings.combine is None:
         idle = [name for name in ("weights", "rank", "density") if getattr(settings, name) is not None]
         idle += ["adapter"] if len(settings.adapter) > 1 else []

@@ -25,7 +25,7 @@ METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 
 @dataclasses.dataclass(frozen=True)
 class Verb:
-    """One word of the command line and what it needs before it runs; importing it loads no heavy library."""
+    """One word of the command line with its settings and its function. Importing it loads no heavy library."""
 
     name: str
     settings: type[Settings]
@@ -42,7 +42,7 @@ class Verb:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A field of a settings table as the command line sees it."""
+    """A field of a settings table in the form of the command line."""
 
     field: str
     panel: Panel

@@ -57,7 +57,7 @@ class Output:
 
     @property
     def is_terminal(self) -> bool:
-        """A terminal, or a notebook's cell, that can be drawn on; otherwise plain lines."""
+        """Whether this is a terminal or a notebook's cell, which can be redrawn; elsewhere lines are plain."""
         if self.console.is_jupyter:
             # What rich redraws a cell with.
             return importlib.util.find_spec("ipywidgets") is not None
@@ -84,8 +84,11 @@ def print_document(document: Document, stream: TextIO | None = None) -> None:
 
 
 def shortened(message: str) -> str:
-    """A message that a screen holds: of many problems the first, of long words both ends, and in how much was left
-    out. What does not fit lies whole in a temporary file, which is named."""
+    """A message that fits on a screen. It keeps the first of many problems and both ends of long words, and says how
+    much was left out.
+
+    The whole message is written to a temporary file, which is named.
+    """
     short = _LONG_WORD.sub(lambda word: _ends(word[0], LONGEST_WORD), message)
     problems = short.split("; ")
     if len(problems) > MOST_PROBLEMS:
@@ -121,7 +124,9 @@ def _without_nan(value: Any) -> Any:
 
 
 def print_message(kind: str, code: str, text: str) -> str:
-    """``error RW104: ...  [rankwise explain RW104]`` as one line on stderr; gives what it says of ``text``."""
+    """Print ``error RW104: ...  [rankwise explain RW104]`` as one line on stderr. Returns the printed part of
+    ``text``.
+    """
     text = shortened(text)
     colour = {"error": "bold red", "warning": "bold yellow"}.get(kind, "bold")
     # A terminal obeys control characters, and a hostile file's names may hold them.
@@ -159,7 +164,9 @@ def only_our_messages() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Restores the level of logging; the environment stays, it is read once by each library."""
+    """Silence other libraries. The level of logging is restored; the environment is not, since each library reads it
+    once.
+    """
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     before = logging.root.manager.disable

@@ -64,14 +64,14 @@ def command_of(recommendation: Recommendation, saved: Path | None) -> str | None
 
 
 def differing(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are not what ``rankwise train`` does by itself; model and method always."""
+    """The settings that differ from the defaults of ``rankwise train``; model and method always."""
     named = {name: settings[name] for name in ("model", "method")}
     usual = TrainSettings.defaults() | named
     return named | {name: value for name, value in settings.items() if value != usual[name]}
 
 
 def _write(settings: PlanSettings, plan: Plan) -> dict[str, str]:
-    """The files asked for; where nothing fits there is nothing to save."""
+    """Write the files asked for. Where nothing fits there is nothing to save."""
     written: dict[str, str] = {}
     if settings.svg is not None:
         from rankwise.cli import plan_view
@@ -133,7 +133,7 @@ def _calibrate(settings: PlanSettings, output: Output) -> dict[str, Any]:
 
 
 def _check(settings: PlanSettings, plan: Plan, output: Output) -> dict[str, Any]:
-    """Three real steps on this machine: of the one method asked for, else of the recommended one."""
+    """Take three real steps on this machine: of the only method asked for, else of the recommended one."""
     from rankwise.cli import plan_view
     from rankwise.planning.check import check_method
     from rankwise.planning.hardware import this_machine

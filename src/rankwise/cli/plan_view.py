@@ -51,7 +51,7 @@ LABEL = 12
 
 
 def show(plan: Plan, command: str | None, output: Output) -> None:
-    """Everything that people read; with ``--json`` it goes to stderr."""
+    """Print everything for people; with ``--json`` it goes to stderr."""
     for line in heading(plan):
         output.line(line)
     output.line()
@@ -91,7 +91,7 @@ def _targets(work: Workload) -> str:
 
 
 def table(plan: Plan) -> Table:
-    """One row a method; sizes share one unit, which stands in the head."""
+    """One row for each method. Sizes share one unit, which is in the head."""
     largest = max(row.estimate.peak_bytes for row in plan.rows)
     unit, unit_name = (1e9, "GB") if largest >= 0.5e9 else (1e6, "MB")
     result = light_table(gap=1)
@@ -138,7 +138,7 @@ def _hours(row: MethodRow, plan: Plan) -> str:
 
 
 def bars(plan: Plan, width: int) -> Iterator[Text]:
-    """A line a method, its parts in their marks, the memory as ``|``; then what the marks mean."""
+    """A line for each method, its parts in their marks, the memory as ``|``; then a legend."""
     room = min(width - 19, WIDEST_BAR)
     memory = plan.hardware.memory_bytes
     high = max(min(max(row.estimate.peak_bytes for row in plan.rows), CUT * memory), 1.05 * memory)

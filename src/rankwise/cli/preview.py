@@ -1,4 +1,4 @@
-"""``rankwise preview``: a row as the model sees it, with the tokens it is trained on marked."""
+"""``rankwise preview``: a row in the model's form, with the trained tokens marked."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _print(output: Output, preview: Preview, report: EncodingReport, settings: P
 
 
 def _sides(preview: Preview, objective: str) -> Iterator[tuple[str, str]]:
-    """The row in figures; of a pair each side."""
+    """The row in figures; for a pair, both sides."""
     if preview.rejected is not None:
         yield "chosen", f"{preview.place}: {_figures(preview, objective)}"
         yield "rejected", _figures(preview.rejected, objective)
@@ -109,7 +109,7 @@ def _about(estimated: int) -> str:
 
 
 def _bad_rows(report: EncodingReport) -> Iterator[str]:
-    """A line each, and what ``train`` does about them."""
+    """A line for each bad row, and what ``train`` does about them."""
     for problem in report.skipped[:NAMED_ROWS]:
         yield f"{problem['row']}: {problem['why']} ({problem['code']})"
     if count := report.skipped_rows:

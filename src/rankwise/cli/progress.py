@@ -60,7 +60,9 @@ class _Warnings:
 
 
 class PlainProgress(_Warnings):
-    """A line per phase, per ``every`` steps (None: as often as is logged by default) and per evaluation."""
+    """A line for each phase, for each ``every`` steps (None: as often as is logged by default) and for each
+    evaluation.
+    """
 
     def __init__(self, output: Output, every: int | None) -> None:
         super().__init__()
@@ -73,7 +75,7 @@ class PlainProgress(_Warnings):
         self.output.line(f"{text} ...")
 
     def step(self, info: StepInfo) -> None:
-        """The loss of a line is that of the same step in ``metrics.jsonl``."""
+        """Print a line. Its loss is that of the same step in ``metrics.jsonl``."""
         self.unsaid.append(info.loss)
         every = self.every or logging_steps_of(info.total)
         if info.step % every == 0 or info.step in (1, info.total):
@@ -90,7 +92,7 @@ class PlainProgress(_Warnings):
 
 
 class LiveProgress(_Warnings):
-    """A picture of a few lines that redraws itself; samples and warnings scroll by above it."""
+    """A redrawn picture of a few lines; samples and warnings scroll by above it."""
 
     def __init__(self, output: Output) -> None:
         super().__init__()
@@ -125,7 +127,7 @@ class LiveProgress(_Warnings):
 
 @contextlib.contextmanager
 def watching(output: Output, *, every: int | None) -> Iterator[Observer]:
-    """An observer for one run, fit for where it is shown."""
+    """An observer for one run: live on a terminal, plain elsewhere."""
     if not output.is_terminal:
         yield PlainProgress(output, every)
         return

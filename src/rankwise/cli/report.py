@@ -34,7 +34,7 @@ def run(settings: ReportSettings, output: Output) -> Mapping[str, Any]:
 
 
 def _summarise(target: Path) -> Callable[..., dict[str, Any]]:
-    """What the comparison itself computes from runs, for runs that lie in several folders."""
+    """The function by which the comparison itself summarises runs, for runs in several folders."""
 
     def summarise(document: Mapping[str, Any], place_of: Callable[[Mapping[str, Any]], Path]) -> dict[str, Any]:
         from rankwise.comparison import summary

@@ -1,4 +1,4 @@
-"""``rankwise schema``: what a verb's ``--config`` file may hold, as JSON schema: editors complete and check by it."""
+"""``rankwise schema``: the content of a verb's ``--config`` file as JSON schema. Editors complete and check by it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class SchemaSettings(Settings):
 
 
 class _FileSchema(GenerateJsonSchema):
-    """What validation takes, in place of what it gives: lists and mappings may be text, as on the command line."""
+    """The schema of validation's input rather than of its result: lists and mappings may be text, as on the command
+    line.
+    """
 
     def function_before_schema(self, schema: core_schema.BeforeValidatorFunctionSchema) -> dict[str, Any]:
         return {"anyOf": [super().function_before_schema(schema), {"type": "string"}]}
@@ -77,7 +79,7 @@ def file_schema(verb: Verb) -> dict[str, Any]:
 
 
 def _plain(field: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the titles, which repeat the names, and what the command line alone needs."""
+    """The schema without titles, which repeat the names, and without what only the command line needs."""
     return {
         key: value for key, value in field.items() if key not in ("title", "panel", "metavar", "argument", "repeated")
     }

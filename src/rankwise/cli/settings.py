@@ -47,7 +47,7 @@ class PreviewSettings(ModelOptions, TextOptions):
 
 
 class SpeakingOptions(LoadingOptions):
-    """How a model answers: the options that ``generate`` and ``chat`` have in common."""
+    """The options of an answer, which ``generate`` and ``chat`` share."""
 
     adapter: Annotated[Path | None, _option("Run folder or PEFT adapter folder.", metavar="A")] = None
     model: Annotated[str | None, _option(f"{MODEL} With --adapter: the base it was trained on.", metavar="M")] = None
@@ -86,13 +86,13 @@ class GenerateSettings(SpeakingOptions):
 
 
 class ChatSettings(SpeakingOptions):
-    """The options of ``rankwise chat``: those of ``generate`` that a conversation has."""
+    """The options of ``rankwise chat``: those of ``generate`` that make sense in a conversation."""
 
     max_new_tokens: Annotated[Tokens, _option("Longest answer, in tokens.")] = 512
 
 
 class BaseOptions(ModelOptions):
-    """How the base of an adapter is fetched."""
+    """How the base of an adapter is loaded."""
 
     model: Annotated[str | None, _option("Base model; default: the one named by the adapter.", metavar="M")] = None
     revision: Annotated[

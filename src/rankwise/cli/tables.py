@@ -8,10 +8,10 @@ from rich.text import Text
 
 
 def light_table(*, gap: int = 2, expand: bool = False) -> Table:
-    """An empty table with ``gap`` blanks between its columns, as wide as what is in it unless ``expand``."""
+    """An empty table with ``gap`` blanks between its columns, as wide as its content unless ``expand``."""
     return Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim", expand=expand)
 
 
 def titled(title: str, table: Table) -> Group:
-    """rich would break a title of its own at the width of the table."""
+    """A table with its title above: rich would wrap a title at the width of the table."""
     return Group(Text(title, style="bold"), table)

@@ -1,4 +1,4 @@
-"""``rankwise train``: fine-tune, show how it goes, and say at the end what came of it."""
+"""``rankwise train``: fine-tune, show the progress, and print the results."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def settings_of_the_run(given: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _check_rewards(folder: Path, settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raise ConfigError (RW770) for Python code that the run names: it runs on explicit request alone."""
+    """Raise ConfigError (RW770) for Python code that the run names: it runs only when the user gives it again."""
     specs = settings.get("reward") or ()
     if "reward" not in given and any(".py:" in spec for spec in specs):
         again = " ".join(f"--reward {spec}" for spec in specs)
@@ -65,7 +65,7 @@ def _check_rewards(folder: Path, settings: Mapping[str, Any], given: Mapping[str
 
 
 def _check_data(settings: Mapping[str, Any]) -> None:
-    """Raise DataError (RW201) for files that the run names and that are not there: the user has not written them."""
+    """Raise DataError (RW201) for missing files that the run's record names and the user did not write."""
     from rankwise.data import check_there
 
     for name in ("data", "eval_data"):
@@ -79,7 +79,7 @@ def _check_data(settings: Mapping[str, Any]) -> None:
 
 
 def _found_again(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Relative paths of a run that was started in another working directory, which its ``output`` gives away."""
+    """Paths relative to the working directory in which the run was started, which its ``output`` reveals."""
     place, output = folder.resolve(), Path(str(settings.get("output")))
     start = place
     for _ in output.parts:
@@ -91,7 +91,7 @@ def _found_again(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def run(settings: TrainSettings, output: Output) -> Document | None:
-    """None where the document is another process's: the launched ones', or that of the one that writes."""
+    """The document of the run; None where another process prints it: one of the launched ones, or the writer."""
     from rankwise.training.output import check_output
 
     check_paths(model=settings.model, data=(settings.data, settings.eval_data), output=settings.output)
@@ -171,7 +171,7 @@ def trained_share(record: RunRecord) -> str:
 
 
 def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
-    """What a finished run came to, as labelled lines."""
+    """The results of a finished run, as labelled lines."""
     yield (
         ("reward", reward_sentence(folder, record))
         if record.objective == "grpo"
@@ -205,7 +205,7 @@ def loss_sentence(folder: Path, record: RunRecord) -> str:
 
 
 def reward_sentence(folder: Path, record: RunRecord) -> str:
-    """The same of the mean reward. The evaluation loss is its negative."""
+    """The same for the mean reward. The evaluation loss is its negative."""
     return _change(folder, record, "reward", -1, "training prompts")
 
 

@@ -1,4 +1,4 @@
-"""What we use of accelerate beside its promised interface."""
+"""The parts of accelerate that we use beside its public interface."""
 
 from __future__ import annotations
 

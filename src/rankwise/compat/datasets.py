@@ -10,10 +10,10 @@ HUB_SECONDS = 10
 
 @contextlib.contextmanager
 def hub_or_cache() -> Iterator[bool]:
-    """Whether the hub answers. Where it does not, ``datasets`` looks into its cache alone within this context.
+    """Whether the hub answers. If not, ``datasets`` uses its cache alone within this context.
 
-    ``datasets`` itself asks a hub that cannot be reached again and again, for half a minute, and reads the environment
-    variable that forbids it at import alone: so its constant is patched.
+    ``datasets`` itself asks an unreachable hub again and again, for half a minute, and reads the environment variable
+    that forbids it only when it is imported: so its constant is patched.
     """
     import datasets
     from huggingface_hub import constants, get_session

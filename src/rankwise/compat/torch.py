@@ -1,7 +1,7 @@
 """The private parts of torch that we use.
 
-What stands in front of every operation are torch's own builtins under our names: where caches are cold, looking each up
-in its module takes microseconds.
+The functions that run before every operation are torch's own builtins under our names: with cold caches, looking each
+up in its module takes microseconds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def is_fake(value: object) -> bool:
 
 
 def mode_of(tensor: Tensor) -> FakeTensorMode | None:
-    """The fake mode that the tensor belongs to, or None of a real one."""
+    """The fake mode of the tensor, or None for a real one."""
     return tensor.fake_mode if isinstance(tensor, FakeTensor) else None
 
 
@@ -49,19 +49,19 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: its rows of a sharded one."""
+    """This process's part of a tensor: the rows that it holds of a sharded one."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def own_rows(tensor: Tensor, like: Any) -> Tensor:
-    """A copy of the rows that this process holds of a tensor that is sharded as ``like``."""
+    """A copy of the rows that this process holds of a tensor that is sharded like ``like``."""
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local().clone()
 
 
 def rows_of_all(rows: Tensor, like: Any) -> Tensor:
-    """The whole of a tensor that is sharded as ``like``, of which this process has ``rows``; every process asks."""
+    """The whole of a tensor that is sharded like ``like``; this process has ``rows``. Every process must call this."""
     from torch.distributed.tensor import DTensor
 
     shape = torch.Size((like.shape[0], *rows.shape[1:]))
@@ -71,7 +71,7 @@ def rows_of_all(rows: Tensor, like: Any) -> Tensor:
 
 
 def begin_sharded(model: Any) -> None:
-    """Make ``model`` the root of its FSDP2 units; otherwise the unit that is called first becomes one."""
+    """Make ``model`` the root of its FSDP2 units; otherwise the unit that is called first becomes the root."""
     model._get_fsdp_state()._lazy_init()
 
 
@@ -82,7 +82,7 @@ def is_unit(module: nn.Module) -> bool:
 
 @contextmanager
 def gathered(model: Any, path: str) -> Iterator[None]:
-    """Within this, every process holds the whole weights of the unit that the module at ``path`` is a part of."""
+    """Within this context, every process holds the whole weights of the unit with the module at ``path``."""
     if not is_unit(model):
         yield
         return
@@ -99,7 +99,7 @@ def gathered(model: Any, path: str) -> Iterator[None]:
 
 
 def class_of(model: nn.Module) -> type[nn.Module]:
-    """The class that a model was made of; ``fully_shard`` gives it another one of the same name behind ``FSDP``."""
+    """The model's original class; ``fully_shard`` replaces it by one of the same name behind ``FSDP``."""
     return next(kind for kind in type(model).__mro__ if not hasattr(kind, "unshard"))
 
 
@@ -126,20 +126,21 @@ def is_watched() -> bool:
 
 
 def has_tangents() -> bool:
-    """Whether forward-mode differentiation is at work: our gradients are for the backward pass alone."""
+    """Whether forward-mode differentiation is active: our gradients are for the backward pass alone."""
     return _forward_ad._current_level >= 0
 
 
 @contextmanager
 def plain_tensors() -> Iterator[None]:
-    """Within this, tensors are made as if no transform, no dispatch mode and no inference mode were at work: a table
-    that a process keeps must serve every later caller."""
+    """Within this context, tensors are made without any transform, dispatch mode or inference mode: a table that a
+    process keeps must serve every later caller.
+    """
     with torch.inference_mode(False), torch._C._DisableFuncTorch(), _disable_current_modes():
         yield
 
 
 def fake_mode() -> Any:
-    """The active fake mode or None; the dry run makes fake tensors itself, past the mode's slow bookkeeping."""
+    """The active fake mode or None. The dry run makes fake tensors itself, without the mode's slow bookkeeping."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
 
 
@@ -157,12 +158,14 @@ def storage_address(storage: torch.UntypedStorage) -> int:
 
 
 def storage_users(storage: torch.UntypedStorage) -> int:
-    """How many tensors and storage objects share it: kept memory is given out again only when nobody uses it."""
+    """The number of tensors and storage objects that share the storage: kept memory is reused only when nothing else
+    uses it.
+    """
     return torch._C._storage_Use_Count(storage._cdata)
 
 
 def writes_to(tensor: Tensor) -> int:
-    """How often somebody wrote to the tensor in place; 0 where inference mode does not count."""
+    """The number of in-place writes to the tensor; 0 where inference mode does not count them."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -187,8 +190,9 @@ foreach_sqrt = torch.ops.aten._foreach_sqrt
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The live dictionary of a module's own parameters. ``named_parameters`` leaves out what is None or stands twice,
-    and cannot be written to."""
+    """The live dictionary of a module's own parameters. ``named_parameters`` leaves out None and repeated ones, and
+    cannot be written to.
+    """
     return module._parameters
 
 
@@ -201,12 +205,14 @@ def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
 
 
 def with_own_parts(copied: nn.Module) -> None:
-    """Let a shallow copy of a module hold parameters and modules of its own, without touching the original's."""
+    """Give a shallow copy of a module its own dictionaries of parameters and modules, so that the original does not
+    change.
+    """
     copied._parameters, copied._modules = dict(copied._parameters), dict(copied._modules)
 
 
 def hooks_around(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
-    """The hooks that see a module's call: after its forward pass; before it, after and before its backward pass."""
+    """The hooks on a module's call: after its forward pass; before it, after and before its backward pass."""
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
@@ -218,7 +224,7 @@ _HOOKS = (
 
 
 def share_hooks(new: nn.Module, old: nn.Module) -> None:
-    """Let ``new`` be seen by the hooks of ``old``, in the same collections: their handles still remove them."""
+    """Put the hooks of ``old`` on ``new``, in the same collections: their handles still remove them."""
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))
 
@@ -227,5 +233,5 @@ def share_hooks(new: nn.Module, old: nn.Module) -> None:
 
 
 def set_last_rates(scheduler: torch.optim.lr_scheduler.LRScheduler, rates: Sequence[float | Tensor]) -> None:
-    """Let the scheduler report these rates as those of the next step: a resumed run may be longer than the first."""
+    """Let the scheduler report these rates for the next step: a resumed run may be longer than the first."""
     scheduler._last_lr = list(rates)

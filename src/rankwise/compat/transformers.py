@@ -19,31 +19,35 @@ if TYPE_CHECKING:
 
 
 def attention_of(config: Any) -> str | None:
-    """The name of the attention implementation; there is a public way to set it, and none to read it."""
+    """The name of the attention implementation. transformers has a public way to set it, and none to read it."""
     return getattr(config, "_attn_implementation", None)
 
 
 def names_windows(model: nn.Module) -> bool:
-    """Whether the class promises what flash attention needs: layers name their sliding windows to the attention
-    function instead of trusting a mask."""
+    """Whether the class promises what flash attention needs: layers pass their sliding windows to the attention
+    function instead of relying on a mask.
+    """
     return getattr(model, "_supports_flash_attn", False)
 
 
 def choose_experts(config: PreTrainedConfig, name: str) -> None:
-    """The implementation of experts, in all parts of a configuration. ``set_experts_implementation`` of a model refuses
-    names that the class does not list."""
+    """Set the implementation of experts in all parts of a configuration. A model's ``set_experts_implementation``
+    refuses names that the class does not list.
+    """
     config._experts_implementation = name
 
 
 def register_experts(name: str, function: Callable[..., Tensor]) -> None:
-    """Make ``name`` an implementation of experts; attention has an exported interface for that, experts have none."""
+    """Make ``name`` an implementation of experts. transformers exports an interface for attention, and none for
+    experts.
+    """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(name, function)
 
 
 def choose_experts_of_module(config: PreTrainedConfig, name: str) -> None:
-    """The same for the copy of a configuration that one module holds, past the setter's look at its parts."""
+    """The same for the copy of a configuration that one module holds, without the setter's check of its parts."""
     config._experts_implementation_internal = name
 
 
@@ -66,26 +70,28 @@ def kept_in_float32(model: Any) -> tuple[str, ...]:
 
 
 def dense_by_default(model: PreTrainedModel) -> list[str]:
-    """Names of what transformers' own quantizers leave dense: heads, what is tied to them, what stays in float32."""
+    """Names of the modules that transformers' own quantizers leave dense: heads, modules tied to them, and float32
+    ones.
+    """
     from transformers.quantizers.base import get_keys_to_not_convert
 
     return [*get_keys_to_not_convert(model), *kept_in_float32(model)]
 
 
 def is_converted(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a module's name is none of ``patterns``, in the notation of ``modules_to_not_convert``."""
+    """Whether a module's name matches none of ``patterns``, in the notation of ``modules_to_not_convert``."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     return should_convert_module(name, list(patterns))
 
 
 def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
-    """{pattern: dtype} of the weights that loading a model in ``dtype`` puts in another one."""
+    """{pattern: dtype} of the weights that loading a model in ``dtype`` converts to another dtype."""
     return model._get_dtype_plan(dtype)
 
 
 def mark_quantized(model: PreTrainedModel) -> None:
-    """Say on each part of the model that is a model itself that the whole is quantized, as loading does."""
+    """Mark each part of the model that is itself a model as quantized, as loading does."""
     from transformers.quantizers.base import _assign_is_quantized
 
     _assign_is_quantized(model)
@@ -102,7 +108,9 @@ def is_initialized(tensor: Tensor) -> bool:
 
 
 def tie_weights_as(model: Any, is_tied: bool, keys: dict[str, str]) -> tuple[bool, dict[str, str]]:
-    """Set what saving reads to leave tied weights out ({name: the one it is tied to}); gives what it read before."""
+    """Set the attributes by which saving leaves out tied weights ({name: the one it is tied to}). Returns their
+    earlier values.
+    """
     before = (model.config.tie_word_embeddings, dict(getattr(model, "all_tied_weights_keys", {})))
     model.config.tie_word_embeddings, model.all_tied_weights_keys = is_tied, keys
     return before
@@ -112,12 +120,12 @@ def tie_weights_as(model: Any, is_tied: bool, keys: dict[str, str]) -> tuple[boo
 
 
 def conversions_of(model: PreTrainedModel) -> list[Any] | None:
-    """What loading converted, whose inverse saving applies; None for a model that was not loaded."""
+    """The conversions of loading, whose inverse saving applies; None for a model that was not loaded."""
     return getattr(model, "_weight_conversions", None)
 
 
 def known_conversions(model: PreTrainedModel) -> list[Any]:
-    """What saving inverts for a model that was not loaded: the family's, without prefixes, of which it says nothing."""
+    """The conversions whose inverse saving applies to a model that was not loaded: the family's, without prefixes."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
 
@@ -188,8 +196,10 @@ def is_converted_by_parts(model: PreTrainedModel) -> bool:
 
 @contextlib.contextmanager
 def before_weights(prepare: Callable[[PreTrainedModel], None]) -> Iterator[None]:
-    """Within this, ``from_pretrained`` hands over each model before it reads weights. Of parameters that are DTensors
-    by then a process reads its rows alone."""
+    """Within this context, ``from_pretrained`` passes each model to ``prepare`` before it reads weights.
+
+    Of parameters that are DTensors by then a process reads only its own rows.
+    """
     from transformers import PreTrainedModel
 
     loader: Any = PreTrainedModel
@@ -211,8 +221,10 @@ def before_weights(prepare: Callable[[PreTrainedModel], None]) -> Iterator[None]
 
 @contextlib.contextmanager
 def fake_masks_looked_at() -> Iterator[None]:
-    """Within this, transformers asks a fake mask whether it hides anything, as it asks a real one. By itself it takes
-    every fake mask for one that does, and keeps a mask that real steps of a single row drop."""
+    """Within this context, transformers asks a fake mask whether it hides anything, as it asks a real one.
+
+    By itself it assumes that every fake mask hides something, and keeps a mask that real steps of a single row drop.
+    """
     from transformers import masking_utils
 
     masks: Any = masking_utils
@@ -233,18 +245,18 @@ def rotary_of(module_name: str) -> Callable[..., Any] | None:
 
 
 def set_rotary(module_name: str, function: Callable[..., Any]) -> None:
-    """Patch it: the modeling code calls it as a global name, and no option chooses it."""
+    """Replace the function: the modeling code calls it as a global name, and no option chooses it."""
     setattr(sys.modules[module_name], ROTARY, function)
 
 
 def checkpointing_of(block: Any) -> Callable[..., Any]:
-    """What a block under gradient checkpointing calls in the place of its own forward."""
+    """The function that a block under gradient checkpointing calls in place of its own forward."""
     return block._gradient_checkpointing_func
 
 
 @contextlib.contextmanager
 def checkpointing_by(block: Any, function: Callable[..., Any]) -> Iterator[None]:
-    """Within this, the block calls ``function``: transformers lets a model choose options, not the function."""
+    """Within this context, the block calls ``function``: transformers lets a model choose options, not the function."""
     before = block._gradient_checkpointing_func
     block._gradient_checkpointing_func = function
     try:
@@ -254,14 +266,14 @@ def checkpointing_by(block: Any, function: Callable[..., Any]) -> Iterator[None]
 
 
 def collects_outputs() -> bool:
-    """Whether the call in progress was asked for hidden states or attention weights, which hooks collect."""
+    """Whether the present call was asked for hidden states or attention weights, which hooks collect."""
     from transformers.utils import output_capturing
 
     return bool(output_capturing._active_collector.get())
 
 
 def is_collecting_hook(hook: Callable[..., Any]) -> bool:
-    """Whether a hook is one of those; they stay on their modules when no output is collected."""
+    """Whether a hook is one of those. They stay on their modules when no output is collected."""
     from transformers.utils import output_capturing
 
     return getattr(hook, "__module__", None) == output_capturing.__name__
@@ -272,7 +284,8 @@ def is_collecting_hook(hook: Callable[..., Any]) -> bool:
 
 @contextlib.contextmanager
 def gguf_read_once() -> Iterator[None]:
-    """Within this, the GGUF loader reuses what it works out twice (the header) or per module (the table of names).
+    """Within this context, the GGUF loader caches its two repeated results: the header, and for each module the table
+    of names.
 
     Both are pure functions of the gguf package; for the demo model their repetition is half of the loading time.
     """
@@ -300,7 +313,7 @@ def gguf_read_once() -> Iterator[None]:
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """The layers that transformers would not split between devices; none of a model that does not name their class."""
+    """The layers that transformers would not split between devices; none for a model that does not name their class."""
     names = set(model._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in names]
 
@@ -318,5 +331,7 @@ def use_one_device(arguments: TrainingArguments) -> None:
 
 
 def pair_with_next_labels(trainer: Trainer) -> None:
-    """Say that label i + 1 belongs to position i, whatever the model's own loss does: trained tokens are counted so."""
+    """Declare that label i + 1 belongs to position i, whatever the model's own loss does: trained tokens are counted
+    so.
+    """
     trainer._loss_shifts_labels = True

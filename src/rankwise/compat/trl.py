@@ -16,8 +16,9 @@ __all__ = ["RepeatSampler", "TrlTrainer", "heads_by", "metrics_of"]
 
 @contextmanager
 def heads_by(kind: type[TrlTrainer], give: Callable[..., None]) -> Iterator[None]:
-    """While a trainer of trl's class ``kind`` is made, ``give(model, ...)`` is called in the place of the function that
-    gives policy and reference trl's own output head."""
+    """While a trainer of trl's class ``kind`` is made, call ``give(model, ...)`` in place of the function that gives
+    policy and reference trl's own output head.
+    """
     module: Any = sys.modules[kind.__module__]
     before = module.add_fused_lm_head
     module.add_fused_lm_head = give
@@ -28,11 +29,13 @@ def heads_by(kind: type[TrlTrainer], give: Callable[..., None]) -> Iterator[None
 
 
 class Metered(Protocol):
-    """A trainer of trl's."""
+    """A trainer of trl with metrics."""
 
     _metrics: dict[str, dict[str, list[SupportsFloat]]]
 
 
 def metrics_of(trainer: Metered, mode: str) -> dict[str, list[SupportsFloat]]:
-    """What the trainer averages and logs beside the loss, in mode "train" or "eval"; our own losses add to it."""
+    """The values that the trainer averages and logs beside the loss, in mode "train" or "eval"; our own losses add
+    to them.
+    """
     return trainer._metrics[mode]

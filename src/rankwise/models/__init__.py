@@ -1,4 +1,4 @@
-"""Base models: where they come from, their checks, loading, and devices.
+"""Base models: their sources, checks, loading, and devices.
 
 Nothing here imports torch or transformers before a function needs it.
 """

@@ -55,7 +55,7 @@ def model_facts(model: PreTrainedModel, source: str | ModelSource) -> dict[str, 
 
 
 def _quantization(model: PreTrainedModel) -> dict[str, Any] | None:
-    """The 4-bit format in full, since config.json's description of it leaves the block size out."""
+    """The 4-bit format in full, since config.json's description of it leaves out the block size."""
     config: Any = getattr(model.config, "quantization_config", None)
     for method in ("to_loading_dict", "to_dict"):
         if hasattr(config, method):

@@ -46,11 +46,11 @@ class FolderContent(NamedTuple):
 
 
 def check_folder(folder: Path, *, trust_remote_code: bool = False) -> FolderContent:
-    """What ``folder`` holds, when it holds a causal language model in safetensors.
+    """The content of ``folder``, a causal language model in safetensors.
 
-    Raises ModelError: RW302 no or unreadable config.json, or an adapter; RW303 unknown architecture; RW304 it needs
-    its own code; RW305 no weights or missing shards; RW306 damaged weights; RW307 pickled weights only. Warns RW320
-    when code of its own is left aside.
+    Raises ModelError: RW302 no or unreadable config.json, or an adapter; RW303 unknown architecture; RW304 it needs its
+    own code; RW305 no weights or missing shards; RW306 damaged weights; RW307 pickled weights only. Warns RW320 when
+    the folder's own code is not used.
     """
     config = read_config(folder)
     check_architecture(config, folder, trust_remote_code=trust_remote_code)
@@ -82,8 +82,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_counts(config: Mapping[str, Any], folder: Path) -> None:
-    """Raise ModelError (RW302) for more layers or experts than a model has: each is built, one after the other, before
-    any weight is looked at. Models of several parts have a config for each."""
+    """Raise ModelError (RW302) for more layers or experts than a model has.
+
+    Each is built, one after the other, before any weight is read. Models of several parts have a config for each.
+    """
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key, value in part.items():
             if isinstance(value, int) and value > MOST_PARTS and COUNTS.search(key):
@@ -215,7 +217,7 @@ def weights_names(folder: Path, config: Mapping[str, Any] | None = None) -> list
 
 
 def existing_weights(folder: Path, config: Mapping[str, Any]) -> list[str]:
-    """``weights_names``, all of which are there. Raises ModelError (RW305)."""
+    """``weights_names``, all of which exist. Raises ModelError (RW305)."""
     names = weights_names(folder, config)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:

@@ -59,7 +59,7 @@ class _Malformed(Exception):
 
 
 class _Reader:
-    """Walks a header; every length is held against the bytes that are left."""
+    """Walks a header; every length is compared with the bytes that are left."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self.content, self.position = content, 0

@@ -17,8 +17,8 @@ OTHER_FOLDERS = ["*/*"]
 def download(repo: str, *, revision: str | None, code: bool, weights: bool) -> Path:
     """The snapshot folder of ``repo``, named after its commit, with safetensors weights and never a pickle.
 
-    Raises ModelError: RW313 the hub cannot be reached and the cache has it not; RW314 unknown repository or revision;
-    RW315 gated; RW307 the repository has pickled weights only.
+    Raises ModelError: RW313 the hub cannot be reached and the cache does not have it; RW314 unknown repository or
+    revision; RW315 gated; RW307 the repository has pickled weights only.
     """
     folder = _snapshot(repo, revision, [*SMALL_FILES, *(CODE_FILES if code else [])])
     if not weights:

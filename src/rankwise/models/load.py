@@ -80,7 +80,7 @@ def load_model(
 
 
 def remember_originals(loaded: PreTrainedModel, source: ModelSource, *, trust_remote_code: bool) -> None:
-    """Let a quantized model say how its weights were before: adapters that start by pissa or loftq ask for them."""
+    """Let a quantized model return its original weights: adapters that start by PiSSA or LoftQ ask for them."""
     again = functools.partial(_original, source, trust_remote_code=trust_remote_code)
     loaded.rankwise_originals = again  # type: ignore[assignment]
 
@@ -187,7 +187,9 @@ def _quantization_arguments(
 
 
 def _warn_of_another_format(model: PreTrainedModel, path: Path, asked: FourBitConfig) -> None:
-    """Say (RW324) that the layers in the files are not as asked for; config.json alone has no block size."""
+    """Warn (RW324) that the layers in the files have another format than asked for. config.json alone has no block
+    size.
+    """
     from rankwise.quantization.targets import four_bit_modules
 
     wanted = _format_of(asked)
@@ -239,7 +241,7 @@ def _load_gguf(source: ModelSource, dtype: torch.dtype | None, device: str, quan
 
 
 def _make_ordinary(model: PreTrainedModel) -> None:
-    """Take off what marks a GGUF model as quantized, so that it trains and saves like any other."""
+    """Remove the marks of a quantized model from a GGUF model, so that it trains and saves like any other."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
@@ -298,9 +300,9 @@ def _explaining(source: ModelSource) -> Iterator[None]:
 
 
 def _check_shapes(source: ModelSource, content: FolderContent, trust_remote_code: bool) -> None:
-    """Hold the headers against the config before memory is taken, on a model without storage.
+    """Compare the headers with the config on a model without storage, before memory is taken.
 
-    Only names that both sides know are compared: transformers renames and fuses some tensors while it loads.
+    Only names that both have are compared: transformers renames and fuses some tensors while it loads.
     """
     if content.config.get("quantization_config") is not None:
         return

@@ -1,4 +1,4 @@
-"""Models that look their positions up in a table: a row with more tokens than it has rows cannot be computed."""
+"""Models with a table of learned positions, which cannot compute a row with more tokens than the table has rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAME = re.compile(r"wpe|pos")
 
 
 def config_table_rows(config: Mapping[str, Any]) -> int | None:
-    """The most tokens a row, by a config.json; None where positions are computed, or the config does not tell."""
+    """The most tokens of a row, by a config.json; None where positions are computed, or the config does not say."""
     if config.get("model_type") not in LEARNED:
         return None
     found = (config.get(name) for name in ("n_positions", "max_position_embeddings"))
@@ -23,8 +23,9 @@ def config_table_rows(config: Mapping[str, Any]) -> int | None:
 
 
 def table_rows(model: nn.Module) -> int | None:
-    """The same of a model: an embedding named for positions with as many rows as its config has positions (tables of
-    images and sounds have others). Offset (OPT) and padding (RoBERTa) rows belong to no token.
+    """The same for a model: an embedding that is named for positions and has as many rows as its config has positions.
+
+    Tables of images and sounds have another number of rows. Offset (OPT) and padding (RoBERTa) rows belong to no token.
     """
     from torch import nn
 
@@ -40,7 +41,8 @@ def table_rows(model: nn.Module) -> int | None:
 
 
 def answer_room(model: nn.Module, prompt_tokens: int, wanted: int) -> int:
-    """How many of ``wanted`` new tokens a table of positions leaves behind a prompt; 0 where the prompt is too long.
+    """The number of new tokens, at most ``wanted``, that a table of positions permits after a prompt; 0 for a prompt
+    that is too long.
 
     n new tokens look up prompt + n - 1 positions: the last one is not read again.
     """

@@ -1,4 +1,4 @@
-"""How transformers is called: quietly, and with its errors as one sentence."""
+"""Call transformers quietly, and turn its errors into one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user may name as a model: a folder, a ``.gguf`` file, a hub id, or ``demo``."""
+"""The forms in which a user may name a model: a folder, a ``.gguf`` file, a hub id, or ``demo``."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class ModelSource:
 
 
 def resolve_model(model: str | os.PathLike[str]) -> ModelSource:
-    """Which model ``model`` names, without any network.
+    """The source that ``model`` names, without any network.
 
-    Raises ModelError: RW301 it names neither a file, a folder nor a possible hub id; RW311 ``demo`` is not installed.
+    Raises ModelError: RW301 it is neither a file, a folder nor a possible hub id; RW311 ``demo`` is not installed.
     """
     name = os.fspath(model)
     if name == DEMO:
@@ -63,13 +63,17 @@ def resolve_model(model: str | os.PathLike[str]) -> ModelSource:
 
 
 def is_other_hub_model(model: str, named: object) -> bool:
-    """Whether ``model`` and what an adapter names as its base are hub ids of two models; a path's name says nothing."""
+    """Whether ``model`` and the base that an adapter names are hub ids of two models. The name of a path says
+    nothing.
+    """
     ids = _hub_id(model), _hub_id(named)
     return None not in ids and ids[0] != ids[1]
 
 
 def warns_of_other_hub_model(model: str, adapter: Path, config: Mapping[str, Any]) -> bool:
-    """Whether ``config``, an adapter's, names another hub model as its base than ``model``; then it is said (RW417)."""
+    """Whether an adapter's ``config`` names another hub model as its base than ``model``; a warning (RW417) then
+    says so.
+    """
     named = config.get("base_model_name_or_path")
     if not is_other_hub_model(model, named):
         return False
@@ -98,7 +102,7 @@ def _file_source(name: str, path: Path) -> ModelSource:
 
 
 def _demo_file() -> Path:
-    """The GGUF inside the demo model's package, which is not imported (it would ask for llama.cpp)."""
+    """The GGUF file inside the demo model's package, which is not imported (it would need llama.cpp)."""
     spec = importlib.util.find_spec(DEMO_PACKAGE)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         for file in sorted(Path(folder).glob("*.gguf")):

@@ -39,7 +39,7 @@ _DTYPE_CODES = {torch.uint8: "U8", torch.float32: "F32"}
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """What the JSON of a stored weight says."""
+    """The content of a stored weight's JSON."""
 
     quant_type: str
     block_size: int

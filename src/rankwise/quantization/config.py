@@ -19,7 +19,7 @@ METHOD = "rankwise_4bit"
 
 @dataclass
 class FourBitConfig(QuantizationConfigMixin):
-    """What `Nf4Config` and `Fp4Config` share; use one of them.
+    """The common part of `Nf4Config` and `Fp4Config`; use one of them.
 
     Raises:
         QuantizationError: RW602 block size, RW605 compute dtype, RW615 anything else of the wrong kind.
@@ -70,7 +70,9 @@ class FourBitConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_loading_dict(self) -> dict[str, Any]:
-        """What ``from_dict`` takes, JSON only: for a model config whose checkpoint is to load into our layers."""
+        """The argument of ``from_dict``, as JSON only: for a model config whose checkpoint is to load into our
+        layers.
+        """
         return {
             "quant_method": METHOD,
             "quant_type": self.quant_type,
@@ -81,7 +83,9 @@ class FourBitConfig(QuantizationConfigMixin):
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """What goes into ``config.json``: the description by which transformers + bitsandbytes read the checkpoint."""
+        """The entry of ``config.json``: the description by which transformers with bitsandbytes reads the
+        checkpoint.
+        """
         compute = self.compute_dtype or self.weights_dtype or torch.float32
         return {
             "quant_method": "bitsandbytes",
@@ -126,7 +130,7 @@ def _names(names: Any) -> list[str] | None:
 
 
 def dtype_named(dtype: Any, what: str) -> torch.dtype | None:
-    """A torch.dtype given as itself or by name (None stays None). Raises QuantizationError (RW605) naming ``what``."""
+    """A torch.dtype from itself or its name (None stays None). Raises QuantizationError (RW605) that names ``what``."""
     if dtype is None:
         return None
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
@@ -141,7 +145,7 @@ def _name(dtype: torch.dtype | str) -> str:
 
 
 def rewrite_bitsandbytes_config(config: Mapping[str, Any]) -> FourBitConfig | None:
-    """What stands in for the quantization of a bitsandbytes checkpoint, so that it loads into `Linear4bit` layers.
+    """Our config for the quantization of a bitsandbytes checkpoint, so that it loads into `Linear4bit` layers.
 
     ``config``: the content of ``config.json``, or its ``quantization_config`` alone. None where it describes no 4-bit
     checkpoint of bitsandbytes.

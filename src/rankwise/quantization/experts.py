@@ -85,7 +85,7 @@ class StackScales(nn.Module):
     def of_expert(self, index: int, codes: Tensor) -> PackedWeight:
         """One expert's weight (N, K), whose ``codes`` (N K / 2,) are given.
 
-        Blocks of 256 scales may begin in one expert and end in another; of such a one the scales become float32 first.
+        Blocks of 256 scales may begin in one expert and end in another; then the scales become float32 first.
         """
         blocks = math.prod(self.shape[1:]) // self.block_size
         begin, end = index * blocks, (index + 1) * blocks
@@ -111,7 +111,7 @@ class StackScales(nn.Module):
         return self
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
-        """A wrong dtype is an error."""
+        """Load the scales. A wrong dtype is an error."""
         if not check_scale_dtypes(self, state, prefix, arguments[-1]):
             return
         super()._load_from_state_dict(state, prefix, *arguments)
@@ -166,7 +166,7 @@ class _Product(torch.autograd.Function):
 
 
 def forward_4bit(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What transformers calls for experts under `IMPLEMENTATION`; ``self`` is the experts module.
+    """The function that transformers calls for experts under `IMPLEMENTATION`; ``self`` is the experts module.
 
     hidden_states (T, H), top_k_index (T, k) of experts, top_k_weights (T, k) -> (T, H) in the dtype of hidden_states.
     Equal to the eager implementation on the dequantized weights; differentiable in hidden_states and top_k_weights.
@@ -181,7 +181,7 @@ Product = Callable[[Any, str, int, Tensor], Tensor]
 def forward_by_expert(
     self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, multiply: Product
 ) -> Tensor:
-    """The same for experts whose products ``multiply`` gives, one expert after the other."""
+    """The same with the products of ``multiply``, one expert after the other."""
     k = top_k_index.shape[1]
     experts = top_k_index.reshape(-1)
     order = experts.argsort(stable=True)
@@ -242,7 +242,7 @@ def four_bit_stacks(model: nn.Module) -> Iterator[tuple[str, Stack]]:
 
 
 def foreign(experts: nn.Module, leaf: str) -> str | None:
-    """Why nothing here knows how ``leaf`` is computed with, or None for a stack of transformers' interface."""
+    """Why our code cannot compute with ``leaf``, or None for a stack of transformers' interface."""
     module: Any = experts
     understood = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "config"))
     if not understood or leaf not in LEAVES:
@@ -269,7 +269,7 @@ def stack_tensors(weight: PackedWeight, name: str) -> dict[str, Tensor]:
 
 
 def put_stack(experts: nn.Module, leaf: str, scales: StackScales, codes: Tensor | None = None) -> Stack:
-    """Make the dense parameter ``leaf`` a 4-bit stack; without ``codes`` an empty one, for loading."""
+    """Replace the dense parameter ``leaf`` by a 4-bit stack; without ``codes`` by an empty one, for loading."""
     if codes is None:
         count, weights = scales.shape[0], math.prod(scales.shape[1:])
         codes = torch.empty(count, weights // 2, dtype=torch.uint8, device=scales.absmax.device)
@@ -293,7 +293,7 @@ def quantize_stack(experts: nn.Module, leaf: str, *, compute_dtype: torch.dtype 
 
 
 def dequantize_stack(stack: Stack, dtype: torch.dtype | None = None) -> None:
-    """Make the stack the dense, frozen parameter that it stands for, of ``dtype`` or its own."""
+    """Replace the stack by its dense, frozen parameter, of ``dtype`` or its own."""
     experts: Any = stack.experts
     W = stack.dequantize()
     delattr(experts, stack.leaf + SUFFIX)
@@ -303,7 +303,9 @@ def dequantize_stack(stack: Stack, dtype: torch.dtype | None = None) -> None:
 
 
 def _use_ours(experts: Any) -> None:
-    """Let this module use our experts, by a config of its own. Other experts of the model keep their implementation."""
+    """Let this module use our experts, by a copy of its config. Other experts of the model keep their
+    implementation.
+    """
     if "dense_config" in experts.__dict__:
         return
     register_experts(IMPLEMENTATION, forward_4bit)

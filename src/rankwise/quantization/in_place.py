@@ -102,7 +102,9 @@ def quantize(model: nn.Module, config: FourBitConfig) -> QuantizationReport:
 
 
 def _leave_fused_forwards(model: nn.Module) -> None:
-    """PyTorch's own encoder reads its layers' weights itself in evaluation, past their forward: not 4-bit ones."""
+    """Make PyTorch's encoder call its layers: in evaluation mode it reads their weights itself, which fails for
+    4-bit ones.
+    """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(four_bit_modules(module)):
             module.activation_relu_or_gelu = 0
@@ -155,13 +157,13 @@ def _has_values(weight: Tensor) -> bool:
 
 
 def is_finite(weight: Tensor) -> bool:
-    """Whether it holds no NaN and no infinity."""
+    """Whether the weight holds no NaN and no infinity."""
     # One cheap pass, and a second one only where the sum itself overflowed or the weight is broken.
     return bool(weight.sum(dtype=torch.float32).isfinite()) or bool(weight.isfinite().all())
 
 
 def _mark(model: nn.Module, config: FourBitConfig) -> None:
-    """Tell transformers what the model is now: its Trainer, ``save_pretrained`` and ``dequantize`` ask for it."""
+    """Mark the model as quantized for transformers: its Trainer, ``save_pretrained`` and ``dequantize`` ask for it."""
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):

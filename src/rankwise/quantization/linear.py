@@ -54,7 +54,7 @@ class Linear4bit(nn.Module):
         device: torch.device | str | None = None,
         was_conv1d: bool = False,
     ) -> None:
-        """An empty layer, as loading needs it; ``from_weight`` and ``from_linear`` make one with content.
+        """An empty layer for loading; ``from_weight`` and ``from_linear`` make one with content.
 
         ``was_conv1d``: it stands for a transformers ``Conv1D``, which ``dense_layer`` will give back.
 
@@ -137,7 +137,7 @@ class Linear4bit(nn.Module):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, K), of the weight that the packed one stands for."""
+        """(N, K) of the weight that the packed one stands for."""
         return self.out_features, self.in_features
 
     @property
@@ -226,7 +226,7 @@ class Linear4bit(nn.Module):
 
 
 class Holder(Protocol):
-    """What holds the scales and the format of a 4-bit weight: a layer, or a module beside the codes of a stack."""
+    """A module with the scales and the format of a 4-bit weight: a layer, or a module beside the codes of a stack."""
 
     absmax: Tensor
     nested_absmax: Tensor | None
@@ -271,14 +271,14 @@ def packed_of(holder: Holder, codes: Tensor) -> PackedWeight:
 
 
 def computed_in(dtype: torch.dtype | None, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """``run(x)`` in ``dtype`` where one is set, given back in that of x; under autocast in autocast's."""
+    """``run(x)`` in ``dtype`` where one is set, returned in the dtype of x; under autocast in autocast's."""
     if dtype is None or dtype is x.dtype or torch.is_autocast_enabled(x.device.type):
         return run(x)
     return run(x.to(dtype)).to(x.dtype)
 
 
 def keeping_scales(holder: Holder, fn: Callable[[Tensor], Tensor]) -> tuple[Callable[[Tensor], Tensor], torch.dtype]:
-    """For ``Module._apply``: ``fn`` without its casts of the scales, and the dtype that it casts the weights to."""
+    """For ``Module._apply``: ``fn`` without its casts of the scales, and the dtype to which it casts the weights."""
     scales = {id(scale) for name in SCALES if (scale := getattr(holder, name)) is not None}
 
     def apply(tensor: Tensor) -> Tensor:
@@ -316,7 +316,7 @@ def _empty_conv1d(shape: tuple[int, int]) -> nn.Module:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' ``Conv1D``, a linear layer that stores its weight as (in, out)."""
+    """Whether the module is transformers' ``Conv1D``, a linear layer that stores its weight as (in, out)."""
     # By name, so that a look at a layer does not import transformers.
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
@@ -326,7 +326,7 @@ PLAIN_SUBCLASSES = frozenset({"FalconLinear"})
 
 
 def is_dense_linear(module: nn.Module) -> bool:
-    """Whether `Linear4bit` can stand in for it: other subclasses may use their weight in ways of their own."""
+    """Whether `Linear4bit` can replace the module: other subclasses may use their weight in their own way."""
     is_plain = isinstance(module, nn.Linear) and type(module).__name__ in PLAIN_SUBCLASSES
     return type(module) is nn.Linear or is_plain or is_conv1d(module)
 
@@ -342,11 +342,11 @@ def features(linear: nn.Module) -> tuple[int, int]:
 
 
 def weight_count(parameter: Tensor) -> int:
-    """Weights that a parameter holds: two in each byte of a packed one."""
+    """The number of weights in a parameter: two in each byte of a packed one."""
     return parameter.numel() * (1 if parameter.dtype.is_floating_point else 2)
 
 
 def count_weights(model: nn.Module) -> int:
-    """Weights of a model, tied ones once; scales of 4-bit weights are none, also where they are parameters."""
+    """The number of weights of a model, tied ones once, without the scales of 4-bit weights."""
     named = model.named_parameters()
     return sum(weight_count(parameter) for name, parameter in named if not name.endswith(".absmax"))

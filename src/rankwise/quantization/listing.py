@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def some_of(items: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
-    """The first ``limit`` of ``items``, and how many more there are."""
+    """The first ``limit`` of ``items``, and the number of the others."""
     listed = list(items)
     shown = separator.join(listed[:limit])
     if len(listed) <= limit:

@@ -20,13 +20,13 @@ HEAD_NAMES = ("lm_head", "embed_out")
 
 
 def target_names(model: nn.Module, config: FourBitConfig) -> list[list[str]]:
-    """The linear layers to quantize, each with all its names (a module may stand at several places).
+    """The linear layers to quantize, each with all its names (a module may have several).
 
-    Output head, embeddings, what is tied to one of them, and ``modules_to_not_convert`` stay out.
+    The output head, embeddings, modules tied to one of them, and ``modules_to_not_convert`` stay out.
 
     Raises:
-        QuantizationError: RW610 when nothing is left, of experts (``target_stacks``) neither; RW615 for a pattern that
-            is no regular expression.
+        QuantizationError: RW610 when neither a layer nor a stack of experts (``target_stacks``) is left; RW615 for a
+            pattern that is not a regular expression.
     """
     _check_patterns(model, config)
     patterns = [*dense_patterns(model), *(config.modules_to_not_convert or ())]
@@ -55,7 +55,7 @@ def _why_nothing(model: nn.Module, dense: int) -> str:
 
 
 def dense_patterns(model: nn.Module) -> list[str]:
-    """Names of what stays dense in any model, in the notation of transformers' ``should_convert_module``."""
+    """Names of the modules that stay dense in any model, in the notation of transformers' ``should_convert_module``."""
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
@@ -94,7 +94,7 @@ def dense_linear_names(model: nn.Module) -> list[str]:
 
 
 def four_bit_modules(model: nn.Module) -> Iterator[Linear4bit | StackScales]:
-    """Whatever holds the scales and the format of 4-bit weights: linear layers, and stacked experts' scales."""
+    """The modules with the scales and the format of 4-bit weights: linear layers, and stacked experts' scales."""
     for module in model.modules():
         if isinstance(module, Linear4bit | StackScales):
             yield module
@@ -132,7 +132,7 @@ def _obstacle(model: nn.Module, name: str, block_size: int) -> str | None:
 
 
 def warn_about_experts(model: nn.Module, config: FourBitConfig, *, stored: bool = False) -> None:
-    """Say (RW613) which experts stay dense though nobody asked for it. ``stored``: a checkpoint has decided."""
+    """Warn (RW613) about experts that stay dense without being asked to. ``stored``: a checkpoint has decided."""
     reasons: dict[str, list[str]] = {}
     for name in _wanted_stacks(model, config):
         reason = _obstacle(model, name, config.block_size)

@@ -1,8 +1,8 @@
 """transformers' view of our 4-bit models: quantize while shards stream in, read and write bitsandbytes' checkpoints.
 
-``from_pretrained`` builds the model without storage, calls ``_process_model_before_weight_loading`` to put empty layers
-in, then hands over one weight at a time: dense ones to `QuantizeOperation`, the parts of 4-bit ones to
-`DeserializeOperation`. It swallows exceptions of both into a report, so failures are gathered and raised at the end.
+``from_pretrained`` builds the model without storage and calls ``_process_model_before_weight_loading``, which puts
+empty layers in. Then it passes one weight at a time: dense ones to `QuantizeOperation`, the parts of 4-bit ones to
+`DeserializeOperation`. It turns exceptions of both into a report, so failures are gathered and raised at the end.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def mark_quantized(model: PreTrainedModel, config: FourBitConfig) -> None:
 
 
 def describe(model: nn.Module, config: FourBitConfig) -> None:
-    """Bring what ``config.json`` will say about the layers up to date with the model."""
+    """Update what ``config.json`` will say about the layers."""
     first = next(four_bit_modules(model), None)
     config.dense_modules = dense_linear_names(model)
     if first is not None:
@@ -95,7 +95,7 @@ def describe(model: nn.Module, config: FourBitConfig) -> None:
 
 
 class FourBitQuantizer(HfQuantizer):
-    """What transformers asks while it loads, trains and saves one of our models."""
+    """Answers transformers' questions while it loads, trains and saves one of our models."""
 
     requires_calibration = False
     quantization_config: FourBitConfig
@@ -139,7 +139,7 @@ class FourBitQuantizer(HfQuantizer):
         return {"deserialize": DeserializeOperation}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """What reads stored 4-bit experts, under the names that the model has for them, comes first."""
+        """Put the readers of stored 4-bit experts first, under the model's names for them."""
         found = super().update_weight_conversions(weight_conversions, model)
         return [*self._stack_conversions(model), *found] if self.pre_quantized else found
 
@@ -167,7 +167,9 @@ class FourBitQuantizer(HfQuantizer):
         return model
 
     def _prepare(self, model: PreTrainedModel, stored: dict[str, StoredWeight]) -> None:
-        """Empty layers in the stored formats. Weights that transformers renames are met while loading instead."""
+        """Put in empty layers in the stored formats. Weights that transformers renames are handled while loading
+        instead.
+        """
         if not stored:
             raise QuantizationError("RW611", "config.json calls the checkpoint 4-bit, and it holds no 4-bit weight.")
         modules = {name: module for name, module in model.named_modules() if is_dense_linear(module)}
@@ -186,7 +188,7 @@ class FourBitQuantizer(HfQuantizer):
                     break
 
     def _put_empty(self, model: PreTrainedModel, names: list[str], stored: Stored | None = None) -> Linear4bit:
-        """An empty `Linear4bit` in place of the dense layer; its weight is still to come."""
+        """An empty `Linear4bit` in place of the dense layer; its weight follows."""
         linear = model.get_submodule(names[0])
         config = self.quantization_config
         layer = Linear4bit(
@@ -294,7 +296,9 @@ def bitsandbytes_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _keep_stacks_whole(model: PreTrainedModel) -> None:
-    """``save_pretrained`` splits stacks as the family's checkpoints do, a tensor for each expert: not 4-bit ones."""
+    """Keep 4-bit stacks whole: ``save_pretrained`` splits stacks as the family's checkpoints do, a tensor for each
+    expert.
+    """
     stacks = [name for name, _ in four_bit_stacks(model)]
     if not stacks:
         return
@@ -304,14 +308,14 @@ def _keep_stacks_whole(model: PreTrainedModel) -> None:
 
 
 def _makes(conversion: Any, names: list[str]) -> bool:
-    """Whether it is a conversion that makes one of the parameters ``names``."""
+    """Whether the conversion makes one of the parameters ``names``."""
     return isinstance(conversion, WeightConverter) and any(
         re.search(rf"{target}(?!\w)", name) for target in conversion.target_patterns for name in names
     )
 
 
 class QuantizeOperation(ConversionOps):
-    """A dense weight -> codes and scales, the moment it is read."""
+    """Turns a dense weight into codes and scales as soon as it is read."""
 
     def __init__(self, hf_quantizer: FourBitQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
@@ -351,7 +355,9 @@ class QuantizeOperation(ConversionOps):
 
 
 def _scaled_with_others(share: PackedWeight, layer: Linear4bit) -> PackedWeight:
-    """This process's rows of a weight that is quantized by several: its second-level scales are those of all rows."""
+    """This process's rows of a weight that several processes quantize: its second-level scales are those of all
+    rows.
+    """
     blocks = layer.in_features // layer.block_size
     absmax = rows_of_all(share.absmax.view(len(share.codes), blocks), layer.weight).flatten()
     nested_absmax = offset = None
@@ -361,7 +367,7 @@ def _scaled_with_others(share: PackedWeight, layer: Linear4bit) -> PackedWeight:
 
 
 class DeserializeOperation(ConversionOps):
-    """The parts of a stored 4-bit weight -> codes and scales; any other weight passes through, in its dtype.
+    """Turns the parts of a stored 4-bit weight into codes and scales; any other weight passes through, in its dtype.
 
     ``parts``: {pattern that finds a part: its name, of a layer's weight}, where the two differ.
     """
@@ -412,7 +418,9 @@ class DeserializeOperation(ConversionOps):
 
 
 def _wanted_dtype(model: Any, name: str) -> torch.dtype:
-    """transformers leaves the dtype of what passes through this operation to it: the model's, or that of its plan."""
+    """The dtype of a weight that passes through unchanged, which transformers leaves to this operation: the model's,
+    or that of its plan.
+    """
     parameter = model.get_parameter_or_buffer(name)
     for pattern, dtype in compat.dtype_plan(model, model.config.dtype).items():
         if re.search(pattern.replace("*", ".*"), name):
@@ -426,7 +434,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _ending(name: str) -> str:
-    """The pattern of a name that ends so."""
+    """The pattern of names with this ending."""
     return rf"\.{re.escape(name)}$"
 
 
