@@ -43,7 +43,7 @@ check: $(STAMP) ## style, types and layer directions only
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(STAMP) ## mend style where a tool can
+format: $(STAMP) ## fix style where a tool can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 

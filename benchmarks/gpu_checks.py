@@ -325,7 +325,7 @@ def _with_gradients(function: Any, inputs: dict[str, Tensor], dy: Tensor) -> dic
 def assert_as_good(ours: Tensor, plain: Tensor, truth: Tensor, what: str) -> None:
     """The error against float64 is not above that of plain PyTorch and a rounding of the float32 sum."""
     error, allowed = (ours.double() - truth).abs().max(), (plain.double() - truth).abs().max()
-    # One rounding of the result more: the order of two roundings is no error.
+    # One rounding of the result more: the order of two roundings is not an error.
     unit = torch.finfo(ours.dtype).eps if ours.is_floating_point() else 0.0
     slack = (1e-5 + unit) * (1 + truth.abs().max())
     assert error <= allowed + slack, f"{what}: error {error:.3g}, plain PyTorch's {allowed:.3g}"

@@ -213,7 +213,7 @@ def launches(name: str) -> list[Launch]:
 
 
 def compiled(launch: Launch, architecture: int, *, aligned: bool = True) -> Any:
-    """The kernel as the launch compiles it; not ``aligned``: for sizes that are no multiples of 16."""
+    """The kernel as the launch compiles it; not ``aligned``: for sizes that are not multiples of 16."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

@@ -51,9 +51,9 @@ def test_what_safetensors_writes_is_read(tmp_path: Path) -> None:
 DAMAGE = {
     "negative dimension": ({"a": entry(shape=[-2])}, "impossible shape"),
     "huge dimension": ({"a": entry(shape=[2**40, 2**40])}, "impossible shape"),
-    "dimension that is no number": ({"a": entry(shape=["2"])}, "impossible shape"),
+    "dimension that is not a number": ({"a": entry(shape=["2"])}, "impossible shape"),
     "true as a dimension": ({"a": entry(shape=[True, 2])}, "impossible shape"),
-    "unknown dtype": ({"a": entry(dtype="F31")}, "no safetensors dtype"),
+    "unknown dtype": ({"a": entry(dtype="F31")}, "not a safetensors dtype"),
     "shape against bytes": ({"a": entry(shape=[3])}, "takes 12"),
     "range backwards": ({"a": entry(offsets=[8, 0])}, "impossible byte range"),
     "range of three": ({"a": entry(offsets=[0, 4, 8])}, "impossible byte range"),
@@ -63,11 +63,11 @@ DAMAGE = {
     "bytes left over": ({"a": entry(shape=[1], offsets=[0, 4])}, "where its header promises"),
     "fields missing": ({"a": {"dtype": "F32"}}, "without dtype, shape and data_offsets"),
     "no object": ([1, 2], "not an object"),
-    "cut JSON": (b'{"a": {', "no valid JSON"),
-    "not UTF-8": (b'{"\xff": 1}', "no valid JSON"),
-    "NaN": (b'{"a": NaN}', "NaN is no finite number"),
+    "cut JSON": (b'{"a": {', "not valid JSON"),
+    "not UTF-8": (b'{"\xff": 1}', "not valid JSON"),
+    "NaN": (b'{"a": NaN}', "NaN is not a finite number"),
     "same name twice": (b'{"a": {"dtype": "F32"}, "a": {"dtype": "F32"}}', "occurs twice"),
-    "endless nesting": (b'{"a":' + b"[" * 100_000, "no valid JSON"),
+    "endless nesting": (b'{"a":' + b"[" * 100_000, "not valid JSON"),
     "metadata of numbers": ({"__metadata__": {"a": 1}, "a": entry()}, "does not map text to text"),
 }
 

@@ -371,7 +371,7 @@ def _pattern_problems(config: LoraConfig) -> Iterator[str]:
         try:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
-            yield f"{described}, which is no regular expression ({error})"
+            yield f"{described}, which is not a regular expression ({error})"
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -654,12 +654,12 @@ def variant_of(name: str) -> tuple[str, dict[str, Any]]:
     """
     method, *words = name.split("+")
     if method not in METHODS:
-        raise ValueError(f"{method!r} is no method")
+        raise ValueError(f"{method!r} is not a method")
     options: dict[str, Any] = {}
     idle = {option for names in idle_options(method).values() for option in names}
     for word in words:
         if word not in VARIANTS:
-            raise ValueError(f"{word!r} is no variant")
+            raise ValueError(f"{word!r} is not a variant")
         if options.keys() & VARIANTS[word].keys():
             raise ValueError(f"two words of {name} set the same")
         if idle & VARIANTS[word].keys() or (word == "loftq" and method not in FOUR_BITS):

@@ -280,7 +280,7 @@ def _name_final(error: OSError, partial: Path, output: Path) -> None:
 
 
 def discard_folder(folder: Path) -> None:
-    """Remove a folder so that a kill in between leaves no half of it under its name. A link is no folder."""
+    """Remove a folder so that a kill in between leaves no half of it under its name. A link is not a folder."""
     if not folder.is_dir() or folder.is_symlink():
         return
     doomed = _partial(folder)

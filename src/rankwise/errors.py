@@ -1,7 +1,7 @@
 """Every message that stops or warns, as one tree.
 
     RankwiseError                   code, message, exit_code
-    ├── InputError                  exit 2: the user can mend it
+    ├── InputError                  exit 2: the user can correct it
     │   ├── ConfigError             RW1xx  settings, options, YAML
     │   ├── DataError               RW2xx  rows, files, templates, tokens
     │   ├── ModelError              RW3xx  base models: folders, GGUF, weights, devices

@@ -37,7 +37,7 @@ def read_json(path: Path, *, largest_bytes: int = LARGEST_BYTES, constants: bool
     """
     if not stat.S_ISREG(path.stat().st_mode):
         # A named pipe would keep its reader waiting.
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     with open(path, "rb") as file:
         content = file.read(largest_bytes + 1)
     if len(content) > largest_bytes:
@@ -70,7 +70,7 @@ def parse_json(
         raise ValueError("it is nested too deeply") from None
     _check_depth(found)
     if not halves and ("\\ud" in text or "\\uD" in text):
-        # Such a half is no character, and nothing that holds it can be written again.
+        # Such a half is not a character, and nothing that holds it can be written again.
         json.dumps(found, ensure_ascii=False).encode("utf-8")
     return found
 
@@ -152,7 +152,7 @@ def _whole(digits: str) -> int:
 def _finite(text: str) -> float:
     number = float(text)
     if not float("-inf") < number < float("inf"):
-        raise ValueError(f"{text[:LONGEST_NUMBER]} is no finite number")
+        raise ValueError(f"{text[:LONGEST_NUMBER]} is not a finite number")
     return number
 
 

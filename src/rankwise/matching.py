@@ -150,7 +150,7 @@ Places = Mapping[str, Place]
 def target_names(config: LoraConfig, places: Places, model: str, *, may_be_none: bool = False) -> list[str]:
     """Names of the modules to adapt. ``model``: its name in messages.
 
-    Raises AdapterError: RW401 nothing matches, RW402 something matches that is no linear layer or embedding, RW431 a
+    Raises AdapterError: RW401 nothing matches, RW402 something matches that is not a linear layer or embedding, RW431 a
     layer that cannot adapt, RW432 one that another library quantized.
     """
     matched = [name for name, place in places.items() if _is_target(name, place, config)]
@@ -302,7 +302,7 @@ def _idle(config: LoraConfig, names: Names, adapted: Collection[str]) -> Iterato
         return
     patterns = [key for key in _layer_patterns(config) if all(_index_in(key, name) is None for name in names.modules)]
     if patterns:
-        yield "layers_pattern", f"layers_pattern names {_listed(patterns)}, which is no list of layers in the model"
+        yield "layers_pattern", f"layers_pattern names {_listed(patterns)}, which is not a list of layers in the model"
     used = {_layer_of(name, config) for name in adapted}
     if empty := sorted((_layers(config) & _layers_there(config, names)) - used):
         yield "layers", f"layers_to_transform names {_listed(empty)}, and no target module lies there"

@@ -45,7 +45,7 @@ class RunRecord:
     eval_rewards: dict[str, float | None] = dataclasses.field(default_factory=dict)
     # Of an objective with rewards, at the same evaluation: reward_accuracy, reward_margin, ...
     tokens_per_second: float | None = None
-    # Tokens that are no padding, over the seconds of the training steps.
+    # Tokens that are not padding, over the seconds of the training steps.
     examples_per_second: float | None = None
     # Training examples over the seconds of the training steps; loading and evaluation are left out.
     peak_memory_bytes: int | None = None
@@ -113,7 +113,7 @@ def read_metrics(folder: Path) -> Iterator[Mapping[str, Any]]:
             if number == len(lines):
                 return
             raise RunError(
-                "RW501", f"{path}, line {number}, is no line of a run ({reason_of(error)}); remove that line."
+                "RW501", f"{path}, line {number}, is not a line of a run ({reason_of(error)}); remove that line."
             ) from None
 
 
@@ -121,10 +121,10 @@ def _logged(line: Any) -> Mapping[str, Any]:
     if not isinstance(line, dict):
         raise ValueError(f"it holds a {type(line).__name__}")
     if type(line.get("step", 0)) is not int:
-        raise ValueError("its step is no whole number")
+        raise ValueError("its step is not a whole number")
     odd = next((key for key in NUMBERS if not isinstance(line.get(key), int | float | None)), None)
     if odd is not None:
-        raise ValueError(f"its {odd} is no number")
+        raise ValueError(f"its {odd} is not a number")
     return line
 
 

@@ -57,12 +57,12 @@ def read_settings(
 
 
 def _refuse_half_characters(given: Mapping[str, Any]) -> None:
-    """Raise ConfigError (RW104) for a NUL or a byte that is no UTF-8 (Python: a lone surrogate): no path can hold the
+    """Raise ConfigError (RW104) for a NUL or a byte that is not UTF-8 (Python: a lone surrogate): no path can hold the
     one, and no record the other."""
     for name, value in given.items():
         odd = next((found for text in _texts([name, value]) if (found := _NO_CHARACTER.search(text))), None)
         if odd is not None:
-            what = "a NUL" if odd[0] == "\0" else "a byte that is no UTF-8"
+            what = "a NUL" if odd[0] == "\0" else "a byte that is not UTF-8"
             raise ConfigError("RW104", f"{flag(name)} holds {what} at position {odd.start()}; give text in UTF-8.")
 
 
@@ -94,7 +94,7 @@ def _problem(item: ErrorDetails, kind: type[Settings]) -> str:
     if item["type"] == "extra_forbidden":
         ours = [flag(other).removeprefix("--") for other in kind.model_fields]
         close = close_names(name.removeprefix("--"), ours, OPTIONS, cutoff=0.6)
-        return f"{name} is no option" + (f" (did you mean --{close[0]}?)" if close else "")
+        return f"{name} is not an option" + (f" (did you mean --{close[0]}?)" if close else "")
     if item["type"] == "missing":
         return f"{name} is missing"
     if item["type"] == "literal_error" and is_argument:
@@ -155,7 +155,7 @@ def read_settings_file(file: Path) -> dict[str, Any]:
         raise ConfigError("RW102", f"cannot read the settings file {file}: {reason}; give a file.") from None
     except (yaml.YAMLError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
         # An explicit tag on what it does not fit (`!!int ""`) comes as any of these.
-        raise ConfigError("RW102", f"the settings file {file} is no YAML{_where(error)}; mend it there.") from None
+        raise ConfigError("RW102", f"the settings file {file} is not YAML{_where(error)}; correct it there.") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -73,7 +73,7 @@ class WeightsHeader(NamedTuple):
 def read_header(path: Path, *, error: type[RankwiseError] = ModelError, code: str = "RW306") -> WeightsHeader:
     """The checked header of a safetensors file; no tensor is read.
 
-    Raises ``error(code)`` with one sentence that names the file when it is no safetensors file, is cut short, or its
+    Raises ``error(code)`` with one sentence that names the file when it is not a safetensors file, is cut short, or its
     header is not self-consistent: unknown dtypes, shapes that do not fill their bytes, overlaps, gaps, duplicates.
     """
     try:
@@ -133,7 +133,7 @@ def _parse(text: bytes) -> dict[str, Any]:
         content = parse_json(text, pairs=_unique)
     except ValueError as problem:
         reason = " ".join(str(problem).split())[:120]
-        raise _Malformed(f"has a header that is no valid JSON ({reason}); {AGAIN}") from None
+        raise _Malformed(f"has a header that is not valid JSON ({reason}); {AGAIN}") from None
     if not isinstance(content, dict):
         raise _Malformed(f"has a header that is a JSON {type(content).__name__} and not an object; {AGAIN}")
     return content
@@ -158,7 +158,7 @@ def _checked_tensor(name: str, entry: Any) -> TensorInfo:
         raise _Malformed(f"describes the tensor {name!r} without dtype, shape and data_offsets; {AGAIN}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise _Malformed(f"stores {name!r} as {str(dtype)[:40]!r}, which is no safetensors dtype; write it again")
+        raise _Malformed(f"stores {name!r} as {str(dtype)[:40]!r}, which is not a safetensors dtype; write it again")
     if not _are_sizes(shape) or prod(shape) > MAX_ELEMENTS:
         raise _Malformed(f"gives {name!r} the impossible shape {str(shape)[:80]}; {AGAIN}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

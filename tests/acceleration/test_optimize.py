@@ -86,7 +86,7 @@ def test_attention_stays_where_the_kernel_does_not_cover_it(changes: dict[str, A
 
 
 def test_two_models_of_a_family_share_the_rotary_function() -> None:
-    # Models of other tests that are gone are no users; one that something still holds is.
+    # Models of other tests that are gone are not users; one that something still holds is.
     gc.collect()
     first, second = adapted("llama"), adapted("llama")
     namespace = sys.modules[type(first).__module__]

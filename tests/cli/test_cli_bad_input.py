@@ -260,7 +260,7 @@ def test_inspect_a_model_against_a_model(refuses, model_folder):
     ("content", "said"),
     [
         (None, "there is no settings file"),
-        (b"method: lora\n  r: [1\n", "is no YAML: mapping values are not allowed here, line 2, column 4"),
+        (b"method: lora\n  r: [1\n", "is not YAML: mapping values are not allowed here, line 2, column 4"),
         (b"method: caf\xe9\n", "is not UTF-8"),
     ],
 )

@@ -311,7 +311,7 @@ def test_the_program_lets_waiting_threads_sleep_unless_the_user_says_how_they_wa
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("conut: 2", "--conut is no option"), ("- 1", "list"), ("a: [", "is no YAML")]
+    ("text", "said"), [("conut: 2", "--conut is not an option"), ("- 1", "list"), ("a: [", "is not YAML")]
 )
 def test_a_mistake_in_the_file_exits_2(text, said, with_verb, tmp_path):
     file = tmp_path / "play.yaml"

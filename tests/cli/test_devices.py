@@ -48,7 +48,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
-    """A two-layer Llama whose 4-bit weights are read by rows: they are whole blocks. 259 rows are no multiple of 2."""
+    """A two-layer Llama whose 4-bit weights are read by rows, which are whole blocks. 259 rows are no multiple of 2."""
     made = tiny_llama(vocab_size=259, hidden_size=64, intermediate_size=128)
     return save_with_tokenizer(made, model_folder, tmp_path_factory.mktemp("model"))
 
@@ -142,7 +142,7 @@ REST = {
     ),
     "full, checkpointing, 4 under fsdp": (("--method", "full", "--gradient-checkpointing", "--strategy", "fsdp"), 4),
     "float32 scales, 4 under fsdp": (("--method", "qdora", "--no-double-quant", "--strategy", "fsdp"), 4),
-    "rows that are no blocks, 4 under fsdp": (
+    "rows that are not blocks, 4 under fsdp": (
         ("--method", "qdora", "--block-size", "128", "--strategy", "fsdp"),
         4,
     ),

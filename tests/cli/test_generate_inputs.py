@@ -166,7 +166,7 @@ def test_bad_lines_are_named_together(generate, tmp_path):
     assert done.stderr.startswith(f"error RW203: {file}, line 3: invalid JSON")
     assert "line 4: expected text in `prompt`" in done.stderr
     assert "line 5: " in done.stderr
-    assert "; 2 more. Mend or remove these." in done.stderr
+    assert "; 2 more. Correct or remove these." in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_a_file_that_is_no_list_of_prompts_is_refused(name, generate, tmp_path):
     """Its lines would be prompts, its header too."""
     done = generate("--prompt-file", write(tmp_path / name, "prompt\na\n"))
     assert done.code == 2
-    assert f"RW202: {tmp_path / name} is no list of prompts; " in done.stderr
+    assert f"RW202: {tmp_path / name} is not a list of prompts; " in done.stderr
 
 
 def test_closed_standard_input_is_an_error_of_the_input(generate, monkeypatch):

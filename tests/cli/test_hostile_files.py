@@ -320,7 +320,7 @@ def test_an_adapter_setting_of_another_type_is_named(field, value, rankwise, run
         (b"[" * 100_000, "nested too deeply"),
         (b"[" * 70 + b"]" * 70, "nested more than 64 levels"),
         (b'{"a": NaN}', "nan"),
-        (b'{"a": 1e999}', "no finite number"),
+        (b'{"a": 1e999}', "not a finite number"),
         (b'{"a": ' + b"9" * 50 + b"}", "50 digits"),
         (b'"\\ud800"', "surrogates"),
     ],
@@ -333,7 +333,7 @@ def test_json_of_others_has_limits(content, reason):
 
 def test_a_named_pipe_is_no_settings_file(tmp_path):
     os.mkfifo(tmp_path / "config.json")
-    with limited(10), pytest.raises(ValueError, match="no regular file"):
+    with limited(10), pytest.raises(ValueError, match="not a regular file"):
         read_json(tmp_path / "config.json")
 
 

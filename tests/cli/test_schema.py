@@ -50,7 +50,7 @@ def test_the_schema_is_printed_alone_with_json_and_without(rankwise):
 def test_an_unknown_verb_names_close_ones(rankwise):
     done = rankwise("schema", "trian")
     assert done.code == 2
-    assert "RW793: 'trian' is no verb of rankwise; the closest are train" in done.stderr
+    assert "RW793: 'trian' is not a verb of rankwise; the closest are train" in done.stderr
 
 
 GOOD = """

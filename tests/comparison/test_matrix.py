@@ -116,8 +116,8 @@ def test_a_variant_is_a_method_of_its_own():
 @pytest.mark.parametrize(
     ("method", "said"),
     [
-        ("lora+pisa", "'pisa' is no variant"),
-        ("lara+pissa", "'lara' is no method"),
+        ("lora+pisa", "'pisa' is not a variant"),
+        ("lara+pissa", "'lara' is not a method"),
         ("lora+pissa+eva", "set the same"),
         ("full+plus", "full has no use for plus"),
         ("prefix+rslora", "prefix has no use for rslora"),

@@ -417,7 +417,7 @@ def test_a_method_cannot_run_where_training_never_began(
 
 
 def test_the_jobs_of_earlier_calls_are_known_and_no_others(tmp_path: Path):
-    """A method whose name or rate has the signs of a file name is no riddle: nothing is read from names."""
+    """A method whose name or rate has the signs of a file name is not a riddle: nothing is read from names."""
     plan = Plan(tmp_path, ("lora", "my-lr1-seed2"), (1e-4, 2e-4), 2, True)
     begun = [
         stages.Job("train", Cell("my-lr1-seed2", 1e-4, 0, True)),

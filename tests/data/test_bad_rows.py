@@ -51,7 +51,7 @@ def test_one_bad_row_more_is_an_error(tmp_path: Path) -> None:
     message = str(caught.value)
     assert message.startswith("RW203: rows.jsonl, line 1: expected text in `completion`, found no such field")
     assert message.endswith(
-        "(--skip-bad-rows 2). Mend or remove these rows, or have `train` leave them out with --skip-bad-rows 3."
+        "(--skip-bad-rows 2). Correct or remove these rows, or have `train` leave them out with --skip-bad-rows 3."
     )
     with pytest.warns(RankwiseWarning):
         rows = read_rows(path, skip_bad_rows=READ)
@@ -62,24 +62,24 @@ def test_one_bad_row_more_is_an_error(tmp_path: Path) -> None:
 def test_where_there_is_no_option_none_is_advised(tmp_path: Path) -> None:
     """``evaluate`` and ``compare`` read without it."""
     path = write(tmp_path / "rows.jsonl", *LINES)
-    with pytest.raises(DataError, match=r"RW203: rows\.jsonl, line 1: .* Mend or remove these rows\.$"):
+    with pytest.raises(DataError, match=r"RW203: rows\.jsonl, line 1: .* Correct or remove these rows\.$"):
         read_rows(path)
     rows = read_rows(write(tmp_path / "rows.jsonl", *LINES[4:]))
-    with pytest.raises(DataError, match=r"RW222: rows\.jsonl, line 2: .* Mend or remove these rows\.$"):
+    with pytest.raises(DataError, match=r"RW222: rows\.jsonl, line 2: .* Correct or remove these rows\.$"):
         encode_rows(rows, byte_tokenizer(), max_length=64)
     (tmp_path / "rows.jsonl").unlink()
     for name in ("a.jsonl", "b.jsonl"):
         write(tmp_path / name, GOOD, "bad")
-    with pytest.raises(DataError, match=r"RW203: a\.jsonl, line 2: .*Mend or remove these rows\.$"):
+    with pytest.raises(DataError, match=r"RW203: a\.jsonl, line 2: .*Correct or remove these rows\.$"):
         read_rows(tmp_path)
 
 
 def test_without_a_good_row_nothing_is_left_out(tmp_path: Path) -> None:
     for lines, code in ((["not json", "[]"], "RW203"), (['{"prompt": "", "completion": "b"}'], "RW203")):
-        with pytest.raises(DataError, match=rf"{code}: rows\.jsonl, line 1: .*Mend or remove these rows\.$"):
+        with pytest.raises(DataError, match=rf"{code}: rows\.jsonl, line 1: .*Correct or remove these rows\.$"):
             read_rows(write(tmp_path / "rows.jsonl", *lines), skip_bad_rows=None)
     rows = read_rows(write(tmp_path / "rows.jsonl", LINES[5]))
-    with pytest.raises(DataError, match=r"RW222: .*Mend or remove these rows\.$"):
+    with pytest.raises(DataError, match=r"RW222: .*Correct or remove these rows\.$"):
         encode_rows(rows, byte_tokenizer(), max_length=64, skip_bad_rows=None)
 
 

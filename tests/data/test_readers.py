@@ -259,13 +259,13 @@ BAD_FILES: dict[str, tuple[str, bytes, str, str]] = {
     "a header only": ("rows.csv", b"mr,ref\n", "RW204", "holds no rows"),
     "latin-1": ("rows.csv", "mr,ref\nCafé,x\n".encode("latin1"), "RW205", "byte 0xe9 in line 2; if it is Latin-1"),
     "utf-16": ("rows.csv", "mr,ref\nCafé,x\n".encode("utf-16"), "RW205", "iconv -f utf-16 -t utf-8 rows.csv"),
-    "unknown extension": ("rows.docx", b"x", "RW202", ".docx is no kind of data file"),
+    "unknown extension": ("rows.docx", b"x", "RW202", ".docx is not a kind of data file"),
     "no extension": ("rows", b"x", "RW202", "no extension"),
     "truncated gzip": ("rows.csv.gz", gzip.compress(b"mr,ref\n" * 99)[:-9], "RW206", "cut short or no gzip file"),
     "gzip bomb": ("rows.csv.gz", gzip.compress(b"0" * 300_000_000, 1), "RW206", "unpack to more than"),
     "no gzip": ("rows.csv.gz", b"mr,ref\na,b\n", "RW206", "cut short or no gzip file"),
     "no parquet": ("rows.parquet", b"PAR1 not really", "RW206", "as parquet"),
-    "parquet of bytes": ("rows.parquet", parquet_with_a_name_of_bytes(), "RW206", "is no UTF-8"),
+    "parquet of bytes": ("rows.parquet", parquet_with_a_name_of_bytes(), "RW206", "is not UTF-8"),
     "a cut array": ("rows.json", b'[{"text": "a"},\n {"text": "b"}', "RW206", "line 2: expected `,` or `]`"),
     "a broken array": ("rows.json", b'[{"text": "a"},\n {"text" "b"}]', "RW206", "line 2: expected a JSON array"),
     "an open quote": ("rows.csv", b'mr,ref\na,"b\nc,d\n', "RW206", "check the quotes"),
@@ -397,7 +397,7 @@ def test_the_hub_is_asked_through_datasets(monkeypatch: pytest.MonkeyPatch) -> N
     assert asked == [("openai/gsm8k", "main", "test")]
     assert rows[0].place == "openai/gsm8k:main, row 1"
     message = refusal("nobody/nothing")
-    assert message.startswith("RW208: 'nobody/nothing' is no file or folder here")
+    assert message.startswith("RW208: 'nobody/nothing' is not a file or folder here")
     assert "Couldn't reach it" in message
 
 

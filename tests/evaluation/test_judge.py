@@ -299,7 +299,7 @@ def test_a_killed_run_pays_only_for_the_rest(serve, tmp_path):
         process.wait()
     release.set()
     assert len(judge.bodies) == 3
-    # A line cut short by the kill is no reply.
+    # A line cut short by the kill is not a reply.
     with path.open("ab") as file:
         file.write(b'\n{"key": "0123", "rep')
     ratings = judge_answers(QUESTIONS, A, B, client=client(judge), cache=JudgeCache(path))

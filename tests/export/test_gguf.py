@@ -105,7 +105,7 @@ def test_a_type_is_written_where_rows_are_whole_blocks(tmp_path, kind):
     header = read_gguf_header(tmp_path / "served" / "model.gguf")
     kinds = {name: gguf.GGMLQuantizationType(t.ggml_type).name for name, t in header.tensors.items()}
     assert kinds["blk.0.attn_q.weight"] == kind.upper()
-    # Rows of 48 are no whole blocks of 32.
+    # Rows of 48 are not whole blocks of 32.
     assert kinds["blk.0.ffn_down.weight"] == ("F16" if kind[0] == "q" else kind.upper())
     assert kinds["output_norm.weight"] == "F32"
     loaded, _ = rw.load_model(tmp_path / "served" / "model.gguf")

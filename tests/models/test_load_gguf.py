@@ -189,7 +189,7 @@ DAMAGE = {
     ),
     "alignment 0": (
         gguf_bytes([ARCHITECTURE, entry(b"general.alignment", 4, b"\0\0\0\0")]),
-        "no power of two",
+        "not a power of two",
     ),
     "not UTF-8": (gguf_bytes([entry(b"\xff\xfe", 4, b"\0\0\0\0")]), "UTF-8"),
 }

@@ -92,7 +92,7 @@ def test_the_state_equals_that_of_bitsandbytes(parametrize, family, dtype, confi
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_a_file_that_bitsandbytes_wrote_is_read(parametrize, family, config, tmp_path):
-    # It dequantizes wrongly on a CPU where the last dimension is no multiple of the block.
+    # It dequantizes wrongly on a CPU where the last dimension is not a multiple of the block.
     sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
     peer = by_bitsandbytes(parametrize, tiny_moe(family, **sizes), config)
     save_file(peer.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})

@@ -119,10 +119,10 @@ def test_built_in_rewards_read_messages():
         ("raises", "RW772", ["ZeroDivisionError", "'b c'", "'q'"]),
         ("raises_for_several", "RW772", ["one at a time", "a batch of answers"]),
         ("nan", "RW774", ["nan", "'b c'", "'q'"]),
-        ("words_themselves", "RW774", ["no finite number", "'a'"]),
+        ("words_themselves", "RW774", ["not a finite number", "'a'"]),
         ("too_few", "RW773", ["1 values for 2 answers"]),
         ("one_number", "RW773", ["a float for 2 answers"]),
-        ("number", "RW771", ["no function", "words, right"]),
+        ("number", "RW771", ["not a function", "words, right"]),
         ("absent", "RW771", ["has no absent", "words, right"]),
     ],
 )

@@ -38,7 +38,7 @@ CACHE_BYTES = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How answers are chosen. ``stop_ids`` and ``stop_strings`` end an answer and are no part of it."""
+    """How answers are chosen. ``stop_ids`` and ``stop_strings`` end an answer and are not part of it."""
 
     max_new_tokens: int
     stop_ids: frozenset[int]

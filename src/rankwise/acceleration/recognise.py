@@ -117,7 +117,7 @@ class FastRope:
 
     def __init__(self, original: Callable[..., Any]) -> None:
         self.original = original
-        # The models that use it; one that is gone is no user.
+        # The models that use it; one that is gone is not a user.
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __call__(

@@ -73,7 +73,7 @@ def is_linear(module: nn.Module) -> bool:
 def why_not(module: nn.Module) -> str:
     """Why a layer with a weight of its own cannot adapt; "" where it can, or where its class says enough."""
     if isinstance(module, CONVOLUTIONS):
-        return "is a convolution, whose update is no product A, B of a layer's input, and no server takes one"
+        return "is a convolution, whose update is not a product A, B of a layer's input, and no server takes one"
     # By name, as above: torch gives MultiheadAttention's out_proj a class of its own.
     if isinstance(module, nn.MultiheadAttention) or type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return "belongs to torch's MultiheadAttention, which multiplies by its weights past any layer's forward"

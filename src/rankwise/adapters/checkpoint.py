@@ -368,7 +368,7 @@ def _check_dtypes(dtypes: Mapping[str, str], folder: Path) -> None:
     odd = [f"{key} ({dtype})" for key, dtype in dtypes.items() if dtype not in ("F32", "F16", "BF16", "F64")]
     if odd:
         raise AdapterError(
-            "RW411", f"the adapter in {folder} holds tensors that are no floating-point weights: {', '.join(odd)}."
+            "RW411", f"the adapter in {folder} holds tensors that are not floating-point weights: {', '.join(odd)}."
         )
 
 

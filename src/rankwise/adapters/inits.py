@@ -71,7 +71,7 @@ def beginning(
     originals: nn.Module | None,
     batches: Iterable[Batch] | None,
 ) -> Beginning | None:
-    """Check and compute what ``config.init`` needs; None where it is no init of this module.
+    """Check and compute what ``config.init`` needs; None where it is not an init of this module.
 
     Raises AdapterError: RW423 a rank above what a layer has, RW425 no original weights, RW426 nothing that the init
     applies to, RW427 no rows for eva, RW429 rows of eva that give no directions.

@@ -94,7 +94,7 @@ def from_peft(document: Mapping[str, Any], source: Path) -> LoraConfig:
     try:
         return LoraConfig(**fields)
     except (ConfigError, TypeError, ValueError) as error:
-        raise AdapterError("RW410", f"{source} is no valid LoRA configuration: {error}") from None
+        raise AdapterError("RW410", f"{source} is not a valid LoRA configuration: {error}") from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

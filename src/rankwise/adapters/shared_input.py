@@ -55,7 +55,7 @@ class SharedInput:
         self._judged = -1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
-        # Copied layers are no members, and compute apart.
+        # Copied layers are not members, and compute apart.
         return self
 
     def __reduce__(self) -> NoReturn:

@@ -65,7 +65,7 @@ def _prompts(source: str) -> list[str]:
     """One a line; of JSON lines each is a text or an object with a `prompt`."""
     kind = kind_of(Path(source))
     if kind not in (None, ".txt", ".jsonl") or source.endswith(".gz"):
-        raise DataError("RW202", f"{source} is no list of prompts; give one a line as text, or as .jsonl.")
+        raise DataError("RW202", f"{source} is not a list of prompts; give one a line as text, or as .jsonl.")
     name, text = _read(source)
     lines = _lines(name, text)
     if not source.endswith(".jsonl"):
@@ -142,7 +142,7 @@ def _all_of(items: Sequence[T | BadRow], name: str) -> list[T]:
     bad = [str(item) for item in items if isinstance(item, BadRow)]
     if bad:
         more = f"; {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise DataError("RW203", f"{'; '.join(bad[:3])}{more}. Mend or remove these.")
+        raise DataError("RW203", f"{'; '.join(bad[:3])}{more}. Correct or remove these.")
     if not items:
         raise DataError("RW204", f"{name} holds nothing to answer; give at least one prompt or conversation.")
     return [item for item in items if not isinstance(item, BadRow)]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LINES_PER_TASK = 10
 UNITS = {"perplexity": "row", "e2e": "meaning representation"}
-# What a task asks about, where it is no question.
+# What a task asks about, where it is not a question.
 
 
 class PlainWatcher:

@@ -47,7 +47,7 @@ def _code(given: str, sections: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(code, sections, n=3, cutoff=0.6)
     named = ", ".join(f"{one} ({sections[one][0]})" for one in sorted(close))
     advice = f"the closest are {named}" if close else f"codes lie between {min(sections)} and {max(sections)}"
-    raise ConfigError("RW123", f"{given!r} is no code of rankwise; {advice}.")
+    raise ConfigError("RW123", f"{given!r} is not a code of rankwise; {advice}.")
 
 
 VERB = Verb(

@@ -33,7 +33,7 @@ class Weights:
     dtypes: dict[str, str]
     size_bytes: int
     packed: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    # Weights in a tensor of 4-bit codes; 0 in its scales and tables, which are no parameters.
+    # Weights in a tensor of 4-bit codes; 0 in its scales and tables, which are not parameters.
 
     @property
     def parameters(self) -> int:

@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in arguments
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A name of a file that is no UTF-8 is shown with escapes, and stops nothing.
+            # A name of a file that is not UTF-8 is shown with escapes, and stops nothing.
             stream.reconfigure(errors="backslashreplace")
     _share_the_cores()
     try:

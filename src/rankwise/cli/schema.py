@@ -44,7 +44,9 @@ def verb_of(verbs: Sequence[Verb]) -> Verb:
         known = {verb.name: verb for verb in verbs}
         if settings.verb not in known:
             close = close_names(settings.verb, known, {}, cutoff=0.4) or list(known)
-            raise ConfigError("RW793", f"{settings.verb!r} is no verb of rankwise; the closest are {', '.join(close)}.")
+            raise ConfigError(
+                "RW793", f"{settings.verb!r} is not a verb of rankwise; the closest are {', '.join(close)}."
+            )
         document = file_schema(known[settings.verb])
         if not output.as_json:
             # As it is, so that `rankwise schema > train.schema.json` holds a schema.

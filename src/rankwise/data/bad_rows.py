@@ -11,9 +11,9 @@ from rankwise.errors import DataError, warn
 # As ``skip_bad_rows``: the caller has no such option, and a message must not advise one.
 NEVER = -1
 NAMED = 3
-REMEDY = "Mend or remove these rows"
+REMEDY = "Correct or remove these rows"
 REMEDIES = {
-    "RW211": "Mend these rows or the template",
+    "RW211": "Correct these rows or the template",
     "RW212": "Give a template with {% generation %} marks by --chat-template FILE",
     "RW221": "Give a template that writes it by --chat-template FILE, or take it out of the rows",
 }

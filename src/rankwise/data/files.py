@@ -60,7 +60,7 @@ def read_file(path: Path, kind: str | None = None) -> FileContent:
     if kind is None:
         found = path.suffix or "no extension"
         kinds = ", ".join(KINDS)
-        raise DataError("RW202", f"cannot read {path}: {found} is no kind of data file; give {kinds} (also .gz).")
+        raise DataError("RW202", f"cannot read {path}: {found} is not a kind of data file; give {kinds} (also .gz).")
     stored = _stored(path)
     content = _unpacked(path, stored)
     records = list(KINDS[kind](path, content))
@@ -240,13 +240,13 @@ def _parquet(path: Path, content: bytes) -> Numbered:
 def table_records(table: pyarrow.Table, source: str) -> Numbered:
     """Numbered rows of a table, without the nulls that fill up objects whose fields differ.
 
-    Raises DataError (RW206), which names the column whose values Python cannot hold, or says that a name is no text.
+    Raises DataError (RW206), which names the column whose values Python cannot hold, or says that a name is not a text.
     """
     columns = {}
     try:
         names = table.column_names
     except UnicodeDecodeError as error:
-        raise DataError("RW206", f"the name of a column of {source} is no UTF-8 ({error}); write it again.") from None
+        raise DataError("RW206", f"the name of a column of {source} is not UTF-8 ({error}); write it again.") from None
     for name, column in zip(names, table.columns):
         try:
             columns[name] = [_without_nulls(value) for value in column.to_pylist()]

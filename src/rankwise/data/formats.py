@@ -89,7 +89,7 @@ def detect(record: Record, source: str, columns: Columns, formats: Collection[Fo
     elif "chosen" in record and "rejected" in record:
         remedy = "learn from pairs by --objective dpo or kto"
     raise DataError(
-        "RW207", f"{source} has the columns {_listed(record)}, which is no known layout ({names}); {remedy}."
+        "RW207", f"{source} has the columns {_listed(record)}, which is not a known layout ({names}); {remedy}."
     )
 
 

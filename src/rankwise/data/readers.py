@@ -210,7 +210,7 @@ def _read_hub(source: str, split: str, how: _How) -> Rows:
             reason = _one_line(error) if answers else "it cannot be reached, and the cache does not hold the set"
             raise DataError(
                 "RW208",
-                f"{source!r} is no file or folder here, and the hub does not give its split {split!r}: {reason}. "
+                f"{source!r} is not a file or folder here, and the hub does not give its split {split!r}: {reason}. "
                 "Check the name and the network, or give a local file.",
             ) from None
     return _from_dataset(loaded, source, how)

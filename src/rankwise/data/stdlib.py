@@ -133,7 +133,7 @@ def _first_sentence(value: object) -> str | None:
     end = SENTENCE_END.search(paragraph)
     sentence = paragraph[: end.start() + 1] if end else paragraph
     shortest, longest = SENTENCE_CHARACTERS
-    # Signatures, lists and code are no sentences.
+    # Signatures, lists and code are not sentences.
     is_prose = (
         sentence[:1].isupper()
         and " " in sentence

@@ -30,7 +30,7 @@ GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 GENERATION_TAGS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 PROBE_ANSWER = "probed answer"
 LONGEST_FILE_BYTES = 1 << 20
-# A text longer than both is no text of the row's any more: so many characters, and so many for each of the row's own.
+# A text longer than both is not the row's text any more: so many characters, and so many for each of the row's own.
 MOST_CHARACTERS, MOST_GROWTH = 1 << 20, 20
 Span = tuple[int, int]
 

@@ -23,7 +23,7 @@ IGNORED = -100
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row's token ids and labels, both (T,); -100 is no label."""
+    """A row's token ids and labels, both (T,); -100 is not a label."""
 
     ids: Tensor
     labels: Tensor

@@ -48,7 +48,7 @@ def _file_names(folder: Path) -> list[str]:
     try:
         names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError("RW305", f"{index} is no index of weight files: {error}.") from None
+        raise ModelError("RW305", f"{index} is not an index of weight files: {error}.") from None
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise ModelError("RW305", f"{index} names files outside its folder: {', '.join(outside)}.")

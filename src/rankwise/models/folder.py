@@ -75,7 +75,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config.get("model_type"), str | None):
         raise ModelError(
             "RW302",
-            f"{folder / CONFIG_FILE} has the model_type {config['model_type']!r}, which is no name; download it again.",
+            f"{folder / CONFIG_FILE} has the model_type {config['model_type']!r}, not a name; download it again.",
         )
     _check_counts(config, folder)
     return config
@@ -144,7 +144,7 @@ def check_generation(folder: Path) -> None:
     try:
         checked(_Generation, read_object(path, error=ModelError, code="RW302"))
     except ValueError as problem:
-        raise ModelError("RW302", f"{path} cannot be followed: {problem}; mend it, or remove the file.") from None
+        raise ModelError("RW302", f"{path} cannot be followed: {problem}; correct it, or remove the file.") from None
 
 
 def _what_it_is_instead(folder: Path) -> str:
@@ -154,7 +154,7 @@ def _what_it_is_instead(folder: Path) -> str:
     ggufs = sorted(file.name for file in folder.glob("*.gguf"))
     if ggufs:
         return f"holds GGUF files and no {CONFIG_FILE}; give the file itself: {folder / ggufs[0]}"
-    return f"holds no {CONFIG_FILE}, so it is no model folder; give one that save_pretrained wrote or the hub offers"
+    return f"holds no {CONFIG_FILE}, so it is not a model folder; give one that save_pretrained wrote or the hub offers"
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def check_architecture(config: Mapping[str, Any], folder: Path, *, trust_remote_
 
     if known:
         raise ModelError(
-            "RW303", f"{folder} is a {model_type!r} model, which is no causal language model; give one that is."
+            "RW303", f"{folder} is a {model_type!r} model, which is not a causal language model; give one that is."
         )
     raise ModelError(
         "RW303",
@@ -248,7 +248,9 @@ def _inside(folder: Path, name: str) -> str:
         or "\0" in name
         or not name.endswith((".safetensors", ".safetensors.index.json"))
     ):
-        raise ModelError("RW305", f"{folder} names {name!r} as weights, which is no safetensors file of that folder.")
+        raise ModelError(
+            "RW305", f"{folder} names {name!r} as weights, which is not a safetensors file of that folder."
+        )
     return name
 
 

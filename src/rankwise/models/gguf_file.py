@@ -49,7 +49,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     except struct.error:
         raise ModelError("RW310", f"{path} ends inside its header; download it again.") from None
     except UnicodeDecodeError:
-        raise ModelError("RW310", f"{path} holds text that is no UTF-8; download it again.") from None
+        raise ModelError("RW310", f"{path} holds text that is not UTF-8; download it again.") from None
     except OSError as problem:
         raise ModelError("RW310", f"{path} cannot be read: {problem.strerror}.") from None
 
@@ -137,7 +137,7 @@ class _Reader:
                 raise _Malformed(f"stores {name!r} as ggml type {kind}, which the installed gguf package does not know")
             block, block_bytes = sizes[kind]
             if (shape[0] if shape else 1) % block:
-                raise _Malformed(f"gives {name!r} rows of {shape[0]}, which is no multiple of its block of {block}")
+                raise _Malformed(f"gives {name!r} rows of {shape[0]}, which is not a multiple of its block of {block}")
             end = offset + prod(shape) // block * block_bytes
             if start + end > len(self.content):
                 raise _Malformed(
@@ -149,5 +149,5 @@ class _Reader:
 
     def data_start(self, alignment: Any) -> int:
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise _Malformed(f"has the alignment {alignment!r}, which is no power of two; convert it again")
+            raise _Malformed(f"has the alignment {alignment!r}, which is not a power of two; convert it again")
         return (self.position + alignment - 1) // alignment * alignment

@@ -130,7 +130,7 @@ def check_codes(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> None:
     if not codes.device == nested_absmax.device == offset.device:
         faults.append("they are on different devices")
     if faults:
-        raise QuantizationError("RW604", f"these are no double-quantized scales: {'; '.join(faults)}.")
+        raise QuantizationError("RW604", f"these are not double-quantized scales: {'; '.join(faults)}.")
 
 
 def check_matrix(shape: Sequence[int]) -> None:

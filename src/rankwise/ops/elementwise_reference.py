@@ -180,7 +180,7 @@ def keep_mask(x: Tensor, p: float, seed: int) -> Tensor:
     """Which elements dropout keeps, of the shape of x: a hash of (seed, flat index) at or above p 2^32.
 
     The hash is a 32-bit finaliser of xor-shifts and multiplications with the avalanche of Chris Wellons' lowbias32. The
-    seed enters before it and again in its middle, so that the masks of two seeds are no permutations of each other.
+    seed enters before it and again in its middle, so that the masks of two seeds are not permutations of each other.
     """
     index = torch.arange(x.numel(), device=x.device)
     before, middle = dropout_keys(seed)

@@ -141,7 +141,7 @@ def row_norms_4bit(weight: PackedWeight, dtype: torch.dtype | None = None) -> Te
     """||W'_n|| over K, float32 (N,), of W' rounded to ``dtype`` or the weight's own; the sum is kept in float32.
 
     Raises:
-        QuantizationError: RW601, RW602, RW604, RW605, and RW606 when the weight is no matrix (N, K).
+        QuantizationError: RW601, RW602, RW604, RW605, and RW606 when the weight is not a matrix (N, K).
     """
     return _ops.row_norms_4bit(*weight.parts, dtype or weight.dtype)
 

@@ -75,7 +75,7 @@ def remember(x: Tensor, normed: Normed) -> None:
 
 
 def source_of(x: Tensor) -> Source:
-    """What to keep of x: x itself where it is no norm's output, or where it was written to since."""
+    """What to keep of x: x itself where it is not a norm's output, or where it was written to since."""
     normed, version = _made.get(x, (None, 0))
     return Plain(x) if normed is None or writes_to(x) != version else normed
 

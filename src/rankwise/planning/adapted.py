@@ -158,7 +158,7 @@ def _leaves(module: Module) -> tuple[str, ...]:
 
 def _obstacle(module: Module, config: LoraConfig) -> str | None:
     if not module.stacks:
-        return "it is no stack of experts' matrices (linear layers go into target_modules)"
+        return "it is not a stack of experts' matrices (linear layers go into target_modules)"
     if config.trains_whole(module.name):
         return f"modules_to_save trains {module.name} whole"
     return None

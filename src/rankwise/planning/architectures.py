@@ -345,9 +345,9 @@ def _check_heads(shape: Shape, name: str) -> None:
     """Raise ModelError (RW326) for numbers of heads that attention cannot use."""
     wrong = []
     if shape.hidden % shape.heads and shape.family in WHOLE_HEADS:
-        wrong.append(f"the hidden size {shape.hidden} is no multiple of its {shape.heads} attention heads")
+        wrong.append(f"the hidden size {shape.hidden} is not a multiple of its {shape.heads} attention heads")
     if shape.heads % shape.kv_heads:
-        wrong.append(f"its {shape.heads} attention heads are no multiple of its {shape.kv_heads} key-value heads")
+        wrong.append(f"its {shape.heads} attention heads are not a multiple of its {shape.kv_heads} key-value heads")
     if wrong:
         names = "n_embd, n_head" if shape.family == "gpt2" else HEAD_FIELDS
         raise ModelError(

@@ -24,7 +24,7 @@ def materialize(
     """Turn a model on the meta device into one on ``device``, fake where a fake mode is active.
 
     Floating parameters take ``dtype``, except those of modules that the model keeps in float32; buffers stay as they
-    are. Tied parameters stay tied. ``fill``: with small random values, and zero for what is no floating number.
+    are. Tied parameters stay tied. ``fill``: with small random values, and zero for what is not a floating number.
     """
     keep = kept_in_float32(model)
     made: dict[int, tuple[Tensor, Tensor]] = {}

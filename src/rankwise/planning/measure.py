@@ -79,7 +79,7 @@ def _no_answer(code: int, stderr: str) -> ConfigError:
     """The error's advice depends on the cause: smaller steps help only where memory ran out."""
     last = (stderr.strip().splitlines() or ["no message"])[-1]
     starved = code in KILLED or any(word in stderr for word in MEMORY_WORDS)
-    remedy = "the memory did not suffice: make the batch or the rows smaller" if starved else "mend what it says"
+    remedy = "the memory did not suffice: make the batch or the rows smaller" if starved else "correct what it says"
     return ConfigError("RW133", f"the measured steps ended with code {code} ({last}); {remedy}.")
 
 

@@ -20,7 +20,7 @@ UNITS = {
 """Bytes per unit; a letter alone (k, m, g, t) is decimal, and no unit at all means GB."""
 
 MOST_BARE = 100_000
-"""A number without a unit above this is no count of GB that a machine has."""
+"""A number without a unit above this is not a count of GB that a machine has."""
 MOST_BYTES = 2**63
 # Of what a message repeats.
 LONGEST_TEXT = 40
@@ -66,7 +66,8 @@ def _shortened(text: object) -> str:
 
 def _no_size(text: object) -> ConfigError:
     return ConfigError(
-        "RW140", f"the memory {_shortened(text)} is no size above 0; write 24GB (10^9 bytes), 24GiB (2^30) or 24 (GB)."
+        "RW140",
+        f"the memory {_shortened(text)} is not a size above 0; write 24GB (10^9 bytes), 24GiB (2^30) or 24 (GB).",
     )
 
 

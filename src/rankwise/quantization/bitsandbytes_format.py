@@ -136,7 +136,7 @@ def parse_state(name: str, part: str, text: bytes) -> StoredWeight:
     try:
         content = parse_json(text)
     except ValueError as error:
-        raise _broken(name, f"has a quant_state that is no JSON ({' '.join(str(error).split())[:80]})") from None
+        raise _broken(name, f"has a quant_state that is not JSON ({' '.join(str(error).split())[:80]})") from None
     if not isinstance(content, dict):
         raise _broken(name, f"has a quant_state that is a JSON {type(content).__name__} and not an object")
     quant_type, block_size = content.get("quant_type"), content.get("blocksize")
@@ -171,7 +171,7 @@ def _offset(name: str, content: dict[str, Any]) -> float | None:
         raise _broken(name, f"is double-quantized as {_short(nested)}: blocks of {NESTED_BLOCK} in float32 are known")
     # NaN is not at most anything, and an int of hundreds of digits no float.
     if type(offset) not in (int, float) or not abs(offset) <= torch.finfo(torch.float32).max:
-        raise _broken(name, f"has the nested_offset {_short(offset)}, which is no float32")
+        raise _broken(name, f"has the nested_offset {_short(offset)}, which is not float32")
     return float(offset)
 
 

@@ -258,7 +258,7 @@ def obstacle(experts: nn.Module, leaf: str, shape: tuple[int, ...], block_size: 
         return reason
     weights = math.prod(shape[1:])
     if weights % block_size or not weights:
-        return f"the {weights:,} weights of an expert are no whole number of blocks of {block_size}"
+        return f"the {weights:,} weights of an expert are not a whole number of blocks of {block_size}"
     return None
 
 

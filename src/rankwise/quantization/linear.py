@@ -100,7 +100,7 @@ class Linear4bit(nn.Module):
             QuantizationError: RW601, RW602, RW603 NaN or Inf in the weight, RW605, RW606 not a matrix.
         """
         if weight.dim() != 2:
-            raise QuantizationError("RW606", f"a weight of shape {tuple(weight.shape)} is no matrix (out, in).")
+            raise QuantizationError("RW606", f"a weight of shape {tuple(weight.shape)} is not a matrix (out, in).")
         layer = cls(
             weight.shape[1],
             weight.shape[0],

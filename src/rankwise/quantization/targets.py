@@ -34,7 +34,7 @@ def target_names(model: nn.Module, config: FourBitConfig) -> list[list[str]]:
     chosen: dict[nn.Module, list[str]] = {}
     left_out: set[nn.Module] = set()
     for name, module in model.named_modules(remove_duplicate=False):
-        # A weight that is no parameter is made anew for every forward: normalized, pruned.
+        # A weight that is not a parameter is made anew for every forward: normalized, pruned.
         if is_dense_linear(module) and "weight" in own_parameters(module):
             chosen.setdefault(module, []).append(name)
             if module in tied or not is_converted(name, patterns):
@@ -74,7 +74,7 @@ def _check_patterns(model: nn.Module, config: FourBitConfig) -> None:
             hit = re.compile(pattern)
         except re.error as error:
             raise QuantizationError(
-                "RW615", f"modules_to_not_convert holds {pattern!r}, which is no regular expression: {error}."
+                "RW615", f"modules_to_not_convert holds {pattern!r}, which is not a regular expression: {error}."
             ) from None
         if not any(hit.match(name) or name.endswith(pattern) for name in names):
             warn("RW614", f"modules_to_not_convert names {pattern!r}, and the model has no such module.", stacklevel=3)

@@ -403,7 +403,8 @@ class DeserializeOperation(ConversionOps):
             module = self.hf_quantizer._put_empty(model, [prefix.removesuffix(".")], stored)
         if not isinstance(module, Linear4bit):
             raise QuantizationError(
-                "RW611", f"the 4-bit weight {full_name} belongs to a {type(module).__name__}, which is no linear layer."
+                "RW611",
+                f"the 4-bit weight {full_name} belongs to a {type(module).__name__}, which is not a linear layer.",
             )
         check_shape(full_name, stored.shape, module.shape)
         module.set_format(stored.quant_type, stored.block_size, stored.double_quant, module.dtype, "meta")

@@ -95,7 +95,7 @@ def load_comparison(folder: Path) -> Comparison:
     """
     path = folder / COMPARISON_FILE
     if not path.is_file():
-        state = f"holds no {COMPARISON_FILE}" if folder.is_dir() else "is no folder"
+        state = f"holds no {COMPARISON_FILE}" if folder.is_dir() else "is not a folder"
         raise RunError("RW592", f"{folder} {state}; give a folder that `rankwise compare` wrote (its --output).")
     try:
         document = filled(read_object(path))

@@ -19,7 +19,7 @@ KEY = "counted"
 class Counted:
     """The targets of one micro-batch."""
 
-    # Tokens that are no padding.
+    # Tokens that are not padding.
     tokens: int
     examples: int
     # (P,) int64, on the device of the labels: `scored_positions`.

@@ -24,7 +24,7 @@ class Progress:
     train_seconds: float = 0.0
     # Inside training steps only: reading data, evaluating and saving are left out.
     tokens: int = 0
-    # That are no padding.
+    # That are not padding.
     examples: int = 0
     peak_memory_bytes: int = 0
     wall_seconds: float = 0.0

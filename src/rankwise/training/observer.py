@@ -16,7 +16,7 @@ class StepInfo:
     loss: float
     # Of this step alone, mean over its trained tokens.
     tokens_per_second: float
-    # Since the run started or was resumed; tokens that are no padding over the seconds of the training steps.
+    # Since the run started or was resumed; tokens that are not padding over the seconds of the training steps.
     memory_bytes: int
     # In use now; peak_memory_bytes is the most so far.
     peak_memory_bytes: int

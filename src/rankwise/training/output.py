@@ -61,7 +61,7 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
     refuse_links(output, [FOLDER])
     there = holds_run(output)
     if not there and _foreign_names(output):
-        unreadable = f", and its {RUN_FILE} is no record of one" if (output / RUN_FILE).exists() else ""
+        unreadable = f", and its {RUN_FILE} is not a record of one" if (output / RUN_FILE).exists() else ""
         raise RunError(
             "RW504", f"{output} holds files that are not of a rankwise run{unreadable}; give a new or empty --output."
         )

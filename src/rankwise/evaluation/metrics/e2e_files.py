@@ -1,7 +1,7 @@
 """Files of E2E predictions and references, read as the official scorer reads them.
 
 A table has the columns that its header names; its lines are stripped, empty ones skipped, quotes are those of CSV,
-and characters that some systems broke (``Â£``, ``Ã©``) are mended. A text file has one prediction a line, where an
+and characters that some systems broke (``Â£``, ``Ã©``) are repaired. A text file has one prediction a line, where an
 empty line is an empty prediction; references are one a line with an empty line between groups, or
 ``context||reference`` as in the LoRA repository. JSON lines are read too.
 """

@@ -101,7 +101,7 @@ class E2e(Task):
             if name in RESAMPLED:
                 errors[name] = _spread(_resampled(scores, name, len(examples)))
             elif name in scores.per_example:
-                # METEOR of a corpus is no mean: the error is that of the mean of its examples' scores.
+                # METEOR of a corpus is not a mean: the error is that of the mean of its examples' scores.
                 errors[name] = mean_of(scores.per_example[name]).standard_error
         present = {name: value for name, value in scores.metrics.items() if value is not None}
         return Summary(present, {name: errors[name] for name in present}, None, notes)

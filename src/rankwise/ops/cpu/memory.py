@@ -37,9 +37,9 @@ def on_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def roomy(shape: Sequence[int], dtype: torch.dtype, spare_bytes: int) -> Tensor:
     """An uninitialized tensor, dense, whose storage is larger by ``spare_bytes`` where it is large enough to matter.
 
-    The tensor is no view, so autograd allows writing to it in place. There is no padding inside a backward pass, where
-    checkpointing runs a layer again: kept tensors are freed at once, and small objects in the padding would keep the
-    freed blocks apart (20 to 47 MB more with DoRA).
+    The tensor is not a view, so autograd allows writing to it in place. Inside a backward pass, where
+    checkpointing runs a layer again, there is no padding. Kept tensors are freed at once there, and small objects in
+    the padding would keep the freed blocks apart (20 to 47 MB more with DoRA).
     """
     shape, count = tuple(shape), math.prod(shape)
     if count * dtype.itemsize < _LEAST_BYTES or in_backward_pass():

@@ -65,8 +65,8 @@ def _check(given: TrainSettings) -> None:
         raise ConfigError(
             "RW775",
             f"a step has --batch-size {given.batch_size} x --gradient-accumulation {given.gradient_accumulation} = "
-            f"{answers} answers, which is no multiple of --num-generations {group}: all answers to a prompt belong to "
-            "one step; change one of the three.",
+            f"{answers} answers, which is not a multiple of --num-generations {group}: all answers to a prompt "
+            "belong to one step; change one of the three.",
         )
     if _new_tokens(given) >= given.max_length:
         raise ConfigError(

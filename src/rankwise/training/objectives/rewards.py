@@ -51,7 +51,7 @@ class Reward:
         """A number or None for each completion.
 
         Raises RunError: RW772 the function raises, RW773 it does not give one value for each completion, RW774 a value
-        is no finite number.
+        is not a finite number.
         """
         given = {"prompts": prompts, "completions": completions, **columns}
         try:
@@ -110,7 +110,7 @@ class Reward:
         if not math.isfinite(number):
             raise RunError(
                 "RW774",
-                f"the reward {self.spec} returned {str(value)[:SHOWN]}, which is no finite number, for "
+                f"the reward {self.spec} returned {str(value)[:SHOWN]}, which is not a finite number, for "
                 f"{_sample(given, place)}; let it return a number, or None where it has nothing to say.",
             )
         return number
@@ -166,11 +166,11 @@ def _from_file(spec: str, path: Path, name: str) -> Reward:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise ConfigError("RW771", f"--reward {spec}: {path} does not load ({reason}); mend it.") from error
+        raise ConfigError("RW771", f"--reward {spec}: {path} does not load ({reason}); correct it.") from error
     function = getattr(module, name, None)
     if not callable(function):
         there = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        what = f"has no {name}" if function is None else f"holds {name}, which is no function"
+        what = f"has no {name}" if function is None else f"holds {name}, which is not a function"
         raise ConfigError("RW771", f"--reward {spec}: {path} {what}; its functions are {', '.join(there) or 'none'}.")
     return Reward(spec, name, function, sha256_of(path))
 
