@@ -33,8 +33,8 @@ class DemoSettings(Settings):
     output: Annotated[Path, _option("Folder of the comparison.", metavar="DIR")] = Path("runs/demo-comparison")
     model: Annotated[str, _option(MODEL, metavar="M")] = DEMO
     methods: Annotated[Names, _option("Methods to compare.")] = ("lora", "qlora", "dora", "qdora")
-    max_steps: Annotated[Count, _option("Optimizer steps of each run.")] = 20
-    eval_limit: Annotated[Count, _option("Rows to evaluate on.")] = 32
+    max_steps: Annotated[Count, _option("Optimizer steps of each run.")] = 12
+    eval_limit: Annotated[Count, _option("Rows to evaluate on.")] = 24
 
 
 def run(settings: DemoSettings, output: Output) -> Document:
@@ -81,7 +81,8 @@ def _compare_settings(settings: DemoSettings) -> CompareSettings:
         "learning_rates": (5e-4,),
         "max_steps": settings.max_steps,
         "eval_limit": settings.eval_limit,
-        "eval_steps": max(1, settings.max_steps // 2),
+        # Once at the end: each evaluation takes as long as a step.
+        "eval_steps": settings.max_steps,
         "max_length": 160,
     }
     return CompareSettings.model_validate(given)
