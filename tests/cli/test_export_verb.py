@@ -68,7 +68,7 @@ def test_dora_says_what_its_conversion_costs(rankwise, run_folder, tmp_path):
     given = ("export", "--adapter", run, "--for", "vllm", "--output", tmp_path / "served", "--max-error", 0.3)
     shown = rankwise(*given)
     assert shown.code == 0
-    for words in ("relative error", "all layers", "on the inputs of", "held-out tokens", "Perplexity: base"):
+    for words in ("relative error", "all layers", "on the inputs of", "rows that were set aside", "Perplexity: base"):
         assert words in shown.stdout
     assert "RW736" not in shown.stderr
     document = json.loads((tmp_path / "served" / "export.json").read_text())

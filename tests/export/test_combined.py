@@ -83,14 +83,14 @@ def test_the_combination_is_peft_s(tmp_path, way, weights, monkeypatch):
         torch.testing.assert_close(value, wanted[key.replace(".weight", ".both.weight")], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", ["cat", "svd"])
+@pytest.mark.parametrize("way", ["cat", "svd", "linear", "ties"])
 def test_conv1d_and_embeddings_combine_too(tmp_path, way):
     settings = ({"target_modules": ["c_attn", "wte"]}, {"target_modules": ["c_attn", "c_proj"], "lora_alpha": 4})
     paths = folders(tmp_path, settings, tiny_gpt2)
-    model = ours(paths, (0.7, 0.3), way, {}, tiny_gpt2)
-    torch.testing.assert_close(
-        logits(model), logits(by_peft(paths, [0.7, 0.3], way, {}, tiny_gpt2)), rtol=1e-4, atol=1e-4
-    )
+    options = {"density": 0.4} if way == "ties" else {}
+    model = ours(paths, (0.7, 0.3), way, options, tiny_gpt2)
+    theirs = by_peft(paths, [0.7, 0.3], way, options, tiny_gpt2)
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-4, atol=1e-4)
 
 
 def test_cat_is_the_weighted_sum_of_the_updates(tmp_path):

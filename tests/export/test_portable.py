@@ -118,8 +118,9 @@ def test_nothing_is_overwritten_and_no_server_is_guessed(tmp_path):
     rw.export_adapter(model, tmp_path / "served", target="vllm")
     with pytest.raises(RunError, match="RW532"):
         rw.export_adapter(model, tmp_path / "served", target="vllm")
-    with pytest.raises(ConfigError, match="RW733"):
-        rw.export_adapter(model, tmp_path / "other", target="vlm")
+    for given in ({"target": "vlm"}, {"target": "vllm", "rank": 0}, {"target": "vllm", "max_error": 0.0}):
+        with pytest.raises(ConfigError, match="RW733|RW103"):
+            rw.export_adapter(model, tmp_path / "other", **given)
 
 
 def trained_dora(make=tiny_llama, **settings):

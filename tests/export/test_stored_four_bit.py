@@ -85,7 +85,7 @@ def test_weights_quantized_in_another_way_are_refused(run, tmp_path):
 
 
 def test_verify_has_no_original_to_measure(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("rankwise.export.verify._chunks", lambda tokenizer, text: [IDS])
+    monkeypatch.setattr("rankwise.export.verify.text_chunks", lambda tokenizer, text: [IDS])
     result = verify_merge(run[0])
     assert [variant.name for variant in result.variants] == [REFERENCE, "merged onto the dequantized", REQUANTIZED]
     assert result.closest == "quantized"

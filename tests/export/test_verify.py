@@ -92,7 +92,7 @@ def test_sixteen_bit_adapters_have_nothing_to_merge_onto(tmp_path):
 
 def test_verify_measures_every_way(run, tmp_path, monkeypatch):
     folder, _ = run
-    monkeypatch.setattr("rankwise.export.verify._chunks", lambda tokenizer, text: [IDS])
+    monkeypatch.setattr("rankwise.export.verify.text_chunks", lambda tokenizer, text: [IDS])
     result = verify_merge(folder, str(tmp_path / "base"))
     by_name = {variant.name: variant for variant in result.variants}
     assert list(by_name) == [

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from rankwise.export.adapter import ExportReport, Rows
     from rankwise.models import ModelSource
 
-TEMPLATE_FILE = "chat_template.jinja"
 SHOWN_LAYERS = 8
 
 
@@ -81,7 +80,7 @@ def _export_adapter(settings: ExportSettings, output: Output) -> ExportReport:
     trained.
     """
     from rankwise.adapters.checkpoint import read_adapter
-    from rankwise.export.adapter import Wanted, export_file, export_live
+    from rankwise.export.adapter import TEMPLATE_FILE, Wanted, export_file, export_live
     from rankwise.models import load_skeleton
 
     source = _source(settings)
@@ -191,10 +190,12 @@ def _print_conversion(output: Output, report: ExportReport) -> None:
         return
     if conversion.r > conversion.least_r:
         output.line(
-            f"Rank {conversion.least_r} keeps that error; rank {conversion.r} the perplexity of the held-out rows, too."
+            f"Rank {conversion.least_r} would keep the error of the update; rank {conversion.r} is the first that was "
+            "tried at which the rows that were set aside are as likely as before, too."
         )
     output.line(
-        f"On {likeness.tokens:,} held-out tokens: logits differ by {likeness.largest_logit_difference:.3g} at most and "
+        f"On {likeness.tokens:,} tokens of rows that were set aside: logits differ by "
+        f"{likeness.largest_logit_difference:.3g} at most and "
         f"{likeness.mean_logit_difference:.3g} on average; {likeness.top1_agreement:.1%} of the likeliest tokens agree."
     )
     output.line(

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
+from rankwise.constants import IGNORED
 from rankwise.data import check_there, encode_rows, read_rows
 from rankwise.errors import DataError
 from rankwise.evaluation.loading import max_length_of, record_of, template_of
 from rankwise.export.adapter import Rows
 from rankwise.export.likeness import Row
-from rankwise.export.verify import CHUNK_TOKENS, MAX_TOKENS, default_text
+from rankwise.export.verify import default_text, text_chunks
 
 SAMPLED_ROWS = 400
 HELD_OUT_ROWS = 40
-IGNORED = -100
 SHORTEST_PROMPT, LONGEST_PROMPT = 8, 256
 
 
@@ -29,7 +29,7 @@ def rows_of(adapter: Path, data: str | None, tokenizer: Any) -> Rows:
     options = {} if record is None else record.settings
     source = data or options.get("data")
     if source is None or (data is None and not _is_there(str(source))):
-        return Rows((), _default_rows(tokenizer))
+        return Rows((), [Row(chunk[0], chunk[0]) for chunk in text_chunks(tokenizer, default_text())])
     given = ("prompt_column", "completion_column") if data is None else ()
     return _encoded(adapter, str(source), {name: options.get(name) for name in given}, tokenizer)
 
@@ -56,11 +56,6 @@ def _encoded(adapter: Path, source: str, columns: Mapping[str, Any], tokenizer: 
     held_out = found[::step] if len(found) > 1 else found
     inputs = [row.ids for index, row in enumerate(found) if index % step or len(found) == 1]
     return Rows(inputs, held_out)
-
-
-def _default_rows(tokenizer: Any) -> list[Any]:
-    ids = torch.tensor(tokenizer(default_text(), add_special_tokens=False)["input_ids"][:MAX_TOKENS])
-    return [Row(chunk, chunk) for chunk in ids.split(CHUNK_TOKENS) if len(chunk) > 1]
 
 
 def prompts_of(rows: Rows, count: int) -> list[list[int]]:

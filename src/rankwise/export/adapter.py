@@ -20,20 +20,14 @@ from rankwise.export.gguf_names import GgufNames
 from rankwise.export.likeness import Likeness, Row, keeps_perplexity, likeness
 from rankwise.export.merged import refuse_to_overwrite
 from rankwise.export.modelfile import MODELFILE, modelfile
-from rankwise.export.portable import (
-    Pair,
-    check_rank,
-    folded_pairs,
-    live_adapter,
-    refuse_unserved,
-    to_one_rank,
-    write_portable,
-)
+from rankwise.export.pairs import Pair, folded_pairs, to_one_rank
+from rankwise.export.portable import check_rank, live_adapter, refuse_unserved, write_portable
 from rankwise.export.proof import Proof
 from rankwise.records import write_json, write_text
 from rankwise.serving import SERVERS, served_by
 
 RECORD_FILE = "export.json"
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +45,12 @@ class Wanted:
     def __post_init__(self) -> None:
         if self.target not in SERVERS:
             raise ConfigError("RW733", f"there is no export for {self.target!r}; give one of {', '.join(SERVERS)}.")
+        if (self.r is not None and self.r < 1) or (self.max_error is not None and not 0 < self.max_error < 1):
+            raise ConfigError(
+                "RW103",
+                f"rank={self.r}, max_error={self.max_error}: a rank starts at 1, and a relative error lies between 0 "
+                "and 1.",
+            )
         if self.target == "ollama" and self.base_gguf is None:
             raise ConfigError(
                 "RW737", "Ollama lays an adapter over a GGUF; give the base's with --base-gguf, or write --merged."
@@ -115,7 +115,7 @@ def export_adapter(
     Raises:
         AdapterError: RW407 no adapter, RW730 trained weights that fit in no pair, RW731 a rank that the server cannot
             take, RW732 an error that no rank keeps, RW734 experts of a higher rank, RW742 a tied embedding.
-        ConfigError: RW733, RW737, options that do not belong together.
+        ConfigError: RW103, RW733, RW737, options that do not belong together.
         ModelError: RW740, RW741, RW743, a base that cannot be written as GGUF.
         RunError: RW532, RW551, RW582, an output folder that cannot be written.
     """
@@ -132,7 +132,7 @@ def export_live(model: Any, folder: Path, wanted: Wanted, rows: Rows) -> ExportR
         refuse_unserved(file, wanted.target)
         pairs, conversion = _low_rank(model, name, file, wanted, rows)
         compared = likeness(model, file, name, pairs, rows.held_out) if conversion and rows.held_out else None
-        return _write(folder, model, file, wanted, (pairs, conversion, compared))
+        return _write(folder, model, file, wanted, pairs, conversion, compared)
 
 
 def export_file(skeleton: nn.Module, file: AdapterFile, folder: Path, wanted: Wanted) -> ExportReport:
@@ -141,7 +141,7 @@ def export_file(skeleton: nn.Module, file: AdapterFile, folder: Path, wanted: Wa
         refuse_to_overwrite(folder)
         refuse_unserved(file, wanted.target)
         pairs = to_one_rank(folded_pairs(skeleton, file), wanted.r)
-        return _write(folder, skeleton, file, wanted, (pairs, None, None))
+        return _write(folder, skeleton, file, wanted, pairs)
 
 
 def _low_rank(
@@ -169,11 +169,15 @@ def _low_rank(
     return to_one_rank({**stacks, **pairs}, max(least, conversion.r)), conversion
 
 
-Found = tuple[Mapping[str, Pair], Conversion | None, Likeness | None]
-
-
-def _write(folder: Path, model: Any, file: AdapterFile, wanted: Wanted, found: Found) -> ExportReport:
-    pairs, conversion, compared = found
+def _write(
+    folder: Path,
+    model: Any,
+    file: AdapterFile,
+    wanted: Wanted,
+    pairs: Mapping[str, Pair],
+    conversion: Conversion | None = None,
+    compared: Likeness | None = None,
+) -> ExportReport:
     r = next(iter(pairs.values())).r
     check_rank(r, wanted.target)
     base = getattr(model, "name_or_path", None) or None

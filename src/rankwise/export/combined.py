@@ -22,21 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.attached import AdapterReport
-from rankwise.adapters.checkpoint import BELONGS_ON_FOUR_BITS, AdapterFile, load_tensors
-from rankwise.adapters.inject import attach, check_name
+from rankwise.adapters.checkpoint import BELONGS_ON_FOUR_BITS, AdapterFile
+from rankwise.adapters.inject import check_name
 from rankwise.adapters.state import base_modules
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError, ConfigError
-from rankwise.export.portable import (
-    Pair,
-    live_adapter,
-    portable_config,
-    portable_modules,
-    portable_tensors,
-    scaled_pairs,
-    to_one_rank,
-    write_portable,
-)
+from rankwise.export.pairs import Pair, scaled_pairs, to_one_rank
+from rankwise.export.portable import attach_pairs, live_adapter, write_portable
 from rankwise.quantization.listing import some_of
 
 Way = Literal["linear", "cat", "svd", "ties", "dare_ties"]
@@ -97,12 +89,8 @@ def combine_adapters(
     """
     files = [live_adapter(model, each) for each in adapters]
     pairs, file = combined(model, files, Combination(weights, combine, rank, density))
-    r = next(iter(pairs.values())).r
-    config = portable_config(model, file, r)
-    check_name(model, config, name)
-    made = attach(model, config, portable_modules(file, r), name)
-    load_tensors(model, portable_tensors(model, file, pairs), name)
-    return made
+    check_name(model, file.config, name)
+    return attach_pairs(model, file, pairs, name)
 
 
 def combine_folders(

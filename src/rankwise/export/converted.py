@@ -27,7 +27,7 @@ from rankwise.adapters.dora import Dora
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.low_rank import gain
 from rankwise.errors import AdapterError
-from rankwise.export.portable import Pair
+from rankwise.export.pairs import Pair
 
 RANKS_TRIED = (64, 512)
 """To find the least rank, so many directions of each layer are looked at first, and then so many."""

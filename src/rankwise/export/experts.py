@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rankwise.compat.transformers import Conversion, collected, converted, taken_apart
 from rankwise.errors import ModelError
+from rankwise.export.pairs import Change
 from rankwise.ops import dequantize_weight, quantize_weight
 from rankwise.quantization.config import FourBitConfig
 
@@ -34,14 +35,11 @@ class Weights(Protocol):
     def tensor(self, name: str) -> Tensor: ...
 
 
-Change = Callable[[Tensor], Tensor]
-
-
 def rounding(config: FourBitConfig, dtype: torch.dtype | None) -> Change:
     """A stack rounded to 4 bits as training did. ``dtype``: that of the weights then; None: as they are stored."""
 
     def rounded(W: Tensor) -> Tensor:
-        W = W.to(dtype or W.dtype)
+        W = W.to(dtype or W.dtype).contiguous()
         return dequantize_weight(quantize_weight(W, config.quant_type, config.block_size, config.double_quant))
 
     return rounded

@@ -17,7 +17,7 @@ from rankwise.adapters.state import base_modules
 from rankwise.disk import naming
 from rankwise.errors import AdapterError, ModelError
 from rankwise.export.gguf_names import GgufNames
-from rankwise.export.portable import Pair, Pairs
+from rankwise.export.pairs import Pair, Pairs
 from rankwise.models.gguf_file import GgufHeader, read_gguf_header
 from rankwise.quantization.listing import some_of
 

@@ -19,9 +19,7 @@ from torch import Tensor, nn
 
 from rankwise.adapters.checkpoint import AdapterFile
 from rankwise.adapters.experts import merged_stack
-from rankwise.adapters.fused import enabled_rows
-from rankwise.adapters.low_rank import merged_weight
-from rankwise.adapters.saving import PREFIX, tensor_keys
+from rankwise.adapters.saving import PREFIX
 from rankwise.adapters.state import base_modules
 from rankwise.disk import naming
 from rankwise.errors import ModelError
@@ -29,18 +27,14 @@ from rankwise.export.gguf_adapter import EMBEDDING, HEAD, check_base
 from rankwise.export.gguf_header import write_header
 from rankwise.export.gguf_names import GgufNames, Part, is_norm, weights_of
 from rankwise.export.merged import check_merged
-from rankwise.export.portable import folded_pairs
+from rankwise.export.pairs import Change, merging, replaced_by, scaled_pairs, transposed
 from rankwise.export.shards import ShardedWeights
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.quantization.linear import is_conv1d
 from rankwise.quantization.listing import some_of
 
 MODEL_FILE = "model.gguf"
-TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-"""What the gguf package writes to the bit as llama.cpp does."""
 DEFAULT_TYPE = "f16"
-
-Change = Callable[[Tensor], Tensor]
 
 
 class Planned(NamedTuple):
@@ -55,20 +49,23 @@ class Planned(NamedTuple):
 
 def merged_changes(model: nn.Module, file: AdapterFile, names: GgufNames) -> dict[str, Change]:
     """{tensor of the GGUF: what becomes of it, in float32}, of everything that the adapter trains."""
-    modules, pairs = dict(base_modules(model)), folded_pairs(model, file)
+    modules, pairs = dict(base_modules(model)), scaled_pairs(model, file)
     changes: dict[str, Change] = {}
     for item in file.planned:
         if item.experts is not None:
-            A, B = pairs[item.name].A, pairs[item.name].B
+            pair, s = pairs[item.name]
             for part in names.of(item.name):
-                changes[part.name] = _stack_change(A, part.of(B))
+                B = part.of(pair.B * s)
+                changes[part.name] = partial(merged_stack, A=pair.A, B=B, scaling=1.0, transposed=False)
         elif item.is_pair:
-            changes[names.of(item.name)[0].name] = _layer_change(modules[item.name], item, file, names)
+            change = merging(item, file, pairs[item.name], partial(names.rows, item.name))
+            is_embedding = isinstance(modules[item.name], nn.Embedding)
+            changes[names.of(item.name)[0].name] = transposed(change) if is_embedding else change
     for key, value in file.tensors.items():
         if ".lora_" not in key:
             name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
             module = modules[name.rpartition(".")[0]]
-            changes[names.of(name)[0].name] = _replaced(stored(names, name, value, is_conv1d(module)))
+            changes[names.of(name)[0].name] = replaced_by(stored(names, name, value, is_conv1d(module)))
     return changes
 
 
@@ -80,25 +77,6 @@ def stored(names: GgufNames, name: str, W: Tensor, transposed: bool) -> Tensor:
     return names.rows(name, W.T if transposed and W.dim() == 2 else W)
 
 
-def _layer_change(module: nn.Module, item: Any, file: AdapterFile, names: GgufNames) -> Change:
-    by_name = {name: file.tensors[key] for key, name in tensor_keys(item.name, module, file.config.use_dora).items()}
-    s, m = file.config.scaling(item.r, item.lora_alpha), by_name.get("magnitude")
-    A, B = by_name["lora_A"], names.rows(item.name, by_name["lora_B"])
-    m = None if m is None else names.rows(item.name, m[:, None])[:, 0]
-    rows = None if item.parts is None else enabled_rows(item.parts, item.out_features)
-    if isinstance(module, nn.Embedding):
-        return lambda W: merged_weight(W.T, A, B, s, m).T.contiguous()
-    return lambda W: merged_weight(W, A, B, s, m, rows)
-
-
-def _stack_change(A: Tensor, B: Tensor) -> Change:
-    return lambda W: merged_stack(W, A, B, 1.0, transposed=False)
-
-
-def _replaced(value: Tensor) -> Change:
-    return lambda W: value.reshape(W.shape)
-
-
 def write_merged_gguf(
     path: Path, base: Path, model: nn.Module, file: AdapterFile, kind: str | None, template: str | None
 ) -> None:
@@ -107,8 +85,6 @@ def write_merged_gguf(
 
     Raises ModelError (RW310, RW743).
     """
-    import gguf
-
     names = GgufNames(model.config)
     header = check_base(base, names, {})
     changes = merged_changes(model, file, names)
@@ -118,41 +94,38 @@ def write_merged_gguf(
     missing = [name for name in changes if name not in header.tensors and name != HEAD]
     if missing:
         raise ModelError("RW743", f"{base} is another model than the adapter's base: it has no {some_of(missing)}.")
-    reader = gguf.GGUFReader(base)
-    writer = gguf.GGUFWriter(path, names.architecture)
-    _copy_header(reader, writer, kind or DEFAULT_TYPE, template)
-    _write(writer, path, _planned(reader, changes, kind))
+    _rewrite(path, base, changes, kind, template)
 
 
 def requantize(path: Path, base: Path, kind: str | None) -> None:
     """A GGUF with its own weights in ``kind``, those that are not quantized yet."""
+    read_gguf_header(base)
+    _rewrite(path, base, {}, kind, None)
+
+
+def _rewrite(path: Path, base: Path, changes: Mapping[str, Change], kind: str | None, template: str | None) -> None:
+    """Copy the header of ``base`` and its tensors, but for the ``changes``."""
     import gguf
 
-    read_gguf_header(base)
     reader = gguf.GGUFReader(base)
     writer = gguf.GGUFWriter(path, str(reader.fields[gguf.Keys.General.ARCHITECTURE].contents()))
-    _copy_header(reader, writer, kind or DEFAULT_TYPE, None)
-    _write(writer, path, _planned(reader, {}, kind))
-
-
-def _copy_header(reader: Any, writer: Any, kind: str, template: str | None) -> None:
-    import gguf
-
     own = {gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.FILE_TYPE}
     if template is not None:
         own.add(gguf.Keys.Tokenizer.CHAT_TEMPLATE)
         writer.add_chat_template(template)
-    writer.add_file_type(file_type(kind))
+    writer.add_file_type(_file_type(kind))
     for field in reader.fields.values():
         if field.name in own or field.name.startswith("GGUF."):
             continue
         inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
+    _write(writer, path, _planned(reader, changes, kind))
 
 
-def file_type(kind: str) -> int:
+def _file_type(kind: str | None) -> int:
     import gguf
 
+    kind = kind or DEFAULT_TYPE
     return int(gguf.LlamaFileType.ALL_F32 if kind == "f32" else gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
 
 
@@ -201,7 +174,7 @@ def write_folder_gguf(path: Path, folder: Path, config: Any, kind: str | None) -
     names, weights = GgufNames(config), ShardedWeights(folder)
     transposed = str(config.model_type) == "gpt2"
     writer = gguf.GGUFWriter(path, names.architecture)
-    writer.add_file_type(file_type(kind or DEFAULT_TYPE))
+    writer.add_file_type(_file_type(kind))
     extra = write_header(writer, names, folder)
     planned = []
     for name, files in _stacked(list(weights_of(weights.names()))).items():

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from rankwise.adapters import adapter_disabled, remove_adapter, set_adapter
-from rankwise.adapters.checkpoint import AdapterFile, load_tensors
-from rankwise.adapters.inject import attach
-from rankwise.export.portable import Pairs, portable_config, portable_modules, portable_tensors
+from rankwise.adapters.checkpoint import AdapterFile
+from rankwise.constants import IGNORED
+from rankwise.export.pairs import Pairs
+from rankwise.export.portable import attach_pairs
 
 EXPORTED = "rankwise_exported"
-IGNORED = -100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +72,8 @@ def likeness(model: Any, file: AdapterFile, name: str, pairs: Pairs, rows: Seque
 @contextmanager
 def _laid_over(model: Any, file: AdapterFile, name: str, pairs: Pairs) -> Iterator[None]:
     """Within this context the pairs are the active adapter instead of ``name``."""
-    r = next(iter(pairs.values())).r
-    attach(model, portable_config(model, file, r), portable_modules(file, r), EXPORTED, trainable=False)
+    attach_pairs(model, file, pairs, EXPORTED, trainable=False)
     try:
-        load_tensors(model, portable_tensors(model, file, pairs), EXPORTED)
         yield
     finally:
         remove_adapter(model, EXPORTED)

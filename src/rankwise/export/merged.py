@@ -10,6 +10,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,29 +18,25 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters import load_adapter, merge_adapter, peft_config
-from rankwise.adapters.attached import AdaptedModule
 from rankwise.adapters.checkpoint import (
     BELONGS_ON_FOUR_BITS,
     AdapterFile,
     end_weights,
     read_adapter,
     read_folder,
-    stack_keys,
 )
-from rankwise.adapters.experts import from_peft_A, from_peft_B, merged_stack
-from rankwise.adapters.fused import enabled_rows
-from rankwise.adapters.low_rank import merged_weight
+from rankwise.adapters.experts import merged_stack
 from rankwise.adapters.saving import PREFIX
 from rankwise.adapters.trained_base import base_model_of, dtype_of, quantization_of, revision_of, sha256_of_base
 from rankwise.disk import hold, whole_folder
 from rankwise.errors import AdapterError, ModelError, RunError, warn
 from rankwise.export.dequantized import DequantizedWeights
-from rankwise.export.experts import Change, StackedExperts, rounding
+from rankwise.export.experts import StackedExperts, rounding
+from rankwise.export.pairs import Change, merging, replaced_by, scaled_pairs, transposed
 from rankwise.export.safetensors_writer import bytes_of, write_safetensors
 from rankwise.export.shards import ShardedWeights
 from rankwise.models import ModelSource, fetch_model, load_model, load_skeleton, model_hash, warns_of_other_hub_model
 from rankwise.models.folder import INDEX_FILE, read_config
-from rankwise.ops import dequantize_weight, quantize_weight
 from rankwise.quantization.config import CONFIGS, FourBitConfig, rewrite_bitsandbytes_config
 from rankwise.quantization.in_place import is_finite
 from rankwise.quantization.linear import is_conv1d
@@ -269,21 +266,15 @@ def _names_in_files(skeleton: nn.Module, weights: Weights) -> dict[str, str]:
 def _stack_changes(skeleton: nn.Module, file: AdapterFile, base: Base) -> dict[str, Change]:
     """What becomes of stacked experts, by the names of their parameters: rounded where they train in 4 bits, merged
     where they adapt."""
-    config = base.quantization
+    config, pairs = base.quantization, scaled_pairs(skeleton, file)
     changes = {} if config is None else dict.fromkeys(target_stacks(skeleton, config), rounding(config, base.dtype))
     for item in file.planned:
         if item.experts is not None:
-            merge = _merged_stack(skeleton.get_submodule(item.path), item, file)
+            experts: Any = skeleton.get_submodule(item.path)
+            pair, s = pairs[item.name]
+            merge = partial(merged_stack, A=pair.A, B=pair.B, scaling=s, transposed=experts.is_transposed)
             changes[item.name] = _after(changes[item.name], merge) if item.name in changes else merge
     return changes
-
-
-def _merged_stack(experts: Any, item: AdaptedModule, file: AdapterFile) -> Change:
-    keys = {attribute: key for key, attribute in stack_keys(experts, item, file.planned).items()}
-    A = from_peft_A(file.tensors[keys["lora_A"]], experts.num_experts)
-    B = from_peft_B(file.tensors[keys["lora_B"]], experts.num_experts)
-    s = file.config.scaling(item.r, item.lora_alpha)
-    return lambda W: merged_stack(W, A, B, s, transposed=experts.is_transposed)
 
 
 def _changes(
@@ -291,16 +282,19 @@ def _changes(
 ) -> tuple[dict[str, Change], dict[str, tuple[str, Change]]]:
     """What becomes of which tensor in the files, and tensors that are new there: {name: (made from, by)}."""
     wanted: dict[str, Change] = {}
+    pairs = scaled_pairs(skeleton, file)
     for item in file.planned:
         if item.kind == "trained whole":
             start = f"{PREFIX}{item.name}."
             for key in [key for key in file.tensors if key.startswith(start)]:
-                wanted[key.removeprefix(PREFIX)] = _replaced_by(file.tensors[key])
+                wanted[key.removeprefix(PREFIX)] = replaced_by(file.tensors[key])
         elif item.experts is None:
-            wanted[f"{item.name}.weight"] = _merged_with(skeleton.get_submodule(item.name), item, file)
+            module, change = skeleton.get_submodule(item.name), merging(item, file, pairs[item.name])
+            is_stored_transposed = isinstance(module, nn.Embedding) or is_conv1d(module)
+            wanted[f"{item.name}.weight"] = transposed(change) if is_stored_transposed else change
     for key, bias in file.tensors.items():
         if key.endswith(".bias"):
-            wanted[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = _replaced_by(bias)
+            wanted[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = replaced_by(bias)
     tied = _tied_pair(skeleton)
     _replace_ends(wanted, skeleton, file, tied)
     extra: dict[str, tuple[str, Change]] = {}
@@ -326,43 +320,16 @@ def _after_quantization(
     skeleton: nn.Module, base: Base, config: FourBitConfig, names: Mapping[str, str], changes: Mapping[str, Change]
 ) -> dict[str, Change]:
     """``changes`` with every layer that is 4-bit in training rounded to 4 bits first, adapted or not."""
-    result = dict(changes)
+    result, rounded = dict(changes), rounding(config, base.dtype)
+
+    def rounded_as_stored(W: Tensor) -> Tensor:
+        return rounded(W).to(W.dtype)
+
     for layer in target_names(skeleton, config):
-        name = names[f"{layer[0]}.weight"]
-        transposed = is_conv1d(skeleton.get_submodule(layer[0]))
-        result[name] = _rounded_then(config, base.dtype, changes.get(name, lambda tensor: tensor), transposed)
+        name, is_stored_transposed = names[f"{layer[0]}.weight"], is_conv1d(skeleton.get_submodule(layer[0]))
+        first = transposed(rounded_as_stored) if is_stored_transposed else rounded_as_stored
+        result[name] = _after(first, changes.get(name))
     return result
-
-
-def _rounded_then(config: FourBitConfig, dtype: torch.dtype | None, change: Change, transposed: bool) -> Change:
-    def rounded(stored: Tensor) -> Tensor:
-        W = stored.T.contiguous() if transposed else stored
-        W = W.to(dtype or W.dtype)
-        rounded = quantize_weight(W, config.quant_type, config.block_size, config.double_quant)
-        dense = dequantize_weight(rounded).to(stored.dtype)
-        return change(dense.T if transposed else dense)
-
-    return rounded
-
-
-def _merged_with(base: nn.Module, item: AdaptedModule, file: AdapterFile) -> Change:
-    start = f"{PREFIX}{item.name}.lora_"
-    embedding = isinstance(base, nn.Embedding)
-    A, B = (file.tensors[f"{start}embedding_{x}" if embedding else f"{start}{x}.weight"] for x in "AB")
-    m = file.tensors.get(f"{start}magnitude_vector")
-    s = file.config.scaling(item.r, item.lora_alpha)
-    rows = None if item.parts is None else enabled_rows(item.parts, item.out_features)
-    transposed = embedding or is_conv1d(base)
-
-    def change(stored: Tensor) -> Tensor:
-        merged = merged_weight(stored.T if transposed else stored, A, B, s, m, rows)
-        return merged.T if transposed else merged
-
-    return change
-
-
-def _replaced_by(value: Tensor) -> Change:
-    return lambda stored: value.to(stored.dtype)
 
 
 def _replace_ends(
@@ -372,7 +339,7 @@ def _replace_ends(
     whole = {f"{PREFIX}{item.name}.weight" for item in file.planned if item.kind == "trained whole"}
     for key in sorted((file.tensors.keys() & end_weights(skeleton).keys()) - whole):
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-        put = _replaced_by(file.tensors[key])
+        put = replaced_by(file.tensors[key])
         wanted[name] = _after(put, wanted.get(name))
         if tied is not None and name == tied[1]:
             wanted.setdefault(tied[0], put)

@@ -8,16 +8,15 @@ padded with zeros to the rank R of all modules. Shapes: A (r, in), B (out, r); o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from rankwise.adapters.attached import AdaptedModule, report
-from rankwise.adapters.checkpoint import BELONGS_ON_FOUR_BITS, AdapterFile, stack_keys
-from rankwise.adapters.experts import from_peft_A, from_peft_B, peft_A, peft_B
+from rankwise.adapters.attached import AdapterReport, report
+from rankwise.adapters.checkpoint import BELONGS_ON_FOUR_BITS, AdapterFile, load_tensors, stack_keys
+from rankwise.adapters.experts import peft_A, peft_B
+from rankwise.adapters.inject import attach
 from rankwise.adapters.peft_config import CONFIG_FILE, to_peft
 from rankwise.adapters.saving import (
     PREFIX,
@@ -30,29 +29,10 @@ from rankwise.adapters.saving import (
 from rankwise.adapters.state import base_modules, state_and_name
 from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError
+from rankwise.export.pairs import Pairs
 from rankwise.quantization.listing import some_of
 from rankwise.records import write_bytes, write_json
 from rankwise.serving import SERVERS, VLLM_RANKS
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """``dW = B A`` of one module, or of each expert of a stack, in float32 on the CPU."""
-
-    A: Tensor
-    B: Tensor
-
-    @property
-    def r(self) -> int:
-        return self.A.shape[-2]
-
-    def padded(self, r: int) -> Pair:
-        more = r - self.r
-        return Pair(F.pad(self.A, (0, 0, 0, more)), F.pad(self.B, (0, more)))
-
-
-Pairs = Mapping[str, Pair]
-"""By the name of the module, or of the stack's parameter."""
 
 
 def live_adapter(model: nn.Module, name: str | None) -> AdapterFile:
@@ -81,30 +61,6 @@ def refuse_unserved(file: AdapterFile, target: str) -> None:
         )
 
 
-def folded_pairs(model: nn.Module, file: AdapterFile) -> dict[str, Pair]:
-    """The pairs of an adapter, scales folded into B; of DoRA's these are not the whole update. ``model`` may lie on
-    the meta device."""
-    return {name: Pair(pair.A, pair.B * s) for name, (pair, s) in scaled_pairs(model, file).items()}
-
-
-def scaled_pairs(model: nn.Module, file: AdapterFile) -> dict[str, tuple[Pair, float]]:
-    """The pairs of an adapter and their scales s."""
-    modules = dict(base_modules(model))
-    found = {}
-    for item in file.planned:
-        s = file.config.scaling(item.r, item.lora_alpha)
-        if item.experts is not None:
-            keys = {name: key for key, name in stack_keys(modules[item.path], item, file.planned).items()}
-            A = from_peft_A(file.tensors[keys["lora_A"]], item.experts)
-            B = from_peft_B(file.tensors[keys["lora_B"]], item.experts)
-        elif not item.is_pair:
-            continue
-        else:
-            A, B = (file.tensors[key] for key in tensor_keys(item.name, modules[item.path], False))
-        found[item.name] = (Pair(A.float(), B.float()), s)
-    return found
-
-
 def check_rank(r: int, target: str) -> None:
     """Raise AdapterError (RW731) for a rank that the server cannot take."""
     if target == "vllm" and r > VLLM_RANKS[-1]:
@@ -115,7 +71,20 @@ def check_rank(r: int, target: str) -> None:
         )
 
 
-def portable_config(model: nn.Module, file: AdapterFile, r: int) -> LoraConfig:
+def attach_pairs(
+    model: nn.Module, file: AdapterFile, pairs: Pairs, name: str, *, trainable: bool = True
+) -> AdapterReport:
+    """Lay pairs of one rank over the model as the adapter ``name``, which is at work from then on."""
+    r = next(iter(pairs.values())).r
+    planned = [
+        dataclasses.replace(item, kind="LoRA", r=r, lora_alpha=r, parts=None) for item in file.planned if item.is_pair
+    ]
+    made = attach(model, _portable_config(model, file, r), planned, name, trainable=trainable)
+    load_tensors(model, _portable_tensors(model, file, pairs), name)
+    return made
+
+
+def _portable_config(model: nn.Module, file: AdapterFile, r: int) -> LoraConfig:
     """The configuration of the exported adapter: one rank, scale 1, the same modules."""
     names = [item.name for item in file.planned if item.experts is None and item.is_pair]
     return LoraConfig(
@@ -126,13 +95,7 @@ def portable_config(model: nn.Module, file: AdapterFile, r: int) -> LoraConfig:
     )
 
 
-def portable_modules(file: AdapterFile, r: int) -> list[AdaptedModule]:
-    return [
-        dataclasses.replace(item, kind="LoRA", r=r, lora_alpha=r, parts=None) for item in file.planned if item.is_pair
-    ]
-
-
-def portable_tensors(model: nn.Module, file: AdapterFile, pairs: Pairs) -> dict[str, Tensor]:
+def _portable_tensors(model: nn.Module, file: AdapterFile, pairs: Pairs) -> dict[str, Tensor]:
     """The tensors of PEFT's file for pairs of one rank."""
     modules = dict(base_modules(model))
     tensors: dict[str, Tensor] = {}
@@ -153,16 +116,10 @@ def portable_tensors(model: nn.Module, file: AdapterFile, pairs: Pairs) -> dict[
 def write_portable(folder: Path, model: nn.Module, file: AdapterFile, pairs: Pairs, base_model: str | None) -> None:
     """``adapter_config.json`` and ``adapter_model.safetensors`` for pairs of one rank."""
     r = next(iter(pairs.values())).r
-    config = portable_config(model, file, r)
+    config = _portable_config(model, file, r)
     modules = dict(base_modules(model))
     adapted = [modules[item.path] for item in file.planned if item.experts is None and item.is_pair]
     document = to_peft(config, config.target_modules or (), base_model, is_transposed(adapted))
-    tensors = portable_tensors(model, file, pairs)
+    tensors = _portable_tensors(model, file, pairs)
     write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, {"format": "pt"}))
     write_json(folder / CONFIG_FILE, document)
-
-
-def to_one_rank(pairs: Pairs, r: int | None = None) -> dict[str, Pair]:
-    """Padded with zeros to ``r``, by default to the largest rank."""
-    largest = max(pair.r for pair in pairs.values())
-    return {name: pair.padded(r or largest) for name, pair in pairs.items()}

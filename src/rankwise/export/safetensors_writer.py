@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from pathlib import Path
 
 from safetensors.torch import save
@@ -47,10 +48,7 @@ def _header(shapes: Shapes, metadata: Mapping[str, str]) -> bytes:
 
 
 def _size(dtype: str, shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count * BITS[dtype] // 8
+    return prod(shape) * BITS[dtype] // 8
 
 
 def _bytes(tensor: Tensor) -> memoryview:

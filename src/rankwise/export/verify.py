@@ -77,11 +77,12 @@ def verify_merge(
     quantization = quantization_of(adapter) or trained_on if stored is None else None
     load = functools.partial(load_model, source, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
     model, tokenizer = load(quantization=quantization)
-    ids = _chunks(tokenizer, default_text() if text is None else text)
+    ids = text_chunks(tokenizer, default_text() if text is None else text)
     load_adapter(model, adapter)
     measure = _Meter(ids)
     variants = [measure(REFERENCE, model)]
-    four_bit = _format(model)
+    quantizer = getattr(model, "hf_quantizer", None)
+    four_bit: FourBitConfig | None = None if quantizer is None else copy.copy(quantizer.quantization_config)
     if four_bit is not None:
         merge_adapter(model, reversible=False)
         model = model.dequantize()
@@ -116,12 +117,8 @@ def default_text() -> str:
     return "\n".join(f"{row.prompt}\n{row.completion}" for row in stdlib_rows("eval"))
 
 
-def _format(model: PreTrainedModel) -> FourBitConfig | None:
-    quantizer = getattr(model, "hf_quantizer", None)
-    return None if quantizer is None else copy.copy(quantizer.quantization_config)
-
-
-def _chunks(tokenizer: PreTrainedTokenizerBase | None, text: str) -> list[Tensor]:
+def text_chunks(tokenizer: PreTrainedTokenizerBase | None, text: str) -> list[Tensor]:
+    """The first tokens of a text, in pieces (1, t). Raises DataError: RW219 no tokenizer, RW220 a text too short."""
     if tokenizer is None:
         raise DataError(
             "RW219", "the base comes without a tokenizer, so a text cannot be encoded to compare merges on."

@@ -8,15 +8,13 @@ from pathlib import Path
 
 from rankwise.adapters.checkpoint import read_adapter
 from rankwise.disk import hold, whole_folder
-from rankwise.export.adapter import RECORD_FILE, ExportReport
+from rankwise.export.adapter import RECORD_FILE, TEMPLATE_FILE, ExportReport
 from rankwise.export.gguf_model import MODEL_FILE, write_folder_gguf, write_merged_gguf
 from rankwise.export.merged import base_source, merge_to_folder, refuse_to_overwrite
 from rankwise.export.modelfile import MODELFILE, modelfile
 from rankwise.models import ModelSource, load_skeleton
 from rankwise.records import write_json, write_text
 from rankwise.serving import SERVERS, served_whole
-
-TEMPLATE_FILE = "chat_template.jinja"
 
 
 @dataclasses.dataclass(frozen=True)
