@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rankwise.adapters.attached import adapted_layers
 from rankwise.adapters.base_layer import dense_weight
@@ -29,10 +30,8 @@ from rankwise.adapters.low_rank import gain
 from rankwise.errors import AdapterError
 from rankwise.export.pairs import Pair
 
+# To find the least rank, so many directions of each layer are kept at first, and then so many.
 RANKS_TRIED = (64, 512)
-"""To find the least rank, so many directions of each layer are looked at first, and then so many."""
-SPARE_DIRECTIONS = 8
-POWER_ITERATIONS = 4
 MOST_TOKENS = 4096
 DEFAULT_ERROR = 0.05
 # How far the perplexity of held-out rows may be from the trained adapter's, relatively; more with a --max-error above
@@ -57,15 +56,12 @@ class Conversion:
 
 @dataclasses.dataclass(frozen=True)
 class Directions:
-    """Of one layer: U (out, q), A (q, in), the energy ||u_i^T dW X||^2 of each, and that of the whole ||dW X||^2."""
+    """Of one layer: the leading U (out, q), A = U^T dW (q, in), and the squared error ||(dW' - dW) X||^2 of every rank
+    from 0 on, where it is ||dW X||^2."""
 
     U: Tensor
     A: Tensor
-    energies: Tensor
-    total: float
-
-    def lost(self, r: int) -> float:
-        return max(0.0, self.total - float(self.energies[:r].sum()))
+    lost: Tensor
 
     def pair(self, r: int) -> Pair:
         return Pair(self.A[:r], self.U[:, :r])
@@ -89,22 +85,22 @@ def convert(
     """
     layers = dict(adapted_layers(model, name))
     inputs = inputs_of(model, layers, rows) if rows else {}
-    limit = max_error if max_error is not None or r is not None else DEFAULT_ERROR
-    tried = 0
+    limit = max_error if max_error is not None else (DEFAULT_ERROR if r is None else math.inf)
+    largest, tried = r or RANKS_TRIED[-1], 0
     for most in RANKS_TRIED if r is None else (r,):
-        found = {path: _directions(layer, name, inputs.get(path), most) for path, layer in layers.items()}
-        least = r or _least_rank(found, most, limit or 0.0)
-        ranks = () if least is None else _grown(max(least, tried + 1), most)
-        chosen = next((one for one in ranks if keeps is None or keeps(_pairs(found, one))), None)
-        if chosen is not None:
+        found = _directions(layers, name, inputs, most)
+        errors = _errors(found.values(), largest)
+        least = next((one for one in range(r or 1, largest + 1) if errors[one] <= limit), None)
+        if least is None:
             break
-        tried = 0 if least is None else most
-    best = _error(found, least or most)
-    if chosen is None or least is None or (limit is not None and best > limit):
-        _refuse(best, most, limit or 0.0, is_weighed=bool(rows))
-    errors = {path: _error({path: one}, chosen) for path, one in found.items()}
-    tokens = min(MOST_TOKENS, sum(map(len, rows)))
-    return _pairs(found, chosen), Conversion(chosen, least, _error(found, chosen), errors, tokens)
+        for chosen in _grown(max(least, tried + 1), most):
+            pairs = {path: one.pair(chosen) for path, one in found.items()}
+            if keeps is None or keeps(pairs):
+                by_layer = {path: _errors([one], chosen)[chosen] for path, one in found.items()}
+                tokens = min(MOST_TOKENS, sum(map(len, rows)))
+                return pairs, Conversion(chosen, least, errors[chosen], by_layer, tokens)
+            tried = chosen
+    raise _refusal(errors[largest], largest, limit, is_weighed=bool(rows))
 
 
 def allowed_change(max_error: float | None) -> float:
@@ -112,27 +108,25 @@ def allowed_change(max_error: float | None) -> float:
     return PERPLEXITY_CHANGE * max(1.0, (max_error or DEFAULT_ERROR) / DEFAULT_ERROR)
 
 
-def _pairs(found: Mapping[str, Directions], r: int) -> dict[str, Pair]:
-    return {path: one.pair(r) for path, one in found.items()}
-
-
 def _grown(r: int, most: int) -> Iterator[int]:
-    """``r``, and larger ranks up to ``most``."""
+    """``r``, and larger ranks up to ``most``; none where ``r`` is beyond it."""
     while r < most:
         yield r
-        r = math.ceil(r * RANK_GROWTH)
-    yield most
+        r = min(most, math.ceil(r * RANK_GROWTH))
+    if r == most:
+        yield most
 
 
-def _refuse(best: float, most: int, limit: float, *, is_weighed: bool) -> NoReturn:
-    advice = "" if is_weighed else "; on the inputs of real rows far lower ranks do, so give --data"
-    missed = (
-        "" if best > limit else f", but the perplexity of held-out rows changes by over {allowed_change(limit):.1%}"
-    )
-    raise AdapterError(
+def _refusal(best: float, largest: int, limit: float, *, is_weighed: bool) -> AdapterError:
+    if best > limit:
+        why = f"differs from what was trained by a relative error of {best:.3g}, and --max-error allows {limit:g}"
+    else:
+        why = f"changes the perplexity of rows that were set aside by more than the {allowed_change(limit):.1%} allowed"
+    advice = "" if is_weighed else "give --data (with the inputs of real rows far lower ranks do), "
+    return AdapterError(
         "RW732",
-        f"as LoRA of rank {most} this adapter keeps a relative error of {best:.3g}, and --max-error allows {limit:g}"
-        f"{missed}{advice}; allow more, or write a merged model with --merged.",
+        f"as LoRA of rank {largest} this adapter {why}; {advice}allow more with --max-error, or write a merged model "
+        "with --merged.",
     )
 
 
@@ -182,25 +176,41 @@ def _watching(layers: Mapping[str, AdaptedLayer], kept: Mapping[str, list[Tensor
             handle.remove()
 
 
-def _directions(layer: AdaptedLayer, name: str, inputs: list[Tensor] | None, most: int) -> Directions:
-    dW = update_of(layer, name)
-    if inputs is None:
-        Y = dW
-    else:
-        X = torch.cat(inputs)
-        Y = dW[:, X] if isinstance(layer.base_layer, nn.Embedding) else dW @ X.float().T
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        U, _, _ = torch.svd_lowrank(Y, min(most + SPARE_DIRECTIONS, *Y.shape), niter=POWER_ITERATIONS)
-    U = U[:, :most]
-    energies = (U.T @ Y).double().square().sum(dim=1)
-    return Directions(U.cpu(), (U.T @ dW).cpu(), energies.cpu(), float(Y.double().square().sum()))
+def _directions(
+    layers: Mapping[str, AdaptedLayer], name: str, inputs: Mapping[str, list[Tensor]], most: int
+) -> dict[str, Directions]:
+    """By the layer's path, the ``most`` leading directions of its update on its inputs."""
+    found: dict[str, Directions] = {}
+    read, R = 0, torch.empty(0)
+    for path, layer in layers.items():
+        dW = Y = update_of(layer, name)
+        if path in inputs and isinstance(layer.base_layer, nn.Embedding):
+            Y = dW[:, torch.cat(inputs[path])]
+        elif path in inputs:
+            # ||M X|| = ||M R^T|| for X^T = Q R: no more columns than dW has. q, k and v read one X, and gate and up.
+            if inputs[path][0].data_ptr() != read:
+                read = inputs[path][0].data_ptr()
+                R = torch.linalg.qr(torch.cat(inputs[path]).float(), mode="r").R
+            Y = dW @ R.T
+        U, energies = _left_singular(Y.double(), most)
+        lost = energies.sum() - F.pad(energies.cumsum(dim=0), (1, 0))
+        found[path] = Directions(U.cpu(), (U.T @ dW).cpu(), lost.clamp(min=0.0).cpu())
+    return found
 
 
-def _error(found: Mapping[str, Directions], r: int) -> float:
-    total = sum(layer.total for layer in found.values())
-    return math.sqrt(sum(layer.lost(r) for layer in found.values()) / total) if total else 0.0
+def _left_singular(Y: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The ``most`` leading left-singular vectors of Y in float32, and the squares of all its singular values, by the
+    Gram matrix of its smaller side: two products and one eigendecomposition for every rank."""
+    is_wide = Y.shape[0] <= Y.shape[1]
+    energies, vectors = torch.linalg.eigh(Y @ Y.T if is_wide else Y.T @ Y)
+    leading = vectors.flip(1)[:, :most]
+    # The columns of Y V are orthogonal but for rounding, of which those without energy consist.
+    U = leading if is_wide else torch.linalg.qr(Y @ leading).Q
+    return U.float(), energies.flip(0).clamp(min=0.0)
 
 
-def _least_rank(found: Mapping[str, Directions], most: int, limit: float) -> int | None:
-    return next((r for r in range(1, most + 1) if _error(found, r) <= limit), None)
+def _errors(layers: Iterable[Directions], largest: int) -> list[float]:
+    """The relative error of all these layers together at each rank from 0 to ``largest``."""
+    padded = [F.pad(one.lost[: largest + 1], (0, max(0, largest + 1 - len(one.lost)))) for one in layers]
+    lost = torch.stack(padded).sum(dim=0)
+    return (lost / lost[0]).nan_to_num().sqrt().tolist()
