@@ -109,10 +109,10 @@ def test_a_bar_in_a_value_does_not_break_the_table() -> None:
 
 
 SERVING = {
-    "plain": ({}, ["vLLM, as it is", "SGLang, as it is", "export --for llama.cpp"], ["max-lora-rank", "since it"]),
+    "plain": ({}, ["vLLM, as it is", "SGLang, as it is", "--for llama.cpp"], ["max-lora-rank", "since it", "DoRA"]),
     "dora": (
         {"use_dora": True},
-        ["--for vllm`, since it refuses DoRA's magnitudes", "--for sglang`, since it refuses DoRA's"],
+        ["--for vllm`, since it refuses DoRA's magnitudes", "--for sglang`, since it refuses DoRA's", "at most 1 %"],
         ["max-lora-rank"],
     ),
     "rank pattern": (

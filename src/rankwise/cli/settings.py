@@ -160,14 +160,14 @@ class ExportSettings(BaseOptions):
     max_error: Annotated[
         float | None,
         _option(
-            "Largest relative error of the update: the least rank that keeps it is written. Default for DoRA, whose "
-            "update has full rank: 0.05.",
+            "Largest relative error of the update: the least rank is written that keeps it, and with it the perplexity "
+            "of rows set aside. Default for DoRA, whose update has full rank: 0.05.",
             gt=0,
             lt=1,
         ),
     ] = None
     data: Annotated[
-        str | None, _option(f"Rows whose inputs weigh that error; default: the run's own. {DATA}", metavar="D")
+        str | None, _option(f"Rows to measure that error on; default: the run's own. {DATA}", metavar="D")
     ] = None
     merged: Annotated[bool, _option("Write the base with the adapter folded in, not the adapter.")] = False
     quantize: Annotated[

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from rankwise.config import DEMO, DEMO_HUB_ID, DORA, FOUR_BITS
 from rankwise.records import RunRecord
-from rankwise.serving import served
+from rankwise.serving import DORA_AS_LORA, WORDS, served
 
 NAMES = {
     "lora": "LoRA adapter",
@@ -329,7 +329,10 @@ def _code(title: str, lines: Sequence[str]) -> str:
 def _serving(method: str, config: Mapping[str, Any]) -> str:
     """Where the adapter can be served, from its own properties alone."""
     places = served(method, config)
-    return "As of November 2026, and without warranty:\n\n" + "\n".join(f"- {place}" for place in places)
+    said = "As of November 2026, and without warranty:\n\n" + "\n".join(f"- {place}" for place in places)
+    if any(WORDS["dora"] in place for place in places):
+        said += f"\n\n{DORA_AS_LORA}"
+    return said
 
 
 def _warnings(record: RunRecord) -> str:
