@@ -488,8 +488,8 @@ class RunOptions(ModelOptions, TextOptions, LengthOptions, StepOptions):
     ] = None
 
 
-class ObjectiveOptions(Settings):
-    """What a run learns from. An option that its objective does not have stays None."""
+class PreferenceOptions(Settings):
+    """What a run learns from, and the options of preferences. An option that the objective does not have stays None."""
 
     objective: Annotated[
         Objective,
@@ -513,6 +513,11 @@ class ObjectiveOptions(Settings):
     ] = None
     desirable_weight: Annotated[Positive | None, _objective("kto: weight of good answers; default: 1.")] = None
     undesirable_weight: Annotated[Positive | None, _objective("kto: weight of bad answers; default: 1.")] = None
+
+
+class ObjectiveOptions(PreferenceOptions):
+    """All options of the objectives."""
+
     reward: Annotated[
         Sequence[str] | None,
         BeforeValidator(text_list),
@@ -562,7 +567,9 @@ LOSS_TYPES = {
     ),
     "kto": ("kto", "apo_zero_unpaired"),
 }
-# Of those the ones that --label-smoothing acts on.
+# trl's, of dpo and kto: beta; of grpo: answers to a prompt.
+BETA, GENERATIONS = 0.1, 8
+# Of those losses the ones that --label-smoothing acts on.
 SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
 
 

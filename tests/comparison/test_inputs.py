@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import warnings
@@ -14,6 +15,9 @@ from rankwise.comparison.inputs import prepare_inputs
 from rankwise.comparison.settings import CompareSettings
 from rankwise.config import TrainSettings
 from rankwise.data import read_rows
+from rankwise.data.preference_formats import PREFERENCE_FORMATS
+from rankwise.data.preferences import sides_of
+from rankwise.data.rows import Row
 from rankwise.errors import ConfigError, RankwiseWarning
 from rankwise.settings_file import read_settings
 
@@ -28,6 +32,8 @@ def inputs(tmp_path: Path, data: object, name: str = "out", **changes: Any) -> A
     return prepare_inputs(read_settings(CompareSettings, None, given), lambda described: None)
 
 
+user = {"role": "user", "content": "q{}"}
+good, bad = ({"role": "assistant", "content": text} for text in ("good {}", "bad"))
 ROWS = [{"prompt": f"q{n // 3}", "completion": f"answer {n}"} for n in range(90)]
 
 
@@ -65,6 +71,44 @@ def test_written_parts_mean_what_they_meant(tmp_path: Path, rows: list[dict[str,
         assert (part.kind, part.uses_template, part.separator) == (whole.kind, whole.uses_template, whole.separator)
 
 
+@pytest.mark.parametrize(
+    ("objective", "row"),
+    [
+        ("dpo", {"prompt": "q{}", "chosen": "good {}", "rejected": "bad"}),
+        ("dpo", {"question": "q{}", "chosen": "good {}", "rejected": "bad"}),
+        ("dpo", {"chosen": "q{} good", "rejected": "q{} bad"}),
+        ("dpo", {"prompt": [user], "chosen": [good], "rejected": [bad]}),
+        ("dpo", {"chosen": [user, good], "rejected": [user, bad]}),
+        ("kto", {"question": "q{}", "chosen": "good {}", "rejected": "bad"}),
+        ("kto", {"prompt": "q{}", "completion": "a", "label": True}),
+        ("kto", {"prompt": [user], "completion": [good], "label": False}),
+    ],
+)
+def test_parts_of_preferences_mean_what_they_meant(tmp_path: Path, objective: str, row: dict[str, Any]):
+    text = json.dumps(row)
+    source = write(tmp_path / "rows.jsonl", [json.loads(text.replace("{}", str(n))) for n in range(20)])
+    found = inputs(tmp_path, source, objective=objective)
+    how = {"formats": PREFERENCE_FORMATS[objective]}
+    parts = [*read_rows(found.train, **how), *read_rows(found.evaluation, **how)]
+    assert len(read_rows(found.evaluation, **how)) == 2
+    assert sorted(map(meaning, parts)) == sorted(map(meaning, read_rows(source, **how)))
+
+
+def meaning(row: Row) -> str:
+    places = {"source": "", "line": 0}
+    sides = [dataclasses.replace(side, rejected=None, **places) for side in sides_of(row)]  # type: ignore[arg-type]
+    return str(sides)
+
+
+def test_another_mark_is_other_data(tmp_path: Path):
+    rows = [{"prompt": f"q{n}", "completion": "a", "label": True} for n in range(20)]
+    one = inputs(tmp_path, write(tmp_path / "one.jsonl", rows), "one", objective="kto")
+    turned = [{**rows[0], "label": False}, *rows[1:]]
+    two = inputs(tmp_path, write(tmp_path / "two.jsonl", turned), "two", objective="kto")
+    hashes = [{part: found.described[part]["sha256"] for part in ("train", "eval")} for found in (one, two)]
+    assert hashes[0] != hashes[1]
+
+
 def test_named_columns_stay(tmp_path: Path):
     source = write(tmp_path / "rows.jsonl", [{"q": f"q{n}", "a": f"a{n}"} for n in range(20)])
     found = inputs(tmp_path, source, prompt_column="q", completion_column="a")
@@ -99,5 +143,5 @@ def test_one_prompt_cannot_be_split(tmp_path: Path):
 def test_the_docs_name_every_option_of_train_that_a_comparison_does_not_have():
     text = (Path(__file__).parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
     missing = set(TrainSettings.model_fields) - set(CompareSettings.model_fields)
-    assert len(missing) == 25
+    assert len(missing) == 20
     assert all(f"`--{name.replace('_', '-')}`" in text for name in missing)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.comparison.matrix import Cell
-from rankwise.comparison.measure_files import FACTS_FILE, PERPLEXITY
+from rankwise.comparison.measure_files import FACTS_FILE, OWN_TASKS, PERPLEXITY
 from rankwise.comparison.schedule import Plan, state_of
 from rankwise.comparison.stages import INTERRUPTED_CODES, Job, Stage, outcome_of
 from rankwise.comparison.verdicts import Scores
@@ -90,7 +90,7 @@ def _error(plan: Plan, cell: Cell) -> tuple[Message | None, bool]:
 
 def read_tasks(folder: Path, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The result of each task in a run's folder. An earlier call may have left more tasks than these."""
-    found = {task: read_json(folder / EVALUATION_FOLDER / task / RESULT_FILE) for task in (PERPLEXITY, *tasks)}
+    found = {task: read_json(folder / EVALUATION_FOLDER / task / RESULT_FILE) for task in (*OWN_TASKS, *tasks)}
     return {task: result for task, result in found.items() if result}
 
 

@@ -23,7 +23,7 @@ from rankwise.reports.numbers import byte_size
 
 PROBE_STEPS = 6
 # Steps whose seconds tell how many fit into --minutes; the first, which allocates, is not counted.
-MEASURED = ("task_limit", "eval_data", "columns", "max_length", "chat_template", "dtype")
+MEASURED = ("task_limit", "eval_data", "max_length", "chat_template", "dtype")
 # Of a measurement's job, what its results depend on besides the tasks.
 
 
@@ -145,14 +145,16 @@ class Commands:
         return self.plan.output.resolve() / "cache"
 
     def _measuring(self, job: Job) -> dict[str, Any]:
-        names = ("max_length", "chat_template", "dtype", "device", "trust_remote_code", "revision")
+        names = (
+            *("max_length", "chat_template", "dtype", "device", "trust_remote_code", "revision"),
+            *("objective", "beta", "prompt_column", "completion_column"),
+        )
         return {
             "folder": str(job.folder(self.plan.output)),
             "model": _model(self.given.model),
             "cache": str(self._cache()),
             "method": variant_of(job.cell.method)[0] if job.cell else None,
             "eval_data": self.inputs.evaluation,
-            "columns": self.given.columns,
             "merged_check": self.given.merged_check,
             "tasks": list(self.given.task),
             "task_data": list(self.given.task_data),

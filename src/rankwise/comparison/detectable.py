@@ -30,7 +30,8 @@ def detectable_effect(
         relative = absolute / level if absolute is not None and level else None
         assumption = "runs spread as the finished ones here do"
     else:
-        by_row = given.row_sd if given.metric == EVAL_LOSS else 0.0
+        # The loss of a preference is known as a mean alone.
+        by_row = given.row_sd if (given.objective, given.metric) == ("sft", EVAL_LOSS) else 0.0
         parts = spread_parts(seed_sd=given.seed_sd, seeds=seeds, row_sd=by_row, rows=rows if by_row else 0)
         relative, absolute = minimum_detectable_effect(parts, methods=len(given.methods), margin=given.margin), None
         of_rows = f"two methods' difference by {100 * by_row:g} % from row to row (--row-sd)"

@@ -12,6 +12,8 @@ from typing import Any
 from rankwise.comparison.settings import CompareSettings
 from rankwise.config import BASELINES, LoraConfig
 from rankwise.data import Row, Rows, read_rows, warn_of_overlap
+from rankwise.data.preference_formats import PREFERENCE_FORMATS
+from rankwise.data.preferences import sides_of
 from rankwise.errors import ConfigError, DataError, ModelError
 from rankwise.models.source import fetch_model
 from rankwise.planning.facts import read_facts
@@ -46,10 +48,10 @@ def prepare_inputs(given: CompareSettings, check: Callable[[dict[str, Any]], Non
     chosen by the hash of the prompts: rows of one prompt stay together, and the order of the file does not matter.
     Raises DataError as the readers do, ConfigError (RW168) when rows cannot be split.
     """
-    columns = given.columns
+    how = {**given.columns, "formats": PREFERENCE_FORMATS.get(given.objective)}
     folder = given.output / "data"
-    rows = read_rows(given.data, split="train", **columns)
-    held_out = _own_evaluation(given, rows, columns)
+    rows = read_rows(given.data, split="train", **how)
+    held_out = _own_evaluation(given, rows, how)
     train, how = _absolute(given.data), f"--eval-data {given.eval_data}" if given.eval_data else "its validation part"
     is_split = held_out is None
     if held_out is None:
@@ -64,10 +66,10 @@ def prepare_inputs(given: CompareSettings, check: Callable[[dict[str, Any]], Non
     }
     check(described)
     if is_split:
-        train = str(_write(rows, folder / "train.jsonl", columns))
+        train = str(_write(rows, folder / "train.jsonl", how))
     evaluation = _absolute(given.eval_data or given.data)
     if is_split or len(part) < len(held_out):
-        evaluation = str(_write(part, folder / "eval.jsonl", columns))
+        evaluation = str(_write(part, folder / "eval.jsonl", how))
     return Inputs(train, evaluation, described, len(rows), len(part))
 
 
@@ -128,13 +130,13 @@ def prompt_of(row: Row) -> str:
     return row.prompt if row.kind == "prompt" else row.text
 
 
-def _own_evaluation(given: CompareSettings, rows: Rows, columns: dict[str, Any]) -> Rows | None:
+def _own_evaluation(given: CompareSettings, rows: Rows, how: Mapping[str, Any]) -> Rows | None:
     if given.eval_data is not None:
-        return read_rows(given.eval_data, split="validation", **columns)
+        return read_rows(given.eval_data, split="validation", **how)
     if Path(given.data).expanduser().is_file():
         return None
     try:
-        found = read_rows(given.data, split="validation", **columns)
+        found = read_rows(given.data, split="validation", **how)
     except DataError as error:
         if error.code != "RW208":
             raise
@@ -143,13 +145,16 @@ def _own_evaluation(given: CompareSettings, rows: Rows, columns: dict[str, Any])
     return None if found.sha256 == rows.sha256 else found
 
 
-def _write(rows: Rows, path: Path, columns: dict[str, Any]) -> Path:
-    """Write the rows in a layout that reads and renders as before. Raises ConfigError (RW168) where there is none."""
-    text = "".join(json.dumps(_record(row, rows, columns), ensure_ascii=False) + "\n" for row in rows)
+def _write(rows: Rows, path: Path, how: Mapping[str, Any]) -> Path:
+    """Write the rows in a layout that reads and renders as before; ``how`` says how they are read.
+
+    Raises ConfigError (RW168) where there is none.
+    """
+    text = "".join(json.dumps(_record(row, rows, how), ensure_ascii=False) + "\n" for row in rows)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
-    again = read_rows(path, **columns)
+    again = read_rows(path, **how)
     if _meaning(again) != _meaning(rows):
         raise ConfigError(
             "RW168", f"the layout of {rows.source} ({rows.format}) cannot be written in parts; give --eval-data."
@@ -157,10 +162,12 @@ def _write(rows: Rows, path: Path, columns: dict[str, Any]) -> Path:
     return path.resolve()
 
 
-def _record(row: Row, rows: Rows, columns: dict[str, Any]) -> dict[str, Any]:
+def _record(row: Row, rows: Rows, how: Mapping[str, Any]) -> dict[str, Any]:
     if row.kind == "text":
         return {"text": row.text}
     tools = {"tools": row.tools} if row.tools else {}
+    if row.label is not None:
+        return {**_preference(row, rows), **tools}
     if row.kind == "chat":
         messages = [dict(message) for message in row.messages]
         if row.first_trained:
@@ -169,17 +176,27 @@ def _record(row: Row, rows: Rows, columns: dict[str, Any]) -> dict[str, Any]:
     if not rows.uses_template:
         return {"mr": row.prompt.removesuffix("\n"), "ref": row.completion}
     usual = ("question", "answer") if rows.separator == "\n" else ("prompt", "completion")
-    names = (columns["prompt_column"] or usual[0], columns["completion_column"] or usual[1])
+    names = (how["prompt_column"] or usual[0], how["completion_column"] or usual[1])
     return {**dict(zip(names, (row.prompt, row.completion))), **tools}
 
 
+def _preference(row: Row, rows: Rows) -> dict[str, Any]:
+    first = row.first_trained
+    prompt: Any = row.prompt if row.kind == "prompt" else list(row.messages[:first])
+    answers = [side.completion if row.kind == "prompt" else list(side.messages[first:]) for side in sides_of(row)]
+    named = {"question" if rows.separator == "\n" else "prompt": prompt}
+    if row.rejected is None:
+        return {**named, "completion": answers[0], "label": row.label}
+    return {**named, "chosen": answers[0], "rejected": answers[1]}
+
+
 def _meaning(rows: Rows) -> Any:
-    keys = ("messages", "prompt", "completion", "text", "first_trained")
+    keys = ("messages", "prompt", "completion", "text", "first_trained", "label")
     return (
         rows.kind,
         rows.uses_template,
         rows.separator,
-        [(*(getattr(row, key) for key in keys), list(row.tools or ())) for row in rows],
+        [(*(getattr(side, key) for key in keys), list(side.tools or ())) for row in rows for side in sides_of(row)],
     )
 
 
@@ -187,6 +204,8 @@ def _content_hash(rows: Sequence[Row]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(row.content().encode() + b"\0")
+        # A pair is of its two answers; a marked one may be marked otherwise.
+        digest.update(b"bad" if row.label is False else b"")
     return digest.hexdigest()
 
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.comparison.measure_files import FACTS_FILE, MERGEABLE, PERPLEXITY
-from rankwise.comparison.tasks import make_tasks
+from rankwise.comparison.tasks import make_tasks, own_task
 from rankwise.config import BASELINES
-from rankwise.data import Rows, read_rows, read_template
+from rankwise.data import Rows, read_template
 from rankwise.disk import coded_error, hold, remove_strays
 from rankwise.errors import RankwiseError, RankwiseWarning, RunError, is_out_of_memory
 from rankwise.evaluation import journal
@@ -47,7 +47,8 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     """Write ``evaluation/TASK`` and ``measured.json`` into the run's folder. Returns the content of the latter.
 
     ``job``: folder, model, cache, method (None for the base), dtype, device, trust_remote_code, revision; eval_data,
-    columns, max_length, chat_template; merged_check; tasks, task_data, task_limit.
+    objective, beta, prompt_column, completion_column, max_length, chat_template; merged_check; tasks, task_data,
+    task_limit.
     """
     torch.manual_seed(0)
     with hold(Path(job["folder"])):
@@ -58,21 +59,17 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
     folder = Path(job["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     remove_strays(folder, [FACTS_FILE])
-    tasks = make_tasks(
-        job["tasks"],
-        eval_data=job["eval_data"],
-        data=job["task_data"],
-        limit=job["task_limit"],
-        max_length=job["max_length"],
-        columns=job["columns"],
-    )
-    rows = read_rows(job["eval_data"], split="validation", **job["columns"])
+    own = own_task(job["eval_data"], job)
+    tasks = make_tasks(job["tasks"], data=job["task_data"], limit=job["task_limit"])
+    rows = own.rows
     model, tokenizer = load_run(job)
     template = read_template(Path(job["chat_template"])) if job["chat_template"] else None
     engine = _engine(job, model, tokenizer, template)
     shown = _shown(rows)
     answers, speed = _answers(engine, rows, shown)
-    for task in tasks:
+    # A base earns no rewards: they are measured against it.
+    is_reference = job["method"] is None and job["objective"] != "sft"
+    for task in tasks if is_reference else [own, *tasks]:
         run_task(task, engine, folder, job, answers if task.name == PERPLEXITY else {})
     facts: dict[str, Any] = {"merged": None, "update_norms": None}
     if job["method"] is not None:

@@ -26,7 +26,8 @@ def prepare(job: Mapping[str, Any]) -> dict[str, Any]:
         if made and not is_worth_keeping(source, quantization_for(given)):
             continue
         loaded = load_for_training(given)
-        if not made:
+        # Rows of preferences are not kept.
+        if not made and given.objective == "sft":
             encode_data(given, loaded.tokenizer, *read_data(given))
         made.append(given.method)
         del loaded

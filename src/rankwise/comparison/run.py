@@ -31,12 +31,12 @@ from rankwise.comparison.runner import (
     seconds_spent,
 )
 from rankwise.comparison.schedule import Plan, jobs_left, jobs_to_do, possible_jobs, probe_of
-from rankwise.comparison.settings import CompareSettings, check_compare
+from rankwise.comparison.settings import CompareSettings, check_compare, shared_training
 from rankwise.comparison.stages import Job
 from rankwise.comparison.statistics import CONFIDENCE
 from rankwise.comparison.summary import all_differences, all_methods, ranked, scores_by_metric, searches
-from rankwise.comparison.tasks import make_tasks
-from rankwise.config import FOUR_BITS, idle_options, variant_of
+from rankwise.comparison.tasks import make_tasks, own_task
+from rankwise.config import FOUR_BITS, TrainSettings, idle_options, variant_of
 from rankwise.disk import coded_errors, discard_folder, hold, remove_strays
 from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, heard, warn
 from rankwise.options import flag, option_words
@@ -54,6 +54,8 @@ from rankwise.reports.schema import (
     MinimumDetectableEffect,
     Run,
 )
+from rankwise.training.learning import check_options
+from rankwise.training.objectives import learning_of
 
 # Of the files of a job in ``DIR/cells`` that are written whole.
 ENDINGS = (".in", ".json", ".yaml")
@@ -62,11 +64,12 @@ ENDINGS = (".in", ".json", ".yaml")
 def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
     """Run what is missing in ``given.output``, then write ``comparison.json`` and what it recommends.
 
-    Raises ConfigError (RW165 to RW168), RunError: RW580 a folder of other settings, RW581 a folder of something else,
-    RW551 a file cannot be written, RW582 another call works in it, RW584 no run finished, RW599 a system that is not
-    POSIX; Interrupted (RW587).
+    Raises ConfigError (RW165 to RW168, RW626, and what the objective of its runs raises), RunError: RW580 a folder of
+    other settings, RW581 a folder of something else, RW551 a file cannot be written, RW582 another call works in it,
+    RW584 no run finished, RW599 a system that is not POSIX; Interrupted (RW587).
     """
     check_compare(given)
+    _check_objective(given)
     check_system()
     cluster = connect(given.address, _device(given)) if given.executor == "ray" else None
     told: list[Message] = []
@@ -133,16 +136,20 @@ def _smallest(effect: MinimumDetectableEffect) -> str:
     return f"{found}: {' = '.join(part for part in (absolute, relative) if part)}"
 
 
+def _check_objective(given: CompareSettings) -> None:
+    """Refuse at once what each run would refuse by its objective."""
+    common = {**shared_training(given), "model": given.model, "data": given.data, "output": given.output}
+    for method, options in map(variant_of, given.methods):
+        settings = TrainSettings.model_validate({**common, **options, "method": method})
+        check_options(settings)
+        if given.objective != "sft":
+            learning_of(settings)
+
+
 def _check_tasks(given: CompareSettings, inputs: Inputs) -> None:
     """Check the tasks before hours of training: unknown tasks, missing data or packages, unknown metrics."""
-    tasks = make_tasks(
-        given.task,
-        eval_data=inputs.evaluation,
-        data=given.task_data,
-        limit=given.task_limit,
-        max_length=given.max_length,
-        columns=given.columns,
-    )
+    own = own_task(inputs.evaluation, shared_training(given))
+    tasks = [own, *make_tasks(given.task, data=given.task_data, limit=given.task_limit)]
     name, _, metric = given.metric.partition(".")
     known = next((list(task.higher_is_better) for task in tasks if task.name == name and name != PERPLEXITY), None)
     if name == PERPLEXITY or (known and metric not in known):
@@ -157,6 +164,8 @@ def _plan(given: CompareSettings) -> Plan:
         given.learning_rates,
         given.seeds,
         given.search_steps is not None,
+        # Rewards are measured against the base, so that of its own it has none.
+        base=given.objective == "sft" or bool(given.task),
         tasks=given.task,
         probed=given.minutes is not None,
     )

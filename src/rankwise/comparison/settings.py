@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from rankwise.config import BASELINES, METHODS, MODEL, TRAINING_DATA, VARIANTS, RunOptions, variant_of
+from rankwise.comparison.measure_files import PREFERENCE
+from rankwise.config import (
+    BASELINES,
+    METHODS,
+    MODEL,
+    TRAINING_DATA,
+    VARIANTS,
+    PreferenceOptions,
+    RunOptions,
+    variant_of,
+)
 from rankwise.errors import ConfigError
 from rankwise.evaluation.settings import task_list
 from rankwise.options import LARGEST_NUMBER, MANY, Count, Names, Panel, comma_list, option, text_list
 from rankwise.planning.sizes import parse_size
+from rankwise.reports.schema import EVAL_LOSS
 
-SHARED = tuple(RunOptions.model_fields)
+# What decides by default: of demonstrations, and of preferences.
+USUAL_METRICS = {"sft": EVAL_LOSS, "dpo": "preference.reward_accuracy", "kto": "preference.reward_accuracy"}
+SHARED = (*PreferenceOptions.model_fields, *RunOptions.model_fields)
 # Of the options of `compare`, those that say what a run is; with the shared ones they must stay as they were.
 SAME_RUNS = ("search_steps", "minutes", "memory_budget")
 
@@ -32,7 +46,13 @@ _measured = functools.partial(option, Panel.MEASURED)
 _recommended = functools.partial(option, Panel.RECOMMENDATION)
 
 
-class CompareSettings(RunOptions):
+def _usual_methods(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """All but the baselines; of preferences those whose base stays as it is, since it is the reference."""
+    left_out = BASELINES if given.get("objective", "sft") == "sft" else (*BASELINES, "full")
+    return tuple(method for method in METHODS if method not in left_out)
+
+
+class CompareSettings(PreferenceOptions, RunOptions):
     """What ``compare`` adds to the options of training."""
 
     model: Annotated[str, _model(MODEL, metavar="M")]
@@ -49,7 +69,8 @@ class CompareSettings(RunOptions):
         _compared(
             f"Methods to compare, of {', '.join(METHODS)}; variants as in qlora+loftq, of {', '.join(VARIANTS)}."
         ),
-    ] = tuple(method for method in METHODS if method not in BASELINES)
+        Field(default_factory=_usual_methods),
+    ]
     seeds: Annotated[
         int, _compared("Runs per method, with the seeds 0, 1, ...; with one, no interval.", ge=1, le=1000)
     ] = 3
@@ -106,8 +127,13 @@ class CompareSettings(RunOptions):
     task_limit: Annotated[Count | None, _measured("Examples per task.")] = None
     metric: Annotated[
         str,
-        _measured("What decides: eval_loss, or TASK.METRIC such as e2e.BLEU.", metavar="NAME"),
-    ] = "eval_loss"
+        _measured(
+            "What decides: eval_loss, or TASK.METRIC such as e2e.BLEU; of dpo and kto also preference.reward_accuracy, "
+            "which is their default, and preference.reward_margin.",
+            metavar="NAME",
+        ),
+        Field(default_factory=lambda given: USUAL_METRICS.get(given.get("objective", "sft"), EVAL_LOSS)),
+    ]
     margin: Annotated[
         float,
         _measured("Methods closer than this share of the metric are equivalent.", gt=0, lt=1),
@@ -143,8 +169,15 @@ def check_compare(given: CompareSettings) -> None:
     """Cross-field checks.
 
     Raises ConfigError: RW165 unknown methods, RW166 duplicates of methods or rates, RW167 options that exclude
-    each other.
+    each other, RW626 an objective that is not compared.
     """
+    if given.objective == "grpo":
+        raise ConfigError(
+            "RW626",
+            "--objective grpo is not compared: a run learns from answers that it draws itself, and the rewards of its "
+            "evaluation are not kept by prompt, so two methods could not be paired. Train each with `rankwise train` "
+            "and compare their adapters on one task with `rankwise evaluate`.",
+        )
     try:
         known = [variant_of(name) for name in given.methods]
     except ValueError as error:
@@ -165,9 +198,12 @@ def check_compare(given: CompareSettings) -> None:
         raise ConfigError("RW167", "--address is that of a Ray cluster; add --executor ray.")
     if given.minutes is not None and (given.max_steps is not None or given.search_steps is not None):
         raise ConfigError("RW167", "--minutes sets the steps of every run; leave --max-steps and --search-steps out.")
-    if given.metric != "eval_loss" and given.metric.partition(".")[0] not in given.task:
+    measured = given.task if given.objective == "sft" else (PREFERENCE, *given.task)
+    if given.metric != EVAL_LOSS and given.metric.partition(".")[0] not in measured:
         raise ConfigError(
-            "RW167", f"--metric is {given.metric!r}, which no --task measures; it is eval_loss or TASK.METRIC."
+            "RW167",
+            f"--metric is {given.metric!r}, which no --task measures; it is {USUAL_METRICS[given.objective]} or "
+            "TASK.METRIC.",
         )
 
 

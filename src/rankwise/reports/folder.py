@@ -48,6 +48,16 @@ class Comparison:
         return str(self.document["primary_metric"])
 
     @property
+    def objective(self) -> str:
+        """What the runs learned from. Older comparisons, all of demonstrations, do not say so."""
+        return str(self["settings"].get("objective") or "sft")
+
+    @property
+    def unit(self) -> str:
+        """Of the primary metric."""
+        return "nats per token" if (self.objective, self.metric) == ("sft", schema.EVAL_LOSS) else ""
+
+    @property
     def finals(self) -> list[Mapping[str, Any]]:
         return [run for run in self["runs"] if run["phase"] == "final" and run["status"] == "finished"]
 

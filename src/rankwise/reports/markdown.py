@@ -9,7 +9,7 @@ from rankwise.reports import summary
 from rankwise.reports.examples import answers_of
 from rankwise.reports.folder import Comparison
 from rankwise.reports.forest_plot import pairs_of
-from rankwise.reports.naming import long_name, method_name, metric_name, metric_unit
+from rankwise.reports.naming import long_name, method_name, metric_name
 from rankwise.reports.numbers import p_value, plural, significant, visible
 
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&])")
@@ -61,7 +61,7 @@ def _differences(comparison: Comparison) -> str:
     ]
     if not rows:
         return ""
-    unit = f" in {metric_unit(comparison.metric)}" if metric_unit(comparison.metric) else ""
+    unit = f" in {comparison.unit}" if comparison.unit else ""
     note = f"{metric_name(comparison.metric)} of the first minus the second{unit}."
     margin = f" Within ±{significant(pairs[0].margin, 2)} they count as equivalent." if pairs[0].margin else ""
     return f"{_table(('pair', 'difference', 'verdict', 'p (Holm)'), rows)}\n\n{_text(note + margin)}"

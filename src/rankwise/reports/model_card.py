@@ -23,8 +23,8 @@ NAMES = {
     "full": "fully fine-tuned model",
 }
 LEARNED_FROM = {
-    "dpo": " from pairs of a better and a worse answer (DPO), against its own base as the reference",
-    "kto": " from answers marked good or bad (KTO), against its own base as the reference",
+    "dpo": " from pairs of a better and a worse answer (DPO), against {reference} as the reference",
+    "kto": " from answers marked good or bad (KTO), against {reference} as the reference",
     "grpo": " from rewards (GRPO)",
 }
 # Fields of the record, in the order of the card.
@@ -49,7 +49,7 @@ REWARDS = {
     "eval_loss": "evaluation reward of the weights kept",
 }
 # They name places on one machine, or stand elsewhere on the card.
-LOCAL_SETTINGS = ("model", "data", "eval_data", "output", "resume", "overwrite", "chat_template")
+LOCAL_SETTINGS = ("model", "data", "eval_data", "output", "resume", "overwrite", "chat_template", "adapter", "cache")
 
 
 class Module(Protocol):
@@ -139,7 +139,7 @@ def _summary(record: RunRecord, base: str, config: Mapping[str, Any]) -> str:
         what += f" of rank {config.get('r')} and alpha {config.get('lora_alpha')} ({scale})"
     lines = [
         f"{what} {'from' if record.method == 'full' else 'for'} `{base}`, trained by rankwise with seed {record.seed}"
-        f"{LEARNED_FROM.get(record.objective, '')}."
+        f"{_learned_from(record)}."
     ]
     if facts.get("kind") in ("gguf", "demo") or facts.get("name") == DEMO:
         lines.append(
@@ -154,6 +154,12 @@ def _summary(record: RunRecord, base: str, config: Mapping[str, Any]) -> str:
     if record.status != "finished":
         lines.append(f"The run's status when this card was written: {record.status}.")
     return " ".join(lines)
+
+
+def _learned_from(record: RunRecord) -> str:
+    """What follows "trained"; nothing for demonstrations."""
+    reference = "its own base" if record.settings.get("adapter") is None else "the adapter that training began with"
+    return LEARNED_FROM.get(record.objective, "").format(reference=reference)
 
 
 def _section(title: str, body: str) -> str:

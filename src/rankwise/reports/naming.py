@@ -25,8 +25,13 @@ VARIANTS = {
     "rslora": "rsLoRA",
 }
 LONG_NAMES = {"full": "full fine-tuning", "bottleneck": "bottleneck adapters", "prefix": "prefix tuning"}
-METRICS = {"eval_loss": "Evaluation loss", "perplexity.loss": "Loss", "perplexity.perplexity": "Perplexity"}
-UNITS = {"eval_loss": "nats per token"}
+METRICS = {
+    "eval_loss": "Evaluation loss",
+    "perplexity.loss": "Loss",
+    "perplexity.perplexity": "Perplexity",
+    "preference.reward_accuracy": "Reward accuracy",
+    "preference.reward_margin": "Reward margin",
+}
 LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -61,10 +66,6 @@ def metric_name(metric: str) -> str:
 def metric_in_sentence(metric: str) -> str:
     """``evaluation loss``, ``BLEU on e2e``: the name in a sentence. A task's own metric keeps its capitals."""
     return METRICS[metric].lower() if metric in METRICS else metric_name(metric)
-
-
-def metric_unit(metric: str) -> str:
-    return UNITS.get(metric, "")
 
 
 def layer_and_kind(module: str) -> tuple[int | None, str]:

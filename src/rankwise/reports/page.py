@@ -18,7 +18,7 @@ from rankwise.reports.curves_plot import curve_panels, curves_of, is_cut
 from rankwise.reports.examples import OUTCOMES, answers_of
 from rankwise.reports.figure import MARKERS, STYLE_FILE, TEMPLATES, tag
 from rankwise.reports.folder import Comparison
-from rankwise.reports.naming import long_name, method_name, method_numbers, metric_name, metric_unit
+from rankwise.reports.naming import long_name, method_name, method_numbers, metric_name
 from rankwise.reports.norms_plot import norms_of, norms_svg
 from rankwise.reports.numbers import (
     byte_size,
@@ -83,7 +83,7 @@ def _content(comparison: Comparison) -> dict[str, Any]:
         "rows": summary.rows(comparison),
         "tie_note": summary.tie_note(comparison),
         "metric": metric_name(metric),
-        "unit": metric_unit(metric),
+        "unit": comparison.unit,
         "better": "higher is better" if comparison.is_higher_better(metric) else "lower is better",
         "metrics_table": _metrics_table(comparison),
         "forest": _forest(comparison),

@@ -1,8 +1,9 @@
 """The layout of ``comparison.json``, the one file that reports are made from. Imports no torch.
 
 Times are in seconds, memory and sizes in bytes, speeds in tokens per second. A figure that was not measured is null.
-A *metric* is ``eval_loss`` (nats per trained token, lower is better) or ``TASK.METRIC`` (``e2e.BLEU``). Differences
-are ``a - b`` in the metric's own unit; a verdict is about ``a``: "better" says that ``a`` is better than ``b``.
+A *metric* is ``eval_loss`` (nats per trained token, lower is better; of preferences their own loss) or ``TASK.METRIC``
+(``e2e.BLEU``, ``preference.reward_accuracy``). Differences are ``a - b`` in the metric's own unit; a verdict is about
+``a``: "better" says that ``a`` is better than ``b``.
 """
 
 from __future__ import annotations

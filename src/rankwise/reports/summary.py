@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rankwise.reports.folder import Comparison
-from rankwise.reports.naming import long_name, method_name, metric_in_sentence, metric_name, metric_unit
+from rankwise.reports.naming import long_name, method_name, metric_in_sentence, metric_name
 from rankwise.reports.numbers import (
     byte_size,
     capital,
@@ -108,8 +108,16 @@ def verdict(comparison: Comparison) -> str:
 
 def trust(comparison: Comparison) -> list[Fact]:
     """The facts that say how far to trust the report, from what was run to the hardware."""
-    facts = [_seeds(comparison), _evaluated(comparison), _test(comparison), _tuning(comparison)]
+    facts = [_learned(comparison), _seeds(comparison), _evaluated(comparison), _test(comparison), _tuning(comparison)]
     return [fact for fact in [*facts, _detectable(comparison), _hardware(comparison)] if fact is not None]
+
+
+def _learned(comparison: Comparison) -> Fact | None:
+    if comparison.objective == "sft":
+        return None
+    sources = {"dpo": "Pairs of answers (DPO)", "kto": "Marked answers (KTO)"}
+    note = "a reward says how much likelier than its base a run makes an answer: beta times the log-ratio"
+    return Fact("Learned from", sources.get(comparison.objective) or visible(comparison.objective), note)
 
 
 def _seeds(comparison: Comparison) -> Fact:
@@ -172,8 +180,7 @@ def _detectable(comparison: Comparison) -> Fact | None:
     relative, absolute = effect.get("relative"), effect.get("absolute")
     if not is_number(relative) and not is_number(absolute):
         return None
-    unit = metric_unit(effect.get("metric") or comparison.metric)
-    parts = [f"{significant(absolute, 2)} {unit}".strip()] if is_number(absolute) else []
+    parts = [f"{significant(absolute, 2)} {comparison.unit}".strip()] if is_number(absolute) else []
     parts += [percent(relative)] if is_number(relative) else []
     power = effect.get("power")
     note = f"smallest true difference found in {percent(power)} of such comparisons" if is_number(power) else ""
