@@ -13,6 +13,8 @@ CARD_TILE = 256
 CARD_ROWS = (1024, 2048)
 # Answers that are written together at the most.
 WRITTEN_ROWS = {"cpu": 64, "cuda": 256, "mps": 64}
+# Their keys and values on a CPU; on a card a quarter of what is free.
+CACHE_BYTES = 1 << 30
 
 
 def chunk_rows(vocabulary: int, element_size: int, *, on_card: bool) -> int:

@@ -71,7 +71,7 @@ def test_an_evaluation_of_longer_rows_decides(train, tmp_path):
     done = train("--eval-data", rows, "--max-length", 512)
     assert done.code == 0
     # The scorer computes what rows share once: four equal ones are one.
-    assert re.search(r"for 1 row of 4\d\d tokens of an evaluation; there are", done.stdout)
+    assert re.search(r"for 1 row of 4\d\d tokens without a backward pass, as in an evaluation; there are", done.stdout)
     alone = train("--overwrite")
     assert re.search(r"for 4 rows of \d\d tokens; there are", alone.stdout)
 

@@ -76,6 +76,9 @@ def test_training_goes_on_with_an_adapter_as_the_reference(
     assert lines[0]["reward_rejected"] == pytest.approx(0, abs=1e-4)
     assert abs(lines[1]["reward_margin"]) > 1e-4
     assert json.loads((output / "run.json").read_text())["settings"]["r"] == 2
+    card = (output / "README.md").read_text()
+    assert "against the adapter that training began with as the reference" in card
+    assert str(run_folder) not in card
     model, _ = rw.load_model(str(model_folder))
     rw.load_adapter(model, output)
     rw.merge_adapter(model)

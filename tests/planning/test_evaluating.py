@@ -61,3 +61,32 @@ def test_it_takes_less_than_training_on_the_same_rows(method):
     shape = shape_of(config_of("llama"))
     evaluated = of_shape(shape, method, dataclasses.replace(workload, evaluation=True))
     assert evaluated.peak_bytes < of_shape(shape, method, workload).peak_bytes
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("family", "method"), [("llama", "lora"), ("llama", "qdora"), ("qwen3", "lora")])
+def test_answers_hold_their_keys_and_values(family, method, device):
+    """Of many answers and a small step generation is the peak, in the closed form and in the dry run."""
+    workload = Workload(batch_size=1, max_length=512, r=8, device_type=device, trained_share=0.5)
+    writing = dataclasses.replace(workload, written=64, prompts=8)
+    found = of_shape(shape_of(config_of(family, **SMALL)), method, writing)
+    counted, step = (trace(skeleton(family, **SMALL), method, work) for work in (writing, workload))
+    assert counted.phase == found.phase == "generation"
+    # 64 rows of 512 tokens, 4 layers, keys and values of 2 heads of 32 in bfloat16.
+    assert tensors(counted) > tensors(step) + 0.8 * 64 * 512 * 4 * 2 * 64 * 2
+    assert tensors(found) == pytest.approx(tensors(counted), rel=found.error)
+
+
+def test_many_prompts_at_once_are_the_most_that_an_evaluation_of_rewards_holds():
+    shape = shape_of(config_of("llama", **SMALL | {"intermediate_size": 4096}))
+    workload = Workload(batch_size=64, max_length=512, r=8, written=64, prompts=64, trained_share=0.1, evaluation=True)
+    short = dataclasses.replace(workload, prompts=8)
+    assert of_shape(shape, "lora", workload).peak_bytes > of_shape(shape, "lora", short).peak_bytes
+
+
+def test_answers_beyond_the_room_for_keys_and_values_are_not_written_together():
+    config = config_of("llama", **SMALL | {"num_key_value_heads": 4, "head_dim": 256, "num_hidden_layers": 32})
+    workload = Workload(batch_size=1, max_length=2048, r=8, device_type="cpu", written=64, prompts=8)
+    few = dataclasses.replace(workload, written=16)
+    # 2 x 32 layers x 1024 x 2 bytes x 2,048 tokens are 0.27 GB a row: 4 rows make a GiB.
+    assert of_shape(shape_of(config), "lora", workload).breakdown == of_shape(shape_of(config), "lora", few).breakdown

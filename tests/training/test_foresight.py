@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from datasets import Dataset
 from training_rows import encoded_rows
 
-from rankwise.training.foresight import Batch, coming_batches, largest_batch, largest_evaluation
+from rankwise.training.foresight import Batch, coming_batches, largest_batch, largest_evaluation, largest_scoring
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -107,3 +108,35 @@ def test_an_evaluation_is_foreseen_as_it_is_laid_out(make_trainer: MakeTrainer) 
     assert largest_evaluation(trainer) == Batch(1, 61, 56 / 61)
     assert largest_evaluation(with_rows(make_trainer, [5] * 9, [200] * 40)) == Batch(5, 199, 198 / 199)
     assert largest_evaluation(with_rows(make_trainer, [5] * 9)) is None
+
+
+def preferring(train: dict[str, list[int]], evaluation: dict[str, list[int]] | None, *, flat: bool) -> Any:
+    """What is asked of a trainer of preferences, two rows a batch; columns by their lengths."""
+
+    def rows(columns: dict[str, list[int]]) -> Dataset:
+        return Dataset.from_dict({name: [[1] * count for count in counts] for name, counts in columns.items()})
+
+    sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
+    return SimpleNamespace(
+        args=SimpleNamespace(flat=flat, **sizes),
+        shares_prompts=flat,
+        train_dataset=rows(train),
+        eval_dataset=None if evaluation is None else rows(evaluation),
+    )
+
+
+def test_mismatched_answers_of_kto_are_foreseen() -> None:
+    """The longest prompt meets the longest answer, which is another's."""
+    marked = {"prompt_ids": [9, 2, 2, 2], "completion_ids": [1, 7, 3, 3], "KL_completion_ids": [7, 1, 3, 3]}
+    assert largest_scoring(preferring(marked, None, flat=False)) == Batch(2, 16, 8 / 32)
+    assert largest_scoring(preferring(marked, None, flat=True)) == Batch(2, 10, 8 / 20)
+    longer = {name: [2 * count for count in counts] for name, counts in marked.items()}
+    assert largest_scoring(preferring(marked, longer, flat=False)) == Batch(2, 32, 16 / 64)
+
+
+def test_evaluations_of_pairs_are_foreseen_where_there_are_some() -> None:
+    pairs = {"prompt_ids": [4, 4, 6], "chosen_ids": [1, 1, 5], "rejected_ids": [2, 2, 3]}
+    assert largest_scoring(preferring(pairs, None, flat=False)) is None
+    assert largest_scoring(preferring(pairs, pairs, flat=False)) == Batch(2, 6, 6 / 24)
+    # Around one prompt: 7 tokens each of the first two, and 14 of the last, which has the longer side.
+    assert largest_scoring(preferring(pairs, pairs, flat=True)) == Batch(1, 7, 8 / 14)

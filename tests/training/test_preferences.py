@@ -176,9 +176,13 @@ def test_there_is_no_second_model(method: str, preferring: Any, settings: Any, t
     assert weighed["kto"] <= 1.02 * weighed["sft"]
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto"])
-def test_a_stopped_run_resumes_to_the_same_bits(objective: str, preferring: Any, tmp_path: Path) -> None:
-    same = {"max_steps": 8, "save_steps": 2, "lora_dropout": 0.2, "gradient_checkpointing": True}
+@pytest.mark.parametrize("objective", ["dpo", "kto", "dpo of an adapter"])
+def test_a_stopped_run_resumes_to_the_same_bits(objective: str, preferring: Any, settings: Any, tmp_path: Path) -> None:
+    same: dict[str, Any] = {"max_steps": 8, "save_steps": 2, "lora_dropout": 0.2, "gradient_checkpointing": True}
+    if objective == "dpo of an adapter":
+        # The reference is the adapter as it was, whatever the checkpoint holds.
+        train(settings(output=tmp_path / "sft", **same))
+        objective, same["adapter"] = "dpo", tmp_path / "sft"
     whole = preferring(objective, **same, output=tmp_path / "whole")
     train(whole)
     parted = preferring(objective, **same, output=tmp_path / "parted")

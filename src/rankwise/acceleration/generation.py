@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rankwise.acceleration.packing import common_length
 from rankwise.acceleration.scoring import no_number
-from rankwise.chunks import WRITTEN_ROWS
+from rankwise.chunks import CACHE_BYTES, WRITTEN_ROWS
 from rankwise.foreign import JsonObject
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 SHARED_TOKENS = 32
 # Finished rows leave when at most this share of the batch still runs: each departure copies the cache.
 LEAVE_AT = 0.75
-# Keys and values of a batch that is written, on a CPU; on a card a quarter of what is free.
-CACHE_BYTES = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,12 +87,12 @@ def phases(
 ) -> dict[str, Terms]:
     """{phase: the terms that it adds to the fixed ones}."""
     step, unpacked = step_of(shape, method, workload, adapted), unpacked_bytes(shape, method, workload)
+    written = evaluating.written_bytes(step, unpacked) if workload.written else {}
     if workload.evaluation:
-        return evaluating.forward_bytes(step, unpacked)
+        return written or evaluating.forward_bytes(step, unpacked)
     biases_train = adapted is not None and bool(adapted.biases)
     gradients, copies = weights.tensor_bytes(tensors), step_copies_bytes(workload, tensors)
-    found = dict(Moments(step, gradients, copies, unpacked, biases_train).phases())
-    return found | ({"generation": evaluating.written_bytes(step, unpacked)} if workload.written else {})
+    return {**dict(Moments(step, gradients, copies, unpacked, biases_train).phases()), **written}
 
 
 def unpacked_bytes(shape: Shape, method: str, workload: Workload) -> int:

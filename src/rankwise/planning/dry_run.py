@@ -38,6 +38,7 @@ from rankwise.planning.step import LossOf, autocast_dtype, make_batch, take_step
 from rankwise.planning.terms import MemoryEstimate
 from rankwise.planning.tracker import StorageTracker
 from rankwise.planning.workload import Workload
+from rankwise.planning.written import UNCOUNTED, write_a_token
 from rankwise.quantization.experts import four_bit_stacks
 from rankwise.quantization.linear import features
 from rankwise.quantization.targets import four_bit_layers, four_bit_modules
@@ -101,11 +102,13 @@ def trace(
         kept = kept_memory(skeleton) if fake and workload.device_type == "cpu" else []
         tracker.see_all(kept, "adapters")
         run_steps(skeleton, method, workload, tracker, flat=flat, loss=loss)
+        if workload.written:
+            write_a_token(skeleton, method, workload, tracker.enter)
         tracker.see_all([*kept_norms(skeleton), *copies_of(trained(skeleton))], "adapters")
     shapes = [(tuple(item.shape), item.element_size()) for item in trained(skeleton)]
     layer, root = sharding_groups_of(skeleton)
     found = Found(
-        phases=tracker.peaks(divisors(workload)),
+        phases={name: terms for name, terms in tracker.peaks(divisors(workload)).items() if name != UNCOUNTED},
         trainable=sum(item.numel() for item in trained(skeleton)),
         total=total,
         trained_bytes=sum(item.nbytes for item in trained(skeleton)),

@@ -6,6 +6,9 @@ The letters are those of `planning.step_facts`. Imports no torch.
 
 from __future__ import annotations
 
+import dataclasses
+
+from rankwise.chunks import CACHE_BYTES
 from rankwise.planning import backward, head, saved
 from rankwise.planning.step_facts import StepFacts
 
@@ -27,12 +30,31 @@ def forward_bytes(step: StepFacts, unpacked: int) -> dict[str, dict[str, int]]:
     }
 
 
-def written_bytes(step: StepFacts, unpacked: int) -> dict[str, int]:
-    """Of answers at their full length: keys and values of all layers, of one layer once more while they grow, and the
-    logits of a token each, which are drawn from in float32."""
-    shape, rows = step.shape, step.workload.written
-    layer = 2 * rows * step.workload.max_length * shape.keys * step.s
-    return {"transient": (shape.layers + 1) * layer + unpacked, "logits": rows * shape.vocabulary * (step.s + 2 * 4)}
+def written_bytes(step: StepFacts, unpacked: int) -> dict[str, dict[str, int]]:
+    """{phase: {term: bytes}}: prompts when they are run, each once, and answers at their full length.
+
+    These hold keys and values of all layers, of one layer once more for every head while it attends, and the logits of
+    a token each, which are drawn from in float32.
+    """
+    shape, work = step.shape, step.workload
+    tokens = work.max_length * 2 * step.s
+    rows = work.written
+    if not step.on_card:
+        # As the batches are made: by the size of the weights.
+        row = work.max_length * 2 * (4 if step.is_full else step.s) * shape.keys * shape.layers
+        rows = min(rows, max(1, CACHE_BYTES // row))
+    prompts = {"batch_size": min(work.prompts, rows), "max_length": work.prompt_tokens, "sides": 1}
+    asked = dataclasses.replace(step, workload=dataclasses.replace(work, **prompts))
+    # The pass over prompts has no loss.
+    at_prompts = max(terms["transient"] for terms in forward_bytes(asked, unpacked).values())
+    kept_of_prompts = asked.T * 2 * step.s * shape.keys * shape.layers
+    return {
+        "generation of prompts": {"transient": at_prompts + kept_of_prompts},
+        "generation": {
+            "transient": rows * tokens * (shape.layers * shape.keys + shape.queries) + unpacked,
+            "logits": rows * shape.vocabulary * (step.s + 3 * 4),
+        },
+    }
 
 
 def layer_bytes(step: StepFacts) -> int:

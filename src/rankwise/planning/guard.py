@@ -18,7 +18,7 @@ from rankwise.planning.hardware import Hardware, cpu_hardware, this_machine
 from rankwise.planning.plan import is_slowed, on_device, ratio_pace_of
 from rankwise.planning.speed import micro_batch_seconds
 from rankwise.planning.terms import PLANNED, MemoryEstimate
-from rankwise.planning.workload import Workload, sides_of, written_rows
+from rankwise.planning.workload import Workload, sides_of, written_of
 from rankwise.reports.numbers import byte_size, plural
 
 SMALLEST = {"batch_size": 1, "max_length": 16, "trained_share": 1.0}
@@ -108,7 +108,10 @@ class MemoryGuard:
             return None
         works = [_of_batch(self.workload, batch)]
         if evaluation is not None:
-            works.append(_of_batch(dataclasses.replace(self.workload, evaluation=True), evaluation))
+            # Of rewards: as many answers as prompts are written together.
+            written = evaluation.rows if self.workload.written else 0
+            other = dataclasses.replace(self.workload, evaluation=True, written=written, prompts=written)
+            works.append(_of_batch(other, evaluation))
         self.workload = max(works, key=lambda work: self._ask(work).peak_bytes)
         self.predicted = self._ask(self.workload)
         if self.hardware.device_type == "cpu":
@@ -209,15 +212,14 @@ def _over(stored: Stored | None, ask: Estimator) -> Estimator:
 def workload_of(settings: Mapping[str, Any], hardware: Hardware) -> Workload:
     """The step of a run, every row of full length; of several processes that of one."""
     fields = {name: settings[name] for name in Workload.__dataclass_fields__ if name in settings}
-    # A comparison has no objective: it compares demonstrations.
-    objective = settings.get("objective", "sft")
+    objective = settings["objective"]
     fields["sides"] = sides_of(objective)
     fields["devices"] = settings.get("devices") or 1
     fields["strategy"] = (settings.get("strategy") or "ddp") if fields["devices"] > 1 else "single"
     dtype = hardware.dtype if settings["dtype"] == "auto" else settings["dtype"]
     kind: Literal["cuda", "cpu"] = "cuda" if hardware.device_type == "cuda" else "cpu"
     answers = settings["batch_size"] * settings["gradient_accumulation"]
-    fields["written"] = written_rows(objective, answers, kind)
+    fields |= written_of(objective, answers, settings.get("num_generations"), kind)
     return on_device(Workload(**{**fields, "dtype": dtype, "device_type": kind}), hardware)
 
 
@@ -227,7 +229,8 @@ def _of_batch(workload: Workload, batch: Rows) -> Workload:
 
 
 def _in_words(workload: Workload) -> str:
-    where = " of an evaluation" if workload.evaluation else ""
+    # KTO takes some in every step.
+    where = " without a backward pass, as in an evaluation" if workload.evaluation else ""
     return f"{plural(workload.sequences, 'row')} of {workload.max_length:,} tokens{where}"
 
 

@@ -90,6 +90,7 @@ def carry_out(order: dict[str, Any]) -> Measurement:
     from rankwise.models import load_skeleton
     from rankwise.planning.fake_model import materialize, prepare, weights_dtype
     from rankwise.planning.step import autocast_dtype, make_batch, take_step
+    from rankwise.planning.written import write_answers
 
     workload, method = Workload(**order["workload"]), order["method"]
     model = load_skeleton(order["model"], trust_remote_code=order["trust_remote_code"], revision=order["revision"])
@@ -105,6 +106,8 @@ def carry_out(order: dict[str, Any]) -> Measurement:
 
     def step() -> None:
         started = time.perf_counter()
+        if workload.written:
+            write_answers(model, method, workload)
         with offloading:
             take_step(model, optimizer, batch, lambda _: None, autocast)
         seconds.append(time.perf_counter() - started)

@@ -12,7 +12,7 @@ from rankwise.config import LengthOptions, ModelOptions, StepOptions, TrainSetti
 from rankwise.errors import ConfigError
 from rankwise.options import Batch, Count, Names, Panel, option
 from rankwise.planning.terms import PLANNED
-from rankwise.planning.workload import Workload, sides_of, written_rows
+from rankwise.planning.workload import Workload, sides_of, written_of
 
 ALL = "all"
 Goal = Literal["speed", "quality", "serving"]
@@ -83,9 +83,9 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
             )
         names = [name for name in type(self).model_fields if name in Workload.__dataclass_fields__]
         given = {name: getattr(self, name) for name in names if name not in ("dtype", "strategy")}
-        written = written_rows(self.objective, self.batch_size * self.gradient_accumulation, device_type)
+        answers = self.batch_size * self.gradient_accumulation
         strategy = self.strategy or "ddp" if self.devices > 1 else "single"
-        given |= {"sides": sides_of(self.objective), "written": written}
+        given |= {"sides": sides_of(self.objective), **written_of(self.objective, answers, None, device_type)}
         return Workload(**given, dtype=dtype, device_type=device_type, strategy=strategy)  # type: ignore[arg-type]
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal, get_args
 
 from rankwise.chunks import WRITTEN_ROWS
-from rankwise.config import QuantType, StepOptions
+from rankwise.config import GENERATIONS, QuantType, StepOptions
 from rankwise.constants import BLOCK_SIZES
 from rankwise.errors import ConfigError
 
@@ -34,11 +34,12 @@ class Workload(StepOptions):
     trained_share: float = 1.0
     # Sequences of a row: the two answers of a pair.
     sides: int = 1
-    # A batch of an evaluation: nothing is saved for a backward pass. The closed form alone counts it.
+    # A batch that saves nothing for a backward pass, as of an evaluation. The closed form alone counts it.
     evaluation: bool = False
-    # Answers that are written together before the step, to ``max_length`` tokens with their prompts; 0: none are. The
-    # closed form alone counts their keys and values.
+    # Answers that are written together before the step, to ``max_length`` tokens with their prompts, and the prompts
+    # that they answer; 0: none are.
     written: int = 0
+    prompts: int = 0
 
     def __post_init__(self) -> None:
         problems = [*_number_problems(self), *_choice_problems(self)]
@@ -57,6 +58,11 @@ class Workload(StepOptions):
         return self.sequences * self.max_length
 
     @property
+    def prompt_tokens(self) -> int:
+        """Of a row's tokens those that are not trained, and at least one."""
+        return max(1, round(self.max_length * (1 - self.trained_share)))
+
+    @property
     def has_triton_parts(self) -> bool:
         """Whether a step on a card takes our parts that run on Triton."""
         return self.device_type == "cuda" and self.fast and self.triton
@@ -73,9 +79,10 @@ def sides_of(objective: str) -> int:
     return 2 if objective == "dpo" else 1
 
 
-def written_rows(objective: str, answers: int, device_type: DeviceType) -> int:
-    """``Workload.written`` of a run with so many answers a step."""
-    return min(answers, WRITTEN_ROWS[device_type]) if objective == "grpo" else 0
+def written_of(objective: str, answers: int, generations: int | None, device_type: DeviceType) -> dict[str, int]:
+    """``Workload.written`` and ``prompts`` of a run with so many answers a step, ``generations`` to each prompt."""
+    written = min(answers, WRITTEN_ROWS[device_type]) if objective == "grpo" else 0
+    return {"written": written, "prompts": -(-written // (generations or GENERATIONS))}
 
 
 def _number_problems(workload: Workload) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from rankwise.acceleration.packing import members_of
@@ -17,6 +17,8 @@ from rankwise.training.state import undisturbed_random_states
 ROWS_AT_ONCE = 10_000
 # The columns of encoded preferences that are in the loss.
 ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids")
+# KTO's answers to other prompts of their batch.
+MISMATCHED = ("KL_completion_ids",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +56,7 @@ def largest_batch(trainer: Any, *, flat: bool) -> Batch:
 
 def largest_evaluation(trainer: Any) -> Batch | None:
     """The largest batch of an evaluation, whose batches depend on its rows alone; None without evaluations."""
-    # An evaluation of preferences runs the batches of a step, and keeps nothing for a backward pass.
-    if trainer.eval_dataset is None or "labels" not in trainer.eval_dataset.column_names:
+    if trainer.eval_dataset is None:
         return None
     targets = evaluation_targets(trainer.eval_dataset)
     scorer = loss_scorer(trainer.model)
@@ -64,6 +65,24 @@ def largest_evaluation(trainer: Any) -> Batch | None:
     count, tokens, rows = max(batches, key=lambda batch: batch[0] * batch[1], default=(1, 1, []))
     asked = sum(len(targets[member].places) for member in members_of(rows))
     return Batch(count, tokens, min(1.0, max(asked, 1) / (count * tokens)))
+
+
+def largest_scoring(trainer: Any) -> Batch | None:
+    """The largest batch of preferences that is scored without a gradient; None where there is none.
+
+    Such batches are those of evaluations, and those of mismatched answers that KTO scores in every step. Rows come in
+    the order of the data.
+    """
+    import numpy as np
+
+    flat, found = trainer.args.flat, []
+    sets = (trainer.train_dataset, trainer.args.per_device_train_batch_size, MISMATCHED)
+    more = (trainer.eval_dataset, trainer.args.per_device_eval_batch_size)
+    for dataset, size, answers in (sets, (*more, MISMATCHED), (*more, ANSWERS)):
+        if dataset is not None and not {*answers}.isdisjoint(dataset.column_names):
+            lengths = _lengths(dataset, shared=flat and trainer.shares_prompts, answers=answers)
+            found.append(_largest(dataset, lengths, [_table(np.arange(len(dataset)), size)], flat=flat))
+    return max(found, key=lambda batch: batch.rows * batch.tokens, default=None)
 
 
 def coming_batches(trainer: Any) -> Iterator[Any]:
@@ -125,8 +144,11 @@ def longest_row(dataset: Any) -> int:
     return int(_lengths(dataset).max())
 
 
-def _lengths(dataset: Any, *, shared: bool = False) -> Any:
-    """Tokens of every row, and of each side of a pair: (rows, sides). ``shared``: the first has the prompt of both."""
+def _lengths(dataset: Any, *, shared: bool = False, answers: Sequence[str] = ANSWERS) -> Any:
+    """Tokens of every row, and of each side of a pair: (rows, sides). ``shared``: the first has the prompt of both.
+
+    ``answers``: the columns that hold answers, where a data set has them.
+    """
     import numpy as np
     import pyarrow.compute as pc
 
@@ -136,5 +158,5 @@ def _lengths(dataset: Any, *, shared: bool = False) -> Any:
 
     if "input_ids" in dataset.column_names:
         return of("input_ids")[:, None]
-    prompts, answers = of("prompt_ids"), [of(name) for name in ANSWERS if name in dataset.column_names]
-    return np.stack([answer + (0 if side and shared else prompts) for side, answer in enumerate(answers)], axis=1)
+    prompts, found = of("prompt_ids"), [of(name) for name in answers if name in dataset.column_names]
+    return np.stack([answer + (0 if side and shared else prompts) for side, answer in enumerate(found)], axis=1)

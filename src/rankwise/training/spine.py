@@ -60,8 +60,10 @@ class RunTrainer(TrlTrainer):
     lr_scheduler: Any
     # trl's trainers make it: by mode, then by name.
     _metrics: Any
-    # {trl's name: ours} of figures of a step that go into metrics.jsonl, besides those of every objective.
+    # {trl's name: ours} of figures of a step that go into metrics.jsonl, besides those of every objective, and of those
+    # that are shown at each step.
     logged: Mapping[str, str] = {}
+    shown: Mapping[str, str] = {}
     # Whether a step may leave all gradients at zero.
     silence_is_normal = False
 
@@ -96,7 +98,8 @@ class RunTrainer(TrlTrainer):
     @property
     def step_figures(self) -> dict[str, float]:
         """Further figures of the last step, shown and written beside its loss."""
-        return {}
+        metrics = metrics_of(self, "train")
+        return {ours: float(metrics[theirs][-1]) for theirs, ours in self.shown.items() if metrics.get(theirs)}
 
     # --- a step ---
 

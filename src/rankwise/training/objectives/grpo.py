@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rankwise.acceleration.generation import stop_ids_of
-from rankwise.config import BASELINES, TrainSettings
+from rankwise.chunks import WRITTEN_ROWS
+from rankwise.config import BASELINES, GENERATIONS, TrainSettings
 from rankwise.data import Rows
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.prompts import Room, encode_prompts, prompt_formats
@@ -22,12 +23,12 @@ from rankwise.options import flag
 from rankwise.training.arguments import Surroundings, run_arguments
 from rankwise.training.foresight import Batch, longest_row
 from rankwise.training.learning import Learning
-from rankwise.training.objectives.grpo_trainer import GrpoArguments, GrpoTrainer
+from rankwise.training.objectives.grpo_trainer import EVALUATED_AT_ONCE, GrpoArguments, GrpoTrainer
 from rankwise.training.objectives.rewards import BUILT_IN, Reward, read_rewards
 from rankwise.training.setup import Data
 
 # Where the user does not say.
-GENERATIONS, NEW_TOKENS, TEMPERATURE, LOSS = 8, 256, 1.0, "dapo"
+NEW_TOKENS, TEMPERATURE, LOSS = 256, 1.0, "dapo"
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
 
 
@@ -42,7 +43,7 @@ def learning(given: TrainSettings) -> Learning:
         formats=prompt_formats(**given.columns),
         has_labels=False,
         largest_batch=_largest_batch,
-        largest_evaluation=lambda trainer: None,
+        largest_evaluation=_largest_evaluation,
     )
 
 
@@ -155,4 +156,14 @@ def _largest_batch(trainer: Any, *, flat: bool) -> Batch:
     """The largest micro-batch: answers of full length to the longest prompt."""
     new, rows = trainer.max_completion_length, trainer.args.per_device_train_batch_size
     tokens = longest_row(trainer.train_dataset) + new
+    return Batch(rows, tokens, new / tokens)
+
+
+def _largest_evaluation(trainer: GrpoTrainer) -> Batch | None:
+    """Answers of full length to evaluation prompts, one to each."""
+    if trainer.eval_dataset is None:
+        return None
+    new = trainer.max_completion_length
+    tokens = longest_row(trainer.eval_dataset) + new
+    rows = min(len(trainer.eval_dataset), EVALUATED_AT_ONCE, WRITTEN_ROWS[trainer.args.device.type])  # type: ignore[arg-type]
     return Batch(rows, tokens, new / tokens)

@@ -83,6 +83,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
     max_completion_length: int
     # All answers to a prompt may get one reward: then nothing has a gradient.
     silence_is_normal = True
+    shown = SHOWN
 
     def __init__(self, *, rewards: Sequence[Reward], stop_ids: frozenset[int], **kwargs: Any) -> None:
         _check(kwargs["args"])
@@ -106,11 +107,6 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
     @property
     def loss_in_words(self) -> str:
         return f"trl's, of log-probabilities from {'chunks of' if fused_head(self.model) else 'whole'} logits"
-
-    @property
-    def step_figures(self) -> dict[str, float]:
-        metrics = metrics_of(self, "train")
-        return {ours: float(metrics[theirs][-1]) for theirs, ours in SHOWN.items() if metrics.get(theirs)}
 
     # --- a step ---
 

@@ -30,13 +30,14 @@ from trl.trainer.utils import add_fused_lm_head
 from rankwise.acceleration.log_probs import Asked, accept_scores, asked_of
 from rankwise.adapters.reference import reference_at_work
 from rankwise.compat.trl import TrlTrainer, heads_by, metrics_of
-from rankwise.config import BASELINES, LOSS_TYPES, OBJECTIVE_OPTIONS, SMOOTHED, TrainSettings
+from rankwise.config import BASELINES, BETA, LOSS_TYPES, OBJECTIVE_OPTIONS, SMOOTHED, TrainSettings
 from rankwise.constants import IGNORED
 from rankwise.data import Rows, encode_preferences
 from rankwise.data.preference_formats import PREFERENCE_FORMATS, unpaired
 from rankwise.errors import ConfigError, RunError
 from rankwise.training import ranks
 from rankwise.training.arguments import Surroundings, run_arguments
+from rankwise.training.foresight import largest_scoring
 from rankwise.training.learning import Learning
 from rankwise.training.loss import fused_head_is_right
 from rankwise.training.setup import Data, encode_data
@@ -68,7 +69,7 @@ class PreferenceTrainer(RunTrainer):
     ref_model: Any
     precompute_ref_logps: bool
 
-    logged = REWARDS
+    logged, shown = REWARDS, SHOWN
 
     def __init__(self, **kwargs: Any) -> None:
         model, flat = kwargs["model"], kwargs["args"].flat
@@ -95,11 +96,6 @@ class PreferenceTrainer(RunTrainer):
     def _give_head(self, model: Any, *args: Any, **kwargs: Any) -> None:
         if type(model) is not nn.Module and not self.own_scores:
             add_fused_lm_head(model, *args, **kwargs)
-
-    @property
-    def step_figures(self) -> dict[str, float]:
-        metrics = metrics_of(self, "train")
-        return {ours: float(metrics[theirs][-1]) for theirs, ours in SHOWN.items() if metrics.get(theirs)}
 
     @property
     def shares_prompts(self) -> bool:
@@ -158,6 +154,10 @@ class PreferenceTrainer(RunTrainer):
 
     # --- evaluation ---
 
+    def counts_by_side(self, inputs: dict[str, Any]) -> dict[str, int]:
+        """How many answers of a batch are good ("chosen") and bad ("rejected"); empty where each row is both."""
+        return {}
+
     def evaluation_loop(
         self,
         dataloader: Any,
@@ -166,23 +166,28 @@ class PreferenceTrainer(RunTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Means over rows: the Trainer's own gives a short last batch the weight of a full one."""
+        """Means over rows, and of good and of bad answers over these alone: the Trainer's own gives a short last batch
+        the weight of a full one."""
         self.start_evaluation()
         found: dict[str, list[tuple[float, int]]] = defaultdict(list)
         metrics = metrics_of(self, "eval")
         with undisturbed_random_states():
             for inputs in dataloader:
                 rows: int = inputs[COUNTED][1]
+                counts = self.counts_by_side(inputs)
                 loss = self.prediction_step(self.model, inputs, True)[0]
                 found["loss"].append((float(loss), rows))  # type: ignore[arg-type]
                 for name, values in metrics.items():
-                    found[name].append((float(values[-1]), rows))
+                    found[name].append((float(values[-1]), counts.get(name.rpartition("/")[2], rows)))
                 metrics.clear()
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         means = {
             name: sum(value * rows for value, rows in values) / sum(rows for _, rows in values)
             for name, values in found.items()
         }
+        # trl knows it for batches with both kinds alone.
+        if counts and {"rewards/chosen", "rewards/rejected"} <= means.keys():
+            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
         mean_loss = means.pop("loss")
         metrics |= {name: [value] for name, value in means.items()}
         return EvalLoopOutput(np.empty(0), None, {f"{metric_key_prefix}_loss": mean_loss}, len(dataloader.dataset))
@@ -215,6 +220,10 @@ class MarkedTrainer(PreferenceTrainer, KTOTrainer):
         size = arguments.per_device_train_batch_size
         return dataset.map(shifted, batched=True, batch_size=size, keep_in_memory=True)
 
+    def counts_by_side(self, inputs: dict[str, Any]) -> dict[str, int]:
+        good = int(inputs["label"].sum())
+        return {"chosen": good, "rejected": len(inputs["label"]) - good}
+
     def references(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         found = {"ref_logps": self.reference_log_probs(inputs)}
         return {**found, "ref_KL_logps": self.reference_log_probs(inputs, "KL_")} if self.calculate_KL else found
@@ -246,7 +255,11 @@ def learning(given: TrainSettings) -> Learning:
     _check_loss(given)
     _check_reference(given)
     return Learning(
-        _encode, _arguments, _trainer, formats=PREFERENCE_FORMATS[given.objective], largest_evaluation=lambda _: None
+        _encode,
+        _arguments,
+        _trainer,
+        formats=PREFERENCE_FORMATS[given.objective],
+        largest_evaluation=largest_scoring,
     )
 
 
@@ -268,7 +281,7 @@ def _arguments(given: TrainSettings, around: Surroundings) -> PairArguments | Ma
         disable_dropout=False,
         activation_offloading=given.activation_offloading,
         flat=around.padding_free,
-        **{name: value for name, value in own.items() if value is not None},
+        **{"beta": BETA, **{name: value for name, value in own.items() if value is not None}},
     )
 
 

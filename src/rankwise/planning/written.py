@@ -1,0 +1,79 @@
+"""GRPO's generation before a step: its memory at its highest, on fake tensors, and real answers to measure."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from rankwise.acceleration.generation import Decoding, Generator, Prompt, batches_that_fit, cache_bytes_per_token
+from rankwise.chunks import CACHE_BYTES
+from rankwise.planning.step import Enter, autocast_dtype
+from rankwise.planning.workload import Workload
+
+# A phase whose memory no run takes.
+UNCOUNTED = "uncounted"
+
+
+def write_a_token(model: Any, method: str, workload: Workload, enter: Enter) -> None:
+    """The pass over the prompts, and the last token of the answers: generation holds most in one of them.
+
+    No run computes all tokens before the last at once, so that pass is in the phase ``UNCOUNTED``.
+    """
+    rows = workload.written
+    if workload.device_type == "cpu":
+        rows = min(rows, max(1, CACHE_BYTES // (cache_bytes_per_token(model) * workload.max_length)))
+    with _writing(model, method, workload):
+        enter("generation")
+        _draw(model, min(workload.prompts, rows), workload.prompt_tokens, DynamicCache(config=model.config))
+        cache = DynamicCache(config=model.config)
+        enter(UNCOUNTED)
+        _draw(model, rows, workload.max_length - 1, cache)
+        enter("generation")
+        _draw(model, rows, 1, cache)
+
+
+def write_answers(model: Any, method: str, workload: Workload) -> None:
+    """Answers of full length to random prompts."""
+    asked = torch.randint(3, 100, (workload.prompts, workload.prompt_tokens)).tolist()
+    prompts = [
+        Prompt(tuple(asked[number % len(asked)]), repeat=number // len(asked)) for number in range(workload.written)
+    ]
+    new_tokens = max(1, workload.max_length - workload.prompt_tokens)
+    decoding = Decoding(new_tokens, frozenset(), temperature=1.0, to_train_on=True)
+    with _writing(model, method, workload):
+        for batch in batches_that_fit(model, prompts, decoding):
+            Generator(model, decoding).answers([prompts[index] for index in batch])
+
+
+@contextmanager
+def _writing(model: Any, method: str, workload: Workload) -> Iterator[None]:
+    dtype, training = autocast_dtype(method, workload), model.training
+    model.eval()
+    with (
+        torch.no_grad(),
+        torch.autocast(model.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
+    ):
+        yield
+    model.train(training)
+
+
+def _draw(model: Any, rows: int, tokens: int, cache: DynamicCache) -> None:
+    """The next token of each row, behind so many new ones and those in the cache."""
+    before = cache.get_seq_length()
+    known = inspect.signature(model.forward).parameters
+    last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    output = model(
+        input_ids=torch.ones(rows, tokens, dtype=torch.long),
+        attention_mask=torch.ones(rows, before + tokens, dtype=torch.long),
+        position_ids=torch.arange(before, before + tokens).expand(rows, -1),
+        past_key_values=cache,
+        use_cache=True,
+        **last,
+    )
+    logits = output.logits[:, -1].float()
+    torch.multinomial(torch.softmax(logits / 1.0, -1), 1)
