@@ -1,6 +1,6 @@
 """DPO on real preferences: texts of the systems of the E2E challenge, ranked by their likeness to what people wrote.
 
-    python benchmarks/ranked_texts.py ../shared/data/e2e [--method lora --steps 60 --held-out 150]
+    python benchmarks/ranked_texts.py ../shared/data/e2e [--method lora --steps 30 --held-out 80]
 
 A pair is of one meaning: of all systems' texts the one with the highest chrF against the references, and the one with
 the lowest. Meanings with less than 20 points between them are left out. Of ``--held-out`` meanings, drawn by chance, no
@@ -32,8 +32,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of E2E: testset_w_refs.csv, and systems/*.tsv")
     parser.add_argument("--method", default="lora")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--held-out", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--held-out", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     pairs = pairs_of(given.data)
@@ -43,7 +43,7 @@ def main() -> None:
         write(held_out, pairs[: given.held_out])
         write(train, pairs[given.held_out :])
         options = {"--objective": "dpo", "--model": "demo", "--data": train, "--eval-data": held_out, "--eval-limit": 0}
-        options |= {"--method": given.method, "--max-steps": given.steps, "--learning-rate": 5e-5, "--batch-size": 4}
+        options |= {"--method": given.method, "--max-steps": given.steps, "--learning-rate": 1e-4, "--batch-size": 4}
         options |= {"--max-length": 256, "--seed": given.seed, "--eval-steps": given.steps, "--output": output}
         words = [str(part) for option in options.items() for part in option]
         subprocess.run([sys.executable, "-m", "rankwise.cli.main", "train", *words], check=True)

@@ -48,10 +48,10 @@ def prepare_inputs(given: CompareSettings, check: Callable[[dict[str, Any]], Non
     chosen by the hash of the prompts: rows of one prompt stay together, and the order of the file does not matter.
     Raises DataError as the readers do, ConfigError (RW168) when rows cannot be split.
     """
-    how = {**given.columns, "formats": PREFERENCE_FORMATS.get(given.objective)}
+    layout = {**given.columns, "formats": PREFERENCE_FORMATS.get(given.objective)}
     folder = given.output / "data"
-    rows = read_rows(given.data, split="train", **how)
-    held_out = _own_evaluation(given, rows, how)
+    rows = read_rows(given.data, split="train", **layout)
+    held_out = _own_evaluation(given, rows, layout)
     train, how = _absolute(given.data), f"--eval-data {given.eval_data}" if given.eval_data else "its validation part"
     is_split = held_out is None
     if held_out is None:
@@ -66,10 +66,10 @@ def prepare_inputs(given: CompareSettings, check: Callable[[dict[str, Any]], Non
     }
     check(described)
     if is_split:
-        train = str(_write(rows, folder / "train.jsonl", how))
+        train = str(_write(rows, folder / "train.jsonl", layout))
     evaluation = _absolute(given.eval_data or given.data)
     if is_split or len(part) < len(held_out):
-        evaluation = str(_write(part, folder / "eval.jsonl", how))
+        evaluation = str(_write(part, folder / "eval.jsonl", layout))
     return Inputs(train, evaluation, described, len(rows), len(part))
 
 
@@ -130,13 +130,13 @@ def prompt_of(row: Row) -> str:
     return row.prompt if row.kind == "prompt" else row.text
 
 
-def _own_evaluation(given: CompareSettings, rows: Rows, how: Mapping[str, Any]) -> Rows | None:
+def _own_evaluation(given: CompareSettings, rows: Rows, layout: Mapping[str, Any]) -> Rows | None:
     if given.eval_data is not None:
-        return read_rows(given.eval_data, split="validation", **how)
+        return read_rows(given.eval_data, split="validation", **layout)
     if Path(given.data).expanduser().is_file():
         return None
     try:
-        found = read_rows(given.data, split="validation", **how)
+        found = read_rows(given.data, split="validation", **layout)
     except DataError as error:
         if error.code != "RW208":
             raise
@@ -145,16 +145,16 @@ def _own_evaluation(given: CompareSettings, rows: Rows, how: Mapping[str, Any]) 
     return None if found.sha256 == rows.sha256 else found
 
 
-def _write(rows: Rows, path: Path, how: Mapping[str, Any]) -> Path:
-    """Write the rows in a layout that reads and renders as before; ``how`` says how they are read.
+def _write(rows: Rows, path: Path, layout: Mapping[str, Any]) -> Path:
+    """Write the rows in a layout that reads and renders as before; ``layout`` says how they are read.
 
     Raises ConfigError (RW168) where there is none.
     """
-    text = "".join(json.dumps(_record(row, rows, how), ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(json.dumps(_record(row, rows, layout), ensure_ascii=False) + "\n" for row in rows)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
-    again = read_rows(path, **how)
+    again = read_rows(path, **layout)
     if _meaning(again) != _meaning(rows):
         raise ConfigError(
             "RW168", f"the layout of {rows.source} ({rows.format}) cannot be written in parts; give --eval-data."
@@ -162,7 +162,7 @@ def _write(rows: Rows, path: Path, how: Mapping[str, Any]) -> Path:
     return path.resolve()
 
 
-def _record(row: Row, rows: Rows, how: Mapping[str, Any]) -> dict[str, Any]:
+def _record(row: Row, rows: Rows, layout: Mapping[str, Any]) -> dict[str, Any]:
     if row.kind == "text":
         return {"text": row.text}
     tools = {"tools": row.tools} if row.tools else {}
@@ -176,7 +176,7 @@ def _record(row: Row, rows: Rows, how: Mapping[str, Any]) -> dict[str, Any]:
     if not rows.uses_template:
         return {"mr": row.prompt.removesuffix("\n"), "ref": row.completion}
     usual = ("question", "answer") if rows.separator == "\n" else ("prompt", "completion")
-    names = (how["prompt_column"] or usual[0], how["completion_column"] or usual[1])
+    names = (layout["prompt_column"] or usual[0], layout["completion_column"] or usual[1])
     return {**dict(zip(names, (row.prompt, row.completion))), **tools}
 
 

@@ -102,8 +102,6 @@ def trace(
         kept = kept_memory(skeleton) if fake and workload.device_type == "cpu" else []
         tracker.see_all(kept, "adapters")
         run_steps(skeleton, method, workload, tracker, flat=flat, loss=loss)
-        if workload.written:
-            write_a_token(skeleton, method, workload, tracker.enter)
         tracker.see_all([*kept_norms(skeleton), *copies_of(trained(skeleton))], "adapters")
     shapes = [(tuple(item.shape), item.element_size()) for item in trained(skeleton)]
     layer, root = sharding_groups_of(skeleton)
@@ -175,6 +173,8 @@ def run_steps(
     autocast = autocast_dtype(method, workload)
     with offloaded(tracker) if workload.activation_offloading else nullcontext():
         take_step(model, optimizer, batch, tracker.enter, autocast, loss)
+    if workload.written:
+        write_a_token(model, method, workload, tracker.enter)
     for hook in hooks:
         hook.remove()
 

@@ -33,8 +33,7 @@ def forward_bytes(step: StepFacts, unpacked: int) -> dict[str, dict[str, int]]:
 def written_bytes(step: StepFacts, unpacked: int) -> dict[str, dict[str, int]]:
     """{phase: {term: bytes}}: prompts when they are run, each once, and answers at their full length.
 
-    These hold keys and values of all layers, of one layer once more for every head while it attends, and the logits of
-    a token each, which are drawn from in float32.
+    These hold keys and values of all layers, and the logits of a token each, which are drawn from in float32.
     """
     shape, work = step.shape, step.workload
     tokens = work.max_length * 2 * step.s
@@ -43,15 +42,17 @@ def written_bytes(step: StepFacts, unpacked: int) -> dict[str, dict[str, int]]:
         # As the batches are made: by the size of the weights.
         row = work.max_length * 2 * (4 if step.is_full else step.s) * shape.keys * shape.layers
         rows = min(rows, max(1, CACHE_BYTES // row))
-    prompts = {"batch_size": min(work.prompts, rows), "max_length": work.prompt_tokens, "sides": 1}
-    asked = dataclasses.replace(step, workload=dataclasses.replace(work, **prompts))
+    prompts = min(work.prompts, rows)
+    asking = dataclasses.replace(work, batch_size=prompts, max_length=max(2, work.prompt_tokens), sides=1)
+    asked = dataclasses.replace(step, workload=asking)
     # The pass over prompts has no loss.
     at_prompts = max(terms["transient"] for terms in forward_bytes(asked, unpacked).values())
     kept_of_prompts = asked.T * 2 * step.s * shape.keys * shape.layers
     return {
         "generation of prompts": {"transient": at_prompts + kept_of_prompts},
         "generation": {
-            "transient": rows * tokens * (shape.layers * shape.keys + shape.queries) + unpacked,
+            # The keys, or values, of a layer grow by a copy.
+            "transient": rows * tokens * shape.keys * (2 * shape.layers + 1) // 2 + unpacked,
             "logits": rows * shape.vocabulary * (step.s + 3 * 4),
         },
     }

@@ -87,11 +87,13 @@ def carry_out(order: dict[str, Any]) -> Measurement:
     """The work of the process: build the model, take the steps, measure."""
     import torch
 
+    from rankwise.acceleration import limit_generated_kernels
     from rankwise.models import load_skeleton
     from rankwise.planning.fake_model import materialize, prepare, weights_dtype
     from rankwise.planning.step import autocast_dtype, make_batch, take_step
     from rankwise.planning.written import write_answers
 
+    limit_generated_kernels()
     workload, method = Workload(**order["workload"]), order["method"]
     model = load_skeleton(order["model"], trust_remote_code=order["trust_remote_code"], revision=order["revision"])
     device = workload.device_type

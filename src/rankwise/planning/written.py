@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from rankwise.acceleration import give_back_freed_memory
 from rankwise.acceleration.generation import Decoding, Generator, Prompt, batches_that_fit, cache_bytes_per_token
+from rankwise.acceleration.scoring import window_of
 from rankwise.chunks import CACHE_BYTES
 from rankwise.planning.step import Enter, autocast_dtype
 from rankwise.planning.workload import Workload
@@ -45,9 +47,11 @@ def write_answers(model: Any, method: str, workload: Workload) -> None:
     ]
     new_tokens = max(1, workload.max_length - workload.prompt_tokens)
     decoding = Decoding(new_tokens, frozenset(), temperature=1.0, to_train_on=True)
+    give_back_freed_memory()
     with _writing(model, method, workload):
         for batch in batches_that_fit(model, prompts, decoding):
             Generator(model, decoding).answers([prompts[index] for index in batch])
+    give_back_freed_memory()
 
 
 @contextmanager
@@ -65,15 +69,19 @@ def _writing(model: Any, method: str, workload: Workload) -> Iterator[None]:
 def _draw(model: Any, rows: int, tokens: int, cache: DynamicCache) -> None:
     """The next token of each row, behind so many new ones and those in the cache."""
     before = cache.get_seq_length()
+    mask = torch.ones(rows, before + tokens, dtype=torch.long)
+    if before and window_of(model) is None:
+        # Prompts differ in length, so that a token has a mask, for which keys and values are copied to every head.
+        mask = mask.bool()[:, None, None]
     known = inspect.signature(model.forward).parameters
-    last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    given: dict[str, Any] = {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True}
+    if "logits_to_keep" in known:
+        given["logits_to_keep"] = 1
     output = model(
         input_ids=torch.ones(rows, tokens, dtype=torch.long),
-        attention_mask=torch.ones(rows, before + tokens, dtype=torch.long),
+        attention_mask=mask,
         position_ids=torch.arange(before, before + tokens).expand(rows, -1),
-        past_key_values=cache,
-        use_cache=True,
-        **last,
+        **given,
     )
     logits = output.logits[:, -1].float()
     torch.multinomial(torch.softmax(logits / 1.0, -1), 1)

@@ -26,7 +26,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from rankwise.acceleration import fused_head
+from rankwise.acceleration import fused_head, give_back_freed_memory
 from rankwise.acceleration.generation import Decoding, Generator, Prompt, batches_that_fit
 from rankwise.adapters.reference import reference_at_work
 from rankwise.compat.trl import RepeatSampler, metrics_of
@@ -156,11 +156,14 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         stops = frozenset(self.eos_token_ids)
         decoding = Decoding(self.max_completion_length, stops, temperature=temperature, seed=seed, to_train_on=True)
         answers: list[list[int]] = [[] for _ in prompts]
+        # Steps and answers have other sizes: each would come beside the freed memory that the other left.
+        give_back_freed_memory()
         with _evaluating(self.model):
             generator = Generator(self.model, decoding, pad=int(self.processing_class.pad_token_id))
             for batch in batches_that_fit(self.model, prompts, decoding):
                 for index, ids in zip(batch, generator.answers([prompts[index] for index in batch])):
                     answers[index] = ids
+        give_back_freed_memory()
         return answers
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
