@@ -51,8 +51,8 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "paged_adamw_32bit": ("paged_adamw",),
     "lion_32bit": ("lion",),
 }
-SLIP = 0.85
 # Likeness of two names of which one is the other mistyped; below it, other tools' names mean too many things.
+SLIP = 0.85
 
 
 def close_names(

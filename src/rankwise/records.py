@@ -19,12 +19,12 @@ from rankwise.foreign import checked, parse_json, read_json, reason_of
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
-SKIPPED_FILE = "skipped_rows.jsonl"
 # A line for each bad row that was left out: {"set": "train" or "eval", "row", "code", "why"}.
-WAIT_POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+SKIPPED_FILE = "skipped_rows.jsonl"
 # Variables of the environment by which a user says how long threads of OpenMP spin before they sleep.
-NUMBERS = ("loss", "eval_loss", "learning_rate", "train_seconds")
+WAIT_POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 # What is reckoned with of a line of the metrics.
+NUMBERS = ("loss", "eval_loss", "learning_rate", "train_seconds")
 
 
 @dataclasses.dataclass
@@ -33,50 +33,50 @@ class RunRecord:
 
     method: str
     seed: int
-    settings: dict[str, Any]
     # Every option of the run, as given or by default.
-    objective: str = "sft"
+    settings: dict[str, Any]
     # What it learned from: sft, dpo, kto or grpo.
+    objective: str = "sft"
     train_loss: float | None = None
-    initial_eval_loss: float | None = None
     # Evaluation loss before the first step.
-    eval_loss: float | None = None
+    initial_eval_loss: float | None = None
     # Evaluation loss of the adapter that was kept.
-    eval_rewards: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    eval_loss: float | None = None
     # Of an objective with rewards, at the same evaluation: reward_accuracy, reward_margin, ...
-    tokens_per_second: float | None = None
+    eval_rewards: dict[str, float | None] = dataclasses.field(default_factory=dict)
     # Tokens that are not padding, over the seconds of the training steps.
-    examples_per_second: float | None = None
+    tokens_per_second: float | None = None
     # Training examples over the seconds of the training steps; loading and evaluation are left out.
+    examples_per_second: float | None = None
     peak_memory_bytes: int | None = None
     predicted_peak_memory_bytes: int | None = None
     trainable_parameters: int | None = None
     total_parameters: int | None = None
     wall_seconds: float | None = None
     steps: int | None = None
-    kept_step: int | None = None
     # Step of the checkpoint that became the final adapter, and why it was chosen.
+    kept_step: int | None = None
     kept_because: str | None = None
-    base_model: dict[str, Any] = dataclasses.field(default_factory=dict)
     # name, revision or file, sha256 of its weights, dtype, quantization.
-    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    base_model: dict[str, Any] = dataclasses.field(default_factory=dict)
     # Per file: path, sha256, rows, tokens, trained tokens, truncated and dropped rows.
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     device: dict[str, Any] = dataclasses.field(default_factory=dict)
-    devices: int = 1
     # Processes that trained together, each on a device of its own. Speeds are those of all together, memory that of the
     # process with the most.
-    strategy: str | None = None
+    devices: int = 1
     # How several shared the model: ddp or fsdp.
-    learning_rates: dict[str, float] | None = None
+    strategy: str | None = None
     # Of LoRA+: the peak rate of each group of parameters.
-    frozen_bytes: int | None = None
+    learning_rates: dict[str, float] | None = None
     # The most bytes of frozen weights that one process holds between steps.
+    frozen_bytes: int | None = None
     warnings: list[dict[str, str]] = dataclasses.field(default_factory=list)
-    files: list[str] = dataclasses.field(default_factory=list)
     # What the run wrote into its folder besides the files of every run: --overwrite removes these by name.
-    status: str = "running"
+    files: list[str] = dataclasses.field(default_factory=list)
     # running, finished, interrupted or failed; replaced, while --overwrite removes the run.
+    status: str = "running"
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

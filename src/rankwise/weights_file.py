@@ -24,6 +24,7 @@ from rankwise.foreign import parse_json
 MAX_HEADER_BYTES = 100_000_000
 MAX_ELEMENTS = 2**62
 
+# Bits per element of every dtype that the format names.
 BITS: dict[str, int] = {
     "BOOL": 8,
     "U8": 8,
@@ -48,7 +49,6 @@ BITS: dict[str, int] = {
     "F64": 64,
     "C64": 64,
 }
-# Bits per element of every dtype that the format names.
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 AGAIN = "download it again"

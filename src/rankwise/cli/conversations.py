@@ -26,8 +26,8 @@ class Conversation:
 
     messages: tuple[Message, ...]
     tools: tuple[Any, ...] | None = None
-    place: str = "the prompt"
     # How a message names it.
+    place: str = "the prompt"
 
     @property
     def prompt(self) -> str:

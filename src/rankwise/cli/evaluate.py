@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from rankwise.evaluation.run import Difference, Evaluation, Observer
 
 LINES_PER_TASK = 10
-UNITS = {"perplexity": "row", "e2e": "meaning representation"}
 # What a task asks about, where it is not a question.
+UNITS = {"perplexity": "row", "e2e": "meaning representation"}
 
 
 class PlainWatcher:

@@ -42,8 +42,8 @@ class Answer:
     prompt: str
     base: str | None
     tuned: str | None
-    messages: tuple[Mapping[str, Any], ...] | None = None
     # The conversation that ends with the prompt, where there is more of it.
+    messages: tuple[Mapping[str, Any], ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Wording:
     """How a prompt becomes the model's input: through a chat template, or unchanged and followed by ``suffix``."""
 
     chat: bool
-    template: str | None = None
     # Jinja text instead of the tokenizer's own.
+    template: str | None = None
     suffix: str = ""
 
 

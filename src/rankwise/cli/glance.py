@@ -11,8 +11,8 @@ from pathlib import Path
 from rankwise.errors import ConfigError
 from rankwise.options import Settings, flag
 
-MAY_BE_PATHS = {"model", "data", "eval_data", "fewshot_data", "reference_answers"}
 # Fields of text that name a hub id, or a path in which ~ stands for a home.
+MAY_BE_PATHS = {"model", "data", "eval_data", "fewshot_data", "reference_answers"}
 
 
 def check_path_options(settings: Settings) -> None:

@@ -32,8 +32,8 @@ class Weights:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     size_bytes: int
-    packed: Mapping[str, int] = dataclasses.field(default_factory=dict)
     # Weights in a tensor of 4-bit codes; 0 in its scales and tables, which are not parameters.
+    packed: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def parameters(self) -> int:

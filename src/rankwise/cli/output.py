@@ -34,16 +34,15 @@ QUIET_ENVIRONMENT = {
     "TQDM_DISABLE": "1",
 }
 
-
+# Of a message on a screen, in characters and in parts between semicolons.
 LONGEST_MESSAGE = 4000
 LONGEST_WORD = 400
 MOST_PROBLEMS = 20
-# Of a message on a screen, in characters and in parts between semicolons.
 _LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
-PLAIN_WIDTH = 120
 # Of what goes into a file or another program, where no terminal has a width: every table fits.
+PLAIN_WIDTH = 120
 
 
 class Output:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rankwise.planning.check import Check
     from rankwise.planning.plan import MethodRow, Plan
 
+# Column -> terms of the breakdown. "trained": adapters (in ``full``: nothing), gradients and optimizer states.
 PARTS: Mapping[str, tuple[str, ...]] = {
     "weights": ("weights_4bit", "weights"),
     "trained": ("adapters", "gradients", "optimizer"),
@@ -32,7 +33,6 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "transient": ("transient",),
     "overhead": ("overhead",),
 }
-"""Column -> terms of the breakdown. "trained": adapters (in ``full``: nothing), gradients and optimizer states."""
 MARKS = (("█", "blue"), ("▓", "magenta"), ("▒", "yellow"), ("▚", "green"), ("░", "red"), ("·", "dim"))
 VERDICT_STYLES = {"fits": "green", "tight": "yellow", "too big": "red"}
 WIDEST_BAR = 60
@@ -45,8 +45,8 @@ APPLE_FOUR_BITS = (
     "changes in time do not count that."
 )
 APPLE_REFUSED = "refused there: bitsandbytes' 8-bit and paged optimizers (RW116), which need a CUDA card."
-CUT = 1.6
 # Bars are cut at this multiple of the memory.
+CUT = 1.6
 LABEL = 12
 
 

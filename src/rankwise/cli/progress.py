@@ -68,8 +68,8 @@ class PlainProgress(_Warnings):
         super().__init__()
         self.output = output
         self.every = every
-        self.unsaid: list[float] = []
         # Losses of the steps since the last line.
+        self.unsaid: list[float] = []
 
     def phase(self, text: str) -> None:
         self.output.line(f"{text} ...")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
+# Decoders with such a table, by ``model_type``: what a config alone tells. Of a loaded model ``table_rows`` tells.
 LEARNED = frozenset({"gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt", "biogpt"})
-"""Decoders with such a table, by ``model_type``: what a config alone tells. Of a loaded model ``table_rows`` tells."""
 _NAME = re.compile(r"wpe|pos")
 
 

@@ -41,12 +41,12 @@ class CodeTable:
     """One 4-bit type: what a code means and where one code ends and the next begins."""
 
     name: str
+    # (16,) float32 values; ``value[code]`` times absmax is the weight.
     value: tuple[float, ...]
-    """(16,) float32 values; ``value[code]`` times absmax is the weight."""
+    # (15,) midpoints of the sorted values, ascending. A value on a bound belongs to the lower side.
     bound: tuple[float, ...]
-    """(15,) midpoints of the sorted values, ascending. A value on a bound belongs to the lower side."""
+    # (16,) codes in ascending order of their values.
     order: tuple[int, ...]
-    """(16,) codes in ascending order of their values."""
 
 
 def _table(name: str, values: Tensor) -> CodeTable:

@@ -28,11 +28,11 @@ from rankwise.records import write_json
 FILE = "machine.json"
 # 1: of steps without the fused parts; 2: dequantization counted by its bytes alone.
 SCHEMA = 3
+# Two layers, wide enough that matrix products decide; two sizes of batch tell the pace from the bandwidth.
 SHAPES: dict[str, dict[str, Any]] = {
     "cpu": {"hidden_size": 1024, "intermediate_size": 2752, "rows": (1, 4), "tokens": 256},
     "cuda": {"hidden_size": 4096, "intermediate_size": 11008, "rows": (1, 8), "tokens": 1024},
 }
-"""Two layers, wide enough that matrix products decide; two sizes of batch tell the pace from the bandwidth."""
 LAYERS, VOCABULARY, HEADS, RANK = 2, 2048, 16, 16
 STEPS = 3
 

@@ -12,12 +12,11 @@ from typing import Literal
 
 MemoryKind = Literal["gddr", "gddr-ecc", "hbm", "unified"]
 
+# Share of the nominal memory that torch can take, before the context of a process.
+#
+# From the totals in public out-of-memory reports: RTX 4090 23.52 to 23.65 of 24 GiB, RTX 5090 31.36 of 32; A10 21.99 of
+# 24 and L40 44.40 of 48 (ECC takes a sixteenth); A100 39.39 of 40. Apple's Metal recommends three quarters at most.
 VISIBLE_SHARE: dict[MemoryKind, float] = {"gddr": 0.98, "gddr-ecc": 0.91, "hbm": 0.985, "unified": 0.75}
-"""Share of the nominal memory that torch can take, before the context of a process.
-
-From the totals in public out-of-memory reports: RTX 4090 23.52 to 23.65 of 24 GiB, RTX 5090 31.36 of 32; A10 21.99 of
-24 and L40 44.40 of 48 (ECC takes a sixteenth); A100 39.39 of 40. Apple's Metal recommends three quarters at most.
-"""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,8 @@ from rankwise.planning.rules import HOSTED, PAGED
 from rankwise.planning.terms import MemoryEstimate
 from rankwise.planning.workload import Workload
 
+# Seconds of one micro-batch; only ratios are taken.
 Seconds = Callable[[MemoryEstimate, Workload], float]
-"""Seconds of one micro-batch; only ratios are taken."""
 
 FOUR_BIT_OF = {"lora": "qlora", "dora": "qdora", "full": "lora"}
 # Share of the memory that a change must save to be shown.
@@ -168,8 +168,8 @@ def apply(steps: Sequence[SingleChange], method: str, workload: Workload) -> tup
     return settings.get("method", method), dataclasses.replace(workload, **fields)
 
 
+# For a run that was asked to take PyTorch's own step; a device on which ours does not run is offered no other.
 FAST = SingleChange("fast", "--no-fast -> --fast", 0, {"fast": True})
-"""For a run that was asked to take PyTorch's own step; a device on which ours does not run is offered no other."""
 
 
 class Advisor:

@@ -21,14 +21,14 @@ from rankwise.planning.terms import PLANNED, MemoryEstimate
 from rankwise.planning.workload import Workload, sides_of, written_of
 from rankwise.reports.numbers import byte_size, plural
 
+# A step that no run undercuts: what does not even fit so is refused before the weights are read.
 SMALLEST = {"batch_size": 1, "max_length": 16, "trained_share": 1.0}
-"""A step that no run undercuts: what does not even fit so is refused before the weights are read."""
 # Terms that are in memory before the first step.
 RESIDENT = ("weights_4bit", "weights", "adapters")
 # Of its 4-bit checkpoints: transformers' configuration of them names no other.
 BITSANDBYTES_BLOCK = 64
+# Where the memory ran out although the plan said it fits, a change counts as fitting below this share of the plan.
 AFTER_FAILURE = 0.85
-"""Where the memory ran out although the plan said it fits, a change counts as fitting below this share of the plan."""
 
 
 class Rows(Protocol):
@@ -63,8 +63,8 @@ class MemoryGuard:
         sharers: int = 1,
     ) -> None:
         self.settings, self.say, self.own_memory, self.ignore = settings, say, own_memory, ignore
-        self.sharers = sharers
         # Processes of this run on this machine: each has its part of a CPU's memory, and a card of its own.
+        self.sharers = sharers
         self.baseline_bytes = 0
         self.hardware: Hardware | None = None
         self.workload: Workload | None = None

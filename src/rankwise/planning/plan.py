@@ -36,13 +36,13 @@ from rankwise.planning.terms import TOO_SLOW, MemoryEstimate
 from rankwise.planning.workload import Workload
 from rankwise.reports.numbers import byte_size
 
+# Written into every saved plan, given or not.
 DECIDED = (
     *("r", "target_modules", "batch_size", "gradient_accumulation", "max_length", "gradient_checkpointing"),
     *("activation_offloading", "optimizer"),
 )
-"""Written into every saved plan, given or not."""
+# What dry runs of one method may take of several: at first, and again where the others are done.
 EXACT_SECONDS = (60.0, 900.0)
-"""What dry runs of one method may take of several: at first, and again where the others are done."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ from rankwise.compat.torch import (
 _aten = torch.ops.aten
 _CPU = torch.device("cpu")
 
+# They share the storage of their first argument; their meta kernels are quick.
 VIEWS = frozenset(
     {
         _aten.alias.default,
@@ -45,11 +46,11 @@ VIEWS = frozenset(
         unsafe_view.default,
     }
 )
-"""They share the storage of their first argument; their meta kernels are quick."""
+# They give their first argument back.
 IN_PLACE = frozenset(
     {_aten.add_.Tensor, _aten.addmm_.default, _aten.copy_.default, _aten.mul_.Tensor, _aten.zero_.default}
 )
-"""They give their first argument back."""
+# Their results have storages of their own; so have those of all our operators.
 NEW = frozenset(
     {
         to_copy.default,
@@ -75,9 +76,8 @@ NEW = frozenset(
         _aten.zeros_like.default,
     }
 )
-"""Their results have storages of their own; so have those of all our operators."""
+# Of a list of tensors they make a list: {operation on lists: the same on one tensor}.
 EACH = {foreach_norm.Scalar: _aten.linalg_vector_norm.default, foreach_sqrt.default: _aten.sqrt.default}
-"""Of a list of tensors they make a list: {operation on lists: the same on one tensor}."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,21 +14,21 @@ from rankwise.planning.terms import MemoryEstimate
 from rankwise.planning.workload import Workload
 from rankwise.serving import served
 
+# Which method is tried first. Full fine-tuning is recommended only where nothing else was asked about.
 ORDER = {
     "speed": ("lora", "qlora", "dora", "qdora", "full"),
     "quality": ("dora", "qdora", "lora", "qlora", "full"),
     "serving": ("lora", "qlora", "dora", "qdora", "full"),
 }
-"""Which method is tried first. Full fine-tuning is recommended only where nothing else was asked about."""
 
 FOUR_BIT_SETTINGS = ("quant_type", "block_size", "double_quant")
 
+# What may change, the gentlest first; every method is tried before the next pass.
 PASSES: tuple[frozenset[str], ...] = (
     frozenset({"batch", "checkpointing"}),
     frozenset({"batch", "checkpointing", "offloading", "optimizer"}),
     frozenset({"batch", "checkpointing", "offloading", "optimizer", "rank", "length"}),
 )
-"""What may change, the gentlest first; every method is tried before the next pass."""
 
 
 @dataclasses.dataclass(frozen=True)

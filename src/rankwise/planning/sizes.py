@@ -6,6 +6,7 @@ import re
 
 from rankwise.errors import ConfigError
 
+# Bytes per unit; a letter alone (k, m, g, t) is decimal, and no unit at all means GB.
 UNITS = {
     "b": 1,
     "kb": 10**3,
@@ -17,10 +18,9 @@ UNITS = {
     "gib": 2**30,
     "tib": 2**40,
 }
-"""Bytes per unit; a letter alone (k, m, g, t) is decimal, and no unit at all means GB."""
 
+# A number without a unit above this is not a count of GB that a machine has.
 MOST_BARE = 100_000
-"""A number without a unit above this is not a count of GB that a machine has."""
 MOST_BYTES = 2**63
 # Of what a message repeats.
 LONGEST_TEXT = 40

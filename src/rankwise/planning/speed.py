@@ -16,31 +16,30 @@ from rankwise.planning.hardware import Hardware, find_card, of_card
 from rankwise.planning.terms import MemoryEstimate
 from rankwise.planning.workload import Workload
 
+# Share of the data sheet's peak: 38 to 43 % were measured when Llama 3 405B was trained (arXiv 2407.21783, 3.3.2).
 ASSUMED_EFFICIENCY = 0.40
-"""Share of the data sheet's peak: 38 to 43 % were measured when Llama 3 405B was trained (arXiv 2407.21783, 3.3.2)."""
 ASSUMED_BANDWIDTH_SHARE = 0.8
+# Cautious: `rankwise plan --calibrate` gave 111 to 303 GFLOP/s for one core with bfloat16 instructions (docs/plan.md);
+# LoRA's steps with AVX2 alone come to 44 a core (docs/results/steps.md).
 ASSUMED_CPU_FLOPS_PER_CORE = {"bfloat16": 100e9, "float16": 40e9, "float32": 40e9}
-"""Cautious: `rankwise plan --calibrate` gave 111 to 303 GFLOP/s for one core with bfloat16 instructions (docs/plan.md);
-LoRA's steps with AVX2 alone come to 44 a core (docs/results/steps.md)."""
 ASSUMED_CPU = {"bfloat16": "a Zen 4", "float16": "an AMD EPYC with AVX2", "float32": "an AMD EPYC with AVX2"}
+# PCIe 4.0 x16 moves 32 GB/s at most in one direction (PCI-SIG); about two thirds are reached.
 HOST_LINK_BYTES_PER_SECOND = 20e9
-"""PCIe 4.0 x16 moves 32 GB/s at most in one direction (PCI-SIG); about two thirds are reached."""
+# Stands for a device without figures where only ratios of times are asked for.
 NOMINAL_CARD = "RTX 4090"
-"""Stands for a device without figures where only ratios of times are asked for."""
 # Of a 4-bit weight with its scales.
 PACKED_BYTES = 0.53
+# Of the bandwidth that other traffic reaches, the share that dequantization reaches within a step.
+#
+# The lookup of codes and the scales keep it below the bandwidth: with this share the ratios of published LoRA and QLoRA
+# steps are met on five cards (`tests/planning/test_published_times.py`). No card has timed our own kernel yet.
 DEQUANTIZE_SHARE = 0.5
-"""Of the bandwidth that other traffic reaches, the share that dequantization reaches within a step.
-
-The lookup of codes and the scales keep it below the bandwidth: with this share the ratios of published LoRA and QLoRA
-steps are met on five cards (`tests/planning/test_published_times.py`). No card has timed our own kernel yet.
-"""
+# Kernels that the host launches for a layer and micro-batch, LoRA on all seven linear layers: our own count.
 LAUNCHES = {"forward": 39, "backward": 92}
-"""Kernels that the host launches for a layer and micro-batch, LoRA on all seven linear layers: our own count."""
 # One for each linear layer and pass; DoRA's of a backward pass.
 DEQUANTIZE_LAUNCHES, GAIN_LAUNCHES = 7, 62
+# From Python: about 7 us for an operation of torch's, 25 us for a Triton kernel, and the bookkeeping of autograd.
 LAUNCH_SECONDS = 15e-6
-"""From Python: about 7 us for an operation of torch's, 25 us for a Triton kernel, and the bookkeeping of autograd."""
 # DoRA's backward pass reads two tensors of a layer's output and writes one (ops.elementwise.scaled_grad).
 GAIN_TENSORS = 3
 

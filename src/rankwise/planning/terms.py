@@ -12,6 +12,17 @@ TOO_SLOW = "RW135"
 
 PLANNED = ("full", "lora", "qlora", "dora", "qdora")
 
+# The terms of a breakdown, in the order in which a bar shows them.
+#
+# weights_4bit  packed codes and their scales
+# weights       everything of the base that stays in 16 or 32 bits
+# adapters      A, B, magnitudes, and the row norms that DoRA keeps
+# gradients     of what trains
+# optimizer     its state, on the device
+# activations   saved in the forward pass for the backward pass
+# logits        logits, their float32 copy, their gradient and what the loss keeps
+# transient     short-lived buffers at the moment of the peak: dequantized weights, gradients on their way
+# overhead      what the device and its libraries take besides tensors
 TERMS = (
     "weights_4bit",
     "weights",
@@ -23,18 +34,6 @@ TERMS = (
     "transient",
     "overhead",
 )
-"""The terms of a breakdown, in the order in which a bar shows them.
-
-weights_4bit  packed codes and their scales
-weights       everything of the base that stays in 16 or 32 bits
-adapters      A, B, magnitudes, and the row norms that DoRA keeps
-gradients     of what trains
-optimizer     its state, on the device
-activations   saved in the forward pass for the backward pass
-logits        logits, their float32 copy, their gradient and what the loss keeps
-transient     short-lived buffers at the moment of the peak: dequantized weights, gradients on their way
-overhead      what the device and its libraries take besides tensors
-"""
 
 
 @dataclasses.dataclass(frozen=True)

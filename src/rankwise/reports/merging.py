@@ -12,6 +12,7 @@ from rankwise.reports.folder import Comparison, filled
 from rankwise.reports.numbers import is_number
 
 Summarise = Callable[[Mapping[str, Any], Callable[[Mapping[str, Any]], Any]], Mapping[str, Any]]
+# Settings that may differ between the folders; with any other one they are no longer the same comparison.
 FREE = (
     "seeds",
     "methods",
@@ -24,7 +25,6 @@ FREE = (
     "max_hours",
     "device",
 )
-# Settings that may differ between the folders; with any other one they are no longer the same comparison.
 
 
 def merge(comparisons: Sequence[Comparison]) -> Comparison:

@@ -35,12 +35,12 @@ class Message(TypedDict):
 class MergedCheck(TypedDict):
     """The "no inference cost" claim, measured. Speeds are of greedy generation."""
 
-    max_logit_difference: float | None
     # Largest absolute difference of a logit, merged against unmerged, on evaluation rows.
-    rounding_logit_difference: float | None
+    max_logit_difference: float | None
     # The same of the merged model against its own weights computed in the next wider dtype.
-    is_more_than_rounding: bool | None
+    rounding_logit_difference: float | None
     # Whether the first cannot be explained by the second.
+    is_more_than_rounding: bool | None
     generate_tokens_per_second_merged: float | None
     generate_tokens_per_second_unmerged: float | None
 
@@ -48,71 +48,71 @@ class MergedCheck(TypedDict):
 class Run(TypedDict):
     """One cell of the matrix: a method at a learning rate with a seed."""
 
-    id: str
     # Name of its folder below ``runs``: METHOD-lrX-seedN.
+    id: str
     method: str
     seed: int
     learning_rate: float
-    phase: Phase
     # "search": tried a learning rate that was not chosen; "final": counts for the method's figures.
+    phase: Phase
     status: Status
-    error: Message | None
     # Why it failed, was interrupted or was skipped.
-    folder: str
+    error: Message | None
     # Relative to the comparison's folder, with forward slashes.
-    record: dict[str, Any] | None
+    folder: str
     # RunRecord.to_json() of the run; None when it left none.
-    tasks: dict[str, dict[str, Any]]
+    record: dict[str, Any] | None
     # TASK -> TaskResult.to_json(); ``examples`` in it is relative to ``folder``/evaluation/TASK.
-    adapter_bytes: int | None
+    tasks: dict[str, dict[str, Any]]
     # Of the adapter's weights on disk; for ``full`` the whole model's.
+    adapter_bytes: int | None
     merged: MergedCheck | None
-    update_norms: dict[str, float] | None
     # Module path -> 2-norm of its weight update relative to the weight, or of the update where that is not known.
+    update_norms: dict[str, float] | None
     tokens_per_second: float | None
     peak_memory_bytes: int | None
     predicted_peak_memory_bytes: int | None
-    wall_seconds: float | None
     # These four repeat the record's, for tables.
+    wall_seconds: float | None
 
 
 class Method(TypedDict):
     """A method over its final runs. ``interval`` is None with one seed: then no interval can be given."""
 
-    mean: dict[str, float]
     # METRIC -> mean over seeds.
-    interval: dict[str, list[float] | None]
+    mean: dict[str, float]
     # METRIC -> 95 % t-interval of that mean over seeds [low, high].
-    seed_sd: dict[str, float | None]
+    interval: dict[str, list[float] | None]
     # METRIC -> standard deviation over seeds.
-    per_seed: dict[str, dict[str, float]]
+    seed_sd: dict[str, float | None]
     # METRIC -> SEED -> value.
+    per_seed: dict[str, dict[str, float]]
     higher_is_better: dict[str, bool]
-    seeds: int
     # Final runs that finished.
+    seeds: int
     failed: int
     learning_rate: float | None
-    learning_rate_at_edge: bool
     # The best rate tried is the lowest or the highest of several tried.
+    learning_rate_at_edge: bool
     tokens_per_second: float | None
     examples_per_second: float | None
     peak_memory_bytes: int | None
     predicted_peak_memory_bytes: int | None
-    wall_seconds: float | None
     # Means over the final runs; memory: the largest.
-    ranges: dict[str, list[float]]
+    wall_seconds: float | None
     # "wall_seconds", "peak_memory_bytes" -> [lowest, highest] over the final runs.
+    ranges: dict[str, list[float]]
     trainable_parameters: int | None
     adapter_bytes: int | None
-    group: str | None
     # Letters of the tie groups that it is in ("a", "ab"): of two methods that share a letter neither was found better
     # on the primary metric. "a" is the best. None without a finished run.
-    pareto: bool
+    group: str | None
     # Not beaten in quality, memory and time at once.
-    serving: list[str]
+    pareto: bool
     # Where its result can be served, in words.
-    skipped: str | None
+    serving: list[str]
     # Why it was not run.
+    skipped: str | None
 
 
 class Difference(TypedDict):
@@ -122,37 +122,37 @@ class Difference(TypedDict):
     b: str
     metric: str
     difference: float
-    interval: list[float] | None
     # None with one seed: then the seeds' share of the error is not known.
+    interval: list[float] | None
     standard_error: float | None
     p_value: float | None
-    p_value_holm: float | None
     # Corrected over all pairs of the metric by Holm's method.
-    equivalence_p: float | None
+    p_value_holm: float | None
     # Larger p-value of the two one-sided tests against ``margin``, uncorrected.
-    equivalence_p_holm: float | None
+    equivalence_p: float | None
     # Corrected over all pairs of the metric by Holm's method; decides whether they are called equivalent.
+    equivalence_p_holm: float | None
     margin: float
     verdict: Verdict
-    seed_sd: float | None
     # Seeds' own component: standard deviation of the difference from seed to seed that examples do not explain.
-    example_se: float | None
+    seed_sd: float | None
     # Standard error of the mean over examples, by clusters.
-    pairs: int
+    example_se: float | None
     # Examples compared.
+    pairs: int
     clusters: int
     seeds: int
-    per_seed: dict[str, float]
     # SEED -> difference, for a forest plot.
-    paired_by_example: bool
+    per_seed: dict[str, float]
     # False: only the metric's values over seeds could be paired (a corpus metric such as BLEU).
+    paired_by_example: bool
 
 
 class SearchedRate(TypedDict):
     learning_rate: float
     metric: str
-    value: float | None
     # None: the run failed.
+    value: float | None
     steps: int | None
     run: str
 
@@ -172,15 +172,15 @@ class MinimumDetectableEffect(TypedDict):
     """
 
     metric: str
-    relative: float | None
     # As a share of the metric's value.
-    absolute: float | None
+    relative: float | None
     # None as long as the spreads are assumed.
+    absolute: float | None
     seeds: int
     comparisons: int
     power: float
-    assumption: str
     # The spread that was assumed, and where it comes from.
+    assumption: str
 
 
 class ParetoPoint(TypedDict):
@@ -192,24 +192,24 @@ class ParetoPoint(TypedDict):
 
 class Recommendation(TypedDict):
     method: str | None
-    reason: str
     # One sentence with the method's name.
-    why: str
+    reason: str
     # The same without the name, for pages on which the name stands above it.
-    config: str | None
+    why: str
     # ``recommended.yaml``, relative to the comparison's folder.
+    config: str | None
     command: str | None
-    run: str | None
     # Id of the best run of the method.
-    adapter: str | None
+    run: str | None
     # Its folder, relative.
+    adapter: str | None
     merged: str | None
     goal: str
     metric: str
-    limits: dict[str, float | None]
     # {"memory_bytes", "hours"}: the user's limits.
-    ties: list[str]
+    limits: dict[str, float | None]
     # Other methods that no test found worse.
+    ties: list[str]
     pareto: list[ParetoPoint]
 
 
@@ -217,19 +217,19 @@ class Comparison(TypedDict):
     schema: int
     command: str
     settings: dict[str, Any]
-    created: str
     # ISO 8601, UTC.
+    created: str
     versions: dict[str, str]
     device: dict[str, Any]
-    model: dict[str, Any]
     # The base model as in the runs' records: name, sha256, architecture, parameters, ...
-    data: dict[str, Any]
+    model: dict[str, Any]
     # {"train": {"source", "sha256", "rows"}, "eval": {...}, "overlap": rows of eval that stand in train}.
-    primary_metric: str
+    data: dict[str, Any]
     # The metric that decides: learning rates, tie groups, recommendation.
+    primary_metric: str
     confidence: float
-    base: dict[str, Any]
     # The unadapted model: {"tasks": {TASK: TaskResult.to_json()}, "folder": relative path | null}.
+    base: dict[str, Any]
     warnings: list[Message]
     runs: list[Run]
     methods: dict[str, Method]
@@ -237,5 +237,5 @@ class Comparison(TypedDict):
     recommendation: Recommendation
     minimum_detectable_effect: MinimumDetectableEffect
     learning_rates: dict[str, RateSearch]
-    seconds: dict[str, float]
     # {"total", "runs", "overhead"}: of all invocations together.
+    seconds: dict[str, float]
