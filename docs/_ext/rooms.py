@@ -24,8 +24,8 @@ def picture(pyproject: Path) -> str:
     rows = [[room.strip(" ()").removeprefix("rankwise.") for room in layer.split("|")] for layer in layers]
     boxes = [box for number, rooms in enumerate(rows) for box in _row(rooms, TOP + number * (ROW + GAP), WIDTH - 130)]
     height = TOP + len(rows) * (ROW + GAP)
-    # They use the base alone, which is the last three layers.
-    tall = height - 3 * (ROW + GAP) - TOP - GAP
+    # They use the base alone, which is the last four layers.
+    tall = height - 4 * (ROW + GAP) - TOP - GAP
     beside = _box("data", WIDTH - 115, TOP, 50, tall)
     beside += _box("reports", WIDTH - 60, TOP, 56, tall)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img">'

@@ -26,16 +26,16 @@ if TYPE_CHECKING:
         set_adapter,
         unmerge_adapter,
     )
-    from rankwise.config import LoraConfig
     from rankwise.export.adapter import export_adapter
     from rankwise.export.combined import combine_adapters
+    from rankwise.lora_config import LoraConfig
     from rankwise.models import load_model
     from rankwise.quantization import Fp4Config, Linear4bit, Nf4Config, quantize
 
 _HOMES = {
     "Fp4Config": "rankwise.quantization",
     "Linear4bit": "rankwise.quantization",
-    "LoraConfig": "rankwise.config",
+    "LoraConfig": "rankwise.lora_config",
     "Nf4Config": "rankwise.quantization",
     "accelerate_peft": "rankwise.acceleration",
     "adapter_config": "rankwise.adapters",

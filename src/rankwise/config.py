@@ -1,9 +1,9 @@
-"""A user's settings: the adapter and the training run. Imports no torch.
+"""The settings of a training run. Imports no torch.
 
-``LoraConfig`` uses PEFT's names. ``TrainSettings`` is the command line of ``rankwise train`` and the keys of its YAML
-file. Each option is in one table, from which others inherit:
+``TrainSettings`` is the command line of ``rankwise train`` and the keys of its YAML file. Each option is in one table,
+from which others inherit:
 
-    AdapterOptions            an adapter           LoraConfig
+    AdapterOptions            an adapter           LoraConfig (both in ``lora_config``)
     └── StepOptions           one training step    the memory plan's ``Workload``, and
         └── RunOptions        one training run     CompareSettings: equal for all its runs
             └── TrainSettings
@@ -15,27 +15,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeGuard, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from rankwise.errors import ConfigError
+from rankwise.lora_config import ADAPTER, AdapterOptions, LoraConfig, init_of
 from rankwise.options import (
-    ALL_LINEAR,
     LARGEST_NUMBER,
     Batch,
     Count,
     Length,
-    Modules,
-    Names,
     NotNegative,
     Panel,
     Positive,
-    Rank,
     Seed,
     Settings,
     Share,
@@ -43,14 +37,10 @@ from rankwise.options import (
     WarmTemperature,
     Whole,
     comma_list,
-    named_parts,
-    named_values,
     option,
     text_list,
 )
 
-Bias = Literal["none", "all", "lora_only"]
-AdapterDtype = Literal["float32", "base"]
 Method = Literal["lora", "qlora", "dora", "qdora", "full", "bottleneck", "prefix"]
 QuantType = Literal["nf4", "fp4"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -79,303 +69,17 @@ _saving = functools.partial(option, Panel.SAVING)
 _objective = functools.partial(option, Panel.OBJECTIVE)
 
 
-@dataclasses.dataclass(frozen=True)
-class AdapterOptions:
-    """The options of an adapter: each is one of ``train``, ``compare`` and ``plan`` too."""
-
-    # A is (r, in), B is (out, r).
-    r: Annotated[Rank, _adapter("Rank of the adapter; width of a bottleneck, length of a prefix.")] = 16
-    # s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
-    lora_alpha: Annotated[Positive, _adapter("Scale of the adapter: the update is multiplied by alpha / r.")] = 32
-    # On the input of that path; the frozen product never sees it.
-    lora_dropout: Annotated[Share, _adapter("Dropout on the low-rank path.")] = 0.0
-    # A list matches a module's whole name or its end after a dot; a string is a full-match regular expression;
-    # "all-linear" is every linear layer but the output head.
-    target_modules: Annotated[
-        Modules | None, _adapter('Module names, comma-separated; or a regular expression; or "all-linear".')
-    ] = ALL_LINEAR
-    # They match like a list of target_modules, and adapt besides those; target_modules=[] adapts experts alone. As in
-    # PEFT exclude_modules, layers_to_transform and layers_pattern leave them alone: a whole name chooses a layer.
-    target_parameters: Annotated[
-        Names | None,
-        _adapter(
-            "Stacked experts to adapt too, by parameter: mlp.experts.gate_up_proj,mlp.experts.down_proj; "
-            'with --target-modules "" they alone.'
-        ),
-    ] = None
-    # They match like target_modules.
-    exclude_modules: Annotated[Modules | None, _adapter("Module names to leave alone.")] = None
-    # They are saved with the adapter (a new output head, for example). A tied head is untied.
-    modules_to_save: Annotated[Names | None, _adapter("Modules to train whole, comma-separated.")] = None
-    # Kalajdzievski 2023.
-    use_rslora: Annotated[bool, _adapter("Scale by alpha / sqrt(r).")] = False
-    # float32 keeps A, B and m in full precision and rounds them to the layer's dtype in the product; base takes half
-    # the adapter's memory, and loses small updates to rounding.
-    adapter_dtype: Annotated[AdapterDtype, _adapter("float32, or base for the base model's dtype.")] = "float32"
-    bias: Annotated[Bias, _adapter("Biases of the base to train: none, all, or those of adapted layers.")] = "none"
-    # A whole name among the target_modules stands for itself.
-    layers_to_transform: Annotated[
-        int | Sequence[Whole] | None,
-        BeforeValidator(comma_list),
-        _adapter("Adapt only these layers, counted from 0; needs a list of --target-modules.", metavar="N,..."),
-    ] = None
-    # A key matches as the regular expression (.*\.)?(KEY)$.
-    rank_pattern: Annotated[
-        Mapping[str, Rank],
-        BeforeValidator(named_values),
-        Field(default_factory=dict),
-        _adapter(
-            "Another rank for some modules: q_proj=4,v_proj=8; a name may be a regular expression.",
-            metavar="NAME=R,...",
-        ),
-    ] = dataclasses.field(default_factory=dict)
-    alpha_pattern: Annotated[
-        Mapping[str, Positive],
-        BeforeValidator(named_values),
-        Field(default_factory=dict),
-        _adapter("Another --lora-alpha for some modules, written like --rank-pattern.", metavar="NAME=X,..."),
-    ] = dataclasses.field(default_factory=dict)
-    # As in loralib's MergedLinear: {"c_attn": [True, False, True]} adapts q and v of GPT-2 and freezes k. Keys match
-    # like target_modules.
-    enable_lora: Annotated[
-        Mapping[str, Sequence[bool]],
-        BeforeValidator(named_parts),
-        Field(default_factory=dict),
-        _adapter(
-            "Adapt only some equal parts of a fused layer: c_attn=1:0:1 leaves out the second of three.",
-            metavar="NAME=1:0:1,...",
-        ),
-    ] = dataclasses.field(default_factory=dict)
-
-
-ADAPTER = tuple(field.name for field in dataclasses.fields(AdapterOptions))
-
-
-class Init(NamedTuple):
-    """How A and B start."""
-
-    # default, random, pissa, loftq, eva or orthogonal.
-    kind: str
-    # Of pissa: subspace iterations of a randomised SVD; None is an exact one.
-    niter: int | None = None
-    # Of eva: how many times its rank a layer may get when ranks are redistributed; 1 leaves them.
-    rho: float = 1.0
-
-
-_INIT = re.compile(
-    r"(?P<kind>pissa|loftq|eva|orthogonal)"
-    r"((?<=pissa)_niter_(?P<niter>\d{1,3})|(?<=eva)_rho_(?P<rho>[1-9]\d{0,2}(\.\d{1,6})?))?"
-)
-
-
-def _init_of(value: object) -> Init | None:
-    """None for a value that PEFT and we do not know."""
-    if isinstance(value, bool):
-        return Init("default" if value else "random")
-    found = _INIT.fullmatch(value) if isinstance(value, str) else None
-    if found is None:
-        return None
-    niter, rho = found["niter"], found["rho"]
-    return Init(found["kind"], None if niter is None else int(niter), 1.0 if rho is None else float(rho))
+def _peft_init(value: str) -> bool | str:
+    return True if value == "default" else value.replace("pissa:", "pissa_niter_").replace("eva:", "eva_rho_")
 
 
 def _checked_init(value: str) -> str:
     """``pissa:4`` and ``eva:2`` hold a number after a colon; PEFT's names are taken too."""
-    if value != "default" and _init_of(_peft_init(value)) is None:
-        raise ValueError("give default, pissa, pissa:N, loftq, eva, eva:RHO (1 or more) or orthogonal")
+    try:
+        init_of(_peft_init(value))
+    except ValueError:
+        raise ValueError("give default, pissa, pissa:N, loftq, eva, eva:RHO (1 or more) or orthogonal") from None
     return value
-
-
-def _peft_init(value: str) -> bool | str:
-    if value == "default":
-        return True
-    return value.replace("pissa:", "pissa_niter_").replace("eva:", "eva_rho_")
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig(AdapterOptions):
-    """LoRA (Hu et al. 2021) or, with ``use_dora``, DoRA (Liu et al. 2024). Names and meanings of the fields are PEFT's.
-
-    Weights are (out, in), A is (r, in), B is (out, r) and s is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with
-    ``use_rslora``. LoRA computes ``W x + s B A x``, and DoRA ``m / ||W + s B A|| * (W + s B A) x`` with a norm per row.
-
-    Raises:
-        ConfigError: RW101, with every wrong field in one message.
-    """
-
-    # Train a magnitude per output row besides A and B.
-    use_dora: bool = False
-    # Name of the module list that layers_to_transform counts in, where it is not the first in the path.
-    layers_pattern: str | Sequence[str] | None = None
-    # True: A Kaiming-uniform, B zero, so that training starts at the base model. False: B random too (for tests).
-    # "pissa", "pissa_niter_N", "loftq", "eva" and "orthogonal" as in PEFT; "eva_rho_X" is PEFT's eva_config(rho=X), and
-    # "eva" alone keeps the ranks (rho=1). ``adapters.inits`` defines them.
-    init_lora_weights: bool | str = True
-    # Token ids whose rows of the embedding train, and no others: new tokens. A mapping names embeddings and heads by
-    # their module; a list is the input embedding's. A head of the same weight follows.
-    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
-
-    def __post_init__(self) -> None:
-        wrong = list(_type_problems(self))
-        if wrong:
-            raise ConfigError("RW101", "; ".join(wrong) + ".")
-        if isinstance(self.modules_to_save, str):
-            object.__setattr__(self, "modules_to_save", (self.modules_to_save,))
-        if self.target_parameters is not None and not isinstance(self.target_parameters, str):
-            object.__setattr__(self, "target_parameters", tuple(self.target_parameters) or None)
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value))
-        if self.enable_lora:
-            fused = {k: tuple(v) if isinstance(v, Sequence) else v for k, v in self.enable_lora.items()}
-            object.__setattr__(self, "enable_lora", fused)
-        problems = list(_lora_problems(self))
-        if problems:
-            raise ConfigError("RW101", "; ".join(problems) + ".")
-
-    @property
-    def init(self) -> Init:
-        """``init_lora_weights``, taken apart."""
-        return _init_of(self.init_lora_weights) or Init("default")
-
-    @property
-    def token_rows(self) -> dict[str | None, list[int]]:
-        """{module: token ids} of ``trainable_token_indices``; None stands for the input embedding."""
-        given = self.trainable_token_indices or ()
-        return {
-            name: list(ids) for name, ids in (given if isinstance(given, Mapping) else {None: given}).items() if ids
-        }
-
-    def scaling(self, r: int, lora_alpha: float) -> float:
-        """``s = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with rsLoRA."""
-        return float(lora_alpha / r**0.5 if self.use_rslora else lora_alpha / r)
-
-    def trains_whole(self, path: str) -> bool:
-        """Whether ``modules_to_save`` names the module at ``path`` or one that contains it."""
-        parts = f".{path}."
-        return any(f".{key}." in parts for key in self.modules_to_save or ())
-
-
-def _type_problems(config: LoraConfig) -> Iterator[str]:
-    """What a file may hold instead of names, mappings and switches."""
-    for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_pattern"):
-        value = getattr(config, name)
-        is_list = isinstance(value, Iterable) and not isinstance(value, Mapping)
-        if value is not None and not (is_list and all(isinstance(item, str) for item in value)):
-            yield f"{name} is {value!r} and must be a name or a list of names"
-    for name in ("rank_pattern", "alpha_pattern", "enable_lora"):
-        value = getattr(config, name)
-        if not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
-            yield f"{name} is {value!r} and must be a mapping from module names"
-    rows = config.trainable_token_indices
-    lists = list(rows.values()) if isinstance(rows, Mapping) else [] if rows is None else [rows]
-    ids = [index for one in lists if isinstance(one, Sequence) for index in one]
-    is_lists = all(isinstance(one, Sequence) and not isinstance(one, str) for one in lists)
-    if not is_lists or not all(type(index) is int and index >= 0 for index in ids):
-        yield f"trainable_token_indices is {rows!r} and must be a list of token ids, or lists by module"
-    elif any(len(set(one)) < len(one) for one in lists):
-        yield f"trainable_token_indices is {rows!r} and names a token twice"
-    for name in ("use_dora", "use_rslora"):
-        if not isinstance(getattr(config, name), bool):
-            yield f"{name} is {getattr(config, name)!r} and must be true or false"
-
-
-def _lora_problems(config: LoraConfig) -> Sequence[str]:
-    problems = list(_pattern_problems(config))
-    if problems:
-        return problems
-    ranks = {"r": config.r, **{f"rank_pattern[{key!r}]": value for key, value in config.rank_pattern.items()}}
-    alphas = {
-        "lora_alpha": config.lora_alpha,
-        **{f"alpha_pattern[{key!r}]": value for key, value in config.alpha_pattern.items()},
-    }
-    for name, rank in ranks.items():
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            problems.append(f"{name} is {rank!r} and must be a whole number of 1 or more")
-    for name, alpha in alphas.items():
-        if not _is_number(alpha) or not 0 < alpha < math.inf:
-            problems.append(f"{name} is {alpha!r} and must be a number above 0")
-    if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
-        problems.append(f"lora_dropout is {config.lora_dropout!r} and must lie in [0, 1)")
-    if config.bias not in get_args(Bias):
-        problems.append(f"bias is {config.bias!r} and must be one of {', '.join(get_args(Bias))}")
-    if config.adapter_dtype not in get_args(AdapterDtype):
-        problems.append(f"adapter_dtype is {config.adapter_dtype!r} and must be float32 or base")
-    return [*problems, *_init_problems(config, ranks), *_target_problems(config)]
-
-
-def _init_problems(config: LoraConfig, ranks: Mapping[str, int]) -> Iterator[str]:
-    init, given = _init_of(config.init_lora_weights), f"init_lora_weights is {config.init_lora_weights!r}"
-    if init is None:
-        yield f"{given} and must be true, false, pissa, pissa_niter_N, loftq, eva, eva_rho_X or orthogonal"
-    elif init.kind not in ("default", "random"):
-        idle = {"enable_lora": "a part of a fused layer", "target_parameters": "stacked experts"}
-        yield from (
-            f"{given} with {name}, and {place} can only start by default"
-            for name, place in idle.items()
-            if getattr(config, name)
-        )
-        if init.kind == "orthogonal":
-            odd = [f"{name} = {rank}" for name, rank in ranks.items() if rank % 2]
-            yield from (f"{given}, which halves the rank, and {item} is odd" for item in odd)
-
-
-def _target_problems(config: LoraConfig) -> Iterator[str]:
-    if config.target_modules is not None and len(config.target_modules) == 0 and not config.target_parameters:
-        yield 'target_modules is empty; give a list of names, a regular expression, or "all-linear"'
-    yield from _parameter_problems(config)
-    layers = config.layers_to_transform
-    indices = [layers] if isinstance(layers, int) else layers
-    is_list = isinstance(indices, Iterable) and not isinstance(indices, str)
-    if indices is not None and not (is_list and all(type(index) is int and index >= 0 for index in indices)):
-        yield f"layers_to_transform is {layers!r} and must be a layer's index or a list of them"
-    elif layers is not None and isinstance(config.target_modules, str):
-        yield (
-            "layers_to_transform goes with a list of target_modules, and target_modules is "
-            f"{config.target_modules!r}; give the module names as a list"
-        )
-    if config.layers_pattern and layers is None:
-        yield f"layers_pattern is {config.layers_pattern!r} and says where layers_to_transform counts; give both"
-    for key, parts in config.enable_lora.items():
-        if not isinstance(parts, Sequence) or not any(parts):
-            yield f"enable_lora[{key!r}] is {parts!r} and must be a list that enables at least one part"
-
-
-def _parameter_problems(config: LoraConfig) -> Iterator[str]:
-    """As in PEFT, stacked experts take LoRA alone."""
-    if config.target_parameters is None:
-        return
-    if isinstance(config.target_parameters, str):
-        yield f"target_parameters is {config.target_parameters!r} and must be a list of names of parameters"
-    if config.use_dora:
-        yield "use_dora is set with target_parameters, and stacked experts take LoRA alone; leave one of the two out"
-    if config.lora_dropout:
-        yield (
-            f"lora_dropout is {config.lora_dropout!r} with target_parameters, and stacked experts take no dropout; set "
-            "it to 0 or leave target_parameters out"
-        )
-
-
-def _pattern_problems(config: LoraConfig) -> Iterator[str]:
-    """Regular expressions that do not compile."""
-    patterns = {name: getattr(config, name) for name in ("target_modules", "exclude_modules")}
-    named = [(f"{name} is {value!r}", value) for name, value in patterns.items() if isinstance(value, str)]
-    layers = config.layers_pattern or ()
-    # As they are matched: flags that stand inside fail there alone.
-    each = [layers] if isinstance(layers, str) else layers
-    named += [(f"layers_pattern has {value!r}", f"({value})") for value in each]
-    for name in ("rank_pattern", "alpha_pattern"):
-        named += [(f"{name}[{key!r}] is set", f"({key})") for key in getattr(config, name)]
-    for described, pattern in named:
-        try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            yield f"{described}, which is not a regular expression ({error})"
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,20 +9,21 @@ import io
 import json
 import stat
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import pydantic
+from pydantic_core import ErrorDetails
 
 from rankwise.errors import RankwiseError
 
 LARGEST_BYTES = 50_000_000
 DEEPEST = 64
-LONGEST_NUMBER = 40
 # Digits of a whole number: tokenizers write a maximum length of 10^30, and longer ones fit in no float.
-UNPACKED_BYTES, UNPACKED_TIMES = 200_000_000, 50
+LONGEST_NUMBER = 40
 # What gzip may unpack to: so much, and so many times what it takes on disk. Text shrinks to a fifth, zeros 1,000 times.
+UNPACKED_BYTES, UNPACKED_TIMES = 200_000_000, 50
 
 # What JSON holds between braces, to fill and to read.
 JsonObject = dict[str, Any]
@@ -127,9 +128,42 @@ def checked(kind: type[T], content: Any) -> T:
         model.model_validate(content, strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {fault(first)}") from None
     return kind(**{name: content[name] for name in model.model_fields if name in content})
+
+
+def wrong_fields(given: Any) -> list[str]:
+    """``r is 0: input should be greater than or equal to 1`` for each field of a dataclass that is not what its type
+    and the bounds beside it say."""
+    values = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+    try:
+        _strict_model(type(given)).model_validate(values, strict=True, context="values")
+    except pydantic.ValidationError as error:
+        return [f"{_place(item['loc'], values)} is {item['input']!r}: {fault(item)}" for item in deepest_faults(error)]
+    return []
+
+
+def deepest_faults(error: pydantic.ValidationError) -> list[ErrorDetails]:
+    """Of a value that may be of several types, the fault that lies deepest tells most."""
+    problems, depths = error.errors(), dict[object, int]()
+    for item in problems:
+        depths[item["loc"][0]] = max(depths.get(item["loc"][0], 0), len(item["loc"]))
+    return [item for item in problems if len(item["loc"]) == depths[item["loc"][0]]]
+
+
+def fault(item: ErrorDetails) -> str:
+    """What pydantic found, as the end of a sentence."""
+    reason = item["msg"].removeprefix("Value error, ")
+    return f"{reason[0].lower()}{reason[1:]}"
+
+
+def _place(location: Sequence[int | str], values: Mapping[str, Any]) -> str:
+    """``rank_pattern['q_proj']``; the members of a union, which pydantic names on the way, are left out."""
+    name, value = str(location[0]), values[str(location[0])]
+    for part in location[1:]:
+        if isinstance(part, int) or (isinstance(value, Mapping) and part in value):
+            name, value = f"{name}[{part!r}]", value[part]
+    return name
 
 
 @functools.cache

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import regex
 
-from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError, warn
+from rankwise.lora_config import LoraConfig
 from rankwise.options import ALL_LINEAR
 
 Value = TypeVar("Value")

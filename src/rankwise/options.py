@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 ALL_LINEAR = "all-linear"
 
@@ -122,6 +122,18 @@ def _part(value: Any) -> str:
     return short if not isinstance(value, float) or float(short) == value else repr(value)
 
 
+def from_text(parse: Callable[[Any], Any]) -> BeforeValidator:
+    """Let ``parse`` read text where the command line or YAML gives it.
+
+    A dataclass that inherits the field is checked with a context (``foreign.wrong_fields``): its text is no list.
+    """
+
+    def read(value: Any, info: ValidationInfo) -> Any:
+        return parse(value) if info.context is None else value
+
+    return BeforeValidator(read)
+
+
 def comma_list(value: Any) -> Any:
     """Text becomes a list, split at commas; anything else is left to the check of its type."""
     if isinstance(value, str):
@@ -172,6 +184,6 @@ def _no_tiny_temperature(value: float) -> float:
 Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(_no_tiny_temperature)]
 # Of draws that must differ.
 WarmTemperature = Annotated[float, Field(ge=SMALLEST_TEMPERATURE, le=1000)]
-Names = Annotated[Sequence[str], BeforeValidator(comma_list)]
+Names = Annotated[Sequence[str], from_text(comma_list)]
 # Names, or a regular expression.
-Modules = Annotated[str | Sequence[str], BeforeValidator(module_list)]
+Modules = Annotated[str | Sequence[str], from_text(module_list)]

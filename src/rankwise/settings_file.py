@@ -17,6 +17,7 @@ import yaml
 from pydantic_core import ErrorDetails
 
 from rankwise.errors import ConfigError
+from rankwise.foreign import deepest_faults, fault
 from rankwise.known_names import OPTIONS, close_names
 from rankwise.options import Settings, flag
 
@@ -77,13 +78,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _one_sentence(error: pydantic.ValidationError, kind: type[Settings]) -> str:
-    problems = error.errors()
-    depths: dict[object, int] = {}
-    for item in problems:
-        depths[item["loc"][0]] = max(depths.get(item["loc"][0], 0), len(item["loc"]))
-    # Of a value that may be of several types, the fault that lies deepest tells most.
-    said = [_problem(item, kind) for item in problems if len(item["loc"]) == depths[item["loc"][0]]]
-    return "; ".join(dict.fromkeys(said)) + "."
+    return "; ".join(dict.fromkeys(_problem(item, kind) for item in deepest_faults(error))) + "."
 
 
 def _problem(item: ErrorDetails, kind: type[Settings]) -> str:
@@ -99,8 +94,7 @@ def _problem(item: ErrorDetails, kind: type[Settings]) -> str:
         return f"{name} is missing"
     if item["type"] == "literal_error" and is_argument:
         return f"{name} is {item['input']!r}; give {item['ctx']['expected'].replace(chr(39), '')}"
-    reason = item["msg"].removeprefix("Value error, ")
-    return f"{name} is {item['input']!r}: {reason[0].lower()}{reason[1:]}"
+    return f"{name} is {item['input']!r}: {fault(item)}"
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from rankwise.cli.main import VERBS
 from rankwise.cli.options import options_of, panels_of
-from rankwise.config import ADAPTER, AdapterOptions, LoraConfig
+from rankwise.lora_config import ADAPTER, AdapterOptions, LoraConfig
 from rankwise.options import Panel
 from rankwise.planning.workload import Workload
 from rankwise.training import finish, setup

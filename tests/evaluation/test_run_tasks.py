@@ -12,7 +12,6 @@ from small_engines import byte_engine, byte_model, nobody, save_byte_model, writ
 
 from rankwise.acceleration.generation import Decoding
 from rankwise.adapters import add_adapter, save_adapter
-from rankwise.config import LoraConfig
 from rankwise.disk import hold
 from rankwise.errors import ConfigError, DataError, Interrupted, RankwiseWarning, RunError
 from rankwise.evaluation.loading import template_of
@@ -20,6 +19,7 @@ from rankwise.evaluation.record import Example, load_result, read_examples
 from rankwise.evaluation.run import Observer, SilentObserver, evaluate, evaluate_all, variants_of
 from rankwise.evaluation.settings import EvaluateSettings
 from rankwise.evaluation.tasks.answers import Question, with_room, write_answers
+from rankwise.lora_config import LoraConfig
 from rankwise.records import RunRecord
 
 E2E = "mr,ref\n" + "".join(

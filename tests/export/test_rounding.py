@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rankwise.adapters import add_adapter, merge_adapter
-from rankwise.config import LoraConfig
 from rankwise.export.rounding import is_more_than_rounding, rounding_cost
+from rankwise.lora_config import LoraConfig
 from tiny_models import tiny_llama
 
 IDS = [torch.arange(3, 23)[None], torch.arange(5, 40)[None]]

@@ -49,10 +49,11 @@ from damage import (
 from data.tiny_tokenizers import CHATML, CLOSED, MARKED, UNSTABLE, byte_tokenizer
 from rankwise.adapters import add_adapter, save_adapter
 from rankwise.adapters.checkpoint import read_adapter
-from rankwise.config import LoraConfig, TrainSettings
+from rankwise.config import TrainSettings
 from rankwise.data import encode_rows, read_rows, rows_from_records
 from rankwise.errors import RankwiseError
 from rankwise.foreign import checked, read_json
+from rankwise.lora_config import LoraConfig
 from rankwise.models.folder import read_config
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.ops.four_bit import quantize_weight

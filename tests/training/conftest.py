@@ -13,7 +13,8 @@ from training_rows import WORDS, encoded_rows, write_rows
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rankwise.adapters import add_adapter
-from rankwise.config import LoraConfig, TrainSettings
+from rankwise.config import TrainSettings
+from rankwise.lora_config import LoraConfig
 from rankwise.training.arguments import Surroundings, sft_arguments
 from rankwise.training.trainer import RankwiseTrainer
 from tiny_models import tiny_llama

@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerFast
 import rankwise as rw
 from rankwise.acceleration import optimize_for_training
 from rankwise.adapters import adapter_parameters, add_adapter
-from rankwise.config import LoraConfig
 from rankwise.data.encoding import RowEncoder
 from rankwise.errors import Interrupted, RankwiseError
+from rankwise.lora_config import LoraConfig
 from rankwise.records import load_record, read_metrics
 from rankwise.training.log_probs import scored, without_padding_in_front
 from rankwise.training.objectives.grpo_trainer import GrpoArguments, GrpoTrainer

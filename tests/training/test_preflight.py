@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 
 from rankwise.adapters import adapter_parameters, add_adapter, save_adapter
-from rankwise.config import LoraConfig
 from rankwise.errors import RankwiseWarning, RunError
+from rankwise.lora_config import LoraConfig
 from rankwise.training.preflight import GradientCheck, check_disk, check_labels, check_reload, check_trainable
 from tiny_models import tiny_llama
 

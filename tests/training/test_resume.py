@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from rankwise.adapters import adapter_parameters, has_adapter
-from rankwise.config import LoraConfig
+from rankwise.lora_config import LoraConfig
 from rankwise.training.checkpoints import list_checkpoints
 
 CASES: dict[str, dict[str, Any]] = {

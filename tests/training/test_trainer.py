@@ -13,8 +13,8 @@ from training_rows import encoded_rows
 
 from rankwise.acceleration import optimize_for_training, restore
 from rankwise.adapters import add_adapter
-from rankwise.config import LoraConfig
 from rankwise.errors import RankwiseWarning, RunError
+from rankwise.lora_config import LoraConfig
 from rankwise.training.loss import fused_head_is_right, keeps_positions, loss_from_logits
 from rankwise.training.state import random_states
 from rankwise.training.trainer import RankwiseTrainer

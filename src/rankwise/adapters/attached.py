@@ -19,7 +19,7 @@ from rankwise.adapters.state import (
 from rankwise.adapters.targets import place_of
 from rankwise.adapters.token_rows import TokenRows
 from rankwise.compat.torch import own_parameters
-from rankwise.config import LoraConfig
+from rankwise.lora_config import LoraConfig
 from rankwise.matching import LeftOut, enabled_parts, pattern_value
 from rankwise.quantization.linear import count_weights, features
 

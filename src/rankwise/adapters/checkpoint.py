@@ -64,9 +64,9 @@ from rankwise.adapters.state import (
 from rankwise.adapters.token_rows import KEY as TOKENS
 from rankwise.adapters.token_rows import TokenRows
 from rankwise.compat.torch import own_parameters
-from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError, ConfigError, warn
 from rankwise.foreign import parse_json
+from rankwise.lora_config import LoraConfig
 from rankwise.quantization.listing import some_of
 from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
 

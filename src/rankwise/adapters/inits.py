@@ -25,8 +25,8 @@ from rankwise.adapters.attached import AdaptedModule
 from rankwise.adapters.base_layer import dense_weight, is_quantized, weight_device
 from rankwise.adapters.eva import Batch, input_directions
 from rankwise.adapters.state import base_modules
-from rankwise.config import Init, LoraConfig
 from rankwise.errors import AdapterError
+from rankwise.lora_config import Init, LoraConfig
 from rankwise.quantization.linear import Linear4bit
 
 # A and B in float32.

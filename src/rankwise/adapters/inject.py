@@ -49,8 +49,8 @@ from rankwise.adapters.state import (
 from rankwise.adapters.targets import module_names, places_of
 from rankwise.adapters.token_rows import TokenRows
 from rankwise.compat.torch import gathered, own_parameters
-from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError
+from rankwise.lora_config import LoraConfig
 from rankwise.matching import check_enable_lora, check_targets, target_names, warn_of_experts, warn_of_idle
 
 Kind = TypeVar("Kind", AdaptedLayer, AdaptedExperts, TrainedCopy)

@@ -9,8 +9,8 @@ from torch import nn
 from rankwise.adapters.base_layer import is_adaptable
 from rankwise.adapters.targets import Modules
 from rankwise.compat.torch import own_parameters
-from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError
+from rankwise.lora_config import LoraConfig
 from rankwise.matching import LeftOut, Names, left_out, matches
 from rankwise.quantization.experts import first_leaf, foreign, stack_at
 from rankwise.quantization.linear import weight_count

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError, ConfigError
 from rankwise.foreign import read_object
+from rankwise.lora_config import LoraConfig
 
 CONFIG_FILE = "adapter_config.json"
 LARGEST_BYTES = 4 << 20

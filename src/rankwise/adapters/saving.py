@@ -37,8 +37,8 @@ from rankwise.adapters.state import AdapterState, base_modules, base_parameter, 
 from rankwise.adapters.token_rows import KEY as TOKENS
 from rankwise.adapters.token_rows import TokenRows
 from rankwise.compat.transformers import is_experts_family
-from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError, warn
+from rankwise.lora_config import LoraConfig
 from rankwise.matching import matches, suffixes
 from rankwise.quantization.linear import is_conv1d
 from rankwise.records import write_bytes, write_json

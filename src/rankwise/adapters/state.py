@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from rankwise.adapters.experts import AdaptedExperts
 from rankwise.adapters.layer import AdaptedLayer, TrainedCopy
-from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError
+from rankwise.lora_config import LoraConfig
 
 Wrapper = AdaptedLayer | AdaptedExperts | TrainedCopy
 

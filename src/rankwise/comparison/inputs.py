@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.comparison.settings import CompareSettings
-from rankwise.config import BASELINES, LoraConfig
+from rankwise.config import BASELINES
 from rankwise.data import Row, Rows, read_rows, warn_of_overlap
 from rankwise.data.preference_formats import PREFERENCE_FORMATS
 from rankwise.data.preferences import sides_of
 from rankwise.errors import ConfigError, DataError, ModelError
+from rankwise.lora_config import LoraConfig
 from rankwise.models.source import fetch_model
 from rankwise.planning.facts import read_facts
 from rankwise.records import write_text

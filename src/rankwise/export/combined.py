@@ -25,10 +25,10 @@ from rankwise.adapters.attached import AdapterReport
 from rankwise.adapters.checkpoint import BELONGS_ON_FOUR_BITS, AdapterFile
 from rankwise.adapters.inject import check_name
 from rankwise.adapters.state import base_modules
-from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError, ConfigError
 from rankwise.export.pairs import Pair, scaled_pairs, to_one_rank
 from rankwise.export.portable import attach_pairs, live_adapter, write_portable
+from rankwise.lora_config import LoraConfig
 from rankwise.quantization.listing import some_of
 
 Way = Literal["linear", "cat", "svd", "ties", "dare_ties"]

@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from math import prod
 
-from rankwise.config import LoraConfig
 from rankwise.errors import AdapterError
+from rankwise.lora_config import LoraConfig
 from rankwise.matching import (
     Names,
     Place,
@@ -134,8 +134,8 @@ def _stacks(shape: Shape, config: LoraConfig) -> Iterator[AdaptedStack]:
         yield AdaptedStack(module, leaf, *module.stacks[STACKS.index(leaf)], r)
 
 
+# Names of a module's stacks.
 STACKS = ("gate_up_proj", "down_proj")
-"""Names of a module's stacks."""
 
 
 def _names(shape: Shape) -> Names:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from rankwise.chunks import WRITTEN_ROWS
-from rankwise.config import GENERATIONS, QuantType, StepOptions
+from rankwise.config import GENERATIONS, StepOptions
 from rankwise.constants import BLOCK_SIZES
 from rankwise.errors import ConfigError
+from rankwise.foreign import wrong_fields
+from rankwise.options import Batch, Whole
 
 Strategy = Literal["single", "ddp", "fsdp"]
 DeviceType = Literal["cpu", "cuda"]
@@ -25,27 +30,27 @@ class Workload(StepOptions):
     # Of the base and of the computation; full fine-tuning keeps float32 weights beside it.
     dtype: Dtype = "bfloat16"
     device_type: DeviceType = "cuda"
-    devices: int = 1
+    devices: Batch = 1
     # single: one device; ddp: a whole copy on each; fsdp: FSDP2, parameters sharded over the devices.
     strategy: Strategy = "single"
     # Of a card: whether Triton is there, on which our gated MLPs run; torch for Linux brings it.
     triton: bool = True
     # Share of the tokens that have labels: logits are kept for these alone. 1.0 is the worst case.
-    trained_share: float = 1.0
+    trained_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     # Sequences of a row: the two answers of a pair.
-    sides: int = 1
+    sides: Batch = 1
     # A batch that saves nothing for a backward pass, as of an evaluation. The closed form alone counts it.
     evaluation: bool = False
     # Answers that are written together before the step, to ``max_length`` tokens with their prompts, and the prompts
     # that they answer; 0: none are.
-    written: int = 0
-    prompts: int = 0
+    written: Whole = 0
+    prompts: Whole = 0
 
     def __post_init__(self) -> None:
-        problems = [*_number_problems(self), *_choice_problems(self)]
+        self.lora_config(use_dora=False)
+        problems = [*wrong_fields(self), *_problems(self)]
         if problems:
             raise ConfigError("RW130", "; ".join(problems) + ".")
-        self.lora_config(use_dora=False)
 
     @property
     def sequences(self) -> int:
@@ -85,31 +90,14 @@ def written_of(objective: str, answers: int, generations: int | None, device_typ
     return {"written": written, "prompts": -(-written // (generations or GENERATIONS))}
 
 
-def _number_problems(workload: Workload) -> list[str]:
-    problems = []
-    for name, least in (("batch_size", 1), ("max_length", 2), ("devices", 1)):
-        value = getattr(workload, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            problems.append(f"{name} is {value!r} and must be a whole number of {least} or more")
+def _problems(workload: Workload) -> Iterator[str]:
+    """What the type of one field does not say."""
     if workload.block_size not in BLOCK_SIZES:
-        problems.append(f"block_size is {workload.block_size!r} and must be one of {', '.join(map(str, BLOCK_SIZES))}")
-    if not isinstance(workload.trained_share, int | float) or not 0 < workload.trained_share <= 1:
-        problems.append(f"trained_share is {workload.trained_share!r} and must lie above 0 and not above 1")
-    return problems
-
-
-def _choice_problems(workload: Workload) -> list[str]:
-    choices = {"strategy": Strategy, "device_type": DeviceType, "dtype": Dtype, "quant_type": QuantType}
-    problems = [
-        f"{name} is {getattr(workload, name)!r} and must be one of {', '.join(get_args(kind))}"
-        for name, kind in choices.items()
-        if getattr(workload, name) not in get_args(kind)
-    ]
+        yield f"block_size is {workload.block_size!r} and must be one of {', '.join(map(str, BLOCK_SIZES))}"
     if workload.strategy == "single" and workload.devices != 1:
-        problems.append(f"devices is {workload.devices!r} and the strategy is single; choose ddp or fsdp")
+        yield f"devices is {workload.devices!r} and the strategy is single; choose ddp or fsdp"
     if workload.activation_offloading and workload.device_type == "cpu":
-        problems.append(
+        yield (
             "activation_offloading moves activations out of an accelerator's own memory, which neither a processor nor "
             "an Apple GPU has; take gradient_checkpointing"
         )
-    return problems

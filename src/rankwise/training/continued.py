@@ -6,8 +6,9 @@ from typing import Any
 
 from rankwise.adapters.checkpoint import load_adapter, read_folder
 from rankwise.adapters.reference import keep_reference
-from rankwise.config import ADAPTER, DORA, TrainSettings
+from rankwise.config import DORA, TrainSettings
 from rankwise.errors import ConfigError
+from rankwise.lora_config import ADAPTER
 from rankwise.options import flag
 from rankwise.records import RUN_FILE, load_record
 

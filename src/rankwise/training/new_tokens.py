@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.config import LoraConfig
 from rankwise.errors import ConfigError
+from rankwise.lora_config import LoraConfig
 
 
 def new_tokens(given: str) -> list[str]:

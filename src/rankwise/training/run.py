@@ -26,10 +26,11 @@ from rankwise.acceleration import (
 )
 from rankwise.adapters import has_adapter
 from rankwise.compat.torch import is_unit
-from rankwise.config import BASELINES, DORA, LoraConfig, TrainSettings, idle_options
+from rankwise.config import BASELINES, DORA, TrainSettings, idle_options
 from rankwise.disk import hold
 from rankwise.errors import RankwiseWarning, heard, warn
 from rankwise.foreign import checked, read_json
+from rankwise.lora_config import LoraConfig
 from rankwise.models import choose_device, model_facts
 from rankwise.options import flag
 from rankwise.quantization.linear import count_weights

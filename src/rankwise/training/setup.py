@@ -21,12 +21,13 @@ from rankwise.adapters.checkpoint import read_folder
 from rankwise.adapters.eva import MOST_BATCHES
 from rankwise.adapters.inject import attach
 from rankwise.compat.transformers import before_weights
-from rankwise.config import BASELINES, FOUR_BITS, LoraConfig, TrainSettings
+from rankwise.config import BASELINES, FOUR_BITS, TrainSettings
 from rankwise.constants import IGNORED
 from rankwise.data import Encoded, Rows, chat_text, encode_rows, read_rows, read_template, warn_of_overlap
 from rankwise.data.encoded_cache import encode_rows_once
 from rankwise.data.formats import Format
 from rankwise.errors import ConfigError, RunError, warn
+from rankwise.lora_config import LoraConfig
 from rankwise.models import ModelSource, choose_device, fetch_model
 from rankwise.models.describe import weights_files
 from rankwise.models.positions import answer_room, table_rows

@@ -1,0 +1,265 @@
+"""The settings of an adapter: ``AdapterOptions`` of the verbs, and ``LoraConfig``, which uses PEFT's names.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import AfterValidator, Field
+
+from rankwise.errors import ConfigError
+from rankwise.foreign import wrong_fields
+from rankwise.options import (
+    ALL_LINEAR,
+    Modules,
+    Names,
+    Panel,
+    Positive,
+    Rank,
+    Share,
+    Whole,
+    comma_list,
+    from_text,
+    named_parts,
+    named_values,
+    option,
+)
+
+Bias = Literal["none", "all", "lora_only"]
+AdapterDtype = Literal["float32", "base"]
+
+_adapter = functools.partial(option, Panel.ADAPTER)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterOptions:
+    """The options of an adapter: each is one of ``train``, ``compare`` and ``plan`` too."""
+
+    # A is (r, in), B is (out, r).
+    r: Annotated[Rank, _adapter("Rank of the adapter; width of a bottleneck, length of a prefix.")] = 16
+    # s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
+    lora_alpha: Annotated[Positive, _adapter("Scale of the adapter: the update is multiplied by alpha / r.")] = 32
+    # On the input of that path; the frozen product never sees it.
+    lora_dropout: Annotated[Share, _adapter("Dropout on the low-rank path.")] = 0.0
+    # A list matches a module's whole name or its end after a dot; a string is a full-match regular expression;
+    # "all-linear" is every linear layer but the output head.
+    target_modules: Annotated[
+        Modules | None, _adapter('Module names, comma-separated; or a regular expression; or "all-linear".')
+    ] = ALL_LINEAR
+    # They match like a list of target_modules, and adapt besides those; target_modules=[] adapts experts alone. As in
+    # PEFT exclude_modules, layers_to_transform and layers_pattern leave them alone: a whole name chooses a layer.
+    target_parameters: Annotated[
+        Names | None,
+        _adapter(
+            "Stacked experts to adapt too, by parameter: mlp.experts.gate_up_proj,mlp.experts.down_proj; "
+            'with --target-modules "" they alone.'
+        ),
+    ] = None
+    # They match like target_modules.
+    exclude_modules: Annotated[Modules | None, _adapter("Module names to leave alone.")] = None
+    # They are saved with the adapter (a new output head, for example). A tied head is untied.
+    modules_to_save: Annotated[Names | None, _adapter("Modules to train whole, comma-separated.")] = None
+    # Kalajdzievski 2023.
+    use_rslora: Annotated[bool, _adapter("Scale by alpha / sqrt(r).")] = False
+    # float32 keeps A, B and m in full precision and rounds them to the layer's dtype in the product; base takes half
+    # the adapter's memory, and loses small updates to rounding.
+    adapter_dtype: Annotated[AdapterDtype, _adapter("float32, or base for the base model's dtype.")] = "float32"
+    bias: Annotated[Bias, _adapter("Biases of the base to train: none, all, or those of adapted layers.")] = "none"
+    # A whole name among the target_modules stands for itself.
+    layers_to_transform: Annotated[
+        Whole | Sequence[Whole] | None,
+        from_text(comma_list),
+        _adapter("Adapt only these layers, counted from 0; needs a list of --target-modules.", metavar="N,..."),
+    ] = None
+    # A key matches as the regular expression (.*\.)?(KEY)$.
+    rank_pattern: Annotated[
+        Mapping[str, Rank],
+        from_text(named_values),
+        Field(default_factory=dict),
+        _adapter(
+            "Another rank for some modules: q_proj=4,v_proj=8; a name may be a regular expression.",
+            metavar="NAME=R,...",
+        ),
+    ] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Annotated[
+        Mapping[str, Positive],
+        from_text(named_values),
+        Field(default_factory=dict),
+        _adapter("Another --lora-alpha for some modules, written like --rank-pattern.", metavar="NAME=X,..."),
+    ] = dataclasses.field(default_factory=dict)
+    # As in loralib's MergedLinear: {"c_attn": [True, False, True]} adapts q and v of GPT-2 and freezes k. Keys match
+    # like target_modules.
+    enable_lora: Annotated[
+        Mapping[str, Sequence[bool]],
+        from_text(named_parts),
+        Field(default_factory=dict),
+        _adapter(
+            "Adapt only some equal parts of a fused layer: c_attn=1:0:1 leaves out the second of three.",
+            metavar="NAME=1:0:1,...",
+        ),
+    ] = dataclasses.field(default_factory=dict)
+
+
+ADAPTER = tuple(field.name for field in dataclasses.fields(AdapterOptions))
+
+
+class Init(NamedTuple):
+    """How A and B start."""
+
+    # default, random, pissa, loftq, eva or orthogonal.
+    kind: str
+    # Of pissa: subspace iterations of a randomised SVD; None is an exact one.
+    niter: int | None = None
+    # Of eva: how many times its rank a layer may get when ranks are redistributed; 1 leaves them.
+    rho: float = 1.0
+
+
+_INIT = re.compile(
+    r"(?P<kind>pissa|loftq|eva|orthogonal)"
+    r"((?<=pissa)_niter_(?P<niter>\d{1,3})|(?<=eva)_rho_(?P<rho>[1-9]\d{0,2}(\.\d{1,6})?))?"
+)
+
+
+def init_of(value: bool | str) -> Init:
+    """``init_lora_weights``, taken apart. Raises ValueError for a value that PEFT and we do not know."""
+    if isinstance(value, bool):
+        return Init("default" if value else "random")
+    found = _INIT.fullmatch(value)
+    if found is None:
+        raise ValueError("give true, false, pissa, pissa_niter_N, loftq, eva, eva_rho_X (1 or more) or orthogonal")
+    niter, rho = found["niter"], found["rho"]
+    return Init(found["kind"], None if niter is None else int(niter), 1.0 if rho is None else float(rho))
+
+
+def _each_once(ids: Sequence[int]) -> Sequence[int]:
+    if len(set(ids)) < len(ids):
+        raise ValueError("it names a token twice")
+    return ids
+
+
+TokenIds = Annotated[Sequence[Whole], AfterValidator(_each_once)]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig(AdapterOptions):
+    """LoRA (Hu et al. 2021) or, with ``use_dora``, DoRA (Liu et al. 2024). Names and meanings of the fields are PEFT's.
+
+    Weights are (out, in), A is (r, in), B is (out, r) and s is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with
+    ``use_rslora``. LoRA computes ``W x + s B A x``, and DoRA ``m / ||W + s B A|| * (W + s B A) x`` with a norm per row.
+
+    Raises:
+        ConfigError: RW101, with every wrong field in one message.
+    """
+
+    # Train a magnitude per output row besides A and B.
+    use_dora: bool = False
+    # Name of the module list that layers_to_transform counts in, where it is not the first in the path.
+    layers_pattern: str | Sequence[str] | None = None
+    # True: A Kaiming-uniform, B zero, so that training starts at the base model. False: B random too (for tests).
+    # "pissa", "pissa_niter_N", "loftq", "eva" and "orthogonal" as in PEFT; "eva_rho_X" is PEFT's eva_config(rho=X), and
+    # "eva" alone keeps the ranks (rho=1). ``adapters.inits`` defines them.
+    init_lora_weights: Annotated[bool | str, AfterValidator(init_of)] = True
+    # Token ids whose rows of the embedding train, and no others: new tokens. A mapping names embeddings and heads by
+    # their module; a list is the input embedding's. A head of the same weight follows.
+    trainable_token_indices: TokenIds | Mapping[str, TokenIds] | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _with_tuples(getattr(self, field.name)))
+        if isinstance(self.modules_to_save, str):
+            object.__setattr__(self, "modules_to_save", (self.modules_to_save,))
+        object.__setattr__(self, "target_parameters", self.target_parameters or None)
+        problems = wrong_fields(self) or [*_pattern_problems(self)] or [*_init_problems(self), *_target_problems(self)]
+        if problems:
+            raise ConfigError("RW101", "; ".join(problems) + ".")
+
+    @property
+    def init(self) -> Init:
+        """``init_lora_weights``, taken apart."""
+        return init_of(self.init_lora_weights)
+
+    @property
+    def token_rows(self) -> dict[str | None, list[int]]:
+        """{module: token ids} of ``trainable_token_indices``; None stands for the input embedding."""
+        given = self.trainable_token_indices or ()
+        return {
+            name: list(ids) for name, ids in (given if isinstance(given, Mapping) else {None: given}).items() if ids
+        }
+
+    def scaling(self, r: int, lora_alpha: float) -> float:
+        """``s = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with rsLoRA."""
+        return float(lora_alpha / r**0.5 if self.use_rslora else lora_alpha / r)
+
+    def trains_whole(self, path: str) -> bool:
+        """Whether ``modules_to_save`` names the module at ``path`` or one that contains it."""
+        parts = f".{path}."
+        return any(f".{key}." in parts for key in self.modules_to_save or ())
+
+
+def _with_tuples(value: Any) -> Any:
+    """Lists, sets and ranges as tuples, those in a mapping too."""
+    if isinstance(value, Mapping):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else value
+
+
+def _pattern_problems(config: LoraConfig) -> Iterator[str]:
+    """Regular expressions that do not compile."""
+    patterns = {name: getattr(config, name) for name in ("target_modules", "exclude_modules")}
+    named = [(f"{name} is {value!r}", value) for name, value in patterns.items() if isinstance(value, str)]
+    layers = config.layers_pattern or ()
+    # As they are matched: flags that stand inside fail there alone.
+    each = [layers] if isinstance(layers, str) else layers
+    named += [(f"layers_pattern has {value!r}", f"({value})") for value in each]
+    for name in ("rank_pattern", "alpha_pattern"):
+        named += [(f"{name}[{key!r}] is set", f"({key})") for key in getattr(config, name)]
+    for described, pattern in named:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            yield f"{described}, which is not a regular expression ({error})"
+
+
+def _init_problems(config: LoraConfig) -> Iterator[str]:
+    given = f"init_lora_weights is {config.init_lora_weights!r}"
+    if config.init.kind in ("default", "random"):
+        return
+    idle = {"enable_lora": "a part of a fused layer", "target_parameters": "stacked experts"}
+    yield from (
+        f"{given} with {name}, and {place} can only start by default"
+        for name, place in idle.items()
+        if getattr(config, name)
+    )
+    if config.init.kind == "orthogonal":
+        ranks = {"r": config.r, **{f"rank_pattern[{key!r}]": rank for key, rank in config.rank_pattern.items()}}
+        odd = [f"{name} = {rank}" for name, rank in ranks.items() if rank % 2]
+        yield from (f"{given}, which halves the rank, and {item} is odd" for item in odd)
+
+
+def _target_problems(config: LoraConfig) -> Iterator[str]:
+    if config.target_modules is not None and len(config.target_modules) == 0 and not config.target_parameters:
+        yield 'target_modules is empty; give a list of names, a regular expression, or "all-linear"'
+    # As in PEFT, stacked experts take LoRA alone.
+    if config.target_parameters is not None and config.use_dora:
+        yield "use_dora is set with target_parameters, and stacked experts take LoRA alone; leave one of the two out"
+    if config.target_parameters is not None and config.lora_dropout:
+        yield (
+            f"lora_dropout is {config.lora_dropout!r} with target_parameters, and stacked experts take no dropout; set "
+            "it to 0 or leave target_parameters out"
+        )
+    if config.layers_to_transform is not None and isinstance(config.target_modules, str):
+        yield (
+            "layers_to_transform goes with a list of target_modules, and target_modules is "
+            f"{config.target_modules!r}; give the module names as a list"
+        )
+    if config.layers_pattern and config.layers_to_transform is None:
+        yield f"layers_pattern is {config.layers_pattern!r} and says where layers_to_transform counts; give both"
+    for key, parts in config.enable_lora.items():
+        if not any(parts):
+            yield f"enable_lora[{key!r}] is {parts!r} and must be a list that enables at least one part"
