@@ -15,7 +15,7 @@ from typing import Any
 
 from rankwise.disk import whole_file
 from rankwise.errors import RunError
-from rankwise.foreign import checked, parse_json, read_json, reason_of
+from rankwise.foreign import Fields, JsonObject, checked, parse_json, read_json, reason_of
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -34,7 +34,7 @@ class RunRecord:
     method: str
     seed: int
     # Every option of the run, as given or by default.
-    settings: dict[str, Any]
+    settings: JsonObject
     # What it learned from: sft, dpo, kto or grpo.
     objective: str = "sft"
     train_loss: float | None = None
@@ -58,11 +58,11 @@ class RunRecord:
     kept_step: int | None = None
     kept_because: str | None = None
     # name, revision or file, sha256 of its weights, dtype, quantization.
-    base_model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    base_model: JsonObject = dataclasses.field(default_factory=dict)
     # Per file: path, sha256, rows, tokens, trained tokens, truncated and dropped rows.
-    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data: JsonObject = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
-    device: dict[str, Any] = dataclasses.field(default_factory=dict)
+    device: JsonObject = dataclasses.field(default_factory=dict)
     # Processes that trained together, each on a device of its own. Speeds are those of all together, memory that of the
     # process with the most.
     devices: int = 1
@@ -78,7 +78,7 @@ class RunRecord:
     # running, finished, interrupted or failed; replaced, while --overwrite removes the run.
     status: str = "running"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return dataclasses.asdict(self)
 
     def save(self, folder: Path) -> None:
@@ -96,7 +96,7 @@ def load_record(folder: Path) -> RunRecord:
         raise RunError("RW501", f"cannot read {path} as the record of a run: {reason_of(error)}.") from None
 
 
-def read_metrics(folder: Path) -> Iterator[Mapping[str, Any]]:
+def read_metrics(folder: Path) -> Iterator[Fields]:
     """The lines of ``metrics.jsonl``; a last line cut short by a kill is left out.
 
     Raises RunError (RW501) for a damaged line elsewhere.
@@ -117,7 +117,7 @@ def read_metrics(folder: Path) -> Iterator[Mapping[str, Any]]:
             ) from None
 
 
-def _logged(line: Any) -> Mapping[str, Any]:
+def _logged(line: Any) -> Fields:
     if not isinstance(line, dict):
         raise ValueError(f"it holds a {type(line).__name__}")
     if type(line.get("step", 0)) is not int:
@@ -128,7 +128,7 @@ def _logged(line: Any) -> Mapping[str, Any]:
     return line
 
 
-def write_skipped_rows(folder: Path, data: Mapping[str, Mapping[str, Any]]) -> None:
+def write_skipped_rows(folder: Path, data: Mapping[str, Fields]) -> None:
     """``SKIPPED_FILE`` from a record's ``data``, where rows were left out."""
     lines = [json.dumps({"set": name, **row}) for name, part in data.items() for row in part.get("skipped", ())]
     if lines:

@@ -6,9 +6,11 @@ Read in the servers' sources in November 2026. Imports no torch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+from rankwise.foreign import Fields
 
 # Values of vLLM's --max-lora-rank. An adapter of any rank up to the flag's value loads.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -63,7 +65,7 @@ SERVERS: dict[str, Server] = {
 }
 
 
-def traits_of(config: Mapping[str, Any]) -> tuple[Trait, ...]:
+def traits_of(config: Fields) -> tuple[Trait, ...]:
     """The differences of an adapter from plain LoRA with one rank and one alpha, by its ``adapter_config.json``."""
     found: dict[Trait, Any] = {
         "dora": config.get("use_dora"),
@@ -87,7 +89,7 @@ def vllm_rank(r: int) -> int | None:
     return next((rank for rank in VLLM_RANKS if rank >= r), None)
 
 
-def served(method: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+def served(method: str, config: Fields) -> tuple[str, ...]:
     """Where the result of ``method`` can be served, one line for each way: as it is, by `rankwise export`, or
     merged.
     """
@@ -102,7 +104,7 @@ def served(method: str, config: Mapping[str, Any]) -> tuple[str, ...]:
     return AS_IT_IS, _by_folder("vllm", traits, r), _by_folder("sglang", traits, r), GGUF, ANYWHERE
 
 
-def served_in_short(method: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+def served_in_short(method: str, config: Fields) -> tuple[str, ...]:
     """`served` for a cell of a table: servers of the adapter, servers of its export, and merged."""
     if method in BASELINES:
         return BASELINES[method]

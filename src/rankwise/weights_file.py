@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rankwise.errors import ModelError, RankwiseError
-from rankwise.foreign import parse_json
+from rankwise.foreign import JsonObject, parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_ELEMENTS = 2**62
@@ -128,7 +128,7 @@ def _refuse_other_formats(start: bytes) -> None:
         )
 
 
-def _parse(text: bytes) -> dict[str, Any]:
+def _parse(text: bytes) -> JsonObject:
     try:
         content = parse_json(text, pairs=_unique)
     except ValueError as problem:
@@ -139,7 +139,7 @@ def _parse(text: bytes) -> dict[str, Any]:
     return content
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
     content = dict(pairs)
     if len(content) < len(pairs):
         [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from rankwise.cli.conversations import Conversation
@@ -11,16 +11,17 @@ from rankwise.cli.folders import refuse_comparisons
 from rankwise.cli.generate import Speaker, base_model_name, load_speaker
 from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
-from rankwise.cli.output import Output
+from rankwise.cli.output import Document, Output
 from rankwise.cli.settings import ChatSettings, GenerateSettings
 from rankwise.cli.words import printable
 from rankwise.errors import ConfigError
 from rankwise.evaluation.loading import record_of
+from rankwise.foreign import Fields
 
 FORGET, LEAVE = "/new", "/exit"
 
 
-def run(settings: ChatSettings, output: Output) -> Mapping[str, Any]:
+def run(settings: ChatSettings, output: Output) -> Document:
     refuse_comparisons([settings.adapter] if settings.adapter is not None else [])
     check_paths(model=settings.model)
     record = record_of(settings.adapter)
@@ -38,9 +39,9 @@ def run(settings: ChatSettings, output: Output) -> Mapping[str, Any]:
     return {"model": name, "adapter": str(settings.adapter) if settings.adapter else None, "messages": messages}
 
 
-def _talk(speaker: Speaker, system: str | None, output: Output) -> list[Mapping[str, Any]]:
+def _talk(speaker: Speaker, system: str | None, output: Output) -> list[Fields]:
     """Answer line by line until the input ends. Returns the messages of the last conversation."""
-    start: list[Mapping[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+    start: list[Fields] = [] if system is None else [{"role": "system", "content": system}]
     messages = list(start)
     for said in _lines(output):
         if said == FORGET:

@@ -9,7 +9,7 @@ import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from rankwise.cli import compare, plan
 from rankwise.cli.generate import Answer, print_answer
@@ -17,6 +17,7 @@ from rankwise.cli.options import Verb
 from rankwise.cli.output import Document, Output
 from rankwise.comparison.settings import CompareSettings
 from rankwise.config import BASELINES, DEMO, MODEL
+from rankwise.foreign import JsonObject
 from rankwise.options import Count, Names, Panel, Settings, option
 from rankwise.planning.settings import PlanSettings
 from rankwise.reports.naming import method_name
@@ -105,7 +106,7 @@ def _answers(comparison: Document, folder: Path) -> Iterator[Answer]:
         yield Answer(tuned[name]["prompt"], base[name]["prediction"], tuned[name]["prediction"])
 
 
-def _predictions(path: Path) -> dict[str, Any]:
+def _predictions(path: Path) -> JsonObject:
     """Examples that have an answer, by id."""
     if not path.is_file():
         return {}

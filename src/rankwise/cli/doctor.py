@@ -7,13 +7,14 @@ import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Document, Output
 from rankwise.errors import first_line
+from rankwise.foreign import Fields, JsonObject
 from rankwise.options import Settings
 from rankwise.reports.numbers import byte_size, plural
 
@@ -240,7 +241,7 @@ def _kernels_are_right(device: torch.device) -> bool:
     return all(map(torch.equal, (codes, absmax, restored), (*expected, right)))
 
 
-def _extras() -> Iterator[tuple[str, dict[str, Any]]]:
+def _extras() -> Iterator[tuple[str, JsonObject]]:
     """{extra: what it gives, its packages that are missing, how to install them}."""
     from rankwise.models.source import DEMO_INSTALL, DEMO_PACKAGE
 
@@ -256,7 +257,7 @@ def _extras() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _show(
-    document: Mapping[str, Any], found: list[Library], kernels: list[Kernel], findings: list[Finding], output: Output
+    document: Fields, found: list[Library], kernels: list[Kernel], findings: list[Finding], output: Output
 ) -> None:
     from rankwise.cli.plan_view import print_lines
 
@@ -277,7 +278,7 @@ def _show(
         output.line()
 
 
-def _machine_lines(machine: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _machine_lines(machine: Fields) -> Iterator[tuple[str, str]]:
     yield "system", f"{machine['system']}, Python {machine['python']}"
     yield "processor", f"{machine['processor']}, {plural(machine['cores'], 'core')}"
     total, available = (byte_size(machine[name]) for name in ("memory_bytes", "available_memory_bytes"))
@@ -291,7 +292,7 @@ def _machine_lines(machine: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "environment", ", ".join(f"{name}={value}" for name, value in machine["environment"].items())
 
 
-def _extra_line(extra: Mapping[str, Any]) -> str:
+def _extra_line(extra: Fields) -> str:
     if not extra["missing"]:
         return f"installed ({extra['gives']})"
     return f"{', '.join(extra['missing'])} missing, for {extra['gives']}: {extra['install']}"

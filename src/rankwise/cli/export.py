@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rankwise.cli.folders import refuse_comparisons
 from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
-from rankwise.cli.output import Output
+from rankwise.cli.output import Document, Output
 from rankwise.cli.settings import ExportSettings
 from rankwise.cli.tables import light_table, titled
 from rankwise.errors import ConfigError, warn
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 SHOWN_LAYERS = 8
 
 
-def run(settings: ExportSettings, output: Output) -> Mapping[str, Any]:
+def run(settings: ExportSettings, output: Output) -> Document:
     refuse_comparisons([settings.adapter])
     check_paths(model=settings.model, data=[settings.data], output=settings.output)
     _check_options(settings)

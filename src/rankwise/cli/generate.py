@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from rankwise.cli.tables import light_table, titled
 from rankwise.cli.words import printable
 from rankwise.errors import ConfigError, RunError, warn
 from rankwise.evaluation.loading import record_of
+from rankwise.foreign import Fields
 from rankwise.records import RunRecord
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Answer:
     base: str | None
     tuned: str | None
     # The conversation that ends with the prompt, where there is more of it.
-    messages: tuple[Mapping[str, Any], ...] | None = None
+    messages: tuple[Fields, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

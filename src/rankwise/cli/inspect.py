@@ -17,7 +17,7 @@ from rankwise.cli.settings import InspectSettings
 from rankwise.cli.sparkline import sparkline
 from rankwise.cli.words import parameter_count
 from rankwise.errors import AdapterError, ModelError, RunError
-from rankwise.foreign import read_object
+from rankwise.foreign import JsonObject, read_object
 from rankwise.records import RUN_FILE, load_record
 from rankwise.reports.numbers import byte_size, plural
 from rankwise.serving import served
@@ -40,7 +40,7 @@ class Weights:
         dense = (math.prod(shape) for name, shape in self.shapes.items() if name not in self.packed)
         return sum(dense) + sum(self.packed.values())
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """Counts for the report; ``dtypes`` is {dtype: number of tensors}."""
         return {
             "tensors": len(self.shapes),
@@ -52,14 +52,14 @@ class Weights:
 
 def run(settings: InspectSettings, output: Output) -> Document:
     folder = settings.folder
-    document: dict[str, Any] = {"folder": str(folder)} | _describe(folder)
+    document: JsonObject = {"folder": str(folder)} | _describe(folder)
     if settings.model is not None:
         document["fits"] = _fit(folder, settings.model, document)
     _print(output, document)
     return document
 
 
-def _describe(folder: Path) -> dict[str, Any]:
+def _describe(folder: Path) -> JsonObject:
     """The description of a folder, by its kind. Raises RunError (RW560) when it is none of ours."""
     if not folder.is_dir():
         state = "is a file" if folder.exists() else "does not exist"
@@ -79,13 +79,13 @@ def _describe(folder: Path) -> dict[str, Any]:
     )
 
 
-def _run(folder: Path) -> dict[str, Any]:
+def _run(folder: Path) -> JsonObject:
     record = load_record(folder)
     wanted = ("status", "method", "seed", "steps", "kept_step", "initial_eval_loss", "eval_loss", "train_loss")
     return {name: getattr(record, name) for name in wanted}
 
 
-def _adapter(folder: Path) -> dict[str, Any]:
+def _adapter(folder: Path) -> JsonObject:
     from rankwise.adapters.peft_config import CONFIG_FILE, from_peft, read_config
     from rankwise.weights_file import refuse_pickles
 
@@ -116,7 +116,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
     }
 
 
-def _model(folder: Path) -> dict[str, Any]:
+def _model(folder: Path) -> JsonObject:
     from rankwise.weights_file import refuse_pickles
 
     config = read_object(folder / "config.json", error=ModelError, code="RW302", constants=True)
@@ -162,7 +162,7 @@ def _packed(files: Sequence[Path]) -> dict[str, int]:
     return counts
 
 
-def norms_of_b(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def norms_of_b(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> JsonObject:
     """Frobenius norm of the B matrices per layer: sqrt of the sum of squares over the layer's modules.
 
     B starts at zero, so a layer whose norm is 0 has learned nothing. A layer is the first number in a module's path.
@@ -183,7 +183,7 @@ def norms_of_b(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, A
     }
 
 
-def _fit(folder: Path, model: str, found: Document) -> dict[str, Any]:
+def _fit(folder: Path, model: str, found: Document) -> JsonObject:
     """Whether the adapter fits ``model``; only shapes are compared, on a model without weights."""
     from rankwise.adapters.checkpoint import read_adapter
     from rankwise.models import is_other_hub_model, load_skeleton

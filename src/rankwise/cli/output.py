@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from rankwise.errors import RankwiseWarning, heard
+from rankwise.foreign import Fields
 
 # What a verb gives back, and --json prints.
-Document = Mapping[str, Any]
+Document = Fields
 
 DEBUG_VARIABLE = "RANKWISE_DEBUG"
 

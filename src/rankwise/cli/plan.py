@@ -7,12 +7,13 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Document, Output
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError
+from rankwise.foreign import Fields, JsonObject
 from rankwise.options import option_words
 from rankwise.planning.settings import PlanSettings
 from rankwise.records import write_text
@@ -28,7 +29,7 @@ def run(settings: PlanSettings, output: Output) -> Document:
     from rankwise.cli import plan_view
     from rankwise.planning.plan import make_plan
 
-    document: dict[str, Any] = {}
+    document: JsonObject = {}
     # A plan may take minutes, and would be lost.
     _check_place(settings.svg, "--svg")
     _check_place(settings.save, "--save")
@@ -63,7 +64,7 @@ def command_of(recommendation: Recommendation, saved: Path | None) -> str | None
     return f"rankwise train {shlex.join(words)} --data D --output O"
 
 
-def differing(settings: Mapping[str, Any]) -> dict[str, Any]:
+def differing(settings: Fields) -> JsonObject:
     """The settings that differ from the defaults of ``rankwise train``; model and method always."""
     named = {name: settings[name] for name in ("model", "method")}
     usual = TrainSettings.defaults() | named
@@ -119,7 +120,7 @@ def as_yaml(plan: Plan) -> str:
     return head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
-def _calibrate(settings: PlanSettings, output: Output) -> dict[str, Any]:
+def _calibrate(settings: PlanSettings, output: Output) -> JsonObject:
     from rankwise.planning.calibration import FILE, cache_folder, calibrate
     from rankwise.planning.hardware import this_machine
 
@@ -132,7 +133,7 @@ def _calibrate(settings: PlanSettings, output: Output) -> dict[str, Any]:
     return {"device": hardware.name, "dtype": dtype, "methods": results, "file": str(path)}
 
 
-def _check(settings: PlanSettings, plan: Plan, output: Output) -> dict[str, Any]:
+def _check(settings: PlanSettings, plan: Plan, output: Output) -> JsonObject:
     """Take three real steps on this machine: of the only method asked for, else of the recommended one."""
     from rankwise.cli import plan_view
     from rankwise.planning.check import check_method

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rankwise.cli.options import Verb
-from rankwise.cli.output import Output
+from rankwise.cli.output import Document, Output
 from rankwise.cli.words import one_line
 from rankwise.disk import hold
+from rankwise.foreign import Fields, JsonObject
 from rankwise.records import check_writable
 from rankwise.reports.settings import ReportSettings, output_of
 
 
-def run(settings: ReportSettings, output: Output) -> Mapping[str, Any]:
+def run(settings: ReportSettings, output: Output) -> Document:
     from rankwise.reports.comparison import JSON_FILE, merged_report, write_report
     from rankwise.reports.folder import read_object
 
@@ -33,10 +34,10 @@ def run(settings: ReportSettings, output: Output) -> Mapping[str, Any]:
     return {"files": [str(path) for path in files], "recommendation": found}
 
 
-def _summarise(target: Path) -> Callable[..., dict[str, Any]]:
+def _summarise(target: Path) -> Callable[..., JsonObject]:
     """The function by which the comparison itself summarises runs, for runs in several folders."""
 
-    def summarise(document: Mapping[str, Any], place_of: Callable[[Mapping[str, Any]], Path]) -> dict[str, Any]:
+    def summarise(document: Fields, place_of: Callable[[Fields], Path]) -> JsonObject:
         from rankwise.comparison import summary
         from rankwise.comparison.collect import metrics_of
 
@@ -45,7 +46,7 @@ def _summarise(target: Path) -> Callable[..., dict[str, Any]]:
         scores = summary.scores_by_metric(Path(), document["methods"], runs)
         margin = float(document["settings"].get("margin") or 0.01)
         differences = summary.all_differences(scores, better, margin)
-        methods: dict[str, Any] = {}
+        methods: JsonObject = {}
         for name, facts in document["methods"].items():
             figures = summary.method_figures(name, runs, scores, better)
             methods[name] = {**facts, **figures, "skipped": None if figures["seeds"] else facts["skipped"]}
@@ -58,13 +59,13 @@ def _summarise(target: Path) -> Callable[..., dict[str, Any]]:
 
 
 def _recommend(
-    document: Mapping[str, Any],
+    document: Fields,
     runs: list[Any],
-    methods: Mapping[str, Any],
+    methods: Fields,
     differences: list[Any],
     margin: float,
     target: Path,
-) -> dict[str, Any]:
+) -> JsonObject:
     """The recommendation over all runs, with its settings written to ``target``."""
     from rankwise.comparison.collect import metrics_of
     from rankwise.comparison.finish import best_run, recommended_yaml

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated
 
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import core_schema
@@ -11,6 +11,7 @@ from pydantic_core import core_schema
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Document, Output, print_document
 from rankwise.errors import ConfigError
+from rankwise.foreign import Fields, JsonObject
 from rankwise.known_names import close_names
 from rankwise.options import Panel, Settings, option
 
@@ -30,10 +31,10 @@ class _FileSchema(GenerateJsonSchema):
     line.
     """
 
-    def function_before_schema(self, schema: core_schema.BeforeValidatorFunctionSchema) -> dict[str, Any]:
+    def function_before_schema(self, schema: core_schema.BeforeValidatorFunctionSchema) -> JsonObject:
         return {"anyOf": [super().function_before_schema(schema), {"type": "string"}]}
 
-    def float_schema(self, schema: core_schema.FloatSchema) -> dict[str, Any]:
+    def float_schema(self, schema: core_schema.FloatSchema) -> JsonObject:
         return {"anyOf": [super().float_schema(schema), NUMERIC_TEXT]}
 
 
@@ -62,7 +63,7 @@ def verb_of(verbs: Sequence[Verb]) -> Verb:
     )
 
 
-def file_schema(verb: Verb) -> dict[str, Any]:
+def file_schema(verb: Verb) -> JsonObject:
     """The schema of the file that ``verb --config`` reads. Nothing is required: an option may be given beside it."""
     found = verb.settings.model_json_schema(schema_generator=_FileSchema)
     properties = {name.replace("_", "-"): _plain(field) for name, field in found["properties"].items()}
@@ -80,7 +81,7 @@ def file_schema(verb: Verb) -> dict[str, Any]:
     }
 
 
-def _plain(field: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(field: Fields) -> JsonObject:
     """The schema without titles, which repeat the names, and without what only the command line needs."""
     return {
         key: value for key, value in field.items() if key not in ("title", "panel", "metavar", "argument", "repeated")

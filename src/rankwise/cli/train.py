@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rankwise.cli.glance import check_paths
 from rankwise.cli.launch import continued, launch
@@ -15,6 +15,7 @@ from rankwise.cli.progress import watching
 from rankwise.cli.words import duration, parameter_count
 from rankwise.config import BASELINES, TrainSettings
 from rankwise.errors import ConfigError, DataError, is_out_of_memory, out_of_memory
+from rankwise.foreign import Fields
 from rankwise.options import flag
 from rankwise.records import RunRecord, load_record, read_metrics
 from rankwise.reports.numbers import byte_size, plural
@@ -29,7 +30,7 @@ NOT_OF_THE_RUN = {"output", "resume", "overwrite", "dry_run", "trust_remote_code
 PATHS = ("model", "data", "eval_data", "chat_template", "adapter")
 
 
-def settings_of_the_run(given: Mapping[str, Any]) -> Mapping[str, Any]:
+def settings_of_the_run(given: Fields) -> Fields:
     """With --resume: the settings in ``run.json`` of --output, so that no option has to be repeated.
 
     Raises RunError (RW503 to RW506) where the folder holds no run to resume, DataError (RW201) for missing data, and
@@ -52,7 +53,7 @@ def settings_of_the_run(given: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def _check_rewards(folder: Path, settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def _check_rewards(folder: Path, settings: Fields, given: Fields) -> None:
     """Raise ConfigError (RW770) for Python code that the run names: it runs only when the user gives it again."""
     specs = settings.get("reward") or ()
     if "reward" not in given and any(".py:" in spec for spec in specs):
@@ -64,7 +65,7 @@ def _check_rewards(folder: Path, settings: Mapping[str, Any], given: Mapping[str
         )
 
 
-def _check_data(settings: Mapping[str, Any]) -> None:
+def _check_data(settings: Fields) -> None:
     """Raise DataError (RW201) for missing files that the run's record names and the user did not write."""
     from rankwise.data import check_there
 
@@ -78,7 +79,7 @@ def _check_data(settings: Mapping[str, Any]) -> None:
                 raise DataError("RW201", text) from None
 
 
-def _found_again(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+def _found_again(folder: Path, settings: Fields) -> dict[str, str]:
     """Paths relative to the working directory in which the run was started, which its ``output`` reveals."""
     place, output = folder.resolve(), Path(str(settings.get("output")))
     start = place

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankwise.foreign import JsonObject
 from rankwise.models.folder import existing_weights, read_config
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.weights_file import sha256_of_files
@@ -29,7 +30,7 @@ def weights_files(source: ModelSource) -> list[Path]:
     return [source.path / name for name in existing_weights(source.path, read_config(source.path))]
 
 
-def model_facts(model: PreTrainedModel, source: str | ModelSource) -> dict[str, Any]:
+def model_facts(model: PreTrainedModel, source: str | ModelSource) -> JsonObject:
     """Name, place, hash, architecture, size and dtype of a loaded base model, before an adapter is added.
 
     ``parameters`` counts tied weights once. Keys: name, kind, base_model, path, revision, sha256, architecture,
@@ -54,7 +55,7 @@ def model_facts(model: PreTrainedModel, source: str | ModelSource) -> dict[str, 
     }
 
 
-def _quantization(model: PreTrainedModel) -> dict[str, Any] | None:
+def _quantization(model: PreTrainedModel) -> JsonObject | None:
     """The 4-bit format in full, since config.json's description of it leaves out the block size."""
     config: Any = getattr(model.config, "quantization_config", None)
     for method in ("to_loading_dict", "to_dict"):

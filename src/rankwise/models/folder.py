@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field
 
 from rankwise.errors import ModelError, warn
-from rankwise.foreign import checked, read_object
+from rankwise.foreign import Fields, JsonObject, checked, read_object
 from rankwise.quantization.listing import some_of
 from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
 
@@ -41,7 +41,7 @@ Share = Annotated[float, Field(ge=0, le=1e6)]
 class FolderContent(NamedTuple):
     """A sound model folder: its config and every weights file with its header."""
 
-    config: dict[str, Any]
+    config: JsonObject
     headers: dict[str, WeightsHeader]
 
 
@@ -62,7 +62,7 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> FolderCont
     return FolderContent(config, headers)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> JsonObject:
     """``config.json`` of a model folder. Raises ModelError (RW302) that says what the folder is instead."""
     if not (folder / CONFIG_FILE).is_file():
         raise ModelError("RW302", f"{folder} {_what_it_is_instead(folder)}.")
@@ -81,7 +81,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_counts(config: Mapping[str, Any], folder: Path) -> None:
+def _check_counts(config: Fields, folder: Path) -> None:
     """Raise ModelError (RW302) for more layers or experts than a model has.
 
     Each is built, one after the other, before any weight is read. Models of several parts have a config for each.
@@ -157,12 +157,12 @@ def _what_it_is_instead(folder: Path) -> str:
     return f"holds no {CONFIG_FILE}, so it is not a model folder; give one that save_pretrained wrote or the hub offers"
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> JsonObject:
     # Some families have infinities in their settings.
     return read_object(path, error=ModelError, code="RW302", constants=True)
 
 
-def check_architecture(config: Mapping[str, Any], folder: Path, *, trust_remote_code: bool) -> None:
+def check_architecture(config: Fields, folder: Path, *, trust_remote_code: bool) -> None:
     """Raise ModelError RW303 or RW304 unless transformers can build a causal language model of this config."""
     has_code = bool(config.get("auto_map"))
     if has_code and trust_remote_code:
@@ -201,7 +201,7 @@ def _known_to_transformers(model_type: Any) -> tuple[bool, bool]:
     return True, CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
-def weights_names(folder: Path, config: Mapping[str, Any] | None = None) -> list[str]:
+def weights_names(folder: Path, config: Fields | None = None) -> list[str]:
     """Names of the safetensors files that transformers would load, whether or not they exist.
 
     Raises ModelError (RW305) when there are none, or one lies outside the folder.
@@ -216,7 +216,7 @@ def weights_names(folder: Path, config: Mapping[str, Any] | None = None) -> list
     raise ModelError("RW305", f"{folder} holds no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}; download it again.")
 
 
-def existing_weights(folder: Path, config: Mapping[str, Any]) -> list[str]:
+def existing_weights(folder: Path, config: Fields) -> list[str]:
     """``weights_names``, all of which exist. Raises ModelError (RW305)."""
     names = weights_names(folder, config)
     missing = [name for name in names if not (folder / name).is_file()]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rankwise.errors import ModelError
+from rankwise.foreign import JsonObject
 
 STRING, ARRAY = 8, 9
 FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -31,7 +32,7 @@ class GgufTensor(NamedTuple):
 class GgufHeader(NamedTuple):
     """Scalars and texts of the metadata (arrays as their length), and the tensors."""
 
-    metadata: dict[str, Any]
+    metadata: JsonObject
     tensors: dict[str, GgufTensor]
 
 
@@ -124,7 +125,7 @@ class _Reader:
         return name, shape, self.number("I"), self.number("Q")
 
     def checked(
-        self, entries: list[tuple[str, tuple[int, ...], int, int]], metadata: dict[str, Any]
+        self, entries: list[tuple[str, tuple[int, ...], int, int]], metadata: JsonObject
     ) -> dict[str, GgufTensor]:
         from gguf import GGML_QUANT_SIZES
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from rankwise.foreign import Fields
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,7 +15,7 @@ LEARNED = frozenset({"gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt", "bio
 _NAME = re.compile(r"wpe|pos")
 
 
-def config_table_rows(config: Mapping[str, Any]) -> int | None:
+def config_table_rows(config: Fields) -> int | None:
     """The most tokens of a row, by a config.json; None where positions are computed, or the config does not say."""
     if config.get("model_type") not in LEARNED:
         return None

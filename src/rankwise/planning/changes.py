@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 from rankwise.config import FOUR_BITS
+from rankwise.foreign import Fields, JsonObject
 from rankwise.planning.fitting import Estimator, verdict_of
 from rankwise.planning.rules import HOSTED, PAGED
 from rankwise.planning.terms import MemoryEstimate
@@ -34,7 +34,7 @@ class SingleChange:
     label: str
     costs: int
     # As ``rankwise train`` takes them; "method" among them.
-    settings: Mapping[str, Any]
+    settings: Fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +74,10 @@ class Change:
         return max(step.costs for step in self.steps)
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JsonObject:
         return {name: value for step in self.steps for name, value in step.settings.items()}
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {
             "change": self.label,
             "settings": self.settings,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
 
 from rankwise.errors import ConfigError
+from rankwise.foreign import JsonObject
 from rankwise.planning.estimate import estimate
 from rankwise.planning.measure import measure
 from rankwise.planning.terms import MemoryEstimate
@@ -31,7 +31,7 @@ class Check:
         """(predicted - measured) / measured."""
         return self.predicted_bytes / max(1, self.measured_bytes) - 1
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {**dataclasses.asdict(self), "step_seconds": list(self.step_seconds), "error": self.error}
 
 

@@ -10,9 +10,10 @@ import platform
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rankwise.errors import ConfigError
+from rankwise.foreign import JsonObject
 from rankwise.planning.cards import CARDS, Card
 from rankwise.planning.cuda import context_bytes
 from rankwise.planning.sizes import parse_size
@@ -58,7 +59,7 @@ class Hardware:
             return "bfloat16"
         return "float16" if self.device_type == "cuda" else "float32"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return dataclasses.asdict(self)
 
 

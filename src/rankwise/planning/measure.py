@@ -15,9 +15,10 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rankwise.errors import ConfigError, InternalError
+from rankwise.foreign import JsonObject
 from rankwise.planning.terms import PLANNED
 from rankwise.planning.workload import Workload
 
@@ -83,7 +84,7 @@ def _no_answer(code: int, stderr: str) -> ConfigError:
     return ConfigError("RW133", f"the measured steps ended with code {code} ({last}); {remedy}.")
 
 
-def carry_out(order: dict[str, Any]) -> Measurement:
+def carry_out(order: JsonObject) -> Measurement:
     """The work of the process: build the model, take the steps, measure."""
     import torch
 

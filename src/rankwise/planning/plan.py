@@ -7,10 +7,10 @@ import importlib.util
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from rankwise.config import FOUR_BITS
 from rankwise.errors import ConfigError, ModelError, QuantizationError, RankwiseError
+from rankwise.foreign import JsonObject
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.planning.calibration import measured_pace
 from rankwise.planning.changes import Advisor, Change, reachable
@@ -61,7 +61,7 @@ class MethodRow:
     # Of the whole run, where its length is known.
     seconds: float | None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         own = self.estimate
         return {
             "peak_bytes": own.peak_bytes,
@@ -92,7 +92,7 @@ class Unplanned:
     code: str
     message: str
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {"fits": None, "verdict": None, "failure": {"code": self.code, "message": self.message}}
 
 
@@ -115,7 +115,7 @@ class Plan:
     pace_basis: str | None
     run_tokens: int | None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {
             "model": self.model,
             "hardware": self.hardware.to_json(),
@@ -342,7 +342,7 @@ class _Planner:
             return next(iter(found), None)
         return "; ".join(f"{', '.join(methods)}: {basis}" for basis, methods in found.items())
 
-    def _given(self) -> dict[str, Any]:
+    def _given(self) -> JsonObject:
         """The settings that the user gave, and those that every plan decides, in the words of ``rankwise train``."""
         decided = {*DECIDED, *(("double_quant",) if set(self.methods) & set(FOUR_BITS) else ())}
         named = [name for name in SHARED if name in self.settings.model_fields_set or name in decided]

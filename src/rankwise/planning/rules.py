@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from rankwise.config import DORA, FOUR_BITS
+from rankwise.foreign import JsonObject
 from rankwise.options import ALL_LINEAR
 from rankwise.serving import refusing
 
@@ -35,7 +36,7 @@ class Situation:
     # {method: whether some settings without loss make it fit}, for those planned for.
     fits: dict[str, bool]
     # As ``rankwise train`` takes them.
-    settings: dict[str, Any]
+    settings: JsonObject
     # Names among them that differ from what was asked for.
     changed: frozenset[str]
     # Micro-batches a step, as asked for.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
+
+from rankwise.foreign import JsonObject
 
 Phase = Literal["forward", "backward", "optimizer", "generation"]
 
@@ -61,5 +63,5 @@ class MemoryEstimate:
     # That the estimate itself took.
     seconds: float = 0.0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {**dataclasses.asdict(self), "notes": list(self.notes)}

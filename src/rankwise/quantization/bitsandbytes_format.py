@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rankwise.constants import BLOCK_SIZES, NESTED_BLOCK
 from rankwise.errors import QuantizationError
-from rankwise.foreign import parse_json
+from rankwise.foreign import JsonObject, parse_json
 from rankwise.ops.codes import QUANT_TYPES, code_values, dynamic_map
 from rankwise.ops.packed_weight import PackedWeight, packed_shape
 
@@ -77,7 +77,7 @@ def to_bitsandbytes(name: str, weight: PackedWeight) -> dict[str, Tensor]:
 
 
 def _state_json(weight: PackedWeight) -> bytes:
-    state: dict[str, Any] = {
+    state: JsonObject = {
         "quant_type": weight.quant_type,
         "blocksize": weight.block_size,
         "dtype": str(weight.dtype).removeprefix("torch."),
@@ -152,7 +152,7 @@ def parse_state(name: str, part: str, text: bytes) -> StoredWeight:
     return StoredWeight(quant_type, block_size, _DTYPES[dtype], _shape(name, content), _offset(name, content))
 
 
-def _shape(name: str, content: dict[str, Any]) -> tuple[int, ...]:
+def _shape(name: str, content: JsonObject) -> tuple[int, ...]:
     shape: Any = content.get("shape")
     # Each by itself too: beside a zero the product says nothing.
     sizes = isinstance(shape, list) and len(shape) in (2, 3)
@@ -162,7 +162,7 @@ def _shape(name: str, content: dict[str, Any]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _offset(name: str, content: dict[str, Any]) -> float | None:
+def _offset(name: str, content: JsonObject) -> float | None:
     nested = {key: content[key] for key in ("nested_blocksize", "nested_dtype", "nested_offset") if key in content}
     if not nested:
         return None

@@ -10,6 +10,7 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rankwise.errors import QuantizationError
+from rankwise.foreign import Fields, JsonObject
 from rankwise.ops.checks import check_dtype, check_type
 from rankwise.ops.codes import QUANT_TYPES
 
@@ -57,7 +58,7 @@ class FourBitConfig(QuantizationConfigMixin):
         self.compute_dtype = dtype_named(self.compute_dtype, "compute_dtype")
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+    def from_dict(cls, config_dict: JsonObject, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The config of a ``to_loading_dict``: transformers' way to hand it to the loader."""
         given = {key: value for key, value in config_dict.items() if key not in ("quant_method", "quant_type")}
         quant_type = config_dict.get("quant_type", cls.quant_type)
@@ -69,7 +70,7 @@ class FourBitConfig(QuantizationConfigMixin):
         config = CONFIGS[quant_type](**given)
         return (config, kwargs) if return_unused_kwargs else config
 
-    def to_loading_dict(self) -> dict[str, Any]:
+    def to_loading_dict(self) -> JsonObject:
         """The argument of ``from_dict``, as JSON only: for a model config whose checkpoint is to load into our
         layers.
         """
@@ -82,7 +83,7 @@ class FourBitConfig(QuantizationConfigMixin):
             "compute_dtype": None if self.compute_dtype is None else _name(self.compute_dtype),
         }
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """The entry of ``config.json``: the description by which transformers with bitsandbytes reads the
         checkpoint.
         """
@@ -144,7 +145,7 @@ def _name(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def rewrite_bitsandbytes_config(config: Mapping[str, Any]) -> FourBitConfig | None:
+def rewrite_bitsandbytes_config(config: Fields) -> FourBitConfig | None:
     """Our config for the quantization of a bitsandbytes checkpoint, so that it loads into `Linear4bit` layers.
 
     ``config``: the content of ``config.json``, or its ``quantization_config`` alone. None where it describes no 4-bit

@@ -8,13 +8,14 @@ import html
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from rankwise.errors import RankwiseError
+from rankwise.foreign import Fields, JsonObject
 from rankwise.records import METRICS_FILE, RUN_FILE, RunRecord, load_record, read_metrics
 from rankwise.reports.figure import STYLE_FILE, TEMPLATES, Frame, Point, dot, group, line, value_range
 from rankwise.reports.folder import load_comparison
@@ -44,7 +45,7 @@ class Found:
     # Seconds since the epoch at which the record or the metrics changed last.
     changed: float
     record: RunRecord | None
-    metrics: Sequence[Mapping[str, Any]]
+    metrics: Sequence[Fields]
     problem: str = ""
 
     @property
@@ -126,9 +127,9 @@ def _record(folder: Path, stamp: tuple[int, int]) -> tuple[RunRecord | None, str
 
 
 @functools.lru_cache(maxsize=2048)
-def _metrics(folder: Path, stamp: tuple[int, int]) -> tuple[Sequence[Mapping[str, Any]], str]:
+def _metrics(folder: Path, stamp: tuple[int, int]) -> tuple[Sequence[Fields], str]:
     """The lines that can be read, and what is wrong with the first that cannot; the last one may be half-written."""
-    lines: list[Mapping[str, Any]] = []
+    lines: list[Fields] = []
     try:
         for item in read_metrics(folder):
             lines.append(item)
@@ -179,7 +180,7 @@ def _render(template: str, **content: Any) -> Markup:
     return Markup(environment.get_template(template).render(**content))
 
 
-def _content(run: Found) -> dict[str, Any]:
+def _content(run: Found) -> JsonObject:
     record = run.record
     samples = [
         (item.get("step", 0), visible(str(item["sample"]))) for item in run.metrics if item.get("sample") is not None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rankwise.errors import RunError
+from rankwise.foreign import Fields, JsonObject
 from rankwise.records import write_json, write_text
 from rankwise.reports.folder import Comparison, load_comparison
 from rankwise.reports.markdown import markdown
@@ -53,7 +53,7 @@ def write_reports(comparison: Comparison, output: Path) -> list[Path]:
     return [output / name for name in (HTML_FILE, MARKDOWN_FILE, JSON_FILE)]
 
 
-def report_json(comparison: Comparison) -> dict[str, Any]:
+def report_json(comparison: Comparison) -> JsonObject:
     """The report for programs. ``runs`` holds the record of each run and its place in the comparison."""
     recommendation = comparison["recommendation"]
     order = ("method", "reason", "config")
@@ -71,7 +71,7 @@ def report_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _flat(run: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(run: Fields) -> JsonObject:
     """The fields of the record, overridden by what the comparison says of the run."""
     record = run["record"] or {}
     return {**record, **{key: value for key, value in run.items() if key != "record" and value is not None}}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from rankwise.foreign import Fields
 
 # Peaks that lie closer are equal: the peak of a run is that of its largest batch, which another seed draws otherwise,
 # and the plan is not more exact.
@@ -12,13 +11,13 @@ MEMORY_TOLERANCE = 0.05
 Range = tuple[float, float]
 
 
-def seconds_range(facts: Mapping[str, Any]) -> Range | None:
+def seconds_range(facts: Fields) -> Range | None:
     """The seconds of a run over the seeds of the method; None for one measurement, which has no range."""
     found = facts.get("ranges", {}).get("wall_seconds")
     return (found[0], found[1]) if found and facts["seeds"] > 1 else None
 
 
-def memory_range(facts: Mapping[str, Any]) -> Range | None:
+def memory_range(facts: Fields) -> Range | None:
     """The peak bytes over the seeds of the method. The lower end is lowered by ``MEMORY_TOLERANCE``."""
     peak = facts["peak_memory_bytes"]
     low, high = facts.get("ranges", {}).get("peak_memory_bytes") or (peak, peak)

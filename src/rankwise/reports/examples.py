@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from rankwise.foreign import Fields
 from rankwise.reports.folder import Comparison
 from rankwise.reports.numbers import is_number, shortened, visible
 
@@ -91,7 +92,7 @@ def answers_of(comparison: Comparison) -> list[Answers]:
     return [answers for answers in found if answers is not None]
 
 
-def shown_run(comparison: Comparison, method: str) -> Mapping[str, Any] | None:
+def shown_run(comparison: Comparison, method: str) -> Fields | None:
     """The recommended run if it is this method's, else the method's final run with the lowest seed."""
     runs = sorted(comparison.finals_of(method), key=lambda run: run["seed"])
     chosen = comparison["recommendation"].get("run")
@@ -105,7 +106,7 @@ def evenly(items: Sequence[Example], count: int) -> list[Example]:
     return [items[(2 * index + 1) * len(items) // (2 * count)] for index in range(count)]
 
 
-def _rows(comparison: Comparison, method: str, task: str) -> dict[str, Mapping[str, Any]]:
+def _rows(comparison: Comparison, method: str, task: str) -> dict[str, Fields]:
     run = shown_run(comparison, method)
     if run is None or task not in run["tasks"]:
         return {}
@@ -117,8 +118,8 @@ def _compare(
     task: str,
     method: str,
     other: str | None,
-    base: Mapping[str, Mapping[str, Any]],
-    rows: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    base: Mapping[str, Fields],
+    rows: Mapping[str, Mapping[str, Fields]],
 ) -> Answers | None:
     result = comparison["base"]["tasks"][task]
     score = _score_name(result, base, rows[method])
@@ -147,7 +148,7 @@ def _changed_first(items: Sequence[Example]) -> Sequence[Example]:
     return [item for item in answered if item.is_changed] or answered
 
 
-def _example(key: str, base: Mapping[str, Any], prompt: object, answers: Sequence[Answer], sign: int) -> Example:
+def _example(key: str, base: Fields, prompt: object, answers: Sequence[Answer], sign: int) -> Example:
     """An example from ``answers``: the base's, the method's, and where there is one the other method's."""
     before, after, *others = answers
     references = base.get("references") or ()
@@ -172,16 +173,16 @@ def _outcome(before: float | None, after: float | None, sign: int) -> Outcome:
     return "won" if gap > 0 else "lost"
 
 
-def _answer(method: str | None, row: Mapping[str, Any], score: str) -> Answer:
+def _answer(method: str | None, row: Fields, score: str) -> Answer:
     value = _scores(row).get(score)
     return Answer(method, _clean(_text(row)), value if is_number(value) else None)
 
 
-def _has_text(rows: Mapping[str, Mapping[str, Any]]) -> bool:
+def _has_text(rows: Mapping[str, Fields]) -> bool:
     return any(_text(row) for row in rows.values())
 
 
-def _text(row: Mapping[str, Any]) -> str:
+def _text(row: Fields) -> str:
     return str(row.get("prediction") or "")
 
 
@@ -189,20 +190,18 @@ def _clean(text: Any) -> str:
     return visible(shortened(str(text), LONGEST_TEXT)).strip()
 
 
-def _scores(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def _scores(row: Fields) -> Fields:
     scores = row.get("scores")
     return scores if isinstance(scores, Mapping) else {}
 
 
-def _score_name(
-    result: Mapping[str, Any], base: Mapping[str, Mapping[str, Any]], rows: Mapping[str, Mapping[str, Any]]
-) -> str | None:
+def _score_name(result: Fields, base: Mapping[str, Fields], rows: Mapping[str, Fields]) -> str | None:
     """The task's primary metric if the examples have it, else the first score that both sides have."""
     first = next((_scores(base[key]).keys() & _scores(rows[key]).keys() for key in base if key in rows), set())
     primary = result.get("primary")
     return str(primary) if primary in first else min(first, default=None)
 
 
-def _is_higher_better(result: Mapping[str, Any], score: str) -> bool:
+def _is_higher_better(result: Fields, score: str) -> bool:
     stated = result.get("higher_is_better") or {}
     return bool(stated.get(score, score.lower() not in LOSSES))

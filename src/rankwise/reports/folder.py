@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, get_origin, get_type_hints, is_typeddict
 
 from rankwise.errors import RunError
-from rankwise.foreign import parse_json, read_json
+from rankwise.foreign import Fields, JsonObject, parse_json, read_json
 from rankwise.records import read_metrics
 from rankwise.reports import schema
 from rankwise.reports.numbers import is_number
@@ -19,7 +19,7 @@ LARGEST_BYTES = 1 << 28
 EMPTY: dict[Any, Any] = {dict: {}, list: [], str: "", bool: False}
 
 
-def _defaults(kind: Any, **given: Any) -> dict[str, Any]:
+def _defaults(kind: Any, **given: Any) -> JsonObject:
     """The values for a part of ``kind`` that is missing: ``given``, an empty one of its type, or None."""
     hints = get_type_hints(kind).items()
     return {key: {} if is_typeddict(hint) else EMPTY.get(get_origin(hint) or hint) for key, hint in hints} | given
@@ -35,7 +35,7 @@ DIFFERENCE = _defaults(schema.Difference, metric=schema.EVAL_LOSS, verdict="cann
 class Comparison:
     """The content of one or more comparison folders, and the place of each run's files."""
 
-    document: Mapping[str, Any]
+    document: Fields
     folder: Path
     # Run id -> the comparison's folder that it lies in.
     places: Mapping[str, Path]
@@ -58,10 +58,10 @@ class Comparison:
         return "nats per token" if (self.objective, self.metric) == ("sft", schema.EVAL_LOSS) else ""
 
     @property
-    def finals(self) -> list[Mapping[str, Any]]:
+    def finals(self) -> list[Fields]:
         return [run for run in self["runs"] if run["phase"] == "final" and run["status"] == "finished"]
 
-    def finals_of(self, method: str) -> list[Mapping[str, Any]]:
+    def finals_of(self, method: str) -> list[Fields]:
         return [run for run in self.finals if run["method"] == method]
 
     def is_higher_better(self, metric: str) -> bool:
@@ -81,17 +81,17 @@ class Comparison:
     def with_result(self) -> list[str]:
         return [name for name in self.ranked() if is_number(self["methods"][name]["mean"].get(self.metric))]
 
-    def metrics_of(self, run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    def metrics_of(self, run: Fields) -> list[Fields]:
         """The lines of the run's ``metrics.jsonl``; none when the folder no longer exists."""
         return [line for line in read_metrics(self.place_of(run)) if isinstance(line, Mapping)]
 
-    def place_of(self, run: Mapping[str, Any]) -> Path:
+    def place_of(self, run: Fields) -> Path:
         return inside(self.places.get(run["id"], self.folder), str(run["folder"]))
 
-    def answers_of(self, run: Mapping[str, Any], task: str) -> list[Mapping[str, Any]]:
+    def answers_of(self, run: Fields, task: str) -> list[Fields]:
         return read_answers(self.place_of(run), task, run["tasks"].get(task, {}))
 
-    def base_answers(self, task: str) -> list[Mapping[str, Any]]:
+    def base_answers(self, task: str) -> list[Fields]:
         base = self["base"]
         if not base.get("folder"):
             return []
@@ -119,7 +119,7 @@ def read_object(path: Path) -> Any:
     return read_json(path, largest_bytes=LARGEST_BYTES, constants=True)
 
 
-def filled(content: Any) -> dict[str, Any]:
+def filled(content: Any) -> JsonObject:
     """``content`` with every part that a report reads. Raises ValueError for another kind of file."""
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not an object")
@@ -132,7 +132,7 @@ def filled(content: Any) -> dict[str, Any]:
     return document
 
 
-def _over(defaults: Mapping[str, Any], given: Any, what: str) -> dict[str, Any]:
+def _over(defaults: Fields, given: Any, what: str) -> JsonObject:
     """``given`` laid over ``defaults``. Each part must have the type of its default."""
     if not isinstance(given, Mapping):
         raise ValueError(f"{what} is a {type(given).__name__}, not an object")
@@ -162,14 +162,14 @@ def inside(folder: Path, relative: str) -> Path:
     return folder.joinpath(*parts)
 
 
-def read_answers(place: Path, task: str, result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def read_answers(place: Path, task: str, result: Fields) -> list[Fields]:
     """The examples of one evaluation, one object each; none when the file no longer exists."""
     name = str(result.get("examples") or "predictions.jsonl")
     path = inside(inside(place, f"{EVALUATION_FOLDER}/{task}"), name)
     return list(_objects(path)) if path.is_file() and path.stat().st_size <= LARGEST_BYTES else []
 
 
-def _objects(path: Path) -> Iterator[Mapping[str, Any]]:
+def _objects(path: Path) -> Iterator[Fields]:
     """The JSON objects of a file with one per line. A line that a kill cut short ends them."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:

@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from rankwise.foreign import Fields
 from rankwise.reports.figure import across, dot, label, line, plot, tag
 from rankwise.reports.folder import Comparison
 from rankwise.reports.numbers import difference, half_width, is_number, significant
@@ -109,7 +110,7 @@ def _margin(pair: Pair, scale: Scale) -> Markup:
     return tag("rect", x=across(start), width=across(end - start), y=0, height=ROW_HEIGHT, class_="margin")
 
 
-def _pair(item: Mapping[str, Any], higher: bool) -> Pair:
+def _pair(item: Fields, higher: bool) -> Pair:
     given = item["difference"]
     is_turned = is_number(given) and (given < 0 if higher else given > 0)
     sign = -1 if is_turned else 1

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 from markupsafe import Markup
 
+from rankwise.foreign import Fields
 from rankwise.reports.figure import (
     LEFT,
     MARKERS,
@@ -37,7 +37,7 @@ LONGEST_NAME = 18
 
 
 def loss_svg(
-    metrics: Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]],
+    metrics: Iterable[Fields] | Mapping[str, Iterable[Fields]],
     title: str,
     *,
     kept_step: int | None = None,

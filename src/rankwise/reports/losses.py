@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
+from rankwise.foreign import Fields
 from rankwise.reports.figure import Point
 from rankwise.reports.numbers import is_number
 from rankwise.reports.scale import smoothed
@@ -20,7 +20,7 @@ class Losses:
     kept_step: int | None = None
 
     @classmethod
-    def of(cls, lines: Iterable[Mapping[str, Any]], kept_step: int | None = None) -> Losses:
+    def of(cls, lines: Iterable[Fields], kept_step: int | None = None) -> Losses:
         """The losses of a run's metrics. Lines without a step or without a finite loss are ignored."""
         rows = list(lines)
         return cls(_points(rows, "loss"), _points(rows, "eval_loss"), kept_step)
@@ -42,6 +42,6 @@ class Losses:
         return max((step for step, _ in [*self.training, *self.evaluation]), default=1)
 
 
-def _points(rows: Iterable[Mapping[str, Any]], key: str) -> list[Point]:
+def _points(rows: Iterable[Fields], key: str) -> list[Point]:
     found = [(row.get("step"), row.get(key)) for row in rows]
     return [(float(step), float(loss)) for step, loss in found if is_number(step) and is_number(loss)]

@@ -8,10 +8,11 @@ from statistics import fmean
 from typing import Any
 
 from rankwise.errors import RunError, warn
+from rankwise.foreign import Fields, JsonObject
 from rankwise.reports.folder import Comparison, filled
 from rankwise.reports.numbers import is_number
 
-Summarise = Callable[[Mapping[str, Any], Callable[[Mapping[str, Any]], Any]], Mapping[str, Any]]
+Summarise = Callable[[Fields, Callable[[Fields], Any]], Fields]
 # Settings that may differ between the folders; with any other one they are no longer the same comparison.
 FREE = (
     "seeds",
@@ -37,7 +38,7 @@ def merge(comparisons: Sequence[Comparison]) -> Comparison:
     differing = [line for other in rest for line in _differing(first, other)]
     if differing:
         raise RunError("RW594", "these folders are not of one comparison: " + "; ".join(differing) + ".")
-    runs: dict[str, Mapping[str, Any]] = {}
+    runs: dict[str, Fields] = {}
     places: dict[str, Path] = {}
     for comparison in comparisons:
         for run in comparison["runs"]:
@@ -49,7 +50,7 @@ def merge(comparisons: Sequence[Comparison]) -> Comparison:
     return Comparison(filled(document), first.folder, places)
 
 
-def figures_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def figures_of(runs: Sequence[Fields]) -> JsonObject:
     """The figures of one method from its final runs: means, and the largest memory."""
     good = [run for run in runs if run["status"] == "finished"]
     records = [run["record"] or {} for run in good]
@@ -69,14 +70,14 @@ def figures_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _known(items: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+def _known(items: Sequence[Fields], key: str) -> list[float]:
     return [value for item in items if is_number(value := item.get(key))]
 
 
-def _joined(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+def _joined(comparisons: Sequence[Comparison]) -> JsonObject:
     warnings = {(item.get("code"), item.get("message")): item for each in comparisons for item in each["warnings"]}
     rates = {name: search for each in reversed(comparisons) for name, search in each["learning_rates"].items()}
-    methods: dict[str, Any] = {}
+    methods: JsonObject = {}
     for name, facts in (item for each in comparisons for item in each["methods"].items()):
         # A method that one machine skipped and another ran is not skipped.
         if name not in methods or (methods[name]["seeds"] == 0 and facts["seeds"]):

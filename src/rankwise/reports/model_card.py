@@ -12,6 +12,7 @@ from pathlib import PurePath
 from typing import Any, Protocol
 
 from rankwise.config import DEMO, DEMO_HUB_ID, DORA, FOUR_BITS
+from rankwise.foreign import Fields
 from rankwise.records import RunRecord
 from rankwise.serving import DORA_AS_LORA, WORDS, served
 
@@ -68,7 +69,7 @@ class Report(Protocol):
     def left_out(self) -> object | None: ...
 
 
-def model_card(record: RunRecord, adapter_config: Mapping[str, Any] | None = None, report: Report | None = None) -> str:
+def model_card(record: RunRecord, adapter_config: Fields | None = None, report: Report | None = None) -> str:
     """The card as Markdown with YAML front matter.
 
     ``adapter_config``: the content of ``adapter_config.json``; without it the record's settings say the same.
@@ -92,20 +93,20 @@ def model_card(record: RunRecord, adapter_config: Mapping[str, Any] | None = Non
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _config_by_settings(record: RunRecord) -> Mapping[str, Any]:
+def _config_by_settings(record: RunRecord) -> Fields:
     if record.method == "full":
         return {}
     return {**record.settings, "use_dora": record.method in DORA}
 
 
-def _base_model(record: RunRecord, config: Mapping[str, Any]) -> str:
+def _base_model(record: RunRecord, config: Fields) -> str:
     facts = record.base_model
     named = config.get("base_model_name_or_path") or facts.get("base_model") or facts.get("name")
     name = str(named or record.settings.get("model") or "unknown")
     return DEMO_HUB_ID if name == DEMO else name
 
 
-def _front_matter(method: str, base: str, config: Mapping[str, Any]) -> str:
+def _front_matter(method: str, base: str, config: Fields) -> str:
     import yaml
 
     full = method == "full"
@@ -131,7 +132,7 @@ def _title(record: RunRecord, base: str) -> str:
     return f"{name[0].upper()}{name[1:]} of {_short(base)}" if record.method == "full" else f"{name} for {_short(base)}"
 
 
-def _summary(record: RunRecord, base: str, config: Mapping[str, Any]) -> str:
+def _summary(record: RunRecord, base: str, config: Fields) -> str:
     facts = record.base_model
     what = f"A {NAMES[record.method]}"
     if config:
@@ -194,14 +195,14 @@ def _results(record: RunRecord) -> list[tuple[str, Any]]:
     return results + [(name, value) for name, value in rewards if value is not None]
 
 
-def _settings(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _settings(settings: Fields) -> list[tuple[str, Any]]:
     # A reward's file lies on one machine.
     rewards = [_short(spec) if ".py:" in spec else spec for spec in settings.get("reward") or ()]
     known = {**settings, "reward": rewards or None}
     return [(name, value) for name, value in known.items() if value is not None and name not in LOCAL_SETTINGS]
 
 
-def _data(data: Mapping[str, Any]) -> str:
+def _data(data: Fields) -> str:
     """The data of the run: one column per file where the record keeps several, and only the last part of a path."""
     files = {name: facts for name, facts in data.items() if isinstance(facts, Mapping)}
     if not files:
@@ -332,7 +333,7 @@ def _code(title: str, lines: Sequence[str]) -> str:
     return f"{title}, with `FOLDER` the folder of this file:\n\n```python\n" + "\n".join(lines) + "\n```"
 
 
-def _serving(method: str, config: Mapping[str, Any]) -> str:
+def _serving(method: str, config: Fields) -> str:
     """Where the adapter can be served, from its own properties alone."""
     places = served(method, config)
     said = "As of November 2026, and without warranty:\n\n" + "\n".join(f"- {place}" for place in places)

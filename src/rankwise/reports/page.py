@@ -13,6 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from rankwise.foreign import Fields, JsonObject
 from rankwise.reports import forest_plot, memory_plot, pareto_plot, summary
 from rankwise.reports.curves_plot import curve_panels, curves_of, is_cut
 from rankwise.reports.examples import OUTCOMES, answers_of
@@ -66,7 +67,7 @@ def _sha256(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
 
 
-def _content(comparison: Comparison) -> dict[str, Any]:
+def _content(comparison: Comparison) -> JsonObject:
     numbers = method_numbers(comparison["methods"])
     metric = comparison.metric
     return {
@@ -114,7 +115,7 @@ def _swatch(method: str, numbers: Mapping[str, int]) -> Markup:
     return tag("svg", path, class_=f"swatch m{number}", viewBox="-7 -7 14 14", aria_hidden="true")
 
 
-def _recommendation(comparison: Comparison) -> dict[str, Any]:
+def _recommendation(comparison: Comparison) -> JsonObject:
     given = comparison["recommendation"]
     limits = given.get("limits") or {}
     parts = []
@@ -126,7 +127,7 @@ def _recommendation(comparison: Comparison) -> dict[str, Any]:
     return {**{key: visible(given[key]) if given.get(key) else "" for key in keys}, "limits": ", ".join(parts)}
 
 
-def _metrics_table(comparison: Comparison) -> dict[str, Any]:
+def _metrics_table(comparison: Comparison) -> JsonObject:
     metrics = summary.all_metrics(comparison)
     methods = comparison["methods"]
     lines = [(name, [summary.cell(methods[name], metric) for metric in metrics]) for name in comparison.with_result()]
@@ -140,7 +141,7 @@ def _metrics_table(comparison: Comparison) -> dict[str, Any]:
     return {"metrics": metrics, "rows": lines, "base": [significant(base.get(metric), 4) for metric in metrics]}
 
 
-def _forest(comparison: Comparison) -> dict[str, Any]:
+def _forest(comparison: Comparison) -> JsonObject:
     pairs = forest_plot.pairs_of(comparison, comparison.metric)
     scale = forest_plot.forest_scale(pairs)
     drawn = [{"pair": pair, "strip": forest_plot.forest_row(pair, scale), "p": p_value(pair.p_value)} for pair in pairs]
@@ -169,7 +170,7 @@ def _forest(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _tradeoffs(comparison: Comparison, numbers: Mapping[str, int]) -> list[dict[str, Any]]:
+def _tradeoffs(comparison: Comparison, numbers: Mapping[str, int]) -> list[JsonObject]:
     limits = comparison["recommendation"].get("limits") or {}
     hours = limits.get("hours")
     seconds = [run["record"]["wall_seconds"] for run in comparison.finals if _seconds(run)]
@@ -192,11 +193,11 @@ def _tradeoffs(comparison: Comparison, numbers: Mapping[str, int]) -> list[dict[
     return found
 
 
-def _seconds(run: Mapping[str, Any]) -> bool:
+def _seconds(run: Fields) -> bool:
     return bool(run["record"]) and is_number(run["record"].get("wall_seconds"))
 
 
-def _memory(comparison: Comparison, numbers: Mapping[str, int]) -> dict[str, Any]:
+def _memory(comparison: Comparison, numbers: Mapping[str, int]) -> JsonObject:
     limit = (comparison["recommendation"].get("limits") or {}).get("memory_bytes")
     methods = comparison["methods"]
     shown = [name for name in comparison.ranked() if is_number(methods[name]["peak_memory_bytes"])]
@@ -219,7 +220,7 @@ def _memory(comparison: Comparison, numbers: Mapping[str, int]) -> dict[str, Any
     }
 
 
-def _curves(comparison: Comparison, numbers: Mapping[str, int]) -> dict[str, Any]:
+def _curves(comparison: Comparison, numbers: Mapping[str, int]) -> JsonObject:
     curves = curves_of(comparison)
     order = [*comparison.ranked()]
     methods = [name for name in order if any(curve.method == name for curve in curves)]
@@ -235,7 +236,7 @@ def _curves(comparison: Comparison, numbers: Mapping[str, int]) -> dict[str, Any
     }
 
 
-def _norms(comparison: Comparison, numbers: Mapping[str, int]) -> dict[str, Any]:
+def _norms(comparison: Comparison, numbers: Mapping[str, int]) -> JsonObject:
     found = [norms for name in comparison.ranked() if (norms := norms_of(comparison, name)) and norms.cells]
     largest = max((norms.largest for norms in found), default=0.0)
     panels = [{"method": norms.method, "svg": norms_svg(norms, numbers[norms.method], largest)} for norms in found]
@@ -270,7 +271,7 @@ def _merged(comparison: Comparison) -> list[dict[str, str]]:
     return found
 
 
-def _merge_judgement(checks: Sequence[Mapping[str, Any]]) -> str:
+def _merge_judgement(checks: Sequence[Fields]) -> str:
     """What rounding costs, and whether merging costs more. Older comparisons did not measure it."""
     found = [check.get("is_more_than_rounding") for check in checks]
     if any(found):
@@ -283,7 +284,7 @@ def _mean(values: Sequence[Any]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _runs(comparison: Comparison) -> list[dict[str, Any]]:
+def _runs(comparison: Comparison) -> list[JsonObject]:
     return [
         {
             "method": run["method"],
@@ -308,7 +309,7 @@ def _broken(command: str) -> str:
     return command if any(quote in command for quote in "'\"\\") else command.replace(" --", " \\\n    --")
 
 
-def _reproduce(comparison: Comparison) -> dict[str, Any]:
+def _reproduce(comparison: Comparison) -> JsonObject:
     recommended = comparison["recommendation"].get("config")
     path = comparison.folder / str(recommended).replace("\\", "/").rpartition("/")[2] if recommended else None
     text = comparison["recommendation"].get("config_text") or ""

@@ -8,7 +8,9 @@ A *metric* is ``eval_loss`` (nats per trained token, lower is better; of prefere
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
+
+from rankwise.foreign import JsonObject
 
 SCHEMA = 1
 COMPARISON_FILE = "comparison.json"
@@ -61,9 +63,9 @@ class Run(TypedDict):
     # Relative to the comparison's folder, with forward slashes.
     folder: str
     # RunRecord.to_json() of the run; None when it left none.
-    record: dict[str, Any] | None
+    record: JsonObject | None
     # TASK -> TaskResult.to_json(); ``examples`` in it is relative to ``folder``/evaluation/TASK.
-    tasks: dict[str, dict[str, Any]]
+    tasks: dict[str, JsonObject]
     # Of the adapter's weights on disk; for ``full`` the whole model's.
     adapter_bytes: int | None
     merged: MergedCheck | None
@@ -216,20 +218,20 @@ class Recommendation(TypedDict):
 class Comparison(TypedDict):
     schema: int
     command: str
-    settings: dict[str, Any]
+    settings: JsonObject
     # ISO 8601, UTC.
     created: str
     versions: dict[str, str]
-    device: dict[str, Any]
+    device: JsonObject
     # The base model as in the runs' records: name, sha256, architecture, parameters, ...
-    model: dict[str, Any]
+    model: JsonObject
     # {"train": {"source", "sha256", "rows"}, "eval": {...}, "overlap": rows of eval that stand in train}.
-    data: dict[str, Any]
+    data: JsonObject
     # The metric that decides: learning rates, tie groups, recommendation.
     primary_metric: str
     confidence: float
     # The unadapted model: {"tasks": {TASK: TaskResult.to_json()}, "folder": relative path | null}.
-    base: dict[str, Any]
+    base: JsonObject
     warnings: list[Message]
     runs: list[Run]
     methods: dict[str, Method]

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rankwise.foreign import Fields
 from rankwise.reports.folder import Comparison
 from rankwise.reports.naming import long_name, method_name, metric_in_sentence, metric_name
 from rankwise.reports.numbers import (
@@ -67,11 +68,11 @@ def seeds_of(comparison: Comparison) -> int:
     return most_seeds(comparison["methods"])
 
 
-def most_seeds(methods: Mapping[str, Any]) -> int:
+def most_seeds(methods: Fields) -> int:
     return max((int(facts["seeds"] or 0) for facts in methods.values()), default=0)
 
 
-def caution(methods: Mapping[str, Any]) -> str:
+def caution(methods: Fields) -> str:
     """What a reader must know about so few seeds; empty for three or more."""
     return FEW_SEEDS.get(most_seeds(methods), "")
 
@@ -247,7 +248,7 @@ FORMATS = {
 }
 
 
-def cell(facts: Mapping[str, Any], key: str) -> Cell:
+def cell(facts: Fields, key: str) -> Cell:
     """The figure ``key`` of a method as a cell."""
     if key == "group":
         return Cell(str(facts["group"] or "–"), str(facts["group"] or "~"))
@@ -308,7 +309,7 @@ def told_warnings(comparison: Comparison) -> list[dict[str, str]]:
     ]
 
 
-def settings_rows(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+def settings_rows(settings: Fields) -> list[tuple[str, str]]:
     return [(visible(name), plain(value)) for name, value in settings.items() if value is not None]
 
 
@@ -325,7 +326,7 @@ def plain(value: Any) -> str:
     return visible(value)
 
 
-def _tasks(comparison: Comparison) -> Mapping[str, Any]:
+def _tasks(comparison: Comparison) -> Fields:
     """Task -> result, of the base model or of the first run that has it."""
     found = dict(comparison["base"].get("tasks", {}))
     for run in comparison.finals:
@@ -334,6 +335,6 @@ def _tasks(comparison: Comparison) -> Mapping[str, Any]:
     return found
 
 
-def _part(comparison: Comparison, part: str) -> Mapping[str, Any]:
+def _part(comparison: Comparison, part: str) -> Fields:
     facts = comparison["data"].get(part)
     return facts if isinstance(facts, Mapping) else {}
