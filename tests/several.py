@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 # Seconds after which a launch hangs, on a machine that has other work too.
 LONG = 500
+# What a launcher sets for each process.
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LOADED = (
     *("rankwise.training.run", "rankwise.planning.guard", "rankwise.cli.progress"),
     *("torch.distributed.fsdp", "torch.distributed.tensor", "trl.trainer.sft_trainer"),

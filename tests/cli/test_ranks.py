@@ -1,0 +1,146 @@
+"""What several processes share and refuse, as far as no process has to be launched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rankwise.cli.launch import _failure, continued
+from rankwise.config import TrainSettings
+from rankwise.errors import ConfigError, Interrupted, RunError
+from rankwise.records import RunRecord
+from rankwise.training import ranks
+from rankwise.training.batches import KEY
+from rankwise.training.shares import Remainder, Shares, share
+from several import LAUNCHERS
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 5, 8, 23, 24])
+def test_the_shares_are_the_batches_of_one_process(rows: int, count: int) -> None:
+    size = 2
+    each = [list(Shares(range(rows), size, count, rank)) for rank in range(count)]
+    assert len({len(batches) for batches in each}) == 1
+    idle = [Remainder(rows, size, count, rank).is_idle for rank in range(count)]
+    taken = []
+    for batches in zip(*each):
+        last = batches[-1] is each[-1][-1]
+        real = [batch for rank, batch in enumerate(batches) if not (last and idle[rank])]
+        taken += [row for batch in real for row in batch]
+        assert all(1 <= len(batch) <= size for batch in batches)
+    assert taken == list(range(rows))
+
+
+def test_parts_are_as_even_as_can_be() -> None:
+    parts = [share(list(range(7)), 3, rank) for rank in range(3)]
+    assert parts == [[0, 1, 2], [3, 4], [5, 6]]
+
+
+def test_an_idle_process_learns_nothing_from_its_row() -> None:
+    remainder = Remainder(5, 2, 2, 1)
+    assert remainder.is_idle
+    batch = {"labels": torch.tensor([[1, 2]]), "input_ids": torch.tensor([[1, 2]])}
+    masked = remainder.masked(batch)
+    assert masked["labels"].eq(-100).all()
+    assert (masked[KEY].tokens, masked[KEY].examples, len(masked[KEY].scored)) == (0, 0, 0)
+
+
+LAUNCHED = dict(zip(LAUNCHERS, ("1", "2", "1", "2", "localhost", "29500")))
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def write(**values: str) -> None:
+        for name in LAUNCHERS:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return write
+
+
+def test_the_place_is_read_from_torchruns_environment(environment: Callable[..., None]) -> None:
+    environment(**LAUNCHED)
+    assert ranks.place() == ranks.Place(rank=1, count=2, local_rank=1, local_count=2)
+    assert not ranks.is_writer()
+    environment(WORLD_SIZE="1", RANK="0")
+    assert ranks.place() is None
+    assert ranks.is_writer()
+
+
+@pytest.mark.parametrize(
+    ("verb", "changes", "words"),
+    [
+        ("train", {"WORLD_SIZE": "x"}, "WORLD_SIZE=x"),
+        ("evaluate", {"WORLD_SIZE": "x"}, "WORLD_SIZE=x"),
+        ("train", {"WORLD_SIZE": "1", "LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
+        ("train", {"MASTER_ADDR": ""}, "and not MASTER_ADDR"),
+        ("train", {"RANK": "2"}, "and RANK=2"),
+    ],
+)
+def test_a_broken_environment_is_one_clear_error(
+    verb: str, changes: dict[str, str], words: str, rankwise: Any, environment: Any, tmp_path: Path
+) -> None:
+    environment(**{**LAUNCHED, **changes})
+    given = ("--model", "demo", "--data", "stdlib", "--output", tmp_path / "run")
+    done = rankwise(verb, *given, *(("--task", "perplexity") if verb == "evaluate" else ()))
+    assert done.code == 2
+    assert "RW136" in done.stderr
+    assert words in done.stderr
+
+
+def settings(**changes: Any) -> TrainSettings:
+    return TrainSettings(**{"model": "demo", "data": "stdlib", "output": Path("run"), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "code"),
+    [
+        ({"devices": 2}, 4, "RW137"),
+        ({"devices": 2}, 1, "RW137"),
+        ({"strategy": "ddp"}, 1, "RW138"),
+        ({"method": "prefix"}, 2, "RW146"),
+        ({"strategy": "fsdp", "method": "full", "optimizer": "adafactor"}, 2, "RW160"),
+    ],
+)
+def test_options_that_do_not_go_with_the_processes_are_refused(
+    changes: dict[str, Any], processes: int, code: str
+) -> None:
+    with pytest.raises(ConfigError, match=code):
+        ranks.check_processes(settings(**changes), processes)
+    ranks.check_processes(settings(), processes)
+
+
+def test_an_apple_gpu_is_one_device() -> None:
+    with pytest.raises(ConfigError, match="RW139"):
+        ranks.check_cards("mps", 2)
+    ranks.check_cards("cpu", 64)
+
+
+def test_the_exit_code_is_that_of_the_process_that_failed() -> None:
+    assert _failure({0: 130, 1: 2}).exit_code == 2  # type: ignore[attr-defined]
+    assert _failure({0: 130, 1: 130}).exit_code == 130  # type: ignore[attr-defined]
+    assert _failure({0: -15, 1: 1}).exit_code == 1  # type: ignore[attr-defined]
+    killed = _failure({0: -9, 1: -15})
+    assert isinstance(killed, RunError)
+    assert "process 0 by SIGKILL, process 1 by SIGTERM" in killed.message
+
+
+def test_a_restarted_process_resumes_what_the_last_one_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = settings(output=tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not continued(given).resume
+    run = RunRecord(method="lora", seed=0, settings={}, status="failed")
+    run.save(tmp_path)
+    assert continued(given).resume
+    run.status = "interrupted"
+    run.save(tmp_path)
+    with pytest.raises(Interrupted):
+        continued(given)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(ConfigError, match="RW147"):
+        continued(settings(output=tmp_path, overwrite=True))
