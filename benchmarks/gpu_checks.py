@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from rankwise import ops
 from rankwise.ops import card_reference, elementwise_reference, reference, table
-from rankwise.ops.branch import Frozen
-from rankwise.ops.low_rank_linear import Branch, Dropout, low_rank_linear
+from rankwise.ops.branch import Branch, Dropout, Frozen
+from rankwise.ops.low_rank_linear import low_rank_linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WEIGHTS = (((256, 1024), 64), ((33, 320), 64), ((130, 4096), 4096), ((5, 65), 32), ((9, 33), 64), ((7,), 64))

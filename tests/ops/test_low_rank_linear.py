@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rankwise.ops import elementwise, quantize_weight, selection
-from rankwise.ops.branch import Frozen
-from rankwise.ops.low_rank_linear import Branch, Dropout, low_rank_linear, low_rank_linear_of_glu
+from rankwise.ops.branch import Branch, Dropout, Frozen
+from rankwise.ops.low_rank_linear import low_rank_linear, low_rank_linear_of_glu
 
 SCALE = 0.75
 

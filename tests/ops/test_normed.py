@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rankwise.acceleration.parts import rms_norm
-from rankwise.ops.branch import Frozen
-from rankwise.ops.low_rank_linear import Branch, Dropout, low_rank_linear
+from rankwise.ops.branch import Branch, Dropout, Frozen
+from rankwise.ops.low_rank_linear import low_rank_linear
 from rankwise.ops.normed import Normed, Plain, source_of
 
 EPS = 1e-5

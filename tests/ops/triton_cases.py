@@ -17,6 +17,7 @@ from rankwise import ops
 from rankwise.constants import BLOCK_SIZES
 from rankwise.errors import QuantizationError
 from rankwise.ops import reference
+from rankwise.ops.codes import code_table
 from rankwise.ops.packed_weight import PackedWeight
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -88,7 +89,7 @@ def test_codes_scales_and_values_equal_the_reference(shape: tuple[int, ...], blo
 
 def test_values_on_the_bounds_between_codes_go_to_the_lower_side() -> None:
     for quant_type in ("nf4", "fp4"):
-        bound = torch.tensor(reference.code_table(quant_type).bound, device=DEVICE)
+        bound = torch.tensor(code_table(quant_type).bound, device=DEVICE)
         w = torch.cat([bound, torch.ones(1, device=DEVICE), -bound, -torch.ones(1, device=DEVICE)])
         assert torch.equal(ops.quantize_4bit(w, quant_type, 32)[0], reference.quantize_4bit(w, quant_type, 32)[0])
 

@@ -21,11 +21,11 @@ from rankwise.ops import card_reference as card
 from rankwise.ops import elementwise, low_rank_card, selection, table
 from rankwise.ops import elementwise_reference as reference
 from rankwise.ops import reference as four_bit
-from rankwise.ops.branch import Frozen
+from rankwise.ops.branch import Branch, Dropout, Frozen
 from rankwise.ops.elementwise_checks import ACTIVATIONS
 from rankwise.ops.four_bit import adapted_gain_4bit
 from rankwise.ops.linear_cross_entropy import LogitShape, linear_cross_entropy
-from rankwise.ops.low_rank_linear import Branch, Dropout, low_rank_linear
+from rankwise.ops.low_rank_linear import low_rank_linear
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

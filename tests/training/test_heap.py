@@ -77,10 +77,10 @@ print(json.dumps(used[-1] - used[200]))
 LAYERS = """
 import json, sys, torch
 from rankwise.acceleration.allocator import keep_freed_memory
-from rankwise.ops.branch import Frozen
 from rankwise.ops import elementwise
+from rankwise.ops.branch import Branch, Frozen
 from rankwise.ops.cpu import products
-from rankwise.ops.low_rank_linear import Branch, low_rank_linear
+from rankwise.ops.low_rank_linear import low_rank_linear
 from rankwise.training.meters import anonymous_memory_bytes
 
 assert keep_freed_memory()

@@ -119,6 +119,3 @@ def _elsewhere(
     # A query without keys would be NaN in some of PyTorch's kernels: it sees all, and its result is dropped.
     empty = ~seen.any(-1, keepdim=True)
     return run(q, k, v, attn_mask=seen | empty).masked_fill(empty, 0.0).transpose(1, 2)
-
-
-__all__ = ["attention", "obstacle", "reference"]

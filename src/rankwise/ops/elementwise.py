@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rankwise.constants import IGNORED
-from rankwise.ops.elementwise_checks import ACTIVATIONS, check_targets
+from rankwise.ops.elementwise_checks import check_targets
 from rankwise.ops.selection import is_traced
 from rankwise.ops.table import call
 
@@ -155,21 +155,3 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
 def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int) -> Tensor:
     """``dx <- dx + z * mask / (1 - p)`` in place, with the mask of `dropout`: dx and z of one shape and dtype."""
     return call("dropout_add_", dx, z, p, seed)
-
-
-__all__ = [
-    "ACTIVATIONS",
-    "adapted_gain",
-    "cross_entropy_",
-    "dropout",
-    "dropout_add_",
-    "glu",
-    "glu_backward",
-    "low_rank_add_",
-    "rms_norm",
-    "rms_norm_backward",
-    "rope",
-    "rope_",
-    "row_cross",
-    "scaled_grad",
-]

@@ -171,6 +171,3 @@ class _LowRankExperts(torch.autograd.Function):
         if dx is not None:
             dx = dx[inverse(order)].view(order.numel() // k, k, -1).sum(1)
         return None, None, dx, dA_up, dB_up, dA_down, dB_down
-
-
-__all__ = ["DenseStack", "ExpertBranch", "FrozenStack", "low_rank_experts"]

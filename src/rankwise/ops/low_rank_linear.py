@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from rankwise.compat.torch import unsafe_view, writes_to
 from rankwise.ops import elementwise, low_rank_card, low_rank_plain, normed, selection
-from rankwise.ops.branch import Branch, BranchGrads, Dropout, Frozen, Wanted
+from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted
 from rankwise.ops.handback import Handback, offer
 
 if TYPE_CHECKING:
@@ -240,6 +240,3 @@ def _flat(
     for part, branch, grad, want in zip(parts, branches, grads, wanted):
         flat += [part.to(branch.A.dtype) if want.A and part is not None else None, grad.B, grad.bias, grad.m]
     return flat
-
-
-__all__ = ["Branch", "Dropout", "Frozen", "low_rank_linear", "low_rank_linear_of_glu"]

@@ -30,7 +30,6 @@ from rankwise.ops.codes import (
     DYNAMIC_BINS,
     code_bounds,
     code_order,
-    code_table,
     code_values,
     dynamic_bins,
     dynamic_map,
@@ -165,18 +164,3 @@ def _scales(weight: PackedWeight) -> Tensor:
     if weight.nested_absmax is None or weight.offset is None:
         return weight.absmax
     return dequantize_absmax(weight.absmax, weight.nested_absmax, weight.offset)
-
-
-__all__ = [
-    "code_table",
-    "dequantize_4bit",
-    "dequantize_absmax",
-    "linear_4bit",
-    "linear_4bit_input_grad",
-    "not_finite",
-    "quantize_4bit",
-    "quantize_absmax",
-    "row_cross_4bit",
-    "row_cross_in_chunks",
-    "row_norms_4bit",
-]

@@ -80,6 +80,3 @@ def _summed(x: Tensor, like: Tensor) -> Tensor:
     """The sum over the query heads of each key head: (B, Lk, H, D) -> (B, Lk, Hkv, D)."""
     B, Lk, Hkv, D = like.shape
     return x.reshape(B, Lk, Hkv, x.shape[2] // Hkv, D).sum(3).to(like.dtype)
-
-
-__all__ = ["attention_backward", "attention_forward", "visible"]

@@ -148,6 +148,3 @@ def _rows(x: Tensor) -> Tensor:
 
 def _heads(x: Tensor) -> _Heads:
     return _Heads(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
-
-
-__all__ = ["attention_backward", "attention_forward", "obstacle"]

@@ -233,18 +233,3 @@ def _floats(vector: Tensor | None) -> Tensor | None:
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-__all__ = [
-    "cross_entropy_",
-    "dropout",
-    "dropout_add_",
-    "glu",
-    "glu_backward",
-    "low_rank_add_",
-    "rms_norm",
-    "rms_norm_backward",
-    "rope",
-    "rope_",
-    "scaled_grad",
-]
