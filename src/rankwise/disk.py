@@ -19,8 +19,8 @@ from typing import BinaryIO
 from rankwise.errors import RankwiseError, RunError, warn
 
 MOST_TRIES = 1000
-TOKEN = "[0-9a-f]{8}"
 # What ends the name of everything unfinished, as secrets.token_hex(4) makes it.
+TOKEN = "[0-9a-f]{8}"
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space there"),
     errno.EFBIG: "raise the limit of a file's size (ulimit -f)",

@@ -54,7 +54,8 @@ def read_settings(
     try:
         return kind.model_validate(merged)
     except pydantic.ValidationError as error:
-        raise ConfigError("RW103", _one_sentence(error, kind)) from None
+        problems = dict.fromkeys(_problem(item, kind) for item in deepest_faults(error))
+        raise ConfigError("RW103", f"{'; '.join(problems)}.") from None
 
 
 def _refuse_half_characters(given: Mapping[str, Any]) -> None:
@@ -75,10 +76,6 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _texts(item)
-
-
-def _one_sentence(error: pydantic.ValidationError, kind: type[Settings]) -> str:
-    return "; ".join(dict.fromkeys(_problem(item, kind) for item in deepest_faults(error))) + "."
 
 
 def _problem(item: ErrorDetails, kind: type[Settings]) -> str:

@@ -110,7 +110,9 @@ def _read_header(path: Path) -> WeightsHeader:
             raise _Malformed(f"is {size_bytes:,} bytes where its header alone promises {8 + header_bytes:,}; {AGAIN}")
         file.seek(8)
         content = _parse(file.read(header_bytes))
-    metadata = _checked_metadata(content.pop("__metadata__", {}))
+    metadata = content.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _Malformed("has a `__metadata__` that does not map text to text; write the file again")
     tensors = {name: _checked_tensor(name, entry) for name, entry in content.items()}
     _check_layout(tensors, data_start=8 + header_bytes, size_bytes=size_bytes)
     return WeightsHeader(tensors, metadata)
@@ -145,12 +147,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
         [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"the key {twice!r} occurs twice")
     return content
-
-
-def _checked_metadata(metadata: Any) -> dict[str, str]:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _Malformed("has a `__metadata__` that does not map text to text; write the file again")
-    return metadata
 
 
 def _checked_tensor(name: str, entry: Any) -> TensorInfo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shlex
 import sys
 from collections.abc import Mapping
@@ -39,7 +40,7 @@ def run(settings: PlanSettings, output: Output) -> Document:
             return document
     # Dry runs tell how they get on, which a spinner would overwrite.
     with contextlib.nullcontext() if settings.exact else output.waiting("planning"):
-        plan = make_plan(settings, _progress)
+        plan = make_plan(settings, functools.partial(print, file=sys.stderr, flush=True))
     command = command_of(plan.recommendation, settings.save)
     # Before anything is said: a reader who leaves early (`| head`) or a check that fails takes no file along.
     written = _write(settings, plan)
@@ -48,10 +49,6 @@ def run(settings: PlanSettings, output: Output) -> Document:
         document["check"] = _check(settings, plan, output)
     _say_written(settings, written, output)
     return {**plan.to_json(), "command": command, **document, **written}
-
-
-def _progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def command_of(recommendation: Recommendation, saved: Path | None) -> str | None:

@@ -10,7 +10,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 def sparkline(values: Sequence[float], width: int) -> str:
     """``values`` as at most ``width`` bars; several values that share a bar are averaged, NaN is a gap."""
-    bins = [_mean(chunk) for chunk in _chunks(values, width)]
+    bins = [sum(chunk) / len(chunk) for chunk in _chunks(values, width)]
     finite = [value for value in bins if math.isfinite(value)]
     if not finite:
         return ""
@@ -32,7 +32,3 @@ def _chunks(values: Sequence[float], width: int) -> list[Sequence[float]]:
     for index, value in enumerate(values):
         groups[position(index, len(values), width)].append(value)
     return list(groups)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -6,7 +6,6 @@ A model comes back in evaluation mode, complete (no tensor was made up), and sav
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -81,12 +80,9 @@ def load_model(
 
 def remember_originals(loaded: PreTrainedModel, source: ModelSource, *, trust_remote_code: bool) -> None:
     """Let a quantized model return its original weights: adapters that start by PiSSA or LoftQ ask for them."""
-    again = functools.partial(_original, source, trust_remote_code=trust_remote_code)
-    loaded.rankwise_originals = again  # type: ignore[assignment]
-
-
-def _original(source: ModelSource, *, trust_remote_code: bool) -> PreTrainedModel:
-    return load_model(source, trust_remote_code=trust_remote_code)[0]
+    loaded.rankwise_originals = (  # type: ignore[assignment]
+        lambda: load_model(source, trust_remote_code=trust_remote_code)[0]
+    )
 
 
 def load_tokenizer(

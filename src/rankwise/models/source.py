@@ -52,9 +52,12 @@ def resolve_model(model: str | os.PathLike[str]) -> ModelSource:
     # An empty name would be the working directory.
     if name and path.is_dir():
         return ModelSource("folder", name, path, str(path.resolve()))
+    is_gguf = path.suffix.lower() == ".gguf"
     if path.is_file():
-        return _file_source(name, path)
-    if path.suffix.lower() == ".gguf" or not HUB_ID.fullmatch(name):
+        if is_gguf:
+            return ModelSource("gguf", name, path, str(path.resolve()))
+        raise ModelError("RW301", f"{name} is a file and no GGUF; give the folder that holds it with its config.json.")
+    if is_gguf or not HUB_ID.fullmatch(name):
         raise ModelError(
             "RW301",
             f"there is no model at {name!r}; give a folder, a .gguf file, a hub id such as {DEMO_HUB_ID}, or demo.",
@@ -93,12 +96,6 @@ def _hub_id(name: object) -> str | None:
     if not isinstance(name, str) or not HUB_ID.fullmatch(name) or Path(name).expanduser().exists():
         return None
     return name.casefold()
-
-
-def _file_source(name: str, path: Path) -> ModelSource:
-    if path.suffix.lower() == ".gguf":
-        return ModelSource("gguf", name, path, str(path.resolve()))
-    raise ModelError("RW301", f"{name} is a file and no GGUF; give the folder that holds it with its config.json.")
 
 
 def _demo_file() -> Path:

@@ -143,17 +143,13 @@ def _check_weights(model: nn.Module, names: list[str]) -> None:
             f"4 bits are made of float32, bfloat16 or float16, and not of the weights of {some_of(wrong)}: convert "
             "them first, or name them in modules_to_not_convert.",
         )
-    broken = [name for name, W in weights if _has_values(W) and not is_finite(W)]
+    broken = [name for name, W in weights if not (W.is_meta or is_fake(W) or is_finite(W))]
     if broken:
         raise QuantizationError(
             "RW603",
             f"NaN or infinity in the weights of {some_of(broken)}: 4 bits have no code for them. "
             "The checkpoint is damaged or the training that made it diverged; use another one.",
         )
-
-
-def _has_values(weight: Tensor) -> bool:
-    return not weight.is_meta and not is_fake(weight)
 
 
 def is_finite(weight: Tensor) -> bool:

@@ -10,7 +10,7 @@ from rankwise.reports.examples import answers_of
 from rankwise.reports.folder import Comparison
 from rankwise.reports.forest_plot import pairs_of
 from rankwise.reports.naming import long_name, method_name, metric_name
-from rankwise.reports.numbers import p_value, plural, significant, visible
+from rankwise.reports.numbers import capital, p_value, plural, significant, visible
 
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&])")
 
@@ -36,7 +36,7 @@ def markdown(comparison: Comparison) -> str:
 def _verdict(comparison: Comparison) -> str:
     method = comparison["recommendation"].get("method")
     name = long_name(method) if method else "No recommendation"
-    return f"**{_text(name[:1].upper() + name[1:])}.** {_text(summary.verdict(comparison))}"
+    return f"**{_text(capital(name))}.** {_text(summary.verdict(comparison))}"
 
 
 def _methods(comparison: Comparison) -> str:
