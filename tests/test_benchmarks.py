@@ -359,9 +359,10 @@ def test_gpu_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 ONE_LAYER = ["--device", "cpu", "--tiny", "--sections", "layers", "--methods", "lora", "dora"]
 
 
-def test_gpu_saves_each_row_and_goes_on_after_a_kill(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), *ONE_LAYER, "--output", str(tmp_path)]
-    results = tmp_path / "gpu.json"
+@pytest.mark.usefixtures("automatic")
+def test_gpu_saves_each_row_and_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, results = [*ONE_LAYER, "--output", str(tmp_path)], tmp_path / "gpu.json"
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), *given]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 300
@@ -372,8 +373,9 @@ def test_gpu_saves_each_row_and_goes_on_after_a_kill(tmp_path: Path) -> None:
         process.wait()
     before = json.loads(results.read_text())["jobs"]
     assert 0 < len(before) < 4
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(gpu_models, "LAYER_ROUNDS", 1)
+    monkeypatch.setattr(gpu, "do", in_this_process)
+    assert gpu.main(given) == 0
     after = json.loads(results.read_text())["jobs"]
     assert len(after) == 4
     assert {key: after[key] for key in before} == before

@@ -19,6 +19,7 @@ from rankwise.errors import QuantizationError
 from rankwise.ops import reference
 from rankwise.ops.codes import code_table
 from rankwise.ops.packed_weight import PackedWeight
+from tables import thinned
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -129,12 +130,19 @@ def test_a_weight_that_is_not_finite_is_refused_and_the_place_named(value: float
         ops.quantize_4bit(w)
 
 
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("N", "K", "block_size"),
-    [(9, 64, 64), (5, 192, 32), (33, 320, 64), (3, 1536, 128), (2, 8192, 4096), (1, 32, 32), (6, 80, 32), (5, 33, 64)],
-)
+SIZES = [
+    (9, 64, 64),
+    (5, 192, 32),
+    (33, 320, 64),
+    (3, 1536, 128),
+    (2, 8192, 4096),
+    (1, 32, 32),
+    (6, 80, 32),
+    (5, 33, 64),
+]
+
+
+@thinned({"N,K,block_size": SIZES, "dtype": DTYPES, "double": [False, True]})
 def test_products_and_gradients_are_as_good_as_the_reference(
     N: int, K: int, block_size: int, dtype: torch.dtype, double: bool
 ) -> None:

@@ -26,6 +26,7 @@ from rankwise.ops.elementwise_checks import ACTIVATIONS
 from rankwise.ops.four_bit import adapted_gain_4bit
 from rankwise.ops.linear_cross_entropy import LogitShape, linear_cross_entropy
 from rankwise.ops.low_rank_linear import low_rank_linear
+from tables import thinned
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -141,9 +142,7 @@ def test_scaled_grad_of_strided_rows_and_of_none() -> None:
     assert not dot.any()
 
 
-@pytest.mark.parametrize("act", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("T", "N"), [(1, 1), (3, 37), (2, 1025), (0, 4)])
+@thinned({"T,N": [(1, 1), (3, 37), (2, 1025), (0, 4)], "dtype": DTYPES, "act": ACTIVATIONS})
 def test_gated_activations(T: int, N: int, dtype: torch.dtype, act: str) -> None:
     dout, up, gate = randn(T, N, dtype=dtype), randn(T, N, dtype=dtype), 6 * randn(T, N, dtype=dtype)
     wide = gate.double().requires_grad_(), up.double().requires_grad_()
@@ -177,9 +176,13 @@ def test_gated_activations_of_extreme_and_strided_gates(act: str) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("T", "D"), [(1, 1), (5, 33), (70, 128), (3, 2048), (2, 5000), (0, 4)])
-@pytest.mark.parametrize(("offset", "cast_first"), [(0, True), (1, False), (0, False)])
+@thinned(
+    {
+        "T,D": [(1, 1), (5, 33), (70, 128), (3, 2048), (2, 5000), (0, 4)],
+        "offset,cast_first": [(0, True), (1, False), (0, False)],
+        "dtype": DTYPES,
+    }
+)
 def test_rms_norm(T: int, D: int, offset: int, cast_first: bool, dtype: torch.dtype) -> None:
     x, dy, past = (3 * randn(T, D, dtype=dtype) for _ in range(3))
     for w in (randn(D, dtype=dtype), randn(D)):
@@ -208,10 +211,14 @@ def test_rms_norm_of_rows_that_are_apart() -> None:
     torch.testing.assert_close(found, reference.rms_norm_backward(dy, x, w, rstd, 1, x))
 
 
-@pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # A program turns 16 heads of 128 columns: of 20 the last tile is a part.
-@pytest.mark.parametrize(("heads", "D", "turned"), [(1, 2, 2), (9, 64, 64), (3, 80, 20), (20, 128, 128), (2, 6, 0)])
+@thinned(
+    {
+        "heads,D,turned": [(1, 2, 2), (9, 64, 64), (3, 80, 20), (20, 128, 128), (2, 6, 0)],
+        "dtype": DTYPES,
+        "inverse": [False, True],
+    }
+)
 def test_rope(heads: int, D: int, turned: int, dtype: torch.dtype, inverse: bool) -> None:
     for q in (randn(2, 5, heads, D, dtype=dtype).transpose(1, 2), randn(2, heads, D, 5, dtype=dtype).transpose(2, 3)):
         for batches, table_dtype in ((1, dtype), (2, torch.float32)):
@@ -264,9 +271,13 @@ def test_a_model_with_all_parts_computes_what_it_did(family: str, monkeypatch: p
     undo()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("V", [1, 2, 37, 4096, 4097, 9001])
-@pytest.mark.parametrize(("smoothing", "softcap"), [(0.0, None), (0.1, None), (0.0, 3.0), (0.3, 30.0)])
+@thinned(
+    {
+        "V": [1, 2, 37, 4096, 4097, 9001],
+        "smoothing,softcap": [(0.0, None), (0.1, None), (0.0, 3.0), (0.3, 30.0)],
+        "dtype": DTYPES,
+    }
+)
 def test_cross_entropy(V: int, smoothing: float, softcap: float | None, dtype: torch.dtype) -> None:
     logits = 4 * randn(5, V, dtype=dtype)
     targets = torch.tensor([0, V - 1, -100, V // 2, V // 3], device=DEVICE)
@@ -352,9 +363,13 @@ def test_dropout_of_strided_tensors_counts_their_elements() -> None:
     assert torch.equal(dx, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("N", "K", "R"), [(1, 1, 1), (70, 130, 5), (9, 1100, 16), (5, 33, 70), (3, 0, 4), (0, 8, 2)])
+@thinned(
+    {
+        "N,K,R": [(1, 1, 1), (70, 130, 5), (9, 1100, 16), (5, 33, 70), (3, 0, 4), (0, 8, 2)],
+        "factors": [torch.float32, torch.bfloat16],
+        "dtype": DTYPES,
+    }
+)
 def test_row_cross(N: int, K: int, R: int, factors: torch.dtype, dtype: torch.dtype) -> None:
     W, A, B = randn(N, K, dtype=dtype), randn(R, K, dtype=factors), randn(N, R, dtype=factors)
     truth = ((W.double() @ A.double().T) * B.double()).sum(1)
@@ -364,11 +379,12 @@ def test_row_cross(N: int, K: int, R: int, factors: torch.dtype, dtype: torch.dt
     assert_as_good(elementwise.row_cross(W.T.contiguous().T, A, B), found, truth)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize(
-    ("N", "K", "block_size", "R"),
-    [(17, 128, 64, 5), (3, 1152, 128, 16), (2, 8192, 4096, 3), (5, 96, 32, 70), (3, 7, 64, 2)],
+@thinned(
+    {
+        "N,K,block_size,R": [(17, 128, 64, 5), (3, 1152, 128, 16), (2, 8192, 4096, 3), (5, 96, 32, 70), (3, 7, 64, 2)],
+        "double": [False, True],
+        "dtype": DTYPES,
+    }
 )
 def test_row_cross_of_a_packed_weight(
     N: int, K: int, block_size: int, R: int, double: bool, dtype: torch.dtype
@@ -391,10 +407,12 @@ def test_factors_of_float32_lose_nothing_against_a_bfloat16_weight() -> None:
         assert ((found - A.double()).abs() <= A.double().abs() * 2.0**-24).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("adapters_in", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("N", "K", "R"), [(1, 1, 1), (70, 130, 5), (9, 1100, 16), (33, 50, 40), (5, 33, 70), (3, 0, 4), (0, 8, 2)]
+@thinned(
+    {
+        "N,K,R": [(1, 1, 1), (70, 130, 5), (9, 1100, 16), (33, 50, 40), (5, 33, 70), (3, 0, 4), (0, 8, 2)],
+        "adapters_in": [torch.float32, torch.bfloat16],
+        "dtype": DTYPES,
+    }
 )
 def test_adapted_gain(N: int, K: int, R: int, adapters_in: torch.dtype, dtype: torch.dtype) -> None:
     W, A, B = randn(N, K, dtype=dtype), randn(R, K, dtype=adapters_in), randn(N, R, dtype=adapters_in)
@@ -485,10 +503,14 @@ def test_an_adapted_layer_has_the_gradients_of_autograd(p: float) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("p", [0.0, 0.4])
-@pytest.mark.parametrize("four_bits", [False, True])
-@pytest.mark.parametrize("dora", [False, True])
+@thinned(
+    {
+        "dora": [False, True],
+        "four_bits": [False, True],
+        "p": [0.0, 0.4],
+        "dtype": [torch.bfloat16, torch.float16],
+    }
+)
 def test_layers_on_a_card_are_no_worse_than_separate_products(
     dora: bool, four_bits: bool, p: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

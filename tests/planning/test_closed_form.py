@@ -11,6 +11,7 @@ from rankwise.planning import Workload
 from rankwise.planning.architectures import shape_of
 from rankwise.planning.closed_form import of_shape
 from rankwise.planning.dry_run import trace
+from tables import thinned
 
 GRID = [
     ("llama", "lora", "cuda", False, 2, 512),
@@ -94,23 +95,23 @@ def test_closed_form_of_a_cpu_in_float32(family, method, checkpointing, batch, l
     assert -0.03 <= compared(family, method, workload) <= 0.08
 
 
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("llama", {"num_key_value_heads": 4}),
-        ("mistral", {"sliding_window": 1024}),
-        ("phi3", {"sliding_window": 4096, "num_key_value_heads": 4}),
-        ("gemma3_text", {"num_hidden_layers": 12, "num_key_value_heads": 4}),
-        ("qwen2", {"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 1}),
-    ],
+@thinned(
+    {
+        "family,changes": [
+            ("llama", {"num_key_value_heads": 4}),
+            ("mistral", {"sliding_window": 1024}),
+            ("phi3", {"sliding_window": 4096, "num_key_value_heads": 4}),
+            ("gemma3_text", {"num_hidden_layers": 12, "num_key_value_heads": 4}),
+            ("qwen2", {"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 1}),
+        ],
+        "device,dtype": [("cuda", "bfloat16"), ("cpu", "float32"), ("cpu", "bfloat16")],
+    }
 )
-@pytest.mark.parametrize(("device", "dtype"), [("cuda", "bfloat16"), ("cpu", "float32"), ("cpu", "bfloat16")])
 def test_a_single_row_has_no_mask_but_where_it_outgrows_a_window(family, changes, device, dtype):
     assert -0.03 <= compared(family, "lora", step(device, False, 1, 2048, dtype=dtype), **changes) <= 0.08
 
 
-@pytest.mark.parametrize("method", ["lora", "qdora", "full"])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@thinned({"device": ["cpu", "cuda"], "method": ["lora", "qdora", "full"]})
 def test_closed_form_in_float16_which_our_parts_do_not_take(device, method):
     assert -0.03 <= compared("llama", method, step(device, False, 8, 1024, dtype="float16")) <= 0.08
 
@@ -120,8 +121,7 @@ def test_closed_form_of_mixed_precision_on_a_cpu(family):
     assert -0.03 <= compared(family, "full", step("cpu", False, 8, 1024, dtype="bfloat16")) <= 0.08
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("family", "method"), [("llama", "lora"), ("llama", "full"), ("gemma", "qdora")])
+@thinned({"family,method": [("llama", "lora"), ("llama", "full"), ("gemma", "qdora")], "checkpointing": [False, True]})
 def test_closed_form_of_a_card_without_triton(family, method, checkpointing):
     assert -0.03 <= compared(family, method, step("cuda", checkpointing, 8, 1024, triton=False)) <= 0.08
 
@@ -133,8 +133,12 @@ def test_closed_form_over_the_whole_grid(family, method, device, checkpointing, 
     assert -0.03 <= compared(family, method, workload) <= 0.08
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("method", "dtype"), [("full", "bfloat16"), ("lora", "bfloat16"), ("qdora", "float32")])
+@thinned(
+    {
+        "method,dtype": [("full", "bfloat16"), ("lora", "bfloat16"), ("qdora", "float32")],
+        "checkpointing": [False, True],
+    }
+)
 def test_a_cpu_keeps_the_attention_weights_that_it_drops(method, dtype, checkpointing):
     sizes = {"batch_size": 2, "max_length": 1024, "gradient_checkpointing": checkpointing}
     workload = Workload(device_type="cpu", dtype=dtype, **sizes)
@@ -166,14 +170,15 @@ def test_a_head_that_trains_beside_adapters(device, dtype):
     assert -0.03 <= compared("qwen2", "lora", workload, **changes) <= 0.08
 
 
-@pytest.mark.parametrize(
-    ("family", "method"),
-    [
-        *(("llama", "lora"), ("llama", "qdora"), ("gpt2", "lora"), ("mixtral", "lora"), ("mixtral", "qlora")),
-        *(("gemma2", "lora"), ("gemma2", "qdora")),
-    ],
+@thinned(
+    {
+        "family,method": [
+            *(("llama", "lora"), ("llama", "qdora"), ("gpt2", "lora"), ("mixtral", "lora"), ("mixtral", "qlora")),
+            *(("gemma2", "lora"), ("gemma2", "qdora")),
+        ],
+        "checkpointing": [False, True],
+    }
 )
-@pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_that_wait_in_the_hosts_memory(family, method, checkpointing):
     sizes = {"batch_size": 8, "max_length": 1024, "gradient_checkpointing": checkpointing}
     # Without masks little but the experts' transient bytes is left, of which the closed form has a sixth too many.
@@ -187,15 +192,13 @@ def test_what_a_plain_loss_keeps_waits_there_too(family, method):
     assert -0.03 <= compared(family, method, workload) <= 0.08
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("changes", [{}, {"final_logit_softcapping": None}])
+@thinned({"dtype": ["bfloat16", "float32"], "changes": [{}, {"final_logit_softcapping": None}]})
 def test_what_a_plain_loss_keeps_of_capped_logits(dtype, changes):
     workload = Workload(batch_size=2, max_length=512, fast=False, dtype=dtype)
     assert -0.03 <= compared("gemma2", "lora", workload, **changes) <= 0.08
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")])
+@thinned({"device": ["cuda", "cpu"], "targets": [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")]})
 def test_layers_without_adapters_keep_less(targets, device):
     workload = Workload(batch_size=8, max_length=1024, device_type=device, target_modules=targets)
     assert -0.03 <= compared("llama", "lora", workload, num_hidden_layers=8) <= 0.08
@@ -223,17 +226,18 @@ def test_dropout_makes_the_gates_product_once_more(device, checkpointing):
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(
-    ("family", "method", "device", "modules", "parameters"),
-    [
-        ("mixtral", "lora", "cuda", (), (GATE_UP, DOWN)),
-        ("mixtral", "qlora", "cpu", "all-linear", (GATE_UP, DOWN)),
-        ("qwen3_moe", "lora", "cpu", ("q_proj",), (GATE_UP,)),
-        ("qwen3_moe", "qlora", "cuda", "all-linear", (GATE_UP, DOWN)),
-        ("qwen2_moe", "lora", "cuda", "all-linear", (DOWN,)),
-        ("qwen2_moe", "lora", "cpu", (), (GATE_UP, DOWN)),
-    ],
+@thinned(
+    {
+        "family,method,device,modules,parameters": [
+            ("mixtral", "lora", "cuda", (), (GATE_UP, DOWN)),
+            ("mixtral", "qlora", "cpu", "all-linear", (GATE_UP, DOWN)),
+            ("qwen3_moe", "lora", "cpu", ("q_proj",), (GATE_UP,)),
+            ("qwen3_moe", "qlora", "cuda", "all-linear", (GATE_UP, DOWN)),
+            ("qwen2_moe", "lora", "cuda", "all-linear", (DOWN,)),
+            ("qwen2_moe", "lora", "cpu", (), (GATE_UP, DOWN)),
+        ],
+        "checkpointing": [False, True],
+    }
 )
 def test_adapters_on_stacked_experts(family, method, device, modules, parameters, checkpointing):
     workload = step(device, checkpointing, 4, 1024, target_modules=modules, target_parameters=parameters)
