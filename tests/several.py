@@ -53,7 +53,7 @@ class Launch:
     def wait_for(self, folder: Path, pattern: str) -> None:
         """Until a file of this pattern exists; fails where the processes end before."""
         while not list(folder.glob(pattern)):
-            assert any(Path(f"/proc/{pid}").exists() for pid in self.pids), self.files[1].read_text()
+            assert any(map(_lives, self.pids)), self.files[1].read_text()
             assert time.monotonic() < self.began + LONG
             time.sleep(0.01)
 
@@ -179,6 +179,14 @@ def _wait(pids: list[int], grace_seconds: float) -> list[int]:
             _signal(set(pids) - set(codes), signal.SIGKILL)
         time.sleep(0.02)
     return [codes[pid] for pid in pids]
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _signal(pids: set[int], number: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rankwise.cli.main import main
+from several import Nursery, nursery
 from tiny_models import save_with_tokenizer, tiny_gpt2
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
@@ -41,6 +42,13 @@ def rankwise(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
         return Done(code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture(scope="session")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """What forks processes of ``rankwise``, of which none has to import torch."""
+    with nursery(tmp_path_factory.mktemp("several")) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 from rankwise.records import read_metrics
-from several import LAUNCHERS, LONG, Nursery, nursery
+from several import LAUNCHERS, LONG, Nursery
 from tiny_models import save_with_tokenizer, tiny_llama, tiny_moe
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -31,12 +31,6 @@ OPTIONS = (
     *("--lr-scheduler-type", "constant", "--ignore-plan"),
 )
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
-
-
-@pytest.fixture(scope="module")
-def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    with nursery(tmp_path_factory.mktemp("several")) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

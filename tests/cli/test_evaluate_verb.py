@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from several import Nursery
 
 E2E = "mr,ref\n" + "".join(f'"name[{name}], area[river]","{name} is by the river."\n' for name in ("Aromi", "Zizzi"))
 
@@ -120,37 +120,31 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_evaluation_goes_on(model_folder: Path, tmp_path: Path, number: int, rankwise, one_thread: None):
+def test_a_stopped_evaluation_goes_on(
+    model_folder: Path, tmp_path: Path, number: int, rankwise, several: Nursery, one_thread: None
+):
     rows = [{"prompt": f"Number {n} ", "completion": "word " * (1 + n % 40)} for n in range(600)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    base = [sys.executable, "-m", "rankwise.cli.main", "evaluate", "--model", str(model_folder), "--task", "perplexity"]
-    command = [*base, "--data", "rows.jsonl", "--dtype", "float32", "--batch-size", "1", "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = ["evaluate", "--model", model_folder, "--task", "perplexity", "--data", tmp_path / "rows.jsonl"]
+    command += ["--dtype", "float32", "--batch-size", 1, "--json", "--output"]
     predictions = tmp_path / "part" / "perplexity" / "predictions.jsonl"
-    process = subprocess.Popen(
-        [*command, "--output", "part"],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Where the tests run in a shell's background, SIGINT is ignored by all that they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    # Where the tests run in a shell's background, SIGINT is ignored by all that they start.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    launch = several.start(1, [*command, tmp_path / "part"], heed)
+    launch.wait_for(predictions.parent, predictions.name)
     # A batch counts once it is flushed to disk, which is sure when the next one is written.
     sizes: set[int] = set()
-    while process.poll() is None and len(sizes - {0}) < 2:
-        if predictions.exists():
-            sizes.add(predictions.stat().st_size)
+    deadline = time.monotonic() + 100
+    while len(sizes - {0}) < 2 and time.monotonic() < deadline:
+        sizes.add(predictions.stat().st_size)
         time.sleep(0.001)
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode != 0, "it had finished before the signal came"
+    os.kill(launch.pids[0], number)
+    done = launch.ended()
+    assert done.codes == [{signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[number]], done.stderr
     if number == signal.SIGINT:
-        assert process.returncode == 130, stderr
-        assert json.loads(stdout)["error"]["code"] == "RW572"
+        assert json.loads(done.stdout)["error"]["code"] == "RW572"
     assert 0 < predictions.read_bytes().count(b"\n") < 600
     for name in ("part", "whole"):
-        assert rankwise(*command[3:], "--output", name).code == 0
+        assert rankwise(*command, tmp_path / name).code == 0
     whole = tmp_path / "whole" / "perplexity" / "predictions.jsonl"
     assert predictions.read_bytes() == whole.read_bytes()
