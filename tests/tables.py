@@ -9,6 +9,11 @@ from typing import Any
 import pytest
 
 
+def long(cases: Sequence[Sequence[Any]]) -> list[Any]:
+    """The cases, to be run by `make test-all` alone."""
+    return [pytest.param(*case, marks=pytest.mark.long) for case in cases]
+
+
 def thinned(axes: Mapping[str, Sequence[Any]]) -> pytest.MarkDecorator:
     """``parametrize`` over the product of ``axes``, whose names may be several: ``{"T,N": [(1, 2), ...]}``.
 

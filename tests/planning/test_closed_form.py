@@ -11,7 +11,7 @@ from rankwise.planning import Workload
 from rankwise.planning.architectures import shape_of
 from rankwise.planning.closed_form import of_shape
 from rankwise.planning.dry_run import trace
-from tables import thinned
+from tables import long, thinned
 
 GRID = [
     ("llama", "lora", "cuda", False, 2, 512),
@@ -20,45 +20,50 @@ GRID = [
     ("llama", "qlora", "cpu", False, 2, 512),
     ("llama", "dora", "cpu", True, 4, 1024),
     ("qwen2", "dora", "cuda", False, 2, 512),
-    ("qwen2", "full", "cpu", True, 2, 512),
-    ("qwen3", "lora", "cpu", False, 4, 1024),
     ("qwen3", "qdora", "cuda", False, 1, 2048),
-    ("mistral", "lora", "cuda", True, 2, 512),
     ("mistral", "qlora", "cpu", False, 1, 64),
-    ("gemma", "lora", "cuda", False, 2, 512),
     ("gemma", "qdora", "cpu", False, 4, 1024),
     ("gemma3_text", "dora", "cuda", True, 2, 512),
-    ("gpt2", "lora", "cuda", False, 2, 512),
     ("gpt2", "full", "cuda", False, 4, 1024),
     ("gpt2", "qdora", "cpu", True, 2, 512),
     ("mixtral", "lora", "cuda", False, 4, 1024),
     ("mixtral", "full", "cuda", True, 2, 512),
-    ("mixtral", "qlora", "cuda", True, 4, 1024),
     ("mixtral", "qdora", "cpu", False, 4, 1024),
     ("qwen3_moe", "qlora", "cuda", False, 2, 512),
     ("qwen3_moe", "qlora", "cpu", True, 4, 1024),
-    ("qwen3_moe", "dora", "cpu", True, 2, 512),
     ("gemma2", "lora", "cuda", False, 2, 1024),
-    ("gemma2", "qdora", "cpu", True, 1, 2048),
     ("gemma2", "full", "cuda", True, 1, 2048),
     ("gemma3", "lora", "cuda", False, 2, 512),
     ("granite", "dora", "cpu", False, 2, 512),
     ("olmo2", "qlora", "cuda", False, 2, 512),
     ("smollm3", "lora", "cpu", True, 2, 512),
     ("qwen2_moe", "lora", "cuda", False, 2, 512),
+]
+# The same families with methods that others have above.
+REST = [
+    ("qwen2", "full", "cpu", True, 2, 512),
+    ("qwen3", "lora", "cpu", False, 4, 1024),
+    ("mistral", "lora", "cuda", True, 2, 512),
+    ("gemma", "lora", "cuda", False, 2, 512),
+    ("gpt2", "lora", "cuda", False, 2, 512),
+    ("mixtral", "qlora", "cuda", True, 4, 1024),
+    ("qwen3_moe", "dora", "cpu", True, 2, 512),
+    ("gemma2", "qdora", "cpu", True, 1, 2048),
     ("qwen2_moe", "qdora", "cuda", False, 4, 1024),
 ]
 FLOAT32 = [
     ("llama", "full", False, 8, 1024),
-    ("qwen2", "full", False, 4, 1024),
     ("gemma2", "full", True, 8, 1024),
     ("gemma", "qlora", False, 8, 1024),
-    ("gemma2", "lora", False, 4, 1024),
     ("phi3", "full", False, 4, 1024),
     ("qwen2_moe", "full", False, 8, 1024),
     ("mixtral", "qlora", True, 8, 1024),
-    ("qwen2_moe", "qlora", False, 8, 1024),
     ("gpt2", "qdora", True, 2, 512),
+]
+REST_IN_FLOAT32 = [
+    ("qwen2", "full", False, 4, 1024),
+    ("gemma2", "lora", False, 4, 1024),
+    ("qwen2_moe", "qlora", False, 8, 1024),
     ("qwen3", "dora", True, 4, 1024),
 ]
 WIDER = list(
@@ -84,12 +89,12 @@ def compared(family: str, method: str, workload: Workload, **changes) -> float:
     return (closed.peak_bytes - closed.outside_bytes) / (dry.peak_bytes - dry.outside_bytes) - 1
 
 
-@pytest.mark.parametrize(("family", "method", "device", "checkpointing", "batch", "length"), GRID)
+@pytest.mark.parametrize(("family", "method", "device", "checkpointing", "batch", "length"), [*GRID, *long(REST)])
 def test_closed_form_meets_the_dry_run(family, method, device, checkpointing, batch, length):
     assert -0.03 <= compared(family, method, step(device, checkpointing, batch, length)) <= 0.08
 
 
-@pytest.mark.parametrize(("family", "method", "checkpointing", "batch", "length"), FLOAT32)
+@pytest.mark.parametrize(("family", "method", "checkpointing", "batch", "length"), [*FLOAT32, *long(REST_IN_FLOAT32)])
 def test_closed_form_of_a_cpu_in_float32(family, method, checkpointing, batch, length):
     workload = step("cpu", checkpointing, batch, length, dtype="float32")
     assert -0.03 <= compared(family, method, workload) <= 0.08
