@@ -13,60 +13,77 @@ import pytest
 from rankwise.records import RunRecord
 
 SOURCE = Path(__file__).parents[2] / "src"
+CASES = [
+    ("RW201", ("train", "--model", "M", "--data", "gone.jsonl", "--output", "out")),
+    ("RW201", ("train", "--model", "M", "--data", "D", "--eval-data", "gone.csv", "--output", "out")),
+    ("RW301", ("train", "--model", "./gone", "--data", "D", "--output", "out")),
+    ("RW302", ("train", "--model", "empty", "--data", "D", "--output", "out")),
+    ("RW201", ("compare", "--model", "M", "--data", "gone.jsonl", "--output", "out")),
+    ("RW301", ("compare", "--model", "./gone", "--data", "D", "--output", "out")),
+    ("RW165", ("compare", "--model", "M", "--data", "D", "--methods", "loar", "--output", "out")),
+    ("RW154", ("compare", "--model", "M", "--data", "D", "--task", "perplexty", "--output", "out")),
+    ("RW301", ("generate", "--model", "./gone", "--prompt", "Hello")),
+    ("RW122", ("generate", "--prompt", "Hello")),
+    ("RW301", ("evaluate", "--model", "./gone", "--task", "perplexity", "--data", "D")),
+    ("RW503", ("train", "--model", "M", "--data", "D", "--output", "below a file")),
+    ("RW503", ("compare", "--model", "M", "--data", "D", "--output", "below a file")),
+    ("RW503", ("evaluate", "--model", "M", "--task", "perplexity", "--data", "D", "--output", "below a file")),
+    ("RW154", ("evaluate", "--model", "M", "--task", "perplexty", "--data", "D")),
+    ("RW503", ("merge", "--adapter", "M", "--output", "below a file")),
+    ("RW502", ("train", "--model", "M", "--data", "D", "--output", "a run")),
+    ("RW504", ("train", "--model", "M", "--data", "D", "--output", "M")),
+    ("RW505", ("train", "--model", "M", "--data", "D", "--output", "out", "--resume")),
+    ("RW506", ("train", "--model", "M", "--data", "D", "--output", "a run", "--resume", "--overwrite")),
+]
 RUN = """
-import sys
+import contextlib, io, json, sys
 from rankwise.cli.main import main
-code = main(sys.argv[1:])
-print(code, "torch" in sys.modules)
+found = []
+for words in json.load(sys.stdin):
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = main(words)
+    found.append([code, "torch" in sys.modules, said.getvalue()])
+print(json.dumps(found))
 """
 
 
-def python(*arguments: object) -> subprocess.CompletedProcess[str]:
+def python(*arguments: object, given: str = "") -> subprocess.CompletedProcess[str]:
     """A new interpreter, in which nothing has been imported yet."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        input=given,
         capture_output=True,
         text=True,
     )
 
 
-@pytest.mark.parametrize(
-    ("code", "arguments"),
-    [
-        ("RW201", ("train", "--model", "M", "--data", "gone.jsonl", "--output", "out")),
-        ("RW201", ("train", "--model", "M", "--data", "D", "--eval-data", "gone.csv", "--output", "out")),
-        ("RW301", ("train", "--model", "./gone", "--data", "D", "--output", "out")),
-        ("RW302", ("train", "--model", "empty", "--data", "D", "--output", "out")),
-        ("RW201", ("compare", "--model", "M", "--data", "gone.jsonl", "--output", "out")),
-        ("RW301", ("compare", "--model", "./gone", "--data", "D", "--output", "out")),
-        ("RW165", ("compare", "--model", "M", "--data", "D", "--methods", "loar", "--output", "out")),
-        ("RW154", ("compare", "--model", "M", "--data", "D", "--task", "perplexty", "--output", "out")),
-        ("RW301", ("generate", "--model", "./gone", "--prompt", "Hello")),
-        ("RW122", ("generate", "--prompt", "Hello")),
-        ("RW301", ("evaluate", "--model", "./gone", "--task", "perplexity", "--data", "D")),
-        ("RW503", ("train", "--model", "M", "--data", "D", "--output", "below a file")),
-        ("RW503", ("compare", "--model", "M", "--data", "D", "--output", "below a file")),
-        ("RW503", ("evaluate", "--model", "M", "--task", "perplexity", "--data", "D", "--output", "below a file")),
-        ("RW154", ("evaluate", "--model", "M", "--task", "perplexty", "--data", "D")),
-        ("RW503", ("merge", "--adapter", "M", "--output", "below a file")),
-        ("RW502", ("train", "--model", "M", "--data", "D", "--output", "a run")),
-        ("RW504", ("train", "--model", "M", "--data", "D", "--output", "M")),
-        ("RW505", ("train", "--model", "M", "--data", "D", "--output", "out", "--resume")),
-        ("RW506", ("train", "--model", "M", "--data", "D", "--output", "a run", "--resume", "--overwrite")),
-    ],
-)
-def test_a_path_with_nothing_there_costs_no_import(code, arguments, model_folder, rows_file, tmp_path):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    known = {"M": model_folder, "D": rows_file, "out": tmp_path / "out", "empty": empty}
-    known |= {"below a file": rows_file / "out", "a run": tmp_path / "a run"}
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("glance")
+
+
+@pytest.fixture(scope="module")
+def answers(folder, model_folder, rows_file):
+    """[exit code, whether torch was loaded by then, messages] of each case, all in one new process."""
+    known = {"M": model_folder, "D": rows_file, "empty": folder / "empty"}
+    known |= {"below a file": rows_file / "out", "a run": folder / "a run"}
+    known["empty"].mkdir()
     known["a run"].mkdir()
     RunRecord(method="lora", seed=0, settings={}).save(known["a run"])
-    done = python("-c", RUN, *(known.get(part, part) for part in arguments))
-    assert f"error {code}: " in done.stderr
-    assert done.stdout.split()[-2:] == ["2", "False"]
-    assert not (tmp_path / "out").exists()
+    calls = [
+        [str({**known, "out": folder / f"out-{number}"}.get(word, word)) for word in words]
+        for number, (_, words) in enumerate(CASES)
+    ]
+    return json.loads(python("-c", RUN, given=json.dumps(calls)).stdout)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_a_path_with_nothing_there_costs_no_import(number, answers, folder):
+    code, has_torch, said = answers[number]
+    assert f"error {CASES[number][0]}: " in said
+    assert (code, has_torch) == (2, False)
+    assert not (folder / f"out-{number}").exists()
 
 
 def test_a_comparison_that_its_data_refuse_leaves_no_folder(rankwise, model_folder, tmp_path):
