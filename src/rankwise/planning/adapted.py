@@ -116,7 +116,7 @@ def adaptation(shape: Shape, config: LoraConfig) -> Adaptation:
     adapted_stacks = [item.name for item in stacks]
     warn_of_experts(config, left_out(config, experts, experts, adapted_stacks, shape.parameters))
     warn_of_idle(config, names, [*(item.module.name for item in adapted), *adapted_stacks])
-    whole = tuple(_whole(shape, config.modules_to_save or ()))
+    whole = tuple(module for module in shape.modules if config.trains_whole(module.name))
     return Adaptation(adapted, whole, tuple(_biases(shape, config, adapted, whole)), stacks)
 
 
@@ -185,14 +185,6 @@ def _containers(shape: Shape) -> list[str]:
     """Paths of modules that hold others."""
     paths = {module.name.rsplit(".", depth)[0] for module in shape.modules for depth in range(1, 5)}
     return sorted(paths - {module.name for module in shape.modules})
-
-
-def _whole(shape: Shape, wanted: Sequence[str]) -> Iterator[Module]:
-    for module in shape.modules:
-        parts = module.name.split(".")
-        paths = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-        if any(matches(path, [key]) for key in wanted for path in paths):
-            yield module
 
 
 def _biases(shape: Shape, config: LoraConfig, adapted: Sequence[Adapted], whole: Sequence[Module]) -> Iterator[Module]:

@@ -17,13 +17,13 @@ from markupsafe import Markup
 from rankwise.errors import RankwiseError
 from rankwise.foreign import Fields, JsonObject
 from rankwise.records import METRICS_FILE, RUN_FILE, RunRecord, load_record, read_metrics
-from rankwise.reports.figure import STYLE_FILE, TEMPLATES, Frame, Point, dot, group, line, value_range
+from rankwise.reports.figure import STYLE_FILE, TEMPLATES, Frame, Point, dot, group, line
 from rankwise.reports.folder import load_comparison
 from rankwise.reports.losses import Losses
 from rankwise.reports.naming import method_name
 from rankwise.reports.numbers import byte_size, duration, is_number, short_count, significant, visible
 from rankwise.reports.page import page
-from rankwise.reports.scale import robust_range, whole_ticks
+from rankwise.reports.scale import robust_range, value_range, whole_ticks
 from rankwise.reports.schema import COMPARISON_FILE
 
 # Folders of a run or a comparison that hold no run.

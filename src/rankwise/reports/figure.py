@@ -143,6 +143,16 @@ def plot(
     return tag("div", drawing, class_="plot", style=f"padding:{above}px {right}px {below}px {left}px")
 
 
+def strip_axis(description: str, scale: Scale, ticks: Sequence[float], texts: Sequence[str]) -> Markup:
+    """The axis below rows that share ``scale``."""
+    parts = [line(0, 0.5, 100, 0.5, "axis")]
+    for tick, text in zip(ticks, texts):
+        x = scale(tick)
+        anchor = "start" if x < 4 else "end" if x > 92 else "middle"
+        parts += [line(x, 0, x, 4, "axis"), label(x, 17, text, "tick", anchor=anchor)]
+    return plot(20, description, *parts)
+
+
 def document(top: int, frame_height: int, title: str, caption: str, *parts: Any, description: str = "") -> str:
     """A plot in a file of its own, with ``title`` and ``caption`` above the frame.
 
@@ -202,16 +212,6 @@ def place_text(point: Point, text: str, places: Iterable[Place], taken: Sequence
 
 def shared_area(a: Box, b: Box) -> float:
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def value_range(values: Iterable[float], *, air: float = 0.08) -> tuple[float, float]:
-    """The range of ``values`` with a margin on both sides; never empty."""
-    found = list(values)
-    if not found:
-        return 0.0, 1.0
-    low, high = min(found), max(found)
-    room = air * (high - low) or 0.05 * abs(high) or 0.5
-    return low - room, high + room
 
 
 def _minus(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from rankwise.foreign import Fields
-from rankwise.reports.figure import across, dot, label, line, plot, tag
+from rankwise.reports.figure import across, dot, line, plot, strip_axis, tag
 from rankwise.reports.folder import Comparison
 from rankwise.reports.numbers import difference, half_width, is_number, significant
 from rankwise.reports.scale import Scale, nice_ticks, tick_label
@@ -83,23 +83,13 @@ def forest_row(pair: Pair, scale: Scale) -> Markup:
 
 
 def forest_axis(scale: Scale) -> Markup:
-    ticks, texts = _ticks(scale)
-    parts = [line(0, 0.5, 100, 0.5, "axis")]
-    for tick, text in zip(ticks, texts):
-        x = scale(tick)
-        anchor = "start" if x < 4 else "end" if x > 96 else "middle"
-        parts += [line(x, 0, x, 4, "axis"), label(x, 17, text, "tick", anchor=anchor)]
-    return plot(20, "scale of the differences", *parts)
-
-
-def _ticks(scale: Scale) -> tuple[list[float], list[str]]:
-    """As many round values as have room for their labels on a narrow plot."""
+    """With as many round values as have room for their labels on a narrow plot."""
     for count in (6, 5, 4, 3):
         ticks = nice_ticks(scale.low, scale.high, count)
         texts = [tick_label(tick, ticks).replace("-", "\u2212") for tick in ticks]
         if sum(LETTER * len(text) + LETTER for text in texts) < NARROW:
             break
-    return ticks, texts
+    return strip_axis("scale of the differences", scale, ticks, texts)
 
 
 def _margin(pair: Pair, scale: Scale) -> Markup:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from markupsafe import Markup
 
-from rankwise.reports.figure import across, group, label, line, plot, tag
+from rankwise.reports.figure import across, group, line, plot, strip_axis, tag
 from rankwise.reports.folder import Comparison
 from rankwise.reports.numbers import MINUS, byte_size, is_number
 from rankwise.reports.scale import Scale, nice_ticks, tick_label
@@ -40,14 +40,9 @@ def memory_row(facts: Mapping[str, float | None], number: int, scale: Scale, lim
 
 
 def memory_axis(scale: Scale) -> Markup:
-    ticks: Sequence[float] = nice_ticks(0, scale.high, 4)
-    parts = [line(0, 0.5, 100, 0.5, "axis")]
-    for tick in ticks:
-        x = scale(tick)
-        text = f"{tick_label(tick, ticks)} GB" if tick == ticks[-1] else tick_label(tick, ticks)
-        anchor = "start" if x < 2 else "end" if x > 92 else "middle"
-        parts += [line(x, 0, x, 4, "axis"), label(x, 17, text, "tick", anchor=anchor)]
-    return plot(20, "gigabytes", *parts)
+    ticks = nice_ticks(0, scale.high, 4)
+    *others, last = (tick_label(tick, ticks) for tick in ticks)
+    return strip_axis("gigabytes", scale, ticks, [*others, f"{last} GB"])
 
 
 def prediction_error(facts: Mapping[str, float | None]) -> str:

@@ -12,11 +12,11 @@ from typing import Any
 from markupsafe import Markup
 
 from rankwise.reports.costs import Range, is_above, memory_range, seconds_range
-from rankwise.reports.figure import Box, Frame, group, label, line, marker, place_text, text_box, value_range
+from rankwise.reports.figure import Box, Frame, group, label, line, marker, place_text, text_box
 from rankwise.reports.folder import Comparison
 from rankwise.reports.naming import method_name
 from rankwise.reports.numbers import half_width, is_number
-from rankwise.reports.scale import nice_ticks, tick_label
+from rankwise.reports.scale import nice_ticks, tick_label, value_range
 
 HEIGHT = 250
 RANGES = {"peak_memory_bytes": memory_range, "wall_seconds": seconds_range}

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
-from rankwise.reports.figure import Frame, dot, group, label, marker, value_range
+from rankwise.reports.figure import Frame, dot, group, label, marker
 from rankwise.reports.folder import Comparison
 from rankwise.reports.naming import method_name
 from rankwise.reports.numbers import is_number, rate, significant
-from rankwise.reports.scale import spread
+from rankwise.reports.scale import spread, value_range
 
 HEIGHT = 190
 LABEL_GAP = 15

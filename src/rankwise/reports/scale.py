@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +47,21 @@ def tick_label(value: float, ticks: Sequence[float]) -> str:
     return f"{value:.{decimals}f}"
 
 
+def value_range(values: Iterable[float], *, air: float = 0.08) -> tuple[float, float]:
+    """The range of ``values`` with a margin on both sides; never empty."""
+    found = list(values)
+    if not found:
+        return 0.0, 1.0
+    low, high = min(found), max(found)
+    room = air * (high - low) or 0.05 * abs(high) or 0.5
+    return low - room, high + room
+
+
 def robust_range(shown: Sequence[float], noisy: Sequence[float]) -> tuple[float, float]:
     """A range that holds all of ``shown``, the middle 98 % of ``noisy``, and a margin."""
     ordered = sorted(noisy)
     edge = len(ordered) // 100
-    values = [*shown, *ordered[edge : len(ordered) - edge]]
-    if not values:
-        return 0.0, 1.0
-    low, high = min(values), max(values)
-    air = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
-    return low - air, high + air
+    return value_range([*shown, *ordered[edge : len(ordered) - edge]], air=0.06)
 
 
 def smoothed(values: Sequence[float], span: float) -> list[float]:
