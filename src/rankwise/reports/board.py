@@ -19,8 +19,8 @@ from rankwise.foreign import Fields, JsonObject
 from rankwise.records import METRICS_FILE, RUN_FILE, RunRecord, load_record, read_metrics
 from rankwise.reports.figure import STYLE_FILE, TEMPLATES, Frame, Point, dot, group, line
 from rankwise.reports.folder import load_comparison
-from rankwise.reports.losses import Losses
-from rankwise.reports.naming import method_name
+from rankwise.reports.losses import Losses, points_of
+from rankwise.reports.naming import last_part, method_name
 from rankwise.reports.numbers import byte_size, duration, is_number, short_count, significant, visible
 from rankwise.reports.page import page
 from rankwise.reports.scale import robust_range, value_range, whole_ticks
@@ -59,16 +59,11 @@ class Found:
     def model(self) -> str:
         if self.record is None:
             return ""
-        name = str(self.record.base_model.get("name") or self.record.settings.get("model") or "")
-        return visible(name.replace("\\", "/").rstrip("/").rpartition("/")[2])
+        return visible(last_part(self.record.base_model.get("name") or self.record.settings.get("model") or ""))
 
     @property
     def losses(self) -> Losses:
         return Losses.of(self.metrics, None if self.record is None else self.record.kept_step)
-
-    def points(self, key: str) -> list[Point]:
-        found = [(item.get("step"), item.get(key)) for item in self.metrics]
-        return [(float(step), float(value)) for step, value in found if is_number(step) and is_number(value)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,11 +196,11 @@ def _figures(run: Found) -> dict[str, str]:
     settings = {} if record is None else record.settings
     last = run.metrics[-1] if run.metrics else {}
     total = settings.get("max_steps")
-    memory, speed = run.points("peak_memory_bytes"), run.points("tokens_per_second")
+    memory, speed = points_of(run.metrics, "peak_memory_bytes"), points_of(run.metrics, "tokens_per_second")
     plan = None if record is None else record.predicted_peak_memory_bytes
     trained = None if record is None else record.trainable_parameters
     against = f" of {byte_size(plan)} planned ({memory[-1][1] / plan:.0%})" if memory and plan else ""
-    seconds = run.points("train_seconds")
+    seconds = points_of(run.metrics, "train_seconds")
     step = f"{last.get('step', 0):,}" + (f" of {total:,}" if is_number(total) else "")
     return {
         "step": step if run.metrics else "",
@@ -231,7 +226,7 @@ def _charts(run: Found) -> list[Chart]:
     losses = run.losses
     plan = None if run.record is None else run.record.predicted_peak_memory_bytes
     limit = plan / 1e9 if plan else None
-    memory = [(step, value / 1e9) for step, value in run.points("peak_memory_bytes")]
+    memory = [(step, value / 1e9) for step, value in points_of(run.metrics, "peak_memory_bytes")]
     return [
         Chart(
             "Loss a token: training (line, smoothed) and evaluation (points)",
@@ -239,9 +234,9 @@ def _charts(run: Found) -> list[Chart]:
              ("m1 evaluation", "evaluation", losses.evaluation)],
         ),
         Chart("Peak memory in GB, and the plan (dashed)", [("m2 smooth", "peak", memory)], limit),
-        Chart("Tokens a second", [("m7 smooth", "tokens/s", run.points("tokens_per_second"))]),
-        Chart("Norm of the gradient", [("m3 smooth", "gradient", run.points("grad_norm"))]),
-        Chart("Norm of B: how far the adapter has moved", [("m6 smooth", "B", run.points("b_norm"))]),
+        Chart("Tokens a second", [("m7 smooth", "tokens/s", points_of(run.metrics, "tokens_per_second"))]),
+        Chart("Norm of the gradient", [("m3 smooth", "gradient", points_of(run.metrics, "grad_norm"))]),
+        Chart("Norm of B: how far the adapter has moved", [("m6 smooth", "B", points_of(run.metrics, "b_norm"))]),
     ]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ class Losses:
     def of(cls, lines: Iterable[Fields], kept_step: int | None = None) -> Losses:
         """The losses of a run's metrics. Lines without a step or without a finite loss are ignored."""
         rows = list(lines)
-        return cls(_points(rows, "loss"), _points(rows, "eval_loss"), kept_step)
+        return cls(points_of(rows, "loss"), points_of(rows, "eval_loss"), kept_step)
 
     @property
     def smooth(self) -> list[Point]:
@@ -42,6 +42,7 @@ class Losses:
         return max((step for step, _ in [*self.training, *self.evaluation]), default=1)
 
 
-def _points(rows: Iterable[Fields], key: str) -> list[Point]:
+def points_of(rows: Iterable[Fields], key: str) -> list[Point]:
+    """The (step, value) pairs of ``key``. Lines without a step or without a finite value are left out."""
     found = [(row.get("step"), row.get(key)) for row in rows]
-    return [(float(step), float(loss)) for step, loss in found if is_number(step) and is_number(loss)]
+    return [(float(step), float(value)) for step, value in found if is_number(step) and is_number(value)]

@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePath
 from typing import Any, Protocol
 
 from rankwise.config import DEMO, DEMO_HUB_ID, DORA, FOUR_BITS
 from rankwise.foreign import Fields
 from rankwise.records import RunRecord
+from rankwise.reports.naming import last_part
 from rankwise.serving import DORA_AS_LORA, WORDS, served
 
 NAMES = {
@@ -123,13 +123,13 @@ def _front_matter(method: str, base: str, config: Fields) -> str:
     return "---\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10_000) + "---"
 
 
-def _short(base: str) -> str:
-    return PurePath(base.replace("\\", "/")).name or base
-
-
 def _title(record: RunRecord, base: str) -> str:
     name = NAMES[record.method]
-    return f"{name[0].upper()}{name[1:]} of {_short(base)}" if record.method == "full" else f"{name} for {_short(base)}"
+    return (
+        f"{name[0].upper()}{name[1:]} of {last_part(base)}"
+        if record.method == "full"
+        else f"{name} for {last_part(base)}"
+    )
 
 
 def _summary(record: RunRecord, base: str, config: Fields) -> str:
@@ -197,7 +197,7 @@ def _results(record: RunRecord) -> list[tuple[str, Any]]:
 
 def _settings(settings: Fields) -> list[tuple[str, Any]]:
     # A reward's file lies on one machine.
-    rewards = [_short(spec) if ".py:" in spec else spec for spec in settings.get("reward") or ()]
+    rewards = [last_part(spec) if ".py:" in spec else spec for spec in settings.get("reward") or ()]
     known = {**settings, "reward": rewards or None}
     return [(name, value) for name, value in known.items() if value is not None and name not in LOCAL_SETTINGS]
 
@@ -213,7 +213,7 @@ def _data(data: Fields) -> str:
 
 
 def _place(field: str, value: Any) -> Any:
-    return _short(str(value)) if field in ("path", "source", "file") and value else value
+    return last_part(str(value)) if field in ("path", "source", "file") and value else value
 
 
 def _modules(report: Report | None) -> str:

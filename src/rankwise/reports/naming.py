@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import PurePath
 
 from rankwise.reports.numbers import visible
 
@@ -72,3 +73,8 @@ def layer_and_kind(module: str) -> tuple[int | None, str]:
     """``model.layers.3.self_attn.q_proj`` -> (3, "q_proj"); a module outside the layers has no number."""
     match = LAYER.search(module)
     return int(match[1]) if match else None, visible(module.rpartition(".")[2])
+
+
+def last_part(name: object) -> str:
+    """The last part of a path of any system or of a hub id; a name that ends nowhere stays whole."""
+    return PurePath(str(name).replace("\\", "/")).name or str(name)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rankwise.foreign import Fields
 from rankwise.reports.folder import Comparison
-from rankwise.reports.naming import long_name, method_name, metric_in_sentence, metric_name
+from rankwise.reports.naming import last_part, long_name, method_name, metric_in_sentence, metric_name
 from rankwise.reports.numbers import (
     byte_size,
     capital,
@@ -86,13 +86,13 @@ def model_title(comparison: Comparison) -> str:
     """The last part of the base model's name."""
     model = comparison["model"]
     name = model.get("base_model") or model.get("name") or comparison["settings"].get("model") or "a model"
-    return visible(str(name).replace("\\", "/").rstrip("/").rpartition("/")[2] or name)
+    return visible(last_part(name))
 
 
 def data_title(comparison: Comparison) -> str:
     train = _part(comparison, "train")
     source = train.get("source") or comparison["settings"].get("data") or "the data"
-    return visible(str(source).replace("\\", "/").rstrip("/").rpartition("/")[2] or source)
+    return visible(last_part(source))
 
 
 def verdict(comparison: Comparison) -> str:
