@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
@@ -22,7 +21,7 @@ from rankwise.reports.folder import load_comparison
 from rankwise.reports.losses import Losses, points_of
 from rankwise.reports.naming import last_part, method_name
 from rankwise.reports.numbers import byte_size, duration, is_number, short_count, significant, visible
-from rankwise.reports.page import page
+from rankwise.reports.page import page, rendered
 from rankwise.reports.scale import robust_range, value_range, whole_ticks
 from rankwise.reports.schema import COMPARISON_FILE
 
@@ -145,14 +144,14 @@ def run_panels(runs: Sequence[Found]) -> list[Markup]:
     panels = []
     for run, own in zip(runs, charts):
         drawn = [(chart, _draw(chart, frame)) for chart, frame in zip(own, frames)]
-        panels.append(_render("board_run.html", **_content(run), charts=drawn))
+        panels.append(rendered("board_run.html", **_content(run), charts=drawn))
     return panels
 
 
 def overview(runs: Sequence[Found]) -> Markup:
     """A table with a row a run."""
     rows = [(run, _figures(run)) for run in runs]
-    return _render("board_runs.html", rows=rows, age=lambda run: duration(max(0.0, time.time() - run.changed)))
+    return rendered("board_runs.html", rows=rows, age=lambda run: duration(max(0.0, time.time() - run.changed)))
 
 
 def comparison_panel(folder: Path) -> Markup:
@@ -163,16 +162,6 @@ def comparison_panel(folder: Path) -> Markup:
         return Markup('<p class="caution">{}</p>').format(str(error))
     frame = '<iframe class="report" title="Report of {}" sandbox="allow-scripts" srcdoc="{}"></iframe>'
     return Markup(frame).format(folder.name, Markup(html.escape(report)))
-
-
-def _render(template: str, **content: Any) -> Markup:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    loader = FileSystemLoader(TEMPLATES)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return Markup(environment.get_template(template).render(**content))
 
 
 def _content(run: Found) -> JsonObject:

@@ -14,6 +14,7 @@ from rankwise.config import DEMO, DEMO_HUB_ID, DORA, FOUR_BITS
 from rankwise.foreign import Fields
 from rankwise.records import RunRecord
 from rankwise.reports.naming import last_part
+from rankwise.reports.numbers import capital
 from rankwise.serving import DORA_AS_LORA, WORDS, served
 
 NAMES = {
@@ -125,11 +126,7 @@ def _front_matter(method: str, base: str, config: Fields) -> str:
 
 def _title(record: RunRecord, base: str) -> str:
     name = NAMES[record.method]
-    return (
-        f"{name[0].upper()}{name[1:]} of {last_part(base)}"
-        if record.method == "full"
-        else f"{name} for {last_part(base)}"
-    )
+    return f"{capital(name)} of {last_part(base)}" if record.method == "full" else f"{name} for {last_part(base)}"
 
 
 def _summary(record: RunRecord, base: str, config: Fields) -> str:

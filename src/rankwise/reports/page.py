@@ -42,6 +42,17 @@ MOST_PAIRS = 10
 
 def page(comparison: Comparison) -> str:
     """The report as HTML. Everything that comes from a file is escaped, figures included."""
+    script = Markup((TEMPLATES / "report.js").read_text(encoding="utf-8"))
+    style = Markup("\n".join(path.read_text(encoding="utf-8") for path in (STYLE_FILE, TEMPLATES / "report.css")))
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
+        f"script-src 'sha256-{_sha256(script)}'"
+    )
+    return rendered("report.html", **_content(comparison), policy=policy, script=script, style=style)
+
+
+def rendered(template: str, **content: Any) -> Markup:
+    """A template with ``content``, which is escaped unless it is Markup."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -52,15 +63,7 @@ def page(comparison: Comparison) -> str:
         lstrip_blocks=True,
     )
     environment.filters["capitalize_first"] = capital
-    script = Markup((TEMPLATES / "report.js").read_text(encoding="utf-8"))
-    style = Markup("\n".join(path.read_text(encoding="utf-8") for path in (STYLE_FILE, TEMPLATES / "report.css")))
-    policy = (
-        f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
-        f"script-src 'sha256-{_sha256(script)}'"
-    )
-    return environment.get_template("report.html").render(
-        **_content(comparison), policy=policy, script=script, style=style
-    )
+    return Markup(environment.get_template(template).render(**content))
 
 
 def _sha256(text: str) -> str:
