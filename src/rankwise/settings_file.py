@@ -17,7 +17,7 @@ import yaml
 from pydantic_core import ErrorDetails
 
 from rankwise.errors import ConfigError
-from rankwise.foreign import deepest_faults, fault
+from rankwise.foreign import Fields, JsonObject, deepest_faults, fault
 from rankwise.known_names import OPTIONS, close_names
 from rankwise.options import Settings, flag
 
@@ -32,8 +32,8 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 def read_settings(
     kind: type[SettingsT],
     file: Path | None,
-    given: Mapping[str, Any],
-    earlier: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    given: Fields,
+    earlier: Callable[[Fields], Fields] | None = None,
 ) -> SettingsT:
     """Settings from a YAML ``file`` (keys are the long options) overridden by what the command line ``given``.
 
@@ -58,7 +58,7 @@ def read_settings(
         raise ConfigError("RW103", f"{'; '.join(problems)}.") from None
 
 
-def _refuse_half_characters(given: Mapping[str, Any]) -> None:
+def _refuse_half_characters(given: Fields) -> None:
     """Raise ConfigError (RW104) for a NUL or a byte that is not UTF-8 (Python: a lone surrogate): no path can hold the
     one, and no record the other."""
     for name, value in given.items():
@@ -129,7 +129,7 @@ _PlainLoader.yaml_implicit_resolvers = {
 }
 
 
-def read_settings_file(file: Path) -> dict[str, Any]:
+def read_settings_file(file: Path) -> JsonObject:
     """``{key: value}``, the keys with underscores. Raises ConfigError (RW102) for a file that cannot be read."""
     try:
         with open(file, "rb") as stream:

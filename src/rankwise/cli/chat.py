@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rankwise.cli.conversations import Conversation
 from rankwise.cli.folders import refuse_comparisons
@@ -17,6 +17,9 @@ from rankwise.cli.words import printable
 from rankwise.errors import ConfigError
 from rankwise.evaluation.loading import record_of
 from rankwise.foreign import Fields
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TextStreamer
 
 FORGET, LEAVE = "/new", "/exit"
 
@@ -67,7 +70,7 @@ def _lines(output: Output) -> Iterator[str]:
             yield said
 
 
-def _streamer(tokenizer: Any) -> Any:
+def _streamer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:
     """Prints an answer word by word as it is generated."""
     from transformers import TextStreamer
 

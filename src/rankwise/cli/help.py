@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -65,7 +66,7 @@ def _console() -> Console:
     return Console(highlight=False)
 
 
-def _print_head(console: Console, usage: str, summary: str, examples: Any) -> None:
+def _print_head(console: Console, usage: str, summary: str, examples: Iterable[str]) -> None:
     console.print(Text.assemble(("Usage: ", "bold"), usage))
     console.print(Text(f"\n{summary}\n"))
     for example in examples:

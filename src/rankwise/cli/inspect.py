@@ -8,7 +8,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rankwise.cli.folders import refuse_comparisons
 from rankwise.cli.options import Verb
@@ -16,7 +15,7 @@ from rankwise.cli.output import Document, Output, shortened
 from rankwise.cli.settings import InspectSettings
 from rankwise.cli.sparkline import sparkline
 from rankwise.cli.words import parameter_count
-from rankwise.errors import AdapterError, ModelError, RunError
+from rankwise.errors import AdapterError, ModelError, RankwiseError, RunError
 from rankwise.foreign import JsonObject, read_object
 from rankwise.records import RUN_FILE, load_record
 from rankwise.reports.numbers import byte_size, plural
@@ -139,7 +138,7 @@ def _model(folder: Path) -> JsonObject:
     }
 
 
-def _weights(files: Sequence[Path], kind: Any, code: str) -> Weights:
+def _weights(files: Sequence[Path], kind: type[RankwiseError], code: str) -> Weights:
     """The headers of ``files``, checked before anything is read or allocated."""
     from rankwise.weights_file import read_header
 

@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
 
+from rankwise.foreign import Fields
 from rankwise.models.folder import read_config
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.models.positions import config_table_rows
@@ -50,7 +50,7 @@ class Stored:
         )
 
 
-def stored_quantization(config: Mapping[str, Any]) -> Stored | None:
+def stored_quantization(config: Fields) -> Stored | None:
     """The quantization of the stored weights; None for plain weights."""
     stored = config.get("quantization_config")
     if not isinstance(stored, Mapping) or not stored:
@@ -98,7 +98,7 @@ class PlannedModel:
     """A model to plan for. Its config is read once, and its weights are not."""
 
     source: ModelSource
-    config: Mapping[str, Any]
+    config: Fields
     facts: ModelFacts
     # None: the closed form does not know the family.
     shape: Shape | None
@@ -128,14 +128,14 @@ def read_facts(source: ModelSource) -> ModelFacts:
     return read_model(source).facts
 
 
-def facts_of(config: Mapping[str, Any], name: str = "the config") -> ModelFacts:
+def facts_of(config: Fields, name: str = "the config") -> ModelFacts:
     """The facts of a config.json. For a known family they come from the closed form's shape, so the two cannot
     differ.
     """
     return _facts(config, shape_of(config, name) if config.get("model_type") in FAMILIES else None)
 
 
-def _facts(config: Mapping[str, Any], shape: Shape | None) -> ModelFacts:
+def _facts(config: Fields, shape: Shape | None) -> ModelFacts:
     text = config.get("text_config")
     facts = _of_config(text if isinstance(text, Mapping) else config) if shape is None else _of_shape(shape)
     return dataclasses.replace(facts, position_rows=config_table_rows(config), stored=stored_quantization(config))
@@ -163,7 +163,7 @@ def _visited(experts: int, visited: int) -> float:
     return min(1.0, visited / experts) if experts and visited else 1.0
 
 
-def _of_config(config: Mapping[str, Any]) -> ModelFacts:
+def _of_config(config: Fields) -> ModelFacts:
     layers, width = _number(config, LAYERS), _number(config, WIDTH)
     experts, visited = _number(config, EXPERTS), _number(config, EXPERTS_PER_TOKEN)
     idle = layers * max(0, experts - visited) * 3 * width * _number(config, EXPERT_WIDTH) if experts else 0
@@ -197,6 +197,6 @@ def _of_gguf(source: ModelSource) -> ModelFacts:
     )
 
 
-def _number(config: Mapping[str, Any], names: tuple[str, ...]) -> int:
+def _number(config: Fields, names: tuple[str, ...]) -> int:
     found = (config.get(name) for name in names)
     return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), 0)

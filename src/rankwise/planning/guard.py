@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+from collections.abc import Callable
+from typing import Literal, Protocol
 
 from rankwise.errors import AdapterError, InputError, RunError, warn
+from rankwise.foreign import Fields
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.options import option_words
 from rankwise.planning.changes import FOUR_BIT_OF, Advisor, Change
@@ -55,7 +56,7 @@ class MemoryGuard:
 
     def __init__(
         self,
-        settings: Mapping[str, Any],
+        settings: Fields,
         say: Callable[[str], None],
         own_memory: Callable[[], int],
         *,
@@ -209,7 +210,7 @@ def _over(stored: Stored | None, ask: Estimator) -> Estimator:
     return asked
 
 
-def workload_of(settings: Mapping[str, Any], hardware: Hardware) -> Workload:
+def workload_of(settings: Fields, hardware: Hardware) -> Workload:
     """The step of a run, every row of full length; of several processes that of one."""
     fields = {name: settings[name] for name in Workload.__dataclass_fields__ if name in settings}
     objective = settings["objective"]

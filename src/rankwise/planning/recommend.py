@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from rankwise.config import FOUR_BITS
+from rankwise.foreign import Fields, JsonObject
 from rankwise.planning.changes import Advisor, Change, SingleChange, possible_steps
 from rankwise.planning.rules import PAGED, Rule, Situation, reasons
 from rankwise.planning.terms import MemoryEstimate
@@ -37,7 +37,7 @@ class Recommendation:
 
     # None: nothing fits.
     method: str | None
-    settings: dict[str, Any]
+    settings: JsonObject
     # Of the recommended run, or of the smallest one where nothing fits.
     estimate: MemoryEstimate
     workload: Workload
@@ -54,7 +54,7 @@ class Recommendation:
         asked = {"r": work.r, "rank_pattern": work.rank_pattern, "target_parameters": work.target_parameters}
         return () if self.method is None else served(self.method, asked)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {
             "method": self.method,
             "settings": self.settings,
@@ -72,7 +72,7 @@ class Wish:
     """The user's wishes besides the step. ``given``: settings to be written back, with the changes added."""
 
     goal: str
-    given: Mapping[str, Any]
+    given: Fields
     accumulation: int = 1
     # The model has experts.
     is_mixture: bool = False

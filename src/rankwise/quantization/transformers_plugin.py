@@ -391,7 +391,7 @@ class DeserializeOperation(ConversionOps):
             self.hf_quantizer.failures.append(error)
             return {}
 
-    def _deserialized(self, parts: dict[str, Tensor], model: Any, full_name: str) -> dict[str, Tensor]:
+    def _deserialized(self, parts: dict[str, Tensor], model: PreTrainedModel, full_name: str) -> dict[str, Tensor]:
         module, leaf = _owner(model, full_name)
         named = {name.replace("weight", full_name, 1): tensor for name, tensor in parts.items()}
         stored = from_bitsandbytes(named, full_name)
@@ -410,7 +410,7 @@ class DeserializeOperation(ConversionOps):
         module.set_format(stored.quant_type, stored.block_size, stored.double_quant, module.dtype, "meta")
         return {prefix + name: tensor for name, tensor in stored.tensors.items()}
 
-    def _stack(self, stored: PackedWeight, model: Any, name: str) -> dict[str, Tensor]:
+    def _stack(self, stored: PackedWeight, model: PreTrainedModel, name: str) -> dict[str, Tensor]:
         module, leaf = _owner(model, name)
         stack = stack_at(module, leaf)
         scales = self.hf_quantizer._put_empty_stack(model, name, stored) if stack is None else stack.scales
@@ -418,7 +418,7 @@ class DeserializeOperation(ConversionOps):
         return stack_tensors(stored, name)
 
 
-def _wanted_dtype(model: Any, name: str) -> torch.dtype:
+def _wanted_dtype(model: PreTrainedModel, name: str) -> torch.dtype:
     """The dtype of a weight that passes through unchanged, which transformers leaves to this operation: the model's,
     or that of its plan.
     """
