@@ -169,11 +169,12 @@ def _place(location: Sequence[int | str], values: Mapping[str, Any]) -> str:
 @functools.cache
 def _strict_model(kind: Any) -> type[pydantic.BaseModel]:
     types = get_type_hints(kind, include_extras=True)
-    required = dataclasses.MISSING
-    fields: dict[str, Any] = {
-        field.name: (types[field.name], ... if field.default is field.default_factory is required else None)
-        for field in dataclasses.fields(kind)
-    }
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        default: Any = ... if field.default is dataclasses.MISSING else None
+        if field.default_factory is not dataclasses.MISSING:
+            default = pydantic.Field(default_factory=field.default_factory)
+        fields[field.name] = (types[field.name], default)
     return pydantic.create_model(kind.__name__, **fields)
 
 
