@@ -135,9 +135,10 @@ def checked(kind: type[T], content: Any) -> T:
 def wrong_fields(given: Any) -> list[str]:
     """``r is 0: input should be greater than or equal to 1`` for each field of a dataclass that is not what its type
     and the bounds beside it say."""
-    values = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+    kind: Any = type(given)
+    values = {field.name: getattr(given, field.name) for field in dataclasses.fields(kind)}
     try:
-        _strict_model(type(given)).model_validate(values, strict=True, context="values")
+        _strict_model(kind).model_validate(values, strict=True, context="values")
     except pydantic.ValidationError as error:
         return [f"{_place(item['loc'], values)} is {item['input']!r}: {fault(item)}" for item in deepest_faults(error)]
     return []

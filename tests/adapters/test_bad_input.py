@@ -77,7 +77,7 @@ def test_targets(settings, code, part):
         ({"r": -4}, "r is -4"),
         ({"r": 2.5}, "r is 2.5"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
-        ({"bias": "some"}, "none, all, lora_only"),
+        ({"bias": "some"}, "'none', 'all' or 'lora_only'"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern['q_proj'] is 0"),
         ({"target_modules": []}, "target_modules is empty"),
         ({"enable_lora": {"c_attn": [False, False]}}, "must be a list that enables at least one part"),

@@ -268,7 +268,7 @@ def test_casting_the_model_leaves_the_experts_adapters_in_float32():
     [
         ({"use_dora": True}, r"RW101.*use_dora is set with target_parameters"),
         ({"lora_dropout": 0.1}, r"RW101.*lora_dropout is 0.1 with target_parameters"),
-        ({"target_parameters": "down_proj"}, r"RW101.*must be a list"),
+        ({"target_parameters": "down_proj"}, r"RW101.*'str' instances are not allowed as a Sequence"),
         ({"target_parameters": [], "target_modules": []}, r"RW101.*target_modules is empty"),
     ],
 )

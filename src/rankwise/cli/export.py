@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankwise.cli.folders import refuse_comparisons
 from rankwise.cli.glance import check_paths
@@ -16,8 +16,6 @@ from rankwise.reports.numbers import plural
 from rankwise.serving import SERVERS
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from rankwise.evaluation.loading import Loaded
     from rankwise.export.adapter import ExportReport, Rows
     from rankwise.models import ModelSource
@@ -128,11 +126,7 @@ def _source(settings: ExportSettings) -> ModelSource:
 
 
 def _proven(
-    settings: ExportSettings,
-    output: Output,
-    report: ExportReport,
-    model: nn.Module | None = None,
-    rows: Rows | None = None,
+    settings: ExportSettings, output: Output, report: ExportReport, model: Any = None, rows: Rows | None = None
 ) -> ExportReport:
     from rankwise.cli.export_proof import proven
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from pathlib import Path
-
-from torch import nn
+from typing import Any
 
 from rankwise.cli.export_rows import prompts_of
 from rankwise.cli.settings import ExportSettings
@@ -21,9 +20,7 @@ from rankwise.records import write_json
 from rankwise.serving import SERVERS
 
 
-def proven(
-    settings: ExportSettings, model: nn.Module, source: ModelSource, report: ExportReport, rows: Rows
-) -> ExportReport:
+def proven(settings: ExportSettings, model: Any, source: ModelSource, report: ExportReport, rows: Rows) -> ExportReport:
     """``report`` with its proof, which is also written to the folder.
 
     Raises RunError (RW738) where the server's answers differ from ``model``'s; the folder is then removed.

@@ -22,8 +22,6 @@ from rankwise.foreign import Fields
 from rankwise.records import RunRecord
 
 if TYPE_CHECKING:
-    from transformers import BaseStreamer, PreTrainedModel, PreTrainedTokenizerBase
-
     from rankwise.cli.conversations import Conversation
 
 
@@ -62,8 +60,8 @@ class Wording:
 class Speaker:
     """A loaded model that answers prompts."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: Any
+    tokenizer: Any
     wording: Wording
     adapted: bool
     sampling: Sampling
@@ -81,7 +79,7 @@ class Speaker:
         with adapter_disabled(self.model):
             return Answer(asked.prompt, self.say(asked), tuned, messages)
 
-    def say(self, asked: Conversation, streamer: BaseStreamer | None = None) -> str:
+    def say(self, asked: Conversation, streamer: Any = None) -> str:
         """The answer of the model in its present state; ``streamer``, one of transformers', gets the tokens as they
         are generated.
         """
@@ -203,7 +201,7 @@ def load_speaker(settings: GenerateSettings, name: str, record: RunRecord | None
     return Speaker(loaded.model, loaded.tokenizer, wording, settings.adapter is not None, sampling), loaded.device
 
 
-def _wording(settings: GenerateSettings, record: RunRecord | None, tokenizer: PreTrainedTokenizerBase) -> Wording:
+def _wording(settings: GenerateSettings, record: RunRecord | None, tokenizer: Any) -> Wording:
     """How prompts are written: as the user asks, else as in training, else by the tokenizer's chat template."""
     from rankwise.data import read_template
     from rankwise.evaluation.loading import template_of

@@ -80,9 +80,8 @@ def load_model(
 
 def remember_originals(loaded: PreTrainedModel, source: ModelSource, *, trust_remote_code: bool) -> None:
     """Let a quantized model return its original weights: adapters that start by PiSSA or LoftQ ask for them."""
-    loaded.rankwise_originals = (  # type: ignore[assignment]
-        lambda: load_model(source, trust_remote_code=trust_remote_code)[0]
-    )
+    marked: Any = loaded
+    marked.rankwise_originals = lambda: load_model(source, trust_remote_code=trust_remote_code)[0]
 
 
 def load_tokenizer(

@@ -418,7 +418,7 @@ class DeserializeOperation(ConversionOps):
         return stack_tensors(stored, name)
 
 
-def _wanted_dtype(model: PreTrainedModel, name: str) -> torch.dtype:
+def _wanted_dtype(model: Any, name: str) -> torch.dtype:
     """The dtype of a weight that passes through unchanged, which transformers leaves to this operation: the model's,
     or that of its plan.
     """

@@ -101,7 +101,7 @@ def _margin(pair: Pair, scale: Scale) -> Markup:
 
 
 def _pair(item: Fields, higher: bool) -> Pair:
-    given = item["difference"]
+    given, verdict = item["difference"], str(item["verdict"])
     is_turned = is_number(given) and (given < 0 if higher else given > 0)
     sign = -1 if is_turned else 1
     bounds: Sequence[float] | None = item["interval"] if half_width(item["interval"]) is not None else None
@@ -113,7 +113,7 @@ def _pair(item: Fields, higher: bool) -> Pair:
         sign * given if is_number(given) else None,
         (low_high[0], low_high[1]) if low_high else None,
         item["margin"] if is_number(item["margin"]) else None,
-        TURNED.get(item["verdict"], item["verdict"]) if is_turned else item["verdict"],
+        TURNED.get(verdict, verdict) if is_turned else verdict,
         item["p_value_holm"],
         item["equivalence_p_holm"],
         item["seed_sd"],
