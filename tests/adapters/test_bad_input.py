@@ -85,7 +85,7 @@ def test_targets(settings, code, part):
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
         ({"lora_alpha": 0}, "lora_alpha is 0"),
         ({"lora_alpha": "x"}, "lora_alpha is 'x'"),
-        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is ['q_proj']"),
+        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is ('q_proj',)"),
         ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern['q_proj'] is 'x'"),
         ({"layers_to_transform": "x", "target_modules": ["q_proj"]}, "layers_to_transform is 'x'"),
         ({"enable_lora": 5}, "enable_lora is 5"),
