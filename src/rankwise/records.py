@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,11 @@ def load_record(folder: Path) -> RunRecord:
         raise RunError("RW501", f"cannot read {path} as the record of a run: {reason_of(error)}.") from None
 
 
+def record_of(folder: Path | None) -> RunRecord | None:
+    """The record in ``folder``; None where there is none, as beside an adapter from elsewhere."""
+    return load_record(folder) if folder is not None and (folder / RUN_FILE).is_file() else None
+
+
 def read_metrics(folder: Path) -> Iterator[Fields]:
     """The lines of ``metrics.jsonl``; a last line cut short by a kill is left out.
 
@@ -126,6 +131,20 @@ def _logged(line: Any) -> Fields:
     if odd is not None:
         raise ValueError(f"its {odd} is not a number")
     return line
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of Python and of ``packages``; those not installed are left out."""
+    import platform
+    from importlib import metadata
+
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def write_skipped_rows(folder: Path, data: Mapping[str, Fields]) -> None:

@@ -14,9 +14,10 @@ from rankwise.acceleration.generation import Decoding
 from rankwise.adapters import add_adapter, save_adapter
 from rankwise.disk import hold
 from rankwise.errors import ConfigError, DataError, Interrupted, RankwiseWarning, RunError
+from rankwise.evaluation import run
 from rankwise.evaluation.loading import template_of
-from rankwise.evaluation.record import Example, load_result, read_examples
-from rankwise.evaluation.run import Observer, SilentObserver, evaluate, evaluate_all, variants_of
+from rankwise.evaluation.record import Example, TaskResult, load_result, read_examples
+from rankwise.evaluation.run import Evaluation, Observer, variants_of
 from rankwise.evaluation.settings import EvaluateSettings
 from rankwise.evaluation.tasks.answers import Question, with_room, write_answers
 from rankwise.lora_config import LoraConfig
@@ -59,6 +60,23 @@ def rows(tmp_path: Path) -> Path:
 def settings(model: Path, task: str, data: Path | str, output: Path, **more: Any) -> EvaluateSettings:
     given = {"model": str(model), "task": task, "data": str(data), "output": output, "dtype": "float32", **more}
     return EvaluateSettings.model_validate(given)
+
+
+class SilentObserver:
+    def phase(self, text: str) -> None: ...
+
+    def progress(self, label: str, done: int, total: int) -> None: ...
+
+    def result(self, label: str, result: TaskResult) -> None: ...
+
+
+def evaluate_all(given: EvaluateSettings, observer: Observer | None = None) -> Evaluation:
+    return run.evaluate(given, observer or SilentObserver())
+
+
+def evaluate(given: EvaluateSettings, observer: Observer | None = None) -> list[TaskResult]:
+    """The result of every task, on the base and each adapter."""
+    return [result for _, result in evaluate_all(given, observer).results]
 
 
 class StopAfter(SilentObserver):

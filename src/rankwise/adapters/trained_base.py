@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rankwise.adapters.peft_config import read_config
 from rankwise.config import DEMO
 from rankwise.errors import AdapterError, RunError
-from rankwise.records import RUN_FILE, RunRecord, load_record
+from rankwise.records import RUN_FILE, RunRecord, record_of
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ def base_model_of(adapter: Path) -> str:
 
     Raises AdapterError (RW413) when the folder names none.
     """
-    record = _record(adapter)
+    record = record_of(adapter)
     named = read_config(adapter).get("base_model_name_or_path") if record is None else _named_by(record)
     if not isinstance(named, str) or not named:
         raise AdapterError("RW413", f"the adapter in {adapter} does not name its base model; give --model.")
@@ -51,7 +51,7 @@ def quantization_of(adapter: Path) -> FourBitConfig | None:
 
     Raises RunError (RW501) for an invalid description.
     """
-    record = _record(adapter)
+    record = record_of(adapter)
     stored = None if record is None else record.base_model.get("quantization")
     if record is None or not stored or str(record.settings.get("init", "")).startswith("pissa"):
         return None
@@ -86,9 +86,5 @@ def _named_by(record: RunRecord) -> Any:
 
 
 def _facts(adapter: Path) -> Mapping[str, Any]:
-    record = _record(adapter)
+    record = record_of(adapter)
     return {} if record is None else record.base_model
-
-
-def _record(adapter: Path) -> RunRecord | None:
-    return load_record(adapter) if (adapter / RUN_FILE).is_file() else None

@@ -16,7 +16,7 @@ from rankwise.cli.generate import Speaker, base_model_name, load_speaker
 from rankwise.cli.settings import GenerateSettings
 from rankwise.data.rows import Message
 from rankwise.errors import ConfigError, RankwiseError
-from rankwise.evaluation.loading import record_of
+from rankwise.records import record_of
 from rankwise.reports.board import comparison_panel, find, overview, run_panels, style
 
 REFRESH_SECONDS = 2.0

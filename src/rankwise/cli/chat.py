@@ -15,8 +15,8 @@ from rankwise.cli.output import Document, Output
 from rankwise.cli.settings import ChatSettings, GenerateSettings
 from rankwise.cli.words import printable
 from rankwise.errors import ConfigError
-from rankwise.evaluation.loading import record_of
 from rankwise.foreign import Fields
+from rankwise.records import record_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TextStreamer

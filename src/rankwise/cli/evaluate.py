@@ -81,10 +81,10 @@ def run(settings: EvaluateSettings, output: Output) -> Document:
     refuse_comparisons(settings.adapter)
     check_tasks(settings.task)
     check_paths(model=settings.model, output=settings.output)
-    from rankwise.evaluation.run import evaluate_all
+    from rankwise.evaluation.run import evaluate
 
     with watching(output) as watcher:
-        evaluation = evaluate_all(settings, watcher)
+        evaluation = evaluate(settings, watcher)
     for task in settings.task:
         print_task(output, task, evaluation)
     output.line(f"{'written':<12}{evaluation.folder}  (result.json and predictions.jsonl of each task)")

@@ -11,10 +11,11 @@ import torch
 from rankwise.constants import IGNORED
 from rankwise.data import check_there, encode_rows, read_rows
 from rankwise.errors import DataError
-from rankwise.evaluation.loading import max_length_of, record_of, template_of
+from rankwise.evaluation.loading import max_length_of, template_of
 from rankwise.export.adapter import Rows
 from rankwise.export.likeness import Row
 from rankwise.export.verify import default_text, text_chunks
+from rankwise.records import record_of
 
 SAMPLED_ROWS = 400
 HELD_OUT_ROWS = 40

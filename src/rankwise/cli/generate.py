@@ -17,9 +17,8 @@ from rankwise.cli.settings import GenerateSettings
 from rankwise.cli.tables import light_table, titled
 from rankwise.cli.words import printable
 from rankwise.errors import ConfigError, RunError, warn
-from rankwise.evaluation.loading import record_of
 from rankwise.foreign import Fields
-from rankwise.records import RunRecord
+from rankwise.records import RunRecord, record_of
 
 if TYPE_CHECKING:
     from rankwise.cli.conversations import Conversation

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -85,22 +86,16 @@ class Lines:
     def __init__(self, path: Path) -> None:
         refuse_links(path.parent, [path.name])
         self.path = path
-        self._drop_half_a_line()
+        content = path.read_bytes() if path.exists() else b""
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)
 
     def append(self, records: Iterable[Fields]) -> None:
         """Append all ``records`` in one write. They are on disk when this returns."""
         text = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
         with appending(self.path) as file:
             file.write(text.encode("utf-8", errors="backslashreplace"))
-
-    def _drop_half_a_line(self) -> None:
-        if not self.path.exists():
-            return
-        content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            with self.path.open("r+b") as file:
-                file.truncate(whole)
 
 
 class Journal:

@@ -11,7 +11,7 @@ from typing import Any
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, DataError, ModelError
 from rankwise.foreign import JsonObject, read_json
-from rankwise.records import RUN_FILE, RunRecord, load_record
+from rankwise.records import RunRecord, record_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +36,6 @@ class LoadOptions:
     device: str = "auto"
     trust_remote_code: bool = False
     revision: str | None = None
-
-
-def record_of(adapter: Path | None) -> RunRecord | None:
-    """The record beside an adapter; adapters from elsewhere have none."""
-    return load_record(adapter) if adapter is not None and (adapter / RUN_FILE).is_file() else None
 
 
 def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *, named: bool = True) -> Loaded:
@@ -139,7 +134,7 @@ def template_of(adapters: Sequence[Path]) -> str | None:
     None where none was given: then the base's tokenizer has the template. Adapters without a record are ignored.
     Raises ConfigError (RW151) when the runs were trained with different ones, DataError (RW211) when it is missing.
     """
-    records = {str(adapter): record for adapter in adapters if (record := record_of(adapter)) is not None}
+    records = _records(adapters)
     given = [name for name, record in records.items() if record.settings.get("chat_template")]
     if not given:
         return None
@@ -160,11 +155,15 @@ def max_length_of(adapters: Sequence[Path]) -> int:
 
     Raises ConfigError (RW151) when they were trained with different ones.
     """
-    records = {str(adapter): record for adapter in adapters if (record := record_of(adapter)) is not None}
     usual = int(TrainSettings.model_fields["max_length"].default)
-    lengths = {name: int(record.settings.get("max_length", usual)) for name, record in records.items()}
+    lengths = {name: int(record.settings.get("max_length", usual)) for name, record in _records(adapters).items()}
     _same("length of a row", lengths, "--max-length")
     return next(iter(lengths.values()), usual)
+
+
+def _records(adapters: Sequence[Path]) -> dict[str, RunRecord]:
+    """The records of those adapters that have one, by folder."""
+    return {str(adapter): record for adapter in adapters if (record := record_of(adapter)) is not None}
 
 
 def _stored_template(folder: Path) -> str | None:
@@ -218,8 +217,7 @@ def _dtype(asked: str, adapters: Sequence[Path], preferred: Any) -> Any:
     if asked != "auto":
         return getattr(torch, asked)
     known = ("bfloat16", "float16", "float32")
-    records = {str(adapter): record_of(adapter) for adapter in adapters}
-    trained = {name: str(record.device.get("dtype")) for name, record in records.items() if record is not None}
+    trained = {name: str(record.device.get("dtype")) for name, record in _records(adapters).items()}
     found = {name: dtype for name, dtype in trained.items() if dtype in known}
     _same("dtype", found, "--dtype")
     return getattr(torch, next(iter(found.values()))) if found else preferred

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
-import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from rankwise.data import read_template
 from rankwise.disk import coded_errors, hold, refuse_links, remove_strays
-from rankwise.errors import ConfigError, Interrupted, warn
+from rankwise.errors import AdapterError, ConfigError, Interrupted, warn
 from rankwise.evaluation import journal
 from rankwise.evaluation.loading import (
     LoadOptions,
     base_of,
     load_as_trained,
     load_settings,
-    record_of,
     template_of,
 )
 from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE, Example, TaskResult, load_result, read_examples
 from rankwise.evaluation.settings import EvaluateSettings
 from rankwise.evaluation.tasks.registry import make_tasks
 from rankwise.foreign import Fields, JsonObject
-from rankwise.records import RunRecord, write_json
+from rankwise.records import RunRecord, record_of, versions_of, write_json
+from rankwise.weights_file import sha256_of_files
 
 if TYPE_CHECKING:
     from rankwise.evaluation.engine import Engine
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 
 DIFFERENCES_FILE = "differences.json"
 DEFAULT_FOLDER = Path("evaluations")
+# Libraries that could change a result.
 PACKAGES = ("rankwise", "torch", "transformers", "tokenizers", "datasets", "lm-eval", "pycocoevalcap", "numpy")
 
 
@@ -50,16 +50,6 @@ class Observer(Protocol):
 
     def result(self, label: str, result: TaskResult) -> None:
         """A task is done on one model."""
-
-
-class SilentObserver:
-    """Watches nothing."""
-
-    def phase(self, text: str) -> None: ...
-
-    def progress(self, label: str, done: int, total: int) -> None: ...
-
-    def result(self, label: str, result: TaskResult) -> None: ...
 
 
 def answer_task(
@@ -94,7 +84,7 @@ def answer_task(
         count=len(found),
         settings=settings_of(task, place.identity),
         data_sha256=task.data_sha256,
-        versions=versions(),
+        versions=versions_of(PACKAGES),
         wall_seconds=time.monotonic() - started,
         clusters=summary.clusters,
         notes=summary.notes,
@@ -142,19 +132,14 @@ class Evaluation:
     differences: Sequence[Difference]
 
 
-def evaluate(settings: EvaluateSettings, observer: Observer | None = None) -> list[TaskResult]:
-    """The result of every task, on the base and each adapter. Raises as ``evaluate_all``."""
-    return [result for _, result in evaluate_all(settings, observer).results]
-
-
-def evaluate_all(settings: EvaluateSettings, observer: Observer | None = None) -> Evaluation:
+def evaluate(settings: EvaluateSettings, observer: Observer) -> Evaluation:
     """Evaluate and leave DIR/TASK/{result.json,predictions.jsonl}, with several models DIR/LABEL/TASK/.
 
     What the folder holds already is not done again. Raises InputError before the model is loaded where settings,
     data or the folder are at fault; RunError: RW551 a file cannot be written, RW582 another process writes there;
     Interrupted (RW572) after Ctrl-C, when every finished batch is on disk.
     """
-    return _Run(settings, observer or SilentObserver()).carry_out()
+    return _Run(settings, observer).carry_out()
 
 
 class _Run:
@@ -165,13 +150,17 @@ class _Run:
         self.variants = variants_of(settings.adapter, settings.base)
         observer.phase("Reading data")
         self.tasks = make_tasks(settings)
-        self.template = _template(settings)
+        # The user's chat template, else that of the training. None means the tokenizer's own.
+        given = settings.chat_template
+        self.template = template_of(settings.adapter) if given is None else read_template(given)
         self.engine: Engine | None = None
         self.names: dict[str, str] = {}
 
     def carry_out(self) -> Evaluation:
         identities = self._identities()
-        root = self.settings.output or DEFAULT_FOLDER / self._default_name(identities)
+        content = {"|".join(key): value for key, value in identities.items()}
+        name = f"{_as_name(Path(self.name).name)}-{journal.identity_hash(content)[:10]}"
+        root = self.settings.output or DEFAULT_FOLDER / name
         with hold(root), coded_errors(root, "and the same command goes on with the answers so far"):
             return self._evaluate(root, identities)
 
@@ -207,11 +196,8 @@ class _Run:
         if (place.folder / RESULT_FILE).is_file():
             known = load_result(place.folder)
             examples = list(read_examples(place.folder / EXAMPLES_FILE))
-            if (
-                known.settings == settings_of(task, place.identity)
-                and known.count == len(examples)
-                and task.stands(known)
-            ):
+            is_same = known.settings == settings_of(task, place.identity) and known.count == len(examples)
+            if is_same and task.stands(known):
                 return known, examples
         engine = self._engine()
         self._activate(engine, variant)
@@ -273,12 +259,13 @@ class _Run:
         computed = load_settings(given.adapter, _load_options(given))
         revision = computed.revision if given.model is None and given.revision is None else given.revision
         source = fetch_model(self.name, revision=revision, trust_remote_code=given.trust_remote_code)
+        template = None if self.template is None else hashlib.sha256(self.template.encode()).hexdigest()
         common = {
             "model_sha256": model_hash(source),
             "dtype": computed.dtype,
             "quantization": computed.quantization,
             "limit": given.limit,
-            "chat_template_sha256": None if self.template is None else _sha256(self.template),
+            "chat_template_sha256": template,
         }
         return {
             (variant.label, task.name): {
@@ -293,13 +280,8 @@ class _Run:
         }
 
     def _folder(self, root: Path, label: str, task: str) -> Path:
-        name = re.sub(r"[^\w.-]+", "-", task)
+        name = _as_name(task)
         return root / label / name if len(self.variants) > 1 else root / name
-
-    def _default_name(self, identities: dict[tuple[str, str], JsonObject]) -> str:
-        content = {"|".join(key): value for key, value in identities.items()}
-        stem = re.sub(r"[^\w.-]+", "-", Path(self.name).name)
-        return f"{stem}-{journal.identity_hash(content)[:10]}"
 
 
 def _warn_of_other_rows(task: Task, record: RunRecord | None) -> None:
@@ -322,7 +304,7 @@ def variants_of(adapters: Sequence[Path], base: bool | None) -> list[Variant]:
     """The models to evaluate: the adapters, and the base with several of them, without any, or on request."""
     labels: list[str] = []
     for adapter in adapters:
-        stem = re.sub(r"[^\w.-]+", "-", adapter.resolve().name) or "adapter"
+        stem = _as_name(adapter.resolve().name) or "adapter"
         label, number = stem, 2
         while label in labels or label == "base":
             label, number = f"{stem}-{number}", number + 1
@@ -332,15 +314,9 @@ def variants_of(adapters: Sequence[Path], base: bool | None) -> list[Variant]:
     return [Variant("base"), *tuned] if wants_base else tuned
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that could change a result; those not installed are left out."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def _as_name(text: str) -> str:
+    """``text`` as the name of a folder."""
+    return re.sub(r"[^\w.-]+", "-", text)
 
 
 def _base(adapters: Sequence[Path]) -> str:
@@ -353,25 +329,9 @@ def _load_options(given: EvaluateSettings) -> LoadOptions:
     return LoadOptions(given.dtype, given.quantization, given.device, given.trust_remote_code, given.revision)
 
 
-def _template(settings: EvaluateSettings) -> str | None:
-    """The chat template: the user's, else that of the training. None means the tokenizer's own."""
-    from rankwise.data import read_template
-
-    if settings.chat_template is not None:
-        return read_template(settings.chat_template)
-    return template_of(settings.adapter)
-
-
 def _adapter_hash(folder: Path) -> str:
-    from rankwise.errors import AdapterError
-    from rankwise.weights_file import sha256_of_files
-
     files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise AdapterError("RW409", f"{folder} holds no {' and no '.join(missing)}; give a run or PEFT adapter folder.")
     return sha256_of_files(files)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

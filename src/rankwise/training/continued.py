@@ -10,7 +10,7 @@ from rankwise.config import DORA, TrainSettings
 from rankwise.errors import ConfigError
 from rankwise.lora_config import ADAPTER
 from rankwise.options import flag
-from rankwise.records import RUN_FILE, load_record
+from rankwise.records import record_of
 
 
 def with_adapters_options(given: TrainSettings) -> TrainSettings:
@@ -49,8 +49,8 @@ def continue_adapter(model: Any, given: TrainSettings, base_sha256: str) -> int:
     Raises ConfigError (RW764) where the run that made it had another base, AdapterError where it does not fit.
     """
     assert given.adapter is not None
-    if (given.adapter / RUN_FILE).is_file():
-        theirs = load_record(given.adapter).base_model.get("sha256")
+    if (record := record_of(given.adapter)) is not None:
+        theirs = record.base_model.get("sha256")
         if theirs not in (None, base_sha256):
             raise ConfigError(
                 "RW764",

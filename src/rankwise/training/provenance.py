@@ -1,8 +1,7 @@
-"""The origin of a run: library versions and device."""
+"""The origin of a run: its libraries and its device."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from typing import Any
@@ -13,18 +12,8 @@ from rankwise.acceleration import grow_segments
 from rankwise.records import WAIT_POLICIES
 from rankwise.training.arguments import implementation_of
 
+# Libraries that could change a result.
 PACKAGES = ("rankwise", "torch", "transformers", "trl", "accelerate", "datasets", "safetensors", "tokenizers")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of every installed library that could change a result."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def device_record(device: torch.device, dtype: torch.dtype, optimizer: str) -> dict[str, Any]:

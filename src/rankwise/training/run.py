@@ -34,7 +34,7 @@ from rankwise.lora_config import LoraConfig
 from rankwise.models import choose_device, model_facts
 from rankwise.options import flag
 from rankwise.quantization.linear import count_weights
-from rankwise.records import RunRecord, check_writable, load_record
+from rankwise.records import RunRecord, check_writable, load_record, versions_of
 from rankwise.training import output, preflight, ranks, setup
 from rankwise.training.arguments import Surroundings, check_combinations, check_names, check_optimizer
 from rankwise.training.checkpoints import Checkpoint, newest_valid
@@ -47,7 +47,7 @@ from rankwise.training.metrics import evaluations
 from rankwise.training.new_tokens import add_new_tokens, new_tokens
 from rankwise.training.objectives import learning_of
 from rankwise.training.observer import Observer, SilentObserver
-from rankwise.training.provenance import device_record, versions
+from rankwise.training.provenance import PACKAGES, device_record
 from rankwise.training.rates import loraplus_groups, with_groups
 from rankwise.training.session import Extras, Session
 from rankwise.training.sharding import looked_into, shard
@@ -195,11 +195,12 @@ def _prepare(
     data = learning.encode(given, loaded.tokenizer, rows, eval_rows, template)
     preflight.check_positions(loaded.model, [one.dataset for one in data.sets])
     described = data.describe()
+    versions = versions_of(PACKAGES)
     ranks.check_alike(
         {
             **{f"the sha256 of the {name} data": part["sha256"] for name, part in described.items()},
             "the sha256 of the model": base["sha256"],
-            **{f"the version of {name}": version for name, version in versions().items()},
+            **{f"the version of {name}": version for name, version in versions.items()},
         }
     )
     if mode == "resume":
@@ -243,7 +244,7 @@ def _prepare(
         strategy=(given.strategy or "ddp") if ranks.count() > 1 else None,
         learning_rates=None if groups is None else {group["group"]: group["lr"] for group in groups},
         frozen_bytes=max(ranks.gathered(frozen_bytes(loaded.model))),
-        versions=versions(),
+        versions=versions,
         device={
             **device_record(loaded.device, loaded.dtype, given.optimizer),
             "reason": loaded.device_reason,

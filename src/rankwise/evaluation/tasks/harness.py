@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,15 +15,15 @@ from rankwise.compat.datasets import hub_or_cache
 from rankwise.data.rows import content_sha256
 from rankwise.errors import ConfigError, DataError
 from rankwise.evaluation.engine import Engine
-from rankwise.evaluation.errors_of_means import Mean, clusters_of, mean_of, paired_difference
+from rankwise.evaluation.errors_of_means import Mean, clusters_of, mean_of
 from rankwise.evaluation.journal import Responses
 from rankwise.evaluation.record import Example
-from rankwise.evaluation.tasks.base import Summary, Task, Tell
+from rankwise.evaluation.tasks.base import Summary, Task, Tell, difference_of_means
 from rankwise.evaluation.tasks.harness_data import HARNESS_NAMES, YAML_FILES, read_docs, write_task
 from rankwise.evaluation.tasks.names import harness_folder, unknown_task
 
-SOURCE_FIELDS = ("passage", "context", "article", "paragraph", "story", "background", "goal", "ctx")
 # A field that several questions share names their source text: the first of these that does.
+SOURCE_FIELDS = ("passage", "context", "article", "paragraph", "story", "background", "goal", "ctx")
 PRIMARY = ("acc_norm", "acc", "exact_match", "f1", "bleu", "word_perplexity")
 SHOWN_CHARACTERS = 2000
 SAME = 1e-9
@@ -70,8 +71,9 @@ class HarnessTask(Task):
 
     def _load(self, data: str | None, fewshot_data: str | None) -> tuple[dict[str, Any], dict[str, Any], str]:
         folder = Path(self._folder.name)
-        yaml_file = self._yaml_file()
-        if yaml_file is None:
+        # Of the eight commonsense sets, whose names the harness has files under.
+        yaml_file = harness_folder() / "tasks" / YAML_FILES.get(self.name, "-")
+        if not yaml_file.is_file():
             spec = HARNESS_NAMES.get(self.name, self.name) if data is None else self.name
             files = lm_eval.task_files()
             if spec not in files:
@@ -79,7 +81,7 @@ class HarnessTask(Task):
             if data is None:
                 with hub_or_cache():
                     return self._built(spec)
-            yaml_file = files[spec]
+            yaml_file = Path(str(files[spec]))
         docs = None
         sha256 = None
         if data is not None:
@@ -87,19 +89,15 @@ class HarnessTask(Task):
             docs = {"validation": rows}
             if fewshot_data is not None:
                 docs["train"], self._fewshot_sha256 = read_docs(self.name, fewshot_data)
-        path = write_task(folder, self.name, Path(str(yaml_file)), docs)
+        path = write_task(folder, self.name, yaml_file, docs)
         tasks, groups, found = self._built(str(path), folder)
         return tasks, groups, sha256 or found
-
-    def _yaml_file(self) -> Path | None:
-        path = harness_folder() / "tasks" / YAML_FILES.get(self.name, "-")
-        return path if path.is_file() else None
 
     def _built(self, spec: str, folder: Path | None = None) -> tuple[dict[str, Any], dict[str, Any], str]:
         """Tasks, groups, and the hash of their questions. Any error of the foreign code becomes one line."""
         try:
             tasks, groups = lm_eval.built(spec, folder)
-            documents = [dict(doc) for task in tasks.values() for doc in _first(task.eval_docs, self.limit)]
+            documents = [dict(doc) for task in tasks.values() for doc in itertools.islice(task.eval_docs, self.limit)]
         except Exception as error:
             reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
             raise DataError(
@@ -141,8 +139,11 @@ class HarnessTask(Task):
         """Keep the aggregates of the requested task: a group's own, else the single task's."""
         wanted = next(iter(self.groups), None) or next(iter(self.tasks))
         found = {**results["results"].get(wanted, {}), **results.get("groups", {}).get(wanted, {})}
-        numbers = {key: float(value) for key, value in found.items() if _is_metric(key, value)}
-        self._aggregates = {_metric_name(key): value for key, value in numbers.items()}
+        self._aggregates = {
+            _metric_name(key): float(value)
+            for key, value in found.items()
+            if isinstance(value, int | float) and "stderr" not in key and key != "sample_len"
+        }
         for known in results.get("higher_is_better", {}).values():
             for metric in self._aggregates:
                 better = known.get(metric.partition(",")[0])
@@ -179,8 +180,7 @@ class HarnessTask(Task):
 
     def difference(self, a: Sequence[Example], b: Sequence[Example]) -> dict[str, Mean]:
         names = [name for name in a[0].scores if all(name in e.scores for e in (*a, *b))] if a else []
-        clusters = clusters_of([example.cluster for example in a])
-        return {n: paired_difference([e.scores[n] for e in a], [e.scores[n] for e in b], clusters) for n in names}
+        return difference_of_means(a, b, names)
 
 
 def _example(name: str, rows: Sequence[Mapping[str, Any]], cluster: str | None, task: Any) -> Example:
@@ -213,14 +213,6 @@ def _sources(docs: Sequence[Mapping[str, Any]]) -> list[str | None]:
         if all(isinstance(text, str) and text for text in texts) and max(Counter(texts).values()) > 1:
             return [hashlib.sha256(str(text).encode()).hexdigest()[:12] for text in texts]
     return [None] * len(docs)
-
-
-def _first(docs: Any, limit: int | None) -> list[Any]:
-    return [docs[index] for index in range(min(len(docs), limit or len(docs)))]
-
-
-def _is_metric(key: str, value: Any) -> bool:
-    return isinstance(value, int | float) and "stderr" not in key and key not in ("sample_len",)
 
 
 def _metric_name(key: str) -> str:
