@@ -109,6 +109,11 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(".;:") if lines else "no message"
 
 
+def one_line(error: BaseException) -> str:
+    """All that an error of another library says, as part of a sentence."""
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+
+
 def out_of_memory(error: BaseException, changes: str | None = None) -> RunError:
     """RW550, with the ``changes`` of settings that would fit where they are known."""
     usual = "lower --batch-size or --max-length, or switch on --gradient-checkpointing"

@@ -74,11 +74,9 @@ def _stored(encoded: Encoded) -> bytes:
     import safetensors.numpy
 
     table = encoded.dataset.data.table.combine_chunks()
-    lists = {"ids": table.column("input_ids"), "labels": table.column("labels")}
-    joined = {name: column.combine_chunks() for name, column in lists.items()}
-    first = joined["ids"].chunk(0) if hasattr(joined["ids"], "chunk") else joined["ids"]
-    arrays = {name: np.asarray(_values(column), dtype=np.int32) for name, column in joined.items()}
-    arrays["ends"] = np.asarray(first.offsets, dtype=np.int32)
+    ids, labels = (table.column(name).chunk(0) for name in ("input_ids", "labels"))
+    columns = {"ids": ids.values, "labels": labels.values, "ends": ids.offsets}
+    arrays = {name: np.asarray(values, dtype=np.int32) for name, values in columns.items()}
     report = json.dumps(dataclasses.asdict(encoded.report))
     digest = _digest(report, *(arrays[name].tobytes() for name in COLUMNS))
     return safetensors.numpy.save(arrays, metadata={"report": report, "sha256": digest})
@@ -86,11 +84,6 @@ def _stored(encoded: Encoded) -> bytes:
 
 def _digest(report: str, *columns: bytes) -> str:
     return hashlib.sha256(b"".join([report.encode(), *columns])).hexdigest()
-
-
-def _values(column: Any) -> Any:
-    part = column.chunk(0) if hasattr(column, "chunk") else column
-    return part.values
 
 
 def _read(path: Path, rows: Rows, max_length: int, name: str) -> Encoded | None:

@@ -259,7 +259,8 @@ def encode_rows(
         stop_ids = stop_ids or encoder.stop_ids()
         table.add(item, stop_ids)
     check_bad_rows(problems, len(rows), allowed=skip_bad_rows, before=len(rows.problems))
-    report = table.report(name, encoder.template, encoder.left_out, [*rows.problems, *problems])
+    bad = [*rows.problems, *problems]
+    report = table.counts.report(name, encoder, bad, rows=len(table.ends) - 1, tokens=len(table.ids))
     complain(report, rows, max_length)
     return Encoded(table.dataset(), report)
 
@@ -313,14 +314,7 @@ class Counts:
         self.trained = self.truncated = self.dropped = self.stopped = self.split = self.estimated = 0
 
     def report(
-        self,
-        name: str,
-        template: str,
-        left_out: Mapping[str, int],
-        problems: Sequence[Problem],
-        *,
-        rows: int,
-        tokens: int,
+        self, name: str, encoder: RowEncoder, problems: Sequence[Problem], *, rows: int, tokens: int
     ) -> EncodingReport:
         """``rows`` and ``tokens`` are those that the data set holds."""
         return EncodingReport(
@@ -332,11 +326,11 @@ class Counts:
             dropped_rows=self.dropped,
             longest=max(self.lengths, default=0),
             median_length=statistics.median(self.lengths) if self.lengths else 0,
-            template=template,
+            template=encoder.template,
             stop_token_rows=self.stopped,
             split_rows=self.split,
             estimated_rows=self.estimated,
-            left_out=dict(left_out),
+            left_out=dict(encoder.left_out),
             skipped_rows=len(problems),
             skipped=[problem.to_json() for problem in problems],
         )
@@ -365,12 +359,6 @@ class _Table:
         self.counts.truncated += row.length > self.max_length
         self.counts.stopped += not stop_ids.isdisjoint(labels)
         self.counts.split += row.split
-
-    def report(
-        self, name: str, template: str, left_out: Mapping[str, int], problems: Sequence[Problem]
-    ) -> EncodingReport:
-        rows, tokens = len(self.ends) - 1, len(self.ids)
-        return self.counts.report(name, template, left_out, problems, rows=rows, tokens=tokens)
 
     def dataset(self) -> Dataset:
         import pyarrow

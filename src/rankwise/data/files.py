@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.data.formats import E2E_LINES, TEXT, BadRow, Format, Record
 from rankwise.data.rows import Unit
-from rankwise.errors import DataError
+from rankwise.errors import DataError, one_line
 from rankwise.foreign import unpacked
 
 if TYPE_CHECKING:
@@ -232,8 +232,7 @@ def _parquet(path: Path, content: bytes) -> Numbered:
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(content))
     except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError("RW206", f"cannot read {path} as parquet: {reason}.") from None
+        raise DataError("RW206", f"cannot read {path} as parquet: {one_line(error)}.") from None
     yield from table_records(table, str(path))
 
 
@@ -251,8 +250,7 @@ def table_records(table: pyarrow.Table, source: str) -> Numbered:
         try:
             columns[name] = [_without_nulls(value) for value in column.to_pylist()]
         except (ValueError, OverflowError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DataError("RW206", f"cannot read the column `{name}` of {source}: {reason}.") from None
+            raise DataError("RW206", f"cannot read the column `{name}` of {source}: {one_line(error)}.") from None
     for number in range(table.num_rows):
         yield number + 1, {name: values[number] for name, values in columns.items()}
 

@@ -34,8 +34,14 @@ SHAREGPT_ROLES = {
 }
 # By which OpenAI's files and axolotl's say whether an answer is trained on. Here each one is.
 WEIGHTS = ("weight", "train", "training")
-
-
+# How a message calls a value that stands where text should.
+TYPE_NAMES: Mapping[type, str] = {
+    bool: "the truth value",
+    int: "the number",
+    float: "the number",
+    list: "the list",
+    dict: "the object",
+}
 # Records of which the first that has a layout decides.
 LOOKED_AT = 100
 
@@ -254,14 +260,7 @@ def found_in(record: Record, column: str) -> str:
         return "null"
     if isinstance(value, str):
         return "an empty string" if not value else "only white space"
-    return f"{_type_name(value)} {str(value)[:40]!r}"
-
-
-def _type_name(value: object) -> str:
-    if isinstance(value, bool):
-        return "the truth value"
-    names: dict[type, str] = {int: "the number", float: "the number", list: "the list", dict: "the object"}
-    return names.get(type(value), type(value).__name__)
+    return f"{TYPE_NAMES.get(type(value), type(value).__name__)} {str(value)[:40]!r}"
 
 
 def _pair(prompt: str, completion: str) -> Callable[[Record], JsonObject]:
@@ -301,7 +300,7 @@ def _text(record: Record) -> JsonObject:
 
 
 def _messages(record: Record) -> JsonObject:
-    messages = _conversation(record)
+    messages = conversation(record)
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRow("expected at least one `assistant` message in `messages`, found none to train on")
     return {"messages": messages, "tools": tools_of(record)}
@@ -332,13 +331,8 @@ def _prompt_messages(record: Record) -> JsonObject:
     return {"messages": prompt + answer, "tools": tools_of(record), "first_trained": len(prompt)}
 
 
-def conversation(record: Record) -> tuple[tuple[Message, ...], tuple[Fields, ...] | None]:
-    """The messages and tools of a row whose answer is to be generated. Raises BadRow."""
-    return _conversation(record), tools_of(record)
-
-
-def _conversation(record: Record) -> tuple[Message, ...]:
-    """The row's messages, with its `system` field as the first one where it has one."""
+def conversation(record: Record) -> tuple[Message, ...]:
+    """The row's messages, with its `system` field as the first one where it has one. Raises BadRow."""
     messages = message_list(record, "messages")
     if not record.get("system"):
         return messages

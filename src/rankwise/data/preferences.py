@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rankwise.data.bad_rows import NEVER, check_bad_rows
-from rankwise.data.encoding import Counts, Encoded, EncodedRow, EncodingReport, RowEncoder, complain, list_column
+from rankwise.data.encoding import Counts, Encoded, EncodedRow, RowEncoder, complain, list_column
 from rankwise.data.rows import Problem, Row, Rows
 from rankwise.errors import warn
 
@@ -66,7 +66,8 @@ def encode_preferences(
         stop_ids = stop_ids or encoder.stop_ids()
         table.add([item for item in encoded if isinstance(item, EncodedRow)], row.label, stop_ids)
     check_bad_rows(problems, len(rows), allowed=skip_bad_rows, before=len(rows.problems))
-    report = table.report(name, encoder.template, encoder.left_out, [*rows.problems, *problems])
+    bad = [*rows.problems, *problems]
+    report = table.counts.report(name, encoder, bad, rows=len(table.labels), tokens=table.tokens)
     complain(report, rows, max_length)
     if table.equal:
         warn(
@@ -128,12 +129,6 @@ class _Table:
         self.counts.truncated += any(side.length > self.max_length for side in sides)
         self.counts.stopped += not stop_ids.isdisjoint(ids[0][start:])
         self.counts.split += any(side.split for side in sides)
-
-    def report(
-        self, name: str, template: str, left_out: Mapping[str, int], problems: Sequence[Problem]
-    ) -> EncodingReport:
-        rows = len(self.labels)
-        return self.counts.report(name, template, left_out, problems, rows=rows, tokens=self.tokens)
 
     def dataset(self) -> Dataset:
         import pyarrow

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rankwise.data.bad_rows import check_bad_rows
-from rankwise.data.encoding import Encoded, EncodingReport, RowEncoder
-from rankwise.data.formats import BadRow, Format, Record, conversation, text_field
+from rankwise.data.encoding import Counts, Encoded, RowEncoder
+from rankwise.data.formats import BadRow, Format, Record, conversation, text_field, tools_of
 from rankwise.data.rows import Problem, Row, Rows
 from rankwise.errors import DataError, warn
 from rankwise.foreign import Fields, JsonObject
@@ -54,7 +53,7 @@ def _messages(column: str) -> Callable[[Record], JsonObject]:
     """A conversation that is to go on. The assistant's message at its end is the right answer."""
 
     def fields(record: Record) -> JsonObject:
-        messages, tools = conversation({**record, "messages": record[column]})
+        messages = conversation({**record, "messages": record[column]})
         known = record.get("completion")
         if messages[-1]["role"] == "assistant":
             messages, known = messages[:-1], messages[-1]["content"]
@@ -62,7 +61,7 @@ def _messages(column: str) -> Callable[[Record], JsonObject]:
             raise BadRow(f"expected a message of the user in `{column}`, found the assistant's alone")
         return {
             "messages": (*messages, {"role": "assistant", "content": PLACE}),
-            "tools": tools,
+            "tools": tools_of(record),
             "first_trained": len(messages),
             "columns": _with_answer(record, known),
         }
@@ -124,34 +123,23 @@ def encode_prompts(
     from datasets import Dataset
 
     encoder = RowEncoder(rows, tokenizer, chat_template)
-    problems, lengths, kept = [], [], []
+    problems, counts, kept, tokens = [], Counts(), [], 0
     names = [name for name in dict.fromkeys(name for row in rows for name in row.columns or ()) if name != "prompt"]
     for row, item in zip(rows, encoder.try_encode(rows.items)):
         if isinstance(item, Problem):
             problems.append(item)
             continue
         ids = item.ids[: item.trained.index(True)]
-        lengths.append(len(ids))
-        if len(ids) <= room.prompt:
+        counts.lengths.append(len(ids))
+        if len(ids) > room.prompt:
+            counts.dropped += 1
+        else:
             kept.append({"input_ids": ids, "asked": _asked(row, names)})
+            tokens += len(ids)
     check_bad_rows(problems, len(rows), allowed=skip_bad_rows, before=len(rows.problems))
-    _tell_of_long(rows, len(lengths), len(kept), room)
+    _tell_of_long(rows, len(counts.lengths), len(kept), room)
     bad = [*rows.problems, *problems]
-    report = EncodingReport(
-        name=name,
-        rows=len(kept),
-        tokens=sum(len(row["input_ids"]) for row in kept),
-        trained_tokens=0,
-        truncated_rows=0,
-        dropped_rows=len(lengths) - len(kept),
-        longest=max(lengths),
-        median_length=statistics.median(lengths),
-        template=encoder.template,
-        stop_token_rows=0,
-        skipped_rows=len(bad),
-        skipped=[problem.to_json() for problem in bad],
-    )
-    return Encoded(Dataset.from_list(kept), report)
+    return Encoded(Dataset.from_list(kept), counts.report(name, encoder, bad, rows=len(kept), tokens=tokens))
 
 
 def _asked(row: Row, names: Sequence[str]) -> str:

@@ -15,10 +15,10 @@ from rankwise.data.files import KINDS, kind_of, read_file, table_records
 from rankwise.data.formats import Columns, Format, rows_from_records
 from rankwise.data.rows import Problem, Rows
 from rankwise.data.stdlib import STDLIB, stdlib_rows
-from rankwise.errors import DataError
+from rankwise.errors import DataError, one_line
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
 
 # owner/name, owner/name:configuration, owner/name:split, owner/name:configuration:split; each with a slice behind.
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[\w.-]+)?)(?::([\w.-]+))?(?::([\w.-]+))?(\[[^\[\]]*\])?")
@@ -74,12 +74,10 @@ class _How:
 
 def check_there(source: str | Path) -> None:
     """Raise DataError (RW201) where ``source`` must be a path and does not exist. Nothing is read."""
-    if not Path(source).expanduser().exists() and _looks_like_a_path(str(source)):
+    name = str(source)
+    is_path = kind_of(Path(name)) is not None or name.endswith(".gz") or not HUB_ID.fullmatch(name)
+    if is_path and not Path(source).expanduser().exists():
         raise DataError("RW201", f"there is no file or folder {source}; check the path.")
-
-
-def _looks_like_a_path(source: str) -> bool:
-    return kind_of(Path(source)) is not None or source.endswith(".gz") or not HUB_ID.fullmatch(source)
 
 
 def _read_path(path: Path, name: str, how: _How) -> Rows:
@@ -172,16 +170,12 @@ def _read_saved(folder: Path, split: str, how: _How) -> Rows:
     try:
         loaded = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
-        raise DataError("RW206", f"cannot read {folder} as a saved data set: {_one_line(error)}.") from None
+        raise DataError("RW206", f"cannot read {folder} as a saved data set: {one_line(error)}.") from None
     if isinstance(loaded, datasets.DatasetDict):
-        loaded = _chosen_split(loaded, split, str(folder))
+        if split not in loaded:
+            raise DataError("RW208", f"{folder} has no split {split!r}; it has {', '.join(loaded)}.")
+        loaded = loaded[split]
     return _from_dataset(loaded, folder.name, how)
-
-
-def _chosen_split(parts: DatasetDict, split: str, source: str) -> Dataset:
-    if split not in parts:
-        raise DataError("RW208", f"{source} has no split {split!r}; it has {', '.join(parts)}.")
-    return parts[split]
 
 
 def _hub_parts(source: str, split: str) -> tuple[str, str | None, str]:
@@ -207,17 +201,13 @@ def _read_hub(source: str, split: str, how: _How) -> Rows:
         try:
             loaded = datasets.load_dataset(name, configuration, split=split)
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-            reason = _one_line(error) if answers else "it cannot be reached, and the cache does not hold the set"
+            reason = one_line(error) if answers else "it cannot be reached, and the cache does not hold the set"
             raise DataError(
                 "RW208",
                 f"{source!r} is not a file or folder here, and the hub does not give its split {split!r}: {reason}. "
                 "Check the name and the network, or give a local file.",
             ) from None
     return _from_dataset(loaded, source, how)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
 
 
 def _from_dataset(dataset: Dataset, source: str, how: _How) -> Rows:

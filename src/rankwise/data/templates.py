@@ -21,7 +21,7 @@ from rankwise.data.bounded import bounded
 from rankwise.data.left_out import LeftOut, Tools, characters, left_out
 from rankwise.data.rows import Message, Row, Rows
 from rankwise.data.tool_arguments import suit_arguments
-from rankwise.errors import DataError
+from rankwise.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -204,7 +204,7 @@ class ChatRenderer:
         try:
             return self.tokenizer.get_chat_template(self.chat_template, tools)
         except ValueError as error:
-            raise DataError("RW210", f"no chat template fits: {_one_line(error)}.") from None
+            raise DataError("RW210", f"no chat template fits: {one_line(error)}.") from None
 
     def _render(self, messages: Sequence[Message], tools: Tools, *, generation_prompt: bool) -> str:
         with _refusals():
@@ -366,9 +366,9 @@ def _refusals() -> Iterator[None]:
     except (MemoryError, DataError):
         raise
     except jinja2.TemplateSyntaxError as error:
-        raise DataError("RW211", f"the chat template, line {error.lineno}: {_one_line(error)}.") from None
+        raise DataError("RW211", f"the chat template, line {error.lineno}: {one_line(error)}.") from None
     except Exception as error:  # noqa: BLE001  a program may raise anything
-        raise RowRefused("RW211", f"the chat template refuses it: {_one_line(error)}") from None
+        raise RowRefused("RW211", f"the chat template refuses it: {one_line(error)}") from None
 
 
 def _sane(text: str, messages: Sequence[Message], tools: Tools) -> str:
@@ -414,7 +414,3 @@ def _segments(text: str, spans: Sequence[Span]) -> tuple[Segment, ...]:
         position = end
     segments.append(Segment(text[position:], False))
     return tuple(segment for segment in segments if segment.text)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__

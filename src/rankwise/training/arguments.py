@@ -16,7 +16,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from rankwise.compat.transformers import use_one_device
 from rankwise.config import FOUR_BITS, TrainSettings
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, one_line
 from rankwise.known_names import OPTIMIZERS, close_names
 from rankwise.options import flag
 from rankwise.training.memory_savers import OFFLOADED
@@ -199,7 +199,7 @@ def check_optimizer(arguments: TrainingArguments, model: Any) -> None:
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     except (ImportError, ValueError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
         raise ConfigError(
-            "RW110", f"--optimizer {OptimizerNames(arguments.optim).value} cannot be used here: {reason}"
+            "RW110",
+            f"--optimizer {OptimizerNames(arguments.optim).value} cannot be used here: {one_line(error)}.",
         ) from None

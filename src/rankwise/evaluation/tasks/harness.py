@@ -13,7 +13,7 @@ from typing import Any
 from rankwise.compat import lm_eval
 from rankwise.compat.datasets import hub_or_cache
 from rankwise.data.rows import content_sha256
-from rankwise.errors import ConfigError, DataError
+from rankwise.errors import ConfigError, DataError, one_line
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.errors_of_means import Mean, clusters_of, mean_of
 from rankwise.evaluation.journal import Responses
@@ -99,11 +99,10 @@ class HarnessTask(Task):
             tasks, groups = lm_eval.built(spec, folder)
             documents = [dict(doc) for task in tasks.values() for doc in itertools.islice(task.eval_docs, self.limit)]
         except Exception as error:
-            reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
             raise DataError(
                 "RW251",
-                f"lm-evaluation-harness cannot build the task {self.name} ({reason}); check the network, or give its "
-                "data with --data F.",
+                f"lm-evaluation-harness cannot build the task {self.name} ({one_line(error)}); check the network, or "
+                "give its data with --data F.",
             ) from error
         return tasks, groups, content_sha256(documents)
 
