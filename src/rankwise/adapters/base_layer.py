@@ -21,7 +21,6 @@ from rankwise.quantization.linear import is_conv1d
 
 # Attribute of a module whose forward is ours: the instance's forward before, and the names of what ours finds there.
 REPLACED = "rankwise_replaced"
-
 CONVOLUTIONS = (
     nn.Conv1d,
     nn.Conv2d,
@@ -30,11 +29,9 @@ CONVOLUTIONS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-
+# Subclasses of ``nn.Linear`` in transformers whose forward gives something else than W x + b: routers a tuple of
+# scores, grouped layers one block of W for each group. What an adapter adds would have no place there.
 OTHER_RESULTS = frozenset({"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"})
-"""Subclasses of ``nn.Linear`` in transformers whose forward gives something else than W x + b: routers a tuple of
-scores, grouped layers one block of W for each group. What an adapter adds would have no place there.
-"""
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
+from rankwise.adapters.base_layer import weight_device
 from rankwise.errors import ConfigError
 
-ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 # What sublayers of a block are called in transformers.
+ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 
 
@@ -60,7 +61,7 @@ def add_bottleneck(model: nn.Module, width: int) -> nn.ModuleDict:
     model.requires_grad_(False)
     bottlenecks = nn.ModuleDict()
     for path, module in found:
-        bottleneck = Bottleneck(d, width, _device(module))
+        bottleneck = Bottleneck(d, width, weight_device(module))
         bottlenecks[path.replace(".", "/")] = bottleneck
         module.register_forward_hook(_after(bottleneck))
     return bottlenecks
@@ -83,7 +84,3 @@ def _after(bottleneck: Bottleneck) -> Any:
         return bottleneck(output)
 
     return hook
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -57,9 +56,9 @@ from rankwise.adapters.saving import (
 from rankwise.adapters.state import (
     AdapterState,
     base_modules,
+    model_end,
     replace_parameter,
     state_and_name,
-    unwrapped,
 )
 from rankwise.adapters.token_rows import KEY as TOKENS
 from rankwise.adapters.token_rows import TokenRows
@@ -153,7 +152,8 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, *, name: str | None = 
     state, name = state_and_name(model, name)
     file = read_adapter(model, folder, f"{name}_swapped_in")
     here, there = report(model, name).modules, file.planned
-    other = {item.name for item in {_shape_of(item) for item in here} ^ {_shape_of(item) for item in there}}
+    own, theirs = ({dataclasses.replace(item, lora_alpha=0) for item in items} for items in (here, there))
+    other = {item.name for item in own ^ theirs}
     other |= {*file.tensors} ^ {*adapter_tensors(model, name)} | {*state.replaced.get(name, {})}
     if other:
         raise AdapterError(
@@ -168,22 +168,16 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, *, name: str | None = 
         s = state.configs[name].scaling(item.r, was[item.name].lora_alpha)
         ratio = file.config.scaling(item.r, item.lora_alpha) / s
         if ratio != 1:
-            key = _key_of_B(modules[item.path], item, file)
+            keys = _keys_of(modules[item.path], item, file.planned, file.config.use_dora)
+            key = next(key for key, attribute in keys.items() if attribute == "lora_B")
             file.tensors[key] = ratio * file.tensors[key].float()
     load_tensors(model, file.tensors, name)
     return report(model, name)
 
 
-def _shape_of(item: AdaptedModule) -> AdaptedModule:
-    return dataclasses.replace(item, lora_alpha=0)
-
-
-def _key_of_B(base: nn.Module, item: AdaptedModule, file: AdapterFile) -> str:
-    if item.experts is not None:
-        keys = stack_keys(base, item, file.planned)
-    else:
-        keys = tensor_keys(item.name, base, file.config.use_dora)
-    return next(key for key, attribute in keys.items() if attribute == "lora_B")
+def _keys_of(base: nn.Module, item: AdaptedModule, planned: list[AdaptedModule], use_dora: bool) -> dict[str, str]:
+    """{key in PEFT's file: attribute of the adapter} of a module or a stack."""
+    return tensor_keys(item.name, base, use_dora) if item.experts is None else stack_keys(base, item, planned)
 
 
 @torch.no_grad()
@@ -253,8 +247,7 @@ def _load_end_weights(model: nn.Module, tensors: Mapping[str, Tensor], state: Ad
 
 def end_weights(model: nn.Module) -> dict[str, Tensor]:
     """The base's embedding and output head under the keys by which PEFT saves them beside an adapter on them."""
-    finders: list[Any] = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
-    ends = [unwrapped(end) for find in finders if find is not None and (end := find()) is not None]
+    ends = model_end(model, "input"), model_end(model, "output")
     weights = {path: module.weight for path, module in base_modules(model) if any(module is end for end in ends)}
     return {f"{PREFIX}{path}.{way}weight": W for path, W in weights.items() for way in ("", "base_layer.")}  # type: ignore[misc]
 
@@ -323,16 +316,13 @@ def _expected_shapes(model: nn.Module, config: LoraConfig, planned: list[Adapted
         if item.kind == "trained whole":
             shapes |= {f"{PREFIX}{item.name}.{key}": tuple(value.shape) for key, value in base.state_dict().items()}
             continue
-        if item.experts is not None:
-            shapes |= _stack_shapes(item, stack_keys(base, item, planned))
-            continue
-        r = item.r * (1 if item.parts is None else sum(item.parts))
+        r = item.r * (item.experts or (1 if item.parts is None else sum(item.parts)))
         by_attribute = {
             "lora_A": (r, item.in_features),
             "lora_B": (item.out_features, r),
             "magnitude": (item.out_features,),
         }
-        keys = tensor_keys(item.name, base, config.use_dora)
+        keys = _keys_of(base, item, planned, config.use_dora)
         shapes |= {key: by_attribute[attribute] for key, attribute in keys.items()}
     adapted = {item.name for item in planned if item.is_pair}
     return shapes | _expected_biases(modules, config, adapted)
@@ -343,13 +333,6 @@ def stack_keys(experts: nn.Module, item: AdaptedModule, planned: list[AdaptedMod
     beside = [other.leaf for other in planned if other.experts is not None and other.path == item.path]
     start = peft_keys(f"{PREFIX}{item.path}", ordered_stacks(experts, beside))[item.leaf]
     return {f"{start}lora_A.weight": "lora_A", f"{start}lora_B.weight": "lora_B"}
-
-
-def _stack_shapes(item: AdaptedModule, keys: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    assert item.experts is not None, "a stack"
-    ranks = item.experts * item.r
-    by_attribute = {"lora_A": (ranks, item.in_features), "lora_B": (item.out_features, ranks)}
-    return {key: by_attribute[attribute] for key, attribute in keys.items()}
 
 
 def _expected_biases(

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rankwise.adapters.base_layer import dense_weight, frozen_product, weight_key
-from rankwise.adapters.fused import Parts, enabled_rows, low_rank_product, to_blocks
-from rankwise.adapters.lora import empty_pair
+from rankwise.adapters.fused import Parts, enabled_rows, to_blocks
+from rankwise.adapters.lora import LowRankPair
 from rankwise.adapters.low_rank import (
     adapted_row_norms,
     gain,
@@ -29,11 +28,11 @@ from rankwise.ops.selection import is_traced, stands_on_card, takes_triton
 from rankwise.quantization.linear import Linear4bit, features
 
 
-class Dora(nn.Module):
-    """The low-rank pair and the row magnitudes of one linear layer; it never owns the layer.
+class Dora(LowRankPair):
+    """The low-rank pair and the row magnitudes.
 
-    lora_A (r, in), lora_B (out, r), magnitude (out,); with ``parts`` as in ``adapters.fused``, where the magnitude
-    covers the enabled rows only and the others keep their own norm, so that their gain is 1.
+    magnitude (out,); with ``parts`` it covers the enabled rows only, and the others keep their own norm, so that their
+    gain is 1.
     """
 
     def __init__(
@@ -47,11 +46,7 @@ class Dora(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        self.r, self.scaling, self.parts = r, scaling, parts
-        # A module, so that code which switches dropout off (trl's for DPO and GRPO) finds it; it is never called.
-        self.lora_dropout = nn.Dropout(dropout)
-        self.lora_A, self.lora_B = empty_pair(base, r, parts, dtype, device)
+        super().__init__(base, r, scaling, dropout=dropout, parts=parts, dtype=dtype, device=device)
         # float32 whatever the base's dtype: bfloat16 would round the gain away from 1 at the first step.
         self.magnitude = nn.Parameter(torch.empty(self.lora_B.shape[0], dtype=torch.float32, device=device))
         self._out_features = features(base)[1]
@@ -62,14 +57,6 @@ class Dora(nn.Module):
         self._norms, self._squared, self._gain = Kept(), Kept(), Kept()
         # The norms that the gain was made from: held, so that no other tensor gets their identity.
         self._gain_of: Tensor | None = None
-
-    @property
-    def dropout(self) -> float:
-        return self.lora_dropout.p
-
-    @dropout.setter
-    def dropout(self, p: float) -> None:
-        self.lora_dropout.p = p
 
     def reset_parameters(self, base: nn.Module, *, zero_b: bool = True) -> None:
         init_low_rank_(self.lora_A, self.lora_B, zero_b=zero_b)
@@ -90,11 +77,6 @@ class Dora(nn.Module):
         # g - 1 is added rather than g multiplied: in bfloat16 a gain close to 1 would round to 1.
         y = torch.addcmul(y, y, (g - 1).to(y.dtype))
         return torch.addcmul(y, self.low_rank(x), (g * self.scaling).to(y.dtype))
-
-    def low_rank(self, x: Tensor) -> Tensor:
-        """``B A drop(x)``: (..., out)."""
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return low_rank_product(x, self.lora_A, self.lora_B, self.parts)
 
     def gain(self, base: nn.Module) -> Tensor:
         """``g = m / ||W + s B A||`` in float32: (out,); gradients reach m only."""
@@ -189,10 +171,6 @@ class Dora(nn.Module):
         dense = W + (self.scaling * to_blocks(self.lora_B, self.parts) @ self.lora_A).to(W.dtype)
         return self.gain(base)[:, None].to(W.dtype) * dense
 
-    def full_B(self) -> Tensor:
-        """B as (out, rank of the whole update)."""
-        return to_blocks(self.lora_B.detach(), self.parts)
-
     def full_magnitude(self, base: nn.Module) -> Tensor:
         """m as (out,), with their own norms for rows that do not adapt."""
         if self.parts is None:
@@ -200,6 +178,3 @@ class Dora(nn.Module):
         m = row_norms_squared(dense_weight(base)).sqrt()
         m[enabled_rows(self.parts, self._out_features, m.device)] = self.magnitude.detach().to(m.device)
         return m
-
-    def extra_repr(self) -> str:
-        return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# Which of the equal parts adapt. Functions take None for a layer that adapts as a whole.
 Parts = Sequence[bool]
-"""Which of the equal parts adapt. Functions take None for a layer that adapts as a whole."""
 
 
 def enabled_rows(parts: Parts, out_features: int, device: torch.device | None = None) -> Tensor:

@@ -39,11 +39,11 @@ from rankwise.adapters.state import (
     base_modules,
     base_parameter,
     inner_module,
+    model_end,
     put_replaced,
     replace_parameter,
     state_and_name,
     take_replaced,
-    unwrapped,
     wrappers,
 )
 from rankwise.adapters.targets import module_names, places_of
@@ -112,7 +112,7 @@ def plan_adapter(
     # An empty list of target_modules leaves the stacks alone to adapt.
     stacks_suffice = bool(stacks) and (is_foreign or not config.target_modules)
     targets = target_names(
-        config, places_of(modules, _output_head(model)), type(model).__name__, may_be_none=stacks_suffice
+        config, places_of(modules, model_end(model, "output")), type(model).__name__, may_be_none=stacks_suffice
     )
     check_enable_lora(config, targets)
     warn_of_idle(config, there, [*targets, *stacks], targets=is_foreign)
@@ -130,8 +130,9 @@ def _planned_rows(
 ) -> list[AdaptedModule]:
     """The modules of ``trainable_token_indices``. Raises AdapterError (RW434) for a module without such rows."""
     planned: list[AdaptedModule] = []
+    embedding = model_end(model, "input")
     for key, ids in config.token_rows.items():
-        names = [name for name, module in modules.items() if module is input_embedding(model)]
+        names = [name for name, module in modules.items() if module is embedding]
         names = names if key is None else module_names(modules, [key])
         fits = [name for name in names if isinstance(modules[name], nn.Embedding | nn.Linear) and name not in taken]
         if len(fits) != 1 or len(names) != 1:
@@ -158,16 +159,10 @@ def _planned_rows(
 def make_room(model: nn.Module, config: LoraConfig) -> None:
     """Resize embedding and head for the tokens of a stored adapter, which holds their rows."""
     most = max((max(ids) for ids in config.token_rows.values()), default=-1)
-    embedding = input_embedding(model)
+    embedding = model_end(model, "input")
     if embedding is not None and most >= embedding.get_parameter("weight").shape[0]:
         resize: Callable[..., Any] = model.resize_token_embeddings  # type: ignore[assignment]
         resize(most + 1, mean_resizing=False)
-
-
-def input_embedding(model: nn.Module) -> nn.Module | None:
-    find = getattr(model, "get_input_embeddings", None)
-    found = find() if callable(find) else None
-    return None if found is None else unwrapped(found)
 
 
 def attach(
@@ -186,6 +181,8 @@ def attach(
     state.configs[name] = config
     if not trainable:
         state.inference_only.add(name)
+    # Falcon's parallel block changes what a linear layer gave: ``mlp_output += ...``.
+    is_overwritten = getattr(getattr(model, "config", None), "model_type", None) == "falcon"
     for item in planned:
         if item.kind == "trained whole":
             _wrap(model, item.name, TrainedCopy).add(name)
@@ -200,9 +197,9 @@ def attach(
                 pair = _begin(layer, item, config, start)
                 adapter = _new_adapter(config, item, layer.base_layer, pair).train(layer.training)
             layer.adapters[name] = adapter
-            layer.is_head = layer.base_layer is _output_head(model)
+            layer.is_head = layer.base_layer is model_end(model, "output")
             if isinstance(adapter, Dora):
-                adapter.is_overwritten = _overwrites_outputs(model)
+                adapter.is_overwritten = is_overwritten
     if config.adapter_dtype == "base":
         for _, module in wrappers(model):
             if isinstance(module, OverBase) and name in module.adapters:
@@ -213,13 +210,6 @@ def attach(
         model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]
     set_adapter(model, name)
     return report(model, name)
-
-
-def _overwrites_outputs(model: nn.Module) -> bool:
-    """Whether the model's forward changes a linear layer's output in place: Falcon's parallel block does
-    ``mlp_output += ...``.
-    """
-    return getattr(getattr(model, "config", None), "model_type", None) == "falcon"
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
@@ -354,19 +344,12 @@ def _biases(model: nn.Module, config: LoraConfig, name: str) -> dict[str, nn.Par
     return found
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    """The base module that maps hidden states to logits, or None for a model without one."""
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    return None if head is None else unwrapped(head)
-
-
 def _add_rows(model: nn.Module, item: AdaptedModule, name: str) -> None:
     """Add trained rows to an embedding or a head, and the same rows to a head that shares the embedding's weight."""
     layer = _wrap(model, item.name, AdaptedLayer)
     own = TokenRows(layer.base_layer, list(item.tokens))
     layer.adapters[name] = own.train(layer.training)
-    head = _output_head(model)
+    head = model_end(model, "output")
     layer.is_head = layer.base_layer is head
     if head is None or layer.is_head or head.weight is not layer.base_layer.weight:
         return

@@ -14,15 +14,11 @@ from rankwise.ops.low_rank_linear import low_rank_linear
 from rankwise.quantization.linear import features
 
 
-class Lora(nn.Module):
-    """The low-rank pair of one linear layer. It never owns the layer; ``forward`` and ``merge`` take it as an argument.
+class LowRankPair(nn.Module):
+    """A and B of one linear layer, which LoRA and DoRA share. Each method takes the layer, which the pair never owns.
 
     lora_A (r, in) and lora_B (out, r); with ``parts`` as in ``adapters.fused``.
     """
-
-    magnitude: None = None
-    # Of DoRA alone: its magnitudes need the output again.
-    comes_back = False
 
     def __init__(
         self,
@@ -49,6 +45,26 @@ class Lora(nn.Module):
     def dropout(self, p: float) -> None:
         self.lora_dropout.p = p
 
+    def low_rank(self, x: Tensor) -> Tensor:
+        """``B A drop(x)``: (..., out)."""
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return low_rank_product(x, self.lora_A, self.lora_B, self.parts)
+
+    def full_B(self) -> Tensor:
+        """B as (out, rank of the whole update)."""
+        return to_blocks(self.lora_B.detach(), self.parts)
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+
+class Lora(LowRankPair):
+    """The low-rank pair alone."""
+
+    magnitude: None = None
+    # Of DoRA alone: its magnitudes need the output again.
+    comes_back = False
+
     def reset_parameters(self, base: nn.Module, *, zero_b: bool = True) -> None:
         init_low_rank_(self.lora_A, self.lora_B, zero_b=zero_b)
 
@@ -61,11 +77,6 @@ class Lora(nn.Module):
         """``y + s B A drop(x)`` for y = W x, with the bias or without."""
         return torch.add(y, self.low_rank(x), alpha=self.scaling)
 
-    def low_rank(self, x: Tensor) -> Tensor:
-        """``B A drop(x)``: (..., out)."""
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return low_rank_product(x, self.lora_A, self.lora_B, self.parts)
-
     def merge(self, base: nn.Module) -> Tensor:
         """``W + s B A`` as a new tensor (out, in) in the base's dtype."""
         return merged_weight(dense_weight(base), self.lora_A.detach(), self.full_B(), self.scaling)
@@ -77,13 +88,6 @@ class Lora(nn.Module):
 
     def fixed_gain(self, base: nn.Module) -> None:
         """None: LoRA has no gain."""
-
-    def full_B(self) -> Tensor:
-        """B as (out, rank of the whole update)."""
-        return to_blocks(self.lora_B.detach(), self.parts)
-
-    def extra_repr(self) -> str:
-        return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
 def empty_pair(

@@ -11,7 +11,7 @@ from rankwise.adapters.base_layer import with_weight
 from rankwise.adapters.experts import AdaptedExperts
 from rankwise.adapters.inject import enable_adapter
 from rankwise.adapters.layer import AdaptedLayer, TrainedCopy
-from rankwise.adapters.state import Wrapper, adapter_state, inner_module, state_and_name, wrappers
+from rankwise.adapters.state import Wrapper, adapter_state, inner_module, model_end, state_and_name, wrappers
 from rankwise.adapters.token_rows import TokenRows
 from rankwise.compat.transformers import tie_weights_as
 from rankwise.errors import AdapterError
@@ -35,13 +35,16 @@ def merge_adapter(model: nn.Module, *, reversible: bool = True) -> None:
     state, _ = state_and_name(model, None)
     enable_adapter(model)
     wrapped = list(wrappers(model))
-    changes_tied = _touches_tied_weight(model, wrapped) and not _has_tied_rows(wrapped)
+    # Whether the output head or the embedding gets a weight of its own.
+    ends = model_end(model, "output"), model_end(model, "input")
+    touches_ends = any(inner_module(module) is end for _, module in wrapped for end in ends)
+    changes_tied = touches_ends and not _has_tied_rows(wrapped)
     for path, module in wrapped:
         model.set_submodule(path, _merged(module))
     if _has_tied_rows(wrapped):
         # Both were given the same rows.
-        ends: Any = model
-        ends.get_output_embeddings().weight = ends.get_input_embeddings().weight
+        merged: Any = model
+        merged.get_output_embeddings().weight = merged.get_input_embeddings().weight
     if changes_tied:
         state.tied_before_merge = _untie_head(model)
     state.merged = wrapped
@@ -73,13 +76,6 @@ def _merged(module: Wrapper) -> nn.Module:
     if isinstance(module, AdaptedExperts):
         return module.adapter(module.active).merge(module.base_layer)
     return with_weight(module.base_layer, module.adapter(module.active).merge(module.base_layer))
-
-
-def _touches_tied_weight(model: nn.Module, wrapped: list[tuple[str, Wrapper]]) -> bool:
-    """Whether merging gives the output head or the embedding its own weight."""
-    finders: list[Any] = [getattr(model, name, None) for name in ("get_output_embeddings", "get_input_embeddings")]
-    ends = [find() for find in finders if find is not None]
-    return any(module is end for _, module in wrapped for end in ends)
 
 
 def _has_tied_rows(wrapped: list[tuple[str, Wrapper]]) -> bool:

@@ -23,15 +23,15 @@ def parameter_names(modules: Modules, config: LoraConfig) -> list[str]:
     their own way of computing.
     """
     wanted = config.target_parameters or ()
-    found = [name for name in _named(modules) if matches(name, wanted)] if wanted else []
-    reasons = {name: reason for name in found if (reason := _obstacle(modules, name, config)) is not None}
+    found = [item for item in _named(modules) if matches(item[0], wanted)] if wanted else []
+    reasons = {item[0]: reason for item in found if (reason := _obstacle(*item, config)) is not None}
     if reasons:
         name, reason = next(iter(reasons.items()))
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
         raise AdapterError(
             "RW419", f"target_parameters matches {name}{more}, which no adapter can reach: {reason}; leave it out."
         )
-    return found
+    return [name for name, _, _ in found]
 
 
 def names_in(modules: Modules) -> Names:
@@ -40,41 +40,35 @@ def names_in(modules: Modules) -> Names:
     return Names(
         modules=[name for name in modules if name],
         adaptable=[name for name, module in modules.items() if name and is_adaptable(module)],
-        parameters=parameters,
-        stacks=[name for name in parameters if _is_stack(modules, name)],
+        parameters=[name for name, _, _ in parameters],
+        stacks=[name for name, module, leaf in parameters if foreign(module, leaf) is None],
     )
 
 
 def experts_left_out(modules: Modules, config: LoraConfig, adapted: Collection[str]) -> LeftOut | None:
     """The stacked experts that are not among the adapted names; None where there are none."""
-    stacks, distinct = {}, {}
-    for name in _named(modules):
-        path, _, leaf = name.rpartition(".")
-        parameter = modules[path].get_parameter(leaf)
+    stacks, distinct, reachable = {}, {}, []
+    for name, module, leaf in _named(modules):
+        parameter = module.get_parameter(leaf)
         distinct[id(parameter)] = weight_count(parameter)
-        if _holds_experts(modules[path], leaf):
+        # By the class's name too: Llama 4's and JetMoE's experts lack the interface.
+        is_named_so = parameter.dim() == 3 and "experts" in type(module).__name__.lower()
+        if is_named_so or stack_at(module, leaf) is not None:
             stacks[name] = weight_count(parameter)
-    reachable = [name for name in stacks if _obstacle(modules, name, config) is None]
+            if _obstacle(name, module, leaf, config) is None:
+                reachable.append(name)
     return left_out(config, stacks, reachable, adapted, sum(distinct.values()))
 
 
-def _holds_experts(module: nn.Module, leaf: str) -> bool:
-    # By the class's name too: Llama 4's and JetMoE's experts lack the interface.
-    return stack_at(module, leaf) is not None or (
-        module.get_parameter(leaf).dim() == 3 and "experts" in type(module).__name__.lower()
-    )
-
-
-def _named(modules: Modules) -> Iterator[str]:
+def _named(modules: Modules) -> Iterator[tuple[str, nn.Module, str]]:
+    """(name, module, name in the module) of every parameter."""
     for path, module in modules.items():
         for leaf, parameter in own_parameters(module).items():
             if parameter is not None:
-                yield f"{path}.{leaf}" if path else leaf
+                yield f"{path}.{leaf}" if path else leaf, module, leaf
 
 
-def _obstacle(modules: Modules, name: str, config: LoraConfig) -> str | None:
-    path, _, leaf = name.rpartition(".")
-    module = modules[path]
+def _obstacle(name: str, module: nn.Module, leaf: str, config: LoraConfig) -> str | None:
     parameter = module.get_parameter(leaf)
     if stack_at(module, leaf) is None and parameter.dim() != 3:
         shape = tuple(parameter.shape)
@@ -83,11 +77,6 @@ def _obstacle(modules: Modules, name: str, config: LoraConfig) -> str | None:
         return reason
     if leaf not in (first_leaf(module), "down_proj"):
         return f"{type(module).__name__} does not multiply by it"
-    if config.trains_whole(path):
+    if config.trains_whole(path := name.rpartition(".")[0]):
         return f"modules_to_save trains {path} whole"
     return None
-
-
-def _is_stack(modules: Modules, name: str) -> bool:
-    path, _, leaf = name.rpartition(".")
-    return foreign(modules[path], leaf) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,13 @@ def inner_module(wrapper: Wrapper) -> nn.Module:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     return inner_module(module) if isinstance(module, Wrapper) else module
+
+
+def model_end(model: nn.Module, which: Literal["input", "output"]) -> nn.Module | None:
+    """The base's embedding, or its module that maps hidden states to logits; None for a model without one."""
+    find = getattr(model, f"get_{which}_embeddings", None)
+    found = find() if callable(find) else None
+    return None if found is None else unwrapped(found)
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
