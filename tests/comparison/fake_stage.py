@@ -75,8 +75,9 @@ def measure(job: dict[str, Any]) -> None:
     draw = random.Random(str(folder.name))
     losses = [center + 0.3 * (index - 4.5) + draw.gauss(0, 0.01) for index in range(10)]
     tokens = [3 + index for index in range(10)]
+    texts = {"prompt": "", "prediction": ""}
     lines = [
-        {"id": str(index), "cluster": f"text {index // 2}", "scores": {"loss": loss, "tokens": tokens[index]}}
+        {"id": str(index), **texts, "cluster": f"text {index // 2}", "scores": {"loss": loss, "tokens": tokens[index]}}
         for index, loss in enumerate(losses)
     ]
     (place / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rankwise.comparison.matrix import Cell
-from rankwise.comparison.measure_files import FACTS_FILE, OWN_TASKS, PERPLEXITY
 from rankwise.comparison.schedule import Plan, state_of
-from rankwise.comparison.stages import INTERRUPTED_CODES, Job, Stage, outcome_of
+from rankwise.comparison.stages import FACTS_FILE, INTERRUPTED_CODES, OWN_TASKS, PERPLEXITY, Job, outcome_of
 from rankwise.comparison.verdicts import Scores
 from rankwise.errors import RunError
-from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE
+from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE, read_examples
 from rankwise.foreign import read_object
-from rankwise.records import RUN_FILE, load_record
+from rankwise.records import record_of
 from rankwise.reports.schema import EVAL_LOSS, EVALUATION_FOLDER, Message, Phase, Run, Status
 
 
@@ -30,18 +28,14 @@ def collect_runs(plan: Plan) -> list[Run]:
         cells = {item["run"]: item for item in state.search["tried"]}
         searched = [Cell(method, item["learning_rate"], 0, plan.short) for item in cells.values()] if cells else []
         for cell in dict.fromkeys([*searched, *state.final]):
-            if _is_there(plan.output, cell):
+            if outcome_of(Job("train", cell), plan.output) is not None:
                 runs.append(_run(plan, cell, "final" if cell.id in final else "search", state.skipped))
     return runs
 
 
-def _is_there(output: Path, cell: Cell) -> bool:
-    return outcome_of(Job("train", cell), output) is not None
-
-
 def _run(plan: Plan, cell: Cell, phase: Phase, skipped: Mapping[str, str] | None) -> Run:
     folder = cell.folder(plan.output)
-    record = _record(folder) if (folder / RUN_FILE).is_file() else None
+    record = _record(folder)
     error, finished = _error(plan, cell)
     facts = read_json(folder / FACTS_FILE)
     known = record or {}
@@ -68,20 +62,18 @@ def _run(plan: Plan, cell: Cell, phase: Phase, skipped: Mapping[str, str] | None
     }
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def _record(folder: Path) -> dict[str, Any] | None:
     """The record without the parts that say only how the run was started this time."""
-    record = load_record(folder).to_json()
+    if (found := record_of(folder)) is None:
+        return None
+    record = found.to_json()
     settings = {key: value for key, value in record["settings"].items() if key not in ("resume", "overwrite")}
     return {**record, "settings": settings}
 
 
-def _stages(plan: Plan) -> tuple[Stage, ...]:
-    return "train", *plan.after
-
-
 def _error(plan: Plan, cell: Cell) -> tuple[Message | None, bool]:
     """The error of any of its stages, and whether its training finished."""
-    outcomes = {stage: outcome_of(Job(stage, cell), plan.output) for stage in _stages(plan)}
+    outcomes = {stage: outcome_of(Job(stage, cell), plan.output) for stage in ("train", *plan.after)}
     errors = [outcome.error for outcome in outcomes.values() if outcome is not None and outcome.error is not None]
     error: Message | None = {"code": errors[0]["code"], "message": errors[0]["message"]} if errors else None
     trained = outcomes["train"]
@@ -157,20 +149,15 @@ def value_of(run: Run, metric: str) -> float | None:
 def _examples(folder: Path, metric: str, value: float) -> _Examples | None:
     """The scores of the examples if the metric is their mean; else None."""
     task, _, name = (PERPLEXITY, ".", "loss") if metric == EVAL_LOSS else metric.partition(".")
-    path = folder / EVALUATION_FOLDER / task / EXAMPLES_FILE
-    if not path.is_file():
+    rows = sorted(read_examples(folder / EVALUATION_FOLDER / task / EXAMPLES_FILE), key=lambda row: row.id)
+    if not rows or any(name not in row.scores for row in rows):
         return None
-    rows = sorted(
-        (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()), key=lambda row: row["id"]
-    )
-    if not rows or any(name not in row["scores"] for row in rows):
-        return None
-    found = [float(row["scores"][name]) for row in rows]
-    weights = [float(row["scores"]["tokens"]) for row in rows] if task == PERPLEXITY else None
+    found = [float(row.scores[name]) for row in rows]
+    weights = [float(row.scores["tokens"]) for row in rows] if task == PERPLEXITY else None
     total = sum(weights) if weights else len(found)
     mean = sum(x * w for x, w in zip(found, weights or [1.0] * len(found))) / total
     if abs(mean - value) > 1e-6 * max(1.0, abs(value)):
         return None
-    names = [row.get("cluster") for row in rows]
-    clusters = [row["id"] if name is None else f"cluster {name}" for row, name in zip(rows, names)]
-    return _Examples([row["id"] for row in rows], found, weights, clusters if any(names) else None)
+    ids = [row.id for row in rows]
+    clusters = [row.id if row.cluster is None else f"cluster {row.cluster}" for row in rows]
+    return _Examples(ids, found, weights, clusters if any(row.cluster for row in rows) else None)

@@ -21,10 +21,10 @@ from rankwise.errors import warn
 from rankwise.records import write_json
 from rankwise.reports.numbers import byte_size
 
-PROBE_STEPS = 6
 # Steps whose seconds tell how many fit into --minutes; the first, which allocates, is not counted.
-MEASURED = ("task_limit", "eval_data", "max_length", "chat_template", "dtype")
+PROBE_STEPS = 6
 # Of a measurement's job, what its results depend on besides the tasks.
+MEASURED = ("task_limit", "eval_data", "max_length", "chat_template", "dtype")
 
 
 class Commands:
@@ -40,7 +40,9 @@ class Commands:
             return stages.CLI, stages.train_arguments(job, self.plan.output, self._training(job))
         path = stages.beside(job.name(self.plan.output), ".in")
         if job.stage == "prepare":
-            write_json(path, {"runs": self._first_runs()})
+            cells = [Cell(method, self.plan.rates[0], 0) for method in self.plan.methods]
+            # The settings of one run of each method.
+            write_json(path, {"runs": [self._cell_settings(cell, None) for cell in cells]})
             return stages.PREPARE, [str(path)]
         write_json(path, self._measuring(job))
         return stages.MEASURE, [str(path)]
@@ -103,10 +105,6 @@ class Commands:
         inputs = {"model": _model(self.given.model), "data": self.inputs.train, "eval_data": self.inputs.evaluation}
         shared = {**self.shared, **self.batches[cell.method], "eval_limit": 0, "cache": str(self._cache())}
         return cell_settings(cell, self.plan.output, shared, inputs, steps)
-
-    def _first_runs(self) -> list[dict[str, Any]]:
-        """The settings of one run of each method."""
-        return [self._cell_settings(Cell(method, self.plan.rates[0], 0), None) for method in self.plan.methods]
 
     def _batch(self, method: str) -> dict[str, Any]:
         """With --memory-budget: the largest micro-batch that is planned to fit. The rows of a step stay the same."""

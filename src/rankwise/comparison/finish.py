@@ -38,7 +38,9 @@ def hand_over(output: Path, found: Recommendation, run: Run) -> Recommendation:
     """Write ``recommended.yaml`` and ``best``, and note in the recommendation where they are."""
     record = run["record"] or {}
     write_text(output / RECOMMENDED_FILE, recommended_yaml(output, record["settings"], found["reason"]))
-    copy_run(output / run["folder"], output / BEST_FOLDER)
+    with whole_folder(output / BEST_FOLDER, replace=True) as folder:
+        left_out = shutil.ignore_patterns(*LEFT_OUT)
+        shutil.copytree(output / run["folder"], folder, ignore=left_out, dirs_exist_ok=True)
     return {
         **found,
         "config": RECOMMENDED_FILE,
@@ -75,10 +77,3 @@ def recommended_yaml(output: Path, settings: Mapping[str, Any], reason: str) -> 
     kept["method"] = settings["method"]
     kept["output"] = str(output.resolve() / "recommended")
     return f"# {reason}\n" + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=1000)
-
-
-def copy_run(run: Path, target: Path) -> None:
-    """Copy the run's folder without checkpoints and evaluations, whole or not at all."""
-    with whole_folder(target, replace=True) as folder:
-        left_out = shutil.ignore_patterns(*LEFT_OUT)
-        shutil.copytree(run, folder, ignore=left_out, dirs_exist_ok=True)

@@ -22,11 +22,11 @@ from rankwise.records import write_text
 from rankwise.training.setup import limited
 
 EVAL_SHARE = 0.1
+# Settings of an adapter that name something in the model.
 NAMING = (
     *("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform"),
     *("rank_pattern", "alpha_pattern", "enable_lora"),
 )
-# Settings of an adapter that name something in the model.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,20 +86,18 @@ def check_adapter(given: CompareSettings) -> None:
     if not set(given.methods) - {"full", *BASELINES}:
         return
     remote: dict[str, Any] = {"trust_remote_code": given.trust_remote_code, "revision": given.revision}
-    if not asked and not _is_mixture(given.model, remote):
-        return
+    if not asked:
+        try:
+            is_mixture = read_facts(fetch_model(given.model, **remote, weights=False)).experts > 0
+        except ModelError:
+            # What is wrong with the model the runs say.
+            return
+        if not is_mixture:
+            return
     from rankwise.adapters import plan_adapter
     from rankwise.models import load_skeleton
 
     plan_adapter(load_skeleton(given.model, **remote), config)
-
-
-def _is_mixture(model: str, remote: Mapping[str, Any]) -> bool:
-    try:
-        return read_facts(fetch_model(model, **remote, weights=False)).experts > 0
-    except ModelError:
-        # What is wrong with the model the runs say.
-        return False
 
 
 def split_by_prompt(rows: Rows, share: float) -> tuple[Rows, Rows]:

@@ -11,14 +11,14 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankwise.comparison.measure_files import FACTS_FILE, MERGEABLE, PERPLEXITY
+from rankwise.comparison.stages import FACTS_FILE, PERPLEXITY
 from rankwise.comparison.tasks import make_tasks, own_task
 from rankwise.config import BASELINES
 from rankwise.data import Rows, read_template
@@ -34,13 +34,13 @@ from rankwise.models.positions import answer_room
 from rankwise.records import RunRecord, load_record, write_json
 from rankwise.reports.schema import EVALUATION_FOLDER, MergedCheck
 
+# Rows that the model also answers, for people to read; they are spread evenly.
 ANSWERED = 12
-# Rows that the model also answers, for people to read.
-TEXT_PROMPT = 16
 # Of a row of plain text, the tokens that it is to go on from.
+TEXT_PROMPT = 16
 ANSWER_TOKENS = 32
-CHECKED_ROWS = 4
 # Rows whose logits are compared, merged against unmerged.
+CHECKED_ROWS = 4
 
 
 def measure(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
     model, tokenizer = load_run(job)
     template = read_template(Path(job["chat_template"])) if job["chat_template"] else None
     engine = _engine(job, model, tokenizer, template)
-    shown = _shown(rows)
+    shown = range(0, len(rows), max(1, len(rows) // ANSWERED))[:ANSWERED]
     answers, speed = _answers(engine, rows, shown)
     # A base earns no rewards: they are measured against it.
     is_reference = job["method"] is None and job["objective"] != "sft"
@@ -73,7 +73,8 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
         run_task(task, engine, folder, job, answers if task.name == PERPLEXITY else {})
     facts: dict[str, Any] = {"merged": None, "update_norms": None}
     if job["method"] is not None:
-        facts["adapter_bytes"] = _stored_bytes(folder)
+        # Of an adapter's file, or of a whole model's.
+        facts["adapter_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         facts |= _merge_facts(job, engine, rows, shown, speed)
     write_json(folder / FACTS_FILE, facts)
     return facts
@@ -118,6 +119,8 @@ def _open(place: Path, settings: Mapping[str, Any]) -> journal.Opened:
 
 def load_run(job: Mapping[str, Any]) -> tuple[Any, Any]:
     """The trained model of a run in evaluation mode; the base where there is no method."""
+    from rankwise.adapters import load_adapter
+    from rankwise.adapters.baselines import load_baseline
     from rankwise.adapters.trained_base import quantization_of
     from rankwise.models import choose_device, fetch_model
     from rankwise.training.prepared import load_prepared
@@ -141,8 +144,10 @@ def load_run(job: Mapping[str, Any]) -> tuple[Any, Any]:
     )
     if whole:
         model.requires_grad_(True)
+    elif record is not None and record.method in BASELINES:
+        load_baseline(model, folder)
     elif record is not None:
-        _load_adapter(model, folder, record.method)
+        load_adapter(model, folder, trainable=False)
     return model.eval(), tokenizer
 
 
@@ -151,21 +156,6 @@ def _dtype(record: RunRecord | None, usual: torch.dtype) -> torch.dtype | None:
     if record is None:
         return usual
     return None if record.method == "full" else getattr(torch, record.device["dtype"])
-
-
-def _load_adapter(model: Any, folder: Path, method: str) -> None:
-    from rankwise.adapters import load_adapter
-    from rankwise.adapters.baselines import load_baseline
-
-    if method in BASELINES:
-        load_baseline(model, folder)
-    else:
-        load_adapter(model, folder, trainable=False)
-
-
-def _shown(rows: Rows) -> list[int]:
-    """The indices of some rows, spread evenly."""
-    return list(range(0, len(rows), max(1, len(rows) // ANSWERED)))[:ANSWERED]
 
 
 @torch.inference_mode()
@@ -214,7 +204,7 @@ def _merge_facts(
     """Merge the adapter in memory. Returns how logits and speed change, and how far each weight moved."""
     if job["method"] == "full":
         return {"merged": None, "update_norms": _full_norms(job, engine.model)}
-    if job["method"] not in MERGEABLE:
+    if job["method"] in BASELINES:
         return {"merged": None, "update_norms": None}
     from rankwise.adapters import merge_adapter
 
@@ -281,23 +271,13 @@ def _relative(new: Tensor, W: Tensor) -> float:
 def _full_norms(job: Mapping[str, Any], model: nn.Module) -> dict[str, float]:
     """The relative change of the matrices of a fully fine-tuned model, in the float32 in which it trained."""
     base, _ = load_run({**job, "method": None, "dtype": "float32"})
-    return {name: _relative(_float32(model.get_submodule(name)), _float32(module)) for name, module in _matrices(base)}
-
-
-def _float32(module: Any) -> Tensor:
-    return module.weight.detach().cpu().float()
-
-
-def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
+    norms: dict[str, float] = {}
+    for name, module in base.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding):
-            yield name, module
-
-
-def _stored_bytes(folder: Path) -> int:
-    """The bytes of the weights in the run folder's top level: an adapter's file, or a whole model's."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            trained = model.get_submodule(name).get_parameter("weight")
+            norms[name] = _relative(*(W.detach().cpu().float() for W in (trained, weight)))
+    return norms
 
 
 def answering(work: Callable[[], dict[str, Any]], doing: str) -> int:

@@ -17,7 +17,6 @@ from rankwise.comparison.detectable import detectable_effect
 from rankwise.comparison.folder import SETTINGS_FILE, check_folder, check_same
 from rankwise.comparison.inputs import Inputs, check_adapter, prepare_inputs
 from rankwise.comparison.matrix import planned_runs
-from rankwise.comparison.measure_files import MERGEABLE, PERPLEXITY
 from rankwise.comparison.processes import check_system
 from rankwise.comparison.ray_cluster import Cluster, connect
 from rankwise.comparison.recommendation import recommend
@@ -30,13 +29,13 @@ from rankwise.comparison.runner import (
     forget_unfinished,
     seconds_spent,
 )
-from rankwise.comparison.schedule import Plan, jobs_left, jobs_to_do, possible_jobs, probe_of
+from rankwise.comparison.schedule import Plan, jobs_left, jobs_to_do, possible_jobs, probe_of, state_of
 from rankwise.comparison.settings import CompareSettings, check_compare, shared_training
-from rankwise.comparison.stages import Job
+from rankwise.comparison.stages import PERPLEXITY, Job
 from rankwise.comparison.statistics import CONFIDENCE
-from rankwise.comparison.summary import all_differences, all_methods, ranked, scores_by_metric, searches
+from rankwise.comparison.summary import all_differences, all_methods, ranked, scores_by_metric
 from rankwise.comparison.tasks import make_tasks, own_task
-from rankwise.config import FOUR_BITS, TrainSettings, idle_options, variant_of
+from rankwise.config import BASELINES, FOUR_BITS, TrainSettings, idle_options, variant_of
 from rankwise.disk import coded_errors, discard_folder, hold, remove_strays
 from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, heard, warn
 from rankwise.options import flag, option_words
@@ -71,7 +70,7 @@ def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
     check_compare(given)
     _check_objective(given)
     check_system()
-    cluster = connect(given.address, _device(given)) if given.executor == "ray" else None
+    cluster = connect(given.address, given.device) if given.executor == "ray" else None
     told: list[Message] = []
     with hold(given.output), coded_errors(given.output, "and the same command continues"), _told(told):
         check_folder(given.output)
@@ -171,10 +170,6 @@ def _plan(given: CompareSettings) -> Plan:
     )
 
 
-def _device(given: CompareSettings) -> str:
-    return str(given.model_dump()["device"])
-
-
 def _carry_out(
     given: CompareSettings, plan: Plan, inputs: Inputs, watcher: Watcher, clock: Clock, cluster: Cluster | None
 ) -> None:
@@ -189,7 +184,7 @@ def _carry_out(
     for job in known:
         if commands.is_outdated(job):
             stages.forget_outcome(job, plan.output)
-    slots = [{}] * (given.jobs or cluster.places) if cluster else environments(given.jobs or 1, _device(given))
+    slots = [{}] * (given.jobs or cluster.places) if cluster else environments(given.jobs or 1, given.device)
     start = cluster.start if cluster else None
     clock.lanes = len(slots)
     runner = Runner(plan.output, commands.of, commands.steps, slots, watcher, clock, lambda: jobs_left(plan), start)
@@ -212,7 +207,9 @@ def _conclude(
 ) -> Comparison:
     runs = collect_runs(plan)
     if not any(run["status"] == "finished" for run in runs):
-        raise RunError("RW584", f"no run finished: {_first_error(runs)}")
+        errors = [run["error"] for run in runs if run["error"] is not None]
+        reason = f"{errors[0]['code']}: {errors[0]['message']}" if errors else "nothing was started."
+        raise RunError("RW584", f"no run finished: {reason}")
     better = metrics_of(runs)
     if given.metric not in better:
         raise RunError("RW589", f"--metric {given.metric} was not measured; there are {', '.join(better)}.")
@@ -263,16 +260,11 @@ def _conclude(
         "differences": differences,
         "recommendation": found,
         "minimum_detectable_effect": effect,
-        "learning_rates": searches(plan),
+        "learning_rates": {method: state_of(plan, method).search for method in plan.methods},
         "seconds": _seconds(plan, clock),
     }
     write_json(given.output / COMPARISON_FILE, comparison)
     return comparison
-
-
-def _first_error(runs: list[Run]) -> str:
-    errors = [run["error"] for run in runs if run["error"] is not None]
-    return f"{errors[0]['code']}: {errors[0]['message']}" if errors else "nothing was started."
 
 
 def _warn_of_edges_and_failures(runs: list[Run], methods: Mapping[str, Any]) -> None:
@@ -317,7 +309,7 @@ def _merge(given: CompareSettings, run: Run, watcher: Watcher) -> str | None:
     import sys
 
     method, options = variant_of(run["method"])
-    if method not in MERGEABLE:
+    if method in ("full", *BASELINES):
         warn("RW589", f"--merge: the result of {run['method']} is not an adapter that merges.")
         return None
     output = given.output

@@ -249,7 +249,7 @@ def forget_unfinished(output: Path, jobs: Sequence[Job], *, retry: bool) -> None
             stages.forget_outcome(job, output)
 
 
-def steps_of(folder: Path) -> Any:
+def steps_of(folder: Path) -> list[tuple[int, float]]:
     """The (step, seconds of training so far) pairs that a run has logged."""
     from rankwise.records import read_metrics
 

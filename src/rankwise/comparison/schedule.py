@@ -50,7 +50,8 @@ def jobs_to_do(plan: Plan) -> list[Job]:
     states = {method: state_of(plan, method) for method in plan.methods}
     found = [job for state in states.values() if not state.searched for job in state.waiting]
     final = [job for state in states.values() if state.searched for job in state.waiting]
-    found += sorted(final, key=lambda job: (job.cell.seed if job.cell else 0, plan.methods.index(_method(job))))
+    # Of one seed in the order of the methods, in which they stand already.
+    found += sorted(final, key=lambda job: job.cell.seed if job.cell else 0)
     if plan.base:
         found += _next_stage(plan, None)
     return found
@@ -176,8 +177,3 @@ def finished_record(output: Path, cell: Cell) -> RunRecord | None:
 
 def _skip_reason(outcome: Outcome | None) -> dict[str, str] | None:
     return outcome.error if outcome is not None and outcome.cannot_run else None
-
-
-def _method(job: Job) -> str:
-    assert job.cell is not None
-    return job.cell.method

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from rankwise.comparison.measure_files import PREFERENCE
+from rankwise.comparison.stages import PREFERENCE
 from rankwise.config import (
     BASELINES,
     METHODS,

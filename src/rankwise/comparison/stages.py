@@ -11,12 +11,16 @@ from typing import Any, Literal
 from rankwise.comparison.matrix import Cell
 from rankwise.errors import RunError
 from rankwise.foreign import checked, read_json, reason_of
-from rankwise.records import RUN_FILE, load_record, read_metrics, write_json, write_text
+from rankwise.records import RUN_FILE, read_metrics, record_of, write_json, write_text
 
 Stage = Literal["prepare", "probe", "train", "measure"]
 CLI = "rankwise.cli.main"
 MEASURE = "rankwise.comparison.measure"
 PREPARE = "rankwise.comparison.prepare"
+# What a measurement leaves in a run's folder, and its task that takes the evaluation data.
+FACTS_FILE = "measured.json"
+# The tasks on the evaluation data themselves: of demonstrations, and of preferences.
+PERPLEXITY, PREFERENCE = OWN_TASKS = ("perplexity", "preference")
 # Short runs that only measure the seconds of a step.
 PROBES_FOLDER = "probes"
 # Stands for a cell where the base is prepared, and where the unadapted model is evaluated.
@@ -85,8 +89,9 @@ def outcome_of(job: Job, output: Path) -> Outcome | None:
         raise RunError(
             "RW581", f"cannot read {path}: {reason_of(error)}; remove it, and the step is done again."
         ) from None
-    if job.stage in ("train", "probe") and status_of(job.folder(output)) == "finished":
-        return Outcome("finished", load_record(job.folder(output)).wall_seconds or 0.0)
+    record = record_of(job.folder(output)) if job.stage in ("train", "probe") else None
+    if record is not None and record.status == "finished":
+        return Outcome("finished", record.wall_seconds or 0.0)
     return None
 
 
@@ -106,11 +111,6 @@ def forget_outcome(job: Job, output: Path) -> None:
 def beside(name: Path, ending: str) -> Path:
     """``NAME`` with an ending. Names contain dots, which ``with_suffix`` would cut."""
     return name.with_name(name.name + ending)
-
-
-def status_of(folder: Path) -> str | None:
-    """The status of the run in ``folder``; None where there is none."""
-    return load_record(folder).status if (folder / RUN_FILE).is_file() else None
 
 
 def train_arguments(job: Job, output: Path, settings: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from rankwise.comparison.statistics import mean_of_seeds
 from rankwise.comparison.verdicts import Scores, compare_all, tie_groups
 from rankwise.config import variant_of
 from rankwise.reports.merging import figures_of
-from rankwise.reports.schema import Difference, Method, RateSearch, Run
+from rankwise.reports.schema import Difference, Method, Run
 from rankwise.serving import served_in_short
 
 
@@ -94,7 +94,3 @@ def ranked(
     order = sorted(known, key=lambda name: methods[name]["mean"][metric], reverse=higher_is_better)
     groups = tie_groups(order, [item for item in differences if item["metric"] == metric])
     return {name: {**item, "group": groups.get(name), "pareto": name in best} for name, item in methods.items()}
-
-
-def searches(plan: Plan) -> dict[str, RateSearch]:
-    return {method: state_of(plan, method).search for method in plan.methods}

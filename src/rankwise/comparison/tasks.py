@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rankwise.comparison.measure_files import PERPLEXITY
+from rankwise.comparison.stages import PERPLEXITY
 from rankwise.config import BETA
 from rankwise.data import read_rows
 from rankwise.data.preference_formats import PREFERENCE_FORMATS
