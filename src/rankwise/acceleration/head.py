@@ -49,12 +49,6 @@ class Head:
     router_weight: float | None = 0.0
 
 
-def find_head(model: nn.Module) -> Head | None:
-    """The head whose loss can be fused, or None where the model does not compute its logits by calling one."""
-    head = answering_head(model)
-    return None if head is None else losing_head(model, head)
-
-
 def output_head(model: nn.Module) -> nn.Module | None:
     find = getattr(model, "get_output_embeddings", None)
     return find() if callable(find) else None
@@ -88,7 +82,8 @@ def current_head(model: nn.Module) -> Head | None:
     state = model.__dict__.get(ATTRIBUTE, {})
     head: Head | None = state.get("head")
     if head is not None and output_head(model) is not head.module:
-        state["head"] = head = find_head(model)
+        found = answering_head(model)
+        state["head"] = head = None if found is None else losing_head(model, found)
     if head is None or has_hooks(head.module) or head.loss_function != getattr(model, "loss_function", None):
         return None
     return head

@@ -156,10 +156,6 @@ def _is_superfluous(mask: Tensor) -> bool:
     """Whether a mask (B, L) only hides right padding from a training step on a card. This waits for the card."""
     if mask.dim() != 2 or not torch.is_grad_enabled() or not stands_on_card(mask):
         return False
-    return is_fake(mask) or _is_right_padded(mask)
-
-
-def _is_right_padded(mask: Tensor) -> bool:
-    """Whether no row (B, L) has a token after its padding."""
     kept = mask.bool()
-    return bool((kept[:, :-1] | ~kept[:, 1:]).all())
+    # No row has a token behind its padding.
+    return is_fake(mask) or bool((kept[:, :-1] | ~kept[:, 1:]).all())

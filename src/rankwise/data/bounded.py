@@ -92,7 +92,8 @@ def _serve(items: Callable[[], Iterator[Any]], writer: int) -> NoReturn:
                 allowed += SECONDS_AN_ITEM + SECONDS_A_BYTE * stream.write(json.dumps(message).encode() + b"\n")
                 # At once: the number of lines says which item was the last.
                 stream.flush()
-                signal.setitimer(signal.ITIMER_PROF, max(0.01, allowed - _seconds_used()))
+                used = os.times()
+                signal.setitimer(signal.ITIMER_PROF, max(0.01, allowed - used.user - used.system))
         status = 0
     except MemoryError:
         status = OUT_OF_MEMORY
@@ -135,11 +136,6 @@ def _limit() -> None:
         wanted = pages * resource.getpagesize() + MEMORY_BYTES
         known = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
         resource.setrlimit(resource.RLIMIT_AS, (min([wanted, *known]), hard))
-
-
-def _seconds_used() -> float:
-    used = os.times()
-    return used.user + used.system
 
 
 def _excess(status: int) -> str:

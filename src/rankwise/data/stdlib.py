@@ -59,13 +59,9 @@ def stdlib_rows(split: str = "train", formats: Collection[Format] | None = None)
     records = [
         (number, record)
         for number, record in enumerate(_unique(), 1)
-        if _is_eval(record["completion"]) == SPLITS[split]
+        if (hashlib.sha256(record["completion"].encode()).digest()[0] < EVAL_BYTES) == SPLITS[split]
     ]
     return rows_from_records(records, STDLIB, formats=formats)
-
-
-def _is_eval(text: str) -> bool:
-    return hashlib.sha256(text.encode()).digest()[0] < EVAL_BYTES
 
 
 def _unique() -> Iterator[Record]:

@@ -5,7 +5,6 @@ Texts become ids exactly as in the harness' own HFLM. Our engine then scores and
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from rankwise.acceleration.generation import Decoding, Prompt
 from rankwise.acceleration.packing import members_of
 from rankwise.acceleration.scoring import Target, target_of
 from rankwise.evaluation.engine import Engine
-from rankwise.evaluation.journal import Responses
+from rankwise.evaluation.journal import Responses, json_sha256
 from rankwise.evaluation.tasks.answers import fitting, with_room, writer
 from rankwise.evaluation.tasks.base import Tell
 
@@ -63,7 +62,7 @@ class EngineLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        keys = [_key("loglikelihood", context, continuation) for _, context, continuation in requests]
+        keys = [json_sha256(["loglikelihood", context, continuation]) for _, context, continuation in requests]
         pairs = {key: (context, continuation) for key, (_, context, continuation) in zip(keys, requests)}
         targets = {key: target_of(*pair, self.max_length) for key, pair in pairs.items()}
         self._score(targets)
@@ -101,7 +100,7 @@ class EngineLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         repeats = _repeats(requests)
-        keys = [_key("generate_until", *request.args, repeat) for request, repeat in zip(requests, repeats)]
+        keys = [json_sha256(["generate_until", *request.args, repeat]) for request, repeat in zip(requests, repeats)]
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
@@ -156,7 +155,3 @@ def _repeats(requests: Sequence[Any]) -> list[int]:
         found.append(seen.get(text, 0))
         seen[text] = seen.get(text, 0) + 1
     return found
-
-
-def _key(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -24,9 +24,9 @@ IDENTITY_FILE = "settings.json"
 RESPONSES_FILE = "responses.jsonl"
 
 
-def identity_hash(identity: Fields) -> str:
+def json_sha256(value: Any) -> str:
     """sha256 over sorted JSON."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -159,7 +159,7 @@ class _Run:
     def carry_out(self) -> Evaluation:
         identities = self._identities()
         content = {"|".join(key): value for key, value in identities.items()}
-        name = f"{_as_name(Path(self.name).name)}-{journal.identity_hash(content)[:10]}"
+        name = f"{_as_name(Path(self.name).name)}-{journal.json_sha256(content)[:10]}"
         root = self.settings.output or DEFAULT_FOLDER / name
         with hold(root), coded_errors(root, "and the same command goes on with the answers so far"):
             return self._evaluate(root, identities)

@@ -12,4 +12,4 @@ def some_of(items: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
     if len(listed) <= limit:
         return shown
     joint = " and " if separator == ", " else f"{separator}and "
-    return f"{shown}{joint}{len(listed) - limit} more"
+    return f"{shown}{joint}{len(listed) - limit:,} more"

@@ -20,6 +20,7 @@ from rankwise.training.observer import Observer, StepInfo
 from rankwise.training.preflight import GradientCheck
 from rankwise.training.spine import EvaluationStopped, RunTrainer
 
+# The Trainer's names and ours.
 LOGGED = {
     "loss": "loss",
     "learning_rate": "learning_rate",
@@ -29,8 +30,6 @@ LOGGED = {
     "mean_token_accuracy": "token_accuracy",
     "aux_loss": "aux_loss",
 }
-# The Trainer's names and ours.
-
 HOLES_GROWTH = 1.05
 
 

@@ -30,8 +30,8 @@ from rankwise.weights_file import pickles_in, sha256_of
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
-SPARE_BYTES = 16 * 2**20
 # Room for JSON files, logs and the file system's own records.
+SPARE_BYTES = 16 * 2**20
 
 
 @dataclasses.dataclass(frozen=True, order=True)

@@ -109,19 +109,17 @@ def prove_reload(model: Any, output: Path, probe: dict[str, Tensor]) -> None:
         check_reload(model, output, probe)
 
 
-def write_plot(output: Path, record: RunRecord) -> Path:
+def write_plot(output: Path, record: RunRecord) -> None:
     """``loss.svg`` from ``metrics.jsonl``."""
     title = f"{record.settings.get('model', '')}, {record.method}"
     svg = loss_svg(list(read_metrics(output)), title=title, kept_step=record.kept_step)
     write_text(output / PLOT_FILE, svg)
-    return output / PLOT_FILE
 
 
-def write_card(model: Any, output: Path, record: RunRecord) -> Path | None:
+def write_card(model: Any, output: Path, record: RunRecord) -> None:
     """``README.md``: the model card. The baselines of comparisons get none: they are not for sharing."""
     if has_baseline(model):
-        return None
+        return
     adapted = has_adapter(model)
     config = json.loads((output / CONFIG_FILE).read_text(encoding="utf-8")) if adapted else None
     write_text(output / CARD_FILE, model_card(record, config, report(model) if adapted else None))
-    return output / CARD_FILE

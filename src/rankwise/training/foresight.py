@@ -48,10 +48,27 @@ class Foresight(Protocol):
 
 
 def largest_batch(trainer: Any, *, flat: bool) -> Batch:
-    """The largest micro-batch of the run; ``flat``: rows are laid end to end, not padded."""
-    shared = flat and getattr(trainer, "shares_prompts", False)
-    lengths = _lengths(trainer.train_dataset, shared=shared)
-    return _largest(trainer.train_dataset, lengths, coming_batches(trainer), flat=flat)
+    """The micro-batch of the run with most tokens, padding included; then the one with the longest row.
+
+    ``flat``: rows are laid end to end, not padded. A pair is two rows.
+    """
+    import numpy as np
+
+    sides = _lengths(trainer.train_dataset, shared=flat and getattr(trainer, "shares_prompts", False))
+    # Row -1 has no tokens.
+    lengths = np.vstack([sides, np.zeros_like(sides[:1])])
+    most: tuple[int, int] = (0, 0)
+    found: Any = None
+    for table in coming_batches(trainer):
+        longest, together = lengths[table].max((1, 2)), lengths[table].sum((1, 2))
+        tokens = together if flat else longest * (table >= 0).sum(1) * sides.shape[1]
+        best = np.lexsort((longest, tokens))[-1]
+        if (tokens[best], longest[best]) > most:
+            most, found = (tokens[best], longest[best]), table[best][table[best] >= 0]
+    trained = sum(map(_trained, trainer.train_dataset.select(found.tolist())))
+    sequences = len(found) * sides.shape[1]
+    tokens_a_row = math.ceil(most[0] / sequences)
+    return Batch(len(found), tokens_a_row, min(1.0, max(trained, 1) / (sequences * tokens_a_row)))
 
 
 def largest_evaluation(trainer: Any) -> Batch | None:
@@ -111,26 +128,6 @@ def _table(rows: Any, batch_size: int) -> Any:
     import numpy as np
 
     return np.pad(rows, (0, -len(rows) % batch_size), constant_values=-1).reshape(-1, batch_size)
-
-
-def _largest(dataset: Any, sides: Any, tables: Any, *, flat: bool) -> Batch:
-    """The batch with most tokens, padding included; then the one with the longest row. A pair is two rows."""
-    import numpy as np
-
-    # Row -1 has no tokens.
-    lengths = np.vstack([sides, np.zeros_like(sides[:1])])
-    most: tuple[int, int] = (0, 0)
-    found: Any = None
-    for table in tables:
-        longest, together = lengths[table].max((1, 2)), lengths[table].sum((1, 2))
-        tokens = together if flat else longest * (table >= 0).sum(1) * sides.shape[1]
-        best = np.lexsort((longest, tokens))[-1]
-        if (tokens[best], longest[best]) > most:
-            most, found = (tokens[best], longest[best]), table[best][table[best] >= 0]
-    trained = sum(map(_trained, dataset.select(found.tolist())))
-    sequences = len(found) * sides.shape[1]
-    tokens_a_row = math.ceil(most[0] / sequences)
-    return Batch(len(found), tokens_a_row, min(1.0, max(trained, 1) / (sequences * tokens_a_row)))
 
 
 def _trained(row: Mapping[str, Any]) -> int:

@@ -48,7 +48,10 @@ def loss_from_logits(
     """
     trained = inputs["labels"][:, 1:] != IGNORED
     positions = trained.any(dim=0).nonzero().squeeze(1) if keeps_positions(model) else None
-    outputs: Any = model(**_without_labels(inputs, positions))
+    given = {key: value for key, value in inputs.items() if key != "labels"}
+    if positions is not None:
+        given["logits_to_keep"] = positions
+    outputs: Any = model(**given)
     logits, chosen = outputs.logits, trained
     if positions is None:
         logits = logits[:, :-1]
@@ -65,11 +68,6 @@ def keeps_positions(model: nn.Module) -> bool:
     """Whether the model can compute its logits at chosen positions only; the others are never in the loss."""
     inner = getattr(model, "module", model)
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
-
-
-def _without_labels(inputs: dict[str, Any], positions: Tensor | None) -> dict[str, Any]:
-    bare = {key: value for key, value in inputs.items() if key != "labels"}
-    return bare if positions is None else {**bare, "logits_to_keep": positions}
 
 
 @torch.no_grad()

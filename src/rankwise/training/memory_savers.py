@@ -11,9 +11,8 @@ from torch.optim.adamw import adamw
 
 from rankwise.errors import ConfigError
 
-OFFLOADED = "adamw_offload"
 # Our own optimizer name beside transformers'.
-
+OFFLOADED = "adamw_offload"
 _BITSANDBYTES_WORDS = ("paged", "bnb", "8bit", "lion_32bit", "ademamix")
 _TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
 

@@ -8,7 +8,6 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -43,9 +42,6 @@ class Progress:
     @property
     def examples_per_second(self) -> float | None:
         return self.examples / self.train_seconds if self.train_seconds > 0 else None
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 class StepClock:

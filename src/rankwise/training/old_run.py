@@ -11,13 +11,13 @@ from rankwise.errors import RunError
 from rankwise.records import METRICS_FILE, RUN_FILE, SKIPPED_FILE, RunRecord, load_record
 from rankwise.training.checkpoints import FOLDER, foreign_items, remove_checkpoints
 
-OWN_FILES = (METRICS_FILE, SKIPPED_FILE, "loss.svg", "README.md", "adapter_config.json", "adapter_model.safetensors")
 # Every run's; what depends on the model and its tokenizer stands by name in the record.
+OWN_FILES = (METRICS_FILE, SKIPPED_FILE, "loss.svg", "README.md", "adapter_config.json", "adapter_model.safetensors")
 NOT_NAMED = (FOLDER, RUN_FILE)
-REPLACED = "replaced"
 # The status of a run that --overwrite has begun to remove.
-EVENTS = "runs/*_*-*-*_*/events.out.tfevents.*"
+REPLACED = "replaced"
 # TensorBoard's, in the folder of transformers' naming: runs/Jan31_23-59-59_HOST.
+EVENTS = "runs/*_*-*-*_*/events.out.tfevents.*"
 
 
 def read_old_run(output: Path) -> RunRecord | None:

@@ -18,6 +18,7 @@ from rankwise.training.old_run import REPLACED, check_replaceable, read_old_run
 
 Mode = Literal["new", "resume", "overwrite"]
 
+# Settings that do not touch what is learned.
 MAY_CHANGE = {
     "cache",
     "output",
@@ -38,14 +39,13 @@ MAY_CHANGE = {
     "dry_run",
     "trust_remote_code",
 }
-# Settings that do not touch what is learned.
-COMPARED_BY_CONTENT = {"model", "revision", "data", "eval_data", "chat_template"}
 # Their hashes are compared once they have been read; a path may be written differently.
-LENGTH = ("max_steps", "epochs")
+COMPARED_BY_CONTENT = {"model", "revision", "data", "eval_data", "chat_template"}
 # Compared in steps, once the data have been read.
+LENGTH = ("max_steps", "epochs")
 CONSTANT = ("constant", "constant_with_warmup")
-LENGTH_FREE = (*CONSTANT, "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
 # Schedules whose learning rate does not depend on the steps to come.
+LENGTH_FREE = (*CONSTANT, "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
 
 
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:

@@ -18,6 +18,7 @@ from rankwise.adapters.saving import WEIGHTS_FILE, adapter_tensors
 from rankwise.adapters.token_rows import KEY as TOKENS
 from rankwise.errors import RunError, warn
 from rankwise.models.positions import table_rows
+from rankwise.quantization.listing import some_of
 from rankwise.training.checkpoints import check_space
 from rankwise.training.foresight import longest_row
 from rankwise.training.weights import checkpoint_bytes, trainable_tensors
@@ -102,7 +103,7 @@ class GradientCheck:
             if self.overflow_is_normal:
                 return
             raise RunError("RW531", f"a gradient is not finite at step {step}; lower --learning-rate.")
-        silent = [key for key, value in self.waiting.items() if not _has_gradient(value)]
+        silent = [key for key, value in self.waiting.items() if value.grad is None or not value.grad.any()]
         if self.silence_is_normal and len(silent) == len(self.waiting):
             return
         wrong = [key for key in silent if not self._may_wait(key)]
@@ -110,7 +111,7 @@ class GradientCheck:
             raise RunError(
                 "RW523",
                 f"{len(wrong)} of {len(self.parameters)} adapter tensors received no gradient at step {step}: "
-                f"{_some(wrong)}; aim --target-modules at modules that the model's forward uses.",
+                f"{some_of(wrong)}; aim --target-modules at modules that the model's forward uses.",
             )
         self.waiting = {key: self.waiting[key] for key in silent}
 
@@ -153,7 +154,7 @@ def check_file(model: nn.Module, folder: Path) -> None:
     if wrong:
         raise RunError(
             "RW524",
-            f"the adapter in {folder} is not what was trained ({_some(wrong)}); please report this model and these "
+            f"the adapter in {folder} is not what was trained ({some_of(wrong)}); please report this model and these "
             "settings.",
         )
 
@@ -166,11 +167,3 @@ def probe_logits(model: Any, probe: dict[str, Tensor]) -> Tensor:
     logits: Tensor = model(**probe, use_cache=False).logits
     model.train(training)
     return logits
-
-
-def _has_gradient(parameter: Tensor) -> bool:
-    return parameter.grad is not None and bool(parameter.grad.any())
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

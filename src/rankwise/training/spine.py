@@ -7,6 +7,7 @@ be half-written), telemetry and the model card (nothing leaves the machine, and 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from abc import abstractmethod
@@ -211,7 +212,7 @@ class RunTrainer(TrlTrainer):
         for rank, state in enumerate(states):
             save_state(folder, _random_file(rank), state)
         self.state.save_to_json(str(folder / STATE_FILE))
-        write_json(folder / PROGRESS_FILE, self.progress.to_json())
+        write_json(folder / PROGRESS_FILE, dataclasses.asdict(self.progress))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         save_weights(self.model, Path(output_dir or self.run_folder), state_dict)

@@ -26,6 +26,7 @@ from rankwise.errors import InternalError, RunError
 from rankwise.foreign import read_json, reason_of
 from rankwise.training.checkpoints import check_no_pickles
 
+# Whatever torch, NumPy and transformers make of values of another kind or form.
 STATE_ERRORS = (
     OSError,
     ValueError,
@@ -37,7 +38,6 @@ STATE_ERRORS = (
     RuntimeError,
     safetensors.SafetensorError,
 )
-# Whatever torch, NumPy and transformers make of values of another kind or form.
 
 
 @dataclasses.dataclass

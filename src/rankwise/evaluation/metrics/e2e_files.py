@@ -16,7 +16,8 @@ from pathlib import Path
 
 from rankwise.data.files import kind_of
 from rankwise.errors import DataError, warn
-from rankwise.evaluation.metrics.files import listed, no_duplicates, read_records, read_text, shortened
+from rankwise.evaluation.metrics.files import no_duplicates, read_records, read_text, shortened
+from rankwise.quantization.listing import some_of
 
 JSON_SUFFIXES = (".jsonl", ".json")
 TABLE_SUFFIXES = (".tsv", ".csv")
@@ -74,8 +75,8 @@ def read_e2e(predictions: Path, references: Path) -> tuple[list[str], list[Seque
     if empty:
         warn(
             "RW235",
-            f"{predictions}: {len(empty):,} of {len(given.texts):,} predictions are empty (lines {listed(empty)}); "
-            "they are scored as they are.",
+            f"{predictions}: {len(empty):,} of {len(given.texts):,} predictions are empty (lines "
+            f"{some_of(map(str, empty), 3)}); they are scored as they are.",
         )
     if given.has_contexts and any(known.contexts):
         return list(given.texts), _joined(given, known)
@@ -194,7 +195,7 @@ def _from_table(path: Path, text: str, column: re.Pattern[str]) -> Texts:
     if wrong:
         raise DataError(
             "RW231",
-            f"{path}: line {listed(wrong)} has another number of columns than the {width} of the first; "
+            f"{path}: line {some_of(map(str, wrong), 3)} has another number of columns than the {width} of the first; "
             "look for a tab, comma or quote too many.",
         )
     body = rows[start:]

@@ -12,8 +12,6 @@ from rankwise.data.formats import BadRow
 from rankwise.errors import DataError
 from rankwise.foreign import Fields
 
-SHOWN = 3
-
 
 class Record(NamedTuple):
     """One object and the line it stands in, counted from 1."""
@@ -74,12 +72,6 @@ def no_duplicates(place: Path | str, name: str, values: Sequence[str], lines: Se
                 f"{place}: lines {seen[value]} and {line} have the same {name}, {shortened(value)}; keep one of them.",
             )
         seen[value] = line
-
-
-def listed(items: Sequence[object]) -> str:
-    """The first few of ``items``, and how many more there are."""
-    shown = ", ".join(map(str, items[:SHOWN]))
-    return f"{shown} and {len(items) - SHOWN:,} more" if len(items) > SHOWN else shown
 
 
 def shortened(text: str, longest: int = 80) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rankwise.errors import DataError, warn
-from rankwise.evaluation.metrics.files import Record, listed, no_duplicates, read_records, shortened
+from rankwise.evaluation.metrics.files import Record, no_duplicates, read_records, shortened
 from rankwise.final_number import extract_answer
+from rankwise.quantization.listing import some_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _joined(
     place = dict(zip(answered, known))
     strange = [row for row, question in zip(given, asked) if question not in place]
     if strange:
-        lines = listed([row.line for row in strange])
+        lines = some_of((str(row.line) for row in strange), 3)
         raise DataError(
             "RW233",
             f"{predictions}: {references} has no answer to the questions of lines {lines}; "
