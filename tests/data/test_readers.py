@@ -8,14 +8,13 @@ import io
 import json
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
-import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
+from data_files import jsonl, refusal
 
 from rankwise.data import read_rows, rows_from_records, warn_of_overlap
 from rankwise.errors import DataError, RankwiseWarning
@@ -56,19 +55,6 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"messages": tuple(CHAT["messages"])},
     ),
 }
-
-
-def jsonl(path: Path, *records: object) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
-def refusal(source: str | Path, **options: Any) -> str:
-    """The error's text: one line that starts with its code."""
-    with pytest.raises(DataError) as caught:
-        read_rows(source, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -324,119 +310,6 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> Non
 
 def test_json_lines_may_be_called_json(tmp_path: Path) -> None:
     assert len(read_rows(jsonl(tmp_path / "rows.json", {"text": "a"}, {"text": "b"}))) == 2
-
-
-def test_folders_follow_the_split(tmp_path: Path) -> None:
-    for name in ("train-1", "train-2", "valid", "test"):
-        jsonl(tmp_path / f"{name}.jsonl", {"text": name})
-    assert [row.text for row in read_rows(tmp_path)] == ["train-1", "train-2"]
-    assert [row.place for row in read_rows(tmp_path, split="validation")] == ["valid.jsonl, line 1"]
-    assert "no file in" in refusal(tmp_path, split="extra")
-    jsonl(tmp_path / "train-3.jsonl", {"mr": "a", "ref": "b"})
-    assert refusal(tmp_path).startswith("RW209: the files in")
-
-
-def test_a_folder_without_the_split_says_how_much_it_holds_and_what_to_do(tmp_path: Path) -> None:
-    for number in range(12):
-        jsonl(tmp_path / f"test-{number:02}.jsonl", {"text": "a"})
-    message = refusal(tmp_path)
-    assert message.startswith("RW208: ")
-    assert "test-09.jsonl, and 2 more. Give the file that you mean instead of the folder" in message
-    assert "(train.jsonl)" in message
-
-
-def test_a_folder_without_data_says_so(tmp_path: Path) -> None:
-    assert refusal(tmp_path).startswith("RW204: ")
-
-
-def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
-    import datasets
-
-    part = datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
-    part.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": part, "test": part.select([1])}).save_to_disk(tmp_path / "two")
-    assert [row.text for row in read_rows(tmp_path / "one")] == ["a", "b"]
-    assert [row.text for row in read_rows(tmp_path / "two", split="test")] == ["b"]
-    assert "it has train, test" in refusal(tmp_path / "two", split="dev")
-
-
-def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def head(url: str, timeout: float) -> None:
-        asked.append(timeout)
-        raise ConnectionError("no network")
-
-    def load(name: str, configuration: str | None, *, split: str) -> datasets.Dataset:
-        assert datasets.config.HF_HUB_OFFLINE, "only the cache is looked into"
-        if name == "nobody/nothing":
-            raise ConnectionError("Couldn't reach it on the Hub")
-        return datasets.Dataset.from_list([{"question": "a", "answer": "b"}])
-
-    before = datasets.config.HF_HUB_OFFLINE
-    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=head))
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert len(read_rows("openai/gsm8k:main")) == 1
-    assert "it cannot be reached, and the cache does not hold the set" in refusal("nobody/nothing")
-    assert asked == [10, 10]
-    assert before == datasets.config.HF_HUB_OFFLINE
-
-
-def test_the_hub_is_asked_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def load(name: str, configuration: str | None, *, split: str) -> datasets.Dataset:
-        asked.append((name, configuration, split))
-        if name == "nobody/nothing":
-            raise ConnectionError("Couldn't reach it on the Hub")
-        return datasets.Dataset.from_list([{"question": "a", "answer": "b"}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=lambda url, timeout: None))
-    rows = read_rows("openai/gsm8k:main", split="test")
-    assert asked == [("openai/gsm8k", "main", "test")]
-    assert rows[0].place == "openai/gsm8k:main, row 1"
-    message = refusal("nobody/nothing")
-    assert message.startswith("RW208: 'nobody/nothing' is not a file or folder here")
-    assert "Couldn't reach it" in message
-
-
-@pytest.mark.parametrize(
-    ("source", "asked"),
-    [
-        ("openai/gsm8k", ("openai/gsm8k", None, "validation")),
-        ("openai/gsm8k:main", ("openai/gsm8k", "main", "validation")),
-        ("openai/gsm8k:train", ("openai/gsm8k", None, "train")),
-        ("openai/gsm8k:main:test", ("openai/gsm8k", "main", "test")),
-        ("openai/gsm8k:train[:5%]", ("openai/gsm8k", None, "train[:5%]")),
-        ("openai/gsm8k:main:train[10:20]", ("openai/gsm8k", "main", "train[10:20]")),
-        ("openai/gsm8k:train_sft[:1%]", ("openai/gsm8k", None, "train_sft[:1%]")),
-        ("gsm8k[:100]", ("gsm8k", None, "validation[:100]")),
-    ],
-)
-def test_a_hub_id_may_name_configuration_split_and_slice(source, asked, monkeypatch):
-    heard = []
-
-    def load(name: str, configuration: str | None, *, split: str) -> datasets.Dataset:
-        heard.append((name, configuration, split))
-        return datasets.Dataset.from_list([{"question": "a", "answer": "b"}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=lambda url, timeout: None))
-    assert read_rows(source, split="validation").source == source
-    assert heard == [asked]
-
-
-def test_a_slice_that_is_none_is_told_in_one_sentence(monkeypatch):
-    def load(name: str, configuration: str | None, *, split: str) -> datasets.Dataset:
-        raise ValueError(f"Unrecognized instruction format: {split}")
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=lambda url, timeout: None))
-    message = refusal("openai/gsm8k:train[five]")
-    assert message.startswith("RW208")
-    assert "the hub does not give its split 'train[five]': Unrecognized instruction format" in message
-    assert refusal("openai/gsm8k:train[:5%").startswith("RW201")
 
 
 def test_a_slice_is_rows_again(tmp_path: Path) -> None:
