@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rankwise.comparison.matrix import Cell
 from rankwise.comparison.schedule import Plan, state_of
@@ -14,7 +13,7 @@ from rankwise.comparison.stages import FACTS_FILE, INTERRUPTED_CODES, OWN_TASKS,
 from rankwise.comparison.verdicts import Scores
 from rankwise.errors import RunError
 from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE, read_examples
-from rankwise.foreign import read_object
+from rankwise.foreign import JsonObject, read_object
 from rankwise.records import record_of
 from rankwise.reports.schema import EVAL_LOSS, EVALUATION_FOLDER, Message, Phase, Run, Status
 
@@ -62,7 +61,7 @@ def _run(plan: Plan, cell: Cell, phase: Phase, skipped: Mapping[str, str] | None
     }
 
 
-def _record(folder: Path) -> dict[str, Any] | None:
+def _record(folder: Path) -> JsonObject | None:
     """The record without the parts that say only how the run was started this time."""
     if (found := record_of(folder)) is None:
         return None
@@ -80,13 +79,13 @@ def _error(plan: Plan, cell: Cell) -> tuple[Message | None, bool]:
     return error, trained is not None and trained.status == "finished"
 
 
-def read_tasks(folder: Path, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
+def read_tasks(folder: Path, tasks: Sequence[str]) -> dict[str, JsonObject]:
     """The result of each task in a run's folder. An earlier call may have left more tasks than these."""
     found = {task: read_json(folder / EVALUATION_FOLDER / task / RESULT_FILE) for task in (*OWN_TASKS, *tasks)}
     return {task: result for task, result in found.items() if result}
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """A JSON object; empty where there is no file."""
     return read_object(path, error=RunError, code="RW593", constants=True) if path.exists() else {}
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rankwise.comparison import stages
 from rankwise.comparison.collect import read_json
@@ -18,6 +17,7 @@ from rankwise.comparison.settings import CompareSettings, shared_training
 from rankwise.comparison.stages import Job
 from rankwise.config import BASELINES, variant_of
 from rankwise.errors import warn
+from rankwise.foreign import Fields, JsonObject
 from rankwise.records import write_json
 from rankwise.reports.numbers import byte_size
 
@@ -90,7 +90,7 @@ class Commands:
         assert self.given.minutes is not None
         return max(1, int(self.given.minutes * 60 * (last - first) / (end - start)))
 
-    def _training(self, job: Job) -> dict[str, Any]:
+    def _training(self, job: Job) -> JsonObject:
         assert job.cell is not None
         settings = self._cell_settings(job.cell, self._max_steps(job))
         if job.stage != "probe":
@@ -101,12 +101,12 @@ class Commands:
             **dict.fromkeys(("eval_data", "eval_limit", "eval_steps", "early_stopping", "save_steps")),
         }
 
-    def _cell_settings(self, cell: Cell, steps: int | None) -> dict[str, Any]:
+    def _cell_settings(self, cell: Cell, steps: int | None) -> JsonObject:
         inputs = {"model": _model(self.given.model), "data": self.inputs.train, "eval_data": self.inputs.evaluation}
         shared = {**self.shared, **self.batches[cell.method], "eval_limit": 0, "cache": str(self._cache())}
         return cell_settings(cell, self.plan.output, shared, inputs, steps)
 
-    def _batch(self, method: str) -> dict[str, Any]:
+    def _batch(self, method: str) -> JsonObject:
         """With --memory-budget: the largest micro-batch that is planned to fit. The rows of a step stay the same."""
         if self.given.memory_budget is None:
             return {}
@@ -127,7 +127,7 @@ class Commands:
         )
         return {"batch_size": 1, "gradient_accumulation": rows, "gradient_checkpointing": True}
 
-    def _peak_bytes(self, method: str, changes: Mapping[str, Any]) -> int:
+    def _peak_bytes(self, method: str, changes: Fields) -> int:
         from rankwise.planning.estimate import estimate
         from rankwise.planning.guard import workload_of
         from rankwise.planning.hardware import cpu_hardware, this_machine
@@ -142,7 +142,7 @@ class Commands:
         """The folder with base models, as the runs need them, and encoded rows."""
         return self.plan.output.resolve() / "cache"
 
-    def _measuring(self, job: Job) -> dict[str, Any]:
+    def _measuring(self, job: Job) -> JsonObject:
         names = (
             *("max_length", "chat_template", "dtype", "device", "trust_remote_code", "revision"),
             *("objective", "beta", "prompt_column", "completion_column"),
@@ -161,7 +161,7 @@ class Commands:
         }
 
 
-def _data_of(job: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _data_of(job: Fields) -> Iterator[tuple[str, str]]:
     for item in job["task_data"]:
         task, _, place = item.partition("=")
         yield task, place

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rankwise.comparison.collect import read_json, value_of
 from rankwise.config import TrainSettings
 from rankwise.disk import discard_folder, whole_folder
+from rankwise.foreign import Fields
 from rankwise.records import write_text
 from rankwise.reports.schema import (
     BEST_FOLDER,
@@ -64,7 +64,7 @@ def forget_other_results(output: Path, run: str | None) -> None:
         (output / RECOMMENDED_FILE).unlink(missing_ok=True)
 
 
-def recommended_yaml(output: Path, settings: Mapping[str, Any], reason: str) -> str:
+def recommended_yaml(output: Path, settings: Fields, reason: str) -> str:
     """The run's settings, without those at their defaults, and with an output folder of its own."""
     import yaml
 

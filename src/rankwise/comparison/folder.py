@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rankwise.comparison.settings import SAME_RUNS, SHARED, CompareSettings
 from rankwise.disk import refuse_links
 from rankwise.errors import RunError
-from rankwise.foreign import checked, read_json, reason_of
+from rankwise.foreign import Fields, JsonObject, checked, read_json, reason_of
 from rankwise.options import flag
 from rankwise.records import write_json
 from rankwise.reports.schema import BEST_FOLDER, MERGED_FOLDER
@@ -45,11 +43,11 @@ def check_folder(output: Path) -> None:
 class _Identity:
     """The noted settings that the runs of a folder depend on."""
 
-    options: dict[str, Any]
+    options: JsonObject
     data: dict[str, str]
 
 
-def check_same(output: Path, given: CompareSettings, data: Mapping[str, Any]) -> None:
+def check_same(output: Path, given: CompareSettings, data: Fields) -> None:
     """Note the settings that the runs of this folder depend on, or compare them with those noted before.
 
     More methods, seeds, learning rates or tasks may be added, because finished runs stay valid. Raises RunError
@@ -82,7 +80,7 @@ def check_same(output: Path, given: CompareSettings, data: Mapping[str, Any]) ->
         )
 
 
-def _identity(given: CompareSettings, data: Mapping[str, Any]) -> dict[str, Any]:
+def _identity(given: CompareSettings, data: Fields) -> JsonObject:
     options = given.model_dump(mode="json")
     names = ("model", *SAME_RUNS, *SHARED)
     return {

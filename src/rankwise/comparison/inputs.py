@@ -15,6 +15,7 @@ from rankwise.data import Row, Rows, read_rows, warn_of_overlap
 from rankwise.data.preference_formats import PREFERENCE_FORMATS
 from rankwise.data.preferences import sides_of
 from rankwise.errors import ConfigError, DataError, ModelError
+from rankwise.foreign import JsonObject
 from rankwise.lora_config import LoraConfig
 from rankwise.models.source import fetch_model
 from rankwise.planning.facts import read_facts
@@ -35,12 +36,12 @@ class Inputs:
 
     train: str
     evaluation: str
-    described: dict[str, Any]
+    described: JsonObject
     train_rows: int
     eval_rows: int
 
 
-def prepare_inputs(given: CompareSettings, check: Callable[[dict[str, Any]], None]) -> Inputs:
+def prepare_inputs(given: CompareSettings, check: Callable[[JsonObject], None]) -> Inputs:
     """Read both sets once. Where the evaluation set is part of another set, write that part into ``DIR/data``.
 
     ``check`` is called first with the description of the data, and may raise.
@@ -85,7 +86,7 @@ def check_adapter(given: CompareSettings) -> None:
     asked = any(getattr(config, name) != getattr(usual, name) for name in NAMING)
     if not set(given.methods) - {"full", *BASELINES}:
         return
-    remote: dict[str, Any] = {"trust_remote_code": given.trust_remote_code, "revision": given.revision}
+    remote: JsonObject = {"trust_remote_code": given.trust_remote_code, "revision": given.revision}
     if not asked:
         try:
             is_mixture = read_facts(fetch_model(given.model, **remote, weights=False)).experts > 0
@@ -161,7 +162,7 @@ def _write(rows: Rows, path: Path, layout: Mapping[str, Any]) -> Path:
     return path.resolve()
 
 
-def _record(row: Row, rows: Rows, layout: Mapping[str, Any]) -> dict[str, Any]:
+def _record(row: Row, rows: Rows, layout: Mapping[str, Any]) -> JsonObject:
     if row.kind == "text":
         return {"text": row.text}
     tools = {"tools": row.tools} if row.tools else {}

@@ -6,9 +6,9 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rankwise.config import idle_options, variant_of
+from rankwise.foreign import Fields, JsonObject
 from rankwise.reports.schema import RUNS_FOLDER
 
 
@@ -63,9 +63,7 @@ def choose_rate(losses: Mapping[float, float | None]) -> tuple[float | None, boo
     return best, len(losses) > 1 and best in (min(losses), max(losses))
 
 
-def cell_settings(
-    cell: Cell, output: Path, shared: Mapping[str, Any], inputs: Mapping[str, Any], steps: int | None
-) -> dict[str, Any]:
+def cell_settings(cell: Cell, output: Path, shared: Fields, inputs: Fields, steps: int | None) -> JsonObject:
     """The settings file of ``rankwise train`` for a cell. ``inputs``: model, data and eval_data.
 
     Options without effect on the cell's method are left out; they are for the other methods.

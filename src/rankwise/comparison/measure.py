@@ -30,6 +30,7 @@ from rankwise.evaluation.record import TaskResult
 from rankwise.evaluation.run import answer_task
 from rankwise.evaluation.tasks.base import Task
 from rankwise.export.rounding import is_more_than_rounding, rounding_cost
+from rankwise.foreign import Fields, JsonObject
 from rankwise.models.positions import answer_room
 from rankwise.records import RunRecord, load_record, write_json
 from rankwise.reports.schema import EVALUATION_FOLDER, MergedCheck
@@ -43,7 +44,7 @@ ANSWER_TOKENS = 32
 CHECKED_ROWS = 4
 
 
-def measure(job: Mapping[str, Any]) -> dict[str, Any]:
+def measure(job: Fields) -> JsonObject:
     """Write ``evaluation/TASK`` and ``measured.json`` into the run's folder. Returns the content of the latter.
 
     ``job``: folder, model, cache, method (None for the base), dtype, device, trust_remote_code, revision; eval_data,
@@ -55,7 +56,7 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
         return _measure(job)
 
 
-def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
+def _measure(job: Fields) -> JsonObject:
     folder = Path(job["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     remove_strays(folder, [FACTS_FILE])
@@ -71,7 +72,7 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
     is_reference = job["method"] is None and job["objective"] != "sft"
     for task in tasks if is_reference else [own, *tasks]:
         run_task(task, engine, folder, job, answers if task.name == PERPLEXITY else {})
-    facts: dict[str, Any] = {"merged": None, "update_norms": None}
+    facts: JsonObject = {"merged": None, "update_norms": None}
     if job["method"] is not None:
         # Of an adapter's file, or of a whole model's.
         facts["adapter_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -80,7 +81,7 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def _engine(job: Mapping[str, Any], model: Any, tokenizer: Any, template: str | None) -> Engine:
+def _engine(job: Fields, model: Any, tokenizer: Any, template: str | None) -> Engine:
     """The engine of the evaluation. Its operators are those that the run was evaluated with."""
     if job["method"] is None:
         return Engine(model, tokenizer, template)
@@ -91,9 +92,7 @@ def _engine(job: Mapping[str, Any], model: Any, tokenizer: Any, template: str | 
     return Engine(model, tokenizer, template, trained_fast=fast, autocast=dtype if is_rounded else None)
 
 
-def run_task(
-    task: Task, engine: Engine, folder: Path, job: Mapping[str, Any], answers: Mapping[str, str]
-) -> TaskResult:
+def run_task(task: Task, engine: Engine, folder: Path, job: Fields, answers: Mapping[str, str]) -> TaskResult:
     """Run one task of ``rankwise evaluate`` on the loaded model, with the same files. ``answers`` are predictions by
     example.
     """
@@ -105,7 +104,7 @@ def run_task(
     return result
 
 
-def _open(place: Path, settings: Mapping[str, Any]) -> journal.Opened:
+def _open(place: Path, settings: Fields) -> journal.Opened:
     """Open the folder of a task. Results of another kind are removed; this step was started because they are
     outdated.
     """
@@ -117,7 +116,7 @@ def _open(place: Path, settings: Mapping[str, Any]) -> journal.Opened:
         return journal.open_folder(place, settings, overwrite=True)
 
 
-def load_run(job: Mapping[str, Any]) -> tuple[Any, Any]:
+def load_run(job: Fields) -> tuple[Any, Any]:
     """The trained model of a run in evaluation mode; the base where there is no method."""
     from rankwise.adapters import load_adapter
     from rankwise.adapters.baselines import load_baseline
@@ -198,9 +197,7 @@ def _written(engine: Engine, ids: Tensor, count: int) -> list[int]:
     return [int(token) for token in output[0, ids.shape[1] :]]
 
 
-def _merge_facts(
-    job: Mapping[str, Any], engine: Engine, rows: Rows, shown: Sequence[int], speed: float | None
-) -> dict[str, Any]:
+def _merge_facts(job: Fields, engine: Engine, rows: Rows, shown: Sequence[int], speed: float | None) -> JsonObject:
     """Merge the adapter in memory. Returns how logits and speed change, and how far each weight moved."""
     if job["method"] == "full":
         return {"merged": None, "update_norms": _full_norms(job, engine.model)}
@@ -268,7 +265,7 @@ def _relative(new: Tensor, W: Tensor) -> float:
 
 
 @torch.no_grad()
-def _full_norms(job: Mapping[str, Any], model: nn.Module) -> dict[str, float]:
+def _full_norms(job: Fields, model: nn.Module) -> dict[str, float]:
     """The relative change of the matrices of a fully fine-tuned model, in the float32 in which it trained."""
     base, _ = load_run({**job, "method": None, "dtype": "float32"})
     norms: dict[str, float] = {}
@@ -280,7 +277,7 @@ def _full_norms(job: Mapping[str, Any], model: nn.Module) -> dict[str, float]:
     return norms
 
 
-def answering(work: Callable[[], dict[str, Any]], doing: str) -> int:
+def answering(work: Callable[[], JsonObject], doing: str) -> int:
     """Run ``work`` and print its document. Exit codes and errors are those of a verb of the command line."""
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", RankwiseWarning)

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rankwise.comparison.measure import answering
 from rankwise.config import TrainSettings
+from rankwise.foreign import Fields, JsonObject
 from rankwise.models import fetch_model
 from rankwise.training.prepared import is_worth_keeping
 from rankwise.training.setup import encode_data, load_for_training, quantization_for, read_data
 
 
-def prepare(job: Mapping[str, Any]) -> dict[str, Any]:
+def prepare(job: Fields) -> JsonObject:
     """``job``: ``runs``, the settings of one run of each method. Returns the kinds of base that were prepared."""
     made: list[str] = []
     for given in one_of_each_kind([TrainSettings.model_validate(settings) for settings in job["runs"]]):

@@ -13,11 +13,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from rankwise.comparison import warm
 from rankwise.comparison.stages import beside
 from rankwise.errors import RunError
+from rankwise.foreign import JsonObject
 
 # Linux's prctl: which signal a process gets when its parent dies.
 PR_SET_PDEATHSIG = 1
@@ -56,12 +57,12 @@ class Worker:
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGINT)
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         """The JSON document that it printed; empty if it did not come that far."""
         return document_in(self.stdout)
 
 
-def document_in(stdout: Path) -> dict[str, Any]:
+def document_in(stdout: Path) -> JsonObject:
     """The JSON document in the output of a step; empty if it did not come that far."""
     try:
         found = json.loads(stdout.read_text(encoding="utf-8"))

@@ -19,6 +19,7 @@ from typing import Any
 from rankwise.comparison import processes
 from rankwise.comparison.stages import beside
 from rankwise.errors import RunError
+from rankwise.foreign import JsonObject
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 120.0
@@ -79,7 +80,7 @@ class RayWorker:
 
         ray.cancel(self.reference)
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         return processes.document_in(self.stdout)
 
 

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
-from typing import Any
 
 from rankwise.comparison import finish, stages
 from rankwise.comparison.collect import collect_runs, metrics_of, read_tasks
@@ -50,6 +49,7 @@ from rankwise.reports.schema import (
     SCHEMA,
     Comparison,
     Message,
+    Method,
     MinimumDetectableEffect,
     Run,
 )
@@ -267,7 +267,7 @@ def _conclude(
     return comparison
 
 
-def _warn_of_edges_and_failures(runs: list[Run], methods: Mapping[str, Any]) -> None:
+def _warn_of_edges_and_failures(runs: list[Run], methods: Mapping[str, Method]) -> None:
     edges = [name for name, item in methods.items() if item["learning_rate_at_edge"]]
     if edges:
         warn(

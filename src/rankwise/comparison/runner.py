@@ -10,12 +10,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from rankwise.comparison import processes, stages
 from rankwise.comparison.stages import Job, Outcome
 from rankwise.errors import Interrupted
-from rankwise.foreign import read_json
+from rankwise.foreign import JsonObject, read_json
 from rankwise.records import write_json
 
 POLL_SECONDS = 0.2
@@ -57,7 +57,7 @@ class Started(Protocol):
     def poll(self) -> int | None: ...
     def seconds(self) -> float: ...
     def stop(self) -> None: ...
-    def document(self) -> dict[str, Any]: ...
+    def document(self) -> JsonObject: ...
 
 
 class Watcher(Protocol):

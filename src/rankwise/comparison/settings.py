@@ -23,6 +23,7 @@ from rankwise.config import (
 )
 from rankwise.errors import ConfigError
 from rankwise.evaluation.settings import task_list
+from rankwise.foreign import JsonObject
 from rankwise.options import LARGEST_NUMBER, MANY, Count, Names, Panel, comma_list, option, text_list
 from rankwise.planning.sizes import parse_size
 from rankwise.reports.schema import EVAL_LOSS
@@ -207,6 +208,6 @@ def check_compare(given: CompareSettings) -> None:
         )
 
 
-def shared_training(given: CompareSettings) -> dict[str, Any]:
+def shared_training(given: CompareSettings) -> JsonObject:
     """The options of ``train`` that every run gets, as JSON values."""
     return given.model_dump(mode="json", include=set(SHARED))

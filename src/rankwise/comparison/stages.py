@@ -6,11 +6,11 @@ import dataclasses
 import signal
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rankwise.comparison.matrix import Cell
 from rankwise.errors import RunError
-from rankwise.foreign import checked, read_json, reason_of
+from rankwise.foreign import Fields, checked, read_json, reason_of
 from rankwise.records import RUN_FILE, read_metrics, record_of, write_json, write_text
 
 Stage = Literal["prepare", "probe", "train", "measure"]
@@ -113,7 +113,7 @@ def beside(name: Path, ending: str) -> Path:
     return name.with_name(name.name + ending)
 
 
-def train_arguments(job: Job, output: Path, settings: Mapping[str, Any]) -> list[str]:
+def train_arguments(job: Job, output: Path, settings: Fields) -> list[str]:
     """The arguments of ``rankwise train`` for a cell; it resumes from its last checkpoint if there is one."""
     import yaml
 
@@ -124,7 +124,7 @@ def train_arguments(job: Job, output: Path, settings: Mapping[str, Any]) -> list
     return ["train", "--config", str(config), "--json", *(["--resume"] if there else [])]
 
 
-def outcome_from(job: Job, output: Path, code: int, document: Mapping[str, Any], seconds: float) -> Outcome:
+def outcome_from(job: Job, output: Path, code: int, document: Fields, seconds: float) -> Outcome:
     """What an exit code and the printed document mean."""
     if code == 0:
         return Outcome("finished", seconds)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rankwise.comparison.collect import metrics_of, scores_of
 from rankwise.comparison.recommendation import pareto_set
@@ -12,6 +11,7 @@ from rankwise.comparison.schedule import Plan, state_of
 from rankwise.comparison.statistics import mean_of_seeds
 from rankwise.comparison.verdicts import Scores, compare_all, tie_groups
 from rankwise.config import variant_of
+from rankwise.foreign import Fields, JsonObject
 from rankwise.reports.merging import figures_of
 from rankwise.reports.schema import Difference, Method, Run
 from rankwise.serving import served_in_short
@@ -61,7 +61,7 @@ def all_methods(plan: Plan, runs: Sequence[Run], scores: Mapping[str, Mapping[st
 
 def method_figures(
     name: str, runs: Sequence[Run], scores: Mapping[str, Mapping[str, Scores]], better: Mapping[str, bool]
-) -> dict[str, Any]:
+) -> JsonObject:
     """The figures of a method's final runs: quality by metric, and cost."""
     values = {
         metric: {str(seed): by_method[name].values[seed] for seed in sorted(by_method[name].values)}
@@ -80,7 +80,7 @@ def method_figures(
     }
 
 
-def settings_of(name: str, runs: Sequence[Run]) -> Mapping[str, Any]:
+def settings_of(name: str, runs: Sequence[Run]) -> Fields:
     """The settings of the method's final runs, from the first record."""
     return next(((run["record"] or {}).get("settings") or {} for run in finals_of(name, runs)), {})
 

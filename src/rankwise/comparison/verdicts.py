@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
 
 from rankwise.comparison.statistics import ALPHA, Estimate, holm, mean_of_seeds, paired_by_example
+from rankwise.foreign import Fields
 from rankwise.reports.schema import Difference, Verdict
 
 
@@ -129,7 +129,7 @@ def verdict(
     return "cannot tell"
 
 
-def tie_groups(order: Sequence[str], differences: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def tie_groups(order: Sequence[str], differences: Sequence[Fields]) -> dict[str, str]:
     """Letters for methods, best first in ``order``. Two methods that share a letter were not told apart (Piepho 2004).
 
     Insert and absorb: start with one group of all; split it by every pair that differs; drop groups within others.
