@@ -8,7 +8,6 @@ PEFT refuses by name, and one tensor per parameter.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -19,6 +18,7 @@ from rankwise.adapters.peft_config import CONFIG_FILE, read_config
 from rankwise.adapters.prefix import Prefix, add_prefix
 from rankwise.adapters.saving import WEIGHTS_FILE
 from rankwise.errors import AdapterError, ConfigError
+from rankwise.foreign import JsonObject
 from rankwise.records import write_bytes, write_json
 
 # Under which the model holds what trains, so that optimizers and devices find it.
@@ -46,7 +46,7 @@ def save_baseline(model: nn.Module, folder: Path, base_model: str | None = None)
     part = getattr(model, ATTRIBUTE)
     is_prefix = isinstance(part, Prefix)
     tensors = _prompt_embeddings(part) if is_prefix else _plain(part)
-    config: dict[str, Any] = {
+    config: JsonObject = {
         "base_model_name_or_path": base_model or getattr(model, "name_or_path", None),
         "inference_mode": True,
         "peft_type": TYPES["prefix" if is_prefix else "bottleneck"],
@@ -105,7 +105,7 @@ def _prompt_embeddings(prefix: Prefix) -> dict[str, Tensor]:
     return {"prompt_embeddings": pairs.permute(3, 0, 1, 2, 4).reshape(prefix.length, -1).contiguous()}
 
 
-def _prefix_config(prefix: Prefix) -> dict[str, Any]:
+def _prefix_config(prefix: Prefix) -> JsonObject:
     layers, heads, length, size = prefix.keys.shape
     return {
         "encoder_hidden_size": heads * size,

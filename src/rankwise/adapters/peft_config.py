@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import AdapterError, ConfigError
-from rankwise.foreign import read_object
+from rankwise.foreign import Fields, JsonObject, read_object
 from rankwise.lora_config import LoraConfig
 
 CONFIG_FILE = "adapter_config.json"
@@ -35,7 +35,7 @@ _SHARED_FIELDS = (
 )
 
 # What PEFT writes besides; a value other than this one changes the result, so reading refuses it.
-_FIXED_FIELDS: dict[str, Any] = {
+_FIXED_FIELDS: JsonObject = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
     "kasa_config": None,
@@ -51,9 +51,9 @@ _FIXED_FIELDS: dict[str, Any] = {
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def to_peft(config: LoraConfig, targets: str | Sequence[str], base_model: str | None, conv1d: bool) -> dict[str, Any]:
+def to_peft(config: LoraConfig, targets: str | Sequence[str], base_model: str | None, conv1d: bool) -> JsonObject:
     """The JSON document. ``targets`` replaces "all-linear", which only makes sense beside the model."""
-    fields: dict[str, Any] = {name: getattr(config, name) for name in _SHARED_FIELDS}
+    fields: JsonObject = {name: getattr(config, name) for name in _SHARED_FIELDS}
     fields |= {
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "lora_alpha": _whole(config.lora_alpha),
@@ -70,7 +70,7 @@ def to_peft(config: LoraConfig, targets: str | Sequence[str], base_model: str | 
     return dict(sorted({**_FIXED_FIELDS, **fields}.items()))
 
 
-def from_peft(document: Mapping[str, Any], source: Path) -> LoraConfig:
+def from_peft(document: Fields, source: Path) -> LoraConfig:
     """The configuration in a PEFT document. Raises AdapterError (RW410) naming every field that cannot be honoured."""
     kind = document.get("peft_type")
     if kind != "LORA":
@@ -97,7 +97,7 @@ def from_peft(document: Mapping[str, Any], source: Path) -> LoraConfig:
         raise AdapterError("RW410", f"{source} is not a valid LoRA configuration: {error}") from None
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> JsonObject:
     """The JSON document of an adapter folder. Raises AdapterError (RW409) when it is missing or no JSON object."""
     if not (folder / CONFIG_FILE).exists():
         raise AdapterError("RW409", f"{folder} holds no {CONFIG_FILE}; give the folder of an adapter.")

@@ -38,6 +38,7 @@ from rankwise.adapters.token_rows import KEY as TOKENS
 from rankwise.adapters.token_rows import TokenRows
 from rankwise.compat.transformers import is_experts_family
 from rankwise.errors import AdapterError, warn
+from rankwise.foreign import Fields, JsonObject
 from rankwise.lora_config import LoraConfig
 from rankwise.matching import matches, suffixes
 from rankwise.quantization.linear import is_conv1d
@@ -335,7 +336,7 @@ def _as_one_lora(config: LoraConfig, modules: list[AdaptedModule]) -> LoraConfig
     )
 
 
-def _plain(mapping: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(mapping: Fields) -> JsonObject:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in mapping.items()}
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rankwise.adapters.peft_config import read_config
 from rankwise.config import DEMO
 from rankwise.errors import AdapterError, RunError
+from rankwise.foreign import Fields
 from rankwise.records import RUN_FILE, RunRecord, record_of
 
 if TYPE_CHECKING:
@@ -85,6 +86,6 @@ def _named_by(record: RunRecord) -> Any:
     return next((place for place in places if Path(place).expanduser().exists()), places[0] if places else None)
 
 
-def _facts(adapter: Path) -> Mapping[str, Any]:
+def _facts(adapter: Path) -> Fields:
     record = record_of(adapter)
     return {} if record is None else record.base_model

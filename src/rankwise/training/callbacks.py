@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from rankwise.acceleration import give_back_freed_memory
 from rankwise.adapters import adapter_parameters, has_adapter
 from rankwise.compat.transformers import learning_rate_of
+from rankwise.foreign import JsonObject
 from rankwise.training import ranks
 from rankwise.training.interrupt import Interrupt
 from rankwise.training.meters import MemoryMeter, StepClock
@@ -81,7 +82,7 @@ class Watch(TrainerCallback):
             control.should_log = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        logs: dict[str, Any] = more["logs"]
+        logs: JsonObject = more["logs"]
         if self.metrics is None:
             return
         if "eval_loss" in logs:
@@ -94,7 +95,7 @@ class Watch(TrainerCallback):
         self.observer.evaluation(state.global_step, loss, loss < self.best)
         self.best = min(self.best, loss)
 
-    def _values(self, logs: dict[str, Any]) -> dict[str, Any]:
+    def _values(self, logs: JsonObject) -> JsonObject:
         values = {ours: logs[theirs] for theirs, ours in {**LOGGED, **self.trainer.logged}.items() if theirs in logs}
         progress = self.trainer.progress
         values |= {
@@ -209,7 +210,7 @@ def b_norm(model: Any) -> float | None:
     return torch.nn.utils.get_total_norm(found).item() if found else None
 
 
-def _evaluation(logs: dict[str, Any], logged: Mapping[str, str]) -> dict[str, Any]:
+def _evaluation(logs: JsonObject, logged: Mapping[str, str]) -> JsonObject:
     names = {"eval_loss": "eval_loss", "eval_mean_token_accuracy": "eval_token_accuracy", "eval_runtime": "seconds"}
     names |= {f"eval_{theirs}": f"eval_{ours}" for theirs, ours in logged.items()}
     return {ours: logs[theirs] for theirs, ours in names.items() if theirs in logs} | {"epoch": logs.get("epoch", 0.0)}

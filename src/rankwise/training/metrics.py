@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rankwise.disk import appending
+from rankwise.foreign import Fields
 from rankwise.records import METRICS_FILE, read_metrics, write_text
 
 
@@ -21,7 +20,7 @@ class MetricsFile:
         kept = [line for line in kept if line.get("step", 0) <= (resume_step or 0)]
         write_text(self.path, "".join(_line(item) for item in kept))
 
-    def append(self, values: Mapping[str, Any]) -> None:
+    def append(self, values: Fields) -> None:
         with appending(self.path) as file:
             file.write(_line(values).encode())
 
@@ -39,7 +38,7 @@ def evaluated_rewards(folder: Path, step: int) -> dict[str, float | None]:
     return {name: value for name, value in found.items() if name.startswith(("reward", "log_prob", "kl"))}
 
 
-def _line(values: Mapping[str, Any]) -> str:
+def _line(values: Fields) -> str:
     # JSON has no NaN: a value that is none becomes null.
     clean = {key: None if isinstance(item, float) and not math.isfinite(item) else item for key, item in values.items()}
     return json.dumps(clean) + "\n"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from rankwise.disk import refuse_links, strays
 from rankwise.errors import RunError
+from rankwise.foreign import Fields
 from rankwise.options import flag
 from rankwise.records import RUN_FILE, check_writable, load_record
 from rankwise.training.checkpoints import FOLDER
@@ -94,7 +95,7 @@ def holds_run(output: Path) -> bool:
     return read_old_run(output) is not None
 
 
-def check_same_run(output: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+def check_same_run(output: Path, settings: Fields, defaults: Fields) -> None:
     """Raise RunError (RW507) naming every setting by which a resumed run would differ from the run in ``output``.
 
     ``check_length`` checks the length. ``defaults`` stand for settings that did not exist when the run was started.
@@ -151,7 +152,7 @@ def _given(value: Any) -> str:
     return "not given" if value is None else repr(value)
 
 
-def check_same_inputs(output: Path, data: Mapping[str, Mapping[str, Any]], base_model: Mapping[str, Any]) -> None:
+def check_same_inputs(output: Path, data: Mapping[str, Fields], base_model: Fields) -> None:
     """Raise RunError (RW508) naming every input whose content is not that of the run in ``output``.
 
     ``data`` and ``base_model`` as in the record: compared by their sha256.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from typing import Any
 
 import torch
 
 from rankwise.acceleration import grow_segments
+from rankwise.foreign import JsonObject
 from rankwise.records import WAIT_POLICIES
 from rankwise.training.arguments import implementation_of
 
@@ -16,13 +16,13 @@ from rankwise.training.arguments import implementation_of
 PACKAGES = ("rankwise", "torch", "transformers", "trl", "accelerate", "datasets", "safetensors", "tokenizers")
 
 
-def device_record(device: torch.device, dtype: torch.dtype, optimizer: str) -> dict[str, Any]:
+def device_record(device: torch.device, dtype: torch.dtype, optimizer: str) -> JsonObject:
     """Type, name and dtype of the training device.
 
     For a CPU also its threads and their waiting policy where one is set; for a card the settings of its allocator and
     the implementation of ``optimizer``.
     """
-    record: dict[str, Any] = {"type": device.type, "dtype": str(dtype).removeprefix("torch.")}
+    record: JsonObject = {"type": device.type, "dtype": str(dtype).removeprefix("torch.")}
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         record |= {"allocator": grow_segments(), "optimizer": implementation_of(optimizer, device.type)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -27,6 +27,7 @@ from rankwise.data import Encoded, Rows, chat_text, encode_rows, read_rows, read
 from rankwise.data.encoded_cache import encode_rows_once
 from rankwise.data.formats import Format
 from rankwise.errors import ConfigError, RunError, warn
+from rankwise.foreign import Fields, JsonObject
 from rankwise.lora_config import LoraConfig
 from rankwise.models import ModelSource, choose_device, fetch_model
 from rankwise.models.describe import weights_files
@@ -54,13 +55,13 @@ class Data:
     template: str | None
     eval_rows: Rows | None = None
     # What else the record says of the training data.
-    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    notes: Fields = dataclasses.field(default_factory=dict)
 
     @property
     def sets(self) -> list[Encoded]:
         return [self.train] if self.evaluation is None else [self.train, self.evaluation]
 
-    def describe(self) -> dict[str, dict[str, Any]]:
+    def describe(self) -> dict[str, JsonObject]:
         """{"train": ..., "eval": ...}: the source of each set, its sha256 and the counts of its rows."""
         described = {"train": {**_described(self.rows, self.train), **self.notes}}
         if self.template is not None:
@@ -269,7 +270,7 @@ def probe_of(dataset: Any, device: torch.device) -> dict[str, Tensor]:
     return {"input_ids": torch.tensor([ids[:PROBE_TOKENS]], device=device)}
 
 
-def _described(rows: Rows, encoded: Encoded) -> dict[str, Any]:
+def _described(rows: Rows, encoded: Encoded) -> JsonObject:
     place = {
         "source": rows.source,
         "format": rows.format,
