@@ -32,11 +32,11 @@ LINE_SEPARATOR = "||"
 
 @dataclasses.dataclass(frozen=True)
 class FileContent:
-    """A parsed file. ``only`` is the format where the kind of file decides it (text files), else None."""
+    """A parsed file. ``formats`` holds the format that the kind of file decides (text files), else it is None."""
 
     records: Sequence[tuple[int, Record | BadRow]]
     sha256: str
-    only: Format | None = None
+    formats: tuple[Format, ...] | None = None
     counted_in: Unit = "line"
     # What the numbers of ``records`` count.
 
@@ -64,14 +64,14 @@ def read_file(path: Path, kind: str | None = None) -> FileContent:
     stored = _stored(path)
     content = _unpacked(path, stored)
     records = list(KINDS[kind](path, content))
-    only = None
+    formats = None
     if kind == ".txt":
         pairs = bool(records) and all("context" in record for _, record in records if not isinstance(record, BadRow))
-        only = E2E_LINES if pairs else TEXT
+        formats = (E2E_LINES if pairs else TEXT,)
     # Of an array, often written without a line break, a line says nothing.
     is_array = kind == ".json" and content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
     unit: Unit = "row" if is_array or kind == ".parquet" else "line"
-    return FileContent(records, hashlib.sha256(stored).hexdigest(), only, unit)
+    return FileContent(records, hashlib.sha256(stored).hexdigest(), formats, unit)
 
 
 def read_text(path: Path) -> str:

@@ -129,12 +129,11 @@ def rows_from_records(
     *,
     sha256: str | None = None,
     columns: Columns = (None, None),
-    only: Format | None = None,
     counted_in: Unit = "line",
     skip_bad_rows: int | None = NEVER,
     formats: Collection[Format] | None = None,
 ) -> Rows:
-    """Rows from ``(line, record)`` pairs, in the format ``only`` or that of the first record which has one.
+    """Rows from ``(line, record)`` pairs, in the format of the first record that has one of ``formats``.
 
     ``columns``: those of the prompt and the completion, where the user has named them. ``counted_in`` says what the
     numbers count, for messages. Up to ``skip_bad_rows`` bad rows (None: all of them) are left out and warned of
@@ -146,7 +145,7 @@ def rows_from_records(
     if not records:
         raise DataError("RW204", f"{source} holds no rows; give a file with at least one example.")
     shown = [record for _, record in records if isinstance(record, Mapping)][:LOOKED_AT]
-    layout = only or _first_layout(shown, source, columns, formats)
+    layout = _first_layout(shown, source, columns, formats)
     rows, problems = _convert(records, source, layout, counted_in)
     check_bad_rows(problems, len(records), allowed=skip_bad_rows)
     assert layout is not None, "without a record that shows the layout every row is bad"

@@ -87,10 +87,9 @@ def _read_path(path: Path, name: str, how: _How) -> Rows:
         name,
         sha256=content.sha256,
         columns=how.columns,
-        only=None if any(how.columns) or how.formats is not None else content.only,
         counted_in=content.counted_in,
         skip_bad_rows=how.skip_bad_rows,
-        formats=how.formats,
+        formats=content.formats if how.formats is None else how.formats,
     )
 
 
