@@ -22,7 +22,7 @@ ADAPTERS = {
 
 
 def model_of(adapter: str, *, four_bit: bool) -> Any:
-    model = tiny_llama(num_hidden_layers=4)
+    model = tiny_llama(num_hidden_layers=2)
     if four_bit:
         rw.quantize(model, rw.Nf4Config(block_size=32))
     rw.add_adapter(model, rw.LoraConfig(r=3, init_lora_weights=False, **ADAPTERS[adapter]))

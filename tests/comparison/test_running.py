@@ -250,7 +250,9 @@ def test_no_run_at_all_is_an_error(tmp_path: Path):
 def test_a_killed_comparison_continues_and_ends_as_if_nothing_had_happened(tmp_path: Path, moment: float):
     """kill -9 of the comparison; its runs end by themselves, and no finished one is repeated."""
     options = {"methods": "lora,full", "learning_rates": "1e-4,2e-4"}
-    quiet: Any = compare(**given(tmp_path, "quiet", **options))
+    with pytest.MonkeyPatch.context() as patch:
+        steps_in_this_process(patch)
+        quiet: Any = compare(**given(tmp_path, "quiet", **options))
     script, settings = Path(__file__).parent / "fake_comparison.py", tmp_path / "settings.json"
     settings.write_text(json.dumps(given(tmp_path, **options)))
     process = subprocess.Popen(

@@ -50,9 +50,8 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 def test_resumed_run_is_bit_identical(case: str, tmp_path: Path, make_trainer: Any) -> None:
     given = CASES[case]
     straight = make_trainer(tmp_path / "straight", **given)
+    before = weights(straight.model)
     straight.train()
-    before = weights(make_trainer(tmp_path / "untrained", **given).model)
-
     first = make_trainer(tmp_path / "resumed", **given)
     first.add_callback(StopAt(10))
     first.train()
