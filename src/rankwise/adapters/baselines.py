@@ -41,13 +41,13 @@ def has_baseline(model: nn.Module) -> bool:
     return hasattr(model, ATTRIBUTE)
 
 
-def save_baseline(model: nn.Module, folder: Path, base_model: str | None = None) -> None:
+def save_baseline(model: nn.Module, folder: Path) -> None:
     """``adapter_config.json`` and ``adapter_model.safetensors``."""
     part = getattr(model, ATTRIBUTE)
     is_prefix = isinstance(part, Prefix)
     tensors = _prompt_embeddings(part) if is_prefix else _plain(part)
     config: JsonObject = {
-        "base_model_name_or_path": base_model or getattr(model, "name_or_path", None),
+        "base_model_name_or_path": getattr(model, "name_or_path", None),
         "inference_mode": True,
         "peft_type": TYPES["prefix" if is_prefix else "bottleneck"],
         "task_type": "CAUSAL_LM",

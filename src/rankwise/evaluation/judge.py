@@ -23,7 +23,7 @@ from rankwise.errors import ConfigError, DataError, warn
 from rankwise.evaluation.metrics.vicuna import FAILED
 from rankwise.foreign import Fields, JsonObject
 
-DEFAULT_PROMPT = """\
+PROMPT = """\
 Two assistants have answered the same question. Compare their answers.
 
 <question>
@@ -45,8 +45,6 @@ alone earns nothing, and neither does standing first.
 Write the two marks on the first line: the mark of answer 1, a space, the mark of answer 2, nothing else. Then say in \
 a few sentences why.
 """
-PLACEHOLDERS = ("question", "answer_1", "answer_2")
-DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
 MARK = r"\d{1,2}(?:\.\d+)?"
 OUT_OF_TEN = r"(?:[ \t]*/[ \t]*10)?"
 DECORATION = r"[ \t*_`\"'()\[\]]*"
@@ -95,16 +93,12 @@ class Rating:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeClient:
-    """The address of the judge, and the limits of asking it.
-
-    Raises ConfigError: RW156 for an address that is not a URL, RW157 for a prompt without its three places.
-    """
+    """The judge's address and the limits of asking it. Raises ConfigError (RW156) for an address that is no URL."""
 
     url: str
     # Base address of the API, such as https://api.openai.com/v1.
     model: str
     key: str | None = dataclasses.field(default=None, repr=False)
-    prompt: str = DEFAULT_PROMPT
     temperature: float = 0.0
     max_tokens: int = 1024
     attempts: int = 5
@@ -117,12 +111,6 @@ class JudgeClient:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"https?://[^\s/]+\S*", self.url):
             raise ConfigError("RW156", f"--judge-url is {self.url!r}; give an address such as https://host/v1.")
-        missing = [name for name in PLACEHOLDERS if f"{{{name}}}" not in self.prompt]
-        if missing:
-            places = ", ".join(f"{{{name}}}" for name in missing)
-            raise ConfigError(
-                "RW157", f"the judge's prompt has no place for {places}; write it where the text belongs."
-            )
 
     @property
     def endpoint(self) -> str:
@@ -131,9 +119,7 @@ class JudgeClient:
 
     def request(self, question: str, answer_1: str, answer_2: str) -> JsonObject:
         """The body of one request."""
-        texts = {"question": question, "answer_1": answer_1, "answer_2": answer_2}
-        # In one pass: an answer that holds a placeholder is left as it is.
-        prompt = re.sub(r"\{(question|answer_1|answer_2)\}", lambda found: texts[found[1]], self.prompt)
+        prompt = PROMPT.format(question=question, answer_1=answer_1, answer_2=answer_2)
         return {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
@@ -142,7 +128,7 @@ class JudgeClient:
         }
 
 
-def judge_key(variable: str = DEFAULT_KEY_VARIABLE) -> str | None:
+def judge_key(variable: str) -> str | None:
     """The key in the environment; None if there is none, because local servers need none."""
     return os.environ.get(variable, "").strip() or None
 

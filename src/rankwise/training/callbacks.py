@@ -176,13 +176,12 @@ class EarlyStopping(TrainerCallback):
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
-        self.stopped = False
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
         since_best = len(losses) - 1 - min(range(len(losses)), key=losses.__getitem__)
         if state.global_step > 0 and since_best >= self.patience:
-            control.should_training_stop = self.stopped = True
+            control.should_training_stop = True
 
 
 class Sample(TrainerCallback):
