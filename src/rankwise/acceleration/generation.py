@@ -42,10 +42,10 @@ class Decoding:
     stop_ids: frozenset[int]
     stop_strings: tuple[str, ...] = ()
     num_beams: int = 1
-    length_penalty: float = 1.0
     # Beam search ranks by sum log p / length ** length_penalty.
-    no_repeat_ngram_size: int = 0
+    length_penalty: float = 1.0
     # Counted within the answer, the prompt left out (so does the LoRA repository: an answer may copy from it).
+    no_repeat_ngram_size: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0

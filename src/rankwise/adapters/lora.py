@@ -61,8 +61,8 @@ class LowRankPair(nn.Module):
 class Lora(LowRankPair):
     """The low-rank pair alone."""
 
-    magnitude: None = None
     # Of DoRA alone: its magnitudes need the output again.
+    magnitude: None = None
     comes_back = False
 
     def reset_parameters(self, base: nn.Module, *, zero_b: bool = True) -> None:

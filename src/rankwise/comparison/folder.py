@@ -15,12 +15,12 @@ from rankwise.records import write_json
 from rankwise.reports.schema import BEST_FOLDER, MERGED_FOLDER
 
 SETTINGS_FILE = "settings.json"
-NEUTRAL = {"device", "ignore_plan", "logging_steps", "save_steps", "save_total_limit", "trust_remote_code"}
 # As in a resumed run: these do not touch what is learned.
-OURS = {SETTINGS_FILE, "data"}
+NEUTRAL = {"device", "ignore_plan", "logging_steps", "save_steps", "save_total_limit", "trust_remote_code"}
 # What stands in a folder before the first run; hidden files are locks, or of a write that was cut off.
-FOLDERS = ("base", BEST_FOLDER, "cells", "data", MERGED_FOLDER, "probes", "runs")
+OURS = {SETTINGS_FILE, "data"}
 # The cache may lie elsewhere: what is in it is never removed.
+FOLDERS = ("base", BEST_FOLDER, "cells", "data", MERGED_FOLDER, "probes", "runs")
 
 
 def check_folder(output: Path) -> None:

@@ -42,13 +42,13 @@ class Picture:
 
     running: Sequence[Running]
     done: int
-    left: int
     # Jobs still to come, those in progress included.
-    seconds_left: float | None
+    left: int
     # None before anything has ended.
+    seconds_left: float | None
     failed: int = 0
-    interrupted: int = 0
     # Jobs of this call that were stopped on request; no job is counted twice.
+    interrupted: int = 0
 
 
 class Started(Protocol):
@@ -74,11 +74,11 @@ class Runner:
     """Starts the jobs of ``next_jobs`` until it returns none."""
 
     output: Path
-    command: Callable[[Job], tuple[str, list[str]]]
     # The module to run for a job and its arguments.
+    command: Callable[[Job], tuple[str, list[str]]]
     total_steps: Callable[[Job], int]
-    environments: Sequence[Mapping[str, str]]
     # One per job at a time: which device, how many threads.
+    environments: Sequence[Mapping[str, str]]
     watcher: Watcher
     clock: Clock
     left: Callable[[], Sequence[Job]]

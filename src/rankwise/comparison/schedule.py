@@ -21,16 +21,16 @@ class Plan:
     methods: tuple[str, ...]
     rates: tuple[float, ...]
     seeds: int
-    short: bool
     # Whether the searches are shorter than the final runs.
-    after: tuple[Stage, ...] = ("measure",)
+    short: bool
     # What follows the training of a final run, in order.
-    base: bool = True
+    after: tuple[Stage, ...] = ("measure",)
     # Whether the unadapted model is evaluated too.
-    tasks: tuple[str, ...] = ()
+    base: bool = True
     # What else each run and the base are evaluated on.
-    probed: bool = False
+    tasks: tuple[str, ...] = ()
     # Whether a short run of each method measured its steps first; without it a method has no length.
+    probed: bool = False
 
 
 @dataclasses.dataclass
@@ -41,8 +41,8 @@ class MethodState:
     searched: bool
     final: list[Cell]
     skipped: dict[str, str] | None
-    waiting: list[Job]
     # Not done yet, in order; of one cell only the next stage.
+    waiting: list[Job]
 
 
 def jobs_to_do(plan: Plan) -> list[Job]:

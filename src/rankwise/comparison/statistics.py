@@ -53,14 +53,14 @@ class Estimate:
     """
 
     mean: float
-    parts: tuple[tuple[float, float], ...] = ()
     # (variance of the mean, degrees of freedom) of each source of error.
-    skewness: float = 0.0
+    parts: tuple[tuple[float, float], ...] = ()
     # Of the mean, as far as it comes from the last part.
-    seed_sd: float | None = None
+    skewness: float = 0.0
     # Spread from seed to seed; for a difference the part that the examples do not explain.
-    example_se: float | None = None
+    seed_sd: float | None = None
     # Error that comes from the choice of examples alone.
+    example_se: float | None = None
     per_seed: tuple[float, ...] = ()
     clusters: int = 0
 

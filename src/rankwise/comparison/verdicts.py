@@ -23,10 +23,10 @@ class Scores:
     ``clusters``: (n,) names of the groups (one source text, one question) that examples come from.
     """
 
-    values: Mapping[int, float]
     # Seed -> value.
-    examples: Mapping[int, Sequence[float]] = dataclasses.field(default_factory=dict)
+    values: Mapping[int, float]
     # Seed -> a value per example; empty for a metric of the whole corpus, such as BLEU.
+    examples: Mapping[int, Sequence[float]] = dataclasses.field(default_factory=dict)
     ids: Sequence[str] = ()
     weights: Sequence[float] | None = None
     clusters: Sequence[Hashable] | None = None

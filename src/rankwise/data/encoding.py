@@ -42,31 +42,32 @@ class EncodingReport:
     """Counts and lengths of the encoded rows. Lengths are in tokens."""
 
     name: str
-    rows: int
     # Rows of the encoded data set: those read, less the dropped ones.
+    rows: int
+    # After truncation.
     tokens: int
+    # Those of them that are in the loss.
     trained_tokens: int
-    # Tokens in the loss; both figures after truncation.
-    truncated_rows: int
     # Kept, but cut at max_length.
-    dropped_rows: int
+    truncated_rows: int
     # Nothing to train on within max_length.
+    dropped_rows: int
+    # The lengths before truncation.
     longest: int
     median_length: float
-    # Both of the rows before truncation.
-    template: str
     # How rows were written: "chat template (the tokenizer's)", "no template: prompt + completion", ...
-    stop_token_rows: int
+    template: str
     # Kept rows with a stop token in the labels.
-    split_rows: int = 0
+    stop_token_rows: int
     # Kept rows whose pieces were tokenized apart, because a token would have crossed from prompt to answer.
-    estimated_rows: int = 0
+    split_rows: int = 0
     # Rows far longer than max_length: of their length only the beginning was counted, and the rest estimated.
-    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    estimated_rows: int = 0
     # What the chat template does not write, in words: in how many rows.
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     skipped_rows: int = 0
-    skipped: list[dict[str, str]] = dataclasses.field(default_factory=list)
     # Bad rows that were left out: {"row", "code", "why"}.
+    skipped: list[dict[str, str]] = dataclasses.field(default_factory=list)
 
     @property
     def trained_share(self) -> float:
@@ -89,8 +90,8 @@ class EncodedRow:
     ids: list[int]
     trained: list[bool]
     split: bool
-    length: int
     # Tokens of the whole row.
+    length: int
     estimated: bool = False
 
 

@@ -37,8 +37,8 @@ class FileContent:
     records: Sequence[tuple[int, Record | BadRow]]
     sha256: str
     formats: tuple[Format, ...] | None = None
-    counted_in: Unit = "line"
     # What the numbers of ``records`` count.
+    counted_in: Unit = "line"
 
 
 def kind_of(path: Path) -> str | None:

@@ -59,16 +59,16 @@ class Format:
     name: str
     kind: Kind
     columns: tuple[str, ...]
-    fields: Callable[[Record], JsonObject]
     # Raises BadRow.
+    fields: Callable[[Record], JsonObject]
     uses_template: bool = True
     separator: str = ""
-    optional: tuple[str, ...] = ()
     # Columns that are read where they are there.
-    holds: type = object
+    optional: tuple[str, ...] = ()
     # What the first column holds, where that tells layouts of the same columns apart.
-    marks: tuple[str, ...] = ()
+    holds: type = object
     # Columns that it needs too and that hold no text.
+    marks: tuple[str, ...] = ()
 
     def fits(self, record: Record) -> bool:
         is_there = all(column in record for column in (*self.columns, *self.marks))

@@ -24,25 +24,25 @@ class Preview:
 
     source: str
     line: int
-    place: str
     # Source and line, or number, in words.
-    format: str
+    place: str
     # The columns that were recognised.
-    template: str
+    format: str
     # How the row was written.
+    template: str
     segments: tuple[Segment, ...]
     ids: tuple[int, ...]
     tokens: int
     trained_tokens: int
-    full_tokens: int
     # Before truncation; of a row far longer than that an estimate.
-    stop_token: bool
+    full_tokens: int
     # Whether a stop token is trained on.
+    stop_token: bool
     estimated: bool
-    label: bool | None = None
     # Of preferences: whether the answer is good.
-    rejected: Preview | None = None
+    label: bool | None = None
     # Of a pair: its worse answer.
+    rejected: Preview | None = None
 
     @property
     def truncated(self) -> bool:

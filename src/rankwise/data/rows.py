@@ -20,26 +20,26 @@ class Row:
     """One example. ``chat`` fills messages, ``prompt`` fills prompt and completion, ``text`` fills text."""
 
     kind: Kind
-    source: str
     # Name of the file, hub data set or demo set.
-    line: int
+    source: str
     # 1-based; the line where the row starts, or its number where the source has no line for each row.
+    line: int
     messages: tuple[Message, ...] = ()
     prompt: str = ""
     completion: str = ""
     text: str = ""
-    tools: tuple[Fields, ...] | None = None
     # Functions a chat row offers; handed to the chat template.
-    first_trained: int = 0
+    tools: tuple[Fields, ...] | None = None
     # Assistant messages before this index belong to the prompt.
-    counted_in: Unit = "line"
+    first_trained: int = 0
     # What ``line`` counts: rows in JSON arrays, parquet and hub data.
-    columns: Fields | None = None
+    counted_in: Unit = "line"
     # Of a prompt that is to be answered: the whole record, for rewards.
-    rejected: Row | None = None
+    columns: Fields | None = None
     # Of a pair, of which this is the better answer: the worse one.
-    label: bool | None = None
+    rejected: Row | None = None
     # Of preferences: whether the answer is good.
+    label: bool | None = None
 
     @property
     def place(self) -> str:
@@ -59,13 +59,13 @@ class Problem:
 
     source: str
     line: int
-    counted_in: Unit
     # As of a Row.
+    counted_in: Unit
     code: str
-    why: str
     # No full stop at its end.
-    index: int | None = None
+    why: str
     # Among all rows of the source, from 0; None for a row that could be read.
+    index: int | None = None
 
     @property
     def place(self) -> str:
@@ -82,16 +82,16 @@ class Rows(Sequence[Row]):
     items: Sequence[Row]
     kind: Kind
     source: str
-    sha256: str
     # Of the file's bytes; for a folder of its files' names and hashes; for hub and demo data of the rows.
-    format: str
+    sha256: str
     # The columns that were recognised, for people: "Alpaca (instruction, input, output)".
-    uses_template: bool = True
+    format: str
     # False: prompt and completion are written one after the other even where the tokenizer has a chat template.
-    separator: str = ""
+    uses_template: bool = True
     # Stands between prompt and completion where no chat template does.
-    problems: tuple[Problem, ...] = ()
+    separator: str = ""
     # Bad rows of the source, which are not among ``items``.
+    problems: tuple[Problem, ...] = ()
 
     @property
     def prompt_ending(self) -> str:

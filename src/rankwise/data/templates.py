@@ -48,12 +48,12 @@ class Rendered:
     """A row before tokenization."""
 
     segments: tuple[Segment, ...]
-    opened: bool
     # The tokenizer's own first token (a BOS, where it has one) goes in front: no template wrote it.
-    closed: bool
+    opened: bool
     # The tokenizer's end-of-sequence token goes behind and is trained on: the text does not end with a stop token.
-    left_out: tuple[str, ...] = ()
+    closed: bool
     # What the template does not write of the row and may leave out, in words.
+    left_out: tuple[str, ...] = ()
 
     @property
     def characters(self) -> int:

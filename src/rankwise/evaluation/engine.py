@@ -28,16 +28,16 @@ SCORING_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
 class Engine:
     """Model and tokenizer on their device. ``template`` is Jinja text that replaces the tokenizer's."""
 
-    model: Any
     # A PreTrainedModel that generates, for which transformers has no type.
+    model: Any
     tokenizer: PreTrainedTokenizerBase
     template: str | None = None
-    batch_size: int | None = None
     # Most sequences in a batch; None leaves it to budgets.
-    trained_fast: bool = True
+    batch_size: int | None = None
     # Whether the run made its model fast (rankwise.acceleration), as runs do by default.
-    autocast: torch.dtype | None = None
+    trained_fast: bool = True
     # In which a full fine-tuning computed with its float32 weights.
+    autocast: torch.dtype | None = None
 
     @property
     def device_type(self) -> str:

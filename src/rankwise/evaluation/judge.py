@@ -77,8 +77,8 @@ class Rating:
     question_id: int | str
     answer1_id: str
     answer2_id: str
-    text: str
     # The judge's reply, or why there is none.
+    text: str
     score: tuple[float, float]
     metadata: Fields
 
@@ -95,16 +95,16 @@ class Rating:
 class JudgeClient:
     """The judge's address and the limits of asking it. Raises ConfigError (RW156) for an address that is no URL."""
 
-    url: str
     # Base address of the API, such as https://api.openai.com/v1.
+    url: str
     model: str
     key: str | None = dataclasses.field(default=None, repr=False)
     temperature: float = 0.0
     max_tokens: int = 1024
-    attempts: int = 5
     # Requests per rating, the first included.
-    pause_seconds: float = 1.0
+    attempts: int = 5
     # Before the second attempt; doubles with each, and waits as long as the server asks for.
+    pause_seconds: float = 1.0
     timeout_seconds: float = 120.0
     concurrency: int = 4
 

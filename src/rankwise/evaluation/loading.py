@@ -31,8 +31,8 @@ class LoadOptions:
     """
 
     dtype: str = "auto"
-    quantization: str = "auto"
     # auto, none, nf4 or fp4.
+    quantization: str = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
     revision: str | None = None
@@ -104,8 +104,8 @@ class LoadSettings:
 
     dtype: str
     quantization: str | None
-    revision: str | None
     # Of the base that the adapters name.
+    revision: str | None
 
 
 def load_settings(adapters: Sequence[Path], options: LoadOptions) -> LoadSettings:

@@ -21,17 +21,17 @@ EXAMPLES_FILE = "predictions.jsonl"
 class Example:
     """One question, the model's prediction, and its scores."""
 
-    id: str
     # Unique within its task, and the same for every model.
+    id: str
     prompt: str
     prediction: str
-    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
     # Empty where only the whole set has a score, as with BLEU.
+    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
     references: Sequence[str] | None = None
-    cluster: str | None = None
     # Questions about one source text share it: their scores are not independent.
-    details: Fields = dataclasses.field(default_factory=dict)
+    cluster: str | None = None
     # What the task needs to score again, such as the log-likelihood of each choice.
+    details: Fields = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> JsonObject:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -46,23 +46,23 @@ class TaskResult:
     model: str
     adapter: str | None
     metrics: Mapping[str, float]
-    primary: str
     # The metric that stands for the task.
+    primary: str
     higher_is_better: Mapping[str, bool]
-    standard_errors: Mapping[str, float | None]
     # Clustered where questions share a source text; None where the metric has none.
-    count: int
+    standard_errors: Mapping[str, float | None]
     # Questions scored.
+    count: int
     settings: Fields
     data_sha256: str | None
     versions: Mapping[str, str]
     wall_seconds: float
-    examples: str = EXAMPLES_FILE
     # File of the predictions, beside the record.
-    clusters: int | None = None
+    examples: str = EXAMPLES_FILE
     # Source texts, where the standard errors are clustered.
-    notes: Sequence[str] = ()
+    clusters: int | None = None
     # What a reader should know: metrics that could not be computed, answers that were empty.
+    notes: Sequence[str] = ()
 
     def to_json(self) -> JsonObject:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

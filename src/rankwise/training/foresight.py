@@ -25,13 +25,13 @@ MISMATCHED = ("KL_completion_ids",)
 class Batch:
     """The properties of a micro-batch on which memory depends."""
 
-    rows: int
     # A pair is one.
-    tokens: int
+    rows: int
     # Of each row or side of a pair: of the longest where they are padded to it, of the mean where they are laid end to
     # end.
-    trained_share: float
+    tokens: int
     # Of all tokens, in the loss.
+    trained_share: float
 
 
 class Foresight(Protocol):

@@ -20,16 +20,16 @@ from rankwise.compat.torch import own_part
 class Progress:
     """The progress of a run, over all its resumptions; part of every checkpoint."""
 
-    train_seconds: float = 0.0
     # Inside training steps only: reading data, evaluating and saving are left out.
-    tokens: int = 0
+    train_seconds: float = 0.0
     # That are not padding.
+    tokens: int = 0
     examples: int = 0
     peak_memory_bytes: int = 0
     wall_seconds: float = 0.0
     steps: int = 0
-    loss_sum: float = 0.0
     # Of the losses of these steps.
+    loss_sum: float = 0.0
 
     @property
     def mean_loss(self) -> float | None:

@@ -13,15 +13,15 @@ class StepInfo:
 
     step: int
     total: int
-    loss: float
     # Of this step alone, mean over its trained tokens.
-    tokens_per_second: float
+    loss: float
     # Since the run started or was resumed; tokens that are not padding over the seconds of the training steps.
-    memory_bytes: int
+    tokens_per_second: float
     # In use now; peak_memory_bytes is the most so far.
+    memory_bytes: int
     peak_memory_bytes: int
-    grad_norm: float | None
     # Before clipping.
+    grad_norm: float | None
     learning_rate: float
     # 2-norm over all B matrices at the last logged step: how far the adapter has moved. None for a full fine-tuning.
     b_norm: float | None

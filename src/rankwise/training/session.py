@@ -33,10 +33,10 @@ class Extras:
     """The parts that only some runs have."""
 
     early_stopping: int | None
-    answer: Callable[[], str] | None
     # Answers the sample prompt.
-    probe: dict[str, Tensor]
+    answer: Callable[[], str] | None
     # A row for comparing logits.
+    probe: dict[str, Tensor]
 
 
 @dataclasses.dataclass
@@ -51,8 +51,8 @@ class Session:
     record: RunRecord
     extras: Extras
     observer: Observer
-    metrics: MetricsFile | None = None
     # Of the process that writes.
+    metrics: MetricsFile | None = None
 
     def carry_out(self, started: float, told: list[dict[str, str]]) -> RunRecord:
         """Train to the end and write the results. The record says how the run ended, also when it fails.

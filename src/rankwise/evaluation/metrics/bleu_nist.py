@@ -62,18 +62,18 @@ def tokenize(text: str) -> list[str]:
 class MtevalStatistics:
     """The statistics of N examples for BLEU and NIST. Sums over examples give the scores of a corpus."""
 
-    matches: NDArray[np.int64]
     # (N, 4): n-grams of the prediction that a reference has, each as often as in the reference that has it most.
-    counts: NDArray[np.int64]
+    matches: NDArray[np.int64]
     # (N, 5): n-grams of the prediction.
-    information: NDArray[np.float64]
+    counts: NDArray[np.int64]
     # (N, 5): information of the matched n-grams, in bits.
-    closest: NDArray[np.int64]
+    information: NDArray[np.float64]
     # (N,): words of the reference closest in length to the prediction.
-    reference_words: NDArray[np.int64]
+    closest: NDArray[np.int64]
     # (N,): words of all references together.
-    references: NDArray[np.int64]
+    reference_words: NDArray[np.int64]
     # (N,): references that are not empty.
+    references: NDArray[np.int64]
 
     def bleu(self, rows: NDArray[np.int64] | None = None) -> float:
         """BLEU of the examples ``rows`` (indices, may repeat), or of all."""

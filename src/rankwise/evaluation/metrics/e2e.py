@@ -21,17 +21,17 @@ DECIMALS = 4
 class E2eScores:
     """Scores of N predictions. BLEU, METEOR and ROUGE_L lie in [0, 1], CIDEr in [0, 10]; higher is better."""
 
-    metrics: Mapping[str, float | None]
     # By the names in METRICS, unrounded; None where Java is missing.
-    per_example: Mapping[str, tuple[float, ...]]
+    metrics: Mapping[str, float | None]
     # METEOR, ROUGE_L and CIDEr of each prediction; empty where Java is missing. ROUGE_L and CIDEr are their means.
-    statistics: MtevalStatistics
+    per_example: Mapping[str, tuple[float, ...]]
     # .bleu(rows) and .nist(rows) score any sample of the examples.
+    statistics: MtevalStatistics
     count: int
-    empty: int
     # Predictions without any text; they are scored.
-    missing: str | None = None
+    empty: int
     # Why there is no METEOR, ROUGE_L and CIDEr, and how to get them.
+    missing: str | None = None
 
     def to_json(self) -> JsonObject:
         """The scores, rounded as the official scorer prints them."""

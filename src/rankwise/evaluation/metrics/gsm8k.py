@@ -17,8 +17,8 @@ class Gsm8kScores:
     """Which of N predictions end with the correct number."""
 
     right: tuple[bool, ...]
-    unanswered: int
     # Predictions without any number.
+    unanswered: int
 
     @property
     def correct(self) -> int:

@@ -30,10 +30,10 @@ class RelativeScore:
 
     reference_first: float | None
     system_first: float | None
-    failed: int
     # Ratings left out because they have no score.
-    count: int
+    failed: int
     # Ratings used.
+    count: int
 
     @property
     def mean(self) -> float | None:
