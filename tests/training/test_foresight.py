@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from training_rows import encoded_rows
 
-from rankwise.training.foresight import Batch, coming_batches, largest_batch, largest_evaluation, largest_scoring
+from rankwise.training.foresight import MicroBatch, coming_batches, largest_batch, largest_evaluation, largest_scoring
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -86,8 +86,8 @@ def test_a_longest_row_that_never_comes_is_not_planned_for(make_trainer: MakeTra
     lengths = [10 if row != never else 400 for row in range(40)]
     lengths[drawn[1, 0]] = 20
     short = with_rows(make_trainer, lengths, max_steps=3, gradient_accumulation=1, batch_size=2)
-    assert largest_batch(short, flat=False) == Batch(2, 20, (18 + 8) / 40)
-    assert largest_batch(short, flat=True) == Batch(2, 15, (18 + 8) / 30)
+    assert largest_batch(short, flat=False) == MicroBatch(2, 20, (18 + 8) / 40)
+    assert largest_batch(short, flat=True) == MicroBatch(2, 15, (18 + 8) / 30)
     whole = with_rows(make_trainer, lengths, max_steps=20, gradient_accumulation=1, batch_size=2)
     assert largest_batch(whole, flat=False).tokens == 400
 
@@ -99,14 +99,14 @@ def test_of_padded_rows_the_longest_decides_and_of_rows_laid_end_to_end_their_su
         lengths[row] = length
     trainer = with_rows(make_trainer, lengths, max_steps=3, gradient_accumulation=1, batch_size=2)
     assert largest_batch(trainer, flat=False).tokens == 30
-    assert largest_batch(trainer, flat=True) == Batch(2, 19, 34 / 38)
+    assert largest_batch(trainer, flat=True) == MicroBatch(2, 19, 34 / 38)
 
 
 def test_an_evaluation_is_foreseen_as_it_is_laid_out(make_trainer: MakeTrainer) -> None:
     """Several rows lie in one, the last token of each is only asked for, and the micro-batch plays no part."""
     trainer = with_rows(make_trainer, [5] * 9, [3, 9, 20, 4, 30], batch_size=2)
-    assert largest_evaluation(trainer) == Batch(1, 61, 56 / 61)
-    assert largest_evaluation(with_rows(make_trainer, [5] * 9, [200] * 40)) == Batch(5, 199, 198 / 199)
+    assert largest_evaluation(trainer) == MicroBatch(1, 61, 56 / 61)
+    assert largest_evaluation(with_rows(make_trainer, [5] * 9, [200] * 40)) == MicroBatch(5, 199, 198 / 199)
     assert largest_evaluation(with_rows(make_trainer, [5] * 9)) is None
 
 
@@ -128,15 +128,15 @@ def preferring(train: dict[str, list[int]], evaluation: dict[str, list[int]] | N
 def test_mismatched_answers_of_kto_are_foreseen() -> None:
     """The longest prompt meets the longest answer, which is another's."""
     marked = {"prompt_ids": [9, 2, 2, 2], "completion_ids": [1, 7, 3, 3], "KL_completion_ids": [7, 1, 3, 3]}
-    assert largest_scoring(preferring(marked, None, flat=False)) == Batch(2, 16, 8 / 32)
-    assert largest_scoring(preferring(marked, None, flat=True)) == Batch(2, 10, 8 / 20)
+    assert largest_scoring(preferring(marked, None, flat=False)) == MicroBatch(2, 16, 8 / 32)
+    assert largest_scoring(preferring(marked, None, flat=True)) == MicroBatch(2, 10, 8 / 20)
     longer = {name: [2 * count for count in counts] for name, counts in marked.items()}
-    assert largest_scoring(preferring(marked, longer, flat=False)) == Batch(2, 32, 16 / 64)
+    assert largest_scoring(preferring(marked, longer, flat=False)) == MicroBatch(2, 32, 16 / 64)
 
 
 def test_evaluations_of_pairs_are_foreseen_where_there_are_some() -> None:
     pairs = {"prompt_ids": [4, 4, 6], "chosen_ids": [1, 1, 5], "rejected_ids": [2, 2, 3]}
     assert largest_scoring(preferring(pairs, None, flat=False)) is None
-    assert largest_scoring(preferring(pairs, pairs, flat=False)) == Batch(2, 6, 6 / 24)
+    assert largest_scoring(preferring(pairs, pairs, flat=False)) == MicroBatch(2, 6, 6 / 24)
     # Around one prompt: 7 tokens each of the first two, and 14 of the last, which has the longer side.
-    assert largest_scoring(preferring(pairs, pairs, flat=True)) == Batch(1, 7, 8 / 14)
+    assert largest_scoring(preferring(pairs, pairs, flat=True)) == MicroBatch(1, 7, 8 / 14)

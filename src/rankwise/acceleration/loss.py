@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rankwise.acceleration.head import Head, answering, asks_for_routers, current_head, with_router_loss
-from rankwise.acceleration.replace import ATTRIBUTE, Record, Undo, class_forward, replace_forward
+from rankwise.acceleration.replace import ATTRIBUTE, Changes, Undo, class_forward, replace_forward
 from rankwise.adapters.operator import computes_in
 from rankwise.chunks import chunk_rows
 from rankwise.constants import IGNORED
@@ -89,7 +89,7 @@ def accept_labels(model: nn.Module, head: Head, undo: Undo) -> None:
     # The signature, of this model's family alone, tells the Trainer which columns the model takes.
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     replace_forward(model, forward, undo)
-    state = model.__dict__.setdefault(ATTRIBUTE, Record())
+    state = model.__dict__.setdefault(ATTRIBUTE, Changes())
     state["head"] = head
     undo.add(lambda: state.pop("head", None))
 

@@ -20,7 +20,7 @@ from rankwise.acceleration.linears import replace_linears
 from rankwise.acceleration.loss import accept_labels
 from rankwise.acceleration.probe import probe
 from rankwise.acceleration.recognise import adapted_layers, replace_mlps, replace_norms, replace_ropes
-from rankwise.acceleration.replace import ATTRIBUTE, Record, Undo, put_back
+from rankwise.acceleration.replace import ATTRIBUTE, Changes, Undo, put_back
 from rankwise.acceleration.rows import replace_masks
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.layer import AdaptedLayer
@@ -124,7 +124,7 @@ def _optimize(model: nn.Module, undo: Undo, *, keep_memory: bool, fuse_loss: boo
     if head is not None:
         accept_labels(model, head, undo)
     done = dataclasses.replace(done, left_alone=tuple(left))
-    model.__dict__.setdefault(ATTRIBUTE, Record()).update(undo=undo, done=done, of=weakref.ref(model))
+    model.__dict__.setdefault(ATTRIBUTE, Changes()).update(undo=undo, done=done, of=weakref.ref(model))
     return done
 
 

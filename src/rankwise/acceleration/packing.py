@@ -99,7 +99,7 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class PackedRow:
     """Trees in one row, each with the column it starts at."""
 
     trees: tuple[tuple[int, Tree], ...]
@@ -109,7 +109,7 @@ class Row:
         return sum(tree.length for _, tree in self.trees)
 
 
-def pack(trees: Iterable[Tree], capacity: int) -> list[Row]:
+def pack(trees: Iterable[Tree], capacity: int) -> list[PackedRow]:
     """Rows of at most ``capacity`` tokens (or one tree), first-fit by falling length."""
     ordered = sorted(trees, key=lambda tree: (-tree.length, tree.nodes[0].ids, tree.members))
     rows: list[list[Tree]] = []
@@ -125,17 +125,17 @@ def pack(trees: Iterable[Tree], capacity: int) -> list[Row]:
     return [_row(row) for row in rows]
 
 
-def _row(trees: Sequence[Tree]) -> Row:
+def _row(trees: Sequence[Tree]) -> PackedRow:
     placed, column = [], 0
     for tree in trees:
         placed.append((column, tree))
         column += tree.length
-    return Row(tuple(placed))
+    return PackedRow(tuple(placed))
 
 
-def batches_of(rows: Sequence[Row], budget: int) -> Iterator[list[Row]]:
+def batches_of(rows: Sequence[PackedRow], budget: int) -> Iterator[list[PackedRow]]:
     """Rows of like length together, ``budget`` tokens (padding included) or one row to a batch."""
-    batch: list[Row] = []
+    batch: list[PackedRow] = []
     for row in sorted(rows, key=lambda row: -row.length):
         if batch and (len(batch) + 1) * batch[0].length > budget:
             yield batch
@@ -145,13 +145,13 @@ def batches_of(rows: Sequence[Row], budget: int) -> Iterator[list[Row]]:
         yield batch
 
 
-def members_of(rows: Sequence[Row]) -> tuple[int, ...]:
+def members_of(rows: Sequence[PackedRow]) -> tuple[int, ...]:
     """Numbers of the sequences in these rows."""
     return tuple(member for row in rows for _, tree in row.trees for member in tree.members)
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class PackedBatch:
     """``ids`` and ``positions`` (B, R); ``mask`` (B, 1, R, R), True where the second attends to the first's keys."""
 
     ids: Tensor
@@ -159,7 +159,7 @@ class Batch:
     mask: Tensor
 
 
-def lay_out(rows: Sequence[Row], pad: int, device: torch.device | str) -> Batch:
+def lay_out(rows: Sequence[PackedRow], pad: int, device: torch.device | str) -> PackedBatch:
     """Tensors of a batch. Padding attends to padding, so that no softmax is over nothing."""
     width = max(row.length for row in rows)
     ids = torch.full((len(rows), width), pad)
@@ -171,7 +171,7 @@ def lay_out(rows: Sequence[Row], pad: int, device: torch.device | str) -> Batch:
             _lay_tree(tree, start, ids[index], positions[index], sees)
         end = row.length
         sees[end:, end:] = True
-    return Batch(ids.to(device), positions.to(device), mask.to(device))
+    return PackedBatch(ids.to(device), positions.to(device), mask.to(device))
 
 
 def _lay_tree(tree: Tree, start: int, ids: Tensor, positions: Tensor, sees: Tensor) -> None:

@@ -20,16 +20,16 @@ from rankwise.compat.accelerate import only_moves_inputs
 ATTRIBUTE = "rankwise_acceleration"
 
 
-class Record(dict[str, Any]):
+class Changes(dict[str, Any]):
     """The changes to a model, kept on the model itself."""
 
     def __reduce__(self) -> NoReturn:
         refuse_pickling()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Record:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Changes:
         # The head is the copy's own; what undoes stays the first model's.
         own = {name: copy.deepcopy(value, memo) for name, value in self.items() if name == "head"}
-        return Record({**self, **own})
+        return Changes({**self, **own})
 
 
 class Undo:

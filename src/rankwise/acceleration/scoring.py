@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rankwise.acceleration import attention
-from rankwise.acceleration.packing import Ids, Row, Tree, batches_of, build_trees, lay_out, pack
+from rankwise.acceleration.packing import Ids, PackedRow, Tree, batches_of, build_trees, lay_out, pack
 from rankwise.compat.transformers import attention_of
 from rankwise.errors import ModelError, warn
 
@@ -122,7 +122,7 @@ class Scorer:
         self._packing: bool | None = None
         self._told = False
 
-    def plan(self, targets: Sequence[Target]) -> list[list[Row]]:
+    def plan(self, targets: Sequence[Target]) -> list[list[PackedRow]]:
         """Batches of rows that hold all targets; they depend on the set of targets, not on their order."""
         if not targets:
             return []
@@ -141,7 +141,7 @@ class Scorer:
         for batch in self.plan(targets):
             yield self.score_batch(batch, targets)
 
-    def batches(self, targets: Sequence[Target]) -> Iterator[list[Row]]:
+    def batches(self, targets: Sequence[Target]) -> Iterator[list[PackedRow]]:
         sequences = [target.ids for target in targets]
         budget = self.budget
         if self.packs:
@@ -158,7 +158,7 @@ class Scorer:
             for start in range(0, len(batch), step):
                 yield batch[start : start + step]
 
-    def score_batch(self, rows: Sequence[Row], targets: Sequence[Target]) -> dict[int, Score]:
+    def score_batch(self, rows: Sequence[PackedRow], targets: Sequence[Target]) -> dict[int, Score]:
         """Scores of one batch of ``plan``, by the number of the target. Raises ModelError (RW323) for NaN."""
         places: list[tuple[int, int]] = []
         wanted: list[int] = []
@@ -183,7 +183,7 @@ class Scorer:
     # Without inference mode: what a layer keeps for its next call is used in training too.
     @torch.no_grad()
     def _log_p(
-        self, rows: Sequence[Row], places: Sequence[tuple[int, int]], wanted: Sequence[int]
+        self, rows: Sequence[PackedRow], places: Sequence[tuple[int, int]], wanted: Sequence[int]
     ) -> tuple[list[float], list[bool]]:
         """Of each place (row, column) the log-likelihood of the wanted token, and whether it is the argmax."""
         batch = lay_out(rows, self.pad, self.model.device)

@@ -29,7 +29,7 @@ UNWRITTEN = {"role", "content", "name", "id", "tool_call_id", *REASONING, *CALLS
 
 
 @dataclasses.dataclass(frozen=True)
-class LeftOut:
+class Unwritten:
     """What a template does not write, in words: parts that a row needs for training, and parts that it does not."""
 
     required: tuple[str, ...] = ()
@@ -60,9 +60,9 @@ def left_out(
     messages: Sequence[Message],
     tools: Tools,
     text: str,
-    known: dict[Hashable, LeftOut],
+    known: dict[Hashable, Unwritten],
     render: Callable[[Sequence[Message], Tools], str],
-) -> LeftOut:
+) -> Unwritten:
     """The parts of a conversation that are missing in its ``text``.
 
     ``known`` caches the answer by the conversation's shape.
@@ -82,7 +82,7 @@ def _shape(message: Message) -> tuple[Hashable, ...]:
     return (message["role"], bool(message["content"]), *calls, *sorted(message))
 
 
-def _ask(messages: Sequence[Message], tools: Tools, render: Callable[[Sequence[Message], Tools], str]) -> LeftOut:
+def _ask(messages: Sequence[Message], tools: Tools, render: Callable[[Sequence[Message], Tools], str]) -> Unwritten:
     marks = map(str, itertools.count(FIRST_MARK))
     things: list[_Thing] = []
     marked_tools = None if tools is None else [_marked_tool(tool, marks, things) for tool in tools]
@@ -95,9 +95,9 @@ def _ask(messages: Sequence[Message], tools: Tools, render: Callable[[Sequence[M
         text = render(copies, marked_tools)
     except DataError:
         # A template that refuses the marks cannot be asked; the row itself it has written.
-        return LeftOut()
+        return Unwritten()
     lost = dict.fromkeys(found for thing in things if (found := thing.lost_in(text)))
-    return LeftOut(
+    return Unwritten(
         tuple(name for name, required in lost if required), tuple(name for name, required in lost if not required)
     )
 

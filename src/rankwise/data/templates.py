@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.data.bounded import bounded
-from rankwise.data.left_out import LeftOut, Tools, characters, left_out
+from rankwise.data.left_out import Tools, Unwritten, characters, left_out
 from rankwise.data.rows import Message, Row, Rows
 from rankwise.data.tool_arguments import suit_arguments
 from rankwise.errors import DataError, one_line
@@ -142,7 +142,7 @@ class ChatRenderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
-        self._known: dict[Hashable, LeftOut] = {}
+        self._known: dict[Hashable, Unwritten] = {}
         # By shapes of conversations.
 
     def __call__(self, row: Row) -> Rendered:

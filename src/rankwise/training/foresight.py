@@ -22,7 +22,7 @@ MISMATCHED = ("KL_completion_ids",)
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class MicroBatch:
     """The properties of a micro-batch on which memory depends."""
 
     # A pair is one.
@@ -40,38 +40,21 @@ class Foresight(Protocol):
     def before_loading(self) -> None:
         """The prediction before the model is in memory."""
 
-    def before_training(self, batch: Batch, evaluation: Batch | None) -> int | None:
+    def before_training(self, batch: MicroBatch, evaluation: MicroBatch | None) -> int | None:
         """Called when everything is loaded and encoded, with the largest micro-batches of training and of evaluations.
 
         Returns the expected peak, in the terms of the run's own meter.
         """
 
 
-def largest_batch(trainer: Any, *, flat: bool) -> Batch:
-    """The micro-batch of the run with most tokens, padding included; then the one with the longest row.
-
-    ``flat``: rows are laid end to end, not padded. A pair is two rows.
-    """
-    import numpy as np
-
-    sides = _lengths(trainer.train_dataset, shared=flat and getattr(trainer, "shares_prompts", False))
-    # Row -1 has no tokens.
-    lengths = np.vstack([sides, np.zeros_like(sides[:1])])
-    most: tuple[int, int] = (0, 0)
-    found: Any = None
-    for table in coming_batches(trainer):
-        longest, together = lengths[table].max((1, 2)), lengths[table].sum((1, 2))
-        tokens = together if flat else longest * (table >= 0).sum(1) * sides.shape[1]
-        best = np.lexsort((longest, tokens))[-1]
-        if (tokens[best], longest[best]) > most:
-            most, found = (tokens[best], longest[best]), table[best][table[best] >= 0]
-    trained = sum(map(_trained, trainer.train_dataset.select(found.tolist())))
-    sequences = len(found) * sides.shape[1]
-    tokens_a_row = math.ceil(most[0] / sequences)
-    return Batch(len(found), tokens_a_row, min(1.0, max(trained, 1) / (sequences * tokens_a_row)))
+def largest_batch(trainer: Any, *, flat: bool) -> MicroBatch:
+    """The largest micro-batch of the run; ``flat``: rows are laid end to end, not padded."""
+    shared = flat and getattr(trainer, "shares_prompts", False)
+    lengths = _lengths(trainer.train_dataset, shared=shared)
+    return _largest(trainer.train_dataset, lengths, coming_batches(trainer), flat=flat)
 
 
-def largest_evaluation(trainer: Any) -> Batch | None:
+def largest_evaluation(trainer: Any) -> MicroBatch | None:
     """The largest batch of an evaluation, whose batches depend on its rows alone; None without evaluations."""
     if trainer.eval_dataset is None:
         return None
@@ -81,10 +64,10 @@ def largest_evaluation(trainer: Any) -> Batch | None:
     batches = [(len(rows), max(row.length for row in rows), rows) for rows in scorer.batches(targets)]
     count, tokens, rows = max(batches, key=lambda batch: batch[0] * batch[1], default=(1, 1, []))
     asked = sum(len(targets[member].places) for member in members_of(rows))
-    return Batch(count, tokens, min(1.0, max(asked, 1) / (count * tokens)))
+    return MicroBatch(count, tokens, min(1.0, max(asked, 1) / (count * tokens)))
 
 
-def largest_scoring(trainer: Any) -> Batch | None:
+def largest_scoring(trainer: Any) -> MicroBatch | None:
     """The largest batch of preferences that is scored without a gradient; None where there is none.
 
     Such batches are those of evaluations, and those of mismatched answers that KTO scores in every step. Rows come in
@@ -128,6 +111,26 @@ def _table(rows: Any, batch_size: int) -> Any:
     import numpy as np
 
     return np.pad(rows, (0, -len(rows) % batch_size), constant_values=-1).reshape(-1, batch_size)
+
+
+def _largest(dataset: Any, sides: Any, tables: Any, *, flat: bool) -> MicroBatch:
+    """The batch with most tokens, padding included; then the one with the longest row. A pair is two rows."""
+    import numpy as np
+
+    # Row -1 has no tokens.
+    lengths = np.vstack([sides, np.zeros_like(sides[:1])])
+    most: tuple[int, int] = (0, 0)
+    found: Any = None
+    for table in tables:
+        longest, together = lengths[table].max((1, 2)), lengths[table].sum((1, 2))
+        tokens = together if flat else longest * (table >= 0).sum(1) * sides.shape[1]
+        best = np.lexsort((longest, tokens))[-1]
+        if (tokens[best], longest[best]) > most:
+            most, found = (tokens[best], longest[best]), table[best][table[best] >= 0]
+    trained = sum(map(_trained, dataset.select(found.tolist())))
+    sequences = len(found) * sides.shape[1]
+    tokens_a_row = math.ceil(most[0] / sequences)
+    return MicroBatch(len(found), tokens_a_row, min(1.0, max(trained, 1) / (sequences * tokens_a_row)))
 
 
 def _trained(row: Mapping[str, Any]) -> int:

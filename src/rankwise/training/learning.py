@@ -14,7 +14,7 @@ from rankwise.data.formats import Format
 from rankwise.errors import ConfigError
 from rankwise.options import flag
 from rankwise.training.arguments import Surroundings
-from rankwise.training.foresight import Batch, largest_batch, largest_evaluation
+from rankwise.training.foresight import MicroBatch, largest_batch, largest_evaluation
 from rankwise.training.setup import Data
 from rankwise.training.spine import RunTrainer
 
@@ -37,8 +37,8 @@ class Learning:
     # Whether rows hold the tokens to learn.
     has_labels: bool = True
     # What memory depends on: of the largest micro-batch, ``flat`` where rows are laid end to end, and of evaluations.
-    largest_batch: Callable[..., Batch] = largest_batch
-    largest_evaluation: Callable[[Any], Batch | None] = largest_evaluation
+    largest_batch: Callable[..., MicroBatch] = largest_batch
+    largest_evaluation: Callable[[Any], MicroBatch | None] = largest_evaluation
 
 
 def check_options(given: TrainSettings) -> None:

@@ -13,7 +13,7 @@ from rankwise.errors import DataError
 from rankwise.foreign import Fields
 
 
-class Record(NamedTuple):
+class Line(NamedTuple):
     """One object and the line it stands in, counted from 1."""
 
     line: int
@@ -43,14 +43,14 @@ def read_text(path: Path) -> str:
         return files.read_text(path)
 
 
-def read_records(path: Path) -> Sequence[Record]:
+def read_records(path: Path) -> Sequence[Line]:
     """JSON lines, or one JSON array of objects. Raises DataError: RW230 cannot be read, RW238 no JSON objects."""
     with _coded():
         content = files.read_file(path, ".json")
     for line, record in content.records:
         if isinstance(record, BadRow):
             raise DataError("RW238", f"{path}, {content.counted_in} {line}: {record}.")
-    return [Record(line, record) for line, record in content.records if not isinstance(record, BadRow)]
+    return [Line(line, record) for line, record in content.records if not isinstance(record, BadRow)]
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rankwise.errors import DataError, warn
-from rankwise.evaluation.metrics.files import Record, no_duplicates, read_records, shortened
+from rankwise.evaluation.metrics.files import Line, no_duplicates, read_records, shortened
 from rankwise.final_number import extract_answer
 from rankwise.quantization.listing import some_of
 
@@ -69,8 +69,8 @@ def read_gsm8k(predictions: Path, references: Path) -> tuple[list[str], list[str
 
 
 def _joined(
-    predictions: Path, given: Sequence[Record], references: Path, known: Sequence[Record]
-) -> list[tuple[Record, Record]]:
+    predictions: Path, given: Sequence[Line], references: Path, known: Sequence[Line]
+) -> list[tuple[Line, Line]]:
     asked, answered = (_questions(rows) for rows in (given, known))
     if asked is None or answered is None or asked == answered:
         _same_count(predictions, given, references, known)
@@ -96,14 +96,14 @@ def _joined(
     return [(row, place[question]) for row, question in zip(given, asked)]
 
 
-def _questions(rows: Sequence[Record]) -> list[str] | None:
+def _questions(rows: Sequence[Line]) -> list[str] | None:
     """The questions of all rows, or None where one has none."""
     if not all(isinstance(row.fields.get("question"), str) for row in rows):
         return None
     return [row.fields["question"].strip() for row in rows]
 
 
-def _same_count(predictions: Path, given: Sequence[Record], references: Path, known: Sequence[Record]) -> None:
+def _same_count(predictions: Path, given: Sequence[Line], references: Path, known: Sequence[Line]) -> None:
     if len(given) != len(known):
         path, rows = (predictions, given) if len(given) > len(known) else (references, known)
         first = rows[min(len(given), len(known))].line

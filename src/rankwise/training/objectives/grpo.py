@@ -21,7 +21,7 @@ from rankwise.errors import ConfigError
 from rankwise.models.positions import table_rows
 from rankwise.options import flag
 from rankwise.training.arguments import Surroundings, run_arguments
-from rankwise.training.foresight import Batch, longest_row
+from rankwise.training.foresight import MicroBatch, longest_row
 from rankwise.training.learning import Learning
 from rankwise.training.objectives.grpo_trainer import EVALUATED_AT_ONCE, GrpoArguments, GrpoTrainer
 from rankwise.training.objectives.rewards import BUILT_IN, Reward, read_rewards
@@ -152,18 +152,18 @@ def _trainer(given: TrainSettings, data: Data, common: Mapping[str, Any], *, rew
     return GrpoTrainer(rewards=rewards, stop_ids=stops, **common)
 
 
-def _largest_batch(trainer: Any, *, flat: bool) -> Batch:
+def _largest_batch(trainer: Any, *, flat: bool) -> MicroBatch:
     """The largest micro-batch: answers of full length to the longest prompt."""
     new, rows = trainer.max_completion_length, trainer.args.per_device_train_batch_size
     tokens = longest_row(trainer.train_dataset) + new
-    return Batch(rows, tokens, new / tokens)
+    return MicroBatch(rows, tokens, new / tokens)
 
 
-def _largest_evaluation(trainer: GrpoTrainer) -> Batch | None:
+def _largest_evaluation(trainer: GrpoTrainer) -> MicroBatch | None:
     """Answers of full length to evaluation prompts, one to each."""
     if trainer.eval_dataset is None:
         return None
     new = trainer.max_completion_length
     tokens = longest_row(trainer.eval_dataset) + new
     rows = min(len(trainer.eval_dataset), EVALUATED_AT_ONCE, WRITTEN_ROWS[trainer.args.device.type])  # type: ignore[arg-type]
-    return Batch(rows, tokens, new / tokens)
+    return MicroBatch(rows, tokens, new / tokens)
