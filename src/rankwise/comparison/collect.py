@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rankwise.comparison.matrix import Cell
-from rankwise.comparison.schedule import Plan, state_of
+from rankwise.comparison.schedule import Plan, jobs_of, state_of
 from rankwise.comparison.stages import FACTS_FILE, INTERRUPTED_CODES, OWN_TASKS, PERPLEXITY, Job, outcome_of
 from rankwise.comparison.verdicts import Scores
 from rankwise.errors import RunError
@@ -72,10 +72,9 @@ def _record(folder: Path) -> JsonObject | None:
 
 def _error(plan: Plan, cell: Cell) -> tuple[Message | None, bool]:
     """The error of any of its stages, and whether its training finished."""
-    outcomes = {stage: outcome_of(Job(stage, cell), plan.output) for stage in ("train", *plan.after)}
-    errors = [outcome.error for outcome in outcomes.values() if outcome is not None and outcome.error is not None]
+    trained, measured = (outcome_of(job, plan.output) for job in jobs_of(cell))
+    errors = [outcome.error for outcome in (trained, measured) if outcome is not None and outcome.error is not None]
     error: Message | None = {"code": errors[0]["code"], "message": errors[0]["message"]} if errors else None
-    trained = outcomes["train"]
     return error, trained is not None and trained.status == "finished"
 
 

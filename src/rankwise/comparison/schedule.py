@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rankwise.comparison.matrix import Cell, choose_rate, final_cells, search_cells
-from rankwise.comparison.stages import Job, Outcome, Stage, outcome_of
+from rankwise.comparison.stages import Job, Outcome, outcome_of
 from rankwise.errors import RunError
 from rankwise.records import RunRecord, load_record
 from rankwise.reports.schema import RateSearch, SearchedRate
@@ -23,8 +23,6 @@ class Plan:
     seeds: int
     # Whether the searches are shorter than the final runs.
     short: bool
-    # What follows the training of a final run, in order.
-    after: tuple[Stage, ...] = ("measure",)
     # Whether the unadapted model is evaluated too.
     base: bool = True
     # What else each run and the base are evaluated on.
@@ -52,9 +50,7 @@ def jobs_to_do(plan: Plan) -> list[Job]:
     final = [job for state in states.values() if state.searched for job in state.waiting]
     # Of one seed in the order of the methods, in which they stand already.
     found += sorted(final, key=lambda job: job.cell.seed if job.cell else 0)
-    if plan.base:
-        found += _next_stage(plan, None)
-    return found
+    return found + _open_jobs(plan, None)
 
 
 def jobs_left(plan: Plan) -> list[Job]:
@@ -70,10 +66,10 @@ def jobs_left(plan: Plan) -> list[Job]:
             cells = final_cells(method, plan.rates[0], plan.seeds)
             # A search at full length is the final run of its seed.
             left += [Job("train", cell) for cell in cells[0 if plan.short else 1 :]]
-            left += [Job(stage, cell) for cell in cells for stage in plan.after]
+            left += [Job("measure", cell) for cell in cells]
             continue
-        left += [Job(stage, cell) for cell in cells for stage in _open_stages(plan, cell)]
-    return left + [Job(stage, None) for stage in _open_stages(plan, None) if plan.base]
+        left += [job for cell in cells for job in _open_jobs(plan, cell)]
+    return left + _open_jobs(plan, None)
 
 
 def possible_jobs(plan: Plan) -> Iterator[Job]:
@@ -83,7 +79,7 @@ def possible_jobs(plan: Plan) -> Iterator[Job]:
     for method in plan.methods:
         cells += search_cells(method, plan.rates, short=plan.short)
         cells += [cell for rate in plan.rates for cell in final_cells(method, rate, plan.seeds)]
-    jobs = (Job(stage, cell) for cell in dict.fromkeys(cells) for stage in _stages(plan, cell))
+    jobs = (job for cell in dict.fromkeys(cells) for job in jobs_of(cell))
     return (job for job in jobs if job.name(plan.output).name in begun)
 
 
@@ -107,7 +103,7 @@ def state_of(plan: Plan, method: str) -> MethodState:
     cells = final_cells(method, rate, plan.seeds)
     first = Job("train", cells[0])
     reason = _skip_reason(outcome_of(first, plan.output))
-    waiting = [] if reason else [job for cell in cells for job in _next_stage(plan, cell)]
+    waiting = [] if reason else [job for cell in cells for job in _open_jobs(plan, cell)[:1]]
     if not search:
         found = {"tried": _search(plan, cells[:1])["tried"], "chosen": rate, "at_edge": False}
     return MethodState(found, True, cells, reason, waiting)
@@ -123,28 +119,19 @@ def _failed_probe(plan: Plan, method: str) -> dict[str, str] | None:
     return outcome.error if outcome is not None and outcome.status == "failed" else None
 
 
-def _next_stage(plan: Plan, cell: Cell | None) -> Iterator[Job]:
-    """The first stage of a cell without an outcome. Nothing follows a failed training."""
-    for stage in _stages(plan, cell):
-        job = Job(stage, cell)
-        outcome = outcome_of(job, plan.output)
-        if outcome is None:
-            yield job
-            return
-        if stage == "train" and outcome.status == "failed":
-            return
+def jobs_of(cell: Cell | None) -> list[Job]:
+    """The jobs of a cell, in order; those of the base for None."""
+    return [Job("measure", None)] if cell is None else [Job("train", cell), Job("measure", cell)]
 
 
-def _stages(plan: Plan, cell: Cell | None) -> tuple[Stage, ...]:
-    return plan.after if cell is None else ("train", *plan.after)
-
-
-def _open_stages(plan: Plan, cell: Cell | None) -> list[Stage]:
-    outcomes = {stage: outcome_of(Job(stage, cell), plan.output) for stage in _stages(plan, cell)}
-    trained = outcomes.get("train")
-    if trained is not None and trained.status == "failed":
+def _open_jobs(plan: Plan, cell: Cell | None) -> list[Job]:
+    """The jobs of a cell without an outcome. Nothing follows a failed training."""
+    if cell is None and not plan.base:
         return []
-    return [stage for stage, outcome in outcomes.items() if outcome is None]
+    outcomes = {job: outcome_of(job, plan.output) for job in jobs_of(cell)}
+    if any(job.stage == "train" and outcome and outcome.status == "failed" for job, outcome in outcomes.items()):
+        return []
+    return [job for job, outcome in outcomes.items() if outcome is None]
 
 
 def _search(plan: Plan, cells: list[Cell]) -> RateSearch:
