@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rankwise.adapters import add_adapter
 from rankwise.config import TrainSettings
 from rankwise.lora_config import LoraConfig
 from rankwise.training.arguments import Surroundings, sft_arguments
+from rankwise.training.run import train
 from rankwise.training.trainer import RankwiseTrainer
 from tiny_models import tiny_llama
 
@@ -31,6 +33,10 @@ def _one_thread() -> Any:
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """Whole words w0 ... w89 and the usual special tokens, built in code."""
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -100,7 +106,10 @@ def make_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> TrainerM
 
 @pytest.fixture
 def model_folder(tmp_path: Path, tokenizer: Any) -> Path:
-    folder = tmp_path / "base"
+    return save_base(tmp_path / "base", tokenizer)
+
+
+def save_base(folder: Path, tokenizer: Any) -> Path:
     tiny_llama().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -108,22 +117,31 @@ def model_folder(tmp_path: Path, tokenizer: Any) -> Path:
 
 @pytest.fixture
 def settings(tmp_path: Path, model_folder: Path) -> Any:
-    def make(**changes: Any) -> TrainSettings:
-        given = {
-            "model": str(model_folder),
-            "data": str(write_rows(tmp_path / "train.jsonl", 40)),
-            "eval_data": str(write_rows(tmp_path / "eval.jsonl", 6, seed=1)),
-            "output": tmp_path / "run",
-            "r": 4,
-            "max_steps": 8,
-            "batch_size": 2,
-            "max_length": 16,
-            "learning_rate": 1e-2,
-            "logging_steps": 2,
-            "eval_steps": 4,
-            "device": "cpu",
-            "dtype": "float32",
-        }
-        return TrainSettings.model_validate({**given, **changes})
+    return partial(settings_in, tmp_path, model_folder)
 
-    return make
+
+def settings_in(folder: Path, model_folder: Path, **changes: Any) -> TrainSettings:
+    given = {
+        "model": str(model_folder),
+        "data": str(write_rows(folder / "train.jsonl", 40)),
+        "eval_data": str(write_rows(folder / "eval.jsonl", 6, seed=1)),
+        "output": folder / "run",
+        "r": 4,
+        "max_steps": 8,
+        "batch_size": 2,
+        "max_length": 16,
+        "learning_rate": 1e-2,
+        "logging_steps": 2,
+        "eval_steps": 4,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    return TrainSettings.model_validate({**given, **changes})
+
+
+@pytest.fixture(scope="session")
+def straight_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with dropout that nothing stopped; read only."""
+    folder = tmp_path_factory.mktemp("straight")
+    train(settings_in(folder, save_base(folder / "base", make_tokenizer()), lora_dropout=0.1))
+    return folder / "run"

@@ -45,10 +45,9 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_an_interrupted_final_save_is_made_good(
-    place: str, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, settings: Any, straight_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, at_call = PLACES[place]
-    train(settings(output=tmp_path / "straight"))
     with monkeypatch.context() as patch:
         if name == "os.replace":
             # The first in finish is the first of the final files, all others are records' and checkpoints'.
@@ -56,18 +55,17 @@ def test_an_interrupted_final_save_is_made_good(
         else:
             patch.setattr(finish, name, stopping(getattr(finish, name), at_call, KeyboardInterrupt()))
         with pytest.raises(Interrupted) as caught:
-            train(settings())
+            train(settings(lora_dropout=0.1))
     assert caught.value.code == "RW541"
     assert load_record(tmp_path / "run").status == "interrupted"
     assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
     for file in (tmp_path / "run").glob("*.safetensors"):
         safetensors.torch.load_file(file)
-    assert train(settings(resume=True)).status == "finished"
-    straight, run = ({path.name for path in (tmp_path / folder).iterdir()} for folder in ("straight", "run"))
+    assert train(settings(lora_dropout=0.1, resume=True)).status == "finished"
+    folders = (straight_run, tmp_path / "run")
+    straight, run = ({path.name for path in folder.iterdir()} for folder in folders)
     assert straight == run
-    one, other = (
-        safetensors.torch.load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("straight", "run")
-    )
+    one, other = (safetensors.torch.load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 

@@ -100,21 +100,21 @@ def test_best_checkpoint_is_kept_and_named(settings: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_run_resumes_to_the_same_bits(number: int, settings: Any, tmp_path: Path) -> None:
-    train(settings(output=tmp_path / "straight", lora_dropout=0.1))
+def test_interrupted_run_resumes_to_the_same_bits(
+    number: int, settings: Any, straight_run: Path, tmp_path: Path
+) -> None:
     with pytest.raises(Interrupted, match="--resume") as stopped:
         train(settings(lora_dropout=0.1), Recorder(stop_at=3, number=number))
     assert stopped.value.exit_code == 130
     assert load_record(tmp_path / "run").status == "interrupted"
     record = train(settings(lora_dropout=0.1, resume=True))
     assert record.status == "finished"
-    one, other = (
-        safetensors.torch.load_file(tmp_path / name / "adapter_model.safetensors") for name in ("straight", "run")
-    )
+    folders = (straight_run, tmp_path / "run")
+    one, other = (safetensors.torch.load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert all(torch.equal(one[key], other[key]) for key in one)
     figures = [
-        [(line["step"], line.get("eval_loss")) for line in read_metrics(tmp_path / name) if "eval_loss" in line]
-        for name in ("straight", "run")
+        [(line["step"], line.get("eval_loss")) for line in read_metrics(folder) if "eval_loss" in line]
+        for folder in folders
     ]
     assert figures[0] == figures[1]
 
