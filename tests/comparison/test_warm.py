@@ -37,10 +37,10 @@ def main(arguments):
 
 @pytest.fixture(autouse=True)
 def _light_step(tmp_path, monkeypatch):
-    """A step that imports nothing; the server loads nothing for it."""
+    """A step that imports nothing; the server loads no more for it than what starts it."""
     (tmp_path / "light_step.py").write_text(STEP)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(warm, "PRELOADED", ("light_step",))
+    monkeypatch.setattr(warm, "PRELOADED", ("light_step", warm.__name__))
     monkeypatch.chdir(tmp_path)
 
 
