@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from rankwise.cli.settings import GenerateSettings
 from rankwise.data.files import kind_of
-from rankwise.data.formats import BadRow, conversation, text_field
+from rankwise.data.formats import BadRow, conversation, text_field, tools_of
 from rankwise.data.rows import Message
 from rankwise.errors import ConfigError, DataError
 from rankwise.foreign import parse_json
@@ -94,10 +94,11 @@ def _conversations(source: str) -> list[Conversation]:
 def _conversation(place: str, record: Any) -> Conversation:
     if not isinstance(record, list | dict):
         raise BadRow(f"expected a list of messages or an object with `messages`, found {str(record)[:40]!r}")
-    messages, tools = conversation({"messages": record} if isinstance(record, list) else record)
+    record = {"messages": record} if isinstance(record, list) else record
+    messages = conversation(record)
     if messages[-1]["role"] not in ("user", "tool"):
         raise BadRow(f"expected a `user` or `tool` message to answer at the end, found `{messages[-1]['role']}`")
-    return Conversation(messages, tools, place)
+    return Conversation(messages, tools_of(record), place)
 
 
 def _read(source: str) -> tuple[str, str]:

@@ -55,7 +55,7 @@ def encode_preferences(
     sides = [side for row in rows for side in sides_of(row)]
     found = encoder.try_encode(sides, max_length)
     table = _Table(max_length, paired=len(sides) > len(rows))
-    problems = []
+    problems: list[Problem] = []
     stop_ids: set[int] = set()
     for row in rows:
         encoded = [next(found) for _ in sides_of(row)]
@@ -66,8 +66,8 @@ def encode_preferences(
         stop_ids = stop_ids or encoder.stop_ids()
         table.add([item for item in encoded if isinstance(item, EncodedRow)], row.label, stop_ids)
     check_bad_rows(problems, len(rows), allowed=skip_bad_rows, before=len(rows.problems))
-    bad = [*rows.problems, *problems]
-    report = table.counts.report(name, encoder, bad, rows=len(table.labels), tokens=table.tokens)
+    problems = [*rows.problems, *problems]
+    report = table.counts.report(name, encoder, problems, rows=len(table.labels), tokens=table.tokens)
     complain(report, rows, max_length)
     if table.equal:
         warn(
