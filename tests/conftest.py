@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,6 +27,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first: what starts last should be short, or one worker waits for the other."""
     slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_sessionfinish() -> None:
+    # Triton's bindings complain of what is left at the end.
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_to_look_through() -> None:
+    """Leave what is loaded out of later collections. Every training run makes one, and it took half of a short run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

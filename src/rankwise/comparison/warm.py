@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import multiprocessing
 import os
@@ -106,6 +107,8 @@ def _work(
 ) -> None:
     import fcntl
 
+    # What the server has loaded stays: no collection need look through it, or copy its memory by doing so.
+    gc.freeze()
     os.setsid()
     prepare()
     # As Python sets it when it starts.
