@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from rankwise.ops.cpu import native
@@ -78,3 +79,11 @@ def avx2() -> Iterator[None]:
     native.set_level("avx2")
     yield
     native.set_level(None)
+
+
+@pytest.fixture
+def cpu_as_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For trl's ``OffloadActivations``, which moves activations from the accelerator to the host."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
+    monkeypatch.setattr(torch.cpu.Stream, "synchronize", lambda self: None, raising=False)

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from rankwise.errors import ConfigError
 from rankwise.lora_config import ADAPTER, AdapterOptions, LoraConfig, init_of
 from rankwise.options import (
     LARGEST_NUMBER,
@@ -37,6 +38,7 @@ from rankwise.options import (
     WarmTemperature,
     Whole,
     comma_list,
+    flag,
     option,
     text_list,
 )
@@ -108,6 +110,8 @@ class StepOptions(AdapterOptions):
     activation_offloading: Annotated[
         bool, _device("Keep activations in CPU memory until the backward pass needs them (accelerators only).")
     ] = False
+    label_smoothing: Annotated[Share, _training("Label smoothing.")] = 0.0
+    packing: Annotated[bool, _training("Fill every row with several examples that do not see each other.")] = False
     # False: PyTorch's own step: no fused parts, kernels or losses of ours.
     fast: Annotated[
         bool,
@@ -173,8 +177,6 @@ class RunOptions(ModelOptions, TextOptions, LengthOptions, StepOptions):
         _training("NEFTune: noise on the embeddings in training, this over sqrt(length x width); 5 is usual."),
     ] = None
     max_grad_norm: Annotated[NotNegative, _training("Gradients are clipped to this norm; 0 switches it off.")] = 1.0
-    label_smoothing: Annotated[Share, _training("Label smoothing.")] = 0.0
-    packing: Annotated[bool, _training("Fill every row with several examples that do not see each other.")] = False
     early_stopping: Annotated[Count | None, _training("Stop after N evaluations without a better loss.")] = None
 
     device: Annotated[Device, _device("Device; auto takes the fastest.")] = "auto"
@@ -275,6 +277,19 @@ LOSS_TYPES = {
 BETA, GENERATIONS = 0.1, 8
 # Of those losses the ones that --label-smoothing acts on.
 SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
+
+
+def check_objective(given: Settings, objective: Objective) -> None:
+    """Raise ConfigError (RW760) for options that the run's objective does not have."""
+    own, defaults = OBJECTIVE_OPTIONS[objective], given.defaults()
+    others = sorted({name for names in OBJECTIVE_OPTIONS.values() for name in names} - set(own))
+    idle = [flag(name) for name in others if name in defaults and getattr(given, name) != defaults[name]]
+    if idle:
+        raise ConfigError(
+            "RW760",
+            f"{', '.join(idle)}: no option of --objective {objective}, whose own are "
+            f"{', '.join(map(flag, own)) or 'none'}; leave it out, or give another objective.",
+        )
 
 
 class TrainSettings(ObjectiveOptions, RunOptions):

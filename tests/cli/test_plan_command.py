@@ -485,3 +485,21 @@ def test_of_several_sources_of_speed_each_is_named(plan, tmp_path, monkeypatch):
     basis = plan("--method", "lora,dora", "--json").document["pace"]
     assert basis.startswith("lora: measured on this machine")
     assert "; dora: assumed" in basis
+
+
+def test_packed_rows_of_a_card_without_flash_attention_take_masks(plan):
+    order = ("--packing", "--batch-size", "4", "--max-length", "512", "--method", "lora", "--dtype", "float16")
+    found = {}
+    for card in ("T4", "L4"):
+        done = plan("--gpu", card, *order)
+        assert "packed" in done.stdout
+        document = plan("--gpu", card, *order, "--json").document
+        assert (document["workload"]["packing"], document["workload"]["flash"]) == (True, card == "L4")
+        found[card] = document["methods"]["lora"]["breakdown"]["activations"]
+    assert found["T4"] - found["L4"] > (4 * 512) ** 2
+
+
+def test_packing_is_refused_where_train_refuses_it(plan):
+    done = plan("--gpu", "L4", "--packing", "--objective", "dpo")
+    assert done.code == 2
+    assert "RW760" in done.stderr

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
+from rankwise.acceleration import MovedOnce
 from rankwise.errors import ConfigError
 from rankwise.planning import MemoryEstimate, Workload, check
 from rankwise.planning.check import Check, check_method, comparable
@@ -53,11 +56,11 @@ def test_steps_that_cannot_fit_are_not_begun(monkeypatch, peak, parameters):
 
 @pytest.mark.parametrize("is_asked", [False, True])
 def test_measured_steps_offload_activations_as_the_trainer_does(monkeypatch, is_asked):
-    monkeypatch.setattr(
-        "trl.models.activation_offloading.get_act_offloading_ctx_manager", lambda model: ("offloading", model)
-    )
-    context = _offloading("model", Workload(device_type="cuda", activation_offloading=is_asked))
-    assert (context == ("offloading", "model")) is is_asked
+    theirs = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    monkeypatch.setattr("trl.models.activation_offloading.get_act_offloading_ctx_manager", lambda model: theirs)
+    context = _offloading(nn.Linear(1, 1), Workload(device_type="cuda", activation_offloading=is_asked))
+    assert (context is theirs) is is_asked
+    assert isinstance(getattr(theirs.pack_hook, "__self__", None), MovedOnce) is is_asked
 
 
 @pytest.mark.parametrize(

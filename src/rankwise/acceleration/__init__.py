@@ -3,6 +3,7 @@
 from rankwise.acceleration.allocator import give_back_freed_memory, grow_segments, limit_generated_kernels
 from rankwise.acceleration.linears import use_native_products
 from rankwise.acceleration.loss import LossOptions
+from rankwise.acceleration.offloading import MovedOnce, move_once
 from rankwise.acceleration.optimize import Acceleration, fused_head, optimize_for_training, restore
 from rankwise.acceleration.peft_layers import accelerate_peft
 from rankwise.acceleration.rows import flattening_obstacle
@@ -10,12 +11,14 @@ from rankwise.acceleration.rows import flattening_obstacle
 __all__ = [
     "Acceleration",
     "LossOptions",
+    "MovedOnce",
     "accelerate_peft",
     "flattening_obstacle",
     "fused_head",
     "give_back_freed_memory",
     "grow_segments",
     "limit_generated_kernels",
+    "move_once",
     "optimize_for_training",
     "restore",
     "use_native_products",

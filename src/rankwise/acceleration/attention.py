@@ -26,10 +26,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from rankwise.compat.torch import writes_to
-from rankwise.constants import FLASH_WIDTH
+from rankwise.constants import ALIGNED, FLASH_WIDTH
 from rankwise.ops import attention as kernel
 from rankwise.ops import reference_attention
-from rankwise.ops.selection import as_autocast, stands_on_card, transforms_functions
+from rankwise.ops.selection import as_autocast, card_capability, stands_on_card, transforms_functions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -94,8 +94,7 @@ def register() -> None:
 def obstacle(dtype: torch.dtype, like: Tensor, head_width: int = 64) -> str | None:
     """Why our attention would not skip unseen keys for a model on the device of ``like``, or None."""
     if stands_on_card(like):
-        capability = torch.cuda.get_device_capability(like.device) if like.is_cuda else _FLASH_CAPABILITY
-        return _card_obstacle(dtype, capability, head_width)
+        return _card_obstacle(dtype, card_capability(like), head_width)
     if not like.is_cpu:
         return "the device has fast attention of its own"
     q = torch.empty(1, 2, 1, head_width, dtype=dtype)
@@ -107,8 +106,11 @@ def _card_obstacle(dtype: torch.dtype, capability: tuple[int, int], head_width: 
         return f"flash attention takes 16-bit numbers, and the model computes in {dtype}"
     if capability < _FLASH_CAPABILITY:
         return "flash attention needs compute capability 8.0, and this card has {}.{}".format(*capability)
-    if head_width > FLASH_WIDTH or head_width % 8:
-        return f"flash attention takes heads of up to {FLASH_WIDTH} columns in steps of 8, and these have {head_width}"
+    if head_width > FLASH_WIDTH or head_width % ALIGNED:
+        return (
+            f"flash attention takes heads of up to {FLASH_WIDTH} columns in steps of {ALIGNED}, and these have "
+            f"{head_width}"
+        )
     if not {"window_size", "enable_gqa"} <= set(inspect.signature(varlen.varlen_attn).parameters):
         return f"the flash attention of torch {torch.__version__} takes no sliding windows or grouped heads"
     return None

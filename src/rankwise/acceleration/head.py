@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from rankwise.acceleration.probe import probe
 from rankwise.acceleration.replace import ATTRIBUTE, class_forward
-from rankwise.adapters.base_layer import has_hooks, is_own
-from rankwise.compat.torch import is_fake
+from rankwise.adapters.base_layer import is_own
+from rankwise.compat.torch import hooks_around, is_fake
+from rankwise.compat.trl_hooks import bars_offloading
 from rankwise.constants import IGNORED
 from rankwise.ops.linear_cross_entropy import LogitShape
 
@@ -84,9 +85,10 @@ def current_head(model: nn.Module) -> Head | None:
     if head is not None and output_head(model) is not head.module:
         found = answering_head(model)
         state["head"] = head = None if found is None else losing_head(model, found)
-    if head is None or has_hooks(head.module) or head.loss_function != getattr(model, "loss_function", None):
+    if head is None or head.loss_function != getattr(model, "loss_function", None):
         return None
-    return head
+    hooks = (hook for kind in hooks_around(head.module) for hook in kind.values())
+    return head if all(map(bars_offloading, hooks)) else None
 
 
 def asks_for_routers(model: nn.Module, given: dict[str, Any]) -> bool:

@@ -74,6 +74,7 @@ def heading(plan: Plan) -> Iterator[str]:
     parts = [
         f"batch {work.batch_size} x {work.max_length:,} tokens",
         *([f"accumulation {plan.accumulation}"] if plan.accumulation > 1 else []),
+        *(["packed"] if work.packing else []),
         work.dtype,
         f"r {work.r} on {_targets(work)}",
         work.optimizer,

@@ -34,7 +34,7 @@ from rankwise.comparison.stages import PERPLEXITY, Job
 from rankwise.comparison.statistics import CONFIDENCE
 from rankwise.comparison.summary import all_differences, all_methods, ranked, scores_by_metric
 from rankwise.comparison.tasks import make_tasks, own_task
-from rankwise.config import BASELINES, FOUR_BITS, TrainSettings, idle_options, variant_of
+from rankwise.config import BASELINES, FOUR_BITS, TrainSettings, check_objective, idle_options, variant_of
 from rankwise.disk import coded_errors, discard_folder, hold, remove_strays
 from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, heard, warn
 from rankwise.options import flag, option_words
@@ -53,7 +53,6 @@ from rankwise.reports.schema import (
     MinimumDetectableEffect,
     Run,
 )
-from rankwise.training.learning import check_options
 from rankwise.training.objectives import learning_of
 
 # Of the files of a job in ``DIR/cells`` that are written whole.
@@ -140,7 +139,7 @@ def _check_objective(given: CompareSettings) -> None:
     common = {**shared_training(given), "model": given.model, "data": given.data, "output": given.output}
     for method, options in map(variant_of, given.methods):
         settings = TrainSettings.model_validate({**common, **options, "method": method})
-        check_options(settings)
+        check_objective(settings, settings.objective)
         if given.objective != "sft":
             learning_of(settings)
 

@@ -29,7 +29,7 @@ _choice: str | None = None
 _modules: dict[str, ModuleType] = {}
 _said: set[str] = set()
 _fakes_as: str | None = None
-_fakes_have_triton = True
+_fakes_have_triton = _fakes_have_flash = True
 
 
 def set_implementation(name: str) -> None:
@@ -100,15 +100,16 @@ def takes_native(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def fakes_as(device_type: str, *, triton: bool = True) -> Iterator[None]:
+def fakes_as(device_type: str, *, triton: bool = True, flash: bool = True) -> Iterator[None]:
     """Within this context fake CPU tensors dispatch as if on ``device_type``, ``"cpu"`` or ``"cuda"`` (with or without
-    Triton): their storages are those of a real step there."""
-    global _fakes_as, _fakes_have_triton
-    before, _fakes_as, _fakes_have_triton = (_fakes_as, _fakes_have_triton), device_type, triton
+    Triton and flash attention): their storages are those of a real step there."""
+    global _fakes_as, _fakes_have_triton, _fakes_have_flash
+    before = _fakes_as, _fakes_have_triton, _fakes_have_flash
+    _fakes_as, _fakes_have_triton, _fakes_have_flash = device_type, triton, flash
     try:
         yield
     finally:
-        _fakes_as, _fakes_have_triton = before
+        _fakes_as, _fakes_have_triton, _fakes_have_flash = before
 
 
 def runs_triton(device: torch.device) -> bool:
@@ -129,6 +130,14 @@ def takes_triton(tensor: Tensor) -> bool:
 def stands_on_card(tensor: Tensor) -> bool:
     """Whether the tensor is on a CUDA card, or is a fake tensor of a CPU that stands for one."""
     return tensor.is_cuda or (_fakes_as == "cuda" and is_fake(tensor))
+
+
+def card_capability(tensor: Tensor) -> tuple[int, int]:
+    """The compute capability of the tensor's card, or of the one that a fake tensor stands for: with flash attention
+    8.0, without 7.5."""
+    if tensor.is_cuda:
+        return torch.cuda.get_device_capability(tensor.device)
+    return (8, 0) if _fakes_have_flash else (7, 5)
 
 
 def _choose(device: str) -> str:

@@ -93,6 +93,13 @@ def offloaded_backward_bytes(step: StepFacts) -> int:
     return step.T * s * (kept * f + (3 if dora else 1) * h)
 
 
+def brought_back_bytes(step: StepFacts) -> int:
+    """Tensors of the MLP that one operation had from the host: one; of stacked experts gate and up of the k."""
+    if step.four_bit_experts:
+        return 0
+    return step.T * step.s * step.shape.mlp * (2 * step.shape.experts_per_token if step.shape.experts else 1)
+
+
 def weighing_bytes(step: StepFacts) -> int:
     """Where the backward pass enters 4-bit experts: gradients of a token's k weighed outputs, two in the dtype of the
     experts' weights and one in that of the outputs, and the gradient of their sum. What follows is one expert's share.

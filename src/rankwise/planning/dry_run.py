@@ -91,9 +91,11 @@ def trace(
     tracker.deadline = deadline
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     tracker.answers.true_counts |= _enabled_rows(skeleton, workload)
-    way = selection.fakes_as(workload.device_type, triton=workload.triton)
+    way = selection.fakes_as(workload.device_type, triton=workload.triton, flash=workload.flash)
     # The tracker says that a mask hides nothing: a single row has no padding, and a card's step needs no mask for it.
+    # Positions of packed rows hide something.
     maskless = workload.sequences == 1 or (workload.device_type == "cuda" and workload.fast)
+    maskless = maskless and not workload.packing
     masks = fake_masks_looked_at() if fake and maskless else nullcontext()
     with _explaining(skeleton), mode, way, masks, tracker:
         materialize(skeleton, weights_dtype(method, workload), fill=not fake)
@@ -171,7 +173,7 @@ def run_steps(
     label_optimizer(optimizer, tracker)
     hooks = [item.register_post_accumulate_grad_hook(_label_gradient(tracker)) for item in parameters]
     autocast = autocast_dtype(method, workload)
-    with offloaded(tracker) if workload.activation_offloading else nullcontext():
+    with offloaded(tracker, model) if workload.activation_offloading else nullcontext():
         take_step(model, optimizer, batch, tracker.enter, autocast, loss)
     if workload.written:
         write_a_token(model, method, workload, tracker.enter)

@@ -91,7 +91,7 @@ def prepare(model: nn.Module, method: str, workload: Workload) -> bool:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
     flat = _accelerate(model, workload)
     model.train()
-    return flat
+    return flat or workload.packing
 
 
 def _accelerate(model: nn.Module, workload: Workload) -> bool:

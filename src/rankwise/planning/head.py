@@ -8,10 +8,15 @@ from __future__ import annotations
 from rankwise.chunks import chunk_rows
 from rankwise.planning.step_facts import StepFacts
 
+# Rows and columns of a tile of logits of trl's head (trl.kernels.chunked_logprob).
+TRL_TILE = (4096, 32768)
+
 
 def loss_bytes(step: StepFacts) -> int:
     """Logits of a chunk of scored tokens. Through a head that trains they have float32 copies: 16 bytes each in all."""
     V, scored = step.shape.vocabulary, step.workload.trained_tokens
+    if step.trl_head:
+        return _tile_bytes(step)
     if not step.workload.fast:
         return _plain_loss_bytes(step)
     trains = step.is_full or "lm_head" in step.adapted
@@ -34,6 +39,13 @@ def _plain_loss_bytes(step: StepFacts) -> int:
     return each * step.shape.vocabulary * step.workload.trained_tokens
 
 
+def _tile_bytes(step: StepFacts) -> int:
+    """A tile of trl's head; full fine-tuning makes it of 16-bit copies."""
+    rows, columns = min(step.workload.trained_tokens, TRL_TILE[0]), TRL_TILE[1]
+    copies = (rows + min(columns, step.shape.vocabulary)) * step.shape.hidden if step.autocasts else 0
+    return step.s * (rows * columns + copies)
+
+
 def weight_bytes(step: StepFacts) -> int:
     """The head's weight: V h s."""
     return step.shape.vocabulary * step.shape.hidden * step.s
@@ -41,7 +53,11 @@ def weight_bytes(step: StepFacts) -> int:
 
 def first_gradient_bytes(step: StepFacts) -> int:
     """What a head that trains holds as the backward pass begins: the gradient of a chunk, and the sum over chunks
-    before and after it is added. In full fine-tuning in 16 bits the sum's float32 copy is the most."""
+    before and after it is added. In full fine-tuning in 16 bits the sum's float32 copy is the most. trl's head sums the
+    hidden states' gradient in float32, beside a tile."""
+    if step.trl_head:
+        hidden = step.workload.trained_tokens * step.shape.hidden * 4
+        return _tile_bytes(step) + hidden + (4 * step.shape.vocabulary * step.shape.hidden if step.is_full else 0)
     if step.autocasts:
         return gradient_bytes(step)
     return 3 * weight_bytes(step) if step.is_full or step.whole_head else 0

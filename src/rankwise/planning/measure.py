@@ -131,7 +131,11 @@ def _offloading(model: PreTrainedModel, workload: Workload) -> AbstractContextMa
         return nullcontext()
     from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
-    return get_act_offloading_ctx_manager(model=model)
+    from rankwise.acceleration import move_once
+
+    context = get_act_offloading_ctx_manager(model=model)
+    move_once(context)
+    return context
 
 
 def _warm_up(device: str, workload: Workload) -> None:

@@ -105,7 +105,14 @@ class Moments:
         """Gradients inside one layer's backward pass, and a dense copy of a 4-bit weight."""
         from_host = self.offloads and not self.again
         own = backward.offloaded_backward_bytes if from_host else backward.backward_bytes
-        return own(self.step) + self.unpacked
+        return own(self.step) + self.unpacked + self.brought_back
+
+    @property
+    def brought_back(self) -> int:
+        """What came from the host for one operation and stays until the next one has its own."""
+        if not self.offloads:
+            return 0
+        return 2 * self.step.stream_bytes if self.again else backward.brought_back_bytes(self.step)
 
     @property
     def last_gradient(self) -> int:
@@ -136,7 +143,7 @@ class Moments:
     def through_scores(self) -> Iterator[tuple[str, Terms]]:
         """The backward pass of attention that keeps its scores, in the last layer and in the first."""
         if self.offloads and not self.again:
-            transient = backward.offloaded_scores_bytes(self.step) + self.tied_gradient
+            transient = backward.offloaded_scores_bytes(self.step) + self.tied_gradient + self.brought_back
             terms = {"gradients": self.gradients - self.last_gradient, "transient": transient}
             yield "backward through scores", terms
             return

@@ -158,13 +158,15 @@ def workload_for(settings: PlanSettings, hardware: Hardware) -> Workload:
 
 def on_device(workload: Workload, hardware: Hardware) -> Workload:
     """The same where our fused parts and kernels do not run: an Apple GPU takes PyTorch's own step, counted as on a
-    CPU, whose memory it shares; a card of this machine without Triton its own gated MLPs.
+    CPU, whose memory it shares; a card of this machine without Triton its own gated MLPs. Cards that have bfloat16 and
+    those with flash attention are the same.
     """
     if hardware.device_type == "mps":
         return dataclasses.replace(workload, fast=False)
-    if hardware.kind == "machine" and hardware.device_type == "cuda":
-        return dataclasses.replace(workload, triton=importlib.util.find_spec("triton") is not None)
-    return workload
+    if hardware.device_type != "cuda":
+        return workload
+    triton = hardware.kind != "machine" or importlib.util.find_spec("triton") is not None
+    return dataclasses.replace(workload, triton=triton, flash=hardware.has_bfloat16 is not False)
 
 
 def is_slowed(fast: bool, hardware: Hardware) -> bool:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rankwise.config import LengthOptions, ModelOptions, StepOptions, TrainSettings
+from rankwise.config import LengthOptions, ModelOptions, StepOptions, TrainSettings, check_objective
 from rankwise.errors import ConfigError
 from rankwise.options import Batch, Count, Names, Panel, option
 from rankwise.planning.terms import PLANNED
@@ -76,7 +76,8 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
         return PLANNED if ALL in self.method else tuple(name for name in PLANNED if name in self.method)
 
     def workload(self, device_type: Literal["cpu", "cuda"], dtype: str) -> Workload:
-        """One training step with these options. Raises ConfigError (RW130)."""
+        """One training step with these options. Raises ConfigError (RW130, and RW760 as ``check_objective`` does)."""
+        check_objective(self, self.objective)
         if self.strategy is not None and self.devices == 1:
             raise ConfigError(
                 "RW130", f"--strategy {self.strategy} is for several devices, and --devices is 1; add --devices N."

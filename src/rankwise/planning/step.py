@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from rankwise.acceleration import LossOptions, fused_head
 from rankwise.constants import IGNORED
+from rankwise.ops.selection import stands_on_card
+from rankwise.planning import trl_head
 from rankwise.planning.workload import Workload
 
 Enter = Callable[[str], None]
@@ -30,6 +32,7 @@ class Batch:
     labels: Tensor
     # (P,): what is scored, the same in each row.
     positions: Tensor
+    label_smoothing: float = 0.0
 
 
 def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: bool = False) -> Batch:
@@ -45,7 +48,7 @@ def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: 
     positions = torch.arange(P, device=device)
     if not flat:
         mask[-1, -1] = int(B == 1)
-        return Batch({"input_ids": ids, "attention_mask": mask}, labels, positions)
+        return Batch({"input_ids": ids, "attention_mask": mask}, labels, positions, workload.label_smoothing)
     labels[:, 0] = IGNORED
     starts = torch.arange(B, device=device)[:, None] * L
     bounds = torch.arange(0, B * L + 1, L, dtype=torch.int32, device=device)
@@ -57,7 +60,7 @@ def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: 
         "max_length_q": L,
         "max_length_k": L,
     }
-    return Batch(inputs, labels.view(1, -1), (starts + positions).reshape(-1))
+    return Batch(inputs, labels.view(1, -1), (starts + positions).reshape(-1), workload.label_smoothing)
 
 
 def true_counts(workload: Workload) -> dict[int, int]:
@@ -101,9 +104,16 @@ def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Ten
     """
     with torch.autocast(batch.labels.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         if fused_head(model) is not None:
-            options = LossOptions(want_stats=True)
+            options = LossOptions(label_smoothing=batch.label_smoothing, want_stats=True)
             outputs: Any = model(**batch.inputs, labels=batch.labels, use_cache=False, loss_options=options)
             return outputs.loss
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        # As the trainer chooses where our loss is not there.
+        if type(head) is nn.Linear and stands_on_card(batch.labels) and not batch.label_smoothing:
+            decoder: Any = model.base_model
+            hidden = decoder(**batch.inputs, use_cache=False).last_hidden_state
+            wanted = batch.labels[:, batch.positions + 1].flatten()
+            return trl_head.sum_of_losses(hidden[:, batch.positions].flatten(0, 1), head.weight, wanted)
         logits = _logits(model, batch)
     # accelerate gives the outputs of an autocast model back in float32.
     return loss_from(logits if autocast is None else logits.float(), batch)
@@ -116,7 +126,7 @@ def loss_from(logits: Tensor, batch: Batch) -> Tensor:
     scored = torch.arange(logits.numel() // V, device=logits.device)
     chosen = logits.reshape(-1, V)[scored].float()
     wanted = batch.labels[:, batch.positions + 1].reshape(-1)
-    total = F.cross_entropy(chosen, wanted, reduction="sum")
+    total = F.cross_entropy(chosen, wanted, reduction="sum", label_smoothing=batch.label_smoothing)
     _entropy_and_accuracy(chosen.detach(), wanted)
     return total / wanted.numel()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from rankwise.config import FOUR_BITS
-from rankwise.constants import FLASH_WIDTH
+from rankwise.constants import ALIGNED, FLASH_WIDTH
 from rankwise.planning.shape import Shape
 from rankwise.planning.weights import DTYPE_BYTES, computes_in_float32, has_packed_experts
 from rankwise.planning.workload import Workload
@@ -101,13 +101,20 @@ class StepFacts:
             return False
         dtype = "float32" if self.is_full else self.workload.dtype
         if self.on_card:
-            return dtype != "float32" and self.shape.head_dim <= FLASH_WIDTH
+            takes_heads = self.shape.head_dim <= FLASH_WIDTH and self.shape.head_dim % ALIGNED == 0
+            return self.workload.flash and dtype != "float32" and takes_heads
         return self.workload.dtype != "float16" and (dtype == "bfloat16" or computes_in_float32())
 
     @property
     def trains_without_masks(self) -> bool:
         """On a card a training step needs no mask for right padding."""
         return self.on_card and self.workload.fast and not self.workload.evaluation and not self.shape.eager
+
+    @property
+    def trl_head(self) -> bool:
+        """A card's loss without ours: trl's head, where it is a plain layer and no label is smoothed."""
+        plain = not self.whole_head and "lm_head" not in self.adapted and not self.workload.label_smoothing
+        return self.on_card and not self.workload.fast and not self.workload.evaluation and plain
 
     @property
     def four_bit_experts(self) -> bool:
@@ -136,10 +143,15 @@ class StepFacts:
 
     @property
     def flat(self) -> bool:
-        """Whether the trainer lays the rows of a batch end to end in one, as it does where our attention is in the
-        model.
+        """Whether the trainer lays the rows of a batch end to end in one: packed rows always, others where our
+        attention is in the model.
         """
-        return self.own_attention
+        return self.own_attention or self.packed
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several examples; rows of an evaluation do not."""
+        return self.workload.packing and not self.workload.evaluation
 
     @property
     def row_tokens(self) -> int:
@@ -148,11 +160,11 @@ class StepFacts:
 
     @property
     def masked(self) -> float:
-        """Share of the layers that are given a mask: none where bounds take its place. Several rows: all layers, since
-        one row is padded. A single row: the layers whose window is no longer than the row."""
+        """Share of the layers that are given a mask: none where bounds take its place. Packed rows: all layers. Several
+        rows: all layers, since one row is padded. A single row: the layers whose window is no longer than the row."""
         if self.own_attention:
             return 0.0
-        if self.workload.sequences > 1 and not self.trains_without_masks:
+        if self.packed or (self.workload.sequences > 1 and not self.trains_without_masks):
             return 1.0
         window = self.shape.window
         return self.shape.windowed_share if window is not None and self.workload.max_length >= window else 0.0

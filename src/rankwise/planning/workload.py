@@ -35,6 +35,8 @@ class Workload(StepOptions):
     strategy: Strategy = "single"
     # Of a card: whether Triton is there, on which our gated MLPs run; torch for Linux brings it.
     triton: bool = True
+    # Of a card: whether torch's flash attention runs there, which needs compute capability 8.0.
+    flash: bool = True
     # Share of the tokens that have labels: logits are kept for these alone. 1.0 is the worst case.
     trained_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     # Sequences of a row: the two answers of a pair.

@@ -8,11 +8,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from rankwise.config import OBJECTIVE_OPTIONS, TrainSettings
+from rankwise.config import TrainSettings
 from rankwise.data import Rows
 from rankwise.data.formats import Format
-from rankwise.errors import ConfigError
-from rankwise.options import flag
 from rankwise.training.arguments import Surroundings
 from rankwise.training.foresight import MicroBatch, largest_batch, largest_evaluation
 from rankwise.training.setup import Data
@@ -39,16 +37,3 @@ class Learning:
     # What memory depends on: of the largest micro-batch, ``flat`` where rows are laid end to end, and of evaluations.
     largest_batch: Callable[..., MicroBatch] = largest_batch
     largest_evaluation: Callable[[Any], MicroBatch | None] = largest_evaluation
-
-
-def check_options(given: TrainSettings) -> None:
-    """Raise ConfigError (RW760) for options that the run's objective does not have."""
-    own = OBJECTIVE_OPTIONS[given.objective]
-    others = sorted({name for names in OBJECTIVE_OPTIONS.values() for name in names} - set(own))
-    idle = [flag(name) for name in others if getattr(given, name) != given.defaults()[name]]
-    if idle:
-        raise ConfigError(
-            "RW760",
-            f"{', '.join(idle)}: no option of --objective {given.objective}, whose own are "
-            f"{', '.join(map(flag, own)) or 'none'}; leave it out, or give another objective.",
-        )

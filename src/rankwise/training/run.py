@@ -26,7 +26,7 @@ from rankwise.acceleration import (
 )
 from rankwise.adapters import has_adapter
 from rankwise.compat.torch import is_unit
-from rankwise.config import BASELINES, DORA, TrainSettings, idle_options
+from rankwise.config import BASELINES, DORA, TrainSettings, check_objective, idle_options
 from rankwise.disk import hold
 from rankwise.errors import RankwiseWarning, heard, warn
 from rankwise.foreign import checked, read_json
@@ -40,7 +40,7 @@ from rankwise.training.arguments import Surroundings, check_combinations, check_
 from rankwise.training.checkpoints import Checkpoint, newest_valid
 from rankwise.training.continued import continue_adapter, with_adapters_options
 from rankwise.training.foresight import Foresight
-from rankwise.training.learning import Learning, check_options
+from rankwise.training.learning import Learning
 from rankwise.training.memory_savers import OFFLOADED, OffloadedAdamW, check_memory_savers
 from rankwise.training.meters import Progress, frozen_bytes
 from rankwise.training.metrics import evaluations
@@ -115,7 +115,7 @@ def _check_settings(given: TrainSettings) -> LoraConfig:
     device_type = torch.device(choose_device(given.device, given.dtype).device).type
     check_memory_savers(given.optimizer, device_type, activation_offloading=given.activation_offloading)
     check_combinations(given)
-    check_options(given)
+    check_objective(given, given.objective)
     _warn_of_idle_options(given)
     # A 4-bit format that cannot be is refused here, before anything is read.
     setup.quantization_for(given)

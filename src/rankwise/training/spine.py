@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, set_seed
 
+from rankwise.acceleration import move_once
 from rankwise.compat.torch import is_unit, set_last_rates
 from rankwise.compat.trl import TrlTrainer, metrics_of
 from rankwise.config import logging_steps_of
@@ -61,6 +62,8 @@ class RunTrainer(TrlTrainer):
     lr_scheduler: Any
     # trl's trainers make it: by mode, then by name.
     _metrics: Any
+    # Around a step, where activations are offloaded.
+    maybe_activation_offload_context: Any
     # {trl's name: ours} of figures of a step that go into metrics.jsonl, besides those of every objective, and of those
     # that are shown at each step.
     logged: Mapping[str, str] = {}
@@ -70,6 +73,8 @@ class RunTrainer(TrlTrainer):
 
     def __init__(self, *, save_total_limit: int = 2, progress: Progress | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if getattr(self.args, "activation_offloading", False):
+            move_once(self.maybe_activation_offload_context)
         self.run_folder = Path(str(self.args.output_dir))
         self.checkpoint_limit = save_total_limit
         self.progress = progress or Progress()
