@@ -24,7 +24,7 @@ import gpu_checks  # noqa: E402
 import gpu_four_bits  # noqa: E402
 import gpu_models  # noqa: E402
 import torch  # noqa: E402
-from gpu_jobs import Job  # noqa: E402
+from gpu_jobs import Job, end_with_parent  # noqa: E402
 
 from rankwise.records import write_json  # noqa: E402
 
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("job", type=json.loads)
     parser.add_argument("--answer", type=Path, required=True)
     given = parser.parse_args()
+    end_with_parent()
     write_json(given.answer, carry_out(Job.of(given.job)))
 
 

@@ -9,7 +9,10 @@ A row is one contender (ours, PEFT, Unsloth) of one shape in one form of a step:
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -114,3 +117,10 @@ class Wanted:
                 yield from (self._job("model", what, method=m, side=side) for m in methods)
             # Where everybody fits.
             yield from (self._job("model", what, method=m, side=side, **few) for m in methods)
+
+
+def end_with_parent() -> None:
+    """End this process when `gpu.py` is killed: it would compute on beside the jobs of the next call."""
+    if sys.platform == "linux":
+        # PR_SET_PDEATHSIG of sys/prctl.h.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)

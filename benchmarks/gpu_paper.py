@@ -42,6 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import rankwise as rw  # noqa: E402
 from rankwise.acceleration import LossOptions  # noqa: E402
+from rankwise.compat.torch import in_backward_pass  # noqa: E402
 from rankwise.ops import selection  # noqa: E402
 from rankwise.ops.triton import low_rank_grads  # noqa: E402
 from rankwise.planning.tracker import Answers  # noqa: E402
@@ -86,6 +87,8 @@ class Counts(TorchDispatchMode):
         self.answers = Answers()
         self.length, self.vocabulary = length, vocabulary
         self.launches: Counter[str] = Counter()
+        # Of these, those of the forward pass.
+        self.forward_launches = 0
         self.bytes = 0
         self.waits: Counter[str] = Counter()
         self.masks = 0
@@ -105,6 +108,7 @@ class Counts(TorchDispatchMode):
             self.head_products.append(rows_of(read, made))
         if is_launch(func, name):
             self.launches[name] += KERNELS.get(name, 1)
+            self.forward_launches += 0 if in_backward_pass() else KERNELS.get(name, 1)
             self.bytes += sum(tensor.nbytes for tensor in {id(x): x for x in [*read, *made]}.values())
             if name in SCRATCH:
                 # The dense weight, written by one kernel and read by the next.
@@ -201,6 +205,8 @@ class Row:
     method: str
     form: str
     launches_per_layer: int
+    # Of these, those of the forward pass.
+    forward_launches_per_layer: int
     host_syncs_per_step: int
     masked_attention_ops: int
     # M of each product with the output head.
@@ -217,6 +223,7 @@ def row(method: str, form: str) -> Row:
         method,
         form,
         launches_per_layer=more.launches.total() - less.launches.total(),
+        forward_launches_per_layer=more.forward_launches - less.forward_launches,
         host_syncs_per_step=step.waits.total(),
         masked_attention_ops=step.masks,
         head_products=step.head_products,
@@ -227,16 +234,20 @@ def row(method: str, form: str) -> Row:
 
 def table(rows: Sequence[Row]) -> str:
     lines = [
-        "| method | rows | launches a layer | waits a step | L x L masks | products with the head (M) | GB a layer |",
+        "| method | rows | launches a layer, forward + backward | waits a step | L x L masks "
+        "| products with the head (M) | GB a layer |",
         "|---|---|---|---|---|---|---|",
     ]
-    for one in rows:
-        products = ", ".join(f"{M:,}" for M in one.head_products)
-        lines.append(
-            f"| {one.method} | {one.form} | {one.launches_per_layer} | {one.host_syncs_per_step} "
-            f"| {one.masked_attention_ops} | {products} | {one.bytes_per_layer / 1e9:.2f} |"
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(line, rows)])
+
+
+def line(one: Row) -> str:
+    products = ", ".join(f"{M:,}" for M in one.head_products)
+    forward = one.forward_launches_per_layer
+    return (
+        f"| {one.method} | {one.form} | {forward} + {one.launches_per_layer - forward} = {one.launches_per_layer} "
+        f"| {one.host_syncs_per_step} | {one.masked_attention_ops} | {products} | {one.bytes_per_layer / 1e9:.2f} |"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

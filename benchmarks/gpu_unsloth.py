@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import tempfile
 from pathlib import Path
@@ -16,11 +17,15 @@ from stand_in import source_tree
 
 source_tree()
 
+if importlib.util.find_spec("unsloth"):
+    # Before transformers, which it patches.
+    import unsloth  # noqa: F401
+
 import contenders  # noqa: E402
 import gpu_job  # noqa: E402
 import gpu_models  # noqa: E402
 import torch  # noqa: E402
-from gpu_jobs import Job  # noqa: E402
+from gpu_jobs import Job, end_with_parent  # noqa: E402
 
 from rankwise.records import write_json  # noqa: E402
 
@@ -32,6 +37,7 @@ def main() -> None:
     parser.add_argument("job", type=json.loads)
     parser.add_argument("--answer", type=Path, required=True)
     given = parser.parse_args()
+    end_with_parent()
     job = Job.of(given.job)
     model = unsloth_model(job)
     before = gpu_job.card_state(job.device)
@@ -42,9 +48,9 @@ def main() -> None:
 
 def unsloth_model(job: Job) -> Any:
     """It loads from folders alone, so the random model is written to one, with a tokenizer of a few words."""
-    from unsloth import FastLanguageModel  # isort: skip  (before transformers, as it asks)
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
+    from unsloth import FastLanguageModel
 
     words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

@@ -32,12 +32,13 @@ PACKED_BYTES = 0.53
 # Of the bandwidth that other traffic reaches, the share that dequantization reaches within a step.
 #
 # The lookup of codes and the scales keep it below the bandwidth: with this share the ratios of published LoRA and QLoRA
-# steps are met on five cards (`tests/planning/test_published_times.py`). No card has timed our own kernel yet.
+# steps, which bitsandbytes' kernels made, are met on five cards (`tests/planning/test_published_times.py`). No card has
+# timed our own kernel yet.
 DEQUANTIZE_SHARE = 0.5
-# Kernels that the host launches for a layer and micro-batch, LoRA on all seven linear layers: our own count.
-LAUNCHES = {"forward": 39, "backward": 92}
-# One for each linear layer and pass; DoRA's of a backward pass.
-DEQUANTIZE_LAUNCHES, GAIN_LAUNCHES = 7, 62
+# {method: (forward, backward)}: kernels that the host launches for a layer and micro-batch of our step, adapters on all
+# seven linear layers; without DoRA's gains, which are made once an optimizer step. `benchmarks/gpu_paper.py` counts
+# them, and tests/test_benchmarks.py keeps both together.
+LAUNCHES = {"lora": (26, 43), "dora": (33, 45), "qlora": (33, 50), "qdora": (40, 52)}
 # From Python: about 7 us for an operation of torch's, 25 us for a Triton kernel, and the bookkeeping of autograd.
 LAUNCH_SECONDS = 15e-6
 # DoRA's backward pass reads two tensors of a layer's output and writes one (ops.elementwise.scaled_grad).
@@ -129,19 +130,17 @@ def traffic_bytes(estimate: MemoryEstimate, facts: ModelFacts, workload: Workloa
 
 def launch_seconds(method: str, facts: ModelFacts, workload: Workload) -> float:
     """Seconds that the host of a card takes to launch a micro-batch, a lower bound for the micro-batch. 0 on a
-    processor.
+    processor. Full fine-tuning, which was not counted, takes LoRA's.
     """
     if workload.device_type != "cuda":
         return 0.0
-    launches = sum(LAUNCHES.values())
-    launches += LAUNCHES["forward"] if workload.gradient_checkpointing else 0
-    launches += DEQUANTIZE_LAUNCHES * _passes(workload) if method in FOUR_BITS else 0
-    launches += GAIN_LAUNCHES if method in DORA else 0
+    forward, backward = LAUNCHES.get(method, LAUNCHES["lora"])
+    launches = forward * (_passes(workload) - 1) + backward
     return facts.layers * launches * LAUNCH_SECONDS
 
 
-def micro_batch_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Workload, pace: Pace) -> float:
-    """Seconds of forward and backward of one micro-batch, with offloading."""
+def device_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Workload, pace: Pace) -> float:
+    """What the device takes for forward and backward of one micro-batch, with offloading."""
     method, frozen = estimate.method, estimate.total_parameters
     flops = workload.tokens * flops_per_token(method, facts, frozen, estimate.trainable_parameters, workload)
     seconds = flops / pace.flops_per_second
@@ -149,7 +148,13 @@ def micro_batch_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: W
         seconds += traffic_bytes(estimate, facts, workload) / pace.bytes_per_second
     if workload.activation_offloading:
         seconds += offloaded_bytes(facts, workload) / HOST_LINK_BYTES_PER_SECOND
-    return max(seconds, launch_seconds(method, facts, workload))
+    return seconds
+
+
+def micro_batch_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Workload, pace: Pace) -> float:
+    """Seconds of forward and backward of one micro-batch: the device's, or its host's where these are more."""
+    own = device_seconds(estimate, facts, workload, pace)
+    return max(own, launch_seconds(estimate.method, facts, workload))
 
 
 def _passes(workload: Workload) -> int:
