@@ -85,16 +85,30 @@ def test_a_card_gets_bounds_in_its_flash_attention(name: str, monkeypatch: pytes
     assert len(called) == 2
 
 
+def gradients(model: Any, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Of the loss over real tokens."""
+    model.zero_grad()
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    F.cross_entropy(logits.transpose(1, 2), ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
 @pytest.mark.parametrize("name", sorted(MAKERS))
 def test_right_padding_needs_no_mask_on_a_card(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.arange(3, 3 + 2 * 20).view(2, 20)
     mask = (torch.arange(20) < torch.tensor([20, 11])[:, None]).long()
-    wanted = family(name).eval()(input_ids=ids, attention_mask=mask).logits
+    plain = family(name).eval()
+    wanted, wanted_grads = plain(input_ids=ids, attention_mask=mask).logits, gradients(plain, ids, mask)
     model = family(name).eval()
     monkeypatch.setattr(rows, "stands_on_card", lambda _: True)
     assert replace_masks(model, Undo(), bounds=False) == (name != "gpt2" or model._supports_flash_attn)
-    found = model(input_ids=ids, attention_mask=mask).logits
+    with LargestMask() as seen:
+        found = model(input_ids=ids, attention_mask=mask).logits
+    assert seen.elements < 2 * 20 * 20 or name == "gemma2"
     assert torch.allclose(found[mask.bool()], wanted[mask.bool()], atol=1e-5)
+    grads = gradients(model, ids, mask)
+    assert grads.keys() == wanted_grads.keys()
+    assert all(torch.allclose(grads[key], wanted_grads[key], atol=1e-5) for key in grads)
     # Padding on the left, and inference, keep the mask.
     with LargestMask() as seen:
         model(input_ids=ids, attention_mask=mask.flip(1))
@@ -185,3 +199,5 @@ def test_a_padded_batch_on_a_card_is_rows_of_one_length(
         found = model(input_ids=ids, attention_mask=mask).logits
     assert all(call.by_bounds for call in calls)
     assert torch.allclose(found[mask.bool()], wanted[mask.bool()], atol=1e-5)
+    grads, wanted_grads = gradients(model, ids, mask), gradients(family(name).eval(), ids, mask)
+    assert all(torch.allclose(grads[key], wanted_grads[key], atol=1e-5) for key in wanted_grads)
