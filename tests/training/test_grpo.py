@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,9 @@ from rankwise.data.encoding import RowEncoder
 from rankwise.errors import Interrupted, RankwiseError
 from rankwise.lora_config import LoraConfig
 from rankwise.records import load_record, read_metrics
+from rankwise.training.foresight import Batch
 from rankwise.training.log_probs import scored, without_padding_in_front
+from rankwise.training.objectives import learning_of
 from rankwise.training.objectives.grpo_trainer import GrpoArguments, GrpoTrainer
 from rankwise.training.objectives.rewards import Reward
 from rankwise.training.run import train
@@ -338,11 +341,26 @@ def test_evaluations_give_the_reward_of_greedy_answers(rewarded: Any, tmp_path: 
     assert all(line["eval_reward"] == pytest.approx(-line["eval_loss"]) for line in evaluations)
     best = min(evaluations[1:], key=lambda line: line["eval_loss"])
     assert record.kept_step == best["step"]
+    assert record.kept_because == "highest reward of 2 evaluations"
     plain = tmp_path / "plain"
     train(rewarded(output=plain))
     train(rewarded(output=tmp_path / "watched", eval_data=held_out, eval_steps=2))
     rewards = [[x["reward"] for x in read_metrics(f) if "reward" in x] for f in (plain, tmp_path / "watched")]
     assert rewards[0] == rewards[1], "evaluations may not change a run"
+
+
+def test_the_plan_knows_how_many_answers_an_evaluation_writes(rewarded: Any) -> None:
+    """One to each prompt, though a step writes fewer; of many at most those that are written together."""
+    prompts = {"input_ids": [[1] * count for count in (3, 5, 4)]}
+
+    def trainer(rows: Dataset | None) -> Any:
+        arguments = SimpleNamespace(device=torch.device("cpu"))
+        return SimpleNamespace(eval_dataset=rows, max_completion_length=6, args=arguments)
+
+    largest = learning_of(rewarded()).largest_evaluation
+    assert largest(trainer(Dataset.from_dict(prompts))) == Batch(3, 11, 6 / 11)
+    assert largest(trainer(Dataset.from_dict({"input_ids": 50 * prompts["input_ids"]}))) == Batch(64, 11, 6 / 11)
+    assert largest(trainer(None)) is None
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -38,23 +38,31 @@ class KeptStep:
     eval_loss: float | None
 
 
-def choose_kept(losses: Mapping[int, float], last_step: int, best_step: int | None) -> KeptStep:
-    """The best step by evaluation loss where there was one, else the last. ``losses``: {step: evaluation loss}."""
+def choose_kept(losses: Mapping[int, float], last_step: int, best_step: int | None, *, of_rewards: bool) -> KeptStep:
+    """The best step by evaluation loss where there was one, else the last. ``losses``: {step: evaluation loss}.
+
+    ``of_rewards``: each is the negative of a mean reward, and is called so.
+    """
     if best_step is None or best_step not in losses:
         why = "no evaluation data" if not losses else "no evaluation gave a finite loss"
         return KeptStep(last_step, f"the last step ({why})", losses.get(last_step))
     counted = sum(1 for step in losses if step > 0)
-    return KeptStep(best_step, f"lowest loss of {counted} evaluation{'' if counted == 1 else 's'}", losses[best_step])
+    best = "highest reward" if of_rewards else "lowest loss"
+    return KeptStep(best_step, f"{best} of {counted} evaluation{'' if counted == 1 else 's'}", losses[best_step])
 
 
-def warn_if_worse(initial: float | None, kept: KeptStep) -> None:
-    """Warn when no step was better than the base model."""
-    if initial is not None and kept.eval_loss is not None and kept.eval_loss >= initial:
-        warn(
-            "RW526",
-            f"the evaluation loss never fell below the base model's ({initial:.4f}; best {kept.eval_loss:.4f}); try "
-            "a lower --learning-rate, or check that the evaluation data is of the same kind.",
-        )
+def warn_if_worse(initial: float | None, kept: KeptStep, *, of_rewards: bool) -> None:
+    """Warn when no step was better than the model before training."""
+    if initial is None or kept.eval_loss is None or kept.eval_loss < initial:
+        return
+    if of_rewards:
+        what = f"reward never rose above that before training ({-initial:.4f}; best {-kept.eval_loss:.4f})"
+    else:
+        what = f"loss never fell below that before training ({initial:.4f}; best {kept.eval_loss:.4f})"
+    warn(
+        "RW526",
+        f"the evaluation {what}; try a lower --learning-rate, or check that the evaluation data is of the same kind.",
+    )
 
 
 def restore_kept(model: Any, output: Path, kept: KeptStep, last_step: int) -> None:

@@ -112,7 +112,7 @@ class Session:
         # What each process does to its model is the same, in case the model is sharded.
         losses = ranks.gathered(evaluations(self.folder) if ranks.is_writer() else {})[0]
         state = self.trainer.state
-        kept = finish.choose_kept(losses, state.global_step, state.best_global_step)
+        kept = finish.choose_kept(losses, state.global_step, state.best_global_step, of_rewards=self.of_rewards)
         finish.restore_kept(self.trainer.model, self.folder, kept, state.global_step)
         gathered = whole_weights(self.trainer.model)
         if ranks.is_writer():
@@ -175,6 +175,11 @@ class Session:
     def _is_evaluated(self) -> bool:
         return self.trainer.eval_dataset is None or self.trainer.state.global_step in evaluations(self.folder)
 
+    @property
+    def of_rewards(self) -> bool:
+        """Whether an evaluation's loss is the negative of its reward."""
+        return self.record.objective == "grpo"
+
     def _tick(self) -> None:
         self.trainer.progress.wall_seconds = time.monotonic() - self.started
 
@@ -187,7 +192,7 @@ class Session:
         record.initial_eval_loss, record.eval_loss = initial_eval_loss, kept.eval_loss
         record.eval_rewards = evaluated_rewards(self.folder, kept.step)
         record.steps, record.kept_step, record.kept_because = state.global_step, kept.step, kept.because
-        finish.warn_if_worse(record.initial_eval_loss, kept)
+        finish.warn_if_worse(record.initial_eval_loss, kept, of_rewards=self.of_rewards)
         if state.global_step < state.max_steps:
             warn("RW527", f"stopped early after step {state.global_step} of {state.max_steps}: no better evaluation.")
 
