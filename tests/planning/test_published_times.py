@@ -191,7 +191,9 @@ def test_no_other_dequantization_and_no_faster_host_meets_them(monkeypatch, host
 @pytest.mark.parametrize("rows", [1, 2])
 def test_nf4_on_an_a5000(rows):
     """bitsandbytes' issue 465: LoRA steps of a 7B take 20 to 100 % longer, by the batch; rows of 256 tokens."""
-    run = Run("A5000", LLAMA_7B, "RTX A5000", Workload(batch_size=rows, max_length=256, r=16), 0.0, OLD_SHARE)
+    work = Workload(batch_size=rows, max_length=256, r=16)
+    # As many bytes a second as on an A100, whose memory is twice as fast.
+    run = Run("A5000", LLAMA_7B, "RTX A5000", work, 0.0, 2 * OLD_SHARE)
     assert 1.2 < predicted(run) < 2.0
 
 
@@ -211,5 +213,5 @@ def test_dora_s_gain_costs_a_few_percent_and_more_where_launches_decide():
     long = Run("H100", LLAMA_7B, "H100 SXM", Workload(batch_size=8, max_length=1024), 0.0)
     short = dataclasses.replace(long, workload=Workload(batch_size=1, max_length=64))
     assert 1.02 < ours(long, "dora") < 1.08
-    assert ours(short, "dora") > 1.2
+    assert ours(short, "dora") == pytest.approx(sum(speed.LAUNCHES["dora"]) / sum(speed.LAUNCHES["lora"]))
     assert ours(long, "qdora") > max(ours(long, "dora"), ours(long, "qlora"))

@@ -94,10 +94,12 @@ def offloaded_backward_bytes(step: StepFacts) -> int:
 
 
 def brought_back_bytes(step: StepFacts) -> int:
-    """Tensors of the MLP that one operation had from the host: one; of stacked experts gate and up of the k."""
+    """Tensors of the MLP that one operation had from the host: one; of stacked experts gate and up of the k, and where
+    they adapt the product, too."""
     if step.four_bit_experts:
         return 0
-    return step.T * step.s * step.shape.mlp * (2 * step.shape.experts_per_token if step.shape.experts else 1)
+    of_experts = (3 if step.expert_adapters else 2) * step.shape.experts_per_token
+    return step.T * step.s * step.shape.mlp * (of_experts if step.shape.experts else 1)
 
 
 def weighing_bytes(step: StepFacts) -> int:
