@@ -129,8 +129,8 @@ class Commands:
 
     def _peak_bytes(self, method: str, changes: Fields) -> int:
         from rankwise.planning.estimate import estimate
-        from rankwise.planning.guard import workload_of
         from rankwise.planning.hardware import cpu_hardware, this_machine
+        from rankwise.planning.plan import workload_of
 
         base, options = variant_of(method)
         settings = {**self.shared, **changes, **options, "method": base}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Protocol
 
 from rankwise.errors import AdapterError, InputError, RunError, warn
 from rankwise.foreign import Fields
@@ -16,10 +16,10 @@ from rankwise.planning.estimate import estimator_of
 from rankwise.planning.facts import Stored, read_model
 from rankwise.planning.fitting import Estimator, Remembering, verdict_of
 from rankwise.planning.hardware import Hardware, cpu_hardware, this_machine
-from rankwise.planning.plan import is_slowed, on_device, ratio_pace_of
+from rankwise.planning.plan import is_slowed, ratio_pace_of, workload_of
 from rankwise.planning.speed import micro_batch_seconds
 from rankwise.planning.terms import PLANNED, MemoryEstimate
-from rankwise.planning.workload import Workload, sides_of, written_of
+from rankwise.planning.workload import Workload
 from rankwise.reports.numbers import byte_size, plural
 
 # A step that no run undercuts: what does not even fit so is refused before the weights are read.
@@ -208,20 +208,6 @@ def _over(stored: Stored | None, ask: Estimator) -> Estimator:
         return dataclasses.replace(found, method=method)
 
     return asked
-
-
-def workload_of(settings: Fields, hardware: Hardware) -> Workload:
-    """The step of a run, every row of full length; of several processes that of one."""
-    fields = {name: settings[name] for name in Workload.__dataclass_fields__ if name in settings}
-    objective = settings["objective"]
-    fields["sides"] = sides_of(objective)
-    fields["devices"] = settings.get("devices") or 1
-    fields["strategy"] = (settings.get("strategy") or "ddp") if fields["devices"] > 1 else "single"
-    dtype = hardware.dtype if settings["dtype"] == "auto" else settings["dtype"]
-    kind: Literal["cuda", "cpu"] = "cuda" if hardware.device_type == "cuda" else "cpu"
-    answers = settings["batch_size"] * settings["gradient_accumulation"]
-    fields |= written_of(objective, answers, settings.get("num_generations"), kind)
-    return on_device(Workload(**{**fields, "dtype": dtype, "device_type": kind}), hardware)
 
 
 def _of_batch(workload: Workload, batch: Rows) -> Workload:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from rankwise.config import FOUR_BITS
 from rankwise.errors import ConfigError, ModelError, QuantizationError, RankwiseError
-from rankwise.foreign import JsonObject
+from rankwise.foreign import Fields, JsonObject
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.planning.calibration import measured_pace
 from rankwise.planning.changes import Advisor, Change, reachable
@@ -33,7 +33,7 @@ from rankwise.planning.recommend import PASSES, Recommendation, Wish, recommend
 from rankwise.planning.settings import SHARED, PlanSettings
 from rankwise.planning.speed import Pace, assumed_pace, micro_batch_seconds, nominal_pace, tokens_per_second
 from rankwise.planning.terms import TOO_SLOW, MemoryEstimate
-from rankwise.planning.workload import Workload
+from rankwise.planning.workload import DeviceType, Workload, sides_of, written_of
 from rankwise.reports.numbers import byte_size
 
 # Written into every saved plan, given or not.
@@ -151,9 +151,26 @@ def make_plan(settings: PlanSettings, say: Callable[[str], None] = lambda _: Non
 
 
 def workload_for(settings: PlanSettings, hardware: Hardware) -> Workload:
-    """The step to estimate: the dtype that the device would choose, and its kind of device."""
-    dtype = hardware.dtype if settings.dtype == "auto" else settings.dtype
-    return on_device(settings.workload("cuda" if hardware.device_type == "cuda" else "cpu", dtype), hardware)
+    """The step to estimate. Raises ConfigError as ``PlanSettings.check_options`` and ``Workload`` do."""
+    settings.check_options()
+    return workload_of(dict(settings), hardware)
+
+
+def workload_of(settings: Fields, hardware: Hardware) -> Workload:
+    """One step with these options of ``train`` or ``plan``, every row of full length; of several processes that of one.
+    Its dtype is the one that the device would choose."""
+    kind: DeviceType = "cuda" if hardware.device_type == "cuda" else "cpu"
+    devices, objective = settings.get("devices") or 1, settings["objective"]
+    answers = settings["batch_size"] * settings["gradient_accumulation"]
+    fields = {name: settings[name] for name in Workload.__dataclass_fields__ if name in settings} | {
+        "devices": devices,
+        "strategy": (settings.get("strategy") or "ddp") if devices > 1 else "single",
+        "dtype": hardware.dtype if settings["dtype"] == "auto" else settings["dtype"],
+        "device_type": kind,
+        "sides": sides_of(objective),
+        **written_of(objective, answers, settings.get("num_generations"), kind),
+    }
+    return on_device(Workload(**fields), hardware)
 
 
 def on_device(workload: Workload, hardware: Hardware) -> Workload:

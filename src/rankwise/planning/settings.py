@@ -12,7 +12,6 @@ from rankwise.config import LengthOptions, ModelOptions, StepOptions, TrainSetti
 from rankwise.errors import ConfigError
 from rankwise.options import Batch, Count, Names, Panel, option
 from rankwise.planning.terms import PLANNED
-from rankwise.planning.workload import Workload, sides_of, written_of
 
 ALL = "all"
 Goal = Literal["speed", "quality", "serving"]
@@ -75,19 +74,13 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
             raise ConfigError("RW142", f"--method is {given!r}; give {known}, several with commas, or all.")
         return PLANNED if ALL in self.method else tuple(name for name in PLANNED if name in self.method)
 
-    def workload(self, device_type: Literal["cpu", "cuda"], dtype: str) -> Workload:
-        """One training step with these options. Raises ConfigError (RW130, and RW760 as ``check_objective`` does)."""
+    def check_options(self) -> None:
+        """Raise ConfigError for options that do not go together: RW130, and RW760 as ``check_objective`` does."""
         check_objective(self, self.objective)
         if self.strategy is not None and self.devices == 1:
             raise ConfigError(
                 "RW130", f"--strategy {self.strategy} is for several devices, and --devices is 1; add --devices N."
             )
-        names = [name for name in type(self).model_fields if name in Workload.__dataclass_fields__]
-        given = {name: getattr(self, name) for name in names if name not in ("dtype", "strategy")}
-        answers = self.batch_size * self.gradient_accumulation
-        strategy = self.strategy or "ddp" if self.devices > 1 else "single"
-        given |= {"sides": sides_of(self.objective), **written_of(self.objective, answers, None, device_type)}
-        return Workload(**given, dtype=dtype, device_type=device_type, strategy=strategy)  # type: ignore[arg-type]
 
 
 # Options that `rankwise train` has too: --save writes those that were given or chosen. It adds the method itself.
