@@ -60,13 +60,26 @@ class Task(ABC):
         """``examples`` with scores that need the whole set. Most tasks score each answer at once."""
         return examples
 
-    @abstractmethod
-    def summarize(self, examples: Sequence[Example]) -> Summary:
-        """Metrics and their standard errors."""
+    def notes(self, examples: Sequence[Example]) -> list[str]:
+        """What a reader should know of the answers."""
+        return []
 
-    @abstractmethod
+    def summarize(self, examples: Sequence[Example]) -> Summary:
+        """Metrics and their standard errors. Of most tasks each metric is the mean of the examples' scores."""
+        clusters = clusters_of([example.cluster for example in examples])
+        means = {
+            name: mean_of([example.scores[name] for example in examples], clusters) for name in self.higher_is_better
+        }
+        return Summary(
+            {name: mean.value for name, mean in means.items()},
+            {name: mean.standard_error for name, mean in means.items()},
+            None if clusters is None else len(set(clusters)),
+            self.notes(examples),
+        )
+
     def difference(self, a: Sequence[Example], b: Sequence[Example]) -> dict[str, Mean]:
         """``a - b`` on the same questions, for each metric that has an interval."""
+        return difference_of_means(a, b, list(self.higher_is_better))
 
 
 def answer_in_batches(
@@ -88,18 +101,6 @@ def answer_in_batches(
         journal.append(answer(batch))
         tell(sum(name in journal.done for name in ids), len(ids))
     return [journal.done[name] for name in ids]
-
-
-def summary_of_means(examples: Sequence[Example], names: Sequence[str], notes: Sequence[str] = ()) -> Summary:
-    """Metrics that are the mean of each example's score."""
-    clusters = clusters_of([example.cluster for example in examples])
-    means = {name: mean_of([example.scores[name] for example in examples], clusters) for name in names}
-    return Summary(
-        {name: mean.value for name, mean in means.items()},
-        {name: mean.standard_error for name, mean in means.items()},
-        None if clusters is None else len(set(clusters)),
-        notes,
-    )
 
 
 def difference_of_means(a: Sequence[Example], b: Sequence[Example], names: Sequence[str]) -> dict[str, Mean]:

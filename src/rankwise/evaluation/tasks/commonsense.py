@@ -19,17 +19,9 @@ from rankwise.data.files import kind_of, read_file
 from rankwise.data.formats import BadRow, rows_from_records
 from rankwise.errors import DataError
 from rankwise.evaluation.engine import Engine
-from rankwise.evaluation.errors_of_means import Mean
 from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.answers import Question, write_answers
-from rankwise.evaluation.tasks.base import (
-    Summary,
-    Task,
-    Tell,
-    difference_of_means,
-    summary_of_means,
-    warn_of_empty,
-)
+from rankwise.evaluation.tasks.base import Task, Tell, warn_of_empty
 from rankwise.foreign import Fields, JsonObject
 
 NEW_TOKENS = 32
@@ -149,15 +141,12 @@ class Commonsense(Task):
         scores = {"accuracy": float(right)}
         return Example(question.id, question.prompt, text.strip(), scores, question.references, question.cluster)
 
-    def summarize(self, examples: Sequence[Example]) -> Summary:
+    def notes(self, examples: Sequence[Example]) -> list[str]:
         notes = warn_of_empty(self.name, examples)
         unread = sum(not extract_answer(self.name, example.prediction) for example in examples)
         if unread:
             notes.append(f"{unread:,} of {len(examples):,} answers hold none of {', '.join(WORDS[self.name])}")
-        return summary_of_means(examples, ["accuracy"], notes)
-
-    def difference(self, a: Sequence[Example], b: Sequence[Example]) -> dict[str, Mean]:
-        return difference_of_means(a, b, ["accuracy"])
+        return notes
 
 
 def extract_answer(task: str, text: str) -> str:

@@ -18,18 +18,10 @@ from rankwise.data import Rows, read_rows
 from rankwise.data.rows import Row
 from rankwise.errors import DataError
 from rankwise.evaluation.engine import Engine
-from rankwise.evaluation.errors_of_means import Mean
 from rankwise.evaluation.metrics.gsm8k import is_correct
 from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.answers import Question, write_answers
-from rankwise.evaluation.tasks.base import (
-    Summary,
-    Task,
-    Tell,
-    difference_of_means,
-    summary_of_means,
-    warn_of_empty,
-)
+from rankwise.evaluation.tasks.base import Task, Tell, warn_of_empty
 from rankwise.evaluation.tasks.names import harness_folder
 from rankwise.final_number import extract_answer
 from rankwise.foreign import JsonObject
@@ -133,15 +125,12 @@ class Gsm8k(Task):
         decoding = Decoding(stop_ids=stop_ids, stop_strings=stop_strings, **self.decoding)
         return write_answers(engine, questions, decoding, folder, tell, task=self.name, finish=_finish)
 
-    def summarize(self, examples: Sequence[Example]) -> Summary:
+    def notes(self, examples: Sequence[Example]) -> list[str]:
         notes = warn_of_empty(self.name, examples)
         unanswered = sum(extract_answer(example.prediction) is None for example in examples)
         if unanswered:
             notes.append(f"{unanswered:,} of {len(examples):,} answers hold no number")
-        return summary_of_means(examples, ["accuracy"], notes)
-
-    def difference(self, a: Sequence[Example], b: Sequence[Example]) -> dict[str, Mean]:
-        return difference_of_means(a, b, ["accuracy"])
+        return notes
 
 
 def _finish(question: Question, text: str) -> Example:

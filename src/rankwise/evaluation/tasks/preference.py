@@ -20,9 +20,8 @@ from rankwise.adapters.reference import reference_at_work
 from rankwise.data import Rows, encode_preferences
 from rankwise.errors import DataError
 from rankwise.evaluation.engine import Engine
-from rankwise.evaluation.errors_of_means import Mean
 from rankwise.evaluation.record import Example
-from rankwise.evaluation.tasks.base import Summary, Task, Tell, answer_in_batches, difference_of_means, summary_of_means
+from rankwise.evaluation.tasks.base import Task, Tell, answer_in_batches
 from rankwise.foreign import JsonObject
 
 # The columns of encoded preferences that hold an answer, and an encoded row.
@@ -100,12 +99,6 @@ class Preference(Task):
         rewards = [self.beta * (ours - before) for ours, before in zip(trained, base, strict=True)]
         sides = len(targets) // len(rows)
         return [rewards[start : start + sides] for start in range(0, len(rewards), sides)]
-
-    def summarize(self, examples: Sequence[Example]) -> Summary:
-        return summary_of_means(examples, list(self.higher_is_better))
-
-    def difference(self, a: Sequence[Example], b: Sequence[Example]) -> dict[str, Mean]:
-        return difference_of_means(a, b, list(self.higher_is_better))
 
 
 def _answers(row: Encoded) -> list[list[int]]:
