@@ -138,7 +138,7 @@ def test_both_orders_are_rated_and_the_rows_score(serve, tmp_path):
 
 def test_nothing_is_asked_twice(serve, tmp_path):
     judge = serve(first_mark_by_place)
-    path = tmp_path / "new folder" / "judge.jsonl"
+    path = tmp_path / "judge.jsonl"
     once = judge_answers(QUESTIONS, A, B, client=client(judge), cache=JudgeCache(path))
     again = judge_answers(QUESTIONS, A, B, client=client(judge), cache=JudgeCache(path))
     assert once == again

@@ -7,6 +7,7 @@ are recorded as failed: a rating of (-1, -1), which the score leaves out.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,8 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rankwise.disk import appending
 from rankwise.errors import ConfigError, DataError, warn
+from rankwise.evaluation.journal import Lines
 from rankwise.evaluation.metrics.vicuna import FAILED
 from rankwise.foreign import Fields, JsonObject
 
@@ -137,20 +138,14 @@ class JudgeCache:
     """Replies on disk, one JSON object a line, under the hash of their request; safe for threads."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self._lines = Lines(path)
         self._lock = threading.Lock()
         self._replies: dict[str, str] = {}
-        if path.exists():
-            for line in path.read_bytes().split(b"\n"):
-                self._take(line)
-
-    def _take(self, line: bytes) -> None:
-        """Read a line. One that a kill cut short is ignored, and its request is sent again."""
-        try:
-            entry = json.loads(line)
-            self._replies[entry["key"]] = str(entry["reply"])
-        except (ValueError, KeyError, TypeError):
-            return
+        for line in path.read_bytes().split(b"\n") if path.exists() else ():
+            # The request of a damaged line is sent again.
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(line)
+                self._replies[entry["key"]] = str(entry["reply"])
 
     @staticmethod
     def key(endpoint: str, request: Fields, number: int) -> str:
@@ -163,15 +158,10 @@ class JudgeCache:
             return self._replies.get(key)
 
     def put(self, key: str, reply: str) -> None:
-        """Store a reply; it is on disk when this returns. The newline is written first, so that a cut line stays
-        alone.
-        """
-        line = json.dumps({"key": key, "reply": reply}, ensure_ascii=True)
+        """Store a reply; it is on disk when this returns."""
         with self._lock:
             self._replies[key] = reply
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with appending(self.path) as file:
-                file.write(f"\n{line}\n".encode())
+            self._lines.append([{"key": key, "reply": reply}])
 
 
 @dataclasses.dataclass(frozen=True)
