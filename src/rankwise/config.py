@@ -292,6 +292,25 @@ def check_objective(given: Settings, objective: Objective) -> None:
         )
 
 
+# The rates of `--learning-rate auto`: of adapters, and of a model that trains whole.
+ADAPTER_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+FULL_RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+
+
+def _checked_search(value: str) -> str:
+    """``auto``, or ``auto:`` and at least two different rates."""
+    word, colon, given = value.partition(":")
+    try:
+        rates = [float(rate) for rate in comma_list(given)]
+    except ValueError:
+        rates = []
+    if word != "auto" or (
+        colon and not (len(set(rates)) == len(rates) > 1 and all(0 < x <= LARGEST_NUMBER for x in rates))
+    ):
+        raise ValueError("give a number above 0, auto, or auto: with two or more different rates above 0")
+    return value
+
+
 class TrainSettings(ObjectiveOptions, RunOptions):
     """The options of ``rankwise train``, and the keys of its ``--config`` file."""
 
@@ -321,7 +340,18 @@ class TrainSettings(ObjectiveOptions, RunOptions):
             metavar="FILE|A,B",
         ),
     ] = None
-    learning_rate: Annotated[Positive, _training("Peak learning rate.")] = 2e-4
+    learning_rate: Annotated[
+        Positive | Annotated[str, Field(pattern="^auto(:.+)?$"), AfterValidator(_checked_search)],
+        _training(
+            "Peak learning rate; auto, or auto:RATE,RATE,..., finds it before training by short runs on rows that are "
+            "kept from them.",
+            metavar="X|auto",
+        ),
+    ] = 2e-4
+    budget: Annotated[
+        Positive | None,
+        _training("Steps of the search of --learning-rate auto, as a share of the run's; default: 1."),
+    ] = None
     seed: Annotated[Seed, _training("Seed of the adapter, the data order and dropout.")] = 0
     devices: Annotated[Batch | None, _device("Train in N processes on this machine, each on a device of its own.")] = (
         None
@@ -351,6 +381,22 @@ class TrainSettings(ObjectiveOptions, RunOptions):
     ] = False
     overwrite: Annotated[bool, _saving("Replace the run in --output.")] = False
     dry_run: Annotated[bool, _saving("Check everything, say what would be done, and write nothing.")] = False
+
+    @property
+    def rate(self) -> float:
+        """``learning_rate``, of a run that has one."""
+        assert not isinstance(self.learning_rate, str), "the rate has been searched for"
+        return self.learning_rate
+
+    @property
+    def searched_rates(self) -> tuple[float, ...]:
+        """The rates that ``--learning-rate auto`` tries, lowest first; none where a rate is given."""
+        if not isinstance(self.learning_rate, str):
+            return ()
+        _, _, given = self.learning_rate.partition(":")
+        if given:
+            return tuple(sorted(float(rate) for rate in comma_list(given)))
+        return FULL_RATES if self.method == "full" else ADAPTER_RATES
 
     @property
     def trackers(self) -> list[str]:

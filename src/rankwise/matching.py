@@ -141,6 +141,8 @@ class Place:
     why_not: str = ""
     # A linear layer that another library quantized: "all-linear" means it too.
     is_foreign: bool = False
+    # In a part that text does not enter, such as a vision tower: a whole name or an expression chooses it alone.
+    is_unread: bool = False
 
 
 # By name, in the model's order.
@@ -175,6 +177,21 @@ def target_names(config: LoraConfig, places: Places, model: str, *, may_be_none:
     return matched
 
 
+def warn_of_unread(config: LoraConfig, places: Places) -> None:
+    """Say which layers of a vision tower are left out (RW177): text does not enter them."""
+    everywhere = {
+        name: dataclasses.replace(place, is_unread=False) for name, place in places.items() if place.is_unread
+    }
+    names = [name for name, place in everywhere.items() if place.is_adaptable and _is_target(name, place, config)]
+    if names:
+        warn(
+            "RW177",
+            f"{len(names)} layers that text does not enter get no adapter: {names[0]} and others of the part that "
+            "sees; to adapt them, choose them by whole names or a regular expression.",
+            stacklevel=3,
+        )
+
+
 def _is_target(name: str, place: Place, config: LoraConfig) -> bool:
     wanted = config.target_modules
     if wanted is None or (config.exclude_modules and matches(name, config.exclude_modules)):
@@ -182,10 +199,12 @@ def _is_target(name: str, place: Place, config: LoraConfig) -> bool:
     if config.trains_whole(name):
         return False
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
-        return (place.is_linear or place.is_foreign) and not place.is_head
+        return (place.is_linear or place.is_foreign) and not place.is_head and not place.is_unread
     # As in PEFT a whole name chooses its layer itself.
-    is_whole = not isinstance(wanted, str) and name in wanted
-    return is_whole or (matches(name, wanted) and is_in_layers(name, config))
+    is_list = not isinstance(wanted, str)
+    if is_list and name in wanted:
+        return True
+    return matches(name, wanted) and is_in_layers(name, config) and not (is_list and place.is_unread)
 
 
 def _nothing_matches(config: LoraConfig, places: Places, model: str) -> str:

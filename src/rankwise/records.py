@@ -13,6 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+# pydantic reads no TypedDict of Python 3.11's own.
+from typing_extensions import TypedDict
+
 from rankwise.disk import whole_file
 from rankwise.errors import RunError
 from rankwise.foreign import Fields, JsonObject, checked, parse_json, read_json, reason_of
@@ -25,6 +28,25 @@ SKIPPED_FILE = "skipped_rows.jsonl"
 WAIT_POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 # What is reckoned with of a line of the metrics.
 NUMBERS = ("loss", "eval_loss", "learning_rate", "train_seconds")
+
+
+class RateTrial(TypedDict):
+    """A short run at one rate."""
+
+    learning_rate: float
+    steps: int
+    # On the rows that were kept from the short runs; None where it diverged.
+    loss: float | None
+
+
+class RateSearch(TypedDict):
+    """What ``--learning-rate auto`` tried before the run, in order, and the rate that it took."""
+
+    chosen: float
+    # Training rows that no short run saw.
+    rows: int
+    seconds: float
+    trials: list[RateTrial]
 
 
 @dataclasses.dataclass
@@ -70,6 +92,8 @@ class RunRecord:
     strategy: str | None = None
     # Of LoRA+: the peak rate of each group of parameters.
     learning_rates: dict[str, float] | None = None
+    # With --learning-rate auto; ``settings`` hold the rate that was found, and ``wall_seconds`` leave the search out.
+    rate_search: RateSearch | None = None
     # The most bytes of frozen weights that one process holds between steps.
     frozen_bytes: int | None = None
     warnings: list[dict[str, str]] = dataclasses.field(default_factory=list)

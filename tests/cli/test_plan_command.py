@@ -361,6 +361,7 @@ def test_a_length_beyond_the_model_s_is_said(rankwise, model_folder):
     [
         ({"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, "4-bit weights already (bitsandbytes, with double"),
         ({"quant_method": "fp8", "fmt": "e4m3"}, "quantized already (fp8), over which no other"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32}, "weights in 4 bits (gptq): lora and dora train over"),
     ],
 )
 def test_weights_that_are_quantized_already_are_said(rankwise, model_folder, tmp_path, stored, words):
@@ -369,6 +370,38 @@ def test_weights_that_are_quantized_already_are_said(rankwise, model_folder, tmp
     done = rankwise("plan", "--model", tmp_path, "--memory", ENOUGH)
     assert done.code == 0
     assert words in " ".join(done.stdout.partition("note")[2].split())
+
+
+@pytest.mark.parametrize(
+    ("stored", "bits", "group"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32}, 4, 32),
+        ({"quant_method": "awq", "w_bit": 4, "q_group_size": 64}, 4, 64),
+        ({"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 8, "group_size": 64}}}, 8, 64),
+        (
+            {
+                "quant_method": "torchao",
+                "quant_type": {"default": {"_type": "Int4WeightOnlyConfig", "_data": {"group_size": 32}}},
+            },
+            4,
+            32,
+        ),
+    ],
+)
+def test_packed_weights_of_another_library_are_counted(rankwise, model_folder, tmp_path, stored, bits, group):
+    """n weights of b bits, and a scale and a zero of 16 bits for each group."""
+    config = json.loads((model_folder / "config.json").read_text())
+
+    def terms(place, method):
+        options = ("--memory", ENOUGH, "--method", method, "--dtype", "bfloat16", "--json")
+        return rankwise("plan", "--model", place, *options).document["methods"][method]["breakdown"]
+
+    dense, four = (terms(model_folder, method)["weights"] for method in ("lora", "qlora"))
+    count = (dense - four) // 2
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+    found = terms(tmp_path, "lora")
+    assert found["weights"] == four
+    assert found["weights_4bit"] == pytest.approx(count * bits / 8 + 4 * count / group, abs=2)
 
 
 def test_the_saved_plan_trains_unchanged(plan, rows_file, tmp_path):

@@ -43,7 +43,7 @@ def test_ids_tell_cells_apart():
 
 
 def test_every_option_of_train_is_shared_or_has_its_counterpart():
-    own = {"model", "data", "eval_data", "output", "method", "learning_rate", "seed"}
+    own = {"model", "data", "eval_data", "output", "method", "learning_rate", "budget", "seed"}
     without = {"cache", "sample_prompt", "tensorboard", "report_to", "skip_bad_rows", "devices", "strategy"}
     without |= {"resume", "overwrite", "dry_run", "new_tokens", "adapter", "reward"}
     without |= {"reward_weights", "num_generations", "temperature", "max_completion_length"}
@@ -76,6 +76,8 @@ def test_a_run_gets_the_options_that_its_method_uses():
         ({"learning_rates": "1e-4,-1"}, "RW167"),
         ({"minutes": 1, "max_steps": 5}, "RW167"),
         ({"metric": "e2e.BLEU"}, "RW167"),
+        ({"budget": 1}, "RW167"),
+        ({"budget": 1, "learning_rates": "1e-4,2e-4", "search_steps": 3}, "RW167"),
     ],
 )
 def test_settings_that_cannot_be(changes, code):

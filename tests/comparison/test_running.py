@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -27,6 +28,7 @@ from rankwise.comparison import run, stages
 from rankwise.comparison.matrix import Cell
 from rankwise.comparison.schedule import Plan, possible_jobs
 from rankwise.errors import ConfigError, Interrupted, RankwiseWarning, RunError
+from rankwise.reports.comparison import write_report
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning")
 TIMES = {"wall_seconds", "seconds", "created", "total", "runs_seconds"}
@@ -92,6 +94,57 @@ def test_each_method_runs_at_its_own_best_rate_and_nothing_runs_twice(tmp_path: 
     assert found["recommendation"]["method"] == "full"
     assert (tmp_path / "out" / found["recommendation"]["adapter"] / "run.json").is_file()
     assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == json.loads(json.dumps(found))
+
+
+HALVED = {"methods": "lora,full", "learning_rates": "2e-5,1e-4,2e-4,5e-4", "budget": 1.0}
+
+
+def test_a_search_by_halving_is_part_of_the_first_seeds_run(tmp_path: Path):
+    found: Any = compare(**given(tmp_path, **HALVED))
+    ids = [f"{method}-{run}" for method in ("lora", "full") for run in ("auto-seed0", "lr0.0002-seed1")]
+    assert sorted(starts(tmp_path / "out")) == sorted(ids) == sorted(run["id"] for run in found["runs"])
+    assert {(run["phase"], run["learning_rate"]) for run in found["runs"]} == {("final", 2e-4)}
+    told = yaml.safe_load((tmp_path / "out" / "cells" / "lora-auto-seed0.train.yaml").read_text())
+    assert (told["learning-rate"], told["budget"]) == ("auto:2e-05,0.0001,0.0002,0.0005", 1.0)
+    assert "budget" not in yaml.safe_load((tmp_path / "out" / "cells" / "lora-lr0.0002-seed1.train.yaml").read_text())
+    search = found["learning_rates"]["lora"]
+    assert (search["chosen"], search["at_edge"]) == (2e-4, False)
+    assert [(item["learning_rate"], item["steps"]) for item in search["tried"]] == [
+        (2e-5, 2),
+        (1e-4, 6),
+        (2e-4, 6),
+        (5e-4, 2),
+    ]
+    # All at the same length, or a plot would compare short runs with long ones.
+    assert all(2.5 <= item["value"] < 2.6 for item in search["tried"])
+    full: Any = compare(**given(tmp_path, "whole", **{**HALVED, "budget": None}))
+    assert [found[key]["method"] for key in ("recommendation",)] == [full["recommendation"]["method"]]
+    # Seeds may come later; another grid would be another search.
+    more: Any = compare(**given(tmp_path, **{**HALVED, "seeds": 3}))
+    assert len(starts(tmp_path / "out")) == 6
+    assert more["methods"]["lora"]["seeds"] == 3
+    with pytest.raises(RunError, match=r"RW580.*--learning-rates"):
+        compare(**given(tmp_path, **{**HALVED, "learning_rates": "1e-4,2e-4"}))
+
+
+def test_the_report_says_which_rates_were_stopped_and_when(tmp_path: Path):
+    compare(**given(tmp_path, **HALVED))
+    write_report(tmp_path / "out")
+    said = "2e-5 and 5e-4 after 2 steps, 1e-4 after 6 steps; 2e-4 was taken"
+    assert f"LoRA: {said}" in (tmp_path / "out" / "report.md").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert said in page
+    assert "training rows that these did not see" in page
+
+
+def test_a_method_that_cannot_run_is_skipped_in_its_search(tmp_path: Path):
+    found: Any = compare(**given(tmp_path, **{**HALVED, "methods": "lora,prefix,qdora"}))
+    assert found["methods"]["prefix"]["skipped"].startswith("RW171")
+    assert {run["id"]: run["status"] for run in found["runs"] if run["method"] != "lora"} == {
+        "prefix-auto-seed0": "skipped",
+        "qdora-auto-seed0": "failed",
+        "qdora-lr0.0002-seed1": "failed",
+    }
 
 
 def test_examples_keep_their_weights_and_clusters(tmp_path: Path):

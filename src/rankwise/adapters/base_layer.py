@@ -8,12 +8,14 @@ layer over one-hot ids: in = vocabulary, out = dimension), or anything else that
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rankwise.adapters.foreign_layer import PACKED, dequantizer
 from rankwise.compat.accelerate import only_moves_inputs
 from rankwise.compat.torch import hooks_around, with_own_parts
 from rankwise.ops.freshness import Key, frozen_key
@@ -60,6 +62,8 @@ def is_linear(module: nn.Module) -> bool:
     """
     if type(module).__name__ in OTHER_RESULTS or why_not(module):
         return False
+    if dequantizer(module) is not None:
+        return True
     if all(hasattr(module, name) for name in ("in_features", "out_features", "dequantize")):
         return True
     weight = getattr(module, "weight", None)
@@ -80,10 +84,12 @@ def why_not(module: nn.Module) -> str:
 
 
 def foreign_format(module: nn.Module) -> str:
-    """The weight format of a linear layer that another library quantized; "" for any other module."""
-    if hasattr(module, "dequantize") or not hasattr(module, "in_features"):
+    """The weight format of a linear layer that another library quantized; "" for any other module, and for one that can
+    be dequantized.
+    """
+    if hasattr(module, "dequantize") or dequantizer(module) is not None or not hasattr(module, "in_features"):
         return ""
-    packed = next((name for name in ("qweight", "W_q", "weight_packed") if hasattr(module, name)), "")
+    packed = next((name for name in PACKED if hasattr(module, name)), "")
     weight = getattr(module, "weight", None)
     if packed or not isinstance(weight, Tensor):
         return f"{packed} of a {type(module).__name__}" if packed else ""
@@ -134,7 +140,8 @@ def weight_dtype(base: nn.Module) -> torch.dtype:
 
 
 def weight_device(base: nn.Module) -> torch.device:
-    return next(base.parameters()).device
+    # Layers of other libraries keep packed weights in buffers.
+    return next(itertools.chain(base.parameters(), base.buffers())).device
 
 
 def weight_key(base: nn.Module) -> Key:

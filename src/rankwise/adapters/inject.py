@@ -27,6 +27,7 @@ from rankwise.adapters.dora import Dora
 from rankwise.adapters.embedding import EmbeddingLora
 from rankwise.adapters.eva import Batch
 from rankwise.adapters.experts import AdaptedExperts, ExpertsLora, StackLora, stack_shape
+from rankwise.adapters.foreign_layer import dequantizer, make_foreign, make_readable
 from rankwise.adapters.inits import Beginning, Pair, beginning
 from rankwise.adapters.layer import AdaptedLayer, OverBase, TrainedCopy
 from rankwise.adapters.lora import Lora
@@ -46,12 +47,19 @@ from rankwise.adapters.state import (
     take_replaced,
     wrappers,
 )
-from rankwise.adapters.targets import module_names, places_of
+from rankwise.adapters.targets import module_names, places_of, text_part
 from rankwise.adapters.token_rows import TokenRows
 from rankwise.compat.torch import gathered, own_parameters
-from rankwise.errors import AdapterError
+from rankwise.errors import AdapterError, warn
 from rankwise.lora_config import LoraConfig
-from rankwise.matching import check_enable_lora, check_targets, target_names, warn_of_experts, warn_of_idle
+from rankwise.matching import (
+    check_enable_lora,
+    check_targets,
+    target_names,
+    warn_of_experts,
+    warn_of_idle,
+    warn_of_unread,
+)
 
 Kind = TypeVar("Kind", AdaptedLayer, AdaptedExperts, TrainedCopy)
 # As PEFT calls rows of a batch without an adapter.
@@ -111,18 +119,35 @@ def plan_adapter(
     stacks = parameter_names(modules, config)
     # An empty list of target_modules leaves the stacks alone to adapt.
     stacks_suffice = bool(stacks) and (is_foreign or not config.target_modules)
-    targets = target_names(
-        config, places_of(modules, model_end(model, "output")), type(model).__name__, may_be_none=stacks_suffice
-    )
+    # A file of PEFT's may hold an adapter of the part that sees.
+    places = places_of(modules, model_end(model, "output"), None if is_foreign else text_part(model))
+    targets = target_names(config, places, type(model).__name__, may_be_none=stacks_suffice)
     check_enable_lora(config, targets)
     warn_of_idle(config, there, [*targets, *stacks], targets=is_foreign)
     if not is_foreign:
+        warn_of_unread(config, places)
+        _warn_of_foreign([modules[name] for name in targets])
         warn_of_experts(config, experts_left_out(modules, config, stacks))
     planned = [planned_module(config, target, modules[target]) for target in targets]
     planned += [planned_stack(config, stack, modules) for stack in stacks]
     saved = module_names(modules, config.modules_to_save or ())
     planned += [AdaptedModule(item, "trained whole", *whole_features(modules[item]), 0, 0) for item in saved]
     return planned + _planned_rows(model, config, modules, {item.name for item in planned})
+
+
+def _warn_of_foreign(targets: Sequence[nn.Module]) -> None:
+    """Say that layers which another library quantized train in a slow way (RW178)."""
+    foreign = [module for module in targets if dequantizer(module) is not None]
+    if foreign:
+        kind = type(foreign[0]).__name__
+        packed = f"{kind} of {type(foreign[0].weight).__name__}" if kind == "Linear" else kind
+        warn(
+            "RW178",
+            f"{len(foreign)} of the layers to adapt were quantized by another library ({packed}): they compute by its "
+            "kernels, and each gradient dequantizes their weights once more, which is slow; --method qlora over the "
+            "dense checkpoint is faster.",
+            stacklevel=3,
+        )
 
 
 def _planned_rows(
@@ -178,6 +203,7 @@ def attach(
     state = adapter_state(model, create=True)
     if state.active is not None:
         disable_adapter(model)
+    make_readable(model)
     state.configs[name] = config
     if not trainable:
         state.inference_only.add(name)
@@ -328,6 +354,8 @@ def remove_adapter(model: nn.Module, name: str | None = None) -> None:
     state.active = None
     if state.configs:
         set_adapter(model, next(iter(state.configs)))
+    else:
+        make_foreign(model)
 
 
 def _biases(model: nn.Module, config: LoraConfig, name: str) -> dict[str, nn.Parameter]:

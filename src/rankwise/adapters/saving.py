@@ -34,6 +34,7 @@ from rankwise.adapters.fused import enabled_rows, to_blocks
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.peft_config import CONFIG_FILE, scaled_alpha, to_peft
 from rankwise.adapters.state import AdapterState, base_modules, base_parameter, state_and_name
+from rankwise.adapters.targets import text_part
 from rankwise.adapters.token_rows import KEY as TOKENS
 from rankwise.adapters.token_rows import TokenRows
 from rankwise.compat.transformers import is_experts_family
@@ -341,9 +342,14 @@ def _plain(mapping: Fields) -> JsonObject:
 
 
 def _portable_targets(model: nn.Module, config: LoraConfig, modules: list[AdaptedModule]) -> str | list[str]:
-    """ "all-linear" spelled out: the shortest list of endings that names the adapted modules and no others."""
-    if config.target_modules != "all-linear":
-        return config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
+    """The shortest list of endings that names the adapted modules and no others, for "all-linear", and where endings
+    would also fit a part that text does not enter.
+    """
+    wanted = config.target_modules or ()
+    if isinstance(wanted, str) and wanted != "all-linear":
+        return wanted
+    if not isinstance(wanted, str) and text_part(model) is None:
+        return sorted(wanted)
     names = [item.name for item in modules if item.experts is None]
     return names if config.exclude_modules else shortest_targets(model, names)
 

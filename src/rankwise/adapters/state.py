@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.experts import AdaptedExperts
+from rankwise.adapters.foreign_layer import ForeignLinear
 from rankwise.adapters.layer import AdaptedLayer, TrainedCopy
 from rankwise.errors import AdapterError
 from rankwise.lora_config import LoraConfig
@@ -88,7 +89,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if inside is not None and path.startswith(inside):
             continue
-        if isinstance(module, Wrapper):
+        if isinstance(module, Wrapper | ForeignLinear):
             inside = f"{path}."
         yield path, unwrapped(module)
 

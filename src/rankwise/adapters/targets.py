@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -14,17 +15,42 @@ from rankwise.quantization.linear import features
 Modules = Mapping[str, nn.Module]
 
 
-def places_of(modules: Modules, head: nn.Module | None) -> Places:
-    """All modules but the model itself. ``head``: the output head."""
-    return {name: place_of(module, is_head=module is head) for name, module in modules.items() if name}
+def places_of(modules: Modules, head: nn.Module | None, text: nn.Module | None = None) -> Places:
+    """All modules but the model itself. ``head``: the output head; ``text``: of a model that also sees, the part that
+    reads.
+    """
+    read = {id(module) for module in (() if text is None else text.modules())}
+    return {
+        name: place_of(
+            module, is_head=module is head, is_unread=bool(read) and id(module) not in read and module is not head
+        )
+        for name, module in modules.items()
+        if name
+    }
 
 
-def place_of(module: nn.Module, *, is_head: bool = False) -> Place:
+def text_part(model: nn.Module) -> nn.Module | None:
+    """The decoder of a model that also sees or hears; None where all of a model reads."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config") or config.get_text_config() is config:
+        return None
+    find = getattr(model, "get_decoder", None)
+    return find() if callable(find) else None
+
+
+def place_of(module: nn.Module, *, is_head: bool = False, is_unread: bool = False) -> Place:
     adapts = is_adaptable(module)
     outputs = features(module)[1] if adapts else 0
     reason = "" if adapts else why_not(module)
     return Place(
-        type(module).__name__, is_linear(module), adapts, is_head, outputs, reason, bool(foreign_format(module))
+        type(module).__name__,
+        is_linear(module),
+        adapts,
+        is_head,
+        outputs,
+        reason,
+        is_foreign=bool(foreign_format(module)),
+        is_unread=is_unread,
     )
 
 

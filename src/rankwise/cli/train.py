@@ -18,7 +18,7 @@ from rankwise.errors import ConfigError, DataError, is_out_of_memory, out_of_mem
 from rankwise.foreign import Fields
 from rankwise.options import flag
 from rankwise.records import RunRecord, load_record, read_metrics
-from rankwise.reports.numbers import byte_size, plural
+from rankwise.reports.numbers import byte_size, plural, rate
 from rankwise.training import ranks
 
 if TYPE_CHECKING:
@@ -192,6 +192,11 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
         )
     if record.trainable_parameters is not None and record.total_parameters:
         yield "trained", trained_share(record)
+    if record.rate_search is not None:
+        chosen, trials = record.rate_search["chosen"], record.rate_search["trials"]
+        tried = plural(len({trial["learning_rate"] for trial in trials}), "rate")
+        steps = plural(sum(trial["steps"] for trial in trials), "step")
+        yield "rate", f"{rate(chosen)}, the best of {tried} in short runs of {steps} together"
     yield "speed", _speed(record)
     yield "written", f"{folder}  (curve: {folder / 'loss.svg'})"
     # The baselines are there to be compared: `generate` loads none.

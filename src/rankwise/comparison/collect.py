@@ -24,8 +24,9 @@ def collect_runs(plan: Plan) -> list[Run]:
     for method in plan.methods:
         state = state_of(plan, method)
         final = {cell.id for cell in state.final}
-        cells = {item["run"]: item for item in state.search["tried"]}
-        searched = [Cell(method, item["learning_rate"], 0, plan.short) for item in cells.values()] if cells else []
+        searched = [Cell(method, item["learning_rate"], 0, plan.short) for item in state.search["tried"]]
+        if plan.halved:
+            searched = [Cell(method, None, 0)]
         for cell in dict.fromkeys([*searched, *state.final]):
             if outcome_of(Job("train", cell), plan.output) is not None:
                 runs.append(_run(plan, cell, "final" if cell.id in final else "search", state.skipped))
@@ -44,7 +45,7 @@ def _run(plan: Plan, cell: Cell, phase: Phase, skipped: Mapping[str, str] | None
         "id": cell.id,
         "method": cell.method,
         "seed": cell.seed,
-        "learning_rate": cell.learning_rate,
+        "learning_rate": cell.learning_rate or known.get("settings", {}).get("learning_rate"),
         "phase": phase,
         "status": status,
         "error": error,

@@ -104,7 +104,11 @@ class Commands:
     def _cell_settings(self, cell: Cell, steps: int | None) -> JsonObject:
         inputs = {"model": _model(self.given.model), "data": self.inputs.train, "eval_data": self.inputs.evaluation}
         shared = {**self.shared, **self.batches[cell.method], "eval_limit": 0, "cache": str(self._cache())}
-        return cell_settings(cell, self.plan.output, shared, inputs, steps)
+        settings = cell_settings(cell, self.plan.output, shared, inputs, steps)
+        if cell.learning_rate is not None:
+            return settings
+        rates = ",".join(map(repr, self.plan.rates))
+        return settings | {"learning_rate": f"auto:{rates}", "budget": self.given.budget}
 
     def _batch(self, method: str) -> JsonObject:
         """With --memory-budget: the largest micro-batch that is planned to fit. The rows of a step stay the same."""

@@ -82,7 +82,8 @@ def check_same(output: Path, given: CompareSettings, data: Fields) -> None:
 
 def _identity(given: CompareSettings, data: Fields) -> JsonObject:
     options = given.model_dump(mode="json")
-    names = ("model", *SAME_RUNS, *SHARED)
+    # A search by halving is one run: more rates would make it another.
+    names = ("model", *SAME_RUNS, *SHARED, *(("learning_rates",) if given.budget else ()))
     return {
         "options": {name: options[name] for name in names},
         "data": {"--data": data["train"]["sha256"], "--eval-data": data["eval"]["sha256"]},

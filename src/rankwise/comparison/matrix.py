@@ -15,17 +15,18 @@ from rankwise.reports.schema import RUNS_FOLDER
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """One run: a method, with its variants, at a learning rate with a seed. A ``short`` run only tries a rate and has
-    fewer steps.
+    fewer steps. A run without a rate searches for its own first (``--learning-rate auto``).
     """
 
     method: str
-    learning_rate: float
+    learning_rate: float | None
     seed: int
     short: bool = False
 
     @property
     def id(self) -> str:
-        return f"{self.method}-lr{self.learning_rate:g}-seed{self.seed}" + ("-short" if self.short else "")
+        rate = "auto" if self.learning_rate is None else f"lr{self.learning_rate:g}"
+        return f"{self.method}-{rate}-seed{self.seed}" + ("-short" if self.short else "")
 
     def folder(self, output: Path) -> Path:
         return output / RUNS_FOLDER / self.id

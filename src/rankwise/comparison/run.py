@@ -100,10 +100,12 @@ def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
 
 def _announce(given: CompareSettings, inputs: Inputs, effect: MinimumDetectableEffect, watcher: Watcher) -> None:
     short = given.search_steps is not None
-    runs = planned_runs(len(given.methods), len(given.learning_rates), given.seeds, short=short)
+    tried = len(given.learning_rates) if given.budget is None else 1
+    runs = planned_runs(len(given.methods), tried, given.seeds, short=short)
     methods, rates = plural(len(given.methods), "method"), plural(len(given.learning_rates), "learning rate")
+    halved = "" if given.budget is None else f" in short runs of {given.budget:g} times a run's steps"
     seeds = plural(given.seeds, "seed")
-    watcher.say(f"{plural(runs, 'run')}: {methods}, {rates} on seed 0, {seeds} at each method's best.")
+    watcher.say(f"{plural(runs, 'run')}: {methods}, {rates} on seed 0{halved}, {seeds} at each method's best.")
     watcher.say(f"{inputs.train_rows:,} rows to train on, {inputs.eval_rows:,} to evaluate on.")
     _warn_of_idle_options(given)
     if given.seeds < 2:
@@ -166,6 +168,7 @@ def _plan(given: CompareSettings) -> Plan:
         base=given.objective == "sft" or bool(given.task),
         tasks=given.task,
         probed=given.minutes is not None,
+        halved=given.budget is not None,
     )
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from rankwise.comparison.matrix import Cell, choose_rate, final_cells, search_cells
 from rankwise.comparison.stages import Job, Outcome, outcome_of
 from rankwise.errors import RunError
-from rankwise.records import RunRecord, load_record
-from rankwise.reports.schema import RateSearch, SearchedRate
+from rankwise.records import RUN_FILE, RunRecord, load_record
+from rankwise.reports.schema import KEPT_ROWS_LOSS, RateSearch, SearchedRate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Plan:
     tasks: tuple[str, ...] = ()
     # Whether a short run of each method measured its steps first; without it a method has no length.
     probed: bool = False
+    # Whether the run of the first seed searches for its rate, for all seeds.
+    halved: bool = False
 
 
 @dataclasses.dataclass
@@ -64,6 +66,8 @@ def jobs_left(plan: Plan) -> list[Job]:
         if not state.searched:
             left += state.waiting
             cells = final_cells(method, plan.rates[0], plan.seeds)
+            if plan.halved:
+                cells[0] = Cell(method, None, 0)
             # A search at full length is the final run of its seed.
             left += [Job("train", cell) for cell in cells[0 if plan.short else 1 :]]
             left += [Job("measure", cell) for cell in cells]
@@ -77,7 +81,7 @@ def possible_jobs(plan: Plan) -> Iterator[Job]:
     begun = {path.name.rpartition(".")[0] for path in (plan.output / "cells").glob("*")}
     cells: list[Cell | None] = [None]
     for method in plan.methods:
-        cells += search_cells(method, plan.rates, short=plan.short)
+        cells += [Cell(method, None, 0)] if plan.halved else search_cells(method, plan.rates, short=plan.short)
         cells += [cell for rate in plan.rates for cell in final_cells(method, rate, plan.seeds)]
     jobs = (job for cell in dict.fromkeys(cells) for job in jobs_of(cell))
     return (job for job in jobs if job.name(plan.output).name in begun)
@@ -85,7 +89,7 @@ def possible_jobs(plan: Plan) -> Iterator[Job]:
 
 def state_of(plan: Plan, method: str) -> MethodState:
     """The state of a method, read from disk, so that it is the same after a kill."""
-    search = search_cells(method, plan.rates, short=plan.short)
+    search = [Cell(method, None, 0)] if plan.halved else search_cells(method, plan.rates, short=plan.short)
     if (failed := _failed_probe(plan, method)) is not None:
         return MethodState(_search(plan, search), True, [], failed, [])
     jobs = [Job("train", cell) for cell in search]
@@ -101,6 +105,8 @@ def state_of(plan: Plan, method: str) -> MethodState:
     if rate is None:
         return MethodState(found, True, [], None, [])
     cells = final_cells(method, rate, plan.seeds)
+    if plan.halved:
+        cells[0] = search[0]
     first = Job("train", cells[0])
     reason = _skip_reason(outcome_of(first, plan.output))
     waiting = [] if reason else [job for cell in cells for job in _open_jobs(plan, cell)[:1]]
@@ -135,9 +141,12 @@ def _open_jobs(plan: Plan, cell: Cell | None) -> list[Job]:
 
 
 def _search(plan: Plan, cells: list[Cell]) -> RateSearch:
+    if plan.halved:
+        return _halved(plan, cells[0])
     tried: list[SearchedRate] = []
     for cell in cells:
         record = finished_record(plan.output, cell)
+        assert cell.learning_rate is not None
         tried.append(
             {
                 "learning_rate": cell.learning_rate,
@@ -149,6 +158,33 @@ def _search(plan: Plan, cells: list[Cell]) -> RateSearch:
         )
     chosen, at_edge = choose_rate({item["learning_rate"]: item["value"] for item in tried})
     return {"tried": tried, "chosen": chosen, "at_edge": at_edge}
+
+
+def _halved(plan: Plan, cell: Cell) -> RateSearch:
+    """The search that a run began with; each rate with its loss in the first round, which all had."""
+    folder = cell.folder(plan.output)
+    found = load_record(folder).rate_search if (folder / RUN_FILE).is_file() else None
+    if found is None:
+        return {"tried": [], "chosen": None, "at_edge": False}
+    first, last = (
+        {trial["learning_rate"]: trial for trial in trials} for trials in (found["trials"][::-1], found["trials"])
+    )
+    tried: list[SearchedRate] = [
+        {
+            "learning_rate": rate,
+            "metric": KEPT_ROWS_LOSS,
+            "value": first[rate]["loss"],
+            "steps": last[rate]["steps"],
+            "run": cell.id,
+        }
+        for rate in sorted(first)
+    ]
+    chosen = found["chosen"]
+    return {
+        "tried": tried,
+        "chosen": chosen,
+        "at_edge": chosen in (tried[0]["learning_rate"], tried[-1]["learning_rate"]),
+    }
 
 
 def finished_record(output: Path, cell: Cell) -> RunRecord | None:

@@ -24,7 +24,7 @@ from rankwise.config import (
 from rankwise.errors import ConfigError
 from rankwise.evaluation.settings import task_list
 from rankwise.foreign import JsonObject
-from rankwise.options import LARGEST_NUMBER, MANY, Count, Names, Panel, comma_list, option, text_list
+from rankwise.options import LARGEST_NUMBER, MANY, Count, Names, Panel, Positive, comma_list, option, text_list
 from rankwise.planning.sizes import parse_size
 from rankwise.reports.schema import EVAL_LOSS
 
@@ -32,7 +32,7 @@ from rankwise.reports.schema import EVAL_LOSS
 USUAL_METRICS = {"sft": EVAL_LOSS, "dpo": "preference.reward_accuracy", "kto": "preference.reward_accuracy"}
 SHARED = (*PreferenceOptions.model_fields, *RunOptions.model_fields)
 # Of the options of `compare`, those that say what a run is; with the shared ones they must stay as they were.
-SAME_RUNS = ("search_steps", "minutes", "memory_budget")
+SAME_RUNS = ("search_steps", "budget", "minutes", "memory_budget")
 
 
 def size_in_bytes(value: Any) -> Any:
@@ -85,6 +85,13 @@ class CompareSettings(PreferenceOptions, RunOptions):
     search_steps: Annotated[
         Count | None,
         _compared("Steps of the runs that try a learning rate; default: as many as the final runs."),
+    ] = None
+    budget: Annotated[
+        Positive | None,
+        _compared(
+            "Steps of the search for each method's rate, as a share of one run's: short runs, of which the worse stop, "
+            "judged on training rows. Default: every rate runs to its end."
+        ),
     ] = None
     minutes: Annotated[
         float | None,
@@ -199,6 +206,14 @@ def check_compare(given: CompareSettings) -> None:
         raise ConfigError("RW167", "--address is that of a Ray cluster; add --executor ray.")
     if given.minutes is not None and (given.max_steps is not None or given.search_steps is not None):
         raise ConfigError("RW167", "--minutes sets the steps of every run; leave --max-steps and --search-steps out.")
+    if given.budget is not None and (given.search_steps is not None or len(given.learning_rates) < 2):
+        raise ConfigError(
+            "RW167", "--budget is that of a search among several --learning-rates; give some, and no --search-steps."
+        )
+    if given.budget is not None and given.objective != "sft":
+        raise ConfigError(
+            "RW167", f"--budget searches with demonstrations, and --objective is {given.objective}; leave it out."
+        )
     measured = given.task if given.objective == "sft" else (PREFERENCE, *given.task)
     if given.metric != EVAL_LOSS and given.metric.partition(".")[0] not in measured:
         raise ConfigError(

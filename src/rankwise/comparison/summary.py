@@ -49,7 +49,7 @@ def all_methods(plan: Plan, runs: Sequence[Run], scores: Mapping[str, Mapping[st
         state = state_of(plan, name)
         found[name] = {
             **method_figures(name, runs, scores, better),  # type: ignore[typeddict-item]
-            "learning_rate": state.final[0].learning_rate if state.final else None,
+            "learning_rate": state.search["chosen"] if state.final else None,
             "learning_rate_at_edge": state.search["at_edge"],
             "group": None,
             "pareto": False,

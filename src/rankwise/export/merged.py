@@ -26,6 +26,7 @@ from rankwise.adapters.checkpoint import (
     read_folder,
 )
 from rankwise.adapters.experts import merged_stack
+from rankwise.adapters.foreign_layer import make_dense
 from rankwise.adapters.saving import PREFIX
 from rankwise.adapters.trained_base import base_model_of, dtype_of, quantization_of, revision_of, sha256_of_base
 from rankwise.disk import hold, whole_folder
@@ -94,7 +95,9 @@ def merge_to_folder(
         _warn_of_another_base(adapter, source)
         # A GGUF's tensors have other names and packings; it goes through memory as an ordinary model.
         # So do new tokens, for which embedding and head grow.
-        streams = not source.is_gguf and not read_folder(adapter)[0].token_rows
+        # So do layers of other libraries, which dequantize themselves.
+        is_ordinary = not source.is_gguf and foreign_quantization(source) is None
+        streams = is_ordinary and not read_folder(adapter)[0].token_rows
         merge = _merge_streamed if streams else _merge_in_memory
         with whole_folder(output) as folder:
             count = merge(base, adapter, folder)
@@ -141,19 +144,28 @@ def stored_quantization(source: ModelSource) -> FourBitConfig | None:
 
     Raises ModelError (RW309) for weights that are quantized in another way.
     """
+    if (method := foreign_quantization(source)) is not None:
+        raise ModelError(
+            "RW309",
+            f"{source.path} holds weights quantized with {method}, which no adapter merges into; give the original "
+            "ones with --model, or merge into the dequantized values with --onto quantized.",
+        )
     if source.is_gguf:
         return None
     assert source.path is not None, "a fetched model lies on this machine"
     stored = read_config(source.path).get("quantization_config")
-    held = None if stored is None else rewrite_bitsandbytes_config(stored)
-    if stored is not None and held is None:
-        method = stored.get("quant_method") if isinstance(stored, dict) else stored
-        raise ModelError(
-            "RW309",
-            f"{source.path} holds weights quantized with {method}, which no adapter merges into; give the original "
-            "ones with --model.",
-        )
-    return held
+    return None if stored is None else rewrite_bitsandbytes_config(stored)
+
+
+def foreign_quantization(source: ModelSource) -> str | None:
+    """transformers' name of the format of quantized weights that are not bitsandbytes' 4 bits; None for other files."""
+    if source.is_gguf:
+        return None
+    assert source.path is not None, "a fetched model lies on this machine"
+    stored = read_config(source.path).get("quantization_config")
+    if stored is None or rewrite_bitsandbytes_config(stored) is not None:
+        return None
+    return str(stored.get("quant_method") if isinstance(stored, dict) else stored)
 
 
 def format_of(quant_type: str | None, *, double_quant: bool) -> FourBitConfig | None:
@@ -164,6 +176,9 @@ def format_of(quant_type: str | None, *, double_quant: bool) -> FourBitConfig | 
 def _base(
     adapter: Path, source: ModelSource, onto: Onto, trained_on: FourBitConfig | None, trust_remote_code: bool
 ) -> Base:
+    if onto == "quantized" and foreign_quantization(source) is not None:
+        # transformers or its own layers dequantize them.
+        return Base(source, None, dtype_of(adapter), trust_remote_code=trust_remote_code)
     stored = stored_quantization(source)
     if onto == "original":
         if read_folder(adapter)[0].init.kind == "loftq":
@@ -217,6 +232,7 @@ def _merge_in_memory(base: Base, adapter: Path, output: Path) -> int:
     merge_adapter(model, reversible=False)
     if base.quantization is not None:
         model = model.dequantize()
+    make_dense(model)
     for name, parameter in model.named_parameters():
         check_merged(name, parameter.detach())
     model.save_pretrained(output)

@@ -168,8 +168,8 @@ def check_architecture(config: Fields, folder: Path, *, trust_remote_code: bool)
     if has_code and trust_remote_code:
         return
     model_type = config.get("model_type")
-    known, is_causal_lm = _known_to_transformers(model_type)
-    if known and is_causal_lm:
+    known = _is_known(model_type)
+    if known and auto_class(model_type) is not None:
         if has_code:
             warn("RW320", f"{folder} brings code of its own, which is not run: transformers' own {model_type} is used.")
         return
@@ -192,13 +192,30 @@ def check_architecture(config: Fields, folder: Path, *, trust_remote_code: bool)
     )
 
 
-def _known_to_transformers(model_type: Any) -> tuple[bool, bool]:
+def _is_known(model_type: Any) -> bool:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        return False, False
-    return True, CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING
+
+
+def auto_class(model_type: Any) -> Any:
+    """transformers' class that loads such a model; None where it is no language model.
+
+    Some models that also see are causal language models to transformers (Gemma 3), others are not (Qwen2.5-VL). Both
+    write text from text.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+
+    # Of a model with code of its own, which names its class itself.
+    if not _is_known(model_type) or (kind := CONFIG_MAPPING[model_type]) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    sees = {"text_config", "vision_config"} <= set(getattr(kind, "sub_configs", ()))
+    return AutoModelForImageTextToText if sees and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else None
 
 
 def weights_names(folder: Path, config: Fields | None = None) -> list[str]:

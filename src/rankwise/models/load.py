@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rankwise.compat.transformers import gguf_read_once
 from rankwise.errors import ModelError, RankwiseError, warn
 from rankwise.models.device import choose_device
-from rankwise.models.folder import FolderContent, check_folder, has_tokenizer
+from rankwise.models.folder import FolderContent, auto_class, check_folder, has_tokenizer, read_config
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.models.quiet import quiet, reason_of
 from rankwise.models.skeleton import load_skeleton
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from rankwise.quantization import FourBitConfig, Linear4bit
     from rankwise.quantization.experts import StackScales
 
+# transformers' names of formats whose layers have no gradient, and which it can read as dense weights.
+DEQUANTIZED_ON_LOADING = ("fp8", "mxfp4", "compressed-tensors")
 Model = str | os.PathLike[str] | ModelSource
 
 
@@ -169,7 +171,7 @@ def _quantization_arguments(
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     held = adopt_bitsandbytes_config(config)
     if held is None and quantization is None:
-        return {}
+        return _read_densely(path, config, stored)
     if held is None or not isinstance(quantization, FourBitConfig | None):
         method = stored.get("quant_method")
         asked = "" if held is None else f", and a {type(quantization).__name__} cannot be applied to it"
@@ -178,6 +180,20 @@ def _quantization_arguments(
             f"the checkpoint in {path} is already quantized ({method}){asked}; "
             "load it without a quantization, or give the original.",
         )
+    return {"config": config}
+
+
+def _read_densely(path: Path, config: Any, stored: dict[str, Any]) -> dict[str, Any]:
+    """Let transformers dequantize what it can while it reads, and say so (RW179)."""
+    method = stored.get("quant_method")
+    if method not in DEQUANTIZED_ON_LOADING:
+        return {}
+    warn(
+        "RW179",
+        f"{path} holds weights in {method}, which are dequantized while they are read: the model takes the memory of "
+        "its dense original.",
+    )
+    config.quantization_config = {**stored, "dequantize": True}
     return {"config": config}
 
 
@@ -260,11 +276,10 @@ def _gguf_tokenizer(path: Path, source: ModelSource) -> PreTrainedTokenizerBase 
 
 
 def _from_pretrained(source: ModelSource, folder: str, **arguments: Any) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
+    kind = None if source.is_gguf else read_config(Path(folder)).get("model_type")
     with _explaining(source), quiet():
         # Wrong shapes are gathered and raised below, all at once.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(kind).from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
     model, info = loaded
@@ -329,6 +344,9 @@ def _check_finite(model: PreTrainedModel, source: ModelSource) -> None:
     broken = []
     for name, parameter in model.named_parameters():
         held = own_part(parameter.detach())
+        if type(held) is not torch.Tensor:
+            # Another library's packed weight.
+            continue
         # The sum is not finite where an element is not: one cheap pass, and a second one only for suspects.
         suspicious = held.is_floating_point() and not torch.isfinite(held.sum())
         if suspicious and not torch.isfinite(held).all():

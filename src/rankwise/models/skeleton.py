@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.compat.transformers import gguf_read_once
 from rankwise.errors import ModelError
-from rankwise.models.folder import check_architecture, read_config
+from rankwise.models.folder import auto_class, check_architecture, read_config
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.models.quiet import quiet, reason_of
 from rankwise.models.source import ModelSource, fetch_model
@@ -31,12 +31,11 @@ def load_skeleton(
     if not source.is_gguf:
         check_architecture(read_config(source.path), source.path, trust_remote_code=trust_remote_code)
     import torch
-    from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"), quiet():
             config = _config(source, trust_remote_code)
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return auto_class(config.model_type).from_config(config, trust_remote_code=trust_remote_code)
     except ModelError:
         raise
     except Exception as error:

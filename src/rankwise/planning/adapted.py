@@ -174,8 +174,16 @@ def _adapted(shape: Shape, config: LoraConfig, *, may_be_none: bool) -> Iterator
 
 def _places(shape: Shape) -> Places:
     head = shape.modules[-1]
+    sees = shape.family == "gemma3"
     found = {
-        item.name: Place(item.kind, item.is_linear, item.is_adaptable, item is head, item.outputs)
+        item.name: Place(
+            item.kind,
+            item.is_linear,
+            item.is_adaptable,
+            item is head,
+            item.outputs,
+            is_unread=sees and item is not head and not item.name.startswith("model.language_model."),
+        )
         for item in shape.modules
     }
     return found | {name: Place("a block of layers") for name in _containers(shape)}

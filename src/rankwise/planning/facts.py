@@ -6,6 +6,8 @@ L layers, h width, V vocabulary, E experts of which e see a token.
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -24,6 +26,9 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_expe
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 EXPERT_WIDTH = ("moe_intermediate_size", "intermediate_size")
 
+# transformers' names of formats whose layers adapt (rankwise.adapters.foreign_layer).
+PACKED_FORMATS = ("gptq", "awq", "hqq", "torchao")
+
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
@@ -34,10 +39,20 @@ class Stored:
     # bitsandbytes' 4 bits, which training takes as they are.
     four_bit: bool = False
     double_quant: bool = False
+    # Of another library's packed weights that adapters train over: bits of a weight, weights that share a scale (0: a
+    # whole row or matrix).
+    bits: int = 0
+    group: int = 0
 
     @property
     def note(self) -> str:
         """What the reader of a plan should know, whose rows count the original's weights."""
+        if self.bits:
+            return (
+                f"the files hold weights in {self.bits} bits ({self.format}): lora and dora train over them as they "
+                "are, in these sizes; no other quantization can be laid over them (RW316), so that the sizes of qlora "
+                "and qdora are for the original"
+            )
         if not self.four_bit:
             return (
                 f"the files hold weights quantized already ({self.format}), over which no other quantization can be "
@@ -58,7 +73,18 @@ def stored_quantization(config: Fields) -> Stored | None:
     # As in `rewrite_bitsandbytes_config`, but without torch.
     four_bit = bool(stored.get("load_in_4bit") or stored.get("_load_in_4bit"))
     name = stored.get("quant_method") or ("bitsandbytes" if four_bit else "by no named method")
+    if not four_bit and name in PACKED_FORMATS:
+        bits, group = _packing(stored)
+        return Stored(str(name), bits=bits, group=group)
     return Stored(str(name), four_bit, four_bit and bool(stored.get("bnb_4bit_use_double_quant")))
+
+
+def _packing(stored: Fields) -> tuple[int, int]:
+    """The bits and the group of another library's format; 0 where the config does not tell in a known way."""
+    text = json.dumps(stored, default=str)
+    bits = re.search(r'"(?:w_?bit|n?bits)": (\d)|int(\d)_?weight', text, re.IGNORECASE)
+    group = re.search(r'"(?:q_)?group_size": (\d+)', text)
+    return int(bits[1] or bits[2]) if bits else 0, int(group[1]) if group else 0
 
 
 @dataclasses.dataclass(frozen=True)

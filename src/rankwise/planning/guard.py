@@ -10,12 +10,13 @@ from rankwise.errors import AdapterError, InputError, RunError, warn
 from rankwise.foreign import Fields
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.options import option_words
-from rankwise.planning.changes import FOUR_BIT_OF, Advisor, Change
+from rankwise.planning.changes import Advisor, Change
 from rankwise.planning.check import comparable
 from rankwise.planning.estimate import estimator_of
-from rankwise.planning.facts import Stored, read_model
-from rankwise.planning.fitting import Estimator, Remembering, verdict_of
+from rankwise.planning.facts import read_model
+from rankwise.planning.fitting import Remembering, verdict_of
 from rankwise.planning.hardware import Hardware, cpu_hardware, this_machine
+from rankwise.planning.over_stored import over_stored
 from rankwise.planning.plan import is_slowed, ratio_pace_of, workload_of
 from rankwise.planning.speed import micro_batch_seconds
 from rankwise.planning.terms import PLANNED, MemoryEstimate
@@ -26,8 +27,6 @@ from rankwise.reports.numbers import byte_size, plural
 SMALLEST = {"batch_size": 1, "max_length": 16, "trained_share": 1.0}
 # Terms that are in memory before the first step.
 RESIDENT = ("weights_4bit", "weights", "adapters")
-# Of its 4-bit checkpoints: transformers' configuration of them names no other.
-BITSANDBYTES_BLOCK = 64
 # Where the memory ran out although the plan said it fits, a change counts as fitting below this share of the plan.
 AFTER_FAILURE = 0.85
 
@@ -181,7 +180,7 @@ class MemoryGuard:
         if self._estimate is None:
             model = read_model(self._fetched())
             self.facts = model.facts
-            self._estimate = Remembering(_over(self.facts.stored, estimator_of(model)))
+            self._estimate = Remembering(over_stored(self.facts.stored, estimator_of(model)))
         return self._estimate
 
     def _fetched(self) -> ModelSource:
@@ -194,20 +193,6 @@ class MemoryGuard:
         assert self.hardware is not None
         pace = ratio_pace_of(self.hardware, [self.settings["method"]], workload.dtype)
         return micro_batch_seconds(estimate, self.facts, workload, pace(estimate.method))
-
-
-def _over(stored: Stored | None, ask: Estimator) -> Estimator:
-    """The same over what the files hold: 4-bit weights of theirs train as they are, LoRA over them as QLoRA."""
-    if stored is None or not stored.four_bit:
-        return ask
-    double = stored.double_quant
-
-    def asked(method: str, workload: Workload) -> MemoryEstimate:
-        same = dataclasses.replace(workload, double_quant=double, block_size=BITSANDBYTES_BLOCK)
-        found = ask(method if method == "full" else FOUR_BIT_OF.get(method, method), same)
-        return dataclasses.replace(found, method=method)
-
-    return asked
 
 
 def _of_batch(workload: Workload, batch: Rows) -> Workload:

@@ -29,6 +29,7 @@ from rankwise.planning.fitting import (
 )
 from rankwise.planning.hardware import Hardware, choose_hardware
 from rankwise.planning.optimizers import check_device
+from rankwise.planning.over_stored import over_stored
 from rankwise.planning.recommend import PASSES, Recommendation, Wish, recommend
 from rankwise.planning.settings import SHARED, PlanSettings
 from rankwise.planning.speed import Pace, assumed_pace, micro_batch_seconds, nominal_pace, tokens_per_second
@@ -321,7 +322,9 @@ class _Planner:
         if self.is_slow:
             return Interpolating(self._dry_run)
         self.model.known_shape()
-        return estimator_of(self.model)
+        stored = self.facts.stored
+        # bitsandbytes' own sizes are those of the rows of qlora and qdora.
+        return over_stored(stored if stored is not None and stored.bits else None, estimator_of(self.model))
 
     def _dry_run(self, method: str, workload: Workload) -> MemoryEstimate:
         return estimate(self.model, method, workload, exact=True, deadline=self.deadline)

@@ -26,6 +26,7 @@ def markdown(comparison: Comparison) -> str:
         ),
         _section("Methods", _methods(comparison)),
         _section("Differences", _differences(comparison)),
+        _section("Learning rates stopped", "\n".join(f"- {_text(line)}" for line in summary.stopped_rates(comparison))),
         _section("Answers against the base model", _answers(comparison)),
         _section("Warnings, failures, what was left out", _messages(comparison)),
         _section("To repeat it", _commands(comparison)),

@@ -236,6 +236,7 @@ def _curves(comparison: Comparison, numbers: Mapping[str, int]) -> JsonObject:
         "is_cut": is_cut(curves),
         "has_search": any(not curve.is_final for curve in curves),
         "rates": rates_svg(comparison, numbers),
+        "stopped": summary.stopped_rates(comparison),
     }
 
 

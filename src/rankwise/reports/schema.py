@@ -20,6 +20,8 @@ BEST_FOLDER = "best"
 MERGED_FOLDER = "merged"
 EVALUATION_FOLDER = "evaluation"
 EVAL_LOSS = "eval_loss"
+# On training rows that a search of the learning rate kept from its short runs.
+KEPT_ROWS_LOSS = "kept_rows_loss"
 
 Phase = Literal["search", "final"]
 Status = Literal["finished", "failed", "interrupted", "skipped"]
@@ -50,11 +52,12 @@ class MergedCheck(TypedDict):
 class Run(TypedDict):
     """One cell of the matrix: a method at a learning rate with a seed."""
 
-    # Name of its folder below ``runs``: METHOD-lrX-seedN.
+    # Name of its folder below ``runs``: METHOD-lrX-seedN; METHOD-auto-seedN where the run searched for its rate first.
     id: str
     method: str
     seed: int
-    learning_rate: float
+    # None: its search did not end.
+    learning_rate: float | None
     # "search": tried a learning rate that was not chosen; "final": counts for the method's figures.
     phase: Phase
     status: Status
@@ -152,9 +155,11 @@ class Difference(TypedDict):
 
 class SearchedRate(TypedDict):
     learning_rate: float
+    # EVAL_LOSS of a run at this rate, or KEPT_ROWS_LOSS: in a search by halving that of the first round.
     metric: str
     # None: the run failed.
     value: float | None
+    # Of the run; in a search by halving, of the last short run at this rate.
     steps: int | None
     run: str
 

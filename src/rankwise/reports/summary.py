@@ -23,6 +23,7 @@ from rankwise.reports.numbers import (
     significant,
     visible,
 )
+from rankwise.reports.schema import KEPT_ROWS_LOSS
 
 ONE_SEED = (
     "One seed: no interval can be given, and no difference can be called real. "
@@ -173,7 +174,24 @@ def _tuning(comparison: Comparison) -> Fact | None:
     equal = len(set(counts.values())) == 1
     text = f"{most} rates for each method" if equal else f"{min(counts.values())} to {most} rates a method"
     note = f"at the edge of the rates tried: {listed(edge)}" if edge else "each at its best, none at the edge"
+    if stopped_rates(comparison):
+        note += "; by short runs, judged on training rows"
     return Fact("Tuned", text, note, bool(edge) or not equal)
+
+
+def stopped_rates(comparison: Comparison) -> list[str]:
+    """Of a search by halving, for each method: which rates were stopped after how many steps."""
+    lines = []
+    for name, search in comparison["learning_rates"].items():
+        tried = [item for item in search.get("tried") or [] if item.get("metric") == KEPT_ROWS_LOSS]
+        by_steps: dict[int, list[str]] = {}
+        for item in tried:
+            if item["learning_rate"] != search["chosen"]:
+                by_steps.setdefault(item["steps"] or 0, []).append(rate(item["learning_rate"]))
+        stopped = [f"{listed(rates)} after {plural(steps, 'step')}" for steps, rates in sorted(by_steps.items())]
+        if tried:
+            lines.append(f"{method_name(name)}: {', '.join(stopped)}; {rate(search['chosen'])} was taken")
+    return lines
 
 
 def _detectable(comparison: Comparison) -> Fact | None:

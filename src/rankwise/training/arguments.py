@@ -148,7 +148,7 @@ def run_arguments(kind: type[Arguments], given: TrainSettings, around: Surroundi
             gradient_accumulation_steps=given.gradient_accumulation,
             max_steps=given.max_steps or -1,
             num_train_epochs=given.epochs,
-            learning_rate=given.learning_rate,
+            learning_rate=given.rate,
             lr_scheduler_type=given.lr_scheduler_type,
             warmup_steps=given.warmup_steps,
             weight_decay=given.weight_decay,

@@ -21,11 +21,13 @@ from rankwise.errors import warn
 from rankwise.records import RunRecord, read_metrics, write_text
 from rankwise.reports import model_card
 from rankwise.reports.loss_plot import loss_svg
+from rankwise.reports.search_plot import search_svg
 from rankwise.training.checkpoints import FOLDER, Checkpoint, check_checkpoint, temporary_folder
 from rankwise.training.preflight import check_file, check_reload
 from rankwise.training.weights import load_weights, save_weights
 
 PLOT_FILE = "loss.svg"
+SEARCH_FILE = "rates.svg"
 CARD_FILE = "README.md"
 
 
@@ -118,10 +120,12 @@ def prove_reload(model: Any, output: Path, probe: dict[str, Tensor]) -> None:
 
 
 def write_plot(output: Path, record: RunRecord) -> None:
-    """``loss.svg`` from ``metrics.jsonl``."""
+    """``loss.svg`` from ``metrics.jsonl``, and ``rates.svg`` of the search of a learning rate."""
     title = f"{record.settings.get('model', '')}, {record.method}"
     svg = loss_svg(list(read_metrics(output)), title=title, kept_step=record.kept_step)
     write_text(output / PLOT_FILE, svg)
+    if record.rate_search is not None:
+        write_text(output / SEARCH_FILE, search_svg(record.rate_search, title))
 
 
 def write_card(model: Any, output: Path, record: RunRecord) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankwise.compat.torch import own_part
 
@@ -141,8 +141,10 @@ def mapped_bytes(model: nn.Module) -> int:
     starts = [start for start, _ in files]
     found = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu" and not tensor.requires_grad:
-            storage = own_part(tensor).untyped_storage()
+        held = own_part(tensor.detach())
+        # A packed weight of another library has no storage of its own.
+        if type(held) is Tensor and held.device.type == "cpu" and not tensor.requires_grad:
+            storage = held.untyped_storage()
             place = bisect.bisect_right(starts, storage.data_ptr()) - 1
             if place >= 0 and storage.data_ptr() < files[place][1]:
                 found[storage.data_ptr()] = storage.nbytes()

@@ -12,7 +12,10 @@ from rankwise.records import METRICS_FILE, RUN_FILE, SKIPPED_FILE, RunRecord, lo
 from rankwise.training.checkpoints import FOLDER, foreign_items, remove_checkpoints
 
 # Every run's; what depends on the model and its tokenizer stands by name in the record.
-OWN_FILES = (METRICS_FILE, SKIPPED_FILE, "loss.svg", "README.md", "adapter_config.json", "adapter_model.safetensors")
+OWN_FILES = (
+    *(METRICS_FILE, SKIPPED_FILE, "loss.svg", "rates.svg", "README.md"),
+    *("adapter_config.json", "adapter_model.safetensors"),
+)
 NOT_NAMED = (FOLDER, RUN_FILE)
 # The status of a run that --overwrite has begun to remove.
 REPLACED = "replaced"

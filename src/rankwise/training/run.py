@@ -7,6 +7,7 @@ Order matters: everything is read and checked before anything is written, the ol
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -35,7 +36,7 @@ from rankwise.models import choose_device, model_facts
 from rankwise.options import flag
 from rankwise.quantization.linear import count_weights
 from rankwise.records import RunRecord, check_writable, load_record, versions_of
-from rankwise.training import output, preflight, ranks, setup
+from rankwise.training import output, preflight, ranks, rate_search, setup
 from rankwise.training.arguments import Surroundings, check_combinations, check_names, check_optimizer
 from rankwise.training.checkpoints import Checkpoint, newest_valid
 from rankwise.training.continued import continue_adapter, with_adapters_options
@@ -83,6 +84,8 @@ def train(settings: TrainSettings, observer: Observer | None = None, foresight: 
             {f"--{name.replace('_', '-')}": value for name, value in settings.model_dump(mode="json").items()}
         )
         mode = output.check_output(settings.output, resume=settings.resume, overwrite=settings.overwrite)
+        if mode == "resume":
+            settings = rate_search.with_found_rate(settings)
         lora = _check_settings(settings)
         if mode == "resume":
             output.check_same_run(settings.output, settings.model_dump(mode="json"), settings.defaults())
@@ -116,6 +119,7 @@ def _check_settings(given: TrainSettings) -> LoraConfig:
     check_memory_savers(given.optimizer, device_type, activation_offloading=given.activation_offloading)
     check_combinations(given)
     check_objective(given, given.objective)
+    rate_search.check_search(given)
     _warn_of_idle_options(given)
     # A 4-bit format that cannot be is refused here, before anything is read.
     setup.quantization_for(given)
@@ -165,9 +169,9 @@ def _check_length(given: TrainSettings, checkpoint: Checkpoint, now: int) -> Non
         return
 
     def rate(total: int) -> float:
-        optimizer = torch.optim.SGD([torch.zeros(1)], lr=given.learning_rate)
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=given.rate)
         factor = transformers.get_scheduler(schedule, optimizer, given.warmup_steps, total).lr_lambdas[0]
-        return given.learning_rate * float(factor(checkpoint.step))
+        return given.rate * float(factor(checkpoint.step))
 
     warn(
         "RW544",
@@ -214,12 +218,11 @@ def _prepare(
         done = optimize_for_training(loaded.model) if given.fast and given.method not in BASELINES else None
     _check_before_training(learning, given, loaded.model, data)
     padded = _why_padded(given, loaded.model, done)
-    groups = None
-    if given.loraplus_ratio is not None and has_adapter(loaded.model):
-        groups = loraplus_groups(
-            loaded.model, rate=given.learning_rate, ratio=given.loraplus_ratio, weight_decay=given.weight_decay
-        )
-    trainer = _trainer(learning, given, loaded, data, checkpoint, groups, padding_free=padded is None)
+    make = functools.partial(_trainer, learning, loaded=loaded, checkpoint=checkpoint, padding_free=padded is None)
+    # Before a search: for the length of the run and for its memory, which do not depend on the rate.
+    trainer = make(
+        given.model_copy(update={"learning_rate": given.searched_rates[0]}) if given.searched_rates else given, data
+    )
     if given.strategy == "fsdp":
         if not is_unit(loaded.model):
             shard(loaded.model, loaded.device.type, trains_all=given.method == "full")
@@ -230,6 +233,12 @@ def _prepare(
     # Batches differ between processes; the one with the largest counts.
     each = ranks.gathered(_predicted_peak(learning, given, trainer, foresight, flat=padded is None))
     predicted = max((peak for peak in each if peak is not None), default=None)
+    searched = None
+    if given.searched_rates and not given.dry_run:
+        searched = rate_search.search(given, data, loaded.model, trainer.total_steps, make, observer)
+        given = rate_search.with_rate(given, searched)
+        trainer = make(given, data)
+    groups = _groups(given, loaded.model)
     record = RunRecord(
         method=given.method,
         objective=given.objective,
@@ -243,6 +252,7 @@ def _prepare(
         devices=ranks.count(),
         strategy=(given.strategy or "ddp") if ranks.count() > 1 else None,
         learning_rates=None if groups is None else {group["group"]: group["lr"] for group in groups},
+        rate_search=searched,
         frozen_bytes=max(ranks.gathered(frozen_bytes(loaded.model))),
         versions=versions,
         device={
@@ -256,6 +266,13 @@ def _prepare(
     answer = None if given.sample_prompt is None else setup.answerer(given.sample_prompt, loaded, data)
     extras = Extras(given.early_stopping, answer, probe)
     return Session(given.output, mode, trainer, loaded.tokenizer, checkpoint, record, extras, observer)
+
+
+def _groups(given: TrainSettings, model: Any) -> list[dict[str, Any]] | None:
+    """LoRA+'s groups of parameters; None where all learn at one rate."""
+    if given.loraplus_ratio is None or given.searched_rates or not has_adapter(model):
+        return None
+    return loraplus_groups(model, rate=given.rate, ratio=given.loraplus_ratio, weight_decay=given.weight_decay)
 
 
 def _why_padded(given: TrainSettings, model: Any, done: Acceleration | None) -> str | None:
@@ -306,11 +323,10 @@ def _checkpoint_to_resume(folder: Path) -> Checkpoint | None:
 def _trainer(
     learning: Learning,
     given: TrainSettings,
-    loaded: setup.LoadedBase,
     data: setup.Data,
-    checkpoint: Checkpoint | None,
-    groups: list[dict[str, Any]] | None,
     *,
+    loaded: setup.LoadedBase,
+    checkpoint: Checkpoint | None,
     padding_free: bool,
 ) -> RunTrainer:
     evaluates = data.evaluation is not None
@@ -325,8 +341,8 @@ def _trainer(
     check_optimizer(arguments, loaded.model)
     chosen: Any = None
     if given.optimizer == OFFLOADED:
-        chosen = OffloadedAdamW, {"lr": given.learning_rate, "weight_decay": given.weight_decay}
-    if groups is not None:
+        chosen = OffloadedAdamW, {"lr": given.rate, "weight_decay": given.weight_decay}
+    if (groups := _groups(given, loaded.model)) is not None:
         chosen = with_groups(
             chosen or transformers.Trainer.get_optimizer_cls_and_kwargs(arguments, loaded.model), groups
         )

@@ -61,6 +61,8 @@ class Session:
         RunError where a file cannot be written: RW551, for weights RW513 and RW514.
         """
         self.started = started - self.trainer.progress.wall_seconds
+        if self.record.rate_search is not None:
+            self.started += self.record.rate_search["seconds"]
         self.record.warnings = told
         self.record.device["loss"] = self.trainer.loss_in_words
         # Nobody may look for an old run any more once the writer begins a new one.
@@ -94,7 +96,8 @@ class Session:
         if self.mode == "overwrite":
             clear_run(self.folder)
         if self.mode == "resume":
-            self.record.files = load_record(self.folder).files
+            before = load_record(self.folder)
+            self.record.files, self.record.rate_search = before.files, before.rate_search
         remove_strays(self.folder, {RUN_FILE, *OWN_FILES})
         self.record.save(self.folder)
 

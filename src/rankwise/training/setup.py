@@ -19,6 +19,7 @@ from rankwise.adapters.attached import DEFAULT_NAME
 from rankwise.adapters.baselines import add_baseline
 from rankwise.adapters.checkpoint import read_folder
 from rankwise.adapters.eva import MOST_BATCHES
+from rankwise.adapters.foreign_layer import dequantizer
 from rankwise.adapters.inject import attach
 from rankwise.compat.transformers import before_weights
 from rankwise.config import BASELINES, FOUR_BITS, TrainSettings
@@ -195,6 +196,15 @@ def make_trainable(
     A resumed run skips what its ``checkpoint`` will overwrite: EVA's directions and LoftQ's decomposition.
     """
     set_seed(given.seed)
+    if any(dequantizer(module) is not None for module in model.modules()):
+        if given.method not in ("lora", "dora"):
+            raise ConfigError(
+                "RW181",
+                f"{given.model} holds weights that another library packed, over which --method {given.method} does not "
+                "train; take lora or dora, or the dense checkpoint.",
+            )
+        # The Trainer takes a quantized model for one without adapters, unless they are PEFT's.
+        model.is_quantized = False
     if given.method == "full":
         model.requires_grad_(True)
         return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,107 @@
+"""Linear layers that another library quantized, as a base of adapters: torchao's weights, HQQ's, GPTQ's and AWQ's.
+
+forward     y = layer(x)    by the library's own kernel
+backward    dx = dy W       W (out, in) dequantized once more, since most of these kernels have no gradient
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Where such layers keep their packed weight, if not in ``weight``.
+PACKED = ("qweight", "W_q", "weight_packed")
+
+
+def dequantizer(layer: nn.Module) -> Callable[[], Tensor] | None:
+    """What gives the layer's weight (out, in); None for any other module, and where that is not known."""
+    known: Any = layer
+    weight = getattr(layer, "weight", None) if "weight" in dict(layer.named_parameters(recurse=False)) else None
+    if weight is not None and type(weight).dequantize is not Tensor.dequantize:
+        return weight.dequantize
+    if type(layer).__name__ == "HQQLinear":
+        return known.dequantize
+    if hasattr(layer, "qweight") and hasattr(layer, "dequantize_weight"):
+        # gptqmodel's is (in, out).
+        return lambda: known.dequantize_weight().T
+    return None
+
+
+class ForeignLinear(nn.Module):
+    """``layer`` with what adapters ask of a quantized base."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.in_features, self.out_features = int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
+
+    @property
+    def weight(self) -> Tensor:
+        """The packed weight, which tells whether another one has taken its place."""
+        name = next((name for name in PACKED if hasattr(self.layer, name)), "weight")
+        found = getattr(self.layer, name)
+        assert isinstance(found, Tensor), f"{name} of a quantized layer"
+        return found
+
+    @property
+    def bias(self) -> Tensor | None:
+        found = getattr(self.layer, "bias", None)
+        return found if isinstance(found, Tensor) else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the layer computes."""
+        return self.dequantize().dtype
+
+    def dequantize(self) -> Tensor:
+        """W (out, in)."""
+        read = dequantizer(self.layer)
+        assert read is not None, "chosen so"
+        return read().detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _OwnForward.apply(x, self)
+
+
+def make_readable(model: nn.Module) -> None:
+    """Put a ``ForeignLinear`` around each layer of another library: gradients pass through those without an adapter."""
+    inner = {id(module.layer) for module in model.modules() if isinstance(module, ForeignLinear)}
+    for path, module in list(model.named_modules()):
+        if id(module) not in inner and dequantizer(module) is not None:
+            model.set_submodule(path, ForeignLinear(module))
+
+
+def make_foreign(model: nn.Module) -> None:
+    """Undo ``make_readable``."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, ForeignLinear):
+            model.set_submodule(path, module.layer)
+
+
+def make_dense(model: Any) -> None:
+    """Put plain layers in the place of those that another library quantized."""
+    make_foreign(model)
+    found = {name: read for name, module in model.named_modules() if (read := dequantizer(module)) is not None}
+    for name, read in found.items():
+        old, W = model.get_submodule(name), read().detach()
+        plain = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
+        plain.weight, bias = nn.Parameter(W, requires_grad=False), getattr(old, "bias", None)
+        if bias is not None:
+            plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        model.set_submodule(name, plain)
+    if found and (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        quantizer.remove_quantization_config(model)
+
+
+class _OwnForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: ForeignLinear) -> Tensor:
+        ctx.base = base
+        return base.layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy @ ctx.base.dequantize().to(dy.dtype), None

@@ -1,0 +1,51 @@
+"""Memory over weights that the files hold quantized: another term for the weights, the rest as over dense ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from math import ceil
+
+from rankwise.planning.changes import FOUR_BIT_OF
+from rankwise.planning.facts import Stored
+from rankwise.planning.fitting import Estimator
+from rankwise.planning.terms import MemoryEstimate
+from rankwise.planning.weights import DTYPE_BYTES
+from rankwise.planning.workload import Workload
+
+# Of its 4-bit checkpoints: transformers' configuration of them names no other.
+BITSANDBYTES_BLOCK = 64
+# Of a group of packed weights: its scale and its zero, in 16 bits each.
+GROUP_BYTES = 4
+
+
+def over_stored(stored: Stored | None, ask: Estimator) -> Estimator:
+    """The same over what the files hold, where training takes that as it is: bitsandbytes' 4 bits, LoRA over them as
+    QLoRA, and the formats of other libraries that adapters train over.
+    """
+    if stored is None or not (stored.four_bit or stored.bits):
+        return ask
+
+    def asked(method: str, workload: Workload) -> MemoryEstimate:
+        if not stored.four_bit:
+            return _over_foreign(stored, ask, method, workload)
+        same = dataclasses.replace(workload, double_quant=stored.double_quant, block_size=BITSANDBYTES_BLOCK)
+        found = ask(method if method == "full" else FOUR_BIT_OF.get(method, method), same)
+        return dataclasses.replace(found, method=method)
+
+    return asked
+
+
+def _over_foreign(stored: Stored, ask: Estimator, method: str, workload: Workload) -> MemoryEstimate:
+    """Of the dense weights those that become 4-bit in QLoRA take ``bits`` each, and a scale and a zero a group."""
+    dense = ask(method, workload)
+    if method == "full" or method not in FOUR_BIT_OF:
+        return dense
+    linear = dense.breakdown["weights"] - ask(FOUR_BIT_OF[method], workload).breakdown["weights"]
+    count = linear // DTYPE_BYTES[workload.dtype]
+    packed = ceil(count * stored.bits / 8) + GROUP_BYTES * ceil(count / (stored.group or count or 1))
+    changed = {
+        **dense.breakdown,
+        "weights": dense.breakdown["weights"] - linear,
+        "weights_4bit": dense.breakdown["weights_4bit"] + packed,
+    }
+    return dataclasses.replace(dense, breakdown=changed, peak_bytes=dense.peak_bytes - linear + packed)

@@ -1,0 +1,183 @@
+"""``--learning-rate auto``: short runs at the rates of a grid, of which the worse are dropped, before the run itself.
+
+Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943). Round k trains each of the n_k rates that are left
+from the same start for  floor(B / (K n_k))  steps, where B is the budget in steps and K the number of rounds, and keeps
+the best third,  n_{k+1} = ceil(n_k / 3),  until one rate is left. Each short run has a whole schedule, warm-up and
+decay, since a run that is cut off before its decay makes high rates look worse than they end.
+
+A rate is judged by its loss on training rows that the short runs do not see. Evaluation data are not touched. The run
+afterwards starts where every short run did, and trains on all rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_utils import SaveStrategy
+
+from rankwise.config import TrainSettings
+from rankwise.constants import IGNORED
+from rankwise.errors import ConfigError, RunError
+from rankwise.records import RateSearch, RateTrial, load_record
+from rankwise.reports.numbers import plural
+from rankwise.reports.numbers import rate as spelled
+from rankwise.training import ranks
+from rankwise.training.observer import Observer
+from rankwise.training.setup import Data
+from rankwise.training.spine import RunTrainer
+
+# Of the rates of a round one in so many goes on.
+KEPT = 3
+# Rows that judge, and the share of all rows that they may be.
+MOST_ROWS, SHARE = 64, 0.1
+LEAST_ROWS = 4
+# What a diverging run raises.
+DIVERGED = ("RW530", "RW531")
+
+
+def check_search(given: TrainSettings) -> None:
+    """Raise ConfigError: RW173 for --budget without a search, RW174 for a run whose rate cannot be searched."""
+    if not given.searched_rates:
+        if given.budget is not None:
+            raise ConfigError("RW173", "--budget is that of a search of the learning rate; add --learning-rate auto.")
+        return
+    if given.objective != "sft" or ranks.count() > 1:
+        raise ConfigError(
+            "RW174",
+            f"--learning-rate auto searches with demonstrations and in one process; this run has --objective "
+            f"{given.objective} and {ranks.count()} of them, so give its rate.",
+        )
+
+
+def with_rate(given: TrainSettings, found: RateSearch) -> TrainSettings:
+    return given.model_copy(update={"learning_rate": found["chosen"], "budget": None})
+
+
+def with_found_rate(given: TrainSettings) -> TrainSettings:
+    """The settings of a run that is resumed: its search is not repeated."""
+    found = load_record(given.output).rate_search
+    return with_rate(given, found) if found is not None and given.searched_rates else given
+
+
+def rounds(rates: int, budget: int) -> list[tuple[int, int]]:
+    """[(rates of the round, steps of each)]. No run has less than two steps, of which one only warms up."""
+    sizes = [rates]
+    while sizes[-1] > KEPT:
+        sizes.append(math.ceil(sizes[-1] / KEPT))
+    return [(size, max(2, budget // (len(sizes) * size))) for size in sizes]
+
+
+def search(
+    given: TrainSettings,
+    data: Data,
+    model: nn.Module,
+    steps: int,
+    trainer_of: Callable[[TrainSettings, Data], RunTrainer],
+    observer: Observer,
+) -> RateSearch:
+    """The best of the rates for a run of ``steps``. The model is left as it was.
+
+    Raises ConfigError: RW175 for too few rows to keep some, RW176 where every rate diverges.
+    """
+    started = time.monotonic()
+    training, held = kept_apart(data)
+    left: Sequence[float] = given.searched_rates
+    start = {parameter: parameter.detach().to("cpu", copy=True) for parameter in _trained(model)}
+    trials: list[RateTrial] = []
+    for count, length in rounds(len(left), round(steps * (given.budget or 1.0))):
+        left = left[:count]
+        if len(left) < 2:
+            # The others diverged.
+            break
+        observer.phase(f"Trying {plural(len(left), 'learning rate')}, {plural(length, 'step')} each")
+        tried: list[RateTrial] = []
+        for rate in left:
+            short = _short_run(given, rate, length, length / steps)
+            tried.append(
+                {"learning_rate": rate, "steps": length, "loss": _loss_after(trainer_of(short, training), held)}
+            )
+            _put_back(start)
+        trials += tried
+        scored = sorted((trial["loss"], trial["learning_rate"]) for trial in tried if trial["loss"] is not None)
+        left = [rate for _, rate in scored]
+    if not left:
+        rates = ", ".join(map(spelled, given.searched_rates))
+        raise ConfigError(
+            "RW176",
+            f"the loss is not finite at any rate of {rates}; give lower ones, as --learning-rate auto:RATE,RATE.",
+        )
+    return {"chosen": left[0], "rows": len(held), "seconds": round(time.monotonic() - started, 3), "trials": trials}
+
+
+def _short_run(given: TrainSettings, rate: float, length: int, share: float) -> TrainSettings:
+    """The settings of a run at this rate of so many steps, a ``share`` of the whole run's."""
+    changes = {
+        "learning_rate": rate,
+        "max_steps": length,
+        "warmup_steps": round(given.warmup_steps * min(1.0, share)),
+        "report_to": (),
+        "tensorboard": False,
+    }
+    return given.model_copy(update=changes)
+
+
+def kept_apart(data: Data) -> tuple[Data, Any]:
+    """The data without some training rows, and these rows. No prompt is on both sides; the order of rows counts not."""
+    groups: dict[str, list[int]] = {}
+    for number, row in enumerate(data.train.dataset):
+        ids, labels = row["input_ids"], row["labels"]
+        first = next((place for place, label in enumerate(labels) if label != IGNORED), 0)
+        groups.setdefault(hashlib.sha256(str(ids[:first] or ids).encode()).hexdigest(), []).append(number)
+    wanted = min(MOST_ROWS, int(SHARE * len(data.train.dataset)))
+    held: list[int] = []
+    for _, numbers in sorted(groups.items()):
+        if len(held) + len(numbers) <= wanted:
+            held += numbers
+    if len(held) < LEAST_ROWS:
+        raise ConfigError(
+            "RW175",
+            f"--learning-rate auto keeps a tenth of the rows to judge by, which leaves {len(held)} of "
+            f"{len(data.train.dataset)} rows in {len(groups)} prompts here; give a rate, or more rows.",
+        )
+    apart = set(held)
+    others = [number for number in range(len(data.train.dataset)) if number not in apart]
+    train = dataclasses.replace(data.train, dataset=data.train.dataset.select(others))
+    return dataclasses.replace(data, train=train, evaluation=None), data.train.dataset.select(sorted(held))
+
+
+def _loss_after(trainer: RunTrainer, rows: Any) -> float | None:
+    """Train and judge; nothing is written."""
+    trainer.args.save_strategy = SaveStrategy.NO
+    attributes = vars(trainer.model)
+    before = dict(attributes)
+    try:
+        trainer.train()
+        loss = float(trainer.evaluate(rows)["eval_loss"])
+    except RunError as error:
+        if error.code not in DIVERGED:
+            raise
+        loss = math.nan
+    # In mixed precision accelerate wraps the model's forward; the next trainer would wrap it once more.
+    attributes.clear()
+    attributes.update(before)
+    return loss if math.isfinite(loss) else None
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@torch.no_grad()
+def _put_back(start: dict[nn.Parameter, Tensor]) -> None:
+    for parameter, value in start.items():
+        parameter.copy_(value)
+        parameter.grad = None
+    gc.collect()
