@@ -5,13 +5,17 @@ The device is the CPU where Triton interprets its kernels (TRITON_INTERPRET=1 be
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.jit import KernelInterface
 
 from rankwise import ops
 from rankwise.constants import BLOCK_SIZES
@@ -21,9 +25,25 @@ from rankwise.ops.codes import code_table
 from rankwise.ops.packed_weight import PackedWeight
 from tables import thinned
 
+# Of `rankwise.ops.triton`, whose kernels all run here.
+MODULES = ("dequantize", "product", "quantize", "row_norms")
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RAGGED = [(7,), (1, 1), (3, 5, 7), (9, 33), (130,), (2, 96), (5, 65)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def launched() -> Iterator[set[str]]:
+    """The names of the kernels that have run so far."""
+    names: set[str] = set()
+    launching = KernelInterface.__getitem__
+
+    def noting(self: Any, grid: Any) -> Any:
+        names.add(self.fn.__name__)
+        return launching(self, grid)
+
+    with patch.object(KernelInterface, "__getitem__", noting):
+        yield names
 
 
 @pytest.fixture(autouse=True)
@@ -235,3 +255,11 @@ def test_random_shapes_blocks_and_types() -> None:
         packed = quantized(w, quant_type, block_size, double)
         found = ops.dequantize_weight(packed, dtype)
         assert torch.equal(found, reference.dequantize_4bit(packed, dtype)), (shape, packed.parts[3:5], double, dtype)
+
+
+def test_every_kernel_has_run(launched: set[str]) -> None:
+    """After all others in this file."""
+    modules = [importlib.import_module(f"rankwise.ops.triton.{name}") for name in MODULES]
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert len(kernels) >= len(MODULES)
+    assert kernels <= launched

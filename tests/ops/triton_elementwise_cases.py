@@ -6,14 +6,17 @@ The device is the CPU where Triton interprets its kernels (TRITON_INTERPRET=1 be
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from triton.runtime.jit import KernelInterface
 
 from rankwise import ops
 from rankwise.errors import QuantizationError
@@ -28,8 +31,25 @@ from rankwise.ops.linear_cross_entropy import LogitShape, linear_cross_entropy
 from rankwise.ops.low_rank_linear import low_rank_linear
 from tables import thinned
 
+# Of `rankwise.ops.triton`, whose kernels all run here.
+MODULES = ("cross_entropy", "dropout", "glu", "low_rank", "low_rank_grads", "rms_norm", "rope")
+MODULES += ("row_cross", "scaled_grad")
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def launched() -> Iterator[set[str]]:
+    """The names of the kernels that have run so far."""
+    names: set[str] = set()
+    launching = KernelInterface.__getitem__
+
+    def noting(self: Any, grid: Any) -> Any:
+        names.add(self.fn.__name__)
+        return launching(self, grid)
+
+    with patch.object(KernelInterface, "__getitem__", noting):
+        yield names
 
 
 @pytest.fixture(autouse=True)
@@ -564,3 +584,11 @@ def test_the_chunked_loss_has_the_gradient_of_autograd() -> None:
     torch.testing.assert_close(ours, plain)
     found, expected = torch.autograd.grad(ours, hidden)[0], torch.autograd.grad(plain, hidden)[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_kernel_has_run(launched: set[str]) -> None:
+    """After all others in this file."""
+    modules = [importlib.import_module(f"rankwise.ops.triton.{name}") for name in MODULES]
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert len(kernels) >= len(MODULES)
+    assert kernels <= launched
