@@ -192,8 +192,8 @@ def _grads(made: Callable[..., Tensor], R: int, g: Tensor | None, *, folded: boo
     return low_rank_grads.low_rank_grads_(made(T, R), made(T, N), made(T, R), made(N, R), 0.5, g, folded, y, m)
 
 
-def launches(name: str) -> list[Launch]:
-    """The launches of a case; nothing runs."""
+def launches(name: str, architecture: int = 90) -> list[Launch]:
+    """The launches of a case on a card; nothing runs."""
     found: list[Launch] = []
 
     class Recorder:
@@ -206,6 +206,8 @@ def launches(name: str) -> list[Launch]:
     with ExitStack() as patches:
         for module in MODULES:
             patches.enter_context(patch.object(module, "launching_on", lambda device: nullcontext()))
+            if hasattr(module, "is_old"):
+                patches.enter_context(patch.object(module, "is_old", lambda device: architecture < 80))
             for kernel in [kernel for kernel in vars(module) if kernel.endswith("_kernel")]:
                 patches.enter_context(patch.object(module, kernel, Recorder(getattr(module, kernel))))
         cases()[name]()
@@ -268,12 +270,12 @@ def usage(kernel: Any) -> Usage:
 def rows() -> Iterator[tuple[str, dict[int, str]]]:
     """Per case and kernel, what it takes on each architecture."""
     for name in cases():
-        for launch in launches(name):
-            cells = {}
-            for architecture in CARDS:
-                cells[architecture] = cell(usage(compiled(launch, architecture)), architecture)
-            yield f"{name} ({launch.name})", cells
-            print(name, launch.name, *cells.values(), sep="  ", file=sys.stderr, flush=True)
+        of_each = [launches(name, architecture) for architecture in CARDS]
+        for same in zip(*of_each, strict=True):
+            found = [(usage(compiled(launch, architecture)), architecture) for launch, architecture in zip(same, CARDS)]
+            cells = {architecture: cell(used, architecture) for used, architecture in found}
+            yield f"{name} ({same[0].name})", cells
+            print(name, same[0].name, *cells.values(), sep="  ", file=sys.stderr, flush=True)
 
 
 def cell(found: Usage, architecture: int) -> str:

@@ -13,11 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from rankwise.ops.triton.rows import as_rows, dot_operand, write_back
-from rankwise.ops.triton.tile import launching_on, power_of_two, round_to
+from rankwise.ops.triton.tile import is_old, launching_on, power_of_two, round_to
 
 # (rows and columns of y per program, ranks multiplied at once at the most, warps). Without tensor cores a product takes
 # more registers: twice the float32 tile spills.
 _HALF, _FLOAT = (64, 128, 64, 4), (64, 64, 32, 4)
+# On a T4, for whose tensor cores Triton makes no products: 16 bits take even more registers than float32.
+_OLD = (32, 64, 32, 4)
 # Ranks that tensor cores multiply.
 _FEWEST = 16
 
@@ -67,7 +69,8 @@ def low_rank_add_(y: Tensor, u: Tensor, B: Tensor, scale: float, g: Tensor | Non
         return y
     N, R = B.shape
     rows, ranks = as_rows(y), as_rows(u) if R else u
-    row_tile, column_tile, most, warps = _FLOAT if y.dtype == torch.float32 else _HALF
+    half = _OLD if is_old(y.device) else _HALF
+    row_tile, column_tile, most, warps = _FLOAT if y.dtype == torch.float32 else half
     with launching_on(y.device):
         low_rank_add_kernel[(triton.cdiv(len(rows), row_tile), triton.cdiv(N, column_tile))](
             rows,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rankwise.ops import card_reference
 from rankwise.ops.triton.rows import as_rows, dot_operand
-from rankwise.ops.triton.tile import launching_on, power_of_two, round_to
+from rankwise.ops.triton.tile import is_old, launching_on, power_of_two, round_to
 
 # (rows and columns of dy that a program holds, ranks at once at the most, warps, stages). With a gain, y and dz take
 # registers too; without tensor cores a product takes more.
@@ -169,9 +169,8 @@ def low_rank_grads_(
     dB = torch.empty((N, R), dtype=torch.float32, device=dy.device)
     dm = None if y is None else torch.empty(N, dtype=torch.float32, device=dy.device)
     dz = None if g is None or folded else torch.empty((T, N), dtype=dy.dtype, device=dy.device)
-    # A T4's 64 KB of shared memory hold the smaller tile alone.
-    is_old = dy.is_cuda and torch.cuda.get_device_capability(dy.device) < (8, 0)
-    half = _HALF if dm is None and dz is None and not is_old else _GAINED
+    # A T4's shared memory holds the smaller tile alone.
+    half = _HALF if dm is None and dz is None and not is_old(dy.device) else _GAINED
     ROWS, COLUMNS, most, warps, stages = _FLOAT if dy.dtype == torch.float32 else half
     dy, y, B, U = as_rows(dy), None if y is None else as_rows(y), as_rows(B), as_rows(U)
     blocks, run = _grid(T, N, COLUMNS)

@@ -17,7 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from rankwise.ops.packed_weight import PackedWeight
-from rankwise.ops.triton.tile import INTERPRETED, buffers, decode, launching_on, power_of_two, round_to, row_tile
+from rankwise.ops.triton.tile import (
+    INTERPRETED,
+    buffers,
+    decode,
+    is_old,
+    launching_on,
+    power_of_two,
+    round_to,
+    row_tile,
+)
 
 # Up to so many rows are multiplied here. It is also the least side of a tile that tensor cores take.
 FEW_ROWS = 16
@@ -27,6 +36,8 @@ FEW_ROWS = 16
 # Compiled in one stage: Triton's pipeliner would send the look-ups of the 16 values through shared memory as well.
 _ONE = (4, 1024, 4)
 _SEVERAL = (16, 256, 4)
+# On a T4, for whose tensor cores Triton makes no products, 256 columns spill registers too.
+_SEVERAL_OLD = (16, 64, 4)
 
 
 @triton.jit
@@ -156,7 +167,7 @@ def few_rows(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     T, y = x.numel() // K, x.new_empty((*x.shape[:-1], N))
     if y.numel() == 0:
         return y
-    rows, columns, warps = _ONE if T == 1 else _SEVERAL
+    rows, columns, warps = _ONE if T == 1 else _SEVERAL_OLD if is_old(x.device) else _SEVERAL
     columns = min(columns, power_of_two(K))
     span = min(weight.block_size, columns)
     inputs = (*buffers(weight), x.contiguous(), None if bias is None else bias.contiguous(), y)

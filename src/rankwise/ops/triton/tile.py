@@ -116,6 +116,13 @@ def power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
+def is_old(device: torch.device) -> bool:
+    """Whether the card's compute capability is below 8.0, such as a T4's 7.5: a block has 64 KB of shared memory, and
+    what Triton makes of a product takes no tensor cores.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+
+
 def launching_on(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which kernels run on ``device``: Triton launches on the current one, wherever its arguments are.
 
