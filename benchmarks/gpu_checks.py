@@ -178,7 +178,7 @@ def _elementwise_calls(
 def check_dropout(T: int, N: int, dtype: torch.dtype, device: str) -> int:
     """The mask is the same everywhere."""
     x = torch.randn(T, N, generator=torch.Generator().manual_seed(2)).to(dtype)
-    ours, plain = table.run("dropout", x.to(device), 0.1, 7), elementwise_reference.dropout(x, 0.1, 7)
+    ours, plain = table.run("dropout", x.to(device), 0.1, 7, 0), elementwise_reference.dropout(x, 0.1, 7)
     assert torch.equal(ours.cpu(), plain), f"dropout differs: {T} x {N} {dtype}"
     return 1
 

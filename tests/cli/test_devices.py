@@ -112,7 +112,10 @@ def test_two_processes_learn_what_one_learns(runs: Runs) -> None:
 
 
 # Name: options, processes.
-CASES = {"full under fsdp": (("--method", "full", "--strategy", "fsdp"), 2)}
+CASES = {
+    "full under fsdp": (("--method", "full", "--strategy", "fsdp"), 2),
+    "dropout, 4 under ddp": (("--method", "dora", "--lora-dropout", "0.3", "--strategy", "ddp"), 4),
+}
 METHODS = ("lora", "dora", "qlora", "qdora", "full")
 REST = {
     f"{method}, {count} under {strategy}": (("--method", method, "--strategy", strategy), count)
@@ -120,6 +123,14 @@ REST = {
     for strategy in ("ddp", "fsdp")
     for count in (2, 4)
 } | {
+    "dropout, checkpointing, 4-bit, 2 under fsdp": (
+        ("--method", "qlora", "--lora-dropout", "0.3", "--gradient-checkpointing", "--strategy", "fsdp"),
+        2,
+    ),
+    "dropout, packed rows, 2 under ddp": (
+        ("--method", "lora", "--lora-dropout", "0.3", "--packing", "--strategy", "ddp"),
+        2,
+    ),
     "packed rows, checkpointing, a trained head, 4 under fsdp": (
         (
             *("--method", "lora", "--packing", "--gradient-checkpointing"),
@@ -140,6 +151,10 @@ REST = {
     "adapted experts, 4 under fsdp": (
         ("--method", "qlora", "--target-parameters", "down_proj", "--model", "mixtral", "--strategy", "fsdp"),
         4,
+    ),
+    "adapted experts, 2 under ddp": (
+        ("--method", "lora", "--target-parameters", "down_proj", "--model", "mixtral", "--strategy", "ddp"),
+        2,
     ),
     "plain operators, 2 under fsdp": (("--method", "dora", "--no-fast", "--strategy", "fsdp"), 2),
 }
@@ -177,6 +192,60 @@ def test_every_method_learns_in_several_processes_what_one_learns(
     case: Any, several: Nursery, given: list[str], model_folder: Path, tmp_path: Path
 ) -> None:
     check_case(case, several, given, model_folder, tmp_path)
+
+
+PREFERENCES = ("loss", "reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "log_prob_chosen", "kl")
+PREFERRING = {
+    "dpo, 4 under ddp": (("--objective", "dpo", "--method", "dora"), "ddp", 4),
+    "kto, 2 under ddp": (("--objective", "kto", "--method", "qlora", "--desirable-weight", 1.5), "ddp", 2),
+}
+
+
+def check_preferences(case: Any, several: Nursery, given: list[str], folder: Path) -> None:
+    (kind, objective, *options), strategy, count = case
+    for name, rows in (("train", ROWS), ("eval", EVAL_ROWS)):
+        pairs = [
+            {"prompt": f"{name} {index}: ", "chosen": "abcdefgh"[: 2 + index % 6], "rejected": "hg"[: 1 + index % 2]}
+            for index in range(rows)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    data = [kind, objective, *options, "--data", folder / "train.jsonl", "--eval-data", folder / "eval.jsonl"]
+    one = several.run(1, [*given, *data, "--batch-size", BATCH, "--output", folder / "one"])
+    assert one.codes == [0], one.stderr
+    shared = [*data, "--batch-size", BATCH // count, "--strategy", strategy, "--output", folder / "several"]
+    together = several.run(count, [*given, *shared])
+    assert together.codes == [0] * count, together.stderr
+    for name in PREFERENCES:
+        expected, found = lines(folder / "one", name), lines(folder / "several", name)
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-6), name
+        assert found[:2] == pytest.approx(expected[:2], rel=1e-5, abs=1e-7), name
+    assert len(lines(folder / "several", "loss")) == STEPS
+    assert lines(folder / "several", "eval_loss") == pytest.approx(lines(folder / "one", "eval_loss"), rel=1e-4)
+    assert lines(folder / "several", "tokens") == lines(folder / "one", "tokens")
+    learnt = weights(folder / "several")
+    for name, value in weights(folder / "one").items():
+        torch.testing.assert_close(learnt[name], value, rtol=1e-3, atol=5e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PREFERRING.values(), ids=PREFERRING)
+def test_preferences_are_learnt_in_several_processes_as_in_one(
+    case: Any, several: Nursery, given: list[str], tmp_path: Path
+) -> None:
+    check_preferences(case, several, given, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_preferences_are_learnt_from_shards(objective: str, several: Nursery, given: list[str], tmp_path: Path) -> None:
+    check_preferences((("--objective", objective, "--method", "qdora"), "fsdp", 2), several, given, tmp_path)
+
+
+def test_a_loss_over_a_batch_is_refused_in_several_processes(
+    several: Nursery, given: list[str], tmp_path: Path
+) -> None:
+    options = ["--objective", "dpo", "--loss-type", "aot", "--output", tmp_path / "run"]
+    check_failed(several.run(2, [*given, *options]), "RW785: --loss-type aot compares the pairs")
 
 
 def test_the_record_is_that_of_both(runs: Runs) -> None:

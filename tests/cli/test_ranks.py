@@ -9,14 +9,18 @@ from typing import Any
 import pytest
 import torch
 
+import rankwise as rw
+from rankwise.acceleration.sharding import shard
 from rankwise.cli.launch import _failure, continued
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, Interrupted, RunError
 from rankwise.records import RunRecord
 from rankwise.training import ranks
-from rankwise.training.batches import KEY
-from rankwise.training.shares import Remainder, Shares, share
+from rankwise.training.arguments import check_combinations
+from rankwise.training.batches import KEY, counted
+from rankwise.training.shares import Shares, is_idle, masked, share, why_masks_differ, widened
 from several import LAUNCHERS
+from tiny_models import tiny_gpt2, tiny_llama
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -25,7 +29,7 @@ def test_the_shares_are_the_batches_of_one_process(rows: int, count: int) -> Non
     size = 2
     each = [list(Shares(range(rows), size, count, rank)) for rank in range(count)]
     assert len({len(batches) for batches in each}) == 1
-    idle = [Remainder(rows, size, count, rank).is_idle for rank in range(count)]
+    idle = [is_idle(rows, size, count, rank) for rank in range(count)]
     taken = []
     for batches in zip(*each):
         last = batches[-1] is each[-1][-1]
@@ -41,12 +45,10 @@ def test_parts_are_as_even_as_can_be() -> None:
 
 
 def test_an_idle_process_learns_nothing_from_its_row() -> None:
-    remainder = Remainder(5, 2, 2, 1)
-    assert remainder.is_idle
-    batch = {"labels": torch.tensor([[1, 2]]), "input_ids": torch.tensor([[1, 2]])}
-    masked = remainder.masked(batch)
-    assert masked["labels"].eq(-100).all()
-    assert (masked[KEY].tokens, masked[KEY].examples, len(masked[KEY].scored)) == (0, 0, 0)
+    assert is_idle(5, 2, 2, 1)
+    batch = masked({"labels": torch.tensor([[1, 2]]), "input_ids": torch.tensor([[1, 2]])})
+    assert batch["labels"].eq(-100).all()
+    assert (batch[KEY].tokens, batch[KEY].examples, len(batch[KEY].scored)) == (0, 0, 0)
 
 
 LAUNCHED = dict(zip(LAUNCHERS, ("1", "2", "1", "2", "localhost", "29500")))
@@ -115,6 +117,41 @@ def test_options_that_do_not_go_with_the_processes_are_refused(
     ranks.check_processes(settings(), processes)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"init": "pissa"}, {"init": "loftq", "method": "qlora"}, {"init": "eva"}, {"new_tokens": "<a>,<b>"}],
+    ids=str,
+)
+def test_what_needs_whole_weights_is_refused_under_fsdp(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"RW788: --(init|new-tokens).*--strategy fsdp does not read"):
+        check_combinations(settings(strategy="fsdp", **changes))
+    check_combinations(settings(strategy="ddp", **changes))
+
+
+def test_a_model_of_unknown_layers_is_not_sharded() -> None:
+    model = tiny_llama()
+    model._no_split_modules = None
+    with pytest.raises(ConfigError, match="RW148: --strategy fsdp shards by layer, and LlamaForCausalLM"):
+        shard(model, None, trains_all=False)  # type: ignore[arg-type]
+
+
+def test_masks_of_other_draws_are_not_divided() -> None:
+    model = tiny_llama()
+    rw.add_adapter(model, rw.LoraConfig(r=2, lora_dropout=0.1))
+    assert why_masks_differ(model) is None
+    model.config.attention_dropout = 0.1
+    assert "attention_dropout" in str(why_masks_differ(model))
+    model.config.attention_dropout = 0.0
+    model.model.norm.dropout = torch.nn.Dropout(0.1)
+    assert "model.norm.dropout" in str(why_masks_differ(model))
+    fused = tiny_gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    rw.add_adapter(fused, rw.LoraConfig(r=2, lora_dropout=0.1, enable_lora={"c_attn": [True, False, True]}))
+    assert "the operator of the adapters" in str(why_masks_differ(fused))
+    head = tiny_llama()
+    rw.add_adapter(head, rw.LoraConfig(r=2, lora_dropout=0.1, target_modules=["lm_head"]))
+    assert "the output head" in str(why_masks_differ(head))
+
+
 def test_an_apple_gpu_is_one_device() -> None:
     with pytest.raises(ConfigError, match="RW139"):
         ranks.check_cards("mps", 2)
@@ -144,3 +181,13 @@ def test_a_restarted_process_resumes_what_the_last_one_left(tmp_path: Path, monk
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(ConfigError, match="RW147"):
         continued(settings(output=tmp_path, overwrite=True))
+
+
+def test_padded_rows_are_widened_as_one_process_pads_them() -> None:
+    batch = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.tensor([[1, 1]])}
+    batch["labels"] = torch.tensor([[-100, 6]])
+    wide = widened({**batch, KEY: counted(batch)}, 4, 9)
+    assert wide["input_ids"].tolist() == [[5, 6, 9, 9]]
+    assert wide["attention_mask"].tolist() == [[1, 1, 0, 0]]
+    assert wide["labels"].tolist() == [[-100, 6, -100, -100]]
+    assert (wide[KEY].tokens, wide[KEY].scored.tolist()) == (2, [0])

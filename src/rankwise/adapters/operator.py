@@ -21,6 +21,16 @@ from rankwise.quantization.linear import Linear4bit, is_conv1d
 SEEDS = 1 << 31
 
 
+class Batch:
+    """The micro-batch that the model reads, of which each of several processes has some rows."""
+
+    # A row here is one token. Recomputations in threads of autograd's own read it too.
+    rows_before = 0
+
+
+BATCH = Batch()
+
+
 class Adapter(Protocol):
     """The part over one base layer: a pair A (r, in), B (out, r) and, in DoRA, a magnitude m for each output row.
 
@@ -94,4 +104,4 @@ def drawn_dropout(p: float, training: bool) -> Dropout | None:
     """Dropout with a seed drawn from torch's generator, so that a run's seed decides and a recomputation repeats it."""
     if not training or p == 0:
         return None
-    return Dropout(p, int(torch.randint(SEEDS, ())))
+    return Dropout(p, int(torch.randint(SEEDS, ())), BATCH.rows_before)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rankwise.ops import elementwise
 from rankwise.ops.four_bit import dequantize_weight, linear_4bit, linear_4bit_input_grad
 from rankwise.ops.packed_weight import PackedWeight
 
@@ -66,6 +67,16 @@ class Dropout:
 
     p: float
     seed: int
+    # Rows of the same batch that other processes have before those of x.
+    rows_before: int = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``drop(x)`` of x (T, K)."""
+        return elementwise.dropout(x, self.p, self.seed, self.rows_before * x.shape[-1])
+
+    def add_(self, dx: Tensor, z: Tensor) -> Tensor:
+        """``dx + drop(z)`` of z (T, K), in place."""
+        return elementwise.dropout_add_(dx, z, self.p, self.seed, self.rows_before * z.shape[-1])
 
 
 @dataclasses.dataclass

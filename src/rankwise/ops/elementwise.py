@@ -143,15 +143,16 @@ def adapted_gain(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, m: Tensor, sc
     return call("adapted_gain", W, squared, A, B, m, scale)
 
 
-def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+def dropout(x: Tensor, p: float, seed: int, first: int = 0) -> Tensor:
     """``x * mask / (1 - p)``; the mask is a hash of (seed, flat index), so no one has to keep it.
 
     x of any shape, 0 <= p < 1, any integer seed (its low 64 bits count) -> as x, contiguous. The mask depends on the
-    number of elements before an element, not on the shape.
+    number of elements before an element, not on the shape. ``first``: of a larger tensor, of which x is a part, so many
+    elements stand before x. Behind a multiple of 2^32 within x the mask is another one than the larger tensor's.
     """
-    return call("dropout", x, p, seed)
+    return call("dropout", x, p, seed, first)
 
 
-def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int) -> Tensor:
+def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int, first: int = 0) -> Tensor:
     """``dx <- dx + z * mask / (1 - p)`` in place, with the mask of `dropout`: dx and z of one shape and dtype."""
-    return call("dropout_add_", dx, z, p, seed)
+    return call("dropout_add_", dx, z, p, seed, first)

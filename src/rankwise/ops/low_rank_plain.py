@@ -104,11 +104,11 @@ def add_low_rank(dx: Tensor, dU: Tensor, A: Tensor, dropout: Dropout | None) -> 
     """``dx + drop(dU A)``, in place."""
     if dropout is None:
         return dx.addmm_(dU, A)
-    return elementwise.dropout_add_(dx, dU @ A, dropout.p, dropout.seed)
+    return dropout.add_(dx, dU @ A)
 
 
 def dropped(rows: Tensor, dropout: Dropout | None) -> Tensor:
-    return rows if dropout is None else elementwise.dropout(rows, dropout.p, dropout.seed)
+    return rows if dropout is None else dropout(rows)
 
 
 def _stacked_A(branches: Sequence[Branch], dtype: torch.dtype) -> Tensor:

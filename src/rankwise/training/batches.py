@@ -24,6 +24,8 @@ class Counted:
     examples: int
     # (P,) int64, on the device of the labels: `scored_positions`.
     scored: Tensor
+    # Of tokens, padding counted, that processes before this one have in the same micro-batch.
+    rows_before: int = 0
 
     def to(self, *to: Any, **how: Any) -> Counted:
         """Move to a device like a tensor. accelerate calls this method."""

@@ -140,8 +140,8 @@ def check_processes(settings: TrainSettings, processes: int) -> None:
     if settings.objective == "grpo":
         raise ConfigError(
             "RW779",
-            f"--objective grpo trains in one process, and these are {processes}: answers and rewards are not shared "
-            "between processes yet; leave --devices out.",
+            f"--objective grpo trains in one process, and these are {processes}: answers are drawn in the order of one "
+            "process's prompts, and each of several would draw others; leave --devices out.",
         )
     if settings.strategy == "fsdp" and settings.method == "full" and settings.optimizer not in ELEMENTWISE:
         raise ConfigError(

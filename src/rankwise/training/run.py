@@ -25,6 +25,7 @@ from rankwise.acceleration import (
     limit_generated_kernels,
     optimize_for_training,
 )
+from rankwise.acceleration.sharding import mesh_of_all, shard
 from rankwise.adapters import has_adapter
 from rankwise.compat.torch import is_unit
 from rankwise.config import BASELINES, DORA, TrainSettings, check_objective, idle_options
@@ -51,7 +52,7 @@ from rankwise.training.observer import Observer, SilentObserver
 from rankwise.training.provenance import PACKAGES, device_record
 from rankwise.training.rates import loraplus_groups, with_groups
 from rankwise.training.session import Extras, Session
-from rankwise.training.sharding import looked_into, shard
+from rankwise.training.sharding import looked_into
 from rankwise.training.spine import PROGRESS_FILE, STATE_FILE, RunTrainer
 from rankwise.training.state import TrainerFacts, reading_state
 
@@ -225,7 +226,7 @@ def _prepare(
     )
     if given.strategy == "fsdp":
         if not is_unit(loaded.model):
-            shard(loaded.model, loaded.device.type, trains_all=given.method == "full")
+            shard(loaded.model, mesh_of_all(loaded.device.type), trains_all=given.method == "full")
         # Mixed precision alone: DDP takes no shards.
         trainer.accelerator.prepare_model(loaded.model, evaluation_mode=True)
     if checkpoint is not None and not _same_length(given):

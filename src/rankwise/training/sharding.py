@@ -17,41 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.acceleration.sharding import mesh_of_all, shard
 from rankwise.adapters.targets import module_names
-from rankwise.compat.torch import begin_sharded, is_sharded, is_unit, own_buffers, own_rows
-from rankwise.compat.transformers import decoder_layers, is_converted_by_parts
-from rankwise.errors import ConfigError
+from rankwise.compat.torch import begin_sharded, is_sharded, is_unit, own_rows
+from rankwise.compat.transformers import is_converted_by_parts
 from rankwise.quantization.experts import four_bit_stacks
 from rankwise.quantization.targets import four_bit_layers
 from rankwise.training import ranks
-
-
-def shard(model: Any, device_type: str, *, trains_all: bool) -> None:
-    """Keep this process's rows of every weight that does not train, with ``trains_all`` of every weight.
-
-    Raises ConfigError (RW148) for a model of unknown layers.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    layers = decoder_layers(model)
-    if not layers:
-        raise ConfigError(
-            "RW148", f"--strategy fsdp shards by layer, and {type(model).__name__} does not say which; take ddp."
-        )
-    for module in model.modules():
-        # FSDP2 shards parameters alone.
-        if (scales := own_buffers(module).pop("absmax", None)) is not None:
-            module.register_parameter("absmax", nn.Parameter(scales, requires_grad=False))
-
-    def is_apart(name: str, parameter: nn.Parameter) -> bool:
-        # Vectors stay whole: together they are less than a thousandth of a model.
-        return parameter.requires_grad or (parameter.dim() < 2 and not name.endswith(".absmax"))
-
-    apart = {parameter for name, parameter in model.named_parameters() if is_apart(name, parameter)}
-    mesh = init_device_mesh(device_type, (ranks.count(),))
-    for module in (*layers, model):
-        fully_shard(module, mesh=mesh, ignored_params=set() if trains_all else apart)
 
 
 def shard_before_loading(model: Any, device_type: str, trained_whole: Sequence[str], *, trains_all: bool) -> None:
@@ -69,7 +41,7 @@ def shard_before_loading(model: Any, device_type: str, trained_whole: Sequence[s
     for name in module_names(modules, trained_whole):
         for parameter in modules[name].parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-    shard(model, device_type, trains_all=trains_all)
+    shard(model, mesh_of_all(device_type), trains_all=trains_all)
 
 
 @contextmanager
@@ -108,21 +80,6 @@ def roots_gathered(model: Any) -> Iterator[None]:
         yield
     finally:
         model.reshard()
-
-
-@torch.no_grad()
-def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Make each gradient the mean over all processes. FSDP2 has done so for shards."""
-    import torch.distributed as dist
-
-    grads = [p.grad for p in parameters if p.grad is not None and not is_sharded(p.grad)]
-    if not grads:
-        return
-    flat = torch.cat([grad.flatten().float() for grad in grads])
-    dist.all_reduce(flat)
-    flat /= ranks.count()
-    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-        grad.copy_(mean.view(grad.shape))
 
 
 def trains_shards(model: nn.Module) -> bool:

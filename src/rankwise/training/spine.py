@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, set_seed
 
 from rankwise.acceleration import move_once
+from rankwise.acceleration.sharding import average_gradients
 from rankwise.compat.torch import is_unit, set_last_rates
 from rankwise.compat.trl import TrlTrainer, metrics_of
 from rankwise.config import logging_steps_of
-from rankwise.errors import RunError
+from rankwise.errors import RunError, warn
 from rankwise.records import write_json
 from rankwise.training import ranks
 from rankwise.training.checkpoints import Checkpoint, remove_old, save_checkpoint
 from rankwise.training.meters import Progress
-from rankwise.training.sharding import average_gradients, sharded_state, whole, whole_state, whole_weights
+from rankwise.training.sharding import sharded_state, whole, whole_state, whole_weights
+from rankwise.training.shares import adapters_at_work, is_idle, share_batches
 from rankwise.training.state import (
     check_optimizer_state,
     check_random_states,
@@ -85,10 +87,27 @@ class RunTrainer(TrlTrainer):
         self._losses: list[Tensor] = []
         self.step_tokens = self.step_examples = 0
         self.last_grad_norm: float | None = None
-        if ranks.rank():
-            # Every process draws dropout masks of its own; those of the first are the masks of a run in one process.
+        self.shares_masks = ranks.count() > 1 and self._draws_one_mask()
+        if ranks.rank() and not self.shares_masks:
             set_seed((self.args.seed + ranks.rank()) % 2**32)
         self.remove_callback(PrinterCallback)
+
+    def _draws_one_mask(self) -> bool:
+        """Whether adapters drop, and every process can draw its part of one process's masks."""
+        if not any(adapter.dropout for _, adapter in adapters_at_work(self.model)):
+            return False
+        reason = self.why_masks_differ()
+        if reason is not None:
+            warn(
+                "RW784",
+                f"the dropout masks of {ranks.count()} processes are not those of one: {reason}; every process draws "
+                "its own, from the seed and its number.",
+            )
+        return reason is None
+
+    def why_masks_differ(self) -> str | None:
+        """Why dropout masks of one process cannot be divided among several, or None where they can."""
+        return "they are only with --objective sft"
 
     def start_evaluation(self) -> None:
         """Switch model and optimizer to evaluation, as the Trainer does. The next step switches both back."""
@@ -115,6 +134,22 @@ class RunTrainer(TrlTrainer):
         if is_unit(self.model) and self.accelerator.sync_gradients:
             average_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
         return loss
+
+    def get_train_dataloader(self) -> Any:
+        return share_batches(super().get_train_dataloader(), self.args.per_device_train_batch_size)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any) -> Any:
+        return super().get_batch_samples(self.with_idle_ends(epoch_iterator, self.train_dataset), *args)
+
+    def with_idle_ends(self, batches: Iterable[Any], rows: Any) -> Iterator[Any]:
+        """The batches of this process; one that got none of an epoch's last ``rows`` ends ``without_rows``."""
+        idle = is_idle(len(rows), self.args.per_device_train_batch_size, ranks.count(), ranks.rank())
+        for batch in batches:
+            yield self.without_rows(batch) if idle and self.accelerator.gradient_state.end_of_dataloader else batch
+
+    def without_rows(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch of a process that takes part in a step and changes nothing."""
+        raise NotImplementedError
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         # They stay on the device until a line is written.

@@ -6,6 +6,7 @@ mean over tokens and which leaves the random states alone. The parts that all ob
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from rankwise.acceleration import LossOptions, fused_head
 from rankwise.acceleration.scoring import Score, Scorer, loss_scorer
+from rankwise.adapters.operator import BATCH
 from rankwise.compat.torch import is_unit
 from rankwise.compat.transformers import pair_with_next_labels
 from rankwise.compat.trl import metrics_of
@@ -32,7 +34,7 @@ from rankwise.training.loss import (
     loss_from_logits,
 )
 from rankwise.training.sharding import roots_gathered
-from rankwise.training.shares import Remainder, share_batches
+from rankwise.training.shares import masked, why_masks_differ, widened
 from rankwise.training.spine import RunTrainer
 from rankwise.training.state import undisturbed_random_states
 
@@ -46,8 +48,6 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
         self.label_smoothing = label_smoothing
         # Of evaluations; whether the model can score several rows in one is found out once.
         self._scorer: Scorer | None = None
-        # Of the last batch of an epoch, where several processes train.
-        self.remainder: Remainder | None = None
         self.data_collator = Counting(self.data_collator, self.model.config.get_text_config().vocab_size)
         # Every loss here is normalised by the trained tokens of the whole accumulated batch, whatever the model's
         # forward accepts, and label i + 1 belongs to position i.
@@ -83,6 +83,7 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         found = inputs.pop(KEY, None) or counted(inputs)
+        BATCH.rows_before = found.rows_before
         training = self.model.training
         smoothing = self.label_smoothing if training else 0.0
         if return_outputs or (self.fused_head and smoothing == 0):
@@ -205,19 +206,26 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
 
     # --- the rows of one of several processes ---
 
-    def get_train_dataloader(self) -> Any:
-        loader: Any = super().get_train_dataloader()
-        if ranks.count() == 1:
-            return loader
-        split = self.args.per_device_train_batch_size, ranks.count(), ranks.rank()
-        self.remainder = Remainder(len(loader.dataset), *split)
-        return share_batches(loader, *split)
-
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any) -> Any:
-        if self.remainder is not None and self.remainder.is_idle:
-            epoch_iterator = map(self._masked_at_the_end, epoch_iterator)
-        return super().get_batch_samples(epoch_iterator, *args)
+        samples, items = super().get_batch_samples(epoch_iterator, *args)
+        if self.shares_masks:
+            everyone = ranks.gathered([tuple(batch["input_ids"].shape) for batch in samples])
+            samples = [self._placed(batch, shapes) for batch, *shapes in zip(samples, *everyone)]
+        return samples, items
 
-    def _masked_at_the_end(self, batch: dict[str, Any]) -> dict[str, Any]:
-        assert self.remainder is not None
-        return self.remainder.masked(batch) if self.accelerator.gradient_state.end_of_dataloader else batch
+    def _placed(self, batch: dict[str, Any], shapes: list[tuple[int, int]]) -> dict[str, Any]:
+        """The batch with its place among those of all processes; padded rows are as long as in one process."""
+        if not self.padding_free:
+            longest = max(length for _, length in shapes)
+            shapes = [(rows, longest) for rows, _ in shapes]
+            batch = widened(batch, longest, int(self.processing_class.pad_token_id or 0))  # type: ignore[union-attr]
+        before = sum(rows * length for rows, length in shapes[: ranks.rank()])
+        return {**batch, KEY: dataclasses.replace(batch[KEY], rows_before=before)}
+
+    def why_masks_differ(self) -> str | None:
+        if self.neftune_noise_alpha is not None:
+            return "NEFTune's noise is drawn from the same numbers"
+        return why_masks_differ(self.model)
+
+    def without_rows(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return masked(batch)

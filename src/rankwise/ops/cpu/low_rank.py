@@ -17,7 +17,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rankwise.ops import elementwise
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted, grad_of_bias, grad_of_m
 from rankwise.ops.cpu.memory import OF_OUTPUTS, roomy
 from rankwise.ops.cpu.products import MOST_TERMS, Factor, Term, add_products, pay, row_product, take
@@ -124,7 +123,7 @@ def _grad_x(terms: list[Term], dU: Tensor, branches: Sequence[Branch], dropout: 
     if dropout is None:
         return add_products([*terms, low_rank], dU.new_empty(shape))
     dx = add_products(terms, dU.new_empty(shape))
-    return elementwise.dropout_add_(dx, add_products([low_rank], dU.new_empty(shape)), dropout.p, dropout.seed)
+    return dropout.add_(dx, add_products([low_rank], dU.new_empty(shape)))
 
 
 def _dense(rows: Tensor) -> Tensor:
@@ -133,7 +132,7 @@ def _dense(rows: Tensor) -> Tensor:
 
 
 def _dropped(rows: Tensor, dropout: Dropout | None) -> Tensor:
-    return rows if dropout is None else elementwise.dropout(rows, dropout.p, dropout.seed)
+    return rows if dropout is None else dropout(rows)
 
 
 def _factor(matrix: Tensor) -> Factor:

@@ -73,26 +73,26 @@ def dropout_add_kernel(
     tl.store(dx + element, round_to(total, dx.dtype.element_ty), mask=element < n)
 
 
-def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+def dropout(x: Tensor, p: float, seed: int, first: int = 0) -> Tensor:
     """y_i = x_i / (1 - p) where the mask keeps it, else 0; i is the flat index of a contiguous x."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(dropout_kernel, x.contiguous(), y, p, seed)
+    _launch(dropout_kernel, x.contiguous(), y, p, dropout_keys(seed, first))
     return y
 
 
-def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int) -> Tensor:
+def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int, first: int = 0) -> Tensor:
     """dx_i <- dx_i + z_i / (1 - p) where the mask keeps z_i."""
     out = dx.contiguous()
-    _launch(dropout_add_kernel, out, z.contiguous(), p, seed)
+    _launch(dropout_add_kernel, out, z.contiguous(), p, dropout_keys(seed, first))
     return dx if out is dx else dx.copy_(out)
 
 
-def _launch(kernel: triton.JITFunction, first: Tensor, second: Tensor, p: float, seed: int) -> None:
+def _launch(kernel: triton.JITFunction, first: Tensor, second: Tensor, p: float, keys: tuple[int, int]) -> None:
     """Both contiguous and of one size. Sums are not fused: the results are those of the reference to the bit."""
     n = first.numel()
     if n == 0:
         return
-    words = [_signed(word) for word in (*dropout_keys(seed), dropout_threshold(p))]
+    words = [_signed(word) for word in (*keys, dropout_threshold(p))]
     with launching_on(first.device):
         kernel[(triton.cdiv(n, _ELEMENTS),)](
             first, second, 1 / (1 - p), *words, n, ELEMENTS=_ELEMENTS, num_warps=_WARPS, enable_fp_fusion=False

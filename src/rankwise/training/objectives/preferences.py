@@ -41,10 +41,13 @@ from rankwise.training.foresight import largest_scoring
 from rankwise.training.learning import Learning
 from rankwise.training.loss import fused_head_is_right
 from rankwise.training.setup import Data, encode_data
+from rankwise.training.shares import share_batches
 from rankwise.training.spine import RunTrainer
 from rankwise.training.state import undisturbed_random_states
 
 COUNTED = "counted"
+# Of a process's rows in a batch of all processes, times the number of processes.
+SHARE = "share"
 # {trl's name: ours} in metrics.jsonl, and of those that are shown at each step.
 REWARDS = {
     "rewards/chosen": "reward_chosen",
@@ -56,6 +59,8 @@ REWARDS = {
     "kl": "kl",
 }
 SHOWN = {"rewards/margins": "margin", "rewards/accuracies": "accuracy", "kl": "KL"}
+# Losses that are no mean over pairs.
+WITHIN_BATCHES = ("aot", "aot_unpaired", "sft")
 # Of trl's they would cost one more pass over the logits.
 UNKNOWN = ("logits/chosen", "logits/rejected", "mean_token_accuracy")
 
@@ -92,6 +97,11 @@ class PreferenceTrainer(RunTrainer):
         self.optimizer_cls_and_kwargs = optimizer
         self.ref_model, self.precompute_ref_logps = None, True
         self.data_collator = functools.partial(_counting, self.data_collator)
+        # Rows of this process in the batch in work.
+        self.rows = 0
+        if ranks.count() > 1:
+            # accelerate's want as many rows of each process, and cut a short last batch to its rows.
+            self.accelerator.gather = self.accelerator.gather_for_metrics = self._of_everyone
 
     def _give_head(self, model: Any, *args: Any, **kwargs: Any) -> None:
         if type(model) is not nn.Module and not self.own_scores:
@@ -112,6 +122,26 @@ class PreferenceTrainer(RunTrainer):
         """The data set itself: its rows are encoded, cut and counted already."""
         return dataset
 
+    # --- the rows of one of several processes ---
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        return share_batches(super().get_eval_dataloader(*args, **kwargs), self.args.per_device_eval_batch_size)
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        samples, items = super().get_batch_samples(*args)
+        everyone = ranks.gathered([batch[COUNTED][1] for batch in samples])
+        for batch, *rows in zip(samples, *everyone):
+            batch[SHARE] = batch[COUNTED][1] * ranks.count() / sum(rows)
+        return samples, items
+
+    def without_rows(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {**batch, COUNTED: (0, 0)}
+
+    def _of_everyone(self, tensor: Tensor) -> Tensor:
+        """Values of all processes, one after the other: as many as each has."""
+        own = tensor.detach().flatten().cpu()
+        return torch.cat(ranks.gathered(own if self.rows else own[:0])).to(tensor.device)
+
     # --- loss ---
 
     def compute_loss(
@@ -121,7 +151,8 @@ class PreferenceTrainer(RunTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        tokens, examples = inputs.pop(COUNTED)
+        tokens, self.rows = inputs.pop(COUNTED)
+        share = inputs.pop(SHARE, 1)
         mode = "train" if self.model.training else "eval"
         loss = super().compute_loss(model, {**inputs, **self.references(inputs)}, return_outputs, num_items_in_batch)
         if self.own_scores:
@@ -129,8 +160,9 @@ class PreferenceTrainer(RunTrainer):
                 metrics_of(self, mode).pop(name, None)
         if mode == "train":
             self.step_tokens += tokens
-            self.step_examples += examples
-        return loss
+            self.step_examples += self.rows
+        # The mean over processes is that over all rows.
+        return loss if share == 1 else loss * share
 
     def references(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """The reference's log-probabilities of a batch, under trl's names."""
@@ -172,11 +204,15 @@ class PreferenceTrainer(RunTrainer):
         found: dict[str, list[tuple[float, int]]] = defaultdict(list)
         metrics = metrics_of(self, "eval")
         with undisturbed_random_states():
-            for inputs in dataloader:
-                rows: int = inputs[COUNTED][1]
-                counts = self.counts_by_side(inputs)
+            for inputs in self.with_idle_ends(dataloader, dataloader.dataset):
+                own = inputs[COUNTED][1]
+                counts = {side: count * bool(own) for side, count in self.counts_by_side(inputs).items()}
                 loss = self.prediction_step(self.model, inputs, True)[0]
-                found["loss"].append((float(loss), rows))  # type: ignore[arg-type]
+                (mean,) = ranks.mean([loss], own)  # type: ignore[list-item]
+                # trl's figures are those of all processes.
+                rows, *sides = map(int, ranks.summed([own, *counts.values()]))
+                counts = dict(zip(counts, sides))
+                found["loss"].append((float(mean), rows))
                 for name, values in metrics.items():
                     found[name].append((float(values[-1]), counts.get(name.rpartition("/")[2], rows)))
                 metrics.clear()
@@ -217,12 +253,21 @@ class MarkedTrainer(PreferenceTrainer, KTOTrainer):
             answers = rows["completion_ids"]
             return {"KL_completion_ids": [answers[-1], *answers[:-1]]}
 
-        size = arguments.per_device_train_batch_size
+        size = arguments.per_device_train_batch_size * ranks.count()
         return dataset.map(shifted, batched=True, batch_size=size, keep_in_memory=True)
 
     def counts_by_side(self, inputs: dict[str, Any]) -> dict[str, int]:
         good = int(inputs["label"].sum())
         return {"chosen": good, "rejected": len(inputs["label"]) - good}
+
+    def _compute_kl_logps(self, model: Any, batch: dict[str, Any]) -> Tensor | None:
+        found: Tensor | None = super()._compute_kl_logps(model, batch)
+        if found is None or ranks.count() == 1:
+            return found
+        # trl takes its own rows' mean; z is that over the rows of all.
+        reference = batch["ref_KL_logps"]
+        mean = ranks.mean([(found.detach() - reference).mean()], self.rows)[0]
+        return reference + float(mean)
 
     def references(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         found = {"ref_logps": self.reference_log_probs(inputs)}
@@ -302,6 +347,12 @@ def _check_loss(given: TrainSettings) -> None:
             f"--label-smoothing has no effect on --loss-type {loss}; leave it out, or give one of "
             f"{', '.join(SMOOTHED)}.",
         )
+    if loss in WITHIN_BATCHES and ranks.count() > 1:
+        raise ConfigError(
+            "RW785",
+            f"--loss-type {loss} compares the pairs of a batch with each other, and {ranks.count()} processes have "
+            "batches of their own; leave --devices out, or give another loss.",
+        )
     if loss == "exo_pair" and not given.label_smoothing:
         raise ConfigError("RW763", "--loss-type exo_pair needs --label-smoothing above 0; its paper takes 0.001.")
 
@@ -313,10 +364,8 @@ def _check_reference(given: TrainSettings) -> None:
             f"--objective {given.objective} compares with the base, which --method {given.method} changes; give lora, "
             "qlora, dora or qdora, whose base stays as it is.",
         )
-    if given.objective == "kto" and given.batch_size < 2:
+    if given.objective == "kto" and given.batch_size * ranks.count() < 2:
         raise ConfigError(
             "RW762",
             "--objective kto compares each answer with the others of its batch, and --batch-size is 1; give 2 or more.",
         )
-    if ranks.count() > 1:
-        raise ConfigError("RW762", f"--objective {given.objective} trains in one process; leave --devices out.")
