@@ -1,8 +1,10 @@
 """Kill a random process of a run at a random moment, resume the run, and compare its bits with a run left alone.
 
-    python benchmarks/killed_ranks.py MODEL DATA FOLDER [--times 10] [--processes 2] [-- OPTIONS OF rankwise train]
+    python benchmarks/killed_ranks.py MODEL DATA FOLDER [--times 10] [--processes 2] [--seed 0] [-- OPTIONS of train]
 
-Each time the whole run is done anew. A run that hangs for ten minutes, a second message or another bit is a failure.
+The moments are drawn within the time that the processes of an uninterrupted run lived, which FOLDER keeps for the next
+call. Each time the whole run is done anew, until so many were killed before their end. A run that hangs for ten
+minutes, a second message or another bit is a failure.
 """
 
 from __future__ import annotations
@@ -38,17 +40,31 @@ def processes_of(launcher: int) -> list[int]:
     return found
 
 
-def kill_one(launch: subprocess.Popen[str], within_seconds: float) -> str:
-    """Wait for a random while, then kill a random process; says when."""
+def wait_for_processes(launch: subprocess.Popen[str]) -> None:
     while launch.poll() is None and not processes_of(launch.pid):
         time.sleep(0.05)
-    delay = random.uniform(0, within_seconds)
+
+
+def run_alone(base: tuple[object, ...], folder: Path) -> float:
+    """Train without interruption, where no earlier call has; the seconds that its processes lived."""
+    note = folder / "alone.seconds"
+    if not note.exists():
+        launch = subprocess.Popen(command(*base, "--output", folder / "alone"), stdout=subprocess.DEVNULL)
+        wait_for_processes(launch)
+        began = time.monotonic()
+        assert launch.wait() == 0
+        note.write_text(str(time.monotonic() - began))
+    return float(note.read_text())
+
+
+def kill_one(launch: subprocess.Popen[str], delay: float) -> bool:
+    """Wait, then kill a random process; whether one was still there."""
+    wait_for_processes(launch)
     time.sleep(delay)
     there = processes_of(launch.pid)
-    if not there:
-        return f"after {delay:.1f} s, too late"
-    os.kill(random.choice(there), signal.SIGKILL)
-    return f"after {delay:.1f} s"
+    if there:
+        os.kill(random.choice(there), signal.SIGKILL)
+    return bool(there)
 
 
 def same_bits(folder: Path, other: Path) -> bool:
@@ -68,16 +84,18 @@ def main() -> int:
     given, options = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     random.seed(given.seed)
     base = ("--model", given.model, "--data", given.data, "--devices", given.processes, *options)
-    began = time.monotonic()
-    subprocess.run(command(*base, "--output", given.folder / "alone"), check=True, capture_output=True)
-    usual, failures = time.monotonic() - began, 0
-    for number in range(given.times):
+    given.folder.mkdir(exist_ok=True)
+    usual, killed, late, failures = run_alone(base, given.folder), 0, 0, 0
+    while killed < given.times:
         folder = given.folder / "killed"
         shutil.rmtree(folder, ignore_errors=True)
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         launch = subprocess.Popen(command(*base, "--output", folder), **pipes)  # type: ignore[call-overload]
-        when = kill_one(launch, 0.7 * usual)
+        delay = random.uniform(0, usual)
+        in_time = kill_one(launch, delay)
+        killed, late = killed + in_time, late + (not in_time)
         said = launch.communicate(timeout=HANGS_SECONDS)[1]
+        saved = len(list(folder.glob("checkpoints/step-*")))
         again = base if not (folder / "run.json").exists() else ("--resume",)
         resumed = subprocess.run(
             command(*again, "--output", folder), capture_output=True, text=True, timeout=HANGS_SECONDS
@@ -85,10 +103,14 @@ def main() -> int:
         messages = said.count("error RW")
         is_right = resumed.returncode == 0 and messages <= 1 and same_bits(folder, given.folder / "alone")
         failures += not is_right
-        print(f"{number + 1}: killed {when}, {messages} message, {'same bits' if is_right else 'FAILED'}", flush=True)
+        when = f"killed after {delay:.1f} of {usual:.1f} s" if in_time else "too late"
+        what = "same bits" if is_right else "FAILED"
+        print(f"{when}, {saved} checkpoints there, {messages} message, {what}", flush=True)
         if not is_right:
             print(said, resumed.stderr, sep="\n")
-    print(f"{given.times - failures} of {given.times} runs ended with the bits of one left alone")
+    print(
+        f"{killed} killed before their end and {late} not; {killed + late - failures} ended with the bits of one alone"
+    )
     return int(failures > 0)
 
 
