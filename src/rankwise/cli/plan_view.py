@@ -263,6 +263,7 @@ def footnotes(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "", "4-bit weights are made dense anew in every pass: what that takes is calibrated on published steps."
     if plan.workload.devices > 1:
         yield "devices", "sizes are one device's share; time counts all of them and no communication between them."
+        yield from network_lines(plan)
     if plan.hardware.device_type == "mps":
         yield "device", APPLE
         if any(row.estimate.method in FOUR_BITS for row in plan.rows):
@@ -276,6 +277,16 @@ def footnotes(plan: Plan) -> Iterator[tuple[str, str]]:
             seen.setdefault(note, []).append(row.estimate.method)
     for note, methods in seen.items():
         yield "note", note if len(methods) == len(plan.rows) else f"{', '.join(methods)}: {note}"
+
+
+def network_lines(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What a step sends, and the bandwidth from which on that costs no time."""
+    label = "network"
+    for row in plan.rows:
+        needed = row.network_bytes_per_second
+        hidden = "" if needed is None else f", hidden behind the computation from {byte_size(needed)}/s on"
+        yield label, f"{row.estimate.method}: a device sends {byte_size(row.network_bytes)} in a step{hidden}"
+        label = ""
 
 
 def svg(plan: Plan) -> str:
@@ -300,10 +311,11 @@ def check_lines(check: Check) -> Iterator[tuple[str, str]]:
     """Predicted against measured."""
     kind = "dry run" if check.exact else "closed form"
     where = "torch's allocator" if check.device_type == "cuda" else "growth of the process's anonymous memory"
+    many = f"the most of {check.devices} processes, " if check.devices > 1 else ""
     yield "", ""
     yield (
         "check",
-        f"{check.method}, three real steps here ({check.device_type}, random weights): predicted "
+        f"{check.method}, three real steps here ({many}{check.device_type}, random weights): predicted "
         f"{byte_size(check.predicted_bytes)} ({kind}), measured {byte_size(check.measured_bytes)} ({where}): "
         f"{check.error:+.1%}".replace("%", " %"),
     )

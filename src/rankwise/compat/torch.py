@@ -6,8 +6,8 @@ up in its module takes microseconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -68,6 +68,50 @@ def rows_of_all(rows: Tensor, like: Any) -> Tensor:
     stride = torch.empty(shape, device="meta").stride()
     mesh, placements = like.device_mesh, like.placements
     return DTensor.from_local(rows, mesh, placements, run_check=False, shape=shape, stride=stride).full_tensor()
+
+
+@contextmanager
+def fake_processes(count: int) -> Iterator[Any]:
+    """Within this, the process is the first of ``count``, and their collectives give tensors without values; gives the
+    device mesh of them all."""
+    import torch.distributed as dist
+
+    # They register what collectives make of fake tensors, and the backend.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield dist.device_mesh.init_device_mesh("cpu", (count,))
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def shards_seen(
+    resized: Callable[[torch.UntypedStorage], None], apart: Callable[[], AbstractContextManager[None]]
+) -> Iterator[None]:
+    """Within this, ``resized`` is told of each storage that gets another size, as FSDP2 frees and fills its weights;
+    the whole tensors from which DTensor learns shapes, and which no process has, are made within ``apart()``."""
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+    resize, learn = torch.UntypedStorage.resize_, ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def resize_and_tell(storage: torch.UntypedStorage, size: int) -> Any:
+        result = resize(storage, size)
+        resized(storage)
+        return result
+
+    def learn_apart(*given: Any) -> Any:
+        with apart():
+            return learn(*given)
+
+    torch.UntypedStorage.resize_ = resize_and_tell  # type: ignore[method-assign, assignment]
+    ShardingPropagator._propagate_tensor_meta_non_cached = learn_apart  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+        ShardingPropagator._propagate_tensor_meta_non_cached = learn  # type: ignore[method-assign]
 
 
 def begin_sharded(model: Any) -> None:

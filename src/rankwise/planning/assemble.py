@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 
 from rankwise.planning import cuda
-from rankwise.planning.parallel import Group, per_device
+from rankwise.planning.parallel import Group, per_device, traffic
 from rankwise.planning.terms import TERMS, MemoryEstimate
 from rankwise.planning.workload import Workload
 from rankwise.reports.numbers import byte_size
@@ -28,7 +28,7 @@ HOLES_CHECKPOINTED, HOLES_OF_FULL, HOLES_OF_ADAPTERS, HOLES_ELSE = (0.2, 0.0), (
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The result of one way of estimating a step, before it is shared among devices."""
+    """The result of one way of estimating a step."""
 
     # {phase: {term: bytes}}
     phases: Mapping[str, dict[str, int]]
@@ -42,7 +42,11 @@ class Found:
     # What FSDP2 gathers at once: the largest layer, and all that lies outside of the layers.
     layer: Group
     root: Group
+    # Of all that FSDP2 would shard.
+    weight_bytes: int
     exact: bool
+    # Whether the phases are those of one of several devices already.
+    is_share: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -55,13 +59,18 @@ def assembled(method: str, workload: Workload, found: Found, started: float) -> 
         whole = {term: terms.get(term, 0) for term in TERMS}
         if name == "generation" and workload.device_type == "cpu":
             whole["transient"] += round(HOLES_OF_GROWTH * whole["transient"])
-        shares[name] = per_device(
-            whole,
-            workload,
-            phase=name.split()[0],
-            layer=found.layer,
-            root=found.root,
-            trained_bytes=found.trained_bytes,
+        shares[name] = (
+            whole
+            if found.is_share
+            else per_device(
+                whole,
+                method,
+                workload,
+                phase=name.split()[0],
+                layer=found.layer,
+                root=found.root,
+                trained_bytes=found.trained_bytes,
+            )
         )
     name, terms = max(shares.items(), key=lambda item: sum(item[1].values()))
     outside = outside_bytes(workload, sum(terms.values()))
@@ -84,6 +93,13 @@ def assembled(method: str, workload: Workload, found: Found, started: float) -> 
         outside_bytes=outside,
         notes=(*found.notes, *_notes(workload, found.elsewhere_bytes, found.max_positions)),
         seconds=round(time.perf_counter() - started, 3),
+        network=traffic(
+            method,
+            workload,
+            weight_bytes=found.weight_bytes,
+            root_bytes=found.root.tensor_bytes,
+            trained_bytes=found.trained_bytes,
+        ),
     )
 
 

@@ -25,6 +25,7 @@ class Check:
     measured_bytes: int
     exact: bool
     step_seconds: tuple[float, ...]
+    devices: int = 1
 
     @property
     def error(self) -> float:
@@ -45,12 +46,15 @@ def check_method(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Check:
-    """Run the steps with random weights in a process of its own.
+    """Run the steps with random weights in a process of its own, for several devices in as many.
 
     Raises ConfigError: RW134 where they would take more than ``memory_bytes``; RW133 as ``measure`` does.
     """
     predicted = estimate(model, method, workload, exact=exact, trust_remote_code=trust_remote_code, revision=revision)
     needed = max(predicted.peak_bytes, dense_bytes(predicted, workload))
+    if workload.device_type == "cpu":
+        # Every process has its part of the machine's memory.
+        needed *= workload.devices
     if needed > memory_bytes:
         raise ConfigError(
             "RW134",
@@ -65,6 +69,7 @@ def check_method(
         measured.peak_bytes,
         exact,
         measured.step_seconds,
+        workload.devices,
     )
 
 

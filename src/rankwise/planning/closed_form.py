@@ -40,6 +40,7 @@ def of_shape(shape: Shape, method: str, workload: Workload) -> MemoryEstimate:
         max_positions=shape.max_positions,
         layer=layer,
         root=root,
+        weight_bytes=fixed["weights"] + fixed["weights_4bit"],
         exact=False,
         notes=notes_of(shape, method, workload),
     )

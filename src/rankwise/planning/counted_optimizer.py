@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from rankwise.compat.torch import own_part
 from rankwise.planning.optimizers import rule_of, state_bytes
 from rankwise.planning.workload import Workload
 
@@ -46,6 +47,6 @@ class CountedOptimizer(torch.optim.Optimizer):
                     copies.append(torch.empty_like(parameter))
 
     def _keep(self, parameter: torch.Tensor) -> None:
-        size, _ = state_bytes(self.name, [(tuple(parameter.shape), parameter.element_size())])
+        size, _ = state_bytes(self.name, [(tuple(own_part(parameter).shape), parameter.element_size())])
         if size and not self.state[parameter]:
             self.state[parameter]["bytes"] = torch.empty(size, dtype=torch.uint8)

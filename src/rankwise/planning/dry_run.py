@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from rankwise.acceleration.sharding import shard
 from rankwise.adapters import adapter_parameters, has_adapter
 from rankwise.adapters.base_layer import is_linear
-from rankwise.compat.torch import FakeTensorMode
+from rankwise.compat.torch import FakeTensorMode, fake_processes, shards_seen
 from rankwise.compat.transformers import choose_experts, fake_masks_looked_at
 from rankwise.errors import ModelError, RankwiseError
 from rankwise.matching import matches
@@ -32,7 +34,7 @@ from rankwise.planning.counted_optimizer import make_state, new_optimizer
 from rankwise.planning.fake_model import materialize, prepare, weights_dtype
 from rankwise.planning.offload import offloaded
 from rankwise.planning.optimizers import rule_of, state_bytes
-from rankwise.planning.parallel import Group, divisors, layer_and_root
+from rankwise.planning.parallel import Group, layer_and_root
 from rankwise.planning.scratch import SCRATCH, kept_memory, kept_norms, lives_in_kept_memory
 from rankwise.planning.step import LossOf, autocast_dtype, make_batch, take_step, true_counts
 from rankwise.planning.terms import MemoryEstimate
@@ -97,35 +99,51 @@ def trace(
     maskless = workload.sequences == 1 or (workload.device_type == "cuda" and workload.fast)
     maskless = maskless and not workload.packing
     masks = fake_masks_looked_at() if fake and maskless else nullcontext()
-    with _explaining(skeleton), mode, way, masks, tracker:
+    sharded = workload.strategy == "fsdp"
+    # A mesh looks at values, which fake tensors do not have.
+    group: AbstractContextManager[Any] = fake_processes(workload.devices) if sharded else nullcontext()
+    gathering = shards_seen(tracker.resized, tracker.elsewhere) if sharded else nullcontext()
+    with _explaining(skeleton), group as mesh, mode, way, masks, gathering, tracker:
         materialize(skeleton, weights_dtype(method, workload), fill=not fake)
         flat = prepare(skeleton, method, workload)
         tracker.answers.true_counts |= true_counts(workload)
+        shards = [part.nbytes for _, part in shards_of(skeleton)]
+        groups = sharding_groups_of(skeleton)
+        if sharded:
+            shard(skeleton, mesh, trains_all=method == "full")
         kept = kept_memory(skeleton) if fake and workload.device_type == "cpu" else []
         tracker.see_all(kept, "adapters")
         run_steps(skeleton, method, workload, tracker, flat=flat, loss=loss)
         tracker.see_all([*kept_norms(skeleton), *copies_of(trained(skeleton))], "adapters")
     shapes = [(tuple(item.shape), item.element_size()) for item in trained(skeleton)]
-    layer, root = sharding_groups_of(skeleton)
     found = Found(
-        phases={name: terms for name, terms in tracker.peaks(divisors(workload)).items() if name != UNCOUNTED},
+        phases={name: terms for name, terms in tracker.peaks().items() if name != UNCOUNTED},
         trainable=sum(item.numel() for item in trained(skeleton)),
         total=total,
         trained_bytes=sum(item.nbytes for item in trained(skeleton)),
         elsewhere_bytes=state_bytes(workload.optimizer, shapes)[1],
         max_positions=getattr(config.get_text_config(), "max_position_embeddings", None),
-        layer=layer,
-        root=root,
+        layer=groups[0],
+        root=groups[1],
+        weight_bytes=sum(shards),
         exact=True,
+        is_share=sharded,
     )
     return assembled(method, workload, found, started)
 
 
+def shards_of(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """What FSDP2 shards, by name: where something is frozen, what trains is whole everywhere."""
+    scales = ((name, scale) for name, scale in model.named_buffers() if name.endswith(".absmax"))
+    parts = [*model.named_parameters(), *scales]
+    return [(name, part) for name, part in parts if not part.requires_grad] or parts
+
+
 def sharding_groups_of(model: nn.Module) -> tuple[Group, Group]:
     """What FSDP2 gathers at once: (the largest layer, all that lies outside of the layers)."""
-    scales = ((name, scale) for name, scale in model.named_buffers() if name.endswith(".absmax"))
-    parts = (*model.named_parameters(), *scales)
-    return layer_and_root((name, Group(part.nbytes, part.nbytes if part.requires_grad else 0)) for name, part in parts)
+    return layer_and_root(
+        (name, Group(part.nbytes, part.nbytes if part.requires_grad else 0)) for name, part in shards_of(model)
+    )
 
 
 def _enabled_rows(model: nn.Module, workload: Workload) -> dict[int, int]:
@@ -171,14 +189,17 @@ def run_steps(
     batch, optimizer = make_batch(workload, flat=flat), new_optimizer(workload, parameters)
     make_state(optimizer)
     label_optimizer(optimizer, tracker)
-    hooks = [item.register_post_accumulate_grad_hook(_label_gradient(tracker)) for item in parameters]
     autocast = autocast_dtype(method, workload)
+
+    def enter(phase: str) -> None:
+        tracker.enter(phase)
+        if phase == "optimizer":
+            tracker.see_all((item.grad for item in parameters if item.grad is not None), "gradients")
+
     with offloaded(tracker, model) if workload.activation_offloading else nullcontext():
-        take_step(model, optimizer, batch, tracker.enter, autocast, loss)
+        take_step(model, optimizer, batch, enter, autocast, loss)
     if workload.written:
         write_a_token(model, method, workload, tracker.enter)
-    for hook in hooks:
-        hook.remove()
 
 
 def label_model(model: nn.Module, tracker: StorageTracker) -> None:
@@ -190,8 +211,10 @@ def label_model(model: nn.Module, tracker: StorageTracker) -> None:
     scales = [buffer for module in four_bit_modules(model) for buffer in module.buffers(recurse=False)]
     tracker.see_all([*codes, *scales], "weights_4bit")
     ours = {id(item) for item in adapter_parameters(model).values()} if has_adapter(model) else set()
-    for parameter in model.parameters():
-        if parameter.dtype is not torch.uint8:
+    for name, parameter in model.named_parameters():
+        if name.endswith(".absmax"):
+            tracker.see(parameter, "weights_4bit")
+        elif parameter.dtype is not torch.uint8:
             tracker.see(parameter, "adapters" if id(parameter) in ours else "weights")
     four_bit = {id(buffer) for buffer in scales}
     tracker.see_all((item for item in model.buffers() if id(item) not in four_bit), "weights")
@@ -200,14 +223,6 @@ def label_model(model: nn.Module, tracker: StorageTracker) -> None:
 def label_optimizer(optimizer: torch.optim.Optimizer, tracker: StorageTracker) -> None:
     for state in optimizer.state.values():
         tracker.see_all((value for value in state.values() if isinstance(value, torch.Tensor)), "optimizer")
-
-
-def _label_gradient(tracker: StorageTracker) -> Callable[[torch.Tensor], None]:
-    def label(parameter: torch.Tensor) -> None:
-        if parameter.grad is not None:
-            tracker.see(parameter.grad, "gradients")
-
-    return label
 
 
 @contextmanager

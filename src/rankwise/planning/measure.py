@@ -1,12 +1,13 @@
 """Take three real steps in a fresh process and measure their peak, to check a plan.
 
 The weights are random, so that nothing is downloaded: memory does not depend on their values. Run as
-``python -m rankwise.planning.measure``, it reads one JSON object from its standard input and writes one.
+``python -m rankwise.planning.measure ORDER``, it takes one JSON object and writes one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -36,7 +37,8 @@ MEMORY_WORDS = ("MemoryError", "OutOfMemoryError", "DefaultCPUAllocator")
 @dataclasses.dataclass(frozen=True)
 class Measurement:
     """Three real steps. On the CPU ``peak_bytes`` is the growth of the process's anonymous memory over what its
-    libraries took before the model was made; on CUDA it is the peak of torch's allocator, without the context."""
+    libraries took before the model was made; on CUDA it is the peak of torch's allocator, without the context. Of
+    several processes it is that of the one with the most."""
 
     peak_bytes: int
     baseline_bytes: int
@@ -52,15 +54,13 @@ def measure(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Measurement:
-    """Peak memory of three real steps of random weights, in a process of its own.
+    """Peak memory of three real steps of random weights, in a process of its own for each device.
 
-    Raises ConfigError (RW131) for an unknown method, (RW133) for a workload of several devices, or when the process
-    ends without an answer, as it does when the memory does not suffice.
+    Raises ConfigError (RW131) for an unknown method, (RW133) when a process ends without an answer, as it does when the
+    memory does not suffice.
     """
     if method not in PLANNED:
         raise ConfigError("RW131", f"there is no method {method!r}; give one of {', '.join(PLANNED)}.")
-    if workload.devices > 1:
-        raise ConfigError("RW133", f"steps on {workload.devices} devices cannot be measured here; measure on one.")
     order = {
         "model": os.fspath(model),
         "method": method,
@@ -68,8 +68,9 @@ def measure(
         "trust_remote_code": trust_remote_code,
         "revision": revision,
     }
-    command = [sys.executable, "-m", "rankwise.planning.measure"]
-    done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True, check=False)
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workload.devices)]
+    command = [sys.executable, *(several if workload.devices > 1 else []), "-m", "rankwise.planning.measure"]
+    done = subprocess.run([*command, json.dumps(order)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise _no_answer(done.returncode, done.stderr)
     answer = json.loads(done.stdout.strip().splitlines()[-1])
@@ -78,7 +79,9 @@ def measure(
 
 def _no_answer(code: int, stderr: str) -> ConfigError:
     """The error's advice depends on the cause: smaller steps help only where memory ran out."""
-    last = (stderr.strip().splitlines() or ["no message"])[-1]
+    lines = stderr.strip().splitlines() or ["no message"]
+    # torch's launcher writes a report after the message of a process.
+    last = next((line for line in lines if line.startswith(("[rank", "torch.", "RuntimeError"))), lines[-1])
     starved = code in KILLED or any(word in stderr for word in MEMORY_WORDS)
     remedy = "the memory did not suffice: make the batch or the rows smaller" if starved else "correct what it says"
     return ConfigError("RW133", f"the measured steps ended with code {code} ({last}); {remedy}.")
@@ -89,19 +92,27 @@ def carry_out(order: JsonObject) -> Measurement:
     import torch
 
     from rankwise.acceleration import limit_generated_kernels
+    from rankwise.acceleration.sharding import mesh_of_all, shard
     from rankwise.models import load_skeleton
     from rankwise.planning.fake_model import materialize, prepare, weights_dtype
-    from rankwise.planning.step import autocast_dtype, make_batch, take_step
+    from rankwise.planning.step import autocast_dtype, loss_of, make_batch, take_step
     from rankwise.planning.written import write_answers
 
     limit_generated_kernels()
     workload, method = Workload(**order["workload"]), order["method"]
     model = load_skeleton(order["model"], trust_remote_code=order["trust_remote_code"], revision=order["revision"])
-    device = workload.device_type
+    device, strategy = workload.device_type, workload.strategy
+    if workload.devices > 1:
+        _join(device)
     _warm_up(device, workload)
     baseline = _anonymous_bytes() if device == "cpu" else 0
     materialize(model, weights_dtype(method, workload), fill=True, device=device)
     flat = prepare(model, method, workload)
+    loss = None
+    if strategy == "fsdp":
+        shard(model, mesh_of_all(device), trains_all=method == "full")
+    elif strategy == "ddp":
+        loss = functools.partial(loss_of, call=torch.nn.parallel.DistributedDataParallel(model))
     optimizer = _real_optimizer(model, workload)
     batch, autocast, seconds = make_batch(workload, device, flat=flat), autocast_dtype(method, workload), []
 
@@ -112,7 +123,7 @@ def carry_out(order: JsonObject) -> Measurement:
         if workload.written:
             write_answers(model, method, workload)
         with offloading:
-            take_step(model, optimizer, batch, lambda _: None, autocast)
+            take_step(model, optimizer, batch, lambda _: None, autocast, loss)
         seconds.append(time.perf_counter() - started)
 
     if device == "cuda":
@@ -122,7 +133,27 @@ def carry_out(order: JsonObject) -> Measurement:
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = _peak_of([step] * STEPS) - baseline
-    return Measurement(peak, baseline, tuple(seconds), device)
+    return Measurement(_most(peak), baseline, tuple(seconds), device)
+
+
+def _join(device: str) -> None:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+
+
+def _most(peak_bytes: int) -> int:
+    """The most of all processes."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return peak_bytes
+    everyone: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(everyone, peak_bytes)
+    dist.destroy_process_group()
+    return max(everyone)
 
 
 def _offloading(model: PreTrainedModel, workload: Workload) -> AbstractContextManager[object]:
@@ -197,10 +228,12 @@ def _anonymous_bytes() -> int:
 
 
 def main() -> None:
-    order = json.load(sys.stdin)
+    order = json.loads(sys.argv[1])
     if not isinstance(order, dict):
         raise InternalError("RW133", "a measurement reads one JSON object.")
-    print(json.dumps(dataclasses.asdict(carry_out(order))))
+    found = json.dumps(dataclasses.asdict(carry_out(order)))
+    if os.environ.get("RANK", "0") == "0":
+        print(found)
 
 
 if __name__ == "__main__":

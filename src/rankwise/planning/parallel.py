@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterable
 from math import ceil
 
+from rankwise.planning.terms import Traffic
 from rankwise.planning.workload import Workload
 
-SHARDED = ("weights_4bit", "weights", "adapters", "gradients", "optimizer")
+WEIGHTS = ("weights_4bit", "weights")
 # FSDP2 gathers the next layer while one computes, and reduces one layer's gradients while the next makes its own.
 BLOCKS_AT_ONCE = 2
 
@@ -46,29 +47,44 @@ def layer_and_root(parts: Iterable[tuple[str, Group]]) -> tuple[Group, Group]:
     return max(groups.values(), key=lambda group: group.whole_bytes, default=Group()), root
 
 
-def divisors(workload: Workload) -> dict[str, int]:
-    """{term: over how many devices it is spread}, of those that are."""
-    return dict.fromkeys(SHARDED, workload.devices) if workload.strategy == "fsdp" else {}
-
-
 def per_device(
-    terms: dict[str, int], workload: Workload, *, phase: str, layer: Group, root: Group, trained_bytes: int
+    terms: dict[str, int], method: str, workload: Workload, *, phase: str, layer: Group, root: Group, trained_bytes: int
 ) -> dict[str, int]:
     """The terms that one of N devices holds in a phase.
 
     ddp: everything is there, and the gradients (``trained_bytes``) once more, in the buckets that are reduced. fsdp:
-    weights, adapters, gradients and states are sharded; whole at a time are two layers, and from the first layer to the
-    last the root group, which is what lies outside of the layers (embedding, last norm, head): 2 layer + root, with
-    their gradients on the way back. The optimizer steps on shards alone, so that its copies are sharded too.
+    weights are sharded, of ``full`` gradients and states too; whole at a time are two layers, and from the first layer
+    to the last the root group, which is what lies outside of the layers (embedding, last norm, head): 2 layer + root,
+    with their gradients on the way back. The optimizer of ``full`` steps on shards alone, so that its copies are
+    sharded too. An adapter's gradients are summed in one tensor of all, before the optimizer steps.
     """
     if workload.strategy == "ddp":
         return {**terms, "transient": terms["transient"] + trained_bytes}
     if workload.strategy != "fsdp" or workload.devices == 1:
         return terms
-    sharded = {name: ceil(terms[name] / count) for name, count in divisors(workload).items()}
+    names = (*WEIGHTS, "gradients", "optimizer") if method == "full" else WEIGHTS
+    sharded = {name: ceil(terms[name] / workload.devices) for name in names}
     if phase == "optimizer":
-        return {**terms, **sharded, "transient": ceil(terms["transient"] / workload.devices)}
+        own = (
+            ceil(terms["transient"] / workload.devices) if method == "full" else max(terms["transient"], trained_bytes)
+        )
+        return {**terms, **sharded, "transient": own}
     whole = BLOCKS_AT_ONCE * layer.tensor_bytes + root.tensor_bytes
     if phase == "backward":
         whole += BLOCKS_AT_ONCE * layer.gradient_bytes + root.gradient_bytes
     return {**terms, **sharded, "transient": terms["transient"] + whole}
+
+
+def traffic(method: str, workload: Workload, *, weight_bytes: int, root_bytes: int, trained_bytes: int) -> Traffic:
+    """What the collectives of one of N devices send: (N - 1) / N of a tensor to gather it or to reduce it to shards,
+    and twice that to sum it.
+
+    ddp sums the gradients, T bytes, once in a step. fsdp gathers the weights, W bytes, for each way through the layers,
+    the root group R once: 2 W - R in a micro-batch. ``full`` reduces its gradients, of W bytes, in each micro-batch; an
+    adapter's are summed once in a step.
+    """
+    share = (workload.devices - 1) / workload.devices
+    gathered = 2 * weight_bytes - root_bytes if workload.strategy == "fsdp" else 0
+    if gathered and method == "full":
+        return Traffic(round(share * (gathered + weight_bytes)))
+    return Traffic(round(share * gathered), round(2 * share * trained_bytes))

@@ -32,7 +32,14 @@ from rankwise.planning.optimizers import check_device
 from rankwise.planning.over_stored import over_stored
 from rankwise.planning.recommend import PASSES, Recommendation, Wish, recommend
 from rankwise.planning.settings import SHARED, PlanSettings
-from rankwise.planning.speed import Pace, assumed_pace, micro_batch_seconds, nominal_pace, tokens_per_second
+from rankwise.planning.speed import (
+    Pace,
+    assumed_pace,
+    hiding_bandwidth,
+    micro_batch_seconds,
+    nominal_pace,
+    tokens_per_second,
+)
 from rankwise.planning.terms import TOO_SLOW, MemoryEstimate
 from rankwise.planning.workload import DeviceType, Workload, sides_of, written_of
 from rankwise.reports.numbers import byte_size
@@ -61,6 +68,9 @@ class MethodRow:
     tokens_per_second: float | None
     # Of the whole run, where its length is known.
     seconds: float | None
+    # What a device of several sends in an optimizer step, and the bytes per second from which on that costs no time.
+    network_bytes: int
+    network_bytes_per_second: float | None
 
     def to_json(self) -> JsonObject:
         own = self.estimate
@@ -77,6 +87,8 @@ class MethodRow:
             "longest_row_tokens": self.longest_row_tokens,
             "tokens_per_second": self.tokens_per_second,
             "seconds": self.seconds,
+            "network_bytes": self.network_bytes,
+            "network_bytes_per_second": self.network_bytes_per_second,
             "exact": own.exact,
             "phase": own.phase,
             "notes": list(own.notes),
@@ -332,7 +344,7 @@ class _Planner:
     def _row(self, method: str) -> MethodRow:
         memory, own = self.hardware.memory_bytes, self.estimate(method, self.workload)
         pace = tokens_per_second(own, self.facts, self.workload, self.pace(method))
-        tokens = run_tokens(self.settings)
+        tokens, accumulation = run_tokens(self.settings), self.settings.gradient_accumulation
         is_within = fits(own, memory)
         most = self.facts.position_rows or MOST_TOKENS
         stored = self.facts.stored
@@ -344,6 +356,8 @@ class _Planner:
             longest_row_tokens=longest_row(self.estimate, method, self._narrow(is_within), memory, most=most),
             tokens_per_second=pace,
             seconds=tokens / pace if pace and tokens else None,
+            network_bytes=own.network.of_step(accumulation),
+            network_bytes_per_second=hiding_bandwidth(own, self.facts, self.workload, self.pace(method), accumulation),
         )
 
     def _narrow(self, is_within: bool) -> Workload:

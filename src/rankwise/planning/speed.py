@@ -182,6 +182,22 @@ def nominal_pace(dtype: str) -> Pace:
     return pace
 
 
+def hiding_bandwidth(
+    estimate: MemoryEstimate, facts: ModelFacts, workload: Workload, pace: Pace | None, accumulation: int
+) -> float | None:
+    """Bytes per second, each way, at which a device's traffic takes as long as the computation that it runs beside.
+
+    With ddp that is the backward pass of a step's last micro-batch, with fsdp all of the step.
+    """
+    if pace is None or workload.devices == 1:
+        return None
+    seconds = micro_batch_seconds(estimate, facts, workload, pace)
+    # Of as long passes: forward, the gradient of the input, that of the weight (full), and forward once more.
+    passes = _passes(workload) + (estimate.method == "full")
+    beside = accumulation * seconds if workload.strategy == "fsdp" else (1 - 1 / passes) * seconds
+    return estimate.network.of_step(accumulation) / beside
+
+
 def tokens_per_second(
     estimate: MemoryEstimate, facts: ModelFacts, workload: Workload, pace: Pace | None
 ) -> float | None:

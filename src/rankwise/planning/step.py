@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.acceleration import LossOptions, fused_head
+from rankwise.acceleration.sharding import average_gradients
+from rankwise.compat.torch import is_unit
 from rankwise.constants import IGNORED
 from rankwise.ops.selection import stands_on_card
 from rankwise.planning import trl_head
@@ -90,6 +92,8 @@ def take_step(
     value.backward()
     del value
     enter("optimizer")
+    if is_unit(model):
+        average_gradients([parameter for parameter in model.parameters() if parameter.requires_grad])
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
     # All tensors at once where the optimizer takes them so: as on a card.
     nn.utils.clip_grad_norm_(trained, 1.0, foreach=optimizer.defaults.get("foreach"))
@@ -97,15 +101,16 @@ def take_step(
     optimizer.zero_grad(set_to_none=True)
 
 
-def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Tensor:
+def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None, *, call: nn.Module | None = None) -> Tensor:
     """Mean cross-entropy over the scored positions, as the trainer computes it.
 
-    The entropy and the accuracy that the trainer reports are computed too, because they take memory.
+    The entropy and the accuracy that the trainer reports are computed too, because they take memory. ``call``: the
+    module of DDP around the model.
     """
     with torch.autocast(batch.labels.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         if fused_head(model) is not None:
             options = LossOptions(label_smoothing=batch.label_smoothing, want_stats=True)
-            outputs: Any = model(**batch.inputs, labels=batch.labels, use_cache=False, loss_options=options)
+            outputs: Any = (call or model)(**batch.inputs, labels=batch.labels, use_cache=False, loss_options=options)
             return outputs.loss
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
         # As the trainer chooses where our loss is not there.
@@ -114,7 +119,7 @@ def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Ten
             hidden = decoder(**batch.inputs, use_cache=False).last_hidden_state
             wanted = batch.labels[:, batch.positions + 1].flatten()
             return trl_head.sum_of_losses(hidden[:, batch.positions].flatten(0, 1), head.weight, wanted)
-        logits = _logits(model, batch)
+        logits = _logits(model, batch, call or model)
     # accelerate gives the outputs of an autocast model back in float32.
     return loss_from(logits if autocast is None else logits.float(), batch)
 
@@ -131,11 +136,11 @@ def loss_from(logits: Tensor, batch: Batch) -> Tensor:
     return total / wanted.numel()
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
+def _logits(model: nn.Module, batch: Batch, call: nn.Module) -> Tensor:
     """(B, P, V), or (B, L, V) of a model that cannot leave positions out, cut to (B, P, V)."""
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     kept = {"logits_to_keep": batch.positions} if keeps else {}
-    logits: Tensor = model(**batch.inputs, use_cache=False, **kept).logits
+    logits: Tensor = call(**batch.inputs, use_cache=False, **kept).logits
     return logits if keeps else logits[:, batch.positions]
 
 

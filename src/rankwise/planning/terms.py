@@ -39,6 +39,18 @@ TERMS = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Bytes that each of several devices sends to the others; it gets as many."""
+
+    micro_batch: int = 0
+    # Once in an optimizer step.
+    step: int = 0
+
+    def of_step(self, accumulation: int) -> int:
+        return accumulation * self.micro_batch + self.step
+
+
+@dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
     """Peak memory of a training step on one device, in bytes."""
 
@@ -62,6 +74,7 @@ class MemoryEstimate:
     notes: tuple[str, ...] = ()
     # That the estimate itself took.
     seconds: float = 0.0
+    network: Traffic = Traffic()
 
     def to_json(self) -> JsonObject:
         return {**dataclasses.asdict(self), "notes": list(self.notes)}

@@ -12,14 +12,14 @@ import dataclasses
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rankwise.compat.torch import TorchDispatchMode, grouped_mm, is_fake, local_scalar, storage_address, tree_iter
 from rankwise.errors import ModelError
@@ -81,6 +81,9 @@ class StorageTracker(TorchDispatchMode):
         self._known: dict[int, tuple[Any, Storage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            # It asks for the same of the part that this process has.
+            return NotImplemented
         if func is DEVICE_OF:
             return args[0].fake_device if is_fake(args[0]) else func(*args)
         if time.monotonic() > self.deadline:
@@ -106,20 +109,30 @@ class StorageTracker(TorchDispatchMode):
 
     def see(self, tensor: Tensor, term: str | None = None) -> None:
         """Count the tensor's storage, unless it is counted; ``term`` says what it is for."""
+        tensor = getattr(tensor, "_local_tensor", tensor)
         storage = tensor.untyped_storage()
         key = storage_address(storage)
         known = self._known.get(key)
         if known is None or known[0]() is None:
             if self.hosted or tensor.device.type == "meta":
                 return
-            known = self._start(tensor, storage, key)
+            is_logits = self.vocabulary is not None and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary
+            known = self._start(storage, is_logits=is_logits)
         if term is not None:
             known[1].term = term
 
-    def _start(self, tensor: Tensor, storage: Any, key: int) -> tuple[Any, Storage]:
-        size = self.rounding(storage.nbytes())
+    def resized(self, storage: Any) -> None:
+        """A storage that is known got another size: it holds weights that are gathered and freed again."""
+        known = self._known.get(storage_address(storage))
+        if known is None or known[0]() is not storage:
+            return
+        known[1].term = "transient"
+        self._end(storage_address(storage), known[1])
+        self._start(storage)[1].term = "transient"
+
+    def _start(self, storage: Any, *, is_logits: bool = False) -> tuple[Any, Storage]:
+        size, key = self.rounding(storage.nbytes()), storage_address(storage)
         recomputing = self.phase == "backward" and torch.is_grad_enabled()
-        is_logits = self.vocabulary is not None and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary
         record = Storage(size, self.clock, self.phase, recomputing, is_logits)
         reference = weakref.ref(storage, lambda _: self._end(key, record))
         self._known[key] = entry = (reference, record)
@@ -128,6 +141,8 @@ class StorageTracker(TorchDispatchMode):
         return entry
 
     def _end(self, key: int, record: Storage) -> None:
+        if record.died != NEVER:
+            return
         record.died = self.clock
         self.clock += 1
         known = self._known.get(key)
@@ -154,22 +169,17 @@ class StorageTracker(TorchDispatchMode):
         for tensor in tensors:
             self.see(tensor, term)
 
-    def peaks(self, divisors: Mapping[str, int] = MappingProxyType({})) -> dict[str, dict[str, int]]:
-        """{phase: {term: bytes}} at the moment of each phase at which ``sum of bytes(term) / divisors(term)`` peaks.
-
-        The terms are not divided. Divided, they are what one of several devices holds; its peak may lie at another
-        moment.
-        """
-        changes = [0.0] * self.clock
+    def peaks(self) -> dict[str, dict[str, int]]:
+        """{phase: {term: bytes}} at the moment of each phase at which most is held."""
+        changes = [0] * self.clock
         for storage in self.storages:
-            share = storage.size_bytes / divisors.get(self._term(storage), 1)
-            changes[storage.born] += share
+            changes[storage.born] += storage.size_bytes
             if storage.died != NEVER:
-                changes[storage.died] -= share
-        held = [0.0, *accumulate(changes)]
+                changes[storage.died] -= storage.size_bytes
+        held = [0, *accumulate(changes)]
         # held[c]: after every event before c.
         ends = [clock for clock, _ in self.entered[1:]] + [self.clock]
-        best: dict[str, tuple[float, int]] = {}
+        best: dict[str, tuple[int, int]] = {}
         for (begin, phase), end in zip(self.entered, ends, strict=True):
             clock = max(range(begin, end + 1), key=lambda at: held[at] + self.scratches.get(at, 0))
             found = held[clock] + self.scratches.get(clock, 0), clock

@@ -156,12 +156,11 @@ def sharding_groups(shape: Shape, method: str, workload: Workload, adapted: Adap
     """What FSDP2 gathers at once: (the largest layer, all that lies outside of the layers); nothing without it."""
     if workload.strategy != "fsdp":
         return Group(), Group()
-    trained = _trained_by_path(shape, method, workload, adapted)
     parts = []
     for module in shape.modules[: -1 if shape.tied else None]:
-        held, trains = _held_bytes(module, shape, method, workload), trained.get(module.name, 0)
-        # Full fine-tuning trains what is there already; an adapter comes beside it.
-        parts.append((module.name, Group(held if adapted is None else held + trains, trains)))
+        held = _held_bytes(module, shape, method, workload)
+        # Full fine-tuning trains what is there; an adapter beside it is whole on every device.
+        parts.append((module.name, Group(held, held if adapted is None else 0)))
     return layer_and_root(parts)
 
 
@@ -171,23 +170,6 @@ def _held_bytes(module: Module, shape: Shape, method: str, workload: Workload) -
         return module.parameters * element
     dense = module.parameters - sum(map(prod, packed(module, shape, workload)))
     return _packed_bytes(module, shape, workload) + dense * element
-
-
-def _trained_by_path(shape: Shape, method: str, workload: Workload, adapted: Adaptation | None) -> dict[str, int]:
-    """{path: bytes of its trained tensors}."""
-    base = base_element_bytes(method, workload)
-    if adapted is None:
-        return {module.name: module.parameters * base for module in shape.modules}
-    element = 4 if workload.adapter_dtype == "float32" else base
-    found: dict[str, int] = {}
-    for item in adapted.pairs:
-        name = item.module.name
-        found[name] = found.get(name, 0) + tensor_bytes([*_adapter_tensors(item, element)])
-    for module in adapted.whole:
-        found[module.name] = found.get(module.name, 0) + module.parameters * base
-    for module in adapted.biases:
-        found[module.name] = found.get(module.name, 0) + module.outputs * base
-    return found
 
 
 def decodes_in_caches(workload: Workload) -> bool:
