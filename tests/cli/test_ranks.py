@@ -162,6 +162,10 @@ def test_the_exit_code_is_that_of_the_process_that_failed() -> None:
     assert _failure({0: 130, 1: 2}).exit_code == 2  # type: ignore[attr-defined]
     assert _failure({0: 130, 1: 130}).exit_code == 130  # type: ignore[attr-defined]
     assert _failure({0: -15, 1: 1}).exit_code == 1  # type: ignore[attr-defined]
+    assert _failure({0: -15, 1: 130}).exit_code == 130  # type: ignore[attr-defined]
+    lost = _failure({0: 130, 1: -9})
+    assert isinstance(lost, RunError)
+    assert "the processes were killed (process 1 by SIGKILL)" in lost.message
     killed = _failure({0: -9, 1: -15})
     assert isinstance(killed, RunError)
     assert "process 0 by SIGKILL, process 1 by SIGTERM" in killed.message

@@ -64,10 +64,12 @@ def launch(settings: TrainSettings, *, as_json: bool) -> None:
 
 def _failure(codes: dict[int, int]) -> Exception:
     """The exception for the exit codes of the processes; a killed one has minus its signal's number."""
-    told = [code for code in codes.values() if code > 0]
-    if told:
-        return typer.Exit(next((code for code in told if code != INTERRUPTED), INTERRUPTED))
-    killed = ", ".join(f"process {number} by {signal.Signals(-code).name}" for number, code in codes.items())
+    told = [code for code in codes.values() if code > 0 and code != INTERRUPTED]
+    lost = {number: code for number, code in codes.items() if code < 0}
+    # The launcher asks the others to end once one is lost: they were interrupted, and do not say why.
+    if told or (not set(lost.values()) - {-signal.SIGTERM} and INTERRUPTED in codes.values()):
+        return typer.Exit(told[0] if told else INTERRUPTED)
+    killed = ", ".join(f"process {number} by {signal.Signals(-code).name}" for number, code in lost.items())
     return RunError(
         "RW704",
         f"the processes were killed ({killed}); continue from the last checkpoint with --resume, if there is one.",
