@@ -159,3 +159,19 @@ def test_what_has_no_adapter_becomes_dense_too(models: Any) -> None:
     make_dense(models[0])
     assert all(type(layer) is nn.Linear for layer in models[0])
     torch.testing.assert_close(models[0](x), base)
+
+
+@pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning")
+def test_a_model_that_merging_made_dense_forgets_its_quantizer(models: Any) -> None:
+    """Else its library would save plain layers as packed ones."""
+    forgotten: list[nn.Module] = []
+
+    class Quantizer:
+        remove_quantization_config = staticmethod(forgotten.append)
+
+    model = models[0]
+    model.hf_quantizer = Quantizer()
+    rw.add_adapter(model, rw.LoraConfig(r=2))
+    rw.merge_adapter(model, reversible=False)
+    make_dense(model)
+    assert forgotten == [model]

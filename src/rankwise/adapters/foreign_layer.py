@@ -82,7 +82,7 @@ def make_foreign(model: nn.Module) -> None:
 
 
 def make_dense(model: Any) -> None:
-    """Put plain layers in the place of those that another library quantized."""
+    """Put plain layers in the place of those that another library quantized, and forget its quantizer."""
     make_foreign(model)
     found = {name: read for name, module in model.named_modules() if (read := dequantizer(module)) is not None}
     for name, read in found.items():
@@ -92,7 +92,8 @@ def make_dense(model: Any) -> None:
         if bias is not None:
             plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
         model.set_submodule(name, plain)
-    if found and (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+    # Merging may have made all layers plain already.
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(model)
 
 

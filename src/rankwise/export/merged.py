@@ -232,7 +232,8 @@ def _merge_in_memory(base: Base, adapter: Path, output: Path) -> int:
     merge_adapter(model, reversible=False)
     if base.quantization is not None:
         model = model.dequantize()
-    make_dense(model)
+    if foreign_quantization(base.source) is not None:
+        make_dense(model)
     for name, parameter in model.named_parameters():
         check_merged(name, parameter.detach())
     model.save_pretrained(output)
