@@ -262,7 +262,8 @@ def test_rope_of_nothing_and_of_shared_memory() -> None:
         elementwise.rope_(shared, angles, angles)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+# Llama has no part that Qwen 3 has not.
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.long), "gemma2", "qwen3"])
 def test_a_model_with_all_parts_computes_what_it_did(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms, rotary positions and gated MLPs as on a card; DoRA over what the norms keep."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -402,7 +403,7 @@ def test_row_cross(N: int, K: int, R: int, factors: torch.dtype, dtype: torch.dt
 
 @thinned(
     {
-        "N,K,block_size,R": [(17, 128, 64, 5), (3, 1152, 128, 16), (2, 8192, 4096, 3), (5, 96, 32, 70), (3, 7, 64, 2)],
+        "N,K,block_size,R": [(17, 128, 64, 5), (3, 1152, 128, 16), (1, 8192, 4096, 3), (5, 96, 32, 70), (3, 7, 64, 2)],
         "double": [False, True],
         "dtype": DTYPES,
     }
@@ -463,9 +464,11 @@ def test_gain_and_product_with_a_packed_weight(N: int, K: int, R: int, dtype: to
     assert_as_good(ops.dequantize_weight(packed, dtype, m), card.dequantize_gained_4bit(packed, m, dtype), exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("T", "N", "R"), [(1, 1, 1), (5, 33, 3), (300, 300, 16), (130, 513, 8), (40, 70, 70), (0, 4, 2), (4, 3, 0)]
+@thinned(
+    {
+        "T,N,R": [(1, 1, 1), (5, 33, 3), (300, 300, 16), (130, 513, 8), (40, 70, 70), (0, 4, 2), (4, 3, 0)],
+        "dtype": DTYPES,
+    }
 )
 def test_low_rank_grads(T: int, N: int, R: int, dtype: torch.dtype) -> None:
     dy, y, g, m = randn(T, N, dtype=dtype), randn(T, N, dtype=dtype), rand(N) + 0.5, rand(N) + 0.5
