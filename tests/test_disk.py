@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rankwise.disk import appending, coded_error, hold, whole_file, whole_folder
@@ -150,6 +151,16 @@ def test_an_error_of_the_system_has_a_code_and_a_remedy(kind: str) -> None:
     assert coded.code == "RW551"
     assert coded.message.startswith(start)
     assert coded.message.endswith("and then this.")
+
+
+def test_what_numpy_could_not_write_whole_has_the_code_too(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RunError, match=r"RW551: .*served: the write stopped short; free space there"),
+        whole_folder(tmp_path / "served"),
+        open("/dev/full", "wb") as file,
+    ):
+        np.zeros(1 << 16).tofile(file)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_hides_no_reason(tmp_path: Path) -> None:

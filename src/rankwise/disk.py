@@ -34,7 +34,7 @@ CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno
 def system_error(error: BaseException) -> OSError | None:
     """The operating system's error in ``error``, which may contain it as text only.
 
-    Libraries written in Rust (tokenizers, safetensors), torch and ``shutil.copytree`` raise exceptions of their own.
+    Libraries written in Rust (tokenizers, safetensors), torch, numpy and ``shutil.copytree`` raise errors of their own.
     """
     if isinstance(error, RankwiseError | ConnectionError):
         return None
@@ -45,6 +45,9 @@ def system_error(error: BaseException) -> OSError | None:
         return OSError(errno.EIO, "cannot be opened", hidden[1])
     if mapped := re.search(r"unable to .*file <(.+)>.*\((\d+)\)", str(error)):
         return OSError(int(mapped[2]), os.strerror(int(mapped[2])), mapped[1])
+    if isinstance(error, OSError) and re.fullmatch(r"\d+ requested and \d+ written", str(error)):
+        # numpy's tofile, by which gguf writes, does not tell the reason.
+        return OSError(errno.ENOSPC, "the write stopped short")
     found = re.search(r"(\(os error |\[Errno )(\d+)", str(error))
     if found is None:
         return None
