@@ -236,7 +236,7 @@ def test_a_forward_that_asks_for_values_is_explained():
 
     model.forward = forward
     with pytest.raises(ModelError, match="LlamaForCausalLM") as caught:
-        trace(model, "lora", Workload(batch_size=1, max_length=32))
+        trace(model, "lora", Workload(batch_size=1, max_length=32, device_type="cpu"))
     assert caught.value.code == "RW327"
 
 
@@ -248,7 +248,7 @@ def test_where_the_closed_form_does_not_help_it_is_not_offered():
         model.config.model_type = family
         model.forward = lambda input_ids, **_: input_ids.tolist()
         with pytest.raises(ModelError) as caught:
-            trace(model, "lora", Workload(batch_size=1, max_length=32))
+            trace(model, "lora", Workload(batch_size=1, max_length=32, device_type="cpu"))
         errors[family] = caught.value.message
     assert "plan without --exact" in errors["llama"]
     assert "without --exact" not in errors["stablelm"]
