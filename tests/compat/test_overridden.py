@@ -30,7 +30,6 @@ OVERRIDDEN: dict[type, dict[str, str]] = {
         "__init__": "model args",
         "compute_loss": "model inputs return_outputs num_items_in_batch",
         "evaluation_loop": "dataloader description prediction_loss_only ignore_keys metric_key_prefix",
-        "get_train_dataloader": "",
         "get_batch_samples": "epoch_iterator",
     },
     GrpoTrainer: {
@@ -49,12 +48,19 @@ OVERRIDDEN: dict[type, dict[str, str]] = {
         "__init__": "",
         "compute_loss": "model inputs return_outputs num_items_in_batch",
         "evaluation_loop": "dataloader description prediction_loss_only ignore_keys metric_key_prefix",
+        "get_batch_samples": "epoch_iterator",
+        "get_eval_dataloader": "eval_dataset",
     },
     PairTrainer: {},
-    MarkedTrainer: {"_prepare_dataset": "dataset processing_class args dataset_name"},
+    MarkedTrainer: {
+        "_prepare_dataset": "dataset processing_class args dataset_name",
+        "_compute_kl_logps": "model batch",
+    },
     RunTrainer: {
         "__init__": "",
         "training_step": "",
+        "get_train_dataloader": "",
+        "get_batch_samples": "epoch_iterator",
         "log": "logs",
         "floating_point_ops": "inputs",
         "create_model_card": "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -312,6 +313,28 @@ def test__lazy_init_makes_the_root_of_sharded_units():
 
     assert callable(FSDPModule._get_fsdp_state)
     assert callable(FSDPState._lazy_init)
+
+
+def test_propagate_tensor_meta_non_cached_makes_whole_tensors_apart():
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    resized, apart = [], []
+
+    @contextlib.contextmanager
+    def noted():
+        apart.append(True)
+        yield
+
+    with compat.fake_processes(4) as mesh, compat.shards_seen(resized.append, noted):
+        tensor = distribute_tensor(torch.ones(8, 6), mesh, [Shard(0)], src_data_rank=None)
+        assert compat.shard_of(tensor).shape == (2, 6)
+        assert torch.cosh(tensor).shape == (8, 6)
+        storage = torch.ones(3).untyped_storage()
+        storage.resize_(0)
+    assert apart
+    assert resized == [storage]
+    storage.resize_(4)
+    assert resized == [storage]
 
 
 def test_a_sharded_module_is_of_a_class_of_its_own_and_whole_while_gathered():

@@ -53,6 +53,11 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def shard_of(tensor: Tensor) -> Tensor:
+    """The same without an operation that autograd or a dispatch mode would see."""
+    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def own_rows(tensor: Tensor, like: Any) -> Tensor:
     """A copy of the rows that this process holds of a tensor that is sharded like ``like``."""
     from torch.distributed.tensor import distribute_tensor

@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from rankwise.compat.torch import TorchDispatchMode, grouped_mm, is_fake, local_scalar, storage_address, tree_iter
+from rankwise.compat.torch import (
+    TorchDispatchMode,
+    grouped_mm,
+    is_fake,
+    local_scalar,
+    shard_of,
+    storage_address,
+    tree_iter,
+)
 from rankwise.errors import ModelError
 from rankwise.planning.quick_fakes import QuickFakes
 from rankwise.planning.terms import TOO_SLOW
@@ -109,7 +117,7 @@ class StorageTracker(TorchDispatchMode):
 
     def see(self, tensor: Tensor, term: str | None = None) -> None:
         """Count the tensor's storage, unless it is counted; ``term`` says what it is for."""
-        tensor = getattr(tensor, "_local_tensor", tensor)
+        tensor = shard_of(tensor)
         storage = tensor.untyped_storage()
         key = storage_address(storage)
         known = self._known.get(key)

@@ -83,7 +83,7 @@ def why_masks_differ(model: Any) -> str | None:
     Any other mask is drawn element by element, so that it depends on how many rows a process has.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p and not name.endswith("lora_dropout"):
+        if isinstance(module, nn.Dropout) and module.p and not name.endswith("lora_dropout"):
             return f"the model itself drops ({name})"
     if getattr(model.config.get_text_config(), "attention_dropout", 0):
         return "the model itself drops (attention_dropout)"
