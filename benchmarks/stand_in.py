@@ -19,16 +19,20 @@ def source_tree() -> None:
     if str(SOURCE) not in sys.path:
         sys.path.insert(0, str(SOURCE))
     if "pydantic" not in sys.modules and importlib.util.find_spec("pydantic") is None:
-        sys.modules["pydantic"] = _declarations_only()
+        sys.modules |= _declarations_only()
 
 
-def _declarations_only() -> ModuleType:
+def _declarations_only() -> dict[str, ModuleType]:
+    def accept(*_: Any, **__: Any) -> None: ...
+
     class Declared:
         """Stands where pydantic.BaseModel would; it checks and holds nothing."""
 
-    def accept(*_: Any, **__: Any) -> None: ...
+        model_validate = staticmethod(accept)
 
-    module = ModuleType("pydantic")
+    module, core = ModuleType("pydantic"), ModuleType("pydantic_core")
     validators = dict.fromkeys(("Field", "BeforeValidator", "AfterValidator"), accept)
     vars(module).update(BaseModel=Declared, ConfigDict=dict, ValidationError=ValueError, **validators)
-    return module
+    vars(module).update(ValidationInfo=Any, create_model=lambda *_, **__: Declared)
+    vars(core).update(ErrorDetails=dict)
+    return {"pydantic": module, "pydantic_core": core}

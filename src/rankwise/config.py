@@ -250,9 +250,9 @@ class ObjectiveOptions(PreferenceOptions):
 
 # {objective: those of its options that not every objective has}.
 OBJECTIVE_OPTIONS: Mapping[Objective, tuple[str, ...]] = {
-    "sft": ("label_smoothing", "packing", "prompt_column", "completion_column"),
-    "dpo": ("beta", "loss_type", "label_smoothing"),
-    "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight"),
+    "sft": ("label_smoothing", "packing", "prompt_column", "completion_column", "activation_offloading"),
+    "dpo": ("beta", "loss_type", "label_smoothing", "activation_offloading"),
+    "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight", "activation_offloading"),
     "grpo": (
         "beta",
         "loss_type",

@@ -81,7 +81,11 @@ def test_weights_quantized_in_another_way_are_refused(run, tmp_path):
     path = tmp_path / "base" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(ModelError, match=r"RW309.*gptq"):
+        merge_to_folder(run[0], tmp_path / "merged")
+    # The description lacks the number of bits, so that nothing can load the dequantized values either.
+    with pytest.raises(ModelError, match="RW316"):
         merge_to_folder(run[0], tmp_path / "merged", onto="quantized")
+    assert not list(tmp_path.glob("*merged*"))
 
 
 def test_verify_has_no_original_to_measure(run, tmp_path, monkeypatch):

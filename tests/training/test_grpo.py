@@ -21,11 +21,12 @@ from transformers import PreTrainedTokenizerFast
 import rankwise as rw
 from rankwise.acceleration import optimize_for_training
 from rankwise.adapters import adapter_parameters, add_adapter
+from rankwise.config import check_objective
 from rankwise.data.encoding import RowEncoder
 from rankwise.errors import Interrupted, RankwiseError
 from rankwise.lora_config import LoraConfig
 from rankwise.records import load_record, read_metrics
-from rankwise.training.foresight import Batch
+from rankwise.training.foresight import MicroBatch
 from rankwise.training.log_probs import scored, without_padding_in_front
 from rankwise.training.objectives import learning_of
 from rankwise.training.objectives.grpo_trainer import GrpoArguments, GrpoTrainer
@@ -358,8 +359,8 @@ def test_the_plan_knows_how_many_answers_an_evaluation_writes(rewarded: Any) -> 
         return SimpleNamespace(eval_dataset=rows, max_completion_length=6, args=arguments)
 
     largest = learning_of(rewarded()).largest_evaluation
-    assert largest(trainer(Dataset.from_dict(prompts))) == Batch(3, 11, 6 / 11)
-    assert largest(trainer(Dataset.from_dict({"input_ids": 50 * prompts["input_ids"]}))) == Batch(64, 11, 6 / 11)
+    assert largest(trainer(Dataset.from_dict(prompts))) == MicroBatch(3, 11, 6 / 11)
+    assert largest(trainer(Dataset.from_dict({"input_ids": 50 * prompts["input_ids"]}))) == MicroBatch(64, 11, 6 / 11)
     assert largest(trainer(None)) is None
 
 
@@ -388,6 +389,11 @@ def test_bad_input_is_one_error(case: str, rewarded: Any, tmp_path: Path) -> Non
     with pytest.raises(RankwiseError) as caught:
         train(rewarded(**changes))
     assert caught.value.code == code
+
+
+def test_offloading_is_refused_where_trls_trainer_has_none(rewarded: Any) -> None:
+    with pytest.raises(RankwiseError, match="RW760: --activation-offloading: no option of --objective grpo"):
+        check_objective(rewarded(activation_offloading=True), "grpo")
 
 
 def test_another_reward_does_not_continue_a_run(rewarded: Any, tmp_path: Path) -> None:

@@ -324,7 +324,6 @@ def _arguments(given: TrainSettings, around: Surroundings) -> PairArguments | Ma
         # Rows were cut when they were encoded; but KTO pairs prompts with the answers of others.
         max_length=given.max_length,
         disable_dropout=False,
-        activation_offloading=given.activation_offloading,
         flat=around.padding_free,
         **{"beta": BETA, **{name: value for name, value in own.items() if value is not None}},
     )
