@@ -37,6 +37,8 @@ from rankwise.reports.schema import EVALUATION_FOLDER, MergedCheck
 
 # Rows that the model also answers, for people to read; they are spread evenly.
 ANSWERED = 12
+# Of those, the rows whose tokens per second count, before the adapter is merged and after.
+TIMED = 4
 # Of a row of plain text, the tokens that it is to go on from.
 TEXT_PROMPT = 16
 ANSWER_TOKENS = 32
@@ -159,7 +161,7 @@ def _dtype(record: RunRecord | None, usual: torch.dtype) -> torch.dtype | None:
 
 @torch.inference_mode()
 def _answers(engine: Engine, rows: Rows, numbers: Sequence[int]) -> tuple[dict[str, str], float | None]:
-    """Greedy answers to some rows, one at a time, and the tokens per second of generating them."""
+    """Greedy answers to some rows, one at a time, and the tokens per second of the first ``TIMED``."""
     asked = _asked(engine, rows, numbers)
     answers: dict[str, str] = {}
     tokens, seconds = 0, 0.0
@@ -170,8 +172,9 @@ def _answers(engine: Engine, rows: Rows, numbers: Sequence[int]) -> tuple[dict[s
             _written(engine, ids, 2)
         started = time.perf_counter()
         written = _written(engine, ids, ANSWER_TOKENS)
-        seconds += time.perf_counter() - started
-        tokens += len(written)
+        if len(answers) < TIMED:
+            seconds += time.perf_counter() - started
+            tokens += len(written)
         answers[str(number)] = engine.decode(written).strip()
     return answers, tokens / seconds if seconds else None
 
@@ -215,7 +218,7 @@ def _merge_facts(job: Fields, engine: Engine, rows: Rows, shown: Sequence[int], 
     after = _logits(engine, rows[:CHECKED_ROWS], job["max_length"])
     difference = max((one - two).abs().max().item() for one, two in zip(before, after))
     rounding = rounding_cost(engine.model, _ids(engine, rows[:CHECKED_ROWS], job["max_length"]))
-    _, merged_speed = _answers(engine, rows, shown)
+    _, merged_speed = _answers(engine, rows, shown[:TIMED])
     merged: MergedCheck = {
         "max_logit_difference": difference,
         "rounding_logit_difference": rounding,
