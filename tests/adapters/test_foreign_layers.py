@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rankwise as rw
-from rankwise.adapters.foreign_layer import make_dense
+from rankwise.adapters.foreign_layer import ForeignLinear, make_dense
 from rankwise.errors import RankwiseWarning
 
 SCALE = 1 / 64
@@ -175,3 +175,11 @@ def test_a_model_that_merging_made_dense_forgets_its_quantizer(models: Any) -> N
     rw.merge_adapter(model, reversible=False)
     make_dense(model)
     assert forgotten == [model]
+
+
+def test_the_dtype_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A packed weight does not tell it, and DoRA asks in every forward pass."""
+    base, read = ForeignLinear(HQQLinear(nn.Linear(8, 8))), []
+    dequantize = HQQLinear.dequantize
+    monkeypatch.setattr(HQQLinear, "dequantize", lambda layer: read.append(1) or dequantize(layer))
+    assert (base.dtype, base.dtype, len(read)) == (torch.float32, torch.float32, 1)

@@ -6,6 +6,7 @@ backward    dx = dy W       W (out, in) dequantized once more, since most of the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,9 +52,9 @@ class ForeignLinear(nn.Module):
         found = getattr(self.layer, "bias", None)
         return found if isinstance(found, Tensor) else None
 
-    @property
+    @functools.cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the layer computes."""
+        """The dtype in which the layer computes. Every forward pass of DoRA asks for it, so it is found once."""
         return self.dequantize().dtype
 
     def dequantize(self) -> Tensor:

@@ -148,8 +148,8 @@ def _rank(files: Sequence[AdapterFile], wanted: Combination) -> int:
     return wanted.rank or max(ranks)
 
 
+# (pair, s, w) of one adapter on one module.
 Scaled = tuple[Pair, float, float]
-"""(pair, s, w) of one adapter on one module."""
 
 
 def _pair(here: Sequence[Scaled], wanted: Combination, r: int, path: str) -> Pair:

@@ -16,6 +16,7 @@ from rankwise.errors import ModelError
 from rankwise.export.gguf_names import GgufNames
 from rankwise.foreign import read_object
 
+# What that table leaves out, where a config has it.
 EXTRA_KEYS = {
     "attention.key_length": "head_dim",
     "attention.value_length": "head_dim",
@@ -26,12 +27,11 @@ EXTRA_KEYS = {
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
 }
-"""What that table leaves out, where a config has it."""
+# What the expression of a byte-level tokenizer contains: the name by which llama.cpp knows it.
 PRE_TOKENIZERS = {
     r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*": "llama-bpe",
     r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*": "qwen2",
 }
-"""What the expression of a byte-level tokenizer contains: the name by which llama.cpp knows it."""
 LARGEST_BYTES = 64 << 20
 
 

@@ -191,8 +191,8 @@ def write_folder_gguf(path: Path, folder: Path, config: Any, kind: str | None) -
     _write(writer, path, iter(planned))
 
 
+# A matrix of one expert, as files mostly hold them.
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
-"""A matrix of one expert, as files mostly hold them."""
 
 
 def _stacked(names: list[str]) -> dict[str, list[str]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rankwise.errors import ModelError
 
+# transformers' model_type: llama.cpp's architecture.
 ARCHITECTURES = {
     "gemma2": "gemma2",
     "gemma3": "gemma3",
@@ -28,7 +29,6 @@ ARCHITECTURES = {
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe",
 }
-"""transformers' model_type: llama.cpp's architecture."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,8 +37,8 @@ class Pair:
         return Pair(F.pad(self.A, (0, 0, 0, more)), F.pad(self.B, (0, more)))
 
 
+# By the name of the module, or of the stack's parameter.
 Pairs = Mapping[str, Pair]
-"""By the name of the module, or of the stack's parameter."""
 
 
 def folded_pairs(model: nn.Module, file: AdapterFile) -> dict[str, Pair]:
@@ -70,8 +70,8 @@ def to_one_rank(pairs: Pairs, r: int | None = None) -> dict[str, Pair]:
     return {name: pair.padded(r or largest) for name, pair in pairs.items()}
 
 
+# What becomes of a weight.
 Change = Callable[[Tensor], Tensor]
-"""What becomes of a weight."""
 
 
 def merging(item: AdaptedModule, file: AdapterFile, scaled: tuple[Pair, float], order: Change | None = None) -> Change:

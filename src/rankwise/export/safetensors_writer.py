@@ -16,8 +16,8 @@ from rankwise.weights_file import BITS
 
 ALIGNMENT = 8
 
+# {name: (dtype as safetensors names it, shape)}, in the order in which the tensors are written.
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
-"""{name: (dtype as safetensors names it, shape)}, in the order in which the tensors are written."""
 
 
 def write_safetensors(path: Path, shapes: Shapes, tensor: Callable[[str], Tensor], metadata: Mapping[str, str]) -> None:

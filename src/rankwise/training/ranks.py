@@ -182,14 +182,11 @@ def _naming_lost_processes(where: Place) -> Iterator[None]:
     import torch.distributed as dist
 
     try:
-        try:
-            yield
-        except BaseException:
-            end_alone()
-            raise
-    except RuntimeError as error:
+        yield
+    except BaseException as error:
+        end_alone()
         # gloo raises plain RuntimeErrors that name its source files.
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and "gloo" in str(error)):
             raise
         raise RunError(
             "RW702",

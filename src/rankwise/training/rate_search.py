@@ -130,7 +130,10 @@ def _short_run(given: TrainSettings, rate: float, length: int, share: float) -> 
 
 
 def kept_apart(data: Data) -> tuple[Data, Any]:
-    """The data without some training rows, and these rows. No prompt is on both sides; the order of rows counts not."""
+    """The data without some training rows, and these rows.
+
+    No prompt is on both sides, and the order of the rows does not matter.
+    """
     groups: dict[str, list[int]] = {}
     for number, row in enumerate(data.train.dataset):
         ids, labels = row["input_ids"], row["labels"]
