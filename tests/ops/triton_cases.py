@@ -5,17 +5,13 @@ The device is the CPU where Triton interprets its kernels (TRITON_INTERPRET=1 be
 
 from __future__ import annotations
 
-import importlib
-import os
 import random
 from collections.abc import Iterator
-from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
-from triton.runtime.jit import KernelInterface
+from triton_running import DEVICE, DTYPES, check_all_have_run, noting_launches, triton_on_poisoned_memory
 
 from rankwise import ops
 from rankwise.constants import BLOCK_SIZES
@@ -27,39 +23,19 @@ from tables import thinned
 
 # Of `rankwise.ops.triton`, whose kernels all run here.
 MODULES = ("dequantize", "product", "quantize", "row_norms")
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RAGGED = [(7,), (1, 1), (3, 5, 7), (9, 33), (130,), (2, 96), (5, 65)]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def launched() -> Iterator[set[str]]:
-    """The names of the kernels that have run so far."""
-    names: set[str] = set()
-    launching = KernelInterface.__getitem__
-
-    def noting(self: Any, grid: Any) -> Any:
-        names.add(self.fn.__name__)
-        return launching(self, grid)
-
-    with patch.object(KernelInterface, "__getitem__", noting):
+    with noting_launches() as names:
         yield names
 
 
 @pytest.fixture(autouse=True)
 def triton_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Only Triton may run, and memory comes filled with NaN (bytes: 0xAB), so that what is not written shows."""
-    empty, new_empty = torch.empty, Tensor.new_empty
-
-    def poisoned(tensor: Tensor) -> Tensor:
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else 0xAB)
-
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poisoned(empty(*args, **kwargs)))
-    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: poisoned(new_empty(*args, **kwargs)))
-    ops.set_implementation("triton")
-    torch.manual_seed(0)
-    yield
-    ops.set_implementation("auto")
+    with triton_on_poisoned_memory(monkeypatch, 0xAB):
+        yield
 
 
 def weight(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -259,7 +235,4 @@ def test_random_shapes_blocks_and_types() -> None:
 
 def test_every_kernel_has_run(launched: set[str]) -> None:
     """After all others in this file."""
-    modules = [importlib.import_module(f"rankwise.ops.triton.{name}") for name in MODULES]
-    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
-    assert len(kernels) >= len(MODULES)
-    assert kernels <= launched
+    check_all_have_run(MODULES, launched)

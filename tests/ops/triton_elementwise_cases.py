@@ -6,17 +6,13 @@ The device is the CPU where Triton interprets its kernels (TRITON_INTERPRET=1 be
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import os
-from collections.abc import Callable, Iterator
-from typing import Any
-from unittest.mock import patch
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from triton.runtime.jit import KernelInterface
+from triton_running import DEVICE, DTYPES, check_all_have_run, noting_launches, triton_on_poisoned_memory
 
 from rankwise import ops
 from rankwise.errors import QuantizationError
@@ -34,42 +30,18 @@ from tables import thinned
 # Of `rankwise.ops.triton`, whose kernels all run here.
 MODULES = ("cross_entropy", "dropout", "glu", "low_rank", "low_rank_grads", "rms_norm", "rope")
 MODULES += ("row_cross", "scaled_grad")
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def launched() -> Iterator[set[str]]:
-    """The names of the kernels that have run so far."""
-    names: set[str] = set()
-    launching = KernelInterface.__getitem__
-
-    def noting(self: Any, grid: Any) -> Any:
-        names.add(self.fn.__name__)
-        return launching(self, grid)
-
-    with patch.object(KernelInterface, "__getitem__", noting):
+    with noting_launches() as names:
         yield names
 
 
 @pytest.fixture(autouse=True)
 def triton_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Only Triton may run, and memory comes filled with NaN, so that what is not written shows."""
-
-    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def made(*args: Any, **kwargs: Any) -> Tensor:
-            tensor = make(*args, **kwargs)
-            return tensor.fill_(float("nan") if tensor.is_floating_point() else 0x2B)
-
-        return made
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
-    ops.set_implementation("triton")
-    torch.manual_seed(0)
-    yield
-    ops.set_implementation("auto")
+    with triton_on_poisoned_memory(monkeypatch, 0x2B):
+        yield
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -592,7 +564,4 @@ def test_the_chunked_loss_has_the_gradient_of_autograd() -> None:
 
 def test_every_kernel_has_run(launched: set[str]) -> None:
     """After all others in this file."""
-    modules = [importlib.import_module(f"rankwise.ops.triton.{name}") for name in MODULES]
-    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
-    assert len(kernels) >= len(MODULES)
-    assert kernels <= launched
+    check_all_have_run(MODULES, launched)
