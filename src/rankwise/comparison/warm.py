@@ -66,7 +66,7 @@ class Forked:
         environment: Mapping[str, str],
         prepare: Callable[[], None],
     ) -> None:
-        """``files``: stdout, stderr (behind what it holds), and the lock, which is held when this returns."""
+        """``files``: stdout, stderr (behind what it holds), and the lock. On return all exist and the lock is held."""
         server = _server()
         ready, told = server.Pipe(duplex=False)
         surroundings = {**os.environ, **environment}
@@ -117,10 +117,10 @@ def _work(
     out, log, lock = files
     held = os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     fcntl.flock(held, fcntl.LOCK_EX)
-    told.send(None)
-    told.close()
     _redirect(out, os.O_TRUNC, 1)
     _redirect(log, os.O_APPEND, 2)
+    told.send(None)
+    told.close()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
