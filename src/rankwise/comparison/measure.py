@@ -18,16 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.acceleration.generation import Decoding, Prompt
 from rankwise.comparison.stages import FACTS_FILE, PERPLEXITY
 from rankwise.comparison.tasks import make_tasks, own_task
 from rankwise.config import BASELINES
 from rankwise.data import Rows, read_template
+from rankwise.data.rows import Row
 from rankwise.disk import coded_error, hold, remove_strays
 from rankwise.errors import RankwiseError, RankwiseWarning, RunError, is_out_of_memory
 from rankwise.evaluation import journal
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.record import TaskResult
 from rankwise.evaluation.run import answer_task
+from rankwise.evaluation.tasks.answers import writer
 from rankwise.evaluation.tasks.base import Task
 from rankwise.export.rounding import is_more_than_rounding, rounding_cost
 from rankwise.foreign import Fields, JsonObject
@@ -37,8 +40,8 @@ from rankwise.reports.schema import EVALUATION_FOLDER, MergedCheck
 
 # Rows that the model also answers, for people to read; they are spread evenly.
 ANSWERED = 12
-# Of those, the rows whose tokens per second count, before the adapter is merged and after.
-TIMED = 4
+# Of those, the rows that are answered one at a time to take the time, before the adapter is merged and after.
+TIMED = 2
 # Of a row of plain text, the tokens that it is to go on from.
 TEXT_PROMPT = 16
 ANSWER_TOKENS = 32
@@ -69,7 +72,8 @@ def _measure(job: Fields) -> JsonObject:
     template = read_template(Path(job["chat_template"])) if job["chat_template"] else None
     engine = _engine(job, model, tokenizer, template)
     shown = range(0, len(rows), max(1, len(rows) // ANSWERED))[:ANSWERED]
-    answers, speed = _answers(engine, rows, shown)
+    prompts = _prompts(engine, [rows[number] for number in shown], rows)
+    answers = dict(zip(map(str, shown), _answers(engine, prompts)))
     # A base earns no rewards: they are measured against it.
     is_reference = job["method"] is None and job["objective"] != "sft"
     for task in tasks if is_reference else [own, *tasks]:
@@ -78,7 +82,7 @@ def _measure(job: Fields) -> JsonObject:
     if job["method"] is not None:
         # Of an adapter's file, or of a whole model's.
         facts["adapter_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        facts |= _merge_facts(job, engine, rows, shown, speed)
+        facts |= _merge_facts(job, engine, rows, prompts[:TIMED])
     write_json(folder / FACTS_FILE, facts)
     return facts
 
@@ -159,71 +163,64 @@ def _dtype(record: RunRecord | None, usual: torch.dtype) -> torch.dtype | None:
     return None if record.method == "full" else getattr(torch, record.device["dtype"])
 
 
-@torch.inference_mode()
-def _answers(engine: Engine, rows: Rows, numbers: Sequence[int]) -> tuple[dict[str, str], float | None]:
-    """Greedy answers to some rows, one at a time, and the tokens per second of the first ``TIMED``."""
-    asked = _asked(engine, rows, numbers)
-    answers: dict[str, str] = {}
-    tokens, seconds = 0, 0.0
-    for number, prompt in zip(numbers, asked):
-        ids = torch.tensor([prompt], device=engine.model.device)
-        if not answers:
-            # The first call allocates and compiles.
-            _written(engine, ids, 2)
-        started = time.perf_counter()
-        written = _written(engine, ids, ANSWER_TOKENS)
-        if len(answers) < TIMED:
-            seconds += time.perf_counter() - started
-            tokens += len(written)
-        answers[str(number)] = engine.decode(written).strip()
-    return answers, tokens / seconds if seconds else None
-
-
-def _asked(engine: Engine, rows: Rows, numbers: Sequence[int]) -> list[tuple[int, ...]]:
-    """The ids that the model continues: the prompt, or the beginning of a plain text."""
-    chosen, encoder = [rows[number] for number in numbers], engine.encoder(rows)
+def _prompts(engine: Engine, chosen: Sequence[Row], rows: Rows) -> list[Prompt]:
+    """What the model continues: the prompts of the ``chosen`` among ``rows``, or the beginnings of plain texts."""
+    encoder = engine.encoder(rows)
     if rows.kind == "text":
-        return [tuple(row.ids[:TEXT_PROMPT]) for row in encoder.encode(chosen, TEXT_PROMPT)]
-    return engine.prompt_ids(encoder, chosen)
+        return [Prompt(tuple(row.ids[:TEXT_PROMPT])) for row in encoder.encode(chosen, TEXT_PROMPT)]
+    return [Prompt(ids) for ids in engine.prompt_ids(encoder, chosen)]
 
 
-def _written(engine: Engine, ids: Tensor, count: int) -> list[int]:
-    mask = torch.ones_like(ids)
-    output = engine.model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=answer_room(engine.model, ids.shape[1], count),
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=engine.pad,
-    )
-    return [int(token) for token in output[0, ids.shape[1] :]]
+def _answers(engine: Engine, prompts: Sequence[Prompt]) -> list[str]:
+    """The greedy answers to ``prompts``, which are generated in batches."""
+    answers = [""] * len(prompts)
+    rooms = [answer_room(engine.model, len(prompt.ids), ANSWER_TOKENS) for prompt in prompts]
+    for room in set(rooms):
+        numbers = [number for number, its in enumerate(rooms) if its == room]
+        asked, decoding = [prompts[number] for number in numbers], Decoding(room, engine.stop_ids())
+        write = writer(engine, asked, decoding)
+        for batch in engine.batches(asked, decoding):
+            for index, text in zip(batch, write(batch)):
+                answers[numbers[index]] = text.strip()
+    return answers
 
 
-def _merge_facts(job: Fields, engine: Engine, rows: Rows, shown: Sequence[int], speed: float | None) -> JsonObject:
-    """Merge the adapter in memory. Returns how logits and speed change, and how far each weight moved."""
+def _tokens_per_second(engine: Engine, prompts: Sequence[Prompt]) -> float | None:
+    """The speed of greedy answers that are generated one at a time; None where every answer is empty."""
+    # The first call of this shape allocates and compiles.
+    engine.generator(Decoding(2, engine.stop_ids())).answers(prompts[:1])
+    tokens, started = 0, time.perf_counter()
+    for prompt in prompts:
+        decoding = Decoding(answer_room(engine.model, len(prompt.ids), ANSWER_TOKENS), engine.stop_ids())
+        tokens += len(engine.generator(decoding).answers([prompt])[0])
+    return tokens / (time.perf_counter() - started) if tokens else None
+
+
+def _merge_facts(job: Fields, engine: Engine, rows: Rows, prompts: Sequence[Prompt]) -> JsonObject:
+    """Merge the adapter in memory. Returns how logits and speed change, and how far each weight moved. ``prompts`` are
+    answered to take the time.
+    """
     if job["method"] == "full":
         return {"merged": None, "update_norms": _full_norms(job, engine.model)}
     if job["method"] in BASELINES:
         return {"merged": None, "update_norms": None}
     from rankwise.adapters import merge_adapter
 
-    before = _logits(engine, rows[:CHECKED_ROWS], job["max_length"]) if job["merged_check"] else []
     norms = _adapter_norms(engine.model)
     if not job["merged_check"]:
         return {"merged": None, "update_norms": norms}
+    before, speed = _logits(engine, rows[:CHECKED_ROWS], job["max_length"]), _tokens_per_second(engine, prompts)
     merge_adapter(engine.model, reversible=False)
     if getattr(engine.model, "hf_quantizer", None) is not None:
         engine.model = engine.model.dequantize()
     after = _logits(engine, rows[:CHECKED_ROWS], job["max_length"])
     difference = max((one - two).abs().max().item() for one, two in zip(before, after))
     rounding = rounding_cost(engine.model, _ids(engine, rows[:CHECKED_ROWS], job["max_length"]))
-    _, merged_speed = _answers(engine, rows, shown[:TIMED])
     merged: MergedCheck = {
         "max_logit_difference": difference,
         "rounding_logit_difference": rounding,
         "is_more_than_rounding": is_more_than_rounding(difference, rounding),
-        "generate_tokens_per_second_merged": merged_speed,
+        "generate_tokens_per_second_merged": _tokens_per_second(engine, prompts),
         "generate_tokens_per_second_unmerged": speed,
     }
     return {"merged": merged, "update_norms": norms}
