@@ -30,7 +30,7 @@ def test_every_section_of_the_page_is_found_whole():
     for code, (title, text) in sections.items():
         start = page.index(f"### {code} — {title}\n\n{text}\n")
         following = page[start:].removeprefix(f"### {code} — {title}\n\n{text}\n")
-        assert text.startswith("**What happened.** ")
+        assert "\n\n**What to do.** " in text
         assert not following.strip() or following.lstrip().startswith(("<a id", "## "))
 
 
