@@ -247,10 +247,10 @@ def strays(folder: Path, names: Iterable[str]) -> list[Path]:
 
 @contextlib.contextmanager
 def whole_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A new folder beside ``output``, which is held; it takes that name at the end, when all of it is on disk.
+    """A new folder that is renamed to ``output`` at the end, when all of it is on disk. ``output`` is locked meanwhile.
 
-    Nothing of it remains on errors. ``output`` may be an empty folder, with ``replace`` any. Raises RunError (RW551)
-    where it cannot be written.
+    After an error nothing of it remains. ``output`` may be an empty folder, or any folder with ``replace``. Raises
+    RunError (RW551) if it cannot be written.
     """
     output = Path(os.path.realpath(output))
     partial, is_in_place = _partial(output), False

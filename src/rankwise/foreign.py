@@ -145,7 +145,7 @@ def wrong_fields(given: Any) -> list[str]:
 
 
 def deepest_faults(error: pydantic.ValidationError) -> list[ErrorDetails]:
-    """Of a value that may be of several types, the fault that lies deepest tells most."""
+    """The most telling errors: pydantic reports one for each type that a value may have; the deepest one is kept."""
     problems, depths = error.errors(), dict[object, int]()
     for item in problems:
         depths[item["loc"][0]] = max(depths.get(item["loc"][0], 0), len(item["loc"]))

@@ -267,8 +267,8 @@ class _Running:
         self.ids, mask = as_tensor([list(ids[start:]) for ids in asked], pad, model.device)
         self.positions = start + (mask.cumsum(-1) - 1).clamp(min=0)
         self.mask = torch.cat([mask.new_ones(len(asked), start), mask], dim=1)
+        # The number of the prompt in each row, -1 once it has stopped.
         self.rows = list(range(len(prompts)))
-        # Number of the prompt in each row, -1 where it has stopped.
 
     def spread(self, logits: Tensor) -> Tensor:
         """The logits of each prompt; after the first step the cache, the mask and the positions have one row for

@@ -185,7 +185,7 @@ class Scorer:
     def _log_p(
         self, rows: Sequence[PackedRow], places: Sequence[tuple[int, int]], wanted: Sequence[int]
     ) -> tuple[list[float], list[bool]]:
-        """Of each place (row, column) the log-likelihood of the wanted token, and whether it is the argmax."""
+        """The log-likelihood of the wanted token at each place (row, column), and whether it is the argmax."""
         batch = lay_out(rows, self.pad, self.model.device)
         where = torch.tensor(places, device=batch.ids.device)
         asked = torch.tensor(wanted, device=batch.ids.device)

@@ -16,8 +16,8 @@ Modules = Mapping[str, nn.Module]
 
 
 def places_of(modules: Modules, head: nn.Module | None, text: nn.Module | None = None) -> Places:
-    """All modules but the model itself. ``head``: the output head; ``text``: of a model that also sees, the part that
-    reads.
+    """The places of all modules except the model itself. ``head`` is the output head, and ``text`` the language part of
+    a model that also sees.
     """
     read = {id(module) for module in (() if text is None else text.modules())}
     return {

@@ -41,7 +41,7 @@ def pareto_set(methods: Mapping[str, Method], metric: str, *, higher_is_better: 
     names = [name for name, item in methods.items() if metric in item["mean"]]
 
     def is_worse(a: str, b: str) -> bool:
-        """Whether ``a`` is worse than ``b`` in at least one of the three."""
+        """Whether ``a`` is worse than ``b`` in quality, memory or time."""
         costs = [is_above(cost(methods[a]), cost(methods[b])) for cost in (memory_range, seconds_range)]
         return any([sign * methods[a]["mean"][metric] > sign * methods[b]["mean"][metric], *costs])
 

@@ -236,11 +236,11 @@ def minimum_detectable_effect(
 def spread_parts(
     *, seed_sd: float, seeds: int, row_sd: float = 0.0, rows: int = 0, rest_sd: float = 0.0
 ) -> tuple[tuple[float, float], ...]:
-    """The parts of a difference's error for spreads that are assumed; none with one seed.
+    """The (variance, degrees of freedom) parts of a difference's error for assumed spreads; none with one seed.
 
-    ``seed_sd``: of each method's metric from seed to seed; ``row_sd``: of the two methods' difference from row to row,
-    the same under every seed; ``rest_sd``: of the difference from row to row, anew under each seed. ``rows`` of 0: the
-    rows are not a sample.
+    ``seed_sd`` is the spread of a method's metric over seeds. The two methods' difference varies over rows by
+    ``row_sd``, which is the same for every seed, and by ``rest_sd``, which each seed draws again. With ``rows`` of 0
+    the rows are not a sample.
     """
     if seeds < 2:
         return ()

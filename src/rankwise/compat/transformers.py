@@ -198,7 +198,7 @@ def is_converted_by_parts(model: PreTrainedModel) -> bool:
 def before_weights(prepare: Callable[[PreTrainedModel], None]) -> Iterator[None]:
     """Within this context, ``from_pretrained`` passes each model to ``prepare`` before it reads weights.
 
-    Of parameters that are DTensors by then a process reads only its own rows.
+    If ``prepare`` made parameters DTensors, a process reads only its own rows of them.
     """
     from transformers import PreTrainedModel
 

@@ -142,8 +142,8 @@ class ChatRenderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
-        self._known: dict[Hashable, Unwritten] = {}
         # By shapes of conversations.
+        self._known: dict[Hashable, Unwritten] = {}
 
     def __call__(self, row: Row) -> Rendered:
         tools = list(row.tools) if row.tools else None

@@ -32,15 +32,15 @@ TEMPLATE_FILE = "chat_template.jinja"
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What to write: for which server, of which rank, or of the least rank that keeps which error."""
+    """What to write: for which server, and at which rank, or at the least rank within ``max_error``."""
 
     target: str
     r: int | None = None
     max_error: float | None = None
+    # The model under a GGUF adapter; Ollama's Modelfile names it.
     base_gguf: Path | None = None
-    # The model that a GGUF adapter is to lie over; Ollama's Modelfile names it.
+    # A chat template's file, which is copied beside the adapter.
     template: Path | None = None
-    # A chat template's file, copied beside the adapter.
 
     def __post_init__(self) -> None:
         if self.target not in SERVERS:
@@ -74,8 +74,8 @@ class ExportReport:
     conversion: Conversion | None
     likeness: Likeness | None
     commands: tuple[str, ...]
+    # With --verify.
     proof: Proof | None = None
-    # Of --verify.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ def export_live(model: Any, folder: Path, wanted: Wanted, rows: Rows) -> ExportR
 
 
 def export_file(skeleton: nn.Module, file: AdapterFile, folder: Path, wanted: Wanted) -> ExportReport:
-    """Of an adapter that was read, and a model without weights, where nothing is converted."""
+    """Export an adapter's tensors from its file, with a model without weights. Nothing is converted."""
     with hold(folder):
         refuse_to_overwrite(folder)
         refuse_unserved(file, wanted.target)

@@ -37,8 +37,8 @@ DEFAULT_DENSITY = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Combination:
-    """How adapters are combined. ``rank``: of svd, default the largest; ``density``: of ties and dare_ties, the share
-    of entries that is kept; ``seed``: of dare_ties, None: torch's random numbers as they come."""
+    """How adapters are combined. ``rank`` (svd): by default the adapters' largest. ``density`` (ties, dare_ties):
+    the share of entries to keep. ``seed`` (dare_ties): None takes torch's generator as it is."""
 
     weights: Sequence[float]
     way: Way = "linear"

@@ -45,19 +45,19 @@ class Conversion:
     """What converting cost. Errors are relative: ||(dW' - dW) X|| / ||dW X||, or without inputs in Frobenius norm."""
 
     r: int
+    # The least rank within the error; `r` also keeps the perplexity of held-out rows.
     least_r: int
-    # The least rank that keeps the error; `r` keeps the perplexity of held-out rows too.
+    # Over all layers: the root of the ratio of the sums of squares.
     error: float
-    # Over all layers: sqrt of the sums of squares.
     by_layer: Mapping[str, float]
+    # Tokens in the inputs X; 0 for Frobenius norm.
     tokens: int
-    # Of the inputs X; 0: Frobenius.
 
 
 @dataclasses.dataclass(frozen=True)
 class Directions:
-    """Of one layer: the leading U (out, q), A = U^T dW (q, in), and the squared error ||(dW' - dW) X||^2 of every rank
-    from 0 on, where it is ||dW X||^2."""
+    """The leading directions of one layer's update: U (out, q), A = U^T dW (q, in), and for every rank from 0 on the
+    squared error ||(dW' - dW) X||^2, which at rank 0 is ||dW X||^2."""
 
     U: Tensor
     A: Tensor
@@ -77,11 +77,12 @@ def convert(
     max_error: float | None,
     keeps: Callable[[dict[str, Pair]], bool] | None = None,
 ) -> tuple[dict[str, Pair], Conversion]:
-    """The layers of the adapter ``name``, which is at work, as pairs of one rank: ``r``, or the least that keeps
-    ``max_error`` (default 0.05), and from there the first that ``keeps`` is true of. ``rows``: token ids whose inputs
-    weigh the error.
+    """Convert the layers of the active adapter ``name`` to pairs of one rank.
 
-    Raises AdapterError (RW732) where no rank that was tried keeps it.
+    The rank is ``r``, or the smallest one within ``max_error`` (default 0.05). From there on, it is the first one that
+    ``keeps`` accepts. The inputs of ``rows`` (token ids) weigh the error.
+
+    Raises AdapterError (RW732) if no rank up to the largest one is accepted.
     """
     layers = dict(adapted_layers(model, name))
     inputs = inputs_of(model, layers, rows) if rows else {}
@@ -104,7 +105,7 @@ def convert(
 
 
 def allowed_change(max_error: float | None) -> float:
-    """Of the perplexity of held-out rows, relatively."""
+    """The relative change that the perplexity of held-out rows may have."""
     return PERPLEXITY_CHANGE * max(1.0, (max_error or DEFAULT_ERROR) / DEFAULT_ERROR)
 
 

@@ -44,7 +44,7 @@ class Part:
 
 
 class GgufNames:
-    """Of a model of ``config``, transformers'. Raises ModelError (RW740) for a family that is not converted."""
+    """The names for a model of ``config``. Raises ModelError (RW740) for a family that is not converted."""
 
     def __init__(self, config: Any) -> None:
         import gguf

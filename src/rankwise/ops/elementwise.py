@@ -147,8 +147,8 @@ def dropout(x: Tensor, p: float, seed: int, first: int = 0) -> Tensor:
     """``x * mask / (1 - p)``; the mask is a hash of (seed, flat index), so no one has to keep it.
 
     x of any shape, 0 <= p < 1, any integer seed (its low 64 bits count) -> as x, contiguous. The mask depends on the
-    number of elements before an element, not on the shape. ``first``: of a larger tensor, of which x is a part, so many
-    elements stand before x. Behind a multiple of 2^32 within x the mask is another one than the larger tensor's.
+    number of elements before an element, not on the shape. ``first``: the number of elements before x, if x is a part
+    of a larger tensor. The mask is then that of the larger tensor, up to a multiple of 2^32 that lies within x.
     """
     return call("dropout", x, p, seed, first)
 

@@ -74,7 +74,7 @@ def check_method(
 
 
 def dense_bytes(predicted: MemoryEstimate, workload: Workload) -> int:
-    """Random weights are made before they are quantized: N s."""
+    """The bytes of the weights before they are quantized, which the check holds at first."""
     return predicted.total_parameters * DTYPE_BYTES[workload.dtype]
 
 

@@ -45,7 +45,7 @@ class Rows(Protocol):
 
 
 class MemoryGuard:
-    """A ``training.foresight.Foresight``. ``settings``: of ``rankwise train``, by name. ``say`` prints a line;
+    """A ``training.foresight.Foresight``. ``settings``: those of ``rankwise train``, by name. ``say`` prints a line;
     ``own_memory`` gives the bytes that the process has now, as the meter of a CPU run counts them.
 
     ``before_loading`` and ``before_training`` raise RunError (RW562) for a run that cannot fit, unless ``ignore``; then

@@ -19,8 +19,8 @@ GROUP_BYTES = 4
 
 
 def over_stored(stored: Stored | None, ask: Estimator) -> Estimator:
-    """The same over what the files hold, where training takes that as it is: bitsandbytes' 4 bits, LoRA over them as
-    QLoRA, and the formats of other libraries that adapters train over.
+    """An estimator for training over the weights as they are stored: bitsandbytes' 4 bits, over which LoRA is QLoRA,
+    and other libraries' formats that adapters can train over. ``ask`` where weights are stored densely.
     """
     if stored is None or not (stored.four_bit or stored.bits):
         return ask
@@ -36,7 +36,7 @@ def over_stored(stored: Stored | None, ask: Estimator) -> Estimator:
 
 
 def _over_foreign(stored: Stored, ask: Estimator, method: str, workload: Workload) -> MemoryEstimate:
-    """Of the dense weights those that become 4-bit in QLoRA take ``bits`` each, and a scale and a zero a group."""
+    """The weights that QLoRA would quantize take ``bits`` each, and a scale and a zero per group."""
     dense = ask(method, workload)
     if method == "full" or method not in FOUR_BIT_OF:
         return dense

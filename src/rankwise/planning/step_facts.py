@@ -112,7 +112,7 @@ class StepFacts:
 
     @property
     def trl_head(self) -> bool:
-        """A card's loss without ours: trl's head, where it is a plain layer and no label is smoothed."""
+        """Whether a card computes the loss by trl's fused head: with --no-fast, a plain head and no label smoothing."""
         plain = not self.whole_head and "lm_head" not in self.adapted and not self.workload.label_smoothing
         return self.on_card and not self.workload.fast and not self.workload.evaluation and plain
 

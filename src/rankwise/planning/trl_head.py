@@ -20,7 +20,7 @@ SUMS = 7
 
 
 def sum_of_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Of hidden (N, h), weight (V, h) and targets (N,). With fake tensors it holds what trl's head holds."""
+    """trl's loss, summed over N: hidden (N, h), weight (V, h), targets (N,). On fake tensors, its memory alone."""
     if is_fake(hidden):
         return Held.apply(hidden, weight).sum()
     from trl.kernels import ChunkedLogProbFunction

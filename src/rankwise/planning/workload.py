@@ -66,7 +66,7 @@ class Workload(StepOptions):
 
     @property
     def prompt_tokens(self) -> int:
-        """Of a row's tokens those that are not trained, and at least one."""
+        """The tokens of a row that are not trained on, at least one."""
         return max(1, round(self.max_length * (1 - self.trained_share)))
 
     @property

@@ -54,7 +54,7 @@ class Comparison:
 
     @property
     def unit(self) -> str:
-        """Of the primary metric."""
+        """The unit of the primary metric."""
         return "nats per token" if (self.objective, self.metric) == ("sft", schema.EVAL_LOSS) else ""
 
     @property

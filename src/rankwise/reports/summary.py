@@ -180,7 +180,7 @@ def _tuning(comparison: Comparison) -> Fact | None:
 
 
 def stopped_rates(comparison: Comparison) -> list[str]:
-    """Of a search by halving, for each method: which rates were stopped after how many steps."""
+    """A line for each method whose rates were searched by halving: which rates stopped after how many steps."""
     lines = []
     for name, search in comparison["learning_rates"].items():
         tried = [item for item in search.get("tried") or [] if item.get("metric") == KEPT_ROWS_LOSS]

@@ -159,8 +159,8 @@ class GiveBackHoles(TrainerCallback):
     def __init__(self, now: Callable[[], int]) -> None:
         self.now = now
         self.usual_bytes = 0
-        self.is_new = True
         # Nothing has been kept for longer than one step.
+        self.is_new = True
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any) -> None:
         size = self.now()

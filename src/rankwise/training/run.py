@@ -305,7 +305,7 @@ def _check_before_training(learning: Learning, given: TrainSettings, model: Any,
 def _predicted_peak(
     learning: Learning, given: TrainSettings, trainer: RunTrainer, foresight: Foresight | None, *, flat: bool
 ) -> int | None:
-    """Of the largest micro-batch that will come, or of evaluations; packed rows are full."""
+    """The bytes of the run's largest micro-batch, or of its evaluations if they take more. Packed rows are full."""
     if foresight is None:
         return None
     batch = learning.largest_batch(trainer, flat=flat)

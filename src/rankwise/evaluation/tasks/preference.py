@@ -91,7 +91,7 @@ class Preference(Task):
             return answer_in_batches([str(number) for number in range(len(rows))], batches, answer, folder, tell)
 
     def _rewards(self, engine: Engine, scorer: Scorer, rows: Sequence[Encoded]) -> list[list[float]]:
-        """Of each row the reward of each of its answers."""
+        """The rewards of each row's answers."""
         targets = [target for row in rows for target in _targets(row)]
         trained = _log_probs(scorer, targets)
         with reference_at_work(engine.model):
@@ -121,7 +121,9 @@ def _log_probs(scorer: Scorer, targets: Sequence[Target]) -> list[float]:
 
 
 def _scores(rewards: Sequence[float], label: bool | None, labels: Counter[bool | None]) -> dict[str, float]:
-    """Of a pair, or of a marked answer: with ``labels``, how many there are of each, whose shares count as given."""
+    """The scores of a pair, or of an answer with a label. ``labels`` counts the answers of each label, so that the mean
+    of the margins is the mean reward of the good ones minus that of the bad ones.
+    """
     if label is None:
         margin = rewards[0] - rewards[1]
         return {"reward_accuracy": float(margin > 0), "reward_margin": margin}

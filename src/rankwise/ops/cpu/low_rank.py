@@ -23,8 +23,8 @@ from rankwise.ops.cpu.products import MOST_TERMS, Factor, Term, add_products, pa
 
 
 def steps_for(rows: Tensor, branches: Sequence[Branch]) -> Steps | None:
-    """The steps where they apply: for rows (T, K) that sums of products take, and for weights that can be read in
-    place.
+    """The native steps for rows (T, K) through these branches; None if the native products cannot read the weights in
+    place, or do not pay.
     """
     if len(branches) >= MOST_TERMS or not take(rows.dtype):
         return None
