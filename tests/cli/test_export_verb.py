@@ -6,6 +6,8 @@ import io
 import json
 import shutil
 import sys
+import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -13,9 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import rankwise as rw
+from rankwise.cli.export import warn_of_other_weights
 from rankwise.cli.export_rows import prompts_of, rows_of
 from rankwise.cli.words import printable
-from rankwise.models import load_model, load_tokenizer
+from rankwise.errors import RankwiseWarning
+from rankwise.models import ModelSource, load_model, load_tokenizer
 from rankwise.records import RunRecord
 
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
@@ -125,6 +129,18 @@ def test_rows_are_refused_where_nothing_is_converted(rankwise, run_folder, tmp_p
     run = run_folder()
     given = ("--for", "vllm", "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "served")
     assert "RW735" in rankwise("export", "--adapter", run, *given).stderr
+
+
+def test_a_server_that_loads_other_weights_than_were_trained_is_warned_of():
+    demo = ModelSource("demo", "demo", Path("demo.gguf"), "owner/name")
+    for target in ("vllm", "sglang", "peft"):
+        with pytest.warns(RankwiseWarning, match=r"(?s)owner/name.*--merged"):
+            warn_of_other_weights(demo, target)
+    folder = ModelSource("folder", "base", Path("base"), "/base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_other_weights(demo, "llama.cpp")
+        warn_of_other_weights(folder, "vllm")
 
 
 def test_the_server_stands_in_a_configuration_file_too(rankwise, run_folder, tmp_path):

@@ -92,6 +92,7 @@ def _export_adapter(settings: ExportSettings, output: Output) -> ExportReport:
         settings.base_gguf or (source.path if is_gguf and source.is_gguf else None),
         template if template.is_file() else None,
     )
+    warn_of_other_weights(source, settings.target)
     skeleton = load_skeleton(source, trust_remote_code=settings.trust_remote_code)
     file = read_adapter(skeleton, settings.adapter)
     converts = wanted.converts(file)
@@ -115,6 +116,17 @@ def _export_adapter(settings: ExportSettings, output: Output) -> ExportReport:
     with output.waiting("converting, and comparing with the adapter as trained"):
         report = export_live(loaded.model, settings.output, wanted, rows)
     return _proven(settings, output, report, loaded.model, rows) if settings.verify else report
+
+
+def warn_of_other_weights(source: ModelSource, target: str) -> None:
+    """Warn (RW628) where the server loads the hub's weights, and training read a GGUF made from them."""
+    if source.kind == "demo" and SERVERS[target].form == "peft":
+        warn(
+            "RW628",
+            f"the adapter was trained over the 4-bit weights of the demo's GGUF, and {SERVERS[target].name} loads "
+            f"{source.base_model} with its weights before that rounding, so it answers a little differently; --merged "
+            "writes the weights that were trained.",
+        )
 
 
 def _source(settings: ExportSettings) -> ModelSource:
