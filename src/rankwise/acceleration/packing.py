@@ -134,7 +134,7 @@ def _row(trees: Sequence[Tree]) -> PackedRow:
 
 
 def batches_of(rows: Sequence[PackedRow], budget: int) -> Iterator[list[PackedRow]]:
-    """Rows of like length together, ``budget`` tokens (padding included) or one row to a batch."""
+    """Batches of rows with similar lengths: up to ``budget`` tokens with padding, or a single row."""
     batch: list[PackedRow] = []
     for row in sorted(rows, key=lambda row: -row.length):
         if batch and (len(batch) + 1) * batch[0].length > budget:

@@ -82,10 +82,9 @@ class AdapterFile:
 
 
 def read_adapter(model: nn.Module, folder: str | Path, name: str = DEFAULT_NAME) -> AdapterFile:
-    """Read a PEFT folder for ``model``, which may lie on the meta device and does not change, but for room for new
-    tokens.
+    """Read a PEFT folder for ``model``, which may be on the meta device. Only its embedding may grow, by new tokens.
 
-    Raises AdapterError: RW409 files that cannot be read, RW410 a configuration that cannot be honoured, RW411 with
+    Raises AdapterError: RW409 files that cannot be read, RW410 a configuration that cannot be used, RW411 with
     every tensor that does not fit this model, RW412 values that are not finite, and those of ``add_adapter``.
     """
     folder = Path(folder)

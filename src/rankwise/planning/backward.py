@@ -94,8 +94,8 @@ def offloaded_backward_bytes(step: StepFacts) -> int:
 
 
 def brought_back_bytes(step: StepFacts) -> int:
-    """Tensors of the MLP that one operation had from the host: one; of stacked experts gate and up of the k, and where
-    they adapt the product, too."""
+    """The MLP's tensors that an operation has fetched from the host: one; for stacked experts gate and up of the k
+    experts of a token, and with adapters their product."""
     if step.four_bit_experts:
         return 0
     of_experts = (3 if step.expert_adapters else 2) * step.shape.experts_per_token

@@ -230,7 +230,7 @@ def _charts(run: Found) -> list[Chart]:
 
 
 def _frame(charts: Sequence[Chart]) -> Frame:
-    """One for the same chart of all runs."""
+    """The axes that all runs share in this chart."""
     curves = [points for chart in charts for _, _, points in chart.curves]
     last = max((step for points in curves for step, _ in points), default=1.0)
     limits = [chart.limit for chart in charts if chart.limit is not None]

@@ -54,8 +54,8 @@ class EvaluationStopped(Exception):
 class RunTrainer(TrlTrainer):
     """Trains what requires a gradient in ``model`` and keeps whole checkpoints under ``args.output_dir``.
 
-    ``save_total_limit`` newest checkpoints stay, the best by evaluation loss besides. A subclass computes the loss,
-    and counts tokens and examples of the step in progress in ``step_tokens`` and ``step_examples``.
+    The newest ``save_total_limit`` checkpoints stay, and so does the one with the best evaluation loss. A subclass
+    computes the loss, and counts the current step's tokens and examples in ``step_tokens`` and ``step_examples``.
     """
 
     # transformers declares these optional; all are set while training.
