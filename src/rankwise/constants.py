@@ -12,3 +12,5 @@ NESTED_BLOCK = 256
 FLASH_WIDTH = 256
 # Columns of 16 bits that lie in 16 bytes: to a multiple of it a rank is filled up on a card.
 ALIGNED = 8
+# Least and most bytes of a dense weight whose memory the native library keeps for the next one.
+KEPT_BYTES = (1 << 20, 256 << 20)

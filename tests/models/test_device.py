@@ -49,7 +49,7 @@ def test_every_process_takes_its_own_card(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("has_bfloat16", [True, False])
 def test_automatic_on_a_processor(has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
-    monkeypatch.setattr(device_module, "_cpu_has_bfloat16", lambda: has_bfloat16)
+    monkeypatch.setattr(device_module, "cpu_has_bfloat16", lambda: has_bfloat16)
     choice = choose_device()
 
     assert choice.device == "cpu"

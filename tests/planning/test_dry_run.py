@@ -19,6 +19,7 @@ from rankwise.planning.adapted import adaptation
 from rankwise.planning.architectures import shape_of
 from rankwise.planning.closed_form import fixed_terms
 from rankwise.planning.dry_run import trace
+from rankwise.planning.step_facts import StepFacts
 from rankwise.planning.tracker import StorageTracker
 
 SMALL = {
@@ -182,11 +183,7 @@ def test_terms_sum_to_the_peak_and_have_known_names():
 @pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe"])
 def test_weights_and_adapters_of_the_closed_form_are_exact(family, method):
     workload = Workload(**STEP)
-    shape = shape_of(config_of(family, **SMALL))
-    adapted = (
-        None if method == "full" else adaptation(shape, workload.lora_config(use_dora=method in ("dora", "qdora")))
-    )
-    expected = fixed_terms(shape, method, workload, adapted)
+    expected = fixed_terms(StepFacts.of(shape_of(config_of(family, **SMALL)), method, workload))
     found = trace(skeleton(family, **SMALL), method, workload).breakdown
     for term in ("weights_4bit", "weights", "adapters"):
         assert expected[term] == pytest.approx(found[term], rel=2e-3), term

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from planning_models import config_of, skeleton
 
-from rankwise.config import DORA, FOUR_BITS
+from rankwise.config import FOUR_BITS
 from rankwise.planning import TERMS, Workload
-from rankwise.planning.adapted import adaptation
 from rankwise.planning.architectures import shape_of
 from rankwise.planning.closed_form import of_shape
 from rankwise.planning.dry_run import sharding_groups_of, trace
 from rankwise.planning.fake_model import materialize, prepare, weights_dtype
 from rankwise.planning.parallel import Group, layer_and_root, per_device, traffic
+from rankwise.planning.step_facts import StepFacts
 from rankwise.planning.terms import Traffic
 from rankwise.planning.weights import sharding_groups
 
@@ -139,12 +139,7 @@ def test_a_thousand_processes_that_are_not_there_are_traced(method):
 @pytest.mark.parametrize("method", ["full", "lora", "dora", "qlora"])
 def test_the_groups_of_the_closed_form_are_those_of_the_model(method):
     workload = Workload(r=8, device_type="cpu", dtype="float32", devices=2, strategy="fsdp")
-    adapted = (
-        None
-        if method == "full"
-        else adaptation(shape_of(config_of("llama", **SMALL)), workload.lora_config(use_dora=method in DORA))
-    )
-    layer, root = sharding_groups(shape_of(config_of("llama", **SMALL)), method, workload, adapted)
+    layer, root = sharding_groups(StepFacts.of(shape_of(config_of("llama", **SMALL)), method, workload))
     model = skeleton("llama", **SMALL)
     materialize(model, weights_dtype(method, workload), fill=True)
     prepare(model, method, workload)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rankwise.errors import ModelError
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("bfloat16", "float16", "float32")
+CPU_INFO = Path("/proc/cpuinfo")
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +99,7 @@ def _automatic_dtype(device: str) -> tuple[torch.dtype, str]:
         if torch.backends.mps.is_macos_or_newer(14, 0):
             return torch.bfloat16, "bfloat16: macOS 14 or newer has it"
         return torch.float32, "float32: bfloat16 needs macOS 14"
-    if _cpu_has_bfloat16():
+    if cpu_has_bfloat16():
         return torch.bfloat16, "bfloat16: the processor computes in it"
     return torch.float32, "float32: the processor has no bfloat16 instructions"
 
@@ -107,21 +111,27 @@ def _cuda_has_bfloat16() -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _cpu_has_bfloat16() -> bool:
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor has bfloat16 instructions. torch is asked where the kernel does not tell."""
+    flags = cpu_flags()
+    if flags:
+        return bool(BF16_FLAGS & flags)
     import torch
 
     # Not every torch build has both probes.
     probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(probe() for probe in probes if probe is not None) or _arm_has_bfloat16()
+    return any(probe() for probe in probes if probe is not None)
 
 
-def _arm_has_bfloat16() -> bool:
-    import platform
+def cpu_flags() -> set[str]:
+    """The processor's instruction sets by the kernel's names; empty where it does not tell."""
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpu_info(), re.MULTILINE)
+    return set() if flags is None else set(flags.group(1).split())
 
-    if platform.machine() == "arm64" and platform.system() == "Darwin":
-        return False
+
+def cpu_info() -> str:
+    """What Linux says of the processor; empty on other systems."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            return any(line.startswith("Features") and " bf16" in line for line in file)
+        return CPU_INFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return False
+        return ""

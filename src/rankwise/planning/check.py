@@ -10,8 +10,7 @@ from rankwise.foreign import JsonObject
 from rankwise.planning.estimate import estimate
 from rankwise.planning.measure import measure
 from rankwise.planning.terms import MemoryEstimate
-from rankwise.planning.weights import DTYPE_BYTES
-from rankwise.planning.workload import Workload
+from rankwise.planning.workload import DTYPE_BYTES, Workload
 from rankwise.reports.numbers import byte_size
 
 

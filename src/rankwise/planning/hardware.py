@@ -14,6 +14,7 @@ from typing import Literal
 
 from rankwise.errors import ConfigError
 from rankwise.foreign import JsonObject
+from rankwise.models.device import cpu_has_bfloat16, cpu_info
 from rankwise.planning.cards import CARDS, Card
 from rankwise.planning.cuda import context_bytes
 from rankwise.planning.sizes import parse_size
@@ -23,12 +24,10 @@ Kind = Literal["card", "memory", "machine"]
 DeviceType = Literal["cpu", "cuda", "mps"]
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-CPU_INFO = Path("/proc/cpuinfo")
 VENDOR_WORDS = (
     *("nvidia", "geforce", "tesla", "quadro", "amd", "radeon", "instinct", "apple", "generation", "gpu", "blackwell"),
     *("server", "workstation", "edition", "one", "die"),
 )
-BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,24 +260,6 @@ def _cgroup_limit() -> int:
 
 def cpu_name() -> str:
     """The processor's name in words."""
-    found = re.search(r"^model name\s*:\s*(.+)$", _cpu_info(), re.MULTILINE)
+    found = re.search(r"^model name\s*:\s*(.+)$", cpu_info(), re.MULTILINE)
     name = found.group(1).strip() if found else platform.processor() or platform.machine()
     return re.sub(r"\s*(\(R\)|\(TM\)|\d+-Core Processor|Processor|CPU\b.*)", "", name).strip()
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether the processor has bfloat16 instructions. ``rankwise.models.device`` decides the same with torch."""
-    return bool(BF16_FLAGS & cpu_flags())
-
-
-def cpu_flags() -> set[str]:
-    """The processor's instruction sets by the kernel's names; empty where it does not tell."""
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpu_info(), re.MULTILINE)
-    return set() if flags is None else set(flags.group(1).split())
-
-
-def _cpu_info() -> str:
-    try:
-        return CPU_INFO.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

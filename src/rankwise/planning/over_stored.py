@@ -9,8 +9,7 @@ from rankwise.planning.changes import FOUR_BIT_OF
 from rankwise.planning.facts import Stored
 from rankwise.planning.fitting import Estimator
 from rankwise.planning.terms import MemoryEstimate
-from rankwise.planning.weights import DTYPE_BYTES
-from rankwise.planning.workload import Workload
+from rankwise.planning.workload import DTYPE_BYTES, Workload
 
 # Of its 4-bit checkpoints: transformers' configuration of them names no other.
 BITSANDBYTES_BLOCK = 64

@@ -32,8 +32,6 @@ class Moments:
     gradients: int
     copies: int
     unpacked: int
-    # Biases train, so that every layer needs gradients, whatever adapts.
-    biases_train: bool = False
 
     def phases(self) -> Iterator[tuple[str, Terms]]:
         """(phase, its terms); a phase's first word is its name in ``MemoryEstimate``."""
@@ -66,8 +64,10 @@ class Moments:
 
     @property
     def unsaved(self) -> int:
-        """The bytes that the first layer does not save. Checkpointing and trained biases leave nothing out."""
-        return 0 if self.again or self.biases_train else saved.unsaved_bytes(self.step)
+        """The bytes that the first layer does not save. Checkpointing leaves nothing out, nor do trained biases, for
+        which every layer needs gradients."""
+        biases_train = self.step.adaptation is not None and bool(self.step.adaptation.biases)
+        return 0 if self.again or biases_train else saved.unsaved_bytes(self.step)
 
     @property
     def saved(self) -> int:

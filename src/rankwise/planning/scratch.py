@@ -11,16 +11,11 @@ from torch import Tensor, nn
 
 from rankwise.adapters.dora import Dora
 from rankwise.ops.cpu import products
-from rankwise.ops.cpu.four_bit import _LEAST_KEPT_BYTES, _MOST_KEPT_BYTES
+from rankwise.ops.cpu.four_bit import is_kept
 from rankwise.ops.selection import native_on_cpu
 from rankwise.quantization.targets import four_bit_modules
 
 Scratch = Callable[[Any, Any], int]
-
-
-def is_kept(size_bytes: int) -> bool:
-    """Whether the native library would keep a dense weight's memory for the next one."""
-    return _LEAST_KEPT_BYTES <= size_bytes <= _MOST_KEPT_BYTES
 
 
 def makes_dense(dtype: torch.dtype) -> bool:

@@ -8,12 +8,16 @@ R ranks of the layer's adapters, H heads, V vocabulary, P = T L H scores. The sa
 from __future__ import annotations
 
 import dataclasses
+import functools
+from math import prod
+from pathlib import Path
 
-from rankwise.config import FOUR_BITS
+from rankwise.config import DORA, FOUR_BITS
 from rankwise.constants import ALIGNED, FLASH_WIDTH
-from rankwise.planning.shape import Shape
-from rankwise.planning.weights import DTYPE_BYTES, computes_in_float32, has_packed_experts
-from rankwise.planning.workload import Workload
+from rankwise.models.device import cpu_flags
+from rankwise.planning.adapted import STACKS, Adaptation, adaptation
+from rankwise.planning.shape import Module, Shape
+from rankwise.planning.workload import DTYPE_BYTES, Workload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,18 +25,14 @@ class StepFacts:
     shape: Shape
     method: str
     workload: Workload
-    # R, on average over the layers.
-    ranks: float
-    # Last names of the modules that adapt or train whole: q_proj, mlp.down_proj, ...
-    adapted: frozenset[str]
-    # Parameters of one layer, on average.
-    layer_weights: float
-    # The output head trains as a whole beside adapters.
-    whole_head: bool = False
-    # Ranks of the adapters on stacked experts, of the first and of the second product, on average over the layers.
-    expert_ranks: tuple[float, float] = (0, 0)
-    # Share of the layers whose experts adapt.
-    expert_share: float = 0
+    # None: full fine-tuning.
+    adaptation: Adaptation | None
+
+    @classmethod
+    def of(cls, shape: Shape, method: str, workload: Workload) -> StepFacts:
+        """Raises AdapterError as ``adaptation`` does."""
+        config = workload.lora_config(use_dora=method in DORA)
+        return cls(shape, method, workload, None if method == "full" else adaptation(shape, config))
 
     @property
     def T(self) -> int:
@@ -41,6 +41,78 @@ class StepFacts:
     @property
     def s(self) -> int:
         return DTYPE_BYTES[self.workload.dtype]
+
+    @property
+    def base_element_bytes(self) -> int:
+        """4 for full fine-tuning, whose weights the trainer keeps in float32; else s."""
+        return 4 if self.is_full else self.s
+
+    @property
+    def pair_element_bytes(self) -> int:
+        """Of A and B."""
+        return 4 if self.workload.adapter_dtype == "float32" else self.base_element_bytes
+
+    @functools.cached_property
+    def ranks(self) -> float:
+        """R, on average over the layers."""
+        return 0 if self.adaptation is None else sum(x.rank for x in self.adaptation.adapted) / self.shape.layers
+
+    @functools.cached_property
+    def adapted(self) -> frozenset[str]:
+        """Last names of the modules that adapt or train whole: q_proj, mlp.down_proj, ..."""
+        if self.adaptation is None:
+            return frozenset()
+        modules = [item.module for item in self.adaptation.adapted] + list(self.adaptation.whole)
+        ends = frozenset(".".join(module.name.split(".")[-2:]) for module in modules)
+        return ends | frozenset(name.rpartition(".")[2] for name in ends)
+
+    @functools.cached_property
+    def layer_weights(self) -> int:
+        """Parameters of the first layer."""
+        return sum(module.parameters for module in self.shape.modules if ".0." in module.name)
+
+    @property
+    def whole_head(self) -> bool:
+        """The output head trains as a whole beside adapters."""
+        return self.adaptation is not None and self.shape.modules[-1] in self.adaptation.whole
+
+    @functools.cached_property
+    def expert_ranks(self) -> tuple[float, float]:
+        """Ranks of the adapters on stacked experts, of the first and of the second product, on average over the
+        layers."""
+        stacks = () if self.adaptation is None else self.adaptation.stacks
+        first, second = (sum(x.r for x in stacks if x.leaf == leaf) / self.shape.layers for leaf in STACKS)
+        return first, second
+
+    @functools.cached_property
+    def expert_share(self) -> float:
+        """Share of the layers whose experts adapt."""
+        stacks = () if self.adaptation is None else self.adaptation.stacks
+        return len({item.module.name for item in stacks}) / self.shape.layers
+
+    def four_bit_weights(self, module: Module) -> list[tuple[int, ...]]:
+        """Shapes of the module's weights that are 4-bit: linear layers except the output head, and stacks of experts
+        whose matrices are whole blocks."""
+        if self.method not in FOUR_BITS:
+            return []
+        if module.is_linear and module is not self.shape.modules[-1]:
+            return [(module.outputs, module.inputs)]
+        return [stack for stack in module.stacks if prod(stack[1:]) % self.workload.block_size == 0]
+
+    @property
+    def made_dense(self) -> list[int]:
+        """Bytes of each 4-bit weight as its product makes it dense, N K s; of stacked experts of one expert. None where
+        a CPU's sums of products decode weights in the caches."""
+        if self.decodes_in_caches:
+            return []
+        return [prod(size[-2:]) * self.s for module in self.shape.modules for size in self.four_bit_weights(module)]
+
+    @property
+    def decodes_in_caches(self) -> bool:
+        if self.on_card:
+            return False
+        dtype = self.workload.dtype
+        return (dtype == "bfloat16" and multiplies_pairs()) or (dtype != "float16" and computes_in_float32())
 
     @property
     def P(self) -> int:
@@ -119,7 +191,7 @@ class StepFacts:
     @property
     def four_bit_experts(self) -> bool:
         """`rankwise.quantization.experts` computes one expert after the other."""
-        return self.method in FOUR_BITS and has_packed_experts(self.shape, self.workload)
+        return any(module.stacks and self.four_bit_weights(module) for module in self.shape.modules)
 
     @property
     def expert_adapters(self) -> bool:
@@ -195,3 +267,23 @@ class StepFacts:
 
     def has(self, *names: str) -> bool:
         return any(name in self.adapted for name in names)
+
+
+@functools.cache
+def computes_in_float32() -> bool:
+    """Whether our products and attention compute in float32 on this CPU, so that they take float32 beside bfloat16.
+
+    csrc/common/level.cpp decides so; here it is decided without torch, whose import a plan avoids.
+    """
+    return _is_built() and "avx2" in cpu_flags() and not multiplies_pairs()
+
+
+@functools.cache
+def multiplies_pairs() -> bool:
+    """Whether our products multiply pairs of bfloat16 on this CPU."""
+    return _is_built() and "avx512_bf16" in cpu_flags()
+
+
+@functools.cache
+def _is_built() -> bool:
+    return any((Path(__file__).parents[1] / "ops" / "cpu").glob("_native*"))

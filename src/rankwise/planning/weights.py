@@ -1,28 +1,22 @@
-"""Bytes of weights, adapters, gradients and optimizer state: the terms that do not depend on the batch. No torch.
+"""Bytes of weights, adapters and gradients: the terms that do not depend on the batch. Imports no torch.
 
 n parameters, s bytes per element, b weights per 4-bit block.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from math import ceil, prod
-from pathlib import Path
 
-from rankwise.config import DORA, FOUR_BITS
-from rankwise.constants import ALIGNED, NESTED_BLOCK
-from rankwise.planning.adapted import Adaptation, Adapted, AdaptedStack
-from rankwise.planning.hardware import cpu_flags
-from rankwise.planning.optimizers import Shape as TensorShape
+from rankwise.config import DORA
+from rankwise.constants import ALIGNED, KEPT_BYTES, NESTED_BLOCK
+from rankwise.planning.optimizers import Shape
 from rankwise.planning.parallel import Group, layer_and_root
-from rankwise.planning.shape import Module, Shape
-from rankwise.planning.workload import Workload
-
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from rankwise.planning.shape import Module
+from rankwise.planning.step_facts import StepFacts
 
 # The shape of a trained tensor, and its bytes per element.
-Tensor = tuple[TensorShape, int]
+Tensor = tuple[Shape, int]
 
 
 def packed_bytes(weights: int, block_size: int, *, double_quant: bool) -> int:
@@ -35,78 +29,40 @@ def packed_bytes(weights: int, block_size: int, *, double_quant: bool) -> int:
     return ceil(weights / 2) + scales
 
 
-def packed(module: Module, shape: Shape, workload: Workload) -> list[TensorShape]:
-    """Shapes of the module's weights that become 4-bit: linear layers except the output head, and stacks of experts
-    whose matrices are whole blocks."""
-    if module.is_linear and module is not shape.modules[-1]:
-        return [(module.outputs, module.inputs)]
-    return [stack for stack in module.stacks if prod(stack[1:]) % workload.block_size == 0]
+def weight_bytes(step: StepFacts, module: Module) -> tuple[int, int]:
+    """(codes and scales of the module's 4-bit weights; n s of the rest: biases of 4-bit layers, experts without whole
+    blocks, and all where the method has no 4-bit weights)."""
+    sizes = [prod(size) for size in step.four_bit_weights(module)]
+    block, double = step.workload.block_size, step.workload.double_quant
+    four_bit = sum(packed_bytes(size, block, double_quant=double) for size in sizes)
+    return four_bit, (module.parameters - sum(sizes)) * step.base_element_bytes
 
 
-def made_dense(shape: Shape, workload: Workload) -> Iterator[int]:
-    """Element counts of the 4-bit weights that products make dense; of stacked experts that of one expert."""
-    return (prod(tensor[-2:]) for module in shape.modules for tensor in packed(module, shape, workload))
+def all_weight_bytes(step: StepFacts) -> tuple[int, int]:
+    """The same over the model, tied tensors once."""
+    parts = [weight_bytes(step, module) for module in _stored(step)]
+    return sum(four_bit for four_bit, _ in parts), sum(dense for _, dense in parts)
 
 
-def has_packed_experts(shape: Shape, workload: Workload) -> bool:
-    """Whether stacks of experts become 4-bit where the method has 4-bit weights."""
-    return any(module.stacks and packed(module, shape, workload) for module in shape.modules)
+def _stored(step: StepFacts) -> tuple[Module, ...]:
+    """The head is the last module, and a tied one is the embedding."""
+    return step.shape.modules[: -1 if step.shape.tied else None]
 
 
-def dense_experts(shape: Shape, workload: Workload) -> bool:
-    """Whether stacks of experts stay dense where the method has 4-bit weights."""
-    return any(len(packed(module, shape, workload)) < len(module.stacks) for module in shape.modules)
-
-
-def weights_4bit_bytes(shape: Shape, method: str, workload: Workload) -> int:
-    """Codes and scales of every 4-bit weight."""
-    if method not in FOUR_BITS:
-        return 0
-    return sum(_packed_bytes(module, shape, workload) for module in shape.modules)
-
-
-def _packed_bytes(module: Module, shape: Shape, workload: Workload) -> int:
-    return sum(
-        packed_bytes(prod(tensor), workload.block_size, double_quant=workload.double_quant)
-        for tensor in packed(module, shape, workload)
-    )
-
-
-def base_element_bytes(method: str, workload: Workload) -> int:
-    """4 for full fine-tuning, whose weights the trainer keeps in float32; else the size of the dtype."""
-    return 4 if method == "full" else DTYPE_BYTES[workload.dtype]
-
-
-def dense_bytes(shape: Shape, method: str, workload: Workload) -> int:
-    """Everything that is not 4-bit: ``n s``, tied tensors once; biases of 4-bit layers, and experts without whole
-    blocks.
-    """
-    count = shape.parameters
-    if method in FOUR_BITS:
-        count -= sum(prod(tensor) for module in shape.modules for tensor in packed(module, shape, workload))
-    return count * base_element_bytes(method, workload)
-
-
-def trained_tensors(shape: Shape, method: str, workload: Workload, adapted: Adaptation | None) -> Iterator[Tensor]:
+def trained_tensors(step: StepFacts) -> Iterator[Tensor]:
     """The shape and the element size of each trained tensor."""
-    base = base_element_bytes(method, workload)
+    base, adapted = step.base_element_bytes, step.adaptation
     if adapted is None:
-        last = len(shape.modules) - (1 if shape.tied else 0)
-        for module in shape.modules[:last]:
+        for module in _stored(step):
             yield from _own_tensors(module, base)
         return
-    element = 4 if workload.adapter_dtype == "float32" else base
     for item in adapted.pairs:
-        yield from _adapter_tensors(item, element)
+        # A and B in their dtype, DoRA's magnitude in float32.
+        yield from ((shape, step.pair_element_bytes if len(shape) > 1 else 4) for shape in item.shapes)
     for module in adapted.whole:
         yield from _own_tensors(module, base)
     for module in adapted.biases:
         yield (module.outputs,), base
-
-
-def _adapter_tensors(item: Adapted | AdaptedStack, element: int) -> Iterator[Tensor]:
-    """A and B in their dtype, DoRA's magnitude in float32."""
-    return ((tensor, element if len(tensor) > 1 else 4) for tensor in item.shapes)
 
 
 def _own_tensors(module: Module, element: int) -> Iterator[Tensor]:
@@ -123,86 +79,52 @@ def tensor_bytes(tensors: list[Tensor]) -> int:
     return sum(prod(shape) * size for shape, size in tensors)
 
 
-def first_pair_bytes(method: str, workload: Workload, adapted: Adaptation | None) -> int:
-    """PiSSA keeps the A and B that it took out of the base, in the adapter's dtype."""
-    if adapted is None or not workload.init.startswith("pissa"):
+def kept_beside_adapters_bytes(step: StepFacts) -> int:
+    """Memory that adapters hold through the whole step beside their tensors.
+
+    PiSSA keeps the A and B that it took out of the base. On a card with Triton there are A and B of linear layers in
+    the 16 bits of the base, each rank filled up to a multiple of ALIGNED.
+    """
+    if step.adaptation is None:
         return 0
-    element = 4 if workload.adapter_dtype == "float32" else base_element_bytes(method, workload)
-    return sum(element * sum(map(prod, item.shapes[:2])) for item in adapted.adapted)
+    kept, work = _kept_norm_bytes(step), step.workload
+    if work.init.startswith("pissa"):
+        kept += _pair_bytes(step)
+    if step.on_card and work.triton and work.dtype != "float32":
+        items = [item for item in step.adaptation.adapted if item.parts is None and item.module.is_linear]
+        widths = [ceil(item.r / ALIGNED) * ALIGNED * (item.module.inputs + item.module.outputs) for item in items]
+        kept += 2 * sum(widths)
+    return kept
 
 
-def kept_norm_bytes(method: str, workload: Workload, adapted: Adaptation | None) -> int:
+def _kept_norm_bytes(step: StepFacts) -> int:
     """DoRA keeps ``||W||^2``, ``||W + s B A||`` and g per output row in float32, on a card with Triton without the
     norms; on a CPU also copies of A, B, m and the norms, by which it notices writes past PyTorch."""
-    if method not in DORA or adapted is None:
+    if step.method not in DORA or step.adaptation is None:
         return 0
-    rows = sum(item.module.outputs for item in adapted.adapted)
-    if workload.device_type != "cpu":
-        return (8 if workload.triton else 12) * rows
-    element = 4 if workload.adapter_dtype == "float32" else base_element_bytes(method, workload)
-    return 20 * rows + sum(element * sum(map(prod, item.shapes[:2])) for item in adapted.adapted)
+    rows = sum(item.module.outputs for item in step.adaptation.adapted)
+    if step.on_card:
+        return (8 if step.workload.triton else 12) * rows
+    return 20 * rows + _pair_bytes(step)
 
 
-def kept_copy_bytes(workload: Workload, adapted: Adaptation | None) -> int:
-    """On a card with Triton, A and B of a linear layer in the 16 bits of its base, each rank filled up to a multiple of
-    ALIGNED."""
-    if adapted is None or workload.device_type != "cuda" or not workload.triton or workload.dtype == "float32":
-        return 0
-    items = [item for item in adapted.adapted if item.parts is None and item.module.is_linear]
-    return sum(2 * -(-item.r // ALIGNED) * ALIGNED * (item.module.inputs + item.module.outputs) for item in items)
+def _pair_bytes(step: StepFacts) -> int:
+    """A and B of modules, without those of stacked experts."""
+    items = () if step.adaptation is None else step.adaptation.adapted
+    return step.pair_element_bytes * sum(sum(map(prod, item.shapes[:2])) for item in items)
 
 
-def sharding_groups(shape: Shape, method: str, workload: Workload, adapted: Adaptation | None) -> tuple[Group, Group]:
+def kept_dense_bytes(step: StepFacts) -> int:
+    """On a CPU, the memory of the largest dequantized weight within KEPT_BYTES: the native library keeps it for the
+    next one."""
+    least, most = KEPT_BYTES
+    return 0 if step.on_card else max((size for size in step.made_dense if least <= size <= most), default=0)
+
+
+def sharding_groups(step: StepFacts) -> tuple[Group, Group]:
     """What FSDP2 gathers at once: (the largest layer, all that lies outside of the layers); nothing without it."""
-    if workload.strategy != "fsdp":
+    if step.workload.strategy != "fsdp":
         return Group(), Group()
-    parts = []
-    for module in shape.modules[: -1 if shape.tied else None]:
-        held = _held_bytes(module, shape, method, workload)
-        # Full fine-tuning trains what is there; an adapter beside it is whole on every device.
-        parts.append((module.name, Group(held, held if adapted is None else 0)))
-    return layer_and_root(parts)
-
-
-def _held_bytes(module: Module, shape: Shape, method: str, workload: Workload) -> int:
-    element = base_element_bytes(method, workload)
-    if method not in FOUR_BITS:
-        return module.parameters * element
-    dense = module.parameters - sum(map(prod, packed(module, shape, workload)))
-    return _packed_bytes(module, shape, workload) + dense * element
-
-
-def decodes_in_caches(workload: Workload) -> bool:
-    """Whether 4-bit weights are decoded in this CPU's caches and never made dense, as its sums of products do."""
-    if workload.device_type != "cpu":
-        return False
-    pairs = workload.dtype == "bfloat16" and _is_built() and "avx512_bf16" in cpu_flags()
-    return pairs or (workload.dtype in ("bfloat16", "float32") and computes_in_float32())
-
-
-@functools.cache
-def computes_in_float32() -> bool:
-    """Whether our products and attention compute in float32 on this CPU, so that they take float32 beside bfloat16.
-
-    csrc/common/level.cpp decides so; here it is decided without torch, whose import a plan avoids.
-    """
-    return _is_built() and "avx2" in cpu_flags() and "avx512_bf16" not in cpu_flags()
-
-
-@functools.cache
-def _is_built() -> bool:
-    return any((Path(__file__).parents[1] / "ops" / "cpu").glob("_native*"))
-
-
-LEAST_KEPT_BYTES, MOST_KEPT_BYTES = 1 << 20, 256 << 20
-
-
-def kept_dense_bytes(shape: Shape, method: str, workload: Workload) -> int:
-    """On a CPU, the memory of the largest dequantized weight if it has 1 to 256 MiB: the native library keeps it for
-    the next one.
-    """
-    if method not in FOUR_BITS or workload.device_type != "cpu" or decodes_in_caches(workload):
-        return 0
-    element = DTYPE_BYTES[workload.dtype]
-    sizes = (weights * element for weights in made_dense(shape, workload))
-    return max((size for size in sizes if LEAST_KEPT_BYTES <= size <= MOST_KEPT_BYTES), default=0)
+    held = [(module.name, sum(weight_bytes(step, module))) for module in _stored(step)]
+    # Full fine-tuning trains what is there; an adapter beside it is whole on every device.
+    return layer_and_root((name, Group(size, size if step.is_full else 0)) for name, size in held)

@@ -18,6 +18,7 @@ from rankwise.options import Batch, Whole
 Strategy = Literal["single", "ddp", "fsdp"]
 DeviceType = Literal["cpu", "cuda"]
 Dtype = Literal["bfloat16", "float16", "float32"]
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclasses.dataclass(frozen=True)

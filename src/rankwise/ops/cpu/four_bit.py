@@ -17,6 +17,7 @@ from torch import Tensor, get_num_threads
 from torch.nn import functional
 
 from rankwise.compat.torch import storage_users
+from rankwise.constants import KEPT_BYTES
 from rankwise.ops import elementwise_reference
 from rankwise.ops.cpu import elementwise, products
 from rankwise.ops.cpu.memory import on_huge_pages
@@ -30,10 +31,6 @@ _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Up to so many rows, decoding into registers and caches beats dequantizing the whole weight for a dense product
 # (measured).
 _FEW_ROWS = 64
-
-# The memory of a dense weight of these sizes is kept for the next one: the page faults of fresh memory cost ten times
-# more than dequantizing into it.
-_LEAST_KEPT_BYTES, _MOST_KEPT_BYTES = 1 << 20, 256 << 20
 
 _kept = threading.local()
 
@@ -136,11 +133,17 @@ def _dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def is_kept(size_bytes: int) -> bool:
+    """Whether a dense weight's memory is kept for the next one: the page faults of fresh memory cost ten times more
+    than dequantizing into it."""
+    return KEPT_BYTES[0] <= size_bytes <= KEPT_BYTES[1]
+
+
 def _memory(shape: Sequence[int], dtype: torch.dtype, *, exact: bool) -> Tensor:
     """An uninitialized tensor, where possible in this thread's kept storage. ``exact``: the storage has no spare
     bytes."""
     size, shape = math.prod(shape) * dtype.itemsize, tuple(shape)
-    if not _LEAST_KEPT_BYTES <= size <= _MOST_KEPT_BYTES:
+    if not is_kept(size):
         return on_huge_pages(shape, dtype)
     kept: Tensor | None = getattr(_kept, "tensor", None)
     if kept is not None:
