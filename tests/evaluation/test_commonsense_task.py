@@ -132,7 +132,8 @@ def test_answers_are_written_scored_and_counted(tmp_path: Path, style: str):
     path.write_text(json.dumps([ROW, {**ROW, "answer": "answer1"}]))
     data = instructions_in("siqa", str(path))
     assert data is not None
-    task = Commonsense("siqa", data, limit=None, prompt_style=style, max_new_tokens=3, num_beams=2, length_penalty=1.0)
+    decoding = {"max_new_tokens": 3, "num_beams": 2}
+    task = Commonsense("siqa", data, limit=None, prompt_style=style, decoding=decoding)
     examples = task.run(byte_engine(), tmp_path, nobody)
     assert [example.references for example in examples] == [("answer2",), ("answer1",)]
     assert examples[0].prediction == examples[1].prediction
@@ -148,9 +149,7 @@ def test_empty_answers_are_scored_and_warned_about(tmp_path: Path):
     path.write_text(json.dumps([ROW]))
     data = instructions_in("siqa", str(path))
     assert data is not None
-    task = Commonsense(
-        "siqa", data, limit=None, prompt_style="trained", max_new_tokens=3, num_beams=1, length_penalty=1.0
-    )
+    task = Commonsense("siqa", data, limit=None, prompt_style="trained", decoding={"max_new_tokens": 3})
     engine = byte_engine()
     engine.model.config.eos_token_id = list(range(259))
     with pytest.warns(RankwiseWarning, match="RW253"):

@@ -25,8 +25,7 @@ def answers(texts: list[str]) -> list[Example]:
 def task(tmp_path: Path) -> E2e:
     rows = "".join(f"name[{name}],{name} is by the river.\n" for name in NAMES)
     (tmp_path / "e2e.csv").write_text(f"mr,ref\n{rows}")
-    options = {"limit": None, "max_new_tokens": None, "num_beams": 1, "length_penalty": 1.0, "no_repeat_ngram_size": 0}
-    return E2e(read_rows(tmp_path / "e2e.csv"), **options)
+    return E2e(read_rows(tmp_path / "e2e.csv"), limit=None, decoding={"num_beams": 1})
 
 
 def test_every_metric_has_an_error_and_a_paired_difference(task: E2e):

@@ -19,7 +19,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def make(data: Path, worked: Worked, limit: int | None = None) -> Gsm8k:
-    return Gsm8k(read_problems(str(data)), worked=worked, limit=limit, max_new_tokens=4, num_beams=1)
+    return Gsm8k(read_problems(str(data)), worked=worked, limit=limit, decoding={"max_new_tokens": 4})
 
 
 def test_worked_examples_are_never_the_problems_that_are_asked(data: Path, tmp_path: Path):

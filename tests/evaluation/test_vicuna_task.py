@@ -62,8 +62,8 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def task(questions: Path, judge: Judge | None = None, **more: Any) -> Vicuna:
-    given = {"limit": None, "max_new_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 0, **more}
-    return Vicuna(questions, judge=judge, **given)
+    decoding = {"max_new_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    return Vicuna(questions, judge=judge, **{"limit": None, "decoding": decoding, **more})
 
 
 def test_answers_are_written_in_the_benchmarks_form(files, tmp_path: Path):

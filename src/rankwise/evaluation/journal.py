@@ -24,6 +24,11 @@ IDENTITY_FILE = "settings.json"
 RESPONSES_FILE = "responses.jsonl"
 
 
+def text_sha256(text: str, length: int = 12) -> str:
+    """The first digits of a text's sha256, in names of questions and of their clusters."""
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
 def json_sha256(value: Any) -> str:
     """sha256 over sorted JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import random
@@ -20,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rankwise.errors import ConfigError, DataError, warn
-from rankwise.evaluation.journal import Lines
+from rankwise.evaluation.journal import Lines, text_sha256
 from rankwise.evaluation.metrics.vicuna import FAILED
 from rankwise.foreign import Fields, JsonObject
 
@@ -151,7 +150,7 @@ class JudgeCache:
     def key(endpoint: str, request: Fields, number: int) -> str:
         """SHA-256 of what is sent where, and of which reply is meant: a useless one is kept, and the next asked for."""
         text = json.dumps([endpoint, request, number], sort_keys=True, ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return text_sha256(text, 64)
 
     def get(self, key: str) -> str | None:
         with self._lock:
@@ -331,7 +330,7 @@ def _rating(client: JudgeClient, pair: _Pair, reply: str, marks: tuple[float, fl
     first, second = pair.answers
     ids = json.dumps([pair.question.question_id, first.answer_id, second.answer_id, client.model])
     return Rating(
-        review_id=hashlib.sha256(ids.encode()).hexdigest()[:22],
+        review_id=text_sha256(ids, 22),
         question_id=pair.question.question_id,
         answer1_id=first.answer_id,
         answer2_id=second.answer_id,

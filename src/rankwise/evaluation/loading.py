@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, DataError, ModelError
+from rankwise.evaluation.journal import text_sha256
 from rankwise.foreign import JsonObject, read_json
 from rankwise.records import RunRecord, record_of
 
@@ -180,7 +180,7 @@ def _stored_template(folder: Path) -> str | None:
 
 
 def _short_hash(text: str | None) -> str:
-    return "none" if text is None else f"one of sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return "none" if text is None else f"one of sha256 {text_sha256(text)}"
 
 
 def adapter_names(count: int) -> tuple[str, ...]:

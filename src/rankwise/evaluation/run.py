@@ -15,6 +15,7 @@ from rankwise.data import read_template
 from rankwise.disk import coded_errors, hold, refuse_links, remove_strays
 from rankwise.errors import AdapterError, ConfigError, Interrupted, warn
 from rankwise.evaluation import journal
+from rankwise.evaluation.errors_of_means import clusters_of
 from rankwise.evaluation.loading import (
     LoadOptions,
     base_of,
@@ -72,7 +73,7 @@ def answer_task(
         found = [dataclasses.replace(item, prediction=answers.get(item.id, item.prediction)) for item in found]
     found = list(task.with_scores(found))
     journal.rewrite(place.folder, found)
-    summary = task.summarize(found)
+    summary, clusters = task.summarize(found), clusters_of([example.cluster for example in found])
     result = TaskResult(
         task=task.name,
         model=model,
@@ -86,7 +87,7 @@ def answer_task(
         data_sha256=task.data_sha256,
         versions=versions_of(PACKAGES),
         wall_seconds=time.monotonic() - started,
-        clusters=summary.clusters,
+        clusters=None if clusters is None else len(set(clusters)),
         notes=summary.notes,
     )
     result.save(place.folder)

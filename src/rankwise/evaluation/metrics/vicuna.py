@@ -54,8 +54,8 @@ def relative_score(ratings: Sequence[Fields], reference_ids: Collection[str]) ->
     ``LARGEST_RATING`` or no pair of numbers is a failed rating.
     Raises DataError: RW240 a row without one answer of each, RW242 no rating to use.
     """
-    sums = {True: [0.0, 0.0], False: [0.0, 0.0]}
     # Reference first? -> sums of the reference's and the system's ratings.
+    sums = {True: [0.0, 0.0], False: [0.0, 0.0]}
     failed = 0
     for number, row in enumerate(ratings, 1):
         reference_first = _reference_first(number, row, reference_ids)

@@ -24,7 +24,6 @@ class Summary:
 
     metrics: Mapping[str, float]
     standard_errors: Mapping[str, float | None]
-    clusters: int | None = None
     notes: Sequence[str] = ()
 
 
@@ -73,7 +72,6 @@ class Task(ABC):
         return Summary(
             {name: mean.value for name, mean in means.items()},
             {name: mean.standard_error for name, mean in means.items()},
-            None if clusters is None else len(set(clusters)),
             self.notes(examples),
         )
 

@@ -7,7 +7,6 @@ model writes counts: ``true``, ``solution2``, ``answer3``, ``ending1``, ``option
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections import Counter
@@ -19,6 +18,7 @@ from rankwise.data.files import kind_of, read_file
 from rankwise.data.formats import BadRow, rows_from_records
 from rankwise.errors import DataError
 from rankwise.evaluation.engine import Engine
+from rankwise.evaluation.journal import text_sha256
 from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.answers import Question, write_answers
 from rankwise.evaluation.tasks.base import Task, Tell, warn_of_empty
@@ -98,19 +98,11 @@ class Commonsense(Task):
         *,
         limit: int | None,
         prompt_style: str,
-        max_new_tokens: int | None,
-        num_beams: int,
-        length_penalty: float,
+        decoding: JsonObject,
     ) -> None:
-        self.name = name
-        self.data = data
+        self.name, self.data, self.prompt_style = name, data, prompt_style
         self.rows = data.rows[:limit]
-        self.prompt_style = prompt_style
-        self.decoding = {
-            "max_new_tokens": max_new_tokens or NEW_TOKENS,
-            "num_beams": num_beams,
-            "length_penalty": length_penalty,
-        }
+        self.decoding = {"max_new_tokens": NEW_TOKENS, **decoding}
 
     def describe(self) -> JsonObject:
         return {"protocol": "generative", "prompt_style": self.prompt_style, **self.decoding}
@@ -120,7 +112,7 @@ class Commonsense(Task):
         return self.data.sha256
 
     def run(self, engine: Engine, folder: Path, tell: Tell) -> list[Example]:
-        decoding = Decoding(stop_ids=engine.stop_ids(), **self.decoding)  # type: ignore[arg-type]
+        decoding = Decoding(stop_ids=engine.stop_ids(), **self.decoding)
         texts, ids = self._prompts(engine)
         clusters = _clusters(self.rows)
         questions = [
@@ -169,7 +161,7 @@ def adapters_prompt(instruction: str, context: str = "") -> str:
 
 def _unique_id(row: Fields, number: int) -> str:
     content = json.dumps([row["instruction"], row.get("input"), row["answer"]], ensure_ascii=True)
-    return f"{number}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    return f"{number}-{text_sha256(content)}"
 
 
 def _clusters(rows: Sequence[Fields]) -> list[str | None]:
@@ -178,4 +170,4 @@ def _clusters(rows: Sequence[Fields]) -> list[str | None]:
     counts = Counter(stems)
     if len(counts) == len(stems):
         return [None] * len(stems)
-    return [hashlib.sha256(stem.encode()).hexdigest()[:12] for stem in stems]
+    return [text_sha256(stem) for stem in stems]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from rankwise.data import Rows
 from rankwise.errors import DataError, warn
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.errors_of_means import Mean, mean_of, paired_difference
+from rankwise.evaluation.journal import text_sha256
 from rankwise.evaluation.metrics.e2e import METRICS, E2eScores, score_e2e
 from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.answers import Question, write_answers
@@ -38,16 +38,7 @@ class E2e(Task):
     primary = "BLEU"
     higher_is_better = dict.fromkeys(METRICS, True)
 
-    def __init__(
-        self,
-        rows: Rows,
-        *,
-        limit: int | None,
-        max_new_tokens: int | None,
-        num_beams: int,
-        length_penalty: float,
-        no_repeat_ngram_size: int,
-    ) -> None:
+    def __init__(self, rows: Rows, *, limit: int | None, decoding: JsonObject) -> None:
         if rows.kind != "prompt":
             raise DataError(
                 "RW250",
@@ -56,12 +47,7 @@ class E2e(Task):
             )
         self.rows = rows
         self.groups = grouped(rows, limit)
-        self.decoding = {
-            "max_new_tokens": max_new_tokens or NEW_TOKENS,
-            "num_beams": num_beams,
-            "length_penalty": length_penalty,
-            "no_repeat_ngram_size": no_repeat_ngram_size,
-        }
+        self.decoding = {"max_new_tokens": NEW_TOKENS, **decoding}
         self._scores: dict[tuple[str, ...], E2eScores] = {}
 
     def describe(self) -> JsonObject:
@@ -76,10 +62,12 @@ class E2e(Task):
         firsts = [self.rows[numbers[0]] for numbers in self.groups.values()]
         ids = engine.prompt_ids(encoder, firsts)
         questions = [
-            Question(_id(prompt), row_ids, prompt.rstrip("\n"), tuple(self.rows[n].completion for n in numbers))
+            Question(
+                text_sha256(prompt, 16), row_ids, prompt.rstrip("\n"), tuple(self.rows[n].completion for n in numbers)
+            )
             for (prompt, numbers), row_ids in zip(self.groups.items(), ids)
         ]
-        decoding = Decoding(stop_ids=engine.stop_ids(encoder.stop_ids()), **self.decoding)  # type: ignore[arg-type]
+        decoding = Decoding(stop_ids=engine.stop_ids(encoder.stop_ids()), **self.decoding)
         return write_answers(engine, questions, decoding, folder, tell, task=self.name, finish=_finish)
 
     def with_scores(self, examples: Sequence[Example]) -> Sequence[Example]:
@@ -104,7 +92,7 @@ class E2e(Task):
                 # METEOR of a corpus is not a mean: the error is that of the mean of its examples' scores.
                 errors[name] = mean_of(scores.per_example[name]).standard_error
         present = {name: value for name, value in scores.metrics.items() if value is not None}
-        return Summary(present, {name: errors[name] for name in present}, None, notes)
+        return Summary(present, {name: errors[name] for name in present}, notes)
 
     def difference(self, a: Sequence[Example], b: Sequence[Example]) -> dict[str, Mean]:
         """The difference of each metric. BLEU and NIST take a bootstrap's error, the others that of the paired
@@ -137,10 +125,6 @@ def grouped(rows: Rows, limit: int | None) -> dict[str, list[int]]:
     for number, row in enumerate(rows):
         groups.setdefault(row.prompt, []).append(number)
     return dict(list(groups.items())[:limit])
-
-
-def _id(prompt: str) -> str:
-    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
 def _finish(question: Question, text: str) -> Example:

@@ -11,13 +11,13 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rankwise.acceleration.generation import Decoding
 from rankwise.data import Rows, read_rows
 from rankwise.data.rows import Row
 from rankwise.errors import DataError
 from rankwise.evaluation.engine import Engine
+from rankwise.evaluation.journal import text_sha256
 from rankwise.evaluation.metrics.gsm8k import is_correct
 from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.answers import Question, write_answers
@@ -95,13 +95,9 @@ class Gsm8k(Task):
     primary = "accuracy"
     higher_is_better = {"accuracy": True}  # noqa: RUF012  read-only
 
-    def __init__(
-        self, problems: Rows, *, worked: Worked, limit: int | None, max_new_tokens: int | None, num_beams: int
-    ) -> None:
-        self.problems = problems
+    def __init__(self, problems: Rows, *, worked: Worked, limit: int | None, decoding: JsonObject) -> None:
+        self.problems, self.worked, self.decoding = problems, worked, {"max_new_tokens": NEW_TOKENS, **decoding}
         self.rows: Sequence[Row] = problems.items[:limit]
-        self.worked = worked
-        self.decoding: dict[str, Any] = {"max_new_tokens": max_new_tokens or NEW_TOKENS, "num_beams": num_beams}
 
     def describe(self) -> JsonObject:
         return {**self.decoding, "num_fewshot": len(self.worked.pairs), "fewshot_sha256": self.worked.sha256}
@@ -140,4 +136,4 @@ def _finish(question: Question, text: str) -> Example:
 
 
 def _id(row: Row, number: int) -> str:
-    return f"{number}-{hashlib.sha256(row.prompt.encode()).hexdigest()[:12]}"
+    return f"{number}-{text_sha256(row.prompt)}"

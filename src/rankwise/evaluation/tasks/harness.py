@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import tempfile
 from collections import Counter
@@ -16,7 +15,7 @@ from rankwise.data.rows import content_sha256
 from rankwise.errors import ConfigError, DataError, one_line
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.errors_of_means import Mean, clusters_of, mean_of
-from rankwise.evaluation.journal import Responses
+from rankwise.evaluation.journal import Responses, text_sha256
 from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.base import Summary, Task, Tell, difference_of_means
 from rankwise.evaluation.tasks.harness_data import HARNESS_NAMES, YAML_FILES, read_docs, write_task
@@ -163,12 +162,11 @@ class HarnessTask(Task):
         ]
 
     def summarize(self, examples: Sequence[Example]) -> Summary:
-        clusters = clusters_of([example.cluster for example in examples])
         errors: dict[str, float | None] = {}
         for name, value in self._aggregates.items():
             mean = self._mean(name, value, examples)
             errors[name] = None if mean is None else mean.standard_error
-        return Summary(self._aggregates, errors, None if clusters is None else len(set(clusters)))
+        return Summary(self._aggregates, errors)
 
     def _mean(self, name: str, value: float, examples: Sequence[Example]) -> Mean | None:
         """The mean over examples, if the harness' figure is one."""
@@ -210,7 +208,7 @@ def _sources(docs: Sequence[Mapping[str, Any]]) -> list[str | None]:
     for field in SOURCE_FIELDS:
         texts = [doc.get(field) for doc in docs]
         if all(isinstance(text, str) and text for text in texts) and max(Counter(texts).values()) > 1:
-            return [hashlib.sha256(str(text).encode()).hexdigest()[:12] for text in texts]
+            return [text_sha256(str(text)) for text in texts]
     return [None] * len(docs)
 
 

@@ -5,7 +5,6 @@ loss = sum_rows sum_trained -log p(token) / number of trained tokens,      perpl
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from rankwise.data.rows import Row
 from rankwise.errors import DataError, warn
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.errors_of_means import Mean, clusters_of, mean_of, paired_difference
+from rankwise.evaluation.journal import text_sha256
 from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.base import Summary, Task, Tell, answer_in_batches
 from rankwise.foreign import JsonObject
@@ -90,11 +90,8 @@ class Perplexity(Task):
         perplexity = math.exp(loss.value) if loss.value < 700 else math.inf
         # Delta method: d exp(x) = exp(x) dx.
         error = None if loss.standard_error is None else perplexity * loss.standard_error
-        return Summary(
-            {"loss": loss.value, "perplexity": perplexity},
-            {"loss": loss.standard_error, "perplexity": error},
-            None if clusters is None else len(set(clusters)),
-        )
+        errors = {"loss": loss.standard_error, "perplexity": error}
+        return Summary({"loss": loss.value, "perplexity": perplexity}, errors)
 
     def difference(self, a: Sequence[Example], b: Sequence[Example]) -> dict[str, Mean]:
         clusters, losses, tokens = _columns(a)
@@ -132,4 +129,4 @@ def _clusters(rows: Rows) -> dict[str, str]:
     repeated = any(count > 1 for asked, count in seen.items() if asked)
     if not repeated:
         return {}
-    return {asked: hashlib.sha256(asked.encode()).hexdigest()[:12] for asked in seen if asked}
+    return {asked: text_sha256(asked) for asked in seen if asked}

@@ -9,7 +9,6 @@ Each example has a score of its own, whose mean over examples is the figure.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from rankwise.adapters.reference import reference_at_work
 from rankwise.data import Rows, encode_preferences
 from rankwise.errors import DataError
 from rankwise.evaluation.engine import Engine
+from rankwise.evaluation.journal import text_sha256
 from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.base import Task, Tell, answer_in_batches
 from rankwise.foreign import JsonObject
@@ -68,7 +68,7 @@ class Preference(Task):
             self.rows, engine.tokenizer, max_length=limit, chat_template=engine.template, name="eval"
         )
         rows: list[Encoded] = found.dataset.to_list()
-        prompts = [hashlib.sha256(str(row["prompt_ids"]).encode()).hexdigest()[:12] for row in rows]
+        prompts = [text_sha256(str(row["prompt_ids"])) for row in rows]
         repeated = len(set(prompts)) < len(prompts)
         labels = Counter(row.get("label") for row in rows)
         batches = [range(start, len(rows))[:ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]

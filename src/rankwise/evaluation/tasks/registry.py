@@ -9,6 +9,7 @@ from rankwise.errors import ConfigError
 from rankwise.evaluation.settings import EvaluateSettings
 from rankwise.evaluation.tasks.names import COMMONSENSE, check_tasks
 from rankwise.evaluation.tasks.options import Kind, check_options, given_options
+from rankwise.foreign import JsonObject
 
 if TYPE_CHECKING:
     from rankwise.evaluation.tasks.base import Task
@@ -71,6 +72,13 @@ def make_task(name: str, settings: EvaluateSettings) -> Task:
     return _harness(name, settings, data)
 
 
+def _decoding(settings: EvaluateSettings, **defaults: float | None) -> JsonObject:
+    """Options of ``Decoding`` by name, as given or these defaults; None leaves the length of an answer to the task."""
+    given = {name: getattr(settings, name) for name in defaults}
+    found = {name: default if given[name] is None else given[name] for name, default in defaults.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _perplexity(settings: EvaluateSettings, data: str) -> Task:
     from rankwise.data import read_rows
     from rankwise.evaluation.loading import max_length_of
@@ -87,15 +95,14 @@ def _e2e(settings: EvaluateSettings, data: str) -> Task:
     from rankwise.evaluation.tasks.e2e import E2e
 
     beams = settings.num_beams or 1
-    penalty, ngram = settings.length_penalty, settings.no_repeat_ngram_size
-    return E2e(
-        read_rows(data, split="test"),
-        limit=settings.limit,
-        max_new_tokens=settings.max_new_tokens,
-        num_beams=beams,
-        length_penalty=(LORA_BEAM_PENALTY if beams > 1 else 1.0) if penalty is None else penalty,
-        no_repeat_ngram_size=(LORA_NGRAM if beams > 1 else 0) if ngram is None else ngram,
+    decoding = _decoding(
+        settings,
+        max_new_tokens=None,
+        num_beams=1,
+        length_penalty=LORA_BEAM_PENALTY if beams > 1 else 1.0,
+        no_repeat_ngram_size=LORA_NGRAM if beams > 1 else 0,
     )
+    return E2e(read_rows(data, split="test"), limit=settings.limit, decoding=decoding)
 
 
 def _commonsense(name: str, settings: EvaluateSettings, data: str | None) -> Task:
@@ -113,15 +120,8 @@ def _commonsense(name: str, settings: EvaluateSettings, data: str | None) -> Tas
         )
     if settings.num_fewshot:
         raise ConfigError("RW152", "--num-fewshot goes with --protocol loglikelihood; the generative one has none.")
-    return Commonsense(
-        name,
-        rows,
-        limit=settings.limit,
-        prompt_style=settings.prompt_style,
-        max_new_tokens=settings.max_new_tokens,
-        num_beams=settings.num_beams or PAPER_BEAMS,
-        length_penalty=1.0 if settings.length_penalty is None else settings.length_penalty,
-    )
+    decoding = _decoding(settings, max_new_tokens=None, num_beams=PAPER_BEAMS, length_penalty=1.0)
+    return Commonsense(name, rows, limit=settings.limit, prompt_style=settings.prompt_style, decoding=decoding)
 
 
 def _gsm8k(settings: EvaluateSettings, data: str | None) -> Task:
@@ -135,8 +135,7 @@ def _gsm8k(settings: EvaluateSettings, data: str | None) -> Task:
         problems,
         worked=worked_examples(shots, settings.fewshot_data, problems),
         limit=settings.limit,
-        max_new_tokens=settings.max_new_tokens,
-        num_beams=settings.num_beams or 1,
+        decoding=_decoding(settings, max_new_tokens=None, num_beams=1),
     )
 
 
@@ -151,15 +150,8 @@ def _vicuna(settings: EvaluateSettings, data: Path) -> Task:
         judge = Judge(
             settings.judge_url, settings.judge_model, settings.judge_key_env, Path(settings.reference_answers)
         )
-    return Vicuna(
-        data,
-        limit=settings.limit,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=settings.seed,
-        judge=judge,
-    )
+    decoding = _decoding(settings, max_new_tokens=None, temperature=0.0, top_p=1.0, seed=0)
+    return Vicuna(data, limit=settings.limit, decoding=decoding, judge=judge)
 
 
 def _harness(name: str, settings: EvaluateSettings, data: str | None) -> Task:

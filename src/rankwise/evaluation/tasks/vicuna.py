@@ -15,6 +15,7 @@ from rankwise.data.rows import Row, Rows
 from rankwise.errors import DataError
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.errors_of_means import Mean, error_of_shares, mean_of, shares_of_ratio
+from rankwise.evaluation.journal import text_sha256
 from rankwise.evaluation.metrics.files import read_records
 from rankwise.evaluation.record import Example, TaskResult
 from rankwise.evaluation.tasks.answers import Question, write_answers
@@ -54,27 +55,10 @@ class Vicuna(Task):
         "answer_characters": True,
     }
 
-    def __init__(
-        self,
-        data: Path,
-        *,
-        limit: int | None,
-        max_new_tokens: int | None,
-        temperature: float,
-        top_p: float,
-        seed: int,
-        judge: Judge | None,
-    ) -> None:
-        self.data = data
+    def __init__(self, data: Path, *, limit: int | None, decoding: JsonObject, judge: Judge | None) -> None:
+        self.data, self.judge, self.decoding = data, judge, {"max_new_tokens": NEW_TOKENS, **decoding}
         self.asked = _read_questions(data)[:limit]
-        self.judge = judge
         self.references = _read_answers(judge.reference_answers, self.asked) if judge else {}
-        self.decoding = {
-            "max_new_tokens": max_new_tokens or NEW_TOKENS,
-            "temperature": temperature,
-            "top_p": top_p,
-            "seed": seed,
-        }
 
     def describe(self) -> JsonObject:
         return dict(self.decoding)
@@ -95,7 +79,7 @@ class Vicuna(Task):
 
     def run(self, engine: Engine, folder: Path, tell: Tell) -> list[Example]:
         questions, stops, stop_ids = self._questions(engine)
-        decoding = Decoding(stop_ids=engine.stop_ids(stop_ids), stop_strings=stops, **self.decoding)  # type: ignore[arg-type]
+        decoding = Decoding(stop_ids=engine.stop_ids(stop_ids), stop_strings=stops, **self.decoding)
         examples = write_answers(engine, questions, decoding, folder, tell, task=self.name, finish=_finish)
         _write_lines(folder / ANSWERS_FILE, [_answer(example, engine) for example in examples])
         if self.judge:
@@ -142,9 +126,7 @@ class Vicuna(Task):
         notes = warn_of_empty(self.name, examples)
         if not _ratings(examples):
             length = mean_of([len(example.prediction) for example in examples])
-            return Summary(
-                {"answer_characters": length.value}, {"answer_characters": length.standard_error}, None, notes
-            )
+            return Summary({"answer_characters": length.value}, {"answer_characters": length.standard_error}, notes)
         from rankwise.evaluation.metrics.vicuna import relative_score, warn_of_failed
 
         score = relative_score(_ratings(examples), self._reference_ids())
@@ -153,7 +135,7 @@ class Vicuna(Task):
         metrics = {name: value for name, value in found.items() if value is not None} | {"failed": float(score.failed)}
         shares = self._shares(examples)
         errors = dict.fromkeys(metrics) | {name: error_of_shares(shares[name]) for name in ORDERS if name in shares}
-        return Summary(metrics, errors, None, notes)
+        return Summary(metrics, errors, notes)
 
     def difference(self, a: Sequence[Example], b: Sequence[Example]) -> dict[str, Mean]:
         """The difference of each metric. Its error is that of the questions' shares ``u_q(a) - u_q(b)``."""
@@ -220,8 +202,7 @@ def _finish(question: Question, text: str) -> Example:
 
 
 def _answer_id(example: Example) -> str:
-    content = json.dumps([example.id, example.prediction])
-    return hashlib.sha256(content.encode()).hexdigest()[:22]
+    return text_sha256(json.dumps([example.id, example.prediction]), 22)
 
 
 def _answer(example: Example, engine: Engine) -> JsonObject:
