@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import html
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -16,13 +15,13 @@ from markupsafe import Markup
 from rankwise.errors import RankwiseError
 from rankwise.foreign import Fields, JsonObject
 from rankwise.records import METRICS_FILE, RUN_FILE, RunRecord, load_record, read_metrics
-from rankwise.reports.figure import STYLE_FILE, TEMPLATES, Frame, Point, dot, group, line
+from rankwise.reports.figure import STYLE_FILE, TEMPLATES, Frame, group, line
 from rankwise.reports.folder import load_comparison
 from rankwise.reports.losses import Losses, points_of
 from rankwise.reports.naming import last_part, method_name
 from rankwise.reports.numbers import byte_size, duration, is_number, short_count, significant, visible
 from rankwise.reports.page import page, rendered
-from rankwise.reports.scale import robust_range, value_range, whole_ticks
+from rankwise.reports.scale import Point, robust_range, thinned, value_range
 from rankwise.reports.schema import COMPARISON_FILE
 
 # Folders of a run or a comparison that hold no run.
@@ -30,7 +29,6 @@ NOT_ENTERED = {"checkpoints", "cache", "cells", "merged"}
 DEEPEST = 5
 # A run whose files have not changed for so long has been killed, or its steps are very long.
 SILENT_SECONDS = 120
-LONGEST_LINE = 400
 # Samples and warnings of a run that are shown, the newest.
 MOST_TEXTS = 12
 
@@ -246,16 +244,12 @@ def _draw(chart: Chart, frame: Frame) -> Markup:
     parts = []
     for class_, name, points in chart.curves:
         colour, kind = class_.split()
-        every = math.ceil(len(points) / LONGEST_LINE) or 1
-        drawn = [point for point in points[::every] if point[1] <= frame.y.high]
+        drawn = [point for point in thinned(points) if point[1] <= frame.y.high]
         marked = drawn if kind == "evaluation" else points[-1:] if kind == "smooth" else []
         dots = [
-            dot(frame.x(step), round(frame.y(value), 1), 3, "dot", f"step {step:,.0f}: {name} {significant(value, 4)}")
-            for step, value in marked
+            frame.dot(point, 3, "dot", f"step {point[0]:,.0f}: {name} {significant(point[1], 4)}") for point in marked
         ]
         parts.append(group(colour, frame.curve(drawn, kind), *dots))
     if chart.limit is not None:
         parts.append(line(0, round(frame.y(chart.limit), 1), 100, round(frame.y(chart.limit), 1), "limit"))
-    ticks = whole_ticks(int(frame.x.high), 4)
-    base = frame.base(ticks, [f"{tick:,}" for tick in ticks])
-    return frame.svg(chart.title, frame.grid(), base, *parts, below=26, left=52, right=16)
+    return frame.svg(chart.title, frame.grid(), frame.steps(), *parts, below=26, left=52, right=16)

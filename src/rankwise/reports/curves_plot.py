@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
-from rankwise.reports.figure import Frame, Point, dot, group, label
+from rankwise.reports.figure import Frame, group, label
 from rankwise.reports.folder import Comparison
 from rankwise.reports.losses import Losses
 from rankwise.reports.naming import method_name
 from rankwise.reports.numbers import plural, rate
-from rankwise.reports.scale import robust_range, whole_ticks
+from rankwise.reports.scale import Point, robust_range, thinned
 
 HEIGHT = 190
 # Share of the steps that the scale of the losses does not look at, unless a curve has few points.
 START, FEW_POINTS = 0.15, 4
-# Points of a training curve that are drawn; a long run is thinned, the eye sees no difference.
-LONGEST_LINE = 400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +30,8 @@ class Curve:
     losses: Losses
 
     @property
-    def training(self) -> list[Point]:
-        line = self.losses.smooth if self.is_final else []
-        every = math.ceil(len(line) / LONGEST_LINE) or 1
-        return line[::every] + line[-1:] if every > 1 else line
+    def training(self) -> Sequence[Point]:
+        return thinned(self.losses.smooth) if self.is_final else []
 
     @property
     def evaluation(self) -> Sequence[Point]:
@@ -87,13 +82,12 @@ def _frame(curves: Sequence[Curve]) -> Frame:
 def _panel(method: str, curves: Sequence[Curve], frame: Frame, numbers: Mapping[str, int]) -> Markup:
     own = [curve for curve in curves if curve.method == method]
     others = [curve for curve in curves if curve.method != method and curve.is_final]
-    ticks = whole_ticks(int(frame.x.high), 4)
     finals = [curve for curve in own if curve.is_final]
     description = f"Loss against step of {plural(len(own), 'run')} of {method_name(method)}"
     return frame.svg(
         description,
         frame.grid(),
-        frame.base(ticks, [f"{tick:,}" for tick in ticks]),
+        frame.steps(),
         *(frame.curve(curve.evaluation, "ghost") for curve in others),
         group(f"m{numbers[method]}", *(_draw(curve, frame) for curve in own), _best_label(finals, frame)),
         below=26,
@@ -105,13 +99,13 @@ def _draw(curve: Curve, frame: Frame) -> Markup:
     if not curve.is_final:
         return frame.curve(curve.evaluation, "search", curve.tip)
     parts = [frame.curve(curve.training, "training", curve.tip), frame.curve(curve.evaluation, "evaluation", curve.tip)]
-    for step, loss in curve.evaluation:
-        if loss > frame.y.high:
-            continue
-        tip = f"{curve.tip}, step {step:,.0f}: {loss:.4f}"
-        parts.append(dot(frame.x(step), round(frame.y(loss), 1), 2.2, "point", tip))
+    parts += [
+        frame.dot((step, loss), 2.2, "point", f"{curve.tip}, step {step:,.0f}: {loss:.4f}")
+        for step, loss in curve.evaluation
+        if loss <= frame.y.high
+    ]
     if (best := curve.losses.best) is not None:
-        parts.append(dot(frame.x(best[0]), round(frame.y(best[1]), 1), 6, "ring", f"kept: {curve.tip}"))
+        parts.append(frame.dot(best, 6, "ring", f"kept: {curve.tip}"))
     return Markup("").join(parts)
 
 

@@ -15,11 +15,11 @@ from rankwise.reports.numbers import is_number, shortened, visible
 
 Outcome = Literal["won", "lost", "tied"]
 OUTCOMES: tuple[Outcome, ...] = ("won", "lost", "tied")
-SHOWN = 4
 # Of each outcome, method and task.
+SHOWN = 4
 LONGEST_TEXT = 1200
-EVALUATION_ROWS = "perplexity"
 # The task that scores the evaluation data itself, by the loss of each row.
+EVALUATION_ROWS = "perplexity"
 LOSSES = ("loss", "perplexity", "nll", "ter", "wer")
 
 

@@ -16,9 +16,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from rankwise.reports.scale import Scale, nice_ticks, tick_label
+from rankwise.reports.scale import Point, Scale, nice_ticks, tick_label, whole_ticks
 
-Point = tuple[float, float]
 # Left, top, right and bottom in pixels.
 Box = tuple[float, float, float, float]
 # Where a text stands beside a point: dx, dy, anchor.
@@ -109,6 +108,12 @@ class Frame:
         box = f"0 0 100 {self.height}"
         return tag("svg", path, width="100%", height=self.height, viewBox=box, preserveAspectRatio="none")
 
+    def dot(self, point: Point, radius: float, class_: str, tip: str = "") -> Markup:
+        return dot(self.x(point[0]), round(self.y(point[1]), 1), radius, class_, tip)
+
+    def marker(self, kind: int, point: Point, tip: str) -> Markup:
+        return marker(kind, self.x(point[0]), round(self.y(point[1]), 1), tip=tip)
+
     def grid(self, count: int = 4) -> Markup:
         """Horizontal lines at round values, labelled on the left."""
         ticks = nice_ticks(self.y.low, self.y.high, count)
@@ -128,6 +133,11 @@ class Frame:
             parts.append(line(x, self.height, x, self.height + 4, "axis"))
             parts.append(label(x, self.height + 18, text, "tick", anchor=anchor))
         return Markup("").join(parts)
+
+    def steps(self, count: int = 4) -> Markup:
+        """The axis of the optimizer's steps."""
+        ticks = whole_ticks(int(self.x.high), count)
+        return self.base(ticks, [f"{tick:,}" for tick in ticks])
 
     def svg(
         self, description: str, *parts: Any, below: int = 24, above: int = 8, left: int = 48, right: int = 12

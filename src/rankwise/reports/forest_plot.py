@@ -15,8 +15,8 @@ from rankwise.reports.numbers import difference, half_width, is_number, signific
 from rankwise.reports.scale import Scale, nice_ticks, tick_label
 
 ROW_HEIGHT = 34
-NARROW, LETTER = 230.0, 6.8
 # Pixels: the strip where it is narrowest, and a digit.
+NARROW, LETTER = 230.0, 6.8
 TURNED = {"better": "worse", "worse": "better"}
 
 

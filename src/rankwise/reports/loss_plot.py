@@ -15,16 +15,14 @@ from rankwise.reports.figure import (
     WIDTH,
     Box,
     Frame,
-    Point,
     document,
-    dot,
     group,
     label,
     place_text,
     tag,
 )
 from rankwise.reports.losses import Losses
-from rankwise.reports.scale import robust_range, spread, whole_ticks
+from rankwise.reports.scale import Point, robust_range, spread
 
 TOP, HEIGHT = 78, 310
 LABEL_GAP = 17
@@ -53,8 +51,7 @@ def loss_svg(
         runs = {"": Losses.of(metrics, kept_step)}
     several = list(runs.values())
     frame = _frame(several)
-    steps = whole_ticks(int(frame.x.high), 6)
-    parts = [frame.grid(5), frame.base(steps, [f"{step:,}" for step in steps]), *_axis_names()]
+    parts = [frame.grid(5), frame.steps(6), *_axis_names()]
     if len(several) > 1:
         parts += [
             _run(name, losses, (index % 8, index % 8), frame) for index, (name, losses) in enumerate(runs.items())
@@ -89,10 +86,10 @@ def _axis_names() -> Iterator[Markup]:
 def _run(name: str, losses: Losses, colours: tuple[int, int], frame: Frame) -> Markup:
     """The smoothed training loss in the first colour, the evaluations in the second."""
     dots = [
-        dot(frame.x(step), frame.y(loss), 3.6, "dot", f"{name} step {step:,.0f}: evaluation loss {loss:.4f}".strip())
+        frame.dot((step, loss), 3.6, "dot", f"{name} step {step:,.0f}: evaluation loss {loss:.4f}".strip())
         for step, loss in losses.evaluation
     ]
-    ring = [dot(frame.x(step), frame.y(loss), 7.5, "ring") for step, loss in ([losses.best] if losses.best else [])]
+    ring = [frame.dot(losses.best, 7.5, "ring")] if losses.best else []
     training, evaluation = (f"m{index % len(MARKERS)}" for index in colours)
     return group(training, frame.curve(losses.smooth, "smooth")) + group(
         evaluation, frame.curve(losses.evaluation, "thread"), *dots, *ring

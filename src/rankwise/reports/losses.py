@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from rankwise.foreign import Fields
-from rankwise.reports.figure import Point
 from rankwise.reports.numbers import is_number
-from rankwise.reports.scale import smoothed
+from rankwise.reports.scale import Point, smoothed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from rankwise.reports import summary
 from rankwise.reports.examples import answers_of
@@ -24,12 +25,12 @@ def markdown(comparison: Comparison) -> str:
         "\n".join(
             f"- {fact.title}: **{_text(fact.value)}** ({_text(fact.note)})" for fact in summary.trust(comparison)
         ),
-        _section("Methods", _methods(comparison)),
-        _section("Differences", _differences(comparison)),
-        _section("Learning rates stopped", "\n".join(f"- {_text(line)}" for line in summary.stopped_rates(comparison))),
-        _section("Answers against the base model", _answers(comparison)),
-        _section("Warnings, failures, what was left out", _messages(comparison)),
-        _section("To repeat it", _commands(comparison)),
+        section("Methods", _methods(comparison)),
+        section("Differences", _differences(comparison)),
+        section("Learning rates stopped", "\n".join(f"- {_text(line)}" for line in summary.stopped_rates(comparison))),
+        section("Answers against the base model", _answers(comparison)),
+        section("Warnings, failures, what was left out", _messages(comparison)),
+        section("To repeat it", _commands(comparison)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -51,7 +52,7 @@ def _methods(comparison: Comparison) -> str:
     ]
     better = "higher is better" if comparison.is_higher_better(comparison.metric) else "lower is better"
     note = f"{metric_name(comparison.metric)}: {better}. {summary.tie_note(comparison)}"
-    return f"{_table(head, rows)}\n\n{_text(note)}" if rows else ""
+    return f"{table(head, rows, _text)}\n\n{_text(note)}" if rows else ""
 
 
 def _differences(comparison: Comparison) -> str:
@@ -65,7 +66,7 @@ def _differences(comparison: Comparison) -> str:
     unit = f" in {comparison.unit}" if comparison.unit else ""
     note = f"{metric_name(comparison.metric)} of the first minus the second{unit}."
     margin = f" Within ±{significant(pairs[0].margin, 2)} they count as equivalent." if pairs[0].margin else ""
-    return f"{_table(('pair', 'difference', 'verdict', 'p (Holm)'), rows)}\n\n{_text(note + margin)}"
+    return f"{table(('pair', 'difference', 'verdict', 'p (Holm)'), rows, _text)}\n\n{_text(note + margin)}"
 
 
 def _answers(comparison: Comparison) -> str:
@@ -93,14 +94,15 @@ def _commands(comparison: Comparison) -> str:
     return f"{fence}\n{text}\n{fence}" if text else ""
 
 
-def _section(title: str, body: str) -> str:
+def section(title: str, body: str) -> str:
     return f"## {title}\n\n{body}" if body else ""
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(map(_text, row)) + " |" for row in (head, *rows)]
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]], as_text: Callable[[Any], str]) -> str:
+    """A table of such cells; nothing without rows."""
+    lines = ["| " + " | ".join(map(as_text, row)) + " |" for row in (head, *rows)]
     lines.insert(1, "|" + " --- |" * len(head))
-    return "\n".join(lines)
+    return "\n".join(lines) if rows else ""
 
 
 def _text(text: str) -> str:

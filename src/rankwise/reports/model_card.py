@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from rankwise.config import DEMO, DEMO_HUB_ID, DORA, FOUR_BITS
 from rankwise.foreign import Fields
 from rankwise.records import RunRecord
+from rankwise.reports.markdown import section, table
 from rankwise.reports.naming import last_part
 from rankwise.reports.numbers import capital
 from rankwise.serving import DORA_AS_LORA, WORDS, served
@@ -82,14 +83,14 @@ def model_card(record: RunRecord, adapter_config: Fields | None = None, report: 
         _front_matter(record.method, base, config),
         f"# {_title(record, base)}",
         _summary(record, base, config),
-        _section("Results", _table(("what", "value"), _results(record))),
-        _section("Data", _data(record.data)),
-        _section("Settings", _table(("setting", "value"), _settings(record.settings))),
-        _section("Adapted modules", _modules(report)),
-        _section("How to load it", _loading(record, base)),
-        _section("Where it can be served", _serving(record.method, config)),
-        _section("Made with", _table(("what", "version or name"), [*record.versions.items(), *record.device.items()])),
-        _section("Warnings of the run", _warnings(record)),
+        section("Results", _table(("what", "value"), _results(record))),
+        section("Data", _data(record.data)),
+        section("Settings", _table(("setting", "value"), _settings(record.settings))),
+        section("Adapted modules", _modules(report)),
+        section("How to load it", _loading(record, base)),
+        section("Where it can be served", _serving(record.method, config)),
+        section("Made with", _table(("what", "version or name"), [*record.versions.items(), *record.device.items()])),
+        section("Warnings of the run", _warnings(record)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -160,17 +161,8 @@ def _learned_from(record: RunRecord) -> str:
     return LEARNED_FROM.get(record.objective, "").format(reference=reference)
 
 
-def _section(title: str, body: str) -> str:
-    return f"## {title}\n\n{body}" if body else ""
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [_row(row) for row in rows]
-    return "\n".join([_row(head), "|" + " --- |" * len(head), *lines]) if lines else ""
-
-
-def _row(cells: Sequence[Any]) -> str:
-    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    return table(head, rows, _cell)
 
 
 def _cell(value: Any) -> str:

@@ -1,69 +1,101 @@
-"""The result of the learning-rate search: a line for each method over the rates tried, with a ring at the chosen
-rate.
+"""Searches of the learning rate: the loss over the rates tried, with a ring at the chosen one.
+
+A comparison has a line for each method, the search of ``--learning-rate auto`` one for each round of its short runs.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
-from rankwise.reports.figure import Frame, dot, group, label, marker
+from rankwise.foreign import Fields
+from rankwise.records import RateSearch
+from rankwise.reports.figure import Frame, document, group, label
 from rankwise.reports.folder import Comparison
 from rankwise.reports.naming import method_name
-from rankwise.reports.numbers import is_number, rate, significant
-from rankwise.reports.scale import spread, value_range
+from rankwise.reports.numbers import is_number, plural, rate, significant
+from rankwise.reports.scale import Point, spread, value_range
 
 HEIGHT = 190
-LABEL_GAP = 15
+# Of the plot in a file of its own.
+TOP, OWN_HEIGHT = 78, 260
+LABEL_GAP = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    """(log10 of the rate, loss) of one method or round, by rising rate; ``number`` is that of its colour and marker."""
+
+    number: int
+    name: str
+    points: Sequence[Point]
+    chosen: float | None = None
+    # A loss above this is drawn there.
+    top: float = math.inf
+
+    def drawn(self, frame: Frame, label_y: float) -> Markup:
+        shown = [(x, min(y, self.top)) for x, y in self.points]
+        tips = [f"{self.name} at {rate(10**x)}: {significant(y, 4)}" for x, y in self.points]
+        rings = [point for point in shown if self.chosen and abs(point[0] - math.log10(self.chosen)) < 1e-9]
+        return group(
+            f"m{self.number}",
+            frame.curve(shown, "evaluation"),
+            *(frame.marker(self.number, point, tip) for point, tip in zip(shown, tips)),
+            *(frame.dot(point, 9, "ring") for point in rings),
+            label(frame.x(shown[-1][0]), label_y + 4, self.name, "name halo", dx=10),
+        )
 
 
 def rates_svg(comparison: Comparison, numbers: Mapping[str, int]) -> Markup | None:
-    """The plot; None when no method tried more than one rate."""
-    tried = {name: _points(search) for name, search in comparison["learning_rates"].items()}
-    tried = {name: points for name, points in tried.items() if points}
-    rates = sorted({x for points in tried.values() for x, _ in points})
+    """The plot of a comparison; None when no method tried more than one rate."""
+    searches = comparison["learning_rates"]
+    lines = [
+        _Line(numbers[name], method_name(name), points, _positive(search.get("chosen")))
+        for name, search in searches.items()
+        if (points := _points(search.get("tried"), "value"))
+    ]
+    rates = sorted({x for line in lines for x, _ in line.points})
     if len(rates) < 2:
         return None
-    heights = [value for points in tried.values() for _, value in points]
-    frame = Frame.of(value_range(rates, air=0.05), value_range(heights), HEIGHT)
-    ends = [frame.y(points[-1][1]) for points in tried.values()]
-    places = spread(ends, LABEL_GAP, 4, HEIGHT)
+    frame, parts = _drawn(lines, rates, HEIGHT)
+    return frame.svg("evaluation loss against learning rate", *parts, below=26, right=76)
+
+
+def search_svg(search: RateSearch, title: str) -> str:
+    """The search of a run as one self-contained SVG. Rates that diverged have no point."""
+    rounds = itertools.groupby(search["trials"], key=lambda trial: trial["steps"])
+    found = [(steps, points) for steps, trials in rounds if (points := _points(list(trials), "loss"))]
+    # A rate that all but diverges would flatten the others: its point stands at the top.
+    top = 2 * min((loss for _, points in found for _, loss in points), default=1.0)
+    last = len(found) - 1
     lines = [
-        group(
-            f"m{numbers[name]}",
-            frame.curve(points, "evaluation"),
-            *(_mark(frame, numbers[name], name, point) for point in points),
-            _chosen(frame, comparison["learning_rates"][name], points),
-            label(frame.x(points[-1][0]), y + 4, method_name(name), "name halo", dx=10),
-        )
-        for (name, points), y in zip(tried.items(), places)
+        _Line(number % 8, plural(steps, "step"), points, search["chosen"] if number == last else None, top)
+        for number, (steps, points) in enumerate(found)
     ]
-    texts = [rate(10**x) for x in rates]
-    axis = frame.base(rates, texts)
-    return frame.svg("evaluation loss against learning rate", frame.grid(), axis, *lines, below=26, right=76)
+    rates = sorted({math.log10(trial["learning_rate"]) for trial in search["trials"]})
+    _, parts = _drawn(lines, rates, OWN_HEIGHT)
+    rows = plural(search["rows"], "training row")
+    caption = f"loss on {rows} that the short runs did not see; chosen: {rate(search['chosen'])}"
+    return document(TOP, OWN_HEIGHT, title, caption, *parts)
 
 
-def _points(search: Mapping[str, object]) -> list[tuple[float, float]]:
-    """(log10 of the rate, loss)."""
-    tried = search.get("tried")
-    found = []
-    for item in tried if isinstance(tried, Sequence) else []:
-        x, value = item.get("learning_rate"), item.get("value")
-        if is_number(x) and x > 0 and is_number(value):
-            found.append((math.log10(x), value))
-    return sorted(found)
+def _points(tried: object, key: str) -> list[Point]:
+    trials: Sequence[Fields] = tried if isinstance(tried, Sequence) else []
+    pairs = [(_positive(trial.get("learning_rate")), trial.get(key)) for trial in trials]
+    return sorted((math.log10(x), value) for x, value in pairs if x is not None and is_number(value))
 
 
-def _mark(frame: Frame, number: int, name: str, point: tuple[float, float]) -> Markup:
-    tip = f"{method_name(name)} at {rate(10 ** point[0])}: {significant(point[1], 4)}"
-    return marker(number, frame.x(point[0]), round(frame.y(point[1]), 1), tip=tip)
+def _positive(value: object) -> float | None:
+    return value if is_number(value) and value > 0 else None
 
 
-def _chosen(frame: Frame, search: Mapping[str, object], points: Sequence[tuple[float, float]]) -> Markup:
-    chosen = search.get("chosen")
-    if not is_number(chosen) or chosen <= 0:
-        return Markup("")
-    near = [point for point in points if abs(point[0] - math.log10(chosen)) < 1e-9]
-    return Markup("").join(dot(frame.x(x), round(frame.y(y), 1), 9, "ring") for x, y in near)
+def _drawn(lines: Sequence[_Line], rates: Sequence[float], height: int) -> tuple[Frame, list[Markup]]:
+    values = [min(y, line.top) for line in lines for _, y in line.points]
+    frame = Frame.of(value_range(rates, air=0.05), value_range(values), height)
+    ends = spread([frame.y(min(line.points[-1][1], line.top)) for line in lines], LABEL_GAP, 4, height)
+    axis = frame.base(rates, [rate(10**x) for x in rates])
+    return frame, [frame.grid(), axis, *(line.drawn(frame, end) for line, end in zip(lines, ends))]

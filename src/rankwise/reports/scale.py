@@ -7,6 +7,10 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 
+Point = tuple[float, float]
+# Points of a long curve that are drawn.
+LONGEST_LINE = 400
+
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
@@ -73,6 +77,12 @@ def smoothed(values: Sequence[float], span: float) -> list[float]:
         total, weight = keep * total + value, keep * weight + 1
         result.append(total / weight)
     return result
+
+
+def thinned(points: Sequence[Point], most: int = LONGEST_LINE) -> Sequence[Point]:
+    """About ``most`` of the points of a curve and its last one; the eye sees no difference."""
+    every = math.ceil(len(points) / most) or 1
+    return [*points[::every], points[-1]] if every > 1 else points
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:

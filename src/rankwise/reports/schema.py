@@ -74,10 +74,10 @@ class Run(TypedDict):
     merged: MergedCheck | None
     # Module path -> 2-norm of its weight update relative to the weight, or of the update where that is not known.
     update_norms: dict[str, float] | None
+    # These four repeat the record's, for tables.
     tokens_per_second: float | None
     peak_memory_bytes: int | None
     predicted_peak_memory_bytes: int | None
-    # These four repeat the record's, for tables.
     wall_seconds: float | None
 
 
@@ -99,11 +99,11 @@ class Method(TypedDict):
     learning_rate: float | None
     # The best rate tried is the lowest or the highest of several tried.
     learning_rate_at_edge: bool
+    # Means over the final runs; memory: the largest.
     tokens_per_second: float | None
     examples_per_second: float | None
     peak_memory_bytes: int | None
     predicted_peak_memory_bytes: int | None
-    # Means over the final runs; memory: the largest.
     wall_seconds: float | None
     # "wall_seconds", "peak_memory_bytes" -> [lowest, highest] over the final runs.
     ranges: dict[str, list[float]]
