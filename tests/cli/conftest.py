@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rankwise.cli.main import main
+from rankwise.planning import calibration
 from several import Nursery, nursery
 from tiny_models import save_with_tokenizer, tiny_gpt2
 
@@ -42,6 +44,18 @@ def rankwise(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
         return Done(code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No timings of this machine, and none left on it."""
+    monkeypatch.setattr(calibration, "cache_folder", lambda: tmp_path / "cache")
+
+
+@pytest.fixture
+def plan(rankwise: Callable[..., Done], model_folder: Path, own_cache: None) -> Callable[..., Done]:
+    """``rankwise plan`` of the tiny model."""
+    return functools.partial(rankwise, "plan", "--model", model_folder, "--batch-size", 4, "--max-length", 64)
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from triton_processes import run_cases
 
 from rankwise import ops
 from rankwise.errors import QuantizationError
@@ -18,33 +17,23 @@ from rankwise.ops import elementwise, table
 
 triton = pytest.importorskip("triton")
 
-CASES = Path(__file__).with_name("triton_elementwise_cases.py")
+CASES = ("triton_elementwise_cases.py", "triton_adapter_cases.py")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OPCHECKS = ("test_schema", "test_faketensor")
 compiling = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: kernels are not compiled")
 
 
-def run_cases(tmp_path: Path, interpret: str, chosen: str) -> None:
-    """Every case whose marks are ``chosen`` passes; none is skipped."""
-    source = str(Path(ops.__file__).parents[2])
-    environment = {**os.environ, "TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": source}
-    environment |= {"OMP_NUM_THREADS": "1"} if interpret == "1" else {}
-    command = [sys.executable, "-m", "pytest", str(CASES), "-m", chosen, "-p", "no:cacheprovider", "--tb=short"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    summary = (done.stdout.strip().splitlines() or [done.stderr])[-1]
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
-    assert "skipped" not in summary
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("chosen", ["not long", pytest.param("long", marks=pytest.mark.long)])
-def test_kernels_equal_the_reference_under_the_interpreter(chosen: str, tmp_path: Path) -> None:
-    run_cases(tmp_path, "1", chosen)
+@pytest.mark.parametrize("cases", CASES)
+def test_kernels_equal_the_reference_under_the_interpreter(cases: str, chosen: str, tmp_path: Path) -> None:
+    run_cases(cases, tmp_path, "1", chosen)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: compiled kernels cannot run here")
-def test_kernels_equal_the_reference_on_a_card(tmp_path: Path) -> None:
-    run_cases(tmp_path, "0", "long or not long")
+@pytest.mark.parametrize("cases", CASES)
+def test_kernels_equal_the_reference_on_a_card(cases: str, tmp_path: Path) -> None:
+    run_cases(cases, tmp_path, "0", "long or not long")
 
 
 @compiling

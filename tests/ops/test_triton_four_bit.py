@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from triton_processes import run_cases
 
 from rankwise import ops
 from rankwise.errors import QuantizationError
@@ -17,7 +16,6 @@ from rankwise.ops import selection
 
 pytest.importorskip("triton")
 
-CASES = Path(__file__).with_name("triton_cases.py")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -29,28 +27,15 @@ def automatic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ops.set_implementation("auto")
 
 
-def run_cases(tmp_path: Path, interpret: str, chosen: str) -> None:
-    """Every case whose marks are ``chosen`` passes; none is skipped."""
-    source = str(Path(ops.__file__).parents[2])
-    environment = {**os.environ, "TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": source}
-    environment |= {"OMP_NUM_THREADS": "1"} if interpret == "1" else {}
-    command = [sys.executable, "-m", "pytest", str(CASES), "-m", chosen, "-p", "no:cacheprovider", "--tb=short"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    summary = (done.stdout.strip().splitlines() or [done.stderr])[-1]
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
-    assert "passed" in summary
-    assert "skipped" not in summary
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("chosen", ["not long", pytest.param("long", marks=pytest.mark.long)])
 def test_kernels_equal_the_reference_under_the_interpreter(chosen: str, tmp_path: Path) -> None:
-    run_cases(tmp_path, "1", chosen)
+    run_cases("triton_cases.py", tmp_path, "1", chosen)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: compiled kernels cannot run here")
 def test_kernels_equal_the_reference_on_a_card(tmp_path: Path) -> None:
-    run_cases(tmp_path, "0", "long or not long")
+    run_cases("triton_cases.py", tmp_path, "0", "long or not long")
 
 
 @pytest.mark.usefixtures("automatic")

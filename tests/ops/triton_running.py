@@ -20,6 +20,22 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=dtype, device=DEVICE)
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.rand(shape, device=DEVICE)
+
+
+def assert_as_good(ours: Tensor, plain: Tensor, truth: Tensor) -> None:
+    """The error of ``ours`` against float64 is not above that of the reference and a few roundings of float32."""
+    assert (ours.dtype, ours.shape) == (plain.dtype, plain.shape)
+    if truth.numel():
+        error, allowed = (ours.double() - truth).abs().max(), (plain.double() - truth).abs().max()
+        assert error <= 1.01 * allowed + 4e-6 * (1 + truth.abs().max()), (float(error), float(allowed))
+
+
 @contextmanager
 def noting_launches() -> Iterator[set[str]]:
     """The names of the kernels that have run so far."""
