@@ -78,7 +78,7 @@ def read_header(path: Path, *, error: type[RankwiseError] = ModelError, code: st
     """
     try:
         return _read_header(Path(path))
-    except _Malformed as problem:
+    except Malformed as problem:
         raise error(code, f"{path} {problem}.") from None
     except FileNotFoundError:
         raise error(
@@ -89,7 +89,7 @@ def read_header(path: Path, *, error: type[RankwiseError] = ModelError, code: st
         raise error(code, f"{path} cannot be read: {reason}.") from None
 
 
-class _Malformed(Exception):
+class Malformed(Exception):
     """The rest of a sentence that starts with the file's name."""
 
 
@@ -99,20 +99,20 @@ def _read_header(path: Path) -> WeightsHeader:
         start = file.read(64)
         _refuse_other_formats(start)
         if size_bytes < 8:
-            raise _Malformed(f"is {size_bytes:,} bytes, too short for a safetensors file; {AGAIN}")
+            raise Malformed(f"is {size_bytes:,} bytes, too short for a safetensors file; {AGAIN}")
         (header_bytes,) = struct.unpack_from("<Q", start)
         if header_bytes > MAX_HEADER_BYTES:
-            raise _Malformed(
+            raise Malformed(
                 f"claims a header of {header_bytes:,} bytes where at most {MAX_HEADER_BYTES:,} are allowed; "
                 "it is damaged or no safetensors file"
             )
         if 8 + header_bytes > size_bytes:
-            raise _Malformed(f"is {size_bytes:,} bytes where its header alone promises {8 + header_bytes:,}; {AGAIN}")
+            raise Malformed(f"is {size_bytes:,} bytes where its header alone promises {8 + header_bytes:,}; {AGAIN}")
         file.seek(8)
         content = _parse(file.read(header_bytes))
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _Malformed("has a `__metadata__` that does not map text to text; write the file again")
+        raise Malformed("has a `__metadata__` that does not map text to text; write the file again")
     tensors = {name: _checked_tensor(name, entry) for name, entry in content.items()}
     _check_layout(tensors, data_start=8 + header_bytes, size_bytes=size_bytes)
     return WeightsHeader(tensors, metadata)
@@ -120,11 +120,11 @@ def _read_header(path: Path) -> WeightsHeader:
 
 def _refuse_other_formats(start: bytes) -> None:
     if start.startswith(b"version https://git-lfs"):
-        raise _Malformed("is a Git LFS pointer and not the weights; run `git lfs pull` in its repository")
+        raise Malformed("is a Git LFS pointer and not the weights; run `git lfs pull` in its repository")
     is_zip, is_pickle = start.startswith(b"PK\x03\x04"), start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"
     # The last bytes of a real header length are zero, and byte 8 opens the JSON object.
     if is_zip or (is_pickle and start[8:9] != b"{"):
-        raise _Malformed(
+        raise Malformed(
             "is a pickle under the name of a safetensors file; it is never loaded, since a pickle can run any code: "
             "get the safetensors version"
         )
@@ -135,9 +135,9 @@ def _parse(text: bytes) -> JsonObject:
         content = parse_json(text, pairs=_unique)
     except ValueError as problem:
         reason = " ".join(str(problem).split())[:120]
-        raise _Malformed(f"has a header that is not valid JSON ({reason}); {AGAIN}") from None
+        raise Malformed(f"has a header that is not valid JSON ({reason}); {AGAIN}") from None
     if not isinstance(content, dict):
-        raise _Malformed(f"has a header that is a JSON {type(content).__name__} and not an object; {AGAIN}")
+        raise Malformed(f"has a header that is a JSON {type(content).__name__} and not an object; {AGAIN}")
     return content
 
 
@@ -151,17 +151,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
 
 def _checked_tensor(name: str, entry: Any) -> TensorInfo:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise _Malformed(f"describes the tensor {name!r} without dtype, shape and data_offsets; {AGAIN}")
+        raise Malformed(f"describes the tensor {name!r} without dtype, shape and data_offsets; {AGAIN}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise _Malformed(f"stores {name!r} as {str(dtype)[:40]!r}, which is not a safetensors dtype; write it again")
+        raise Malformed(f"stores {name!r} as {str(dtype)[:40]!r}, which is not a safetensors dtype; write it again")
     if not _are_sizes(shape) or prod(shape) > MAX_ELEMENTS:
-        raise _Malformed(f"gives {name!r} the impossible shape {str(shape)[:80]}; {AGAIN}")
+        raise Malformed(f"gives {name!r} the impossible shape {str(shape)[:80]}; {AGAIN}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _Malformed(f"gives {name!r} the impossible byte range {str(offsets)[:80]}; {AGAIN}")
+        raise Malformed(f"gives {name!r} the impossible byte range {str(offsets)[:80]}; {AGAIN}")
     bits = prod(shape) * BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
-        raise _Malformed(
+        raise Malformed(
             f"stores {name!r} in {offsets[1] - offsets[0]:,} bytes where {dtype} of shape {shape} "
             f"takes {bits / 8:,.15g}; {AGAIN}"
         )
@@ -179,13 +179,13 @@ def _check_layout(tensors: dict[str, TensorInfo], *, data_start: int, size_bytes
     position = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin < position:
-            raise _Malformed(f"stores {name!r} over another tensor's bytes; it is damaged or hostile, {AGAIN}")
+            raise Malformed(f"stores {name!r} over another tensor's bytes; it is damaged or hostile, {AGAIN}")
         if info.begin > position:
-            raise _Malformed(f"has {info.begin - position:,} bytes before {name!r} that belong to no tensor; {AGAIN}")
+            raise Malformed(f"has {info.begin - position:,} bytes before {name!r} that belong to no tensor; {AGAIN}")
         position = info.end
     promised = data_start + position
     if size_bytes != promised:
-        raise _Malformed(f"is {size_bytes:,} bytes where its header promises {promised:,}; {AGAIN}")
+        raise Malformed(f"is {size_bytes:,} bytes where its header promises {promised:,}; {AGAIN}")
 
 
 def pickles_in(folder: Path) -> list[Path]:

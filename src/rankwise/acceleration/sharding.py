@@ -6,7 +6,7 @@ The memory plan traces the same over processes that are not there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from rankwise.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
 
 
 def mesh_of_all(device_type: str) -> DeviceMesh:
@@ -26,7 +27,7 @@ def mesh_of_all(device_type: str) -> DeviceMesh:
     return dist.device_mesh.init_device_mesh(device_type, (dist.get_world_size(),))
 
 
-def shard(model: Any, mesh: DeviceMesh, *, trains_all: bool) -> None:
+def shard(model: PreTrainedModel, mesh: DeviceMesh, *, trains_all: bool) -> None:
     """Keep this process's rows of every weight that does not train, with ``trains_all`` of every weight.
 
     Raises ConfigError (RW148) for a model of unknown layers.

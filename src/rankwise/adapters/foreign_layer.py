@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Where such layers keep their packed weight, if not in ``weight``.
 PACKED = ("qweight", "W_q", "weight_packed")
@@ -82,7 +85,7 @@ def make_foreign(model: nn.Module) -> None:
             model.set_submodule(path, module.layer)
 
 
-def make_dense(model: Any) -> None:
+def make_dense(model: PreTrainedModel) -> None:
     """Put plain layers in the place of those that another library quantized, and forget its quantizer."""
     make_foreign(model)
     found = {name: read for name, module in model.named_modules() if (read := dequantizer(module)) is not None}

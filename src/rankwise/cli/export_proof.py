@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rankwise.cli.export_rows import prompts_of
 from rankwise.cli.settings import ExportSettings
@@ -19,8 +19,13 @@ from rankwise.models import ModelSource, load_model
 from rankwise.records import write_json
 from rankwise.serving import SERVERS
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def proven(settings: ExportSettings, model: Any, source: ModelSource, report: ExportReport, rows: Rows) -> ExportReport:
+
+def proven(
+    settings: ExportSettings, model: PreTrainedModel, source: ModelSource, report: ExportReport, rows: Rows
+) -> ExportReport:
     """``report`` with its proof, which is also written to the folder.
 
     Raises RunError (RW738) where the server's answers differ from ``model``'s; the folder is then removed.

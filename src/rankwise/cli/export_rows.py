@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,12 +17,15 @@ from rankwise.export.likeness import Row
 from rankwise.export.verify import default_text, text_chunks
 from rankwise.records import record_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SAMPLED_ROWS = 400
 HELD_OUT_ROWS = 40
 SHORTEST_PROMPT, LONGEST_PROMPT = 8, 256
 
 
-def rows_of(adapter: Path, data: str | None, tokenizer: Any) -> Rows:
+def rows_of(adapter: Path, data: str | None, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """The rows of `--data`, else the run's own, with some set aside for the comparison; without any, the built-in
     text.
     """
@@ -43,7 +46,7 @@ def _is_there(source: str) -> bool:
     return True
 
 
-def _encoded(adapter: Path, source: str, columns: Mapping[str, Any], tokenizer: Any) -> Rows:
+def _encoded(adapter: Path, source: str, columns: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Rows:
     rows = read_rows(source, split="train", skip_bad_rows=None, **columns)
     encoded = encode_rows(
         rows[:: max(1, len(rows) // SAMPLED_ROWS)],

@@ -6,9 +6,9 @@ import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankwise.adapters.checkpoint import AdapterFile
 from rankwise.adapters.state import state_and_name
@@ -25,6 +25,9 @@ from rankwise.export.portable import check_rank, live_adapter, refuse_unserved, 
 from rankwise.export.proof import Proof
 from rankwise.records import write_json, write_text
 from rankwise.serving import SERVERS, served_by
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 RECORD_FILE = "export.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -87,7 +90,7 @@ class Rows:
 
 
 def export_adapter(
-    model: Any,
+    model: PreTrainedModel,
     folder: str | Path,
     *,
     target: str,
@@ -123,7 +126,7 @@ def export_adapter(
     return export_live(model, Path(folder), wanted, Rows(rows, [Row(ids, ids) for ids in held_out]))
 
 
-def export_live(model: Any, folder: Path, wanted: Wanted, rows: Rows) -> ExportReport:
+def export_live(model: PreTrainedModel, folder: Path, wanted: Wanted, rows: Rows) -> ExportReport:
     """As ``export_adapter``, with a comparison on held-out rows where something is converted."""
     _, name = state_and_name(model, None)
     file = live_adapter(model, name)
@@ -135,7 +138,7 @@ def export_live(model: Any, folder: Path, wanted: Wanted, rows: Rows) -> ExportR
         return _write(folder, model, file, wanted, pairs, conversion, compared)
 
 
-def export_file(skeleton: nn.Module, file: AdapterFile, folder: Path, wanted: Wanted) -> ExportReport:
+def export_file(skeleton: PreTrainedModel, file: AdapterFile, folder: Path, wanted: Wanted) -> ExportReport:
     """Export an adapter's tensors from its file, with a model without weights. Nothing is converted."""
     with hold(folder):
         refuse_to_overwrite(folder)
@@ -145,7 +148,7 @@ def export_file(skeleton: nn.Module, file: AdapterFile, folder: Path, wanted: Wa
 
 
 def _low_rank(
-    model: Any, name: str, file: AdapterFile, wanted: Wanted, rows: Rows
+    model: PreTrainedModel, name: str, file: AdapterFile, wanted: Wanted, rows: Rows
 ) -> tuple[dict[str, Pair], Conversion | None]:
     folded = folded_pairs(model, file)
     if not wanted.converts(file):
@@ -171,7 +174,7 @@ def _low_rank(
 
 def _write(
     folder: Path,
-    model: Any,
+    model: PreTrainedModel,
     file: AdapterFile,
     wanted: Wanted,
     pairs: Mapping[str, Pair],
@@ -194,7 +197,9 @@ def _write(
     return result
 
 
-def _write_gguf(folder: Path, model: Any, wanted: Wanted, pairs: Mapping[str, Pair], base: str | None) -> None:
+def _write_gguf(
+    folder: Path, model: PreTrainedModel, wanted: Wanted, pairs: Mapping[str, Pair], base: str | None
+) -> None:
     names = GgufNames(model.config)
     renamed = gguf_pairs(model, names, pairs)
     if wanted.base_gguf is not None:

@@ -16,7 +16,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from rankwise.export.pairs import Pair, scaled_pairs, to_one_rank
 from rankwise.export.portable import attach_pairs, live_adapter, write_portable
 from rankwise.lora_config import LoraConfig
 from rankwise.quantization.listing import some_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Way = Literal["linear", "cat", "svd", "ties", "dare_ties"]
 DEFAULT_DENSITY = 0.5
@@ -61,7 +64,7 @@ class Combination:
 
 
 def combine_adapters(
-    model: Any,
+    model: PreTrainedModel,
     adapters: Sequence[str],
     weights: Sequence[float],
     *,

@@ -16,7 +16,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.low_rank import gain
 from rankwise.errors import AdapterError
 from rankwise.export.pairs import Pair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # To find the least rank, so many directions of each layer are kept at first, and then so many.
 RANKS_TRIED = (64, 512)
@@ -69,7 +72,7 @@ class Directions:
 
 @torch.no_grad()
 def convert(
-    model: nn.Module,
+    model: PreTrainedModel,
     name: str,
     rows: Sequence[Tensor],
     *,
@@ -147,7 +150,9 @@ def update_of(layer: AdaptedLayer, name: str) -> Tensor:
     return (g - 1) * dense_weight(base).float() + g * dW - first
 
 
-def inputs_of(model: Any, layers: Mapping[str, AdaptedLayer], rows: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+def inputs_of(
+    model: PreTrainedModel, layers: Mapping[str, AdaptedLayer], rows: Sequence[Tensor]
+) -> dict[str, list[Tensor]]:
     """What each layer reads of the first ``MOST_TOKENS`` tokens, row by row: (t, in), of an embedding ids (t,)."""
     kept: dict[str, list[Tensor]] = {path: [] for path in layers}
     left = MOST_TOKENS

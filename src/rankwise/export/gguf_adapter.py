@@ -8,7 +8,7 @@ lora_a is (r, in) and lora_b (out, r), of E experts (E, r, in) and (E, out, r), 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
@@ -21,11 +21,14 @@ from rankwise.export.pairs import Pair, Pairs
 from rankwise.models.gguf_file import GgufHeader, read_gguf_header
 from rankwise.quantization.listing import some_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 ADAPTER_FILE = "adapter.gguf"
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 
-def gguf_pairs(model: Any, names: GgufNames, pairs: Pairs) -> dict[str, Pair]:
+def gguf_pairs(model: PreTrainedModel, names: GgufNames, pairs: Pairs) -> dict[str, Pair]:
     """By the GGUF's names and in its orders: lora_a and lora_b, as above.
 
     Raises AdapterError (RW742) for what llama.cpp would not compute: an adapter on a head or an embedding that are

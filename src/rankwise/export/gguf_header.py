@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch import Tensor
 from rankwise.errors import ModelError
 from rankwise.export.gguf_names import GgufNames
 from rankwise.foreign import read_object
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # What that table leaves out, where a config has it.
 EXTRA_KEYS = {
@@ -63,7 +66,7 @@ def _sizes(names: GgufNames) -> dict[str, int | float]:
     return {key: value for key, value in found.items() if isinstance(value, int | float) and value is not True}
 
 
-def _rotary(writer: Any, config: Any) -> dict[str, Tensor]:
+def _rotary(writer: Any, config: PreTrainedConfig) -> dict[str, Tensor]:
     import gguf
 
     parameters = getattr(config, "rope_parameters", None)

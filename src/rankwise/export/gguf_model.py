@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from rankwise.export.shards import ShardedWeights
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.quantization.linear import is_conv1d
 from rankwise.quantization.listing import some_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 MODEL_FILE = "model.gguf"
 DEFAULT_TYPE = "f16"
@@ -78,7 +81,7 @@ def stored(names: GgufNames, name: str, W: Tensor, transposed: bool) -> Tensor:
 
 
 def write_merged_gguf(
-    path: Path, base: Path, model: nn.Module, file: AdapterFile, kind: str | None, template: str | None
+    path: Path, base: Path, model: PreTrainedModel, file: AdapterFile, kind: str | None, template: str | None
 ) -> None:
     """The GGUF ``base`` with the adapter merged in: changed tensors in ``kind`` (default F16), and with a ``kind`` also
     those that are not quantized yet; all others are copied. ``template`` replaces the chat template.
@@ -167,7 +170,7 @@ def _kind_for(name: str, shape: tuple[int, ...], wanted: str, own: Any = None) -
     return kinds.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] else kind
 
 
-def write_folder_gguf(path: Path, folder: Path, config: Any, kind: str | None) -> None:
+def write_folder_gguf(path: Path, folder: Path, config: PreTrainedConfig, kind: str | None) -> None:
     """A merged model folder of transformers' as a GGUF. Raises ModelError: RW740, RW741, RW744, RW745."""
     import gguf
 

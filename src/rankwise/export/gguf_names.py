@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from rankwise.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # transformers' model_type: llama.cpp's architecture.
 ARCHITECTURES = {
@@ -46,7 +49,7 @@ class Part:
 class GgufNames:
     """The names for a model of ``config``. Raises ModelError (RW740) for a family that is not converted."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         import gguf
 
         self.config = config.get_text_config()

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from rankwise.adapters.checkpoint import AdapterFile
 from rankwise.constants import IGNORED
 from rankwise.export.pairs import Pairs
 from rankwise.export.portable import attach_pairs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 EXPORTED = "rankwise_exported"
 
@@ -36,8 +39,8 @@ class Likeness:
     tokens: int
     largest_logit_difference: float
     mean_logit_difference: float
-    top1_agreement: float
     # Share of the tokens at which both find the same next token likeliest.
+    top1_agreement: float
     perplexity_base: float
     perplexity_adapter: float
     perplexity_exported: float
@@ -45,7 +48,7 @@ class Likeness:
 
 @torch.no_grad()
 def keeps_perplexity(
-    model: Any, file: AdapterFile, name: str, rows: Sequence[Row], share: float
+    model: PreTrainedModel, file: AdapterFile, name: str, rows: Sequence[Row], share: float
 ) -> Callable[[Pairs], bool]:
     """Whether pairs keep the perplexity of ``rows`` within ``share`` of the trained adapter's, as a function of them.
 
@@ -63,14 +66,14 @@ def keeps_perplexity(
 
 
 @torch.no_grad()
-def likeness(model: Any, file: AdapterFile, name: str, pairs: Pairs, rows: Sequence[Row]) -> Likeness:
+def likeness(model: PreTrainedModel, file: AdapterFile, name: str, pairs: Pairs, rows: Sequence[Row]) -> Likeness:
     """The exported pairs beside the adapter ``name``, which is active."""
     with _laid_over(model, file, name, pairs):
         return _compare(model, name, rows)
 
 
 @contextmanager
-def _laid_over(model: Any, file: AdapterFile, name: str, pairs: Pairs) -> Iterator[None]:
+def _laid_over(model: PreTrainedModel, file: AdapterFile, name: str, pairs: Pairs) -> Iterator[None]:
     """Within this context the pairs are the active adapter instead of ``name``."""
     attach_pairs(model, file, pairs, EXPORTED, trainable=False)
     try:
@@ -80,7 +83,7 @@ def _laid_over(model: Any, file: AdapterFile, name: str, pairs: Pairs) -> Iterat
         set_adapter(model, name)
 
 
-def _compare(model: Any, name: str, rows: Sequence[Row]) -> Likeness:
+def _compare(model: PreTrainedModel, name: str, rows: Sequence[Row]) -> Likeness:
     losses: tuple[list[Tensor], ...] = ([], [], [])
     largest, total, agreed, tokens = 0.0, 0.0, 0, 0
     for row in rows:
@@ -101,7 +104,7 @@ def _compare(model: Any, name: str, rows: Sequence[Row]) -> Likeness:
     )
 
 
-def _losses(model: Any, rows: Sequence[Row]) -> Tensor:
+def _losses(model: PreTrainedModel, rows: Sequence[Row]) -> Tensor:
     """The loss of every label, row by row."""
     return torch.cat([_loss(_logits(model, row), row) for row in rows])
 
@@ -111,6 +114,6 @@ def _loss(logits: Tensor, row: Row) -> Tensor:
     return cross_entropy(logits[:-1][labels != IGNORED], labels[labels != IGNORED], reduction="none")
 
 
-def _logits(model: Any, row: Row) -> Tensor:
+def _logits(model: PreTrainedModel, row: Row) -> Tensor:
     found: Tensor = model(input_ids=row.ids[None].to(model.device), use_cache=False).logits[0].float()
     return found

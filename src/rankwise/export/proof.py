@@ -17,13 +17,16 @@ import sys
 import tempfile
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rankwise.adapters import adapter_disabled
 from rankwise.errors import RunError
 from rankwise.serving import vllm_rank
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SCRIPT = Path(__file__).with_name("server_script.py")
 PROMPTS, NEW_TOKENS = 20, 12
@@ -108,7 +111,7 @@ def server_python(target: str, given: Path | None) -> str:
     return str(python)
 
 
-def prove(target: str, python: str, model: Any, served: Served, prompts: list[list[int]]) -> Proof:
+def prove(target: str, python: str, model: PreTrainedModel, served: Served, prompts: list[list[int]]) -> Proof:
     """Serve, ask, and compare with ``model``, whose adapter is at work. Raises RunError (RW738) unless they agree."""
     prompts = prompts[:PROMPTS]
     texts = [_greedy(model, prompt) for prompt in prompts]
@@ -163,7 +166,7 @@ def _greedy(model: Any, prompt: list[int]) -> list[int]:
 
 
 @torch.inference_mode()
-def _logprobs(model: Any, prompt: list[int], answer: list[int]) -> list[float]:
+def _logprobs(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> list[float]:
     ids = torch.tensor([prompt + answer], device=model.device)
     scores = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
     return [float(row[token]) for row, token in zip(scores, answer)]

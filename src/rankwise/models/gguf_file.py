@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from rankwise.errors import ModelError
 from rankwise.foreign import JsonObject
+from rankwise.weights_file import Malformed
 
 STRING, ARRAY = 8, 9
 FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -42,10 +43,10 @@ def read_gguf_header(path: Path) -> GgufHeader:
         with open(path, "rb") as file:
             size_bytes = file.seek(0, 2)
             if size_bytes < 24:
-                raise _Malformed(f"is {size_bytes:,} bytes, too short for a GGUF file; download it again")
+                raise Malformed(f"is {size_bytes:,} bytes, too short for a GGUF file; download it again")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 return _Reader(content).header()
-    except _Malformed as problem:
+    except Malformed as problem:
         raise ModelError("RW310", f"{path} {problem}.") from None
     except struct.error:
         raise ModelError("RW310", f"{path} ends inside its header; download it again.") from None
@@ -53,10 +54,6 @@ def read_gguf_header(path: Path) -> GgufHeader:
         raise ModelError("RW310", f"{path} holds text that is not UTF-8; download it again.") from None
     except OSError as problem:
         raise ModelError("RW310", f"{path} cannot be read: {problem.strerror}.") from None
-
-
-class _Malformed(Exception):
-    """The rest of a sentence that starts with the file's name."""
 
 
 class _Reader:
@@ -67,15 +64,15 @@ class _Reader:
 
     def header(self) -> GgufHeader:
         if self.content[:4] != b"GGUF":
-            raise _Malformed("does not start with GGUF's four letters; give a GGUF file, or the folder of a model")
+            raise Malformed("does not start with GGUF's four letters; give a GGUF file, or the folder of a model")
         self.position = 4
         version = self.number("I")
         if version not in (2, 3):
-            raise _Malformed(f"is of GGUF version {version}, where 2 and 3 can be read; convert it again")
+            raise Malformed(f"is of GGUF version {version}, where 2 and 3 can be read; convert it again")
         tensor_count, entry_count = self.number("Q"), self.number("Q")
         metadata = dict(self.entry() for _ in range(entry_count))
         if not isinstance(metadata.get("general.architecture"), str):
-            raise _Malformed("does not name its architecture (general.architecture); convert it again")
+            raise Malformed("does not name its architecture (general.architecture); convert it again")
         tensors = [self.tensor() for _ in range(tensor_count)]
         return GgufHeader(metadata, self.checked(tensors, metadata))
 
@@ -91,7 +88,7 @@ class _Reader:
 
     def skip(self, count_bytes: int) -> None:
         if self.position + count_bytes > len(self.content):
-            raise _Malformed("is cut short inside its header, or claims lengths beyond its end; download it again")
+            raise Malformed("is cut short inside its header, or claims lengths beyond its end; download it again")
         self.position += count_bytes
 
     def entry(self) -> tuple[str, Any]:
@@ -103,7 +100,7 @@ class _Reader:
         if kind == ARRAY:
             return self.array(self.number("I"), self.number("Q"))
         if kind not in FORMATS:
-            raise _Malformed(f"holds a value of the unknown type {kind}; convert it again")
+            raise Malformed(f"holds a value of the unknown type {kind}; convert it again")
         return self.number(FORMATS[kind])
 
     def array(self, kind: int, count: int) -> int:
@@ -114,13 +111,13 @@ class _Reader:
             for _ in range(count):
                 self.skip(self.number("Q"))
         else:
-            raise _Malformed(f"holds an array of the unknown type {kind}; convert it again")
+            raise Malformed(f"holds an array of the unknown type {kind}; convert it again")
         return count
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name, dimensions = self.text(), self.number("I")
         if dimensions > MAX_DIMENSIONS:
-            raise _Malformed(f"gives {name!r} {dimensions:,} dimensions; it is damaged, download it again")
+            raise Malformed(f"gives {name!r} {dimensions:,} dimensions; it is damaged, download it again")
         shape = tuple(self.number("Q") for _ in range(dimensions))
         return name, shape, self.number("I"), self.number("Q")
 
@@ -133,15 +130,15 @@ class _Reader:
         start, tensors = self.data_start(metadata.get("general.alignment", 32)), {}
         for name, shape, kind, offset in entries:
             if name in tensors:
-                raise _Malformed(f"holds the tensor {name!r} twice; convert it again")
+                raise Malformed(f"holds the tensor {name!r} twice; convert it again")
             if kind not in sizes:
-                raise _Malformed(f"stores {name!r} as ggml type {kind}, which the installed gguf package does not know")
+                raise Malformed(f"stores {name!r} as ggml type {kind}, which the installed gguf package does not know")
             block, block_bytes = sizes[kind]
             if (shape[0] if shape else 1) % block:
-                raise _Malformed(f"gives {name!r} rows of {shape[0]}, which is not a multiple of its block of {block}")
+                raise Malformed(f"gives {name!r} rows of {shape[0]}, which is not a multiple of its block of {block}")
             end = offset + prod(shape) // block * block_bytes
             if start + end > len(self.content):
-                raise _Malformed(
+                raise Malformed(
                     f"is {len(self.content):,} bytes where its header promises {start + end:,} or more; "
                     "download it again"
                 )
@@ -150,5 +147,5 @@ class _Reader:
 
     def data_start(self, alignment: Any) -> int:
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise _Malformed(f"has the alignment {alignment!r}, which is not a power of two; convert it again")
+            raise Malformed(f"has the alignment {alignment!r}, which is not a power of two; convert it again")
         return (self.position + alignment - 1) // alignment * alignment

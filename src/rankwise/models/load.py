@@ -25,7 +25,7 @@ from rankwise.quantization.listing import some_of
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from rankwise.quantization import FourBitConfig, Linear4bit
     from rankwise.quantization.experts import StackScales
@@ -183,7 +183,7 @@ def _quantization_arguments(
     return {"config": config}
 
 
-def _read_densely(path: Path, config: Any, stored: dict[str, Any]) -> dict[str, Any]:
+def _read_densely(path: Path, config: PreTrainedConfig, stored: dict[str, Any]) -> dict[str, Any]:
     """Let transformers dequantize what it can while it reads, and say so (RW179)."""
     method = stored.get("quant_method")
     if method not in DEQUANTIZED_ON_LOADING:
