@@ -1,0 +1,159 @@
+"""What ends several processes, and that all of them end with one message."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from device_runs import Runs, check_failed, check_saved, differing, lines, needs_proc, record
+
+from several import Nursery
+
+
+@needs_proc
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
+def test_a_killed_process_ends_all_and_the_run_continues_to_the_bit(
+    runs: Runs, several: Nursery, given: list[str], strategy: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "killed"
+    options = ("--method", "qdora", "--batch-size", 2, "--strategy", strategy, "--output", folder)
+    launch = several.start(2, [*given, *options])
+    launch.wait_for(folder, "checkpoints/step-2")
+    os.kill(launch.pids[1], signal.SIGKILL)
+    done = launch.ended()
+    check_failed(done, "error RW702: process 0 of 2 has lost the others")
+    assert done.codes == [2, -signal.SIGKILL]
+    assert record(folder)["status"] == "failed"
+    again = several.run(2, ["train", "--resume", "--output", folder])
+    assert again.codes == [0, 0], again.stderr
+    assert differing(runs.two, folder) == []
+    assert lines(folder, "loss") == lines(runs.two, "loss")
+
+
+@needs_proc
+@pytest.mark.long
+def test_shards_that_train_continue_to_the_bit(several: Nursery, given: list[str], tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = ("--method", "full", "--batch-size", 2, "--strategy", "fsdp", "--output")
+    done = several.run(2, [*given, *options, whole])
+    assert done.codes == [0, 0], done.stderr
+    launch = several.start(2, [*given, *options, killed])
+    launch.wait_for(killed, "checkpoints/step-2")
+    os.kill(launch.pids[0], signal.SIGKILL)
+    check_failed(launch.ended(), "error RW702: process 1 of 2 has lost the others")
+    again = several.run(2, ["train", "--resume", "--output", killed])
+    assert again.codes == [0, 0], again.stderr
+    assert differing(whole, killed) == []
+    assert lines(killed, "loss") == lines(whole, "loss")
+
+
+FAULTS = {
+    "a loss that is not finite in one process": (
+        """
+from rankwise.training.trainer import RankwiseTrainer
+compute = RankwiseTrainer.compute_loss
+def broken(self, *args, **more):
+    return compute(self, *args, **more) * (float("nan") if rank == 1 and self.state.global_step == 2 else 1)
+RankwiseTrainer.compute_loss = broken
+""",
+        ("RW530: the loss is nan at step 3",),
+    ),
+    "a full disk where the writer writes": (
+        """
+import errno
+from rankwise.training import spine
+def full(*args, **more):
+    raise OSError(errno.ENOSPC, "No space left on device")
+spine.save_state = full
+""",
+        ("RW513", "free some space"),
+    ),
+    "an error in one process": (
+        """
+from rankwise.training.trainer import RankwiseTrainer
+step = RankwiseTrainer.training_step
+def broken(self, *args, **more):
+    if rank == 1 and self.state.global_step == 2:
+        raise MemoryError
+    return step(self, *args, **more)
+RankwiseTrainer.training_step = broken
+""",
+        ("RW550",),
+    ),
+    "a process that cannot write where the others do": (
+        """
+import os
+from rankwise.training import ranks
+ranks.FILE_SECONDS = 2
+os.chdir(("here", "there")[rank])
+""",
+        ("RW701: process 1 does not see run",),
+    ),
+    "other data": (
+        """
+import os
+os.chdir(("here", "there")[rank])
+open("train.jsonl", "a").write('{"prompt": "another", "completion": "row"}\\n' * rank)
+""",
+        ("RW700", "the sha256 of the train data"),
+    ),
+    "another number of processes": ("", ("RW137: --devices is 4 and the launcher started 2",)),
+}
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_a_fault_in_one_process_ends_all_with_one_message(
+    what: str, several: Nursery, given: list[str], rows: Path, tmp_path: Path
+) -> None:
+    fault, words = FAULTS[what]
+    options: list[Any] = [*given, "--method", "lora", "--batch-size", 2, "--output"]
+    options.append("run" if "chdir" in fault else tmp_path / "run")
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text((rows / "train.jsonl").read_text())
+    if what == "other data":
+        options[options.index(str(rows / "train.jsonl"))] = "train.jsonl"
+    if what == "another number of processes":
+        options += ["--devices", 4]
+    fault = f"import os; os.chdir({str(tmp_path)!r})\n{fault}"
+    check_failed(several.run(2, options, fault), *words)
+
+
+@needs_proc
+def test_a_process_that_hangs_ends_all(several: Nursery, given: list[str], tmp_path: Path) -> None:
+    folder, patience = tmp_path / "hung", 10
+    fault = f"from rankwise.training import ranks; ranks.PATIENCE_SECONDS = {patience}"
+    options = ("--method", "lora", "--batch-size", 2, "--output", folder)
+    launch = several.start(2, [*given, "--max-steps", 2000, *options], fault, grace_seconds=2)
+    launch.wait_for(folder, "checkpoints/step-2")
+    os.kill(launch.pids[1], signal.SIGSTOP)
+    began = time.monotonic()
+    done = launch.ended()
+    check_failed(done, "error RW702: process 0 of 2 has lost the others")
+    assert done.codes == [2, -signal.SIGKILL]
+    assert time.monotonic() - began < patience + 60
+    assert record(folder)["status"] == "failed"
+
+
+@needs_proc
+def test_a_signal_to_one_process_saves_once_and_ends_all(several: Nursery, given: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "stopped"
+    launch = several.start(2, [*given, "--max-steps", 2000, "--batch-size", 2, "--output", folder])
+    launch.wait_for(folder, "checkpoints/step-2")
+    os.kill(launch.pids[1], signal.SIGTERM)
+    done = launch.ended()
+    assert done.codes == [130, 130]
+    check_saved(folder, done.stderr)
+
+
+def test_processes_that_differ_are_refused_with_one_message(several: Nursery, given: list[str], tmp_path: Path) -> None:
+    # The settings of each process are its own.
+    fault = "import rankwise.training.run as run; train = run.train\n"
+    fault += "run.train = lambda given, *more: train(given.model_copy(update={'seed': rank}), *more)"
+    done = several.run(2, [*given, "--output", tmp_path / "run"], fault)
+    check_failed(done, "RW700: the processes of this run do not do the same: --seed is 1 in process 1 and 0 in")
+    assert not (tmp_path / "run").exists()
