@@ -16,6 +16,7 @@ from rankwise.config import TrainSettings
 from rankwise.constants import IGNORED
 from rankwise.errors import ConfigError, Interrupted
 from rankwise.records import load_record
+from rankwise.training import rate_search
 from rankwise.training.rate_search import kept_apart, rounds
 from rankwise.training.run import train
 from rankwise.training.setup import Data
@@ -95,6 +96,37 @@ def test_a_resumed_run_does_not_search_again(settings: Any, tmp_path: Path) -> N
     # Also where no option but --output is given again, as the command line does.
     settings_then = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     assert train(TrainSettings.model_validate(settings_then | {"resume": True})).eval_loss == resumed.eval_loss
+
+
+@pytest.mark.parametrize("change", [{}, {"r": 2}], ids=["the same", "another"])
+def test_a_search_that_was_stopped_continues(change: dict[str, Any], settings: Any, tmp_path: Path) -> None:
+    """After three of its six short runs; a search with other settings does not take them."""
+    given = settings(**SHORT)
+    straight = train(given.model_copy(update={**change, "output": tmp_path / "straight"}))
+    runs = []
+
+    def counted(trainer: Any, rows: Any) -> float | None:
+        runs.append(trainer.args.learning_rate)
+        if len(runs) == 4:
+            raise KeyboardInterrupt
+        return judge(trainer, rows)
+
+    judge = rate_search._loss_after
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rate_search, "_loss_after", counted)
+        with pytest.raises(KeyboardInterrupt):
+            train(given)
+        noted = tmp_path / ".run.rankwise-search"
+        assert noted.is_file()
+        assert not (tmp_path / "run").exists()
+        found = train(given.model_copy(update=change))
+    assert straight.rate_search is not None
+    assert found.rate_search is not None
+    assert found.rate_search["trials"] == straight.rate_search["trials"]
+    assert found.eval_loss == straight.eval_loss
+    # Four in the first call; those that were done are not run again.
+    assert len(runs) - 4 == len(straight.rate_search["trials"]) - (0 if change else 3)
+    assert not noted.exists()
 
 
 def test_a_dry_run_searches_nothing(settings: Any, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ decay, since a run that is cut off before its decay makes high rates look worse 
 
 A rate is judged by its loss on training rows that the short runs do not see. Evaluation data are not touched. The run
 afterwards starts where every short run did, and trains on all rows.
+
+Each finished short run is noted in a file beside the run's folder, so that a search that was killed continues.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +31,8 @@ from transformers.trainer_utils import SaveStrategy
 from rankwise.config import TrainSettings
 from rankwise.constants import IGNORED
 from rankwise.errors import ConfigError, RunError
-from rankwise.records import RateSearch, RateTrial, load_record
+from rankwise.foreign import checked, read_json
+from rankwise.records import RateSearch, RateTrial, load_record, write_json
 from rankwise.reports.numbers import plural
 from rankwise.reports.numbers import rate as spelled
 from rankwise.training import ranks
@@ -75,6 +81,24 @@ def rounds(rates: int, budget: int) -> list[tuple[int, int]]:
     return [(size, max(2, budget // (len(sizes) * size))) for size in sizes]
 
 
+@dataclasses.dataclass
+class _Noted:
+    """The short runs that are done, of a search with this key."""
+
+    key: str
+    seconds: float
+    trials: list[RateTrial]
+
+
+def _noted(path: Path, key: str) -> _Noted:
+    """What ``path`` holds of the same search; nothing of another one, nor of a damaged file."""
+    with suppress(OSError, ValueError):
+        found = checked(_Noted, read_json(path))
+        if found.key == key:
+            return found
+    return _Noted(key, 0.0, [])
+
+
 def search(
     given: TrainSettings,
     data: Data,
@@ -82,13 +106,18 @@ def search(
     steps: int,
     trainer_of: Callable[[TrainSettings, Data], RunTrainer],
     observer: Observer,
+    base: str,
 ) -> RateSearch:
-    """The best of the rates for a run of ``steps``. The model is left as it was.
+    """The best of the rates for a run of ``steps``. The model is left as it was. ``base``: the hash of its weights.
 
     Raises ConfigError: RW175 for too few rows to keep some, RW176 where every rate diverges.
     """
-    started = time.monotonic()
     training, held = kept_apart(data)
+    path = given.output.with_name(f".{given.output.name}.rankwise-search")
+    described = given.model_dump(mode="json", exclude={"output", "overwrite", "ignore_plan"}), data.describe(), base
+    noted = _noted(path, hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest())
+    started = time.monotonic() - noted.seconds
+    known = {(trial["learning_rate"], trial["steps"]): trial for trial in noted.trials}
     left: Sequence[float] = given.searched_rates
     start = {parameter: parameter.detach().to("cpu", copy=True) for parameter in _trained(model)}
     trials: list[RateTrial] = []
@@ -100,14 +129,20 @@ def search(
         observer.phase(f"Trying {plural(len(left), 'learning rate')}, {plural(length, 'step')} each")
         tried: list[RateTrial] = []
         for rate in left:
-            short = _short_run(given, rate, length, length / steps)
-            tried.append(
-                {"learning_rate": rate, "steps": length, "loss": _loss_after(trainer_of(short, training), held)}
-            )
-            _put_back(start)
+            trial = known.get((rate, length))
+            if trial is None:
+                short = _short_run(given, rate, length, length / steps)
+                loss = _loss_after(trainer_of(short, training), held)
+                trial = {"learning_rate": rate, "steps": length, "loss": loss}
+                _put_back(start)
+                noted.trials.append(trial)
+                noted.seconds = time.monotonic() - started
+                write_json(path, dataclasses.asdict(noted))
+            tried.append(trial)
         trials += tried
         scored = sorted((trial["loss"], trial["learning_rate"]) for trial in tried if trial["loss"] is not None)
         left = [rate for _, rate in scored]
+    path.unlink(missing_ok=True)
     if not left:
         rates = ", ".join(map(spelled, given.searched_rates))
         raise ConfigError(

@@ -236,7 +236,7 @@ def _prepare(
     predicted = max((peak for peak in each if peak is not None), default=None)
     searched = None
     if given.searched_rates and not given.dry_run:
-        searched = rate_search.search(given, data, loaded.model, trainer.total_steps, make, observer)
+        searched = rate_search.search(given, data, loaded.model, trainer.total_steps, make, observer, base["sha256"])
         given = rate_search.with_rate(given, searched)
         trainer = make(given, data)
     groups = _groups(given, loaded.model)
