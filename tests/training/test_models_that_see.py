@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import rankwise as rw
 from rankwise.errors import RankwiseWarning
+from rankwise.export.merged import merge_to_folder
 from rankwise.planning import Workload, estimate
 from rankwise.training.run import train
 
@@ -109,6 +110,21 @@ def test_peft_reads_the_adapter(seeing: Path, settings: Any, tmp_path: Path) -> 
     rw.load_adapter(model, tmp_path / "run")
     with torch.no_grad():
         torch.testing.assert_close(theirs(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_merge_on_disk_finds_the_tensors(seeing: Path, tmp_path: Path) -> None:
+    """Under their names in the files, which are not always those of the model."""
+    model, _ = rw.load_model(str(seeing))
+    with pytest.warns(RankwiseWarning, match="RW177"):
+        rw.add_adapter(model, rw.LoraConfig(r=4))
+    for parameter in rw.adapter_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    rw.save_adapter(model, tmp_path / "adapter")
+    merge_to_folder(tmp_path / "adapter", tmp_path / "merged", model=str(seeing))
+    merged, _ = rw.load_model(str(tmp_path / "merged"))
+    ids = torch.tensor([[1, 5, 9, 14, 33, 60, 2]])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_an_expression_still_reaches_the_part_that_sees(seeing: Path) -> None:

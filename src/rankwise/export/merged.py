@@ -29,6 +29,7 @@ from rankwise.adapters.experts import merged_stack
 from rankwise.adapters.foreign_layer import make_dense
 from rankwise.adapters.saving import PREFIX
 from rankwise.adapters.trained_base import base_model_of, dtype_of, quantization_of, revision_of, sha256_of_base
+from rankwise.compat.transformers import collected
 from rankwise.disk import hold, whole_folder
 from rankwise.errors import AdapterError, ModelError, RunError, warn
 from rankwise.export.dequantized import DequantizedWeights
@@ -269,15 +270,11 @@ def _weights(base: Base, skeleton: nn.Module) -> Weights:
 
 
 def _names_in_files(skeleton: nn.Module, weights: Weights) -> dict[str, str]:
-    """{parameter of the model: its name in the files}; some families leave the base model's prefix out on disk."""
-    prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
-    names = {}
-    for parameter in skeleton.state_dict():
-        for name in (parameter, parameter.removeprefix(prefix)):
-            if name in weights:
-                names[parameter] = name
-                break
-    return names
+    """{parameter of the model: its name in the files}, which transformers may call otherwise there: without the base
+    model's prefix (GPT-2), or with other parts (Qwen2.5-VL)."""
+    state = skeleton.state_dict()
+    found = collected(skeleton, weights.names())
+    return {parameter: name for name, parameter, made in found if made is None and parameter in state}
 
 
 def _stack_changes(skeleton: nn.Module, file: AdapterFile, base: Base) -> dict[str, Change]:
