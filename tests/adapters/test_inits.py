@@ -147,11 +147,20 @@ def test_loftq_is_peft_s_decomposition(family):
     rw.quantize(model, rw.Nf4Config())
     given = settings(family, "plain", "loftq") | {"lora_alpha": 4}
     rw.add_adapter(model, rw.LoraConfig(**given), originals=dense)
+    base = FAMILIES[family]()
+    for name, layer in model.named_modules():
+        if isinstance(layer, rw.Linear4bit):
+            module, Q = base.get_submodule(name.replace(".base_layer", "")), layer.dequantize()
+            module.weight.data = Q if isinstance(module, nn.Linear) else Q.T.contiguous()
+    theirs = peft_of(base, **{**given, "init_lora_weights": True})
     for item in rw.adapters.report(model).modules:
-        layer = model.get_submodule(item.name)
-        W, Q, adapter = dense_weight(dense.get_submodule(item.name)), layer.base_layer.dequantize(), layer.at_work
-        theirs = _low_rank_decomposition(W - Q, reduced_rank=item.r)
-        torch.testing.assert_close(adapter.lora_B @ adapter.lora_A, theirs["L"] @ theirs["R"], rtol=0, atol=1e-5)
+        mine, other = model.get_submodule(item.name), theirs.base_model.model.get_submodule(item.name)
+        W, Q, adapter = dense_weight(dense.get_submodule(item.name)), mine.base_layer.dequantize(), mine.at_work
+        pair = _low_rank_decomposition(W - Q, reduced_rank=adapter.r)
+        torch.testing.assert_close(adapter.lora_B @ adapter.lora_A, pair["L"] @ pair["R"], rtol=0, atol=1e-5)
+        other.lora_A["default"].weight.data, other.lora_B["default"].weight.data = pair["R"], pair["L"]
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses(model), losses(theirs), rtol=1e-4, atol=1e-5)
 
 
 def test_loftq_comes_nearer_at_any_scale():
@@ -286,9 +295,12 @@ def test_a_head_that_shares_the_embedding_leaves_the_embedding_alone(tmp_path):
     torch.testing.assert_close(logits(again), trained, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("more", ["plain", "rslora", "ranks", "dora"])
-def test_a_live_pissa_is_exported_for_the_original(more, tmp_path):
-    model = ours(tiny_llama(), **settings("llama", more, "pissa"))
+@pytest.mark.parametrize(
+    ("init", "more"), [*(("pissa", more) for more in MORE), ("eva", "plain"), ("eva_rho_2", "rslora")]
+)
+def test_a_live_start_is_exported_for_the_original(init, more, tmp_path):
+    batches = {"batches": rows()} if init.startswith("eva") else {}
+    model = ours(tiny_llama(), **settings("llama", more, init), **batches)
     step(model, 0.003)
     rw.export_adapter(model, tmp_path / "served", target="peft", **({"rank": 32} if more == "dora" else {}))
     theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "served")

@@ -53,7 +53,7 @@ def refuse_unserved(file: AdapterFile, target: str) -> None:
     whole = sorted(key.removeprefix(PREFIX) for key in file.tensors if ".lora_" not in key)
     stacks = [item.name for item in file.planned if item.experts is not None]
     if whole or (stacks and "experts" in SERVERS[target].refuses):
-        what = f"trains {some_of(whole)} whole" if whole else f"adapts the stacked experts {some_of(stacks)}"
+        what = f"holds more than pairs ({some_of(whole)})" if whole else f"adapts the stacked experts {some_of(stacks)}"
         raise AdapterError(
             "RW730",
             f"the adapter {what}, and {SERVERS[target].name} takes low-rank pairs of layers alone; write a merged "
