@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
+
+from rankwise.models.folder import auto_class
 
 COMMON = {
     "vocab_size": 32000,
@@ -33,6 +35,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"vocab_size": 256000, "tie_word_embeddings": True, **GEMMA, "sliding_window": 4096},
     "gemma3_text": {"vocab_size": 262144, "tie_word_embeddings": True, **GEMMA, "sliding_window": 512},
     "gemma3": {},
+    "idefics3": {},
+    "smolvlm": {},
     "phi3": {},
     "olmo2": {},
     "granite": {},
@@ -53,6 +57,9 @@ def config_of(family: str, **changes: Any) -> dict[str, Any]:
     """A config.json's content."""
     if family == "gemma3":
         return {"text_config": config_of("gemma3_text", **changes), "vision_config": EYES, "model_type": family}
+    if family in ("idefics3", "smolvlm"):
+        eyes = {name: value for name, value in EYES.items() if name not in ("vision_use_head", "model_type")}
+        return {"text_config": config_of("llama", **changes), "vision_config": eyes, "model_type": family}
     config = {**COMMON, **FAMILIES[family], **changes, "model_type": family}
     if family != "gpt2":
         return config
@@ -67,4 +74,4 @@ def skeleton(family: str, **changes: Any) -> PreTrainedModel:
     config = config_of(family, **changes)
     config.pop("model_type")
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config))
+        return auto_class(family).from_config(AutoConfig.for_model(family, **config))

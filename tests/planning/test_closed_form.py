@@ -35,6 +35,7 @@ GRID = [
     ("gemma2", "lora", "cuda", False, 2, 1024),
     ("gemma2", "full", "cuda", True, 1, 2048),
     ("gemma3", "lora", "cuda", False, 2, 512),
+    ("smolvlm", "lora", "cpu", False, 2, 512),
     ("granite", "dora", "cpu", False, 2, 512),
     ("olmo2", "qlora", "cuda", False, 2, 512),
     ("smollm3", "lora", "cpu", True, 2, 512),

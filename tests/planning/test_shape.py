@@ -49,7 +49,7 @@ def test_every_known_family_is_tested():
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "qwen2_moe", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "qwen2_moe", "gemma3", "smolvlm"])
 def test_trainable_parameters_are_those_of_add_adapter(family, use_dora):
     for settings in ADAPTERS:
         if use_dora and "enable_lora" in settings:

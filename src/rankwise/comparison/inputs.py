@@ -14,6 +14,7 @@ from rankwise.config import BASELINES
 from rankwise.data import Row, Rows, read_rows, warn_of_overlap
 from rankwise.data.preference_formats import PREFERENCE_FORMATS
 from rankwise.data.preferences import sides_of
+from rankwise.data.rows import HOLDS_IMAGES
 from rankwise.errors import ConfigError, DataError, ModelError
 from rankwise.foreign import JsonObject
 from rankwise.lora_config import LoraConfig
@@ -53,6 +54,8 @@ def prepare_inputs(given: CompareSettings, check: Callable[[JsonObject], None]) 
     layout = {**given.columns, "formats": PREFERENCE_FORMATS.get(given.objective)}
     folder = given.output / "data"
     rows = read_rows(given.data, split="train", **layout)
+    if rows.kind == "images":
+        raise ConfigError("RW182", f"{rows.source} {HOLDS_IMAGES}")
     held_out = _own_evaluation(given, rows, layout)
     train, how = _absolute(given.data), f"--eval-data {given.eval_data}" if given.eval_data else "its validation part"
     is_split = held_out is None

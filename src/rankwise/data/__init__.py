@@ -4,8 +4,8 @@ rows = read_rows("train.jsonl")                             # every row checked,
 encoded = encode_rows(rows, tokenizer, max_length=1024)     # input_ids and labels, and a report
 """
 
+from rankwise.data.detect import rows_from_records
 from rankwise.data.encoding import Encoded, EncodingReport, encode_rows
-from rankwise.data.formats import rows_from_records
 from rankwise.data.overlap import warn_of_overlap
 from rankwise.data.preferences import encode_preferences
 from rankwise.data.preview import Preview, first_good_row, preview_row

@@ -14,14 +14,14 @@ import statistics
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rankwise.constants import IGNORED
 from rankwise.data.bad_rows import NEVER, check_bad_rows
 from rankwise.data.bounded import bounded
-from rankwise.data.rows import Problem, Row, Rows
+from rankwise.data.rows import HOLDS_IMAGES, Problem, Row, Rows
 from rankwise.data.templates import ChatRenderer, Rendered, RowRefused, Segment, renderer
-from rankwise.errors import DataError, warn
+from rankwise.errors import ConfigError, DataError, warn
 from rankwise.foreign import JsonObject
 
 if TYPE_CHECKING:
@@ -95,17 +95,34 @@ class EncodedRow:
     estimated: bool = False
 
 
-class RowEncoder:
+class Encoder(Protocol):
     """Tokenizes rows of one kind.
 
     ``template`` names how the rows are written, and ``stop_ids`` are the tokens that end an answer.
     """
 
+    tokenizer: Any
+    template: str
+    # What the template does not write, in words, with the number of rows.
+    left_out: Counter[str]
+
+    def stop_ids(self) -> set[int]: ...
+
+    def try_encode(self, rows: Sequence[Row], max_length: int | None = None) -> Iterator[EncodedRow | Problem]:
+        """Encode each row, or say why it cannot be. ``left_out`` counts anew."""
+
+
+class RowEncoder:
+    """Tokenizes rows of text."""
+
     def __init__(self, rows: Rows, tokenizer: PreTrainedTokenizerBase | None, chat_template: str | None) -> None:
+        if rows.kind == "images":
+            raise ConfigError("RW182", f"{rows.source} {HOLDS_IMAGES}")
         if tokenizer is None:
             raise DataError("RW219", "the model comes without a tokenizer, so text cannot be encoded for it.")
         self.tokenizer = tokenizer
         self.template, self._render = renderer(rows, tokenizer, chat_template)
+        self.left_out: Counter[str] = Counter()
         self._opening = _opening_ids(tokenizer)
 
     def stop_ids(self) -> set[int]:
@@ -118,15 +135,11 @@ class RowEncoder:
 
     def encode(self, rows: Sequence[Row], max_length: int | None = None) -> list[EncodedRow]:
         """Token ids of some rows, at least up to ``max_length``. Raises DataError, which names the refused rows."""
-        found = list(self.try_encode(rows, max_length))
-        problems = [item for item in found if isinstance(item, Problem)]
-        check_bad_rows(problems, len(rows))
-        warn_of_left_out(self.left_out, len(rows), rows[0].source if rows else "")
-        return [item for item in found if isinstance(item, EncodedRow)]
+        return all_encoded(self, rows, max_length)
 
     def try_encode(self, rows: Sequence[Row], max_length: int | None = None) -> Iterator[EncodedRow | Problem]:
         """Encode each row, or say why it cannot be. ``left_out`` counts what the template does not write."""
-        self.left_out: Counter[str] = Counter()
+        self.left_out = Counter()
         for batch in _batches(self._rendered(rows)):
             texts = [item for item in batch if isinstance(item, Rendered)]
             encoded = iter(self._encode_batch(texts, max_length))
@@ -250,20 +263,37 @@ def encode_rows(
     template leaves out a part of a row, RW222 an answer is its stop token alone, RW225 a template without bounds.
     """
     encoder = RowEncoder(rows, tokenizer, chat_template)
+    return encode_by(encoder, rows, max_length=max_length, name=name, skip_bad_rows=skip_bad_rows)[0]
+
+
+def encode_by(
+    encoder: Encoder, rows: Rows, *, max_length: int, name: str, skip_bad_rows: int | None
+) -> tuple[Encoded, list[Row]]:
+    """``encode_rows`` by any encoder; and the rows that the data set holds."""
     table = _Table(max_length)
-    problems = []
+    problems, kept = [], []
     stop_ids: set[int] = set()
-    for item in encoder.try_encode(rows.items, max_length):
+    for row, item in zip(rows.items, encoder.try_encode(rows.items, max_length)):
         if isinstance(item, Problem):
             problems.append(item)
             continue
         stop_ids = stop_ids or encoder.stop_ids()
-        table.add(item, stop_ids)
+        if table.add(item, stop_ids):
+            kept.append(row)
     check_bad_rows(problems, len(rows), allowed=skip_bad_rows, before=len(rows.problems))
     bad = [*rows.problems, *problems]
     report = table.counts.report(name, encoder, bad, rows=len(table.ends) - 1, tokens=len(table.ids))
     complain(report, rows, max_length)
-    return Encoded(table.dataset(), report)
+    return Encoded(table.dataset(), report), kept
+
+
+def all_encoded(encoder: Encoder, rows: Sequence[Row], max_length: int | None = None) -> list[EncodedRow]:
+    """Token ids of some rows, at least up to ``max_length``. Raises DataError, which names the refused rows."""
+    found = list(encoder.try_encode(rows, max_length))
+    problems = [item for item in found if isinstance(item, Problem)]
+    check_bad_rows(problems, len(rows))
+    warn_of_left_out(encoder.left_out, len(rows), rows[0].source if rows else "")
+    return [item for item in found if isinstance(item, EncodedRow)]
 
 
 def warn_of_left_out(left_out: Mapping[str, int], total: int, source: str) -> None:
@@ -315,7 +345,7 @@ class Counts:
         self.trained = self.truncated = self.dropped = self.stopped = self.split = self.estimated = 0
 
     def report(
-        self, name: str, encoder: RowEncoder, problems: Sequence[Problem], *, rows: int, tokens: int
+        self, name: str, encoder: Encoder, problems: Sequence[Problem], *, rows: int, tokens: int
     ) -> EncodingReport:
         """``rows`` and ``tokens`` are those that the data set holds."""
         return EncodingReport(
@@ -345,13 +375,14 @@ class _Table:
         self.ids, self.labels, self.ends = array("i"), array("i"), array("i", [0])
         self.counts = Counts()
 
-    def add(self, row: EncodedRow, stop_ids: set[int]) -> None:
+    def add(self, row: EncodedRow, stop_ids: set[int]) -> bool:
+        """Whether the row has something to train on; otherwise it is counted as dropped."""
         ids, trained = row.ids[: self.max_length], row.trained[: self.max_length]
         self.counts.lengths.append(row.length)
         self.counts.estimated += row.estimated
         if not any(trained):
             self.counts.dropped += 1
-            return
+            return False
         labels = [token if is_trained else IGNORED for token, is_trained in zip(ids, trained)]
         self.ids.extend(ids)
         self.labels.extend(labels)
@@ -360,6 +391,7 @@ class _Table:
         self.counts.truncated += row.length > self.max_length
         self.counts.stopped += not stop_ids.isdisjoint(labels)
         self.counts.split += row.split
+        return True
 
     def dataset(self) -> Dataset:
         import pyarrow

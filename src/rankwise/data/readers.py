@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 from rankwise.compat.datasets import hub_or_cache
 from rankwise.data.bad_rows import NEVER
+from rankwise.data.detect import rows_from_records
 from rankwise.data.files import KINDS, kind_of, read_file, table_records
-from rankwise.data.formats import Columns, Format, rows_from_records
+from rankwise.data.formats import Columns, Format
+from rankwise.data.image_formats import with_files
 from rankwise.data.rows import Problem, Rows
 from rankwise.data.stdlib import STDLIB, stdlib_rows
 from rankwise.errors import DataError, one_line
@@ -82,7 +84,7 @@ def check_there(source: str | Path) -> None:
 
 def _read_path(path: Path, name: str, how: _How) -> Rows:
     content = read_file(path)
-    return rows_from_records(
+    rows = rows_from_records(
         content.records,
         name,
         sha256=content.sha256,
@@ -91,6 +93,7 @@ def _read_path(path: Path, name: str, how: _How) -> Rows:
         skip_bad_rows=how.skip_bad_rows,
         formats=content.formats if how.formats is None else how.formats,
     )
+    return with_files(rows, path.parent) if rows.kind == "images" else rows
 
 
 def _read_folder(folder: Path, split: str, how: _How) -> Rows:

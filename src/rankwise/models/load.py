@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.compat.transformers import gguf_read_once
-from rankwise.errors import ModelError, RankwiseError, warn
+from rankwise.errors import ConfigError, ModelError, RankwiseError, warn
 from rankwise.models.device import choose_device
 from rankwise.models.folder import FolderContent, auto_class, check_folder, has_tokenizer, read_config
 from rankwise.models.gguf_file import read_gguf_header
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 # transformers' names of formats whose layers have no gradient, and which it can read as dense weights.
 DEQUANTIZED_ON_LOADING = ("fp8", "mxfp4", "compressed-tensors")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 Model = str | os.PathLike[str] | ModelSource
 
 
@@ -109,6 +110,35 @@ def load_tokenizer(
     _check_tokenizer(tokenizer, path)
     tokenizer.name_or_path = source.base_model
     return tokenizer
+
+
+def load_processor(
+    model: Model, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False, revision: str | None = None
+) -> Any:
+    """What makes token ids and pixels of rows with images: the model's processor around ``tokenizer``.
+
+    ``tokenizer`` itself where the model has none. Raises ConfigError (RW185) for one that cannot be loaded.
+    """
+    source = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+    path = _path(source)
+    if source.is_gguf or not any((path / name).is_file() for name in PROCESSOR_FILES):
+        return tokenizer
+    from transformers import AutoProcessor
+
+    try:
+        with quiet():
+            processor = AutoProcessor.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # As for tokenizers; a missing package says which.
+        raise ConfigError(
+            "RW185",
+            f"the processor of images of {source.name} cannot be loaded: {reason_of(error)}. What it may lack is a "
+            'package: pip install "rankwise[vision]".',
+        ) from error
+    if not hasattr(processor, "image_processor"):
+        return tokenizer
+    processor.tokenizer = tokenizer
+    return processor
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

@@ -174,7 +174,6 @@ def _adapted(shape: Shape, config: LoraConfig, *, may_be_none: bool) -> Iterator
 
 def _places(shape: Shape) -> Places:
     head = shape.modules[-1]
-    sees = shape.family == "gemma3"
     found = {
         item.name: Place(
             item.kind,
@@ -182,7 +181,7 @@ def _places(shape: Shape) -> Places:
             item.is_adaptable,
             item is head,
             item.outputs,
-            is_unread=sees and item is not head and not item.name.startswith("model.language_model."),
+            is_unread=item is not head and not item.name.startswith(shape.text),
         )
         for item in shape.modules
     }

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from rankwise.errors import ModelError
 from rankwise.planning.shape import Fields, Module, Shape
+from rankwise.planning.vision import tower_of
 
 Family = Callable[[Fields], Shape]
 
@@ -214,6 +215,14 @@ def _experts(fields: Fields, family: str) -> Experts:
     return Experts(E, k, fields.required(width)[0], shared, dense)
 
 
+# transformers' defaults.
+IDEFICS3_EYES = {
+    "hidden_size": 1152,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "patch_size": 32,
+    "image_size": 224,
+}
 GEMMA3_TEXT = Line(
     "gemma3_text",
     tied=True,
@@ -235,7 +244,20 @@ def gemma3(fields: Fields) -> Shape:
     tied = fields.flag("tie_word_embeddings", True)
     shape = decoder(text, dataclasses.replace(GEMMA3_TEXT, family="gemma3", path="model.language_model"))
     modules = (*_siglip("model.vision_tower", vision), *_projector(vision, shape.hidden), *shape.modules)
-    return dataclasses.replace(shape, modules=modules, tied=tied)
+    tower = tower_of({"mm_tokens_per_image": 256, **fields.config})
+    return dataclasses.replace(shape, modules=modules, tied=tied, text="model.language_model.", tower=tower)
+
+
+def idefics3(fields: Fields) -> Shape:
+    """Idefics3 and SmolVLM: a Llama by ``text_config``, a SigLIP tower, and one layer between them."""
+    vision = fields.part("vision_config").with_defaults(IDEFICS3_EYES)
+    shape = decoder(fields.part("text_config"), Line(str(fields.config["model_type"]), path="model.text_model"))
+    eyes, scale = vision.required("hidden_size")[0], fields.count("scale_factor", 2)
+    joint = Module("model.connector.modality_projection.proj", "linear", eyes * scale**2, shape.hidden)
+    modules = (*_siglip("model.vision_model", vision), joint, *shape.modules)
+    tied = fields.flag("tie_word_embeddings", False)
+    tower = tower_of({**fields.config, "vision_config": vision.config})
+    return dataclasses.replace(shape, modules=modules, tied=tied, text="model.text_model.", tower=tower)
 
 
 def _siglip(path: str, fields: Fields) -> Iterator[Module]:
@@ -314,10 +336,10 @@ LINES = (
 )
 # By ``model_type``.
 FAMILIES: dict[str, Family] = {line.family: partial(decoder, line=line) for line in LINES}
-FAMILIES |= {"gemma3": gemma3, "gpt2": gpt2}
+FAMILIES |= {"gemma3": gemma3, "gpt2": gpt2, "idefics3": idefics3, "smolvlm": idefics3}
 
 # Families that transformers builds only where the hidden size is a multiple of the heads; the others round down.
-WHOLE_HEADS = frozenset({"llama", "gemma2", "gemma3", "gemma3_text", "gpt2"})
+WHOLE_HEADS = frozenset({"llama", "gemma2", "gemma3", "gemma3_text", "gpt2", "idefics3", "smolvlm"})
 HEAD_FIELDS = "hidden_size, num_attention_heads, num_key_value_heads"
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from rankwise.planning import cuda
 from rankwise.planning.parallel import Group, per_device, traffic
 from rankwise.planning.terms import TERMS, MemoryEstimate
+from rankwise.planning.vision import Tower, image_terms
 from rankwise.planning.workload import Workload
 from rankwise.reports.numbers import byte_size
 
@@ -47,6 +48,7 @@ class Found:
     exact: bool
     # Whether the phases are those of one of several devices already.
     is_share: bool = False
+    tower: Tower | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -55,7 +57,7 @@ def assembled(method: str, workload: Workload, found: Found, started: float) -> 
     ``time.perf_counter``.
     """
     shares = {}
-    for name, terms in found.phases.items():
+    for name, terms in with_images(workload, found).items():
         whole = {term: terms.get(term, 0) for term in TERMS}
         if name == "generation" and workload.device_type == "cpu":
             whole["transient"] += round(HOLES_OF_GROWTH * whole["transient"])
@@ -91,7 +93,7 @@ def assembled(method: str, workload: Workload, found: Found, started: float) -> 
         exact=found.exact,
         phase=name.split()[0],  # type: ignore[arg-type]
         outside_bytes=outside,
-        notes=(*found.notes, *_notes(workload, found.elsewhere_bytes, found.max_positions)),
+        notes=(*found.notes, *_notes(workload, found)),
         seconds=round(time.perf_counter() - started, 3),
         network=traffic(
             method,
@@ -101,6 +103,16 @@ def assembled(method: str, workload: Workload, found: Found, started: float) -> 
             trained_bytes=found.trained_bytes,
         ),
     )
+
+
+def with_images(workload: Workload, found: Found) -> Mapping[str, dict[str, int]]:
+    """The phases with the pixels of their images, and the one in which the tower runs before the language part."""
+    if found.tower is None or not workload.image_tokens:
+        return found.phases
+    pixels, tower = image_terms(found.tower, workload)
+    phases = {name: {**terms, "transient": terms.get("transient", 0) + pixels} for name, terms in found.phases.items()}
+    before = dict.fromkeys(("activations", "logits", "gradients"), 0)
+    return {**phases, "forward of the tower": {**phases["forward"], **before, "transient": pixels + tower}}
 
 
 def heap_holes_bytes(method: str, workload: Workload, trained_bytes: int, kept_bytes: int) -> int:
@@ -133,15 +145,18 @@ def outside_bytes(workload: Workload, tensors_bytes: int) -> int:
     return cuda.context_bytes() + cuda.fragmentation_bytes(tensors_bytes)
 
 
-def _notes(workload: Workload, elsewhere_bytes: int, max_positions: int | None) -> list[str]:
+def _notes(workload: Workload, found: Found) -> list[str]:
     notes = []
-    if max_positions is not None and workload.max_length > max_positions:
+    if found.max_positions is not None and workload.max_length > found.max_positions:
         notes.append(
-            f"rows of {workload.max_length:,} tokens are longer than the {max_positions:,} that the model was made for"
+            f"rows of {workload.max_length:,} tokens are longer than the {found.max_positions:,} that the model was "
+            "made for"
         )
+    if workload.image_tokens and found.tower is None:
+        notes.append("of images their tokens alone are counted: the model's config names no sizes of a vision tower")
     if not workload.fast:
         notes.append("PyTorch's own step is counted: no fused parts and kernels of ours")
-    if elsewhere_bytes:
-        size = byte_size(elsewhere_bytes)
+    if found.elsewhere_bytes:
+        size = byte_size(found.elsewhere_bytes)
         notes.append(f"{size} of optimizer state live in the host's memory ({workload.optimizer})")
     return notes

@@ -32,7 +32,9 @@ AFTER_FAILURE = 0.85
 
 
 class Rows(Protocol):
-    """A micro-batch: rows, tokens of a row, and the share of the tokens that have labels."""
+    """A micro-batch: rows, tokens of a row, the share of the tokens that have labels, and of a row's tokens those of
+    images.
+    """
 
     @property
     def rows(self) -> int: ...
@@ -42,6 +44,9 @@ class Rows(Protocol):
 
     @property
     def trained_share(self) -> float: ...
+
+    @property
+    def image_tokens(self) -> int: ...
 
 
 class MemoryGuard:
@@ -197,7 +202,13 @@ class MemoryGuard:
 
 def _of_batch(workload: Workload, batch: Rows) -> Workload:
     trained = max(batch.trained_share, 1 / batch.tokens)
-    return dataclasses.replace(workload, batch_size=batch.rows, max_length=max(2, batch.tokens), trained_share=trained)
+    return dataclasses.replace(
+        workload,
+        batch_size=batch.rows,
+        max_length=max(2, batch.tokens),
+        image_tokens=batch.image_tokens,
+        trained_share=trained,
+    )
 
 
 def _in_words(workload: Workload) -> str:

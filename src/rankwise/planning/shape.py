@@ -15,6 +15,7 @@ from typing import Any, Literal
 from rankwise.errors import ModelError
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.models.source import ModelSource
+from rankwise.planning.vision import Tower
 
 # conv1d: a linear layer stored transposed; plain: stacked experts and routers, which no adapter can wrap.
 Kind = Literal["linear", "conv1d", "embedding", "norm", "plain"]
@@ -88,6 +89,9 @@ class Shape:
     softcapped: bool = False
     # So do the logits.
     capped_logits: bool = False
+    # Of a model that also sees: how the names of its language part begin, and its tower.
+    text: str = ""
+    tower: Tower | None = None
 
     @property
     def queries(self) -> int:

@@ -40,6 +40,8 @@ class Workload(StepOptions):
     flash: bool = True
     # Share of the tokens that have labels: logits are kept for these alone. 1.0 is the worst case.
     trained_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    # Of the tokens of a row those that stand for images.
+    image_tokens: Whole = 0
     # Sequences of a row: the two answers of a pair.
     sides: Batch = 1
     # A batch that saves nothing for a backward pass, as of an evaluation. The closed form alone counts it.

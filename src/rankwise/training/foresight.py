@@ -32,6 +32,8 @@ class MicroBatch:
     tokens: int
     # Of all tokens, in the loss.
     trained_share: float
+    # Of a row's tokens, those that stand for images.
+    image_tokens: int = 0
 
 
 class Foresight(Protocol):

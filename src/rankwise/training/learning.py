@@ -34,6 +34,8 @@ class Learning:
     formats: Collection[Format] | None = None
     # Whether rows hold the tokens to learn.
     has_labels: bool = True
+    # Whether the fast operators were compared on such rows of this model; what they do not take, it says.
+    takes_fast: Callable[[Any], bool] = lambda model: True
     # What memory depends on: of the largest micro-batch, ``flat`` where rows are laid end to end, and of evaluations.
     largest_batch: Callable[..., MicroBatch] = largest_batch
     largest_evaluation: Callable[[Any], MicroBatch | None] = largest_evaluation

@@ -47,7 +47,7 @@ from rankwise.training.memory_savers import OFFLOADED, OffloadedAdamW, check_mem
 from rankwise.training.meters import Progress, frozen_bytes
 from rankwise.training.metrics import evaluations
 from rankwise.training.new_tokens import add_new_tokens, new_tokens
-from rankwise.training.objectives import learning_of
+from rankwise.training.objectives import images, learning_of
 from rankwise.training.observer import Observer, SilentObserver
 from rankwise.training.provenance import PACKAGES, device_record
 from rankwise.training.rates import loraplus_groups, with_groups
@@ -189,6 +189,8 @@ def _prepare(
     learning = learning_of(given)
     observer.phase("Reading data")
     rows, eval_rows, template = setup.read_data(given, learning.formats)
+    if rows.kind == "images":
+        learning = images.learning(given, eval_rows)
     observer.phase("Loading the model")
     if foresight is not None:
         foresight.before_loading()
@@ -216,9 +218,10 @@ def _prepare(
     else:
         trainable = continue_adapter(loaded.model, given, base["sha256"])
     with looked_into(loaded.model):
-        done = optimize_for_training(loaded.model) if given.fast and given.method not in BASELINES else None
+        is_fast = given.fast and given.method not in BASELINES and learning.takes_fast(loaded.model)
+        done = optimize_for_training(loaded.model) if is_fast else None
     _check_before_training(learning, given, loaded.model, data)
-    padded = _why_padded(given, loaded.model, done)
+    padded = _why_padded(given, loaded.model, done) if data.processor is None else "pixels lie beside them"
     make = functools.partial(_trainer, learning, loaded=loaded, checkpoint=checkpoint, padding_free=padded is None)
     # Before a search: for the length of the run and for its memory, which do not depend on the rate.
     trainer = make(
@@ -259,14 +262,15 @@ def _prepare(
         device={
             **device_record(loaded.device, loaded.dtype, given.optimizer),
             "reason": loaded.device_reason,
-            "acceleration": str(done) if done else "off (--no-fast)",
+            "acceleration": str(done) if done else "off (--no-fast)" if not given.fast else "off",
             "rows": f"padded: {padded}" if padded else "laid end to end, without padding",
         },
     )
     probe = setup.probe_of(data.train.dataset, loaded.device)
     answer = None if given.sample_prompt is None else setup.answerer(given.sample_prompt, loaded, data)
     extras = Extras(given.early_stopping, answer, probe)
-    return Session(given.output, mode, trainer, loaded.tokenizer, checkpoint, record, extras, observer)
+    saved = data.processor or loaded.tokenizer
+    return Session(given.output, mode, trainer, saved, checkpoint, record, extras, observer)
 
 
 def _groups(given: TrainSettings, model: Any) -> list[dict[str, Any]] | None:

@@ -57,6 +57,8 @@ class Data:
     eval_rows: Rows | None = None
     # What else the record says of the training data.
     notes: Fields = dataclasses.field(default_factory=dict)
+    # Of rows with images.
+    processor: Any = None
 
     @property
     def sets(self) -> list[Encoded]:

@@ -41,11 +41,12 @@ from rankwise.training.state import undisturbed_random_states
 
 class RankwiseTrainer(RunTrainer, SFTTrainer):
     """Trains on demonstrations. ``label_smoothing`` acts on the training loss only: evaluation losses stay comparable
-    between runs."""
+    between runs. ``evaluates_batches``: by batches of the collator, as rows with images need, not by token ids alone.
+    """
 
-    def __init__(self, *, label_smoothing: float = 0.0, **kwargs: Any) -> None:
+    def __init__(self, *, label_smoothing: float = 0.0, evaluates_batches: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.evaluates_batches = label_smoothing, evaluates_batches
         # Of evaluations; whether the model can score several rows in one is found out once.
         self._scorer: Scorer | None = None
         self.data_collator = Counting(self.data_collator, self.model.config.get_text_config().vocab_size)
@@ -172,29 +173,44 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
 
         The Trainer's own averages over batches, and its batches round otherwise in 16 bits.
         """
-        rows = dataloader.dataset
-        targets = evaluation_targets(rows)
         self.start_evaluation()
-        scores: dict[int, Score] = {}
         with undisturbed_random_states(), roots_gathered(self.model):
-            scorer = self._loss_scorer()
-            batches = scorer.plan(targets)
-            # Several processes take turns, and go on together, so that all can be stopped at the same batch.
-            for start in range(0, len(batches), ranks.count()):
-                turn = start + ranks.rank()
-                if turn < len(batches):
-                    scores |= scorer.score_batch(batches[turn], targets)
-                elif is_unit(self.model):
-                    # The others gather each layer with this process's part.
-                    scorer.score_batch(batches[start], targets)
-                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        own = [(score.total, len(score.tokens), score.hits) for score in scores.values()]
+            own = self._batch_scores(dataloader) if self.evaluates_batches else self._row_scores(dataloader.dataset)
         everyone = list(itertools.chain.from_iterable(ranks.gathered(own)))
         count = sum(tokens for _, tokens, _ in everyone) or 1
         metrics_of(self, "eval")["mean_token_accuracy"].append(sum(hits for _, _, hits in everyone) / count)
         # An exact sum: it does not depend on which process had which rows.
         loss = -math.fsum(total for total, _, _ in everyone) / count
-        return EvalLoopOutput(np.empty(0), None, {f"{metric_key_prefix}_loss": loss}, len(rows))
+        return EvalLoopOutput(np.empty(0), None, {f"{metric_key_prefix}_loss": loss}, len(dataloader.dataset))
+
+    def _batch_scores(self, dataloader: Any) -> list[tuple[float, int, float]]:
+        """Of each batch: its log-probability, its scored tokens, and how many of them were the likeliest."""
+        noted, found = metrics_of(self, "eval"), []
+        for batch in dataloader:
+            count = len(batch[KEY].scored)
+            with torch.no_grad():
+                loss = float(self.compute_loss(self.model, self._prepare_inputs(batch)))
+            found.append((-loss * count, count, float(noted["mean_token_accuracy"][-1]) * count))
+            noted.clear()
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        return found
+
+    def _row_scores(self, rows: Any) -> list[tuple[float, int, float]]:
+        """The same of each row."""
+        targets = evaluation_targets(rows)
+        scores: dict[int, Score] = {}
+        scorer = self._loss_scorer()
+        batches = scorer.plan(targets)
+        # Several processes take turns, and go on together, so that all can be stopped at the same batch.
+        for start in range(0, len(batches), ranks.count()):
+            turn = start + ranks.rank()
+            if turn < len(batches):
+                scores |= scorer.score_batch(batches[turn], targets)
+            elif is_unit(self.model):
+                # The others gather each layer with this process's part.
+                scorer.score_batch(batches[start], targets)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        return [(score.total, len(score.tokens), score.hits) for score in scores.values()]
 
     def _loss_scorer(self) -> Scorer:
         if self._scorer is None:

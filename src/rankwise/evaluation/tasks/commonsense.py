@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rankwise.acceleration.generation import Decoding
+from rankwise.data.detect import rows_from_records
 from rankwise.data.files import kind_of, read_file
-from rankwise.data.formats import BadRow, rows_from_records
+from rankwise.data.formats import BadRow
 from rankwise.errors import DataError
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.journal import text_sha256

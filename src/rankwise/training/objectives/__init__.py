@@ -1,6 +1,7 @@
 """The objectives of a run. Each has a module, whose ``learning()`` gives a run all that it needs:
 
     sft.py              demonstrations, by trl's SFTTrainer
+    images.py           demonstrations with images, by the same trainer and trl's collator
     preferences.py      pairs, by its DPOTrainer; answers marked good or bad, by its KTOTrainer
     grpo.py             rewards, by its GRPOTrainer
 

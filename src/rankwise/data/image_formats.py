@@ -1,0 +1,98 @@
+"""The layouts of rows with images, as TRL's documentation has them: a conversation beside a column of images."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+from rankwise.data.formats import ROLES, BadRow, Format, Record, encodable
+from rankwise.data.rows import Message, Rows
+from rankwise.foreign import JsonObject
+
+
+def _with_images(column: str) -> Callable[[Record], JsonObject]:
+    """A reader of rows with the images of ``column``: the conversation in parts, as TRL's collator takes it."""
+
+    def fields(record: Record) -> JsonObject:
+        found = record.get(column) or []
+        images = tuple(_image(item, column) for item in (found if isinstance(found, list) else [found]))
+        if "messages" in record:
+            messages = record["messages"]
+        else:
+            prompt, answer = (
+                [{"role": role, "content": record.get(name)}] if isinstance(record.get(name), str) else record.get(name)
+                for name, role in (("prompt", "user"), ("completion", "assistant"))
+            )
+            messages = [*prompt, *answer] if isinstance(prompt, list) and isinstance(answer, list) else None
+        return {"messages": _in_parts(messages, len(images)), "images": images}
+
+    return fields
+
+
+def _image(item: object, column: str) -> str | bytes:
+    """A path, or the bytes of a file: written plainly, or in the form of ``datasets``."""
+    found = (item.get("bytes") or item.get("path")) if isinstance(item, Mapping) else item
+    if not isinstance(found, str | bytes) or not found:
+        raise BadRow(f"expected paths or bytes of images in `{column}`, found {str(item)[:40]!r}")
+    return found
+
+
+def _in_parts(messages: object, images: int) -> tuple[Message, ...]:
+    """The messages with a list of parts as their contents; of plain texts the first question gets all images.
+
+    A part has both fields, because tables write missing ones as null, which templates would print.
+    """
+    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+        raise BadRow(f"expected a conversation (a list of messages) beside the images, found {str(messages)[:40]!r}")
+    roles = [message.get("role") for message in messages]
+    if roles.count("assistant") != 1 or roles[-1] != "assistant":
+        raise BadRow(
+            f"expected one `assistant` message, the last, beside images, found {', '.join(map(str, roles)) or 'none'}"
+        )
+    is_plain = all(isinstance(message.get("content"), str) for message in messages)
+    found: list[Message] = []
+    for number, message in enumerate(messages, 1):
+        place, content = f"message {number}", message.get("content")
+        if message["role"] not in ROLES:
+            raise BadRow(f"expected one of {', '.join(ROLES)} as `role` of {place}, found {message['role']!r}")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if is_plain and message["role"] == "user" and number == roles.index("user") + 1:
+            parts = [{"type": "image"}] * images + list(parts or [])
+        found.append({"role": message["role"], "content": [_part(part, place) for part in parts or []]})
+    placed = sum(part["type"] == "image" for message in found for part in message["content"])
+    if placed != images:
+        raise BadRow(f"expected a part of the type `image` for each image, found {placed} for {images}")
+    if not any(part["text"].strip() for part in found[-1]["content"]):
+        raise BadRow("expected text in the answer, found none to train on")
+    return tuple(found)
+
+
+def _part(part: object, place: str) -> dict[str, str]:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    text = part.get("text") if isinstance(part, Mapping) and kind == "text" else ""
+    if kind not in ("image", "text") or not isinstance(text, str):
+        raise BadRow(f"expected parts of the types `text` and `image` in {place}, found {str(part)[:40]!r}")
+    return {"type": kind, "text": encodable(text, f"`content` of {place}")}
+
+
+IMAGE_COLUMNS = ("images", "image")
+# Before those of text, whose columns they hold too.
+IMAGE_FORMATS: Collection[Format] = tuple(
+    Format(f"images ({', '.join((column, *rest))})", "images", rest, _with_images(column), marks=(column,))
+    for column in IMAGE_COLUMNS
+    for rest in (("messages",), ("prompt", "completion"))
+)
+
+
+def with_files(rows: Rows, folder: Path) -> Rows:
+    """Rows whose paths of images begin at ``folder``, and whose hash covers the images that are there."""
+    digest, items = hashlib.sha256(rows.sha256.encode()), []
+    for row in rows:
+        images = tuple(str(folder / image) if isinstance(image, str) else image for image in row.images)
+        for image in images:
+            if isinstance(image, str) and Path(image).is_file():
+                digest.update(hashlib.sha256(Path(image).read_bytes()).digest())
+        items.append(dataclasses.replace(row, images=images))
+    return dataclasses.replace(rows, items=items, sha256=digest.hexdigest())
