@@ -12,6 +12,7 @@ from adapted_models import IDS
 from torch._dynamo.utils import counters
 
 import rankwise as rw
+from tables import thinned
 from tiny_models import tiny_gpt2, tiny_llama
 
 ADAPTERS = {
@@ -41,8 +42,7 @@ def losses(model: Any, forward: Any) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("four_bit", [False, True])
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@thinned({"adapter": list(ADAPTERS), "four_bit": [False, True]})
 def test_a_compiled_model_trains_as_an_eager_one_in_one_graph(adapter, four_bit):
     model = model_of(adapter, four_bit=four_bit)
     expected = losses(other := copy.deepcopy(model), other)

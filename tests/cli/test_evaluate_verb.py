@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ import torch
 from several import Nursery
 
 E2E = "mr,ref\n" + "".join(f'"name[{name}], area[river]","{name} is by the river."\n' for name in ("Aromi", "Zizzi"))
+# Of an evaluation that is stopped, a batch each.
+ROWS = 240
 
 
 @pytest.fixture(autouse=True)
@@ -119,18 +122,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_evaluation_goes_on(
-    model_folder: Path, tmp_path: Path, number: int, rankwise, several: Nursery, one_thread: None
-):
-    rows = [{"prompt": f"Number {n} ", "completion": "word " * (1 + n % 40)} for n in range(600)]
+    model_folder: Path, tmp_path: Path, rankwise, several: Nursery, one_thread: None
+) -> None:
+    rows = [{"prompt": f"Number {n} ", "completion": "word " * (1 + n % 40)} for n in range(ROWS)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["evaluate", "--model", model_folder, "--task", "perplexity", "--data", tmp_path / "rows.jsonl"]
     command += ["--dtype", "float32", "--batch-size", 1, "--json", "--output"]
-    predictions = tmp_path / "part" / "perplexity" / "predictions.jsonl"
+    assert rankwise(*command, tmp_path / "whole").code == 0
+    whole = (tmp_path / "whole" / "perplexity" / "predictions.jsonl").read_bytes()
+    for number in (signal.SIGINT, signal.SIGKILL):
+        part = tmp_path / number.name
+        _stop(several, [*command, part], part / "perplexity" / "predictions.jsonl", number)
+        assert rankwise(*command, part).code == 0
+        assert (part / "perplexity" / "predictions.jsonl").read_bytes() == whole
+
+
+def _stop(several: Nursery, command: list[Any], predictions: Path, number: signal.Signals) -> None:
+    """Start the evaluation and stop it in the middle of its rows."""
     # Where the tests run in a shell's background, SIGINT is ignored by all that they start.
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    launch = several.start(1, [*command, tmp_path / "part"], heed)
+    launch = several.start(1, command, heed)
     launch.wait_for(predictions.parent, predictions.name)
     # A batch counts once it is flushed to disk, which is sure when the next one is written.
     sizes: set[int] = set()
@@ -143,8 +155,4 @@ def test_a_stopped_evaluation_goes_on(
     assert done.codes == [{signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[number]], done.stderr
     if number == signal.SIGINT:
         assert json.loads(done.stdout)["error"]["code"] == "RW572"
-    assert 0 < predictions.read_bytes().count(b"\n") < 600
-    for name in ("part", "whole"):
-        assert rankwise(*command, tmp_path / name).code == 0
-    whole = tmp_path / "whole" / "perplexity" / "predictions.jsonl"
-    assert predictions.read_bytes() == whole.read_bytes()
+    assert 0 < predictions.read_bytes().count(b"\n") < ROWS
