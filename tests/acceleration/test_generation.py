@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from rankwise.acceleration.generation import Decoding, Generator, Prompt, batches_by_length, repeating_tokens, sample
+from rankwise.acceleration.generation import (
+    Decoding,
+    Generator,
+    Prompt,
+    batches_by_length,
+    drawn,
+    repeating_tokens,
+    sample,
+)
 from rankwise.errors import ModelError
 from tiny_models import tiny_gpt2, tiny_llama
 
@@ -73,12 +81,13 @@ def test_n_grams_are_counted_in_the_answer_alone():
     assert repeating_tokens([1, 2], 3) == []
 
 
-def test_draws_do_not_depend_on_the_batch():
+@pytest.mark.parametrize("options", [{"top_p": 0.9}, {"to_train_on": True}], ids=["from the likeliest", "to train on"])
+def test_draws_do_not_depend_on_the_batch(options):
     model, asked = tiny_llama(), prompts(8)
-    generator = Generator(model, Decoding(10, frozenset(), temperature=1.0, top_p=0.9, seed=3))
+    generator = Generator(model, Decoding(10, frozenset(), temperature=1.0, seed=3, **options))
     together = generator.answers(asked)
     assert together == [generator.answers([prompt])[0] for prompt in asked]
-    other = Generator(model, Decoding(10, frozenset(), temperature=1.0, top_p=0.9, seed=4)).answers(asked)
+    other = Generator(model, Decoding(10, frozenset(), temperature=1.0, seed=4, **options)).answers(asked)
     assert together != other
     assert generator.answers([Prompt(asked[0].ids, repeat=1)]) != together[:1]
 
@@ -89,6 +98,11 @@ def test_top_p_keeps_the_likeliest_tokens_only():
     drawn = {sample(logits, 1.0, 0.6, random_state) for _ in range(200)}
     assert drawn == {0, 1}
     assert {sample(logits, 1.0, 0.1, random_state) for _ in range(20)} == {0}
+
+
+def test_a_draw_takes_no_token_without_probability():
+    p = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).expand(4, -1).clone()
+    assert drawn(p, torch.tensor([0.0, 0.2499, 0.25, 1 - 2**-24])).tolist() == [1, 1, 3, 3]
 
 
 def test_an_answer_ends_where_its_text_says_so():
@@ -129,13 +143,13 @@ def test_draws_to_train_on_follow_the_model_s_probabilities_and_the_seed():
         model.lm_head.weight *= 20
         p = torch.softmax(model(torch.tensor([prompt.ids])).logits[0, -1].double() / 0.7, -1)
     asked = [Prompt(prompt.ids, repeat=turn) for turn in range(4000)]
-    drawn = {}
+    tokens = {}
     for seed in (0, 1):
         decoding = Decoding(1, frozenset(), temperature=0.7, seed=seed, to_train_on=True)
-        drawn[seed] = [answer[0] for answer in Generator(model, decoding).answers(asked)]
-        assert drawn[seed] == [answer[0] for answer in Generator(model, decoding).answers(asked)]
-    assert drawn[0] != drawn[1]
-    counts = torch.bincount(torch.tensor(drawn[0]), minlength=97) / len(asked)
+        tokens[seed] = [answer[0] for answer in Generator(model, decoding).answers(asked)]
+        assert tokens[seed] == [answer[0] for answer in Generator(model, decoding).answers(asked)]
+    assert tokens[0] != tokens[1]
+    counts = torch.bincount(torch.tensor(tokens[0]), minlength=97) / len(asked)
     deviation = (p * (1 - p) / len(asked)).sqrt()
     assert 0.05 < p.max() < 0.9
     assert ((counts - p).abs() <= 5 * deviation + 1e-3).all()

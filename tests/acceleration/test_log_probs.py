@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_models import tiny_llama
+from tests.tiny_models import tiny_gpt2, tiny_llama
 from torch import Tensor
 
 import rankwise as rw
 from rankwise.acceleration import attention
-from rankwise.acceleration.log_probs import Asked, accept_scores, asked_of
+from rankwise.acceleration.log_probs import Asked, accept_scores, asked_of, scores_of_logits
 from rankwise.acceleration.optimize import optimize_for_training
 from rankwise.adapters import adapter_parameters
 
@@ -70,6 +70,45 @@ def test_scores_and_gradients_are_those_of_the_logits(asked: Asked, head: str) -
     assert torch.allclose(found.entropy[log_probs != 0], entropy, atol=2e-5)
     for own, theirs in zip(torch.autograd.grad((found.log_probs.sum(1) * weights).sum(), parameters), grads):
         assert torch.allclose(own, theirs, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "lora", "asked"),
+    [
+        (tiny_llama, None, Asked()),
+        (tiny_gpt2, None, Asked()),
+        (tiny_llama, {}, Asked(flat=True)),
+        (tiny_llama, {}, Asked()),
+        (tiny_llama, {"modules_to_save": ["lm_head"]}, Asked(flat=True)),
+    ],
+)
+def test_scores_do_not_depend_on_padding(make: Any, lora: dict[str, Any] | None, asked: Asked) -> None:
+    """In front of rows too, where positions are learned too: trl counts them from the padding. By a model that was made
+    fast, also through a head that trains, and by one that was not."""
+    model = make()
+    if lora is not None:
+        rw.add_adapter(model, rw.LoraConfig(r=2, **lora))
+        optimize_for_training(model)
+    torch.manual_seed(0)
+    rows, starts = [torch.randint(3, 97, (size,)) for size in (5, 9, 7)], [2, 4, 6]
+    before = max(starts)
+    ids = torch.zeros(3, before + max(len(row) - start for row, start in zip(rows, starts)), dtype=torch.long)
+    mask, labels, expected = torch.zeros_like(ids), torch.full_like(ids, -100), []
+    for number, (row, start) in enumerate(zip(rows, starts)):
+        end = before - start + len(row)
+        ids[number, before - start : end], mask[number, before - start : end] = row, 1
+        labels[number, before:end] = row[start:]
+        log_p = torch.log_softmax(model(row[None]).logits[0].float() / 0.7, -1)
+        expected.append(log_p[start - 1 : -1].gather(1, row[start:, None]).squeeze(1))
+    given = {"labels": labels, "input_ids": ids, "attention_mask": mask, "temperature": 0.7, "want_stats": True}
+    if accept_scores(model, asked):
+        found = model(**given, fused_lm_head=True)
+    else:
+        assert lora is None
+        found = scores_of_logits(model, asked, **given)
+    scored = labels[:, 1:] != -100
+    torch.testing.assert_close(found.log_probs[scored], torch.cat(expected), rtol=1e-4, atol=1e-5)
+    assert (found.log_probs[~scored] == 0).all()
 
 
 def test_a_prompt_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:

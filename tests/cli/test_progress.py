@@ -92,6 +92,20 @@ def test_before_the_first_step_it_shows_the_phase():
     assert "Loading the model" in picture(progress, 80)
 
 
+def test_evaluations_of_rewards_show_rewards(capsys):
+    plain, live = PlainProgress(Output(), every=5, of_rewards=True), LiveProgress(Output(), of_rewards=True)
+    for progress in (plain, live):
+        progress.step(info(1, 0.1, total=2))
+        progress.evaluation(1, -0.0, False)
+        progress.evaluation(2, -0.75, True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == ["evaluation at step 1: reward 0.0000", "evaluation at step 2: reward 0.7500 (best so far)"]
+    drawn = picture(live, 80)
+    assert "reward    0.7500" in drawn
+    assert "best 0.7500 at step 2" in drawn
+    assert "eval loss" not in drawn
+
+
 def test_plain_lines_come_every_few_steps(capsys):
     progress = PlainProgress(Output(), every=5)
     progress.phase("Training")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import safetensors.torch
+import torch
 
-from rankwise.records import load_record
+from rankwise.records import load_record, read_metrics
 
 OPTIONS = ["--objective", "grpo", "--method", "lora", "--r", 2, "--max-steps", 2, "--batch-size", 4, "--device", "cpu"]
 OPTIONS += ["--num-generations", 2, "--max-completion-length", 6, "--max-length", 96, "--learning-rate", 0.01]
@@ -80,7 +82,6 @@ def test_a_resumed_run_takes_no_python_file_from_its_folder(train, rankwise, tmp
     ("given", "code", "words"),
     [
         (["--use-vllm"], "RW120", ["no such option: --use-vllm, because", "without the adapter"]),
-        (["--reward", "answer", "--devices", 2], "RW779", ["one process", "--devices"]),
         (["--reward", "none.py:right"], "RW771", ["no file none.py"]),
         (["--reward", "answer", "--temperature", 0], "RW103", ["temperature"]),
         (["--reward", "answer", "--objective", "sft"], "RW760", ["--reward", "--num-generations"]),
@@ -93,6 +94,51 @@ def test_what_is_refused_has_a_reason(train, given, code, words):
     assert all(word in " ".join(done.stderr.split()) for word in words)
 
 
+FIGURES = ("loss", "reward", "reward_length", "kl", "entropy", "completion_tokens", "eval_reward", "tokens")
+
+
+@pytest.mark.slow
+def test_two_processes_answer_and_learn_as_one_does(several, model_folder, prompts, tmp_path):
+    """Groups of four over processes of two rows, epochs of four steps, evaluations of an odd number of prompts."""
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("".join(prompts.read_text().splitlines(keepends=True)[:5]))
+    given = ["train", "--model", model_folder, "--data", prompts, "--eval-data", held_out, "--eval-steps", 3, *OPTIONS]
+    given += ["--reward", "length=4", "--reward", r"format=\d", "--beta", 0.1, "--num-generations", 4]
+    given += ["--gradient-accumulation", 2, "--max-steps", 6, "--logging-steps", 1, "--dtype", "float32"]
+    given += ["--lr-scheduler-type", "constant", "--ignore-plan"]
+    folders = tmp_path / "one", tmp_path / "two"
+    for count, folder in enumerate(folders, 1):
+        done = several.run(count, [*given, "--batch-size", 4 // count, "--output", folder])
+        assert done.codes == [0] * count, done.stderr
+    one, two = map(list, map(read_metrics, folders))
+    for name in FIGURES:
+        expected, found = ([line[name] for line in lines if name in line] for lines in (one, two))
+        assert len(expected) == 3 if name == "eval_reward" else 6
+        # Means of each micro-batch of answers, which are divided otherwise.
+        loose = 0.05 if name in ("kl", "entropy") else 1e-4
+        assert found == pytest.approx(expected, rel=loose, abs=1e-6), name
+    assert len({line["completion_tokens"] for line in one if "loss" in line}) > 1
+    learnt = [safetensors.torch.load_file(folder / "adapter_model.safetensors") for folder in folders]
+    for name, value in learnt[0].items():
+        torch.testing.assert_close(learnt[1][name], value, rtol=1e-3, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--strategy", "fsdp"], "RW779: --objective grpo does not go with --strategy fsdp"),
+        (["--loss-type", "bnpo"], "RW785: --loss-type bnpo is a mean over the tokens of a batch"),
+        (["--num-generations", 3], "RW775: a step has --batch-size 4 x --gradient-accumulation 1 x 2 processes = 8"),
+    ],
+)
+def test_what_several_processes_cannot_learn_is_refused(given, words, several, model_folder, prompts, tmp_path):
+    command = ["train", "--model", model_folder, "--data", prompts, "--output", tmp_path / "run", *OPTIONS]
+    done = several.run(2, [*command, "--reward", "answer", *given])
+    assert 0 not in done.codes
+    assert words in " ".join(done.stderr.split())
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_plan_counts_the_answers(rankwise, model_folder):
     """With few activations, keys and values of many answers are the most that a step holds."""
     command = ["plan", "--model", model_folder, "--method", "lora", "--memory", "24GB", "--max-length", 512, "--json"]
@@ -102,3 +148,4 @@ def test_the_plan_counts_the_answers(rankwise, model_folder):
     # Two layers of two heads of 8, keys and values, in 16 bits.
     assert peaks[1] - peaks[0] > 0.5 * 64 * 512 * (2 * 2 * 2 * 8) * 2
     assert written["methods"]["lora"]["phase"] == "generation"
+    assert written["command"].endswith("--data D --reward R --output O")

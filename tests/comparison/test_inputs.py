@@ -16,7 +16,6 @@ from rankwise.comparison.settings import CompareSettings
 from rankwise.config import TrainSettings
 from rankwise.data import read_rows
 from rankwise.data.preference_formats import PREFERENCE_FORMATS
-from rankwise.data.preferences import sides_of
 from rankwise.data.rows import Row
 from rankwise.errors import ConfigError, RankwiseWarning
 from rankwise.settings_file import read_settings
@@ -96,7 +95,7 @@ def test_parts_of_preferences_mean_what_they_meant(tmp_path: Path, objective: st
 
 def meaning(row: Row) -> str:
     places = {"source": "", "line": 0}
-    sides = [dataclasses.replace(side, rejected=None, **places) for side in sides_of(row)]  # type: ignore[arg-type]
+    sides = [dataclasses.replace(side, rejected=None, **places) for side in row.sides]  # type: ignore[arg-type]
     return str(sides)
 
 

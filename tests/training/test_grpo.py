@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import random
 from collections import Counter
@@ -14,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from torch import nn
-from training_rows import WORDS, Recorder
+from training_rows import WORDS, Recorder, storage_bytes
 from transformers import PreTrainedTokenizerFast
 
 import rankwise as rw
@@ -27,12 +25,11 @@ from rankwise.errors import Interrupted, RankwiseError
 from rankwise.lora_config import LoraConfig
 from rankwise.records import load_record, read_metrics
 from rankwise.training.foresight import MicroBatch
-from rankwise.training.log_probs import scored, without_padding_in_front
 from rankwise.training.objectives import learning_of
 from rankwise.training.objectives.grpo_trainer import GrpoArguments, GrpoTrainer
 from rankwise.training.objectives.rewards import Reward
 from rankwise.training.run import train
-from tiny_models import tiny_gpt2, tiny_llama
+from tiny_models import tiny_llama
 
 REWARDS = """
 def many(completions, **kwargs):
@@ -180,47 +177,6 @@ def test_steps_are_those_of_trl_and_peft(
     assert abs(logs[0][0]["grad_norm"]) > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("make", "lora", "flat"),
-    [
-        (tiny_llama, None, False),
-        (tiny_gpt2, None, False),
-        (tiny_llama, LoraConfig(r=2), True),
-        (tiny_llama, LoraConfig(r=2), False),
-        (tiny_llama, LoraConfig(r=2, modules_to_save=["lm_head"]), True),
-    ],
-)
-def test_log_probs_do_not_depend_on_padding(make: Any, lora: LoraConfig | None, flat: bool) -> None:
-    """Also where positions are learned: trl counts them from the padding. And through a head that trains."""
-    model = make()
-    if lora is not None:
-        add_adapter(model, lora)
-        optimize_for_training(model)
-    torch.manual_seed(0)
-    rows, starts = [torch.randint(3, 97, (size,)) for size in (5, 9, 7)], [2, 4, 6]
-    before = max(starts)
-    ids = torch.zeros(3, before + max(len(row) - start for row, start in zip(rows, starts)), dtype=torch.long)
-    mask, labels, expected = torch.zeros_like(ids), torch.full_like(ids, -100), []
-    for number, (row, start) in enumerate(zip(rows, starts)):
-        end = before - start + len(row)
-        ids[number, before - start : end], mask[number, before - start : end] = row, 1
-        labels[number, before:end] = row[start:]
-        log_p = torch.log_softmax(model(row[None]).logits[0].float() / 0.7, -1)
-        expected.append(log_p[start - 1 : -1].gather(1, row[start:, None]).squeeze(1))
-    inputs = without_padding_in_front(ids, mask, labels, flat=flat)
-    found = scored(model, inputs, temperature=0.7, want_entropy=True)
-    torch.testing.assert_close(found.log_probs, torch.cat(expected), rtol=1e-4, atol=1e-5)
-
-
-def live_bytes() -> int:
-    """Of all parameters and buffers in the process, each storage once."""
-    gc.collect()
-    modules = [each for each in gc.get_objects() if isinstance(each, nn.Module)]
-    tensors = [item for each in modules for item in (*each._parameters.values(), *each._buffers.values())]
-    storages = [item.untyped_storage() for item in tensors if item is not None]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
 @pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.filterwarnings("ignore")
 def test_no_second_base_appears(four_bit: bool, tokenizer: Any, tmp_path: Path) -> None:
@@ -230,11 +186,11 @@ def test_no_second_base_appears(four_bit: bool, tokenizer: Any, tmp_path: Path) 
     seen: list[int] = []
 
     def watching(completions: Sequence[str], **_: Any) -> list[float]:
-        seen.append(live_bytes())
+        seen.append(storage_bytes())
         return count_words(completions)
 
     # Others' models may still be alive.
-    base = live_bytes()
+    base = storage_bytes()
     trainer = ours(tokenizer, tmp_path, model=model, lora=LoraConfig(r=1), function=watching, max_steps=2)
     adapter = sum(value.nbytes for value in adapter_parameters(model).values())
     reference = trainer.ref_model

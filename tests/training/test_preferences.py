@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import random
 from collections.abc import Callable
@@ -14,9 +13,7 @@ import safetensors.torch
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from tests.training.training_rows import WORDS, Recorder
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
+from tests.training.training_rows import WORDS, Recorder, storage_bytes
 from transformers import AutoModelForCausalLM
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -136,18 +133,6 @@ def test_losses_rewards_and_margins_equal_trls(
     assert ours[-1]["loss"] != ours[0]["loss"]
 
 
-def storage_bytes() -> int:
-    """Of all parameters alive, each storage once; those of the memory plan's fake model take none."""
-    # Asking a million objects whether they are parameters takes a second; whether they are tensors, a tenth of that.
-    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
-    found = {
-        parameter.untyped_storage().data_ptr(): parameter.untyped_storage().nbytes()
-        for parameter in tensors
-        if isinstance(parameter, nn.Parameter) and not isinstance(parameter, FakeTensor) and not parameter.is_meta
-    }
-    return sum(found.values())
-
-
 class Weighing(Recorder):
     """Notes at every step how much the parameters alive take."""
 
@@ -168,8 +153,6 @@ def test_there_is_no_second_model(method: str, preferring: Any, settings: Any, t
         "dpo": preferring(method=method, max_steps=2, output=tmp_path / "dpo"),
         "kto": preferring("kto", method=method, max_steps=2, output=tmp_path / "kto"),
     }.items():
-        # What earlier runs left behind.
-        gc.collect()
         before, watcher = storage_bytes(), Weighing()
         train(given, watcher)
         weighed[name] = max(watcher.bytes) - before

@@ -120,7 +120,7 @@ def test_built_in_rewards_read_messages():
         ("raises_for_several", "RW772", ["one at a time", "a batch of answers"]),
         ("nan", "RW774", ["nan", "'b c'", "'q'"]),
         ("words_themselves", "RW774", ["not a finite number", "'a'"]),
-        ("too_few", "RW773", ["1 values for 2 answers"]),
+        ("too_few", "RW773", ["a list of 1 for 2 answers"]),
         ("one_number", "RW773", ["a float for 2 answers"]),
         ("number", "RW771", ["not a function", "words, right"]),
         ("absent", "RW771", ["has no absent", "words, right"]),

@@ -50,7 +50,8 @@ class Decoding:
     top_p: float = 1.0
     seed: int = 0
     # Answers that the model learns from: they keep the stop token that ended them; the rows of a batch draw at once,
-    # on the device, from all tokens; and what layers keep for their next call serves one with gradients too.
+    # on the device, from all tokens, by uniform numbers that are drawn before; and what layers keep for their next call
+    # serves one with gradients too.
     to_train_on: bool = False
 
 
@@ -119,7 +120,6 @@ class Generator:
         self.decoding = decoding
         self.pad = pad
         self._prefix: tuple[tuple[int, ...], DynamicCache | None] = ((), None)
-        self._draws = torch.Generator(model.device).manual_seed(decoding.seed) if decoding.to_train_on else None
 
     def share(self, prompts: Sequence[Prompt]) -> None:
         """Compute the common beginning of all ``prompts`` for the following batches. Repeated calls cost nothing."""
@@ -159,7 +159,8 @@ class Generator:
         batch = _Running(prompts, self._prefix, self.model, self.pad)
         answers: list[list[int]] = [[] for _ in prompts]
         generators = [self._random(prompt) for prompt in prompts]
-        for _ in range(self.decoding.max_new_tokens):
+        numbers = self._numbers(generators)
+        for step in range(self.decoding.max_new_tokens):
             output = self.model(
                 input_ids=batch.ids,
                 attention_mask=batch.mask,
@@ -168,7 +169,12 @@ class Generator:
             )
             logits = batch.spread(output.logits[:, -1]).float()
             check_logits(self.model, logits)
-            chosen = self._choose(logits, answers, generators, batch.rows)
+            if numbers is None:
+                chosen = self._choose(logits, answers, generators, batch.rows)
+            else:
+                p = torch.softmax(logits / self.decoding.temperature, -1)
+                chosen = drawn(p, numbers[batch.rows, step]).tolist()
+                chosen = [-1 if row < 0 else token for row, token in zip(batch.rows, chosen)]
             goes_on = [token >= 0 and token not in self.decoding.stop_ids for token in chosen]
             for row, token, goes in zip(batch.rows, chosen, goes_on):
                 if goes or (token >= 0 and self.decoding.to_train_on):
@@ -195,9 +201,6 @@ class Generator:
                     logits[index, banned] = -torch.inf
         if self.decoding.temperature == 0:
             tokens = logits.argmax(-1).tolist()
-        elif self._draws is not None:
-            p = torch.softmax(logits / self.decoding.temperature, -1)
-            tokens = torch.multinomial(p, 1, generator=self._draws).squeeze(1).tolist()
         else:
             tokens = [
                 sample(logits[index], self.decoding.temperature, self.decoding.top_p, generators[row])
@@ -209,11 +212,19 @@ class Generator:
 
     def _random(self, prompt: Prompt) -> torch.Generator | None:
         """The random generator of a prompt. It depends on the prompt and the seed, and not on the batch."""
-        if self.decoding.temperature == 0 or self._draws is not None:
+        if self.decoding.temperature == 0:
             return None
         # Hashed: torch's generator on the CPU takes 32 bits of a seed.
         name = f"{self.decoding.seed} {prompt.repeat} {prompt.ids}"
         return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))
+
+    def _numbers(self, generators: Sequence[torch.Generator | None]) -> Tensor | None:
+        """Of answers to train on, the numbers that choose the tokens of each prompt (B, new tokens)."""
+        if not self.decoding.to_train_on or self.decoding.temperature == 0:
+            return None
+        count = self.decoding.max_new_tokens
+        numbers = [torch.rand(count, generator=generator) for generator in generators]
+        return torch.stack(numbers).to(self.model.device)
 
     def _beam_search(self, prompts: Sequence[Prompt], stopped: Stopped | None) -> list[list[int]]:
         """Beam search by transformers. Repeated n-grams are counted in the answer only."""
@@ -254,8 +265,9 @@ class _Running:
         beginning, cache = prefix
         start = len(beginning)
         asked, self._owners = [prompt.ids for prompt in prompts], None
-        if any(prompt.repeat for prompt in prompts):
-            asked = list(dict.fromkeys(asked))
+        distinct = list(dict.fromkeys(asked))
+        if len(distinct) < len(asked) and any(prompt.repeat for prompt in prompts):
+            asked = distinct
             place = {ids: number for number, ids in enumerate(asked)}
             # Of each prompt the row that runs it in the first step.
             self._owners = torch.tensor([place[prompt.ids] for prompt in prompts], device=model.device)
@@ -323,6 +335,16 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     # The likeliest token always stays: what stands before it sums to 0.
     p[p.cumsum(-1) - p >= top_p] = 0
     return int(order[torch.multinomial(p, 1, generator=generator)])
+
+
+def drawn(p: Tensor, numbers: Tensor) -> Tensor:
+    """Of each row of probabilities (B, V) the first token up to which they sum to more than a number (B,) in [0, 1).
+
+    The sums take the place of the probabilities.
+    """
+    sums = p.cumsum_(-1)
+    # Rounding keeps the whole sum from 1.
+    return torch.searchsorted(sums, numbers[:, None] * sums[:, -1:], right=True).squeeze(1).clamp(max=p.shape[-1] - 1)
 
 
 def only_numbers(model: PreTrainedModel) -> Callable[[Tensor, Tensor], Tensor]:

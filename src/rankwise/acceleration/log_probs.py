@@ -1,9 +1,9 @@
 """Log-probabilities of given tokens without the (tokens x vocabulary) logits, for learning from preferences and
 rewards.
 
-trl's trainers ask their model for them by ``model(..., labels=labels, fused_lm_head=True)``. Here such a call runs the
-model with an output head that only records its input, without padding where attention permits. Then it computes chunks
-of logits at scored positions alone.
+trl's trainers of preferences ask their model for them by ``model(..., labels=labels, fused_lm_head=True)``, and so does
+our trainer of rewards. Here such a call runs the model with an output head that only records its input, without padding
+where attention permits. Then it computes chunks of logits at scored positions alone.
 
 Legend: B rows, L positions, T positions without padding, P scored positions of all rows, V vocabulary. A position is
 scored where the label after it is not -100.
@@ -115,35 +115,80 @@ def _scored(
     input_ids: Tensor,
     attention_mask: Tensor,
     *,
+    temperature: float = 1.0,
     want_stats: bool = True,
     **more: Any,
 ) -> TokenScores:
-    """``want_stats`` adds the entropy."""
-    head, asked = current_head(model), asked_of(model)
+    """Scores of logits divided by the temperature; ``want_stats`` adds the entropy."""
+    head = current_head(model)
     assert head is not None, "a hook was put on the output head"
     scored = scored_positions(labels)
-    targets = labels.flatten().index_select(0, scored + 1)
-    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-    places = scored
-    if asked.pairs:
-        inputs, places = _pairs(input_ids, attention_mask, scored)
-    elif asked.flat:
-        inputs, places = _end_to_end(input_ids, attention_mask, scored)
+    inputs, places = _laid_out(asked_of(model), input_ids, attention_mask, scored)
     with answering(head.module, meaningless) as noted:
         outputs = class_forward(model)(**inputs, **{**more, "use_cache": False})
-    hidden = noted[0].flatten(0, 1).index_select(0, places)
-    options = LossOptions(want_stats=want_stats, want_log_probs=True, scored=scored)
+    # Of a model over several devices, labels and hidden states may lie on two.
+    hidden = noted[0].flatten(0, 1).index_select(0, places.to(noted[0].device))
+    targets = labels.flatten().index_select(0, scored + 1).to(hidden.device)
+    options = LossOptions(want_stats=want_stats, want_log_probs=True, temperature=temperature, scored=scored)
     found = sums_at(head, hidden, targets, options)
     assert found.log_probs is not None, "asked for"
+    return _token_scores(labels, scored, found.log_probs, found.entropy if want_stats else None, outputs)
+
+
+def scores_of_logits(
+    model: Any,
+    asked: Asked,
+    labels: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    temperature: float,
+    want_stats: bool,
+    **more: Any,
+) -> TokenScores:
+    """The same from whole logits: for a model that was not made fast, or whose head alone does not make its logits."""
+    scored = scored_positions(labels)
+    inputs, places = _laid_out(asked, input_ids, attention_mask, scored)
+    outputs = model(**inputs, **{**more, "use_cache": False})
+    log_p = F.log_softmax(outputs.logits.flatten(0, 1).index_select(0, places).float() / temperature, -1)
+    targets = labels.flatten().index_select(0, scored + 1)
+    log_probs = log_p.gather(1, targets[:, None]).squeeze(1)
+    entropy = -(log_p.exp() * log_p).detach().sum() if want_stats else None
+    return _token_scores(labels, scored, log_probs, entropy, outputs)
+
+
+def _token_scores(
+    labels: Tensor, scored: Tensor, log_probs: Tensor, entropy: Tensor | None, outputs: Any
+) -> TokenScores:
+    """Log-probabilities (P,) at the places of their labels; ``entropy`` is the sum over them."""
 
     def spread(values: Tensor) -> Tensor:
-        whole = values.new_zeros(labels.numel()).index_copy(0, scored, values)
+        whole = values.new_zeros(labels.numel()).index_copy(0, scored.to(values.device), values)
         return whole.view(labels.shape)[:, :-1]
 
-    entropy = None
-    if found.entropy is not None and want_stats:
-        entropy = spread((found.entropy / max(1, len(scored))).to(found.log_probs.dtype).expand(len(scored)))
-    return TokenScores(spread(found.log_probs), entropy, getattr(outputs, "aux_loss", None))
+    mean = None
+    if entropy is not None:
+        mean = spread((entropy / max(1, len(scored))).to(log_probs.dtype).expand(len(scored)))
+    return TokenScores(spread(log_probs), mean, getattr(outputs, "aux_loss", None))
+
+
+def _laid_out(asked: Asked, input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Rows (B, L) with padding at both ends as inputs of a model, and the places of the scored positions (P,) there.
+
+    Positions count from a row's first token, as in generation.
+    """
+    if asked.pairs:
+        return _pairs(input_ids, attention_mask, scored)
+    if asked.flat:
+        return _end_to_end(input_ids, attention_mask, scored)
+    length = input_ids.shape[1]
+    # argmax gives the first of equal ones.
+    first, longest = attention_mask.argmax(1), int(attention_mask.sum(1).max())
+    columns = (torch.arange(length, device=input_ids.device) + first[:, None]) % length
+    rows = {"input_ids": input_ids, "attention_mask": attention_mask}
+    inputs = {name: tensor.gather(1, columns)[:, :longest] for name, tensor in rows.items()}
+    row = scored // length
+    return inputs, row * longest + scored % length - first[row]
 
 
 def _end_to_end(input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tuple[dict[str, Any], Tensor]:

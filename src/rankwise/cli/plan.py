@@ -55,10 +55,16 @@ def command_of(recommendation: Recommendation, saved: Path | None) -> str | None
     """The ``rankwise train`` line that carries the recommendation out; None where nothing fits."""
     if recommendation.method is None:
         return None
+    own = _own_options(recommendation)
     if saved is not None:
-        return f"rankwise train --config {shlex.quote(str(saved))} --data D --output O"
+        return f"rankwise train --config {shlex.quote(str(saved))} {own}"
     words = [word for name, value in differing(recommendation.settings).items() for word in option_words(name, value)]
-    return f"rankwise train {shlex.join(words)} --data D --output O"
+    return f"rankwise train {shlex.join(words)} {own}"
+
+
+def _own_options(recommendation: Recommendation) -> str:
+    """The options of ``rankwise train`` that only the user knows."""
+    return f"--data D{' --reward R' if recommendation.settings.get('objective') == 'grpo' else ''} --output O"
 
 
 def differing(settings: Fields) -> JsonObject:
@@ -112,7 +118,7 @@ def as_yaml(plan: Plan) -> str:
     tight = "; it fits only without its error margin" if plan.recommendation.is_tight else ""
     head = (
         f"# Planned for {plan.hardware.name}: predicted peak {peak}{tight}.\n"
-        "# rankwise train --config THIS-FILE --data D --output O\n"
+        f"# rankwise train --config THIS-FILE {_own_options(plan.recommendation)}\n"
     )
     return head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 

@@ -33,6 +33,8 @@ class History:
     steps: list[int] = dataclasses.field(default_factory=list)
     losses: list[float] = dataclasses.field(default_factory=list)
     evaluations: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    # Whether the loss of an evaluation is the negative of a mean reward.
+    of_rewards: bool = False
     latest: StepInfo | None = None
 
     def add(self, info: StepInfo) -> None:
@@ -64,10 +66,11 @@ class PlainProgress(_Warnings):
     evaluation.
     """
 
-    def __init__(self, output: Output, every: int | None) -> None:
+    def __init__(self, output: Output, every: int | None, *, of_rewards: bool = False) -> None:
         super().__init__()
         self.output = output
         self.every = every
+        self.of_rewards = of_rewards
         # Losses of the steps since the last line.
         self.unsaid: list[float] = []
 
@@ -85,7 +88,8 @@ class PlainProgress(_Warnings):
             self.unsaid = []
 
     def evaluation(self, step: int, loss: float, best: bool) -> None:
-        self.output.line(f"evaluation at step {step}: loss {loss:.4f}{' (best so far)' if best else ''}")
+        found = f"reward {0 - loss:.4f}" if self.of_rewards else f"loss {loss:.4f}"
+        self.output.line(f"evaluation at step {step}: {found}{' (best so far)' if best else ''}")
 
     def sample(self, step: int, text: str) -> None:
         self.output.line(f"sample: {one_line(text)}")
@@ -94,10 +98,10 @@ class PlainProgress(_Warnings):
 class LiveProgress(_Warnings):
     """A redrawn picture of a few lines; samples and warnings scroll by above it."""
 
-    def __init__(self, output: Output) -> None:
+    def __init__(self, output: Output, *, of_rewards: bool = False) -> None:
         super().__init__()
         self.output = output
-        self.history = History()
+        self.history = History(of_rewards=of_rewards)
         self.phase_name = "Starting"
         self.running = True
 
@@ -126,12 +130,12 @@ class LiveProgress(_Warnings):
 
 
 @contextlib.contextmanager
-def watching(output: Output, *, every: int | None) -> Iterator[Observer]:
+def watching(output: Output, *, every: int | None, of_rewards: bool) -> Iterator[Observer]:
     """An observer for one run: live on a terminal, plain elsewhere."""
     if not output.is_terminal:
-        yield PlainProgress(output, every)
+        yield PlainProgress(output, every, of_rewards=of_rewards)
         return
-    live = LiveProgress(output)
+    live = LiveProgress(output, of_rewards=of_rewards)
     with Live(live, console=output.console, refresh_per_second=4):
         try:
             yield live
@@ -155,15 +159,17 @@ def curve_lines(history: History, width: int) -> list[Text]:
     """The loss of each step as a sparkline, and below it where the best evaluation was."""
     lines = [Text.assemble(f"step loss {history.losses[-1]:<9.4f}", (sparkline(history.losses, width), "cyan"))]
     if history.best is not None:
-        step, loss = history.best
+        sign = -1 if history.of_rewards else 1
+        step, best = history.best[0], sign * history.best[1]
         index = sum(1 for seen in history.steps if seen < step)
         column = position(min(index, len(history.steps) - 1), len(history.steps), width)
-        last = history.evaluations[-1][1]
-        label = f"▲ best {loss:.4f} at step {step}"
+        last = sign * history.evaluations[-1][1]
+        label = f"▲ best {best:.4f} at step {step}"
         # The label goes left of the mark where the line has no room to its right.
         if column + len(label) > width:
-            label, column = f"best {loss:.4f} at step {step} ▲", max(0, column + 1 - len(label))
-        lines.append(Text.assemble(f"eval loss {last:<9.4f}", " " * column, (label, "green")))
+            label, column = f"best {best:.4f} at step {step} ▲", max(0, column + 1 - len(label))
+        name = "reward   " if history.of_rewards else "eval loss"
+        lines.append(Text.assemble(f"{name} {last:<9.4f}", " " * column, (label, "green")))
     return lines
 
 

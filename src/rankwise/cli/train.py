@@ -112,7 +112,8 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
     settings = with_adapters_options(settings)
     guard = _guard(settings, output)
     try:
-        with watching(output, every=settings.logging_steps) if ranks.is_writer() else _unwatched() as observer:
+        watched = watching(output, every=settings.logging_steps, of_rewards=settings.objective == "grpo")
+        with watched if ranks.is_writer() else _unwatched() as observer:
             record = train(settings, observer, guard)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -13,7 +13,6 @@ from rankwise.comparison.settings import CompareSettings
 from rankwise.config import BASELINES
 from rankwise.data import Row, Rows, read_rows, warn_of_overlap
 from rankwise.data.preference_formats import PREFERENCE_FORMATS
-from rankwise.data.preferences import sides_of
 from rankwise.data.rows import HOLDS_IMAGES
 from rankwise.errors import ConfigError, DataError, ModelError
 from rankwise.foreign import JsonObject
@@ -186,7 +185,7 @@ def _record(row: Row, rows: Rows, layout: Mapping[str, Any]) -> JsonObject:
 def _preference(row: Row, rows: Rows) -> dict[str, Any]:
     first = row.first_trained
     prompt: Any = row.prompt if row.kind == "prompt" else list(row.messages[:first])
-    answers = [side.completion if row.kind == "prompt" else list(side.messages[first:]) for side in sides_of(row)]
+    answers = [side.completion if row.kind == "prompt" else list(side.messages[first:]) for side in row.sides]
     named = {"question" if rows.separator == "\n" else "prompt": prompt}
     if row.rejected is None:
         return {**named, "completion": answers[0], "label": row.label}
@@ -199,7 +198,7 @@ def _meaning(rows: Rows) -> Any:
         rows.kind,
         rows.uses_template,
         rows.separator,
-        [(*(getattr(side, key) for key in keys), list(side.tools or ())) for row in rows for side in sides_of(row)],
+        [(*(getattr(side, key) for key in keys), list(side.tools or ())) for row in rows for side in row.sides],
     )
 
 

@@ -182,9 +182,9 @@ def check_compare(given: CompareSettings) -> None:
     if given.objective == "grpo":
         raise ConfigError(
             "RW626",
-            "--objective grpo is not compared: a run learns from answers that it draws itself, and the rewards of its "
-            "evaluation are not kept by prompt, so two methods could not be paired. Train each with `rankwise train` "
-            "and compare their adapters on one task with `rankwise evaluate`.",
+            "--objective grpo is not compared: the evaluations of such a run keep mean rewards, and a verdict on two "
+            "methods needs the reward of each prompt. Train each method with `rankwise train`, then compare the "
+            "adapters on one task with `rankwise evaluate --adapter A --adapter B`.",
         )
     try:
         known = [variant_of(name) for name in given.methods]

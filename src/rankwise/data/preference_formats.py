@@ -36,11 +36,7 @@ class EqualSides(BadRow):
 
 def unpaired(rows: Rows) -> Rows:
     """Each pair as a good and a bad answer; other rows as they are."""
-    items = [
-        side
-        for row in rows
-        for side in ((row,) if row.rejected is None else (dataclasses.replace(row, rejected=None), row.rejected))
-    ]
+    items = [dataclasses.replace(side, rejected=None) for row in rows for side in row.sides]
     return dataclasses.replace(rows, items=items)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from rankwise.data.bad_rows import NEVER, check_bad_rows
 from rankwise.data.encoding import Counts, Encoded, EncodedRow, RowEncoder, complain, list_column
-from rankwise.data.rows import Problem, Row, Rows
+from rankwise.data.rows import Problem, Rows
 from rankwise.errors import warn
 
 if TYPE_CHECKING:
@@ -22,17 +22,14 @@ if TYPE_CHECKING:
 
 # So many rows or more may be sorted by their labels.
 SORTED = 16
-# {name in a pair or alone: the columns of trl's data sets}.
-COLUMNS = {True: ("prompt_ids", "chosen_ids", "rejected_ids"), False: ("prompt_ids", "completion_ids")}
+# The columns of trl's data sets: those of answers, and all of them by whether rows are pairs.
+ANSWER_IDS = ("chosen_ids", "rejected_ids", "completion_ids")
+COLUMNS = {True: ("prompt_ids", *ANSWER_IDS[:2]), False: ("prompt_ids", *ANSWER_IDS[2:])}
 
 
 def completion_start(row: EncodedRow) -> int:
     """Where the answer starts; the length of the row where it has none."""
     return row.trained.index(True) if True in row.trained else len(row.ids)
-
-
-def sides_of(row: Row) -> tuple[Row, ...]:
-    return (row,) if row.rejected is None else (row, row.rejected)
 
 
 def encode_preferences(
@@ -52,13 +49,13 @@ def encode_preferences(
     Raises DataError as ``encode_rows``.
     """
     encoder = RowEncoder(rows, tokenizer, chat_template)
-    sides = [side for row in rows for side in sides_of(row)]
+    sides = [side for row in rows for side in row.sides]
     found = encoder.try_encode(sides, max_length)
     table = _Table(max_length, paired=len(sides) > len(rows))
     problems: list[Problem] = []
     stop_ids: set[int] = set()
     for row in rows:
-        encoded = [next(found) for _ in sides_of(row)]
+        encoded = [next(found) for _ in row.sides]
         bad = next((item for item in encoded if isinstance(item, Problem)), None)
         if bad is not None:
             problems.append(bad)

@@ -56,6 +56,11 @@ class Row:
         """``train.csv, line 12``: how an error names this row."""
         return f"{self.source}, {self.counted_in} {self.line}"
 
+    @property
+    def sides(self) -> tuple[Row, ...]:
+        """The better and the worse answer of a pair; of any other row the row."""
+        return (self,) if self.rejected is None else (self, self.rejected)
+
     def content(self) -> str:
         """All text of the row, for hashing and comparing."""
         turns = [f"{message['role']}\n{message.get('content') or ''}" for message in self.messages]

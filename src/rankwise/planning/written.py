@@ -11,7 +11,14 @@ import torch
 from transformers import DynamicCache
 
 from rankwise.acceleration import give_back_freed_memory
-from rankwise.acceleration.generation import Decoding, Generator, Prompt, batches_that_fit, cache_bytes_per_token
+from rankwise.acceleration.generation import (
+    Decoding,
+    Generator,
+    Prompt,
+    batches_that_fit,
+    cache_bytes_per_token,
+    drawn,
+)
 from rankwise.acceleration.scoring import window_of
 from rankwise.chunks import CACHE_BYTES
 from rankwise.planning.step import Enter, autocast_dtype
@@ -84,4 +91,4 @@ def _draw(model: Any, rows: int, tokens: int, cache: DynamicCache) -> None:
         **given,
     )
     logits = output.logits[:, -1].float()
-    torch.multinomial(torch.softmax(logits / 1.0, -1), 1)
+    drawn(torch.softmax(logits / 1.0, -1), torch.rand(rows))

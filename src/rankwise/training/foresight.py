@@ -11,12 +11,11 @@ from typing import Any, Protocol
 from rankwise.acceleration.packing import members_of
 from rankwise.acceleration.scoring import loss_scorer
 from rankwise.constants import IGNORED
+from rankwise.data.preferences import ANSWER_IDS
 from rankwise.training.loss import evaluation_targets
 from rankwise.training.state import undisturbed_random_states
 
 ROWS_AT_ONCE = 10_000
-# The columns of encoded preferences that are in the loss.
-ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids")
 # KTO's answers to other prompts of their batch.
 MISMATCHED = ("KL_completion_ids",)
 
@@ -80,7 +79,7 @@ def largest_scoring(trainer: Any) -> MicroBatch | None:
     flat, found = trainer.args.flat, []
     sets = (trainer.train_dataset, trainer.args.per_device_train_batch_size, MISMATCHED)
     more = (trainer.eval_dataset, trainer.args.per_device_eval_batch_size)
-    for dataset, size, answers in (sets, (*more, MISMATCHED), (*more, ANSWERS)):
+    for dataset, size, answers in (sets, (*more, MISMATCHED), (*more, ANSWER_IDS)):
         if dataset is not None and not {*answers}.isdisjoint(dataset.column_names):
             lengths = _lengths(dataset, shared=flat and trainer.shares_prompts, answers=answers)
             found.append(_largest(dataset, lengths, [_table(np.arange(len(dataset)), size)], flat=flat))
@@ -137,7 +136,7 @@ def _largest(dataset: Any, sides: Any, tables: Any, *, flat: bool) -> MicroBatch
 
 def _trained(row: Mapping[str, Any]) -> int:
     """The number of trained tokens of a row."""
-    answers = sum(len(row.get(name, ())) for name in ANSWERS)
+    answers = sum(len(row.get(name, ())) for name in ANSWER_IDS)
     return answers + sum(label != IGNORED for label in row.get("labels", ()))
 
 
@@ -146,7 +145,7 @@ def longest_row(dataset: Any) -> int:
     return int(_lengths(dataset).max())
 
 
-def _lengths(dataset: Any, *, shared: bool = False, answers: Sequence[str] = ANSWERS) -> Any:
+def _lengths(dataset: Any, *, shared: bool = False, answers: Sequence[str] = ANSWER_IDS) -> Any:
     """Tokens of every row, and of each side of a pair: (rows, sides). ``shared``: the first has the prompt of both.
 
     ``answers``: the columns that hold answers, where a data set has them.

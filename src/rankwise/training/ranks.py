@@ -119,7 +119,8 @@ def joined(device_type: str) -> Iterator[None]:
 
 def check_processes(settings: TrainSettings, processes: int) -> None:
     """Raise ConfigError for options that do not go with the number of processes: RW137 --devices, RW138 --strategy
-    without several, RW146 and RW779 what trains in one alone, RW160 an optimizer that may not go with shards."""
+    without several, RW146 what trains in one alone, RW160 an optimizer that may not go with shards, RW779 rewards
+    with shards."""
     where = place()
     if settings.devices is not None and settings.devices != processes:
         start = f"the launcher started {processes}" if where else "this is one process"
@@ -137,11 +138,11 @@ def check_processes(settings: TrainSettings, processes: int) -> None:
         return
     if settings.method in BASELINES:
         raise ConfigError("RW146", f"--method {settings.method} trains in one process; leave --devices out.")
-    if settings.objective == "grpo":
+    if settings.objective == "grpo" and settings.strategy == "fsdp":
         raise ConfigError(
             "RW779",
-            f"--objective grpo trains in one process, and these are {processes}: answers are drawn in the order of one "
-            "process's prompts, and each of several would draw others; leave --devices out.",
+            "--objective grpo does not go with --strategy fsdp, under which all processes must run each layer equally "
+            "often: their answers differ in length; take --strategy ddp.",
         )
     if settings.strategy == "fsdp" and settings.method == "full" and settings.optimizer not in ELEMENTWISE:
         raise ConfigError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader
 
 from rankwise.acceleration.loss import scored_positions
 from rankwise.adapters.base_layer import is_own, stored_weight
@@ -97,13 +97,12 @@ def why_masks_differ(model: Any) -> str | None:
     return None
 
 
-def share_batches(loader: Any, size: int) -> Any:
+def share_batches(loader: Any) -> Any:
     """accelerate's loader of rows; among several processes with ``Shares`` in place of accelerate's own split."""
     if ranks.count() == 1:
         return loader
-    # Evaluations take rows in order.
-    sampler = getattr(loader.batch_sampler, "sampler", None) or SequentialSampler(loader.dataset)
-    batches = Shares(sampler, size, ranks.count(), ranks.rank())
+    split = loader.batch_sampler
+    batches = Shares(split.batch_sampler.sampler, split.batch_size, ranks.count(), ranks.rank())
     loader.base_dataloader = DataLoader(
         loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn, pin_memory=loader.pin_memory
     )

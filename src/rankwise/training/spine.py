@@ -74,7 +74,10 @@ class RunTrainer(TrlTrainer):
     silence_is_normal = False
 
     def __init__(self, *, save_total_limit: int = 2, progress: Progress | None = None, **kwargs: Any) -> None:
+        # Not all of trl's trainers hand it on.
+        optimizer = kwargs.pop("optimizer_cls_and_kwargs", None)
         super().__init__(**kwargs)
+        self.optimizer_cls_and_kwargs = optimizer
         if getattr(self.args, "activation_offloading", False):
             move_once(self.maybe_activation_offload_context)
         self.run_folder = Path(str(self.args.output_dir))
@@ -136,7 +139,7 @@ class RunTrainer(TrlTrainer):
         return loss
 
     def get_train_dataloader(self) -> Any:
-        return share_batches(super().get_train_dataloader(), self.args.per_device_train_batch_size)
+        return share_batches(super().get_train_dataloader())
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any) -> Any:
         return super().get_batch_samples(self.with_idle_ends(epoch_iterator, self.train_dataset), *args)

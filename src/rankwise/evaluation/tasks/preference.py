@@ -17,6 +17,7 @@ from typing import Any
 from rankwise.acceleration.scoring import Scorer, Target, trained_target
 from rankwise.adapters.reference import reference_at_work
 from rankwise.data import Rows, encode_preferences
+from rankwise.data.preferences import ANSWER_IDS
 from rankwise.errors import DataError
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.journal import text_sha256
@@ -24,8 +25,7 @@ from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.base import Task, Tell, answer_in_batches
 from rankwise.foreign import JsonObject
 
-# The columns of encoded preferences that hold an answer, and an encoded row.
-ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids")
+# A row of encoded preferences.
 Encoded = Mapping[str, Any]
 # Rows between two writes to the disk.
 ROWS_AT_ONCE = 16
@@ -102,7 +102,7 @@ class Preference(Task):
 
 
 def _answers(row: Encoded) -> list[list[int]]:
-    return [row[name] for name in ANSWERS if name in row]
+    return [row[name] for name in ANSWER_IDS if name in row]
 
 
 def _targets(row: Encoded) -> list[Target]:

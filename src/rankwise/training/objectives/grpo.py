@@ -20,6 +20,7 @@ from rankwise.data.prompts import Room, encode_prompts, prompt_formats
 from rankwise.errors import ConfigError
 from rankwise.models.positions import table_rows
 from rankwise.options import flag
+from rankwise.training import ranks
 from rankwise.training.arguments import Surroundings, run_arguments
 from rankwise.training.foresight import MicroBatch, longest_row
 from rankwise.training.learning import Learning
@@ -61,13 +62,14 @@ def _check(given: TrainSettings) -> None:
             f"--reward-weights has {len(given.reward_weights)} factors and there are {len(given.reward)} rewards; give "
             "one for each.",
         )
-    answers, group = given.batch_size * given.gradient_accumulation, given.num_generations or GENERATIONS
+    answers, group = _answers(given), given.num_generations or GENERATIONS
     if answers % group:
+        processes = f" x {ranks.count()} processes" if ranks.count() > 1 else ""
         raise ConfigError(
             "RW775",
-            f"a step has --batch-size {given.batch_size} x --gradient-accumulation {given.gradient_accumulation} = "
-            f"{answers} answers, which is not a multiple of --num-generations {group}: all answers to a prompt "
-            "belong to one step; change one of the three.",
+            f"a step has --batch-size {given.batch_size} x --gradient-accumulation {given.gradient_accumulation}"
+            f"{processes} = {answers} answers, which is not a multiple of --num-generations {group}: all answers to a "
+            "prompt belong to one step; change one of these numbers.",
         )
     if _new_tokens(given) >= given.max_length:
         raise ConfigError(
@@ -83,6 +85,17 @@ def _check(given: TrainSettings) -> None:
         )
     if given.loss_type is not None and given.loss_type not in LOSSES:
         raise ConfigError("RW783", f"--loss-type {given.loss_type} is none of grpo's: {', '.join(LOSSES)}.")
+    if given.loss_type == "bnpo" and ranks.count() > 1:
+        raise ConfigError(
+            "RW785",
+            f"--loss-type bnpo is a mean over the tokens of a batch, and {ranks.count()} processes have batches of "
+            "their own; leave --devices out, or give another loss.",
+        )
+
+
+def _answers(given: TrainSettings) -> int:
+    """The answers of a step, of all processes."""
+    return given.batch_size * given.gradient_accumulation * ranks.count()
 
 
 def _new_tokens(given: TrainSettings) -> int:
@@ -141,7 +154,7 @@ def _trainer(given: TrainSettings, data: Data, common: Mapping[str, Any], *, rew
             f"{type(model).__name__} has learned positions for {places:,}; give --max-length {places} or less.",
         )
     group = given.num_generations or GENERATIONS
-    prompts = given.batch_size * given.gradient_accumulation // group
+    prompts = _answers(given) // group
     if prompts > len(common["train_dataset"]):
         raise ConfigError(
             "RW775",

@@ -13,28 +13,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from rankwise.acceleration import fused_head, give_back_freed_memory
+from rankwise.acceleration import give_back_freed_memory
 from rankwise.acceleration.generation import Decoding, Generator, Prompt, batches_that_fit
+from rankwise.acceleration.log_probs import Asked, TokenScores, accept_scores, scores_of_logits
 from rankwise.adapters.reference import reference_at_work
-from rankwise.compat.trl import RepeatSampler, metrics_of
+from rankwise.compat.trl import RepeatSampler, heads_by, metrics_of
 from rankwise.constants import IGNORED
 from rankwise.errors import ConfigError, warn
 from rankwise.foreign import JsonObject
 from rankwise.known_names import REFUSED
-from rankwise.training.log_probs import scored, without_padding_in_front
+from rankwise.training import ranks
 from rankwise.training.objectives.rewards import Reward
 from rankwise.training.spine import RunTrainer
 from rankwise.training.state import undisturbed_random_states
@@ -87,14 +89,10 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
 
     def __init__(self, *, rewards: Sequence[Reward], stop_ids: frozenset[int], **kwargs: Any) -> None:
         _check(kwargs["args"])
-        model, own_optimizer = kwargs["model"], kwargs.pop("optimizer_cls_and_kwargs", None)
-        forward = model.__dict__.get("forward")
-        super().__init__(reward_funcs=list(rewards), **kwargs)
-        self.optimizer_cls_and_kwargs = own_optimizer
-        # trl's fused head has put itself in front of it.
-        del model.forward
-        if forward is not None:
-            model.forward = forward
+        # trl's own output head would put itself in front of ours.
+        with heads_by(GRPOTrainer, lambda *_, **__: None):
+            super().__init__(reward_funcs=list(rewards), **kwargs)
+        self.own_scores = accept_scores(self.model, Asked(flat=self.args.padding_free))
         if self.args.reference_beta:
             self.beta, self.ref_model = self.args.reference_beta, REFERENCE
         self.eos_token_ids = sorted(stop_ids)
@@ -106,7 +104,13 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
 
     @property
     def loss_in_words(self) -> str:
-        return f"trl's, of log-probabilities from {'chunks of' if fused_head(self.model) else 'whole'} logits"
+        return f"trl's, of log-probabilities from {'chunks of' if self.own_scores else 'whole'} logits"
+
+    # --- the rows of one of several processes ---
+
+    def with_idle_ends(self, batches: Iterable[Any], _: Any) -> Iterator[Any]:
+        # An epoch leaves out the prompts that do not fill a step.
+        return iter(batches)
 
     # --- a step ---
 
@@ -142,17 +146,15 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         return self._prompt_ids, None, {}
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> tuple[list[list[int]], None]:
-        # Of torch's generator, whose state is part of a checkpoint.
-        seed = int(torch.randint(2**31, ()))
-        return self._answers(prompt_ids, temperature=self.temperature, seed=seed), None
+        return self._answers(prompt_ids, temperature=self.temperature), None
 
-    def _answers(self, prompt_ids: Sequence[Sequence[int]], *, temperature: float, seed: int = 0) -> list[list[int]]:
-        """The token ids of an answer to each prompt, with the stop token that ended it."""
-        seen: Counter[tuple[int, ...]] = Counter()
-        prompts = []
-        for prompt in map(tuple, prompt_ids):
-            prompts.append(Prompt(prompt, repeat=seen[prompt]))
-            seen[prompt] += 1
+    def _answers(self, prompt_ids: Sequence[Sequence[int]], *, temperature: float) -> list[list[int]]:
+        """The token ids of an answer to each prompt, with the stop token that ended it.
+
+        Draws depend on the run's seed, the step, and a row's place among the rows of all processes.
+        """
+        seed, first = self.args.seed << 32 | self.state.global_step, ranks.rank() * len(prompt_ids)
+        prompts = [Prompt(tuple(ids), repeat=place) for place, ids in enumerate(prompt_ids, first)]
         stops = frozenset(self.eos_token_ids)
         decoding = Decoding(self.max_completion_length, stops, temperature=temperature, seed=seed, to_train_on=True)
         answers: list[list[int]] = [[] for _ in prompts]
@@ -182,34 +184,32 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         **_: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Values of the last ``logits_to_keep`` tokens (B, C), zeros at padding; the entropy is their mean."""
-        is_reference = model is REFERENCE
-        size = batch_size or len(input_ids)
-        found = []
-        with _as_reference(self.model) if is_reference else nullcontext(), self.accelerator.autocast():
-            for ids, mask in zip(input_ids.split(size), attention_mask.split(size)):
-                labels = ids.masked_fill(mask == 0, IGNORED)
-                labels[:, :-logits_to_keep] = IGNORED
-                inputs = without_padding_in_front(ids, mask, labels, flat=self.args.padding_free)
-                found.append(
-                    scored(
-                        self.model if is_reference else model,
-                        inputs,
-                        temperature=self.temperature,
-                        want_entropy=compute_entropy,
-                        want_aux_loss=compute_aux_loss,
-                    )
-                )
-        mask = attention_mask[:, -logits_to_keep:].bool()
-        log_probs = torch.cat([each.log_probs for each in found])
-        log_probs = log_probs.new_zeros(mask.shape).masked_scatter(mask, log_probs)
-        entropies = [each.entropy for each in found if each.entropy is not None]
+        policy, as_reference = (self.model, _as_reference(self.model)) if model is REFERENCE else (model, nullcontext())
+        labels = input_ids.masked_fill(attention_mask == 0, IGNORED)
+        labels[:, :-logits_to_keep] = IGNORED
+        wanted: dict[str, Any] = {"temperature": self.temperature, "want_stats": compute_entropy}
+        if compute_aux_loss:
+            wanted["output_router_logits"] = True
+        parts = zip(*(tensor.split(batch_size or len(labels)) for tensor in (labels, input_ids, attention_mask)))
+        with as_reference, self.accelerator.autocast():
+            found = [self._scores(policy, *part, **wanted) for part in parts]
         aux_losses = [each.aux_loss for each in found if each.aux_loss is not None]
         return (
-            log_probs,
+            torch.cat([each.log_probs[:, -logits_to_keep:] for each in found]),
             # One micro-batch: trl averages over its tokens.
-            entropies[0].to(log_probs.dtype).expand(mask.shape) if entropies else None,
+            found[0].entropy[:, -logits_to_keep:] if found[0].entropy is not None else None,
             torch.stack(aux_losses).mean() if aux_losses else None,
         )
+
+    def _scores(
+        self, model: Any, labels: Tensor, input_ids: Tensor, attention_mask: Tensor, **wanted: Any
+    ) -> TokenScores:
+        if not self.own_scores:
+            asked = Asked(flat=self.args.padding_free)
+            return scores_of_logits(model, asked, labels, input_ids, attention_mask, **wanted)
+        given = {"labels": labels, "input_ids": input_ids, "attention_mask": attention_mask}
+        scores: TokenScores = model(**given, **wanted, fused_lm_head=True)
+        return scores
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.model.training:
@@ -233,8 +233,9 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         self.start_evaluation()
         rewards = []
         with undisturbed_random_states():
-            for start in range(0, len(rows), EVALUATED_AT_ONCE):
-                rewards.append(self._rewards_of(rows[start : start + EVALUATED_AT_ONCE]))
+            for start in range(0, len(rows), EVALUATED_AT_ONCE * ranks.count()):
+                places = range(len(rows))[start : start + EVALUATED_AT_ONCE * ranks.count()]
+                rewards.append(self._rewards_of(rows, places))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         each = torch.cat(rewards).nanmean(0)
         reward = float((each * self.reward_weights.to(each)).nansum())
@@ -243,8 +244,11 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
             figures[f"{metric_key_prefix}_rewards/{name}/mean"] = value
         return EvalLoopOutput(np.empty(0), None, figures, len(rows))
 
-    def _rewards_of(self, rows: Mapping[str, Sequence[Any]]) -> Tensor:
-        """(rows, rewards)."""
+    def _rewards_of(self, data: Dataset, places: range) -> Tensor:
+        """(places, rewards). Every process answers as many prompts, the last of them several times if need be."""
+        size = math.ceil(len(places) / ranks.count())
+        own = range(ranks.rank() * size, (ranks.rank() + 1) * size)
+        rows = data[[places[min(place, len(places) - 1)] for place in own]]
         prompts = self._ask(rows["asked"])
         answers = self._answers(rows["input_ids"], temperature=0.0)
         texts = self.processing_class.batch_decode(answers, skip_special_tokens=True)
@@ -252,7 +256,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        return self._calculate_rewards([], prompts, completions, answers)
+        return self._calculate_rewards([], prompts, completions, answers)[: len(places)]
 
 
 def _check(arguments: GrpoArguments) -> None:

@@ -91,10 +91,7 @@ class PreferenceTrainer(RunTrainer):
             )
         # A placeholder: without one trl loads the base once more.
         with heads_by(self.behind, self._give_head):
-            optimizer = kwargs.pop("optimizer_cls_and_kwargs")
             super().__init__(ref_model=nn.Module(), **kwargs)
-        # trl's trainers of preferences do not hand it on.
-        self.optimizer_cls_and_kwargs = optimizer
         self.ref_model, self.precompute_ref_logps = None, True
         self.data_collator = functools.partial(_counting, self.data_collator)
         # Rows of this process in the batch in work.
@@ -125,7 +122,7 @@ class PreferenceTrainer(RunTrainer):
     # --- the rows of one of several processes ---
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        return share_batches(super().get_eval_dataloader(*args, **kwargs), self.args.per_device_eval_batch_size)
+        return share_batches(super().get_eval_dataloader(*args, **kwargs))
 
     def get_batch_samples(self, *args: Any) -> Any:
         samples, items = super().get_batch_samples(*args)

@@ -65,7 +65,7 @@ class Reward:
         except TypeError:
             raise self._wrong_count(f"a {type(found).__name__}", len(completions)) from None
         if len(values) != len(completions):
-            raise self._wrong_count(f"{len(values)} values", len(completions))
+            raise self._wrong_count(f"a list of {len(values)}", len(completions))
         return [self._number(value, given, place) for place, value in enumerate(values)]
 
     def _called(self, given: Mapping[str, Any]) -> Any:
