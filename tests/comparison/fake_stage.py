@@ -25,6 +25,8 @@ LOSS = {"lora": 2.0, "dora": 2.0, "full": 1.5}
 
 
 def main(arguments: list[str]) -> int:
+    if code := os.environ.get("FAKE_STOPPED_CODE"):
+        signal.signal(signal.SIGINT, lambda *_: os._exit(int(code)))
     if arguments[0] != "train":
         job = json.loads(Path(arguments[0]).read_text())
         if "runs" not in job:
@@ -36,7 +38,7 @@ def main(arguments: list[str]) -> int:
 
 def train(settings: dict[str, Any], *, resume: bool) -> int:
     folder, method, seed = Path(settings["output"]), settings["method"], settings["seed"]
-    if folder.exists() != resume:
+    if (folder / "run.json").exists() != resume:
         return refuse("RW502", "RunError", "the folder and --resume do not fit")
     if method == "prefix":
         return refuse("RW171", "ConfigError", "not on this model")

@@ -12,9 +12,10 @@ from rankwise.comparison.matrix import Cell
 from rankwise.errors import RunError
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_from_outside_interrupts_a_step_and_does_not_fail_it(number: int, tmp_path: Path):
-    outcome = stages.outcome_from(stages.Job("measure", None), tmp_path, -number, {}, 1.0)
+@pytest.mark.parametrize("code", [-signal.SIGINT, -signal.SIGTERM, 130])
+def test_a_signal_from_outside_interrupts_a_step_and_does_not_fail_it(code: int, tmp_path: Path):
+    """130 without a document: a verb that was stopped while it read its options."""
+    outcome = stages.outcome_from(stages.Job("measure", None), tmp_path, code, {}, 1.0)
     assert outcome.is_interrupted
     assert outcome.again
     killed = stages.outcome_from(stages.Job("measure", None), tmp_path, -signal.SIGKILL, {}, 1.0)

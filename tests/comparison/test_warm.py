@@ -20,17 +20,19 @@ import os, signal, sys, time
 
 def main(arguments):
     what = arguments[0]
-    print(what, os.environ.get("STEP_SAYS"), os.getcwd(), flush=True)
-    print("to the log", file=sys.stderr, flush=True)
-    if what == "fail":
-        return 3
-    if what == "raise":
-        raise ValueError("a fault")
-    if what == "wait":
-        try:
+    try:
+        print("to the log", file=sys.stderr, flush=True)
+        print(what, os.environ.get("STEP_SAYS"), os.getcwd(), flush=True)
+        if what == "fail":
+            return 3
+        if what == "raise":
+            raise ValueError("a fault")
+        if what in ("wait", "careless"):
             time.sleep(60)
-        except KeyboardInterrupt:
-            return 130
+    except KeyboardInterrupt:
+        if what == "careless":
+            raise
+        return 130
     return 0
 """
 
@@ -77,8 +79,7 @@ def test_it_holds_its_lock_and_can_be_asked_to_stop(tmp_path):
     name = tmp_path / "cells" / "lora.train"
     worker = start("wait", name)
     assert processes.is_locked(name)
-    while not text(name, ".out"):
-        time.sleep(0.01)
+    until(lambda: text(name, ".out") != "")
     with pytest.raises(subprocess.TimeoutExpired):
         worker.process.wait(0.01)
     worker.stop()
@@ -86,6 +87,24 @@ def test_it_holds_its_lock_and_can_be_asked_to_stop(tmp_path):
     assert not processes.is_locked(name)
     # A second time there is nobody to ask.
     worker.stop()
+
+
+def test_a_step_that_does_not_catch_ctrl_c_has_the_signal_as_its_code(tmp_path):
+    """Measuring and preparing do not: with code 1 a comparison would hold them for failed."""
+    name = tmp_path / "cells" / "lora.measure"
+    worker = start("careless", name)
+    until(lambda: text(name, ".out") != "")
+    worker.stop()
+    assert ended(worker) == -signal.SIGINT
+
+
+def test_a_step_can_be_stopped_from_its_first_moment(tmp_path):
+    """It has no handler of Ctrl-C yet, or the handler meets code that catches nothing."""
+    for number in range(10):
+        worker = start("wait", tmp_path / "cells" / f"lora.{number}")
+        time.sleep(0.0005 * number)
+        worker.stop()
+        assert ended(worker) in (-signal.SIGINT, 130)
 
 
 def test_a_killed_step_has_the_signal_as_its_code(tmp_path):

@@ -150,6 +150,9 @@ class Runner:
                 self.watcher.say(f"{job.id}: its machine is gone; the step starts again on another one.")
                 return
             code = -signal.SIGKILL
+        if stopping and code:
+            # Asked to stop, a step ends in many ways: with code 1 where the signal met the start of Python itself.
+            code = -signal.SIGINT
         outcome = stages.outcome_from(job, self.output, code, worker.document(), round(worker.seconds(), 3))
         if outcome.is_interrupted:
             self.interrupted.add(job)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from rankwise.comparison.matrix import Cell
-from rankwise.errors import RunError
+from rankwise.errors import Interrupted, RunError
 from rankwise.foreign import Fields, checked, read_json, reason_of
 from rankwise.records import RUN_FILE, read_metrics, record_of, write_json, write_text
 
@@ -128,10 +128,10 @@ def outcome_from(job: Job, output: Path, code: int, document: Fields, seconds: f
     """What an exit code and the printed document mean."""
     if code == 0:
         return Outcome("finished", seconds)
-    if -code in (signal.SIGINT, signal.SIGTERM):
+    found = document.get("error")
+    if -code in (signal.SIGINT, signal.SIGTERM) or (code == Interrupted.exit_code and found is None):
         message = f"{job.stage} of {job.id} was interrupted before it ended; the same command takes it up again."
         return Outcome("failed", seconds, {"code": INTERRUPTED, "message": message}, again=True)
-    found = document.get("error")
     if code < 0 or not isinstance(found, Mapping):
         return Outcome("failed", seconds, _cut_off(job, output, code), again=code < 0)
     error = {"code": str(found.get("code")), "message": str(found.get("message"))}

@@ -110,9 +110,8 @@ def _work(
     # What the server has loaded stays: no collection need look through it, or copy its memory by doing so.
     gc.freeze()
     os.setsid()
+    # SIGINT ends this process from here on until the step begins.
     prepare()
-    # As Python sets it when it starts.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     out, log, lock = files
     held = os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -129,8 +128,18 @@ def _work(
 
         # OpenMP has read the variable when it was loaded, in the server.
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    step: Any = importlib.import_module(module)
-    sys.exit(step.main(list(arguments)))
+    try:
+        # As Python sets it when it starts.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        step: Any = importlib.import_module(module)
+        code = step.main(list(arguments))
+        # The work is done: a request to stop changes nothing any more.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except KeyboardInterrupt:
+        # Where nothing catches it, Python ends a process by the signal, but a child of its fork server with code 1.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    sys.exit(code)
 
 
 def _end_with_parent() -> None:
