@@ -105,7 +105,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def first_line(error: BaseException) -> str:
     """The message of another library's error, as part of a sentence."""
-    lines = str(error).strip().splitlines()
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # noqa: BLE001  a class of the user's own may fail to say it
+        lines = []
     return lines[0].rstrip(".;:") if lines else "no message"
 
 

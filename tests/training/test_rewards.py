@@ -44,6 +44,29 @@ def too_few(completions, **kwargs):
 def one_number(completions, **kwargs):
     return 1.0
 
+class Odd(Exception):
+    def __str__(self):
+        raise ValueError("it cannot say")
+
+def exits(completions, **kwargs):
+    raise SystemExit(0)
+
+def odd(completions, **kwargs):
+    raise Odd
+
+def raises_later(completions, **kwargs):
+    yield from (1 / (text != "b c") for text in completions)
+
+def endless(completions, **kwargs):
+    while True:
+        yield 1.0
+
+def huge(completions, **kwargs):
+    return [10**400 for _ in completions]
+
+def several(completions, **kwargs):
+    return [[1.0, 2.0] for _ in completions]
+
 number = 3
 """
 GIVEN: dict[str, Any] = {
@@ -122,6 +145,12 @@ def test_built_in_rewards_read_messages():
         ("words_themselves", "RW774", ["not a finite number", "'a'"]),
         ("too_few", "RW773", ["a list of 1 for 2 answers"]),
         ("one_number", "RW773", ["a float for 2 answers"]),
+        ("exits", "RW772", ["SystemExit"]),
+        ("odd", "RW772", ["Odd"]),
+        ("raises_later", "RW772", ["ZeroDivisionError"]),
+        ("endless", "RW773", ["a longer list for 2 answers"]),
+        ("huge", "RW774", ["10000"]),
+        ("several", "RW774", ["[1.0, 2.0]"]),
         ("number", "RW771", ["not a function", "words, right"]),
         ("absent", "RW771", ["has no absent", "words, right"]),
     ],
@@ -132,7 +161,10 @@ def test_what_a_function_does_wrong_is_named(file, name, code, words):
     assert all(word in error.message for word in [f"{file}:{name}", *words])
 
 
-@pytest.mark.parametrize("spec", ["correct", "format=", "format=(", "length", "length=0", "length=many", "rewards.py"])
+@pytest.mark.parametrize(
+    "spec",
+    ["correct", "format=", "format=(", "length", "length=0", "length=many", "length=" + "9" * 5000, "rewards.py"],
+)
 def test_what_is_no_reward_is_refused(spec):
     error = refused(spec)
     assert error.code == "RW770"

@@ -11,10 +11,12 @@ import dataclasses
 import functools
 import importlib.util
 import inspect
+import itertools
 import math
 import re
+import reprlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +56,19 @@ class Reward:
         is not a finite number.
         """
         given = {"prompts": prompts, "completions": completions, **columns}
+        count = len(completions)
         try:
             found = self._called(given)
+            # It may be a generator, and endless.
+            values = list(itertools.islice(found, count + 1)) if isinstance(found, Iterable) else None
         except RankwiseError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._raised(given, error) from error
-        try:
-            values = list(found)
-        except TypeError:
-            raise self._wrong_count(f"a {type(found).__name__}", len(completions)) from None
-        if len(values) != len(completions):
-            raise self._wrong_count(f"a list of {len(values)}", len(completions))
+        if values is None:
+            raise self._wrong_count(f"a {type(found).__name__}", count)
+        if len(values) != count:
+            raise self._wrong_count("a longer list" if len(values) > count else f"a list of {len(values)}", count)
         return [self._number(value, given, place) for place, value in enumerate(values)]
 
     def _called(self, given: Mapping[str, Any]) -> Any:
@@ -78,14 +81,14 @@ class Reward:
         found = self.function(**given)
         return asyncio.run(found) if inspect.iscoroutine(found) else found
 
-    def _raised(self, given: Mapping[str, Any], error: Exception) -> RunError:
+    def _raised(self, given: Mapping[str, Any], error: BaseException) -> RunError:
         """The error of the whole batch, or of the first sample that raises alone."""
         count, where = len(given["completions"]), "a batch of answers"
         for place in range(count):
             one = {name: _at(value, place, count) for name, value in given.items()}
             try:
                 self._called(one)
-            except Exception as alone:  # noqa: BLE001  foreign code raises what it likes
+            except (Exception, SystemExit) as alone:  # noqa: BLE001  foreign code raises what it likes
                 error, where = alone, _sample(given, place)
                 break
         reason = f"{type(error).__name__}: {first_line(error)}"
@@ -105,12 +108,12 @@ class Reward:
             return None
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except Exception:  # noqa: BLE001  a tensor raises RuntimeError, an integer OverflowError
             number = math.nan
         if not math.isfinite(number):
             raise RunError(
                 "RW774",
-                f"the reward {self.spec} returned {str(value)[:SHOWN]}, which is not a finite number, for "
+                f"the reward {self.spec} returned {reprlib.repr(value)}, which is not a finite number, for "
                 f"{_sample(given, place)}; let it return a number, or None where it has nothing to say.",
             )
         return number
@@ -139,7 +142,7 @@ def _read(spec: str) -> Reward:
         return Reward(spec, "answer", answer)
     if kind == "format" and value:
         return Reward(spec, "format", functools.partial(format_, pattern=_pattern(spec, value)))
-    if kind == "length" and value.isdecimal() and int(value):
+    if kind == "length" and re.fullmatch(r"0*[1-9]\d{0,8}", value):
         return Reward(spec, "length", functools.partial(length, tokens=int(value)))
     raise ConfigError(
         "RW770", f"--reward {spec} is neither FILE.py:NAME, a function in a Python file, nor built in: {BUILT_IN}."
@@ -164,10 +167,10 @@ def _from_file(spec: str, path: Path, name: str) -> Reward:
     sys.modules[module_spec.name] = module
     try:
         module_spec.loader.exec_module(module)
+        function = getattr(module, name, None)
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ConfigError("RW771", f"--reward {spec}: {path} does not load ({reason}); correct it.") from error
-    function = getattr(module, name, None)
     if not callable(function):
         there = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         what = f"has no {name}" if function is None else f"holds {name}, which is not a function"
