@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
 import gzip
 import io
 import json
@@ -33,6 +32,8 @@ import pyarrow
 import pyarrow.parquet
 import safetensors
 import torch
+from hostile_more import more_readers
+from hostile_reader import TEMPLATE_SECONDS, Draw, Reader, damaged
 from safetensors.torch import save
 
 from damage import (
@@ -68,42 +69,13 @@ from rankwise.weights_file import read_header
 from reports.comparison_folders import write_comparison
 from tiny_models import tiny_llama
 
-# A template may compute for five seconds by design (rankwise.data.bounded); everything else is read in one.
-SECONDS, TEMPLATE_SECONDS = 1.0, 8.0
 HANGS_SECONDS = 30
 MEMORY_BYTES = 200_000_000
-Draw = random.Random
-
-
-@dataclasses.dataclass
-class Reader:
-    """``write`` puts a hostile file into a folder, ``read`` reads it."""
-
-    write: Callable[[Draw, Path], None]
-    read: Callable[[Path], object]
-    seconds: float = SECONDS
-    # Share of the inputs that are asked for: those of templates fork a process each.
-    share: float = 1.0
-
-
-def damaged(sound: bytes, name: str, *how: Callable[[Draw, bytes], bytes]) -> Callable[[Draw, Path], None]:
-    """One file, damaged by one to three of ``how`` in turn; what has no structure any more is cut."""
-
-    def write(draw: Draw, folder: Path) -> None:
-        content = sound
-        for _ in range(draw.choice([1, 1, 2, 3])):
-            try:
-                content = draw.choice(how)(draw, content)
-            except (ValueError, IndexError, struct.error, RecursionError):
-                content = cut(draw, content)
-        (folder / name).write_bytes(content)
-
-    return write
 
 
 def readers(folder: Path) -> dict[str, Reader]:
     """All of them; what is sound is made in ``folder``."""
-    return {**_of_weights(folder), **_of_runs(folder), **_of_settings(), **_of_data()}
+    return {**_of_weights(folder), **_of_runs(folder), **_of_settings(), **_of_data(), **more_readers(folder)}
 
 
 # --- weights ---

@@ -21,7 +21,7 @@ from pathlib import Path
 from rankwise.errors import ConfigError, DataError, warn
 from rankwise.evaluation.journal import Lines, text_sha256
 from rankwise.evaluation.metrics.vicuna import FAILED
-from rankwise.foreign import Fields, JsonObject
+from rankwise.foreign import Fields, JsonObject, parse_json
 
 PROMPT = """\
 Two assistants have answered the same question. Compare their answers.
@@ -143,7 +143,7 @@ class JudgeCache:
         for line in path.read_bytes().split(b"\n") if path.exists() else ():
             # The request of a damaged line is sent again.
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(line)
+                entry = parse_json(line, constants=True, halves=True)
                 self._replies[entry["key"]] = str(entry["reply"])
 
     @staticmethod

@@ -143,8 +143,8 @@ def template_of(adapters: Sequence[Path]) -> str | None:
     if lost is not None:
         raise DataError(
             "RW211",
-            f"cannot read the chat template that {lost} was trained with: its tokenizer files hold none; give it with "
-            "--chat-template FILE.",
+            f"cannot read the chat template that {lost} was trained with: its tokenizer files hold none that is text; "
+            "give it with --chat-template FILE.",
         )
     _same("chat template", {name: _short_hash(text) for name, text in stored.items()}, "--chat-template")
     return stored[given[0]]
@@ -172,6 +172,8 @@ def _stored_template(folder: Path) -> str | None:
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     except FileNotFoundError:
         pass
+    except (OSError, ValueError):
+        return None
     try:
         found = read_json(folder / "tokenizer_config.json", constants=True).get("chat_template")
     except (OSError, ValueError, AttributeError):

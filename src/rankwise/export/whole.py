@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from rankwise.adapters.checkpoint import read_adapter
+from rankwise.data.files import read_text
 from rankwise.disk import hold, whole_folder
 from rankwise.export.adapter import RECORD_FILE, TEMPLATE_FILE, ExportReport
 from rankwise.export.gguf_model import MODEL_FILE, write_folder_gguf, write_merged_gguf
@@ -65,7 +66,7 @@ def _write_gguf(adapter: Path, folder: Path, source: ModelSource, wanted: WholeM
     file = read_adapter(skeleton, adapter)
     if base is not None:
         given = adapter / TEMPLATE_FILE
-        template = given.read_text(encoding="utf-8") if given.is_file() else None
+        template = read_text(given) if given.is_file() else None
         write_merged_gguf(folder / MODEL_FILE, base, skeleton, file, wanted.kind, template)
         return len(file.planned)
     merged = folder / "merged"
