@@ -3,9 +3,10 @@
     python tests/torture/kills.py FOLDER --seed 1 --train 1000 --saves 100 --loading 50 --ranks 50 \\
         --merge 100 --export 100 --compare 100
 
-Every process is forked from this one, which has imported torch. Moments are drawn evenly over the time that the verb
-took undisturbed; those of ``--saves`` are calls that change a file, which `failing_disk.c` counts. Prints one JSON line
-for each kind: how many were killed, where they fell, and what went wrong.
+Every process is forked from this one, which has called each verb once and has its libraries. Moments are drawn evenly
+over the processor time that the verb took undisturbed, so that they fall alike on a busy machine; those of ``--saves``
+are calls that change a file, which `failing_disk.c` counts. Prints one JSON line for each kind: how many were killed,
+where they fell, and what went wrong.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import dataclasses
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -59,6 +61,11 @@ class Killer:
         self.cases, self.seed = Cases(folder), seed
         self.folder, self.output = folder, self.cases.output
         self.log = folder / "said.txt"
+        # What the verbs import is there in every fork from then on.
+        self.is_warm = not (folder / "compared").exists()
+        if self.is_warm:
+            self.cases.prepare()
+        self.seconds: dict[Path, float] = {}
 
     def fork(self, words: Sequence[object], environment: Mapping[str, str], at_call: int = 0) -> int:
         child = os.fork()
@@ -91,13 +98,21 @@ class Killer:
             os.kill(child, number)
         return self.ended(child)
 
+    def wait_until_used(self, child: int, seconds: float) -> None:
+        """Until the process has used so much processor time, or has ended."""
+        end = time.monotonic() + LONG_SECONDS
+        while processor_seconds(child) < seconds and time.monotonic() < end:
+            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                return
+            time.sleep(0.0005)
+
     def run(self, kind: Kind, words: Sequence[object], killed_after: float | None = None) -> list[int | None]:
-        """The exit codes of its processes, the last of which is killed after so many seconds."""
+        """The exit codes of its processes, the last of which is killed after so many seconds of processor time."""
         self.log.unlink(missing_ok=True)
         port = {"MASTER_PORT": str(free_port())} if len(kind.environments) > 1 else {}
         children = [self.fork(words, {**environment, **port}) for environment in kind.environments]
         if killed_after is not None:
-            time.sleep(killed_after)
+            self.wait_until_used(children[-1], killed_after)
             os.kill(children[-1], signal.SIGKILL)
             return [*map(self.stopped, children[:-1]), self.ended(children[-1])]
         codes = [self.ended(child) for child in children]
@@ -112,16 +127,21 @@ class Killer:
         self.output.parent.mkdir()
 
     def undisturbed(self, kind: Kind) -> float:
-        """How long it takes. Keeps what it made where ``kind`` has nothing to compare with."""
+        """The processor time of one of its processes. Keeps what it made where ``kind`` has nothing to compare with."""
+        if kind.same in self.seconds:
+            return self.seconds[kind.same]
+        if not self.is_warm and len(kind.environments) == 1:
+            self.clean()
+            self.cases.must(kind.words)
         self.clean()
-        began = time.monotonic()
+        began = children_seconds()
         codes = self.run(kind, kind.words)
-        seconds = time.monotonic() - began
+        seconds = (children_seconds() - began) / len(codes)
         assert not any(codes), self.log.read_text()
         if not kind.same.exists():
             shutil.copytree(self.output, kind.same.parent, dirs_exist_ok=True)
         assert equal(self.output / kind.made, kind.same), f"two undisturbed calls of {kind.name} differ"
-        return seconds
+        return self.seconds.setdefault(kind.same, seconds)
 
     def try_all(self, kind: Kind, count: int, *, share: float = 1.0, by_calls: bool = False) -> None:
         """Kill it ``count`` times within the first ``share`` of its time, or at its calls that change a file."""
@@ -186,6 +206,17 @@ class Killer:
         return f"left {strays}" if strays else None
 
 
+def processor_seconds(process: int) -> float:
+    """Of all its threads, by the clock that clock_getcpuclockid(3) names."""
+    return time.clock_gettime((~process << 3) | 2)
+
+
+def children_seconds() -> float:
+    """Of all that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def free_port() -> int:
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
@@ -227,8 +258,6 @@ def main_of(arguments: Sequence[str]) -> None:
     steps_in_this_process(pytest.MonkeyPatch())
     given.folder.mkdir(parents=True, exist_ok=True)
     killer = Killer(given.folder.resolve(), given.seed)
-    if not (killer.folder / "compared").exists():
-        killer.cases.prepare()
     kinds = kinds_of(killer)
     for name, kind in kinds.items():
         if getattr(given, name):
