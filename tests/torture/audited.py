@@ -8,10 +8,12 @@ in a process, since hooks stay for its life, with secrets in the environment and
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import torch
 from disk_cases import Cases
 
 from in_process import steps_in_this_process
+from rankwise.cli import export_proof
 
 PATHS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "open")
 FORBIDDEN = ("pickle.find_class", "socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto")
@@ -30,8 +33,14 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 NO_FILES = ("/dev/", "/proc/")
 # `platform.processor` asks it for the name of the processor.
 ALLOWED = "('uname', ['uname', '-p'], None, None)"
+# urllib3 asks so, while it is imported, whether there is IPv6.
+ASKED_OF_IPV6 = "('::1', 0)"
 # torch makes this empty folder in TMPDIR when it is imported.
 OF_TORCH = "torchinductor_"
+# Where `export --verify` writes what its server is given; `test_security.py` sees that nothing stays.
+SCRATCH = "rankwise-verify-"
+CHAT = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+REWARD = "def right(completions, **kwargs):\n    return [float(len(text) % 2) for text in completions]\n"
 
 
 class Audited(Cases):
@@ -58,6 +67,8 @@ class Audited(Cases):
     def hook(self, event: str, given: tuple[Any, ...]) -> None:
         if not self.watching:
             return
+        if event == "socket.bind" and str(given[1]) == ASKED_OF_IPV6:
+            return
         if event in FORBIDDEN and str(given) != ALLOWED:
             self.faults.append(f"{event} {str(given)[:200]}")
         elif event in PATHS:
@@ -78,6 +89,8 @@ class Audited(Cases):
         self.events += 1
         path = os.path.abspath(os.fsdecode(place))
         if path.startswith(NO_FILES):
+            return
+        if os.path.dirname(path).startswith(tempfile.gettempdir()) and SCRATCH in path:
             return
         is_folder = event == "os.mkdir" and (os.path.isdir(path) or os.path.basename(path).startswith(OF_TORCH))
         if not is_folder and (self.allowed is None or not self.is_of(Path(path), self.allowed)):
@@ -132,9 +145,60 @@ def main_of(folder: Path) -> None:
         ["inspect", run],
         ["report", folder / "compared", "--output", folder / "report"],
         ["merge", "--adapter", run, "--adapter", run, "--combine", "linear", "--output", folder / "combined"],
+        ["merge", "--adapter", folder / "cached", "--output", folder / "onto", "--verify", "--text", rows],
         ["explain", "RW203"],
+        ["doctor"],
+        ["schema", "train"],
     ):
         cases.must(words)
+    learn_otherwise(cases)
+    talk(cases)
+    score(cases)
+    serve(cases)
+
+
+def learn_otherwise(cases: Audited) -> None:
+    """Preferences and rewards."""
+    pairs, marked, reward = (cases.folder / name for name in ("pairs.jsonl", "marked.jsonl", "reward.py"))
+    words = cases.words
+    made = [{"prompt": f"{words[n]} ", "chosen": words[n + 1], "rejected": words[n + 2]} for n in range(12)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in made))
+    made = [{"prompt": f"{words[n]} ", "completion": words[n + 1], "label": n % 2 == 0} for n in range(12)]
+    marked.write_text("".join(json.dumps(row) + "\n" for row in made))
+    reward.write_text(REWARD)
+    length = ("--max-completion-length", 4, "--num-generations", 2)
+    for objective, data, *more in (
+        ("dpo", pairs),
+        ("kto", marked),
+        ("grpo", cases.folder / "rows.jsonl", "--reward", f"{reward}:right", *length),
+    ):
+        # Of an option that is given twice the last one counts.
+        given = ("--objective", objective, "--data", data, "--eval-data", data, *more)
+        cases.must(cases.train(f"by-{objective}", *map(str, given)))
+    cases.must([*cases.compare("by-pairs"), "--objective", "dpo", "--data", pairs, "--eval-data", pairs])
+
+
+def talk(cases: Audited) -> None:
+    template = cases.folder / "chat.jinja"
+    template.write_text(CHAT)
+    given = ["--adapter", cases.folder / "finished", "--chat-template", template, "--max-new-tokens", 2]
+    sys.stdin = io.StringIO("w1 w2\nw3\n")
+    cases.must(["chat", *given])
+
+
+def score(cases: Audited) -> None:
+    predictions, references = cases.folder / "said.jsonl", cases.folder / "right.jsonl"
+    predictions.write_text('{"prediction": "it is 4"}\n')
+    references.write_text('{"answer": "2 + 2 #### 4"}\n')
+    cases.must(["score", "gsm8k", "--predictions", predictions, "--references", references])
+
+
+def serve(cases: Audited) -> None:
+    """`export --verify` up to the server, which is a program of its own and runs where it is installed."""
+    export_proof.prove = lambda *_: None  # type: ignore[assignment,return-value]
+    words = cases.export("vllm", "proven", "--verify", "--server-python", sys.executable)
+    export_proof.server_python = lambda *_: sys.executable
+    cases.must(words)
 
 
 if __name__ == "__main__":
