@@ -132,7 +132,7 @@ def test_alternate_calls_everyone_in_every_round() -> None:
 
 
 def test_watched_sees_the_memory_of_another_process_and_its_failure() -> None:
-    grown = timing.watched([sys.executable, "-c", "import time; x = bytearray(b'1') * (64 << 20); time.sleep(0.3)"])
+    grown = timing.watched([sys.executable, "-c", "import time; x = bytearray(b'1') * (64 << 20); time.sleep(1)"])
     if not Path("/proc/self/status").exists():
         pytest.skip("anonymous memory of a process is read from Linux's /proc")
     assert 64 << 20 < grown < 256 << 20
