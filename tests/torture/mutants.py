@@ -5,13 +5,14 @@
 Every place that can be changed is listed; ``--seed`` draws ``--count`` of them. The source itself stays as it is: each
 mutant lies in a folder of links with one other file, and the tests run in a process forked from one that has imported
 the libraries, since importing them takes longer than most tests. cosmic-ray and mutmut know one command for all
-mutants.
+mutants. What ``--output`` holds of an earlier call is not tried again.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import collections
 import dataclasses
 import importlib
 import json
@@ -32,6 +33,8 @@ TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 SOURCE = ROOT / "src" / "rankwise"
 FOLDERS = ("ops", "adapters", "training", "quantization", "data", "comparison", "export", "planning")
+# The tests that `make test` runs, first those that are quick.
+USUAL = "not grid and not families and not long and not browser"
 LIBRARIES = ("torch", "transformers", "trl", "datasets", "safetensors.torch", "scipy.stats", "hypothesis", "peft")
 # Of a mutant that never ends.
 LONGEST_SECONDS = 900
@@ -165,7 +168,13 @@ def tests_of(path: Path) -> tuple[list[str], list[str]]:
     return [str(file) for file in near], [str(file) for file in files if file not in near]
 
 
-def outcome(package: Path, files: Sequence[str], seconds: float = LONGEST_SECONDS) -> str:
+def rounds(path: Path) -> list[tuple[str, list[str]]]:
+    """(marks, files) of the runs against a mutant, the telling and quick ones first."""
+    near, others = tests_of(path)
+    return [(f"not slow and {USUAL}", near), (f"not slow and {USUAL}", others), (f"slow and {USUAL}", [*near, *others])]
+
+
+def outcome(package: Path, files: Sequence[str], seconds: float = LONGEST_SECONDS, marks: str = USUAL) -> str:
     """ "killed", "survived" or "endless": of one run of these tests with the package that lies in ``package``."""
     if not files:
         return "survived"
@@ -177,7 +186,7 @@ def outcome(package: Path, files: Sequence[str], seconds: float = LONGEST_SECOND
             os.dup2(quiet, stream)
         os.environ["PYTHONPATH"] = f"{package}{os.pathsep}{TESTS}"
         sys.path[:0] = [str(package)]
-        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files])))
+        os._exit(int(pytest.main(["-x", "-q", "-m", marks, "-p", "no:cacheprovider", "-p", "no:xdist", *files])))
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -197,8 +206,8 @@ def tried(mutant: Mutant) -> tuple[str, float]:
     try:
         package = linked(mutant, folder)
         found = "survived"
-        for files in tests_of(mutant.path):
-            if (found := outcome(package, files)) != "survived":
+        for marks, files in rounds(mutant.path):
+            if (found := outcome(package, files, marks=marks)) != "survived":
                 break
         return found, time.monotonic() - began
     finally:
@@ -232,21 +241,26 @@ def main() -> None:
     wanted = given.folders.split(",")
     drawn = [mutant for mutant in drawn if mutant.path.relative_to(SOURCE).parts[0] in wanted]
     prepare()
-    end, counts = time.monotonic() + 60 * given.minutes, {"killed": 0, "endless": 0, "survived": 0}
-    print(f"{len(everything)} places, {len(drawn)} drawn with seed {given.seed}", flush=True)
-    with output.open("w", encoding="utf-8") as file:
+    known = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    counts = collections.Counter({"killed": 0, "endless": 0, "survived": 0})
+    counts.update(line["outcome"] for line in known)
+    done, end = {(line["place"], line["what"]) for line in known}, time.monotonic() + 60 * given.minutes
+    print(f"{len(everything)} places, {len(drawn)} drawn with seed {given.seed}, {len(done)} of them done", flush=True)
+    with output.open("a", encoding="utf-8") as file:
         for mutant in drawn:
+            place = f"{mutant.path.relative_to(SOURCE)}:{mutant.line}"
+            if (place, mutant.what) in done:
+                continue
             if time.monotonic() > end:
                 break
             found, seconds = tried(mutant)
             counts[found] += 1
-            place = f"{mutant.path.relative_to(SOURCE)}:{mutant.line}"
             line = {"place": place, "what": mutant.what, "outcome": found, "seconds": round(seconds, 1)}
             file.write(json.dumps(line) + "\n")
             file.flush()
             print(f"{found:9}{seconds:6.1f} s  {place}  {mutant.what[:90]}", flush=True)
     total = sum(counts.values())
-    print(f"{total} tried: {counts}; {100 * (total - counts['survived']) / max(total, 1):.1f} % noticed")
+    print(f"{total} tried: {dict(counts)}; {100 * (total - counts['survived']) / max(total, 1):.1f} % noticed")
 
 
 if __name__ == "__main__":
