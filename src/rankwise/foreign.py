@@ -154,7 +154,7 @@ def deepest_faults(error: pydantic.ValidationError) -> list[ErrorDetails]:
 
 def fault(item: ErrorDetails) -> str:
     """What pydantic found, as the end of a sentence."""
-    reason = item["msg"].removeprefix("Value error, ")
+    reason = item["msg"].removeprefix("Value error, ").partition(", unable to parse")[0]
     return f"{reason[0].lower()}{reason[1:]}"
 
 

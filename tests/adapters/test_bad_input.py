@@ -125,7 +125,7 @@ def test_another_base_lists_every_tensor(folder):
 
 
 def test_unreadable_files(folder, tmp_path):
-    fails(tiny_llama(), tmp_path / "nowhere", "RW409")
+    fails(tiny_llama(), tmp_path / "nowhere", "RW409", "there is no folder")
     (folder / "adapter_config.json").write_text("{")
     fails(tiny_llama(), folder, "RW409", "adapter_config.json")
     (folder / "adapter_config.json").write_text("[]")

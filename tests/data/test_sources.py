@@ -56,7 +56,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch: pytest.MonkeyPa
 
     def load(name: str, configuration: str | None, *, split: str) -> datasets.Dataset:
         assert datasets.config.HF_HUB_OFFLINE, "only the cache is looked into"
-        if name == "nobody/nothing":
+        if name in ("nobody/nothing", "stdlb"):
             raise ConnectionError("Couldn't reach it on the Hub")
         return datasets.Dataset.from_list([{"question": "a", "answer": "b"}])
 
@@ -74,7 +74,7 @@ def test_the_hub_is_asked_through_datasets(monkeypatch: pytest.MonkeyPatch) -> N
 
     def load(name: str, configuration: str | None, *, split: str) -> datasets.Dataset:
         asked.append((name, configuration, split))
-        if name == "nobody/nothing":
+        if name in ("nobody/nothing", "stdlb"):
             raise ConnectionError("Couldn't reach it on the Hub")
         return datasets.Dataset.from_list([{"question": "a", "answer": "b"}])
 
@@ -86,6 +86,8 @@ def test_the_hub_is_asked_through_datasets(monkeypatch: pytest.MonkeyPatch) -> N
     message = refusal("nobody/nothing")
     assert message.startswith("RW208: 'nobody/nothing' is not a file or folder here")
     assert "Couldn't reach it" in message
+    assert "Did you mean" not in message
+    assert refusal("stdlb").endswith("Did you mean stdlib?")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from rankwise.config import Tracker
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, RankwiseWarning, RunError
 from rankwise.records import read_metrics
 from rankwise.training.run import train
 
@@ -54,6 +54,30 @@ def test_a_tracker_gets_what_is_logged_and_the_run_is_the_same(given, settings, 
     assert Recording.named == "rankwise/told"
     assert told.train_loss == plain.train_loss
     assert told.eval_loss == plain.eval_loss
+
+
+def test_a_tracker_that_cannot_start_stops_the_run(settings, tmp_path, installed, monkeypatch):
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no key for the server")
+
+    monkeypatch.setattr(Recording, "on_train_begin", fail)
+    with pytest.raises(RunError, match="wandb failed: no key for the server") as caught:
+        train(settings(output=tmp_path / "run", report_to="wandb"))
+    assert caught.value.code == "RW629"
+
+
+def test_a_tracker_that_fails_later_is_dropped_and_the_run_goes_on(settings, tmp_path, installed, monkeypatch):
+    calls = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        calls.append("log")
+        raise OSError("the server is gone")
+
+    monkeypatch.setattr(Recording, "on_log", fail)
+    with pytest.warns(RankwiseWarning, match="wandb failed: the server is gone"):
+        told = train(settings(output=tmp_path / "run", report_to="wandb"))
+    assert calls == ["log"]
+    assert told.status == "finished"
 
 
 @pytest.mark.parametrize("name", get_args(Tracker))

@@ -99,6 +99,8 @@ def from_peft(document: Fields, source: Path) -> LoraConfig:
 
 def read_config(folder: Path) -> JsonObject:
     """The JSON document of an adapter folder. Raises AdapterError (RW409) when it is missing or no JSON object."""
+    if not folder.is_dir():
+        raise AdapterError("RW409", f"there is no folder {folder}; give the folder of an adapter.")
     if not (folder / CONFIG_FILE).exists():
         raise AdapterError("RW409", f"{folder} holds no {CONFIG_FILE}; give the folder of an adapter.")
     return read_object(folder / CONFIG_FILE, error=AdapterError, code="RW409", largest_bytes=LARGEST_BYTES)

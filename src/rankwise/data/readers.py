@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import re
 from collections.abc import Collection, Sequence
@@ -204,10 +205,11 @@ def _read_hub(source: str, split: str, how: _How) -> Rows:
             loaded = datasets.load_dataset(name, configuration, split=split)
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             reason = one_line(error) if answers else "it cannot be reached, and the cache does not hold the set"
+            meant = f" Did you mean {STDLIB}?" if difflib.get_close_matches(name, [STDLIB]) else ""
             raise DataError(
                 "RW208",
                 f"{source!r} is not a file or folder here, and the hub does not give its split {split!r}: {reason}. "
-                "Check the name and the network, or give a local file.",
+                f"Check the name and the network, or give a local file.{meant}",
             ) from None
     return _from_dataset(loaded, source, how)
 

@@ -333,6 +333,8 @@ def _load_options(given: EvaluateSettings) -> LoadOptions:
 def _adapter_hash(folder: Path) -> str:
     files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
     missing = [file.name for file in files if not file.is_file()]
+    if not folder.is_dir():
+        raise AdapterError("RW409", f"there is no folder {folder}; give a run or PEFT adapter folder.")
     if missing:
         raise AdapterError("RW409", f"{folder} holds no {' and no '.join(missing)}; give a run or PEFT adapter folder.")
     return sha256_of_files(files)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from rankwise.acceleration import give_back_freed_memory
 from rankwise.adapters import adapter_parameters, has_adapter
 from rankwise.compat.transformers import learning_rate_of
+from rankwise.errors import RunError, one_line, warn
 from rankwise.foreign import JsonObject
 from rankwise.training import ranks
 from rankwise.training.interrupt import Interrupt
@@ -34,6 +37,32 @@ LOGGED = {
 HOLES_GROWTH = 1.05
 
 
+def guard_trackers(trainer: RunTrainer) -> None:
+    """A tracker that cannot start stops the run (RW629); one that fails later is dropped with a warning (RW630)."""
+    names = {INTEGRATION_TO_CALLBACK[name]: name for name in trainer.args.report_to or ()}
+    for callback in trainer.callback_handler.callbacks:
+        if (name := names.get(type(callback))) is not None:
+            for event in (event for event in dir(callback) if event.startswith("on_")):
+                setattr(callback, event, partial(_guarded, callback, name, event, getattr(callback, event)))
+
+
+def _guarded(
+    callback: TrainerCallback, name: str, event: str, call: Callable[..., Any], *args: Any, **given: Any
+) -> Any:
+    try:
+        return call(*args, **given)
+    except Exception as error:
+        # A tracker raises exceptions of its own library.
+        reason = f"the tracker {name} failed: {one_line(error) or type(error).__name__}"
+        if event == "on_train_begin":
+            advice = "correct that, or leave it out of --report-to, and continue with --resume"
+            raise RunError("RW629", f"{reason}; {advice}.") from error
+        warn("RW630", f"{reason}; it gets nothing more of this run, which goes on.")
+        for later in (later for later in dir(callback) if later.startswith("on_")):
+            setattr(callback, later, lambda *_, **__: None)
+        return None
+
+
 class Watch(TrainerCallback):
     """Measures every step, writes ``metrics.jsonl`` and tells the observer."""
 
@@ -49,8 +78,8 @@ class Watch(TrainerCallback):
         self.metrics = metrics
         self.memory = memory
         self.observer = observer
-        self.tick = tick
         # Called at every step, to keep the wall time of the progress.
+        self.tick = tick
         self.clock = StepClock(trainer.progress)
         # Of the step in progress.
         self.rate = 0.0

@@ -165,6 +165,7 @@ class Session:
         check = GradientCheck(
             trainer.model, overflow_is_normal=trainer.args.fp16, silence_is_normal=trainer.silence_is_normal
         )
+        callbacks.guard_trackers(trainer)
         trainer.add_callback(callbacks.Watch(trainer, self.metrics, memory, self.observer, self._tick))
         trainer.add_callback(callbacks.CheckGradients(check))
         if self.extras.answer is not None and (ranks.is_writer() or is_unit(trainer.model)):
