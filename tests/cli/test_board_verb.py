@@ -157,6 +157,8 @@ def test_two_runs_stand_side_by_side_and_nothing_is_wider_than_the_screen(width,
     assert len(set(colours)) == 5
     assert page.locator("#first-run figure").count() == 5
     choose(page, "Beside it", "(none)")
+    if width == 1280:
+        page.wait_for_function("document.querySelector('#first-run .run').getBoundingClientRect().width > 1000")
     for tab in ("Runs", "All runs", "Comparisons", "Chat"):
         page.get_by_role("tab", name=tab, exact=True).click()
         assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -169,18 +171,25 @@ def test_two_runs_stand_side_by_side_and_nothing_is_wider_than_the_screen(width,
 @pytest.mark.browser
 @needs_gradio
 def test_a_run_is_followed_while_it_writes_and_a_new_one_appears(opened, tmp_path):
+    write_run(tmp_path / "old")
     folder = write_run(tmp_path / "live", steps=10, status="running")
     page = opened(tmp_path)
     panel = page.locator("#first-run .run")
     panel.get_by_text("10 of 10").wait_for()
+    # A menu in use stays open, with what was typed, while the run goes on.
+    menu = page.get_by_label("Beside it", exact=True)
+    menu.click()
+    menu.fill("ol")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 11, "loss": 1.5, "tokens_per_second": 99.0}) + "\n" + '{"step": 12, "lo')
     panel.get_by_text("11 of 10").wait_for(timeout=15_000)
+    page.get_by_role("option", name="old", exact=True).click(timeout=5_000)
+    page.locator("#second-run .run").wait_for()
     write_run(tmp_path / "newer")
     page.get_by_role("tab", name="All runs", exact=True).click()
-    page.locator("#all-runs tbody tr").nth(1).wait_for(timeout=15_000)
+    page.locator("#all-runs tbody tr").nth(2).wait_for(timeout=15_000)
     shutil.rmtree(folder)
-    page.locator("#all-runs tbody tr").nth(1).wait_for(state="detached", timeout=15_000)
+    page.locator("#all-runs tbody tr").nth(2).wait_for(state="detached", timeout=15_000)
 
 
 @pytest.mark.browser

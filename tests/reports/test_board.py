@@ -42,6 +42,8 @@ def test_a_panel_has_the_figures_the_charts_and_the_answers(tmp_path):
     assert panel.count("<figure>") == 5
     assert panel.index("answer at step 20") < panel.index("answer at step 10")
     assert 'class="limit"' in panel
+    memory = panel.partition("Peak memory")[2].partition("</figure>")[0]
+    assert 'class="tick">0.0<' in memory
 
 
 def test_two_runs_share_their_scales(tmp_path):

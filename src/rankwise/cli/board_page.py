@@ -94,23 +94,27 @@ class _Chosen:
 
 
 def _refresh(root: Path, first: str, second: str, comparison: str, adapter: str, seen: str) -> list[Any]:
-    """All contents, where something in the folder has changed since ``seen``; else nothing."""
+    """All contents, where something in the folder has changed since ``seen``; else nothing.
+
+    Menus change only with the names in them, because a new content closes a menu that is open.
+    """
     runs, comparisons = find(root)
-    now = "\n".join([*(f"{run.name} {run.changed} {run.state.split()[0]}" for run in runs), *comparisons])
-    if now == seen:
-        return [gr.skip()] * 8
     names = [run.name for run in runs]
     tuned = [run.name for run in runs if (run.folder / ADAPTER_FILE).is_file()]
-    first = first if first in names else next(iter(names), NONE)
-    return [
-        gr.update(choices=names or [NONE], value=first),
-        gr.update(choices=[NONE, *names], value=second if second in names else NONE),
-        gr.update(choices=[NONE, *comparisons], value=comparison if comparison in comparisons else NONE),
-        gr.update(choices=tuned or [NONE], value=adapter if adapter in tuned else next(iter(tuned), NONE)),
-        *_panels(root, first, second),
-        str(overview(runs)),
-        now,
-    ]
+    listed = "\n".join([*sorted(names), "", *sorted(tuned), "", *comparisons, "", ""])
+    now = listed + "\n".join(f"{run.name} {run.changed} {run.state.split()[0]}" for run in runs)
+    if now == seen:
+        return [gr.skip()] * 8
+    menus = [gr.skip()] * 4
+    if not seen.startswith(listed):
+        first = first if first in names else next(iter(names), NONE)
+        menus = [
+            gr.update(choices=names or [NONE], value=first),
+            gr.update(choices=[NONE, *names], value=second if second in names else NONE),
+            gr.update(choices=[NONE, *comparisons], value=comparison if comparison in comparisons else NONE),
+            gr.update(choices=tuned or [NONE], value=adapter if adapter in tuned else next(iter(tuned), NONE)),
+        ]
+    return [*menus, *_panels(root, first, second), str(overview(runs)), now]
 
 
 def _panels(root: Path, first: str, second: str) -> list[str]:

@@ -216,12 +216,12 @@ def _charts(run: Found) -> list[Chart]:
     memory = [(step, value / 1e9) for step, value in points_of(run.metrics, "peak_memory_bytes")]
     return [
         Chart(
-            "Loss a token: training (line, smoothed) and evaluation (points)",
+            "Loss per token: training (line, smoothed) and evaluation (points)",
             [("m0 training", "training", losses.training), ("m0 smooth", "smoothed", losses.smooth),
              ("m1 evaluation", "evaluation", losses.evaluation)],
         ),
         Chart("Peak memory in GB, and the plan (dashed)", [("m2 smooth", "peak", memory)], limit),
-        Chart("Tokens a second", [("m7 smooth", "tokens/s", points_of(run.metrics, "tokens_per_second"))]),
+        Chart("Tokens per second", [("m7 smooth", "tokens/s", points_of(run.metrics, "tokens_per_second"))]),
         Chart("Norm of the gradient", [("m3 smooth", "gradient", points_of(run.metrics, "grad_norm"))]),
         Chart("Norm of B: how far the adapter has moved", [("m6 smooth", "B", points_of(run.metrics, "b_norm"))]),
     ]  # fmt: skip
@@ -237,7 +237,8 @@ def _frame(charts: Sequence[Chart]) -> Frame:
         shown = [value for chart in charts for _, _, points in chart.curves[1:] for _, value in points]
         return Frame.of((0, max(last, 1)), robust_range(shown, []), 190)
     low, high = value_range([*(value for points in curves for _, value in points), *limits], air=0.1)
-    return Frame.of((0, max(last, 1)), (max(low, 0.0), high), 110)
+    # Memory starts at 0, so that a peak close to its plan looks close.
+    return Frame.of((0, max(last, 1)), (0.0 if limits else max(low, 0.0), high), 110)
 
 
 def _draw(chart: Chart, frame: Frame) -> Markup:
