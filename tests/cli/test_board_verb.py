@@ -133,6 +133,8 @@ def choose(page, label: str, name: str) -> None:
     menu.click()
     menu.fill(name)
     page.get_by_role("option", name=name, exact=True).click()
+    # The list fades out; another one must not open beside it.
+    page.get_by_role("option").first.wait_for(state="detached")
 
 
 @pytest.mark.browser

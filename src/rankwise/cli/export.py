@@ -173,7 +173,7 @@ def _print(output: Output, settings: ExportSettings, report: ExportReport) -> No
         output.line(
             f"{'proven':<12}{proof.server} differs from the trained model by {proof.difference:.3g} nats a token over "
             f"{proof.tokens:,} tokens (without the adapter by {proof.base_difference:.3g}); of {proof.prompts} texts "
-            f"{proof.equal_texts} are ours and {proof.changed_texts} not the base's"
+            f"{proof.equal_texts} equal the trained model's, and {proof.changed_texts} differ from the base's"
         )
     for index, command in enumerate(report.commands):
         output.line(f"{'serve' if not index else '':<12}{command}")
