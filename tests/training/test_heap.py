@@ -74,6 +74,23 @@ for tokens in range(64, 464):
 print(json.dumps(used[-1] - used[200]))
 """
 
+GATHERS = """
+import json, sys, torch
+import torch.distributed as dist
+from rankwise.acceleration.allocator import keep_freed_memory, share_one_heap
+from rankwise.training.meters import anonymous_memory_bytes
+
+assert keep_freed_memory()
+if sys.argv[1] == "shared":
+    share_one_heap()
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+part, whole = torch.ones(4 << 20), torch.ones(4 << 20)
+before = anonymous_memory_bytes()
+for _ in range(20):
+    dist.all_gather_into_tensor(whole, part)
+print(json.dumps(anonymous_memory_bytes() - before))
+"""
+
 LAYERS = """
 import json, sys, torch
 from rankwise.acceleration.allocator import keep_freed_memory
@@ -127,6 +144,11 @@ def test_products_of_ever_new_shapes_do_not_fill_the_heap():
     if grown < 2 << 20:
         pytest.skip("this CPU's products keep no generated code")
     assert limited < grown / 4
+
+
+def test_threads_that_gather_keep_nothing_of_their_own():
+    """gloo copies what it gathers, here 16 MB, in one of its threads."""
+    assert answer_of(GATHERS, "shared") < answer_of(GATHERS, "apart") - (12 << 20)
 
 
 @needs_products

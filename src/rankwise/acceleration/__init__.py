@@ -1,6 +1,11 @@
 """Make a training step fast, beyond the adapters' own operators. Changes are made in place and can be undone."""
 
-from rankwise.acceleration.allocator import give_back_freed_memory, grow_segments, limit_generated_kernels
+from rankwise.acceleration.allocator import (
+    give_back_freed_memory,
+    grow_segments,
+    limit_generated_kernels,
+    share_one_heap,
+)
 from rankwise.acceleration.linears import use_native_products
 from rankwise.acceleration.loss import LossOptions
 from rankwise.acceleration.offloading import MovedOnce, move_once
@@ -21,5 +26,6 @@ __all__ = [
     "move_once",
     "optimize_for_training",
     "restore",
+    "share_one_heap",
     "use_native_products",
 ]

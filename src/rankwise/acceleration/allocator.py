@@ -1,7 +1,7 @@
 """Keep freed memory. glibc returns large blocks to the system at every free, and each new block then costs page faults.
 
 The thresholds hold for the whole process and cannot be read back, so they are set once and stay.
-`limit_generated_kernels` and `give_back_freed_memory` keep the held memory bounded.
+`limit_generated_kernels`, `share_one_heap` and `give_back_freed_memory` keep the held memory bounded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from functools import cache
 
 # Numbers of mallopt's parameters, from glibc's malloc.h.
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
 # Blocks below come from the heap, where they are used again. Rows of ever different lengths would tear holes of larger
 # blocks into it (2.1 GB at the peak of a run that takes 1.8 GB so), and an old glibc takes no more.
 MMAP_BYTES = 32 << 20
@@ -59,6 +59,16 @@ def keep_freed_memory() -> bool:
     # Every one is set, whether or not another is refused.
     taken = [mallopt(parameter, value) == 1 for parameter, value in wanted]
     return all(taken)
+
+
+def share_one_heap() -> None:
+    """Let threads that begin later allocate from the main heap. Does nothing without glibc.
+
+    gloo copies each tensor that it gathers, in threads of its own. glibc would give each of them a heap, which keeps
+    what was freed: 85 MB of 480 in a process of FSDP2 (demo model, LoRA, 2 processes).
+    """
+    if _has_glibc():
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 def give_back_freed_memory() -> None:

@@ -91,7 +91,7 @@ def carry_out(order: JsonObject) -> Measurement:
     """The work of the process: build the model, take the steps, measure."""
     import torch
 
-    from rankwise.acceleration import limit_generated_kernels
+    from rankwise.acceleration import give_back_freed_memory, limit_generated_kernels
     from rankwise.acceleration.sharding import mesh_of_all, shard
     from rankwise.models import load_skeleton
     from rankwise.planning.fake_model import materialize, prepare, weights_dtype
@@ -111,6 +111,8 @@ def carry_out(order: JsonObject) -> Measurement:
     loss = None
     if strategy == "fsdp":
         shard(model, mesh_of_all(device), trains_all=method == "full")
+        # A run reads its rows alone, or gives back the rest as here.
+        give_back_freed_memory()
     elif strategy == "ddp":
         loss = functools.partial(loss_of, call=torch.nn.parallel.DistributedDataParallel(model))
     optimizer = _real_optimizer(model, workload)
@@ -139,6 +141,9 @@ def carry_out(order: JsonObject) -> Measurement:
 def _join(device: str) -> None:
     import torch
 
+    from rankwise.acceleration import share_one_heap
+
+    share_one_heap()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")

@@ -103,7 +103,10 @@ def joined(device_type: str) -> Iterator[None]:
         return
     import torch.distributed as dist
 
+    from rankwise.acceleration import share_one_heap
+
     check_cards(device_type, where.local_count)
+    share_one_heap()
     if device_type == "cuda":
         import torch
 
