@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,28 @@ def test_a_run_trains_the_language_side_and_merges(seeing: Path, given: Any, tmp
     with torch.no_grad():
         torch.testing.assert_close(merged(**inputs).logits, adapted(**inputs).logits, rtol=1e-4, atol=1e-4)
     assert (adapted(**inputs).logits - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("way", ["checkpointing", "plain operators", "--no-fast", "4 bits"])
+def test_other_ways_to_compute(way: str, one: Path, given: Any, tmp_path: Path) -> None:
+    run = {"model": str(one), "max_steps": 3, "eval_data": None}
+    changes = {"checkpointing": {"gradient_checkpointing": True}, "--no-fast": {"fast": False}}
+    settings = given(**run).model_copy(update={"eval_steps": None})
+    fast = train(settings)
+    other = settings.model_copy(update={"output": tmp_path / "other", **changes.get(way, {})})
+    if way == "4 bits":
+        assert train(other.model_copy(update={"method": "qlora"})).train_loss == pytest.approx(
+            fast.train_loss, rel=0.05
+        )
+        return
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if way == "plain operators":
+            patch.setattr("rankwise.training.objectives.images.COMPARED", ("qwen2_5_vl",))
+        record = train(other)
+    assert record.train_loss == pytest.approx(fast.train_loss, rel=1e-4)
+    assert any("RW186" in str(item.message) for item in said) == (way == "plain operators")
+    assert ("off" in record.device["acceleration"]) == (way in ("plain operators", "--no-fast"))
 
 
 def test_a_stopped_run_goes_on_to_the_bit(one: Path, given: Any, tmp_path: Path) -> None:
