@@ -139,6 +139,14 @@ def test_what_several_processes_cannot_learn_is_refused(given, words, several, m
     assert not (tmp_path / "run").exists()
 
 
+def test_what_does_not_train_is_not_planned(rankwise, model_folder):
+    command = ("plan", "--model", model_folder, "--memory", "24GB", "--objective", "grpo", "--devices", 2)
+    assert rankwise(*command, "--strategy", "ddp").code == 0
+    refused = rankwise(*command, "--strategy", "fsdp")
+    assert refused.code == 2
+    assert "RW130: --objective grpo does not train with --strategy fsdp" in " ".join(refused.stderr.split())
+
+
 def test_the_plan_counts_the_answers(rankwise, model_folder):
     """With few activations, keys and values of many answers are the most that a step holds."""
     command = ["plan", "--model", model_folder, "--method", "lora", "--memory", "24GB", "--max-length", 512, "--json"]

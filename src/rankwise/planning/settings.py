@@ -90,6 +90,8 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
             raise ConfigError(
                 "RW130", f"--strategy {self.strategy} is for several devices, and --devices is 1; add --devices N."
             )
+        if (self.objective, self.strategy) == ("grpo", "fsdp"):
+            raise ConfigError("RW130", "--objective grpo does not train with --strategy fsdp (RW779); take ddp.")
 
 
 # Options that `rankwise train` has too: --save writes those that were given or chosen. It adds the method itself.
