@@ -96,7 +96,7 @@ torture-disk: $(SHIM)
 torture-kills: $(SHIM)
 	rm -rf $(VENV)/torture/kills
 	LD_PRELOAD=$(abspath $(SHIM)) $(TORTURED)/kills.py $(VENV)/torture/kills --seed $(SEED) --train 1000 --saves 100 \
-		--loading 50 --ranks 50 --merge 100 --export 100 --compare 100
+		--loading 50 --ranks 50 --merge 100 --export 100 --compare 100 --dpo 20 --kto 20 --grpo 20 --auto 20
 
 torture-length: $(STAMP)
 	$(TORTURED)/long_run.py $(VENV)/torture/length

@@ -40,7 +40,6 @@ OF_TORCH = "torchinductor_"
 # Where `export --verify` writes what its server is given; `test_security.py` sees that nothing stays.
 SCRATCH = "rankwise-verify-"
 CHAT = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-REWARD = "def right(completions, **kwargs):\n    return [float(len(text) % 2) for text in completions]\n"
 
 
 class Audited(Cases):
@@ -159,22 +158,9 @@ def main_of(folder: Path) -> None:
 
 def learn_otherwise(cases: Audited) -> None:
     """Preferences and rewards."""
-    pairs, marked, reward = (cases.folder / name for name in ("pairs.jsonl", "marked.jsonl", "reward.py"))
-    words = cases.words
-    made = [{"prompt": f"{words[n]} ", "chosen": words[n + 1], "rejected": words[n + 2]} for n in range(12)]
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in made))
-    made = [{"prompt": f"{words[n]} ", "completion": words[n + 1], "label": n % 2 == 0} for n in range(12)]
-    marked.write_text("".join(json.dumps(row) + "\n" for row in made))
-    reward.write_text(REWARD)
-    length = ("--max-completion-length", 4, "--num-generations", 2)
-    for objective, data, *more in (
-        ("dpo", pairs),
-        ("kto", marked),
-        ("grpo", cases.folder / "rows.jsonl", "--reward", f"{reward}:right", *length),
-    ):
-        # Of an option that is given twice the last one counts.
-        given = ("--objective", objective, "--data", data, "--eval-data", data, *more)
-        cases.must(cases.train(f"by-{objective}", *map(str, given)))
+    pairs = cases.folder / "pairs.jsonl"
+    for objective in ("dpo", "kto", "grpo"):
+        cases.must(cases.learn(objective, f"by-{objective}"))
     cases.must([*cases.compare("by-pairs"), "--objective", "dpo", "--data", pairs, "--eval-data", pairs])
 
 

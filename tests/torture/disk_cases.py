@@ -34,6 +34,8 @@ from rankwise.cli.main import main
 from rankwise.training.checkpoints import check_checkpoint, list_checkpoints
 from tiny_models import tiny_llama
 
+REWARD = "def right(completions, **kwargs):\n    return [float(len(text) % 2) for text in completions]\n"
+ANSWERS = ("--max-completion-length", 4, "--num-generations", 2)
 LASTING = {"ENOSPC", "EDQUOT", "EROFS", "EMFILE"}
 # A full disk stays full; what the device failed to do once may work the next time.
 
@@ -91,8 +93,14 @@ class Cases:
         fast = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
         for part in (tiny_llama(num_hidden_layers=1), fast):
             part.save_pretrained(self.folder / "base")
-        rows = [{"prompt": f"{self.words[n]} ", "completion": self.words[n + 1]} for n in range(12)]
-        (self.folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        many = [{"prompt": f"{self.words[n]} ", "completion": self.words[n + 1]} for n in range(80)]
+        rows = many[:12]
+        words = self.words
+        pairs = [{"prompt": f"{words[n]} ", "chosen": words[n + 1], "rejected": words[n + 2]} for n in range(12)]
+        marked = [{**row, "label": n % 2 == 0} for n, row in enumerate(rows)]
+        for name, made in (("rows", rows), ("many", many), ("pairs", pairs), ("marked", marked)):
+            (self.folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+        (self.folder / "reward.py").write_text(REWARD)
 
     def prepare(self) -> None:
         """Besides, a run that was stopped at half its steps, a finished one, and what the verbs make of that."""
@@ -121,6 +129,17 @@ class Cases:
         words = [word for name, value in given.items() for word in (f"--{name}", self.folder / value)]
         length = ["--max-steps", 2, "--save-steps", 1, "--eval-steps", 1, "--batch-size", 2, "--r", 2]
         return ["train", *words, *length, "--device", "cpu", "--dtype", "float32", "--ignore-plan", *more]
+
+    def learn(self, objective: str, output: str, *more: object) -> list[object]:
+        """`train` on preferences or rewards, or at a rate that short runs find ("auto")."""
+        if objective == "auto":
+            data = self.folder / "many.jsonl"
+            return self.train(output, "--data", str(data), "--learning-rate", "auto:0.001,0.01", *map(str, more))
+        of_rewards = ("--reward", f"{self.folder / 'reward.py'}:right", *ANSWERS) if objective == "grpo" else ()
+        data = self.folder / {"dpo": "pairs.jsonl", "kto": "marked.jsonl", "grpo": "rows.jsonl"}[objective]
+        # Of an option that is given twice the last one counts.
+        given = ("--objective", objective, "--data", data, "--eval-data", data, *of_rewards, *more)
+        return self.train(output, *map(str, given))
 
     def evaluate(self, output: str) -> list[object]:
         given = {"adapter": "finished", "data": "rows.jsonl", "output": output}

@@ -1,7 +1,7 @@
 """Verbs killed with SIGKILL again and again: a run continues to the same bits, other outputs are whole or not there.
 
     python tests/torture/kills.py FOLDER --seed 1 --train 1000 --saves 100 --loading 50 --ranks 50 \\
-        --merge 100 --export 100 --compare 100
+        --merge 100 --export 100 --compare 100 --dpo 20 --kto 20 --grpo 20 --auto 20
 
 Every process is forked from this one, which has called each verb once and has its libraries. Moments are drawn evenly
 over the processor time that the verb took undisturbed, so that they fall alike on a busy machine; those of ``--saves``
@@ -39,6 +39,7 @@ LONG_SECONDS = 300
 # torchrun sends SIGTERM when a process has died, and SIGKILL after half a minute.
 TORCHRUN_SECONDS = 10
 LENGTH = ("--max-steps", 6, "--save-steps", 1, "--eval-steps", 2, "--lora-dropout", 0.1)
+OTHERS = ("dpo", "kto", "grpo", "auto")
 RANKS = ("--max-steps", 4, "--save-steps", 1, "--batch-size", 1)
 
 
@@ -238,12 +239,14 @@ def kinds_of(killer: Killer) -> dict[str, Kind]:
     merge = ["merge", "--adapter", folder / "finished", "--output", cases.output]
     export = cases.export("llama.cpp", "made/out")
     compare = cases.compare("made/out")
+    others = {name: cases.learn(name, "made/out", *LENGTH) for name in OTHERS}
     return {
         "train": Kind("train", train, resumed(train), adapter, folder / "long" / adapter),
         "ranks": Kind("ranks", two, resumed(two), adapter, folder / "two" / adapter, ranks),
         "merge": Kind("merge", merge, lambda: merge, "model.safetensors", folder / "merged" / "model.safetensors"),
         "export": Kind("export", export, lambda: export, "adapter.gguf", folder / "llama.cpp" / "adapter.gguf"),
         "compare": Kind("compare", compare, lambda: compare, "comparison.json", folder / "compared/comparison.json"),
+        **{name: Kind(name, words, resumed(words), adapter, folder / name / adapter) for name, words in others.items()},
     }
 
 
@@ -251,7 +254,7 @@ def main_of(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=1)
-    for name in ("train", "saves", "loading", "ranks", "merge", "export", "compare"):
+    for name in ("train", "saves", "loading", "ranks", "merge", "export", "compare", *OTHERS):
         parser.add_argument(f"--{name}", type=int, default=0)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
