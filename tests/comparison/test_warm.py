@@ -107,6 +107,13 @@ def test_a_step_can_be_stopped_from_its_first_moment(tmp_path):
         assert ended(worker) in (-signal.SIGINT, 130)
 
 
+def test_a_file_that_cannot_be_opened_is_an_error_of_the_disk_and_no_failed_step(tmp_path):
+    name = tmp_path / "cells" / "lora.train"
+    stages.beside(name, ".out").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError, match=r"lora\.train\.out"):
+        start("end", name)
+
+
 def test_a_killed_step_has_the_signal_as_its_code(tmp_path):
     worker = start("wait", tmp_path / "cells" / "lora.train")
     worker.process.send_signal(signal.SIGKILL)

@@ -66,7 +66,10 @@ class Forked:
         environment: Mapping[str, str],
         prepare: Callable[[], None],
     ) -> None:
-        """``files``: stdout, stderr (behind what it holds), and the lock. On return all exist and the lock is held."""
+        """``files``: stdout, stderr (behind what it holds), and the lock. On return all exist and the lock is held.
+
+        Raises OSError where one cannot be opened.
+        """
         server = _server()
         ready, told = server.Pipe(duplex=False)
         surroundings = {**os.environ, **environment}
@@ -76,9 +79,9 @@ class Forked:
         )
         self._process.start()
         told.close()
-        with contextlib.suppress(EOFError):
-            ready.recv()
-        ready.close()
+        with ready, contextlib.suppress(EOFError):
+            if (fault := ready.recv()) is not None:
+                raise OSError(*fault)
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
@@ -114,10 +117,14 @@ def _work(
     prepare()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     out, log, lock = files
-    held = os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    fcntl.flock(held, fcntl.LOCK_EX)
-    _redirect(out, os.O_TRUNC, 1)
-    _redirect(log, os.O_APPEND, 2)
+    try:
+        held = os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        _redirect(out, os.O_TRUNC, 1)
+        _redirect(log, os.O_APPEND, 2)
+    except OSError as error:
+        told.send((error.errno, error.strerror, str(error.filename or lock)))
+        sys.exit(1)
     told.send(None)
     told.close()
     os.environ.clear()
