@@ -353,12 +353,15 @@ class TrainSettings(ObjectiveOptions, RunOptions):
         _training("Steps of the search of --learning-rate auto, as a share of the run's; default: 1."),
     ] = None
     seed: Annotated[Seed, _training("Seed of the adapter, the data order and dropout.")] = 0
-    devices: Annotated[Batch | None, _device("Train in N processes on this machine, each on a device of its own.")] = (
-        None
-    )
+    devices: Annotated[
+        Batch | None,
+        _device("Train in N processes on this machine, each on a card of its own; on CPUs they share the cores."),
+    ] = None
     strategy: Annotated[
         Literal["ddp", "fsdp"] | None,
-        _device("What several processes share: ddp (default) gives each the whole model, fsdp a part of it."),
+        _device(
+            "With several processes: each holds the whole model (ddp) or its part of the weights (fsdp). Default: ddp."
+        ),
     ] = None
     cache: Annotated[
         Path | None,

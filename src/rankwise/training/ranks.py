@@ -115,6 +115,8 @@ def joined(device_type: str) -> Iterator[None]:
         # What the processes tell each other lies in CPU memory; gradients lie where the model does.
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE_SECONDS))
+        # Where one ended while others still connect to it, gloo would print lines of its own beside the message.
+        barrier()
         yield
         barrier()
         dist.destroy_process_group()
@@ -126,17 +128,18 @@ def check_processes(settings: TrainSettings, processes: int) -> None:
     with shards."""
     where = place()
     if settings.devices is not None and settings.devices != processes:
-        start = f"the launcher started {processes}" if where else "this is one process"
-        raise ConfigError(
-            "RW137",
-            f"--devices is {settings.devices} and {start}; leave --devices out under torchrun, and outside of it train "
-            "with the program `rankwise train`, which starts the processes.",
+        start = f"the launcher has started {processes} processes" if where else "this is one process"
+        remedy = (
+            "leave --devices out: the launcher counts its processes"
+            if where
+            else "start them with the program `rankwise train`"
         )
+        raise ConfigError("RW137", f"--devices is {settings.devices}, and {start}; {remedy}.")
     if processes == 1:
         if settings.strategy is not None:
             raise ConfigError(
                 "RW138",
-                f"--strategy {settings.strategy} is for several processes and this is one; give --devices N too.",
+                f"--strategy {settings.strategy} is for several processes, and this is one; give --devices N too.",
             )
         return
     if settings.method in BASELINES:
@@ -164,7 +167,7 @@ def check_cards(device_type: str, processes: int) -> None:
         if processes > cards:
             raise ConfigError(
                 "RW139",
-                f"{processes} processes need a card each and this machine shows {cards}; start as many processes as "
+                f"{processes} processes need a card each, and this machine shows {cards}; start as many processes as "
                 "there are cards, or give --device cpu.",
             )
     elif device_type != "cpu":
@@ -250,7 +253,7 @@ def check_alike(values: Mapping[str, Any]) -> None:
     ]
     if wrong:
         raise RunError(
-            "RW700", f"the processes of this run do not do the same: {'; '.join(wrong)}; give all of them the same."
+            "RW700", f"the processes of this run do not agree: {'; '.join(wrong)}; give all of them the same."
         )
 
 

@@ -101,7 +101,7 @@ open("train.jsonl", "a").write('{"prompt": "another", "completion": "row"}\\n' *
 """,
         ("RW700", "the sha256 of the train data"),
     ),
-    "another number of processes": ("", ("RW137: --devices is 4 and the launcher started 2",)),
+    "another number of processes": ("", ("RW137: --devices is 4, and the launcher has started 2 processes",)),
 }
 
 
@@ -121,6 +121,29 @@ def test_a_fault_in_one_process_ends_all_with_one_message(
         options += ["--devices", 4]
     fault = f"import os; os.chdir({str(tmp_path)!r})\n{fault}"
     check_failed(several.run(2, options, fault), *words)
+
+
+# Process 1 is slow to join.
+SLOW = """
+import os, time
+import torch.distributed as dist
+from rankwise.training import ranks
+join, check = dist.init_process_group, ranks.check_processes
+def slow(*given, **more):
+    join(*given, **more)
+    time.sleep(rank)
+    open(os.path.join(FOLDER, f"joined-{rank}"), "w").close()
+def late(*given):
+    assert os.path.exists(os.path.join(FOLDER, "joined-1")), "too early"
+    check(*given)
+dist.init_process_group, ranks.check_processes = slow, late
+"""
+
+
+def test_no_process_goes_on_before_all_have_joined(several: Nursery, given: list[str], tmp_path: Path) -> None:
+    options = ("--devices", 4, "--output", tmp_path / "run")
+    done = several.run(2, [*given, *options], f"FOLDER = {str(tmp_path)!r}\n{SLOW}")
+    check_failed(done, "RW137: --devices is 4, and the launcher has started 2 processes")
 
 
 @needs_proc
@@ -155,5 +178,5 @@ def test_processes_that_differ_are_refused_with_one_message(several: Nursery, gi
     fault = "import rankwise.training.run as run; train = run.train\n"
     fault += "run.train = lambda given, *more: train(given.model_copy(update={'seed': rank}), *more)"
     done = several.run(2, [*given, "--output", tmp_path / "run"], fault)
-    check_failed(done, "RW700: the processes of this run do not do the same: --seed is 1 in process 1 and 0 in")
+    check_failed(done, "RW700: the processes of this run do not agree: --seed is 1 in process 1 and 0 in")
     assert not (tmp_path / "run").exists()
