@@ -129,7 +129,7 @@ def test_a_comparison_is_its_report(tmp_path):
     comparisons = find(tmp_path)[1]
     assert list(comparisons) == ["comparison"]
     panel = comparison_panel(comparisons["comparison"])
-    assert 'sandbox="allow-scripts"' in panel
+    assert 'sandbox="allow-scripts" srcdoc="&lt;!doctype html&gt;' in panel
     assert "Recommended" in panel
     (tmp_path / "comparison" / "comparison.json").write_text("{")
     assert "RW593" in comparison_panel(comparisons["comparison"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -54,6 +56,15 @@ def test_a_tracker_gets_what_is_logged_and_the_run_is_the_same(given, settings, 
     assert Recording.named == "rankwise/told"
     assert told.train_loss == plain.train_loss
     assert told.eval_loss == plain.eval_loss
+
+
+def test_a_run_of_wandb_ends_with_ours(settings, tmp_path, installed, monkeypatch):
+    ended = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(finish=lambda: ended.append(len(Recording.seen))))
+    train(settings(output=tmp_path / "run", report_to="wandb"))
+    assert ended == [len(Recording.seen)]
+    train(settings(output=tmp_path / "other", report_to="mlflow"))
+    assert len(ended) == 1
 
 
 def test_a_tracker_that_cannot_start_stops_the_run(settings, tmp_path, installed, monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import html
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -159,7 +158,8 @@ def comparison_panel(folder: Path) -> Markup:
     except RankwiseError as error:
         return Markup('<p class="caution">{}</p>').format(str(error))
     frame = '<iframe class="report" title="Report of {}" sandbox="allow-scripts" srcdoc="{}"></iframe>'
-    return Markup(frame).format(folder.name, Markup(html.escape(report)))
+    # The report as plain text, so that it is escaped into the attribute; Markup would be taken as it is.
+    return Markup(frame).format(folder.name, str(report))
 
 
 def _content(run: Found) -> JsonObject:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -37,13 +39,22 @@ LOGGED = {
 HOLES_GROWTH = 1.05
 
 
-def guard_trackers(trainer: RunTrainer) -> None:
-    """A tracker that cannot start stops the run (RW629); one that fails later is dropped with a warning (RW630)."""
+@contextlib.contextmanager
+def trackers(trainer: RunTrainer) -> Iterator[None]:
+    """Within this context, a tracker that cannot start stops the run (RW629), and one that fails later is dropped with
+    a warning (RW630).
+    """
     names = {INTEGRATION_TO_CALLBACK[name]: name for name in trainer.args.report_to or ()}
     for callback in trainer.callback_handler.callbacks:
         if (name := names.get(type(callback))) is not None:
             for event in (event for event in dir(callback) if event.startswith("on_")):
                 setattr(callback, event, partial(_guarded, callback, name, event, getattr(callback, event)))
+    try:
+        yield
+    finally:
+        # transformers leaves it open: its last words would follow the document of --json, and the next run go on in it.
+        if "wandb" in names.values() and (wandb := sys.modules.get("wandb")) is not None:
+            wandb.finish()
 
 
 def _guarded(

@@ -138,7 +138,7 @@ class Session:
         device_type = self.trainer.args.device.type
         interrupt = Interrupt(self.observer.phase)
         meter = MemoryMeter(device_type, self.trainer.progress.peak_memory_bytes, mapped_bytes(self.trainer.model))
-        with meter as memory, interrupts(interrupt):
+        with meter as memory, interrupts(interrupt), callbacks.trackers(self.trainer):
             self._add_callbacks(memory, interrupt)
             if self.checkpoint is None:
                 self.observer.phase("Training")
@@ -165,7 +165,6 @@ class Session:
         check = GradientCheck(
             trainer.model, overflow_is_normal=trainer.args.fp16, silence_is_normal=trainer.silence_is_normal
         )
-        callbacks.guard_trackers(trainer)
         trainer.add_callback(callbacks.Watch(trainer, self.metrics, memory, self.observer, self._tick))
         trainer.add_callback(callbacks.CheckGradients(check))
         if self.extras.answer is not None and (ranks.is_writer() or is_unit(trainer.model)):
