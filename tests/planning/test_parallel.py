@@ -37,6 +37,24 @@ def test_fsdp_shards_what_lasts_and_gathers_two_layers_and_the_root():
     assert found["transient"] == 1000 + 2 * (100 + 10) + (70 + 7)
 
 
+def test_gloo_moves_a_layer_in_a_copy_of_its_own():
+    for phase in ("forward", "backward", "optimizer"):
+        card, cpu = (
+            per_device(
+                TERMS_OF,
+                "full",
+                Workload(devices=4, strategy="fsdp", device_type=kind),
+                phase=phase,
+                layer=Group(100, 110),
+                root=ROOT,
+                trained_bytes=50,
+            )
+            for kind in ("cuda", "cpu")
+        )
+        more = {"forward": 100, "backward": 110, "optimizer": 0}[phase]
+        assert cpu == card | {"transient": card["transient"] + more}
+
+
 def test_every_device_holds_the_whole_adapter():
     found = shared("fsdp", 4, method="qlora")
     assert found["weights"] == found["weights_4bit"] == 250

@@ -104,6 +104,9 @@ def carry_out(order: JsonObject) -> Measurement:
     device, strategy = workload.device_type, workload.strategy
     if workload.devices > 1:
         _join(device)
+    if strategy == "fsdp":
+        # It is in memory before the model is made, as libraries are.
+        import torch.distributed.fsdp
     _warm_up(device, workload)
     baseline = _anonymous_bytes() if device == "cpu" else 0
     materialize(model, weights_dtype(method, workload), fill=True, device=device)

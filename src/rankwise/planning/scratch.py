@@ -32,7 +32,18 @@ def dense_weight(args: Any, kwargs: Any) -> int:
     return 0 if is_kept(size) else size
 
 
+def copy_of(argument: int) -> Scratch:
+    """gloo works in a copy: of the result where it gathers, of the gradients where it reduces."""
+
+    def copied_bytes(args: Any, kwargs: Any) -> int:
+        return int(args[argument].nbytes)
+
+    return copied_bytes
+
+
 SCRATCH: dict[str, Scratch] = {
+    "c10d::_allgather_base_": copy_of(0),
+    "c10d::_reduce_scatter_base_": copy_of(1),
     "rankwise::linear_4bit": dense_weight,
     "rankwise::linear_4bit_input_grad": dense_weight,
 }
