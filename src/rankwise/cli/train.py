@@ -227,12 +227,14 @@ def _change(folder: Path, record: RunRecord, figure: str, sign: int, trained_on:
 
 def _speed(record: RunRecord) -> str:
     parts = []
+    together = f" of {record.devices} processes together ({record.strategy})" if record.devices > 1 else ""
     if record.tokens_per_second is not None:
-        parts.append(f"{record.tokens_per_second:,.0f} tokens/s")
+        parts.append(f"{record.tokens_per_second:,.0f} tokens/s{together}")
     if record.peak_memory_bytes is not None:
         plan = record.predicted_peak_memory_bytes
         predicted = "" if plan is None else f" (predicted {byte_size(plan)})"
-        parts.append(f"peak memory {byte_size(record.peak_memory_bytes)}{predicted}")
+        of_one = " of one process" if together else ""
+        parts.append(f"peak memory{of_one} {byte_size(record.peak_memory_bytes)}{predicted}")
     if record.wall_seconds is not None:
         parts.append(f"{duration(record.wall_seconds)} in all")
     return ", ".join(parts)

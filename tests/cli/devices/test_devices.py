@@ -180,6 +180,7 @@ def test_the_record_is_that_of_both(runs: Runs) -> None:
 def test_one_process_writes_and_speaks(runs: Runs) -> None:
     assert json.loads(runs.done.stdout)["steps"] == STEPS
     assert runs.done.stderr.count("Training ...") == 1
+    assert "tokens/s of 2 processes together (ddp), peak memory of one process" in " ".join(runs.done.stderr.split())
     assert lines(runs.two, "step") == sorted(lines(runs.two, "step"))
     states = {path.name for path in next((runs.two / "checkpoints").iterdir()).glob("random*.json")}
     assert states == {"random.json", "random-1.json"}
