@@ -143,8 +143,8 @@ def errors_of_adapted_layers(dtype: torch.dtype) -> dict[str, float]:
         dense, of_4_bits = weight.to(as_), ops.dequantize_weight(packed, dtype).to(as_)
         frozen = (dense, of_4_bits if as_ is torch.float64 else packed)
         numbers = torch.float64 if as_ is torch.float64 else torch.float32
-        leaves = [part.to(numbers).requires_grad_() for part in (A, B, m) for _ in frozen]
-        rows = x.to(as_).requires_grad_()
+        leaves = [part.to(numbers, copy=True).requires_grad_() for part in (A, B, m) for _ in frozen]
+        rows = x.to(as_, copy=True).requires_grad_()
         branches = [
             Branch(Frozen(part), 0.5, leaves[n], leaves[2 + n], None, leaves[4 + n], gain.to(numbers))
             for n, part in enumerate(frozen)
@@ -174,6 +174,8 @@ def at_levels() -> Iterator[str]:
 
 
 def bound(name: str, reference: float, dtype: torch.dtype) -> float:
+    # Beyond that nothing is compared any more.
+    assert reference < 2 * torch.finfo(dtype).eps + SUM, (name, reference)
     return reference + ROUNDINGS.get(name, 1) * torch.finfo(dtype).eps / 2 + SUM
 
 
