@@ -53,7 +53,7 @@ class TokenScores:
 
     @property
     def mean_logits(self) -> Tensor:
-        """None. trl only logs the mean of the logits, and it would cost one more pass over them."""
+        """Zeros: trl only logs the mean of the logits, which would cost one more pass over them."""
         return torch.zeros_like(self.log_probs)
 
     @property
