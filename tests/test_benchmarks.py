@@ -37,6 +37,7 @@ import gpu_models  # noqa: E402
 import gpu_paper  # noqa: E402
 import pages  # noqa: E402
 import quantized_load  # noqa: E402
+import replay_halving  # noqa: E402
 import results  # noqa: E402
 import scaling  # noqa: E402
 import stand_in  # noqa: E402
@@ -138,6 +139,15 @@ def test_watched_sees_the_memory_of_another_process_and_its_failure() -> None:
     assert 64 << 20 < grown < 256 << 20
     with pytest.raises(RuntimeError, match="went wrong"):
         timing.watched([sys.executable, "-c", "raise SystemExit('went wrong')"])
+
+
+def test_a_replay_stops_rates_by_their_recorded_curves() -> None:
+    """Six rates get 5 steps each, two get 15: of them the one that is lower at step 15 stays."""
+    rates = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    curves = {rate: ([0, 10, 60], [4.0, 3.0 + n, 2.0]) for n, rate in enumerate(rates)}
+    curves[3e-4] = ([0, 10, 20, 60], [4.0, 3.5, 1.0, 1.5])
+    assert replay_halving.replayed(curves, steps=60, budget=1.0) == (3e-4, 6 * 5 + 2 * 15)
+    assert replay_halving.replayed(curves, steps=60, budget=0.2)[0] == 1e-4
 
 
 def test_judged_says_which_side_of_the_goal() -> None:
