@@ -94,6 +94,15 @@ def test_each_method_runs_at_its_own_best_rate_and_nothing_runs_twice(tmp_path: 
     assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == json.loads(json.dumps(found))
 
 
+def test_the_comparison_itself_needs_no_torch():
+    code = (
+        "import sys, rankwise.comparison.run as run, rankwise.evaluation.tasks.perplexity; run.environments(2, 'cpu'); "
+        "heavy = {'torch', 'transformers', 'datasets', 'trl'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 HALVED = {"methods": "lora,full", "learning_rates": "2e-5,1e-4,2e-4,5e-4", "budget": 1.0}
 
 
@@ -297,7 +306,7 @@ def test_no_run_at_all_is_an_error(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("real_processes")
-@pytest.mark.parametrize("moment", [0.2, 1.5])
+@pytest.mark.parametrize("moment", [pytest.param(0.2, marks=pytest.mark.long), 1.5])
 def test_a_killed_comparison_continues_and_ends_as_if_nothing_had_happened(tmp_path: Path, moment: float):
     """kill -9 of the comparison; its runs end by themselves, and no finished one is repeated."""
     options = {"methods": "lora,full", "learning_rates": "1e-4,2e-4"}

@@ -5,22 +5,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rankwise.comparison.settings import CompareSettings
 from rankwise.config import BASELINES
-from rankwise.data import Row, Rows, read_rows, warn_of_overlap
+from rankwise.data import Row, Rows, limited, read_rows, warn_of_overlap
 from rankwise.data.preference_formats import PREFERENCE_FORMATS
 from rankwise.data.rows import HOLDS_IMAGES
 from rankwise.errors import ConfigError, DataError, ModelError
-from rankwise.foreign import JsonObject
+from rankwise.foreign import Fields, JsonObject
 from rankwise.lora_config import LoraConfig
 from rankwise.models.source import fetch_model
 from rankwise.planning.facts import read_facts
 from rankwise.records import write_text
-from rankwise.training.setup import limited
 
 EVAL_SHARE = 0.1
 # Settings of an adapter that name something in the model.
@@ -132,7 +131,7 @@ def prompt_of(row: Row) -> str:
     return row.prompt if row.kind == "prompt" else row.text
 
 
-def _own_evaluation(given: CompareSettings, rows: Rows, layout: Mapping[str, Any]) -> Rows | None:
+def _own_evaluation(given: CompareSettings, rows: Rows, layout: Fields) -> Rows | None:
     if given.eval_data is not None:
         return read_rows(given.eval_data, split="validation", **layout)
     if Path(given.data).expanduser().is_file():
@@ -147,7 +146,7 @@ def _own_evaluation(given: CompareSettings, rows: Rows, layout: Mapping[str, Any
     return None if found.sha256 == rows.sha256 else found
 
 
-def _write(rows: Rows, path: Path, layout: Mapping[str, Any]) -> Path:
+def _write(rows: Rows, path: Path, layout: Fields) -> Path:
     """Write the rows in a layout that reads and renders as before; ``layout`` says how they are read.
 
     Raises ConfigError (RW168) where there is none.
@@ -164,7 +163,7 @@ def _write(rows: Rows, path: Path, layout: Mapping[str, Any]) -> Path:
     return path.resolve()
 
 
-def _record(row: Row, rows: Rows, layout: Mapping[str, Any]) -> JsonObject:
+def _record(row: Row, rows: Rows, layout: Fields) -> JsonObject:
     if row.kind == "text":
         return {"text": row.text}
     tools = {"tools": row.tools} if row.tools else {}
@@ -182,7 +181,7 @@ def _record(row: Row, rows: Rows, layout: Mapping[str, Any]) -> JsonObject:
     return {**dict(zip(names, (row.prompt, row.completion))), **tools}
 
 
-def _preference(row: Row, rows: Rows) -> dict[str, Any]:
+def _preference(row: Row, rows: Rows) -> JsonObject:
     first = row.first_trained
     prompt: Any = row.prompt if row.kind == "prompt" else list(row.messages[:first])
     answers = [side.completion if row.kind == "prompt" else list(side.messages[first:]) for side in row.sides]

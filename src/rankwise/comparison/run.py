@@ -48,12 +48,13 @@ from rankwise.reports.schema import (
     RECOMMENDED_FILE,
     SCHEMA,
     Comparison,
+    Difference,
     Message,
     Method,
     MinimumDetectableEffect,
+    Recommendation,
     Run,
 )
-from rankwise.training.objectives import learning_of
 
 # Of the files of a job in ``DIR/cells`` that are written whole.
 ENDINGS = (".in", ".json", ".yaml")
@@ -143,6 +144,9 @@ def _check_objective(given: CompareSettings) -> None:
         settings = TrainSettings.model_validate({**common, **options, "method": method})
         check_objective(settings, settings.objective)
         if given.objective != "sft":
+            # Its import takes seconds.
+            from rankwise.training.objectives import learning_of
+
             learning_of(settings)
 
 
@@ -221,23 +225,7 @@ def _conclude(
     methods = ranked(methods, differences, given.metric, higher_is_better=better[given.metric])
     _warn_of_edges_and_failures(runs, methods)
     _warn_of_shared_steps(plan)
-    found = recommend(
-        methods,
-        differences,
-        metric=given.metric,
-        higher_is_better=better[given.metric],
-        margin=given.margin,
-        memory_bytes=given.memory,
-        hours=given.max_hours,
-    )
-    best = found["method"] and finish.best_run(
-        runs, found["method"], given.metric, higher_is_better=better[given.metric]
-    )
-    finish.forget_other_results(given.output, best["id"] if best else None)
-    if best:
-        found = finish.hand_over(given.output, found, best)
-        if given.merge:
-            found["merged"] = _merge(given, best, watcher)
+    found = _recommended(given, runs, methods, differences, watcher, higher_is_better=better[given.metric])
     seeds = max(len(item.values) for item in scores[given.metric].values())
     effect = detectable_effect(given, scores[given.metric], seeds=seeds, rows=inputs.eval_rows)
     if effect["absolute"] is not None:
@@ -267,6 +255,35 @@ def _conclude(
     }
     write_json(given.output / COMPARISON_FILE, comparison)
     return comparison
+
+
+def _recommended(
+    given: CompareSettings,
+    runs: list[Run],
+    methods: Mapping[str, Method],
+    differences: Sequence[Difference],
+    watcher: Watcher,
+    *,
+    higher_is_better: bool,
+) -> Recommendation:
+    """The recommendation, with the files of its best run in the folder."""
+    found = recommend(
+        methods,
+        differences,
+        metric=given.metric,
+        higher_is_better=higher_is_better,
+        margin=given.margin,
+        memory_bytes=given.memory,
+        hours=given.max_hours,
+    )
+    method = found["method"]
+    best = method and finish.best_run(runs, method, given.metric, higher_is_better=higher_is_better)
+    finish.forget_other_results(given.output, best["id"] if best else None)
+    if best:
+        found = finish.hand_over(given.output, found, best)
+        if given.merge:
+            found["merged"] = _merge(given, best, watcher)
+    return found
 
 
 def _warn_of_edges_and_failures(runs: list[Run], methods: Mapping[str, Method]) -> None:

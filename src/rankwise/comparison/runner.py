@@ -16,6 +16,7 @@ from rankwise.comparison import processes, stages
 from rankwise.comparison.stages import Job, Outcome
 from rankwise.errors import Interrupted
 from rankwise.foreign import JsonObject, read_json
+from rankwise.planning.hardware import this_machine
 from rankwise.records import write_json
 
 POLL_SECONDS = 0.2
@@ -231,9 +232,11 @@ def environments(jobs: int, device: str) -> list[dict[str, str]]:
     """The environment of each parallel job: its own device, or an equal part of a CPU's cores."""
     import os
 
-    import torch
+    gpus = 0
+    if device == "cuda" or (device == "auto" and this_machine().device_type == "cuda"):
+        import torch
 
-    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+        gpus = torch.cuda.device_count()
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         names = visible.split(",") if visible else [str(index) for index in range(gpus)]

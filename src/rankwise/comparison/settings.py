@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +22,7 @@ from rankwise.config import (
 )
 from rankwise.errors import ConfigError
 from rankwise.evaluation.settings import task_list
-from rankwise.foreign import JsonObject
+from rankwise.foreign import Fields, JsonObject
 from rankwise.options import LARGEST_NUMBER, MANY, Count, Names, Panel, Positive, comma_list, option, text_list
 from rankwise.planning.sizes import parse_size
 from rankwise.reports.schema import EVAL_LOSS
@@ -47,7 +46,7 @@ _measured = functools.partial(option, Panel.MEASURED)
 _recommended = functools.partial(option, Panel.RECOMMENDATION)
 
 
-def _usual_methods(given: Mapping[str, Any]) -> tuple[str, ...]:
+def _usual_methods(given: Fields) -> tuple[str, ...]:
     """All but the baselines; of preferences those whose base stays as it is, since it is the reference."""
     left_out = BASELINES if given.get("objective", "sft") == "sft" else (*BASELINES, "full")
     return tuple(method for method in METHODS if method not in left_out)

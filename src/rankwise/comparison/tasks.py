@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rankwise.comparison.stages import PERPLEXITY
 from rankwise.config import BETA
@@ -11,6 +11,7 @@ from rankwise.data import read_rows
 from rankwise.data.preference_formats import PREFERENCE_FORMATS
 from rankwise.evaluation.settings import EvaluateSettings, split_data
 from rankwise.evaluation.tasks.registry import make_task
+from rankwise.foreign import Fields
 
 if TYPE_CHECKING:
     from rankwise.evaluation.tasks.base import Task
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from rankwise.evaluation.tasks.preference import Preference
 
 
-def own_task(eval_data: str, settings: Mapping[str, Any]) -> Perplexity | Preference:
+def own_task(eval_data: str, settings: Fields) -> Perplexity | Preference:
     """The loss of demonstrations, or the rewards of preferences.
 
     ``settings``: objective, beta, max_length, prompt_column and completion_column. Raises DataError as the readers do,

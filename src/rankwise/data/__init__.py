@@ -6,7 +6,7 @@ encoded = encode_rows(rows, tokenizer, max_length=1024)     # input_ids and labe
 
 from rankwise.data.detect import rows_from_records
 from rankwise.data.encoding import Encoded, EncodingReport, encode_rows
-from rankwise.data.overlap import warn_of_overlap
+from rankwise.data.held_out import limited, warn_of_overlap
 from rankwise.data.preferences import encode_preferences
 from rankwise.data.preview import Preview, first_good_row, preview_row
 from rankwise.data.readers import check_there, read_rows
@@ -26,6 +26,7 @@ __all__ = [
     "encode_preferences",
     "encode_rows",
     "first_good_row",
+    "limited",
     "preview_row",
     "read_rows",
     "read_template",

@@ -24,10 +24,10 @@ from rankwise.adapters.inject import attach
 from rankwise.compat.transformers import before_weights
 from rankwise.config import BASELINES, FOUR_BITS, TrainSettings
 from rankwise.constants import IGNORED
-from rankwise.data import Encoded, Rows, chat_text, encode_rows, read_rows, read_template, warn_of_overlap
+from rankwise.data import Encoded, Rows, chat_text, encode_rows, limited, read_rows, read_template, warn_of_overlap
 from rankwise.data.encoded_cache import encode_rows_once
 from rankwise.data.formats import Format
-from rankwise.errors import ConfigError, RunError, warn
+from rankwise.errors import ConfigError, RunError
 from rankwise.foreign import Fields, JsonObject
 from rankwise.lora_config import LoraConfig
 from rankwise.models import ModelSource, choose_device, fetch_model
@@ -41,7 +41,6 @@ from rankwise.training.prepared import is_quantized, load_prepared
 from rankwise.training.sharding import shard_before_loading
 
 ANSWER_TOKENS = 64
-EVAL_ROWS = 256
 PROBE_TOKENS = 64
 
 
@@ -105,21 +104,6 @@ def read_data(given: TrainSettings, formats: Collection[Format] | None = None) -
     eval_rows = limited(eval_rows, given.eval_limit)
     warn_of_overlap(rows, eval_rows)
     return rows, eval_rows, template
-
-
-def limited(rows: Rows, limit: int | None) -> Rows:
-    """The first ``limit`` rows (all for 0); by default EVAL_ROWS spread evenly, because files are often sorted."""
-    if limit is not None:
-        return rows[:limit] if limit else rows
-    step = max(1, len(rows) // EVAL_ROWS)
-    sample = rows[: step * EVAL_ROWS : step]
-    if len(sample) < len(rows):
-        warn(
-            "RW528",
-            f"each evaluation takes {len(sample)} of the {len(rows):,} rows of {rows.source}, spread evenly; "
-            "--eval-limit 0 takes all.",
-        )
-    return sample
 
 
 def encode_data(

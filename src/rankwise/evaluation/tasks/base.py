@@ -6,13 +6,16 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rankwise.errors import warn
-from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.errors_of_means import Mean, clusters_of, mean_of, paired_difference
 from rankwise.evaluation.journal import Journal
 from rankwise.evaluation.record import Example, TaskResult
 from rankwise.foreign import JsonObject
+
+if TYPE_CHECKING:
+    from rankwise.evaluation.engine import Engine
 
 # Progress: questions done, of how many.
 Tell = Callable[[int, int], None]

@@ -8,18 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rankwise.acceleration.packing import members_of
-from rankwise.acceleration.scoring import Target, trained_target
 from rankwise.data import Rows
 from rankwise.data.rows import Row
 from rankwise.errors import DataError, warn
-from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.errors_of_means import Mean, clusters_of, mean_of, paired_difference
 from rankwise.evaluation.journal import text_sha256
 from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.base import Summary, Task, Tell, answer_in_batches
 from rankwise.foreign import JsonObject
+
+if TYPE_CHECKING:
+    from rankwise.acceleration.scoring import Target
+    from rankwise.evaluation.engine import Engine
 
 SHOWN_CHARACTERS = 500
 
@@ -43,6 +45,8 @@ class Perplexity(Task):
         return self.rows.sha256
 
     def run(self, engine: Engine, folder: Path, tell: Tell) -> list[Example]:
+        from rankwise.acceleration.packing import members_of
+
         targets = self._targets(engine)
         numbers = list(targets)
         ids = [str(number) for number in numbers]
@@ -59,6 +63,8 @@ class Perplexity(Task):
 
     def _targets(self, engine: Engine) -> dict[int, Target]:
         """The target of each row, by its index. Rows with nothing to score are left out and counted (RW216)."""
+        from rankwise.acceleration.scoring import trained_target
+
         encoder = engine.encoder(self.rows)
         limit = min(self.max_length, engine.max_length)
         targets, cut = {}, 0
