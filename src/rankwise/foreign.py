@@ -98,7 +98,7 @@ def read_object(
     code: str,
     constants: bool = False,
     largest_bytes: int = LARGEST_BYTES,
-) -> dict[str, Any]:
+) -> JsonObject:
     """The object in a JSON file. Raises ``error(code)`` with one sentence that names the file and the fault."""
     try:
         content = read_json(path, constants=constants, largest_bytes=largest_bytes)
@@ -158,7 +158,7 @@ def fault(item: ErrorDetails) -> str:
     return f"{reason[0].lower()}{reason[1:]}"
 
 
-def _place(location: Sequence[int | str], values: Mapping[str, Any]) -> str:
+def _place(location: Sequence[int | str], values: Fields) -> str:
     """``rank_pattern['q_proj']``; the members of a union, which pydantic names on the way, are left out."""
     name, value = str(location[0]), values[str(location[0])]
     for part in location[1:]:
@@ -170,7 +170,7 @@ def _place(location: Sequence[int | str], values: Mapping[str, Any]) -> str:
 @functools.cache
 def _strict_model(kind: Any) -> type[pydantic.BaseModel]:
     types = get_type_hints(kind, include_extras=True)
-    fields: dict[str, Any] = {}
+    fields: JsonObject = {}
     for field in dataclasses.fields(kind):
         default: Any = ... if field.default is dataclasses.MISSING else None
         if field.default_factory is not dataclasses.MISSING:

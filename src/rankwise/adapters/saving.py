@@ -89,7 +89,7 @@ class SavePretrained:
             _save(model, state, Path(given["save_directory"]), given.get("state_dict"))
 
 
-def _check_options(given: Mapping[str, Any]) -> None:
+def _check_options(given: Fields) -> None:
     asked = [f"{name}={given[name]!r}" for name, usual in NOT_FOR_ADAPTERS.items() if given.get(name, usual) != usual]
     if asked:
         raise AdapterError(

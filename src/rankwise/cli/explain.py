@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from rich.text import Text
 
@@ -15,6 +13,7 @@ from rankwise.cli.options import Verb
 from rankwise.cli.output import Document, Output
 from rankwise.cli.settings import ExplainSettings
 from rankwise.errors import ConfigError
+from rankwise.foreign import Fields
 
 SECTION = re.compile(r"^### (RW\d{3}) — (.+)\n\n((?:(?!<a |#).*\n)*)", re.MULTILINE)
 
@@ -38,7 +37,7 @@ def read_sections() -> dict[str, tuple[str, str]]:
     return {code: (title, text.strip()) for code, title, text in SECTION.findall(page.read_text(encoding="utf-8"))}
 
 
-def _code(given: str, sections: Mapping[str, Any]) -> str:
+def _code(given: str, sections: Fields) -> str:
     """``203``, ``rw203`` and ``RW203:`` are RW203. Raises ConfigError (RW123) for a text that is not a code."""
     number = re.search(r"\d+", given)
     code = f"RW{number.group()}" if number else given.strip().upper()

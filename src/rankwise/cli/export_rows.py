@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +14,7 @@ from rankwise.evaluation.loading import max_length_of, template_of
 from rankwise.export.adapter import Rows
 from rankwise.export.likeness import Row
 from rankwise.export.verify import default_text, text_chunks
+from rankwise.foreign import Fields
 from rankwise.records import record_of
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def _is_there(source: str) -> bool:
     return True
 
 
-def _encoded(adapter: Path, source: str, columns: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Rows:
+def _encoded(adapter: Path, source: str, columns: Fields, tokenizer: PreTrainedTokenizerBase) -> Rows:
     rows = read_rows(source, split="train", skip_bad_rows=None, **columns)
     encoded = encode_rows(
         rows[:: max(1, len(rows) // SAMPLED_ROWS)],

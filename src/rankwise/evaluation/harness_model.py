@@ -20,6 +20,7 @@ from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.journal import Responses, json_sha256
 from rankwise.evaluation.tasks.answers import fitting, with_room, writer
 from rankwise.evaluation.tasks.base import Tell
+from rankwise.foreign import Fields
 
 # HFLM's default length of an answer.
 NEW_TOKENS = 256
@@ -111,9 +112,7 @@ class EngineLM(TemplateLM):
             done += len(group)
         return [str(self.responses.known[key]) for key in keys]
 
-    def _generate(
-        self, asked: Mapping[str, Any], prompts: Sequence[Prompt], keys: Sequence[str], before: int, total: int
-    ) -> None:
+    def _generate(self, asked: Fields, prompts: Sequence[Prompt], keys: Sequence[str], before: int, total: int) -> None:
         decoding = self._decoding(asked)
         if decoding.max_new_tokens >= self.max_length:
             # HFLM gives up here; elsewhere the prompt makes room for the answer, as it does there.
@@ -126,7 +125,7 @@ class EngineLM(TemplateLM):
                 self.responses.append(dict(zip((keys[index] for index in batch), write(batch))))
             self.tell(before + sum(key in known for key in keys), total)
 
-    def _decoding(self, asked: Mapping[str, Any]) -> Decoding:
+    def _decoding(self, asked: Fields) -> Decoding:
         until = asked.get("until") or []
         end = self.tokenizer.decode(self.eot_token_id)
         stops = [until] if isinstance(until, str) else [*until, end]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rankwise.errors import ModelError
 from rankwise.export.gguf_names import GgufNames
-from rankwise.foreign import read_object
+from rankwise.foreign import JsonObject, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -124,7 +124,7 @@ def _add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> None:
     special.add_to_gguf(writer, quiet=True)
 
 
-def _scores(model: dict[str, Any], texts: list[str]) -> list[float]:
+def _scores(model: JsonObject, texts: list[str]) -> list[float]:
     """A piece's score in SentencePiece's sense: the sooner its parts merge, the higher."""
     rank: dict[str, int] = {}
     for index, pair in enumerate(model.get("merges") or ()):
@@ -132,7 +132,7 @@ def _scores(model: dict[str, Any], texts: list[str]) -> list[float]:
     return [-float(rank.get(text, 0 if len(text) == 1 else len(rank))) for text in texts]
 
 
-def _pre_tokenizer(document: dict[str, Any], folder: Path) -> str:
+def _pre_tokenizer(document: JsonObject, folder: Path) -> str:
     """llama.cpp's name of how text is split before merging. Raises ModelError (RW744) for one that is not known."""
     stated = document.get("pre_tokenizer") or {}
     parts = stated.get("pretokenizers") or [stated]

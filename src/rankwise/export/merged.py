@@ -37,6 +37,7 @@ from rankwise.export.experts import StackedExperts, rounding
 from rankwise.export.pairs import Change, merging, replaced_by, scaled_pairs, transposed
 from rankwise.export.safetensors_writer import bytes_of, write_safetensors
 from rankwise.export.shards import ShardedWeights
+from rankwise.foreign import Fields
 from rankwise.models import ModelSource, fetch_model, load_model, load_skeleton, model_hash, warns_of_other_hub_model
 from rankwise.models.folder import INDEX_FILE, read_config
 from rankwise.quantization.config import CONFIGS, FourBitConfig, rewrite_bitsandbytes_config
@@ -65,7 +66,7 @@ class MergeReport:
     merged_modules: int
     onto: Onto
     streamed: bool
-    verification: Mapping[str, Any] | None
+    verification: Fields | None
 
 
 def merge_to_folder(
@@ -77,7 +78,7 @@ def merge_to_folder(
     trained_on: FourBitConfig | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
-    verification: Mapping[str, Any] | None = None,
+    verification: Fields | None = None,
 ) -> MergeReport:
     """Write the base with the adapter folded in to ``output``, which appears whole or not at all, with its record.
 

@@ -23,6 +23,7 @@ import torch
 
 from rankwise.adapters import adapter_disabled
 from rankwise.errors import RunError
+from rankwise.foreign import JsonObject
 from rankwise.serving import vllm_rank
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def _ask(target: str, python: str, served: Served, prompts: list[list[int]], ans
     return told
 
 
-def run_server(python: str, job: dict[str, Any]) -> Any:
+def run_server(python: str, job: JsonObject) -> Any:
     """Raises RunError (RW739) where the server fails, with the error that it said first."""
     with tempfile.TemporaryFile("w+") as log:
         done = subprocess.run(

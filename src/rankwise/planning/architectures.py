@@ -9,13 +9,14 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 from rankwise.errors import ModelError
-from rankwise.planning.shape import Fields, Module, Shape
+from rankwise.foreign import Fields
+from rankwise.planning.shape import ConfigFields, Module, Shape
 from rankwise.planning.vision import tower_of
 
-Family = Callable[[Fields], Shape]
+Family = Callable[[ConfigFields], Shape]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Experts:
             yield Module(f"{path}.shared_expert_gate", "linear", h, 1)
 
 
-def decoder(given: Fields, line: Line) -> Shape:
+def decoder(given: ConfigFields, line: Line) -> Shape:
     """A model of Llama's line."""
     fields, family, path = given.with_defaults(line.defaults), line.family, line.path
     h, layers, heads, V = fields.required("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -165,7 +166,7 @@ ONLY_WHERE_USED = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3")
 GLOBAL_EVERY = 6
 
 
-def _window(fields: Fields, family: str, layers: int) -> tuple[int | None, float]:
+def _window(fields: ConfigFields, family: str, layers: int) -> tuple[int | None, float]:
     """How far back layers look, and the share of those that do not look at all tokens; (None, 0) where all do."""
     default = WINDOW if family in (*WINDOWED, *ONLY_WHERE_USED) else None
     if family in ONLY_WHERE_USED and not fields.flag("use_sliding_window", False):
@@ -193,7 +194,7 @@ def _norm_names(line: Line) -> tuple[str, ...]:
     return two if line.norms_per_layer == 2 else (*two, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
-def _mlp(path: str, h: int, fields: Fields, fused: bool = False) -> Iterator[Module]:
+def _mlp(path: str, h: int, fields: ConfigFields, fused: bool = False) -> Iterator[Module]:
     (f,) = fields.required("intermediate_size")
     bias = fields.flag("mlp_bias", False)
     if fused:
@@ -204,7 +205,7 @@ def _mlp(path: str, h: int, fields: Fields, fused: bool = False) -> Iterator[Mod
     yield Module(f"{path}.down_proj", "linear", f, h, bias)
 
 
-def _experts(fields: Fields, family: str) -> Experts:
+def _experts(fields: ConfigFields, family: str) -> Experts:
     name = "num_local_experts" if fields.config.get("num_local_experts") else "num_experts"
     E, k = fields.required(name, "num_experts_per_tok")
     width = "intermediate_size" if family == "mixtral" else "moe_intermediate_size"
@@ -234,7 +235,7 @@ GEMMA3_TEXT = Line(
 )
 
 
-def gemma3(fields: Fields) -> Shape:
+def gemma3(fields: ConfigFields) -> Shape:
     """Gemma 3 with a vision tower: a decoder by ``text_config`` and a SigLIP tower by ``vision_config``.
 
     The hub's files leave out sizes of ``text_config``. Text never enters the tower, but its weights take memory and its
@@ -248,7 +249,7 @@ def gemma3(fields: Fields) -> Shape:
     return dataclasses.replace(shape, modules=modules, tied=tied, text="model.language_model.", tower=tower)
 
 
-def idefics3(fields: Fields) -> Shape:
+def idefics3(fields: ConfigFields) -> Shape:
     """Idefics3 and SmolVLM: a Llama by ``text_config``, a SigLIP tower, and one layer between them."""
     vision = fields.part("vision_config").with_defaults(IDEFICS3_EYES)
     shape = decoder(fields.part("text_config"), Line(str(fields.config["model_type"]), path="model.text_model"))
@@ -260,7 +261,7 @@ def idefics3(fields: Fields) -> Shape:
     return dataclasses.replace(shape, modules=modules, tied=tied, text="model.text_model.", tower=tower)
 
 
-def _siglip(path: str, fields: Fields) -> Iterator[Module]:
+def _siglip(path: str, fields: ConfigFields) -> Iterator[Module]:
     """LayerNorms with bias, biased linear layers, a patch of c p p pixels a position."""
     h, f, layers = fields.required("hidden_size", "intermediate_size", "num_hidden_layers")
     patch, image = fields.required("patch_size", "image_size")
@@ -278,13 +279,13 @@ def _siglip(path: str, fields: Fields) -> Iterator[Module]:
     yield Module(f"{path}.post_layernorm", "norm", 0, h, True, extra=h)
 
 
-def _projector(fields: Fields, h: int) -> Iterator[Module]:
+def _projector(fields: ConfigFields, h: int) -> Iterator[Module]:
     (eye,) = fields.required("hidden_size")
     yield Module("model.multi_modal_projector", "plain", 0, 0, extra=eye * h)
     yield Module("model.multi_modal_projector.mm_soft_emb_norm", "norm", 0, 0, extra=eye)
 
 
-def gpt2(fields: Fields) -> Shape:
+def gpt2(fields: ConfigFields) -> Shape:
     """LayerNorm with bias, learnt positions, fused q, k and v, a plain MLP; weights are stored transposed."""
     h, layers, heads, V, positions = fields.required("n_embd", "n_layer", "n_head", "vocab_size", "n_positions")
     f = fields.count("n_inner", 4 * h)
@@ -343,7 +344,7 @@ WHOLE_HEADS = frozenset({"llama", "gemma2", "gemma3", "gemma3_text", "gpt2", "id
 HEAD_FIELDS = "hidden_size, num_attention_heads, num_key_value_heads"
 
 
-def shape_of(config: Mapping[str, Any], name: str = "the config") -> Shape:
+def shape_of(config: Fields, name: str = "the config") -> Shape:
     """The shape that a config.json describes.
 
     Raises ModelError: RW325 an architecture that the closed form does not know, RW326 fields that are missing, are not
@@ -358,7 +359,7 @@ def shape_of(config: Mapping[str, Any], name: str = "the config") -> Shape:
             f"{name} is a {family!r} model, which the closed form does not know; plan with --exact, which runs the "
             f"model's own code, or give one of {', '.join(sorted(FAMILIES))}.",
         )
-    shape = FAMILIES[family](Fields(config, name))
+    shape = FAMILIES[family](ConfigFields(config, name))
     _check_heads(shape, name)
     return shape
 

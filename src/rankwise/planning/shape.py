@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from rankwise.errors import ModelError
+from rankwise.foreign import Fields, JsonObject
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.models.source import ModelSource
 from rankwise.planning.vision import Tower
@@ -110,10 +111,10 @@ class Shape:
         return sum(module.parameters for module in self.modules) - head
 
 
-class Fields:
+class ConfigFields:
     """A config's fields. Missing and wrong ones are gathered and raised once."""
 
-    def __init__(self, config: Mapping[str, Any], name: str) -> None:
+    def __init__(self, config: Fields, name: str) -> None:
         self.config, self.name = config, name
 
     def required(self, *names: str) -> list[int]:
@@ -149,19 +150,19 @@ class Fields:
             raise self._wrong(name, "true or false")
         return default if value is None else bool(value)
 
-    def part(self, name: str) -> Fields:
+    def part(self, name: str) -> ConfigFields:
         """The config inside this one. Raises ModelError (RW326) where there is none."""
         found = self.config.get(name)
         if not isinstance(found, Mapping):
             raise ModelError(
                 "RW326", f"the config of {self.name} has no {name}; take the one that came with the model."
             )
-        return Fields(found, f"{self.name} ({name})")
+        return ConfigFields(found, f"{self.name} ({name})")
 
-    def with_defaults(self, defaults: Mapping[str, Any]) -> Fields:
+    def with_defaults(self, defaults: Fields) -> ConfigFields:
         """The same fields, with these values for those that the config leaves out."""
         given = {name: value for name, value in self.config.items() if value is not None}
-        return Fields({**defaults, **given}, self.name)
+        return ConfigFields({**defaults, **given}, self.name)
 
     def share(self, name: str, default: float) -> float:
         """A number from 0 to 1, such as a dropout. Raises ModelError (RW326) for anything else."""
@@ -229,7 +230,7 @@ GGUF_GPT2 = {
 GGUF_FAMILIES = {"gemma3": "gemma3_text", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
 
 
-def gguf_config(source: ModelSource) -> dict[str, Any]:
+def gguf_config(source: ModelSource) -> JsonObject:
     """A GGUF header in the words of config.json; the vocabulary and a tied head show in its tensors."""
     assert source.path is not None
     header = read_gguf_header(source.path)

@@ -7,9 +7,8 @@ n patches, h width of the tower, f of its MLP, s bytes per element.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
+from rankwise.foreign import Fields
 from rankwise.planning.workload import Workload
 
 ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -26,7 +25,7 @@ class Tower:
     patches: int
 
 
-def tower_of(config: Mapping[str, Any]) -> Tower | None:
+def tower_of(config: Fields) -> Tower | None:
     """The tower that a config.json describes, with all its fields; None where their names are unknown."""
     eyes = config.get("vision_config") or {}
     h, f, patch, image = map(_size, map(eyes.get, ("hidden_size", "intermediate_size", "patch_size", "image_size")))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from rankwise.acceleration.packing import members_of
 from rankwise.acceleration.scoring import loss_scorer
 from rankwise.constants import IGNORED
 from rankwise.data.preferences import ANSWER_IDS
+from rankwise.foreign import Fields
 from rankwise.training.loss import evaluation_targets
 from rankwise.training.state import undisturbed_random_states
 
@@ -134,7 +135,7 @@ def _largest(dataset: Any, sides: Any, tables: Any, *, flat: bool) -> MicroBatch
     return MicroBatch(len(found), tokens_a_row, min(1.0, max(trained, 1) / (sequences * tokens_a_row)))
 
 
-def _trained(row: Mapping[str, Any]) -> int:
+def _trained(row: Fields) -> int:
     """The number of trained tokens of a row."""
     answers = sum(len(row.get(name, ())) for name in ANSWER_IDS)
     return answers + sum(label != IGNORED for label in row.get("labels", ()))

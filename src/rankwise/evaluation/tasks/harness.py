@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.base import Summary, Task, Tell, difference_of_means
 from rankwise.evaluation.tasks.harness_data import HARNESS_NAMES, YAML_FILES, read_docs, write_task
 from rankwise.evaluation.tasks.names import harness_folder, unknown_task
+from rankwise.foreign import Fields, JsonObject
 
 # A field that several questions share names their source text: the first of these that does.
 SOURCE_FIELDS = ("passage", "context", "article", "paragraph", "story", "background", "goal", "ctx")
@@ -105,7 +106,7 @@ class HarnessTask(Task):
             ) from error
         return tasks, groups, content_sha256(documents)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         versions = {name: str(task.VERSION) for name, task in self.tasks.items()}
         shots = {name: self._shots(task) for name, task in self.tasks.items()}
         kind = {str(task.OUTPUT_TYPE) for task in self.tasks.values()}
@@ -133,7 +134,7 @@ class HarnessTask(Task):
         samples = {name: results["samples"][name] for name in self.tasks}
         return [example for name, rows in samples.items() for example in self._examples(name, rows)]
 
-    def _note(self, results: Mapping[str, Any]) -> None:
+    def _note(self, results: Fields) -> None:
         """Keep the aggregates of the requested task: a group's own, else the single task's."""
         wanted = next(iter(self.groups), None) or next(iter(self.tasks))
         found = {**results["results"].get(wanted, {}), **results.get("groups", {}).get(wanted, {})}
@@ -150,8 +151,8 @@ class HarnessTask(Task):
         first = [name for kind in PRIMARY for name in self._aggregates if name.partition(",")[0] == kind]
         self.primary = next(iter([*first, *self._aggregates]), "acc")
 
-    def _examples(self, task: str, samples: Sequence[Mapping[str, Any]]) -> list[Example]:
-        by_doc: dict[int, list[Mapping[str, Any]]] = {}
+    def _examples(self, task: str, samples: Sequence[Fields]) -> list[Example]:
+        by_doc: dict[int, list[Fields]] = {}
         for sample in samples:
             by_doc.setdefault(int(sample["doc_id"]), []).append(sample)
         clusters = _sources([rows[0]["doc"] for rows in by_doc.values()])
@@ -180,7 +181,7 @@ class HarnessTask(Task):
         return difference_of_means(a, b, names)
 
 
-def _example(name: str, rows: Sequence[Mapping[str, Any]], cluster: str | None, task: Any) -> Example:
+def _example(name: str, rows: Sequence[Fields], cluster: str | None, task: Any) -> Example:
     """One document; a task with several filters has a row for each."""
     first = rows[0]
     scores = {}
@@ -192,7 +193,7 @@ def _example(name: str, rows: Sequence[Mapping[str, Any]], cluster: str | None, 
     responses = [
         response[0] if isinstance(response, list | tuple) and response else response for response in first["resps"]
     ]
-    details: dict[str, Any] = {}
+    details: JsonObject = {}
     if task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood"):
         details["log_likelihoods"] = [float(response[0]) for response in responses]
         texts = [str(argument[-1] if not task.multiple_input else argument[0]) for argument in first["arguments"]]
@@ -204,7 +205,7 @@ def _example(name: str, rows: Sequence[Mapping[str, Any]], cluster: str | None, 
     return Example(name, prompt, prediction, scores, [str(first["target"])], cluster, details)
 
 
-def _sources(docs: Sequence[Mapping[str, Any]]) -> list[str | None]:
+def _sources(docs: Sequence[Fields]) -> list[str | None]:
     for field in SOURCE_FIELDS:
         texts = [doc.get(field) for doc in docs]
         if all(isinstance(text, str) and text for text in texts) and max(Counter(texts).values()) > 1:
