@@ -384,8 +384,7 @@ def test_interrupt_during_the_first_evaluation_starts_anew_on_resume(settings: A
 
 @pytest.mark.parametrize(("limit", "expected"), [(None, 256), (0, 1000), (10, 10), (5000, 1000)])
 def test_rows_of_an_evaluation(limit, expected):
-    from rankwise.data import rows_from_records
-    from rankwise.training.setup import limited
+    from rankwise.data import limited, rows_from_records
 
     rows = rows_from_records([(line, {"text": f"row {line}"}) for line in range(1, 1001)], "rows")
     with warnings.catch_warnings(record=True) as said:
