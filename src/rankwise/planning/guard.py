@@ -156,12 +156,17 @@ class MemoryGuard:
         counted = "" if self.workload.fast else ", of PyTorch's own step"
         return (
             f"predicted peak {byte_size(peak_bytes)} ±{error:.0%}{own}{counted}, for "
-            f"{_in_words(self.workload)}; there are {byte_size(self.hardware.memory_bytes)}: {verdict}"
+            f"{_in_words(self.workload)}; there are {self._memory}: {verdict}"
         ).replace("%", " %")
+
+    @property
+    def _memory(self) -> str:
+        assert self.hardware is not None
+        return byte_size(self.hardware.memory_bytes) + (" for each process" if self.sharers > 1 else "")
 
     def _refuse(self, estimate: MemoryEstimate, what: str) -> None:
         assert self.hardware is not None
-        there = f"{what} takes {byte_size(estimate.peak_bytes)} and there are {byte_size(self.hardware.memory_bytes)}"
+        there = f"{what} takes {byte_size(estimate.peak_bytes)} and there are {self._memory}"
         if self.ignore:
             warn("RW563", f"by the plan this run cannot fit: {there}; it starts because of --ignore-plan.")
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,9 @@ def test_the_record_is_that_of_both(runs: Runs) -> None:
 def test_one_process_writes_and_speaks(runs: Runs) -> None:
     assert json.loads(runs.done.stdout)["steps"] == STEPS
     assert runs.done.stderr.count("Training ...") == 1
-    assert "tokens/s of 2 processes together (ddp), peak memory of one process" in " ".join(runs.done.stderr.split())
+    said = " ".join(runs.done.stderr.split())
+    assert "tokens/s of 2 processes together (ddp), peak memory of one process" in said
+    assert re.search(r"there are [\d.]+ GB for each process: fits", said)
     assert lines(runs.two, "step") == sorted(lines(runs.two, "step"))
     states = {path.name for path in next((runs.two / "checkpoints").iterdir()).glob("random*.json")}
     assert states == {"random.json", "random-1.json"}
@@ -215,6 +218,45 @@ def test_a_sharded_run_reads_its_rows_and_is_the_unsharded_one(
     assert lines(folder, "loss") == lines(runs.two, "loss")
     assert lines(folder, "eval_loss") == lines(runs.two, "eval_loss")
     assert differing(runs.two, folder) == []
+
+
+# As on a card: losses are scaled by torch's scaler, here that for CPUs. Gradients of process 1 overflow at OVERFLOWS.
+FLOAT16 = """
+import accelerate, torch
+from rankwise.training import setup
+from rankwise.training.trainer import RankwiseTrainer
+begin, compute = accelerate.Accelerator.__init__, RankwiseTrainer.compute_loss
+def scaled(self, *given, **more):
+    begin(self, *given, **more)
+    self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", init_scale=1024.0)
+def overflowing(self, *given, **more):
+    loss = compute(self, *given, **more)
+    if (rank, self.state.global_step) == (1, OVERFLOWS) and loss.requires_grad:
+        loss.register_hook(lambda grad: grad * float("inf"))
+    return loss
+setup.mixed_precision = lambda method, dtype, kind: (torch.float32 if method == "full" else dtype, "fp16")
+accelerate.Accelerator.__init__, RankwiseTrainer.compute_loss = scaled, overflowing
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("method", ["qdora", "full"])
+def test_a_step_that_overflows_float16_in_one_process_is_left_out_in_all(
+    method: str, strategy: str, several: Nursery, given: list[str], tmp_path: Path
+) -> None:
+    found = {}
+    for name, count, overflows in (("one", 1, -1), ("two", 2, -1), ("overflow", 2, 1)):
+        options = ["--method", method, "--dtype", "float16", "--batch-size", BATCH // count]
+        options += ["--output", tmp_path / name, *(("--strategy", strategy) if count > 1 else ())]
+        # At the end the weights of all processes are compared.
+        done = several.run(count, [*given, *options], f"OVERFLOWS = {overflows}\n{FLOAT16}")
+        assert done.codes == [0] * count, done.stderr
+        found[name] = lines(tmp_path / name, "loss")
+    assert found["two"] == pytest.approx(found["one"], rel=1e-4)
+    assert found["overflow"][:2] == found["two"][:2]
+    # The weights of the second step are those of the third.
+    assert found["overflow"][2] != found["two"][2]
 
 
 # trl's trainer over PEFT's adapter, as `accelerate launch` would run them; a process of its own rows of each batch.
