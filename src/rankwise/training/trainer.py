@@ -189,7 +189,7 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
         for batch in dataloader:
             count = len(batch[KEY].scored)
             with torch.no_grad():
-                loss = float(self.compute_loss(self.model, self._prepare_inputs(batch)))
+                loss = float(self.compute_loss(self.model, batch))
             found.append((-loss * count, count, float(noted["mean_token_accuracy"][-1]) * count))
             noted.clear()
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
