@@ -287,7 +287,7 @@ def cell(facts: Fields, key: str) -> Cell:
 
 def tie_note(comparison: Comparison) -> str:
     return (
-        f"Of methods that share a letter of the tie group none was found better on "
+        f"Among methods that share a letter in the tie group, none was found better on "
         f"{metric_in_sentence(comparison.metric)}: each pair is “equivalent” or “cannot tell”."
         if seeds_of(comparison) > 1
         else "Tie groups need at least two seeds."
