@@ -119,6 +119,24 @@ def test_dora_norms_are_renewed_by_an_optimizer_step_that_no_version_shows(monke
     assert not torch.allclose(found, before, atol=1e-3)
 
 
+def test_the_gain_that_a_card_computes_at_once_is_renewed_by_every_write(monkeypatch):
+    """There it is kept without norms, and without copies to compare."""
+    monkeypatch.setattr("rankwise.adapters.dora.takes_triton", lambda tensor: True)
+    monkeypatch.setattr("rankwise.ops.freshness._comparable", lambda tensor: False)
+    model, config = build("dora", "llama", torch.float32)
+    rw.add_adapter(model, config)
+    before = logits(model)
+    # While B is zero A has no effect.
+    for part in ("lora_B", "lora_A", "magnitude"):
+        for name, parameter in rw.adapter_parameters(model).items():
+            if part in name:
+                _in_place(parameter)
+        found = logits(model)
+        torch.testing.assert_close(found, logits(copy.deepcopy(model)))
+        assert not torch.allclose(found, before, atol=1e-3), part
+        before = found
+
+
 def test_a_row_of_zeros_stays_zero_under_dora():
     model, config = build("dora", "llama", torch.float32)
     with torch.no_grad():
