@@ -74,7 +74,7 @@ families: $(STAMP) ## every causal family of transformers, tiny: fast steps agai
 grid: $(STAMP) ## the memory plan's closed form against its dry run, 960 combinations (half an hour)
 	$(BIN)/python -m pytest -m grid
 
-# Kills, faults and hostile files go on from another seed with SEED=N. 1,000,000 inputs: HOSTILE=65000.
+# Kills, faults and hostile files go on from another seed with SEED=N. 1,000,000 inputs: HOSTILE=41000.
 SEED ?= 1
 HOSTILE ?= 20000
 SHIM = $(VENV)/failing_disk.so
