@@ -187,6 +187,8 @@ def test_a_run_is_followed_while_it_writes_and_a_new_one_appears(opened, tmp_pat
     panel.get_by_text("11 of 10").wait_for(timeout=15_000)
     page.get_by_role("option", name="old", exact=True).click(timeout=5_000)
     page.locator("#second-run .run").wait_for()
+    choose(page, "Beside it", "(none)")
+    page.locator("#second-run .run").wait_for(state="detached")
     write_run(tmp_path / "newer")
     page.get_by_role("tab", name="All runs", exact=True).click()
     page.locator("#all-runs tbody tr").nth(2).wait_for(timeout=15_000)

@@ -52,8 +52,9 @@ def serve(page: gr.Blocks, host: str, port: int | None, login: tuple[str, str] |
 def build(root: Path) -> gr.Blocks:
     with gr.Blocks(title="rankwise board", analytics_enabled=False) as page:
         gr.HTML(f"<h2>rankwise board: {html.escape(str(root))}</h2>")
+        seen = gr.State("")
         with gr.Tab("Runs"):
-            chosen = _Chosen(root)
+            first, second = _chosen(root, seen)
         with gr.Tab("All runs"):
             table = _html("all-runs")
         with gr.Tab("Comparisons"):
@@ -61,10 +62,9 @@ def build(root: Path) -> gr.Blocks:
             report = _html("comparison")
         with gr.Tab("Chat"):
             adapter = _chat(root)
-        seen = gr.State("")
-        parts = [chosen.first, chosen.second, comparison, adapter, *chosen.panels, table, seen]
         refresh = functools.partial(_refresh, root)
-        inputs = [chosen.first, chosen.second, comparison, adapter, seen]
+        menus = [first, second, comparison, adapter]
+        inputs, parts = [*menus, seen], [*menus, table, seen]
         for event in (page.load, gr.Timer(REFRESH_SECONDS).tick):
             event(refresh, inputs, parts, show_progress="hidden", api_visibility="private")
         comparison.change(functools.partial(_report, root), comparison, report, api_visibility="private")
@@ -76,25 +76,31 @@ def _html(name: str) -> gr.HTML:
     return gr.HTML(elem_id=name, apply_default_css=False)
 
 
-class _Chosen:
-    """Two runs side by side, one below the other on a narrow screen."""
-
-    def __init__(self, root: Path) -> None:
-        with gr.Row():
-            self.first = gr.Dropdown([NONE], value=None, label="Run", allow_custom_value=True)
-            self.second = gr.Dropdown([NONE], value=NONE, label="Beside it", allow_custom_value=True)
-        self.panels = []
-        with gr.Row():
-            for name in ("first-run", "second-run"):
-                with gr.Column(min_width=320):
-                    self.panels.append(_html(name))
-        for menu in (self.first, self.second):
-            show = functools.partial(_panels, root)
-            menu.change(show, [self.first, self.second], self.panels, show_progress="hidden", api_visibility="private")
+def _chosen(root: Path, seen: gr.State) -> tuple[gr.Dropdown, gr.Dropdown]:
+    """Two runs side by side, one below the other on a narrow screen: their menus, and their panels below."""
+    with gr.Row():
+        first = gr.Dropdown([NONE], value=None, label="Run", allow_custom_value=True)
+        second = gr.Dropdown([NONE], value=NONE, label="Beside it", allow_custom_value=True)
+    panels = []
+    with gr.Row():
+        for name in ("first-run", "second-run"):
+            with gr.Column(min_width=320):
+                panels.append(_html(name))
+    gr.on(
+        [first.change, second.change, seen.change],
+        functools.partial(_panels, root),
+        [first, second],
+        panels,
+        # What was chosen last is drawn last, also where a run writes at this moment.
+        trigger_mode="always_last",
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    return first, second
 
 
 def _refresh(root: Path, first: str, second: str, comparison: str, adapter: str, seen: str) -> list[Any]:
-    """All contents, where something in the folder has changed since ``seen``; else nothing.
+    """Menus, table and state of the folder, where something has changed since ``seen``; else nothing.
 
     Menus change only with the names in them, because a new content closes a menu that is open.
     """
@@ -104,7 +110,7 @@ def _refresh(root: Path, first: str, second: str, comparison: str, adapter: str,
     listed = "\n".join([*sorted(names), "", *sorted(tuned), "", *comparisons, "", ""])
     now = listed + "\n".join(f"{run.name} {run.changed} {run.state.split()[0]}" for run in runs)
     if now == seen:
-        return [gr.skip()] * 8
+        return [gr.skip()] * 6
     menus = [gr.skip()] * 4
     if not seen.startswith(listed):
         first = first if first in names else next(iter(names), NONE)
@@ -114,7 +120,7 @@ def _refresh(root: Path, first: str, second: str, comparison: str, adapter: str,
             gr.update(choices=[NONE, *comparisons], value=comparison if comparison in comparisons else NONE),
             gr.update(choices=tuned or [NONE], value=adapter if adapter in tuned else next(iter(tuned), NONE)),
         ]
-    return [*menus, *_panels(root, first, second), str(overview(runs)), now]
+    return [*menus, str(overview(runs)), now]
 
 
 def _panels(root: Path, first: str, second: str) -> list[str]:
