@@ -30,7 +30,7 @@ class BoardSettings(Settings):
 
     runs: Annotated[Path, _option("Folder with runs and comparisons.", metavar="RUNS", argument=True)] = Path("runs")
     host: Annotated[
-        str, Field(min_length=1), _option("Address to serve on. Any but this machine's own asks for a token.")
+        str, Field(min_length=1), _option("Address to serve on. Any but this machine's own asks for a password.")
     ] = LOCALHOST
     port: Annotated[int | None, _option("Port; default: the first free one from 7860.", ge=1, le=65535)] = None
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 EXTRAS = {
     "eval": "rankwise score, and tasks of rankwise evaluate",
     "cuda": "optimizers and kernels for CUDA cards",
+    "vision": "rows with images",
     "peft": "rankwise.accelerate_peft",
     "board": "rankwise board",
     "cluster": "rankwise compare --executor ray",
